@@ -139,7 +139,7 @@ class TrainedRun:
         if n is not None:
             n = _integer("n", n, 1)
         c = self._conditions(classes, n, prompts, source, noise, sampler.shape)
-        guide = None if guidance is None else guide_of(sampler, self.spec.guided, guidance)
+        guide = None if guidance is None else guide_of(sampler, self.spec.training_guidance, guidance)
         with threads.fewer_when_busy(self.device, teller(bar)):
             x = sampler.sample(
                 c,
@@ -214,7 +214,7 @@ class TrainedRun:
         """Images (n, 1 or 3, height, width) in [-1, 1] as PIL's, grey or RGB. Raises UserError for anything else."""
         if not self.makes_images:
             kind = self.spec.data.kind
-            raise UserError(f"data '{kind}' has points of shape {self.spec.pixels}, not images: plot them instead")
+            raise UserError(f"data '{kind}' has points of shape {self.spec.shown_shape}, not images: plot them instead")
         if not _is_tensor(images):
             raise UserError(f"pil takes images as `sample` gives them, a tensor, not a {type(images).__name__}")
         grey = images.ndim == 4 and images.shape[1] == 1
@@ -252,7 +252,7 @@ class TrainedRun:
         facts = {
             "run": self.folder,
             "about": run.about,
-            "data": f"{run.data.kind}, {' x '.join(map(str, run.pixels))}",
+            "data": f"{run.data.kind}, {' x '.join(map(str, run.shown_shape))}",
             "network": f"{run.net.kind}, {sum(p.numel() for p in self.net.parameters()):,} parameters",
             "objective": run.objective.kind,
             "step": f"{self.step:,} of {run.train.steps:,}",

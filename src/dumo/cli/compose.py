@@ -16,9 +16,9 @@ from dumo.config import recipes
 from dumo.config.change import shown
 from dumo.config.load import FILE, load, load_recipe, parse
 from dumo.config.objective import objective_of
+from dumo.config.parts import StandaloneParts
 from dumo.config.source import SHIPPED_PREFIX, ChosenSource, choose, folder_of_images
 from dumo.config.spec import Run
-from dumo.config.tree import Parts
 from dumo.data import Memory
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
@@ -166,7 +166,7 @@ def _base_recipe(parts: Fields) -> str:
 
 def _are_images(data: Fields) -> bool:
     """Whether data are images, by the shape of a sample; else they are points."""
-    parsed = parse(Parts, {"data": data}).data
+    parsed = parse(StandaloneParts, {"data": data}).data
     assert parsed is not None
     return len(parsed.shape) == 3
 

@@ -141,8 +141,8 @@ def show(
         print(json.dumps(facts))
         return
     lines = [("objective", str(method(spec.objective)))]
-    if spec.pixels[1:]:
-        lines.append(("images", f"{' x '.join(map(str, spec.pixels[1:]))} pixels"))
+    if spec.shown_shape[1:]:
+        lines.append(("images", f"{' x '.join(map(str, spec.shown_shape[1:]))} pixels"))
     lines += [
         ("parameters", f"{facts['parameters']:,}"),
         ("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import log
 
 from dumo.config.change import shown
-from dumo.config.tree import Tree
+from dumo.config.parts import RunParts
 from dumo.flow.path import Path
 from dumo.nets import Net, is_pretrained
 from dumo.objectives import Objective
@@ -19,12 +19,12 @@ MAX_SIDE_RATIO = 2.0  # of an image's side to the pipeline's, either way, about 
 MAX_SD_RATIO = 1.2  # of the data's standard deviation to that of the path, either way: ours
 
 
-def advice(run: Tree, sd: float | None = None) -> list[str]:
+def advice(run: RunParts, sd: float | None = None) -> list[str]:
     """A line for each departure, with the --set that follows the source; [] if there is none.
 
     `sd` is the standard deviation of the data, in their own unit; None or 0: not measured, and not compared.
     """
-    lines = [*_size_advice(run.net, run.pixels), *_reference_advice(run.objective, run.train)]
+    lines = [*_size_advice(run.net, run.shown_shape), *_reference_advice(run.objective, run.train)]
     if sd:
         lines += _deviation_advice(run.objective, run.net, run.path, sd)
     return lines

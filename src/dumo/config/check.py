@@ -14,8 +14,8 @@ from itertools import chain
 from dumo.config import need
 from dumo.config.conditions import Conditions, shown
 from dumo.config.need import BY_KNOBS, has_classes
+from dumo.config.parts import Evaluation, RunParts
 from dumo.config.teacher import Start, Teacher
-from dumo.config.tree import Evaluation, Tree
 from dumo.data import Data, is_latents
 from dumo.flow import solver
 from dumo.flow.guide import CFG, GuidanceScale
@@ -30,7 +30,7 @@ from dumo.types import FromTeacher, TimeLaw, UserError
 from dumo.types import Objective as AnyObjective
 
 
-def check(run: Tree) -> None:
+def check(run: RunParts) -> None:
     """Raise UserError for the first mismatch between the values of a run. Makes no net and reads no file."""
     data = run.data
     net = run.net
@@ -43,7 +43,7 @@ def check(run: Tree) -> None:
         _precision_faults(objective, net, train),
     )
     check_pieces(train, objective)
-    check_guided(run.sample.guide, data, objective, run.guided)
+    check_guided(run.sample.guide, data, objective, run.training_guidance)
     require(
         _teacher_faults(run.teacher, objective, data, train),
         _start_faults(run.start, objective, train),
@@ -51,7 +51,7 @@ def check(run: Tree) -> None:
         _prior_faults(data, run.teacher, objective, train),
     )
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
-    run.evaluate.protocol.check(run.pixels, data.labels)
+    run.evaluate.protocol.check(run.shown_shape, data.labels)
     require(_validation_faults(run.evaluate))
 
 
@@ -90,9 +90,9 @@ def _validation_faults(evaluation: Evaluation) -> Iterator[str]:
         yield "evaluate.best keeps the best of the steps that are judged, and none is: set evaluate.every to some steps"
     if evaluation.every and kind == "likelihood":
         yield "evaluate.every judges samples, and protocol likelihood the data: set evaluate.every=0"
-    if evaluation.every and evaluation.few is not None and evaluation.few < evaluation.fewest:
+    if evaluation.every and evaluation.few is not None and evaluation.few < evaluation.min_samples:
         yield (
-            f"evaluate.few = {evaluation.few}: protocol {kind} judges {evaluation.fewest} samples or more: set as "
+            f"evaluate.few = {evaluation.few}: protocol {kind} judges {evaluation.min_samples} samples or more: set as "
             "many, or null"
         )
 
@@ -227,7 +227,7 @@ def _start_faults(start: Start | None, objective: Objective, train: Train) -> It
         )
 
 
-def _subject_faults(run: Tree) -> Iterator[str]:
+def _subject_faults(run: RunParts) -> Iterator[str]:
     """Adapters for a subject need a few-step run to begin from, with the weights of its pipeline."""
     lora = run.net.lora
     if not lora or not lora.subject:

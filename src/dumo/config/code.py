@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from dumo.config.parts import RunParts
 from dumo.config.source import CODE
-from dumo.config.tree import Tree
 from dumo.types import Spec, UserError
 from dumo.types.outside import TAG, code_hash, kind_of
 
@@ -22,12 +22,12 @@ def is_from_outside(part: object) -> bool:
     return kind_of(part) == TAG
 
 
-def has_own_net(run: Tree) -> bool:
+def has_own_net(run: RunParts) -> bool:
     """Whether the net is a module of Python, or of a class from outside."""
     return run.net.kind == "module" or is_from_outside(run.net)
 
 
-def has_own_parts(run: Tree) -> bool:
+def has_own_parts(run: RunParts) -> bool:
     """Whether the net or the loss is a user's own."""
     return has_own_net(run) or is_from_outside(run.objective)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from dumo.config.conditions import Conditions, shown
-from dumo.config.tree import Tree
+from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.data.caption import Templates
 from dumo.flow.guide import GuidanceScale, Guide
@@ -37,7 +37,7 @@ class Need:
                 yield self.fault(name)
 
 
-def faults(run: Tree) -> Iterator[str]:
+def faults(run: RunParts) -> Iterator[str]:
     """A line for each name that a part of the run asks for and no other part has, subject by subject."""
     subjects = (
         _caption_needs,
@@ -53,7 +53,7 @@ def faults(run: Tree) -> Iterator[str]:
             yield from need.faults()
 
 
-def _caption_needs(run: Tree) -> Iterator[Need]:
+def _caption_needs(run: RunParts) -> Iterator[Need]:
     """Captions must be given exactly where the net reads them, and where the protocol or its split asks for them."""
     data = run.data
     texts = run.net.texts
@@ -95,7 +95,7 @@ def _caption_needs(run: Tree) -> Iterator[Need]:
     )
 
 
-def _size_needs(run: Tree) -> Iterator[Need]:
+def _size_needs(run: RunParts) -> Iterator[Need]:
     """Images of several sizes need a net that takes them, and no teacher's pairs, which are squares."""
     net = run.net
     teacher = run.teacher
@@ -113,7 +113,7 @@ def _size_needs(run: Tree) -> Iterator[Need]:
     )
 
 
-def _formula_needs(run: Tree) -> Iterator[Need]:
+def _formula_needs(run: RunParts) -> Iterator[Need]:
     """The objective must have formulas for the run's path, and for jumps up to the noise where its times make some."""
     objective = run.objective
     formulas = objective.needs.formulas
@@ -132,7 +132,7 @@ def _formula_needs(run: Tree) -> Iterator[Need]:
     )
 
 
-def _precondition_needs(run: Tree) -> Iterator[Need]:
+def _precondition_needs(run: RunParts) -> Iterator[Need]:
     """A preconditioned net gives velocities on the linear path, at positive times: the run must ask for no more."""
     precondition = run.net.precondition
     objective = run.objective
@@ -150,7 +150,7 @@ def _precondition_needs(run: Tree) -> Iterator[Need]:
     )
 
 
-def _class_needs(run: Tree) -> Iterator[Need]:
+def _class_needs(run: RunParts) -> Iterator[Need]:
     """Guidance in training needs classes to guide by."""
     trained = _trained_guidance(run.objective)
     if trained is None:
@@ -165,7 +165,7 @@ def _class_needs(run: Tree) -> Iterator[Need]:
     )
 
 
-def _teacher_needs(run: Tree) -> Iterator[Need]:
+def _teacher_needs(run: RunParts) -> Iterator[Need]:
     """The teacher must give the velocity or trajectories that the objective learns from, and nothing it cannot use."""
     objective = run.objective
     teacher = run.teacher
@@ -201,7 +201,7 @@ def _teacher_needs(run: Tree) -> Iterator[Need]:
     )
 
 
-def _named_needs(run: Tree) -> Iterator[Need]:
+def _named_needs(run: RunParts) -> Iterator[Need]:
     """The knobs that sampling sets, and the heads that `start.heads` fills, must be among the objective's."""
     objective = run.objective
     started_heads = run.start.heads if run.start else ()

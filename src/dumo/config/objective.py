@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from dumo.config.load import parse
-from dumo.config.tree import Parts
+from dumo.config.parts import StandaloneParts
 from dumo.types import Objective, UserError
 
 ObjectiveLike = str | Mapping[str, Any] | Objective
@@ -21,7 +21,7 @@ def objective_of(value: ObjectiveLike) -> Objective:
     if not isinstance(value, str | Mapping):
         return value
     fields = {"kind": value} if isinstance(value, str) else dict(value)
-    objective = parse(Parts, {"objective": fields}).objective
+    objective = parse(StandaloneParts, {"objective": fields}).objective
     assert objective is not None
     return objective
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dumo.config.tree import Evaluation
+from dumo.config.parts import Evaluation
 from dumo.data import Data
 from dumo.encoders.classifier import digits
 from dumo.evaluation.distance import Moments, frechet_distance

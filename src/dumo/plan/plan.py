@@ -63,7 +63,7 @@ def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
         "forward_units_per_step": step_cost.units,
         "slope": None if way is None else {**way._asdict(), "text": way.text},
         "far": far_share(run.objective) if jumps else None,
-        "guidance_scale": run.guided.scale,
+        "guidance_scale": run.training_guidance.scale,
     }
 
 
@@ -120,7 +120,7 @@ def plan(spec: Run) -> dict[str, Any]:
     return {
         **run_facts,
         "parameters_total": sum(value.numel() for value in net.state_dict().values()) + saved(net),
-        "pixels": list(spec.pixels),
+        "pixels": list(spec.shown_shape),
         "inputs": inputs,
         "heads": heads,
         "tokens": getattr(net, "grid", 0) ** 2 or None,
@@ -133,7 +133,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "epochs": images / epoch if epoch else None,
         "flops": run_facts["forward_units_per_step"] * run_facts["forward_flops_per_image"] * images,
         "validation": validation(spec, run_facts["forward_units_per_step"]),
-        "buckets": [list(size) for size in getattr(spec.images, "sizes", ())],
+        "buckets": [list(size) for size in getattr(spec.shown_data, "sizes", ())],
         "cache": cache_bytes(spec.data, epoch) if isinstance(spec.data, Latents) else None,
         "texts": _text_rows(spec.net.texts, spec.data) if isinstance(spec.net.texts, EmbeddedTexts) else None,
         "missing_data": missing,

@@ -128,7 +128,7 @@ class Proposal:
         elif images.captions:
             yield "captions", images.captions
         yield "machine", self.machine
-        yield "size", f"{' x '.join(map(str, run.pixels[1:]))} pixels (data.side)"
+        yield "size", f"{' x '.join(map(str, run.shown_shape[1:]))} pixels (data.side)"
         parameters = sum(p.numel() for p in outline(run).parameters())
         yield "network", f"{run.net.kind}, {parameters:,} parameters"
         yield "objective", str(method(run.objective))

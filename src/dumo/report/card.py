@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from dumo.config.conditions import Conditions
-from dumo.config.tree import Evaluation
+from dumo.config.parts import Evaluation
 from dumo.data import Data
 from dumo.data.caption import CaptionFiles
 from dumo.evaluation import LikelihoodProtocol, MetricProtocol

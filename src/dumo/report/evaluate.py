@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo.config.tree import Evaluation, Sampling
+from dumo.config.parts import Evaluation, Sampling
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.protocol import Evaluator, Scores
 from dumo.flow.generate import Batch, counting_passes, eval_mode, in_precision

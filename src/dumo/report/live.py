@@ -118,7 +118,7 @@ class InteractiveRun:
 
     def guide(self, scale: float) -> CFG:
         """The run's guidance with another scale; 1 is none. Raises UserError where the run cannot be guided so."""
-        return guide_of(self.sampler, self.opened.run.guided, scale)
+        return guide_of(self.sampler, self.opened.run.training_guidance, scale)
 
     def conditions(self, text: str, n: int = 1) -> Tensor:
         """The conditions c (n,) of n samples that a text asks for.

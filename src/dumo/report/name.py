@@ -9,7 +9,7 @@ one field as a part.
 import re
 from typing import Any
 
-from dumo.config.tree import Sampling
+from dumo.config.parts import Sampling
 from dumo.io import digest
 from dumo.io.weights import sha256, title
 from dumo.run.weights import RunFolder, sampled_part

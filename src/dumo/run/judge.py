@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown, squares
-from dumo.config.tree import Evaluation
+from dumo.config.parts import Evaluation
 from dumo.data import Data, Moons, is_images, is_latents
 from dumo.evaluation import Context, is_of_likelihood
 from dumo.evaluation.protocol import Evaluator

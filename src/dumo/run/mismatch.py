@@ -13,7 +13,7 @@ from torch import nn
 from dumo.config.check import require
 from dumo.config.conditions import Conditions, shown
 from dumo.config.need import buckets_field, captions_field
-from dumo.config.tree import Tree
+from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.path import Diffusion, Path
 from dumo.flow.slope import DualSlope, slope_of
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dumo.data import Images, Latents
 
 
-def check_built(run: Tree) -> None:
+def check_built(run: RunParts) -> None:
     """Raise UserError for the first mismatch of a net with its data, path, pipeline, slope, compiler or teacher."""
     require(_editing_faults(run.data, run.net))
     net = outline(run, short=True)

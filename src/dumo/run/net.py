@@ -7,7 +7,7 @@ it without them, with a reader that draws each weight when it is wanted. `dumo.r
 import torch
 from torch import nn
 
-from dumo.config.tree import Tree
+from dumo.config.parts import RunParts
 from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
 from dumo.nets import is_pretrained
@@ -20,7 +20,7 @@ from dumo.types import Taught
 from dumo.types.outside import NetSpec
 
 
-def flow_in_training(run: Tree, state: State, *, teacher: Taught | None = None, prior: float | None = None) -> Flow:
+def flow_in_training(run: RunParts, state: State, *, teacher: Taught | None = None, prior: float | None = None) -> Flow:
     """The net of a state with the run's objective, as it is trained.
 
     `teacher` replaces the data's velocity, for the share `prior` of a batch's rows (None: for all).
@@ -28,7 +28,7 @@ def flow_in_training(run: Tree, state: State, *, teacher: Taught | None = None, 
     return flow_of(state, run.train, run.objective, run.path, run.data.classes, teacher=teacher, prior=prior)
 
 
-def outline(run: Tree, *, short: bool = False) -> nn.Module:
+def outline(run: RunParts, *, short: bool = False) -> nn.Module:
     """The net on the meta device, without values. Raises UserError if it does not fit the data.
 
     `short`: only the first blocks of a pretrained net, which takes long.
@@ -40,7 +40,7 @@ def outline(run: Tree, *, short: bool = False) -> nn.Module:
         return spec.build(run.objective.needs, run.data.shape, run.data.classes)
 
 
-def drawn(run: Tree) -> nn.Module:
+def drawn(run: RunParts) -> nn.Module:
     """The net at step 0 on the CPU, its weights keyed by the run's seed, or those of its pipeline."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
@@ -54,7 +54,7 @@ def drawn(run: Tree) -> nn.Module:
     return net
 
 
-def deferred(run: Tree) -> tuple[nn.Module, Deferred]:
+def deferred(run: RunParts) -> tuple[nn.Module, Deferred]:
     """The net at step 0 without weights, and what makes these one by one; a user's own net has its weights."""
     deferred_weights = Deferred()
     if isinstance(run.net, NetSpec):
@@ -66,7 +66,7 @@ def deferred(run: Tree) -> tuple[nn.Module, Deferred]:
     return net, deferred_weights
 
 
-def require_room(run: Tree, device: torch.device | str, copies: float = 0, rows: int = 0, share: int = 1) -> None:
+def require_room(run: RunParts, device: torch.device | str, copies: float = 0, rows: int = 0, share: int = 1) -> None:
     """Raise UserError if a device has too little memory for the net, `copies` of its trained weights, and `rows`.
 
     Weights are split into `share` parts; rows count with their noise. That is the least: activations come on top

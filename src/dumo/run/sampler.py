@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dumo.config.conditions import Conditions, shown
-from dumo.config.tree import Sampling, Tree
+from dumo.config.parts import RunParts, Sampling
 from dumo.data import Data, is_latents
 from dumo.flow import generate
 from dumo.flow.flow import Flow
@@ -195,7 +195,7 @@ class Sampler:
         raise UserError(f"{problem}: these data have none, so c is 0")
 
 
-def sampler_of(run: Tree, net: nn.Module) -> Sampler:
+def sampler_of(run: RunParts, net: nn.Module) -> Sampler:
     """A run's net with all that its samples depend on, made with no more rows at a time than it was trained with."""
     max_rows = min(generate.BATCH, run.train.micro_batch or run.train.batch)
     flow = Flow(net, run.objective, path=run.path, classes=run.data.classes, precision=run.precision)

@@ -32,7 +32,7 @@ def training_summary(
     `net` is on the meta device, `size` the number of rows of the data (None: they are drawn anew), `step` the number of
     steps done, and `units` the cost of a step in forward passes (`dumo.run.cost`).
     """
-    unit = "images" if len(run.pixels) == 3 else "points"
+    unit = "images" if len(run.shown_shape) == 3 else "points"
     return (
         f"training {folder} on {_layout_text(run.train.share, device)}: "
         f"data {run.data.kind} ({_data_text(run, size, unit)}), "

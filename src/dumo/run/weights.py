@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from dumo.config import trust
 from dumo.config.code import require_same_code
 from dumo.config.load import FILE, Difference, Written, difference, differences
+from dumo.config.parts import RunParts
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
-from dumo.config.tree import Tree
 from dumo.data import is_images
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import to_float32
@@ -253,7 +253,7 @@ def _load_state(net: nn.Module, deferred_weights: Deferred, loaders: Mapping[str
             weight.copy_(load_tensor())
 
 
-def build(run: Tree, device: torch.device | str = "cpu") -> nn.Module:
+def build(run: RunParts, device: torch.device | str = "cpu") -> nn.Module:
     """The net at step 0, its weights keyed by the run's seed: the same on every device.
 
     Raises UserError, before it is made, if the device has less memory than that.
@@ -265,7 +265,7 @@ def build(run: Tree, device: torch.device | str = "cpu") -> nn.Module:
     return deferred_weights.fill(net, device)
 
 
-def sketch(run: Tree) -> tuple[nn.Module, Deferred]:
+def sketch(run: RunParts) -> tuple[nn.Module, Deferred]:
     """The net at step 0 on the CPU, without weights, and what makes these one by one.
 
     A user's own net has its weights. Raises UserError as `few_step_run`.
@@ -276,7 +276,7 @@ def sketch(run: Tree) -> tuple[nn.Module, Deferred]:
     return net, deferred_weights
 
 
-def few_step_run(run: Tree) -> RunFolder:
+def few_step_run(run: RunParts) -> RunFolder:
     """The few-step run under adapters for a subject, its weights not read yet.
 
     Raises UserError where it is none, has another net, or other weights than when the subject's run began.
@@ -293,7 +293,7 @@ def few_step_run(run: Tree) -> RunFolder:
     return source
 
 
-def _load_few_step_run(run: Tree, net: nn.Module, deferred_weights: Deferred) -> None:
+def _load_few_step_run(run: RunParts, net: nn.Module, deferred_weights: Deferred) -> None:
     """Load what the few-step run trained into a net (`net.lora.subject`); it is read when the net is made.
 
     Raises UserError as `few_step_run`, and where that run has other heads, or tuned other weights than the net has.

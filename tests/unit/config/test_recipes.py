@@ -49,8 +49,8 @@ def test_a_recipe_is_complete_and_says_what_it_is(name: str, monkeypatch: pytest
     assert 10 <= len(about) <= 80
     assert about == about.strip() == run.about
     assert "\n" not in about
-    if len(run.pixels) == 3:  # what --set changes the report says; of ImageNet the size is in the name of the task
-        assert str(run.pixels[1]) not in re.findall(r"(?<!ImageNet )\b\d+\b", about)
+    if len(run.shown_shape) == 3:  # what --set changes the report says; of ImageNet the size is in the name of the task
+        assert str(run.shown_shape[1]) not in re.findall(r"(?<!ImageNet )\b\d+\b", about)
     resolved = recipes.parse_yaml(dump(run))
     del resolved[KEY]
     assert run == type(run).model_validate(resolved)

@@ -229,7 +229,7 @@ def test_what_so_many_ranks_cannot_train(recipe: str, words: list[str], ranks: i
     ],
 )
 def test_show_knows_all_guidance_in_training(recipe: str, word: str, scale: float) -> None:
-    assert load(recipe, [word]).guided.scale == pytest.approx(scale)
+    assert load(recipe, [word]).training_guidance.scale == pytest.approx(scale)
 
 
 def test_guidance_in_sampling_is_free_to_change() -> None:

@@ -299,7 +299,7 @@ def test_pairs_are_trained_on_as_they_are(tmp_path: Path) -> None:
 )
 def test_a_teacher_is_guided_only_where_it_can_be(recipe: str, more: str, said: str) -> None:
     run = load(recipe, ["objective.drop=0.1", more])
-    given = run.data, run.objective, run.guided, "teacher.guide", "runs/x"
+    given = run.data, run.objective, run.training_guidance, "teacher.guide", "runs/x"
     check_guided(CFG(), *given)
     with pytest.raises(UserError, match=rf"^teacher\.guide\.scale = 2 .*{said}"):
         check_guided(CFG(scale=2), *given)

@@ -1,0 +1,190 @@
+"""The parts of a run, one spec within another, whose fields are the keys of run.yaml.
+
+- `RunParts` is all of them. `dumo.config.spec.Run` is the same, once `dumo.config.check` has found that they fit one
+  another: the checks take `RunParts`, and so do functions that need no checked run.
+- `Sampling` and `Evaluation` are the two parts that no other subpackage has: how samples are made, and how a run is
+  judged.
+- `StandaloneParts` validates an objective or data that are given in Python, without a run around them.
+
+A new field needs a default, so that every older run.yaml stays readable.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, JsonValue
+
+from dumo.config.conditions import Conditions, shown
+from dumo.config.teacher import Start, Teacher
+from dumo.data import Data, ShownData
+from dumo.encoders.pipeline import Pipeline, with_pipeline
+from dumo.evaluation import MetricProtocol, is_of_inception, is_shipped
+from dumo.flow.guide import CFG, GuidanceScale
+from dumo.flow.path import Linear
+from dumo.flow.path import Path as FlowPath
+from dumo.flow.precision import Precision
+from dumo.flow.reading import taught_readings
+from dumo.flow.solver import Solver
+from dumo.nets import Net, is_pretrained
+from dumo.objectives import Objective
+from dumo.runtime.limits import PASSES, SAMPLES, STEPS
+from dumo.training.spec import Train
+
+# QUIET: the field is hidden at its default. FREE: it may change when a run is resumed.
+from dumo.types import FREE, QUIET, Reads, Spec
+
+VALIDATION_SAMPLES = 500  # by which a run in training is judged, unless its protocol judges more, or in all fewer: ours
+MIN_SAMPLES = 2  # that a protocol judges which says no more: a variance needs two
+
+# Passes through the net for one sample (NFE); a guided pass calls the net twice. A solver says which numbers it can
+# make.
+NumPasses = Annotated[int, Field(le=PASSES)]
+
+
+class Sampling(Spec):
+    """How samples are made by default."""
+
+    solver: Solver
+    guide: CFG = Field(default=CFG(), json_schema_extra=QUIET)  # no guidance by default
+    knobs: dict[str, float] = Field(
+        default_factory=dict[str, float]
+    )  # conditioning scalars that the objective declares
+    nfe: tuple[NumPasses, ...] = Field(default=(1, 2, 4), min_length=1)  # a sheet of samples for each
+    seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)  # of the noise
+    precision: Precision | None = None  # of the net's passes; None: as in training. Decoders stay in float32
+
+
+class Evaluation(Spec):
+    """How a run is judged: at its end, and in training (`validation`)."""
+
+    protocol: MetricProtocol
+    # A split of the data's folder that no training sees, to judge samples against; None: the data that are trained on.
+    split: str | None = None
+    # Which templates of captions samples are made of: those that were trained on, or those held out.
+    captions: Literal["seen", "held"] = Field(default="seen", json_schema_extra=QUIET)
+    nfe: tuple[NumPasses, ...] = Field(default=(1, 2), min_length=1)  # scores for each
+    # Numbers of passes that are also judged with Euler steps; (): none.
+    contrast: tuple[Annotated[NumPasses, Field(ge=1)], ...] = (1,)
+    seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)  # of the noise
+    # Steps of training between two validations; 0: none.
+    every: int = Field(default=0, ge=0, le=STEPS, json_schema_extra=QUIET)
+    # Samples of a validation; None: VALIDATION_SAMPLES, or what the protocol judges at least, or at most.
+    few: int | None = Field(default=None, ge=2, le=SAMPLES)
+    # Whether the folder best/ keeps the weights whose validation has the best score.
+    best: bool = Field(default=False, json_schema_extra=QUIET)
+
+    @property
+    def min_samples(self) -> int:
+        """The fewest samples that the protocol judges in training, without Inception's Fréchet distances."""
+        if is_of_inception(self.protocol):
+            return self.protocol.standard.subset
+        if is_shipped(self.protocol):
+            return self.protocol.measure.fewest
+        return MIN_SAMPLES
+
+    @property
+    def validation(self) -> "Evaluation":
+        """How a run is judged in training: at the first number of passes, by few samples.
+
+        The seed is the next one, so that the noise that chooses a best step is not the noise of the final numbers.
+        Protocols of Inception's features leave out Fréchet distances, which take thousands of samples.
+        """
+        num_samples = self.few
+        if num_samples is None:
+            num_samples = max(self.min_samples, min(self.protocol.total, VALIDATION_SAMPLES))
+        protocol = self.protocol.model_copy(update={"samples": num_samples})
+        if is_of_inception(protocol):
+            protocol = protocol.model_copy(update={"frechet": False})
+        return self.model_copy(update={"protocol": protocol, "nfe": self.nfe[:1], "seed": self.seed + 1})
+
+
+class StandaloneParts(Spec):
+    """Parts of a run that Python code gives by themselves, each validated as in a run (`dumo.config.load.parse`)."""
+
+    objective: Objective | None = None
+    data: Data | None = None
+
+
+class RunParts(Spec):
+    """All parts of a run, which need not fit one another."""
+
+    about: str = Field(json_schema_extra=FREE)  # what the run is, in one line
+    # A folder of diffusers, with the model that is tuned, and what codecs and texts of `kind: pipeline` are read from.
+    pipeline: Pipeline | None = None
+    data: Data
+    net: Net
+    objective: Objective
+    path: FlowPath = Linear()
+    teacher: Teacher | None = None
+    start: Start | None = None
+    train: Train
+    sample: Sampling = Field(json_schema_extra=FREE)
+    evaluate: Evaluation = Field(json_schema_extra=FREE)
+    # What `dumo.run.resolve` found on disk, by the dotted path of its field.
+    resolved: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue], json_schema_extra=FREE)
+
+    def model_post_init(self, _: object) -> None:
+        """Hand the pipeline to the parts that read it. Pydantic calls this when it has validated the fields."""
+        for name in ("data", "net"):
+            part = with_pipeline(getattr(self, name), self.pipeline)
+            object.__setattr__(self, name, part)  # specs are frozen, but nobody has seen this one yet
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy as pydantic does. The parts that read the pipeline then read the copy's."""
+        run_copy = super().model_copy(update=update, deep=deep)
+        run_copy.model_post_init(None)  # which pydantic does not call for a copy, as it validates none
+        return run_copy
+
+    def __repr__(self) -> str:
+        """One line; `dumo show` prints all of it."""
+        return f"<{self.objective.kind} on {self.data.kind}, net {self.net.kind}, {self.train.steps:,} steps>"
+
+    __str__ = __repr__
+
+    @property
+    def shown_data(self) -> ShownData:
+        """The images or points that reports show: of latents, the images that were encoded."""
+        return shown(self.data)
+
+    @property
+    def shown_shape(self) -> tuple[int, ...]:
+        """The shape of a sample as reports show it: (channels, height, width) of an image, (2,) of a point."""
+        return self.shown_data.shape
+
+    @property
+    def reads(self) -> Reads:
+        """The readings that the objective will teach a net, such as the flow map. There is no net yet to sample by."""
+        return taught_readings(self.objective)
+
+    @property
+    def conditions(self) -> Conditions:
+        """The classes or captions that the net is conditioned on."""
+        return Conditions(self.data)
+
+    @property
+    def has_subject(self) -> bool:
+        """Whether adapters for a subject, a thing or style of the user's own, are trained on top of a few-step run.
+
+        `start` names the few-step run, whose own adapters stay frozen (docs/personal.md).
+        """
+        net = self.net
+        if self.start is None or not is_pretrained(net) or net.weights != "source":
+            return False
+        return bool(net.lora and net.lora.subject)
+
+    @property
+    def knobs(self) -> dict[str, float]:
+        """The conditioning scalars of the net in sampling: the objective's defaults, changed by `sample.knobs`."""
+        return {**self.objective.needs.knobs, **self.sample.knobs}
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of the net's passes in sampling."""
+        return self.sample.precision or self.train.precision
+
+    @property
+    def training_guidance(self) -> GuidanceScale:
+        """The guidance of the velocity that the net learns, by its teacher or else by the objective."""
+        if self.teacher and self.teacher.guide.active:
+            return GuidanceScale(self.teacher.guide.scale, "teacher.guide", "teacher.guide.scale=1")
+        return GuidanceScale.of(self.objective.needs)
