@@ -88,8 +88,8 @@ class Program(LazyGroup):
         "compare": "dumo.cli.evaluate",
         "report": "dumo.cli.run",
         "reproduce": "dumo.cli.lab",
-        "export": "dumo.cli.share",
-        "demo": "dumo.cli.share",
+        "export": "dumo.cli.export",
+        "demo": "dumo.cli.demo",
     }
 
 

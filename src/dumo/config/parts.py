@@ -33,8 +33,8 @@ from dumo.training.spec import Train
 # QUIET: the field is hidden at its default. FREE: it may change when a run is resumed.
 from dumo.types import FREE, QUIET, Reads, Spec
 
-VALIDATION_SAMPLES = 500  # by which a run in training is judged, unless its protocol judges more, or in all fewer: ours
-MIN_SAMPLES = 2  # that a protocol judges which says no more: a variance needs two
+_VALIDATION_SAMPLES = 500  # of a run in training, within what its protocol judges at least and at most: ours
+_MIN_SAMPLES = 2  # for protocols that name no least number: a variance needs two
 
 # Passes through the net for one sample (NFE); a guided pass calls the net twice. A solver says which numbers it can
 # make.
@@ -46,9 +46,8 @@ class Sampling(Spec):
 
     solver: Solver
     guide: CFG = Field(default=CFG(), json_schema_extra=QUIET)  # no guidance by default
-    knobs: dict[str, float] = Field(
-        default_factory=dict[str, float]
-    )  # conditioning scalars that the objective declares
+    # Values of conditioning scalars that the objective declares, by name.
+    knobs: dict[str, float] = Field(default_factory=dict[str, float])
     nfe: tuple[NumPasses, ...] = Field(default=(1, 2, 4), min_length=1)  # a sheet of samples for each
     seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)  # of the noise
     precision: Precision | None = None  # of the net's passes; None: as in training. Decoders stay in float32
@@ -68,7 +67,7 @@ class Evaluation(Spec):
     seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)  # of the noise
     # Steps of training between two validations; 0: none.
     every: int = Field(default=0, ge=0, le=STEPS, json_schema_extra=QUIET)
-    # Samples of a validation; None: VALIDATION_SAMPLES, or what the protocol judges at least, or at most.
+    # Samples of a validation; None: _VALIDATION_SAMPLES, or what the protocol judges at least, or at most.
     few: int | None = Field(default=None, ge=2, le=SAMPLES)
     # Whether the folder best/ keeps the weights whose validation has the best score.
     best: bool = Field(default=False, json_schema_extra=QUIET)
@@ -80,7 +79,7 @@ class Evaluation(Spec):
             return self.protocol.standard.subset
         if is_shipped(self.protocol):
             return self.protocol.measure.fewest
-        return MIN_SAMPLES
+        return _MIN_SAMPLES
 
     @property
     def validation(self) -> "Evaluation":
@@ -91,7 +90,7 @@ class Evaluation(Spec):
         """
         num_samples = self.few
         if num_samples is None:
-            num_samples = max(self.min_samples, min(self.protocol.total, VALIDATION_SAMPLES))
+            num_samples = max(self.min_samples, min(self.protocol.total, _VALIDATION_SAMPLES))
         protocol = self.protocol.model_copy(update={"samples": num_samples})
         if is_of_inception(protocol):
             protocol = protocol.model_copy(update={"frechet": False})

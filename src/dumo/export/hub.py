@@ -7,7 +7,7 @@ from dumo.runtime import install, shell_path
 from dumo.types import UserError
 
 
-def require(repository: str, parts: str) -> None:
+def require_uploadable(repository: str, parts: str) -> None:
     """Raise UserError for an upload that must fail, before anything is written and any server asked."""
     try:
         from huggingface_hub import constants, get_token  # slow to import, and of an extra

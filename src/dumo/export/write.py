@@ -67,9 +67,7 @@ def export(
     Raises UserError where `out` exists and is not empty, for an unknown option, and where no stock program runs what
     the run has; OSError where nothing can be written. Then nothing is written.
     """
-    require_known("--to", to, FORMS)
-    require_known("--parts", parts, PARTS)
-    require_known("--dtype", dtype, DTYPES)
+    require_known_options(to, parts, dtype)
     if alone and not (opened.run.has_subject and to in ("lora", "comfyui")):
         raise UserError(
             "--alone leaves out a few-step run's adapters, of a run on top of one (net.lora.subject): give --to lora "
@@ -115,6 +113,13 @@ def export(
             facts |= net.facts
         write_json(temporary / ORIGIN, facts)
     return out
+
+
+def require_known_options(to: str, parts: str, dtype: str) -> None:
+    """Raise UserError for a form, a treatment of parts or a dtype that there is not."""
+    require_known("--to", to, FORMS)
+    require_known("--parts", parts, PARTS)
+    require_known("--dtype", dtype, DTYPES)
 
 
 def uncoded(opened: RunFolder) -> nn.Module:

@@ -1,6 +1,6 @@
 """The demo: a page to play with runs, and its server.
 
-1. `gradio_alone` imports Gradio.
+1. `offline_gradio` imports Gradio.
 2. `page` lays out the page of some runs.
 3. `serve` serves it, to this machine alone, until a signal.
 4. When a person presses a button, `answer_runs` asks each run in turn (`dumo.report.answer`), `render` makes HTML of
@@ -8,7 +8,7 @@
 
 An answer is HTML that holds its pictures: nothing is fetched from elsewhere. What a person typed is escaped in it, and
 in what says that it was wrong. Only what is downloaded lies in files, for a while, in a folder that goes at the end.
-Gradio is imported in functions, because it reads the environment when it is imported (`gradio_alone`).
+Gradio is imported in functions, because it reads the environment when it is imported (`offline_gradio`).
 """
 
 import html
@@ -296,7 +296,7 @@ def error_text(error: Exception, explain: Explain) -> str:
 
 
 @contextmanager
-def gradio_alone() -> Generator[None, None, None]:
+def offline_gradio() -> Generator[None, None, None]:
     """Import Gradio so that it reports nothing to its makers; at the end, remove the files that it made.
 
     Raises UserError where it is not installed.

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from dumo.export.hub import push, require
+from dumo.export.hub import push, require_uploadable
 from dumo.types import UserError
 from hub import Hub, serving
 
@@ -66,20 +66,20 @@ def test_what_a_hub_refuses_is_a_line(hub: Hub, out: Path, refuses: str, monkeyp
 
 
 def test_what_is_known_before_is_said_before(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    require(REPOSITORY, "copy")
+    require_uploadable(REPOSITORY, "copy")
     for repository in ("name", "a/b/c", "owner/na me", "owner/-name", "", "../name"):
         with pytest.raises(UserError, match="is no OWNER/NAME"):
-            require(repository, "copy")
+            require_uploadable(repository, "copy")
     with pytest.raises(UserError, match="--parts copy, or none"):
-        require(REPOSITORY, "link")
+        require_uploadable(REPOSITORY, "link")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="set HF_TOKEN"):
-        require(REPOSITORY, "copy")
+        require_uploadable(REPOSITORY, "copy")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
-        require(REPOSITORY, "copy")
+        require_uploadable(REPOSITORY, "copy")
     assert hub.tokens == set()
 
 
@@ -93,4 +93,4 @@ def test_without_the_client_the_way_to_it_is_said(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UserError, match="install huggingface_hub"):
-        require(REPOSITORY, "copy")
+        require_uploadable(REPOSITORY, "copy")

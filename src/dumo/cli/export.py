@@ -1,0 +1,129 @@
+"""`dumo export`: write a trained net as files of stock programs.
+
+`export` is the command. In this order it
+
+1. checks what needs no run: the target, the hub's repository, and the names after --to, --parts and --dtype;
+2. opens the run on the CPU, and writes it (`dumo.export.write`), which checks what depends on the run: --head, --nfe
+   and --alone;
+3. uploads what was written (`dumo.export.hub`), or says what to type next.
+
+Options with a few values are texts here, because `dumo.export.write` has their values, and its errors name the nearest.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dumo.cli.option import Folder, Weights, parse_integers, parse_path
+from dumo.cli.terminal import err, out
+from dumo.runtime import shell_path
+
+if TYPE_CHECKING:
+    from dumo.config.spec import Run
+    from dumo.encoders.pipeline import Pipeline
+
+
+def export(
+    run_folder: Folder,
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            parser=parse_path,
+            help="The folder to write, or for comfyui and safetensors the file. It must not exist yet.",
+        ),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="diffusers (a folder for from_pretrained), lora (one for load_lora_weights), comfyui (a LoRA as one "
+            "file) or safetensors (all weights as one).",
+        ),
+    ] = "diffusers",
+    head: Annotated[
+        str | None, typer.Option(help="u, which jumps, or v, an ordinary flow model. Default: u, if taught.")
+    ] = None,
+    parts: Annotated[
+        str, typer.Option(help="The source's other parts (text encoders, decoder ...): copy, link or none.")
+    ] = "copy",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    nfe: Annotated[
+        str | None,
+        typer.Option(
+            help="For a net of two times: the numbers of passes that the export can make, e.g. 1,2,4. They are fixed, "
+            "because stock programs give a model t alone. Default: 2, and 1 where both jump to the data."
+        ),
+    ] = None,
+    alone: Annotated[
+        bool,
+        typer.Option(
+            "--alone",
+            help="For a run on top of a few-step run: write its own adapters alone, to load onto that run's export. "
+            "Default: both in one LoRA, to load onto the stock model.",
+        ),
+    ] = False,
+    weights: Weights = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Upload it to this repository of the Hugging Face Hub, too: private where it is new. Needs a token.",
+        ),
+    ] = None,
+) -> None:
+    """Write a trained net as stock programs take it."""
+    from dumo.export import hub, write
+    from dumo.run.weights import open_run
+    from dumo.runtime import dist
+    from dumo.runtime.heap import low_memory_heap
+
+    dist.require_one_process("dumo export")
+    write.require_vacant(target)
+    write.require_known_options(to, parts, dtype)
+    if push is not None:
+        hub.require_uploadable(push, parts)
+    passes = parse_integers(nfe, "--nfe") or ()
+    with low_memory_heap():
+        opened = open_run(run_folder, weights=weights, device="cpu")
+        exported = write.export(
+            opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
+        )
+    out.print(str(exported), soft_wrap=True)
+    if push is not None:
+        out.print(hub.push(exported, push), soft_wrap=True)
+    elif exported.is_dir():  # with a model card
+        err.print(f"next:  {_next_command(opened.run, exported.resolve(), to, alone)}", soft_wrap=True)
+
+
+def _next_command(run: "Run", exported: Path, to: str, alone: bool) -> str:
+    """What to type to try an exported folder: where to go, and the model card whose Python to run there.
+
+    The Python opens what the export is loaded onto by its name, next to the export. Where that is missing, commands
+    bring it: the export of the few-step run, or a link to the model of a LoRA.
+    """
+    from dumo.export.card import FEW_STEPS
+
+    parent = exported.parent
+    commands = [f"cd {shell_path(parent)}"]
+    if alone and run.start is not None:
+        few_steps_export = parent / FEW_STEPS
+        if not few_steps_export.exists():
+            commands.insert(0, f"dumo export {shell_path(run.start.source)} {shell_path(few_steps_export)}")
+    elif to == "lora":
+        model_folder = _nameless_model_folder(run.pipeline)
+        if model_folder is not None and not (parent / model_folder.name).exists():
+            commands.append(f"ln -s {shell_path(model_folder)}")
+    card = Path(exported.name) / "README.md"
+    return f"{' && '.join(commands)}    then run the Python in {shell_path(card)}"
+
+
+def _nameless_model_folder(pipeline: "Pipeline | None") -> Path | None:
+    """The folder of a pipeline that is known by no name on the hub, so the card opens a folder; None: there is none.
+
+    A card takes the name of a published model, or of the repository that the pipeline notes.
+    """
+    if pipeline is None or pipeline.is_published or pipeline.repository:
+        return None
+    return pipeline.folder.resolve()
