@@ -108,7 +108,7 @@ def make_card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card
         "protocol": run.evaluate.protocol.name,
         "samples": samples,
         **facts,
-        "data": as_given(run).images.model_dump(mode="json"),
+        "data": as_given(run).shown_data.model_dump(mode="json"),
         "data_sd": opened.data_sd,  # None: of a run from before it was measured
         "path": run.path.model_dump(mode="json"),
         "codec": codec_facts,
