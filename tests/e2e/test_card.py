@@ -32,7 +32,6 @@ CASES = [
 ]
 ONE_OF_EACH_ENCODER = [
     ("SD3", "bfloat16", "lora"),  # CLIP and T5
-    ("SDXL", "fp16 files", "folder"),  # CLIP; its decoder is upcast
     ("Flux2", "bfloat16", "lora"),  # Mistral; it embeds guidance
     ("SANA", "float16", "lora"),  # Gemma 2
     ("Qwen-Image", "bfloat16", "folder"),  # Qwen 2.5-VL
@@ -90,7 +89,7 @@ def diffusers_requirements() -> tuple[str, str]:
     return f"diffusers=={lowest}", f"diffusers>={lowest},{below}"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("requirement", diffusers_requirements())
 def test_the_card_runs_with_all_allowed_diffusers(requirement: str, tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """In a process that has this diffusers, and all else as it is installed here."""

@@ -212,7 +212,7 @@ class Pipeline(Spec):
 
     @property
     def hint(self) -> str:
-        """What is known of its being distilled, in words."""
+        """What is known of its being distilled, in words; `doctor` and an export's card print it."""
         if self.distilled is not None:
             return "distilled" if self.distilled else "not distilled"
         if IS_DISTILLED in self.index:
@@ -222,7 +222,7 @@ class Pipeline(Spec):
         names = " ".join((Path(self.source).name, self.repository, self.class_name, scheduler))
         if few_step_name := FEW_STEP_NAMES.search(names):
             return f"distilled, by its name ({few_step_name[0]}): if so, set {FIELD}.distilled=true"
-        return f"unknown whether the base is distilled: set {FIELD}.distilled to true or false"
+        return f"not known whether it is distilled to few steps ({FIELD}.distilled)"
 
     def with_facts(self) -> "Pipeline":
         """The same with its facts; as it is where it is not here."""
@@ -325,6 +325,13 @@ class Pipeline(Spec):
             if file.is_file():
                 files.append(file)
         return sorted(files)
+
+    def require_text_files(self) -> None:
+        """Raise UserError where a text encoder or a tokenizer is missing. Reads no weights."""
+        if self.is_published:
+            return
+        for part in self.text_parts:
+            self.text_files(part)
 
     def texts_hash(self) -> str:
         """A hash of all that reads prompts. Raises UserError where a part is missing."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from dumo.encoders.part import DIFFUSERS, find_weights
 from dumo.encoders.pipeline import IS_DISTILLED, TRANSFORMER, UNET, component_names, weights_name
+from dumo.encoders.text import quietly
 from dumo.export.scheduler import restart_for_scheduler
 from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
@@ -93,7 +94,8 @@ class StockPipeline:
         """The names of the pipeline's components other than model and scheduler."""
         import diffusers  # slow to import, and an extra
 
-        pipeline_class = getattr(diffusers, self.pipeline)
+        with quietly():  # it would warn of image processors without torchvision, which no text needs
+            pipeline_class = getattr(diffusers, self.pipeline)
         return sorted(component_names(pipeline_class) - {TRANSFORMER, UNET, "scheduler"})
 
 

@@ -360,9 +360,11 @@ def _claim(folder: Path, index: TableIndex, rank: int) -> None:
         return
     existing_inputs = existing.binding()
     differences: list[str] = []
-    for key, value in inputs.items():
-        if existing_inputs.get(key) != value:
-            differences.append(f"{key}: {existing_inputs[key]} there, {value} now")
+    for key in {**inputs, **existing_inputs}:  # an input that is left out, such as encoder.without, is in one alone
+        existing_value = existing_inputs.get(key)
+        value = inputs.get(key)
+        if existing_value != value:
+            differences.append(f"{key}: {existing_value} there, {value} now")
     if differences:
         listed = "\n  ".join(differences)
         raise UserError(

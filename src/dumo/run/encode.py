@@ -82,7 +82,8 @@ def encoding_work(
 ) -> EncodingWork:
     """What to encode, and into which folders: as a recipe says, or a folder of images and options.
 
-    Raises UserError where the recipe trains on neither latents nor a table of texts, or an option is missing.
+    Raises UserError where the recipe trains on neither latents nor a table of texts, an option is missing, or the
+    pipeline lacks a text encoder: images may take hours, and captions come after them.
     """
     settings = [*options_as_settings(out, codec, side), *overrides]
     if choose(source).kind != "images":
@@ -93,6 +94,8 @@ def encoding_work(
                 f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
                 "nothing to encode"
             )
+        if isinstance(texts, PipelineTexts):
+            texts.pipeline.require_text_files()
         return EncodingWork(run.data, texts)
     if None in (out, codec, side):
         raise UserError(

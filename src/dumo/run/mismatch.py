@@ -31,7 +31,12 @@ def check_built(run: RunParts) -> None:
     """Raise UserError for the first mismatch of a net with its data, path, pipeline, slope, compiler or teacher."""
     require(_editing_faults(run.data, run.net))
     net = outline(run, short=True)
-    require(_patch_faults(run.data, net), _position_faults(run.data, net), _schedule_faults(run.path, run.net))
+    default_side = run.net.side if is_pretrained(run.net) else 0
+    require(
+        _patch_faults(run.data, net),
+        _position_faults(run.data, net, default_side),
+        _schedule_faults(run.path, run.net),
+    )
     slope = slope_of(run.objective)
     if slope:
         slope.check(run.train.precision, run.net.time_scale)
@@ -79,8 +84,11 @@ def _bucket_sides(data: "Images | Latents") -> list[int]:
     return sides
 
 
-def _position_faults(data: Data, net: nn.Module) -> Iterator[str]:
-    """Images of more patches along a side than a pretrained model has positions for."""
+def _position_faults(data: Data, net: nn.Module, default_side: int) -> Iterator[str]:
+    """Images of more patches along a side than a pretrained model has positions for.
+
+    default_side: the pixels along a side of the pipeline's default image; 0: it has none.
+    """
     if not is_dualized(net) or net.max_patches is None:
         return
     max_patches = net.max_patches
@@ -91,9 +99,12 @@ def _position_faults(data: Data, net: nn.Module) -> Iterator[str]:
     if patches > max_patches:
         field = "data.images.side" if is_latents(data) else "data.side"
         size = " x ".join(f"{side:,}" for side in pixels)
+        default = ""
+        if default_side and default_side // pixels_per_patch <= max_patches:
+            default = f" (the pipeline's default is {default_side})"
         yield (
             f"pipeline has a model with positions for {max_patches} patches a side, and images of {size} pixels have "
-            f"{patches}: set {field}={max_patches * pixels_per_patch} or less"
+            f"{patches}: set {field}={max_patches * pixels_per_patch} or less{default}"
         )
     bucket_field = buckets_field(data)
     if bucket_field and has_images(data):

@@ -70,7 +70,7 @@ def test_a_known_model_is_known_by_its_config(name: str, tmp_path: Path) -> None
 
 
 def test_what_is_not_in_the_config_is_hinted_or_unknown(folder: Path, tmp_path: Path) -> None:
-    assert Pipeline(source=str(folder)).hint.startswith("unknown")
+    assert Pipeline(source=str(folder)).hint.startswith("not known")
     assert Pipeline(source=str(folder), distilled=True).hint == "distilled"
     turbo = tmp_path / "sd35-large-turbo"
     turbo.symlink_to(folder)

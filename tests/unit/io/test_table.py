@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dumo.io import table
 from dumo.io.table import Column, ShardTable, TableIndex
+from dumo.types import UserError
 
 LENGTHS = [300, 1, 0, 70_000, 1]  # one byte of an int64 does not hold them
 
@@ -35,3 +37,28 @@ def test_the_hash_of_the_source_keeps_its_key_in_the_files(tmp_path: Path) -> No
     assert '"of": "h0"' in (tmp_path / table.FILE).read_text()
     (shard,) = table.read_finished(tmp_path, TableIndex, "is no table").shards
     assert shard.source_hash == "h0"
+
+
+class _IndexOfEncoder(TableIndex):
+    """An index, one of whose inputs is left out where it has no value, as those of captions do."""
+
+    without: tuple[str, ...] = ()
+
+    def binding(self) -> dict[str, Any]:
+        fields = super().binding()
+        if not self.without:
+            del fields["without"]
+        return fields
+
+
+@pytest.mark.parametrize(("first", "second"), [((), ("t5",)), (("t5",), ())])
+def test_a_table_of_an_input_that_the_other_has_not_is_refused(
+    tmp_path: Path, first: tuple[str, ...], second: tuple[str, ...]
+) -> None:
+    def make(without: tuple[str, ...]) -> None:
+        index = _IndexOfEncoder(columns={"x": Column(dtype="uint8")}, rows=1, without=without)
+        table.make(tmp_path, index, lambda *_: {"x": torch.zeros(1, dtype=torch.uint8)})
+
+    make(first)
+    with pytest.raises(UserError, match="without"):
+        make(second)

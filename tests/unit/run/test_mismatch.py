@@ -16,5 +16,5 @@ def test_the_longer_side_is_counted(shape: tuple[int, ...], monkeypatch: pytest.
     net = cast(Any, SimpleNamespace(max_patches=40, patch=2))
     data = Memory(name="array", shape=shape, classes=0, digest="")
     _, height, width = shape
-    (fault,) = mismatch._position_faults(data, net)
-    assert f"images of {height} x {width} pixels have 48: set data.side=80 or less" in fault
+    (fault,) = mismatch._position_faults(data, net, default_side=64)
+    assert f"images of {height} x {width} pixels have 48: set data.side=80 or less (the pipeline's default is 64)" in fault
