@@ -15,6 +15,7 @@ unless --heap. Then a step takes less time, and more memory than is counted.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -130,6 +131,7 @@ def do_work(args: argparse.Namespace) -> None:
                 net = layout.gathered(state.net, partial(build, run))
                 examination.examine_weights(run, net, torch.device("cpu"))
                 del net
+                gc.collect()
             begin_phase("save")
             if dist.is_main():
                 run_folder.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ calls `Journal.open`; the loop calls `Journal.hooks` after each step: log, then 
 are due. A skipped step and a burst are said at once, with what to type (`resume_hint`).
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -232,6 +233,8 @@ class Journal:
         with low_memory_heap():
             net = layout.gathered(state.net, partial(build, self.run))
             examination.examine_weights(self.run, net, self.device).require()
+            del net
+            gc.collect()  # hooks of its copy in float64 hold the net and themselves
 
 
 def _row_text(row: dict[str, Any]) -> str:

@@ -12,12 +12,16 @@ That takes minutes of 20 B weights, so before a net is made `least_bytes` bounds
 Activations (`activation_bytes`) are counted by following every tensor's storage from the operation that made it until
 it is freed. That needs the operations that a device would run: on meta, attention keeps all its scores, which no fused
 kernel does. So they are followed on fake tensors, which hold no numbers either, but say that they are on the CPU.
+
+A deep net is followed with a few of its blocks (`cost.by_depth`, of a UNet `_unet_peak`), for the same bytes.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil, prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -169,10 +173,12 @@ def activation_bytes(
     """The most bytes of a step of `rows` rows at one time, on top of weights, gradients and batch; on a CPU."""
 
     def peak_at(b: Noised) -> int:
-        def count(net: nn.Module) -> int:
-            return _step_bytes(net, objective, b, ref, precision, has_gradients=True).peak
+        def follow(net: nn.Module, watched: Collection[str] = ()) -> _LiveStorages:
+            return _follow_step(net, objective, b, ref, precision, has_gradients=True, watched=watched)
 
-        return cost.by_depth(net, count, check=True)
+        if cost.is_unet(net):
+            return _unet_peak(net, follow)
+        return cost.by_depth(net, lambda net: follow(net).peak, check=True)
 
     return max(peak_at(b) for b, _ in cost.phases(objective, path, rows, shape))
 
@@ -193,7 +199,8 @@ def step_bytes(
     """
     of_phases: list[StepBytes] = []
     for b, _ in cost.phases(objective, path, rows, shape):
-        of_phases.append(_step_bytes(net, objective, b, ref, precision, has_gradients=False))
+        live = _follow_step(net, objective, b, ref, precision, has_gradients=False)
+        of_phases.append(StepBytes(live.before, live.peak))
     return max(of_phases, key=lambda size: size.peak)
 
 
@@ -217,10 +224,41 @@ def _weights(net: nn.Module) -> tuple[Tensor, ...]:
     return (*net.parameters(), *net.buffers())
 
 
-def _step_bytes(
-    net: nn.Module, objective: Objective, b: Noised, ref: cost.Theta, precision: Precision, *, has_gradients: bool
-) -> StepBytes:
-    """Follow one step on fake tensors. `has_gradients`: gradients are there before, so they do not count in it."""
+def _unet_peak(net: nn.Module, follow: Callable[[nn.Module, Collection[str]], "_LiveStorages"]) -> int:
+    """The most bytes of a step of a UNet at one time, by a few of the blocks in its transformers.
+
+    A block that is left out adds what the block that stands for it left behind in the forward pass, if all of that is
+    still alive when the bytes are at their peak. Then no block adds more at any other time, so that the peak of the
+    whole net is at the same operation. Else the whole net is followed. `follow` follows a step of a net, and watches
+    the blocks at some paths.
+    """
+    sampled = cost.sample_blocks(net)
+    if not sampled.left_out:
+        return follow(net, ()).peak
+    live = follow(sampled.net, sampled.left_out.keys())
+    peak = live.peak
+    for path, number in sampled.left_out.items():
+        block = live.blocks[path]
+        if block.bytes_at_peak != block.bytes_left_behind:
+            return follow(net, ()).peak
+        peak += number * block.bytes_at_peak
+    return peak
+
+
+def _follow_step(
+    net: nn.Module,
+    objective: Objective,
+    b: Noised,
+    ref: cost.Theta,
+    precision: Precision,
+    *,
+    has_gradients: bool,
+    watched: Collection[str] = (),
+) -> "_LiveStorages":
+    """Follow one step on fake tensors, and watch the blocks at the paths `watched`.
+
+    `has_gradients`: gradients are there before, so they do not count in it.
+    """
     net, theta = cost.outlines(net, ref)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in {net, theta.module}:
@@ -228,19 +266,38 @@ def _step_bytes(
         share(theta.module, net)
         for p in net.parameters():
             p.grad = torch.empty_like(p) if has_gradients and p.requires_grad else None
-        with autocast(precision, "cpu"):
-            return follow_bytes(cost.step_of(net, theta, objective, cost.on_cpu(b)))
+        step = cost.step_of(net, theta, objective, cost.on_cpu(b))
+        live = _LiveStorages({path: net.get_submodule(path) for path in watched})
+        with autocast(precision, "cpu"), live:
+            step()
+    return live
+
+
+@dataclass
+class _WatchedBlock:
+    """The bytes of the storages that were made while a block's forward pass ran."""
+
+    bytes: int = 0  # alive now
+    bytes_left_behind: int = 0  # alive when a forward pass with gradients had ended, at most
+    bytes_at_peak: int = 0  # alive when those of all were at their peak
 
 
 class _LiveStorages(TorchDispatchMode):
     """Sees every operation beneath autograd, backward passes included, and so every storage on its way in or out."""
 
-    def __init__(self) -> None:
+    def __init__(self, watched: Mapping[str, nn.Module] = MappingProxyType({})) -> None:
+        """`watched`: blocks by path, whose bytes are told apart in `blocks`."""
         super().__init__()
         self.before = 0
         self.now = 0
         self.peak = 0
+        self.blocks = {path: _WatchedBlock() for path in watched}
         self._counted: dict[int, int] = {}  # storages alive: bytes that count in `now`
+        self._running: _WatchedBlock | None = None
+        for path, module in watched.items():
+            module.register_forward_pre_hook(partial(self._begin_block, self.blocks[path]))
+            # recomputing a block ends it early, by an exception
+            module.register_forward_hook(partial(self._end_block, self.blocks[path]), always_call=True)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -252,7 +309,10 @@ class _LiveStorages(TorchDispatchMode):
         out = func(*args, **kwargs or {})
         for storage in _storages(out):
             self._meet(storage, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+        if self.now > self.peak:
+            self.peak = self.now
+            for block in self.blocks.values():
+                block.bytes_at_peak = block.bytes
         return out
 
     def _meet(self, storage: torch.UntypedStorage, size: int) -> bool:
@@ -262,11 +322,28 @@ class _LiveStorages(TorchDispatchMode):
             return False
         self._counted[key] = size
         self.now += size
-        weakref.finalize(storage, self._leave, key).atexit = False
+        if self._running is not None:
+            self._running.bytes += size
+        weakref.finalize(storage, self._leave, key, self._running).atexit = False
         return True
 
-    def _leave(self, key: int) -> None:
-        self.now -= self._counted.pop(key)
+    def _leave(self, key: int, block: _WatchedBlock | None) -> None:
+        """Count a storage no more. `block` is the one that made it."""
+        size = self._counted.pop(key)
+        self.now -= size
+        if block is not None:
+            block.bytes -= size
+
+    def _begin_block(self, block: _WatchedBlock, *_: object) -> None:
+        """Note that a block makes what is made from now on; a hook before its forward pass."""
+        self._running = block
+
+    def _end_block(self, block: _WatchedBlock, *_: object) -> None:
+        """Note what a block leaves behind; a hook after its forward pass."""
+        self._running = None
+        is_backward = torch._C._current_graph_task_id() != -1  # it is computed again there, and used at once
+        if torch.is_grad_enabled() and not is_backward:
+            block.bytes_left_behind = max(block.bytes_left_behind, block.bytes)
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:

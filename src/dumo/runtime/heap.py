@@ -19,7 +19,8 @@ LARGEST_KEPT = 32 * MiB  # the largest block that glibc keeps, once it has freed
 def low_memory_heap() -> Generator[None, None, None]:
     """While inside, freed blocks of 128 KiB and more go back to the system at once; afterwards glibc's default holds.
 
-    What is free already goes back first. It is for making and examining weights, not for training: a step on a CPU
+    What is free goes back first, and again at the end: new blocks fill gaps between older ones before the heap grows,
+    and such a gap does not go back by itself. It is for making and examining weights, not for training: a step on a CPU
     would take more than twice the time. Does nothing where the environment chooses, or without glibc.
     """
     libc = ctypes.CDLL(None)
@@ -34,3 +35,4 @@ def low_memory_heap() -> Generator[None, None, None]:
     finally:
         mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
         mallopt(TRIM_THRESHOLD, 2 * LARGEST_KEPT)
+        libc.malloc_trim(0)

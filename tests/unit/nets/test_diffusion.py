@@ -15,13 +15,14 @@ import transformers_tiny as tiny
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Diffusion
+from dumo.flow.precision import Precision
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora, adapters
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, PIXART, PIXART_ALPHA, Family, family
 from dumo.objectives import DuMo
-from dumo.run import cost
+from dumo.run import cost, memory
 from dumo.types import Frozen, UserError
 from tiers import tiered
 from transformers_saved import CLASSES, NOISE, SHAPE, Saved, batch, built, of, saved, texts
@@ -248,6 +249,55 @@ def test_a_unet_is_counted_by_the_first_blocks_of_its_transformers(
         counts.append((passed, cost.step_cost(net, objective, path, SHAPE)))
     assert counts[0] == counts[1]
     assert counts[0][0] == counts[0][1].pass_flops
+
+
+@pytest.mark.parametrize(
+    ("layers", "more"),
+    tiered(
+        [((1, 5), {}), ((3, 4), CROSS), ((4, 9), CROSS)],
+        now=[((1, 5), {})],
+        id=lambda case: f"{case[0]} {len(case[1])}",
+    ),
+)
+@pytest.mark.parametrize("lora", [None, LORA], ids=tuned)
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("precision", tiered(["fp32", "bf16"], now=["bf16"]))
+def test_so_are_its_bytes(
+    layers: tuple[int, int],
+    more: dict[str, Any],
+    lora: Lora | None,
+    checkpoint: bool,
+    precision: Precision,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the last byte, and all blocks are followed only where some are gone at the peak."""
+    import diffusers
+
+    spec, row = saved(tmp_path, "sdxl"), tiny.TINY["sdxl"]
+    config: dict[str, Any] = {**row.config, "transformer_layers_per_block": [*layers], **more}
+    diffusers.UNet2DConditionModel.from_config(config).save_pretrained(spec.pipeline.folder)
+    net = built(spec.model_copy(update={"checkpoint": checkpoint}), lora=lora)
+    assert net.frame is not None
+    path = Diffusion(schedule=net.frame.schedule)
+    objective = DuMo(slope=DualSlope())
+    followed: list[int] = []
+    follow_step = memory._follow_step
+
+    def follow(net: nn.Module, *args: Any, **named: Any) -> Any:  # noqa: ANN401
+        followed.append(sum(len(stretch.blocks) for stretch in cost.stretches(net)))
+        return follow_step(net, *args, **named)
+
+    monkeypatch.setattr(memory, "_follow_step", follow)
+
+    def count() -> int:
+        return memory.activation_bytes(net, objective, path, SHAPE, rows=2, precision=precision)
+
+    few = count()
+    monkeypatch.setattr(cost, "sample_blocks", lambda net: cost.SampledNet(net, {}))
+    assert few == count()
+    print("FOLLOWED", layers, lora, checkpoint, precision, followed)
+    assert followed[0] < followed[-1]
 
 
 @pytest.mark.nightly

@@ -25,11 +25,17 @@ with low_memory_heap() if sys.argv[1] == "within" else contextlib.nullcontext():
         freed.append(torch.ones(2**20))
         kept.append(torch.ones(2**14))
     del freed
+    if sys.argv[1] != "refilled":
+        print(own() - begun)
+if sys.argv[1] == "refilled":
+    with low_memory_heap():
+        freed = [torch.ones(2**20) for _ in range(40)]  # into the gaps
+        del freed
     print(own() - begun)
 """
 
 
-KEPT = [("never", True), ("within", False), ("after", True)]
+KEPT = [("never", True), ("within", False), ("after", True), ("refilled", False)]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another heap")
