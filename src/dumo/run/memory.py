@@ -277,7 +277,7 @@ def _follow_step(
 class _WatchedBlock:
     """The bytes of the storages that were made while a block's forward pass ran."""
 
-    bytes: int = 0  # alive now
+    bytes_now: int = 0  # alive now
     bytes_left_behind: int = 0  # alive when a forward pass with gradients had ended, at most
     bytes_at_peak: int = 0  # alive when those of all were at their peak
 
@@ -293,7 +293,7 @@ class _LiveStorages(TorchDispatchMode):
         self.peak = 0
         self.blocks = {path: _WatchedBlock() for path in watched}
         self._counted: dict[int, int] = {}  # storages alive: bytes that count in `now`
-        self._running: _WatchedBlock | None = None
+        self._running_block: _WatchedBlock | None = None
         for path, module in watched.items():
             module.register_forward_pre_hook(partial(self._begin_block, self.blocks[path]))
             # recomputing a block ends it early, by an exception
@@ -312,7 +312,7 @@ class _LiveStorages(TorchDispatchMode):
         if self.now > self.peak:
             self.peak = self.now
             for block in self.blocks.values():
-                block.bytes_at_peak = block.bytes
+                block.bytes_at_peak = block.bytes_now
         return out
 
     def _meet(self, storage: torch.UntypedStorage, size: int) -> bool:
@@ -322,9 +322,9 @@ class _LiveStorages(TorchDispatchMode):
             return False
         self._counted[key] = size
         self.now += size
-        if self._running is not None:
-            self._running.bytes += size
-        weakref.finalize(storage, self._leave, key, self._running).atexit = False
+        if self._running_block is not None:
+            self._running_block.bytes_now += size
+        weakref.finalize(storage, self._leave, key, self._running_block).atexit = False
         return True
 
     def _leave(self, key: int, block: _WatchedBlock | None) -> None:
@@ -332,18 +332,18 @@ class _LiveStorages(TorchDispatchMode):
         size = self._counted.pop(key)
         self.now -= size
         if block is not None:
-            block.bytes -= size
+            block.bytes_now -= size
 
     def _begin_block(self, block: _WatchedBlock, *_: object) -> None:
         """Note that a block makes what is made from now on; a hook before its forward pass."""
-        self._running = block
+        self._running_block = block
 
     def _end_block(self, block: _WatchedBlock, *_: object) -> None:
         """Note what a block leaves behind; a hook after its forward pass."""
-        self._running = None
+        self._running_block = None
         is_backward = torch._C._current_graph_task_id() != -1  # it is computed again there, and used at once
         if torch.is_grad_enabled() and not is_backward:
-            block.bytes_left_behind = max(block.bytes_left_behind, block.bytes)
+            block.bytes_left_behind = max(block.bytes_left_behind, block.bytes_now)
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
