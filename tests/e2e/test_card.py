@@ -89,8 +89,13 @@ def diffusers_requirements() -> tuple[str, str]:
     return f"diffusers=={lowest}", f"diffusers>={lowest},{below}"
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("requirement", diffusers_requirements())
+LOWEST, NEWEST = diffusers_requirements()
+
+
+@pytest.mark.parametrize(
+    "requirement",
+    [pytest.param(LOWEST, marks=pytest.mark.slow), pytest.param(NEWEST, marks=pytest.mark.nightly)],  # mostly installed
+)
 def test_the_card_runs_with_all_allowed_diffusers(requirement: str, tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """In a process that has this diffusers, and all else as it is installed here."""
     install_diffusers(requirement, tmp_path / "libraries")
