@@ -17,6 +17,5 @@ def test_the_longer_side_is_counted(shape: tuple[int, ...], monkeypatch: pytest.
     data = Memory(name="array", shape=shape, classes=0, digest="")
     _, height, width = shape
     (fault,) = mismatch._position_faults(data, net, default_side=64)
-    assert (
-        f"images of {height} x {width} pixels have 48: set data.side=80 or less (the pipeline's default is 64)" in fault
-    )
+    images = f"images of {height} x {width} pixels have 48"
+    assert f"{images}: set data.side=80 or less (the pipeline's default is 64)" in fault
