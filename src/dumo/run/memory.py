@@ -286,7 +286,7 @@ class _LiveStorages(TorchDispatchMode):
     """Sees every operation beneath autograd, backward passes included, and so every storage on its way in or out."""
 
     def __init__(self, watched: Mapping[str, nn.Module] = MappingProxyType({})) -> None:
-        """`watched`: blocks by path, whose bytes are said apart in `blocks`."""
+        """`watched`: blocks by path, whose bytes are counted apart in `blocks`."""
         super().__init__()
         self.before = 0
         self.now = 0
