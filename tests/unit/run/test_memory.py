@@ -1,9 +1,12 @@
 """Bytes are counted as by hand, before anything is made."""
 
+from collections.abc import Collection
+
+import pytest
 import torch
 from torch import nn
 
-from dumo.run import memory
+from dumo.run import cost, memory
 from dumo.run.memory import HeldBytes, StepBytes, TrainingBytes, follow_bytes
 
 N = 1000  # numbers of a tensor, four bytes each
@@ -62,3 +65,33 @@ def test_a_part_of_what_is_held() -> None:
     held = HeldBytes(weights=8, gradients=6, optimizer=12, averages=4)
     assert held.part(2) == HeldBytes(4, 3, 6, 2)
     assert TrainingBytes(1, held, 10).total == sum(TrainingBytes(1, held, 10).parts.values()) == 40
+
+
+@pytest.mark.parametrize(("bytes_at_peak", "peak"), [(4, 10 + 3 * 4), (2, 99)])
+def test_all_blocks_of_a_unet_are_followed_if_one_is_gone_at_the_peak(
+    bytes_at_peak: int, peak: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, sampled_net = nn.Module(), nn.Module()
+    monkeypatch.setattr(cost, "sample_blocks", lambda _: cost.SampledNet(sampled_net, {"block": 3}))
+
+    def follow(followed: nn.Module, watched: Collection[str]) -> memory._LiveStorages:
+        live = memory._LiveStorages()
+        live.peak = 10 if followed is sampled_net else 99
+        live.blocks = {
+            path: memory._WatchedBlock(0, bytes_left_behind=4, bytes_at_peak=bytes_at_peak) for path in watched
+        }
+        return live
+
+    assert memory._unet_peak(net, follow) == peak
+
+
+def test_a_watched_block_leaves_behind_what_outlives_its_pass_with_gradients() -> None:
+    block = nn.Sequential(nn.Tanh(), nn.Tanh())  # each saves its result
+    x = torch.ones(N, requires_grad=True)
+    with memory._LiveStorages({"block": block}) as live:
+        with torch.no_grad():
+            block(x)
+        y = block(x) * 1
+        assert live.blocks["block"].bytes_now == 4 * 2 * N
+        y.sum().backward()
+    assert live.blocks["block"] == memory._WatchedBlock(0, bytes_left_behind=4 * 2 * N, bytes_at_peak=4 * 2 * N)
