@@ -296,7 +296,6 @@ def test_so_are_its_bytes(
     few = count()
     monkeypatch.setattr(cost, "sample_blocks", lambda net: cost.SampledNet(net, {}))
     assert few == count()
-    print("FOLLOWED", layers, lora, checkpoint, precision, followed)
     assert followed[0] < followed[-1]
 
 
