@@ -20,7 +20,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dumo.encoders import pipeline as pipelines
 from dumo.encoders.codec import FIELD, Images, Latent, Moments, Opened, Published, Scaled
-from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, require_weights
+from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, first_unfit_key, require_weights
 from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
 from dumo.io.read import brief, foreign, read_settings, user_path
 from dumo.runtime import import_bitsandbytes, install
@@ -214,16 +214,10 @@ def _load_model(name: str, codec: Scaled) -> tuple[nn.Module, str]:
         read_settings(folder / CONFIG, HINT)
     with foreign(f"{folder} holds no {name} that diffusers can load", HINT):
         model_class = getattr(diffusers, name)
-        net, info = model_class.from_pretrained(
-            folder,
-            output_loading_info=True,
-            variant=part_weights.variant,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-        for report in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            for key in info.get(report, ()):
-                raise RuntimeError(f"{key} is missing, unknown or misshapen, by its {CONFIG}")
+        net, report = part_weights.build_model(model_class)
+        unfit_key = first_unfit_key(report)
+        if unfit_key is not None:
+            raise RuntimeError(f"{unfit_key} is missing, unknown or misshapen, by its {CONFIG}")
         if codec.variants:
             require_variant(codec, net.config, folder)
         return net.float().eval().requires_grad_(False), sha256

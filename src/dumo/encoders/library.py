@@ -43,15 +43,7 @@ def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # 
     model_class = getattr(import_transformers(field), class_name)
     part_weights = require_weights(folder, TRANSFORMERS, field, hint)
     with foreign(f"{field}: {folder} holds no model that transformers can load", hint), quietly():
-        model, info = model_class.from_pretrained(
-            folder,
-            output_loading_info=True,
-            variant=part_weights.variant,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-        )
+        model, info = part_weights.build_model(model_class, trust_remote_code=False, dtype=torch.float32)
         missing = sorted(info["missing_keys"])
         if missing:  # transformers would draw these weights at random
             # no UserError: `foreign` makes one of it, with field, folder and hint

@@ -9,13 +9,15 @@ and `model` of models of transformers. A folder may hold its weights several tim
     NAME.fp16-00001-of-00002.safetensors   a variant in shards, which NAME.safetensors.index.fp16.json lists
 
 Code that opens weights of a folder asks here: `find_weights` chooses the first of these that is complete, and
-`require_weights` refuses a folder without any. `PartWeights` is the choice; its `variant` goes to `from_pretrained`.
+`require_weights` refuses a folder without any. `PartWeights` is the choice; `build_model` opens it by its library, and
+`first_unfit_key` says whether it fits.
 `download_command` fetches the plain weights of parts alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +67,20 @@ class PartWeights:
         tensors = weights.load(self.files[0])
         return next(iter(tensors.values())).dtype
 
+    def build_model(self, model_class: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:  # noqa: ANN401, of others
+        """A model of diffusers or transformers with these weights, and its library's report of how they fit.
+
+        Raises what the library does. Pickles and the network are never used.
+        """
+        return model_class.from_pretrained(
+            self.files[0].parent,
+            output_loading_info=True,
+            variant=self.variant,
+            use_safetensors=True,
+            local_files_only=True,
+            **options,
+        )
+
     def require_undamaged(self, hint: str = "") -> None:
         """Read the headers. Raises UserError, which ends in `hint`, for a damaged file."""
         for file in self.files:
@@ -80,6 +96,14 @@ class PartWeights:
         if len(hashes) == 1:
             return hashes[0]
         return digest.of_bytes(*(sha256.encode() for sha256 in hashes))
+
+
+def first_unfit_key(report: Mapping[str, Any]) -> str | None:
+    """The name of a weight that is missing, unknown or misshapen, by a library's report; None: all fit."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        for key in report.get(kind, ()):
+            return str(key)
+    return None
 
 
 def find_weights(folder: Path, name: str) -> PartWeights | None:

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dumo.encoders.part import DIFFUSERS, PartWeights, require_weights
+from dumo.encoders.part import DIFFUSERS, PartWeights, first_unfit_key, require_weights
 from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, PipelineSpec
 from dumo.io.deferred import leaf, unnoted
 from dumo.io.read import foreign
@@ -248,19 +248,13 @@ class Pretrained(PipelineSpec):
         with foreign(f"{folder} holds no {model_class.__name__} that diffusers can load", HINT), unnoted():
             from accelerate import init_empty_weights
 
-            model, info = model_class.from_pretrained(
-                folder,
-                output_loading_info=True,
-                variant=stored_weights.variant,
-                use_safetensors=True,
-                local_files_only=True,
-                torch_dtype=stored_weights.dtype,  # diffusers maps what it need not cast
-            )
+            # diffusers maps what it need not cast
+            model, report = stored_weights.build_model(model_class, torch_dtype=stored_weights.dtype)
             with init_empty_weights():
                 buffers = dict(model_class.from_config(config).named_buffers())  # float32, whatever the file's type
-        for report in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            for key in info.get(report, ()):
-                raise UserError(f"{folder}: the weights do not fit {CONFIG}: {key} is missing, unknown or misshapen")
+        unfit_key = first_unfit_key(report)
+        if unfit_key is not None:
+            raise UserError(f"{folder}: the weights do not fit {CONFIG}: {unfit_key} is missing, unknown or misshapen")
         stored = stored_weights.load()
         keeps_dtype = self.lora is not None and self.lora.frozen != "float32"
         for path, module in model.named_modules():
