@@ -72,7 +72,7 @@ def test_captions_are_read(photos: Path) -> None:
     assert done.code == 0, done
     said = " ".join(done.out.split())
     assert "13, 30 pixels" in said  # captions are no classes
-    assert "captions 6 of 13 images, one each; 7 images have none; the net reads them" in said
+    assert "captions 6 different ones of 13 images, one each; 7 images have none; the net reads them" in said
     run = load("runs/photos")
     assert (run.data.captions.kind, run.net.kind, run.net.texts.kind) == ("files", "dit", "learned")
     assert run.net.texts.tokenizer.length == len("a cat, number 0") + 1
@@ -120,7 +120,7 @@ def test_a_table_of_captions_is_read(here: Path, monkeypatch: pytest.MonkeyPatch
     found = proposal.propose("photos.parquet", device="cpu")
     lines = dict(found.lines())
     assert lines["images"].startswith("30, ")
-    assert lines["captions"].startswith("30 of 30 images, one each; the net reads them")
+    assert lines["captions"].startswith("30 different ones of 30 images, one each; the net reads them")
     assert found.run.data.classes == 30
     named = proposal.propose(
         "photos.parquet", ["data.captions={kind: files, name: text}", "net.texts.depth=2"], device="cpu"

@@ -76,6 +76,7 @@ class ChosenSource:
     kind: Literal["recipe", "file", "run", "images"]
     word: str | Path  # what to give to `read`; for images their place
     folder: Path  # the folder to train in, unless another is given
+    is_continued: bool = True  # of a run: whether it is trained in its own folder, not another one in a new folder
 
     @property
     def meaning(self) -> str:
@@ -86,7 +87,9 @@ class ChosenSource:
             case "file":
                 return f"the settings in {self.word}"
             case "run":
-                return f"the run in {self.folder}, which goes on"
+                if self.is_continued:
+                    return f"the run in {self.folder}, which goes on"
+                return f"the settings of the run in {self.folder}, for a new run"
             case "images":
                 return f"the images in {self.word}"
 
@@ -110,10 +113,10 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
         if path.suffix in IMAGE_FILES:
             return ChosenSource("images", source, folder_of_images(source))
         if path.name == FILE:
-            return ChosenSource("run", source, path.parent)
+            return ChosenSource("run", source, path.parent, is_continued=out is None or out == path.parent)
     elif os.path.isdir(path):
         if (path / FILE).is_file():
-            return ChosenSource("run", source, path)
+            return ChosenSource("run", source, path, is_continued=out is None or out == path)
         if (path / PIPELINE_INDEX).is_file():
             raise UserError(f"{source} is the pipeline of a model, not a run or images: {_pipeline_fix(str(source))}")
         return ChosenSource("images", source, folder_of_images(source))

@@ -20,6 +20,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dumo.encoders import pipeline as pipelines
 from dumo.encoders.codec import FIELD, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.library import quietly
 from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, first_unfit_key, require_weights
 from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
 from dumo.io.read import brief, foreign, read_settings, user_path
@@ -214,7 +215,8 @@ def _load_model(name: str, codec: Scaled) -> tuple[nn.Module, str]:
         read_settings(folder / CONFIG, HINT)
     with foreign(f"{folder} holds no {name} that diffusers can load", HINT):
         model_class = getattr(diffusers, name)
-        net, report = part_weights.build_model(model_class)
+        with quietly("diffusers"):  # it would show a bar of shards
+            net, report = part_weights.build_model(model_class)
         unfit_key = first_unfit_key(report)
         if unfit_key is not None:
             raise RuntimeError(f"{unfit_key} is missing, unknown or misshapen, by its {CONFIG}")

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from dumo.encoders.library import quietly
 from dumo.encoders.part import DIFFUSERS, PartWeights, first_unfit_key, require_weights
 from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, PipelineSpec
 from dumo.io.deferred import leaf, unnoted
@@ -249,7 +250,8 @@ class Pretrained(PipelineSpec):
             from accelerate import init_empty_weights
 
             # diffusers maps what it need not cast
-            model, report = stored_weights.build_model(model_class, torch_dtype=stored_weights.dtype)
+            with quietly("diffusers"):  # it would show a bar of shards
+                model, report = stored_weights.build_model(model_class, torch_dtype=stored_weights.dtype)
             with init_empty_weights():
                 buffers = dict(model_class.from_config(config).named_buffers())  # float32, whatever the file's type
         unfit_key = first_unfit_key(report)

@@ -48,6 +48,7 @@ TEACH_AGAIN = (
     "teach it v again, first by objective.kind=flow_matching, then from that run by start; net.lowpass=30 keeps more "
     "waves, but such a net was too quick for DuMo on digits"
 )
+LOWPASS = 10.0  # rad, of the recipes' nets
 MAX_RATE = 3.0  # of |t dv/dt| / |v|: in nets of digits that could be tuned at most 0.6, in one that could not 4.4. Ours
 
 
@@ -73,7 +74,7 @@ def caption_findings(data: Data) -> list[Finding]:
     no_caption = len(captions)  # the number that stands for none
     without_caption = int((captions.first(torch.arange(num_images)) == no_caption).sum())
     each = f"up to {most}" if most > 1 else "one"
-    text = f"{len(captions):,} of {num_images:,} images, {each} each"
+    text = f"{len(captions):,} different ones of {num_images:,} images, {each} each"
     if without_caption == 1:
         text += "; 1 image has none"
     elif without_caption:
@@ -245,7 +246,7 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
             change = float((v - original_v).norm() / v.norm())
             text = "; ".join(map(str, net.fits)) + f"; |dv| / |v| = {100 * change:.2g} %"
             findings.append(ok_or_warning("low-pass", text, TEACH_AGAIN if change > MAX_CHANGE else ""))
-    findings.append(_rate_finding(t, v, dv_dt))
+    findings.append(rate_finding(t, v, dv_dt, spec.lowpass))
     return findings
 
 
@@ -257,12 +258,16 @@ def velocity_index(heads: Sequence[str]) -> int:
     return heads.index("v") if "v" in heads else 0
 
 
-def _rate_finding(t: Tensor, v: Tensor, dv_dt: Tensor) -> Finding:
-    """How quickly the velocity v (n, *d) changes at the times t (n,), relative to its length."""
+def rate_finding(t: Tensor, v: Tensor, dv_dt: Tensor, lowpass: float | None) -> Finding:
+    """How quickly the velocity v (n, *d) changes at the times t (n,) of TIMES, relative to its length.
+
+    `lowpass` is the net's (`net.lowpass`, in rad): what to do where v is too quick is to set a lower one.
+    """
     change_norms = (lift(t, v) * dv_dt).flatten(1).norm(dim=1)
     rates: list[float] = (change_norms / v.flatten(1).norm(dim=1)).tolist()
     text = ", ".join(f"{rate:.2g} at {time:g}" for time, rate in zip(TIMES, rates, strict=True))
     way = ""
     if max(rates) > MAX_RATE:
-        way = "net.lowpass=10, or less: u may diverge where v changes so quickly"
+        lower = LOWPASS if lowpass is None or lowpass > LOWPASS else lowpass / 2
+        way = f"net.lowpass={lower:g}, or less: u may diverge where v changes so quickly"
     return ok_or_warning("|t dv/dt| / |v|", text, way)

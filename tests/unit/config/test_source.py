@@ -16,4 +16,7 @@ def test_what_a_word_is_taken_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert choose("mine.yaml").meaning == "the settings in mine.yaml"
     assert choose("./digits").meaning == choose("digits/run.yaml").meaning == "the run in digits, which goes on"
     assert choose("digits", Path("digits")).meaning == "the run in digits, which goes on"
+    settings = "the settings of the run in digits, for a new run"
+    assert choose("./digits", Path("again")).meaning == choose("digits/run.yaml", Path("again")).meaning == settings
+    assert choose("./digits", Path("digits")).meaning == "the run in digits, which goes on"
     assert choose("cats").meaning == "the images in cats"

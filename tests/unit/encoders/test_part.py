@@ -132,8 +132,10 @@ def saved_again(folder: Path, to: Path, *, variant: str | None, shard_size: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "shard_size"), [(None, "20KB"), ("fp16", "5GB"), ("fp16", "20KB")])
-def test_a_pipeline_opens_however_its_weights_are_saved(variant: str | None, shard_size: str, tmp_path: Path) -> None:
-    """Sharded, and of a variant alone: the same numbers, rounded as the variant is."""
+def test_a_pipeline_opens_however_its_weights_are_saved(
+    variant: str | None, shard_size: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Sharded, and of a variant alone: the same numbers, rounded as the variant is. No library shows its own bars."""
     plain = save("SD3", tmp_path / "plain")
     other = saved_again(plain, tmp_path / "other", variant=variant, shard_size=shard_size)
     assert not [*other.rglob(DIFFUSERS_FILE), *other.rglob(TRANSFORMERS_FILE)] or shard_size == "20KB"
@@ -141,7 +143,10 @@ def test_a_pipeline_opens_however_its_weights_are_saved(variant: str | None, sha
     assert (found.variant, found.index is not None) == (variant, shard_size == "20KB")
     facts = Pipeline(source=str(other)).with_facts().facts or {}
     assert facts["vae.weights"] == PipelineVae().within(Pipeline(source=str(other))).open().sha256
-    for mine, theirs in zip(opened(other), opened(plain), strict=True):
+    capfd.readouterr()
+    opened_other = opened(other)
+    assert "Loading" not in capfd.readouterr().err
+    for mine, theirs in zip(opened_other, opened(plain), strict=True):
         if variant is None:
             assert torch.equal(mine, theirs)
         else:

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from dumo.config.load import load
 from dumo.data import Data
-from dumo.plan.findings import caption_findings, measure_separability, velocity_index
+from dumo.plan.findings import TIMES, caption_findings, measure_separability, rate_finding, velocity_index
 from dumo.run.resolve import resolve
 from dumo.runtime.random import keyed
 from unit.data.animals import SIDE, as_folder
@@ -93,3 +94,16 @@ def test_the_velocity_is_examined_wherever_it_stands() -> None:
     assert velocity_index(["v", "u"]) == 0
     assert velocity_index(["u", "v"]) == 1
     assert velocity_index(["u"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("lowpass", "way"), [(None, "net.lowpass=10"), (30.0, "net.lowpass=10"), (10.0, "net.lowpass=5")]
+)
+def test_a_velocity_that_changes_too_quickly_asks_for_a_lower_lowpass_than_the_run_has(
+    lowpass: float | None, way: str
+) -> None:
+    t = torch.ones(len(TIMES))
+    v = torch.ones(len(TIMES), 1)
+    assert rate_finding(t, v, 2 * v, lowpass).state == "ok"
+    finding = rate_finding(t, v, 4 * v, lowpass)
+    assert (finding.state, finding.way.split(",")[0]) == ("warning", way)
