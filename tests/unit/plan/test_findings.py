@@ -74,7 +74,7 @@ def test_captions_are_counted(tmp_path: Path) -> None:
     words = "200, of 10 classes by 15 templates, and 5 that are held out of training"
     assert lines(load("digits-words").data) == [("ok", words)]
     as_lines(tmp_path / "a", TOLD)
-    assert lines(captioned(tmp_path / "a")) == [("ok", "9 of 12 images, up to 2 each; 1 image has none")]
+    assert lines(captioned(tmp_path / "a")) == [("ok", "9 different ones of 12 images, up to 2 each; 1 image has none")]
     assert lines(captioned(tmp_path / "later")) == []
 
 
