@@ -118,7 +118,7 @@ class Cifar10(nn.Module):
 
 
 @dataclass(frozen=True)
-class Shipped:
+class ShippedClassifier:
     """A classifier with the weights that come with the package, on the CPU, in evaluation mode."""
 
     kind: type[DigitsClassifier | Cifar10]
@@ -151,8 +151,8 @@ class Shipped:
         return self.net.logits(f).argmax(1)
 
 
-digits = Shipped(DigitsClassifier, Path(__file__).with_name("digits.safetensors"))
-cifar10 = Shipped(Cifar10, Path(__file__).with_name("cifar10.safetensors"))
+digits = ShippedClassifier(DigitsClassifier, Path(__file__).with_name("digits.safetensors"))
+cifar10 = ShippedClassifier(Cifar10, Path(__file__).with_name("cifar10.safetensors"))
 
 
 def _conv(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> nn.Sequential:

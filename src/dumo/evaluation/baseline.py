@@ -1,183 +1,140 @@
-"""What a perfect sampler would have, one that makes new real images; and kernel distances by class.
+"""Scores expected from a perfect sampler, one that draws new real images, for comparison with measured ones.
 
-`perfect` gives its scores `mmd` and `fd`, `perfect_by_class` its `class_mmd`, `distance_unit` any squared distance as a
-function of the numbers of rows. `mmd` and `noise_by_class` measure samples and noise; `class_facts` says which classes
-do not count. `random_parts` and `summarize` serve protocols that compare by random parts.
+`perfect_sampler_scores` gives them for a protocol that measures `mmd`, `class_mmd` and `fd`. For any other squared
+distance, `measure_null_distance` compares random parts of the data with each other and returns a `NullDistance`, whose
+`scaled_to` gives the expected score at the protocol's own numbers of samples and real images. `random_parts` serves
+protocols that compare parts of the data themselves.
+
+Kernel distances have no bias: a perfect sampler's are 0 in the mean, and only their spread is computed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
-from dumo.evaluation.distance import (
-    Moments,
-    class_mmd,
-    class_mmd_deviation,
-    class_shares,
-    frechet_distance,
-    gaussian_mmd,
-    mean_sd,
-    mmd_deviation,
-    shared_classes,
-)
-from dumo.evaluation.metric import CLASS_MMD
+from dumo.evaluation.by_class import perfect_class_mmd
+from dumo.evaluation.distance import Moments, frechet_distance, mean_sd, mmd_deviation
 from dumo.evaluation.protocol import Scores
 from dumo.runtime.random import stream
 from dumo.types import Cond
 
-MAX_PART_ROWS = 5000  # rows of a part between which distances are measured, where `least` allows: ours
-PART_PAIRS = 60  # of parts: the spread is known to a tenth. Ours
-LEAST = 2.5  # rows for each feature: Chong & Forsyth begin at 5,000 for 2,048
+MAX_PART_ROWS = 5000  # rows of a part, unless `min_part_rows` asks for more: ours
+PART_PAIRS = 60  # pairs of parts that are compared; their spread is then known to a tenth: ours
+MIN_ROWS_PER_FEATURE = 2.5  # of a Fréchet distance: Chong & Forsyth begin at 5,000 rows for 2,048 features
 
 
-class DistanceUnit(NamedTuple):
-    """A distance of n rows to m others of one law, in units of 1/n + 1/m: what is no difference. Mean and spread."""
+class NullDistance(NamedTuple):
+    """The squared distance of two independent samples of one distribution, of n and m rows, over 1/n + 1/m.
+
+    The mean and the sd of this ratio depend on neither n nor m (`measure_null_distance`).
+    """
 
     mean: float
     sd: float
 
-    def at(self, samples: int, reference: int, name: str = "", subsets: tuple[int, int] | None = None) -> Scores:
-        """Those of a perfect sampler, which makes `samples` new real images, against `reference` of the data.
+    def scaled_to(
+        self, num_samples: int, num_real: int, *, num_subsets: int = 1, subset_rows: int | None = None
+    ) -> tuple[float, float]:
+        """The mean and the sd of the distance between `num_samples` and `num_real` rows.
 
-        As `mean` and `sd`, those of the first score, or, with the name of another, as NAME and NAME_sd. `subsets`: how
-        many random subsets the score is the mean of, and their rows. Between two subsets the errors correlate as the
-        rows do that they share, so that of the mean is between that of one and that of all.
+        With `subset_rows` the score is a mean over `num_subsets` random subsets of this many rows of either side, as a
+        KID is. Given all rows, the subsets are independent, and the expected distance of each is that of all rows. So
+        the variance of their mean is, by the law of total variance,
+
+            var(all rows) + (var(one subset) - var(all rows)) / num_subsets
         """
-        of_all = 1 / samples + 1 / reference
-        error = of_all
-        if subsets:
-            num_subsets, subset_rows = subsets
-            of_one = 2 / subset_rows
-            error = (of_all**2 + (of_one**2 - of_all**2) / num_subsets) ** 0.5
-        if name:
-            return {name: self.mean * of_all, f"{name}_sd": self.sd * error}
-        return {"mean": self.mean * of_all, "sd": self.sd * error}
+        full_scale = 1 / num_samples + 1 / num_real
+        if subset_rows is None:
+            return self.mean * full_scale, self.sd * full_scale
+        subset_scale = 2 / subset_rows
+        error_scale = (full_scale**2 + (subset_scale**2 - full_scale**2) / num_subsets) ** 0.5
+        return self.mean * full_scale, self.sd * error_scale
 
 
-def distance_unit(
-    c: Cond, distance: Callable[[Tensor, Tensor], float], kind: str, least: float, pairs: int = PART_PAIRS
-) -> DistanceUnit | None:
-    """The distance between disjoint parts of the data, whose classes are c, of two sizes: None of parts below `least`.
-
-    `distance` takes the rows of both parts. The moments of n rows are off by a number times 1 / sqrt(n), and distances
-    are squares: so FD = FD_inf + bias / n (Chong & Forsyth 2020, arXiv 1911.07023, Sec. 4), and between n and m rows of
-    one law, where FD_inf is 0, it is 1/n + 1/m times a number whose law depends on neither (ours; measured on digits
-    from 128 rows to 898). Samples come with the classes in turn, so each part has its share of each class: without,
-    parts also differ in their counts of the classes, on digits more than in all else. Draws are keyed by `kind`.
-    """
-    few = max(2, int(len(c) // max(MAX_PART_ROWS, 2 * least)))  # parts; of the other size there are twice as many
-    if len(c) // (2 * few) < least:
-        return None
-    rounds = -(-pairs // (few // 2 + few))
-    values: list[float] = []
-    for i in range(rounds):
-        for count in (few, 2 * few):
-            rows = random_parts(c, count, stream(kind, "parts", count, i))
-            for a, b in zip(rows[::2], rows[1::2], strict=False):
-                values.append(distance(a, b) / (1 / len(a) + 1 / len(b)))
-    mean, sd = mean_sd(values)
-    return DistanceUnit(mean, sd)
-
-
-def mmd(
-    fake: Float[Tensor, "b f"], real: Float[Tensor, "m f"], width: float, c: Cond, d: Int64[Tensor, " m"]
-) -> Scores:
-    """`mmd` and `class_mmd`, each with its standard error as NAME_sd, of rows of these classes.
-
-    Without classes, and where no class has two images on both sides, there is no `class_mmd`.
-    """
-    if not _is_judged_by_class(c, d):
-        pooled = gaussian_mmd(fake, real, width)
-        return {"mmd": pooled.value, "mmd_sd": pooled.error}
-    whole = gaussian_mmd(fake, real, width, c, d)
-    by_class = class_mmd(fake, real, width, c, d)
-    return {
-        "mmd": whole.value,
-        "mmd_sd": whole.error,
-        CLASS_MMD: by_class.value,
-        f"{CLASS_MMD}_sd": by_class.error,
-    }
-
-
-def _is_judged_by_class(c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]) -> bool:
-    """Whether samples of classes c and data of classes d have classes, and one of them two images on both sides."""
-    return bool((c != c[0]).any()) and bool(shared_classes(c, d))
-
-
-def class_facts(c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]) -> dict[str, str]:
-    """What a report says of the classes that `class_mmd` leaves out; nothing where it leaves out none."""
-    if not (c != c[0]).any():
-        return {}
-    total = len(torch.cat([c.cpu(), d.cpu()]).unique())
-    counted = len(shared_classes(c, d))
-    if counted == total:
-        return {}
-    return {
-        CLASS_MMD: f"{counted} of {total} classes: {total - counted} have fewer than 2 images on a side, and do not "
-        "count"
-    }
-
-
-def noise_by_class(
-    z: Float[Tensor, "b f"], real: Float[Tensor, "m f"], width: float, c: Int64[Tensor, " n"], d: Int64[Tensor, " m"]
-) -> Scores:
-    """`class_mmd` of noise z in place of the samples of each class; {} where samples are not judged by class."""
-    if not _is_judged_by_class(c, d):
-        return {}
-    classes = shared_classes(c, d)
-    distances = [gaussian_mmd(z, real[d == k], width).value for k in classes]
-    return {CLASS_MMD: sum(p * x for p, x in zip(class_shares(d, classes), distances, strict=True))}
-
-
-def perfect(
+def measure_null_distance(
+    real_c: Cond,
+    distance: Callable[[Tensor, Tensor], float],
+    *,
     kind: str,
-    d: Cond,
-    real: Float[Tensor, "m f"],
-    samples: int,
-    width: float,
-    compared: int | None = None,
-    c: Int64[Tensor, " n"] | None = None,
-) -> Scores:
-    """What a perfect sampler would have of `mmd`, as `mean` and `sd`, and of `fd` where there are rows enough to tell.
+    min_part_rows: float,
+    pairs: int = PART_PAIRS,
+) -> NullDistance | None:
+    """Compare disjoint random parts of the data, large ones and ones half as large, with each other.
 
-    `real` are the features of the data in classes d, of which the kernel distances take the first `compared`. With the
-    classes c of the samples, `class_mmd` is among them, where samples are judged by class.
+    `real_c` (m,) are the classes of the data, and `distance` takes the row numbers of two parts. At least `pairs` pairs
+    are compared. Draws are keyed by `kind`. Returns None if the small parts would have fewer than `min_part_rows` rows.
+
+    Why the ratio depends on neither number of rows (ours; measured on digits from 128 rows to 898): moments of n rows
+    are off by an error that falls as 1 / sqrt(n), and distances are squares of such errors, so
+
+        FD(n) = FD_inf + bias / n    (Chong & Forsyth 2020, arXiv 1911.07023, Sec. 4)
+
+    Between n and m rows of one distribution FD_inf is 0, and 1/n becomes 1/n + 1/m.
+
+    Samples are made with the classes in turn, so each part has its share of each class. Random parts would also differ
+    in their counts of the classes, on digits by more than in all else.
     """
+    large_part_rows = max(MAX_PART_ROWS, 2 * min_part_rows)
+    num_large_parts = max(2, int(len(real_c) // large_part_rows))
+    num_small_parts = 2 * num_large_parts
+    if len(real_c) // num_small_parts < min_part_rows:
+        return None
+    pairs_per_round = num_large_parts // 2 + num_small_parts // 2
+    num_rounds = -(-pairs // pairs_per_round)
+    ratios: list[float] = []
+    for i in range(num_rounds):
+        for num_parts in (num_large_parts, num_small_parts):
+            parts = random_parts(real_c, num_parts, stream(kind, "parts", num_parts, i))
+            for a, b in zip(parts[::2], parts[1::2], strict=False):  # the last of an odd number has no partner
+                ratios.append(distance(a, b) / (1 / len(a) + 1 / len(b)))
+    mean, sd = mean_sd(ratios)
+    return NullDistance(mean, sd)
+
+
+def perfect_sampler_scores(
+    kind: str,
+    real: Float[Tensor, "m f"],
+    *,
+    width: float,
+    real_c: Cond,
+    num_samples: int,
+    sample_c: Int64[Tensor, " n"] | None = None,
+    kernel_rows: Int64[Tensor, " k"] | None = None,
+) -> Scores:
+    """The scores of a perfect sampler that makes `num_samples` images, each with its sd.
+
+    They are `mmd`, as `mean` and `sd`; `class_mmd`, if `sample_c` is given and samples are judged by class; and `fd`,
+    if there are rows enough to estimate it. `real` are features of the data in classes `real_c` (m,), `width` is that
+    of the Gaussian kernel. Kernel distances compare with the rows `kernel_rows`; None: with all.
+    """
+    kernel_real = real
+    kernel_real_c = real_c
+    if kernel_rows is not None:
+        kernel_real = real[kernel_rows]
+        kernel_real_c = real_c[kernel_rows]
+    # evaluation.json calls the leading score of a baseline `mean` and `sd`, and any other NAME and NAME_sd
+    scores = {"mean": 0.0, "sd": mmd_deviation(num_samples, kernel_real, width, kernel_real_c)}
+    if sample_c is not None:
+        scores |= perfect_class_mmd(kernel_real, width=width, sample_c=sample_c, real_c=kernel_real_c)
 
     def distance(a: Tensor, b: Tensor) -> float:
         return frechet_distance(Moments.of(real[a]), Moments.of(real[b]))
 
-    frechet_unit = distance_unit(d, distance, kind, LEAST * real.shape[1])
-    some = real[:compared]
-    some_d = d[:compared]
-    scores = {"mean": 0.0, "sd": mmd_deviation(samples, some, width, some_d)}
-    if c is not None:
-        scores |= perfect_by_class(c, some, width, some_d)
-    if frechet_unit:
-        scores |= frechet_unit.at(samples, len(real), "fd")
+    min_part_rows = MIN_ROWS_PER_FEATURE * real.shape[1]
+    null_frechet = measure_null_distance(real_c, distance, kind=kind, min_part_rows=min_part_rows)
+    if null_frechet:
+        scores["fd"], scores["fd_sd"] = null_frechet.scaled_to(num_samples, len(real))
     return scores
 
 
-def perfect_by_class(
-    c: Int64[Tensor, " n"], real: Float[Tensor, "m f"], width: float, d: Int64[Tensor, " m"]
-) -> Scores:
-    """`class_mmd` of a perfect sampler whose samples have classes c, with its deviation; {} where none is measured."""
-    if not _is_judged_by_class(c, d):
-        return {}
-    return {CLASS_MMD: 0.0, f"{CLASS_MMD}_sd": class_mmd_deviation(c, real, width, d)}
+def random_parts(c: Cond, num_parts: int, generator: Generator) -> list[Tensor]:
+    """Split the rows of c (n,), at random, into disjoint parts; returns the row numbers of each part.
 
-
-def random_parts(c: Cond, count: int, generator: Generator) -> list[Tensor]:
-    """The rows of c in disjoint random parts, of as many rows and as many of each class, give or take one."""
+    The parts have as many rows, and as many rows of each class, give or take one.
+    """
     order = torch.randperm(len(c), generator=generator)
     order = order[c[order].argsort(stable=True)]
-    return [order[i::count] for i in range(count)]
-
-
-def summarize(values: Sequence[float]) -> Scores:
-    """Mean, unbiased sd and number of distances, as `mean`, `sd` and `splits`."""
-    mean, sd = mean_sd(values)
-    return {"mean": mean, "sd": sd, "splits": float(len(values))}
+    return [order[i::num_parts] for i in range(num_parts)]

@@ -47,7 +47,7 @@ class ClipProtocol(Protocol):
             return None
         return f"a CLIP, in {MODEL_FIELD}: {clip.HINT}"
 
-    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
         if len(shape) == 3 and shape[0] in (1, 3):
             return ""

@@ -24,7 +24,7 @@ from torch import Tensor
 from dumo.encoders import vision
 from dumo.encoders.vision import VISION_MODELS, Eye, Kind
 from dumo.evaluation import reference
-from dumo.evaluation.baseline import perfect
+from dumo.evaluation.baseline import perfect_sampler_scores
 from dumo.evaluation.distance import frechet_distance, gaussian_mmd, kid
 from dumo.evaluation.images import SUBSETS, in_pieces
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
@@ -65,7 +65,7 @@ class FeatureProtocol(Protocol):
             return None
         return f"a {VISION_MODELS[self.kind].model}, in {MODEL_FIELD}: {VISION_MODELS[self.kind].hint}"
 
-    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
         if len(shape) == 3 and shape[0] in (1, 3):
             return ""
@@ -139,7 +139,8 @@ class FeatureEvaluator:
         """
         rows = self.real.rows.to(self.device)
         same_class = torch.zeros(len(rows), dtype=torch.long)
-        return {"perfect": perfect(self.kind, same_class, rows, self.total, self.width)}
+        perfect = perfect_sampler_scores(self.kind, rows, width=self.width, real_c=same_class, num_samples=self.total)
+        return {"perfect": perfect}
 
 
 def _kernel_width(kind: Kind, rows: Tensor) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from dumo.encoders import inception
 from dumo.encoders.inception import SIZE, WIDTH
 from dumo.evaluation import reference
-from dumo.evaluation.baseline import LEAST, distance_unit
+from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, NullDistance, measure_null_distance
 from dumo.evaluation.distance import Moments, frechet_distance, kid
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, Evaluator, NumberedSamples, Protocol, Scores
@@ -49,11 +49,11 @@ class ImageProtocol(Protocol):
     reference: str | None = Field(default=None, json_schema_extra=PLACE)  # ADM's file; None: the run's own data
 
     @property
-    def odd(self) -> list[str]:
+    def deviations(self) -> list[str]:
         """What differs from what the name fixes, in words."""
         if self.frechet:
-            return super().odd
-        return [*super().odd, "no Fréchet distances"]
+            return super().deviations
+        return [*super().deviations, "no Fréchet distances"]
 
     @property
     def standard(self) -> Standard:
@@ -82,7 +82,7 @@ class ImageProtocol(Protocol):
             return f"ADM's reference, named {reference_option}: see dumo data adm"
         return None
 
-    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Why samples of this shape, in this number of classes, are not judged: "" where they are.
 
         They must be colour images of the name's size and classes, and enough. 0 classes fit any name.
@@ -205,21 +205,18 @@ class ImageEvaluator:
         return scores
 
     def baselines(self) -> dict[str, Scores]:
-        """`perfect`: the first score of a perfect sampler, of new real images; {} where there are too few images.
-
-        Classes do not count, because they weigh little among 2,048 features.
-        """
+        """`perfect`: the first score of a perfect sampler, of new real images; {} where there are too few images."""
         rows = self.real.rows.to(self.device)
-        same_class = torch.zeros(len(rows), dtype=torch.long)
         if self.frechet:
 
             def frechet_of_rows(a: Tensor, b: Tensor) -> float:
                 return frechet_distance(Moments.of(rows[a]), Moments.of(rows[b]))
 
-            unit = distance_unit(same_class, frechet_of_rows, self.name, LEAST * rows.shape[1], INCEPTION_PART_PAIRS)
-            if unit is None:
+            null_frechet = self._measure_null_distance(frechet_of_rows, MIN_ROWS_PER_FEATURE * rows.shape[1])
+            if null_frechet is None:
                 return {}
-            return {"perfect": unit.at(self.total, self.real.pool.count)}
+            mean, sd = null_frechet.scaled_to(self.total, self.real.pool.count)
+            return {"perfect": {"mean": mean, "sd": sd}}
         subset_size = self.standard.subset
 
         def kid_of_rows(a: Tensor, b: Tensor) -> float:
@@ -227,10 +224,20 @@ class ImageEvaluator:
             mean, _ = kid(rows[a], rows[b], subsets=SUBSETS, subset_size=subset_size, generator=draws)
             return mean
 
-        unit = distance_unit(same_class, kid_of_rows, self.name, float(subset_size), INCEPTION_PART_PAIRS)
-        if unit is None:
+        null_kid = self._measure_null_distance(kid_of_rows, float(subset_size))
+        if null_kid is None:
             return {}
-        return {"perfect": unit.at(self.total, len(rows), subsets=(SUBSETS, subset_size))}
+        mean, sd = null_kid.scaled_to(self.total, len(rows), num_subsets=SUBSETS, subset_rows=subset_size)
+        return {"perfect": {"mean": mean, "sd": sd}}
+
+    def _measure_null_distance(
+        self, distance: Callable[[Tensor, Tensor], float], min_part_rows: float
+    ) -> NullDistance | None:
+        """Compare parts of the reference. Classes do not count, because they weigh little among 2,048 features."""
+        same_class = torch.zeros(len(self.real.rows), dtype=torch.long)
+        return measure_null_distance(
+            same_class, distance, kind=self.name, min_part_rows=min_part_rows, pairs=INCEPTION_PART_PAIRS
+        )
 
 
 def in_pieces(samples: NumberedSamples) -> Iterator[Batch]:

@@ -44,7 +44,7 @@ class LikelihoodProtocol(Protocol):
         """1,000 of the data: ours."""
         return 1000
 
-    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Why samples of this shape are not judged: points have no levels."""
         if len(shape) == 1 and self.levels:
             return "knows no levels of points: set evaluate.protocol.levels=null"

@@ -1,26 +1,20 @@
-"""The measures of three protocols that ship with the package: `cifar10-features`, `digits` and `toy`.
+"""Measures by features that ship with the package: the protocols `cifar10-features`, `digits` and `toy`.
 
-For each there are two functions, `score_...` of samples and `baselines_...` of a perfect sampler and of noise. The
-entrances `open_cifar10`, `open_digits` and `open_toy`, which `dumo.evaluation.shipped` names, make an evaluator that
-calls them once all samples have come (`dumo.evaluation.wholeset`). Others use `features_of`.
+`open_cifar10`, `open_digits` and `open_toy`, which `dumo.evaluation.shipped` names, are the entrances. Each makes an
+evaluator (`dumo.evaluation.wholeset`) that waits for all samples, then calls the protocol's `score_...`; its
+`baselines_...` gives the scores of a perfect sampler and of noise. `features_of` serves others, too.
 
-No number is an FID: distances are in features of dumo's own classifiers, comparable with each other and with no
-published number. Each protocol's own draws are keyed by its name: the same samples and data have the same score.
+| protocol         | features            | judged as files hold them | leading score  | least samples |
+|------------------|---------------------|---------------------------|----------------|---------------|
+| cifar10-features | dumo's classifier   | yes: 256 levels           | `mmd`          | `MIN_CIFAR10` |
+| digits           | dumo's classifier   | most scores: 17 levels    | `mmd`          | `MIN_DIGITS`  |
+| toy              | none: the points    | no                        | `mmd2`         | `MIN_POINTS`  |
 
-`cifar10-features`: the reference is what the caller gives, as a rule the 50,000 training images. The classifier was
-trained on these and has learned little by heart: to them, 5,000 real images that it has not seen are at a distance of
-0.41, another 5,000 at 0.34, where as many drawn from the reference itself are at 0.34 +- 0.03; these 5,000 with noise
-of sd 0.1 are at 7.1, blurred by 3x3 at 52, noise alone at 279 (measured). Images are judged as a file holds them,
-clamped to [-1, 1] and rounded to 8 bits.
+`mmd` and `mmd2` have no bias: a perfect sampler's are 0 in the mean, whatever the numbers of samples and real images. A
+Fréchet distance to few images is larger than to many, so every score stands next to what a perfect sampler would have.
+No number is an FID: distances are in features of dumo's own classifiers, and compare with no published number.
 
-The first score, `mmd`, has no bias: a perfect sampler's is 0 at any size. It sees most (docs/evaluation.md).
-Kernels are as wide as two real images are apart, at the median. A Fréchet distance to few images is larger than to
-many, whatever is judged: so all scores stand next to what a perfect sampler would have.
-
-`digits`: the measures `auc`, `pixel_fd` and `nearest` see no features. If images were held out of training, samples
-are judged against these.
-
-`toy`: points of a distribution that can be drawn from without end, by MMD^2 in the points' own space.
+Draws are keyed by the protocol's name, so the same samples and data have the same scores.
 """
 
 from functools import lru_cache
@@ -30,9 +24,9 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from dumo.encoders.classifier import PIECE, cifar10, digits
-from dumo.encoders.classifier import Shipped as Classifier
-from dumo.evaluation.baseline import LEAST, distance_unit, mmd, noise_by_class, perfect
+from dumo.encoders.classifier import PIECE, ShippedClassifier, cifar10, digits
+from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, measure_null_distance, perfect_sampler_scores
+from dumo.evaluation.by_class import mmd_scores, noise_class_mmd
 from dumo.evaluation.distance import (
     Moments,
     auc_sd,
@@ -44,7 +38,7 @@ from dumo.evaluation.distance import (
     two_sample_auc,
 )
 from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
-from dumo.evaluation.photos import WIDTH
+from dumo.evaluation.photos import WIDTH as CIFAR10_WIDTH  # the kernel's: it sees the same features
 from dumo.evaluation.protocol import Scores
 from dumo.evaluation.shipped import MIN_CIFAR10, MIN_DIGITS
 from dumo.evaluation.wholeset import Reference, make_opener
@@ -52,15 +46,22 @@ from dumo.io.picture import from_uint8, to_uint8
 from dumo.runtime.random import noise, stream
 from dumo.types import Cond, Sample, UserError
 
-NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
-WIDTH_DIGITS = 8.0  # of the kernel of digits: two of them are 8.0 apart, at the median
-MAX_REAL = 10_000  # real images that kernels and neighbours take at most
-KIND = "cifar10-features"
-MAX_CACHED = 2  # references whose features are kept for this process
-WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels of toy, in sd of the data
+CIFAR10_KIND = "cifar10-features"  # the protocols' names, which key their draws
+DIGITS_KIND = "digits"
+DIGITS_WIDTH = 8.0  # of the kernel: two digits are 8.0 apart, at the median
+TOY_WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels, in sd of the data: ours
+NUM_NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
+MAX_REAL = 10_000  # real images that kernels and neighbours take at most: ours
+MAX_CACHED = 2  # references whose features are kept for this process: ours
+
 Features = Float[Tensor, "_ f"]
 Real = Float[Tensor, "_ *_"]
+Classes = Int64[Tensor, " _"]
+
 feature_cache: dict[bytes, Features] = {}  # by a hash of the pixels; 26 MB for 50,000 images
+
+
+# cifar10-features ------------------------------------------------------------------------------------------------
 
 
 def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
@@ -68,111 +69,78 @@ def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
 
     They are `mmd` and `class_mmd` with their standard errors, `fd`, `precision`, `recall`, `auc_features`, `nearest`,
     and `accuracy`, the share that the classifier reads as c. Where all of c are equal, as without classes, there is no
-    `accuracy`.
+    `accuracy` and no `class_mmd`. Raises `UserError` if the reference has fewer than `MIN_CIFAR10` images.
 
-    `mmd` compares with `MAX_REAL` images of the reference. `precision`, `recall` and `auc_features`, which is
-    `two_sample_auc` of the features, compare with as many images as there are samples, drawn by the protocol: so both
-    sides cover space alike, and 50,000 images would take minutes. The order of x decides how `auc_features` halves it,
-    and nothing else. The features of a reference are computed once in a process. Raises `UserError` if the reference
-    has fewer than `MIN_CIFAR10` images.
+    Images are clamped to [-1, 1] and rounded to 8 bits. `mmd` compares with at most `MAX_REAL` images of the reference.
+    `precision`, `recall` and `auc_features`, which is `two_sample_auc` of the features, compare with as many images as
+    there are samples: so both sides cover space alike, and 50,000 images would take minutes. The order of x decides how
+    `auc_features` halves it, and nothing else.
+
+    The classifier was trained on the 50,000 training images, and has learned little by heart. The `fd` to them was, of
+
+        5,000 of them, drawn at random      0.34 +- 0.03
+        5,000 unseen images, and 5,000 more 0.41, 0.34
+        unseen with noise of sd 0.1         7.1
+        unseen, blurred by 3x3              52
+        noise                               279
     """
     fake = features_of(x)
     real = cached_features(reference.x)
     trained = None if reference.trained is None else cached_features(reference.trained)
     if len(real) < MIN_CIFAR10:
-        raise UserError(f"protocol {KIND} compares with {MIN_CIFAR10} images or more, here are {len(real)}: add some")
-    order = torch.randperm(len(real), generator=stream(KIND, "neighbours"))
-    real_subset = real[order[: len(x)]]
-    kernel_rows = order[:MAX_REAL]
-    precision, recall = precision_recall(real_subset, fake, NEIGHBOURS)
+        raise UserError(
+            f"protocol {CIFAR10_KIND} compares with {MIN_CIFAR10} images or more, here are {len(real)}: add some"
+        )
+    rows = _shuffled_rows(len(real))
+    kernel_rows = rows[:MAX_REAL]
+    as_many_real = real[rows[: len(x)]]
+    precision, recall = precision_recall(as_many_real, fake, NUM_NEIGHBOURS)
     return {
-        **mmd(fake, real[kernel_rows], WIDTH, c, reference.c[kernel_rows]),
+        **mmd_scores(fake, real[kernel_rows], width=CIFAR10_WIDTH, sample_c=c, real_c=reference.c[kernel_rows]),
         "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
         "precision": precision,
         "recall": recall,
-        "auc_features": two_sample_auc(real_subset, fake, stream(KIND, "auc")),
+        "auc_features": two_sample_auc(as_many_real, fake, stream(CIFAR10_KIND, "auc")),
         "nearest": _nearness(fake, real, trained),
         **_accuracy(cifar10.classify(fake), c),
     }
 
 
-def baselines_cifar10(reference: Reference, samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
-    """What a perfect sampler, of new real images, would have of all scores but precision and recall, and of noise.
+def baselines_cifar10(reference: Reference, num_samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
+    """Baselines for each score except precision and recall: `perfect` and `noise`.
 
-    `samples` is their number, `sample_c` (n,) their classes; None: classes with the shares of the reference. The
-    baselines are called `perfect` and `noise`.
+    `perfect` has the mean and the sd expected of `num_samples` new real images. `sample_c` (n,) are the classes of the
+    samples; None: classes with the shares of the reference.
     """
-    c = reference.c.cpu()
+    real_c = reference.c.cpu()
     real = cached_features(reference.x)
     trained = None if reference.trained is None else cached_features(reference.trained)
     if sample_c is None:
-        sample_c = _classes_with_shares(c, samples)
-    perfect_scores = perfect(KIND, c, real, samples, WIDTH, MAX_REAL, sample_c)
-    perfect_scores |= _null_auc("auc_features", samples, min(samples, len(real)))
-    perfect_scores |= _null_accuracy(cifar10.classify(real), c, samples)
-    perfect_scores |= _null_nearness(real, trained, samples)
+        sample_c = _classes_with_shares(real_c, num_samples)
+    # the rows that samples are compared with, in the reference's order: a deviation is computed from every k-th
+    kernel_rows = _shuffled_rows(len(real))[:MAX_REAL].sort().values
+    perfect = perfect_sampler_scores(
+        CIFAR10_KIND,
+        real,
+        width=CIFAR10_WIDTH,
+        real_c=real_c,
+        num_samples=num_samples,
+        sample_c=sample_c,
+        kernel_rows=kernel_rows,
+    )
+    perfect |= _perfect_auc("auc_features", num_samples=num_samples, num_real=min(num_samples, len(real)))
+    perfect |= _perfect_accuracy(cifar10.classify(real), real_c, num_samples)
+    perfect |= _perfect_nearness(real, trained, num_samples)
     z = features_of(noise(0, range(MIN_CIFAR10), 0, reference.x.shape[1:]))
-    return {"perfect": perfect_scores, "noise": _noise_scores(z, real[:MAX_REAL], WIDTH, sample_c, c[:MAX_REAL])}
+    noise_scores = _noise_scores(
+        z, real[kernel_rows], width=CIFAR10_WIDTH, sample_c=sample_c, real_c=real_c[kernel_rows]
+    )
+    return {"perfect": perfect, "noise": noise_scores}
 
 
-def _classes_with_shares(d: Int64[Tensor, " m"], samples: int) -> Int64[Tensor, " n"]:
-    """Classes (`samples`,) in about the same shares as in d (m,)."""
-    return d[torch.arange(samples) * len(d) // samples]
-
-
-def _noise_scores(z: Features, real: Real, width: float, c: Int64[Tensor, " n"], d: Int64[Tensor, " _"]) -> Scores:
-    """The scores of noise, by its features z: `mmd` as `mean` and `sd`, and `class_mmd` where classes are judged."""
-    distance = gaussian_mmd(z, real, width)
-    return {"mean": distance.value, "sd": distance.error, **noise_by_class(z, real, width, c, d)}
-
-
-def _null_auc(name: str, samples: int, real: int) -> Scores:
-    """The area `name` of a perfect sampler, and its deviation, by the numbers of samples and of real images."""
-    return {name: 0.5, f"{name}_sd": auc_sd(samples, real)}
-
-
-def _accuracy(predicted_c: Cond, c: Cond) -> Scores:
-    """The share of images whose predicted class is c; {} where all of c are equal."""
-    if not (c != c[0]).any():
-        return {}
-    return {"accuracy": (predicted_c == c.cpu()).double().mean().item()}
-
-
-def _null_accuracy(predicted_c: Cond, c: Cond, samples: int) -> Scores:
-    """The accuracy of real images, and the deviation of that of `samples` new ones; {} without classes."""
-    scores = _accuracy(predicted_c, c)
-    if "accuracy" in scores:
-        p = (scores["accuracy"] * len(c) + 1) / (len(c) + 2)  # Laplace's estimate, which is never 1
-        scores["accuracy_sd"] = (p * (1 - p) * (1 / samples + 1 / len(c))) ** 0.5
-    return scores
-
-
-def _nearness(fake: Real, real: Real, trained: Real | None) -> float:
-    """The mean distance of samples to their nearest training image, over that of real images: copies have 0.
-
-    `trained` are the training images, and `real` was held out; None: `real` was trained on, and the distance of a real
-    image is that to its nearest other one.
-    """
-    distances, _ = nearest(real if trained is None else trained, fake)
-    return (distances.mean() / _real_distances(real, trained).mean()).item()
-
-
-def _null_nearness(real: Real, trained: Real | None, samples: int) -> Scores:
-    """The score `nearest` of new real images, which is 1, and its deviation for this number of samples."""
-    distances = _real_distances(real, trained)
-    relative_sd = (distances.std() / distances.mean()).item()
-    return {"nearest": 1.0, "nearest_sd": relative_sd * (1 / samples + 1 / len(distances)) ** 0.5}
-
-
-@lru_cache(maxsize=MAX_CACHED)  # by tensor: an evaluation calls it once for each number of passes
-def _real_distances(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
-    """The distance of real images to their nearest training image other than themselves; of `MAX_REAL` at most."""
-    step = -(-len(real) // MAX_REAL)
-    measured_rows = torch.arange(len(real))[::step]
-    if trained is None:
-        return nearest_other(real, measured_rows)
-    distances, _ = nearest(trained, real[measured_rows])
-    return distances
+def _shuffled_rows(num_real: int) -> Int64[Tensor, " m"]:
+    """The rows of the reference in random order. Comparisons take the first of them, so they see every class."""
+    return torch.randperm(num_real, generator=stream(CIFAR10_KIND, "neighbours"))
 
 
 def features_of(x: Sample) -> Features:
@@ -181,7 +149,7 @@ def features_of(x: Sample) -> Features:
 
 
 def cached_features(x: Sample) -> Features:
-    """The features of a reference, as `features_of` has them, computed once for the same pixels."""
+    """The features (m, f) of a reference (m, 3, 32, 32), computed once in a process for the same pixels."""
     pixels_hash = blake2b()
     for part in x.split(PIECE):
         pixels_hash.update(to_uint8(part).cpu().contiguous().numpy().data)
@@ -195,120 +163,198 @@ def cached_features(x: Sample) -> Features:
     return feature_cache[key]
 
 
+# digits ----------------------------------------------------------------------------------------------------------
+
+
 def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
     """The scores of samples x (n, 1, 8, 8) that were asked for classes c (n,).
 
     They are `mmd` and `class_mmd` with their standard errors, `fd_grey`, `fd`, `precision`, `recall`, `auc`,
     `pixel_fd`, `nearest` and `accuracy`. `auc` is `two_sample_auc` of pixels, 0.5 where samples cannot be distinguished
-    from digits; `accuracy` is the share that the classifier reads as c.
+    from digits; `accuracy` is the share that the classifier reads as c. `auc`, `pixel_fd` and `nearest` see pixels, the
+    others features. If images were held out of training, they are the reference.
 
-    `fd`, `precision`, `recall` and `accuracy` judge samples as the net makes them. The others, the score that leads
-    among them, judge them as a file holds them, clamped to [-1, 1] and rounded to the 17 levels of the data: half of
-    the pixels of a digit are at the end of the range, where clamped noise is no longer noise but a shift.
+    `fd`, `precision`, `recall` and `accuracy` judge samples as the net makes them. The others, the leading score among
+    them, judge samples as a file holds them, clamped to [-1, 1] and rounded to the 17 levels of the data: half of the
+    pixels of a digit are at the end of the range, where clamped noise is no longer noise but a shift.
     """
     real = reference.x
-    rounded = _grey(x)
+    rounded = _round_to_grey_levels(x)
     fake_features = digits.features(x)
     rounded_features = digits.features(rounded)
     real_features = digits.features(real)
-    precision, recall = precision_recall(real_features, fake_features, NEIGHBOURS)
+    precision, recall = precision_recall(real_features, fake_features, NUM_NEIGHBOURS)
     return {
-        **mmd(rounded_features, real_features, WIDTH_DIGITS, c, reference.c),
+        **mmd_scores(rounded_features, real_features, width=DIGITS_WIDTH, sample_c=c, real_c=reference.c),
         "fd_grey": frechet_distance(Moments.of(rounded_features), Moments.of(real_features)),
         "fd": frechet_distance(Moments.of(fake_features), Moments.of(real_features)),
         "precision": precision,
         "recall": recall,
-        "auc": two_sample_auc(real, rounded, stream("digits", "auc")),
+        "auc": two_sample_auc(real, rounded, stream(DIGITS_KIND, "auc")),
         "pixel_fd": pixel_frechet(rounded, real),
         "nearest": _nearness(rounded, real, reference.trained),
         **_accuracy(digits.classify(fake_features), c),
     }
 
 
-def baselines_digits(reference: Reference, samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
-    """What a perfect sampler, of new digits, would have of all scores but precision and recall, and of noise.
+def baselines_digits(reference: Reference, num_samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
+    """Baselines for each score except precision and recall: `perfect` and `noise`.
 
-    `samples` is their number, `sample_c` (n,) their classes; None: classes with the shares of the reference. The
-    baselines are called `perfect` and `noise`. Digits have the data's grey levels already, so `fd_grey` equals `fd`.
+    `perfect` has the mean and the sd expected of `num_samples` new digits. `sample_c` (n,) are the classes of the
+    samples; None: classes with the shares of the reference. Digits have the data's grey levels already, so `fd_grey`
+    equals `fd`.
     """
     x = reference.x
-    c = reference.c.cpu()
+    real_c = reference.c.cpu()
     real = digits.features(x)
     if sample_c is None:
-        sample_c = _classes_with_shares(c, samples)
+        sample_c = _classes_with_shares(real_c, num_samples)
+    perfect = perfect_sampler_scores(
+        DIGITS_KIND, real, width=DIGITS_WIDTH, real_c=real_c, num_samples=num_samples, sample_c=sample_c
+    )
+    if "fd" in perfect:
+        perfect["fd_grey"] = perfect["fd"]
+        perfect["fd_grey_sd"] = perfect["fd_sd"]
+    perfect |= _perfect_auc("auc", num_samples=num_samples, num_real=len(x))
 
     def pixel_distance(a: Tensor, b: Tensor) -> float:
         return pixel_frechet(x[a], x[b])
 
-    perfect_scores = perfect("digits", c, real, samples, WIDTH_DIGITS, c=sample_c)
-    if "fd" in perfect_scores:
-        perfect_scores["fd_grey"] = perfect_scores["fd"]
-        perfect_scores["fd_grey_sd"] = perfect_scores["fd_sd"]
-    perfect_scores |= _null_auc("auc", samples, len(x))
-    pixel_unit = distance_unit(c, pixel_distance, "digits", LEAST * x[0].numel())
-    if pixel_unit:
-        perfect_scores |= pixel_unit.at(samples, len(x), "pixel_fd")
-    perfect_scores |= _null_accuracy(digits.classify(real), c, samples)
-    perfect_scores |= _null_nearness(x, reference.trained, samples)
-    z = digits.features(_grey(noise(0, range(MIN_DIGITS), 0, x.shape[1:])))
-    return {"perfect": perfect_scores, "noise": _noise_scores(z, real, WIDTH_DIGITS, sample_c, c)}
+    min_part_rows = MIN_ROWS_PER_FEATURE * x[0].numel()
+    null_pixels = measure_null_distance(real_c, pixel_distance, kind=DIGITS_KIND, min_part_rows=min_part_rows)
+    if null_pixels:
+        perfect["pixel_fd"], perfect["pixel_fd_sd"] = null_pixels.scaled_to(num_samples, len(x))
+    perfect |= _perfect_accuracy(digits.classify(real), real_c, num_samples)
+    perfect |= _perfect_nearness(x, reference.trained, num_samples)
+    z = digits.features(_round_to_grey_levels(noise(0, range(MIN_DIGITS), 0, x.shape[1:])))
+    noise_scores = _noise_scores(z, real, width=DIGITS_WIDTH, sample_c=sample_c, real_c=real_c)
+    return {"perfect": perfect, "noise": noise_scores}
 
 
-def _grey(x: Sample) -> Sample:
+def _round_to_grey_levels(x: Sample) -> Sample:
     """The samples with each pixel at the nearest of the 17 grey levels that the data has from -1 to 1."""
     return ((x.clamp(-1, 1) + 1) * 8).round() / 8 - 1
 
 
-def score_toy(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """The score `mmd2` of points x (n, d): unbiased, by Gaussian kernels of `WIDTHS` sd of the data; c is not read.
+# toy -------------------------------------------------------------------------------------------------------------
 
-    Raises `UserError` if the reference does not have n points.
+
+def score_toy(x: Sample, c: Cond, reference: Reference) -> Scores:
+    """The score `mmd2` of points x (n, d), unbiased MMD^2 in the points' own space; the classes c are not read.
+
+    The kernels are Gaussian, of `TOY_WIDTHS` sd of the data. Raises `UserError` unless the reference has n points.
     """
     if len(reference.x) != len(x):  # the baseline is of as many points on both sides
         raise UserError(
             f"protocol toy compares {len(x)} points with as many, here are {len(reference.x)}: draw as many"
         )
-    return {"mmd2": mmd2(x.cpu(), reference.x.cpu(), _widths(reference.x))}
+    return {"mmd2": mmd2(x.cpu(), reference.x.cpu(), _toy_widths(reference.x))}
 
 
-def baselines_toy(reference: Reference, samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
-    """The baseline `null`: mean and sd of `mmd2` between independent draws of the data; classes are not read.
+def baselines_toy(reference: Reference, num_samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
+    """The baseline `null`: mean and sd of `mmd2` between independent draws of `num_samples` points of the data.
 
-    Raises `UserError` where the reference cannot be drawn anew.
+    It is what `perfect` is elsewhere, under the name that files have. Classes are not read. Raises `UserError` where
+    the reference cannot be drawn anew.
     """
     if reference.redraw is None:
         raise UserError("protocol toy needs a data set that can be drawn anew: choose another protocol")
-    mean, sd = null_spread(reference.redraw, _widths(reference.x), samples)
+    mean, sd = null_spread(reference.redraw, _toy_widths(reference.x), num_samples)
     return {"null": {"mean": mean, "sd": sd}}
 
 
-def _widths(x: Sample) -> list[float]:
-    """`WIDTHS` times the data's sd, the root of the mean variance of its coordinates."""
+def _toy_widths(x: Sample) -> list[float]:
+    """`TOY_WIDTHS` times the sd of the data x (n, d), the root of the mean variance of its coordinates."""
     sd = x.double().var(0).mean().sqrt().item()
-    return [w * sd for w in WIDTHS]
+    return [width * sd for width in TOY_WIDTHS]
 
 
-def _facts_of(classifier: Classifier, data_name: str) -> dict[str, str]:
-    """What a report says of a classifier that was trained on the data of this name."""
+# shared by cifar10-features and digits ---------------------------------------------------------------------------
+
+
+def _classes_with_shares(real_c: Int64[Tensor, " m"], num_samples: int) -> Int64[Tensor, " n"]:
+    """Classes (`num_samples`,) in about the same shares as in `real_c` (m,)."""
+    return real_c[torch.arange(num_samples) * len(real_c) // num_samples]
+
+
+def _noise_scores(z: Features, real: Real, *, width: float, sample_c: Classes, real_c: Classes) -> Scores:
+    """`mmd` of noise with features z, as `mean` and `sd`, and its `class_mmd` if samples are judged by class."""
+    distance = gaussian_mmd(z, real, width)
+    by_class = noise_class_mmd(z, real, width=width, sample_c=sample_c, real_c=real_c)
+    return {"mean": distance.value, "sd": distance.error, **by_class}
+
+
+def _perfect_auc(name: str, *, num_samples: int, num_real: int) -> Scores:
+    """The AUC of a perfect sampler and its sd, under `name`."""
+    return {name: 0.5, f"{name}_sd": auc_sd(num_samples, num_real)}
+
+
+def _accuracy(predicted_c: Cond, c: Cond) -> Scores:
+    """`accuracy`, the share of images whose predicted class is c; {} where all of c are equal."""
+    if not (c != c[0]).any():
+        return {}
+    return {"accuracy": (predicted_c == c.cpu()).double().mean().item()}
+
+
+def _perfect_accuracy(predicted_c: Cond, real_c: Cond, num_samples: int) -> Scores:
+    """`accuracy` of real images, and the sd of that of `num_samples` new ones; {} where all of `real_c` are equal."""
+    scores = _accuracy(predicted_c, real_c)
+    if "accuracy" in scores:
+        num_real = len(real_c)
+        p = (scores["accuracy"] * num_real + 1) / (num_real + 2)  # Laplace's estimate, which is never 1
+        scores["accuracy_sd"] = (p * (1 - p) * (1 / num_samples + 1 / num_real)) ** 0.5
+    return scores
+
+
+def _nearness(fake: Real, real: Real, trained: Real | None) -> float:
+    """The mean distance of samples to their nearest training image, over that of real images: copies have 0.
+
+    `trained` are the training images, and `real` was held out; None: `real` was trained on, and the distance of a real
+    image is that to its nearest other one.
+    """
+    training_images = real if trained is None else trained
+    distances, _ = nearest(training_images, fake)
+    return (distances.mean() / _real_distances(real, trained).mean()).item()
+
+
+def _perfect_nearness(real: Real, trained: Real | None, num_samples: int) -> Scores:
+    """The score `nearest` of `num_samples` new real images, which is 1 in the mean, and its sd."""
+    distances = _real_distances(real, trained)
+    relative_sd = (distances.std() / distances.mean()).item()
+    return {"nearest": 1.0, "nearest_sd": relative_sd * (1 / num_samples + 1 / len(distances)) ** 0.5}
+
+
+@lru_cache(maxsize=MAX_CACHED)  # by tensor: an evaluation calls it once for each number of passes
+def _real_distances(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
+    """The distance of real images to their nearest training image other than themselves; of `MAX_REAL` at most."""
+    step = -(-len(real) // MAX_REAL)
+    measured_rows = torch.arange(len(real))[::step]
+    if trained is None:
+        return nearest_other(real, measured_rows)
+    distances, _ = nearest(trained, real[measured_rows])
+    return distances
+
+
+# what a report says of the features, and the entrances ------------------------------------------------------------
+
+
+def _classifier_facts(classifier: ShippedClassifier, data_name: str) -> dict[str, str]:
     return {"features": f"{classifier.width} of dumo's classifier of {data_name}", "features_sha256": classifier.sha256}
 
 
 def _cifar10_facts() -> dict[str, str]:
-    """What a report says of the features of cifar10-features."""
-    return _facts_of(cifar10, "CIFAR-10") | {
+    return _classifier_facts(cifar10, "CIFAR-10") | {
         "rounding": "0 to 255",
         "auc_features": "a support vector machine on the features, against as many images",
     }
 
 
 def _digits_facts() -> dict[str, str]:
-    """What a report says of the features of digits."""
-    return _facts_of(digits, "digits")
+    return _classifier_facts(digits, "digits")
 
 
 def _toy_facts() -> dict[str, str]:
-    """What a report says of the features of toy."""
-    return {"features": f"none: Gaussian kernels on the points, of {WIDTHS} sd of the data"}
+    return {"features": f"none: Gaussian kernels on the points, of {TOY_WIDTHS} sd of the data"}
 
 
 open_cifar10 = make_opener(_cifar10_facts, score_cifar10, baselines_cifar10)

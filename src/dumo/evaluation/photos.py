@@ -27,17 +27,11 @@ from torch import Generator, Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dumo.encoders.classifier import cifar10
-from dumo.evaluation.baseline import (
-    class_facts,
-    mmd,
-    noise_by_class,
-    perfect_by_class,
-    random_parts,
-    summarize,
-)
-from dumo.evaluation.distance import SIDE, mmd_deviation, pick, pixel_frechet
+from dumo.evaluation.baseline import random_parts
+from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd, perfect_class_mmd
+from dumo.evaluation.distance import SIDE, mean_sd, mmd_deviation, pick, pixel_frechet
 from dumo.evaluation.neighbours import nearest_two, precision_recall
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores, Tick
+from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores
 from dumo.evaluation.shipped import MIN_PHOTOS
 from dumo.evaluation.wholeset import collect
 from dumo.io import digest
@@ -95,7 +89,7 @@ def _no_tick(done: int, total: int) -> None:
     """Show no progress."""
 
 
-def _read_images(data: Data, seed: int, tick: Tick) -> Iterator[tuple[Sample, Classes]]:
+def _read_images(data: Data, seed: int, tick: ImageTick) -> Iterator[tuple[Sample, Classes]]:
     """The images to judge by, at most `MAX_IMAGES`, in batches with their classes.
 
     `tick` is called after each piece of the data, also where none of its images could be read.
@@ -212,7 +206,7 @@ class PhotosEvaluator:
         return {
             "mean": 0.0,  # `mmd` has no bias
             "sd": mmd_deviation(len(self.sample_c), self.real.features, WIDTH, self.real_c),
-            **perfect_by_class(self.sample_c, self.real.features, WIDTH, self.real_c),
+            **perfect_class_mmd(self.real.features, width=WIDTH, sample_c=self.sample_c, real_c=self.real_c),
             **self._mean_scores(pairs),
             "copies": copies,
             "copies_sd": copies_variance**0.5,
@@ -228,13 +222,15 @@ class PhotosEvaluator:
         return {
             "mean": distances["mmd"],
             "sd": distances["mmd_sd"],
-            **noise_by_class(fake.features, self.real.features, WIDTH, self.sample_c, self.real_c),
+            **noise_class_mmd(
+                fake.features, self.real.features, width=WIDTH, sample_c=self.sample_c, real_c=self.real_c
+            ),
             **self._mean_scores(pairs),
         }
 
     def _kernel_distances(self, fake: MeasuredImages, fake_c: Classes) -> Scores:
         """`mmd` and `class_mmd`, with their errors, of samples in these classes to all images."""
-        return mmd(fake.features, self.real.features, WIDTH, fake_c, self.real_c)
+        return mmd_scores(fake.features, self.real.features, width=WIDTH, sample_c=fake_c, real_c=self.real_c)
 
     def _random_indices(self, k: int) -> Indices:
         """The indices (num_compared,) of the images that the k-th split compares with samples."""
@@ -252,11 +248,11 @@ class PhotosEvaluator:
             pixel_distances.append(pixel_frechet(fake.thumbs, real.thumbs, side))
             precisions.append(precision)
             recalls.append(recall)
-        return {
-            "pixel_fd": summarize(pixel_distances)["mean"],
-            "precision": summarize(precisions)["mean"],
-            "recall": summarize(recalls)["mean"],
-        }
+        scores: Scores = {}
+        values_by_name = {"pixel_fd": pixel_distances, "precision": precisions, "recall": recalls}
+        for name, values in values_by_name.items():
+            scores[name], _ = mean_sd(values)
+        return scores
 
     def _share_of_copies(self, fake: MeasuredImages, *, same: bool = False) -> float:
         """The share of samples that are copies of images.

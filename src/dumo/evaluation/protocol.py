@@ -1,13 +1,17 @@
-"""What every protocol has: a spec, whose name fixes how samples are judged, and an evaluator, which knows the data.
+"""The interface of every protocol, a named way to judge samples.
 
-Samples are known by number and come in batches, of several ranks each rank's own share. Every rank must call an
-evaluator, and all get the same score, whatever came in which batch or where. What a score depends on besides the
-samples is in the evaluator's `facts`, of which a report is made, and by which two reports are known to be of one kind.
+`Protocol` is the base of all specs: its `kind` fixes how samples are judged. In order, a caller
 
-`Protocol` is the base of all specs, `Context` what an evaluator is made of, `Evaluator` what each evaluator must do.
-A spec is read with every run, so this file imports nothing that measures: that is in `dumo.evaluation.wholeset`, which
-waits for all samples, and `dumo.evaluation.baseline`, which knows what a perfect sampler would have.
-`dumo.evaluation.metric` says what the name of a score means.
+1. asks `check` whether samples of a shape can be judged, before any work;
+2. hands what is known of the data to `evaluator`, as a `Context`, and gets an `Evaluator`;
+3. calls the evaluator's `score` with samples, and `baselines` for scores to compare with.
+
+Samples come in batches with their numbers, on several ranks each rank's own share. Every rank must call the evaluator,
+and all get the same scores, however the samples were split over batches and ranks. All else that the scores depend on
+is in the evaluator's `facts`, which a report prints; two reports with different facts are not compared.
+
+A spec is read with every run, so this file imports nothing that measures. `dumo.evaluation.metric` says what the name
+of a score means.
 """
 
 from abc import ABC, abstractmethod
@@ -25,10 +29,9 @@ from dumo.io.source import Data
 from dumo.runtime import limits
 from dumo.types import Cond, Spec, UserError
 
-# Scores by name: the first is the one that counts, lower being better, but for one that is `metric.rising`
-Scores = dict[str, float]
+Scores = dict[str, float]  # by name. The first leads; lower is better, except for those that are `metric.rising`
 NumberedSamples = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
-Tick = Callable[[int, int], object]  # called with how many images of the data are done, of how many
+ImageTick = Callable[[int, int], object]  # called with the number of images that are done, and of all images
 
 
 @runtime_checkable
@@ -37,7 +40,7 @@ class Evaluator(Interface):
 
     @property
     def facts(self) -> Mapping[str, str]:
-        """What it measures by, for a report's card: the features, the reference, and what else its protocol fixes."""
+        """What scores depend on besides the samples, for a report's card: the features, the reference and others."""
         ...
 
     def score(self, samples: NumberedSamples) -> Scores:
@@ -48,26 +51,29 @@ class Evaluator(Interface):
         ...
 
     def baselines(self) -> dict[str, Scores]:
-        """Scores to compare with, such as those of a perfect sampler, `perfect`; the first score as `mean` and `sd`."""
+        """Scores to compare with, by the name of the baseline, such as `perfect`, those of a perfect sampler.
+
+        The leading score is called `mean` there, and its deviation `sd`.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an evaluator is made of: the data, how they are labelled, and where to compute."""
+    """What a protocol needs to make its evaluator: the data, their classes, and where to compute."""
 
     data: Callable[[], Data]  # opens the data
-    classes: int = 0  # of the data; 0: they have none
-    seed: int = 0  # of draws of data without end
+    classes: int = 0  # the number of classes of the data; 0: they have none
+    seed: int = 0  # of draws from data without end
     device: torch.device | str = "cpu"
-    tick: Tick | None = None
+    tick: ImageTick | None = None  # is called while images of the data are read
     captions: Callable[[], tuple[Data, Cond, Sequence[str]]] | None = None  # the data, captions of samples, all texts
-    c: Cond | None = None  # the classes of samples that others made; None: those of the protocol
+    c: Cond | None = None  # the classes (total,) of samples that others made; None: `Protocol.labels`
     trained: Callable[[], Data] | None = None  # opens what was trained on, where `data` was held out of it
 
 
 class Protocol(Spec, ABC):
-    """A named way to judge samples. `kind` fixes all that no other field changes; changes show in the name."""
+    """A named way to judge samples. `kind` fixes all defaults, and fields that differ from them show in `name`."""
 
     kind: Any  # a literal in each protocol; declared here to be the first field
     samples: int | None = Field(default=None, ge=2, le=limits.SAMPLES)  # None: as many as the name says
@@ -78,7 +84,7 @@ class Protocol(Spec, ABC):
         """How many samples the name fixes."""
 
     @abstractmethod
-    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Why samples of this decoded shape, in this number of classes, cannot be judged; "" where they can."""
 
     @abstractmethod
@@ -92,36 +98,40 @@ class Protocol(Spec, ABC):
 
     @property
     def name(self) -> str:
-        """`kind`, followed by what is not as it says (`odd`)."""
-        return name_of(self.kind, *self.odd)
+        """`kind`, followed by the `deviations` from it in brackets."""
+        return protocol_name(self.kind, *self.deviations)
 
     @property
-    def odd(self) -> list[str]:
+    def deviations(self) -> list[str]:
         """What differs from what `kind` fixes, in words."""
-        return [] if self.total == self.standard_samples else [f"{self.total} samples"]
+        if self.total == self.standard_samples:
+            return []
+        return [f"{self.total} samples"]
 
     @property
     def missing(self) -> str | None:
-        """What must be fetched or named before anything can be judged here; None: nothing."""
+        """Which file or field is missing, so that nothing can be judged here; None: nothing is."""
         return None
 
     def check(self, shape: Sequence[int], classes: int = 0) -> None:
-        """Raise UserError where samples of this decoded shape, in this number of classes, cannot be judged."""
-        problem = self.unfit(tuple(shape), classes)
+        """Raise UserError if samples of this decoded shape, in this number of classes, cannot be judged."""
+        problem = self.why_unfit(tuple(shape), classes)
         if problem:
             raise UserError(f"protocol {self.kind} {problem}")
 
     def labels(self, classes: int = 0) -> Int64[Tensor, " n"]:
-        """The class of each sample, (total,): that of sample i is i mod `classes`, or 0 without classes."""
+        """The class of each sample, (total,): of sample i it is i mod `classes`, or 0 without classes."""
         return torch.arange(self.total) % max(classes, 1)
 
     def classes_of(self, context: Context) -> Cond:
-        """The classes of the samples that are judged: those of the context, or, if it has none, the protocol's."""
+        """The class (total,) of each sample that is judged: from the context, or, if it names none, `labels`."""
         if context.c is not None:
             return context.c
         return self.labels(context.classes)
 
 
-def name_of(kind: str, *odd: str) -> str:
-    """The name of a protocol: its kind, and in brackets what is odd about it, for then it is another protocol."""
-    return f"{kind} ({', '.join(odd)})" if odd else kind
+def protocol_name(kind: str, *deviations: str) -> str:
+    """The name under which scores are reported. Deviations are part of it, because they make another protocol."""
+    if not deviations:
+        return kind
+    return f"{kind} ({', '.join(deviations)})"

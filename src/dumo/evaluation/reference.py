@@ -38,7 +38,7 @@ from dumo.encoders.inception import SPATIAL_WIDTH, WIDTH
 from dumo.evaluation import npz
 from dumo.evaluation.distance import Moments
 from dumo.evaluation.npz import NpzImages
-from dumo.evaluation.protocol import Tick
+from dumo.evaluation.protocol import ImageTick
 from dumo.evaluation.statistics import (
     Batch,
     Extractor,
@@ -162,7 +162,7 @@ def adm_facts(file: AdmReference) -> dict[str, str]:
     return {"reference": file.path.name, "reference_sha256": digest.of_file(file.path)}
 
 
-def adm_statistics(extractor: Extractor, file: AdmReference, tick: Tick | None = None) -> Statistics:
+def adm_statistics(extractor: Extractor, file: AdmReference, tick: ImageTick | None = None) -> Statistics:
     """Features of the file's images as the extractor sees them, with the moments that the file publishes.
 
     Every rank must call it. `tick` is called with how many images are done, of how many.
@@ -192,7 +192,7 @@ def album_facts(album: Finite, name: str, standard: Standard) -> dict[str, str]:
     return {"reference": f"{total:,} images of the data", "reference_sha256": sha256}
 
 
-def album_statistics(extractor: Extractor, album: Finite, tick: Tick | None = None) -> Statistics:
+def album_statistics(extractor: Extractor, album: Finite, tick: ImageTick | None = None) -> Statistics:
     """The statistics of all images of a run's data, each known by its row.
 
     Every rank must call it. `tick` is called with how many images are done, of how many.
@@ -231,7 +231,7 @@ def hash_images(batches: Iterable[Batch]) -> tuple[int, str]:
 
 
 def with_progress(
-    batches: Iterable[tuple[Tensor, Tensor]], total: int, tick: Tick | None
+    batches: Iterable[tuple[Tensor, Tensor]], total: int, tick: ImageTick | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches unchanged. After each one, `tick` is called with how many images are done, of `total`.
 

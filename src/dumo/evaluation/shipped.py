@@ -106,7 +106,7 @@ class ShippedProtocol(Protocol):
             raise ValueError(f"protocol {kind} judges {MEASURES[kind].fewest} samples or more")
         return samples
 
-    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Samples must be like the data that the measure knows."""
         if self.measure.fits(shape, classes):
             return ""

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dumo.evaluation.baseline import class_facts
+from dumo.evaluation.by_class import class_facts
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.statistics import ordered
 from dumo.io import digest

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from dumo.encoders.caption import Prompt, read_prompts
-from dumo.evaluation.protocol import name_of
+from dumo.evaluation.protocol import protocol_name
 from dumo.io import digest, file, picture
 from dumo.io.read import brief, finite, read_json, write_json
 from dumo.report import evaluate
@@ -223,7 +223,7 @@ def _benchmark_fields(layout: Layout, total: int) -> Card:
     n = IMAGES_PER_PROMPT
     protocol = layout.name
     if total != n * layout.num_prompts:
-        protocol = name_of(layout.name, f"{total} samples")
+        protocol = protocol_name(layout.name, f"{total} samples")
     return {
         "protocol": protocol,
         "labels": f"{n} samples of each prompt, sample {n} i + j of the seed is image j of prompt i",

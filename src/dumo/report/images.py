@@ -28,7 +28,7 @@ from dumo.data.store import Labels
 from dumo.encoders import vision
 from dumo.evaluation import Context, ImageProtocol, MetricProtocol
 from dumo.evaluation.npz import NpzImages
-from dumo.evaluation.protocol import Tick as ImageTick
+from dumo.evaluation.protocol import ImageTick
 from dumo.evaluation.reference import InceptionKind, hash_images, with_progress
 from dumo.evaluation.shipped import Shipped
 from dumo.io.file import check_writable
@@ -208,14 +208,14 @@ def judged_channels_and_classes(protocol: MetricProtocol, image_set: ImageSet, p
     num_classes = image_set.labels.count if image_set.labels else 0
     for channels in (3, 1):
         shape = (channels, *image_set.shape[1:])
-        if protocol.unfit(shape, 0):
+        if protocol.why_unfit(shape, 0):
             continue
-        judges_classes = not protocol.unfit(shape, num_classes)
+        judges_classes = not protocol.why_unfit(shape, num_classes)
         return channels, num_classes if judges_classes else 0
     _, height, width = image_set.shape
     raise UserError(
         f"{place} has {len(image_set.source):,} images of {width} x {height} pixels, such as {image_set.name(0)}: "
-        f"protocol {protocol.kind} {protocol.unfit(image_set.shape, 0)}"
+        f"protocol {protocol.kind} {protocol.why_unfit(image_set.shape, 0)}"
     )
 
 

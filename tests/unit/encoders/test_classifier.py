@@ -16,7 +16,7 @@ from torch import Tensor
 
 import train_classifier as tool
 from dumo.data import Digits
-from dumo.encoders.classifier import Shipped, cifar10, digits
+from dumo.encoders.classifier import ShippedClassifier, cifar10, digits
 from dumo.io import weights
 from dumo.io.picture import from_uint8
 from dumo.runtime.random import stream
@@ -39,7 +39,7 @@ BOTH = pytest.mark.parametrize(
 )
 
 
-def origin(known: Shipped) -> dict[str, str]:
+def origin(known: ShippedClassifier) -> dict[str, str]:
     """What the file says of itself."""
     return json.loads(weights.read_metadata(known.file)["origin"])
 
@@ -99,7 +99,7 @@ def test_features_of_cifar10_are_standardised() -> None:
 
 @pytest.mark.slow
 @BOTH
-def test_features_are_what_the_head_reads_and_of_a_row_alone(known: Shipped, x: Tensor) -> None:
+def test_features_are_what_the_head_reads_and_of_a_row_alone(known: ShippedClassifier, x: Tensor) -> None:
     f = known.features(x)
     assert f.shape == (600, int(origin(known)["features"]))
     assert torch.equal(known.classify(f), known.net(x).argmax(1))
@@ -108,9 +108,9 @@ def test_features_are_what_the_head_reads_and_of_a_row_alone(known: Shipped, x: 
 
 
 @BOTH
-def test_loading_draws_nothing_and_asks_for_no_gradient(known: Shipped, x: Tensor) -> None:
+def test_loading_draws_nothing_and_asks_for_no_gradient(known: ShippedClassifier, x: Tensor) -> None:
     before = torch.get_rng_state()
-    net = Shipped(known.kind, known.file).net
+    net = ShippedClassifier(known.kind, known.file).net
     assert torch.equal(torch.get_rng_state(), before)
     assert not net.training
     assert not any(p.requires_grad for p in net.parameters())

@@ -16,7 +16,7 @@ from dumo.evaluation.measures import score_cifar10 as score
 from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
-from dumo.runtime.random import stream
+from dumo.runtime.random import noise, stream
 from dumo.types import UserError
 from train_classifier import cifar_images
 
@@ -117,6 +117,20 @@ def test_without_classes_there_is_no_accuracy_and_without_as_many_images_no_scor
     with pytest.raises(UserError, match="1000 images or more, here are 900"):
         score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))
     assert "accuracy" not in score(blobs.x, QUICK.labels(0), blobs)
+
+
+def test_baselines_take_the_rows_that_samples_are_compared_with(
+    blobs: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a reference that is sorted by class, whose first rows lack most classes."""
+    monkeypatch.setattr(protocol, "MAX_REAL", 400)
+    order = blobs.c.argsort(stable=True)
+    by_class = Reference(blobs.x[order], blobs.c[order])
+    samples = noise(0, range(1000), 0, (3, 32, 32))
+    found = score(samples, QUICK.labels(0), by_class)
+    known = baselines(by_class, 1000, QUICK.labels(0))["noise"]
+    assert known["mean"] == pytest.approx(found["mmd"], rel=1e-9)
+    assert known["sd"] == pytest.approx(found["mmd_sd"], rel=1e-9)
 
 
 def test_images_are_judged_as_a_file_holds_them(blobs: Reference) -> None:

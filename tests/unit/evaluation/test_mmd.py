@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.evaluation.baseline import class_facts, mmd
+from dumo.evaluation.by_class import class_facts, mmd_scores
 from dumo.evaluation.distance import (
     Estimate,
     class_mmd,
@@ -135,7 +135,7 @@ def test_the_deviation_of_class_mmd_is_exact_in_classes_of_a_few_rows() -> None:
 def test_class_mmd_alone_sees_labels_of_other_classes() -> None:
     c, d = torch.arange(300) % 3, torch.arange(600) % 3
     x, y = mixture(c, "samples"), mixture(d, "reference")
-    scores = mmd(x, y, 3.0, (c + 1) % 3, d)
+    scores = mmd_scores(x, y, width=3.0, sample_c=(c + 1) % 3, real_c=d)
     assert scores["mmd"] < 2 * mmd_deviation(300, y, 3.0, d)
     assert scores["class_mmd"] > 100 * class_mmd_deviation(c, y, 3.0, d)
     assert scores["class_mmd"] > 10 * scores["class_mmd_sd"]
@@ -159,7 +159,7 @@ def test_a_class_with_one_image_on_a_side_is_left_out_and_said() -> None:
     assert class_mmd(x, y, 2.0, c, d) == class_mmd(x[:5], y[:5], 2.0, c[:5], d[:5])
     assert class_facts(c, d) == {"class_mmd": "2 of 5 classes: 3 have fewer than 2 images on a side, and do not count"}
     assert class_facts(c[:5], d[:5]) == class_facts(torch.zeros(5, dtype=torch.long), d) == {}
-    assert "class_mmd" not in mmd(x[:3], y, 2.0, torch.tensor([0, 1, 2]), d)
+    assert "class_mmd" not in mmd_scores(x[:3], y, width=2.0, sample_c=torch.tensor([0, 1, 2]), real_c=d)
 
 
 def test_what_cannot_be_told_from_the_least_is_level() -> None:

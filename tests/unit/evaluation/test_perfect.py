@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.evaluation.baseline import LEAST, DistanceUnit, distance_unit, random_parts
+from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, NullDistance, measure_null_distance, random_parts
 from dumo.evaluation.distance import (
     Moments,
     auc_sd,
@@ -34,11 +34,14 @@ def frechet(x: Tensor, y: Tensor) -> float:
 
 
 def found(
-    x: Tensor, c: Tensor, distance: Callable[[Tensor, Tensor], float] = frechet, least: float = LEAST * 6
-) -> DistanceUnit:
-    of = distance_unit(c, lambda a, b: distance(x[a], x[b]), "test", least)
-    assert of is not None
-    return of
+    x: Tensor,
+    c: Tensor,
+    distance: Callable[[Tensor, Tensor], float] = frechet,
+    min_part_rows: float = MIN_ROWS_PER_FEATURE * 6,
+) -> NullDistance:
+    null = measure_null_distance(c, lambda a, b: distance(x[a], x[b]), kind="test", min_part_rows=min_part_rows)
+    assert null is not None
+    return null
 
 
 def scored(distance: Callable[[Tensor, Tensor], float], *, classes: bool = False) -> tuple[float, float]:
@@ -51,9 +54,9 @@ def test_the_bias_of_a_gaussian_is_the_exact_one() -> None:
     variance = SD**2
     pairs = torch.outer(variance, variance) / (variance + variance[:, None])
     exact = variance.sum() + pairs.sum() / 2 + pairs.trace() / 2
-    of = found(rows(6000, "real"), torch.zeros(6000))
-    assert of.mean == pytest.approx(exact.item(), rel=0.08)
-    assert of.at(N, M)["mean"] == pytest.approx(exact.item() * (1 / N + 1 / M), rel=0.08)
+    null = found(rows(6000, "real"), torch.zeros(6000))
+    assert null.mean == pytest.approx(exact.item(), rel=0.08)
+    assert null.scaled_to(N, M)[0] == pytest.approx(exact.item() * (1 / N + 1 / M), rel=0.08)
 
 
 @pytest.mark.slow
@@ -62,27 +65,27 @@ def test_new_samples_of_the_law_score_as_a_perfect_sampler(*, classes: bool) -> 
     """With classes parts have their share of each: what is between the classes does not count."""
     c = torch.arange(2400) % 3 if classes else torch.zeros(2400, dtype=torch.long)
     real = rows(2400, "real", classes=classes)
-    of, (mean, sd) = found(real, c).at(N, M), scored(frechet, classes=classes)
-    assert of["mean"] == pytest.approx(mean, rel=0.12)
-    assert of["sd"] == pytest.approx(sd, rel=0.35)
+    (null_mean, null_sd), (mean, sd) = found(real, c).scaled_to(N, M), scored(frechet, classes=classes)
+    assert null_mean == pytest.approx(mean, rel=0.12)
+    assert null_sd == pytest.approx(sd, rel=0.35)
     assert found(real, 0 * c).mean > (2 if classes else 0) * found(real, c).mean
 
 
 @pytest.mark.nightly
 def test_kernel_distances_in_subsets() -> None:
     """Unbiased: about 0 without classes; and the mean over subsets scatters more than one of all rows."""
-    of = found(rows(2400, "real"), torch.zeros(2400), kernel_distance, 2.0)
+    null = found(rows(2400, "real"), torch.zeros(2400), kernel_distance, 2.0)
     draws = stream("subsets")
 
     def by_subsets(x: Tensor, y: Tensor) -> float:
         return kid(x, y, subsets=4, subset_size=100, generator=draws)[0]
 
-    assert abs(of.mean) < 3 * of.sd / 60**0.5
-    for distance, subsets in ((kernel_distance, None), (by_subsets, (4, 100))):
+    assert abs(null.mean) < 3 * null.sd / 60**0.5
+    of_subsets = null.scaled_to(N, M, num_subsets=4, subset_rows=100)
+    for distance, (null_mean, null_sd) in ((kernel_distance, null.scaled_to(N, M)), (by_subsets, of_subsets)):
         mean, sd = scored(distance)
-        at = of.at(N, M, "kid", subsets)
-        assert at["kid"] == pytest.approx(mean, abs=0.3 * sd)
-        assert at["kid_sd"] == pytest.approx(sd, rel=0.35)
+        assert null_mean == pytest.approx(mean, abs=0.3 * sd)
+        assert null_sd == pytest.approx(sd, rel=0.35)
 
 
 @pytest.mark.nightly
@@ -101,5 +104,5 @@ def test_parts_are_disjoint_and_alike_and_too_few_tell_nothing() -> None:
     assert torch.cat(some).sort()[0].equal(torch.arange(50))
     assert {len(one) for one in some} == {12, 13}
     assert all(c[one].bincount(minlength=2)[1] in (2, 3) for one in some)
-    assert distance_unit(c, lambda a, b: 0.0, "test", 12.0) == DistanceUnit(0.0, 0.0)
-    assert distance_unit(c, lambda a, b: 0.0, "test", 13.0) is None
+    assert measure_null_distance(c, lambda a, b: 0.0, kind="test", min_part_rows=12.0) == NullDistance(0.0, 0.0)
+    assert measure_null_distance(c, lambda a, b: 0.0, kind="test", min_part_rows=13.0) is None

@@ -122,7 +122,7 @@ def test_a_perfect_sampler_of_digits(data: Reference, perfect: dict[str, float])
         rows = torch.cat([of[torch.randint(len(of), (200,), generator=draws)] for of in own])
         again = torch.cat([of[torch.randint(len(of), (len(of),), generator=draws)] for of in own])
         x, y, c, d = features[rows], features[again], data.c[rows], data.c[again]
-        found["mean"].append(gaussian_mmd(x, y, measures.WIDTH_DIGITS, c, d).value)
+        found["mean"].append(gaussian_mmd(x, y, measures.DIGITS_WIDTH, c, d).value)
         found["fd"].append(frechet_distance(Moments.of(x), Moments.of(y)))
         found["pixel_fd"].append(pixel_frechet(data.x[rows], data.x[again]))
     for name, values in found.items():
