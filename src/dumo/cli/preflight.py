@@ -241,10 +241,9 @@ def _plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None
     `fields` of the plan are what to set for the layout. `tflops` None: a share of this GPU's peak, where it is known.
     """
     from dumo.plan import cluster
-    from dumo.runtime import dist
-    from dumo.runtime.device import known_peak_tflops
+    from dumo.runtime.device import choose_device, known_peak_tflops
 
-    peak = None if tflops else known_peak_tflops(dist.device(device))
+    peak = None if tflops else known_peak_tflops(choose_device(device))
     if peak:
         tflops = cluster.USUAL_SHARE_OF_PEAK * peak
         say(

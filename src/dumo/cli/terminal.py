@@ -133,7 +133,7 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
                 stream.flush()
             except OSError:  # said already; Python would say it again
                 sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        if getattr(sys.modules.get("dumo.runtime.dist"), "joined", False):  # help alone does not import it
+        if getattr(sys.modules.get("dumo.runtime.dist"), "has_joined", False):  # help alone does not import it
             os._exit(code)
         sys.exit(code)
 

@@ -35,7 +35,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from dumo.io.file import flush
 from dumo.io.read import brief
 from dumo.runtime import dist
-from dumo.runtime.dist import require_ranks
+from dumo.runtime.dist import require_distributed_torch
 from dumo.types import UserError
 
 # what torch's reader raises for a damaged header
@@ -115,7 +115,7 @@ def outline(folder: Path) -> dict[str, Tensor]:
 
 def _headers(folder: Path) -> tuple[dict[str, Tensor], Metadata]:
     """The tensors of `outline`, and the metadata in the headers of all shards. Raises as `outline`."""
-    require_ranks(SHARDS)
+    require_distributed_torch(SHARDS)
     try:
         metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
     except READ_ERRORS as error:
@@ -152,7 +152,7 @@ def fill(folder: Path, into: Mapping[str, Tensor]) -> None:
 
     Each rank reads for itself, whether others call it or not. Names and shapes must be those of `outline`.
     """
-    require_ranks(SHARDS)
+    require_distributed_torch(SHARDS)
     with unwrapped_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
         state_dict_loader.load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)

@@ -26,7 +26,7 @@ from dumo.flow.solver import Euler, Solver, check
 from dumo.nets import Net
 from dumo.plan import machine
 from dumo.run import examination, memory
-from dumo.runtime import dist
+from dumo.runtime.device import choose_device, require_memory, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
 from dumo.runtime.stopwatch import Stopwatch, Work, quartiles
@@ -60,7 +60,7 @@ def build(
     Raises UserError where it does not fit the shape, or the device lacks memory for the net and `rows` samples.
     """
     size = memory.least_bytes(outline(net, needs, shape, classes)) + memory.row_bytes(rows, shape)
-    dist.require_memory(size, "the net and its input take", "take a smaller one, fewer rows or a smaller shape", device)
+    require_memory(size, "the net and its input take", "take a smaller one, fewer rows or a smaller shape", device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream("bench", "weights").initial_seed())
         return fill(net.build(needs, shape, classes)).to(device)
@@ -100,7 +100,7 @@ def sample(
     `nfes` are numbers of passes, `shape` that of a sample (None: the data's). Raises UserError for a precision or a
     number of passes that the device or the solver does not have.
     """
-    torch_device = dist.device(device)
+    torch_device = choose_device(device)
     shape = tuple(shape or run.data.shape)
     cases: list[_SampleCase] = []
     for precision in precisions_of(precisions, torch_device):
@@ -156,7 +156,7 @@ def sample(
         "rounds": rounds,
         "machine": machine.hardware(torch_device).text,
         "threads": torch.get_num_threads(),
-        "versions": dist.versions(),
+        "versions": software_versions(),
         "rows": rows,
         "decoder": missing,
     }

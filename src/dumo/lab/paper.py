@@ -32,7 +32,7 @@ from dumo.run.index import Index
 from dumo.run.judge import evaluator_of
 from dumo.run.net import outline
 from dumo.run.weights import RunFolder, build
-from dumo.runtime import dist
+from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
 from dumo.runtime.stopwatch import Stopwatch, quartiles
@@ -181,7 +181,7 @@ def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
 
     Raises UserError for several jobs, and for nets of the paper's size without a GPU.
     """
-    torch_device = dist.device(device)
+    torch_device = choose_device(device)
     if jobs > 1:
         raise UserError("fig4b times its cells in turn, so that a slow minute slows all alike: leave out --jobs")
     largest = max(_num_parameters(cell) for cell in cells)
@@ -256,7 +256,7 @@ def _timing_facts(cell: Cell, device: torch.device) -> dict[str, Any]:
         "precision": cell.spec.train.precision,
         "machine": machine.hardware(device).text,
         "threads": torch.get_num_threads(),
-        "versions": dist.versions(),
+        "versions": software_versions(),
     }
 
 

@@ -23,8 +23,8 @@ from dumo.io.source import DataSource
 from dumo.lab.plan import Cost
 from dumo.plan import machine
 from dumo.run.resolve import data_with_facts, resolve
-from dumo.runtime import dist, signals
-from dumo.runtime.device import known_peak_tflops
+from dumo.runtime import signals
+from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.runtime.stopwatch import Stopwatch
 from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
@@ -83,7 +83,7 @@ def measure(
     a training step; None: counted, where the run and the GPU's peak are known. Raises UserError as opening the data
     does.
     """
-    torch_device = dist.device(device)
+    torch_device = choose_device(device)
     source = reading.data.open()
     decodes = isinstance(source, Album) and source.decoded is None
     counts: Sequence[int | None] = [None]
@@ -118,7 +118,7 @@ def measure(
         "images_per_second_needed": needed,
         "machine": machine.hardware(torch_device).text,
         "cores": os.cpu_count(),
-        "versions": dist.versions(),
+        "versions": software_versions(),
         "rows": rows,
     }
 

@@ -30,7 +30,8 @@ from dumo.io.read import write_json
 from dumo.lab import arm, cell, ours, paper
 from dumo.lab.cell import Result, Row, average_by_arm, markdown
 from dumo.lab.plan import Cell, Plan, read
-from dumo.runtime import dist, shell_path
+from dumo.runtime import shell_path
+from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar, no_bar
 
 
@@ -162,6 +163,6 @@ def _origin(command: str, device: str) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
-        "device": dist.device(device).type,
-        "versions": dist.versions(),
+        "device": choose_device(device).type,
+        "versions": software_versions(),
     }

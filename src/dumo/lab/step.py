@@ -33,8 +33,7 @@ from dumo.io.read import finite
 from dumo.lab import bench
 from dumo.plan import machine
 from dumo.run import cost, examination, memory
-from dumo.runtime import dist
-from dumo.runtime.device import known_peak_tflops
+from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import Stopwatch, Times, quartiles
@@ -184,7 +183,7 @@ def measure(
     `slopes` None: all. A slope that training refuses is measured all the same where it can be, and its row says why.
     Raises UserError for a slope, precision or way to compile that this run or device does not have.
     """
-    torch_device = dist.device(device)
+    torch_device = choose_device(device)
     shape = tuple(shape or run.data.shape)
     batch = run.train.batch
     known_precisions = bench.precisions_of(precisions, torch_device)
@@ -208,7 +207,7 @@ def measure(
         "rounds": rounds,
         "machine": machine.hardware(torch_device).text,
         "threads": torch.get_num_threads(),
-        "versions": dist.versions(),
+        "versions": software_versions(),
         "rows": [finite(asdict(row)) for row in rows],
     }
 

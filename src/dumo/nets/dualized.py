@@ -140,7 +140,7 @@ class Dualized(nn.Module):
         if not (self.family.one_by_one and self.texts.lengths_differ):
             return self._predict(x, c, *times)
         heads_by_row: list[Heads] = []
-        for i in range(dist.calls(self, len(c))):  # another rank may have more rows
+        for i in range(dist.num_synced_calls(self, len(c))):  # another rank may have more rows
             first = min(i, len(c) - 1)
             row = slice(first, first + 1)
             heads_by_row.append(self._predict(x[row], c[row], *(time[row] for time in times)))

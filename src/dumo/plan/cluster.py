@@ -169,7 +169,7 @@ def fake_ranks(ranks: int) -> Generator[None, None, None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.require_one_process("a plan for ranks")
-    dist.require_ranks("a plan for ranks")
+    dist.require_distributed_torch("a plan for ranks")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield

@@ -17,7 +17,7 @@ from dumo.plan import findings
 from dumo.plan.machine import Finding, examine_machine
 from dumo.run.examination import examine
 from dumo.run.weights import build
-from dumo.runtime import dist
+from dumo.runtime.device import choose_device
 from dumo.types import UserError
 
 
@@ -27,7 +27,7 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
     Returns `ok`, whether nothing is failing; `findings`, lines to read, as `Finding` has them; and `examination`, the
     self-test's numbers, None where the slope refused to begin. Raises UserError where there is no such device.
     """
-    torch_device = dist.device(device)
+    torch_device = choose_device(device)
 
     def build_net(net: Net) -> nn.Module:
         return build(run.model_copy(update={"net": net}), torch_device)

@@ -21,6 +21,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from dumo import runtime
 from dumo.runtime import dist, install, installed
+from dumo.runtime.device import software_versions, total_memory
 
 KERNELS = {  # of attention, by the name that is shown
     "math": SDPBackend.MATH,
@@ -45,13 +46,13 @@ class Finding:
 
 def examine_machine(device: torch.device) -> list[Finding]:
     """Examine this machine and one device of it. Compiles a function, which takes seconds the first time."""
-    versions = ", ".join(f"{name} {number}" for name, number in dist.versions().items())
+    versions = ", ".join(f"{name} {number}" for name, number in software_versions().items())
     findings = [
         Finding("versions", "ok", versions),
         hardware(device),
         Finding("threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
     ]
-    if dist.started():
+    if dist.is_initialized():
         findings.append(Finding("ranks", "ok", f"rank {dist.rank()} of {dist.world()}"))
     findings += [kernels(device), dtypes(device), triton(device), compiler(device), disk(), *extras()]
     return findings
@@ -69,7 +70,7 @@ def hardware(device: torch.device) -> Finding:
         name = torch.cuda.get_device_name(device)
     sees_no_gpu = torch.version.cuda is not None and not torch.cuda.is_available()
     way = "torch is built for CUDA but sees no GPU: see nvidia-smi" if sees_no_gpu else ""
-    return ok_or_warning("device", f"{device}: {name}, {dist.memory(device) / GIB:.1f} GiB", way)
+    return ok_or_warning("device", f"{device}: {name}, {total_memory(device) / GIB:.1f} GiB", way)
 
 
 def kernels(device: torch.device) -> Finding:

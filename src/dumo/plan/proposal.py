@@ -45,7 +45,8 @@ from dumo.run import contract, examination
 from dumo.run.net import outline, require_room
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
-from dumo.runtime import dist, install, installed, threads
+from dumo.runtime import install, installed, threads
+from dumo.runtime.device import choose_device
 from dumo.runtime.progress import Bar, no_bar, quiet, span
 from dumo.runtime.stopwatch import WARM_UP, Stopwatch, wall_clock
 from dumo.types import Spec, UserError
@@ -156,7 +157,7 @@ def propose(
     or a field is wrong.
     """
     start_time = wall_clock()
-    torch_device = dist.device(device)
+    torch_device = choose_device(device)
     fields: dict[str, Any] = {}
     if place:
         fields["data.root"] = place

@@ -21,8 +21,7 @@ from dumo.run import cost, examination
 from dumo.run.net import flow_in_training, outline, require_room
 from dumo.run.sampler import Sampler, sampler_of
 from dumo.run.weights import build
-from dumo.runtime import dist
-from dumo.runtime.device import peak_bytes
+from dumo.runtime.device import choose_device, peak_bytes
 from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import WARM_UP, Clock, Stopwatch, wall_clock
 from dumo.training import loop
@@ -78,7 +77,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
 
     Raises UserError where training would refuse to begin or memory is too small, Diverged where the step is not finite.
     """
-    torch_device = dist.device(device)
+    torch_device = choose_device(device)
     spec = spec.model_copy(update={"net": examination.readable(spec.net)})
     if torch_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(torch_device)

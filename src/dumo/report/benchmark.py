@@ -204,7 +204,7 @@ def _missing_prompts(layout: Layout, image_folder: Path, prompts: Sequence[Promp
         for subfolder in subfolders:
             file.sweep(subfolder)
     complete = torch.tensor([all(path.is_file() for path in paths) for paths in files_by_prompt])
-    complete = dist.gathered(complete)[0]
+    complete = dist.all_gather_ragged(complete)[0]
     return (~complete).nonzero()[:, 0].tolist()
 
 

@@ -24,7 +24,8 @@ from dumo.io.weights import title
 from dumo.run.resolve import as_given
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
-from dumo.runtime import dist, shell_path
+from dumo.runtime import shell_path
+from dumo.runtime.device import software_versions
 from dumo.types import UserError
 
 FILE = "evaluation.json"  # in a run's folder: its evaluation as its own spec has it judged
@@ -118,7 +119,7 @@ def make_card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card
         "ema": _ema_decay(opened.file),
         **judging_settings(opened.sampler, run.evaluate),
         "device": opened.device.type,
-        "versions": dist.versions(),
+        "versions": software_versions(),
     }
 
 

@@ -41,6 +41,7 @@ from dumo.run.judge import evaluator_of, sample_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads
+from dumo.runtime.device import software_versions
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import UserError
 
@@ -117,7 +118,7 @@ def complete_report(
         "contrast": contrast,
         "baselines": baselines,
         "card": card,
-        "versions": dist.versions(),
+        "versions": software_versions(),
         "state": score.state(results, baselines),
     }
 

@@ -40,6 +40,7 @@ from dumo.report.evaluate import complete_report, write
 from dumo.report.place import ImageSet, have_same_classes, open_images, require_path
 from dumo.run.judge import bar_while_reading
 from dumo.runtime import dist, threads
+from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar, Tick, no_bar, teller
 from dumo.types import Spec, UserError
 
@@ -108,7 +109,7 @@ def judge(
         _, sha256 = hash_images((index, to_uint8(x)) for index, x in batches)
 
     # the scores
-    torch_device = dist.device(device)
+    torch_device = choose_device(device)
     with threads.fewer_when_busy(torch_device, teller(bar)):
         with bar_while_reading(bar) as reading_tick:
             c = labels.c[image_set.chosen_rows(total)] if labels else None
@@ -128,7 +129,7 @@ def judge(
         "labels": f"{num_classes} classes of the images" if num_classes else "none",
         "data": reference.spec,
         "device": torch_device.type,
-        "versions": dist.versions(),
+        "versions": software_versions(),
     }
     head = {"images": str(place), "file": str(path), "protocol": protocol.name, "samples": total}
     report = complete_report(head, results=[scores], contrast=[], baselines=evaluator.baselines(), card=card)

@@ -40,7 +40,8 @@ from dumo.run.prompt import names as names_of
 from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
-from dumo.runtime import dist, shell_path, threads
+from dumo.runtime import shell_path, threads
+from dumo.runtime.device import software_versions
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.runtime.random import stream
 from dumo.training import log
@@ -175,7 +176,7 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         names=_class_names(sampler),
         data_name=_data_name(sampler),
         yaml=dump(run),
-        versions=dist.versions(),
+        versions=software_versions(),
         # how good it is
         doubts=score.doubts(run.train.steps, opened.step, parts.judged, parts.near),
         shipped=shipped,

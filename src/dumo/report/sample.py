@@ -42,6 +42,7 @@ from dumo.run.prompt import names, prompted
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads
+from dumo.runtime.device import require_memory
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import Sample, UserError
 
@@ -157,7 +158,7 @@ def export(
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
     sample_bytes = memory.row_bytes(count, sampler.pixels)
     fix = "ask for fewer, and for others with another --seed"
-    dist.require_memory(sample_bytes, f"{count:,} samples take", fix)
+    require_memory(sample_bytes, f"{count:,} samples take", fix)
     if prompts:
         c = repeat_conditions(prompted(sampler, prompts, source), count)
     else:

@@ -116,7 +116,7 @@ def tensors_to_save(hashes: "Hashes | None") -> dict[str, Tensor]:
     if hashes is None:
         return {}
     read_here = torch.from_numpy(hashes.expected_or_known())
-    read_anywhere = dist.largest(read_here)
+    read_anywhere = dist.all_reduce_max(read_here)
     if dist.world() > 1:
         agreement.gather_results(lambda: _require_same_contents(hashes, read_here, read_anywhere))
         hashes.expect(read_anywhere.numpy(), "is another on another rank: give all ranks the same files")

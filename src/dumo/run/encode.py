@@ -29,6 +29,7 @@ from dumo.nets.text import LearnedTexts
 from dumo.run.prompt import sources
 from dumo.run.resolve import resolve
 from dumo.runtime import dist, threads
+from dumo.runtime.device import choose_device
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.types import Spec, UserError
 
@@ -140,7 +141,7 @@ def encode(
     where the folder holds something else, or what was made of other images.
     """
     rank, world_size = part
-    torch_device = dist.device(device)
+    torch_device = choose_device(device)
     images = data.images
     codec = data.codec.open(torch_device)
     album = data.rows()
@@ -222,7 +223,7 @@ def encode_texts(
 ) -> EncodeResult:
     """Make shards k, k + n, k + 2 n ... of the table, `part` being (k, n). Raises as `texttable.encode`."""
     rank, world_size = part
-    torch_device = dist.device(device)
+    torch_device = choose_device(device)
     texts = captions(data)
     files_by_hash: Mapping[str, Path] = {}  # of the images that captions edit
     if isinstance(data, Latents) and data.images.source:

@@ -45,6 +45,7 @@ from dumo.run.resolve import resolve, resolve_remaining, with_absolute_paths, wi
 from dumo.run.speed import Meter
 from dumo.run.weights import begin
 from dumo.runtime import dist, threads
+from dumo.runtime.device import choose_device
 from dumo.runtime.progress import quiet
 from dumo.training import agreement
 from dumo.training.layout import share_of
@@ -144,7 +145,7 @@ def open_job(
         # 2. resolve
         run_before = index.written.run if index.written else None
         run = resolve(with_absolute_paths(run, run_before))
-        torch_device = dist.device(device)
+        torch_device = choose_device(device)
         _require_fit(run, torch_device, sheets)
         reads_tokens = is_learned_texts(run.net.texts)
         if reads_tokens and is_main:

@@ -40,6 +40,7 @@ from dumo.run.net import outline
 from dumo.run.provenance import run_before_step
 from dumo.run.weights import build
 from dumo.runtime import dist, shell_path, signals
+from dumo.runtime.device import software_versions, total_memory
 from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.progress import sized
 from dumo.runtime.threads import StepThreads
@@ -223,7 +224,7 @@ class Journal:
         copies_bytes = weight_bytes(net_outline) + examination.copied_bytes(net_outline)
         if dist.world() > 1:
             copies_bytes += weight_bytes(net_outline)  # ranks may share them: each examines them in one piece
-        device_bytes = agreement.on_main_rank(lambda: dist.memory(self.device))
+        device_bytes = agreement.on_main_rank(lambda: total_memory(self.device))
         if self.run.objective.needs.slope and copies_bytes > device_bytes:
             self.tell(
                 f"the slope is not examined on the weights in training: copies of them take {sized(copies_bytes)} of "
@@ -435,7 +436,7 @@ class History:
                 yield f"from step {self.step:,} on {change.field} is {shown(change.now)}, and was {shown(change.was)}"
         if self.train_before and self.train_before.schedule == self.run.train.schedule:
             yield from _schedule_lines(self.train_before, self.run.train.steps, self.step)
-        versions = dist.versions()
+        versions = software_versions()
         for name in PROGRAMS:
             version = versions[name]
             version_before = self.versions.get(name, version)

@@ -12,7 +12,7 @@ from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
 from dumo.nets import is_pretrained
 from dumo.run import memory
-from dumo.runtime import dist
+from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
 from dumo.training.state import State
 from dumo.training.step import flow_of
@@ -80,4 +80,4 @@ def require_room(run: RunParts, device: torch.device | str, copies: float = 0, r
     else:
         content = "the net takes"
         fix = "take a smaller net (net.width, net.depth)"
-    dist.require_memory(needed_bytes, content, fix, device)
+    require_memory(needed_bytes, content, fix, device)

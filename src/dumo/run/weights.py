@@ -31,6 +31,7 @@ from dumo.run.index import Index
 from dumo.run.net import deferred, drawn, require_room
 from dumo.run.provenance import require_own_checkpoint, require_own_weights
 from dumo.runtime import dist, shell_path
+from dumo.runtime.device import choose_device
 from dumo.runtime.heap import low_memory_heap
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.manifest import Checkpoint, Checkpoints
@@ -143,7 +144,7 @@ def open_run(
     while True:
         steps_before = list(index.checkpoints.by_step())
         try:
-            return _open_weights(run, index, weights, dist.device(device), fill=fill)
+            return _open_weights(run, index, weights, choose_device(device), fill=fill)
         except (UserError, OSError):
             steps_now = list(index.checkpoints.by_step())
             if steps_now == steps_before:  # else a training has removed what was read

@@ -1,37 +1,86 @@
-"""What a device can do and has taken: its speed, known or measured, and the most bytes of memory so far.
+"""The device that a process computes on: which one, its memory and speed; and the versions of the software on it.
 
-Which device is chosen, and how much memory it has: `dumo.runtime.dist`.
+`choose_device` turns a name into a device. `total_memory` and `require_memory` know how much it has, `peak_bytes` how
+much this process has taken so far. `known_peak_tflops` looks its speed up, `operations_per_second` measures it.
+`software_versions` goes into reports.
 """
 
+import os
+import platform
 import resource
 import sys
 from functools import cache, partial
 
 import torch
 
+from dumo.runtime import dist, version
 from dumo.runtime.stopwatch import Stopwatch
+from dumo.types import UserError
 
 TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
-SIDE = 1024  # rows of the square matrix that is timed on a CPU, enough for its own speed to show: ours
-SIDE_ON_GPU = 8192  # and on a GPU: ours
+# rows of the square matrix whose product is timed, enough for the device's own speed to show: ours
+SIDE_ON_CPU = 1024
+SIDE_ON_GPU = 8192
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this name; 'auto' is the GPU where there is one, of several ranks each rank's own, else the CPU.
+
+    Raises UserError for a device that is not there.
+    """
+    world = dist.world()
+    if world > 1 and ":" in name:
+        raise UserError(f"device '{name}' is one for all {world} ranks: use auto, which gives each its own, or cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        x = torch.zeros(0, device=name).sum()
+        x.item()  # raises on `meta`
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device '{name}' is not available: use auto or cpu") from error
+    return x.device
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has in all; of any device but a GPU, those of the machine."""
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        return total
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_memory(size: int, what: str, fix: str, device: torch.device | str = "cpu") -> None:
+    """Raise UserError where `size` bytes are more than the device has; 'meta' has room for all.
+
+    The message begins with `what`, such as "the net takes", and ends with `fix`.
+    """
+    device = torch.device(device)
+    if device.type == "meta":
+        return
+    total = total_memory(device)
+    if size > total:
+        raise UserError(f"{what} {size / 1e9:,.1f} GB of memory, and {device} has {total / 1e9:,.1f} GB: {fix}")
 
 
 def known_peak_tflops(device: torch.device) -> float | None:
-    """The dense bf16 peak of a GPU that is known, in 10^12 operations a second; None of any other device."""
+    """The dense bf16 peak of a GPU, in 10^12 operations a second; None of a GPU that is not listed, and of a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in TFLOPS_BY_GPU.items() if part in name), None)
+    for part, peak in TFLOPS_BY_GPU.items():
+        if part in name:
+            return peak
+    return None
 
 
 @cache
 def operations_per_second(device: torch.device) -> float:
-    """Floating-point operations a second of a product of square matrices, in bf16 on a GPU, else in float32.
+    """Measure a product of square matrices, in floating-point operations a second: in bf16 on a GPU, else in float32.
 
-    Measured once in a process: the best of four.
+    It is measured once in a process; the best of four counts.
     """
     on_gpu = device.type == "cuda"
-    side = SIDE_ON_GPU if on_gpu else SIDE
+    side = SIDE_ON_GPU if on_gpu else SIDE_ON_CPU
     dtype = torch.bfloat16 if on_gpu else torch.float32
     x = torch.ones(side, side, device=device, dtype=dtype)
     times = Stopwatch(device).rounds([partial(torch.mm, x, x)], 4, warm_up=0)
@@ -39,8 +88,14 @@ def operations_per_second(device: torch.device) -> float:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes that this process has held so far: of a GPU's allocator, else of resident memory."""
+    """The most bytes that this process has held so far: in a GPU's allocator, else in resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else 1024 * resident  # kilobytes on Linux
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kilobytes
+    return resident * bytes_per_unit
+
+
+def software_versions() -> dict[str, str]:
+    """The versions that a result depends on: of dumo, torch and Python."""
+    return {"dumo": version(), "torch": torch.__version__, "python": platform.python_version()}

@@ -1,13 +1,18 @@
-"""Ranks, means over ranks, devices and their memory, versions: which processes work together, and where.
+"""Several processes that work together: ranks, their collectives, and how they meet.
 
-Inside `join` the processes that torchrun started work together. `rank` and `world` number them; `mean`, `largest`,
-`gathered` and `barrier` are their collectives, which every rank must call. `device` chooses where a rank computes.
-Without torch.distributed there is one rank, number 0, and a mean over ranks is the identity.
+Inside `join` the processes that torchrun started work together: they meet at a store, watch one another's heartbeat
+(`dumo.runtime.heartbeat`) and make a process group, which ends with it. `rank`, `world` and `is_main` number them.
+`mean`, `all_reduce_max`, `all_gather_ragged`, `num_synced_calls` and `barrier` are collectives: every rank must call
+them. `new_group` serves a second thread. `shorten_timeouts` is called once the first step is done.
+
+Without torch.distributed there is one rank, number 0, and every collective returns its own tensor.
+
+`torchrun_rank_and_world` reads the numbers before `join`, too. `require_one_process` and `require_distributed_torch`
+refuse what cannot run here. Which device a rank computes on: `dumo.runtime.device`.
 """
 
 import math
 import os
-import platform
 import re
 import time
 from collections.abc import Generator
@@ -25,7 +30,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.torch_version import TorchVersion
 
-from dumo.runtime import install, signals, version
+from dumo.runtime import install, signals
 from dumo.types import UserError
 
 if TYPE_CHECKING:
@@ -34,24 +39,27 @@ if TYPE_CHECKING:
 MIN_TORCH = "2.13"  # whose sharded weights and checkpoints were tried
 START_TIMEOUT = 1800.0  # seconds that ranks wait for each other until a first step is done, which may compile: ours
 DEFAULT_TIMEOUT = 600.0  # seconds, afterwards: ours
+POLL_INTERVAL = 0.01  # seconds between looks for the other ranks while they meet: ours
 MAX_RANKS = 1_000_000  # more is a typing error
-UNSET = "Start by torchrun, which sets it, or unset it"
-COMMUNICATION_ERROR = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in torch's errors where it cannot reach others
+TIMEOUT_MARGIN = 1.5  # of a collective over DUMO_TIMEOUT, so that the heartbeat, which knows who is gone, ends first
+UNSET_HINT = "Start by torchrun, which sets it, or unset it"
+COMMUNICATION_ERROR = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in torch's errors where it cannot reach other ranks
 
-joined = False  # whether this process ever met others
-peers: "Peers | None" = None  # those it has met
-# The process group of this thread and the same thread of other ranks (`dumo.training.agreement`); None: that of all.
+has_joined = False  # whether this process ever met others; read by `dumo.cli.terminal`
+_current_peers: "Peers | None" = None  # the ranks of the current `join`
+# the process group in which this thread meets the same thread of other ranks (`dumo.training.agreement`); None: the
+# default group
 group: ContextVar[ProcessGroup | None] = ContextVar("group", default=None)
 
 
 def rank() -> int:
     """The number of this process, in [0, world())."""
-    return torch.distributed.get_rank() if started() else 0
+    return torch.distributed.get_rank() if is_initialized() else 0
 
 
 def world() -> int:
-    """How many processes train together; 1 without torch.distributed."""
-    return torch.distributed.get_world_size() if started() else 1
+    """How many processes work together; 1 without torch.distributed."""
+    return torch.distributed.get_world_size() if is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -60,16 +68,19 @@ def is_main() -> bool:
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of x over ranks, on every rank; x itself is left alone. Every rank must call it, with the same shape."""
+    """The mean of x over ranks, on every rank. Every rank must call it, with the same shape. x is not changed."""
     if world() == 1:
         return x
     total = x.clone()
-    torch.distributed.all_reduce(total)  # a sum: gloo knows no mean
+    torch.distributed.all_reduce(total)  # the sum, because gloo has no mean
     return total / world()
 
 
-def largest(x: Tensor) -> Tensor:
-    """The largest of x over ranks, on every rank; x is on the CPU. Every rank must call it, with the same shape."""
+def all_reduce_max(x: Tensor) -> Tensor:
+    """The maximum of x over ranks, element by element, on every rank. Every rank must call it, with the same shape.
+
+    x is on the CPU, and is not changed.
+    """
     if world() == 1:
         return x
     maximum = x.clone()
@@ -77,29 +88,30 @@ def largest(x: Tensor) -> Tensor:
     return maximum
 
 
-def calls(net: nn.Module, rows: int) -> int:
-    """How often a rank with these rows calls a net that takes them one by one: as often as the one with most of them.
+def num_synced_calls(net: nn.Module, num_rows: int) -> int:
+    """How often every rank must call a net that takes its rows one by one, if this rank has `num_rows`.
 
-    Each call gathers sharded weights from all ranks, forward and backward. Every rank must call it, if they are.
+    Under FSDP each call is a collective, so every rank must make as many as the rank with the most rows. Returns that
+    maximum; without FSDP, `num_rows`. Every rank must call it under FSDP.
     """
     if world() == 1:
-        return rows
+        return num_rows
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(net, FSDPModule):
-        return int(largest(torch.tensor(rows)))
-    return rows
+        return int(all_reduce_max(torch.tensor(num_rows)))
+    return num_rows
 
 
-def gathered(x: Tensor) -> list[Tensor]:
-    """This tensor of every rank, by rank, on the CPU; first axes may differ in length. Every rank must call it.
+def all_gather_ragged(x: Tensor) -> list[Tensor]:
+    """Gather x (n, *d) of every rank, in the order of ranks, on the CPU. n may differ. Every rank must call it.
 
-    Ranks that come early wait for the others as long as these live.
+    A rank that comes early waits for the others without a time-out, as long as they live.
     """
     if world() == 1:
         return [x.cpu()]
-    if peers:
-        peers.wait_for_all()
+    if _current_peers:
+        _current_peers.wait_for_all()
     local = x.detach().cpu().contiguous()
     lengths = [torch.tensor(0) for _ in range(world())]
     torch.distributed.all_gather(lengths, torch.tensor(len(x)))
@@ -117,25 +129,24 @@ def barrier() -> None:
 
 
 def new_group() -> ProcessGroup | None:
-    """One more group of all ranks, by gloo, for another thread; None where there is one rank.
-
-    Every rank must call it.
-    """
+    """Make one more gloo group of all ranks, for another thread; None if there is one rank. Every rank must call it."""
     if world() == 1:
         return None
     group = torch.distributed.new_group(backend="gloo")
-    return group if isinstance(group, ProcessGroup) else None  # of some ranks alone it would be a number
+    if not isinstance(group, ProcessGroup):  # torch's type allows a number, which a rank outside of the group gets
+        return None
+    return group
 
 
-def started() -> bool:
-    """Whether a process group is there to ask."""
+def is_initialized() -> bool:
+    """Whether this process is in a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def torchrun_rank_and_world() -> tuple[int, int]:
     """(rank, world) as torchrun sets them in the environment, before `join` too; (0, 1) without torchrun.
 
-    Raises UserError where they are no such numbers.
+    Raises UserError where they are not whole numbers, or out of range.
     """
     world = _environment_integer("WORLD_SIZE", 1, low=1, high=MAX_RANKS)
     rank = _environment_integer("RANK", 0, high=world - 1)
@@ -143,17 +154,17 @@ def torchrun_rank_and_world() -> tuple[int, int]:
 
 
 def _environment_integer(name: str, default: int, *, low: int = 0, high: int | None = None) -> int:
-    """A whole number from the environment. Raises UserError where it is none, or out of [low, high]."""
+    """A whole number from the environment. Raises UserError if it is not one, or outside [low, high]."""
     text = os.environ.get(name, str(default))
     is_integer = re.fullmatch(r"-?[0-9]{1,18}", text) is not None
     if not is_integer or int(text) < low or (high is not None and int(text) > high):
         limits = f"from {low:,}" if high is None else f"from {low:,} to {high:,}"
-        raise UserError(f"{name}={text} is no whole number {limits}. {UNSET}")
+        raise UserError(f"{name}={text} is no whole number {limits}. {UNSET_HINT}")
     return int(text)
 
 
 def _timeout_seconds() -> float:
-    """Seconds without a sign of a rank, after which it is taken to be gone. Raises UserError for no such number."""
+    """DUMO_TIMEOUT: after this many seconds without a sign of life a rank is taken to be gone. Raises UserError."""
     text = os.environ.get("DUMO_TIMEOUT", str(DEFAULT_TIMEOUT))
     try:
         seconds = float(text)
@@ -165,7 +176,7 @@ def _timeout_seconds() -> float:
 
 
 def require_one_process(work: str) -> None:
-    """Refuse, where torchrun started several processes, work that they do not share. Raises UserError."""
+    """Raise UserError if torchrun started several processes, for `work` that processes do not share."""
     _, world = torchrun_rank_and_world()
     if world > 1:
         raise UserError(
@@ -174,8 +185,8 @@ def require_one_process(work: str) -> None:
         )
 
 
-def require_ranks(what: str) -> None:
-    """Refuse what sharded weights are needed for on a torch that was not tried with them. Raises UserError."""
+def require_distributed_torch(what: str) -> None:
+    """Raise UserError below torch `MIN_TORCH`. `what`, which needs it, begins the message."""
     if TorchVersion(torch.__version__) < MIN_TORCH:
         fix = install(f"torch>={MIN_TORCH}")
         raise UserError(f"{what} needs torch {MIN_TORCH} or newer, here is {torch.__version__}: {fix}")
@@ -183,56 +194,67 @@ def require_ranks(what: str) -> None:
 
 @contextmanager
 def join() -> Generator[None, None, None]:
-    """Work together with the processes that torchrun started while inside; without torchrun nothing changes.
+    """Work together, while inside, with the other processes that torchrun started; without torchrun do nothing.
 
-    Each has a GPU of its own where there is one.
+    Each rank gets a GPU of its own if there are enough. Backends: nccl for CUDA tensors, gloo for CPU tensors; gloo for
+    all where ranks share a GPU, which nccl rejects.
 
-    What is on a GPU goes by nccl, all else by gloo; where ranks must share a GPU, which nccl would refuse, all by gloo.
-    Raises UserError below torch 2.13, and where what torchrun sets is there in part or odd; `Lost` where another rank
-    is gone. One that gives no sign for DUMO_TIMEOUT seconds ends this process, with a line (`dumo.runtime.heartbeat`).
+    Raises UserError below torch `MIN_TORCH`, and where torchrun's variables are incomplete or invalid; `Lost` where
+    another rank is gone. A rank that gives no sign for DUMO_TIMEOUT seconds ends this process, with a line.
     """
+    global has_joined, _current_peers
     _, world = torchrun_rank_and_world()
-    if world == 1 or started():
+    if world == 1 or is_initialized():
         yield
         return
     from dumo.runtime.heartbeat import Peers
 
-    require_ranks(f"work on {world} ranks")
-    gpus = torch.cuda.device_count()
-    local_rank = _environment_integer("LOCAL_RANK", 0)
+    require_distributed_torch(f"work on {world} ranks")
+    backend = _choose_gpu_and_backend()
     timeout = _timeout_seconds()
-    if gpus:
-        torch.cuda.set_device(local_rank % gpus)
-    has_own_gpu = gpus >= _environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
-    global joined, peers
     with signals.default_handlers():  # there is nothing to save yet
-        store, rank = meet()
-        joined = True
+        store, rank = _rendezvous()
+        has_joined = True
         peers = Peers(store, rank, world, timeout)
         torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if has_own_gpu else "gloo",
+            backend,
             store=PrefixStore("group", store),
             rank=rank,
             world_size=world,
             timeout=timedelta(seconds=max(START_TIMEOUT, timeout)),
         )
+    _current_peers = peers
     try:
         with peers.watch(), report_failure(peers):
             yield
             peers.wait_for_all()
-            torch.distributed.barrier()  # nobody leaves while another may still ask
+            torch.distributed.barrier()  # no rank leaves while another may still ask
     finally:
-        peers = None
+        _current_peers = None
         torch.distributed.destroy_process_group()
 
 
-def meet() -> tuple[Store, int]:
-    """An empty store that all ranks share, and the number of this one. Raises UserError, Lost."""
+def _choose_gpu_and_backend() -> str:
+    """Make a GPU current, if there is one, and return the backend. Raises UserError for invalid variables."""
+    num_gpus = torch.cuda.device_count()
+    local_rank = _environment_integer("LOCAL_RANK", 0)
+    local_world = _environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
+    if num_gpus:
+        torch.cuda.set_device(local_rank % num_gpus)
+    has_own_gpu = num_gpus >= local_world
+    return "cpu:gloo,cuda:nccl" if has_own_gpu else "gloo"
+
+
+def _rendezvous() -> tuple[Store, int]:
+    """Wait for all ranks. Returns an empty store that they share, and the number of this rank.
+
+    Raises UserError where torchrun's variables are incomplete, `Lost` where the ranks do not meet.
+    """
     _, world = torchrun_rank_and_world()
     _environment_integer("MASTER_PORT", 1, low=1, high=65535)
     try:
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_TIMEOUT)))
-        return PrefixStore(_name_of_this_start(store, rank, world), store), rank
+        return PrefixStore(_unique_run_id(store, rank, world), store), rank
     except ValueError as error:
         raise UserError(f"WORLD_SIZE={world} says {world} ranks: {error}. Start by torchrun, or unset it") from error
     except torch.distributed.DistError as error:
@@ -245,87 +267,50 @@ def meet() -> tuple[Store, int]:
 
 
 @contextmanager
-def report_failure(others: "Peers") -> Generator[None, None, None]:
-    """Report to the others why this rank fails; raise Lost, with the rank to blame, where talking to them fails."""
+def report_failure(peers: "Peers") -> Generator[None, None, None]:
+    """Report to the other ranks why this one fails. Raises `Lost`, with the rank to blame, if communication failed."""
     try:
         yield
     except Exception as error:
         if isinstance(error, RuntimeError) and COMMUNICATION_ERROR.search(f"{type(error).__name__} {error}"):
-            signals.check()  # the others were asked to stop, too, and are gone already
-            raise others.diagnose(error) from error
-        others.report(error)
+            signals.check()  # a stop was asked of all ranks, and the others are gone already
+            raise peers.diagnose(error) from error
+        peers.report(error)
         raise
 
 
-def end_start() -> None:
-    """Once the first step is done, which may have compiled: let ranks wait no longer than DUMO_TIMEOUT from now on."""
-    if peers and not peers.settled:
-        peers.settled = True
-        for group in c10d._world.pg_map:
-            c10d._set_pg_timeout(timedelta(seconds=1.5 * peers.limit), group)  # longer than the heartbeat's
+def shorten_timeouts() -> None:
+    """From now on let collectives wait for about DUMO_TIMEOUT; further calls do nothing.
+
+    It is called after the first step, which may compile and for which they wait `START_TIMEOUT`.
+    """
+    if _current_peers and not _current_peers.settled:
+        _current_peers.settled = True
+        timeout = timedelta(seconds=TIMEOUT_MARGIN * _current_peers.limit)
+        for group in c10d._world.pg_map:  # there is no public API for this as of torch 2.13
+            c10d._set_pg_timeout(timeout, group)
 
 
-def _name_of_this_start(store: Store, rank: int, world: int) -> str:
-    """A name for this start of all ranks, under which no earlier one left anything in their store. All must call it.
+def _unique_run_id(store: Store, rank: int, world: int) -> str:
+    """Agree on an id for this start of all ranks, under which their store holds nothing yet. Every rank must call it.
 
     torchrun keeps one store over its restarts, in which a rank may find the address of one that is dead (pytorch
-    #135712, in 2.13 still). So rank 0 makes up a name, and answers every process that asks under its own token, until
-    all have confirmed it.
+    #135712, in 2.13 still). So rank 0 makes up an id. Every other rank asks for it under a token of its own, and
+    confirms it. Rank 0 answers until all have confirmed.
     """
     token = token_hex(8)
     if rank > 0:
         store.set(f"asks/{rank}", token)
-        name = store.get(f"answer/{token}").decode()
-        store.set(f"heard/{name}/{rank}", "")
-        return name
+        run_id = store.get(f"answer/{token}").decode()
+        store.set(f"heard/{run_id}/{rank}", "")
+        return run_id
+    run_id = token
     deadline = time.monotonic() + START_TIMEOUT
     for other in range(1, world):
-        while not store.check([f"heard/{token}/{other}"]):
-            other_token = store.get(f"asks/{other}").decode()  # may be a dead one's: ask again
-            store.set(f"answer/{other_token}", token)
+        while not store.check([f"heard/{run_id}/{other}"]):
+            other_token = store.get(f"asks/{other}").decode()  # may be a dead process's, so look again
+            store.set(f"answer/{other_token}", run_id)
             if time.monotonic() > deadline:
                 raise torch.distributed.DistStoreError(f"rank {other} does not answer")
-            time.sleep(0.01)
-    return token
-
-
-def device(name: str) -> torch.device:
-    """The device of this name; 'auto' is the GPU where there is one, of several ranks each rank's own, else the CPU.
-
-    Raises UserError for a device that is not there.
-    """
-    if world() > 1 and ":" in name:
-        raise UserError(f"device '{name}' is one for all {world()} ranks: use auto, which gives each its own, or cpu")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        x = torch.zeros(0, device=name).sum()
-        x.item()  # raises on `meta`
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"device '{name}' is not available: use auto or cpu") from error
-    return x.device
-
-
-def memory(device: torch.device) -> int:
-    """Bytes of memory that a device has in all."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def require_memory(size: int, what: str, fix: str, device: torch.device | str = "cpu") -> None:
-    """Raise UserError where `size` bytes are more than the device has; 'meta' has room for all.
-
-    The message begins with `what`, such as "the net takes", and ends with `fix`.
-    """
-    device = torch.device(device)
-    if device.type == "meta":
-        return
-    total = memory(device)
-    if size > total:
-        raise UserError(f"{what} {size / 1e9:,.1f} GB of memory, and {device} has {total / 1e9:,.1f} GB: {fix}")
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on: of dumo, torch and Python."""
-    return {"dumo": version(), "torch": torch.__version__, "python": platform.python_version()}
+            time.sleep(POLL_INTERVAL)
+    return run_id

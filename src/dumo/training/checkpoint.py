@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from dumo.io import digest, weights
 from dumo.io import file as files
 from dumo.runtime import dist, threads
+from dumo.runtime.device import software_versions
 from dumo.training import agreement, frozen, layout, manifest
 from dumo.training.manifest import Checkpoint, Checkpoints, paths_by_step
 from dumo.training.state import Diverged, State, by_parameter_index, empty_optimizer_state, flatten
@@ -91,7 +92,7 @@ def copy(state: State, notes: Notes, memory: HostMemory) -> Copy:
         trend=state.trend,
         gradients=state.gradients,
         ranks=dist.world(),
-        versions=dist.versions(),
+        versions=software_versions(),
         frozen=state.frozen,
         threads=notes.threads,
         cores=None if notes.threads is None else threads.cores(),

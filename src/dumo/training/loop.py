@@ -58,7 +58,7 @@ def train(
             batch = batch_at(step)
             draws = None if draws_at is None else draws_at(step)
             record = train_step(state, flow, batch, spec, loss, draws, due=checkpoint_due())
-            dist.end_start()
+            dist.shorten_timeouts()
             for hook in hooks:
                 if state.step % hook.n == 0:
                     hook.f(state, record)

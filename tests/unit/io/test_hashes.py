@@ -186,7 +186,7 @@ def test_ranks_that_read_other_contents_are_named(tmp_path: Path, monkeypatch: p
     found.sha256[:] = 0
     found.see(0, picture(0))
     monkeypatch.setattr(dist, "world", lambda: 2)
-    monkeypatch.setattr(dist, "largest", lambda x: torch.maximum(x, there))
+    monkeypatch.setattr(dist, "all_reduce_max", lambda x: torch.maximum(x, there))
     monkeypatch.setattr("dumo.training.agreement.gather_results", lambda work: [work()])
     assert torch.equal(datacheck.tensors_to_save(found)["hashes"], there)
     with pytest.raises(UserError, match="another on another rank"):

@@ -26,7 +26,6 @@ from dumo.run.resolve import resolve
 from dumo.run.teacher import base_flow, open_teacher
 from dumo.run.train import train
 from dumo.run.weights import build, init_from, open_run
-from dumo.runtime import dist
 from dumo.training.state import State
 from dumo.types import Cond, FromTeacher, Frozen, Heads, Sample, Time, UserError
 from theory.exact import APART, PRODUCT, Exact, Flow
@@ -76,10 +75,10 @@ def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.Mon
     run, lines = tiny("moons"), list[str]()
     net = outline(run)
     whole = memory.weight_bytes(net) + examination.copied_bytes(net)
-    monkeypatch.setattr(dist, "memory", lambda device: whole)
+    monkeypatch.setattr("dumo.run.journal.total_memory", lambda device: whole)
     train(run, tmp_path / "all", tell=lines.append)
     assert not any("is not examined" in line for line in lines)
-    monkeypatch.setattr(dist, "memory", lambda device: whole - 1)
+    monkeypatch.setattr("dumo.run.journal.total_memory", lambda device: whole - 1)
     train(run, tmp_path / "run", tell=lines.append)
     assert [line for line in lines if "the slope is not examined on the weights in training: copies of them" in line]
 

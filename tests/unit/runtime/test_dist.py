@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dumo.runtime import dist
+from dumo.runtime.device import choose_device
 from dumo.types import UserError
 
 
@@ -38,4 +39,4 @@ def test_odd_numbers_of_ranks_are_refused(told: dict[str, str], said: str, monke
 @pytest.mark.parametrize("name", ["hpu", "xla", "privateuseone", "cpu:x", ""])
 def test_devices_that_are_not_here_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="is not available: use auto or cpu"):
-        dist.device(name)
+        choose_device(name)

@@ -9,7 +9,7 @@ from torch import nn
 from dumo.config.load import load
 from dumo.run.train import train
 from dumo.run.weights import build
-from dumo.runtime import dist
+from dumo.runtime.device import require_memory, total_memory
 from dumo.types import UserError
 
 CPU = torch.device("cpu")
@@ -17,15 +17,15 @@ CPU = torch.device("cpu")
 
 def test_memory_is_that_of_the_machine() -> None:
     (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:")]
-    assert dist.memory(CPU) == 1024 * int(line.split()[1])
+    assert total_memory(CPU) == 1024 * int(line.split()[1])
 
 
 def test_as_much_as_there_is_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "memory", lambda device: 2_000_000_000)
-    dist.require_memory(2_000_000_000, "the net takes", "take another")
-    dist.require_memory(3_000_000_000, "the net takes", "take another", "meta")
+    monkeypatch.setattr("dumo.runtime.device.total_memory", lambda device: 2_000_000_000)
+    require_memory(2_000_000_000, "the net takes", "take another")
+    require_memory(3_000_000_000, "the net takes", "take another", "meta")
     with pytest.raises(UserError, match=r"^the net takes 2\.1 GB of memory, and cpu has 2\.0 GB: take another$"):
-        dist.require_memory(2_100_000_000, "the net takes", "take another")
+        require_memory(2_100_000_000, "the net takes", "take another")
 
 
 def test_a_net_is_counted_before_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -34,13 +34,15 @@ def test_a_net_is_counted_before_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp
     trained = sum(p.nbytes for p in net.parameters())
     size = trained + sum(x.nbytes for x in net.buffers())
     rows = 2 * run.train.batch * 2 * 4
-    monkeypatch.setattr(dist, "memory", lambda device: size)
+    monkeypatch.setattr("dumo.runtime.device.total_memory", lambda device: size)
     build(run)
-    monkeypatch.setattr(dist, "memory", lambda device: size - 1)
+    monkeypatch.setattr("dumo.runtime.device.total_memory", lambda device: size - 1)
     monkeypatch.setattr(nn.Module, "to", lambda *_: pytest.fail("it was made"))
     with pytest.raises(UserError, match="the net takes"):
         build(run)
-    monkeypatch.setattr(dist, "memory", lambda device: size + (3 + len(run.train.ema)) * trained + rows - 1)
+    monkeypatch.setattr(
+        "dumo.runtime.device.total_memory", lambda device: size + (3 + len(run.train.ema)) * trained + rows - 1
+    )
     with pytest.raises(UserError, match=r"averages and a batch take .*net.width.*train.batch"):
         train(run, tmp_path / "run")
     assert not any(tmp_path.iterdir())
