@@ -111,7 +111,7 @@ def seconds_of(work: Callable[[], object], device: torch.device, rounds: int) ->
     """The median of several runs of a piece of work, after some to warm up."""
     from dumo.runtime.stopwatch import Stopwatch
 
-    return Stopwatch(device).rounds([work], rounds).median().item()
+    return Stopwatch(device).time_rounds([work], rounds).median().item()
 
 
 # 1. The kernel of attention's tangent

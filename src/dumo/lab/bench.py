@@ -29,7 +29,7 @@ from dumo.run import examination, memory
 from dumo.runtime.device import choose_device, require_memory, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
-from dumo.runtime.stopwatch import Stopwatch, Work, quartiles
+from dumo.runtime.stopwatch import Stopwatch, Task, quartiles
 from dumo.types import Needs, Reads, UserError
 
 MAX_JUMP_PASSES = 4  # passes up to which a restart makes sense: more of them add error (docs/reproduce.md)
@@ -126,13 +126,13 @@ def sample(
         )
         return generate.join_batches(batches)
 
-    works: list[Work] = []
+    tasks: list[Task] = []
     for case in cases:
-        works.append(partial(make_samples, case))
+        tasks.append(partial(make_samples, case))
     decode, missing = _decoder(run.data, shape, batch, torch_device)
     if decode:
-        works.append(decode)
-    seconds = Stopwatch.for_bench(torch_device).rounds(works, rounds, bar=bar, title="sampling")
+        tasks.append(decode)
+    seconds = Stopwatch.for_bench(torch_device).time_rounds(tasks, rounds, bar=bar, title="sampling")
     decode_seconds = seconds[-1] if decode else None
     rows: list[dict[str, Any]] = []
     for case, net_seconds in zip(cases, seconds, strict=False):
@@ -162,7 +162,7 @@ def sample(
     }
 
 
-def _decoder(data: Data, shape: tuple[int, ...], batch: int, device: torch.device) -> tuple[Work | None, str | None]:
+def _decoder(data: Data, shape: tuple[int, ...], batch: int, device: torch.device) -> tuple[Task | None, str | None]:
     """A function that decodes a batch of noise, and None; or None, and why the codec cannot be opened.
 
     Both are None where the data are no latents.

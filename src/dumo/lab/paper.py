@@ -194,7 +194,7 @@ def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
         cells_of_size = [cell for cell in cells if cell.labels["size"] == size]
         steps = [_prepare_step(cell.spec, torch_device) for cell in cells_of_size]
         rounds = cells_of_size[0].labels["rounds"]
-        seconds = Stopwatch.for_bench(torch_device).rounds(steps, rounds, bar=bar, title=f"steps of size {size}")
+        seconds = Stopwatch.for_bench(torch_device).time_rounds(steps, rounds, bar=bar, title=f"steps of size {size}")
         for cell, cell_seconds in zip(cells_of_size, seconds, strict=True):
             report = {
                 "card": _timing_facts(cell, torch_device),

@@ -36,7 +36,7 @@ from dumo.run import cost, examination, memory
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch
-from dumo.runtime.stopwatch import Stopwatch, Times, quartiles
+from dumo.runtime.stopwatch import RoundTimes, Stopwatch, quartiles
 from dumo.training.compile import compile_blocks
 from dumo.training.spec import Train
 from dumo.types import (
@@ -191,7 +191,7 @@ def measure(
     setting = prepare(run, shape, torch_device, compile)
     attempts = [setting.attempt(row, objective) for row, objective in variants]
     steps = [step for _, step in attempts if step]
-    seconds = Stopwatch.for_bench(torch_device).rounds(steps, rounds, bar=bar, title="training steps")
+    seconds = Stopwatch.for_bench(torch_device).time_rounds(steps, rounds, bar=bar, title="training steps")
 
     flops = cost.forward_flops(setting.outline, run.objective, shape)
     peak = peak_tflops or known_peak_tflops(torch_device)
@@ -271,7 +271,7 @@ def _refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:
 
 
 def compare(
-    attempts: Sequence[tuple[Row, Work | None]], seconds: Times, batch: int, seconds_at_peak: float | None
+    attempts: Sequence[tuple[Row, Work | None]], seconds: RoundTimes, batch: int, seconds_at_peak: float | None
 ) -> Iterator[Row]:
     """The rows with their times in forward passes of the plain step, and their bytes over those of `central`.
 

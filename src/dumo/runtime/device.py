@@ -83,7 +83,7 @@ def operations_per_second(device: torch.device) -> float:
     side = SIDE_ON_GPU if on_gpu else SIDE_ON_CPU
     dtype = torch.bfloat16 if on_gpu else torch.float32
     x = torch.ones(side, side, device=device, dtype=dtype)
-    times = Stopwatch(device).rounds([partial(torch.mm, x, x)], 4, warm_up=0)
+    times = Stopwatch(device).time_rounds([partial(torch.mm, x, x)], 4, warm_up=0)
     return 2 * side**3 / max(times.min().item(), 1e-9)
 
 

@@ -1,7 +1,9 @@
 """How long work takes on a device: `Stopwatch`, the one clock of rehearsals, benches, trials and speeds.
 
-A GPU works on while Python goes on, so its time is read when all work so far is done. What runs for the first time
-compiles, chooses kernels and fills caches: those rounds do not count.
+A GPU works on while Python continues, so `now` first waits until the device has done all work so far. `seconds` times
+one call, `repeat` calls for a while, and `time_rounds` several tasks in turn. `quartiles` sums their times up.
+
+What runs for the first time compiles, chooses kernels and fills caches: those rounds do not count.
 """
 
 import time
@@ -14,8 +16,8 @@ from torch import Tensor
 from dumo.runtime.progress import Bar, no_bar
 
 Clock = Callable[[], float]  # seconds, from any beginning
-Work = Callable[[], object]
-Times = Float[Tensor, "works rounds"]  # seconds
+Task = Callable[[], object]
+RoundTimes = Float[Tensor, "tasks rounds"]  # seconds
 
 WARM_UP = 2  # rounds before the first that counts: ours
 
@@ -31,52 +33,54 @@ class Stopwatch:
 
     @classmethod
     def for_bench(cls, device: torch.device) -> "Stopwatch":
-        """With one thread on a CPU, by the processor's time, which leaves out what other programs take."""
-        is_single_thread = device.type != "cuda" and torch.get_num_threads() == 1
+        """A stopwatch that, on a CPU with one thread, reads processor time, which leaves out other programs."""
+        is_single_thread = device.type == "cpu" and torch.get_num_threads() == 1
         return cls(device, time.process_time if is_single_thread else wall_clock)
 
     def now(self) -> float:
-        """Seconds, when all work so far is done."""
+        """Wait until the device has done all work so far, then read the clock, in seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         return self.clock()
 
-    def seconds(self, work: Work) -> float:
-        """Seconds that one call of `work` takes."""
+    def seconds(self, task: Task) -> float:
+        """Seconds that one call of the task takes."""
         began = self.now()
-        work()
+        task()
         return self.now() - began
 
-    def rounds(
+    def time_rounds(
         self,
-        works: Sequence[Work],
-        rounds: int,
+        tasks: Sequence[Task],
+        num_rounds: int,
         *,
         warm_up: int = WARM_UP,
         bar: Bar = no_bar,
         title: str = "timing",
-    ) -> Times:
-        """Seconds that each piece of work takes in each round, after `warm_up` rounds that do not count.
+    ) -> RoundTimes:
+        """Seconds that each task takes in each round, after `warm_up` rounds that do not count.
 
-        All pieces take turns, so that a slow minute slows them alike, and a ratio is taken within a round.
+        The tasks take turns, so that a slow minute slows them alike, and ratios can be taken within a round.
         """
-        times = torch.zeros(len(works), rounds, dtype=torch.float64)
-        with bar(title, warm_up + rounds) as tick:
-            for i in range(warm_up + rounds):
-                for j, work in enumerate(works):
-                    seconds = self.seconds(work)
+        times = torch.zeros(len(tasks), num_rounds, dtype=torch.float64)
+        with bar(title, warm_up + num_rounds) as tick:
+            for i in range(warm_up + num_rounds):
+                for j, task in enumerate(tasks):
+                    seconds = self.seconds(task)
                     if i >= warm_up:
                         times[j, i - warm_up] = seconds
                 tick(i + 1, "")
         return times
 
-    def repeat(self, work: Work, duration: float) -> list[float]:
-        """Seconds of each call of `work`, which is called again and again for `duration` seconds."""
+    def repeat(self, task: Task, duration: float) -> list[float]:
+        """Call the task again and again for `duration` seconds. Returns the seconds of each call."""
         times: list[float] = []
         began = self.now()
         deadline = began + duration
         while began < deadline:
-            work()
+            task()
             ended = self.now()
             times.append(ended - began)
             began = ended

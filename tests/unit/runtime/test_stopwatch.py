@@ -31,10 +31,10 @@ class Time:
         return run
 
 
-def test_works_take_turns_and_the_first_rounds_do_not_count() -> None:
+def test_tasks_take_turns_and_the_first_rounds_do_not_count() -> None:
     clock = Time()
-    works = [clock.work("a", lambda i: 100 if i < WARM_UP else i), clock.work("b", lambda i: 2 * i)]
-    times = Stopwatch(CPU, clock).rounds(works, 3)
+    tasks = [clock.work("a", lambda i: 100 if i < WARM_UP else i), clock.work("b", lambda i: 2 * i)]
+    times = Stopwatch(CPU, clock).time_rounds(tasks, 3)
     assert clock.order == ["a", "b"] * (WARM_UP + 3)
     assert times.tolist() == [[2, 3, 4], [4, 6, 8]]
     assert quartiles(times[0]) == (2.5, 3, 3.5)
@@ -50,12 +50,14 @@ def test_a_gpu_has_done_its_work_when_the_time_is_read(monkeypatch: pytest.Monke
     clock = Time()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: setattr(clock, "now", clock.now + 3.0))
     assert Stopwatch(torch.device("cuda"), clock).seconds(lambda: None) == 3
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: setattr(clock, "now", clock.now + 2.0))
+    assert Stopwatch(torch.device("mps"), clock).seconds(lambda: None) == 2
     assert Stopwatch(CPU, clock).seconds(lambda: None) == 0
 
 
 @pytest.mark.parametrize(
     ("threads", "device", "clock"),
-    [(1, "cpu", time.process_time), (2, "cpu", wall_clock), (1, "cuda", wall_clock)],
+    [(1, "cpu", time.process_time), (2, "cpu", wall_clock), (1, "cuda", wall_clock), (1, "mps", wall_clock)],
 )
 def test_a_bench_with_one_thread_leaves_out_other_programs(
     threads: int, device: str, clock: Callable[[], float], monkeypatch: pytest.MonkeyPatch
