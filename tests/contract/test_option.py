@@ -20,7 +20,7 @@ from dumo.config import recipes
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Memory
-from dumo.nets import Module
+from dumo.nets import ModuleSpec
 from dumo.objectives import Objective
 from dumo.types import PINNED, Spec
 from dumo.types.family import SpecFamily, members
@@ -49,7 +49,14 @@ EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's
     "AdamW8bit": ("weight_decay", "eps"),
     "Muon": ("momentum", "weight_decay", "eps"),
 }
-PYTHON = (Memory, Module, ObjectiveSpec, NetSpec, DataSpec, SolverSpec)  # what Python gives, and bases of classes there
+PYTHON = (
+    Memory,
+    ModuleSpec,
+    ObjectiveSpec,
+    NetSpec,
+    DataSpec,
+    SolverSpec,
+)  # what Python gives, and bases of classes there
 SHARED = ("times", "drop")  # of an objective: what every one draws, and users tune
 
 

@@ -22,7 +22,7 @@ from dumo.config.spec import Run
 from dumo.data import Memory
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
-from dumo.nets import Module
+from dumo.nets import ModuleSpec
 from dumo.plan import proposal
 from dumo.runtime.progress import Bar
 from dumo.types import Spec, UserError
@@ -137,7 +137,7 @@ def plain_net(net: object) -> Fields | None:
     Raises UserError for what is no net.
     """
     if isinstance(net, nn.Module):
-        net = Module.of(net)
+        net = ModuleSpec.of(net)
     return _plain_part("net", net)
 
 

@@ -12,7 +12,7 @@ from dumo.types.outside import NetSpec
 MEMBERS = {  # by kind
     "dit": "dumo.nets.dit:DiT",
     "mlp": "dumo.nets.mlp:MLP",
-    "module": "dumo.nets.module:Module",
+    "module": "dumo.nets.module:ModuleSpec",
     "diffusers": "dumo.nets.pretrained:Pretrained",
     "unet": "dumo.nets.unet:UNet",
 }
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from dumo.nets.dit import DiT as DiT
     from dumo.nets.dualized import Dualized
     from dumo.nets.mlp import MLP as MLP
-    from dumo.nets.module import Module as Module
+    from dumo.nets.module import ModuleSpec as ModuleSpec
     from dumo.nets.pretrained import Pretrained as Pretrained
     from dumo.nets.unet import UNet as UNet
 
-    Net = DiT | MLP | Module | Pretrained | UNet | NetSpec
+    Net = DiT | MLP | ModuleSpec | Pretrained | UNet | NetSpec
 else:
     Net = Annotated[Spec, FAMILY]
     __getattr__ = lazy_names(__name__, MEMBERS.values())

@@ -1,8 +1,10 @@
 """A module that a user of `dumo.train` made in Python, as a net.
 
-`Module.of` makes its spec and keeps the module in `MODULES` while the process lives; the spec itself names only its
-class and layout. `Module.build` copies the module, and `require_heads` tries a pass, as it does for nets of other
-packages (`dumo.run.contract`).
+1. `ModuleSpec.of` makes the spec of a module and remembers the module while the process lives. The spec itself, which
+   run.yaml holds, names only the class and hashes of the layout and the weights.
+2. `ModuleSpec.build` copies the module with these weights. In another process the user gives the module anew, with
+   weights of its own: then the last one of the same layout is copied, and the weights of the run are loaded into it.
+3. `require_heads` tries a pass, as it also does for nets of other packages (`dumo.run.contract`).
 """
 
 import copy
@@ -11,16 +13,16 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from dumo.io import digest
 from dumo.types import FREE, Needs, UserError
 from dumo.types.outside import NetSpec, name_of
 
-MODULES: dict[str, nn.Module] = {}  # the users' own modules, by layout
+MODULES: dict[str, dict[str, nn.Module]] = {}  # the users' own modules, by layout and weights, the last one last
 
 
-class Module(NetSpec):
+class ModuleSpec(NetSpec):
     """The spec of a user's module. Copies of it are trained, which begin with its weights; it is left as it is."""
 
     kind: Literal["module"] = "module"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -29,8 +31,8 @@ class Module(NetSpec):
     weights: str = Field(json_schema_extra=FREE)  # a hash of the tensors' values
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Module":
-        """Make the spec of a module, and keep the module. Raises UserError for one that has no parameter to train."""
+    def of(cls, module: nn.Module) -> "ModuleSpec":
+        """Make the spec of a module, and remember the module. Raises UserError if it has no parameter to train."""
         state = module.state_dict()
         class_name = name_of(type(module))
         if not any(p.requires_grad for p in module.parameters()):
@@ -38,20 +40,25 @@ class Module(NetSpec):
         lines = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in state.items()]
         layout = digest.short(class_name, repr(module), *lines)
         weights = digest.short(*map(digest.of_tensor, state.values()))
-        MODULES[layout] = module
+        same_layout = MODULES.setdefault(layout, {})
+        same_layout.pop(weights, None)
+        same_layout[weights] = module
         return cls(name=class_name, layout=layout, weights=weights)
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> nn.Module:
         """Copy the module to torch's default device.
 
-        Raises UserError where this process has no module of this layout, and as `require_heads`.
+        Raises UserError if this process has no module of this layout, or its heads do not fit (`require_heads`).
         """
-        module = MODULES.get(self.layout)
-        if module is None:
+        same_layout = MODULES.get(self.layout)
+        if not same_layout:
             raise UserError(
                 f"the net is a module of Python, {self.name}, that this process does not have: give it in Python, "
                 f"dumo.load(RUN, net={self.name.rpartition(':')[2]}(...)), in the same layout"
             )
+        module = same_layout.get(self.weights)
+        if module is None:
+            module = list(same_layout.values())[-1]
         net = copy.deepcopy(module)
         device = torch.get_default_device()
         with torch.device(next(net.parameters()).device):
@@ -60,17 +67,16 @@ class Module(NetSpec):
 
 
 def require_heads(net: nn.Module, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
-    """Raise UserError where a net on the default device does not take the inputs, or give the heads, of `needs`.
+    """Raise UserError unless a net on the default device takes the inputs of `needs` and returns its heads and gauges.
 
-    It is called on two samples of `shape` without a class, number `classes`, at times 0.5.
+    The net is called in evaluation mode on x (2, *shape) of zeros, times 0.5, and c `classes`, which is no class.
     """
     x = torch.zeros(2, *shape)
     c = torch.full((2,), classes)
     t = torch.full((2,), 0.5)
     inputs = ", ".join(f"{name}={name}" for name in needs.names)
     call = f"net(x, c, {inputs})"
-    expected_shapes = [x.shape] * len(needs.heads) + [t.shape] * len(needs.gauges)
-    is_training = net.training
+    was_training = net.training
     try:
         with torch.no_grad():
             output: object = net.eval()(x, c, **dict.fromkeys(needs.names, t))
@@ -79,16 +85,31 @@ def require_heads(net: nn.Module, needs: Needs, shape: tuple[int, ...], classes:
             f"{call}, with x {tuple(x.shape)}, times (2,) and c up to {classes} (no class), raised "
             f"{type(error).__name__}: {error}"
         ) from error
-    net.train(is_training)
-    shapes = [part.shape for part in output] if isinstance(output, tuple) else None
-    if shapes == expected_shapes:
+    finally:
+        net.train(was_training)
+    expected_shapes = [x.shape] * len(needs.heads) + [t.shape] * len(needs.gauges)
+    if isinstance(output, tuple) and _shapes(output) == expected_shapes:
         return
-    got = f"a {type(output).__name__}"
-    if shapes:
-        got = "a tuple of " + _join_shapes(shapes)
     names = ", ".join((*needs.heads, *needs.gauges))
-    raise UserError(f"{call} gave {got}; this objective wants a tuple ({names}) of {_join_shapes(expected_shapes)}")
+    expected = ", ".join(str(tuple(expected_shape)) for expected_shape in expected_shapes)
+    raise UserError(f"{call} gave {_describe(output)}; this objective wants a tuple ({names}) of {expected}")
 
 
-def _join_shapes(shapes: Sequence[torch.Size]) -> str:
-    return ", ".join(str(tuple(shape)) for shape in shapes)
+def _shapes(parts: Sequence[object]) -> list[torch.Size | None]:
+    """The shape of each tensor, and None for anything else."""
+    return [part.shape if isinstance(part, Tensor) else None for part in parts]
+
+
+def _describe(output: object) -> str:
+    """What a net returned, in words."""
+    if not isinstance(output, tuple):
+        return f"a {type(output).__name__}"
+    if not output:
+        return "an empty tuple"
+    descriptions: list[str] = []
+    for part in output:
+        if isinstance(part, Tensor):
+            descriptions.append(str(tuple(part.shape)))
+        else:
+            descriptions.append(f"a {type(part).__name__}")
+    return "a tuple of " + ", ".join(descriptions)
