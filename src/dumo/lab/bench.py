@@ -106,7 +106,14 @@ def sample(
     for precision in precisions_of(precisions, torch_device):
         for nfe in nfes:
             cases.append(_SampleCase(precision, nfe, solver(run.sample.solver, run.reads, nfe)))
-    module = build(examination.readable(run.net), run.objective.needs, shape, run.data.classes, torch_device, batch)
+    module = build(
+        examination.with_random_texts_if_missing(run.net),
+        run.objective.needs,
+        shape,
+        run.data.classes,
+        torch_device,
+        batch,
+    )
     reads = reading(run.objective, module, run.sample.knobs)
     c = generate.labels_in_turn(batch, run.data.classes)
 

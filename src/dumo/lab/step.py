@@ -217,7 +217,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     require_known("way to compile", compile, COMPILE)
     needs = run.objective.needs
     classes = run.data.classes
-    net = bench.build(examination.readable(run.net), needs, shape, classes, device, run.train.batch)
+    net = bench.build(examination.with_random_texts_if_missing(run.net), needs, shape, classes, device, run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
         torch.compiler.config.recompile_limit = 64  # one block serves every precision, way and number of rows

@@ -7,7 +7,7 @@ What is counted, for a rank that holds a share of the weights w, gradients, opti
                   16 bits twice, for they are in 32 until averages are made
     first step    on a CPU all that `dumo.plan.cluster` counts for a step, but o, which comes with its update
     examination   before the first checkpoint, on a CPU w, a, o and gradients; of several ranks the net in one piece;
-                  weights in float64 (`examination.copied_bytes`). Nothing where no slope is taken
+                  weights in float64 (`float64.copied_bytes`). Nothing where no slope is taken
     save          on a CPU w, a, o and gradients; the copy that is written (`memory.checkpoint_bytes`)
     step          on a CPU all that is counted for a step; that copy, whose memory is kept
     resume        as start, with o
@@ -23,9 +23,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from dumo.autodiff.float64 import copied_bytes
 from dumo.nets.adapter import adapters
 from dumo.nets.lowbit import saved
-from dumo.run.examination import copied_bytes
 from dumo.run.memory import HeldBytes
 from dumo.training.layout import share_of
 from dumo.training.spec import Train

@@ -296,8 +296,8 @@ def _step_seconds(run: Run, device: torch.device) -> float:
     Raises UserError where the net has no room here, or a user's own part cannot be trained.
     """
     if has_own_parts(run):
-        contract.require_contract(run, examination.drawn_net(run, device), device)
-    run = run.model_copy(update={"net": examination.readable(run.net)})
+        contract.require_contract(run, examination.randomly_initialized_net(run, device), device)
+    run = run.model_copy(update={"net": examination.with_random_texts_if_missing(run.net)})
     rows = run.train.micro_batch or run.train.batch
     require_room(run, device, run.train.copies, rows)
     batch = rehearsal.random_rows(run.data, rows, device)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dumo.autodiff import float64
 from dumo.config.advice import advice
 from dumo.config.change import shown
 from dumo.config.load import FILE, identity
@@ -221,7 +222,7 @@ class Journal:
         `tell` is called with a line. Then the self-test of two blocks has to do.
         """
         net_outline = outline(self.run)
-        copies_bytes = weight_bytes(net_outline) + examination.copied_bytes(net_outline)
+        copies_bytes = weight_bytes(net_outline) + float64.copied_bytes(net_outline)
         if dist.world() > 1:
             copies_bytes += weight_bytes(net_outline)  # ranks may share them: each examines them in one piece
         device_bytes = agreement.on_main_rank(lambda: total_memory(self.device))

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import transformers_tiny as tiny
+from dumo.autodiff import float64
 from dumo.config.load import load
 from dumo.encoders.pipeline import Pipeline
 from dumo.flow.draw import draw
@@ -25,7 +26,6 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import HalfLinear
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching, Shortcut
-from dumo.run import examination
 from dumo.training.compile import compile_blocks
 from dumo.training.frozen import digest
 from dumo.types import Frozen, Heads, Needs, Noised, UserError
@@ -150,9 +150,9 @@ def test_float64_of_a_block_at_a_time_has_the_bits_of_a_copy(
     """In an examination of the slope, whose models may ask for their own type."""
     net = built(with_limit(folder(name), name), lora=lora).eval()
     x, c, t = batch()
-    ours = examination._exact(net, x, torch.ones_like(x), c, t=t)
-    monkeypatch.setattr(examination, "_in_float64", lambda net, device: copy.deepcopy(net).double())
-    copied = examination._exact(net, x, torch.ones_like(x), c, t=t)
+    ours = float64.exact_derivative(net, x, torch.ones_like(x), c, t=t)
+    monkeypatch.setattr(float64, "_float64_copy", lambda net, device: copy.deepcopy(net).double())
+    copied = float64.exact_derivative(net, x, torch.ones_like(x), c, t=t)
     for our_head, head in zip(ours, copied, strict=True):
         assert our_head.dtype == head.dtype
         assert torch.equal(our_head, head)

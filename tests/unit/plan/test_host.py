@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dumo.autodiff import float64
 from dumo.config.load import load
 from dumo.io.deferred import Deferred
 from dumo.plan.cluster import Traffic, fake_ranks
 from dumo.plan.host import PROCESS, host
-from dumo.run import examination, memory
+from dumo.run import memory
 from dumo.run.net import outline
 from dumo.training import layout
 from dumo.training.frozen import copied
@@ -46,7 +47,7 @@ def test_shares_take_less_and_a_gpu_keeps_what_it_trains() -> None:
 def test_an_examination_on_a_cpu_takes_a_block_in_float64_and_of_ranks_the_net_in_one_piece() -> None:
     net = outline(load("digits"))
     held = memory.held_bytes(net, load("digits").train)
-    copied = examination.copied_bytes(net)
+    copied = float64.copied_bytes(net)
     assert copied < 2 * held.weights  # which all of it would take
     assert planned(1, "CPU")["examination"] == held.total + copied
     assert planned(4, "CPU", "train.share=4")["examination"] == held.total // 4 + held.weights + copied

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import kind, members
+from dumo.autodiff import float64
 from dumo.config.spec import Run
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
 from dumo.plan import doctor
@@ -216,11 +217,11 @@ def test_float64_of_a_block_at_a_time_has_the_bits_of_a_copy(monkeypatch: pytest
     before = {key: (id(p), p.dtype) for key, p in net.named_parameters()}
     point = examination.example_point(run.objective, run.path, run.data, run.train.seed, 2)
     most = watch_float64(monkeypatch)
-    ours = examination._exact(net, point.x_t, point.direction, point.c, **point.inputs)
+    ours = float64.exact_derivative(net, point.x_t, point.direction, point.c, **point.inputs)
     assert {key: (id(p), p.dtype) for key, p in net.named_parameters()} == before
-    assert max(most) == examination.copied_bytes(net) < examination._bytes_in_float64(net)
-    monkeypatch.setattr(examination, "_in_float64", lambda net, device: copy.deepcopy(net).double())
-    copied = examination._exact(net, point.x_t, point.direction, point.c, **point.inputs)
+    assert max(most) == float64.copied_bytes(net) < float64._bytes_in_float64(net)
+    monkeypatch.setattr(float64, "_float64_copy", lambda net, device: copy.deepcopy(net).double())
+    copied = float64.exact_derivative(net, point.x_t, point.direction, point.c, **point.inputs)
     for our_head, head in zip(ours, copied, strict=True):
         assert torch.equal(our_head, head)
 
@@ -228,19 +229,19 @@ def test_float64_of_a_block_at_a_time_has_the_bits_of_a_copy(monkeypatch: pytest
 def watch_float64(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let an examination note, whenever it has cast a block, the bytes in memory of their own of the copy it casts."""
     most, copies = list[int](), list[nn.Module]()
-    own_copy, own_cast = examination._in_float64, examination._BlockCast.cast
+    own_copy, own_cast = float64._float64_copy, float64._BlockCast.cast
 
     def in_float64(net: nn.Module, device: torch.device) -> nn.Module:
         copies.append(own_copy(net, device))
         return copies[-1]
 
-    def cast(self: examination._BlockCast, *given: object) -> None:
+    def cast(self: float64._BlockCast, *given: object) -> None:
         own_cast(self, *given)
         tensors = (*copies[-1].parameters(), *copies[-1].buffers())
         most.append(sum(x.nbytes for x in tensors if x.dtype == torch.float64))
 
-    monkeypatch.setattr(examination, "_in_float64", in_float64)
-    monkeypatch.setattr(examination._BlockCast, "cast", cast)
+    monkeypatch.setattr(float64, "_float64_copy", in_float64)
+    monkeypatch.setattr(float64._BlockCast, "cast", cast)
     return most
 
 
