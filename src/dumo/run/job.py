@@ -55,6 +55,7 @@ from dumo.training.step import Record
 from dumo.types import UserError
 
 if TYPE_CHECKING:
+    from dumo.run.best import BestFolder
     from dumo.run.teacher import LoadedTeacher
     from dumo.run.validation import Validation
 
@@ -90,7 +91,8 @@ class Job:
     goes_back: bool  # a step was asked for: later checkpoints are removed
     history: History | None  # what has changed since the folder was written; None except on rank 0
     teacher: "LoadedTeacher | None"
-    validation: "Validation | None"  # None: it is not judged as it trains
+    best_folder: "BestFolder | None"  # None: it is not judged as it trains
+    validation: "Validation | None"  # None: so, or no step is left at which it would be
     sheets: Sheets | None  # None: it draws none
     meter: Meter
     net_outline: nn.Module  # the net on the meta device, without values
@@ -175,7 +177,10 @@ def open_job(
 
         # 5. begin the state, and open what reads it
         state, checkpoint = begin(run, index.checkpoints, torch_device, step)
-        validation = _open_validation(run, index, state, tell, meter) if run.evaluate.every else None
+        best_folder = None
+        validation = None
+        if run.evaluate.every:
+            best_folder, validation = _open_validation(run, index, state, tell, meter)
         teacher = _load_teacher(run, run.teacher, state, torch_device) if run.teacher else None
 
         # 6. compare with what the folder holds
@@ -197,6 +202,7 @@ def open_job(
             goes_back=step is not None,
             history=agreement.on_each_rank(compare_history),
             teacher=teacher,
+            best_folder=best_folder,
             validation=validation,
             sheets=drawn_sheets,
             meter=meter,
@@ -231,14 +237,19 @@ def _require_fit(run: Run, device: torch.device, sheets: MakeSheets | None) -> N
     check_pieces(run.train, run.objective, ranks)
 
 
-def _open_validation(run: Run, index: Index, state: State, tell: Tell, meter: Meter) -> "Validation":
-    """What judges the run as it trains. Raises UserError, on all ranks, where its protocol cannot be opened."""
+def _open_validation(
+    run: Run, index: Index, state: State, tell: Tell, meter: Meter
+) -> "tuple[BestFolder, Validation | None]":
+    """The folder of the best weights, and what judges the run as it trains, as `Validation.open`."""
+    from dumo.run.best import BestFolder
     from dumo.run.validation import Validation
 
     identities: set[str] = set()  # of the run in the folder, whose best weights may be there
     if index.written:
         identities = index.written.identities()
-    return Validation(run, index.folder, state, tell, meter.leave_out, identities)
+    best_folder = BestFolder(run, index.folder, identities)
+    validation = Validation.open(run, state, best_folder, log_line=tell, exclude_seconds=meter.leave_out)
+    return best_folder, validation
 
 
 def _load_teacher(run: Run, spec: Teacher, state: State, device: torch.device) -> "LoadedTeacher":

@@ -56,6 +56,7 @@ from dumo.training.state import State
 
 if TYPE_CHECKING:
     from dumo.io.content import Hashes
+    from dumo.run.best import BestFolder
     from dumo.run.teacher import TeacherPairs
     from dumo.run.validation import Validation
 
@@ -76,6 +77,7 @@ class Journal:
     tell: Callable[[str], None]
     hashes: "Hashes | None" = None  # of the data
     text: str = ""  # the run as its checkpoints hold it; of the main rank
+    best_folder: "BestFolder | None" = None
     validation: "Validation | None" = None
     threads: StepThreads | None = None  # of the steps; None: nobody chooses
     last_saved: float = field(default_factory=time.monotonic)  # seconds: when the last checkpoint was taken
@@ -200,9 +202,9 @@ class Journal:
             agreement.on_main_rank(lambda: log.flush(log_file))
             checkpoint.put(self.checkpoints, copy, self.run.train.keep)
             agreement.on_main_rank(lambda: mark_checkpoint_written(self.folder))
-            validation = self.validation
-            if validation:
-                agreement.on_main_rank(lambda: validation.tidy(step))
+            best_folder = self.best_folder
+            if best_folder:
+                agreement.on_main_rank(lambda: best_folder.remove_older(step))
 
         self.saver.start(write)
         self.last_saved = time.monotonic()

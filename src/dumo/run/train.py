@@ -126,6 +126,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         tell=job.tell,
         hashes=hashes_of(job.data),
         text=dump(run, history.changed) if history else "",
+        best_folder=job.best_folder,
         validation=job.validation,
         threads=step_threads,
     )
@@ -175,10 +176,10 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         last_good_step = state.step - state.skips
         hint = agreement.on_main_rank(lambda: resume_hint(run.train, job.folder, job.index.checkpoints, last_good_step))
         raise Diverged(f"{error} {hint}") from error
-    validation = job.validation
-    if validation:
-        for line in agreement.on_main_rank(lambda: [*validation.outcome()]):
-            job.tell(line)
+    if job.best_folder:
+        best_line = agreement.on_main_rank(job.best_folder.describe)
+        if best_line:
+            job.tell(best_line)
     return state
 
 

@@ -13,6 +13,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.report import evaluate
 from dumo.run import judge, speed
+from dumo.run.best import BestFolder
 from dumo.run.train import train
 from dumo.run.validation import Validation
 from dumo.run.weights import open_run
@@ -215,14 +216,15 @@ def test_best_weights_of_another_run_or_score_are_refused(tmp_path: Path, scored
 
 def test_the_best_before_a_checkpoint_stays_until_a_later_one_stands(tmp_path: Path) -> None:
     """What became the best since goes with a stop."""
-    validation = Validation.__new__(Validation)
-    validation.folder = tmp_path
+    best_folder = BestFolder(tiny(), tmp_path)
+    best = tmp_path / "best"
+    best.mkdir()
     for step in (2, 3, 4, 6):
-        (tmp_path / f"step-{step:08d}.safetensors").touch()
-    validation.tidy(3)
-    assert [path.name[11:13] for path in sorted(tmp_path.iterdir())] == ["03", "04", "06"]
-    validation.tidy(6)
-    assert [path.name[11:13] for path in sorted(tmp_path.iterdir())] == ["06"]
+        (best / f"step-{step:08d}.safetensors").touch()
+    best_folder.remove_older(3)
+    assert [path.name[11:13] for path in sorted(best.iterdir())] == ["03", "04", "06"]
+    best_folder.remove_older(6)
+    assert [path.name[11:13] for path in sorted(best.iterdir())] == ["06"]
 
 
 def test_what_cannot_be_judged_is_said_and_ends_nothing(tmp_path: Path, scored: Callable[..., None]) -> None:

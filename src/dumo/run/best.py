@@ -1,0 +1,119 @@
+"""best/ in a run's folder: the sampled weights with the best score of the run's validation so far.
+
+`BestFolder` owns the folder. In training, `Validation` calls `save_if_best` after each score, and the journal
+`remove_older` after each checkpoint; `describe` is what is said at the end. `find_best` reads.
+
+A file of weights says its score, and by which protocol and nfe it was measured: scores that were measured otherwise are
+not compared. On resume, the journal drops weights newer than the checkpoint, so files from before it must stay.
+"""
+
+from collections.abc import Set
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+from dumo.config.load import identity
+from dumo.config.spec import Run
+from dumo.evaluation.metric import rising
+from dumo.run.folder import BEST
+from dumo.run.provenance import require_place
+from dumo.run.speed import LOG
+from dumo.training import agreement, checkpoint, log, manifest
+from dumo.training.state import State
+from dumo.types import UserError
+
+KIND = "best weights"  # what the file of weights says it is
+SCORE = "score"  # the name of the score among the facts in the file
+
+
+@dataclass(frozen=True)
+class BestWeights:
+    """A file in best/, and the score of its weights."""
+
+    file: Path
+    step: int
+    metric: str
+    value: float
+    protocol: str  # the name of the protocol that measured it
+    nfe: int  # of the samples that were judged
+
+
+class BestFolder:
+    """The best weights of a run in training."""
+
+    def __init__(self, run: Run, run_folder: Path, identities: Set[str] = frozenset()) -> None:
+        """Open nothing yet. `identities` are those of the run that the folder holds (`Written.identities`).
+
+        Weights that were written under one of them, or under that of `run`, are this run's own.
+        """
+        self.run = run
+        self.folder = run_folder / BEST
+        self.log_file = run_folder / LOG
+        self.identities = {*identities, identity(run)}
+
+    def find_best(self, max_step: int | None = None) -> BestWeights | None:
+        """The newest weights, up to step `max_step`; None: there are none, or they do not say their score.
+
+        Raises UserError where the file is not what this run wrote there.
+        """
+        files = manifest.paths_by_step(self.folder, ".safetensors")
+        steps = [step for step in files if max_step is None or step <= max_step]
+        if not steps:
+            return None
+        step = steps[-1]
+        file = files[step]
+        require_place(file, self.identities, KIND, step)
+        facts = checkpoint.facts_of(file)
+        score = facts.get(SCORE)
+        if not score:
+            return None
+        best = BestWeights(file, step, score["name"], score["value"], score["protocol"], score["nfe"])
+        if checkpoint.FACTS_SUM not in facts:
+            self._require_logged(best)
+        return best
+
+    def save_if_best(self, state: State, *, metric: str, value: float, protocol: str, nfe: int) -> None:
+        """Write the sampled weights if their score is finite and the best of those that were measured alike.
+
+        Every rank must call it, with the same score. Raises UserError as `find_best`, and if the disk is full.
+        """
+        # first of all, so that weights of another run are refused whatever the score is
+        previous = agreement.on_main_rank(self.find_best)
+        if not isfinite(value):
+            return
+        if previous and (previous.metric, previous.protocol, previous.nfe) == (metric, protocol, nfe):
+            is_better = value > previous.value if rising(metric) else value < previous.value
+            if not is_better:
+                return
+        score = {"protocol": protocol, "nfe": nfe, "name": metric, "value": value}
+        checkpoint.save_weights(self.folder, state, state.shown, KIND, identity(self.run), **{SCORE: score})
+
+    def remove_older(self, step: int) -> None:
+        """Remove all weights up to `step` but the last, once the checkpoint of that step is written.
+
+        A resumed run begins at that checkpoint or later, so it asks for nothing older. Newer weights stay: a resumed
+        run removes them.
+        """
+        files = manifest.paths_by_step(self.folder, ".safetensors")
+        up_to_step = [path for file_step, path in files.items() if file_step <= step]
+        for path in up_to_step[:-1]:
+            path.unlink()
+
+    def describe(self) -> str | None:
+        """Which weights are the best, in a line; None: the run keeps none. Raises UserError as `find_best`."""
+        if not self.run.evaluate.best:
+            return None
+        best = self.find_best()
+        if best is None:
+            return None
+        return f"the best {best.metric} in training, {best.value:.4g}, is of step {best.step:,}: {best.file}"
+
+    def _require_logged(self, best: BestWeights) -> None:
+        """Raise UserError unless the log has the score: that of an older file is under no checksum."""
+        for row in log.read_log(self.log_file):
+            if row["step"] == best.step and row.get("val", {}).get(best.metric) == best.value:
+                return
+        raise UserError(
+            f"{best.file} says that its {best.metric} is {best.value}, and {LOG} has no such row of step {best.step}: "
+            "put back the one that this run kept, or remove it"
+        )
