@@ -233,7 +233,7 @@ def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device
     point = point.to(device)
     keys = None
     net.eval()
-    # on MPS, float64 is computed on the CPU, where the masks of these keys would be others
+    # on MPS float64 is computed on the CPU, and the keys of the masks lie on the GPU
     if has_own_net(run) and device.type != "mps":
         net.train()
         keys = dropout.keys(train.seed, 0, len(point.x_t)).to(device)
