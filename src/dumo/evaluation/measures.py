@@ -61,7 +61,7 @@ Classes = Int64[Tensor, " _"]
 feature_cache: dict[bytes, Features] = {}  # by a hash of the pixels; 26 MB for 50,000 images
 
 
-# cifar10-features ------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- cifar10-features
 
 
 def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
@@ -163,7 +163,7 @@ def cached_features(x: Sample) -> Features:
     return feature_cache[key]
 
 
-# digits ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------- digits
 
 
 def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
@@ -236,7 +236,7 @@ def _round_to_grey_levels(x: Sample) -> Sample:
     return ((x.clamp(-1, 1) + 1) * 8).round() / 8 - 1
 
 
-# toy -------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------ toy
 
 
 def score_toy(x: Sample, c: Cond, reference: Reference) -> Scores:
@@ -269,7 +269,7 @@ def _toy_widths(x: Sample) -> list[float]:
     return [width * sd for width in TOY_WIDTHS]
 
 
-# shared by cifar10-features and digits ---------------------------------------------------------------------------
+# -------------------------------------------------------------------------------- shared by cifar10-features and digits
 
 
 def _classes_with_shares(real_c: Int64[Tensor, " m"], num_samples: int) -> Int64[Tensor, " n"]:
@@ -335,7 +335,7 @@ def _real_distances(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
     return distances
 
 
-# what a report says of the features, and the entrances ------------------------------------------------------------
+# ---------------------------------------------------------------- what a report says of the features, and the entrances
 
 
 def _classifier_facts(classifier: ShippedClassifier, data_name: str) -> dict[str, str]:
