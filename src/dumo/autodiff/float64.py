@@ -42,7 +42,8 @@ def exact_derivative(net: nn.Module, x_t: Sample, direction: Sample, c: Cond, /,
 
     # no fused kernel has a forward derivative
     with torch.no_grad(), torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        _, derivatives = torch.func.jvp(outputs, (x_t, t), (direction, torch.ones_like(t)))
+        result = torch.func.jvp(outputs, (x_t, t), (direction, torch.ones_like(t)))
+    derivatives = result[1]
     return cast(Heads, derivatives)
 
 
