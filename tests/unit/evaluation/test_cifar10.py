@@ -119,6 +119,7 @@ def test_without_classes_there_is_no_accuracy_and_without_as_many_images_no_scor
     assert "accuracy" not in score(blobs.x, QUICK.labels(0), blobs)
 
 
+@pytest.mark.slow
 def test_baselines_take_the_rows_that_samples_are_compared_with(
     blobs: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
