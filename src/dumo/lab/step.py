@@ -153,8 +153,7 @@ class Setting:
         parts = self.outline, objective, self.path, self.shape
         rows = self.train.batch
         ref = self.train.ref
-        units = cost.forward_units(*parts, rows=rows, ref=ref)
-        way = cost.way(*parts, ref=ref)
+        step_cost = cost.step_cost(*parts, rows=rows, ref=ref)
         if self.device.type == "cuda":
             step()  # once before, for what kernels keep
             self.net.zero_grad()
@@ -162,7 +161,11 @@ class Setting:
         else:
             size = memory.step_bytes(*parts, rows=rows, ref=ref, precision=row.precision)
         return replace(
-            row, way=way.name if way else None, units_counted=units, bytes_before=size.before, bytes=size.peak
+            row,
+            way=step_cost.way.name if step_cost.way else None,
+            units_counted=step_cost.units,
+            bytes_before=size.before,
+            bytes=size.peak,
         )
 
 

@@ -41,20 +41,27 @@ FAR_DRAWS = 1_000_000  # of times, to measure the share of such rows: ours
 Line = tuple[str, str]  # a name, and a text
 
 
-def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
+def show(run: Run) -> dict[str, Any]:
     """What a run is before it is run: its spec, its size, and what a step costs and teaches.
 
     - `forward_units_per_step`: the floating-point operations of a step over those of a forward pass
     - `slope`: how a dual slope takes its derivative; None of other slopes
     - `far`: P(t - r > 0.9), the share of rows where one-step sampling is taught; None where no jump is taught
     - `guidance_scale`: the effective one, 1 for none
-
-    `net` is the run's net as an outline, if there is one already.
     """
-    net = outline(run) if net is None else net
+    net = outline(run)
+    return _run_facts(run, net, _step_cost(run, net))
+
+
+def _step_cost(run: Run, net: nn.Module) -> cost.StepCost:
+    """What a step of a run costs, counted on `net`, its outline."""
+    return cost.step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+
+
+def _run_facts(run: Run, net: nn.Module, step_cost: cost.StepCost) -> dict[str, Any]:
+    """What `show` says, of a run whose outline is `net`, and whose step costs `step_cost`."""
     jumps = run.reads.endpoint or run.reads.flow_map
-    way = cost.way(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
-    step_cost = cost.step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    way = step_cost.way
     return {
         "spec": run.model_dump(mode="json", exclude=None if run.resolved else {"resolved"}),
         "parameters": sum(p.numel() for p in net.parameters()) + saved(net),
@@ -87,7 +94,8 @@ def plan(spec: Run) -> dict[str, Any]:
     shape = spec.data.shape
     needs = spec.objective.needs
     train = spec.train
-    run_facts = show(spec, net)
+    step_cost = _step_cost(spec, net)
+    run_facts = _run_facts(spec, net, step_cost)
     images = train.steps * train.batch
     missing = missing_data(spec.data)
 
@@ -95,8 +103,7 @@ def plan(spec: Run) -> dict[str, Any]:
     for name in needs.names:
         inputs[name] = []
     head_names = (*needs.heads, *needs.gauges)
-    head_rows = cost.heads(net, spec.objective, shape, rows=1)
-    heads = {name: list(head.shape[1:]) for name, head in zip(head_names, head_rows, strict=False)}
+    heads = {name: list(head_shape) for name, head_shape in zip(head_names, step_cost.heads, strict=False)}
 
     rows = most_rows(train, spec.objective)
     training = memory.training_bytes(net, spec.objective, spec.path, shape, train, rows)

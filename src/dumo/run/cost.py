@@ -1,7 +1,7 @@
 """What a step costs, counted, not timed: floating-point operations. Its bytes: `dumo.run.memory`.
 
     forward_flops    of one pass, for a row
-    step_cost        of a training step, for a row: operations, and forward units
+    step_cost        of a training step, for a row: operations, and forward units; what its passes show on the way
     forward_units    the units alone
     by_depth         any count of a net, by its first few blocks
 
@@ -41,23 +41,33 @@ from dumo.types.outside import name_of
 NO_GUIDANCE = Guide()
 TIMES = 1_000_000  # times drawn, to see how many lie in the interval of guidance: ours
 FEW = 6  # blocks up to which all are run: ours
+SAMPLED = 3  # blocks of a kind that are followed: one between two others
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
 M = TypeVar("M", bound=nn.Module)
 
 
 def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) -> float:
     """Floating-point operations of one pass forward, per row of this shape (two per multiply-add)."""
+    return _pass_cost(net, objective, shape).flops
+
+
+class _PassCost(NamedTuple):
+    """What one pass forward costs for a row, and what it returns."""
+
+    flops: float
+    heads: tuple[torch.Size, ...]  # the shape of each output, for a row
+
+
+def _pass_cost(net: nn.Module, objective: Objective, shape: Sequence[int]) -> _PassCost:
+    """Count one pass forward, per row of this shape."""
     rows = 2
+    outputs: list[Heads] = []
 
     def count(net: nn.Module) -> int:
-        return flops(lambda: _pass(net, objective, shape, rows))
+        return flops(lambda: outputs.append(_pass(net, objective, shape, rows)))
 
-    return by_depth(net, count) / rows
-
-
-def heads(net: nn.Module, objective: Objective, shape: Sequence[int], *, rows: int) -> Heads:
-    """The outputs of a pass over `rows` rows, on the meta device: their number and shapes, without values."""
-    return _pass(_first_blocks(net), objective, shape, rows)
+    pass_flops = by_depth(net, count) / rows
+    return _PassCost(pass_flops, tuple(head.shape[1:] for head in outputs[0]))
 
 
 def forward_units(
@@ -74,11 +84,13 @@ def forward_units(
 
 
 class StepCost(NamedTuple):
-    """What a training step costs for a row: an image, or a point."""
+    """What a training step costs for a row, an image or a point, and what the passes that were counted show."""
 
     units: float  # its floating-point operations over those of one pass forward
     flops: float  # its floating-point operations
     pass_flops: float  # those of one pass forward
+    heads: tuple[torch.Size, ...] = ()  # the shape of each output of the net, for a row
+    way: Way | None = None  # how a dual slope takes du/dt, in the first part of the training; None: none is taken there
 
 
 def step_cost(
@@ -97,47 +109,50 @@ def step_cost(
     (`phases` of the objective), the counts are means. Raises UserError where the loss is not one number per row.
     """
     rows = rows or exact_rows(objective)
-    pass_flops = forward_flops(net, objective, shape)
+    one_pass = _pass_cost(net, objective, shape)
 
     def units_at(objective: Objective, b: Noised) -> float:
         def count(net: nn.Module) -> int:
             return flops(step_of(*outlines(net, ref), objective, b))
 
-        return by_depth(net, count) / (rows * pass_flops)
+        return by_depth(net, count) / (rows * one_pass.flops)
 
-    def mean_units(objective: Objective) -> float:
-        return sum(share * units_at(objective, b) for b, share in phases(objective, path, rows, shape))
+    def mean_units(objective: Objective) -> tuple[float, Way | None]:
+        """The mean units of a step, and the way of its dual slope in the first part of the training."""
+        units = 0.0
+        ways: list[Way | None] = []
+        for b, share in phases(objective, path, rows, shape):
+            slope = objective.needs.slope
+            if isinstance(slope, DualSlope):
+                slope = _NotedSlope(slope=slope)
+                units += share * units_at(objective.model_copy(update={"slope": slope}), b)
+                ways.append(slope.ways[-1] if slope.ways else None)
+            else:
+                units += share * units_at(objective, b)
+                ways.append(None)
+        return units, ways[0]
 
     guide = objective.needs.guide
     if isinstance(guide, Guide) and guide.active:
-        unguided = mean_units(objective.model_copy(update={"guide": NO_GUIDANCE}))
+        unguided, _ = mean_units(objective.model_copy(update={"guide": NO_GUIDANCE}))
+        guided, way = mean_units(objective)
         t, _ = objective.times(TIMES, stream("cost"))
         guided_share = (1 - objective.drop) * guide.inside(t).double().mean().item()  # label kept, time in the interval
-        units = unguided + guided_share * (mean_units(objective) - unguided)
+        units = unguided + guided_share * (guided - unguided)
     else:
-        units = mean_units(objective)
-    return StepCost(units, units * pass_flops, pass_flops)
-
-
-def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
-    """How a dual slope takes du/dt in a step of this objective; None for any other slope."""
-    if not isinstance(objective.needs.slope, DualSlope):
-        return None
-    slope = _NotedSlope()
-    b = _draw(objective, path, exact_rows(objective), shape)
-    make_step = step_of(*outlines(_first_blocks(net), ref), objective.model_copy(update={"slope": slope}), b)
-    make_step()
-    return slope.ways[-1] if slope.ways else None  # none where no step at this progress takes it
+        units, way = mean_units(objective)
+    return StepCost(units, units * one_pass.flops, one_pass.flops, one_pass.heads, way)
 
 
 class _NotedSlope(DualSlope):
-    """A dual slope that notes each way it takes."""
+    """A dual slope that goes the ways of another, `slope`, and notes each of them."""
 
+    slope: DualSlope
     ways: list[Way] = Field(default_factory=list[Way])
 
     def way(self, net: Net, ref: Frozen, *, known: bool, moving: Moving | None = None) -> Way:
         """The way of a dual slope (`DualSlope.way`), which is noted in `ways`."""
-        self.ways.append(super().way(net, ref, known=known, moving=moving))
+        self.ways.append(self.slope.way(net, ref, known=known, moving=moving))
         return self.ways[-1]
 
 
@@ -238,7 +253,7 @@ def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
     net_stretches = stretches(net)
     lengths = [len(stretch.blocks) for stretch in net_stretches]
     few = 2 if check else 1
-    if is_unet(net) and any(p.requires_grad for p in net.get_submodule("model.time_embedding").parameters()):
+    if is_unet(net) and _trains_time(net):
         few = 0  # every block has gradients of its input, as of the embedding of time: none is cheaper, as the first
     if sum(lengths) <= FEW or max(lengths) <= few:
         return count(net)
@@ -273,11 +288,13 @@ class SampledNet(NamedTuple):
 
 
 def sample_blocks(net: nn.Module) -> SampledNet:
-    """A UNet with the first block of each stretch, and of each kind two more, in the last stretch of that kind.
+    """A UNet with up to three blocks of each kind, in the last stretch of that kind.
 
-    Blocks are of a kind if they are alike and on one level. The block of a kind that stands for those left out is
-    between two others, so its input and its output are blocks', as theirs are. All parts are shared, and `net` is left
-    as it is.
+    Blocks are of a kind if they are alike and on one level. No stretch of the kind runs when more bytes are alive than
+    in the last: a level's skips are there until its last block of the way up has run, and what a pass keeps for the
+    backward pass only grows. The block that stands for those left out is between two others, so its input and its
+    output are blocks', as theirs are. Where no gradient comes from the embedding of time, the first block of all stays,
+    too: from it on all have gradients. All parts are shared, and `net` is left as it is.
     """
     from dumo.nets import twin
 
@@ -286,15 +303,17 @@ def sample_blocks(net: nn.Module) -> SampledNet:
     for i, stretch in enumerate(net_stretches):
         stretches_by_kind.setdefault((stretch.level, _kind(stretch.blocks[0])), []).append(i)
 
-    blocks_of_stretch = [stretch.blocks[:1] for stretch in net_stretches]
+    blocks_of_stretch: list[list[nn.Module]] = [[] for _ in net_stretches]
+    if not _trains_time(net):
+        blocks_of_stretch[0] = net_stretches[0].blocks[:1]
     left_out_by_stretch: dict[int, int] = {}
     for numbers in stretches_by_kind.values():
-        more_blocks: list[nn.Module] = []
+        blocks: list[nn.Module] = []
         for i in numbers:
-            more_blocks += net_stretches[i].blocks[1:]
-        blocks_of_stretch[numbers[-1]] += more_blocks[:2]
-        if len(more_blocks) > 2:
-            left_out_by_stretch[numbers[-1]] = len(more_blocks) - 2
+            blocks += net_stretches[i].blocks[len(blocks_of_stretch[i]) :]
+        blocks_of_stretch[numbers[-1]] += blocks[:SAMPLED]
+        if len(blocks) > SAMPLED:
+            left_out_by_stretch[numbers[-1]] = len(blocks) - SAMPLED
 
     lists: dict[str, list[nn.Module]] = {}
     left_out: dict[str, int] = {}
@@ -304,11 +323,6 @@ def sample_blocks(net: nn.Module) -> SampledNet:
             left_out[f"{stretch.path}.{len(blocks) + 1}"] = left_out_by_stretch[i]
         blocks += blocks_of_stretch[i]
     return SampledNet(twin.with_submodules(net, {path: nn.ModuleList(lists[path]) for path in lists}), left_out)
-
-
-def _first_blocks(net: M) -> M:
-    """The net with the first block of each stretch alone."""
-    return cut(net, [1 for _ in stretches(net)])
 
 
 def cut(net: M, lengths: Sequence[int]) -> M:
@@ -353,20 +367,28 @@ def is_unet(net: nn.Module) -> bool:
     return is_dualized(net) and net.family.last == "conv_out"
 
 
+def _trains_time(unet: nn.Module) -> bool:
+    """Whether a UNet's embedding of time is trained, so that all of its blocks have gradients of their inputs."""
+    return any(p.requires_grad for p in unet.get_submodule("model.time_embedding").parameters())
+
+
 def _stretches_of_unet(net: nn.Module) -> list[Stretch]:
-    """The stretches in a UNet's transformers, in the order of their paths."""
+    """The stretches in a UNet's transformers, in the order in which they run."""
     levels = len([*net.get_submodule("model.down_blocks").children()])
     stretches_in_order: list[Stretch] = []
-    for path, part in net.named_modules():
-        if isinstance(part, nn.ModuleList) and path.endswith(".transformer_blocks"):
-            _, side, *number = path.split(".")[:3]
-            if side == "down_blocks":
-                level = int(number[0])
-            elif side == "up_blocks":
-                level = levels - 1 - int(number[0])
-            else:  # the middle
+    for side in ("down_blocks", "mid_block", "up_blocks"):
+        parts = getattr(net.model, side, None)  # of some there is no middle
+        if parts is None:
+            continue
+        for path, part in parts.named_modules(prefix=f"model.{side}"):
+            if not path.endswith(".transformer_blocks"):
+                continue
+            if side == "mid_block":
                 level = levels - 1
-            for _, alike in groupby(part, _kind):
+            else:
+                number = int(path.split(".")[2])
+                level = number if side == "down_blocks" else levels - 1 - number
+            for _, alike in groupby(part.children(), _kind):
                 stretches_in_order.append(Stretch(path, [*alike], level))
     return stretches_in_order
 

@@ -118,19 +118,36 @@ def least_bytes(net: nn.Module, copies: float = 0) -> int:
 
 
 def held_bytes(net: nn.Module, train: Train) -> HeldBytes:
-    """What training holds between passes. `net` is an outline, which is left with gradients."""
+    """What training holds between passes. `net` is an outline."""
     state = begin(net, train)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    for p in trained:
-        p.grad = torch.empty_like(p)
-    state.optimizer.step()  # its own tensors come with its first step
-    optimizer_values = [value for entry in state.optimizer.state.values() for value in entry.values()]
+    averages = _tensor_bytes(average_tensors(state))  # as they begin, before weights are rounded to 16 bits
     return HeldBytes(
         weights=weight_bytes(net),
-        gradients=_tensor_bytes(trained),
-        optimizer=_tensor_bytes(value for value in optimizer_values if isinstance(value, Tensor)),
-        averages=_tensor_bytes(average_tensors(state)),  # as they begin, before weights are rounded to 16 bits
+        gradients=_tensor_bytes(p for p in net.parameters() if p.requires_grad),
+        optimizer=_optimizer_bytes(state.optimizer),
+        averages=averages,
     )
+
+
+def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's own tensors, which come with its first step; its parameters are on the meta device.
+
+    Parameters of one group, shape and type have alike tensors, so one of them makes the step, and counts for all.
+    """
+    parameters_by_kind: dict[object, list[Tensor]] = {}
+    for group_index, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            parameters_by_kind.setdefault((group_index, p.shape, p.dtype), []).append(p)
+    for first, *_ in parameters_by_kind.values():
+        first.grad = torch.empty_like(first)
+    optimizer.step()
+    size = 0
+    for parameters in parameters_by_kind.values():
+        first = parameters[0]
+        values = optimizer.state[first].values()
+        size += len(parameters) * _tensor_bytes(value for value in values if isinstance(value, Tensor))
+        first.grad = None
+    return size
 
 
 def average_tensors(state: State) -> list[Tensor]:
@@ -145,7 +162,7 @@ def average_tensors(state: State) -> list[Tensor]:
 def training_bytes(
     net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], train: Train, rows: int
 ) -> TrainingBytes:
-    """What training takes, `rows` rows at a time. `net` is an outline, which is left with gradients."""
+    """What training takes, `rows` rows at a time. `net` is an outline."""
     held = held_bytes(net, train)
     activations = activation_bytes(net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision)
     return TrainingBytes(rows, held, activations)
@@ -303,6 +320,10 @@ class _LiveStorages(TorchDispatchMode):
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         """Run one operation. A storage first seen going in was there before; one first seen coming out is new."""
+        if func is torch.ops.prim.device.default:  # a question, which fake tensors are asked more often than all else
+            return func(*args)
+        if func is torch.ops.aten._unsafe_view.default:
+            func = torch.ops.aten.view.default  # the same beneath autograd, and one that fake tensors remember
         for storage in _storages((args, kwargs)):
             if self._meet(storage, 0):
                 self.before += storage.nbytes()
