@@ -296,9 +296,13 @@ class Pipeline(Spec):
         return absent
 
     def text_encoder_bytes(self, itemsize: int) -> int | None:
-        """Bytes of the encoders of prompts, at this size of a number; None: they are not here."""
+        """Bytes of the encoders of prompts, but those left out, at this size of a number; None: they are not here."""
         if self.is_published:
-            return self.index["_readers"] * itemsize if "_readers" in self.index else None
+            if "_readers" not in self.index:
+                return None
+            optional_readers = self.index.get("_optional_readers", {})
+            left_out = sum(optional_readers.get(name, 0) for name in self.without)
+            return (self.index["_readers"] - left_out) * itemsize
         numbers = 0
         for part in self.text_parts:
             part_weights = parts.find_weights(self.folder / part, weights_name(part))

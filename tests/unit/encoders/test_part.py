@@ -239,3 +239,14 @@ def test_a_pipeline_has_no_other_text_encoder_to_leave_out(tmp_path: Path) -> No
     (tmp_path / "model_index.json").write_text('{"text_encoder": ["transformers", "CLIPTextModel"]}')
     with pytest.raises(UserError, match=r"^pipeline.without: .* has no text_encoder_3 that could be left out: set"):
         _ = Pipeline(source=str(tmp_path), without=("text_encoder_3",)).text_parts
+
+
+def test_a_published_name_is_counted_without_what_is_left_out() -> None:
+    """As its T5 is that of PixArt."""
+    sd3, t5 = Pipeline(source="sd3-medium"), Pipeline(source="pixart-sigma")
+    whole, without, alone = (
+        p.text_encoder_bytes(2) for p in (sd3, sd3.model_copy(update={"without": ("text_encoder_3",)}), t5)
+    )
+    assert whole is not None
+    assert alone is not None
+    assert without == whole - alone

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from autoencoder import taef2
 from dumo.config import recipes
@@ -20,12 +21,13 @@ from dumo.plan import rehearsal
 from dumo.plan.plan import cache_bytes, lines, missing_data, most_rows, plan, show
 from dumo.plan.rehearsal import TimedStep
 from dumo.run import cost, encode, examination, memory
+from dumo.run.cost import StepCost
 from dumo.run.net import outline
 from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.runtime.stopwatch import WARM_UP
 from dumo.training.frozen import trained
-from dumo.types import UserError
+from dumo.types import Objective, UserError
 from e2e.shell import call, refused, sets
 from recipe import recipe
 from tiers import tiered
@@ -69,13 +71,37 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def cost_of_one_pass(net: nn.Module, objective: Objective, _: object, shape: tuple[int, ...], **__: object) -> StepCost:
+    """Made up, but for the outputs of the net."""
+    return StepCost(units=5.0, flops=10.0, pass_flops=2.0, heads=cost._pass_cost(net, objective, shape).heads)
+
+
+def test_a_plan_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass forward and one step, whose operations are counted, and one step whose bytes are followed."""
+    counted: list[str] = []
+    for module, name in ((cost, "_pass"), (cost, "flops"), (cost, "step_of"), (memory, "_follow_step")):
+        work = getattr(module, name)
+
+        def count(*args: Any, work: Any = work, name: str = name, **named: Any) -> Any:  # noqa: ANN401
+            counted.append(name)
+            return work(*args, **named)
+
+        monkeypatch.setattr(module, name, count)
+    plan(load("digits"))
+    assert {name: counted.count(name) for name in set(counted)} == {
+        "_pass": 1,
+        "flops": 2,
+        "step_of": 2,
+        "_follow_step": 1,
+    }
+
+
 @pytest.mark.parametrize("name", tiered(recipes.names(), now=["digits", "moons"], ci=["cifar10", "imagenet256-xl2"]))
 def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On nets without numbers, on a machine without any data: what is told is all there, and agrees."""
     if name not in WEIGHED:  # seconds each
         monkeypatch.setattr(memory, "activation_bytes", lambda *_, **__: 0)
-        monkeypatch.setattr(cost, "step_cost", lambda *_, **__: cost.StepCost(units=5.0, flops=10.0, pass_flops=2.0))
-        monkeypatch.setattr(cost, "way", lambda *_, **__: None)
+        monkeypatch.setattr(cost, "step_cost", cost_of_one_pass)
         monkeypatch.setattr("dumo.plan.plan.far_share", lambda _: 0.1)  # of a million draws
     spec = recipe(name)
     if name in HEAVY:
