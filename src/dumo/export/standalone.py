@@ -27,7 +27,8 @@ from dumo.export.model import Head
 from dumo.export.scheduler import SHIPPED, restart_for_scheduler
 from dumo.flow.solver import Euler
 from dumo.io.read import write_json
-from dumo.nets.dit import PUBLISHED, DiT
+from dumo.nets.dit import DiT
+from dumo.nets.dit_convert import PUBLISHED_FIELDS
 from dumo.run.sampler import Sampler
 from dumo.runtime import version
 from dumo.runtime.random import random_batch
@@ -74,7 +75,7 @@ def _require_known_run(sampler: Sampler, spec: DiT) -> None:
     way_out = "which the exported code does not know: sample it by dumo sample"
     needs = sampler.flow.objective.needs
     guide = sampler.spec.guide
-    for field, known in PUBLISHED.items():
+    for field, known in PUBLISHED_FIELDS.items():
         value = getattr(spec, field)
         if value != known:
             raise UserError(f"net.{field} is {value}, {way_out}")

@@ -2,7 +2,8 @@
 
 The trunk is DiT's; each further head costs one more output layer with its own modulation: 2.7 M of XL/2's 675 M.
 
-`DiT` is the spec; `DiT.build` makes the module, a `Transformer`. The order of events in a pass (`Transformer.forward`):
+`DiT` is the spec, and `DiT.size` gives the published sizes by name. `DiT.build` makes the module, a `Transformer`. The
+order of events in a pass (`Transformer.forward`):
 
 1. The image is scaled (`dumo.nets.precondition`), cut into patches and embedded: h, one token per patch.
 2. Positions are added to h, or are rotary tables for the attention of every block.
@@ -10,18 +11,18 @@ The trunk is DiT's; each further head costs one more output layer with its own m
 4. The blocks (`dumo.nets.block`) change h. Some tokens may skip some of them in training (`dumo.nets.route`).
 5. Each head makes an image of h.
 
-With `late`, as in Decoupled MeanFlow (Lee et al. 2025, arXiv 2510.24474), the first blocks read x_t at time t, and the
-blocks after them turn that into the step to r. One embedding serves both times, so at r = t the net is one of a
-velocity alone, and can start as a trained one.
+With `late`, as in Decoupled MeanFlow (Lee et al. 2025, arXiv 2510.24474), the first blocks read x_t at time t. The late
+blocks and the heads read r in its place, and turn that into the step to r. One embedding serves both times, so at r = t
+the net computes a velocity alone, and can start from a trained one.
 
-Published weights are converted in `dumo.nets.dit_convert`.
+The names of a `Transformer`'s modules and buffers are those in checkpoints, so a rename breaks runs. Published weights
+are converted in `dumo.nets.dit_convert`.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_serializer
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,8 +47,6 @@ from dumo.nets.textfamily import Text
 from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
-# The fields that the nets of the DiT paper have, whose weights are published.
-PUBLISHED = {"precondition": "none", "modern": False, "qk_norm": False, "magnitude": "free", "late": None}
 # width, depth and attention heads (DiT, Tab. 1)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
@@ -59,22 +58,31 @@ class DiT(Spec):
     # Callers ask every net's spec for these two. A DiT reads no numbers of an augmentation, and takes no adapters.
     augment: ClassVar[int] = 0
     lora: ClassVar[None] = None
-    patch: int = Field(default=2, ge=1, le=PIXELS)
-    width: int = Field(default=1152, ge=4, le=CHANNELS, multiple_of=4)
-    depth: int = Field(default=28, ge=1, le=BLOCKS)
-    attention: int = Field(default=16, ge=1, le=CHANNELS)  # attention heads
+
+    # sizes
+    patch: int = Field(default=2, ge=1, le=PIXELS)  # side of a patch
+    width: int = Field(default=1152, ge=4, le=CHANNELS, multiple_of=4)  # numbers of a token
+    depth: int = Field(default=28, ge=1, le=BLOCKS)  # number of blocks
+    attention: int = Field(default=16, ge=1, le=CHANNELS)  # number of attention heads
+
+    # inputs and outputs
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
-    precondition: Precondition = "none"  # of the layers' input and output; linear path only
-    modern: bool = False  # RMS norms, query and key norms, SwiGLU, rotary positions: LightningDiT (`dumo.nets.block`)
+    precondition: Precondition = "none"  # scales what layers read and give; linear path only
+
+    # layers of a block (`dumo.nets.block`)
+    modern: bool = False  # RMS norms, query and key norms, SwiGLU, rotary positions: LightningDiT
     qk_norm: bool = False  # query and key norms alone, as SD3: for long texts
-    # preserved: inputs and outputs of a block's layers have mean square 1 (`dumo.nets.block`)
+    # preserved: inputs and outputs of a block's layers have mean square 1
     magnitude: Magnitude = Field(default="free", exclude_if=lambda magnitude: magnitude == "free")
-    # the blocks after this many, and the heads, get r for t; None: all of them get both, as a sum
+
+    # The blocks after this many are late: they and the heads read r in place of t. None: all blocks read both, summed.
     late: int | None = Field(default=None, ge=1, le=BLOCKS, exclude_if=lambda late: late is None)
-    # some tokens skip the middle blocks in training; None: none
+    # Some tokens skip the middle blocks in training. None: all tokens go through all blocks.
     route: Route | None = Field(default=None, exclude_if=lambda route: route is None)
-    texts: Text | None = None  # the embeddings of the data's captions; None: a class has a learned label
-    # Keep each block's input alone, and compute the rest again in the backward pass.
+    # The embeddings of the data's captions. None: a class has a learned label.
+    texts: Text | None = Field(default=None, exclude_if=lambda texts: texts is None)
+
+    # Activation checkpointing: a block keeps its input alone, and computes the rest again in the backward pass.
     checkpoint: Checkpointing = Field(default=False, json_schema_extra=QUIET)
 
     @classmethod
@@ -115,14 +123,6 @@ class DiT(Spec):
             )
         return Transformer(self, needs, shape, classes)
 
-    @model_serializer(mode="wrap")
-    def _serialized(self, serialize: Callable[["DiT"], dict[str, Any]]) -> dict[str, Any]:
-        """Leave out `texts` where it is None: run.yaml then has no such line."""
-        fields = serialize(self)
-        if not self.texts:
-            fields.pop("texts", None)
-        return fields
-
 
 class DiTHead(nn.Module):
     """The output layer of one head: a modulated norm, then a linear layer. It gives zeros at the start."""
@@ -158,24 +158,25 @@ class Transformer(nn.Module):
         super().__init__()
         width = spec.width
         channels, side, _ = shape
-        numbers_per_patch = channels * spec.patch**2
+        patch_dim = channels * spec.patch**2  # numbers of a patch
         self.patch = spec.patch
         self.grid = side // spec.patch
         self.precondition: Precondition = spec.precondition
         self.preserved = spec.magnitude == "preserved"
-        self.late = spec.late
+        self.has_late_blocks = spec.late is not None
+        self.first_late_block = spec.depth if spec.late is None else spec.late
 
         # patches and their positions
-        self.embed = nn.Linear(numbers_per_patch, width)
+        self.embed = nn.Linear(patch_dim, width)
         self.rotary = spec.modern
         self.position_width = width // spec.attention if self.rotary else width
-        position_tables = self._make_positions(self.grid, self.grid)
+        position_tables = self._make_position_tables(self.grid, self.grid)
         for name, table in zip(self.position_buffers, position_tables, strict=True):
             self.register_buffer(name, table, persistent=not self.rotary)
 
         # times, knobs and conditions
         embedded = needs.shared
-        if self.late is not None:  # r has the embedding of t
+        if self.has_late_blocks:  # r goes through the embedding of t
             embedded = tuple(name for name in needs.shared if name != "r")
         self.scalars = Scalars(embedded, width, spec.time_scale)
         self.own = HeadEmbeddings(needs, width, spec.time_scale)
@@ -191,7 +192,7 @@ class Transformer(nn.Module):
         # blocks and heads
         block_sizes = BlockSizes(width, spec.attention, modern=spec.modern, qk_norm=spec.qk_norm)
         self.blocks = nn.ModuleList(block_class(block_sizes) for _ in range(spec.depth))
-        self.heads = nn.ModuleDict({name: DiTHead(width, numbers_per_patch, rms=spec.modern) for name in needs.heads})
+        self.heads = nn.ModuleDict({name: DiTHead(width, patch_dim, rms=spec.modern) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.gradient_checkpointing = bool(spec.checkpoint)
         mark_recomputed(self.blocks, spec.checkpoint)
@@ -210,8 +211,8 @@ class Transformer(nn.Module):
         # tokens and their positions
         x, to_output = apply_precondition(self.precondition, x, shared_inputs["t"])
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
-        h: Array = self.embed(self._patches(x, grid))
-        position_tables = self._positions(grid, x.device)
+        h: Array = self.embed(self._cut_patches(x, grid))
+        position_tables = self._position_tables(grid, x.device)
         block_tables: tuple[Tensor, ...] = ()
         if self.rotary:
             block_tables = position_tables  # they turn the queries and keys of every block
@@ -220,21 +221,21 @@ class Transformer(nn.Module):
         if self.preserved:
             h = normalize(h, rms=True)
 
-        # the condition: of times, knobs, and a text or class
+        # the condition: of times, knobs, and a class or text
         text_inputs: tuple[Array | None, ...] = ()  # of every block
-        label: Array | None = None
+        class_or_text_embedding: Array | None = None
         if self.text is not None:
-            label, text_tokens, text_mask = self.text(c)
+            class_or_text_embedding, text_tokens, text_mask = self.text(c)
             text_inputs = (text_tokens, text_mask)
         elif self.label is not None:
-            label = self.label(c)
-        embedding, late_embedding = self._embeddings(shared_inputs, label)
+            class_or_text_embedding = self.label(c)
+        embedding, late_embedding = self._embed_condition(shared_inputs, class_or_text_embedding)
         condition = F.silu(embedding)
-        late_condition = condition if self.late is None else F.silu(late_embedding)
+        late_condition = F.silu(late_embedding) if self.has_late_blocks else condition
 
         # blocks
         def run_block(i: int, block: nn.Module, h: Array, *tables: Array) -> Array:
-            block_condition = condition if self.late is None or i < self.late else late_condition
+            block_condition = condition if i < self.first_late_block else late_condition
             return run_as_marked(block, h, block_condition, *text_inputs, *tables)
 
         split = None
@@ -248,29 +249,31 @@ class Transformer(nn.Module):
             head_condition = late_condition
             if name in head_embeddings:
                 head_condition = F.silu(late_embedding + head_embeddings[name])
-            outputs.append(to_output(self._image(head(h, head_condition), grid)))
+            outputs.append(to_output(self._join_patches(head(h, head_condition), grid)))
         if self.gauges:
             outputs += self.gauges(**shared_inputs)
         return tuple(outputs)
 
-    def _embeddings(self, shared_inputs: dict[str, Time], label: Array | None) -> tuple[Array, Array]:
-        """Embed times, knobs and the label (b, width): for the first blocks, and for later blocks and the heads.
+    def _embed_condition(
+        self, shared_inputs: dict[str, Time], class_or_text_embedding: Array | None
+    ) -> tuple[Array, Array]:
+        """Sum the embeddings of times, knobs and class or text: for the first blocks, and for late blocks and heads.
 
-        Both are (b, width), and the same tensor without `late`. With `late` the first has t and not r, and the second
-        has r for t.
+        Both sums are (b, width). Without late blocks they are one tensor. Else the first is of t and not of r, and the
+        second is of r in place of t.
         """
-        if self.late is None:
+        if not self.has_late_blocks:
             embedding = self.scalars(**shared_inputs)
-            if label is not None:
-                embedding = embedding + label
+            if class_or_text_embedding is not None:
+                embedding = embedding + class_or_text_embedding
             return embedding, embedding
         early_inputs = {name: number for name, number in shared_inputs.items() if name != "r"}
         late_inputs = early_inputs | {"t": shared_inputs["r"]}
         embedding = self.scalars(**early_inputs)
         late_embedding = self.scalars(**late_inputs)
-        if label is not None:
-            embedding = embedding + label
-            late_embedding = late_embedding + label
+        if class_or_text_embedding is not None:
+            embedding = embedding + class_or_text_embedding
+            late_embedding = late_embedding + class_or_text_embedding
         return embedding, late_embedding
 
     def after_step(self) -> None:
@@ -283,29 +286,29 @@ class Transformer(nn.Module):
         """The names of the buffers with the positions of the grid that the net was built for."""
         return ("cos", "sin") if self.rotary else ("positions",)
 
-    def _positions(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
+    def _position_tables(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
         """Return the position tables of a grid, (tokens, numbers) each: the buffers, or new ones for another grid.
 
         Images in buckets have grids of several shapes.
         """
         if grid == (self.grid, self.grid):
             return tuple(self.get_buffer(name) for name in self.position_buffers)
-        return self._make_positions(*grid, device)
+        return self._make_position_tables(*grid, device)
 
-    def _make_positions(self, rows: int, columns: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
-        """Return the cosines and sines of rotary positions, or one table of waves."""
+    def _make_position_tables(self, rows: int, columns: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
+        """Make the cosines and sines of rotary positions, or one table of waves, of (tokens, numbers) each."""
         if self.rotary:
             return rotary_tables(rows, columns, self.position_width, device)
         return (grid_waves(rows, columns, self.position_width, device),)
 
-    def _patches(self, x: Array, grid: tuple[int, int]) -> Array:
+    def _cut_patches(self, x: Array, grid: tuple[int, int]) -> Array:
         """Cut images (b, ch, height, width) into patches of p x p, (b, tokens, ch p p)."""
         b, ch = x.shape[:2]
         rows, columns = grid
         p = self.patch
         return x.reshape(b, ch, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def _image(self, y: Array, grid: tuple[int, int]) -> Array:
+    def _join_patches(self, y: Array, grid: tuple[int, int]) -> Array:
         """Join patches (b, tokens, ch p p) to images (b, ch, height, width)."""
         rows, columns = grid
         p = self.patch

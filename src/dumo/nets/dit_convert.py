@@ -1,5 +1,7 @@
 """Published weights of a DiT or SiT, as weights of the net in `dumo.nets.dit`. `dumo.run.published` calls all of it.
 
+`PUBLISHED_FIELDS` says which nets can take them.
+
 The order of events:
 
 1. `from_diffusers`, for a DiT that diffusers saved, gives its weights the names that the authors of DiT use.
@@ -43,6 +45,8 @@ AUTHORS_NAMES = {  # by those of diffusers' DiTTransformer2DModel, after its que
     r"proj_out_1\.": "final_layer.adaLN_modulation.1.",
     r"proj_out_2\.": "final_layer.linear.",
 }
+# what the fields of a `DiT` spec must be, for the net to be the function of the DiT paper, whose weights are published
+PUBLISHED_FIELDS = {"precondition": "none", "modern": False, "qk_norm": False, "magnitude": "free", "late": None}
 UNUSED_PREFIX = "projectors."  # layers of REPA (Yu et al. 2025) that only its training loss needs
 
 

@@ -14,8 +14,8 @@ from dumo.flow.path import Path as FlowPath
 from dumo.io.read import read_settings, user_path
 from dumo.io.weights import load
 from dumo.nets import Net
-from dumo.nets.dit import PUBLISHED, SIZES, DiT, Transformer
-from dumo.nets.dit_convert import UNUSED_PREFIX, convert, from_diffusers, our_name
+from dumo.nets.dit import SIZES, DiT, Transformer
+from dumo.nets.dit_convert import PUBLISHED_FIELDS, UNUSED_PREFIX, convert, from_diffusers, our_name
 from dumo.nets.embed import FREQUENCIES
 from dumo.types import UserError
 
@@ -51,7 +51,7 @@ def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, T
 def _require_published_net(start: Start, spec: DiT, path: FlowPath) -> None:
     """Raise UserError where a run's net is another function than the published one of its width, or on another path."""
     prefix = f"start.kind {start.kind}: the published net"
-    wanted: dict[str, object] = {**PUBLISHED, "attention": ATTENTION_BY_WIDTH.get(spec.width, spec.attention)}
+    wanted: dict[str, object] = {**PUBLISHED_FIELDS, "attention": ATTENTION_BY_WIDTH.get(spec.width, spec.attention)}
     del wanted["late"]  # where r = t it is the published one
     if start.kind == "sit":
         wanted["time_scale"] = 1.0

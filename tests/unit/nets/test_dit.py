@@ -73,10 +73,10 @@ def test_tokens_are_squares_row_by_row(shape: tuple[int, ...], p: int) -> None:
     """And go back to their places, whatever shape the net was built for."""
     net = TINY.model_copy(update={"patch": p}).build(V, (shape[0], 12, 12), 0)
     x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
-    tokens, (rows, columns) = net._patches(x, grid := (shape[1] // p, shape[2] // p)), grid
+    tokens, (rows, columns) = net._cut_patches(x, grid := (shape[1] // p, shape[2] // p)), grid
     squares = [x[:, :, p * i : p * i + p, p * j : p * j + p].flatten(1) for i in range(rows) for j in range(columns)]
     assert torch.equal(tokens, torch.stack(squares, 1))
-    assert torch.equal(net._image(tokens, grid), x)
+    assert torch.equal(net._join_patches(tokens, grid), x)
 
 
 @pytest.mark.parametrize("modern", [False, True])
@@ -205,9 +205,9 @@ def test_a_shuffled_picture_is_another(modern: bool) -> None:
     net = TINY.model_copy(update={"modern": modern}).build(V, (3, 4, 4), 0)
     randomise(net)
     x, t = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.7])
-    shuffled = net._image(net._patches(x, (2, 2)).flip(1), (2, 2))
+    shuffled = net._join_patches(net._cut_patches(x, (2, 2)).flip(1), (2, 2))
     (out,), (other,) = (net(y, torch.zeros(2, dtype=torch.long), t=t) for y in (x, shuffled))
-    assert not torch.allclose(net._patches(out, (2, 2)).flip(1), net._patches(other, (2, 2)), atol=1e-3)
+    assert not torch.allclose(net._cut_patches(out, (2, 2)).flip(1), net._cut_patches(other, (2, 2)), atol=1e-3)
 
 
 def test_positions_are_saved_and_not_trained_and_waves_are_neither() -> None:

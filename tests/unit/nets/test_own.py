@@ -68,7 +68,7 @@ def test_a_head_of_the_transformer_by_hand() -> None:
     head = model.heads["m"]
     shift, scale = head.modulation(F.silu(told))[:, None].chunk(2, -1)
     made = head.out(normalize(seen[0][0]) * (1 + scale) + shift)
-    assert torch.allclose(model._image(made, (model.grid, model.grid)), found)
+    assert torch.allclose(model._join_patches(made, (model.grid, model.grid)), found)
 
 
 def test_a_head_of_the_unet_by_hand() -> None:

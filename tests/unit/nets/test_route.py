@@ -95,12 +95,12 @@ def test_tokens_keep_their_places(kind: str) -> None:
     net, (x, c, t) = tiny(first=0, route=Route(share=0.5, first=0, last=1), depth=2, **KINDS[kind]), points(6, SHAPE)
     split, out = TokenSplit(KEYS, TOKENS, 8), list[Tensor]()
     net.blocks[0].register_forward_hook(lambda _, __, h: out.append(h))
-    patches = net._patches(x, (4, 4)).clone()
+    patches = net._cut_patches(x, (4, 4)).clone()
     for row in range(6):
         patches[row, split.skipping[row]] += 1
     with using(KEYS):
         net(x, c, t=t)
-        net(net._image(patches, (4, 4)), c, t=t)
+        net(net._join_patches(patches, (4, 4)), c, t=t)
     with using(None):
         net(x, c, t=t)  # dense: the same tokens see more
     assert torch.equal(out[0], out[1])
@@ -112,7 +112,7 @@ def test_rotary_places_go_with_their_tokens() -> None:
     net = tiny(modern=True)
     g = torch.Generator().manual_seed(0)
     h, e = torch.randn(6, TOKENS, 16, generator=g).double(), torch.randn(6, 16, generator=g).double()
-    tables = net._positions((4, 4), h.device)
+    tables = net._position_tables((4, 4), h.device)
     split, block = TokenSplit(KEYS, TOKENS, 8), net.blocks[1]
     some = block(split.part(h), e, *split.select_rotary(tables))
     for row in range(6):
