@@ -52,7 +52,9 @@ def test_gradient_vanishes_with_the_step(flow: Flow, guide: Guide) -> None:
     """Off the exact flow by O(t - l), as one straight step is: halving it halves the gradient."""
     left = []
     for q in (0.04, 0.02, 0.01, 0.005):
-        o = changed(SoFlow, gap=1e-9, fade=0.9999999)(times=MIXED, guide=guide, drop=0.2, first=q, last=q, power=0.0)
+        o = changed(SoFlow, min_step=1e-9, fade_start=0.9999999)(
+            times=MIXED, guide=guide, drop=0.2, first=q, last=q, power=0.0
+        )
         left.append(gradient(o, Exact(flow, o.needs), record(o, flow)).norm())
     assert falls(left, 1)
     assert left[-1] < 2e-3

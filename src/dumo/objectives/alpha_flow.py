@@ -56,7 +56,7 @@ class AlphaFlow(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         return Needs(("t", "r"), ("u",), slope=self.slope, guide=self.guide, amplifies=self.gain, phases=self.phases)
 
     @property
@@ -89,7 +89,10 @@ class AlphaFlow(Spec):
         return alpha
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """`AlphaFlowLoss.forward`; its gradient, row by row. Raises UserError where a short step meets bf16."""
+        """The gradient of `AlphaFlowLoss.forward`, row by row.
+
+        Raises UserError where passes are too coarse for its gain.
+        """
         require_precise_passes(b, self.gain, self.kind)
         alpha = self.alpha(b.progress)
         has_step = b.r < b.t
@@ -118,5 +121,5 @@ class AlphaFlow(Spec):
         return u_star.clamp(-self.clip, self.clip)
 
     def read(self, net: Net) -> Reads:
-        """One head, read at two times."""
+        """Read the one head as the mean velocity from t to r."""
         return mean_velocity(net)

@@ -39,7 +39,7 @@ class CMT(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         if self.of == "meanflow":
             return Needs(inputs=("t", "r"), heads=("u",), teacher=FromTeacher("no", self.times.steps))
         return Needs(inputs=("t",), heads=("v", "u"), teacher=FromTeacher(points=self.times.steps))

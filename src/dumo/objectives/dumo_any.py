@@ -37,7 +37,7 @@ class DuMoAny(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         return Needs(heads=("v", "u"), own={"u": ("r",)}, slope=self.slope, guide=self.guide, formulas=STRAIGHT)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:

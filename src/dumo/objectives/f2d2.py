@@ -60,7 +60,7 @@ class F2D2(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes; one draw of signs a row, as the authors' code."""
+        """The inputs and heads of the net, and one draw of signs for each row, as in the authors' code."""
         return Needs(
             heads=("v", "u", "g"),
             own={"u": ("r",), "g": ("r",)},

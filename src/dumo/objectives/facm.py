@@ -43,7 +43,7 @@ class FACM(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         return Needs(inputs=("t",), heads=("u",), signed=True, slope=self.slope, guide=self.guide)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:

@@ -56,7 +56,7 @@ class IMM(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives; there is no velocity in the loss. Its constants are for deviation 1."""
+        """The inputs and heads of the net. The loss has no velocity, and its constants are for data of deviation 1."""
         return Needs(inputs=("t", "r"), heads=("u",), teacher=FromTeacher("no"), formulas=Formulas(unit=True))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:

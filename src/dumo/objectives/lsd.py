@@ -48,7 +48,7 @@ class LSD(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         if self.two_heads:
             return Needs(heads=("v", "u"), own={"u": ("r",)}, guide=self.guide, formulas=STRAIGHT)
         return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, formulas=STRAIGHT)

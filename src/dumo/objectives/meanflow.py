@@ -53,7 +53,7 @@ class MeanFlow(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         formulas = STRAIGHT._replace(climbs=True)
         return Needs(inputs=("t", "r"), heads=("u",), formulas=formulas, slope=self.slope, guide=self.guide)
 

@@ -100,7 +100,7 @@ class PiFlow(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         heads = tuple(f"d{i}" for i in range(self.guesses))
         return Needs(heads=heads, laws={"early": self.early, "late": self.late}, teacher=FromTeacher("must"))
 

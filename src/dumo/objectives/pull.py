@@ -40,7 +40,7 @@ class Pull(Spec, ABC):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         phases = ((0.0, self.after), (self.after, 1 - self.after))
         phases = tuple((progress, share) for progress, share in phases if share > 0)
         return Needs(heads=("v", "u", *self.own_heads), slope=self.slope, phases=phases)

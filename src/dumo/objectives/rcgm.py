@@ -47,12 +47,12 @@ class RCGM(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         ref = 0.99 if self.order > 1 else None
         return Needs(("t", "r"), ("u",), signed=self.signed, guide=self.guide, amplifies=self.gain, ref=ref)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """`get_rcgm_target` of `methodes.py`. Raises UserError where a short step meets bf16."""
+        """`get_rcgm_target` of `methodes.py`. Raises UserError where passes are too coarse for its gain."""
         require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         error, unbounded = self._residual(u_hat, ref, b, self._v_star(ref, b))
@@ -87,5 +87,5 @@ class RCGM(Spec):
         return start - x
 
     def read(self, net: Net) -> Reads:
-        """One head, read at two times."""
+        """Read the one head as the mean velocity from t to r."""
         return mean_velocity(net)

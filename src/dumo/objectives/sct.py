@@ -46,7 +46,7 @@ class SCT(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         gauges = ("log_variance",) if self.weigh else ()
         formulas = Formulas(paths=("trig",), unit=True)
         return Needs(inputs=("t",), heads=("f",), gauges=gauges, formulas=formulas, slope=self.slope)

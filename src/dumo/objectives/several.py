@@ -43,7 +43,7 @@ class Several(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         return Needs(heads=("v", "u", "m"), own={"m": ("r",)}, slope=self.slope, guide=self.guide)
 
     @model_validator(mode="after")

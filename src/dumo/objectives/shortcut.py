@@ -34,7 +34,7 @@ class Shortcut(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes; the average is `bootstrap_ema`'s of its code."""
+        """The inputs and heads of the net, and the average theta^-, which is `bootstrap_ema` of the authors' code."""
         return Needs(inputs=("t", "k"), heads=("u",), guide=self.scale, ref=0.999)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:

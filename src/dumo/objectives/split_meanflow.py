@@ -35,7 +35,7 @@ class SplitMeanFlow(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the loss takes."""
+        """The inputs and heads of the net, and what else the loss needs."""
         return Needs(inputs=("t", "r"), heads=("u",), laws={"lam": Uniform()}, formulas=STRAIGHT)
 
     @model_validator(mode="after")

@@ -46,7 +46,7 @@ class TBSM(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, and the noises of x' and of n."""
+        """The inputs and heads of the net, and the noises of x' and of n."""
         laws = {"x.z": Noise(), "n.z": Noise()}
         return Needs(heads=("u",), laws=laws, teacher=FromTeacher("no"))
 

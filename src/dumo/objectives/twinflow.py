@@ -43,7 +43,7 @@ class TwinFlow(RCGM):
         return replace(super().needs, laws={"z_twin": Noise(), "t_twin": Uniform()})
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """`training_step`. Raises UserError where a short step meets bf16."""
+        """`training_step`. Raises UserError where passes are too coarse for its gain."""
         require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t)

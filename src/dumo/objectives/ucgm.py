@@ -59,13 +59,13 @@ class UCGM(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives, at ratio 0 a velocity, and the loss takes."""
+        """The inputs and heads of the net, at ratio 0 a velocity, and what else the loss needs."""
         slope = self.slope if self.ratio == 1 else None
         head = "u" if self.ratio else "v"
         return Needs(inputs=("t",), heads=(head,), slope=slope, amplifies=self.gain, formulas=STRAIGHT)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """`training_step` of `methods/unigen.py`. Raises UserError where a short step meets bf16."""
+        """`training_step` of `methods/unigen.py`. Raises UserError where passes are too coarse for its gain."""
         u_hat, e = self.residual(net, b)
         with torch.no_grad():
             u_star = u_hat - self._pull(e, b.t)  # (4)
