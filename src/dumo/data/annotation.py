@@ -45,7 +45,7 @@ from dumo.data.metadata import (
     table_names,
 )
 from dumo.data.pairing import ImageCaptions, NameIndex, Pairing
-from dumo.data.parquet import Parquet, columns, shared_columns, text_columns
+from dumo.data.parquet import Parquet
 from dumo.data.store import Folder, Store, walk
 from dumo.data.tar import Tar
 from dumo.io.read import brief, decode, first_few, read_text
@@ -187,12 +187,12 @@ def _add_text_files(
 
 def _pair_rows(store: Parquet, name: str) -> Pairing:
     """Pair the rows of tables with their captions. A row is an image and its captions: neither lacks the other."""
-    shared = shared_columns(store)
+    shared = store.shared_column_names()
     has_shared_captions = any(column in shared for column in CAPTION_NAMES)
     # a column that some files lack is refused when it is read
-    available = shared if name == AUTO and has_shared_captions else columns(store)
+    available = shared if name == AUTO and has_shared_captions else store.column_names()
     captions_in = caption_columns(name, available, store.files[0])
-    pairing = Pairing(captions=[], name_of=store.path, blank="an empty text", columns=text_columns(store))
+    pairing = Pairing(captions=[], name_of=store.path, blank="an empty text", columns=store.text_column_names())
     if captions_in is None:
         pairing.captions = [()] * len(store)
         return pairing

@@ -27,7 +27,7 @@ from dumo.data.bucket import BucketedStore, Buckets, Crops
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
 from dumo.data.edit import edit_rows, source_hash
 from dumo.data.metadata import TABLES
-from dumo.data.parquet import Parquet, columns
+from dumo.data.parquet import Parquet
 from dumo.data.pixel import IMAGE_SUFFIXES, Crop, Size, ToSquare
 from dumo.data.store import Folder, Store, choose, first_sorted, store_hashes, walk
 from dumo.data.tar import Tar
@@ -336,7 +336,7 @@ class Images(Spec):
         if store.labels is None:
             reason = ""
             if isinstance(store, Parquet):
-                reason = f" (no column '{self.label}' among {', '.join(columns(store))})"
+                reason = f" (no column '{self.label}' among {', '.join(store.column_names())})"
             raise UserError(f"{root} has no labels{reason}, data.classes says {self.classes}: set data.classes=0")
         if self.names and store.labels.names != self.names:
             changes: list[str] = []

@@ -1,11 +1,17 @@
 """Tables of images in the layout of the Hugging Face hub: a column of `{bytes, path}`, and one of class numbers.
 
-`Parquet` is the store of the images in some tables; `columns`, `shared_columns` and `text_columns` list what other
-columns it has. `open_table`, `readable` and `decode_rows` read any table of parquet.
+`Parquet` is the store of the images in some tables: `read` gives the bytes of an image, `labels` the classes,
+`read_texts` a column of texts, and `column_names` and its siblings what columns there are. `open_table`, `readable` and
+`decode_rows` read any table of parquet.
 
-A row group is the least that can be read at once, so rows are quick in their order and slow at random: a set too large
-for the memory is better encoded once (or `data.memory` raised) than trained on from here. `Parquet.read` caches the row
-groups that were used last, up to a number of bytes. A larger row group is read up to the wanted row, and not cached.
+The order of events in `Parquet.read`:
+
+1. Find the row group of the image. A row group is the least that can be read at once.
+2. Take the group from the cache, or read it and cache it. The cache drops the groups that were not used for longest.
+3. Of a group larger than the whole cache, read up to the wanted row, and cache nothing.
+
+So rows are quick in their order and slow at random. A set too large for the memory is better encoded once, or
+`data.memory` raised, than trained on from here.
 """
 
 import json
@@ -15,9 +21,10 @@ from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +39,21 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 CACHE_BYTES = 2**30  # of row groups: ours. The hub writes groups of 100 images
+TAIL_BYTES = 8  # at the end of every file: the length of the footer before them, in 4 bytes, and "PAR1" (parquet)
 BATCH_ROWS = 64  # rows held at a time of a row group that is too large to cache: ours
+MISSING_ROW = "is not there: its file is damaged"  # of a row group with fewer rows than its file says
+
+
+class RowGroup(NamedTuple):
+    """Where a row group lies."""
+
+    file_index: int  # in `Parquet.files`
+    number: int  # of the group in its file, from 0
+    first_image: int  # the image in its first row
 
 
 class Parquet:
-    """The images in the rows of some tables, one table after the other.
+    """The images in the rows of some tables, one table after the other. Image i is row i of all tables together.
 
     `label` names the column of classes. Raises UserError for a file that is no whole table, or has no images.
     """
@@ -46,44 +63,43 @@ class Parquet:
         self.cache_bytes = cache_bytes
         self.tables = [open_table(file) for file in files]
         self.image_columns = [_image_column(file, table) for file, table in zip(files, self.tables, strict=True)]
-        self.groups: list[tuple[int, int]] = []  # the file of each row group, and the group's number there
-        group_rows: list[int] = []
-        for k, table in enumerate(self.tables):
+        self.row_groups: list[RowGroup] = []
+        self.num_images = 0
+        for file_index, table in enumerate(self.tables):
             for number in range(table.num_row_groups):
-                self.groups.append((k, number))
-                group_rows.append(table.metadata.row_group(number).num_rows)
-        file_rows = [table.metadata.num_rows for table in self.tables]
-        self.first_of_group = list(accumulate(group_rows, initial=0))  # image; at the end, the number of images
-        self.first_of_file = list(accumulate(file_rows, initial=0))
-        self.item_files = ItemFiles.of(files, states_of(files), file_rows)
-        self.labels = None if label is None else self._labels(label)
+                self.row_groups.append(RowGroup(file_index, number, self.num_images))
+                self.num_images += table.metadata.row_group(number).num_rows
+        rows_by_file = [table.metadata.num_rows for table in self.tables]
+        self.first_images = list(accumulate(rows_by_file, initial=0))  # of each file
+        self.item_files = ItemFiles.of(files, states_of(files), rows_by_file)
+        self.labels = None if label is None else self._read_labels(label)
         self.table_locks = [Lock() for _ in files]  # a table is read by one thread at a time
-        self.group_cache: OrderedDict[int, Any] = OrderedDict()  # arrays of bytes, by group; the last used at the end
+        self.group_cache: OrderedDict[RowGroup, Any] = OrderedDict()  # arrays of bytes; the last used at the end
         self.cache_lock = Lock()
 
     def __len__(self) -> int:
-        return self.first_of_group[-1]
+        return self.num_images
 
     def fingerprint(self) -> str:
         """A digest of the files' names, sizes and footers."""
-        names = (f"{os.path.basename(file)} {os.path.getsize(file)}" for file in self.files)
-        return digest.short(*names, *(digest.of_bytes(_footer(file)) for file in self.files))
+        names_and_sizes = [f"{os.path.basename(file)} {os.path.getsize(file)}" for file in self.files]
+        footers = [digest.of_bytes(_read_footer(file)) for file in self.files]
+        return digest.short(*names_and_sizes, *footers)
 
     def path(self, i: int) -> str:
-        """The file of image i, and its row there, from 0."""
-        file, _ = self.groups[self._group_of(i)]
-        return f"{self.files[file]} row {i - self.first_of_file[file]}"
+        """What to call image i: its file, and its row there, from 0."""
+        file_index = self._group_of(i).file_index
+        return f"{self.files[file_index]} row {i - self.first_images[file_index]}"
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises OSError or ValueError where there are none."""
+        """The bytes of image i. Raises OSError where its row group is damaged, Unreadable where it has no bytes."""
         from pyarrow import ArrowException  # slow to import
 
-        k = self._group_of(i)
+        group = self._group_of(i)
         try:
-            data = self._read_row(k, i - self.first_of_group[k]).as_py()
+            data = self._read_row(group, i - group.first_image).as_py()
         except ArrowException as error:  # not all of them are OSError or ValueError
-            _, number = self.groups[k]
-            raise OSError(f"row group {number} is damaged: {error}") from error
+            raise OSError(f"row group {group.number} is damaged: {error}") from error
         if data is None:
             raise Unreadable("holds no bytes of an image")
         return data
@@ -104,48 +120,69 @@ class Parquet:
             values += decode_rows(column, file, 0)
         return values
 
-    def _group_of(self, i: int) -> int:
+    def column_names(self) -> list[str]:
+        """The names of the first table's columns, in their order."""
+        return list(self.tables[0].schema_arrow.names)
+
+    def shared_column_names(self) -> list[str]:
+        """The names of the columns that every table has, in the order of the first table."""
+        shared = set(self.column_names())
+        for table in self.tables[1:]:
+            shared &= set(table.schema_arrow.names)
+        return [name for name in self.column_names() if name in shared]
+
+    def text_column_names(self) -> list[str]:
+        """The names of the first table's columns that hold texts, or lists of texts."""
+        from pyarrow import types  # slow to import
+
+        names: list[str] = []
+        for column in self.tables[0].schema_arrow:
+            content = column.type.value_type if types.is_list(column.type) else column.type
+            if types.is_string(content) or types.is_large_string(content):
+                names.append(column.name)
+        return names
+
+    def _group_of(self, i: int) -> RowGroup:
         """The row group of image i."""
-        return bisect_right(self.first_of_group, i) - 1
+        return self.row_groups[bisect_right(self.row_groups, i, key=attrgetter("first_image")) - 1]
 
-    def _read_row(self, k: int, row: int) -> Any:  # noqa: ANN401, an untyped scalar
-        """The bytes in a row of row group k, which is cached if it is not too large.
+    def _read_row(self, group: RowGroup, row: int) -> Any:  # noqa: ANN401, an untyped scalar
+        """The bytes in a row of a row group, which is cached if it is not too large.
 
-        Raises ArrowException where the group is damaged, OSError or Unreadable where it is shorter than its file says.
+        Raises ArrowException where the group is damaged, Unreadable where it has fewer rows than its file says.
         """
-        file, number = self.groups[k]
-        table = self.tables[file]
-        column = self.image_columns[file]
-        with self.table_locks[file]:
+        table = self.tables[group.file_index]
+        column = self.image_columns[group.file_index]
+        with self.table_locks[group.file_index]:
             with self.cache_lock:
-                group = self.group_cache.pop(k, None)
-            if group is None:
-                if table.metadata.row_group(number).total_byte_size > self.cache_bytes:
-                    return _read_row_of(table, number, column, row)
-                group = read_group(table, number, column)
-            self._cache(k, group)
-        if row >= len(group):
-            raise Unreadable("is not there: its file is damaged")
-        return group[row]
+                images = self.group_cache.pop(group, None)
+            if images is None:
+                if table.metadata.row_group(group.number).total_byte_size > self.cache_bytes:
+                    return _stream_to_row(table, group.number, column, row)
+                images = _read_group(table, group.number, column)
+            self._cache(group, images)
+        if row >= len(images):
+            raise Unreadable(MISSING_ROW)
+        return images[row]
 
-    def _cache(self, k: int, group: Any) -> None:  # noqa: ANN401, an untyped array
+    def _cache(self, group: RowGroup, images: Any) -> None:  # noqa: ANN401, an untyped array
         """Cache a row group as the last used, and drop the least recently used ones where the cache is full."""
         with self.cache_lock:
-            self.group_cache[k] = group
+            self.group_cache[group] = images
             while len(self.group_cache) > 1 and self._cached_bytes() > self.cache_bytes:
                 self.group_cache.popitem(last=False)
 
     def _cached_bytes(self) -> int:
         """The bytes of all cached row groups."""
-        return sum(group.nbytes for group in self.group_cache.values())
+        return sum(images.nbytes for images in self.group_cache.values())
 
-    def _labels(self, label: str) -> Labels | None:
-        """The classes in a column; None where no file has it. Raises UserError for a row without a class number."""
+    def _read_labels(self, label: str) -> Labels | None:
+        """Read the classes in a column; None: no file has it. Raises UserError for a row without a class number."""
         from pyarrow import types  # slow to import
 
         if not any(label in table.schema_arrow.names for table in self.tables):
             return None
-        parts: list[Tensor] = []
+        classes: list[Tensor] = []  # of the rows of each file
         for file, column in zip(self.files, self.read_column(label), strict=True):
             if column.null_count:
                 raise UserError(
@@ -157,31 +194,8 @@ class Parquet:
                     f"column '{label}' of {file} has the type {column.type}, not a class number in each row: set "
                     "data.label"
                 )
-            parts.append(torch.tensor(column.to_numpy(), dtype=torch.long))
-        return count_classes(torch.cat(parts), self.files[0], _class_names(self.tables[0], label))
-
-
-def columns(store: Parquet) -> list[str]:
-    """The names of the first table's columns, in their order."""
-    return list(store.tables[0].schema_arrow.names)
-
-
-def shared_columns(store: Parquet) -> list[str]:
-    """The names of the columns that every table has, in the order of the first table."""
-    others = [set(table.schema_arrow.names) for table in store.tables[1:]]
-    return [name for name in columns(store) if all(name in names for names in others)]
-
-
-def text_columns(store: Parquet) -> list[str]:
-    """The names of the first table's columns that hold texts, or lists of texts."""
-    from pyarrow import types  # slow to import
-
-    names: list[str] = []
-    for column in store.tables[0].schema_arrow:
-        content = column.type.value_type if types.is_list(column.type) else column.type
-        if types.is_string(content) or types.is_large_string(content):
-            names.append(column.name)
-    return names
+            classes.append(torch.tensor(column.to_numpy(), dtype=torch.long))
+        return count_classes(torch.cat(classes), self.files[0], _class_names(self.tables[0], label))
 
 
 def open_table(file: str | Path) -> "ParquetFile":
@@ -222,25 +236,27 @@ def decode_rows(rows: Any, table: str, first: int) -> list[Any]:  # noqa: ANN401
         raise
 
 
-def read_group(table: "ParquetFile", group: int, column: str) -> Any:  # noqa: ANN401, an untyped array
-    """The bytes in all rows of a row group. Raises ArrowException where it is damaged.
+def _read_group(table: "ParquetFile", number: int, column: str) -> Any:  # noqa: ANN401, an untyped array
+    """Read the bytes in all rows of row group `number`. Raises ArrowException where it is damaged.
 
     `column` is the dotted name of the images' bytes.
     """
-    rows = table.read_row_group(group, columns=[column], use_threads=False).column(0)
+    rows = table.read_row_group(number, columns=[column], use_threads=False).column(0)
     return _bytes_of(rows.combine_chunks(), column)
 
 
-def _read_row_of(table: "ParquetFile", group: int, column: str, row: int) -> Any:  # noqa: ANN401, an untyped scalar
-    """The bytes in one row of a row group that is too large to hold: the rows before it are read, a few at a time.
+def _stream_to_row(table: "ParquetFile", number: int, column: str, row: int) -> Any:  # noqa: ANN401, an untyped scalar
+    """Read the bytes in one row of row group `number`, which is too large to hold, BATCH_ROWS rows at a time.
 
-    Raises ArrowException where the row group is damaged, OSError where it is shorter than its file says.
+    `column` is the dotted name of the images' bytes. Raises ArrowException where the row group is damaged, Unreadable
+    where it has fewer rows than its file says.
     """
-    for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False):
-        if row < len(batch):
-            return _bytes_of(batch.column(0), column)[row]
-        row -= len(batch)
-    raise OSError(f"row group {group} has fewer rows than the file says")
+    first_row = 0  # of the batch
+    for batch in table.iter_batches(BATCH_ROWS, row_groups=[number], columns=[column], use_threads=False):
+        if row < first_row + len(batch):
+            return _bytes_of(batch.column(0), column)[row - first_row]
+        first_row += len(batch)
+    raise Unreadable(MISSING_ROW)
 
 
 def _bytes_of(rows: Any, column: str) -> Any:  # noqa: ANN401, untyped arrays
@@ -284,10 +300,10 @@ def _class_names(table: "ParquetFile", label: str) -> list[str]:
         return []
 
 
-def _footer(file: str | Path) -> bytes:
-    """The end of a file, which says where its columns lie, how many values they have and how large they are."""
-    with Path(file).open("rb") as opened:
-        size = opened.seek(-8, os.SEEK_END) + 8
-        length = int.from_bytes(opened.read(4), "little")
-        opened.seek(max(0, size - 8 - length))
-        return opened.read()
+def _read_footer(file: str | Path) -> bytes:
+    """Read the end of a file, which says where its columns lie, how many values they have and how large they are."""
+    with Path(file).open("rb") as stream:
+        footer_end = stream.seek(-TAIL_BYTES, os.SEEK_END)
+        footer_bytes = int.from_bytes(stream.read(4), "little")
+        stream.seek(max(0, footer_end - footer_bytes))
+        return stream.read()

@@ -37,7 +37,7 @@ def files(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Which groups are read whole from here on."""
-    return spied(monkeypatch, parquet, "read_group", lambda table, group, *_: group)
+    return spied(monkeypatch, parquet, "_read_group", lambda table, group, *_: group)
 
 
 @pytest.mark.parametrize("kept", [2**30, 1000])
