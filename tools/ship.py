@@ -1,7 +1,13 @@
 """Make a trained run one that comes with dumo (`dumo.run.shipped`): python tools/ship.py runs/digits digits-trained.
 
-It takes the weights that the run shows, in float16 (the largest change of a weight is printed), what describes the run,
-the autoencoder of latents with its licence, and the last evaluation, of which its README.md has the numbers.
+The order of events:
+
+1. Open the run, and its evaluation.json, which must be of the same step: `dumo evaluate` comes before.
+2. Write a new folder among dumo's own runs: run.yaml without paths of this machine, for latents the autoencoder and its
+   licence, the weights that samples are made with, in float16, their manifest, and a README.md with the scores.
+3. Print the largest change of a weight by the rounding.
+
+The folder is written whole or not at all.
 """
 
 import argparse
@@ -22,6 +28,7 @@ from dumo.run.resolve import as_given
 from dumo.run.shipped import HERE
 from dumo.run.weights import RunFolder, open_run
 from dumo.training import manifest
+from dumo.types import UserError
 
 CARD = """# {name}
 
@@ -39,18 +46,22 @@ DATA_LICENCES = {  # by the kind of data
 }
 
 
-def ship(run: Path, name: str) -> None:
-    """Write the folder NAME among dumo's own runs, of the run in the folder `run`, which must be evaluated."""
-    opened = open_run(str(run), device="cpu")
+def ship(run_folder: Path, name: str) -> None:
+    """Write the folder NAME among dumo's own runs. Raises UserError where the run's last step is not evaluated."""
+    opened = open_run(str(run_folder), device="cpu")
+    results = read_results(opened)
     weights = load_file(opened.file)
     half_weights = {key: x.half() for key, x in weights.items()}
     with atomic_write(HERE / name) as folder:
         checkpoint = folder / "checkpoints" / opened.checkpoint.name
         checkpoint.mkdir(parents=True)
-        shutil.copy(run / "data.json", folder)
+        shutil.copy(run_folder / "data.json", folder)
 
         # the run, in its folder and in its checkpoint's
-        text = dump(portable_run(opened.run, folder, name))
+        codec_weights = ""
+        if isinstance(opened.run.data, Latents):
+            codec_weights = f"runs/{name}/{copy_autoencoder(opened.run.data.codec.weights, folder)}"
+        text = dump(portable_run(opened.run, codec_weights))
         (folder / FILE).write_text(text, encoding="utf-8")
         (checkpoint / manifest.RUN).write_text(text, encoding="utf-8")
 
@@ -60,39 +71,62 @@ def ship(run: Path, name: str) -> None:
         files = manifest.listed(checkpoint, [checkpoint / manifest.RUN, weights_file])
         manifest.write(checkpoint, opened.checkpoint.manifest.model_copy(update={"files": files, "log": None}))
 
-        (folder / "README.md").write_text(card_text(opened, name, files[weights_file.name].sha256), encoding="utf-8")
+        # the card
+        text = card_text(opened, name, results, sha256=files[weights_file.name].sha256)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     largest_change = max(float((half_weights[key].float() - x).abs().max()) for key, x in weights.items())
     print(f"{HERE / name}: the largest change of a weight is {largest_change:.2g}")
 
 
-def portable_run(run: Run, folder: Path, name: str) -> Run:
-    """The run without paths of this machine. An autoencoder is copied into the folder, and named where it is found."""
+def read_results(opened: RunFolder) -> list[dict[str, float]]:
+    """The scores of a run's evaluation.json, a row for each number of passes.
+
+    Raises UserError where there is none, or it is of another step than the weights.
+    """
+    file = opened.folder / "evaluation.json"
+    evaluate_first = f"run dumo evaluate {opened.folder} first"
+    if not file.exists():
+        raise UserError(f"{file} is not there: {evaluate_first}")
+    evaluation = json.loads(file.read_text(encoding="utf-8"))
+    if evaluation["step"] != opened.step:
+        raise UserError(f"{file} is of step {evaluation['step']}, and the weights of {opened.step}: {evaluate_first}")
+    return evaluation["results"]
+
+
+def copy_autoencoder(weights: str, folder: Path) -> str:
+    """Copy an autoencoder's file of weights and its licence into a folder. Returns the name of the file there."""
+    file = user_path(weights, FIELD)
+    shutil.copyfile(file, folder / file.name)
+    shutil.copyfile(file.parent / "LICENSE", folder / f"LICENSE.{file.stem}")
+    return file.name
+
+
+def portable_run(run: Run, codec_weights: str) -> Run:
+    """The run without paths of this machine; of latents with `codec_weights` as the place of its autoencoder."""
     portable = as_given(run)
     if not isinstance(run.data, Latents):
         return portable
-    weights = user_path(run.data.codec.weights, FIELD)
-    shutil.copyfile(weights, folder / weights.name)
-    shutil.copyfile(weights.parent / "LICENSE", folder / f"LICENSE.{weights.stem}")
-    codec = run.data.codec.model_copy(update={"weights": f"runs/{name}/{weights.name}"})
+    codec = run.data.codec.model_copy(update={"weights": codec_weights})
     return portable.model_copy(update={"data": portable.data.model_copy(update={"codec": codec})})
 
 
-def card_text(opened: RunFolder, name: str, sha256: str) -> str:
-    """The run's README.md, with the scores of its last evaluation; `sha256` is that of the weights."""
-    evaluation = json.loads((opened.folder / "evaluation.json").read_text(encoding="utf-8"))
-    assert evaluation["step"] == opened.step, "evaluate the run first"
-    score = leading_score([*evaluation["results"][0]])
-    results = [f"`{score}` {row[score]:.3g} at {row['nfe']} NFE" for row in evaluation["results"]]
+def card_text(opened: RunFolder, name: str, results: list[dict[str, float]], *, sha256: str) -> str:
+    """The README.md of the run called `name`. Its folder must be called as the recipe that it was trained by.
+
+    `sha256` is that of the weights in float16.
+    """
+    score = leading_score([*results[0]])
+    scores = [f"`{score}` {row[score]:.3g} at {row['nfe']} NFE" for row in results]
     return CARD.format(
         name=name,
         about=opened.run.about,
         version=opened.checkpoint.manifest.versions["dumo"],
-        recipe=opened.folder.name,
+        recipe=opened.folder.name,  # which `dumo train RECIPE` gives it
         step=opened.step,
         data=opened.run.data.kind,
         weights=f"{sum(p.numel() for p in opened.net.parameters()):,}",
         sha256=sha256,
-        results=", ".join(results),
+        results=", ".join(scores),
         licence=DATA_LICENCES.get(opened.run.data.kind, ""),
     )
 

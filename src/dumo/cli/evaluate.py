@@ -118,7 +118,7 @@ def _skipped_text(row: "Row") -> str:
 def _draw_curves(runs: list[Path], file: Path | None) -> None:
     """Draw the curves of these runs into a PNG, and print its path. Raises UserError where nothing is logged yet."""
     from dumo.io.picture import write_picture
-    from dumo.report.figure import curves
+    from dumo.report.figure import comparison_picture
     from dumo.run.speed import logged
     from dumo.types import UserError
 
@@ -128,7 +128,7 @@ def _draw_curves(runs: list[Path], file: Path | None) -> None:
             raise UserError(f"{name}: nothing is logged yet, so there is no curve")
     if file is None:
         file = runs[0] / "log.png" if len(runs) == 1 else Path("log.png")
-    write_picture(file, curves(rows_by_run))
+    write_picture(file, comparison_picture(rows_by_run))
     out.print(str(file), soft_wrap=True)
 
 

@@ -34,7 +34,7 @@ from dumo.io import file, picture
 from dumo.plan.plan import show
 from dumo.report import score
 from dumo.report.chart import Chart
-from dumo.report.figure import charts
+from dumo.report.figure import page_charts
 from dumo.report.gallery import PASSES, reachable_passes, sampling_modes
 from dumo.run.prompt import names as names_of
 from dumo.run.prompt import prompted
@@ -130,7 +130,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         texts=texts,
         trajectories=drawn,
         near=near,
-        charts=charts(rows) if len(rows) > 1 else (),
+        charts=page_charts(rows) if len(rows) > 1 else (),
         times=late_losses(rows),
         judged=judged,
         benchmarks=score.benchmarks(folder, opened.step, opened.weights),
