@@ -53,7 +53,7 @@ def ship(run_folder: Path, name: str) -> None:
     weights = load_file(opened.file)
     half_weights = {key: x.half() for key, x in weights.items()}
     with atomic_write(HERE / name) as folder:
-        checkpoint = folder / "checkpoints" / opened.checkpoint.name
+        checkpoint = folder / "checkpoints" / opened.checkpoint.path.name
         checkpoint.mkdir(parents=True)
         shutil.copy(run_folder / "data.json", folder)
 
@@ -136,4 +136,7 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     options = parser.parse_args()
-    ship(options.run, options.name)
+    try:
+        ship(options.run, options.name)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
