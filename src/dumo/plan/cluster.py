@@ -44,7 +44,7 @@ from dumo.flow.slope import DualSlope, Way
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.plan import plan
-from dumo.plan.host import DEVICES, host
+from dumo.plan.host import DEVICES, host_bytes
 from dumo.run import cost, memory
 from dumo.run.memory import HeldBytes
 from dumo.run.net import outline
@@ -111,10 +111,17 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     parts = {**step.memory, "encoders": plan.encoder_bytes(spec.net, spec.data.classes)}
     peak = sum(parts.values())
     checkpoint = memory.checkpoint_bytes(net, held, ranks)
-    host_bytes: dict[str, dict[str, dict[str, int]]] = {}
+    bytes_by_device: dict[str, dict[str, dict[str, int]]] = {}
     for name in DEVICES:
-        host_bytes[name] = host(
-            net, train, ranks, held, checkpoint.copy, peak, name, has_slope=objective.needs.slope is not None
+        bytes_by_device[name] = host_bytes(
+            net,
+            train,
+            ranks=ranks,
+            held=held,
+            checkpoint_copy=checkpoint.copy,
+            step=peak,
+            device=name,
+            has_slope=objective.needs.slope is not None,
         )
     hours = None
     if tflops:
@@ -129,7 +136,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
         "memory": {**parts, "peak": peak},
         "sent": {name: {"calls": step.calls[name], "bytes": size} for name, size in step.sent.items()},
         "checkpoint": {**checkpoint._asdict(), "most": (train.keep + 1) * checkpoint.bytes},
-        "host": host_bytes,
+        "host": bytes_by_device,
         "units": units,
         "flops": flops,
         "tflops": tflops,

@@ -1,22 +1,24 @@
-"""The memory that a run takes of its host: of each process, and of a node, at the most in each phase.
+"""The memory of a machine's host that a run takes: of each process, and of a node, at most in each phase.
 
-What is counted, for a rank that holds a share of the weights w, gradients, optimizer's memory o and averages a
-(`dumo.run.memory`):
+`host_bytes` counts it, and `line` writes the counts as a line of a plan. A rank holds its share of the weights w, of
+the gradients, of the optimizer's memory o and of the averages a (`dumo.run.memory`). The phases of a run are:
 
-    start         on a CPU what it keeps, w + a; the largest tensor, made whole to be cut or moved to a GPU; weights of
-                  16 bits twice, for they are in 32 until averages are made
-    first step    on a CPU all that `dumo.plan.cluster` counts for a step, but o, which comes with its update
-    examination   before the first checkpoint, on a CPU w, a, o and gradients; of several ranks the net in one piece;
-                  weights in float64 (`float64.copied_bytes`). Nothing where no slope is taken
-    save          on a CPU w, a, o and gradients; the copy that is written (`memory.checkpoint_bytes`)
-    step          on a CPU all that is counted for a step; that copy, whose memory is kept
-    resume        as start, with o
-    export        of one process: the net that is shown, in float32, and with adapters a copy that they are added to
-                  (not of a LoRA alone); the largest tensor where ranks wrote it
+    start         on a CPU w + a; the largest tensor, made whole to be cut or moved to a GPU; weights of 16 bits twice,
+                  because they are in 32 until averages are made
+    first step    on a CPU all that `dumo.plan.cluster` counts for a step, less o, which its update makes
+    examination   before the first checkpoint, on a CPU w, a, o and gradients; with several ranks the net in one piece;
+                  weights in float64 (`float64.copied_bytes`). Nothing where the objective takes no derivative
+    save          on a CPU w, a, o and gradients; the copy of a checkpoint that is written (`memory.checkpoint_bytes`)
+    step          on a CPU all that is counted for a step; that copy, whose memory stays for the next save
+    resume        as the start, and o
+    export        of one process: the net that samples are made with, in float32; with adapters a copy that they are
+                  added to (not of a LoRA alone); with several ranks the largest tensor
 
-On a GPU what is kept is the GPU's: then the largest tensor and the copy count alone. PROCESS is on top: Python, torch,
-diffusers, peft. A mapped base counts as if it were read. Not counted: rows of texts (`net.texts.memory`), images in
-memory (`data.memory`), a milestone, whole on rank 0, and what a pass of an examination takes, of two rows.
+On a GPU the training lies in the GPU's memory. The host then takes the largest tensor and the copy of a checkpoint.
+PROCESS is on top: Python, torch, diffusers, peft. A mapped base counts as if it were read.
+
+Not counted: rows of texts (`net.texts.memory`), images in memory (`data.memory`), a milestone, which rank 0 writes in
+one piece, and the activations of an examination, of two rows.
 """
 
 from collections.abc import Mapping
@@ -30,70 +32,82 @@ from dumo.run.memory import HeldBytes
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 
-DEVICES = ("GPU", "CPU")  # that a run is trained on
+DEVICES = ("GPU", "CPU")  # that a run may be trained on
 PROCESS = 430 * 10**6  # bytes, measured: docs/guarantees.md
 GB = 1e9  # bytes
-PER_NODE = 8  # ranks of a node, at most: ours
+FLOAT32_BYTES = 4
+MAX_RANKS_PER_NODE = 8  # ours
 
 
-def host(
+def host_bytes(
     net: nn.Module,
     train: Train,
+    *,
     ranks: int,
     held: HeldBytes,
-    copy: int,
+    checkpoint_copy: int,
     step: int,
     device: str,
-    *,
     has_slope: bool,
 ) -> dict[str, dict[str, int]]:
-    """Bytes of each process, and of a node, by phase.
+    """Count the bytes of host memory by phase: under "process" of each process, under "node" of all ranks of a node.
 
-    `net` is an outline, `held` what its training holds, `copy` the bytes of a checkpoint that a rank copies, `step` the
-    bytes of a step, `device` one of DEVICES, `has_slope` whether the objective takes a derivative, to be examined.
+    net: an outline, without memory of its own. held: what training holds where a rank holds all. checkpoint_copy: bytes
+    of a checkpoint that a rank copies to write it. step: bytes of a step. device: one of DEVICES. has_slope: whether
+    the objective takes a derivative, which is examined.
     """
     on_gpu = device == "GPU"
-    examined = 0
+
+    # what training holds on the host
     if on_gpu:
-        kept = HeldBytes(0, 0, 0, 0)
-        step = 0
+        on_host = HeldBytes(0, 0, 0, 0)
+        step_on_host = 0
     else:
-        if has_slope:
-            examined = copied_bytes(net)
-            if ranks > 1:
-                examined += held.weights
-        kept = held.part(share_of(train.share, ranks))
+        on_host = held.part(share_of(train.share, ranks))
+        step_on_host = step
+
+    # a tensor in one piece
     largest = max((p.nbytes for p in net.parameters()), default=0)
-    largest_made_whole = largest if on_gpu or ranks > 1 else 0
-    largest_exported = largest if ranks > 1 else 0
+    largest_at_start = largest if on_gpu or ranks > 1 else 0
+    largest_at_export = largest if ranks > 1 else 0
+
+    # copies of weights
+    examined = 0
+    if has_slope and not on_gpu:
+        examined = copied_bytes(net)
+        if ranks > 1:
+            examined += held.weights
     rounded_weights = 0  # those of 16 bits, which are in 32 until averages are made
     exported_weights = held.weights
     if train.weights == "bfloat16":
-        rounded_weights = kept.weights
-        exported_weights *= 2
-    merged_weights = 0
+        rounded_weights = on_host.weights
+        exported_weights *= 2  # in float32
+    merged_weights = 0  # with adapters added (`adapter.merge`)
     if adapters(net):
-        parameters = sum(p.numel() for p in net.parameters()) + saved(net)
-        merged_weights = 4 * parameters  # in float32: `adapter.merge`
-    start = kept.weights + kept.averages + largest_made_whole
-    processes = {
+        num_weights = sum(p.numel() for p in net.parameters()) + saved(net)
+        merged_weights = FLOAT32_BYTES * num_weights
+
+    start = on_host.weights + on_host.averages + largest_at_start
+    first_step = max(step_on_host - on_host.optimizer, on_host.total)
+    process_bytes = {
         "start": start + rounded_weights + PROCESS,
-        "first step": max(step - kept.optimizer, kept.total) + PROCESS,
-        "examination": kept.total + examined + PROCESS,
-        "save": kept.total + copy + PROCESS,
-        "step": step + copy + PROCESS,
-        "resume": start + kept.optimizer + PROCESS,
-        "export": exported_weights + merged_weights + largest_exported + PROCESS,
+        "first step": first_step + PROCESS,
+        "examination": on_host.total + examined + PROCESS,
+        "save": on_host.total + checkpoint_copy + PROCESS,
+        "step": step_on_host + checkpoint_copy + PROCESS,
+        "resume": start + on_host.optimizer + PROCESS,
+        "export": exported_weights + merged_weights + largest_at_export + PROCESS,
     }
-    node: dict[str, int] = {}
-    for phase, size in processes.items():
-        node[phase] = size if phase == "export" else size * min(ranks, PER_NODE)
-    return {"process": processes, "node": node}
+    node_bytes: dict[str, int] = {}
+    for phase, size in process_bytes.items():
+        num_processes = 1 if phase == "export" else min(ranks, MAX_RANKS_PER_NODE)
+        node_bytes[phase] = num_processes * size
+    return {"process": process_bytes, "node": node_bytes}
 
 
-def line(host_bytes: Mapping[str, Mapping[str, Mapping[str, int]]], device: str) -> tuple[str, str]:
-    """A line of a plan, a name and a text, on the host of a device; `host_bytes` has what `host` returns, by device."""
-    phases = host_bytes[device]
+def line(bytes_by_device: Mapping[str, Mapping[str, Mapping[str, int]]], device: str) -> tuple[str, str]:
+    """A line of a plan, a name and a text, on the host of a device. What `host_bytes` returns comes in by device."""
+    phases = bytes_by_device[device]
     process = ", ".join(f"{phase} {size / GB:.1f}" for phase, size in phases["process"].items())
     node = max(phases["node"].values())
     return f"host of a {device}", f"GB of a process: {process}; {node / GB:.1f} of a node"

@@ -24,7 +24,7 @@ from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
 from dumo.nets.lowbit import saved
 from dumo.nets.table import EmbeddedTexts, PipelineTexts
-from dumo.plan.host import DEVICES, host
+from dumo.plan.host import DEVICES, host_bytes
 from dumo.run import cost, memory
 from dumo.run.net import outline
 from dumo.runtime import dist
@@ -114,10 +114,17 @@ def plan(spec: Run) -> dict[str, Any]:
         parts["encoders"] = encoders
         total += encoders
     checkpoint = memory.checkpoint_bytes(net, training.held)
-    host_bytes: dict[str, dict[str, dict[str, int]]] = {}
+    bytes_by_device: dict[str, dict[str, dict[str, int]]] = {}
     for name in DEVICES:
-        host_bytes[name] = host(
-            net, train, 1, training.held, checkpoint.copy, total, name, has_slope=needs.slope is not None
+        bytes_by_device[name] = host_bytes(
+            net,
+            train,
+            ranks=1,
+            held=training.held,
+            checkpoint_copy=checkpoint.copy,
+            step=total,
+            device=name,
+            has_slope=needs.slope is not None,
         )
 
     epoch = _images_per_epoch(spec, missing=missing is not None)
@@ -132,7 +139,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "heads": heads,
         "tokens": getattr(net, "grid", 0) ** 2 or None,
         "memory": {"rows": rows, **parts, "total": total},
-        "host": host_bytes,
+        "host": bytes_by_device,
         "side": side,
         "gpus": _num_gpus(total, training.activations),
         "checkpoint": checkpoint._asdict(),

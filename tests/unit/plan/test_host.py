@@ -13,19 +13,22 @@ from dumo.autodiff import float64
 from dumo.config.load import load
 from dumo.io.deferred import Deferred
 from dumo.plan.cluster import Traffic, fake_ranks
-from dumo.plan.host import PROCESS, host
+from dumo.plan.host import PROCESS, host_bytes
 from dumo.run import memory
 from dumo.run.net import outline
 from dumo.training import layout
 from dumo.training.frozen import copied
 
 
-def planned(ranks: int, device: str, *fields: str) -> dict[str, dict[str, int]]:
+def planned(ranks: int, device: str, *fields: str) -> dict[str, int]:
     """Bytes without those of a process itself, where the weights of a rank's step take none."""
     run = load("digits", fields)
     net = outline(run)
     held = memory.held_bytes(net, run.train)
-    found = host(net, run.train, ranks, held, memory.checkpoint_bytes(net, held, ranks).copy, 0, device, has_slope=True)
+    copy = memory.checkpoint_bytes(net, held, ranks).copy
+    found = host_bytes(
+        net, run.train, ranks=ranks, held=held, checkpoint_copy=copy, step=0, device=device, has_slope=True
+    )
     assert found["node"]["save"] == min(ranks, 8) * found["process"]["save"]
     return {phase: size - PROCESS for phase, size in found["process"].items()}
 
@@ -62,7 +65,8 @@ def test_adapters_are_added_in_a_copy(coding: str) -> None:
     run = load("sd3-lora", [f"net.lora.frozen={coding}"])
     net = outline(run)
     held = memory.held_bytes(net, run.train)
-    found = host(net, run.train, 1, held, 0, 0, "GPU", has_slope=True)["process"]["export"] - PROCESS
+    counted = host_bytes(net, run.train, ranks=1, held=held, checkpoint_copy=0, step=0, device="GPU", has_slope=True)
+    found = counted["process"]["export"] - PROCESS
     assert found == held.weights + 4 * sum(p.numel() for p in outline(load("sd3-lora")).parameters())
 
 
@@ -81,7 +85,11 @@ def test_a_first_step_has_no_memory_of_the_optimizer_before_its_update(step: int
     """Of `step` bytes, as later steps take them."""
     run = load("digits", ["train.share=2"])
     held = memory.held_bytes(net := outline(run), run.train)
-    found = host(net, run.train, 2, held, copy := 7, step, "CPU", has_slope=False)["process"]
+    copy = 7
+    counted = host_bytes(
+        net, run.train, ranks=2, held=held, checkpoint_copy=copy, step=step, device="CPU", has_slope=False
+    )
+    found = counted["process"]
     update, passes = held.part(2).total, step - held.optimizer // 2
     assert found["first step"] == {"update": update, "passes": passes}[first] + PROCESS
     assert found["step"] == step + copy + PROCESS
