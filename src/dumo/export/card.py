@@ -25,6 +25,7 @@ from dumo.export.model import ExportedModel, StockPipeline
 from dumo.export.scheduler import EULER, JUMP_SCHEDULER, LCM
 from dumo.export.serve import is_whole, unserved
 from dumo.flow.guide import GuidanceScale
+from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
 from dumo.report.card import FILE, read_report
 from dumo.run.resolve import as_given, without_path
 from dumo.run.sampler import Sampler
@@ -144,6 +145,7 @@ def of_tuned(
         unserved=unserved(exported, whole=is_whole(parts)),
         lora=index is None,
         head=exported.head,
+        makes_hops=exported.makes_hops,
         tag="image-to-image" if stock.takes_image else "text-to-image",
         origin=hub_metadata(exported, adapter=index is None),
     )
@@ -225,8 +227,16 @@ def image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
     return arguments
 
 
-def of_own(sampler: Sampler, provenance: Provenance, kind: str, name: str, head: str) -> str:
-    """The card of a folder called `name` with a net of dumo's own, of this kind, and the code that runs it."""
+def of_own(
+    sampler: Sampler, provenance: Provenance, kind: str, name: str, head: str, solver: Restart | Hop | Hermite | Euler
+) -> str:
+    """The card of a folder called `name` with a net of dumo's own, of this kind, and the code that runs it.
+
+    `solver` makes the passes. The code calls it for the numbers of passes that it can make.
+    """
+    passes = {50: "Euler steps"}
+    if not isinstance(solver, Euler):
+        passes = {n: comment for n, comment in PASS_COMMENTS.items() if can_make(solver, sampler.taught, n)}
     return render(
         "own",
         sampler,
@@ -235,8 +245,10 @@ def of_own(sampler: Sampler, provenance: Provenance, kind: str, name: str, head:
         sizes=image_counts(sampler.data),
         kind=kind,
         parameters=sum(p.numel() for p in sampler.net.parameters()),
-        passes=PASS_COMMENTS if head == "u" else {50: "Euler steps"},
+        passes=passes,
         head=head,
+        solver=solver,
+        makes_hops=isinstance(solver, Hop),
         tag="unconditional-image-generation",
         origin={},
     )

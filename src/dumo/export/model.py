@@ -382,7 +382,7 @@ def exported_head(
     if not isinstance(spec, Pretrained) or not isinstance(sampler.net, Dualized):
         raise UserError(
             f"this run trains net '{spec.kind}', for which others have no class: dumo exports nets of kind diffusers, "
-            "and of kind dit --to diffusers. Its weights are a safetensors file in its checkpoint"
+            "and of kind dit or unet --to diffusers. Its weights are a safetensors file in its checkpoint"
         )
     net = sampler.net
     solver = sampler.spec.solver

@@ -1,14 +1,17 @@
-"""A run of dumo's own DiT as a folder that stock diffusers runs, with the code that it takes next to the weights.
+"""A run of dumo's own DiT or U-Net as a folder that stock diffusers runs, with the code that it takes next to the weights.
 
-pipeline.py        the jumps, or Euler steps
-transformer/       dumo_dit.py, its config and weights: every head, of the weights that are shown
+pipeline.py        the passes, by the run's solver
+net/               dumo_dit.py or dumo_unet.py, its config and weights: every head, of the weights that are shown
 vae/               the decoder, if the net makes latents: a class of diffusers, or dumo_taef2.py
 model_index.json   which parts there are, and how the run samples
 README.md          the model card
 
 The code lies in `shipped`, which is no package of dumo: it is copied as it is. diffusers copies such files into one
 flat folder, and of what they import from each other the first level alone, so each stands by itself. That it computes
-what dumo does is not taken on trust: before anything is written both nets are compared.
+what dumo does is not taken on trust: before anything is written both make the same samples.
+
+Where magnitudes are preserved, rows of weights have length 1 in each pass of dumo's net. They are written so: dividing
+once gives the same numbers, to the bit, and the shipped layers are plain ones.
 
 `write` is the entrance: it refuses runs that the shipped code does not know, compares, and writes.
 """
@@ -19,31 +22,33 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dumo.data import Latents
 from dumo.encoders import Taef2
 from dumo.export import card
 from dumo.export.model import Head
-from dumo.export.scheduler import SHIPPED, restart_for_scheduler
-from dumo.flow.solver import Euler
+from dumo.export.scheduler import SHIPPED
+from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
 from dumo.io.read import write_json
+from dumo.nets import UNet
+from dumo.nets.block import UnitRowLinear
 from dumo.nets.dit import DiT
-from dumo.nets.dit_convert import PUBLISHED_FIELDS
 from dumo.run.sampler import Sampler
 from dumo.runtime import version
-from dumo.runtime.random import random_batch
-from dumo.types import Sample, UserError
+from dumo.runtime.random import noise, random_batch
+from dumo.types import UserError
 
-_TRANSFORMER = "dumo_dit"  # of shipped/dumo_dit.py; not `dit`, for diffusers has a pipeline of this name
 _VAE = "dumo_taef2"  # of shipped/dumo_taef2.py
-_KNOWN_TIMES = ("t", "r")  # the times that the shipped net embeds
-_COMPARED_TIMES = (0.3, 0.9)  # at which both nets are compared: ours
+_KNOWN_TIMES = ("t", "r")  # the times that the shipped nets embed
+_COMPARED_PASSES = (1, 2, 3)  # in which dumo and the shipped code make samples that must be equal: ours
 Json = dict[str, Any]
+ShippedSolver = Restart | Hop | Hermite | Euler
 
 
 def write(
     sampler: Sampler,
-    spec: DiT,
+    spec: DiT | UNet,
     provenance: card.Provenance,
     out: Path,
     name: str,
@@ -53,77 +58,117 @@ def write(
 ) -> None:
     """Write the net and its code into the empty folder `out`, which will be called `name`.
 
-    Raises UserError for an option of the net or a guidance that the shipped code does not know, and where it computes
-    anything else than dumo.
+    Raises UserError for an option of the net or a guidance that the shipped code does not know, and where it makes
+    other samples than dumo.
     """
     _require_known_run(sampler, spec)
+    solver = _shipped_solver(sampler, head)
+    settings = _pipeline_settings(sampler, solver)
     net = _shipped_net(sampler, spec)
-    _require_same_output(sampler, net, head)
+    _require_same_samples(sampler, net, solver)
     nn.Module.to(net, getattr(torch, dtype))  # diffusers' own would warn that no layer stays in float32
-    net.save_pretrained(out / "transformer")
-    shutil.copy(SHIPPED / f"{_TRANSFORMER}.py", out / "transformer")
+    net.save_pretrained(out / "net")
+    module = type(net).__module__.rpartition(".")[2]  # not `dit`, for diffusers has a pipeline of this name
+    shutil.copy(SHIPPED / f"{module}.py", out / "net")
     shutil.copy(SHIPPED / "pipeline.py", out)
     index: Json = {"_class_name": ["pipeline", "DumoPipeline"], "_dumo_version": version()}
-    index["transformer"] = [_TRANSFORMER, "DumoDiT"]
+    index["net"] = [module, type(net).__name__]
     index["vae"] = _write_decoder(sampler, out / "vae")
-    write_json(out / "model_index.json", index | _pipeline_settings(sampler, head))
-    (out / "README.md").write_text(card.of_own(sampler, provenance, spec.kind, name, head), encoding="utf-8")
+    write_json(out / "model_index.json", index | settings)
+    readme = card.of_own(sampler, provenance, spec.kind, name, head, solver)
+    (out / "README.md").write_text(readme, encoding="utf-8")
 
 
-def _require_known_run(sampler: Sampler, spec: DiT) -> None:
+def _require_known_run(sampler: Sampler, spec: DiT | UNet) -> None:
     """Raise UserError for a run that the shipped code does not know."""
     way_out = "which the exported code does not know: sample it by dumo sample"
     needs = sampler.flow.objective.needs
     guide = sampler.spec.guide
-    for field, known in PUBLISHED_FIELDS.items():
-        value = getattr(spec, field)
-        if value != known:
-            raise UserError(f"net.{field} is {value}, {way_out}")
     if spec.texts:
         raise UserError(f"net.texts is set, {way_out}")
+    if spec.precondition == "data":
+        raise UserError(f"net.precondition is data, {way_out}")
+    if isinstance(spec, DiT) and spec.qk_norm and not spec.modern:
+        raise UserError(f"net.qk_norm is True without net.modern, {way_out}")
     for name in needs.names:
         if name not in _KNOWN_TIMES:
             raise UserError(f"its net takes {name}, {way_out}")
-    for name in needs.own:
-        raise UserError(f"its head {name} takes more than the others, {way_out}")
     if guide.active:
         raise UserError(f"sample.guide.scale is {guide.scale:g}, {way_out}")
 
 
-def _shipped_net(sampler: Sampler, spec: DiT) -> Any:  # noqa: ANN401, a model of diffusers
+def _shipped_solver(sampler: Sampler, head: Head) -> ShippedSolver:
+    """The solver of the shipped pipeline: the run's own, or for a head that it does not read the default."""
+    if head == "v":
+        return Euler()
+    solver = sampler.spec.solver
+    return solver if isinstance(solver, Restart | Hop | Hermite) else Restart()
+
+
+def _shipped_net(sampler: Sampler, spec: DiT | UNet) -> Any:  # noqa: ANN401, a model of diffusers
     """The shipped net with the run's weights."""
     from dumo.export.shipped.dumo_dit import DumoDiT
+    from dumo.export.shipped.dumo_unet import DumoUNet
 
     data = sampler.data
     channels, side, _ = data.shape
-    state = {
-        name.replace("scalars.embedders.", "times."): tensor
-        for name, tensor in sampler.net.state_dict().items()
-        if not name.startswith("gauges.")
+    state = _shipped_weights(sampler.net)
+    needs = sampler.flow.objective.needs
+    arguments: Json = {
+        "channels": channels,
+        "side": side,
+        "classes": data.classes,
+        "time_names": [time for time in _KNOWN_TIMES if f"times.embedders.{time}.0.weight" in state],
+        "head_names": [*needs.heads],
+        "own_time_names": {head: ["t", *names] for head, names in needs.own.items()},
     }
-    fields = spec.model_dump(include={"patch", "width", "depth", "attention", "time_scale"})
-    times = [time for time in _KNOWN_TIMES if f"times.{time}.0.weight" in state]
-    heads = [*sampler.flow.objective.needs.heads]
-    shipped = DumoDiT(channels, side, data.classes, **fields, time_names=times, head_names=heads)
+    if isinstance(spec, DiT):
+        fields = {"patch", "width", "depth", "attention", "time_scale", "precondition", "modern", "magnitude", "late"}
+        shipped = DumoDiT(**arguments, **{field: getattr(spec, field) for field in fields})
+    else:
+        fields = {"width", "multipliers", "depth", "attend", "time_scale"}
+        shipped = DumoUNet(**arguments, **{field: getattr(spec, field) for field in fields})
     shipped.load_state_dict(state)
     return shipped.eval()
 
 
+def _shipped_weights(net: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of dumo's net under the names of the shipped one, without those that no sample depends on."""
+    weights = {name: buffer for name, buffer in net.named_buffers() if name in ("cos", "sin")}  # of rotary positions
+    weights |= net.state_dict()
+    for path, layer in net.named_modules():
+        if isinstance(layer, UnitRowLinear):
+            weights[f"{path}.weight"] = F.normalize(layer.weight.detach(), dim=1)
+    shipped: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        if name.startswith(("gauges.", "augment.")):
+            continue
+        shipped_name = name.replace("scalars.", "times.", 1) if name.startswith("scalars.") else name
+        shipped[shipped_name.replace("own.heads.", "own.", 1)] = weight
+    return shipped
+
+
 @torch.no_grad()
-def _require_same_output(sampler: Sampler, net: Any, head: Head) -> None:  # noqa: ANN401
-    """Raise UserError where the shipped net and dumo's reading of its own are not the same to the bit."""
+def _require_same_samples(sampler: Sampler, net: Any, solver: ShippedSolver) -> None:  # noqa: ANN401
+    """Raise UserError where the shipped code's samples are not dumo's to the bit, in as many passes as it can make."""
+    from dumo.export.shipped.pipeline import DumoPipeline
+
+    passes = [n for n in _COMPARED_PASSES if can_make(solver, sampler.taught, n)]
+    if not passes:
+        raise UserError(f"solver '{solver.kind}' makes none of {_COMPARED_PASSES} passes, so nothing can be compared")
     data = sampler.data
-    reading = sampler.reads.endpoint if head == "u" else sampler.reads.velocity
-    x, c = random_batch("export", 2, data.shape, data.classes)
-    for time in _COMPARED_TIMES:
-        t = x.new_full((2,), time)
-        shipped: Sample = net(x, t, c, head)
-        if head == "u":  # to the point that the flow map jumps to
-            shipped = x - t[:, None, None, None] * shipped
-        if reading is None or not torch.equal(reading(x, t, c), shipped):
+    flow = sampler.flow
+    pipeline = DumoPipeline(net, **_solver_settings(solver))
+    pipeline.to(sampler.device)
+    _, c = random_batch("export", 2, data.shape, data.classes)
+    draws = [noise(0, range(2), k, data.shape) for k in range(max(passes))]
+    for n in passes:
+        samples = solver(sampler.reads, flow.path, draws[0], c, n, draws.__getitem__)
+        shipped: Any = pipeline(c.tolist(), n, latents=draws[0], noises=draws[1:], output_type="latent")
+        if not torch.equal(samples, shipped.images):
             raise UserError(
-                f"objective '{sampler.flow.objective.kind}' reads its head {head} in another way than "
-                "the exported code, x_t - t u or the velocity v: sample it by dumo sample"
+                f"objective '{flow.objective.kind}' reads its heads in another way than the exported code, x_t - (t - "
+                "r) u or the velocity v: sample it by dumo sample"
             )
 
 
@@ -147,15 +192,16 @@ def _write_decoder(sampler: Sampler, folder: Path) -> list[str | None]:
     return [_VAE, "DumoTaef2"]
 
 
-def _pipeline_settings(sampler: Sampler, head: Head) -> Json:
-    """The fields of the shipped pipeline's `__init__`: head, times, and the latents' shift and scale.
-
-    Raises UserError for a solver whose jumps the pipeline does not make.
-    """
-    solver = restart_for_scheduler(sampler.spec.solver) if head == "u" else Euler()
-    settings: Json = {"head": head, **solver.model_dump(mode="json", exclude={"kind"})}
+def _pipeline_settings(sampler: Sampler, solver: ShippedSolver) -> Json:
+    """The fields of the shipped pipeline's `__init__`: solver, its times, and the latents' shift and scale."""
+    settings = _solver_settings(solver)
     data = sampler.data
     if isinstance(data, Latents):
         settings["shift"] = data.codec.published.shift
         settings["scale"] = data.codec.published.scale
     return settings
+
+
+def _solver_settings(solver: ShippedSolver) -> Json:
+    """The solver as fields of the shipped pipeline's `__init__`."""
+    return {"solver": solver.kind, **solver.model_dump(mode="json", exclude={"kind"})}

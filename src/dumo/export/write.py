@@ -32,7 +32,7 @@ from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
 from dumo.io.read import brief, read_settings, write_json
 from dumo.io.weights import unshared
-from dumo.nets import DiT, Pretrained
+from dumo.nets import DiT, Pretrained, UNet
 from dumo.run.weights import RunFolder, build
 from dumo.training.frozen import trained
 from dumo.types import Objective, UserError
@@ -80,7 +80,7 @@ def export(
     if to in ("diffusers", "safetensors"):
         sampler = replace(sampler, flow=sampler.flow.of(uncoded(opened)))
     chosen_head = choose_head(sampler.flow.objective, head)
-    if isinstance(spec, DiT) and to == "diffusers":
+    if isinstance(spec, DiT | UNet) and to == "diffusers":
         net = spec
     else:
         # a LoRA is rounded alone, without what it is added to
@@ -95,13 +95,13 @@ def export(
         )
     files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
     with files.atomic_write(out) as temporary:
-        if to in ("comfyui", "safetensors") and not isinstance(net, DiT):  # a single file
+        if to in ("comfyui", "safetensors") and not isinstance(net, DiT | UNet):  # a single file
             weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else unshared(net.build_model().state_dict())
             safetensors.torch.save_file(weights, temporary, metadata=card.header_metadata(net, provenance))
             return out
         temporary.mkdir()
         name = name or out.name
-        if isinstance(net, DiT):
+        if isinstance(net, DiT | UNet):
             standalone.write(sampler, net, provenance, temporary, name, head=chosen_head, dtype=dtype)
         elif to == "lora":
             lora.write(net, provenance, temporary, name, dtype=dtype)

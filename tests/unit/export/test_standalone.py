@@ -54,7 +54,7 @@ def drawn(run: Run, folder: Path) -> RunFolder:
 def off(run: RunFolder, pipe: Any, n: int, **more: Any) -> float:  # noqa: ANN401
     """How far the pipeline's images in n passes are from dumo's."""
     z, *noises = (noise(0, range(len(C)), k, run.run.data.shape) for k in range(n))
-    solver = Euler() if pipe.config.head == "v" else run.run.sample.solver
+    solver = Euler() if pipe.config.solver == "euler" else run.run.sample.solver
     ours = run.sampler.sample(C, nfe=n, seed=0, solver=solver).x
     out = pipe(C.tolist(), n, latents=z, noises=noises, **({"output_type": "latent"} | more)).images
     return float((out - (ours / 2 + 0.5 if more else ours)).abs().max())
@@ -123,8 +123,8 @@ def test_a_generator_draws_all_noise(pipeline: Opener, tmp_path: Path) -> None:
 def test_half_precision_is_rounded_once(pipeline: Opener, tmp_path: Path) -> None:
     run = drawn(load("digits", SMALL), tmp_path)
     full, half = (pipeline(export(run, tmp_path / dtype, dtype=dtype)) for dtype in ("float32", "bfloat16"))
-    for name, w in half.transformer.state_dict().items():
-        assert torch.equal(w, full.transformer.state_dict()[name].bfloat16().float()), name
+    for name, w in half.net.state_dict().items():
+        assert torch.equal(w, full.net.state_dict()[name].bfloat16().float()), name
     assert 0 < off(run, half, 1) < 0.1
 
 

@@ -4,11 +4,11 @@ This file lies in an exported model, next to the weights, and dumo need not be i
 diffusers alone. dumo keeps it in export/shipped; export/standalone.py copies it, writes the weights, and refuses a
 model whose output is not, bit by bit, that of dumo's own net (nets/dit.py).
 
-Time runs from t = 0, an image, to t = 1, noise: x_t = (1 - t) x + t z. Head u jumps to the image, x = x_t - t u; head v
-is the velocity dx_t/dt of the flow.
+Time runs from t = 0, an image, to t = 1, noise: x_t = (1 - t) x + t z. Head u is a mean velocity, which jumps to an
+earlier time r, x_r = x_t - (t - r) u, where r = 0 is the image; head v is the velocity dx_t/dt of the flow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import log
 
 import torch
@@ -17,54 +17,132 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WAVES = 128  # frequencies of the embedding of time
+WAVES = 128  # frequencies of the embedding of a time
+EPS = 1e-6  # of all norms
+GELU_RMS = 0.652  # the root of E[gelu(x)^2], x ~ N(0, 1)
+SWIGLU_RMS = 0.596  # that of silu(x) y
 
 
-def norm(h: Tensor) -> Tensor:
-    """Scale h (..., width) to mean 0 and variance 1 over the last axis."""
-    return F.layer_norm(h, h.shape[-1:], eps=1e-6)
+def norm(h: Tensor, rms: bool) -> Tensor:
+    """Scale h (..., width) over the last axis to mean square 1 with `rms`, else to mean 0 and variance 1."""
+    if rms:
+        return F.rms_norm(h, h.shape[-1:], eps=EPS)
+    return F.layer_norm(h, h.shape[-1:], eps=EPS)
+
+
+def rotate(a: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys a (b, heads, tokens, size) by angles of their positions, (tokens, size / 2)."""
+    first, second = a.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Times(nn.Module):
+    """The sum of the embeddings of one or two times: of t, and for r of the gap t - r."""
+
+    def __init__(self, names: Sequence[str], width: int, time_scale: float) -> None:
+        """For the times `names`, t or r; an embedding has `width` numbers."""
+        super().__init__()
+        self.time_scale = time_scale
+        self.embedders = nn.ModuleDict()
+        for name in names:
+            self.embedders[name] = nn.Sequential(nn.Linear(2 * WAVES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor, r: Tensor) -> Tensor:
+        """Return (b, width), given times (b,)."""
+        falling = torch.exp(-log(10_000.0) * torch.arange(WAVES, device=t.device) / WAVES)
+        parts: list[Tensor] = []
+        for name, embedder in self.embedders.items():
+            time = t if name == "t" else t - r
+            angles = time[:, None] * (self.time_scale * falling)
+            waves = torch.cat([angles.cos(), angles.sin()], -1)
+            parts.append(embedder(waves.to(next(embedder.parameters()).dtype)))
+        return sum(parts[1:], parts[0])
 
 
 class Block(nn.Module):
-    """Attention and perceptron, each modulated and gated by the condition."""
+    """Attention and a perceptron, each modulated and gated by the condition.
 
-    def __init__(self, width: int, attention: int) -> None:
+    A modern block has RMS norms, norms of queries and keys, and a gated perceptron. A preserving one keeps the mean
+    square of what its layers take and give at 1 (EDM2, Karras et al. 2024): their rows have length 1.
+    """
+
+    def __init__(self, width: int, attention: int, modern: bool, preserving: bool) -> None:
         """For tokens of `width` numbers; `attention` is the number of attention heads."""
         super().__init__()
         self.attention = attention
+        self.modern = modern
+        self.preserving = preserving
+        hidden = 8 * round(width / 3) if modern else 4 * width
+        bias = not preserving
         self.modulation = nn.Linear(width, 6 * width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        self.up = nn.Linear(width, 2 * hidden if modern else hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+        self.q_norm = nn.RMSNorm(width // attention, eps=EPS) if modern else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // attention, eps=EPS) if modern else nn.Identity()
 
-    def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """Map tokens h (b, tokens, width) to the same shape, given the condition e (b, width)."""
+    def forward(self, h: Tensor, e: Tensor, *rotary: Tensor) -> Tensor:
+        """Map tokens h (b, tokens, width) to the same shape, given the condition e (b, width).
+
+        `rotary` are cosines and sines for `rotate`, or nothing.
+        """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(e).unsqueeze(1).chunk(6, -1)
-        a = norm(h) * (1 + scale_1) + shift_1
+        h = self.add(h, gate_1, self.attend(self.layer_input(h, shift_1, scale_1), *rotary))
+        return self.add(h, gate_2, self.perceive(self.layer_input(h, shift_2, scale_2)))
+
+    def layer_input(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Modulate and normalize h."""
+        if self.preserving:
+            return norm(h * (1 + scale) + shift, self.modern)
+        return norm(h, self.modern) * (1 + scale) + shift
+
+    def attend(self, a: Tensor, *rotary: Tensor) -> Tensor:
+        """Attend over the tokens of a (b, tokens, width)."""
         q, k, v = self.qkv(a).view(*a.shape[:2], 3, self.attention, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        h = h + gate_1 * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        a = norm(h) * (1 + scale_2) + shift_2
-        return h + gate_2 * self.down(F.gelu(self.up(a), approximate="tanh"))
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        if rotary:
+            q = rotate(q, *rotary)
+            k = rotate(k, *rotary)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def perceive(self, a: Tensor) -> Tensor:
+        """Apply the perceptron to each token of a (b, tokens, width)."""
+        if self.modern:
+            gate, up = self.up(a).chunk(2, -1)
+            a = self.down(F.silu(gate) * up)
+        else:
+            a = self.down(F.gelu(self.up(a), approximate="tanh"))
+        if self.preserving:
+            a = a / (SWIGLU_RMS if self.modern else GELU_RMS)
+        return a
+
+    def add(self, h: Tensor, gate: Tensor, a: Tensor) -> Tensor:
+        """Add the gated branch a to h, all (b, tokens, width)."""
+        if self.preserving:
+            return (h + gate * a) / (1 + gate * gate) ** 0.5
+        return h + gate * a
 
 
 class Head(nn.Module):
     """An output layer: a norm, modulated by the condition, then a linear layer."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, modern: bool) -> None:
         """Map tokens of `width` numbers to `out` numbers each."""
         super().__init__()
+        self.modern = modern
         self.modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, out)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """Map tokens h (b, tokens, width) to (b, tokens, out), given the condition e (b, width)."""
         shift, scale = self.modulation(e).unsqueeze(1).chunk(2, -1)
-        return self.out(norm(h) * (1 + scale) + shift)
+        return self.out(norm(h, self.modern) * (1 + scale) + shift)
 
 
 class DumoDiT(ModelMixin, ConfigMixin):
-    """The net. All its embeddings of time take t: a net that learned of a second time r is used at r = 0."""
+    """The net."""
 
     @register_to_config
     def __init__(
@@ -77,43 +155,88 @@ class DumoDiT(ModelMixin, ConfigMixin):
         depth: int,
         attention: int,
         time_scale: float = 1.0,
+        precondition: str = "none",
+        modern: bool = False,
+        magnitude: str = "free",
+        late: int | None = None,
         time_names: Sequence[str] = ("t",),
         head_names: Sequence[str] = ("v", "u"),
+        own_time_names: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """For square images of `side` pixels, or latents of that side; `classes` 0: it takes no label."""
+        """For square images of `side` pixels, or latents of that side; `classes` 0: it takes no label.
+
+        `own_time_names` are the times that single heads read, by head. The blocks after `late`, and the heads, read r
+        for t.
+        """
         super().__init__()
         self.patch = patch
         self.grid = side // patch  # patches on a side
-        self.time_scale = time_scale
+        self.precondition = precondition
+        self.modern = modern
+        self.preserving = magnitude == "preserved"
+        self.late = late
         self.embed = nn.Linear(channels * patch**2, width)
-        self.register_buffer("positions", torch.zeros(self.grid**2, width))
-        self.times = nn.ModuleDict()
-        for name in time_names:
-            self.times[name] = nn.Sequential(nn.Linear(2 * WAVES, width), nn.SiLU(), nn.Linear(width, width))
+        tokens = self.grid**2
+        if modern:
+            self.register_buffer("cos", torch.zeros(tokens, width // attention // 2))
+            self.register_buffer("sin", torch.zeros(tokens, width // attention // 2))
+        else:
+            self.register_buffer("positions", torch.zeros(tokens, width))
+        self.times = Times(time_names, width, time_scale)
+        self.own = nn.ModuleDict()
+        for name, names in (own_time_names or {}).items():
+            self.own[name] = Times(names, width, time_scale)
         self.label = nn.Embedding(classes + 1, width) if classes else None
-        self.blocks = nn.ModuleList(Block(width, attention) for _ in range(depth))
-        self.heads = nn.ModuleDict({name: Head(width, channels * patch**2) for name in head_names})
+        self.blocks = nn.ModuleList(Block(width, attention, modern, self.preserving) for _ in range(depth))
+        self.heads = nn.ModuleDict({name: Head(width, channels * patch**2, modern) for name in head_names})
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor, head: str = "u") -> Tensor:
-        """Return the output of `head`, of the shape of x (b, channels, side, side), at times t (b,).
+    def forward(
+        self, x: Tensor, t: Tensor, c: Tensor, heads: Sequence[str] = ("u",), r: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return the outputs of `heads`, of the shape of x (b, channels, side, side), at times t (b,).
 
-        c (b,) are labels; the index `classes` is for no label.
+        c (b,) are labels; the index `classes` is for no label. r (b,) is where a jump ends; None: at the image.
         """
+        if r is None:
+            r = torch.zeros_like(t)
+        x_in, to_velocity = self.frame(x, t)
         b = len(x)
         g = self.grid
         p = self.patch
-        tokens = x.reshape(b, -1, g, p, g, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        h = self.embed(tokens.to(self.dtype)) + self.positions
-        falling = torch.exp(-log(10_000.0) * torch.arange(WAVES, device=t.device) / WAVES)
-        angles = t[:, None] * (self.time_scale * falling)
-        waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.dtype)
-        e, *others = [embed(waves) for embed in self.times.values()]
-        for other in others:
-            e = e + other
+        tokens = x_in.reshape(b, -1, g, p, g, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        h = self.embed(tokens.to(self.dtype))
+        rotary = (self.cos, self.sin) if self.modern else ()
+        if not self.modern:
+            h = h + self.positions
+        if self.preserving:
+            h = norm(h, rms=True)
+
+        e = self.times(t, r)
+        e_late = e if self.late is None else self.times(r, r)
         if self.label is not None:
-            e = e + self.label(c)
-        e = F.silu(e)
-        for block in self.blocks:
-            h = block(h, e)
-        y = self.heads[head](h, e).view(b, g, g, -1, p, p)
-        return y.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3).to(x.dtype)
+            label = self.label(c)
+            e = e + label
+            e_late = e_late + label
+        for i, block in enumerate(self.blocks):
+            is_late = self.late is not None and i >= self.late
+            h = block(h, F.silu(e_late if is_late else e), *rotary)
+
+        outputs: list[Tensor] = []
+        for name in heads:
+            e_head = e_late + self.own[name](t, r) if name in self.own else e_late
+            y = self.heads[name](h, F.silu(e_head)).view(b, g, g, -1, p, p)
+            y = y.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3).to(x.dtype)
+            outputs.append(to_velocity(y))
+        return outputs
+
+    def frame(self, x: Tensor, t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return what the layers read for x at times t, and the function from what they give to a velocity.
+
+        With "edm" both have variance 1 at every time (Karras et al. 2022, Tab. 1).
+        """
+        if self.precondition == "none":
+            return x, lambda y: y
+        time = t[:, None, None, None]
+        n = (time * time + (1 - time) * (1 - time)) ** 0.5
+        skip = (2 * time - 1) / (n * n) * x
+        return x / n, lambda y: skip - y / n
