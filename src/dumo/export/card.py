@@ -39,6 +39,12 @@ CODES = "codes.safetensors"
 MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is one in Markdown, too
 FEW_STEPS = "few-steps"  # the folder of a few-step run's export, as docs/pretrained.md calls it
 PASS_COMMENTS = {1: "one pass", 2: "two", 4: "four"}
+HEAD_TEXTS = {  # what is exported, by the solver that reads it
+    "restart": "u, the flow map: a pass jumps to the data",
+    "hop": "u, the flow map: a pass jumps to the next time",
+    "hermite": "u, the flow map, and v: the last pass jumps to the data, others follow a parabola of both",
+    "euler": "v, the velocity of the flow",
+}
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ def of_tuned(
         unserved=unserved(exported, whole=is_whole(parts)),
         lora=index is None,
         head=exported.head,
-        makes_hops=exported.makes_hops,
+        head_text=HEAD_TEXTS["euler" if exported.head == "v" else "hop" if exported.makes_hops else "restart"],
         tag="image-to-image" if stock.takes_image else "text-to-image",
         origin=hub_metadata(exported, adapter=index is None),
     )
@@ -228,7 +234,7 @@ def image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
 
 
 def of_own(
-    sampler: Sampler, provenance: Provenance, kind: str, name: str, head: str, solver: Restart | Hop | Hermite | Euler
+    sampler: Sampler, provenance: Provenance, kind: str, name: str, solver: Restart | Hop | Hermite | Euler
 ) -> str:
     """The card of a folder called `name` with a net of dumo's own, of this kind, and the code that runs it.
 
@@ -246,9 +252,8 @@ def of_own(
         kind=kind,
         parameters=sum(p.numel() for p in sampler.net.parameters()),
         passes=passes,
-        head=head,
         solver=solver,
-        makes_hops=isinstance(solver, Hop),
+        head_text=HEAD_TEXTS[solver.kind],
         tag="unconditional-image-generation",
         origin={},
     )

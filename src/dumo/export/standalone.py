@@ -75,7 +75,7 @@ def write(
     index["net"] = [module, type(net).__name__]
     index["vae"] = _write_decoder(sampler, out / "vae")
     write_json(out / "model_index.json", index | settings)
-    readme = card.of_own(sampler, provenance, spec.kind, name, head, solver)
+    readme = card.of_own(sampler, provenance, spec.kind, name, solver)
     (out / "README.md").write_text(readme, encoding="utf-8")
 
 
