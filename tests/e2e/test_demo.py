@@ -284,15 +284,15 @@ def test_a_person_makes_images_and_keeps_them(free: Path, tmp_path: Path) -> Non
 @pytest.mark.nightly
 @pytest.mark.browser
 def test_two_runs_stand_next_to_each_other(trained: dict[str, Path], tmp_path: Path) -> None:
-    """Both in every answer, by their names; guidance is grey, for neither can be guided."""
+    """Both in every answer, by their names; no guidance, for neither can be guided."""
     runs = trained["digits"], trained["digits-flow-matching"]
     with served(*runs) as (url, _), browser.page(browser.DESK) as page:
         page.goto(url)
         make = page.get_by_role("button", name="Make").locator("visible=true")
         make.wait_for()
         assert page.title() == "digits and digits-flow-matching · dumo"
-        assert number(page, "guidance").is_disabled()
-        page.get_by_text("guidance needs what the net makes without a label").wait_for()
+        page.get_by_text("No guidance of digits: this model never learned without a label").wait_for()
+        assert page.get_by_label("guidance").locator("visible=true").count() == 0
         names = page.locator(".answer h3").locator("visible=true")
         number(page, "images").fill("4")
         make.click()

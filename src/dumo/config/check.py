@@ -5,11 +5,13 @@
 run asks names of another.
 
 Three checks are also called by themselves, for what is known after a run is read: `check_pieces` with the number of
-ranks, `check_guided` with the guidance of one request, and `require` with faults that others find.
+ranks, `check_guided` with the guidance of one request, and `require` with faults that others find. `why_unguided` says
+in advance whether a request for guidance would be refused.
 """
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import NamedTuple
 
 from dumo.config import need
 from dumo.config.conditions import Conditions, shown
@@ -173,26 +175,52 @@ def _one_kind_message(train: Train, times: TimeLaw, ranks: int, rows: int, *, mo
     )
 
 
+class NoGuidance(NamedTuple):
+    """Why a net cannot be guided when it is sampled, in a clause, and what else to do; "": nothing."""
+
+    reason: str
+    instead: str
+
+
+def why_unguided(data: Data, objective: AnyObjective, trained: GuidanceScale, source: str = "") -> NoGuidance | None:
+    """Why a net is not guided when it is sampled: it has no null condition, or is guided already. None: it can be.
+
+    `trained` is the net's guidance in training; `source` is the run that the net is of, "" the one that is read.
+    """
+    model = f"the model of {source}" if source else "this model"
+    train = f"train {source}" if source else "train"
+    if not has_classes(data):
+        return NoGuidance(f"data '{data.kind}' has no classes to guide by", "")
+    if trained.active:
+        return NoGuidance(trained.reason(model), f"or {train} with {trained.off}")
+    if not objective.drop:
+        return NoGuidance(
+            f"{model} never learned without a label, since objective.drop = 0", f"or {train} with objective.drop=0.1"
+        )
+    if objective.needs.knobs:
+        of_source = f" of {source}" if source else ""
+        return NoGuidance(
+            f"the knobs of objective '{objective.kind}' guide {model} already", f"and sample.knobs{of_source}"
+        )
+    return None
+
+
 def check_guided(
     guide: CFG,
     data: Data,
     objective: AnyObjective,
     trained: GuidanceScale,
-    name: str = "sample.guide",
+    field: str = "sample.guide.scale",
     source: str = "",
 ) -> None:
-    """Raise UserError for guidance of a net that never trained without a label, or that is guided already.
-
-    `trained` is the net's guidance in training. Messages name the field `name` that asks for guidance, and the run
-    `source` that the net is of; "": the run that is read.
-    """
-    guide.check(data.kind, has_classes(data), objective.drop, trained, name=name, whose=source)
-    if guide.active and objective.needs.knobs:
-        of_source = f" of {source}" if source else ""
-        raise UserError(
-            f"{name}.scale = {guide.scale:g} would guide once more what the knobs of objective "
-            f"'{objective.kind}'{of_source} guide already: set {name}.scale=1, and sample.knobs{of_source}"
-        )
+    """Raise UserError for guidance of a net that is not guided (`why_unguided`). `field` asks for it."""
+    refusal = why_unguided(data, objective, trained, source)
+    if not guide.active or refusal is None:
+        return
+    fix = f"set {field}=1"
+    if refusal.instead:
+        fix += f", {refusal.instead}"
+    raise UserError(f"{field} = {guide.scale:g}: {refusal.reason}: {fix}")
 
 
 def _teacher_faults(teacher: Teacher | None, objective: Objective, data: Data, train: Train) -> Iterator[str]:
@@ -207,7 +235,11 @@ def _teacher_faults(teacher: Teacher | None, objective: Objective, data: Data, t
             "train.coupling would part the data of teacher.pairs from the noise that they come from: set "
             "train.coupling=null, or teacher.pairs=null"
         )
-    teacher.guide.check(data.kind, has_classes(data), 1.0, GuidanceScale(), name="teacher.guide")
+    if teacher.guide.active and not has_classes(data):
+        raise UserError(
+            f"teacher.guide.scale = {teacher.guide.scale:g}: data '{data.kind}' has no classes to guide by: set "
+            "teacher.guide.scale=1"
+        )
     trained = GuidanceScale.of(objective.needs)
     if not trained.active and objective.needs.knobs:
         trained = BY_KNOBS

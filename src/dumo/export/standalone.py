@@ -1,4 +1,4 @@
-"""A run of dumo's own DiT or U-Net as a folder that stock diffusers runs, with the code that it takes next to the weights.
+"""A run of dumo's own DiT or U-Net as a folder that stock diffusers runs, with its code next to the weights.
 
 pipeline.py        the passes, by the run's solver
 net/               dumo_dit.py or dumo_unet.py, its config and weights: every head, of the weights that are shown

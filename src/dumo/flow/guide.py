@@ -9,8 +9,8 @@ with V the net's own velocity, without gradients. Where V(c) settles at v*, the 
 DuMo takes omega = 1 (Alg. 1, line 9): v* = v_t + zeta (V(c) - V(null)), so w = 1 / (1 - zeta).
 MeanFlow's kappa is our zeta. At times outside the interval, and on rows whose label was dropped, v* = v_t.
 
-`Guide` is that map: an objective calls it in its loss. `CFG` guides a sampler: it turns readings into guided ones, and
-`CFG.check` refuses a net that cannot be guided. `GuidanceScale` says what guided an objective's target.
+`Guide` is that map: an objective calls it in its loss. `CFG` guides a sampler: it turns readings into guided ones.
+`GuidanceScale` says what guided an objective's target, and that such a net is not guided again.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dumo.flow import dropout
 from dumo.runtime.limits import FACTOR, require_order
-from dumo.types import QUIET, Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, UserError, lift
+from dumo.types import QUIET, Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, lift
 from dumo.types.rows import to_device
 
 Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
@@ -145,6 +145,10 @@ class GuidanceScale(NamedTuple):
         """Whether there was any guidance."""
         return abs(self.scale - 1) > 1e-9  # 0.2 / (1 - 0.8) is not 1 in floating point
 
+    def reason(self, model: str = "this model") -> str:
+        """Why a model that it guided in training is not guided again when it is sampled."""
+        return f"{model} was trained at guidance scale {self.scale:.3g}; the scale is part of its weights"
+
 
 class CFG(Spec):
     """Guidance while sampling (Ho and Salimans 2022), at times inside the interval. A net is read with its label c and
@@ -191,47 +195,6 @@ class CFG(Spec):
     def rows(self, t: Time) -> Rows:
         """Which rows are guided, by the time where the net is read."""
         return self.interval.holds(t)
-
-    def check(
-        self,
-        data: str,
-        classes: int,
-        drop: float,
-        opened: GuidanceScale,
-        *,
-        name: str = "sample.guide",
-        whose: str = "",
-    ) -> None:
-        """Raise UserError for a net that has no null condition, or is guided already.
-
-        data: the kind of the data.
-        classes: their number of classes.
-        drop: of the objective, the share of conditions that it dropped in training.
-        opened: what guided the objective's target in training.
-        name: the field that asks for guidance.
-        whose: the run that is read; "": this one.
-        """
-        if not self.active:
-            return
-        setting = f"{name}.scale = {self.scale:g}"
-        fix = f"set {name}.scale=1"
-        of_run = ""
-        train = "train"
-        if whose:
-            of_run = f" of {whose}"
-            train = f"train {whose}"
-        if not classes:
-            raise UserError(f"{setting} asks for guidance, but data '{data}' has no classes to guide by: {fix}")
-        if opened.active:
-            raise UserError(
-                f"{setting} would guide once more what {opened.field}{of_run} has guided in training, by "
-                f"{opened.scale:.3g}: {fix}, or {train} with {opened.off}"
-            )
-        if not drop:
-            raise UserError(
-                f"{setting} needs what the net makes without a label, which objective.drop = 0{of_run} never teaches: "
-                f"{fix}, or {train} with objective.drop=0.1"
-            )
 
     def _guided(self, read: Callable[..., Any], null: int | Callable[[Cond], Cond]) -> Callable[..., Any]:
         """Guide one reading, of (x, t, c) or (x, t, s, c), that returns a sample or a pair of them."""

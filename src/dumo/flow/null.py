@@ -37,8 +37,7 @@ def guidance_of(objective: Objective, scale: float) -> CFG:
     in_training = GuidanceScale.of(objective.needs)
     if in_training.active:
         raise UserError(
-            f"guidance = {scale:g}: objective '{objective.kind}' was guided in training, by {in_training.scale:.3g}: "
-            "leave it out, or train with its guide off"
+            f"guidance = {scale:g}: {in_training.reason()}: leave guidance out, or train with {in_training.off}"
         )
     if not objective.drop:
         raise UserError(

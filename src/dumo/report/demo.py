@@ -59,7 +59,7 @@ DOWNLOAD_SECONDS = 3600  # for which files can be downloaded: ours
 MAX_QUESTIONS = 64  # in the queue; more are refused: ours
 FONT = ["system-ui", "sans-serif"]  # the machine's own, so that no theme's is fetched
 MONOSPACE_FONT = ["ui-monospace", "monospace"]
-INFO_COLOUR = "*body_text_color"  # of the text below a label: why guidance is grey must be readable
+INFO_COLOUR = "*body_text_color"  # of the text below a label: it must be readable
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no encoder can read
 POLL_SECONDS = 0.1  # between two looks for a signal
 GRACE_SECONDS = 1  # that open connections have after it: ours
@@ -94,6 +94,7 @@ def page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
         with gr.Row():
             seed = seed_field(f"{run.sampler.spec.seed}", label="seed")
             shared_fields = [_condition_field(run), seed, _guidance_field(runs)]
+        gr.HTML(guidance_line(runs))
         if run.sampler.is_image:
             with gr.Tab("Make"):
                 with gr.Row():
@@ -158,25 +159,30 @@ def _condition_field(run: InteractiveRun) -> "gr.Dropdown | gr.Textbox":
 
 
 def _guidance_field(runs: Sequence[InteractiveRun]) -> "gr.Slider":
-    """A slider for the scale of guidance; grey, with the reason, where no run can be guided."""
+    """A slider for the scale of guidance; hidden where no run can be guided."""
     import gradio as gr
 
     scale = runs[0].sampler.spec.guide.scale
-    refusals = dict.fromkeys(run.guidance_refusal for run in runs)  # "" of a run that can be guided
-    can_guide = "" in refusals
-    hint = "1: none; else every pass is two"
-    if not can_guide:
-        hint = html.escape("; ".join(refusals))
     return gr.Slider(
         min(scale, 1),
         max(scale, MAX_GUIDANCE),
         scale,
         step=GUIDANCE_STEP,
         label="guidance scale",
-        info=hint,
-        interactive=can_guide,
+        info="1: none; else every pass is two",
+        visible=any(not run.guidance_refusal for run in runs),
         min_width=280,
     )
+
+
+def guidance_line(runs: Sequence[InteractiveRun]) -> str:
+    """HTML of why runs cannot be guided, a sentence for each; "" where all can be."""
+    sentences: list[str] = []
+    for run in runs:
+        if run.guidance_refusal:
+            whose = f" of {run.name}" if len(runs) > 1 else ""
+            sentences.append(html.escape(f"No guidance{whose}: {run.guidance_refusal}."))
+    return " ".join(sentences)
 
 
 def _add_button(

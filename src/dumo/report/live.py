@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dumo.config.check import why_unguided
 from dumo.config.conditions import shown
 from dumo.data import Images
 from dumo.evaluation.neighbours import nearest_other
@@ -78,12 +79,10 @@ class InteractiveRun:
 
     @cached_property
     def guidance_refusal(self) -> str:
-        """Why the run cannot be guided; "" where it can."""
-        try:
-            self.guide(2)
-        except UserError as error:
-            return str(error).replace("guidance = 2 ", "guidance ", 1)  # the reason holds at every scale
-        return ""
+        """Why the run cannot be guided, in a clause; "" where it can."""
+        run = self.opened.run
+        refusal = why_unguided(self.sampler.data, self.sampler.flow.objective, run.training_guidance)
+        return refusal.reason if refusal else ""
 
     @cached_property
     def data(self) -> tuple[Tensor, int | None]:

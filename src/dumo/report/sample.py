@@ -78,9 +78,9 @@ def guide_of(sampler: Sampler, trained: GuidanceScale, scale: object) -> CFG:
     sampling_fields["guide"] = guide_fields
     try:
         guide = parse(Sampling, sampling_fields).guide
-        check_guided(guide, sampler.data, sampler.flow.objective, trained, name="guide")
     except UserError as error:
         raise UserError(str(error).replace("guide.scale", "guidance")) from error  # as the user knows it
+    check_guided(guide, sampler.data, sampler.flow.objective, trained, "guidance")
     return guide
 
 

@@ -141,7 +141,12 @@ def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
         return Flow(_BaseVelocity(base_net, run.objective.needs), FlowMatching(), classes=run.data.classes)
     few_step = load(run.start.source)
     check_guided(
-        teacher.guide, few_step.data, few_step.objective, few_step.training_guidance, "teacher.guide", run.start.source
+        teacher.guide,
+        few_step.data,
+        few_step.objective,
+        few_step.training_guidance,
+        "teacher.guide.scale",
+        run.start.source,
     )
     return Flow(base_net, few_step.objective, classes=run.data.classes, knobs=few_step.sample.knobs)
 
@@ -198,7 +203,7 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
         teacher_run.data,
         teacher_run.objective,
         teacher_run.training_guidance,
-        "teacher.guide",
+        "teacher.guide.scale",
         teacher.source,
     )
     flow = Flow(opened.net, teacher_run.objective, classes=data.classes, knobs=teacher_run.sample.knobs)

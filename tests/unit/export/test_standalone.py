@@ -256,7 +256,11 @@ def test_recipes_that_no_code_knows_are_refused(name: str, tmp_path: Path) -> No
     [
         ("digits", "net.qk_norm=true", r"net.qk_norm is True without net.modern"),
         ("digits", "net.precondition=data", "net.precondition is data"),
-        ("digits-flow-matching", "sample.guide.scale=2", r"sample.guide.scale is 2, which the exported code.*dumo sample"),
+        (
+            "digits-flow-matching",
+            "sample.guide.scale=2",
+            r"sample.guide.scale is 2, which the exported code.*dumo sample",
+        ),
     ],
 )
 def test_what_the_code_does_not_know_is_refused(recipe: str, field: str, named: str, tmp_path: Path) -> None:

@@ -339,7 +339,8 @@ MISTAKES = {
     "a label": Mistake(after(lambda flow: flow.velocity(X, 0.5, LABELS + 7), 3), "label 7 with classes = 3"),
     "before a loss": Mistake(lambda: dumo.Flow(points()).sample(4), "the shape of the data is not known before"),
     "guided twice": Mistake(
-        after(lambda flow: flow.sample(4, guidance=2.0), 3), "guidance = 2: objective 'dumo' was guided in training"
+        after(lambda flow: flow.sample(4, guidance=2.0), 3),
+        "guidance = 2: this model was trained at guidance scale 2.22; the scale is part of its weights",
     ),
     "nothing to guide by": Mistake(
         after(lambda flow: flow.sample(4, guidance=2.0)),

@@ -17,7 +17,7 @@ from dumo.config.load import load
 from dumo.io import picture
 from dumo.report import answer, live
 from dumo.report.answer import PASSES, Answer, AnswerCell, AnswerRow, answer_runs, noises_between
-from dumo.report.demo import error_text, render, validation, write
+from dumo.report.demo import error_text, guidance_line, render, validation, write
 from dumo.report.live import InteractiveRun, open_runs, require_fit, short_names
 from dumo.run.index import Index
 from dumo.run.train import train
@@ -243,13 +243,19 @@ def test_the_script_makes_what_is_shown(
     assert len({pixels(cell).tobytes() for cell in found.rows[0].cells}) == 7
 
 
-def test_what_cannot_be_guided_says_why(digits: InteractiveRun, free: InteractiveRun) -> None:
+def test_what_cannot_be_guided_says_why(digits: InteractiveRun, free: InteractiveRun, tmp_path: Path) -> None:
     """On the page in advance; and where it is tried, as `run.sample` does."""
-    assert free.guidance_refusal == ""
-    assert digits.guidance_refusal.startswith(
-        "guidance needs what the net makes without a label, which objective.drop = 0"
+    guided_run = trained(tmp_path / "guided", "digits-guided")
+    reason = "this model was trained at guidance scale 2; the scale is part of its weights"
+    assert free.guidance_refusal == guidance_line([free]) == ""
+    assert guidance_line([guided_run]) == f"No guidance: {reason}."
+    assert guidance_line([guided_run, free]) == f"No guidance of guided: {reason}."
+    assert guidance_line([digits]) == (
+        "No guidance: this model never learned without a label, since objective.drop = 0."
     )
-    with pytest.raises(UserError, match="guidance = 3 needs"):
+    with pytest.raises(UserError, match=f"^guidance = 3: {reason}: set guidance=1, or train with objective.guide"):
+        guided_run.guide(3)
+    with pytest.raises(UserError, match="guidance = 3: this model never"):
         next(answer.make_samples(digits, "3", "0", 3, 1, 1, "u"))
     plain, guided = (
         next(answer.make_samples(free, "3", "0", scale, 1, 1, "u")).rows[0].cells[0] for scale in (1, STRONG)

@@ -204,7 +204,7 @@ def test_a_few_step_run_that_is_guided_is_not_guided_once_more(tmp_path: Path, m
     write_run_file(run, tmp_path)
     subject = run.model_copy(update={"start": Start(source=str(tmp_path))})
     net = OnFewStepRun(Exact(APART, run.objective.needs))
-    with pytest.raises(UserError, match=r"teacher\.guide\.scale = 2 .*guided"):
+    with pytest.raises(UserError, match=r"teacher\.guide\.scale = 2: .* was trained at guidance"):
         open_teacher(Teacher(kind="base", guide=CFG(scale=2.0)), subject, State(net, SGD(net.parameters())), CPU)
 
 

@@ -291,17 +291,21 @@ def test_pairs_are_trained_on_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "more", "said"),
     [
-        ("digits", "objective.drop=0", r"objective\.drop = 0 of runs/x .* train runs/x with objective\.drop"),
-        ("digits-guided", "train.seed=0", r"what objective\.guide of runs/x has guided in training"),
-        ("digits-tvm", "objective.scale=2", r"what objective\.scale of runs/x has .* by 2"),
-        ("digits-imf", KNOBS, "the knobs of objective 'imf' of runs/x"),
+        ("digits", "objective.drop=0", r"model of runs/x never .* train runs/x with objective\.drop"),
+        (
+            "digits-guided",
+            "train.seed=0",
+            r"model of runs/x was trained at .* scale 2; .* runs/x with objective\.guide",
+        ),
+        ("digits-tvm", "objective.scale=2", r"runs/x was trained at guidance scale 2; .* objective\.scale=1"),
+        ("digits-imf", KNOBS, "guide the model of runs/x already: .* and sample.knobs of runs/x"),
     ],
 )
 def test_a_teacher_is_guided_only_where_it_can_be(recipe: str, more: str, said: str) -> None:
     run = load(recipe, ["objective.drop=0.1", more])
-    given = run.data, run.objective, run.training_guidance, "teacher.guide", "runs/x"
+    given = run.data, run.objective, run.training_guidance, "teacher.guide.scale", "runs/x"
     check_guided(CFG(), *given)
-    with pytest.raises(UserError, match=rf"^teacher\.guide\.scale = 2 .*{said}"):
+    with pytest.raises(UserError, match=rf"^teacher\.guide\.scale = 2: .*{said}"):
         check_guided(CFG(scale=2), *given)
 
 
