@@ -1,4 +1,4 @@
-"""The exported folder of dumo's own DiT makes dumo's images, by code that is not dumo's."""
+"""The exported folder of dumo's own DiT or U-Net makes dumo's images, by code that is not dumo's."""
 
 import json
 import os
@@ -23,8 +23,9 @@ from dumo.encoders import SdVae, Taef2
 from dumo.export.write import export
 from dumo.flow.solver import Euler
 from dumo.io.picture import to_rows
+from dumo.run import shipped
 from dumo.run.index import Index
-from dumo.run.weights import RunFolder, build
+from dumo.run.weights import RunFolder, build, open_run
 from dumo.runtime.random import noise, stream
 from dumo.types import UserError
 from unit.encoders.test_codec import vae_of
@@ -76,6 +77,8 @@ RESTART = "sample.solver={kind: restart, m: 0.3, start: 0.9}"
         ("digits", (), "v"),  # the velocity next to the flow map
         ("digits-meanflow", (RESTART,), None),
         ("digits-flow-matching", ("sample.solver.kind=euler",), None),
+        ("dumo-best", (), None),  # preserved magnitudes, and jumps to any time
+        ("digits", ("net.magnitude=preserved", "net.modern=true", "sample.solver.kind=hermite"), None),
     ],
 )
 def test_dumos_images_to_the_bit(
@@ -89,7 +92,7 @@ def test_dumos_images_to_the_bit(
     assert 'from_pretrained("out", dtype=torch.float32, trust_remote_code=True)' in text
     assert "class_labels=[0, 5], num_inference_steps=" in text
     assert "| images | 8 x 8 pixels |" in text
-    assert re.search(r"\| objective \| (DuMo|MeanFlow|Flow matching) \(.*arXiv.*\), \d+ steps", text)
+    assert re.search(r"\| objective \| (DuMo|MeanFlow|Flow matching|DuMo-Any) \(.*(arXiv|ours).*\), \d+ steps", text)
     assert index["_class_name"] == ["pipeline", "DumoPipeline"]
     code = {path.name: path.read_text("utf-8") for path in out.rglob("*.py")}
     assert code.keys() == {"pipeline.py", "dumo_dit.py"}
@@ -124,6 +127,12 @@ def test_a_generator_draws_all_noise(pipeline: Opener, tmp_path: Path) -> None:
     given = pipe([3, 7], 2, latents=z, noises=[fresh], output_type="np").images
     assert (pipe([3, 7], 2, generator=torch.Generator().manual_seed(3), output_type="np").images == given).all()
     assert pipe(3).images[0].size == (8, 8)
+
+
+def test_a_card_asks_for_no_more_passes_than_were_taught(tmp_path: Path) -> None:
+    """Its net learned to jump from t = 1 alone."""
+    export(drawn(load("digits-tbsm", SMALL), tmp_path), tmp_path / "out")
+    assert re.findall(r"num_inference_steps=(\d+)", (tmp_path / "out/README.md").read_text("utf-8")) == ["1"]
 
 
 def test_half_precision_is_rounded_once(pipeline: Opener, tmp_path: Path) -> None:
@@ -179,8 +188,10 @@ for name in sys.argv[1:]:
 """
 
 
-def tiny(name: str, folder: Path) -> RunFolder:
-    """The run of a recipe with a narrow net of random weights; its autoencoder is taef2's, of random weights, too."""
+def opened_run(name: str, folder: Path) -> RunFolder:
+    """A run that comes with dumo; or of a recipe, with a narrow net and taef2's autoencoder, both of random weights."""
+    if name in shipped.names():
+        return open_run(name, device="cpu")  # by its copy in runs/
     run = load(name)
     if run.net.kind == "dit":
         late = 1 if run.net.late else None
@@ -216,14 +227,17 @@ def card_pixels(run: RunFolder, n: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "recipes_of",
     [
-        pytest.param(lambda: EARLY, marks=pytest.mark.slow, id="early"),
+        pytest.param(lambda: [*shipped.names(), *EARLY], marks=pytest.mark.slow, id="early"),
         pytest.param(other_recipes, marks=pytest.mark.nightly, id="others"),
     ],
 )
-def test_the_card_of_every_recipe_makes_dumos_pixels(recipes_of: Callable[[], list[str]], tmp_path: Path) -> None:
-    """As it stands, in a process without dumo."""
+def test_the_card_of_every_recipe_makes_dumos_pixels(
+    recipes_of: Callable[[], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands, in a process without dumo. So do those of the runs that come with dumo."""
+    monkeypatch.chdir(tmp_path)
     recipes = recipes_of()
-    runs = {name: tiny(name, tmp_path) for name in recipes}
+    runs = {name: opened_run(name, tmp_path) for name in recipes}
     for name, run in runs.items():
         export(run, tmp_path / name)
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "code")}
