@@ -287,6 +287,6 @@ def test_what_the_code_does_not_know_is_refused(recipe: str, field: str, named: 
 def test_other_code_than_dumos_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dumo.export.shipped import dumo_dit
 
-    monkeypatch.setattr(dumo_dit, "norm", lambda h: torch.nn.functional.layer_norm(h, h.shape[-1:], eps=1e-5))  # pyright: ignore
+    monkeypatch.setattr(dumo_dit, "norm", lambda h, rms: torch.nn.functional.layer_norm(h, h.shape[-1:], eps=1e-5))  # pyright: ignore
     with pytest.raises(UserError, match="in another way"):
         export(drawn(load("digits", SMALL), tmp_path), tmp_path / "out")
