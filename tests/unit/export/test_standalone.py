@@ -23,6 +23,7 @@ from dumo.encoders import SdVae, Taef2
 from dumo.export.write import export
 from dumo.flow.solver import Euler
 from dumo.io.picture import to_rows
+from dumo.nets import DiT
 from dumo.run import shipped
 from dumo.run.index import Index
 from dumo.run.weights import RunFolder, build, open_run
@@ -193,16 +194,16 @@ def opened_run(name: str, folder: Path) -> RunFolder:
     if name in shipped.names():
         return open_run(name, device="cpu")  # by its copy in runs/
     run = load(name)
-    if run.net.kind == "dit":
+    if isinstance(run.net, DiT):
         late = 1 if run.net.late else None
         net = run.net.model_copy(update={"width": 16, "depth": 2, "attention": 2, "late": late, "route": None})
     else:
         net = run.net.model_copy(update={"width": 8, "multipliers": (1, 2), "depth": 1, "attend": (8,)})
     data = run.data
-    if isinstance(data, Latents | Images):
-        images = Images(root="", side=32, classes=run.data.classes or 0, names=())
+    images = Images(root="", side=32, classes=data.classes or 0, names=())
+    if isinstance(data, Images):
         data = images
-    if isinstance(run.data, Latents):
+    elif isinstance(data, Latents):
         data = Latents(root=str(folder), images=images, codec=codec("taef2", folder))
     return drawn(run.model_copy(update={"net": net, "data": data}), folder)
 

@@ -97,10 +97,10 @@ class Head(nn.Sequential):
         """From `channels` to `out` channels."""
         super().__init__(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
 
-    def forward(self, h: Tensor, own: Tensor | None) -> Tensor:
-        """Map h (b, channels, side, side) to (b, out, side, side); `own` (b, 2 channels) are shift and scale."""
+    def forward(self, input: Tensor, own: Tensor | None = None) -> Tensor:
+        """Map (b, channels, side, side) to (b, out, side, side); `own` (b, 2 channels) are shift and scale."""
         norm, silu, conv = self
-        a = norm(h)
+        a = norm(input)
         if own is not None:
             shift, scale = own[:, :, None, None].chunk(2, 1)
             a = a * (1 + scale) + shift
