@@ -17,8 +17,10 @@ from dumo.lab.plan import read
 from dumo.lab.ranking import ArmScore, best_arms, failed_seeds
 
 DOCS = Path(__file__).parent
+MODELS = DOCS.parent / "src/dumo/trained"
+TRAINED = ("mmd", "class_mmd")  # the scores that lead
 SHIPPED = DOCS.parent / "src/dumo/recipes/results"  # which reports show, too
-MEASURED = (SHIPPED, DOCS / "results", DOCS.parent / "tools")
+MEASURED = (SHIPPED, DOCS / "results", DOCS.parent / "tools", MODELS)
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -268,7 +270,22 @@ def memory(results: Row) -> Iterator[str]:
             yield line([mode, ranks, *cells])
 
 
+def trained(_: Row) -> Iterator[str]:
+    """The models that come with dumo, each with a perfect sampler: the scores of `TRAINED`, by number of passes."""
+    yield line(["model", "NFE", *(f"`{name}`" for name in TRAINED), "`recall`", "`accuracy`"])
+    yield "|" + "---|" * (4 + len(TRAINED))
+    for file in sorted(MODELS.glob("*/evaluation.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        for row in report["results"]:
+            cells = [*spread([row], *TRAINED), f"{row['recall']:.2f}", f"{row['accuracy']:.3f}"]
+            yield line([f"`{report['run']}`", str(row["nfe"]), *cells])
+        perfect = report["baselines"]["perfect"]
+        lead = spread([{"mmd": perfect["mean"], "mmd_sd": perfect["sd"]} | perfect], *TRAINED)
+        yield line(["*a perfect sampler*", "", *lead, "", spread([perfect], "accuracy", digits=3)[0]])
+
+
 TABLES = {
+    "trained": ("evaluation", trained),
     "zoo": ("zoo", arms),
     "front": ("best", front),
     "best": ("best", best),

@@ -63,8 +63,8 @@ class TrainedRun:
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
-        return self.opened.folder
+        """The run's folder; of a run that comes with dumo, the one in the current folder where files are written."""
+        return self.opened.output_folder
 
     @property
     def net(self) -> nn.Module:

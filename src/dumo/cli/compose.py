@@ -102,6 +102,8 @@ def compose(
     if fields:
         fields["about"] = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
     changes = [*(f"{field}={shown(value)}" for field, value in fields.items()), *changes]
+    if chosen and not parts:
+        changes = [*chosen.settings, *changes]
 
     if (folder / FILE).is_file():
         if place:

@@ -22,7 +22,9 @@ LAST = 10  # rows of a run in the table of a log. Ours
 
 
 def log(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/*.")],
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/*, or digits-trained.")
+    ],
     last: Annotated[int, typer.Option(min=1, help="How many rows of each run, the latest.")] = LAST,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of all these runs in one picture.")] = False,
     file: Annotated[
@@ -53,11 +55,17 @@ def log(
         _show_log(runs, last, as_json=as_json)
 
 
-def _show_log(runs: list[Path], last: int, *, as_json: bool) -> None:
-    """Print the `last` rows of each run's log."""
+def _read_logs(runs: list[str]) -> "dict[str, list[Row]]":
+    """The rows of each run's log, by what was typed for the run. Raises UserError where there is no log."""
+    from dumo.run import shipped
     from dumo.run.speed import logged
 
-    rows_by_run = {str(run): logged(run)[-last:] for run in runs}
+    return {run: logged(shipped.find(run)) for run in runs}
+
+
+def _show_log(runs: list[str], last: int, *, as_json: bool) -> None:
+    """Print the `last` rows of each run's log."""
+    rows_by_run = {run: rows[-last:] for run, rows in _read_logs(runs).items()}
     if as_json:
         print(json.dumps({"runs": rows_by_run}))
         return
@@ -115,36 +123,47 @@ def _skipped_text(row: "Row") -> str:
     return "yes" if reason else ""
 
 
-def _draw_curves(runs: list[Path], file: Path | None) -> None:
+def _draw_curves(runs: list[str], file: Path | None) -> None:
     """Draw the curves of these runs into a PNG, and print its path. Raises UserError where nothing is logged yet."""
     from dumo.io.picture import write_picture
     from dumo.report.figure import comparison_picture
-    from dumo.run.speed import logged
+    from dumo.run import shipped
     from dumo.types import UserError
 
-    rows_by_run = {str(run): logged(run) for run in runs}
+    rows_by_run = _read_logs(runs)
     for name, rows in rows_by_run.items():
         if not rows:
             raise UserError(f"{name}: nothing is logged yet, so there is no curve")
     if file is None:
-        file = runs[0] / "log.png" if len(runs) == 1 else Path("log.png")
+        folder = shipped.output_folder(runs[0]) if len(runs) == 1 else Path()
+        file = folder / "log.png"
     write_picture(file, comparison_picture(rows_by_run))
     out.print(str(file), soft_wrap=True)
 
 
-def _send_rows(runs: list[Path], to: str, *, follow: bool) -> None:
-    """Send a tracker the rows that it does not have yet, and say on stderr how many. `follow`: go on until Ctrl-C."""
+def _send_rows(runs: list[str], to: str, *, follow: bool) -> None:
+    """Send a tracker the rows that it does not have yet, and say on stderr how many. `follow`: go on until Ctrl-C.
+
+    Raises UserError for a run that comes with dumo, in whose folder nothing can be noted.
+    """
     from dumo.config.error import require_known
+    from dumo.config.source import trained_name_of
     from dumo.report.feed import feed, nap
     from dumo.report.tracker import TRACKERS
+    from dumo.types import UserError
 
     require_known("tracker", to, TRACKERS)
-    for run, rows in feed(runs, to, nap if follow else None).items():
+    for run in runs:
+        if trained_name_of(run) is not None:
+            raise UserError(f"{run} comes with dumo, and its log is done: print it with dumo log {run} --json")
+    for run, rows in feed([Path(run) for run in runs], to, nap if follow else None).items():
         err.print(f"{run}: {rows:,} rows sent to {to}", soft_wrap=True)
 
 
 def evaluate(
-    run_folder: Annotated[str | None, typer.Argument(help="A run's folder, such as runs/digits.")] = None,
+    run_folder: Annotated[
+        str | None, typer.Argument(help="A run's folder, such as runs/digits, or digits-trained.")
+    ] = None,
     nfe: Nfe = None,
     seed: Seed = None,
     solver: SolverName = None,
@@ -279,14 +298,24 @@ def compare(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Set the evaluations of several runs side by side, if they were measured alike."""
-    from dumo.report import compare as comparison
+    """Set the evaluations of several runs side by side, if they were measured alike: a table for each protocol."""
+    from dumo.report.compare import compare_by_protocol
+
+    reports = compare_by_protocol(run_folders, anyway=anyway)
+    if as_json:
+        first_report, *others = reports.values()
+        print(json.dumps({"tables": reports} if others else first_report))
+        return
+    for kind, report in reports.items():
+        if len(reports) > 1:
+            out.print(f"protocol {kind}", soft_wrap=True)
+        _show_comparison(report)
+
+
+def _show_comparison(report: dict[str, Any]) -> None:
+    """Print a table of evaluations, a perfect sampler's scores, and what was measured otherwise."""
     from dumo.report import score
 
-    report = comparison.compare(run_folders, anyway=anyway)
-    if as_json:
-        print(json.dumps(report))
-        return
     rows: list[dict[str, Any]] = []
     for row in report["rows"]:
         cell_by_column = {key: "" if value is None else value for key, value in row.items()}

@@ -24,16 +24,20 @@ if TYPE_CHECKING:
     from dumo.encoders.pipeline import Pipeline
 
 
+FILE_FORMS = ("comfyui", "safetensors")  # of what is written: one file, no folder
+
+
 def export(
     run_folder: Folder,
     target: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            metavar="OUT",
+            metavar="[OUT]",
             parser=parse_path,
-            help="The folder to write, or for comfyui and safetensors the file. It must not exist yet.",
+            help="The folder to write, or for comfyui and safetensors the file. It must not exist yet. Default: next "
+            "to the run, here for a run that dumo brings, by its name and --to.",
         ),
-    ],
+    ] = None,
     to: Annotated[
         str,
         typer.Option(
@@ -80,6 +84,8 @@ def export(
     from dumo.runtime.heap import low_memory_heap
 
     dist.require_one_process("dumo export")
+    if target is None:
+        target = _default_target(run_folder, to)
     write.require_vacant(target)
     write.require_known_options(to, parts, dtype)
     if push is not None:
@@ -95,6 +101,15 @@ def export(
         out.print(hub.push(exported, push), soft_wrap=True)
     elif exported.is_dir():  # with a model card
         err.print(f"next:  {_next_command(opened.run, exported.resolve(), to, alone)}", soft_wrap=True)
+
+
+def _default_target(run_folder: str, to: str) -> Path:
+    """Where an export goes: next to the run, by its name and the form, such as digits-trained-diffusers."""
+    from dumo.run import shipped
+
+    folder = shipped.output_folder(run_folder)
+    ending = ".safetensors" if to in FILE_FORMS else ""
+    return folder.with_name(f"{folder.name}-{to}{ending}")
 
 
 def _next_command(run: "Run", exported: Path, to: str, alone: bool) -> str:

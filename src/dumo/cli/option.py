@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dumo.config import recipes
+from dumo.io import trained
 
 if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
@@ -22,27 +23,37 @@ if TYPE_CHECKING:
 READS_A_RUN = {"source", "run_folder"}  # the parameters of a command that may name a run
 
 
-def _complete_recipe(text: str) -> list[str]:
-    """The recipes whose names begin with `text`. Where there is none, the shell completes files."""
-    return [name for name in recipes.names() if name.startswith(text)]
+def _complete_source(text: str) -> list[str]:
+    """The recipes and runs of dumo's whose names begin with `text`. Where there is none, the shell completes files."""
+    return [name for name in (*recipes.names(), *trained.names()) if name.startswith(text)]
+
+
+def _complete_run(text: str) -> list[str]:
+    """The runs of dumo's whose names begin with `text`. Where there is none, the shell completes files."""
+    return [name for name in trained.names() if name.startswith(text)]
 
 
 Source = Annotated[
     str,
     typer.Argument(
-        help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.",
-        autocompletion=_complete_recipe,
+        help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a trained run of dumo's, such as "
+        "digits-trained.",
+        autocompletion=_complete_source,
     ),
 ]
 SourceOrImages = Annotated[
     str,
     typer.Argument(
         help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a folder of images.",
-        autocompletion=_complete_recipe,
+        autocompletion=_complete_source,
     ),
 ]
 Folder = Annotated[
-    str, typer.Argument(help="A run's folder: runs/digits, or digits-trained or cifar10-trained, which dumo brings.")
+    str,
+    typer.Argument(
+        help="A run's folder: runs/digits, or digits-trained or cifar10-trained, which dumo brings.",
+        autocompletion=_complete_run,
+    ),
 ]
 Set = Annotated[
     list[str] | None,

@@ -145,6 +145,8 @@ def train(
 ) -> None:
     """Train a recipe, or go on with a run's folder where it stopped: resuming is starting again.
 
+    digits-trained or cifar10-trained, which dumo brings, begin a new run of their settings with their weights.
+
     Given a folder of images, look at them and at this machine, measure a step, propose a run that fits both, and ask
     before it starts. Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
@@ -169,7 +171,7 @@ def train(
     elif are_images:
         run = _propose_run(source, changes, minutes, device, ask=not yes)
     elif chosen.kind != "run" or chosen.folder != folder:
-        run = load(chosen.word, changes)
+        run = load(chosen.word, [*chosen.settings, *changes])
 
     opened = open_job(
         folder,
@@ -333,7 +335,7 @@ def sample(
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         passes = parse_integers(nfe, "--nfe")
         progress = bar if dist.is_main() else no_bar
-        folder = folder or opened.folder / "samples"
+        folder = folder or opened.output_folder / "samples"
         if prompts and form in LAYOUTS:
             files = make(opened, LAYOUTS[form], prompts, folder, nfe=passes, seed=seed, solver=solver, bar=progress)
         else:
@@ -438,7 +440,7 @@ def grid(
         options["steps"] = None if steps == "all" else parse_integers(steps, "--steps")
     if count is not None:
         options["count"] = count
-    folder = folder or opened.folder / "grids"
+    folder = folder or opened.output_folder / "grids"
     file.check_writable(folder)
     with threads.fewer_when_busy(opened.device, say):
         if classes is not None:

@@ -61,7 +61,9 @@ class Conditions:
         """The names of the classes, or the captions; () if there are none, or their files are not here."""
         data = self.data
         if data.captions is None:
-            return shown(data).names or ()
+            images = shown(data)
+            titles = images.titles if is_images(images) else ()
+            return images.names or titles
         try:
             return data.caption_texts()
         except UserError:  # images and captions may not be on this machine

@@ -1,6 +1,7 @@
 """Read a run's text: of a recipe, a YAML file or a run's folder, over the base that a file may name (ADR 0002).
 
-`choose` decides what a word of the command line means: a recipe, a file, a run or images. `read` gives the plain values
+`choose` decides what a word of the command line means: a recipe, a file, a run, a trained run that comes with dumo, or
+images. `read` gives the plain values
 that a source says; `dumo.config.load` makes them a run. `read_file` and `parse_text` do so for a file and its text. A
 run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none.
 """
@@ -20,12 +21,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dumo.config import recipes
 from dumo.config.change import merge, shown
+from dumo.io import trained
 from dumo.io.read import brief, read_text, user_path
+from dumo.io.trained import SHIPPED_PREFIX as SHIPPED_PREFIX
 from dumo.io.yaml import parse_yaml
 from dumo.types import UserError
 
 FILE = "run.yaml"  # the run, in its folder
-SHIPPED_PREFIX = "dumo:"  # before a recipe's or trained run's name: the one that dumo ships, whatever lies here
 IMAGE_FILES = (".parquet", ".tar")  # suffixes of files that hold images
 KEY = "format"  # the first key of a run.yaml
 FORMAT = 2  # what `dumo.config.load.dump` writes there
@@ -73,7 +75,7 @@ class RunText:
 class ChosenSource:
     """What the word that names a run was taken for. A path that does not exist is a file, which `read` refuses."""
 
-    kind: Literal["recipe", "file", "run", "images"]
+    kind: Literal["recipe", "file", "run", "trained", "images"]
     word: str | Path  # what to give to `read`; for images their place
     folder: Path  # the folder to train in, unless another is given
     is_continued: bool = True  # of a run: whether it is trained in its own folder, not another one in a new folder
@@ -90,12 +92,23 @@ class ChosenSource:
                 if self.is_continued:
                     return f"the run in {self.folder}, which goes on"
                 return f"the settings of the run in {self.folder}, for a new run"
+            case "trained":
+                name = str(self.word).removeprefix(SHIPPED_PREFIX)
+                return f"the run {name}, which dumo brings: a new run in {self.folder} begins with its weights"
             case "images":
                 return f"the images in {self.word}"
 
+    @property
+    def settings(self) -> list[str]:
+        """Fields to set in what the word says, as --set takes them, before those of the user."""
+        if self.kind != "trained":
+            return []
+        name = str(self.word).removeprefix(SHIPPED_PREFIX)
+        return [f"start={shown({'source': f'{SHIPPED_PREFIX}{name}'})}"]
+
 
 def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
-    """Decide what a word is: a recipe, a YAML file, the folder of a run (or its run.yaml), or images.
+    """Decide what a word is: a recipe, a YAML file, a run's folder (or its run.yaml), a trained run of dumo's, images.
 
     `out` is the folder that was given to train in: a recipe's name means the run there, where that folder has the same
     name, as when `train digits --out digits` is typed again. Raises UserError where ./NAME holds a run or images and
@@ -106,6 +119,9 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     recipe = recipe_of(source)
     if recipe is not None:
         return ChosenSource("recipe", source, Path(RUNS) / recipe)
+    trained_name = trained_name_of(source)
+    if trained_name is not None:
+        return ChosenSource("trained", source, Path(RUNS) / trained_name)
     if not str(source):
         raise UserError(f"the source is empty: {SOURCE_FIX}, or a folder of images")
     path = user_path(str(source), "the source")
@@ -138,6 +154,16 @@ def recipe_of(source: str | Path) -> str | None:
     return shipped_name(str(source), recipes.names(), images=True)
 
 
+def trained_name_of(source: str | Path) -> str | None:
+    """The name of the trained run, among those that come with dumo, that a source means; None: it is a path.
+
+    A `Path` to the folder of a run is that folder. Raises UserError where ./NAME holds a run: then either may be meant.
+    """
+    if isinstance(source, Path) and (source / FILE).is_file():
+        return None
+    return shipped_name(str(source), trained.names())
+
+
 def shipped_name(source: str, names: Collection[str], *, images: bool = False) -> str | None:
     """The one of `names`, of what dumo ships, that a source means; None: it is a path.
 
@@ -162,6 +188,9 @@ def read(source: str | Path) -> RunText:
     if recipe is not None:
         name = f"recipe {recipe}"
         return RunText(_over_base(_recipe_tree(recipe), name, None), name)
+    trained_name = trained_name_of(source)
+    if trained_name is not None:
+        return read_file(trained.folder(trained_name) / FILE)
     file = _run_file(Path(source))
     if file is not None:
         if file.suffix == WEIGHTS_SUFFIX:

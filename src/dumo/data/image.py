@@ -69,6 +69,8 @@ class Images(Spec):
     # 0: none; not given: those that are there. With captions: how many there are of them.
     classes: int = Field(default=None, ge=0, le=CLASSES, validate_default=True)
     names: tuple[str, ...] | None = None  # of the classes; (): they have none; None: not looked up yet
+    # Where only the number of classes is given: what the files call them. People read it, the training does not.
+    titles: tuple[str, ...] = Field(default=(), exclude_if=lambda titles: not titles, json_schema_extra=FREE)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,11 +159,12 @@ class Images(Spec):
 
         Raises UserError where they contradict what the spec says.
         """
-        if self.names is not None:
-            return self
         root = self._root()
         if root is None:
             return self
+        if self.names is not None:
+            titles = self._find_titles(root)
+            return self.model_copy(update={"titles": titles}) if titles else self
         if isinstance(self.captions, CaptionFiles):
             counted = self._count_captions(root, self.captions)
         else:
@@ -170,6 +173,11 @@ class Images(Spec):
         images.require_agreement()
         return images
 
+    @property
+    def is_here(self) -> bool:
+        """Whether there is something where the images are said to be."""
+        return self._root() is not None
+
     def _root(self) -> Path | None:
         """Where the images are; None where they are not there yet."""
         try:
@@ -177,6 +185,20 @@ class Images(Spec):
         except UserError:
             return None
         return root if root.exists() else None
+
+    def _find_titles(self, root: Path) -> tuple[str, ...]:
+        """What tables of parquet call the classes, where only their number is given; () where they do not say.
+
+        Nothing else is looked at: to walk folders of a million images takes minutes.
+        """
+        is_number_given = self.labels > 0 and not (self.names or self.titles or self.captions)
+        if not is_number_given or not any(root.glob("*.parquet")):
+            return ()
+        try:
+            labels = self._store(root, self.label).labels
+        except UserError:  # said when the images are opened
+            return ()
+        return labels.names if labels and len(labels.names) == self.labels else ()
 
     def _count_classes(self, root: Path) -> dict[str, Any]:
         """The fields `classes` and `names` of the images there are; templates count a class for each caption."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dumo.encoders.classifier import PIECE, ShippedClassifier, cifar10, digits
 from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, measure_null_distance, perfect_sampler_scores
-from dumo.evaluation.by_class import mmd_scores, noise_class_mmd
+from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd
 from dumo.evaluation.distance import (
     Moments,
     auc_sd,
@@ -39,9 +39,10 @@ from dumo.evaluation.distance import (
 )
 from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
 from dumo.evaluation.photos import WIDTH as CIFAR10_WIDTH  # the kernel's: it sees the same features
-from dumo.evaluation.protocol import Scores
+from dumo.evaluation.protocol import Context, Evaluator, Protocol, Scores
 from dumo.evaluation.shipped import MIN_CIFAR10, MIN_DIGITS
-from dumo.evaluation.wholeset import Reference, make_opener
+from dumo.evaluation.stored import StoredFeatures
+from dumo.evaluation.wholeset import Reference, WholeSetEvaluator, make_opener
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.runtime.random import noise, stream
 from dumo.types import Cond, Sample, UserError
@@ -52,6 +53,7 @@ DIGITS_WIDTH = 8.0  # of the kernel: two digits are 8.0 apart, at the median
 TOY_WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels, in sd of the data: ours
 NUM_NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 MAX_REAL = 10_000  # real images that kernels and neighbours take at most: ours
+CIFAR10_SHAPE = (3, 32, 32)  # of an image
 MAX_CACHED = 2  # references whose features are kept for this process: ours
 
 Features = Float[Tensor, "_ f"]
@@ -87,22 +89,35 @@ def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
     fake = features_of(x)
     real = cached_features(reference.x)
     trained = None if reference.trained is None else cached_features(reference.trained)
+    return {
+        **_compare_features(fake, c, real, reference.c),
+        "nearest": _nearness(fake, real, trained),
+        **_accuracy(cifar10.classify(fake), c),
+    }
+
+
+def _score_stored(x: Sample, c: Cond, stored: StoredFeatures) -> Scores:
+    """The scores of `score_cifar10` against stored features, but for `nearest`: the training images are not stored."""
+    fake = features_of(x)
+    return {**_compare_features(fake, c, stored.features, stored.c), **_accuracy(cifar10.classify(fake), c)}
+
+
+def _compare_features(fake: Features, c: Cond, real: Real, real_c: Classes) -> Scores:
+    """The scores of `score_cifar10` that compare features: `fake` (n, f) in classes c, `real` (m, f) in `real_c`."""
     if len(real) < MIN_CIFAR10:
         raise UserError(
             f"protocol {CIFAR10_KIND} compares with {MIN_CIFAR10} images or more, here are {len(real)}: add some"
         )
     rows = _shuffled_rows(len(real))
     kernel_rows = rows[:MAX_REAL]
-    as_many_real = real[rows[: len(x)]]
+    as_many_real = real[rows[: len(fake)]]
     precision, recall = precision_recall(as_many_real, fake, NUM_NEIGHBOURS)
     return {
-        **mmd_scores(fake, real[kernel_rows], width=CIFAR10_WIDTH, sample_c=c, real_c=reference.c[kernel_rows]),
+        **mmd_scores(fake, real[kernel_rows], width=CIFAR10_WIDTH, sample_c=c, real_c=real_c[kernel_rows]),
         "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
         "precision": precision,
         "recall": recall,
         "auc_features": two_sample_auc(as_many_real, fake, stream(CIFAR10_KIND, "auc")),
-        "nearest": _nearness(fake, real, trained),
-        **_accuracy(cifar10.classify(fake), c),
     }
 
 
@@ -112,9 +127,22 @@ def baselines_cifar10(reference: Reference, num_samples: int, sample_c: Cond | N
     `perfect` has the mean and the sd expected of `num_samples` new real images. `sample_c` (n,) are the classes of the
     samples; None: classes with the shares of the reference.
     """
-    real_c = reference.c.cpu()
     real = cached_features(reference.x)
     trained = None if reference.trained is None else cached_features(reference.trained)
+    baselines = _baselines_of_features(real, reference.c.cpu(), num_samples, sample_c)
+    baselines["perfect"] |= _perfect_nearness(real, trained, num_samples)
+    return baselines
+
+
+def _baselines_of_stored(stored: StoredFeatures, num_samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
+    """The baselines of `baselines_cifar10` against stored features, but for `nearest`."""
+    return _baselines_of_features(stored.features, stored.c, num_samples, sample_c)
+
+
+def _baselines_of_features(
+    real: Real, real_c: Classes, num_samples: int, sample_c: Classes | None
+) -> dict[str, Scores]:
+    """The baselines of `baselines_cifar10` but for `nearest`, by the features `real` (m, f) in classes `real_c`."""
     if sample_c is None:
         sample_c = _classes_with_shares(real_c, num_samples)
     # the rows that samples are compared with, in the reference's order: a deviation is computed from every k-th
@@ -130,8 +158,7 @@ def baselines_cifar10(reference: Reference, num_samples: int, sample_c: Cond | N
     )
     perfect |= _perfect_auc("auc_features", num_samples=num_samples, num_real=min(num_samples, len(real)))
     perfect |= _perfect_accuracy(cifar10.classify(real), real_c, num_samples)
-    perfect |= _perfect_nearness(real, trained, num_samples)
-    z = features_of(noise(0, range(MIN_CIFAR10), 0, reference.x.shape[1:]))
+    z = features_of(noise(0, range(MIN_CIFAR10), 0, CIFAR10_SHAPE))
     noise_scores = _noise_scores(
         z, real[kernel_rows], width=CIFAR10_WIDTH, sample_c=sample_c, real_c=real_c[kernel_rows]
     )
@@ -357,6 +384,23 @@ def _toy_facts() -> dict[str, str]:
     return {"features": f"none: Gaussian kernels on the points, of {TOY_WIDTHS} sd of the data"}
 
 
-open_cifar10 = make_opener(_cifar10_facts, score_cifar10, baselines_cifar10)
+_open_cifar10_images = make_opener(_cifar10_facts, score_cifar10, baselines_cifar10)
+
+
+def open_cifar10(protocol: Protocol, context: Context) -> Evaluator:
+    """An evaluator that compares with images, or, where the context has them, with their stored features."""
+    if context.stored is None:
+        return _open_cifar10_images(protocol, context)
+    stored = StoredFeatures.read(context.stored, cifar10.sha256)
+    sample_c = protocol.classes_of(context)
+    return WholeSetEvaluator(
+        sample_c=sample_c,
+        reference=stored,
+        facts=_cifar10_facts() | stored.facts() | class_facts(sample_c, stored.c),
+        measure=_score_stored,
+        measure_baselines=_baselines_of_stored,
+    )
+
+
 open_digits = make_opener(_digits_facts, score_digits, baselines_digits)
 open_toy = make_opener(_toy_facts, score_toy, baselines_toy, by_class=False)

@@ -17,6 +17,7 @@ of a score means.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, runtime_checkable
 from typing import Protocol as Interface
 
@@ -70,6 +71,7 @@ class Context:
     captions: Callable[[], tuple[Data, Cond, Sequence[str]]] | None = None  # the data, captions of samples, all texts
     c: Cond | None = None  # the classes (total,) of samples that others made; None: `Protocol.labels`
     trained: Callable[[], Data] | None = None  # opens what was trained on, where `data` was held out of it
+    stored: Path | None = None  # features of the data (`dumo.evaluation.stored`), to compare with in their place
 
 
 class Protocol(Spec, ABC):

@@ -6,11 +6,13 @@
 2. `score` waits for the samples of all ranks, puts them in the order of their numbers (`collect`), and hands them to a
    measure.
 
-Protocols with evaluators of their own use `Reference` and `collect` alone.
+Protocols with another reference make a `WholeSetEvaluator` of it; those with evaluators of their own use `Reference`
+and `collect` alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -66,34 +68,35 @@ class Reference:
         return {"reference": f"{len(self.x):,} samples {which}", "reference_sha256": digest.of_tensor(self.x)}
 
 
+R = TypeVar("R")  # what samples are compared with: a `Reference`, or features of one
 # Takes samples, their classes, and the reference.
-Measure = Callable[[Sample, Cond, Reference], Scores]
+Measure = Callable[[Sample, Cond, R], Scores]
 # Takes the reference, and the number of the samples and their classes: measures are also asked where only the number is
 # known.
-BaselineMeasure = Callable[[Reference, int, Cond], dict[str, Scores]]
+BaselineMeasure = Callable[[R, int, Cond], dict[str, Scores]]
 
 
 def make_opener(
     describe_features: Callable[[], dict[str, str]],
-    measure: Measure,
-    measure_baselines: BaselineMeasure,
+    measure: Measure[Reference],
+    measure_baselines: BaselineMeasure[Reference],
     *,
     by_class: bool = True,
-) -> "Callable[[Protocol, Context], _WholeSetEvaluator]":
+) -> "Callable[[Protocol, Context], WholeSetEvaluator[Reference]]":
     """Make the function that opens a protocol: it reads the reference, and returns an evaluator.
 
     `describe_features` gives a report's facts of the features. `by_class`: the facts also name the classes that do not
     count, because they have too few samples or data.
     """
 
-    def open_evaluator(protocol: Protocol, context: Context) -> _WholeSetEvaluator:
+    def open_evaluator(protocol: Protocol, context: Context) -> WholeSetEvaluator[Reference]:
         trained = context.trained() if context.trained else None
         reference = Reference.of(context.data(), protocol.total, context.seed, trained)
         sample_c = protocol.classes_of(context)
         facts = describe_features() | reference.facts(context.seed)
         if by_class:
             facts |= class_facts(sample_c, reference.c)
-        return _WholeSetEvaluator(
+        return WholeSetEvaluator(
             sample_c=sample_c,
             reference=reference,
             facts=facts,
@@ -105,14 +108,14 @@ def make_opener(
 
 
 @dataclass(frozen=True)
-class _WholeSetEvaluator:
+class WholeSetEvaluator(Generic[R]):
     """An evaluator (`dumo.evaluation.protocol.Evaluator`) that waits for all samples."""
 
     sample_c: Int64[Tensor, " n"]
-    reference: Reference
+    reference: R
     facts: dict[str, str]
-    measure: Measure
-    measure_baselines: BaselineMeasure
+    measure: Measure[R]
+    measure_baselines: BaselineMeasure[R]
 
     def score(self, samples: NumberedSamples) -> Scores:
         """The scores of all samples. Every rank must call it.

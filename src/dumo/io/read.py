@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from dumo.io import file
+from dumo.io import file, trained
 from dumo.runtime.limits import BLOCKS
 from dumo.runtime.signals import Stopped
 from dumo.types import UserError
@@ -27,7 +27,13 @@ FEW = 3  # items that a message names: ours
 
 
 def user_path(text: str, field: str) -> Path:
-    """The path with its variables' values. Raises UserError, naming the field, for one that is not set, or no path."""
+    """The path with its variables' values; dumo:NAME/FILE is a file of a trained run that comes with dumo.
+
+    Raises UserError, naming the field, for a variable that is not set, or no path.
+    """
+    shipped_path = trained.path_in(text)
+    if shipped_path is not None:
+        return shipped_path
     expanded = os.path.expandvars(text)
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:

@@ -1,6 +1,6 @@
 """Several runs in one table, if they were judged in the same way.
 
-`compare` is the entrance. It
+`compare_by_protocol` is the entrance of the command line, and `compare` that of one table. It
 
 1. reads the evaluations (`read_report`),
 2. refuses those that were measured otherwise (`require_comparable`, which the lab calls, too),
@@ -19,6 +19,7 @@ from typing import Any
 from dumo.evaluation.metric import CLASS_MMD
 from dumo.report import score
 from dumo.report.card import FILE, Card, Row, read_report
+from dumo.run import shipped
 from dumo.runtime import shell_path
 from dumo.types import UserError
 
@@ -115,6 +116,22 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     }
 
 
+def compare_by_protocol(sources: Sequence[str], *, anyway: bool = False) -> dict[str, dict[str, Any]]:
+    """The evaluations of runs' folders, or of files, as `compare` has them: a table for each protocol, by its kind.
+
+    What different protocols measured has nothing in common that could be compared; with `anyway` it is one table, whose
+    key is "". Raises as `compare`.
+    """
+    if anyway:
+        return {"": compare(sources, anyway=True)}
+    sources_by_kind: dict[str, list[str]] = {}
+    for source in sources:
+        report = read_report(_evaluation_file(source), images=True)
+        kind, *_ = report["protocol"].split(" (")  # what is odd about a protocol stands in brackets
+        sources_by_kind.setdefault(kind, []).append(source)
+    return {kind: compare(alike) for kind, alike in sources_by_kind.items()}
+
+
 def _varied_settings(cards: Sequence[Card]) -> list[str]:
     """The names of the settings of the solver that are not the same on all cards that have a solver."""
     solvers = [card["solver"] for card in cards if "solver" in card]
@@ -160,9 +177,13 @@ def _measure(card: Card) -> Card:
 def _evaluation_file(source: str) -> Path:
     """The file of an evaluation: `source` itself, or the one in the run's folder `source`.
 
-    Raises UserError where there is none.
+    Of a run that comes with dumo it is the one that was made here, else the one that came with it. Raises UserError
+    where there is none.
     """
-    path = Path(source)
+    path = shipped.output_folder(source)
+    shipped_folder = shipped.find(source)
+    if shipped_folder != path and not (path / FILE).is_file():
+        return shipped_folder / FILE
     if not path.exists():
         raise UserError(f"there is no run's folder or evaluation {source}: give folders such as runs/digits")
     if not path.is_dir():

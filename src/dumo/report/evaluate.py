@@ -9,9 +9,9 @@
 `current_report` reads it back, unless judging again would give something new. `complete_report` also serves images
 that others made (`dumo.report.images`).
 
-What is written lies in the run's folder. evaluation.json is the run as its own spec has it judged, at whatever numbers
-of passes: it collects their rows. Judged in another way, or of other weights, it is another file, named after what
-differs; of an earlier step it is kept under that step.
+What is written lies in the run's folder, or for a run that comes with dumo in a folder of its name. evaluation.json is
+the run as its own spec has it judged, at whatever numbers of passes: it collects their rows. Judged in another way, or
+of other weights, it is another file, named after what differs; of an earlier step it is kept under that step.
 """
 
 import json
@@ -26,6 +26,7 @@ from torch import Tensor
 from dumo.config.parts import Evaluation, Sampling
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.protocol import Evaluator, Scores
+from dumo.evaluation.stored import FILE as STORED_FILE
 from dumo.flow.generate import Batch, counting_passes, eval_mode, in_precision
 from dumo.flow.guide import CFG
 from dumo.flow.likelihood import axes, log_likelihood
@@ -66,8 +67,8 @@ def evaluate(
     Raises UserError as the solvers and the protocol do, OSError where the report could not be written, before any work,
     and Stopped where that is asked.
     """
-    check_writable(opened.folder)
-    sweep(opened.folder)
+    check_writable(opened.output_folder)
+    sweep(opened.output_folder)
     opened = with_options(opened, nfe=nfe, seed=seed, solver=solver)
     with threads.fewer_when_busy(opened.device, teller(bar)):
         path, report = _judge(opened, bar)
@@ -83,13 +84,13 @@ def _judge(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
     protocol = run.evaluate.protocol
     seed = run.evaluate.seed
     passes = judging_settings(sampler, run.evaluate)
-    evaluator = evaluator_of(sampler, run.evaluate, bar)
+    evaluator = evaluator_of(sampler, run.evaluate, bar, _stored_reference(opened))
     c = sample_conditions(run.data, run.evaluate)
-    path = opened.folder / _file_name(opened)
+    path = opened.output_folder / _file_name(opened)
     solver = run.sample.solver
     other_solver = contrast_solver(protocol)
     head: dict[str, Any] = {
-        "run": str(opened.folder),
+        "run": str(opened.output_folder),
         "file": str(path),
         "step": opened.step,
         "weights": opened.weights,
@@ -106,6 +107,13 @@ def _judge(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
         card=make_card(opened, evaluator.facts, len(c)),
     )
     return path, report
+
+
+def _stored_reference(opened: RunFolder) -> Path | None:
+    """The features of the reference that came with the run; None: there are none, or another reference is asked for."""
+    file = opened.folder / STORED_FILE
+    is_own_reference = opened.run.evaluate.split == opened.run_as_saved.evaluate.split
+    return file if is_own_reference and file.is_file() else None
 
 
 def complete_report(
@@ -165,7 +173,7 @@ def row(
 def current_report(opened: RunFolder) -> dict[str, Any] | None:
     """The report of the run, if evaluating it again would give the same; None where it would give something new."""
     try:
-        report = read_report(opened.folder / FILE)
+        report = read_report(opened.find_output(FILE))
     except UserError:
         return None
     wanted_card: dict[str, Any] = {

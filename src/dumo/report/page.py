@@ -2,7 +2,7 @@
 
 `write` is the entrance. In this order it
 
-1. reads what is on disk: log, evaluation, data;
+1. reads what is on disk: log, evaluation, data (`read_data`);
 2. makes samples (`make_samples`), and images of prompts where the net reads texts;
 3. draws them (`draw_samples`), and compares them with the data (`measure_proximity`);
 4. renders the page (`render`), and writes it, with the pictures alone in report/.
@@ -45,7 +45,7 @@ from dumo.runtime.device import software_versions
 from dumo.runtime.progress import Bar, no_bar, teller
 from dumo.runtime.random import stream
 from dumo.training import log
-from dumo.types import Sample
+from dumo.types import Sample, UserError
 
 ROWS = 8  # of a sheet of images: ours
 COLUMNS = 10  # of a sheet of images, at most one class each: ours
@@ -62,7 +62,8 @@ Pictures = Mapping[int, Image.Image]  # by number of passes
 class PageParts:
     """What a page shows besides the run's own fields. A part that is empty or None is left out."""
 
-    size: int | None = None  # samples in the data; None: they never end
+    size: int | None = None  # samples in the data; None: they never end, or are not here
+    missing: str = ""  # why the data could not be read; "": they were
     sheets: Pictures = field(default_factory=dict[int, Image.Image])  # samples by the run's own solver
     data: Image.Image | None = None  # a sheet of the data
     texts: "PromptSheet | None" = None
@@ -81,7 +82,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     is written, where metrics.jsonl or an evaluation is damaged, or prompts cannot be read, and OSError where nothing
     can be written.
     """
-    folder = opened.folder
+    folder = opened.output_folder
     picture_folder = folder / "report"
     for written_folder in (folder, picture_folder):
         file.check_writable(written_folder)
@@ -90,14 +91,10 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
 
     # what is on disk: the log, the evaluation, the data
     rows = [
-        row for row in log.read_log(folder / "metrics.jsonl") if "skipped" not in row
+        row for row in log.read_log(opened.folder / "metrics.jsonl") if "skipped" not in row
     ]  # a skipped step has no numbers
-    judged = score.judgement(folder, opened.step, opened.weights)
-    data_spec = squares(opened.run.data)
-    data = data_spec.open()
-    real, real_c = data.reference(num_data_rows(sampler), sampler.spec.seed)
-    if isinstance(data_spec, Latents):
-        real = sampler.decode(real)
+    judged = score.judgement(opened.find_output(score.FILE).parent, opened.step, opened.weights)
+    data = read_data(opened)
 
     # samples
     with threads.fewer_when_busy(sampler.device, teller(bar)):
@@ -107,16 +104,16 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     # pictures
     drawn: dict[str, dict[int, Image.Image]] = {}
     for name, samples_by_passes in samples.items():
-        drawn[name] = {n: draw_samples(sampler, x, real) for n, x in samples_by_passes.items()}
+        drawn[name] = {n: draw_samples(sampler, x, data.x) for n, x in samples_by_passes.items()}
     sheets = drawn.pop(SHEET)
     names = _class_names(sampler)
     pictures = {f"nfe{n}": picture.with_column_names(sheet, names) for n, sheet in sheets.items()}
     pictures["trajectories"] = join_trajectories(sampler, drawn)
     data_sheet = None
     near = None
-    if sampler.is_image and data.size is not None:
-        data_sheet = draw_samples(sampler, arrange_by_class(sampler, real, real_c), real)
-        near = measure_proximity(sampler, samples[SHEET][min(sheets)], real)
+    if sampler.is_image and data.x is not None and data.size is not None:
+        data_sheet = draw_samples(sampler, arrange_by_class(sampler, data.x, data.c), data.x)
+        near = measure_proximity(sampler, samples[SHEET][min(sheets)], data.x)
         pictures["data"] = picture.with_column_names(data_sheet, names)
         pictures["nearest"] = picture.labelled_grid({"sample": [near["samples"]], "nearest": [near["nearest"]]})
     if texts:
@@ -125,6 +122,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     # the page
     parts = PageParts(
         size=data.size,
+        missing=data.missing,
         sheets=sheets,
         data=data_sheet,
         texts=texts,
@@ -144,6 +142,35 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     page_path = folder / "report.html"
     file.write(page_path, html.encode())
     return [*paths, page_path]
+
+
+@dataclass(frozen=True)
+class DataRows:
+    """Some samples of the data, to draw and to compare with."""
+
+    x: Real | None  # (n, *pixels); None: the data are not here
+    c: Tensor  # (n,), their classes
+    size: int | None  # samples in all the data; None: they never end, or are not here
+    missing: str = ""  # why they could not be read
+
+
+def read_data(opened: RunFolder) -> DataRows:
+    """Some samples of the data, as images are shown; of a run that comes with dumo none, where the data are not here.
+
+    Raises UserError where the data of another run cannot be read.
+    """
+    sampler = opened.sampler
+    data_spec = squares(opened.run.data)
+    try:
+        data = data_spec.open()
+    except UserError as error:
+        if not opened.is_shipped:
+            raise
+        return DataRows(None, torch.zeros(0, dtype=torch.long), None, str(error))
+    x, c = data.reference(num_data_rows(sampler), sampler.spec.seed)
+    if isinstance(data_spec, Latents):
+        x = sampler.decode(x)
+    return DataRows(x, c, data.size)
 
 
 def num_data_rows(sampler: Sampler) -> int:
@@ -166,7 +193,7 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         # the run
         run=run,
         facts=facts,
-        folder=shell_path(opened.folder),
+        folder=_typed(opened),
         name=opened.folder.resolve().name,
         step=opened.step,
         weights=opened.weights,
@@ -188,6 +215,11 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         word=word,
         **vars(parts),
     )
+
+
+def _typed(opened: RunFolder) -> str:
+    """The run as a user types it after a command: its folder, or the name by which it comes with dumo."""
+    return opened.folder.name if opened.is_shipped else shell_path(opened.folder)
 
 
 def _template_environment() -> jinja2.Environment:
@@ -285,12 +317,13 @@ def make_samples(sampler: Sampler, bar: Bar) -> dict[str, dict[int, Sample]]:
     return samples
 
 
-def draw_samples(sampler: Sampler, x: Sample, real: Real) -> Image.Image:
+def draw_samples(sampler: Sampler, x: Sample, real: Real | None) -> Image.Image:
     """Samples (n, *pixels) as a picture: images as a sheet, points in red before the data `real` in grey.
 
     The gaps of a sheet are transparent, since a page may be light or dark.
     """
     if not sampler.is_image:
+        assert real is not None, "points are drawn from a distribution, which is always here"
         return picture.scatter(real, {"": x})
     return picture.sheet(picture.to_rows(x), _num_columns(sampler), gap=picture.GAP, clear=True)
 
@@ -364,11 +397,12 @@ def measure_proximity(sampler: Sampler, x: Sample, real: Real) -> dict[str, Any]
 
 
 def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
-    """The mean loss, and each of its parts, by bin of t, over the last quarter of the training; None of no log.
+    """The mean loss, and each of its parts, by bin of t, over the last quarter of the training; None of no such log.
 
     Every sample of the logged batches counts alike. Returns the step of the `first` row of the log that counts, how
     many are `logged`, the samples in each bin as `counts`, and the means by part as `bins`.
     """
+    rows = [row for row in rows if "bins" in row]  # of a log that was not kept there is the last loss alone
     if not rows:
         return None
     late_rows = [row for row in rows if row["step"] > 0.75 * rows[-1]["step"]]

@@ -27,6 +27,7 @@ from dumo.config.load import Written, identity
 from dumo.config.source import FILE
 from dumo.io import file as files
 from dumo.io.weights import compare, sha256, unshared
+from dumo.run import shipped
 from dumo.run.index import Index
 from dumo.run.net import outline
 from dumo.run.provenance import require_place
@@ -91,9 +92,9 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
         raise UserError(f"--std {std:g}: a width lies between 0 and {WIDEST:.3f}, the plain mean of a run; try 0.1")
     if out and out.suffix != ".safetensors":
         raise UserError(f"--out {out}: give a file that ends in .safetensors")
-    folder = Path(source)
+    folder = shipped.find(source)
     if not (folder / FILE).is_file():
-        raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first")
+        raise UserError(f"{source} is no run's folder (it has no {FILE}): {shipped.fix(source)}")
 
     # find the snapshots
     index = Index.read(folder)
@@ -104,7 +105,7 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
     if not snapshots:
         every = max(1, run.train.steps // 10)
         raise UserError(
-            f"{folder} has no snapshots to make averages of: train with --set train.snapshots={every} "
+            f"{source} has no snapshots to make averages of: train with --set train.snapshots={every} "
             "--set 'train.ema=[{kind: power, std: 0.05}, {kind: power, std: 0.1}]'"
         )
 
@@ -130,7 +131,7 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
     # write their sum
     parameter_names = {name for name, _ in net.named_parameters(remove_duplicate=False)}
     average_weights = weighted_sum(snapshot_weights, x, parameter_names)
-    file = out or folder / "averages" / f"std-{std:g}.safetensors"
+    file = out or shipped.output_folder(source) / "averages" / f"std-{std:g}.safetensors"
     with files.atomic_write(file) as temp_path:
         checkpoint.write_weights(
             temp_path,

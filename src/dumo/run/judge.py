@@ -7,6 +7,7 @@ judges are made of. Others open the data alone, by `training_data` and `referenc
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from torch import Tensor
 
@@ -22,8 +23,11 @@ from dumo.runtime.progress import Bar, Tick
 from dumo.types import UserError
 
 
-def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluator:
+def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Path | None = None) -> Evaluator:
     """The evaluator of a run's protocol, with a bar while it reads the data.
+
+    `stored` is a file of features of the data (`dumo.evaluation.stored`), to compare with where the images are not on
+    this machine.
 
     Raises UserError where data or weights that the protocol needs are missing or damaged, or where it is one of
     likelihood and the run has none, and Stopped after a signal.
@@ -43,6 +47,8 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
     with bar_while_reading(bar) as tick:
         if is_of_likelihood(evaluation.protocol):
             require_likelihood(sampler)
+        if stored is not None and _has_images_here(data):
+            stored = None
         context = Context(
             data=open_reference,
             # only where samples are judged against another split than the run was trained on
@@ -52,8 +58,15 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
             device=sampler.device,
             tick=tick,
             captions=open_captions,
+            stored=stored,
         )
         return evaluation.protocol.evaluator(context)
+
+
+def _has_images_here(data: Data) -> bool:
+    """Whether the images of the data are on this machine."""
+    images = shown(data)
+    return is_images(images) and images.is_here
 
 
 def sample_conditions(data: Data, evaluation: Evaluation) -> Tensor:

@@ -23,12 +23,13 @@ from dumo.config.change import override, shown
 from dumo.config.check import check
 from dumo.config.code import codes_of
 from dumo.config.conditions import Conditions
+from dumo.config.conditions import shown as shown_data
 from dumo.config.load import differences, load, parse
 from dumo.config.need import ways_to_captions
 from dumo.config.source import CODE, FILE, GIVEN
 from dumo.config.spec import Run
 from dumo.config.teacher import no_velocity
-from dumo.data import Data, has_images, is_latents
+from dumo.data import Data, has_images, is_images, is_latents
 from dumo.data.caption import CaptionFiles
 from dumo.flow.path import Diffusion
 from dumo.flow.path import Path as FlowPath
@@ -122,6 +123,9 @@ def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
     facts: dict[str, object] = {}
     for field_difference in differences(run, resolved_run):
         facts[field_difference.field] = field_difference.now
+    titles = _titles_of(resolved_run.data)
+    if titles != _titles_of(run.data):
+        facts["data.images.titles" if is_latents(run.data) else "data.titles"] = [*titles]
     texts = run.net.texts
     resolved_texts = resolved_run.net.texts
     if has_table(texts) and has_table(resolved_texts) and resolved_texts.identity != texts.identity:
@@ -160,6 +164,12 @@ def _require_velocity_to_teach(run: Run) -> None:
     objective = load(folder).objective
     if taught_readings(objective).velocity is None:
         raise UserError(no_velocity(field, folder, objective) + other_fix)
+
+
+def _titles_of(data: Data) -> tuple[str, ...]:
+    """What the files of the data call classes of which the spec gives the number alone; () where they do not say."""
+    images = shown_data(data)
+    return images.titles if is_images(images) else ()
 
 
 def data_with_facts(data: Data) -> Data:

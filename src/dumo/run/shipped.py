@@ -1,42 +1,42 @@
 """Trained runs that come with dumo: something to sample and judge before anything is trained.
 
-Each is a run's folder in `dumo/trained`. Its checkpoint has nothing but the weights that are shown, in half precision.
-`tools/ship.py` makes it.
+Each is a run's folder in `dumo/trained`, which is only read: its checkpoint has nothing but the weights that are shown,
+in half precision. `find` says which folder a name means, `output_folder` where commands write what is made of it, and
+`fix` what to type for a source that is no run. `tools/ship.py` makes such a folder.
 """
 
-import shutil
 from pathlib import Path
 
-from dumo.config.source import shipped_name
-from dumo.io.file import atomic_write
-from dumo.training import manifest
-from dumo.types import UserError
-
-HERE = Path(__file__).parents[1] / "trained"
-
-
-def names() -> list[str]:
-    """The names of the runs that come with dumo, sorted."""
-    return sorted(folder.name for folder in HERE.iterdir())
+from dumo.config.source import FILE, RUNS, recipe_of, trained_name_of
+from dumo.io import trained
 
 
 def find(source: str | Path) -> Path:
-    """A run's folder as given, or of one that comes with dumo its copy, runs/NAME, made where there is none.
+    """The folder of the run that comes with dumo by this name; another source as the path that it is.
 
-    A copy, because commands write into a run's folder. A Path is a folder as given, if it is there. Raises UserError
-    where another run has its place, or lies here under that name, too; OSError where nothing can be written.
+    A Path to the folder of a run is that folder. Raises UserError where ./NAME holds a run, too.
     """
-    if isinstance(source, Path) and source.exists():
-        return source
-    name = shipped_name(str(source), names())
-    if name is None:
-        return Path(source)
-    copy = Path("runs", name)
-    if not copy.exists():
-        with atomic_write(copy) as half:
-            shutil.copytree(HERE / name, half)
-    (listed,) = (HERE / name).glob(f"checkpoints/*/{manifest.NAME}")
-    copied = copy / listed.relative_to(HERE / name)
-    if not copied.is_file() or copied.read_bytes() != listed.read_bytes():
-        raise UserError(f"{copy} is not the {name} that dumo brings: open it as {copy}, or move it away")
-    return copy
+    name = trained_name_of(source)
+    return Path(source) if name is None else trained.folder(name)
+
+
+def output_folder(source: str | Path) -> Path:
+    """The folder that commands write into: a run's own, and for a run that comes with dumo NAME, in the current one.
+
+    Raises as `find`.
+    """
+    name = trained_name_of(source)
+    return Path(source) if name is None else Path(name)
+
+
+def fix(source: str | Path) -> str:
+    """What to type in place of a source that is no run's folder."""
+    recipe = recipe_of(source)
+    if recipe is None:
+        return f"train one first, e.g. dumo train digits, or take {' or '.join(trained.names())}, which dumo brings"
+    run_folder = Path(RUNS, recipe)
+    if (run_folder / FILE).is_file():
+        return f"the recipe of this name was trained in {run_folder}: give that folder"
+    family, *_ = recipe.split("-")
+    alike = [name for name in trained.names() if name.startswith(f"{family}-")] or trained.names()
+    return f"dumo train {recipe} trains the recipe of this name; or take {' or '.join(alike)}, which dumo brings"

@@ -6,7 +6,7 @@ are read one by one when they are wanted (`dumo.io.deferred`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,11 +66,27 @@ class RunFolder:
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(Path()))  # the last one that is whole
     listed: str | None = None  # the SHA-256 that the checkpoint lists for the file; None: it lists none
     made: Deferred = field(default_factory=Deferred)  # makes the weights of a net that was not filled
+    own_output: Path | None = None  # where commands write, of a run that comes with dumo; None: into its folder
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
+        """The run's folder. That of a run that comes with dumo is only read: see `output_folder`."""
         return self.index.folder
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether the run comes with dumo."""
+        return self.own_output is not None
+
+    @property
+    def output_folder(self) -> Path:
+        """The folder that commands write into, and whose name the run goes by."""
+        return self.own_output or self.folder
+
+    def find_output(self, name: str) -> Path:
+        """The file of this name that a command wrote; where none did, the one in the run's folder."""
+        file = self.output_folder / name
+        return file if file.is_file() else self.folder / name
 
     @property
     def run_as_saved(self) -> Run:
@@ -131,10 +147,8 @@ def open_run(
 
     folder = shipped.find(source)
     if not (folder / FILE).is_file():
-        raise UserError(
-            f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits, or take "
-            f"{' or '.join(shipped.names())}, which dumo brings"
-        )
+        raise UserError(f"{source} is no run's folder (it has no {FILE}): {shipped.fix(source)}")
+    output = shipped.output_folder(source)
     trust.accept(overrides)
     index = Index.read(folder)
     run = index.run(overrides)
@@ -144,7 +158,8 @@ def open_run(
     while True:
         steps_before = list(index.checkpoints.by_step())
         try:
-            return _open_weights(run, index, weights, choose_device(device), fill=fill)
+            opened = _open_weights(run, index, weights, choose_device(device), fill=fill)
+            return opened if output == folder else replace(opened, own_output=output)
         except (UserError, OSError):
             steps_now = list(index.checkpoints.by_step())
             if steps_now == steps_before:  # else a training has removed what was read

@@ -12,9 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dumo.config.conditions import Conditions
+from dumo.config.load import differences, dump, identity, load
+from dumo.config.source import parse_text
 from dumo.data import Images
 from dumo.data.augment import Edm
 from dumo.io.source import DataSource
+from dumo.run.resolve import resolve
 from dumo.types import UserError
 from unit.data.animals import (
     CLASSES,
@@ -401,6 +405,25 @@ def test_what_was_found_is_written_down_and_held_to(tmp_path: Path) -> None:
     assert Images.model_validate(told).classes == 3
     away = spec(tmp_path, classes=7)
     assert (away.classes, away.shape) == (7, (3, SIDE, SIDE))
+
+
+def test_where_the_number_of_classes_is_given_tables_say_what_they_are_called(tmp_path: Path) -> None:
+    """People read it. No image changes its class, and data that call the classes otherwise are the same data."""
+    as_parquet(tmp_path / "here")
+    images = spec(tmp_path / "here", classes=3)
+    assert (images.names, images.titles) == ((), CLASSES)
+    assert Conditions(images).index("bee") == 1
+    assert Images.model_validate(images.model_dump(mode="json")) == images
+    assert spec(tmp_path / "here", classes=4).titles == ()  # they say what three are called
+    as_folder(tmp_path / "folder")
+    assert spec(tmp_path / "folder", classes=3).titles == ()  # not looked at: it may have a million files
+    fields = [f"data.images.root={tmp_path / 'here'}", "data.images.classes=3", "evaluate.protocol={kind: photos}"]
+    run = load("cifar10-latents", fields)
+    resolved = resolve(run)
+    assert resolved.resolved["data.images.titles"] == [*CLASSES]
+    assert parse_text(dump(resolved), Path("run.yaml")).tree["resolved"]["data.images.titles"] == [*CLASSES]
+    assert not [*differences(run, resolved)]
+    assert identity(run) == identity(resolved)
 
 
 def test_where_there_are_no_classes_or_no_data_yet_no_names_are_written(

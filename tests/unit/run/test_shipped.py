@@ -1,7 +1,5 @@
-"""Trained runs that come with dumo: small, as their README.md says, and opened as a copy."""
+"""Trained runs that come with dumo: small, as their README.md says, opened where they lie, and never written to."""
 
-import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -10,89 +8,139 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dumo.io import digest
+import dumo
+from dumo.config.load import FILE, load
+from dumo.io import digest, trained
+from dumo.io.read import user_path
+from dumo.report import card, evaluate
 from dumo.run import resolve, shipped
 from dumo.run.weights import open_run
 from dumo.runtime import shell_path
-from dumo.training import manifest
+from dumo.runtime.progress import no_bar
 from dumo.types import UserError
 
-MEGABYTES = {"cifar10-trained": 12, "digits-trained": 1.5}
+MEGABYTES = {"cifar10-trained": 14, "digits-trained": 1.5}
 NAME = "digits-trained"
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DUMO_DATA", raising=False)
     return tmp_path
 
 
 def test_there_are_those_with_a_limit() -> None:
-    assert shipped.names() == [*MEGABYTES]
+    assert trained.names() == [*MEGABYTES]
 
 
 @pytest.mark.parametrize("name", MEGABYTES)
 def test_small_and_as_its_card_says(name: str) -> None:
-    files = [path for path in (shipped.HERE / name).rglob("*") if path.is_file()]
+    files = [path for path in trained.folder(name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < MEGABYTES[name] * 1e6
     (weights,) = (path for path in files if path.match("checkpoints/*/*.safetensors"))
     assert {x.dtype for x in load_file(weights).values()} == {torch.float16}
-    card = (shipped.HERE / name / "README.md").read_text()
+    card = (trained.folder(name) / "README.md").read_text()
     assert re.findall(r"SHA-256 (\w+)", card) == [digest.of_file(weights)]
 
 
 @pytest.mark.parametrize("name", MEGABYTES)
-def test_it_is_opened_as_a_copy_and_makes_images(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are no data."""
-    monkeypatch.delenv("DUMO_DATA", raising=False)
+def test_it_is_opened_where_it_lies_and_makes_images(name: str, here: Path) -> None:
+    """Where there are no data. Its classes have names; what is made of it goes to a folder here."""
     opened = open_run(name, device="cpu")
-    assert opened.folder.resolve() == here / "runs" / name
-    assert opened.file.resolve().is_relative_to(here)  # what is written goes there
-    card = (shipped.HERE / name / "README.md").read_text()
+    assert opened.folder == trained.folder(name)
+    assert opened.is_shipped
+    assert opened.output_folder == Path(name) == dumo.load(name, device="cpu").folder
+    card = (trained.folder(name) / "README.md").read_text()
     assert f"{opened.step:,} steps" in card
     assert f"Weights: {sum(p.numel() for p in opened.net.parameters()):,}" in card
-    before = {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")}
-    assert open_run(name, device="cpu").sha256 == opened.sha256
-    assert {path: path.stat().st_mtime_ns for path in (here / "runs").rglob("*")} == before
     images = opened.sampler.sample(torch.arange(2), nfe=1).x
     assert images.shape == (2, *opened.sampler.pixels)
     assert float(images.std()) > 0.3
     assert not [place for _, place in resolve.places(opened.run) if Path(place).is_absolute()]
+    assert not [*here.iterdir()]
+
+
+def test_classes_of_cifar10_have_their_names() -> None:
+    conditions = load("cifar10-trained").conditions
+    assert conditions.names[3] == "cat"
+    assert conditions.index("truck") == 9
+
+
+def test_a_place_in_a_shipped_run_is_found_wherever_dumo_is() -> None:
+    file = "taef2.safetensors"
+    assert user_path(f"dumo:cifar10-trained/{file}", "") == trained.folder("cifar10-trained") / file
+    assert user_path("dumo:cifar10-trained", "") == trained.folder("cifar10-trained")
+    assert user_path("dumo:other/x", "") == Path("dumo:other/x")
+    assert load("cifar10-trained").data.codec.digest() == load("cifar10-trained").data.codec.sha256  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_its_evaluation_is_of_its_weights(name: str) -> None:
+    opened = open_run(name, device="cpu")
+    report = card.read_report(trained.folder(name) / card.FILE)
+    assert report["card"]["weights_sha256"] == opened.sha256
+    assert [row["nfe"] for row in report["results"]] == [1, 2, 4]
+    assert evaluate.current_report(opened) is not None
+
+
+def test_what_was_made_here_goes_before_what_came(here: Path) -> None:
+    opened = open_run(NAME, device="cpu")
+    assert opened.find_output(card.FILE) == trained.folder(NAME) / card.FILE
+    (here / NAME).mkdir()
+    (here / NAME / card.FILE).touch()
+    assert opened.find_output(card.FILE) == Path(NAME, card.FILE)
+
+
+@pytest.mark.nightly
+def test_a_training_begins_with_its_weights(here: Path) -> None:
+    changes = {"train.steps": 1, "train.optimizer.lr": 1e-9, "train.optimizer.adamw_lr": 1e-9}
+    run = dumo.train(NAME, changes, bar=no_bar)
+    assert run.folder == Path("runs", NAME)
+    weights = open_run(NAME, device="cpu").net.state_dict()
+    for key, x in run.net.state_dict().items():  # a step brings matrices to their magnitude
+        assert torch.cosine_similarity(x.flatten(), weights[key].flatten(), 0) > 0.999, key
+    assert dumo.train(NAME, changes, bar=no_bar).step == 1  # there is no more to do
+
+
+def test_a_source_that_is_no_run_is_answered_with_what_there_is(here: Path) -> None:
+    with pytest.raises(UserError, match="dumo train digits trains the recipe of this name; or take digits-trained"):
+        open_run("digits")
+    with pytest.raises(UserError, match="or take cifar10-trained or digits-trained, which dumo brings"):
+        open_run("nothing")
+    (here / "runs/digits").mkdir(parents=True)
+    (here / "runs/digits" / FILE).touch()
+    with pytest.raises(UserError, match="was trained in runs/digits: give that folder"):
+        open_run("digits")
 
 
 @pytest.mark.slow
 def test_another_run_of_this_name_is_not_taken_for_it(here: Path) -> None:
     """Each opens by a name of its own; a folder without a run is no rival."""
-    shutil.copytree(shipped.HERE / NAME, here / NAME)
+    shutil.copytree(trained.folder(NAME), here / NAME)
     with pytest.raises(UserError, match=rf"holds a run: write dumo:{NAME} for dumo's, or \./{NAME} for the folder"):
         open_run(NAME, device="cpu")
-    assert not (here / "runs").exists()
     assert open_run(f"./{NAME}", device="cpu").folder == open_run(Path(NAME), device="cpu").folder == Path(NAME)
     assert shell_path(Path(NAME)) == f"./{NAME}"
-    assert open_run(f"dumo:{NAME}", device="cpu").folder == Path("runs", NAME)
+    assert open_run(f"dumo:{NAME}", device="cpu").folder == trained.folder(NAME)
     (here / NAME / "run.yaml").unlink()
-    assert shipped.find(NAME) == Path("runs", NAME)
+    assert shipped.find(NAME) == shipped.find(Path(NAME)) == trained.folder(NAME)
 
 
 @pytest.mark.slow
-def test_another_run_at_the_place_of_the_copy_is_refused(here: Path) -> None:
-    """Of an older dumo, or one's own: it opens by its path."""
-    listed = open_run(NAME, device="cpu").checkpoint.path / manifest.NAME
-    text = listed.read_text()
-    listed.write_text(text.replace("5300", "5299"))
-    with pytest.raises(UserError, match="is not the digits-trained that dumo brings"):
-        open_run(NAME, device="cpu")
-    listed.write_text(text)
-    assert open_run(f"runs/{NAME}", device="cpu").folder == shipped.find(NAME)
+def test_a_copy_that_an_earlier_dumo_made_is_a_run(here: Path) -> None:
+    shutil.copytree(trained.folder(NAME), here / "runs" / NAME)
+    opened = open_run(f"runs/{NAME}", device="cpu")
+    assert opened.folder == opened.output_folder == Path("runs", NAME)
+    assert not opened.is_shipped
 
 
 @pytest.mark.slow
 def test_a_damaged_copy_is_refused(here: Path) -> None:
-    file = open_run(NAME, device="cpu").file
+    shutil.copytree(trained.folder(NAME), here / "run")
+    (file,) = (here / "run").glob("checkpoints/*/*.safetensors")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError):
-        open_run(NAME, device="cpu")
-    assert json.loads((here / "runs" / NAME / "data.json").read_text())
-    assert os.path.samefile(shipped.find(NAME), here / "runs" / NAME)
+        open_run("run", device="cpu")

@@ -1,0 +1,28 @@
+"""Trained runs that come with dumo: their names, and the folder of each, which is only read.
+
+`names` and `folder` say what there is. `path_in` takes a place such as dumo:cifar10-trained/taef2.safetensors, a file
+of such a run wherever dumo is installed. `dumo.run.shipped` opens them; `tools/ship.py` makes them.
+"""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "trained"
+SHIPPED_PREFIX = "dumo:"  # before a recipe's or trained run's name: the one that dumo ships, whatever lies here
+
+
+def names() -> list[str]:
+    """The names of the runs that come with dumo, sorted."""
+    return sorted(run_folder.name for run_folder in FOLDER.iterdir() if run_folder.is_dir())
+
+
+def folder(name: str) -> Path:
+    """The folder of the run of this name."""
+    return FOLDER / name
+
+
+def path_in(text: str) -> Path | None:
+    """The folder or file that dumo:NAME or dumo:NAME/FILE means; None where a text does not begin so."""
+    if not text.startswith(SHIPPED_PREFIX):
+        return None
+    name, _, file = text.removeprefix(SHIPPED_PREFIX).partition("/")
+    return folder(name) / file if name in names() else None
