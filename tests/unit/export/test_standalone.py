@@ -22,9 +22,9 @@ from dumo.data.image import Images
 from dumo.encoders import SdVae, Taef2
 from dumo.export.write import export
 from dumo.flow.solver import Euler
+from dumo.io import trained
 from dumo.io.picture import to_rows
 from dumo.nets import DiT
-from dumo.run import shipped
 from dumo.run.index import Index
 from dumo.run.weights import RunFolder, build, open_run
 from dumo.runtime.random import noise, stream
@@ -191,7 +191,7 @@ for name in sys.argv[1:]:
 
 def opened_run(name: str, folder: Path) -> RunFolder:
     """A run that comes with dumo; or of a recipe, with a narrow net and taef2's autoencoder, both of random weights."""
-    if name in shipped.names():
+    if name in trained.names():
         return open_run(name, device="cpu")  # by its copy in runs/
     run = load(name)
     if isinstance(run.net, DiT):
@@ -228,7 +228,7 @@ def card_pixels(run: RunFolder, n: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "recipes_of",
     [
-        pytest.param(lambda: [*shipped.names(), *EARLY], marks=pytest.mark.slow, id="early"),
+        pytest.param(lambda: [*trained.names(), *EARLY], marks=pytest.mark.slow, id="early"),
         pytest.param(other_recipes, marks=pytest.mark.nightly, id="others"),
     ],
 )
