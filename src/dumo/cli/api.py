@@ -304,7 +304,7 @@ def load(
     there is one. `trust_code`: run the code that the folder names (`dumo.config.trust`).
     """
     # both are remembered under their hash, by which run.yaml names them
-    plain_data(data)
+    plain_data(data, bar)
     plain_net(net)
     file = None if weights is None else str(weights)
     with trusting(trust_code):

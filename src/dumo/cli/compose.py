@@ -79,7 +79,7 @@ def compose(
     plain_parts = {
         "objective": _plain_part("objective", objective),
         "net": plain_net(net),
-        "data": None if place else plain_data(data),
+        "data": None if place else plain_data(data, bar),
     }
     parts = {name: part for name, part in plain_parts.items() if part is not None}
     if folder is None:
@@ -143,15 +143,15 @@ def plain_net(net: object) -> Fields | None:
     return _plain_part("net", net)
 
 
-def plain_data(data: object) -> Fields | None:
+def plain_data(data: object, bar: Bar) -> Fields | None:
     """Data as plain values. A path is a place of images; arrays and data sets are remembered under their hash.
 
-    Raises UserError for what is no data.
+    `bar` shows how far a data set is read. Raises UserError for what is no data.
     """
     if _is_path(data):
         return {"kind": "images", "root": str(data)}
     if data is not None and not isinstance(data, str | Mapping | Spec):
-        data = Memory.of(data)
+        data = Memory.of(data, bar)
     return _plain_part("data", data)
 
 

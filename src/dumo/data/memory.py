@@ -1,25 +1,76 @@
 """Images or points that Python gave to `dumo.train`: an array, or a data set of torch's, held in memory.
 
-`Memory.of` reads them: it finds samples, labels and names of classes, brings them to tensors, and remembers these in
-`TABLES` by their digest. `Memory`, the spec, has the digest alone; `Memory.open` looks it up, in the same process.
+`Memory.of` is the entrance. It
+
+1. refuses what has no rows by number (`_require_rows`),
+2. finds samples, labels and names of classes, and brings them to tensors,
+3. reads some rows again: a data set that gives other samples then, as random augmentation does, is a `RereadData`,
+4. remembers the source in `TABLES` by its digest.
+
+`Memory`, the spec, has the digest alone; `Memory.open` looks the source up, in the same process.
 """
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from dumo.io import digest
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
+from dumo.runtime.progress import Bar, late, no_bar, span, teller
 from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
 CHANNELS = (1, 3)  # of images
+ROWS_READ_TWICE = 16  # to see whether they change: a flip with p = 1/2 is missed once in 65,536 times. Ours
+QUIET_SECONDS = 3.0  # of reading, before a line says how long it takes: ours
 IMAGE_KEYS = ("image", "img", "pixel_values")  # of a row of Hugging Face datasets
 LABEL_KEYS = ("label", "labels", "fine_label")  # of a row of Hugging Face datasets
 TABLES: dict[str, TensorData] = {}  # what this process was given, by digest
+
+
+@dataclass(frozen=True)
+class RereadData(TensorData):
+    """A data set of Python that gives a row another sample at each read: batches read it anew.
+
+    `x` has the first sample of each row, for what compares with the data. What a row gives is drawn by the data set,
+    with generators of its own, so a resumed run meets other draws.
+    """
+
+    rows: Any = None  # the data set
+    lock: Lock = field(default_factory=Lock)  # batches are made by several threads, and data sets may not allow that
+
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The rows of a step, read now. Raises UserError for a sample of another shape, or beyond [-1, 1]."""
+        numbers = self.numbers(step, batch, seed, rows)
+        tensors: list[Tensor] = []
+        with self.lock:
+            for i in numbers.tolist():
+                sample, _ = _sample_and_label(self.rows[i])
+                tensors.append(_tensor(sample, f"row {i} of the data"))
+        shapes = {tuple(tensor.shape) for tensor in tensors}
+        x = _in_layout(torch.stack(tensors)) if len(shapes) == 1 else torch.empty(0)
+        if x.shape[1:] != self.x.shape[1:]:
+            raise UserError(
+                f"rows of the data have shape {', '.join(map(str, shapes))}, and gave {tuple(self.x.shape[1:])} "
+                "when they were read first: bring all to one size"
+            )
+        x = _as_float(x)
+        if x.ndim == 4 and x.abs().max() > 1:
+            raise UserError(f"a row of the data reaches {x.abs().max():.3g}, and images lie in [-1, 1]")
+        return x, self.c[numbers]
+
+    def fingerprint(self) -> str:
+        """A digest of the classes, the number and the shape of the rows: their samples are others at each read."""
+        return digest.short("reread", str(tuple(self.x.shape)), digest.of_tensor(self.c))
 
 
 class Memory(Spec):
@@ -35,14 +86,25 @@ class Memory(Spec):
     augment: ClassVar[None] = None
 
     @classmethod
-    def of(cls, data: Any) -> "Memory":  # noqa: ANN401, what a notebook has
+    def of(cls, data: Any, bar: Bar = no_bar) -> "Memory":  # noqa: ANN401, what a notebook has
         """Read and remember an array, a pair (array, labels), or a map-style data set of samples, or of such pairs.
 
         Images are (n, channels, height, width), channels last, or grey without channels, as uint8 or floats in
-        [-1, 1]; data sets may give PIL images. Points are (n, d). Raises UserError for anything else.
+        [-1, 1]; data sets may give PIL images. Points are (n, d). A data set that takes seconds is read with a line
+        and a bar, and one whose rows change between two reads is read again at each visit, which a line says. Raises
+        UserError for anything else.
         """
-        x, c, names = _read(data)
-        table = TensorData(_samples(x), _labels(c, len(x)))
+        x, c, names = _read(data, bar)
+        samples = _samples(x)
+        labels = _labels(c, len(x))
+        table = TensorData(samples, labels)
+        if x is not data and _changes(data, x):
+            table = RereadData(samples, labels, rows=data)
+            tell = teller(bar)
+            tell(
+                f"{name_of(type(data))} gives other samples at each read, as augmentation does: training reads rows "
+                "anew at each visit, and a resumed run meets other draws"
+            )
         classes = 0 if c is None else max(int(table.c.max()) + 1, len(names))
         digest = table.fingerprint()
         TABLES[digest] = table
@@ -69,29 +131,82 @@ class Memory(Spec):
         return self.open()
 
 
-def _read(data: Any) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN401
+def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN401
     """Samples, labels or None, and the names of the classes. Raises UserError for what is no data."""
     if isinstance(data, Tensor | np.ndarray):
         return data, None, ()
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
         return *data, ()
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or not len(data):
-        raise UserError(
-            f"data is a {name_of(type(data))}: give a folder, an array, a pair (array, labels), or a data set with a "
-            "length and rows"
-        )
+    _require_rows(data)
+    total = len(data)
     tensors: list[Tensor] = []
     labels: list[Any] = []
-    for i in range(len(data)):  # not every data set ends by itself
-        sample, label = _sample_and_label(data[i])
-        tensors.append(_tensor(sample, f"row {i} of the data"))
-        labels.append(label)
-        if tensors[i].shape != tensors[0].shape or (label is None) != (labels[0] is None):
-            raise UserError(
-                f"row {i} of the data has shape {tuple(tensors[i].shape)}, row 0 {tuple(tensors[0].shape)}, and "
-                "all or none have a label: bring all to one size, or give a folder of images"
-            )
+    tell_duration = _duration_teller(total, teller(bar))
+    with late("reading the data", total, after=QUIET_SECONDS, shown=bar) as tick:
+        for i in range(total):  # not every data set ends by itself
+            sample, label = _sample_and_label(data[i])
+            tensors.append(_tensor(sample, f"row {i} of the data"))
+            labels.append(label)
+            if tensors[i].shape != tensors[0].shape or (label is None) != (labels[0] is None):
+                raise UserError(
+                    f"row {i} of the data has shape {tuple(tensors[i].shape)}, row 0 {tuple(tensors[0].shape)}, and "
+                    "all or none have a label: bring all to one size, or give a folder of images"
+                )
+            tell_duration(i + 1)
+            tick(i + 1, "")
     return torch.stack(tensors), None if labels[0] is None else labels, _class_names(data)
+
+
+def _require_rows(data: Any) -> None:  # noqa: ANN401
+    """Raise UserError, with the way out, for what has no rows by number: a loader, a stream, anything else."""
+    name = name_of(type(data))
+    if isinstance(data, DataLoader):
+        raise UserError(
+            f"data is a {name}, whose batches dumo draws itself (train.batch): give its data set, data=loader.dataset, "
+            "or train on the loader by dumo.Flow in a loop of your own"
+        )
+    has_rows = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not has_rows and hasattr(data, "__iter__"):
+        raise UserError(
+            f"data is a {name}, which is read in order and has no rows by number: give data=list(...) of it where that "
+            "fits into memory, a folder of images, or train on it by dumo.Flow in a loop of your own"
+        )
+    if not has_rows or not len(data):
+        raise UserError(
+            f"data is a {name}: give a folder, an array, a pair (array, labels), or a data set with a length and rows"
+        )
+
+
+def _duration_teller(total: int, tell: Callable[[str], None]) -> Callable[[int], None]:
+    """A function of the number of rows that are read: once reading has taken some seconds, it tells how long it will.
+
+    A bar in a log writes its first line after a minute.
+    """
+    began = time.monotonic()
+    told = False
+
+    def tell_duration(done: int) -> None:
+        nonlocal told
+        seconds = time.monotonic() - began
+        if not told and seconds >= QUIET_SECONDS:
+            told = True
+            left = span(seconds / done * (total - done))
+            tell(f"reading the data into memory: {done:,} of {total:,} rows, {left} left")
+
+    return tell_duration
+
+
+def _changes(data: Any, x: Tensor) -> bool:  # noqa: ANN401
+    """Whether rows of a data set, read again, differ from the samples x (n, ...) that were read before."""
+    if isinstance(data, tuple):  # an array and its labels
+        return False
+    numbers = torch.linspace(0, len(x) - 1, min(len(x), ROWS_READ_TWICE)).long()
+    for i in numbers.tolist():
+        sample, _ = _sample_and_label(data[i])
+        again = _tensor(sample, f"row {i} of the data")
+        if again.shape != x[i].shape or not torch.equal(again, x[i]):
+            return True
+    return False
 
 
 def _class_names(data: Any) -> tuple[str, ...]:  # noqa: ANN401
@@ -115,6 +230,8 @@ def _sample_and_label(row: Any) -> tuple[Any, Any]:  # noqa: ANN401
         return image, _first_of(row, LABEL_KEYS)
     if isinstance(row, tuple | list) and len(row) == 2:
         return row[0], row[1]
+    if isinstance(row, tuple) and len(row) == 1:  # of a TensorDataset of images alone
+        return row[0], None
     return row, None
 
 
@@ -147,7 +264,21 @@ def _tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
 
 def _samples(x: Tensor | np.ndarray) -> Tensor:
     """Float32 points (n, d), or images (n, 1 or 3, h, w) in [-1, 1]. Raises UserError for other shapes and ranges."""
-    x = _tensor(x, "data")
+    is_uint8 = x.dtype in (torch.uint8, np.uint8)
+    x = _as_float(_in_layout(_tensor(x, "data")))
+    low = x.min().item()
+    high = x.max().item()
+    is_image = x.ndim == 4
+    if is_image and not is_uint8 and not (-1 <= low < 0 and high <= 1):
+        raise UserError(
+            f"data are floats from {low:.3g} to {high:.3g}, and images lie in [-1, 1]: give 2 * x - 1 where they are "
+            "from 0 to 1, or uint8 colours"
+        )
+    return x
+
+
+def _in_layout(x: Tensor) -> Tensor:
+    """Points (n, d) as they are, images as (n, 1 or 3, h, w). Raises UserError for other shapes."""
     if x.ndim == 3:
         x = x.unsqueeze(1)  # grey
     if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS:
@@ -156,18 +287,15 @@ def _samples(x: Tensor | np.ndarray) -> Tensor:
         raise UserError(
             f"data has shape {tuple(x.shape)}: give images (n, 1 or 3, height, width), or points (n, numbers)"
         )
-    is_image = x.ndim == 4
-    if x.dtype == torch.uint8 and is_image:
+    return x
+
+
+def _as_float(x: Tensor) -> Tensor:
+    """Colours of images in [-1, 1], and floats as float32. Raises UserError for what is no finite number."""
+    if x.dtype == torch.uint8 and x.ndim == 4:
         return from_uint8(x).contiguous()
     if not x.is_floating_point() or not x.isfinite().all():
         raise UserError(f"data holds {x.dtype} or what is no number: give uint8 colours, or finite floats in [-1, 1]")
-    low = x.min().item()
-    high = x.max().item()
-    if is_image and not (-1 <= low < 0 and high <= 1):
-        raise UserError(
-            f"data are floats from {low:.3g} to {high:.3g}, and images lie in [-1, 1]: give 2 * x - 1 where they are "
-            "from 0 to 1, or uint8 colours"
-        )
     return x.float().contiguous()
 
 

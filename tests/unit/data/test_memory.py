@@ -1,12 +1,17 @@
 """Rows that Python gives are read as what they are, or refused with what would do."""
 
+import time
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dumo.data import Memory
 from dumo.data import memory as module
+from dumo.runtime.progress import bar
 from dumo.types import UserError
 
 GREY = np.arange(2 * 5 * 7, dtype=np.uint8).reshape(2, 5, 7)
@@ -25,6 +30,21 @@ class Rows:
 
     def __getitem__(self, i: int) -> object:
         return self.rows[i]
+
+
+class Flipping(Rows):
+    """Rows that are mirrored at random, as torchvision's transforms do."""
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        x = FLOATS[i % 2]
+        return (x.flip(2) if torch.rand(()) < 0.5 else x), i % 3
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    """Rows without numbers."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from FLOATS
 
 
 class Feature:
@@ -51,6 +71,8 @@ def image(level: int, size: tuple[int, int] = (6, 4)) -> Image.Image:
         (Rows({"image": image(0), "label": 1}, features={"label": Feature()}), (3, 4, 6), 2, ("cat", "dog")),
         (Rows({"img": image(0)}, {"img": image(5)}), (3, 4, 6), 0, ()),
         (Rows(FLOATS[0], FLOATS[1]), (3, 8, 8), 0, ()),
+        (TensorDataset(FLOATS), (3, 8, 8), 0, ()),
+        (TensorDataset(FLOATS, torch.tensor([1, 0])), (3, 8, 8), 2, ()),
     ],
 )
 def test_data_are_read(data: object, shape: tuple[int, ...], classes: int, names: tuple[str, ...]) -> None:
@@ -95,6 +117,9 @@ def test_colours_lie_from_minus_one_to_one() -> None:
         (Rows(image(0), image(0, (8, 8))), "row 1 of the data has shape"),
         (Rows((image(0), 1), image(0)), "all or none have a label"),
         (Rows({"text": "a"}), "a row of the data has text: none is image"),
+        (DataLoader(TensorDataset(FLOATS)), r"DataLoader, whose batches .* give its data set, data=loader\.dataset"),
+        (Stream(), r"Stream, which is read in order .* give data=list\(\.\.\.\) of it"),
+        (iter(FLOATS), "tuple_iterator, which is read in order"),
     ],
 )
 def test_what_is_no_data_is_refused(data: object, said: str) -> None:
@@ -105,6 +130,50 @@ def test_what_is_no_data_is_refused(data: object, said: str) -> None:
 def test_an_array_may_be_read_backwards() -> None:
     points = np.linspace(-1, 1, 12, dtype=np.float32).reshape(6, 2)
     assert Memory.of(points[::-1]).open().x.tolist() == points[::-1].tolist()
+
+
+def test_rows_that_change_are_read_at_each_visit(capfd: pytest.CaptureFixture[str]) -> None:
+    data = Flipping(*range(30))
+    spec = Memory.of(data, bar)
+    assert "Flipping gives other samples at each read" in capfd.readouterr().err
+    source = spec.open()
+    visits = torch.stack([source.batch(step, 30, 0)[0] for step in range(8)])
+    numbers = source.numbers(0, 30, 0)
+    row = [int((source.numbers(step, 30, 0) == numbers[0]).nonzero()) for step in range(8)]
+    seen = torch.stack([visits[step, row[step]] for step in range(8)])
+    original = FLOATS[int(numbers[0]) % 2]
+    mirrored = original.flip(2)
+    assert all(torch.equal(x, original) or torch.equal(x, mirrored) for x in seen)
+    assert not (seen == seen[0]).all(), "one row is not always the same"
+    assert torch.equal(source.batch(0, 30, 0)[1], numbers % 3), "and keeps its class"
+    assert Memory.of(Flipping(*range(30))).digest == spec.digest, "a training goes on with the same data set"
+    assert Memory.of(Flipping(*range(29))).digest != spec.digest
+
+
+def test_a_batch_of_rows_that_change_is_checked() -> None:
+    data = Flipping(*range(30))
+    source = Memory.of(data).open()
+    object.__setattr__(source, "rows", Rows(*[(3 * FLOATS[0], 0)] * 30))
+    with pytest.raises(UserError, match="a row of the data reaches 3, and images lie in"):
+        source.batch(0, 4, 0)
+    object.__setattr__(source, "rows", Rows(*[(FLOATS[0, :, :4], 0)] * 30))
+    with pytest.raises(UserError, match=r"have shape \(3, 4, 8\), and gave \(3, 8, 8\)"):
+        source.batch(0, 4, 0)
+
+
+def test_slow_reading_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    class Slow(Rows):
+        def __getitem__(self, i: int) -> torch.Tensor:
+            time.sleep(0.002)
+            return FLOATS[i % 2]
+
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0.01)
+    Memory.of(Slow(*range(20)), bar)
+    lines = capfd.readouterr().err
+    assert "reading the data into memory: " in lines
+    assert " of 20 rows, 0:00 left" in lines
+    Memory.of(Slow(*range(20)))
+    assert not capfd.readouterr().err, "nothing is shown without a bar"
 
 
 def test_rows_that_this_process_was_not_given_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
