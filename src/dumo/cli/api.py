@@ -335,6 +335,7 @@ def train(
     callbacks: Sequence[Callback | Every] = (),
     minutes: float | None = None,
     out: str | Path | None = None,
+    accept: bool = False,
     device: str | torch.device = "auto",
     bar: Bar = bar,
     track: str | None = None,
@@ -380,6 +381,7 @@ def train(
             changes=composed.changes,
             device=str(device),
             tell=None if bar is no_bar else say,
+            accept=accept,
             sheets=Sheets,
         )
         with live_feed(composed.folder, track, say) as tracker_hooks, opened as job:

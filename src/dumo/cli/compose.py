@@ -24,7 +24,7 @@ from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
 from dumo.nets import ModuleSpec
 from dumo.plan import proposal
-from dumo.runtime.progress import Bar
+from dumo.runtime.progress import Bar, teller
 from dumo.types import Spec, UserError
 
 Fields = dict[str, Any]  # by dotted path, as plain values
@@ -61,8 +61,12 @@ def compose(
     """The run to train and its folder: the run that `source` names, with the given parts instead of its own.
 
     Without a source the parts choose one: for images a run is proposed, as by `dumo train FOLDER`; for points it is the
-    recipe moons; for an objective alone its recipe on digits, if there is one. `folder` None: runs/NAME. Raises
-    UserError where the parts do not fit, or nothing gives a name.
+    recipe moons; for an objective alone its recipe on digits, if there is one. `folder` None: runs/NAME.
+
+    Where `folder` holds a run, what is asked for is compared with it when it is opened, as on the command line. Only a
+    run that was proposed is the folder's own, with the parts and changes: it would be proposed otherwise now.
+
+    Raises UserError where the parts do not fit, nothing gives a name, or `minutes` are given where none is proposed.
     """
     # what was named: a recipe, a file or a run (`chosen`), or a place of images
     chosen: ChosenSource | None = None
@@ -84,7 +88,8 @@ def compose(
     parts = {name: part for name, part in plain_parts.items() if part is not None}
     if folder is None:
         folder = _default_folder(chosen, parts, place)
-    if chosen and chosen.kind == "run" and chosen.folder == folder and not parts:
+    is_own_run = chosen is not None and chosen.kind == "run" and chosen.folder == folder
+    if is_own_run and not parts and minutes is None:
         return Composed(None, changes, folder)
 
     # the run that they are put into
@@ -95,6 +100,9 @@ def compose(
     else:
         recipe = proposal.RECIPE if place else _base_recipe(parts)
         base_source = f"{SHIPPED_PREFIX}{recipe}"
+    is_proposed = recipe == proposal.RECIPE
+    if minutes is not None and not is_proposed:
+        raise UserError("minutes are for images, of which a run is proposed: set train.steps")
     base_run = load(base_source)
     fields = _part_fields(parts, base_run)
     if isinstance(net, nn.Module):
@@ -105,11 +113,14 @@ def compose(
     if chosen and not parts:
         changes = [*chosen.settings, *changes]
 
-    if (folder / FILE).is_file():
+    if (folder / FILE).is_file() and (is_own_run or is_proposed):
         if place:
             changes = [f"data.root={place}", *changes]
+        if minutes is not None:
+            tell = teller(bar)
+            tell(f"{folder} goes on as it began. minutes are for a new run: give another out=")
         return Composed(None, changes, folder)
-    if recipe == proposal.RECIPE:
+    if is_proposed:
         proposed = proposal.propose(place, changes, minutes=minutes, device=device, bar=bar)
         return Composed(proposed.run, changes, folder)
     return Composed(load(base_source, changes) if changes else base_run, changes, folder)

@@ -21,6 +21,7 @@ from dumo.runtime.progress import no_bar
 from dumo.training.loop import Every
 from dumo.training.record import Record
 from dumo.training.state import State
+from e2e.shell import call
 from tiers import tiered
 
 UNGUIDED = Guide(omega=1, zeta=0)
@@ -135,6 +136,46 @@ def test_the_folder_of_a_run_is_read_where_it_is_opened(tmp_path: Path) -> None:
     assert composed == Composed(None, ["train.steps=3"], tmp_path)
 
 
+def test_a_recipe_is_compared_with_the_run_in_its_folder_as_on_the_command_line(tmp_path: Path) -> None:
+    small = {"net.width": 16, "net.depth": 1, "train.batch": 8}
+    run = train(tmp_path, source="moons", changes=small | STEPS)
+    sets = [
+        word
+        for field in ("net.width=16", "net.depth=1", "train.batch=16", "train.steps=4")
+        for word in ("--set", field)
+    ]
+    other = small | {"train.batch": 16, "train.steps": 4}
+    refused = call("train", "moons", "--out", run.folder, "--device", "cpu", *sets)
+    with pytest.raises(dumo.UserError, match=r"holds another run:\n  train\.batch: 8 there, 16 asked") as error:
+        train(tmp_path, source="moons", changes=other)
+    assert refused.code == 2
+    assert refused.err.splitlines()[:2] == f"error: {error.value}".splitlines()[:2]
+    longer = train(tmp_path, source="moons", changes=small | {"train.steps": 4})
+    assert longer.step == 4
+    accepted = train(tmp_path, source="moons", changes=other | {"train.steps": 5}, accept=True)
+    assert (accepted.step, accepted.spec.train.batch) == (5, 16)
+
+
+@pytest.mark.slow
+def test_rows_that_change_are_trained_on_as_they_come(tmp_path: Path) -> None:
+    class Brighter:
+        reads = 0
+
+        def __len__(self) -> int:
+            return 24
+
+        def __getitem__(self, i: int) -> Tensor:
+            self.reads += 1
+            return torch.from_numpy(COLOURS[i] // 2 + torch.randint(2, ()).item() * 100)
+
+    data = Brighter()
+    changes = {"train.steps": 4, "train.batch": 8, "train.save_every": 2}
+    run = train(tmp_path, data=data, net=Net(768, 0), changes=changes)
+    assert data.reads >= 24 + 4 * 8, "each step reads its rows"
+    assert train(tmp_path, data=Brighter(), net=Net(768, 0), changes=changes | {"train.steps": 6}).step == 6
+    assert run.evaluate(nfe=1)["results"]
+
+
 @pytest.mark.nightly
 def test_a_folder_is_proposed_for_as_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -175,6 +216,7 @@ def test_callbacks_hear_of_every_step(tmp_path: Path) -> None:
         ({"objective": 3}, "objective is a int"),
         ({"data": "nowhere"}, "there is no folder or file nowhere"),
         ({"data": 3}, "data is a builtins:int"),
+        ({"source": "moons", "minutes": 3}, "minutes are for images, of which a run is proposed: set train.steps"),
     ],
 )
 def test_what_is_no_part_is_refused(parts: dict[str, Any], said: str, tmp_path: Path) -> None:
