@@ -166,7 +166,7 @@ def record(name: str, fields: Fields) -> Record:
         "set": settings,
         "weights": sorted(weights),
         "averages": sorted(averages),
-        "samples": {str(nfe): digest(opened.sample(n=NUM_SAMPLES, nfe=nfe)) for nfe in fields["sample.nfe"]},
+        "samples": {str(nfe): digest(opened.sample(count=NUM_SAMPLES, nfe=nfe)) for nfe in fields["sample.nfe"]},
         "log": log_hashes(run / "metrics.jsonl"),
     }
 

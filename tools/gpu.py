@@ -499,7 +499,7 @@ def difference(run: str, setting: Setting) -> float:
     """Between a sample made on this device and on the CPU: the noise is the same, so rounding alone."""
     import dumo
 
-    samples = [dumo.load(run, device=device).sample(n=4, nfe=1, seed=0) for device in (str(setting.device), "cpu")]
+    samples = [dumo.load(run, device=device).sample(count=4, nfe=1, seed=0) for device in (str(setting.device), "cpu")]
     return float((samples[0].cpu() - samples[1].cpu()).abs().max())
 
 

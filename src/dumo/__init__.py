@@ -4,12 +4,14 @@
 
     run = dumo.train("digits", {"train.steps": 200})    # a recipe, a YAML file, or a run's folder: goes on from there
     run = dumo.train("photos", minutes=10)              # a folder of images
-    run = dumo.train(data=array, net=module, objective="meanflow", callbacks=[f], out="runs/mine")
+    run = dumo.train(data=array, net=module, objective="meanflow", callbacks=[f], out="runs/mine")  # raise dumo.Stop
     run = dumo.load("runs/digits")                      # a run that was trained
-    images = run.sample(classes=[3, 5], nfe=1, seed=0)  # (2, 1, 8, 8), in [-1, 1]; output="pil": pictures
+    images = run.sample(labels=[3, 5], nfe=1, seed=0)   # (2, 1, 8, 8), in [-1, 1]; output="pil": pictures
     run.evaluate(nfe=[1, 2])["results"]                 # distances to the data, and those of the data themselves
     run.report()                                        # one page with all of it
-    spec = dumo.recipe("digits", {"net.depth": 2})      # the settings alone
+    run.export("out")                                   # as diffusers opens it
+    spec = dumo.recipe("digits", {"net.depth": 2})      # the settings alone; dumo.recipes() lists all
+    dumo.compare([run, "runs/other"])["rows"]           # evaluations side by side
 
     flow = dumo.Flow(net, "meanflow", classes=10)       # in a training loop of your own: loss = flow(x, c)
     images = flow.sample(16, nfe=1)
@@ -21,9 +23,9 @@ solver calls, and the settings.
 
 from importlib import import_module
 
-__all__ = ["Flow", "UserError", "jvp", "load", "recipe", "train"]  # pyright: ignore[reportUnsupportedDunderAll], see __init__.pyi
+__all__ = ["Flow", "Stop", "UserError", "compare", "jvp", "load", "recipe", "recipes", "train"]  # pyright: ignore[reportUnsupportedDunderAll], see __init__.pyi
 
-HOMES = {"Flow": "dumo.cli.flow", "jvp": "dumo.autodiff.jvp"}
+HOMES = {"Flow": "dumo.cli.flow", "Stop": "dumo.cli.callback", "jvp": "dumo.autodiff.jvp"}
 
 
 def __getattr__(name: str) -> object:

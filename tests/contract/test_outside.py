@@ -31,7 +31,7 @@ def test_a_run_of_four_classes_from_outside_is_trained_sampled_and_judged(tmp_pa
     assert isinstance(codes, dict)
     names = ("Outside", "PlainNet", "Bars", "Once")
     assert codes.keys() == {f"contract.outside:{name}" for name in names}
-    assert torch.equal(again.sample(classes=[0, 1], seed=3), run.sample(classes=[0, 1], seed=3))
+    assert torch.equal(again.sample(labels=[0, 1], seed=3), run.sample(labels=[0, 1], seed=3))
     assert again.evaluate()["results"][0]["solver"] == "contract.outside:Once"
     assert again.report().is_file()
 

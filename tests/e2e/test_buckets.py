@@ -67,8 +67,8 @@ def test_sizes_are_stated_and_asked_for(photos: Path) -> None:
     (folder,) = map(Path, done.out.split())
     assert "size24x40" in folder.name
     assert {upright_size(file.read_bytes()) for file in folder.glob("*.png")} == {(40, 24)}
-    assert dumo.load("run").sample(n=1, size="40x24").shape == (1, 3, 24, 40)
-    assert dumo.load("run").sample(n=1).shape == (1, 3, 32, 32)
+    assert dumo.load("run").sample(count=1, size="40x24").shape == (1, 3, 24, 40)
+    assert dumo.load("run").sample(count=1).shape == (1, 3, 32, 32)
     refused("sample", "run", "--size", "40x40", named=("size 40x40", "40x24, 32x32, 24x40, 16x16"))
     assert call("evaluate", "run", *sets("evaluate.protocol.samples=20")).code == 0  # squares against squares
     done = call("report", "run")

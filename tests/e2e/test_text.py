@@ -68,7 +68,7 @@ def test_a_prompt_that_is_a_caption_is_that_caption_and_another_one_is_told_apar
     assert torch.equal(images[0], run.sample([21, 3], nfe=1)[0])
     noises = run.sample(prompts=["seven", "seven"], nfe=1)
     assert not torch.allclose(images[1], noises[1])
-    assert run.sample(prompts="a red seven", n=3, nfe=1).shape == (3, 1, 8, 8)
+    assert run.sample(prompts="a red seven", count=3, nfe=1).shape == (3, 1, 8, 8)
 
 
 @pytest.mark.slow

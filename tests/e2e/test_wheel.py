@@ -14,7 +14,7 @@ WAY = """
 import sys, dumo
 assert "torch" not in sys.modules
 run = dumo.load("runs/digits")
-assert run.sample(classes=[3, 5]).shape == (2, 1, 8, 8)
+assert run.sample(labels=[3, 5]).shape == (2, 1, 8, 8)
 print(run.evaluate(nfe=1)["results"][0]["fd"], run.report(), dumo.__file__)
 """
 

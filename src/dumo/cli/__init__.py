@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 from dumo import runtime
 from dumo.cli.option import with_trust_code
 from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, reopen_streams, stoppable
+from dumo.runtime import door
 
 PLANS = "dumo.cli.preflight"  # a signal ends its commands at once: they keep nothing
 
@@ -143,7 +144,7 @@ def exit_code() -> int:
     code = 0
     try:
         try:
-            with plain_warnings():
+            with door.command_line(), plain_warnings():
                 app()
         except SystemExit as end:  # typer's, always
             code = end.code if isinstance(end.code, int) else 1

@@ -1,31 +1,39 @@
-"""The front door from Python: `import dumo`, then `dumo.load`, `dumo.train` and `dumo.recipe`.
+"""The front door from Python: `import dumo`, then `dumo.train`, `load`, `recipe`, `recipes` and `compare`.
 
-Each does what the command of its name does, with Python's values instead of flags. What is wrong raises `UserError`.
+Each does what the command of its name does, with Python's values instead of flags; arguments are called as the options
+are. What is wrong raises `UserError`, and an argument that there is not a TypeError with the one that there is.
 `train` and `load` return a `TrainedRun`; `recipe` returns the spec of a run, trained or not.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, SupportsIndex, TypedDict, get_args, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic_core import PydanticSerializationError
 from torch import Generator, Tensor, nn
+from typing_extensions import Unpack
 
+from dumo.cli.callback import Callback, stoppable_hooks
 from dumo.cli.compose import Composed, compose, plain_data, plain_net
+from dumo.cli.keyword import with_known_arguments
+from dumo.config import recipes as packaged
 from dumo.config.change import override, shown
 from dumo.config.load import load as load_run
 from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.config.trust import trusting
 from dumo.encoders.codec import Opened
+from dumo.evaluation.own import OwnMetric
 from dumo.io import picture
 from dumo.io.read import brief
+from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
 from dumo.report import page
 from dumo.report.feed import live_feed
@@ -35,19 +43,32 @@ from dumo.run.job import open_job
 from dumo.run.prompt import prompted
 from dumo.run.train import train_job
 from dumo.run.weights import RunFolder, open_run
-from dumo.runtime import threads
+from dumo.runtime import dist, threads
+from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.progress import Bar, bar, no_bar, say, teller
 from dumo.training.loop import Every
-from dumo.training.record import Record
-from dumo.training.state import State
 from dumo.types import Reads, Sample, Spec
 from dumo.types import UserError as UserError
 
 Changes = Mapping[str, Any]  # dotted fields of a run and their values, e.g. {"train.steps": 100}
-Classes = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # numbers or names
-Callback = Callable[[State, Record], None]
+Labels = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # of classes: numbers or names
 Output = Literal["pt", "np", "pil"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
+
+
+class SampleOptions(TypedDict, total=False):
+    """The options of `TrainedRun.sample` that are the same for every output."""
+
+    prompts: str | Sequence[str] | None
+    source: str | Path | None
+    nfe: SupportsIndex | None
+    seed: SupportsIndex | None
+    solver: str | None
+    guidance: float | None
+    noise: Tensor | None
+    generator: Generator | None
+    size: str | None
+    bar: Bar
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,6 +107,15 @@ class TrainedRun:
         """The autoencoder that decodes latents; None where the network makes images or points themselves."""
         return self.opened.sampler.codec
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by number, as `labels` of `sample` takes them; () where the run has none.
+
+        Of a run by captions they are the captions.
+        """
+        conditions = self.spec.conditions
+        return conditions.words or tuple(str(number) for number in range(conditions.count))
+
     @cached_property
     def reading(self) -> Reads:
         """What a solver calls, on the run's device; None for what the objective does not teach.
@@ -95,10 +125,41 @@ class TrainedRun:
         """
         return self.opened.sampler.reads
 
+    @overload
     def sample(
         self,
-        classes: Classes | None = None,
-        n: SupportsIndex | None = None,
+        labels: Labels | None = None,
+        count: SupportsIndex | None = None,
+        *,
+        output: Literal["pt"] = "pt",
+        **options: Unpack[SampleOptions],
+    ) -> Tensor: ...
+
+    @overload
+    def sample(
+        self,
+        labels: Labels | None = None,
+        count: SupportsIndex | None = None,
+        *,
+        output: Literal["np"],
+        **options: Unpack[SampleOptions],
+    ) -> np.ndarray: ...
+
+    @overload
+    def sample(
+        self,
+        labels: Labels | None = None,
+        count: SupportsIndex | None = None,
+        *,
+        output: Literal["pil"],
+        **options: Unpack[SampleOptions],
+    ) -> list[Image.Image]: ...
+
+    @with_known_arguments
+    def sample(
+        self,
+        labels: Labels | None = None,
+        count: SupportsIndex | None = None,
         *,
         prompts: str | Sequence[str] | None = None,
         source: str | Path | None = None,
@@ -111,13 +172,13 @@ class TrainedRun:
         size: str | None = None,
         output: Output = "pt",
         bar: Bar = no_bar,
-    ) -> Any:  # noqa: ANN401, what `output` says
-        """Make n samples: images, or points.
+    ) -> Tensor | np.ndarray | list[Image.Image]:
+        """Make `count` samples: images, or points.
 
-        `classes`, numbers or names, are taken in turn (None: all of them); or `prompts`, texts, of a run that was
-        trained on captions, and the image file `source` that they edit, of a run that was trained on edits. `n` is as
-        many as are given, else 100. `nfe` is the number of network passes, `guidance` the scale w, 1 for none; they,
-        seed and solver are the run's own unless given. Sample i depends on seed, class and i alone. `noise` (n, *shape
+        `labels`, classes by number or name, are taken in turn (None: all of them); or `prompts`, texts, of a run that
+        was trained on captions, and the image file `source` that they edit, of a run that was trained on edits. `count`
+        is as many as are given, else 100. `nfe` is the number of network passes, `guidance` the scale w, 1 for none;
+        they, seed and solver are the run's own unless given. Sample i depends on seed, class and i alone. `noise` (n, *shape
         of the data) is what samples begin with instead, and a `generator` draws a seed. `size`, "320x192", width x
         height, is one of the buckets that the run was trained on; None: the square.
 
@@ -136,9 +197,9 @@ class TrainedRun:
             if seed is not None or noise is not None:
                 raise UserError("a generator draws the seed: give it, or seed and noise")
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
-        if n is not None:
-            n = _integer("n", n, 1)
-        c = self._conditions(classes, n, prompts, source, noise, sampler.shape)
+        if count is not None:
+            count = _integer("count", count, 1)
+        c = self._conditions(labels, count, prompts, source, noise, sampler.shape)
         guide = None if guidance is None else guide_of(sampler, self.spec.training_guidance, guidance)
         with threads.fewer_when_busy(self.device, teller(bar)):
             x = sampler.sample(
@@ -164,46 +225,46 @@ class TrainedRun:
 
     def _conditions(
         self,
-        classes: Classes | None,
-        n: int | None,
+        labels: Labels | None,
+        count: int | None,
         prompts: str | Sequence[str] | None,
         source: str | Path | None,
         noise: Tensor | None,
         shape: tuple[int, ...],
     ) -> Tensor:
         """The condition of every sample, in turn. Raises as `sample`."""
-        if prompts is not None and classes is not None:
-            raise UserError("prompts and classes are two ways to say what to make: give one of them")
+        if prompts is not None and labels is not None:
+            raise UserError("prompts and labels are two ways to say what to make: give one of them")
         conditions = self.spec.conditions
         only: list[int] | None = None
         if prompts is not None:
             texts = [prompts] if isinstance(prompts, str) else prompts
             only = prompted(self.opened.sampler, texts, None if source is None else Path(source)).tolist()
-        elif classes is not None:
-            labels = [classes] if isinstance(classes, str) or not isinstance(classes, Iterable) else classes
+        elif labels is not None:
+            label_list = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else labels
             only = []
-            for label in labels:
-                name = label if isinstance(label, str) else str(_integer("a class", label, None))
+            for label in label_list:
+                name = label if isinstance(label, str) else str(_integer("a label", label, None))
                 only.append(conditions.index(name))
         if only == []:
-            raise UserError("classes is empty: name at least one, or leave it out for all of them")
+            raise UserError("labels is empty: name at least one, or leave it out for all of them")
         if noise is not None:
             has_shape = _is_tensor(noise) and noise.shape[1:] == shape
             is_valid = has_shape and len(noise) > 0 and bool(noise.isfinite().all())
             if not is_valid:
                 got = f"shape {tuple(noise.shape)}" if _is_tensor(noise) else brief(repr(noise))
                 raise UserError(f"noise is a tensor (n, {', '.join(map(str, shape))}) of finite numbers; got {got}")
-            if n not in (None, len(noise)):
-                raise UserError(f"n = {n}, and noise has {len(noise)} rows: leave out n")
-            n = len(noise)
-        if n is None:
-            n = len(only) if only else COUNT
-        if only and n < len(only):
-            noun = "prompts" if prompts is not None else "classes"
-            raise UserError(f"n = {n} samples leave out some of {len(only)} {noun}: raise n, or give fewer")
+            if count not in (None, len(noise)):
+                raise UserError(f"count = {count}, and noise has {len(noise)} rows: leave out count")
+            count = len(noise)
+        if count is None:
+            count = len(only) if only else COUNT
+        if only and count < len(only):
+            noun = "prompts" if prompts is not None else "labels"
+            raise UserError(f"count = {count} samples leave out some of {len(only)} {noun}: raise count, or give fewer")
         if prompts is not None:
-            return repeat_conditions(torch.tensor(only), n)
-        return conditions.in_turn(n, only)
+            return repeat_conditions(torch.tensor(only), count)
+        return conditions.in_turn(count, only)
 
     @property
     def makes_images(self) -> bool:
@@ -221,24 +282,66 @@ class TrainedRun:
         rows = (Image.fromarray(pixels.numpy()) for pixels in picture.to_rows(images))
         return [image.convert("L") if grey else image for image in rows]
 
+    @with_known_arguments
     def evaluate(
         self,
         nfe: SupportsIndex | Sequence[SupportsIndex] | None = None,
         *,
         seed: SupportsIndex | None = None,
         solver: str | None = None,
+        metrics: Mapping[str, OwnMetric] | None = None,
         bar: Bar = no_bar,
     ) -> dict[str, Any]:
         """Judge the run by its protocol, write the report into its folder, and return it as a dict.
 
-        `results` has a row per number of passes; `file` says where the report is. Raises UserError as `sample`.
+        `results` has a row per number of passes; `file` says where the report is. `metrics` are your own, by name:
+        f(samples) of all samples of a row, images (n, channels, height, width) in [-1, 1], gives a number. They stand
+        in the rows that are returned, and not in the file. Raises UserError as `sample`.
         """
-        passes: list[int] | None = None
-        if nfe is not None:
-            passes = [_integer("nfe", value) for value in (nfe if isinstance(nfe, Iterable) else [nfe])]
+        passes = None if nfe is None else _integers("nfe", nfe)
         if seed is not None:
             seed = _integer("seed", seed)
-        return evaluation.evaluate(self.opened, nfe=passes, seed=seed, solver=solver, bar=bar)
+        return evaluation.evaluate(self.opened, nfe=passes, seed=seed, solver=solver, metrics=metrics, bar=bar)
+
+    @with_known_arguments
+    def export(
+        self,
+        out: str | Path,
+        to: str = "diffusers",
+        *,
+        head: str | None = None,
+        parts: str = "copy",
+        dtype: str = "float32",
+        nfe: SupportsIndex | Sequence[SupportsIndex] = (),
+        alone: bool = False,
+        push: str | None = None,
+    ) -> Path:
+        """Write the network as stock programs take it, as `dumo export`, to `out`, which must not exist; return it.
+
+            to="diffusers"      a folder for DiffusionPipeline.from_pretrained
+            to="lora"           a folder for load_lora_weights
+            to="comfyui"        a LoRA as one file
+            to="safetensors"    all weights as one file
+
+        `head`, `parts`, `dtype`, `nfe` and `alone` as `dumo.export.write.export`. `push`, OWNER/NAME, uploads it to the
+        Hugging Face Hub, too. Raises UserError where no stock program runs what the run has, or nothing is uploaded.
+        """
+        from dumo.export import hub, write  # slow to import
+
+        dist.require_one_process("an export")
+        place = Path(out)
+        write.require_vacant(place)
+        if push is not None:
+            hub.require_uploadable(push, parts)
+        shown_weights = self.opened.folder / self.opened.weights
+        other_weights = None if shown_weights == self.opened.file else str(self.opened.file)
+        with low_memory_heap():
+            opened = open_run(self.folder, weights=other_weights, device="cpu")
+            passes = _integers("nfe", nfe)
+            write.export(opened, place, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
+        if push is not None:
+            hub.push(place, push)
+        return place
 
     def __repr__(self) -> str:
         """One line."""
@@ -261,6 +364,7 @@ class TrainedRun:
         rows = "".join(f"<tr><th>{name}</th><td>{escape(str(fact))}</td></tr>" for name, fact in facts.items())
         return f"<table>{rows}</table>"
 
+    @with_known_arguments
     def report(self, *, prompts: Sequence[str] = (), bar: Bar = no_bar) -> Path:
         """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
         return page.write(self.opened, bar, prompts)[-1]
@@ -279,11 +383,17 @@ def _integer(name: str, value: object, least: int | None = 0) -> int:
     return number
 
 
+def _integers(name: str, values: SupportsIndex | Iterable[SupportsIndex]) -> list[int]:
+    """Whole numbers from one or several. Raises UserError as `_integer`."""
+    return [_integer(name, value) for value in (values if isinstance(values, Iterable) else [values])]
+
+
 def _is_tensor(value: object) -> bool:
     """Whether a value is a tensor of torch; a notebook may give an array of numpy where the types say Tensor."""
     return isinstance(value, Tensor)
 
 
+@with_known_arguments
 def load(
     folder: str | Path,
     changes: Changes | None = None,
@@ -311,6 +421,7 @@ def load(
         return TrainedRun(open_run(folder, _settings(changes), weights=file, device=str(device)))
 
 
+@with_known_arguments
 def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_code: bool = False) -> Run:
     """The complete run of a recipe's name, a YAML file or a run's folder, with these fields changed.
 
@@ -325,6 +436,23 @@ def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_co
     return parse(Run, tree)
 
 
+def recipes() -> list[dict[str, str | None]]:
+    """The recipes that dumo ships, a row for each, by purpose: `name`, `about`, `group` and `base`."""
+    return packaged.rows()
+
+
+@with_known_arguments
+def compare(runs: Sequence[str | Path | TrainedRun], *, anyway: bool = False) -> dict[str, Any]:
+    """The evaluations of several runs side by side: `rows`, the scores of `perfect` samplers, and what `differs`.
+
+    `runs` are runs, their folders, or files of evaluations; each was judged by `evaluate`. Raises UserError where one
+    was not, or they were measured otherwise; with `anyway` what differs has columns instead.
+    """
+    places = [str(run.folder if isinstance(run, TrainedRun) else run) for run in runs]
+    return comparison.compare(places, anyway=anyway)
+
+
+@with_known_arguments
 def train(
     source: str | Path | Run | None = None,
     changes: Changes | None = None,
@@ -335,6 +463,7 @@ def train(
     callbacks: Sequence[Callback | Every] = (),
     minutes: float | None = None,
     out: str | Path | None = None,
+    step: SupportsIndex | None = None,
     accept: bool = False,
     device: str | torch.device = "auto",
     bar: Bar = bar,
@@ -351,11 +480,13 @@ def train(
     `objective`, `data` and `net` are names of kinds, specs, or dicts as YAML has them. `data` may also be a folder, an
     array, a pair (array, labels), or a data set (`dumo.data.memory.Memory.of`); `net` a module, called as
     `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects; going on needs the same.
-    A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`. `minutes` is how long
-    to train where steps are proposed. `out` is the run's folder, runs/NAME unless given; `bar` shows the progress, on
-    stderr unless given. `track`: tensorboard, wandb or trackio gets the log as it grows. `trust_code`: run the code
-    that a file or folder names, as an object or `changes` need not say. Raises UserError as `recipe` does, and where
-    the folder holds another run.
+    A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`; it ends the training
+    by `raise dumo.Stop`, and what it returns does not matter. `minutes` is how long to train where steps are proposed.
+    `out` is the run's folder, runs/NAME unless given. Where that holds a run, the one that is asked for is compared
+    with it, and goes on, from the checkpoint of `step` if that is given. `accept`: with other fields or data than it
+    was trained by, which are noted. `bar` shows the progress, on stderr unless given. `track`: tensorboard, wandb or
+    trackio gets the log as it grows. `trust_code`: run the code that a file or folder names, as an object or `changes`
+    need not say. Raises UserError as `recipe` does, and where the folder holds another run.
     """
     with trusting(trust_code):
         if isinstance(source, Run):
@@ -374,17 +505,21 @@ def train(
                 device=str(device),
                 bar=bar,
             )
-        hooks = [callback if isinstance(callback, Every) else Every(1, callback) for callback in callbacks]
         opened = open_job(
             composed.folder,
             composed.run,
             changes=composed.changes,
             device=str(device),
             tell=None if bar is no_bar else say,
+            step=None if step is None else _integer("step", step),
             accept=accept,
             sheets=Sheets,
         )
-        with live_feed(composed.folder, track, say) as tracker_hooks, opened as job:
+        with (
+            live_feed(composed.folder, track, say) as tracker_hooks,
+            stoppable_hooks(callbacks) as hooks,
+            opened as job,
+        ):
             train_job(job, bar, [*hooks, *tracker_hooks])
         return load(composed.folder, device=device)
 

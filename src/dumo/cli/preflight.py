@@ -36,11 +36,7 @@ def recipes(
         print(json.dumps(schema()))
         return
     if as_json:
-        rows: list[dict[str, str | None]] = []
-        for group, names in packaged.GROUPS.items():
-            for name in names:
-                rows.append({"name": name, "about": packaged.about(name), "group": group, "base": packaged.base(name)})
-        print(json.dumps({"recipes": rows}))
+        print(json.dumps({"recipes": packaged.rows()}))
         return
     wide = Console(width=out.width if out.is_terminal else 1000, highlight=False)  # a line each, to be searched
     for group, names in packaged.GROUPS.items():

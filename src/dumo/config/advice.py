@@ -12,6 +12,7 @@ from dumo.config.parts import RunParts
 from dumo.flow.path import Path
 from dumo.nets import Net, is_pretrained
 from dumo.objectives import Objective
+from dumo.runtime.door import settings
 from dumo.training.ema import Ema
 from dumo.training.spec import Train
 
@@ -20,7 +21,7 @@ MAX_SD_RATIO = 1.2  # of the data's standard deviation to that of the path, eith
 
 
 def advice(run: RunParts, sd: float | None = None) -> list[str]:
-    """A line for each departure, with the --set that follows the source; [] if there is none.
+    """A line for each departure, with the setting that follows the source; [] if there is none.
 
     `sd` is the standard deviation of the data, in their own unit; None or 0: not measured, and not compared.
     """
@@ -40,7 +41,7 @@ def _size_advice(net: Net, pixels: Sequence[int]) -> list[str]:
         return []
     return [
         f"the pipeline makes images of {side} x {side} pixels by default, and this run has {pixels[1]} x {pixels[2]}. "
-        f"As the pipeline:  --set data.images.side={side}"
+        f"As the pipeline:  {settings(f'data.images.side={side}')}"
     ]
 
 
@@ -49,13 +50,13 @@ def _reference_advice(objective: Objective, train: Train) -> list[str]:
     decay = objective.needs.ref
     if decay is None or train.ref != "self":
         return []
-    fix = f"--set train.ref={decay:g}"
+    fields = [f"train.ref={decay:g}"]
     if decay not in [ema.key for ema in train.ema]:
         averages = [ema.model_dump(mode="json") for ema in (*train.ema, Ema(decay=decay))]
-        fix = f"--set 'train.ema={shown(averages)}' {fix}"
+        fields.insert(0, f"train.ema={shown(averages)}")
     return [
         f"objective '{objective.kind}' takes theta^- in its source from an average of the weights, of decay "
-        f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {fix}"
+        f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {settings(*fields)}"
     ]
 
 
@@ -75,5 +76,5 @@ def _deviation_advice(objective: Objective, net: Net, path: Path, sd: float) -> 
     return [
         f"the constants of {' and '.join(owners)} are for data of standard deviation 1; these data have "
         f"{sd / path.sd:.2g}{units}. "
-        f"To train on them in units of it:  --set path.sd={sd:.2g}"
+        f"To train on them in units of it:  {settings(f'path.sd={sd:.2g}')}"
     ]

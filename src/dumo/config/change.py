@@ -12,6 +12,7 @@ from pydantic_core import to_jsonable_python
 
 from dumo.io.read import brief
 from dumo.io.yaml import dump_yaml, parse_yaml
+from dumo.runtime.door import settings
 from dumo.types import UserError
 
 FieldPath = tuple[str, ...]  # the names in a dotted path
@@ -53,8 +54,7 @@ def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
             parent = path[:length]
             if parent in values and values[parent] is None:
                 raise UserError(
-                    f"--set {'.'.join(parent)}=null takes away what --set {'.'.join(path)} is a part of: leave out one "
-                    "of them"
+                    f"{'.'.join(parent)}=null takes away what {'.'.join(path)} is a part of: leave out one of them"
                 )
         _put(tree, path, values[path])
 
@@ -78,11 +78,11 @@ def _split(text: str) -> tuple[FieldPath, object]:
     """The path and the value of a text 'a.b=c'. Raises UserError for a text that is not written so."""
     dotted, sign, right = text.partition("=")
     if not sign or not dotted:
-        raise UserError(f"--set {brief(text)}: write it as a.b=c, for example --set train.steps=2000")
+        raise UserError(f"{brief(text)} is no field and its value: write {settings('train.steps=2000')}")
     try:
         return tuple(dotted.split(".")), parse_yaml(right)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {brief(text)}: '{brief(right)}' is not a YAML value") from error
+        raise UserError(f"{brief(text)}: '{brief(right)}' is not a YAML value") from error
 
 
 def _put(tree: dict[str, Any], path: FieldPath, value: object) -> None:

@@ -1,5 +1,7 @@
 """Names that other trainers give to what dumo has under another name, or in another unit."""
 
+from dumo.runtime.door import option, settings
+
 ROWS = "images of a step, of all ranks together"
 STEPS = "steps: epochs times images over train.batch"
 # What other trainers (diffusers, accelerate, lightning, EDM, torchtitan) call it: what to write here, and its unit.
@@ -40,7 +42,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "num_epochs": ("train.steps", STEPS),
     "num_inference_steps": ("sample.nfe", "a list: passes through the net"),
     "num_train_epochs": ("train.steps", STEPS),
-    "output_dir": ("--out", "of dumo train: the run's folder"),
+    "output_dir": ("out", "of dumo train: the run's folder"),
     "per_device_train_batch_size": ("train.batch", ROWS),
     "pretrained_model_name_or_path": ("pipeline", "with net.kind=diffusers"),
     "random_flip": ("data.flip", ""),
@@ -48,6 +50,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "report_to": ("dumo log RUN --to", "tensorboard, wandb or trackio, in another terminal"),
     "resolution": ("data.side", "pixels"),
     "resume_from_checkpoint": ("the same command again", "which goes on where it stopped"),
+    "steps": ("train.steps", "of the optimizer"),
     "train_batch_size": ("train.batch", ROWS),
     "train_data_dir": ("data.root", ""),
     "use_8bit_adam": ("train.optimizer.kind", "adamw8bit"),
@@ -63,8 +66,8 @@ def ours(name: str) -> str | None:
     if key not in FOREIGN:
         return None
     field, unit = FOREIGN[key]
+    if field == "out":
+        field = option("out")
     if name.startswith("--") and "." in field:
-        field = f"--set {field}"
-        if "=" not in field:
-            field += "=..."
+        field = settings(field if "=" in field else f"{field}=...")
     return f"here it is {field} ({unit})" if unit else f"here it is {field}"

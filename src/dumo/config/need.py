@@ -17,6 +17,7 @@ from dumo.data.caption import Templates
 from dumo.flow.guide import GuidanceScale, Guide
 from dumo.nets.precondition import VELOCITIES
 from dumo.objectives import Objective
+from dumo.runtime.door import settings
 
 NETS_OF_ANY_SIZE = ("dit", "diffusers")  # kinds of nets that take samples of several sizes
 BY_KNOBS = GuidanceScale(field="objective.w", off="objective.w=null")  # of iMF, whose scales are drawn up to this field
@@ -241,10 +242,12 @@ def buckets_field(data: Data) -> str | None:
 def ways_to_captions(data: Data) -> str:
     """A message's end: three ways to give a pretrained model the captions that it reads."""
     field = captions_field(data)
+    files = settings(f"{field}.kind=files")
+    templates = settings(f'{field}={{kind: templates, templates: ["a photo of a {{}}"]}}')
+    codes = settings(f"{field}=null", "net.texts.kind=codes")
     return (
-        f"Give them, --set {field}.kind=files, or make them of the classes' names, --set '{field}={{kind: templates, "
-        'templates: ["a photo of a {}"]}\'; or take random codes for the classes, '
-        f"--set {field}=null --set net.texts.kind=codes, and the model reads no prompt"
+        f"Give them, {files}, or make them of the classes' names, {templates}; or take random codes for the classes, "
+        f"{codes}, and the model reads no prompt"
     )
 
 

@@ -64,6 +64,15 @@ def base(name: str) -> str | None:
     return _line(name, "base")
 
 
+def rows() -> list[dict[str, str | None]]:
+    """A row for each recipe, by purpose: its name, what it is, its purpose (`group`), and its base, if it has one."""
+    recipe_rows: list[dict[str, str | None]] = []
+    for group, group_names in GROUPS.items():
+        for name in group_names:
+            recipe_rows.append({"name": name, "about": about(name), "group": group, "base": base(name)})
+    return recipe_rows
+
+
 def _line(name: str, key: str) -> str | None:
     """The value of a top-level key that stands on one line, without parsing the whole recipe; None: there is none."""
     for line in text(name).splitlines():

@@ -19,6 +19,7 @@ from typing import Any
 
 from dumo.io.read import brief
 from dumo.runtime import signals
+from dumo.runtime.door import option
 from dumo.runtime.progress import inline
 from dumo.types import UserError
 
@@ -60,9 +61,7 @@ def require(named: Iterable[tuple[str, Sequence[str]]], source: str) -> None:
             places = "no file on Python's path: put PYTHONPATH=. before the command"
         message = f"{source or 'it'} runs code: {brief(name)} ({places})"
         if not ask_consent(f"{message}. Run it?"):
-            raise UserError(
-                f"{message}. Read it, and where you trust it give --trust-code, or from Python trust_code=True"
-            )
+            raise UserError(f"{message}. Read it, and where you trust it give {option('trust-code', True)}")
         accepted_names.add(name)
 
 

@@ -28,7 +28,7 @@ from dumo.runtime import import_bitsandbytes, install
 from dumo.types import FREE, PINNED, UserError
 
 CONFIG = "config.json"
-HINT = f"--set {FIELD}=... names a folder with {CONFIG} and {DIFFUSERS_FILE}, or a model of the Hugging Face hub."
+HINT = f"{FIELD}=... names a folder with {CONFIG} and {DIFFUSERS_FILE}, or a model of the Hugging Face hub."
 
 
 class Model(Scaled):

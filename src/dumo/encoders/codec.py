@@ -94,7 +94,7 @@ class Scaled(Spec):
         if self.sha256 not in (None, sha256):
             raise UserError(
                 f"{FIELD}: {self.weights} has SHA-256 {sha256}, and this run has {self.sha256}: put those weights "
-                f"back, or say where they are with --set {FIELD}=..."
+                f"back, or say where they are with {FIELD}=..."
             )
 
     def facts(self) -> dict[str, Any]:

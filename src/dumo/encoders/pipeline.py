@@ -26,6 +26,7 @@ from dumo.encoders.part import PartWeights
 from dumo.io import digest
 from dumo.io.read import read_settings, read_text, user_path
 from dumo.io.yaml import parse_yaml
+from dumo.runtime.door import settings
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
 
 S = TypeVar("S", bound=Spec)
@@ -45,7 +46,7 @@ CONFIGS = files("dumo.encoders") / "published"
 PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
 SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-10, but for digits the second
 SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
-HINT = f"--set {FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
+HINT = f"{FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
 TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # folders of what reads prompts
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
 OptionalPart = Literal["text_encoder_3"]  # a pipeline of diffusers works without it: SD3's T5
@@ -168,7 +169,7 @@ class Pipeline(Spec):
         if facts.get(part, current_hash) != current_hash:
             raise UserError(
                 f"{FIELD}: {self.source} has another {part.partition('.')[0]} ({what}) than when this run began: put "
-                f"that back, or say where the pipeline is with --set {FIELD}.source=..."
+                f"that back, or say where the pipeline is with {FIELD}.source=..."
             )
 
     def download_command(self, part: str = "") -> str:
@@ -321,7 +322,7 @@ class Pipeline(Spec):
         if part in OPTIONAL and self._find_part(part) is None:
             raise UserError(
                 f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}; or go without it, "
-                f"--set '{FIELD}.without=[{part}]'"
+                f"{settings(f'{FIELD}.without=[{part}]')}"
             )
         files = self.weights(part).all_files
         for name in (CONFIG, GENERATION_CONFIG):

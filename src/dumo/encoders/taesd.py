@@ -19,7 +19,7 @@ from dumo.io.weights import compare, load, whole_digest
 
 WIDTH = 64  # channels inside the net
 SHA256 = "ba389353bb096ea6ca323a1685d45ff8af8e1994f1c0d6fea810f5c1ef2a0db4"  # of taef2.safetensors
-HINT = f"It is taef2 of github.com/madebyollin/taesd; say where you keep it with --set {FIELD}=..."
+HINT = f"It is taef2 of github.com/madebyollin/taesd; say where you keep it with {FIELD}=..."
 
 
 class Taef2(Scaled):

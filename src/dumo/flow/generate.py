@@ -170,7 +170,7 @@ def labels_in_turn(n: int, classes: int, only: Sequence[int] | None = None) -> I
     Raises UserError for a label outside [0, classes), or no image at all.
     """
     if not 1 <= n <= SAMPLES:
-        raise UserError(f"{n:,} images cannot be made at once: ask for 1 to {SAMPLES:,}, for more with another --seed")
+        raise UserError(f"{n:,} images cannot be made at once: ask for 1 to {SAMPLES:,}, for more with another seed")
     for label in only or ():
         if not classes:
             raise UserError(f"label {label} is out of range: this model has no classes, so give no labels")

@@ -102,7 +102,7 @@ class Diffusion(Spec):
     def known_schedule(self) -> Schedule:
         """The pipeline's schedule. Raises UserError where none was found."""
         if self.schedule is None:
-            raise UserError("path.schedule is the pipeline's, which is not here: --set pipeline=DIR names its folder")
+            raise UserError("path.schedule is the pipeline's, which is not here: pipeline=DIR names its folder")
         return self.schedule
 
     @property

@@ -36,6 +36,7 @@ from dumo.nets.rows import Texts
 from dumo.nets.twin import HeadLayer, JoinedHeads, set_channels, split_into_heads, with_submodules
 from dumo.nets.vp import DiffusionToVelocity
 from dumo.runtime import dist
+from dumo.runtime.door import option
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 
 
@@ -337,7 +338,7 @@ class Dualized(nn.Module):
         if bias is None:
             raise UserError(
                 f"the embedding of time of a {type(self.model).__name__} has no bias, which would hold that of r = t: "
-                "take --head u, if that was taught, or sample by dumo sample"
+                f"take {option('head', 'u')}, if that was taught, or sample by dumo sample"
             )
         last.bias = nn.Parameter(bias + self.gap(bias.new_zeros(1))[0], False)
         return last

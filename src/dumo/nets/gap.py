@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from dumo.nets.lowpass import frequencies, linear_layers, waves
 from dumo.nets.twin import bias_or_none
+from dumo.runtime.door import option
 from dumo.types import Array, Time, UserError
 
 EXACT = 1e-5  # the relative error of an embedding up to which it counts as the one that was trained (ours)
@@ -123,8 +124,8 @@ def fixed(embedder: nn.Module, x: Tensor, wanted: Tensor, dtype: torch.dtype) ->
     )
     if not result.error <= max(EXACT, 2 * rounding_error):  # a nan is refused, too
         raise UserError(
-            f"these passes are too near to one another for one embedding of time ({result}): ask for fewer by --nfe, "
-            "or sample by dumo sample"
+            f"these passes are too near to one another for one embedding of time ({result}): ask for fewer by "
+            f"{option('nfe')}, or sample by dumo sample"
         )
     return result
 

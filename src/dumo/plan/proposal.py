@@ -47,6 +47,7 @@ from dumo.run.resolve import resolve
 from dumo.run.weights import build
 from dumo.runtime import install, installed, threads
 from dumo.runtime.device import choose_device
+from dumo.runtime.door import settings
 from dumo.runtime.progress import Bar, no_bar, quiet, span
 from dumo.runtime.stopwatch import WARM_UP, Stopwatch, wall_clock
 from dumo.types import Spec, UserError
@@ -125,7 +126,7 @@ class Proposal:
         yield "images", text
         if run.data.captions:
             captions = ", ".join(finding.text for finding in caption_findings(run.data))
-            yield "captions", f"{captions}; the net reads them, --set data.captions=null leaves them out"
+            yield "captions", f"{captions}; the net reads them, {settings('data.captions=null')} leaves them out"
         elif images.captions:
             yield "captions", images.captions
         yield "machine", self.machine
@@ -137,7 +138,7 @@ class Proposal:
         epochs = run.train.steps * run.train.batch / images.count
         steps = f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times"
         if run.train.steps == MIN_STEPS:
-            steps += "; the fewest proposed, less by --set train.steps"
+            steps += "; the fewest proposed, less by train.steps"
         yield "steps", steps
         yield "time", f"{span(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"
 
@@ -233,7 +234,7 @@ def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar
     if not installed("transformers"):
         raise UserError(
             f"{images.root} has {len(captions):,} captions: {install('text')}  to train on them, or leave them "
-            "out by --set data.captions=null"
+            f"out by {settings('data.captions=null')}"
         )
     return images_found, fields | _caption_fields(images.root, captions, on_a_cpu=device.type == "cpu")
 
@@ -241,7 +242,7 @@ def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar
 def caption_hint(error: NoCaptionsError) -> str:
     """A line on what may be captions, and how to have it read; "" where there is nothing of the kind."""
     if error.columns:
-        way = f"--set 'data.captions={{kind: files, name: {error.columns[0]}}}'"
+        way = settings(f"data.captions={{kind: files, name: {error.columns[0]}}}")
         return f"none read; of the columns {', '.join(error.columns)} one may be named, as by {way}"
     if error.tables:
         table = first_sorted(error.tables)
@@ -262,7 +263,7 @@ def _read_captions(images: Images, store: Store, *, needed: bool) -> Captions | 
     except UserError as error:
         if not needed:
             return None
-        raise UserError(f"{error}; or leave captions out: --set data.captions=null") from error
+        raise UserError(f"{error}; or leave captions out: {settings('data.captions=null')}") from error
     return Captions.of(texts)
 
 
@@ -273,7 +274,7 @@ def _reason_not_to_read_captions(images: Images, sets: Sequence[str]) -> str:
         chooses_net = text.partition("=")[0] in ("net", "net.kind")
         chooses_captions = text.startswith("data.captions") and not reads_captions
         if chooses_net or chooses_captions:
-            return f"--set {brief(text)} says what the net reads"
+            return f"{brief(text)} says what the net reads"
     return ""
 
 

@@ -132,8 +132,8 @@ def _script(
     conditions = run.sampler.conditions
     options: dict[str, object] = {}
     if conditions.count and condition.strip():
-        options["prompts" if conditions.captions else "classes"] = condition.strip()
-    options["n"] = count
+        options["prompts" if conditions.captions else "labels"] = condition.strip()
+    options["count"] = count
     options["nfe"] = nfe
     options["seed"] = seed
     if mode.solver.kind != run.sampler.spec.solver.kind:

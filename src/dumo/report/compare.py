@@ -21,6 +21,7 @@ from dumo.report import score
 from dumo.report.card import FILE, Card, Row, read_report
 from dumo.run import shipped
 from dumo.runtime import shell_path
+from dumo.runtime.door import option
 from dumo.types import UserError
 
 # The fields of a card that say how samples were measured.
@@ -60,7 +61,7 @@ def require_comparable(cards: Mapping[str, Card]) -> None:
         lines = [f"{field}: {_side_by_side(cards, values)}" for field, values in differences.items()]
         raise UserError(
             "\n  ".join(["these were not measured alike, so no table holds them both:", *lines])
-            + "\nJudge them alike, or print the table with what differs: --anyway"
+            + f"\nJudge them alike, or print the table with what differs: {option('anyway', True)}"
         )
 
 

@@ -15,7 +15,7 @@ of other weights, it is another file, named after what differs; of an earlier st
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dumo.config.parts import Evaluation, Sampling
 from dumo.evaluation.likelihood import LikelihoodEvaluator
+from dumo.evaluation.own import OwnMetric, WithOwnMetrics
 from dumo.evaluation.protocol import Evaluator, Scores
 from dumo.evaluation.stored import FILE as STORED_FILE
 from dumo.flow.generate import Batch, counting_passes, eval_mode, in_precision
@@ -56,6 +57,7 @@ def evaluate(
     nfe: Sequence[int] | None = None,
     seed: int | None = None,
     solver: str | None = None,
+    metrics: Mapping[str, OwnMetric] | None = None,
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Judge a run by its protocol, and write the report, which says in `file` where it is.
@@ -64,6 +66,9 @@ def evaluate(
     `results` has one row per number of passes. `contrast` has Euler steps of the velocity, at as many passes and at
     those that the run adds to them, where its own solver is another: what the other head, or the higher order, is
     for; of likelihoods, Heun's steps at the passes of the protocol. Several ranks share the work, and the first writes.
+    `metrics` are scores of the user's own, by name: they follow in the rows that are returned, not in the file, for
+    their code is not known there.
+
     Raises UserError as the solvers and the protocol do, OSError where the report could not be written, before any work,
     and Stopped where that is asked.
     """
@@ -71,13 +76,21 @@ def evaluate(
     sweep(opened.output_folder)
     opened = with_options(opened, nfe=nfe, seed=seed, solver=solver)
     with threads.fewer_when_busy(opened.device, teller(bar)):
-        path, report = _judge(opened, bar)
+        path, report = _judge(opened, bar, metrics or {})
     if dist.is_main():
-        write(path, report)
+        write(path, _without_scores(report, metrics or {}))
     return report
 
 
-def _judge(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
+def _without_scores(report: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The report without the scores of these names in its rows."""
+    rows_by_part: dict[str, list[Row]] = {}
+    for part in ROWS:
+        rows_by_part[part] = [{name: row[name] for name in row if name not in names} for row in report[part]]
+    return {**report, **rows_by_part}
+
+
+def _judge(opened: RunFolder, bar: Bar, metrics: Mapping[str, OwnMetric]) -> tuple[Path, dict[str, Any]]:
     """The report of a run as it is to be judged, and where it belongs. Raises as `evaluate`."""
     run = opened.run
     sampler = opened.sampler
@@ -85,6 +98,11 @@ def _judge(opened: RunFolder, bar: Bar) -> tuple[Path, dict[str, Any]]:
     seed = run.evaluate.seed
     passes = judging_settings(sampler, run.evaluate)
     evaluator = evaluator_of(sampler, run.evaluate, bar, _stored_reference(opened))
+    if metrics:
+        dist.require_one_process("a metric of your own")
+        if isinstance(evaluator, LikelihoodEvaluator):
+            raise UserError(f"protocol {protocol.kind} makes no samples, so it takes no metrics of your own")
+        evaluator = WithOwnMetrics(evaluator, metrics)
     c = sample_conditions(run.data, run.evaluate)
     path = opened.output_folder / _file_name(opened)
     solver = run.sample.solver

@@ -19,6 +19,7 @@ from dumo.io.read import first_few
 from dumo.io.source import hashes_of
 from dumo.io.weights import load
 from dumo.runtime import dist
+from dumo.runtime.door import option
 from dumo.training import agreement
 from dumo.training.checkpoint import DATA
 from dumo.training.manifest import Checkpoint
@@ -27,8 +28,6 @@ from dumo.types.family import is_instance_of
 
 if TYPE_CHECKING:
     from dumo.io.content import Hashes
-
-WAY_OUT = "give another folder with --out, or go on with the data as they are by --accept"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     elif trained_on["labels"].numpy().tobytes().hex() != hashes.labels_digest():
         problem = "the classes of the images are others"
     else:
-        hashes.expect(expected, f"is not what it was when {folder} was trained on it: put it back as it was, {WAY_OUT}")
+        problem_of_image = f"is not what it was when {folder} was trained on it: put it back as it was, {_way_out()}"
+        hashes.expect(expected, problem_of_image)
         agreement.gather_results(lambda: hashes.hash(hashes.suspect()[rank::ranks]))
         changed = np.unique(np.concatenate(agreement.gather_results(hashes.mismatches)))
         if len(changed):
@@ -103,8 +103,13 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
 def changed_data_error(folder: Path, problem: str) -> UserError:
     """The error that the data of a run have changed, with the way out."""
     return UserError(
-        f"{folder}: the data are not those that it was trained on ({problem}): put them back as they were, {WAY_OUT}"
+        f"{folder}: the data are not those that it was trained on ({problem}): put them back as they were, {_way_out()}"
     )
+
+
+def _way_out() -> str:
+    """What else there is to do about changed data, in words."""
+    return f"give another folder with {option('out')}, or go on with the data as they are by {option('accept', True)}"
 
 
 def tensors_to_save(hashes: "Hashes | None") -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from dumo.config.spec import Run
 from dumo.io import file as files
 from dumo.run.index import Index
 from dumo.run.provenance import require_same_run
+from dumo.runtime.door import option
 from dumo.training import manifest
 from dumo.training.log import read_log
 from dumo.training.spec import Train
@@ -32,7 +33,9 @@ WRITTEN_FILES = (FILE, "data.json", "metrics.jsonl")  # by training, at the top 
 def _require_name(folder: Path) -> None:
     """Raise UserError where a folder's name is no text in UTF-8: no file of weights opens there."""
     if not str(folder).isascii() and str(folder) != str(folder).encode(errors="replace").decode():
-        raise UserError(f"{folder} is no name in UTF-8, and no file of weights opens there: give another with --out")
+        raise UserError(
+            f"{folder} is no name in UTF-8, and no file of weights opens there: give another with {option('out')}"
+        )
 
 
 def require_free(folder: Path) -> None:
@@ -42,10 +45,10 @@ def require_free(folder: Path) -> None:
     if manifest.paths_by_step(folder / "checkpoints"):
         raise UserError(
             f"{folder / FILE} was removed: restore it (each checkpoint that is left holds a copy, "
-            f"checkpoints/step-*/{manifest.RUN}), then give the same command; or give another folder with --out"
+            f"checkpoints/step-*/{manifest.RUN}), then start again; or give another folder with {option('out')}"
         )
     if folder.is_dir() and any(path.name != LOCK and not _is_half_written(path) for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
+        raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with {option('out')}")
 
 
 def require_resumable(run: Run, index: Index, step: int | None = None, *, accept: bool = False) -> None:
@@ -56,7 +59,7 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
     folder = index.folder
     checkpoints = index.checkpoints.by_step()
     if step is not None and step not in checkpoints:
-        problem = f"--from {step}: {folder} has no checkpoint of that step"
+        problem = f"{option('from', step)}: {folder} has no checkpoint of that step"
         if not checkpoints:
             raise UserError(f"{problem}: it has none")
         raise UserError(f"{problem}: it has those of step {', '.join(map(str, checkpoints))}")
@@ -83,7 +86,7 @@ def _require_no_lost_checkpoint(folder: Path, train: Train) -> None:
     if (folder / CHECKPOINT_WRITTEN).exists():
         raise UserError(
             f"{folder} had checkpoints, and {folder / 'checkpoints'} has none: bring back what it was on. To train "
-            f"from the start give another folder with --out, or move {folder} away"
+            f"from the start give another folder with {option('out')}, or move {folder} away"
         )
     if (folder / NO_CHECKPOINT_YET).exists():
         return
@@ -92,7 +95,7 @@ def _require_no_lost_checkpoint(folder: Path, train: Train) -> None:
     if last_step > first_saved_step:  # that one is saved once the slope has been examined on it
         raise UserError(
             f"{log_file} reaches step {last_step}, and {folder / 'checkpoints'} has no checkpoint: bring back what it "
-            f"was on. To train from the start give another folder with --out, or move {log_file} away"
+            f"was on. To train from the start give another folder with {option('out')}, or move {log_file} away"
         )
 
 
@@ -122,7 +125,8 @@ def locked_run_folder(folder: Path) -> Generator[None, None, None]:
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with files.locked(folder / LOCK, f"{folder} is being trained by another process: wait for it, or give --out"):
+        problem = f"{folder} is being trained by another process: wait for it, or give {option('out')}"
+        with files.locked(folder / LOCK, problem):
             yield
     finally:
         with suppress(OSError):  # it is not empty: something was written

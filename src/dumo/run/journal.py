@@ -40,8 +40,9 @@ from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
 from dumo.run.provenance import run_before_step
 from dumo.run.weights import build
-from dumo.runtime import dist, shell_path, signals
+from dumo.runtime import dist, signals
 from dumo.runtime.device import software_versions, total_memory
+from dumo.runtime.door import train_call
 from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.progress import sized
 from dumo.runtime.threads import StepThreads
@@ -294,14 +295,9 @@ def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int)
 
 
 def _command_at_rates(folder: Path, step: int | None, rates: Mapping[str, float]) -> str:
-    """The command that goes on at these rates, from the checkpoint of `step`; None: as the folder stands."""
-    options: list[str] = []
-    if step is not None:
-        options += ["--from", str(step)]
-    for name, rate in rates.items():
-        options += ["--set", f"train.optimizer.{name}={rate:g}"]
-    program = join([*_program_words(), "train"])
-    return f"{program} {shell_path(folder)} {join(options)}"
+    """The call that goes on at these rates, from the checkpoint of `step`; None: as the folder stands."""
+    fields = [f"train.optimizer.{name}={rate:g}" for name, rate in rates.items()]
+    return train_call(folder, fields, step=step, program=join(_program_words()))
 
 
 def _program_words() -> list[str]:

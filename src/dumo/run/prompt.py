@@ -20,6 +20,7 @@ from dumo.encoders.caption import edit, parted
 from dumo.encoders.texttable import Sources
 from dumo.io import picture
 from dumo.run.sampler import Sampler
+from dumo.runtime.door import option
 from dumo.types import UserError
 
 
@@ -64,7 +65,9 @@ def prompted(sampler: Sampler, prompts: Sequence[str], source: Path | None = Non
         raise UserError("a prompt is empty: say what the image shows, or leave the prompt out")
     texts = sampler.texts
     if texts is None or sampler.conditions.captions is None:
-        fix = "give classes (--labels)" if sampler.conditions.count else "leave them out, or train a run with captions"
+        fix = "leave them out, or train a run with captions"
+        if sampler.conditions.count:
+            fix = f"give classes ({option('labels')})"
         raise UserError(f"this run was trained without captions, so it reads no prompts: {fix}")
     captions = _as_captions(sampler, prompts, source)
 
@@ -95,13 +98,13 @@ def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) 
     there is no such file.
     """
     if edits(sampler.data) and source is None:
-        raise UserError("this run edits images: say which, dumo sample --source FILE")
+        raise UserError(f"this run edits images: say which, {option('source', 'FILE')}")
     if source is None:
         return [text.strip() for text in prompts]
     if not edits(sampler.data):
-        raise UserError("this run edits none: leave out --source")
+        raise UserError(f"this run edits none: leave out {option('source')}")
     if not source.is_file():
-        raise UserError(f"--source {source}: there is no such file")
+        raise UserError(f"{option('source', str(source))}: there is no such file")
     sha256 = source_hash(source)
     return [edit(text, sha256) for text in prompts]
 

@@ -17,7 +17,7 @@ from dumo.config.load import Written, differences, identity
 from dumo.config.source import FILE
 from dumo.config.spec import Run
 from dumo.run.index import CheckpointRun, Index, later_changes_of_function
-from dumo.runtime import shell_path
+from dumo.runtime.door import option, train_call
 from dumo.training import manifest
 from dumo.training.checkpoint import facts_of, step_of
 from dumo.training.manifest import Checkpoint
@@ -70,7 +70,7 @@ def _require_no_differences(folder: Path, place: Path, lines: list[str]) -> None
     differences_text = "\n  ".join([f"{folder / FILE} is not the run that {place} was trained by:", *lines])
     raise UserError(
         f"{differences_text}\nPut these fields back. To train on with them as they are:  "
-        f"dumo train {shell_path(folder)} --accept"
+        f"{train_call(folder, accept=True)}"
     )
 
 
@@ -121,7 +121,7 @@ def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) 
     if accept:
         return
 
-    way_out = f"or take them as they are by --accept, which notes them in {FILE}"
+    way_out = f"or take them as they are by {option('accept', True)}, which notes them in {FILE}"
     if trained_run:
         edited = [difference for difference in trained_run.differences_from(written) if not difference.may]
         if edited:
@@ -130,7 +130,8 @@ def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) 
     requested = [difference for difference in differences(written.run, run) if not difference.may]
     if requested:
         lines = [f"{index.folder} holds another run:", *map(str, requested)]
-        raise UserError("\n  ".join(lines) + f"\nGive another folder with --out, or remove this one, {way_out}")
+        other_folder = f"Give another folder with {option('out')}, or remove this one"
+        raise UserError("\n  ".join(lines) + f"\n{other_folder}, {way_out}")
 
 
 def run_before_step(index: Index, checkpoint: Checkpoint | None) -> Written | None:

@@ -1,7 +1,7 @@
 """The lines that a training shows before its first step.
 
 `training_summary` says what is trained on what, and what a step costs; `misfits` warns of what does not fit this
-machine, each time with the `--set` that does.
+machine, each time with the setting that does.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from dumo.nets import is_dualized
 from dumo.run import cost
 from dumo.runtime import dist
 from dumo.runtime.device import operations_per_second
+from dumo.runtime.door import settings
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.types import UserError
@@ -101,7 +102,7 @@ def _layout_text(share: int, device: torch.device) -> str:
 
 
 def misfits(train: Train, operations: float, device: torch.device, step: int = 0) -> Iterator[str]:
-    """Yield a line for each reason why a run does not fit this machine, with the --set that does.
+    """Yield a line for each reason why a run does not fit this machine, with the setting that does.
 
     `operations` are the floating-point operations, on this device, of the steps after `step`.
     """
@@ -112,7 +113,7 @@ def misfits(train: Train, operations: float, device: torch.device, step: int = 0
         for_gpu["compile"] = "none"
     if device.type == "cpu" and for_gpu:
         now = " and ".join(f"train.{name}={getattr(train, name)}" for name in for_gpu)
-        ways = " ".join(f"--set train.{name}={value}" for name, value in for_gpu.items())
+        ways = settings(*(f"train.{name}={value}" for name, value in for_gpu.items()))
         yield f"{now}: for a GPU. A CPU compiles for minutes and gains little:  {ways}"
     hours = operations / operations_per_second(device) / SECONDS_PER_HOUR
     if hours > HOURS_PER_DAY:
@@ -120,5 +121,5 @@ def misfits(train: Train, operations: float, device: torch.device, step: int = 0
         steps_a_day = max(1, int(steps_left * HOURS_PER_DAY / hours))
         yield (
             f"{steps_left:,} steps take {hours:,.0f} hours here, at the speed of a product of matrices: take a smaller "
-            f"net, other images or fewer steps; a day is  --set train.steps={step + steps_a_day}"
+            f"net, other images or fewer steps; a day is  {settings(f'train.steps={step + steps_a_day}')}"
         )

@@ -193,7 +193,7 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
     if not Path(teacher.source, RUN).is_file():
         raise UserError(
             f"teacher.source: {teacher.source} is no run's folder (it has no {RUN}): train one there, or say where "
-            "it is with --set teacher.source=..."
+            "it is with teacher.source=..."
         )
     opened = open_run(teacher.source, device=str(device))
     teacher_run = opened.run

@@ -85,6 +85,6 @@ def require(now: str | None, before: str | None, whose: object) -> None:
     if now != before:
         raise UserError(
             f"{whose} was trained on other frozen weights than its net has now: put those back where its pipeline "
-            "is, or say where they are, --set pipeline.source=...; keep net.lora.frozen as it was; or train anew in "
+            "is, or say where they are, pipeline.source=...; keep net.lora.frozen as it was; or train anew in "
             "another folder"
         )

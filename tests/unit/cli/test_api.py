@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,9 @@ CHANGES = {
     "objective.drop": 1e-5,
     "evaluate.protocol.samples": 500,
 }
+
+
+Wrong = Callable[[Any, Any], object]  # of a run of digits and one of moons
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun,
         with np.load(done.out.strip()) as archive:
             return archive["arr_0"]
 
-    x = digits.sample(classes=[3, 5], nfe=2, seed=4)
+    x = digits.sample(labels=[3, 5], nfe=2, seed=4)
     assert (x.shape, x.dtype, x.device.type) == ((2, 1, 8, 8), torch.float32, "cpu")
     assert (x.min(), x.max()) == (-1, 1)  # of weights like these many pixels lie beyond
     pictures = digits.pil(x)
@@ -102,7 +106,7 @@ def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun,
     )
     raw = digits.opened.sampler.sample(torch.tensor([3, 5]), nfe=2, seed=4).x
     assert torch.equal(x, raw.clamp(-1, 1))
-    points = moons.sample(n=5, nfe=2)
+    points = moons.sample(count=5, nfe=2)
     assert torch.equal(points, torch.from_numpy(made(moons, 5)))
     assert points.abs().max() > 1  # and points are left where they are
 
@@ -111,11 +115,98 @@ def test_samples_by_default(digits: TrainedRun) -> None:
     own = digits.spec.sample
     assert len(digits.sample()) == COUNT
     assert len(digits.sample([1, 2, 3])) == 3
-    same = digits.sample(classes=7, n=2)
+    same = digits.sample(labels=7, count=2)
     assert torch.equal(same, digits.sample([7, 7], nfe=own.nfe[0], seed=own.seed, solver=own.solver.kind))
-    assert torch.equal(digits.sample(n=3), digits.sample(torch.arange(3)))
+    assert torch.equal(digits.sample(count=3), digits.sample(torch.arange(3)))
     assert len(made(digits, 10)) == 1  # no class is a condition by its number, one past the last, as the net has it
-    assert not torch.equal(same, digits.sample(classes=7, n=2, solver="euler"))
+    assert not torch.equal(same, digits.sample(labels=7, count=2, solver="euler"))
+
+
+def test_classes_have_the_names_that_labels_take(digits: TrainedRun, moons: TrainedRun) -> None:
+    assert digits.classes == tuple("0123456789")
+    assert moons.classes == ()
+    assert torch.equal(digits.sample(labels=digits.classes[3:5], nfe=1), digits.sample([3, 4], nfe=1))
+
+
+def test_recipes_are_listed_as_by_the_command() -> None:
+    assert dumo.recipes() == call("recipes", "--json").json["recipes"]
+    first = dumo.recipes()[0]
+    assert (first["name"], first["base"]) == ("digits", None)
+
+
+def test_a_metric_of_ones_own_stands_in_the_rows_that_are_returned(digits: TrainedRun) -> None:
+    def brightness(x: torch.Tensor) -> torch.Tensor:
+        assert x.shape == (500, 1, 8, 8)
+        assert x.abs().max() <= 1
+        return x.mean()
+
+    report = digits.evaluate(nfe=1, seed=7, metrics={"brightness": brightness})
+    (row,) = report["results"]
+    samples = digits.sample(count=500, nfe=1, seed=7)
+    assert row["brightness"] == pytest.approx(samples.mean().item(), abs=1e-6)
+    in_file = json.loads(Path(report["file"]).read_text())["results"][0]
+    assert in_file == {name: value for name, value in row.items() if name != "brightness"}
+    with pytest.raises(dumo.UserError, match="metrics: dark returned 'very', which is no number"):
+        digits.evaluate(nfe=1, metrics={"dark": lambda x: "very"})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(dumo.UserError, match="metrics: nfe is a name that the report has already"):
+        digits.evaluate(nfe=1, metrics={"nfe": lambda x: 0.0})
+
+
+def test_runs_are_compared_as_by_the_command(digits: TrainedRun) -> None:
+    digits.evaluate(nfe=1)
+    rows = dumo.compare([digits])["rows"]
+    assert rows == call("compare", digits.folder, "--json").json["rows"]
+    with pytest.raises(dumo.UserError, match="nowhere"):
+        dumo.compare(["nowhere"])
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_as_by_the_command(digits: TrainedRun, tmp_path: Path) -> None:
+    made = digits.export(tmp_path / "python")
+    assert made == tmp_path / "python"
+    assert call("export", digits.folder, tmp_path / "shell").code == 0
+    files = {file.relative_to(made) for file in made.rglob("*.safetensors")}
+    assert files
+    for file in files:
+        assert (made / file).read_bytes() == (tmp_path / "shell" / file).read_bytes()
+    with pytest.raises(dumo.UserError, match="exists already: remove it"):
+        digits.export(made)
+
+
+ALIASES: dict[str, Wrong] = {
+    r"sample\(\) has no argument 'num_inference_steps': here it is nfe$": lambda d, m: d.sample(num_inference_steps=1),
+    "'guidance_scale': here it is guidance$": lambda d, m: d.sample(guidance_scale=2),
+    "'steps': here it is nfe$": lambda d, m: d.sample(steps=2),
+    "'classes': here it is labels$": lambda d, m: d.sample(classes=[3]),
+    "'n': here it is count$": lambda d, m: d.sample(n=3),
+    r"'sed': did you mean 'seed'\?$": lambda d, m: d.sample(sed=3),
+    r"train\(\) has no argument 'learning_rate': here it is changes={\"train.optimizer.lr\": ...} \(of a step": (
+        lambda d, m: dumo.train("digits", learning_rate=1e-3)
+    ),
+    r"'steps': here it is changes={\"train.steps\": ...}": lambda d, m: dumo.train("digits", steps=3),
+    "'output_dir': here it is out$": lambda d, m: dumo.train("digits", output_dir="x"),
+    r"load\(\) has no argument 'devise': did you mean 'device'\?": lambda d, m: dumo.load(d.folder, devise="cpu"),
+    "evaluate.. has no argument 'steps': here it is nfe": lambda d, m: d.evaluate(steps=3),
+    r"sample\(\) has no argument 'n': here it is c$": lambda d, m: dumo.Flow(d.net).sample(n=3),
+}
+
+
+@pytest.mark.parametrize("said", ALIASES)
+def test_an_argument_of_another_library_is_answered_with_ours(said: str, digits: TrainedRun, moons: TrainedRun) -> None:
+    with pytest.raises(TypeError, match=said):
+        ALIASES[said](digits, moons)
+
+
+def test_messages_are_in_the_words_of_the_door(digits: TrainedRun) -> None:
+    with pytest.raises(dumo.UserError) as error:
+        dumo.train(digits.folder, {"train.batch": 8})
+    assert "Give another folder with out=, or remove this one, or take them as they are by accept=True" in str(
+        error.value
+    )
+    said = call("train", digits.folder, "--set", "train.batch=8").err
+    assert "Give another folder with --out, or remove this one, or take them as they are by --accept" in said
+    with pytest.raises(dumo.UserError, match=r"^step=7: .* has no checkpoint of that step: it has those of step 2$"):
+        dumo.train(digits.folder, step=7)
 
 
 def test_a_reading_is_the_nets(digits: TrainedRun) -> None:
@@ -154,7 +245,6 @@ def made(run: TrainedRun, *c: int) -> torch.Tensor:
     return run.opened.sampler.sample(torch.tensor(c), nfe=1).x
 
 
-Wrong = Callable[[TrainedRun, TrainedRun], object]
 WRONG: dict[str, Wrong] = {
     r"train\.stps: unknown key; did you mean 'steps'\?": lambda d, m: dumo.recipe("digits", {"train.stps": 3}),
     "did you mean 'digits'": lambda d, m: dumo.train("digts"),
@@ -167,11 +257,11 @@ WRONG: dict[str, Wrong] = {
     "no label '12': labels run from 0 to 9": lambda d, m: d.sample([3, 12]),
     "no label '-1'": lambda d, m: d.sample(-1),
     "no classes": lambda d, m: m.sample([0]),
-    "classes is empty": lambda d, m: d.sample([]),
-    "n = 0: it is 1 or more": lambda d, m: d.sample(n=0),
+    "labels is empty": lambda d, m: d.sample([]),
+    "count = 0: it is 1 or more": lambda d, m: d.sample(count=0),
     "nfe = 0": lambda d, m: d.sample(nfe=0),
     "there is no 'hoop'; did you mean 'hop'": lambda d, m: d.sample(solver="hoop"),
-    r"data 'moons' has points of shape \(2,\), not images": lambda d, m: m.pil(m.sample(n=2)),
+    r"data 'moons' has points of shape \(2,\), not images": lambda d, m: m.pil(m.sample(count=2)),
     "12 is out of range: classes run from 0 to 9, 10 is": lambda d, m: made(d, 0, 12),
     "-1 is out of range: classes": lambda d, m: made(d, -1),
     "1 is out of range: these data have none": lambda d, m: made(m, 1),

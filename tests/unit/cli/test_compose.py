@@ -17,6 +17,7 @@ from dumo.data import memory as of_data
 from dumo.flow.guide import Guide
 from dumo.nets import module as of_nets
 from dumo.objectives import FlowMatching, MeanFlow
+from dumo.runtime import signals
 from dumo.runtime.progress import no_bar
 from dumo.training.loop import Every
 from dumo.training.record import Record
@@ -59,7 +60,7 @@ def test_an_array_and_a_module_make_a_run_that_goes_on(tmp_path: Path, monkeypat
     assert run.spec.data.classes == 3
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), "a copy is trained"
     assert any(not torch.equal(value, before[name]) for name, value in run.net.state_dict().items())
-    assert run.sample(classes=[0, 2], output="np").shape == (2, 16, 16, 3)
+    assert run.sample(labels=[0, 2], output="np").shape == (2, 16, 16, 3)
     assert run.evaluate(nfe=1)["protocol"].startswith("photos")
     assert run.report().is_file()
 
@@ -68,7 +69,7 @@ def test_an_array_and_a_module_make_a_run_that_goes_on(tmp_path: Path, monkeypat
     with pytest.raises(dumo.UserError, match=r"a module of Python, unit.cli.test_compose:Net|test_compose:Net"):
         dumo.load(tmp_path / "run")
     opened = dumo.load(tmp_path / "run", net=Net(3 * 16 * 16, 3))
-    assert torch.equal(opened.sample(n=2), run.sample(n=2)), "of the run's weights, not of the module's"
+    assert torch.equal(opened.sample(count=2), run.sample(count=2)), "of the run's weights, not of the module's"
     with pytest.raises(dumo.UserError, match=r"give the same in Python, dumo.train\(RUN, data=...\)"):
         opened.evaluate(nfe=1)
     longer = train(tmp_path, data=(COLOURS, CLASSES), net=Net(3 * 16 * 16, 3), changes={"train.steps": 4})
@@ -206,6 +207,25 @@ def test_callbacks_hear_of_every_step(tmp_path: Path) -> None:
     assert [step for step, _ in every] == [1, 2, 3, 4]
     assert all(loss > 0 for _, loss in every)
     assert second == [2, 4]
+
+
+@pytest.mark.slow
+def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
+    def stop(state: State, record: Record) -> None:
+        if state.step >= 2:
+            raise dumo.Stop
+
+    small = {"net.width": 16, "net.depth": 1, "train.batch": 8, "train.steps": 6}
+    run = train(tmp_path, source="moons", changes=small, callbacks=[stop])
+    assert run.step == 3, "the step after it is the last one, and is saved"
+    longer = train(tmp_path, source="moons", changes=small)
+    straight = train(tmp_path / "straight", source="moons", changes=small)
+    assert longer.step == straight.step == 6
+    for name, weight in straight.net.state_dict().items():
+        assert torch.equal(weight, longer.net.state_dict()[name])
+    last = train(tmp_path / "last", source="moons", changes=small | {"train.steps": 2}, callbacks=[stop])
+    assert last.step == 2
+    assert signals.received is None
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_noise_is_what_samples_begin_with(run: TrainedRun) -> None:
 
 def test_a_generator_draws_the_seed(run: TrainedRun) -> None:
     def drawn(g: torch.Generator) -> torch.Tensor:
-        return run.sample(n=2, generator=g)
+        return run.sample(count=2, generator=g)
 
     g = torch.Generator().manual_seed(7)
     one, two = drawn(g), drawn(g)
@@ -66,20 +66,20 @@ def test_guidance_is_that_of_the_spec(run: TrainedRun, tmp_path: Path) -> None:
     with torch.no_grad():
         for p in guided.net.parameters():
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p.shape)))
-    before = guided.sample(n=4, nfe=2)
-    after = guided.sample(n=4, nfe=2, guidance=3)
+    before = guided.sample(count=4, nfe=2)
+    after = guided.sample(count=4, nfe=2, guidance=3)
     spec = dumo.load(guided.folder, {"sample.guide.scale": 3}, device="cpu")
     spec.net.load_state_dict(guided.net.state_dict())
-    assert torch.equal(after, spec.sample(n=4, nfe=2))
+    assert torch.equal(after, spec.sample(count=4, nfe=2))
     assert not torch.equal(before, after)
-    assert torch.equal(before, guided.sample(n=4, nfe=2, guidance=1.0))
+    assert torch.equal(before, guided.sample(count=4, nfe=2, guidance=1.0))
     with pytest.raises(dumo.UserError, match=r"^guidance = 3 needs .* objective.drop=0.1$"):
         run.sample(guidance=3)
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(run: TrainedRun) -> None:
     x = run.sample([3, 3], seed=2, nfe=1)
-    assert torch.equal(x, run.sample(np.int64(3), n=np.int64(2), seed=torch.tensor(2), nfe=np.uint8(1)))
+    assert torch.equal(x, run.sample(np.int64(3), count=np.int64(2), seed=torch.tensor(2), nfe=np.uint8(1)))
     assert torch.equal(x, run.sample(torch.tensor([3, 3]), seed=np.int32(2), nfe=1))
 
 
@@ -94,15 +94,15 @@ WRONG: dict[str, Call] = {
     "seed = -2": lambda r: r.evaluate(nfe=1, seed=-2),
     r"nfe is a whole number; got \[1, 2\]": lambda r: r.sample(nfe=[1, 2]),
     "nfe is a whole number; got 1.5": lambda r: r.evaluate(nfe=[1, 1.5]),
-    "a class is a whole number; got 1.5": lambda r: r.sample([1.5]),
-    "n = 2 samples leave out some of 3 classes": lambda r: r.sample([1, 2, 3], n=2),
+    "a label is a whole number; got 1.5": lambda r: r.sample([1.5]),
+    "count = 2 samples leave out some of 3 labels": lambda r: r.sample([1, 2, 3], count=2),
     "output 'jpg': there is pt, np, pil": lambda r: r.sample(output="jpg"),
     "guidance: input should be greater than 0": lambda r: r.sample(guidance=-1),
     "guidance: input should be a valid number": lambda r: r.sample(guidance="much"),
     r"noise is a tensor \(n, 1, 8, 8\) of finite numbers; got shape \(2, 8, 8\)": lambda r: r.sample(noise=NOISE[:, 0]),
     "noise is a tensor .*; got array": lambda r: r.sample(noise=NOISE.numpy()),
     "noise is a tensor .*got shape": lambda r: r.sample(noise=NOISE / 0),
-    "n = 3, and noise has 2 rows": lambda r: r.sample(n=3, noise=NOISE),
+    "count = 3, and noise has 2 rows": lambda r: r.sample(count=3, noise=NOISE),
     "a generator draws the seed": lambda r: r.sample(generator=torch.Generator(), seed=1),
     "pil takes images as `sample` gives them, a tensor, not a ndarray": lambda r: r.pil(NOISE.numpy()),
     r"samples of shape \(8, 8\) are no images": lambda r: r.pil(NOISE[:, 0]),

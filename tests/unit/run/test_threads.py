@@ -160,7 +160,7 @@ def test_samples_are_made_with_fewer_threads_on_a_busy_machine(
     if door == "dumo sample":
         export(moons, tmp_path, count=8, nfe=[1], bar=known.Seen())
     elif door == "run.sample":
-        TrainedRun(moons).sample(n=8, nfe=1, bar=known.Seen())
+        TrainedRun(moons).sample(count=8, nfe=1, bar=known.Seen())
     else:
         evaluate(moons, nfe=[1], bar=known.Seen())
     assert set(taken) == {1}

@@ -1,0 +1,100 @@
+"""How dumo was entered, by the command line or from Python, and what options are called there.
+
+A message that names an option asks this file for its words: `option` for one, `settings` for fields of a run,
+`train_call` for going on with a run. The command line enters `command_line`; everybody else is Python.
+"""
+
+import shlex
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dumo.runtime import shell_path
+
+PYTHON_NAMES = {"from": "step"}  # the one argument of Python that is not called as the option is
+at_command_line = False  # whether `command_line` is entered
+
+
+@contextmanager
+def command_line() -> Generator[None, None, None]:
+    """Inside, messages name options as one types them in a shell."""
+    global at_command_line
+    before = at_command_line
+    at_command_line = True
+    try:
+        yield
+    finally:
+        at_command_line = before
+
+
+def option(name: str, value: str | int | None = None) -> str:
+    """An option with its value, or alone: `--out x` or `out="x"`, `--out` or `out=`; of a flag `--accept`, with True.
+
+    `name` is that of the command line, without dashes: "trust-code".
+    """
+    if at_command_line:
+        has_value = value is not None and not isinstance(value, bool)
+        return f"--{name} {value}" if has_value else f"--{name}"
+    argument = PYTHON_NAMES.get(name, name).replace("-", "_")
+    if value is None:
+        return f"{argument}="
+    return f'{argument}="{value}"' if isinstance(value, str) else f"{argument}={value}"
+
+
+def settings(*texts: str) -> str:
+    """Fields of a run, each `a.b=c` with YAML after the sign: `--set a.b=c`, or `changes={"a.b": c}`."""
+    if at_command_line:
+        return " ".join(f"--set {_shell_text(text)}" for text in texts)
+    return f"changes={_python_fields(texts)}"
+
+
+def train_call(
+    folder: Path, texts: Sequence[str] = (), *, step: int | None = None, accept: bool = False, program: str = "dumo"
+) -> str:
+    """How to go on with the run in a folder: with these fields (`a.b=c`), from the checkpoint of a step.
+
+    `program` is how dumo is started in a shell. Modules and arrays that Python gave are left to the reader.
+    """
+    if at_command_line:
+        words = [program, "train", shell_path(folder)]
+        if accept:
+            words.append(option("accept", True))
+        if step is not None:
+            words.append(option("from", step))
+        if texts:
+            words.append(settings(*texts))
+        return " ".join(words)
+    arguments = [f'"{folder}"']
+    if texts:
+        arguments.append(_python_fields(texts))
+    if step is not None:
+        arguments.append(f"step={step}")
+    if accept:
+        arguments.append(option("accept", True))
+    return f"dumo.train({', '.join(arguments)})"
+
+
+def _shell_text(text: str) -> str:
+    """A text as a shell takes it. One with brackets alone stays as it is: bash takes it so."""
+    return shlex.quote(text) if set(text) & set(" {}\"'$*?#&;|<>()") else text
+
+
+def _python_fields(texts: Sequence[str]) -> str:
+    """Texts `a.b=c` as a dict of Python."""
+    items: list[str] = []
+    for text in texts:
+        field, _, value = text.partition("=")
+        items.append(f'"{field}": {_python_value(value)}')
+    return "{" + ", ".join(items) + "}"
+
+
+def _python_value(text: str) -> str:
+    """A value of YAML as Python writes it; `...`, which stands for any, stays."""
+    if text == "...":
+        return text
+    try:
+        return f"{float(text):g}" if not text.isdecimal() else text
+    except ValueError:
+        import yaml
+
+        return repr(yaml.safe_load(text))

@@ -1,0 +1,49 @@
+"""Options are called as the door that was taken calls them."""
+
+from pathlib import Path
+
+import pytest
+
+from dumo.runtime import door
+
+
+def test_an_option_has_the_name_of_the_door() -> None:
+    assert [door.option("out"), door.option("from", 4), door.option("trust-code", True), door.option("to", "lora")] == [
+        "out=",
+        "step=4",
+        "trust_code=True",
+        'to="lora"',
+    ]
+    with door.command_line():
+        assert door.option("out") == "--out"
+        assert door.option("from", 4) == "--from 4"
+        assert door.option("trust-code", True) == "--trust-code"
+        assert door.option("to", "lora") == "--to lora"
+    assert door.option("out") == "out="
+
+
+@pytest.mark.parametrize(
+    ("text", "shell", "python"),
+    [
+        ("train.steps=2000", "--set train.steps=2000", 'changes={"train.steps": 2000}'),
+        ("train.optimizer.lr=1e-05", "--set train.optimizer.lr=1e-05", 'changes={"train.optimizer.lr": 1e-05}'),
+        ("train.optimizer.lr=...", "--set train.optimizer.lr=...", 'changes={"train.optimizer.lr": ...}'),
+        ("data.captions=null", "--set data.captions=null", 'changes={"data.captions": None}'),
+        ("train.milestones=[4]", "--set train.milestones=[4]", 'changes={"train.milestones": [4]}'),
+        ("a={kind: files}", "--set 'a={kind: files}'", "changes={\"a\": {'kind': 'files'}}"),
+        ("train.precision=fp32", "--set train.precision=fp32", "changes={\"train.precision\": 'fp32'}"),
+    ],
+)
+def test_a_setting_can_be_typed(text: str, shell: str, python: str) -> None:
+    assert door.settings(text) == python
+    with door.command_line():
+        assert door.settings(text) == shell
+
+
+def test_going_on_can_be_typed() -> None:
+    folder = Path("runs/a b")
+    assert door.train_call(folder, ["train.steps=3"], step=4) == 'dumo.train("runs/a b", {"train.steps": 3}, step=4)'
+    assert door.train_call(folder, accept=True) == 'dumo.train("runs/a b", accept=True)'
+    with door.command_line():
+        assert door.train_call(folder, ["a=3"], step=4) == "dumo train 'runs/a b' --from 4 --set a=3"
+        assert door.train_call(folder, accept=True, program="torchrun") == "torchrun train 'runs/a b' --accept"
