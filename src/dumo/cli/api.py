@@ -178,9 +178,9 @@ class TrainedRun:
         `labels`, classes by number or name, are taken in turn (None: all of them); or `prompts`, texts, of a run that
         was trained on captions, and the image file `source` that they edit, of a run that was trained on edits. `count`
         is as many as are given, else 100. `nfe` is the number of network passes, `guidance` the scale w, 1 for none;
-        they, seed and solver are the run's own unless given. Sample i depends on seed, class and i alone. `noise` (n, *shape
-        of the data) is what samples begin with instead, and a `generator` draws a seed. `size`, "320x192", width x
-        height, is one of the buckets that the run was trained on; None: the square.
+        they, seed and solver are the run's own unless given. Sample i depends on seed, class and i alone. `noise`
+        (n, *shape of the data) is what samples begin with instead, and a `generator` draws a seed. `size`, "320x192",
+        width x height, is one of the buckets that the run was trained on; None: the square.
 
             output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, 2)
             output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dumo.io.read import brief
 from dumo.runtime import install, shell_path
+from dumo.runtime.door import option
 from dumo.types import UserError
 
 
@@ -13,20 +14,20 @@ def require_uploadable(repository: str, parts: str) -> None:
         from huggingface_hub import constants, get_token  # slow to import, and of an extra
         from huggingface_hub.utils import validate_repo_id
     except ImportError as error:
-        raise UserError(f"--push needs the client of the hub: {install('huggingface_hub')}") from error
+        raise UserError(f"{option('push')} needs the client of the hub: {install('huggingface_hub')}") from error
     try:
         validate_repo_id(repository)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--push {brief(repository)} is no OWNER/NAME ({reason})") from error
+        raise UserError(f"{option('push', brief(repository))} is no OWNER/NAME ({reason})") from error
     if "/" not in repository:
-        raise UserError(f"--push {brief(repository)} is no OWNER/NAME")
+        raise UserError(f"{option('push', brief(repository))} is no OWNER/NAME")
     if parts == "link":
-        raise UserError("--push takes the parts themselves: --parts copy, or none")
+        raise UserError(f"{option('push')} takes the parts themselves: {option('parts', 'copy')}, or none")
     if constants.HF_HUB_OFFLINE:
-        raise UserError("--push needs the network, and HF_HUB_OFFLINE forbids it: unset it")
+        raise UserError(f"{option('push')} needs the network, and HF_HUB_OFFLINE forbids it: unset it")
     if get_token() is None:
-        raise UserError("--push needs a token of the hub that may write: hf auth login, or set HF_TOKEN")
+        raise UserError(f"{option('push')} needs a token of the hub that may write: hf auth login, or set HF_TOKEN")
 
 
 def push(export: Path, repository: str) -> str:

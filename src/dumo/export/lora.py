@@ -32,6 +32,7 @@ from dumo.export.model import ExportedModel, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler
 from dumo.nets.adapter import SUBJECT, adapters
 from dumo.nets.twin import bias_or_none
+from dumo.runtime.door import option
 from dumo.types import UserError
 
 FILE = "pytorch_lora_weights.safetensors"  # as diffusers looks for it
@@ -85,12 +86,14 @@ def comfyui(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Ten
     """
     require_pipeline(exported, lora=True)
     if exported.class_embeddings:
-        raise UserError("this run was tuned on codes for classes, and ComfyUI reads texts: take --to lora")
+        raise UserError(
+            f"this run was tuned on codes for classes, and ComfyUI reads texts: take {option('to', 'lora')}"
+        )
     own_names = COMFYUI.get(exported.model_class)
     if own_names is None:
         raise UserError(
             f"ComfyUI does not know the layers of a {exported.model_class} by their names in diffusers, and fuses "
-            "some: take --to lora or --to diffusers, and diffusers"
+            f"some: take {option('to', 'lora')} or {option('to', 'diffusers')}, and diffusers"
         )
 
     def comfyui_name(path: str) -> str:
@@ -166,7 +169,7 @@ def changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer]
             if all(torch.equal(before, after) for before, after in weights):
                 continue
             if not isinstance(old, Layer):
-                raise UserError(f"{path} was trained, and no LoRA can hold it: take --to diffusers")
+                raise UserError(f"{path} was trained, and no LoRA can hold it: take {option('to', 'diffusers')}")
             assert isinstance(new, Layer)
             yield path, old, new
 

@@ -36,6 +36,7 @@ from dumo.nets.family import class_of, family
 from dumo.nets.gap import Fixed
 from dumo.nets.rows import Codes
 from dumo.run.sampler import Sampler
+from dumo.runtime.door import option
 from dumo.types import UserError
 
 TRAIN_TIMESTEPS = 1000  # t = 1 as schedulers and pipelines count times (their num_train_timesteps)
@@ -236,8 +237,8 @@ class ExportedModel:
                 if other_r != r:
                     raise UserError(
                         f"in {' and '.join(map(str, self.nfe))} passes of solver hop, the one from t = {t:g} goes to r "
-                        f"= {other_r:g} and to r = {r:g}, and a stock model is given t alone: give one --nfe, and "
-                        "export each to a folder of its own"
+                        f"= {other_r:g} and to r = {r:g}, and a stock model is given t alone: give one "
+                        f"{option('nfe')}, and export each to a folder of its own"
                     )
         return sorted(end_by_start.items(), reverse=True)
 
@@ -382,14 +383,18 @@ def exported_head(
     if not isinstance(spec, Pretrained) or not isinstance(sampler.net, Dualized):
         raise UserError(
             f"this run trains net '{spec.kind}', for which others have no class: dumo exports nets of kind diffusers, "
-            "and of kind dit or unet --to diffusers. Its weights are a safetensors file in its checkpoint"
+            f"and of kind dit or unet {option('to', 'diffusers')}. Its weights are a safetensors file in its checkpoint"
         )
     net = sampler.net
     solver = sampler.spec.solver
     if nfe and head == "v":
-        raise UserError("this head is a velocity, so what is exported makes any number of passes: leave --nfe out")
+        raise UserError(
+            f"this head is a velocity, so what is exported makes any number of passes: leave {option('nfe')} out"
+        )
     if nfe and net.gap is None:
-        raise UserError("this net knows one time, so what is exported makes any number of passes: leave --nfe out")
+        raise UserError(
+            f"this net knows one time, so what is exported makes any number of passes: leave {option('nfe')} out"
+        )
     if net.gap is None or head == "v":
         return ExportedModel(sampler, spec, net, head, dtype=dtype)
     if net.frame and isinstance(solver, Hop):
@@ -412,23 +417,28 @@ def require_pipeline(exported: ExportedModel, *, lora: bool = False) -> StockPip
     stock = exported.stock
     if stock is None:
         raise UserError(
-            f"no stock pipeline runs a {exported.model_class} as this run's net is called: take --to safetensors"
+            f"no stock pipeline runs a {exported.model_class} as this run's net is called: take "
+            f"{option('to', 'safetensors')}"
         )
     if lora and exported.spec.lora is None:
-        raise UserError("net.lora is null: all weights were tuned, which no LoRA holds: take --to diffusers")
+        raise UserError(
+            f"net.lora is null: all weights were tuned, which no LoRA holds: take {option('to', 'diffusers')}"
+        )
     scale = exported.sampler.spec.guide.scale
     if exported.head == "u" and scale != 1 and stock.rescales_guidance:
         raise UserError(
             f"sample.guide.scale is {scale:g}, and {stock.pipeline} guides otherwise, so its images would differ. Set "
-            "it to 1, or take --to safetensors"
+            f"it to 1, or take {option('to', 'safetensors')}"
         )
     if exported.head == "u" and scale != 1 and stock.guide_argument is None:
         raise UserError(
             f"sample.guide.scale is {scale:g}, and {stock.pipeline} has no guidance beyond that in the weights, so its "
-            "images would differ. Set it to 1, or take --to safetensors"
+            f"images would differ. Set it to 1, or take {option('to', 'safetensors')}"
         )
     if lora and not stock.loads_lora:
-        raise UserError(f"no pipeline of diffusers loads a LoRA for {exported.model_class}: take --to diffusers")
+        raise UserError(
+            f"no pipeline of diffusers loads a LoRA for {exported.model_class}: take {option('to', 'diffusers')}"
+        )
     return stock
 
 

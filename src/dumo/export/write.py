@@ -34,6 +34,7 @@ from dumo.io.read import brief, read_settings, write_json
 from dumo.io.weights import unshared
 from dumo.nets import DiT, Pretrained, UNet
 from dumo.run.weights import RunFolder, build
+from dumo.runtime.door import option
 from dumo.training.frozen import trained
 from dumo.types import Objective, UserError
 
@@ -70,8 +71,8 @@ def export(
     require_known_options(to, parts, dtype)
     if alone and not (opened.run.has_subject and to in ("lora", "comfyui")):
         raise UserError(
-            "--alone leaves out a few-step run's adapters, of a run on top of one (net.lora.subject): give --to lora "
-            "or comfyui, and such a run"
+            f"{option('alone', True)} leaves out a few-step run's adapters, of a run on top of one (net.lora.subject): "
+            f"give {option('to', 'lora')} or comfyui, and such a run"
         )
     require_vacant(out)
     sampler = opened.sampler
@@ -117,9 +118,9 @@ def export(
 
 def require_known_options(to: str, parts: str, dtype: str) -> None:
     """Raise UserError for a form, a treatment of parts or a dtype that there is not."""
-    require_known("--to", to, FORMS)
-    require_known("--parts", parts, PARTS)
-    require_known("--dtype", dtype, DTYPES)
+    require_known(option("to"), to, FORMS)
+    require_known(option("parts"), parts, PARTS)
+    require_known(option("dtype"), dtype, DTYPES)
 
 
 def uncoded(opened: RunFolder) -> nn.Module:
@@ -151,8 +152,8 @@ def choose_head(objective: Objective, head: str | None) -> Head:
         return exportable[0]
     if head not in exportable:
         raise UserError(
-            f"--head {brief(head)}: of objective '{objective.kind}' only {' and '.join(exportable)} can be exported: "
-            "give another --head, or sample it by dumo sample"
+            f"{option('head', brief(head))}: of objective '{objective.kind}' only {' and '.join(exportable)} can be "
+            f"exported: give another {option('head')}, or sample it by dumo sample"
         )
     return head
 
@@ -217,7 +218,7 @@ def read_index(source: Path) -> dict[str, Any]:
     if has_component(index.get(SECOND_TRANSFORMER)):
         raise UserError(
             f"{source} is no pipeline of one transformer: {TAKE_ANOTHER}; or, of two, {SECOND_TRANSFORMER} was not "
-            "tuned and would make some of the passes: take --to safetensors"
+            f"tuned and would make some of the passes: take {option('to', 'safetensors')}"
         )
     return {key: entry for key, entry in index.items() if not key.startswith("dmd2_") and key != IGNORED_KEYS}
 
@@ -249,5 +250,5 @@ def require_own_autoencoder(data: Data) -> None:
     if isinstance(data, Latents) and data.codec.kind != "pipeline":
         raise UserError(
             f"data.codec is {data.codec.about}, and the pipeline decodes with its own autoencoder: train with "
-            "data.codec.kind=pipeline, or export with --parts none"
+            f"data.codec.kind=pipeline, or export with {option('parts', 'none')}"
         )
