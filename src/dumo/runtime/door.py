@@ -97,4 +97,5 @@ def _python_value(text: str) -> str:
     except ValueError:
         import yaml
 
-        return repr(yaml.safe_load(text))
+        value = yaml.safe_load(text)
+        return f'"{value}"' if isinstance(value, str) else repr(value)

@@ -1,10 +1,11 @@
 """What is said of a run before it trains: its source takes another theta^-, or its data have another deviation."""
 
-import shlex
+import ast
 
 import pytest
 
 from dumo.config.advice import advice
+from dumo.config.change import shown
 from dumo.config.load import load
 
 HOP = "sample.solver.kind=hop"
@@ -19,8 +20,9 @@ AVERAGED = {
 
 
 def ways(line: str) -> list[str]:
-    """The fields that a line says to set."""
-    return [word for word in shlex.split(line[line.index("--set") :]) if word != "--set"]
+    """The fields that a line says to set, as a shell takes them."""
+    changes = ast.literal_eval(line[line.index("changes=") :].removeprefix("changes="))
+    return [f"{field}={shown(value)}" for field, value in changes.items()]
 
 
 def test_a_size_far_from_the_pipelines_is_mentioned() -> None:

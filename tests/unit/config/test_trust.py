@@ -55,7 +55,7 @@ def taken() -> bool:
 def test_nobody_agreed(name: str) -> None:
     with trust.trusting(False):
         assert not taken()
-    with pytest.raises(dumo.UserError, match=r"theirs.yaml runs code: .*--trust-code"):
+    with pytest.raises(dumo.UserError, match=r"theirs.yaml runs code: .*give trust_code=True"):
         dumo.recipe("theirs.yaml")
     with pytest.raises(dumo.UserError, match="runs code"):
         load("theirs.yaml", ["about=other:Theirs"])

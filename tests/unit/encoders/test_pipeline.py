@@ -38,7 +38,7 @@ def test_a_run_notes_each_part_and_hands_the_folder_to_who_reads_it(folder: Path
 
 
 def test_who_needs_a_pipeline_says_so() -> None:
-    with pytest.raises(UserError, match="pipeline is missing: --set pipeline=DIR"):
+    with pytest.raises(UserError, match="pipeline is missing: pipeline=DIR"):
         _ = Pretrained(texts=Codes()).pipeline
     known = Pipeline.model_validate("sd3-medium")
     assert with_pipeline(PipelineVae(), known).shape(512) == (16, 64, 64)

@@ -98,7 +98,7 @@ def test_a_file_of_no_known_family_is_told_so(tmp_path: Path, monkeypatch: pytes
     save_file({"fc.weight": torch.ones(2)}, file := tmp_path / "one.safetensors")
     assert "by its tensors (fc.weight ...) of no model that dumo knows" in (line := refusal(file))
     assert "from_single_file" not in line
-    refused("train", file, named=("of no model that dumo knows", "--set pipeline=DIR"))
+    refused("train", file, named=("of no model that dumo knows", "pipeline=DIR"))
 
 
 @pytest.mark.slow

@@ -104,5 +104,5 @@ def test_more_jumps_than_entries_are_refused() -> None:
 
 
 def test_without_a_pipeline_there_is_no_schedule() -> None:
-    with pytest.raises(UserError, match="--set pipeline=DIR"):
+    with pytest.raises(UserError, match="pipeline=DIR"):
         Diffusion().near([0.5])

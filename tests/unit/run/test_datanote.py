@@ -39,7 +39,7 @@ def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
     assert len(told) == 2  # what is trained on what, and by which objective
     train(tiny("digits", *edm, "path.sd=0.3"), tmp_path / "narrow", tell=told.append)
     *_, line = told
-    assert f"--set path.sd={read(tmp_path / 'narrow').sd:.2g}" in line
+    assert f'changes={{"path.sd": {read(tmp_path / "narrow").sd:.2g}}}' in line
     assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.3
 
 

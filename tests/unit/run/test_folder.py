@@ -40,7 +40,7 @@ def test_a_place_is_settled_once(tmp_path: Path) -> None:
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     folder = tmp_path / "a/b"
     with locked_run_folder(folder):
-        with pytest.raises(UserError, match=r"a/b is being trained by another process.*--out.*\.training\.lock"):
+        with pytest.raises(UserError, match=r"a/b is being trained by another process.*out=.*\.training\.lock"):
             settle_held(tiny(), folder)
         write_run_file(tiny(), folder)
     assert [path.name for path in folder.iterdir()] == [FILE]

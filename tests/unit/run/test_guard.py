@@ -25,7 +25,7 @@ from dumo.run.folder import CHECKPOINT_WRITTEN, LOCK, NO_CHECKPOINT_YET
 from dumo.run.journal import Journal, burst_text
 from dumo.run.train import train
 from dumo.run.weights import open_run
-from dumo.runtime import signals
+from dumo.runtime import door, signals
 from dumo.training import burst as bursts
 from dumo.training import checkpoint, log, loop, manifest
 from dumo.training.burst import LASTS
@@ -203,6 +203,7 @@ def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
     monkeypatch.setattr(loop, "train_step", burst)
     monkeypatch.setattr(bursts, "WINDOW", 12)
     monkeypatch.setattr(bursts, "START", 20)
+    monkeypatch.setattr(door, "at_command_line", True)
     told: list[str] = []
     train(tiny(*LONG), Path("run"), tell=told.append)
     (warning,) = [line for line in told if line.startswith("warning: step")]
@@ -251,8 +252,8 @@ MUON = ["train.optimizer={kind: muon, adamw_lr: 0.008}"]
 @pytest.mark.parametrize(
     ("embeds", "words", "rates"),
     [
-        (True, "at an eighth of its rate", "--set train.optimizer.time_lr=0.001"),
-        (False, "at half the rate", "--set train.optimizer.lr=0.0005 --set train.optimizer.adamw_lr=0.004"),
+        (True, "at an eighth of its rate", '{"train.optimizer.time_lr": 0.001}'),
+        (False, "at half the rate", '{"train.optimizer.lr": 0.0005, "train.optimizer.adamw_lr": 0.004}'),
     ],
 )
 def test_a_burst_of_the_embedder_asks_for_less_of_its_own_rate(
@@ -262,12 +263,14 @@ def test_a_burst_of_the_embedder_asks_for_less_of_its_own_rate(
     record = Record(30, 240, 1.0, {}, {}, {}, [], 1.0, 1e-3, grad_norms={"scalars": 2.0}, burst={"scalars": 4.0})
     text = burst_text(tiny(*MUON).train, tmp_path, Checkpoints(tmp_path), record, embeds=embeds)
     assert f"go on from step 20 {words}:  " in text
-    assert text.endswith(f"--from 20 {rates}")
+    assert text.endswith(f"{rates}, step=20)")
 
 
 def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> None:
     fate.comes(spoilt=[1])
-    with pytest.raises(Diverged, match=r"It was not applied.*from the start at half the rate:  dumo train \S+ --set"):
+    with pytest.raises(
+        Diverged, match=r"It was not applied.*from the start at half the rate:  dumo\.train\(\S+, {.train"
+    ):
         train(tiny("train.max_skips=1"), tmp_path / "run")
     fate.comes()
     train(tiny("train.optimizer.lr=0.0005"), tmp_path / "run")
@@ -294,7 +297,7 @@ def test_from_an_earlier_step(run: Path) -> None:
 
 @pytest.mark.parametrize("step", [0, 3, 10])
 def test_from_a_step_that_is_not_there(step: int, run: Path) -> None:
-    with pytest.raises(UserError, match=rf"--from {step}: .*it has those of step 2, 4, 6, 8"):
+    with pytest.raises(UserError, match=rf"step={step}: .*it has those of step 2, 4, 6, 8"):
         train(tiny(), run, step=step)
     with pytest.raises(UserError, match="it has none"):
         train(tiny(), run.parent / "none", step=step)
@@ -308,7 +311,7 @@ def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     file = folder / datanote.FILE
     now = json.loads(file.read_text())["fingerprint"]
     file.write_text(json.dumps({"sd": 9.0, "rows": 256, "fingerprint": "0123"}))
-    with pytest.raises(UserError, match=f"0123 in data.json, {now} now.*--accept"):
+    with pytest.raises(UserError, match=f"0123 in data.json, {now} now.*accept=True"):
         train(run, folder)
     train(run, folder, accept=True, tell=told.append)
     assert f"from step 2 on data is {now}, and was '0123'" in told
@@ -478,7 +481,7 @@ def test_a_lost_first_checkpoint_of_a_stop_is_missed(fate: Fate, tmp_path: Path,
     fate.comes()
     logged = (folder / "metrics.jsonl").read_text()
     (folder / "checkpoints").rename(tmp_path / "lost")
-    with pytest.raises(UserError, match=r"run had checkpoints, and \S+checkpoints has none: bring back .*--out"):
+    with pytest.raises(UserError, match=r"run had checkpoints, and \S+checkpoints has none: bring back .*out="):
         train(run, folder)
     assert (folder / "metrics.jsonl").read_text() == logged
     (tmp_path / "lost").rename(folder / "checkpoints")
@@ -625,7 +628,7 @@ def test_the_last_good_checkpoint_stays(run: Path) -> None:
         place = run / f"checkpoints/step-0000000{n}"
         astray = manifest.read(place).model_copy(update={"trend": manifest.Trend(level=30.0, lowest=1.0)})
         manifest.write(place, astray)
-    words = r"more than 10 times its lowest, so step-00000004.*dumo train \S+run --from 4"
+    words = r"more than 10 times its lowest, so step-00000004.*dumo\.train\(\S+run., step=4\)"
     with pytest.warns(UserWarning, match=words):
         train(tiny("train.keep=1", "train.optimizer.lr=1e-9", "train.steps=9"), run)
     assert steps(run) == [4, 9]

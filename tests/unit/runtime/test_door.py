@@ -31,7 +31,7 @@ def test_an_option_has_the_name_of_the_door() -> None:
         ("data.captions=null", "--set data.captions=null", 'changes={"data.captions": None}'),
         ("train.milestones=[4]", "--set train.milestones=[4]", 'changes={"train.milestones": [4]}'),
         ("a={kind: files}", "--set 'a={kind: files}'", "changes={\"a\": {'kind': 'files'}}"),
-        ("train.precision=fp32", "--set train.precision=fp32", "changes={\"train.precision\": 'fp32'}"),
+        ("train.precision=fp32", "--set train.precision=fp32", 'changes={"train.precision": "fp32"}'),
     ],
 )
 def test_a_setting_can_be_typed(text: str, shell: str, python: str) -> None:
