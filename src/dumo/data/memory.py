@@ -183,13 +183,13 @@ def _duration_teller(total: int, tell: Callable[[str], None]) -> Callable[[int],
     A bar in a log writes its first line after a minute.
     """
     began = time.monotonic()
-    told = False
+    has_said = False
 
     def tell_duration(done: int) -> None:
-        nonlocal told
+        nonlocal has_said
         seconds = time.monotonic() - began
-        if not told and seconds >= QUIET_SECONDS:
-            told = True
+        if not has_said and seconds >= QUIET_SECONDS:
+            has_said = True
             left = span(seconds / done * (total - done))
             tell(f"reading the data into memory: {done:,} of {total:,} rows, {left} left")
 

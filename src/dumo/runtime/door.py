@@ -44,7 +44,7 @@ def option(name: str, value: str | int | None = None) -> str:
 def settings(*texts: str) -> str:
     """Fields of a run, each `a.b=c` with YAML after the sign: `--set a.b=c`, or `changes={"a.b": c}`."""
     if at_command_line:
-        return " ".join(f"--set {_shell_text(text)}" for text in texts)
+        return " ".join(f"--set {shlex.quote(text)}" for text in texts)
     return f"changes={_python_fields(texts)}"
 
 
@@ -72,11 +72,6 @@ def train_call(
     if accept:
         arguments.append(option("accept", True))
     return f"dumo.train({', '.join(arguments)})"
-
-
-def _shell_text(text: str) -> str:
-    """A text as a shell takes it. One with brackets alone stays as it is: bash takes it so."""
-    return shlex.quote(text) if set(text) & set(" {}\"'$*?#&;|<>()") else text
 
 
 def _python_fields(texts: Sequence[str]) -> str:

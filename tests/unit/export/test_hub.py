@@ -70,7 +70,7 @@ def test_what_is_known_before_is_said_before(hub: Hub, tmp_path: Path, monkeypat
     for repository in ("name", "a/b/c", "owner/na me", "owner/-name", "", "../name"):
         with pytest.raises(UserError, match="is no OWNER/NAME"):
             require_uploadable(repository, "copy")
-    with pytest.raises(UserError, match="--parts copy, or none"):
+    with pytest.raises(UserError, match='parts="copy", or none'):
         require_uploadable(REPOSITORY, "link")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

@@ -29,7 +29,7 @@ def test_an_option_has_the_name_of_the_door() -> None:
         ("train.optimizer.lr=1e-05", "--set train.optimizer.lr=1e-05", 'changes={"train.optimizer.lr": 1e-05}'),
         ("train.optimizer.lr=...", "--set train.optimizer.lr=...", 'changes={"train.optimizer.lr": ...}'),
         ("data.captions=null", "--set data.captions=null", 'changes={"data.captions": None}'),
-        ("train.milestones=[4]", "--set train.milestones=[4]", 'changes={"train.milestones": [4]}'),
+        ("train.milestones=[4]", "--set 'train.milestones=[4]'", 'changes={"train.milestones": [4]}'),
         ("a={kind: files}", "--set 'a={kind: files}'", "changes={\"a\": {'kind': 'files'}}"),
         ("train.precision=fp32", "--set train.precision=fp32", 'changes={"train.precision": "fp32"}'),
     ],
