@@ -24,6 +24,7 @@ from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
 from dumo.nets import ModuleSpec
 from dumo.plan import proposal
+from dumo.runtime.door import option
 from dumo.runtime.progress import Bar, teller
 from dumo.types import Spec, UserError
 
@@ -118,7 +119,7 @@ def compose(
             changes = [f"data.root={place}", *changes]
         if minutes is not None:
             tell = teller(bar)
-            tell(f"{folder} goes on as it began. minutes are for a new run: give another out=")
+            tell(f"{folder} goes on as it began. minutes are for a new run: give another {option('out')}")
         return Composed(None, changes, folder)
     if is_proposed:
         proposed = proposal.propose(place, changes, minutes=minutes, device=device, bar=bar)

@@ -106,10 +106,10 @@ class Memory(Spec):
                 "anew at each visit, and a resumed run meets other draws"
             )
         classes = 0 if c is None else max(int(table.c.max()) + 1, len(names))
-        digest = table.fingerprint()
-        TABLES[digest] = table
+        fingerprint = table.fingerprint()
+        TABLES[fingerprint] = table
         return cls(
-            name=name_of(type(data)), shape=tuple(table.x.shape[1:]), classes=classes, names=names, digest=digest
+            name=name_of(type(data)), shape=tuple(table.x.shape[1:]), classes=classes, names=names, digest=fingerprint
         )
 
     @property
