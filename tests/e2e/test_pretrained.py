@@ -171,7 +171,7 @@ def test_codes_and_templates_take_the_place_of_captions(here: Path) -> None:
 )
 def test_variants_are_refused_with_the_reason(here: Path, kind: str, does: str) -> None:
     """Their config is that of their base; their pipeline's class is not."""
-    from dumo.encoders.pipeline import published
+    from dumo.io.hub import published
 
     for part in ("transformer", "vae"):
         (here / "model" / part).mkdir(parents=True)

@@ -11,93 +11,56 @@ This subpackage alone touches the terminal; the work of a command is done by the
 
 import sys
 from collections.abc import Mapping
-from importlib import import_module
-from typing import Annotated, Any, ClassVar, NoReturn
+from typing import Annotated, ClassVar, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from dumo import runtime
-from dumo.cli.option import with_trust_code
-from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, reopen_streams, stoppable
+from dumo.cli.command import PLANS, Entry, LazyGroup
+from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, reopen_streams
 from dumo.runtime import door
 
-PLANS = "dumo.cli.preflight"  # a signal ends its commands at once: they keep nothing
-
-
-class Command(TyperCommand):
-    """A command that answers an option of another trainer with ours."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401, typer's own
-        """Parse as typer does. Raises UserError for an option of another trainer, with dumo's name for it."""
-        try:
-            return super().parse_args(ctx, args)
-        except Exception as error:
-            from dumo.config.foreign import ours
-
-            name = getattr(error, "option_name", "")
-            hint = ours(name)
-            if not hint:
-                raise
-            from dumo.types import UserError
-
-            raise UserError(f"there is no option {name}: {hint}") from error
-
-
-class LazyGroup(TyperGroup):
-    """A group of commands whose modules are imported when a command is called, or help lists all."""
-
-    homes: ClassVar[Mapping[str, str]]  # the module of each command, where the command's function has its name
-
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401, typer's own
-        """The names of all commands, in the order of help."""
-        return [*dict.fromkeys([*self.homes, *self.commands])]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401, typer's own
-        """The command of this name; None: there is none, and all are imported, so that typer can suggest one."""
-        if cmd_name not in self.commands:
-            names = [cmd_name] if cmd_name in self.homes else [*self.homes]
-            for name in names:
-                self.add_command(self._import_command(name))
-        return super().get_command(ctx, cmd_name)
-
-    def _import_command(self, name: str) -> Any:  # noqa: ANN401, a command of typer
-        """Make the command of a function, which is imported."""
-        module = self.homes[name]
-        function = stoppable(getattr(import_module(module), name), keeps=module != PLANS)
-        single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        single.command(name, cls=Command)(with_trust_code(function))
-        return typer.main.get_command(single)
+MAKE = "Make images"
+TRAIN = "Train"
+BEFORE = "Before you train"
+JUDGE = "Judge"
+LOOK = "Look"
+SHARE = "Share"
+RESEARCH = "Research"
 
 
 class Program(LazyGroup):
-    """The commands of `dumo`."""
+    """The commands of `dumo`, by what a person wants."""
 
-    homes: ClassVar[Mapping[str, str]] = {
-        "recipes": PLANS,
-        "show": PLANS,
-        "dry": PLANS,
-        "doctor": PLANS,
-        "data": PLANS,
-        "encode": "dumo.cli.run",
-        "train": "dumo.cli.run",
-        "log": "dumo.cli.evaluate",
-        "sample": "dumo.cli.run",
-        "grid": "dumo.cli.run",
-        "average": "dumo.cli.run",
-        "evaluate": "dumo.cli.evaluate",
-        "compare": "dumo.cli.evaluate",
-        "report": "dumo.cli.run",
-        "reproduce": "dumo.cli.lab",
-        "export": "dumo.cli.export",
-        "demo": "dumo.cli.demo",
+    entries: ClassVar[Mapping[str, Entry]] = {
+        "sample": Entry("dumo.cli.run", MAKE, "dumo sample digits-trained --nfe 1"),
+        "demo": Entry("dumo.cli.demo", MAKE, "dumo demo cifar10-trained"),
+        "recipes": Entry(PLANS, TRAIN, "dumo recipes"),
+        "train": Entry("dumo.cli.run", TRAIN, "dumo train digits --set train.steps=500"),
+        "encode": Entry("dumo.cli.run", TRAIN, "dumo encode cifar10-latents"),
+        "data": Entry(PLANS, TRAIN, "dumo data cifar10"),
+        "show": Entry(PLANS, BEFORE, "dumo show digits"),
+        "dry": Entry(PLANS, BEFORE, "dumo dry imagenet256-xl2 --ranks 8 --fit 80GiB"),
+        "doctor": Entry(PLANS, BEFORE, "dumo doctor digits"),
+        "evaluate": Entry("dumo.cli.evaluate", JUDGE, "dumo evaluate runs/digits"),
+        "compare": Entry("dumo.cli.evaluate", JUDGE, "dumo compare runs/digits runs/digits-meanflow"),
+        "report": Entry("dumo.cli.run", LOOK, "dumo report runs/digits"),
+        "grid": Entry("dumo.cli.run", LOOK, "dumo grid digits-trained --nfe 1,2,4"),
+        "log": Entry("dumo.cli.evaluate", LOOK, "dumo log runs/digits --plot"),
+        "export": Entry("dumo.cli.export", SHARE, "dumo export runs/digits digits-diffusers"),
+        "reproduce": Entry("dumo.cli.lab", RESEARCH, "dumo reproduce fig3 --scale smoke"),
+        "average": Entry("dumo.cli.run", RESEARCH, "dumo average runs/digits --std 0.12"),
     }
 
 
 class Bench(LazyGroup):
     """The commands of `dumo bench`."""
 
-    homes: ClassVar[Mapping[str, str]] = {"step": "dumo.cli.lab", "sample": "dumo.cli.lab", "data": "dumo.cli.lab"}
+    entries: ClassVar[Mapping[str, Entry]] = {
+        "step": Entry("dumo.cli.lab", example="dumo bench step digits --slope dual"),
+        "sample": Entry("dumo.cli.lab", example="dumo bench sample digits --nfe 1,2"),
+        "data": Entry("dumo.cli.lab", example="dumo bench data digits"),
+    }
 
 
 app = typer.Typer(
@@ -106,14 +69,19 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Train generative models that make an image in one or two network passes.\n\n"
-    "Start with  dumo train digits,  then  dumo sample,  dumo evaluate  and  dumo report  with  runs/digits.",
+    help="Example:  dumo train digits\n\n"
+    "Train generative models that make an image in one or two network passes.\n\n"
+    "Then  dumo sample runs/digits,  dumo evaluate runs/digits,  dumo report runs/digits.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 benches = typer.Typer(
-    cls=Bench, no_args_is_help=True, help="Measure training steps, sampling and reading data on this machine."
+    cls=Bench,
+    no_args_is_help=True,
+    help="Example:  dumo bench step digits\n\nTime steps, sampling and reading data on this machine.",
 )
-app.add_typer(benches, name="bench")
+app.add_typer(
+    benches, name="bench", rich_help_panel=RESEARCH, short_help="Time steps, sampling and reading data on this machine."
+)
 
 
 def show_version(version: bool) -> None:

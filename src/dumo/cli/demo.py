@@ -9,13 +9,16 @@ from typing import Annotated
 import typer
 
 from dumo.cli.option import Device, Folder, Set, Weights
+from dumo.cli.precheck import Names, require_run
 from dumo.cli.terminal import err, explain, out
 
 
 def demo(
     run_folder: Folder = "digits-trained",
     other: Annotated[
-        str | None, typer.Argument(metavar="[OTHER]", help="Another run's folder, to show next to it.")
+        str | None,
+        typer.Argument(metavar="[OTHER]", help="Another run's folder, to show next to it."),
+        Names(require_run),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7860,  # Gradio's own
     limit: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 60.0,
@@ -23,7 +26,9 @@ def demo(
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Serve a page to play with a run, or with two next to each other. It needs Gradio, the extra demo.
+    """Play with a run in the browser, or with two.
+
+    It needs Gradio, the extra demo.
 
     This machine alone can reach it; elsewhere, open it by the ssh command that is printed. Without a run it takes
     digits-trained, which comes with dumo.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Nfe, Seed, Set, SolverName, Weights, parse_integers
+from dumo.cli.option import TRACKERS, AsJson, Device, Nfe, Seed, Set, SolverName, Weights, one_of, parse_integers
+from dumo.cli.precheck import Names, require_evaluated, require_logged, require_run
 from dumo.cli.terminal import err, out, show_table
 from dumo.runtime.progress import bar
 
@@ -23,7 +24,9 @@ LAST = 10  # rows of a run in the table of a log. Ours
 
 def log(
     runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/*, or digits-trained.")
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/*, or digits-trained."),
+        Names(require_logged),
     ],
     last: Annotated[int, typer.Option(min=1, help="How many rows of each run, the latest.")] = LAST,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of all these runs in one picture.")] = False,
@@ -31,12 +34,19 @@ def log(
         Path | None, typer.Option("--out", help="The picture. Default: log.png in the run's folder; of several, here.")
     ] = None,
     to: Annotated[
-        str | None, typer.Option(metavar="TRACKER", help="Send new rows to tensorboard, wandb or trackio.")
+        str | None,
+        typer.Option(
+            metavar="TRACKER",
+            callback=one_of("tracker", *TRACKERS),
+            help="Send new rows to tensorboard, wandb or trackio.",
+        ),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="With --to: go on as the runs do, until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look at runs as they train: the last rows of their logs; with --plot their curves; with --to in a tracker.
+    """See how runs train: rows, curves, or in a tracker.
+
+    It prints the last rows of their logs; with --plot it draws their curves; with --to a tracker shows them.
 
     Nothing is sent but by --to, and there only where that tool is set to send it: tensorboard and trackio keep it on
     this machine, and so does wandb with WANDB_MODE=offline.
@@ -146,8 +156,8 @@ def _send_rows(runs: list[str], to: str, *, follow: bool) -> None:
 
     Raises UserError for a run that comes with dumo, in whose folder nothing can be noted.
     """
-    from dumo.config.error import require_known
     from dumo.config.source import trained_name_of
+    from dumo.config.suggestion import require_known
     from dumo.report.feed import feed, nap
     from dumo.report.tracker import TRACKERS
     from dumo.types import UserError
@@ -162,7 +172,9 @@ def _send_rows(runs: list[str], to: str, *, follow: bool) -> None:
 
 def evaluate(
     run_folder: Annotated[
-        str | None, typer.Argument(help="A run's folder, such as runs/digits, or digits-trained.")
+        str | None,
+        typer.Argument(help="A run's folder, such as runs/digits, or digits-trained."),
+        Names(require_run),
     ] = None,
     nfe: Nfe = None,
     seed: Seed = None,
@@ -202,17 +214,14 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Judge a trained run by its protocol, next to what a perfect sampler would have: new real images.
+    """Score a trained run, or images that others made.
+
+    A run is judged by its protocol, next to what a perfect sampler would have: new real images.
 
     With --images: judge what another repository, a stock pipeline or a GAN made; dumo compare takes the report next to
     those of runs that the same protocol judged: dumo evaluate --images samples.npz --against photos.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
-    from dumo.report import evaluate
-    from dumo.run.weights import open_run
-    from dumo.runtime import dist
-    from dumo.runtime.progress import no_bar
-
     if images is not None:
         run_options = (run_folder, nfe, seed, solver, weights)
         if any(option is not None for option in run_options):
@@ -221,6 +230,12 @@ def evaluate(
         return
     if run_folder is None or protocol or against or file:
         raise typer.BadParameter("name a run's folder; or, with --protocol, --against and --out, images by --images")
+
+    from dumo.report import evaluate
+    from dumo.run.weights import open_run
+    from dumo.runtime import dist
+    from dumo.runtime.progress import no_bar
+
     with dist.join():
         is_main = dist.is_main()
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
@@ -291,7 +306,9 @@ def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> 
 
 def compare(
     run_folders: Annotated[
-        list[str], typer.Argument(metavar="RUN...", help="Folders of runs that were evaluated, or single evaluations.")
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folders of runs that were evaluated, or single evaluations."),
+        Names(require_evaluated),
     ],
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Print the table though they were measured otherwise, and say how.")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo.cli.option import Folder, Weights, parse_integers, parse_path
+from dumo.cli.option import Folder, Weights, one_of, parse_integers, parse_path
 from dumo.cli.terminal import err, out
 from dumo.runtime import shell_path
 
@@ -42,6 +42,7 @@ def export(
         str,
         typer.Option(
             "--to",
+            callback=one_of("--to", "diffusers", "lora", "comfyui", "safetensors"),
             help="diffusers (a folder for from_pretrained), lora (one for load_lora_weights), comfyui (a LoRA as one "
             "file) or safetensors (all weights as one).",
         ),
@@ -50,9 +51,18 @@ def export(
         str | None, typer.Option(help="u, which jumps, or v, an ordinary flow model. Default: u, if taught.")
     ] = None,
     parts: Annotated[
-        str, typer.Option(help="The source's other parts (text encoders, decoder ...): copy, link or none.")
+        str,
+        typer.Option(
+            callback=one_of("--parts", "copy", "link", "none"),
+            help="The source's other parts (text encoders, decoder ...): copy, link or none.",
+        ),
     ] = "copy",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            callback=one_of("--dtype", "float32", "bfloat16", "float16"), help="float32, bfloat16 or float16."
+        ),
+    ] = "float32",
     nfe: Annotated[
         str | None,
         typer.Option(
@@ -77,7 +87,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a trained net as stock programs take it."""
+    """Write a run for diffusers, ComfyUI or the Hub."""
     from dumo.export import hub, write
     from dumo.run.weights import open_run
     from dumo.runtime import dist

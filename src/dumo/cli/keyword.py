@@ -8,8 +8,8 @@ from functools import wraps
 from inspect import signature
 from typing import ParamSpec, TypeVar
 
-from dumo.config.error import nearest
 from dumo.config.foreign import ours
+from dumo.config.suggestion import nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,5 +59,5 @@ def _hint(name: str, known: list[str]) -> str:
     for other in NAMES.get(name, ()):
         if other in known:
             return f"here it is {other}"
-    field = ours(f"--{name}") if "changes" in known else None
+    field = ours(name, as_option=True) if "changes" in known else None
     return field or nearest(name, [other for other in known if other != "self"])

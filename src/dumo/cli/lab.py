@@ -4,16 +4,20 @@ Each checks its options, calls its namesake in `dumo.lab`, and prints the report
 """
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Set, Source, parse_integers, parse_path
+from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_folder, parse_integers
+from dumo.cli.precheck import Names, require_source_or_data
 from dumo.cli.terminal import out, show_table
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar
 
+_PLAN_FILES = [file.name for file in (files("dumo") / "lab" / "plans").iterdir()]
+PLANS = sorted(name.removesuffix(".yaml") for name in _PLAN_FILES if name != "sets.yaml")
 Shape = Annotated[
     str | None, typer.Option(help="Shape of a sample, e.g. 4,32,32, of random numbers. Default: the data's.")
 ]
@@ -26,22 +30,30 @@ def reproduce(
     name: Annotated[
         str,
         typer.Argument(
+            callback=one_of("figure or table", *PLANS),
             help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-pixels, fair, "
-            "flow-first, latents, lowpass, pretrained, routed, scaling, stages, two-times, unet, words."
+            "flow-first, latents, lowpass, pretrained, routed, scaling, stages, two-times, unet, words.",
         ),
     ],
     scale: Annotated[
-        str, typer.Option(help="smoke (a minute or two), laptop (up to an hour) or paper (its own size, on GPUs).")
+        str,
+        typer.Option(
+            callback=one_of("scale", "smoke", "laptop", "paper"),
+            help="smoke (a minute or two), laptop (up to an hour) or paper (its own size, on GPUs).",
+        ),
     ] = "laptop",
     folder: Annotated[
         Path | None,
-        typer.Option("--out", parser=parse_path, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE."),
+        typer.Option("--out", parser=parse_folder, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each with its share of the cores.")] = 1,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Make a figure or table again: picture, table and results.json. Finished cells are kept, a stopped one goes on."""
+    """Make a figure or table of the results again.
+
+    Picture, table and results.json. Finished cells are kept, a stopped one goes on.
+    """
     from dumo.lab.reproduce import reproduce
     from dumo.runtime import dist
 
@@ -73,7 +85,9 @@ def step(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure a training step by every slope: operations, time, bytes, and the error of du/dt.
+    """Measure a training step: operations, time, bytes, error.
+
+    Of every way to take du/dt (slope), with the error of it.
 
     F is a forward pass; by time it is a third of the plain flow-matching step in the same precision.
     """
@@ -141,7 +155,10 @@ def sample(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure images per second by number of passes, with random weights."""
+    """Measure images per second by number of passes.
+
+    The weights are random.
+    """
     from dumo.config.load import load
     from dumo.lab import bench
     from dumo.run.resolve import resolve
@@ -166,7 +183,11 @@ def sample(
 
 
 def data(
-    source: Annotated[str, typer.Argument(help="A recipe, a run's folder, or a folder or file of images.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A recipe, a run's folder, or a folder or file of images."),
+        Names(require_source_or_data),
+    ],
     set_: Set = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: the recipe's, or 256.")] = None,
     side: Annotated[int | None, typer.Option(min=1, help="Pixels of a folder's images. Default: 256.")] = None,
@@ -181,7 +202,10 @@ def data(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure images per second that data give, by threads, and compare with what a training step takes."""
+    """Measure images per second that data give, by threads.
+
+    And compare with what a training step takes.
+    """
     from dumo.lab import reading
 
     _begin_bench(None)

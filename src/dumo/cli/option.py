@@ -1,7 +1,8 @@
-"""What several commands share: types of options, `with_trust_code`, and parsers of option values.
+"""What several commands share: types of options, `prepared`, and parsers of option values.
 
-Types come first (`Source`, `Set`, `Nfe` ...): an annotation by one gives a command that option, with its help.
-`with_trust_code` adds --trust-code to a command. The parsers raise typer's BadParameter, or UserError.
+Types come first (`Source`, `Set`, `Nfe` ...): an annotation by one gives a command that option, with its help, and the
+check of its value. `prepared` adds --trust-code to a command, and looks up what its words name before it begins. So
+what is typed wrong is refused before a command imports torch. The parsers raise typer's BadParameter, or UserError.
 """
 
 import re
@@ -9,18 +10,24 @@ from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dumo.cli.precheck import Names, require_run, require_source, require_source_or_images
 from dumo.config import recipes
+from dumo.error import UserError
 from dumo.io import trained
+from dumo.runtime.limits import PASSES
 
 if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
 
 
 READS_A_RUN = {"source", "run_folder"}  # the parameters of a command that may name a run
+FEW_NAMES = 6  # which a message lists all: ours
+TRACKERS = ("tensorboard", "wandb", "trackio")  # of `dumo.report.tracker`
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "meta", "xla")  # kinds; which are here torch knows
 
 
 def _complete_source(text: str) -> list[str]:
@@ -33,6 +40,52 @@ def _complete_run(text: str) -> list[str]:
     return [name for name in trained.names() if name.startswith(text)]
 
 
+def one_of(option: str, *names: str) -> Callable[[str | None], str | None]:
+    """A check of typer's for an option: its value is one of `names`. It raises UserError, which lists a few names."""
+
+    def check(value: str | None) -> str | None:
+        if value is None or value in names:
+            return value
+        from dumo.config.suggestion import nearest, nearest_few
+
+        hint = nearest(value, [*names])
+        if len(names) <= FEW_NAMES:
+            hint = f"{nearest_few(value, [*names])}valid: {', '.join(names)}"
+        raise UserError(f"there is no {option} '{value}'; {hint}")
+
+    return check
+
+
+def _check_passes(text: str | None) -> str | None:
+    """A list of numbers of passes, as typed. Raises BadParameter for what is no list, UserError for 0 or too many."""
+    for passes in parse_integers(text, "--nfe") or ():
+        if not 1 <= passes <= PASSES:
+            raise UserError(f"nfe = {passes} is no number of passes for a sample: ask for 1 to {PASSES:,}")
+    return text
+
+
+def _check_solver(name: str | None) -> str | None:
+    """A solver's name, or module:Class. Raises UserError for a name that no solver has."""
+    if name is not None and ":" not in name:
+        from dumo.config.outline import kinds_at
+        from dumo.config.suggestion import require_known
+
+        require_known("--solver", name, kinds_at("sample.solver"))
+    return name
+
+
+def _check_device(name: str) -> str:
+    """A device's name. Raises UserError for a kind of device that torch does not have."""
+    kind = name.partition(":")[0]
+    if kind not in DEVICES:
+        from dumo.cli.foreign import FOREIGN_DEVICES
+
+        meant = FOREIGN_DEVICES.get(kind.lower())
+        hint = f"here it is {meant}" if meant else "use auto, cpu or cuda"
+        raise UserError(f"there is no device '{name}': {hint}")
+    return name
+
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -40,6 +93,7 @@ Source = Annotated[
         "digits-trained.",
         autocompletion=_complete_source,
     ),
+    Names(require_source),
 ]
 SourceOrImages = Annotated[
     str,
@@ -47,6 +101,7 @@ SourceOrImages = Annotated[
         help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a folder of images.",
         autocompletion=_complete_source,
     ),
+    Names(require_source_or_images),
 ]
 Folder = Annotated[
     str,
@@ -54,17 +109,22 @@ Folder = Annotated[
         help="A run's folder: runs/digits, or digits-trained or cifar10-trained, which dumo brings.",
         autocompletion=_complete_run,
     ),
+    Names(require_run),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Set a field, e.g. --set train.steps=2000. May be given many times."),
 ]
-Nfe = Annotated[str | None, typer.Option("--nfe", help="Passes through the net, e.g. 1,2,4. Default: the run's own.")]
+Nfe = Annotated[
+    str | None,
+    typer.Option("--nfe", callback=_check_passes, help="Passes through the net, e.g. 1,2,4. Default: the run's own."),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling noise. Default: the run's own.")]
 SolverName = Annotated[
     str | None,
     typer.Option(
         "--solver",
+        callback=_check_solver,
         help="euler, heun (velocity), restart (endpoint), hop (flow map), hermite (both heads).",
     ),
 ]
@@ -72,7 +132,9 @@ Prompts = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Prompts: a .txt, one a line; a .jsonl with a prompt a line; a folder of .txt."),
 ]
-Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda, cuda:1 ...")]
+Device = Annotated[
+    str, typer.Option(callback=_check_device, help="auto (the GPU where there is one), cpu, cuda, cuda:1 ...")
+]
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Other weights than the run's first average: a safetensors file.")
 ]
@@ -89,25 +151,39 @@ TrustCode = Annotated[
 ]
 
 
-def with_trust_code(command: Callable[..., None]) -> Callable[..., None]:
-    """Add --trust-code to a command that reads a run (`dumo.config.trust`). Others are returned as they are."""
+def prepared(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with --trust-code where it reads a run (`dumo.config.trust`).
+
+    Before it begins, what its words name is looked up (`dumo.cli.precheck.Names`); UserError is raised for nothing.
+    """
     command_signature = signature(command)
-    if not READS_A_RUN & command_signature.parameters.keys():
+    parameters = command_signature.parameters
+    names_by_parameter: dict[str, Names] = {}
+    for parameter in parameters.values():
+        for mark in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(mark, Names):
+                names_by_parameter[parameter.name] = mark
+    if not (names_by_parameter or READS_A_RUN & parameters.keys()):
         return command
 
     @wraps(command)
-    def command_with_flag(*words: object, trust_code: bool = False, **options: object) -> None:
+    def prepared_command(*words: object, trust_code: bool = False, **options: Any) -> None:  # noqa: ANN401, the command's
         from dumo.config.trust import trusting
 
+        for parameter, names in names_by_parameter.items():
+            word = options.get(parameter)
+            for one_word in word if isinstance(word, list) else [word]:
+                if one_word is not None:
+                    names.require(one_word, options)
         with trusting(trust_code):
             command(*words, **options)
 
     # typer reads the options from here
     flag = Parameter("trust_code", Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
-    new_signature = command_signature.replace(parameters=[*command_signature.parameters.values(), flag])
-    command_with_flag.__signature__ = new_signature  # pyright: ignore[reportAttributeAccessIssue]
-    command_with_flag.__annotations__ = {**command.__annotations__, flag.name: TrustCode}
-    return command_with_flag
+    new_signature = command_signature.replace(parameters=[*parameters.values(), flag])
+    prepared_command.__signature__ = new_signature  # pyright: ignore[reportAttributeAccessIssue]
+    prepared_command.__annotations__ = {**command.__annotations__, flag.name: TrustCode}
+    return prepared_command
 
 
 def parse_path(text: str) -> Path:
@@ -118,6 +194,14 @@ def parse_path(text: str) -> Path:
     if not text or "\0" in text:
         raise typer.BadParameter(f"{text!r} is no path: name a file or folder")
     return Path(text)
+
+
+def parse_folder(text: str) -> Path:
+    """A folder to write into, which need not be there. Raises BadParameter where it is a file, and as `parse_path`."""
+    folder = parse_path(text)
+    if folder.is_file():
+        raise typer.BadParameter(f"{text} is a file: name a folder, which need not be there")
+    return folder
 
 
 def parse_classes(text: str | None, conditions: "Conditions") -> list[int] | None:

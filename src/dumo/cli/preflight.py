@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dumo.cli.option import AsJson, Device, Set, Source, parse_bytes
+from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_bytes
 from dumo.cli.terminal import out, show_lines
 from dumo.config import recipes as packaged
 from dumo.runtime import shell_path
@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
     from dumo.config.spec import Run
 
+DATA = (  # what `dumo.plan.catalogue` lists
+    *("my-images", "pretrained", "few-steps", "cifar10", "imagenet", "imagenet-sample"),
+    *("taef2", "sd-vae", "dc-ae", "inception", "adm"),
+)
+
 
 def recipes(
     as_json: AsJson = False,
     as_schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:
-    """List the packaged recipes, by purpose."""
+    """List what can be trained by name."""
     if as_schema:
         from dumo.config.schema import schema
 
@@ -52,10 +57,15 @@ def recipes(
 
 
 def data(
-    name: Annotated[str | None, typer.Argument(help="One of those that are listed, such as cifar10.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            callback=one_of("data set or model", *DATA), help="One of those that are listed, such as cifar10."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List data sets and models that recipes need: what they are, how to get them, and whether they are here."""
+    """List data and models to fetch, how, and what is here."""
     from dumo.plan import catalogue
 
     if name is not None:
@@ -113,7 +123,9 @@ def show(
     whole: Annotated[bool, typer.Option("--all", help="Every field, as run.yaml has it.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print a run before it is run: its spec, its size, what a step costs and where it teaches jumps.
+    """Print all settings of a run, its size and cost of a step.
+
+    Also where it teaches jumps. Nothing is measured: dumo dry counts memory and hours.
 
     Fields of the machine and parts that are empty are left out where they stand at their defaults. All but the spec is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
@@ -198,7 +210,9 @@ def dry(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Try a run before hours are spent on it: what it takes, counted; with --rows one step, timed. Needs no data.
+    """Count the memory, time and GPUs that training takes.
+
+    It needs no data. With --rows one step is made and timed.
 
     With --ranks: the memory of each of these GPUs, what they send one another, hours. With --fit: what to set so
     that they do.
@@ -272,7 +286,11 @@ def _gpu_lines(gpus: int | None, source: str, overrides: list[str] | None) -> li
 
 
 def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto", as_json: AsJson = False) -> None:
-    """Say what this machine has, and test a run's slope on it against float64. Exit code 1 where it fails."""
+    """Test whether this machine computes a run right.
+
+    It says what is installed and which device there is, and compares the run's du/dt with float64. Exit code 1 where
+    it fails.
+    """
     from dumo.plan import doctor
 
     spec = _load_with_advice(source, set_)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dumo.cli.option import (
+    TRACKERS,
     Device,
     Folder,
     Nfe,
@@ -25,10 +26,13 @@ from dumo.cli.option import (
     SourceOrImages,
     Verify,
     Weights,
+    one_of,
     parse_classes,
+    parse_folder,
     parse_integers,
     parse_path,
 )
+from dumo.cli.precheck import Names, require_source_or_data
 from dumo.cli.terminal import err, memory_hint, out, show_lines
 from dumo.runtime import shell_path
 from dumo.runtime.limits import ROWS
@@ -42,9 +46,16 @@ if TYPE_CHECKING:
     from dumo.training.loop import Every
     from dumo.training.spec import Train
 
+BENCHMARKS = ("geneval", "dpg")  # whose layouts `dumo.report.benchmark` has
+FORMATS = ("grid", "images", "npz", *BENCHMARKS)  # what dumo sample writes
+
 
 def encode(
-    source: Annotated[str, typer.Argument(help="A recipe of latents or captions, or a folder or file of images.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A recipe of latents or captions, or a folder or file of images."),
+        Names(require_source_or_data),
+    ],
     folder: Annotated[
         str | None, typer.Argument(metavar="[OUT]", help="The cache's folder. Default: the recipe's data.root.")
     ] = None,
@@ -65,7 +76,9 @@ def encode(
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
-    """Encode images into the cache of latents that a recipe trains on, and captions into the table that its net reads.
+    """Encode images to latents, and captions to a table, once.
+
+    Of images it makes the cache that a recipe trains on, and of captions the table that its net reads.
 
     Started again, it goes on where it stopped. Both flips are kept where the data are flipped. A shard that is damaged
     is named and made again; one of other images than are here is refused. Under torchrun the ranks share the work.
@@ -122,7 +135,7 @@ def train(
     source: SourceOrImages,
     folder: Annotated[
         Path | None,
-        typer.Option("--out", parser=parse_path, metavar="FOLDER", help="The run's folder. Default: runs/NAME."),
+        typer.Option("--out", parser=parse_folder, metavar="FOLDER", help="The run's folder. Default: runs/NAME."),
     ] = None,
     step: Annotated[
         int | None,
@@ -138,12 +151,18 @@ def train(
     yes: Annotated[bool, typer.Option("--yes", help="Of a folder of images: do not ask.")] = False,
     track: Annotated[
         str | None,
-        typer.Option(metavar="TRACKER", help="Send rows of the log as it trains: tensorboard, wandb, trackio."),
+        typer.Option(
+            metavar="TRACKER",
+            callback=one_of("tracker", *TRACKERS),
+            help="Send rows of the log as it trains: tensorboard, wandb, trackio.",
+        ),
     ] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
-    """Train a recipe, or go on with a run's folder where it stopped: resuming is starting again.
+    """Train a recipe or your images; again, and it goes on.
+
+    A recipe or a run's folder goes on where it stopped: resuming is starting again.
 
     digits-trained or cifar10-trained, which dumo brings, begin a new run of their settings with their weights.
 
@@ -151,10 +170,7 @@ def train(
     before it starts. Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
     """
-    from dumo.config.load import FILE, load
-    from dumo.config.source import choose
-    from dumo.run.job import open_job
-    from dumo.run.train import train_job
+    from dumo.config.source import FILE, choose
 
     # what to train, and where
     changes = set_ or []
@@ -163,6 +179,11 @@ def train(
     if (minutes or yes) and not are_images:
         raise typer.BadParameter("--minutes and --yes are for a folder of images; of a recipe set train.steps")
     folder = folder or chosen.folder
+
+    from dumo.config.load import load
+    from dumo.run.job import open_job
+    from dumo.run.train import train_job
+
     run: Run | None = None  # the folder's own
     if are_images and (folder / FILE).is_file():
         if minutes:
@@ -301,36 +322,38 @@ def sample(
         str,
         typer.Option(
             "--format",
+            callback=one_of("--format", *FORMATS),
             help="grid (one PNG), images (a PNG each), npz (ADM's layout); geneval or dpg: as these benchmarks read "
             "images of their --prompts, four of each.",
         ),
     ] = "grid",
     folder: Annotated[
         Path | None,
-        typer.Option("--out", parser=parse_path, metavar="FOLDER", help="Default: samples/ in the run's folder."),
+        typer.Option("--out", parser=parse_folder, metavar="FOLDER", help="Default: samples/ in the run's folder."),
     ] = None,
     set_: Set = None,
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Make samples with a trained run: sheets of images, single images, or an .npz that others' evaluators read.
+    """Make images with a trained run: sheets, files or an .npz.
 
     Under torchrun the ranks share the work.
     """
+    if sum(map(bool, (labels, prompt, prompts))) > 1:
+        raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
+    if source and not (prompt or prompts):
+        raise typer.BadParameter("--source is edited by a text: give --prompt, too")
+    if form in BENCHMARKS and (count or size or source or not prompts):
+        raise typer.BadParameter(
+            f"--format {form} makes 4 square images of each of --prompts: give these; no --count, --size, --source"
+        )
+
     from dumo.encoders.caption import read_prompts
     from dumo.report.benchmark import LAYOUTS, make
     from dumo.report.sample import COUNT, export
     from dumo.run.weights import open_run
     from dumo.runtime import dist
 
-    if sum(map(bool, (labels, prompt, prompts))) > 1:
-        raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
-    if source and not (prompt or prompts):
-        raise typer.BadParameter("--source is edited by a text: give --prompt, too")
-    if form in LAYOUTS and (count or size or source or not prompts):
-        raise typer.BadParameter(
-            f"--format {form} makes 4 square images of each of --prompts: give these; no --count, --size, --source"
-        )
     with dist.join():
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         passes = parse_integers(nfe, "--nfe")
@@ -368,7 +391,9 @@ def average(
         typer.Option("--out", parser=parse_path, metavar="FILE", help="Default: averages/ in the run's folder."),
     ] = None,
 ) -> None:
-    """Make another average of a run's weights, of those that it kept (train.snapshots), for --weights of a command.
+    """Average the weights that a run kept, by another width.
+
+    For --weights of a command. A run keeps some where train.snapshots says so.
 
     They are averages by a power (EDM2), of train.ema; which one is best is known after training alone.
     """
@@ -416,20 +441,24 @@ def grid(
     seed: Seed = None,
     folder: Annotated[
         Path | None,
-        typer.Option("--out", parser=parse_path, metavar="FOLDER", help="Default: grids/ in the run's folder."),
+        typer.Option("--out", parser=parse_folder, metavar="FOLDER", help="Default: grids/ in the run's folder."),
     ] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
-    """Draw samples by number of passes, after each milestone, from the same noise (Figs. 5 and 6), or by class."""
+    """Draw samples by passes and by training step, or by class.
+
+    All are from the same noise, after each milestone (Figs. 5 and 6).
+    """
+    if labels and classes:
+        raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
+
     from dumo.io import file
     from dumo.report import gallery
     from dumo.run.weights import open_run
     from dumo.runtime import dist, threads
 
     dist.require_one_process("dumo grid")
-    if labels and classes:
-        raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
     opened = open_run(run_folder, set_ or [], device=device)
     options: dict[str, Any] = {"seed": seed, "bar": bar}  # without those whose default a picture knows
     if reading is not None:
@@ -455,7 +484,9 @@ def grid(
 
 
 def report(run_folder: Folder, prompts: Prompts = None, device: Device = "auto") -> None:
-    """Write a run's report.html: one page with its samples, trajectories, neighbours, losses and figures.
+    """Write one page on a run: samples, losses, scores.
+
+    It is report.html in the run's folder, and has trajectories, neighbours and figures, too.
 
     Of a run of captions also what it makes of --prompts, or of captions of its data, in 1, 2 and 4 passes.
     """

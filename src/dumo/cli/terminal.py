@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dumo.error import UserError
 from dumo.runtime import signals
 from dumo.runtime.progress import inline, plain, say
 
@@ -192,12 +193,11 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return inline(message), 2
     if not isinstance(error, ValueError | RuntimeError):  # what dumo's own errors derive from
         return None
-    from dumo.runtime.heartbeat import Lost
-    from dumo.training.step import Diverged
-    from dumo.types import UserError
-
     if isinstance(error, UserError):
         return str(error), 2
+    from dumo.runtime.heartbeat import Lost
+    from dumo.training.step import Diverged
+
     if isinstance(error, Diverged | Lost):
         return str(error), 1
     return None

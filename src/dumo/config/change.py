@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic_core import to_jsonable_python
 
+from dumo.error import UserError
 from dumo.io.read import brief
 from dumo.io.yaml import dump_yaml, parse_yaml
 from dumo.runtime.door import settings
-from dumo.types import UserError
 
 FieldPath = tuple[str, ...]  # the names in a dotted path
 SHORTHANDS: dict[FieldPath, str] = {("pipeline",): "source"}  # parts that a text stands for: the field that it sets

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from dumo.config.label import label_index
 from dumo.data import Data, ShownData, has_images, is_images, is_latents
 from dumo.data.caption import CaptionFiles, Captioning, Templates
 from dumo.encoders.caption import parted
 from dumo.flow import generate
-from dumo.io.read import brief
 from dumo.types import UserError
 
 
@@ -83,22 +83,7 @@ class Conditions:
 
     def index(self, text: str) -> int:
         """The number of the class or caption with this name or number. Raises UserError if there is none."""
-        names = self.names
-        label = text.strip()
-        if label in names:
-            return names.index(label)
-        word = brief(label)
-        if word.isdecimal() and int(word) < self.count:
-            return int(word)
-        if not self.count:
-            raise UserError(f"there is no label '{word}': this run has no classes, so give no labels")
-        hint = ""
-        if names and not self.captions and not word.isdecimal():
-            from dumo.config.error import nearest
-
-            hint = f" {nearest(word, [*names])};"
-        fix = "; give another caption as a prompt" if self.captions else ""
-        raise UserError(f"there is no label '{word}':{hint} labels run from 0 to {self.count - 1}{fix}")
+        return label_index(text, self.names, self.count, are_captions=self.captions is not None)
 
     def of(self, labels: Int64[Tensor, " n"], *, held: bool = False) -> Int64[Tensor, " n"]:
         """The conditions (n,) of samples of these classes.

@@ -1,4 +1,8 @@
-"""Names that other trainers give to what dumo has under another name, or in another unit."""
+"""Names that other trainers give to what dumo has under another name, or in another unit.
+
+`ours` answers a field of a run. Options and commands of other programs are for `dumo.cli.foreign`, names that are
+merely spelt otherwise for `dumo.config.suggestion`. Imports no torch.
+"""
 
 from dumo.runtime.door import option, settings
 
@@ -60,14 +64,27 @@ FOREIGN: dict[str, tuple[str, str]] = {
 }
 
 
-def ours(name: str) -> str | None:
-    """What to write for a name of another trainer; None for a name that none has. An option's name begins with --."""
-    key = name.lower().lstrip("-").replace("-", "_")
+def ours(name: str, *, as_option: bool = False) -> str | None:
+    """What to write for a field of another trainer; None for a name that none has.
+
+    `as_option`: what to give a command, or a function of Python, instead of a field in a file.
+    """
+    key = foreign_key(name)
     if key not in FOREIGN:
         return None
     field, unit = FOREIGN[key]
     if field == "out":
         field = option("out")
-    if name.startswith("--") and "." in field:
+    elif as_option and "." in field:
         field = settings(field if "=" in field else f"{field}=...")
-    return f"here it is {field} ({unit})" if unit else f"here it is {field}"
+    return foreign_hint(field, unit)
+
+
+def foreign_key(name: str) -> str:
+    """A name as the tables of foreign names have it: without dashes before it, with underscores between its words."""
+    return name.lower().lstrip("-").replace("-", "_")
+
+
+def foreign_hint(what: str, unit: str = "") -> str:
+    """The hint that names what to write, and its unit, if it has one."""
+    return f"here it is {what} ({unit})" if unit else f"here it is {what}"

@@ -21,6 +21,7 @@ from pydantic_core import PydanticSerializationError, to_json, to_jsonable_pytho
 
 from dumo.config import trust
 from dumo.config.change import override, shown
+from dumo.config.line import lines_of
 from dumo.config.source import (
     CHANGED,
     CODE,
@@ -96,8 +97,7 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
     except ValidationError as error:
         from dumo.config.error import explain
 
-        prefix = f"{name}: " if Path(name).suffix else ""
-        raise UserError("\n".join(prefix + line for line in explain(error, spec).splitlines())) from error
+        raise UserError(lines_of(explain(error, spec), name)) from error
 
 
 def _fill(tree: dict[str, Any], resolved: object) -> None:

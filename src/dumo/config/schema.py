@@ -1,7 +1,9 @@
 """The JSON schema of recipes, for editors: names are completed, and wrong ones marked, while a file is written."""
 
+import json
 from typing import Any, cast
 
+from dumo.config import outline
 from dumo.config.source import CHANGED, KEY
 from dumo.config.spec import Run
 
@@ -13,6 +15,15 @@ def schema() -> dict[str, Any]:
     tree["properties"]["base"] = {"type": "string", "description": "A recipe's name, or a file or run's folder here."}
     tree["properties"] |= {KEY: {"type": "integer"}, CHANGED: {"type": "array"}}  # keys of a run.yaml
     return tree
+
+
+def outline_text() -> str:
+    """The text of outline.json (`dumo.config.outline`), with a line for each part of a run."""
+    tree = outline.pruned(_loosen(Run.model_json_schema()))
+    parts = tree.pop(outline.DEFINITIONS)
+    lines = [f"{json.dumps(name)}: {json.dumps(part)}" for name, part in sorted(parts.items())]
+    definitions = ",\n".join(lines)
+    return f'{json.dumps(tree)[:-1]}, "{outline.DEFINITIONS}": {{\n{definitions}\n}}}}\n'
 
 
 def _loosen(part: object) -> object:

@@ -6,7 +6,6 @@ that a source says; `dumo.config.load` makes them a run. `read_file` and `parse_
 run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none.
 """
 
-import errno
 import os
 import re
 from collections.abc import Collection
@@ -21,14 +20,19 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dumo.config import recipes
 from dumo.config.change import merge, shown
+from dumo.config.place import FILE as FILE
+from dumo.config.place import RUNS, find_content, names_here, run_file
+from dumo.config.suggestion import nearest_few
+from dumo.error import UserError
 from dumo.io import trained
+from dumo.io.hub import INDEX as PIPELINE_INDEX
+from dumo.io.hub import SUFFIX as WEIGHTS_SUFFIX
+from dumo.io.hub import fetch_hint, published_name
 from dumo.io.read import brief, read_text, user_path
+from dumo.io.suffix import IMAGE_SUFFIXES, TABLE_SUFFIXES
 from dumo.io.trained import SHIPPED_PREFIX as SHIPPED_PREFIX
 from dumo.io.yaml import parse_yaml
-from dumo.types import UserError
 
-FILE = "run.yaml"  # the run, in its folder
-IMAGE_FILES = (".parquet", ".tar")  # suffixes of files that hold images
 KEY = "format"  # the first key of a run.yaml
 FORMAT = 2  # what `dumo.config.load.dump` writes there
 CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
@@ -38,11 +42,10 @@ PROPOSED = "proposed"  # in `resolved`: the fields that were set by `dumo.plan.p
 GIVEN = "given"  # in `resolved`: places in the words they were given in, by the fields that have them whole
 BASE_VARIABLE = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # ${NAME:-recipe}, as a shell writes it
 MAX_BYTES = 2**24  # of a file: ours; the names of 20,000 classes are half a million
-WEIGHTS_SUFFIX = ".safetensors"
-PIPELINE_INDEX = "model_index.json"  # in the folder of a pipeline of diffusers
-RUNS = "runs"  # where runs are, unless another folder is given
 DEFAULT_TUNING_RECIPE = "sd3-lora"  # an example, of a pipeline that no recipe names
 SOURCE_FIX = "give a run's folder, a recipe or a YAML file"  # the fix that messages end with
+IMAGES_RECIPE = "my-images"  # what a run is proposed from for images of the user's
+ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # suffixes
 
 
 class Noted(BaseModel):
@@ -126,7 +129,7 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
         raise UserError(f"the source is empty: {SOURCE_FIX}, or a folder of images")
     path = user_path(str(source), "the source")
     if os.path.isfile(path):  # False for a name that is too long
-        if path.suffix in IMAGE_FILES:
+        if path.suffix in TABLE_SUFFIXES:
             return ChosenSource("images", source, folder_of_images(source))
         if path.name == FILE:
             return ChosenSource("run", source, path.parent, is_continued=out is None or out == path.parent)
@@ -173,7 +176,7 @@ def shipped_name(source: str, names: Collection[str], *, images: bool = False) -
     if name not in names:
         return None
     if name == source:
-        content = _find_content(Path(source), images=images)
+        content = find_content(Path(source), images=images)
         if content is not None:
             raise UserError(
                 f"{source} may be what dumo brings by this name, or the folder here, which holds {content}: write "
@@ -191,7 +194,7 @@ def read(source: str | Path) -> RunText:
     trained_name = trained_name_of(source)
     if trained_name is not None:
         return read_file(trained.folder(trained_name) / FILE)
-    file = _run_file(Path(source))
+    file = run_file(Path(source))
     if file is not None:
         if file.suffix == WEIGHTS_SUFFIX:
             from dumo.encoders.singlefile import unpack_hint  # slow to import
@@ -200,6 +203,11 @@ def read(source: str | Path) -> RunText:
         return read_file(file)
     if os.path.isdir(source):  # False for a name that is too long
         raise UserError(f"{source} is a folder without a {FILE}: {SOURCE_FIX}")
+    if "://" in str(source):
+        raise UserError(
+            f"{brief(source)} is an address, and dumo reads folders and files of this machine: fetch it, unpack it, "
+            "and give its folder"
+        )
     fetch = _fetch_hint(str(source))
     if fetch:
         raise UserError(fetch)
@@ -219,6 +227,11 @@ def parse_text(text: str, file: Path) -> RunText:
 
 def _yaml_text(file: Path) -> str:
     """The text of a YAML file. Raises UserError for another suffix, and as `read_text`."""
+    suffix = file.suffix.lower()
+    if suffix in ARCHIVES:
+        raise UserError(f"{file} is an archive: unpack it, and give its folder")
+    if suffix in IMAGE_SUFFIXES:
+        raise UserError(f"{file} is one image: give the folder that it is in")
     if file.suffix not in (".yaml", ".yml"):
         raise UserError(f"{file} is no YAML file: {SOURCE_FIX}")
     return read_text(file, SOURCE_FIX, MAX_BYTES)
@@ -263,7 +276,7 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
         recipe = base.removeprefix(SHIPPED_PREFIX)
         if recipe in recipes.names():  # whatever lies next to the file
             return _recipe_tree(recipe), f"recipe {recipe}", None
-        base_file = _run_file(file.parent / user_path(base, "base")) if file else None
+        base_file = run_file(file.parent / user_path(base, "base")) if file else None
         if base_file:
             tree, _ = _parse_file(_yaml_text(base_file), base_file)
             tree.pop(RESOLVED, None)  # of that run's files
@@ -271,33 +284,6 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
     raise UserError(
         f"{name}: base: there is no recipe '{brief(word)}', nor a file or run's folder there; {_hint(word)}"
     )
-
-
-def _find_content(folder: Path, *, images: bool) -> str | None:
-    """What a folder holds that may be a source: a run, or images if these count; None: neither."""
-    if (folder / FILE).is_file():
-        return "a run"
-    if not images or not folder.is_dir():
-        return None
-    from dumo.data.pixel import IMAGE_SUFFIXES  # slow to import
-
-    for _, _, names in os.walk(folder):
-        for name in names:
-            ending = os.path.splitext(name)[1].lower()
-            if ending in IMAGE_SUFFIXES or ending in IMAGE_FILES:
-                return "images"
-    return None
-
-
-def _run_file(path: Path) -> Path | None:
-    """The file that a path names, or the run.yaml of a folder; None where there is none, or can be none."""
-    try:
-        file = path / FILE if path.is_dir() else path
-        return file if file.is_file() else None
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        return None
 
 
 def _take_format(tree: dict[str, Any], file: Path) -> None:
@@ -347,10 +333,8 @@ def _parse_mapping(text: str, name: str) -> dict[str, Any]:
 
 def _fetch_hint(name: str) -> str:
     """What a source that is nowhere here may be on the Hugging Face hub, and what to type; "": nothing."""
-    if Path(name).suffix in (".yaml", ".yml", *IMAGE_FILES) or Path(name).parent == Path(RUNS):
+    if Path(name).suffix in (".yaml", ".yml", *TABLE_SUFFIXES) or Path(name).parent == Path(RUNS):
         return ""
-    from dumo.encoders.pipeline import fetch_hint, published_name  # slow to import
-
     fetch = fetch_hint(name)
     if not fetch:
         return ""
@@ -373,7 +357,7 @@ def _recipe_of_pipeline(name: str) -> str:
 
 
 def _hint(name: str) -> str:
-    """The end of a message that there is no recipe of this name: the nearest names, and how to list all."""
-    from dumo.config.error import nearest_few
-
-    return f"{nearest_few(name, recipes.names())}`dumo recipes` lists all"
+    """The end of a message that there is no source of this name: what is near to it, and how to list recipes."""
+    path = Path(name)
+    near = nearest_few(name, [*recipes.names(), *names_here(path.parent), *names_here(Path(RUNS), FILE)])
+    return f"{near}`dumo recipes` lists all"

@@ -17,11 +17,11 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from dumo.error import UserError
 from dumo.io.read import brief
 from dumo.runtime import signals
 from dumo.runtime.door import option
 from dumo.runtime.progress import inline
-from dumo.types import UserError
 
 CODE_NAME = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
 trusts_all = False  # whether all code is trusted, inside `trusting`

@@ -28,7 +28,7 @@ from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, ca
 from dumo.data.edit import edit_rows, source_hash
 from dumo.data.metadata import TABLES
 from dumo.data.parquet import Parquet
-from dumo.data.pixel import IMAGE_SUFFIXES, Crop, Size, ToSquare
+from dumo.data.pixel import Crop, Size, ToSquare
 from dumo.data.store import Folder, Store, choose, first_sorted, store_hashes, walk
 from dumo.data.tar import Tar
 from dumo.encoders.caption import Captions
@@ -36,6 +36,7 @@ from dumo.io.content import Hashes
 from dumo.io.inventory import FileState
 from dumo.io.read import user_path
 from dumo.io.source import Bucketed
+from dumo.io.suffix import IMAGE_SUFFIXES
 from dumo.runtime.limits import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, PLACE, Spec, UserError
 

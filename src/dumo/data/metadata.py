@@ -20,9 +20,9 @@ from typing import Any
 from dumo.data.column import CAPTION_FIX, TableRow, holds_text
 from dumo.data.pairing import NameIndex, Orphan
 from dumo.data.parquet import decode_rows, open_table, readable
-from dumo.data.pixel import IMAGE_SUFFIXES
 from dumo.data.store import walk
 from dumo.io.read import brief, parse_json, text_lines
+from dumo.io.suffix import IMAGE_SUFFIXES
 from dumo.types import UserError
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "captions.jsonl")  # names of tables that are read

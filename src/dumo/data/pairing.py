@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from dumo.data.pixel import IMAGE_SUFFIXES
 from dumo.io.read import first_few
+from dumo.io.suffix import IMAGE_SUFFIXES
 from dumo.types import UserError
 
 # Ours. Where names are wrong as a whole (case, a folder too many), or a download broke off, most do not match; where

@@ -28,23 +28,6 @@ Size = tuple[int, int]  # (height, width); PIL's image.size is the other way rou
 
 # What is opened. No EPS or PDF: pillow hands them to another program, and data may come from anywhere.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-READABLE_SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".pbm",
-}
-# What is taken for an image by its name. Telephones' formats cannot be read, but errors then name such files.
-IMAGE_SUFFIXES = READABLE_SUFFIXES | {".avif", ".heic", ".heif"}
 
 SIDE_SWAPPING_ORIENTATIONS = (5, 6, 7, 8)  # of EXIF's orientations, those that exchange height and width
 MAX_ASPECT_RATIO = 100  # of the longer side to the shorter: ours

@@ -30,11 +30,12 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dumo.data.pairing import normal_form
-from dumo.data.pixel import IMAGE_SUFFIXES, Unreadable
+from dumo.data.pixel import Unreadable
 from dumo.data.store import Labels, count_classes, require_small
 from dumo.io import digest, note
 from dumo.io import file as files
 from dumo.io.inventory import ItemFiles, states_of
+from dumo.io.suffix import IMAGE_SUFFIXES
 from dumo.runtime import signals
 from dumo.runtime.progress import late
 from dumo.types import UserError

@@ -1,4 +1,4 @@
-"""The files of one part of a diffusers folder: which weights dumo opens, and which patterns fetch no others.
+"""The files of one part of a diffusers folder: which weights dumo opens.
 
 A part is a folder with a config and weights in safetensors. NAME is `diffusion_pytorch_model` of models of diffusers,
 and `model` of models of transformers. A folder may hold its weights several times:
@@ -11,10 +11,9 @@ and `model` of models of transformers. A folder may hold its weights several tim
 Code that opens weights of a folder asks here: `find_weights` chooses the first of these that is complete, and
 `require_weights` refuses a folder without any. `PartWeights` is the choice; `build_model` opens it by its library, and
 `first_unfit_key` says whether it fits.
-`download_command` fetches the plain weights of parts alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ import torch
 from torch import Tensor
 
 from dumo.io import digest, weights
+from dumo.io.hub import SUFFIX
 from dumo.io.read import foreign, read_settings
 from dumo.types import UserError
 
 DIFFUSERS = "diffusion_pytorch_model"  # NAME of models of diffusers
 TRANSFORMERS = "model"  # NAME of models of transformers
-SUFFIX = ".safetensors"
 DIFFUSERS_FILE = f"{DIFFUSERS}{SUFFIX}"  # plain weights in one file
 TRANSFORMERS_FILE = f"{TRANSFORMERS}{SUFFIX}"
 VARIANTS = (None, "fp16", "bf16")  # in order of preference; None: plain
@@ -37,8 +36,6 @@ PICKLES = {  # of the same models, which are refused
     TRANSFORMERS: ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 }
 TAKE_ANOTHER = "take another copy of the folder"
-# Variants, which have a second dot in their names. Patterns of fnmatch, in which * matches / and dots, too.
-EXCLUDED = (f"*.*{SUFFIX}", "*.index.*.json")
 
 
 @dataclass(frozen=True)
@@ -158,30 +155,3 @@ def _listed_files(index: Path) -> tuple[Path, ...]:
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("weight_map names no files of its folder")
         return tuple(index.with_name(name) for name in names)
-
-
-def download_command(repository: str, parts: Sequence[str], files: Sequence[str], folder: Path | str) -> str:
-    """The command that brings what dumo reads of a repository of the Hugging Face hub into a folder.
-
-    `parts` are folders, which may hold a `*`; `files` are others. Weights are brought plain, in safetensors.
-    """
-    words = ["hf", "download", repository]
-    for pattern in (*files, *included(parts)):
-        words += ["--include", pattern]
-    for pattern in EXCLUDED:
-        words += ["--exclude", pattern]
-    quoted = [f"'{word}'" if set("*? ") & set(word) else word for word in words]
-    return " ".join([*quoted, "--local-dir", str(folder)])
-
-
-def included(parts: Sequence[str]) -> list[str]:
-    """The patterns of what dumo reads of parts; what `EXCLUDED` matches is not among it."""
-    patterns: list[str] = []
-    for part in parts:
-        if part.startswith("tokenizer"):  # files of many names
-            patterns.append(f"{part}/*")
-            continue
-        patterns.append(f"{part}/*.json")
-        if part != "scheduler":
-            patterns.append(f"{part}/*{SUFFIX}")
-    return patterns

@@ -6,14 +6,13 @@ decodes, reads prompts or is exported with the parts of another. Parts of a run 
 `PipelineSpec`, and get it by `with_pipeline`.
 
 `Pipeline.weights` are the files of a part that dumo opens (`dumo.encoders.part`). What is no folder is refused with the
-command that makes one: of a name on the Hugging Face hub (`fetch_hint`), of one file (`dumo.encoders.singlefile`).
+command that makes one: of a name on the Hugging Face hub (`dumo.io.hub`), of one file (`dumo.encoders.singlefile`).
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -23,7 +22,8 @@ from yaml import YAMLError
 
 from dumo.encoders import part as parts
 from dumo.encoders.part import PartWeights
-from dumo.io import digest
+from dumo.io import digest, hub
+from dumo.io.hub import INDEX, PUBLISHED, SCHEDULER, SMALL, TRANSFORMER, UNET, VAE, published
 from dumo.io.read import read_settings, read_text, user_path
 from dumo.io.yaml import parse_yaml
 from dumo.runtime.door import settings
@@ -33,22 +33,12 @@ S = TypeVar("S", bound=Spec)
 P = TypeVar("P", bound="PipelineSpec")
 Config = Mapping[str, Any]  # a part's config.json
 FIELD = "pipeline"
-INDEX = "model_index.json"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"  # of a text encoder that can write, too
 SCHEDULER_CONFIG = "scheduler_config.json"
-TRANSFORMER = "transformer"
-UNET = "unet"  # where a UNet is the model
-VAE = "vae"
-SCHEDULER = "scheduler"
-# Configs of models on the Hugging Face hub, and of small ones; `_readers` are the parameters of the text encoders.
-CONFIGS = files("dumo.encoders") / "published"
-PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
-SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-10, but for digits the second
 SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HINT = f"{FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
 TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # folders of what reads prompts
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
 OptionalPart = Literal["text_encoder_3"]  # a pipeline of diffusers works without it: SD3's T5
 OPTIONAL: tuple[OptionalPart, ...] = get_args(OptionalPart)
 LICENSE = ("license", "license_name", "license_link")  # of a README.md's head
@@ -100,7 +90,7 @@ class Pipeline(Spec):
 
             raise UserError(f"{FIELD}: {unpack_hint(path)}, and set {FIELD}=DIR")
         if not path.is_dir():
-            fetch = fetch_hint(self.source)
+            fetch = hub.fetch_hint(self.source)
             if fetch:
                 raise UserError(f"{FIELD}: {fetch}, and set {FIELD}={Path(self.source).name}")
             raise UserError(f"{FIELD}: {self.source} is no folder. {HINT}")
@@ -177,11 +167,11 @@ class Pipeline(Spec):
         folder = "DIR" if self.is_published else self.source
         repository = self.repository or "REPOSITORY"
         if not part:
-            return _fetch_command(repository, folder, self.without)
+            return hub.pipeline_command(repository, folder, self.without)
         wanted = [part]
         if part == TRANSFORMER:
-            wanted = _model_parts(repository)
-        return parts.download_command(repository, wanted, [INDEX], folder)
+            wanted = hub.model_parts(repository)
+        return hub.download_command(repository, wanted, [INDEX], folder)
 
     @property
     def repository(self) -> str:
@@ -386,48 +376,6 @@ def with_pipeline(part: S, pipeline: Pipeline | None) -> S:
     return part.within(pipeline) if isinstance(part, PipelineSpec) else part
 
 
-def fetch_hint(name: str) -> str:
-    """What a name on the Hugging Face hub is, and the command that fetches it; "": it is no such name.
-
-    OWNER/NAME is a name on the hub unless OWNER is a folder here.
-    """
-    if not HUB_NAME.fullmatch(name) or Path(name).parent.exists():
-        return ""
-    command = _fetch_command(name, Path(name).name)
-    if published_name(name):
-        return f"{name} is a model on the Hugging Face hub, and dumo reads a folder: fetch what it reads, {command}"
-    return (
-        f"{name} is no folder here. If it is a model on the Hugging Face hub, fetch what dumo reads of it, {command} "
-        "(leave --exclude out where it has variants such as fp16 alone)"
-    )
-
-
-def published_name(repository: str) -> str:
-    """The published pipeline of a repository on the Hugging Face hub; "": it is none of PUBLISHED."""
-    for name in PUBLISHED:
-        if str(published(name)["_name_or_path"]).lower() == repository.lower():
-            return name
-    return ""
-
-
-def _fetch_command(repository: str, folder: str, without: Sequence[str] = ()) -> str:
-    """The command that brings what dumo reads of a pipeline, but for the text encoders of `without`."""
-    text_parts = ["text_encoder*", "tokenizer*"]
-    if without:
-        text_parts = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
-    wanted = [*_model_parts(repository), VAE, SCHEDULER, *text_parts]
-    return parts.download_command(repository, wanted, [INDEX, "README.md"], folder)
-
-
-def _model_parts(repository: str) -> list[str]:
-    """The folders that may hold the model of a repository: of a known one, the one that does."""
-    name = published_name(repository)
-    if not name:
-        return [TRANSFORMER, UNET]
-    class_name = str(published(name)[TRANSFORMER]["_class_name"])
-    return [UNET if class_name.startswith("UNet") else TRANSFORMER]
-
-
 def has_component(entry: object) -> bool:
     """Whether model_index.json names a library and a class for a part; [null, null]: the pipeline has none."""
     return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
@@ -448,12 +396,6 @@ def read_config(file: Path, changed: int, size: int) -> tuple[str, str]:
     """A config as JSON, and its hash; read again where the file has `changed`, in ns, or in size."""
     config = read_settings(file, HINT, infinite=file.name == SCHEDULER_CONFIG)  # diffusers' say -Infinity
     return json.dumps(config), config_hash(config)
-
-
-@lru_cache
-def published(name: str) -> dict[str, Any]:
-    """What is here of a published pipeline."""
-    return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def config_hash(config: Config) -> str:

@@ -17,8 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from dumo.encoders import part
-from dumo.io import weights
+from dumo.io import hub, weights
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _pipeline_hint(file: Path, kind: _FileKind) -> str:
 
 def _transformer_hint(file: Path, kind: _FileKind, torch_dtype: str) -> str:
     """The hint for a file of a transformer: the rest of the folder is fetched first, then diffusers adds the file."""
-    fetch = part.download_command(kind.repository, _OTHER_COMPONENTS, (*_PIPELINE_FILES, _MODEL_CONFIG), _FOLDER)
+    fetch = hub.download_command(kind.repository, _OTHER_COMPONENTS, (*_PIPELINE_FILES, _MODEL_CONFIG), _FOLDER)
     command = _python_command(
         f"import torch; from diffusers import {kind.class_name} as M; "
         f'M.from_single_file({_literal(file)}, config="{_FOLDER}", subfolder="{_MODEL_FOLDER}", '
@@ -186,7 +185,7 @@ def _transformer_hint(file: Path, kind: _FileKind, torch_dtype: str) -> str:
 
 def _fetch_hint(file: Path, kind: _FileKind) -> str:
     """The hint for a file that diffusers cannot open: the whole folder is fetched, and the file is not used."""
-    fetch = part.download_command(kind.repository, (_MODEL_FOLDER, *_OTHER_COMPONENTS), _PIPELINE_FILES, _FOLDER)
+    fetch = hub.download_command(kind.repository, (_MODEL_FOLDER, *_OTHER_COMPONENTS), _PIPELINE_FILES, _FOLDER)
     return (
         f"{file} is one file of a {kind.class_name}, which diffusers does not unpack. Fetch the folder {_FOLDER} of "
         f"its model, {fetch}"

@@ -16,6 +16,7 @@ import jinja2
 
 from dumo.config.conditions import shown
 from dumo.config.load import identity
+from dumo.config.place import EVALUATION
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Data, Images, Latents
@@ -26,7 +27,7 @@ from dumo.export.scheduler import EULER, JUMP_SCHEDULER, LCM
 from dumo.export.serve import is_whole, unserved
 from dumo.flow.guide import GuidanceScale
 from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
-from dumo.report.card import FILE, read_report
+from dumo.report.card import read_report
 from dumo.run.resolve import as_given, without_path
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -91,7 +92,7 @@ class Provenance:
         if run.teacher and run.teacher.guide.scale != 1:
             baked["its teacher"] = run.teacher.guide.scale
         try:
-            report = read_report(opened.folder / FILE)
+            report = read_report(opened.folder / EVALUATION)
         except UserError:
             report = None
         if report and report["card"].get("weights_sha256") != opened.sha256:

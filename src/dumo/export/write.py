@@ -21,7 +21,7 @@ from typing import Any, Literal, cast, get_args
 import safetensors.torch
 from torch import nn
 
-from dumo.config.error import require_known
+from dumo.config.suggestion import require_known
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import TRANSFORMER, UNET, has_component
 from dumo.export import card, lora, standalone

@@ -22,10 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
-from dumo.io import digest
-from dumo.types import UserError
+from dumo.error import UserError
 
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 PRIVATE_MODE = 0o600  # of files that safetensors makes
@@ -264,6 +262,8 @@ def flush(path: Path) -> None:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, the quota or the limit on a file's size is used up."""
+    from safetensors import SafetensorError  # not for those who only read a text
+
     if isinstance(error, SafetensorError):  # has the number of the system's error in its text alone
         match = re.search(r"os error (\d+)", str(error))
         return match is not None and int(match[1]) in DISK_FULL_ERRORS
@@ -281,6 +281,8 @@ def note_places(folder: Path, name: str) -> list[Path]:
     The first is next to the files; `name` hides it. The other is in `dumo` below $XDG_CACHE_HOME, or ~/.cache, by a
     hash of the folder's path.
     """
+    from dumo.io import digest  # imports torch
+
     return [folder / name, _cache_folder() / digest.short(str(folder.resolve())) / name.removeprefix(".")]
 
 

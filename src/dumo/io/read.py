@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from dumo.error import UserError
 from dumo.io import file, trained
 from dumo.runtime.limits import BLOCKS
 from dumo.runtime.signals import Stopped
-from dumo.types import UserError
 
 LAYER_COUNT = re.compile("layer|depth|num_.*block")  # keys of configs that number layers
 MAX_FILE_BYTES = 2**26  # ours: a long evaluation has thousands, the names of 20,000 classes are half a million

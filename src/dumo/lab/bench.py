@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from dumo.config.error import require_known
 from dumo.config.spec import Run
+from dumo.config.suggestion import require_known
 from dumo.data import Data, Latents
 from dumo.flow import generate
 from dumo.flow.precision import Precision

@@ -29,9 +29,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from dumo.config.error import require_known
 from dumo.config.load import load_recipe
 from dumo.config.spec import Run
+from dumo.config.suggestion import require_known
 from dumo.io.yaml import parse_yaml
 from dumo.run import cost
 from dumo.run.net import outline

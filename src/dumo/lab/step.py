@@ -22,8 +22,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from dumo.config.error import require_known
 from dumo.config.spec import Run
+from dumo.config.suggestion import require_known
 from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.path import Path

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from dumo.config import recipes
-from dumo.config.error import require_known
 from dumo.config.source import SHIPPED_PREFIX, read
+from dumo.config.suggestion import require_known
 from dumo.encoders import inception
 from dumo.encoders.autoencoder import DcAe, SdVae
 from dumo.encoders.part import DIFFUSERS_FILE
-from dumo.encoders.pipeline import PUBLISHED, Pipeline
+from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.taesd import SHA256, Taef2
 from dumo.evaluation.reference import IMAGENET_TRAIN_IMAGES, STANDARDS
 from dumo.io import digest
+from dumo.io.hub import PUBLISHED
 from dumo.io.read import user_path
 from dumo.io.yaml import dump_yaml
 from dumo.runtime import install

@@ -27,6 +27,7 @@ import torch
 from dumo.config.change import override, shown
 from dumo.config.code import has_own_parts
 from dumo.config.load import FILE, load_recipe, parse
+from dumo.config.source import IMAGES_RECIPE as RECIPE
 from dumo.config.source import PROPOSED, folder_of_images
 from dumo.config.spec import Run
 from dumo.config.word import method
@@ -52,7 +53,6 @@ from dumo.runtime.progress import Bar, no_bar, quiet, span
 from dumo.runtime.stopwatch import WARM_UP, Stopwatch, wall_clock
 from dumo.types import Spec, UserError
 
-RECIPE = "my-images"
 MINUTES = 6.0  # of a training on a CPU, unless another time is asked for: ours
 TIMED_STEPS = 8  # ours
 MAX_HEADERS = 256  # images whose header is read: ours

@@ -28,7 +28,6 @@ from dumo.runtime import shell_path
 from dumo.runtime.device import software_versions
 from dumo.types import UserError
 
-FILE = "evaluation.json"  # in a run's folder: its evaluation as its own spec has it judged
 Row = dict[str, Any]  # of an evaluation: passes, solver and scores
 Card = dict[str, Any]  # values of JSON, by name
 Score = float | None  # null: it was no finite number

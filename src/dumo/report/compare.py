@@ -16,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dumo.config.place import EVALUATION, require_evaluation
 from dumo.evaluation.metric import CLASS_MMD
 from dumo.report import score
-from dumo.report.card import FILE, Card, Row, read_report
+from dumo.report.card import Card, Row, read_report
 from dumo.run import shipped
 from dumo.runtime import shell_path
 from dumo.runtime.door import option
@@ -183,13 +184,12 @@ def _evaluation_file(source: str) -> Path:
     """
     path = shipped.output_folder(source)
     shipped_folder = shipped.find(source)
-    if shipped_folder != path and not (path / FILE).is_file():
-        return shipped_folder / FILE
-    if not path.exists():
-        raise UserError(f"there is no run's folder or evaluation {source}: give folders such as runs/digits")
+    if shipped_folder != path and not (path / EVALUATION).is_file():
+        return shipped_folder / EVALUATION
+    require_evaluation(path)
     if not path.is_dir():
         return path
-    file = path / FILE
+    file = path / EVALUATION
     other_evaluations = sorted(map(str, path.glob("evaluation-*.json")))
     if other_evaluations and not file.exists():
         fix = f"name {' or '.join(other_evaluations)}, or run dumo evaluate {shell_path(source)}"

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dumo.config.parts import Evaluation, Sampling
+from dumo.config.place import EVALUATION
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.own import OwnMetric, WithOwnMetrics
 from dumo.evaluation.protocol import Evaluator, Scores
@@ -36,7 +37,7 @@ from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
 from dumo.report import score
-from dumo.report.card import FILE, Card, Row, contrast_solver, judging_settings, make_card, read_report
+from dumo.report.card import Card, Row, contrast_solver, judging_settings, make_card, read_report
 from dumo.report.name import Fields, changes, flat
 from dumo.report.sample import solver_of
 from dumo.run.judge import evaluator_of, sample_conditions
@@ -191,7 +192,7 @@ def row(
 def current_report(opened: RunFolder) -> dict[str, Any] | None:
     """The report of the run, if evaluating it again would give the same; None where it would give something new."""
     try:
-        report = read_report(opened.find_output(FILE))
+        report = read_report(opened.find_output(EVALUATION))
     except UserError:
         return None
     wanted_card: dict[str, Any] = {

@@ -26,8 +26,8 @@ from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
-from dumo.config.error import require_known
 from dumo.config.source import read
+from dumo.config.suggestion import require_known
 from dumo.io import file
 from dumo.io.read import read_json
 from dumo.report.tracker import TRACKERS, Tracker, values

@@ -21,8 +21,8 @@ from typing import Any, get_args
 import torch
 
 from dumo.config.change import override
-from dumo.config.error import require_known
 from dumo.config.load import parse
+from dumo.config.suggestion import require_known
 from dumo.data import Digits, Images
 from dumo.data.store import Labels
 from dumo.encoders import vision

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from dumo.config.check import check_guided
 from dumo.config.conditions import Conditions, shown
-from dumo.config.error import require_known
 from dumo.config.load import parse
 from dumo.config.parts import Sampling
+from dumo.config.suggestion import require_known
 from dumo.data import Data, is_images
 from dumo.data.column import CAPTION_NAMES
 from dumo.data.metadata import TABLES

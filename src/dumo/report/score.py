@@ -19,6 +19,7 @@ from math import floor, inf, log10
 from pathlib import Path
 from typing import Any, Literal
 
+from dumo.config.place import EVALUATION
 from dumo.config.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
@@ -26,7 +27,7 @@ from dumo.evaluation.distance import Estimate, level
 from dumo.evaluation.metric import CLASS_MMD, METRICS, headline, metric, rising, trained_on
 from dumo.evaluation.protocol import Scores
 from dumo.io.read import read_json
-from dumo.report.card import FILE, Card, Row, validate_report
+from dumo.report.card import Card, Row, validate_report
 from dumo.runtime import shell_path
 
 ERROR_SUFFIX = "_sd"  # of a name whose value is the error of a score: mmd_sd
@@ -361,7 +362,7 @@ def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
 
     Raises UserError if the file is damaged.
     """
-    path = folder / FILE
+    path = folder / EVALUATION
     if not path.is_file():
         return None
     fix = f"run dumo evaluate {shell_path(folder)} again"

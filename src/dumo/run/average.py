@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dumo.config.load import Written, identity
-from dumo.config.source import FILE
+from dumo.config.place import require_run_folder
 from dumo.io import file as files
 from dumo.io.weights import compare, sha256, unshared
 from dumo.run import shipped
@@ -93,8 +93,7 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
     if out and out.suffix != ".safetensors":
         raise UserError(f"--out {out}: give a file that ends in .safetensors")
     folder = shipped.find(source)
-    if not (folder / FILE).is_file():
-        raise UserError(f"{source} is no run's folder (it has no {FILE}): {shipped.fix(source)}")
+    require_run_folder(source, folder)
 
     # find the snapshots
     index = Index.read(folder)

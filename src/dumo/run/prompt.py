@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from dumo.config.label import no_prompts
 from dumo.data import Data, Latents
 from dumo.data.edit import source_hash
 from dumo.data.pixel import ToSquare, Unreadable
@@ -65,10 +66,7 @@ def prompted(sampler: Sampler, prompts: Sequence[str], source: Path | None = Non
         raise UserError("a prompt is empty: say what the image shows, or leave the prompt out")
     texts = sampler.texts
     if texts is None or sampler.conditions.captions is None:
-        fix = "leave them out, or train a run with captions"
-        if sampler.conditions.count:
-            fix = f"give classes ({option('labels')})"
-        raise UserError(f"this run was trained without captions, so it reads no prompts: {fix}")
+        raise UserError(no_prompts(sampler.conditions.count))
     captions = _as_captions(sampler, prompts, source)
 
     # prompts that are used again count as the last used

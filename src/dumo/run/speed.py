@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from dumo.config.place import LOG as LOG
+from dumo.config.place import require_log
 from dumo.runtime import dist
 from dumo.runtime.device import known_peak_tflops, peak_bytes
 from dumo.runtime.progress import number, sized
@@ -20,10 +22,8 @@ from dumo.runtime.stopwatch import Clock, wall_clock
 from dumo.training import log
 from dumo.training.spec import Train
 from dumo.training.step import Record
-from dumo.types import UserError
 
 FILE = "speed.jsonl"
-LOG = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,9 @@ def logged(folder: Path) -> list[log.Row]:
 
     Raises UserError where there is no log, and as `log.read_log`.
     """
-    log_file = folder / LOG
-    if not log_file.is_file():
-        raise UserError(f"{folder} has no {LOG}: give a run's folder, such as runs/digits, once it has trained a while")
+    require_log(folder)
     speed_by_step = {row.pop("step"): row for row in log.read_log(folder / FILE)}
-    rows = log.read_log(log_file)
+    rows = log.read_log(folder / LOG)
     for row in rows:
         if row["step"] in speed_by_step:
             row["speed"] = speed_by_step[row["step"]]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dumo.config import trust
 from dumo.config.code import require_same_code
-from dumo.config.load import FILE, Difference, Written, difference, differences
+from dumo.config.load import Difference, Written, difference, differences
 from dumo.config.parts import RunParts
+from dumo.config.place import require_run_folder
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
 from dumo.data import is_images
@@ -146,8 +147,7 @@ def open_run(
     from dumo.run import shipped
 
     folder = shipped.find(source)
-    if not (folder / FILE).is_file():
-        raise UserError(f"{source} is no run's folder (it has no {FILE}): {shipped.fix(source)}")
+    require_run_folder(source, folder)
     output = shipped.output_folder(source)
     trust.accept(overrides)
     index = Index.read(folder)

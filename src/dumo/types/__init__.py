@@ -1,4 +1,4 @@
-"""The nouns of dumo: every shape and every contract that two packages share. Imports no other dumo module but `rows`.
+"""The nouns of dumo: every shape and every contract that two packages share. Of dumo it imports `error` and `rows`.
 
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 
@@ -22,6 +22,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from dumo.error import UserError as UserError
 from dumo.types.rows import index, split_by_step
 
 if TYPE_CHECKING:
@@ -48,10 +49,6 @@ WHERE: JsonDict = {"where": "always"}
 PLACE: JsonDict = FREE | WHERE
 MAYBE_PLACE: JsonDict = FREE | {"where": "maybe"}
 PINNED: JsonDict = {"pinned": True}  # the field is a hash, taken when the run began; None in runs of an older dumo
-
-
-class UserError(ValueError):
-    """What the user gave is wrong. The message names the thing and the way out; the command line exits with 2."""
 
 
 class Spec(BaseModel):

@@ -50,14 +50,14 @@ def test_a_foreign_name_is_answered_with_ours() -> None:
         ("--mixed_precision bf16", "--set train.precision=... (bf16, tf32 or fp32)"),
         ("--gradient_accumulation_steps 4", "--set train.micro_batch=... (rows of a pass, not a number"),
         ("--allow_tf32", "here it is --set train.precision=tf32"),
-        ("--stps 4", "No such option: --stps"),
+        ("--stps 4", "there is no option --stps: here it is --set train.steps=..."),
     ],
 )
 def test_a_foreign_option_is_answered_with_ours(words: str, said: str) -> None:
     done = call("train", "photos", *words.split())
     assert done.code == 2
     assert said in done.err
-    assert done.err.count("\n") == 1 or "stps" in words
+    assert done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dumo.config import recipes
 from dumo.config.advice import advice
 from dumo.config.load import dump, load, summary
 from dumo.config.source import KEY, read
-from dumo.encoders.pipeline import PUBLISHED
+from dumo.io.hub import PUBLISHED
 from dumo.lab import plan
 from recipe import recipe
 

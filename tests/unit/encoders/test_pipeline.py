@@ -7,7 +7,8 @@ import pytest
 
 from dumo.config.load import dump, load
 from dumo.encoders import PipelineVae
-from dumo.encoders.pipeline import PUBLISHED, TRANSFORMER, Pipeline, published, with_pipeline
+from dumo.encoders.pipeline import Pipeline, with_pipeline
+from dumo.io.hub import PUBLISHED, TRANSFORMER, published
 from dumo.nets import Pretrained
 from dumo.nets.rows import Codes
 from dumo.run.resolve import with_hashes

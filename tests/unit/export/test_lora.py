@@ -9,9 +9,10 @@ import torch
 
 import transformers_tiny as tiny
 from comfyui import loaded, native
-from dumo.encoders.pipeline import Pipeline, published
+from dumo.encoders.pipeline import Pipeline
 from dumo.export.lora import COMFYUI, comfyui, tensors
 from dumo.export.model import PIPELINE_BY_MODEL, ExportedModel
+from dumo.io.hub import published
 from dumo.nets.adapter import Lora, without_subject
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, SDXL, UNET, Family

@@ -7,7 +7,7 @@ import pytest
 
 from dumo.config.load import FILE, dump, load
 from dumo.config.spec import Run
-from dumo.encoders.pipeline import PUBLISHED
+from dumo.io.hub import PUBLISHED
 from dumo.run.resolve import absolute_path, as_given, paths_as_typed, places, with_absolute_paths, with_hashes
 
 LATENTS = {"data.root", "data.images.root", "data.codec.weights"}

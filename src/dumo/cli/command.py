@@ -1,0 +1,146 @@
+"""Commands and groups as the command line has them: imported when they are called, and clear about wrong words.
+
+`LazyGroup` imports the module of the command that is called, so help and mistakes cost no import. What no command, no
+option and no argument is called is answered with dumo's name for it: of other programs by `dumo.cli.foreign`, of a
+wrong spelling by the nearest (`dumo.config.suggestion`).
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from inspect import cleandoc
+from typing import Any, ClassVar, NamedTuple
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from dumo.cli.option import prepared
+from dumo.cli.terminal import stoppable
+
+PLANS = "dumo.cli.preflight"  # a signal ends its commands at once: they keep nothing
+SET = "--set"
+
+
+class Entry(NamedTuple):
+    """Where a command is, and what help says of it besides its function's docstring, whose first line is its own."""
+
+    module: str  # where the command's function has its name
+    panel: str | None = None  # the heading in help under which it stands
+    example: str = ""  # a command line that works, with which its help begins
+
+
+class Command(TyperCommand):
+    """A command that answers options and settings of other programs with ours."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401, typer's own
+        """Parse as typer does. Raises UserError for an option, or a word too many, for which dumo has a name."""
+        words = list(args)  # typer empties the list
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            message = self._message(error, words, ctx.command_path)
+            if not message:
+                raise
+            from dumo.error import UserError
+
+            raise UserError(message) from error
+
+    def _message(self, error: Exception, words: Sequence[str], path: str) -> str:
+        """What to say instead of typer's error; "": it says enough. `path` is the command's, dumo train."""
+        has_set = any(SET in parameter.opts for parameter in self.params)
+        if hasattr(error, "possibilities"):  # typer's NoSuchOption, which it does not show to others
+            option = str(getattr(error, "option_name", ""))
+            from dumo.cli.foreign import near_option, our_option
+            from dumo.config.suggestion import nearest_option
+
+            command = self.name or ""
+            options = [name for parameter in self.params for name in parameter.opts if name.startswith("-")]
+            hint = our_option(command, option, has_set=has_set)
+            hint = hint or nearest_option(option, options)
+            hint = hint or near_option(command, option, has_set=has_set)
+            return f"there is no option {option}: {hint or f'{path} --help lists all'}"
+        if has_set and "unexpected extra argument" in str(getattr(error, "message", "")):
+            return _setting_hint(words)
+        return ""
+
+
+def _setting_hint(words: Sequence[str]) -> str:
+    """The --set that was meant, where a setting was typed as a word: train.steps=100, or --set train.steps 100; ""."""
+    for place, word in enumerate(words):
+        before = words[place - 1] if place else ""
+        if before == SET and "=" not in word and place + 1 < len(words):
+            return f"{SET} {word}: write it as a.b=c, {SET} {word}={words[place + 1]}"
+        if "=" in word and not word.startswith("-") and before != SET:
+            return f"{word} is no argument: to set a field write {SET} {word}"
+    return ""
+
+
+class LazyGroup(TyperGroup):
+    """A group of commands whose modules are imported when a command is called, or help lists all."""
+
+    entries: ClassVar[Mapping[str, Entry]]  # by command, in the order of help
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401, typer's own
+        """The names of all commands, in the order of help."""
+        return [*dict.fromkeys([*self.entries, *self.commands])]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401, typer's own
+        """The command of this name; None: there is none."""
+        if cmd_name in self.entries and cmd_name not in self.commands:
+            self.add_command(self._import_command(cmd_name))
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401, typer's own
+        """The command that is called. Raises UserError for what is none, with the nearest."""
+        name = args[0]
+        if name not in self.entries and name not in self.commands:
+            _refuse_command(name, self.list_commands(ctx), ctx.command_path, is_first=ctx.parent is None)
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401, typer's own
+        """Parse the words before a command. Raises UserError for an option of another program."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            from dumo.cli.foreign import our_command
+
+            option = getattr(error, "option_name", "")
+            hint = our_command(option)
+            if not hint:
+                raise
+            from dumo.error import UserError
+
+            raise UserError(f"there is no option {option}: {hint}") from error
+
+    def _import_command(self, name: str) -> Any:  # noqa: ANN401, a command of typer
+        """Make the command of a function, which is imported."""
+        entry = self.entries[name]
+        function = stoppable(getattr(import_module(entry.module), name), keeps=entry.module != PLANS)
+        text = cleandoc(function.__doc__ or "")
+        single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        add = single.command(
+            name,
+            cls=Command,
+            help=f"Example:  {entry.example}\n\n{text}",
+            short_help=text.partition("\n")[0],
+            rich_help_panel=entry.panel,
+        )
+        add(prepared(function))
+        return typer.main.get_command(single)
+
+
+def _refuse_command(name: str, commands: list[str], path: str, *, is_first: bool) -> None:
+    """Raise UserError for a word that is no command of a group, and say which was meant.
+
+    `path` is the group's, dumo; `is_first`: the word may be a command of another program, or the word after train.
+    """
+    from dumo.cli.foreign import our_command
+    from dumo.config import recipes
+    from dumo.config.suggestion import nearest_few
+    from dumo.error import UserError
+
+    hint = our_command(name) if is_first else None
+    if hint is None and is_first and name in recipes.names():
+        hint = f"it is a recipe, dumo train {name}"
+    if hint is None:
+        hint = f"{nearest_few(name, commands)}{path} --help lists all"
+    raise UserError(f"there is no command '{name}': {hint}")

@@ -1,0 +1,73 @@
+"""The number of the class that a person asks for by name or number.
+
+`label_index` is for who knows the classes. `require_labels` and `require_captions` are for who has the plain values
+of a run alone, and import no torch. `dumo.config.conditions` knows the data, and captions, too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dumo.config.suggestion import nearest
+from dumo.error import UserError
+from dumo.io.read import brief
+from dumo.runtime.door import option
+
+TOY_CLASSES = {"digits": 10, "moons": 0}  # by kind of data: those whose classes no run.yaml counts
+
+
+def label_index(text: str, names: Sequence[str], count: int, *, are_captions: bool = False) -> int:
+    """The number of the class, or caption, with this name or number. Raises UserError if there is none."""
+    label = text.strip()
+    if label in names:
+        return names.index(label)
+    word = brief(label)
+    if word.isdecimal() and int(word) < count:
+        return int(word)
+    if not count:
+        raise UserError(f"there is no label '{word}': this run has no classes, so give no labels")
+    hint = ""
+    if names and not are_captions and not word.isdecimal():
+        hint = f" {nearest(word, [*names])};"
+    fix = "; give another caption as a prompt" if are_captions else ""
+    raise UserError(f"there is no label '{word}':{hint} labels run from 0 to {count - 1}{fix}")
+
+
+def require_labels(text: str, tree: dict[str, Any]) -> None:
+    """Raise UserError for labels, with commas between them, that no class of a run has.
+
+    `tree` has the run's plain values. Where these do not say its classes, nothing is raised.
+    """
+    classes = _classes_of(tree)
+    if classes is not None:
+        count, names = classes
+        for label in text.split(","):
+            label_index(label, names, count)
+
+
+def require_captions(tree: dict[str, Any]) -> None:
+    """Raise UserError where the plain values of a run say that it was trained on classes: it reads no prompts."""
+    classes = _classes_of(tree)
+    if classes is not None:
+        raise UserError(no_prompts(classes[0]))
+
+
+def no_prompts(count: int) -> str:
+    """The message that refuses prompts for a run with this number of classes, and without captions."""
+    fix = f"give classes ({option('labels')})" if count else "leave them out, or train a run with captions"
+    return f"this run was trained without captions, so it reads no prompts: {fix}"
+
+
+def _classes_of(tree: dict[str, Any]) -> tuple[int, Sequence[str]] | None:
+    """The number of classes of a run, and their names if they have some; None: captions, or it does not say them."""
+    data = tree.get("data")
+    path = "data"
+    if isinstance(data, dict) and isinstance(data.get("images"), dict):  # latents
+        data = data["images"]
+        path = "data.images"
+    if not isinstance(data, dict) or data.get("captions"):
+        return None
+    resolved = tree.get("resolved")
+    found = resolved if isinstance(resolved, dict) else {}
+    count = data.get("classes") or found.get(f"{path}.classes") or TOY_CLASSES.get(str(data.get("kind")))
+    names = data.get("names") or found.get(f"{path}.names") or ()
+    return (count, names) if isinstance(count, int) else None

@@ -1,0 +1,103 @@
+"""Names on the Hugging Face hub: what dumo knows of published pipelines, and the commands that fetch them.
+
+`fetch_hint` answers a name on the hub where a folder is wanted. `pipeline_command` brings what dumo reads of a whole
+pipeline, `download_command` some parts of it. `published` has the configs of a pipeline that dumo knows. Nothing here
+asks the hub, and nothing imports torch.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+INDEX = "model_index.json"  # in the folder of a pipeline of diffusers
+TRANSFORMER = "transformer"
+UNET = "unet"  # where a UNet is the model
+VAE = "vae"
+SCHEDULER = "scheduler"
+# Configs of models on the hub, and of small ones; `_readers` are the parameters of the text encoders.
+CONFIGS = files("dumo") / "encoders" / "published"
+PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
+SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-10, but for digits the second
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
+SUFFIX = ".safetensors"
+# Variants, which have a second dot in their names. Patterns of fnmatch, in which * matches / and dots, too.
+EXCLUDED = (f"*.*{SUFFIX}", "*.index.*.json")
+
+
+@lru_cache
+def published(name: str) -> dict[str, Any]:
+    """What is here of a published pipeline."""
+    return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def published_name(repository: str) -> str:
+    """The published pipeline of a repository on the hub; "": it is none of PUBLISHED."""
+    for name in PUBLISHED:
+        if str(published(name)["_name_or_path"]).lower() == repository.lower():
+            return name
+    return ""
+
+
+def fetch_hint(name: str) -> str:
+    """What a name on the hub is, and the command that fetches it; "": it is no such name.
+
+    OWNER/NAME is a name on the hub unless OWNER is a folder here.
+    """
+    if not HUB_NAME.fullmatch(name) or Path(name).parent.exists():
+        return ""
+    command = pipeline_command(name, Path(name).name)
+    if published_name(name):
+        return f"{name} is a model on the Hugging Face hub, and dumo reads a folder: fetch what it reads, {command}"
+    return (
+        f"{name} is no folder here. If it is a model on the Hugging Face hub, fetch what dumo reads of it, {command} "
+        "(leave --exclude out where it has variants such as fp16 alone)"
+    )
+
+
+def pipeline_command(repository: str, folder: str, without: Sequence[str] = ()) -> str:
+    """The command that brings what dumo reads of a pipeline, but for the text encoders of `without`."""
+    text_parts = ["text_encoder*", "tokenizer*"]
+    if without:
+        text_parts = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
+    wanted = [*model_parts(repository), VAE, SCHEDULER, *text_parts]
+    return download_command(repository, wanted, [INDEX, "README.md"], folder)
+
+
+def model_parts(repository: str) -> list[str]:
+    """The folders that may hold the model of a repository: of a known one, the one that does."""
+    name = published_name(repository)
+    if not name:
+        return [TRANSFORMER, UNET]
+    class_name = str(published(name)[TRANSFORMER]["_class_name"])
+    return [UNET if class_name.startswith("UNet") else TRANSFORMER]
+
+
+def download_command(repository: str, parts: Sequence[str], files: Sequence[str], folder: Path | str) -> str:
+    """The command that brings what dumo reads of a repository of the hub into a folder.
+
+    `parts` are folders, which may hold a `*`; `files` are others. Weights are brought plain, in safetensors.
+    """
+    words = ["hf", "download", repository]
+    for pattern in (*files, *_included(parts)):
+        words += ["--include", pattern]
+    for pattern in EXCLUDED:
+        words += ["--exclude", pattern]
+    quoted = [f"'{word}'" if set("*? ") & set(word) else word for word in words]
+    return " ".join([*quoted, "--local-dir", str(folder)])
+
+
+def _included(parts: Sequence[str]) -> list[str]:
+    """The patterns of what dumo reads of parts; what `EXCLUDED` matches is not among it."""
+    patterns: list[str] = []
+    for part in parts:
+        if part.startswith("tokenizer"):  # files of many names
+            patterns.append(f"{part}/*")
+            continue
+        patterns.append(f"{part}/*.json")
+        if part != SCHEDULER:
+            patterns.append(f"{part}/*{SUFFIX}")
+    return patterns

@@ -1,0 +1,119 @@
+"""The tables of commands: what is checked before torch is imported is what the work behind it knows, and help works."""
+
+import shlex
+import shutil
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from dumo import cli
+from dumo.cli import command
+from dumo.cli.foreign import FOREIGN_COMMANDS, FOREIGN_OPTIONS
+from dumo.config import outline
+from dumo.config.place import EVALUATION, LOG
+from dumo.export import write
+from dumo.io import trained
+from dumo.lab import plan
+from dumo.plan import catalogue
+from dumo.report import benchmark, tracker
+from dumo.report import sample as report_sample
+from dumo.types import UserError
+from e2e.shell import call
+
+ENTRIES = {**cli.Program.entries, **{f"bench {name}": entry for name, entry in cli.Bench.entries.items()}}
+
+
+def parameters_of(name: str) -> dict[str, Any]:
+    """The parameters of a command, by each of their words."""
+    group: Any = typer.main.get_command(cli.app)
+    return {word: parameter for parameter in group.get_command(None, name).params for word in parameter.opts}
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "known"),
+    [
+        ("sample", "--format", [*report_sample.FORMS, *benchmark.LAYOUTS]),
+        ("sample", "--solver", outline.kinds_at("sample.solver")),
+        ("export", "--to", write.FORMS),
+        ("export", "--parts", write.PARTS),
+        ("export", "--dtype", write.DTYPES),
+        ("data", "name", [item.name for item in catalogue.CATALOGUE]),
+        ("reproduce", "name", plan.names()),
+        ("reproduce", "--scale", plan.SCALES),
+        ("train", "--track", tracker.TRACKERS),
+        ("log", "--to", tracker.TRACKERS),
+    ],
+)
+def test_an_option_takes_what_the_work_knows(name: str, word: str, known: Iterable[str]) -> None:
+    context: Any = None
+    parameter = parameters_of(name)[word]
+    for value in known:
+        assert parameter.callback(context, parameter, value) == value
+    with pytest.raises(UserError, match=r"there is no .*'xyzzy'; valid: " + ", ".join(known)):
+        parameter.callback(context, parameter, "xyzzy")
+
+
+def test_the_words_of_others_lead_to_words_of_ours() -> None:
+    for meant in FOREIGN_COMMANDS.values():
+        program, name, *_ = meant.replace(",", "").split()
+        assert program == "dumo"
+        assert name in {*cli.Program.entries, "bench", "--help", "--version"}
+    for name, options in FOREIGN_OPTIONS.items():
+        own = parameters_of(name)
+        for other, (meant, _) in options.items():
+            assert f"--{other.replace('_', '-')}" not in own, "it would never be asked for"
+            if meant.startswith("--"):
+                assert meant.split()[0] in own
+            if meant.startswith("--set "):
+                part, field, *_ = meant.removeprefix("--set ").partition("=")[0].split(".")
+                assert f"{part}.{field}" in outline.paths_of(field)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the runs that examples name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "digits-meanflow"):
+        run = shutil.copytree(trained.folder("digits-trained"), tmp_path / "runs" / name)
+        for file in (EVALUATION, LOG):
+            (run / file).touch()
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_help_begins_with_an_example_that_is_taken(
+    name: str, desk: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is parsed, and what it names is looked up; then the command would begin."""
+    begun: list[str] = []
+
+    def record(function: Callable[..., None], *, keeps: bool) -> Callable[..., None]:
+        @wraps(function)
+        def begin(*words: object, **options: object) -> None:
+            begun.append(function.__name__)
+
+        return begin
+
+    monkeypatch.setattr(command, "stoppable", record)
+    program, *words = shlex.split(ENTRIES[name].example)
+    assert (program, " ".join(words)[: len(name)]) == ("dumo", name)
+    done = call(*words)
+    assert done.code == 0, done
+    assert begun == [name.split()[-1]]
+    lines = [line.strip() for line in call(*name.split(), "--help").out.splitlines() if line.strip()]
+    assert lines[1] == f"Example:  {ENTRIES[name].example}"
+
+
+def test_help_is_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command has its heading, and one line of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = call("--help").out.splitlines()
+    headings = [line.strip("╭╮─ ") for line in lines if line.startswith("╭")]
+    assert headings == ["Options", *dict.fromkeys(entry.panel for entry in cli.Program.entries.values())]
+    commands = lines[lines.index(next(line for line in lines if "Make images" in line)) :]
+    rows = [line.strip("│ ").split(maxsplit=1) for line in commands if line.startswith("│")]
+    assert [row[0] for row in rows] == [*cli.Program.entries, "bench"]
+    assert all(row[1].endswith(".") for row in rows)

@@ -1,0 +1,111 @@
+"""The outline of a run has the fields that the specs have, and what is found by it is what pydantic finds."""
+
+import re
+
+import pytest
+import yaml
+
+from dumo.config import label, line, outline, recipes
+from dumo.config.change import override
+from dumo.config.fault import faults
+from dumo.config.load import dump, load, load_recipe
+from dumo.config.schema import outline_text
+from dumo.config.source import read
+from dumo.types import UserError
+from e2e.test_refuse import FIELDS
+
+
+def test_the_file_is_what_the_specs_say() -> None:
+    assert outline.FILE.read_text(encoding="utf-8") == outline_text(), "write it: python tools/outline.py"
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_no_recipe_has_a_fault(name: str) -> None:
+    assert faults(read(name).tree) == []
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10-latents-words", "sd3-lora", "digits-three-heads", "cifar10-small"])
+def test_no_complete_run_has_a_fault(name: str) -> None:
+    tree = yaml.safe_load(dump(load_recipe(name)))
+    del tree["format"]
+    assert faults(tree) == []
+
+
+def found(name: str, fields: str) -> list[str]:
+    """The faults of a recipe with these fields, or the error of setting them."""
+    tree = read(name).tree
+    try:
+        override(tree, fields.split("; "))
+    except UserError as error:
+        return [str(error)]
+    return faults(tree)
+
+
+@pytest.mark.parametrize("fields", [fields for fields, _ in FIELDS])
+def test_each_fault_is_a_line_of_what_pydantic_finds(fields: str) -> None:
+    said: list[str] = []
+    try:
+        load("digits", fields.split("; "))
+    except UserError as error:  # some are found when the run is trained
+        said = str(error).splitlines()
+    assert set(found("digits", fields)) <= set(said)
+
+
+def test_most_faults_of_fields_are_found() -> None:
+    """Of those that one field's name, kind or type shows; fields that contradict one another take the specs."""
+    assert sum(bool(found("digits", fields)) for fields, _ in FIELDS) >= 40
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "net={kind: 'mine:Net', any: 3}",  # a class from outside has fields of its own
+        "objective.kind=mine:Objective",
+        "pipeline=DIR",  # a text that stands for a part
+        "data={kind: images, root: x, classes: null}",
+        "train.clip=null",
+        "train.sheets=[1, 2]",
+        "train.sheets=3",
+        "train.ref=0.5",
+        "train.optimizer.lr=1",  # a whole number is a number
+    ],
+)
+def test_what_may_be_right_is_left_to_the_specs(field: str) -> None:
+    assert found("digits", field) == []
+
+
+def test_many_faults_are_counted() -> None:
+    text = line.lines_of([f"x{k}: no" for k in range(25)], "a.yaml")
+    assert text.splitlines()[0] == "a.yaml: x0: no"
+    assert text.splitlines()[-1] == "a.yaml: and 5 more mistakes"
+    assert len(text.splitlines()) == 21
+
+
+def test_a_field_without_its_part_is_named_with_it() -> None:
+    assert outline.paths_of("steps") == ["train.steps"]
+    assert outline.paths_of("seed") == ["train.seed", "sample.seed", "evaluate.seed"]
+    assert outline.paths_of("kind") == []
+    assert found("digits", "steps=3") == ["steps: unknown key; here it is train.steps"]
+
+
+@pytest.mark.parametrize(
+    ("data", "wrong"),
+    [
+        ({"kind": "digits"}, "there is no label 'cat': labels run from 0 to 9"),
+        ({"kind": "moons"}, "there is no label 'cat': this run has no classes"),
+        ({"kind": "images", "classes": 2, "names": ["bat", "dog"]}, "did you mean 'bat'"),
+        ({"kind": "latents", "images": {"classes": 3}}, "labels run from 0 to 2"),
+        ({"kind": "digits", "captions": {"kind": "templates"}}, ""),
+        ({"kind": "mine:Data"}, ""),
+    ],
+)
+def test_labels_by_the_plain_values_of_a_run(data: dict[str, object], wrong: str) -> None:
+    if not wrong:
+        label.require_labels("cat", {"data": data})
+        return
+    with pytest.raises(UserError, match=re.escape(wrong)):
+        label.require_labels("cat", {"data": data})
+
+
+def test_toy_classes_are_those_of_the_specs() -> None:
+    assert {name: load_recipe(name).data.classes for name in ("digits", "moons")} == label.TOY_CLASSES

@@ -1,0 +1,11 @@
+"""Write src/dumo/config/outline.json: the names of all fields, kinds and choices of a run, to read without torch.
+
+python tools/outline.py     after a field or a kind has changed; a test compares the two
+"""
+
+from dumo.config.outline import FILE
+from dumo.config.schema import outline_text
+
+if __name__ == "__main__":
+    FILE.write_text(outline_text(), encoding="utf-8")
+    print(FILE)
