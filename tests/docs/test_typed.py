@@ -145,6 +145,12 @@ def test_evaluation(here: Path) -> None:
     typed("evaluation", [], **{"50000": "8"})
 
 
+@tier("trained")
+def test_trained(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DUMO_DATA", raising=False)
+    typed("trained", [])
+
+
 @tier("mathematics")
 def test_mathematics(here: Path) -> None:
     typed("mathematics", DIGITS)

@@ -13,6 +13,7 @@ from docs.page import ROOT
 TYPED = (
     *("captions", "compare", "evaluation", "families", "gpus", "library", "loop", "mathematics", "memory"),
     *("objectives/details", "objectives/index", "own-objective", "paper", "personal", "photos", "pretrained", "sdxl"),
+    "trained",
 )
 
 
