@@ -89,7 +89,6 @@ MISTAKES = {
     "compare texts": "texts has no evaluation.json: run dumo evaluate texts first",
     "log nothing": "nothing has no metrics.jsonl: give a run's folder",
     "report nothing": "nothing is no run's folder",
-    "export digits-trained": "Missing argument 'OUT'",
     # commands
     "generate digits-trained": "there is no command 'generate': here it is dumo sample",
     "list": "there is no command 'list': here it is dumo recipes",

@@ -315,7 +315,7 @@ def compare(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Set the evaluations of several runs side by side, if they were measured alike: a table for each protocol."""
+    """Set scores of runs side by side, a table for each protocol."""
     from dumo.report.compare import compare_by_protocol
 
     reports = compare_by_protocol(run_folders, anyway=anyway)

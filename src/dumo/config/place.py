@@ -28,8 +28,10 @@ def require_run_folder(source: str | Path, folder: Path) -> None:
     if run_file(folder / FILE) is not None:
         return
     reason, fix = _explain_no_run(str(source), folder)
+    family, *_ = str(source).split("-")
+    near_trained = [name for name in trained.names() if name.startswith(f"{family}-")] or trained.names()
     raise UserError(
-        f"{source} is no run's folder ({reason}): {fix}, or take {' or '.join(trained.names())}, which dumo brings"
+        f"{source} is no run's folder ({reason}): {fix}, or take {' or '.join(near_trained)}, which dumo brings"
     )
 
 

@@ -85,7 +85,7 @@ def test_a_field_without_its_part_is_named_with_it() -> None:
     assert outline.paths_of("steps") == ["train.steps"]
     assert outline.paths_of("seed") == ["train.seed", "sample.seed", "evaluate.seed"]
     assert outline.paths_of("kind") == []
-    assert found("digits", "steps=3") == ["steps: unknown key; here it is train.steps"]
+    assert found("digits", "steps=3") == ["steps: unknown key; here it is train.steps (of the optimizer)"]
 
 
 @pytest.mark.parametrize(
