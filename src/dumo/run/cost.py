@@ -41,7 +41,6 @@ from dumo.types.outside import name_of
 NO_GUIDANCE = Guide()
 TIMES = 1_000_000  # times drawn, to see how many lie in the interval of guidance: ours
 FEW = 6  # blocks up to which all are run: ours
-SAMPLED = 3  # blocks of a kind that are followed: one between two others
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
 M = TypeVar("M", bound=nn.Module)
 
@@ -288,13 +287,11 @@ class SampledNet(NamedTuple):
 
 
 def sample_blocks(net: nn.Module) -> SampledNet:
-    """A UNet with up to three blocks of each kind, in the last stretch of that kind.
+    """A UNet with the first block of each stretch, and of each kind two more, in the last stretch of that kind.
 
-    Blocks are of a kind if they are alike and on one level. No stretch of the kind runs when more bytes are alive than
-    in the last: a level's skips are there until its last block of the way up has run, and what a pass keeps for the
-    backward pass only grows. The block that stands for those left out is between two others, so its input and its
-    output are blocks', as theirs are. Where no gradient comes from the embedding of time, the first block of all stays,
-    too: from it on all have gradients. All parts are shared, and `net` is left as it is.
+    Blocks are of a kind if they are alike and on one level. The block of a kind that stands for those left out is
+    between two others, so its input and its output are blocks', as theirs are. All parts are shared, and `net` is left
+    as it is.
     """
     from dumo.nets import twin
 
@@ -303,17 +300,15 @@ def sample_blocks(net: nn.Module) -> SampledNet:
     for i, stretch in enumerate(net_stretches):
         stretches_by_kind.setdefault((stretch.level, _kind(stretch.blocks[0])), []).append(i)
 
-    blocks_of_stretch: list[list[nn.Module]] = [[] for _ in net_stretches]
-    if not _trains_time(net):
-        blocks_of_stretch[0] = net_stretches[0].blocks[:1]
+    blocks_of_stretch = [stretch.blocks[:1] for stretch in net_stretches]
     left_out_by_stretch: dict[int, int] = {}
     for numbers in stretches_by_kind.values():
-        blocks: list[nn.Module] = []
+        more_blocks: list[nn.Module] = []
         for i in numbers:
-            blocks += net_stretches[i].blocks[len(blocks_of_stretch[i]) :]
-        blocks_of_stretch[numbers[-1]] += blocks[:SAMPLED]
-        if len(blocks) > SAMPLED:
-            left_out_by_stretch[numbers[-1]] = len(blocks) - SAMPLED
+            more_blocks += net_stretches[i].blocks[1:]
+        blocks_of_stretch[numbers[-1]] += more_blocks[:2]
+        if len(more_blocks) > 2:
+            left_out_by_stretch[numbers[-1]] = len(more_blocks) - 2
 
     lists: dict[str, list[nn.Module]] = {}
     left_out: dict[str, int] = {}
@@ -373,22 +368,19 @@ def _trains_time(unet: nn.Module) -> bool:
 
 
 def _stretches_of_unet(net: nn.Module) -> list[Stretch]:
-    """The stretches in a UNet's transformers, in the order in which they run."""
+    """The stretches in a UNet's transformers, in the order of their paths."""
     levels = len([*net.get_submodule("model.down_blocks").children()])
     stretches_in_order: list[Stretch] = []
-    for side in ("down_blocks", "mid_block", "up_blocks"):
-        parts = getattr(net.model, side, None)  # of some there is no middle
-        if parts is None:
-            continue
-        for path, part in parts.named_modules(prefix=f"model.{side}"):
-            if not path.endswith(".transformer_blocks"):
-                continue
-            if side == "mid_block":
+    for path, part in net.named_modules():
+        if isinstance(part, nn.ModuleList) and path.endswith(".transformer_blocks"):
+            _, side, *number = path.split(".")[:3]
+            if side == "down_blocks":
+                level = int(number[0])
+            elif side == "up_blocks":
+                level = levels - 1 - int(number[0])
+            else:  # the middle
                 level = levels - 1
-            else:
-                number = int(path.split(".")[2])
-                level = number if side == "down_blocks" else levels - 1 - number
-            for _, alike in groupby(part.children(), _kind):
+            for _, alike in groupby(part, _kind):
                 stretches_in_order.append(Stretch(path, [*alike], level))
     return stretches_in_order
 
