@@ -14,6 +14,7 @@ from pyarrow.parquet import read_table, write_table
 
 from dumo.config.load import load
 from dumo.plan import proposal
+from dumo.runtime import door
 from dumo.types import UserError
 from e2e.shell import call, sets
 from tiers import tiered
@@ -97,10 +98,11 @@ def test_captions_that_are_not_read_are_said(
     rows = [{"file_name": str(file.relative_to(photos)), "text": ""} for file in sorted(photos.rglob("*.*g"))]
     rows[1]["text"] = "a cat"
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = proposal.propose("photos", [field], device="cpu")
+    with door.command_line():
+        found = proposal.propose("photos", [field], device="cpu")
     assert " ".join(dict(found.lines())["captions"].split()) == said
     assert (found.run.net.kind, found.run.data.classes) == ("unet", 2)
-    with pytest.raises(UserError, match=r"photos has 1 captions: pip install transformers .* --set data.captions=null"):
+    with pytest.raises(UserError, match=r"photos has 1 captions: pip install transformers .*data.captions"):
         proposal.propose("photos", ["train.steps=3"], device="cpu")
     (photos / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": ')
     assert "captions" not in dict(proposal.propose("photos", ["data.captions=null"], device="cpu").lines())
@@ -170,7 +172,7 @@ def test_what_cannot_be_proposed_is_said(photos: Path, monkeypatch: pytest.Monke
         (("train", "photos", "--device", "cpu"), "give --yes"),
         (
             ("train", "empty", "--yes"),
-            "a place of images, for it has no run.yaml: no images in empty",
+            "empty has neither a run.yaml nor images, at any depth: give a folder with image files",
         ),
         (("train", "bad", "--yes"), "none of the 1 images that were looked at can be read"),
         (("train", "digits", "--minutes", "3"), "--minutes and --yes are for a folder of images"),

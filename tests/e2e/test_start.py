@@ -13,6 +13,7 @@ from dumo.config import recipes
 from dumo.config.load import load, summary
 from dumo.config.source import FORMAT, KEY, read
 from dumo.run.net import outline
+from dumo.run.resolve import resolve
 from dumo.run.weights import build
 from e2e.shell import TINY, call, refused, sets
 from forked import ENVIRONMENT
@@ -97,7 +98,7 @@ KINDS = kinds()
 def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     done = call("show", name, "--json")
     assert (done.code, done.err) == (0, "")
-    spec = load(name)
+    spec = resolve(load(name))
     facts = done.json
     assert facts["spec"] == summary(spec)
     net = build(spec) if facts["parameters"] < 1e8 else outline(spec)  # XL takes seconds and 2.7 GB

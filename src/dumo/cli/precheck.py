@@ -56,8 +56,10 @@ def require_source_or_images(word: str, options: Options) -> None:
         _require_fields(chosen.word, options)
         return
     _require_images(word)
-    has_run = (chosen.folder / FILE).is_file()
-    _require_fields(chosen.folder if has_run else f"{SHIPPED_PREFIX}{IMAGES_RECIPE}", options)
+    if (chosen.folder / FILE).is_file():
+        _require_fields(chosen.folder, options)
+    else:
+        _require_fields(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}", options, is_net_open=True)
 
 
 def require_source_or_data(word: str, options: Options) -> None:
@@ -101,10 +103,11 @@ def _require_images(word: str) -> None:
     require_images(word)
 
 
-def _require_fields(source: str | Path, options: Options) -> dict[str, Any]:
+def _require_fields(source: str | Path, options: Options, *, is_net_open: bool = False) -> dict[str, Any]:
     """The plain values of a run, with --set of `options`.
 
-    Raises UserError, one line per mistake, where they have fields that no run has.
+    `is_net_open`: the kind of the net is chosen later, for this machine, so its fields are not looked up unless --set
+    says the kind. Raises UserError, one line per mistake, where they have fields that no run has.
     """
     from dumo.config.change import override
     from dumo.config.fault import faults
@@ -114,6 +117,8 @@ def _require_fields(source: str | Path, options: Options) -> dict[str, Any]:
 
     text = read(source)
     tree = deepcopy(text.tree)
+    if is_net_open:
+        tree["net"] = {}
     override(tree, options.get("set_") or ())
     found = faults(tree)
     if found:

@@ -78,7 +78,8 @@ def _split(text: str) -> tuple[FieldPath, object]:
     """The path and the value of a text 'a.b=c'. Raises UserError for a text that is not written so."""
     dotted, sign, right = text.partition("=")
     if not sign or not dotted:
-        raise UserError(f"{brief(text)} is no field and its value: write {settings('train.steps=2000')}")
+        typed = brief(text) or "an empty text"
+        raise UserError(f"{typed} is no field and its value: write {settings('train.steps=2000')}")
     try:
         return tuple(dotted.split(".")), parse_yaml(right)
     except yaml.YAMLError as error:

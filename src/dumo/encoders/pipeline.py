@@ -159,7 +159,7 @@ class Pipeline(Spec):
         if facts.get(part, current_hash) != current_hash:
             raise UserError(
                 f"{FIELD}: {self.source} has another {part.partition('.')[0]} ({what}) than when this run began: put "
-                f"that back, or say where the pipeline is with {FIELD}.source=..."
+                f"that back, or say where the pipeline is with {settings(f'{FIELD}.source=...')}"
             )
 
     def download_command(self, part: str = "") -> str:

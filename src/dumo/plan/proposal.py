@@ -274,7 +274,7 @@ def _reason_not_to_read_captions(images: Images, sets: Sequence[str]) -> str:
         chooses_net = text.partition("=")[0] in ("net", "net.kind")
         chooses_captions = text.startswith("data.captions") and not reads_captions
         if chooses_net or chooses_captions:
-            return f"{brief(text)} says what the net reads"
+            return f"{settings(brief(text))} says what the net reads"
     return ""
 
 

@@ -39,6 +39,7 @@ from dumo.io.source import DataSource, TensorData
 from dumo.io.table import Column, TableIndex
 from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
+from dumo.runtime.door import settings
 from dumo.runtime.progress import Bar, say
 from dumo.runtime.random import noise
 from dumo.training import agreement
@@ -193,7 +194,7 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
     if not Path(teacher.source, RUN).is_file():
         raise UserError(
             f"teacher.source: {teacher.source} is no run's folder (it has no {RUN}): train one there, or say where "
-            "it is with teacher.source=..."
+            f"it is with {settings('teacher.source=...')}"
         )
     opened = open_run(teacher.source, device=str(device))
     teacher_run = opened.run

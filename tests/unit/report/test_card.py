@@ -121,7 +121,7 @@ def test_anyway_shows_what_differs(tmp_path: Path) -> None:
 
 def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    with pytest.raises(UserError, match=r"run/evaluation\.json is not there: run dumo evaluate .*run first"):
+    with pytest.raises(UserError, match=r"run has no evaluation\.json: run dumo evaluate .*run first"):
         compare([str(tmp_path / "run")])
     (tmp_path / "run/evaluation-seed1.json").write_text("{}")
     with pytest.raises(UserError, match=r"not judged as its own spec says: name .*/run/evaluation-seed1\.json, or run"):
