@@ -107,7 +107,7 @@ def test_captions_that_are_not_read_are_said(
     (photos / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": ')
     assert "captions" not in dict(proposal.propose("photos", ["data.captions=null"], device="cpu").lines())
     monkeypatch.setattr(proposal, "installed", lambda name: "5.0")
-    with pytest.raises(UserError, match=r"line 1 is not JSON.*--set data\.captions=null"):
+    with pytest.raises(UserError, match=r"line 1 is not JSON.*data\.captions"):
         proposal.propose("photos", [], device="cpu")
 
 
