@@ -11,15 +11,15 @@ import pytest
 
 from e2e.shell import call, start
 from forked import Program
-from reliability.kill import trial
-from reliability.place import given, places
+from reliability.kill import kill_repeatedly
 from reliability.process import LOG
+from reliability.workload import INPUTS, workloads, write_inputs
 from tiers import tiered
 
 FLAGS = "os.O_WRONLY | os.O_CREAT | os.O_TRUNC"
 TO_LOG = f"import os; log = os.open({LOG!r}, {FLAGS}); os.dup2(log, 1); os.dup2(log, 2)"
 
-FIRST = next(iter(places()))
+FIRST = next(iter(workloads()))
 
 
 def logged(words: Sequence[str], cwd: Path, ranks: int) -> Program:
@@ -28,15 +28,15 @@ def logged(words: Sequence[str], cwd: Path, ranks: int) -> Program:
     return start(*words, cwd=cwd, first=TO_LOG)
 
 
-@pytest.mark.parametrize("name", tiered(places(), ci=[FIRST]))
+@pytest.mark.parametrize("name", tiered(workloads(), ci=[FIRST]))
 def test_a_kill_leaves_the_same_end(
     name: str, trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def finish(words: Sequence[str], cwd: Path) -> int:
+    def run(words: Sequence[str], cwd: Path) -> int:
         monkeypatch.chdir(cwd)
         return call(*words).code
 
-    given(tmp_path / "given", trained["digits"])
-    row = trial(places()[name], 1, 1, 0, tmp_path, finish=finish, start=logged)
-    assert row.good, row
-    assert row.hits == 1
+    write_inputs(tmp_path / INPUTS, trained["digits"])
+    result = kill_repeatedly(workloads()[name], 1, 1, 0, tmp_path, run=run, start=logged)
+    assert result.has_passed, result
+    assert result.num_hits == 1

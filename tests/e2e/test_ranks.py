@@ -20,7 +20,7 @@ from autoencoder import taef2
 from dumo.io.weights import load, title
 from e2e.shell import TINY, Done, call, sets, together, tree
 from forked import ENVIRONMENT
-from reliability.process import alive, workers
+from reliability.process import is_alive, worker_pids
 
 OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "train.probe_every=0", "evaluate.every=10")
 SPLIT = sets("train.micro_batch=8")  # of 16 rows: as two ranks take them
@@ -68,7 +68,7 @@ def begun(words: tuple[str, ...], out: Path, *before: str) -> tuple["subprocess.
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < late
         time.sleep(0.002)
-    ranks = workers(process.pid, 2)
+    ranks = worker_pids(process.pid, 2)
     assert len(ranks) == 2, "it was too quick"
     return process, ranks
 
@@ -134,7 +134,7 @@ def test_ranks_that_are_asked_to_stop_save_their_step_and_go_on_from_it(run: Pat
     done = ended(process)
     assert done.code, done
     assert done.err.count("stopped by SIGTERM; the same command goes on from what is kept:  torchrun") == 1
-    assert not [rank for rank in ranks if alive(rank)]
+    assert not [rank for rank in ranks if is_alive(rank)]
     logged = (here / "asked/metrics.jsonl").read_text().splitlines()
     kept = max(path.name for path in (here / "asked/checkpoints").iterdir())
     assert 10 < len(logged) < 20, "it was too quick"

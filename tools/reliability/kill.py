@@ -1,21 +1,27 @@
-"""Kill the command line without a word at random moments, start it again, and see that the end is the undisturbed one.
+"""Kill the command line by SIGKILL at random moments, start it again, and see that the end is the undisturbed one.
 
     python tools/reliability/kill.py --times 10 --places training,saving,encoding,pairs,evaluating --ranks 1,2 --seed 0
 
-Work is killed by SIGKILL in one of five places, started again by the same command, killed again ..., until it ends by
-itself. Of two ranks, either one is killed, or torchrun with both. What must be the same to the bit: weights, averages,
-moments and the log of a training; the files of a cache and of a teacher's pairs; the report of an evaluation. A kill
-that comes too late, or falls outside of its place, does not count and is drawn again. Exit code 1 if anything differs.
+`kill_repeatedly` does this for one workload (`workload.py`) on a number of ranks:
+
+1. The command runs once without a kill. What it leaves is the end that must come out.
+2. In a new folder the command is started and killed, up to MAX_KILLS_PER_RUN times. Of two ranks, either one is killed,
+   or torchrun with both.
+3. It is started once more, ends by itself, and its end is compared; from 2 on again, until there are kills enough.
+
+What must be the same to the bit: weights, averages, moments and the log of a training; the files of a cache and of a
+teacher's pairs; the report of an evaluation. A kill that comes too late, or falls outside of the work that it is meant
+for, does not count and is drawn again. The exit code is 1 if anything differs, or if files or processes stay.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,137 +29,240 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is started as a script
 
 from reliability import process
-from reliability.place import End, Place, fresh, furnished, left, places
+from reliability.workload import (
+    INPUTS,
+    Fingerprint,
+    Workload,
+    new_work_folder,
+    prepared_folder,
+    temporary_files,
+    workloads,
+)
 
-AT_ONCE = 5  # kills of one work, at most: then it may end
-Finish = Callable[[Sequence[str], Path], int]
-Start = Callable[[Sequence[str], Path, int], process.Running]
+Run = Callable[[Sequence[str], Path], int]  # run a command's words in a folder; return its exit code
+Start = Callable[[Sequence[str], Path, int], process.RunningCommand]  # start them on a number of ranks
+
+MAX_KILLS_PER_RUN = 5  # then the run may come to its end: ours
+MAX_MISSES_PER_KILL = 5  # kills that do not count, for each that must: ours
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A kill of a running command."""
+
+    was_hit: bool  # whether it fell into the work that it is meant for
+    num_orphans: int  # workers that did not end with their launcher
+    has_left_files: bool  # whether a temporary file lay about then
 
 
 @dataclass
-class Row:
-    """What became of the kills in one place, on so many ranks."""
+class KillResult:
+    """What became of the kills of a workload on a number of ranks."""
 
-    place: str
+    workload: str
     ranks: int
-    hits: int = 0  # kills that fell into the work
-    missed: int = 0  # that came too late, or fell beside it
-    starts: int = 0
-    works: int = 0  # that came to their end, and were compared
-    differs: list[str] = field(default_factory=list[str])  # what was not the same, by name
-    left_by_kills: int = 0  # kills after which a temporary file lay about
-    left_at_end: list[str] = field(default_factory=list[str])  # temporary files that stayed
-    orphans: int = 0  # processes that a kill left working
+    num_hits: int = 0  # kills that count
+    num_missed: int = 0  # that came too late, or fell outside of the work
+    num_starts: int = 0
+    num_compared: int = 0  # runs that came to their end, and were compared
+    differences: list[str] = field(default_factory=list[str])  # names of a fingerprint that were not the same
+    num_kills_with_files: int = 0  # kills after which a temporary file lay about
+    files_at_end: list[str] = field(default_factory=list[str])  # temporary files that stayed
+    num_orphans: int = 0  # processes that a kill left working
     seconds: float = 0.0
 
     @property
-    def good(self) -> bool:
-        """Whether everything came out the same, and nothing stayed."""
-        return self.works > 0 and not (self.differs or self.left_at_end or self.orphans)
+    def has_passed(self) -> bool:
+        """Whether every end was the same, and no file or process stayed."""
+        return self.num_compared > 0 and not (self.differences or self.files_at_end or self.num_orphans)
 
-    def compare(self, wanted: End, found: End) -> None:
-        """Note what is not the same."""
-        self.works += 1
-        self.differs += [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
+    def add(self, kill: Kill) -> None:
+        """Count a kill."""
+        if kill.was_hit:
+            self.num_hits += 1
+        else:
+            self.num_missed += 1
+        self.num_kills_with_files += kill.has_left_files
+        self.num_orphans += kill.num_orphans
+
+    def compare(self, undisturbed: Fingerprint, killed: Fingerprint) -> None:
+        """Note where the end of a run that was killed differs from the undisturbed one."""
+        self.num_compared += 1
+        for name in sorted(undisturbed.keys() | killed.keys()):
+            if undisturbed.get(name) != killed.get(name):
+                self.differences.append(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a row of kill.json."""
+        return {
+            "place": self.workload,
+            "ranks": self.ranks,
+            "hits": self.num_hits,
+            "missed": self.num_missed,
+            "starts": self.num_starts,
+            "works": self.num_compared,
+            "differs": self.differences,
+            "left_by_kills": self.num_kills_with_files,
+            "left_at_end": self.files_at_end,
+            "orphans": self.num_orphans,
+            "seconds": self.seconds,
+        }
 
 
-def trial(
-    place: Place,
+def kill_repeatedly(
+    workload: Workload,
     ranks: int,
-    times: int,
+    num_kills: int,
     seed: int,
-    folder: Path,
+    scratch: Path,
     *,
-    finish: Finish | None = None,
+    run: Run | None = None,
     start: Start = process.start,
-) -> Row:
-    """Kill work in a place so many times; `folder` has what is `given`.
+) -> KillResult:
+    """Kill a workload until `num_kills` kills count, or too many do not. `scratch` has INPUTS.
 
-    `finish` does what is not killed: the undisturbed work, and the start that comes to the end. None: a process.
-    `start` begins what is killed.
+    run: what runs a command that is not killed, to its end; by default, a process on `ranks` ranks.
+    start: what starts a command that is killed.
+    Raises SystemExit where the workload fails without a kill.
     """
-    end = finish or (lambda words, cwd: process.finish(words, cwd, ranks))
-    chance, row, begun = Random(f"{seed} {place.name} {ranks}"), Row(place.name, ranks), time.monotonic()
-    wanted = finished(place, row, fresh(folder / f"{place.name}-{ranks}/whole", folder / "given"), end)
-    if row.differs:
-        raise SystemExit(f"{place.name} on {ranks} ranks, undisturbed, {row.differs[0]}")
-    while row.hits < times and row.missed < 5 * times:
-        here = fresh(folder / f"{place.name}-{ranks}/{row.works}", folder / "given")
-        most = min(row.hits + AT_ONCE, times)
-        while row.hits < most and place.done(here) < place.units and row.missed < 5 * times:
-            row.starts += 1
-            if not killed(place, ranks, chance, here, row, start):
+
+    def run_process(words: Sequence[str], folder: Path) -> int:
+        return process.run(words, folder, ranks)
+
+    run = run or run_process
+    random = Random(f"{seed} {workload.name} {ranks}")
+    folders = scratch / f"{workload.name}-{ranks}"
+    result = KillResult(workload.name, ranks)
+    began = time.monotonic()
+
+    # the end that must come out
+    undisturbed_folder = new_work_folder(folders / "whole", scratch / INPUTS)
+    undisturbed = _run_to_end(workload, undisturbed_folder, run, result)
+    if result.differences:
+        raise SystemExit(f"{workload.name} on {ranks} ranks, undisturbed, {result.differences[0]}")
+
+    max_missed = MAX_MISSES_PER_KILL * num_kills
+    while result.num_hits < num_kills and result.num_missed < max_missed:
+        folder = new_work_folder(folders / str(result.num_compared), scratch / INPUTS)
+
+        # kill the command again and again
+        max_hits = min(result.num_hits + MAX_KILLS_PER_RUN, num_kills)
+        while (
+            result.num_hits < max_hits
+            and result.num_missed < max_missed
+            and workload.count_units(folder) < workload.num_units
+        ):
+            result.num_starts += 1
+            kill = _start_and_kill(workload, ranks, random, folder, start)
+            if kill is None:
+                result.num_missed += 1
                 break
-        row.starts += 1
-        row.compare(wanted, finished(place, row, here, end))
-    row.seconds = round(time.monotonic() - begun, 1)
-    return row
+            result.add(kill)
+
+        # let it end
+        result.num_starts += 1
+        killed = _run_to_end(workload, folder, run, result)
+        result.compare(undisturbed, killed)
+    result.seconds = round(time.monotonic() - began, 1)
+    return result
 
 
-def finished(place: Place, row: Row, here: Path, finish: Finish) -> End:
-    """Let the work come to its end, and say what came out; nothing where it fails."""
-    if code := finish(place.words, here):
-        row.differs.append(f"ended with {code}: {process.said(here)[-300:]}")
+def _run_to_end(workload: Workload, folder: Path, run: Run, result: KillResult) -> Fingerprint:
+    """Run the command without a kill and return its end. Where it fails, the end is empty, and `result` says why."""
+    exit_code = run(workload.words, folder)
+    if exit_code:
+        result.differences.append(f"ended with {exit_code}: {process.read_log(folder)[-300:]}")
         return {}
-    row.left_at_end += [str(path.relative_to(here)) for path in left(here)]
-    return place.end(here)
+    result.files_at_end += [str(path.relative_to(folder)) for path in temporary_files(folder)]
+    return workload.fingerprint(folder)
 
 
-def killed(place: Place, ranks: int, chance: Random, here: Path, row: Row, start: Start) -> bool:
-    """Start the work and kill it at a random moment; False if it came to its end before that."""
-    at = chance.randint(place.done(here) + 1, place.units)
-    wait, victim = chance.uniform(0, place.pause), chance.choice([*range(ranks), "all"])
-    started = start(place.words, here, ranks)
-    while place.done(here) < at and started.poll() is None:
+def _start_and_kill(workload: Workload, ranks: int, random: Random, folder: Path, start: Start) -> Kill | None:
+    """Start the command and kill it at a random moment of its work; None if it ended before that."""
+    num_units = random.randint(workload.count_units(folder) + 1, workload.num_units)
+    pause_seconds = random.uniform(0, workload.unit_seconds)
+    victim = random.choice([*range(ranks), "all"])
+
+    # wait for the moment
+    command = start(workload.words, folder, ranks)
+    while workload.count_units(folder) < num_units and command.poll() is None:
         time.sleep(0.001)
-    time.sleep(wait)
-    agent, them = started.pid, process.workers(started.pid, ranks)
-    victims = [agent, *them] if victim == "all" or ranks == 1 else them[victim : victim + 1]
-    if started.poll() is not None or not victims:
-        process.ended(started)
-        row.missed += 1
-        return False
+    time.sleep(pause_seconds)
+
+    # whom to kill
+    workers = process.worker_pids(command.pid, ranks)
+    victims = [command.pid, *workers]
+    if ranks > 1 and isinstance(victim, int):
+        victims = workers[victim : victim + 1]  # empty where that rank has not started yet
+    if command.poll() is not None or not victims:
+        process.wait_for_exit(command)
+        return None
+
     process.kill(victims)
-    process.ended(started)
-    row.orphans += len(process.orphans(them))
-    (here / process.LOG).unlink()
-    inside = place.inside(here)
-    row.hits, row.missed = row.hits + inside, row.missed + (not inside)
-    row.left_by_kills += bool(left(here))
-    return True
+    process.wait_for_exit(command)
+    num_orphans = len(process.kill_orphans(workers))
+    (folder / process.LOG).unlink()
+    return Kill(
+        was_hit=workload.was_hit(folder),
+        num_orphans=num_orphans,
+        has_left_files=bool(temporary_files(folder)),
+    )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown."""
-    head = ["place", "ranks", "kills", "missed", "starts", "the same", "left by kills", "left at the end", "seconds"]
-    lines = [head, ["---"] * len(head)]
-    for row in rows:
-        same = "yes" if not row.differs else f"no: {len(row.differs)} differ, {' '.join(row.differs[0].split())}"
-        stays = [*row.left_at_end, *([f"{row.orphans} processes"] if row.orphans else [])]
-        counts = [row.place, row.ranks, row.hits, row.missed, row.starts, f"{same} ({row.works} works)"]
-        counts += [row.left_by_kills, ", ".join(sorted(set(stays))) or "nothing", f"{row.seconds:.0f}"]
-        lines.append([str(count) for count in counts])
+def markdown_table(results: Sequence[KillResult]) -> str:
+    """A table with a row for each workload and number of ranks."""
+    header = ["place", "ranks", "kills", "missed", "starts", "the same", "left by kills", "left at the end", "seconds"]
+    lines = [header, ["---"] * len(header)]
+    lines += [_cells(result) for result in results]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _cells(result: KillResult) -> list[str]:
+    """A result's row in the table: a text for each column."""
+    same = "yes"
+    if result.differences:
+        first = " ".join(result.differences[0].split())  # in one line
+        same = f"no: {len(result.differences)} differ, {first}"
+    left_at_end = set(result.files_at_end)
+    if result.num_orphans:
+        left_at_end.add(f"{result.num_orphans} processes")
+    return [
+        result.workload,
+        str(result.ranks),
+        str(result.num_hits),
+        str(result.num_missed),
+        str(result.num_starts),
+        f"{same} ({result.num_compared} works)",
+        str(result.num_kills_with_files),
+        ", ".join(sorted(left_at_end)) or "nothing",
+        f"{result.seconds:.0f}",
+    ]
+
+
 def main(
-    times: Annotated[int, typer.Option(min=1, help="Kills that count, in each place and number of ranks.")] = 10,
-    where: Annotated[str, typer.Option("--places")] = "training,saving,encoding,pairs,evaluating",
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks.")] = "1,2",
+    num_kills: Annotated[
+        int, typer.Option("--times", min=1, help="Kills that count, in each place and number of ranks.")
+    ] = 10,
+    names: Annotated[str, typer.Option("--places")] = "training,saving,encoding,pairs,evaluating",
+    rank_counts: Annotated[str, typer.Option("--ranks", help="Numbers of ranks.")] = "1,2",
     seed: int = 0,
-    to: Annotated[Path | None, typer.Option("--json", help="Write what came out here, too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what came out here, too.")] = None,
 ) -> None:
     """Kill, start again, compare; print a table."""
-    rows: list[Row] = []
-    with furnished() as folder:
-        for count in map(int, ranks.split(",")):
-            for name in where.split(","):
-                rows.append(trial(places()[name], count, times, seed, folder))
-                print(table(rows).splitlines()[-1], flush=True)
-    print(f"\n{table(rows)}\n\n{sum(row.hits for row in rows)} kills, {sum(row.works for row in rows)} works compared")
-    if to:
-        to.write_text(json.dumps({"seed": seed, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-    raise typer.Exit(not all(row.good for row in rows))
+    results: list[KillResult] = []
+    with prepared_folder() as scratch:
+        for ranks in map(int, rank_counts.split(",")):
+            for name in names.split(","):
+                results.append(kill_repeatedly(workloads()[name], ranks, num_kills, seed, scratch))
+                print(markdown_table(results).splitlines()[-1], flush=True)
+
+    total_kills = sum(result.num_hits for result in results)
+    total_compared = sum(result.num_compared for result in results)
+    print(f"\n{markdown_table(results)}\n\n{total_kills} kills, {total_compared} works compared")
+    if json_file:
+        rows = [result.to_json() for result in results]
+        json_file.write_text(json.dumps({"seed": seed, "rows": rows}, indent=2) + "\n")
+    raise typer.Exit(not all(result.has_passed for result in results))
 
 
 if __name__ == "__main__":

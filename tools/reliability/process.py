@@ -1,4 +1,12 @@
-"""Real processes of the command line, on one rank or by torchrun: started, found and killed without a word."""
+"""`dumo` commands in processes of their own, on one rank or under torchrun: start them, find them, kill them.
+
+`start` begins a command in a folder, and what it prints goes to the file LOG there, which `read_log` reads.
+`wait_for_exit` waits for its end; `run` starts a command and waits. `worker_pids` and `descendants` find the processes
+that a command has started, `is_alive` asks whether one still runs. `kill` sends SIGKILL; `kill_orphans` waits a while
+before.
+
+Processes are looked up in /proc, so all of this needs Linux.
+"""
 
 import os
 import signal
@@ -11,104 +19,140 @@ from pathlib import Path
 from e2e.shell import ENVIRONMENT
 from forked import Program
 
-LOG = "log.txt"  # what the last start said, in the folder where it was started
-Running = Program | subprocess.Popen[bytes]
-PATIENCE = 300.0  # seconds: nothing here takes as long
+RunningCommand = Program | subprocess.Popen[bytes]
+
+LOG = "log.txt"  # in a command's folder: what the last command there printed
+MAX_SECONDS = 300.0  # of a command: none of ours takes as long, so it hangs
+ORPHAN_SECONDS = 20.0  # that a worker has to end after its launcher: ours
 TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # a free port
 
 
 def start(
     words: Sequence[str],
-    cwd: Path,
+    folder: Path,
     ranks: int = 1,
     *,
-    before: str = "",
-    through: Sequence[str] = (),
+    shell_setup: str = "",
+    wrapper: Sequence[str] = (),
     environment: Mapping[str, str] = ENVIRONMENT,
 ) -> "subprocess.Popen[bytes]":
-    """`dumo WORDS` in this folder, by torchrun where there are several ranks; both streams go to its `LOG`.
+    """Start `dumo WORDS` in a folder, under torchrun where there are several ranks; its output goes to LOG there.
 
-    `before` is shell to run first, such as `ulimit -n 32`, `through` a command that takes another; the process is the
-    same.
+    shell_setup: a shell command to run first in the same process, such as `ulimit -n 32`.
+    wrapper: the words of a program that starts another, such as `setpriv`.
     """
-    launcher = (*TORCHRUN, "--nproc-per-node", str(ranks)) if ranks > 1 else ()
+    launcher: Sequence[str] = ()
+    if ranks > 1:
+        launcher = (*TORCHRUN, "--nproc-per-node", str(ranks))
     command = [sys.executable, "-P", *launcher, "-m", "dumo", *words]
-    if before:
-        command = ["sh", "-c", f'{before}; exec "$@"', "sh", *command]
-    command = [*through, *command]
-    with (cwd / LOG).open("wb") as log:
+    if shell_setup:
+        command = ["sh", "-c", f'{shell_setup}; exec "$@"', "sh", *command]
+    command = [*wrapper, *command]
+    with (folder / LOG).open("wb") as log:
         return subprocess.Popen(
-            command, cwd=cwd, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            command,
+            cwd=folder,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
         )
 
 
-def said(cwd: Path) -> str:
-    """What the last start in this folder has said so far."""
-    return (cwd / LOG).read_text(errors="replace") if (cwd / LOG).exists() else ""
+def wait_for_exit(command: RunningCommand, max_seconds: float = MAX_SECONDS) -> int:
+    """Wait until a command ends; return its exit code.
 
-
-def ended(process: Running, patience: float = PATIENCE) -> int:
-    """Wait for its end; its exit code. Raises TimeoutExpired where it hangs, and ends it with all that it started."""
+    Raises TimeoutExpired where it takes longer, having killed it and all processes that it started.
+    """
     try:
-        return process.wait(patience)
+        return command.wait(max_seconds)
     except subprocess.TimeoutExpired:
-        kill([process.pid, *descendants(process.pid)])
-        process.wait()
+        kill([command.pid, *descendants(command.pid)])
+        command.wait()
         raise
 
 
-def finish(words: Sequence[str], cwd: Path, ranks: int = 1) -> int:
-    """`dumo WORDS` to its end; its exit code."""
-    return ended(start(words, cwd, ranks))
+def run(words: Sequence[str], folder: Path, ranks: int = 1) -> int:
+    """Run `dumo WORDS` in a folder to its end; return its exit code. Raises TimeoutExpired where it hangs."""
+    return wait_for_exit(start(words, folder, ranks))
 
 
-def workers(launcher: int, ranks: int) -> list[int]:
-    """The processes that work, by rank, as far as they are there; the launcher itself where it is one."""
+def read_log(folder: Path) -> str:
+    """What the last command in a folder has printed so far; empty where there was none."""
+    log = folder / LOG
+    return log.read_text(errors="replace") if log.exists() else ""
+
+
+# ---------------------------------------------------------------------------------------------------- finding processes
+
+
+def worker_pids(launcher: int, ranks: int) -> list[int]:
+    """The process ids of the ranks that a command has started by now, in the order of ranks.
+
+    launcher: the command's own process id. On one rank it is the worker, too.
+    """
     if ranks == 1:
         return [launcher]
-    found = {rank: pid for pid in descendants(launcher) if (rank := rank_of(pid)) is not None}
-    return [found[rank] for rank in sorted(found)]
+    pid_by_rank: dict[int, int] = {}
+    for pid in descendants(launcher):
+        rank = _rank_of(pid)
+        if rank is not None:
+            pid_by_rank[rank] = pid
+    return [pid_by_rank[rank] for rank in sorted(pid_by_rank)]
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that this one started, and those that they did, nearest first."""
-    children: dict[int, list[int]] = {}
-    for place in Path("/proc").iterdir():
-        if place.name.isdecimal() and (parent := parent_of(int(place.name))) is not None:
-            children.setdefault(parent, []).append(int(place.name))
-    found = [pid]
-    for one in found:
-        found += children.get(one, [])
-    return found[1:]
+    """The ids of all processes below one: its children first, then their children, and so on."""
+    children_by_parent: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        child = int(entry.name)
+        stat = _stat_fields(child)
+        if stat is not None:
+            parent = int(stat[1])
+            children_by_parent.setdefault(parent, []).append(child)
+    pids = [pid]
+    for parent in pids:  # the list grows while it is walked
+        pids += children_by_parent.get(parent, [])
+    return pids[1:]
 
 
-def parent_of(pid: int) -> int | None:
-    """Who started a process; None where it is gone."""
+def is_alive(pid: int) -> bool:
+    """Whether a process still runs. A dead one that its parent has not waited for does not."""
+    stat = _stat_fields(pid)
+    if stat is None:
+        return False
+    state = stat[0]
+    return state not in ("Z", "X")  # zombie, dead
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the third on: state, parent's id, ...; None where the process is gone."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
+    return text.rsplit(")", 1)[1].split()  # the second is the program's name in parentheses, and may have blanks
 
 
-def rank_of(pid: int) -> int | None:
+def _rank_of(pid: int) -> int | None:
     """The rank that torchrun gave a process; None where it gave none, or the process is gone."""
     try:
-        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:
         return None
-    return next((int(word[5:]) for word in words if word.startswith(b"RANK=")), None)
+    for variable in variables:
+        if variable.startswith(b"RANK="):
+            return int(variable.removeprefix(b"RANK="))
+    return None
 
 
-def alive(pid: int) -> bool:
-    """Whether a process still works; one that is dead and not yet waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
+# ---------------------------------------------------------------------------------------------------- killing processes
 
 
 def kill(pids: Sequence[int]) -> None:
-    """SIGKILL to each, in this order."""
+    """Send SIGKILL to each process, in this order; those that are gone are passed over."""
     for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -116,10 +160,12 @@ def kill(pids: Sequence[int]) -> None:
             continue
 
 
-def orphans(pids: Sequence[int], patience: float = 20.0) -> list[int]:
-    """Those of these processes that do not end by themselves within so many seconds; they are killed then."""
-    late = time.monotonic() + patience
-    while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < late:
+def kill_orphans(pids: Sequence[int]) -> list[int]:
+    """Give processes ORPHAN_SECONDS to end by themselves, kill those that are left, and return their ids."""
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    orphans = [pid for pid in pids if is_alive(pid)]
+    while orphans and time.monotonic() < deadline:
         time.sleep(0.05)
-    kill(left)
-    return left
+        orphans = [pid for pid in pids if is_alive(pid)]
+    kill(orphans)
+    return orphans
