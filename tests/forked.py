@@ -17,7 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import dumo
-from planted import METHOD
+from mutated_module import START_METHOD_VARIABLE
 
 # What programs import, and torch leaves for later; not dumo.cli, which looks at the terminal when it is imported, nor
 # all of scikit-learn, whose pyarrow starts a thread.
@@ -34,7 +34,7 @@ class Program:
     """A program that runs, of the methods of `subprocess.Popen` those that tests use."""
 
     def __init__(self, text: str, words: tuple[str, ...], cwd: Path, env: Mapping[str, str], merged: bool) -> None:
-        method = os.environ.get(METHOD, "forkserver")
+        method = os.environ.get(START_METHOD_VARIABLE, "forkserver")
         if method == "forkserver":
             set_forkserver_preload(IMPORTED)
             with patch.dict(os.environ, ENVIRONMENT):

@@ -2,18 +2,20 @@
 
     python tools/mutants.py [--tested] [WORD ...]    # rows of mutants.toml with a WORD in their file or text, or all
 
-Each row has a process of its own. All of dumo is imported once, and the processes are forked from there, in which the
-functions with the error get its code. Errors outside of functions come before: Python imports the file with the error.
-Files stay as they are.
+The order of events (`main`):
 
-An error that its test lets live is a law that nobody checks, and the exit code is 1. At last the tests that failed run
-once without any error, and must pass.
+1. `read_mutants` reads the rows of mutants.toml. Each has an error and the one test that must fail with it.
+2. `warm_up` imports other libraries in this process, from which one is forked for each row.
+3. Errors outside of functions are tried first: there, Python imports the file with the error.
+4. `import_all` imports all of dumo. Errors inside functions are tried: there, the functions get its code.
+5. The tests that failed run once more without any error, and must pass.
 
---tested is for continuous integration, where `make test SLOW=1` runs, too: the tests are not run again, and errors that
-only a test of the night sees are left to the night, when all are planted.
+No file is changed (`mutated_module.py`). A row is printed as it ends, with the seconds of a processor that it took. If
+its test passes, the error survives: nothing checks that property, and the exit code is 1. Rows above `MAX_CPU_SECONDS`
+are named at the end, as a smaller test should do. They are no failure, as a busy machine may need more.
 
-Each row says how many seconds of a processor it took. Those above `MAX_SECONDS` are named at the end: a smaller test
-should do. They are no failure, as a busy machine may need more.
+--tested is for continuous integration, where `make test SLOW=1` runs, too. It leaves out step 5, and errors that only
+nightly tests catch: each night plants all.
 """
 
 import gc
@@ -32,245 +34,297 @@ from functools import cache, partial
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import CodeType, FunctionType
 
 import pytest
 import torch
 
-from planted import METHOD, Plant, functions_by_code
+from mutated_module import START_METHOD_VARIABLE, FunctionsByCode, MutatedModule, imported_functions
 
 ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src"
 TABLE = Path(__file__).with_suffix(".toml")
-AT_ONCE = 2
+TESTED = "--tested"
+MAX_PROCESSES = 2  # at a time: ours
+MAX_CPU_SECONDS = 3.0  # of a row, else it is named: ours
+TIMEOUT_SECONDS = 1800  # of a row, on a machine where all else comes first; alone, none takes 60
+FORK = multiprocessing.get_context("fork")
+STALE_ROW_ERRORS = (ValueError, SyntaxError, OSError)  # what a row raises that does not fit the files
+OUTPUT_FILE = "output"  # in the folder of a child: what it prints
+PYTEST_ADDOPTS = "--import-mode=importlib --strict-markers --strict-config -ra"
 # What dumo and the tests import of others, and would each time take a second to eight. Not what starts threads, as
 # scikit-learn's pyarrow does.
-OTHERS = [
+OTHER_MODULES = [
     *("_pytest.debugging", "_pytest.doctest", "_pytest.junitxml", "_pytest.pastebin", "_pytest.unittest"),
     *("torch._decomp.decompositions_for_jvp", "torch._dynamo", "torch._refs", "torch.distributed.fsdp"),
     *("scipy.linalg", "scipy.optimize", "scipy.stats", "matplotlib.pyplot", "PIL.Image"),
     *("bitsandbytes", "diffusers.models.transformers.transformer_flux", "peft", "safetensors.torch"),
     *("filelock", "jaxtyping", "jinja2", "pydantic.main", "rich.progress", "typer", "yaml"),
 ]
-FORK = multiprocessing.get_context("fork")
-ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
-SHARED = ["contract.case", "e2e.shell", "stock.case", "theory.exact", "theory.formula", "tiny"]  # by many tests
-imported = dict[tuple[str, CodeType], list[FunctionType]]()  # every function, by its file and code, after `import_all`
-MAX_SECONDS = 3.0  # of a processor
-TESTED = "--tested"
-UNPLANTABLE = (ValueError, SyntaxError, OSError)  # a row that does not fit the files
-SAID = "output"  # in the folder of a process: the file of what it prints
-PATIENCE = 1800  # seconds, on a machine where all else comes first; alone, no run takes 60
+TEST_MODULES = ["contract.case", "e2e.shell", "stock.case", "theory.exact", "theory.formula", "tiny"]  # of many tests
+
+_functions: FunctionsByCode = {}  # every function of dumo and of TEST_MODULES, once `import_all` has run
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old`, which stands once in src/dumo/`file`, becomes `new`, which is wrong: `test` must fail."""
+    """A row of the table: `old`, which src/dumo/`file` has once, becomes `new`, which is wrong; `test` must fail."""
 
     file: str
-    wrong: str
+    title: str  # what is wrong
     old: str
     new: str
-    test: str
+    test: str  # a short name, such as pull::test_cost
 
-    def text(self) -> str:
-        """The file with the error. Raises ValueError unless there is exactly one place for it."""
-        text = (ROOT / "src/dumo" / self.file).read_text()
-        if (times := text.count(self.old)) != 1:
-            raise ValueError(f"{self.file} has {self.old!r} {times} times: mend tools/mutants.toml")
+    def mutated_text(self) -> str:
+        """The file's text with the error. Raises ValueError unless the file has `old` exactly once."""
+        text = (SOURCE / "dumo" / self.file).read_text()
+        count = text.count(self.old)
+        if count != 1:
+            raise ValueError(f"{self.file} has {self.old!r} {count} times: mend tools/mutants.toml")
         return text.replace(self.old, self.new)
 
-    def is_inside_functions(self) -> bool:
-        """Whether functions have the error, and nothing else of the file."""
-        try:
-            return bool(planted(self).wrong_functions())
-        except UNPLANTABLE:
-            return False  # stale, as the trial will say; or it adds or removes a function, and is planted at import
+    def module(self) -> MutatedModule:
+        """The module with the error. Raises as `mutated_text`."""
+        path = SOURCE / "dumo" / self.file
+        return MutatedModule(_module_name(path), str(path), self.mutated_text())
 
-    def path(self) -> str:
-        """The test, as pytest takes it. Raises ValueError unless it is a single one, and there is one such file."""
-        name, *node = self.test.split("::")
+    def is_inside_functions(self) -> bool:
+        """Whether the error changes functions, and nothing else of the file.
+
+        False, too, of an error that adds or removes a function, and of a stale row, which `try_mutant` reports.
+        """
+        try:
+            return bool(self.module().changed_functions())
+        except STALE_ROW_ERRORS:
+            return False
+
+    def test_id(self) -> str:
+        """The test as pytest takes it. Raises ValueError unless it is a single test in a file of which there is one."""
+        short_file, *node = self.test.split("::")
         if not node:
             raise ValueError(f"{self.test!r} names no single test: mend tools/mutants.toml")
-        ends = f"{Path('/', name).with_name(f'test_{Path(name).name}')}.py"
-        found = [file for file in test_files() if f"/{file}".endswith(ends)]
-        if len(found) != 1:
-            raise ValueError(f"{self.test!r} is a test of {found or 'no file'}: mend tools/mutants.toml")
-        return "::".join([*found, *node])
+        path = Path("/", short_file)
+        ending = f"{path.with_name(f'test_{path.name}')}.py"
+        files = [file for file in _test_files() if f"/{file}".endswith(ending)]
+        if len(files) != 1:
+            raise ValueError(f"{self.test!r} is a test of {files or 'no file'}: mend tools/mutants.toml")
+        return "::".join([*files, *node])
 
 
-def mutants(*words: str) -> list[Mutant]:
-    """All rows of the table, or those that have one of the words in their file or text."""
+def read_mutants(*words: str) -> list[Mutant]:
+    """All rows of the table, or those that have one of the words in their file or title."""
     table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
-    rows = [Mutant(file, wrong, *row) for file, own in table.items() for wrong, row in own.items()]
-    return [row for row in rows if not words or any(word in f"{row.file} {row.wrong}" for word in words)]
+    mutants: list[Mutant] = []
+    for file, rows in table.items():
+        for title, (old, new, test) in rows.items():
+            if not words or any(word in f"{file} {title}" for word in words):
+                mutants.append(Mutant(file, title, old, new, test))
+    return mutants
 
 
 @cache
-def test_files() -> list[str]:
-    """Every file of tests."""
+def _test_files() -> list[str]:
+    """Every file of tests, as a path in the repository."""
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
 
 
-def warm() -> None:
-    """Do here once what each child would do again: import what is not ours, and keep what Python compiles."""
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
-    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", METHOD: "fork"}
+def _module_name(path: Path) -> str:
+    """The name by which a file in src is imported."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+# --------------------------------------------------------------------------------- what children have from this process
+
+
+def warm_up() -> None:
+    """Import other libraries here, once for all children, and set the environment in which they run."""
+    sys.path[:0] = [str(SOURCE), str(ROOT / "tests")]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    os.environ[START_METHOD_VARIABLE] = "fork"
     sys.dont_write_bytecode = False
     torch.set_num_threads(1)
-    for name in OTHERS:
+    for name in OTHER_MODULES:
         importlib.import_module(name)
     gc.freeze()
 
 
 def import_all() -> None:
-    """All of dumo, and what the tests share."""
-    for name in [*map(module_name, sorted((ROOT / "src").rglob("[!_]*.py"))), *SHARED]:
+    """Import all of dumo and what many tests share, and note every function of these."""
+    dumo_modules = [_module_name(path) for path in sorted(SOURCE.rglob("[!_]*.py"))]
+    for name in [*dumo_modules, *TEST_MODULES]:
         importlib.import_module(name)
-    imported.update(functions_by_code())
+    _functions.update(imported_functions())
     gc.freeze()
 
 
-def module_name(path: Path) -> str:
-    """By which a file in src is imported."""
-    return ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
-
-
-def planted(mutant: Mutant) -> Plant:
-    """The module with the error. Raises ValueError as `Mutant.text` does."""
-    path = ROOT / "src/dumo" / mutant.file
-    return Plant(module_name(path), str(path), mutant.text())
+# ----------------------------------------------------------------------------------------------------- pytest in a fork
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Of a process of tests: pytest's exit code, what it printed, and the seconds of a processor that it took."""
+class PytestResult:
+    """How a process of pytest ended."""
 
-    code: int
-    output: str
-    seconds: float
+    exit_code: int
+    output: str  # what it printed
+    cpu_seconds: float
 
 
-def run(words: list[str], plant: Plant | None = None) -> Outcome:
-    """Run pytest with these words in a process forked from this one, where what its tests import is.
+def run_pytest(arguments: list[str], module: MutatedModule | None = None) -> PytestResult:
+    """Run pytest with these arguments in a fork of this process, with the error of a module if one is given.
 
-    Raises TimeoutError where they take too long.
+    Raises TimeoutError where it takes longer than TIMEOUT_SECONDS.
     """
-    seconds = FORK.Value("d", 0.0)  # which the child writes at its end
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # its programs may still write
-        child = FORK.Process(target=test, args=(words, plant, Path(folder), seconds))
+    cpu_seconds = FORK.Value("d", 0.0)  # the child writes it at its end
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # programs of the test may still write there
+        child = FORK.Process(target=_run_child, args=(arguments, module, Path(folder), cpu_seconds))
         child.start()
-        end = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while child.exitcode is None:  # not join: it waits for the end of a pipe that the other child holds, too
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 child.kill()
-                raise TimeoutError(f"no end after {PATIENCE} s")
+                raise TimeoutError(f"no end after {TIMEOUT_SECONDS} s")
             time.sleep(0.05)
-        said = Path(folder, SAID)
-        return Outcome(child.exitcode, said.read_text() if said.exists() else "it printed nothing", seconds.value)
+        output_file = Path(folder, OUTPUT_FILE)
+        output = output_file.read_text() if output_file.exists() else "it printed nothing"
+        return PytestResult(child.exitcode, output, cpu_seconds.value)
 
 
-def test(words: list[str], plant: Plant | None, folder: Path, seconds: Synchronized) -> None:
-    """Run pytest with these words in this process, and end it; shapes are not checked, as that takes longer."""
-    with (folder / SAID).open("w") as out:
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
-    if plant:
-        plant.patch(imported) if imported else plant.plant()
-    options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
+def _run_child(arguments: list[str], module: MutatedModule | None, folder: Path, cpu_seconds: Synchronized) -> None:
+    """Plant the error, run pytest in this process, and end the process with pytest's exit code.
+
+    Shapes are not checked, as that takes longer.
+    """
+    with (folder / OUTPUT_FILE).open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    if module is not None and _functions:
+        module.patch_functions(_functions)
+    elif module is not None:
+        module.install()
+    options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={PYTEST_ADDOPTS}"]
     options += ["-p", "no:unraisableexception"]  # garbage of the process that this was forked from is no test's fault
-    options += [f"--basetemp={folder / 'tests'}"]  # pytest's own place keeps three: each row would delete another's
-    code = pytest.main([*options, *words])
-    seconds.value = cpu_seconds(resource.RUSAGE_SELF) + cpu_seconds(resource.RUSAGE_CHILDREN)
-    os._exit(code)
+    options += [f"--basetemp={folder / 'tests'}"]  # pytest's own folder keeps three: each row would delete another's
+    exit_code = pytest.main([*options, *arguments])
+    cpu_seconds.value = _cpu_seconds(resource.RUSAGE_SELF) + _cpu_seconds(resource.RUSAGE_CHILDREN)
+    os._exit(exit_code)
 
 
-def cpu_seconds(of: int) -> float:
-    """Of this process, RUSAGE_SELF, or of all that it started and that have ended, RUSAGE_CHILDREN."""
-    usage = resource.getrusage(of)
+def _cpu_seconds(who: int) -> float:
+    """Seconds of a processor: RUSAGE_SELF of this process, RUSAGE_CHILDREN of its children that have ended."""
+    usage = resource.getrusage(who)
     return usage.ru_utime + usage.ru_stime
+
+
+# ----------------------------------------------------------------------------------------------------------- the trials
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The test that failed with a mutant, None if the mutant lives; what to say of it; its seconds of a processor."""
+    """What became of a mutant."""
 
-    failed: str | None
+    failed_test: str | None  # None if the mutant survives
     message: str
-    seconds: float = 0.0
-    left: bool = False  # its test is one of the night
+    cpu_seconds: float = 0.0
+    is_left_to_night: bool = False  # its test is a nightly one, and was not run
 
 
-def trial(mutant: Mutant, words: list[str]) -> Verdict:
-    """Plant one error, and run its test, if these words choose it."""
-    try:
-        outcome = run([*words, mutant.path()], planted(mutant))
-    except (*UNPLANTABLE, TimeoutError) as error:
-        return Verdict(None, str(error))
-    failed = re.search(r"^FAILED (.*?)( - .*)?$", outcome.output, re.MULTILINE)
-    if outcome.code == 1 and failed:
-        return Verdict(failed[1], failed[1].partition("::")[2], outcome.seconds)
-    if outcome.code == 0:
-        return Verdict(None, "SURVIVED", outcome.seconds)
-    if words and outcome.code == pytest.ExitCode.NO_TESTS_COLLECTED:
-        return Verdict(None, "left to the night", outcome.seconds, left=True)
-    message = f"no test failed, yet pytest exits with {outcome.code}: {outcome.output[-300:]}"
-    return Verdict(None, message, outcome.seconds)
-
-
-def verdicts(rows: list[Mutant], words: list[str], pool: ThreadPoolExecutor) -> Iterator[tuple[Mutant, Verdict]]:
-    """Of each row, those first that Python must not have imported yet; `words` choose tests for pytest."""
-    tried = partial(trial, words=words)
-    inside, outside = list[Mutant](), list[Mutant]()
-    for row in rows:
-        (inside if row.is_inside_functions() else outside).append(row)
-    yield from zip(outside, pool.map(tried, outside), strict=True)
+def try_mutants(
+    mutants: list[Mutant], pytest_options: list[str], pool: ThreadPoolExecutor
+) -> Iterator[tuple[Mutant, Verdict]]:
+    """Try each mutant, first those that change more than functions: then dumo must not be imported here yet."""
+    inside_functions: list[Mutant] = []
+    others: list[Mutant] = []
+    for mutant in mutants:
+        group = inside_functions if mutant.is_inside_functions() else others
+        group.append(mutant)
+    try_one = partial(try_mutant, pytest_options=pytest_options)
+    yield from zip(others, pool.map(try_one, others), strict=True)
     import_all()
-    yield from zip(inside, pool.map(tried, inside), strict=True)
+    yield from zip(inside_functions, pool.map(try_one, inside_functions), strict=True)
 
 
-def sane(tests: set[str]) -> str:
-    """What the tests that saw an error say without one; empty if they pass."""
-    outcome = run(sorted(tests))
-    return outcome.output[-2000:] if outcome.code else ""
+def try_mutant(mutant: Mutant, pytest_options: list[str]) -> Verdict:
+    """Plant one error and run its test, unless the options of pytest leave that out."""
+    try:
+        result = run_pytest([*pytest_options, mutant.test_id()], mutant.module())
+    except (*STALE_ROW_ERRORS, TimeoutError) as error:
+        return Verdict(None, str(error))
+    failure = re.search(r"^FAILED (.*?)( - .*)?$", result.output, re.MULTILINE)
+    if result.exit_code == pytest.ExitCode.TESTS_FAILED and failure:
+        failed_test = failure[1]
+        _, _, node = failed_test.partition("::")
+        return Verdict(failed_test, node, result.cpu_seconds)
+    if result.exit_code == pytest.ExitCode.OK:
+        return Verdict(None, "SURVIVED", result.cpu_seconds)
+    if pytest_options and result.exit_code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        return Verdict(None, "left to the night", result.cpu_seconds, is_left_to_night=True)
+    message = f"no test failed, yet pytest exits with {result.exit_code}: {result.output[-300:]}"
+    return Verdict(None, message, result.cpu_seconds)
 
 
-def main(*given: str) -> int:
-    """Print a row per mutant. 0 if every one was killed, by a test that passes without it."""
-    words, tested = [word for word in given if word != TESTED], TESTED in given
-    begun, rows = time.monotonic(), mutants(*words)
-    if not rows:
+def main(*arguments: str) -> int:
+    """Print a row for each mutant. Return 0 if every one was killed by a test that passes without it, 1 if not.
+
+    2 where the table has no such row.
+    """
+    is_tested = TESTED in arguments
+    words = [argument for argument in arguments if argument != TESTED]
+    began = time.monotonic()
+    mutants = read_mutants(*words)
+    if not mutants:
         print(f"no row of {TABLE.name} has {' or '.join(map(repr, words))} in its file or text")
         return 2
+
+    # try each mutant
     os.chdir(ROOT)
-    seen, alive, dear, left = list[str](), list[str](), list[str](), 0
-    warm()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for mutant, verdict in verdicts(rows, ["-m", "not nightly"] if tested else [], pool):
-            if verdict.left:
-                left += 1
+    warm_up()
+    pytest_options = ["-m", "not nightly"] if is_tested else []
+    num_killed = 0
+    num_left = 0
+    failed_tests: set[str] = set()
+    surviving_lines: list[str] = []
+    slow_lines: list[str] = []
+    with ThreadPoolExecutor(MAX_PROCESSES) as pool:
+        for mutant, verdict in try_mutants(mutants, pytest_options, pool):
+            if verdict.is_left_to_night:
+                num_left += 1
                 continue
-            word = "killed" if verdict.failed else "ALIVE "
-            line = f"{word} {verdict.seconds:5.1f} s  {mutant.file:28} {mutant.wrong:46} {verdict.message}"
+            word = "killed" if verdict.failed_test else "ALIVE "
+            line = f"{word} {verdict.cpu_seconds:5.1f} s  {mutant.file:28} {mutant.title:46} {verdict.message}"
             print(line, flush=True)
-            if verdict.failed:
-                seen.append(verdict.failed)
+            if verdict.failed_test:
+                num_killed += 1
+                failed_tests.add(verdict.failed_test)
             else:
-                alive.append(line)
-            if verdict.seconds > MAX_SECONDS:
-                dear.append(line)
-        broken = sane(set(seen)) if seen and not tested else ""
-    if broken:
-        print(f"BROKEN  without a mutant: {broken}")
-    elif not tested:
+                surviving_lines.append(line)
+            if verdict.cpu_seconds > MAX_CPU_SECONDS:
+                slow_lines.append(line)
+
+    # the tests that failed must pass without a mutant
+    is_broken = False
+    if failed_tests and not is_tested:
+        result = run_pytest(sorted(failed_tests))
+        is_broken = result.exit_code != 0
+        if is_broken:
+            print(f"BROKEN  without a mutant: {result.output[-2000:]}")
+    if not is_tested and not is_broken:
         print("fine    without a mutant: the tests pass")
-    if dear:
-        print(f"above {MAX_SECONDS:g} s of a processor, as no row should be:")
-    for line in [*dear, *alive]:  # again, where one looks
+
+    # summary
+    if slow_lines:
+        print(f"above {MAX_CPU_SECONDS:g} s of a processor, as no row should be:")
+    for line in [*slow_lines, *surviving_lines]:  # again, where one looks
         print(line)
-    cpu = f"{cpu_seconds(resource.RUSAGE_CHILDREN):.0f} s of processors"
-    later = f", {left} are left to the night" if tested else ""
-    print(f"{len(seen)} of {len(rows)} mutants killed in {time.monotonic() - begun:.0f} s, {cpu}{later}")
-    return 1 if broken or alive else 0
+    summary = f"{num_killed} of {len(mutants)} mutants killed in {time.monotonic() - began:.0f} s"
+    summary += f", {_cpu_seconds(resource.RUSAGE_CHILDREN):.0f} s of processors"
+    if is_tested:
+        summary += f", {num_left} are left to the night"
+    print(summary)
+    return 1 if is_broken or surviving_lines else 0
 
 
 if __name__ == "__main__":

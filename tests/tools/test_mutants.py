@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 import mutants
-from mutants import Mutant, Outcome
+from mutants import Mutant, PytestResult
 
 
 def fault(row: Mutant) -> str | None:
     """What is wrong about a row, if anything is."""
     try:
-        row.text()
-        path, *node = row.path().split("::")
+        row.mutated_text()
+        path, *node = row.test_id().split("::")
     except ValueError as error:
         return str(error)
     text = (mutants.ROOT / path).read_text(encoding="utf-8")
@@ -21,7 +21,7 @@ def fault(row: Mutant) -> str | None:
 
 
 def test_no_row_is_stale() -> None:
-    assert [found for row in mutants.mutants() if (found := fault(row))] == []
+    assert [found for row in mutants.read_mutants() if (found := fault(row))] == []
 
 
 def test_a_stale_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,12 +31,12 @@ def test_a_stale_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         encoding="utf-8",
     )
     monkeypatch.setattr(mutants, "TABLE", table)
-    lost, wild = mutants.mutants()
+    lost, wild = mutants.read_mutants()
     assert fault(lost) == "runtime/random.py has 'x y z' 0 times: mend tools/mutants.toml"
     with pytest.raises(ValueError, match="'nothing::test_x' is a test of no file"):
-        wild.path()
-    assert mutants.mutants("runtime/random.py b") == [wild]
-    assert mutants.mutants("neither") == []
+        wild.test_id()
+    assert mutants.read_mutants("runtime/random.py b") == [wild]
+    assert mutants.read_mutants("neither") == []
 
 
 def test_a_row_that_names_a_whole_file_is_refused() -> None:
@@ -49,17 +49,18 @@ def test_a_row_has_the_seconds_of_its_process(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "test_busy.py").write_text(
         "import time\n\ndef test_busy():\n    while time.process_time() < 0.5:\n        pass\n", encoding="utf-8"
     )
-    outcome = mutants.run([str(tmp_path / "test_busy.py")])
-    assert outcome.code == 0
-    assert 0.5 <= outcome.seconds <= 10
+    result = mutants.run_pytest([str(tmp_path / "test_busy.py")])
+    assert result.exit_code == 0
+    assert 0.5 <= result.cpu_seconds <= 10
 
 
 def test_an_error_is_left_to_the_night_where_its_test_was_not_chosen_and_only_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A test that is not found at all is no reason to leave one."""
-    monkeypatch.setattr(mutants, "run", lambda words, plant: Outcome(pytest.ExitCode.NO_TESTS_COLLECTED, "", 0.1))
-    row = mutants.mutants()[0]
-    assert mutants.trial(row, ["-m", "not nightly"]).left
-    alive = mutants.trial(row, [])
-    assert (alive.left, alive.failed) == (False, None)
+    no_test = PytestResult(pytest.ExitCode.NO_TESTS_COLLECTED, "", 0.1)
+    monkeypatch.setattr(mutants, "run_pytest", lambda arguments, module: no_test)
+    row = mutants.read_mutants()[0]
+    assert mutants.try_mutant(row, ["-m", "not nightly"]).is_left_to_night
+    survivor = mutants.try_mutant(row, [])
+    assert (survivor.is_left_to_night, survivor.failed_test) == (False, None)
