@@ -4,10 +4,17 @@
     python tools/bits.py NEW/src [NAME ...] > new.json
     python tools/bits.py --compare old.json new.json
 
-To record, `record_all` imports that tree's dumo once, and forks a process for each recipe. There `record` trains the
-recipe by the command line, made small as bits.toml says, and makes samples by the Python door. A record has hashes of
-weights, averages and samples, and of all that was logged, step by step. Names of parameters and of files do not count,
-those of logged columns may change (`RENAMED`). `compare` prints where two records differ.
+The order of events of a recording (`record_all`):
+
+1. One tree's folder src goes first on Python's path, and that tree's dumo is imported once.
+2. In a scratch folder, pictures are written, and models of other libraries with random weights.
+3. A process is forked for each recipe. There `record_recipe` trains the recipe by the command line, made small as
+   bits.toml says, and makes samples by the Python API. Recipes that others begin with or learn from come first.
+4. The records are printed as JSON. A record has hashes of weights, averages and samples, and of all that was logged,
+   step by step.
+
+`compare` prints where two records differ. Names of parameters and of files do not count, those of logged columns may
+change (`RENAMED_COLUMNS`).
 
 Bits are those of one kind of CPU and one version of torch, so record both trees on the same. Data are
 $DUMO_DATA/cifar10 and taef2. bits.json is the record of commit 9ebbef4.
@@ -38,15 +45,22 @@ if TYPE_CHECKING:
 MAX_PROCESSES = 2  # at a time: ours
 NUM_SAMPLES = 4  # of a recipe: ours
 NOT_FIELDS = ("after", "encode")  # keys of the table that are no fields of a recipe
-WEIGHTS_FILES = "net*.safetensors"
-OTHER_FILES = ("optimizer*.safetensors", "data.safetensors")  # neither weights nor averages
-# Columns of metrics.jsonl that have another name now, by recipe and old name.
-U_COLUMNS = {"parts.m": "parts.u", "bins.m": "bins.u"}
-RENAMED: dict[str, dict[str, str]] = {
-    "digits-likelihood": U_COLUMNS
-    | {"notes.clipped_share_m": "notes.clipped_share_u", "bins.clipped_share_m": "bins.clipped_share_u"},
-    "dumo-best": U_COLUMNS
-    | {"notes.clipped_share_m": "notes.clipped_share", "bins.clipped_share_m": "bins.clipped_share"},
+WEIGHTS_PATTERN = "net*.safetensors"  # of a checkpoint's files; those of averages have other names
+OTHER_PATTERNS = ("optimizer*.safetensors", "data.safetensors")  # neither weights nor averages
+# Columns of metrics.jsonl that have another name now: the new name by recipe and old name.
+RENAMED_COLUMNS: dict[str, dict[str, str]] = {
+    "digits-likelihood": {
+        "parts.m": "parts.u",
+        "bins.m": "bins.u",
+        "notes.clipped_share_m": "notes.clipped_share_u",
+        "bins.clipped_share_m": "bins.clipped_share_u",
+    },
+    "dumo-best": {
+        "parts.m": "parts.u",
+        "bins.m": "bins.u",
+        "notes.clipped_share_m": "notes.clipped_share",
+        "bins.clipped_share_m": "bins.clipped_share",
+    },
 }
 # Imported once, before processes are forked; the second where recipes need models of other libraries.
 MODULES = ("dumo.cli.api", "dumo.cli", "torch._dynamo", "scipy.stats")
@@ -57,39 +71,42 @@ MODEL_MODULES = (
     "transformers",
 )
 
-Fields = dict[str, Any]  # of a recipe, by dotted names
-Record = dict[str, Any]  # what JSON holds
+Fields = dict[str, Any]  # of a recipe by dotted names, or of a model's config by names
+Record = dict[str, Any]  # as JSON holds it: of a recipe, or of a tree with all its recipes
+Work = Callable[[str, Fields], Record]  # what a forked process does with a name and its fields
 NOT_RECORDED: Record = {"error": "not recorded"}
-Work = Callable[[str, Fields], Record]  # what a process does, of a name and its fields
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Fields:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Fields:
     """The leaves of a tree, by dotted names."""
     fields: Fields = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            fields |= flatten(value, f"{prefix}{key}.")
+            fields |= _flatten(value, f"{prefix}{key}.")
         else:
             fields[f"{prefix}{key}"] = value
     return fields
 
 
-def fields_of(table: Mapping[str, Any], name: str) -> Fields:
-    """What the table, bits.toml, says of a recipe: the fields of all sections with a pattern of its name."""
+def _recipe_fields(table: Mapping[str, Any], name: str) -> Fields:
+    """The fields of a recipe in bits.toml, `table`: those of all sections that have a pattern of its name.
+
+    Later sections come over earlier ones.
+    """
     fields: Fields = {}
     for patterns, section in table.items():
         if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
-            fields |= flatten(section)
+            fields |= _flatten(section)
     for key, value in fields.items():
         if isinstance(value, str):
             fields[key] = value.replace("{name}", name)
     return fields
 
 
-def models_needed(table: Mapping[str, Any], recipes: Mapping[str, Fields]) -> dict[str, Fields]:
+def _needed_models(table: Mapping[str, Any], recipes: Mapping[str, Fields]) -> dict[str, Fields]:
     """The models of the table that these recipes read, by name."""
     texts = {value for fields in recipes.values() for value in fields.values() if isinstance(value, str)}
     models: dict[str, Fields] = table["models"]
@@ -101,10 +118,10 @@ def models_needed(table: Mapping[str, Any], recipes: Mapping[str, Fields]) -> di
     return needed
 
 
-# ---------------------------------------------------------------------------------------------- what is done in a fork
+# ----------------------------------------------------------------------------------------------- what is done in a fork
 
 
-def digest(*tensors: "Tensor") -> str:
+def _tensors_hash(*tensors: "Tensor") -> str:
     """A hash of tensors' types, shapes and bytes, whatever their order."""
     from torch import uint8
 
@@ -116,14 +133,18 @@ def digest(*tensors: "Tensor") -> str:
     return sha256(" ".join(sorted(hashes)).encode()).hexdigest()
 
 
-def log_hashes(file: Path) -> dict[str, str]:
+def _log_hashes(file: Path) -> dict[str, str]:
     """Every column of metrics.jsonl: a short hash for each row, with spaces between."""
-    rows = [flatten(json.loads(line)) for line in file.read_text().splitlines()]
+    rows = [_flatten(json.loads(line)) for line in file.read_text().splitlines()]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return {name: " ".join(sha256(repr(row.get(name)).encode()).hexdigest()[:6] for row in rows) for name in names}
+    columns: dict[str, str] = {}
+    for name in names:
+        hashes = [sha256(repr(row.get(name)).encode()).hexdigest() for row in rows]
+        columns[name] = " ".join(row_hash[:6] for row_hash in hashes)
+    return columns
 
 
-def run_dumo(*words: str) -> None:
+def _run_dumo(*words: str) -> None:
     """`dumo WORDS`, as the command line runs it. Raises RuntimeError where it ends badly."""
     from dumo.cli import main
 
@@ -135,53 +156,62 @@ def run_dumo(*words: str) -> None:
             raise RuntimeError(f"dumo {words[0]} ended with {end.code}") from None
 
 
-def record(name: str, fields: Fields) -> Record:
+def record_recipe(name: str, fields: Fields) -> Record:
     """Train a recipe in this folder and sample it; return its record."""
     from safetensors.torch import load_file
 
     import dumo
 
+    # train
     run = Path("runs") / name
     settings: list[str] = []
     for key, value in fields.items():
         if key not in NOT_FIELDS:
-            settings.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+            text = value if isinstance(value, str) else json.dumps(value)
+            settings.append(f"{key}={text}")
     options: list[str] = []
     for setting in settings:
         options += ["--set", setting]
     options += ["--device", "cpu"]
     if fields.get("encode"):
-        run_dumo("encode", name, *options)
-    run_dumo("train", name, "--out", str(run), *options)
+        _run_dumo("encode", name, *options)
+    _run_dumo("train", name, "--out", str(run), *options)
 
+    # hash
     weights: list[str] = []
     averages: list[str] = []
     for file in (run / "checkpoints").rglob("*.safetensors"):
-        if any(file.match(pattern) for pattern in OTHER_FILES):
+        if any(file.match(pattern) for pattern in OTHER_PATTERNS):
             continue
-        hashes = weights if file.match(WEIGHTS_FILES) else averages
-        hashes.append(digest(*load_file(file).values()))
-    opened = dumo.load(run, device="cpu")
+        hashes = weights if file.match(WEIGHTS_PATTERN) else averages
+        hashes.append(_tensors_hash(*load_file(file).values()))
+    trained = dumo.load(run, device="cpu")
+    samples: dict[str, str] = {}
+    for nfe in fields["sample.nfe"]:
+        samples[str(nfe)] = _tensors_hash(trained.sample(count=NUM_SAMPLES, nfe=nfe))
     return {
         "set": settings,
         "weights": sorted(weights),
         "averages": sorted(averages),
-        "samples": {str(nfe): digest(opened.sample(count=NUM_SAMPLES, nfe=nfe)) for nfe in fields["sample.nfe"]},
-        "log": log_hashes(run / "metrics.jsonl"),
+        "samples": samples,
+        "log": _log_hashes(run / "metrics.jsonl"),
     }
 
 
-def build_model(name: str, fields: Fields) -> Record:
-    """Save a model of another library, with random weights, in models/; return an empty record."""
+def _build_model(name: str, fields: Fields) -> Record:
+    """Save a model of another library, with random weights, in models/; return an empty record.
+
+    fields: the model's "class", its "place" in models/ if that is not its name, and the arguments of its config.
+    """
     import torch
 
-    package, class_name = fields.pop("class").split(".")
-    fields.pop("like", None)
-    folder = Path("models") / fields.pop("place", name)
+    config = {key: value for key, value in fields.items() if key not in ("class", "like", "place")}
+    package, class_name = fields["class"].split(".")
+    folder = Path("models") / fields.get("place", name)
     model_class = getattr(import_module(package), class_name)
     is_transformers = package == "transformers"
     torch.manual_seed(0)
-    model = model_class(model_class.config_class(**fields)) if is_transformers else model_class(**fields)
+    model = model_class(model_class.config_class(**config)) if is_transformers else model_class(**config)
     for p in model.parameters():  # none stays zero, or nothing would pass
         p.data = p.data + torch.randn(p.shape) / (10 if p.ndim == 1 else p[0].numel() ** 0.5)
     model.save_pretrained(folder)
@@ -190,14 +220,15 @@ def build_model(name: str, fields: Fields) -> Record:
     return {}
 
 
-def write_pictures(folder: str, width: int, height: int) -> None:
-    """Pictures of nothing, three in each of ten classes, with captions beside them."""
+def _write_pictures(folder: str, width: int, height: int) -> None:
+    """Write 30 random pictures, three in each of ten classes, and a caption next to each."""
     from PIL import Image
 
     for i in range(30):
         file = Path(folder, f"class-{i % 10}", f"{i}.png")
         file.parent.mkdir(parents=True, exist_ok=True)
-        small = Image.frombytes("RGB", (8, 8), b"".join(sha256(bytes([i, k])).digest() for k in range(6)))
+        pixels = b"".join(sha256(bytes([i, k])).digest() for k in range(6))  # 6 x 32 bytes: 8 x 8 pixels of 3
+        small = Image.frombytes("RGB", (8, 8), pixels)
         small.resize((width, height), Image.Resampling.BICUBIC).save(file)
         file.with_suffix(".txt").write_text(f"picture {i} of kind {i % 10}")
 
@@ -205,7 +236,7 @@ def write_pictures(folder: str, width: int, height: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ the forks
 
 
-def run_child(work: Work, name: str, fields: Fields) -> None:
+def _run_child(work: Work, name: str, fields: Fields) -> None:
     """Do the work of a forked process: its record goes to NAME.json, and what it prints to NAME.txt."""
     with open(f"{name}.txt", "w") as printed:
         for stream in (1, 2):  # stdout and stderr
@@ -219,7 +250,7 @@ def run_child(work: Work, name: str, fields: Fields) -> None:
         Path(f"{name}.json").write_text(json.dumps(result))
 
 
-def run_forked(work: Work, fields_by_name: Mapping[str, Fields]) -> dict[str, Record]:
+def _run_forked(work: Work, fields_by_name: Mapping[str, Fields]) -> dict[str, Record]:
     """Do the work for each name in a fork of this process, MAX_PROCESSES at a time; return the records by name."""
     waiting = [*fields_by_name.items()]
     running: dict[str, Any] = {}
@@ -227,7 +258,7 @@ def run_forked(work: Work, fields_by_name: Mapping[str, Fields]) -> dict[str, Re
     while waiting or running:
         while waiting and len(running) < MAX_PROCESSES:
             name, fields = waiting.pop(0)
-            running[name] = get_context("fork").Process(target=run_child, args=(work, name, fields))
+            running[name] = get_context("fork").Process(target=_run_child, args=(work, name, fields))
             running[name].start()
         wait([process.sentinel for process in running.values()])
         for name, process in [*running.items()]:
@@ -242,70 +273,85 @@ def run_forked(work: Work, fields_by_name: Mapping[str, Fields]) -> dict[str, Re
     return records
 
 
-def processor_name() -> str:
+def _processor_name() -> str:
     """The name of this machine's CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else []
     return names[0] if names else platform.processor()
 
 
-def recipe_names(patterns: Sequence[str]) -> list[str]:
-    """The packaged recipes with one of these patterns, or all; ends the program for a pattern without a recipe."""
+def _recipe_names(patterns: Sequence[str]) -> list[str]:
+    """The packaged recipes with one of these patterns, or all. Ends the program for a pattern that no recipe has."""
     from dumo.config import recipes
 
     names = recipes.names()
+    if not patterns:
+        return names
     unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     if unknown:
         sys.exit(f"there is no recipe {', '.join(unknown)}")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns or ["*"])]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def record_all(source: Path, patterns: Sequence[str]) -> Record:
-    """The records of the recipes that are asked for, by the dumo in the folder `source`, and on what machine."""
+    """Record the recipes with one of these patterns, or all, by the dumo in the folder `source`.
+
+    Returns a dict of "on", the machine; "asked", the patterns; and "recipes", a record by recipe.
+    """
     sys.path.insert(0, str(source.resolve()))
     import torch
 
     torch.set_num_threads(1)
+    # what to record, and what that needs
     table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    names = recipe_names(patterns)
-    recipes = {name: fields_of(table, name) for name in names}
+    names = _recipe_names(patterns)
+    recipes = {name: _recipe_fields(table, name) for name in names}
     first_recipes: dict[str, Fields] = {}  # those that others begin with or learn from
     for fields in recipes.values():
-        if fields.get("after"):
-            first_recipes[fields["after"]] = fields_of(table, fields["after"])
-    models = models_needed(table, recipes)
-    for module in MODULES + (MODEL_MODULES if models else ()):
+        first = fields.get("after")
+        if first:
+            first_recipes[first] = _recipe_fields(table, first)
+    models = _needed_models(table, recipes)
+    modules = [*MODULES, *MODEL_MODULES] if models else MODULES
+    for module in modules:
         import_module(module)
 
+    # record, in forks of this process
+    other_recipes = {name: recipes[name] for name in names if name not in first_recipes}
     with TemporaryDirectory() as scratch, chdir(scratch):
-        write_pictures("pictures", 160, 136)
-        write_pictures("pictures-32", 32, 32)
-        run_forked(build_model, models)
-        records = run_forked(record, first_recipes)
-        records |= run_forked(record, {name: recipes[name] for name in names if name not in first_recipes})
-    machine = f"torch {torch.__version__}, {processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
+        _write_pictures("pictures", 160, 136)
+        _write_pictures("pictures-32", 32, 32)
+        _run_forked(_build_model, models)
+        records = _run_forked(record_recipe, first_recipes)
+        records |= _run_forked(record_recipe, other_recipes)
+    machine = f"torch {torch.__version__}, {_processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
     return {"on": machine, "asked": list(patterns), "recipes": {name: records[name] for name in names}}
 
 
-# ----------------------------------------------------------------------------------------------------- the comparison
+# ------------------------------------------------------------------------------------------------------- the comparison
 
 
-def differences(old: Record, new: Record, renamed: Mapping[str, str]) -> list[str]:
+def _differences(old: Record, new: Record, renamed: Mapping[str, str]) -> list[str]:
     """The parts in which two records of a recipe differ; `renamed`: new names of columns by the old ones."""
-    errors = [f"{tree}: {rec['error']}" for tree, rec in (("old", old), ("new", new)) if "error" in rec]
+    errors: list[str] = []
+    if "error" in old:
+        errors.append(f"old: {old['error']}")
+    if "error" in new:
+        errors.append(f"new: {new['error']}")
     if errors:
         return errors
+
     parts = [part for part in ("weights", "averages", "samples") if old[part] != new[part]]
     old_log = {renamed.get(name, name): hashes.split() for name, hashes in old["log"].items()}
     new_log = {name: hashes.split() for name, hashes in new["log"].items()}
-    for name in old_log | new_log:
+    for name in old_log | new_log:  # columns
         if name not in new_log:
             parts.append(f"log {name} (gone)")
         elif name not in old_log:
             parts.append(f"log {name} (new)")
         else:
-            row_pairs = enumerate(zip_longest(old_log[name], new_log[name]), 1)
-            different_rows = [number for number, (a, b) in row_pairs if a != b]
+            pairs = zip_longest(old_log[name], new_log[name])
+            different_rows = [number for number, (a, b) in enumerate(pairs, 1) if a != b]
             if different_rows:
                 parts.append(f"log {name} (from row {different_rows[0]})")
     if parts and old["set"] != new["set"]:
@@ -324,7 +370,7 @@ def compare(old: Record, new: Record) -> int:
     for name in names:
         old_record = old_records.get(name, NOT_RECORDED)
         new_record = new_records.get(name, NOT_RECORDED)
-        parts = differences(old_record, new_record, RENAMED.get(name, {}))
+        parts = _differences(old_record, new_record, RENAMED_COLUMNS.get(name, {}))
         if parts:
             num_different += 1
             print(f"{name}: {', '.join(parts)}")
@@ -340,8 +386,9 @@ def main() -> int:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two records")
     options = parser.parse_args()
     if options.compare:
-        old, new = (json.loads(file.read_text()) for file in options.compare)
-        return int(compare(old, new) > 0)
+        old_file, new_file = options.compare
+        num_different = compare(json.loads(old_file.read_text()), json.loads(new_file.read_text()))
+        return 1 if num_different else 0
     if not options.source or not (options.source / "dumo").is_dir():
         parser.error("name the folder in which a tree's dumo lies, or --compare two records")
     print(json.dumps(record_all(options.source, options.names), indent=1))

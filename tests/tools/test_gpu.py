@@ -101,5 +101,5 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_an_error_is_found_in_a_trace() -> None:
     trace = "Traceback\n  File x\ntriton.CompilationError: at 11:12:\n def f():\n     ^\n"
-    assert gpu.reason(trace) == "triton.CompilationError: at 11:12:"
-    assert gpu.reason("") == "it said nothing"
+    assert gpu.last_error_line(trace) == "triton.CompilationError: at 11:12:"
+    assert gpu.last_error_line("") == "it said nothing"
