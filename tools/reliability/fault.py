@@ -104,7 +104,7 @@ def _read_only_disk(folder: Path, result: CaseResult) -> None:
         remount("ro")
         with result.check_unchanged(disk):
             for words in (train_on, *WRITING_COMMANDS):
-                result.check_refusal(words, folder, subject="ead-only")
+                result.check_refusal(words, folder, subject="ead-only")  # with a capital or not
         remount("rw")
         result.check_recovery(train_on, folder)
 

@@ -12,6 +12,8 @@
 What must be the same to the bit: weights, averages, moments and the log of a training; the files of a cache and of a
 teacher's pairs; the report of an evaluation. A kill that comes too late, or falls outside of the work that it is meant
 for, does not count and is drawn again. The exit code is 1 if anything differs, or if files or processes stay.
+
+In the options, the table and kill.json, a workload is called a place.
 """
 
 import json
@@ -39,8 +41,8 @@ from reliability.workload import (
     workloads,
 )
 
-Run = Callable[[Sequence[str], Path], int]  # run a command's words in a folder; return its exit code
-Start = Callable[[Sequence[str], Path, int], process.RunningCommand]  # start them on a number of ranks
+RunCommand = Callable[[Sequence[str], Path], int]  # of words and a folder; returns the exit code
+StartCommand = Callable[[Sequence[str], Path, int], process.RunningCommand]  # of words, a folder and the ranks
 
 MAX_KILLS_PER_RUN = 5  # then the run may come to its end: ours
 MAX_MISSES_PER_KILL = 5  # kills that do not count, for each that must: ours
@@ -50,7 +52,7 @@ MAX_MISSES_PER_KILL = 5  # kills that do not count, for each that must: ours
 class Kill:
     """A kill of a running command."""
 
-    was_hit: bool  # whether it fell into the work that it is meant for
+    is_hit: bool  # whether it interrupted the work that it is meant for: only then it counts
     num_orphans: int  # workers that did not end with their launcher
     has_left_files: bool  # whether a temporary file lay about then
 
@@ -78,7 +80,7 @@ class KillResult:
 
     def add(self, kill: Kill) -> None:
         """Count a kill."""
-        if kill.was_hit:
+        if kill.is_hit:
             self.num_hits += 1
         else:
             self.num_missed += 1
@@ -116,8 +118,8 @@ def kill_repeatedly(
     seed: int,
     scratch: Path,
     *,
-    run: Run | None = None,
-    start: Start = process.start,
+    run: RunCommand | None = None,
+    start: StartCommand = process.start,
 ) -> KillResult:
     """Kill a workload until `num_kills` kills count, or too many do not. `scratch` has INPUTS.
 
@@ -167,7 +169,7 @@ def kill_repeatedly(
     return result
 
 
-def _run_to_end(workload: Workload, folder: Path, run: Run, result: KillResult) -> Fingerprint:
+def _run_to_end(workload: Workload, folder: Path, run: RunCommand, result: KillResult) -> Fingerprint:
     """Run the command without a kill and return its end. Where it fails, the end is empty, and `result` says why."""
     exit_code = run(workload.words, folder)
     if exit_code:
@@ -177,7 +179,7 @@ def _run_to_end(workload: Workload, folder: Path, run: Run, result: KillResult) 
     return workload.fingerprint(folder)
 
 
-def _start_and_kill(workload: Workload, ranks: int, random: Random, folder: Path, start: Start) -> Kill | None:
+def _start_and_kill(workload: Workload, ranks: int, random: Random, folder: Path, start: StartCommand) -> Kill | None:
     """Start the command and kill it at a random moment of its work; None if it ended before that."""
     num_units = random.randint(workload.count_units(folder) + 1, workload.num_units)
     pause_seconds = random.uniform(0, workload.unit_seconds)
@@ -203,7 +205,7 @@ def _start_and_kill(workload: Workload, ranks: int, random: Random, folder: Path
     num_orphans = len(process.kill_orphans(workers))
     (folder / process.LOG).unlink()
     return Kill(
-        was_hit=workload.was_hit(folder),
+        is_hit=workload.was_interrupted(folder),
         num_orphans=num_orphans,
         has_left_files=bool(temporary_files(folder)),
     )

@@ -2,8 +2,8 @@
 
 `start` begins a command in a folder, and what it prints goes to the file LOG there, which `read_log` reads.
 `wait_for_exit` waits for its end; `run` starts a command and waits. `worker_pids` and `descendants` find the processes
-that a command has started, `is_alive` asks whether one still runs. `kill` sends SIGKILL; `kill_orphans` waits a while
-before.
+that a command has started, `is_alive` asks whether one still runs. `kill` sends SIGKILL; `kill_orphans` first gives
+processes time to end by themselves.
 
 Processes are looked up in /proc, so all of this needs Linux.
 """

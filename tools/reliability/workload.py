@@ -64,7 +64,7 @@ class Workload:
     num_units: int
     unit_seconds: float  # about what a unit takes: a kill comes up to as long after one
     count_units: Callable[[Path], int]  # how many units the folder shows to be done
-    was_hit: Callable[[Path], bool]  # whether the kill that has just come fell into this work, so that it counts
+    was_interrupted: Callable[[Path], bool]  # whether the kill that has just come fell into this work
     fingerprint: Callable[[Path], Fingerprint]  # of what the finished command leaves in the folder
 
 
@@ -89,7 +89,7 @@ def workloads() -> dict[str, Workload]:
             num_units=NUM_STEPS,
             unit_seconds=0.02,
             count_units=_count_logged_steps,
-            was_hit=_lacks_last_checkpoint,
+            was_interrupted=_lacks_last_checkpoint,
             fingerprint=training_fingerprint,
         ),
         Workload(
@@ -98,7 +98,7 @@ def workloads() -> dict[str, Workload]:
             num_units=NUM_SAVES,
             unit_seconds=0.15,
             count_units=_count_saves,
-            was_hit=_has_partial_checkpoint,
+            was_interrupted=_has_partial_checkpoint,
             fingerprint=training_fingerprint,
         ),
         Workload(
@@ -107,7 +107,7 @@ def workloads() -> dict[str, Workload]:
             num_units=NUM_SHARDS,
             unit_seconds=0.2,
             count_units=_count_shards,
-            was_hit=_lacks_shards,
+            was_interrupted=_lacks_shards,
             fingerprint=_cache_fingerprint,
         ),
         Workload(
@@ -116,7 +116,7 @@ def workloads() -> dict[str, Workload]:
             num_units=NUM_PAIR_FILES,
             unit_seconds=0.3,
             count_units=_count_pair_files,
-            was_hit=_lacks_pairs,
+            was_interrupted=_lacks_pairs,
             fingerprint=_pairs_fingerprint,
         ),
         Workload(
@@ -125,7 +125,7 @@ def workloads() -> dict[str, Workload]:
             num_units=NUM_REPORT_ROWS,
             unit_seconds=0.6,
             count_units=_count_sampled_rows,
-            was_hit=_lacks_report,
+            was_interrupted=_lacks_report,
             fingerprint=_report_fingerprint,
         ),
     ]
