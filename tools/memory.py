@@ -64,17 +64,17 @@ class Setting:
     has_plain_heap: bool  # --heap
 
     @property
-    def model(self) -> Path:
+    def model_folder(self) -> Path:
         """The folder of the model that is tuned."""
         return self.folder / "model"
 
     @property
-    def run(self) -> Path:
+    def run_folder(self) -> Path:
         """The folder of the run."""
         return self.folder / "run"
 
     @property
-    def exported(self) -> Path:
+    def export_file(self) -> Path:
         """The file to which the run is exported."""
         return self.folder / "out.safetensors"
 
@@ -130,7 +130,7 @@ def write_model(folder: Path, gigabytes: float, dtype: str) -> None:
 def run_fields(setting: Setting, share: int) -> list[str]:
     """The fields of run.yaml of the run, which tunes the model on digits; the weights lie in `share` parts."""
     return [
-        f"pipeline={setting.model}",
+        f"pipeline={setting.model_folder}",
         "net={kind: diffusers, texts: {kind: codes}}",
         "evaluate.every=0",
         f"train.share={share}",
@@ -177,7 +177,7 @@ def do_work(setting: Setting, work: str) -> NoReturn:
     run = load("digits", run_fields(setting, share))
     with dist.join():
         begin_phase(work)
-        checkpoints = Checkpoints(setting.run / "checkpoints")
+        checkpoints = Checkpoints(setting.run_folder / "checkpoints")
         state, last_checkpoint = begin(run, checkpoints, torch.device("cpu"))
         if work == "resume":
             assert last_checkpoint is not None, "`--work start` saves one"
@@ -199,8 +199,8 @@ def do_work(setting: Setting, work: str) -> NoReturn:
 
             begin_phase("save")
             if dist.is_main():
-                setting.run.mkdir(exist_ok=True)
-                write_run_file(run, setting.run)
+                setting.run_folder.mkdir(exist_ok=True)
+                write_run_file(run, setting.run_folder)
             state.step = 1
             with Saver() as saver:
                 copy = checkpoint.copy(state, checkpoint.Notes(), saver.memory)
@@ -235,7 +235,7 @@ def measure_peaks(setting: Setting, ranks: int, work: str) -> PhaseBytes:
                 phase = setting.phase_file(rank).read_text()
                 size = _own_bytes(process.pid)
                 if maps_base and (ranks == 1 or phase == "examination"):
-                    size += _mapped_bytes(process.pid, setting.model / WEIGHTS_FILE)
+                    size += _mapped_bytes(process.pid, setting.model_folder / WEIGHTS_FILE)
             except (OSError, KeyError):  # the process is about to end
                 continue
             if phase:  # else it is being written
@@ -260,7 +260,7 @@ def _start_rank(setting: Setting, work: str, rank: int, ranks: int, port: int) -
         environment["MASTER_PORT"] = str(port)
     if work == "export":
         command = [sys.executable, "-P", "-m", "dumo", "export", "--to", "safetensors"]
-        command += [str(setting.run), str(setting.exported)]
+        command += [str(setting.run_folder), str(setting.export_file)]
     else:
         command = [sys.executable, __file__, "--work", work, "--folder", str(setting.folder), "--mode", setting.mode]
         if setting.user_fields:
@@ -341,11 +341,11 @@ def main() -> None:
         do_work(setting, arguments.work)
 
     setting.folder.mkdir(parents=True, exist_ok=True)
-    if not setting.model.is_dir():
-        write_model(setting.model, arguments.gigabytes, arguments.dtype)
+    if not setting.model_folder.is_dir():
+        write_model(setting.model_folder, arguments.gigabytes, arguments.dtype)
     for ranks in arguments.ranks:
-        shutil.rmtree(setting.run, ignore_errors=True)
-        setting.exported.unlink(missing_ok=True)
+        shutil.rmtree(setting.run_folder, ignore_errors=True)
+        setting.export_file.unlink(missing_ok=True)
 
         # measure and plan
         measured = measure_peaks(setting, ranks, "start")
