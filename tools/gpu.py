@@ -419,7 +419,7 @@ def b1(setting: Setting) -> Iterator[Row]:
 
 
 def memory(setting: Setting) -> Iterator[Row]:
-    """Steps of the training loop, optimizer and averages included, each in a process of its own."""
+    """The memory of a training step, optimizer and averages included: what `dumo dry` plans, and what is taken."""
     cases = {  # rows of a micro-batch and fields, by a recipe's name and more words
         "imagenet256-xl2-dual": (BATCH, ["train.compile=none"]),
         "imagenet256-xl2-dual compiled": (BATCH, []),
@@ -512,7 +512,7 @@ def _lora_row(run: "Run", rows: int, setting: Setting) -> Row:
     from dumo.runtime.device import peak_bytes
     from dumo.runtime.random import random_batch
 
-    classes = 10  # any number, as the texts are random codes
+    classes = 10  # any number
     shape = run.data.shape
     net = run.net.build(run.objective.needs, shape, classes).to(setting.device)
     x, c = random_batch("gpu", rows, shape, classes)
@@ -594,20 +594,23 @@ def _dumo_environment() -> dict[str, str]:
 
 
 def overnight(setting: Setting) -> Iterator[Row]:
-    """`dumo train cifar10-overnight` for as long as there is; it resumes. First: dumo encode cifar10-latents."""
+    """`dumo train cifar10-overnight` for the seconds that are left.
+
+    It needs the cache that `dumo encode cifar10-latents` makes. Its run is kept in runs/, and the next call resumes it.
+    """
     folder = Path("runs/cifar10-overnight")
     recipe = "cifar10-overnight"
     fields: list[str] = []
     if setting.smoke:
         recipe = "digits"
         fields = setting.fields("train.steps=2", "train.batch=16", "train.log_every=1", "evaluate.every=0")
-        folder = Path(TemporaryDirectory().name)
+        folder = Path(TemporaryDirectory().name)  # a free name: the folder itself is gone at once
     words = ["train", recipe, "--out", str(folder), "--device", str(setting.device), *_set_options(fields)]
     training = subprocess.Popen(_dumo_command(*words), env=_dumo_environment(), stderr=subprocess.PIPE, text=True)
     try:
         _, stderr = training.communicate(timeout=max(1.0, setting.seconds - SAVING_SECONDS))
     except subprocess.TimeoutExpired:
-        training.terminate()  # it saves a checkpoint, and resumes from it
+        training.terminate()  # it saves a checkpoint, from which the next call resumes
         _, stderr = training.communicate()
     log = folder / "metrics.jsonl"
     if not log.exists():
@@ -623,12 +626,12 @@ def overnight(setting: Setting) -> Iterator[Row]:
 PARTS = {  # in order of value
     "kernel": Part(60, "attention's tangent against float64, and its time", attention_kernel),
     "slope": Part(60, "du/dt through attention's kernels, and checkpointed", dual_slope),
-    "loop": Part(60, "dumo.jvp beside torch.func.jvp through each kernel, and a loop of one's own", user_loop),
+    "loop": Part(60, "dumo.jvp beside torch.func.jvp through each kernel, and a user's own loop", user_loop),
     "xl2": Part(120, "a guided step of XL/2 in bf16, beside flow matching and jvp", xl2_eager),
     "memory": Part(150, "memory as planned and as measured", memory),
     "sample": Part(60, "latency at 1, 2 and 4 passes", sampling),
     "int8": Part(180, "LoRA steps of SD 1.5 and SD 3 over int8", int8),
-    "xl2-compiled": Part(300, "the same with compiled blocks", xl2_compiled),
+    "xl2-compiled": Part(300, "a guided step of XL/2 in bf16, with compiled blocks", xl2_compiled),
     "slope-compiled": Part(120, "du/dt with compiled blocks, checkpointed or not", compiled_slope),
     "xl2-routed": Part(120, "half of the tokens past the middle blocks", xl2_routed),
     "b1": Part(120, "B/1, 1,024 tokens", b1),
