@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_folder, parse_integers
-from dumo.cli.precheck import Names, require_source_or_data
+from dumo.cli.precheck import Names, require_plan, require_source_or_data
 from dumo.cli.terminal import out, show_table
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar
@@ -26,14 +26,22 @@ Rounds = Annotated[int, typer.Option(min=1, help="Times that each variant is run
 Threads = Annotated[int | None, typer.Option(min=1, max=4096, help="Threads on a CPU. Default: torch's own choice.")]
 
 
+def _check_plan(name: str) -> str | None:
+    """The name of a plan of dumo's, or of a YAML file. Raises UserError for a name that is neither."""
+    if name.endswith((".yaml", ".yml")):
+        return name
+    return one_of("figure or table", *PLANS)(name)
+
+
 def reproduce(
     name: Annotated[
         str,
         typer.Argument(
-            callback=one_of("figure or table", *PLANS),
+            callback=_check_plan,
             help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-pixels, fair, "
-            "flow-first, latents, lowpass, pretrained, routed, scaling, stages, two-times, unet, words.",
+            "flow-first, latents, lowpass, pretrained, routed, scaling, stages, two-times, unet, words; or a YAML file of your own.",
         ),
+        Names(require_plan),
     ],
     scale: Annotated[
         str,
@@ -50,7 +58,7 @@ def reproduce(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Make a figure or table of the results again.
+    """Make a figure or table of the results again, or one of a plan of your own.
 
     Picture, table and results.json. Finished cells are kept, a stopped one goes on.
     """

@@ -73,6 +73,14 @@ def require_source_or_data(word: str, options: Options) -> None:
         _require_fields(chosen.word, options)
 
 
+def require_plan(word: str, options: Options) -> None:
+    """Raise UserError where a word ends as a YAML file does, and there is none."""
+    from dumo.error import UserError
+
+    if word.endswith((".yaml", ".yml")) and not Path(word).is_file():
+        raise UserError(f"there is no file {word}: write a plan as docs/compare.md has it, or name one of dumo's")
+
+
 def require_evaluated(word: str, options: Options) -> None:
     """Raise UserError unless a word names an evaluation, or a run's folder that has one."""
     from dumo.config.place import require_evaluation

@@ -61,6 +61,9 @@ def encode(
     ] = None,
     codec: Annotated[str | None, typer.Option(help="taef2, sd-vae, dc-ae or pipeline. Default: the recipe's.")] = None,
     side: Annotated[int | None, typer.Option(min=1, help="Pixels along a side. Default: the recipe's.")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, max=ROWS, help="Encode the first images alone. Default: all.")
+    ] = None,
     store: Annotated[
         str | None, typer.Option(help="moments (default), drawn from anew at every visit, or samples, half the size.")
     ] = None,
@@ -88,7 +91,7 @@ def encode(
     from dumo.run import encode
     from dumo.runtime import dist
 
-    work = encode.encoding_work(source, set_ or [], out=folder, codec=codec, side=side)
+    work = encode.encoding_work(source, set_ or [], out=folder, codec=codec, side=side, count=count)
     latents = None
     texts = None
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
@@ -126,7 +129,7 @@ def encode(
             out.print(line, soft_wrap=True)
     if all(result.contents for result in results) and choose(source).kind == "recipe":
         command = ["dumo", "train", source]
-        for field in (*encode.options_as_settings(folder, codec, side), *(set_ or [])):
+        for field in (*encode.options_as_settings(folder, codec, side, count), *(set_ or [])):
             command += ["--set", field]
         err.print(f"next:  {join(command)}", soft_wrap=True)
 

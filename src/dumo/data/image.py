@@ -29,7 +29,7 @@ from dumo.data.edit import edit_rows, source_hash
 from dumo.data.metadata import TABLES
 from dumo.data.parquet import Parquet
 from dumo.data.pixel import Crop, Size, ToSquare
-from dumo.data.store import Folder, Store, choose, first_sorted, store_hashes, walk
+from dumo.data.store import FirstImages, Folder, Store, choose, first_sorted, store_hashes, walk
 from dumo.data.tar import Tar
 from dumo.encoders.caption import Captions
 from dumo.io.content import Hashes
@@ -37,7 +37,7 @@ from dumo.io.inventory import FileState
 from dumo.io.read import user_path
 from dumo.io.source import Bucketed
 from dumo.io.suffix import IMAGE_SUFFIXES
-from dumo.runtime.limits import CLASSES, GIGABYTES, PIXELS
+from dumo.runtime.limits import CLASSES, GIGABYTES, PIXELS, ROWS
 from dumo.types import FREE, PLACE, Spec, UserError
 
 FORMATS = {".parquet": "parquet", ".tar": "tar"}
@@ -64,6 +64,8 @@ class Images(Spec):
     split: str | None = None  # train, test ...: the part of the data, where there are several by their names
     labelled: Literal["auto", False] = "auto"  # false: the labels there are, are not read
     label: str = "label"  # the column of classes in parquet
+    # The first of the images alone, in their order, as for a quick try; None: all.
+    count: int | None = Field(default=None, ge=1, le=ROWS, exclude_if=lambda count: count is None)
     on_bad: Literal["raise", "skip"] = Field(default="raise", json_schema_extra=FREE)  # an image that cannot be read
     memory: float = Field(default=2.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)  # GB of pixels kept decoded; ours
     captions: Captioning | None = Field(default=None, exclude_if=lambda captions: captions is None)  # for classes
@@ -133,6 +135,8 @@ class Images(Spec):
                     raise UserError(
                         f"captions.source edits images as they are, and {field} changes them: set {field}={off}"
                     )
+        if self.count and isinstance(self.captions, CaptionFiles):
+            raise UserError("captions are of all images, and count takes the first ones: set count=null")
         if self.names and len(self.names) != self.labels:
             raise UserError(f"names has {len(self.names)} names for classes={self.labels}: remove names")
         if self.labelled is False and self.labels:
@@ -346,7 +350,12 @@ class Images(Spec):
 
     def _store(self, root: Path, label: str | None) -> Store:
         """The store of the images; `label`: the column of their classes; None: no labels."""
-        return find(root, split=self.split, label=label)
+        store = find(root, split=self.split, label=label)
+        if self.count is None:
+            return store
+        if self.count > len(store):
+            raise UserError(f"data.count={self.count} of {len(store)} images in {root}: leave it out, for all of them")
+        return FirstImages(store, self.count)
 
     def _require_classes(self, root: Path, store: Store) -> None:
         """Raise UserError for other classes than expected. Where classes have no names, the last may lack images."""

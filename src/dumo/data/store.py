@@ -1,6 +1,7 @@
 """Where encoded images lie: files of a folder, rows of a table (`dumo.data.parquet`), members of an archive (`tar`).
 
-A store is opened without decoding any image. `Store` is what all stores offer, `Folder` is that of files. Opening one
+A store is opened without decoding any image. `Store` is what all stores offer, `Folder` is that of files, and
+`FirstImages` the first images of another store. Opening one
 (`dumo.data.image.find`) goes in this order:
 
 1. `walk` lists the files under a root, with their states;
@@ -14,10 +15,11 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,6 +122,37 @@ class Folder:
     def read(self, i: int) -> bytes:
         """The bytes of image i. Raises as `read_regular`."""
         return read_regular(self.files[i])
+
+
+class FirstImages:
+    """The first images of a store, with the classes that all of its images have."""
+
+    def __init__(self, store: Store, count: int) -> None:
+        """Take the first `count` images of a store that has at least so many."""
+        self.store = store
+        self.count = count
+        self.labels = store.labels and replace(store.labels, c=store.labels.c[:count])
+        # the files that these images lie in; of the last one, its first items alone
+        files = store.item_files
+        num_files = int(files.file_of_item[count - 1]) + 1
+        counts = files.counts[:num_files].tolist()
+        counts[-1] -= sum(counts) - count
+        self.item_files = ItemFiles(files.paths[:num_files], files.states[:num_files], np.array(counts, np.int64))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def fingerprint(self) -> str:
+        """The fingerprint of all images, with the number of those that are taken."""
+        return digest.short(self.store.fingerprint(), f"first {self.count}")
+
+    def path(self, i: int) -> str:
+        """What to call image i."""
+        return self.store.path(i)
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image i. Raises as the store does."""
+        return self.store.read(i)
 
 
 def walk(root: Path) -> dict[str, FileState]:

@@ -152,6 +152,7 @@ class Scale(Spec):
     arms: tuple[Arm, ...] = ()  # if not the plan's
     seeds: tuple[int, ...] | None = None  # if not each recipe's own
     steps: int | None = None  # of the first arm, if not its recipe's
+    passes: float | None = None  # what each arm may cost, in forward passes of the first arm, if not by steps
     cost: Literal["passes", "operations", "steps"] = "steps"
 
 
@@ -235,7 +236,10 @@ class Plan(Spec):
 
 
 class Budget:
-    """What each arm may cost: the first arm sets it, by its steps, and so does a later one with `Arm.steps`."""
+    """What each arm may cost: the first arm sets it, by its steps, and so does a later one with `Arm.steps`.
+
+    Where the scale has `passes`, these are the budget, and no arm's steps.
+    """
 
     def __init__(self, plan: Plan, scale: Scale, *, factor: float, is_smoke: bool) -> None:
         """`factor` multiplies the steps that set the budget. The scale `smoke` takes no notice of `Arm.steps`."""
@@ -251,6 +255,8 @@ class Budget:
         """How many steps an arm's run gets, which costs `cost` and has `recipe_steps` in its recipe."""
         if self.scale.cost == "steps":
             return self.scale.steps or recipe_steps
+        if self.scale.passes and not self.total:
+            self.total = self.factor * self.scale.passes * self._step_cost(cost) / cost.units
         if arm.steps or not self.total:
             arm_steps = None if self.is_smoke else arm.steps
             steps = arm_steps or self.scale.steps or recipe_steps

@@ -2,7 +2,7 @@
 
 `reproduce` is the entrance. In this order it
 
-1. reads the plan, and its `View`: the functions that make and show its results (`VIEWS`; the default is `View()`);
+1. reads the plan, by name or from a user's file (`dumo.lab.ownplan`), and its `View`: the functions that make and show its results (`VIEWS`; the default is `View()`);
 2. runs the cells of the plan: trains and measures them (`dumo.lab.cell`), or takes the results of finished ones;
 3. makes the table, then charts of the table alone (`write_charts`, which tests also call on stored tables), then
    pictures that need the trained nets;
@@ -27,7 +27,7 @@ from PIL import Image
 
 from dumo.io import file, picture
 from dumo.io.read import write_json
-from dumo.lab import arm, cell, ours, paper
+from dumo.lab import arm, cell, ours, ownplan, paper
 from dumo.lab.cell import Result, Row, average_by_arm, markdown
 from dumo.lab.plan import Cell, Plan, read
 from dumo.runtime import shell_path
@@ -96,6 +96,7 @@ VIEWS = {  # by the name of the plan
     "words": View(make_table=ours.words_table, make_charts=_no_charts, draw_pictures=ours.words_draw),
     "zoo": View(make_table=paper.zoo_table),
 }
+OWN_VIEW = View(make_table=ownplan.paired_table)  # of a user's file
 
 
 def reproduce(
@@ -103,17 +104,21 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run a plan, `jobs` cells at a time; write results.json, table.md and its pictures; return results.json's content.
 
-    `folder` is by default runs/reproduce/NAME-SCALE. `device` is as `--device` names it. Raises UserError for an
-    unknown name, or a scale that the plan does not have.
+    `name` is that of a plan, or a user's file. `folder` is by default runs/reproduce/NAME-SCALE. `device` is as
+    `--device` names it. Raises UserError for an unknown name, a scale that the plan does not have, and a file of the
+    user's as `ownplan.read_file` and `ownplan.require_fair`.
     """
     command = _command(name, scale, folder, jobs, device)  # before `folder` gets its default
-    plan = read(name)
-    view = VIEWS.get(name, View())
+    is_own = ownplan.is_file_name(name)
+    plan = ownplan.read_file(name) if is_own else read(name)
+    view = OWN_VIEW if is_own else VIEWS.get(name, View())
     plan.require_scale(scale)
     if folder is None:
-        folder = Path("runs/reproduce") / f"{name}-{scale}"
+        folder = Path("runs/reproduce") / f"{plan.name}-{scale}"
     file.check_writable(folder)
     cells = list(plan.cells(scale))
+    if is_own:
+        ownplan.require_fair(cells, plan.at(scale).cost)
     results = view.run_cells(cells, folder / "cells", jobs=jobs, device=device, bar=bar)
 
     table = view.make_table(plan, results)
@@ -146,7 +151,7 @@ def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list
 
 def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str) -> str:
     """The command that makes the results again. Options are left out where they are the default."""
-    command = f"dumo reproduce {name} --scale {scale}"
+    command = f"dumo reproduce {shell_path(name)} --scale {scale}"
     if folder is not None:
         command += f" --out {shell_path(folder)}"
     if jobs > 1:

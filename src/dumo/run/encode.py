@@ -79,14 +79,14 @@ class EncodingWork:
 
 
 def encoding_work(
-    source: str, overrides: Sequence[str] = (), *, out: str | None, codec: str | None, side: int | None
+    source: str, overrides: Sequence[str] = (), *, out: str | None, codec: str | None, side: int | None, count: int | None = None
 ) -> EncodingWork:
     """What to encode, and into which folders: as a recipe says, or a folder of images and options.
 
     Raises UserError where the recipe trains on neither latents nor a table of texts, an option is missing, or the
     pipeline lacks a text encoder: images may take hours, and captions come after them.
     """
-    settings = [*options_as_settings(out, codec, side), *overrides]
+    settings = [*options_as_settings(out, codec, side, count), *overrides]
     if choose(source).kind != "images":
         run = resolve(load(source, settings))
         texts = _table_of(run.net)
@@ -107,9 +107,11 @@ def encoding_work(
     return EncodingWork(parse(_LatentsOfRun, tree).data.with_facts())
 
 
-def options_as_settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
+def options_as_settings(
+    out: str | None, codec: str | None, side: int | None, count: int | None = None
+) -> list[str]:
     """The options of `dumo encode` as settings of a recipe: FIELD=VALUE, as --set takes them."""
-    fields = {"data.root": out, "data.codec.kind": codec, "data.images.side": side}
+    fields = {"data.root": out, "data.codec.kind": codec, "data.images.side": side, "data.images.count": count}
     return [f"{field}={value}" for field, value in fields.items() if value is not None]
 
 
@@ -158,6 +160,7 @@ def encode(
         "classes": images.labels,
         "names": () if is_captioned else album.names,
         "captioned": is_captioned,
+        "count": images.count or 0,
         "flips": images.flip,
     }
     plan = parse(cache.CachePlan, plan_fields | options)

@@ -106,7 +106,7 @@ def reference_data(data: Data, split: str | None) -> DataSource:
     images = shown(data)
     if not is_images(images):
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
-    split_images = images.model_copy(update={"split": split})
+    split_images = images.model_copy(update={"split": split, "count": None})
     try:
         return split_images.with_facts().originals()
     except UserError as error:
