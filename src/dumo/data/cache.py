@@ -98,14 +98,16 @@ def read_index(folder: Path) -> CacheIndex | None:
     return table.read(folder, CacheIndex)
 
 
-def open_cache(folder: Path, codec: Codec, max_bytes: float = 0.0, **asked: object) -> ShardTable:
+def open_cache(
+    folder: Path, codec: Codec, max_bytes: float = 0.0, *, command: str = "dumo encode", **asked: object
+) -> ShardTable:
     """Open a cache to read it as the data of a codec.
 
     `asked` are fields of the plan and the values that they must have; None: any value. A cache of both flips serves a
     run that asks for one. A cache of at most `max_bytes` is read into memory, not mapped. Raises UserError where there
-    is no cache, it is unfinished, a shard is missing or of another size, or it differs from what is asked.
+    is no cache, with the `command` that makes it; or it is unfinished, a shard is missing or of another size, or it differs from what is asked.
     """
-    index = table.read_finished(folder, CacheIndex, f"is no cache (it has no {table.FILE}): make it with dumo encode")
+    index = table.read_finished(folder, CacheIndex, f"is no cache (it has no {table.FILE}): make it with {command}")
     lines: list[str] = []
     for name, value in asked.items():
         cached = getattr(index, name)

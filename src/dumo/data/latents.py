@@ -12,6 +12,7 @@ whether the images that are here are those of the cache. A batch raises what the
 """
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
@@ -43,6 +44,7 @@ from dumo.runtime.limits import GIGABYTES
 from dumo.runtime.random import share_of_rows, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
+RECIPES = Path(__file__).parents[1] / "recipes"  # as `dumo.config.recipes` reads them, which is above this file
 PRIOR_FOLDER = PRIOR  # the name of a folder of images that a teacher made, next to those of the subject
 ORIGIN_SECONDS = 10.0  # that training waits for `Origin` before it begins: ours
 
@@ -196,6 +198,7 @@ class Latents(Spec):
                 self.folder,
                 self.codec,
                 self.memory * GIGABYTE,
+                command=self._encode_command(),
                 resolution=images.side,
                 sizes=images.sizes,
                 crop=images.crop,
@@ -207,6 +210,19 @@ class Latents(Spec):
             )
         except UserError as error:
             raise UserError(f"data.root: {error}") from error
+
+
+    def _encode_command(self) -> str:
+        """The command that makes the cache: of the recipe of dumo's that trains on the same folder, where there is one."""
+        command = "dumo encode"
+        line = re.compile(rf"^  root: {re.escape(self.root)}(?: |$)", re.MULTILINE)
+        for file in sorted(RECIPES.glob("*.yaml")):
+            if line.search(file.read_text(encoding="utf-8")):
+                command += f" {file.stem}"
+                break
+        if self.images.count:
+            command += f" --count {self.images.count}"
+        return command
 
 
 class Origin:

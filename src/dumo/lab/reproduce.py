@@ -2,7 +2,8 @@
 
 `reproduce` is the entrance. In this order it
 
-1. reads the plan, by name or from a user's file (`dumo.lab.ownplan`), and its `View`: the functions that make and show its results (`VIEWS`; the default is `View()`);
+1. reads the plan, by its name or from a user's file (`dumo.lab.ownplan`), and its `View`: the functions that make and
+   show its results (`VIEWS`; the default is `View()`, of a user's file `OWN_VIEW`);
 2. runs the cells of the plan: trains and measures them (`dumo.lab.cell`), or takes the results of finished ones;
 3. makes the table, then charts of the table alone (`write_charts`, which tests also call on stored tables), then
    pictures that need the trained nets;

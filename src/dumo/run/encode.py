@@ -79,7 +79,13 @@ class EncodingWork:
 
 
 def encoding_work(
-    source: str, overrides: Sequence[str] = (), *, out: str | None, codec: str | None, side: int | None, count: int | None = None
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    out: str | None,
+    codec: str | None,
+    side: int | None,
+    count: int | None = None,
 ) -> EncodingWork:
     """What to encode, and into which folders: as a recipe says, or a folder of images and options.
 
@@ -107,9 +113,7 @@ def encoding_work(
     return EncodingWork(parse(_LatentsOfRun, tree).data.with_facts())
 
 
-def options_as_settings(
-    out: str | None, codec: str | None, side: int | None, count: int | None = None
-) -> list[str]:
+def options_as_settings(out: str | None, codec: str | None, side: int | None, count: int | None = None) -> list[str]:
     """The options of `dumo encode` as settings of a recipe: FIELD=VALUE, as --set takes them."""
     fields = {"data.root": out, "data.codec.kind": codec, "data.images.side": side, "data.images.count": count}
     return [f"{field}={value}" for field, value in fields.items() if value is not None]

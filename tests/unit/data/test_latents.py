@@ -186,3 +186,30 @@ def test_a_cache_of_classes_is_none_of_captions(latents: Maker, tmp_path: Path) 
         latents(root, tmp_path / "classes", **FILES).open()
     with pytest.raises((UserError, ValidationError), match="captioned: True in the cache, False asked"):
         latents(root, tmp_path / "captions").open()
+
+
+def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, tmp_path: Path) -> None:
+    """Their latents are those of the whole; each cache is refused where the other is meant."""
+    first = latents(images, tmp_path / "first", count=3)
+    assert len(first.originals()) == 3
+    with pytest.raises(UserError, match=r"make it with dumo encode --count 3$"):
+        first.cache()
+    encode.encode(first)
+    rows = torch.arange(3)
+    assert torch.equal(first.cache().take(rows, "x"), cached.cache().take(rows, "x"))
+    assert torch.equal(first.open().origin.images.hashes().sha256, cached.images.hashes().sha256[:3])
+    whole = latents(images, tmp_path / "first")
+    with pytest.raises(UserError, match="count: 3 in the cache, 0 asked"):
+        whole.cache()
+    with pytest.raises(UserError, match="count: 3 there, None now"):
+        encode.encode(whole)
+    with pytest.raises(UserError, match="count: 0 in the cache, 3 asked"):
+        latents(images, Path(cached.root), count=3).cache()
+    with pytest.raises(UserError, match=rf"data.images.count={COUNT + 1} of {COUNT} images"):
+        latents(images, tmp_path / "more", count=COUNT + 1).rows()
+
+
+def test_a_missing_cache_names_the_recipe_to_encode(latents: Maker, images: Path) -> None:
+    missing = latents(images, Path("runs/latents/cifar10-taef2"))
+    with pytest.raises(UserError, match="make it with dumo encode cifar10-latents$"):
+        missing.cache()

@@ -1,0 +1,135 @@
+"""A plan of the user's own: arms of equal compute, refusals before anything is trained, differences seed by seed."""
+
+from math import sqrt
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from dumo.config import trust
+from dumo.lab.cell import Result
+from dumo.lab.ownplan import paired_table, read_file, require_fair
+from dumo.lab.plan import Cell, Cost, Plan
+from dumo.types import UserError
+
+ARMS = """
+arms:
+  - {objective: DuMo, recipe: moons}
+  - {objective: MeanFlow, recipe: moons-meanflow, set: [train.clip=2.0]}
+"""
+
+
+def plan(tmp_path: Path, text: str) -> Plan:
+    """The plan that a file of this text holds."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(text, encoding="utf-8")
+    return read_file(str(file))
+
+
+def cells(tmp_path: Path, text: str, scale: str = "laptop") -> list[Cell]:
+    """The runs of a file of this text."""
+    return list(plan(tmp_path, text).cells(scale))
+
+
+def test_arms_get_the_steps_that_the_budget_pays_for(tmp_path: Path) -> None:
+    made = cells(tmp_path, f"budget: 800F\nseeds: [3, 5]{ARMS}")
+    assert [cell.name for cell in made] == ["dumo-3", "dumo-5", "meanflow-3", "meanflow-5"]
+    for cell in made:
+        units = Cost(cell.spec).units
+        assert cell.spec.train.steps == round(800 / units)
+        assert cell.spec.train.seed == int(cell.name[-1])
+    assert made[0].spec.train.steps != made[2].spec.train.steps
+    assert made[2].spec.train.clip == 2.0
+    require_fair(made, "passes")
+
+
+def test_a_budget_in_steps_of_a_recipe(tmp_path: Path) -> None:
+    by_steps = cells(tmp_path, f"budget: 1,000 steps of moons{ARMS}")
+    assert by_steps[0].spec.train.steps == 1000
+    assert len(by_steps) == 6  # three seeds, where none are named
+    in_passes = cells(tmp_path, f"budget: {1000 * Cost(by_steps[0].spec).units} F{ARMS}")
+    assert [cell.spec for cell in in_passes] == [cell.spec for cell in by_steps]
+    in_operations = cells(tmp_path, f"budget: 1000 steps of moons\ncost: operations{ARMS}")
+    assert in_operations[0].spec.train.steps == 1000
+
+
+def test_at_the_scale_of_a_smoke_test(tmp_path: Path) -> None:
+    made = cells(tmp_path, f"budget: 800F{ARMS}", "smoke")
+    assert [(cell.spec.train.steps, cell.spec.train.seed) for cell in made[:1]] == [(20, 0)]
+    assert len(made) == 2
+    assert made[0].spec.evaluate.protocol.samples == 500  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_setting_may_hold_the_seed(tmp_path: Path) -> None:
+    made = cells(tmp_path, f"budget: 80F\nset: [evaluate.seed=$seed]{ARMS}")
+    assert [cell.spec.evaluate.seed for cell in made] == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"budget: 800{ARMS}", "budget"),
+        (f"budget: plenty{ARMS}", "is no budget: write 8100F"),
+        (f"budget: 20 steps of moon{ARMS}", "no recipe 'moon'; did you mean 'moons'"),
+        (f"budget: 800F{ARMS}".replace("recipe: moons}", "recipe: mons}"), "no recipe 'mons'; did you mean 'moons'"),
+        (f"budget: 800F\nseeds: [0, 0]{ARMS}", "0 is negative, or there twice"),
+        (f"budget: 800F\nset: [small]{ARMS}", "small is no setting: write FIELD=VALUE"),
+        (f"budget: 800F{ARMS}".replace("MeanFlow", "dumo"), "'dumo' is there twice"),
+        (f"budget: 800F\nsed: [a=b]{ARMS}", "sed"),
+        ("budget: 800F\narms: [{objective: DuMo, recipe: moons}]", "arms"),
+        ("", "mine.yaml"),
+        ("budget: [", "is no YAML"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        plan(tmp_path, text)
+    assert said in str(refused.value)
+
+
+def test_a_file_is_not_taken_for_a_plan_of_dumos(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="would be taken for zoo"):
+        read_file(str(tmp_path / "zoo.yaml"))
+    with pytest.raises(UserError, match="is not there"):
+        read_file(str(tmp_path / "mine.yaml"))
+
+
+def test_code_is_run_where_somebody_agreed(tmp_path: Path) -> None:
+    """A setting in a file is not one that was typed."""
+    text = f"budget: 800F{ARMS}".replace("train.clip=2.0", "objective.kind=not_mine:Robust")
+    with pytest.raises(UserError, match=r"runs code: not_mine:Robust(.|\n)*--trust-code"):
+        plan(tmp_path, text)
+    with trust.trusting():
+        assert plan(tmp_path, text).arms[1].set == ("objective.kind=not_mine:Robust",)
+
+
+def test_passes_of_other_sizes_are_refused(tmp_path: Path) -> None:
+    other = cells(tmp_path, f"budget: 800F{ARMS}".replace("train.clip=2.0", "train.batch=128"))
+    with pytest.raises(UserError, match=r"a forward pass of \S+ costs \S+ times(.|\n)*cost: operations"):
+        require_fair(other, "passes")
+    require_fair(other, "operations")
+    none = cells(tmp_path, f"budget: 1F{ARMS}")
+    with pytest.raises(UserError, match="does not pay for a step"):
+        require_fair(none, "passes")
+
+
+def result(arm: str, seed: int, distance: float) -> Result:
+    """A measured run of one pass."""
+    labels = {"objective": arm, "steps": 10, "F_per_step": 3.0}
+    spec = SimpleNamespace(train=SimpleNamespace(seed=seed))
+    report = {"results": [{"nfe": 1, "solver": "hop", "mmd": distance, "mmd_sd": 0.01}], "contrast": []}
+    return Result(cast(Cell, SimpleNamespace(name=f"{arm}-{seed}", spec=spec, labels=labels)), cast(Any, None), report)
+
+
+def test_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    """Seeds scatter more than the arms differ: what is common to both drops out."""
+    results = [result("a", seed, x) for seed, x in enumerate((1.0, 1.3, 1.6))]
+    results += [result("b", seed, x) for seed, x in enumerate((1.1, 1.4, 1.73))]
+    results += [result("c", seed, x) for seed, x in enumerate((1.2, 1.2, 1.6))]
+    a, b, c = paired_table(plan(tmp_path, f"budget: 800F{ARMS}"), results)
+    assert [row["best"] for row in (a, b, c)] == ["*", "", "*"]
+    assert (a["behind"], a["margin"]) == (None, None)
+    assert b["behind"] == pytest.approx(0.11)
+    assert b["margin"] == pytest.approx(4.302653 * sqrt(0.0003) / sqrt(3), rel=1e-5)  # t(0.975, 2)
+    assert [*a][:5] == ["objective", "steps", "F_per_step", "nfe", "best"]
