@@ -1,5 +1,6 @@
 """Pages do what they say when their commands are typed, of a net and a training made small."""
 
+import json
 import re
 import shlex
 import shutil
@@ -29,9 +30,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def typed(name: str) -> Iterator[str]:
-    """Type a page's commands, each of which must end well, and give what each printed; trainings are made small."""
+def typed(name: str, own: str = "mine.yaml") -> Iterator[str]:
+    """Type a page's commands, each of which must end well, and give what each printed; trainings are made small.
+
+    Without those of `own`, a file that a test of its own writes.
+    """
     for line in lines(PAGES / f"{name}.md", "sh"):
+        if own in line or line.startswith("dumo encode"):
+            continue
         program, *words = shlex.split(line, comments=True)
         assert program == "dumo", line
         asks = ["--yes"] * (words[:2] == ["train", "photos"])  # there is no terminal to ask on
@@ -62,6 +68,36 @@ def test_a_comparison(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two = tuple(arm for arm in zoo.arms if arm.recipe in ("digits", "digits-meanflow"))
     monkeypatch.setattr("dumo.lab.reproduce.read", lambda name: zoo.model_copy(update={"arms": two}))
     assert "class_mmd" in list(typed("compare"))[3]
+
+
+@tier("compare")
+def test_a_comparison_with_an_objective_of_ones_own(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's two files and commands as they stand, on digits, with small nets and few steps."""
+    (code,) = blocks(PAGES / "compare.md", "python")
+    (plan,) = blocks(PAGES / "compare.md", "yaml")
+    small = "net.width=32, net.depth=1, train.batch=16, evaluate.protocol.samples=500"
+    for latents, digits in (
+        ("cifar10-latents", "digits"),
+        ("1200 steps", "9 steps"),
+        ("data.images.count=5000", small),
+    ):
+        assert latents in plan
+        plan = plan.replace(latents, digits)
+    (here / "mine.py").write_text(code, encoding="utf-8")
+    (here / "mine.yaml").write_text(plan, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(here))
+    smoke, whole = (line for line in lines(PAGES / "compare.md", "sh") if "mine.yaml" in line)
+    for line, folder, runs in ((smoke, "mine-smoke", 3), (whole, "mine-laptop", 9)):
+        path, program, *words = shlex.split(line, comments=True)
+        assert (path, program) == ("PYTHONPATH=.", "dumo")
+        done = call(*words)
+        assert done.code == 0, (line, done)
+        results = json.loads((here / f"runs/reproduce/{folder}/results.json").read_text(encoding="utf-8"))
+        assert len(results["cells"]) == runs
+        assert [row["objective"] for row in results["table"]] == ["DuMo"] * 2 + ["MeanFlow"] * 2 + ["Mine"] * 2
+        costs = [row["steps"] * row["F_per_step"] for row in results["table"]]
+        assert max(costs) - min(costs) < 5  # a step
+    assert {row["seeds"] for row in results["table"]} == {3}
 
 
 @tier("paper")

@@ -104,8 +104,9 @@ def open_cache(
     """Open a cache to read it as the data of a codec.
 
     `asked` are fields of the plan and the values that they must have; None: any value. A cache of both flips serves a
-    run that asks for one. A cache of at most `max_bytes` is read into memory, not mapped. Raises UserError where there
-    is no cache, with the `command` that makes it; or it is unfinished, a shard is missing or of another size, or it differs from what is asked.
+    run that asks for one. A cache of at most `max_bytes` is read into memory, not mapped. `command` makes the cache.
+    Raises UserError where there is no cache, it is unfinished, a shard is missing or of another size, or it differs
+    from what is asked.
     """
     index = table.read_finished(folder, CacheIndex, f"is no cache (it has no {table.FILE}): make it with {command}")
     lines: list[str] = []

@@ -211,9 +211,8 @@ class Latents(Spec):
         except UserError as error:
             raise UserError(f"data.root: {error}") from error
 
-
     def _encode_command(self) -> str:
-        """The command that makes the cache: of the recipe of dumo's that trains on the same folder, where there is one."""
+        """The command that makes the cache, with the recipe of dumo's that has the same folder, where there is one."""
         command = "dumo encode"
         line = re.compile(rf"^  root: {re.escape(self.root)}(?: |$)", re.MULTILINE)
         for file in sorted(RECIPES.glob("*.yaml")):

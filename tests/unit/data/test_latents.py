@@ -211,5 +211,5 @@ def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, t
 
 def test_a_missing_cache_names_the_recipe_to_encode(latents: Maker, images: Path) -> None:
     missing = latents(images, Path("runs/latents/cifar10-taef2"))
-    with pytest.raises(UserError, match="make it with dumo encode cifar10-latents$"):
+    with pytest.raises(UserError, match=r"make it with dumo encode cifar10-latents$"):
         missing.cache()
