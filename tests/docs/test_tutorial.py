@@ -76,13 +76,10 @@ def test_a_comparison_with_an_objective_of_ones_own(here: Path, monkeypatch: pyt
     (code,) = blocks(PAGES / "compare.md", "python")
     (plan,) = blocks(PAGES / "compare.md", "yaml")
     small = "net.width=32, net.depth=1, train.batch=16, evaluate.protocol.samples=500"
-    for latents, digits in (
-        ("cifar10-latents", "digits"),
-        ("1200 steps", "9 steps"),
-        ("data.images.count=5000", small),
-    ):
-        assert latents in plan
-        plan = plan.replace(latents, digits)
+    instead = {"cifar10-latents": "digits", "1200 steps": "9 steps", "data.images.count=5000": small}
+    for words, small_words in instead.items():
+        assert words in plan
+        plan = plan.replace(words, small_words)
     (here / "mine.py").write_text(code, encoding="utf-8")
     (here / "mine.yaml").write_text(plan, encoding="utf-8")
     monkeypatch.syspath_prepend(str(here))

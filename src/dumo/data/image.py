@@ -354,7 +354,9 @@ class Images(Spec):
         if self.count is None:
             return store
         if self.count > len(store):
-            raise UserError(f"data.count={self.count} of {len(store)} images in {root}: leave it out, for all of them")
+            raise UserError(
+                f"{root} has {len(store)} images, and count asks for the first {self.count}: leave it out, for all"
+            )
         return FirstImages(store, self.count)
 
     def _require_classes(self, root: Path, store: Store) -> None:

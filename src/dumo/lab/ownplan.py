@@ -123,6 +123,8 @@ def read_file(name: str) -> Plan:
         tree = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is no YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{name} holds no fields: write budget and arms, as docs/compare.md has them")
     own = parse(OwnPlan, tree, name)
     own.require_names()
     # The file may be somebody else's: its settings are not typed, and loading a recipe with them would trust them.

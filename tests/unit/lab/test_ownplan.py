@@ -98,7 +98,7 @@ def test_a_file_is_not_taken_for_a_plan_of_dumos(tmp_path: Path) -> None:
 def test_code_is_run_where_somebody_agreed(tmp_path: Path) -> None:
     """A setting in a file is not one that was typed."""
     text = f"budget: 800F{ARMS}".replace("train.clip=2.0", "objective.kind=not_mine:Robust")
-    with pytest.raises(UserError, match=r"runs code: not_mine:Robust(.|\n)*--trust-code"):
+    with pytest.raises(UserError, match=r"runs code: not_mine:Robust(.|\n)*trust.code"):
         plan(tmp_path, text)
     with trust.trusting():
         assert plan(tmp_path, text).arms[1].set == ("objective.kind=not_mine:Robust",)
