@@ -128,7 +128,7 @@ class FirstImages:
     """The first images of a store, with the classes that all of its images have."""
 
     def __init__(self, store: Store, count: int) -> None:
-        """Take the first `count` images of a store that has at least so many."""
+        """Take the first `count` images of a store, which has that number or more."""
         self.store = store
         self.count = count
         self.labels = store.labels and replace(store.labels, c=store.labels.c[:count])
