@@ -7,9 +7,10 @@
       - {objective: DuMo, recipe: digits}
       - {objective: Mine, recipe: digits-flow-matching, set: [objective.kind=mine:Robust]}
 
-`is_file_name` tells a file from the name of a plan that dumo brings. `read_file` reads the file as a `Plan` (which
-names the same things as the plans in `plans`). `require_fair` refuses runs that would not be compared at equal compute,
-before any is trained. `paired_table` makes the table, in which arms are compared seed by seed (`dumo.lab.ranking`).
+`is_file_name` tells a file from the name of a plan that dumo brings. `dumo.lab.reproduce` calls the other entrances in
+this order: `read_file` reads the file as a `Plan`, as those of dumo are. `require_fair` refuses runs that would not be
+compared at equal compute, before any is trained. `paired_table` makes the table, in which arms are compared seed by
+seed (`dumo.lab.ranking`).
 """
 
 import re
