@@ -37,7 +37,7 @@ SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 2**20  # of a file: ours
 MAX_PASS_RATIO = 1.1  # of the passes of two arms, by operations: ours; a head or an input more is within it
 SMOKE_STEPS = 20  # of the first arm at the scale `smoke`: ours
-SMOKE_SETTINGS = ("evaluate.protocol.samples=500",)  # as the plans of dumo on digits
+SMOKE_SETTINGS = ("evaluate.protocol.samples=1000",)  # the least that cifar10-features judges
 PASSES = re.compile(r"(\d[\d,]*(?:\.\d+)?) ?F")  # 8100F, 8,100 F
 STEPS = re.compile(r"(\d[\d,]*) steps of ([\w-]+)")  # 2000 steps of digits
 

@@ -58,7 +58,7 @@ def test_at_the_scale_of_a_smoke_test(tmp_path: Path) -> None:
     made = cells(tmp_path, f"budget: 800F{ARMS}", "smoke")
     assert [(cell.spec.train.steps, cell.spec.train.seed) for cell in made[:1]] == [(20, 0)]
     assert len(made) == 2
-    assert made[0].spec.evaluate.protocol.samples == 500  # pyright: ignore[reportAttributeAccessIssue]
+    assert made[0].spec.evaluate.protocol.samples == 1000  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_setting_may_hold_the_seed(tmp_path: Path) -> None:
