@@ -57,7 +57,7 @@ class CachePlan(Spec):
     classes: int = Field(default=0, ge=0, le=CLASSES)  # labels are in [0, classes); 0: there are none, and all are 0
     names: tuple[str, ...] = ()  # of the classes
     captioned: bool = Field(default=False, exclude_if=not_)  # labels are the images' numbers in captions.jsonl
-    count: int = Field(default=0, ge=0, le=ROWS, exclude_if=not_)  # the first images of the source alone; 0: all
+    first_images: int = Field(default=0, ge=0, le=ROWS, exclude_if=not_)  # that many of the source, and no more; 0: all
     flips: bool = True  # mirrored images, too
     store: Literal["moments", "samples"] = "moments"  # of a codec with Gaussians; others have one latent per image
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"

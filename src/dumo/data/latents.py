@@ -205,7 +205,7 @@ class Latents(Spec):
                 classes=0 if has_caption_files else images.labels,
                 names=images.names or None,
                 captioned=has_caption_files,
-                count=images.count or 0,
+                first_images=images.count or 0,
                 flips=images.flip,
             )
         except UserError as error:

@@ -164,7 +164,7 @@ def encode(
         "classes": images.labels,
         "names": () if is_captioned else album.names,
         "captioned": is_captioned,
-        "count": images.count or 0,
+        "first_images": images.count or 0,
         "flips": images.flip,
     }
     plan = parse(cache.CachePlan, plan_fields | options)

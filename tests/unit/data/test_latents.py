@@ -200,11 +200,11 @@ def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, t
     torch.testing.assert_close(first.cache().take(rows, "x"), cached.cache().take(rows, "x"), rtol=0, atol=1e-2)
     Origin(first.folder, first.images).verify()
     whole = latents(images, tmp_path / "first")
-    with pytest.raises(UserError, match="count: 3 in the cache, 0 asked"):
+    with pytest.raises(UserError, match="first_images: 3 in the cache, 0 asked"):
         whole.cache()
-    with pytest.raises(UserError, match="count: 3 there, None now"):
+    with pytest.raises(UserError, match="first_images: 3 there, None now"):
         encode.encode(whole)
-    with pytest.raises(UserError, match="count: 0 in the cache, 3 asked"):
+    with pytest.raises(UserError, match="first_images: 0 in the cache, 3 asked"):
         latents(images, Path(cached.root), count=3).cache()
     with pytest.raises(UserError, match=rf"has {COUNT} images, and count asks for the first {COUNT + 1}"):
         latents(images, tmp_path / "more", count=COUNT + 1).rows()
