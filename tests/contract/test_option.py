@@ -40,7 +40,7 @@ EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's
     "Train": ("seed", "sheets", "save_minutes", "keep", "max_skips", "milestones", "share", "reshard", "log_every"),
     "Sampling": ("seed", "precision"),
     "Evaluation": ("seed",),
-    "Images": ("memory",),  # GB of this machine
+    "Images": ("memory", "count"),  # GB of this machine; the first images alone, as a plan in docs/compare.md has them
     "Latents": ("memory",),
     # counted when the run is made, and kept in run.yaml; of a pipeline that edits, of which no config is packaged
     "CaptionFiles": ("digest", "source"),

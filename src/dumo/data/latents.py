@@ -213,15 +213,15 @@ class Latents(Spec):
 
     def _encode_command(self) -> str:
         """The command that makes the cache, with the recipe of dumo's that has the same folder, where there is one."""
-        command = "dumo encode"
+        recipe = ""
         line = re.compile(rf"^  root: {re.escape(self.root)}(?: |$)", re.MULTILINE)
         for file in sorted(RECIPES.glob("*.yaml")):
             if line.search(file.read_text(encoding="utf-8")):
-                command += f" {file.stem}"
+                recipe = f" {file.stem}"
                 break
         if self.images.count:
-            command += f" --count {self.images.count}"
-        return command
+            return f"dumo encode{recipe} --count {self.images.count}"
+        return f"dumo encode{recipe}"
 
 
 class Origin:

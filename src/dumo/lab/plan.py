@@ -128,12 +128,12 @@ class Arm(Spec):
     recipe: str
     by: str | None = None  # another recipe, by whose objective it is trained (`training_of`)
     set: Settings = ()
-    vary: Axes = Field({})
+    vary: Axes = Field(default={})
     name: str = ""  # the beginning of its cells' names; "": its labels
     seeds: tuple[int, ...] | None = None  # if not the scale's
     steps: int | None = None  # the arms after it cost as much as these steps
     share: float = 1.0  # of that cost
-    only: dict[str, list[Any]] = Field({})  # the scales, or values of an outer axis, at which there is this arm
+    only: dict[str, list[Any]] = Field(default={})  # the scales, or values of an outer axis, at which there is this arm
     weights: str | None = (
         None  # the net to begin from, as diffusers saves it: a cell's name, or a folder; may have $seed
     )
@@ -146,9 +146,9 @@ class Scale(Spec):
     """How large a plan is made."""
 
     set: Settings = ()
-    vary: Axes = Field({})  # outer axes: all arms for each value; `budget` multiplies the steps
-    values: dict[str, Any] = Field({})  # of $names in settings
-    recipes: dict[str, str] = Field({})  # those that stand for others here
+    vary: Axes = Field(default={})  # outer axes: all arms for each value; `budget` multiplies the steps
+    values: dict[str, Any] = Field(default={})  # of $names in settings
+    recipes: dict[str, str] = Field(default={})  # those that stand for others here
     arms: tuple[Arm, ...] = ()  # if not the plan's
     seeds: tuple[int, ...] | None = None  # if not each recipe's own
     steps: int | None = None  # of the first arm, if not its recipe's
@@ -168,7 +168,7 @@ class Plan(Spec):
     set: Settings = ()
     steps_of: str | None = None  # the recipe whose steps set the budget, if not the first arm's
     samples: bool = False  # whether a picture shows what arms make in one pass
-    why: dict[str, str] = Field({})  # by arm: why it is far from the first
+    why: dict[str, str] = Field(default={})  # by arm: why it is far from the first
     no_paper: str = ""  # why there is no scale `paper`
 
     def require_scale(self, scale: str) -> None:
