@@ -1,0 +1,98 @@
+"""Run the notebooks as a reader would, and keep what they show: `make notebooks`, with $DUMO_DATA/cifar10.
+
+    python docs/notebook.py [NAME ...]    # digits, own-objective, own-photos; none: all
+
+`run` executes a notebook from top to bottom in an empty folder with 2,000 photos of CIFAR-10. `prepare` writes what all
+notebooks share: the button that opens them in Colab, and the cell that installs dumo there. `code_hash` goes into the
+notebook with the outputs. A test refuses a notebook whose code has changed since it ran.
+"""
+
+import hashlib
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+from PIL import Image
+
+from dumo.cli.api import recipe
+from dumo.io import picture
+
+REPOSITORY = "OWNER/dumo"  # on GitHub: put the owner here, then `python docs/notebook.py --links`
+FOLDER = Path(__file__).with_name("notebooks")
+BUTTON = "[![Open in Colab](colab.svg)]"
+INSTALL = """\
+from importlib.util import find_spec
+
+if find_spec("dumo") is None:  # as on Colab
+    %pip install --quiet git+https://github.com/{repository}"""
+NUM_PHOTOS = 2000  # as docs/photos.md has
+PATIENCE = 1800  # seconds that a cell may take
+CLASSES = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def code_hash(book: NotebookNode) -> str:
+    """The SHA-256 of all code cells."""
+    code = "\0".join(cell.source for cell in book.cells if cell.cell_type == "code")
+    return hashlib.sha256(code.encode()).hexdigest()
+
+
+def prepare(book: NotebookNode, name: str) -> None:
+    """Put the button below the heading, and the cell that installs dumo below the first text."""
+    heading, *lines = [line for line in book.cells[0].source.splitlines() if not line.startswith(BUTTON)]
+    address = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/docs/notebooks/{name}.ipynb"
+    text = "\n".join(lines).strip("\n")
+    book.cells[0].source = f"{heading}\n\n{BUTTON}({address})\n\n{text}"
+    if "install" not in book.cells[1].metadata.get("tags", ()):
+        cell = nbformat.v4.new_code_cell(id=f"{name}-install", metadata={"tags": ["install"]})
+        book.cells.insert(1, cell)
+    book.cells[1].source = INSTALL.format(repository=REPOSITORY)
+
+
+def write_photos(folder: Path) -> None:
+    """The first training images of CIFAR-10, in a folder for each class."""
+    x, labels = recipe("cifar10").data.open().reference(NUM_PHOTOS, seed=0)
+    for number, (pixels, label) in enumerate(zip(picture.to_rows(x), labels, strict=True)):
+        place = folder / CLASSES[int(label)]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(place / f"{number:04d}.png")
+
+
+def run(book: NotebookNode) -> None:
+    """Execute all cells in an empty folder. What they print on stderr, which is progress, is left out."""
+    with TemporaryDirectory() as folder:
+        if any('photos = "photos"' in cell.source for cell in book.cells):
+            write_photos(Path(folder, "photos"))
+        resources = {"metadata": {"path": folder}}
+        client = NotebookClient(book, timeout=PATIENCE, resources=resources, record_timing=False)
+        client.execute(env={**os.environ, "COLUMNS": "80"})
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    book.metadata = {"kernelspec": book.metadata["kernelspec"], "language_info": {"name": "python"}}
+    book.metadata["dumo"] = {"code": code_hash(book)}
+
+
+def main(words: list[str]) -> None:
+    """Run the notebooks that are named, else all; with --links only write button and installation anew."""
+    names = [word for word in words if word != "--links"] or sorted(file.stem for file in FOLDER.glob("*.ipynb"))
+    for name in names:
+        file = FOLDER / f"{name}.ipynb"
+        book = nbformat.read(file, as_version=4)
+        ran = book.metadata.get("dumo", {}).get("code") == code_hash(book)
+        prepare(book, name)
+        if "--links" not in words:
+            run(book)
+        elif ran:  # the address of the installation is no reason to run all again
+            book.metadata["dumo"] = {"code": code_hash(book)}
+        file.write_text(nbformat.writes(book, indent=1).rstrip("\n") + "\n", encoding="utf-8")
+        kinds = Counter(output.output_type for cell in book.cells for output in cell.get("outputs", ()))
+        print(f"{name}: {file.stat().st_size / 1000:.0f} kB, {dict(kinds)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
