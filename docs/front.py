@@ -11,7 +11,7 @@ from dumo.flow.generate import labels_in_turn
 from dumo.io import picture
 from dumo.run.judge import reference_data
 from dumo.run.weights import RunFolder, open_run
-from dumo.runtime.progress import passes_text
+from dumo.runtime.progress import nfe_text
 
 CELL, GAP, LEFT, TOP, BETWEEN = 64, 4, 125, 84, 30  # pixels
 DIGITS = tuple("0123456789")
@@ -24,7 +24,7 @@ def letters(size: int, face: str = "") -> ImageFont.FreeTypeFont:
 
 def samples(opened: RunFolder, *passes: int) -> dict[str, Tensor]:
     """One per class by each number of passes: the first seeds, nothing picked."""
-    return {passes_text(n): opened.sampler.sample(labels_in_turn(10, 10), nfe=n).x for n in passes}
+    return {nfe_text(n): opened.sampler.sample(labels_in_turn(10, 10), nfe=n).x for n in passes}
 
 
 def real(opened: RunFolder) -> Tensor:

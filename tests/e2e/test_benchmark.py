@@ -123,7 +123,7 @@ def test_the_report_shows_prompts_under_their_pictures(run: Path, tmp_path: Path
     page = (run / "report.html").read_text()
     asked = page[page.index('<section id="prompts">') : page.index('<section id="trajectories">')]
     assert re.findall("<figcaption>(.*)</figcaption>", asked) == ["a &#34;seven&#34; &lt;b&gt;", "the digit four"]
-    assert "of 1, 2, 4 passes" in asked
+    assert "of 1, 2, 4 NFE" in asked
     assert pixels(run / "report" / "prompts.png").shape[1] > 2 * 3 * 64
 
 

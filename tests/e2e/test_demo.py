@@ -253,14 +253,14 @@ def test_a_person_makes_images_and_keeps_them(free: Path, tmp_path: Path) -> Non
         page.goto(url)
         make = page.get_by_role("button", name="Make").locator("visible=true")
         make.wait_for()
-        assert page.get_by_role("tab").all_inner_texts() == ["Make", "Passes", "Between two seeds", "Nearest images"]
+        assert page.get_by_role("tab").all_inner_texts() == ["Make", "NFE", "Between two seeds", "Nearest images"]
         assert page.get_by_role("button", name="Images (zip)").is_disabled()
         page.get_by_label("class", exact=True).click()
         page.get_by_role("option", name="7", exact=True).click()
         number(page, "images").fill("9")
         made: list[str] = []
-        for passes, guidance, said in (("1", "1", "1 pass"), ("3", "1", "3 passes"), ("3", "9.5", "6 passes")):
-            number(page, "passes").fill(passes)
+        for passes, guidance, said in (("1", "1", "1 NFE"), ("3", "1", "3 NFE"), ("3", "9.5", "6 NFE")):
+            number(page, "NFE").fill(passes)
             number(page, "guidance").fill(guidance)
             number(page, "guidance").press("Tab")  # the page has it then
             pressed(make, page.get_by_text(f"9 images, {said} each"))
@@ -268,7 +268,7 @@ def test_a_person_makes_images_and_keeps_them(free: Path, tmp_path: Path) -> Non
             assert page.locator(".answer img").count() == 9
         assert len({re.sub(r"<p>.*</p>", "", one) for one in made}) == 3
         code = page.locator(".cm-content").inner_text()
-        assert "classes='7', n=9, nfe=3, seed=0, guidance=9.5" in code
+        assert "labels='7', count=9, nfe=3, seed=0, guidance=9.5" in code
         found = reproduced(page, tmp_path)
         assert found == [f"free-{i:06d}.png" for i in range(9)]
         assert read(kept(page, "Grid (png)", tmp_path)).shape[0] > 64
@@ -306,7 +306,7 @@ def test_two_runs_stand_next_to_each_other(trained: dict[str, Path], tmp_path: P
         left, right = (page.locator(".run").nth(k).bounding_box() for k in (0, 1))
         assert left["y"] == right["y"]
         assert len(reproduced(page, tmp_path)) == 8
-        for tab, count in {"Passes": 12, "Between two seeds": 9, "Nearest images": 16}.items():
+        for tab, count in {"NFE": 12, "Between two seeds": 9, "Nearest images": 16}.items():
             page.get_by_role("tab", name=tab, exact=True).click()
             make.click()
             page.locator(".answer img").locator("visible=true").nth(count - 1).wait_for()
@@ -329,10 +329,10 @@ def test_a_person_plays_with_a_run(trained: dict[str, Path]) -> None:
         make = page.get_by_role("button", name="Make").locator("visible=true")
         pictures = page.locator(".answer img").locator("visible=true")
 
-        page.get_by_role("tab", name="Passes", exact=True).click()
+        page.get_by_role("tab", name="NFE", exact=True).click()
         make.click()
         page.wait_for_function("document.querySelectorAll('.answer img').length == 8")
-        assert page.get_by_text(re.compile(r"^50 passes, \d")).count() == 2
+        assert page.get_by_text(re.compile(r"^50 NFE, \d")).count() == 2
         seen = page.evaluate(browser.LOOK)
         assert (seen["broken"], seen["beyond"]) == ([], 0)
 
@@ -343,7 +343,7 @@ def test_a_person_plays_with_a_run(trained: dict[str, Path]) -> None:
             assert pictures.count() == count
         page.get_by_text("among all 1,797 images").wait_for()
 
-        page.get_by_role("tab", name="Passes", exact=True).click()
+        page.get_by_role("tab", name="NFE", exact=True).click()
         seed = page.get_by_label("seed", exact=True)
         for text in NONSENSE:
             seed.fill(text)
@@ -378,4 +378,4 @@ def test_a_person_plays_with_a_run(trained: dict[str, Path]) -> None:
 def test_of_points_there_is_a_scatter_alone(trained: dict[str, Path]) -> None:
     with served(trained["moons"]) as (url, _):
         parts = json.loads(urllib.request.urlopen(f"{url}/config").read())["components"]
-    assert [part["props"]["label"] for part in parts if part["type"] == "tabitem"] == ["Passes"]
+    assert [part["props"]["label"] for part in parts if part["type"] == "tabitem"] == ["NFE"]

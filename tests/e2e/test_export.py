@@ -456,7 +456,7 @@ def test_what_an_evaluation_says_is_text_on_the_card(trained: dict[str, Path], h
     (run / EVALUATION).write_text(json.dumps(report), encoding="utf-8")
     assert call("export", run, "out").code == 0
     text = (here / "out/README.md").read_text("utf-8")
-    assert f"| passes | solver | {TEXT} | fd_grey |" in text
+    assert f"| NFE | solver | {TEXT} | fd_grey |" in text
     assert f"| 1 | {TEXT} | 0.5 | 12.3 |" in text
     assert f"Protocol `` {EVIL} ``, {TEXT} samples, by dumo." in text
 

@@ -359,7 +359,7 @@ class TrainedRun:
             "network": f"{run.net.kind}, {sum(p.numel() for p in self.net.parameters()):,} parameters",
             "objective": run.objective.kind,
             "step": f"{self.step:,} of {run.train.steps:,}",
-            "samples": f"{run.sample.solver.kind}, {', '.join(map(str, run.sample.nfe))} passes",
+            "samples": f"{run.sample.solver.kind}, {', '.join(map(str, run.sample.nfe))} NFE",
         }
         rows = "".join(f"<tr><th>{name}</th><td>{escape(str(fact))}</td></tr>" for name, fact in facts.items())
         return f"<table>{rows}</table>"

@@ -8,7 +8,7 @@ from dumo.config.word import MERITS, word
 from dumo.io import picture
 from dumo.lab.cell import Result, Row, group_by_arm, main_score
 from dumo.report import chart, score
-from dumo.runtime.progress import passes_text
+from dumo.runtime.progress import nfe_text
 
 
 def ranking(title: str, rows: Sequence[Row]) -> Image.Image:
@@ -20,9 +20,9 @@ def ranking(title: str, rows: Sequence[Row]) -> Image.Image:
     lines: dict[str, dict[str, chart.Dot]] = {}
     for row in sorted(rows, key=lambda row: (row["nfe"], row[main])):
         arm = str(next(iter(row.values())))
-        lines.setdefault(arm, {})[passes_text(row["nfe"])] = chart.Dot(row[main], score.error(row, main))
+        lines.setdefault(arm, {})[nfe_text(row["nfe"])] = chart.Dot(row[main], score.error(row, main))
     passes = sorted({row["nfe"] for row in rows})
-    return chart.dots(title, chart.score_label(main), lines, [passes_text(nfe) for nfe in passes])
+    return chart.dots(title, chart.score_label(main), lines, [nfe_text(nfe) for nfe in passes])
 
 
 def samples(results: Sequence[Result]) -> Image.Image:

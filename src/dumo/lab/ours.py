@@ -32,7 +32,7 @@ from dumo.lab.plan import Cost, Plan
 from dumo.report import chart, gallery
 from dumo.run.judge import training_data
 from dumo.run.sampler import Sampler
-from dumo.runtime.progress import passes_text
+from dumo.runtime.progress import nfe_text
 from dumo.runtime.random import noise
 
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}  # by the kind of the protocol
@@ -61,7 +61,7 @@ def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
         for row in sorted(rows, key=lambda row: row[score]):  # the best on top
             line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
             points.setdefault(line, {})[_heads_name(row)] = chart.Dot(row[score], row.get(f"{score}_sd"))
-        title = f"Two heads and one at the same times and cost, {passes_text(nfe)}"
+        title = f"Two heads and one at the same times and cost, {nfe_text(nfe)}"
         names = [TWO_HEADS, ADAPTIVE, ONE_HEAD]
         charts[f"fair-nfe{nfe}"] = chart.dots(title, chart.score_label(score), points, names)
     return charts
@@ -290,7 +290,7 @@ def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) ->
     charts: dict[str, Image.Image] = {}
     for nfe in passes:
         charts[f"{plan.name}-nfe{nfe}"] = chart.curves(
-            f"What a budget buys, {passes_text(nfe)}",
+            f"What a budget buys, {nfe_text(nfe)}",
             x_label,
             chart.score_label(main_score(table[0])),
             {name: _curve(table, name, nfe) for name in (ours, *sorted(rivals), paper)},

@@ -28,7 +28,7 @@ from dumo.plan.host import DEVICES, host_bytes
 from dumo.run import cost, memory
 from dumo.run.net import outline
 from dumo.runtime import dist
-from dumo.runtime.progress import number, passes_text, sized
+from dumo.runtime.progress import nfe_text, number, sized
 from dumo.runtime.random import stream
 from dumo.training.spec import Train
 from dumo.training.step import passes
@@ -309,7 +309,7 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
         yield "checkpoints", f"{facts['checkpoint']['bytes'] / GB:.2f} GB each, copied in host memory to be written"
     judged = facts["validation"]
     if judged:
-        samples = f"{judged['samples']:,} samples in {passes_text(judged['nfe'])} every {judged['every']:,} steps"
+        samples = f"{judged['samples']:,} samples in {nfe_text(judged['nfe'])} every {judged['every']:,} steps"
         yield "validation", f"{samples}: {judged['share']:.2%} more work, decoding and features not counted"
     cached = facts["cache"]
     if cached:
@@ -391,7 +391,7 @@ def rehearsal_lines(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
     yield "slope here", step["examination"]
     seconds = f"{step['pass_seconds']:.3g} s for these rows, {step['update_seconds']:.3g} s to update"
     yield "took", f"{seconds}; loss {step['loss']:.4g}, gradient norm {step['grad_norm']:.4g}"
-    yield "a sample", f"{step['sample_seconds']:.3g} s in {passes_text(step['sample_nfe'])}, not decoded"
+    yield "a sample", f"{step['sample_seconds']:.3g} s in {nfe_text(step['sample_nfe'])}, not decoded"
     yield "peak", f"{step['peak_bytes'] / GB:.2f} GB with {step['rows']} rows at a time"
     yield "a batch", f"{number(step['step_seconds'])} s for {batch:,}: {number(step['images_per_second'])} images/s"
     hours = f"{number(step['hours'])} hours on this device alone"

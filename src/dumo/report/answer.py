@@ -26,7 +26,7 @@ from dumo.report.gallery import POINTS, TAUGHT_BY_LETTER, SamplingMode, solver_t
 from dumo.report.live import InteractiveRun
 from dumo.report.sample import sheet
 from dumo.run.prompt import names
-from dumo.runtime.progress import passes_text
+from dumo.runtime.progress import nfe_text
 from dumo.types import Sample, UserError
 
 PASSES = (1, 2, 4, 50)  # compared side by side: what few-step models take, and what flow models do
@@ -119,7 +119,7 @@ def make_samples(
     columns = 1 + isqrt(count - 1)  # nearly a square
     yield Answer(
         [AnswerRow("", cells, across=columns)],
-        f"{images}, {passes_text(samples.nfe)} each, {_seconds_text(samples.seconds)} for all.",
+        f"{images}, {nfe_text(samples.nfe)} each, {_seconds_text(samples.seconds)} for all.",
         sheet(samples.x, c, conditions, condition_names),
         _script(run, condition, seed, guidance, count, nfe, mode),
     )
@@ -187,10 +187,10 @@ def _sample_cell(
     """A cell with one picture, its passes and its seconds; where it cannot be made, a cell with the reason alone."""
     try:
         samples = run.make(mode, nfe, c, noises, guide, deadline)
-        note = f"{passes_text(samples.nfe)}, {_seconds_text(samples.seconds)}"
+        note = f"{nfe_text(samples.nfe)}, {_seconds_text(samples.seconds)}"
         return AnswerCell(_pictures(run, samples.x)[0], note)
     except UserError as error:
-        return AnswerCell(None, f"{passes_text(nfe)}: {error}")
+        return AnswerCell(None, f"{nfe_text(nfe)}: {error}")
 
 
 def interpolate_seeds(
@@ -218,7 +218,7 @@ def interpolate_seeds(
     notes[0] = f"seed {seed}"
     notes[-1] = f"seed {other_seed}"
     cells = [AnswerCell(image, note) for image, note in zip(_pictures(run, samples.x), notes, strict=True)]
-    cost = f"{passes_text(samples.nfe)} each, {_seconds_text(samples.seconds)} for all."
+    cost = f"{nfe_text(samples.nfe)} each, {_seconds_text(samples.seconds)} for all."
     meaning = f"Noises at equal angles on the quarter circle from that of seed {seed} to that of seed {other_seed}."
     yield Answer([AnswerRow("", cells)], f"{cost} {meaning}")
 

@@ -80,7 +80,7 @@ def page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
     # a new field at each call; seeds are texts, so that what is no number is answered in words
     seed_field = partial(gr.Textbox, max_lines=1)
     mode_field = partial(gr.Radio, modes, value=modes[0][1], label="by", visible=len(modes) > 1)
-    passes_field = partial(gr.Slider, 1, MAX_PASSES, default_nfe, step=1, precision=0, label="passes")
+    nfe_field = partial(gr.Slider, 1, MAX_PASSES, default_nfe, step=1, precision=0, label="NFE")
     add_button = partial(_add_button, runs, explain)
 
     names = " and ".join(run.name for run in runs)
@@ -99,18 +99,18 @@ def page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
             with gr.Tab("Make"):
                 with gr.Row():
                     count = gr.Slider(1, MAX_IMAGES, DEFAULT_IMAGES, step=1, precision=0, label="images")
-                    fields = count, passes_field(), mode_field()
+                    fields = count, nfe_field(), mode_field()
                 add_button(answer.make_samples, *shared_fields, *fields, has_downloads=True)
-        with gr.Tab("Passes"):
+        with gr.Tab("NFE"):
             add_button(answer.compare_passes, *shared_fields)
         if run.sampler.is_image:
             with gr.Tab("Between two seeds"):
                 with gr.Row():
-                    fields = seed_field("1", label="other seed"), mode_field(), passes_field()
+                    fields = seed_field("1", label="other seed"), mode_field(), nfe_field()
                 add_button(answer.interpolate_seeds, *shared_fields, *fields)
             with gr.Tab("Nearest images"):
                 with gr.Row():
-                    fields = mode_field(), passes_field()
+                    fields = mode_field(), nfe_field()
                 add_button(answer.find_neighbours, *shared_fields, *fields)
     return blocks.queue(max_size=MAX_QUESTIONS)
 

@@ -428,7 +428,7 @@ class PromptSheet:
 
     def picture(self) -> Image.Image:
         """All prompts and images as one picture on white."""
-        head = f"from left to right: {', '.join(map(str, self.passes))} passes through the net"
+        head = f"from left to right: {', '.join(map(str, self.passes))} NFE"
         return picture.captioned_pictures(self.shown, head)
 
 

@@ -136,9 +136,9 @@ def sized(size: float, base: int = 1000) -> str:
     return f"{number(size / base**power)} {units[power - 1]}"
 
 
-def passes_text(n: int) -> str:
-    """'1 pass', '2 passes'."""
-    return "1 pass" if n == 1 else f"{n} passes"
+def nfe_text(n: int) -> str:
+    """The number of passes of a sample through the net: '1 NFE', '2 NFE'."""
+    return f"{n} NFE"
 
 
 def say(line: str) -> None:

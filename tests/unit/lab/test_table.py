@@ -149,7 +149,7 @@ def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
     arm.ranking("T", [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows])
     ((_, x, points, names),) = seen
     assert list(points) == ["c", "a", "b"]
-    assert names == ["1 pass", "2 passes"]
+    assert names == ["1 NFE", "2 NFE"]
     assert "not FID" in x
 
 

@@ -136,7 +136,7 @@ def test_what_validation_adds_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = plan(load("digits", [*words, "objective.drop=0.1"]))
     assert facts["validation"] == {"every": 100, "samples": 1000, "nfe": 2, "share": 4000 / (100 * 50 * 5)}
     said = dict(lines(facts))["validation"]
-    assert said.startswith("1,000 samples in 2 passes every 100 steps: 16.00% more work")
+    assert said.startswith("1,000 samples in 2 NFE every 100 steps: 16.00% more work")
     assert plan(load("digits"))["validation"] is None
 
 

@@ -24,7 +24,7 @@ def test_a_negative_mean_has_error_bars(monkeypatch: pytest.MonkeyPatch) -> None
     seen = errors_of(monkeypatch)
     points = [CurvePoint(1, 0.5, 0.7), CurvePoint(2, -0.1, 0.2)]
     curves("T", "budget", "distance", {"a": points}, log_x=True, level=Level(0.3, "a at 1"))
-    dots("T", "distance", {"a": {"1 pass": Dot(0.5, 0.7)}, "b": {"1 pass": Dot(-0.1, None)}})
+    dots("T", "distance", {"a": {"1 NFE": Dot(0.5, 0.7)}, "b": {"1 NFE": Dot(-0.1, None)}})
     assert seen == [[[0.7, 0.2], [0.7, 0.2]], [[0.7, 0], [0.7, 0]]]
 
 
@@ -35,4 +35,4 @@ def test_error_bars_of_positive_values_stay_above_zero(monkeypatch: pytest.Monke
 
 
 def test_a_name_without_a_value_has_no_mark() -> None:
-    assert min(dots("T", "x", {"a": {"1 pass": Dot(3, 0.1)}}, ["2 passes", "1 pass"]).size) > 100
+    assert min(dots("T", "x", {"a": {"1 NFE": Dot(3, 0.1)}}, ["2 NFE", "1 NFE"]).size) > 100

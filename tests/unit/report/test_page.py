@@ -205,13 +205,13 @@ def test_the_page_is_the_last_path_and_again_it_is_the_same(digits: Path) -> Non
 
 def test_lead_and_figures_are_facts(digits: Path) -> None:
     words = " ".join(page_of(digits).words.split())
-    assert "One pass of the u head makes these images." in words
+    assert "One NFE of the u head makes these images." in words
     assert "was trained by DuMo on digits (1,797 images of 8 × 8 pixels in 10 classes) for 20 steps of 8." in words
     assert "Objective: DuMo (Duality Models, arXiv 2602.17682, Sec. 3 and Alg. 1): one input, two outputs." in words
     assert "images seen in training 160" in words
     for found in ("98.8", "8.64 ± 0.21", "0.00830", "new real images", "140.2 ± 1.5"):
         assert found in words
-    assert "kernel distance · 10³, 1 pass lower is better; 0 is equal at any number of samples 8.64" in words
+    assert "kernel distance · 10³, 1 NFE lower is better; 0 is equal at any number of samples 8.64" in words
     assert "a perfect sampler 3.58" in words
     assert "Restart 1 8.64 ± 0.21 – Euler 1 99.80 ± 0.50 0.00830" in words
     assert "Restart 1 8.64 ± 0.21 2.35 – Euler 1 99.80 ± 0.50 98.8" in words.partition("All scores")[2]
@@ -246,13 +246,13 @@ def test_a_run_that_is_not_done_says_so(digits: Path) -> None:
 def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> None:
     """The same seeds and classes, so the same images, whatever number of them is made at once."""
     page = page_of(digits)
-    for n in ("1 pass", "2 passes"):
-        sheet = page.picture(f"Generated images after {n} through the net.")
-        strip = page.picture(f"u head, jumps (restart): the same seeds after {n}.")
+    for n in ("1 NFE", "2 NFE"):
+        sheet = page.picture(f"Generated images at {n}.")
+        strip = page.picture(f"u head, jumps (restart): the same seeds at {n}.")
         assert strip.shape == (64, 10 * 64 + 9 * picture.GAP, 4)
         assert sheet.shape == (8 * 64 + 7 * picture.GAP, *strip.shape[1:])
         assert (np.abs(sheet[:64].astype(int) - strip) <= 1).all()
-    one, many = (page.picture(f"v head, Euler steps: the same seeds after {n}.") for n in ("1 pass", "7 passes"))
+    one, many = (page.picture(f"v head, Euler steps: the same seeds at {n}.") for n in ("1 NFE", "7 NFE"))
     assert np.abs(one.astype(int) - many).max() > 20
     alpha = page.picture("Images of the training data, in the same layout.")[..., 3]
     assert (alpha[:64, :64] == 255).all()
@@ -273,7 +273,7 @@ def test_the_size_is_that_of_the_run() -> None:
 @pytest.mark.slow
 def test_velocity_alone_says_what_is_missing() -> None:
     page = rendered(untrained("digits-flow-matching"))
-    assert "passes of the velocity make the images below" in page.words
+    assert "NFE of the velocity make the images below" in page.words
     assert "u head" not in page.words
     assert "Nothing is logged yet" in page.words
     assert "This run has not been evaluated. dumo evaluate runs/untrained does it" in page.words
@@ -318,9 +318,9 @@ def test_the_words_name_the_head_that_is_read(recipe: str, head: str) -> None:
 @pytest.mark.nightly
 def test_points_are_scattered(moons: Path) -> None:
     page = page_of(moons)
-    assert "One pass of the u head makes these points." in page.words
+    assert "One NFE of the u head makes these points." in page.words
     assert "dumo reproduce fig3" in page.words
-    rgb = page.picture("v head, Euler steps: samples before the data after 1 pass.")[..., :3].astype(int)
+    rgb = page.picture("v head, Euler steps: samples before the data at 1 NFE.")[..., :3].astype(int)
     assert ((rgb[..., 0] > 200) & (rgb[..., 1:].max(-1) < 80)).sum() > 50  # red: samples
     assert ((np.ptp(rgb, axis=-1) == 0) & (rgb[..., 0] > 150) & (rgb[..., 0] < 230)).sum() > 200  # grey: truth
 
