@@ -8,6 +8,7 @@ import json
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
 from griffe import Extension, Object
 from latex2mathml.converter import convert
@@ -45,12 +46,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def cells(book: Path) -> str:
-    """A notebook as a page, without what it printed."""
+    """A notebook as a page, with what it printed and drew."""
     made = [f'<a href="{book.name}" download>Download this notebook</a>']
     for cell in json.loads(book.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
         made.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+        made += [shown for output in cell.get("outputs", ()) if (shown := output_text(output))]
     return "\n\n".join([made[1], made[0], *made[2:]])
+
+
+def output_text(output: dict[str, Any]) -> str:
+    """What a cell drew, as an image, or what it printed or returned, as a block; "" where it is neither."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        png = "".join(data["image/png"]).replace("\n", "")
+        return f'<img src="data:image/png;base64,{png}" alt="What the cell above draws">'
+    text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
+    return f"```text\n{text}\n```" if text else ""
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

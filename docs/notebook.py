@@ -17,10 +17,7 @@ from tempfile import TemporaryDirectory
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
-from PIL import Image
-
-from dumo.cli.api import recipe
-from dumo.io import picture
+from pyarrow.parquet import ParquetFile
 
 REPOSITORY = "OWNER/dumo"  # on GitHub: put the owner here, then `python docs/notebook.py --links`
 FOLDER = Path(__file__).with_name("notebooks")
@@ -55,11 +52,12 @@ def prepare(book: NotebookNode, name: str) -> None:
 
 def write_photos(folder: Path) -> None:
     """The first training images of CIFAR-10, in a folder for each class."""
-    x, labels = recipe("cifar10").data.open().reference(NUM_PHOTOS, seed=0)
-    for number, (pixels, label) in enumerate(zip(picture.to_rows(x), labels, strict=True)):
-        place = folder / CLASSES[int(label)]
+    table = next(iter(Path(os.environ["DUMO_DATA"], "cifar10").rglob("*train*.parquet")))
+    rows = next(ParquetFile(table).iter_batches(NUM_PHOTOS)).to_pylist()
+    for number, row in enumerate(rows):
+        place = folder / CLASSES[row["label"]]
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.numpy()).save(place / f"{number:04d}.png")
+        (place / f"{number:04d}.jpg").write_bytes(row["image"]["bytes"])
 
 
 def run(book: NotebookNode) -> None:
