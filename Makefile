@@ -7,11 +7,11 @@ PINNED := tests/tools/test_supply.py::test_all_that_is_installed_is_pinned_and_h
 # One process has all tests of a file, which share what they prepare.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test slow shuffled lowest check docs mutants audit clean
+.PHONY: help demo test slow shuffled lowest check docs pictures notebooks mutants audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(BIN)/.installed ## train DuMo-Any on handwritten digits and write runs/dumo-best/report.html (five to six minutes on two cores)
 	$(BIN)/dumo train dumo-best
@@ -39,9 +39,16 @@ check: $(BIN)/.developed ## lint, formatting, types, imports; then a mirror of h
 	$(BIN)/python tools/circles.py
 	$(BIN)/python tools/mirror.py
 
-docs: $(BIN)/.developed ## build the documentation: open site/index.html; count words, pages, and commands that tests run
+docs: $(BIN)/.developed ## write llms.txt and AGENTS.md, build the documentation: open site/index.html; count words, pages, and commands that tests run
+	$(BIN)/python docs/agents.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python tests/docs/page.py
+
+pictures: $(BIN)/.developed ## draw the pictures of the pages from the shipped models and measured numbers; needs DUMO_DATA and Chromium
+	$(BIN)/python docs/pictures.py
+
+notebooks: $(BIN)/.developed ## run the notebooks and keep what they show (a quarter of an hour of two cores); needs DUMO_DATA
+	$(BIN)/python docs/notebook.py
 
 mutants: $(BIN)/.developed ## plant errors in the mathematics and show that a test catches each; with TESTED=1 those that `make test SLOW=1` sees
 	$(BIN)/python tools/mutants.py $(if $(TESTED),--tested)

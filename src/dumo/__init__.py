@@ -1,4 +1,4 @@
-"""dumo: train generative models that make an image in one or two network passes.
+"""dumo: train generative models that make an image in one or two network evaluations.
 
     import dumo
 

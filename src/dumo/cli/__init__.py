@@ -70,7 +70,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Example:  dumo train digits\n\n"
-    "Train generative models that make an image in one or two network passes.\n\n"
+    "Train generative models that make an image in one or two network evaluations.\n\n"
     "Then  dumo sample runs/digits,  dumo evaluate runs/digits,  dumo report runs/digits.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
