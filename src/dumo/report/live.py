@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dumo.config.check import why_unguided
 from dumo.config.conditions import shown
+from dumo.config.source import trained_name_of
 from dumo.data import Images
 from dumo.evaluation.neighbours import nearest_other
 from dumo.flow.generate import counting_passes, eval_mode, in_precision, integrate
@@ -210,9 +211,9 @@ def open_runs(
     if len(set(places)) < len(places):
         raise UserError(f"both runs are {folders[0]}: give one run, or two folders without --weights")
     runs: list[InteractiveRun] = []
-    for folder, place, name in zip(folders, places, short_names(places), strict=True):
+    for folder, name in zip(folders, short_names(places), strict=True):
         opened = open_run(folder, sets, weights=weights, device=device)
-        run = InteractiveRun(opened, name, _load_call(place, sets, weights, device), limit)
+        run = InteractiveRun(opened, name, _load_call(folder, sets, weights, device), limit)
         if edits(run.sampler.data):
             raise UserError(f"{folder} edits images, which the page has no field for: dumo sample --source FILE")
         if runs:
@@ -232,9 +233,13 @@ def short_names(places: Sequence[Path]) -> list[str]:
     raise AssertionError("the paths are different")
 
 
-def _load_call(place: Path, sets: Sequence[str], weights: str | None, device: str) -> str:
-    """The Python that opens the run of a folder with these options: dumo.load(...)."""
-    arguments = [repr(str(place))]
+def _load_call(folder: str, sets: Sequence[str], weights: str | None, device: str) -> str:
+    """The Python that opens the run of a folder with these options: dumo.load(...).
+
+    A run that comes with dumo has the word it was given by, another its whole path, which is read in any folder.
+    """
+    is_shipped = trained_name_of(folder) is not None
+    arguments = [repr(folder if is_shipped else str(Path(folder).resolve()))]
     if sets:
         fields: dict[str, object] = {}
         for text in sets:

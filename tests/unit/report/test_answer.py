@@ -243,6 +243,15 @@ def test_the_script_makes_what_is_shown(
     assert len({pixels(cell).tobytes() for cell in found.rows[0].cells}) == 7
 
 
+@pytest.mark.parametrize("word", ["digits-trained", "dumo:digits-trained"])
+def test_the_script_opens_a_run_that_comes_with_dumo_by_the_word_that_was_given(word: str) -> None:
+    """Not by the folder where dumo is installed here, which no other machine has."""
+    (live,) = open_runs([word], device="cpu", limit=60)
+    (found,) = answer.make_samples(live, "3", "5", 1, 1, 1, "u")
+    assert found.script.splitlines()[0] == f"run = dumo.load({word!r}, device='cpu')"
+    assert "digits-trained-{i:06d}.png" in found.script
+
+
 def test_what_cannot_be_guided_says_why(digits: InteractiveRun, free: InteractiveRun, tmp_path: Path) -> None:
     """On the page in advance; and where it is tried, as `run.sample` does."""
     guided_run = trained(tmp_path / "guided", "digits-guided")
