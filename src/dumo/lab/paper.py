@@ -84,7 +84,7 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
         title = "DuMo" if ratio is None else f"MeanFlow, velocity ratio {ratio:g}"
         samples = result.trained.sampler.sample(generate.labels_in_turn(2000, 0), nfe=1).x
         panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": samples})
-    panels["grey: data\nred: samples of one pass"] = picture.scatter(real, {"": real[:0]})
+    panels["grey: data\nred: samples at 1 NFE"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"
     picture.write_picture(path, picture.named_blocks(panels, 4))
     return [path]
@@ -100,7 +100,7 @@ def fig4a_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
         point = chart.CurvePoint(averages["share_on_velocity"], averages[score], averages.get(f"{score}_sd"))
         points.setdefault(f"{objective}, {varied}", []).append(point)
     label = chart.score_label(score)
-    return {"fig4a": chart.curves("Share on the velocity, one pass", "share on the velocity", label, points)}
+    return {"fig4a": chart.curves("Share on the velocity, 1 NFE", "share on the velocity", label, points)}
 
 
 def fig4c_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -118,7 +118,7 @@ def fig4c_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     score = main_score(table[0])
     values = {(averages["theta_1"], averages["theta_2"]): log(averages[score]) for averages in table}
     scale = f"log of the {word(MERITS, score).title} (lower is better)"
-    return {"fig4c": chart.heat_map("t ~ Beta(θ₁, θ₂), one pass", "θ₁", "θ₂", values, scale)}
+    return {"fig4c": chart.heat_map("t ~ Beta(θ₁, θ₂), 1 NFE", "θ₁", "θ₂", values, scale)}
 
 
 def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
