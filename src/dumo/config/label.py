@@ -69,5 +69,7 @@ def _classes_of(tree: dict[str, Any]) -> tuple[int, Sequence[str]] | None:
     resolved = tree.get("resolved")
     found = resolved if isinstance(resolved, dict) else {}
     count = data.get("classes") or found.get(f"{path}.classes") or TOY_CLASSES.get(str(data.get("kind")))
-    names = data.get("names") or found.get(f"{path}.names") or ()
+    names: Sequence[str] = ()
+    for field in ("names", "titles"):  # as `Conditions.names` takes them
+        names = names or data.get(field) or found.get(f"{path}.{field}") or ()
     return (count, names) if isinstance(count, int) else None

@@ -107,5 +107,15 @@ def test_labels_by_the_plain_values_of_a_run(data: dict[str, object], wrong: str
         label.require_labels("cat", {"data": data})
 
 
+@pytest.mark.parametrize("found", ["data.names", "data.titles", "data.images.names", "data.images.titles"])
+def test_a_label_has_the_name_that_the_files_of_a_trained_run_gave_it(found: str) -> None:
+    images = {"kind": "images", "classes": 2}
+    data = {"kind": "latents", "images": images} if ".images." in found else images
+    tree = {"data": data, "resolved": {found: ["cat", "dog"]}}
+    label.require_labels("dog,cat,1", tree)
+    with pytest.raises(UserError, match="there is no label 'cats': did you mean 'cat'"):
+        label.require_labels("cats", tree)
+
+
 def test_toy_classes_are_those_of_the_specs() -> None:
     assert {name: load_recipe(name).data.classes for name in ("digits", "moons")} == label.TOY_CLASSES
