@@ -33,6 +33,7 @@ CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text
 PARQUET = "{}-00000-of-00001.parquet"  # the file of a split of CIFAR-10
 SD_VAE = SdVae().weights
 DC_AE = DcAe().weights
+EXPORT_DATA = "export DUMO_DATA=${DUMO_DATA:-$PWD/data}   # a folder here, if it is not set"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ CATALOGUE = (
         "50,000 and 10,000 images of 32x32 in 10 classes (Krizhevsky 2009)",
         "https://www.cs.toronto.edu/~kriz/cifar.html, on the hub as uoft-cs/cifar10",
         (
+            EXPORT_DATA,
             "mkdir -p $DUMO_DATA/cifar10",
             *(f"curl -Lo $DUMO_DATA/cifar10/{PARQUET.format(s)} {CIFAR}{PARQUET.format(s)}" for s in ("train", "test")),
         ),
@@ -97,6 +99,7 @@ CATALOGUE = (
         f"ImageNet-1k's training set, {IMAGENET_TRAIN_IMAGES:,} images in 1,000 classes",
         "https://image-net.org/download.php, with an account: ILSVRC2012_img_train.tar, 138 GB",
         (
+            "export IMAGENET=${IMAGENET:-$PWD/imagenet}   # a folder here, if it is not set",
             "mkdir -p $IMAGENET/train && tar -xf ILSVRC2012_img_train.tar -C $IMAGENET/train && cd $IMAGENET/train",
             'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done',
         ),
@@ -108,7 +111,10 @@ CATALOGUE = (
         "imagenet-sample",
         "1,000 photographs, one of each class of ImageNet, for a small run",
         "https://github.com/EliSchwartz/imagenet-sample-images",
-        ("git clone https://github.com/EliSchwartz/imagenet-sample-images $DUMO_DATA/imagenet-sample",),
+        (
+            EXPORT_DATA,
+            "git clone https://github.com/EliSchwartz/imagenet-sample-images $DUMO_DATA/imagenet-sample",
+        ),
         ("$DUMO_DATA/imagenet-sample",),
         "image files in a folder, or parquet",
         "$DUMO_DATA/imagenet-sample",
@@ -118,6 +124,7 @@ CATALOGUE = (
         "a small autoencoder for latents (TAESD for FLUX.2, 2.7 M parameters, MIT)",
         "https://github.com/madebyollin/taesd",
         (
+            EXPORT_DATA,
             "mkdir -p $DUMO_DATA/taef2 && cd $DUMO_DATA/taef2",
             f"curl -LO {TAESD}taef2_encoder.pth -LO {TAESD}taef2_decoder.pth",
             'python -c "import torch; from safetensors.torch import save_file;'

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dumo.config.load import Written, identity
 from dumo.config.place import require_run_folder
+from dumo.config.source import trained_name_of
 from dumo.io import file as files
 from dumo.io.weights import compare, sha256, unshared
 from dumo.run import shipped
@@ -101,6 +102,10 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
     assert written, "it has a run.yaml"
     run = written.run
     snapshots = _find_snapshots(folder, run.train)
+    if not snapshots and trained_name_of(source) is not None:
+        raise UserError(
+            f"{source} has no snapshots to make averages of: dumo brings only the weights that it samples by"
+        )
     if not snapshots:
         every = max(1, run.train.steps // 10)
         raise UserError(

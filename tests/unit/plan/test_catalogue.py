@@ -30,6 +30,15 @@ def test_every_variable_that_a_recipe_reads_is_told() -> None:
     assert not [name for name in VARIABLES if f"${name}" not in said]
 
 
+@pytest.mark.parametrize("item", CATALOGUE, ids=lambda item: item.name)
+def test_no_command_writes_to_a_folder_of_a_variable_that_is_not_set(item: catalogue.Item) -> None:
+    """mkdir -p $DUMO_DATA/cifar10, typed as it is printed, would be /cifar10."""
+    exported: set[str] = set()
+    for line in item.get:
+        exported |= set(re.findall(r"export ([A-Z_]+)=", line))
+        assert set(re.findall(r"\$([A-Z_]+)", line)) <= exported | {"PWD"}, line
+
+
 @pytest.mark.slow
 def test_a_recipe_is_named_by_what_it_needs() -> None:
     named = {name: {*recipes_needing(find(name))} for name in ("taef2", "sd-vae", "dc-ae", "inception", "pretrained")}
