@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn
 import pytest
 
 from dumo import cli
+from dumo.export import write
 from dumo.io import trained
 from e2e.shell import call, finish, sets, start, wait
 from forked import ENVIRONMENT
@@ -118,6 +119,15 @@ def test_an_export_needs_no_place(alone: Path, name: str) -> None:
     done = call("export", name)
     assert done.code == 0, done.err
     assert {path.split("/")[0] for path in files(alone)} == {f"{name}-diffusers"}
+
+
+def test_an_export_without_diffusers_says_how_to_install_it(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `pip install .`, which brings none."""
+    monkeypatch.setattr(write, "installed", lambda package: package != "diffusers")
+    done = call("export", DIGITS)
+    assert done.code == 2
+    assert re.search("an export needs diffusers: .*install .*diffusers", done.err), done.err
+    assert files(alone) == []
 
 
 @pytest.mark.nightly

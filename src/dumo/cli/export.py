@@ -96,6 +96,7 @@ def export(
     dist.require_one_process("dumo export")
     if target is None:
         target = _default_target(run_folder, to)
+    write.require_diffusers()
     write.require_vacant(target)
     write.require_known_options(to, parts, dtype)
     if push is not None:

@@ -34,6 +34,7 @@ from dumo.io.read import brief, read_settings, write_json
 from dumo.io.weights import unshared
 from dumo.nets import DiT, Pretrained, UNet
 from dumo.run.weights import RunFolder, build
+from dumo.runtime import install, installed
 from dumo.runtime.door import option
 from dumo.training.frozen import trained
 from dumo.types import Objective, UserError
@@ -65,9 +66,10 @@ def export(
     or left out. `name` is what the card opens, OWNER/NAME on the hub; None: the folder. `nfe` are the numbers of passes
     for which a net of two times is fixed. `alone`: of adapters on top of a few-step run's, these without those.
 
-    Raises UserError where `out` exists and is not empty, for an unknown option, and where no stock program runs what
-    the run has; OSError where nothing can be written. Then nothing is written.
+    Raises UserError without diffusers, where `out` exists and is not empty, for an unknown option, and where no stock
+    program runs what the run has; OSError where nothing can be written. Then nothing is written.
     """
+    require_diffusers()
     require_known_options(to, parts, dtype)
     if alone and not (opened.run.has_subject and to in ("lora", "comfyui")):
         raise UserError(
@@ -114,6 +116,12 @@ def export(
             facts |= net.facts
         write_json(temporary / ORIGIN, facts)
     return out
+
+
+def require_diffusers() -> None:
+    """Raise UserError where diffusers is missing, which makes the samples that an export is compared by."""
+    if not installed("diffusers"):
+        raise UserError(f"an export needs diffusers: {install('diffusers')}")
 
 
 def require_known_options(to: str, parts: str, dtype: str) -> None:
