@@ -119,6 +119,9 @@ def test_an_export_needs_no_place(alone: Path, name: str) -> None:
     done = call("export", name)
     assert done.code == 0, done.err
     assert {path.split("/")[0] for path in files(alone)} == {f"{name}-diffusers"}
+    notice = alone / f"{name}-diffusers/vae/LICENSE"
+    assert notice.is_file() == (name == CIFAR10)
+    assert name == DIGITS or notice.read_bytes() == (trained.folder(name) / "LICENSE.taef2").read_bytes()
 
 
 def test_an_export_without_diffusers_says_how_to_install_it(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 pipeline.py        the passes, by the run's solver
 net/               dumo_dit.py or dumo_unet.py, its config and weights: every head, of the weights that are shown
-vae/               the decoder, if the net makes latents: a class of diffusers, or dumo_taef2.py
+vae/               the decoder, if the net makes latents: a class of diffusers, or dumo_taef2.py with taef2's licence
 model_index.json   which parts there are, and how the run samples
 README.md          the model card
 
@@ -30,6 +30,7 @@ from dumo.export import card
 from dumo.export.model import Head
 from dumo.export.scheduler import SHIPPED
 from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
+from dumo.io import trained
 from dumo.io.read import write_json
 from dumo.nets import UNet
 from dumo.nets.block import UnitRowLinear
@@ -40,6 +41,7 @@ from dumo.runtime.random import noise, random_batch
 from dumo.types import UserError
 
 _VAE = "dumo_taef2"  # of shipped/dumo_taef2.py
+_TAEF2_LICENSE = trained.folder("cifar10-trained") / "LICENSE.taef2"  # MIT: a copy of the weights must have it
 _KNOWN_TIMES = ("t", "r")  # the times that the shipped nets embed
 _COMPARED_PASSES = (1, 2, 3)  # in which dumo and the shipped code make samples that must be equal: ours
 Json = dict[str, Any]
@@ -189,6 +191,7 @@ def _write_decoder(sampler: Sampler, folder: Path) -> list[str | None]:
     tiny.load_state_dict({name: w for name, w in net.state_dict().items() if name.startswith("decoder.")})
     tiny.save_pretrained(folder)
     shutil.copy(SHIPPED / f"{_VAE}.py", folder)
+    shutil.copy(_TAEF2_LICENSE, folder / "LICENSE")
     return [_VAE, "DumoTaef2"]
 
 
