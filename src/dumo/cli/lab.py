@@ -59,7 +59,7 @@ def reproduce(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Make a figure or table of the results again, or one of a plan of your own.
+    """Make a figure or table again, or that of your own plan.
 
     Picture, table and results.json. Finished cells are kept, a stopped one goes on.
     """
