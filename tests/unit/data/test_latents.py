@@ -210,7 +210,10 @@ def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, t
         latents(images, tmp_path / "more", count=COUNT + 1).rows()
 
 
-def test_a_missing_cache_names_the_recipe_to_encode(latents: Maker, images: Path) -> None:
+def test_a_missing_cache_names_the_recipe_to_encode(
+    latents: Maker, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is none
     missing = latents(images, Path("runs/latents/cifar10-taef2"))
     with pytest.raises(UserError, match=r"make it with dumo encode cifar10-latents$"):
         missing.cache()
