@@ -1,5 +1,7 @@
 """The wheel is all of dumo: installed outside the clone it trains, samples and judges, without a network."""
 
+import re
+import subprocess
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -7,6 +9,8 @@ import pytest
 
 import release
 from dumo.config import recipes
+from e2e.test_shipped import CASES, CIFAR10, DIGITS, FEW_SAMPLES, LABEL, WORDS, Case
+from forked import ENVIRONMENT
 from fresh import ALONE, finished, made
 
 ROOT = Path(__file__).parents[2]
@@ -36,17 +40,48 @@ def test_a_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     assert {"dumo/recipes/digits.yaml", "dumo/report/report.html.j2", "dumo/encoders/digits.safetensors"} <= found
 
 
+@pytest.fixture(scope="module")
+def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment without a network, into which pip has installed the wheel, and digits trained beside it."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv = made(folder / "venv")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ALONE.items():
+            patch.setenv(name, value)
+        release.install(wheel, venv, folder)
+    return venv
+
+
+@pytest.mark.parametrize("name", [DIGITS, CIFAR10])
+def test_every_command_takes_the_runs_of_a_wheel(
+    venv: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside the clone, without data or a network."""
+    for variable, value in ALONE.items():
+        monkeypatch.setenv(variable, value)
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "DUMO_DATA"} | ALONE
+    words = {"name": name, "few": " ".join(FEW_SAMPLES[name]), "label": LABEL[name], **WORDS[name]}
+    for case in (*CASES.values(), Case("export {name}")):
+        typed = case.command.format(**words).split()
+        command = [str(venv / "bin/dumo"), *typed]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        refused = case.refused.format(**words)
+        assert done.returncode == (2 if refused else 0), (typed, done.stderr)
+        assert re.search(refused or case.out.format(**words), done.stderr if refused else done.stdout), typed
+        assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {name, f"{name}-diffusers", "runs"}
+
+
 def test_a_wheel_works_outside_the_clone_without_a_network(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Path, venv: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in ALONE.items():
         monkeypatch.setenv(name, value)
-    venv = made(tmp_path / "venv")
-    release.install(wheel, venv, tmp_path)
-    assert finished(venv / "bin/dumo", "--version", cwd=tmp_path) == f"dumo {wheel.name.split('-')[1]}\n"
-    listed = finished(venv / "bin/dumo", "recipes", cwd=tmp_path)
+    folder = venv.parent  # where digits is trained
+    assert finished(venv / "bin/dumo", "--version", cwd=folder) == f"dumo {wheel.name.split('-')[1]}\n"
+    listed = finished(venv / "bin/dumo", "recipes", cwd=folder)
     assert all(name in listed for name in recipes.names())
-    distance, page, package = finished(venv / "bin/python", "-c", WAY, cwd=tmp_path).split()
+    distance, page, package = finished(venv / "bin/python", "-c", WAY, cwd=folder).split()
     assert float(distance) > 0
-    assert (tmp_path / page).is_file()
+    assert (folder / page).is_file()
     assert Path(package).is_relative_to(venv)

@@ -214,9 +214,10 @@ class Latents(Spec):
     def _encode_command(self) -> str:
         """The command that makes the cache, with the recipe of dumo's that has the same folder, where there is one."""
         recipe = ""
-        line = re.compile(rf"^  root: {re.escape(self.root)}(?: |$)", re.MULTILINE)
+        root_line = re.compile(r"^  root: (runs/\S+)", re.MULTILINE)
         for file in sorted(RECIPES.glob("*.yaml")):
-            if line.search(file.read_text(encoding="utf-8")):
+            match = root_line.search(file.read_text(encoding="utf-8"))
+            if match and Path(self.root).match(match[1]):  # the same place, or below the folder of a run
                 recipe = f" {file.stem}"
                 break
         if self.images.count:
