@@ -30,8 +30,9 @@ def require_run(word: str, options: Options) -> None:
     """
     from dumo.config.label import require_captions, require_labels
     from dumo.config.place import require_run_folder
+    from dumo.run import shipped
 
-    folder = _run_folder(word)
+    folder = shipped.find(word)
     require_run_folder(word, folder)
     tree = _require_fields(folder, options)
     if options.get("prompt"):
@@ -84,24 +85,17 @@ def require_plan(word: str, options: Options) -> None:
 def require_evaluated(word: str, options: Options) -> None:
     """Raise UserError unless a word names an evaluation, or a run's folder that has one."""
     from dumo.config.place import require_evaluation
+    from dumo.run import shipped
 
-    require_evaluation(_run_folder(word))
+    require_evaluation(shipped.find(word))
 
 
 def require_logged(word: str, options: Options) -> None:
     """Raise UserError unless a word names the folder of a run that has a log."""
     from dumo.config.place import require_log
+    from dumo.run import shipped
 
-    require_log(_run_folder(word))
-
-
-def _run_folder(word: str) -> Path:
-    """The folder that a word names: of a trained run that dumo brings, or a path."""
-    from dumo.config.source import trained_name_of
-    from dumo.io import trained
-
-    name = trained_name_of(word)
-    return Path(word) if name is None else trained.folder(name)
+    require_log(shipped.find(word))
 
 
 def _require_images(word: str) -> None:

@@ -88,7 +88,7 @@ class ChosenSource:
         """What the word was taken for, in words."""
         match self.kind:
             case "recipe":
-                return f"the recipe {str(self.word).removeprefix(SHIPPED_PREFIX)}, which dumo brings"
+                return f"the recipe {self._shipped_name}, which dumo brings"
             case "file":
                 return f"the settings in {self.word}"
             case "run":
@@ -96,7 +96,7 @@ class ChosenSource:
                     return f"the run in {self.folder}, which goes on"
                 return f"the settings of the run in {self.folder}, for a new run"
             case "trained":
-                name = str(self.word).removeprefix(SHIPPED_PREFIX)
+                name = self._shipped_name
                 return f"the run {name}, which dumo brings: a new run in {self.folder} begins with its weights"
             case "images":
                 return f"the images in {self.word}"
@@ -106,8 +106,12 @@ class ChosenSource:
         """Fields to set in what the word says, as --set takes them, before those of the user."""
         if self.kind != "trained":
             return []
-        name = str(self.word).removeprefix(SHIPPED_PREFIX)
-        return [f"start={shown({'source': f'{SHIPPED_PREFIX}{name}'})}"]
+        return [f"start={shown({'source': f'{SHIPPED_PREFIX}{self._shipped_name}'})}"]
+
+    @property
+    def _shipped_name(self) -> str:
+        """The word, where it names a recipe or a trained run that dumo brings, without the prefix."""
+        return str(self.word).removeprefix(SHIPPED_PREFIX)
 
 
 def choose(source: str | Path, out: Path | None = None) -> ChosenSource:

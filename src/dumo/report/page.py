@@ -26,7 +26,7 @@ from dumo.config import recipes, word
 from dumo.config.conditions import shown as shown_data
 from dumo.config.conditions import squares
 from dumo.config.load import dump
-from dumo.config.place import EVALUATION
+from dumo.config.place import EVALUATION, LOG
 from dumo.data import Images, Latents
 from dumo.evaluation.neighbours import Real, nearest
 from dumo.flow.generate import labels_in_turn
@@ -91,9 +91,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     sampler = opened.sampler
 
     # what is on disk: the log, the evaluation, the data
-    rows = [
-        row for row in log.read_log(opened.folder / "metrics.jsonl") if "skipped" not in row
-    ]  # a skipped step has no numbers
+    rows = [row for row in log.read_log(opened.folder / LOG) if "skipped" not in row]  # a skipped step has no numbers
     judged = score.judgement(opened.find_output(EVALUATION).parent, opened.step, opened.weights)
     data = read_data(opened)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dumo.config.load import FILE, dump
+from dumo.config.place import LOG
 from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.io import file as files
@@ -27,7 +28,7 @@ LOCK = ".training.lock"  # a file that is held, and there, while the run is trai
 NO_CHECKPOINT_YET = ".unsaved"  # empty file: from before the first step until the first checkpoint is written
 CHECKPOINT_WRITTEN = ".saved"  # the same file from then on, renamed: a run without a checkpoint has lost it
 BEST = "best"  # a folder in it: the weights of the best score
-WRITTEN_FILES = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
+WRITTEN_FILES = (FILE, "data.json", LOG)  # by training, at the top of the folder
 
 
 def _require_name(folder: Path) -> None:
@@ -80,7 +81,7 @@ def _require_no_lost_checkpoint(folder: Path, train: Train) -> None:
     The folder's mark says whether one was written; where the log is gone, too, somebody has cleared the run. Of a run
     from before there were marks, the log says so where it goes on after the first step that is saved by its number.
     """
-    log_file = folder / "metrics.jsonl"
+    log_file = folder / LOG
     if not log_file.exists():
         return
     if (folder / CHECKPOINT_WRITTEN).exists():

@@ -22,6 +22,7 @@ from dumo.autodiff import float64
 from dumo.config.advice import advice
 from dumo.config.change import shown
 from dumo.config.load import FILE, identity
+from dumo.config.place import LOG
 from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.io.source import DataSource
@@ -149,7 +150,7 @@ class Journal:
                 if blamed_rows:
                     message += ": " + "; ".join(map(_row_text, blamed_rows[:3]))
                 self.tell(message)
-            log.append(self.folder / "metrics.jsonl", row)
+            log.append(self.folder / LOG, row)
 
     def blamed_rows(self, step: int, skipped: Skipped) -> list[dict[str, Any]]:
         """The rows to blame for a skipped step, each with its number in the data set, not in the batch."""
@@ -191,7 +192,7 @@ class Journal:
     def save(self, state: State) -> None:
         """Save a checkpoint of this step in a thread, after the log up to it; training goes on meanwhile."""
         self.saver.wait()  # its memory is filled anew
-        log_file = self.folder / "metrics.jsonl"
+        log_file = self.folder / LOG
         step = state.step
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
         step_threads = self.threads.number if self.threads else None
@@ -384,7 +385,7 @@ class History:
         The log after the step is always moved aside; with `rewound`, later checkpoints and milestones are removed.
         """
         folder = self.index.folder
-        log_file = folder / "metrics.jsonl"
+        log_file = folder / LOG
 
         # take back what came after the step
         undone_rows = 0
