@@ -1,7 +1,8 @@
 """Find the fields of a run that no spec has, and values of the wrong type, without torch: by their outline.
 
 `faults` is the entrance. It finds fewer mistakes than `dumo.config.load.parse`, which validates the whole tree, and no
-others: what it cannot tell, such as fields of a class from outside, it leaves to that.
+others: what it cannot tell, such as fields of a class from outside, it leaves to that. So it does with everything while
+the outline is not that of the specs.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pydantic_core import to_json
 
 from dumo.config import line
 from dumo.config.change import SHORTHANDS
-from dumo.config.outline import Schema, choices, kinds_of, root
+from dumo.config.outline import Schema, choices, is_current, kinds_of, root
 from dumo.io.read import brief
 
 TYPES = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}  # of values without fields
@@ -27,7 +28,8 @@ BOUNDS = {  # of numbers: what pydantic calls them
 
 def faults(tree: dict[str, Any]) -> list[str]:
     """A line for each mistake in the plain values of a run, or of some of its parts; []: none is found."""
-    return list(_part_faults(tree, root(), ""))
+    found = list(_part_faults(tree, root(), ""))
+    return found if found and is_current() else []
 
 
 def _part_faults(part: dict[str, Any], schema: Schema, path: str) -> Iterator[str]:

@@ -2,17 +2,25 @@
 
 `python tools/outline.py` writes the file from the specs, and a test compares the two. It is their JSON schema
 (`dumo.config.schema`) without what no check here reads. `dumo.config.fault` goes through a run by it.
+
+The file holds a hash of the lines that declare fields and kinds. Once one of them has changed, as where somebody adds
+an objective, `is_current` says so, and the specs alone decide.
 """
 
+import ast
 import json
+import re
 from collections.abc import Iterator
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 Schema = dict[str, Any]  # JSON schema
 FILE = Path(__file__).with_name("outline.json")
 DEFINITIONS = "$defs"
+DECLARED = "declared"  # the key of the hash
+PACKAGE = Path(__file__).parents[1]
 # Keywords of JSON schema that the file keeps.
 KEYWORDS = (
     *("$ref", "anyOf", "type", "const", "enum", "properties", "additionalProperties", "items", "prefixItems"),
@@ -24,6 +32,36 @@ KEYWORDS = (
 def root() -> Schema:
     """The schema of a whole run."""
     return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+def is_current() -> bool:
+    """Whether the fields and kinds are declared as they were when the file was written. Takes a fifth of a second."""
+    return root()[DECLARED] == declared(PACKAGE)
+
+
+@cache
+def declared(package: Path) -> str:
+    """A hash of the statements in a package that declare fields of specs, their kinds and the types that these name."""
+    found = sha256()
+    for file in sorted(package.rglob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        if not re.search(r"Spec\b|SpecFamily|BaseModel", text):
+            continue
+        lines = text.splitlines()
+        for statement in _declarations(ast.parse(text)):
+            found.update("\n".join(lines[statement.lineno - 1 : statement.end_lineno]).encode())
+    return found.hexdigest()
+
+
+def _declarations(module: ast.Module) -> Iterator[ast.stmt]:
+    """Of a file: the fields of its classes, then its types and tables of kinds."""
+    for statement in module.body:
+        if isinstance(statement, ast.ClassDef):
+            yield from (field for field in statement.body if isinstance(field, ast.AnnAssign))
+        elif isinstance(statement, ast.Assign | ast.AnnAssign):
+            names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+            if names & {"Literal", "Annotated", "MEMBERS"}:
+                yield statement
 
 
 def choices(schema: Schema) -> Iterator[Schema]:

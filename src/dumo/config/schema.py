@@ -23,6 +23,7 @@ def outline_text() -> str:
     parts = tree.pop(outline.DEFINITIONS)
     lines = [f"{json.dumps(name)}: {json.dumps(part)}" for name, part in sorted(parts.items())]
     definitions = ",\n".join(lines)
+    tree[outline.DECLARED] = outline.declared(outline.PACKAGE)
     return f'{json.dumps(tree)[:-1]}, "{outline.DEFINITIONS}": {{\n{definitions}\n}}}}\n'
 
 

@@ -1,6 +1,8 @@
 """The outline of a run has the fields that the specs have, and what is found by it is what pydantic finds."""
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +19,31 @@ from e2e.test_refuse import FIELDS
 
 def test_the_file_is_what_the_specs_say() -> None:
     assert outline.FILE.read_text(encoding="utf-8") == outline_text(), "write it: python tools/outline.py"
+
+
+@pytest.mark.parametrize(
+    ("declared", "is_current"),
+    [
+        ("", True),
+        ("x = 3", True),
+        ("class Other(Spec):\n    def run(self) -> None:\n        x: int = 3", True),
+        ("class Other(Spec):\n    field: int", False),
+        ('MEMBERS = {"any_step": "dumo.objectives.any_step:AnyStep"}', False),
+        ('Kind = Literal["a", "b"]', False),
+    ],
+)
+def test_a_field_or_kind_that_was_added_leaves_all_to_the_specs(
+    declared: str, is_current: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "dumo"
+    shutil.copytree(
+        outline.PACKAGE, package, ignore=lambda _, names: [n for n in names if "." in n and n[-3:] != ".py"]
+    )
+    with (package / "objectives" / "dumo.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n{declared}\n")
+    monkeypatch.setattr(outline, "PACKAGE", package)
+    assert outline.is_current() == is_current
+    assert bool(found("digits", "steps=3")) == is_current
 
 
 @pytest.mark.parametrize("name", recipes.names())
