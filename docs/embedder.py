@@ -2,8 +2,8 @@
 
     python docs/embedder.py RUN RUN
 
-Both are `dumo-best-latents` for 736 steps with the schedule of `scaling`, seed 0; a row of their logs has the largest
-norms of 50 steps.
+Both are `dumo-best-latents` with `train.coupling=null` for 736 steps with the schedule of `scaling`, seed 0. A row of
+their logs has the largest norms of 50 steps.
 """
 
 import sys
