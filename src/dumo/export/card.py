@@ -20,11 +20,13 @@ from dumo.config.place import EVALUATION
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Data, Images, Latents
+from dumo.data.caption import Templates
 from dumo.data.pixel import Size
 from dumo.encoders.pipeline import LICENSE
 from dumo.export.model import ExportedModel, StockPipeline
 from dumo.export.scheduler import EULER, JUMP_SCHEDULER, LCM
 from dumo.export.serve import is_whole, unserved
+from dumo.export.textencoder import ShippedTextEncoder
 from dumo.flow.guide import GuidanceScale
 from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
 from dumo.report.card import read_report
@@ -235,11 +237,19 @@ def image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
 
 
 def of_own(
-    sampler: Sampler, provenance: Provenance, kind: str, name: str, solver: Restart | Hop | Hermite | Euler
+    sampler: Sampler,
+    provenance: Provenance,
+    kind: str,
+    name: str,
+    solver: Restart | Hop | Hermite | Euler,
+    encoder: ShippedTextEncoder | None = None,
+    *,
+    has_encoder: bool = False,
 ) -> str:
     """The card of a folder called `name` with a net of dumo's own, of this kind, and the code that runs it.
 
-    `solver` makes the passes. The code calls it for the numbers of passes that it can make.
+    `solver` makes the passes. The code calls it for the numbers of passes that it can make. `encoder` reads prompts;
+    None: the net reads labels. `has_encoder`: it is in the folder.
     """
     passes = {50: "Euler steps"}
     if not isinstance(solver, Euler):
@@ -254,10 +264,37 @@ def of_own(
         parameters=sum(p.numel() for p in sampler.net.parameters()),
         passes=passes,
         solver=solver,
+        encoder=encoder,
+        has_encoder=has_encoder,
+        condition=condition_argument(sampler),
+        labels=label_list(sampler),
         head_text=HEAD_TEXTS[solver.kind],
-        tag="unconditional-image-generation",
+        tag="text-to-image" if encoder else "unconditional-image-generation",
         origin={},
     )
+
+
+def condition_argument(sampler: Sampler) -> str:
+    """The argument that asks for two images: labels of classes, or captions by templates; else one, of a prompt."""
+    conditions = sampler.conditions
+    numbers = [0, conditions.count // 2]
+    if conditions.captions is None:
+        return f"class_labels={numbers}"
+    prompts = [PROMPT]
+    if isinstance(conditions.captions, Templates):  # captions of images are their owner's, and may be private
+        prompts = [conditions.names[k] for k in numbers]
+    return f"prompt=[{', '.join(map(literal, prompts))}]"
+
+
+def label_list(sampler: Sampler) -> str:
+    """The labels of classes, with their names where they have some: "0 to 9", or "0 airplane, 1 automobile"."""
+    count = sampler.conditions.count
+    names = sampler.conditions.names
+    if not count:
+        return "0: there are no classes"
+    if not names or names == tuple(map(str, range(count))):
+        return f"0 to {count - 1}"
+    return ", ".join(f"{k} {plain(name)}" for k, name in enumerate(names))
 
 
 def render(template: str, sampler: Sampler, provenance: Provenance, name: str, **values: object) -> str:

@@ -2,6 +2,7 @@
 
 pipeline.py        the passes, by the run's solver
 net/               dumo_dit.py or dumo_unet.py, its config and weights: every head, of the weights that are shown
+text_encoder/ ...  what reads prompts, and tokenizer/, if the net reads texts (`dumo.export.textencoder`)
 vae/               the decoder, if the net makes latents: a class of diffusers, or dumo_taef2.py with taef2's licence
 model_index.json   which parts there are, and how the run samples
 README.md          the model card
@@ -26,9 +27,10 @@ from torch.nn import functional as F
 
 from dumo.data import Latents
 from dumo.encoders import Taef2
-from dumo.export import card
+from dumo.export import card, textencoder
 from dumo.export.model import Head
 from dumo.export.scheduler import SHIPPED
+from dumo.export.textencoder import ShippedTextEncoder
 from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
 from dumo.io import trained
 from dumo.io.read import write_json
@@ -44,6 +46,8 @@ _VAE = "dumo_taef2"  # of shipped/dumo_taef2.py
 _TAEF2_LICENSE = trained.folder("cifar10-trained") / "LICENSE.taef2"  # MIT: a copy of the weights must have it
 _KNOWN_TIMES = ("t", "r")  # the times that the shipped nets embed
 _COMPARED_PASSES = (1, 2, 3)  # in which dumo and the shipped code make samples that must be equal: ours
+# parts of the names of weights, in dumo's net and in the shipped one
+_SHIPPED_NAMES = {"own.heads.": "own.", ".keys.kv.": ".kv.", ".keys.k_norm.": ".key_norm."}
 Json = dict[str, Any]
 ShippedSolver = Restart | Hop | Hermite | Euler
 
@@ -56,9 +60,12 @@ def write(
     name: str,
     *,
     head: Head,
+    parts: str = "copy",
     dtype: str = "float32",
 ) -> None:
     """Write the net and its code into the empty folder `out`, which will be called `name`.
+
+    `parts`: whether a published text encoder is copied, linked to or left out ("none").
 
     Raises UserError for an option of the net or a guidance that the shipped code does not know, and where it makes
     other samples than dumo.
@@ -67,17 +74,23 @@ def write(
     solver = _shipped_solver(sampler, head)
     settings = _pipeline_settings(sampler, solver)
     net = _shipped_net(sampler, spec)
-    _require_same_samples(sampler, net, solver)
-    nn.Module.to(net, getattr(torch, dtype))  # diffusers' own would warn that no layer stays in float32
+    encoder = textencoder.text_encoder_of(sampler, spec.texts)
+    _require_same_samples(sampler, net, solver, encoder)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    nn.Module.to(net, torch_dtype)  # diffusers' own would warn that no layer stays in float32
     net.save_pretrained(out / "net")
     module = type(net).__module__.rpartition(".")[2]  # not `dit`, for diffusers has a pipeline of this name
     shutil.copy(SHIPPED / f"{module}.py", out / "net")
     shutil.copy(SHIPPED / "pipeline.py", out)
     index: Json = {"_class_name": ["pipeline", "DumoPipeline"], "_dumo_version": version()}
     index["net"] = [module, type(net).__name__]
+    if encoder is not None:
+        index |= textencoder.write(encoder, out, parts=parts, dtype=torch_dtype)
+        settings |= encoder.settings
     index["vae"] = _write_decoder(sampler, out / "vae")
     write_json(out / "model_index.json", index | settings)
-    readme = card.of_own(sampler, provenance, spec.kind, name, solver)
+    has_encoder = textencoder.TEXT_ENCODER in index
+    readme = card.of_own(sampler, provenance, spec.kind, name, solver, encoder, has_encoder=has_encoder)
     (out / "README.md").write_text(readme, encoding="utf-8")
 
 
@@ -86,12 +99,8 @@ def _require_known_run(sampler: Sampler, spec: DiT | UNet) -> None:
     way_out = "which the exported code does not know: sample it by dumo sample"
     needs = sampler.flow.objective.needs
     guide = sampler.spec.guide
-    if spec.texts:
-        raise UserError(f"net.texts is set, {way_out}")
     if spec.precondition == "data":
         raise UserError(f"net.precondition is data, {way_out}")
-    if isinstance(spec, DiT) and spec.qk_norm and not spec.modern:
-        raise UserError(f"net.qk_norm is True without net.modern, {way_out}")
     for name in needs.names:
         if name not in _KNOWN_TIMES:
             raise UserError(f"its net takes {name}, {way_out}")
@@ -119,14 +128,19 @@ def _shipped_net(sampler: Sampler, spec: DiT | UNet) -> Any:  # noqa: ANN401, a 
     arguments: Json = {
         "channels": channels,
         "side": side,
-        "classes": data.classes,
+        "classes": 0 if spec.texts else data.classes,
         "time_names": [time for time in _KNOWN_TIMES if f"times.embedders.{time}.0.weight" in state],
         "head_names": [*needs.heads],
         "own_time_names": {head: ["t", *names] for head, names in needs.own.items()},
     }
     if isinstance(spec, DiT):
-        fields = {"patch", "width", "depth", "attention", "time_scale", "precondition", "modern", "magnitude", "late"}
-        shipped = DumoDiT(**arguments, **{field: getattr(spec, field) for field in fields})
+        fields = {"patch", "width", "depth", "attention", "time_scale", "precondition", "magnitude", "late"}
+        fields |= {"modern", "qk_norm"}
+        arguments |= {field: getattr(spec, field) for field in fields}
+        texts = sampler.texts
+        if texts is not None:
+            arguments |= {"text_width": texts.width, "pooled_width": texts.pooled_width}
+        shipped = DumoDiT(**arguments)
     else:
         fields = {"width", "multipliers", "depth", "attend", "time_scale"}
         shipped = DumoUNet(**arguments, **{field: getattr(spec, field) for field in fields})
@@ -143,16 +157,26 @@ def _shipped_weights(net: nn.Module) -> dict[str, torch.Tensor]:
             weights[f"{path}.weight"] = F.normalize(layer.weight.detach(), dim=1)
     shipped: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
-        if name.startswith(("gauges.", "augment.")):
+        if name.startswith(("gauges.", "augment.", "text.texts.")):
             continue
         shipped_name = name.replace("scalars.", "times.", 1) if name.startswith("scalars.") else name
-        shipped[shipped_name.replace("own.heads.", "own.", 1)] = weight
+        for part, shipped_part in _SHIPPED_NAMES.items():
+            shipped_name = shipped_name.replace(part, shipped_part, 1)
+        shipped[shipped_name] = weight
     return shipped
 
 
 @torch.no_grad()
-def _require_same_samples(sampler: Sampler, net: Any, solver: ShippedSolver) -> None:  # noqa: ANN401
-    """Raise UserError where the shipped code's samples are not dumo's to the bit, in as many passes as it can make."""
+def _require_same_samples(
+    sampler: Sampler,
+    net: Any,  # noqa: ANN401, a model of diffusers
+    solver: ShippedSolver,
+    encoder: ShippedTextEncoder | None,
+) -> None:
+    """Raise UserError where the shipped code's samples are not dumo's to the bit, in as many passes as it can make.
+
+    Of a net that reads texts, samples are compared on the same rows, and rows on the same prompts.
+    """
     from dumo.export.shipped.pipeline import DumoPipeline
 
     passes = [n for n in _COMPARED_PASSES if can_make(solver, sampler.taught, n)]
@@ -160,13 +184,24 @@ def _require_same_samples(sampler: Sampler, net: Any, solver: ShippedSolver) -> 
         raise UserError(f"solver '{solver.kind}' makes none of {_COMPARED_PASSES} passes, so nothing can be compared")
     data = sampler.data
     flow = sampler.flow
-    pipeline = DumoPipeline(net, **_solver_settings(solver))
+    settings = _solver_settings(solver)
+    if encoder is not None:
+        settings |= {"tokenizer": encoder.tokenizer, "text_encoder": encoder.model, **encoder.settings}
+    pipeline = DumoPipeline(net, **settings)
     pipeline.to(sampler.device)
     _, c = random_batch("export", 2, data.shape, data.classes)
+    condition: Json = {"class_labels": c.tolist()}
+    if encoder is not None:
+        textencoder.require_same_embeddings(encoder, pipeline)
+        assert sampler.texts is not None
+        tokens, mask, pooled = sampler.texts(c)
+        condition = {"prompt_embeds": tokens, "prompt_attention_mask": mask, "pooled_prompt_embeds": pooled}
     draws = [noise(0, range(2), k, data.shape) for k in range(max(passes))]
     for n in passes:
         samples = solver(sampler.reads, flow.path, draws[0], c, n, draws.__getitem__)
-        shipped: Any = pipeline(c.tolist(), n, latents=draws[0], noises=draws[1:], output_type="latent")
+        shipped: Any = pipeline(
+            num_inference_steps=n, latents=draws[0], noises=draws[1:], output_type="latent", **condition
+        )
         if not torch.equal(samples, shipped.images):
             raise UserError(
                 f"objective '{flow.objective.kind}' reads its heads in another way than the exported code, x_t - (t - "

@@ -1,5 +1,7 @@
 """The exported folder of dumo's own DiT or U-Net makes dumo's images, by code that is not dumo's."""
 
+import ast
+import inspect
 import json
 import os
 import re
@@ -12,20 +14,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
+import encoders
 from autoencoder import taef2
 from dumo.config.load import identity, load, parse
 from dumo.config.recipes import names
 from dumo.config.spec import Run
 from dumo.data import Latents
+from dumo.data.caption import CaptionFiles
 from dumo.data.image import Images
 from dumo.encoders import SdVae, Taef2
+from dumo.encoders.texttable import encode
+from dumo.export.card import label_list
 from dumo.export.write import export
 from dumo.flow.solver import Euler
 from dumo.io import trained
 from dumo.io.picture import to_rows
 from dumo.nets import DiT
+from dumo.nets.table import TextTable
+from dumo.nets.text import LearnedTexts
 from dumo.run.index import Index
+from dumo.run.prompt import prompted
 from dumo.run.weights import RunFolder, build, open_run
 from dumo.runtime.random import noise, stream
 from dumo.types import UserError
@@ -80,6 +90,7 @@ RESTART = "sample.solver={kind: restart, m: 0.3, start: 0.9}"
         ("digits-flow-matching", ("sample.solver.kind=euler",), None),
         ("dumo-best", (), None),  # preserved magnitudes, and jumps to any time
         ("digits", ("net.magnitude=preserved", "net.modern=true", "sample.solver.kind=hermite"), None),
+        ("digits", ("net.qk_norm=true",), None),
     ],
 )
 def test_dumos_images_to_the_bit(
@@ -146,11 +157,6 @@ def test_half_precision_is_rounded_once(pipeline: Opener, tmp_path: Path) -> Non
 
 # Recipes of dumo's own nets whose runs are refused, and what says so.
 REFUSED = {
-    "cifar10-latents-words": "net.texts is set",
-    "digits-words": "net.texts is set",
-    "text-256": "net.texts is set",
-    "text-512": "net.texts is set",
-    "text-1024": "net.texts is set",
     "digits-shortcut": "its net takes k",
     "digits-pi-flow": "has no head that can be exported",
     "digits-sct": "has no head that can be exported",
@@ -167,6 +173,9 @@ EARLY = [  # those that pages recommend, and one of each option of a net
     "digits-ect",  # EDM's frame
     "digits-dmf",  # r for t in late blocks
     "imagenet256-xl2-modern",
+    "digits-words",  # a text encoder that is trained along
+    "cifar10-latents-words",
+    "text-256",  # a published one
 ]
 RUN_CARDS = """
 import ast, os, sys
@@ -189,23 +198,55 @@ for name in sys.argv[1:]:
 """
 
 
-def opened_run(name: str, folder: Path) -> RunFolder:
-    """A run that comes with dumo; or of a recipe, with a narrow net and taef2's autoencoder, both of random weights."""
+def opened_run(name: str, folder: Path, **encoder: Any) -> RunFolder:  # noqa: ANN401, fields of a text encoder
+    """A run that comes with dumo; or of a recipe, with a narrow net, taef2's autoencoder and a narrow text encoder.
+
+    All of their weights are random, as are the embeddings of captions that lie in files.
+    """
     if name in trained.names():
         return open_run(name, device="cpu")  # by its copy in runs/
     run = load(name)
     if isinstance(run.net, DiT):
         late = 1 if run.net.late else None
         net = run.net.model_copy(update={"width": 16, "depth": 2, "attention": 2, "late": late, "route": None})
+        if net.texts:
+            net = net.model_copy(update={"texts": texts_of(run, folder / f"{name}-texts", **encoder)})
     else:
         net = run.net.model_copy(update={"width": 8, "multipliers": (1, 2), "depth": 1, "attend": (8,)})
     data = run.data
-    images = Images(root="", side=32, classes=data.classes or 0, names=())
+    classes = data.classes or 0
+    if isinstance(data.captions, CaptionFiles):
+        classes = len(CAPTIONS)
+    images = Images(root="", side=32, classes=classes, names=(), captions=data.captions)
     if isinstance(data, Images):
         data = images
     elif isinstance(data, Latents):
         data = Latents(root=str(folder), images=images, codec=codec("taef2", folder))
     return drawn(run.model_copy(update={"net": net, "data": data}), folder)
+
+
+CAPTIONS = ("a red car", "a blue car", "cat")  # instead of those in files
+
+
+def texts_of(run: Run, folder: Path, **encoder: Any) -> LearnedTexts | TextTable:  # noqa: ANN401
+    """The texts of a run's net through a narrow encoder: its table is in `folder`. `encoder`: fields of a published."""
+    texts = run.net.texts
+    if isinstance(texts, LearnedTexts):
+        encode(run.data.caption_texts(), texts.tokenizer, folder)
+        return texts.model_copy(update={"root": str(folder), "width": 8})
+    assert isinstance(texts, TextTable)
+    source = folder / "sana"
+    if encoder.get("pooled"):
+        encoders.clip(source)
+    else:
+        encoders.t5(source / "text_encoder")
+        (source / "text_encoder/tokenizer_config.json").unlink()
+        ByT5Tokenizer(extra_ids=0).save_pretrained(source / "tokenizer")
+    reader = texts.encoder.model_copy(update={"source": str(source), "length": 40, **encoder})
+    encode(CAPTIONS, reader, folder / "table")
+    pooled = 8 if reader.pooled else 0
+    sizes = {"width": encoders.WIDTH, "pooled": pooled}
+    return texts.model_copy(update={"root": str(folder / "table"), "encoder": reader, **sizes})
 
 
 def other_recipes() -> list[str]:
@@ -214,12 +255,15 @@ def other_recipes() -> list[str]:
     return [name for name in own if name not in (*EARLY, *REFUSED)]
 
 
-def card_pixels(run: RunFolder, n: int) -> np.ndarray:
-    """Dumo's images of the card's two labels in n passes, from the noise of its generator."""
+def card_pixels(run: RunFolder, n: int, card: str) -> np.ndarray:
+    """Dumo's images of the card's two labels, or of its prompts, in n passes, from the noise of its generator."""
     sampler, g = run.sampler, torch.Generator().manual_seed(0)
     labels = torch.tensor([0, run.run.data.classes // 2])
+    prompts = re.search(r"pipe\(prompt=(\[.*?\])", card)
+    if prompts:
+        labels = prompted(sampler, ast.literal_eval(prompts[1]))
     solver = Euler() if n == 50 else sampler.spec.solver  # the number of passes on cards of a velocity
-    draws = [torch.randn(2, *run.run.data.shape, generator=g) for _ in range(n)]
+    draws = [torch.randn(len(labels), *run.run.data.shape, generator=g) for _ in range(n)]
     with torch.no_grad():
         x = solver(sampler.reads, sampler.flow.path, draws[0], labels, n, draws.__getitem__)
     return to_rows(sampler.decode(x)).numpy()
@@ -246,30 +290,127 @@ def test_the_card_of_every_recipe_makes_dumos_pixels(
     done = subprocess.run(command, env=offline, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name, run in runs.items():
-        calls = re.findall(r"num_inference_steps=(\d+)", (tmp_path / name / "README.md").read_text("utf-8"))
+        card = (tmp_path / name / "README.md").read_text("utf-8")
+        calls = re.findall(r"num_inference_steps=(\d+)", card)
         images = np.load(tmp_path / f"{name}.npz")
         assert len(images.files) == len(calls) > 0, name
         for n, made in zip(map(int, calls), images.values(), strict=True):
-            ours = card_pixels(run, n)
+            ours = card_pixels(run, n, card)
             assert ours.std() > 10, name  # not one colour
             colours = made if made.ndim == 4 else made[..., None]  # of grey images, all three are one
             assert (colours == ours).all(), (name, n)
 
 
+@pytest.mark.parametrize(
+    ("encoder", "parts"),
+    [
+        ({"length": 12, "pooled": True, "layer": -2, "pad": True}, "copy"),  # CLIP
+        pytest.param({"template": "say: {}!", "skip": 5, "precision": "fp32"}, "none", marks=pytest.mark.slow),
+        pytest.param({"dtype": "float16"}, "link", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_published_text_encoder_is_copied_linked_or_named(
+    encoder: dict[str, Any], parts: str, pipeline: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card opens it, and the pipeline reads a prompt as dumo does."""
+    run = opened_run("text-256", tmp_path, **encoder)
+    source = tmp_path / "text-256-texts"
+    out = export(run, source / "out", parts=parts)
+    assert (out / "text_encoder").exists() == (out / "tokenizer").exists() == (parts != "none")
+    assert (out / "text_encoder").is_symlink() == (parts == "link")
+    card = (out / "README.md").read_text("utf-8")
+    assert "`sana`" in card
+    assert ("licence of their own" in card) == (parts != "none")
+    monkeypatch.chdir(source)  # where the card finds sana
+    scope: dict[str, Any] = {}
+    exec(card.partition("```py\n")[2].partition("\nimages")[0], scope)
+    prompts = ["a blue car of a cat", "a cat"]
+    z = noise(0, range(2), 0, run.run.data.shape)
+    ours = run.sampler.sample(prompted(run.sampler, prompts), nfe=1, z=z).x
+    images = scope["pipe"](prompt=prompts, latents=z, output_type="pt").images
+    assert float((2 * images - 1 - ours).abs().max()) < 1e-5
+
+
+def test_an_encoder_that_was_trained_along_reads_prompts(pipeline: Opener, tmp_path: Path) -> None:
+    """Its own, also as embeddings; "" is no caption. What is cut is said, and labels are refused."""
+    run = opened_run("digits-words", tmp_path)
+    pipe = pipeline(export(run, tmp_path / "out"))
+    z = noise(0, range(3), 0, run.run.data.shape)
+    null = torch.tensor([run.run.data.classes])
+    c = torch.cat([prompted(run.sampler, ["please draw an eight", "the digit 8"]), null])
+    ours = run.sampler.sample(c, nfe=1, z=z).x
+    prompt = [" please draw an eight", "the digit 8", ""]
+    images = pipe(prompt=prompt, latents=z, output_type="latent").images
+    assert torch.equal(images, ours)
+    embeddings, mask, pooled = pipe.encode_prompt(prompt)
+    again = pipe(prompt_embeds=embeddings, prompt_attention_mask=mask, latents=z, output_type="latent").images
+    assert torch.equal(images, again)
+    assert pooled is None
+    with pytest.raises(ValueError, match="reads texts, not labels"):
+        pipe(3)
+    with pytest.raises(ValueError, match="give a prompt, or prompt_embeds"):
+        pipe(prompt="a", prompt_embeds=embeddings)
+    pipe.register_modules(text_encoder=None)
+    with pytest.raises(ValueError, match="there is no text encoder"):
+        pipe(prompt="a")
+
+
+def test_a_prompt_that_is_cut_is_said(pipeline: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline(export(opened_run("digits-words", tmp_path), tmp_path / "out"))
+    warnings: list[str] = []
+    monkeypatch.setattr(sys.modules[type(pipe).__module__].logger, "warning", warnings.append)  # pyright: ignore
+    pipe.encode_prompt(["a seven", "a seven with a long tail"])
+    assert not warnings
+    pipe.encode_prompt(["a seven with a very long tail"])
+    assert warnings == ["'a seven with a very long tail' has 30 tokens, and is cut behind 26"]
+
+
+def test_labels_are_read_where_no_text_is(pipeline: Opener, tmp_path: Path) -> None:
+    pipe = pipeline(export(drawn(load("digits", SMALL), tmp_path), tmp_path / "out"))
+    with pytest.raises(ValueError, match="reads labels of classes, not texts"):
+        pipe(prompt="a seven")
+
+
+def test_a_text_encoder_that_is_read_in_another_way_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dumo.export.shipped.pipeline import DumoPipeline
+
+    run = opened_run("digits-words", tmp_path)
+    monkeypatch.setattr(DumoPipeline, "rounded", lambda self, x: 2 * x)  # pyright: ignore
+    with pytest.raises(UserError, match="reads prompts through T5EncoderModel in another way"):
+        export(run, tmp_path / "out")
+
+
+def test_a_card_names_the_labels() -> None:
+    assert label_list(open_run("cifar10-trained", device="cpu").sampler).startswith("0 airplane, 1 automobile, 2 bird")
+    assert label_list(open_run("digits-trained", device="cpu").sampler) == "0 to 9"
+
+
+def test_the_embedding_of_times_is_the_same_in_both_nets() -> None:
+    """It stands in two files, because each lies in a folder by itself."""
+    from dumo.export.shipped import dumo_dit, dumo_unet
+
+    assert inspect.getsource(dumo_dit.Times) == inspect.getsource(dumo_unet.Times)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_recipes_that_no_code_knows_are_refused(name: str, tmp_path: Path) -> None:
-    run = load(name)
-    if run.net.texts:
-        run = load("digits").model_copy(update={"net": load("digits", SMALL).net.model_copy(update={"texts": Given()})})
     with pytest.raises(UserError, match=re.escape(REFUSED[name])):
-        export(drawn(run, tmp_path), tmp_path / "out")
+        export(drawn(load(name), tmp_path), tmp_path / "out")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_texts_that_no_code_knows_are_refused(tmp_path: Path) -> None:
+    net = load("digits", SMALL).net.model_copy(update={"texts": Given()})
+    with pytest.raises(UserError, match=r"net\.texts\.kind is given"):
+        export(drawn(load("digits").model_copy(update={"net": net}), tmp_path), tmp_path / "out")
     assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(
     ("recipe", "field", "named"),
     [
-        ("digits", "net.qk_norm=true", r"net.qk_norm is True without net.modern"),
         ("digits", "net.precondition=data", "net.precondition is data"),
         (
             "digits-flow-matching",

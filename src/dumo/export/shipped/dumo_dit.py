@@ -17,6 +17,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Text = tuple[Tensor, Tensor | None, Tensor | None]  # embeddings (b, l, d), mask (b, l), and of all words (b, p)
+
 WAVES = 128  # frequencies of the embedding of a time
 EPS = 1e-6  # of all norms
 GELU_RMS = 0.652  # the root of E[gelu(x)^2], x ~ N(0, 1)
@@ -39,23 +41,24 @@ def rotate(a: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Times(nn.Module):
     """The sum of the embeddings of one or two times: of t, and for r of the gap t - r."""
 
-    def __init__(self, names: Sequence[str], width: int, time_scale: float) -> None:
-        """For the times `names`, t or r; an embedding has `width` numbers."""
+    def __init__(self, names: Sequence[str], width: int, time_scale: float, waves: int) -> None:
+        """For the times `names`, t or r, by `waves` frequencies; an embedding has `width` numbers."""
         super().__init__()
         self.time_scale = time_scale
+        self.waves = waves
         self.embedders = nn.ModuleDict()
         for name in names:
-            self.embedders[name] = nn.Sequential(nn.Linear(2 * WAVES, width), nn.SiLU(), nn.Linear(width, width))
+            self.embedders[name] = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Tensor, r: Tensor) -> Tensor:
-        """Return (b, width), given times (b,)."""
-        falling = torch.exp(-log(10_000.0) * torch.arange(WAVES, device=t.device) / WAVES)
+    def forward(self, t: Tensor, r: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Return (b, width), given times (b,); `shift` (b, 2 waves) is added to the waves of each."""
+        falling = torch.exp(-log(10_000.0) * torch.arange(self.waves, device=t.device) / self.waves)
         parts: list[Tensor] = []
         for name, embedder in self.embedders.items():
             time = t if name == "t" else t - r
             angles = time[:, None] * (self.time_scale * falling)
-            waves = torch.cat([angles.cos(), angles.sin()], -1)
-            parts.append(embedder(waves.to(next(embedder.parameters()).dtype)))
+            waves = torch.cat([angles.cos(), angles.sin()], -1).to(next(embedder.parameters()).dtype)
+            parts.append(embedder(waves if shift is None else waves + shift))
         return sum(parts[1:], parts[0])
 
 
@@ -63,10 +66,13 @@ class Block(nn.Module):
     """Attention and a perceptron, each modulated and gated by the condition.
 
     A modern block has RMS norms, norms of queries and keys, and a gated perceptron. A preserving one keeps the mean
-    square of what its layers take and give at 1 (EDM2, Karras et al. 2024): their rows have length 1.
+    square of what its layers take and give at 1 (EDM2, Karras et al. 2024): their rows have length 1. One that reads
+    texts lets the image attend to the text between attention and perceptron (PixArt-alpha, Chen et al. 2023).
     """
 
-    def __init__(self, width: int, attention: int, modern: bool, preserving: bool) -> None:
+    def __init__(
+        self, width: int, attention: int, modern: bool, preserving: bool, qk_norm: bool, reads_text: bool
+    ) -> None:
         """For tokens of `width` numbers; `attention` is the number of attention heads."""
         super().__init__()
         self.attention = attention
@@ -79,16 +85,25 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width, bias=bias)
         self.up = nn.Linear(width, 2 * hidden if modern else hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
-        self.q_norm = nn.RMSNorm(width // attention, eps=EPS) if modern else nn.Identity()
-        self.k_norm = nn.RMSNorm(width // attention, eps=EPS) if modern else nn.Identity()
+        norms = ["q_norm", "k_norm"]
+        if reads_text:
+            self.query = nn.Linear(width, width)
+            self.kv = nn.Linear(width, 2 * width)
+            self.read = nn.Linear(width, width)
+            norms += ["query_norm", "key_norm"]
+        for name in norms:
+            self.add_module(name, nn.RMSNorm(width // attention, eps=EPS) if modern or qk_norm else nn.Identity())
 
-    def forward(self, h: Tensor, e: Tensor, *rotary: Tensor) -> Tensor:
+    def forward(self, h: Tensor, e: Tensor, words: tuple[Tensor, Tensor | None] | None, *rotary: Tensor) -> Tensor:
         """Map tokens h (b, tokens, width) to the same shape, given the condition e (b, width).
 
-        `rotary` are cosines and sines for `rotate`, or nothing.
+        `words` are those of a text (b, l, width), and which of them there are, (b, l) or None for all; None: it reads
+        none. `rotary` are cosines and sines for `rotate`, or nothing.
         """
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(e).unsqueeze(1).chunk(6, -1)
         h = self.add(h, gate_1, self.attend(self.layer_input(h, shift_1, scale_1), *rotary))
+        if words is not None:
+            h = h + self.attend_to_text(h, *words)
         return self.add(h, gate_2, self.perceive(self.layer_input(h, shift_2, scale_2)))
 
     def layer_input(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -106,6 +121,15 @@ class Block(nn.Module):
             q = rotate(q, *rotary)
             k = rotate(k, *rotary)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def attend_to_text(self, h: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        """Let h (b, tokens, width) attend to the words y (b, l, width) that are in the mask (b, l); None: to all."""
+        q = self.query(h).view(*h.shape[:2], self.attention, -1).transpose(1, 2)
+        k, v = self.kv(y).view(*y.shape[:2], 2, self.attention, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.query_norm(q)
+        k = self.key_norm(k)
+        key_mask = None if mask is None else mask[:, None, None]
+        return self.read(F.scaled_dot_product_attention(q, k, v, key_mask).transpose(1, 2).flatten(2))
 
     def perceive(self, a: Tensor) -> Tensor:
         """Apply the perceptron to each token of a (b, tokens, width)."""
@@ -141,6 +165,23 @@ class Head(nn.Module):
         return self.out(norm(h, self.modern) * (1 + scale) + shift)
 
 
+class TextEmbedder(nn.Module):
+    """Maps a text to the width of the net."""
+
+    def __init__(self, text_width: int, pooled_width: int, width: int) -> None:
+        """For words of `text_width` numbers, and `pooled_width` of all words together; 0: there are none of these."""
+        super().__init__()
+        self.token = nn.Linear(text_width, width)
+        self.pool = nn.Linear(pooled_width, width) if pooled_width else None
+
+    def forward(self, text: Text) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Return a vector (b, width) that is read as a label is, or None; the words (b, l, width), and their mask."""
+        embeddings, mask, pooled = text
+        y = norm(self.token(embeddings.to(self.token.weight.dtype)), rms=True)
+        vector = None if self.pool is None or pooled is None else self.pool(pooled.to(y.dtype))
+        return vector, y, mask
+
+
 class DumoDiT(ModelMixin, ConfigMixin):
     """The net."""
 
@@ -162,11 +203,14 @@ class DumoDiT(ModelMixin, ConfigMixin):
         time_names: Sequence[str] = ("t",),
         head_names: Sequence[str] = ("v", "u"),
         own_time_names: Mapping[str, Sequence[str]] | None = None,
+        qk_norm: bool = False,
+        text_width: int = 0,
+        pooled_width: int = 0,
     ) -> None:
         """For square images of `side` pixels, or latents of that side; `classes` 0: it takes no label.
 
         `own_time_names` are the times that single heads read, by head. The blocks after `late`, and the heads, read r
-        for t.
+        for t. With `text_width` it reads texts instead of labels (`TextEmbedder`).
         """
         super().__init__()
         self.patch = patch
@@ -182,20 +226,24 @@ class DumoDiT(ModelMixin, ConfigMixin):
             self.register_buffer("sin", torch.zeros(tokens, width // attention // 2))
         else:
             self.register_buffer("positions", torch.zeros(tokens, width))
-        self.times = Times(time_names, width, time_scale)
+        self.times = Times(time_names, width, time_scale, WAVES)
         self.own = nn.ModuleDict()
         for name, names in (own_time_names or {}).items():
-            self.own[name] = Times(names, width, time_scale)
+            self.own[name] = Times(names, width, time_scale, WAVES)
         self.label = nn.Embedding(classes + 1, width) if classes else None
-        self.blocks = nn.ModuleList(Block(width, attention, modern, self.preserving) for _ in range(depth))
+        self.text = TextEmbedder(text_width, pooled_width, width) if text_width else None
+        self.blocks = nn.ModuleList(
+            Block(width, attention, modern, self.preserving, qk_norm, self.text is not None) for _ in range(depth)
+        )
         self.heads = nn.ModuleDict({name: Head(width, channels * patch**2, modern) for name in head_names})
 
     def forward(
-        self, x: Tensor, t: Tensor, c: Tensor, heads: Sequence[str] = ("u",), r: Tensor | None = None
+        self, x: Tensor, t: Tensor, c: Tensor | Text, heads: Sequence[str] = ("u",), r: Tensor | None = None
     ) -> list[Tensor]:
         """Return the outputs of `heads`, of the shape of x (b, channels, side, side), at times t (b,).
 
-        c (b,) are labels; the index `classes` is for no label. r (b,) is where a jump ends; None: at the image.
+        c (b,) are labels; the index `classes` is for no label. Of a net that reads texts, c are these. r (b,) is where
+        a jump ends; None: at the image.
         """
         if r is None:
             r = torch.zeros_like(t)
@@ -213,13 +261,17 @@ class DumoDiT(ModelMixin, ConfigMixin):
 
         e = self.times(t, r)
         e_late = e if self.late is None else self.times(r, r)
-        if self.label is not None:
-            label = self.label(c)
+        label = None if self.label is None else self.label(c)
+        words = None
+        if self.text is not None:
+            label, y, mask = self.text(c)
+            words = (y, mask)
+        if label is not None:
             e = e + label
             e_late = e_late + label
         for i, block in enumerate(self.blocks):
             is_late = self.late is not None and i >= self.late
-            h = block(h, F.silu(e_late if is_late else e), *rotary)
+            h = block(h, F.silu(e_late if is_late else e), words, *rotary)
 
         outputs: list[Tensor] = []
         for name in heads:
