@@ -62,9 +62,10 @@ def export(
 ) -> Path:
     """Write a run's head as a pipeline's folder, a LoRA's folder or file, or a file of weights; returns `out`.
 
-    `head` is u or v; None: u where it was taught. `parts` of the pipeline that the model came from, or the text encoder
-    that it reads prompts by, are copied, linked or left out. `name` is what the card opens, OWNER/NAME on the hub; None: the folder. `nfe` are the numbers of passes
-    for which a net of two times is fixed. `alone`: of adapters on top of a few-step run's, these without those.
+    `head` is u or v; None: u where it was taught. `parts` of the pipeline that the model came from, or a published text
+    encoder, are copied, linked or left out. `name` is what the card opens, OWNER/NAME on the hub; None: the folder.
+    `nfe` are the numbers of passes for which a net of two times is fixed. `alone`: of adapters on top of a few-step
+    run's, these without those.
 
     Raises UserError without diffusers, where `out` exists and is not empty, for an unknown option, and where no stock
     program runs what the run has; OSError where nothing can be written. Then nothing is written.

@@ -205,7 +205,7 @@ def opened_run(name: str, folder: Path, **encoder: Any) -> RunFolder:  # noqa: A
     """
     if name in trained.names():
         return open_run(name, device="cpu")  # by its copy in runs/
-    run = load(name)
+    run = load(name, ["train.precision=fp32"])  # as stock diffusers samples
     if isinstance(run.net, DiT):
         late = 1 if run.net.late else None
         net = run.net.model_copy(update={"width": 16, "depth": 2, "attention": 2, "late": late, "route": None})
