@@ -33,7 +33,7 @@ from dumo.io import trained
 from dumo.io.picture import to_rows
 from dumo.nets import DiT
 from dumo.nets.table import TextTable
-from dumo.nets.text import LearnedTexts
+from dumo.nets.text import LearnedTexts, TokenTexts
 from dumo.run.index import Index
 from dumo.run.prompt import prompted
 from dumo.run.weights import RunFolder, build, open_run
@@ -329,6 +329,23 @@ def test_a_published_text_encoder_is_copied_linked_or_named(
     ours = run.sampler.sample(prompted(run.sampler, prompts), nfe=1, z=z).x
     images = scope["pipe"](prompt=prompts, latents=z, output_type="pt").images
     assert float((2 * images - 1 - ours).abs().max()) < 1e-5
+    if parts == "copy":  # the card's way to less memory
+        dtypes = {"default": torch.float32, "text_encoder": torch.bfloat16}
+        pipe = type(scope["pipe"]).from_pretrained(out, dtype=dtypes, trust_remote_code=True)
+        assert (pipe.text_encoder.dtype, pipe.net.dtype) == (torch.bfloat16, torch.float32)
+        assert pipe(prompt=prompts, latents=z, output_type="latent").images.isfinite().all()
+
+
+@pytest.mark.nightly
+def test_a_text_encoder_that_was_trained_along_is_rounded_with_the_net(pipeline: Opener, tmp_path: Path) -> None:
+    run = opened_run("digits-words", tmp_path)
+    pipe = pipeline(export(run, tmp_path / "out", dtype="bfloat16"))
+    texts = run.sampler.texts
+    assert isinstance(texts, TokenTexts)
+    shipped = pipe.text_encoder.encoder.state_dict()
+    for name, w in texts.encoder.state_dict().items():
+        assert torch.equal(shipped[name].float(), w.bfloat16().float()), name
+    assert texts.encoder.dtype == torch.float32  # the run's own is as it was
 
 
 def test_an_encoder_that_was_trained_along_reads_prompts(pipeline: Opener, tmp_path: Path) -> None:

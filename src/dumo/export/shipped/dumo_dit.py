@@ -32,6 +32,11 @@ def norm(h: Tensor, rms: bool) -> Tensor:
     return F.layer_norm(h, h.shape[-1:], eps=EPS)
 
 
+def head_norm(size: int, is_used: bool) -> nn.Module:
+    """A norm of queries or keys, of `size` numbers for an attention head; or nothing, unless it is used."""
+    return nn.RMSNorm(size, eps=EPS) if is_used else nn.Identity()
+
+
 def rotate(a: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn queries or keys a (b, heads, tokens, size) by angles of their positions, (tokens, size / 2)."""
     first, second = a.chunk(2, -1)
@@ -85,14 +90,15 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width, bias=bias)
         self.up = nn.Linear(width, 2 * hidden if modern else hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
-        norms = ["q_norm", "k_norm"]
+        has_norms = modern or qk_norm
+        self.q_norm = head_norm(width // attention, has_norms)
+        self.k_norm = head_norm(width // attention, has_norms)
         if reads_text:
             self.query = nn.Linear(width, width)
             self.kv = nn.Linear(width, 2 * width)
             self.read = nn.Linear(width, width)
-            norms += ["query_norm", "key_norm"]
-        for name in norms:
-            self.add_module(name, nn.RMSNorm(width // attention, eps=EPS) if modern or qk_norm else nn.Identity())
+            self.query_norm = head_norm(width // attention, has_norms)
+            self.key_norm = head_norm(width // attention, has_norms)
 
     def forward(self, h: Tensor, e: Tensor, words: tuple[Tensor, Tensor | None] | None, *rotary: Tensor) -> Tensor:
         """Map tokens h (b, tokens, width) to the same shape, given the condition e (b, width).

@@ -150,7 +150,10 @@ class DumoPipeline(DiffusionPipeline):
         if prompt is not None and embeddings is None:
             return self.encode_prompt(prompt)
         if prompt is None and embeddings is not None:
-            return embeddings, mask, pooled
+            device = self._execution_device
+            mask = None if mask is None else mask.to(device).bool()
+            pooled = None if pooled is None else pooled.to(device)
+            return embeddings.to(device), mask, pooled
         raise ValueError("give a prompt, or prompt_embeds instead")
 
     @torch.no_grad()
