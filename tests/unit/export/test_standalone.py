@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import ByT5Tokenizer
 
 import encoders
 from autoencoder import taef2
@@ -230,6 +229,8 @@ CAPTIONS = ("a red car", "a blue car", "cat")  # instead of those in files
 
 def texts_of(run: Run, folder: Path, **encoder: Any) -> LearnedTexts | TextTable:  # noqa: ANN401
     """The texts of a run's net through a narrow encoder: its table is in `folder`. `encoder`: fields of a published."""
+    from transformers import ByT5Tokenizer  # slow to import
+
     texts = run.net.texts
     if isinstance(texts, LearnedTexts):
         encode(run.data.caption_texts(), texts.tokenizer, folder)
