@@ -284,8 +284,8 @@ def shorten_timeouts() -> None:
 
     It is called after the first step, which may compile and for which they wait `START_TIMEOUT`.
     """
-    if _current_peers and not _current_peers.settled:
-        _current_peers.settled = True
+    if _current_peers and not _current_peers.is_first_step_done:
+        _current_peers.is_first_step_done = True
         timeout = timedelta(seconds=TIMEOUT_MARGIN * _current_peers.limit)
         for group in c10d._world.pg_map:  # there is no public API for this as of torch 2.13
             c10d._set_pg_timeout(timeout, group)

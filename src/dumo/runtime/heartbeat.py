@@ -1,11 +1,17 @@
-"""The other processes of a run, known by the store that all share: whether they live, why one failed, who is there.
+"""The heartbeat of a run of several processes: which ranks live, why one failed, and whether all have arrived.
 
-`dist.join` makes one `Peers` on each rank: `watch` runs the heartbeat, `wait_for_all` waits without a limit of time,
-and `report` and `diagnose` say why a rank failed. A collective waits for a late process, and cannot tell a late one
-from one that hangs. So every process gives a sign of life there each second, from a thread that takes no part in the
-work, and looks for the others': the first rank for all, the others for the first. A process that gives no sign for long
-is gone: this one then says which, and ends, whatever its main thread waits for. What does not go step by step (samples,
-shards) may thus wait for others as long as they live.
+A collective waits for a late rank, and cannot tell a late one from one that hangs. So the ranks talk past it, through
+the store that all share. `dist.join` makes one `Peers` on each rank:
+
+1. `watch` starts two threads. One calls `beat` about each second: it writes a sign of life into the store, and reads
+   those of other ranks. Rank 0 reads all others, each other rank reads rank 0. The second thread ends this process, with
+   a line, once a rank that it reads has given no sign for DUMO_TIMEOUT seconds, whatever the main thread waits for.
+2. `wait_for_all` waits for all ranks as long as they live. What does not go step by step (samples, shards) waits so.
+3. Where a rank fails, it calls `report`. The others find their collectives broken, and `diagnose` makes a `Lost` of it
+   that names the rank to blame.
+
+The keys in the store: `alive/RANK` (the number of the latest sign), `failed/RANK` (why a rank failed), `failed` (set
+once any has), `met/N` (how many ranks have come to the N-th `wait_for_all`).
 """
 
 import os
@@ -21,10 +27,16 @@ from torch.distributed.distributed_c10d import Store
 
 from dumo.runtime import signals
 
-MAX_INTERVAL = 1.0  # seconds from sign to sign: ours
-MIN_LOOKS = 10  # for a sign, before a process is taken to be gone: ours
-POLL_INTERVAL = 0.05  # seconds between looks for who is there: ours
-RESTART = "start the same command again, it goes on from what is kept"
+# All ours
+MAX_INTERVAL = 1.0  # seconds from one sign of life to the next
+MIN_LOOKS = 10  # looks without a new sign, before a rank is taken to be gone
+POLL_INTERVAL = 0.05  # seconds between two looks in `wait_for_all`
+DIAGNOSIS_LOOKS = 6  # looks, an interval apart, for the rank that broke a collective
+DIAGNOSIS_MISSED_SIGNS = 3  # signs that a rank has missed to be blamed for a broken collective
+EXIT_DELAY_INTERVALS = 5  # that ranks from 2 on wait before they exit, so that rank 0 or 1 says why
+MAX_REASON_CHARACTERS = 200
+
+RESTART = "start the same command again, it goes on from what is kept"  # the fix that messages end with
 
 
 class Lost(RuntimeError):  # noqa: N818, a state of the run
@@ -32,47 +44,53 @@ class Lost(RuntimeError):  # noqa: N818, a state of the run
 
 
 class Peers:
-    """The processes of a run, numbered from 0 to world - 1, as one of them sees the others."""
+    """The ranks of a run, as one of them sees the others."""
 
     def __init__(self, store: Store, rank: int, world: int, limit: float) -> None:
-        """`limit`: after this many seconds without a sign a process is gone."""
+        """`limit`: seconds without a sign of life after which a rank is taken to be gone."""
         self.store = store
         self.rank = rank
         self.world = world
         self.limit = limit
-        self.every = min(MAX_INTERVAL, limit / MIN_LOOKS)
-        self.looks = round(limit / self.every)  # counted, not timed: who was stopped itself blames nobody
-        self.others = list(range(1, world)) if rank == 0 else [0]  # those that this process looks for
-        self.silent = dict.fromkeys(self.others, 0)  # looks since the last sign
-        self.beats = 0
-        self.meetings = 0
-        self.settled = False  # whether a first step is done
-        self.speaking = threading.Lock()  # held by the thread that says what ends this process
-        self._last_signs: dict[int, bytes] = {}
+        self.is_first_step_done = False  # set by `dist.shorten_timeouts`
+        self.interval = min(MAX_INTERVAL, limit / MIN_LOOKS)  # seconds from sign to sign
+        # counted, not timed: a process that was stopped itself blames nobody
+        self.max_missed_signs = round(limit / self.interval)
+        self.watched_ranks = list(range(1, world)) if rank == 0 else [0]
+        self.missed_signs = dict.fromkeys(self.watched_ranks, 0)  # by rank: looks since its last new sign
+        self._signs: dict[int, bytes] = {}  # by rank: the sign at the last look
+        self._num_signs_given = 0
+        self._num_waits = 0  # calls of `wait_for_all`
+        self._exit_lock = threading.Lock()  # held by the thread that says why this process ends
 
     def beat(self) -> None:
-        """Give a sign, and look for the others'. Blocks while the store does not answer."""
-        self.store.set(f"alive/{self.rank}", str(self.beats))
-        started = [other for other in self.others if self.store.check([f"alive/{other}"])]
-        values = self.store.multi_get([f"alive/{other}" for other in started])
+        """Give a sign of life, and look for those of the watched ranks. Blocks while the store does not answer."""
+        self.store.set(f"alive/{self.rank}", str(self._num_signs_given))
+        started = [rank for rank in self.watched_ranks if self.store.check([f"alive/{rank}"])]
+        values = self.store.multi_get([f"alive/{rank}" for rank in started])
         signs = dict(zip(started, values, strict=True))
-        for other in self.others:
-            is_new = signs.get(other) != self._last_signs.get(other)
-            self.silent[other] = 0 if is_new else self.silent[other] + 1
-        self._last_signs = signs
-        self.beats += 1
+        for rank in self.watched_ranks:
+            if signs.get(rank) != self._signs.get(rank):
+                self.missed_signs[rank] = 0
+            else:
+                self.missed_signs[rank] += 1
+        self._signs = signs
+        self._num_signs_given += 1
 
-    def missing(self, looks: int) -> int | None:
-        """A process without a sign for this many looks; None: there is none."""
-        return next((other for other, n in self.silent.items() if n >= looks), None)
+    def find_missing(self, min_missed_signs: int) -> int | None:
+        """The first watched rank that has missed at least this many signs; None: there is none."""
+        for rank, num_missed in self.missed_signs.items():
+            if num_missed >= min_missed_signs:
+                return rank
+        return None
 
     def wait_for_all(self) -> None:
-        """Wait for all, however long they work. Every process must call it.
+        """Wait until every rank is here, however long they work. Every rank must call it.
 
-        Raises Stopped where that is asked, `Lost` where one has failed.
+        Raises Stopped after a signal, and `Lost` where a rank has failed.
         """
-        self.meetings += 1
-        key = f"met/{self.meetings}"
+        self._num_waits += 1
+        key = f"met/{self._num_waits}"
         self.store.add(key, 1)
         while self.store.add(key, 0) < self.world:
             signals.check()
@@ -81,7 +99,7 @@ class Peers:
             time.sleep(POLL_INTERVAL)
 
     def report(self, error: BaseException) -> None:
-        """Report to the others why this process fails."""
+        """Tell the other ranks why this one fails."""
         try:
             self.store.set(f"failed/{self.rank}", f"{error}" or type(error).__name__)
             self.store.set("failed", "")
@@ -89,69 +107,77 @@ class Peers:
             return
 
     def diagnose(self, error: BaseException | None = None) -> Lost:
-        """What is known of the others where talking to them fails. Takes some seconds: who is gone gives no sign."""
-        self.speaking.acquire()  # for good: one line is enough
-        reason = f" ({brief(error)})" if error else ""
+        """Find out which rank broke a collective. Returns the error to raise; it ends with `error`, torch's own.
+
+        Takes some seconds, because a rank that is gone is known by the signs that it misses.
+        """
+        self._exit_lock.acquire()  # never released, so that `watch` adds no second line
+        reason = f" ({first_sentence(error)})" if error else ""
         try:
-            for _ in range(6):
-                for other in self.others:
-                    if self.store.check([f"failed/{other}"]):
-                        return Lost(f"rank {other}: {self.store.get(f'failed/{other}').decode()}")
-                gone = self.missing(3)
-                if gone is not None:
-                    return Lost(f"rank {gone} is gone: {RESTART}{reason}")
-                time.sleep(self.every)
-        except RuntimeError:  # the store is gone: with the first rank, or with torchrun
+            for _ in range(DIAGNOSIS_LOOKS):
+                for rank in self.watched_ranks:
+                    if self.store.check([f"failed/{rank}"]):
+                        return Lost(f"rank {rank}: {self.store.get(f'failed/{rank}').decode()}")
+                missing_rank = self.find_missing(DIAGNOSIS_MISSED_SIGNS)
+                if missing_rank is not None:
+                    return Lost(f"rank {missing_rank} is gone: {RESTART}{reason}")
+                time.sleep(self.interval)
+        except RuntimeError:  # the store is gone: with rank 0, or with torchrun
             pass
         return Lost(f"another rank is gone, or has not answered in time: {RESTART}{reason}")
 
     @contextmanager
     def watch(self) -> Generator[None, None, None]:
-        """Meanwhile give signs; where one of the others is gone, end this process with a line and exit code 1."""
-        over = threading.Event()
-
-        def beat() -> None:
-            while not over.wait(self.every):
-                try:
-                    self.beat()
-                except RuntimeError:  # the store is gone; so are those whom the collectives will not find
-                    over.set()
-
-        def look() -> None:
-            beats_before = 0
-            stuck = 0  # looks since the last beat, which the store keeps waiting
-            while not over.wait(self.every):
-                beats = self.beats
-                stuck = 0 if beats != beats_before else stuck + 1
-                beats_before = beats
-                gone = self.missing(self.looks)
-                if stuck >= self.looks:
-                    gone = 0  # has the store, and does not answer
-                if gone is not None and self.speaking.acquire(blocking=False):
-                    self.end(gone)
-
-        threads = [threading.Thread(target=work, daemon=True) for work in (beat, look)]
+        """While inside, give signs of life, and end this process, with a line and exit code 1, if a rank gives none."""
+        is_over = threading.Event()
+        threads = [
+            threading.Thread(target=self._beat_until, args=(is_over,), daemon=True),
+            threading.Thread(target=self._exit_if_missing, args=(is_over,), daemon=True),
+        ]
         for thread in threads:
             thread.start()
         try:
             yield
         finally:
-            over.set()
+            is_over.set()
             for thread in threads:
-                thread.join(2 * self.every)
+                thread.join(2 * self.interval)
 
-    def end(self, gone: int) -> NoReturn:
-        """Say who is gone, and leave: the first rank says it, or the second of the first."""
+    def _beat_until(self, is_over: threading.Event) -> None:
+        """Beat each interval; the work of the first thread."""
+        while not is_over.wait(self.interval):
+            try:
+                self.beat()
+            except RuntimeError:  # the store is gone, and so are ranks: the next collective will fail
+                is_over.set()
+
+    def _exit_if_missing(self, is_over: threading.Event) -> None:
+        """Look each interval whether a rank, or the store, is gone; the work of the second thread."""
+        num_signs_before = 0
+        num_stuck_looks = 0  # looks during which `beat` has waited for the store
+        while not is_over.wait(self.interval):
+            num_signs = self._num_signs_given
+            num_stuck_looks = 0 if num_signs != num_signs_before else num_stuck_looks + 1
+            num_signs_before = num_signs
+            missing_rank = self.find_missing(self.max_missed_signs)
+            if num_stuck_looks >= self.max_missed_signs:
+                missing_rank = 0  # whose process has the store
+            if missing_rank is not None and self._exit_lock.acquire(blocking=False):
+                self._exit(missing_rank)
+
+    def _exit(self, missing_rank: int) -> NoReturn:
+        """Say which rank is gone, and end this process. Rank 0 says it of others, rank 1 of rank 0."""
         if self.rank < 2:
-            line = f"error: rank {gone} has not answered for {self.limit:g} seconds (DUMO_TIMEOUT): {RESTART}"
+            line = f"error: rank {missing_rank} has not answered for {self.limit:g} seconds (DUMO_TIMEOUT): {RESTART}"
             print(line, file=sys.__stderr__, flush=True)
         else:
-            time.sleep(5 * self.every)  # who is gone first ends the others
+            # torchrun ends all ranks once one has exited: let that be the one with the line
+            time.sleep(EXIT_DELAY_INTERVALS * self.interval)
         os._exit(1)
 
 
-def brief(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     """The first sentence of torch's message, without the place in its code."""
     message = " ".join(str(error).split())
     message = re.sub(r"\[/\S+\] ?", "", message)
-    return message.split(". ")[0][:200]
+    return message.split(". ")[0][:MAX_REASON_CHARACTERS]

@@ -12,7 +12,7 @@ import torch.distributed
 from torch.distributed import HashStore
 
 from dumo.runtime import dist, signals
-from dumo.runtime.heartbeat import Lost, Peers, brief
+from dumo.runtime.heartbeat import Lost, Peers, first_sentence
 from dumo.types import UserError
 from forked import ENVIRONMENT, Program, python
 
@@ -25,19 +25,19 @@ def peers() -> list[Peers]:
 
 
 def test_the_first_looks_for_all_and_they_for_the_first(peers: list[Peers]) -> None:
-    assert [one.others for one in peers] == [[1, 2], [0], [0]]
+    assert [one.watched_ranks for one in peers] == [[1, 2], [0], [0]]
     for _ in range(3):
         for one in peers:
             one.beat()
-    assert [one.missing(1) for one in peers] == [None] * 3
+    assert [one.find_missing(1) for one in peers] == [None] * 3
     for _ in range(4):
         for one in peers[:2]:
             one.beat()
-    assert [one.silent for one in peers[:2]] == [{1: 0, 2: 3}, {0: 0}]
-    assert peers[0].missing(3) == 2
+    assert [one.missed_signs for one in peers[:2]] == [{1: 0, 2: 3}, {0: 0}]
+    assert peers[0].find_missing(3) == 2
     peers[2].beat()
     peers[0].beat()
-    assert peers[0].missing(2) is None
+    assert peers[0].find_missing(2) is None
 
 
 def test_a_process_that_was_stopped_itself_blames_nobody(peers: list[Peers]) -> None:
@@ -45,9 +45,9 @@ def test_a_process_that_was_stopped_itself_blames_nobody(peers: list[Peers]) -> 
     for _ in range(2):
         for one in peers:
             one.beat()
-    assert peers[0].missing(2) is None
-    assert peers[0].looks == 10
-    assert Peers(HashStore(), 0, 2, limit=600).looks == 600
+    assert peers[0].find_missing(2) is None
+    assert peers[0].max_missed_signs == 10
+    assert Peers(HashStore(), 0, 2, limit=600).max_missed_signs == 600
 
 
 def test_all_meet_or_hear_why_not(peers: list[Peers]) -> None:
@@ -82,7 +82,7 @@ def test_who_waits_may_be_stopped(peers: list[Peers]) -> None:
 
 def test_what_torch_says_is_told_in_short() -> None:
     said = "[/a/gloo/pair.cc:537] Read error [127.0.0.1]:5: Connection reset by peer. This is typically caused by x."
-    assert brief(RuntimeError(said)) == "Read error [127.0.0.1]:5: Connection reset by peer"
+    assert first_sentence(RuntimeError(said)) == "Read error [127.0.0.1]:5: Connection reset by peer"
 
 
 def test_a_failing_collective_names_who_is_gone(peers: list[Peers]) -> None:
