@@ -45,7 +45,7 @@ from dumo.run.train import train_job
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import dist, threads
 from dumo.runtime.heap import low_memory_heap
-from dumo.runtime.progress import Bar, bar, no_bar, say, teller
+from dumo.runtime.progress import Bar, bar, line_printer, no_bar, print_line
 from dumo.training.loop import Every
 from dumo.types import Reads, Sample, Spec
 from dumo.types import UserError as UserError
@@ -201,7 +201,7 @@ class TrainedRun:
             count = _integer("count", count, 1)
         c = self._conditions(labels, count, prompts, source, noise, sampler.shape)
         guide = None if guidance is None else guide_of(sampler, self.spec.training_guidance, guidance)
-        with threads.fewer_when_busy(self.device, teller(bar)):
+        with threads.fewer_when_busy(self.device, line_printer(bar)):
             x = sampler.sample(
                 c,
                 nfe=self.spec.sample.nfe[0] if nfe is None else _integer("nfe", nfe, 1),
@@ -510,13 +510,13 @@ def train(
             composed.run,
             changes=composed.changes,
             device=str(device),
-            tell=None if bar is no_bar else say,
+            tell=None if bar is no_bar else print_line,
             step=None if step is None else _integer("step", step),
             accept=accept,
             sheets=Sheets,
         )
         with (
-            live_feed(composed.folder, track, say) as tracker_hooks,
+            live_feed(composed.folder, track, print_line) as tracker_hooks,
             stoppable_hooks(callbacks) as hooks,
             opened as job,
         ):

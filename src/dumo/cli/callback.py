@@ -37,15 +37,15 @@ def stoppable_hooks(callbacks: Sequence[Callback | Every]) -> Generator[list[Eve
                 every.f(state, record)
             except Stop:
                 is_stopped = True
-                signals.received = signal.SIGTERM
+                signals.received_signal = signal.SIGTERM
 
         return Every(every.n, call)
 
     try:
         yield [hook_of(callback) for callback in callbacks]
     except signals.Stopped:
-        if signals.listens and not is_stopped:  # a signal; elsewhere it was a callback, of this or another rank
+        if signals.is_listening and not is_stopped:  # a signal; elsewhere it was a callback, of this or another rank
             raise
     finally:
         if is_stopped:
-            signals.received = None
+            signals.received_signal = None

@@ -25,7 +25,7 @@ from dumo.flow.solver import best_solver
 from dumo.nets import ModuleSpec
 from dumo.plan import proposal
 from dumo.runtime.door import option
-from dumo.runtime.progress import Bar, teller
+from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
 Fields = dict[str, Any]  # by dotted path, as plain values
@@ -118,7 +118,7 @@ def compose(
         if place:
             changes = [f"data.root={place}", *changes]
         if minutes is not None:
-            tell = teller(bar)
+            tell = line_printer(bar)
             tell(f"{folder} goes on as it began. minutes are for a new run: give another {option('out')}")
         return Composed(None, changes, folder)
     if is_proposed:

@@ -18,7 +18,7 @@ from dumo.cli.terminal import out, show_lines
 from dumo.config import recipes as packaged
 from dumo.runtime import shell_path
 from dumo.runtime.limits import ROWS
-from dumo.runtime.progress import say
+from dumo.runtime.progress import print_line
 
 if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
@@ -112,7 +112,7 @@ def _load_with_advice(source: str, overrides: list[str] | None) -> "Run":
 
     run = resolve(load(source, overrides or []))
     for line in advice(run):
-        say(line)
+        print_line(line)
     return run
 
 
@@ -256,11 +256,11 @@ def _plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None
     peak = None if tflops else known_peak_tflops(choose_device(device))
     if peak:
         tflops = cluster.USUAL_SHARE_OF_PEAK * peak
-        say(
+        print_line(
             f"hours: at {cluster.USUAL_SHARE_OF_PEAK:.0%} of this GPU's peak, {peak:g} TFLOP/s; give --tflops if you "
             "know better"
         )
-    fields = cluster.fit(spec, ranks, limit, say) if limit else {}
+    fields = cluster.fit(spec, ranks, limit, print_line) if limit else {}
     return {**cluster.cluster(cluster.with_fields(spec, fields), ranks, tflops), "fields": fields}
 
 

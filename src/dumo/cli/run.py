@@ -36,7 +36,7 @@ from dumo.cli.precheck import Names, require_source_or_data
 from dumo.cli.terminal import err, memory_hint, out, show_lines
 from dumo.runtime import shell_path
 from dumo.runtime.limits import ROWS
-from dumo.runtime.progress import bar, no_bar, say
+from dumo.runtime.progress import bar, no_bar, print_line
 
 if TYPE_CHECKING:
     from dumo.config.spec import Run
@@ -110,7 +110,7 @@ def encode(
             )
         no_table = encode.reason_not_to_encode(work.data, work.texts) if work.texts else ""
         if no_table:
-            say(no_table)
+            print_line(no_table)
         elif work.texts:
             texts = encode.encode_texts(
                 work.data,
@@ -190,7 +190,7 @@ def train(
     run: Run | None = None  # the folder's own
     if are_images and (folder / FILE).is_file():
         if minutes:
-            say(f"{folder} goes on as it began. --minutes is for a new run: give another --out")
+            print_line(f"{folder} goes on as it began. --minutes is for a new run: give another --out")
         changes = [f"data.root={source}", *changes]
     elif are_images:
         run = _propose_run(source, changes, minutes, device, ask=not yes)
@@ -202,7 +202,7 @@ def train(
         run,
         changes=changes,
         device=device,
-        tell=say,
+        tell=print_line,
         step=step,
         accept=accept,
         verify=verify,
@@ -210,7 +210,7 @@ def train(
     )
     with _tracked(folder, track) as hooks, opened as job:
         if chosen.kind != "recipe":  # a path may hold several things
-            say(f"source: {chosen.meaning}")
+            print_line(f"source: {chosen.meaning}")
         run = job.run
         with memory_hint(_less_memory_hint(run.train, run.net)):
             state = train_job(job, bar, hooks)
@@ -232,7 +232,7 @@ def _tracked(folder: Path, tracker_name: str | None) -> AbstractContextManager["
 
     from dumo.report.feed import live_feed
 
-    return live_feed(folder, tracker_name, say)
+    return live_feed(folder, tracker_name, print_line)
 
 
 def _open_sheets(run: "Run", folder: Path, tell: "Tell") -> "Sheets":
@@ -474,7 +474,7 @@ def grid(
         options["count"] = count
     folder = folder or opened.output_folder / "grids"
     file.check_writable(folder)
-    with threads.fewer_when_busy(opened.device, say):
+    with threads.fewer_when_busy(opened.device, print_line):
         if classes is not None:
             only = None if classes == "all" else parse_classes(classes, opened.sampler.conditions)
             files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **options))

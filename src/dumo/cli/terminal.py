@@ -31,7 +31,7 @@ from rich.text import Text
 
 from dumo.error import UserError
 from dumo.runtime import signals
-from dumo.runtime.progress import inline, plain, say
+from dumo.runtime.progress import escape_controls, escape_line, print_line
 
 
 class PlainConsole(Console):
@@ -39,7 +39,7 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401, as rich has them
         """Render a string as rich does, with its control characters made visible."""
-        return super().render_str(plain(text), **options)
+        return super().render_str(escape_controls(text), **options)
 
 
 out = PlainConsole(markup=False, emoji=False)  # what users typed is shown as they typed it
@@ -66,10 +66,10 @@ def stoppable(command: Callable[..., None], *, keeps: bool = True) -> Callable[.
             with signals.listening(_acknowledge) if keeps else nullcontext():
                 command(*words, **options)
         except signals.Stopped as stopped:
-            say(f"{stopped}; {_resume_command()}")
+            print_line(f"{stopped}; {_resume_command()}")
             raise typer.Exit(STOPPED + stopped.number) from None
         except KeyboardInterrupt:
-            say(f"stopped; {_resume_command()}" if keeps else "stopped")
+            print_line(f"stopped; {_resume_command()}" if keeps else "stopped")
             raise typer.Exit(STOPPED + signal.SIGINT) from None
 
     return run
@@ -163,7 +163,7 @@ def plain_warnings() -> Generator[None, None, None]:
     """Warnings are plain lines on stderr, without the place in the code where they arose."""
 
     def show(message: Warning | str, *place: object) -> None:
-        say(f"warning: {message}")
+        print_line(f"warning: {message}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -190,7 +190,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             message += ": raise the limit (ulimit -n)"
         elif error.errno == errno.ENOTDIR:
             message += ": a file stands where a folder is wanted, give another folder"
-        return inline(message), 2
+        return escape_line(message), 2
     if not isinstance(error, ValueError | RuntimeError):  # what dumo's own errors derive from
         return None
     if isinstance(error, UserError):
@@ -231,7 +231,7 @@ def show_lines(lines: Iterable[tuple[str, str]]) -> None:
     """Print names and what is said of each, line by line."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, text in lines:
-        table.add_row(inline(name), inline(text))
+        table.add_row(escape_line(name), escape_line(text))
     if table.row_count:
         out.print(table)
 
@@ -240,7 +240,7 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows of equal keys, never narrower than its numbers: a narrow terminal wraps, but nothing is lost."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for key in rows[0]:
-        table.add_column(inline(key), justify="right", no_wrap=True)
+        table.add_column(escape_line(key), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*map(_cell, row.values()))
     needed = PlainConsole(width=10_000).measure(table).maximum
@@ -249,4 +249,4 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
 
 def _cell(value: object) -> str:
     """A value of a table as text."""
-    return f"{value:.4g}" if isinstance(value, float) else inline(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else escape_line(str(value))

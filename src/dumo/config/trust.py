@@ -21,7 +21,7 @@ from dumo.error import UserError
 from dumo.io.read import brief
 from dumo.runtime import signals
 from dumo.runtime.door import option
-from dumo.runtime.progress import inline
+from dumo.runtime.progress import escape_line
 
 CODE_NAME = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
 trusts_all = False  # whether all code is trusted, inside `trusting`
@@ -122,6 +122,6 @@ def ask_consent(question: str) -> bool:
     """Ask the person at the terminal, and return whether they say yes. False without a terminal, or under torchrun."""
     if os.environ.get("WORLD_SIZE", "1") != "1" or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
-    print(inline(question), "[y/N] ", end="", file=sys.stderr, flush=True)
+    print(escape_line(question), "[y/N] ", end="", file=sys.stderr, flush=True)
     with signals.default_handlers():  # Ctrl-C ends it there
         return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -26,7 +26,7 @@ from dumo.io.content import Hashes
 from dumo.io.picture import from_uint8
 from dumo.io.source import mirrored, rows_of
 from dumo.runtime import signals
-from dumo.runtime.progress import Tick, late
+from dumo.runtime.progress import Tick, delayed_bar
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -180,7 +180,7 @@ class Album:
 
     def _decode_all(self) -> None:
         """Decode all images into `decoded`, and leave out those that cannot be read."""
-        with late("decoding images", self.full_size) as show:
+        with delayed_bar("decoding images", self.full_size) as show:
 
             def tick(done: int, note: str) -> None:
                 signals.check()

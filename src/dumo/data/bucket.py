@@ -31,7 +31,7 @@ from dumo.io.read import first_few
 from dumo.io.source import Bucketed
 from dumo.runtime import signals
 from dumo.runtime.limits import PIXELS
-from dumo.runtime.progress import late
+from dumo.runtime.progress import delayed_bar
 from dumo.types import Spec, UserError
 
 UNREADABLE = -1  # in place of a bucket's index
@@ -233,7 +233,7 @@ class BucketedStore:
         """
         with (
             ThreadPoolExecutor(MAX_THREADS, "sizes") as threads,
-            late("reading the sizes of images", len(rows)) as tick,
+            delayed_bar("reading the sizes of images", len(rows)) as tick,
         ):
             for first in range(rows.start, rows.stop, CHUNK_IMAGES):
                 signals.check()

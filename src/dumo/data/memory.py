@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from dumo.io import digest
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
-from dumo.runtime.progress import Bar, late, no_bar, span, teller
+from dumo.runtime.progress import Bar, delayed_bar, duration_text, line_printer, no_bar
 from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
@@ -100,7 +100,7 @@ class Memory(Spec):
         table = TensorData(samples, labels)
         if x is not data and _changes(data, x):
             table = RereadData(samples, labels, rows=data)
-            tell = teller(bar)
+            tell = line_printer(bar)
             tell(
                 f"{name_of(type(data))} gives other samples at each read, as augmentation does: training reads rows "
                 "anew at each visit, and a resumed run meets other draws"
@@ -141,8 +141,8 @@ def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN
     total = len(data)
     tensors: list[Tensor] = []
     labels: list[Any] = []
-    tell_duration = _duration_teller(total, teller(bar))
-    with late("reading the data", total, after=QUIET_SECONDS, shown=bar) as tick:
+    tell_duration = _duration_teller(total, line_printer(bar))
+    with delayed_bar("reading the data", total, after=QUIET_SECONDS, shown=bar) as tick:
         for i in range(total):  # not every data set ends by itself
             sample, label = _sample_and_label(data[i])
             tensors.append(_tensor(sample, f"row {i} of the data"))
@@ -190,7 +190,7 @@ def _duration_teller(total: int, tell: Callable[[str], None]) -> Callable[[int],
         seconds = time.monotonic() - began
         if not has_said and seconds >= QUIET_SECONDS:
             has_said = True
-            left = span(seconds / done * (total - done))
+            left = duration_text(seconds / done * (total - done))
             tell(f"reading the data into memory: {done:,} of {total:,} rows, {left} left")
 
     return tell_duration

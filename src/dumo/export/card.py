@@ -34,7 +34,7 @@ from dumo.run.resolve import as_given, without_path
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path, version
-from dumo.runtime.progress import inline
+from dumo.runtime.progress import escape_line
 from dumo.types import UserError
 
 PROMPT = "a red fox in the snow"
@@ -333,12 +333,12 @@ def environment() -> jinja2.Environment:
 
 def plain(text: str) -> str:
     """What somebody wrote, as text in a cell of a table: neither HTML nor Markdown, which a page would show as such."""
-    return MARKDOWN.sub(r"\\\g<0>", escape(inline(text), quote=False))
+    return MARKDOWN.sub(r"\\\g<0>", escape(escape_line(text), quote=False))
 
 
 def code(text: str) -> str:
     """What somebody wrote, in a line of text, as code: between more backticks than it has in a row."""
-    text = inline(text)
+    text = escape_line(text)
     inside = re.findall("`+", text)
     if not inside:
         return f"`{text}`"

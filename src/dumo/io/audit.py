@@ -20,7 +20,7 @@ from threading import Event, Thread
 from dumo.io.inventory import FileState, Inventory, ItemFiles, state_of
 from dumo.io.table import REMAKE, Shard
 from dumo.runtime import signals
-from dumo.runtime.progress import late
+from dumo.runtime.progress import delayed_bar
 from dumo.types import UserError
 
 AT_ONCE_BYTES = 2 * 10**9  # that are read before the first batch: ours
@@ -55,7 +55,7 @@ class Audit:
                 todo[number] = shards[number]
         self.thread: Thread | None = None
         if sum(shard.size for shard in todo.values()) <= AT_ONCE_BYTES:
-            with late("comparing the cache with its checksums", len(todo)) as tick:
+            with delayed_bar("comparing the cache with its checksums", len(todo)) as tick:
 
                 def note_progress(done: int) -> None:
                     signals.check()

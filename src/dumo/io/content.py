@@ -29,7 +29,7 @@ from dumo.io import digest
 from dumo.io.inventory import CHANGED, COPIED, HashRows, Inventory, ItemFiles, join_names, split_names
 from dumo.io.read import first_few
 from dumo.runtime import signals
-from dumo.runtime.progress import late
+from dumo.runtime.progress import delayed_bar
 from dumo.types import UserError
 
 CHUNK_ITEMS = 64  # that a thread hashes in one go: ours
@@ -78,7 +78,7 @@ class Hashes(Inventory):
 
         pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="hash")
         try:
-            with late("hashing images", len(todo)) as tick:
+            with delayed_bar("hashing images", len(todo)) as tick:
                 for begin in range(0, len(todo), WINDOW_ITEMS):
                     signals.check()
                     end = min(begin + WINDOW_ITEMS, len(todo))

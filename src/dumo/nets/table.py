@@ -36,7 +36,7 @@ from dumo.nets.live import OnlineTexts
 from dumo.nets.mapped import MappedRows
 from dumo.nets.rows import Rows, TextReader, TextRows, Texts, TextSizes
 from dumo.runtime.limits import CHANNELS, GIGABYTES
-from dumo.runtime.progress import sized
+from dumo.runtime.progress import bytes_text
 from dumo.types import FREE, MACHINE, PINNED, PLACE, Spec, UserError
 
 GIGABYTE = 1e9  # bytes
@@ -270,7 +270,7 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
         if not self.is_online(captions):
             return ""
         return (
-            f"a table of {captions:,} captions may take {sized(self.memory_bytes(captions))}, more than "
+            f"a table of {captions:,} captions may take {bytes_text(self.memory_bytes(captions))}, more than "
             f"net.texts.budget = {self.budget:g} GB: texts are encoded in training"
         )
 

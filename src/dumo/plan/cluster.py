@@ -49,7 +49,7 @@ from dumo.run import cost, memory
 from dumo.run.memory import HeldBytes
 from dumo.run.net import outline
 from dumo.runtime import dist
-from dumo.runtime.progress import sized
+from dumo.runtime.progress import bytes_text
 from dumo.training import layout
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
@@ -311,7 +311,7 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
     encoders = plan.encoder_bytes(spec.net, spec.data.classes)
 
     def peak_text(name: str) -> str:
-        peak = sized(peaks[name], 1024)
+        peak = bytes_text(peaks[name], 1024)
         return peak if name in counted_peaks else f"more than {peak}"
 
     def fits(fields: Fields) -> bool:
@@ -347,8 +347,8 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
     best = min(counted_peaks or peaks, key=lambda name: peaks[name])
     ranks_text = "1 rank" if ranks == 1 else f"{ranks} ranks"
     raise UserError(
-        f"no layout keeps within {sized(limit, 1024)} on each of {ranks_text}: the least is {peak_text(best)}, {best}. "
-        "Take more ranks, larger GPUs, or a smaller net"
+        f"no layout keeps within {bytes_text(limit, 1024)} on each of {ranks_text}: the least is {peak_text(best)}, "
+        f"{best}. Take more ranks, larger GPUs, or a smaller net"
     )
 
 

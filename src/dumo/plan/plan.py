@@ -28,7 +28,7 @@ from dumo.plan.host import DEVICES, host_bytes
 from dumo.run import cost, memory
 from dumo.run.net import outline
 from dumo.runtime import dist
-from dumo.runtime.progress import nfe_text, number, sized
+from dumo.runtime.progress import bytes_text, nfe_text, number_text
 from dumo.runtime.random import stream
 from dumo.training.spec import Train
 from dumo.training.step import passes
@@ -298,13 +298,13 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     train = facts["spec"]["train"]
     images = f"{train['steps']:,} steps of {train['batch']:,}: {facts['images']:,} images"
     if facts["epochs"]:
-        images += f", {number(facts['epochs'])} epochs"
+        images += f", {number_text(facts['epochs'])} epochs"
     yield "in all", images
     if alone:
         held_bytes = facts["memory"]
         part_names = [name for name in held_bytes if name not in ("rows", "total")]
         parts = ", ".join(f"{name} {held_bytes[name] / GB:.2f}" for name in part_names)
-        yield "work", f"{number(facts['flops'] / 1e15)} PFLOP, two to a multiply-add"
+        yield "work", f"{number_text(facts['flops'] / 1e15)} PFLOP, two to a multiply-add"
         yield "memory", f"{held_bytes['total'] / GB:.2f} GB at most, {held_bytes['rows']} rows at a time: {parts}"
         yield "checkpoints", f"{facts['checkpoint']['bytes'] / GB:.2f} GB each, copied in host memory to be written"
     judged = facts["validation"]
@@ -365,24 +365,26 @@ def rank_lines(facts: Mapping[str, Any], keep: int) -> Iterator[Line]:
             layout += ", given back after each pass"
     yield "ranks", layout
     sizes = facts["memory"]
-    parts = ", ".join(f"{name} {sized(size, 1024)}" for name, size in sizes.items() if size and name != "peak")
+    parts = ", ".join(f"{name} {bytes_text(size, 1024)}" for name, size in sizes.items() if size and name != "peak")
     rows = f"{facts['rows']} rows at a time"
     if facts["passes"] != 1:
         rows += f", in {facts['passes']} passes a step"
-    yield "each holds", f"{sized(sizes['peak'], 1024)} at most, {rows}: {parts}"
-    sent = [f"{name} {sized(traffic['bytes'])} in {traffic['calls']} calls" for name, traffic in facts["sent"].items()]
+    yield "each holds", f"{bytes_text(sizes['peak'], 1024)} at most, {rows}: {parts}"
+    sent = [
+        f"{name} {bytes_text(traffic['bytes'])} in {traffic['calls']} calls" for name, traffic in facts["sent"].items()
+    ]
     yield "each step sends", ", ".join(sent) or "nothing"
     checkpoint = facts["checkpoint"]
-    disk = f"{sized(checkpoint['bytes'])} each; {sized(checkpoint['most'])} for {keep} and one being written"
-    copy = f"{sized(checkpoint['copy'], 1024)} of host memory each, the copy that is written"
+    disk = f"{bytes_text(checkpoint['bytes'])} each; {bytes_text(checkpoint['most'])} for {keep} and one being written"
+    copy = f"{bytes_text(checkpoint['copy'], 1024)} of host memory each, the copy that is written"
     yield "checkpoints", f"{disk}; {copy}"
-    work = f"{number(facts['flops'] / 1e15)} PFLOP, two to a multiply-add, at {facts['units']:.2f} F a step"
+    work = f"{number_text(facts['flops'] / 1e15)} PFLOP, two to a multiply-add, at {facts['units']:.2f} F a step"
     if not facts["hours"]:
         yield "work", f"{work}; hours need --tflops, what a GPU makes of its peak"
         return
     yield "work", work
     gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs, each"
-    yield "hours", f"{number(facts['hours'])} on {gpus} of {number(facts['tflops'])} TFLOP/s"
+    yield "hours", f"{number_text(facts['hours'])} on {gpus} of {number_text(facts['tflops'])} TFLOP/s"
 
 
 def rehearsal_lines(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
@@ -393,8 +395,11 @@ def rehearsal_lines(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
     yield "took", f"{seconds}; loss {step['loss']:.4g}, gradient norm {step['grad_norm']:.4g}"
     yield "a sample", f"{step['sample_seconds']:.3g} s in {nfe_text(step['sample_nfe'])}, not decoded"
     yield "peak", f"{step['peak_bytes'] / GB:.2f} GB with {step['rows']} rows at a time"
-    yield "a batch", f"{number(step['step_seconds'])} s for {batch:,}: {number(step['images_per_second'])} images/s"
-    hours = f"{number(step['hours'])} hours on this device alone"
+    yield (
+        "a batch",
+        f"{number_text(step['step_seconds'])} s for {batch:,}: {number_text(step['images_per_second'])} images/s",
+    )
+    hours = f"{number_text(step['hours'])} hours on this device alone"
     if step["rows"] % step["whole"]:
         hours += f"; for a better guess take a multiple of {step['whole']} rows"
     yield "the run", hours

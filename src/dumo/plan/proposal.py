@@ -49,7 +49,7 @@ from dumo.run.weights import build
 from dumo.runtime import install, installed, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.door import settings
-from dumo.runtime.progress import Bar, no_bar, quiet, span
+from dumo.runtime.progress import Bar, duration_text, ignore_line, no_bar
 from dumo.runtime.stopwatch import WARM_UP, Stopwatch, wall_clock
 from dumo.types import Spec, UserError
 
@@ -140,7 +140,7 @@ class Proposal:
         if run.train.steps == MIN_STEPS:
             steps += "; the fewest proposed, less by train.steps"
         yield "steps", steps
-        yield "time", f"{span(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"
+        yield "time", f"{duration_text(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"
 
 
 def propose(
@@ -178,7 +178,10 @@ def propose(
 
     # the seconds of a step
     run = resolve(_set_fields(fields, sets))
-    with bar("timing a step", 1) as tick, threads.fewer_when_busy(torch_device, quiet):  # training reports the number
+    with (
+        bar("timing a step", 1) as tick,
+        threads.fewer_when_busy(torch_device, ignore_line),
+    ):  # training reports the number
         validation = plan.validation(run)
         seconds_per_step = _step_seconds(run, torch_device)
         if validation:

@@ -45,7 +45,7 @@ from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads
 from dumo.runtime.device import software_versions
-from dumo.runtime.progress import Bar, no_bar, teller
+from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import UserError
 
 PATH_FIELDS = ("protocol.reference", "protocol.model")  # no part of a file's name: the card has their files' hashes
@@ -76,7 +76,7 @@ def evaluate(
     check_writable(opened.output_folder)
     sweep(opened.output_folder)
     opened = with_options(opened, nfe=nfe, seed=seed, solver=solver)
-    with threads.fewer_when_busy(opened.device, teller(bar)):
+    with threads.fewer_when_busy(opened.device, line_printer(bar)):
         path, report = _judge(opened, bar, metrics or {})
     if dist.is_main():
         write(path, _without_scores(report, metrics or {}))

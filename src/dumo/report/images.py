@@ -41,7 +41,7 @@ from dumo.report.place import ImageSet, have_same_classes, open_images, require_
 from dumo.run.judge import bar_while_reading
 from dumo.runtime import dist, threads
 from dumo.runtime.device import choose_device, software_versions
-from dumo.runtime.progress import Bar, Tick, no_bar, teller
+from dumo.runtime.progress import Bar, Tick, line_printer, no_bar
 from dumo.types import Spec, UserError
 
 DEFAULT_KIND = "photos"  # the protocol that needs no download: ours
@@ -110,7 +110,7 @@ def judge(
 
     # the scores
     torch_device = choose_device(device)
-    with threads.fewer_when_busy(torch_device, teller(bar)):
+    with threads.fewer_when_busy(torch_device, line_printer(bar)):
         with bar_while_reading(bar) as reading_tick:
             c = labels.c[image_set.chosen_rows(total)] if labels else None
             context = Context(reference.open, num_classes, device=torch_device, tick=reading_tick, c=c)

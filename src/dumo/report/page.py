@@ -43,7 +43,7 @@ from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path, threads
 from dumo.runtime.device import software_versions
-from dumo.runtime.progress import Bar, no_bar, teller
+from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.runtime.random import stream
 from dumo.training import log
 from dumo.types import Sample, UserError
@@ -96,7 +96,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     data = read_data(opened)
 
     # samples
-    with threads.fewer_when_busy(sampler.device, teller(bar)):
+    with threads.fewer_when_busy(sampler.device, line_printer(bar)):
         texts = _prompt_sheet(sampler, prompts, bar)
         samples = make_samples(sampler, bar)
 

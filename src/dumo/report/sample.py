@@ -43,7 +43,7 @@ from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads
 from dumo.runtime.device import require_memory
-from dumo.runtime.progress import Bar, no_bar, teller
+from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import Sample, UserError
 
 COUNT = 100  # samples, if no other number is asked for: ours
@@ -179,7 +179,7 @@ def export(
         name_parts.append(word("count", count))
 
     written: list[Path] = []
-    with threads.fewer_when_busy(sampler.device, teller(bar)):
+    with threads.fewer_when_busy(sampler.device, line_printer(bar)):
         for passes in sampler.spec.nfe:
             samples = sampler.sample(c, nfe=passes, bar=bar)
             if not dist.is_main():

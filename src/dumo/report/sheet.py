@@ -58,7 +58,7 @@ class Sheets:
         sheets later. Sheets that are begun are finished, since the next checkpoint is of a later step.
         """
         if record.asked is None and self.run.train.is_sheet_due(state.step):
-            with signals.finished():
+            with signals.uninterrupted():
                 for nfe in self.run.sample.nfe:
                     self._draw_one(state, nfe)
 

@@ -30,7 +30,7 @@ from dumo.run.prompt import sources
 from dumo.run.resolve import resolve
 from dumo.runtime import dist, threads
 from dumo.runtime.device import choose_device
-from dumo.runtime.progress import Bar, no_bar, teller
+from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import Spec, UserError
 
 MAX_PART_CHARACTERS = 40  # of --part: ours
@@ -170,7 +170,7 @@ def encode(
     plan = parse(cache.CachePlan, plan_fields | options)
     rows_to_read = table.rows_of_rank(len(album), plan.shard_rows, rank, world_size)
     with (
-        threads.fewer_when_busy(torch_device, teller(bar)),
+        threads.fewer_when_busy(torch_device, line_printer(bar)),
         bar(f"encoding {images.root}", rows_to_read) as tick,
         below("data.images"),
     ):
@@ -236,7 +236,7 @@ def encode_texts(
     if isinstance(data, Latents) and data.images.source:
         files_by_hash = data.images.source_images()
     rows_to_read = table.rows_of_rank(len(texts) + 1, shard_rows, rank, world_size)  # the empty text, too
-    with threads.fewer_when_busy(torch_device, teller(bar)), bar("encoding captions", rows_to_read) as tick:
+    with threads.fewer_when_busy(torch_device, line_printer(bar)), bar("encoding captions", rows_to_read) as tick:
         done = texttable.encode(
             texts,
             spec.reader_spec,

@@ -46,7 +46,7 @@ from dumo.run.speed import Meter
 from dumo.run.weights import begin
 from dumo.runtime import dist, threads
 from dumo.runtime.device import choose_device
-from dumo.runtime.progress import quiet
+from dumo.runtime.progress import ignore_line
 from dumo.training import agreement
 from dumo.training.layout import share_of
 from dumo.training.manifest import Checkpoint
@@ -134,7 +134,7 @@ def open_job(
     rank, _ = dist.torchrun_rank_and_world()
     is_main = rank == 0
     if not is_main or tell is None:
-        tell = quiet
+        tell = ignore_line
     with ExitStack() as stack:
         # 1. lock and read
         if is_main:
@@ -168,7 +168,7 @@ def open_job(
 
         # 4. open the data, and examine the derivative
         data = open_data(run.data)
-        with threads.fewer_when_busy(torch_device, quiet):
+        with threads.fewer_when_busy(torch_device, ignore_line):
             examination.examine(run, torch_device).require()
         net_outline = outline(run)
         step_cost = cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref)

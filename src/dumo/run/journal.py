@@ -45,7 +45,7 @@ from dumo.runtime import dist, signals
 from dumo.runtime.device import software_versions, total_memory
 from dumo.runtime.door import train_call
 from dumo.runtime.heap import low_memory_heap
-from dumo.runtime.progress import sized
+from dumo.runtime.progress import bytes_text
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.burst import LASTS, WINDOW
@@ -232,8 +232,8 @@ class Journal:
         device_bytes = agreement.on_main_rank(lambda: total_memory(self.device))
         if self.run.objective.needs.slope and copies_bytes > device_bytes:
             self.tell(
-                f"the slope is not examined on the weights in training: copies of them take {sized(copies_bytes)} of "
-                f"memory, and {self.device} has {sized(device_bytes)}"
+                f"the slope is not examined on the weights in training: copies of them take {bytes_text(copies_bytes)} "
+                f"of memory, and {self.device} has {bytes_text(device_bytes)}"
             )
             return
         with low_memory_heap():

@@ -17,7 +17,7 @@ from dumo.config.place import LOG as LOG
 from dumo.config.place import require_log
 from dumo.runtime import dist
 from dumo.runtime.device import known_peak_tflops, peak_bytes
-from dumo.runtime.progress import number, sized
+from dumo.runtime.progress import bytes_text, number_text
 from dumo.runtime.stopwatch import Clock, wall_clock
 from dumo.training import log
 from dumo.training.spec import Train
@@ -40,7 +40,7 @@ class Speed:
 
     def __str__(self) -> str:
         """As the bar says it."""
-        text = f"{number(self.images_per_second)} images/s, {sized(self.bytes)}"
+        text = f"{number_text(self.images_per_second)} images/s, {bytes_text(self.bytes)}"
         if self.share_of_peak is not None:
             text += f", {self.share_of_peak:.0%} of peak"
         return text

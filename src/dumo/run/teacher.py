@@ -40,7 +40,7 @@ from dumo.io.table import Column, TableIndex
 from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
 from dumo.runtime.door import settings
-from dumo.runtime.progress import Bar, say
+from dumo.runtime.progress import Bar, print_line
 from dumo.runtime.random import noise
 from dumo.training import agreement
 from dumo.training.state import State
@@ -250,7 +250,7 @@ def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tup
     module, _, name = teacher.source.partition(":")
     trust.require(trust.named_teachers({"kind": teacher.kind, "source": teacher.source}), "teacher.source of this run")
     if dist.is_main():
-        say(f"teacher.source: this run executes {teacher.source}")
+        print_line(f"teacher.source: this run executes {teacher.source}")
     x = noise(0, range(2), 0, run.data.shape).to(device)
     t = torch.full((2,), 0.5, device=device)
     c = torch.tensor([0, run.data.classes], device=device)  # the null class, too

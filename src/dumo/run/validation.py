@@ -121,7 +121,7 @@ class Validation:
         started = wall_clock()  # that of `speed.Meter`, which excludes these seconds
         try:
             with (
-                signals.finished(),
+                signals.uninterrupted(),
                 torch.compiler.set_stance("force_eager"),
                 product_precision("fp32", self.sampler.device),
             ):

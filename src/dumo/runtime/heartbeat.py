@@ -4,8 +4,8 @@ A collective waits for a late rank, and cannot tell a late one from one that han
 the store that all share. `dist.join` makes one `Peers` on each rank:
 
 1. `watch` starts two threads. One calls `beat` about each second: it writes a sign of life into the store, and reads
-   those of other ranks. Rank 0 reads all others, each other rank reads rank 0. The second thread ends this process, with
-   a line, once a rank that it reads has given no sign for DUMO_TIMEOUT seconds, whatever the main thread waits for.
+   those of other ranks: rank 0 of all others, each other rank that of rank 0. The second thread ends this process, with
+   a line, once such a rank has given no sign for DUMO_TIMEOUT seconds, whatever the main thread waits for.
 2. `wait_for_all` waits for all ranks as long as they live. What does not go step by step (samples, shards) waits so.
 3. Where a rank fails, it calls `report`. The others find their collectives broken, and `diagnose` makes a `Lost` of it
    that names the rank to blame.

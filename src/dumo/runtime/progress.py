@@ -1,7 +1,14 @@
-"""Showing how far a piece of work is: the work reports to a `Bar`, and knows no terminal.
+"""Showing how far a piece of work is. The work reports to a `Bar`, and knows no terminal.
 
-Bars are `bar` (on stderr), `late` (only for work that takes long) and `no_bar`; `say` prints a line above a live one.
-`number`, `sized`, `span`, `plain` and `inline` turn numbers and texts into what a terminal shows.
+    with bar("training", 1000) as tick:
+        tick(10, "loss 0.3")  # units done so far, and a note
+
+- Bars: `bar` shows on stderr, by `log_bar` where that is no terminal; `delayed_bar` shows only work that takes long;
+  `no_bar` shows nothing.
+- Lines: `print_line` prints one above a live bar. `line_printer` gives it to work that has a bar, and `ignore_line`
+  to work without one.
+- Texts: `number_text`, `bytes_text`, `duration_text` and `nfe_text` write numbers. `escape_controls` and `escape_line`
+  make texts of others safe to print.
 """
 
 import os
@@ -13,35 +20,37 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol, runtime_checkable
 
 Tick = Callable[[int, str], None]  # (units done so far, a note)
-# what moves, colours, breaks or turns round a line, and halves of characters, which cannot be printed
+LOG_SECONDS = 60.0  # between two lines of a bar in a log file: ours
+DELAY_SECONDS = 3.0  # after which `delayed_bar` begins to show: ours
+# Characters that move the cursor, colour, break or turn round a line; and halves of characters, which cannot be printed.
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @runtime_checkable
 class Bar(Protocol):
-    """Shows how far a piece of work is: `with bar("training", 1000) as tick: tick(10, "loss 0.3")`."""
+    """A way to show how far a piece of work is."""
 
     def __call__(self, title: str, total: int, /) -> AbstractContextManager[Tick]:
-        """Begin to show work of `total` units."""
+        """Show work of `total` units while inside; the context gives the `Tick` that the work calls."""
         ...
 
 
 @contextmanager
 def no_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
-    """Shows nothing."""
+    """A bar that shows nothing."""
     yield lambda done, note: None
 
 
 def bar(title: str, total: int, /) -> AbstractContextManager[Tick]:
-    """On stderr: a live bar on a terminal; in a log file, a line a minute."""
+    """A bar on stderr: a live one on a terminal, else a line each minute."""
     is_live = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    return _live_bar(title, total) if is_live else lines(title, total)
+    return _live_bar(title, total) if is_live else log_bar(title, total)
 
 
 @contextmanager
 def _live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
     """A bar that moves, by rich."""
-    from rich import progress as parts
+    from rich import progress as parts  # slow to import
     from rich.console import Console
 
     columns = (
@@ -54,52 +63,68 @@ def _live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
         parts.TextColumn("{task.fields[note]}", markup=False),
     )
     with parts.Progress(*columns, console=Console(markup=False, emoji=False, stderr=True)) as progress:
-        task = progress.add_task(inline(title), total=total, note="", rate="")
+        task = progress.add_task(escape_line(title), total=total, note="", rate="")
 
         def tick(done: int, note: str) -> None:
             rate = progress.tasks[0].speed
-            rate_text = f"{number(rate)}/s" if rate else ""
-            progress.update(task, completed=done, note=inline(note), rate=rate_text)
+            rate_text = f"{number_text(rate)}/s" if rate else ""
+            progress.update(task, completed=done, note=escape_line(note), rate=rate_text)
 
         yield tick
 
 
 @contextmanager
-def lines(
-    title: str, total: int, /, *, every: float = 60.0, clock: Callable[[], float] = time.monotonic
+def log_bar(
+    title: str, total: int, /, *, every: float = LOG_SECONDS, clock: Callable[[], float] = time.monotonic
 ) -> Generator[Tick, None, None]:
-    """A plain line at most every few seconds, and one at the end: units done, their rate, the note, time left."""
+    """A bar of plain lines for log files: one at most every `every` seconds, and one at the end.
+
+    A line has the units done, their rate, the latest note, and the time left. `clock` gives seconds.
+    """
     began = clock()
     last_shown = began
-    ticks: list[tuple[float, int]] = []  # the first and the latest one: when, units done
+    first_tick: tuple[float, int] | None = None  # when it came, in seconds of the clock, and the units done then
+    last_tick: tuple[float, int] | None = None
     last_note = ""
+
+    def rate_so_far() -> float:
+        if first_tick is None or last_tick is None:
+            return 0.0
+        return _units_per_second(first_tick, last_tick)
 
     def show(done: int, ending: str) -> None:
         state = f"{title}: {done:,} of {total:,}"
-        rate = speed(*ticks)
+        rate = rate_so_far()
         if rate:
-            state += f" at {number(rate)}/s"
-        say(inline(", ".join(part for part in (state, last_note, ending) if part)))
+            state += f" at {number_text(rate)}/s"
+        print_line(escape_line(", ".join(part for part in (state, last_note, ending) if part)))
 
     def tick(done: int, note: str) -> None:
-        nonlocal last_shown, last_note
-        ticks[1:] = [(clock(), done)]
+        nonlocal first_tick, last_tick, last_shown, last_note
+        last_tick = (clock(), done)
+        first_tick = first_tick or last_tick
         last_note = note
         if clock() - last_shown >= every:
             last_shown = clock()
-            rate = speed(*ticks)
-            show(done, f"{span((total - done) / rate)} left" if rate else "")
+            rate = rate_so_far()
+            show(done, f"{duration_text((total - done) / rate)} left" if rate else "")
 
     yield tick
-    done = ticks[-1][1] if ticks else 0
-    show(done, f"took {span(clock() - began)}")
+    done = last_tick[1] if last_tick else 0
+    show(done, f"took {duration_text(clock() - began)}")
 
 
 @contextmanager
-def late(
-    title: str, total: int, /, *, after: float = 3.0, clock: Callable[[], float] = time.monotonic, shown: Bar = bar
+def delayed_bar(
+    title: str,
+    total: int,
+    /,
+    *,
+    after: float = DELAY_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+    shown: Bar = bar,
 ) -> Generator[Tick, None, None]:
-    """A bar for work that is mostly short: it begins to show after some seconds (ours), and not before."""
+    """A bar for work that is mostly short: `shown` begins at the first tick after `after` seconds."""
     began = clock()
     shown_tick: Tick | None = None
     with ExitStack() as stack:
@@ -114,59 +139,58 @@ def late(
         yield tick
 
 
-def speed(*ticks: tuple[float, int]) -> float:
-    """Units a second from the first tick to the last; 0 where that is not known."""
-    if len(ticks) < 2:
-        return 0.0
-    (began, first), (now, done) = ticks
-    return (done - first) / (now - began) if now > began else 0.0
+def _units_per_second(first_tick: tuple[float, int], last_tick: tuple[float, int]) -> float:
+    """The rate between two ticks, each (seconds, units done); 0 where no time has passed."""
+    began, first_done = first_tick
+    now, done = last_tick
+    return (done - first_done) / (now - began) if now > began else 0.0
 
 
-def number(value: float) -> str:
-    """Three significant digits, or all before the point."""
+def number_text(value: float) -> str:
+    """A number with three significant digits, or with all digits before the point: 0.123, 1,234."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def sized(size: float, base: int = 1000) -> str:
-    """Bytes with three significant digits or all before the point: 1.23 GB; of base 1024: 1.23 GiB."""
+def bytes_text(size: float, base: int = 1000) -> str:
+    """A number of bytes as text: 1.23 GB, or, with base 1024, 1.23 GiB."""
     units = ("KiB", "MiB", "GiB", "TiB", "PiB") if base == 1024 else ("kB", "MB", "GB", "TB", "PB")
     power = 1
     while power < len(units) and size >= 999.5 * base**power:
         power += 1
-    return f"{number(size / base**power)} {units[power - 1]}"
+    return f"{number_text(size / base**power)} {units[power - 1]}"
 
 
 def nfe_text(n: int) -> str:
-    """The number of passes of a sample through the net: '1 NFE', '2 NFE'."""
+    """A number of passes of a sample through the net as text: 1 NFE, 2 NFE."""
     return f"{n} NFE"
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line on stderr at once, above a live bar."""
-    print(plain(line), file=sys.stderr, flush=True)
+    print(escape_controls(line), file=sys.stderr, flush=True)
 
 
-def teller(bar: Bar) -> Callable[[str], None]:
-    """The function that prints lines next to a bar: `say`, or `quiet` where no bar is shown."""
-    return quiet if bar is no_bar else say
+def line_printer(bar: Bar) -> Callable[[str], None]:
+    """The function that prints the lines of work with this bar: `print_line`, but `ignore_line` with `no_bar`."""
+    return ignore_line if bar is no_bar else print_line
 
 
-def quiet(line: str) -> None:
-    """Say nothing."""
+def ignore_line(line: str) -> None:
+    """Print nothing: in place of `print_line`."""
 
 
-def plain(text: str) -> str:
-    """The text with control characters spelt out: a file's name must not steer the terminal. Line breaks stay."""
+def escape_controls(text: str) -> str:
+    """Spell out the control characters of a text, so that a file's name cannot steer the terminal. Line breaks stay."""
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-def inline(text: str) -> str:
-    """The text with control characters and line breaks spelt out."""
-    return plain(text).replace("\n", r"\n")
+def escape_line(text: str) -> str:
+    """Spell out the control characters and line breaks of a text."""
+    return escape_controls(text).replace("\n", r"\n")
 
 
-def span(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds: 1:02:03."""
+def duration_text(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds, 1:02:03, or as minutes and seconds, 2:03."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, seconds = divmod(rest, 60)
     if hours:

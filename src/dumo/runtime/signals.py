@@ -1,12 +1,17 @@
-"""Stopping when asked from outside: a signal is noted, and long work polls for it between its pieces.
+"""Stopping when asked from outside: a signal is noted, and long work asks for it between its pieces.
 
-The command line enters `listening`. Work that has something to save calls `poll` and saves; other work calls `check`.
+1. The command line enters `listening`, which handles SIGNALS: Ctrl-C of a person, SIGHUP of a terminal that is closed,
+   SIGTERM of a scheduler that takes the machine back in some seconds, or SIGUSR1 where it was set to that.
+2. A signal comes: it is noted in `received_signal`, and nothing else changes. A second signal of the same kind does
+   what it did before `listening`: mostly it ends the process at once.
+3. The work asks between its pieces. If it has something to save, it calls `poll`, saves, and raises `Stopped`; other
+   work calls `check`, which raises. Inside `uninterrupted`, `check` raises nothing.
 
-A scheduler that takes a machine back says so some seconds before (SIGTERM; SIGUSR1 where it was set to), a terminal
-that is closed by SIGHUP, a person by Ctrl-C. The running work then saves what there is and raises `Stopped`. A second
-signal of the same kind does what it did before: it ends the process at once. A process that works for another one, as a
-rank does for torchrun, is asked to stop, too, where that one is gone. A scheduler may signal both, and torchrun passes
-the signal on to its ranks: so what comes again within REPEAT_SECONDS is no second signal.
+A process that works for another one, as a rank does for torchrun, is also asked to stop where that one is gone. There a
+scheduler may signal both, and torchrun passes the signal on to its ranks: so what comes again within REPEAT_SECONDS is
+no second signal.
+
+`default_handlers` is for waits in C, in which no handler would run.
 """
 
 import os
@@ -20,12 +25,13 @@ from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 REPEAT_SECONDS = 2.0  # within which one request may come twice: ours
-LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it for those it starts
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # torchrun sets it in the environment of its ranks
 
-received: int | None = None  # the signal that asked this process to stop, once one has
-listens = False  # whether `listening` is entered
-finishing = False  # whether `finished` is entered
-parent: int | None = None  # the process without which this one is to stop
+# The state of the process. `dumo.cli.callback` sets the first where a callback ends a training.
+received_signal: int | None = None  # the number of the signal that asked this process to stop
+is_listening = False  # whether `listening` is entered
+_is_uninterrupted = False  # whether `uninterrupted` is entered
+_parent_pid: int | None = None  # of the process without which this one is to stop; None: it works on alone
 
 
 class Stopped(RuntimeError):  # noqa: N818, it is no error
@@ -38,21 +44,21 @@ class Stopped(RuntimeError):  # noqa: N818, it is no error
         self.number = number
 
     def __reduce__(self) -> tuple[type["Stopped"], tuple[int, str]]:
-        """As it is sent from one process to another."""
+        """How pickle makes it again in another process."""
         return type(self), (self.number, str(self))
 
 
 def poll() -> int | None:
     """The number of the signal that asked this process to stop; None while nobody has."""
-    global received
-    if received is None and parent is not None and os.getppid() != parent:
-        received = signal.SIGTERM
-    return received
+    global received_signal
+    if received_signal is None and _parent_pid is not None and os.getppid() != _parent_pid:
+        received_signal = signal.SIGTERM
+    return received_signal
 
 
 def check() -> None:
     """Raise Stopped if the process was asked to stop: for work that has nothing to save, or has saved it."""
-    if finishing:
+    if _is_uninterrupted:
         return
     number = poll()
     if number is not None:
@@ -60,53 +66,55 @@ def check() -> None:
 
 
 @contextmanager
-def finished() -> Generator[None, None, None]:
+def uninterrupted() -> Generator[None, None, None]:
     """Inside, `check` raises nothing: for a short piece that ranks make together, and that only this step can make."""
-    global finishing
-    before = finishing
-    finishing = True
+    global _is_uninterrupted
+    was_uninterrupted = _is_uninterrupted
+    _is_uninterrupted = True
     try:
         yield
     finally:
-        finishing = before
+        _is_uninterrupted = was_uninterrupted
 
 
 @contextmanager
 def listening(
-    tell: Callable[[int], object] = lambda number: None, *, child: bool | None = None
+    on_signal: Callable[[int], object] = lambda number: None, *, child: bool | None = None
 ) -> Generator[None, None, None]:
-    """Handle the signals, in the main thread; elsewhere, and of those that are ignored (nohup), nothing changes.
+    """While inside, note signals instead of ending; afterwards the handlers are as before.
 
-    `tell` is called with the number of each as it comes, between any two instructions. `child`: stop where the process
-    that started this one is gone; None: if that is torchrun.
+    Does nothing outside of the main thread and inside another `listening`. A signal that is ignored (nohup) stays so.
+
+    on_signal: called with the number of each signal as it comes, between any two instructions.
+    child: whether to stop where the process that started this one is gone; None: if that is torchrun.
     """
-    global received, listens, parent
-    if listens or threading.current_thread() is not threading.main_thread():
+    global received_signal, is_listening, _parent_pid
+    if is_listening or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers_before: dict[int, Any] = {}
-    first_received: dict[int, float] = {}  # when, by signal
+    handlers_before: dict[int, Any] = {}  # by number of the signal
+    received_at: dict[int, float] = {}  # by number of the signal: when it came first, in seconds
 
     def handle(number: int, frame: FrameType | None) -> None:
-        global received
-        if number not in first_received:
-            received = number
-            first_received[number] = time.monotonic()
-            if parent is None:
+        global received_signal
+        if number not in received_at:
+            received_signal = number
+            received_at[number] = time.monotonic()
+            if _parent_pid is None:  # else the same request may come twice
                 signal.signal(number, handlers_before[number])
-            tell(number)
-        elif time.monotonic() - first_received[number] > REPEAT_SECONDS:
+            on_signal(number)
+        elif time.monotonic() - received_at[number] > REPEAT_SECONDS:
             signal.signal(number, handlers_before[number])
             signal.raise_signal(number)
 
     if child is None:
-        child = LAUNCHED in os.environ
-    received = None
-    listens = True
-    parent = os.getppid() if child else None
+        child = TORCHRUN_VARIABLE in os.environ
+    received_signal = None
+    is_listening = True
+    _parent_pid = os.getppid() if child else None
     for number in SIGNALS:
         handler = signal.getsignal(number)
-        if handler not in (signal.SIG_IGN, None):
+        if handler not in (signal.SIG_IGN, None):  # None: C code installed it
             handlers_before[number] = handler
             signal.signal(number, handle)
     try:
@@ -114,19 +122,22 @@ def listening(
     finally:
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
-        received = None
-        listens = False
-        parent = None
+        received_signal = None
+        is_listening = False
+        _parent_pid = None
 
 
 @contextmanager
 def default_handlers() -> Generator[None, None, None]:
-    """Inside, a signal that is handled else ends the process at once: for a wait in C, where no handler would run."""
+    """Inside, signals that `listening` handles end the process at once: for a wait in C, where no handler would run.
+
+    Raises Stopped if the process was asked to stop already.
+    """
     check()
     handlers_before: dict[int, Any] = {}
     for number in SIGNALS:
         handler = signal.getsignal(number)
-        if listens and callable(handler):
+        if is_listening and callable(handler):
             handlers_before[number] = handler
     for number in handlers_before:
         signal.signal(number, signal.SIG_DFL)

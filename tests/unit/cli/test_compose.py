@@ -225,7 +225,7 @@ def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
         assert torch.equal(weight, longer.net.state_dict()[name])
     last = train(tmp_path / "last", source="moons", changes=small | {"train.steps": 2}, callbacks=[stop])
     assert last.step == 2
-    assert signals.received is None
+    assert signals.received_signal is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from dumo.cli.terminal import MORE, err, explain, memory_hint, out, show_lines, show_table, stoppable
 from dumo.runtime.heartbeat import Lost
-from dumo.runtime.progress import bar, inline, plain, say
+from dumo.runtime.progress import bar, escape_controls, escape_line, print_line
 from dumo.training.step import Diverged
 from dumo.types import UserError
 
@@ -20,9 +20,9 @@ SHOWN = r"a\x1b[31mb\x07c\x9b2Jd\re\u202ef\udc80"
 
 
 def test_control_characters_are_spelt_out() -> None:
-    assert plain(NAME) == SHOWN
-    assert plain("a\tb\nc, é, 猫, 👩‍🚀") == "a\tb\nc, é, 猫, 👩‍🚀"
-    assert inline("a\nb") == r"a\nb"
+    assert escape_controls(NAME) == SHOWN
+    assert escape_controls("a\tb\nc, é, 猫, 👩‍🚀") == "a\tb\nc, é, 猫, 👩‍🚀"
+    assert escape_line("a\nb") == r"a\nb"
 
 
 def test_wherever_they_come_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +37,7 @@ def test_wherever_they_come_out(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     with bar(f"x\n{NAME}", 1) as tick:
         tick(1, NAME)
-    say(NAME)
+    print_line(NAME)
     err.print(NAME, soft_wrap=True)
     show_lines([(NAME, NAME)])
     show_table(NAME, [{NAME: f"x\n{NAME}"}])

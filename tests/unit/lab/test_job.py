@@ -24,7 +24,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     serve = job.serve
 
     def fresh(*given: object) -> None:
-        signals.listens = False
+        signals.is_listening = False
         for number in signals.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         serve(*given)

@@ -150,7 +150,7 @@ def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.Mo
         naps.append(seconds)
         add(run, 20 + 10 * len(naps))
         if len(naps) == 3:
-            monkeypatch.setattr(signals, "received", 2)
+            monkeypatch.setattr(signals, "received_signal", 2)
 
     monkeypatch.setattr(feeds.time, "sleep", sleep)
     with pytest.raises(signals.Stopped):

@@ -56,12 +56,12 @@ class Fate:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.patch, self.spoilt, self.last = patch, set[int](), 0
         patch.setattr(loop, "train_step", self.step)
-        patch.setattr(signals, "received", None)
+        patch.setattr(signals, "received_signal", None)
 
     def comes(self, spoilt: Iterable[int] = (), last: int = 0) -> None:
         """From now on, steps counted from 1."""
         self.spoilt, self.last = set(spoilt), last
-        self.patch.setattr(signals, "received", None)
+        self.patch.setattr(signals, "received_signal", None)
 
     def step(self, state: State, flow: Flow, batch: Batch, *rest: object, **more: object) -> Record:
         """As `train_step`."""
@@ -69,7 +69,7 @@ class Fate:
             batch = [batch[0].clone(), *batch[1:]]
             batch[0][BAD] = torch.nan
         if state.step + 1 == self.last:
-            self.patch.setattr(signals, "received", signal.SIGTERM)
+            self.patch.setattr(signals, "received_signal", signal.SIGTERM)
         return train_step(state, flow, batch, *rest, **more)  # pyright: ignore
 
 
@@ -142,7 +142,7 @@ def test_stopped_between_skipped_steps_it_is_the_same_run(fate: Fate, tmp_path: 
 @pytest.mark.slow
 def test_asked_to_stop_before_its_first_step_or_in_its_last(fate: Fate, run: Path, tmp_path: Path) -> None:
     """It makes none, or is done."""
-    fate.patch.setattr(signals, "received", signal.SIGINT)
+    fate.patch.setattr(signals, "received_signal", signal.SIGINT)
     with pytest.raises(signals.Stopped):
         train(tiny("train.steps=10"), run)
     assert steps(run) == [2, 4, 6, 8]
@@ -220,16 +220,16 @@ def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
 
     def stopped(state: State, *rest: object, **more: object) -> Record:
         if state.step + 1 == first - 1:
-            monkeypatch.setattr(signals, "received", signal.SIGTERM)
+            monkeypatch.setattr(signals, "received_signal", signal.SIGTERM)
         return burst(state, *rest, **more)
 
     monkeypatch.setattr(loop, "train_step", stopped)
-    monkeypatch.setattr(signals, "received", None)
+    monkeypatch.setattr(signals, "received_signal", None)
     again: list[str] = []
     with pytest.raises(signals.Stopped):
         train(tiny(*LONG), Path("again"))
     monkeypatch.setattr(loop, "train_step", burst)
-    monkeypatch.setattr(signals, "received", None)
+    monkeypatch.setattr(signals, "received_signal", None)
     train(tiny(*LONG), Path("again"), tell=again.append)
     assert known.bits(Path("again")) == known.bits(Path("run"))
     assert warning.replace(" run ", " again ") in again

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from dumo.runtime.progress import Bar, bar, late, lines, no_bar, sized, span
+from dumo.runtime.progress import Bar, bar, bytes_text, delayed_bar, duration_text, log_bar, no_bar
 
 
 class Clock:
@@ -24,7 +24,7 @@ def test_bars() -> None:
 
 def test_a_line_a_minute_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with lines("training run", 1500, clock=clock) as tick:
+    with log_bar("training run", 1500, clock=clock) as tick:
         tick(500, "")  # where it goes on
         for done in range(501, 1501):
             clock.now += 0.25
@@ -40,14 +40,14 @@ def test_a_line_a_minute_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) 
 
 def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    with lines("sampling", 100, clock=clock) as tick:
+    with log_bar("sampling", 100, clock=clock) as tick:
         clock.now = 70
         tick(100, "")
     assert capsys.readouterr().err == "sampling: 100 of 100\nsampling: 100 of 100, took 1:10\n"
-    with lines("sampling", 100, clock=clock):
+    with log_bar("sampling", 100, clock=clock):
         pass
     assert capsys.readouterr().err == "sampling: 0 of 100, took 0:00\n"
-    with pytest.raises(KeyboardInterrupt), lines("sampling", 100, clock=clock):
+    with pytest.raises(KeyboardInterrupt), log_bar("sampling", 100, clock=clock):
         raise KeyboardInterrupt
     assert capsys.readouterr().err == ""
 
@@ -56,7 +56,7 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> No
 def test_short_work_shows_nothing(seconds: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Longer work is shown from the first tick after some seconds on."""
     clock = Clock()
-    with late("decoding", 9, clock=clock, shown=partial(lines, clock=clock)) as tick:
+    with delayed_bar("decoding", 9, clock=clock, shown=partial(log_bar, clock=clock)) as tick:
         tick(1, "")
         clock.now = seconds
         tick(5, "")
@@ -84,8 +84,17 @@ def test_a_terminal_gets_a_bar_that_moves(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_spans_and_sizes() -> None:
-    spans = [span(s) for s in (0, 59.6, 61, 3599, 3600, 90061)]
+    spans = [duration_text(s) for s in (0, 59.6, 61, 3599, 3600, 90061)]
     assert spans == ["0:00", "1:00", "1:01", "59:59", "1:00:00", "25:01:01"]
     sizes = (0, 999, 1500, 562e6, 999.6e6, 1.234e9, 5e15, 7e19)
-    assert [sized(n) for n in sizes] == ["0 kB", "0.999 kB", "1.5 kB", "562 MB", "1 GB", "1.23 GB", "5 PB", "70,000 PB"]
-    assert [sized(n, 1024) for n in (1024, 24 * 2**30)] == ["1 KiB", "24 GiB"]
+    assert [bytes_text(n) for n in sizes] == [
+        "0 kB",
+        "0.999 kB",
+        "1.5 kB",
+        "562 MB",
+        "1 GB",
+        "1.23 GB",
+        "5 PB",
+        "70,000 PB",
+    ]
+    assert [bytes_text(n, 1024) for n in (1024, 24 * 2**30)] == ["1 KiB", "24 GiB"]

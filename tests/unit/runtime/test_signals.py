@@ -11,7 +11,7 @@ import torch
 from dumo.flow.path import Linear
 from dumo.flow.solver import Euler
 from dumo.runtime import signals
-from dumo.runtime.signals import LAUNCHED
+from dumo.runtime.signals import TORCHRUN_VARIABLE
 from dumo.types import Cond, Reads, Sample, Time
 
 pytestmark = pytest.mark.usefixtures("default_signals")
@@ -45,7 +45,7 @@ def test_what_is_ignored_stays_so_and_other_threads_hear_nothing() -> None:
 
     def listen() -> None:
         with signals.listening():
-            found.append(signals.listens)
+            found.append(signals.is_listening)
 
     thread = threading.Thread(target=listen)
     thread.start()
@@ -86,13 +86,18 @@ def test_a_child_may_hear_one_word_twice(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("environment", "child", "stops"),
-    [({}, None, False), ({LAUNCHED: "1"}, None, True), ({}, True, True), ({LAUNCHED: "1"}, False, False)],
+    [
+        ({}, None, False),
+        ({TORCHRUN_VARIABLE: "1"}, None, True),
+        ({}, True, True),
+        ({TORCHRUN_VARIABLE: "1"}, False, False),
+    ],
 )
 def test_without_whom_a_process_works_on(
     environment: dict[str, str], child: bool | None, stops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shell may go; torchrun, or whoever has this process as a child, may not."""
-    monkeypatch.delenv(LAUNCHED, raising=False)
+    monkeypatch.delenv(TORCHRUN_VARIABLE, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(os, "getppid", lambda: 1000)  # this one's own may be 1 already

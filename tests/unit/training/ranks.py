@@ -156,7 +156,7 @@ def guarded(share: int) -> None:
     after = tensors(state)
     assert [name for name in before if not name.endswith("passes") and not torch.equal(before[name], after[name])] == []
 
-    with patch.object(signals, "received", signal.SIGUSR1 if dist.rank() else None):
+    with patch.object(signals, "received_signal", signal.SIGUSR1 if dist.rank() else None):
         record = step(Toy(), due=not dist.is_main())
     assert (record.asked, record.due, record.skipped) == (signal.SIGUSR1, False, None)
     assert step(Toy(), due=dist.is_main()).due

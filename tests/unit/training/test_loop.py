@@ -130,7 +130,7 @@ def test_asked_to_stop_it_ends_after_that_step(monkeypatch: pytest.MonkeyPatch) 
 
     def hear(state: State, record: Record) -> None:
         seen.append((record.asked or 0, record.due))
-        monkeypatch.setattr(signals, "received", signal.SIGUSR1 if state.step == 2 else None)
+        monkeypatch.setattr(signals, "received_signal", signal.SIGUSR1 if state.step == 2 else None)
 
     with pytest.raises(signals.Stopped) as stopped:
         train(state, flow_of_toy(state, spec), batches(12), spec, [Every(1, hear)], lambda: next(due))
