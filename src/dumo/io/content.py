@@ -1,16 +1,22 @@
-"""What is in the items of a data set, by SHA-256, and what they are expected to hold.
+"""What the items of a data set hold, by SHA-256, and what they are expected to hold.
 
-`Hashes` is an inventory (`dumo.io.inventory`) of the items of a source, `dumo.io.source.hashes_of` gives it. An item is
-hashed when it is read for the first time (`Hashes.see`, `Hashes.hash`), and never again as long as its file is as it
-was noted. A checkpoint or a cache keeps the hashes of the items that it was made of, and expects them again
-(`Hashes.expect`):
+`Hashes` is an inventory (`dumo.io.inventory`) of a data set's items; `dumo.io.source.hashes_of` gives that of a source.
+The order of events:
 
-    the file is as noted                    the noted hash is compared at once (`mismatches`)
-    its size or time changed                it is hashed at once (`suspect`)
-    its inode alone changed: a copy         it is hashed when it is read
-    nobody noted it on this machine         it is hashed when it is read
+1. Training, or the making of a cache, reads items. `see` hashes each that is read for the first time; it is never
+   hashed again as long as its file is as it was noted. A checkpoint or a cache keeps the hashes, `packed_names` and
+   `labels_digest`.
+2. A later start expects the kept hashes again, by `expect`. What it does then depends on an item's file:
 
-An item whose content changed in place, with its time set back, is noticed only where all hashes are forgotten first.
+       it is as noted                       the noted hash is compared at once (`mismatches`)
+       its size or time changed             the item is hashed at once (`hash` of `suspect`)
+       its inode alone changed: a copy      the item is hashed when it is read
+       nobody noted it on this machine      the item is hashed when it is read
+
+3. `see` raises UserError for an item that is read, and is another than expected.
+
+`unpack_names` and `name_changes` are for messages about names. An item whose content changed in place, with its time
+set back, is noticed only where all hashes are forgotten first (`forget`).
 """
 
 import hashlib
@@ -32,7 +38,7 @@ from dumo.runtime import signals
 from dumo.runtime.progress import delayed_bar
 from dumo.types import UserError
 
-CHUNK_ITEMS = 64  # that a thread hashes in one go: ours
+CHUNK_ITEMS = 64  # that a thread hashes in one task: ours
 WINDOW_ITEMS = 4096  # that all threads hash between two looks at signals: ours
 MAX_THREADS = 16  # ours
 
@@ -43,7 +49,12 @@ class Hashes(Inventory):
     def __init__(
         self, files: ItemFiles, path: Callable[[int], str], read: Callable[[int], bytes], classes: Tensor | None = None
     ) -> None:
-        """Look up what is noted. `path` names an item, `read` gives its bytes, from many threads at once."""
+        """Look up what is noted.
+
+        path: names item i in messages.
+        read: the bytes of item i; it is called from many threads at once.
+        classes: of the items, (n,); None: there are none.
+        """
         super().__init__(files)
         self.path = path
         self.read = read
@@ -53,9 +64,9 @@ class Hashes(Inventory):
         self.problem = ""  # what a message says of a refused item
 
     def see(self, i: int, data: bytes) -> None:
-        """Hash item i as it is read, if it is pending. Raises UserError, with its name, where another is expected.
+        """Hash item i, of which `data` was just read, unless its hash is known.
 
-        May be called from many threads.
+        Raises UserError, with its name, where another content is expected. May be called from many threads.
         """
         if self.pending[i]:
             self._hash(i, data)
@@ -66,22 +77,22 @@ class Hashes(Inventory):
             raise UserError(f"{self.path(i)} {self.problem}")
 
     def hash(self, items: Iterable[int] | NDArray[np.int64]) -> None:
-        """Read and hash items, if they are pending; one that cannot be read stays pending."""
-        todo = [int(i) for i in items if self.pending[i]]
+        """Read and hash items, on threads, unless their hash is known. An item that cannot be read stays pending."""
+        pending_items = [int(i) for i in items if self.pending[i]]
 
         def hash_chunk(first: int) -> None:
-            for i in todo[first : first + CHUNK_ITEMS]:
+            for i in pending_items[first : first + CHUNK_ITEMS]:
                 try:
                     self._hash(i, self.read(i))
-                except (OSError, ValueError):  # who decodes it says so
+                except (OSError, ValueError):  # decoding it will raise, with a better message
                     continue
 
         pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="hash")
         try:
-            with delayed_bar("hashing images", len(todo)) as tick:
-                for begin in range(0, len(todo), WINDOW_ITEMS):
+            with delayed_bar("hashing images", len(pending_items)) as tick:
+                for begin in range(0, len(pending_items), WINDOW_ITEMS):
                     signals.check()
-                    end = min(begin + WINDOW_ITEMS, len(todo))
+                    end = min(begin + WINDOW_ITEMS, len(pending_items))
                     list(pool.map(hash_chunk, range(begin, end, CHUNK_ITEMS)))
                     tick(end, "")
                     self.save_if_due()
@@ -90,38 +101,43 @@ class Hashes(Inventory):
             self.save()
 
     def expect(self, hashes: HashRows, problem: str) -> None:
-        """From now on expect these hashes (n, 32), where they are not zeros; `problem` is said of another item."""
+        """From now on expect these hashes (n, 32); zeros: nothing is expected of that item.
+
+        `problem` follows the item's name in the message about an item that is another.
+        """
         self.expected = hashes
         self.problem = problem
         self.refused = set()
 
     def suspect(self, *, copies: bool = False) -> NDArray[np.int64]:
-        """The pending items of which something is expected, in files that changed since they were noted.
+        """The items to hash at once: a hash is expected, none is known, and their file changed since it was noted.
 
-        `copies`: also in files that are copies.
+        Returns their numbers. `copies`: also those in files that are copies.
         """
         if self.expected is None:
             return np.zeros(0, np.int64)
-        is_suspect = (self.status == CHANGED) | (copies & (self.status == COPIED))  # by file
-        if not is_suspect.any():
+        suspect_status = (CHANGED, COPIED) if copies else (CHANGED,)
+        is_suspect_file = np.isin(self.status, suspect_status)
+        if not is_suspect_file.any():
             return np.zeros(0, np.int64)
-        return np.flatnonzero(is_suspect[self.files.file_of_item] & self.expected.any(1) & ~self.sha256.any(1))
+        is_suspect = is_suspect_file[self.files.file_of_item]
+        return np.flatnonzero(is_suspect & self.expected.any(1) & ~self.sha256.any(1))
 
     def is_doubtful(self, items: range) -> bool:
         """Whether the hash of any of the items is known, or its file is not as it was noted."""
-        span = slice(items.start, items.stop)
-        is_other = np.isin(self.status[self.files.file_of_item[span]], (CHANGED, COPIED))
-        return bool(is_other.any() or self.sha256[span].any())
+        rows = slice(items.start, items.stop)
+        is_other_file = np.isin(self.status[self.files.file_of_item[rows]], (CHANGED, COPIED))
+        return bool(is_other_file.any() or self.sha256[rows].any())
 
     def mismatches(self) -> NDArray[np.int64]:
-        """The items whose hashes are known, and other than expected."""
+        """The numbers of the items whose hashes are known, and are not those expected."""
         if self.expected is None:
             return np.zeros(0, np.int64)
         is_compared = self.expected.any(1) & self.sha256.any(1)
         return np.flatnonzero(is_compared & (self.expected != self.sha256).any(1))
 
     def expected_or_known(self) -> HashRows:
-        """The expected hash of each item, else the known one, else zeros: (n, 32)."""
+        """For each item the expected hash, else the known one, else zeros: (n, 32)."""
         known = self.known_hashes()
         if self.expected is None:
             return known
@@ -138,15 +154,15 @@ class Hashes(Inventory):
         return torch.from_numpy(np.frombuffer(zlib.compress(self.names, 1), np.uint8).copy())
 
     def labels_digest(self) -> str:
-        """A hash of the items' classes."""
+        """A SHA-256 of the items' classes."""
         return digest.of_bytes(b"") if self.classes is None else digest.of_tensor(self.classes)
 
     def fingerprint(self) -> str:
-        """A short text, another one where items were added, removed or renamed, or have other classes."""
+        """A short text that changes where items are added, removed or renamed, or get other classes."""
         return digest.short(digest.of_bytes(self.names), self.labels_digest())
 
     def digest(self, items: Sequence[int]) -> str:
-        """A hash of the hashes of some items."""
+        """A SHA-256 of the hashes of some items, which must be known."""
         return digest.of_bytes(self.sha256[items].tobytes())
 
     def file_bytes(self, items: NDArray[np.int64]) -> int:
@@ -157,7 +173,7 @@ class Hashes(Inventory):
         self.add(i, hashlib.sha256(data).digest())
 
     def _differs(self, i: int) -> bool:
-        """Whether another content of item i is expected."""
+        """Whether item i, whose hash is known, is expected to be another."""
         if self.expected is None or not self.expected[i].any():
             return False
         return bool((self.expected[i] != self.sha256[i]).any())
@@ -172,14 +188,16 @@ def unpack_names(data: bytes) -> bytes:
 
 
 def name_changes(then: bytes, now: bytes) -> str:
-    """Which names are gone and which are new, in words. Both are names of items as `Hashes.names` has them."""
-    old = set(split_names(then))
-    new = set(split_names(now))
+    """Which names are gone and which are new, in words. Both arguments are as `Hashes.names`."""
+    names_then = set(split_names(then))
+    names_now = set(split_names(now))
+    gone = names_then - names_now
+    new = names_now - names_then
     changes: list[str] = []
-    if old - new:
-        changes.append(f"{first_few(sorted(old - new), _without_slash)} gone")
-    if new - old:
-        changes.append(f"{first_few(sorted(new - old), _without_slash)} new")
+    if gone:
+        changes.append(f"{first_few(sorted(gone), _without_slash)} gone")
+    if new:
+        changes.append(f"{first_few(sorted(new), _without_slash)} new")
     return ", ".join(changes) or "they are in another order"
 
 

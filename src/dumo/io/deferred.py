@@ -1,17 +1,21 @@
 """Weights that are not made yet: a net is built without them, and each is made when its device, or a rank's part, is.
 
-1. Inside `with Deferred() as weights`, memory that is allocated for floats on the CPU is on 'meta' instead, and what is
-   done to it is noted: that it is drawn, scaled, copied, cast. A draw is noted with the generator's state, and the
-   generator advances as if it had drawn. A tensor in a file is noted by `leaf`, and f(x) of a weight x by `derived`.
-   Inside `unnoted`, weights are made at once.
+1. Inside `with Deferred() as weights`, memory that is allocated for floats on the CPU is on 'meta' instead, and each
+   operation on it is recorded: draws, products, copies, casts. A draw is recorded with the generator's state, and the
+   generator advances as if it had drawn. `read_later` records a tensor in a file, `apply_later` a function of a weight.
+   Inside `not_deferred`, weights are made at once.
 2. `weights.replace` gives a tensor other values, such as those of a checkpoint.
-3. `weights.materialize` makes one tensor, by running what was noted; `weights.fill` makes all of a net. The values are
-   those of a net that is built without `Deferred`, to the bit.
+3. `weights.materialize` makes one tensor, by running the recorded operations; `weights.fill` makes all of a net. The
+   values are those of a net that is built without `Deferred`, to the bit.
 
 The host then never holds more than the largest tensor, and what a rank keeps.
 
+Operations are numbered in their order. A tensor's values at a number are those that the operations before it make, so
+a copy keeps its values when its original is changed later.
+
 Code that looks at values while it builds fails. `trunc_normal_`, `orthogonal_` and `sparse_` of `torch.nn.init` lose
-their draws, so nets from outside are built without `Deferred`.
+their draws, so nets from outside are built without `Deferred`. The dispatch mode and the schema of operations are
+private names of torch, which has no public way to record what a constructor does.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -28,10 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 MakeTensor = Callable[[], Tensor]
-OVERWRITING = ("uniform_", "normal_", "zero_", "fill_", "copy_", "random_", "exponential_")  # keep no old value
-EMPTY = torch.ops.aten.empty.memory_format
+# Operations in place that keep no old value of the tensor, by torch's name.
+OVERWRITING = ("uniform_", "normal_", "zero_", "fill_", "copy_", "random_", "exponential_")
+EMPTY = torch.ops.aten.empty.memory_format  # the operation that allocates memory
 CPU = torch.device("cpu")
-_entered: ContextVar["Deferred | None"] = ContextVar("deferred", default=None)  # the mode that notes now
+_entered: ContextVar["Deferred | None"] = ContextVar("deferred", default=None)  # the mode that records now
 
 
 @dataclass(frozen=True)
@@ -47,36 +52,39 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation that makes or changes a tensor that is not made yet."""
+    """A recorded operation, which makes or changes a tensor that is not made yet."""
 
-    time: int  # in the order of all operations
+    number: int  # in the order of all operations
     func: Callable[..., Any]
     args: tuple[Any, ...]  # with `TensorRef` in place of tensors that are not made yet
     kwargs: dict[str, Any]  # also with `TensorRef`
-    out: int | None = None  # which of its outputs the tensor is; None: it changes the tensor in place
-    state: Tensor | None = None  # of the generator, before it draws; None: it draws nothing
+    output_index: int | None = None  # which of its outputs the tensor is; None: it changes the tensor in place
+    generator_state: Tensor | None = None  # before it draws; None: it draws nothing
 
 
 class Deferred(TorchDispatchMode):
-    """Notes how weights are made while it is entered; `materialize` makes them later. Until then they are on 'meta'."""
+    """Records how weights are made while it is entered; `materialize` makes them later. Until then they are on 'meta'.
+
+    `x in weights` asks whether a tensor is not made yet.
+    """
 
     def __init__(self) -> None:
         """Start without weights."""
         super().__init__()
         self._operations: dict[int, list[Operation]] = {}  # by the key of a storage
         self._storages: dict[int, Tensor] = {}  # by key; they live on, so that no other storage gets the key
-        self._time = 0  # of the last operation noted
-        self._outputs_time = 0  # of the last operation that was run and had several outputs
-        self._outputs_of_last: list[Any] = []  # what it returned
+        self._last_number = 0  # of the operations recorded so far
+        self._cached_number = 0  # of the last operation that was run and had several outputs; 0: none
+        self._cached_outputs: list[Any] = []  # what it returned
 
     def __enter__(self) -> "Deferred":
-        """Begin to note operations."""
-        self._before = _entered.set(self)
+        """Begin to record operations."""
+        self._token = _entered.set(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:  # noqa: ANN401, as torch has it
-        """Stop noting operations."""
-        _entered.reset(self._before)
+        """Stop recording operations."""
+        _entered.reset(self._token)
         super().__exit__(*error)
 
     def __contains__(self, x: Tensor) -> bool:
@@ -86,20 +94,24 @@ class Deferred(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
-        """Run one operation, or note it."""
+        """Record an operation that allocates or uses weights; run any other. Torch calls it for each operation."""
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if func is EMPTY and (kwargs.get("device") or CPU) == CPU:
-            if (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point:
-                return self._new(func, args, kwargs)
-        elif any(x in self for x in tensors):
-            return self._note(func, args, kwargs)
-        elif tensors and str(kwargs.get("device")) == "meta":  # a real tensor moved to where the weights seem to be
-            kwargs = kwargs | {"device": CPU}
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            if dtype.is_floating_point:
+                return self._record_allocation(func, args, kwargs)
+            return func(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(x in self for x in tensors):
+            return self._record_use(func, args, kwargs)
+        if tensors and str(kwargs.get("device")) == "meta":
+            kwargs = kwargs | {"device": CPU}  # a tensor with values is to go where the weights seem to be
         return func(*args, **kwargs)
 
-    def leaf(self, make: MakeTensor, like: Tensor) -> Tensor:
-        """A tensor shaped like `like` that `make` makes later; the tensor that it returns is never changed."""
+    # ------------------------------------------------------------------------------------------------ what others call
+
+    def make_later(self, make: MakeTensor, like: Tensor) -> Tensor:
+        """A tensor shaped like `like` that `make` makes later; the tensor that `make` returns is never changed."""
         with _disable_current_modes():
             x = torch.empty_like(like, device="meta", requires_grad=False)
         self.replace(x, make)
@@ -107,18 +119,18 @@ class Deferred(TorchDispatchMode):
 
     def replace(self, x: Tensor, make: MakeTensor) -> None:
         """Let `make` make a tensor from now on. What was computed from the tensor before keeps its old values."""
-        self._add(x, Operation(self._tick(), make, (), {}, out=0))
+        self._add(x, Operation(self._next_number(), make, (), {}, output_index=0))
 
     def materialize(self, x: Tensor) -> Tensor:
-        """A tensor with its values, on the CPU, which must not be changed; a tensor that has values as it is."""
+        """The values of a tensor, on the CPU, which must not be changed; a tensor that has values as it is."""
         if x not in self:
             return x.detach()
         with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            row = self._materialize(_storage_key(x), self._time + 1)
-            return row.as_strided(x.size(), x.stride(), x.storage_offset())
+            values = self._storage_values(_storage_key(x), self._last_number + 1)
+            return values.as_strided(x.size(), x.stride(), x.storage_offset())
 
     def fill(self, net: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-        """MakeTensor all weights of a net, in place, one by one on a device. Tied weights stay tied."""
+        """Make all weights of a net, in place, one by one on a device. Tied weights stay tied. Returns the net."""
         made: dict[int, Tensor] = {}  # by the identity of the tensor on 'meta'
         for module in net.modules():
             for name, parameter in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
@@ -139,43 +151,46 @@ class Deferred(TorchDispatchMode):
         named_tensors = (*net.named_parameters(), *net.named_buffers())
         return [name for name, x in named_tensors if x.is_meta and x not in self]
 
-    def _new(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # noqa: ANN401, an operation
+    # ------------------------------------------------------------------------------------------------------- recording
+
+    def _record_allocation(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # noqa: ANN401
         """Allocate on 'meta' in place of the CPU."""
         x = func(*args, **kwargs | {"device": torch.device("meta")})
-        self._add(x, Operation(self._tick(), func, args, kwargs, out=0))
+        self._add(x, Operation(self._next_number(), func, args, kwargs, output_index=0))
         return x
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401, as `_new`
-        """Note an operation on tensors that are not made yet. Returns its output on 'meta'."""
+    def _record_use(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Record an operation on tensors that are not made yet. Returns its output on 'meta'."""
         if kwargs.get("generator") is not None or "out" in kwargs:
             raise RuntimeError(f"{func} on weights that are not made yet draws by a generator of its own, or has out=")
         refs = tree_map(self._ref, (args, kwargs))
-        state = None
+        generator_state = None
         if torch.Tag.nondeterministic_seeded in func.tags:
-            state = torch.get_rng_state()
+            generator_state = torch.get_rng_state()
             func(*tree_map(_blank, args), **tree_map(_blank, kwargs))  # the generator advances
-        out = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
-        time = self._tick()
+        output = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
+        number = self._next_number()
         written = _written_tensors(func, args)
-        for x in written:
-            if x not in self:
-                raise RuntimeError(f"{func} changes numbers by weights that are not made yet")
-            self._operations[_storage_key(x)].append(Operation(time, func, *refs, state=state))
-        if not written:
-            for i, x in enumerate(tree_leaves(out)):
-                if isinstance(x, Tensor) and _storage_key(x) not in self._operations:
-                    self._add(x, Operation(time, func, *refs, out=i, state=state))
-        return written[0] if written and isinstance(out, Tensor) else out
+        if written:
+            for x in written:
+                if x not in self:
+                    raise RuntimeError(f"{func} changes numbers by weights that are not made yet")
+                self._add(x, Operation(number, func, *refs, generator_state=generator_state))
+            return written[0] if isinstance(output, Tensor) else output
+        for i, x in enumerate(tree_leaves(output)):
+            if isinstance(x, Tensor) and _storage_key(x) not in self._operations:  # else it is a view
+                self._add(x, Operation(number, func, *refs, output_index=i, generator_state=generator_state))
+        return output
 
     def _add(self, x: Tensor, operation: Operation) -> None:
-        """Note an operation that makes a tensor."""
+        """Add an operation to those that make a tensor's storage."""
         self._storages.setdefault(_storage_key(x), x.detach())
         self._operations.setdefault(_storage_key(x), []).append(operation)
 
-    def _tick(self) -> int:
-        """The time of the next operation."""
-        self._time += 1
-        return self._time
+    def _next_number(self) -> int:
+        """The number of the next operation."""
+        self._last_number += 1
+        return self._last_number
 
     def _ref(self, x: object) -> object:
         """A `TensorRef` to a tensor that is not made yet; anything else as it is."""
@@ -183,56 +198,92 @@ class Deferred(TorchDispatchMode):
             return x
         return TensorRef(_storage_key(x), tuple(x.size()), x.stride(), int(x.storage_offset()), x.dtype)
 
-    def _materialize(self, key: int, before: int) -> Tensor:
-        """All values of a storage as they are before a time, (n,)."""
-        operations = [operation for operation in self._operations[key] if operation.time < before]
+    # --------------------------------------------------------------------------------------------------------- running
+
+    def _storage_values(self, key: int, before: int) -> Tensor:
+        """All values of a storage, (n,), as the operations with a number below `before` make them."""
+        operations = [operation for operation in self._operations[key] if operation.number < before]
         like = self._storages[key]
         count = like.untyped_storage().nbytes() // like.dtype.itemsize
-        # the last operation that all values come from: earlier ones need not run
-        first = max(
-            i
-            for i, operation in enumerate(operations)
-            if operation.out is not None or _overwrites(operation, key, count)
-        )
+
+        # the last operation that gives all values: earlier ones need not run
+        first = 0
+        for i, operation in enumerate(operations):
+            if operation.output_index is not None or _overwrites(operation, key, count):
+                first = i
         source = operations[first]
-        changes_after = operations[first + 1 :]
-        if source.out is None:
-            row = like.new_empty(count, device="cpu")
-            self._run(source, {key: row})
+        later_operations = operations[first + 1 :]
+
+        if source.output_index is None:  # it overwrites whatever is there
+            values = like.new_empty(count, device="cpu")
+            self._run(source, {key: values})
         elif source.func is EMPTY:
-            row = like.new_empty(count, device="cpu")
+            values = like.new_empty(count, device="cpu")
         else:
-            row = _flat(self._outputs(source)[source.out], like)
-            if changes_after:
-                row = row.clone()  # it may be the pages of a file
-        for operation in changes_after:
-            self._run(operation, {key: row})
-        return row
+            values = _flat(self._outputs(source)[source.output_index], like)
+            if later_operations:
+                values = values.clone()  # they may be the pages of a file
+        for operation in later_operations:
+            self._run(operation, {key: values})
+        return values
 
     def _outputs(self, operation: Operation) -> list[Any]:
-        """The outputs of an operation. Of the last one with several, such as codes and scales, they are cached."""
-        if self._outputs_time == operation.time:
-            return self._outputs_of_last
+        """The outputs of an operation. Those of the last one with several, such as codes and scales, are cached."""
+        if self._cached_number == operation.number:
+            return self._cached_outputs
         outputs = tree_leaves(self._run(operation, {}))
         has_several = len(outputs) > 1
-        self._outputs_time = operation.time if has_several else 0
-        self._outputs_of_last = outputs if has_several else []
+        self._cached_number = operation.number if has_several else 0
+        self._cached_outputs = outputs if has_several else []
         return outputs
 
-    def _run(self, operation: Operation, rows: Mapping[int, Tensor]) -> Any:  # noqa: ANN401, an operation's output
-        """Run an operation on the values in `rows`, by key; other tensors are made first, as they were at its time."""
+    def _run(self, operation: Operation, storages: Mapping[int, Tensor]) -> Any:  # noqa: ANN401, an operation's output
+        """Run an operation on the values in `storages`, by key; other tensors are made first, as they were then."""
 
         def with_values(x: object) -> object:
             if not isinstance(x, TensorRef):
                 return x
-            row = rows[x.key] if x.key in rows else self._materialize(x.key, operation.time)
-            return row.view(x.dtype).as_strided(x.size, x.stride, x.offset)
+            values = storages[x.key] if x.key in storages else self._storage_values(x.key, operation.number)
+            return values.view(x.dtype).as_strided(x.size, x.stride, x.offset)
 
         inputs = (operation.args, operation.kwargs)
         args, kwargs = tree_map(with_values, inputs, is_leaf=lambda x: isinstance(x, TensorRef))
-        if operation.state is not None:
-            torch.set_rng_state(operation.state)
+        if operation.generator_state is not None:
+            torch.set_rng_state(operation.generator_state)
         return operation.func(*args, **kwargs)
+
+
+# ------------------------------------------------------------------------------ for code that builds with or without it
+
+
+def read_later(x: Tensor) -> Tensor:
+    """A tensor of a file, or another that must not be changed: inside `Deferred` it is read later, else it is x."""
+    deferred = _entered.get()
+    if deferred is None:
+        return x
+    return deferred.make_later(lambda: x, x)
+
+
+def apply_later(f: Callable[[Tensor], Tensor], x: Tensor, like: Tensor) -> Tensor:
+    """f(x), shaped like `like`. It is made later if x is; where x never has values, it is `like` itself."""
+    deferred = _entered.get()
+    if deferred is not None and x in deferred:
+        return deferred.make_later(lambda: f(deferred.materialize(x)), like)
+    if x.is_meta or is_fake(x):
+        return like
+    return f(x)
+
+
+@contextmanager
+def not_deferred() -> Generator[None, None, None]:
+    """Inside, no operation is recorded: weights are made at once."""
+    with _disable_current_modes():
+        yield
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether a tensor is torch's `FakeTensor`: a device and a shape without values, to count bytes."""
+    return isinstance(x, FakeTensor)
 
 
 def _storage_key(x: Tensor) -> int:
@@ -253,7 +304,7 @@ def _blank(x: object) -> object:
 def _written_tensors(func: Any, args: tuple[Any, ...]) -> list[Tensor]:  # noqa: ANN401, an operation
     """The tensors that an operation writes to."""
     written: list[Tensor] = []
-    for argument, x in zip(func._schema.arguments, args, strict=False):
+    for argument, x in zip(func._schema.arguments, args, strict=False):  # arguments that are left out have defaults
         if argument.alias_info is not None and argument.alias_info.is_write:
             written.append(x)
     return written
@@ -272,41 +323,11 @@ def _flat(x: Tensor, like: Tensor) -> Tensor:
     """The values of a tensor as (n,), in the memory order of `like`."""
     if x.is_contiguous() and like.is_contiguous():
         return x.detach().reshape(-1)
-    row = x.new_empty(x.numel())
-    row.as_strided(like.size(), like.stride()).copy_(x)
-    return row
+    values = x.new_empty(x.numel())
+    values.as_strided(like.size(), like.stride()).copy_(x)
+    return values
 
 
 def _copy_to(x: Tensor, device: torch.device | str) -> Tensor:
     """A copy of a tensor on a device, with its strides."""
     return torch.empty_like(x, device=device, memory_format=torch.preserve_format).copy_(x)
-
-
-def leaf(x: Tensor) -> Tensor:
-    """A tensor that must not be changed, such as one of a file. Inside `Deferred` it is read later."""
-    deferred = _entered.get()
-    if deferred is None:
-        return x
-    return deferred.leaf(lambda: x, x)
-
-
-def derived(f: Callable[[Tensor], Tensor], x: Tensor, like: Tensor) -> Tensor:
-    """f(x), shaped like `like`: made later, where x is; `like` itself, where x has no values at all."""
-    deferred = _entered.get()
-    if deferred is not None and x in deferred:
-        return deferred.leaf(lambda: f(deferred.materialize(x)), like)
-    if x.is_meta or is_fake(x):
-        return like
-    return f(x)
-
-
-def is_fake(x: Tensor) -> bool:
-    """Whether a tensor is torch's `FakeTensor`: a device and a shape without values, to count bytes."""
-    return isinstance(x, FakeTensor)
-
-
-@contextmanager
-def unnoted() -> Generator[None, None, None]:
-    """Inside, no operation is noted: weights are made at once."""
-    with _disable_current_modes():
-        yield

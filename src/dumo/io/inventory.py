@@ -1,17 +1,23 @@
 """The SHA-256 of items in files: read once, and noted with the size, the time of change and the inode of each file.
 
-A file has one item or several, as an archive of images does. `Inventory` holds the hashes of the items of some files:
+An item is what is hashed: a file with one image, an image in an archive. `Inventory` holds the hashes of the items of
+some files:
 
-1. when it is made, it looks up the notes there are (`dumo.io.note`), in a file next to the items' files. That costs a
-   stat for each file, which is then
+1. When it is made, it looks up the notes there are (`dumo.io.note`). That costs a stat for each file, which is then
 
        SAME        as noted: so are its hashes
-       COPIED      another inode, and nothing else
        CHANGED     of another size or time, or of another number of items
+       COPIED      of another inode, and nothing else
        UNKNOWN     noted by nobody on this machine
 
-2. `add` takes the hash of an item that was read;
+2. `add` takes the hash of an item that was read.
 3. `save_if_due` and `save` add the new hashes to the note, which other processes may write, too.
+
+`state_of` and `states_of` tell by what a file is known again; `ItemFiles` says which items lie in which files;
+`join_names` and `split_names` pack names.
+
+A note is a safetensors file of four tensors: `names` (bytes, NUL between), `states` (k, 3), `counts` (k,) and `hashes`
+(n, 32). Files of other splits of the same folder share it, so it may list more files, in another order.
 
 A content that changed in place, with its time set back, is not noticed.
 """
@@ -19,10 +25,12 @@ A content that changed in place, with its time set back, is not noticed.
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,13 +41,18 @@ from dumo.io import file, note
 
 NOTE_NAME = ".dumo-content.safetensors"
 HASH_BYTES = 32  # of a SHA-256
-SAME, CHANGED, COPIED, UNKNOWN = range(4)  # of several notes the first of these counts
-SAVE_SECONDS = 30.0  # between two saves, or a hundred times what one takes: ours
-NOT_NOTED, OTHER_COUNT = -1, -2  # in place of the size of a file: it is in no note, or had another number of items
+SAVE_SECONDS = 30.0  # between two saves, at least: ours
+SAVE_COST_FACTOR = 100  # between two saves, at least: so many times what one takes. Ours
 
-FileState = tuple[
-    int, int, int
-]  # by which a file is known again: its size, the time of its last change in ns, its inode
+# The status of a file, in the order in which it counts where notes in several places differ.
+SAME, CHANGED, COPIED, UNKNOWN = range(4)
+
+# In place of the size of a file in `_align`
+NOT_NOTED = -1  # the note does not list it
+OTHER_COUNT = -2  # it had another number of items
+
+# By which a file is known again: its size in bytes, the time of its last change in ns, its inode.
+FileState = tuple[int, int, int]
 FileStates = NDArray[np.int64]  # (k, 3), a row for each file
 HashRows = NDArray[np.uint8]  # (n, 32), a SHA-256 for each item; zeros where it is not known
 
@@ -64,7 +77,7 @@ class ItemFiles:
 
     @classmethod
     def of(cls, paths: Sequence[str], states: Sequence[FileState], counts: Sequence[int] | None = None) -> "ItemFiles":
-        """Files with their states and numbers of items; None: one item in each."""
+        """Files with their states. `counts`: the number of items in each; None: one."""
         if counts is None:
             counts = [1] * len(paths)
         return cls(paths, np.array(states, np.int64).reshape(-1, 3), np.array(counts, np.int64))
@@ -97,7 +110,7 @@ class Inventory:
         self.pending = bytearray((~self.sha256.any(1)).astype(np.uint8).tobytes())  # 1: the item is not hashed yet
         self._num_unsaved = 0
         self._saved_at = time.monotonic()
-        self._save_seconds = SAVE_SECONDS
+        self._save_interval = SAVE_SECONDS
         self._save_lock = Lock()
 
     def __len__(self) -> int:
@@ -116,13 +129,16 @@ class Inventory:
         self.pending = bytearray(b"\1" * len(self))
 
     def known_hashes(self) -> HashRows:
-        """The hashes of all items that are known, as a copy; no row is half-written by a thread that reads."""
-        pending = np.frombuffer(bytes(self.pending), bool)  # before the hashes are read
+        """A copy of all hashes, (n, 32), zeros for items that are not hashed yet.
+
+        No row of it is half-written by another thread.
+        """
+        pending = np.frombuffer(bytes(self.pending), bool)  # copied before the hashes: `add` writes it after them
         return np.where(pending[:, None], np.uint8(0), self.sha256)
 
     def save_if_due(self) -> None:
         """Save new hashes if all items are hashed, or the last save is long ago."""
-        is_due = time.monotonic() > self._saved_at + self._save_seconds
+        is_due = time.monotonic() > self._saved_at + self._save_interval
         if self._num_unsaved and (is_due or not any(self.pending)):
             self.save()
 
@@ -135,13 +151,11 @@ class Inventory:
             began = time.monotonic()
             place = note.best_place(file.note_places(Path(self.files.folder), NOTE_NAME))
             if place is not None:
-                try:
-                    with note.locked(place):
-                        note.write(place, _merge(self.files, self.known_hashes(), note.read(place)), "")
-                except OSError:
-                    pass
+                with suppress(OSError), note.locked(place):
+                    merged = _merge(self.files, self.known_hashes(), note.read(place))
+                    note.write(place, merged, "")
             self._saved_at = time.monotonic()
-            self._save_seconds = max(SAVE_SECONDS, 100 * (self._saved_at - began))
+            self._save_interval = max(SAVE_SECONDS, SAVE_COST_FACTOR * (self._saved_at - began))
 
 
 def join_names(names: Iterable[str]) -> bytes:
@@ -155,7 +169,10 @@ def split_names(names: bytes) -> list[str]:
 
 
 def _look_up(files: ItemFiles, sha256: HashRows, *, trust_copies: bool) -> NDArray[np.int64]:
-    """Fill in the hashes that are noted in any place. Returns the status of each file, (k,): SAME ... UNKNOWN."""
+    """Fill in the hashes of items in files that are as noted, in any place, in `sha256` (n, 32).
+
+    Returns the status of each file, (k,): SAME ... UNKNOWN. `trust_copies`: fill them in for copies, too.
+    """
     status = np.full(len(files.paths), UNKNOWN)
     for place in file.note_places(Path(files.folder), NOTE_NAME):
         noted = note.read(place)
@@ -164,51 +181,57 @@ def _look_up(files: ItemFiles, sha256: HashRows, *, trust_copies: bool) -> NDArr
         noted_states, noted_hashes = _align(files, noted)
         equal = noted_states == files.states
         is_same = equal.all(1)
-        is_copied = equal[:, :2].all(1)
+        is_copied = equal[:, :2].all(1)  # in size and time
         is_unknown = noted_states[:, 0] == NOT_NOTED
-        status_here = np.select([is_same, is_copied, is_unknown], [SAME, COPIED, UNKNOWN], CHANGED)
+        status_in_note = np.select([is_same, is_copied, is_unknown], [SAME, COPIED, UNKNOWN], CHANGED)
+        status = np.minimum(status, status_in_note)
+
+        # the hashes of items that no earlier note had
         is_trusted = is_same | is_copied if trust_copies else is_same
-        takes = np.repeat(is_trusted, files.counts)
-        if takes.all() and not sha256.any():
+        is_taken = np.repeat(is_trusted, files.counts)  # by item
+        if is_taken.all() and not sha256.any():  # mostly so, and faster
             sha256[:] = noted_hashes
         else:
-            takes &= ~sha256.any(1)
-            sha256[takes] = noted_hashes[takes]
-        status = np.minimum(status, status_here)
+            is_taken &= ~sha256.any(1)
+            sha256[is_taken] = noted_hashes[is_taken]
     return status
 
 
 def _align(files: ItemFiles, noted: note.Note) -> tuple[FileStates, HashRows]:
-    """What a note says of files: their states (k, 3), and the hashes of their items (n, 32).
+    """What a note says of these files: their states (k, 3), and the hashes of their items (n, 32).
 
     In place of the size stands NOT_NOTED for a file that is not in the note, and OTHER_COUNT for a file that had
-    another number of items.
+    another number of items. The hashes of both are zeros.
     """
     tensors, _ = noted
     noted_names = tensors["names"].numpy().tobytes()
     noted_states = tensors["states"].numpy()
     noted_counts = tensors["counts"].numpy()
     noted_hashes = tensors["hashes"].numpy()
+
+    # files: the place of each in the note, -1 where it is not there
     if noted_names == files.names:
-        noted_numbers = np.arange(len(files.paths))
+        place_in_note = np.arange(len(files.paths))
     else:
-        number_of = {name: i for i, name in enumerate(split_names(noted_names))}
-        noted_numbers = np.array([number_of.get(name, -1) for name in split_names(files.names)])
-    is_noted = noted_numbers >= 0
-    has_all_items = is_noted & (noted_counts[noted_numbers] == files.counts)
-    states = np.where(is_noted[:, None], noted_states[noted_numbers], NOT_NOTED)
+        place_of_name = {name: i for i, name in enumerate(split_names(noted_names))}
+        place_in_note = np.array([place_of_name.get(name, -1) for name in split_names(files.names)])
+    is_noted = place_in_note >= 0
+    has_all_items = is_noted & (noted_counts[place_in_note] == files.counts)
+    states = np.where(is_noted[:, None], noted_states[place_in_note], NOT_NOTED)
     states[is_noted & ~has_all_items, 0] = OTHER_COUNT
-    # The items of a file are neighbours here and in the note: their numbers there are those here, plus a shift.
-    first = np.cumsum(files.counts) - files.counts
-    noted_first = np.cumsum(noted_counts) - noted_counts
-    shifts = np.repeat(noted_first[noted_numbers] - first, files.counts)
+
+    # items: those of a file are neighbours here and in the note, so their numbers there are those here plus a shift
+    first_item = np.cumsum(files.counts) - files.counts
+    first_noted_item = np.cumsum(noted_counts) - noted_counts
+    shifts = np.repeat(first_noted_item[place_in_note] - first_item, files.counts)
     is_known = np.repeat(has_all_items, files.counts)
-    rows = np.where(is_known, np.arange(len(is_known)) + shifts, 0)
-    return states, np.where(is_known[:, None], noted_hashes[rows], np.uint8(0))
+    noted_items = np.where(is_known, np.arange(len(is_known)) + shifts, 0)
+    hashes = np.where(is_known[:, None], noted_hashes[noted_items], np.uint8(0))
+    return states, hashes
 
 
 def _merge(files: ItemFiles, known: HashRows, noted: note.Note | None) -> dict[str, Tensor]:
-    """The tensors of a note: what is known here, and what was noted of other files, and of items not hashed here."""
+    """The tensors of a new note: what is known here, (n, 32), and what an older note has that is not known here."""
     names = files.names
     states = files.states
     counts = files.counts
@@ -216,42 +239,54 @@ def _merge(files: ItemFiles, known: HashRows, noted: note.Note | None) -> dict[s
     if noted is not None:
         noted_states, noted_hashes = _align(files, noted)
         is_same = (noted_states == files.states).all(1)
-        is_hashed = np.zeros(len(files.paths), bool)
+        is_hashed = np.zeros(len(files.paths), bool)  # by file: whether any of its items is
         is_hashed[files.file_of_item[known.any(1)]] = True
-        # what a file was stays noted until it is hashed as it is
+
+        # a file that changed stays noted as it was, until it is hashed as it is
         keeps_noted = ~is_same & ~is_hashed & (noted_states[:, 0] >= 0)
         states = np.where(keeps_noted[:, None], noted_states, states)
         takes_noted = np.repeat(is_same | keeps_noted, counts)[:, None] & ~known.any(1, keepdims=True)
         hashes = np.where(takes_noted, noted_hashes, known)
-        others = _other_files(files, noted)
-        if others is not None:
-            other_names, other_states, other_counts, other_hashes = others
-            names = b"\0".join((names, other_names))
-            states = np.concatenate((states, other_states))
-            counts = np.concatenate((counts, other_counts))
-            hashes = np.concatenate((hashes, other_hashes))
+
+        other_files = _other_files(files, noted)
+        if other_files is not None:
+            names = b"\0".join((names, other_files.names))
+            states = np.concatenate((states, other_files.states))
+            counts = np.concatenate((counts, other_files.counts))
+            hashes = np.concatenate((hashes, other_files.hashes))
     arrays = {"names": np.frombuffer(names, np.uint8), "states": states, "counts": counts, "hashes": hashes}
     return {name: torch.from_numpy(np.ascontiguousarray(array).copy()) for name, array in arrays.items()}
 
 
-def _other_files(files: ItemFiles, noted: note.Note) -> tuple[bytes, FileStates, NDArray[np.int64], HashRows] | None:
-    """Names, states, counts and hashes of noted files that exist and are not among `files`: they are of another split.
+class _NotedFiles(NamedTuple):
+    """Some files of a note."""
 
-    None where there are no such files.
-    """
+    names: bytes  # as `join_names` has them
+    states: FileStates
+    counts: NDArray[np.int64]
+    hashes: HashRows
+
+
+def _other_files(files: ItemFiles, noted: note.Note) -> _NotedFiles | None:
+    """The noted files that exist and are not among `files`, since they are of another split; None: there are none."""
     tensors, _ = noted
     noted_names = tensors["names"].numpy().tobytes()
     if noted_names == files.names:
         return None
-    own_names = set(split_names(files.names))
-    listed = split_names(noted_names)
-    others: list[int] = []
-    for i, name in enumerate(listed):
-        if name not in own_names and os.path.lexists(files.folder + name):
-            others.append(i)
-    if not others:
+    names_here = set(split_names(files.names))
+    listed_names = split_names(noted_names)
+    other_places: list[int] = []  # in the note
+    for i, name in enumerate(listed_names):
+        if name not in names_here and os.path.lexists(files.folder + name):
+            other_places.append(i)
+    if not other_places:
         return None
     counts = tensors["counts"].numpy()
-    is_other = np.isin(np.repeat(np.arange(len(listed)), counts), others)
-    names = join_names(listed[i] for i in others)
-    return names, tensors["states"].numpy()[others], counts[others], tensors["hashes"].numpy()[is_other]
+    file_of_item = np.repeat(np.arange(len(listed_names)), counts)
+    is_of_other = np.isin(file_of_item, other_places)
+    return _NotedFiles(
+        names=join_names(listed_names[i] for i in other_places),
+        states=tensors["states"].numpy()[other_places],
+        counts=counts[other_places],
+        hashes=tensors["hashes"].numpy()[is_of_other],
+    )

@@ -23,7 +23,7 @@ from dumo.autodiff.cast import autocast_dtype
 from dumo.autodiff.dual import carry, primal
 from dumo.flow.precision import to_float32
 from dumo.io import digest
-from dumo.io.deferred import derived
+from dumo.io.deferred import apply_later
 from dumo.nets.twin import bias_or_none
 from dumo.runtime import import_bitsandbytes, install
 from dumo.types import Array, UserError
@@ -148,7 +148,7 @@ def origin(weight: Tensor, coding: Coding) -> Tensor:
         return torch.tensor([*bytes.fromhex(sha256)], dtype=torch.uint8)
 
     outline = torch.empty(32, dtype=torch.uint8, device=weight.device)
-    return derived(hash_weight, weight, outline)
+    return apply_later(hash_weight, weight, outline)
 
 
 def decoded(codes: Tensor, scales: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:

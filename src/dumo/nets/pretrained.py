@@ -20,7 +20,7 @@ from torch import nn
 from dumo.encoders.library import quietly
 from dumo.encoders.part import DIFFUSERS, PartWeights, first_unfit_key, require_weights
 from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, PipelineSpec
-from dumo.io.deferred import leaf, unnoted
+from dumo.io.deferred import not_deferred, read_later
 from dumo.io.read import foreign
 from dumo.nets.adapter import Lora
 from dumo.nets.block import Checkpointing, mark_recomputed, run_as_marked
@@ -166,7 +166,7 @@ class Pretrained(PipelineSpec):
             return self.guidance
         dtype = model_weights(self.pipeline).dtype
         scale = family.time_part_scale
-        with unnoted():
+        with not_deferred():
             rounded = scale * torch.tensor(self.guidance, dtype=dtype, device="cpu")
             return float(rounded) / scale
 
@@ -196,7 +196,7 @@ class Pretrained(PipelineSpec):
                     f"{FIELD} has a {family.pipeline}, which edits images, and codes edit none: take captions"
                 )
             return codes(classes, config[family.text_width], family.pooled_width(config))
-        with unnoted():  # tables are files, which are mapped
+        with not_deferred():  # tables are files, which are mapped
             return self.texts.build(classes, shape) if family.edits else self.texts.build(classes)
 
     def _require_fit(self, family: Family, config: Config, needs: Needs) -> None:
@@ -246,7 +246,7 @@ class Pretrained(PipelineSpec):
     def _load(self, model_class: Any, config: Config, stored_weights: PartWeights) -> Any:  # noqa: ANN401, as `model`
         """The model with the weights of its folder, mapped from its files until they are made. Raises as `model`."""
         folder = stored_weights.files[0].parent
-        with foreign(f"{folder} holds no {model_class.__name__} that diffusers can load", HINT), unnoted():
+        with foreign(f"{folder} holds no {model_class.__name__} that diffusers can load", HINT), not_deferred():
             from accelerate import init_empty_weights
 
             # diffusers maps what it need not cast
@@ -261,7 +261,7 @@ class Pretrained(PipelineSpec):
         keeps_dtype = self.lora is not None and self.lora.frozen != "float32"
         for path, module in model.named_modules():
             for name, p in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
-                tensor = leaf(stored[f"{path}.{name}".lstrip(".")])
+                tensor = read_later(stored[f"{path}.{name}".lstrip(".")])
                 setattr(module, name, nn.Parameter(tensor if keeps_dtype else tensor.float(), p.requires_grad))
             for name, _ in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
                 full_name = f"{path}.{name}".lstrip(".")

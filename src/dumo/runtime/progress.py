@@ -22,7 +22,7 @@ from typing import Protocol, runtime_checkable
 Tick = Callable[[int, str], None]  # (units done so far, a note)
 LOG_SECONDS = 60.0  # between two lines of a bar in a log file: ours
 DELAY_SECONDS = 3.0  # after which `delayed_bar` begins to show: ours
-# Characters that move the cursor, colour, break or turn round a line; and halves of characters, which cannot be printed.
+# Characters that move the cursor, colour, break or turn round a line, and halves of characters, which cannot be printed
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
