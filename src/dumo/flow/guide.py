@@ -1,16 +1,22 @@
-"""Guidance, inside training and while sampling. Inside training every recipe is one affine map of three velocities,
+"""Guidance, inside training (`Guide`) and while sampling (`CFG`).
+
+Inside training, an objective's loss calls a `Guide` for the velocity v* to learn. Every recipe is one affine map of
+three velocities,
 
     v* = omega v_t + zeta V(c) + (1 - omega - zeta) V(null),
 
-with V the net's own velocity, without gradients. Where V(c) settles at v*, the guided velocity is
+where V is the velocity of the net itself, without gradients. Outside the interval, and where the label was dropped,
+v* = v_t. If V(c) settles at v*, the guided velocity is
 
     v* = V(null) + w (E[v_t] - V(null))   with the effective scale   w = omega / (1 - zeta).
 
-DuMo takes omega = 1 (Alg. 1, line 9): v* = v_t + zeta (V(c) - V(null)), so w = 1 / (1 - zeta).
-MeanFlow's kappa is our zeta. At times outside the interval, and on rows whose label was dropped, v* = v_t.
+DuMo takes omega = 1 (Alg. 1, line 9): v* = v_t + zeta (V(c) - V(null)), so w = 1 / (1 - zeta). MeanFlow's kappa is our
+zeta.
 
-`Guide` is that map: an objective calls it in its loss. `CFG` guides a sampler: it turns readings into guided ones.
-`GuidanceScale` says what guided an objective's target, and that such a net is not guided again.
+While sampling, a `CFG` turns the readings of a net into guided ones, which a solver calls.
+
+The two exclude each other: `GuidanceScale` says how an objective guides its target, and why such a net is not guided
+again.
 """
 
 from collections.abc import Callable
@@ -26,7 +32,10 @@ from dumo.runtime.limits import FACTOR, require_order
 from dumo.types import QUIET, Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, lift
 from dumo.types.rows import to_device
 
-Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
+Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at the record's x_t and t
+# Below these a difference is one of rounding, not of settings: 1 - .2 - .8 is not 0 in floating point. Ours
+_ZERO_WEIGHT = 1e-12
+_SAME_SCALE = 1e-9
 
 
 class Interval(Spec):
@@ -46,7 +55,7 @@ class Interval(Spec):
 
 
 class Guide(Spec):
-    """The guided velocity v*, on rows that kept their label, at times inside the interval."""
+    """The guided velocity v* of training: `guide(b, v_hat, velocity)`."""
 
     omega: float = Field(default=1.0, gt=0)  # weight of v_t
     zeta: float = Field(default=0.0, ge=0, lt=1)  # weight of V(c): the enhancement ratio (paper, Sec. 3.3)
@@ -71,27 +80,29 @@ class Guide(Spec):
         return None if self.active else b.v_t
 
     def __call__(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
-        """Return v*. `v_hat` is V(c) where the step has it already, else None; makes no pass of weight zero.
+        """v* of all rows, (b, ...).
 
-        The condition of the null pass is `b.null` itself, by which `velocity` may know it.
+        v_hat: V(c), where the step has it already; None: `velocity` is asked for it, unless its weight is zero.
+        velocity: makes a pass of the net. It gets `b.null` itself as the condition of the null pass, and may know it by
+        that.
         """
         if not self.active:
             return b.v_t
-        place = self.needing(b)
-        if place is None:
+        guided_rows = self.guided_rows(b)
+        if guided_rows is None:
             return self._affine_map(b, v_hat, velocity).where(self._is_guided(b), b.v_t)
-        some = b[place]
-        some_v_hat = None if v_hat is None else v_hat[place]
-        with dropout.rows(place):
-            v_star = self._affine_map(some, some_v_hat, velocity)
-            v_star = v_star.where(self._is_guided(some), some.v_t)
-        return b.v_t.to(v_star).index_copy(0, place, v_star)
+        guided = b[guided_rows]
+        guided_v_hat = None if v_hat is None else v_hat[guided_rows]
+        with dropout.rows(guided_rows):
+            v_star = self._affine_map(guided, guided_v_hat, velocity)
+            v_star = v_star.where(self._is_guided(guided), guided.v_t)  # one row may stand there for none
+        return b.v_t.to(v_star).index_copy(0, guided_rows, v_star)
 
-    def needing(self, b: Noised) -> Int[Tensor, " k"] | None:
-        """The numbers of the rows where guidance acts, at least one, so that every rank makes the pass.
+    def guided_rows(self, b: Noised) -> Int[Tensor, " k"] | None:
+        """The numbers of the rows of which passes are made: those that are guided, at least one; None: all rows.
 
-        None: make it for all rows. So also in a compiler, for which shapes must not depend on values, and where times
-        and dropped labels are not known on the CPU.
+        At least one, so that every rank makes the passes. All in a compiler, for which shapes must not depend on
+        values, and where times and dropped labels are not known on the CPU.
         """
         if torch.compiler.is_compiling():
             return None
@@ -99,41 +110,41 @@ class Guide(Spec):
         if known is None:
             return None
         t, kept = known  # on the CPU, so that no pass waits for a device to say how many rows it has
-        place = (kept & self.inside(t)).nonzero().flatten()
-        if len(place) == len(b.t):
+        numbers = (kept & self.inside(t)).nonzero().flatten()
+        if len(numbers) == len(b.t):
             return None
-        if not len(place):
-            place = place.new_zeros(1)
-        return to_device(place, b.t.device)
+        if not len(numbers):
+            numbers = numbers.new_zeros(1)  # row 0
+        return to_device(numbers, b.t.device)
 
     def _is_guided(self, b: Noised) -> Array:
-        """Which rows are guided: label kept, inside the interval; of shape (b, 1, ...), to choose among samples."""
+        """Which rows are guided: those with their label, at times inside the interval. Of shape (b, 1, ...)."""
         return lift(b.kept & self.inside(b.t), b.x_t)
 
     def _affine_map(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
-        """omega v_t + zeta V(c) + (1 - omega - zeta) V(null), of every row; makes no pass of weight zero."""
+        """omega v_t + zeta V(c) + (1 - omega - zeta) V(null) of every row, without passes of weight zero."""
         null_weight = 1 - self.omega - self.zeta
         v_star = self.omega * b.v_t
         if self.zeta:
             if v_hat is None:
                 v_hat = velocity(b, b.c)
             v_star = v_star + self.zeta * v_hat
-        if abs(null_weight) > 1e-12:  # 1 - .2 - .8 is not 0 in floating point
+        if abs(null_weight) > _ZERO_WEIGHT:
             with dropout.off():
                 v_star = v_star + null_weight * velocity(b, b.null)
         return v_star
 
 
 class GuidanceScale(NamedTuple):
-    """What guided a target in training: its effective scale, 1 for none, the field that says so, what turns it off."""
+    """How a target was guided in training."""
 
-    scale: float = 1.0
-    field: str = "objective.guide"
-    off: str = "objective.guide.omega=1 and objective.guide.zeta=0"
+    scale: float = 1.0  # the effective scale w; 1: it was not guided
+    field: str = "objective.guide"  # the run's field that says so
+    off: str = "objective.guide.omega=1 and objective.guide.zeta=0"  # the settings that turn it off
 
     @classmethod
     def of(cls, needs: Needs) -> "GuidanceScale":
-        """What an objective guides its target by."""
+        """How an objective guides its target."""
         if isinstance(needs.guide, Guide):
             return cls(needs.guide.scale)
         scale = 1.0 if needs.guide is None else needs.guide
@@ -143,29 +154,30 @@ class GuidanceScale(NamedTuple):
     @property
     def active(self) -> bool:
         """Whether there was any guidance."""
-        return abs(self.scale - 1) > 1e-9  # 0.2 / (1 - 0.8) is not 1 in floating point
+        return abs(self.scale - 1) > _SAME_SCALE
 
     def reason(self, model: str = "this model") -> str:
-        """Why a model that it guided in training is not guided again when it is sampled."""
+        """Why a model whose target was guided is not guided again when it is sampled, for messages."""
         return f"{model} was trained at guidance scale {self.scale:.3g}; the scale is part of its weights"
 
 
 class CFG(Spec):
-    """Guidance while sampling (Ho and Salimans 2022), at times inside the interval. A net is read with its label c and
-    without, and moved away from what it says without:
+    """Classifier-free guidance while sampling (Ho and Salimans 2022), at times inside the interval.
+
+    A net is read with its label c and without, and moved away from its reading without:
 
         v_w = V(null) + w (V(c) - V(null)),        w = 1 being no guidance.
 
     It is for nets trained on plain targets; one with a guided target (`Guide`) has its w in the weights.
 
-    Of a velocity this is the velocity of the guided flow, exactly. A jump from t to s is x_t - (t - s) u, so the same
+    Passes: a guided reading makes two passes through the net, as one pass of twice the rows. A solver takes a number of
+    readings (`sample.nfe`, what tables write as the 250 of "250 x 2"); what the net counts (`Samples.nfe`) is passes,
+    so twice as many where all the times are in the interval.
+
+    Exactness: of a velocity, v_w is the velocity of the guided flow. A jump from t to s is x_t - (t - s) u, so the same
     map of two jumps is that of their mean velocities u, as IMM samples. It is not the jump of the guided flow: between
     Gaussian laws that one scales by the geometric S_c^w S_0^(1 - w), this one by w S_c + (1 - w) S_0. They are near
     where w is near 1, or S_c near S_0. Guidance in training teaches the right jump.
-
-    A guided reading makes two passes through the net, as one pass of twice the rows. A solver takes a number of
-    readings (`sample.nfe`, what tables write as the 250 of "250 x 2"); what the net counts (`Samples.nfe`) is passes,
-    so twice as many where all the times are in the interval.
     """
 
     scale: float = Field(default=1.0, gt=0, le=FACTOR)  # w; 1 is none
@@ -193,29 +205,34 @@ class CFG(Spec):
         )
 
     def rows(self, t: Time) -> Rows:
-        """Which rows are guided, by the time where the net is read."""
+        """Which rows are guided, by the times t (b,) where the net is read."""
         return self.interval.holds(t)
 
     def _guided(self, read: Callable[..., Any], null: int | Callable[[Cond], Cond]) -> Callable[..., Any]:
-        """Guide one reading, of (x, t, c) or (x, t, s, c), that returns a sample or a pair of them."""
+        """The guided form of a reading of (x, t, c) or (x, t, s, c), which returns a sample or a pair of them."""
 
-        def guided_read(*inputs: torch.Tensor) -> Any:  # noqa: ANN401, as the reading
+        def guided_read(*inputs: Tensor) -> Any:  # noqa: ANN401, as the reading
             x, t, *_, c = inputs
-            place = self.rows(t).nonzero().flatten()
-            if not len(place):
+            guided_rows = self.rows(t).nonzero().flatten()
+            if not len(guided_rows):
                 return read(*inputs)
+
+            # one pass: all rows with their labels, then the guided ones without
             null_c = torch.full_like(c, null) if isinstance(null, int) else null(c)
             null_inputs = (*inputs[:-1], null_c)
-            both_inputs = [torch.cat([a, b[place]]) for a, b in zip(inputs, null_inputs, strict=True)]
-            answer = read(*both_inputs)
+            joined_inputs: list[Tensor] = []
+            for value, null_value in zip(inputs, null_inputs, strict=True):
+                joined_inputs.append(torch.cat([value, null_value[guided_rows]]))
+            joined = read(*joined_inputs)
 
-            def mix(both: torch.Tensor) -> torch.Tensor:  # the rows, and those without a label
-                y = both[: len(x)]
-                y_null = both[len(x) :]
-                return y.index_copy(0, place, y_null + self.scale * (y[place] - y_null))
+            def guide(joined: Tensor) -> Tensor:
+                y = joined[: len(x)]
+                y_null = joined[len(x) :]
+                y_w = y_null + self.scale * (y[guided_rows] - y_null)
+                return y.index_copy(0, guided_rows, y_w)
 
-            if isinstance(answer, tuple):
-                return tuple(mix(part) for part in answer)
-            return mix(answer)
+            if isinstance(joined, tuple):
+                return tuple(guide(part) for part in joined)
+            return guide(joined)
 
         return guided_read

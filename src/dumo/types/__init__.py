@@ -2,11 +2,15 @@
 
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 
-In the order of a training step: a `TimeLaw` draws (t, r), which go into a minibatch, `Noised`, with what else an
-objective asks for in its `Needs`; an `Objective` makes `Terms` of it with a `Net`; and of the trained net it makes
-`Reads`, which a solver calls.
+In the order of a training step:
 
-Touches modules that you name (`outside`), and nothing else. Knows no other subpackage.
+1. a `TimeLaw` draws the times (t, r), and a `Law` each further number that a loss reads;
+2. a minibatch, `Noised`, holds these with data, noise and conditions, and what else the `Needs` of an objective ask;
+3. an `Objective` makes `Terms` of it, a loss for each row, with a `Net` and, as theta^-, a `Frozen` one;
+4. of the trained net it makes `Reads`, which a solver calls.
+
+All of it is public: classes of users derive from `Spec`, `TimeLaw` and the bases in `outside`. Knows no other
+subpackage.
 """
 
 from abc import ABC, abstractmethod
@@ -29,26 +33,34 @@ if TYPE_CHECKING:
     Array = Tensor
 else:
     Array = Any  # a Tensor, or what stands in for one on its way through a net: `dumo.autodiff.dual.Dual`
+
+# Shapes: b rows of a batch, *d the axes of a sample, *c those of a condition
 Sample = Float[Array, "b *d"]  # x, z, x_t, v, u
 Time = Float[Array, " b"]  # t, r, s; 0 is data, 1 is noise
 PerSample = Float[Tensor, " b"]  # one number per row
-Trail = Float[Array, "b points *d"]  # places of each row along one trajectory, from the data on
-Rows = Bool[Tensor, " b"]  # which rows
+Trail = Float[Array, "b points *d"]  # points of each row's trajectory, from the data on
+Rows = Bool[Tensor, " b"]  # a truth value per row: which rows are chosen
 Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
-Heads = tuple[Array, ...]  # Samples of heads and PerSamples of gauges, in the order of `Needs`
-Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
+Heads = tuple[Array, ...]  # what a net returns: Samples of heads and PerSamples of gauges, in the order of `Needs`
+
+# Functions of several packages
+Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # a teacher: (x_t, t, c, v_t) -> the velocity to learn
 Climb = Callable[[Sample, Time, Time, Cond], tuple[Sample, PerSample]]  # (x_t, t, s, c) -> x_s, growth of log volume
-# Marks of a spec's fields, in their JSON schema.
-FREE: JsonDict = {"free": True}  # the field may change when a run is resumed
-CHANGES: JsonDict = {"changes": True}  # the field may change, too, and run.yaml lists from which step on
+
+# Marks of a spec's fields, written into their JSON schema as `json_schema_extra`
+# - whether a resumed run may have another value; without a mark it may not
+FREE: JsonDict = {"free": True}  # it may
+CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml lists from which step on
+# - what is shown
 QUIET: JsonDict = {"quiet": True}  # the field is not shown at its default
 MACHINE: JsonDict = FREE | QUIET  # for fields of the machine, and of what a run keeps on disk
-# The field is a path, and is made absolute when a run begins (`dumo.run.resolve.with_absolute_paths`); with `maybe`
-# only if something lies there, because else it is a name. What lies there is known by its hash, so most paths are FREE.
-WHERE: JsonDict = {"where": "always"}
-PLACE: JsonDict = FREE | WHERE
-MAYBE_PLACE: JsonDict = FREE | {"where": "maybe"}
-PINNED: JsonDict = {"pinned": True}  # the field is a hash, taken when the run began; None in runs of an older dumo
+# - fields that are paths, which are made absolute when a run begins (`dumo.run.resolve.with_absolute_paths`). What lies
+#   there is known by its hash, so most paths are FREE.
+WHERE: JsonDict = {"where": "always"}  # a path, which stays for the run
+PLACE: JsonDict = FREE | WHERE  # a path, which may change
+MAYBE_PLACE: JsonDict = FREE | {"where": "maybe"}  # a path if something lies there, else a name, which stays as it is
+# - fields that dumo fills in itself
+PINNED: JsonDict = {"pinned": True}  # a hash, taken when the run began; None in runs of an older dumo
 
 
 class Spec(BaseModel):
@@ -66,18 +78,21 @@ class Net(Protocol):
 
 @dataclass(frozen=True)
 class Frozen:
-    """theta^-: a net that records no gradient, of the weights in training or of their moving average."""
+    """theta^-: a net whose passes record no gradient, with the weights in training or their moving average."""
 
     module: nn.Module
 
     @torch.no_grad()
     def __call__(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """As `Net`, without gradients."""
+        """The heads of a pass, as `Net` returns them, without gradients."""
         return self.module(x, c, **inputs)
 
 
 def unwrap(net: Net) -> nn.Module:
-    """The network inside what averages, replicates or compiles it. One that has a part named `module` stays."""
+    """The network inside its wrappers: DataParallel, DistributedDataParallel, AveragedModel, torch.compile.
+
+    A network of another class is returned as it is, also if it has a part named `module`.
+    """
     while True:
         compiled_from = vars(net).get("_modules", {}).get("_orig_mod")  # of torch.compile
         if isinstance(net, DataParallel | DistributedDataParallel | AveragedModel):
@@ -89,63 +104,67 @@ def unwrap(net: Net) -> nn.Module:
 
 
 def frozen(net: Net) -> Frozen:
-    """The weights in training, without gradients, from inside any distributed wrapper."""
+    """theta^- with the weights in training: the net without its wrappers and without gradients."""
     return Frozen(unwrap(net))
 
 
 class TimeLaw(Spec, ABC):
-    """The law of (t, r), with r <= t unless it climbs."""
+    """The law from which the times (t, r) of a batch's rows are drawn; r <= t, unless `climbs`."""
 
     @abstractmethod
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
+        """Draw t and r of n rows, both (n,), by the generator g."""
 
     @property
     def group(self) -> int:
-        """The number of neighbouring rows that belong together: no piece of a batch may part them."""
+        """The number of neighbouring rows that belong together: a batch is split between such groups only."""
         return 1
 
     def moving(self, n: int) -> tuple[bool, ...] | None:
-        """Which of the first n rows may have a step, by place alone, while the others have r = t; None: all may."""
+        """Which of the first n rows may have r < t, by place in the batch alone; others have r = t. None: all may."""
         return None
 
     @property
     def moving_share(self) -> float:
-        """The share of the rows that `moving` names, in [0, 1]."""
+        """The share of rows that may have r < t (`moving`), in [0, 1]."""
         return 1.0
 
     @property
     def between(self) -> bool:
-        """Whether some jumps end before the data, at r > 0: only then are several jumps in turn what was taught."""
+        """Whether some jumps end before the data, at r > 0: only then were jumps taught that others can follow."""
         return True
 
     @property
     def climbs(self) -> bool:
-        """Whether r > t on some of the rows: jumps up to the noise, too."""
+        """Whether some rows have r > t: jumps towards the noise."""
         return False
 
 
 class Law(Spec, ABC):
-    """The law of something more that a loss reads, drawn into `Noised.drawn`."""
+    """The law of a further random number or sample that a loss reads in `Noised.drawn`."""
 
     @abstractmethod
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample | PerSample:
-        """Draw by a key of `dumo.runtime.random` for these rows of a batch: the same whatever other rows are drawn."""
+        """Draw for these rows of a batch by a key of `dumo.runtime.random`.
+
+        A row is the same whatever other rows are drawn. `shape` is that of a sample. Returns (len(rows), *shape), or
+        (len(rows),).
+        """
 
 
 class Formulas(NamedTuple):  # as a default of `Needs` no dataclass, which a compiler could not follow
     """Where the formulas of an objective hold."""
 
-    paths: tuple[str, ...] = ("linear",)
-    climbs: bool = False  # for r > t, too
-    unit: bool = False  # for data of standard deviation 1, by some constants of it
+    paths: tuple[str, ...] = ("linear",)  # the kinds of paths
+    climbs: bool = False  # also for r > t
+    unit: bool = False  # only for data of standard deviation 1, because some constants are meant for that
 
 
 STRAIGHT = Formulas(paths=("linear", "diffusion"))  # of what holds wherever v = (x_t - x) / t
 
 
 class FromTeacher(NamedTuple):
-    """What a loss learns from a teacher."""
+    """What a loss learns from a teacher: its velocity, or points of its trajectories."""
 
     velocity: Literal["may", "must", "no"] = "may"  # may: a teacher's can replace v_t; must: the loss asks for it
     points: int = 0  # steps of its trajectories, whose ends the loss learns from; 0: of none
@@ -155,21 +174,26 @@ class FromTeacher(NamedTuple):
 class Needs:
     """What an objective says of itself to the code that builds, checks, counts or samples: its net, then its loss."""
 
-    inputs: tuple[str, ...] = ("t",)  # what `read` supplies: t, r
+    # the net: what goes in and comes out
+    inputs: tuple[str, ...] = ("t",)  # the times that `read` supplies: t, r
     heads: tuple[str, ...] = ("v",)  # outputs shaped like the data, all of them used by the loss
     gauges: tuple[str, ...] = ()  # outputs of one number per row, learned with the net
-    knobs: Mapping[str, float] = field(default_factory=dict)  # inputs a sampler may set, with defaults
-    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs of some heads alone
+    knobs: Mapping[str, float] = field(default_factory=dict)  # further inputs, which a sampler may set; their defaults
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs that only some heads get, by head
     signed: bool = False  # the net gets negative times, too
+
+    # the loss: what it reads and holds
     formulas: Formulas = Formulas()  # noqa: RUF009, a tuple
     laws: Mapping[str, Law] = field(default_factory=dict)  # of what more is drawn for a row, by its name in `drawn`
-    slope: Spec | None = None  # along the flow, if the loss takes it: the field `slope`, of `dumo.flow.slope`
-    guide: Spec | float | None = None  # what makes v*: the field `guide`, of `dumo.flow.guide`, or the field `scale`
+    slope: Spec | None = None  # how du/dt is taken, if it is: the field `slope`, of `dumo.flow.slope`
+    guide: Spec | float | None = None  # what guides v*: the field `guide`, of `dumo.flow.guide`, or the field `scale`
     teacher: FromTeacher = FromTeacher()  # noqa: RUF009, a tuple
-    group: int = 1  # this many neighbouring rows meet in the loss
+    group: int = 1  # the number of neighbouring rows that meet in the loss
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
-    amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.precision`)
-    phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
+    amplifies: float = 0.0  # by how much the rounding of the net is multiplied, at most (`dumo.flow.precision`)
+
+    # what steps cost: pairs (progress, share of the training), in each of which steps cost as one at that progress
+    phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -198,6 +222,7 @@ class Path(Protocol):
 class Noised:
     """A minibatch with all its randomness already drawn; a loss reads it and draws nothing."""
 
+    # data and noise on the path
     path: Path
     x: Sample  # the data in units of the path's sd
     z: Sample
@@ -205,26 +230,33 @@ class Noised:
     r: Time
     x_t: Sample
     v_t: Sample  # dx_t/dt: given (x, z), or the teacher's
-    c: Cond  # some of it dropped to null
+
+    # conditions
+    c: Cond  # on the rows whose condition was dropped: null
     null: Cond
-    kept: Rows  # the rows whose condition was not dropped, and that no teacher answers as guided as it is
+    kept: Rows  # the rows to guide: the condition was not dropped, and the teacher, guided itself, does not answer them
+
+    # what some objectives need
     moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
-    drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by `Needs.laws`
-    progress: float = 0.0  # share of the training done, in [0, 1]
+    drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by name, what `Needs.laws` drew
+    progress: float = 0.0  # the share of the training that is done, in [0, 1]
     teacher: Taught | None = None  # gives another velocity instead of v_t
-    trail: Trail | None = None  # of the row, at equal steps from t = 0 to 1; None: none but the path
-    host: tuple[Time, Rows] | None = None  # t and kept on the CPU, where they were drawn and the record is elsewhere
+    trail: Trail | None = None  # the row's trajectory at equal steps from t = 0 to 1; None: the path alone is known
+    host: tuple[Time, Rows] | None = None  # copies of t and kept on the CPU, where the record is on another device
     taught: Rows | None = None  # the rows that the teacher answers; None: all, if there is one
 
     @property
     def known(self) -> tuple[Time, Rows] | None:
-        """t and kept on the CPU, where to read them waits for no device; None: they are on a device alone."""
+        """t and kept on the CPU, which can be read without waiting for a device; None: they are on a device alone."""
         if type(self.t) is Tensor and self.t.device.type == "cpu":
             return self.t, self.kept
         return self.host
 
     def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "Noised":
-        """These rows at time s, where any of them may move; with data x and noise z instead of their own, if given."""
+        """The same rows at another time s, (b,) or one number, with other data x and noise z if given.
+
+        Any of the rows may have r < t then.
+        """
         host = None
         if not isinstance(s, Tensor):
             if self.host is not None:
@@ -238,7 +270,7 @@ class Noised:
         return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None, host=host)
 
     def velocity(self, x: Sample, s: Time, v: Sample) -> Sample:
-        """The velocity to learn at x and s, where the data's own is v: the teacher's, on the rows that it answers."""
+        """The velocity to learn at the point x and time s: the teacher's on the rows that it answers, else v."""
         if self.teacher is None:
             return v
         teacher_v = self.teacher(x, s, self.c, v)
@@ -247,23 +279,24 @@ class Noised:
         return torch.where(lift(self.taught, v), teacher_v, v)
 
     def on(self, s: Time) -> Sample:
-        """x_s on each row's trajectory, where s is one of its equally spaced times; without one, on the path."""
+        """x_s on each row's trajectory, where s must be one of its equally spaced times; without one, on the path."""
         if self.trail is None:
             return self.path.at(self.x, self.z, s)[0]
-        place = (s * (self.trail.shape[1] - 1)).round().long()
-        return self.trail[torch.arange(len(place), device=place.device), place]
+        point = (s * (self.trail.shape[1] - 1)).round().long()
+        row = torch.arange(len(point), device=point.device)
+        return self.trail[row, point]
 
     @property
     def rows_by_step(self) -> tuple[list[int], list[int]]:
-        """The places of the rows that may move, and of those that may rest; both are all rows if `moving` is None."""
+        """The places of the rows that may have r < t, and of those that may have r = t; all and all if not known."""
         if self.moving is None:
             return list(range(len(self.t))), list(range(len(self.t)))
         return split_by_step(self.moving)
 
     def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "Noised":
-        """Some of the rows. Their places are fixed before a pass, so that shapes are static.
+        """A record of some of the rows.
 
-        Of rows that a tensor names any may move, since only the device knows which they are.
+        Which rows may move stays known, but not of rows that a tensor names: only its device knows which they are.
         """
         moving = self.moving
         host = self.host
@@ -291,14 +324,14 @@ class Noised:
 
 @dataclass(frozen=True)
 class Terms:
-    """A loss per row, its named parts, and what else to watch; the trainer takes means and logs them all by time."""
+    """The loss of each row, its parts by name, and notes to watch. The trainer takes means and logs them, by time t."""
 
-    loss: PerSample
+    loss: PerSample  # its mean is trained on
     parts: Mapping[str, PerSample] = field(default_factory=dict)  # not dict[str, Tensor], which does not compile
-    notes: Mapping[str, PerSample] = field(default_factory=dict)  # no part of the loss, without gradients
+    notes: Mapping[str, PerSample] = field(default_factory=dict)  # not part of the loss, and without gradients
 
     def detach(self) -> "Terms":
-        """These terms, detached from the graph."""
+        """A copy without gradients."""
         parts = {name: rows.detach() for name, rows in self.parts.items()}
         notes = {name: rows.detach() for name, rows in self.notes.items()}
         return Terms(self.loss.detach(), parts, notes)
@@ -312,14 +345,16 @@ class Reads:
     endpoint: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> x_0
     flow_map: Callable[[Sample, Time, Time, Cond], Sample] | None = None  # (x_t, t, s, c) -> x_s
     both: Callable[[Sample, Time, Cond], tuple[Sample, Sample]] | None = None  # (x_t, t, c) -> dx_t/dt, x_0: one pass
-    climb: Climb | None = None  # a jump from t up to s, and what it does to volume, of one pass
-    hops: Callable[[float, float], bool] | None = None  # (t, s) -> was this jump of the flow map taught; None: all were
-    lowest: float = 0.0  # the first time from which the endpoint was taught
+    climb: Climb | None = None  # a jump from t up to s, and how much it adds to the log of volume: one pass
+
+    # where these hold
+    hops: Callable[[float, float], bool] | None = None  # (t, s) -> whether the flow map was taught this jump; None: all
+    lowest: float = 0.0  # the lowest time at which the endpoint was taught
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """A way to train a net, and to read it afterwards: a frozen spec. What follows is all that is read of it."""
+    """A way to train a net, and to read it afterwards: a frozen spec. dumo uses no attributes of it but these."""
 
     @property
     def kind(self) -> str:
@@ -350,19 +385,22 @@ class Objective(Protocol):
         ...
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """Pure: the same passes in the same order whatever the record says; draws and changes nothing."""
+        """The loss of each row of a record. Pure: it draws and changes nothing.
+
+        The passes that it makes, and their order, do not depend on the record's values.
+        """
         ...
 
     def read(self, net: Net) -> Reads:
-        """How to sample a net trained so. Does not call it."""
+        """What a net that was trained so can tell a solver. Does not call the net."""
         ...
 
 
 def lift(t: Time | Rows, like: Sample) -> Array:
-    """Shape a number per row so that it multiplies a sample: the one place where times are broadcast."""
+    """Shape one number per row, (b,), as (b, 1, ...), so that it multiplies a sample shaped like `like`."""
     return t.view(-1, *(1,) * (like.ndim - 1))
 
 
 def mean_square(e: Sample) -> PerSample:
-    """Mean of squares over all but the batch axis."""
+    """The mean of squares of each row, (b,), over all axes but the batch axis."""
     return e.square().flatten(1).mean(1)

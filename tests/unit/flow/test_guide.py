@@ -157,8 +157,8 @@ def test_guidance_waits_for_no_number() -> None:
 
     assert guide(replace(b, **ghost), None, velocity).shape == b.x_t.shape
     assert seen == [6, 6]
-    assert guide.needing(b).tolist() == KEPT
-    assert guide.needing(b[torch.tensor(KEPT)]) is None  # all are needed
+    assert guide.guided_rows(b).tolist() == KEPT
+    assert guide.guided_rows(b[torch.tensor(KEPT)]) is None  # all are needed
 
 
 NULL = 4
