@@ -1,12 +1,17 @@
-"""Whether a network and a loss can be trained, tried once on a few rows: what would go wrong in silence is a line.
+"""Whether a user's network can be trained, tried once on a few rows. What would fail in silence becomes a UserError.
 
-A step makes several passes of one network on the same rows: to learn, to be differentiated, for theta^-. And a resumed
-run makes the passes that it would have made. So a pass draws nothing that is not keyed and changes nothing, its rows do
-not mix, and a loss has a number for each row. du/dt is `dumo.flow.derivative`'s.
+A step makes several passes of one network on the same rows: to learn, to be differentiated, for theta^-. A resumed run
+must make the same passes as an uninterrupted one. So a pass draws nothing that is not keyed and changes nothing, and
+its rows do not mix.
 
-`LoopFlow.check` calls these in order: `require_teachable` and `require_parameters` before any pass; then, on the first
-`rows_to_try` rows, `draws_random_numbers`, `require_pure_net` and `require_rows_apart`. `flow.require_terms`
-looks at every loss. `dumo.run.contract` calls some of these for nets and objectives of users.
+`LoopFlow.check` calls, in this order:
+
+1. before any pass: `require_teachable` and `require_parameters`;
+2. on the first `rows_to_try` rows: `draws_random_numbers`, `require_pure_net` (up to `tolerance`) and
+   `require_rows_apart`.
+
+Then it compares du/dt (`dumo.flow.derivative`, which uses `inputs_of` and `short_text`). Each loss goes through
+`flow.require_terms`. `dumo.run.contract` calls `require_pure_net` and `outputs_match` for nets and objectives of users.
 """
 
 from math import lcm
@@ -20,17 +25,19 @@ from dumo.types import Needs, Noised, Objective, Sample, Time, UserError, unwrap
 from dumo.types.outside import name_of
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-# Ours: by how much two passes may differ on a GPU, whose kernels may add in another order; of the outputs' norm
+# By how much two passes may differ on a GPU, whose kernels may add in another order, over the outputs' norm: ours
 MAX_DIFFERENCE: dict[Precision, float] = {"fp32": 1e-4, "tf32": 2e-3, "bf16": 2e-2}
 _KEYED_DROPOUT = (
     "drop by dumo.flow.dropout, whose masks are functions of row, step and layer "
     "(docs/library.md, Dropout in a network of your own)"
 )
-_ROWS = 4  # ours: how many are tried, if no more belong together
-_MAX_MIXING = 1e-4  # ours: a change of one row may move another by this share of its largest value, as kernels round
+_TRIED_ROWS = 4  # how many rows are tried, if no more belong together: ours
+# By how much a change of one row may move another, over the largest value, because kernels round: ours
+_MAX_MIXING = 1e-4
+_MAX_TEXT = 140  # characters of an error that `short_text` keeps: ours
 
 
-# ------------------------------------------------------------------------------------------------------- what a pass is
+# ------------------------------------------------------------------------------------------------ what a pass must keep
 
 
 def inputs_of(b: Noised, needs: Needs) -> dict[str, Time]:
@@ -43,7 +50,10 @@ def inputs_of(b: Noised, needs: Needs) -> dict[str, Time]:
 
 @torch.no_grad()
 def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: float) -> None:
-    """Raise UserError where a pass in training changes a buffer, or two on the same rows differ (`outputs_match`)."""
+    """Raise UserError where a pass in training changes its input or a buffer, or where two on the same rows differ.
+
+    `max_difference`: how far two passes may differ, as `outputs_match` takes it.
+    """
     inputs = inputs_of(b, needs)
     module = unwrap(net.net) if isinstance(net, Passes) else net
     subject = f"net {name_of(type(module))}"
@@ -51,19 +61,19 @@ def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: fl
     first = net(x, b.c, **inputs)
     if not torch.allclose(x, b.x_t, rtol=0.0, atol=0.0, equal_nan=True):
         raise UserError(f"{subject}: a pass changes its input x in place, which later passes get: write x = x + ...")
-    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    again = net(b.x_t, b.c, **inputs)
+    buffers_before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    second = net(b.x_t, b.c, **inputs)
     for name, buffer in module.named_buffers():
-        if name in before and not torch.equal(buffer, before[name]):
+        if name in buffers_before and not torch.equal(buffer, buffers_before[name]):
             owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
             raise UserError(
                 f"{subject}: a pass in training changes its buffer '{name}' (of {owner}). A step makes several passes "
                 "at different times t, so such a statistic mixes them: use a norm within one row, such as nn.GroupNorm "
                 "or nn.LayerNorm"
             )
-    if all(outputs_match(head, repeated, max_difference) for head, repeated in zip(first, again, strict=True)):
+    if all(outputs_match(head, repeated, max_difference) for head, repeated in zip(first, second, strict=True)):
         return
-    if isinstance(net, Passes):  # in which torch's default generator is keyed
+    if isinstance(net, Passes):  # it seeds torch's default generator for each pass
         fix = (
             "Keep no state, and draw with torch's default generator alone, not with numpy's, Python's or one of its own"
         )
@@ -77,7 +87,7 @@ def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: fl
 
 
 def _require_no_dropout(module: nn.Module, subject: str) -> None:
-    """Raise UserError for a layer of torch's that drops: nothing keys its masks."""
+    """Raise UserError for one of torch's dropout layers, whose masks have no key."""
     for name, part in module.named_modules():
         if isinstance(part, _DROPOUTS) and part.p > 0:
             raise UserError(
@@ -88,7 +98,7 @@ def _require_no_dropout(module: nn.Module, subject: str) -> None:
 
 
 def tolerance(x: Sample) -> float:
-    """By how much two passes on x may differ (`outputs_match`): on a CPU not at all."""
+    """By how much two passes on x may differ, as `outputs_match` takes it: on a CPU not at all."""
     if x.device.type == "cpu":
         return 0.0
     precision = precision_of(x)
@@ -98,9 +108,9 @@ def tolerance(x: Sample) -> float:
 
 
 def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
-    """Whether two outputs agree; where one is not finite they must be equal.
+    """Whether two outputs agree: the norm of their difference is at most `max_difference` times that of the first.
 
-    `max_difference`: the most that the norm of their difference over the norm of the first may be; 0: equal to the bit.
+    With max_difference = 0 they must be equal to the bit. Values that are not finite must be equal.
     """
     if max_difference == 0:
         return torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)
@@ -114,21 +124,22 @@ def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
 
 @torch.no_grad()
 def require_rows_apart(net: Passes, b: Noised, needs: Needs) -> None:
-    """Raise UserError where a head is not finite, or other rows of it change as the first row of x does."""
+    """Raise UserError where a head is not finite, or where a change of the first row of x changes other rows of it."""
     inputs = inputs_of(b, needs)
     name = type(unwrap(net.net)).__name__
     x = b.x_t.clone()
     x[0] += 1
     outputs = net(b.x_t, b.c, **inputs)
     changed_outputs = net(x, b.c, **inputs)
+    # outputs also hold the gauges, after the heads
     for head, output, changed_output in zip(needs.heads, outputs, changed_outputs, strict=False):
         if not output.isfinite().all():
             raise UserError(f"{name}: head '{head}' is not finite on the first rows: look at the data and the weights")
-        others = output[1:]
-        if not len(others):
+        other_rows = output[1:]
+        if not len(other_rows):
             continue
-        largest_change = (others - changed_output[1:]).abs().max()
-        if largest_change > _MAX_MIXING * others.abs().max():
+        largest_change = (other_rows - changed_output[1:]).abs().max()
+        if largest_change > _MAX_MIXING * other_rows.abs().max():
             raise UserError(
                 f"{name}: head '{head}' of one row changes with another row, so the rows of a batch mix (a batch norm, "
                 "attention over the first axis, a reshape). Each row has a time of its own: keep them apart"
@@ -136,20 +147,23 @@ def require_rows_apart(net: Passes, b: Noised, needs: Needs) -> None:
 
 
 def rows_to_try(objective: Objective) -> int:
-    """How many rows the check tries: a few, in whole groups of those that belong together."""
+    """How many rows the check tries: a few, in whole groups of those that belong together, of which two at least."""
     group = _group_size(objective)
-    least = 2 if group > 1 else 1
-    return max(_ROWS // group, least) * group
+    min_groups = 2 if group > 1 else 1
+    return max(_TRIED_ROWS // group, min_groups) * group
 
 
 def _group_size(objective: Objective) -> int:
-    """How many neighbouring rows belong together, to the objective or to its times."""
+    """How many neighbouring rows belong together: whole groups of the objective's and of its times'."""
     return lcm(objective.times.group, objective.needs.group)
 
 
 def draws_random_numbers(passes: Passes, b: Noised, needs: Needs) -> bool:
-    """Whether a pass, made without a key, moves torch's generators. Raises UserError where the pass fails."""
-    before = generator_states(b.x_t.device)
+    """Whether a pass without a key moves torch's generators, on the CPU or the device of b.
+
+    Raises UserError, with the likely fix, where the pass fails.
+    """
+    states_before = generator_states(b.x_t.device)
     try:
         with torch.no_grad():
             passes(b.x_t, b.c, **inputs_of(b, needs))
@@ -160,11 +174,11 @@ def draws_random_numbers(passes: Passes, b: Noised, needs: Needs) -> bool:
             f"{type(unwrap(passes.net)).__name__} failed on x {tuple(b.x_t.shape)} at times {tuple(b.t.shape)}: "
             f"{short_text(error)}. {_likely_fix(error, passes, b)}"
         ) from error
-    return before != generator_states(b.x_t.device)
+    return generator_states(b.x_t.device) != states_before
 
 
 def _likely_fix(error: Exception, passes: Passes, b: Noised) -> str:
-    """What to do about a pass that failed, by what is most often wrong."""
+    """The fix for a pass that failed, by what is most often wrong: dtypes, the number of classes, shapes."""
     weight = next(iter(unwrap(passes.net).parameters()), b.x_t)
     if weight.dtype != b.x_t.dtype and not torch.is_autocast_enabled(b.x_t.device.type):
         return f"x is {b.x_t.dtype}, and the network's weights {weight.dtype}: give x.to({weight.dtype})"
@@ -177,7 +191,7 @@ def _likely_fix(error: Exception, passes: Passes, b: Noised) -> str:
 
 
 def require_teachable(objective: Objective, rows: int, *, has_teacher: bool) -> None:
-    """Raise UserError where an objective lacks its teacher, or a batch of this many rows cuts a group of rows."""
+    """Raise UserError where an objective lacks the teacher it needs, or a batch of `rows` rows splits a group."""
     if objective.needs.teacher.points:
         raise UserError(
             f"objective '{objective.kind}' learns from whole trajectories of a teacher, which dumo train makes: take "
@@ -206,10 +220,10 @@ def require_parameters(net: nn.Module) -> None:
 
 
 def short_text(error: BaseException) -> str:
-    """The first line of an error's text, at most 140 characters, with the error's type where dumo did not raise it."""
+    """The first line of an error's text, _MAX_TEXT characters at most, with its type where dumo did not raise it."""
     first_line, _, _ = str(error).partition("\n")
     cause, _, _ = first_line.partition(": use slope")  # other slopes are tried anyway
-    text = cause[:140]
+    text = cause[:_MAX_TEXT]
     if isinstance(error, UserError):
         return text
     return f"{type(error).__name__}: {text}"

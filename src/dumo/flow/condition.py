@@ -1,9 +1,13 @@
-"""Data and conditions in a training loop of one's own: what they may be, and what an objective gets of them.
+"""Data and conditions in a user's training loop: what is refused, and what an objective gets of them.
 
-Conditions are of two kinds. Class numbers (b,) go to the objective as they are. Anything else is a table (`is_table`),
-a row for each sample: the objective gets numbers of rows, and `table_of` makes what they point to.
+Conditions are of two kinds:
 
-`require_batch` looks at each batch, `require_data` and `require_conditions` at what is read or sampled.
+- class numbers (b,), which go to the objective as they are;
+- anything else is a table (`is_table`), with a row for each sample. The objective gets the numbers of rows as c, and
+  the network what `table_of` finds there.
+
+`LoopFlow` calls `require_batch` for each batch that is trained on, and `require_data` and `require_conditions` where
+the network is read or sampled. `map_tensors` and `num_rows` serve either kind.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,9 +20,9 @@ from dumo.flow.passes import CONDITIONS, ConditionTable, OwnCall, Signature
 from dumo.types import UserError
 
 Condition = Tensor | Mapping[str, Tensor] | None  # class numbers (b,), numbers (b, ...), or tensors by name
-Null = Tensor | Mapping[str, Tensor] | None  # what stands for a dropped condition: a row, or rows by name
+Null = Tensor | Mapping[str, Tensor] | None  # what stands for a dropped condition: one row, or one by name
 
-# Ours: data lie near [-1, 1], or have deviation 1; what is beyond these was not scaled
+# Beyond these, data were not scaled: they should lie near [-1, 1], or have deviation 1. Ours
 _MAX_VALUE = 100.0
 _MAX_RMS = 4.0  # root mean square
 
@@ -29,7 +33,11 @@ def is_table(c: Condition) -> bool:
 
 
 def table_of(c: Condition, null: Null, call: OwnCall | Signature | None) -> ConditionTable:
-    """Conditions by the argument's name, and what stands for none of them; a null without a name is that of all."""
+    """Conditions that are no class numbers, by the name of the network's argument, with what stands for none.
+
+    null: a null without a name stands for each of the conditions.
+    call: names the argument of a condition without a name.
+    """
     if isinstance(c, Mapping):
         rows = dict(c)
     else:
@@ -41,7 +49,7 @@ def table_of(c: Condition, null: Null, call: OwnCall | Signature | None) -> Cond
 
 
 def map_tensors(c: Condition, change: Callable[[Tensor], Tensor]) -> Condition:
-    """Conditions of the kind of c, of which each tensor is changed."""
+    """The conditions with each tensor changed: a tensor, a dict or None, as c is."""
     if c is None:
         return None
     if isinstance(c, Tensor):
@@ -50,7 +58,7 @@ def map_tensors(c: Condition, change: Callable[[Tensor], Tensor]) -> Condition:
 
 
 def num_rows(c: Condition) -> int:
-    """How many rows conditions have."""
+    """The number of rows of conditions, which are not None."""
     if isinstance(c, Mapping):
         return len(next(iter(c.values())))
     return len(cast(Tensor, c))
@@ -64,18 +72,18 @@ def require_batch(
     call: OwnCall | Signature | None,
     *,
     null: Null = None,
-    deeply: bool = False,
+    reads_values: bool = False,
 ) -> None:
-    """Raise UserError for what is no batch of data x (b, ...) and conditions.
+    """Raise UserError unless x (b, ...) and c are a batch to train on.
 
     classes: the number of classes; 0: there are none.
-    shape: of a row; None: not known yet.
-    call: how the network is called.
+    shape: of a row of x; None: not known yet.
+    call: how the network is called; None: as dumo's own.
     null: what stands for a dropped condition.
-    deeply: whether to look at the values, which a GPU must be waited for.
+    reads_values: whether to check the values of x and of labels on a GPU, which must be waited for.
     """
     require_data(x, shape)
-    if deeply:
+    if reads_values:
         largest = float(x.abs().max())
         if not isfinite(largest):
             raise UserError("x is not finite everywhere: look at the data")
@@ -85,11 +93,11 @@ def require_batch(
                 f"x lies between {float(x.min()):.3g} and {float(x.max()):.3g}: data lie near [-1, 1], or have "
                 "deviation 1: scale them"
             )
-    require_conditions(c, len(x), classes, call, null, deeply=deeply, learned=True)
+    require_conditions(c, len(x), classes, call, null, reads_values=reads_values, is_data=True)
 
 
 def require_data(x: object, shape: tuple[int, ...] | None = None) -> None:
-    """Raise UserError for what are no rows of data, floats (b, ...); `shape`: of a row, where it is known."""
+    """Raise UserError unless x is a tensor of floats (b, ...), with rows of `shape` where that is given."""
     if not isinstance(x, Tensor):
         raise UserError(f"x is a {type(x).__name__}: give a tensor of floats near [-1, 1], of shape (b, ...)")
     if not x.is_floating_point():
@@ -109,13 +117,14 @@ def require_conditions(
     call: OwnCall | Signature | None,
     null: Null,
     *,
-    deeply: bool = False,
-    learned: bool = False,
+    reads_values: bool = False,
+    is_data: bool = False,
 ) -> None:
-    """Raise UserError for what are no conditions, one for each row.
+    """Raise UserError unless c has a condition for each of `rows` rows that these settings allow.
 
-    `deeply`: whether to look at labels that are on a GPU. `learned`: whether the conditions are of data, of which no
-    label may be the one that means none.
+    classes, call, null: as in `require_batch`.
+    reads_values: whether to check labels on a GPU, which must be waited for; those on a CPU always are.
+    is_data: whether the conditions are those of data, where no label may be the one that means none.
     """
     if c is None:
         if classes:
@@ -129,28 +138,28 @@ def require_conditions(
     if is_table(c):
         _require_table(c, classes, call, null)
     else:
-        _require_labels(cast(Tensor, c), classes, null, deeply=deeply, learned=learned)
+        _require_labels(cast(Tensor, c), classes, null, reads_values=reads_values, is_data=is_data)
 
 
 def _require_rows(name: str, value: object, rows: int) -> None:
-    """Raise UserError for a condition that is no tensor of this many rows."""
+    """Raise UserError unless a condition is a tensor of this many rows."""
     if not isinstance(value, Tensor):
         raise UserError(f"condition '{name}' is a {type(value).__name__}: give a tensor with a row for each of x")
     if not value.ndim or len(value) != rows:
         raise UserError(f"condition '{name}' has shape {tuple(value.shape)}: give one row for each of {rows}")
 
 
-def _require_labels(labels: Tensor, classes: int, null: Null, *, deeply: bool, learned: bool) -> None:
-    """Raise UserError for class numbers that these settings do not allow."""
+def _require_labels(labels: Tensor, classes: int, null: Null, *, reads_values: bool, is_data: bool) -> None:
+    """Raise UserError for class numbers outside [0, classes], and where the settings are not for class numbers."""
     if not classes:
         raise UserError("labels without a number of classes: give dumo.Flow(net, classes=k) for labels 0 to k - 1")
     if null is not None:
         raise UserError(f"null= is for conditions that are no labels, of which {classes} means none: leave it out")
-    if deeply or labels.device.type == "cpu":
+    if reads_values or labels.device.type == "cpu":
         out_of_range = labels[(labels < 0) | (labels > classes)]
         if len(out_of_range):
             raise UserError(f"label {int(out_of_range[0])} with classes = {classes}: labels are 0 to {classes - 1}")
-        if learned and (labels == classes).any():
+        if is_data and (labels == classes).any():
             raise UserError(
                 f"label {classes} with classes = {classes} stands for none, which flow drops by itself: labels are 0 "
                 f"to {classes - 1}"
@@ -158,7 +167,7 @@ def _require_labels(labels: Tensor, classes: int, null: Null, *, deeply: bool, l
 
 
 def _require_table(c: Condition, classes: int, call: OwnCall | Signature | None, null: Null) -> None:
-    """Raise UserError for conditions other than labels that the network or these settings do not allow."""
+    """Raise UserError for a table of conditions where the network or the settings take none."""
     if call is None:
         raise UserError("networks of dumo take class numbers as c: hand such conditions to a network of your own")
     if classes:
@@ -173,7 +182,7 @@ def _require_table(c: Condition, classes: int, call: OwnCall | Signature | None,
 
 
 def _as_labels(c: Condition) -> str:
-    """The expression that makes labels of c, which may be meant for them."""
+    """The expression that most likely makes class numbers of c, for messages."""
     if not isinstance(c, Tensor):
         return "a tensor of them"
     if c.ndim == 1:
@@ -184,7 +193,7 @@ def _as_labels(c: Condition) -> str:
 
 
 def _require_arguments(c: Condition, call: Signature) -> None:
-    """Raise UserError where the network's forward does not take a condition."""
+    """Raise UserError where the network's forward has no argument for a condition."""
     if isinstance(c, Mapping):
         for name in c:
             if not call.takes(name):
@@ -199,7 +208,7 @@ def _require_arguments(c: Condition, call: Signature) -> None:
 
 
 def _require_null(c: Condition, null: object, call: OwnCall | Signature | None) -> None:
-    """Raise UserError where a null is no row of its condition."""
+    """Raise UserError unless the null is a row of its condition, or a dict of rows by the conditions' names."""
     if null is None:
         return
     if not isinstance(null, Tensor | Mapping):
@@ -212,7 +221,7 @@ def _require_null(c: Condition, null: object, call: OwnCall | Signature | None) 
 
 
 def _require_row(name: str, row: object, shape: tuple[int, ...]) -> None:
-    """Raise UserError for a null that is no row of this shape."""
+    """Raise UserError unless the null of a condition is a row of this shape."""
     if not isinstance(row, Tensor):
         raise UserError(f"null of condition '{name}' is a {type(row).__name__}: give a tensor, a row of it")
     if row.shape not in (shape, (1, *shape)):

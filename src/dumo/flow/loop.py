@@ -357,7 +357,7 @@ class LoopFlow(Flow):
 
     def _require(self, x: Tensor, c: Condition) -> None:
         """Raise UserError for data, conditions or settings that cannot be trained on, before any pass."""
-        require_batch(x, c, self.classes, self.shape, self.call, null=self.null, deeply=True)
+        require_batch(x, c, self.classes, self.shape, self.call, null=self.null, reads_values=True)
         if isinstance(self.call, Signature):
             self.call.require(self.objective.needs, classes=bool(self.classes))
         require_teachable(self.objective, len(x), has_teacher=self.teacher is not None)
@@ -370,8 +370,8 @@ class LoopFlow(Flow):
             probe,
             b,
             self.objective.needs,
-            copied=self.is_check_of_copy,
-            before=self.chosen_slope,
+            is_copy=self.is_check_of_copy,
+            chosen_before=self.chosen_slope,
         )
         self.slope_reason = choice.why
         if not self.has_named_slope:
