@@ -93,7 +93,7 @@ def test_captions_that_are_not_read_are_said(
     photos: Path, monkeypatch: pytest.MonkeyPatch, field: str, said: str
 ) -> None:
     monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
-    monkeypatch.setattr(proposal, "installed", lambda name: None)
+    monkeypatch.setattr(proposal, "installed_version", lambda name: None)
     monkeypatch.setattr(proposal, "install", lambda extra: "pip install transformers")
     rows = [{"file_name": str(file.relative_to(photos)), "text": ""} for file in sorted(photos.rglob("*.*g"))]
     rows[1]["text"] = "a cat"
@@ -106,7 +106,7 @@ def test_captions_that_are_not_read_are_said(
         proposal.propose("photos", ["train.steps=3"], device="cpu")
     (photos / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": ')
     assert "captions" not in dict(proposal.propose("photos", ["data.captions=null"], device="cpu").lines())
-    monkeypatch.setattr(proposal, "installed", lambda name: "5.0")
+    monkeypatch.setattr(proposal, "installed_version", lambda name: "5.0")
     with pytest.raises(UserError, match=r"line 1 is not JSON.*data\.captions"):
         proposal.propose("photos", [], device="cpu")
 

@@ -24,7 +24,7 @@ from dumo.encoders.library import quietly
 from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, first_unfit_key, require_weights
 from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
 from dumo.io.read import brief, foreign, read_settings, user_path
-from dumo.runtime import import_bitsandbytes, install
+from dumo.runtime import import_bitsandbytes, install_command
 from dumo.types import FREE, PINNED, UserError
 
 CONFIG = "config.json"
@@ -206,7 +206,7 @@ def _load_model(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     try:
         import diffusers  # slow to import, and an extra
     except ImportError as error:
-        raise UserError(f"{codec.about} needs diffusers: {install('diffusers')}") from error
+        raise UserError(f"{codec.about} needs diffusers: {install_command('diffusers')}") from error
     folder = _folder(codec.weights)
     part_weights = require_weights(folder, DIFFUSERS, FIELD, HINT)
     sha256 = part_weights.sha256(HINT)

@@ -17,7 +17,7 @@ import torch
 
 from dumo.encoders.part import TRANSFORMERS, require_weights
 from dumo.io.read import foreign
-from dumo.runtime import install
+from dumo.runtime import install_command
 from dumo.types import UserError
 
 CONFIG = "config.json"  # of a model, in its folder
@@ -31,7 +31,7 @@ def import_transformers(field: str) -> Any:  # noqa: ANN401, a module
     try:
         return import_module("transformers")
     except ImportError as error:
-        raise UserError(f"{field} needs transformers: {install('text')}") from error
+        raise UserError(f"{field} needs transformers: {install_command('text')}") from error
 
 
 def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a model of transformers

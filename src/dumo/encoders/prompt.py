@@ -25,7 +25,7 @@ from dumo.encoders.library import import_transformers, quietly
 from dumo.encoders.pipeline import HINT, SCHEDULER, TRANSFORMER, OptionalPart, Pipeline, component_names
 from dumo.encoders.text import Embeddings
 from dumo.io.read import foreign
-from dumo.runtime import import_bitsandbytes, install
+from dumo.runtime import import_bitsandbytes, install_command
 from dumo.types import PLACE, Spec, UserError
 
 _COLUMNS = ("tokens", "mask", "pooled")  # what is kept of the outputs of encode_prompt
@@ -71,7 +71,7 @@ class Prompts(Spec):
         try:
             import diffusers  # slow to import, and an extra
         except ImportError as error:
-            raise UserError(f"net.texts needs diffusers: {install('pretrained')}") from error
+            raise UserError(f"net.texts needs diffusers: {install_command('pretrained')}") from error
         import_transformers("net.texts")  # diffusers would fail without it, with another message
         config = folder.config(TRANSFORMER)
         problem = f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load"

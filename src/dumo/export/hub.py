@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dumo.io.read import brief
-from dumo.runtime import install, shell_path
+from dumo.runtime import install_command, shell_path
 from dumo.runtime.door import option
 from dumo.types import UserError
 
@@ -14,7 +14,9 @@ def require_uploadable(repository: str, parts: str) -> None:
         from huggingface_hub import constants, get_token  # slow to import, and of an extra
         from huggingface_hub.utils import validate_repo_id
     except ImportError as error:
-        raise UserError(f"{option('push')} needs the client of the hub: {install('huggingface_hub')}") from error
+        raise UserError(
+            f"{option('push')} needs the client of the hub: {install_command('huggingface_hub')}"
+        ) from error
     try:
         validate_repo_id(repository)
     except ValueError as error:

@@ -10,18 +10,20 @@ there, as `torch.func.linearize` does: the heads now, the derivatives later.
     heads, along = slope(net, ref, x_t, c, t=t, r=r)  # one pass of net, with gradients
     dv_dt, du_dt = along(w)                           # of ref, without; r and all other inputs are held constant
 
-Where w is known before the pass, `toward=w` says so. Where the derivative is wanted of some rows only, `moving` names
-them, and the others get zeros.
+The order of events:
 
-The specs, one for each `kind`:
+1. A loss takes its slope (`slope_of`) and calls it. `toward=w` says w where it is known before the pass; `moving` names
+   the rows whose derivative is wanted, and the others get zeros.
+2. A slope that needs fp32 checks the precision that holds now (`BaseSlope.check`).
+3. It hands over to a function of `dumo.flow.linearize`, which makes the training pass and returns `(heads, along)`.
+   Autograd records the heads, and never the derivatives.
+4. The loss calls `along(w)`.
+
+The specs, one for each `kind`, of which `Slope` is the union:
 
     central  two passes at t - h and t + h; needs fp32
     jvp      one pass by `torch.func.jvp`; exact
-    dual     by dual numbers, with the training pass where that is possible (`DualSlope.way`); exact
-
-`Slope` is their union, `slope_of` the slope of an objective. The order of events: `BaseSlope.__call__` checks the
-precision; it or `DualSlope.__call__` picks a function of `dumo.flow.linearize`, which makes the training pass and
-returns `(heads, along)`. Autograd records the heads, and never the derivatives (see there).
+    dual     dual numbers, with the training pass where that is possible (`DualSlope.way`); exact
 """
 
 from abc import ABC, abstractmethod
@@ -45,15 +47,16 @@ from dumo.flow.linearize import (
 from dumo.flow.precision import precision_of
 from dumo.types import CHANGES, Cond, Frozen, Heads, Net, Objective, Sample, Spec, Time, UserError, unwrap
 
-# The largest h * time_scale of a central difference: it is well within 1 % there, 3 % off at ten times (measured): ours
+# The largest h * time_scale of a central difference. Ours: it is well within 1 % there, and 3 % off at ten times that
+# (measured).
 _MAX_SCALED_STEP = 0.05
-# How far off a slope may be where `flow.derivative` or `run.examination` compares it, a share of the derivative's norm:
-# an exact one is 1 to 2 % off under bf16, a broken one 40 % and more (measured): ours
+# How far off a slope may be, over the derivative's norm, where `flow.derivative` or `run.examination` compares it.
+# Ours: an exact one is 1 to 2 % off under bf16, a broken one 40 % and more (measured).
 MAX_SLOPE_ERROR = 0.05
 
 
 class BaseSlope(Spec, ABC):
-    """A way to take the derivatives of a net along the flow. Subclasses say how, in `derivatives`."""
+    """The base of all slopes. A subclass says in `derivatives` how it takes them by passes of their own."""
 
     def __call__(
         self,
@@ -82,12 +85,13 @@ class BaseSlope(Spec, ABC):
 
     @abstractmethod
     def derivatives(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **inputs: Time) -> Heads:
-        """The derivative of each of ref's heads along w, by passes of their own."""
+        """The derivative of each of ref's heads as x moves along w, (b, ...), and t with 1, by passes of their own."""
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
         """Raise UserError where the slope would be no derivative. An exact slope is one in any precision.
 
-        precision: a name, as `precision_of` gives it. time_scale: by which the net multiplies t.
+        precision: a name, as `precision_of` gives it.
+        time_scale: by which the net multiplies t.
         """
 
 
@@ -142,14 +146,14 @@ class JvpSlope(BaseSlope):
 
 
 class Way(NamedTuple):
-    """How `DualSlope` takes the derivatives, and why so."""
+    """How a `DualSlope` takes the derivatives."""
 
     name: Literal["tape", "ride", "pass"]
-    why: str
+    why: str  # a clause for reports
 
     @property
     def text(self) -> str:
-        """When the derivatives are computed, in words."""
+        """When the derivatives are computed, as reports say it."""
         return {
             "tape": "after the training pass, from its activations",
             "ride": "along with the training pass",
@@ -158,14 +162,18 @@ class Way(NamedTuple):
 
 
 class DualSlope(BaseSlope):
-    """Exact, by dual numbers (`dumo.autodiff.dual`, ours): with the training pass where possible, for one pass more.
+    """Exact, by dual numbers (`dumo.autodiff.dual`, ours): with the training pass where that is possible.
 
-    Ride: the direction is known before the pass, which computes the derivatives on its way; of some rows, it is two
-    passes. Tape: the direction is known after the pass, and the derivatives are computed from the activations that the
-    backward pass needs anyway. Pass: a dual pass of its own without gradients; two passes, as the central difference,
-    and still exact. That is the way where the activations or the weights are not there to use (a moving average as
-    theta^-, checkpointing, sharded weights that are given back after the pass), and where the direction is known after
-    the pass and only some rows move: their pass is shorter than a tape of all.
+    The three ways, of which `way` chooses:
+
+    - ride: the direction is known before the pass, which computes the derivatives on its way. Where only some rows
+      move, the others get a pass of their own.
+    - tape: the direction is known after the pass. The derivatives are computed from the activations, which the backward
+      pass needs anyway.
+    - pass: a dual pass of its own, without gradients. Its cost is that of two passes, as of a central difference, and
+      it is exact. It is taken where the activations or the weights are not there to use (a moving average as theta^-,
+      checkpointing, sharded weights that are given back after the pass); and where the direction is known after the
+      pass and only some rows move, because their pass is shorter than a tape of all.
     """
 
     kind: Literal["dual"] = "dual"
@@ -182,9 +190,12 @@ class DualSlope(BaseSlope):
         moving: Moving | None = None,
         **inputs: Time,
     ) -> tuple[Heads, Along]:
-        """As `BaseSlope.__call__`, by tape, ride or a pass of its own (`way`). Refuses no precision."""
+        """The heads of one pass of net, and `along`: takes and returns what `BaseSlope.__call__` does.
+
+        It is exact in any precision, so it refuses none.
+        """
         if not torch.compiler.is_compiling():
-            teach_others()
+            teach_others()  # einops and torch.is_tensor to take Duals
         way = self.way(net, ref, known=toward is not None, moving=moving)
         if way.name == "tape":
             return linearize_by_tape(self.derivatives, net, ref, x, c, t=t, **inputs)
@@ -195,8 +206,9 @@ class DualSlope(BaseSlope):
     def way(self, net: Net, ref: Frozen, *, known: bool, moving: Moving | None = None) -> Way:
         """Which of the three ways is taken.
 
+        net, ref: the network in training and theta^-, as `__call__` takes them.
         known: whether the direction is known before the pass.
-        moving: the rows whose derivative is wanted, as `__call__` takes it; None: all.
+        moving: the rows whose derivative is wanted; None: all.
         """
         if ref.module is not unwrap(net):
             return Way("pass", "theta^- has weights of its own")

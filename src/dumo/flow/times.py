@@ -1,14 +1,19 @@
-"""Laws by which the times (t, r) of a batch's rows are drawn, r <= t, or one number for each row.
+"""Laws from which the times (t, r) of a batch's rows are drawn, r <= t, or one number for each row.
 
-`dumo.flow.draw` calls a law with the number of rows and a generator; the law returns t and r, (n,) each. `moving` says,
-without drawing, which rows may have r < t: kinds of rows are chosen by their place in the batch, so that every rank and
-step has as many of each. `Times` is the union of the laws that an objective may name.
+1. `dumo.flow.draw` asks `moving`, which says without drawing which rows may have r < t. Kinds of rows are chosen by
+   their place in the batch, so that every rank and step has as many of each.
+2. It calls the law with the number of rows n and a generator. The law returns t and r, (n,) each.
 
-First come laws of one number (`Number`). In [0, 1] it may be a time (`ToData`): t, with r = 0, the data. Drawn for
-something else, as a share or a knob, it is a number. Then come laws of pairs: `Pair` and all below it.
+`Times` is the union of the laws that an objective may name. `Grid` is not in it: an objective that learns from a
+teacher's trajectories brings it, because its steps are those of the trajectories.
 
-Where a law has `both_ways`, every second row with a step has its times exchanged, t < r: a jump up to the noise (ours;
-F2D2's code draws t and r alike).
+- Laws of one number: `Number` and `ToData`, which a law of one's own may derive from. `one` draws it. A number in
+  [0, 1] may be a time t, with r = 0, the data (`ToData`); as a further law of an objective it is any number, such as
+  a share or a knob.
+- Laws of pairs: `Pair` and all below it. Some draw from laws of one number, which are their fields (`OneTimeLaw`).
+
+With `both_ways`, every second row that jumps has its times exchanged, t < r: a jump up to the noise (ours; F2D2's code
+draws t and r alike).
 """
 
 from abc import abstractmethod
@@ -25,20 +30,21 @@ from dumo.runtime.limits import PASSES, require_order
 from dumo.types import Law, PerSample, Time, TimeLaw
 from dumo.types.rows import split_by_step, spread_evenly
 
-EDM_SD = 0.5  # the standard deviation of the data: EDM (Karras et al. 2022)
-EDM_RHO = 7.0  # EDM, Eq. 5
-KARRAS_ROOTS = (0.002 ** (1 / EDM_RHO), 80.0 ** (1 / EDM_RHO))  # of sigma_min and sigma_max: EDM, Tab. 1
+# EDM is Karras et al. 2022
+EDM_SD = 0.5  # the standard deviation of the data (EDM, Tab. 1)
+EDM_RHO = 7.0  # the exponent of its noise levels (EDM, Eq. 5)
+KARRAS_ROOTS = (0.002 ** (1 / EDM_RHO), 80.0 ** (1 / EDM_RHO))  # of sigma_min and sigma_max (EDM, Tab. 1)
 
 
 class Number(Law):
-    """A number per row, drawn for the whole batch at once."""
+    """A law of one number per row, which is drawn for the whole batch at once."""
 
     @abstractmethod
     def one(self, n: int, g: Generator) -> PerSample:
-        """Draw one number for each of n rows."""
+        """Draw a number for each of n rows, (n,)."""
 
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> PerSample:
-        """The numbers (len(rows),) of these rows of a batch, which are drawn for all of it by the stream of the key."""
+        """The numbers of these rows, (len(rows),): drawn for the whole batch from the stream of the key, then cut."""
         return self.one(batch, random.stream(*key))[rows.start : rows.stop]
 
 
@@ -47,7 +53,7 @@ class ToData(TimeLaw, Number):
 
     @property
     def between(self) -> bool:
-        """Whether jumps may end before the data: with r = 0 none does."""
+        """False: with r = 0 no jump ends before the data."""
         return False
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
@@ -64,14 +70,15 @@ class Beta(ToData):
     b: float = Field(default=2.4, gt=0)
 
     def one(self, n: int, g: Generator) -> Time:
-        """Draw a ratio of two gamma variables."""
+        """Draw n times t, (n,), as ratios of gamma variables: Beta(a, b) is G_a / (G_a + G_b)."""
         shape = torch.tensor([self.a, self.b]).expand(n, 2)
+        # no public function draws gamma variables by a generator
         gamma = torch._standard_gamma(shape, generator=g)  # pyright: ignore[reportPrivateImportUsage]
         return gamma[:, 0] / gamma.sum(1)
 
 
 class Uniform(ToData):
-    """t ~ U(low, high); where both are equal, that one time."""
+    """t ~ U(low, high); if low = high, t is that time."""
 
     kind: Literal["uniform"] = "uniform"
     low: float = Field(default=0.0, ge=0, le=1)
@@ -118,9 +125,9 @@ class Arctan(ToData):
 
 
 class Karras(ToData):
-    """The time of a noise level sigma with sigma^(1 / rho) uniform from sigma_min to sigma_max.
+    """The time of a noise level sigma, of which sigma^(1 / rho) is uniform from sigma_min to sigma_max.
 
-    The levels of Karras et al. (2022), Eq. 5, in the limit of many: CM (Song et al. 2023) takes each as often.
+    These are the levels of EDM, Eq. 5, in the limit of many; CM (Song et al. 2023) takes each level as often.
     """
 
     kind: Literal["karras"] = "karras"
@@ -146,7 +153,7 @@ OneTimeLaw = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(dis
 
 
 class Atom(ToData):
-    """One law, but t = `at` on a share of the rows, evenly spread: TCM's boundary (Lee et al. 2025, its p)."""
+    """A law `of` one time, but t = `at` on a share of the rows, evenly spread: TCM's boundary (Lee et al. 2025: p)."""
 
     kind: Literal["atom"] = "atom"
     of: OneTimeLaw = Beta()
@@ -163,8 +170,8 @@ class Pair(TimeLaw):
     """Two draws of one law, sorted, so that r <= t; r = t on a share `velocity_ratio` of the rows (MeanFlow, Sec. 4.3).
 
     That share is rho of the paper's Eq. 5, which draws it by a coin. Here the rows are evenly spread by place (ours),
-    so every rank and every step has the same number of them. With `to` r has a law of its own, and is t where that is
-    above t (DMF, SoFlow); with `flow` so has t on the rows with r = t (DMF, SoFlow, alpha-Flow).
+    so every rank and every step has the same number of them. With `to`, r has a law of its own, and is t where it would
+    be above t (DMF, SoFlow). With `flow`, t has a law of its own on the rows with r = t (DMF, SoFlow, alpha-Flow).
     """
 
     kind: Literal["pair"] = "pair"
@@ -195,10 +202,11 @@ class Pair(TimeLaw):
 
 
 class Jumps(TimeLaw):
-    """Three kinds of rows: r = t on a share `velocity_ratio`; of the others a share `data_ratio` has r = 0 (ours).
+    """Three kinds of rows, evenly spread by place, each with draws of its own (ours).
 
-    So one mean velocity learns what a single pass asks of it, and the jumps between, whose r is uniform in [0, t]. The
-    kinds are evenly spread by place, and every kind draws its t by itself.
+    - r = t on a share `velocity_ratio` of all rows: the velocity.
+    - r = 0 on a share `data_ratio` of the others: jumps to the data, which a sampler of one pass makes.
+    - r uniform in [0, t] on the rest: jumps between.
     """
 
     kind: Literal["jumps"] = "jumps"
@@ -209,7 +217,7 @@ class Jumps(TimeLaw):
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""
-        rest, data, between = self._places(n)
+        rest, data, between = self._places_by_kind(n)
         t = torch.zeros(n)
         r = torch.zeros(n)
         t[rest] = r[rest] = self.of.one(len(rest), g)
@@ -218,7 +226,7 @@ class Jumps(TimeLaw):
         r[between] = t[between] * torch.rand(len(between), generator=g)
         if self.both_ways:
             is_up = torch.zeros(n, dtype=torch.bool)
-            is_up[data[1::2] + between[1::2]] = True  # of each kind half
+            is_up[data[1::2] + between[1::2]] = True  # half of each kind
             t, r = torch.where(is_up, r, t), torch.where(is_up, t, r)
         return t, r
 
@@ -238,11 +246,11 @@ class Jumps(TimeLaw):
 
     @property
     def climbs(self) -> bool:
-        """Whether some rows have t < r, jumps up to the noise."""
+        """Whether some rows have t < r: jumps up to the noise."""
         return self.both_ways
 
-    def _places(self, n: int) -> tuple[list[int], list[int], list[int]]:
-        """Numbers of the rows at rest (r = t), of those that jump to the data (r = 0), and of the other jumps."""
+    def _places_by_kind(self, n: int) -> tuple[list[int], list[int], list[int]]:
+        """The places of the first n rows: those with r = t, those that jump to the data (r = 0), the other jumps."""
         jumps, rest = split_by_step(self.moving(n))
         far, near = split_by_step(spread_evenly(len(jumps), self.data_ratio))
         return rest, [jumps[i] for i in far], [jumps[i] for i in near]
@@ -275,11 +283,11 @@ class Gap(TimeLaw):
 
 
 class Dyadic(TimeLaw):
-    """Steps of 2^-k, k < levels, from a place on their own grid, on one row of `every`; r = t on the others.
+    """Steps of length 2^-k, k < levels, on one row of `every`; r = t on the others (shortcut models).
 
-    Shortcut models (Frans et al. 2025), whose code gives every k as many rows (`targets_shortcut.py`); here k is drawn,
-    and the rows stand evenly spread, so that any share of a batch has its part of them (ours). t of the other rows lies
-    on the grid of 2^-levels, or is by a law of its own (`flow`, ours).
+    A step of length 2^-k begins at a multiple of it. The code of Frans et al. (2025) gives every k as many rows
+    (`targets_shortcut.py`); here k is drawn, and the rows are evenly spread, so that any part of a batch has its share
+    of them (ours). On the other rows t is a multiple of 2^-levels, or has a law of its own (`flow`, ours).
     """
 
     levels: ClassVar[int] = 7  # `denoise_timesteps` of its code, 128 = 2^7
@@ -308,14 +316,14 @@ class Dyadic(TimeLaw):
 
     @property
     def group(self) -> int:
-        """How many neighbouring rows belong together: each `every` of them hold one with r < t."""
+        """How many neighbouring rows belong together: `every` of them hold one with r < t."""
         return self.every
 
 
 class Groups(TimeLaw):
-    """Neighbouring rows, `size` of them, share their times (IMM: M of its Alg. 1)."""
+    """Neighbouring rows, `size` of them, share their times (IMM, Alg. 1)."""
 
-    size: ClassVar[int] = 4  # M; rows of a last group that is not whole share theirs, too
+    size: ClassVar[int] = 4  # M of IMM, Alg. 1; an incomplete last group shares its times, too
     kind: Literal["groups"] = "groups"
     of: Below = Below()
 
@@ -332,16 +340,18 @@ class Groups(TimeLaw):
 
 
 class Grid(TimeLaw):
-    """t and r on a grid of equal steps, r < t: t uniform on all of it but 0, r on what lies below (CMT; r ours)."""
+    """t and r on a grid of equal steps: t uniform on it without 0, r uniform on the points below t (CMT; r ours)."""
 
     kind: Literal["grid"] = "grid"
     steps: int = Field(default=16, ge=1, le=PASSES)  # CMT's code, of its teacher's solver
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""
-        k = torch.randint(1, self.steps + 1, (n,), generator=g)
-        l = (torch.rand(n, generator=g) * k).floor().clamp(max=k - 1)  # noqa: E741, of r as k of t
-        return k / self.steps, l / self.steps
+        t_step = torch.randint(1, self.steps + 1, (n,), generator=g)
+        r_step = (
+            (torch.rand(n, generator=g) * t_step).floor().clamp(max=t_step - 1)
+        )  # the product may round up to t_step
+        return t_step / self.steps, r_step / self.steps
 
 
 Times = Annotated[

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import nn
 
 from dumo.nets.lowbit import Coding, halve, quantise
-from dumo.runtime import import_bitsandbytes, install
+from dumo.runtime import import_bitsandbytes, install_command
 from dumo.runtime.limits import CHANNELS
 from dumo.types import QUIET, Spec, UserError
 
@@ -65,7 +65,7 @@ def adapt(
     try:
         import peft
     except ImportError as error:
-        raise UserError(f"net.lora needs peft: {install('pretrained')}") from error
+        raise UserError(f"net.lora needs peft: {install_command('pretrained')}") from error
     excluded = tuple(f"{path}." for path in (*unused, *trained))
     paths = [path for path in _target_paths(model, blocks, lora) if not f"{path}.".startswith(excluded)]
     ranks = {FEW_STEP: lora.rank}

@@ -25,7 +25,7 @@ from dumo.flow.precision import to_float32
 from dumo.io import digest
 from dumo.io.deferred import apply_later
 from dumo.nets.twin import bias_or_none
-from dumo.runtime import import_bitsandbytes, install
+from dumo.runtime import import_bitsandbytes, install_command
 from dumo.types import Array, UserError
 
 Coding = Literal["int8", "nf4"]
@@ -176,7 +176,7 @@ def quantise(model: nn.Module, blocks: Sequence[nn.Module], without: Sequence[st
     multiple of `BLOCK`. Raises UserError where bitsandbytes is missing.
     """
     if not import_bitsandbytes():
-        raise UserError(f"net.lora.frozen = {coding} needs bitsandbytes: {install('quantised')}")
+        raise UserError(f"net.lora.frozen = {coding} needs bitsandbytes: {install_command('quantised')}")
     inside = {id(layer) for block in blocks for layer in block.modules()}
 
     def code(layer: nn.Linear) -> CodedLinear | None:

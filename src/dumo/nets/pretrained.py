@@ -31,7 +31,7 @@ from dumo.nets.route import Route
 from dumo.nets.rows import Codes, Texts, codes
 from dumo.nets.table import PipelineTexts
 from dumo.nets.vp import DiffusionToVelocity, read_scheduler
-from dumo.runtime import import_bitsandbytes, install
+from dumo.runtime import import_bitsandbytes, install_command
 from dumo.runtime.limits import FACTOR
 from dumo.types import QUIET, Needs, UserError
 
@@ -235,7 +235,7 @@ class Pretrained(PipelineSpec):
         try:
             import diffusers  # slow to import, and an extra
         except ImportError as error:
-            raise UserError(f"net 'diffusers' needs diffusers: {install('pretrained')}") from error
+            raise UserError(f"net 'diffusers' needs diffusers: {install_command('pretrained')}") from error
         model_class = getattr(diffusers, config["_class_name"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers', of its own code

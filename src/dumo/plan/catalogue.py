@@ -24,7 +24,7 @@ from dumo.io import digest
 from dumo.io.hub import PUBLISHED
 from dumo.io.read import user_path
 from dumo.io.yaml import dump_yaml
-from dumo.runtime import install
+from dumo.runtime import install_command
 from dumo.types import UserError
 
 HUB = "hub:"  # begins a place that is a file in the cache of the Hugging Face hub's client: owner/model/file
@@ -65,7 +65,7 @@ CATALOGUE = (
         "a published flow transformer of 2 to 20 B parameters, with its autoencoder and text encoders",
         "https://huggingface.co, for SD3 and FLUX.1 with an account",
         (
-            f"{install('pretrained')} && export PRETRAINED=DIR   # and one of",
+            f"{install_command('pretrained')} && export PRETRAINED=DIR   # and one of",
             *(Pipeline(source=name).download_command().replace("DIR", "$PRETRAINED") for name in PUBLISHED),
         ),
         ("$PRETRAINED/model_index.json", "$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
@@ -141,7 +141,7 @@ CATALOGUE = (
         "the autoencoder of Stable Diffusion 1, fine-tuned (ft-ema), for latents of ImageNet",
         f"https://huggingface.co/{SD_VAE}",
         (
-            install("diffusers"),
+            install_command("diffusers"),
             f"hf download {SD_VAE} config.json {DIFFUSERS_FILE}   # else dumo encode fetches it",
         ),
         (f"{HUB}{SD_VAE}/{DIFFUSERS_FILE}",),
@@ -153,7 +153,7 @@ CATALOGUE = (
         "the deep-compression autoencoder f32c32 (Chen et al. 2024), for latents of ImageNet at 512",
         f"https://huggingface.co/{DC_AE}",
         (
-            install("diffusers"),
+            install_command("diffusers"),
             f"hf download {DC_AE} config.json {DIFFUSERS_FILE}   # else dumo encode fetches it",
         ),
         (f"{HUB}{DC_AE}/{DIFFUSERS_FILE}",),
@@ -238,7 +238,7 @@ def _state_in_hub_cache(file: str) -> str:
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
-        return f"not there: {install('diffusers')} first"
+        return f"not there: {install_command('diffusers')} first"
     owner, model, name = file.split("/")
     path = try_to_load_from_cache(f"{owner}/{model}", name)
     if isinstance(path, str) and Path(path).is_file():

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from dumo import runtime
-from dumo.runtime import dist, install, installed
+from dumo.runtime import dist, install_command, installed_version
 from dumo.runtime.device import software_versions, total_memory
 
 KERNELS = {  # of attention, by the name that is shown
@@ -115,9 +115,9 @@ def dtypes(device: torch.device) -> Finding:
 
 def triton(device: torch.device) -> Finding:
     """The version of Triton, which compiles kernels for GPUs."""
-    version = installed("triton")
+    version = installed_version("triton")
     is_missed = device.type == "cuda" and not version
-    return ok_or_warning("triton", version or "none", install("triton") if is_missed else "")
+    return ok_or_warning("triton", version or "none", install_command("triton") if is_missed else "")
 
 
 def compiler(device: torch.device) -> Finding:
@@ -145,10 +145,10 @@ def disk() -> Finding:
 def extras() -> list[Finding]:
     """What each extra of dumo lacks of its optional packages."""
     findings: list[Finding] = []
-    for extra, requirements in runtime.extras().items():
+    for extra, requirements in runtime.packages_by_extra().items():
         packages = [re.split(r"[^\w.-]", requirement)[0] for requirement in requirements]
-        missing = ", ".join(package for package in packages if not installed(package))
-        text = f"lacks {missing}: {install(extra)}" if missing else "installed"
+        missing = ", ".join(package for package in packages if not installed_version(package))
+        text = f"lacks {missing}: {install_command(extra)}" if missing else "installed"
         findings.append(Finding(f"extra {extra}", "ok", text))
     return findings
 

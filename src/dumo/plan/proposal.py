@@ -46,7 +46,7 @@ from dumo.run import contract, examination
 from dumo.run.net import outline, require_room
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
-from dumo.runtime import install, installed, threads
+from dumo.runtime import install_command, installed_version, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.door import settings
 from dumo.runtime.progress import Bar, duration_text, ignore_line, no_bar
@@ -234,9 +234,9 @@ def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar
     if reason_not_to_read:
         images_found = replace(images_found, captions=f"{len(captions):,} found, not used: {reason_not_to_read}")
         return images_found, fields
-    if not installed("transformers"):
+    if not installed_version("transformers"):
         raise UserError(
-            f"{images.root} has {len(captions):,} captions: {install('text')}  to train on them, or leave them "
+            f"{images.root} has {len(captions):,} captions: {install_command('text')}  to train on them, or leave them "
             f"out by {settings('data.captions=null')}"
         )
     return images_found, fields | _caption_fields(images.root, captions, on_a_cpu=device.type == "cpu")

@@ -40,7 +40,7 @@ from dumo.report.chart import Chart
 from dumo.report.figure import validation_charts
 from dumo.report.gallery import TAUGHT_BY_LETTER
 from dumo.report.live import InteractiveRun
-from dumo.runtime import install, signals
+from dumo.runtime import install_command, signals
 from dumo.runtime.signals import Stopped
 from dumo.training.log import read_log
 from dumo.types import UserError
@@ -313,7 +313,7 @@ def offline_gradio() -> Generator[None, None, None]:
         try:
             import_module("gradio")  # it reads the variables when it is imported
         except ImportError as error:
-            raise UserError(f"dumo demo needs Gradio ({error}): {install('demo')}") from error
+            raise UserError(f"dumo demo needs Gradio ({error}): {install_command('demo')}") from error
         yield
 
 

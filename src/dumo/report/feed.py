@@ -32,7 +32,7 @@ from dumo.io import file
 from dumo.io.read import read_json
 from dumo.report.tracker import TRACKERS, Tracker, values
 from dumo.run.speed import LOG, logged
-from dumo.runtime import dist, install, installed, shell_path, signals
+from dumo.runtime import dist, install_command, installed_version, shell_path, signals
 from dumo.training.loop import Every
 from dumo.training.record import Record
 from dumo.training.state import State
@@ -182,8 +182,8 @@ class TrackerProcess:
     def __init__(self, folder: Path, tracker_name: str, log_line: Callable[[str], object]) -> None:
         """Start nothing yet. Raises UserError where the tracker is unknown, or not installed."""
         require_known("tracker", tracker_name, TRACKERS)
-        if not installed(tracker_name):
-            raise UserError(f"tracker {tracker_name} needs the package {tracker_name}: {install(tracker_name)}")
+        if not installed_version(tracker_name):
+            raise UserError(f"tracker {tracker_name} needs the package {tracker_name}: {install_command(tracker_name)}")
         self.folder = folder
         self.tracker_name = tracker_name
         self.log_line = log_line

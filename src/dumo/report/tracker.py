@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from dumo.runtime import install
+from dumo.runtime import install_command
 from dumo.training.log import Row
 from dumo.types import UserError
 
@@ -128,7 +128,7 @@ def import_package(name: str) -> ModuleType:
             warnings.simplefilter("ignore")
             return import_module(name)
     except ImportError as error:
-        raise UserError(f"tracker {name} needs the package {name} ({error}): {install(name)}") from error
+        raise UserError(f"tracker {name} needs the package {name} ({error}): {install_command(name)}") from error
 
 
 def values(row: Row) -> dict[str, float]:

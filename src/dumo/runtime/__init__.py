@@ -1,6 +1,10 @@
 """A process among others and on its machine: ranks, devices, signals, memory, progress, random numbers by key.
 
 Touches signals, threads and groups of ranks. Knows no file and no run.
+
+This file is about what is installed: `version` and `installed_version` of packages, `packages_by_extra` and
+`install_command` for messages, `import_bitsandbytes`. `shell_path` writes a path for a command line. Importing it
+imports no torch.
 """
 
 import logging
@@ -11,13 +15,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]  # the folder of dumo itself
 
 
 def shell_path(place: str | Path) -> str:
-    """A path as it is typed after a command: quoted, and not as an option where it begins with a dash.
+    """A path as one types it after a command: quoted, and with ./ before it where it would be taken for something else.
 
-    Nor is a Path typed as the bare name of a recipe or a trained run that dumo brings; a text is as somebody typed it.
+    That is an option (it begins with a dash), and, of a Path, the name of a recipe or trained run that comes with dumo.
+    A text is taken as somebody typed it, so it may be such a name.
     """
     text = str(place)
     is_packaged = (PACKAGE / "recipes" / f"{text}.yaml").exists() or (PACKAGE / "trained" / text).exists()
@@ -29,10 +34,10 @@ def shell_path(place: str | Path) -> str:
 
 def version() -> str:
     """This package's version; "source" where it is not installed."""
-    return installed("dumo") or "source"
+    return installed_version("dumo") or "source"
 
 
-def installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """The version of a package, None where it is not installed."""
     try:
         return metadata.version(name)
@@ -40,8 +45,8 @@ def installed(name: str) -> str | None:
         return None
 
 
-def extras() -> dict[str, list[str]]:
-    """The packages of each extra, as `pip` takes them; none where dumo runs from its sources, not installed."""
+def packages_by_extra() -> dict[str, list[str]]:
+    """The packages of each extra of dumo, as `pip` takes them; {} where dumo runs from its sources, not installed."""
     try:
         requirements = metadata.requires("dumo") or []
     except metadata.PackageNotFoundError:
@@ -49,42 +54,47 @@ def extras() -> dict[str, list[str]]:
     packages: dict[str, list[str]] = {}
     for requirement in requirements:
         package, _, marker = requirement.partition(";")
-        if match := re.search(r"\bextra == ['\"]([\w.-]+)['\"]", marker):
-            packages.setdefault(match[1], []).append(package.strip())
+        extra = re.search(r"\bextra == ['\"]([\w.-]+)['\"]", marker)
+        if extra:
+            packages.setdefault(extra[1], []).append(package.strip())
     return packages
 
 
-def install(extra: str) -> str:
-    """The command that installs an extra's packages, or a package, into this environment, however dumo came into it."""
+def install_command(extra: str) -> str:
+    """The command that installs the packages of an extra of dumo, or one package, into this environment.
+
+    It uses the environment's own pip, `python -m pip`, or uv, whichever is there.
+    """
     python = shlex.quote(sys.executable)
     pip = shutil.which("pip")
     if pip and Path(pip).parent == Path(sys.executable).parent:
         tool = "pip install"
-    elif installed("pip"):
+    elif installed_version("pip"):
         tool = f"{python} -m pip install"
     else:  # as in an environment that uv made
         tool = f"uv pip install --python {python}"
-    return f"{tool} {shlex.join(extras().get(extra, [extra]))}"
+    return f"{tool} {shlex.join(packages_by_extra().get(extra, [extra]))}"
 
 
 def import_bitsandbytes() -> bool:
-    """Import bitsandbytes without its search for kernels on a hub, which needs the network; False: it is missing.
+    """Import bitsandbytes without its search for kernels on a hub. Returns whether it is installed.
 
-    It searches where the package `kernels` is installed, and complains where it is not. Call this before diffusers or
-    peft are imported, which import it.
+    The search needs the network. bitsandbytes makes it where the package `kernels` is installed, else logs an error:
+    so that package is hidden, and the log is quiet, while it is imported. Call this before diffusers or peft
+    are imported, which import it.
     """
-    if not installed("bitsandbytes"):
+    if not installed_version("bitsandbytes"):
         return False
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level
     log.setLevel(logging.ERROR)
-    kernels = sys.modules.get("kernels")
+    kernels_before = sys.modules.get("kernels")
     sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType], so that it is not found
     try:
         import bitsandbytes  # pyright: ignore[reportUnusedImport]  # noqa: F401
     finally:
         log.setLevel(level)
         del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
+        if kernels_before is not None:
+            sys.modules["kernels"] = kernels_before
     return True

@@ -30,7 +30,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.torch_version import TorchVersion
 
-from dumo.runtime import install, signals
+from dumo.runtime import install_command, signals
 from dumo.types import UserError
 
 if TYPE_CHECKING:
@@ -132,10 +132,10 @@ def new_group() -> ProcessGroup | None:
     """Make one more gloo group of all ranks, for another thread; None if there is one rank. Every rank must call it."""
     if world() == 1:
         return None
-    group = torch.distributed.new_group(backend="gloo")
-    if not isinstance(group, ProcessGroup):  # torch's type allows a number, which a rank outside of the group gets
+    thread_group = torch.distributed.new_group(backend="gloo")
+    if not isinstance(thread_group, ProcessGroup):  # torch's type allows a number, which a rank outside of it gets
         return None
-    return group
+    return thread_group
 
 
 def is_initialized() -> bool:
@@ -188,7 +188,7 @@ def require_one_process(work: str) -> None:
 def require_distributed_torch(what: str) -> None:
     """Raise UserError below torch `MIN_TORCH`. `what`, which needs it, begins the message."""
     if TorchVersion(torch.__version__) < MIN_TORCH:
-        fix = install(f"torch>={MIN_TORCH}")
+        fix = install_command(f"torch>={MIN_TORCH}")
         raise UserError(f"{what} needs torch {MIN_TORCH} or newer, here is {torch.__version__}: {fix}")
 
 

@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 
 from dumo.flow.precision import HALVES, round_stochastically
 from dumo.io.deferred import is_fake
-from dumo.runtime import import_bitsandbytes, install
+from dumo.runtime import import_bitsandbytes, install_command
 from dumo.runtime.random import bits
 from dumo.training.layout import empty_rows_like, local, offset_on_rank
 from dumo.types import UserError
@@ -41,7 +41,7 @@ def has_8bit_moments(p: Tensor) -> bool:
 def require() -> None:
     """Raise UserError where bitsandbytes is missing."""
     if not import_bitsandbytes():
-        raise UserError(f"optimizer 'adamw8bit' needs bitsandbytes: {install('quantised')}")
+        raise UserError(f"optimizer 'adamw8bit' needs bitsandbytes: {install_command('quantised')}")
     for signed in MOMENTS.values():
         _code_values(signed)
 

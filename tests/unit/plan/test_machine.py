@@ -91,7 +91,7 @@ def test_extras_are_named_with_what_they_lack(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(metadata, "requires", lambda name: wanted)
     dev, log = machine.extras()
     assert dev == machine.Finding("extra dev", "ok", "installed")
-    assert (log.name, log.text) == ("extra log", f"lacks No.such-thing: {runtime.install('log')}")
+    assert (log.name, log.text) == ("extra log", f"lacks No.such-thing: {runtime.install_command('log')}")
 
     def absent(name: str) -> NoReturn:
         raise metadata.PackageNotFoundError(name)

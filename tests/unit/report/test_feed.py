@@ -138,7 +138,7 @@ def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch
 def test_what_is_no_tracker_is_refused_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"tracker 'wanddb'.*wandb"), live_feed(tmp_path, "wanddb", print):
         pass
-    monkeypatch.setattr(feeds, "installed", lambda name: None)
+    monkeypatch.setattr(feeds, "installed_version", lambda name: None)
     with pytest.raises(UserError, match=r"tracker wandb needs the package wandb: .*install"):
         feeds.TrackerProcess(tmp_path, "wandb", print)
 

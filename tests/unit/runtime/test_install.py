@@ -11,7 +11,7 @@ from dumo import runtime
 @pytest.mark.parametrize("extra", ["text", "pretrained"])
 def test_the_line_runs_as_it_is_typed(extra: str) -> None:
     """What is there already needs no network."""
-    shown = subprocess.run(f"{runtime.install(extra)} --no-index", shell=True, capture_output=True, text=True)
+    shown = subprocess.run(f"{runtime.install_command(extra)} --no-index", shell=True, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     assert "transformers" in shown.stdout
     assert "dumo" not in shlex.split(shown.args)
@@ -20,12 +20,12 @@ def test_the_line_runs_as_it_is_typed(extra: str) -> None:
 def test_the_line_is_for_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)  # another environment is active
     python = shlex.quote(sys.executable)
-    assert runtime.install("text").startswith(f"{python} -m pip install 'transformers<")
-    monkeypatch.setattr(runtime, "installed", lambda name: None)
-    assert runtime.install("text").startswith(f"uv pip install --python {python} 'transformers<")
+    assert runtime.install_command("text").startswith(f"{python} -m pip install 'transformers<")
+    monkeypatch.setattr(runtime, "installed_version", lambda name: None)
+    assert runtime.install_command("text").startswith(f"uv pip install --python {python} 'transformers<")
 
 
 def test_every_extra_of_the_project_has_packages() -> None:
-    extras = runtime.extras()
+    extras = runtime.packages_by_extra()
     assert {"demo", "diffusers", "pretrained", "text", "tensorboard", "trackio", "wandb"} <= extras.keys()
     assert all(extras.values())
