@@ -24,7 +24,7 @@ from dumo.data.pixel import ToRectangle, Unreadable
 from dumo.data.store import Store, store_hashes
 from dumo.io.content import Hashes
 from dumo.io.picture import from_uint8
-from dumo.io.source import mirrored, rows_of
+from dumo.io.source import mirrored_rows, rows_of
 from dumo.runtime import signals
 from dumo.runtime.progress import Tick, delayed_bar
 from dumo.runtime.random import stream
@@ -111,7 +111,7 @@ class Album:
         pixels, c = self._read_all(drawn_rows)
         self._warn()
         if self.flip:
-            flipped = mirrored(step, batch, seed, rows)[:, None, None, None]
+            flipped = mirrored_rows(step, batch, seed, rows)[:, None, None, None]
             pixels = torch.where(flipped, pixels.flip(-1), pixels)
         x = from_uint8(pixels)
         if not self.augment:

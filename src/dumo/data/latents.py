@@ -37,7 +37,7 @@ from dumo.flow.draw import PRIOR
 from dumo.io.audit import AT_ONCE_BYTES, Audit
 from dumo.io.inventory import split_names
 from dumo.io.read import user_path
-from dumo.io.source import Bucketed, mirrored, rows_of
+from dumo.io.source import Bucketed, mirrored_rows, rows_of
 from dumo.io.table import ShardTable
 from dumo.runtime import signals
 from dumo.runtime.limits import GIGABYTES
@@ -355,7 +355,7 @@ class LatentSource:
         if self.origin:
             self.origin.require()
         numbers = self.numbers(step, batch, seed, rows)
-        flipped = mirrored(step, batch, seed, rows) if self.flip else None
+        flipped = mirrored_rows(step, batch, seed, rows) if self.flip else None
         moments = self.cache.take(numbers, f"x{self.suffix}", f"flipped{self.suffix}", flipped)
         x = self._draw(moments, seed, step, "posterior", rows=range(batch)[rows])
         return x, self.cache.take(numbers, "labels")

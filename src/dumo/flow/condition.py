@@ -45,7 +45,7 @@ def table_of(c: Condition, null: Null, call: OwnCall | Signature | None) -> Cond
         rows = {name or "c": cast(Tensor, c)}
     if isinstance(null, Tensor):
         null = dict.fromkeys(rows, null)
-    return ConditionTable(rows, dict(null or {}), alone=isinstance(c, Tensor))
+    return ConditionTable(rows, dict(null or {}), is_unnamed=isinstance(c, Tensor))
 
 
 def map_tensors(c: Condition, change: Callable[[Tensor], Tensor]) -> Condition:

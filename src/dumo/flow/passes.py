@@ -1,14 +1,19 @@
-"""A network of anybody's as objectives call one: net(x, c, t=t, r=r ...) gives a tuple of heads.
+"""`Passes`: a user's network as objectives call one. net(x, c, t=t, r=r ...) gives a tuple of heads.
 
-dumo's own take x and c by place, so they are called as they are. Another's `forward` takes x first, and the time, a
-second time and a condition by names of its own (`Signature`). It returns its heads as a tuple, stacked along the
-channels, or in an object with `.sample`.
+dumo's own networks take x and c by position, and are called as they are. Another network's `forward` takes x first, and
+the time, a second time and a condition by names of its own (`Signature`). It returns its heads as a tuple, stacked
+along the channels, or in an object with `.sample`.
 
 What runs through an objective as c are class numbers, or numbers of rows of a `ConditionTable`, below 0 where dropped.
 
-The order of events of a pass (`Passes.forward`): times are scaled; torch's generators begin at the step's key
-(`seeded_generators`); the network is called by the names of its `Signature`; `heads_of` makes a tuple of what it
-returned.
+The order of events of a pass, `Passes.forward`:
+
+1. the times are multiplied by `time_scale`;
+2. torch's generators begin at the step's key (`seeded_generators`);
+3. the network is called by the names of its `Signature`, with the conditions of the rows;
+4. `heads_of` makes a tuple of what it returned, and refuses anything else.
+
+`call_of` is for messages, `generator_states` for the check of a network (`dumo.flow.check`).
 """
 
 import inspect
@@ -23,28 +28,31 @@ from torch import Tensor, nn
 from dumo.autodiff.dual import Dual, primal
 from dumo.types import Array, Cond, Heads, Needs, Time, UserError, unwrap
 
-# Names that forwards of the field give their arguments; the first that is there counts
+# Names of arguments in forwards of the field, in the order in which they are looked for
 _TIMES = ("t", "time", "times", "timestep", "timesteps", "sigma", "noise_labels")
 _END_TIMES = ("r", "s", "end", "time_end", "target_timestep", "r_timestep")
 CONDITIONS = ("c", "y", "cond", "label", "labels", "class_label", "class_labels", "classes", "condition")
 
-OwnCall = Callable[..., Any]  # (net, x, t, c), with r after t where the objective has it
+OwnCall = Callable[..., Any]  # a user's function (net, x, t, c); with r after t where the objective has it
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The names by which a network's forward takes what it is given."""
+    """The names of the arguments of a network's forward."""
 
-    net: str  # its class
+    net: str  # the network's class, for messages
     time: str
-    end: str | None  # the second time
-    condition: str | None
-    names: frozenset[str]  # of all arguments
+    end: str | None  # the second time; None: there is no such argument
+    condition: str | None  # None: there is no such argument
+    names: frozenset[str]  # of all arguments but the first
     takes_any_name: bool  # whether forward has **kwargs
 
     @classmethod
     def of(cls, net: nn.Module) -> "Signature | None":
-        """Read a network's forward; None: it is called as dumo's own. Raises UserError where no argument is a time."""
+        """Read a network's forward; None: it is one of dumo's own, which take x and c by position alone.
+
+        Raises UserError where no argument is a time.
+        """
         signature = inspect.signature(net.forward)
         parameters = list(signature.parameters.values())
         if len(parameters) > 1 and parameters[1].kind is inspect.Parameter.POSITIONAL_ONLY:
@@ -70,7 +78,10 @@ class Signature:
         return name in self.names or self.takes_any_name
 
     def require(self, needs: Needs, *, classes: bool) -> None:
-        """Raise UserError where forward does not take all that an objective gives it; `classes`: also class numbers."""
+        """Raise UserError where forward has no argument for an input of the objective.
+
+        `classes`: whether it needs one for class numbers, too.
+        """
         fix = f"add or rename it, or give dumo.Flow({call_of(needs)})"
         if "r" in needs.names and self.end is None:
             raise UserError(
@@ -87,58 +98,62 @@ class Signature:
             )
 
     def times(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Times and knobs, given by an objective's names, by the names of forward."""
+        """The times and knobs by forward's names, where `inputs` has them by the objective's."""
         names = {"t": self.time, "r": self.end or "r"}
         return {names.get(name, name): value for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)
 class ConditionTable:
-    """Conditions that are no class numbers, a row for each sample, by the name of the network's argument."""
+    """Conditions that are no class numbers, a row for each sample."""
 
-    rows: Mapping[str, Tensor]  # (n, ...)
-    null: Mapping[str, Tensor]  # what stands for no condition, a row (...) or (1, ...)
-    alone: bool = False  # whether it was given as a tensor, without a name
+    rows: Mapping[str, Tensor]  # (n, ...), by the name of the network's argument
+    null: Mapping[str, Tensor]  # what stands for no condition, one row (...) or (1, ...), by name
+    is_unnamed: bool = False  # whether it was given as one tensor, without a name
 
     def dropped(self, c: Cond) -> Cond:
-        """The numbers of the rows c (b,) with their conditions dropped: row i of n is i - n, from -n to -1."""
+        """Row numbers c (b,) that say that the conditions are dropped: i - n instead of i, from -n to -1."""
         num_rows = len(next(iter(self.rows.values())))
         return torch.where(c < 0, c, c - num_rows)
 
     def take(self, c: Cond) -> dict[str, Tensor]:
-        """The conditions (b, ...) of rows c (b,), by name; of a row that is dropped, the null.
+        """The conditions (b, ...) of the rows numbered c (b,), by name: those of a dropped row are the null.
 
         An argument without a null keeps the row's own value.
         """
-        taken: dict[str, Tensor] = {}
+        conditions: dict[str, Tensor] = {}
         is_dropped = c < 0
         for name, rows in self.rows.items():
-            values = rows[c]  # of a dropped row, too: tensors count negative numbers from the end
+            values = rows[c]  # also of a dropped row, because tensors count negative numbers from the end
             null = self.null.get(name)
             if null is not None:
                 values = torch.where(is_dropped.view(-1, *(1,) * (rows.ndim - 1)), null.to(rows), values)
-            taken[name] = values
-        return taken
+            conditions[name] = values
+        return conditions
 
     def double(self) -> "ConditionTable":
         """A copy whose floats are float64."""
-        return replace(self, rows=_floats_doubled(self.rows), null=_floats_doubled(self.null))
+        return replace(self, rows=_in_float64(self.rows), null=_in_float64(self.null))
 
 
-def _floats_doubled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_float64(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those of floats in float64."""
     return {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
 
 
 class Passes(nn.Module):
-    """A network as objectives call it. With gradients a pass goes through what wraps it, without gradients past that.
+    """A network as objectives call it.
+
+    A pass with gradients goes through the network's wrappers, such as DistributedDataParallel; one without gradients
+    calls the network inside them.
 
     net: the network, in its wrappers.
     needs: the objective's, which name times and heads.
     call: how the network is called; None: as dumo's own.
     labelled: whether it gets class numbers.
     time_scale: multiplies each time and knob on its way to the network.
-    table: the conditions that c numbers the rows of; None: c are class numbers.
-    key: of the random numbers that the network draws, so equal in every pass; None: torch's generators go on.
+    table: the conditions whose rows c numbers; None: c are class numbers.
+    key: seeds torch's generators in every pass, so all passes draw the same; None: the generators go on.
     """
 
     def __init__(
@@ -174,7 +189,10 @@ class Passes(nn.Module):
         )
 
     def forward(self, x: Array, c: Cond, /, **inputs: Time) -> Heads:
-        """Heads of the shape of x, then gauges (b,). Raises UserError where the network returned others."""
+        """The heads of a pass, each of the shape of x, then the gauges, each (b,).
+
+        Raises UserError where the network returned anything else.
+        """
         net = self.net if torch.is_grad_enabled() else unwrap(self.net)
         times = {name: value * self.time_scale for name, value in inputs.items()}
         generators: AbstractContextManager[None] = nullcontext()
@@ -199,6 +217,7 @@ class Passes(nn.Module):
         return f"net(x, {', '.join(f'{name}=' for name in arguments)})"
 
     def _call(self, net: nn.Module, x: Array, c: Cond, times: dict[str, Any]) -> Any:  # noqa: ANN401
+        """What the network returns: called as dumo's own, by the names of its forward, or by the user's function."""
         if self.call is None:
             return net(x, c, **times)
         conditions: dict[str, Any] = {}
@@ -209,7 +228,7 @@ class Passes(nn.Module):
         if isinstance(self.call, Signature):
             return net(x, **self.call.times(times), **conditions)
         condition: Any = None
-        if self.table is not None and self.table.alone:
+        if self.table is not None and self.table.is_unnamed:
             condition = next(iter(conditions.values()))
         elif self.table is not None:
             condition = conditions
@@ -219,22 +238,25 @@ class Passes(nn.Module):
 
 
 def call_of(needs: Needs) -> str:
-    """For messages: the argument of dumo.Flow by which any network can be called for an objective."""
+    """The argument of dumo.Flow by which any network can be called for an objective, for messages."""
     return f"call=lambda net, x, {', '.join(needs.names)}, c: net(...)"
 
 
 def heads_of(returned: Any, x: Array, needs: Needs, net: str) -> Heads:  # noqa: ANN401
-    """`returned`, which a network gave for x, as a tuple of heads like x and gauges (b,).
+    """What a network returned for x (b, ...) as a tuple: heads (b, ...), then gauges (b,).
 
-    `net`: its class, for messages. Raises UserError where it is no such tuple.
+    `net`: its class, for messages. Raises UserError where it returned anything else.
     """
     names = (*needs.heads, *needs.gauges)
+    # one form for all: a tuple of outputs
     if not isinstance(returned, Tensor | Dual | tuple | list):
         returned = getattr(returned, "sample", returned)  # an output of diffusers
     if isinstance(returned, tuple | list) and len(returned) == 1:
         returned = returned[0]
     if isinstance(returned, Tensor | Dual):
         returned = _unstack_heads(cast(Tensor, returned), x, len(names))
+
+    # compare its shapes with those that the objective needs
     shapes = [tuple(x.shape)] * len(needs.heads) + [(len(x),)] * len(needs.gauges)
     if not isinstance(returned, tuple | list):
         raise UserError(f"{net} returned a {type(returned).__name__}: return its heads, {', '.join(names)}, as a tuple")
@@ -261,7 +283,7 @@ def _shape_or_type(head: object) -> tuple[int, ...] | str:
 
 
 def _unstack_heads(returned: Tensor, x: Array, heads: int) -> tuple[Tensor, ...]:
-    """The heads that one tensor holds along its channels; else the tensor alone."""
+    """The heads that a tensor (b, heads * channels, ...) holds along axis 1; a tensor of another shape alone."""
     if heads > 1 and x.ndim > 1 and returned.ndim == x.ndim and returned.shape[1] == heads * x.shape[1]:
         return tuple(returned.chunk(heads, 1))
     return (returned,)
@@ -269,7 +291,7 @@ def _unstack_heads(returned: Tensor, x: Array, heads: int) -> tuple[Tensor, ...]
 
 @contextmanager
 def seeded_generators(key: int | None, device: torch.device) -> Generator[None, None, None]:
-    """Inside, torch's generators of CPU and device begin at this key (None: 0); afterwards they are as before."""
+    """Inside, torch's generators of the CPU and of a GPU begin at this key (None: 0); afterwards they are as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(key or 0)
         if device.type == "cuda":

@@ -1,17 +1,16 @@
-"""What passes compute in, by name: `using` around a pass in evaluation; in training its two parts, around what each is
-for: `product_precision` around the whole loop, `autocast` around a pass forward.
+"""The precision in which passes compute, by name.
 
-    fp32   products of matrices and convolutions as they are: cuDNN's, which take TF32 by default, too
-    tf32   of a GPU's products and convolutions the factors are rounded to TF32, 10 bits of 23; elsewhere as fp32
-    bf16   autocast: layers compute in bf16, 7 bits, what is sensitive in fp32; weights and their gradients stay fp32
+    fp32   products of matrices and convolutions in float32; also those of cuDNN, which take TF32 by default
+    tf32   on a GPU their factors are rounded to TF32, which keeps 10 of 23 bits; elsewhere as fp32
+    bf16   autocast: layers compute in bf16, of 7 bits, what is sensitive in float32; weights and gradients stay float32
 
-A rounding is a setting of the process, which holds for backward passes, too; autocast is of a piece of code, around
-passes forward alone: it keeps the weights it has cast by default, so no optimizer may step inside.
-
-`uses_tf32` and `precision_of` say what holds now. A loss that multiplies the rounding of its net asks for fp32 by
-`require_precise_passes`, before it makes a pass; `require_precision` is the same rule for a precision by name.
-
-`to_float32` and `round_stochastically` are for single tensors that are stored in 16 bits.
+- To set it: around a pass in evaluation, `using`. In training its two parts, each around what it is for:
+  `product_precision` around the whole loop, because it is a setting of the process that holds for backward passes, too;
+  `autocast` around each forward pass, because it keeps the weights that it has cast, so no optimizer may step inside.
+- To ask what holds now: `uses_tf32` and `precision_of`.
+- To refuse it: a loss that multiplies the rounding of its net calls `require_precise_passes` before it makes a pass.
+  `require_precision` is that rule for a precision by name.
+- For single tensors that are stored in 16 bits: `to_float32` and `round_stochastically`.
 """
 
 from collections.abc import Generator
@@ -26,8 +25,9 @@ from dumo.autodiff.cast import autocast_dtype
 from dumo.types import Noised, Sample, UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
-HALVES = (torch.bfloat16, torch.float16)  # the types of 16 bits
-# The largest gain below fp32: rounding to bf16, 2^-8 of u, is then 8 % of the residual: ours
+HALVES = (torch.bfloat16, torch.float16)  # the floating-point types of 16 bits
+# By how much a loss may multiply the rounding of its net below fp32. Ours: rounding to bf16, 2^-8 of u, is then 8 % of
+# the residual.
 MAX_GAIN = 20
 
 
@@ -39,9 +39,9 @@ def using(precision: Precision, device: torch.device | str) -> Generator[None, N
 
 
 def autocast(precision: Precision, device: torch.device | str, *, keep: bool = True) -> torch.autocast:
-    """Inside, layers compute in bf16 where that is the precision, else as their inputs have it.
+    """Inside, layers compute in bf16 if that is the precision, else in the type of their inputs.
 
-    `keep`: a weight is cast once for all passes, and held in bf16 to the end; else for each use of it.
+    `keep`: whether a weight is cast once, and its copy in bf16 kept to the end; else it is cast for each use.
     """
     device_type = torch.device(device).type
     return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=keep)
@@ -49,9 +49,9 @@ def autocast(precision: Precision, device: torch.device | str, *, keep: bool = T
 
 @contextmanager
 def product_precision(precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
-    """Inside, products and convolutions of a GPU in fp32 round to TF32 for "tf32", else not. A CPU has no such setting.
+    """Inside, a GPU's products and convolutions in float32 round their factors to TF32 for "tf32", else they do not.
 
-    Of the whole process; afterwards as before.
+    It is a setting of the whole process, and afterwards as before. A CPU has none.
     """
     if torch.device(device).type != "cuda":
         yield
@@ -69,7 +69,11 @@ def product_precision(precision: Precision, device: torch.device | str) -> Gener
 
 
 def _set_rounding(matmul: str, convolutions: bool) -> None:
-    """`matmul`: torch's name, "highest" for no rounding; `convolutions`: whether cuDNN's may use TF32."""
+    """Set how float32 is rounded on GPUs.
+
+    matmul: torch's name for products of matrices: "highest" for no rounding, "high" for TF32.
+    convolutions: whether cuDNN's convolutions use TF32.
+    """
     torch.set_float32_matmul_precision(matmul)
     torch.backends.cudnn.allow_tf32 = convolutions
 
@@ -92,7 +96,10 @@ def precision_of(x: Sample) -> str:
 
 
 def require_precise_passes(b: Noised, gain: float, kind: str) -> None:
-    """Raise UserError where passes on this record would be too coarse for an objective (`require_precision`)."""
+    """Raise UserError where passes on this record, in the precision that holds now, are too coarse for an objective.
+
+    `gain` and `kind`: as in `require_precision`.
+    """
     require_precision(precision_of(b.x_t), gain, kind)
 
 
@@ -115,10 +122,11 @@ def to_float32(x: Tensor) -> Tensor:
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """A tensor of float32 in bf16: each value goes to either neighbour, with the chances that keep its mean.
+    """A float32 tensor in bf16: each value goes to one of its two neighbours, with probabilities that keep the mean.
 
+    bf16 has the upper 16 bits of a float32. A random number of 16 bits is added to the lower ones, which are then cut.
     `bits`: random whole numbers of x's shape, of which the last 16 bits count. What is not finite stays.
     """
     raised = x.contiguous().view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
-    cut = (raised & -0x10000).view(torch.float32)  # the upper 16 bits are those of bf16
+    cut = (raised & -0x10000).view(torch.float32)
     return torch.where(x.isfinite(), cut, x).bfloat16()

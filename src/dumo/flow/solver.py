@@ -11,9 +11,15 @@ so that m is the time at s = 1/2. Solved for p this reads t = start (m / start)^
 
 A solver is asked for a number of passes through the net (nfe), not of steps. What it cannot make it refuses.
 
-In the order of events: `best_solver` picks one by what an objective teaches; `check` refuses, before any work, a
-reading or an nfe out of reach, `can_make` says so without raising; a solver, called, makes samples. Times come from
-`uniform_times` and `jump_times`, the reading from `taught_reading`.
+The order of events:
+
+1. `best_solver` picks a solver by what an objective teaches, where nobody names one.
+2. Before any work, `check` refuses a reading that was never taught, and an nfe that cannot be made; `can_make` answers
+   that question without raising.
+3. A solver, called, makes samples. It takes its reading by `taught_reading`, its number of steps by `num_steps`, and
+   its times by `uniform_times` or `jump_times`, as tensors by `times_per_row`.
+
+`Solver` is the union of the specs; one of a user's own derives from `dumo.types.outside.SolverSpec`.
 """
 
 from abc import ABC, abstractmethod
@@ -34,7 +40,7 @@ from dumo.types.outside import SolverSpec
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
-_MAX_SUGGESTED_NFE = 1000  # passes; up to there a refusal looks for others to propose: ours
+_MAX_SUGGESTED_NFE = 1000  # passes; the largest nfe that a refusal proposes: ours
 Start = Annotated[float, Field(gt=0, le=1, json_schema_extra=QUIET)]  # the first time, at or just below 1
 
 
@@ -44,7 +50,7 @@ def uniform_times(n: int, start: float = 1.0) -> list[float]:
 
 
 def jump_times(n: int, m: float = 0.5, start: float = 1.0) -> list[float]:
-    """The n times of the jumps to the data, for 0 < m < start: two of them are (start, m). Ours."""
+    """The n times of jumps to the data, falling from `start`; of two, the second is m, with 0 < m < start. Ours."""
     return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]
 
 
@@ -56,7 +62,7 @@ def times_per_row(times: Sequence[float], like: Sample) -> list[Time]:
 class Stepper(Spec, ABC):
     """A solver that goes down a grid of equal steps."""
 
-    passes: ClassVar[int]  # a step
+    passes: ClassVar[int]  # through the net, in a step
 
     def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
@@ -120,7 +126,7 @@ class Hop(Stepper):
 
 
 class Restart(Spec):
-    """Jump to the data; noise it again to a lower time, with fresh noise; jump again (multistep consistency sampling).
+    """Multistep consistency sampling: jump to the data; noise it again to a lower time, with fresh noise; jump again.
 
     Fresh noise is independent of x_0, so x_s has the law of its time.
     """
@@ -129,7 +135,8 @@ class Restart(Spec):
     passes: ClassVar[int] = 1
 
     kind: Literal["restart"] = "restart"
-    m: float = Field(default=0.5, gt=0, lt=1)  # the second of two times; UCGM: 0.3, 0.5 (SD-VAE, 256, 512), 0.6 (DC-AE)
+    # the second of two times; UCGM: 0.3 and 0.5 with SD-VAE at 256 and 512 pixels, 0.6 with DC-AE
+    m: float = Field(default=0.5, gt=0, lt=1)
     start: Start = 1.0  # UCGM: 0.999 with SD-VAE; consistency models: sigma = 80
 
     @model_validator(mode="after")
@@ -155,7 +162,7 @@ class Restart(Spec):
 
 
 class Hermite(Spec):
-    """Go along the parabola that leaves x_t with slope v and ends in x_0; from the last time, jump (ours).
+    """Follow the parabola that leaves x_t with slope v and ends in x_0 to each next time; from the last, jump (ours).
 
     At s the flow is at x_s = x_0 + s u_s, where u = (x_t - x_0) / t and t du/dt = v - u. To first order in t - s
 
@@ -181,7 +188,8 @@ class Hermite(Spec):
         return both(x, times[-1], c)[1]
 
 
-_BEST: dict[Reading, type[Hop | Restart | Euler]] = {  # by reading, the best of few passes first
+# The solver of each reading; first those that make most of few passes
+_SOLVER_BY_READING: dict[Reading, type[Hop | Restart | Euler]] = {
     "flow_map": Hop,
     "endpoint": Restart,
     "velocity": Euler,
@@ -189,8 +197,10 @@ _BEST: dict[Reading, type[Hop | Restart | Euler]] = {  # by reading, the best of
 
 
 def best_solver(reads: Reads) -> Hop | Restart | Euler:
-    """The solver that makes most of few passes, of what was taught."""
-    return next(solver() for reading, solver in _BEST.items() if getattr(reads, reading) is not None)
+    """The solver that makes most of few passes, among those whose reading was taught."""
+    usable = [solver for reading, solver in _SOLVER_BY_READING.items() if getattr(reads, reading) is not None]
+    best = usable[0]  # every objective teaches one of these readings
+    return best()
 
 
 FAMILY = SpecFamily(
@@ -207,7 +217,7 @@ Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | SolverSpec, FAMILY]
 
 
 def _last(xs: Iterable[Sample]) -> Sample:
-    """The last sample; those before it are freed as it goes."""
+    """The last of some samples; it holds one at a time."""
     return deque(xs, maxlen=1).pop()
 
 
@@ -281,11 +291,12 @@ def _require_taught_jumps(solver: Hop, reads: Reads, nfe: int) -> None:
     """Raise UserError for jumps that were never taught, with the nfe near this one that would do."""
     if can_make(solver, reads, nfe):
         return
-    near = range(1, min(2 * nfe, _MAX_SUGGESTED_NFE) + 1)
-    possible = [n for n in near if can_make(solver, reads, n)][-2:]
+    # the two largest up to twice this nfe, else the next larger one
+    near_nfes = range(1, min(2 * nfe, _MAX_SUGGESTED_NFE) + 1)
+    possible = [n for n in near_nfes if can_make(solver, reads, n)][-2:]
     if not possible:
-        far = range(2 * nfe, _MAX_SUGGESTED_NFE)
-        possible = list(islice((n for n in far if can_make(solver, reads, n)), 1))
+        far_nfes = range(2 * nfe, _MAX_SUGGESTED_NFE)
+        possible = list(islice((n for n in far_nfes if can_make(solver, reads, n)), 1))
     fix = "start = 1"
     if possible:
         fix = f"nfe = {_either([str(n) for n in possible])}"
@@ -298,7 +309,7 @@ def _require_taught_jumps(solver: Hop, reads: Reads, nfe: int) -> None:
 
 
 def _either(names: list[str]) -> str:
-    """'a', 'a or b', 'a, b or c'."""
+    """Names as a choice: 'a', 'a or b', 'a, b or c'."""
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,12 +1,15 @@
 """Whether the shards of a table still hold what was written: each is compared with its SHA-256 once.
 
-`Audit` reads the shards that no note says are whole (`dumo.io.inventory`): at once, if they have at most AT_ONCE_BYTES
-bytes, which takes about a second for each GB. Else a thread reads them while training begins, and `Audit.require`,
-called before each batch, raises what it found: the steps until then are lost, but a table of terabytes keeps nobody
-waiting. A shard that is whole is noted, and read again only where its size or time is another: so the next start reads
-nothing. Ranks of one machine share the work.
+1. `Audit(folder, shards)` looks up which shards are noted as whole (`dumo.io.inventory`): those are not read. Ranks of
+   one machine share the others.
+2. If these have at most AT_ONCE_BYTES bytes, it reads them at once, which takes about a second for each GB, and raises
+   UserError for a shard that has changed. Else a thread reads them while training begins, so that a table of terabytes
+   keeps nobody waiting.
+3. The data call `Audit.require` before each batch. It raises what the thread has found; the steps until then are lost.
+4. A shard that is whole is noted, and read again only where its size or time is another. So the next start reads
+   nothing.
 
-A number that changes on a disk without a new time, after its shard was noted, is not noticed.
+A byte that changes on a disk without a new time of its file, after the shard was noted, is not noticed.
 """
 
 import hashlib
@@ -23,17 +26,17 @@ from dumo.runtime import signals
 from dumo.runtime.progress import delayed_bar
 from dumo.types import UserError
 
-AT_ONCE_BYTES = 2 * 10**9  # that are read before the first batch: ours
-CHUNK_BYTES = 2**22  # read at a time
-NO_STATE = (-1, 0, 0)  # of a shard that cannot be looked at: reading it says why
+AT_ONCE_BYTES = 2 * 10**9  # bytes that are read before the first batch, at most: ours
+CHUNK_BYTES = 2**22  # bytes read at a time: ours
+NO_STATE = (-1, 0, 0)  # in place of the state of a file that cannot be looked at; reading it will raise the reason
 
 
 @dataclass
 class AuditState:
     """What the reading thread and the training tell each other."""
 
-    fault: str = ""  # of the first damaged shard; "": none was found so far
-    end: Event = field(default_factory=Event)  # set: stop reading
+    fault: str = ""  # the message about the first changed shard; "": none was found so far
+    is_over: Event = field(default_factory=Event)  # set: stop reading
 
 
 class Audit:
@@ -49,24 +52,25 @@ class Audit:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         paths = [str((folder / shard.file).absolute()) for shard in shards]
         inventory = Inventory(ItemFiles.of(paths, [_state_of(path) for path in paths]), trust_copies=True)
-        todo: dict[int, Shard] = {}
+        unread_shards: dict[int, Shard] = {}  # by number
         for number in range(rank, len(shards), ranks):
             if inventory.sha256[number].tobytes().hex() != shards[number].sha256:
-                todo[number] = shards[number]
+                unread_shards[number] = shards[number]
         self.thread: Thread | None = None
-        if sum(shard.size for shard in todo.values()) <= AT_ONCE_BYTES:
-            with delayed_bar("comparing the cache with its checksums", len(todo)) as tick:
+        if sum(shard.size for shard in unread_shards.values()) <= AT_ONCE_BYTES:
+            with delayed_bar("comparing the cache with its checksums", len(unread_shards)) as tick:
 
                 def note_progress(done: int) -> None:
                     signals.check()
                     tick(done, "")
 
-                _compare(folder, todo, inventory, self.state, note_progress)
+                _compare(folder, unread_shards, inventory, self.state, note_progress)
             self.require()
             return
-        self.thread = Thread(target=_compare, args=(folder, todo, inventory, self.state), name="audit", daemon=True)
+        arguments = (folder, unread_shards, inventory, self.state)
+        self.thread = Thread(target=_compare, args=arguments, name="audit", daemon=True)
         self.thread.start()
-        weakref.finalize(self, self.state.end.set)  # the thread ends with the table
+        weakref.finalize(self, self.state.is_over.set)  # the thread ends with the table
 
     def require(self) -> None:
         """Raise UserError if a shard was found that has changed."""
@@ -81,15 +85,19 @@ def _compare(
     state: AuditState,
     tick: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Compare shards, given by their numbers, and note those that are whole, until one is not."""
+    """Compare shards, given by their numbers, with their checksums, and note those that are whole.
+
+    Ends at the first that is not, with the message in `state.fault`, or once `state.is_over` is set. `tick` is called
+    with the number of shards compared so far.
+    """
     try:
         for done, (number, shard) in enumerate(shards.items(), 1):
             try:
-                sha256 = _sha256(folder / shard.file, state.end)
+                sha256 = _sha256(folder / shard.file, state.is_over)
             except OSError as error:
                 state.fault = f"{folder}: {shard.file} cannot be read ({error.strerror}): {REMAKE}"
                 return
-            if state.end.is_set():
+            if state.is_over.is_set():
                 return
             if sha256 != shard.sha256:
                 state.fault = f"{folder}: {shard.file} has changed: its SHA-256 is another: {REMAKE}"
@@ -102,19 +110,19 @@ def _compare(
 
 
 def _state_of(path: str) -> FileState:
-    """The state of a shard's file, by which it is known again; NO_STATE where it cannot be looked at."""
+    """The state of a file, by which it is known again; NO_STATE where it cannot be looked at."""
     try:
         return state_of(os.stat(path))
     except OSError:
         return NO_STATE
 
 
-def _sha256(file: Path, end: Event) -> str:
-    """The SHA-256 of a file; "" if the end comes first. Raises OSError where it cannot be read."""
+def _sha256(file: Path, is_over: Event) -> str:
+    """The SHA-256 of a file; "" if `is_over` is set first. Raises OSError where it cannot be read."""
     digest = hashlib.sha256()
     for chunk in _chunks(file):
         digest.update(chunk)
-        if end.is_set():
+        if is_over.is_set():
             return ""
     return digest.hexdigest()
 
@@ -123,5 +131,5 @@ def _chunks(file: Path) -> Iterator[memoryview]:
     """The bytes of a file, CHUNK_BYTES at a time, each in place of the one before."""
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with file.open("rb", buffering=0) as opened:
-        while n := opened.readinto(buffer):
-            yield buffer[:n]
+        while num_bytes := opened.readinto(buffer):
+            yield buffer[:num_bytes]

@@ -1,4 +1,4 @@
-"""Samples as pictures: the one place where numbers become colours, pictures, PNG and files.
+"""Samples as pictures: the one place where numbers become colours, pictures, PNG and files. Sizes are in pixels.
 
 1. Images in [-1, 1] become eight-bit colours (`to_uint8`, and `to_rows` with the channels last); `from_uint8` is the
    way back.
@@ -31,17 +31,17 @@ Pixels = UInt8[Tensor, "n 3 h w"]
 PixelRows = UInt8[Tensor, "n h w 3"]  # as files hold them
 Points = Float[Tensor, "_ 2"]
 
-# In pixels, all ours
+# In pixels, but for the last. All ours
 MIN_READABLE_HEIGHT = 64  # a smaller image is enlarged to at least this height
-TITLE_SIZE = 12  # of the letters of a title above an image
-NAME_SIZES = (16, 14, 12, 10)  # of the letters of names above a sheet: the first that fits
+TITLE_SIZE = 12  # of the font of a title above an image
+NAME_SIZES = (16, 14, 12, 10)  # of the font of names above a sheet: the first that fits
 GAP = 6  # between the pictures of a grid
 BLOCK_GAP = 28  # between blocks that have their names above them
-CAPTION_SIZE = 14  # of the letters of a caption below a picture
+CAPTION_SIZE = 14  # of the font of a caption below a picture
 CAPTION_MARGIN = 18  # between captions
 MIN_CAPTION_WIDTH = 240  # room for its words
 MAX_EMBEDDED_WIDTH = 1600  # of a picture in a page: enough for a sheet at twice its size
-MAX_TITLE_LINES = 3  # of a title above an image: ours
+MAX_TITLE_LINES = 3  # of a title above an image
 
 
 def to_uint8(x: Sample) -> Pixels:
@@ -93,21 +93,28 @@ def sheet(
     cells = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if clear:
         opaque = torch.full_like(cells[..., :1], 255)
-        return Image.fromarray(_tiled(torch.cat([cells, opaque], -1), columns, gap, blank=(255, 255, 255, 0)).numpy())
-    if not titles:
-        return Image.fromarray(_tiled(cells, columns, gap).numpy())
-    title_strips = _title_strips(titles, cells.shape[2])
-    if len(title_strips) == len(cells):  # a title above each image
-        return Image.fromarray(_tiled(torch.cat([title_strips, cells], 1), columns, gap).numpy())
-    head = _tiled(title_strips, columns, gap)
-    space = head.new_full((gap, *head.shape[1:]), 255)
-    return Image.fromarray(torch.cat([head, space, _tiled(cells, columns, gap)]).numpy())
+        transparent_white = (255, 255, 255, 0)
+        page = _tiled(torch.cat([cells, opaque], -1), columns, gap, blank=transparent_white)
+    elif not titles:
+        page = _tiled(cells, columns, gap)
+    else:
+        title_strips = _title_strips(titles, cells.shape[2])
+        if len(title_strips) == len(cells):  # a title above each image
+            page = _tiled(torch.cat([title_strips, cells], 1), columns, gap)
+        else:  # a title above each column
+            head = _tiled(title_strips, columns, gap)
+            space = head.new_full((gap, *head.shape[1:]), 255)
+            page = torch.cat([head, space, _tiled(cells, columns, gap)])
+    return Image.fromarray(page.numpy())
 
 
 def _tiled(
     cells: UInt8[Tensor, "n h w d"], columns: int, gap: int, blank: Sequence[int] = (255, 255, 255)
 ) -> UInt8[Tensor, "height width d"]:
-    """Pictures of one size as one picture; `blank` is the colour of the gaps, and of cells without a picture."""
+    """Cells of one size as one picture, row after row, with gaps between them.
+
+    `blank`: the colour of gaps, and of cells in the last row without a picture.
+    """
     n, height, width, _ = cells.shape
     rows = -(-n // columns)
     page = torch.tensor(blank, dtype=torch.uint8).repeat(rows * columns, height + gap, width + gap, 1)
@@ -118,35 +125,36 @@ def _tiled(
 
 def _title_strips(texts: Sequence[str], width: int) -> UInt8[Tensor, "n height width 3"]:
     """Texts in black on white, as pictures of one height: that of the text with the most lines."""
-    letters = font(TITLE_SIZE)
-    lines_of_each = [_wrapped(text, width, letters) for text in texts]
+    title_font = font(TITLE_SIZE)
+    lines_of_each = [_wrapped(text, width, title_font) for text in texts]
     most_lines = max(map(len, lines_of_each))
     strips: list[Tensor] = []
     for lines in lines_of_each:
         strip = Image.new("RGB", (width, TITLE_SIZE * most_lines + 6), "white")
         pen = ImageDraw.Draw(strip)
-        first = most_lines - len(lines)  # short titles stand low, next to their image
-        for i, line in enumerate(lines, first):
-            pen.text((width / 2, TITLE_SIZE * i + TITLE_SIZE / 2 + 3), line, "black", letters, anchor="mm")
+        first_line = most_lines - len(lines)  # short titles stand low, next to their image
+        for i, line in enumerate(lines, first_line):
+            middle = (width / 2, TITLE_SIZE * i + TITLE_SIZE / 2 + 3)
+            pen.text(middle, line, "black", title_font, anchor="mm")
         strips.append(torch.from_numpy(np.array(strip)))
     return torch.stack(strips)
 
 
-def _wrapped(text: str, width: int, letters: ImageFont.FreeTypeFont) -> list[str]:
-    """A text on lines of `width` pixels, MAX_TITLE_LINES at most; a line that is longer is cut."""
+def _wrapped(text: str, width: int, text_font: ImageFont.FreeTypeFont) -> list[str]:
+    """The lines of a text that is broken at `width` pixels: MAX_TITLE_LINES at most, and longer ones cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and len(lines) < MAX_TITLE_LINES and letters.getlength(longer) > width:
+        if lines[-1] and len(lines) < MAX_TITLE_LINES and text_font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
-    return [_cut(line, width, letters) for line in lines]
+    return [_cut(line, width, text_font) for line in lines]
 
 
-def _cut(line: str, width: float, letters: ImageFont.FreeTypeFont) -> str:
-    """A line, or its beginning with "…" where it has more than `width` pixels."""
-    while len(line) > 1 and letters.getlength(line) > width:
+def _cut(line: str, width: float, text_font: ImageFont.FreeTypeFont) -> str:
+    """A line; one that is longer than `width` pixels is cut, and ends with "…"."""
+    while len(line) > 1 and text_font.getlength(line) > width:
         line = line.rstrip("…")[:-1] + "…"
     return line
 
@@ -175,7 +183,7 @@ def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> I
 
 
 def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, matplotlib's Figure is slow to import
-    """Draw a figure of matplotlib; the picture is transparent where the figure has no ground (facecolor "none")."""
+    """Draw a figure of matplotlib. The picture is transparent where the figure has no ground (facecolor "none")."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
 
     canvas = FigureCanvasAgg(figure)
@@ -186,7 +194,7 @@ def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, matplotlib's Figur
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """A font of this many pixels: matplotlib's own file, which has Greek and the letters of many scripts."""
+    """The font of all texts, of this many pixels: matplotlib's own file, which has letters of many scripts."""
     from matplotlib.font_manager import findfont  # slow to import
 
     return ImageFont.truetype(findfont("DejaVu Sans"), size)
@@ -208,13 +216,13 @@ def labelled_grid(
     across = max(len(pictures) for _, pictures in named_rows)
 
     # room for the names
-    letter = max(14, height // 16 if columns else height // 4)
-    letters = font(letter)
-    longest_line = max(letters.getlength(line) for name, _ in named_rows for line in name.split("\n"))
+    font_size = max(14, height // 16 if columns else height // 4)
+    name_font = font(font_size)
+    longest_line = max(name_font.getlength(line) for name, _ in named_rows for line in name.split("\n"))
     left = int(longest_line) + 12 if longest_line else 0
     top = 0
     if columns:
-        top = (1 + max(name.count("\n") + 1 for name in columns)) * letter
+        top = (1 + max(name.count("\n") + 1 for name in columns)) * font_size
 
     page_width = left + across * (width + gap) - gap
     page_height = top + len(named_rows) * (height + gap) - gap
@@ -222,10 +230,10 @@ def labelled_grid(
     pen = ImageDraw.Draw(page)
     for i, name in enumerate(columns):
         middle = left + i * (width + gap) + width / 2
-        pen.text((middle, top / 2), name, "black", letters, anchor="mm", align="center")
+        pen.text((middle, top / 2), name, "black", name_font, anchor="mm", align="center")
     for j, (name, pictures) in enumerate(named_rows):
         y = top + j * (height + gap)
-        pen.text((left - 8, y + height / 2), name, "black", letters, anchor="rm", align="right")
+        pen.text((left - 8, y + height / 2), name, "black", name_font, anchor="rm", align="right")
         for i, picture in enumerate(pictures):
             page.paste(picture, (left + i * (width + gap), y))
     return page
@@ -237,36 +245,37 @@ def with_column_names(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
         return sheet
     width = sheet.width / len(names)
     longest = max(names, key=font(NAME_SIZES[0]).getlength)
-    fitting = (size for size in NAME_SIZES if font(size).getlength(longest) < width - 4)
-    letters = font(next(fitting, NAME_SIZES[-1]))
+    fitting_sizes = [size for size in NAME_SIZES if font(size).getlength(longest) < width - 4]
+    name_font = font(fitting_sizes[0] if fitting_sizes else NAME_SIZES[-1])
     top = 2 * NAME_SIZES[0]
     page = Image.new("RGB", (sheet.width, sheet.height + top), "white")
     page.paste(sheet, (0, top), sheet if sheet.mode == "RGBA" else None)
     pen = ImageDraw.Draw(page)
     for i, name in enumerate(names):
-        pen.text(((i + 0.5) * width, top / 2), _cut(name, width, letters), "black", letters, anchor="mm")
+        pen.text(((i + 0.5) * width, top / 2), _cut(name, width, name_font), "black", name_font, anchor="mm")
     return page
 
 
 def named_blocks(blocks: Mapping[str, Image.Image], across: int = 3, note: str = "") -> Image.Image:
     """Pictures of one size on white, `across` to a row, the name of each above it; a note below them all."""
     width, height = next(iter(blocks.values())).size
-    letter = max(22, width // 30)
-    letters = font(letter)
-    top = letter * (2 + max(name.count("\n") for name in blocks))
+    font_size = max(22, width // 30)
+    name_font = font(font_size)
+    top = font_size * (2 + max(name.count("\n") for name in blocks))
     block_height = top + height + BLOCK_GAP
     across = min(across, len(blocks))
     rows = -(-len(blocks) // across)
     note_top = rows * block_height - BLOCK_GAP
-    page_height = note_top + 2 * letter if note else note_top
-    page = Image.new("RGB", (across * (width + BLOCK_GAP) - BLOCK_GAP, page_height), "white")
+    page_width = across * (width + BLOCK_GAP) - BLOCK_GAP
+    page_height = note_top + 2 * font_size if note else note_top
+    page = Image.new("RGB", (page_width, page_height), "white")
     pen = ImageDraw.Draw(page)
-    pen.text((0, note_top + letter), note, "black", letters, anchor="lm")
+    pen.text((0, note_top + font_size), note, "black", name_font, anchor="lm")
     for i, (name, picture) in enumerate(blocks.items()):
         row, column = divmod(i, across)
         x = column * (width + BLOCK_GAP)
         y = row * block_height
-        pen.text((x, y + top / 2), name, "black", letters, anchor="lm")
+        pen.text((x, y + top / 2), name, "black", name_font, anchor="lm")
         page.paste(picture, (x, y + top))
     return page
 
@@ -275,23 +284,25 @@ def captioned_pictures(captioned: Sequence[tuple[str, Image.Image]], head: str, 
     """Pictures of one size on white, `across` to a row, the caption of each below it, and a line above them all."""
     _, first = captioned[0]
     width = max(MIN_CAPTION_WIDTH, first.width)
-    letters = font(CAPTION_SIZE)
-    letters_to_a_line = max(1, int(width / letters.getlength("n")))
-    texts = [textwrap.fill(caption, letters_to_a_line) for caption, _ in captioned]
+    caption_font = font(CAPTION_SIZE)
+    characters_per_line = max(1, int(width / caption_font.getlength("n")))
+    texts = [textwrap.fill(caption, characters_per_line) for caption, _ in captioned]
     most_lines = max(text.count("\n") + 1 for text in texts)
     block_height = first.height + (1 + most_lines) * (CAPTION_SIZE + 4) + CAPTION_MARGIN
     rows = -(-len(texts) // across)
     across = min(across, len(texts))
     top = CAPTION_SIZE + CAPTION_MARGIN
-    page = Image.new("RGB", (across * (width + CAPTION_MARGIN) - CAPTION_MARGIN, rows * block_height + top), "white")
+    page_width = across * (width + CAPTION_MARGIN) - CAPTION_MARGIN
+    page_height = rows * block_height + top
+    page = Image.new("RGB", (page_width, page_height), "white")
     pen = ImageDraw.Draw(page)
-    pen.text((0, 0), head, "black", letters)
+    pen.text((0, 0), head, "black", caption_font)
     for i, ((_, picture), text) in enumerate(zip(captioned, texts, strict=True)):
         row, column = divmod(i, across)
         x = column * (width + CAPTION_MARGIN)
         y = row * block_height + top
         page.paste(picture, (x, y))
-        pen.multiline_text((x, y + picture.height + 4), text, "black", letters)
+        pen.multiline_text((x, y + picture.height + 4), text, "black", caption_font)
     return page
 
 

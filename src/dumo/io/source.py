@@ -1,12 +1,12 @@
-"""Data sets in use: batches to train on, a reference to compare samples with, images in order.
+"""Sources of data: batches to train on, a reference to compare samples with, images in order.
 
-- `Data`, `DataSource` and `Finite` are what evaluation, training and encoding ask of them.
-- `TensorData`, `HeldOutSplit`, `Endless` and `Bucketed` are data in memory, data with rows held out, drawn data, and
-  data in several shapes. Images and latents have sources of their own (`dumo.data`).
-- `hashes_of` gives the hashes of a source's items, where they are files.
-- `rows_of` and `mirrored` say which rows a step has, and which of its images are mirrored.
+- What is asked of a source: `Data` by evaluation, `DataSource` by training, `Finite` by encoding.
+- Sources: `TensorData` is in memory, `HeldOutSplit` has rows held out, `Endless` is drawn, `Bucketed` has several
+  shapes. Images and latents have sources of their own (`dumo.data`).
+- For sources: `rows_of` says which rows a step has, `mirrored_rows` which of its images are mirrored. `hashes_of` gives
+  the hashes of a source's items, where they are files.
 
-A batch is a function of the step, the batch size, the seed and the rows alone: so a run resumes by its step number, and
+A batch is a function of the step, the batch size, the seed and the rows alone. So a run resumes by its step number, and
 each rank reads its own rows.
 """
 
@@ -28,8 +28,8 @@ from dumo.types.family import is_instance_of
 if TYPE_CHECKING:
     from dumo.io.content import Hashes
 
-CACHED_ORDERS = 2  # of epochs: batches are made ahead across the end of an epoch. Ours
-_LOCK = Lock()  # a cache alone would let two threads make one order each
+CACHED_ORDERS = 2  # epochs: batches are made ahead, so also those of the next one. Ours
+_LOCK = Lock()  # else two threads would make the same order at once
 
 
 @runtime_checkable
@@ -42,7 +42,10 @@ class Data(Protocol):
         ...
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """The samples x and c to compare with: all or n of a finite set, else n fresh draws; the i-th choice."""
+        """The samples x and c to compare with: of a finite set all or n, else n fresh draws.
+
+        i: the number of the choice, where n are chosen or drawn; another i gives others.
+        """
         ...
 
 
@@ -51,10 +54,10 @@ class DataSource(Data, Protocol):
     """Data to train on."""
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The samples x and c of the rows `rows` of a step's global batch of `batch` rows.
+        """The samples x (b, *shape) and c (b,) of some rows of a step's global batch of `batch` rows.
 
-        No other rows are read, decoded or drawn. A function of its arguments alone, that several threads may call at
-        once.
+        No other rows are read, decoded or drawn. The result depends on the arguments alone. Several threads may call it
+        at once.
         """
         ...
 
@@ -66,7 +69,7 @@ class DataSource(Data, Protocol):
         ...
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
-        """The numbers in the data set of a step's rows, (b,); None where it never ends."""
+        """The numbers in the data set of some rows of a step's batch, (b,); None where samples never end."""
         ...
 
 
@@ -77,7 +80,7 @@ class Finite(Protocol):
     def __len__(self) -> int: ...
 
     def rows(self, rows: slice, /) -> tuple[Tensor, Tensor]:
-        """Some images, uint8 or in [-1, 1], with their classes; fewer where some cannot be read."""
+        """The images at these places, uint8 or in [-1, 1], with their classes; fewer where some cannot be read."""
         ...
 
 
@@ -94,7 +97,7 @@ class TensorData:
         return len(self.x)
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The rows of a step: epoch after epoch, each in its own order."""
+        """The samples x and c of some rows of a step's batch. Each epoch has all rows, in an order of its own."""
         numbers = self.numbers(step, batch, seed, rows)
         return self.x[numbers], self.c[numbers]
 
@@ -103,7 +106,7 @@ class TensorData:
         return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """All samples; n, seed and i do not matter."""
+        """All samples, whatever n, seed and i are."""
         return self.x, self.c
 
     def fingerprint(self) -> str:
@@ -113,34 +116,35 @@ class TensorData:
 
 @dataclass(frozen=True)
 class HeldOutSplit(TensorData):
-    """The rows of a data set that are trained on, with the rows that are held out."""
+    """The rows of a data set that are trained on; those that are held out are in `held_out`."""
 
     full: TensorData  # all rows
     held_out: TensorData
 
     @classmethod
-    def of(cls, full: TensorData, held: Int64[Tensor, " k"]) -> "HeldOutSplit":
-        """Hold out the rows with the numbers `held`."""
+    def of(cls, full: TensorData, held_rows: Int64[Tensor, " k"]) -> "HeldOutSplit":
+        """Hold out the rows with these numbers."""
         is_trained = torch.ones(full.size, dtype=torch.bool)
-        is_trained[held] = False
-        held_out = TensorData(full.x[held], full.c[held])
+        is_trained[held_rows] = False
+        held_out = TensorData(full.x[held_rows], full.c[held_rows])
         return cls(full.x[is_trained], full.c[is_trained], full, held_out)
 
 
 @dataclass(frozen=True)
 class Endless:
-    """A data set that is drawn: `sample_map` makes samples and classes of normal numbers (b, width).
+    """A data set that is drawn, and never ends.
 
-    For a row to be equal in any batch, it must be made of its own numbers alone, by operations that are rounded once,
-    as sums, products, quotients and roots are: what torch rounds otherwise may depend on the place in the batch.
+    `sample_map` must make a row of its own numbers alone, by operations that are rounded once, as sums, products,
+    quotients and roots are. Then a row is the same in any batch: what torch rounds otherwise may depend on the place in
+    the batch.
     """
 
-    sample_map: Callable[[Sample], tuple[Sample, Cond]]
-    width: int  # normal numbers to a row
-    size: None = None
+    sample_map: Callable[[Sample], tuple[Sample, Cond]]  # normal numbers (b, width) -> samples x and classes c
+    width: int  # how many normal numbers make a row
+    size: None = None  # it never ends
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Fresh i.i.d. draws, keyed by (seed, step, row)."""
+        """Fresh i.i.d. draws for some rows of a step's batch, keyed by (seed, step, row)."""
         return self.sample_map(keyed(seed, step, "data", rows=range(batch)[rows], shape=[self.width]))
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> None:
@@ -156,20 +160,20 @@ class Endless:
 
 @dataclass(frozen=True)
 class Bucketed:
-    """Samples of several shapes, each batch of one shape: a source without state.
+    """Samples of several shapes: a part for each shape, and each batch from one part.
 
     A part of n rows goes through them epoch after epoch, and makes a batch whenever it has the rows for one: by the end
-    of epoch e that is floor(e n / batch) batches. What is left over begins the next one, so a part of less than a batch
-    makes one every few epochs, and no row is lost. Over all parts, epoch e begins at step
+    of e epochs that is floor(e n / batch) batches. Rows that are left over begin its next batch. So a part of less than
+    a batch makes one every few epochs, and no row is lost. Over all parts, e epochs make
 
-        S(e) = sum_k floor(e n_k / batch),
+        S(e) = sum_k floor(e n_k / batch)
 
-    and its batches come in an order of their own, keyed by the seed.
+    batches. Those of an epoch come in an order that is keyed by the seed and the epoch (`part_of_step`).
     """
 
     parts: Sequence[DataSource]  # one for each shape; finite, none is empty
     shapes: Sequence[tuple[int, ...]]  # of a sample of each part
-    about: str = ""  # the parts in words
+    about: str = ""  # the parts, for messages
 
     @property
     def size(self) -> int:
@@ -192,42 +196,45 @@ class Bucketed:
         return getattr(self.parts[0], "origin", None)
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The samples x and c of a step's rows, all of one part."""
-        k, number = self.turn(step, batch, seed)
-        return self.parts[k].batch(number, batch, self.seed(seed, k), rows)
+        """The samples x and c of some rows of a step's batch, all of one part."""
+        k, number = self.part_of_step(step, batch, seed)
+        return self.parts[k].batch(number, batch, self.part_seed(seed, k), rows)
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
-        """The numbers in the data set of a step's rows, (b,)."""
-        k, number = self.turn(step, batch, seed)
-        return self.parts[k].numbers(number, batch, self.seed(seed, k), rows)
+        """The numbers in the data set of some rows of a step's batch, (b,)."""
+        k, number = self.part_of_step(step, batch, seed)
+        return self.parts[k].numbers(number, batch, self.part_seed(seed, k), rows)
 
-    def seed(self, seed: int, k: int) -> int:
-        """The seed of part k."""
+    def part_seed(self, seed: int, k: int) -> int:
+        """The seed of part k, in a run with this seed."""
         return stream(seed, "part", k).initial_seed()
 
     def shape(self, step: int, batch: int, seed: int) -> tuple[int, ...]:
         """The shape of a step's samples."""
-        k, _ = self.turn(step, batch, seed)
+        k, _ = self.part_of_step(step, batch, seed)
         return self.shapes[k]
 
-    def turn(self, step: int, batch: int, seed: int) -> tuple[int, int]:
-        """The part whose turn it is at a step, and the number of that batch among the part's own."""
+    def part_of_step(self, step: int, batch: int, seed: int) -> tuple[int, int]:
+        """The number of the part that makes a step's batch, and the number of that batch among the part's own."""
         counts = self.counts
 
         def batches_before(epoch: int) -> list[int]:
             return [epoch * n // batch for n in counts]
 
-        epoch = step * batch // sum(counts)  # S(epoch) is at most step
+        # the epoch with S(epoch) <= step < S(epoch + 1)
+        epoch = step * batch // sum(counts)  # at most that one
         while sum(batches_before(epoch + 1)) <= step:
             epoch += 1
-        first = batches_before(epoch)
-        end = batches_before(epoch + 1)
-        order = torch.randperm(sum(end) - sum(first), generator=stream(seed, "turns", epoch))
-        position = int(order[step - sum(first)])  # among the epoch's batches, part after part
-        for k, (part_first, part_end) in enumerate(zip(first, end, strict=True)):
-            if position < part_end - part_first:
-                return k, part_first + position
-            position -= part_end - part_first
+        firsts = batches_before(epoch)  # of each part: the number of its first batch in this epoch
+        ends = batches_before(epoch + 1)
+
+        # the epoch's batches, part after part, in an order of their own
+        order = torch.randperm(sum(ends) - sum(firsts), generator=stream(seed, "turns", epoch))
+        position = int(order[step - sum(firsts)])
+        for k, (first, end) in enumerate(zip(firsts, ends, strict=True)):
+            if position < end - first:
+                return k, first + position
+            position -= end - first
         raise AssertionError("an epoch has no other batches than those of its parts")
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
@@ -246,9 +253,10 @@ def hashes_of(source: object) -> "Hashes | None":
 
 
 def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
-    """The numbers (b,), below `size`, of the rows at the places `rows` in a step's global batch.
+    """The numbers in a data set of `size` rows of some rows of a step's global batch, (b,).
 
-    Each epoch is one permutation, keyed by the seed; epochs follow one another without a gap.
+    Each epoch is a permutation of all rows, keyed by the seed. Batches are cut from the epochs laid end to end, so one
+    may have rows of two epochs.
     """
     position = torch.arange(step * batch, (step + 1) * batch)[rows]
     epoch = position // size
@@ -259,18 +267,18 @@ def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(
     return numbers
 
 
-def mirrored(step: int, batch: int, seed: int, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
-    """Which of the rows `rows` of a step's global batch are mirrored: each with probability 1/2."""
+def mirrored_rows(step: int, batch: int, seed: int, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
+    """Which of some rows of a step's global batch are mirrored, (b,): each with probability 1/2."""
     return (torch.rand(batch, generator=stream(seed, step, "flip")) < 0.5)[rows]
 
 
 def _order(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
-    """The order of an epoch's rows, made once: for millions of rows that takes longer than a step."""
+    """The order of an epoch's rows, (size,); made once, because for millions of rows that takes longer than a step."""
     with _LOCK:
-        return _permuted(size, seed, epoch)
+        return _permutation(size, seed, epoch)
 
 
 @lru_cache(CACHED_ORDERS)
-def _permuted(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
+def _permutation(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
     """A permutation of the numbers below `size`, keyed by the seed and the epoch."""
     return torch.randperm(size, generator=stream(seed, "epoch", epoch))

@@ -1,15 +1,21 @@
-"""Random numbers by key, drawn on the CPU: the same on every device and machine, and in any process at any time.
+"""Random numbers by key: the same on every device and machine, and in any process at any time.
 
-`stream` and `keyed` are for training. A generator per (seed, step, name) gives what is a few numbers per row: every
-rank draws the whole batch's. What is shaped like the data is drawn row by row, each at a place of its own in the stream
-of (seed, step, name): a rank draws its own rows, whatever the batch and the number of ranks.
+For training, the key is (seed, step, name):
 
-`noise` is for sampling, a stream of its own for every (seed, image, draw). So an image is the same whatever batch, rank
-or device it is made in, and image 7 can be made alone. Draw 0 is the noise a solver starts from; later draws are the
-fresh noise that it asks for.
+- `stream` gives a generator. A few numbers per row are drawn by it: every rank draws those of the whole batch.
+  `share_of_rows` picks rows so.
+- `keyed` draws what is shaped like the data, and `signs` signs, row by row, each at a place of its own in the stream:
+  a rank draws its own rows alone, whatever the batch and the number of ranks.
+- `bits` draws whole numbers on a device, from any place in the stream.
+
+For sampling, `noise` has a stream for every (seed, image, draw). So an image is the same whatever batch, rank or device
+it is made in, and image 7 can be made alone. Draw 0 is the noise a solver starts from; later draws are the fresh noise
+that it asks for.
+
+For tests and trials, `random_batch` stands in for data.
 
 `keyed` and `noise` give float32 from Philox (Salmon et al. 2011), whose key is 128 bits of a hash. torch's own CPU
-generator keeps 32 bits of a seed: among 50,000 images two would now and then be twins.
+generator keeps 32 bits of a seed: among 50,000 images, some would sometimes have the seed of another.
 """
 
 from collections.abc import Sequence
@@ -24,20 +30,29 @@ from torch import Generator, Tensor
 from dumo.types import Cond, Sample
 
 WORD = 0xFFFFFFFF  # the largest number of 32 bits
+# Of Philox2x32 (Salmon et al. 2011, and its code, Random123)
+_PHILOX_MULTIPLIER = 0xD256D193
+_PHILOX_KEY_STEP = 0x9E3779B9  # 2^32 / golden ratio
+_PHILOX_ROUNDS = 10
 
 
 def stream(*key: int | str) -> Generator:
     """A CPU generator seeded by a hash of the key.
 
-    torch keeps 32 bits of a seed on the CPU, so a few of a million steps share one: harmless between steps that are far
-    apart, but nothing to number images by (see `noise`).
+    torch keeps 32 bits of a seed on the CPU, so a few of a million steps share one. That is harmless between steps that
+    are far apart; images, whose noise must be distinct, have `noise`.
     """
-    digest = blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()  # a seed is a signed 64-bit number
+    digest = blake2b(
+        "/".join(map(str, key)).encode(), digest_size=7
+    ).digest()  # 7 bytes: a seed is a signed 64-bit number
     return Generator().manual_seed(int.from_bytes(digest))
 
 
 def share_of_rows(seed: int, step: int, name: str, batch: int, share: float) -> Bool[Tensor, " batch"]:
-    """Pick a share of a step's batch rows, to a row, at random places that are a function of seed, step and name."""
+    """Which rows of a step's batch are picked, (batch,): `share` of them, rounded to a row, at random places.
+
+    The places are a function of seed, step, name and batch.
+    """
     is_picked = torch.zeros(batch, dtype=torch.bool)
     places = torch.randperm(batch, generator=stream(seed, step, name))
     is_picked[places[: round(share * batch)]] = True
@@ -45,7 +60,10 @@ def share_of_rows(seed: int, step: int, name: str, batch: int, share: float) -> 
 
 
 def random_batch(key: str, rows: int, shape: Sequence[int], classes: int) -> tuple[Sample, Cond]:
-    """A random batch in place of data, on the CPU: normal numbers (rows, *shape) and classes (rows,), 0 if none."""
+    """A random batch in place of data, on the CPU: normal numbers x (rows, *shape), and classes c (rows,).
+
+    c is all zero if there are no classes.
+    """
     x = torch.randn(rows, *shape, generator=stream(key, "x"))
     c = torch.randint(max(classes, 1), (rows,), generator=stream(key, "c"))
     return x, c
@@ -73,9 +91,10 @@ def signs(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
 
 
 def bits(*key: int | str, begin: int, count: int, device: torch.device) -> Int64[Tensor, " count"]:
-    """Whole numbers in [0, 2^32), drawn on a device: number `begin` and on of the key's, by any who draw some of them.
+    """Random whole numbers in [0, 2^32), (count,), drawn on a device: those from place `begin` on in the key's stream.
 
-    By Philox of two words in ten rounds, in whole numbers alone: the same on every device. The key is 64 bits.
+    A number depends on the key and its place alone, so several ranks may draw parts of one stream. It is computed in
+    whole numbers, so it is the same on every device. The key is 64 bits of a hash.
     """
     digest = int.from_bytes(blake2b("/".join(map(str, key)).encode(), digest_size=8).digest())
     index = torch.arange(begin, begin + count, device=device)
@@ -83,20 +102,27 @@ def bits(*key: int | str, begin: int, count: int, device: torch.device) -> Int64
 
 
 def philox(low: Tensor, high: Tensor, key: int) -> tuple[Tensor, Tensor]:
-    """Philox2x32-10 (Salmon et al. 2011) of counters (high, low) of 32 bits each, in int64."""
-    for _ in range(10):
-        product = low * 0xD256D193  # its 64 bits, as a number with a sign
-        low, high = ((product >> 32) & WORD) ^ key ^ high, product & WORD
-        key = (key + 0x9E3779B9) & WORD
+    """Philox2x32-10 of counters (high, low): 64 random bits for each, as two numbers of 32 bits.
+
+    All are tensors of int64 that hold numbers of 32 bits. `key`: 32 bits.
+    """
+    for _ in range(_PHILOX_ROUNDS):
+        product = low * _PHILOX_MULTIPLIER  # 64 bits; torch's int64 takes the first as a sign
+        product_low = product & WORD
+        product_high = (product >> 32) & WORD
+        low = product_high ^ key ^ high
+        high = product_low
+        key = (key + _PHILOX_KEY_STEP) & WORD
     return low, high
 
 
 def noise(seed: int, indices: Sequence[int], draw: int, shape: Sequence[int]) -> Sample:
-    """N(0, I) of shape (len(indices), *shape), a row per image index, in float32 on the CPU."""
+    """N(0, I) of shape (len(indices), *shape), in float32 on the CPU: the draw of this number for each image."""
     rows = [_philox_generator(f"{seed}/{i}/{draw}").standard_normal(tuple(shape), dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows))
 
 
 def _philox_generator(key: str) -> np.random.Generator:
+    """A Philox generator whose key is a hash of this text, at the beginning of its stream."""
     digest = blake2b(key.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))

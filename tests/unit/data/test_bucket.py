@@ -113,7 +113,7 @@ def test_every_row_has_its_turn_and_none_is_lost(counts: tuple[int, ...], batch:
     for turns in by_queues(counts, batch, epochs):
         steps = range(first, first + len(turns))
         first = steps.stop
-        whose = [source.turn(step, batch, 0) for step in steps]
+        whose = [source.part_of_step(step, batch, 0) for step in steps]
         assert sorted(k for k, _ in whose) == turns
         assert [source.shape(step, batch, 0) for step in steps] == [(k,) for k, _ in whose]
         for step, (k, number) in zip(steps, whose, strict=True):
@@ -127,10 +127,12 @@ def test_every_row_has_its_turn_and_none_is_lost(counts: tuple[int, ...], batch:
 def test_turns_and_rows_are_keyed_by_the_seed() -> None:
     """And parts of one size are not in one order."""
     source = parts(40, 40)
-    turns = [[source.turn(step, 4, seed) for step in range(20)] for seed in (0, 0, 1)]
+    turns = [[source.part_of_step(step, 4, seed) for step in range(20)] for seed in (0, 0, 1)]
     assert turns[0] == turns[1] != turns[2]
     assert len(Counter(k for k, _ in turns[0])) == 2
-    firsts = {source.turn(step, 4, 0)[0]: source.batch(step, 4, 0)[1] for step in range(20) if turns[0][step][1] == 0}
+    firsts = {
+        source.part_of_step(step, 4, 0)[0]: source.batch(step, 4, 0)[1] for step in range(20) if turns[0][step][1] == 0
+    }
     assert not torch.equal(firsts[0], firsts[1] - 40)
 
 
