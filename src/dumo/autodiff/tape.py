@@ -33,7 +33,10 @@ class WrittenTo(UserError, RuntimeError):  # noqa: N818, as `general.NoRule`
 
 
 class Later:
-    """A tangent to be computed later as `push(*tangents of operands, *saved)`. Data, never a closure."""
+    """A tangent to be computed later as `push(*tangents of operands, *saved)`. Data, never a closure.
+
+    `value` is the tangent once it is computed; of an input of the pass, it is set from outside.
+    """
 
     def __init__(
         self,
@@ -44,9 +47,12 @@ class Later:
         saved: Sequence[object] = (),
         writes: int | None = None,
     ) -> None:
-        """Have a primal's shape and dtype. Without `push` it is an input of the pass, whose value is set by hand.
+        """The tangent of an operation's result, or, without `push`, of an input of the pass.
 
-        `saved` and `writes` are what `detach_saved` returns.
+        shape, dtype: those of the primal.
+        push: the function of the tangent (`dumo.autodiff.rule`).
+        operands: their tangents; None: that operand rests.
+        saved, writes: what `detach_saved` returned for the push's other arguments.
         """
         self.shape = tuple(shape)
         self.dtype = dtype
@@ -81,18 +87,18 @@ def play(ends: Iterable[Later]) -> None:
     stack = list(ends)
     with torch.no_grad():
         while stack:
-            now = stack[-1]
-            pending = [operand for operand in now.operands if isinstance(operand, Later) and operand.value is None]
+            later = stack[-1]
+            pending = [operand for operand in later.operands if isinstance(operand, Later) and operand.value is None]
             if pending:
                 stack.extend(pending)
                 continue
             stack.pop()
-            if now.value is None:
-                assert now.push is not None, "an input of the pass was given no tangent"
-                tangents = [_computed(operand) for operand in now.operands]
-                now.value = fit_to_primal(now.push(*tangents, *now.saved), now.shape, now.dtype)
-                now.operands = now.saved = ()
-                now.writes = None
+            if later.value is None:
+                assert later.push is not None, "an input of the pass was given no tangent"
+                tangents = [_computed(operand) for operand in later.operands]
+                later.value = fit_to_primal(later.push(*tangents, *later.saved), later.shape, later.dtype)
+                later.operands = later.saved = ()  # let go of what is no longer needed
+                later.writes = None
 
 
 @cache
@@ -102,27 +108,27 @@ def compiled_play() -> Callable[[Iterable[Later]], None]:
 
 
 def is_complete(ends: Iterable[Later]) -> bool:
-    """Whether all saved tensors that `ends` need are still in memory: sharded weights may have been given back.
+    """Whether all saved tensors that `ends` need are still in memory; sharded weights may have been given back.
 
     Raises WrittenTo where a tensor is there, but was written to since.
     """
     stack = list(ends)
     visited = set[int]()
     while stack:
-        now = stack.pop()
-        if id(now) in visited:
+        later = stack.pop()
+        if id(later) in visited:
             continue
-        visited.add(id(now))
+        visited.add(id(later))
         writes = 0
-        for x in now.saved:
+        for x in later.saved:
             if isinstance(x, Tensor):
                 if x.numel() and not x.untyped_storage().size():
                     return False
                 writes += x._version
-        if now.writes is not None and writes != now.writes:
-            name = getattr(now.push, "__name__", "")
+        if later.writes is not None and writes != later.writes:
+            name = getattr(later.push, "__name__", "")
             raise WrittenTo(name.lstrip("_").removeprefix("push_"))
-        stack.extend(operand for operand in now.operands if isinstance(operand, Later))
+        stack.extend(operand for operand in later.operands if isinstance(operand, Later))
     return True
 
 

@@ -1,17 +1,19 @@
 """What a loss reads that is random: times, noise, dropped labels and further laws, all drawn here.
 
-A step's numbers are known before it. `make_draws` draws them on the CPU, at any time, in any thread. `add_noise` then
-makes the record of a batch: it divides the data by the path's sd, couples noise to data, puts both on the path, drops
-conditions and asks a teacher, on the data's device, which it does not wait for. `draw` does both at once.
+The order of events:
 
-Every draw has a stream of its own, named after what it is. What else training draws has streams of its own, too: the
-order of the data, augmentation, weights at step 0, and masks of dropout, whose keys are `dumo.flow.dropout`'s.
+1. `make_draws` draws the numbers of a step's rows on the CPU: at any time before the step, in any thread.
+2. `add_noise` makes the record of a batch by them, on the data's device: it divides the data by the path's sd, couples
+   noise to data (`Coupling`), puts both on the path, drops conditions and asks a teacher. It waits for no device, but
+   for a coupling.
 
-A stream's key is a hash of (seed, step, name). What is a number per row is drawn for the whole batch, of which each
-caller takes its rows. What is shaped like the data is drawn for the caller's rows alone, each by its number in the
-batch: else every rank would draw the noise of all, which takes longer than a step where ranks are many. Either way a
-row is the same on every rank. So two ranks equal one, a resumed run needs no generator state, and an objective that
-draws one thing more sees the same t, z and dropped labels as its sibling.
+`draw` does both at once. `Noise` and `Signs` are laws of what more an objective may have drawn.
+
+Every draw has a stream of its own, whose key is a hash of (seed, step, name of what is drawn). A number per row is
+drawn for the whole batch, of which each caller takes its rows. What is shaped like the data is drawn for the caller's
+rows alone, each by its number in the batch, because drawing the noise of all ranks takes longer than a step where ranks
+are many. Either way a row is the same on every rank. So two ranks equal one, a resumed run needs no generator state,
+and two objectives see the same t, z and dropped labels, whatever else either of them draws.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +33,11 @@ from dumo.runtime.random import keyed, share_of_rows, stream
 from dumo.types import Cond, Law, Noised, Objective, Rows, Sample, Spec, Taught, Time, Trail
 from dumo.types.rows import pin, to_device
 
-PRIOR = "prior"  # the name by which rows of a batch are picked that a teacher answers
+PRIOR = "prior"  # the name in the stream that picks the rows that a teacher answers
 
 
 class Noise(Law):
-    """N(0, I), shaped like the data: drawn for the rows that are asked for."""
+    """N(0, I), shaped like the data."""
 
     kind: Literal["noise"] = "noise"
 
@@ -45,7 +47,7 @@ class Noise(Law):
 
 
 class Signs(Law):
-    """1 or -1 for every number of a sample, as likely: directions of Hutchinson's estimate (`dumo.flow.likelihood`)."""
+    """Shaped like the data, 1 or -1 with equal probability: Hutchinson's directions (`dumo.flow.likelihood`)."""
 
     kind: Literal["signs"] = "signs"
 
@@ -55,20 +57,21 @@ class Signs(Law):
 
 
 class Coupling(Spec):
-    """Which noise goes with which data: paths that cross less, so that one velocity can follow them.
+    """Which noise goes with which data, chosen so that paths cross less, and one velocity can follow them.
 
-    Among rows of one class, in groups of `group` neighbouring rows, noises change places so that the sum of squared
-    distances between data and noise is the least: optimal transport of a minibatch (Pooladian et al. 2023; Tong et al.
-    2024). So x, z and the class keep their laws, and z stays independent of the class; the law of x and z together is
-    another, and so is the flow, which still carries N(0, I) to the data.
+    It is optimal transport within a minibatch (Pooladian et al. 2023; Tong et al. 2024): among rows of one class, in
+    groups of `group` neighbouring rows, noises change places so that the sum of squared distances between data and
+    noise is the least. x, z and the class keep their laws, and z stays independent of the class. The joint law of x and
+    z is another, and so is the flow, which still carries N(0, I) to the data.
     """
 
     group: int = Field(ge=2, le=ROWS)  # rows; the larger, the straighter the paths; costs its cube, per class
 
     def __call__(self, x: Sample, z: Sample, c: Cond) -> Sample:
-        """The noises z in the order in which they go with x, of classes c before any is dropped; of whole groups.
+        """The noises z (b, ...) in the order in which they go with data x (b, ...).
 
-        Found on the CPU, so a GPU is waited for. Where a number is not finite nothing is moved.
+        c: the conditions, before any is dropped. The rows are of whole groups. It is computed on the CPU, so a GPU is
+        waited for. In a class of a group with a number that is not finite, noises stay in place.
         """
         class_of_row = torch.unique(c.cpu(), dim=0, return_inverse=True)[1]
         data = x.detach().cpu().double().flatten(1)
@@ -82,7 +85,10 @@ class Coupling(Spec):
 
 
 def _cheapest_assignment(x: Tensor, z: Tensor) -> Int64[Tensor, " n"]:
-    """For each row of x (n, d) the row of z (n, d) that goes with it: the least sum of squared distances, by scipy."""
+    """For each row of x (n, d) the number of the row of z (n, d) that goes with it, (n,), by scipy.
+
+    The sum of their squared distances is the least. Where a number is not finite, row i goes with row i.
+    """
     from scipy.optimize import linear_sum_assignment  # slow to import
 
     cost = torch.cdist(x, z).square()

@@ -1,11 +1,10 @@
 """`Flow`: a network, the objective that teaches it, and how it is read.
 
-`dumo train` calls it piece by piece: `make_draws` draws the random numbers of a step, `add_noise` makes the record of a
-batch, `terms` its loss. Whatever samples, judges, teaches or exports calls `readings`, and `batches` makes samples of
-them.
+A training step calls it in this order: `make_draws` draws the random numbers, `add_noise` makes the record of a batch,
+`terms` its loss. Whatever samples, judges, teaches or exports calls `readings`, and `batches` makes samples of them.
 
-`require_terms` refuses what is no loss. `dumo.flow.loop` is a flow for networks and loops of anybody's. Neither owns
-an optimizer or a file.
+`require_terms` refuses what is no loss. `dumo.flow.loop` is a flow for a user's network and loop. Neither owns an
+optimizer or a file.
 """
 
 import copy
@@ -135,7 +134,7 @@ class Flow(nn.Module):
 
         keys: of dropout, one for each row.
         loss: a compiled one; None: the objective's.
-        keep: whether casts of weights are kept to the end of the pass.
+        keep: whether autocast's copies of weights are kept to the end of the pass (`dumo.flow.precision.autocast`).
         """
         if loss is None:
             loss = self.objective.loss
@@ -217,9 +216,9 @@ class Flow(nn.Module):
 
 
 def require_terms(returned: object, rows: int, objective: str) -> Terms:
-    """`returned`, which a loss gave for this many rows, as `Terms`.
+    """What an objective's loss returned for this many rows.
 
-    Raises UserError where it is no `Terms` of one number per row, or has no gradient.
+    Raises UserError unless it is `Terms` of one number per row, with a gradient.
     """
     subject = f"objective '{objective}': its loss"
     expected = f"one number per row, shape ({rows},)"

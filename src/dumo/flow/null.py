@@ -1,4 +1,6 @@
-"""What an objective does without conditions: `without_drop` for training, `guidance_of` for sampling.
+"""What an objective does where a network has no null, which stands for no condition.
+
+`without_drop` is for training, `guidance_of` for sampling.
 
 Dropped conditions and guidance go together: guidance needs what the network makes of no condition, and a network learns
 that from dropped ones. Where nothing stands for no condition, none is dropped and nothing guides.

@@ -15,23 +15,23 @@ Stage = TypeVar("Stage")  # what a stage of the check returns
 
 
 def on_every_rank(stage: Callable[[], Stage]) -> Stage:
-    """What this stage returns here. Raises UserError on all ranks where it does on any. Every rank must call it."""
-    refusal: UserError | None = None
-    result: list[Stage] = []
+    """Call a stage on this rank, and return what it returns. Every rank must call it.
+
+    Raises UserError on all ranks where the stage raises it on any: there the stage's own.
+    """
     try:
-        result.append(stage())
-    except UserError as error:
-        refusal = error
-    is_refused_anywhere = largest_of_ranks(float(refusal is not None))
-    if refusal is not None:
-        raise refusal
+        result = stage()
+    except UserError:
+        largest_of_ranks(1.0)  # tells the others
+        raise
+    is_refused_anywhere = largest_of_ranks(0.0)
     if is_refused_anywhere:
         raise UserError("another rank's data or network was refused: its line says why")
-    return result[0]
+    return result
 
 
 def largest_of_ranks(value: float) -> float:
-    """The largest of a number over the ranks that train together. Every rank must call it."""
+    """The largest `value` of all ranks that train together. Every rank must call it."""
     if dist.world() == 1:
         return value
     values: list[Any] = [None] * dist.world()

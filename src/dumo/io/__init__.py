@@ -1,4 +1,10 @@
-"""Files: written whole or not at all, safe to read; hashes, weights, tables, and pictures and arrays in them.
+"""Files: written whole or not at all, and read without trust in what is there.
+
+- Any file: `file` writes, `read` and `yaml` read, `digest` hashes.
+- Weights: `weights` in a file, `shards` of ranks, `deferred` not made yet; `hub` and `trained` name where to get some.
+- Data: `table` is a cache on disk, `audit` checks it, `source` gives batches; `inventory` and `content` know by hashes
+  whether items are what they were, and keep a `note` of it.
+- `picture` writes samples as images.
 
 Touches the disk. Knows no run.
 """

@@ -2,12 +2,17 @@
 
 So a file that has its name is whole, whenever the process stops. A `durable` one outlives a crash of the machine, too.
 
-- `atomic_write` and `write` write; `commit` renames what was written at `temp_path_for`. `sweep` removes what killed
-  writers left.
-- `check_writable`, `is_writable` and `free_bytes` ask before writing; `is_disk_full` knows the error of a full disk.
-- `locked` keeps other processes out. `guard_path` refuses writes below a folder once its path leads elsewhere
-  (`require_in_place`).
-- `note_places` is where to keep what was found out about a user's files.
+The order of events of a write:
+
+1. `check_writable`, `is_writable` and `free_bytes` ask whether it can be written. `sweep` removes what killed writers
+   left.
+2. `write` writes the bytes of a file; `atomic_write` yields a path for whatever else writes. Code that writes longer
+   than a `with` can last takes `temp_path_for` and, at the end, `commit`.
+3. Where that fails, `is_disk_full` knows the error of a full disk.
+
+For folders in use: `locked` keeps other processes out, and `guard_path` refuses writes below a folder once its path
+leads elsewhere (`require_in_place`). `note_places` says where to keep what was found out about a user's files.
+`remove`, `flush` and `machine_id` are small steps that others share.
 """
 
 import errno
@@ -28,7 +33,7 @@ from dumo.error import UserError
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 PRIVATE_MODE = 0o600  # of files that safetensors makes
 ABANDONED_SECONDS = 86_400.0  # a day, after which another machine's temporary file is swept: ours
-REMOVED_WRITER = "old"  # in place of a writer, in the name of what is being removed
+REMOVED_WRITER = "old"  # in place of a writer's id, in the name of what is being removed
 _being_written: set[Path] = set()  # temporary paths that threads of this process are writing now
 _guarded: dict[Path, int] = {}  # descriptors of folders that must stay where they are (`guard_path`), by path
 TEMP_NAME = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<removed>{REMOVED_WRITER}))\.tmp")

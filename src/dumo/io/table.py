@@ -17,9 +17,9 @@ What is in a shard depends on the inputs and its number alone, and every file is
 not matter who made a shard, or how often that was interrupted. All shards but the last hold as many rows of the source,
 less those that the source left out.
 
-To read a table, `read_finished` reads the index of a finished one, and `read` of any, finished or not. `require`
-compares the files with the index. `ShardTable` then reads rows, or whole shards; shards are mapped into memory, so a
-table may be larger than it. `written_shards` and `rows_of_rank` say what is done, and what a rank has to do.
+To read a table: `read_finished` reads the index of a finished one, and `read` that of any. `require` compares the files
+with the index. `ShardTable` then reads rows, or whole shards, which are mapped into memory, so a table may be larger
+than it. `written_shards` says which shards are there, `rows_of_rank` how much a rank has to read.
 
 The fields of `TableIndex`, `Column` and `Shard` are the keys of the JSON files: a new name there is a new format.
 """
@@ -71,7 +71,7 @@ class Column(Spec):
     lengths: str = Field(default="", exclude_if=not_)
 
     def fits(self, tensors: Tensors, name: str, rows: int) -> bool:
-        """Whether a shard of this many rows has this column under this name, with its dtype and shape."""
+        """Whether the tensors of a shard of this many rows have this column, `name`, with its dtype and shape."""
         x = tensors.get(name)
         if x is None:
             return False
@@ -112,7 +112,7 @@ class TableIndex(Spec):
 
     word: ClassVar[str] = "table"  # what messages call the folder
     remake: ClassVar[str] = REMAKE  # the fix that messages about a damaged shard end with
-    repaired: ClassVar[bool] = True  # whether `make` makes a changed shard again; False: it raises UserError
+    repaired: ClassVar[bool] = True  # whether `make` makes a changed shard again; else it raises UserError
     format: Literal[2] = 2
     columns: dict[str, Column]
     rows: int = Field(ge=0)  # of the source
@@ -293,10 +293,11 @@ def make(
 ) -> MakeResult:
     """Make this rank's shards that are missing or damaged.
 
-    `make_shard` takes the number of a shard and returns its columns, first one with an entry for each row; it calls
-    back with the number of rows of the source that it has read so far. `source_hash` is then called with the same
-    number, and returns a hash of what these rows were made of. `extra_files` are more files of the folder: their bytes
-    by name. `tick` is called with the number of the source's rows that this rank has read, and a note.
+    make_shard: takes the number of a shard and a callback, and returns the shard's columns, first one with an entry for
+        each row. It calls back with the number of rows of the source that it has read so far.
+    source_hash: is called after it with the same number, and returns a hash of what these rows were made of.
+    extra_files: more files of the folder, their bytes by name.
+    tick: is called with the number of the source's rows that this rank has read, and a note.
 
     Raises UserError where the folder holds something else, or a shard has changed and is not to be repaired; OSError
     where the disk is full, or nothing can be written; and as `make_shard`. Finished shards are kept.
@@ -304,16 +305,16 @@ def make(
     files.check_writable(folder)
     _claim(folder, index, rank)
     _sweep(folder, rank, world)
-    shards = written_shards(folder, index)
+    written = written_shards(folder, index)
     num_made = 0
-    rows_done = 0
-    damaged: list[str] = []
+    rows_done = 0  # of the source
+    damaged: list[str] = []  # a line for each file that is made again
     for number in range(rank, index.count, world):
         note = _stem(number)
         is_intact = False
-        if number in shards:
-            file = shards[number].file
-            fault = shards[number].fault(folder, deep=True)
+        if number in written:
+            file = written[number].file
+            fault = written[number].fault(folder, deep=True)
             if fault is None:
                 is_intact = True
             elif index.repaired or not (folder / file).exists():
@@ -323,7 +324,7 @@ def make(
                 raise UserError(f"{folder}: {file} {fault}: {index.remake}")
         if not is_intact:
             tensors = make_shard(number, _progress_of_shard(tick, rows_done, note))
-            _claim(folder, index, rank)  # raises where another took the folder, as long as it was empty
+            _claim(folder, index, rank)  # again: an empty folder may have been claimed for other inputs meanwhile
             _store_shard(folder, number, tensors, rank, source_hash(number))
             num_made += 1
         rows_done += len(index.span(number))
@@ -335,7 +336,10 @@ def make(
 
 
 def _progress_of_shard(tick: Tick, rows_before: int, note: str) -> Callable[[int], None]:
-    """The callback of a shard: it adds `rows_before`, the rows of the shards before, and stops after a signal."""
+    """The callback of `make_shard`: it adds the rows of the shards before, `rows_before`, to those that were read.
+
+    It also sets the number of threads again (`dumo.runtime.threads`).
+    """
 
     def report(rows_read: int) -> None:
         threads.check()
@@ -387,7 +391,7 @@ def written_shards(folder: Path, index: TableIndex) -> dict[int, Shard]:
 
 
 def _finish(folder: Path, index: TableIndex, rank: int) -> int:
-    """List all shards in index.json once all are there, and remove their .json files. Returns the number missing."""
+    """List all shards in index.json if all are there, and remove their .json files. Returns the number missing."""
     shards = written_shards(folder, index)
     intact: list[Shard] = []
     for number in range(index.count):
@@ -395,9 +399,8 @@ def _finish(folder: Path, index: TableIndex, rank: int) -> int:
         if shard and not shard.fault(folder, deep=False):
             intact.append(shard)
     if len(intact) == index.count:
-        existing = (
-            read(folder, type(index)) or index
-        )  # another rank wrote it, and may name another place of the weights
+        # another rank may have written it, and name another place of the weights
+        existing = read(folder, type(index)) or index
         finished = _dump(existing.model_copy(update={"shards": tuple(intact)}))
         files.write(folder / FILE, finished, writer=rank, durable=True)
         for number in range(index.count):
@@ -411,7 +414,7 @@ def _dump(index: TableIndex) -> bytes:
 
 
 def _store_shard(folder: Path, number: int, tensors: Tensors, rank: int, source_hash: str) -> None:
-    """Write a shard, then its .json file. The first tensor has an entry for each row."""
+    """Write a shard, then its .json file, which says that it is whole. The first tensor has an entry for each row."""
     data = safetensors.torch.save(dict(tensors))
     file = f"{_stem(number)}.safetensors"
     rows = len(next(iter(tensors.values())))
@@ -423,7 +426,7 @@ def _store_shard(folder: Path, number: int, tensors: Tensors, rank: int, source_
 
 
 def _sweep(folder: Path, rank: int, world: int) -> None:
-    """Remove the temporary files of killed ranks whose shards are this rank's now."""
+    """Remove the temporary files of ranks that were killed, where their shards are this rank's now."""
     for temp_path in folder.glob(".*.tmp"):
         writer = temp_path.suffixes[-2][1:] if len(temp_path.suffixes) > 1 else ""
         if writer.isdecimal() and int(writer) % world == rank:

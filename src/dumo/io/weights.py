@@ -136,8 +136,8 @@ def whole_digest(file: Path, hint: str) -> str:
 
 def compare(
     file: Path,
-    found: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor],
+    file_tensors: Mapping[str, Tensor],
+    net_tensors: Mapping[str, Tensor],
     owner: str,
     way_out: str,
     *,
@@ -145,12 +145,15 @@ def compare(
 ) -> None:
     """Raise UserError, with the first tensor that differs, unless names, shapes and, if `dtypes`, dtypes agree.
 
-    `found` are the tensors of `file`, `wanted` those of the net, which a message calls `owner`.
+    file_tensors: those of `file`, by name.
+    net_tensors: those of the net, by name.
+    owner: what the message calls the net.
+    way_out: the fix that the message ends with.
     """
     mismatches: list[str] = []
-    for name in sorted(found.keys() | wanted.keys()):
-        in_file = _describe(found.get(name), dtypes)
-        in_net = _describe(wanted.get(name), dtypes)
+    for name in sorted(file_tensors.keys() | net_tensors.keys()):
+        in_file = _describe(file_tensors.get(name), dtypes)
+        in_net = _describe(net_tensors.get(name), dtypes)
         if in_file != in_net:
             mismatches.append(f"{name} is {in_file} in the file, {in_net} in {owner}")
     if mismatches:
