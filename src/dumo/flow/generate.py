@@ -1,10 +1,14 @@
-"""Sampling: from noise to images, in batches.
+"""Sampling: from noise to images, in batches. Image i of a seed is the same in any batch.
 
-Entrances: `sample_batches` yields batches, and `join_batches` makes them one. `sample_with_noise` gives the noise, too,
-and `sample_trajectory` the points between. `integrate` begins with noise that its caller draws; what `sample_batches`
-holds around it are `eval_mode`, `counting_passes` and `in_precision`. `labels_in_turn` gives each image a class.
+`labels_in_turn` gives each image a class. Then there are three ways:
 
-Image i of a seed is the same in any batch. Passes are counted on the net itself, not believed of the solver.
+- `sample_batches` yields batches, and `join_batches` makes them one.
+- `sample_with_noise` returns the noise, too.
+- `sample_trajectory` returns the points between.
+
+The order of events in a batch of `sample_batches`: a thread has drawn its noise while the net made the batch before
+(`_NoisePrefetch`); the net is in evaluation mode (`eval_mode`) and in a precision (`in_precision`), and its passes are
+counted on the net itself (`counting_passes`), because a solver may be wrong about them; `integrate` runs the solver.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence, Set
@@ -25,7 +29,7 @@ from dumo.runtime.limits import SAMPLES
 from dumo.runtime.random import noise
 from dumo.types import Array, Cond, Heads, Reads, Sample, Trail, UserError
 
-BATCH = 256  # images made at a time, at most: ours
+BATCH = 256  # images made at a time, at most, if the caller does not say: ours
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ def counting_passes(net: nn.Module) -> Generator[list[int], None, None]:
 
 @contextmanager
 def in_precision(net: nn.Module, precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
-    """Make the net's passes in a precision; what it answers is float32, in which solvers and guidance add up."""
+    """Inside, the net's passes are in a precision, and return float32, in which solvers and guidance compute."""
 
     def widen(_: nn.Module, __: object, heads: Heads) -> Heads:
         return tuple(head.float() if head.dtype == torch.bfloat16 else head for head in heads)
@@ -264,7 +268,10 @@ def _starting_at(z: Sample, fresh: Fresh) -> Fresh:
 
 
 def _same_passes(counts: Set[float] | Set[int]) -> int:
-    """The one whole number of passes that every row made. Anything else is a defect of the reading."""
+    """The number of passes that every row made, of their counts by batch. Raises RuntimeError unless all are equal.
+
+    A reading that calls the net for some rows more often than for others is a defect.
+    """
     count = min(counts)
     if len(counts) > 1 or not float(count).is_integer():
         raise RuntimeError(f"rows went unequally often through the net: {sorted(counts)} times, by batch")

@@ -1,4 +1,4 @@
-"""Passes of a net that give its heads and their derivatives: what the slopes of `dumo.flow.slope` run.
+"""Passes of a net that give its heads and their derivatives, for the slopes of `dumo.flow.slope`.
 
 A linearization is `(heads, along)`: the heads of one training pass, and a function `along(w)` that returns the
 derivative of each head as x moves with velocity w and t with velocity 1. There are three ways to make it:

@@ -19,7 +19,8 @@ from torch import Tensor
 from dumo.flow.schedule import Schedule
 from dumo.types import PINNED, Sample, Spec, Time, UserError, lift
 
-Deviation = Annotated[float, Field(gt=0, exclude_if=lambda sd: sd == 1)]  # of the data; 1, as they are, is not written
+# The standard deviation of the data. It is not written into run.yaml if it is 1, the default.
+Deviation = Annotated[float, Field(gt=0, exclude_if=lambda sd: sd == 1)]
 
 
 class _ToNoise(Spec):
@@ -27,11 +28,11 @@ class _ToNoise(Spec):
 
     @property
     def spread(self) -> float:
-        """The standard deviation of what a sampler begins with: that of noise, 1."""
+        """The standard deviation of what a sampler begins with: 1, that of the noise."""
         return 1.0
 
     def near(self, times: Sequence[float]) -> list[float]:
-        """The times at which a net may be called that are nearest to these: the times themselves."""
+        """The times at which a net may be called, nearest to these: the times themselves."""
         return [*times]
 
 
@@ -120,9 +121,10 @@ class Diffusion(Spec):
         return [float(schedule.times[k]) / schedule.last for k in self.indices(times)]
 
     def indices(self, times: Sequence[float]) -> list[int]:
-        """The indices of the table nearest to falling times, falling: where two share an entry, those above move up.
+        """The indices of the table that are nearest to falling times, falling, and no two equal.
 
-        Raises UserError where there are more times than entries.
+        Where two times are nearest to one entry, the times above it take higher ones. Raises UserError where there are
+        more times than entries.
         """
         schedule = self.known_schedule
         if len(times) > schedule.steps:
@@ -130,14 +132,14 @@ class Diffusion(Spec):
                 f"{len(times):,} passes jump at as many times, and the pipeline's table has {schedule.steps:,}: "
                 f"nfe = {schedule.steps} at most"
             )
-        rising: list[int] = []
-        least = 0
+        rising_indices: list[int] = []
+        lowest = 0  # the lowest index that is left
         for k, t in enumerate(reversed(times)):
-            most = schedule.steps - len(times) + k  # those above need entries, too
-            index = min(max(schedule.near(t * schedule.last), least), most)
-            rising.append(index)
-            least = index + 1
-        return rising[::-1]
+            highest = schedule.steps - len(times) + k  # the times above need entries, too
+            index = min(max(schedule.near(t * schedule.last), lowest), highest)
+            rising_indices.append(index)
+            lowest = index + 1
+        return rising_indices[::-1]
 
     def alpha(self, t: Tensor) -> Tensor:
         """Weight of the noise at time t."""

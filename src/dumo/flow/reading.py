@@ -1,7 +1,11 @@
-"""What a net of two times u(x_t, t, r) can tell a solver: its readings, from an objective and a net.
+"""Readings: what a trained net can tell a solver, as its objective reads it (`dumo.types.Reads`).
 
-In the order of events: `taught_readings` says, before there is a net, what an objective teaches; `reading` sets a net's
-knobs (`bind_knobs`) and lets the objective read it; `teacher_velocity` makes a teacher of what was read.
+The order of events:
+
+1. Before there is a net, `taught_readings` says which readings an objective will teach.
+2. Of a trained net, `reading` fixes the knobs (`bind_knobs`) and lets the objective read it.
+3. A solver calls the readings, or `teacher_velocity` makes a teacher of them.
+
 Objectives build their readings of `jump_to_data` and `mean_velocity`. `head_of` names the heads behind a reading.
 """
 
@@ -18,9 +22,10 @@ from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Taught, Time,
 
 
 def taught_readings(objective: Objective) -> Reads:
-    """The readings that an objective will teach, of no net yet: only which there are counts.
+    """The readings that an objective will teach. They are of no net: which of them are None is what counts.
 
-    Where it gives no rule of its own for jumps and its times never end before the data, only jumps to the data count.
+    Where the objective has no rule for jumps (`hops`), and its times never end before the data, only jumps to the data
+    are taught.
     """
     reads = objective.read(nn.Identity())
     if reads.flow_map and reads.hops is None and not objective.times.between:
@@ -29,7 +34,7 @@ def taught_readings(objective: Objective) -> Reads:
 
 
 def reading(objective: Objective, net: Net, knobs: Mapping[str, float] | None = None) -> Reads:
-    """The readings of a net trained by an objective; `knobs` take the place of the objective's own by name."""
+    """The readings of a net that an objective has trained. `knobs`: values by name instead of the objective's own."""
     knobs = {**objective.needs.knobs, **(knobs or {})}
     return objective.read(bind_knobs(net, **knobs) if knobs else net)
 
@@ -79,7 +84,8 @@ def mean_velocity(net: Net, head: int = 0) -> Reads:
 def head_of(objective: Objective, name: Literal["velocity", "endpoint", "flow_map", "both"]) -> str:
     """The name of the head that a reading reads, or names joined by " and "; the reading must be taught.
 
-    An objective does not say which, so nets are read of which one head alone says NaN: it comes through from that head.
+    An objective does not say which. So nets are read of which one head returns NaN: if the reading is NaN, it reads
+    that head.
     """
     heads = objective.needs.heads
     x = torch.zeros(1, 1)

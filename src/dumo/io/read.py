@@ -1,9 +1,12 @@
-"""Paths that a user names, texts and JSON of files; refused with a line where they are not what they should be.
+"""Reading what users name: paths, texts and JSON. What is not as it should be raises UserError, with the fix.
 
-- `user_path` expands a path. `read_text`, `text_lines` and `decode` read UTF-8; `is_unicode` and `is_text_list` test.
-- `read_json`, `read_settings` and `parse_json` read JSON, `write_json` writes it. JSON has no NaN and no infinity: they
-  are written as null.
-- `foreign` turns whatever other readers raise into UserError. `brief` and `first_few` shorten what a message shows.
+- Paths: `user_path` expands one.
+- Texts: `read_text`, `text_lines` and `decode` read UTF-8. `is_unicode` and `is_text_list` test values,
+  `encoding_fault` says where bytes are not UTF-8.
+- JSON: `read_json`, `read_settings` and `parse_json` read it, `write_json` writes it. JSON has no NaN and no infinity:
+  `finite` makes them null.
+- Other readers: `foreign` turns whatever they raise into UserError.
+- Messages: `brief` and `first_few` shorten what one shows.
 """
 
 import codecs
@@ -21,8 +24,9 @@ from dumo.io import file, trained
 from dumo.runtime.limits import BLOCKS
 from dumo.runtime.signals import Stopped
 
-LAYER_COUNT = re.compile("layer|depth|num_.*block")  # keys of configs that number layers
-MAX_FILE_BYTES = 2**26  # ours: a long evaluation has thousands, the names of 20,000 classes are half a million
+LAYER_COUNT = re.compile("layer|depth|num_.*block")  # matches the keys of configs that say how many layers there are
+# Ours: a long evaluation has thousands of bytes, the names of 20,000 classes half a million.
+MAX_FILE_BYTES = 2**26
 FEW = 3  # items that a message names: ours
 
 
@@ -49,17 +53,17 @@ def user_path(text: str, field: str) -> Path:
 
 
 def brief(text: object, most: int = 200) -> str:
-    """A text, or its first `most` characters with "…", for a message."""
+    """A text for a message; of a longer one the first `most` characters and "…"."""
     text = str(text)
     return text if len(text) <= most else f"{text[:most]}…"
 
 
 def first_few(items: Iterable[Any], name: Callable[[Any], str] = str) -> str:
-    """The names of the first few items, and how many more there are: `a, b, c and 1,234 more`."""
+    """The names of the first FEW items, and how many more there are: `a, b, c and 1,234 more`."""
     items = list(items)
     text = ", ".join(name(item) for item in items[:FEW])
-    more = len(items) - FEW
-    return f"{text} and {more:,} more" if more > 0 else text
+    num_more = len(items) - FEW
+    return f"{text} and {num_more:,} more" if num_more > 0 else text
 
 
 def read_text(path: Path, way_out: str, most: int = MAX_FILE_BYTES) -> str:

@@ -56,11 +56,11 @@ _WAIT_FACTOR = 10.0  # times as long as with one thread: a thread waited. On a b
 _BUSY_SHARE = 1 / 3  # of the time goes to operations that waited: the machine is busy
 RECHECK_SECONDS = 10.0  # until the machine is measured again
 
-_torch_threads: int | None = None  # what torch took by itself, once this is known: dumo sets other numbers later
+_torch_threads: int | None = None  # the number that torch took by itself, noted before dumo sets another
 
 
 def may_choose(device: torch.device) -> bool:
-    """Whether dumo chooses the number of threads of work on a device: nobody has, and there is a choice."""
+    """Whether dumo may choose the number of threads of work on a device: nobody else has, and there is a choice."""
     global _torch_threads
     threads = torch.get_num_threads()
     if device.type != "cpu" or dist.world() > 1 or threads == 1:
@@ -95,7 +95,8 @@ def cores() -> int:
 class StepThreads:
     """Chooses the number of threads of training steps: enter it around the loop, and call `choose` before the first.
 
-    While `number` is None, steps are compared: on trial at first, later those of the training.
+    While `number` is None, steps are compared: on trial at first, later those of the training. `tell` is called with
+    the lines of the log.
     """
 
     def __init__(

@@ -53,10 +53,10 @@ def import_class(name: str) -> type[Spec]:
         for attribute in attributes.split("."):
             cls = getattr(cls, attribute)
     except Exception as error:  # a module of somebody else may raise anything
-        way = "where its file is in this folder, put PYTHONPATH=. before the command"
+        fix = "where its file is in this folder, put PYTHONPATH=. before the command"
         if module == "__main__":
-            way = "a class of a notebook or script is there while that runs: move it to a file"
-        raise UserError(f"kind '{name}' cannot be imported ({type(error).__name__}: {error}): {way}") from error
+            fix = "a class of a notebook or script is there while that runs: move it to a file"
+        raise UserError(f"kind '{name}' cannot be imported ({type(error).__name__}: {error}): {fix}") from error
     if not (isinstance(cls, type) and issubclass(cls, Spec)):
         raise UserError(f"kind '{name}' is no dumo.types.Spec: make it a class of that base")
     field = cls.model_fields.get("kind")
@@ -66,9 +66,9 @@ def import_class(name: str) -> type[Spec]:
 
 
 def code_hash(spec: Spec) -> str | None:
-    """A hash of the code of a spec's module, without comments and layout; None: no source is there.
+    """The first 16 digits of the SHA-256 of the code of a spec's module, without comments and layout.
 
-    In a notebook it is of the class alone. It does not cover what the module imports.
+    In a notebook it is of the class alone. It does not cover what the module imports. None where there is no source.
     """
     cls = type(spec)
     try:
@@ -89,15 +89,15 @@ class ObjectiveSpec(Spec, ABC):
     @property
     @abstractmethod
     def needs(self) -> Needs:
-        """What it says of itself."""
+        """What it says of itself to the code that builds, checks and samples (`dumo.types.Needs`)."""
 
     @abstractmethod
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """Pure: draws and changes nothing."""
+        """The loss of each row of a record (`dumo.types.Objective.loss`). Pure: draws and changes nothing."""
 
     @abstractmethod
     def read(self, net: Net) -> Reads:
-        """How to sample a net trained so. Does not call it."""
+        """What a net that was trained so can tell a solver. Does not call the net."""
 
 
 class NetSpec(Spec, ABC):
@@ -145,10 +145,10 @@ class SolverSpec(Spec, ABC):
 
     kind: str
     uses: ClassVar[Literal["velocity", "endpoint", "flow_map", "both"]]  # the reading that it calls
-    passes: ClassVar[int] = 1  # through the net, a step
+    passes: ClassVar[int] = 1  # through the net, in a step
 
     @abstractmethod
     def __call__(
         self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Callable[[int], Sample]
     ) -> Sample:
-        """Carry noise x to data in nfe passes; `fresh(k)` is the k-th draw of noise more."""
+        """Carry noise x (b, ...) to data in nfe passes; `fresh(k)` is the k-th further draw of noise, shaped as x."""
