@@ -42,7 +42,7 @@ from dumo.io import file, note
 NOTE_NAME = ".dumo-content.safetensors"
 HASH_BYTES = 32  # of a SHA-256
 SAVE_SECONDS = 30.0  # between two saves, at least: ours
-SAVE_COST_FACTOR = 100  # between two saves, at least: so many times what one takes. Ours
+SAVE_COST_FACTOR = 100  # times what a save takes: the least time between two. Ours
 
 # The status of a file, in the order in which it counts where notes in several places differ.
 SAME, CHANGED, COPIED, UNKNOWN = range(4)
