@@ -169,7 +169,7 @@ def cifar_images(folder: Path, split: str, count: int | None = None) -> tuple[Pi
 def train_cifar10(x: Pixels, c: Labels, tick: Tick = lambda epoch, loss: None) -> nn.Module:
     """Train on all these images: SGD with one cycle of the rate, images mirrored and shifted (He et al. 2016)."""
     draws = stream(KEYS["cifar10"], "train")
-    net = draw_net(classifier.Cifar10, draws)
+    net = draw_net(classifier.Cifar10Classifier, draws)
     steps = len(x) // CIFAR_BATCH
     optimizer = torch.optim.SGD(net.parameters(), CIFAR_RATE, CIFAR_MOMENTUM, weight_decay=CIFAR_DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

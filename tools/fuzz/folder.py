@@ -20,7 +20,7 @@ import torch
 
 import encoders
 from dumo.encoders import clip
-from dumo.encoders.autoencoder import DcAe, Model, PipelineVae, SdVae
+from dumo.encoders.autoencoder import DcAe, DiffusersCodec, PipelineVae, SdVae
 from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.text import TextEncoder
 from dumo.export import write
@@ -35,7 +35,8 @@ MAX_ALIKE = 60  # entries of a list or an object, above which its first TRIED_AL
 TRIED_ALIKE = 3
 STRANGE_VALUES = (None, [], "x", -1, 10**9, 10**30, {})
 ENCODE_DECODE = ("encoder", "decoder")
-VAES: dict[str, tuple[type[Model], dict[str, Any]]] = {  # by diffusers' class: ours, and the config of a tiny one
+# by diffusers' class: ours, and the config of a tiny one
+VAES: dict[str, tuple[type[DiffusersCodec], dict[str, Any]]] = {
     "AutoencoderKL": (
         SdVae,
         {

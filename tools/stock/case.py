@@ -206,7 +206,7 @@ class Case:
             fields.append("net.guidance=3.5")
         if self.stock.takes_image:
             fields += EDITED
-        if FAMILIES[TINY[tiny].kind].diffusion:
+        if FAMILIES[TINY[tiny].kind].is_diffusion:
             fields.append("path.kind=diffusion")
         if self.name in WITHOUT_LOWPASS:
             fields.append("net.lowpass=null")

@@ -75,7 +75,7 @@ def unprompted_facts(case: Case, pipe: Any) -> dict[str, Any]:  # noqa: ANN401, 
     guides by itself and unguided.
     """
     rows_of_passes: list[int] = []
-    model = getattr(pipe, case.opened.run.pipeline.model)
+    model = getattr(pipe, case.opened.run.pipeline.model_part)
     handle = model.register_forward_hook(lambda _, inputs, output: rows_of_passes.append(len(output[0])))
     image = case.pipeline_latent(pipe, None)
     handle.remove()

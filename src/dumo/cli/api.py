@@ -29,7 +29,7 @@ from dumo.config.load import load as load_run
 from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.config.trust import trusting
-from dumo.encoders.codec import Opened
+from dumo.encoders.codec import LoadedCodec
 from dumo.evaluation.own import OwnMetric
 from dumo.io import picture
 from dumo.io.read import brief
@@ -103,7 +103,7 @@ class TrainedRun:
         return self.opened.device
 
     @property
-    def codec(self) -> Opened | None:
+    def codec(self) -> LoadedCodec | None:
         """The autoencoder that decodes latents; None where the network makes images or points themselves."""
         return self.opened.sampler.codec
 

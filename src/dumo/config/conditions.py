@@ -14,7 +14,7 @@ from torch import Tensor
 from dumo.config.label import label_index
 from dumo.data import Data, ShownData, has_images, is_images, is_latents
 from dumo.data.caption import CaptionFiles, Captioning, Templates
-from dumo.encoders.caption import parted
+from dumo.encoders.caption import split_caption
 from dumo.flow import generate
 from dumo.types import UserError
 
@@ -72,14 +72,14 @@ class Conditions:
     @property
     def words(self) -> tuple[str, ...]:
         """The names for people: captions without the hashes of the images that they edit."""
-        return tuple(parted(name)[0] for name in self.names)
+        return tuple(split_caption(name)[0] for name in self.names)
 
     def name(self, c: int) -> str:
         """What condition c is called: the class's name or the caption, else its number."""
         if self.captions and c == self.count:
             return "no caption"
         names = self.names
-        return parted(names[c])[0] if c < len(names) else str(c)
+        return split_caption(names[c])[0] if c < len(names) else str(c)
 
     def index(self, text: str) -> int:
         """The number of the class or caption with this name or number. Raises UserError if there is none."""
@@ -101,7 +101,7 @@ class Conditions:
                 num_images = len(captions.ends)
                 n = len(labels)
                 images = torch.arange(n) * max(num_images, n) // n % num_images
-                return captions.drawn(images, "conditions", batch=n)
+                return captions.draw(images, "conditions", batch=n)
             case _:
                 return labels
 

@@ -15,7 +15,7 @@ from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.data.caption import Templates
 from dumo.flow.guide import GuidanceScale, Guide
-from dumo.nets.precondition import VELOCITIES
+from dumo.nets.precondition import PRECONDITIONED_HEADS
 from dumo.objectives import Objective
 from dumo.runtime.door import settings
 
@@ -143,10 +143,10 @@ def _precondition_needs(run: RunParts) -> Iterator[Need]:
     asks += [f"path '{run.path.kind}'", *(f"head '{head}'" for head in sorted(objective.needs.heads))]
     yield Need(
         asks,
-        ["path 'linear'", *(f"head '{head}'" for head in VELOCITIES)],
+        ["path 'linear'", *(f"head '{head}'" for head in PRECONDITIONED_HEADS)],
         lambda name: (
-            f"net.precondition '{precondition}' is made for velocities (heads {_quoted(VELOCITIES)}) on path 'linear', "
-            f"not for {name}: set net.precondition=none"
+            f"net.precondition '{precondition}' is made for velocities (heads {_quoted(PRECONDITIONED_HEADS)}) on path "
+            f"'linear', not for {name}: set net.precondition=none"
         ),
     )
 

@@ -6,7 +6,7 @@ off, and `read_captions` the captions of its images.
 
 A cache is a table (`dumo.io.table`) of the columns
 
-    x          what `Opened.encode` gives: the moments where the codec has Gaussians, or one draw of them
+    x          what `LoadedCodec.encode` gives: the moments where the codec has Gaussians, or one draw of them
     flipped    the same of the mirrored images, if the data are flipped: a mirrored latent decodes to no mirrored image
     labels     classes, or the images' numbers in captions.jsonl
     image      the number of each row's image in the source, and
@@ -73,7 +73,7 @@ class CacheIndex(CachePlan, TableIndex):
     """The contents of a cache's index.json."""
 
     word: ClassVar[str] = "cache"
-    codec: dict[str, Any]  # what it does (`Scaled.facts`), and where its weights were
+    codec: dict[str, Any]  # what it does (`CodecSpec.facts`), and where its weights were
     weights: str  # SHA-256 of the codec's weights
 
     def summary(self) -> str:
@@ -151,7 +151,7 @@ def read_captions(file: Path) -> Captions:
     """The captions in a captions.jsonl, by image. Raises UserError where there is no such file, or it is damaged."""
     if not file.is_file():
         raise UserError(f"{file} is not there, which has the images' captions: start the same dumo encode again")
-    return Captions.of(_read_texts(file))
+    return Captions.from_images(_read_texts(file))
 
 
 def require_captions(file: Path, captions: Captions) -> None:

@@ -163,7 +163,7 @@ class Captioned:
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The source's samples, each with one of its captions, drawn by the step and the place in the batch."""
         x, row = self.source.batch(step, batch, seed, rows)
-        return x, self.captions.drawn(row, seed, step, batch=batch, rows=rows)
+        return x, self.captions.draw(row, seed, step, batch=batch, rows=rows)
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
         """The numbers of the source's samples, (b,)."""
@@ -172,7 +172,7 @@ class Captioned:
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """The source's reference, each sample with its first caption."""
         x, row = self.source.reference(n, seed, i)
-        return x, self.captions.first(row)
+        return x, self.captions.first_of(row)
 
     def fingerprint(self) -> str | None:
         """A digest of the samples, the texts, and their numbers by sample; None where samples never end."""

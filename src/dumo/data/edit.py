@@ -14,7 +14,7 @@ from dumo.data.column import CAPTION_FIX, TableRow, caption_columns
 from dumo.data.metadata import TABLES, image_folder, read_tables
 from dumo.data.pairing import ImageCaptions, Pairing
 from dumo.data.store import Folder, Store, walk
-from dumo.encoders.caption import edit
+from dumo.encoders.caption import edit_caption
 from dumo.io import digest
 from dumo.io.read import brief
 from dumo.types import UserError
@@ -92,7 +92,7 @@ def _captions_in(rows: list[TableRow], name: str, source: str, image: str) -> Im
             continue
         for text in columns.of_row(row):
             if text.strip():
-                captions.append(edit(text, source_hash(Path(row.values[source]))))
+                captions.append(edit_caption(text, source_hash(Path(row.values[source]))))
     if not captions:
         raise UserError(f"{image} has no text: {CAPTION_FIX}")
     return tuple(captions)

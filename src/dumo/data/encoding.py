@@ -25,7 +25,7 @@ from dumo.data.cache import CAPTIONS, LATENTS, CacheIndex, CachePlan, dump_capti
 from dumo.data.origin import NAMES, has_cache, require_origin
 from dumo.data.pixel import Size
 from dumo.encoders.caption import Captions
-from dumo.encoders.codec import Opened
+from dumo.encoders.codec import LoadedCodec
 from dumo.io import table
 from dumo.io.inventory import HASH_BYTES
 from dumo.io.picture import from_uint8
@@ -37,7 +37,7 @@ from dumo.types import UserError
 
 def encode(
     source: Finite | BucketedStore,
-    codec: Opened,
+    codec: LoadedCodec,
     plan: CachePlan,
     out: Path,
     *,
@@ -96,12 +96,12 @@ def _finished_shards(out: Path, index: CacheIndex, rank: int, world: int) -> lis
     return [number for number in table.written_shards(out, cached) if number % world == rank]
 
 
-def _index_of(source: Finite | BucketedStore, codec: Opened, plan: CachePlan) -> CacheIndex:
+def _index_of(source: Finite | BucketedStore, codec: LoadedCodec, plan: CachePlan) -> CacheIndex:
     """The index before any shard is made. Raises UserError if there is nothing to encode."""
     if not len(source):
         where = f" in {plan.source}" if plan.source else ""
         raise UserError(f"there are no images to encode{where}")
-    has_deviations = codec.codec.gaussian and plan.store == "moments"
+    has_deviations = codec.codec.is_gaussian and plan.store == "moments"
     columns: dict[str, Column] = {}
     for size in plan.sizes or [(plan.resolution, plan.resolution)]:
         channels, *sides = codec.codec.shape(*size)
@@ -129,7 +129,7 @@ def _index_of(source: Finite | BucketedStore, codec: Opened, plan: CachePlan) ->
 
 def _encode_images(
     source: Finite | BucketedStore,
-    codec: Opened,
+    codec: LoadedCodec,
     index: CacheIndex,
     number: int,
     batch: int,
@@ -179,7 +179,7 @@ def _by_size(
 
 
 def _shard_tensors(
-    batches: list[dict[str, Tensor]], codec: Opened, index: CacheIndex, number: int
+    batches: list[dict[str, Tensor]], codec: LoadedCodec, index: CacheIndex, number: int
 ) -> dict[str, Tensor]:
     """The tensors of a shard, in the dtypes of its columns.
 

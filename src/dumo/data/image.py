@@ -230,7 +230,7 @@ class Images(Spec):
         """The captions of the images. Until a run has a digest of them, few may lack an image, or images a caption."""
         store = self._store(root, None)
         captions = captions_of(root, store, files.name, files.source, require_pairs=files.digest is None)
-        return Captions.of(captions)
+        return Captions.from_images(captions)
 
     @model_serializer(mode="wrap")
     def _dump(self, dump: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class Images(Spec):
         if isinstance(self.captions, Templates):
             return self.captions.of(self.names or ())
         if not isinstance(self.captions, CaptionFiles):
-            return Captions.of([])
+            return Captions.from_images([])
         root = user_path(self.root, "data.root")
         captions = self._read_captions(root, self.captions)
         self.captions.require(captions, str(root))

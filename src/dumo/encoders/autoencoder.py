@@ -1,16 +1,24 @@
 """Published autoencoders, through diffusers: Stable Diffusion's VAE, the deep-compression one, DC-AE, and a pipeline's.
 
-All take images in [-1, 1]. `weights` is a folder with config.json and weights (`dumo.encoders.part`), or the name of
-such a model on the Hugging Face hub, owner/model or owner/model/folder, from where its client brings it once.
+All take images in [-1, 1]. `SdVae`, `DcAe` and `PipelineVae` are the specs. Their `weights` is a folder, with a config
+and weights (`dumo.encoders.part`), or the name of such a model on the Hugging Face hub, owner/model or
+owner/model/folder, from where its client brings it once.
 
-`Model.open` finds the folder, compares the hash of its weights, loads the class of diffusers, and refuses a config of
-another variant. Where the numbers come from: `Published` for a variant, the pipeline's config for `PipelineVae`.
+The order of events in `DiffusersCodec.open`:
+
+1. The folder is found, or fetched, and the hash of its weights is compared with that of the run.
+2. diffusers loads its class of autoencoder.
+3. A config of another variant is refused. The numbers of a variant are in `variants`; `PipelineVae` has none, and reads
+   its numbers from the config.
+4. `DiffusersCoder` calls the autoencoder with images, and gives latents or moments.
+
+To accept another class of a pipeline's autoencoder, add it to `KINDS`.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +27,7 @@ from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dumo.encoders import pipeline as pipelines
-from dumo.encoders.codec import FIELD, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.codec import FIELD, CodecSpec, Images, Latent, LoadedCodec, Moments, PublishedCodec
 from dumo.encoders.library import quietly
 from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, first_unfit_key, require_weights
 from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
@@ -31,19 +39,20 @@ CONFIG = "config.json"
 HINT = f"{FIELD}=... names a folder with {CONFIG} and {DIFFUSERS_FILE}, or a model of the Hugging Face hub."
 
 
-class Model(Scaled):
-    """An autoencoder that diffusers has."""
+class DiffusersCodec(CodecSpec):
+    """A codec whose autoencoder is a class of diffusers."""
 
-    name: ClassVar[str]  # of its class there
-    video: ClassVar[bool] = False  # whether it takes videos (b, c, frames, h, w): an image is one frame
+    class_name: ClassVar[str]  # in diffusers
+    takes_videos: ClassVar[bool] = False  # (b, c, frames, h, w): an image is one frame
 
-    def open(self, device: str | torch.device = "cpu") -> Opened:
+    def open(self, device: str | torch.device = "cpu") -> LoadedCodec:
         """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
-        net, sha256 = _load_model(self.name, self)
-        return Opened(self, DiffusersCoder(net.to(device), self), sha256, torch.device(device))
+        net, sha256 = _load_model(self)
+        coder = DiffusersCoder(net.to(device), self)
+        return LoadedCodec(self, coder, sha256, torch.device(device))
 
 
-class SdVae(Model):
+class SdVae(DiffusersCodec):
     """The VAE of Stable Diffusion 1, fine-tuned as ft-ema.
 
     The scale is one over the deviation over the first batch it was trained on (Rombach et al. 2022, App. G).
@@ -51,12 +60,14 @@ class SdVae(Model):
 
     kind: Literal["sd-vae"] = "sd-vae"
     variant: Literal["sd"] = "sd"
-    name: ClassVar[str] = "AutoencoderKL"
-    gaussian: ClassVar[bool] = True
-    variants: ClassVar[Mapping[str, Published]] = {"sd": Published("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215)}
+    class_name: ClassVar[str] = "AutoencoderKL"
+    is_gaussian: ClassVar[bool] = True
+    variants: ClassVar[Mapping[str, PublishedCodec]] = {
+        "sd": PublishedCodec("stabilityai/sd-vae-ft-ema", channels=4, factor=8, scale=0.18215)
+    }
 
 
-class DcAe(Model):
+class DcAe(DiffusersCodec):
     """DC-AE f32c32 (Chen et al. 2024), a 32nd of the side: trained on ImageNet (in), a mixture (mix), or for SANA.
 
     The scale is the scaling_factor of the published config.
@@ -64,27 +75,42 @@ class DcAe(Model):
 
     kind: Literal["dc-ae"] = "dc-ae"
     variant: Literal["in", "mix", "sana"] = "in"
-    name: ClassVar[str] = "AutoencoderDC"
-    variants: ClassVar[Mapping[str, Published]] = {
-        "in": Published("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 32, 32, 0.3189),
-        "mix": Published("mit-han-lab/dc-ae-f32c32-mix-1.0-diffusers", 32, 32, 0.4552),
-        "sana": Published("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", 32, 32, 0.41407),
+    class_name: ClassVar[str] = "AutoencoderDC"
+    variants: ClassVar[Mapping[str, PublishedCodec]] = {
+        "in": PublishedCodec("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", channels=32, factor=32, scale=0.3189),
+        "mix": PublishedCodec("mit-han-lab/dc-ae-f32c32-mix-1.0-diffusers", channels=32, factor=32, scale=0.4552),
+        "sana": PublishedCodec("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", channels=32, factor=32, scale=0.41407),
     }
 
 
+class VaeKind(NamedTuple):
+    """What is particular about a class of autoencoders."""
+
+    is_gaussian: bool = False  # the encoder gives a Gaussian per pixel
+    takes_videos: bool = False  # (b, c, frames, h, w): an image is one frame
+    has_patch_norm: bool = False  # a net learns patches of 2 x 2 of its latent, normalized by numbers in the weights
+
+
+KINDS = {  # of the autoencoders of pipelines, by their class in diffusers
+    "AutoencoderKL": VaeKind(is_gaussian=True),
+    "AutoencoderDC": VaeKind(),
+    "AutoencoderKLQwenImage": VaeKind(is_gaussian=True, takes_videos=True),
+    "AutoencoderKLWan": VaeKind(is_gaussian=True, takes_videos=True),
+    "AutoencoderKLFlux2": VaeKind(is_gaussian=True, has_patch_norm=True),
+}
 V = TypeVar("V", bound="PipelineVae")
 
 
-class PipelineVae(PipelineSpec, Model):
-    """The autoencoder of the run's pipeline, with the shift and scale that its config says."""
+class PipelineVae(PipelineSpec, DiffusersCodec):
+    """The autoencoder of the run's pipeline, with the shift and scale of its config. Its weights are the pipeline's."""
 
     kind: Literal["pipeline"] = "pipeline"
-    weights: str = Field(default="", exclude=True, json_schema_extra=FREE)  # of the pipeline, as is
-    sha256: str | None = Field(default=None, exclude=True, json_schema_extra=PINNED)
-    variants: ClassVar[Mapping[str, Published]] = {}
+    weights: str = Field(default="", exclude=True, json_schema_extra=FREE)  # set by `within`
+    sha256: str | None = Field(default=None, exclude=True, json_schema_extra=PINNED)  # set by `within`
+    variants: ClassVar[Mapping[str, PublishedCodec]] = {}
 
     def within(self: V, pipeline: Pipeline | None) -> V:
-        """As `PipelineSpec.within`, with the place and the hash of the weights."""
+        """Return this spec for a run with this pipeline, with the place and the hash of the autoencoder's weights."""
         codec = super().within(pipeline)
         weights = ""
         sha256 = None
@@ -95,85 +121,79 @@ class PipelineVae(PipelineSpec, Model):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """What the folder says. Raises UserError where it has none, or another than the run began with."""
+        """The autoencoder's config.json. Raises UserError where there is none, or another than the run began with."""
         return self.pipeline.config(VAE)
 
     @property
-    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride], of the folder, not of the class
-        """Its class. Raises UserError for one that is none of KINDS."""
-        name = str(self.config.get("_class_name"))
-        if name not in KINDS:
+    def class_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride], of the folder, not of the class
+        """The autoencoder's class in diffusers. Raises UserError for one that is none of KINDS."""
+        class_name = str(self.config.get("_class_name"))
+        if class_name not in KINDS:
             raise UserError(
-                f"{pipelines.FIELD}: {self.weights} is a {name}, which dumo does not decode with: take one of "
+                f"{pipelines.FIELD}: {self.weights} is a {class_name}, which dumo does not decode with: take one of "
                 f"{', '.join(KINDS)}"
             )
-        return name
+        return class_name
 
     @property
-    def video(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride], as `name`
-        """Whether it takes videos."""
-        return "video" in KINDS[self.name]
+    def takes_videos(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride], as `class_name`
+        """Whether the autoencoder takes videos. Raises UserError as `class_name`."""
+        return KINDS[self.class_name].takes_videos
 
     @property
-    def gaussian(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride], as `name`
-        """Whether the encoder gives a Gaussian per pixel."""
-        return "gaussian" in KINDS[self.name]
+    def is_gaussian(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride], as `class_name`
+        """Whether the encoder gives a Gaussian per pixel. Raises UserError as `class_name`."""
+        return KINDS[self.class_name].is_gaussian
 
     @property
-    def published(self) -> Published:
-        """Its sizes and numbers. Raises UserError where the config says none."""
+    def published(self) -> PublishedCodec:
+        """The shape, shift and scale of latents by the config. Raises UserError where the config says none."""
         with foreign(f"{self.weights} says no sizes, shift or scale of latents", HINT):
             channels, factor = _latent_size(self.config)
-            if "patched" in KINDS[self.name]:  # a net learns patches of its latent, by numbers in the weights
-                return Published(self.weights, 4 * channels, 2 * factor, 1.0)
-            numbers = latent_numbers(self.config)
+            if KINDS[self.class_name].has_patch_norm:  # which takes the place of shift and scale
+                return PublishedCodec(self.weights, channels=4 * channels, factor=2 * factor, scale=1.0)
+            numbers = _shift_and_scale(self.config)
             scale = _float_or_floats(numbers.get("scale", 1.0))
             shift = _float_or_floats(numbers.get("shift", 0.0))
-            return Published(self.weights, channels, factor, scale, shift)
+            return PublishedCodec(self.weights, channels, factor, scale, shift)
 
     def facts(self) -> dict[str, Any]:
-        """As `Scaled.facts`, with what the config says."""
-        facts: dict[str, Any] = {"kind": self.kind, "name": self.name}
+        """Return what the codec computes, by the config, wherever its weights are."""
+        facts: dict[str, Any] = {"kind": self.kind, "name": self.class_name}
         for name, value in self.published._asdict().items():
             if name != "weights":
                 facts[name] = np.asarray(value).tolist()
         return facts
 
     def digest(self) -> str | None:
-        """As `Scaled.digest`."""
+        """Return the SHA-256 of the weights; None where they are not here."""
         return None if self.pipeline.is_published else super().digest()
 
-    def require(self, sha256: str) -> None:
-        """As `Scaled.require`."""
-        self.pipeline.require("vae.weights", sha256)
+    def require_hash(self, sha256: str) -> None:
+        """Raise UserError if the weights have another SHA-256 than those that the run began with."""
+        self.pipeline.require_fact("vae.weights", sha256)
 
-    def open(self, device: str | torch.device = "cpu") -> Opened:
-        """As `Model.open`. Raises UserError, with the command that brings it, where it or its weights are missing."""
-        self.pipeline.weights(VAE)
+    def open(self, device: str | torch.device = "cpu") -> LoadedCodec:
+        """Read the weights. Raises UserError as `DiffusersCodec.open`, with the command that brings a missing part."""
+        self.pipeline.weights(VAE)  # raises
         return super().open(device)
 
 
-KINDS = {  # classes of autoencoders of pipelines, and what is particular about each
-    "AutoencoderKL": ("gaussian",),
-    "AutoencoderDC": (),
-    "AutoencoderKLQwenImage": ("gaussian", "video"),
-    "AutoencoderKLWan": ("gaussian", "video"),
-    "AutoencoderKLFlux2": ("gaussian", "patched"),
-}
-
-
 class DiffusersCoder:
-    """Encoder and decoder of diffusers."""
+    """An autoencoder of diffusers as an `Autoencoder`."""
 
-    def __init__(self, net: nn.Module, spec: Model) -> None:
+    def __init__(self, net: nn.Module, spec: DiffusersCodec) -> None:
+        """Take an autoencoder of diffusers, of the class of `spec`."""
         self.net: Any = net
         self.spec = spec
-        self.patch_norm: Any = getattr(net, "bn", None)  # Flux 2's: the mean and variance of patches of 2 x 2
+        self.patch_norm: Any = getattr(net, "bn", None)  # FLUX.2's batch norm: mean and variance of patches of 2 x 2
 
     def encode(self, images: Images) -> Moments:
-        """The latent; of Gaussians their means, then their standard deviations."""
-        encoded = self.net.encode(images.unsqueeze(2) if self.spec.video else images)
-        if not self.spec.gaussian:
+        """Encode images (b, 3, h, w) to latents, or to means and then standard deviations, along the channels."""
+        if self.spec.takes_videos:
+            images = images.unsqueeze(2)
+        encoded = self.net.encode(images)
+        if not self.spec.is_gaussian:
             return encoded.latent
         mean: Latent = encoded.latent_dist.mean
         sd: Latent = encoded.latent_dist.std
@@ -182,69 +202,76 @@ class DiffusersCoder:
             mean = (pixel_unshuffle(mean, 2) - patch_mean) / patch_sd
             sd = pixel_unshuffle(sd, 2) / patch_sd
         moments = torch.cat([mean, sd], 1)
-        return moments.squeeze(2) if self.spec.video else moments
+        return moments.squeeze(2) if self.spec.takes_videos else moments
 
     def decode(self, raw: Latent) -> Images:
-        """Images, about in [-1, 1]."""
+        """Decode latents (b, l, y, x) to images (b, 3, h, w), about in [-1, 1]."""
         if self.patch_norm:
             patch_mean, patch_sd = self._patch_moments()
             raw = pixel_shuffle(raw * patch_sd + patch_mean, 2)
-        if self.spec.video:
+        if self.spec.takes_videos:
             return self.net.decode(raw.unsqueeze(2)).sample.squeeze(2)
         return self.net.decode(raw).sample
 
     def _patch_moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of patches, (c, 1, 1)."""
+        """Return the mean and standard deviation of each channel of a patch, (c, 1, 1)."""
         mean = self.patch_norm.running_mean.detach()[:, None, None]
         variance = self.patch_norm.running_var.detach()[:, None, None]
         return mean, (variance + self.net.config.batch_norm_eps).sqrt()
 
 
-def _load_model(name: str, codec: Scaled) -> tuple[nn.Module, str]:
-    """The model of diffusers' class `name`, and the SHA-256 of its weights."""
+def _load_model(codec: DiffusersCodec) -> tuple[nn.Module, str]:
+    """Load a codec's autoencoder by diffusers, in float32. Returns it, and the SHA-256 of its weights.
+
+    Raises UserError as `DiffusersCodec.open`.
+    """
+    class_name = codec.class_name
     import_bitsandbytes()
     try:
         import diffusers  # slow to import, and an extra
     except ImportError as error:
-        raise UserError(f"{codec.about} needs diffusers: {install_command('diffusers')}") from error
-    folder = _folder(codec.weights)
+        raise UserError(f"{codec.label} needs diffusers: {install_command('diffusers')}") from error
+    folder = _find_or_fetch_folder(codec.weights)
     part_weights = require_weights(folder, DIFFUSERS, FIELD, HINT)
     sha256 = part_weights.sha256(HINT)
-    codec.require(sha256)
+    codec.require_hash(sha256)
     if (folder / CONFIG).is_file():
         read_settings(folder / CONFIG, HINT)
-    with foreign(f"{folder} holds no {name} that diffusers can load", HINT):
-        model_class = getattr(diffusers, name)
+    with foreign(f"{folder} holds no {class_name} that diffusers can load", HINT):
+        model_class = getattr(diffusers, class_name)
         with quietly("diffusers"):  # it would show a bar of shards
             net, report = part_weights.build_model(model_class)
         unfit_key = first_unfit_key(report)
         if unfit_key is not None:
             raise RuntimeError(f"{unfit_key} is missing, unknown or misshapen, by its {CONFIG}")
         if codec.variants:
-            require_variant(codec, net.config, folder)
+            _require_variant(codec, net.config, folder)
         return net.float().eval().requires_grad_(False), sha256
 
 
-def require_variant(codec: Scaled, config: Mapping[str, Any], folder: Path) -> None:
-    """Raise UserError where a model's config is not of the codec's variant, naming the one that it is of."""
+def _require_variant(codec: CodecSpec, config: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError where a model's config is not of the codec's variant, naming the variant that it is of."""
     channels, factor = _latent_size(config)
-    numbers = latent_numbers(config)
-    matching: dict[Published, str] = {}
+    numbers = _shift_and_scale(config)
+    matching: dict[PublishedCodec, str] = {}
     for name, published in codec.variants.items():
-        if (published.channels, published.factor) == (channels, factor) and are_numbers_of(published, numbers):
+        has_size = (published.channels, published.factor) == (channels, factor)
+        if has_size and _has_numbers(published, numbers):
             matching[published] = name
     if codec.published in matching:
         return
     fix = "it is not supported"
     if matching:
         fix = f"set codec.variant={next(iter(matching.values()))}"
-    raise UserError(
-        f"{folder} is not {codec.about}: {channels} channels, factor {factor}, {numbers_in_words(numbers)}; {fix}"
-    )
+    numbers_text = ", ".join(f"{name} {brief(value, 40)}" for name, value in numbers.items())
+    raise UserError(f"{folder} is not {codec.label}: {channels} channels, factor {factor}, {numbers_text}; {fix}")
 
 
-def latent_numbers(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
-    """The shift and scale of latents that a decoder's config says: one, or one per channel; {} where it says none."""
+def _shift_and_scale(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
+    """Return the shift and scale of latents by an autoencoder's config; {} where it has none.
+
+    Each is one number, or a list of one per channel.
+    """
     if config.get("latents_mean") and config.get("latents_std"):
         return {"shift": config["latents_mean"], "scale": [1 / sd for sd in config["latents_std"]]}
     if "scaling_factor" in config:
@@ -252,8 +279,8 @@ def latent_numbers(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
     return {}
 
 
-def are_numbers_of(published: Published, numbers: Mapping[str, float | list[float]]) -> bool:
-    """Whether shift and scale, where a config says them, are the published ones."""
+def _has_numbers(published: PublishedCodec, numbers: Mapping[str, float | list[float]]) -> bool:
+    """Whether the shift and scale of a config are the published ones. A config without them has any."""
     expected = {"shift": published.shift, "scale": published.scale}
     for name, value in numbers.items():
         if np.size(value) not in (1, published.channels) or not np.allclose(value, expected[name], rtol=1e-3):
@@ -261,27 +288,25 @@ def are_numbers_of(published: Published, numbers: Mapping[str, float | list[floa
     return True
 
 
-def numbers_in_words(numbers: Mapping[str, float | list[float]]) -> str:
-    """Such as "shift 0.0, scale 0.18215"."""
-    return ", ".join(f"{name} {brief(value, 40)}" for name, value in numbers.items())
-
-
 def _float_or_floats(value: float | list[float]) -> float | tuple[float, ...]:
-    """One number, or a tuple of one per channel."""
+    """Convert a number of a config to a float, or a list of one per channel to a tuple of floats."""
     array = np.asarray(value, float)
     return tuple(array.tolist()) if array.ndim else float(array)
 
 
 def _latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
-    """The channels of a latent, and pixels along an axis for each of its own: blocks but the last halve the side."""
-    if "z_dim" in config:
-        return config["z_dim"], 2 ** len(config["temperal_downsample"])  # one step of the sides for each
+    """Return the channels of a latent by an autoencoder's config, and its factor: image pixels for each of its own."""
+    if "z_dim" in config:  # of videos: each entry is a block that halves the sides, and maybe the time
+        return config["z_dim"], 2 ** len(config["temperal_downsample"])
     blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
-    return config["latent_channels"], 2 ** (len(blocks) - 1)
+    return config["latent_channels"], 2 ** (len(blocks) - 1)  # all blocks but the last halve the sides
 
 
-def _folder(name: str) -> Path:
-    """The folder of a model: a path, or what the hub's client keeps of `owner/model` or `owner/model/folder`."""
+def _find_or_fetch_folder(name: str) -> Path:
+    """Return the folder of a model: a path, or that of `owner/model` or `owner/model/folder` in the hub client's cache.
+
+    Raises UserError where there is none.
+    """
     path = user_path(name, FIELD)
     if path.is_dir():
         return path

@@ -1,13 +1,18 @@
-"""The captions of a data set, where each distinct text has a number, as a class has; and files of prompts.
+"""Captions as numbers: the condition c of a net that reads text. And files of prompts to sample from.
 
-A condition c is the number of a caption; the number after the last means no caption. People and benchmarks keep prompts
-as a text per line, as JSON lines, or as a folder of text files.
+Three things that share the text of a caption:
 
-What a model that edits images is conditioned on is a text and an image: a caption with the image's SHA-256 at its end.
+- `Captions` numbers the distinct captions of a data set, as classes are numbered: c is the number of a caption, and the
+  number after the last means no caption. `Captions.from_images` numbers them; `draw` and `first_of` choose one caption
+  for each image of a batch.
+- A model that edits images reads a text and an image. Its caption holds both: `edit_caption` joins the text and the
+  image's SHA-256, and `split_caption` takes them apart.
+- `read_prompts` reads a file of prompts as people and benchmarks keep them: a text per line, JSON lines, or a folder of
+  text files.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,47 +26,58 @@ from dumo.io.read import is_unicode, read_text
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
-EDITS = "\x1d"  # ASCII's group separator: between a text and the hash of the image that it edits
-WAY = "give a .txt with a prompt on each line, a .jsonl whose lines have a prompt, or a folder of .txt files"
+# Stands between a text and the hash of the image that it edits: ASCII's group separator, which no text holds (ours).
+_EDIT_SEPARATOR = "\x1d"
+_PROMPTS_HINT = "give a .txt with a prompt on each line, a .jsonl whose lines have a prompt, or a folder of .txt files"
 
 
-def edit(text: str, sha256: str) -> str:
-    """The caption that edits an image of this hash by a text."""
-    return f"{text.strip()}{EDITS}{sha256}"
+def edit_caption(text: str, sha256: str) -> str:
+    """Return the caption that edits the image of this SHA-256 by a text."""
+    return f"{text.strip()}{_EDIT_SEPARATOR}{sha256}"
 
 
-def parted(caption: str) -> tuple[str, str]:
-    """The text of a caption, and the hash of the image that it edits; "": it edits none."""
-    text, _, sha256 = caption.partition(EDITS)
+def split_caption(caption: str) -> tuple[str, str]:
+    """Return the text of a caption, and the SHA-256 of the image that it edits; "" if it edits none."""
+    text, _, sha256 = caption.partition(_EDIT_SEPARATOR)
     return text, sha256
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Distinct texts, and the numbers of each image's. Caption k is `texts[k]`; number `len(texts)` is no caption.
+    """The distinct captions of n images, and the numbers of each image's own captions.
 
-    An image has at least one number: that of no caption where it has none, or only blank ones.
+    Caption k is `texts[k]`, and the number `len(texts)` means no caption. A blank caption counts as none. Each image
+    has at least one number.
     """
 
     texts: tuple[str, ...]  # distinct, none blank
     ids: Int64[Tensor, " m"]  # numbers of captions, image by image
-    ends: Int64[Tensor, " n"]  # the end of image i's numbers in `ids`
+    ends: Int64[Tensor, " n"]  # the numbers of image i end here in `ids`, and those of image i + 1 begin
 
     @classmethod
-    def of(cls, images: Iterable[Sequence[str]]) -> "Captions":
-        """Number the captions of each image, in order of first appearance, stripped of surrounding blanks."""
-        numbers: dict[str, int] = {}
-        listed: list[int] = []
+    def from_images(cls, captions_by_image: Iterable[Sequence[str]]) -> "Captions":
+        """Number the captions of each image in the order of their first appearance, without surrounding blanks."""
+        number_of_text: dict[str, int] = {}
+        ids: list[int] = []
         ends: list[int] = []
-        for captions in images:
-            stripped = [text.strip() for text in captions] or [""]
-            listed += [numbers.setdefault(text, len(numbers)) if text else -1 for text in stripped]
-            ends.append(len(listed))
-        ids = torch.tensor(listed, dtype=torch.long)
-        return cls(tuple(numbers), ids.where(ids >= 0, len(numbers)), torch.tensor(ends, dtype=torch.long))
+        for captions in captions_by_image:
+            for caption in captions or [""]:
+                text = caption.strip()
+                if text:
+                    ids.append(number_of_text.setdefault(text, len(number_of_text)))
+                else:
+                    ids.append(-1)  # no caption; its number is known once all texts are
+            ends.append(len(ids))
+        no_caption = len(number_of_text)
+        id_tensor = torch.tensor(ids, dtype=torch.long)
+        return cls(
+            texts=tuple(number_of_text),
+            ids=id_tensor.where(id_tensor >= 0, no_caption),
+            ends=torch.tensor(ends, dtype=torch.long),
+        )
 
     def __len__(self) -> int:
-        """The number of texts."""
+        """The number of distinct captions."""
         return len(self.texts)
 
     @property
@@ -69,23 +85,24 @@ class Captions:
         """The number of captions of each image, at least 1."""
         return self.ends.diff(prepend=self.ends.new_zeros(1))
 
-    def first(self, images: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
-        """The first caption of each of these images."""
+    def first_of(self, images: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:
+        """Return the number (b,) of the first caption of each image (b,)."""
         return self.ids[self.ends[images] - self.counts[images]]
 
-    def drawn(
+    def draw(
         self, images: Int64[Tensor, " b"], *key: int | str, batch: int, rows: slice = slice(None)
     ) -> Int64[Tensor, " b"]:
-        """One of the captions of each image, all equally likely, by random numbers of the key.
+        """Draw one caption of each image (b,), all equally likely, and return its number (b,).
 
-        The images are at the places `rows` of a batch of `batch` rows, so each rank draws for its own alone.
+        `key` names the random numbers. The images are the `rows` of a batch of `batch` rows, so a rank draws for its
+        own rows what it would draw for them in the whole batch.
         """
         u = torch.rand(batch, dtype=torch.float64, generator=stream(*key, "caption"))[rows]
         counts = self.counts[images]
         return self.ids[self.ends[images] - counts + (u * counts).long()]
 
     def digest(self) -> str:
-        """A short digest of the texts in their order: captions of the same digest have the same numbers."""
+        """Return a short digest of the captions in their order. Captions of one digest have the same numbers."""
         return digest.short(*self.texts)
 
 
@@ -93,44 +110,64 @@ class Captions:
 class Prompt:
     """A text to make images of, and a name for the files of its images."""
 
-    name: str  # that of its file, or the number of its line, from 00000
+    name: str  # of the prompt's own file without its ending, or the number of its line, from 00000
     text: str
-    line: str  # as in the file
+    line: str  # as the file has it
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file or folder, in order; blank lines are left out. Raises UserError where there are none."""
+    """Read the prompts of a file or folder, in order. Blank lines are left out.
+
+    Raises UserError where there are none, a file of a folder is empty, or a line of JSON has no prompt.
+    """
     if path.is_dir():
-        prompts: list[Prompt] = []
-        for file in sorted(path.glob("*.txt")):
-            text = read_text(file, WAY)
-            prompt = Prompt(file.stem, " ".join(text.split()), text)
-            if not prompt.text:
-                raise UserError(f"{file} is empty: write a prompt into it, or remove it")
-            prompts.append(prompt)
-    elif path.exists():
-        texts = _json(path) if path.suffix == ".jsonl" else ((line.strip(), line) for line in _lines(path))
-        prompts = [Prompt(f"{i:05d}", text, line) for i, (text, line) in enumerate(texts)]
+        prompts = _read_folder(path)
+    elif not path.exists():
+        raise UserError(f"there are no prompts {path}: {_PROMPTS_HINT}")
+    elif path.suffix == ".jsonl":
+        prompts = _read_json_lines(path)
     else:
-        raise UserError(f"there are no prompts {path}: {WAY}")
+        prompts = [Prompt(_line_name(i), line.strip(), line) for i, line in enumerate(_nonblank_lines(path))]
     if not prompts:
-        raise UserError(f"{path} has no prompts: {WAY}")
+        raise UserError(f"{path} has no prompts: {_PROMPTS_HINT}")
     return prompts
 
 
-def _lines(path: Path) -> Iterator[str]:
-    return (line for line in read_text(path, WAY).split("\n") if line.strip())
+def _read_folder(folder: Path) -> list[Prompt]:
+    """Read a prompt from each .txt file of a folder, by the order of names. Raises UserError for an empty file."""
+    prompts: list[Prompt] = []
+    for file in sorted(folder.glob("*.txt")):
+        content = read_text(file, _PROMPTS_HINT)
+        text = " ".join(content.split())
+        if not text:
+            raise UserError(f"{file} is empty: write a prompt into it, or remove it")
+        prompts.append(Prompt(file.stem, text, content))
+    return prompts
 
 
-def _json(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_lines(path), 1):
+def _read_json_lines(file: Path) -> list[Prompt]:
+    """Read a prompt from each line of JSON. Raises UserError for a line that has none, or is no JSON."""
+    prompts: list[Prompt] = []
+    for i, line in enumerate(_nonblank_lines(file)):
+        where = f"{file} line {i + 1}"
         try:
             row: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}): {WAY}") from error
+            raise UserError(f"{where} is not JSON ({error}): {_PROMPTS_HINT}") from error
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{path} line {number} has no prompt, as {{'prompt': 'a photo of a bench'}}: {WAY}")
+            raise UserError(f"{where} has no prompt, as {{'prompt': 'a photo of a bench'}}: {_PROMPTS_HINT}")
         if not is_unicode(text):
-            raise UserError(f"{path} line {number} has a prompt with half a character, a lone surrogate: {WAY}")
-        yield text.strip(), line
+            raise UserError(f"{where} has a prompt with half a character, a lone surrogate: {_PROMPTS_HINT}")
+        prompts.append(Prompt(_line_name(i), text.strip(), line))
+    return prompts
+
+
+def _nonblank_lines(file: Path) -> list[str]:
+    """Return the lines of a file, without those that are blank."""
+    return [line for line in read_text(file, _PROMPTS_HINT).split("\n") if line.strip()]
+
+
+def _line_name(i: int) -> str:
+    """Return the name of the prompt on line i: 00000 for the first."""
+    return f"{i:05d}"

@@ -27,7 +27,7 @@ Images = Float[Tensor, "n c h w"]
 Features = Float[Tensor, "n f"]
 Labels = Int64[Tensor, " n"]
 
-PIECE = 500  # images at a time through a net: ours
+IMAGES_AT_ONCE = 500  # that go through a net together: ours
 
 
 class DigitsClassifier(nn.Module):
@@ -66,7 +66,7 @@ class DigitsClassifier(nn.Module):
         return self.logits(self.features(x))
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """A residual block (He et al. 2016): relu(x + conv(relu(conv x)))."""
 
     def __init__(self, width: int) -> None:
@@ -79,7 +79,7 @@ class Residual(nn.Module):
         return F.relu(x + self.two(F.relu(self.one(x))))
 
 
-class Cifar10(nn.Module):
+class Cifar10Classifier(nn.Module):
     """A net for RGB images (n, 3, 32, 32): residual blocks at 16x16, 8x8 and 4x4, then the mean over the image.
 
     16 M multiply-adds an image, so that a processor reads thousands of images a second.
@@ -92,13 +92,13 @@ class Cifar10(nn.Module):
         self.trunk = nn.Sequential(
             _conv(3, 32, size=4, stride=2),
             nn.ReLU(),
-            Residual(32),
+            ResidualBlock(32),
             _conv(32, 64, stride=2),
             nn.ReLU(),
-            Residual(64),
+            ResidualBlock(64),
             _conv(64, self.width, stride=2),
             nn.ReLU(),
-            Residual(self.width),
+            ResidualBlock(self.width),
         )
         self.norm = nn.BatchNorm1d(self.width, affine=False)
         self.head = nn.Linear(self.width, 10)
@@ -121,7 +121,7 @@ class Cifar10(nn.Module):
 class ShippedClassifier:
     """A classifier with the weights that come with the package, on the CPU, in evaluation mode."""
 
-    kind: type[DigitsClassifier | Cifar10]
+    kind: type[DigitsClassifier | Cifar10Classifier]
     file: Path
 
     @property
@@ -130,7 +130,7 @@ class ShippedClassifier:
         return self.kind.width
 
     @cached_property
-    def net(self) -> DigitsClassifier | Cifar10:
+    def net(self) -> DigitsClassifier | Cifar10Classifier:
         """The net with its weights, read at first use."""
         with torch.device("meta"):  # no weights are drawn, so nobody's random numbers move
             net = self.kind()
@@ -144,7 +144,7 @@ class ShippedClassifier:
 
     def features(self, x: Images) -> Features:
         """The features of images in [-1, 1], in float32 on the CPU."""
-        return torch.cat([self.net.features(part) for part in x.to("cpu", torch.float32).split(PIECE)])
+        return torch.cat([self.net.features(part) for part in x.to("cpu", torch.float32).split(IMAGES_AT_ONCE)])
 
     def classify(self, f: Features) -> Labels:
         """The most probable class of images with these features."""
@@ -152,7 +152,7 @@ class ShippedClassifier:
 
 
 digits = ShippedClassifier(DigitsClassifier, Path(__file__).with_name("digits.safetensors"))
-cifar10 = ShippedClassifier(Cifar10, Path(__file__).with_name("cifar10.safetensors"))
+cifar10 = ShippedClassifier(Cifar10Classifier, Path(__file__).with_name("cifar10.safetensors"))
 
 
 def _conv(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> nn.Sequential:

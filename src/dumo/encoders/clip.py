@@ -1,8 +1,7 @@
 """CLIP (Radford et al. 2021): how well an image fits a text, as the cosine of their two embeddings.
 
-The model is a folder of the user's own, as transformers saves a CLIPModel. `load` checks the folder and reads model,
-tokenizer and colours into a `Clip`; `Clip.cosines` then preprocesses images, cuts texts into tokens, and asks the
-model.
+The model is in a folder of the user's own, as transformers saves a CLIPModel. `load` checks the folder and reads model,
+tokenizer and colours into a `Clip`. `Clip.cosines` preprocesses images, tokenizes texts, and compares their embeddings.
 
 Preprocessing is fixed here, as in the published code, whatever else is installed: Pillow brings the shorter side to the
 model's, bicubic, the middle is cut out, and colours are centred and scaled.
@@ -44,7 +43,7 @@ COLOUR_DEVIATION = (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP, and what its images and texts need before they reach the model."""
+    """A loaded CLIP, and how images and texts are preprocessed for it."""
 
     folder: Path
     model: Any  # of transformers
@@ -60,7 +59,7 @@ class Clip:
 
     @torch.no_grad()
     def cosines(self, pixels: Pixels, texts: Sequence[str]) -> Float[Tensor, " n"]:
-        """The cosine of each image and its text, in float32 on the CPU. Warns of texts that are cut."""
+        """Return the cosine of each image and its text, in float32 on the CPU. Warns of texts that are cut."""
         batches = list[Tensor]()
         for first in range(0, len(texts), _IMAGES_PER_BATCH):
             batch = slice(first, first + _IMAGES_PER_BATCH)
@@ -125,9 +124,10 @@ def read_colours(
 ) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
     """Read the mean and deviation of colours from the settings of a folder's image processor.
 
-    What they do not hold is `default`. Raises UserError where a value is not three numbers.
+    A value that they do not hold is that of `default`. Raises UserError where a value is not three numbers.
     """
-    file = next((folder / name for name in (IMAGE_CONFIG, _PROCESSOR_CONFIG) if (folder / name).is_file()), None)
+    candidates = [folder / name for name in (IMAGE_CONFIG, _PROCESSOR_CONFIG)]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
     settings = read_settings(file, hint) if file else {}
     image_settings = settings.get("image_processor")
     if isinstance(image_settings, dict):

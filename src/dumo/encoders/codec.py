@@ -1,11 +1,15 @@
-"""What all codecs share: an autoencoder, and the affine map after it that brings a latent near mean 0 and deviation 1.
+"""What all codecs share. A codec is a published autoencoder, and an affine map behind it.
 
-With shift s and scale a, both numbers or one per channel, a net learns x = (raw - s) a, and raw = x / a + s is decoded.
-Where the encoder gives a Gaussian per pixel, its moments stand one after the other along the channels: the mean, which
-is mapped as x is, then the standard deviation, which is multiplied by a.
+The map brings a latent near mean 0 and standard deviation 1. With shift s and scale a, one number each or one per
+channel, a net learns x = (raw - s) a, and raw = x / a + s is decoded. Some encoders give a Gaussian per pixel: its mean
+and its standard deviation stand one after the other along the channels. The mean is mapped as x is, and the deviation
+is multiplied by a.
 
-`Scaled` is the spec that each codec extends with an `open` of its own, which returns an `Opened`: that encodes images
-and decodes latents with an `Autoencoder`. `Published` has a codec's numbers.
+- `CodecSpec` is the spec, which knows shapes and the map, and reads no weights. `dumo.encoders.autoencoder` and
+  `dumo.encoders.taesd` extend it, each by an `open` of its own.
+- `open` reads the weights and returns a `LoadedCodec`, which encodes images and decodes latents with its
+  `Autoencoder`.
+- `PublishedCodec` has the numbers that an autoencoder was published with.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,27 +33,28 @@ Moments = Float[Tensor, "b m y x"]  # m channels, or 2 m: means and standard dev
 Latent = Float[Tensor, "b l y x"]
 
 FIELD = "data.codec.weights"  # the field of a run, for messages
-PIECE = 2**20  # pixels at a time, 16 images of 256 x 256: ours
+PIXELS_AT_ONCE = 2**20  # of images that go through the net together: 16 images of 256 x 256 (ours)
 
 
-class Published(NamedTuple):
+class PublishedCodec(NamedTuple):
     """What an autoencoder was published with."""
 
     weights: str  # a file, a folder, or a model of the Hugging Face hub
     channels: int  # of a latent
-    factor: int  # how many times the height and width of a latent an image has
-    scale: float | tuple[float, ...]  # multiplies the encoder's output, less the shift: one number, or one per channel
-    shift: float | tuple[float, ...] = 0.0  # one number, or one per channel
+    factor: int  # pixels of an image along a side, for each of a latent's
+    # x = (raw - shift) scale, where raw is the encoder's output: one number each, or one per channel
+    scale: float | tuple[float, ...]
+    shift: float | tuple[float, ...] = 0.0
 
 
-class Scaled(Spec):
-    """A published autoencoder, before its weights are read."""
+class CodecSpec(Spec):
+    """A published autoencoder, before its weights are read. What it encodes is near mean 0 and deviation 1."""
 
-    gaussian: ClassVar[bool] = False  # whether the encoder gives a Gaussian per pixel, else a point
-    variants: ClassVar[Mapping[str, Published]]  # by name, the default first; a codec without variants has ""
+    is_gaussian: ClassVar[bool] = False  # whether the encoder gives a Gaussian per pixel; else it gives a latent
+    variants: ClassVar[Mapping[str, PublishedCodec]]  # by name, the default first; a codec without variants has ""
     # Where the weights are, by default as published; environment variables and ~ are expanded.
     weights: str = Field(default="", json_schema_extra=MAYBE_PLACE)
-    # The hash of the weights, written when a run begins: from then on it encodes and decodes by these alone.
+    # The SHA-256 of the weights, written when a run begins. From then on the run refuses other weights.
     sha256: str | None = Field(default=None, exclude_if=lambda sha256: sha256 is None, json_schema_extra=PINNED)
 
     @model_validator(mode="before")
@@ -65,8 +70,8 @@ class Scaled(Spec):
         return {"weights": published.weights} | fields
 
     @property
-    def published(self) -> Published:
-        """The numbers of the variant that is set."""
+    def published(self) -> PublishedCodec:
+        """What the autoencoder of the chosen variant was published with."""
         return self.variants[getattr(self, "variant", "")]
 
     @property
@@ -76,22 +81,24 @@ class Scaled(Spec):
 
     @property
     def factor(self) -> int:
-        """How many times the height and width of a latent an image has."""
+        """The pixels of an image along a side, for each of a latent's."""
         return self.published.factor
 
     def digest(self) -> str | None:
-        """The SHA-256 of the weights, where they lie on this machine at the path that is set; else None."""
+        """Return the SHA-256 of the weights at the path that is set; None where no weights are there."""
         try:
-            place = user_path(self.weights, FIELD)
+            path = user_path(self.weights, FIELD)
         except UserError:
             return None
-        if place.is_dir():
-            part_weights = find_weights(place, DIFFUSERS)
-            return None if part_weights is None else part_weights.sha256()
-        return digest.of_file(place) if place.is_file() else None
+        if path.is_file():
+            return digest.of_file(path)
+        if not path.is_dir():
+            return None
+        part_weights = find_weights(path, DIFFUSERS)
+        return None if part_weights is None else part_weights.sha256()
 
-    def require(self, sha256: str) -> None:
-        """Raise UserError for weights of another SHA-256 than those that the run began with."""
+    def require_hash(self, sha256: str) -> None:
+        """Raise UserError if the weights have another SHA-256 than those that the run began with."""
         if self.sha256 not in (None, sha256):
             raise UserError(
                 f"{FIELD}: {self.weights} has SHA-256 {sha256}, and this run has {self.sha256}: put those weights "
@@ -99,20 +106,20 @@ class Scaled(Spec):
             )
 
     def facts(self) -> dict[str, Any]:
-        """The fields that say what the codec computes, wherever its weights lie."""
+        """Return the fields that say what the codec computes, wherever its weights are."""
         return self.model_dump(exclude={"weights", "sha256"})
 
     def shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
-        """The shape (channels, height, width) of the latent of an image, square if `width` is None; in pixels.
+        """Return the shape (channels, height, width) of the latent of an image, whose height and width are in pixels.
 
-        Raises UserError where height or width does not divide by the codec's factor.
+        The image is a square if `width` is None. Raises UserError where a side does not divide by the codec's factor.
         """
         if width is None:
             width = height
         for side in (height, width):
             if side % self.factor:
                 raise UserError(
-                    f"{side} pixels do not divide by {self.factor}, as {self.about} needs: resize the images"
+                    f"{side} pixels do not divide by {self.factor}, as {self.label} needs: resize the images"
                 )
         return self.channels, height // self.factor, width // self.factor
 
@@ -127,7 +134,7 @@ class Scaled(Spec):
         return mean + deviation * keyed(*key, rows=rows, shape=mean.shape[1:]).to(mean)
 
     def normalise(self, raw: Moments) -> Moments:
-        """Map what the encoder gave to what a net learns."""
+        """Map an encoder's output (b, m, y, x), latents or moments, to what a net learns, of this shape."""
         mean, *deviations = raw.split(self.channels, 1)  # no deviation, or one
         shift, scale = self._shift_and_scale(raw)
         normalised = [(mean - shift) * scale]
@@ -136,7 +143,7 @@ class Scaled(Spec):
         return torch.cat(normalised, 1)
 
     def restore(self, x: Moments) -> Moments:
-        """Map what a net learns to what the encoder gave: the inverse of `normalise`."""
+        """Map what a net learns (b, m, y, x) to an encoder's output, of this shape: the inverse of `normalise`."""
         mean, *deviations = x.split(self.channels, 1)  # no deviation, or one
         shift, scale = self._shift_and_scale(x)
         restored = [mean / scale + shift]
@@ -145,13 +152,13 @@ class Scaled(Spec):
         return torch.cat(restored, 1)
 
     @property
-    def about(self) -> str:
-        """The codec in a few words, for messages."""
+    def label(self) -> str:
+        """The codec in a few words, for messages: codec sd-vae sd."""
         words = ["codec", getattr(self, "kind", ""), getattr(self, "variant", "")]
         return " ".join(word for word in words if word)
 
     def _shift_and_scale(self, like: Tensor) -> tuple[Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"]]:
-        """Shift and scale of each channel, of the dtype and on the device of the tensor `like`."""
+        """Return shift and scale of each channel, of the dtype and on the device of the tensor `like`."""
         shift = torch.tensor(self.published.shift, dtype=like.dtype, device=like.device)
         scale = torch.tensor(self.published.scale, dtype=like.dtype, device=like.device)
         return shift.expand(self.channels)[:, None, None], scale.expand(self.channels)[:, None, None]
@@ -171,23 +178,23 @@ class Autoencoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A codec with its weights. It takes images and latents a few at a time, and records no gradient."""
+class LoadedCodec:
+    """A codec with its weights. Images and latents go through the net a few at a time, and no gradient is recorded."""
 
-    codec: Scaled
+    codec: CodecSpec
     net: Autoencoder
     sha256: str  # of the weights' file
     device: torch.device
 
     @torch.no_grad()
     def encode(self, images: Images) -> Moments:
-        """Encode images in [-1, 1] to x, or the moments of x, near mean 0 and deviation 1.
+        """Encode images in [-1, 1] to x, or to the moments of x, near mean 0 and deviation 1.
 
         Raises UserError where height or width does not divide by the codec's factor.
         """
         height, width = images.shape[2:]
         self.codec.shape(height, width)  # raises
-        images_at_once = max(1, PIECE // (height * width))
+        images_at_once = max(1, PIXELS_AT_ONCE // (height * width))
         encoded: list[Tensor] = []
         for part in images.split(images_at_once):
             raw = self.net.encode(part.to(self.device, torch.float32))
@@ -196,9 +203,9 @@ class Opened:
 
     @torch.no_grad()
     def decode(self, x: Latent) -> Images:
-        """Decode x to images, clamped to [-1, 1]."""
+        """Decode x, near mean 0 and deviation 1, to images, which are clamped to [-1, 1]."""
         height, width = x.shape[2:]
-        latents_at_once = max(1, PIECE // (self.codec.factor**2 * height * width))
+        latents_at_once = max(1, PIXELS_AT_ONCE // (self.codec.factor**2 * height * width))
         decoded: list[Tensor] = []
         for part in x.split(latents_at_once):
             raw = self.codec.restore(part.to(self.device, torch.float32))
@@ -206,5 +213,5 @@ class Opened:
         return torch.cat(decoded)
 
     def shape(self, side: int) -> tuple[int, int, int]:
-        """The shape of the latent of a square image of `side` pixels. Raises as `Scaled.shape`."""
+        """Return the shape of the latent of a square image of `side` pixels. Raises UserError as `CodecSpec.shape`."""
         return self.codec.shape(side)

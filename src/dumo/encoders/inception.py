@@ -1,21 +1,22 @@
 """The network of the FID: Inception-v3 as TensorFlow published it in December 2015, its weights under their own names.
 
-It is not the Inception-v3 of later libraries (Szegedy et al. 2015): there are 1008 classes, an average takes no padding
-in, and the last block takes a maximum where its sibling takes an average. The tables below are the whole network:
-a network is a row of blocks, a block is branches side by side, a branch is a row of steps. Its names and shapes are
-those of the published file, so that loading it checks both.
+- `load` checks the user's file of weights and loads it into an `Inception`. A call of the `Inception` takes images and
+  returns `InceptionFeatures`.
+- `weights_path` says where the file should be, and `facts` what a report says of a loaded network.
 
-Its input is resized as the first TensorFlow did it: output pixel i lies at i n / m of the n input pixels, not at
-(i + 1/2) n / m - 1/2 (half a pixel off), and only its two neighbours count even where the image shrinks (no
-antialiasing). Both are defects by now, and part of the measure: with another resize the FID is another number (Parmar
-et al. 2022). Columns are interpolated before rows, as there, and positions are rounded to float32, so the numbers are
-the same to the last bits.
+The network is in the tables below. `BLOCKS` follow one another, a block is branches side by side, and a branch is a row
+of steps. Names and shapes are those of the published file, so loading it checks both. It is not the Inception-v3 of
+later libraries (Szegedy et al. 2015): there are 1008 classes, an average takes no padding in, and the last block takes
+a maximum where its sibling takes an average.
 
-The weights are published as a pickle, and dumo reads none, for a pickle can run anything. Who wants a FID makes a
-safetensors file of it once, by `MAKE`, which also notes the SHA-256 of its source.
+Images are resized as the first TensorFlow did it (`resize_tf1`). Output pixel i lies at i n / m of the n input pixels,
+not at (i + 1/2) n / m - 1/2 (half a pixel off), and only its two neighbours count even where the image shrinks (no
+antialiasing). Both are known defects, and part of the measure: with another resize the FID is another number (Parmar
+et al. 2022). Columns are interpolated before rows, and positions are rounded to float32, so the numbers are the same to
+the last bits.
 
-`load` checks the file and loads it into an `Inception`, which is called with images and gives `InceptionFeatures`;
-`place` says where the file should be, and `facts` what a report says of a loaded network.
+The weights are published as a pickle, and dumo reads none, because a pickle can run anything. `CONVERT_COMMAND` makes a
+safetensors file of it, which also notes the SHA-256 of its source.
 """
 
 import os
@@ -36,14 +37,15 @@ from dumo.types import UserError
 
 SIZE = 299  # pixels along each side of the network's input
 CLASSES = 1008  # of the published network
-WIDTH = 2048  # features of the FID
-PLANES = 7  # channels of the sFID's map (Nash et al. 2021), so that it has about as many numbers as the FID
-SPATIAL_WIDTH = 17 * 17 * PLANES
-VARIABLE = "DUMO_INCEPTION"  # of the environment: where the weights are
+WIDTH = 2048  # number of features of the FID
+PLANES = 7  # channels of the sFID's map (Nash et al. 2021): then it has about as many features as the FID
+SPATIAL_WIDTH = 17 * 17 * PLANES  # number of features of the sFID
+VARIABLE = "DUMO_INCEPTION"  # of the environment: the path of the weights
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published file
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
-MAKE = (
+# makes inception.safetensors of the published file, in its folder
+CONVERT_COMMAND = (
     'python -c "import hashlib, pathlib, torch; from safetensors.torch import save_file;'
     f" p = '{FILE}'; w = torch.load(p, map_location='cpu', weights_only=True);"
     " save_file({k: v.contiguous() for k, v in w.items()}, 'inception.safetensors',"
@@ -52,7 +54,7 @@ MAKE = (
 
 
 class InceptionFeatures(NamedTuple):
-    """Features of n images, from one pass. Each is a mean over a map, but for `spatial` and `logits`."""
+    """Features of n images, from one pass. All but `spatial` and `logits` are means over a map."""
 
     f64: Float[Tensor, "n 64"]
     f192: Float[Tensor, "n 192"]
@@ -69,11 +71,11 @@ class Conv(NamedTuple):
     out: int  # channels
     kernel: int | tuple[int, int] = 1  # pixels: a side, or height and width
     stride: int = 1
-    valid: bool = False  # without padding; else there is as much as keeps height and width, at stride 1
+    valid: bool = False  # without padding; else padding keeps height and width, at stride 1
 
 
 Pool = Callable[[Tensor], Tensor]  # a step without weights
-Step = Conv | Pool | list[Conv]  # a list: several side by side on one input
+Step = Conv | Pool | list[Conv]  # a list: convolutions side by side on one input
 Branch = tuple[Step, ...]
 
 
@@ -83,34 +85,44 @@ _halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 def _chain(prefix: str, *shapes: tuple[int, int | tuple[int, int]]) -> Branch:
-    """Convolutions in a row, `prefix`_1, _2 ..., each of (outputs, kernel)."""
+    """Return convolutions in a row, named `prefix`_1, _2 ..., each of (output channels, kernel)."""
     return tuple(Conv(f"{prefix}_{i}", out, kernel) for i, (out, kernel) in enumerate(shapes, 1))
 
 
-def _fine(pooled: int) -> tuple[Branch, ...]:
-    """A block on the 35 x 35 map."""
+def _block_35(pool_channels: int) -> tuple[Branch, ...]:
+    """Return a block on the 35 x 35 map, with `pool_channels` outputs of its pool branch."""
     return (
         (Conv("branch1x1", 64),),
         _chain("branch5x5", (48, 1), (64, 5)),
         _chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-        (_average, Conv("branch_pool", pooled)),
+        (_average, Conv("branch_pool", pool_channels)),
     )
 
 
-def _middle(inner: int) -> tuple[Branch, ...]:
-    """A block on the 17 x 17 map, its 7 x 7 kernels each split into a row and a column."""
+def _block_17(inner: int) -> tuple[Branch, ...]:
+    """Return a block on the 17 x 17 map, with `inner` channels inside of its 7 x 7 branches.
+
+    Each 7 x 7 kernel is split into a row and a column.
+    """
     row = (1, 7)
     column = (7, 1)
     return (
         (Conv("branch1x1", 192),),
         _chain("branch7x7", (inner, 1), (inner, row), (192, column)),
-        _chain("branch7x7dbl", (inner, 1), (inner, column), (inner, row), (inner, column), (192, row)),
+        _chain(
+            "branch7x7dbl",
+            (inner, 1),
+            (inner, column),
+            (inner, row),
+            (inner, column),
+            (192, row),
+        ),
         (_average, Conv("branch_pool", 192)),
     )
 
 
-def _coarse(pool: Pool) -> tuple[Branch, ...]:
-    """A block on the 8 x 8 map; its two 3 x 3 branches end in a row and a column side by side."""
+def _block_8(pool: Pool) -> tuple[Branch, ...]:
+    """Return a block on the 8 x 8 map. Its two 3 x 3 branches end in a row and a column side by side."""
     three = [Conv("branch3x3_2a", 384, kernel=(1, 3)), Conv("branch3x3_2b", 384, kernel=(3, 1))]
     double = [Conv("branch3x3dbl_3a", 384, kernel=(1, 3)), Conv("branch3x3dbl_3b", 384, kernel=(3, 1))]
     return (
@@ -131,18 +143,18 @@ STEM = (
     (Conv("Conv2d_3b_1x1", 80), Conv("Conv2d_4a_3x3", 192, kernel=3, valid=True), _halve),
 )
 BLOCKS: dict[str, tuple[Branch, ...]] = {
-    "Mixed_5b": _fine(32),
-    "Mixed_5c": _fine(64),
-    "Mixed_5d": _fine(64),
+    "Mixed_5b": _block_35(32),
+    "Mixed_5c": _block_35(64),
+    "Mixed_5d": _block_35(64),
     "Mixed_6a": (
         (Conv("branch3x3", 384, kernel=3, stride=2, valid=True),),
         (*_chain("branch3x3dbl", (64, 1), (96, 3)), Conv("branch3x3dbl_3", 96, kernel=3, stride=2, valid=True)),
         (_halve,),
     ),
-    "Mixed_6b": _middle(128),
-    "Mixed_6c": _middle(160),
-    "Mixed_6d": _middle(160),
-    "Mixed_6e": _middle(192),
+    "Mixed_6b": _block_17(128),
+    "Mixed_6c": _block_17(160),
+    "Mixed_6d": _block_17(160),
+    "Mixed_6e": _block_17(192),
     "Mixed_7a": (
         (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, kernel=3, stride=2, valid=True)),
         (
@@ -151,14 +163,15 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
         ),
         (_halve,),
     ),
-    "Mixed_7b": _coarse(_average),
-    "Mixed_7c": _coarse(_maximum),
+    "Mixed_7b": _block_8(_average),
+    "Mixed_7c": _block_8(_maximum),
 }
-SPATIAL = "Mixed_6d"  # its first branch comes first; TensorFlow calls that branch's output mixed_6/conv
+# The block whose first channels are the sFID's: those of its first branch, TensorFlow's mixed_6/conv.
+SPATIAL = "Mixed_6d"
 
 
 class InceptionNorm(nn.Module):
-    """Batch normalisation by the moments of a training that is over: torch's, without its counter of batches."""
+    """Batch normalisation by fixed moments: torch's, without its counter of batches, which the published file lacks."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -171,12 +184,12 @@ class InceptionNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Per channel (x - mean) / sqrt(var + 0.001) weight + bias."""
+        """Return (x - mean) / sqrt(var + 0.001) weight + bias for each channel of x (n, c, h, w)."""
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-3)
 
 
 class InceptionUnit(nn.Module):
-    """A `Conv` with its weights."""
+    """A `Conv` with its weights: convolution, normalisation, ReLU."""
 
     def __init__(self, spec: Conv, width: int) -> None:
         super().__init__()
@@ -186,12 +199,12 @@ class InceptionUnit(nn.Module):
         self.bn = InceptionNorm(spec.out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """ReLU of the normalised convolution."""
+        """Map x (n, width, h, w) to (n, out, h', w')."""
         return F.relu(self.bn(self.conv(x)))
 
 
 class InceptionBlock(nn.Module):
-    """Branches side by side, their outputs one after another along the channels."""
+    """Branches side by side. Their outputs are joined along the channels."""
 
     def __init__(self, branches: Sequence[Branch], width: int) -> None:
         super().__init__()
@@ -201,12 +214,12 @@ class InceptionBlock(nn.Module):
             self.width += _build(self, branch, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Every branch on the same x."""
+        """Run every branch on x (n, c, h, w), and return (n, width, h', w')."""
         return torch.cat([_run(self, branch, x) for branch in self.branches], 1)
 
 
 class Inception(nn.Module):
-    """The network, untrained until weights are loaded; always in evaluation mode."""
+    """The network, in evaluation mode and without gradients. It is untrained until weights are loaded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,23 +231,34 @@ class Inception(nn.Module):
             self.add_module(name, block)
             width = block.width
         self.fc = nn.Linear(width, CLASSES)
-        self.origin: dict[str, str] = {}  # what the file of the weights says of itself
+        self.origin: dict[str, str] = {}  # what the header of the file of weights says
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, images: Pixels) -> InceptionFeatures:
-        """Features of images of any size, colours 0 .. 255: in float32, whatever the precision around the call."""
+        """Return features of images of any size, with colours 0 ... 255.
+
+        They are computed in float32, whatever the precision around the call.
+        """
         device = self.fc.weight.device
         with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = (resize_tf1(images.to(device, torch.float32), SIZE) - 128) / 128
-            maps: dict[str, Tensor] = {}
+            maps: dict[str, Tensor] = {}  # by the name of a block, or of the features of a branch of the stem
             for name, branch in zip(("f64", "f192"), STEM, strict=True):
-                x = maps[name] = _run(self, branch, x)
+                x = _run(self, branch, x)
+                maps[name] = x
             for name in BLOCKS:
-                x = maps[name] = self.get_submodule(name)(x)
-            f64, f192, f768, pool = (maps[k].mean((2, 3)) for k in ("f64", "f192", "Mixed_6e", "Mixed_7c"))
-            spatial = maps[SPATIAL][:, :PLANES].permute(0, 2, 3, 1).flatten(1)
-            return InceptionFeatures(f64, f192, f768, pool, spatial, pool @ self.fc.weight.T)
+                x = self.get_submodule(name)(x)
+                maps[name] = x
+            pool = maps["Mixed_7c"].mean((2, 3))
+            return InceptionFeatures(
+                f64=maps["f64"].mean((2, 3)),
+                f192=maps["f192"].mean((2, 3)),
+                f768=maps["Mixed_6e"].mean((2, 3)),
+                pool=pool,
+                spatial=maps[SPATIAL][:, :PLANES].permute(0, 2, 3, 1).flatten(1),
+                logits=pool @ self.fc.weight.T,
+            )
 
 
 def _build(module: nn.Module, branch: Branch, width: int) -> int:
@@ -268,12 +292,16 @@ def _run(module: nn.Module, branch: Branch, x: Tensor) -> Tensor:
 
 
 def resize_tf1(x: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n 3 s s"]:
-    """Stretch or shrink to `size` x `size`: tf.image.resize_bilinear of TensorFlow 1 with its defaults."""
-    return _resize_axis(_resize_axis(x, size, 3), size, 2)
+    """Resize images to `size` x `size` pixels, as tf.image.resize_bilinear of TensorFlow 1 does by its defaults."""
+    columns_resized = _resize_axis(x, size, 3)
+    return _resize_axis(columns_resized, size, 2)
 
 
 def _resize_axis(x: Tensor, size: int, dim: int) -> Tensor:
-    """Resize one axis: a + (b - a) share, of the neighbours a before and b after, the last of which repeats."""
+    """Resize one axis: a + (b - a) share, where a and b are the pixels before and behind a position.
+
+    Behind the last pixel it repeats.
+    """
     n = x.shape[dim]
     position = torch.arange(size, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
     low = position.long()
@@ -284,19 +312,19 @@ def _resize_axis(x: Tensor, size: int, dim: int) -> Tensor:
     return a + (b - a) * share
 
 
-def place(path: Path | str | None = None) -> Path | None:
-    """Where the weights should be: `path`, or where `VARIABLE` says."""
+def weights_path(path: Path | str | None = None) -> Path | None:
+    """Return where the weights should be: `path`, or what `VARIABLE` says; None: neither is given."""
     path = path or os.environ.get(VARIABLE)
     return Path(path) if path else None
 
 
 def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> Inception:
-    """The network with the published weights, from `path` or, without it, from where `VARIABLE` says.
+    """Load the network with the published weights, from `path` or, without it, from where `VARIABLE` says.
 
-    Checked are the name and shape of every weight, that all are finite float32, and that the file says it was made
-    (`MAKE`) of a source of the published `SHA256`. `origin` repeats what it says. Raises `UserError`.
+    Raises UserError where there is no file, a weight has another name or shape, one is not finite float32, or the file
+    does not say that it was made of a source of the published `SHA256`.
     """
-    file = place(path)
+    file = weights_path(path)
     if file is None:
         raise UserError(
             f"no weights of Inception for the FID: no path is given and {VARIABLE} is not set.\n{_how_to_get_weights()}"
@@ -313,7 +341,7 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
 
 
 def facts(net: nn.Module) -> dict[str, str]:
-    """What a report says of a network that was loaded: what it was made of, and the hash of the weights that it has."""
+    """Return what a report says of a loaded network: the source of its weights, and their hash."""
     parts: list[bytes] = []
     for name, weight in sorted(net.state_dict().items()):
         parts.append(f"{name} {tuple(weight.shape)}".encode() + weight.cpu().numpy().tobytes())
@@ -327,7 +355,7 @@ def facts(net: nn.Module) -> dict[str, str]:
 def _require_published(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], file: Path) -> None:
     """Raise UserError for weights that are not those of the published file, as far as can be seen.
 
-    Counters of batches are removed from `weights`, for the network has none.
+    Counters of batches are removed from `weights`, because the network has none.
     """
     for name in list(weights):
         if name.endswith("num_batches_tracked"):
@@ -343,5 +371,5 @@ def _require_published(net: Inception, origin: dict[str, str], weights: dict[str
 
 
 def _how_to_get_weights() -> str:
-    """What to do to get the weights, for messages."""
-    return f"Fetch {URL}, run in its folder\n  {MAKE}\nand set {VARIABLE} to inception.safetensors."
+    """Return what to do to get the weights, for messages."""
+    return f"Fetch {URL}, run in its folder\n  {CONVERT_COMMAND}\nand set {VARIABLE} to inception.safetensors."

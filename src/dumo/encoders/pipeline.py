@@ -1,12 +1,16 @@
 """A pipeline of diffusers in a folder: what its model_index.json and the configs of its parts say.
 
-A run names one folder, and takes everything from there: the model that it tunes, the autoencoder with its numbers, the
-text encoders, the scheduler. `Pipeline.with_facts` pins each part by a hash when the run begins, so a run never
-decodes, reads prompts or is exported with the parts of another. Parts of a run that read the pipeline are a
-`PipelineSpec`, and get it by `with_pipeline`.
+A run names one folder, as `Pipeline`, and takes everything from there: the model that it tunes, the autoencoder with
+its numbers, the text encoders, the scheduler. The order of events:
 
-`Pipeline.weights` are the files of a part that dumo opens (`dumo.encoders.part`). What is no folder is refused with the
-command that makes one: of a name on the Hugging Face hub (`dumo.io.hub`), of one file (`dumo.encoders.singlefile`).
+1. `with_pipeline` hands the pipeline to those parts of a run that read it, each a `PipelineSpec`.
+2. `Pipeline.with_facts` notes a hash of each part when the run begins. From then on `require_fact`, `config` and
+   `verify` refuse other parts, so a run never decodes, reads prompts or is exported with the parts of another.
+3. `config`, `part_folder` and `weights` open a part. The files of weights are chosen in `dumo.encoders.part`.
+
+What is no folder is refused with the command that makes one: of a name on the Hugging Face hub (`dumo.io.hub`), or of
+one file (`dumo.encoders.singlefile`). Some models are known by name without their weights (`is_published`): dumo has
+their configs, in `published`.
 """
 
 import json
@@ -32,34 +36,35 @@ from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
 S = TypeVar("S", bound=Spec)
 P = TypeVar("P", bound="PipelineSpec")
 Config = Mapping[str, Any]  # a part's config.json
-FIELD = "pipeline"
+FIELD = "pipeline"  # of a run, for messages
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"  # of a text encoder that can write, too
 SCHEDULER_CONFIG = "scheduler_config.json"
-SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
+_SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HINT = f"{FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
-TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # folders of what reads prompts
-OptionalPart = Literal["text_encoder_3"]  # a pipeline of diffusers works without it: SD3's T5
-OPTIONAL: tuple[OptionalPart, ...] = get_args(OptionalPart)
-LICENSE = ("license", "license_name", "license_link")  # of a README.md's head
-IS_DISTILLED = "is_distilled"  # in a Flux2KleinPipeline's model_index.json
-FEW_STEP_NAMES = re.compile("turbo|schnell|lightning|sprint|distill|hyper|lcm|few-?step", re.I)
+TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # names of parts that read prompts
+OptionalPart = Literal["text_encoder_3"]  # SD3's T5, without which diffusers runs the pipeline, too
+_OPTIONAL_PARTS: tuple[OptionalPart, ...] = get_args(OptionalPart)
+LICENSE = ("license", "license_name", "license_link")  # keys in the head of a README.md on the hub
+IS_DISTILLED = "is_distilled"  # a key of a Flux2KleinPipeline's model_index.json
+_FEW_STEP_NAMES = re.compile("turbo|schnell|lightning|sprint|distill|hyper|lcm|few-?step", re.I)
 
 
 class Pipeline(Spec):
-    """A folder of diffusers, or the name of a published one, whose configs are here and whose weights are not."""
+    """A pipeline of diffusers by its folder, or by the name of a published one, of which dumo has the configs alone."""
 
-    source: str = Field(json_schema_extra=SOURCE_SCHEMA)
+    source: str = Field(json_schema_extra=_SOURCE_SCHEMA)
     # Text encoders that are left out though the folder may have them, as by diffusers' text_encoder_3=None.
     without: tuple[OptionalPart, ...] = Field(default=(), exclude_if=lambda names: not names)
     # Whether it is distilled to few steps; None: not known, for its class and config are those of its base.
     distilled: bool | None = Field(default=None, json_schema_extra=QUIET)
-    # Its class, its licence and the hashes of its parts: found when a run begins.
+    # The class, the licence and the hashes of the parts, by name, as they were when the run began.
     facts: dict[str, str] | None = Field(default=None, exclude_if=lambda facts: facts is None, json_schema_extra=PINNED)
 
     @model_validator(mode="before")
     @classmethod
-    def _from_source(cls, value: Any) -> Any:  # noqa: ANN401, it is checked after this
+    def _from_source(cls, value: Any) -> Any:  # noqa: ANN401, pydantic checks it after this
+        """Accept a text as the source alone."""
         if isinstance(value, str):
             return {"source": value}
         if isinstance(value, dict) and isinstance(value.get("without"), list):
@@ -109,101 +114,143 @@ class Pipeline(Spec):
         """The class of the pipeline; empty for a transformer alone."""
         return str(self.index.get("_class_name", ""))
 
-    def part_folder(self, part: str) -> Path:
-        """The folder of a part. Raises UserError, with the command that brings it, where it is missing."""
-        folder = self._find_part(part)
-        if folder is None:
-            raise UserError(f"{FIELD}: {self.source} has no {part}/{config_name(part)}: {self.download_command(part)}")
-        return folder
+    # --- parts ---
 
-    def _find_part(self, part: str) -> Path | None:
-        """The folder of a part, if it is there; that of a model may be a UNet's, or the pipeline's own."""
-        candidates = [self.folder / part]
-        if part == TRANSFORMER:
-            candidates += [self.folder / UNET, self.folder]
-        for folder in candidates:
-            if (folder / config_name(part)).is_file():
-                return folder
-        return None
+    def config(self, part: str) -> dict[str, Any]:
+        """Read the config of a part. Raises UserError where it is missing, or another than the run began with."""
+        if self.is_published:
+            config = self.index.get(part)
+            if config is None:
+                raise UserError(f"{FIELD}: {self.source} is a transformer alone and has no {part}: name a folder")
+            return config
+        file = self.part_folder(part) / _config_name(part)
+        file_state = file.stat()
+        text, current_hash = _read_config(file, file_state.st_mtime_ns, file_state.st_size)
+        self.require_fact(part, current_hash, file.name)
+        return json.loads(text)
 
     def weights(self, part: str) -> PartWeights:
-        """The weights of a part that dumo opens.
+        """Return the files of a part's weights that dumo opens.
 
         Raises UserError, with the command that brings them, where there are none, and as `part_folder`.
         """
         folder = self.part_folder(part)
         return parts.require_weights(folder, weights_name(part), FIELD, self.download_command(part))
 
-    def config(self, part: str) -> dict[str, Any]:
-        """The config of a part. Raises UserError where it is missing, or another than the run began with."""
-        if self.is_published:
-            config = self.index.get(part)
-            if config is None:
-                raise UserError(f"{FIELD}: {self.source} is a transformer alone and has no {part}: name a folder")
-            return config
-        file = self.part_folder(part) / config_name(part)
-        about = file.stat()
-        text, current_hash = read_config(file, about.st_mtime_ns, about.st_size)
-        self.require(part, current_hash, file.name)
-        return json.loads(text)
+    def part_folder(self, part: str) -> Path:
+        """Return the folder of a part. Raises UserError, with the command that brings it, where it is missing."""
+        folder = self._find_part(part)
+        if folder is None:
+            raise UserError(f"{FIELD}: {self.source} has no {part}/{_config_name(part)}: {self.download_command(part)}")
+        return folder
+
+    def _find_part(self, part: str) -> Path | None:
+        """Return the folder of a part, or None. The model may be in the folder of a UNet, or in the pipeline's own."""
+        candidates = [self.folder / part]
+        if part == TRANSFORMER:
+            candidates += [self.folder / UNET, self.folder]
+        for folder in candidates:
+            if (folder / _config_name(part)).is_file():
+                return folder
+        return None
 
     @property
-    def model(self) -> str:
-        """What diffusers calls the model that is tuned. Raises UserError as `config`."""
+    def model_part(self) -> str:
+        """The name in diffusers of the part that is tuned: transformer, or unet. Raises UserError as `config`."""
         class_name = str(self.config(TRANSFORMER).get("_class_name"))
         return UNET if class_name.startswith("UNet") else TRANSFORMER
 
-    def require(self, part: str, current_hash: str, what: str = "weights") -> None:
-        """Raise UserError where the hash of a part is another than the run began with."""
-        facts = self.facts or {}
-        if facts.get(part, current_hash) != current_hash:
-            raise UserError(
-                f"{FIELD}: {self.source} has another {part.partition('.')[0]} ({what}) than when this run began: put "
-                f"that back, or say where the pipeline is with {settings(f'{FIELD}.source=...')}"
-            )
-
     def download_command(self, part: str = "") -> str:
-        """The command that brings what dumo reads of the whole pipeline, or of one part of it."""
+        """Return the command that downloads what dumo reads of the whole pipeline, or of one part of it."""
         folder = "DIR" if self.is_published else self.source
         repository = self.repository or "REPOSITORY"
         if not part:
             return hub.pipeline_command(repository, folder, self.without)
-        wanted = [part]
+        parts_on_hub = [part]
         if part == TRANSFORMER:
-            wanted = hub.model_parts(repository)
-        return hub.download_command(repository, wanted, [INDEX], folder)
+            parts_on_hub = hub.model_parts(repository)
+        return hub.download_command(repository, parts_on_hub, [INDEX], folder)
 
     @property
     def repository(self) -> str:
-        """Its name on the Hugging Face hub, where a folder is one that we know; else empty."""
+        """The pipeline's name on the Hugging Face hub, by the config of its model or by its index; "": not known."""
         if self.is_published:
             return str(published(self.source).get("_name_or_path", ""))
         folder = self._find_part(TRANSFORMER)
         if folder is not None:
-            own_hash = config_hash(read_settings(folder / CONFIG, HINT))
+            model_hash = _config_hash(read_settings(folder / CONFIG, HINT))
             for name in reversed(PUBLISHED):
-                base = published(name)
-                same_class = self.class_name in ("", base["_class_name"])  # Kontext's config is FLUX.1-dev's
-                if same_class and config_hash(base[TRANSFORMER]) == own_hash:
-                    return str(base["_name_or_path"])
+                known_index = published(name)
+                # the config alone does not tell: Kontext's is FLUX.1-dev's
+                has_known_class = self.class_name in ("", known_index["_class_name"])
+                if has_known_class and _config_hash(known_index[TRANSFORMER]) == model_hash:
+                    return str(known_index["_name_or_path"])
         noted_name = str(self.index.get("_name_or_path", ""))
         return noted_name if re.fullmatch(r"[\w.-]+/[\w.-]+", noted_name) else ""
 
+    # --- what a run notes when it begins ---
+
+    def with_facts(self) -> "Pipeline":
+        """Return the pipeline with its facts. It stays as it is if it has them, or its folder or a part is missing."""
+        if self.is_published or self.facts is not None:
+            return self
+        try:
+            facts = dict(self._read_facts())
+        except UserError:  # raised again where the part is used
+            return self
+        return self.model_copy(update={"facts": facts})
+
+    def verify(self) -> None:
+        """Compare all parts but the model's weights with the facts. Raises UserError where one has changed."""
+        without_facts = self.model_copy(update={"facts": None})
+        for name, current in without_facts._read_facts():
+            if name not in LICENSE:
+                self.require_fact(name, current)
+
+    def _read_facts(self) -> Iterator[tuple[str, str]]:
+        """Read the facts from the files: yields name and value. Raises UserError where a part is missing."""
+        yield "class", self.class_name
+        yield from self.license.items()
+        for part in (TRANSFORMER, VAE, SCHEDULER):
+            if self._find_part(part):
+                yield part, _config_hash(self.config(part))
+        vae_weights = parts.find_weights(self.folder / VAE, parts.DIFFUSERS)
+        if vae_weights is not None:
+            yield "vae.weights", vae_weights.sha256()
+        if self.text_parts:
+            yield "texts", self.texts_hash()
+
+    def require_fact(self, name: str, current: str, what: str = "weights") -> None:
+        """Raise UserError if a fact is another than when the run began. `what` says of which files of the part it is.
+
+        Facts that were not noted are not compared.
+        """
+        facts = self.facts or {}
+        if facts.get(name, current) != current:
+            part, _, _ = name.partition(".")
+            raise UserError(
+                f"{FIELD}: {self.source} has another {part} ({what}) than when this run began: put "
+                f"that back, or say where the pipeline is with {settings(f'{FIELD}.source=...')}"
+            )
+
     @property
     def license(self) -> dict[str, str]:
-        """What its README.md says of the licence, by the keys of LICENSE; {}: nothing."""
+        """What the folder's README.md says of the licence, by the keys of LICENSE; {} if it says nothing."""
         try:
             text = read_text(self.folder / "README.md", HINT)
             head = parse_yaml(text.split("---")[1]) if text.startswith("---") else None
-        except (UserError, YAMLError):  # others wrote it
+        except (UserError, YAMLError):  # a page that others wrote is no reason to stop
             return {}
         if not isinstance(head, dict):
             return {}
         return {key: str(head[key]) for key in LICENSE if key in head}
 
     @property
-    def hint(self) -> str:
-        """What is known of its being distilled, in words; `doctor` and an export's card print it."""
+    def distillation_text(self) -> str:
+        """In words, whether the model is distilled to few steps, as far as that is known.
+
+        `doctor` and an export's card print it.
+        """
         if self.distilled is not None:
             return "distilled" if self.distilled else "not distilled"
         if IS_DISTILLED in self.index:
@@ -211,43 +258,16 @@ class Pipeline(Spec):
             return f"{words}, by its {INDEX}"
         scheduler = str(self.index.get("scheduler", ""))
         names = " ".join((Path(self.source).name, self.repository, self.class_name, scheduler))
-        if few_step_name := FEW_STEP_NAMES.search(names):
+        few_step_name = _FEW_STEP_NAMES.search(names)
+        if few_step_name:
             return f"distilled, by its name ({few_step_name[0]}): if so, set {FIELD}.distilled=true"
         return f"not known whether it is distilled to few steps ({FIELD}.distilled)"
 
-    def with_facts(self) -> "Pipeline":
-        """The same with its facts; as it is where it is not here."""
-        if self.is_published or self.facts is not None:
-            return self
-        try:
-            facts = dict(self.read_facts())
-        except UserError:  # raised again where the part is used
-            return self
-        return self.model_copy(update={"facts": facts})
-
-    def verify(self) -> None:
-        """Read all parts but the model's weights. Raises UserError where one is another than the run began with."""
-        without_facts = self.model_copy(update={"facts": None})
-        for name, current in without_facts.read_facts():
-            if name not in LICENSE:
-                self.require(name, current)
-
-    def read_facts(self) -> Iterator[tuple[str, str]]:
-        """Read the facts from the files, by name. Raises UserError where a part is missing."""
-        yield "class", self.class_name
-        yield from self.license.items()
-        for part in (TRANSFORMER, VAE, SCHEDULER):
-            if self._find_part(part):
-                yield part, config_hash(self.config(part))
-        vae_weights = parts.find_weights(self.folder / VAE, parts.DIFFUSERS)
-        if vae_weights is not None:
-            yield "vae.weights", vae_weights.sha256()
-        if self.text_parts:
-            yield "texts", self.texts_hash()
+    # --- text encoders and tokenizers ---
 
     @property
     def text_parts(self) -> list[str]:
-        """The parts that read prompts, by the names of their folders; not those that are null, or left out.
+        """The parts that read prompts, by the names of their folders, without those that are null or left out.
 
         Raises UserError as `folder`, and where `without` names a part that the pipeline does not list.
         """
@@ -287,29 +307,33 @@ class Pipeline(Spec):
         return absent
 
     def text_encoder_bytes(self, itemsize: int) -> int | None:
-        """Bytes of the encoders of prompts, but those left out, at this size of a number; None: they are not here."""
+        """Return the bytes of the text encoders that are not left out, at `itemsize` bytes a weight; None: not known.
+
+        The index of a published name has the number of weights of all its text encoders, in the entry `_readers`, and
+        those of each optional one.
+        """
         if self.is_published:
             if "_readers" not in self.index:
                 return None
             optional_readers = self.index.get("_optional_readers", {})
             left_out = sum(optional_readers.get(name, 0) for name in self.without)
             return (self.index["_readers"] - left_out) * itemsize
-        numbers = 0
+        num_weights = 0
         for part in self.text_parts:
             part_weights = parts.find_weights(self.folder / part, weights_name(part))
             if part_weights is not None:
-                numbers += sum(tensor.numel() for tensor in part_weights.load().values())
-        return numbers * itemsize or None
+                num_weights += sum(tensor.numel() for tensor in part_weights.load().values())
+        return num_weights * itemsize or None
 
     def text_files(self, part: str) -> list[Path]:
-        """The files of a text encoder or tokenizer that are read. Raises UserError where they are missing."""
+        """Return the files of a text encoder or tokenizer that are read. Raises UserError where they are missing."""
         if part.startswith("tokenizer"):
             folder = self.folder / part
             visible = [file for file in folder.glob("*") if file.is_file() and not file.name.startswith(".")]
             if not visible:
                 raise UserError(f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}")
             return sorted(visible)
-        if part in OPTIONAL and self._find_part(part) is None:
+        if part in _OPTIONAL_PARTS and self._find_part(part) is None:
             raise UserError(
                 f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}; or go without it, "
                 f"{settings(f'{FIELD}.without=[{part}]')}"
@@ -329,7 +353,7 @@ class Pipeline(Spec):
             self.text_files(part)
 
     def texts_hash(self) -> str:
-        """A hash of all that reads prompts. Raises UserError where a part is missing."""
+        """Return a hash of all files that read prompts. Raises UserError where a part is missing."""
         lines: list[str] = []
         for part in self.text_parts:
             lines += [f"{part}/{file.name} {digest.of_file(file)}" for file in self.text_files(part)]
@@ -337,19 +361,19 @@ class Pipeline(Spec):
 
 
 class PipelineSpec(Spec):
-    """A part of a run that reads its pipeline, which the run hands over (`with_pipeline`)."""
+    """A part of a run that reads the run's pipeline. `with_pipeline` hands it over."""
 
     _pipeline: Pipeline | None = PrivateAttr(default=None)
 
     @property
     def pipeline(self) -> Pipeline:
-        """The run's. Raises UserError where it names none."""
+        """The run's pipeline. Raises UserError where the run names none."""
         if self._pipeline is None:
             raise UserError(f"{FIELD} is missing: {HINT}")
         return self._pipeline
 
     def within(self: P, pipeline: Pipeline | None) -> P:
-        """The same, of a run with this pipeline."""
+        """Return this spec for a run with this pipeline."""
         if pipeline == self._pipeline:
             return self
         spec = self.model_copy()
@@ -358,12 +382,12 @@ class PipelineSpec(Spec):
 
 
 def component_names(pipeline_class: Any) -> set[str]:  # noqa: ANN401, a class of diffusers
-    """The parts that a pipeline of diffusers is made of, those that it can do without, too."""
+    """Return the names of the parts of a pipeline of diffusers, with those that it can do without."""
     return set(pipeline_class._get_signature_keys(pipeline_class)[0])
 
 
 def with_pipeline(part: S, pipeline: Pipeline | None) -> S:
-    """A part of a run, all of whose own parts that read a pipeline read this one."""
+    """Hand a pipeline to a part of a run, and to the specs in its fields: all `PipelineSpec` of them get it."""
     changed: dict[str, Spec] = {}
     for name in type(part).model_fields:
         field = getattr(part, name)
@@ -382,23 +406,26 @@ def has_component(entry: object) -> bool:
 
 
 def weights_name(part: str) -> str:
-    """NAME of the weights of a part (`dumo.encoders.part`)."""
+    """Return the NAME of the files of a part's weights (`dumo.encoders.part`)."""
     return parts.TRANSFORMERS if TEXT_PARTS.fullmatch(part) else parts.DIFFUSERS
 
 
-def config_name(part: str) -> str:
-    """The name of a part's config."""
+def _config_name(part: str) -> str:
+    """Return the name of the file with a part's config."""
     return SCHEDULER_CONFIG if part == SCHEDULER else CONFIG
 
 
 @lru_cache(64)
-def read_config(file: Path, changed: int, size: int) -> tuple[str, str]:
-    """A config as JSON, and its hash; read again where the file has `changed`, in ns, or in size."""
+def _read_config(file: Path, time_changed: int, size: int) -> tuple[str, str]:
+    """Read a config, and return it as JSON, with its hash.
+
+    The cache reads it again if the file's time of change, in ns, or its size is another.
+    """
     config = read_settings(file, HINT, infinite=file.name == SCHEDULER_CONFIG)  # diffusers' say -Infinity
-    return json.dumps(config), config_hash(config)
+    return json.dumps(config), _config_hash(config)
 
 
-def config_hash(config: Config) -> str:
-    """A hash of what a config says of a part, not of who wrote it."""
-    facts = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
-    return digest.short(json.dumps(facts, sort_keys=True))
+def _config_hash(config: Config) -> str:
+    """Return a hash of what a config says of a part, not of who wrote it."""
+    settings_of_part = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+    return digest.short(json.dumps(settings_of_part, sort_keys=True))

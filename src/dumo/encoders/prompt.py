@@ -1,11 +1,15 @@
-"""Prompts as a pipeline's own `encode_prompt` reads them, with the defaults of its `__call__`, which are others.
+"""Texts through the text encoders of a pipeline of diffusers, by the pipeline's own method `encode_prompt`.
 
-What a pipeline puts around a text, how it pads and cuts, which encoders it asks and what stands for no text: all of it
-is in that method. It is called for one text at a time, for some pipelines pad to the longest of several, and with a
-list of its own, for some write into it. Of the pipeline there are the text encoders and tokenizers alone: the
-transformer is its config, on the meta device, and there is no autoencoder.
+`Prompts` is the spec. `Prompts.open` loads the pipeline's text encoders and tokenizers into a `PromptReader`. A call of
+the `PromptReader` turns texts into `Embeddings`. The pipeline has no autoencoder, and of its transformer the config
+alone, on the meta device.
 
-`Prompts` is the spec, and `Prompts.open` loads the encoders into a `PromptReader`, which is called with texts.
+`encode_prompt` decides what a pipeline puts around a text, how it pads and cuts, which encoders it asks, and what means
+no text. It is called
+
+- for one text at a time, because some pipelines pad to the longest of several;
+- with the arguments that the pipeline's `__call__` passes by default, because the method's own defaults are others;
+- with copies of these arguments, because some pipelines write into them.
 """
 
 import copy
@@ -32,11 +36,11 @@ _COLUMNS = ("tokens", "mask", "pooled")  # what is kept of the outputs of encode
 
 
 class Prompts(Spec):
-    """How a pipeline reads texts, as a table of them says."""
+    """How a pipeline reads texts: what the index of a table of texts notes of it."""
 
     kind: Literal["pipeline"] = "pipeline"
-    source: str = Field(json_schema_extra=PLACE)
-    pipeline: str  # its class
+    source: str = Field(json_schema_extra=PLACE)  # the pipeline's folder
+    pipeline: str  # its class in diffusers
     encodes: str  # what its encode_prompt returns, in order (`dumo.nets.family`)
     dtype: Literal["float16", "bfloat16", "float32"]  # of the encoders and of what is kept
     # text encoders that are left out (`Pipeline.without`)
@@ -44,7 +48,7 @@ class Prompts(Spec):
     padded: bool = False  # tokens that the mask leaves out are read, too, so they are kept, with the mask
 
     def model_type(self) -> str:
-        """The name of what reads the texts: the pipeline's class."""
+        """Return the name of what reads the texts, the pipeline's class."""
         return self.pipeline
 
     def open(self, device: torch.device | str = "cpu") -> "PromptReader":
@@ -81,7 +85,7 @@ class Prompts(Spec):
             with torch.device("meta"):
                 model = getattr(diffusers, config["_class_name"]).from_config(config)
             unused = component_names(pipeline_class) - {*folder.text_parts, SCHEDULER}
-            components = dict.fromkeys(unused) | {folder.model: model} | self._load_variants(folder)
+            components = dict.fromkeys(unused) | {folder.model_part: model} | self._load_variants(folder)
             pipe = pipeline_class.from_pretrained(
                 folder.folder,
                 **components,
@@ -143,7 +147,7 @@ class PromptReader:
             return _stack_rows(rows, keeps_padding=self.spec.padded)
 
     def read_row(self, text: str) -> dict[str, Tensor]:
-        """What the transformer gets for a text: tokens (l, d), the mask (l,), pooled (p,), as far as it takes them."""
+        """Return what the transformer gets for a text: tokens (l, d), the mask (l,), pooled (p,), if it takes them."""
         arguments = copy.deepcopy(self.arguments)  # some pipelines write into it
         if "do_classifier_free_guidance" in self._argument_names:
             arguments["do_classifier_free_guidance"] = not text  # else there is no negative prompt
@@ -167,7 +171,7 @@ class PromptReader:
 
 
 def defaults(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN401, a class of diffusers
-    """What the `__call__` of a pipeline passes to `encode_prompt`, if it is given a prompt alone."""
+    """Return what the `__call__` of a pipeline passes to `encode_prompt`, if it is given a prompt alone."""
     call_parameters = inspect.signature(pipeline_class.__call__).parameters
     encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
     arguments: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.encoders.codec import FIELD, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.codec import FIELD, CodecSpec, Images, Latent, LoadedCodec, Moments, PublishedCodec
 from dumo.io.read import user_path
 from dumo.io.weights import compare, load, whole_digest
 
@@ -22,7 +22,7 @@ SHA256 = "ba389353bb096ea6ca323a1685d45ff8af8e1994f1c0d6fea810f5c1ef2a0db4"  # o
 HINT = f"It is taef2 of github.com/madebyollin/taesd; say where you keep it with {FIELD}=..."
 
 
-class Taef2(Scaled):
+class Taef2(CodecSpec):
     """TAESD for FLUX.2's latent space.
 
     Its latent has a standard deviation of 0.83 over photographs at 256x256 and of 0.89 at 64x64 (measured on eight
@@ -30,20 +30,22 @@ class Taef2(Scaled):
     """
 
     kind: Literal["taef2"] = "taef2"
-    variants: ClassVar[Mapping[str, Published]] = {"": Published("$DUMO_DATA/taef2/taef2.safetensors", 32, 8, 1.2)}
+    variants: ClassVar[Mapping[str, PublishedCodec]] = {
+        "": PublishedCodec("$DUMO_DATA/taef2/taef2.safetensors", channels=32, factor=8, scale=1.2)
+    }
 
-    def open(self, device: str | torch.device = "cpu") -> Opened:
+    def open(self, device: str | torch.device = "cpu") -> LoadedCodec:
         """Read the weights. Raises UserError where they are missing, damaged or of another net."""
         file = user_path(self.weights, FIELD)
         sha256 = whole_digest(file, HINT)
-        self.require(sha256)
+        self.require_hash(sha256)
         with torch.device("meta"):
             net = TinyAutoencoder(self.channels)
         weights = load(file)
         compare(file, weights, net.state_dict(), "the codec", "these are other weights", dtypes=False)
         net.load_state_dict(weights, assign=True)
         net = net.to(device, torch.float32).eval().requires_grad_(False)
-        return Opened(self, net, sha256, torch.device(device))
+        return LoadedCodec(self, net, sha256, torch.device(device))
 
 
 class TinyAutoencoder(nn.Module):

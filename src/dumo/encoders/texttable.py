@@ -1,16 +1,21 @@
-"""A table of texts (`dumo.io.table`): how captions are encoded into one, and how it is read.
+"""A table of encoded captions in a folder (`dumo.io.table`): how it is made, and how its rows are read.
 
-    tokens     embeddings (m, d) of a shard's rows one after the other, without padding; ids (m,) where the encoder is
-               trained with the net
-    lengths    the number of tokens in each row
-    mask       of a pipeline that reads padding, too: which tokens are no padding
-    pooled     an embedding (p,) of each text, where there is one
-    source     the latent (c, h, w) of the image that a text edits, where it edits one; zeros for no caption
+Row k is of caption k of captions.jsonl, which has a string of JSON per line. The last row is of the empty text, which
+stands for no caption. A shard has these columns, with the tokens of all its rows one after the other:
 
-Row k is of caption k of captions.jsonl, a string of JSON per line, and the last row of the empty text, which stands for
-no caption. A shard is encoded in the same batches from its own first row.
+    tokens     embeddings (m, d), without padding; ids (m,) where the encoder is trained with the net
+    lengths    the number of tokens of each row
+    mask       which tokens are no padding (m,); only of a pipeline that reads padding, too
+    pooled     an embedding (p,) of each whole text, where the encoder makes one
+    source     the latent (c, h, w) of the image that a caption edits, zeros for none; only where captions edit images
 
-`encode` makes a table, `open_table` opens one, and `require` compares it with what a run asks for.
+The entrances:
+
+- `encode` makes a table, shard by shard. A shard is encoded in the same batches from its own first row, so it does not
+  depend on the others, and several ranks may share the work.
+- `open_table` opens a finished table as `EncodedTexts`, and `require` compares it with what a run asks for.
+- `read_contents` reads the index alone, `TextTableIndex`, also of a table that is not finished.
+- `to_columns` and `to_stored_types` are for `dumo.nets.live`, which makes the same rows without a table.
 """
 
 import json
@@ -26,7 +31,7 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
-from dumo.encoders.caption import parted
+from dumo.encoders.caption import split_caption
 from dumo.encoders.prompt import PromptReader, Prompts
 from dumo.encoders.text import Embeddings, EncoderModel, TextEncoder
 from dumo.encoders.tokens import LoadedTokenizer, Tokenizer
@@ -38,37 +43,44 @@ from dumo.runtime import signals
 from dumo.types import UserError
 
 CAPTIONS = "captions.jsonl"
-MAX_CAPTIONS_BYTES = 2**34  # of captions.jsonl; ours
-Reader = Annotated[TextEncoder | Prompts | Tokenizer, Field(discriminator="kind")]
-Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
+_MAX_CAPTIONS_BYTES = 2**34  # of captions.jsonl, so that a damaged file does not fill the memory: ours
+EncoderSpec = Annotated[TextEncoder | Prompts | Tokenizer, Field(discriminator="kind")]
+LoadedEncoder = EncoderModel | PromptReader | LoadedTokenizer  # what opening an `EncoderSpec` gives
+# tokens or ids; the mask, False on padding; pooled embeddings, or None
+PaddedRows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
+Shard = dict[str, Tensor]  # columns by name
 
 
 class TextTableIndex(TableIndex):
     """What index.json says of a table of texts."""
 
-    encoder: Reader
-    model: str  # its name in the encoder's config.json; of token ids: tokens
+    encoder: EncoderSpec
+    model: str  # the encoder's architecture by its config.json, or the class of a pipeline; of token ids: tokens
     sha256: str  # of the encoder's weights; of token ids, of the vocabulary
     digest: str  # of the captions in their order
-    codec: str | None = Field(default=None, exclude_if=lambda codec: codec is None)  # of the weights of `source`
+    # the hash of the autoencoder that made the column `source`
+    codec: str | None = Field(default=None, exclude_if=lambda codec: codec is None)
 
     @classmethod
-    def of(
+    def for_captions(
         cls,
         captions: Sequence[str],
-        encoder: Reader,
-        read: EncoderModel | PromptReader | LoadedTokenizer,
+        spec: EncoderSpec,
+        encoder: LoadedEncoder,
         shard_rows: int,
-        sources: "Sources | None" = None,
+        sources: "SourceImages | None" = None,
     ) -> "TextTableIndex":
-        """The contents before any shard is made."""
-        empty_text = embeddings(read, [""])
-        dtype = "int32" if isinstance(encoder, Tokenizer) else encoder.dtype
+        """Make the index of a table of these captions, before any shard is made.
+
+        `encoder` is `spec`, opened. Sizes are those of the encoded empty text.
+        """
+        empty_text = _encode_texts(encoder, [""])
+        dtype = "int32" if isinstance(spec, Tokenizer) else spec.dtype
         columns = {
             "tokens": Column(dtype=dtype, shape=tuple(empty_text.tokens.shape[2:]), lengths="lengths"),
             "lengths": Column(dtype="int64"),
         }
-        if isinstance(encoder, Prompts) and encoder.padded:
+        if isinstance(spec, Prompts) and spec.padded:
             columns["mask"] = Column(dtype="bool", lengths="lengths")
         if empty_text.pooled is not None:
             columns["pooled"] = Column(dtype=dtype, shape=(empty_text.pooled.shape[1],))
@@ -78,31 +90,31 @@ class TextTableIndex(TableIndex):
             columns=columns,
             rows=len(captions) + 1,
             shard_rows=shard_rows,
-            encoder=encoder,
-            model="tokens" if isinstance(encoder, Tokenizer) else encoder.model_type(),
-            sha256=read.sha256,
+            encoder=spec,
+            model="tokens" if isinstance(spec, Tokenizer) else spec.model_type(),
+            sha256=encoder.sha256,
             digest=digest.short(*captions),
             codec=sources.sha256 if sources else None,
         )
 
     @property
     def captions(self) -> int:
-        """How many there are."""
+        """The number of captions, without the empty one."""
         return self.rows - 1
 
     @property
     def width(self) -> int:
-        """The numbers of a token's embedding; 0: tokens are ids."""
+        """The channels of a token's embedding; 0 if tokens are ids."""
         return sum(self.columns["tokens"].shape)
 
     @property
     def pooled(self) -> int:
-        """The numbers of a text's embedding; 0: there is none."""
+        """The channels of the embedding of a whole text; 0 if there is none."""
         return sum(self.columns["pooled"].shape) if "pooled" in self.columns else 0
 
     @property
     def source(self) -> tuple[int, ...]:
-        """The shape of the latent of an image that is edited; (): none is."""
+        """The shape (c, h, w) of the latent of an image that captions edit; () if they edit none."""
         return self.columns["source"].shape if "source" in self.columns else ()
 
     @property
@@ -111,7 +123,7 @@ class TextTableIndex(TableIndex):
         return self.columns["tokens"].torch_dtype
 
     def summary(self) -> str:
-        """What a whole table holds, in words."""
+        """Describe in words what the finished table holds."""
         words = f"{self.captions:,} captions and the empty one by {self.model}, "
         if not isinstance(self.encoder, Prompts):
             words += f"up to {self.encoder.length} "
@@ -121,7 +133,10 @@ class TextTableIndex(TableIndex):
         return words
 
     def binding(self) -> dict[str, Any]:
-        """All but the encoder's folder, for its hash is there."""
+        """The fields by which two tables are compared: all but the encoder's folder, which may move.
+
+        `sha256` says what the folder holds.
+        """
         fields = super().binding()
         encoder: dict[str, Any] = fields.pop("encoder")
         encoder_fields = {f"encoder.{name}": value for name, value in encoder.items() if name != "source"}
@@ -129,91 +144,101 @@ class TextTableIndex(TableIndex):
 
     @property
     def identity(self) -> str:
-        """A short digest of the encoder's weights, the way it is read, and the captions."""
+        """A short digest of the encoder's weights, of how it is used, and of the captions."""
         entries = self.binding()
         return digest.short(*(f"{key} {entries[key]}" for key in sorted(entries) if key != "shard_rows"))
 
 
 @dataclass(frozen=True)
-class Sources:
-    """The images that captions edit, as latents."""
+class SourceImages:
+    """The images that captions edit, as latents of the data's autoencoder."""
 
-    shape: tuple[int, ...]  # channels, height, width
-    sha256: str  # of the codec's weights
-    read: Callable[[Sequence[str]], Float[Tensor, "b c h w"]]  # of images by their hashes
+    shape: tuple[int, ...]  # of a latent: channels, height, width
+    sha256: str  # of the autoencoder's weights
+    read_latents: Callable[[Sequence[str]], Float[Tensor, "b c h w"]]  # of images, by their SHA-256
 
-    def of(self, captions: Sequence[str]) -> Float[Tensor, "b c h w"]:
-        """Those of captions; zeros where one edits none."""
-        hashes = [parted(caption)[1] for caption in captions]
+    def latents_of(self, captions: Sequence[str]) -> Float[Tensor, "b c h w"]:
+        """Return the latent of the image that each caption edits; zeros for a caption that edits none."""
         latents = torch.zeros(len(captions), *self.shape)
-        editing = [i for i, sha256 in enumerate(hashes) if sha256]
-        if editing:
-            latents[editing] = self.read([hashes[i] for i in editing]).to(latents)
+        rows: list[int] = []  # of captions that edit an image
+        hashes: list[str] = []
+        for row, caption in enumerate(captions):
+            _, sha256 = split_caption(caption)
+            if sha256:
+                rows.append(row)
+                hashes.append(sha256)
+        if rows:
+            latents[rows] = self.read_latents(hashes).to(latents)
         return latents
 
 
 @dataclass(frozen=True)
 class EncodedTexts:
-    """Encoded texts."""
+    """A finished table, open to read. Shards are mapped into memory when a row of theirs is read."""
 
     folder: Path
     contents: TextTableIndex
 
     def __len__(self) -> int:
-        """The number of rows; the last is for no caption."""
+        """The number of rows; the last means no caption."""
         return self.contents.rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EncodedTexts":
-        """Itself: it never changes."""
+        """Return itself, because it never changes."""
         return self
 
-    def padded(self, rows: Sequence[int] | None = None) -> Rows:
-        """Tokens (b, l, d), or ids (b, l), zero after the last; mask; pooled or None; in their stored types.
+    def read_rows(self, rows: Sequence[int] | None = None) -> PaddedRows:
+        """Read rows, padded with zeros to `longest` tokens: tokens (b, l, d) or ids (b, l), mask (b, l), pooled (b, p).
 
-        `rows` None: all, and shards are compared with their checksums. l is the length of the encoder. Raises UserError
-        for a damaged shard.
+        Embeddings have the type in which they are stored, ids are int64. `rows` None: all, after each shard is compared
+        with its checksum. Raises UserError for a damaged shard.
         """
-        if rows is None:
-            table.require(self.folder, self.contents, deep=True)
-        numbers = range(len(self)) if rows is None else rows
         contents = self.contents
-        b = len(numbers)
+        if rows is None:
+            table.require(self.folder, contents, deep=True)
+            rows = range(len(self))
+        b = len(rows)
         tokens = torch.zeros(b, self.longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
         mask = torch.zeros(b, self.longest, dtype=torch.bool)
         pooled = torch.empty(b, contents.pooled, dtype=contents.dtype) if contents.pooled else None
-        for i, number in enumerate(numbers):
-            shard, token_ends, row = self._find_row(number)
-            length = int(shard["lengths"][row])
-            entries = slice(token_ends[row] - length, token_ends[row])
-            tokens[i, :length] = shard["tokens"][entries]
-            mask[i, :length] = shard["mask"][entries] if "mask" in shard else True
+        for i, row in enumerate(rows):
+            shard, token_ends, row_in_shard = self._find_row(row)
+            length = int(shard["lengths"][row_in_shard])
+            end = token_ends[row_in_shard]
+            tokens[i, :length] = shard["tokens"][end - length : end]
+            mask[i, :length] = shard["mask"][end - length : end] if "mask" in shard else True
             if pooled is not None:
-                pooled[i] = shard["pooled"][row]
-        if not contents.width:  # ids
+                pooled[i] = shard["pooled"][row_in_shard]
+        if not contents.width:  # ids, which are stored in fewer bits
             tokens = tokens.long()
         return tokens, mask, pooled
 
-    def sources(self, rows: Sequence[int] | None = None) -> Float[Tensor, "b c h w"] | None:
-        """The latents of the images that captions edit, in their stored type; None: they edit none."""
-        if not self.contents.source:
+    def read_sources(self, rows: Sequence[int] | None = None) -> Float[Tensor, "b c h w"] | None:
+        """Read the latents of the images that rows edit, in their stored type; None if captions edit no images.
+
+        `rows` None: all.
+        """
+        contents = self.contents
+        if not contents.source:
             return None
-        numbers = range(len(self)) if rows is None else rows
-        latents = torch.empty(len(numbers), *self.contents.source, dtype=self.contents.dtype)
-        for i, number in enumerate(numbers):
-            shard, _, row = self._find_row(number)
-            latents[i] = shard["source"][row]
+        if rows is None:
+            rows = range(len(self))
+        latents = torch.empty(len(rows), *contents.source, dtype=contents.dtype)
+        for i, row in enumerate(rows):
+            shard, _, row_in_shard = self._find_row(row)
+            latents[i] = shard["source"][row_in_shard]
         return latents
 
     @cached_property
     def longest(self) -> int:
-        """The tokens of a row, with padding: the most that an encoder gives, or the most that a pipeline gave."""
+        """The number of tokens of a padded row: the encoder's `length`; of a pipeline, that of its longest row."""
         if not isinstance(self.contents.encoder, Prompts):
             return self.contents.encoder.length
         return max(self.lengths)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """The tokens of each row, without padding."""
+        """The number of tokens of each row, without padding."""
         lengths: list[int] = []
         for number in range(self.contents.count):
             shard, _ = self._read_shard(number)
@@ -222,31 +247,37 @@ class EncodedTexts:
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
-        """The texts in their order. Raises UserError where they are not those that were encoded."""
-        return read_captions(self.folder, self.contents.digest)
+        """The captions in their order. Raises UserError where they are not those that were encoded."""
+        return _read_captions(self.folder, self.contents.digest)
 
     @cached_property
     def audit(self) -> Audit:
-        """Compares the shards with their checksums; for who looks up rows pass by pass."""
+        """Compares the shards with their checksums while rows are read, pass by pass."""
         return Audit(self.folder, self.contents.shards)
 
     @cached_property
     def _table(self) -> table.ShardTable:
         return table.ShardTable(self.folder, self.contents)
 
-    def _find_row(self, number: int) -> tuple[dict[str, Tensor], list[int], int]:
-        """The shard that has a row, the end of each of its rows in `tokens`, and the row, counted from the end."""
-        ends = self._table.ends
-        shard_number = bisect_right(ends, number)
+    def _find_row(self, row: int) -> tuple[Shard, list[int], int]:
+        """Return the shard that has a row, where each of its rows ends in `tokens`, and the row's index in the shard.
+
+        The index is negative, counted from the shard's end.
+        """
+        shard_ends = self._table.ends
+        shard_number = bisect_right(shard_ends, row)
         shard, token_ends = self._read_shard(shard_number)
-        return shard, token_ends, number - ends[shard_number]
+        return shard, token_ends, row - shard_ends[shard_number]
 
     @cached_property
-    def _read_shard(self) -> Callable[[int], tuple[dict[str, Tensor], list[int]]]:
-        """A function from a shard's number to its tensors, mapped into memory, and the end of each row in `tokens`."""
+    def _read_shard(self) -> Callable[[int], tuple[Shard, list[int]]]:
+        """A function that maps a shard into memory by its number, and says where each of its rows ends in `tokens`.
+
+        Each table keeps its last MAX_MAPPED shards.
+        """
 
         @lru_cache(MAX_MAPPED)
-        def read_shard(number: int) -> tuple[dict[str, Tensor], list[int]]:
+        def read_shard(number: int) -> tuple[Shard, list[int]]:
             shard = self._table.tensors(number)
             return shard, shard["lengths"].cumsum(0).tolist()
 
@@ -254,13 +285,16 @@ class EncodedTexts:
 
 
 def open_table(folder: Path) -> EncodedTexts:
-    """Open a table to read it. Raises UserError where there is none, it is unfinished, or a shard is not as it was."""
+    """Open the table of a folder. Raises UserError where there is none, it is unfinished, or a shard has changed."""
     missing = f"holds no texts (it has no {FILE}): make it, dumo encode RECIPE"
     return EncodedTexts(folder, table.read_finished(folder, TextTableIndex, missing))
 
 
-def require(table: EncodedTexts, encoder: Reader, captions: int, identity: str | None = None) -> None:
-    """Raise UserError where a table has another number of captions, encoder, or identity (None: any)."""
+def require(table: EncodedTexts, encoder: EncoderSpec, captions: int, identity: str | None = None) -> None:
+    """Raise UserError where a table has another number of captions, another encoder, or another identity.
+
+    `identity` None: any will do.
+    """
     contents = table.contents
     if contents.captions != captions:
         raise UserError(
@@ -269,16 +303,15 @@ def require(table: EncodedTexts, encoder: Reader, captions: int, identity: str |
         )
     stored = contents.binding()
     requested = contents.model_copy(update={"encoder": encoder}).binding()
-    lines = [
-        f"{field}: {stored.get(field)} there, {requested.get(field)} asked"
-        for field in stored | requested  # a field without its default is in one of them alone
-        if requested.get(field) != stored.get(field)
-    ]
-    if lines:
-        listed = "\n  ".join(lines)
+    differences: list[str] = []
+    for field in stored | requested:  # a field that is left out at its default may be in one of them alone
+        if requested.get(field) != stored.get(field):
+            differences.append(f"{field}: {stored.get(field)} there, {requested.get(field)} asked")
+    if differences:
+        difference_lines = "\n  ".join(differences)
         raise UserError(
-            f"net.texts.root: {table.folder} was encoded otherwise:\n  {listed}\nEncode into another folder, or ask "
-            "for what is there"
+            f"net.texts.root: {table.folder} was encoded otherwise:\n  {difference_lines}\nEncode into another "
+            "folder, or ask for what is there"
         )
     if identity not in (None, contents.identity):
         raise UserError(
@@ -288,64 +321,54 @@ def require(table: EncodedTexts, encoder: Reader, captions: int, identity: str |
 
 
 def read_contents(folder: Path) -> TextTableIndex | None:
-    """The contents of index.json, or None where there is none. Raises UserError if it is damaged."""
+    """Read the index of a folder, also of an unfinished table; None where there is none.
+
+    Raises UserError if it is damaged.
+    """
     return table.read(folder, TextTableIndex)
-
-
-def read_captions(folder: Path, expected_digest: str) -> tuple[str, ...]:
-    """The captions of a folder. Raises UserError where they are missing, damaged, or not those of the digest."""
-    file = folder / CAPTIONS
-    lines = read_text(file, REMAKE, MAX_CAPTIONS_BYTES).split("\n")
-    try:
-        texts = tuple(str(json.loads(line)) for line in lines if line)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): {REMAKE}") from error
-    if digest.short(*texts) != expected_digest:
-        raise UserError(f"{file} holds other captions than {FILE} says: {REMAKE}")
-    return texts
 
 
 def encode(
     captions: Sequence[str],
-    encoder: Reader,
+    spec: EncoderSpec,
     out: Path,
     *,
     shard_rows: int = 1024,
     batch: int = 32,
-    sources: Sources | None = None,
+    sources: SourceImages | None = None,
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
     tick: Tick = lambda done, note: None,
 ) -> MakeResult:
-    """Make this rank's shards that are missing or damaged. Another batch may change the last bits.
+    """Make the shards of this rank that are missing or damaged, of a table of captions in the folder `out`.
 
-    Warns where texts are cut. Raises UserError where there are no captions, an embedding is too large for the dtype,
-    and as opening the encoder does; Stopped after a signal; and as `dumo.io.table.make`.
+    Texts are encoded `batch` at a time; another batch may change the last bits. Warns where texts are cut. Raises
+    UserError where there are no captions, an embedding is too large for the dtype, and as opening the encoder does;
+    Stopped after a signal; and as `dumo.io.table.make`.
     """
     if not captions:
         raise UserError("there are no captions to encode: give data.captions, and images that have some")
-    read = encoder.open() if isinstance(encoder, Tokenizer) else encoder.open(device)
-    contents = TextTableIndex.of(captions, encoder, read, shard_rows, sources)
+    encoder = spec.open() if isinstance(spec, Tokenizer) else spec.open(device)
+    contents = TextTableIndex.for_captions(captions, spec, encoder, shard_rows, sources)
     texts = [*captions, ""]
-
     has_masks = "mask" in contents.columns
-    types = {name: column.torch_dtype for name, column in contents.columns.items()}
+    dtypes = {name: column.torch_dtype for name, column in contents.columns.items()}
 
-    def encode_shard(number: int, report: Callable[[int], None]) -> dict[str, Tensor]:
-        """The columns of a shard; `report` is called with the number of rows that are done."""
+    def encode_shard(number: int, report: Callable[[int], None]) -> Shard:
+        """Return the columns of a shard. `report` is called with the number of rows that are done."""
         rows = contents.span(number)
-        batches: list[dict[str, Tensor]] = []
+        batches: list[Shard] = []
         for first in rows[::batch]:
             signals.check()
             batch_texts = texts[first : min(first + batch, rows.stop)]
-            columns = unpadded(embeddings(read, batch_texts), masks=has_masks)
+            columns = to_columns(_encode_texts(encoder, batch_texts), keeps_padding=has_masks)
             if sources:
-                columns["source"] = sources.of(batch_texts)
+                columns["source"] = sources.latents_of(batch_texts)
             batches.append(columns)
             report(first + len(batch_texts) - rows.start)
-        whole = {name: torch.cat([columns[name] for columns in batches]) for name in batches[0]}
-        return in_stored_types(whole, types)
+        shard = {name: torch.cat([columns[name] for columns in batches]) for name in batches[0]}
+        return to_stored_types(shard, dtypes)
 
     lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
     return table.make(
@@ -353,31 +376,44 @@ def encode(
     )
 
 
-def embeddings(read: EncoderModel | PromptReader | LoadedTokenizer, texts: Sequence[str]) -> Embeddings:
-    """The embeddings of texts, padded; ids where there is no encoder."""
-    texts = [parted(text)[0] for text in texts]
-    if not isinstance(read, LoadedTokenizer):
-        return read(texts)
-    ids, mask = read(texts, fills_length=False)
-    return Embeddings(ids, mask, None)
-
-
-def unpadded(rows: Embeddings, *, masks: bool) -> dict[str, Tensor]:
-    """The columns of these rows; with `masks`, padding is kept, and the masks."""
-    kept = torch.ones_like(rows.mask) if masks else rows.mask
-    columns = {"lengths": kept.sum(1), "tokens": rows.tokens[kept]}
-    if masks:
-        columns["mask"] = rows.mask[kept]
+def to_columns(rows: Embeddings, *, keeps_padding: bool) -> Shard:
+    """Return the columns of some rows. Padding is left out, or kept with the column `mask` if `keeps_padding`."""
+    is_stored = torch.ones_like(rows.mask) if keeps_padding else rows.mask  # (b, l)
+    columns = {"lengths": is_stored.sum(1), "tokens": rows.tokens[is_stored]}
+    if keeps_padding:
+        columns["mask"] = rows.mask[is_stored]
     if rows.pooled is not None:
         columns["pooled"] = rows.pooled
     return columns
 
 
-def in_stored_types(tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Columns in the stored types. Raises UserError where they are not finite there."""
-    stored = {name: tensor.to(types[name]) for name, tensor in tensors.items()}
-    for tensor in stored.values():
-        if not tensor.isfinite().all():
-            dtype = str(types["tokens"]).removeprefix("torch.")
+def to_stored_types(columns: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Shard:
+    """Convert columns to the types in which they are stored. Raises UserError where a value is not finite there."""
+    stored = {name: column.to(dtypes[name]) for name, column in columns.items()}
+    for column in stored.values():
+        if not column.isfinite().all():
+            dtype = str(dtypes["tokens"]).removeprefix("torch.")
             raise UserError(f"the encoder gives no numbers, or too large ones for {dtype}: set its dtype=bfloat16")
     return stored
+
+
+def _encode_texts(encoder: LoadedEncoder, captions: Sequence[str]) -> Embeddings:
+    """Encode the texts of captions, padded to the longest. A tokenizer gives ids in place of embeddings."""
+    texts = [split_caption(caption)[0] for caption in captions]
+    if not isinstance(encoder, LoadedTokenizer):
+        return encoder(texts)
+    ids, mask = encoder(texts, fills_length=False)
+    return Embeddings(ids, mask, None)
+
+
+def _read_captions(folder: Path, expected_digest: str) -> tuple[str, ...]:
+    """Read the captions of a folder. Raises UserError where they are missing, damaged, or of another digest."""
+    file = folder / CAPTIONS
+    lines = read_text(file, REMAKE, _MAX_CAPTIONS_BYTES).split("\n")
+    try:
+        texts = tuple(str(json.loads(line)) for line in lines if line)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): {REMAKE}") from error
+    if digest.short(*texts) != expected_digest:
+        raise UserError(f"{file} holds other captions than {FILE} says: {REMAKE}")
+    return texts

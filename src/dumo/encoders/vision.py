@@ -1,7 +1,9 @@
 """Features of images by DINOv2 (Oquab et al. 2023, arXiv 2304.07193) and CLIP (Radford et al. 2021).
 
-The model is a folder of the user's own, as transformers saves it. `load` checks the folder and reads it into an `Eye`;
-a call of that preprocesses images and returns a row of numbers for each.
+The model is in a folder of the user's own, as transformers saves it. `load` checks the folder and reads it into an
+`ImageEncoder`. A call of the `ImageEncoder` preprocesses images, and returns their `ImageFeatures`.
+
+To add a kind of features, add a row to `FEATURE_MODELS`, and its preprocessing to `ImageEncoder.preprocess`.
 
 Preprocessing is fixed here, as in the code of those who judge by these features, whatever else is installed:
 
@@ -33,19 +35,19 @@ from dumo.io.picture import Pixels
 from dumo.io.read import foreign
 from dumo.types import UserError
 
-Kind = Literal["cmmd", "dinov2"]
+FeatureKind = Literal["cmmd", "dinov2"]
 _DINOV2_SIDE = 224  # pixels: dgm-eval
 _DINOV2_OFFSET = 0.1  # patches: facebookresearch/dinov2, hub/backbones.py
 IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation, in [0, 1]
 
 
-class VisionModel(NamedTuple):
-    """The model of a kind of features."""
+class FeatureModel(NamedTuple):
+    """The model of a kind of features, before it is loaded."""
 
     model: str  # its class in transformers
-    types: tuple[str, ...]  # `model_type` of the folders that it reads
-    colours: tuple[clip.Colour, clip.Colour]  # mean and deviation, where a folder has none
-    resize: str  # what is done to an image before, in words
+    types: tuple[str, ...]  # `model_type` in the config.json of folders that the class reads
+    colours: tuple[clip.Colour, clip.Colour]  # mean and deviation of colours, where a folder has none
+    resize: str  # how images are resized, in words: for reports
 
     @property
     def hint(self) -> str:
@@ -53,9 +55,9 @@ class VisionModel(NamedTuple):
         return f"name a folder with {CONFIG} and {TRANSFORMERS_FILE}, as transformers saves a {self.model}"
 
 
-VISION_MODELS: dict[Kind, VisionModel] = {
-    "dinov2": VisionModel("Dinov2Model", ("dinov2",), IMAGENET_COLOURS, "Pillow, bicubic, the whole image to"),
-    "cmmd": VisionModel(
+FEATURE_MODELS: dict[FeatureKind, FeatureModel] = {
+    "dinov2": FeatureModel("Dinov2Model", ("dinov2",), IMAGENET_COLOURS, "Pillow, bicubic, the whole image to"),
+    "cmmd": FeatureModel(
         "CLIPVisionModelWithProjection",
         ("clip", "clip_vision_model"),
         (clip.COLOUR_MEAN, clip.COLOUR_DEVIATION),
@@ -73,10 +75,10 @@ class ImageFeatures(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Eye:
-    """A model of images, and what images need before they reach it."""
+class ImageEncoder:
+    """A loaded model of images, and how images are preprocessed for it."""
 
-    kind: Kind
+    kind: FeatureKind
     folder: Path
     model: Any  # of transformers
     side: int  # pixels
@@ -85,26 +87,26 @@ class Eye:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """For a report: the model, the hash of its weights, and what is done to an image before."""
+        """For a report: the model, the hash of its weights, and the preprocessing."""
         config = self.model.config
-        hint = VISION_MODELS[self.kind].hint
+        hint = FEATURE_MODELS[self.kind].hint
         colours = f"{_colour_text(self.mean)}; {_colour_text(self.deviation)}"
         return {
             "features": f"{type(self.model).__name__} {config.hidden_size} wide, patches of {config.patch_size}",
             "features_sha256": require_weights(self.folder, TRANSFORMERS, "features", hint).sha256(),
-            "resize": f"{VISION_MODELS[self.kind].resize} {self.side}",
+            "resize": f"{FEATURE_MODELS[self.kind].resize} {self.side}",
             "rounding": "0 to 255",
             "colours": f"mean and deviation {colours}",
         }
 
     @torch.no_grad()
     def __call__(self, pixels: Pixels) -> ImageFeatures:
-        """The features of images of any size, in float32."""
+        """Return the features of n images of any size, in float32."""
         batch = pixels
         if len(pixels) == 0:
             batch = pixels.new_zeros(1, 3, 1, 1)  # these models take no empty batch: its row is cut off below
         model_input = self.preprocess(batch).to(self.model.device)
-        hint = VISION_MODELS[self.kind].hint
+        hint = FEATURE_MODELS[self.kind].hint
         with using("fp32", self.model.device), foreign(f"the model of {self.folder} fails", hint):
             out = self.model(pixel_values=model_input)
         features = normalize(out.image_embeds) if self.kind == "cmmd" else out.pooler_output
@@ -121,10 +123,11 @@ class Eye:
 
 
 def _colour_text(colour: Float[Tensor, "3 1 1"]) -> str:
+    """Return red, green and blue in words, for a report."""
     return ", ".join(f"{number:.4g}" for number in colour.flatten().tolist())
 
 
-def _to_square(image: Image.Image, side: int, kind: Kind) -> Image.Image:
+def _to_square(image: Image.Image, side: int, kind: FeatureKind) -> Image.Image:
     """Resize an image to a square of `side` pixels: for CMMD its middle square, else all of it."""
     if kind == "cmmd":
         width, height = image.size
@@ -135,21 +138,23 @@ def _to_square(image: Image.Image, side: int, kind: Kind) -> Image.Image:
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def load(folder: Path, kind: Kind, field: str, device: torch.device | str = "cpu") -> Eye:
+def load(folder: Path, kind: FeatureKind, field: str, device: torch.device | str = "cpu") -> ImageEncoder:
     """Load the model of a folder onto a device.
 
     Raises UserError, which names the field, where there is none, it is damaged, or its weights are a pickle.
     """
-    known = VISION_MODELS[kind]
-    config = clip.read_config(folder, (CONFIG,), field, known.hint)
-    if config.get("model_type") not in known.types:
-        raise UserError(f"{field}: {folder} holds a {config.get('model_type')}, no {known.model}: {known.hint}")
-    model = load_model(folder, known.model, field, known.hint)
+    feature_model = FEATURE_MODELS[kind]
+    config = clip.read_config(folder, (CONFIG,), field, feature_model.hint)
+    if config.get("model_type") not in feature_model.types:
+        raise UserError(
+            f"{field}: {folder} holds a {config.get('model_type')}, no {feature_model.model}: {feature_model.hint}"
+        )
+    model = load_model(folder, feature_model.model, field, feature_model.hint)
     side = _DINOV2_SIDE if kind == "dinov2" else model.config.image_size
     if kind == "dinov2":
         _interpolate_positions(model, side)
-    mean, deviation = clip.read_colours(folder, known.colours, known.hint)
-    return Eye(kind, folder, model.to(device), side, mean, deviation)
+    mean, deviation = clip.read_colours(folder, feature_model.colours, feature_model.hint)
+    return ImageEncoder(kind, folder, model.to(device), side, mean, deviation)
 
 
 def _interpolate_positions(model: Any, side: int) -> None:  # noqa: ANN401, of transformers

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.encoders import vision
-from dumo.encoders.vision import VISION_MODELS, Eye, Kind
+from dumo.encoders.vision import FEATURE_MODELS, FeatureKind, ImageEncoder
 from dumo.evaluation import reference
 from dumo.evaluation.baseline import perfect_sampler_scores
 from dumo.evaluation.distance import frechet_distance, gaussian_mmd, kid
@@ -39,7 +39,7 @@ from dumo.types import PLACE, UserError
 MODEL_FIELD = "evaluate.protocol.model"
 CMMD_WIDTH = 10.0  # of the kernel on embeddings of length 1: CMMD
 MEDIAN_ROWS = 2000  # real images between which the median distance is taken, about: ours
-STANDARDS: dict[Kind, Standard] = {
+STANDARDS: dict[FeatureKind, Standard] = {
     "dinov2": Standard(samples=50_000, size=None, classes=None, reference_images=None, subset=1000),
     # 30,000 samples, as the authors take of COCO's captions
     "cmmd": Standard(samples=30_000, size=None, classes=None, reference_images=None, subset=1000),
@@ -49,7 +49,7 @@ STANDARDS: dict[Kind, Standard] = {
 class FeatureProtocol(Protocol):
     """Images in colour or grey, decoded, by the features of the model in a folder."""
 
-    kind: Kind
+    kind: FeatureKind
     # The folder of a Dinov2Model, or a CLIPModel, of transformers, in safetensors.
     model: str | None = Field(default=None, json_schema_extra=PLACE)
 
@@ -63,7 +63,7 @@ class FeatureProtocol(Protocol):
         """What must be named before anything can be judged; None: nothing."""
         if self.model:
             return None
-        return f"a {VISION_MODELS[self.kind].model}, in {MODEL_FIELD}: {VISION_MODELS[self.kind].hint}"
+        return f"a {FEATURE_MODELS[self.kind].model}, in {MODEL_FIELD}: {FEATURE_MODELS[self.kind].hint}"
 
     def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
@@ -99,9 +99,9 @@ class FeatureProtocol(Protocol):
 class FeatureEvaluator:
     """Compares samples, batch by batch, with statistics of the data."""
 
-    kind: Kind
+    kind: FeatureKind
     total: int  # samples
-    eye: Eye  # extracts features
+    eye: ImageEncoder  # extracts features
     real: Statistics  # of the data
     width: float  # of the kernel
     facts: dict[str, str]  # for the report's card
@@ -143,7 +143,7 @@ class FeatureEvaluator:
         return {"perfect": perfect}
 
 
-def _kernel_width(kind: Kind, rows: Tensor) -> float:
+def _kernel_width(kind: FeatureKind, rows: Tensor) -> float:
     """The width of the kernel, given the features of real images, (n, features).
 
     A median is rounded, so that it is the same on machines that differ in last bits.

@@ -75,7 +75,7 @@ class ImageProtocol(Protocol):
 
         `reference_option` says where the user may name ADM's file.
         """
-        file = inception.place()
+        file = inception.weights_path()
         if not file or not file.is_file():
             return "the weights of Inception: dumo data inception says how to get them"
         if self.standard.url and self.reference is None:

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from dumo.encoders.classifier import PIECE, ShippedClassifier, cifar10, digits
+from dumo.encoders.classifier import IMAGES_AT_ONCE, ShippedClassifier, cifar10, digits
 from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, measure_null_distance, perfect_sampler_scores
 from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd
 from dumo.evaluation.distance import (
@@ -172,13 +172,13 @@ def _shuffled_rows(num_real: int) -> Int64[Tensor, " m"]:
 
 def features_of(x: Sample) -> Features:
     """The features (n, f) of images (n, 3, 32, 32) after they are clamped and rounded to 8 bits."""
-    return torch.cat([cifar10.features(from_uint8(to_uint8(part))) for part in x.split(PIECE)])
+    return torch.cat([cifar10.features(from_uint8(to_uint8(part))) for part in x.split(IMAGES_AT_ONCE)])
 
 
 def cached_features(x: Sample) -> Features:
     """The features (m, f) of a reference (m, 3, 32, 32), computed once in a process for the same pixels."""
     pixels_hash = blake2b()
-    for part in x.split(PIECE):
+    for part in x.split(IMAGES_AT_ONCE):
         pixels_hash.update(to_uint8(part).cpu().contiguous().numpy().data)
     key = pixels_hash.digest()
     if key not in feature_cache:

@@ -31,7 +31,7 @@ from dumo.export import card
 from dumo.export.model import ExportedModel, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler
 from dumo.nets.adapter import SUBJECT, adapters
-from dumo.nets.twin import bias_or_none
+from dumo.nets.heads import bias_or_none
 from dumo.runtime.door import option
 from dumo.types import UserError
 
@@ -160,7 +160,7 @@ def changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer]
     if exported.subject_only:
         return
     net = exported.net
-    model: nn.Module = net.stock(exported.head, last=exported.time_layer)
+    model: nn.Module = net.single_head_model(exported.head, time_layer=exported.time_layer)
     for trained_path, original in zip(net.trained_paths, net.old, strict=True):
         for name, old in original.named_modules():
             path = f"{trained_path}.{name}".rstrip(".")

@@ -32,8 +32,8 @@ from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import class_of, family
-from dumo.nets.gap import Fixed
+from dumo.nets.family import class_of, find_family
+from dumo.nets.gap import FixedTimes
 from dumo.nets.rows import Codes
 from dumo.run.sampler import Sampler
 from dumo.runtime.door import option
@@ -200,7 +200,7 @@ def _stock_pipeline(model_class: str, spec: Pretrained) -> StockPipeline | None:
     # of SANA the distilled ones alone take a guidance number, and their pipeline has another path
     if model_class == "SanaTransformer2DModel" and spec.guidance is not None:
         return None
-    model_family = family(spec.pipeline.config(TRANSFORMER), spec.pipeline.class_name)
+    model_family = find_family(spec.pipeline.config(TRANSFORMER), spec.pipeline.class_name)
     if model_family.pipeline == DISTILLED_KLEIN.pipeline and spec.pipeline.index.get(IS_DISTILLED):
         return DISTILLED_KLEIN
     if model_family.pipeline in PIPELINE_BY_CLASS:
@@ -243,7 +243,7 @@ class ExportedModel:
         return sorted(end_by_start.items(), reverse=True)
 
     @cached_property
-    def fixed_embedding(self) -> Fixed | None:
+    def fixed_embedding(self) -> FixedTimes | None:
         """The embedding of t that also says r; None where any number of passes is made. Raises as `pass_intervals`."""
         if not self.nfe:
             return None
@@ -252,8 +252,8 @@ class ExportedModel:
         if isinstance(path, Diffusion):
             model_times = torch.tensor([float(index) for index in path.indices(t)])
         else:
-            model_times = self.net.own_time(self._scheduler_times(t))
-        return self.net.fixed(torch.tensor(t), torch.tensor(r), model_times, getattr(torch, self.dtype))
+            model_times = self.net.model_times(self._scheduler_times(t))
+        return self.net.fit_fixed_times(torch.tensor(t), torch.tensor(r), model_times, getattr(torch, self.dtype))
 
     @property
     def time_layer(self) -> nn.Linear | None:
@@ -263,7 +263,7 @@ class ExportedModel:
         """
         if self.fixed_embedding:
             return self.fixed_embedding.layer
-        return self.net.rest() if self.net.gap else None
+        return self.net.velocity_time_layer() if self.net.gap else None
 
     def _scheduler_times(self, times: Sequence[float]) -> Tensor:
         """Times in [0, 1] as the pipeline's scheduler passes them to the model, in thousandths."""
@@ -320,7 +320,7 @@ class ExportedModel:
     @property
     def component_name(self) -> str:
         """The name that diffusers has for the model among a pipeline's components."""
-        return self.spec.pipeline.model
+        return self.spec.pipeline.model_part
 
     @property
     def source_folder(self) -> Path | None:
@@ -365,7 +365,7 @@ class ExportedModel:
 
     def build_model(self) -> Any:  # noqa: ANN401, a model of diffusers
         """Build the model of diffusers: adapters merged into their layers, no path of this machine in its config."""
-        model = self.net.stock(self.head, merged=self.spec.lora is not None, last=self.time_layer)
+        model = self.net.single_head_model(self.head, merged=self.spec.lora is not None, time_layer=self.time_layer)
         model.register_to_config(_name_or_path="")
         if self.dtype == "float32":
             return model

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from dumo.flow.solver import Hermite, Restart, Solver
 from dumo.io.read import read_settings, write_json
-from dumo.nets.vp import DiffusionToVelocity, settings
+from dumo.nets.vp import DiffusionToVelocity, scheduler_settings
 from dumo.types import UserError
 
 SCHEDULER = "scheduler"  # the folder of a pipeline's scheduler
@@ -126,7 +126,7 @@ def _write_lcm(folder: Path, frame: DiffusionToVelocity) -> Entry:
     from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
     scheduler = LCMScheduler(
-        **settings(frame),
+        **scheduler_settings(frame),
         original_inference_steps=frame.schedule.steps,
         timestep_scaling=_TIMESTEP_SCALING,
     )
@@ -138,6 +138,6 @@ def _write_ddim(folder: Path, frame: DiffusionToVelocity) -> Entry:
     """Write a scheduler that follows the velocity of a diffusion."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    scheduler = DDIMScheduler(**settings(frame), clip_sample=False, timestep_spacing="trailing")
+    scheduler = DDIMScheduler(**scheduler_settings(frame), clip_sample=False, timestep_spacing="trailing")
     scheduler.save_pretrained(folder)
     return ["diffusers", "DDIMScheduler"]

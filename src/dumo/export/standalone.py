@@ -35,8 +35,8 @@ from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
 from dumo.io import trained
 from dumo.io.read import write_json
 from dumo.nets import UNet
-from dumo.nets.block import UnitRowLinear
 from dumo.nets.dit import DiT
+from dumo.nets.magnitude import UnitRowLinear
 from dumo.run.sampler import Sampler
 from dumo.runtime import version
 from dumo.runtime.random import noise, random_batch

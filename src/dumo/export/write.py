@@ -137,7 +137,7 @@ def uncoded(opened: RunFolder) -> nn.Module:
     spec = opened.run.net
     if not isinstance(spec, Pretrained):
         return opened.net
-    uncoded_spec = spec.uncoded()
+    uncoded_spec = spec.with_uncoded_weights()
     if uncoded_spec is spec:
         return opened.net
     net = build(opened.run.model_copy(update={"net": uncoded_spec}), opened.device)
@@ -258,6 +258,6 @@ def require_own_autoencoder(data: Data) -> None:
     """Raise UserError where the net makes latents of another autoencoder than the pipeline decodes with."""
     if isinstance(data, Latents) and data.codec.kind != "pipeline":
         raise UserError(
-            f"data.codec is {data.codec.about}, and the pipeline decodes with its own autoencoder: train with "
+            f"data.codec is {data.codec.label}, and the pipeline decodes with its own autoencoder: train with "
             f"data.codec.kind=pipeline, or export with {option('parts', 'none')}"
         )

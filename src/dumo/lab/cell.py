@@ -176,7 +176,7 @@ def _save_model(result: Result, parent: Path, cut: float | None) -> Path:
         run = result.trained.run
         net = _low_pass(run.objective, run.data, _save_model(result, parent, None), cut)
     assert isinstance(net, Dualized)
-    net.stock("v").save_pretrained(folder)
+    net.single_head_model("v").save_pretrained(folder)
     return folder
 
 

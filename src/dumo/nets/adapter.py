@@ -1,19 +1,17 @@
 """LoRA (Hu et al. 2021) by peft: next to a frozen linear layer W, a product B A of low rank that is trained.
 
-Next to a convolution, A is one of the same kernel and stride to `rank` channels, and B one of 1 x 1 (LoCon).
+`Lora` is the spec. `dumo.nets.dualized` calls `adapt` when a net is made, `without_adapters` and `without_subject`
+around a pass of the untuned model, and `merge` for an export. `adapters` finds the layers that peft put in.
 
-peft names the parameters `lora_A.default.weight` and `lora_B.default.weight`, and B starts at zero. B A counts in full:
-alpha is the rank, as in TwinFlow.
-
-A second adapter may be trained on top of a few-step run's (`Lora.subject`): both add, `lora_A.subject.weight` is
-trained, and all else that the few-step run trained is frozen.
-
-Frozen linear layers may be kept in fewer bits (`dumo.nets.lowbit`); norms, tables and all that is trained stay in
-float32. Published weights are mostly stored in bf16: those are mapped from their file, not copied, so the processes of
-a machine share them until each has taken its part, or has coded them layer by layer.
-
-`dumo.nets.dualized` calls `adapt` when a net is made, `off` and `without_subject` around a pass of the untuned model,
-and `merge` for an export. `adapters` finds the layers that peft put in.
+- Next to a convolution, A is a convolution of the same kernel and stride to `rank` channels, and B is one of 1 x 1
+  (LoCon).
+- peft names the parameters `lora_A.default.weight` and `lora_B.default.weight`; they are so in checkpoints. B starts at
+  zero. B A is added as it is: alpha is the rank, as in TwinFlow.
+- A second adapter may be trained on top of a few-step run's (`Lora.subject`): both add, `lora_A.subject.weight` is
+  trained, and all else that the few-step run trained is frozen.
+- Frozen linear layers may be kept in fewer bits (`dumo.nets.lowbit`); norms, tables and all that is trained stay in
+  float32. Published weights are mostly stored in bf16: those are mapped from their file, not copied, so the processes
+  of a machine share them until each has sharded or coded them, layer by layer.
 """
 
 import re
@@ -25,7 +23,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from dumo.nets.lowbit import Coding, halve, quantise
+from dumo.nets.lowbit import Coding, quantise, store_in_bf16
 from dumo.runtime import import_bitsandbytes, install_command
 from dumo.runtime.limits import CHANNELS
 from dumo.types import QUIET, Spec, UserError
@@ -38,7 +36,7 @@ MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)
 
 
 class Lora(Spec):
-    """Adapters of the attention and the perceptrons of every block, and of its convolutions."""
+    """Adapters of the linear layers of every block, and of its convolutions if `convolutions` is set."""
 
     rank: int = Field(default=64, ge=1, le=CHANNELS)  # the default is TwinFlow's
     frozen: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"  # the type of frozen linear layers
@@ -74,7 +72,7 @@ def adapt(
 
     # in fewer bits, before peft wraps the layers
     if lora.frozen == "bfloat16":
-        halve(model, trained)
+        store_in_bf16(model, trained)
     elif lora.coding:
         quantise(model, blocks, trained, lora.coding)
 
@@ -102,12 +100,12 @@ def adapters(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if hasattr(layer, "lora_A")]
 
 
+# peft's own switches would also change which parameters are trained, so these two set the private fields behind them.
+
+
 @contextmanager
 def without_subject(model: nn.Module) -> Generator[None, None, None]:
-    """Inside, a subject's adapters add nothing, and those of the few-step run do.
-
-    peft's own switch would also change which parameters are trained, so this sets the private field behind it.
-    """
+    """Inside, a subject's adapters add nothing, and those of the few-step run do."""
     layers = adapters(model)
     active_before = [layer.active_adapter for layer in layers]
     for layer in layers:
@@ -120,11 +118,8 @@ def without_subject(model: nn.Module) -> Generator[None, None, None]:
 
 
 @contextmanager
-def off(model: nn.Module) -> Generator[None, None, None]:
-    """Inside, no adapter adds anything.
-
-    peft's own switch would also change which parameters are trained, so this sets the private field behind it.
-    """
+def without_adapters(model: nn.Module) -> Generator[None, None, None]:
+    """Inside, no adapter adds anything."""
     layers = adapters(model)
     disabled_before = [layer.disable_adapters for layer in layers]
     for layer in layers:

@@ -3,25 +3,24 @@
 Modern blocks are those of LightningDiT (Yao et al. 2025): RMS norms (Zhang & Sennrich 2019), query and key norms
 (Dehghani et al. 2023), SwiGLU with as many parameters (Shazeer 2020), and rotary positions.
 
-- `Stream` has the layers, `Block` calls them in order: h + gate * attention, then h + gate * perceptron. The condition
-  gives each of the two a shift, a scale and a gate. `dumo.nets.textblock` has the block that reads a text.
-- `Preserving` is a block that keeps magnitudes (EDM2). After each training step `normalize_rows` restores its weights.
-- For activation checkpointing `mark_recomputed` marks blocks once, and `run_as_marked` calls one in each pass.
+`Block` is called once per layer, with `BlockSizes` when it is made. `Stream` has its layers and steps:
 
-In all shapes b is the batch, tokens the number of tokens and size the width of one attention head.
+1. `modulations` makes a shift, a scale and a gate of the condition, for attention and for the perceptron.
+2. `add_attention`: h + gate * attention(modulated norm of h).
+3. `add_perceptron`: h + gate * perceptron(modulated norm of h).
+
+Two other blocks extend it: `dumo.nets.magnitude` keeps magnitudes, and `dumo.nets.textblock` reads a text between 2 and
+3. The functions below `Block` are shared with them and with `dumo.nets.dit`.
+
+In all shapes b is the batch, tokens the number of tokens, attention the number of attention heads, and size the width
+of one. The names of layers are those in checkpoints, so a rename breaks runs.
 """
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
-import torch
-from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from dumo.autodiff.dual import Dual, primal_only
 from dumo.nets.embed import apply_rotary
 from dumo.types import Array
 
@@ -29,7 +28,7 @@ EPS = 1e-6  # of all norms (DiT)
 
 
 class BlockSizes(NamedTuple):
-    """The sizes and options of a block, as `DiT` has them."""
+    """The sizes and options of a block, by the names of the fields of a `DiT`."""
 
     width: int
     attention: int  # the number of attention heads
@@ -76,7 +75,10 @@ class Stream(nn.Module):
 
     @property
     def fused(self) -> dict[str, int]:
-        """The number of matrices, one above the other, in the weight of a layer. Muon orthogonalizes each by itself."""
+        """The number of matrices in the weight of a layer, one above the other, by the layer's name.
+
+        Muon orthogonalizes each of them by itself.
+        """
         return {"modulation": 6, "qkv": 3, "up": 2 if self.modern else 1}
 
     def modulations(self, condition: Array) -> tuple[Modulation, Modulation]:
@@ -91,12 +93,12 @@ class Stream(nn.Module):
 
     def add_perceptron(self, h: Array, m: Modulation) -> Array:
         """Add the gated perceptron to h (b, tokens, width)."""
-        a = self.perceive(self.layer_input(h, m))
+        a = self.apply_perceptron(self.layer_input(h, m))
         return h + m.gate * a
 
     def layer_input(self, h: Array, m: Modulation) -> Array:
         """Normalize and modulate h (b, tokens, width): the input of attention or of the perceptron."""
-        return modulated(h, m.shift, m.scale, rms=self.modern)
+        return normalize_and_modulate(h, m.shift, m.scale, rms=self.modern)
 
     def attend(self, a: Array, *rotary: Array) -> Array:
         """Apply self-attention over the tokens of a (b, tokens, width); returns this shape."""
@@ -116,7 +118,7 @@ class Stream(nn.Module):
             k = apply_rotary(k, *rotary)
         return q, k, v
 
-    def perceive(self, a: Array) -> Array:
+    def apply_perceptron(self, a: Array) -> Array:
         """Apply the perceptron to each token of a (b, tokens, width); returns this shape."""
         if not self.modern:
             return self.down(F.gelu(self.up(a), approximate="tanh"))
@@ -144,20 +146,22 @@ def normalize(h: Array, *, rms: bool = False) -> Array:
     return F.layer_norm(h, h.shape[-1:], eps=EPS)
 
 
-def modulated(h: Array, shift: Array, scale: Array, *, rms: bool = False) -> Array:
-    """Normalize h (b, tokens, width), then scale and shift it, by (b, 1, width) each."""
+def normalize_and_modulate(h: Array, shift: Array, scale: Array, *, rms: bool = False) -> Array:
+    """Normalize h (b, tokens, width), then scale it by 1 + scale and shift it. Shift and scale are (b, 1, width)."""
     return normalize(h, rms=rms) * (1 + scale) + shift
 
 
 def split_heads(a: Array, parts: int, attention: int) -> tuple[Array, ...]:
-    """Split a (b, tokens, parts * width) into `parts` tensors (b, attention, tokens, size)."""
+    """Split a (b, tokens, parts * width) into `parts` tensors (b, attention, tokens, size), such as q, k and v."""
     size = a.shape[-1] // (parts * attention)
     return a.view(*a.shape[:2], parts, attention, size).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def normalize_qk(a: Array, norm: nn.Module | None, like: Array) -> Array:
     """Apply a norm, if there is one, to queries or keys; returns them in the type of `like`, the values."""
-    return a if norm is None else norm(a).to(like.dtype)
+    if norm is None:
+        return a
+    return norm(a).to(like.dtype)
 
 
 def multi_head_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -176,112 +180,3 @@ def swiglu_width(width: int) -> int:
     Its three matrices then have as many numbers as the two of a plain perceptron that is 4 width wide.
     """
     return 8 * round(width / 3)
-
-
-# Activation checkpointing (Chen et al. 2016): a block's inputs are kept, and the rest is computed again in the backward
-# pass. True: of all blocks; n: of every n-th, from the first on.
-Checkpointing = bool | Annotated[int, Field(ge=2)]
-
-
-def mark_recomputed(blocks: Iterable[nn.Module], every: Checkpointing) -> None:
-    """Set `recomputed` in each block: whether it is checkpointed. Copies of a net, and parts of it, keep the mark."""
-    for i, block in enumerate(blocks):
-        block.recomputed = bool(every) and i % int(every) == 0  # pyright: ignore[reportArgumentType]
-
-
-def run_as_marked(block: nn.Module, *inputs: Array | None) -> Array:
-    """Return the block's output, with checkpointing if the block is marked so, or has no mark, and gradients are on.
-
-    diffusers' `enable_gradient_checkpointing` takes this function.
-    """
-    recomputed = bool(getattr(block, "recomputed", True))
-    if not recomputed or not torch.is_grad_enabled():
-        return block(*inputs)
-    is_recorded = any(isinstance(x, Dual) and x.recorded for x in inputs)
-    contexts = noop_context_fn if is_recorded else _without_tangents
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-def _without_tangents() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a block's first pass and of its second, which computes no tangents.
-
-    No one asks for them again, unless they were recorded for gradients.
-    """
-    return nullcontext(), primal_only()
-
-
-Magnitude = Literal["free", "preserved"]
-# The root of E[f(x)^2] of an activation f, x ~ N(0, 1).
-GELU_RMS = 0.652
-SWIGLU_RMS = 0.596  # EDM2, Eq. 81
-
-
-class UnitRowLinear(nn.Linear):
-    """A linear layer without bias that divides each row of its weight by the row's length."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        """Map `in_features` numbers to `out_features`."""
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, input: Array) -> Array:
-        """Take input (..., in_features), and return (..., out_features)."""
-        return F.linear(input, F.normalize(self.weight, dim=1))
-
-
-class Preserving(Block):
-    """A block that preserves magnitudes (EDM2, Karras et al. 2024): its layers' inputs and outputs have mean square 1.
-
-    Weights that grow during training lower the effective learning rate, of each layer at its own pace. EDM2 removes
-    that:
-
-    - A linear layer has no bias and uses its rows at length 1 (Sec. 2.3): uncorrelated inputs of mean square 1 give
-      outputs of mean square 1. The gradient is orthogonal to a row, so a step makes it longer; after each step
-      `normalize_rows` brings it back to 1. EDM2's rows have length sqrt(inputs); with 1 the learning rates of the other
-      nets fit (ours).
-    - An activation is divided by the root of its mean square over N(0, 1) (Sec. 2.4, Eq. 81).
-    - A sum of h and a branch a is divided by the growth of its magnitude (Eq. 88): with a gate g for EDM2's fixed
-      weights, (h + g a) / sqrt(1 + g^2). EDM2 has g = 3/7; here the condition sets it, and it starts at 0, as
-      adaLN-zero's does (ours). So a block starts as the identity.
-    - The norm follows the modulation, where adaLN has it before (ours): at any scale and shift a layer's input has mean
-      square 1. Bill et al. 2025, who train transformers so, leave out both norm and shift.
-
-    Attention still averages values, as in EDM2. Embeddings, modulations and heads are unchanged.
-    """
-
-    def __init__(self, sizes: BlockSizes) -> None:
-        """Make a `Block` and replace its linear layers by `UnitRowLinear`, except those that start at zero."""
-        super().__init__(sizes)
-        for name, layer in [*self.named_children()]:
-            if isinstance(layer, nn.Linear) and layer not in self.zero_layers:
-                setattr(self, name, UnitRowLinear(layer.in_features, layer.out_features))
-
-    def add_attention(self, h: Array, m: Modulation, *rotary: Array) -> Array:
-        """Blend h (b, tokens, width) with attention."""
-        a = self.attend(self.layer_input(h, m), *rotary)
-        return blend(h, a, m.gate)
-
-    def add_perceptron(self, h: Array, m: Modulation) -> Array:
-        """Blend h (b, tokens, width) with the perceptron."""
-        a = self.perceive(self.layer_input(h, m))
-        return blend(h, a, m.gate)
-
-    def layer_input(self, h: Array, m: Modulation) -> Array:
-        """Modulate h (b, tokens, width), then normalize it: the input of attention or of the perceptron."""
-        return normalize(h * (1 + m.scale) + m.shift, rms=self.modern)
-
-    def perceive(self, a: Array) -> Array:
-        """Apply the perceptron to each token of a (b, tokens, width); returns this shape."""
-        return super().perceive(a) / (SWIGLU_RMS if self.modern else GELU_RMS)
-
-
-def blend(h: Array, a: Array, gate: Array) -> Array:
-    """Return (h + gate a) / sqrt(1 + gate^2): of mean square 1 where h and a are, and are uncorrelated."""
-    return (h + gate * a) / (1 + gate * gate) ** 0.5
-
-
-@torch.no_grad()
-def normalize_rows(net: nn.Module) -> None:
-    """Scale the rows of all `UnitRowLinear` layers of a net to length 1, in place."""
-    for layer in net.modules():
-        if isinstance(layer, UnitRowLinear):
-            layer.weight.copy_(F.normalize(layer.weight, dim=1))

@@ -26,21 +26,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dumo.nets.block import (
-    Block,
-    BlockSizes,
-    Checkpointing,
-    Magnitude,
-    Preserving,
-    Stream,
-    UnitRowLinear,
-    mark_recomputed,
-    modulated,
-    normalize,
-    normalize_rows,
-    run_as_marked,
-)
+from dumo.nets.block import Block, BlockSizes, Stream, normalize, normalize_and_modulate
+from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marked
 from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, grid_waves, label_table, rotary_tables, side_of
+from dumo.nets.magnitude import Magnitude, MagnitudePreservingBlock, UnitRowLinear, normalize_rows
 from dumo.nets.precondition import Precondition, apply_precondition
 from dumo.nets.route import Route, run_blocks
 from dumo.nets.textfamily import Text
@@ -142,7 +131,7 @@ class DiTHead(nn.Module):
     def forward(self, h: Array, condition: Array) -> Array:
         """Take h (b, tokens, width) and the condition (b, width), and return (b, tokens, out)."""
         shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, -1)
-        return self.out(modulated(h, shift, scale, rms=self.rms))
+        return self.out(normalize_and_modulate(h, shift, scale, rms=self.rms))
 
 
 class Transformer(nn.Module):
@@ -175,18 +164,18 @@ class Transformer(nn.Module):
             self.register_buffer(name, table, persistent=not self.rotary)
 
         # times, knobs and conditions
-        embedded = needs.shared
+        embedded_names = needs.shared
         if self.has_late_blocks:  # r goes through the embedding of t
-            embedded = tuple(name for name in needs.shared if name != "r")
-        self.scalars = Scalars(embedded, width, spec.time_scale)
+            embedded_names = tuple(name for name in needs.shared if name != "r")
+        self.scalars = Scalars(embedded_names, width, spec.time_scale)
         self.own = HeadEmbeddings(needs, width, spec.time_scale)
         self.text: nn.Module | None = None
-        block_class = Preserving if self.preserved else Block
+        block_class = MagnitudePreservingBlock if self.preserved else Block
         if spec.texts:
-            from dumo.nets.textblock import Cross, TextEmbedder
+            from dumo.nets.textblock import TextBlock, TextEmbedder
 
             self.text = TextEmbedder(spec.texts.build(classes), width)
-            block_class = Cross
+            block_class = TextBlock
         self.label = label_table(classes, width) if classes and not self.text else None
 
         # blocks and heads
@@ -198,7 +187,7 @@ class Transformer(nn.Module):
         mark_recomputed(self.blocks, spec.checkpoint)
         self.route = spec.route
         if self.route:
-            self.route.note(self.blocks)
+            self.route.mark_blocks(self.blocks)
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
@@ -240,7 +229,7 @@ class Transformer(nn.Module):
 
         split = None
         if self.route and self.training:
-            split = self.route.split(*h.shape[:2])
+            split = self.route.draw_split(*h.shape[:2])
         h = run_blocks(self.blocks, h, block_tables, run_block, split)
 
         # heads

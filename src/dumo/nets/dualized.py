@@ -1,17 +1,20 @@
 """A model of diffusers as a net of dumo: x_t, t and c in, velocities and flow maps out.
 
-The model keeps its class. The parts that are exchanged keep their names and shapes: its last layer (`dumo.nets.twin`),
-its time embedder (`dumo.nets.lowpass`), layers with adapters (`dumo.nets.adapter`).
+The model keeps its class. `Dualized` exchanges some of its parts, which keep their names and shapes: the last layer
+(`dumo.nets.heads`), the time embedder (`dumo.nets.lowpass`), and layers with adapters (`dumo.nets.adapter`).
 
-A pass (`Dualized.forward`) puts x_t and t in the model's own layout and unit (`Inputs`), calls the model with the
-arguments that its `Family` makes of them, and cuts the output of its last layer into heads.
+The order of events:
 
-What else is called from outside:
+1. `Dualized(...)` exchanges the parts, once.
+2. `refit` adapts the time embedder, after weights are loaded and before the first step.
+3. `forward` is a pass: it puts x_t and t in the model's own layout and unit (`Inputs`), calls the model with the
+   arguments that its `Family` makes of them, and cuts the output of its last layer into heads.
+4. `base` is the untuned model as a teacher.
+5. For an export, `single_head_model` is the model with one head; `fit_fixed_times`, `velocity_time_layer` and
+   `model_times` serve nets of two times.
 
-- `refit`, once, after weights are loaded and before the first step;
-- `base`, for the untuned model as a teacher;
-- `stock`, `fixed`, `rest` and `own_time`, for exports;
-- `blocks`, `regions` and `max_patches`, which sharding, compiling and checks read.
+Sharding, compiling and checks read `blocks`, `regions` and `max_patches`. The names of a `Dualized`'s modules are those
+in checkpoints, so a rename of `model`, `texts`, `old`, `heads` or `gap` breaks runs.
 """
 
 import copy
@@ -25,15 +28,24 @@ import torch
 from torch import Tensor, nn
 
 from dumo.io.deferred import Deferred
-from dumo.nets import adapter, lowpass, twin
+from dumo.nets import adapter, lowpass
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import require_inputs
 from dumo.nets.family import UNET, Config, Family, Inputs, pack_latents, unpack_latents
-from dumo.nets.gap import Fixed, GapEmbedder, fixed
-from dumo.nets.lowpass import Fit, MaskedLinear
+from dumo.nets.gap import FixedTimes, GapEmbedder, fit_fixed_times
+from dumo.nets.heads import (
+    HeadLayer,
+    JoinedHeads,
+    bias_or_none,
+    drop_from_state,
+    set_channels,
+    split_into_heads,
+    with_buffers_in_state,
+    with_submodules,
+)
+from dumo.nets.lowpass import LowpassFit, MaskedLinear
 from dumo.nets.route import Route, blocks_with_routing
 from dumo.nets.rows import Texts
-from dumo.nets.twin import HeadLayer, JoinedHeads, set_channels, split_into_heads, with_submodules
 from dumo.nets.vp import DiffusionToVelocity
 from dumo.runtime import dist
 from dumo.runtime.door import option
@@ -43,8 +55,7 @@ from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 class Dualized(nn.Module):
     """The net of a `Pretrained` spec: `heads` by name, `gap` where it has two times, and `model`, which holds all else.
 
-    Parameters that are not trained require no gradients. `fits` reports the low-pass of each time embedder: it is cut
-    when the net is made, and refit (`refit`) before the first step, because loaded weights replace it.
+    Parameters that are not trained require no gradients. `lowpass_fits` reports the low-pass of each time embedder.
     """
 
     model: Any  # of diffusers
@@ -64,13 +75,15 @@ class Dualized(nn.Module):
         gap: bool = False,
         route: Route | None = None,
     ) -> None:
-        """Take over the model, which is changed in place. Every head is a copy of its last layer.
+        """Take over the model, which is changed in place. Every head begins as a copy of its last layer.
 
-        `patch` is the side of a patch. `guidance` is the number that a distilled model embeds. `lowpass_limit` is in
-        rad per unit of t; None: waves of time stay as they are. `frame` says how a model of a diffusion is a velocity;
-        None: it learned one. With `gap` the net takes r, too, for which the model must have an embedder of time.
+        - `patch`: the side of a patch
+        - `guidance`: the number that a distilled model embeds; None: the model embeds none
+        - `lowpass_limit`: in rad per unit of t, quicker waves of time are cut; None: none are
+        - `frame`: makes a velocity of what a model of a diffusion gives; None: the model learned a velocity
+        - `gap`: whether the net takes r, too, for which the model must have an embedder of time
 
-        Raises UserError as `adapter.adapt` and `Route.note`.
+        Raises UserError as `adapter.adapt` and `Route.mark_blocks`.
         """
         super().__init__()
         self.model = model
@@ -81,53 +94,49 @@ class Dualized(nn.Module):
         self.frame = frame
         self.route = route
         if route:
-            route.note(self.blocks)
+            route.mark_blocks(self.blocks)
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0  # it would draw from torch's global generator
-        self.unsaved_buffers: dict[str, list[str]] = {}  # names, by the path of their layer
-        for path, layer in model.named_modules():
-            names = twin.drop_from_state(layer)
-            if path and names:
-                self.unsaved_buffers[path] = names
+        self.unsaved_buffers = _drop_buffers_from_state(model)
 
         # adapters, with copies of the layers that are trained in full
         unused_layers = self._unused_layers()
-        embedders = self._embedders()
-        trained_paths = [family.last, *embedders]
+        embedder_paths = self._time_embedder_paths()
+        trained_paths = [family.last_layer, *embedder_paths]
         self.trained_paths = tuple(trained_paths) if lora else ()
         if lora:
             adapter.adapt(model, lora, self.blocks, unused_layers, trained_paths)
         originals = [copy.deepcopy(model.get_submodule(path)) for path in self.trained_paths]
-        self.old = nn.ModuleList(originals).requires_grad_(False)
+        self.old = nn.ModuleList(originals).requires_grad_(False)  # one for each of `trained_paths`
         for name, p in model.named_parameters():
             if name.startswith(tuple(unused_layers)):
                 p.requires_grad_(False)
 
         # heads
-        last: Any = model.get_submodule(family.last)
-        self.heads = nn.ModuleDict({name: HeadLayer(last) for name in heads})
+        last_layer: Any = model.get_submodule(family.last_layer)
+        self.heads = nn.ModuleDict({name: HeadLayer(last_layer) for name in heads})
         set_channels(model, family.out_channels, len(heads) * self.channels)
 
         # time
         max_frequency = family.max_frequency(self.config)
-        self.fits: tuple[Fit, ...] = ()
+        self.lowpass_fits: tuple[LowpassFit, ...] = ()
         if lowpass_limit is not None:
-            fits: list[Fit] = []
-            for path in embedders:
+            fits: list[LowpassFit] = []
+            for path in embedder_paths:
                 embedder = model.get_submodule(path).requires_grad_(True)
                 fits.append(lowpass.cut(embedder, max_frequency, lowpass_limit))
-            self.fits = tuple(fits)
-        self.names = ("t", "r") if gap else ("t",)
-        self.gap_path = embedders[0] if gap else ""  # of the embedder that the gap's embedding is added to
-        self.gap = GapEmbedder(self._embedder, max_frequency) if gap else None
+            self.lowpass_fits = tuple(fits)
+        self.time_names = ("t", "r") if gap else ("t",)
+        self.gap_path = embedder_paths[0] if gap else ""  # of the embedder that the gap's embedding is added to
+        self.gap = GapEmbedder(self._time_embedder, max_frequency) if gap else None
 
         if family.mask_reader:
             model.get_submodule(family.mask_reader).register_forward_pre_hook(_with_readable_mask)
-        model.set_submodule(family.last, self._joined([head.out for head in self._heads]))
+        model.set_submodule(family.last_layer, self._join([head.out for head in self._heads]))
         self.has_subject = bool(lora and lora.subject)
         if self.has_subject:  # all else is the few-step run's, its time embedder, too
-            self.fits = ()
+            self.lowpass_fits = ()
             for name, p in self.named_parameters():
                 p.requires_grad_(f".{adapter.SUBJECT}." in name)
 
@@ -136,83 +145,49 @@ class Dualized(nn.Module):
 
         The inputs are times, (b,) each: t, and r if there is a gap. Raises TypeError for other inputs.
         """
-        require_inputs(self.names, inputs)
-        times = [inputs[name] for name in self.names]
-        if not (self.family.one_by_one and self.texts.lengths_differ):
+        require_inputs(self.time_names, inputs)
+        times = [inputs[name] for name in self.time_names]
+        goes_row_by_row = self.family.one_by_one and self.texts.lengths_differ
+        if not goes_row_by_row:
             return self._predict(x, c, *times)
         heads_by_row: list[Heads] = []
         for i in range(dist.num_synced_calls(self, len(c))):  # another rank may have more rows
             first = min(i, len(c) - 1)
             row = slice(first, first + 1)
             heads_by_row.append(self._predict(x[row], c[row], *(time[row] for time in times)))
-        return tuple(torch.cat(head)[: len(c)] for head in zip(*heads_by_row, strict=True))  # repeats are cut off
-
-    def _predict(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
-        """Return the heads of rows that may share a pass of the model. Shapes are those of `forward`."""
-        if self.frame:
-            x_in, time, to_velocity = self.frame(x, t)
-        else:
-            x_in = x
-            time = self._model_time(t)
-            to_velocity = self._to_velocity
-        inputs = self._inputs(x_in, c, time)
-        with self._unrounded(inputs), self._with_gap(t, r):
-            out = self._routed_model(inputs)(**self.family.arguments(inputs), return_dict=False)[0]
-        if inputs.source is not None:  # its tokens are the last
-            out = out[:, : inputs.x.shape[1]]
-        if self.family.packed:
-            out = unpack_latents(out, inputs.grid, self.patch)
-        heads = split_into_heads(out, len(self.heads))
-        if self.frame:  # a learned variance is cut off
-            heads = tuple(head[:, : x.shape[1]] for head in heads)
-        return tuple(to_velocity(head) for head in heads)
-
-    def _routed_model(self, inputs: Inputs) -> Any:  # noqa: ANN401, of diffusers
-        """Return the model; in training with routing, one whose blocks see some of the image's tokens."""
-        if not self.route or not self.training:
-            return self.model
-        image_tokens = prod(inputs.grid)
-        if inputs.source is not None:
-            image_tokens += inputs.source.shape[1]
-        split = self.route.split(len(inputs.tokens), image_tokens)
-        if split is None:
-            return self.model
-        return with_submodules(self.model, blocks_with_routing(self.model, split))
-
-    def _model_time(self, t: Time) -> Array:
-        """Return t (b,) in the unit of a model that learned a flow. A few families count time from the noise."""
-        if self.family.backward:
-            t = 1 - t
-        scale = self.family.clock(self.config)
-        return t if scale == 1 else scale * t
-
-    def _to_velocity(self, out: Array) -> Array:
-        """Return the velocity noise - data, from the output of a model that learned a flow."""
-        return -out if self.family.backward else out
+        # repeats of the last row are cut off
+        return tuple(torch.cat(rows)[: len(c)] for rows in zip(*heads_by_row, strict=True))
 
     def refit(self, weights: Deferred | None = None) -> None:
-        """Fit the time embedders, whose quick waves are cut, to their old curves. Takes seconds.
+        """Fit the time embedders, whose quick waves are cut, to the curves that they had before. Takes seconds.
 
         `weights` loads their weights first, where those are still deferred.
         """
-        if not self.fits:
+        if not self.lowpass_fits:
             return
-        embedders = [self.model.get_submodule(path) for path in self._embedders()]
+        embedders = [self.model.get_submodule(path) for path in self._time_embedder_paths()]
         if weights is not None:
             for embedder in embedders:
                 weights.fill(embedder)
         max_frequency = self.family.max_frequency(self.config)
-        fits = zip(embedders, self.fits, strict=True)
-        self.fits = tuple(lowpass.refit(embedder, max_frequency, fit) for embedder, fit in fits)
+        fits: list[LowpassFit] = []
+        for embedder, fit in zip(embedders, self.lowpass_fits, strict=True):
+            fits.append(lowpass.refit(embedder, max_frequency, fit))
+        self.lowpass_fits = tuple(fits)
         if self.gap:
             if weights is not None:
                 weights.fill(self.gap)
-            self.gap.follow(embedders[0])
+            self.gap.copy_first_layer(embedders[0])
 
     @property
     def config(self) -> Config:
         """The model's config.json."""
         return self.model.config
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of a head: those of a sample, and of a variance where the model learned one."""
+        return self._heads[0].channels // self.patch**2
 
     @property
     def max_patches(self) -> int | None:
@@ -256,7 +231,7 @@ class Dualized(nn.Module):
     def base(self) -> Generator["Dualized", None, None]:
         """Inside, every head gives the output of the untuned model, for any r.
 
-        With adapters of a subject on top of a few-step run's, the net inside is that run's, head by head. Raises
+        A net with adapters of a subject on top of a few-step run gives the outputs of that run, head by head. Raises
         UserError where the net has no adapters.
         """
         if not self.old:
@@ -269,11 +244,11 @@ class Dualized(nn.Module):
                 yield self
             return
         originals: dict[str, nn.Module] = dict(zip(self.trained_paths, self.old, strict=True))
-        last = originals[self.family.last]
-        originals[self.family.last] = self._joined([last] * len(self.heads))
+        original_last = originals[self.family.last_layer]
+        originals[self.family.last_layer] = self._join([original_last] * len(self.heads))
         trained = {path: self.model.get_submodule(path) for path in originals}
         gap = self.gap
-        with adapter.off(self.model):
+        with adapter.without_adapters(self.model):
             for path, part in originals.items():
                 self.model.set_submodule(path, part)
             self.gap = None
@@ -284,23 +259,23 @@ class Dualized(nn.Module):
                 for path, part in trained.items():
                     self.model.set_submodule(path, part)
 
-    def stock(self, head: str, *, merged: bool = False, last: nn.Linear | None = None) -> Any:  # noqa: ANN401, of diffusers
+    def single_head_model(self, head: str, *, merged: bool = False, time_layer: nn.Linear | None = None) -> Any:  # noqa: ANN401, of diffusers
         """Return the model with one head as its last layer. Its class and shapes are diffusers'; weights are shared.
 
-        With `merged` it is a copy in float32, with adapters added to their layers. `last`, if given, replaces the last
-        layer of the embedder of time, and contains the gap's embedding (`fixed`, `rest`). Raises KeyError for an
-        unknown head.
+        With `merged` it is a copy in float32, with adapters added to their layers. `time_layer`, if given, replaces the
+        last layer of the embedder of time, and contains the gap's embedding (`fit_fixed_times`, `velocity_time_layer`).
+        Raises KeyError for an unknown head.
         """
         head_layer = self.heads[head]
         assert isinstance(head_layer, HeadLayer)
-        parts: dict[str, nn.Module] = {self.family.last: head_layer.out}
+        parts: dict[str, nn.Module] = {self.family.last_layer: head_layer.out}
         for path, names in self.unsaved_buffers.items():
-            parts[path] = twin.with_buffers_in_state(self.model.get_submodule(path), names)
+            parts[path] = with_buffers_in_state(self.model.get_submodule(path), names)
         for path, layer in self.model.named_modules():
             if isinstance(layer, MaskedLinear):
                 parts[path] = layer.plain()
-        if last is not None:
-            parts[self.last_of_time] = last
+        if time_layer is not None:
+            parts[self._time_layer_path] = time_layer
         model = with_submodules(self.model, parts)
         set_channels(model, self.family.out_channels, self.channels)
         if merged:
@@ -313,45 +288,89 @@ class Dualized(nn.Module):
         return model
 
     @torch.no_grad()
-    def fixed(self, t: Time, r: Time, stock: Tensor, dtype: torch.dtype = torch.float32) -> Fixed:
+    def fit_fixed_times(self, t: Time, r: Time, model_times: Tensor, dtype: torch.dtype = torch.float32) -> FixedTimes:
         """Fit the last layer of the embedder of time to passes from t to r, (k,) each.
 
-        With it the model alone, at its own times `stock` (k,), has the embedding that this net has at t and r. Weights
-        are for `dtype`. Raises UserError as `dumo.nets.gap.fixed`.
+        With it the model alone has, at its own times `model_times` (k,), the embedding that this net has at t and r.
+        Weights are for `dtype`. Raises UserError as `gap.fit_fixed_times`.
         """
         assert self.gap is not None
-        embedder = self._embedder
+        embedder = self._time_embedder
         time = self.frame.clock(self.frame.schedule.last * t) if self.frame else self._model_time(t)
-        own_embedding = copy.deepcopy(embedder).double()(self._waves(time).double())
+        time_embedding = copy.deepcopy(embedder).double()(self._waves(time).double())
         gap_embedding = self.gap(t - r).double()
-        return fixed(embedder, self._waves(stock), own_embedding + gap_embedding, dtype)
+        return fit_fixed_times(embedder, self._waves(model_times), time_embedding + gap_embedding, dtype)
 
     @torch.no_grad()
-    def rest(self) -> nn.Linear:
+    def velocity_time_layer(self) -> nn.Linear:
         """Return the last layer of the embedder of time for r = t, a velocity, at every t.
 
         The gap's embedding is then the same for all t, and is added to the bias. Raises UserError where there is none.
         """
         assert self.gap is not None
-        last = copy.deepcopy(lowpass.linear_layers(self._embedder)[2])
-        bias = twin.bias_or_none(last)
+        _, _, last = lowpass.linear_layers(self._time_embedder)
+        layer = copy.deepcopy(last)
+        bias = bias_or_none(layer)
         if bias is None:
             raise UserError(
                 f"the embedding of time of a {type(self.model).__name__} has no bias, which would hold that of r = t: "
                 f"take {option('head', 'u')}, if that was taught, or sample by dumo sample"
             )
-        last.bias = nn.Parameter(bias + self.gap(bias.new_zeros(1))[0], False)
-        return last
+        layer.bias = nn.Parameter(bias + self.gap(bias.new_zeros(1))[0], False)
+        return layer
 
-    def own_time(self, thousandths: Tensor) -> Tensor:
-        """Convert a scheduler's times (k,), from 0 to 1000, to the model's own, as its pipeline does."""
-        if self.family.backward:
-            return (1000.0 - thousandths) / 1000.0
-        return thousandths / (1000.0 / self.family.clock(self.config))
+    def model_times(self, scheduler_times: Tensor) -> Tensor:
+        """Convert a scheduler's times (k,), from 0 to 1000, to the model's own unit, with the pipeline's operations."""
+        if self.family.has_reversed_time:
+            return (1000.0 - scheduler_times) / 1000.0
+        return scheduler_times / (1000.0 / self.family.time_scale(self.config))
+
+    def _predict(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
+        """Return the heads, shaped like x (b, channels, h, w), of rows that may share a pass of the model."""
+        if self.frame:
+            x_in, time, to_velocity = self.frame(x, t)
+        else:
+            x_in = x
+            time = self._model_time(t)
+            to_velocity = self._to_velocity
+        inputs = self._inputs(x_in, c, time)
+        with self._with_unrounded_time(inputs), self._with_gap(t, r):
+            out = self._routed_model(inputs)(**self.family.arguments(inputs), return_dict=False)[0]
+        if inputs.source is not None:  # its tokens are the last
+            out = out[:, : inputs.x.shape[1]]
+        if self.family.takes_packed_latents:
+            out = unpack_latents(out, inputs.grid, self.patch)
+        heads = split_into_heads(out, len(self.heads))
+        if self.frame:  # a learned variance is cut off
+            heads = tuple(head[:, : x.shape[1]] for head in heads)
+        return tuple(to_velocity(head) for head in heads)
+
+    def _routed_model(self, inputs: Inputs) -> Any:  # noqa: ANN401, of diffusers
+        """Return the model; in training with routing, one whose blocks see some of the image's tokens."""
+        if not self.route or not self.training:
+            return self.model
+        image_tokens = prod(inputs.grid)
+        if inputs.source is not None:
+            image_tokens += inputs.source.shape[1]
+        split = self.route.draw_split(len(inputs.tokens), image_tokens)
+        if split is None:
+            return self.model
+        return with_submodules(self.model, blocks_with_routing(self.model, split))
+
+    def _model_time(self, t: Time) -> Array:
+        """Return t (b,) in the unit of a model that learned a flow. A few families count time from the noise."""
+        if self.family.has_reversed_time:
+            t = 1 - t
+        scale = self.family.time_scale(self.config)
+        return t if scale == 1 else scale * t
+
+    def _to_velocity(self, out: Array) -> Array:
+        """Return the velocity noise - data, from the output of a model that learned a flow."""
+        return -out if self.family.has_reversed_time else out
 
     def _waves(self, time: Tensor) -> Tensor:
         """Return what the embedder of time reads, (k, waves), at the model's own times (k,). The model computes it."""
-        return torch.cat([self._waves_at(single) for single in time[:, None]])
+        return torch.cat([self._waves_at(one_time) for one_time in time.split(1)])
 
     def _waves_at(self, time: Tensor) -> Tensor:
         """Return the waves (1, waves) at one time (1,): run the model on zeros, up to its embedder of time."""
@@ -360,9 +379,9 @@ class Dualized(nn.Module):
         def stop(_: nn.Module, args: tuple[object, ...]) -> None:
             raise _EmbedderReached(args[0])
 
-        handle = self._embedder.register_forward_pre_hook(stop)
+        handle = self._time_embedder.register_forward_pre_hook(stop)
         try:
-            with self._unrounded(inputs):
+            with self._with_unrounded_time(inputs):
                 self.model(**self.family.arguments(inputs), return_dict=False)
         except _EmbedderReached as reached:
             return reached.args[0]
@@ -376,7 +395,7 @@ class Dualized(nn.Module):
         texts = self.texts
         weight = self._heads[0].out.weight  # whose device and type the inputs have
         channels = self.config["in_channels"]
-        if family.packed:
+        if family.takes_packed_latents:
             x = weight.new_zeros(1, 4, channels)
         else:
             x = weight.new_zeros(1, channels, 2 * self.patch, 2 * self.patch)
@@ -390,31 +409,28 @@ class Dualized(nn.Module):
             guidance=self._guidance(tokens),
             grid=(2, 2),
             lengths=(1,) if family.takes_lists else None,
-            source=x if family.edits else None,
+            source=x if family.edits_images else None,
         )
 
     @property
-    def last_of_time(self) -> str:
+    def _time_layer_path(self) -> str:
         """The path of the last layer of the embedder of time."""
-        linear_names = [name for name, layer in self._embedder.named_modules() if isinstance(layer, nn.Linear)]
+        linear_names = [name for name, layer in self._time_embedder.named_modules() if isinstance(layer, nn.Linear)]
         return f"{self.gap_path}.{linear_names[-1]}"
 
     @property
-    def _embedder(self) -> nn.Module:
+    def _time_embedder(self) -> nn.Module:
         """The embedder of time that the gap's embedding is added to."""
         return self.model.get_submodule(self.gap_path)
 
     @property
     def _heads(self) -> list[HeadLayer]:
+        """The layers of `heads`, in their order."""
         return [head for head in self.heads.values() if isinstance(head, HeadLayer)]
 
-    def _joined(self, layers: Sequence[nn.Module]) -> JoinedHeads:
+    def _join(self, layers: Sequence[nn.Module]) -> JoinedHeads:
+        """Make one layer of the last layers of all heads, for the place of the model's last layer."""
         return JoinedHeads(layers, self.channels if self.family.channels_last else None)
-
-    @property
-    def channels(self) -> int:
-        """The number of channels of a head: those of a sample, and of a variance where the model learned one."""
-        return self._heads[0].channels // self.patch**2
 
     def _inputs(self, x: Sample, c: Cond, time: Array) -> Inputs:
         """Put x (b, channels, h, w), the texts of c (b,) and the model's own time (b,) in the model's layout."""
@@ -429,7 +445,7 @@ class Dualized(nn.Module):
             mask = None
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         return Inputs(
-            x=pack_latents(x, grid, self.patch) if family.packed else x,
+            x=pack_latents(x, grid, self.patch) if family.takes_packed_latents else x,
             time=time,
             tokens=tokens,
             mask=mask,
@@ -447,22 +463,22 @@ class Dualized(nn.Module):
         return tokens.new_full((len(tokens),), self.guidance * self.family.guidance_scale(self.config))
 
     @contextmanager
-    def _unrounded(self, inputs: Inputs) -> Generator[None, None, None]:
-        """Inside, the part that takes time and guidance gets them unrounded. In bf16 the model would round t to 8 bits.
+    def _with_unrounded_time(self, inputs: Inputs) -> Generator[None, None, None]:
+        """Inside, the part of the model that takes time and guidance gets them unrounded, by a hook.
 
-        A hook replaces the part's first arguments by them.
+        In bf16 the model would round t to 8 bits before.
         """
         if not self.family.time_part:
             yield
             return
-        numbers = [inputs.time]
+        unrounded = [inputs.time]
         if inputs.guidance is not None:
-            numbers.append(inputs.guidance)
+            unrounded.append(inputs.guidance)
         scale = self.family.time_part_scale
         if scale != 1:
-            numbers = [scale * number for number in numbers]
+            unrounded = [scale * number for number in unrounded]
         part: nn.Module = self.model.get_submodule(self.family.time_part)
-        handle = part.register_forward_pre_hook(lambda _, args: (*numbers, *args[len(numbers) :]))
+        handle = part.register_forward_pre_hook(lambda _, args: (*unrounded, *args[len(unrounded) :]))
         try:
             yield
         finally:
@@ -475,7 +491,7 @@ class Dualized(nn.Module):
             yield
             return
         gap_embedding = self.gap(t - r)
-        handle = self._embedder.register_forward_hook(lambda _, args, out: out + gap_embedding.to(out.dtype))
+        handle = self._time_embedder.register_forward_hook(lambda _, args, out: out + gap_embedding.to(out.dtype))
         try:
             yield
         finally:
@@ -489,12 +505,25 @@ class Dualized(nn.Module):
         pattern = re.compile(self.family.unused_layers.replace("LAST", last_block))
         return [path for path, _ in self.model.named_modules() if pattern.fullmatch(path)]
 
-    def _embedders(self) -> list[str]:
+    def _time_embedder_paths(self) -> list[str]:
         """Return the paths of the perceptrons that embed time."""
-        path_end = self.family.embedder
+        path_end = self.family.time_embedder
         if not path_end:
             return []
         return [path for path, _ in self.model.named_modules() if f".{path}".endswith(f".{path_end}")]
+
+
+def _drop_buffers_from_state(model: nn.Module) -> dict[str, list[str]]:
+    """Take the fixed buffers of all layers out of the model's state dict. Returns their names by the layer's path.
+
+    Those of the model itself are left out of the result.
+    """
+    names_by_path: dict[str, list[str]] = {}
+    for path, layer in model.named_modules():
+        names = drop_from_state(layer)
+        if path and names:
+            names_by_path[path] = names
+    return names_by_path
 
 
 class _EmbedderReached(Exception):  # noqa: N818, no error

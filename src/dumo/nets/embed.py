@@ -1,14 +1,14 @@
 """Embeddings that the nets of dumo share: of times and knobs, of classes, and of positions on a grid.
 
-A net makes these when it is built, and calls them in each pass:
+A net makes these when it is built, and calls them in each pass, in this order:
 
-- `HeadEmbeddings` splits the inputs into those that all heads share and those of single heads, which it embeds.
-  `Scalars` embeds the shared ones, and `Gauges` makes learned numbers of them.
-- `label_table` has a row for each class.
-- `grid_waves` are positions that are added to the tokens. `rotary_tables` are positions that `apply_rotary` puts into
-  queries and keys.
+1. `HeadEmbeddings` splits the inputs into those that all heads share and those of single heads, which it embeds.
+2. `Scalars` embeds the shared inputs, and `Gauges` makes learned numbers of them. `label_table` has a row per class.
+3. `grid_waves` are positions that are added to the tokens. `rotary_tables` are positions that `apply_rotary` puts into
+   queries and keys.
 
-`side_of` and `require_inputs` check what a net is built for and called with.
+`side_of` and `require_inputs` check what a net is built for and called with. The names of modules and parameters are
+those in checkpoints, so a rename breaks runs.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ ROTARY_PERIOD = 100.0  # as PERIOD, of rotary positions (Heo et al. 2024)
 
 
 class Scalars(nn.Module):
-    """Embeds numbers, and sums the embeddings. Inputs enter raw, times `time_scale`, and r enters as the gap t - r.
+    """Embeds numbers, and sums the embeddings. Inputs are multiplied by `time_scale`, and r enters as the gap t - r.
 
     The quickest angle is time_scale * t radians. DiT feeds 1000 t, few-step models 1 t to 10 t: d/dt of a net is a
     derivative worth regressing only where its inputs are smooth in t (UCGM and MeanFlow feed raw t).
@@ -66,16 +66,16 @@ class Scalars(nn.Module):
 
     @torch.no_grad()
     def slope(self, weights: Mapping[str, Tensor]) -> float:
-        """Return how fast the embedding e of time turns: the root mean square of de/dt over that of e, at SLOPE_TIMES.
+        """Return how quickly the embedding e of time changes, at SLOPE_TIMES: the RMS of de/dt over the RMS of e.
 
-        `weights` are this module's, by name, which the caller gathers because a sharded net has none in one piece. e is
-        the embedding of t plus, where there is one, that of the gap t - r at r = 0. du/dt has de/dt as a factor. Raises
-        KeyError if there is no t.
+        A run's log has it, because du/dt has de/dt as a factor. e is the embedding of t plus, where there is one, that
+        of the gap t - r at r = 0. `weights` are this module's, by name: the caller gathers them, because a sharded net
+        has none in one piece. Raises KeyError if there is no t.
         """
-        precise: dict[str, Tensor] = {}
+        precise_weights: dict[str, Tensor] = {}  # at least in float32
         for name, weight in weights.items():
-            precise[name] = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        first_weight = precise["embedders.t.0.weight"]
+            precise_weights[name] = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        first_weight = precise_weights["embedders.t.0.weight"]
         t = torch.tensor(SLOPE_TIMES, device=first_weight.device, dtype=first_weight.dtype)
 
         def embedding(t: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Scalars(nn.Module):
             for name in ("t", "r"):
                 prefix = f"embedders.{name}."
                 embedder_weights: dict[str, Tensor] = {}
-                for full_name, weight in precise.items():
+                for full_name, weight in precise_weights.items():
                     if full_name.startswith(prefix):
                         embedder_weights[full_name.removeprefix(prefix)] = weight
                 if embedder_weights:
@@ -126,80 +126,6 @@ class HeadEmbeddings(nn.Module):
         return shared, embeddings
 
 
-def require_inputs(names: Collection[str], inputs: Collection[str]) -> None:
-    """Raise TypeError unless the names of a net's inputs are `names`."""
-    if set(inputs) != set(names):
-        raise TypeError(f"this net takes {', '.join(names)}; it got {', '.join(inputs) or 'nothing'}")
-
-
-def _embedder(features: int, width: int) -> nn.Sequential:
-    """Make a perceptron of two layers, with weights from N(0, 0.02^2) (DiT)."""
-    layers = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
-    for layer in layers:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-    return layers
-
-
-def label_table(classes: int, width: int) -> nn.Embedding:
-    """Make a table with one row per class and one for the null class, index `classes`, from N(0, 0.02^2) (DiT)."""
-    table = nn.Embedding(classes + 1, width)
-    nn.init.normal_(table.weight, std=0.02)
-    return table
-
-
-def grid_waves(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Return fixed positions of a grid: sines and cosines (rows columns, width), width a multiple of 4 (DiT).
-
-    The waves do not depend on the shape of the grid, so neighbouring patches differ alike in all images.
-    """
-    indices = _count(max(rows, columns), device)
-    count = width // 4
-    angles = indices[:, None] * torch.exp(-log(PERIOD) * _count(count, device) / count)
-    waves = torch.cat([angles.sin(), angles.cos()], -1)
-    return _on_grid(waves, rows, columns).float()
-
-
-def rotary_tables(rows: int, columns: int, size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Return rotary positions of a grid (Su et al. 2021): cosines and sines of angles, each (rows columns, size / 2).
-
-    Of an attention head's `size` numbers, a multiple of 4, half turn with the column and half with the row (Heo et al.
-    2024, "axial"). The product of a pair turned by a p at position p and one turned by a q at position q depends on
-    p - q alone: attention sees how far apart two tokens are and in which direction, but not where they are.
-    """
-    indices = _count(max(rows, columns), device)
-    count = size // 4
-    frequencies = torch.exp(-log(ROTARY_PERIOD) * _count(count, device) / count)
-    angles = _on_grid(indices[:, None] * frequencies, rows, columns)
-    return angles.cos().float(), angles.sin().float()
-
-
-def _count(n: int, device: torch.device | None) -> Tensor:
-    """Return 0 ... n - 1, in float64 where the device has it."""
-    has_float64 = device is None or device.type != "mps"
-    return torch.arange(n, dtype=torch.float64 if has_float64 else torch.float32, device=device)
-
-
-def _on_grid(table: Tensor, rows: int, columns: int) -> Tensor:
-    """Return for each position of a grid the table's row for its column, then that for its row.
-
-    The table is (max(rows, columns), n); the result is (rows columns, 2 n).
-    """
-    by_column = table[:columns].repeat(rows, 1)
-    by_row = table[:rows].repeat_interleave(columns, 0)
-    return torch.cat([by_column, by_row], -1)
-
-
-def apply_rotary(a: Array, cos: Array, sin: Array) -> Array:
-    """Turn queries or keys a (b, heads, tokens, size) by the tables of `rotary_tables`; returns their shape and type.
-
-    The numbers i and i + size / 2 are a pair.
-    """
-    first, second = a.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(a.dtype)
-
-
 class Gauges(nn.Module):
     """Makes one number per row and gauge from times and knobs alone. All are zero at the start (ours)."""
 
@@ -216,6 +142,48 @@ class Gauges(nn.Module):
         return self.out(self.embed(**inputs)).unbind(1)
 
 
+def label_table(classes: int, width: int) -> nn.Embedding:
+    """Make a table with one row per class and one for the null class, index `classes`, from N(0, 0.02^2) (DiT)."""
+    table = nn.Embedding(classes + 1, width)
+    nn.init.normal_(table.weight, std=0.02)
+    return table
+
+
+def grid_waves(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
+    """Return fixed positions of a grid: sines and cosines (rows columns, width), width a multiple of 4 (DiT).
+
+    The waves do not depend on the shape of the grid, so neighbouring patches differ alike in all images.
+    """
+    indices = _arange(max(rows, columns), device)
+    count = width // 4
+    angles = indices[:, None] * torch.exp(-log(PERIOD) * _arange(count, device) / count)
+    waves = torch.cat([angles.sin(), angles.cos()], -1)
+    return _on_grid(waves, rows, columns).float()
+
+
+def rotary_tables(rows: int, columns: int, size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Return rotary positions of a grid (Su et al. 2021): cosines and sines of angles, each (rows columns, size / 2).
+
+    Of an attention head's `size` numbers, a multiple of 4, half turn with the column and half with the row (Heo et al.
+    2024, "axial"). The product of a pair turned by a p at position p and one turned by a q at position q depends on
+    p - q alone: attention sees how far apart two tokens are and in which direction, but not where they are.
+    """
+    indices = _arange(max(rows, columns), device)
+    count = size // 4
+    frequencies = torch.exp(-log(ROTARY_PERIOD) * _arange(count, device) / count)
+    angles = _on_grid(indices[:, None] * frequencies, rows, columns)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(a: Array, cos: Array, sin: Array) -> Array:
+    """Turn queries or keys a (b, heads, tokens, size) by the tables of `rotary_tables`; returns their shape and type.
+
+    The numbers i and i + size / 2 are a pair.
+    """
+    first, second = a.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(a.dtype)
+
+
 def side_of(shape: Sequence[int], kind: str) -> int:
     """Return the side of images of `shape`, (channels, side, side). Raises UserError for samples of other shapes.
 
@@ -224,3 +192,35 @@ def side_of(shape: Sequence[int], kind: str) -> int:
     if len(shape) != 3 or shape[1] != shape[2]:
         raise UserError(f"net '{kind}' takes square images, not samples of shape {tuple(shape)}: use net.kind mlp")
     return shape[1]
+
+
+def require_inputs(names: Collection[str], inputs: Collection[str]) -> None:
+    """Raise TypeError unless the names of a net's inputs are `names`."""
+    if set(inputs) != set(names):
+        raise TypeError(f"this net takes {', '.join(names)}; it got {', '.join(inputs) or 'nothing'}")
+
+
+def _embedder(features: int, width: int) -> nn.Sequential:
+    """Make a perceptron of two layers, with weights from N(0, 0.02^2) (DiT)."""
+    layers = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return layers
+
+
+def _arange(n: int, device: torch.device | None) -> Tensor:
+    """Return 0 ... n - 1, (n,), in float64 where the device has it."""
+    has_float64 = device is None or device.type != "mps"
+    return torch.arange(n, dtype=torch.float64 if has_float64 else torch.float32, device=device)
+
+
+def _on_grid(table: Tensor, rows: int, columns: int) -> Tensor:
+    """Return for each position of a grid the table's row for its column, then that for its row.
+
+    The table is (max(rows, columns), n); the result is (rows columns, 2 n).
+    """
+    by_column = table[:columns].repeat(rows, 1)
+    by_row = table[:rows].repeat_interleave(columns, 0)
+    return torch.cat([by_column, by_row], -1)

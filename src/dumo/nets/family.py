@@ -1,13 +1,13 @@
 """The models of diffusers that can be tuned: a `Family` for each class, with the paths of its parts and its arguments.
 
-`family` is the entrance: it finds the `Family` of a config.json, or refuses the model. `dumo.nets.dualized` calls the
-model with what `Family.arguments` makes of its `Inputs`; `dumo.encoders.prompt` encodes texts by it. To add a model,
+`find_family` is the entrance: it finds the `Family` of a config.json, or refuses the model. `dumo.nets.dualized` calls
+the model with what `Family.arguments` makes of its `Inputs`; `dumo.encoders.prompt` encodes texts by it. To add one,
 add an entry to `FAMILIES`, or to `VARIANTS` where its class is there already, and a function of arguments if no other
 fits (docs/families.md). `PIPELINES` are the accepted classes of pipelines, which messages and that page list.
 
-A family holds what no config says. Models of a diffusion (`Family.diffusion`) are read by `dumo.nets.vp`. Every other
-model here learned the velocity noise - data on the linear path, with data at t = 0 and noise at t = 1; Z-Image and
-Lumina 2 count time from the noise and give data - noise (`Family.backward`).
+A family holds what no config says. Models of a diffusion (`Family.is_diffusion`) are read by `dumo.nets.vp`. Every
+other model here learned the velocity noise - data on the linear path, with data at t = 0, noise at t = 1; Z-Image and
+Lumina 2 count time from the noise and give data - noise (`Family.has_reversed_time`).
 
 A family is right if the stock pipeline makes the same image as dumo, to the bit.
 """
@@ -31,17 +31,17 @@ MAX_FREQUENCY = 1000.0  # rad per unit of t, of the quickest wave: nearly every 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a pass: x as the model takes it, the model's own time (b,), and the condition of every row."""
+    """What a pass gives to a model of diffusers, for b rows: images in the model's layout, its own time, and texts."""
 
-    x: Array  # (b, c, h, w), or packed into tokens (b, n, c p p)
-    time: Array
+    x: Array  # the image (b, c, h, w), or packed into tokens (b, n, c p p)
+    time: Array  # (b,), in the model's own unit
     tokens: Tensor  # (b, l, d), of text
-    mask: Tensor | None  # (b, l), bool: which of them there are; None: all
-    pooled: Tensor | None  # (b, p)
-    guidance: Array | None  # (b,), the embedded number of a distilled model
+    mask: Tensor | None  # (b, l), bool: False on padding of text; None: there is no padding
+    pooled: Tensor | None  # (b, p), of text
+    guidance: Array | None  # (b,), the number that a distilled model embeds
     grid: tuple[int, int]  # rows and columns of patches
-    lengths: tuple[int, ...] | None  # tokens by row, for a model that takes captions one by one
-    source: Tensor | None = None  # (b, n, c p p): the image that is edited, packed, of a model that edits
+    lengths: tuple[int, ...] | None  # text tokens of each row, for a model that takes captions one by one
+    source: Tensor | None = None  # (b, n, c p p), packed: the image that is edited
 
     @property
     def mask_or_ones(self) -> Tensor:
@@ -51,144 +51,172 @@ class Inputs:
         return self.mask
 
 
-def plain(a: Inputs) -> Arguments:
-    """Return the arguments that most models take."""
-    return {"hidden_states": a.x, "timestep": a.time, "encoder_hidden_states": a.tokens}
+# --- The arguments of a model's forward, by name, one function for each kind of model. ---
 
 
-def sd3(a: Inputs) -> Arguments:
-    """`plain`, with pooled text."""
-    return {**plain(a), "pooled_projections": a.pooled}
+def plain_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time and text tokens, by the names that most models have for them."""
+    return {"hidden_states": inputs.x, "timestep": inputs.time, "encoder_hidden_states": inputs.tokens}
 
 
-def flux(a: Inputs) -> Arguments:
-    """As `sd3`, with positions, and the number of guidance."""
+def sd3_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time, text tokens, and the pooled text."""
+    return {**plain_arguments(inputs), "pooled_projections": inputs.pooled}
+
+
+def flux_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time, text tokens and pooled text, with positions on three axes, and the embedded guidance.
+
+    Text tokens have position 0 on all axes.
+    """
     return {
-        **sd3(a),
-        "img_ids": positions(a.grid, 3, a.x),
-        "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3),
-        "guidance": a.guidance,
+        **sd3_arguments(inputs),
+        "img_ids": positions(inputs.grid, 3, inputs.x),
+        "txt_ids": inputs.tokens.new_zeros(inputs.tokens.shape[1], 3),
+        "guidance": inputs.guidance,
     }
 
 
-def kontext(a: Inputs) -> Arguments:
-    """As `flux`, with the image that is edited as tokens behind the others: 1 on the axis where they have 0."""
-    assert a.source is not None
-    arguments = flux(a)
-    source_positions = positions(a.grid, 3, a.x)
+def kontext_arguments(inputs: Inputs) -> Arguments:
+    """Return the arguments of a FLUX.1, with the tokens of the image that is edited behind those of the sample.
+
+    Their positions are those of the sample's, but 1 on the first axis.
+    """
+    assert inputs.source is not None
+    arguments = flux_arguments(inputs)
+    source_positions = positions(inputs.grid, 3, inputs.x)
     source_positions[:, 0] = 1
-    arguments["hidden_states"] = torch.cat([a.x, a.source.to(a.x.dtype)], 1)
+    arguments["hidden_states"] = torch.cat([inputs.x, inputs.source.to(inputs.x.dtype)], 1)
     arguments["img_ids"] = torch.cat([arguments["img_ids"], source_positions])
     return arguments
 
 
-def flux2(a: Inputs) -> Arguments:
-    """As `flux`, with four axes: the last is the place of a token in its text; no pooled text."""
-    text_positions = a.tokens.new_zeros(a.tokens.shape[1], 4)
+def flux2_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time and text tokens, with positions on four axes, and the embedded guidance.
+
+    The last axis is the place of a token in its text.
+    """
+    text_positions = inputs.tokens.new_zeros(inputs.tokens.shape[1], 4)
     text_positions[:, 3] = torch.arange(len(text_positions), device=text_positions.device)
     return {
-        **plain(a),
-        "img_ids": positions(a.grid, 4, a.x),
+        **plain_arguments(inputs),
+        "img_ids": positions(inputs.grid, 4, inputs.x),
         "txt_ids": text_positions,
-        "guidance": a.guidance,
+        "guidance": inputs.guidance,
     }
 
 
-def chroma(a: Inputs) -> Arguments:
-    """As `flux`, with a mask over text and image, in numbers, which its blocks add to the scores."""
+def chroma_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time and text tokens, with positions on three axes, and a mask over text and image.
+
+    The mask is of floats, because the blocks add it to the scores of attention.
+    """
     mask = None
-    if a.mask is not None:
-        image_mask = a.mask.new_ones(len(a.mask), a.grid[0] * a.grid[1])
-        mask = torch.cat([a.mask, image_mask], 1).to(a.tokens.dtype)
+    if inputs.mask is not None:
+        image_mask = inputs.mask.new_ones(len(inputs.mask), inputs.grid[0] * inputs.grid[1])
+        mask = torch.cat([inputs.mask, image_mask], 1).to(inputs.tokens.dtype)
     return {
-        **plain(a),
-        "img_ids": positions(a.grid, 3, a.x),
-        "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3),
+        **plain_arguments(inputs),
+        "img_ids": positions(inputs.grid, 3, inputs.x),
+        "txt_ids": inputs.tokens.new_zeros(inputs.tokens.shape[1], 3),
         "attention_mask": mask,
     }
 
 
-def sana(a: Inputs) -> Arguments:
-    """`plain`, with a mask of text, and the number of guidance."""
-    return {**plain(a), "encoder_attention_mask": a.mask, "guidance": a.guidance}
+def sana_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time, text tokens and their mask, and the embedded guidance."""
+    return {**plain_arguments(inputs), "encoder_attention_mask": inputs.mask, "guidance": inputs.guidance}
 
 
-def qwen(a: Inputs) -> Arguments:
-    """`plain`, with a mask of text, and the grid for positions."""
-    image_shapes = [(1, *a.grid)]  # of one image: frames, rows, columns
-    return {**plain(a), "encoder_hidden_states_mask": a.mask, "img_shapes": [image_shapes] * len(a.tokens)}
-
-
-def z_image(a: Inputs) -> Arguments:
-    """Lists of rows: an image is a video of one frame, a caption has no padding."""
-    lengths = a.lengths or (a.tokens.shape[1],) * len(a.tokens)
-    captions = [tokens[:length] for tokens, length in zip(a.tokens.unbind(), lengths, strict=True)]
-    return {"x": list(a.x.unsqueeze(2).unbind(0)), "t": a.time, "cap_feats": captions}
-
-
-def lumina2(a: Inputs) -> Arguments:
-    """`plain`, with a mask, which says how long a caption is."""
-    return {**plain(a), "encoder_attention_mask": a.mask_or_ones}
-
-
-def cogview4(a: Inputs) -> Arguments:
-    """`plain`, with sizes in pixels: 16 per side of a patch, 8 per latent (its pipeline's)."""
-    b = len(a.tokens)
-    pixels = [16.0 * patches for patches in a.grid]
-    sizes = a.tokens.new_tensor([pixels]).expand(b, 2)
+def qwen_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time, text tokens and their mask, and the grid, of which the model makes positions."""
+    image_shapes = [(1, *inputs.grid)]  # of one image: frames, rows, columns
     return {
-        **plain(a),
+        **plain_arguments(inputs),
+        "encoder_hidden_states_mask": inputs.mask,
+        "img_shapes": [image_shapes] * len(inputs.tokens),
+    }
+
+
+def z_image_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time and text tokens as lists of rows: an image as a video of one frame, a caption unpadded."""
+    lengths = inputs.lengths or (inputs.tokens.shape[1],) * len(inputs.tokens)
+    captions = [tokens[:length] for tokens, length in zip(inputs.tokens.unbind(), lengths, strict=True)]
+    return {"x": list(inputs.x.unsqueeze(2).unbind(0)), "t": inputs.time, "cap_feats": captions}
+
+
+def lumina2_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time, text tokens and their mask, from which the model reads how long a caption is."""
+    return {**plain_arguments(inputs), "encoder_attention_mask": inputs.mask_or_ones}
+
+
+def cogview4_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time and text tokens, with the image's size and corner in pixels.
+
+    Its pipeline counts 16 pixels per side of a patch, 8 per latent.
+    """
+    b = len(inputs.tokens)
+    pixels = [16.0 * patches for patches in inputs.grid]
+    sizes = inputs.tokens.new_tensor([pixels]).expand(b, 2)
+    return {
+        **plain_arguments(inputs),
         "original_size": sizes,
         "target_size": sizes,
         "crop_coords": sizes.new_zeros(b, 2),
     }
 
 
-def prx(a: Inputs) -> Arguments:
-    """`plain`, with a mask of text."""
-    return {**plain(a), "attention_mask": a.mask}
+def prx_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time, text tokens and their mask."""
+    return {**plain_arguments(inputs), "attention_mask": inputs.mask}
 
 
-def unet(a: Inputs) -> Arguments:
-    """Of a UNet, whose embedder of time is handed the times themselves (`Family.time_part`)."""
-    return {"sample": a.x, "timestep": primal(a.time), "encoder_hidden_states": a.tokens}
+def unet_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time and text tokens by a UNet's names.
+
+    The time has no tangent here: `Family.time_part` gets the times themselves.
+    """
+    return {"sample": inputs.x, "timestep": primal(inputs.time), "encoder_hidden_states": inputs.tokens}
 
 
-def sdxl(a: Inputs) -> Arguments:
-    """As `unet`, with pooled text and sizes in pixels, 8 per latent: of the image, its corner, and of the image."""
-    height = 8.0 * a.grid[0]
-    width = 8.0 * a.grid[1]
-    sizes = a.tokens.new_tensor([[height, width, 0, 0, height, width]]).expand(len(a.tokens), 6)
-    return {**unet(a), "added_cond_kwargs": {"text_embeds": a.pooled, "time_ids": sizes}}
+def sdxl_arguments(inputs: Inputs) -> Arguments:
+    """Return the arguments of a UNet, with pooled text and six sizes in pixels, 8 per latent.
+
+    The sizes are the image's height and width, the top and left of its crop, and height and width again.
+    """
+    height = 8.0 * inputs.grid[0]
+    width = 8.0 * inputs.grid[1]
+    sizes = inputs.tokens.new_tensor([[height, width, 0, 0, height, width]]).expand(len(inputs.tokens), 6)
+    return {**unet_arguments(inputs), "added_cond_kwargs": {"text_embeds": inputs.pooled, "time_ids": sizes}}
 
 
-def pixart(a: Inputs) -> Arguments:
-    """As `sana`, without a number of guidance, and without sizes."""
+def pixart_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time, text tokens and their mask, and no sizes."""
     return {
-        **plain(a),
-        "encoder_attention_mask": a.mask_or_ones,
+        **plain_arguments(inputs),
+        "encoder_attention_mask": inputs.mask_or_ones,
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
 
 
-def pixart_alpha(a: Inputs) -> Arguments:
-    """As `pixart`, with the height and width of the image in pixels, 8 per latent, and their ratio.
+def pixart_alpha_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time, text tokens and their mask, with the image's size in pixels, 8 per latent, and its ratio.
 
     A model of 512 pixels or fewer has no embedders of sizes, and ignores them.
     """
-    b = len(a.tokens)
-    height = 8.0 * a.x.shape[2]
-    width = 8.0 * a.x.shape[3]
+    b = len(inputs.tokens)
+    height = 8.0 * inputs.x.shape[2]
+    width = 8.0 * inputs.x.shape[3]
     sizes = {
-        "resolution": a.tokens.new_tensor([[height, width]]).expand(b, 2),
-        "aspect_ratio": a.tokens.new_tensor([[height / width]]).expand(b, 1),
+        "resolution": inputs.tokens.new_tensor([[height, width]]).expand(b, 2),
+        "aspect_ratio": inputs.tokens.new_tensor([[height / width]]).expand(b, 1),
     }
-    return {**pixart(a), "added_cond_kwargs": sizes}
+    return {**pixart_arguments(inputs), "added_cond_kwargs": sizes}
 
 
-def wan(a: Inputs) -> Arguments:
-    """`plain`, with an image as a video of one frame."""
-    return {**plain(a), "hidden_states": a.x.unsqueeze(2)}
+def wan_arguments(inputs: Inputs) -> Arguments:
+    """Return image, time and text tokens, with an image as a video of one frame."""
+    return {**plain_arguments(inputs), "hidden_states": inputs.x.unsqueeze(2)}
 
 
 def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
@@ -217,51 +245,58 @@ def unpack_latents(y: Array, grid: tuple[int, int], p: int) -> Array:
 
 @dataclass(frozen=True)
 class Family:
-    """A class of diffusers. Keys are of its config.json, paths of its modules."""
+    """A class of models of diffusers: what no config says of them.
+
+    A "key" is one of the model's config.json, a "path" is that of a submodule, "" if there is none.
+    """
+
+    arguments: Callable[[Inputs], Arguments]  # makes the arguments of the model's forward
+    pipeline: str  # the class of the pipeline that makes an image of a text
 
     # text
-    arguments: Callable[[Inputs], Arguments]  # of its forward
-    pipeline: str  # the class that makes an image of a text
-    # What its encode_prompt returns, in order: tokens, mask, pooled; with -, those of the negative prompt; _: no text.
+    # What the pipeline's encode_prompt returns, in order: "tokens", "mask" and "pooled" of the prompt, with "-" before
+    # the name those of the negative prompt, and "_" for what is not read.
     encodes: str
-    length: int  # tokens of a text at most, by the defaults of its __call__
-    text_width: str  # key: numbers of a token of text
-    pooled_text_width: str = ""  # key: numbers of pooled text, if it takes any
+    max_text_tokens: int  # of a text, by the defaults of the pipeline's __call__
+    text_width: str  # key: channels of a token
+    pooled_text_width: str = ""  # key: channels of the pooled text; "": the model takes none
     takes_mask: bool = False  # of text
-    adds_mask: bool = False  # its mask hides nothing, but is added to the scores of attention: padding is read
-    mask_reader: str = ""  # path: a part that reads the numbers of the mask, its second argument
+    adds_mask: bool = False  # the mask hides nothing, but is added to the scores of attention: padding is read
+    mask_reader: str = ""  # path: a part that reads the values of the mask, its second argument
     takes_lists: bool = False  # of captions, each with its own length
     one_by_one: bool = False  # it takes no mask, so rows whose captions have several lengths go through it one by one
 
     # time
-    clock: Callable[[Config], float] = lambda config: 1.0  # its own time at t = 1
-    backward: bool = False  # its time is 1 - t, and its output data - noise
-    diffusion: bool = False  # it learned the noise of a diffusion, or its v: the scheduler says which, and its times
-    max_frequency: Callable[[Config], float] = lambda config: MAX_FREQUENCY  # rad per unit of t, of its quickest wave
-    embedder: str = "timestep_embedder"  # the end of the path of every two-layer perceptron over waves of t; "": none
-    # path: the part that takes time and guidance first, rounded to the precision of the layers before
+    time_scale: Callable[[Config], float] = lambda config: 1.0  # the model's time at t = 1
+    has_reversed_time: bool = False  # the model's time is 1 - t, and its output data - noise
+    # the model learned the noise of a diffusion, or its v: the scheduler says which, and its times
+    is_diffusion: bool = False
+    max_frequency: Callable[[Config], float] = lambda config: MAX_FREQUENCY  # of the quickest wave, rad per unit of t
+    # the end of the path of every two-layer perceptron over waves of t; "": there is none
+    time_embedder: str = "timestep_embedder"
+    # path: the part whose first arguments are time and guidance, which layers before round to their precision
     time_part: str = ""
-    time_part_scale: float = 1.0  # of time and guidance where they enter that part
-    guidance_scale: Callable[[Config], float] = lambda config: 1.0
+    time_part_scale: float = 1.0  # time and guidance are multiplied by it before that part
+    guidance_scale: Callable[[Config], float] = lambda config: 1.0  # the embedded guidance is multiplied by it
 
     # samples
-    last: str = "proj_out"  # path: the last layer
-    channels_last: bool = False  # of its outputs, within a patch
-    out_channels: str = ""  # where it reads their number: "attribute" or "config"; "": nowhere
-    packed: bool = False  # it takes and gives tokens, (b, n, c p p)
-    edits: bool = False  # it takes an image in addition to a text, and its first outputs alone are of x
-    side: Callable[[Config], int] = lambda config: 1024  # pixels of its pipeline's default image; 0: it is no square
+    last_layer: str = "proj_out"  # path: makes the outputs of a patch
+    channels_last: bool = False  # of the last layer's outputs, within a patch
+    out_channels: str = ""  # where the model reads their number: "attribute" or "config"; "": nowhere
+    takes_packed_latents: bool = False  # it takes and gives tokens, (b, n, c p p)
+    edits_images: bool = False  # it takes an image in addition to a text, and its first outputs alone are of x
+    default_side: Callable[[Config], int] = lambda config: 1024  # pixels of the pipeline's image; 0: it is no square
 
     # blocks
     unused_layers: str = ""  # pattern of paths, LAST for the last block: layers that do not reach the output
     compiles: bool = True  # torch.compile takes its blocks with a derivative that rides on the pass
-    lean_masks: bool = True  # it passes the mask to blocks that are computed again, too
+    keeps_mask_when_checkpointed: bool = True  # it passes the mask to blocks that are computed again, too
     routes: bool = False  # its blocks, in lists alone, take and give text and image as `dumo.nets.route` does
 
     def patch(self, config: Config, channels: int) -> int:
         """Return the side of a patch. Raises UserError where the model takes samples of other channels."""
         in_channels: int = config["in_channels"]
-        if self.packed:
+        if self.takes_packed_latents:
             p = isqrt(in_channels // channels)
             if p == 0 or p * p * channels != in_channels:
                 raise UserError(
@@ -290,12 +325,12 @@ def latent_side(config: Config) -> int:
 
 
 def thousand(config: Config) -> float:
-    """Return 1000: the model's time runs from 0 to 1000."""
+    """Return 1000, for a model whose time runs from 0 to 1000."""
     return 1000.0
 
 
-def sana_clock(config: Config) -> float:
-    """Return 1000 times the factor that the config has."""
+def sana_time_scale(config: Config) -> float:
+    """Return 1000 times the config's factor, for SANA."""
     return 1000.0 * config.get("timestep_scale", 1.0)
 
 
@@ -306,186 +341,188 @@ UNET = "UNet2DConditionModel"
 PIXART = "PixArtTransformer2DModel"
 FAMILIES: dict[str, Family] = {  # by the class of the model
     "SD3Transformer2DModel": Family(
-        arguments=sd3,
+        arguments=sd3_arguments,
         pipeline="StableDiffusion3Pipeline",
         encodes="tokens -tokens pooled -pooled",
-        length=77 + 256,  # CLIP's and T5's
+        max_text_tokens=77 + 256,  # CLIP's and T5's
         text_width="joint_attention_dim",
         pooled_text_width="pooled_projection_dim",
-        clock=thousand,
+        time_scale=thousand,
         channels_last=True,
         out_channels="attribute",
-        side=latent_side,
+        default_side=latent_side,
         routes=True,
     ),
     FLUX: Family(
-        arguments=flux,
+        arguments=flux_arguments,
         pipeline="FluxPipeline",
         encodes="tokens pooled _",
-        length=512,
+        max_text_tokens=512,
         text_width="joint_attention_dim",
         pooled_text_width="pooled_projection_dim",
         time_part="time_text_embed",
         time_part_scale=1000.0,
-        packed=True,
+        takes_packed_latents=True,
         routes=True,
     ),
     FLUX2: Family(
-        arguments=flux2,
+        arguments=flux2_arguments,
         pipeline="Flux2Pipeline",
         encodes="tokens _",
-        length=512,
+        max_text_tokens=512,
         text_width="joint_attention_dim",
         time_part="time_guidance_embed",
         time_part_scale=1000.0,
-        packed=True,
+        takes_packed_latents=True,
     ),
     "ChromaTransformer2DModel": Family(
-        arguments=chroma,
+        arguments=chroma_arguments,
         pipeline="ChromaPipeline",
         encodes="tokens _ mask -tokens _ -mask",
-        length=512,
+        max_text_tokens=512,
         text_width="joint_attention_dim",
         takes_mask=True,
         adds_mask=True,
-        embedder="",
+        time_embedder="",
         time_part="time_text_embed",
         time_part_scale=1000.0,
-        packed=True,
-        lean_masks=False,
+        takes_packed_latents=True,
+        keeps_mask_when_checkpointed=False,
     ),
     "SanaTransformer2DModel": Family(
-        arguments=sana,
+        arguments=sana_arguments,
         pipeline="SanaPipeline",
         encodes=TOKENS_AND_MASKS,
-        length=300,
+        max_text_tokens=300,
         text_width="caption_channels",
         takes_mask=True,
-        clock=sana_clock,
-        max_frequency=sana_clock,
+        time_scale=sana_time_scale,
+        max_frequency=sana_time_scale,
         guidance_scale=lambda config: config["guidance_embeds_scale"],
-        side=lambda config: 32 * config["sample_size"],
+        default_side=lambda config: 32 * config["sample_size"],
     ),
     "QwenImageTransformer2DModel": Family(
-        arguments=qwen,
+        arguments=qwen_arguments,
         pipeline="QwenImagePipeline",
         encodes="tokens mask",
-        length=512,
+        max_text_tokens=512,
         text_width="joint_attention_dim",
         takes_mask=True,
         time_part="time_text_embed",
-        packed=True,
+        takes_packed_latents=True,
         unused_layers=r"transformer_blocks\.LAST\.(attn\.to_add_out|txt_mlp)",
     ),
     "ZImageTransformer2DModel": Family(
-        arguments=z_image,
+        arguments=z_image_arguments,
         pipeline="ZImagePipeline",
         encodes="tokens -tokens",
-        length=512,
+        max_text_tokens=512,
         text_width="cap_feat_dim",
         takes_mask=True,
         takes_lists=True,
-        backward=True,
+        has_reversed_time=True,
         max_frequency=lambda config: config["t_scale"],
-        embedder="t_embedder.mlp",
-        last="all_final_layer.2-1.linear",
+        time_embedder="t_embedder.mlp",
+        last_layer="all_final_layer.2-1.linear",
         channels_last=True,
         out_channels="attribute",
     ),
     "Lumina2Transformer2DModel": Family(
-        arguments=lumina2,
+        arguments=lumina2_arguments,
         pipeline="Lumina2Pipeline",
         encodes=TOKENS_AND_MASKS,
-        length=256,
+        max_text_tokens=256,
         text_width="cap_feat_dim",
         takes_mask=True,
         mask_reader="rope_embedder",
-        backward=True,
+        has_reversed_time=True,
         max_frequency=lambda config: 1.0,
-        last="norm_out.linear_2",
+        last_layer="norm_out.linear_2",
         channels_last=True,
         out_channels="attribute",
-        side=latent_side,
+        default_side=latent_side,
     ),
     "AuraFlowTransformer2DModel": Family(  # padding is zeros, which its blocks see
-        arguments=plain,
+        arguments=plain_arguments,
         pipeline="AuraFlowPipeline",
         encodes="tokens _ -tokens _",
-        length=256,
+        max_text_tokens=256,
         text_width="joint_attention_dim",
-        embedder="time_step_proj",
+        time_embedder="time_step_proj",
         channels_last=True,
         out_channels="config",
     ),
     "CogView4Transformer2DModel": Family(  # its mask is added to the scores, so it hides nothing
-        arguments=cogview4,
+        arguments=cogview4_arguments,
         pipeline="CogView4Pipeline",
         encodes="tokens -tokens",
-        length=1024,
+        max_text_tokens=1024,
         text_width="text_embed_dim",
         one_by_one=True,
-        clock=thousand,
-        side=latent_side,
+        time_scale=thousand,
+        default_side=latent_side,
     ),
     "PRXTransformer2DModel": Family(
-        arguments=prx,
+        arguments=prx_arguments,
         pipeline="PRXPipeline",
         encodes=TOKENS_AND_MASKS,
-        length=256,
+        max_text_tokens=256,
         text_width="context_in_dim",
         takes_mask=True,
         max_frequency=lambda config: config["time_factor"],
-        embedder="time_in",
-        last="final_layer.linear",
-        side=lambda config: 512,
+        time_embedder="time_in",
+        last_layer="final_layer.linear",
+        default_side=lambda config: 512,
         compiles=False,
     ),
     "WanTransformer3DModel": Family(
-        arguments=wan,
+        arguments=wan_arguments,
         pipeline="WanPipeline",
         encodes="tokens -tokens",
-        length=512,
+        max_text_tokens=512,
         text_width="text_dim",
-        clock=thousand,
-        embedder="condition_embedder.time_embedder",
+        time_scale=thousand,
+        time_embedder="condition_embedder.time_embedder",
         channels_last=True,
-        side=lambda config: 0,
+        default_side=lambda config: 0,
     ),
     PIXART: Family(
-        arguments=pixart,
+        arguments=pixart_arguments,
         pipeline="PixArtSigmaPipeline",
         encodes=TOKENS_AND_MASKS,
-        length=300,
+        max_text_tokens=300,
         text_width="caption_channels",
         takes_mask=True,
-        diffusion=True,
+        is_diffusion=True,
         channels_last=True,
         out_channels="attribute",
-        side=latent_side,
+        default_side=latent_side,
     ),
     UNET: Family(
-        arguments=unet,
+        arguments=unet_arguments,
         pipeline="StableDiffusionPipeline",
         encodes="tokens -tokens",
-        length=77,
+        max_text_tokens=77,
         text_width="cross_attention_dim",
-        diffusion=True,
-        embedder="time_embedding",
+        is_diffusion=True,
+        time_embedder="time_embedding",
         time_part="time_proj",
-        last="conv_out",
-        side=latent_side,
+        last_layer="conv_out",
+        default_side=latent_side,
     ),
 }
 SDXL = replace(
     FAMILIES[UNET],
-    arguments=sdxl,
+    arguments=sdxl_arguments,
     pipeline="StableDiffusionXLPipeline",
     encodes="tokens -tokens pooled -pooled",
     pooled_text_width="projection_class_embeddings_input_dim",
 )
-KONTEXT = replace(FAMILIES[FLUX], arguments=kontext, pipeline="FluxKontextPipeline", edits=True)
+KONTEXT = replace(FAMILIES[FLUX], arguments=kontext_arguments, pipeline="FluxKontextPipeline", edits_images=True)
 KLEIN = replace(FAMILIES[FLUX2], pipeline="Flux2KleinPipeline")
-PIXART_ALPHA = replace(FAMILIES[PIXART], arguments=pixart_alpha, pipeline="PixArtAlphaPipeline", length=120)
+PIXART_ALPHA = replace(
+    FAMILIES[PIXART], arguments=pixart_alpha_arguments, pipeline="PixArtAlphaPipeline", max_text_tokens=120
+)
 VARIANTS = (SDXL, KONTEXT, KLEIN, PIXART_ALPHA)  # of models whose class another family has, too
 PIPELINES = tuple(entry.pipeline for entry in (*FAMILIES.values(), *VARIANTS))  # the classes that dumo accepts
 ALPHA_SAMPLE_SIZE = 128  # of a PixArt-alpha that reads sizes: PixArtAlphaPipeline passes them to no other
@@ -510,13 +547,13 @@ PIPELINE_PURPOSES = {  # of variants of a base, by a word in the class of the pi
 }
 
 
-def family(config: Config, pipeline: str = "") -> Family:
+def find_family(config: Config, pipeline: str = "") -> Family:
     """Return the family of a model, by its config.json and the class of its pipeline; "": it has none.
 
     Raises UserError, with the way out, for a model of no family, and for a variant of one: a pipeline that makes images
     of more than a text.
     """
-    model_family = _find_family(config, pipeline)
+    model_family = _closest_family(config, pipeline)
     if model_family is None:
         raise UserError(
             f"pipeline has a {class_of(config)}, which dumo was not tested with: take the folder of one of "
@@ -541,7 +578,7 @@ def class_of(config: Config) -> str:
     return model_class
 
 
-def _find_family(config: Config, pipeline: str) -> Family | None:
+def _closest_family(config: Config, pipeline: str) -> Family | None:
     """Return the family that fits a model best, which may be of another pipeline; None: no family has its class.
 
     Raises UserError for a variant that the pipelines of its class do not run.

@@ -1,22 +1,24 @@
-"""A second time for a model that has learned one: an embedding of the gap t - r, added to its own of t (ours).
+"""A second time r for a pretrained model that has learned one time t: an embedding of the gap t - r (ours).
 
-    temb(t, r) = E(t) + G(t - r),    G = 0 at the start,
+    temb(t, r) = E(t) + G(t - r),    G = 0 at the start
 
-so u(x, t, r) begins as v(x, t), to the bit, whatever the model does with temb. G has the layers of E, its last at zero.
-It reads the gap in the waves in which E reads t, of up to 1000 rad per unit: at r = 0 both see the same numbers, and
-the first layer, which begins as a copy of E's, has learned to tell these apart. So the low-pass of E is that of G, too:
-with r at rest the gap runs as quickly as t, and du/dt would have the waves that were cut from E. A model of a diffusion
-embeds an index; its gap is one of times, in which the objective measures its steps.
+E is the model's own embedder of time, and G the `GapEmbedder`, which is trained. So u(x, t, r) begins as v(x, t), to
+the bit, whatever the model does with temb.
 
-A list of passes has one r for each t, so at these K times one embedder can say the sum (`fixed`). With h_k what its
-last layer reads at t_k, that layer's W and b change by the least D and d for which
+G has the layers of E, with its last layer at zero. Its first layer begins as a copy of E's and reads the same waves, of
+up to 1000 rad per unit, because that layer has learned to tell these apart. So G has the low-pass of E, too: where r
+rests, the gap runs as quickly as t, and du/dt would again have the waves that were cut from E. A model of a diffusion
+embeds the index of its time, but its gap is one of times, as objectives measure their steps.
 
-    (W + D) h_k + b + d = E(t_k) + G(t_k - r_k),    k = 1 ... K,
+For an export, `fit_fixed_times` corrects E so that it alone gives E + G at a list of passes, with one r for each t.
+With h_k the input of E's last layer at t_k, that layer's W and b change by the least D and d for which
 
-a step of rank K at most. It is as well determined as the h_k differ from one another, which the condition number of
-their matrix says; what counts is the error that is left after rounding, which is measured.
+    (W + D) h_k + b + d = E(t_k) + G(t_k - r_k),    k = 1 ... K
 
-The entrances are `GapEmbedder`, which is trained, and `fixed`, for an export; `dumo.nets.dualized` calls both.
+D has rank K at most. The step is well determined if the h_k differ enough, which the condition number of their matrix
+says; what counts is the error that is left after rounding, which is measured.
+
+`dumo.nets.dualized` calls both entrances, `GapEmbedder` and `fit_fixed_times`.
 """
 
 import copy
@@ -25,54 +27,56 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dumo.nets.heads import bias_or_none
 from dumo.nets.lowpass import frequencies, linear_layers, waves
-from dumo.nets.twin import bias_or_none
 from dumo.runtime.door import option
 from dumo.types import Array, Time, UserError
 
-EXACT = 1e-5  # the relative error of an embedding up to which it counts as the one that was trained (ours)
+# The relative error of an embedding of time up to which an export counts as the trained net (ours).
+MAX_EMBEDDING_ERROR = 1e-5
 
 
 class GapEmbedder(nn.Module):
-    """The embedding G; all of it is trained."""
+    """The embedding G of the gap t - r. All of its layers are trained."""
 
     frequencies: Tensor
 
     def __init__(self, embedder: nn.Module, max_frequency: float) -> None:
-        """Copy the embedder E and its low-pass, if any. Its quickest wave has `max_frequency` rad per unit of time."""
+        """Copy the embedder E, with its low-pass if it has one. `max_frequency` is of its quickest wave, in rad."""
         super().__init__()
         self.layers = copy.deepcopy(embedder).requires_grad_(True)
         _, first_layer, last_layer = linear_layers(self.layers)
         for p in last_layer.parameters():
             nn.init.zeros_(p)
-        w = frequencies(first_layer.in_features, max_frequency).float()
-        self.register_buffer("frequencies", w.to(first_layer.weight.device), persistent=False)
+        wave_frequencies = frequencies(first_layer.in_features, max_frequency).float()
+        self.register_buffer("frequencies", wave_frequencies.to(first_layer.weight.device), persistent=False)
 
     def forward(self, gap: Time) -> Array:
         """Embed the gaps t - r, (b,), and return (b, width)."""
         return self.layers(waves(gap, self.frequencies))
 
     @torch.no_grad()
-    def follow(self, embedder: nn.Module) -> None:
-        """Copy the first layer of the embedder E as it is now, after its weights were loaded or refit."""
-        _, own_layer, _ = linear_layers(self.layers)
-        _, embedder_layer, _ = linear_layers(embedder)
-        for own, source in zip(own_layer.parameters(), embedder_layer.parameters(), strict=True):
-            own.copy_(source)
+    def copy_first_layer(self, embedder: nn.Module) -> None:
+        """Copy the first layer of the embedder E once more, after its weights were loaded or refit."""
+        _, gap_layer, _ = linear_layers(self.layers)
+        _, time_layer, _ = linear_layers(embedder)
+        for gap_weight, time_weight in zip(gap_layer.parameters(), time_layer.parameters(), strict=True):
+            gap_weight.copy_(time_weight)
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """A last layer with which one embedder gives the sum of both embeddings, at the times of a list of passes.
+class FixedTimes:
+    """A corrected last layer, with which E alone gives E + G at the times of a list of passes.
 
-    Errors are of the embedding, |a - b| / |b|, at the worst of these times.
+    An error is that of the embedding, |a - b| / |b|, at the worst of these times. The names of the floats are keys in
+    an export's dumo.json.
     """
 
     passes: int  # the number of times
-    condition: float  # the condition number of what the last layer reads at these times
-    error: float  # with all weights in the type in which they are written
-    half: float  # with all weights then rounded to bf16
-    stock: float  # of the embedder without the correction, by rounding it to bf16
+    condition: float  # the condition number of the last layer's inputs at these times
+    error: float  # of the corrected embedder, with all weights in the type in which they are written
+    half: float  # of the corrected embedder, with all weights rounded to bf16
+    stock: float  # of the uncorrected embedder, against itself in float32, with all weights rounded to bf16
     layer: nn.Linear
 
     def __str__(self) -> str:
@@ -85,49 +89,67 @@ class Fixed:
 
 
 @torch.no_grad()
-def fixed(embedder: nn.Module, x: Tensor, wanted: Tensor, dtype: torch.dtype) -> Fixed:
-    """Correct the last layer of an embedder so that it maps the waves x (k, waves) to `wanted` (k, width).
+def fit_fixed_times(embedder: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype) -> FixedTimes:
+    """Correct the last layer of an embedder, so that it maps the waves x (k, waves) to `target` (k, width).
 
-    The embedder is left as it is. All is computed in float64, for weights that are then rounded to `dtype`; the layers
-    before the last are rounded first. Raises UserError where the error is larger than `EXACT` and rounding explain.
+    The embedder stays as it is. Everything is computed in float64, for weights that are then rounded to `dtype`; the
+    layers before the last are rounded first. Raises UserError where the error is above `MAX_EMBEDDING_ERROR` and twice
+    that of rounding alone.
     """
     x = x.double()
     rounded_embedder = _rounded(embedder, dtype)
-    last = copy.deepcopy(linear_layers(embedder)[2])
-    bias = bias_or_none(last)
-
-    # the least change of weight and bias; the bias is one number more of h, as large as the others are together
-    h = _last_layer_inputs(rounded_embedder, x)
-    if bias is not None:
-        h = torch.cat([h, h.square().sum(1).mean().sqrt().expand(len(h), 1)], 1)
-    left, sizes, right = torch.linalg.svd(h, full_matrices=False)
-    missing = wanted.double() - rounded_embedder(x)
-    step = right.T @ ((left.T @ missing) / sizes[:, None])
-    last.weight = nn.Parameter((last.weight.double() + step[: last.in_features].T).float(), False)
-    if bias is not None:
-        last.bias = nn.Parameter((bias.double() + h[0, -1] * step[-1]).float(), False)
-
-    # what is left after rounding
+    _, _, last = linear_layers(embedder)
+    layer, condition = _corrected_last_layer(rounded_embedder, last, x, target.double())
     corrected = copy.deepcopy(embedder)
-    corrected_last = linear_layers(corrected)[2]
-    corrected_last.weight = last.weight
-    corrected_last.bias = last.bias
+    _, _, corrected_layer = linear_layers(corrected)
+    corrected_layer.weight = layer.weight
+    corrected_layer.bias = layer.bias
+
+    # errors after rounding
     uncorrected_output = _rounded(embedder, torch.float32)(x)
-    rounding_error = _max_error(rounded_embedder, x, uncorrected_output)  # of the model as it is
-    result = Fixed(
-        passes=len(h),
-        condition=float(sizes[0] / sizes[-1]),
-        error=_max_error(_rounded(corrected, dtype), x, wanted),
-        half=_max_error(_rounded(corrected, torch.bfloat16), x, wanted),
+    rounding_error = _max_error(rounded_embedder, x, uncorrected_output)
+    result = FixedTimes(
+        passes=len(x),
+        condition=condition,
+        error=_max_error(_rounded(corrected, dtype), x, target),
+        half=_max_error(_rounded(corrected, torch.bfloat16), x, target),
         stock=_max_error(_rounded(embedder, torch.bfloat16), x, uncorrected_output),
-        layer=last,
+        layer=layer,
     )
-    if not result.error <= max(EXACT, 2 * rounding_error):  # a nan is refused, too
+    is_exact = result.error <= max(MAX_EMBEDDING_ERROR, 2 * rounding_error)  # False for nan, too
+    if not is_exact:
         raise UserError(
             f"these passes are too near to one another for one embedding of time ({result}): ask for fewer by "
             f"{option('nfe')}, or sample by dumo sample"
         )
     return result
+
+
+def _corrected_last_layer(embedder: nn.Module, last: nn.Linear, x: Tensor, target: Tensor) -> tuple[nn.Linear, float]:
+    """Return a copy of the layer `last`, changed by the least D and d, and the condition number of its inputs.
+
+    `embedder` has `last` rounded, and maps the waves x (k, waves) to embeddings of which `target` (k, width) differs.
+    """
+    layer = copy.deepcopy(last)
+    bias = bias_or_none(layer)
+    h = _last_layer_inputs(embedder, x)  # (k, features)
+    if bias is not None:
+        # d belongs to one more feature, a constant as large as the others are together
+        constant = h.square().sum(1).mean().sqrt()
+        h = torch.cat([h, constant.expand(len(h), 1)], 1)
+
+    # least squares of the least norm: step = pinv(h) (target - embedding)
+    left, singular_values, right = torch.linalg.svd(h, full_matrices=False)
+    residual = target - embedder(x)
+    step = right.T @ ((left.T @ residual) / singular_values[:, None])  # (features, width)
+
+    new_weight = layer.weight.double() + step[: layer.in_features].T
+    layer.weight = nn.Parameter(new_weight.float(), False)
+    if bias is not None:
+        new_bias = bias.double() + h[0, -1] * step[-1]
+        layer.bias = nn.Parameter(new_bias.float(), False)
+    condition = float(singular_values[0] / singular_values[-1])
+    return layer, condition
 
 
 def _rounded(embedder: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -138,14 +160,14 @@ def _rounded(embedder: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _last_layer_inputs(embedder: nn.Module, x: Tensor) -> Tensor:
     """Return what the embedder's last layer reads, (k, features), for the waves x (k, waves)."""
     inputs = list[Tensor]()
-    last = linear_layers(embedder)[2]
+    _, _, last = linear_layers(embedder)
     handle = last.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     embedder(x)
     handle.remove()
     return inputs[0]
 
 
-def _max_error(embedder: nn.Module, x: Tensor, wanted: Tensor) -> float:
-    """Return the largest relative error of the embeddings of waves x (k, waves), against `wanted` (k, width)."""
-    errors = (embedder(x) - wanted).norm(dim=1) / wanted.norm(dim=1)
+def _max_error(embedder: nn.Module, x: Tensor, target: Tensor) -> float:
+    """Return the largest relative error of the embeddings of waves x (k, waves), against `target` (k, width)."""
+    errors = (embedder(x) - target).norm(dim=1) / target.norm(dim=1)
     return float(errors.max())

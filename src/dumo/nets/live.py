@@ -1,6 +1,7 @@
 """Rows of text that a pipeline's encoders make while the net is used: what a table would hold that is too large.
 
-`OnlineTexts` looks up the texts of a condition c; `TextEncoders` makes their rows, and keeps those that it made last.
+`dumo.nets.table` makes an `OnlineTexts` where a table would be too large. It looks up the texts of a condition c, and a
+`TextEncoders`, which all nets of the process share, makes their rows and keeps those that it used last.
 
 A row has the bits of a table's, so whatever surrounds the caller must not reach the encoders:
 
@@ -22,18 +23,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from dumo.encoders.prompt import Prompts
-from dumo.encoders.texttable import in_stored_types, unpadded
+from dumo.encoders.texttable import to_columns, to_stored_types
 from dumo.flow.precision import product_precision
 from dumo.nets.rows import SourceLatents, TextRows, Texts, TextSizes
 from dumo.types import Cond, UserError
 
-# all kernels of attention, as where nothing restricts them
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+# all kernels of attention, as torch chooses from where nothing restricts it
+ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
 StoredRow = dict[str, Tensor]  # tokens (l, d); pooled (p,) and mask (l,) where a table would have them
 
 
 class TextEncoders:
-    """The text encoders of a pipeline, and the `max_rows` rows that they made last."""
+    """The text encoders of a pipeline, and the `max_rows` rows that were used last."""
 
     def __init__(self, spec: Prompts, max_rows: int) -> None:
         """Open the encoders. Raises UserError as `Prompts.open`."""
@@ -54,9 +60,10 @@ class TextEncoders:
         return self.thread.submit(self._rows_of, texts, device).result()
 
     def _rows_of(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
+        """Return the rows of texts. Runs in the thread, and raises as `__call__`."""
         self.read.to(device)
         rows: list[StoredRow] = []
-        with sdpa_kernel(KERNELS), product_precision("fp32", device):
+        with sdpa_kernel(ATTENTION_KERNELS), product_precision("fp32", device):
             for text in texts:
                 if text not in self.rows:
                     self.rows[text] = self._encode(text)
@@ -69,12 +76,12 @@ class TextEncoders:
     def _encode(self, text: str) -> StoredRow:
         """Make one row. Raises UserError where an encoder fails, or its values are not finite."""
         spec = self.read.spec
-        row = unpadded(self.read([text]), masks=spec.padded)
+        row = to_columns(self.read([text]), keeps_padding=spec.padded)
         del row["lengths"]
         if "pooled" in row:
             row["pooled"] = row["pooled"][0]
         types = {name: torch.bool if name == "mask" else getattr(torch, spec.dtype) for name in row}
-        return in_stored_types(row, types)
+        return to_stored_types(row, types)
 
 
 # by spec, hash of the weights and number of rows: nets of one process share encoders
@@ -109,7 +116,7 @@ class OnlineTexts(Texts):
         self.encoders = _shared_encoders(spec, sha256, max_rows)
         self.count = count
         self.captions: tuple[str, ...] = ()
-        self.added: list[str] = []  # the texts of prompts
+        self.prompt_texts: list[str] = []  # in the order of their numbers
         self.length = sizes.length
         self.width = sizes.width
         self.pooled_width = sizes.pooled
@@ -134,28 +141,29 @@ class OnlineTexts(Texts):
         return tuple(len(row["tokens"]) for row in self._rows_of(c)) if self.masked else None
 
     def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
-        """Encode prompts, and return the number of the first. Raises UserError as `TextEncoders`."""
+        """Encode prompts, and return the number of the first. Raises UserError where an encoder fails."""
         self.encoders(texts, self.like.device)
-        first = self.count + 1 + len(self.added)
-        self.added += texts
+        first = self.count + 1 + len(self.prompt_texts)
+        self.prompt_texts += texts
         return first
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
-        """Keep all texts before number `first`, and behind them only `rows`, in this order."""
+        """Keep all texts before number `first`, and behind them only those of the numbers `rows`, in this order."""
         texts = [self._text_of(number) for number in rows]
-        self.added = [*self.added[: first - self.count - 1], *texts]
+        num_kept = first - self.count - 1
+        self.prompt_texts = [*self.prompt_texts[:num_kept], *texts]
 
     def _rows_of(self, c: Cond) -> list[StoredRow]:
-        """The rows of c (b,), on the CPU. Waits for the device of c."""
+        """Return the rows of c (b,), on the CPU. Waits for the device of c."""
         texts = [self._text_of(number) for number in c.tolist()]
         return self.encoders(texts, self.like.device)
 
     def _text_of(self, number: int) -> str:
-        """The text of a row. Raises UserError for a caption that is not on this machine."""
+        """Return the text of a row by its number. Raises UserError for a caption that is not on this machine."""
         if number > self.count:
-            return self.added[number - self.count - 1]
+            return self.prompt_texts[number - self.count - 1]
         if number == self.count:
-            return ""  # no caption
+            return ""  # means no caption
         if len(self.captions) != self.count:
             raise UserError(
                 "net.texts: the data's captions are not on this machine, and their rows lie in no table: set data.root"

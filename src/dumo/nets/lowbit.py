@@ -1,15 +1,19 @@
 """Frozen linear layers in fewer bits than 32, under adapters that are trained.
 
     bfloat16   16 bits       where passes compute in bf16 they cast weights to it anyway, so no bit of an output changes
-    int8       8 bits        of each output a scale: W = scale * code / 127
-    nf4        4.5 bits      of every 64 numbers a scale: W = scale * quantile[code] (QLoRA, arXiv 2305.14314)
+    int8       8 bits        a scale for each output: W = scale * code / 127
+    nf4        4.5 bits      a scale for every 64 weights: W = scale * quantile[code] (QLoRA, arXiv 2305.14314)
 
-`dumo.nets.adapter` calls `halve` or `quantise` when a net is made: they replace linear layers by `HalfLinear` or
-`CodedLinear`. `saved` says by how much the parameters of a net are fewer than its weights.
+The order of events:
 
-Codes are of weights alone: a pass makes W of a layer, multiplies by it in the precision of the pass and lets it go, and
-the backward pass makes it again. So primal, tangent and gradient are those of the linear layer with this W. Codes and
-scales come and go by operators of bitsandbytes. They are frozen parameters, which ranks share as any other.
+1. `dumo.nets.adapter` calls `store_in_bf16` or `quantise` when a net is made. They replace linear layers, in place, by
+   `HalfLinear` or `CodedLinear`.
+2. A pass of a `CodedLinear` decodes W, multiplies by it in the precision of the pass, and lets it go. The backward pass
+   decodes it again. So primal, tangent and gradient are those of the linear layer with this W.
+3. `num_weights_coded_away` says by how much a net has more weights than parameters, for counts and estimates.
+
+Activations are not coded. Codes and scales are made and read by operators of bitsandbytes. They are frozen parameters,
+which ranks shard as any other, and their names (`weight`, `scales`, `origin`) are those in checkpoints.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +28,12 @@ from dumo.autodiff.dual import carry, primal
 from dumo.flow.precision import to_float32
 from dumo.io import digest
 from dumo.io.deferred import apply_later
-from dumo.nets.twin import bias_or_none
+from dumo.nets.heads import bias_or_none
 from dumo.runtime import import_bitsandbytes, install_command
 from dumo.types import Array, UserError
 
 Coding = Literal["int8", "nf4"]
-BLOCK = 64  # the numbers that share a scale in nf4 (QLoRA)
+BLOCK = 64  # weights that share a scale in nf4 (QLoRA)
 
 
 class HalfLinear(nn.Linear):
@@ -54,9 +58,9 @@ class HalfLinear(nn.Linear):
 
 
 class CodedLinear(nn.Linear):
-    """A frozen layer whose weight is codes, with `scales`. Its bias is in float32.
+    """A frozen layer whose `weight` holds codes. Its bias is in float32.
 
-    `origin` is a digest of the weight that was coded, and of how.
+    `origin` is a digest of the weight that was coded, and of the coding.
     """
 
     compute_dtype = torch.float32  # peft reads it: the type of the adapters that it makes for this layer
@@ -73,13 +77,13 @@ class CodedLinear(nn.Linear):
         self.scales = nn.Parameter(scales, False)
         if bias is not None:
             self.bias = nn.Parameter(to_float32(bias.detach()), False)
-        self.origin = nn.Parameter(origin(weight, coding), False)
+        self.origin = nn.Parameter(_weight_digest(weight, coding), False)
 
     @property
-    def saved(self) -> int:
-        """The numbers of the weight, less those of codes, scales and origin."""
-        stored = sum(p.numel() for p in (self.weight, self.scales, self.origin))
-        return self.in_features * self.out_features - stored
+    def num_weights_coded_away(self) -> int:
+        """The number of weights that the layer stands for, less that of its codes, scales and digest."""
+        num_stored = sum(p.numel() for p in (self.weight, self.scales, self.origin))
+        return self.in_features * self.out_features - num_stored
 
     def forward(self, input: Array) -> Array:
         """Take input (..., in_features), and return (..., out_features)."""
@@ -91,7 +95,10 @@ class CodedLinear(nn.Linear):
 
 
 def _multiply(x: Tensor, codes: Tensor, scales: Tensor, size: tuple[int, int], bias: Tensor | None = None) -> Array:
-    """Return x W^T + bias, in the precision of autocast, else of x (..., in). W has `size`, (out, in)."""
+    """Return x W^T + bias, (..., out), of x (..., in), in the precision of autocast, else of x.
+
+    `size` is that of W, (out, in).
+    """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         x = x.to(dtype)
@@ -106,7 +113,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, codes: Tensor, scales: Tensor, size: tuple[int, int], bias: Tensor | None) -> Tensor:
-        return F.linear(x, decoded(codes, scales, size, x.dtype), bias)
+        return F.linear(x, decode(codes, scales, size, x.dtype), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401, torch's
@@ -118,7 +125,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         (gradient,) = gradients
         codes, scales = ctx.saved_tensors
-        x_gradient = gradient @ decoded(codes, scales, ctx.size, gradient.dtype)
+        x_gradient = gradient @ decode(codes, scales, ctx.size, gradient.dtype)
         return x_gradient, None, None, None, None
 
 
@@ -129,7 +136,7 @@ class _ProductWithJvp(_Product):
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # noqa: ANN401
         dx, *_, bias = tangents
         codes, scales = ctx.saved_tensors
-        return F.linear(dx, decoded(codes, scales, ctx.size, dx.dtype), bias)
+        return F.linear(dx, decode(codes, scales, ctx.size, dx.dtype), bias)
 
 
 def encode(weight: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
@@ -140,8 +147,76 @@ def encode(weight: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
     return ops.quantize_4bit(weight, BLOCK, coding, torch.uint8)
 
 
-def origin(weight: Tensor, coding: Coding) -> Tensor:
-    """Return a SHA-256 of a weight and of how it is coded, (32,). A run's digest of its frozen weights takes it."""
+def decode(codes: Tensor, scales: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return the weight, of `size` (out, in) and `dtype`, that codes and scales stand for.
+
+    The scales are in float64 where the net is, and bitsandbytes takes float32.
+    """
+    ops: Any = torch.ops.bitsandbytes
+    if codes.dtype == torch.int8:
+        return ops.int8_vectorwise_dequant(codes, scales.float()).to(dtype)
+    decoding_dtype = torch.float32 if dtype == torch.float64 else dtype
+    blocks = (scales.numel(), BLOCK)  # on some CPUs bitsandbytes 0.50 errs where rows are no multiples of a block
+    weight = ops.dequantize_4bit(codes, scales.float(), BLOCK, "nf4", blocks, decoding_dtype)
+    return weight.view(size).to(dtype)
+
+
+def store_in_bf16(model: nn.Module, excluded: Sequence[str]) -> None:
+    """Put the linear layers of a model in bf16, in place, and all other parameters and buffers in float32.
+
+    Layers at or below the paths `excluded` are put in float32, too.
+    """
+    _replace_linear_layers(model, excluded, HalfLinear)
+
+
+def quantise(model: nn.Module, blocks: Sequence[nn.Module], excluded: Sequence[str], coding: Coding) -> None:
+    """Code the linear layers of a model's blocks, in place, one after another, and put all else in float32.
+
+    Layers at or below the paths `excluded` are not coded; nor are, for nf4, layers whose number of weights is no
+    multiple of `BLOCK`. Raises UserError where bitsandbytes is missing.
+    """
+    if not import_bitsandbytes():
+        raise UserError(f"net.lora.frozen = {coding} needs bitsandbytes: {install_command('quantised')}")
+    layers_of_blocks = {id(layer) for block in blocks for layer in block.modules()}
+
+    def code_layer(layer: nn.Linear) -> CodedLinear | None:
+        if id(layer) not in layers_of_blocks:
+            return None
+        if coding == "nf4" and layer.weight.numel() % BLOCK != 0:
+            return None
+        return CodedLinear(layer, coding)
+
+    _replace_linear_layers(model, excluded, code_layer)
+
+
+def num_weights_coded_away(net: nn.Module) -> int:
+    """Return the number of a net's weights, less that of its parameters, some of which are codes and scales."""
+    return sum(layer.num_weights_coded_away for layer in net.modules() if isinstance(layer, CodedLinear))
+
+
+def _replace_linear_layers(
+    model: nn.Module, excluded: Sequence[str], make_layer: Callable[[nn.Linear], nn.Linear | None]
+) -> None:
+    """Replace linear layers by what `make_layer` returns, unless it is None, and put all but bf16 layers in float32.
+
+    Layers at or below the paths `excluded` are not replaced.
+    """
+    excluded_prefixes = tuple(f"{path}." for path in excluded)
+    for path, layer in [*model.named_modules()]:
+        if not isinstance(layer, nn.Linear) or f"{path}.".startswith(excluded_prefixes):
+            continue
+        new_layer = make_layer(layer)
+        if new_layer is not None:
+            model.set_submodule(path, new_layer)
+    for layer in model.modules():
+        if type(layer) is HalfLinear:
+            continue
+        for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            x.data = to_float32(x.data)
+
+
+def _weight_digest(weight: Tensor, coding: Coding) -> Tensor:
+    """Return a SHA-256 of a weight and of its coding, (32,), which is part of a run's digest of its frozen weights."""
 
     def hash_weight(x: Tensor) -> Tensor:
         sha256 = digest.of_samples({coding: x})
@@ -149,65 +224,3 @@ def origin(weight: Tensor, coding: Coding) -> Tensor:
 
     outline = torch.empty(32, dtype=torch.uint8, device=weight.device)
     return apply_later(hash_weight, weight, outline)
-
-
-def decoded(codes: Tensor, scales: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return the weight, of `size` (out, in), that codes and scales stand for.
-
-    The scales are in float64 where the net is.
-    """
-    ops: Any = torch.ops.bitsandbytes
-    if codes.dtype == torch.int8:
-        return ops.int8_vectorwise_dequant(codes, scales.float()).to(dtype)
-    decoding_dtype = torch.float32 if dtype == torch.float64 else dtype
-    blocks = (scales.numel(), BLOCK)  # on some CPUs bitsandbytes 0.50 errs where rows are no multiples of a block
-    return ops.dequantize_4bit(codes, scales.float(), BLOCK, "nf4", blocks, decoding_dtype).view(size).to(dtype)
-
-
-def halve(model: nn.Module, without: Sequence[str]) -> None:
-    """Put a model's linear layers in bf16, in place; the rest, and all at or below the paths `without`, in float32."""
-    _exchange(model, without, HalfLinear)
-
-
-def quantise(model: nn.Module, blocks: Sequence[nn.Module], without: Sequence[str], coding: Coding) -> None:
-    """Code the linear layers of a model's blocks, in place, one after another.
-
-    The rest, and all at or below the paths `without`, is put in float32; so are, for nf4, layers whose numbers are no
-    multiple of `BLOCK`. Raises UserError where bitsandbytes is missing.
-    """
-    if not import_bitsandbytes():
-        raise UserError(f"net.lora.frozen = {coding} needs bitsandbytes: {install_command('quantised')}")
-    inside = {id(layer) for block in blocks for layer in block.modules()}
-
-    def code(layer: nn.Linear) -> CodedLinear | None:
-        if id(layer) not in inside:
-            return None
-        if coding == "nf4" and layer.weight.numel() % BLOCK != 0:
-            return None
-        return CodedLinear(layer, coding)
-
-    _exchange(model, without, code)
-
-
-def saved(net: nn.Module) -> int:
-    """Return the numbers of a net's weights, less those of its parameters, some of which are codes and scales."""
-    return sum(layer.saved for layer in net.modules() if isinstance(layer, CodedLinear))
-
-
-def _exchange(model: nn.Module, without: Sequence[str], make: Callable[[nn.Linear], nn.Linear | None]) -> None:
-    """Replace linear layers by what `make` returns, unless it is None, and put all but halved layers in float32.
-
-    Layers at or below the paths `without` are not replaced.
-    """
-    prefixes = tuple(f"{path}." for path in without)
-    for name, layer in [*model.named_modules()]:
-        if not isinstance(layer, nn.Linear) or f"{name}.".startswith(prefixes):
-            continue
-        new_layer = make(layer)
-        if new_layer is not None:
-            model.set_submodule(name, new_layer)
-    for layer in model.modules():
-        if type(layer) is HalfLinear:
-            continue
-        for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
-            x.data = to_float32(x.data)

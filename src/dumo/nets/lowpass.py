@@ -19,19 +19,19 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from dumo.nets.twin import bias_or_none
+from dumo.nets.heads import bias_or_none
 from dumo.types import Array
 
 PERIOD = 10_000.0  # the frequency of the quickest wave over that of the slowest, in every model of `dumo.nets.family`
-# The refit (ours).
-POINTS = 256  # times at which the curves are compared
+# The refit, all ours:
+POINTS = 256  # times at which the curves are compared in training
 STEPS = 1000  # of Adam
-RATE = 2e-3  # Adam's learning rate at the start; it falls to 0 by half a cosine
+LEARNING_RATE = 2e-3  # Adam's at the start; it falls to 0 by half a cosine
 
 
 @dataclass(frozen=True)
-class Fit:
-    """The outcome of a low-pass, as it is reported."""
+class LowpassFit:
+    """What a low-pass has done to a time embedder, for reports."""
 
     limit: float  # rad per unit of t: the frequency up to which waves enter
     kept: int  # the number of waves that enter
@@ -90,20 +90,21 @@ def waves(t: Array, w: Tensor) -> Array:
 
 def linear_layers(embedder: nn.Module) -> tuple[str, nn.Linear, nn.Linear]:
     """Return the name of an embedder's first linear layer, that layer, and the second. It has two."""
-    first, second = ((name, layer) for name, layer in embedder.named_modules() if isinstance(layer, nn.Linear))
-    return first[0], first[1], second[1]
+    linear = [(name, layer) for name, layer in embedder.named_modules() if isinstance(layer, nn.Linear)]
+    (first_name, first_layer), (_, second_layer) = linear
+    return first_name, first_layer, second_layer
 
 
-def cut(embedder: nn.Module, max_frequency: float, limit: float) -> Fit:
+def cut(embedder: nn.Module, max_frequency: float, limit: float) -> LowpassFit:
     """Mask the waves of an embedder above `limit`, in place. Its quickest wave has `max_frequency`, both in rad."""
     name, first_layer, _ = linear_layers(embedder)
     w = frequencies(first_layer.in_features, max_frequency)
     keep = w <= limit
     embedder.set_submodule(name, MaskedLinear(first_layer, keep.to(first_layer.weight.device)))
-    return Fit(limit=limit, kept=int(keep.sum()), waves=len(w), error=None)
+    return LowpassFit(limit=limit, kept=int(keep.sum()), waves=len(w), error=None)
 
 
-def refit(embedder: nn.Module, max_frequency: float, fit: Fit) -> Fit:
+def refit(embedder: nn.Module, max_frequency: float, fit: LowpassFit) -> LowpassFit:
     """Train an embedder, in place, towards the curve that it had before `cut`; return `fit` with the remaining error.
 
     Its weights are still those that it had then.
@@ -130,8 +131,8 @@ def refit(embedder: nn.Module, max_frequency: float, fit: Fit) -> Fit:
 def _regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:
     """Train the embedder `new`, in place, towards the curve of `old`, over waves of frequencies w (waves,).
 
-    Returns the error, as `Fit` has it, at times between those of the training. It is done on a GPU where there is one;
-    the weights of `new` return to their device, in float32.
+    Returns the `error` of a `LowpassFit`, at times between those of the training. It is done on a GPU where there is
+    one; the weights of `new` return to their device, in float32.
     """
     weights_device = next(new.parameters()).device
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,7 +143,7 @@ def _regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:
     new = new.to(device)
     old = old.to(device).requires_grad_(False)
     had_gradients = [p.requires_grad for p in new.parameters()]
-    optimizer = torch.optim.Adam(new.requires_grad_(True).parameters(), RATE)
+    optimizer = torch.optim.Adam(new.requires_grad_(True).parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     curve = old(training_inputs)
     for _ in range(STEPS):

@@ -2,12 +2,14 @@
 
 `Pretrained` is the spec. The order of events in `Pretrained.build`:
 
-1. `dumo.nets.family` finds the model's `Family`, or refuses the model.
-2. `Pretrained.model` makes the model from its config.json and weights, which are mapped from their files until used.
+1. `find_family` finds the model's `Family` by its config.json, or refuses the model.
+2. `load_model` makes the model from its config.json and weights, which are mapped from their files until used.
 3. `_require_fit` and others check that fields, objective and data fit the model.
-4. `text_rows` opens the texts, and `Dualized` takes over all of it.
+4. `text_rows` opens the texts.
+5. `Dualized` takes over the model and the texts, and becomes the net.
 
-`Pretrained.short` is a smaller model for checks that read no weights.
+`Pretrained.short` is the spec of a smaller model, for checks that read no weights, and `with_uncoded_weights` is one
+for exports. `model_weights` finds the files of a pipeline's weights.
 """
 
 import warnings
@@ -23,20 +25,20 @@ from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config
 from dumo.io.deferred import not_deferred, read_later
 from dumo.io.read import foreign
 from dumo.nets.adapter import Lora
-from dumo.nets.block import Checkpointing, mark_recomputed, run_as_marked
+from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marked
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import MAX_FREQUENCY, Family, family
+from dumo.nets.family import MAX_FREQUENCY, Family, find_family
 from dumo.nets.precondition import Precondition
 from dumo.nets.route import Route
-from dumo.nets.rows import Codes, Texts, codes
+from dumo.nets.rows import Codes, Texts, make_codes
 from dumo.nets.table import PipelineTexts
 from dumo.nets.vp import DiffusionToVelocity, read_scheduler
 from dumo.runtime import import_bitsandbytes, install_command
 from dumo.runtime.limits import FACTOR
 from dumo.types import QUIET, Needs, UserError
 
-HEADS = ("v", "u", "m")  # of an objective: velocities and flow maps
-TIMES = ("t", "r")
+HEADS = ("v", "u", "m")  # what an objective may ask for: velocities and flow maps
+TIMES = ("t", "r")  # what an objective may give
 DEPTH_KEYS = (  # of a config.json: how many blocks of each kind a model has
     "num_layers",
     "num_single_layers",
@@ -59,11 +61,12 @@ class Pretrained(PipelineSpec):
     augment: ClassVar[int] = 0
     weights: Literal["source", "drawn"] = "source"  # drawn: random weights for the config.json
     lora: Lora | None = None  # None: all weights are tuned
-    lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)  # rad: quicker waves of time are cut; None: none are
+    # rad per unit of t: quicker waves of time are cut; None: none are
+    lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)
     guidance: float | None = Field(default=None, ge=0, le=FACTOR)  # the embedded number of a distilled model
-    # some of the image's tokens skip the middle blocks in training; None: none
+    # Some of the image's tokens skip the middle blocks in training; None: no token does.
     route: Route | None = Field(default=None, exclude_if=lambda route: route is None)
-    # Captions as the pipeline reads them; or codes for the classes, for who asks for them.
+    # Captions as the pipeline reads them; or random codes, one for each class.
     texts: Annotated[PipelineTexts | Codes, Field(discriminator="kind")]
     # Keep each block's input alone, and compute the rest again in the backward pass.
     checkpoint: Checkpointing = Field(default=False, json_schema_extra=QUIET)
@@ -73,20 +76,22 @@ class Pretrained(PipelineSpec):
         """The quickest wave of time that the net may read, in radians per unit of t."""
         frequency = self.lowpass or MAX_FREQUENCY
         frame = self.frame
-        return frequency if frame is None else frequency * frame.steepest
+        if frame is None:
+            return frequency
+        return frequency * frame.max_clock_slope
 
     @property
     def family(self) -> Family:
-        """The family of the pipeline's model. Raises UserError as `family`."""
-        return family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
+        """The family of the pipeline's model. Raises UserError as `find_family`."""
+        return find_family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
 
     @property
     def frame(self) -> DiffusionToVelocity | None:
-        """How a model of a diffusion is a velocity; None: it learned one.
+        """The map from the outputs of a model of a diffusion to velocities; None: the model learned a velocity.
 
-        Raises UserError as `family` and `read_scheduler`.
+        Raises UserError as `find_family` and `read_scheduler`.
         """
-        if not self.family.diffusion:
+        if not self.family.is_diffusion:
             return None
         return read_scheduler(self.pipeline.config("scheduler"))
 
@@ -94,21 +99,21 @@ class Pretrained(PipelineSpec):
     def side(self) -> int:
         """The pixels along a side of the pipeline's default image; 0: it is no square, or there is no autoencoder.
 
-        Raises UserError as `family`.
+        Raises UserError as `find_family`.
         """
         config = self.pipeline.config(TRANSFORMER)
         if VAE not in self.pipeline.index:
             return 0
-        return self.family.side(config)
+        return self.family.default_side(config)
 
     def short(self, depth: int) -> "Shortened":
-        """The same model with up to `depth` blocks of each kind and random weights: for checks that read no weights."""
+        """Return a spec of up to `depth` blocks of each kind with random weights, for checks that read no weights."""
         fields: dict[str, Any] = {**dict(self), "weights": "drawn", "depth": depth, "route": None}
-        shortened = Shortened.model_construct(None, **fields)  # unchecked: doctor's texts are in no recipe, either
+        shortened = Shortened.model_construct(None, **fields)  # not validated, because texts may be of no recipe's kind
         return shortened.within(self._pipeline)
 
-    def uncoded(self) -> "Pretrained":
-        """Return a spec whose frozen weights are not coded: in bf16 if their file is, else in float32."""
+    def with_uncoded_weights(self) -> "Pretrained":
+        """Return a spec whose frozen weights are not coded, but in bf16 if their file is, else in float32."""
         if self.lora is None or self.lora.coding is None:
             return self
         frozen = "float32"
@@ -126,13 +131,15 @@ class Pretrained(PipelineSpec):
         if len(shape) != 3:
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
         config = self.pipeline.config(TRANSFORMER)
-        model_family = family(config, self.pipeline.class_name)
+        model_family = find_family(config, self.pipeline.class_name)
         with foreign(f"{FIELD}: {self.pipeline.source} describes no {config['_class_name']}", HINT):
-            return self._built(model_family, config, needs, shape, classes)
+            return self._build_net(model_family, config, needs, shape, classes)
 
-    def _built(self, family: Family, config: Config, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
-        """The net of `build`, from a config that may say anything. Raises as that, and whatever diffusers does."""
-        model = self.model(self.build_config(config))
+    def _build_net(
+        self, family: Family, config: Config, needs: Needs, shape: tuple[int, ...], classes: int
+    ) -> Dualized:
+        """Make the net of `build`. Raises UserError, and whatever diffusers raises for a damaged config."""
+        model = self.load_model(self.build_config(config))
         self._require_fit(family, model.config, needs)
         patch = family.patch(model.config, shape[0])
         if shape[1] % patch or shape[2] % patch:
@@ -157,12 +164,14 @@ class Pretrained(PipelineSpec):
         )
 
     def _embedded_guidance(self, family: Family) -> float | None:
-        """The number of guidance that the model embeds, rounded as a pipeline in the dtype of the weights rounds it.
+        """Return the guidance that the model embeds, rounded as a pipeline in the dtype of the weights rounds it.
 
-        FLUX.1-dev in bf16 embeds 3504 for 1000 times 3.5. Without weights it is `guidance`.
+        FLUX.1-dev in bf16 embeds 3504 for 1000 times 3.5. Without weights there is no rounding.
         """
+        if self.guidance is None:
+            return None
         has_weights = self.weights == "source" and torch.get_default_device().type != "meta"
-        if self.guidance is None or not has_weights:
+        if not has_weights:
             return self.guidance
         dtype = model_weights(self.pipeline).dtype
         scale = family.time_part_scale
@@ -171,9 +180,9 @@ class Pretrained(PipelineSpec):
             return float(rounded) / scale
 
     def _checkpoint_blocks(self, model: Any, family: Family, texts: Texts) -> None:  # noqa: ANN401, of diffusers
-        """Let blocks be computed again in the backward pass. Raises UserError for a model that cannot."""
+        """Turn activation checkpointing of blocks on. Raises UserError for a model that cannot."""
         kind = model.config["_class_name"]
-        if texts.masked and not family.lean_masks:
+        if texts.masked and not family.keeps_mask_when_checkpointed:
             raise UserError(
                 f"{FIELD} has a {kind}, which forgets the mask of its texts in blocks that are computed again: set "
                 "net.checkpoint=false"
@@ -189,15 +198,18 @@ class Pretrained(PipelineSpec):
                 mark_recomputed(part, self.checkpoint)
 
     def text_rows(self, family: Family, config: Config, classes: int, shape: tuple[int, ...] = ()) -> Texts:
-        """The rows of text, or codes. Raises UserError as `PipelineTexts.build`, and for codes that edit images."""
+        """Open the rows of text, or make codes for `classes`.
+
+        Raises UserError as `PipelineTexts.build`, and for codes where the model edits images.
+        """
         if isinstance(self.texts, Codes):
-            if family.edits:
+            if family.edits_images:
                 raise UserError(
                     f"{FIELD} has a {family.pipeline}, which edits images, and codes edit none: take captions"
                 )
-            return codes(classes, config[family.text_width], family.pooled_width(config))
+            return make_codes(classes, config[family.text_width], family.pooled_width(config))
         with not_deferred():  # tables are files, which are mapped
-            return self.texts.build(classes, shape) if family.edits else self.texts.build(classes)
+            return self.texts.build(classes, shape) if family.edits_images else self.texts.build(classes)
 
     def _require_fit(self, family: Family, config: Config, needs: Needs) -> None:
         """Raise UserError where the fields or the objective do not fit the model."""
@@ -210,26 +222,27 @@ class Pretrained(PipelineSpec):
             raise UserError(f"{subject} that embeds no guidance: set net.guidance=null")
         if self.lora and self.lora.convolutions and not kind.startswith("UNet"):
             raise UserError(f"{subject}, and adapters of convolutions are for UNets: set net.lora.convolutions=false")
-        if self.lowpass and not family.embedder:
+        if self.lowpass and not family.time_embedder:
             raise UserError(
                 f"{subject}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"
             )
         if self.route and not family.routes:
             raise UserError(f"{subject}, and of the models of diffusers SD3 and Flux alone route: set net.route=null")
-        if "r" in needs.names and not family.embedder:
+        if "r" in needs.names and not family.time_embedder:
             raise UserError(
                 f"{subject}, which has no embedder of time that a second time could be added to: take an objective of "
                 "one time, objective.kind=dumo"
             )
 
     def build_config(self, config: Config) -> Config:
-        """The config of the model that is built: the source's."""
+        """Return the config of the model that is built, given that of the pipeline's model."""
         return config
 
-    def model(self, config: Config) -> Any:  # noqa: ANN401, a model of diffusers
-        """The model in float32, or as it is stored where its frozen weights are kept in fewer bits (`adapter.adapt`).
+    def load_model(self, config: Config) -> Any:  # noqa: ANN401, a model of diffusers
+        """Make the model of a config, with its weights, or with random ones if `weights` is drawn.
 
-        Raises UserError where weights are missing or do not fit.
+        It is in float32, or as it is stored where its frozen weights are kept in fewer bits (`adapter.adapt`). On the
+        meta device no weights are read. Raises UserError where weights are missing or do not fit.
         """
         import_bitsandbytes()
         try:
@@ -241,10 +254,13 @@ class Pretrained(PipelineSpec):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers', of its own code
             if torch.get_default_device().type == "meta" or self.weights == "drawn":
                 return model_class.from_config(config)
-            return self._load(model_class, config, model_weights(self.pipeline))
+            return self._load_stored_model(model_class, config, model_weights(self.pipeline))
 
-    def _load(self, model_class: Any, config: Config, stored_weights: PartWeights) -> Any:  # noqa: ANN401, as `model`
-        """The model with the weights of its folder, mapped from its files until they are made. Raises as `model`."""
+    def _load_stored_model(self, model_class: Any, config: Config, stored_weights: PartWeights) -> Any:  # noqa: ANN401, of diffusers
+        """Make the model with the weights of its folder, mapped from its files until they are used.
+
+        Raises UserError where they do not fit the config.
+        """
         folder = stored_weights.files[0].parent
         with foreign(f"{folder} holds no {model_class.__name__} that diffusers can load", HINT), not_deferred():
             from accelerate import init_empty_weights
@@ -253,38 +269,54 @@ class Pretrained(PipelineSpec):
             with quietly("diffusers"):  # it would show a bar of shards
                 model, report = stored_weights.build_model(model_class, torch_dtype=stored_weights.dtype)
             with init_empty_weights():
-                buffers = dict(model_class.from_config(config).named_buffers())  # float32, whatever the file's type
+                # in float32, whatever the file's type
+                computed_buffers = dict(model_class.from_config(config).named_buffers())
         unfit_key = first_unfit_key(report)
         if unfit_key is not None:
             raise UserError(f"{folder}: the weights do not fit {CONFIG}: {unfit_key} is missing, unknown or misshapen")
+
+        # diffusers has cast all values to one type. Put those of the files in place; parameters may be read later.
         stored = stored_weights.load()
         keeps_dtype = self.lora is not None and self.lora.frozen != "float32"
         for path, module in model.named_modules():
             for name, p in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
-                tensor = read_later(stored[f"{path}.{name}".lstrip(".")])
-                setattr(module, name, nn.Parameter(tensor if keeps_dtype else tensor.float(), p.requires_grad))
+                tensor = read_later(stored[_full_name(path, name)])
+                if not keeps_dtype:
+                    tensor = tensor.float()
+                setattr(module, name, nn.Parameter(tensor, p.requires_grad))
             for name, _ in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
-                full_name = f"{path}.{name}".lstrip(".")
+                full_name = _full_name(path, name)
                 if full_name in stored:
                     setattr(module, name, stored[full_name].float())
                 else:
-                    setattr(module, name, buffers.get(full_name))
+                    setattr(module, name, computed_buffers.get(full_name))
         return model
 
 
 class Shortened(Pretrained):
-    """`Pretrained.short`: in no recipe."""
+    """The spec of a model with fewer blocks and random weights, which `Pretrained.short` makes. It is in no recipe."""
 
     depth: int  # blocks of each kind at most
 
     def build_config(self, config: Config) -> Config:
-        """The source's config, with fewer blocks."""
-        return {key: self._cut(value) if key in DEPTH_KEYS else value for key, value in config.items()}
+        """Return the config of the pipeline's model, with fewer blocks."""
+        short_config = dict(config)
+        for key in DEPTH_KEYS:
+            if key in config:
+                short_config[key] = self._limit_depth(config[key])
+        return short_config
 
-    def _cut(self, blocks: Any) -> Any:  # noqa: ANN401, a number, a list of them, or null
-        if isinstance(blocks, list | tuple):
-            return [self._cut(part) for part in blocks]
-        return min(blocks, self.depth) if blocks else blocks
+    def _limit_depth(self, num_blocks: Any) -> Any:  # noqa: ANN401, a number, a list of them, or null
+        """Return a number of blocks of a config, at most `depth`. null and 0 stay."""
+        if isinstance(num_blocks, list | tuple):
+            return [self._limit_depth(number) for number in num_blocks]
+        return min(num_blocks, self.depth) if num_blocks else num_blocks
+
+
+def model_weights(pipeline: Pipeline) -> PartWeights:
+    """Find the weights of a pipeline's model. Raises UserError where there are none, or they are a pickle."""
+    way_out = f"{pipeline.download_command(TRANSFORMER)}; or set net.weights=drawn to start from random ones"
+    return require_weights(pipeline.part_folder(TRANSFORMER), DIFFUSERS, FIELD, way_out)
 
 
 def _require_known(needs: Needs) -> None:
@@ -299,7 +331,6 @@ def _require_known(needs: Needs) -> None:
         )
 
 
-def model_weights(pipeline: Pipeline) -> PartWeights:
-    """The weights of a pipeline's model. Raises UserError where there are none, or they are a pickle."""
-    way_out = f"{pipeline.download_command(TRANSFORMER)}; or set net.weights=drawn to start from random ones"
-    return require_weights(pipeline.part_folder(TRANSFORMER), DIFFUSERS, FIELD, way_out)
+def _full_name(path: str, name: str) -> str:
+    """Return the name of a tensor in a state dict, from the path of its module and its name there."""
+    return f"{path}.{name}" if path else name

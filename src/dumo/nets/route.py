@@ -1,23 +1,27 @@
 """Token routing: in training some tokens skip the middle blocks (TREAD, Krause et al. 2025, arXiv 2501.04765).
 
-Blocks `first` and on, all but the `last` ones, see a random part of each row's tokens. A block's cost is that of its
-tokens: a guided exact step of XL/2 counts 4.95 F dense, 2.88 with half of them, 1.87 with a quarter (`dumo dry
-imagenet256-xl2-routed`, and with `--set net.route.share=0.75`). The other tokens wait, and come back as they left.
-There are no new weights. Sampling is dense.
+The routed blocks are all but the `first` and the `last` ones. They process a random part of each row's tokens, and cost
+as much as these tokens: a guided exact step of XL/2 counts 4.95 F dense, 2.88 with half of them, 1.87 with a quarter
+(`dumo dry imagenet256-xl2-routed`, and with `--set net.route.share=0.75`). The other tokens wait, and come back
+unchanged behind the routed blocks. There are no new weights. Sampling is dense.
 
-The order of events: `Route.note` marks the blocks of a net once. In each pass `Route.split` draws which tokens skip. A
-DiT then calls `run_blocks`; a model of diffusers runs with the blocks of `blocks_with_routing` instead of its own.
+The order of events:
+
+1. `Route.mark_blocks` marks the routed blocks of a net, once.
+2. In each training pass `Route.draw_split` draws which tokens are processed, as a `TokenSplit`.
+3. A DiT calls `run_blocks` with it. A model of diffusers runs with the blocks of `blocks_with_routing` instead of its
+   own.
 
 What this assumes:
 
-- Which tokens skip is a function of row and step alone, by the keys of `dumo.flow.dropout`. So every pass of a step has
-  the same: the one with gradients, V(c), V(null), and du/dt, which is then the derivative of the function that is
-  trained. Under guidance `dropout.off` leaves routing on. TREAD, which has one pass a step, needs no such key.
-- The tangent moves with its token: part and join are selections, of which the tangents' are the same selections.
-- A target is one of the routed net, for that is the one whose passes make it. An average as theta^- is dense, as it is
-  in the mode of sampling: its derivative is the dense function's.
-- Tokens know their places before they are parted: waves are in them, and rotary tables are parted alike.
-- As many tokens skip in every row, so shapes are static.
+- Which tokens skip depends on row and step alone, by the keys of `dumo.flow.dropout`. So all passes of a step have the
+  same split: the one with gradients, V(c), V(null), and that of du/dt, which is then the derivative of the function
+  that is trained. TREAD has one pass a step, and needs no such key. `dropout.off`, under guidance, leaves routing on.
+- A tangent moves with its token, because selecting tokens is linear.
+- A target is made by passes of the routed net. An average such as theta^- is in the mode of sampling, and so dense: its
+  derivative is that of the dense function.
+- A token knows its place before it is selected: waves are in it, and rotary tables are selected alike.
+- The same number of tokens skips in every row, so shapes are static.
 - A transformer of diffusers routes over all of its lists of blocks. Its text is never routed.
 """
 
@@ -43,50 +47,51 @@ class Route(Spec):
     first: int = Field(default=2, ge=0, le=BLOCKS)  # blocks at the start that see all tokens
     last: int = Field(default=3, ge=0, le=BLOCKS)  # blocks at the end that do
 
-    def check(self, depth: int) -> None:
-        """Raise UserError where a net of `depth` blocks has none between the first and the last."""
+    def mark_blocks(self, blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
+        """Set `routed` in each block of a net, in their order. Copies of the net, and parts of it, keep the mark.
+
+        Raises UserError where no block is left between the first and the last.
+        """
+        depth = len(blocks)
         if self.first + self.last >= depth:
             raise UserError(
                 f"net.route leaves no block between the first {self.first} and the last {self.last} of {depth}: lower "
                 "net.route.first or net.route.last, or set net.route=null"
             )
-
-    def note(self, blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
-        """Set `routed` in each block, which parts and copies of a net keep. Raises UserError as `check`."""
-        self.check(len(blocks))
         for i, block in enumerate(blocks):
-            block.routed = self.first <= i < len(blocks) - self.last  # pyright: ignore[reportArgumentType]
+            block.routed = self.first <= i < depth - self.last  # pyright: ignore[reportArgumentType]
 
-    def split(self, b: int, n: int) -> "TokenSplit | None":
+    def draw_split(self, b: int, n: int) -> "TokenSplit | None":
         """Draw which of n tokens skip in each of b rows; None: none does. Raises RuntimeError as `dropout.current`."""
         rows = current(b, route=True)
         if rows is None or not self.share:
             return None
-        num_through = max(1, n - round(self.share * n))
-        return TokenSplit(rows, n, num_through)
+        num_processed = max(1, n - round(self.share * n))
+        return TokenSplit(rows, n, num_processed)
 
 
 class TokenSplit:
-    """Which tokens of a pass go through the routed blocks, and which skip."""
+    """Which tokens of a pass the routed blocks process, and which skip. It holds places in a row, (b, tokens) each."""
 
-    def __init__(self, rows: Keys, n: int, num_through: int) -> None:
-        """`num_through` of the n tokens of each row go through, drawn by the keys of the rows."""
+    def __init__(self, rows: Keys, n: int, num_processed: int) -> None:
+        """Draw, by the key of each row, the `num_processed` of its n tokens that are processed."""
         order = hashes(layer_keys(rows, _KEY_LAYER), n).argsort(1)
-        self.through = order[:, :num_through]
-        self.skipping = order[:, num_through:]
-        self.inverse = order.argsort(1)
+        self.processed = order[:, :num_processed]
+        self.skipped = order[:, num_processed:]
+        self.inverse = order.argsort(1)  # from (processed, skipped) back to the tokens' own order
 
-    def part(self, h: Array) -> Array:
-        """Select the tokens that go through, (b, num_through, width), of h (b, n, width)."""
-        return _select_tokens(h, self.through)
+    def select(self, h: Array) -> Array:
+        """Select the tokens to process, (b, num_processed, width), from all tokens h (b, n, width)."""
+        return _select_tokens(h, self.processed)
 
-    def join(self, h: Array, before: Array) -> Array:
-        """Put h (b, num_through, width) back to its places among the tokens of `before` (b, n, width) that skipped."""
-        return _select_tokens(cat([h, _select_tokens(before, self.skipping)], 1), self.inverse)
+    def merge(self, h: Array, all_tokens: Array) -> Array:
+        """Return all tokens (b, n, width): h (b, num_processed, width), and the skipped ones of `all_tokens`."""
+        skipped = _select_tokens(all_tokens, self.skipped)
+        return _select_tokens(cat([h, skipped], 1), self.inverse)
 
     def select_rotary(self, tables: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Select from rotary tables (n, size) the rows of tokens that go through: (b, 1, num_through, size) each."""
-        return tuple(table[self.through].unsqueeze(1) for table in tables)
+        """Select from rotary tables (n, size) those of the tokens to process: (b, 1, num_processed, size) each."""
+        return tuple(table[self.processed].unsqueeze(1) for table in tables)
 
 
 def run_blocks(
@@ -101,93 +106,105 @@ def run_blocks(
     Block i is called as `run_block(i, block, h, *tables)`. The tables are those of `rotary`, (n, size) each, for the
     tokens that the block gets. Where `split` is None, all tokens go through all blocks.
     """
-    before = h  # the tokens as they were before the routed blocks
+    all_tokens = h  # as they were before the routed blocks
     block_tables = rotary
-    inside = False
+    is_split = False
     for i, block in enumerate(blocks):
-        if split and block.routed and not inside:
-            inside = True
-            before = h
-            h = split.part(h)
+        if split and block.routed and not is_split:
+            is_split = True
+            all_tokens = h
+            h = split.select(h)
             block_tables = split.select_rotary(rotary)
-        elif split and inside and not block.routed:
-            inside = False
-            h = split.join(h, before)
+        elif split and is_split and not block.routed:
+            is_split = False
+            h = split.merge(h, all_tokens)
             block_tables = rotary
         h = run_block(i, block, h, *block_tables)
-    if split and inside:
-        h = split.join(h, before)
+    if split and is_split:
+        h = split.merge(h, all_tokens)
     return h
 
 
-class _RoutedBlock(nn.Module):
-    """Stands for a routed block of a model of diffusers in one pass: the block gets the image tokens that go through.
+def blocks_with_routing(model: nn.Module, split: TokenSplit) -> dict[str, nn.ModuleList]:
+    """Return the lists of blocks of a model of diffusers for one pass, by name, with its routed blocks wrapped."""
+    lists = {name: part for name, part in model.named_children() if isinstance(part, nn.ModuleList)}
+    routed_blocks = [block for blocks in lists.values() for block in blocks if block.routed]
+    all_tokens: list[Array] = []
 
-    What is computed again by checkpointing meets the same split: all is held here, and the block is unchanged.
+    def wrap(block: nn.Module) -> nn.Module:
+        if not block.routed:
+            return block
+        is_first = block is routed_blocks[0]
+        is_last = block is routed_blocks[-1]
+        return _RoutedBlock(block, split, all_tokens, is_first=is_first, is_last=is_last)
+
+    return {name: nn.ModuleList(map(wrap, blocks)) for name, blocks in lists.items()}
+
+
+class _RoutedBlock(nn.Module):
+    """Stands for a routed block of a model of diffusers in one pass: the block gets the image tokens to process.
+
+    Activation checkpointing calls it a second time, and gets the same split, because the split is held here. The block
+    itself is unchanged.
     """
 
     def __init__(
-        self, block: nn.Module, split: TokenSplit, before: list[Array], *, is_first: bool, is_last: bool
+        self, block: nn.Module, split: TokenSplit, all_tokens: list[Array], *, is_first: bool, is_last: bool
     ) -> None:
-        """The first routed block parts the tokens, the last joins them. `before`, shared by all, holds all tokens."""
+        """Wrap a block. The first one selects the tokens, the last one merges them.
+
+        All routed blocks of a pass share the list `all_tokens`, into which the first one puts the tokens before it.
+        """
         super().__init__()
         self.block = block
         self.split = split
-        self.before = before
+        self.all_tokens = all_tokens
         self.is_first = is_first
         self.is_last = is_last
-        self.recomputed = getattr(block, "recomputed", True)  # as `block.run_as_marked`
+        self.recomputed = getattr(block, "recomputed", True)  # `checkpointing.run_as_marked` reads it
 
     def forward(self, hidden_states: Array, encoder_hidden_states: Array, temb: Array, *rest: Any, **named: Any) -> Any:  # noqa: ANN401, of diffusers
         """Run the block on image and text, (b, n, width) each, and return text and image.
 
-        The rotary table comes by name, or first in `rest`, where the block is computed again.
+        The rotary tables come by name, or first in `rest`, where diffusers checkpoints the block.
         """
         h = hidden_states
-        tables = named.get("image_rotary_emb", rest[0] if rest else None)
+        checkpointed_tables = rest[0] if rest else None
+        tables = named.get("image_rotary_emb", checkpointed_tables)
         if self.is_first:
-            self.before[:] = [h]
-            h = self.split.part(h)
+            self.all_tokens[:] = [h]
+            h = self.split.select(h)
         rotary: dict[str, Any] = {}
         if tables:
             rotary["image_rotary_emb"] = tuple(_RotaryTablePerRow(table, self.split) for table in tables)
         text, h = self.block(hidden_states=h, encoder_hidden_states=encoder_hidden_states, temb=temb, **rotary)
         if self.is_last:
-            h = self.split.join(h, *self.before)
+            (all_tokens,) = self.all_tokens
+            h = self.split.merge(h, all_tokens)
         return text, h
 
 
 class _RotaryTablePerRow:
-    """A rotary table for each row, in diffusers' code for a single table (n, size), which asks [None, :, None, :]."""
+    """A rotary table with positions of its own for each row, where diffusers has one table (n, size) for all rows.
+
+    diffusers indexes that table by [None, :, None, :], to (1, n, 1, size). This object takes its place, and gives
+    (b, tokens, 1, size) for that index.
+    """
 
     def __init__(self, table: Tensor, split: TokenSplit) -> None:
-        """Select from a table (text and n, size) all of the text, and the image tokens that go through."""
-        b = split.through.shape[0]
+        """Select from a table (text and n, size) all of the text, and the image tokens to process."""
+        b = split.processed.shape[0]
         n = split.inverse.shape[1]
         text = table[:-n].expand(b, -1, -1)
-        self.rows = cat([text, table[-n:][split.through]], 1)
+        self.rows = cat([text, table[-n:][split.processed]], 1)
 
     def __getitem__(self, _: object) -> Tensor:
-        """The tables (b, tokens, 1, size), whatever the index is."""
+        """Return the tables (b, tokens, 1, size), whatever the index is."""
         return self.rows.unsqueeze(2)
 
 
-def blocks_with_routing(model: nn.Module, split: TokenSplit) -> dict[str, nn.ModuleList]:
-    """The lists of blocks of a model of diffusers for one pass, by name, with its routed blocks wrapped."""
-    lists = {name: part for name, part in model.named_children() if isinstance(part, nn.ModuleList)}
-    routed = [block for blocks in lists.values() for block in blocks if block.routed]
-    before: list[Array] = []
-
-    def wrap(block: nn.Module) -> nn.Module:
-        if not block.routed:
-            return block
-        return _RoutedBlock(block, split, before, is_first=block is routed[0], is_last=block is routed[-1])
-
-    return {name: nn.ModuleList(map(wrap, blocks)) for name, blocks in lists.items()}
-
-
 def _select_tokens(h: Array, index: Tensor) -> Array:
-    """Select, row by row, the tokens of h (b, n, width) at index (b, k): (b, k, width)."""
+    """Return the tokens of h (b, n, width) at the places `index` (b, k) of each row, (b, k, width)."""
     b, n, width = h.shape
     flat = (index + n * torch.arange(b, device=index.device)[:, None]).flatten()
     return h.flatten(0, 1).index_select(0, flat).view(b, -1, width)

@@ -1,11 +1,11 @@
 """Rows of text by number: what a net that reads text looks up for a condition c.
 
 The rows come from a table that `dumo encode` makes (`dumo.nets.table`), from a pipeline's encoders (`dumo.nets.live`),
-from an encoder that is trained with the net (`dumo.nets.text`), or they are codes that stand for classes (`codes`).
+from an encoder that is trained with the net (`dumo.nets.text`), or they are random codes for classes (`make_codes`).
 
 `Texts` is what a net calls: `forward` in every pass, and for some models `sources` and `lengths`. A sampler calls
 `append` to add prompts behind the rows of the training, and `forget` to drop old prompts. `Rows` are texts in memory.
-`pad_tokens` and `half_to_float32` are for other kinds of texts.
+The modules above use `pad_tokens`, too. A new kind of texts extends `Texts`.
 """
 
 from abc import ABC, abstractmethod
@@ -50,7 +50,7 @@ class Texts(nn.Module, ABC):
     def __init__(self) -> None:
         """Begin without prompts."""
         super().__init__()
-        self.prompts: dict[str, int] = {}  # the number of each prompt's row; the caller of `append` writes it
+        self.prompts: dict[str, int] = {}  # the number of each prompt's row, noted by the caller of `append`
 
     @abstractmethod
     def forward(self, c: Cond) -> TextRows:
@@ -72,7 +72,7 @@ class Texts(nn.Module, ABC):
         raise UserError("this net was trained on rows whose encoder is not known, so it reads no prompts: give labels")
 
     def forget(self, max_prompts: int) -> None:
-        """Drop the rows of all prompts but the last `max_prompts`, and number the others anew."""
+        """Drop the rows of all prompts but the last `max_prompts`, and give new numbers to those that stay."""
         if len(self.prompts) <= max_prompts:
             return
         first = min(self.prompts.values())
@@ -81,7 +81,7 @@ class Texts(nn.Module, ABC):
         self.prompts = {text: first + i for i, text in enumerate(last_prompts)}
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
-        """Keep all rows before number `first`, and behind them only `rows`, in this order."""
+        """Keep all rows before number `first`, and behind them only the rows of the numbers `rows`, in this order."""
         for name, x in [*self.named_buffers(recurse=False)]:
             setattr(self, name, torch.cat([x[:first], x[[*rows]]]))
 
@@ -170,13 +170,16 @@ class Rows(Texts):
         return first
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
-        """Keep all rows before number `first`, and behind them only `rows`; drop the padding of those that go."""
+        """Keep all rows before number `first`, and behind them only the rows of the numbers `rows`.
+
+        Padding that only the others needed is dropped.
+        """
         super().keep(first, rows)
         self._drop_padding()
         self._update_lengths()
 
     def _join_padded(self, old: Tensor, new: Tensor) -> Tensor:
-        """Tokens or masks, the new rows behind the old ones, all padded to `self.length`."""
+        """Return tokens or masks, the new rows behind the old ones, all padded to `self.length`."""
         return torch.cat([pad_tokens(old, self.length), pad_tokens(new.to(old), self.length)])
 
     def _drop_padding(self) -> None:
@@ -207,13 +210,13 @@ class Codes(Spec):
     kind: Literal["codes"] = "codes"
 
 
-def codes(classes: int, width: int, pooled: int) -> Rows:
-    """Make a token (width,) for each class and one for none, from N(0, 1), which are the same in every run.
+def make_codes(classes: int, width: int, pooled_width: int) -> Rows:
+    """Make a row of one token (width,) for each class and one for no class, from N(0, 1), the same in every run.
 
-    With `pooled` > 0 each has a pooled embedding (pooled,), too.
+    With `pooled_width` > 0 each has a pooled embedding (pooled_width,), too.
     """
     tokens = _draw_codes("tokens", classes + 1, width)[:, None]
-    pooled_codes = _draw_codes("pooled", classes + 1, pooled) if pooled else None
+    pooled_codes = _draw_codes("pooled", classes + 1, pooled_width) if pooled_width else None
     return Rows(tokens, None, pooled_codes)
 
 
@@ -226,8 +229,10 @@ def _draw_codes(name: str, rows: int, width: int) -> Tensor:
 
 def pad_tokens(x: Tensor, length: int) -> Tensor:
     """Pad tokens (b, l, d) or a mask (b, l) with zeros to l = `length`."""
-    num_axes_behind = x.ndim - 2  # `F.pad` takes two numbers for each axis, the last one first
-    return F.pad(x, (*[0, 0] * num_axes_behind, 0, length - x.shape[1]))
+    padding = [0, length - x.shape[1]]  # before and behind, on the axis of tokens
+    if x.ndim == 3:
+        padding = [0, 0, *padding]  # `F.pad` takes the last axis first
+    return F.pad(x, padding)
 
 
 def half_to_float32(x: Tensor) -> Tensor:

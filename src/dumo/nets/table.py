@@ -1,6 +1,7 @@
 """Specs of texts whose rows lie in a table that `dumo encode` makes: `TextTable` and `PipelineTexts`.
 
-A spec knows the sizes of a row (`sizes`) without any file, so a net is outlined before its table exists. In this order
+A spec knows the sizes of a row (`sizes`) without any file, so a net is outlined before its table exists. The order of
+events:
 
 1. `with_identity` keeps, once, which table is in the folder, so that a run refuses another one later;
 2. `memory_bytes` says what all rows take, and `is_mapped` and `is_online` where they will come from;
@@ -24,14 +25,14 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.encoders import texttable
-from dumo.encoders.caption import parted
+from dumo.encoders.caption import split_caption
 from dumo.encoders.pipeline import TRANSFORMER, PipelineSpec
 from dumo.encoders.prompt import Prompts
 from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import EncodedTexts, TextTableIndex
 from dumo.encoders.tokens import Tokenizer
 from dumo.io.read import user_path
-from dumo.nets.family import Family, family
+from dumo.nets.family import Family, find_family
 from dumo.nets.live import OnlineTexts
 from dumo.nets.mapped import MappedRows
 from dumo.nets.rows import Rows, TextReader, TextRows, Texts, TextSizes
@@ -61,7 +62,7 @@ class TableTexts(Spec):
         return user_path(self.root, "net.texts.root")
 
     def with_identity(self) -> "TableTexts":
-        """The spec with the identity of the table in its folder; as it is where it has one, or there is no table."""
+        """Return the spec with the identity of its table. It stays as it is if it has one, or there is no table."""
         if self.identity is None:
             index = self._read_index()
             if index is not None:
@@ -69,7 +70,7 @@ class TableTexts(Spec):
         return self
 
     def captions_digest(self) -> str | None:
-        """The digest of the captions of the table in the folder; None where there is no whole table."""
+        """Return the digest of the captions of the table in the folder; None where there is no finished table."""
         index = self._read_index()
         return None if index is None else index.digest
 
@@ -83,7 +84,7 @@ class TableTexts(Spec):
         return table
 
     def _read_index(self) -> TextTableIndex | None:
-        """The index of the table; None where there is none, it is unfinished, or it is damaged."""
+        """Return the index of the table; None where there is none, it is unfinished, or it is damaged."""
         with suppress(UserError):  # raised again when the net is built
             index = texttable.read_contents(self.folder)
             if index is not None and index.shards:
@@ -112,7 +113,7 @@ class EmbeddedTexts(TableTexts):
         """The largest sizes that a row may have."""
 
     def memory_bytes(self, captions: int, source_shape: tuple[int, ...] = ()) -> int:
-        """The most bytes that the rows of all captions and of the empty one take."""
+        """Return the most bytes that the rows of all captions and of the empty one take."""
         sizes = self.sizes
         values = sizes.length * sizes.width + sizes.pooled
         if source_shape:
@@ -145,8 +146,8 @@ class EmbeddedTexts(TableTexts):
         open_reader = partial(self._open_reader, table)
         if self.is_mapped(captions, source_shape):
             return MappedRows(table, self.sizes, open_reader)
-        tokens, mask, pooled = table.padded()
-        sources = table.sources()
+        tokens, mask, pooled = table.read_rows()
+        sources = table.read_sources()
         return Rows(
             tokens.to(device),
             mask.to(device) if self.sizes.masked else None,
@@ -156,14 +157,14 @@ class EmbeddedTexts(TableTexts):
         )
 
     def _outline(self, captions: int, source_shape: tuple[int, ...]) -> Rows:
-        """Rows on the meta device: of all captions and the empty one, or a single row where they are mapped."""
+        """Make rows on the meta device: of all captions and the empty one, or a single row where they are mapped."""
         sizes = self.sizes
-        n = 1 if self.is_mapped(captions, source_shape) else captions + 1
+        num_rows = 1 if self.is_mapped(captions, source_shape) else captions + 1
         return Rows(
-            torch.empty(n, sizes.length, sizes.width, dtype=sizes.dtype),
-            torch.empty(n, sizes.length, dtype=torch.bool) if sizes.masked else None,
-            torch.empty(n, sizes.pooled, dtype=sizes.dtype) if sizes.pooled else None,
-            source=torch.empty(n, *source_shape, dtype=sizes.dtype) if source_shape else None,
+            torch.empty(num_rows, sizes.length, sizes.width, dtype=sizes.dtype),
+            torch.empty(num_rows, sizes.length, dtype=torch.bool) if sizes.masked else None,
+            torch.empty(num_rows, sizes.pooled, dtype=sizes.dtype) if sizes.pooled else None,
+            source=torch.empty(num_rows, *source_shape, dtype=sizes.dtype) if source_shape else None,
         )
 
     def _open_reader(self, table: EncodedTexts, device: torch.device) -> TextReader:
@@ -182,7 +183,7 @@ class EmbeddedTexts(TableTexts):
         keeps_padding = "mask" in table.contents.columns
 
         def read_rows(texts: Sequence[str]) -> TextRows:
-            embeddings = read([parted(text)[0] for text in texts])
+            embeddings = read([split_caption(text)[0] for text in texts])
             tokens = embeddings.tokens
             if not keeps_padding:
                 tokens = tokens * embeddings.mask[..., None]
@@ -248,7 +249,7 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
 
         A table that is there is read, however large, and images to edit always have one.
         """
-        if self.identity is not None or self.family.edits:
+        if self.identity is not None or self.family.edits_images:
             return False
         return self.memory_bytes(captions) > self.budget * GIGABYTE
 
@@ -260,13 +261,13 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
         if not self.is_online(captions) or torch.get_default_device().type == "meta":
             return super().build(captions, source_shape)
         sha256 = self.pipeline.texts_hash()
-        self.pipeline.require("texts", sha256, "text encoders or tokenizers")
+        self.pipeline.require_fact("texts", sha256, "text encoders or tokenizers")
         row_bytes = self.memory_bytes(0)  # of the empty caption alone
         max_rows = max(1, int(self.memory * GIGABYTE / row_bytes))
         return OnlineTexts(self.reader_spec, sha256, self.sizes, captions, max_rows=max_rows)
 
     def reason_without_table(self, captions: int) -> str:
-        """Why no table of this number of captions is written; "" where one is."""
+        """Return why no table of this number of captions is written; "" if one is."""
         if not self.is_online(captions):
             return ""
         return (
@@ -282,7 +283,7 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
     @property
     def family(self) -> Family:
         """The family of the pipeline's model. Raises UserError where it is none that dumo knows."""
-        return family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
+        return find_family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
 
     @property
     def reader_spec(self) -> Prompts:
@@ -303,7 +304,7 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
         family = self.family
         config = self.pipeline.config(TRANSFORMER)
         return TextSizes(
-            length=family.length,
+            length=family.max_text_tokens,
             width=config[family.text_width],
             pooled=family.pooled_width(config),
             masked=family.takes_mask or family.one_by_one,

@@ -59,7 +59,7 @@ class LearnedTexts(TableTexts):
         shape = (captions + 1, self.tokenizer.length)
         if torch.get_default_device().type == "meta":
             return TokenTexts(self, torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool))
-        ids, mask, _ = self.open_table(captions).padded()
+        ids, mask, _ = self.open_table(captions).read_rows()
         return TokenTexts(self, ids.int(), mask)
 
 

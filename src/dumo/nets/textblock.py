@@ -1,6 +1,6 @@
 """How a DiT reads a text: the tokens by attention in every block, the pooled embedding as a class's label is read.
 
-`TextEmbedder` is called once in a pass, and `Cross`, the block, once per layer; `dumo.nets.dit` makes both. After
+`TextEmbedder` is called once in a pass, and `TextBlock` once per layer; `dumo.nets.dit` makes both. After
 self-attention the image's tokens attend to the text's, which are the same for every block (PixArt-alpha, Chen et al.
 2023). A layer that is zero at the start adds the result.
 
@@ -49,10 +49,10 @@ class TextEmbedder(nn.Module):
         return vector, y, mask
 
 
-class Keys(nn.Module):
-    """The layer that makes keys and values of a text, for one block."""
+class TextKeysValues(nn.Module):
+    """The layers that make keys and values of a text, for one block."""
 
-    fused: ClassVar[dict[str, int]] = {"kv": 2}  # the matrices in a weight, as Muon reads them (`Stream.fused`)
+    fused: ClassVar[dict[str, int]] = {"kv": 2}  # the number of matrices in a layer's weight (`Stream.fused`)
 
     def __init__(self, sizes: BlockSizes) -> None:
         """Make the layers of keys and values, for a block of these sizes."""
@@ -67,7 +67,7 @@ class Keys(nn.Module):
         return normalize_qk(k, self.k_norm, v), v
 
 
-class Cross(Stream):
+class TextBlock(Stream):
     """A block in which the image attends to a text as well, between self-attention and perceptron."""
 
     def __init__(self, sizes: BlockSizes) -> None:
@@ -76,7 +76,7 @@ class Cross(Stream):
         self.query = nn.Linear(sizes.width, sizes.width)
         self.read = nn.Linear(sizes.width, sizes.width)
         self.query_norm = sizes.qk_norm_layer()
-        self.keys = Keys(sizes)
+        self.keys = TextKeysValues(sizes)
 
     @property
     def zero_layers(self) -> tuple[nn.Linear, ...]:

@@ -1,15 +1,20 @@
 """Velocities of nets that learned the noise of a diffusion, or its own v, on the linear path (`dumo.flow.schedule`).
 
-With x_t = n x_vp, t = s / (a + s), a = (1 - t) / n, s = t / n, what such a net F gives is
+A diffusion has x_vp = a x_0 + s z, and the linear path x_t = (1 - t) x_0 + t z. They are one point, x_t = n x_vp, for
 
-    epsilon        the noise:  dx_t/dt = F - x_0 = (F - x_t) / (1 - t),            for x_0 = (x_t - t F) / (1 - t)
-    v_prediction   a z - s x:  dx_t/dt = (s - a) x_vp + (a + s) F = ((2 t - 1) x_t / n + F) / n
+    t = s / (a + s),   a = (1 - t) / n,   s = t / n.
 
-So x_t - t dx_t/dt is its guess of the data, as for any velocity. Where nothing of the data is left, t = 1, noise says
-nothing of them, and hardly anything below `MIN_DATA_SHARE` (the cosine schedule): such a schedule takes v (Lin et al.
-2023). Both are linear in F, so guidance and means commute with it.
+Such a net gives F, of which the velocity dx_t/dt follows:
 
-`read_scheduler` makes a `DiffusionToVelocity` of a scheduler_config.json; `settings` gives the entries of such a file.
+    epsilon        F is the noise z, and x_0 = (x_t - t F) / (1 - t):   dx_t/dt = F - x_0 = (F - x_t) / (1 - t)
+    v_prediction   F is a z - s x_0:   dx_t/dt = (s - a) x_vp + (a + s) F = ((2 t - 1) x_t / n + F) / n
+
+So x_t - t dx_t/dt is its guess of the data, as for any velocity. Both are linear in F, so guidance and means commute
+with them. At t = 1 nothing of the data is left, and a guess of the noise says nothing about them; it says hardly any
+more where less than `MIN_DATA_SHARE` is left, as in the cosine schedule. Such a schedule needs v (Lin et al. 2023).
+
+`read_scheduler` makes a `DiffusionToVelocity` of a scheduler_config.json, and `scheduler_settings` gives the entries of
+such a file. `dumo.nets.dualized` calls the `DiffusionToVelocity` in each pass.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,16 +28,16 @@ from dumo.types import Array, Sample, Time, UserError, lift
 
 Prediction = Literal["epsilon", "v_prediction"]
 
-LAWS = get_args(Law)
-# The least share of the data at the end of the schedule, for a net of noise: its errors are divided by it (ours). DiT's
-# schedule has 6e-3.
+LAWS = get_args(Law)  # of a scheduler's betas
+# The least share of the data at the end of a schedule, for a net that predicts noise: its errors are divided by this
+# share (ours). DiT's schedule has 6e-3.
 MIN_DATA_SHARE = 1e-3
 
 
 class DiffusionToVelocity(nn.Module):
     """Maps x_t and t to the inputs of a net of a diffusion, and its output to a velocity.
 
-    x_t is on the path `Diffusion`, which ends at T, `schedule.last`, on the linear path: its t is T times ours.
+    x_t is on the path `Diffusion`, whose end, our t = 1, is at T = `schedule.last` on the linear path.
     """
 
     def __init__(self, schedule: Schedule, prediction: Prediction) -> None:
@@ -43,9 +48,10 @@ class DiffusionToVelocity(nn.Module):
         self.clock = Clock(schedule)
 
     def forward(self, x: Sample, t: Time) -> tuple[Sample, Array, Callable[[Array], Array]]:
-        """For x (b, ...) and our t (b,), return x_vp, the index (b,), and a function from the output to a velocity.
+        """Take x (b, ...) at our t (b,), and return the net's inputs and the function from its output to a velocity.
 
-        The output and the velocity, per unit of our t, are shaped like x.
+        The inputs are x_vp (b, ...) and the index of the time (b,). The output and the velocity, per unit of our t, are
+        shaped like x.
         """
         last = self.schedule.last
         linear_t = last * t  # on the linear path
@@ -61,13 +67,17 @@ class DiffusionToVelocity(nn.Module):
         return x_vp, self.clock(linear_t), to_velocity
 
     @property
-    def steepest(self) -> float:
-        """The largest slope of the index, scaled to go from 0 to 1, by our t."""
+    def max_clock_slope(self) -> float:
+        """The largest derivative of the index by our t, with the index scaled to go from 0 to 1."""
         return self.clock.fastest * self.schedule.last / self.schedule.steps
 
 
 def read_scheduler(config: Mapping[str, Any]) -> DiffusionToVelocity:
-    """Make the map of a scheduler_config.json. Raises UserError for one without a table of betas that dumo knows."""
+    """Make the map for the scheduler of a scheduler_config.json.
+
+    Raises UserError for a scheduler without a table of betas that dumo knows, for a prediction that is neither noise
+    nor v, and for noise where the schedule leaves too little of the data.
+    """
     scheduler_class = config.get("_class_name")
     law = config.get("beta_schedule", "linear")
     subject = f"pipeline: its scheduler, a {scheduler_class},"
@@ -96,7 +106,7 @@ def read_scheduler(config: Mapping[str, Any]) -> DiffusionToVelocity:
     return DiffusionToVelocity(schedule, cast(Prediction, prediction))
 
 
-def settings(frame: DiffusionToVelocity) -> dict[str, Any]:
+def scheduler_settings(frame: DiffusionToVelocity) -> dict[str, Any]:
     """Return the settings of a scheduler of diffusers with this table and prediction. `read_scheduler` reads them."""
     schedule = frame.schedule
     return {

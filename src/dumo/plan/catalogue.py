@@ -164,7 +164,11 @@ CATALOGUE = (
         "inception",
         "the Inception network of 2015 that a FID is measured by",
         inception.URL,
-        (f"curl -LO {inception.URL}", inception.MAKE, f"export {inception.VARIABLE}=$PWD/inception.safetensors"),
+        (
+            f"curl -LO {inception.URL}",
+            inception.CONVERT_COMMAND,
+            f"export {inception.VARIABLE}=$PWD/inception.safetensors",
+        ),
         (f"${inception.VARIABLE}",),
         f"one file, made of the published one, whose sha256 is {inception.SHA256}",
         "frechet:",

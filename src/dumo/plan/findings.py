@@ -72,7 +72,7 @@ def caption_findings(data: Data) -> list[Finding]:
     num_images = len(captions.ends)
     most = int(captions.counts.max())
     no_caption = len(captions)  # the number that stands for none
-    without_caption = int((captions.first(torch.arange(num_images)) == no_caption).sum())
+    without_caption = int((captions.first_of(torch.arange(num_images)) == no_caption).sum())
     each = f"up to {most}" if most > 1 else "one"
     text = f"{len(captions):,} different ones of {num_images:,} images, {each} each"
     if without_caption == 1:
@@ -177,7 +177,7 @@ def _embeddings(table: EncodedTexts, rows: Sequence[int]) -> Float[Tensor, "n d"
     """The pooled embedding of each of these rows of a table, or, where it has none, the mean of its tokens."""
     embeddings: list[Tensor] = []
     for i in range(0, len(rows), ROWS_AT_A_TIME):
-        tokens, mask, pooled = table.padded(rows[i : i + ROWS_AT_A_TIME])
+        tokens, mask, pooled = table.read_rows(rows[i : i + ROWS_AT_A_TIME])
         is_token = mask[..., None]
         mean = (tokens.double() * is_token).sum(1) / is_token.sum(1)
         embeddings.append(mean if pooled is None else pooled.double())
@@ -222,10 +222,12 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
     device = next(net.parameters()).device
     x, c = (part.to(device) for part in random_batch("pretrained", len(TIMES), data.shape, data.classes))
     t = torch.tensor(TIMES, device=device)
-    other_times = dict.fromkeys(net.names[1:], t)
+    other_times = dict.fromkeys(net.time_names[1:], t)
     head = velocity_index(list(net.heads))
     pipeline = spec.pipeline
-    findings = [Finding("pipeline", "ok", f"{pipeline.class_name or 'a transformer alone'}, {pipeline.hint}")]
+    findings = [
+        Finding("pipeline", "ok", f"{pipeline.class_name or 'a transformer alone'}, {pipeline.distillation_text}")
+    ]
     with torch.no_grad():
         v = net(x, c, t=t, **other_times)[head]
         dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)), **other_times)[head]  # along v itself
@@ -235,7 +237,7 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
             findings.append(Finding("dual pass", "ok", "has the bits of the plain one"))
         else:
             findings.append(Finding("dual pass", "failing", "is not the plain one", "objective.slope.kind=jvp"))
-        if net.fits:
+        if net.lowpass_fits:
             # the model before the low-pass: this one with its adapters off, or built again
             if spec.lora:
                 original_model = net.base()
@@ -244,7 +246,7 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
             with original_model as original:
                 original_v = original(x, c, t=t, **other_times)[head]
             change = float((v - original_v).norm() / v.norm())
-            text = "; ".join(map(str, net.fits)) + f"; |dv| / |v| = {100 * change:.2g} %"
+            text = "; ".join(map(str, net.lowpass_fits)) + f"; |dv| / |v| = {100 * change:.2g} %"
             findings.append(ok_or_warning("low-pass", text, TEACH_AGAIN if change > MAX_CHANGE else ""))
     findings.append(rate_finding(t, v, dv_dt, spec.lowpass))
     return findings

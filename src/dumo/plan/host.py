@@ -27,7 +27,7 @@ from torch import nn
 
 from dumo.autodiff.float64 import copied_bytes
 from dumo.nets.adapter import adapters
-from dumo.nets.lowbit import saved
+from dumo.nets.lowbit import num_weights_coded_away
 from dumo.run.memory import HeldBytes
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
@@ -84,7 +84,7 @@ def host_bytes(
         exported_weights *= 2  # in float32
     merged_weights = 0  # with adapters added (`adapter.merge`)
     if adapters(net):
-        num_weights = sum(p.numel() for p in net.parameters()) + saved(net)
+        num_weights = sum(p.numel() for p in net.parameters()) + num_weights_coded_away(net)
         merged_weights = FLOAT32_BYTES * num_weights
 
     start = on_host.weights + on_host.averages + largest_at_start

@@ -22,7 +22,7 @@ from dumo.data.cache import CachePlan, read_index
 from dumo.evaluation.reference import IMAGENET_TRAIN_IMAGES, Standard
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
-from dumo.nets.lowbit import saved
+from dumo.nets.lowbit import num_weights_coded_away
 from dumo.nets.table import EmbeddedTexts, PipelineTexts
 from dumo.plan.host import DEVICES, host_bytes
 from dumo.run import cost, memory
@@ -64,7 +64,7 @@ def _run_facts(run: Run, net: nn.Module, step_cost: cost.StepCost) -> dict[str, 
     way = step_cost.way
     return {
         "spec": run.model_dump(mode="json", exclude=None if run.resolved else {"resolved"}),
-        "parameters": sum(p.numel() for p in net.parameters()) + saved(net),
+        "parameters": sum(p.numel() for p in net.parameters()) + num_weights_coded_away(net),
         "parameters_trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
         "forward_flops_per_image": step_cost.pass_flops,
         "forward_units_per_step": step_cost.units,
@@ -133,7 +133,7 @@ def plan(spec: Run) -> dict[str, Any]:
         side = spec.net.side or None
     return {
         **run_facts,
-        "parameters_total": sum(value.numel() for value in net.state_dict().values()) + saved(net),
+        "parameters_total": sum(value.numel() for value in net.state_dict().values()) + num_weights_coded_away(net),
         "pixels": list(spec.shown_shape),
         "inputs": inputs,
         "heads": heads,
@@ -213,7 +213,7 @@ def cache_bytes(data: Latents, images: int | None) -> dict[str, int | None]:
     fields = CachePlan.model_fields
     dtype: torch.dtype = getattr(torch, fields["dtype"].default)
     values = prod(data.shape)
-    if data.codec.gaussian and fields["store"].default == "moments":
+    if data.codec.is_gaussian and fields["store"].default == "moments":
         values *= 2  # two moments of each
     if data.images.flip:
         values *= 2  # the mirror image, too
@@ -231,7 +231,7 @@ def _text_rows(texts: EmbeddedTexts, data: Data) -> dict[str, Any]:
     """
     captions = data.classes or None
     pipeline_texts = texts if isinstance(texts, PipelineTexts) else None
-    edits_images = pipeline_texts is not None and pipeline_texts.family.edits
+    edits_images = pipeline_texts is not None and pipeline_texts.family.edits_images
     source = data.shape if edits_images else ()
     bytes_per_caption = texts.memory_bytes(0, source)
     most = None

@@ -267,7 +267,7 @@ def _read_captions(images: Images, store: Store, *, needed: bool) -> Captions | 
         if not needed:
             return None
         raise UserError(f"{error}; or leave captions out: {settings('data.captions=null')}") from error
-    return Captions.of(texts)
+    return Captions.from_images(texts)
 
 
 def _reason_not_to_read_captions(images: Images, sets: Sequence[str]) -> str:

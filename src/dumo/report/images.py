@@ -46,7 +46,7 @@ from dumo.types import Spec, UserError
 
 DEFAULT_KIND = "photos"  # the protocol that needs no download: ours
 KINDS = sorted(  # the protocols that judge images without captions
-    {*get_args(InceptionKind), *get_args(Shipped), *get_args(vision.Kind)} - {"toy"}
+    {*get_args(InceptionKind), *get_args(Shipped), *get_args(vision.FeatureKind)} - {"toy"}
 )
 
 

@@ -293,7 +293,7 @@ def sample_blocks(net: nn.Module) -> SampledNet:
     between two others, so its input and its output are blocks', as theirs are. All parts are shared, and `net` is left
     as it is.
     """
-    from dumo.nets import twin
+    from dumo.nets.heads import with_submodules
 
     net_stretches = stretches(net)
     stretches_by_kind: dict[object, list[int]] = {}
@@ -317,17 +317,17 @@ def sample_blocks(net: nn.Module) -> SampledNet:
         if i in left_out_by_stretch:
             left_out[f"{stretch.path}.{len(blocks) + 1}"] = left_out_by_stretch[i]
         blocks += blocks_of_stretch[i]
-    return SampledNet(twin.with_submodules(net, {path: nn.ModuleList(lists[path]) for path in lists}), left_out)
+    return SampledNet(with_submodules(net, {path: nn.ModuleList(lists[path]) for path in lists}), left_out)
 
 
 def cut(net: M, lengths: Sequence[int]) -> M:
     """The net with this many first blocks of each stretch. All parts are shared, and the net is left as it is."""
-    from dumo.nets import twin
+    from dumo.nets.heads import with_submodules
 
     kept: dict[str, list[nn.Module]] = {}
     for stretch, n in zip(stretches(net), lengths, strict=True):
         kept.setdefault(stretch.path, []).extend(stretch.blocks[:n])
-    return twin.with_submodules(net, {path: nn.ModuleList(blocks) for path, blocks in kept.items()})
+    return with_submodules(net, {path: nn.ModuleList(blocks) for path, blocks in kept.items()})
 
 
 def stretches(net: nn.Module) -> list[Stretch]:
@@ -359,7 +359,7 @@ def stretches(net: nn.Module) -> list[Stretch]:
 
 def is_unet(net: nn.Module) -> bool:
     """Whether a net is a UNet of diffusers."""
-    return is_dualized(net) and net.family.last == "conv_out"
+    return is_dualized(net) and net.family.last_layer == "conv_out"
 
 
 def _trains_time(unet: nn.Module) -> bool:

@@ -80,10 +80,10 @@ def sample_conditions(data: Data, evaluation: Evaluation) -> Tensor:
 
 def _plain_texts(data: Data) -> list[str]:
     """The texts of the data's captions, without hashes of images. Raises UserError where there are no captions."""
-    from dumo.encoders.caption import parted
+    from dumo.encoders.caption import split_caption
     from dumo.run.encode import captions
 
-    return [parted(caption)[0] for caption in captions(data)]
+    return [split_caption(caption)[0] for caption in captions(data)]
 
 
 def training_data(data: Data) -> DataSource:

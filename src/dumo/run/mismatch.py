@@ -50,7 +50,7 @@ def _editing_faults(data: Data, spec: Net) -> Iterator[str]:
     source = getattr(Conditions(data).captions, "source", None)
     texts = spec.texts
     family = texts.family if texts and texts.kind == "pipeline" else None
-    edits = family is not None and family.edits
+    edits = family is not None and family.edits_images
     model = family.pipeline if family else f"net '{spec.kind}'"
     field = f"{captions_field(data)}.source"
     if source and not edits:

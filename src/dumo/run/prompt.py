@@ -17,15 +17,15 @@ from dumo.config.label import no_prompts
 from dumo.data import Data, Latents
 from dumo.data.edit import source_hash
 from dumo.data.pixel import ToSquare, Unreadable
-from dumo.encoders.caption import edit, parted
-from dumo.encoders.texttable import Sources
+from dumo.encoders.caption import edit_caption, split_caption
+from dumo.encoders.texttable import SourceImages
 from dumo.io import picture
 from dumo.run.sampler import Sampler
 from dumo.runtime.door import option
 from dumo.types import UserError
 
 
-def sources(data: Data, device: torch.device | str, file_of: Callable[[str], Path]) -> Sources | None:
+def sources(data: Data, device: torch.device | str, file_of: Callable[[str], Path]) -> SourceImages | None:
     """A reader of the images that the captions of some data edit, through the data's codec; None: they edit none.
 
     `file_of` says where an image lies, by its hash. Raises UserError where the codec or an image cannot be read.
@@ -39,7 +39,7 @@ def sources(data: Data, device: torch.device | str, file_of: Callable[[str], Pat
         pixels = torch.stack([_read_pixels(file_of(sha256), to_pixels) for sha256 in hashes])
         return codec.encode(picture.from_uint8(pixels))[:, : data.codec.channels].cpu()  # the means
 
-    return Sources(data.shape, codec.sha256, read)
+    return SourceImages(data.shape, codec.sha256, read)
 
 
 def _read_pixels(file: Path, to_pixels: ToSquare) -> Tensor:
@@ -81,7 +81,7 @@ def prompted(sampler: Sampler, prompts: Sequence[str], source: Path | None = Non
         latents = None
         if source:
             source_images = sources(sampler.data, sampler.device, lambda _: source)
-            latents = source_images.of(new_captions) if source_images else None
+            latents = source_images.latents_of(new_captions) if source_images else None
         first = texts.append(new_captions, latents)
         new_numbers = {caption: first + i for i, caption in enumerate(new_captions)}
         texts.prompts |= new_numbers
@@ -104,7 +104,7 @@ def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) 
     if not source.is_file():
         raise UserError(f"{option('source', str(source))}: there is no such file")
     sha256 = source_hash(source)
-    return [edit(text, sha256) for text in prompts]
+    return [edit_caption(text, sha256) for text in prompts]
 
 
 def names(sampler: Sampler, c: Tensor) -> list[str]:
@@ -113,7 +113,7 @@ def names(sampler: Sampler, c: Tensor) -> list[str]:
     condition_names: list[str] = []
     for k in c.tolist():
         if k in prompt_of:
-            text, _ = parted(prompt_of[k])
+            text, _ = split_caption(prompt_of[k])
             condition_names.append(text)
         else:
             condition_names.append(sampler.conditions.name(k))

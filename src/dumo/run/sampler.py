@@ -28,7 +28,7 @@ from dumo.types import Reads, Sample, UserError
 
 if TYPE_CHECKING:
     from dumo.data.pixel import Size
-    from dumo.encoders.codec import Opened
+    from dumo.encoders.codec import LoadedCodec
     from dumo.nets.rows import Texts
 
 Decoded = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
@@ -98,7 +98,7 @@ class Sampler:
         return self.flow.readings(guide, self.spec.knobs)
 
     @cached_property
-    def codec(self) -> "Opened | None":
+    def codec(self) -> "LoadedCodec | None":
         """The codec that decodes what the net makes, with its weights; None where nothing is decoded.
 
         Raises UserError where they are missing or others than those meant.

@@ -63,9 +63,9 @@ def _weights_text(net: nn.Module) -> str:
     """How many parameters a net has, and how many are trained, if not all."""
     total = sum(p.numel() for p in net.parameters())
     if is_dualized(net):  # some of its weights may be codes and scales
-        from dumo.nets.lowbit import saved
+        from dumo.nets.lowbit import num_weights_coded_away
 
-        total += saved(net)
+        total += num_weights_coded_away(net)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     text = f"{total:,} parameters"
     return text if trained == total else f"{text}, {trained:,} of them trained"

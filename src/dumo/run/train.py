@@ -204,7 +204,7 @@ def _lines_before(job: Job) -> list[str]:
     images_per_rank = (run.train.steps - state.step) * run.train.batch / dist.world()
     lines += misfits(run.train, images_per_rank * job.step_cost.flops, job.device, state.step)
     if is_dualized(state.net) and not job.resumed_from:
-        lines += map(str, state.net.fits)
+        lines += map(str, state.net.lowpass_fits)
     return lines
 
 

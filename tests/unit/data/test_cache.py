@@ -11,7 +11,7 @@ from torch import Tensor
 from dumo.data.cache import CachePlan, open_cache
 from dumo.data.encoding import encode
 from dumo.encoders import SdVae, Taef2
-from dumo.encoders.codec import Opened
+from dumo.encoders.codec import LoadedCodec
 from dumo.io import digest
 from dumo.io.table import FILE, ShardTable
 from dumo.io.weights import load
@@ -22,13 +22,13 @@ COUNT = 50
 ROWS = torch.tensor([49, 0, 16, 15, 3, 16])  # of three shards, in no order, one twice
 
 
-def made(folder: Path, codec: Opened = POINT, **change: object) -> ShardTable:
+def made(folder: Path, codec: LoadedCodec = POINT, **change: object) -> ShardTable:
     """A cache of `COUNT` pictures, opened."""
     assert encode(Pictures(COUNT), codec, PLAN.model_copy(update=change), folder).missing == 0
     return open_cache(folder, codec.codec)
 
 
-def encoded(rows: Tensor, codec: Opened = POINT) -> Tensor:
+def encoded(rows: Tensor, codec: LoadedCodec = POINT) -> Tensor:
     """The images of these rows through a codec."""
     return codec.encode(pictures(rows))
 

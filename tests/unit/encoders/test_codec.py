@@ -119,10 +119,10 @@ def test_what_is_not_published_is_refused(kind: str, wrong: dict[str, object]) -
 
 
 @pytest.mark.parametrize(
-    "codec", [Taef2(), SdVae(), *map(of, ("sd3-medium", "qwen-image"))], ids=lambda codec: codec.about
+    "codec", [Taef2(), SdVae(), *map(of, ("sd3-medium", "qwen-image"))], ids=lambda codec: codec.label
 )
 def test_restore_is_the_inverse_of_normalise(codec: Codec) -> None:
-    raw = torch.randn(2, codec.channels * (1 + codec.gaussian), 4, 4, generator=stream("raw"), dtype=torch.float64)
+    raw = torch.randn(2, codec.channels * (1 + codec.is_gaussian), 4, 4, generator=stream("raw"), dtype=torch.float64)
     torch.testing.assert_close(codec.restore(codec.normalise(raw)), raw, rtol=0, atol=1e-14)
 
 
@@ -153,7 +153,7 @@ def test_a_few_images_pass_at_a_time(vae: Path, monkeypatch: pytest.MonkeyPatch)
     x, whole, seen = images(16, 7), opened.encode(images(16, 7)), list[int]()
     real = type(opened.net).encode
     monkeypatch.setattr(type(opened.net), "encode", lambda self, x: seen.append(len(x)) or real(self, x))
-    monkeypatch.setattr(codecs, "PIECE", 3 * 16 * 16)
+    monkeypatch.setattr(codecs, "PIXELS_AT_ONCE", 3 * 16 * 16)
     torch.testing.assert_close(opened.encode(x), whole)
     assert seen == [3, 3, 1]
 

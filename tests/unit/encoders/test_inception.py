@@ -84,7 +84,7 @@ def test_the_documented_line_makes_a_file_that_loads(tmp_path: Path, monkeypatch
     net = recipe.net()
     counters = {name.replace("conv.weight", "bn.num_batches_tracked"): torch.tensor(0) for name in net.state_dict()}
     torch.save(net.state_dict() | {k: v for k, v in counters.items() if "num_batches" in k}, inception.FILE)
-    exec(shlex.split(inception.MAKE)[2])
+    exec(shlex.split(inception.CONVERT_COMMAND)[2])
     source = hashlib.sha256(Path(inception.FILE).read_bytes()).hexdigest()
 
     made = tmp_path / "inception.safetensors"

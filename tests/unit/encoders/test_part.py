@@ -114,7 +114,7 @@ def opened(folder: Path) -> list[torch.Tensor]:
     pipeline = Pipeline(source=str(folder))
     net = Pretrained(texts=Codes()).within(pipeline)
     with torch.device("cpu"):
-        model = net.model(pipeline.config(TRANSFORMER))
+        model = net.load_model(pipeline.config(TRANSFORMER))
     vae: Any = PipelineVae().within(pipeline).open().net
     texts = PipelineTexts(root=str(folder / "texts"), dtype="float32").within(pipeline).reader_spec.open()(["a dog"])
     return [*model.state_dict().values(), *vae.net.state_dict().values(), texts.tokens]

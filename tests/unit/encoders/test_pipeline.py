@@ -57,7 +57,7 @@ def test_a_unet_is_a_model(tmp_path: Path) -> None:
         Pipeline(source=str(tmp_path)).part_folder(TRANSFORMER)
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     pipeline = Pipeline(source=str(tmp_path))
-    assert (pipeline.part_folder(TRANSFORMER), pipeline.model) == (tmp_path / "unet", "unet")
+    assert (pipeline.part_folder(TRANSFORMER), pipeline.model_part) == (tmp_path / "unet", "unet")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -71,19 +71,19 @@ def test_a_known_model_is_known_by_its_config(name: str, tmp_path: Path) -> None
 
 
 def test_what_is_not_in_the_config_is_hinted_or_unknown(folder: Path, tmp_path: Path) -> None:
-    assert Pipeline(source=str(folder)).hint.startswith("not known")
-    assert Pipeline(source=str(folder), distilled=True).hint == "distilled"
+    assert Pipeline(source=str(folder)).distillation_text.startswith("not known")
+    assert Pipeline(source=str(folder), distilled=True).distillation_text == "distilled"
     turbo = tmp_path / "sd35-large-turbo"
     turbo.symlink_to(folder)
-    assert "by its name (turbo)" in Pipeline(source=str(turbo)).hint
+    assert "by its name (turbo)" in Pipeline(source=str(turbo)).distillation_text
 
 
 @pytest.mark.parametrize(("is_distilled", "words"), [(True, "distilled"), (False, "not distilled")])
 def test_klein_says_whether_it_is_distilled(is_distilled: bool, words: str, tmp_path: Path) -> None:
     index = {"_class_name": "Flux2KleinPipeline", "is_distilled": is_distilled}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert Pipeline(source=str(tmp_path)).hint == f"{words}, by its model_index.json"
-    assert Pipeline(source=str(tmp_path), distilled=False).hint == "not distilled"
+    assert Pipeline(source=str(tmp_path)).distillation_text == f"{words}, by its model_index.json"
+    assert Pipeline(source=str(tmp_path), distilled=False).distillation_text == "not distilled"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dumo.encoders.pipeline import TRANSFORMER, Pipeline
 from dumo.encoders.prompt import Prompts, defaults
 from dumo.encoders.texttable import encode, open_table
 from dumo.export.model import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
-from dumo.nets.family import FAMILIES, VARIANTS, family
+from dumo.nets.family import FAMILIES, VARIANTS, find_family
 from dumo.nets.table import PipelineTexts
 from dumo.types import UserError
 from pipelines import PIPELINES, SIDE, save
@@ -57,7 +57,7 @@ def test_rows_are_what_the_stock_transformer_receives(name: str, place: Path, tm
     captions = [SHORT, LONG, "a dog"]
     encode(captions, spec.reader_spec, spec.folder, shard_rows=2)
     table = open_table(spec.folder)
-    rows = [row_of(table.padded([k]), spec) for k in range(len(captions) + 1)]
+    rows = [row_of(table.read_rows([k]), spec) for k in range(len(captions) + 1)]
     assert not torch.equal(rows[0]["tokens"], rows[2]["tokens"])
     stock = Stock(pipeline)
     for text, row in zip(captions, rows, strict=False):
@@ -65,7 +65,7 @@ def test_rows_are_what_the_stock_transformer_receives(name: str, place: Path, tm
     found = stock.guided(SHORT)
     assert any(same(rows[0], one) for one in found), "the prompt's own"
     assert any(same(rows[-1], one) for one in found), "that of no prompt"
-    assert max(len(row["tokens"]) for row in rows) <= spec.family.length
+    assert max(len(row["tokens"]) for row in rows) <= spec.family.max_text_tokens
 
 
 def row_of(padded: tuple[Tensor, Tensor, Tensor | None], spec: PipelineTexts) -> Received:
@@ -99,9 +99,9 @@ class Stock:
             self.pipe.scheduler = LCMScheduler.from_config(self.pipe.scheduler.config)
         self.pipe.set_progress_bar_config(disable=True)
         config = pipeline.config(TRANSFORMER)
-        self.family = family(config, pipeline.class_name)
+        self.family = find_family(config, pipeline.class_name)
         self.stock = PIPELINE_BY_CLASS.get(pipeline.class_name) or PIPELINE_BY_MODEL[config["_class_name"]]
-        self.model: Any = getattr(self.pipe, pipeline.model)
+        self.model: Any = getattr(self.pipe, pipeline.model_part)
 
     def unguided(self, text: str) -> Received:
         """Of a pass without guidance."""
@@ -172,7 +172,7 @@ def test_a_family_says_how_many_tokens_its_pipeline_reads_at_most(row: Any) -> N
     kind = getattr(diffusers, row.pipeline)
     most = inspect.signature(kind.__call__).parameters.get("max_sequence_length")
     if most is not None:
-        assert row.length == most.default + 77 * (kind is diffusers.StableDiffusion3Pipeline)
+        assert row.max_text_tokens == most.default + 77 * (kind is diffusers.StableDiffusion3Pipeline)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -184,7 +184,7 @@ def test_a_family_says_the_size_of_its_pipelines_image(name: str, place: Path) -
     given = inspect.signature(pipe.__call__).parameters["height"].default
     latents = getattr(pipe, "default_sample_size", None) or config.get("sample_size", 128)
     made = pipe.get_default_resolution() if name == "PRX" else given or latents * pipe.vae_scale_factor
-    assert family(config, pipeline.class_name).side(config) == (0 if name == "Wan" else made)
+    assert find_family(config, pipeline.class_name).default_side(config) == (0 if name == "Wan" else made)
 
 
 def test_a_caption_does_not_depend_on_its_neighbours(place: Path) -> None:

@@ -129,7 +129,7 @@ def test_every_row_is_what_the_encoder_makes_of_its_caption_and_the_last_of_noth
 ) -> None:
     table, read = open_table(whole), spec.open()
     assert table.captions == CAPTIONS
-    tokens, mask, pooled = table.padded()
+    tokens, mask, pooled = table.read_rows()
     assert pooled is None
     for row, text in enumerate((*CAPTIONS, "")):
         alone = read([text])
@@ -137,7 +137,7 @@ def test_every_row_is_what_the_encoder_makes_of_its_caption_and_the_last_of_noth
         assert mask[row].tolist() == [True] * n + [False] * (24 - n)
         assert torch.allclose(tokens[row, :n], alone.tokens[0], atol=1e-6)
         assert not tokens[row, n:].any()
-    assert torch.equal(table.padded([7, 2])[0], tokens[[7, 2]])
+    assert torch.equal(table.read_rows([7, 2])[0], tokens[[7, 2]])
 
 
 def test_damage_is_found_and_made_anew(spec: TextEncoder, whole: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_damage_is_found_and_made_anew(spec: TextEncoder, whole: Path, tmp_path:
     shard = out / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\7")
     with pytest.raises(UserError, match=r"shard-00001\.safetensors has changed: its SHA-256 is another"):
-        open_table(out).padded()
+        open_table(out).read_rows()
     (out / "captions.jsonl").write_text('"another"\n')
     with pytest.raises(UserError, match="holds other captions"):
         _ = open_table(out).captions
@@ -171,7 +171,7 @@ def test_another_encoder_or_other_captions_are_refused(spec: TextEncoder, whole:
 
 def test_tokens_alone_are_numbers(tmp_path: Path) -> None:
     encode(CAPTIONS, Tokenizer(length=40), tmp_path / "ids", shard_rows=ROWS)
-    ids, mask, _ = open_table(tmp_path / "ids").padded()
+    ids, mask, _ = open_table(tmp_path / "ids").read_rows()
     assert ids[2, :4].tolist() == [ord("c") + 3, ord("a") + 3, ord("t") + 3, 1]  # ByT5: 3 special tokens, then bytes
     assert mask.sum(1).tolist() == [len(text.encode()) + 1 for text in (*CAPTIONS, "")]
 

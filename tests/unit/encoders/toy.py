@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dumo.data.cache import CachePlan
 from dumo.data.encoding import encode
 from dumo.encoders import SdVae, Taef2
-from dumo.encoders.codec import Images, Latent, Moments, Opened
+from dumo.encoders.codec import Images, Latent, LoadedCodec, Moments
 from dumo.runtime.random import stream
 
 SIDE, CLASSES = 8, 7
@@ -43,8 +43,8 @@ class Sampled:
         return F.interpolate(raw.mean(1, keepdim=True), scale_factor=8.0).expand(-1, 3, -1, -1)
 
 
-GAUSSIAN = Opened(SdVae(weights="here"), Blurred(), "0" * 64, torch.device("cpu"))
-POINT = Opened(Taef2(weights="here"), Sampled(), "1" * 64, torch.device("cpu"))
+GAUSSIAN = LoadedCodec(SdVae(weights="here"), Blurred(), "0" * 64, torch.device("cpu"))
+POINT = LoadedCodec(Taef2(weights="here"), Sampled(), "1" * 64, torch.device("cpu"))
 
 
 @dataclass

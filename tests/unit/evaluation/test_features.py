@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.encoders import vision
-from dumo.encoders.vision import Eye, Kind
+from dumo.encoders.vision import FeatureKind, ImageEncoder
 from dumo.evaluation import Context, FeatureProtocol, reference
 from dumo.evaluation.distance import Moments, frechet_distance
 from dumo.evaluation.features import FeatureEvaluator
@@ -28,7 +28,7 @@ from meeting import outputs
 from unit.evaluation import features_together
 from unit.evaluation.extractor import Album
 
-KINDS: tuple[Kind, ...] = ("cmmd", "dinov2")
+KINDS: tuple[FeatureKind, ...] = ("cmmd", "dinov2")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -49,7 +49,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[FeatureKind, Path]:
     place = tmp_path_factory.mktemp("models")
     return {"cmmd": clip_of_both(place / "clip"), "dinov2": dinov2(place / "dinov2")}
 
@@ -61,7 +61,7 @@ def images(n: int, key: str = "made", height: int = 20, width: int = 20) -> Tens
     return (base + torch.randint(-30, 30, (n, 3, height, width), generator=draws)).to(torch.uint8)
 
 
-def opened(folder: Path, kind: Kind, data: Tensor, **fields: object) -> FeatureEvaluator:
+def opened(folder: Path, kind: FeatureKind, data: Tensor, **fields: object) -> FeatureEvaluator:
     protocol = FeatureProtocol.model_validate({"kind": kind, "model": str(folder), **fields})
     return protocol.evaluator(Context(lambda: Album(data)))
 
@@ -71,7 +71,7 @@ def scored(evaluator: FeatureEvaluator, pixels: Tensor, batch: int = 50) -> dict
     return evaluator.score([(rows, x[rows]) for rows in torch.arange(len(x)).flip(0).split(batch)])
 
 
-def theirs(kind: Kind, folder: Path, pixels: Tensor) -> Tensor:
+def theirs(kind: FeatureKind, folder: Path, pixels: Tensor) -> Tensor:
     """The features by transformers' own processors of Pillow, and its own models."""
     from transformers import CLIPModel, Dinov2Model
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
@@ -95,7 +95,7 @@ def theirs(kind: Kind, folder: Path, pixels: Tensor) -> Tensor:
 
 
 @each_kind
-def test_features_are_those_of_transformers(kind: Kind, folders: dict[Kind, Path]) -> None:
+def test_features_are_those_of_transformers(kind: FeatureKind, folders: dict[FeatureKind, Path]) -> None:
     pixels, eye = images(9), vision.load(folders[kind], kind, "model")
     found = eye(pixels).pool
     torch.testing.assert_close(found, theirs(kind, folders[kind], pixels), rtol=1e-5, atol=1e-6)
@@ -104,7 +104,9 @@ def test_features_are_those_of_transformers(kind: Kind, folders: dict[Kind, Path
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 31), (300, 240)])
-def test_dinov2_sees_all_of_an_image_and_cmmd_the_middle(height: int, width: int, folders: dict[Kind, Path]) -> None:
+def test_dinov2_sees_all_of_an_image_and_cmmd_the_middle(
+    height: int, width: int, folders: dict[FeatureKind, Path]
+) -> None:
     (one,) = images(1, height=height, width=width).permute(0, 2, 3, 1).numpy()
     whole = Image.fromarray(one).resize((224, 224), Image.Resampling.BICUBIC)
     eye = vision.load(folders["dinov2"], "dinov2", "model")
@@ -162,7 +164,7 @@ def unbiased(x: Tensor, y: Tensor, width: float) -> tuple[float, float]:
 
 @pytest.mark.slow
 @each_kind
-def test_the_kernel_distance_is_that_of_the_papers(kind: Kind, folders: dict[Kind, Path]) -> None:
+def test_the_kernel_distance_is_that_of_the_papers(kind: FeatureKind, folders: dict[FeatureKind, Path]) -> None:
     """And how far CMMD's own estimate is from it, which the page says."""
     made, data = images(24), images(30, "real") // 2
     evaluator, eye = opened(folders[kind], kind, data, samples=24), vision.load(folders[kind], kind, "model")
@@ -181,7 +183,7 @@ def test_the_kernel_distance_is_that_of_the_papers(kind: Kind, folders: dict[Kin
 
 @pytest.mark.slow
 @each_kind
-def test_a_frechet_distance_needs_more_images(kind: Kind, folders: dict[Kind, Path]) -> None:
+def test_a_frechet_distance_needs_more_images(kind: FeatureKind, folders: dict[FeatureKind, Path]) -> None:
     width = {"cmmd": 8, "dinov2": WIDTH}[kind]
     eye, data = vision.load(folders[kind], kind, "model"), images(40, "real")
     few, more = (scored(opened(folders[kind], kind, data, samples=n), images(n)) for n in (width, width + 1))
@@ -195,7 +197,7 @@ def test_a_frechet_distance_needs_more_images(kind: Kind, folders: dict[Kind, Pa
 @pytest.mark.nightly
 @each_kind
 def test_new_images_are_as_far_as_a_perfect_sampler_and_damaged_ones_are_not(
-    kind: Kind, folders: dict[Kind, Path]
+    kind: FeatureKind, folders: dict[FeatureKind, Path]
 ) -> None:
     evaluator = opened(folders[kind], kind, images(300, "real"), samples=100)
     perfect = evaluator.baselines()["perfect"]
@@ -208,9 +210,9 @@ def test_new_images_are_as_far_as_a_perfect_sampler_and_damaged_ones_are_not(
     assert "fd" not in opened(folders[kind], kind, images(7, "real")).baselines()["perfect"]
 
 
-def test_data_are_seen_once(folders: dict[Kind, Path], monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    seen, call, data = list[int](), Eye.__call__, images(30, "real")
-    monkeypatch.setattr(Eye, "__call__", lambda eye, pixels: (seen.append(len(pixels)), call(eye, pixels))[1])
+def test_data_are_seen_once(folders: dict[FeatureKind, Path], monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    seen, call, data = list[int](), ImageEncoder.__call__, images(30, "real")
+    monkeypatch.setattr(ImageEncoder, "__call__", lambda eye, pixels: (seen.append(len(pixels)), call(eye, pixels))[1])
     first = scored(opened(folders["cmmd"], "cmmd", data, samples=20), images(20))
     assert scored(opened(folders["cmmd"], "cmmd", data, samples=20), images(20)) == first
     assert sum(seen) == 30 + 2 * 20
@@ -233,7 +235,7 @@ def test_data_are_seen_once(folders: dict[Kind, Path], monkeypatch: pytest.Monke
     ],
 )
 def test_another_folder_is_refused_with_a_line(
-    folders: dict[Kind, Path], tmp_path: Path, spoil: Callable[[Path], object], line: str
+    folders: dict[FeatureKind, Path], tmp_path: Path, spoil: Callable[[Path], object], line: str
 ) -> None:
     shutil.copytree(folders["dinov2"], tmp_path / "model")
     spoil(tmp_path / "model")
@@ -242,7 +244,7 @@ def test_another_folder_is_refused_with_a_line(
 
 
 @each_kind
-def test_what_is_missing_is_said(kind: Kind, folders: dict[Kind, Path]) -> None:
+def test_what_is_missing_is_said(kind: FeatureKind, folders: dict[FeatureKind, Path]) -> None:
     protocol = FeatureProtocol(kind=kind)
     assert "in evaluate.protocol.model: name a folder" in (protocol.missing or "")
     with pytest.raises(UserError, match=r"needs a .*, in evaluate\.protocol\.model"):
@@ -257,7 +259,7 @@ def test_what_is_missing_is_said(kind: Kind, folders: dict[Kind, Path]) -> None:
 
 @pytest.mark.nightly
 def test_a_folder_is_judged_against_another_by_one_rank_as_by_two(
-    folders: dict[Kind, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[FeatureKind, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folders["dinov2"], "dinov2")

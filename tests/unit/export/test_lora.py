@@ -34,7 +34,7 @@ def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[
         FAMILIES[tiny.TINY[name].kind],
         Pretrained(texts=Codes(), lora=Lora(rank=3, subject=subject) if lora else None),
     )
-    rows, limit = spec.text_rows(row, model.config, CLASSES), 10.0 if row.embedder else None
+    rows, limit = spec.text_rows(row, model.config, CLASSES), 10.0 if row.time_embedder else None
     net = Dualized(model, row, rows, ("v", "u"), row.patch(model.config, SHAPE[0]), lora=spec.lora, lowpass_limit=limit)
     g = torch.Generator().manual_seed(0)
     for path, p in net.named_parameters():

@@ -20,7 +20,7 @@ from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora, adapters
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import FAMILIES, PIXART, PIXART_ALPHA, Family, family
+from dumo.nets.family import FAMILIES, PIXART, PIXART_ALPHA, Family, find_family
 from dumo.objectives import DuMo
 from dumo.run import cost, memory
 from dumo.types import Frozen, UserError
@@ -164,7 +164,7 @@ def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
         begun = net(x, c, t=t)
     step(net)
     moved = {name for name, w in net.state_dict().items() if not torch.equal(w, before[name])}
-    ours = ("heads.", *(f"model.{path}." for path in net._embedders()))
+    ours = ("heads.", *(f"model.{path}." for path in net._time_embedder_paths()))
     assert moved
     assert all("lora_" in name or name.startswith(ours) for name in moved)
     with net.base():
@@ -181,7 +181,7 @@ def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora |
     net = built(folder(name), lora=lora, lowpass=10.0)
     step(net)
     u = net(x, c, t=t)[1]
-    stock = net.stock("u", merged=True)
+    stock = net.single_head_model("u", merged=True)
     stock.save_pretrained(tmp_path)
     (tmp_path / "scheduler").symlink_to(folder(name).pipeline.folder / "scheduler")
     assert set(stock.state_dict()) == set(tiny.TINY[name].model().state_dict())
@@ -200,7 +200,7 @@ def test_convolutions_have_adapters_by_choice(folder: Saved, name: str) -> None:
     found = {path for path, layer in net.model.named_modules() if id(layer) in mine and layer.weight.ndim == 4}
     kinds = {re.sub(r"\.\d+", "", path).rpartition("s.")[2] for path in found}
     assert kinds >= {"conv1", "conv2", "conv_shortcut", "conv"}
-    assert len(found) + 2 == sum(w.ndim == 4 for w in folder(name).model(net.config).parameters())
+    assert len(found) + 2 == sum(w.ndim == 4 for w in folder(name).load_model(net.config).parameters())
     step(net)
     assert all(layer.lora_B["default"].weight.any() for layer in adapters(net.model))
 
@@ -323,7 +323,7 @@ def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_
     assert torch.stack([(dual[n] - g).norm() for n, g in jvp.items()]).norm() / size < 1e-5
     assert built(spec.short(1))(x, c, t=t)[0].shape == x.shape
     out = tmp_path / "out"
-    net.stock("u", merged=True).save_pretrained(out)
+    net.single_head_model("u", merged=True).save_pretrained(out)
     (out / "scheduler").symlink_to(folder / "scheduler")
     loaded = of(out, lowpass=None).model_copy(update={"texts": spec.texts})
     assert diffusers.UNet2DConditionModel.from_pretrained(out).config.mid_block_type == CUTS[cut]["mid_block_type"]
@@ -341,8 +341,8 @@ def test_convolutions_of_transformers_are_refused(folder: Saved) -> None:
 def test_sizes_stay_where_time_is_cut(folder: Saved, name: str) -> None:
     """The low-pass is of the embedder of time alone, and blocks include the middle of a UNet."""
     net = built(folder(name), lowpass=10.0)
-    assert net._embedders() == ["time_embedding"]
-    assert len(net.fits) == 1
+    assert net._time_embedder_paths() == ["time_embedding"]
+    assert len(net.lowpass_fits) == 1
     assert any(block is net.model.mid_block for block in net.blocks)
 
 
@@ -389,7 +389,7 @@ def test_what_reads_more_is_refused(folder: Saved, tmp_path: Path, change: dict[
 )
 def test_sizes_that_no_pipeline_passes_are_refused(change: dict[str, Any], pipeline: str, why: str) -> None:
     with pytest.raises(UserError, match=why):
-        family(tiny.PIXART | {"_class_name": PIXART, "use_additional_conditions": None} | change, pipeline)
+        find_family(tiny.PIXART | {"_class_name": PIXART, "use_additional_conditions": None} | change, pipeline)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_a_pixart_is_alpha_by_its_pipeline_or_its_sizes(change: dict[str, Any], 
     """Also under the older name of its class, by which it was published."""
     older = {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_single"}
     for names in ({"_class_name": PIXART}, older):
-        assert family(tiny.PIXART | names | change, pipeline) is found
+        assert find_family(tiny.PIXART | names | change, pipeline) is found
 
 
 def test_sizes_are_those_of_the_image_in_pixels(folder: Saved) -> None:

@@ -159,7 +159,7 @@ def test_swiglu_by_hand() -> None:
     randomise(block)
     a, hidden = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), swiglu_width(8)
     gate, up = block.up(a)[..., :hidden], block.up(a)[..., hidden:]
-    assert torch.allclose(block.perceive(a), block.down(gate * gate.sigmoid() * up), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(block.apply_perceptron(a), block.down(gate * gate.sigmoid() * up), rtol=1e-5, atol=1e-6)
 
 
 def test_modern_blocks_have_all_four_parts() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dumo.export.model import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
-from dumo.nets.family import FAMILIES, FLUX2, KLEIN, PIPELINES, VARIANTS, Family, Inputs, family, kontext
+from dumo.nets.family import FAMILIES, FLUX2, KLEIN, PIPELINES, VARIANTS, Family, Inputs, find_family, kontext_arguments
 from dumo.types import UserError
 from pipelines import PIPELINES as TINY_PIPELINES
 
@@ -33,7 +33,7 @@ def test_what_is_accepted_is_exported_and_tested() -> None:
 
 def test_a_strange_class_is_refused_with_what_is_accepted() -> None:
     with pytest.raises(UserError, match=f"has a FooModel, .* take the folder of one of {', '.join(PIPELINES)}$"):
-        family({"_class_name": "FooModel"})
+        find_family({"_class_name": "FooModel"})
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_strange_class_is_refused_with_what_is_accepted() -> None:
     ],
 )
 def test_a_flux2_without_guidance_is_klein(config: dict[str, Any], pipeline: str, found: Family) -> None:
-    assert family(config, pipeline) is found
+    assert find_family(config, pipeline) is found
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_flux2_without_guidance_is_klein(config: dict[str, Any], pipeline: str
 )
 def test_a_klein_that_differs_is_refused(config: dict[str, Any], pipeline: str, why: str) -> None:
     with pytest.raises(UserError, match=why):
-        family(config, pipeline)
+        find_family(config, pipeline)
 
 
 def test_klein_reads_texts_by_its_own_defaults() -> None:
@@ -86,7 +86,7 @@ def test_an_image_to_edit_has_places_of_its_own() -> None:
         lengths=None,
         source=source,
     )
-    given = kontext(inputs)
+    given = kontext_arguments(inputs)
     assert torch.equal(given["hidden_states"], torch.cat([x, source], 1))
     sample, edited = given["img_ids"].split(6)
     assert sample[:, 0].tolist() == [0] * 6

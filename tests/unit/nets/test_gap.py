@@ -15,7 +15,7 @@ from dumo.io.deferred import Deferred
 from dumo.nets import Pretrained, lowpass
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
-from dumo.nets.gap import fixed
+from dumo.nets.gap import fit_fixed_times
 from dumo.objectives import RCGM, DuMoAny, MeanFlow, Several, Shortcut, SplitMeanFlow
 from dumo.types import Frozen, Needs, Objective, UserError
 from tiers import tiered
@@ -208,14 +208,14 @@ def test_the_stock_model_has_both_times_of_fixed_passes(folder: Saved, name: str
     """Asked as its pipeline asks; without the correction it is another model, and so it is at other times."""
     net = moved(built(cut(folder(name), name), TR, lora=lora))
     x, c, _ = batch(2)
-    found = net.fixed(*PASSES, net.own_time(1000 * PASSES[0]))
-    model = net.stock("u", merged=lora is not None, last=found.layer)
+    found = net.fit_fixed_times(*PASSES, net.model_times(1000 * PASSES[0]))
+    model = net.single_head_model("u", merged=lora is not None, time_layer=found.layer)
     for t, r in zip(*(s[:, None].expand(3, 2) for s in PASSES), strict=True):
         wanted = net(x, c, t=t, r=r)[0]
         assert apart(asked(name, model, x, c, t), wanted) < 1e-5
-        assert apart(asked(name, net.stock("u", merged=lora is not None), x, c, t), wanted) > 1e-4
+        assert apart(asked(name, net.single_head_model("u", merged=lora is not None), x, c, t), wanted) > 1e-4
         assert apart(asked(name, model, x, c, t), net(x, c, t=t, r=r + 0.15)[0]) > 1e-4
-    layer = lowpass.linear_layers(net.model.get_submodule(net._embedders()[0]))[2]
+    layer = lowpass.linear_layers(net.model.get_submodule(net._time_embedder_paths()[0]))[2]
     assert torch.linalg.matrix_rank((found.layer.weight - layer.weight).detach(), rtol=1e-4) <= found.passes == 3
 
 
@@ -224,9 +224,15 @@ def test_a_velocity_has_no_gap_at_any_time(folder: Saved, name: str) -> None:
     net, (x, c, t) = moved(built(folder(name), TR)), batch()
     if name == "flux2":
         with pytest.raises(UserError, match="has no bias"):
-            net.rest()
+            net.velocity_time_layer()
         return
-    assert apart(asked(name, net.stock("u", last=net.rest()), x, c, t), net(x, c, t=t, r=t)[0]) < 1e-5
+    assert (
+        apart(
+            asked(name, net.single_head_model("u", time_layer=net.velocity_time_layer()), x, c, t),
+            net(x, c, t=t, r=t)[0],
+        )
+        < 1e-5
+    )
 
 
 def embedders(*, bias: bool = True) -> tuple[nn.Sequential, Tensor]:
@@ -243,7 +249,7 @@ def test_a_fit_is_as_exact_as_its_type(dtype: torch.dtype, bias: bool) -> None:
     one, x = embedders(bias=bias)
     some, g = x[::3], torch.Generator().manual_seed(1)
     wanted = one(some).double() + torch.randn(4, 24, generator=g).double()
-    found = fixed(one, some, wanted, dtype)
+    found = fit_fixed_times(one, some, wanted, dtype)
     new = copy.deepcopy(one)
     new[2] = found.layer
     for kind, said in ((dtype, found.error), (torch.bfloat16, found.half)):
@@ -263,4 +269,4 @@ def test_passes_that_one_embedding_cannot_tell_apart_are_refused() -> None:
     near = torch.stack([x[0], x[0] * (1 + 1e-7)])
     for some in (near, torch.cat([x[:1]] * 2)):
         with pytest.raises(UserError, match=r"too near to one another .*condition number"):
-            fixed(one, some, one(some).double() + torch.tensor([[1.0], [-1.0]]), torch.float32)
+            fit_fixed_times(one, some, one(some).double() + torch.tensor([[1.0], [-1.0]]), torch.float32)

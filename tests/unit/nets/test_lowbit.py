@@ -15,7 +15,16 @@ from dumo.autodiff.dual import pair, primal, tangent
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
-from dumo.nets.lowbit import BLOCK, CodedLinear, Coding, decoded, encode, import_bitsandbytes, quantise, saved
+from dumo.nets.lowbit import (
+    BLOCK,
+    CodedLinear,
+    Coding,
+    decode,
+    encode,
+    import_bitsandbytes,
+    num_weights_coded_away,
+    quantise,
+)
 from dumo.training.frozen import digest
 from dumo.types import Frozen, UserError
 from forked import ENVIRONMENT
@@ -42,7 +51,7 @@ def layer(high: int = 40, wide: int = 96, seed: int = 0) -> nn.Linear:
 
 def weight(coded: CodedLinear, dtype: torch.dtype = torch.float64) -> Tensor:
     """What the codes stand for."""
-    return decoded(coded.weight, coded.scales, (coded.out_features, coded.in_features), dtype)
+    return decode(coded.weight, coded.scales, (coded.out_features, coded.in_features), dtype)
 
 
 @pytest.mark.parametrize("shape", [(40, 96), (64, 6), (7, 192)])
@@ -54,16 +63,16 @@ def test_codes_stand_for_the_nearest_weights(monkeypatch: pytest.MonkeyPatch, sh
     import_bitsandbytes()
     codes, scales = encode(w, "int8")
     assert torch.allclose(scales, w.abs().amax(1))
-    assert torch.allclose(decoded(codes, scales, shape, torch.float32), codes * scales[:, None] / 127, atol=1e-6)
-    assert ((decoded(codes, scales, shape, torch.float32) - w).abs() <= scales[:, None] / 254 * 1.001).all()
+    assert torch.allclose(decode(codes, scales, shape, torch.float32), codes * scales[:, None] / 127, atol=1e-6)
+    assert ((decode(codes, scales, shape, torch.float32) - w).abs() <= scales[:, None] / 254 * 1.001).all()
     codes, scales = encode(w, "nf4")
     two = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], 1).flatten().long()
     made = NF4[two] * scales.repeat_interleave(BLOCK)
-    assert torch.allclose(decoded(codes, scales, shape, torch.float32), made.view(shape), atol=1e-6)
+    assert torch.allclose(decode(codes, scales, shape, torch.float32), made.view(shape), atol=1e-6)
     ops, sizes = torch.ops.bitsandbytes, list[tuple[int, int]]()
     dequantize = ops.dequantize_4bit
     monkeypatch.setattr(ops, "dequantize_4bit", lambda *args: sizes.append(args[4]) or dequantize(*args))
-    decoded(codes, scales, shape, torch.float32)
+    decode(codes, scales, shape, torch.float32)
     assert [wide for _, wide in sizes] == [BLOCK], "another width errs, but on some CPUs alone"
     off = (w.flatten()[:, None] - NF4 * scales.repeat_interleave(BLOCK)[:, None]).abs()
     assert torch.allclose((made - w.flatten()).abs(), off.min(1).values, atol=1e-5)
@@ -173,11 +182,11 @@ def test_layers_of_blocks_are_coded_and_counted_as_what_they_stand_for(coding: C
     quantise(net, [net.get_submodule("block")], (), coding)
     kinds = [type(net.get_submodule(path)) is CodedLinear for path in ("first", "block.0", "block.1")]
     assert kinds == [False, True, coding == "int8"]
-    assert sum(p.numel() for p in net.parameters()) + saved(net) == before
+    assert sum(p.numel() for p in net.parameters()) + num_weights_coded_away(net) == before
     assert {p.dtype for p in net.parameters()} <= {torch.float32, torch.uint8, torch.int8}
     left = blocks()
     quantise(left, [left.get_submodule("block")], ["block"], coding)
-    assert not saved(left)
+    assert not num_weights_coded_away(left)
     with torch.device("meta"):
         outline = nn.ModuleDict({"block": nn.Sequential(nn.Linear(96, 40))})
         quantise(outline, [outline["block"]], (), coding)

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 import transformers_tiny as tiny
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
-from dumo.nets.lowpass import Fit, MaskedLinear, cut, frequencies, linear_layers, refit, waves
+from dumo.nets.lowpass import LowpassFit, MaskedLinear, cut, frequencies, linear_layers, refit, waves
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
 from tiers import tiered
 from transformers_saved import CLASSES, GUIDANCE, SHAPE, batch
 
 # But for models of diffusions, whose waves are of an index (test_diffusion.py).
-NAMES = [name for name in tiny.TINY if not name.startswith("chroma") and not FAMILIES[tiny.TINY[name].kind].diffusion]
+NAMES = [
+    name for name in tiny.TINY if not name.startswith("chroma") and not FAMILIES[tiny.TINY[name].kind].is_diffusion
+]
 
 
 def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> Dualized:
@@ -34,7 +36,7 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
         guidance=GUIDANCE.get(name),
     )
     turn = row.max_frequency(model.config)
-    for path in net._embedders():
+    for path in net._time_embedder_paths():
         embedder = model.get_submodule(path)
         if smooth:
             slow(linear_layers(embedder)[1], turn)
@@ -43,7 +45,7 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
     return net
 
 
-def lowpass(embedder: nn.Module, turn: float, limit: float) -> Fit:
+def lowpass(embedder: nn.Module, turn: float, limit: float) -> LowpassFit:
     """Cut and refitted."""
     return refit(embedder, turn, cut(embedder, turn, limit))
 
@@ -58,8 +60,8 @@ def slow(first: nn.Linear, turn: float) -> None:
 def test_waves_are_those_that_the_model_makes(name: str) -> None:
     net = dualized(name)
     x, c, t = batch()
-    count = 1 - t if net.family.backward else t
-    for path in net._embedders():
+    count = 1 - t if net.family.has_reversed_time else t
+    for path in net._time_embedder_paths():
         _, first, _ = linear_layers(net.model.get_submodule(path))
         seen: list[Tensor] = []
         first.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
@@ -88,7 +90,7 @@ def test_a_smooth_net_stays_what_it_is(name: str) -> None:
 def test_what_is_cut_stays_cut() -> None:
     """Whatever moves the columns, the net does not see it; and no step of AdamW, decay included, moves them."""
     net = dualized("sd3")
-    fit = lowpass(net.model.get_submodule(path := net._embedders()[0]), 1000.0, 10.0)
+    fit = lowpass(net.model.get_submodule(path := net._time_embedder_paths()[0]), 1000.0, 10.0)
     assert (fit.kept, fit.waves, fit.limit) == (128, 256, 10.0)
     assert fit.error is not None
     assert f"{100 * fit.error:.2g} %" in str(fit)

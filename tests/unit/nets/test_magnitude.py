@@ -8,8 +8,9 @@ from torch import Tensor
 
 from contract.case import randomise
 from dumo.flow.path import Linear
-from dumo.nets.block import BlockSizes, Modulation, Preserving, UnitRowLinear, blend
+from dumo.nets.block import BlockSizes, Modulation
 from dumo.nets.dit import DiT
+from dumo.nets.magnitude import MagnitudePreservingBlock, UnitRowLinear, blend
 from dumo.objectives import DuMo
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train
@@ -60,12 +61,12 @@ def test_a_sum_is_that_of_edm2() -> None:
 @pytest.mark.parametrize("modern", [False, True])
 def test_a_layer_keeps_the_mean_square(modern: bool) -> None:
     """Tokens of mean square 1 at every modulation, then a perceptron of mean square 1."""
-    block = Preserving(BlockSizes(96, 2, modern))
+    block = MagnitudePreservingBlock(BlockSizes(96, 2, modern))
     randomise(block).double()
     m = Modulation(*(5 * drawn(40, 1, 96, seed=i) for i in range(3)))
     shown = block.layer_input(drawn(40, 16, 96), m)
     assert torch.allclose(shown.square().mean(-1), torch.ones(40, 16, dtype=D), atol=1e-5)
-    assert size(block.perceive(shown)) == pytest.approx(1, abs=0.05)
+    assert size(block.apply_perceptron(shown)) == pytest.approx(1, abs=0.05)
 
 
 def test_tokens_keep_their_mean_square_through_blocks() -> None:

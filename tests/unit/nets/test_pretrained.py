@@ -168,7 +168,7 @@ def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
     before = copy.deepcopy(net.state_dict())
     step(net)
     moved = {name for name, w in net.state_dict().items() if not torch.equal(w, before[name])}
-    ours = ("heads.", *(f"model.{path}." for path in net._embedders()))
+    ours = ("heads.", *(f"model.{path}." for path in net._time_embedder_paths()))
     assert moved
     assert all("lora_" in name or name.startswith(ours) for name in moved)
     assert not torch.allclose(net(x, c, t=t)[1], old, atol=1e-4)
@@ -218,7 +218,7 @@ def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora |
     net = built(with_limit(folder(name), name).model_copy(update={"lora": lora}))
     step(net)
     u = net(x, c, t=t)[1]
-    stock = net.stock("u", merged=True)
+    stock = net.single_head_model("u", merged=True)
     stock.save_pretrained(tmp_path)
     loaded = type(stock).from_pretrained(tmp_path, use_safetensors=True)
     with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as new:
@@ -278,7 +278,7 @@ def test_times_are_not_rounded_in_bf16(folder: Saved, name: str) -> None:
     t = torch.tensor([0.7, 0.7])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         seen: list[Tensor] = []
-        part = net.model.get_submodule(net._embedders()[0])
+        part = net.model.get_submodule(net._time_embedder_paths()[0])
         handle = part.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         for shift in (0.0, 1e-4):
             net(x, c, t=t + shift)
@@ -437,7 +437,7 @@ def test_what_is_stored_in_bf16_is_rounded_nowhere(tmp_path: Path, name: str) ->
         assert p.dtype == (torch.bfloat16 if rests else torch.float32), name
         assert not (rests and p.requires_grad)
     assert all(b.dtype != torch.bfloat16 for b in half.buffers())
-    merged = [net.stock("u", merged=True).state_dict() for net in (whole, half)]
+    merged = [net.single_head_model("u", merged=True).state_dict() for net in (whole, half)]
     assert merged[0].keys() == merged[1].keys()
     assert all(torch.equal(x, merged[1][name]) for name, x in merged[0].items())
 

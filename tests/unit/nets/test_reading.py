@@ -17,7 +17,7 @@ from dumo.flow.solver import Euler, Restart, Solver
 from dumo.nets.block import BlockSizes
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.rows import Rows
-from dumo.nets.textblock import Cross
+from dumo.nets.textblock import TextBlock
 from dumo.objectives import DuMo
 from dumo.types import Frozen, Needs, Spec
 from unit.nets.given import Given, Labels, drawn, points
@@ -103,7 +103,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def test_a_block_that_looks_across_by_hand() -> None:
     """Between attention to itself and the perceptron it adds what it finds among the tokens that are there."""
-    block = Cross(BlockSizes(8, 2))
+    block = TextBlock(BlockSizes(8, 2))
     randomise(block)
     g = torch.Generator().manual_seed(1)
     h, e, y = torch.randn(3, 5, 8, generator=g), torch.randn(3, 8, generator=g), torch.randn(3, 4, 8, generator=g)

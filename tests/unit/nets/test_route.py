@@ -51,22 +51,22 @@ def test_tokens_are_drawn_alike() -> None:
     """Each as often as others, and two of them together as chance has it: within five standard errors."""
     rows, n, through = 20_000, 16, 4
     split = TokenSplit(keys(0, 0, rows), n, through)
-    assert torch.equal(torch.cat([split.through, split.skipping], 1).sort(1).values, torch.arange(n).expand(rows, n))
-    seen = torch.zeros(rows, n, dtype=torch.double).scatter(1, split.through, 1.0)
+    assert torch.equal(torch.cat([split.processed, split.skipped], 1).sort(1).values, torch.arange(n).expand(rows, n))
+    seen = torch.zeros(rows, n, dtype=torch.double).scatter(1, split.processed, 1.0)
     p, both = through / n, through * (through - 1) / (n * (n - 1))
     assert (seen.mean(0) - p).abs().max() < 5 * (p * (1 - p) / rows) ** 0.5
     pairs = (seen.mT @ seen / rows)[~torch.eye(n, dtype=torch.bool)]
     assert (pairs - both).abs().max() < 5 * (both * (1 - both) / rows) ** 0.5
-    later = torch.zeros(rows, n, dtype=torch.double).scatter(1, TokenSplit(keys(0, 1, rows), n, through).through, 1.0)
+    later = torch.zeros(rows, n, dtype=torch.double).scatter(1, TokenSplit(keys(0, 1, rows), n, through).processed, 1.0)
     assert ((seen * later).sum(1).mean() - through * p).abs() < 5 * (through * p / rows) ** 0.5  # the next step's
 
 
 def test_what_is_parted_is_joined() -> None:
     split = TokenSplit(KEYS, TOKENS, 5)
     h = torch.randn(6, TOKENS, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(split.part(h)[2, 3], h[2, split.through[2, 3]])
-    assert torch.equal(split.join(split.part(h), h), h)
-    moved = split.join(split.part(h) + 1, h) - h
+    assert torch.equal(split.select(h)[2, 3], h[2, split.processed[2, 3]])
+    assert torch.equal(split.merge(split.select(h), h), h)
+    moved = split.merge(split.select(h) + 1, h) - h
     assert torch.allclose(moved.sum(1), torch.tensor(5.0))
 
 
@@ -82,7 +82,7 @@ def test_a_row_is_what_its_tokens_make_alone(kind: str) -> None:
     assert [seen[i].shape[2] for i in range(5)] == [16, 8, 8, 16, 16]
     assert seen[1].shape[1] == 6
     for row in range(6):
-        there, skipping = split.through[row], split.skipping[row]
+        there, skipping = split.processed[row], split.skipped[row]
         assert torch.equal(seen[1][0, row], seen[0][1, row, there])
         before, now = seen[0][1, row], seen[3][0, row]
         assert torch.equal(now[there], seen[2][1, row])
@@ -97,14 +97,14 @@ def test_tokens_keep_their_places(kind: str) -> None:
     net.blocks[0].register_forward_hook(lambda _, __, h: out.append(h))
     patches = net._cut_patches(x, (4, 4)).clone()
     for row in range(6):
-        patches[row, split.skipping[row]] += 1
+        patches[row, split.skipped[row]] += 1
     with using(KEYS):
         net(x, c, t=t)
         net(net._join_patches(patches, (4, 4)), c, t=t)
     with using(None):
         net(x, c, t=t)  # dense: the same tokens see more
     assert torch.equal(out[0], out[1])
-    assert not torch.allclose(split.part(out[2]), out[0], atol=1e-3)
+    assert not torch.allclose(split.select(out[2]), out[0], atol=1e-3)
 
 
 def test_rotary_places_go_with_their_tokens() -> None:
@@ -114,9 +114,9 @@ def test_rotary_places_go_with_their_tokens() -> None:
     h, e = torch.randn(6, TOKENS, 16, generator=g).double(), torch.randn(6, 16, generator=g).double()
     tables = net._position_tables((4, 4), h.device)
     split, block = TokenSplit(KEYS, TOKENS, 8), net.blocks[1]
-    some = block(split.part(h), e, *split.select_rotary(tables))
+    some = block(split.select(h), e, *split.select_rotary(tables))
     for row in range(6):
-        there = split.through[row]
+        there = split.processed[row]
         alone = block(h[row : row + 1, there], e[row : row + 1], *(table[there] for table in tables))
         assert torch.allclose(some[row], alone[0], rtol=1e-10, atol=1e-12)
 

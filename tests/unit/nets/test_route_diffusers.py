@@ -67,7 +67,7 @@ def test_a_block_sees_some_of_the_image_at_its_places_and_all_of_the_text(name: 
         assert named["hidden_states"].shape[1] == n
         assert named["encoder_hidden_states"].shape[1] == TEXT
     for row in range(ROWS):
-        there, skipping, one = split.through[row], split.skipping[row], slice(row, row + 1)
+        there, skipping, one = split.processed[row], split.skipped[row], slice(row, row + 1)
         before, after = seen[0][1][1][row], seen[3][0]["hidden_states"][row]
         assert torch.equal(seen[1][0]["hidden_states"][row], before[there])
         assert torch.equal(after[there], seen[2][1][1][row])
@@ -110,7 +110,7 @@ def test_sampling_and_export_are_dense(name: str, made: Made) -> None:
     with using(keys(0, 0, 2)):
         routed, again = net(x, c, t=t), net(x, c, t=t)
         still = net.eval()(x, c, t=t)
-    stock, other = (one.stock("u", merged=True) for one in (net, dense))
+    stock, other = (one.single_head_model("u", merged=True) for one in (net, dense))
     assert torch.equal(routed[0], again[0])
     assert not torch.allclose(routed[0], plain[0], atol=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(still, plain, strict=True))

@@ -199,7 +199,7 @@ def test_numbers_of_the_frame_are_no_weights_and_follow_no_type() -> None:
     frame = read_scheduler(SD)
     assert not frame.state_dict()
     assert frame.clock.pieces.dtype == torch.float64
-    assert frame.steepest == pytest.approx(
+    assert frame.max_clock_slope == pytest.approx(
         np.diff(frame.schedule.times).min() ** -1 * frame.schedule.last / 1000, rel=0.01
     )
 
