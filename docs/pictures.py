@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dumo.flow.generate import labels_in_turn
 from dumo.io import picture
-from dumo.lab.cell import from_cells
-from dumo.lab.plan import read
+from dumo.lab.plan import read_plan
 from dumo.lab.reproduce import VIEWS, View
+from dumo.lab.table import from_cells
 from dumo.run.judge import reference_data
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.progress import nfe_text
@@ -119,7 +119,7 @@ def draw_charts() -> None:
         results = json.loads(file.read_text(encoding="utf-8"))
         # the table of `fair` was written before tables had deviations: its cells have them
         table = from_cells(results) if plan == "fair" else results["table"]
-        for name, chart in VIEWS.get(plan, View()).make_charts(read(plan), table).items():
+        for name, chart in VIEWS.get(plan, View()).make_charts(read_plan(plan), table).items():
             path = DOCS / f"{name}.png"
             if path.exists():  # a page shows it
                 picture.write_picture(path, chart)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dumo.config.load import load
-from dumo.lab.cell import from_cells, main_score
-from dumo.lab.plan import read
+from dumo.lab.plan import read_plan
 from dumo.lab.ranking import ArmScore, best_arms, failed_seeds
+from dumo.lab.table import from_cells, main_score
 
 DOCS = Path(__file__).parent
 MODELS = DOCS.parent / "src/dumo/trained"
@@ -125,7 +125,7 @@ def line(cells: list[str]) -> str:
 def arms(results: Row) -> Iterator[str]:
     """Every arm: what a step costs, its main score at 1, 2 and 4 NFE, and its recall at one."""
     every, first = by_arm(results), next(iter(results["table"][0].values()))
-    arms = read(results["name"]).arms
+    arms = read_plan(results["name"]).arms
     kinds = {arm.labels["objective"]: load(arm.recipe).objective.kind for arm in arms if "objective" in arm.labels}
     title = "kernel distance · 10³" if main_score(every[0][0]) == "mmd" else "FD"
     table = [["", "F", f"{title}, 1 NFE", "2", "4", "recall"]]

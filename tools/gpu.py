@@ -230,7 +230,7 @@ def _slope_rows(run: "Run", row: Row, backend: SDPBackend | None, compiled: str,
         columns: Row = {"compiled": compiled, "precision": precision}
         try:
             with _attention_backend(backend):
-                judged = prepared.judge(step.Row("dual", precision, compiled), run.objective)
+                judged = prepared.judge(step.StepRow("dual", precision, compiled), run.objective)
             columns["du/dt off"] = judged.error
         except RuntimeError as error:  # torch's, where no kernel takes these numbers
             columns["refused"] = _first_line(error)

@@ -36,7 +36,7 @@ from dumo.io.file import atomic_write
 from dumo.io.read import user_path
 from dumo.io.trained import SHIPPED_PREFIX
 from dumo.io.trained import folder as trained_folder
-from dumo.lab.cell import leading_score
+from dumo.lab.table import leading_score
 from dumo.report.card import FILE as EVALUATION
 from dumo.run.judge import reference_data
 from dumo.run.resolve import as_given, resolve

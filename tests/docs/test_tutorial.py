@@ -15,7 +15,7 @@ from PIL import Image
 
 from docs.page import blocks, lines
 from docs.turn import tier
-from dumo.lab.plan import read
+from dumo.lab.plan import read_plan
 from e2e.shell import TINY, call, sets
 from forked import ENVIRONMENT
 
@@ -61,9 +61,9 @@ def test_photos(here: Path) -> None:
 
 @tier("compare")
 def test_a_comparison(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    zoo = read("zoo")
+    zoo = read_plan("zoo")
     two = tuple(arm for arm in zoo.arms if arm.recipe in ("digits", "digits-meanflow"))
-    monkeypatch.setattr("dumo.lab.reproduce.read", lambda name: zoo.model_copy(update={"arms": two}))
+    monkeypatch.setattr("dumo.lab.reproduce.read_plan", lambda name: zoo.model_copy(update={"arms": two}))
     assert "class_mmd" in list(typed("compare"))[3]
 
 

@@ -222,7 +222,7 @@ def data(
     if counts and min(counts) < 1:
         raise typer.BadParameter("is at least 1", param_hint="--threads")
     report = reading.measure(
-        reading.reading_of(source, set_ or [], batch=batch, side=side),
+        reading.benchmark_of(source, set_ or [], batch=batch, side=side),
         threads=counts,
         batches=batches,
         step_seconds=step_seconds,

@@ -102,7 +102,7 @@ def _validation_faults(evaluation: Evaluation) -> Iterator[str]:
 def _augmentation_faults(data: Data, net: Net, objective: Objective) -> Iterator[str]:
     """The net must take as many numbers as describe an image's augmentation, and training must not drop them."""
     augment = shown(data).augment
-    numbers = augment.numbers if augment else 0
+    numbers = augment.augment_dim if augment else 0
     if numbers != net.augment:
         fix = f"net.augment={numbers}"
         if numbers and net.kind != "unet":

@@ -95,7 +95,7 @@ class Conditions:
         """
         match self.captions:
             case Templates() as captions:
-                return captions.numbers(labels, self.data.labels, held=held)
+                return captions.captions_in_turn(labels, self.data.labels, held_out=held)
             case CaptionFiles() if has_images(self.data):
                 captions = self.data.all_captions()
                 num_images = len(captions.ends)

@@ -78,7 +78,7 @@ class Evaluation(Spec):
         if is_of_inception(self.protocol):
             return self.protocol.standard.subset
         if is_shipped(self.protocol):
-            return self.protocol.measure.fewest
+            return self.protocol.measure.min_samples
         return _MIN_SAMPLES
 
     @property

@@ -30,8 +30,8 @@ from dumo.runtime.progress import Tick, delayed_bar
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
-HASH = "sha256"  # of a cache: the column of the images' hashes
-MAX_CHUNK = 32  # images that a thread decodes in one go: ours
+HASH_COLUMN = "sha256"  # in a cache of latents: the column of the images' hashes
+MAX_CHUNK_IMAGES = 32  # that a thread decodes in one go: ours
 CHUNKS_PER_THREAD = 4  # of a batch, at least, so that no thread waits long for another: ours
 MAX_THREADS = min(16, os.cpu_count() or 1)  # that decode at once: ours
 MAX_NAMED = 3  # unreadable images that a warning names: ours
@@ -61,7 +61,7 @@ class Album:
         only: Order | None = None,
         hashes: Hashes | None = None,
     ) -> None:
-        """Decode all images now, if that takes at most `memory` bytes.
+        """Decode all images now if their pixels take at most `memory` bytes, else when they are asked for.
 
         `flip`: mirror half of the images of a batch. `numbered`: each image is a class of its own. `only`: the numbers
         in the store of the images to offer; None: all. `hashes`: those of the store; None: look them up.
@@ -102,7 +102,7 @@ class Album:
         return self.size
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The rows `rows` of a step's batch: images, with their classes (b,), or what augmented them (b, numbers).
+        """The rows `rows` of a step's batch: images, with their classes (b,), or with augment labels (b, n).
 
         Epoch follows epoch, each in its own order; half of the images are mirrored if `flip`. A function of its
         arguments alone.
@@ -116,8 +116,8 @@ class Album:
         x = from_uint8(pixels)
         if not self.augment:
             return x, c
-        augmentation = self.augment.drawn(batch, stream(seed, step, "augment"))[rows]
-        return self.augment(x, augmentation), augmentation.numbers
+        augmentation = self.augment.draw(batch, stream(seed, step, "augment"))[rows]
+        return self.augment(x, augmentation), augmentation.augment_labels
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Order:
         """The numbers in the store of a step's rows, (b,), also of images that cannot be read."""
@@ -141,7 +141,7 @@ class Album:
     def origins(self, rows: range) -> dict[str, Tensor]:
         """The numbers (n,) and hashes (n, 32) of the images that `Album.rows` gave for a range of rows."""
         readable = [number for number in self.store_numbers(torch.tensor(rows)).tolist() if number not in self.bad]
-        return {"image": torch.tensor(readable), HASH: torch.from_numpy(self.hashes.sha256[readable])}
+        return {"image": torch.tensor(readable), HASH_COLUMN: torch.from_numpy(self.hashes.sha256[readable])}
 
     def fingerprint(self) -> str:
         """The store's fingerprint."""
@@ -200,14 +200,14 @@ class Album:
         """The pixels of images, by their numbers in the store, and the indices of those that cannot be read."""
         pixels = torch.zeros(len(numbers), *self.to_pixels.shape, dtype=torch.uint8)
         bad: list[int] = []
-        size = max(1, min(MAX_CHUNK, len(numbers) // (CHUNKS_PER_THREAD * self.threads)))
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")  # a ms for each batch, and none is left
-        chunks = zip(numbers.split(size), pixels.split(size), strict=True)
+        chunk_images = max(1, min(MAX_CHUNK_IMAGES, len(numbers) // (CHUNKS_PER_THREAD * self.threads)))
+        chunks = zip(numbers.split(chunk_images), pixels.split(chunk_images), strict=True)
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")  # takes a ms for each batch; none is left
         try:
             jobs = [pool.submit(self._decode_chunk, chunk.tolist(), into) for chunk, into in chunks]
-            for first, job in zip(range(0, len(numbers), size), jobs, strict=True):
+            for first, job in zip(range(0, len(numbers), chunk_images), jobs, strict=True):
                 bad += [first + i for i in job.result()]
-                tick(min(first + size, len(numbers)), "")
+                tick(min(first + chunk_images, len(numbers)), "")
         finally:
             pool.shutdown(cancel_futures=True)
         self.hashes.save_if_due()
@@ -240,9 +240,9 @@ class Album:
     def _warn(self) -> None:
         """Warn of images that could not be read since the last warning, in one line."""
         with self._warning_lock:
-            count = len(self.bad)
-            unreported = sorted(list(self.bad)[self.num_warned : count])
-            self.num_warned = count
+            num_bad = len(self.bad)
+            unreported = sorted(list(self.bad)[self.num_warned : num_bad])
+            self.num_warned = num_bad
         if not unreported:
             return
         fate = "left out" if self.decoded is not None else "left out, in a batch replaced by the next"
@@ -250,7 +250,7 @@ class Album:
         if len(unreported) > MAX_NAMED:
             examples += "; ..."
         warnings.warn(
-            f"{count} of {self.full_size} images cannot be read and are {fate}: {examples}",
+            f"{num_bad} of {self.full_size} images cannot be read and are {fate}: {examples}",
             stacklevel=3,
         )
 

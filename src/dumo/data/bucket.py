@@ -34,7 +34,7 @@ from dumo.runtime.limits import PIXELS
 from dumo.runtime.progress import delayed_bar
 from dumo.types import Spec, UserError
 
-UNREADABLE = -1  # in place of a bucket's index
+UNREADABLE = -1  # in place of a bucket's index, for an image that cannot be read
 CHUNK_IMAGES = 256  # images whose sizes are read between two looks at signals: ours
 SideLength = Annotated[int, Field(ge=1, le=PIXELS)]
 
@@ -108,8 +108,8 @@ class Crops:
 
     num_buckets: int  # with images or without
     counts: dict[Size, int]  # the number of images in each bucket that has some
-    mean: float  # share of an image that is cut off
-    most: float  # largest such share
+    mean_cropped: float  # share of an image that is cut off, in the mean
+    max_cropped: float  # largest such share
 
     @classmethod
     def of(cls, sizes: Sequence[Size], bucket_index: Tensor, cropped: Tensor) -> "Crops":
@@ -117,13 +117,13 @@ class Crops:
         num_images = bucket_index.bincount(minlength=len(sizes)).tolist()
         counts = {size: n for size, n in zip(sizes, num_images, strict=True) if n}
         if not len(cropped):
-            return cls(len(sizes), counts, mean=0.0, most=0.0)
-        return cls(len(sizes), counts, mean=cropped.double().mean().item(), most=cropped.max().item())
+            return cls(len(sizes), counts, mean_cropped=0.0, max_cropped=0.0)
+        return cls(len(sizes), counts, mean_cropped=cropped.double().mean().item(), max_cropped=cropped.max().item())
 
     def __str__(self) -> str:
         """The counts and shares in words."""
         each = ", ".join(f"{width} x {height}: {n:,}" for (height, width), n in self.counts.items())
-        share = f"cut off are {self.mean:.1%} of an image on average, {self.most:.1%} at most"
+        share = f"cut off are {self.mean_cropped:.1%} of an image on average, {self.max_cropped:.1%} at most"
         return f"{len(self.counts)} of {self.num_buckets} buckets ({each}); {share}"
 
 

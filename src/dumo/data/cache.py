@@ -1,13 +1,13 @@
 """A folder of latents: images that a codec has encoded once, so that training need not.
 
 `dumo.data.encoding` makes a cache, `open_cache` opens it for a codec and for what a run asks of it, and
-`dumo.data.origin` compares it with the images that are here. `read_index` reads its index, `crops` what its buckets cut
-off, and `read_captions` the captions of its images.
+`dumo.data.origin` compares it with the images that are here. `read_index` reads its index, `measure_crops` what its
+buckets cut off, and `read_captions` the captions of its images.
 
 A cache is a table (`dumo.io.table`) of the columns
 
     x          what `LoadedCodec.encode` gives: the moments where the codec has Gaussians, or one draw of them
-    flipped    the same of the mirrored images, if the data are flipped: a mirrored latent decodes to no mirrored image
+    flipped    x of the mirrored images, if the data are flipped: a mirrored latent decodes to no mirrored image
     labels     classes, or the images' numbers in captions.jsonl
     image      the number of each row's image in the source, and
     sha256     the hash of that image's file, so that a cache is refused where its images have changed
@@ -40,7 +40,7 @@ from dumo.io.table import ShardTable, TableIndex
 from dumo.runtime.limits import CLASSES, PIXELS, ROWS
 from dumo.types import Spec, UserError
 
-LATENTS = ("x", "flipped")  # columns
+LATENT_COLUMNS = ("x", "flipped")
 CAPTIONS = "captions.jsonl"  # a file in a cache
 CAPTIONS_FIX = "remove it, and dumo encode writes it from the images"  # the end of messages
 WEIGHTS_FIELDS = ("weights", "sha256")  # fields of a codec that say where its weights are, not what it does
@@ -49,8 +49,8 @@ WEIGHTS_FIELDS = ("weights", "sha256")  # fields of a codec that say where its w
 class CachePlan(Spec):
     """How a data set is to be encoded, by whatever codec."""
 
-    source: str = ""  # what it is, in words
-    fingerprint: str = ""  # of the images' names and classes; what is in them, each shard says
+    source: str = ""  # what the data set is, in words
+    fingerprint: str = ""  # of the images' names and classes; each shard has the hashes of its images
     resolution: int = Field(gt=0, le=PIXELS)  # pixels along a side
     sizes: tuple[Size, ...] = Field(default=(), exclude_if=not_)  # of the buckets around that side; (): all are squares
     crop: str = ""  # how the images came to be square, in words
@@ -124,16 +124,17 @@ def open_cache(
     return ShardTable(folder, index, max_bytes)
 
 
-def crops(cache: ShardTable, index: CacheIndex) -> Crops:
-    """The bucket of each image of a cache with buckets, and the share of the image that was cut off."""
-    bucket_parts: list[Tensor] = []
-    cropped_parts: list[Tensor] = []
+def measure_crops(cache: ShardTable, index: CacheIndex) -> Crops:
+    """What the buckets of a cache have cut off its images. Reads these columns of all shards."""
+    buckets_by_shard: list[Tensor] = []
+    cropped_by_shard: list[Tensor] = []
     for number in range(len(index.shards)):
         columns = cache.tensors(number)
-        memberships = [columns[f"in{index.column_suffix(size)}"] for size in index.sizes]  # 1 where a row is in it
-        bucket_parts.append(torch.stack(memberships).long().argmax(0))
-        cropped_parts.append(columns["cropped"])
-    return Crops.of(index.sizes, torch.cat(bucket_parts), torch.cat(cropped_parts))
+        # by bucket, 1 for the rows that are in it
+        memberships = [columns[f"in{index.column_suffix(size)}"] for size in index.sizes]
+        buckets_by_shard.append(torch.stack(memberships).long().argmax(0))
+        cropped_by_shard.append(columns["cropped"])
+    return Crops.of(index.sizes, torch.cat(buckets_by_shard), torch.cat(cropped_by_shard))
 
 
 def dump_captions(captions: Captions) -> bytes:
@@ -173,17 +174,19 @@ def _read_texts(file: Path) -> Iterator[list[str]]:
 
 
 def _codec_differences(index: CacheIndex, codec: Codec) -> Iterator[str]:
-    """A line per way in which a codec would have given another latent.
+    """Yield a line per way in which a codec would have given other latents than those in the cache.
 
-    Weights are the same if they have the same SHA-256, of a run that has begun or of a file that is here; else the same
-    name.
+    Weights are equal if their SHA-256 are, that of a run that has begun or of a file that is here. If neither is known,
+    they are equal if their names are.
     """
-    cached = _without_places(index.codec)
-    asked = _without_places(codec.facts())
-    for name in sorted(cached.keys() | asked.keys()):
-        if cached.get(name) != asked.get(name):
-            yield f"codec.{name}: {cached.get(name)} in the cache, {asked.get(name)} asked"
-    if cached != asked:
+    cached_facts = _without_places(index.codec)
+    asked_facts = _without_places(codec.facts())
+    for name in sorted(cached_facts.keys() | asked_facts.keys()):
+        cached = cached_facts.get(name)
+        asked = asked_facts.get(name)
+        if cached != asked:
+            yield f"codec.{name}: {cached} in the cache, {asked} asked"
+    if cached_facts != asked_facts:
         return
     sha256 = codec.sha256 or codec.digest()
     cached_name = index.codec["weights"]

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dumo.data.album import HASH, Album
+from dumo.data.album import HASH_COLUMN, Album
 from dumo.data.bucket import BucketedRows, BucketedStore
-from dumo.data.cache import CAPTIONS, LATENTS, CacheIndex, CachePlan, dump_captions, read_index, require_captions
+from dumo.data.cache import CAPTIONS, LATENT_COLUMNS, CacheIndex, CachePlan, dump_captions, read_index, require_captions
 from dumo.data.origin import NAMES, has_cache, require_origin
 from dumo.data.pixel import Size
 from dumo.encoders.caption import Captions
@@ -66,12 +66,12 @@ def encode(
     if captions:
         require_captions(out / CAPTIONS, captions)
 
-    def encode_shard(number: int, report: Callable[[int], None]) -> dict[str, Tensor]:
-        batches = _encode_images(source, codec, index, number, batch, report)
-        return _shard_tensors(batches, codec, index, number)
+    def encode_shard(shard: int, report: Callable[[int], None]) -> dict[str, Tensor]:
+        columns_by_batch = _encode_images(source, codec, index, shard, batch, report)
+        return _shard_tensors(columns_by_batch, codec, index, shard)
 
-    def images_hash(number: int) -> str:
-        return hashes.digest(index.span(number)) if hashes else ""
+    def images_hash(shard: int) -> str:
+        return hashes.digest(index.span(shard)) if hashes else ""
 
     other_files: dict[str, bytes] = {}
     if captions:
@@ -89,7 +89,7 @@ def encode(
 
 
 def _finished_shards(out: Path, index: CacheIndex, rank: int, world: int) -> list[int]:
-    """The numbers of a rank's shards that are in a folder; none where the folder has another cache."""
+    """The numbers of a rank's shards that a folder has already; [] where it has none, or another cache."""
     cached = read_index(out)
     if cached is None or cached.binding() != index.binding():
         return []
@@ -108,7 +108,7 @@ def _index_of(source: Finite | BucketedStore, codec: LoadedCodec, plan: CachePla
         shape = (2 * channels if has_deviations else channels, *sides)
         suffix = plan.column_suffix(size)
         membership = f"in{suffix}" if suffix else ""
-        for name in LATENTS if plan.flips else LATENTS[:1]:
+        for name in LATENT_COLUMNS if plan.flips else LATENT_COLUMNS[:1]:
             columns[f"{name}{suffix}"] = Column(dtype=plan.dtype, shape=shape, lengths=membership)
         if membership:
             columns[membership] = Column(dtype="uint8")
@@ -117,7 +117,7 @@ def _index_of(source: Finite | BucketedStore, codec: LoadedCodec, plan: CachePla
         columns["cropped"] = Column(dtype="float32")
     if hashes_of(source):
         columns["image"] = Column(dtype="int64")
-        columns[HASH] = Column(dtype="uint8", shape=(HASH_BYTES,))
+        columns[HASH_COLUMN] = Column(dtype="uint8", shape=(HASH_BYTES,))
     return CacheIndex(
         **dict(plan),
         codec=codec.codec.facts() | {"weights": codec.codec.weights},
@@ -131,42 +131,56 @@ def _encode_images(
     source: Finite | BucketedStore,
     codec: LoadedCodec,
     index: CacheIndex,
-    number: int,
+    shard: int,
     batch: int,
     report: Callable[[int], None],
 ) -> list[dict[str, Tensor]]:
-    """The columns of a shard, batch by batch; `report` is called with the number of images encoded so far.
+    """Encode the images of a shard, batch by batch. Returns the columns of each batch of images of one size.
 
-    Raises UserError where an image or a label is not as planned, and Stopped after a signal.
+    `report` is called with the number of images encoded so far. Raises UserError where an image or a label is not as
+    planned, and Stopped after a signal.
     """
-    span = index.span(number)
-    batches: list[dict[str, Tensor]] = []
+    span = index.span(shard)
+    columns_by_batch: list[dict[str, Tensor]] = []
     for first in span[::batch]:
         signals.check()
         batch_rows = range(first, min(first + batch, span.stop))
         bucketed = source.find_buckets(batch_rows) if isinstance(source, BucketedStore) else None
-        for size, images_of_size, rows in _by_size(source, batch_rows, bucketed, index):
-            images, labels = images_of_size.rows(slice(rows.start, rows.stop))
-            if not len(images):
+        for size, images_of_size, rows in _split_by_size(source, batch_rows, bucketed, index):
+            columns = _encode_batch(images_of_size, rows, codec, index, first, size)
+            if columns is None:
                 continue
-            images = _checked_floats(images, labels, index, first, size)
-            suffix = index.column_suffix(size)
-            columns = {"labels": labels.long(), f"x{suffix}": codec.encode(images).cpu()}
-            if isinstance(images_of_size, Album):
-                columns |= images_of_size.origins(rows)
-            if index.flips:
-                columns[f"flipped{suffix}"] = codec.encode(images.flip(-1)).cpu()  # left-right
             if bucketed:
                 columns["cropped"] = bucketed.cropped[columns["image"] - batch_rows.start]
-            batches.append(columns)
+            columns_by_batch.append(columns)
         report(batch_rows.stop - span.start)
-    return batches
+    return columns_by_batch
 
 
-def _by_size(
+def _encode_batch(
+    source: Finite, rows: range, codec: LoadedCodec, index: CacheIndex, first: int, size: Size
+) -> dict[str, Tensor] | None:
+    """The columns of some rows of a source of images of one size; None where none of them can be read.
+
+    `first` is the number of the batch's first image in all, for messages.
+    """
+    images, labels = source.rows(slice(rows.start, rows.stop))
+    if not len(images):
+        return None
+    images = _checked_floats(images, labels, index, first, size)
+    suffix = index.column_suffix(size)
+    columns = {"labels": labels.long(), f"x{suffix}": codec.encode(images).cpu()}
+    if isinstance(source, Album):
+        columns |= source.origins(rows)
+    if index.flips:
+        columns[f"flipped{suffix}"] = codec.encode(images.flip(-1)).cpu()  # left-right
+    return columns
+
+
+def _split_by_size(
     source: Finite | BucketedStore, rows: range, bucketed: BucketedRows | None, index: CacheIndex
 ) -> Iterator[tuple[Size, Finite, range]]:
-    """Some rows of the source, by size: the size, a set of images of that size, and their rows in this set.
+    """Split rows of the source by size. Yields the size, a source of images of that size, and the rows of that source.
 
     `bucketed`: the buckets of these rows; None of a source without buckets.
     """
@@ -179,49 +193,54 @@ def _by_size(
 
 
 def _shard_tensors(
-    batches: list[dict[str, Tensor]], codec: LoadedCodec, index: CacheIndex, number: int
+    columns_by_batch: list[dict[str, Tensor]], codec: LoadedCodec, index: CacheIndex, shard: int
 ) -> dict[str, Tensor]:
     """The tensors of a shard, in the dtypes of its columns.
 
     Raises UserError if no image could be read, or a latent has values that are not finite, by the codec or by the cast.
     """
-    span = index.span(number)
+    span = index.span(shard)
     where = f"images {span.start} to {span.stop - 1}"
-    if not batches:
+    if not columns_by_batch:
         raise UserError(f"{where}: not one could be read")
     dtype: torch.dtype = getattr(torch, index.dtype)
     other_columns: dict[str, Tensor] = {}
     latents: dict[str, Tensor] = {}
-    for name, column in _join_batches(batches, index).items():
-        if name.partition(" ")[0] not in LATENTS:
+    for name, column in _join_batches(columns_by_batch, index).items():
+        stem, _, _ = name.partition(" ")
+        if stem not in LATENT_COLUMNS:
             other_columns[name] = column
             continue
         latent = column
         if index.store == "samples":
-            latent = codec.codec.sample(column, index.seed, "posterior", number, name, rows=range(len(column)))
+            latent = codec.codec.sample(column, index.seed, "posterior", shard, name, rows=range(len(column)))
         latents[name] = latent.to(dtype)
         if not latents[name].isfinite().all():
             raise UserError(f"{where}: the codec gives no numbers, or too large ones for {index.dtype}: try float32")
     return other_columns | latents
 
 
-def _join_batches(batches: list[dict[str, Tensor]], index: CacheIndex) -> dict[str, Tensor]:
-    """The batches of a shard as one, by column; with buckets, rows are in the order of the images in the source."""
+def _join_batches(columns_by_batch: list[dict[str, Tensor]], index: CacheIndex) -> dict[str, Tensor]:
+    """The columns of a shard, joined from its batches; with buckets, rows are in the order of the images in the source.
+
+    Latents are in columns of their own for each bucket. Their rows are in that order already.
+    """
     if not index.sizes:
-        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    order = torch.cat([batch["image"] for batch in batches]).argsort()
-    columns: dict[str, Tensor] = {}
+        return {name: torch.cat([columns[name] for columns in columns_by_batch]) for name in columns_by_batch[0]}
+    order = torch.cat([columns["image"] for columns in columns_by_batch]).argsort()
+    joined: dict[str, Tensor] = {}
     for name, column in index.columns.items():
         stem, _, bucket = name.partition(" ")
-        if stem in LATENTS:  # those of one bucket are in order
-            in_bucket = [batch[name] for batch in batches if name in batch]
-            columns[name] = torch.cat(in_bucket or [torch.zeros(0, *column.shape)])
-        elif bucket:  # whether each row is in it
-            memberships = [torch.full((len(batch["image"]),), f"x {bucket}" in batch) for batch in batches]
-            columns[name] = torch.cat(memberships)[order].to(column.torch_dtype)
+        if stem in LATENT_COLUMNS:
+            latents = [columns[name] for columns in columns_by_batch if name in columns]
+            joined[name] = torch.cat(latents or [torch.zeros(0, *column.shape)])
+            continue
+        if bucket:  # whether each row is in the bucket
+            parts = [torch.full((len(columns["image"]),), f"x {bucket}" in columns) for columns in columns_by_batch]
         else:
-            columns[name] = torch.cat([batch[name] for batch in batches])[order].to(column.torch_dtype)
-    return columns
+            parts = [columns[name] for columns in columns_by_batch]
+        joined[name] = torch.cat(parts)[order].to(column.torch_dtype)
+    return joined
 
 
 def _checked_floats(images: Tensor, labels: Tensor, index: CacheIndex, first: int, size: Size) -> Tensor:

@@ -7,8 +7,8 @@
 2. `Images.open` makes a source to train on: images decoded, in buckets or not, with classes or captions. `rows`,
    `originals`, `crops`, `all_captions` and `source_images` are parts of it for other uses.
 
-`find` looks what lies under a root and opens the store. `below` renames fields in the errors of images that are part of
-other data.
+`open_store` looks what lies under a root and opens the store. `name_fields_below` renames fields in the errors of
+images that are part of other data.
 """
 
 import os
@@ -40,9 +40,9 @@ from dumo.io.suffix import IMAGE_SUFFIXES
 from dumo.runtime.limits import CLASSES, GIGABYTES, PIXELS, ROWS
 from dumo.types import FREE, PLACE, Spec, UserError
 
-FORMATS = {".parquet": "parquet", ".tar": "tar"}
+FORMAT_OF_SUFFIX = {".parquet": "parquet", ".tar": "tar"}  # and a folder, of the suffixes of images
 GIGABYTE = 1e9  # bytes
-OFF = {"flip": "false", "buckets": "null", "augment": "null"}  # values of fields that leave an image as it is
+OFF_VALUES = {"flip": "false", "buckets": "null", "augment": "null"}  # by which a field leaves images as they are
 
 
 class Images(Spec):
@@ -96,7 +96,7 @@ class Images(Spec):
         if self.captions is None:
             return self.classes
         if isinstance(self.captions, Templates):
-            return self.classes // self.captions.count(1)
+            return self.classes // self.captions.num_captions(1)
         return 0
 
     @field_validator("classes", mode="wrap")
@@ -130,7 +130,7 @@ class Images(Spec):
         if self.buckets and self.crop == "none":
             raise UserError("buckets bring images to their sizes, and crop is of one size: set crop=adm")
         if self.source:
-            for field, off in OFF.items():
+            for field, off in OFF_VALUES.items():
                 if getattr(self, field):
                     raise UserError(
                         f"captions.source edits images as they are, and {field} changes them: set {field}={off}"
@@ -151,8 +151,8 @@ class Images(Spec):
                 "augment=null"
             )
         if isinstance(self.captions, Templates) and (self.names or self.captions.names) and self.classes:
-            per_class = self.captions.count(1)
-            count = len(self.captions.of(self.names or ()))
+            per_class = self.captions.num_captions(1)
+            count = len(self.captions.all_captions(self.names or ()))
             if count != self.classes:
                 raise UserError(
                     f"captions.templates make {per_class} captions of each of {count // per_class} classes, "
@@ -212,7 +212,7 @@ class Images(Spec):
         if isinstance(self.captions, Templates):
             if labels is None:
                 raise UserError(f"captions.templates name classes, and {root} has none: set captions.kind=files")
-            per_class = self.captions.count(1)
+            per_class = self.captions.num_captions(1)
         if labels is None:
             return {"classes": self.classes, "names": ()}
         return {"classes": self.classes or per_class * labels.count, "names": labels.names}
@@ -282,7 +282,7 @@ class Images(Spec):
     def all_captions(self) -> Captions:
         """The captions by class, or by image where they were written of each image. Raises as `open`."""
         if isinstance(self.captions, Templates):
-            return self.captions.of(self.names or ())
+            return self.captions.all_captions(self.names or ())
         if not isinstance(self.captions, CaptionFiles):
             return Captions.from_images([])
         root = user_path(self.root, "data.root")
@@ -350,7 +350,7 @@ class Images(Spec):
 
     def _store(self, root: Path, label: str | None) -> Store:
         """The store of the images; `label`: the column of their classes; None: no labels."""
-        store = find(root, split=self.split, label=label)
+        store = open_store(root, split=self.split, label=label)
         if self.count is None:
             return store
         if self.count > len(store):
@@ -397,7 +397,7 @@ class Images(Spec):
 FIELDS_OF_IMAGES = re.compile(rf"\bdata\.(?={'|'.join(Images.model_fields)})\b")  # in the text of an error
 
 
-def find(root: Path, *, split: str | None = None, label: str | None = "label") -> Store:
+def open_store(root: Path, *, split: str | None = None, label: str | None = "label") -> Store:
     """Look what is under `root`, and open it without decoding. `label`: the column of classes; None: no labels.
 
     Raises UserError where there are no images, or several ways to take what is there.
@@ -408,12 +408,12 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
         ending = os.path.splitext(file)[1]
         if ending.lower() in IMAGE_SUFFIXES:
             by_format["folder"][file] = state
-        elif ending in FORMATS:
-            by_format[FORMATS[ending]][file] = state
+        elif ending in FORMAT_OF_SUFFIX:
+            by_format[FORMAT_OF_SUFFIX[ending]][file] = state
     if by_format["folder"]:  # metadata.parquet is then a table of captions
         tables = by_format["parquet"]
         by_format["parquet"] = {file: state for file, state in tables.items() if Path(file).name not in TABLES}
-    formats = [format for format, listed in by_format.items() if listed]
+    formats = [name for name, files_of_format in by_format.items() if files_of_format]
     if not formats:
         raise UserError(
             f"no images in {root}, where there are {len(files)} files: looked for image files (.jpg, .png, .webp ...), "
@@ -421,25 +421,27 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
         )
     if len(formats) > 1:
         raise UserError(f"{root} holds {' and '.join(formats)} side by side: set data.root to a folder of one of them")
-    (format,) = formats
-    store = _open_store(root, format, by_format[format], split, label)
+    (format_name,) = formats
+    store = _open_format(root, format_name, by_format[format_name], split, label)
     if not len(store):
-        raise UserError(f"no images in the {format} files of {root}")
+        raise UserError(f"no images in the {format_name} files of {root}")
     return store
 
 
-def _open_store(root: Path, format: str, files: dict[str, FileState], split: str | None, label: str | None) -> Store:
-    """Open the files of a format, with their states, as a store. Takes and raises as `find`."""
-    if format == "folder":
+def _open_format(
+    root: Path, format_name: str, files: dict[str, FileState], split: str | None, label: str | None
+) -> Store:
+    """Open the files of a format, with their states, as a store. Takes and raises as `open_store`."""
+    if format_name == "folder":
         return Folder(root, files, split=split, labelled=label is not None)
     chosen = choose(root, list(files), split)
-    if format == "parquet":
+    if format_name == "parquet":
         return Parquet(chosen, label=label)
     return Tar(chosen, labelled=label is not None)
 
 
 @contextmanager
-def below(field: str) -> Generator[None]:
+def name_fields_below(field: str) -> Generator[None]:
     """Name fields of images in errors by where the images are in a run: `data.images.root` for `data.root`.
 
     `field` is data.images, for example.

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from dumo.data.album import Album
 from dumo.data.bucket import BucketedStore, Crops
-from dumo.data.cache import CAPTIONS, CacheIndex, crops, open_cache, read_captions, read_index
+from dumo.data.cache import CAPTIONS, CacheIndex, measure_crops, open_cache, read_captions, read_index
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
-from dumo.data.image import GIGABYTE, Images, below
+from dumo.data.image import GIGABYTE, Images, name_fields_below
 from dumo.data.origin import expect_origin, read_names, require_origin
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
@@ -127,7 +127,7 @@ class Latents(Spec):
         if captions is None:
             facts = {"classes": contents.classes, "names": contents.names}
         elif isinstance(captions, Templates):
-            facts = {"classes": captions.count(contents.classes), "names": contents.names}
+            facts = {"classes": captions.num_captions(contents.classes), "names": contents.names}
         else:
             cached = read_captions(self.folder / CAPTIONS)
             with_digest = captions.model_copy(update={"digest": cached.digest()})
@@ -139,7 +139,7 @@ class Latents(Spec):
 
         Raises UserError as `Images.originals`, and where the cache is of other images, now or when one is read.
         """
-        with below("data.images"):
+        with name_fields_below("data.images"):
             album = self.images.originals()
         if self._cache_contents():
             expect_origin(self.folder, album.hashes, max_bytes=AT_ONCE_BYTES)
@@ -147,7 +147,7 @@ class Latents(Spec):
 
     def rows(self) -> Album | BucketedStore:
         """The images to encode, none kept decoded, each with its row of captions. Raises as `Images.rows`."""
-        with below("data.images"):
+        with name_fields_below("data.images"):
             return self.images.model_copy(update={"memory": 0.0}).rows()
 
     def all_captions(self) -> Captions:
@@ -185,8 +185,8 @@ class Latents(Spec):
             return None
         index = read_index(self.folder)
         if index:
-            return crops(self.cache(), index)
-        with below("data.images"):
+            return measure_crops(self.cache(), index)
+        with name_fields_below("data.images"):
             return self.images.crops()
 
     def cache(self) -> ShardTable:
@@ -338,7 +338,7 @@ class LatentSource:
             if bucket.size:
                 buckets.append(bucket)
                 shapes.append(self.codec.shape(*size))
-        return Bucketed(buckets, shapes, str(crops(self.cache, contents)))
+        return Bucketed(buckets, shapes, str(measure_crops(self.cache, contents)))
 
     @property
     def size(self) -> int:

@@ -2,12 +2,13 @@
 
 `Memory.of` is the entrance. It
 
-1. refuses what has no rows by number (`_require_rows`),
-2. finds samples, labels and names of classes, and brings them to tensors,
-3. reads some rows again: a data set that gives other samples then, as random augmentation does, is a `RereadData`,
-4. remembers the source in `TABLES` by its digest.
+1. reads samples, labels and names of classes of what was given (`_read`), row by row where it is a data set;
+2. brings samples and labels to tensors in dumo's layout and range, or refuses them (`_to_samples`, `_to_labels`);
+3. reads some rows of a data set again. If they are others, as with random augmentation, it makes a `RereadData`, which
+   reads rows anew at each visit;
+4. remembers the source in `SOURCES` by its digest, and returns the spec.
 
-`Memory`, the spec, has the digest alone; `Memory.open` looks the source up, in the same process.
+`Memory`, the spec, has the digest alone. `Memory.open` looks the source up, so it needs the same process.
 """
 
 import time
@@ -29,12 +30,12 @@ from dumo.runtime.progress import Bar, delayed_bar, duration_text, line_printer,
 from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
-CHANNELS = (1, 3)  # of images
+IMAGE_CHANNELS = (1, 3)  # grey, colour
 ROWS_READ_TWICE = 16  # to see whether they change: a flip with p = 1/2 is missed once in 65,536 times. Ours
 QUIET_SECONDS = 3.0  # of reading, before a line says how long it takes: ours
 IMAGE_KEYS = ("image", "img", "pixel_values")  # of a row of Hugging Face datasets
 LABEL_KEYS = ("label", "labels", "fine_label")  # of a row of Hugging Face datasets
-TABLES: dict[str, TensorData] = {}  # what this process was given, by digest
+SOURCES: dict[str, TensorData] = {}  # what this process was given, by digest
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RereadData(TensorData):
     with generators of its own, so a resumed run meets other draws.
     """
 
-    rows: Any = None  # the data set
+    rows: Any = None  # the data set; rows[i] is its row i
     lock: Lock = field(default_factory=Lock)  # batches are made by several threads, and data sets may not allow that
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -54,16 +55,17 @@ class RereadData(TensorData):
         tensors: list[Tensor] = []
         with self.lock:
             for i in numbers.tolist():
-                sample, _ = _sample_and_label(self.rows[i])
-                tensors.append(_tensor(sample, f"row {i} of the data"))
+                tensors.append(_read_sample(self.rows, i))
         shapes = {tuple(tensor.shape) for tensor in tensors}
-        x = _in_layout(torch.stack(tensors)) if len(shapes) == 1 else torch.empty(0)
+        x = torch.empty(0)  # of no sample's shape
+        if len(shapes) == 1:
+            x = _to_layout(torch.stack(tensors))
         if x.shape[1:] != self.x.shape[1:]:
             raise UserError(
                 f"rows of the data have shape {', '.join(map(str, shapes))}, and gave {tuple(self.x.shape[1:])} "
                 "when they were read first: bring all to one size"
             )
-        x = _as_float(x)
+        x = _to_float32(x)
         if x.ndim == 4 and x.abs().max() > 1:
             raise UserError(f"a row of the data reaches {x.abs().max():.3g}, and images lie in [-1, 1]")
         return x, self.c[numbers]
@@ -94,23 +96,24 @@ class Memory(Spec):
         and a bar, and one whose rows change between two reads is read again at each visit, which a line says. Raises
         UserError for anything else.
         """
-        x, c, names = _read(data, bar)
-        samples = _samples(x)
-        labels = _labels(c, len(x))
-        table = TensorData(samples, labels)
-        if x is not data and _changes(data, x):
-            table = RereadData(samples, labels, rows=data)
-            tell = line_printer(bar)
-            tell(
+        raw_x, raw_labels, names = _read(data, bar)
+        x = _to_samples(raw_x)
+        c = _to_labels(raw_labels, len(raw_x))
+        source = TensorData(x, c)
+        is_data_set = raw_x is not data and not isinstance(data, tuple)
+        if is_data_set and _gives_other_samples(data, raw_x):
+            source = RereadData(x, c, rows=data)
+            log_line = line_printer(bar)
+            log_line(
                 f"{name_of(type(data))} gives other samples at each read, as augmentation does: training reads rows "
                 "anew at each visit, and a resumed run meets other draws"
             )
-        classes = 0 if c is None else max(int(table.c.max()) + 1, len(names))
-        fingerprint = table.fingerprint()
-        TABLES[fingerprint] = table
-        return cls(
-            name=name_of(type(data)), shape=tuple(table.x.shape[1:]), classes=classes, names=names, digest=fingerprint
-        )
+        classes = 0
+        if raw_labels is not None:
+            classes = max(int(c.max()) + 1, len(names))
+        fingerprint = source.fingerprint()
+        SOURCES[fingerprint] = source
+        return cls(name=name_of(type(data)), shape=tuple(x.shape[1:]), classes=classes, names=names, digest=fingerprint)
 
     @property
     def labels(self) -> int:
@@ -119,12 +122,12 @@ class Memory(Spec):
 
     def open(self) -> TensorData:
         """All samples. Raises UserError where this process was not given them."""
-        if self.digest not in TABLES:
+        if self.digest not in SOURCES:
             raise UserError(
                 f"the data are a {self.name} of Python that this process does not have: give the same in Python, "
                 "dumo.train(RUN, data=...) or dumo.load(RUN, data=...)"
             )
-        return TABLES[self.digest]
+        return SOURCES[self.digest]
 
     def originals(self) -> TensorData:
         """All samples: they have no captions. Raises as `open`."""
@@ -132,7 +135,10 @@ class Memory(Spec):
 
 
 def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN401
-    """Samples, labels or None, and the names of the classes. Raises UserError for what is no data."""
+    """Samples as they were given, their labels or None, and the names of the classes.
+
+    Arrays are returned as they are, rows of a data set as one tensor. Raises UserError for what is no data.
+    """
     if isinstance(data, Tensor | np.ndarray):
         return data, None, ()
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
@@ -141,20 +147,29 @@ def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN
     total = len(data)
     tensors: list[Tensor] = []
     labels: list[Any] = []
-    tell_duration = _duration_teller(total, line_printer(bar))
+    log_duration = _duration_logger(total, line_printer(bar))
     with delayed_bar("reading the data", total, after=QUIET_SECONDS, shown=bar) as tick:
         for i in range(total):  # not every data set ends by itself
             sample, label = _sample_and_label(data[i])
-            tensors.append(_tensor(sample, f"row {i} of the data"))
+            tensors.append(_to_tensor(sample, f"row {i} of the data"))
             labels.append(label)
-            if tensors[i].shape != tensors[0].shape or (label is None) != (labels[0] is None):
+            has_other_shape = tensors[i].shape != tensors[0].shape
+            lacks_label = (label is None) != (labels[0] is None)
+            if has_other_shape or lacks_label:
                 raise UserError(
                     f"row {i} of the data has shape {tuple(tensors[i].shape)}, row 0 {tuple(tensors[0].shape)}, and "
                     "all or none have a label: bring all to one size, or give a folder of images"
                 )
-            tell_duration(i + 1)
+            log_duration(i + 1)
             tick(i + 1, "")
-    return torch.stack(tensors), None if labels[0] is None else labels, _class_names(data)
+    has_labels = labels[0] is not None
+    return torch.stack(tensors), labels if has_labels else None, _class_names(data)
+
+
+def _read_sample(data_set: Any, i: int) -> Tensor:  # noqa: ANN401
+    """The sample in row i of a data set, as it is. Raises UserError for what holds no numbers."""
+    sample, _ = _sample_and_label(data_set[i])
+    return _to_tensor(sample, f"row {i} of the data")
 
 
 def _require_rows(data: Any) -> None:  # noqa: ANN401
@@ -177,34 +192,32 @@ def _require_rows(data: Any) -> None:  # noqa: ANN401
         )
 
 
-def _duration_teller(total: int, tell: Callable[[str], None]) -> Callable[[int], None]:
-    """A function of the number of rows that are read: once reading has taken some seconds, it tells how long it will.
+def _duration_logger(total: int, log_line: Callable[[str], None]) -> Callable[[int], None]:
+    """A function to call with the number of rows read so far: after QUIET_SECONDS it logs once how long the rest takes.
 
-    A bar in a log writes its first line after a minute.
+    A bar in a log file writes its first line only after a minute.
     """
     began = time.monotonic()
-    has_said = False
+    is_logged = False
 
-    def tell_duration(done: int) -> None:
-        nonlocal has_said
+    def log_duration(done: int) -> None:
+        nonlocal is_logged
         seconds = time.monotonic() - began
-        if not has_said and seconds >= QUIET_SECONDS:
-            has_said = True
-            left = duration_text(seconds / done * (total - done))
-            tell(f"reading the data into memory: {done:,} of {total:,} rows, {left} left")
+        if is_logged or seconds < QUIET_SECONDS:
+            return
+        is_logged = True
+        left = duration_text(seconds / done * (total - done))
+        log_line(f"reading the data into memory: {done:,} of {total:,} rows, {left} left")
 
-    return tell_duration
+    return log_duration
 
 
-def _changes(data: Any, x: Tensor) -> bool:  # noqa: ANN401
-    """Whether rows of a data set, read again, differ from the samples x (n, ...) that were read before."""
-    if isinstance(data, tuple):  # an array and its labels
-        return False
+def _gives_other_samples(data_set: Any, x: Tensor) -> bool:  # noqa: ANN401
+    """Whether some rows of a data set, read again, differ from the samples x (n, ...) that were read before."""
     numbers = torch.linspace(0, len(x) - 1, min(len(x), ROWS_READ_TWICE)).long()
     for i in numbers.tolist():
-        sample, _ = _sample_and_label(data[i])
-        again = _tensor(sample, f"row {i} of the data")
-        if again.shape != x[i].shape or not torch.equal(again, x[i]):
+        sample = _read_sample(data_set, i)
+        if sample.shape != x[i].shape or not torch.equal(sample, x[i]):
             return True
     return False
 
@@ -243,8 +256,8 @@ def _first_of(row: dict[Any, Any], keys: tuple[str, ...]) -> Any:  # noqa: ANN40
     return None
 
 
-def _tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
-    """An array, picture or list of numbers as a tensor. Raises UserError, with this name, for what holds no numbers."""
+def _to_tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
+    """An array, picture or list of numbers as a tensor. Raises UserError, with `name`, for what holds no numbers."""
     if isinstance(values, Tensor):
         return values
     try:
@@ -262,14 +275,15 @@ def _tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
         ) from error
 
 
-def _samples(x: Tensor | np.ndarray) -> Tensor:
+def _to_samples(x: Tensor | np.ndarray) -> Tensor:
     """Float32 points (n, d), or images (n, 1 or 3, h, w) in [-1, 1]. Raises UserError for other shapes and ranges."""
     is_uint8 = x.dtype in (torch.uint8, np.uint8)
-    x = _as_float(_in_layout(_tensor(x, "data")))
+    x = _to_float32(_to_layout(_to_tensor(x, "data")))
     low = x.min().item()
     high = x.max().item()
     is_image = x.ndim == 4
-    if is_image and not is_uint8 and not (-1 <= low < 0 and high <= 1):
+    is_in_range = -1 <= low < 0 and high <= 1  # images without negative numbers are taken to be in [0, 1]
+    if is_image and not is_uint8 and not is_in_range:
         raise UserError(
             f"data are floats from {low:.3g} to {high:.3g}, and images lie in [-1, 1]: give 2 * x - 1 where they are "
             "from 0 to 1, or uint8 colours"
@@ -277,21 +291,23 @@ def _samples(x: Tensor | np.ndarray) -> Tensor:
     return x
 
 
-def _in_layout(x: Tensor) -> Tensor:
+def _to_layout(x: Tensor) -> Tensor:
     """Points (n, d) as they are, images as (n, 1 or 3, h, w). Raises UserError for other shapes."""
     if x.ndim == 3:
         x = x.unsqueeze(1)  # grey
-    if x.ndim == 4 and x.shape[1] not in CHANNELS and x.shape[3] in CHANNELS:
+    if x.ndim == 4 and x.shape[1] not in IMAGE_CHANNELS and x.shape[3] in IMAGE_CHANNELS:
         x = x.permute(0, 3, 1, 2)
-    if x.ndim not in (2, 4) or not len(x) or (x.ndim == 4 and x.shape[1] not in CHANNELS):
+    is_image = x.ndim == 4 and x.shape[1] in IMAGE_CHANNELS
+    is_point = x.ndim == 2
+    if not (is_image or is_point) or not len(x):
         raise UserError(
             f"data has shape {tuple(x.shape)}: give images (n, 1 or 3, height, width), or points (n, numbers)"
         )
     return x
 
 
-def _as_float(x: Tensor) -> Tensor:
-    """Colours of images in [-1, 1], and floats as float32. Raises UserError for what is no finite number."""
+def _to_float32(x: Tensor) -> Tensor:
+    """uint8 colours of images in [-1, 1], and finite floats as they are, in float32. Raises UserError for all else."""
     if x.dtype == torch.uint8 and x.ndim == 4:
         return from_uint8(x).contiguous()
     if not x.is_floating_point() or not x.isfinite().all():
@@ -299,13 +315,13 @@ def _as_float(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-def _labels(c: Any, n: int) -> Tensor:  # noqa: ANN401
-    """Class numbers (n,), all 0 where `c` is None. Raises UserError for labels that are no classes, or not n."""
-    if c is None:
+def _to_labels(labels: Any, n: int) -> Tensor:  # noqa: ANN401
+    """Class numbers (n,), all 0 where `labels` is None. Raises UserError for labels that are no classes, or not n."""
+    if labels is None:
         return torch.zeros(n, dtype=torch.long)
     rule = f"labels are whole numbers from 0, one for each of {n} samples"
     try:
-        values = np.asarray(c)
+        values = np.asarray(labels)
     except ValueError as error:  # lists of several lengths
         raise UserError(rule) from error
     if values.dtype.kind not in "iu":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dumo.data.album import HASH
+from dumo.data.album import HASH_COLUMN
 from dumo.data.cache import CacheIndex, read_index
 from dumo.io import table
 from dumo.io.content import Hashes, name_changes, unpack_names
@@ -59,7 +59,7 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, reads_later: bool)
     if cached is None:
         return
     fix = f"put the images back as they were, or {ELSEWHERE}"
-    if HASH not in cached.columns:
+    if HASH_COLUMN not in cached.columns:
         raise UserError(f"{folder} does not say what is in its images, as caches of an older dumo: {ELSEWHERE}")
     shards = table.written_shards(folder, cached)
     if cached.fingerprint != hashes.fingerprint():
@@ -79,7 +79,7 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, reads_later: bool)
         differs = shard.source_hash != hashes.digest(span) and (is_doubtful or reads_later)
         if differs and shard.fault(folder, deep=is_doubtful) is None:  # what is damaged is refused elsewhere
             columns = load(folder / shard.file)
-            expected[columns["image"].numpy()] = columns[HASH].numpy()
+            expected[columns["image"].numpy()] = columns[HASH_COLUMN].numpy()
     hashes.expect(expected, f"is not the image that {folder} was made of: {fix}")
     hashes.hash(hashes.suspect())
     suspect_copies = hashes.suspect(copies=True)

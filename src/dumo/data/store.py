@@ -1,7 +1,7 @@
 """Where encoded images lie: files of a folder, rows of a table (`dumo.data.parquet`), members of an archive (`tar`).
 
 A store is opened without decoding any image. `Store` is what all stores offer, `Folder` is that of files, and
-`FirstImages` the first images of another store. Opening one (`dumo.data.image.find`) goes in this order:
+`FirstImages` the first images of another store. Opening one (`dumo.data.image.open_store`) goes in this order:
 
 1. `walk` lists the files under a root, with their states;
 2. `choose` takes the shards of a split; a folder does so itself;

@@ -1,16 +1,20 @@
 """Webdataset shards: tar archives in which `0001.jpg` and `0001.cls` are one sample, an image and its class number.
 
-`Tar` is the store of the images in some archives. `Tar.texts` gives the captions next to the images.
+`Tar` is the store of the images in some archives. The order of events:
 
-When the store is opened, each archive has a `Scan`: where its images lie. Finding the members takes a read for each,
-hours for a hundred million. So `scan_archive` goes through them once, and the scan is noted in
-`.dumo-index/<archive>.safetensors` next to the archive, from where it is mapped into memory. An archive of another size
-or time than noted is scanned again. Where its folder may not be written to, notes lie in the user's cache folder
-(`dumo.io.file.note_places`); where that may not either, the scan is kept in memory.
+1. Opening a `Tar` scans each archive: a `Scan` says where its images lie and of which classes they are (`_noted_scan`).
+   Finding the members takes a read for each, hours for a hundred million, so each archive is scanned once
+   (`scan_archive`) and the scan is noted.
+2. `Tar.read` reads an image at its place.
+3. `Tar.texts` goes through all archives again, for the captions next to the images (`MemberTexts`).
+
+A scan is noted in `.dumo-index/<archive>.safetensors` next to the archive, from where it is mapped into memory. An
+archive of another size or time than noted is scanned again. Where its folder may not be written to, the note lies in
+the user's cache folder (`dumo.io.file.note_places`); where that may not either, the scan is kept in memory.
 
 An archive that was cut short, or has a hole of zeros, looks whole to a reader that stops at the first thing that is no
-header. So it must end as tar ends it: with a block of zeros where the members end, and nothing but zeros after it, no
-more than fill its last record.
+header. So it must end as tar ends it (`_require_whole_end`): with a block of zeros where the members end, and nothing
+but zeros after it, no more than fill its last record.
 """
 
 import json
@@ -40,27 +44,38 @@ from dumo.runtime import signals
 from dumo.runtime.progress import delayed_bar
 from dumo.types import UserError
 
-# Of tar's records: 20 blocks by default, else, on request, a power of two of them, up to a MiB.
-RECORDS = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
-MAX_CLASS_BYTES = 100  # read of a class number: ours
+# Sizes of tar's records, in bytes: 20 blocks by default, else, on request, a power of two of them, up to a MiB.
+RECORD_SIZES = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
+MAX_CLASS_BYTES = 100  # that are read of a class number: ours
 MAX_TEXT_BYTES = 2**20  # of a text that goes with an image: ours
-CHUNK_BYTES = 2**20  # read at a time
-FETCH_AGAIN = "fetch it again, or remove it"
+CHUNK_BYTES = 2**20  # that are read at a time after an archive's end: ours
+FETCH_AGAIN = "fetch it again, or remove it"  # the end of messages
 NOTE_FOLDER = ".dumo-index"
-MAX_MAPPED = 2**14  # notes mapped at a time, of more the rest is read; Linux allows 65,530 maps. Ours
+MAX_MAPPED = 2**14  # notes that are mapped, while the rest is read; Linux allows 65,530 maps. Ours
 UNLABELLED = -(2**63)  # in place of a class, where an image has none
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Where the images of an archive lie."""
+    """Where the n images of an archive lie."""
 
-    members: Int64[Tensor, "4 n"]  # a column for each image: its beginning, its size, its class, the end of its name
+    # A column for each image: its first byte, its size in bytes, its class, and the end of its name in `names`.
+    members: Int64[Tensor, "4 n"]
     names: UInt8[Tensor, " m"]  # of all images, one after the other
     problem: str = ""  # with the labels, for a message; "": there is none
 
     def __len__(self) -> int:
         return self.members.shape[1]
+
+    @property
+    def classes(self) -> Int64[Tensor, " n"]:
+        """The class of each image, UNLABELLED where it has none."""
+        return self.members[2]
+
+    def span(self, i: int) -> tuple[int, int]:
+        """The first byte of image i, and its size in bytes."""
+        start, size = self.members[:2, i].tolist()
+        return start, size
 
     def name(self, i: int) -> str:
         """The name of image i in the archive."""
@@ -89,12 +104,12 @@ class Tar:
                 self.scans.append(mapped if k < MAX_MAPPED else mapped.copy())
                 tick(k + 1, "")
         num_images = [len(scan) for scan in self.scans]
-        self.ends = list(accumulate(num_images))  # by archive: the number of the first image after it
+        self.image_ends = list(accumulate(num_images))  # by archive: the number of the first image after it
         self.item_files = ItemFiles.of(archives, states_of(archives), num_images)
         self.labels = self._labels() if labelled else None
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self.image_ends[-1]
 
     def fingerprint(self) -> str:
         """A digest of the archives' names and sizes, and of the names, places and classes in them."""
@@ -105,13 +120,13 @@ class Tar:
 
     def path(self, i: int) -> str:
         """The archive and the member of image i."""
-        k, column = self._place(i)
-        return f"{self.files[k]} member {self.scans[k].name(column)}"
+        k, image = self._locate(i)
+        return f"{self.files[k]} member {self.scans[k].name(image)}"
 
     def read(self, i: int) -> bytes:
         """The bytes of image i. Raises OSError, and Unreadable where the archive has become shorter."""
-        k, column = self._place(i)
-        start, size = self.scans[k].members[:2, column].tolist()
+        k, image = self._locate(i)
+        start, size = self.scans[k].span(image)
         require_small(size)
         with open(self.files[k], "rb") as archive:
             archive.seek(start)
@@ -121,62 +136,63 @@ class Tar:
         return data
 
     def texts(self, suffixes: Sequence[str]) -> "MemberTexts":
-        """The members with some endings, `txt` or `TXT`, next to each image. All archives are gone through anew.
+        """The texts next to each image: members with an ending in `suffixes`, such as `txt`.
 
-        Raises UserError for a text of more than MAX_TEXT_BYTES bytes.
+        All archives are read again. Raises UserError for a text of more than MAX_TEXT_BYTES bytes.
         """
         member_texts = MemberTexts()
-        endings = (*suffixes, *(suffix.upper() for suffix in suffixes))
+        endings = (*suffixes, *(suffix.upper() for suffix in suffixes))  # `TXT` is reported as an orphan
         with delayed_bar("looking for captions in tar archives", len(self.files)) as tick:
             for k, (file, scan) in enumerate(zip(self.files, self.scans, strict=True), 1):
                 signals.check()
                 images = [scan.name(i) for i in range(len(scan))]
-                texts = {info.name: content for info, content in _texts_of(file, endings)}
+                texts = {info.name: content for info, content in _iterate_texts(file, endings)}
                 member_texts.add(file, images, texts, suffixes)
                 tick(k, "")
         return member_texts
 
-    def _place(self, i: int) -> tuple[int, int]:
-        """The archive of image i, and its column there."""
-        k = bisect_right(self.ends, i)
-        return k, i - (self.ends[k - 1] if k else 0)
+    def _locate(self, i: int) -> tuple[int, int]:
+        """The number of the archive that has image i, and the number of the image there."""
+        k = bisect_right(self.image_ends, i)
+        return k, i - (self.image_ends[k - 1] if k else 0)
 
     def _labels(self) -> Labels | None:
         """The classes; None where no image has one. Raises UserError where only some have one, or it is no number."""
         for scan in self.scans:
             if scan.problem:
                 raise UserError(scan.problem)
-        c = torch.cat([scan.members[2] for scan in self.scans])
+        c = torch.cat([scan.classes for scan in self.scans])
         unlabelled = c == UNLABELLED
         if unlabelled.all():
             return None
         if unlabelled.any():
             first = int(unlabelled.nonzero()[0])
-            archive, column = self._place(first)
-            key = _key(self.scans[archive].name(column))
+            k, image = self._locate(first)
+            key = _sample_key(self.scans[k].name(image))
             raise UserError(f"{self.path(first)} has no label '{key}.cls', others have: set data.labelled=false")
         return count_classes(c, self.files[0])
 
 
 @dataclass(frozen=True)
 class MemberTexts:
-    """The texts next to the images of archives. A member is named as an image is: the archive, and its name there."""
+    """The texts next to the images of archives. Members are named `ARCHIVE member NAME`."""
 
-    by_image: list[dict[str, bytes]] = field(default_factory=list[dict[str, bytes]])  # by ending
-    images_of_text: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # by member
-    orphans: list[str] = field(default_factory=list[str])  # members of no image
+    by_image: list[dict[str, bytes]] = field(default_factory=list[dict[str, bytes]])  # of each image, by ending
+    images_of_text: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # by the text's member
+    orphans: list[str] = field(default_factory=list[str])  # texts that belong to no image
 
     def add(self, file: str, images: Sequence[str], texts: Mapping[str, bytes], suffixes: Sequence[str]) -> None:
-        """Add an archive: the names of its images, and its texts by name.
+        """Add an archive, given the names of its images, and its texts by name.
 
-        A text whose ending is not among `suffixes`, such as `TXT`, belongs to no image.
+        A text belongs to the images of its sample key. One whose ending is not among `suffixes`, such as `TXT`, belongs
+        to no image.
         """
         texts_by_key: defaultdict[str, dict[str, bytes]] = defaultdict(dict)
         images_by_key: defaultdict[str, list[str]] = defaultdict(list)
         for image in images:
-            images_by_key[normal_form(_key(image))].append(f"{file} member {image}")
+            images_by_key[normal_form(_sample_key(image))].append(f"{file} member {image}")
         for name, content in texts.items():
-            key = normal_form(_key(name))
+            key = normal_form(_sample_key(name))
             ending = name.rpartition(".")[2]
             member = f"{file} member {name}"
             if ending in suffixes and key in images_by_key:
@@ -184,11 +200,11 @@ class MemberTexts:
                 self.images_of_text[member] = images_by_key[key]
             else:
                 self.orphans.append(member)
-        self.by_image.extend(texts_by_key.get(normal_form(_key(image)), {}) for image in images)
+        self.by_image.extend(texts_by_key.get(normal_form(_sample_key(image)), {}) for image in images)
 
 
 def _noted_scan(file: str) -> Scan:
-    """The scan of an archive: as noted, else made now, and noted. Raises as `scan_archive`."""
+    """The scan of an archive: from its note, else made now and noted. Raises as `scan_archive`."""
     about = os.stat(file)
     state = f"{about.st_size} {about.st_mtime_ns}"
     folder, name = os.path.split(os.path.abspath(file))
@@ -211,8 +227,8 @@ def _noted_scan(file: str) -> Scan:
             warnings.warn(
                 f"{place.parent} cannot be written ({error.strerror}): the next start looks again", stacklevel=2
             )
-        noted = _read_note(place, state)
-        return scanned if noted is None else noted  # what was read is mapped
+        noted = _read_note(place, state)  # which maps it, so that the scan made now can be freed
+        return scanned if noted is None else noted
 
 
 def _read_note(place: Path, state: str) -> Scan | None:
@@ -240,15 +256,15 @@ def scan_archive(file: str) -> Scan:
     keys: list[str] = []
     class_of_key: dict[str, int] = {}
     problem = ""
-    for info, content in _members(file, ("cls",), MAX_CLASS_BYTES):
+    for info, content in _iterate_members(file, ("cls",), MAX_CLASS_BYTES):
         if content is None:  # an image
             starts.append(info.offset_data)
             sizes.append(info.size)
             names.append(info.name.encode(errors="replace"))
-            keys.append(_key(info.name))
+            keys.append(_sample_key(info.name))
             continue
         try:
-            class_of_key[_key(info.name)] = int(np.int64(int(content)))
+            class_of_key[_sample_key(info.name)] = int(np.int64(int(content)))
         except (ValueError, OverflowError):
             if not problem:
                 problem = f"{file} member {info.name} holds no class number: {content[:20]!r}"
@@ -258,15 +274,18 @@ def scan_archive(file: str) -> Scan:
     return Scan(members, torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy()), problem)
 
 
-def _members(file: str, suffixes: Sequence[str], max_bytes: int) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """The members of an archive: images with None, and those with an ending in `suffixes` with their content.
+def _iterate_members(
+    file: str, suffixes: Sequence[str], max_bytes: int
+) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Yield the images of an archive with None, and members with an ending in `suffixes` with their content.
 
-    Of the content at most `max_bytes` are read. Raises UserError where the archive does not end as tar ends it.
+    At most `max_bytes` of a content are read. Raises UserError where the archive does not end as tar ends it.
     """
     try:
         with tarfile.open(file, "r:") as archive:
             while info := archive.next():
-                setattr(archive, "members", [])  # noqa: B010, it is not typed. They would be kept, a kilobyte each
+                # else tarfile keeps all members, a kilobyte each; the attribute is not typed
+                setattr(archive, "members", [])  # noqa: B010
                 if info.size < 0 or info.issparse():
                     raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: {FETCH_AGAIN}")
                 stem, _, suffix = PurePosixPath(info.name).name.partition(".")
@@ -281,12 +300,12 @@ def _members(file: str, suffixes: Sequence[str], max_bytes: int) -> Iterator[tup
             end = archive.offset
     except tarfile.TarError as error:
         raise UserError(f"{file} is no whole tar archive: {error}; {FETCH_AGAIN}") from error
-    _check_end(file, end)
+    _require_whole_end(file, end)
 
 
-def _texts_of(file: str, endings: Sequence[str]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+def _iterate_texts(file: str, endings: Sequence[str]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     """The members of an archive with these endings. Raises UserError for one of more than MAX_TEXT_BYTES bytes."""
-    for info, content in _members(file, endings, MAX_TEXT_BYTES):
+    for info, content in _iterate_members(file, endings, MAX_TEXT_BYTES):
         if content is None:  # an image
             continue
         if info.size > MAX_TEXT_BYTES:
@@ -296,8 +315,8 @@ def _texts_of(file: str, endings: Sequence[str]) -> Iterator[tuple[tarfile.TarIn
         yield info, content
 
 
-def _check_end(file: str, end: int) -> None:
-    """Raise UserError unless zeros stand after the members, one block at least and no more than a record takes."""
+def _require_whole_end(file: str, end: int) -> None:
+    """Raise UserError unless zeros follow the members, from byte `end`: one block or more, and at most a record."""
     size = os.stat(file).st_size
     with Path(file).open("rb") as archive:
         archive.seek(end)
@@ -310,17 +329,17 @@ def _check_end(file: str, end: int) -> None:
                     f"{file} goes on after its end at byte {end}: it is damaged ({FETCH_AGAIN}), or is several that "
                     "were laid end to end: write those as one"
                 )
-    zeros = size - end
-    for record in RECORDS:
-        if size % record == 0 and zeros <= record + 2 * tarfile.BLOCKSIZE:
+    num_zeros = size - end
+    for record_size in RECORD_SIZES:
+        if size % record_size == 0 and num_zeros <= record_size + 2 * tarfile.BLOCKSIZE:
             return
     raise UserError(
-        f"{file} holds {zeros} zeros from byte {end} on, more than tar writes at its end: a part of it is missing; "
+        f"{file} holds {num_zeros} zeros from byte {end} on, more than tar writes at its end: a part of it is missing; "
         f"{FETCH_AGAIN}"
     )
 
 
-def _key(name: str) -> str:
-    """What the names of an image, its label and its texts have in common: all but the endings."""
+def _sample_key(name: str) -> str:
+    """A member's path without all its endings, which an image, its label and its texts have in common (webdataset)."""
     path = PurePosixPath(name)
     return str(path.with_name(path.name.partition(".")[0]))

@@ -1,4 +1,8 @@
-"""Small data that come without files: two moons in the plane, and scikit-learn's handwritten digits."""
+"""Small data that come without files of the user's: two moons in the plane, and scikit-learn's handwritten digits.
+
+`Moons` and `Digits` are the specs, `data` of a run. `Moons.open` gives an endless source of points. `Digits.open` gives
+all images, with classes or captions; `originals` always with classes. Some digits can be held out of the training.
+"""
 
 from functools import cache
 from importlib.util import find_spec
@@ -17,12 +21,13 @@ from dumo.io.source import DataSource, Endless, HeldOutSplit, TensorData
 from dumo.runtime.random import stream
 from dumo.types import Spec
 
-# The moons before the noise, exactly: x is cos or 1 - cos, y is sin or 1/2 - sin of a uniform angle in [0, pi].
-CENTRE = torch.tensor([1 / 2, 1 / 4])
-SPREAD = torch.tensor([3 / 4, 9 / 16 - 1 / pi]).sqrt()
-NOISE = 0.05  # its standard deviation, as in scikit-learn's examples
-FEWEST = 100  # images held out: a distance of their 64 pixels takes more than 64. Ours
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Mean and sd of the moons before the noise, exactly: x is cos or 1 - cos, y is sin or 1/2 - sin of a uniform angle in
+# [0, pi].
+MOONS_MEAN = torch.tensor([1 / 2, 1 / 4])
+MOONS_SD = torch.tensor([3 / 4, 9 / 16 - 1 / pi]).sqrt()
+MOONS_NOISE = 0.05  # standard deviation of the noise, before scaling: as in scikit-learn's examples
+MIN_HELD_OUT = 100  # images: a Fréchet distance of their 64 pixels takes more than 64. Ours
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class Moons(Spec):
@@ -49,76 +54,94 @@ class Moons(Spec):
         """An endless source of points, centred, with standard deviation 1 along each axis before the noise."""
         return Endless(self._points, width=4)
 
-    def _points(self, numbers: Float[Tensor, "b 4"]) -> tuple[Float[Tensor, "b 2"], Int64[Tensor, " b"]]:
-        """Of two normal numbers the direction is uniform: folded up it is a point of the upper moon; the fold is fair.
+    def _points(self, normals: Float[Tensor, "b 4"]) -> tuple[Float[Tensor, "b 2"], Int64[Tensor, " b"]]:
+        """A point and its class for each row of four normal numbers.
 
-        Two more are the noise.
+        The direction of the first two is uniform on the circle. Reflected to y >= 0, it is a point of the upper half
+        circle; whether it was reflected chooses the moon, each with probability 1/2. The last two are the noise.
         """
-        right, up, *noise = numbers.T
-        far = (right * right + up * up).sqrt()
-        lower = up < 0
-        upper = torch.stack([right / far, up.abs() / far], 1)
-        moons = torch.where(lower[:, None], torch.tensor([1.0, 0.5]) - upper, upper)
-        points = moons + NOISE * torch.stack(noise, 1)
-        return (points - CENTRE) / SPREAD, lower.long() if self.labelled else torch.zeros_like(lower, dtype=torch.long)
+        right, up, *noise = normals.T
+        radius = (right * right + up * up).sqrt()
+        is_lower = up < 0
+        upper_moon = torch.stack([right / radius, up.abs() / radius], 1)
+        lower_moon = torch.tensor([1.0, 0.5]) - upper_moon
+        moons = torch.where(is_lower[:, None], lower_moon, upper_moon)
+        points = moons + MOONS_NOISE * torch.stack(noise, 1)
+        c = is_lower.long() if self.labelled else torch.zeros_like(is_lower, dtype=torch.long)
+        return (points - MOONS_MEAN) / MOONS_SD, c
 
 
 class Digits(Spec):
     """1,797 grey images of ten classes. Never flipped: a mirrored 2 is not a 2."""
 
     kind: Literal["digits"] = "digits"
-    captions: Templates | None = Field(
-        default=None, exclude_if=lambda captions: captions is None
-    )  # in place of classes
-    held: int = Field(default=0, ge=0, le=898, exclude_if=lambda held: held == 0)  # images that are never trained on
-    fold: int = Field(default=0, ge=0, exclude_if=lambda fold: fold == 0)  # which ones: of 359, five disjoint folds
+    # In place of classes; None: classes.
+    captions: Templates | None = Field(default=None, exclude_if=lambda captions: captions is None)
+    # How many images are held out: never trained on, at most half of them.
+    held: int = Field(default=0, ge=0, le=898, exclude_if=lambda held: held == 0)
+    # Which images are held out: with held=359 there are five disjoint folds.
+    fold: int = Field(default=0, ge=0, exclude_if=lambda fold: fold == 0)
     shape: ClassVar[tuple[int, ...]] = (1, 8, 8)
     names: ClassVar[tuple[str, ...]] = ()
     augment: ClassVar[None] = None
-    labels: ClassVar[int] = len(NAMES)
+    labels: ClassVar[int] = len(DIGIT_NAMES)
 
     @property
     def classes(self) -> int:
         """Ten, or the number of captions."""
-        return self.captions.count(self.labels) if self.captions else self.labels
+        return self.captions.num_captions(self.labels) if self.captions else self.labels
 
     @model_validator(mode="after")
-    def _possible(self) -> "Digits":
-        self.caption_texts()  # raises
-        if 0 < self.held < FEWEST:
-            raise ValueError(f"held = {self.held} images are too few to be judged against: hold {FEWEST} or more, or 0")
+    def _require_possible(self) -> "Digits":
+        self.caption_texts()  # raises where templates do not fit the classes
+        if 0 < self.held < MIN_HELD_OUT:
+            raise ValueError(
+                f"held = {self.held} images are too few to be judged against: hold {MIN_HELD_OUT} or more, or 0"
+            )
         return self
 
     def caption_texts(self) -> tuple[str, ...]:
         """The text of each caption, by its number; () where there are none."""
-        return self.captions.of(NAMES).texts if self.captions else ()
+        return self.captions.all_captions(DIGIT_NAMES).texts if self.captions else ()
 
     def open(self) -> DataSource:
-        """All rows in memory, in [-1, 1], of 17 grey levels."""
-        return Captioned(self.originals(), self.captions.of(NAMES)) if self.captions else self.originals()
+        """All images (1, 8, 8) in memory, of 17 grey levels in [-1, 1], with classes or captions."""
+        originals = self.originals()
+        if self.captions is None:
+            return originals
+        return Captioned(originals, self.captions.all_captions(DIGIT_NAMES))
 
     def originals(self) -> TensorData:
         """The images with the digits as classes; a `HeldOutSplit` where some are held out."""
-        full = TensorData(*_load())
-        return HeldOutSplit.of(full, _held_rows(self.held, full.c, self.fold)) if self.held else full
+        images, c = _read_digits()
+        all_digits = TensorData(images, c)
+        if not self.held:
+            return all_digits
+        return HeldOutSplit.of(all_digits, _held_out_rows(self.held, c, self.fold))
 
 
 @cache
-def _load() -> tuple[Tensor, Tensor]:
-    """The file of scikit-learn's `load_digits`, read without scikit-learn: its import takes a second."""
+def _read_digits() -> tuple[Tensor, Tensor]:
+    """The images (1797, 1, 8, 8) in [-1, 1] and classes (1797,) of scikit-learn's `load_digits`.
+
+    Its file is read without importing scikit-learn, which takes a second.
+    """
     package = find_spec("sklearn")
     assert package
     assert package.submodule_search_locations
     file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
-    rows = torch.from_numpy(np.loadtxt(file, np.float32, delimiter=","))  # (1797, 65): levels, and the class
+    rows = torch.from_numpy(np.loadtxt(file, np.float32, delimiter=","))  # (1797, 65): levels 0 to 16, and the class
     return rows[:, :-1].view(-1, *Digits.shape) / 8 - 1, rows[:, -1].long()
 
 
-def _held_rows(n: int, c: Tensor, fold: int = 0) -> Int64[Tensor, " n"]:
-    """The rows (n,) of images that are held out, equal in every run: of each class its share, to a row.
+def _held_out_rows(n: int, c: Tensor, fold: int = 0) -> Int64[Tensor, " n"]:
+    """The rows (n,) of images that are held out, the same in every run, in ascending order.
 
-    Folds have no row in common, until there are no rows left: the next fold is the first again.
+    Each class has its share among them, to a row. Folds have no row in common, until no rows are left: after
+    len(c) // n folds the first comes again.
     """
     order = torch.randperm(len(c), generator=stream("digits", "held"))
     by_class = order[c[order].argsort(stable=True)]
-    return by_class[torch.arange(n) * len(c) // n + fold % (len(c) // n)].sort().values
+    evenly_spaced = torch.arange(n) * len(c) // n  # at least len(c) // n apart
+    offset = fold % (len(c) // n)
+    return by_class[evenly_spaced + offset].sort().values

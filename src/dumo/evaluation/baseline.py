@@ -16,7 +16,9 @@ from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
 from dumo.evaluation.by_class import perfect_class_mmd
-from dumo.evaluation.distance import Moments, frechet_distance, mean_sd, mmd_deviation
+from dumo.evaluation.class_mmd import mmd_deviation
+from dumo.evaluation.estimate import mean_sd
+from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.evaluation.protocol import Scores
 from dumo.runtime.random import stream
 from dumo.types import Cond

@@ -12,13 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dumo.evaluation.distance import (
-    class_mmd,
-    class_mmd_deviation,
-    class_shares,
-    gaussian_mmd,
-    shared_classes,
-)
+from dumo.evaluation.class_mmd import class_mmd, class_mmd_deviation, class_shares, gaussian_mmd, shared_classes
 from dumo.evaluation.metric import CLASS_MMD
 from dumo.evaluation.protocol import Scores
 

@@ -25,8 +25,10 @@ from dumo.encoders import vision
 from dumo.encoders.vision import FEATURE_MODELS, FeatureKind, ImageEncoder
 from dumo.evaluation import reference
 from dumo.evaluation.baseline import perfect_sampler_scores
-from dumo.evaluation.distance import frechet_distance, gaussian_mmd, kid
+from dumo.evaluation.class_mmd import gaussian_mmd
+from dumo.evaluation.frechet import frechet_distance
 from dumo.evaluation.images import SUBSETS, in_pieces
+from dumo.evaluation.mmd import kid
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.reference import Standard, load_or_compute
 from dumo.evaluation.statistics import Statistics, gather, statistics_of

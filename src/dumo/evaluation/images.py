@@ -23,7 +23,8 @@ from dumo.encoders import inception
 from dumo.encoders.inception import SIZE, WIDTH
 from dumo.evaluation import reference
 from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, NullDistance, measure_null_distance
-from dumo.evaluation.distance import Moments, frechet_distance, kid
+from dumo.evaluation.frechet import Moments, frechet_distance
+from dumo.evaluation.mmd import kid
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, Evaluator, NumberedSamples, Protocol, Scores
 from dumo.evaluation.reference import PIECE, STANDARDS, InceptionKind, Standard, load_or_compute

@@ -27,21 +27,15 @@ from torch import Tensor
 from dumo.encoders.classifier import IMAGES_AT_ONCE, ShippedClassifier, cifar10, digits
 from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, measure_null_distance, perfect_sampler_scores
 from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd
-from dumo.evaluation.distance import (
-    Moments,
-    auc_sd,
-    frechet_distance,
-    gaussian_mmd,
-    mmd2,
-    null_spread,
-    pixel_frechet,
-    two_sample_auc,
-)
+from dumo.evaluation.class_mmd import gaussian_mmd
+from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet
+from dumo.evaluation.mmd import mmd2, null_spread
 from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
 from dumo.evaluation.photos import WIDTH as CIFAR10_WIDTH  # the kernel's: it sees the same features
 from dumo.evaluation.protocol import Context, Evaluator, Protocol, Scores
 from dumo.evaluation.shipped import MIN_CIFAR10, MIN_DIGITS
 from dumo.evaluation.stored import StoredFeatures
+from dumo.evaluation.two_sample import auc_sd, two_sample_auc
 from dumo.evaluation.wholeset import Reference, WholeSetEvaluator, make_opener
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.runtime.random import noise, stream

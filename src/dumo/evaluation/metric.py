@@ -1,8 +1,11 @@
-"""The metrics: what is to be known of a score to read it, a line for each in `METRICS`.
+"""The metrics: what must be known of a score to read it, a line for each in `METRICS`.
 
-A protocol returns scores by name (`dumo.evaluation.protocol.Scores`). `METRICS` has what else a name means: which way
-is better, by what it is measured, and what it may decide. `metric` looks it up. `headline` is the score that counts,
-`trained_on` whether a run learned from what a score is by, and `rising` whether more is better.
+A protocol returns scores by name (`dumo.evaluation.protocol.Scores`). For such a name
+
+- `metric` looks up which way is better, in which space samples are compared, and what the score may decide;
+- `higher_is_better` is the most common question;
+- `headline_score` chooses the score that counts among several;
+- `is_trained_on` says whether a run learned from what the score measures.
 
 A new metric has a line here, its words in `dumo.config` (words.yaml), and a protocol that measures it.
 """
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 CLASS_MMD = "class_mmd"  # leads where both sides have classes
-NUMBERS = "numbers"  # what a card calls the numbers of samples themselves, where a loss compares by these
+SAMPLE_SPACE = "numbers"  # `trained_on` on a card, where a loss compares the numbers of samples themselves
 
 
 @dataclass(frozen=True)
@@ -20,25 +23,25 @@ class Metric:
     """What the name of a score means; the defaults are those of a name that is not in `METRICS`."""
 
     better: Literal["lower", "higher", "equal"] = "lower"  # equal: to a perfect sampler's
-    by_numbers: bool = False  # of samples themselves; else by features
-    in_summary: bool = False  # next to the score that leads
-    tells_apart: bool = False  # over two deviations worse than a perfect sampler's: not like the data
-    needs_many_images: bool = False  # of fewer nobody can say what a perfect sampler would have
+    in_sample_space: bool = False  # compares the numbers of samples themselves; False: their features
+    in_summary: bool = False  # shown in a summary, also where another score leads
+    tells_apart: bool = False  # over two deviations worse than a perfect sampler's, samples are not like the data
+    needs_many_images: bool = False  # with few, nobody can say what a perfect sampler would have
 
 
 # in the order in which a verdict names them
 METRICS: Mapping[str, Metric] = {
-    "auc": Metric("equal", by_numbers=True, tells_apart=True),  # below 0.5 are copies
+    "auc": Metric("equal", in_sample_space=True, tells_apart=True),  # below 0.5 are copies
     "auc_features": Metric("equal", tells_apart=True),
     CLASS_MMD: Metric(in_summary=True, tells_apart=True),
     "accuracy": Metric("higher", tells_apart=True),
-    "nearest": Metric("higher", by_numbers=True, in_summary=True, tells_apart=True),  # memorised images are nearer
-    "copies": Metric(by_numbers=True, in_summary=True, tells_apart=True),
+    "nearest": Metric("higher", in_sample_space=True, in_summary=True, tells_apart=True),  # memorised images are nearer
+    "copies": Metric(in_sample_space=True, in_summary=True, tells_apart=True),
     "mmd": Metric(needs_many_images=True),
-    "mmd2": Metric(by_numbers=True),
+    "mmd2": Metric(in_sample_space=True),
     "fd": Metric(needs_many_images=True),
     "fd_grey": Metric(needs_many_images=True),
-    "pixel_fd": Metric(by_numbers=True),
+    "pixel_fd": Metric(in_sample_space=True),
     "fid": Metric(needs_many_images=True),
     "sfid": Metric(),
     "kid": Metric(needs_many_images=True),
@@ -51,36 +54,37 @@ METRICS: Mapping[str, Metric] = {
 
 
 def metric(score: str) -> Metric:
-    """What the name of a score means; of an unknown name the defaults: lower is better, by features."""
+    """What the name of a score means; for an unknown name the defaults: lower is better, by features."""
     return METRICS.get(score, Metric())
 
 
-def rising(score: str) -> bool:
-    """Whether more is better."""
+def higher_is_better(score: str) -> bool:
+    """Whether more is better; False also where the score should equal a perfect sampler's."""
     return metric(score).better == "higher"
 
 
-def headline(scores: Collection[str], card: Mapping[str, Any] | None = None) -> str:
-    """The score that counts: `class_mmd`, which alone sees classes, else the first.
+def headline_score(scores: Collection[str], card: Mapping[str, Any] | None = None) -> str:
+    """The score that counts: `class_mmd`, which alone depends on classes, else the first of `scores`.
 
-    Of a run whose card says what it was trained on, the first of those that are by something else, if there is one.
+    Scores that the run of this card was trained on are passed over, unless all are.
     """
     ranked = sorted(scores, key=lambda score: score != CLASS_MMD)  # a stable order
     for score in ranked:
-        if not trained_on(score, card or {}):
+        if not is_trained_on(score, card or {}):
             return score
     return ranked[0]
 
 
-def trained_on(score: str, card: Mapping[str, Any]) -> bool:
-    """Whether a score is by what the run of this card was trained on: then it is no judge of it.
+def is_trained_on(score: str, card: Mapping[str, Any]) -> bool:
+    """Whether a score measures what the run of this card was trained on, and so cannot judge it.
 
-    Features go by a name that stands in what the card calls those of the protocol.
+    The card's `trained_on` is SAMPLE_SPACE, or the name of features. A score by features is concerned if this name
+    stands in the card's `features`, those of the protocol.
     """
-    loss_features = card.get("trained_on", "")
-    if not loss_features:
+    loss_space = card.get("trained_on", "")
+    if not loss_space:
         return False
-    is_by_numbers = metric(score).by_numbers
-    if loss_features == NUMBERS:
-        return is_by_numbers
-    return not is_by_numbers and loss_features in card.get("features", "")
+    in_sample_space = metric(score).in_sample_space
+    if loss_space == SAMPLE_SPACE:
+        return in_sample_space
+    return not in_sample_space and loss_space in card.get("features", "")

@@ -1,9 +1,15 @@
-"""Arrays of an .npz, read one by one without pickle, as little of each as is needed; images in ADM's layout.
+"""Arrays of an .npz file: read one by one, without pickle, as little of each as is needed; and images in ADM's layout.
 
-ADM's layout (Dhariwal & Nichol 2021), in which published samples come: `arr_0`, uint8 (n, height, width, 3), and, where
-they have classes, `arr_1`, their numbers (n,). Arrays of Python objects would be pickles and are refused. Images, up to
-10 GB, are read in stretches: quickly in their order, for a compressed file has no way back. `NpzImages` is such a set,
-`array` reads one array whole.
+`NpzImages` is a set of images, up to 10 GB, of which a part is in memory at a time. `read_array` reads one array whole.
+
+ADM's layout, in which published samples come (Dhariwal & Nichol 2021):
+
+    arr_0   images, uint8 (n, height, width, 3)
+    arr_1   their class numbers (n,), where they have classes
+
+An .npz is a zip archive of arrays. A compressed array can only be read forwards, so `NpzImages` keeps its file open
+behind the last image read: going through images in their order reads each byte once, and going back opens the file
+again. Arrays of Python objects would be pickles, and are refused.
 """
 
 import lzma
@@ -28,11 +34,14 @@ from dumo.types import UserError
 
 Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether it is in Fortran's order, dtype
 
-IMAGES = "arr_0"
-LABELS = "arr_1"
-SKIP_BYTES = 2**24  # read at a time where they are skipped
-HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-READ_ERRORS = (  # what a bad file raises
+IMAGES = "arr_0"  # the name of the array of images
+LABELS = "arr_1"  # the name of the array of class numbers
+SKIP_BYTES = 2**24  # read at a time where images are skipped: ours
+HEADER_READERS = {  # by the version of the array's format
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+READ_ERRORS = (  # what Python and numpy raise for a damaged file
     OSError,
     ValueError,
     EOFError,
@@ -50,44 +59,47 @@ READ_ERRORS = (  # what a bad file raises
 
 
 class NpzImages:
-    """Images of an .npz in ADM's layout, in their order: a finite set, to be gone through.
+    """The images of an .npz in ADM's layout, in their order, to be gone through (`dumo.io.source.Finite`).
 
-    `c` is their classes (n,), None where the file has none, or `with_classes` is false. Raises UserError for another
-    file.
+    `shape` is (n, height, width, 3). `c` (n,) are the classes, None where the file has none or `with_classes` is false.
+    Raises UserError for a file in another layout.
     """
 
     def __init__(self, path: Path, *, with_classes: bool = True) -> None:
         self.path = path
-        self.lock = Lock()
+        self.lock = Lock()  # of the open file
         self.file: zipfile.ZipExtFile | None = None
-        self.next_image = 0  # that the open file reads
+        self.next_image = 0  # the number of the image that the open file reads next
         count, height, width, colours = self._open()
         self.close()
         self.shape: tuple[int, int, int, int] = (count, height, width, colours)
-        has_classes = with_classes and LABELS in keys(path)
-        self.c = self._classes() if has_classes else None
+        has_classes = with_classes and LABELS in _array_names(path)
+        self.c = self._read_classes() if has_classes else None
 
     def __len__(self) -> int:
         return self.shape[0]
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """The number of images."""
         return len(self)
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """All of them; n, seed and i do not matter."""
+        """All images in [-1, 1], with their classes (n,); the arguments, which choose among other data, do nothing."""
         return self.rows(slice(None))
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """A stretch of them in [-1, 1], with their classes, all 0 where there are none. Raises UserError for damage."""
-        places = range(len(self))[rows]
+        """Some images in [-1, 1], with their classes, all 0 where there are none. Raises UserError for damage."""
+        numbers = range(len(self))[rows]
         c = torch.zeros(len(self), dtype=torch.long) if self.c is None else self.c
-        pixels = self.pixels(places.start, places.stop)[:: places.step]
+        pixels = self.pixels(numbers.start, numbers.stop)[:: numbers.step]
         return from_uint8(pixels), c[rows]
 
     def pixels(self, first: int, stop: int) -> Tensor:
-        """Images `first` to `stop`, uint8 (n, 3, h, w). Raises UserError where the file ends early, or is damaged."""
+        """The images `first` to `stop` - 1, uint8 (n, 3, height, width).
+
+        Raises UserError where the file ends early, or is damaged.
+        """
         image_bytes = prod(self.shape[1:])
         if stop <= first:
             return torch.empty(0, 3, *self.shape[1:3], dtype=torch.uint8)
@@ -104,7 +116,7 @@ class NpzImages:
             return torch.frombuffer(data, dtype=torch.uint8).view(-1, *self.shape[1:]).permute(0, 3, 1, 2)
 
     def close(self) -> None:
-        """Close the file, which is open between two stretches; the next one opens it again."""
+        """Close the file, which stays open between two reads; the next read opens it again."""
         if self.file is not None:
             self.file.close()
         self.file = None
@@ -113,7 +125,7 @@ class NpzImages:
         self.close()
 
     def _open(self) -> tuple[int, ...]:
-        """Open the file before its first image; the shape of all."""
+        """Open the file before its first image. Returns the shape (n, height, width, 3) of all images."""
         self.close()
         self.file = _open_array(self.path, IMAGES)
         self.next_image = 0
@@ -124,58 +136,62 @@ class NpzImages:
             )
         return shape
 
-    def _classes(self) -> Tensor:
-        c = array(self.path, LABELS, "iu", (len(self),), "class numbers")
+    def _read_classes(self) -> Tensor:
+        """The class numbers (n,). Raises UserError for a negative one."""
+        c = read_array(self.path, LABELS, "iu", (len(self),), "class numbers")
         if c.min() < 0:
             raise UserError(f"{self.path}: {LABELS} has the class {c.min()}: number classes from 0, or leave it out")
         return torch.from_numpy(c.astype(np.int64))
 
 
-def keys(path: Path) -> list[str]:
-    """The names of its arrays. Raises UserError where it is no .npz."""
+def read_array(path: Path, name: str, kinds: str, shape: tuple[int, ...], expected: str) -> np.ndarray:
+    """The array `name` of a file. Raises UserError where it is damaged, not as expected, or not finite.
+
+    Expected are this shape and a dtype of one of numpy's `kinds`, "f" or "iu". `expected` is that in words.
+    """
+    with _open_array(path, name) as file:
+        file_shape, fortran_order, dtype = _read_header(path, file)
+        problem = f"{path}: {name} is {dtype} of shape {file_shape}"
+        if file_shape != shape or dtype.kind not in kinds:  # before it is read, for a header can claim any size
+            raise UserError(f"{problem}, not {expected} of shape {shape}")
+        with _explain_faults(f"{path}: {name} cannot be read"):
+            data = file.read(prod(shape) * dtype.itemsize)
+            bytes_after = file.read(1)
+            values = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
+    if bytes_after:
+        raise UserError(f"{problem} and more, not {expected} of shape {shape}")
+    if not np.isfinite(values).all():
+        raise UserError(f"{problem}, not {expected} of shape {shape}")
+    return values
+
+
+def _array_names(path: Path) -> list[str]:
+    """The names of a file's arrays. Raises UserError where it is no .npz."""
     with _explain_faults(f"{path} is no .npz"):
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise OSError("no file")
         with zipfile.ZipFile(path) as file:
             return [name.removesuffix(".npy") for name in file.namelist()]
 
 
-def array(path: Path, key: str, kinds: str, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """An array of this shape whose type is of numpy's `kinds`, finite; `what` it should be, for a message."""
-    with _open_array(path, key) as file:
-        file_shape, fortran_order, dtype = _read_header(path, file)
-        problem = f"{path}: {key} is {dtype} of shape {file_shape}"
-        if file_shape != shape or dtype.kind not in kinds:  # before it is read, for a header can claim any size
-            raise UserError(f"{problem}, not {what} of shape {shape}")
-        with _explain_faults(f"{path}: {key} cannot be read"):
-            data = file.read(prod(shape) * dtype.itemsize)
-            rest = file.read(1)
-            values = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
-    if rest:
-        raise UserError(f"{problem} and more, not {what} of shape {shape}")
-    if not np.isfinite(values).all():
-        raise UserError(f"{problem}, not {what} of shape {shape}")
-    return values
-
-
-def _open_array(path: Path, key: str) -> zipfile.ZipExtFile:
-    """One array of the file, open for reading."""
-    names = keys(path)
-    if key not in names:
-        raise UserError(f"{path} has no {key}, only {', '.join(names) or 'nothing'}: it is not in ADM's layout")
+def _open_array(path: Path, name: str) -> zipfile.ZipExtFile:
+    """Open the array `name` of a file, before its header. Raises UserError where there is no such array."""
+    names = _array_names(path)
+    if name not in names:
+        raise UserError(f"{path} has no {name}, only {', '.join(names) or 'nothing'}: it is not in ADM's layout")
     with _explain_faults(f"{path} is no .npz"), zipfile.ZipFile(path) as file:
-        return cast(zipfile.ZipExtFile, file.open(f"{key}.npy"))
+        return cast(zipfile.ZipExtFile, file.open(f"{name}.npy"))
 
 
 def _read_header(path: Path, file: zipfile.ZipExtFile) -> Header:
-    """What array comes next."""
+    """Read the header of an open array. Raises UserError where it is damaged."""
     with _explain_faults(f"{path}: {file.name.removesuffix('.npy')} cannot be read"):
         return HEADER_READERS[np.lib.format.read_magic(file)](file)
 
 
 @contextmanager
 def _explain_faults(fault: str) -> Generator[None, None, None]:
-    """Raise UserError, as this fault, for all that reading a bad file raises."""
+    """Raise UserError, which begins with `fault`, for any of READ_ERRORS."""
     try:
         yield
     except READ_ERRORS as error:

@@ -29,7 +29,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation.baseline import random_parts
 from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd, perfect_class_mmd
-from dumo.evaluation.distance import SIDE, mean_sd, mmd_deviation, pick, pixel_frechet
+from dumo.evaluation.class_mmd import mmd_deviation
+from dumo.evaluation.estimate import mean_sd
+from dumo.evaluation.frechet import PIXEL_SIDE, pixel_frechet
+from dumo.evaluation.mmd import pick_rows
 from dumo.evaluation.neighbours import nearest_two, precision_recall
 from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores
 from dumo.evaluation.shipped import MIN_PHOTOS
@@ -197,8 +200,8 @@ class PhotosEvaluator:
         for k in range(SPLITS):
             draws = stream(KIND, "parts", k)
             parts = random_parts(self.real_c, len(self.real) // self.num_compared, draws)  # disjoint, two or more
-            a = pick(parts[0], self.num_compared, draws)
-            b = pick(parts[1], self.num_compared, draws)
+            a = pick_rows(parts[0], self.num_compared, draws)
+            b = pick_rows(parts[1], self.num_compared, draws)
             pairs.append((self.real.select(a), self.real.select(b)))
         copies = self._share_of_copies(self.real, same=True)
         # of the difference of two binomial shares with this mean, of the images and of the samples (ours)
@@ -239,7 +242,7 @@ class PhotosEvaluator:
     def _mean_scores(self, pairs: Sequence[Pair]) -> Scores:
         """`pixel_fd`, `precision` and `recall`, in the mean over pairs of samples and images."""
         # `pixel_frechet` compares channels * side^2 numbers, and needs more images than that on each side
-        side = min(SIDE, isqrt((self.num_compared - 1) // self.real.channels))
+        side = min(PIXEL_SIDE, isqrt((self.num_compared - 1) // self.real.channels))
         pixel_distances: list[float] = []
         precisions: list[float] = []
         recalls: list[float] = []

@@ -30,7 +30,7 @@ from dumo.io.source import Data
 from dumo.runtime import limits
 from dumo.types import Cond, Spec, UserError
 
-Scores = dict[str, float]  # by name. The first leads; lower is better, except for those that are `metric.rising`
+Scores = dict[str, float]  # by name. The first leads; lower is better, unless `metric.higher_is_better`
 NumberedSamples = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
 ImageTick = Callable[[int, int], object]  # called with the number of images that are done, and of all images
 

@@ -35,9 +35,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dumo.encoders.inception import SPATIAL_WIDTH, WIDTH
-from dumo.evaluation import npz
-from dumo.evaluation.distance import Moments
-from dumo.evaluation.npz import NpzImages
+from dumo.evaluation.frechet import Moments
+from dumo.evaluation.npz import NpzImages, read_array
 from dumo.evaluation.protocol import ImageTick
 from dumo.evaluation.statistics import (
     Batch,
@@ -267,7 +266,7 @@ def _read_floats(path: Path, key: str, *shape: int) -> Tensor:
 
     Raises `UserError` unless its values are finite floats of this shape, and a matrix is symmetric.
     """
-    array = npz.array(path, key, "f", shape, "finite floats")
+    array = read_array(path, key, "f", shape, "finite floats")
     if len(shape) == 2 and not np.allclose(array, array.T, rtol=1e-4, atol=1e-6):
         raise UserError(f"{path}: {key} is no covariance, it is not symmetric: fetch the file again")
     return torch.from_numpy(array.astype(np.float64))

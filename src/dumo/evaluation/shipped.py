@@ -1,7 +1,8 @@
 """Named ways to judge samples by features that ship with the package, or by none: nothing is fetched.
 
-`ShippedProtocol` is the spec, and the entrance; `MEASURES` has what each name fixes. What measures is imported when
-samples are judged: `dumo.evaluation.measures`, and `dumo.evaluation.photos`.
+`ShippedProtocol` is the spec, and the entrance; `MEASURES` has what each name fixes. This file is read with every run,
+so the code that measures is imported only when samples are judged: `dumo.evaluation.measures`, and
+`dumo.evaluation.photos`.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pydantic import field_validator
 from dumo.evaluation.protocol import Context, Evaluator, Protocol
 from dumo.types.family import import_name
 
-Shipped = Literal["cifar10-features", "digits", "photos", "toy"]
+ShippedKind = Literal["cifar10-features", "digits", "photos", "toy"]
 MIN_CIFAR10 = 1000  # images that cifar10-features judges at least, and compares with
 MIN_DIGITS = 500  # images that digits judges at least
 MIN_PHOTOS = 20  # images of the data, and samples, that photos judges at least: ours
@@ -22,13 +23,13 @@ MIN_POINTS = 2  # that toy judges at least: MMD^2 is over pairs
 
 @dataclass(frozen=True)
 class Measure:
-    """What the name of a protocol fixes whose features ship with the package."""
+    """What the name of a protocol fixes."""
 
-    samples: int  # how many are judged
-    fewest: int  # samples that may be judged at least
-    judges: str  # which samples, in words
-    fits: Callable[[tuple[int, ...], int], bool]  # takes a decoded sample's shape and the number of classes
-    opener: str  # module:function, which makes the evaluator of a protocol and its context
+    standard_samples: int  # how many samples are judged, if the run does not say
+    min_samples: int  # how many must be judged at least
+    judged: str  # which samples can be judged, in words
+    can_judge: Callable[[tuple[int, ...], int], bool]  # takes a decoded sample's shape and the number of classes
+    opener: str  # `module:function`; the function takes a protocol and a context, and returns the evaluator
 
 
 def _is_cifar10_image(shape: tuple[int, ...], classes: int) -> bool:
@@ -51,33 +52,33 @@ def _is_point(shape: tuple[int, ...], _: int) -> bool:
     return len(shape) == 1
 
 
-MEASURES: dict[Shipped, Measure] = {
+MEASURES: dict[ShippedKind, Measure] = {
     "cifar10-features": Measure(
-        samples=5000,
-        fewest=MIN_CIFAR10,  # a covariance of 128 features needs 129 rows, the kernel a subset
-        judges="images of shape (3, 32, 32) in 10 classes or none",
-        fits=_is_cifar10_image,
+        standard_samples=5000,
+        min_samples=MIN_CIFAR10,  # a covariance of 128 features needs 129 rows, the kernel a subset
+        judged="images of shape (3, 32, 32) in 10 classes or none",
+        can_judge=_is_cifar10_image,
         opener="dumo.evaluation.measures:open_cifar10",
     ),
     "digits": Measure(
-        samples=2000,
-        fewest=MIN_DIGITS,
-        judges="samples of shape (1, 8, 8) in 10 classes or none",
-        fits=_is_digit,
+        standard_samples=2000,
+        min_samples=MIN_DIGITS,
+        judged="samples of shape (1, 8, 8) in 10 classes or none",
+        can_judge=_is_digit,
         opener="dumo.evaluation.measures:open_digits",
     ),
     "photos": Measure(
-        samples=500,
-        fewest=MIN_PHOTOS,
-        judges="images of 1 or 3 channels",
-        fits=_is_image,
+        standard_samples=500,
+        min_samples=MIN_PHOTOS,
+        judged="images of 1 or 3 channels",
+        can_judge=_is_image,
         opener="dumo.evaluation.photos:open_photos",
     ),
     "toy": Measure(
-        samples=10_000,
-        fewest=MIN_POINTS,
-        judges="vectors, of shape (d,), in any classes",
-        fits=_is_point,
+        standard_samples=10_000,
+        min_samples=MIN_POINTS,
+        judged="vectors, of shape (d,), in any classes",
+        can_judge=_is_point,
         opener="dumo.evaluation.measures:open_toy",
     ),
 }
@@ -86,7 +87,7 @@ MEASURES: dict[Shipped, Measure] = {
 class ShippedProtocol(Protocol):
     """Judges samples by features that ship with the package, or by none."""
 
-    kind: Shipped
+    kind: ShippedKind
 
     @property
     def measure(self) -> Measure:
@@ -96,22 +97,23 @@ class ShippedProtocol(Protocol):
     @property
     def standard_samples(self) -> int:
         """How many samples the name fixes."""
-        return self.measure.samples
+        return self.measure.standard_samples
 
     @field_validator("samples")
     @classmethod
-    def _has_enough(cls, samples: int | None, info: Any) -> int | None:  # noqa: ANN401, pydantic's own, which beartype refuses
-        kind: Shipped = info.data["kind"]
-        if samples is not None and samples < MEASURES[kind].fewest:
-            raise ValueError(f"protocol {kind} judges {MEASURES[kind].fewest} samples or more")
+    def _require_enough(cls, samples: int | None, info: Any) -> int | None:  # noqa: ANN401, pydantic's own, which beartype refuses
+        kind: ShippedKind = info.data["kind"]
+        min_samples = MEASURES[kind].min_samples
+        if samples is not None and samples < min_samples:
+            raise ValueError(f"protocol {kind} judges {min_samples} samples or more")
         return samples
 
     def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Samples must be like the data that the measure knows."""
-        if self.measure.fits(shape, classes):
+        """Why samples of this decoded shape, in this number of classes, are not judged; "" where they are."""
+        if self.measure.can_judge(shape, classes):
             return ""
-        return f"judges {self.measure.judges}, not samples of shape {shape} in {classes}: choose another protocol"
+        return f"judges {self.measure.judged}, not samples of shape {shape} in {classes}: choose another protocol"
 
     def evaluator(self, context: Context) -> Evaluator:
-        """An evaluator of this data. Raises `UserError` where they are too few."""
+        """An evaluator that compares with the data of the context. Raises `UserError` where they are too few."""
         return import_name(self.measure.opener)(self, context)

@@ -3,9 +3,9 @@
 `statistics_of` counts a rank's batches, `gather` merges those of all ranks; `save_statistics` and `load_statistics`
 write and read them. `ordered` puts numbers that came in any order into their own.
 
-Images are known by number, so it does not matter in which batch or on which rank an image came. Moments and sums are in
-float64 and can be merged (`dumo.evaluation.distance`). The features themselves are kept too, in float32, for kernels
-and neighbours: 50,000 of 2048 take 400 MB.
+Images are known by number, so it does not matter in which batch or on which rank an image came. Moments
+(`dumo.evaluation.frechet`) and sums (`dumo.evaluation.inception_score`) are in float64 and can be merged. The features
+themselves are kept too, in float32, for kernels and neighbours: 50,000 of 2048 take 400 MB.
 """
 
 import sys
@@ -21,7 +21,8 @@ from jaxtyping import Float32, Int64, UInt8
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dumo.evaluation.distance import InceptionScore, Moments
+from dumo.evaluation.frechet import Moments
+from dumo.evaluation.inception_score import InceptionScore
 from dumo.io import digest, weights
 from dumo.io.picture import Pixels
 from dumo.runtime import dist

@@ -19,9 +19,9 @@ from torch import Tensor
 from dumo.io import digest, weights
 from dumo.types import Cond, UserError
 
-FILE = "reference.safetensors"
-LEVELS = 255
-LEAST_SCALE = 1e-12  # of a feature that does not vary: ours
+FILE = "reference.safetensors"  # its name, next to a shipped run
+MAX_LEVEL = 255  # of 8 bits
+MIN_SCALE = 1e-12  # of a feature that does not vary: ours
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class StoredFeatures:
     """The features of images, their classes, and what computed them."""
 
     levels: UInt8[Tensor, "m f"]
-    offset: Float[Tensor, " f"]
-    scale: Float[Tensor, " f"]
+    offset: Float[Tensor, " f"]  # the feature at level 0
+    scale: Float[Tensor, " f"]  # the feature's step from one level to the next
     c: Cond  # (m,), the classes of the images
     images: str  # which images they are, in words
     features_sha256: str  # of the weights of the classifier that computed them
-    sha256: str = ""  # of the file
+    sha256: str = ""  # of the file, once it is read
 
     @classmethod
     def of(cls, features: Float[Tensor, "m f"], c: Cond, *, images: str, features_sha256: str) -> "StoredFeatures":
         """Round features (m, f) of images in classes c (m,)."""
         offset = features.min(0).values
-        scale = ((features.max(0).values - offset) / LEVELS).clamp(min=LEAST_SCALE)
+        scale = ((features.max(0).values - offset) / MAX_LEVEL).clamp(min=MIN_SCALE)
         levels = ((features - offset) / scale).round().to(torch.uint8)
         return cls(levels, offset, scale, c, images, features_sha256)
 

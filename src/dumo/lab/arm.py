@@ -1,4 +1,4 @@
-"""The arms of a plan as pictures: `ranking`, a chart of how they rank, and `samples`, what each of them makes."""
+"""The arms of a plan as pictures: `ranking_chart` shows how they rank, `sample_sheets` what each of them makes."""
 
 from collections.abc import Sequence
 
@@ -6,37 +6,39 @@ from PIL import Image
 
 from dumo.config.word import MERITS, word
 from dumo.io import picture
-from dumo.lab.cell import Result, Row, group_by_arm, main_score
+from dumo.lab.cell import Result, Row
+from dumo.lab.table import group_by_arm, main_score
 from dumo.report import chart, score
 from dumo.runtime.progress import nfe_text
 
 
-def ranking(title: str, rows: Sequence[Row]) -> Image.Image:
+def ranking_chart(title: str, rows: Sequence[Row]) -> Image.Image:
     """A chart of the main score of a table's rows: a line for each arm, with a mark for each number of passes.
 
     The best arm in the fewest passes is on top. The title stands above.
     """
-    main = main_score(rows[0])
+    score_name = main_score(rows[0])
     lines: dict[str, dict[str, chart.Dot]] = {}
-    for row in sorted(rows, key=lambda row: (row["nfe"], row[main])):
+    for row in sorted(rows, key=lambda row: (row["nfe"], row[score_name])):
         arm = str(next(iter(row.values())))
-        lines.setdefault(arm, {})[nfe_text(row["nfe"])] = chart.Dot(row[main], score.error(row, main))
+        lines.setdefault(arm, {})[nfe_text(row["nfe"])] = chart.Dot(row[score_name], score.error(row, score_name))
     passes = sorted({row["nfe"] for row in rows})
-    return chart.dots(title, chart.score_label(main), lines, [nfe_text(nfe) for nfe in passes])
+    return chart.dots(title, chart.score_label(score_name), lines, [nfe_text(nfe) for nfe in passes])
 
 
-def samples(results: Sequence[Result]) -> Image.Image:
+def sample_sheets(results: Sequence[Result]) -> Image.Image:
     """Samples of the first seed of every arm in its fewest passes, two of a class, below its score: the best first."""
     lead = score.score_names(results[0].report["results"][0])[0]
-    sheets: list[tuple[float, str, Image.Image]] = []
+    sheets: list[tuple[float, str, Image.Image]] = []  # score, title, picture
     for first, *_ in group_by_arm(results):
-        fewest = first.report["results"][0]
+        fewest_passes = first.report["results"][0]
+        value = fewest_passes[lead]
         arm = next(iter(first.cell.labels.values()))
-        sheets.append((fewest[lead], f"{arm}, {score.number(fewest[lead])}", _sheet(first, fewest["nfe"])))
+        sheets.append((value, f"{arm}, {score.number(value)}", _sheet(first, fewest_passes["nfe"])))
     sheets.sort(key=lambda entry: entry[0])
     merit = word(MERITS, lead)
     note = f"One pass of each (its fewest), seed 0. The number: {merit.title}; {merit.better}."
-    return picture.named_blocks({name: sheet for _, name, sheet in sheets}, note=note)
+    return picture.named_blocks({title: sheet for _, title, sheet in sheets}, note=note)
 
 
 def _sheet(result: Result, nfe: int) -> Image.Image:

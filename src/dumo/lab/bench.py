@@ -1,79 +1,39 @@
-"""`dumo bench sample`: samples per second; and the net that benches run.
+"""`dumo bench sample`: samples per second.
 
-`sample` is the entrance. It builds the run's net with random weights, times batches of samples by each precision and
-number of passes (`dumo.runtime.stopwatch`), and a decoder if the data are latents, and returns the report.
+`sample` is the entrance. In this order it
+
+1. lists a case for each precision and number of passes, each with the solver that can make them (`solver`);
+2. builds the run's net with random weights (`dumo.lab.random_net`), and opens a decoder if the data are latents;
+3. times batches of samples of all cases in turn (`dumo.runtime.stopwatch`), and the decoder;
+4. returns the report.
 
 Samples are timed from noise that the CPU draws to samples in its memory. Latents must be decoded too, which at one pass
 may take longer than the net, so decoding is timed by itself.
-
-`dumo.lab.step` also uses `precisions_of`, `outline` and `build`.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dumo.config.spec import Run
-from dumo.config.suggestion import require_known
 from dumo.data import Data, Latents
 from dumo.flow import generate
 from dumo.flow.precision import Precision
 from dumo.flow.reading import reading
 from dumo.flow.solver import Euler, Solver, check
-from dumo.nets import Net
+from dumo.lab import random_net
 from dumo.plan import machine
-from dumo.run import examination, memory
-from dumo.runtime.device import choose_device, require_memory, software_versions
+from dumo.run import examination
+from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
 from dumo.runtime.stopwatch import Stopwatch, Task, quartiles
-from dumo.types import Needs, Reads, UserError
+from dumo.types import Reads, UserError
 
-MAX_JUMP_PASSES = 4  # passes up to which a restart makes sense: more of them add error (docs/reproduce.md)
-
-
-def precisions_of(names: Sequence[str], device: torch.device) -> tuple[Precision, ...]:
-    """The precisions of these names. Raises UserError for an unknown one, or one that this device does not have."""
-    for name in names:
-        require_known("precision", name, get_args(Precision))
-        if name == "tf32" and device.type != "cuda":
-            raise UserError("precision 'tf32' needs a GPU: use fp32 or bf16")
-    return cast(tuple[Precision, ...], tuple(names))
-
-
-def outline(net: Net, needs: Needs, shape: tuple[int, ...], classes: int) -> nn.Module:
-    """The net for samples of this shape, on the meta device. Raises UserError where it does not fit the shape."""
-    if min(shape) < 1:
-        raise UserError(f"a sample of shape {shape} has nothing in it: every side is at least 1")
-    with torch.device("meta"):
-        return net.build(needs, shape, classes)
-
-
-def build(
-    net: Net, needs: Needs, shape: tuple[int, ...], classes: int, device: torch.device, rows: int = 1
-) -> nn.Module:
-    """The net with weights as training starts, and parameters that are all zero drawn (`fill`); the same every time.
-
-    Raises UserError where it does not fit the shape, or the device lacks memory for the net and `rows` samples.
-    """
-    size = memory.least_bytes(outline(net, needs, shape, classes)) + memory.row_bytes(rows, shape)
-    require_memory(size, "the net and its input take", "take a smaller one, fewer rows or a smaller shape", device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream("bench", "weights").initial_seed())
-        return fill(net.build(needs, shape, classes)).to(device)
-
-
-def fill(net: nn.Module) -> nn.Module:
-    """Draw the parameters that are all zero, in place: a net that starts at zero has no derivative to measure."""
-    g = stream("bench", "fill")
-    for p in net.parameters():
-        if not p.any():
-            size = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1  # a layer's weights keep the size of its input
-            p.data = torch.randn(p.shape, generator=g).to(p) * size
-    return net
+MAX_RESTART_PASSES = 4  # up to which restarts help: more of them add error (docs/reproduce.md)
 
 
 class _SampleCase(NamedTuple):
@@ -103,16 +63,16 @@ def sample(
     torch_device = choose_device(device)
     shape = tuple(shape or run.data.shape)
     cases: list[_SampleCase] = []
-    for precision in precisions_of(precisions, torch_device):
+    for precision in random_net.precisions_of(precisions, torch_device):
         for nfe in nfes:
             cases.append(_SampleCase(precision, nfe, solver(run.sample.solver, run.reads, nfe)))
-    module = build(
+    module = random_net.build(
         examination.with_random_texts_if_missing(run.net),
         run.objective.needs,
         shape,
         run.data.classes,
         torch_device,
-        batch,
+        rows=batch,
     )
     reads = reading(run.objective, module, run.sample.knobs)
     c = generate.labels_in_turn(batch, run.data.classes)
@@ -136,7 +96,7 @@ def sample(
     tasks: list[Task] = []
     for case in cases:
         tasks.append(partial(make_samples, case))
-    decode, missing = _decoder(run.data, shape, batch, torch_device)
+    decode, why_not_decoded = _decoder(run.data, shape, batch, torch_device)
     if decode:
         tasks.append(decode)
     seconds = Stopwatch.for_bench(torch_device).time_rounds(tasks, rounds, bar=bar, title="sampling")
@@ -165,14 +125,14 @@ def sample(
         "threads": torch.get_num_threads(),
         "versions": software_versions(),
         "rows": rows,
-        "decoder": missing,
+        "decoder": why_not_decoded,
     }
 
 
 def _decoder(data: Data, shape: tuple[int, ...], batch: int, device: torch.device) -> tuple[Task | None, str | None]:
-    """A function that decodes a batch of noise, and None; or None, and why the codec cannot be opened.
+    """A function that decodes a batch of noise, and why there is none because the codec cannot be opened.
 
-    Both are None where the data are no latents.
+    One of the two is None; both are where the data are no latents.
     """
     if not isinstance(data, Latents):
         return None, None
@@ -185,12 +145,14 @@ def _decoder(data: Data, shape: tuple[int, ...], batch: int, device: torch.devic
 
 
 def solver(run_solver: Solver, reads: Reads, nfe: int) -> Solver:
-    """The run's solver, or Euler's where that cannot make `nfe` passes, or makes no sense at this number of jumps.
+    """The run's solver if it can make `nfe` passes, else Euler's; Euler's also for many passes of a restarting solver.
 
     Raises UserError where Euler's cannot make them either.
     """
     chosen = run_solver
-    if nfe % run_solver.passes or (run_solver.uses == "endpoint" and nfe > MAX_JUMP_PASSES):
+    is_divisible = nfe % run_solver.passes == 0
+    restarts_too_often = run_solver.uses == "endpoint" and nfe > MAX_RESTART_PASSES
+    if not is_divisible or restarts_too_often:
         chosen = Euler()
     check(chosen, reads, nfe)
     return chosen

@@ -21,14 +21,15 @@ from PIL import Image
 from dumo.config.parts import Evaluation
 from dumo.data import Data
 from dumo.encoders.classifier import digits
-from dumo.evaluation.distance import Moments, frechet_distance
+from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.evaluation.measures import features_of
 from dumo.flow.generate import labels_in_turn
 from dumo.io import picture, weights
 from dumo.lab import arm
-from dumo.lab.cell import Result, Row, average_by_arm, error_of_mean, group_by_arm, main_score, rows_by_passes
+from dumo.lab.cell import Result, Row
 from dumo.lab.paper import far_column
 from dumo.lab.plan import Cost, Plan
+from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_score, rows_by_passes
 from dumo.report import chart, gallery
 from dumo.run.judge import training_data
 from dumo.run.sampler import Sampler
@@ -131,7 +132,7 @@ def words_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     for data in dict.fromkeys(result.cell.labels["data"] for result in results):
         results_of_data = [result for result in results if result.cell.labels["data"] == data]
         path = folder / f"words-{data}-samples.png"
-        picture.write_picture(path, arm.samples(results_of_data))
+        picture.write_picture(path, arm.sample_sheets(results_of_data))
         paths.append(path)
     return paths
 

@@ -27,9 +27,10 @@ from dumo.config.load import load_recipe, parse
 from dumo.config.suggestion import require_known
 from dumo.io.read import brief, read_text
 from dumo.io.yaml import parse_yaml
-from dumo.lab.cell import Result, Row, average_by_arm, error_of_mean, group_by_arm, main_score, rows_by_passes
-from dumo.lab.plan import Arm, Cell, Cost, Plan, Scale, names, slug
+from dumo.lab.cell import Result, Row
+from dumo.lab.plan import Arm, Cell, Cost, Plan, Scale, plan_names, slug
 from dumo.lab.ranking import ArmScore, best_arms, paired_difference
+from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_score, rows_by_passes
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
 
@@ -117,7 +118,7 @@ def read_file(name: str) -> Plan:
     Raises UserError where it is missing, names what there is not, or names code that nobody agreed to run.
     """
     file = Path(name)
-    if file.stem in names():
+    if file.stem in plan_names():
         raise UserError(f"{name} would be taken for {file.stem}, which dumo brings: give the file another name")
     text = read_text(file, "write one as docs/compare.md has it", MAX_BYTES)
     try:

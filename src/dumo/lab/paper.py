@@ -23,8 +23,9 @@ from dumo.config.spec import Run
 from dumo.config.word import MERITS, word
 from dumo.flow import generate
 from dumo.io import picture
-from dumo.lab.cell import Result, Row, average_by_arm, main_score
+from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Cell, Cost, Plan
+from dumo.lab.table import average_by_arm, main_score
 from dumo.plan import machine
 from dumo.plan import plan as counts
 from dumo.report import chart, evaluate, gallery

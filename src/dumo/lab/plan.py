@@ -9,12 +9,17 @@
     arms:
       - {objective: DuMo, recipe: digits, set: [objective.beta=$share], vary: {share: [0.0, 0.1]}}
 
-`read` reads a plan, `names` lists them, and `Plan.cells` gives the runs of one at a scale: for each value of the outer
-axes, arm by arm, settings are put together, the first arm sets the `Budget`, and each arm gets as many steps as it pays
-for. `Cost` counts what a run costs. The fields of `Arm`, `Scale` and `Plan` are those of the YAML.
+The fields of `Plan`, `Scale` and `Arm` are those of the YAML. `plan_names` lists the plans, `read_plan` reads one, and
+`Plan.cells` gives its runs at a scale. For each combination of the scale's outer axes, and for each arm and combination
+of the arm's axes, it
 
-Equal cost is equal counted passes, in forward units, or operations, where nets differ: steps times what a step costs.
-An objective that needs more passes a step gets fewer steps. At the paper's size arms have equal steps, as there.
+1. puts the settings together, of plan, scale, `by`, axes and arm, and loads the recipe with them;
+2. asks the `Budget` how many steps the arm gets. The first arm sets the budget, by its steps;
+3. gives a `Cell` for each seed.
+
+Equal cost means equal counted passes, in forward units, or equal operations, where nets differ: steps times the `Cost`
+of a step. An objective that needs more passes a step gets fewer steps. At the paper's size arms have equal steps, as
+there.
 """
 
 import json
@@ -38,15 +43,21 @@ from dumo.run.net import outline
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
 
-PLANS = files("dumo.lab") / "plans"
-_COUNTS: dict[str, float] = {}  # what was counted of runs, by all that it depends on
+PLANS_FOLDER = files("dumo.lab") / "plans"
+SETS_FILE = "sets.yaml"  # in that folder: settings that several plans share, by name
 SCALES = ("smoke", "laptop", "paper")  # a minute; this machine's cores within an hour; the paper's size, on GPUs
+
+_counts: dict[str, float] = {}  # what `Cost` has counted in this process, by all that it depends on
+
+
+# ---------------------------------------------------------------------------------------------------- the YAML's fields
 
 
 def _parse_settings(value: Any) -> list[str]:  # noqa: ANN401, as YAML has it
-    """Settings `field=value`, as `--set` takes them, out of nested lists and names of sets."""
+    """Flatten nested lists of settings and names of sets into settings `field=value`, as `--set` takes them."""
     if isinstance(value, str):
-        return [value] if "=" in value else _parse_settings(_named_sets()[value])
+        is_setting = "=" in value
+        return [value] if is_setting else _parse_settings(_named_sets()[value])
     settings: list[str] = []
     for part in value:
         settings += _parse_settings(part)
@@ -54,7 +65,7 @@ def _parse_settings(value: Any) -> list[str]:  # noqa: ANN401, as YAML has it
 
 
 def _parse_axes(value: Any) -> dict[str, dict[Any, list[str]]]:  # noqa: ANN401, as YAML has it
-    """By axis and value, the settings; none for an axis that is a list of values."""
+    """The settings of each value of each axis. An axis that is a list of values has no settings."""
     axes: dict[str, dict[Any, list[str]]] = {}
     for name, axis in value.items():
         if isinstance(axis, dict):
@@ -68,59 +79,6 @@ Settings = Annotated[tuple[str, ...], BeforeValidator(_parse_settings)]
 Axes = Annotated[dict[str, dict[Any, tuple[str, ...]]], BeforeValidator(_parse_axes)]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a run costs, counted once for all runs that agree in what it depends on, as most runs of a plan do."""
-
-    run: Run
-
-    @property
-    def units(self) -> float:
-        """Forward units of a step. A teacher's pass counts as one of the net, with guidance as two."""
-
-        def count_units() -> float:
-            run = self.run
-            units = cost.forward_units(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
-            return self._teacher_passes() + units
-
-        return self._count_once("units", count_units)
-
-    def _teacher_passes(self) -> int:
-        """Passes of the teacher in a step; 0 where it makes all its pairs before."""
-        teacher = self.run.teacher
-        if teacher is None or teacher.pairs:
-            return 0
-        return 1 if teacher.guide.scale == 1 else 2
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations of a pass, per row."""
-        run = self.run
-        return self._count_once("flops", lambda: cost.forward_flops(outline(run), run.objective, run.data.shape))
-
-    @property
-    def operations(self) -> float:
-        """Floating-point operations of a step."""
-        return self.run.train.batch * self.units * self.flops
-
-    @property
-    def pair_units(self) -> float:
-        """Forward units, of a batch each, in which a teacher makes its pairs of noise and data before the training."""
-        pairs = self.run.teacher and self.run.teacher.pairs
-        if not pairs:
-            return 0.0
-        points = self.run.objective.needs.teacher.points
-        return pairs.count * pairs.passes(points) / self.run.train.batch
-
-    def _count_once(self, name: str, count: Callable[[], float]) -> float:
-        """The count `name`, remembered by all parts of the run that it depends on."""
-        parts = self.run.model_dump_json(include={"data", "net", "objective", "path", "teacher"})
-        key = name + parts + repr(self.run.train.ref)
-        if key not in _COUNTS:
-            _COUNTS[key] = count()
-        return _COUNTS[key]
-
-
 class Arm(Spec):
     """One of the things that a plan compares; with `vary`, one for each combination of values."""
 
@@ -128,18 +86,16 @@ class Arm(Spec):
     recipe: str
     by: str | None = None  # another recipe, by whose objective it is trained (`training_of`)
     set: Settings = ()
-    vary: Axes = Field(default={})
+    vary: Axes = Field(default={})  # its axes: the values of each, with the settings of each value
     name: str = ""  # the beginning of its cells' names; "": its labels
-    seeds: tuple[int, ...] | None = None  # if not the scale's
-    steps: int | None = None  # the arms after it cost as much as these steps
-    share: float = 1.0  # of that cost
+    seeds: tuple[int, ...] | None = None  # None: the scale's
+    steps: int | None = None  # sets the budget anew: the arms after it cost as much as these steps. None: it does not
+    share: float = 1.0  # of the budget
     only: dict[str, list[Any]] = Field(default={})  # the scales, or values of an outer axis, at which there is this arm
-    weights: str | None = (
-        None  # the net to begin from, as diffusers saves it: a cell's name, or a folder; may have $seed
-    )
-    cut: float | None = (
-        None  # rad, of the low-pass that is fitted to that net (`dumo.nets.lowpass`); None: there is none
-    )
+    # The net to begin from, as diffusers saves it: a cell's name, or a folder; may have $seed.
+    weights: str | None = None
+    # Rad, of the low-pass that is fitted to that net (`dumo.nets.lowpass`); None: there is none.
+    cut: float | None = None
 
 
 class Scale(Spec):
@@ -148,12 +104,12 @@ class Scale(Spec):
     set: Settings = ()
     vary: Axes = Field(default={})  # outer axes: all arms for each value; `budget` multiplies the steps
     values: dict[str, Any] = Field(default={})  # of $names in settings
-    recipes: dict[str, str] = Field(default={})  # those that stand for others here
-    arms: tuple[Arm, ...] = ()  # if not the plan's
-    seeds: tuple[int, ...] | None = None  # if not each recipe's own
-    steps: int | None = None  # of the first arm, if not its recipe's
-    passes: float | None = None  # what each arm may cost, in forward passes of the first arm, if not by steps
-    cost: Literal["passes", "operations", "steps"] = "steps"
+    recipes: dict[str, str] = Field(default={})  # by a recipe of the arms, the one that takes its place here
+    arms: tuple[Arm, ...] = ()  # (): the plan's
+    seeds: tuple[int, ...] | None = None  # None: each recipe's own
+    steps: int | None = None  # of the first arm; None: its recipe's
+    passes: float | None = None  # what each arm may cost, in forward passes of the first arm; None: by its steps
+    cost: Literal["passes", "operations", "steps"] = "steps"  # what is equal: see `Budget`
 
 
 class Plan(Spec):
@@ -166,7 +122,7 @@ class Plan(Spec):
     arms: tuple[Arm, ...] = ()
     arms_of: str | None = None  # another plan, whose arms follow
     set: Settings = ()
-    steps_of: str | None = None  # the recipe whose steps set the budget, if not the first arm's
+    steps_of: str | None = None  # the recipe whose steps set the budget; None: the first arm's
     samples: bool = False  # whether a picture shows what arms make in one pass
     why: dict[str, str] = Field(default={})  # by arm: why it is far from the first
     no_paper: str = ""  # why there is no scale `paper`
@@ -188,8 +144,9 @@ class Plan(Spec):
         for outer_values, outer_settings in _combinations(scale_spec.vary):
             budget = Budget(self, scale_spec, factor=outer_values.get("budget", 1.0), is_smoke=scale == "smoke")
             for arm in scale_spec.arms or self.arms:
-                current = {"scale": scale, **outer_values}
-                if not all(current[name] in allowed for name, allowed in arm.only.items()):
+                current_values = {"scale": scale, **outer_values}
+                is_here = all(current_values[name] in allowed for name, allowed in arm.only.items())
+                if not is_here:
                     continue
                 for arm_values, arm_settings in _combinations(arm.vary):
                     settings = (*outer_settings, *arm.set, *arm_settings)
@@ -198,8 +155,8 @@ class Plan(Spec):
     def _cells_of_arm(
         self, arm: Arm, scale: Scale, budget: "Budget", axis_values: dict[str, Any], settings: Sequence[str]
     ) -> "Iterator[Cell]":
-        """The runs of one arm at one value of each axis, seed by seed; `settings` are those of arm and axes."""
-        # the settings of plan, scale, other recipe, arm and axes, where a later one wins
+        """The runs of one arm at one value of each axis, seed by seed; `settings` are those of axes and arm."""
+        # the settings of plan, scale, `by`, axes and arm, where a later one wins
         recipe = scale.recipes.get(arm.recipe, arm.recipe)
         training = training_of(arm.by, recipe) if arm.by else ()
         settings = (*self.set, *scale.set, *training, *settings)
@@ -235,33 +192,98 @@ class Plan(Spec):
             )
 
 
-class Budget:
-    """What each arm may cost: the first arm sets it, by its steps, and so does a later one with `Arm.steps`.
+# ------------------------------------------------------------------------------------------------- cost and budget
 
-    Where the scale has `passes`, these are the budget, and no arm's steps.
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs.
+
+    A count is made once for all runs that agree in what it depends on, as most runs of a plan do.
+    """
+
+    run: Run
+
+    @property
+    def units(self) -> float:
+        """Forward units of a step. A teacher's pass counts as one of the net, with guidance as two."""
+
+        def count_units() -> float:
+            run = self.run
+            units = cost.forward_units(outline(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
+            return self._teacher_passes() + units
+
+        return self._count_once("units", count_units)
+
+    def _teacher_passes(self) -> int:
+        """Passes of the teacher in a step; 0 where it makes all its pairs before."""
+        teacher = self.run.teacher
+        if teacher is None or teacher.pairs:
+            return 0
+        return 1 if teacher.guide.scale == 1 else 2
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of a pass, per row."""
+
+        def count_flops() -> float:
+            return cost.forward_flops(outline(self.run), self.run.objective, self.run.data.shape)
+
+        return self._count_once("flops", count_flops)
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of a step."""
+        return self.run.train.batch * self.units * self.flops
+
+    @property
+    def pair_units(self) -> float:
+        """Forward units, of a batch each, in which a teacher makes its pairs of noise and data before the training."""
+        pairs = self.run.teacher and self.run.teacher.pairs
+        if not pairs:
+            return 0.0
+        points = self.run.objective.needs.teacher.points
+        return pairs.count * pairs.passes(points) / self.run.train.batch
+
+    def _count_once(self, name: str, count: Callable[[], float]) -> float:
+        """What `count` returns, called once in this process for all runs whose parts that it depends on are equal."""
+        parts = self.run.model_dump_json(include={"data", "net", "objective", "path", "teacher"})
+        key = name + parts + repr(self.run.train.ref)
+        if key not in _counts:
+            _counts[key] = count()
+        return _counts[key]
+
+
+class Budget:
+    """What each arm of a plan may cost at a scale, in the scale's measure: forward units or operations.
+
+    It is set once, by the first of these that there is: the recipe `Plan.steps_of`, the passes `Scale.passes`, the
+    first arm's steps. An arm with `Arm.steps` sets it anew. With `Scale.cost` "steps" there is no budget: all arms have
+    equal steps.
     """
 
     def __init__(self, plan: Plan, scale: Scale, *, factor: float, is_smoke: bool) -> None:
-        """`factor` multiplies the steps that set the budget. The scale `smoke` takes no notice of `Arm.steps`."""
+        """`factor` multiplies the budget. At the scale `smoke` arms do not set it anew."""
         self.scale = scale
         self.factor = factor
         self.is_smoke = is_smoke
-        self.total = 0.0  # in the scale's measure; 0: no arm has set it yet
+        self.total = 0.0  # 0: not set yet
         if plan.steps_of:
             run = load_recipe(plan.steps_of, [*scale.set])
             self.total = round(factor * (scale.steps or run.train.steps)) * self._step_cost(Cost(run))
 
     def steps(self, cost: Cost, recipe_steps: int, arm: Arm) -> int:
-        """How many steps an arm's run gets, which costs `cost` and has `recipe_steps` in its recipe."""
+        """How many steps an arm's run gets. A step costs `cost`; the run's recipe has `recipe_steps`."""
         if self.scale.cost == "steps":
             return self.scale.steps or recipe_steps
+        step_cost = self._step_cost(cost)
         if self.scale.passes and not self.total:
-            self.total = self.factor * self.scale.passes * self._step_cost(cost) / cost.units
+            self.total = self.factor * self.scale.passes * step_cost / cost.units
         if arm.steps or not self.total:
             arm_steps = None if self.is_smoke else arm.steps
             steps = arm_steps or self.scale.steps or recipe_steps
-            self.total = round(self.factor * steps) * self._step_cost(cost)
-        return round((arm.share * self.total - cost.pair_units) / self._step_cost(cost))
+            self.total = round(self.factor * steps) * step_cost
+        return round((arm.share * self.total - cost.pair_units) / step_cost)
 
     def _step_cost(self, cost: Cost) -> float:
         """What a step costs, in the scale's measure."""
@@ -279,8 +301,11 @@ class Cell:
     cut: float | None = None  # as `Arm.cut`
 
 
+# ------------------------------------------------------------------------------------- names, settings and reading
+
+
 def _combinations(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Every combination of the axes' values, by axis, with its settings."""
+    """Yield every combination of the axes' values: the value of each axis, and the settings of these values."""
     for combination in product(*axes.values()):
         values = dict(zip(axes, combination, strict=True))
         settings: list[str] = []
@@ -290,7 +315,7 @@ def _combinations(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator
 
 
 def _cell_name(labels: Mapping[str, Any], axis_values: Mapping[str, Any]) -> str:
-    """A name for the cells of an arm, made of those of its labels that are texts or values of axes."""
+    """A name for the cells of an arm: its labels that are texts or values of axes, joined."""
     parts: list[str] = []
     for name, value in labels.items():
         if name in axis_values or isinstance(value, str):
@@ -305,23 +330,24 @@ def slug(text: str) -> str:
 
 @cache
 def training_of(recipe: str, host: str) -> tuple[str, ...]:
-    """The settings that make the recipe `host` train as `recipe`: objective, path, preconditioning, theta^- and solver.
+    """The settings by which the recipe `host` trains as `recipe` does.
 
-    Dropped labels and guidance, if both objectives have them, stay the host's; so do its data, net and training.
+    They are the objective, the path, the preconditioning, theta^- and the solver of `recipe`. Data, net and training
+    stay the host's; so do dropped labels and guidance, if both objectives have them.
     """
     host_tree = load_recipe(host).model_dump(mode="json")
-    other_tree = load_recipe(recipe).model_dump(mode="json")
-    objective = other_tree["objective"]
+    recipe_tree = load_recipe(recipe).model_dump(mode="json")
+    objective = recipe_tree["objective"]
     for name in ("drop", "guide"):
         if name in objective and name in host_tree["objective"]:
             objective[name] = host_tree["objective"][name]
     parts = {
         "objective": objective,
-        "path": other_tree["path"],
-        "train.ref": other_tree["train"]["ref"],
-        "sample.solver": other_tree["sample"]["solver"],
+        "path": recipe_tree["path"],
+        "train.ref": recipe_tree["train"]["ref"],
+        "sample.solver": recipe_tree["sample"]["solver"],
     }
-    precondition = other_tree["net"].get("precondition", "none")
+    precondition = recipe_tree["net"].get("precondition", "none")
     if host_tree["net"].get("precondition", precondition) != precondition:
         parts["net.precondition"] = precondition
     return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
@@ -330,22 +356,26 @@ def training_of(recipe: str, host: str) -> tuple[str, ...]:
 @cache
 def _named_sets() -> dict[str, Any]:
     """Settings that several plans share, by name."""
-    return parse_yaml((PLANS / "sets.yaml").read_text(encoding="utf-8"))
+    return parse_yaml((PLANS_FOLDER / SETS_FILE).read_text(encoding="utf-8"))
 
 
-def names() -> list[str]:
-    """The names of all plans."""
-    stems = [file.name.removesuffix(".yaml") for file in PLANS.iterdir()]
-    return sorted(stem for stem in stems if stem != "sets")
+def plan_names() -> list[str]:
+    """The names of all plans, sorted."""
+    names: list[str] = []
+    for file in PLANS_FOLDER.iterdir():
+        if file.name != SETS_FILE:
+            names.append(file.name.removesuffix(".yaml"))
+    return sorted(names)
 
 
-def read(name: str) -> Plan:
-    """Read a plan, with the arms of the plan that it names in `arms_of`, but for those of the same labels.
+def read_plan(name: str) -> Plan:
+    """Read a plan.
 
-    Raises UserError where there is no plan of this name.
+    The arms of the plan that it names in `arms_of` follow its own, without those that have the labels of one of its
+    own. Raises UserError where there is no plan of this name.
     """
-    require_known("figure or table", name, names())
-    tree = parse_yaml((PLANS / f"{name}.yaml").read_text(encoding="utf-8"))
+    require_known("figure or table", name, plan_names())
+    tree = parse_yaml((PLANS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     tree.pop("let", None)  # anchors of YAML
     for part in (tree, *tree["scales"].values()):
         part["arms"] = [_with_labels(arm, tree["columns"]) for arm in part.get("arms", ())]
@@ -353,7 +383,7 @@ def read(name: str) -> Plan:
     if plan.arms_of is None:
         return plan
     own_labels = {tuple(arm.labels.values()) for arm in plan.arms}
-    other_arms = [arm for arm in read(plan.arms_of).arms if tuple(arm.labels.values()) not in own_labels]
+    other_arms = [arm for arm in read_plan(plan.arms_of).arms if tuple(arm.labels.values()) not in own_labels]
     return plan.model_copy(update={"arms": (*plan.arms, *other_arms)})
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, median, stdev
 
-from dumo.evaluation.distance import Estimate, level
+from dumo.evaluation.estimate import Estimate, level
 
 CONFIDENCE = 0.95
 MAX_RELATIVE_ERROR = 0.25  # of the mean of an arm that may be called best: ours

@@ -1,10 +1,14 @@
 """`dumo bench data`: images per second that data give and a training step takes: whether the device would wait.
 
-`reading_of` says what is read, `measure` measures it and returns the report, `verdict` puts the report into a sentence.
+The order of events, each an entrance:
 
-Batches are made as training makes them, ahead of a step that takes no time, by several numbers of threads, of rows that
-were not read before. A few are made before the clock starts, and as many are begun when it stops, so that neither
-counts. Only a few batches are in memory at a time, however large the data set is.
+1. `benchmark_of` says what is read, and for which training (`DataBenchmark`);
+2. `measure` times the reading by several numbers of threads, and returns the report;
+3. `verdict` puts the report into a sentence.
+
+Batches are made as training makes them, ahead of a step that takes no time, of rows that were not read before. A few
+are made before the clock starts, and as many are begun when it stops, so that neither counts. Only a few batches are in
+memory at a time, however large the data set is.
 """
 
 import os
@@ -50,10 +54,10 @@ class DataBenchmark:
     cost: Cost | None  # of the run that reads the data; None: there is no run
 
 
-def reading_of(
+def benchmark_of(
     source: str, overrides: Sequence[str] = (), *, batch: int | None = None, side: int | None = None
 ) -> DataBenchmark:
-    """The data of a recipe or run, or the images of a folder or file.
+    """What to measure: the data of a recipe or run, or the images of a folder or file.
 
     `batch` is the number of images; None: the recipe's, or 256 for a folder. `side`: the pixels to which images of a
     folder are brought; None: 256. Raises UserError as loading does, and for a side with a recipe.
@@ -69,7 +73,7 @@ def reading_of(
 
 
 def measure(
-    reading: DataBenchmark,
+    benchmark: DataBenchmark,
     *,
     threads: Sequence[int] | None = None,
     batches: int = 20,
@@ -84,34 +88,36 @@ def measure(
     does.
     """
     torch_device = choose_device(device)
-    source = reading.data.open()
-    decodes = isinstance(source, Album) and source.decoded is None
-    counts: Sequence[int | None] = [None]
-    if decodes:
-        counts = threads or powers(os.cpu_count() or 1)
+    source = benchmark.data.open()
+
+    # how fast a training step needs images
     seconds = step_seconds
     origin = "given"
     if not seconds:
-        seconds, origin = _step_seconds(reading, torch_device)
-    needed = reading.batch / seconds if seconds else None
-    rates: list[float] = []
-    with bar("reading", len(counts) * (WARM_UP_BATCHES + batches)) as tick:
-        for count in counts:
-            if isinstance(source, Album) and count:
-                source.use_threads(count)
-            first = len(rates) * (WARM_UP_BATCHES + batches)
-            steps = range(first, first + WARM_UP_BATCHES + batches)
-            rates.append(speed(source, reading.batch, steps, torch_device, tick))
+        seconds, origin = _step_seconds(benchmark, torch_device)
+    needed = benchmark.batch / seconds if seconds else None
+
+    # how fast the data give them
+    decodes = isinstance(source, Album) and source.decoded is None
+    thread_counts: Sequence[int | None] = [None]  # where nothing is decoded, threads do not matter
+    if decodes:
+        thread_counts = threads or powers_of_two(os.cpu_count() or 1)
+    steps_per_count = WARM_UP_BATCHES + batches
     rows: list[dict[str, Any]] = []
-    for count, rate in zip(counts, rates, strict=True):
-        must_wait = None if needed is None else rate < needed
-        rows.append({"threads": count, "images_per_second": rate, "waits": must_wait})
+    with bar("reading", len(thread_counts) * steps_per_count) as tick:
+        for i, num_threads in enumerate(thread_counts):
+            if isinstance(source, Album) and num_threads:
+                source.use_threads(num_threads)
+            steps = range(i * steps_per_count, (i + 1) * steps_per_count)
+            rate = images_per_second(source, benchmark.batch, steps, torch_device, tick)
+            must_wait = None if needed is None else rate < needed
+            rows.append({"threads": num_threads, "images_per_second": rate, "waits": must_wait})
     return {
-        "data": reading.data.model_dump(mode="json"),
-        "kind": _reading_text(reading.data, source),
+        "data": benchmark.data.model_dump(mode="json"),
+        "kind": _kind_text(benchmark.data, source),
         "images": source.size,
-        "shape": list(reading.data.shape),
-        "batch": reading.batch,
+        "shape": list(benchmark.data.shape),
+        "batch": benchmark.batch,
         "batches": batches,
         "step_seconds": seconds,
         "step_seconds_are": origin,
@@ -123,7 +129,7 @@ def measure(
     }
 
 
-def speed(source: DataSource, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
+def images_per_second(source: DataSource, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
     """Images per second over these steps, of which the first `WARM_UP_BATCHES` are not timed."""
     watch = Stopwatch(device)
     began = 0.0
@@ -139,22 +145,23 @@ def speed(source: DataSource, batch: int, steps: range, device: torch.device, ti
         return batch * (len(steps) - WARM_UP_BATCHES) / (watch.now() - began)
 
 
-def _step_seconds(reading: DataBenchmark, device: torch.device) -> tuple[float | None, str | None]:
+def _step_seconds(benchmark: DataBenchmark, device: torch.device) -> tuple[float | None, str | None]:
     """Seconds of the run's step at a usual share of the GPU's peak, and their origin; None without run or peak."""
     peak = known_peak_tflops(device)
-    cost = reading.cost
+    cost = benchmark.cost
     if cost is None or peak is None:
         return None, None
-    seconds = reading.batch * cost.units * cost.flops / (SHARE_OF_PEAK * 1e12 * peak)
+    seconds = benchmark.batch * cost.units * cost.flops / (SHARE_OF_PEAK * 1e12 * peak)
     return seconds, f"counted, at {SHARE_OF_PEAK:.0%} of the peak"
 
 
-def powers(limit: int) -> list[int]:
+def powers_of_two(limit: int) -> list[int]:
     """The powers of two below `limit`, and `limit` itself: 1, 2, 4, 6."""
-    return [*(2**k for k in range(limit.bit_length()) if 2**k < limit), limit]
+    powers = [2**k for k in range(limit.bit_length())]
+    return [*(power for power in powers if power < limit), limit]
 
 
-def _reading_text(data: Data, source: DataSource) -> str:
+def _kind_text(data: Data, source: DataSource) -> str:
     """How a batch is made, in words."""
     if isinstance(source, Album):
         store = type(source.store).__name__.lower()

@@ -29,8 +29,9 @@ from PIL import Image
 from dumo.io import file, picture
 from dumo.io.read import write_json
 from dumo.lab import arm, cell, ours, ownplan, paper
-from dumo.lab.cell import Result, Row, average_by_arm, markdown
-from dumo.lab.plan import Cell, Plan, read
+from dumo.lab.cell import Result, Row
+from dumo.lab.plan import Cell, Plan, read_plan
+from dumo.lab.table import average_by_arm, markdown
 from dumo.runtime import shell_path
 from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar, no_bar
@@ -51,7 +52,7 @@ def _average_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 def _ranking_chart(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     """One chart, in which the best arm is on top, by its name: the plan's."""
-    return {plan.name: arm.ranking(plan.title, table)}
+    return {plan.name: arm.ranking_chart(plan.title, table)}
 
 
 def _no_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
@@ -64,7 +65,7 @@ def _draw_samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]
     if not plan.samples:
         return []
     path = folder / f"{plan.name}-samples.png"
-    picture.write_picture(path, arm.samples(results))
+    picture.write_picture(path, arm.sample_sheets(results))
     return [path]
 
 
@@ -111,7 +112,7 @@ def reproduce(
     """
     command = _command(name, scale, folder, jobs, device)  # before `folder` gets its default
     is_own = ownplan.is_file_name(name)
-    plan = ownplan.read_file(name) if is_own else read(name)
+    plan = ownplan.read_file(name) if is_own else read_plan(name)
     view = OWN_VIEW if is_own else VIEWS.get(name, View())
     plan.require_scale(scale)
     if folder is None:

@@ -1,16 +1,16 @@
 """`dumo bench step`: a training step by every slope: what it computes, how long it takes, its memory and its error.
 
-`measure` is the entrance. In this order it
+A slope is a way to take du/dt (`dumo.flow.slope`). `measure` is the entrance. In this order it
 
 1. lists a row for every slope and precision (`_variants`), and first of each precision the plain step (`PlainStep`);
-2. builds the net once for all rows (`prepare`, which returns a `Setting`);
-3. judges and counts each row, and makes its step ready (`Setting.attempt`);
+2. builds the net once for all rows (`prepare`, which returns a `StepBench`);
+3. for each row judges its slope, counts operations and bytes, and makes its step (`StepBench.attempt`);
 4. times all steps in turn, and compares them (`compare`).
 
 A step is the forward pass, the targets and the backward pass, without the optimizer, on random data. Its yardstick is
 the plain flow-matching step of the same net in the same precision: three forward passes (3 F), four where the blocks
-are computed again in the backward pass (checkpointing). A slope is a way to take du/dt; its error is relative to the
-true derivative (`slope_error`).
+are computed again in the backward pass (checkpointing). The error of a slope is relative to the true derivative
+(`slope_error`).
 """
 
 import copy
@@ -30,7 +30,7 @@ from dumo.flow.path import Path
 from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import finite
-from dumo.lab import bench
+from dumo.lab import random_net
 from dumo.plan import machine
 from dumo.run import cost, examination, memory
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
@@ -55,16 +55,19 @@ from dumo.types import (
     mean_square,
 )
 
-Work = Callable[[], None]
-COMPILE = ("none", "blocks", "loss")  # what may be compiled
+Step = Callable[[], None]  # makes one training step
+
+COMPILE_CHOICES = ("none", "blocks", "loss")  # what may be compiled
 PLAIN = "none"  # the name of the plain step in the column of slopes
+PLAIN_UNITS = 3  # forward passes of a plain step: one, and a backward pass that costs two
+MIN_JUDGED_ROWS = 8  # rows of a batch on which du/dt is judged, at least: ours
+COMPILED_VARIANTS = 64  # of one block, which serves every precision, slope and number of rows: ours
 # the class of each slope, by its kind
 SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
-MIN_JUDGED_ROWS = 8  # rows of a batch on which du/dt is judged, at least: ours
 
 
 @dataclass(frozen=True)
-class Row:
+class StepRow:
     """The measures of one slope in one precision. None: not available, or not measured."""
 
     slope: str
@@ -86,21 +89,25 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all rows of one table share: the net, and how it is trained."""
+class StepBench:
+    """What makes and measures the steps of all rows: the net, and how it is trained. `prepare` makes it."""
 
     path: Path
     train: Train
     classes: int
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of a sample
     device: torch.device
-    compile: str
+    compile: str  # one of COMPILE_CHOICES
     outline: nn.Module  # the net on the meta device
     net: nn.Module
     ref: Frozen  # theta^-, as in training
 
-    def attempt(self, row: Row, objective: Objective) -> tuple[Row, Work | None]:
-        """The row with all measures but times, and the step to time; None for a step that cannot be made."""
+    def attempt(self, row: StepRow, objective: Objective) -> tuple[StepRow, Step | None]:
+        """The row with all measures but times, and its step.
+
+        Where the step cannot be made, it is None, and the row's `refused` says why. Raises what a plain step raises:
+        without it nothing can be compared.
+        """
         try:
             step = self.make_step(row, objective)
             judged_row = self.judge(row, objective)
@@ -110,56 +117,62 @@ class Setting:
                 raise
             return replace(row, refused=str(error).splitlines()[0]), None
 
-    def draw_batch(self, objective: Objective, rows: int) -> Noised:
-        """A batch of random data and labels, noised as the objective is trained."""
-        x, c = (part.to(self.device) for part in random_batch("bench", rows, self.shape, self.classes))
-        return draw(objective, self.path, x, c, self.classes, seed=0, step=0)
+    def _draw_batch(self, objective: Objective, rows: int) -> Noised:
+        """A batch of random data and labels, with noise added as when the objective is trained."""
+        x, c = random_batch("bench", rows, self.shape, self.classes)
+        return draw(objective, self.path, x.to(self.device), c.to(self.device), self.classes, seed=0, step=0)
 
-    def make_step(self, row: Row, objective: Objective) -> Work:
-        """A function that makes one training step."""
-        b = self.draw_batch(objective, self.train.batch)
+    def make_step(self, row: StepRow, objective: Objective) -> Step:
+        """The step of a row: forward pass, targets and backward pass on one batch of random data."""
+        b = self._draw_batch(objective, self.train.batch)
         loss = objective.loss
         if row.compile == "loss":
             loss = torch.compile(objective.loss, fullgraph=True, dynamic=False)
 
         def step() -> None:
             self.net.zero_grad()
-            with product_precision(row.precision, self.device), self.compile_mode(row), self.dropout_keys(len(b.t)):
+            with product_precision(row.precision, self.device), self._compile_mode(row), self._dropout_keys(len(b.t)):
                 with autocast(row.precision, self.device):
                     mean = loss(self.net, self.ref, b).loss.mean()
                 mean.backward()
 
         return step
 
-    def compile_mode(self, row: Row) -> AbstractContextManager[object]:
-        """Within it, compiled blocks run compiled if the row is of a compiled net, and eagerly if it is not."""
-        return nullcontext() if row.compile == self.compile else torch.compiler.set_stance("force_eager")
+    def _compile_mode(self, row: StepRow) -> AbstractContextManager[object]:
+        """Within it, compiled blocks run compiled if the row is of a compiled net, else eagerly."""
+        if row.compile == self.compile:
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
-    def dropout_keys(self, rows: int) -> AbstractContextManager[None]:
-        """Within it, passes of this number of rows drop out and route as in training."""
+    def _dropout_keys(self, rows: int) -> AbstractContextManager[None]:
+        """Within it, passes of this number of rows use dropout and routing as in training."""
         return dropout.using(dropout.keys(0, 0, rows).to(self.device))
 
-    def judge(self, row: Row, objective: Objective) -> Row:
-        """The row with the error of its slope. A loss that is compiled as a whole is judged without that."""
+    def judge(self, row: StepRow, objective: Objective) -> StepRow:
+        """The row with the error of its slope, if it has one. A compiled loss is judged as it is without compiling."""
         if row.slope == PLAIN:
             return row
-        least = cost.exact_rows(objective)  # the batch has a multiple of these
-        b = self.draw_batch(objective, least * max(MIN_JUDGED_ROWS // least, 1))
-        with using(row.precision, self.device), self.compile_mode(row), self.dropout_keys(len(b.t)):
+        row_multiple = cost.exact_rows(objective)  # the batch has a multiple of these
+        b = self._draw_batch(objective, row_multiple * max(MIN_JUDGED_ROWS // row_multiple, 1))
+        with using(row.precision, self.device), self._compile_mode(row), self._dropout_keys(len(b.t)):
             return replace(row, error=slope_error(self.net, self.ref, objective, b))
 
-    def count(self, row: Row, objective: Objective, step: Work) -> Row:
-        """The row with its way, operations and bytes. Bytes are counted on a CPU; on a GPU the allocator says them."""
-        parts = self.outline, objective, self.path, self.shape
+    def count(self, row: StepRow, objective: Objective, step: Step) -> StepRow:
+        """The row with its operations and bytes, and how dual numbers get the tangent.
+
+        Bytes are counted on a CPU; on a GPU the allocator measures them.
+        """
         rows = self.train.batch
         ref = self.train.ref
-        step_cost = cost.step_cost(*parts, rows=rows, ref=ref)
+        step_cost = cost.step_cost(self.outline, objective, self.path, self.shape, rows=rows, ref=ref)
         if self.device.type == "cuda":
-            step()  # once before, for what kernels keep
+            step()  # kernels keep memory after their first call
             self.net.zero_grad()
             size = memory.allocated_bytes(step, self.device)
         else:
-            size = memory.step_bytes(*parts, rows=rows, ref=ref, precision=row.precision)
+            size = memory.step_bytes(
+                self.outline, objective, self.path, self.shape, rows=rows, ref=ref, precision=row.precision
+            )
         return replace(
             row,
             way=step_cost.way.name if step_cost.way else None,
@@ -189,14 +202,14 @@ def measure(
     torch_device = choose_device(device)
     shape = tuple(shape or run.data.shape)
     batch = run.train.batch
-    known_precisions = bench.precisions_of(precisions, torch_device)
+    known_precisions = random_net.precisions_of(precisions, torch_device)
     variants = list(_variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
-    setting = prepare(run, shape, torch_device, compile)
-    attempts = [setting.attempt(row, objective) for row, objective in variants]
+    step_bench = prepare(run, shape, torch_device, compile)
+    attempts = [step_bench.attempt(row, objective) for row, objective in variants]
     steps = [step for _, step in attempts if step]
     seconds = Stopwatch.for_bench(torch_device).time_rounds(steps, rounds, bar=bar, title="training steps")
 
-    flops = cost.forward_flops(setting.outline, run.objective, shape)
+    flops = cost.forward_flops(step_bench.outline, run.objective, shape)
     peak = peak_tflops or known_peak_tflops(torch_device)
     seconds_at_peak = batch * flops / (1e12 * peak) if peak else None
     rows = compare(attempts, seconds, batch, seconds_at_peak)
@@ -205,7 +218,7 @@ def measure(
         "objective": run.model_dump(mode="json")["objective"],
         "shape": shape,
         "batch": batch,
-        "parameters": sum(p.numel() for p in setting.net.parameters()),
+        "parameters": sum(p.numel() for p in step_bench.net.parameters()),
         "forward_flops_per_image": flops,
         "rounds": rounds,
         "machine": machine.hardware(torch_device).text,
@@ -215,18 +228,32 @@ def measure(
     }
 
 
-def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str) -> Setting:
-    """Build the net; with `compile` "blocks", compile its blocks. Raises UserError where it has no blocks."""
-    require_known("way to compile", compile, COMPILE)
+def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str) -> StepBench:
+    """Build the net for samples of this shape, and theta^-; with `compile` "blocks", compile the net's blocks.
+
+    Raises UserError where the net does not fit the shape or the memory, or has no blocks to compile.
+    """
+    require_known("way to compile", compile, COMPILE_CHOICES)
     needs = run.objective.needs
     classes = run.data.classes
-    net = bench.build(examination.with_random_texts_if_missing(run.net), needs, shape, classes, device, run.train.batch)
+    net_with_texts = examination.with_random_texts_if_missing(run.net)
+    net = random_net.build(net_with_texts, needs, shape, classes, device, rows=run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
-        torch.compiler.config.recompile_limit = 64  # one block serves every precision, way and number of rows
+        torch.compiler.config.recompile_limit = COMPILED_VARIANTS
         compile_blocks(net, dynamic=False)  # as training does, tape and all
-    outline = bench.outline(run.net, needs, shape, classes)
-    return Setting(run.path, run.train, classes, shape, device, compile, outline, net, ref)
+    outline = random_net.outline(run.net, needs, shape, classes)
+    return StepBench(
+        path=run.path,
+        train=run.train,
+        classes=classes,
+        shape=shape,
+        device=device,
+        compile=compile,
+        outline=outline,
+        net=net,
+        ref=ref,
+    )
 
 
 def _variants(
@@ -235,7 +262,7 @@ def _variants(
     slopes: Sequence[str] | None,
     precisions: Sequence[Precision],
     compile: str,
-) -> Iterator[tuple[Row, Objective]]:
+) -> Iterator[tuple[StepRow, Objective]]:
     """For each precision the plain step, then every slope: the row without measures, and the objective.
 
     Raises UserError for an unknown slope, or any where the objective has none.
@@ -252,13 +279,13 @@ def _variants(
         if objective_slope is None:
             raise UserError(f"objective '{objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed")
     for precision in precisions:
-        yield Row(PLAIN, precision, compile), PlainStep(of=objective)
+        yield StepRow(PLAIN, precision, compile), PlainStep(of=objective)
         for name in slope_names:
             slope = SLOPES[name]()
             if objective_slope and objective_slope.kind == name:
                 slope = objective_slope  # with the run's own settings
             row_compile = "none" if name == "jvp" else compile  # inductor fails on jvp (torch 2.13)
-            row = Row(name, precision, row_compile, refused=_refusal(slope, precision, time_scale))
+            row = StepRow(name, precision, row_compile, refused=_refusal(slope, precision, time_scale))
             if isinstance(slope, CentralSlope):
                 slope = _UncheckedSlope(h=slope.h)
             yield row, objective.model_copy(update={"slope": slope})
@@ -274,15 +301,16 @@ def _refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:
 
 
 def compare(
-    attempts: Sequence[tuple[Row, Work | None]], seconds: RoundTimes, batch: int, seconds_at_peak: float | None
-) -> Iterator[Row]:
-    """The rows with their times in forward passes of the plain step, and their bytes over those of `central`.
+    attempts: Sequence[tuple[StepRow, Step | None]], seconds: RoundTimes, batch: int, seconds_at_peak: float | None
+) -> Iterator[StepRow]:
+    """Yield the rows with their times in forward passes of the plain step, and their bytes over those of `central`.
 
-    `attempts` are the rows with their steps, `seconds` (steps, rounds) the times of all steps that are not None.
-    `seconds_at_peak`: what a forward pass of the batch would take at the GPU's peak.
+    `attempts` are the rows with their steps, `seconds` (steps, rounds) the times of all steps that are not None. The
+    plain step comes first of each precision. `seconds_at_peak`: what a forward pass of the batch would take at the
+    GPU's peak.
     """
     central_bytes = {row.precision: row.bytes for row, _ in attempts if row.slope == "central"}
-    unit_seconds = seconds[0]
+    unit_seconds = seconds[0]  # of a forward pass, (rounds,): set by the plain step of each precision
     seconds_of_steps = iter(seconds)
     for row, step in attempts:
         central = central_bytes.get(row.precision)
@@ -291,7 +319,7 @@ def compare(
         if step:
             step_seconds = next(seconds_of_steps)
             if row.slope == PLAIN:
-                unit_seconds = step_seconds / round(row.units_counted or 3)  # 4 with checkpointing
+                unit_seconds = step_seconds / round(row.units_counted or PLAIN_UNITS)  # 4 with checkpointing
             low, median, high = quartiles(step_seconds / unit_seconds)
             median_seconds = step_seconds.median().item()
             share_of_peak = None
@@ -312,7 +340,7 @@ def compare(
 class PlainStep(Spec):
     """The plain flow-matching loss on every head of another objective's net: three forward units."""
 
-    of: Any  # an objective
+    of: Any  # the other objective
 
     @property
     def kind(self) -> str:
@@ -342,7 +370,10 @@ class PlainStep(Spec):
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The loss of every head against the velocity v_t; knobs are zero."""
         heads = net(b.x_t, b.c, **_net_inputs(self.of, b))[: len(self.of.needs.heads)]
-        return Terms(sum((mean_square(head - b.v_t) for head in heads), torch.zeros_like(b.t)))
+        loss = torch.zeros_like(b.t)
+        for head in heads:
+            loss = loss + mean_square(head - b.v_t)
+        return Terms(loss)
 
     def read(self, net: Net) -> Reads:
         """How the other objective reads its net."""

@@ -30,7 +30,7 @@ from dumo.evaluation import Context, ImageProtocol, MetricProtocol
 from dumo.evaluation.npz import NpzImages
 from dumo.evaluation.protocol import ImageTick
 from dumo.evaluation.reference import InceptionKind, hash_images, with_progress
-from dumo.evaluation.shipped import Shipped
+from dumo.evaluation.shipped import ShippedKind
 from dumo.io.file import check_writable
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
@@ -46,7 +46,7 @@ from dumo.types import Spec, UserError
 
 DEFAULT_KIND = "photos"  # the protocol that needs no download: ours
 KINDS = sorted(  # the protocols that judge images without captions
-    {*get_args(InceptionKind), *get_args(Shipped), *get_args(vision.FeatureKind)} - {"toy"}
+    {*get_args(InceptionKind), *get_args(ShippedKind), *get_args(vision.FeatureKind)} - {"toy"}
 )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dumo.config.source import FILE
 from dumo.data.album import Album
-from dumo.data.image import GIGABYTE, find
+from dumo.data.image import GIGABYTE, open_store
 from dumo.data.pixel import ToRectangle, Unreadable, flat, upright
 from dumo.data.store import Labels, Store
 from dumo.evaluation.npz import NpzImages
@@ -128,9 +128,9 @@ def require_path(place: Path, option: str) -> None:
 def _open_store(place: Path) -> Store:
     """The images of a folder or table, with their classes; without them where the classes cannot be read."""
     try:
-        return find(place)
+        return open_store(place)
     except UserError:
-        return find(place, label=None)
+        return open_store(place, label=None)
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from dumo.config.place import EVALUATION
 from dumo.config.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
-from dumo.evaluation.distance import Estimate, level
-from dumo.evaluation.metric import CLASS_MMD, METRICS, headline, metric, rising, trained_on
+from dumo.evaluation.estimate import Estimate, level
+from dumo.evaluation.metric import CLASS_MMD, METRICS, headline_score, higher_is_better, is_trained_on, metric
 from dumo.evaluation.protocol import Scores
 from dumo.io.read import read_json
 from dumo.report.card import Card, Row, validate_report
@@ -87,14 +87,14 @@ def score_names(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
         is_number = value is None or isinstance(value, int | float)
         if is_number and name != "nfe" and not is_error(name):
             names.append(name)
-    lead = headline(names, card)
+    lead = headline_score(names, card)
     return [lead, *(name for name in names if name != lead)]
 
 
 def trained_on_names(row: Mapping[str, Any], card: Card) -> list[str]:
     """The names of the scores in a row that measure what the run of this card was trained on."""
     names = [name for name, value in row.items() if isinstance(value, float) and not is_error(name)]
-    return [name for name in names if trained_on(name, card)]
+    return [name for name in names if is_trained_on(name, card)]
 
 
 def summary_names(columns: Sequence[str]) -> list[str]:
@@ -135,7 +135,7 @@ def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) ->
     perfect = baselines.get("perfect") or baselines.get("null")
     noise = baselines.get("noise")
     scores = _best_scores(rows)
-    if not perfect or not scores or rising(next(iter(scores))):
+    if not perfect or not scores or higher_is_better(next(iter(scores))):
         return None
     score = _first_value(scores)
     if _is_as_perfect(score, perfect) and not _worse_scores(scores, perfect):
@@ -240,7 +240,7 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     Rows that lack the score or its error are not best. Where all rows do, or more is better, no row gets `best`.
     """
     comparable = [row for row in rows if row.get(lead) is not None and error(row, lead) is not None]
-    if not comparable or rising(lead):
+    if not comparable or higher_is_better(lead):
         return list(rows)
     best_ids: set[int] = set()  # the identities of the rows
     for nfe in {row.get("nfe") for row in comparable}:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dumo.config.load import identity
 from dumo.config.spec import Run
-from dumo.evaluation.metric import rising
+from dumo.evaluation.metric import higher_is_better
 from dumo.run.folder import BEST
 from dumo.run.provenance import require_place
 from dumo.run.speed import LOG
@@ -82,7 +82,7 @@ class BestFolder:
         if not isfinite(value):
             return
         if previous and (previous.metric, previous.protocol, previous.nfe) == (metric, protocol, nfe):
-            is_better = value > previous.value if rising(metric) else value < previous.value
+            is_better = value > previous.value if higher_is_better(metric) else value < previous.value
             if not is_better:
                 return
         score = {"protocol": protocol, "nfe": nfe, "name": metric, "value": value}

@@ -17,7 +17,7 @@ from dumo.config.source import choose
 from dumo.config.spec import Run
 from dumo.data import Data, Latents, Moons, cache, encoding
 from dumo.data.caption import CaptionFiles
-from dumo.data.image import below
+from dumo.data.image import name_fields_below
 from dumo.encoders import texttable
 from dumo.io import table
 from dumo.io.file import locked
@@ -67,7 +67,7 @@ class EncodeResult:
             return
         yield f"{self.folder}: {contents.summary()}, {self.done.made} shards made now"
         if isinstance(contents, cache.CacheIndex) and contents.sizes:
-            yield f"images are in {cache.crops(table.ShardTable(self.folder, contents), contents)}"
+            yield f"images are in {cache.measure_crops(table.ShardTable(self.folder, contents), contents)}"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def encode(
     with (
         threads.fewer_when_busy(torch_device, line_printer(bar)),
         bar(f"encoding {images.root}", rows_to_read) as tick,
-        below("data.images"),
+        name_fields_below("data.images"),
     ):
         done = encoding.encode(
             album,

@@ -42,7 +42,7 @@ def parameters_of(name: str) -> dict[str, Any]:
         ("export", "--parts", write.PARTS),
         ("export", "--dtype", write.DTYPES),
         ("data", "name", [item.name for item in catalogue.CATALOGUE]),
-        ("reproduce", "name", plan.names()),
+        ("reproduce", "name", plan.plan_names()),
         ("reproduce", "--scale", plan.SCALES),
         ("train", "--track", tracker.TRACKERS),
         ("log", "--to", tracker.TRACKERS),

@@ -64,7 +64,7 @@ def test_an_array_and_a_module_make_a_run_that_goes_on(tmp_path: Path, monkeypat
     assert run.evaluate(nfe=1)["protocol"].startswith("photos")
     assert run.report().is_file()
 
-    for memory in ((of_nets, "MODULES"), (of_data, "TABLES")):  # as in another process
+    for memory in ((of_nets, "MODULES"), (of_data, "SOURCES")):  # as in another process
         monkeypatch.setattr(*memory, {})
     with pytest.raises(dumo.UserError, match=r"a module of Python, unit.cli.test_compose:Net|test_compose:Net"):
         dumo.load(tmp_path / "run")

@@ -138,7 +138,7 @@ def test_an_unknown_recipe_is_a_key_error_and_has_no_results() -> None:
 def test_results_say_where_they_come_from() -> None:
     for name in measured.names():
         results = measured.results(name)
-        assert (results["name"], results["title"]) == (name, plan.read(name).title)
+        assert (results["name"], results["title"]) == (name, plan.read_plan(name).title)
         assert results["scale"] in plan.SCALES
         assert results["scale"] != "smoke"
         assert results["origin"]["command"].startswith(f"dumo reproduce {name} --scale {results['scale']}")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dumo.data.augment import SHIFT, SIZE, STRETCH, SYM6, Edm, Name, changes, matrix, warp
+from dumo.data.augment import SHIFT_SD, SIZE_SD, STRETCH_SD, SYM6, Edm, Name, draw_changes, lookup_matrix, warp
 from dumo.runtime.random import stream
 from dumo.types import Sample
 from unit.data.animals import as_folder, spec
@@ -35,8 +35,8 @@ def places(side: int = SIDE) -> Float[Tensor, "h w 2"]:
 
 def made(shares: dict[Name, float], x: Sample, key: int) -> tuple[Sample, Float[Tensor, "b n"]]:
     """The images transformed, and the numbers that say how."""
-    change = changes(shares, len(x), stream(key))
-    return Edm()(x, change), change.numbers
+    change = draw_changes(shares, len(x), stream(key))
+    return Edm()(x, change), change.augment_labels
 
 
 def still(n: int) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ def test_a_smooth_image_is_looked_up_where_the_formula_says(case: int) -> None:
         (1.3 * one, -2.1 * one, 0.85 * one, 1.0 * one),
     )[case]
     shift = torch.tensor([[0.03, -0.05]] if case == 3 else [[0.0, 0.0]]).double()
-    a = matrix(size, angle, k, axis)
+    a = lookup_matrix(size, angle, k, axis)
     at = places()
     found = warp(waves(at[None]), a, shift)
     exact = waves((at[None] - SIDE * shift[:, None, None]) @ a.mT[:, None])
@@ -92,10 +92,10 @@ def test_the_parts_of_the_matrix() -> None:
     """Twice the size looks up at half the distance; a quarter turn takes right to down; k is along its axis."""
     one, zero = torch.ones(1), torch.zeros(1)
     right = torch.tensor([1.0, 0.0])
-    assert (matrix(2 * one, zero, one, zero)[0] @ right).tolist() == pytest.approx([0.5, 0])
-    assert (matrix(one, pi / 2 * one, one, zero)[0] @ right).tolist() == pytest.approx([0, 1], abs=1e-6)
-    assert (matrix(one, zero, 2 * one, zero)[0] @ right).tolist() == pytest.approx([0.5, 0])
-    oblique = matrix(one, zero, 2 * one, pi / 6 * one)[0]
+    assert (lookup_matrix(2 * one, zero, one, zero)[0] @ right).tolist() == pytest.approx([0.5, 0])
+    assert (lookup_matrix(one, pi / 2 * one, one, zero)[0] @ right).tolist() == pytest.approx([0, 1], abs=1e-6)
+    assert (lookup_matrix(one, zero, 2 * one, zero)[0] @ right).tolist() == pytest.approx([0.5, 0])
+    oblique = lookup_matrix(one, zero, 2 * one, pi / 6 * one)[0]
     values, vectors = torch.linalg.eigh(oblique)
     assert values.tolist() == pytest.approx([0.5, 2])
     axis = vectors[:, 0] / vectors[:, 0][0]
@@ -123,33 +123,33 @@ def test_the_numbers_say_what_was_done(name: Name) -> None:
     a, shift = still(12)
     match name:
         case "scale":
-            a = matrix((SIZE * c[:, 0]).exp2(), zero, one, zero)
+            a = lookup_matrix((SIZE_SD * c[:, 0]).exp2(), zero, one, zero)
         case "rotate":
-            a = matrix(one, torch.atan2(c[:, 1], c[:, 0] + 1), one, zero)
+            a = lookup_matrix(one, torch.atan2(c[:, 1], c[:, 0] + 1), one, zero)
         case "aniso":  # of (w cos r, w sin r) the sign of w is open: one of two
             w, r = c.norm(dim=1), torch.atan2(c[:, 1], c[:, 0])
-            either = [warp(x, matrix(one, zero, (STRETCH * sign * w).exp2(), r), shift) for sign in (1, -1)]
+            either = [warp(x, lookup_matrix(one, zero, (STRETCH_SD * sign * w).exp2(), r), shift) for sign in (1, -1)]
             assert torch.stack([(y - z).abs().amax((1, 2, 3)) for z in either]).amin(0).max() < 1e-4
             return
         case _:
-            shift = SHIFT * c
+            shift = SHIFT_SD * c
     assert torch.allclose(warp(x, a, shift), y, atol=1e-4)
     assert (y - x).abs().amax((1, 2, 3)).min() > 0.01
 
 
 def test_numbers_are_zero_where_and_only_where_an_image_is_as_it_was() -> None:
     x = images(300)
-    y, c = made(Edm().shares, x, 3)
+    y, c = made(Edm().probabilities, x, 3)
     same = (x == y).flatten(1).all(1)
     assert torch.equal(same, ~c.any(1))
-    assert c.shape == (300, Edm().numbers) == (300, 9)
+    assert c.shape == (300, Edm().augment_dim) == (300, 9)
     assert 60 < same.sum() < 130  # 0.5 * 0.94 * 0.88 ** 4 of them: 84
 
 
 def test_shares() -> None:
     """Half mirrored, p / 2 upside down, p of each other; angles all around, scales in the right spread."""
     n, p = 20_000, 0.12
-    c = Edm().drawn(n, stream(4)).numbers
+    c = Edm().draw(n, stream(4)).augment_labels
     rates = (c != 0).double().mean(0).tolist()
     assert rates[:3] == pytest.approx([0.5, p / 2, p], abs=0.01)
     assert rates[4:] == pytest.approx([p, p, p / 2, p, p], abs=0.01)  # half the stretches are along the side: r = 0
@@ -161,8 +161,8 @@ def test_shares() -> None:
 
 def test_what_is_turned_off_changes_no_other_draw() -> None:
     every, some = Edm(), Edm(yflip=False, rotate=False)
-    c, d = every.drawn(300, stream(6)).numbers, some.drawn(300, stream(6)).numbers
-    assert some.numbers == 6
+    c, d = every.draw(300, stream(6)).augment_labels, some.draw(300, stream(6)).augment_labels
+    assert some.augment_dim == 6
     assert torch.equal(c[:, [0, 2, 5, 6, 7, 8]], d)
 
 

@@ -182,7 +182,7 @@ def test_images_come_in_their_bucket(tmp_path: Path, memory: float) -> None:
     assert str(crops) == source.about
     assert sum(crops.counts.values()) == source.size == 16
     shares = [cropped_share(upright_size(store.read(i)), next(iter(shape))[1:]) for i, shape in expected.items()]
-    assert (crops.mean, crops.most) == (pytest.approx(sum(shares) / 16), pytest.approx(max(shares)))
+    assert (crops.mean_cropped, crops.max_cropped) == (pytest.approx(sum(shares) / 16), pytest.approx(max(shares)))
     assert images.originals().reference(99, 0)[0].shape == (16, 3, 32, 32)  # what is judged by are squares
 
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from dumo.config.load import load
 from dumo.data import Digits
 from dumo.data.caption import Templates
-from dumo.data.toy import NAMES
+from dumo.data.toy import DIGIT_NAMES
 from dumo.encoders.caption import Captions
 from dumo.types import UserError
 
@@ -21,19 +21,19 @@ def refused(**fields: object) -> str:
 
 
 def test_numbers_are_those_that_the_module_says() -> None:
-    told = WORDS.of(NAMES)
-    assert len(told) == WORDS.count(10) == 50
-    for k, name in enumerate(NAMES):
+    told = WORDS.all_captions(DIGIT_NAMES)
+    assert len(told) == WORDS.num_captions(10) == 50
+    for k, name in enumerate(DIGIT_NAMES):
         assert told.texts[3 * k : 3 * k + 3] == (f"a handwritten {name}", str(k), f"the digit {k}, {name}")
         assert told.texts[30 + 2 * k : 32 + 2 * k] == (f"{name}!", f"no. {k}")
 
 
 def test_a_class_has_its_captions_in_turn() -> None:
     labels = torch.tensor([7, 7, 2, 7, 7, 2])
-    texts = WORDS.of(NAMES).texts
-    seen = [texts[c] for c in WORDS.numbers(labels, 10)]
+    texts = WORDS.all_captions(DIGIT_NAMES).texts
+    seen = [texts[c] for c in WORDS.captions_in_turn(labels, 10)]
     assert seen == ["a handwritten seven", "7", "a handwritten two", "the digit 7, seven", "a handwritten seven", "2"]
-    assert [texts[c] for c in WORDS.numbers(labels, 10, held=True)][:3] == ["seven!", "no. 7", "two!"]
+    assert [texts[c] for c in WORDS.captions_in_turn(labels, 10, held_out=True)][:3] == ["seven!", "no. 7", "two!"]
 
 
 def test_training_draws_all_that_are_seen_evenly_and_no_other() -> None:
@@ -85,7 +85,7 @@ def test_what_makes_no_captions_is_refused(fields: dict[str, object], told: str)
 
 def test_none_held_out_is_a_line() -> None:
     with pytest.raises(UserError, match="held"):
-        Templates(templates=("{}",)).numbers(torch.arange(3), 10, held=True)
+        Templates(templates=("{}",)).captions_in_turn(torch.arange(3), 10, held_out=True)
 
 
 # --- those of each image

@@ -179,6 +179,6 @@ def test_slow_reading_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
 
 def test_rows_that_this_process_was_not_given_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = Memory.of(GREY)
-    monkeypatch.setattr(module, "TABLES", {})
+    monkeypatch.setattr(module, "SOURCES", {})
     with pytest.raises(UserError, match=r"a numpy:ndarray of Python .* dumo.load\(RUN, data=...\)"):
         spec.open()

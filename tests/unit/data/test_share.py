@@ -146,7 +146,7 @@ def test_a_rank_draws_its_own_points_only(world: int) -> None:
 def test_what_is_done_to_images_is_drawn_for_the_whole_batch() -> None:
     """A few numbers each, so that neither their law nor their rounding knows of ranks."""
     with counting() as drawn:
-        change = Edm().drawn(BATCH, stream("share"))
+        change = Edm().draw(BATCH, stream("share"))
     assert drawn.scalars == 13 * BATCH
     assert not drawn.rows
-    assert torch.equal(change[5:9].numbers, change.numbers[5:9])
+    assert torch.equal(change[5:9].augment_labels, change.augment_labels[5:9])

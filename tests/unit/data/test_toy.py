@@ -25,7 +25,7 @@ def drawn(n: int = 60_000) -> Tensor:
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.3])
 def test_centred_with_unit_spread(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise adds its own variance, in the units of each axis."""
-    monkeypatch.setattr(toy, "NOISE", noise)
+    monkeypatch.setattr(toy, "MOONS_NOISE", noise)
     x = drawn()
     assert x.mean(0).abs().max() < 5 / sqrt(len(x)) * 1.5
     assert (x.var(0) - 1 - noise**2 / UNIT).abs().max() < 0.02
@@ -34,7 +34,7 @@ def test_centred_with_unit_spread(noise: float, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_moons_are_two_half_circles_of_uniform_angles(monkeypatch: pytest.MonkeyPatch) -> None:
     """They hook into each other; 0 is the upper one, 1 the lower, as often; and labels move no point."""
-    monkeypatch.setattr(toy, "NOISE", 0.0)
+    monkeypatch.setattr(toy, "MOONS_NOISE", 0.0)
     plain, labelled, n = Moons(), Moons(labelled=True), 30_000
     assert (plain.classes, labelled.classes) == (0, 2)
     one, two = plain.open(), labelled.open()

@@ -8,18 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.evaluation import distance
-from dumo.evaluation.distance import (
-    InceptionScore,
-    Moments,
-    frechet_distance,
-    kid,
-    mmd2,
-    null_spread,
-    pixel_frechet,
-    reduce_pixels,
-    two_sample_auc,
-)
+from dumo.evaluation import mmd
+from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet, reduce_pixels
+from dumo.evaluation.inception_score import InceptionScore
+from dumo.evaluation.mmd import kid, mmd2, null_spread
+from dumo.evaluation.two_sample import two_sample_auc
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -241,7 +234,7 @@ def by_hand(x: Tensor, y: Tensor, k: Callable[[Tensor, Tensor], float]) -> float
 def test_mmd2_is_the_sum_over_pairs_wherever_they_are(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = randn(17, 2, key="x"), randn(13, 2, key="y") + 0.3
     wanted = by_hand(x, y, gauss)
-    monkeypatch.setattr(distance, "BLOCK", block)
+    monkeypatch.setattr(mmd, "BLOCK", block)
     assert mmd2(x, y, WIDTHS) == pytest.approx(wanted, rel=1e-11)
     assert mmd2(x + 1e4, y + 1e4, WIDTHS) == pytest.approx(wanted, rel=1e-7)
 
@@ -253,8 +246,8 @@ def test_blocks_are_small_and_see_each_pair_once(monkeypatch: pytest.MonkeyPatch
         sizes.append(len(a) * len(b))
         return torch.ones(len(a), len(b), dtype=a.dtype)
 
-    monkeypatch.setattr(distance, "BLOCK", 3000)
-    found = distance._unbiased(randn(300, 2, key="x"), randn(200, 2, key="y"), spy)
+    monkeypatch.setattr(mmd, "BLOCK", 3000)
+    found = mmd._unbiased(randn(300, 2, key="x"), randn(200, 2, key="y"), spy)
     assert found == pytest.approx(0, abs=1e-12)  # k = 1 sees nothing
     assert max(sizes) <= 3000
 

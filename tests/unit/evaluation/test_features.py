@@ -16,8 +16,8 @@ from torch import Tensor
 from dumo.encoders import vision
 from dumo.encoders.vision import FeatureKind, ImageEncoder
 from dumo.evaluation import Context, FeatureProtocol, reference
-from dumo.evaluation.distance import Moments, frechet_distance
 from dumo.evaluation.features import FeatureEvaluator
+from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.io.picture import from_uint8
 from dumo.report.images import judge
 from dumo.runtime.random import stream

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dumo.encoders import inception
 from dumo.evaluation import Context, reference
-from dumo.evaluation.distance import Moments, frechet_distance
+from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.evaluation.images import ImageEvaluator, ImageProtocol
 from dumo.evaluation.protocol import Evaluator, NumberedSamples
 from dumo.evaluation.reference import (

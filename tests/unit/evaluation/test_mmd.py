@@ -8,16 +8,9 @@ import torch
 from torch import Tensor
 
 from dumo.evaluation.by_class import class_facts, mmd_scores
-from dumo.evaluation.distance import (
-    Estimate,
-    class_mmd,
-    class_mmd_deviation,
-    gaussian_mmd,
-    level,
-    mmd2,
-    mmd_deviation,
-    shared_classes,
-)
+from dumo.evaluation.class_mmd import class_mmd, class_mmd_deviation, gaussian_mmd, mmd_deviation, shared_classes
+from dumo.evaluation.estimate import Estimate, level
+from dumo.evaluation.mmd import mmd2
 from dumo.runtime.random import stream
 
 MEANS = 2.0 * torch.randn(3, 4, generator=stream("means"))

@@ -6,16 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from dumo.evaluation import mmd
 from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, NullDistance, measure_null_distance, random_parts
-from dumo.evaluation.distance import (
-    Moments,
-    auc_sd,
-    frechet_distance,
-    kernel_distance,
-    kid,
-    mean_sd,
-    two_sample_auc,
-)
+from dumo.evaluation.estimate import mean_sd
+from dumo.evaluation.frechet import Moments, frechet_distance
+from dumo.evaluation.mmd import kid
+from dumo.evaluation.two_sample import auc_sd, two_sample_auc
 from dumo.runtime.random import stream
 
 SD = torch.tensor([2.0, 1.5, 1.0, 0.7, 0.5, 0.2], dtype=torch.float64)  # of a Gaussian of six features
@@ -69,6 +65,11 @@ def test_new_samples_of_the_law_score_as_a_perfect_sampler(*, classes: bool) -> 
     assert null_mean == pytest.approx(mean, rel=0.12)
     assert null_sd == pytest.approx(sd, rel=0.35)
     assert found(real, 0 * c).mean > (2 if classes else 0) * found(real, c).mean
+
+
+def kernel_distance(x: Tensor, y: Tensor) -> float:
+    """That of `kid`, between all rows."""
+    return mmd._unbiased(x.double(), y.double(), mmd._cubic_kernel)
 
 
 @pytest.mark.nightly

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from dumo.data import Digits
 from dumo.encoders.classifier import digits
 from dumo.evaluation import Context, ShippedProtocol, measures
-from dumo.evaluation.distance import Moments, frechet_distance, gaussian_mmd, mean_sd, pixel_frechet
+from dumo.evaluation.class_mmd import gaussian_mmd
+from dumo.evaluation.estimate import mean_sd
+from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet
 from dumo.evaluation.wholeset import Reference
 from dumo.runtime.random import stream
 from dumo.types import UserError

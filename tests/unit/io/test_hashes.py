@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.data.image import find
+from dumo.data.image import open_store
 from dumo.io import content, inventory
 from dumo.io import file as files
 from dumo.io.content import Hashes
@@ -24,7 +24,7 @@ processes = get_context("fork")
 
 
 def opened(root: Path, split: str | None = None) -> Hashes:
-    store = find(root, split=split)
+    store = open_store(root, split=split)
     return Hashes(store.item_files, store.path, store.read, store.labels and store.labels.c)
 
 

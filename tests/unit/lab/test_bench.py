@@ -13,8 +13,8 @@ from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.slope import Along, JvpSlope, Slope
 from dumo.flow.solver import Euler, Heun, Hop, Restart
-from dumo.lab import bench, reading, step
-from dumo.lab.step import PlainStep, Row, slope_error
+from dumo.lab import bench, random_net, reading, step
+from dumo.lab.step import PlainStep, StepRow, slope_error
 from dumo.runtime.progress import no_bar
 from dumo.training.prefetch import BATCHES_AHEAD
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen
@@ -34,7 +34,7 @@ def tiny(name: str = "digits", *more: str) -> Run:
 
 def built(run: Run) -> nn.Module:
     """Its net for its data."""
-    return bench.build(run.net, run.objective.needs, run.data.shape, run.data.classes, CPU)
+    return random_net.build(run.net, run.objective.needs, run.data.shape, run.data.classes, CPU)
 
 
 def measured(run: Run, **more: object) -> dict[tuple[str, str], dict[str, object]]:
@@ -145,7 +145,7 @@ def test_a_slow_round_slows_all_and_changes_no_ratio() -> None:
     slow = torch.tensor([1.0, 7.0, 1.0, 2.0, 1.0])
     seconds = torch.stack([3 * slow, 5 * slow, 4 * torch.ones(5)])
     tried = [
-        (Row(name, "fp32", "none", bytes=size, units_counted=2.9), print)
+        (StepRow(name, "fp32", "none", bytes=size, units_counted=2.9), print)
         for name, size in (("none", 10), ("central", 20), ("dual", 25))
     ]
     plain, central, dual = step.compare(tried, seconds, batch=6, seconds_at_peak=0.5)
@@ -156,7 +156,7 @@ def test_a_slow_round_slows_all_and_changes_no_ratio() -> None:
     assert (plain.bytes_over_central, central.bytes_over_central, dual.bytes_over_central) == (0.5, 1, 1.25)
     assert dual.share_of_peak == 2.9 * 0.5 / 4
     tried = [
-        (Row(name, precision, "none", units_counted=units), print)
+        (StepRow(name, precision, "none", units_counted=units), print)
         for precision, units in (("fp32", 3.9), ("bf16", 2.9))
         for name in ("none", "dual")
     ]
@@ -173,7 +173,7 @@ def test_zeros_are_filled_and_nothing_else() -> None:
     layer = nn.Linear(3, 2)
     nn.init.zeros_(layer.bias)
     weight = layer.weight.detach().clone()
-    assert torch.equal(bench.fill(layer).weight, weight)
+    assert torch.equal(random_net.fill_zeros(layer).weight, weight)
     assert layer.bias.all()
 
 
@@ -266,7 +266,7 @@ class Huge:
 def test_few_batches_live_at_a_time() -> None:
     source = Huge()
     steps = range(100, 100 + reading.WARM_UP_BATCHES + 50)
-    assert reading.speed(source, 4, steps, CPU, lambda done, note: None) > 0
+    assert reading.images_per_second(source, 4, steps, CPU, lambda done, note: None) > 0
     assert source.most <= BATCHES_AHEAD + 2  # ahead, and in use
     assert set(steps) <= set(source.made) <= set(range(100, steps.stop + BATCHES_AHEAD))
     assert len(source.made) == len(set(source.made))
@@ -278,7 +278,7 @@ def test_each_number_of_threads_has_a_line(tmp_path: Path) -> None:
     done = call(*words, "--threads", "1,3", "--step-seconds", "0.000001", "--json").json
     assert [row["threads"] for row in done["rows"]] == [1, 3]
     assert all(row["waits"] for row in done["rows"])
-    assert reading.powers(6) == [1, 2, 4, 6]
+    assert reading.powers_of_two(6) == [1, 2, 4, 6]
     assert (done["images_per_second_needed"], done["images"]) == (pytest.approx(4e6), 12)
     assert done["kind"] == "folder, decoded at every visit"
     shown = call(*words, "--threads", "1", "--step-seconds", "1000000")
@@ -291,11 +291,11 @@ def test_each_number_of_threads_has_a_line(tmp_path: Path) -> None:
 def test_a_recipe_is_read_at_its_own_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     report = reading.measure(
-        reading.reading_of("digits", ["train.batch=32"]), batches=1, step_seconds=0.1, device="cpu", bar=no_bar
+        reading.benchmark_of("digits", ["train.batch=32"]), batches=1, step_seconds=0.1, device="cpu", bar=no_bar
     )
     assert (report["batch"], report["kind"], report["images_per_second_needed"]) == (32, "numbers in memory", 320)
     with pytest.raises(UserError, match="--side"):
-        reading.reading_of("digits", side=8)
+        reading.benchmark_of("digits", side=8)
     refused("bench", "data", "nowhere-at-all", named=("nowhere-at-all",))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from dumo.config.load import load
 from dumo.lab import cell, paper, reproduce
 from dumo.lab.cell import Result, finish, sources
-from dumo.lab.plan import Cell, Cost, Plan, read
+from dumo.lab.plan import Cell, Cost, Plan, read_plan
 from dumo.report.evaluate import evaluate
 from dumo.runtime.progress import no_bar
 from dumo.training import loop
@@ -55,7 +55,7 @@ def test_cells_side_by_side_are_those_one_after_another(
 ) -> None:
     """Made in processes of their own: here no step is trained, and the numbers are the same."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)  # a core each, as the tests have
-    monkeypatch.setattr(reproduce, "read", lambda name: two())
+    monkeypatch.setattr(reproduce, "read_plan", lambda name: two())
     apart = reproduce.reproduce("two", "smoke", tmp_path / "apart", jobs=2)
     assert steps == []
     assert apart["origin"]["command"].endswith("--jobs 2")
@@ -79,7 +79,7 @@ def test_results_name_the_device_and_all_options_of_their_command(
         draw_pictures=lambda plan, results, folder: [],
     )
     monkeypatch.setitem(reproduce.VIEWS, "two", view)
-    monkeypatch.setattr(reproduce, "read", lambda name: two())
+    monkeypatch.setattr(reproduce, "read_plan", lambda name: two())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     report = reproduce.reproduce("two", "smoke", folder, jobs=jobs, device=device)
     assert report["origin"]["device"] == device_type
@@ -120,7 +120,7 @@ def test_what_is_measured_otherwise_is_measured_again(tmp_path: Path, steps: lis
 
 @pytest.mark.slow
 def test_cells_that_were_measured_otherwise_make_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "read", lambda name: two("evaluate.seed=1"))
+    monkeypatch.setattr(reproduce, "read_plan", lambda name: two("evaluate.seed=1"))
     with pytest.raises(UserError, match=r"not measured alike(.|\n)*  seed: 0 in a-0; 1 in b-0\n"):
         reproduce.reproduce("two", "smoke", tmp_path / "out")
     assert not (tmp_path / "out/table.md").exists()
@@ -168,7 +168,7 @@ def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Cost, "units", 4.0)
     monkeypatch.setattr(cell, "finish", finish)
     monkeypatch.setattr(cell, "compare", SimpleNamespace(require_comparable=lambda cards: None))
-    cells = list(read("stages").cells("smoke"))
+    cells = list(read_plan("stages").cells("smoke"))
     names = [one.name for one in cells]
     done = cell.finish_all(cells[::-1], tmp_path, jobs=1, device="cpu", bar=no_bar)
     assert [one.cell.name for one in done] == names[::-1]
@@ -211,8 +211,8 @@ def test_what_cannot_be_timed_or_read(
 @pytest.mark.nightly
 def test_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One size, the paper's two in three ways and the plain step, two rounds."""
-    chosen = read("fig4b")
-    monkeypatch.setattr(reproduce, "read", lambda name: chosen.model_copy(update={"arms": chosen.arms[:4]}))
+    chosen = read_plan("fig4b")
+    monkeypatch.setattr(reproduce, "read_plan", lambda name: chosen.model_copy(update={"arms": chosen.arms[:4]}))
     results = reproduce.reproduce("fig4b", "smoke", tmp_path, device="cpu")
     names = [paper.FLOW_MATCHING, paper.DUMO, paper.MEANFLOW, paper.MEANFLOW_FEWER_ROWS]
     assert [row["objective"] for row in results["table"]] == names

@@ -11,13 +11,13 @@ import measured
 from dumo.cli.lab import reproduce
 from dumo.config import recipes
 from dumo.config.load import load
-from dumo.lab.plan import Cell, Cost, Plan, names, read, slug, training_of
+from dumo.lab.plan import Cell, Cost, Plan, plan_names, read_plan, slug, training_of
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from recipe import recipe
 from tiers import tiered
 
-EVERY = [(name, scale) for name in names() for scale in read(name).scales]
+EVERY = [(name, scale) for name in plan_names() for scale in read_plan(name).scales]
 QUICK = [("fig3", "smoke"), ("scaling", "smoke")]
 
 
@@ -31,13 +31,13 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
 @cache
 def cells_of(name: str, scale: str) -> list[Cell]:
     """The cells of a plan: to be asked for where steps are `free`."""
-    return list(read(name).cells(scale))
+    return list(read_plan(name).cells(scale))
 
 
 def test_help_lists_every_plan() -> None:
     """By hand, for help imports no plan."""
     option, _ = get_type_hints(reproduce, include_extras=True)["name"].__metadata__
-    assert sorted(re.findall(r"[\w-]+", option.help.partition("; or ")[0].replace("ours:", ""))) == names()
+    assert sorted(re.findall(r"[\w-]+", option.help.partition("; or ")[0].replace("ours:", ""))) == plan_names()
 
 
 @pytest.mark.usefixtures("free")
@@ -58,7 +58,7 @@ def test_every_arm_loads(name: str, scale: str) -> None:
 )
 def test_arms_cost_the_same(name: str, scale: str) -> None:
     """Or a share of it, to half a step; the pairs that a teacher makes are part of it."""
-    chosen, shares = read(name), {arm.share for arm in read(name).arms}
+    chosen, shares = read_plan(name), {arm.share for arm in read_plan(name).arms}
     unit = "operations" if chosen.at(scale).cost == "operations" else "units"
     cells = list(chosen.cells(scale))
     first = load(chosen.steps_of or chosen.arms[0].recipe, [*chosen.set, *chosen.at(scale).set])
@@ -137,7 +137,7 @@ def test_a_mistake_in_a_plan_is_found() -> None:
     with pytest.raises(
         UserError, match=r"fig3 has no scale 'paper': the paper gives neither .*; it has smoke and laptop$"
     ):
-        read("fig3").at("paper")
+        read_plan("fig3").at("paper")
 
 
 def test_an_objective_is_taken_onto_another_recipe() -> None:
@@ -160,8 +160,8 @@ def test_the_zoo_has_every_objective_that_begins_from_nothing() -> None:
     without = {"digits-guided", "digits-words", "digits-likelihood", "digits-match", "digits-critic"}  # no siblings
     found = {name for name in recipes.names() if name.partition("-")[0] == "digits"} - without
     alone = {name for name in found if (spec := recipe(name)).teacher is None and spec.start is None}
-    assert {arm.recipe for arm in read("zoo").arms} == alone
-    assert read("zoo").why.keys() <= {arm.labels["objective"] for arm in read("zoo").arms}
+    assert {arm.recipe for arm in read_plan("zoo").arms} == alone
+    assert read_plan("zoo").why.keys() <= {arm.labels["objective"] for arm in read_plan("zoo").arms}
 
 
 @pytest.mark.slow
@@ -197,6 +197,6 @@ def test_settings_are_compared_by_other_seeds_than_chose_them() -> None:
 @pytest.mark.parametrize("name", measured.names())
 def test_results_are_of_the_plan(name: str) -> None:
     """Every arm on a laptop is in what was measured."""
-    column = read(name).columns[0]
+    column = read_plan(name).columns[0]
     found = {row[column] for row in measured.results(name)["table"]}
     assert {cell.labels[column] for cell in cells_of(name, "laptop")} <= found

@@ -11,9 +11,9 @@ import torch
 import measured
 from dumo.config.load import load
 from dumo.flow.generate import Samples
-from dumo.lab import arm, cell, ours, paper
+from dumo.lab import arm, ours, paper, table
 from dumo.lab.cell import Result
-from dumo.lab.plan import Cell, read
+from dumo.lab.plan import Cell, read_plan
 from dumo.lab.reproduce import VIEWS, View, write_charts
 from dumo.run.index import Index
 from dumo.run.sampler import Sampler
@@ -45,25 +45,26 @@ def test_a_table_is_means_over_seeds() -> None:
         for arm, far in (("a", 1), ("b", 5))
         for seed in (0, 2)
     ]
-    first, second, third, _ = cell.average_by_arm(done)
+    first, second, third, _ = table.average_by_arm(done)
     keys = ["arm", "nfe", "solver", "fd_grey", "fd_grey_sd", "fd", "fd_sd", "kid", "seeds"]  # kid_sd is of another kind
     assert list(first) == keys
-    lacking = cell.average_by_arm(
+    lacking = table.average_by_arm(
         [result({"arm": "a"}, seed, [row(1, 2.0, auc=auc)]) for seed, auc in enumerate((0.5, None))]
     )
     assert lacking[0]["auc"] is None  # a score that one cell has not
     assert (first["fd_grey"], first["fd_grey_sd"], first["fd"], first["seeds"]) == (2, pytest.approx(2**0.5), 1, 2)
     assert (second["nfe"], second["fd_grey_sd"], third["arm"], third["fd_grey"]) == (2, 0, "b", 6)
-    assert cell.average_by_arm(done[:1])[0]["fd_grey_sd"] is None
+    assert table.average_by_arm(done[:1])[0]["fd_grey_sd"] is None
     report = {"results": [row(1, 1.0), row(2, 2.0)], "contrast": [row(2, 7.0), row(50, 3.0)]}
-    assert [one["fd_grey"] for one in cell.rows_by_passes(report)] == [1.0, 2.0, 3.0]  # Euler's where there is no other
-    assert cell.main_score(first) == cell.main_score({"fd": 1, "fd_sd": 2, "fd_grey": 3}) == "fd_grey"
-    assert cell.main_score({"fd": 1, "fd_sd": 2, "kid": 3}) == "fd"
+    by_passes = table.rows_by_passes(report)
+    assert [one["fd_grey"] for one in by_passes] == [1.0, 2.0, 3.0]  # Euler's where there is no other
+    assert table.main_score(first) == table.main_score({"fd": 1, "fd_sd": 2, "fd_grey": 3}) == "fd_grey"
+    assert table.main_score({"fd": 1, "fd_sd": 2, "kid": 3}) == "fd"
 
 
 def test_markdown() -> None:
     rows = [{"a": 1, "b": 0.123456, "c": None}, {"a": 20, "b": 1e-9, "c": "x"}]
-    lines = cell.markdown("T", rows).splitlines()
+    lines = table.markdown("T", rows).splitlines()
     assert lines == ["# T", "", "| a | b | c |", "| --- | --- | --- |", "| 1 | 0.1235 | None |", "| 20 | 1e-09 | x |"]
 
 
@@ -71,10 +72,10 @@ def test_the_zoo_says_why_an_arm_is_far() -> None:
     done = [
         result({"objective": name}, 1, [row(1, far), row(2, far)]) for name, far in (("DuMo", 2), ("CM", 7), ("x", 6))
     ]
-    found = paper.zoo_table(read("zoo"), done)
+    found = paper.zoo_table(read_plan("zoo"), done)
     assert [one["over_dumo_1_pass"] for one in found] == [1, 1, 3.5, 3.5, 3, 3]
     assert [bool(one["why"]) for one in found] == [False, False, True, False, False, False]
-    assert found[2]["why"] == read("zoo").why["CM"]
+    assert found[2]["why"] == read_plan("zoo").why["CM"]
 
 
 def test_steps_are_compared_within_rounds() -> None:
@@ -85,7 +86,7 @@ def test_steps_are_compared_within_rounds() -> None:
         result({"size": "s", "objective": name}, 0, [], seconds=[each * slow for slow in (1, 1, 10)], **facts)
         for name, each in cost.items()
     ]
-    found = {one["objective"]: one for one in paper.fig4b_table(read("fig4b"), done)}
+    found = {one["objective"]: one for one in paper.fig4b_table(read_plan("fig4b"), done)}
     assert [found[name]["time_over_flow_matching"] for name in cost] == [1, 2, 4]
     assert [found[name]["speed_over_guided_meanflow"] for name in cost] == [4, 2, 1]
     assert (found[paper.DUMO]["F_by_time"], found[paper.DUMO]["steps_per_second"]) == (6, 0.5)
@@ -111,7 +112,7 @@ def test_budgets_are_compared_with_the_first_arm() -> None:
         for arm, near in (("the paper's recipe", 1.0), ("dumo-best", 0.75), ("α-Flow", 9.0))
         for budget in (1 / 3, 1.0, 3.0)
     ]
-    found = ours.best_table(read("best"), done)
+    found = ours.best_table(read_plan("best"), done)
     even = {(one["arm"], one["nfe"]): one["even_at"] for one in found}
     assert even["the paper's recipe", 1] == pytest.approx(1)
     assert even["dumo-best", 1] == pytest.approx(exp(2 * log(0.75)))
@@ -126,7 +127,7 @@ def test_the_power_by_which_distances_fall_has_an_error_by_seeds() -> None:
         for budget in (1, 3, 10)
         for seed, power in enumerate((0.5, 1.0))
     ]
-    slopes = {row["nfe"]: (row["slope"], row["slope_error"]) for row in ours.scaling_table(read("scaling"), done)}
+    slopes = {row["nfe"]: (row["slope"], row["slope_error"]) for row in ours.scaling_table(read_plan("scaling"), done)}
     assert slopes[1] == pytest.approx((-0.75, 0.25))
     assert slopes[2] == pytest.approx((0, 0))
 
@@ -146,7 +147,7 @@ def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(arm.chart, "dots", lambda *given: seen.append(given))
     rows = [("a", 1, 3.0), ("a", 2, 0.1), ("b", 2, 0.05), ("c", 1, 2.0), ("c", 2, 9.0)]  # b has no single pass
-    arm.ranking("T", [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows])
+    arm.ranking_chart("T", [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows])
     ((_, x, points, names),) = seen
     assert list(points) == ["c", "a", "b"]
     assert names == ["1 NFE", "2 NFE"]
@@ -157,7 +158,7 @@ def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatc
     seen: list[Any] = []
     monkeypatch.setattr(arm.picture, "named_blocks", lambda blocks, note: seen.append((list(blocks), note)))
     monkeypatch.setattr(Sampler, "sample", lambda sampler, c, nfe: Samples(torch.zeros(len(c), 1, 8, 8), nfe))
-    arm.samples([result({"arm": name}, 0, [row(1, far)]) for name, far in (("x", 3.0), ("y", 2.0))])
+    arm.sample_sheets([result({"arm": name}, 0, [row(1, far)]) for name, far in (("x", 3.0), ("y", 2.0))])
     ((names, note),) = seen
     assert names == ["y, 2.00", "x, 3.00"]
     assert "lower is better; not FID" in note
@@ -168,11 +169,11 @@ def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatc
 def test_results_are_drawn_again(name: str, tmp_path: Path) -> None:
     """Of the numbers as they were measured: the deviation of the main score is in the cells."""
     found = measured.results(name)
-    for stored, again in zip(found["table"], cell.from_cells(found), strict=True):
+    for stored, again in zip(found["table"], table.from_cells(found), strict=True):
         assert again["fd"] == pytest.approx(stored["fd"])
         assert sum(row["fd"] for row in again["by_seed"].values()) == pytest.approx(again["seeds"] * again["fd"])
         assert again["fd_sd"] == pytest.approx(stored["fd_sd"])
-    files = write_charts(read(name), VIEWS.get(name, View()), cell.from_cells(found), tmp_path)
+    files = write_charts(read_plan(name), VIEWS.get(name, View()), table.from_cells(found), tmp_path)
     assert {file.stem.partition("-nfe")[0] for file in files} == {name}
     for file in files:
         with arm.Image.open(file) as picture:

@@ -15,7 +15,7 @@ from dumo.config import recipes, word
 from dumo.config.load import load
 from dumo.data import Digits
 from dumo.evaluation import measures
-from dumo.evaluation.metric import METRICS, headline
+from dumo.evaluation.metric import METRICS, headline_score
 from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import with_column_names
 from dumo.objectives import Objective
@@ -49,7 +49,7 @@ def near(samples: float, real: float) -> score.Judgement:
 
 
 def test_the_first_leads() -> None:
-    assert headline({"mmd": 1, "fd_grey": 2}) == "mmd"
+    assert headline_score({"mmd": 1, "fd_grey": 2}) == "mmd"
     row = {"nfe": 1, "solver": "hop", "mmd": 1.0, "mmd_sd": 1.0, "fd_grey": 2.0, "kid": None, "state": "untrained"}
     assert score.score_names(row) == ["mmd", "fd_grey", "kid"]
 
@@ -78,7 +78,7 @@ def test_what_a_run_was_trained_on_does_not_lead() -> None:
     assert score.trained_on_names(row, by_features) == ["fd_grey", "fd", "kid"]
     assert score.score_names(row, by_features) == ["auc", "fd_grey", "fd", "kid", "pixel_fd"]
     assert score.trained_on_names(row, features | {"trained_on": "Inception"}) == []
-    assert headline({"mmd2": 1.0}, by_numbers) == "mmd2"
+    assert headline_score({"mmd2": 1.0}, by_numbers) == "mmd2"
 
 
 def test_a_card_says_what_a_run_was_trained_on() -> None:
