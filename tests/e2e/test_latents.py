@@ -1,5 +1,6 @@
 """From a folder of images to judged samples, by way of a cache: encode, train, sample, evaluate, report."""
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -61,7 +62,10 @@ def test_the_whole_way(home: Path) -> None:
     assert judged.json["results"][0]["pixel_fd"] > 0
     assert judged.json["card"]["codec"]["kind"] == "taef2"
     assert call("report", run).code == 0
-    assert "nearest" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "nearest" in page
+    assert "the decoder can do no better than this" in page
+    assert re.search(r"Error over these 6: -?\d+\.\d dB", page)
 
 
 @pytest.mark.parametrize(

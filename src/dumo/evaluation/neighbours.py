@@ -1,7 +1,7 @@
 """Precision and recall by nearest neighbours, and the nearest data of a sample.
 
-`precision_recall` compares two sets of features. `nearest`, `nearest_other` and `nearest_two` are distances to the
-nearest rows or images. All are exact, as said below.
+`precision_recall` compares two sets of features. `nearest` and `nearest_other` are distances to the nearest rows;
+`pair_distances` are those of all pairs. All are exact, as said below.
 
 A set of points stands for the region it covers: a ball around each, out to its k-th nearest neighbour in the set.
 Precision is the share of fakes in the region of the data, recall the share of data in the region of the fakes
@@ -30,7 +30,6 @@ from dumo.types import UserError
 
 Real = Float[Tensor, "n *d"]
 Fake = Float[Tensor, "m *d"]
-Images = Float[Tensor, "n c h w"]
 
 BLOCK = 512  # rows per block of distances: ours
 SPARE = 12  # rows measured besides the k nearest, so that rounding seldom leaves one of them open: ours
@@ -67,23 +66,6 @@ def nearest_other(x: Real, rows: Int64[Tensor, " m"]) -> Float64[Tensor, " m"]:
     return distances[:, 1]  # the row itself, at 0, comes first
 
 
-def nearest_two(real: Images, fake: Float[Tensor, "m c h w"], *, same: bool = False) -> Float64[Tensor, "m 2"]:
-    """The distances (m, 2) of each fake to the nearest and to the next real image, mirrored or not, by their pixels.
-
-    `same`: the fakes are the real images, and each leaves out itself. There must be 2 other images at least.
-    """
-    x = real.double().flatten(1)
-    mirrored = real.flip(-1).double().flatten(1)
-    nearest_distances: list[Tensor] = []
-    for block, part in enumerate(fake.double().flatten(1).split(BLOCK)):
-        distances = torch.minimum(_distances(part, x), _distances(part, mirrored))
-        if same:
-            places = torch.arange(len(part))
-            distances[places, block * BLOCK + places] = torch.inf
-        nearest_distances.append(distances.topk(2, largest=False).values)
-    return torch.cat(nearest_distances)
-
-
 def _radii(x: Tensor, k: int) -> Tensor:
     """The distance (n,) of every row to its k-th nearest other row."""
     distances, _ = _nearest(x, x, k + 1)
@@ -98,13 +80,13 @@ def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for part, squares, max_error, unit in _estimates(x, centres, centres.new_zeros(len(centres))):
         # measure the few that are nearest by their estimates
         candidates = squares.topk(few, largest=False)
-        distances, order = _distances(part[:, None], centres[candidates.indices])[:, 0].topk(k, largest=False)
+        distances, order = pair_distances(part[:, None], centres[candidates.indices])[:, 0].topk(k, largest=False)
         indices = candidates.indices.gather(1, order)
 
         # measure all where one that is not among the few may be nearer
         is_sure = candidates.values[:, -1] - max_error > (distances[:, -1] * unit) ** 2
         if few < len(centres) and not is_sure.all():
-            distances[~is_sure], indices[~is_sure] = _distances(part[~is_sure], centres).topk(k, largest=False)
+            distances[~is_sure], indices[~is_sure] = pair_distances(part[~is_sure], centres).topk(k, largest=False)
         all_distances.append(distances)
         all_indices.append(indices)
     return torch.cat(all_distances), torch.cat(all_indices)
@@ -118,7 +100,7 @@ def _share(x: Tensor, centres: Tensor, radii: Tensor) -> float:
         undecided = (~inside).nonzero().flatten()
         row, centre = (~(gaps[undecided] > max_error)).nonzero(as_tuple=True)  # NaN, too, is open
         for i, j in zip(undecided[row].split(MAX_PAIRS), centre.split(MAX_PAIRS), strict=True):
-            near = _distances(part[i, None], centres[j, None]).flatten() <= radii[j]
+            near = pair_distances(part[i, None], centres[j, None]).flatten() <= radii[j]
             inside[i[near]] = True
         is_inside.append(inside)
     return torch.cat(is_inside).double().mean().item()
@@ -164,6 +146,6 @@ def _gamma(n: int) -> float:
     return n * u / (1 - n * u)
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
+def pair_distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances in float64, (..., n, d), (..., m, d) -> (..., n, m)."""
     return torch.cdist(a.double(), b.double(), compute_mode=BY_DIFFERENCES)

@@ -30,10 +30,11 @@ from dumo.encoders.classifier import cifar10
 from dumo.evaluation.baseline import random_parts
 from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd, perfect_class_mmd
 from dumo.evaluation.class_mmd import mmd_deviation
+from dumo.evaluation.copy import THUMB_SIDE, nearest_images
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import PIXEL_SIDE, pixel_frechet
 from dumo.evaluation.mmd import pick_rows
-from dumo.evaluation.neighbours import nearest_two, precision_recall
+from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores
 from dumo.evaluation.shipped import MIN_PHOTOS
 from dumo.evaluation.wholeset import collect
@@ -51,8 +52,6 @@ SPLITS = 10  # random choices of images over which scores are averaged: ours
 WIDTH = 16.0  # of the kernel: two images of CIFAR-10 are 15.9 apart, at the median
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 CLASSIFIER_SIDE = 32  # pixels a side of CIFAR-10's images
-THUMB_SIDE = 16  # pixels a side of the thumbnails in which copies are sought: ours
-COPY_RATIO = 1 / 3  # a copy is nearer to one image than this share of its distance to the next one: ours
 ROUGH = 500  # images: a report of fewer says that the spread is large. Ours
 
 Classes = Int64[Tensor, " _"]
@@ -171,8 +170,8 @@ class PhotosEvaluator:
     def score(self, samples: NumberedSamples) -> Scores:
         """`mmd` and `class_mmd` with their standard errors, `pixel_fd`, `precision`, `recall`, and `copies`.
 
-        `copies` is the share of samples whose distance to the nearest image, mirrored or not, is less than `COPY_RATIO`
-        of that to the next one. Every rank must call it. Raises `UserError` where samples are missing.
+        `copies` is the share of samples that are copies of an image, mirrored or not (`NearestImages.is_copy`).
+        Every rank must call it. Raises `UserError` where samples are missing.
         """
         batches = ((index, MeasuredImages.of(x).rows) for index, x in samples)
         fake = MeasuredImages(collect(batches, len(self.sample_c)), self.real.channels)
@@ -262,8 +261,9 @@ class PhotosEvaluator:
 
         `same`: the samples are the images themselves, and a copy is one that has a double among the others.
         """
-        nearest, second = nearest_two(self.real.thumbs, fake.thumbs, same=same).unbind(1)
-        return (nearest < COPY_RATIO * second).double().mean().item()
+        left_out = torch.arange(len(fake)) if same else None
+        found = nearest_images(self.real.thumbs, fake.thumbs, left_out=left_out)
+        return found.is_copy.double().mean().item()
 
 
 def indices_of_classes(wanted: Classes, c: Classes, generator: Generator) -> Indices:

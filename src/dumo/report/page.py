@@ -4,8 +4,9 @@
 
 1. reads what is on disk: log, evaluation, data (`read_data`);
 2. makes samples (`make_samples`), and images of prompts where the net reads texts;
-3. draws them (`draw_samples`), and compares them with the data (`measure_proximity`);
-4. renders the page (`render`), and writes it, with the pictures alone in report/.
+3. draws them (`draw_samples`), and compares them with the data (`dumo.report.proximity`);
+4. reaches a verdict (`dumo.report.verdict`), and draws what led there (`strip`, `reconstruction`);
+5. renders the page (`render`), and writes it, with the pictures alone in report/.
 
 The page is one file that needs no other, no script and no network. Numbers are made here, words stand in the template,
 report.html.j2. `num_data_rows` also says how many images of the data the demo reads.
@@ -28,7 +29,8 @@ from dumo.config.conditions import squares
 from dumo.config.load import dump
 from dumo.config.place import EVALUATION, LOG
 from dumo.data import Images, Latents
-from dumo.evaluation.neighbours import Real, nearest
+from dumo.evaluation.copy import THUMB_SIDE
+from dumo.evaluation.neighbours import Real
 from dumo.flow.generate import labels_in_turn
 from dumo.flow.solver import Solver, can_make
 from dumo.io import file, picture
@@ -37,6 +39,10 @@ from dumo.report import score
 from dumo.report.chart import Chart
 from dumo.report.figure import page_charts
 from dumo.report.gallery import PASSES, reachable_passes, sampling_modes
+from dumo.report.proximity import Proximity, measure_proximity
+from dumo.report.reconstruction import Reconstruction, reconstruct
+from dumo.report.strip import Moment, draw_strip
+from dumo.report.verdict import reach_verdict
 from dumo.run.prompt import names as names_of
 from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler
@@ -44,7 +50,6 @@ from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path, threads
 from dumo.runtime.device import software_versions
 from dumo.runtime.progress import Bar, line_printer, no_bar
-from dumo.runtime.random import stream
 from dumo.training import log
 from dumo.types import Sample, UserError
 
@@ -60,6 +65,16 @@ Pictures = Mapping[int, Image.Image]  # by number of passes
 
 
 @dataclass(frozen=True)
+class NearestPictures:
+    """The first samples of a sheet, and the training image that is nearest to each."""
+
+    samples: Image.Image  # side by side
+    nearest: Image.Image  # in the same order
+    proximity: Proximity  # of all samples of the sheet
+    count: int  # samples shown
+
+
+@dataclass(frozen=True)
 class PageParts:
     """What a page shows besides the run's own fields. A part that is empty or None is left out."""
 
@@ -69,7 +84,9 @@ class PageParts:
     data: Image.Image | None = None  # a sheet of the data
     texts: "PromptSheet | None" = None
     trajectories: Mapping[str, Pictures] = field(default_factory=dict[str, Pictures])  # by sampling mode
-    near: Mapping[str, Any] | None = None  # as `measure_proximity` returns it
+    strip: Sequence[Moment] = ()
+    near: NearestPictures | None = None
+    reconstruction: Reconstruction | None = None
     charts: Sequence[Chart] = ()  # of the log
     times: Mapping[str, Any] | None = None  # as `late_losses` returns it
     judged: score.Judgement | None = None  # the run's own evaluation
@@ -112,9 +129,18 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     near = None
     if sampler.is_image and data.x is not None and data.size is not None:
         data_sheet = draw_samples(sampler, arrange_by_class(sampler, data.x, data.c), data.x)
-        near = measure_proximity(sampler, samples[SHEET][min(sheets)], data.x)
+        near = draw_nearest(sampler, samples[SHEET][min(sheets)], data.x)
         pictures["data"] = picture.with_column_names(data_sheet, names)
-        pictures["nearest"] = picture.labelled_grid({"sample": [near["samples"]], "nearest": [near["nearest"]]})
+        pictures["nearest"] = picture.labelled_grid({"sample": [near.samples], "nearest": [near.nearest]})
+    strip = draw_strip(opened)
+    if strip:
+        images_by_noise = zip(*(moment.images for moment in strip), strict=True)
+        rows_of_strip = [("", list(images)) for images in images_by_noise]
+        pictures["strip"] = picture.labelled_grid(rows_of_strip, [f"{moment.step:,}" for moment in strip])
+    reconstruction = reconstruct(sampler)
+    if reconstruction:
+        rows_of_codec = {"photo": [reconstruction.originals], "decoded": [reconstruction.decoded]}
+        pictures["reconstruction"] = picture.labelled_grid(rows_of_codec)
     if texts:
         pictures["prompts"] = texts.picture()
 
@@ -126,7 +152,9 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         data=data_sheet,
         texts=texts,
         trajectories=drawn,
+        strip=strip,
         near=near,
+        reconstruction=reconstruction,
         charts=page_charts(rows) if len(rows) > 1 else (),
         times=late_losses(rows),
         judged=judged,
@@ -204,13 +232,14 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         yaml=dump(run),
         versions=software_versions(),
         # how good it is
-        doubts=score.doubts(run.train.steps, opened.step, parts.judged, parts.near),
+        verdict=reach_verdict(opened, _typed(opened), parts.judged, parts.near.proximity if parts.near else None),
         shipped=shipped,
         others=others,
         # functions and words
         score=score,
         spread=score.spread,
         too_few=score.has_too_few_images,
+        THUMB_SIDE=THUMB_SIDE,
         word=word,
         **vars(parts),
     )
@@ -231,7 +260,13 @@ def _template_environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     filters = cast(dict[str, Any], environment.filters)
-    filters.update(number=score.number, large=score.abbreviate, embed=picture.embed, sentence=_sentence)
+    filters.update(
+        number=score.number,
+        ratio=score.ratio,
+        large=score.abbreviate,
+        embed=picture.embed,
+        sentence=_sentence,
+    )
     return environment
 
 
@@ -364,35 +399,16 @@ def join_trajectories(sampler: Sampler, drawn: Mapping[str, Pictures]) -> Image.
     return picture.labelled_grid(rows, column_names)
 
 
-def measure_proximity(sampler: Sampler, x: Sample, real: Real) -> dict[str, Any]:
-    """How near the samples x lie to the data `real`, and how near some of the data lie to the rest, in pixel space.
-
-    A distance is Euclidean, over all pixels of images in [-1, 1]. As many rows of the data are held out as there are
-    samples, by a key of the sampling seed; of little data half of them, and then as many samples count.
-
-    Returns `samples` and `nearest`, pictures of the first samples and of the image nearest to each, with their
-    `distances`; and `rows`, the mean and least distance of `count` samples, and of as many rows held out.
-    """
-    distances, nearest_indices = nearest(real, x)
-    order = torch.randperm(len(real), generator=stream(sampler.spec.seed, "held out"))
-    num_held_out = min(len(x), len(real) // 2)
-    num_counted = num_held_out or len(x)
-    distances_by_name = {"samples": distances[:num_counted]}
-    if num_held_out:
-        held_out = real[order[:num_held_out]]
-        rest = real[order[num_held_out:]]
-        distances_by_name[word.REAL], _ = nearest(rest, held_out)
-    rows: list[dict[str, Any]] = []
-    for name, d in distances_by_name.items():
-        rows.append({"name": name, "mean": d.mean().item(), "least": d.min().item()})
-    num_drawn = _num_columns(sampler)
-    return {
-        "samples": draw_samples(sampler, x[:num_drawn], real),
-        "nearest": draw_samples(sampler, real[nearest_indices[:num_drawn]], real),
-        "distances": distances[:num_drawn].tolist(),
-        "count": num_counted,
-        "rows": rows,
-    }
+def draw_nearest(sampler: Sampler, x: Sample, real: Real) -> NearestPictures:
+    """The first row of a sheet of samples x (n, *pixels), with the image of the data `real` nearest to each."""
+    proximity = measure_proximity(sampler.data, x, real, sampler.spec.seed)
+    count = min(_num_columns(sampler), len(x))
+    return NearestPictures(
+        samples=draw_samples(sampler, x[:count], real),
+        nearest=draw_samples(sampler, proximity.nearest[:count], real),
+        proximity=proximity,
+        count=count,
+    )
 
 
 def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:

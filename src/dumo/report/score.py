@@ -3,10 +3,12 @@
 In the order of this file:
 
 1. A row's scores: `score_names`, the one that leads first; `summary_names` and `select_scores` leave some out.
-2. Better and worse: `state` and `verdict` compare the best row with baselines, `mark_best` rows with one another.
-3. As text: `number`, `spread`, `abbreviate` and `score_text`; for the terminal `terminal_lines` and `terminal_text`.
+2. Better and worse: `state`, `verdict` and `decisive_comparison` compare the best row with baselines, `mark_best` rows
+   with one another.
+3. As text: `number`, `spread`, `abbreviate`, `duration` and `score_text`; for the terminal `terminal_lines` and
+   `terminal_text`.
 4. For a page: `judgement` reads a run's evaluation.json, `benchmarks` its other evaluations. `table_rows`,
-   `baseline_rows`, `objectives_table` and `doubts` set them out.
+   `baseline_rows` and `objectives_table` set them out.
 
 The template of the page, report.html.j2, calls this file by the name `score`. A row is a dictionary: `nfe`, `solver`,
 the scores by name, and the error of each as NAME_sd. `dumo.evaluation.metric` says what the name of a score means, such
@@ -39,9 +41,6 @@ UNTRAINED_SHARE = 1 / 2  # of the distance of noise, from which a run counts as 
 FAR_SHARE = 1 / 20  # of the distance of noise, beyond which samples are far from the data
 FAR_TIMES = 20  # times a perfect sampler's distance, beyond which they are far, where noise was not measured
 MAX_UNTRAINED_PRECISION = 0.02  # of an untrained run, where noise was not measured
-# The distance of samples to their nearest images over that of real images, beyond which samples are not like the data:
-# on digits it is 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000.
-FAR_FROM_NEAREST = 1.5
 
 SHIPPED_RESULTS = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # names of results, by protocol
 BENCHMARK_NAMES = ("clip",)  # in the names of the evaluations, besides the run's own, that a page shows
@@ -234,6 +233,27 @@ def verdict(judged: Mapping[str, Any]) -> str | None:
     return f"{begin}: worse than a perfect sampler by {', '.join(worse)}."
 
 
+def decisive_comparison(judged: Judgement) -> str:
+    """A score by which a run has its `state`, next to a perfect sampler's: "recall is 0.10, of a perfect sampler 0.98".
+
+    It is the score that leads (`judgement`), or, where that is as good as a perfect sampler's, the first that is worse.
+    `judged` has a state.
+    """
+    scores = _best_scores(judged["results"])
+    baselines = judged["baselines"]
+    first = first_score(scores)
+    perfect = baselines.get("perfect") or baselines["null"]
+    worse = _worse_scores(scores, perfect)
+    if not _is_as_perfect(scores[first], perfect):
+        worse = [first, *worse]
+    name = judged["columns"][0]
+    if name not in scores or (worse and name not in worse):
+        name = (worse or [first])[0]
+    baselines = baselines_by_name(judged)  # with the first score by its name
+    perfect = baselines.get("perfect") or baselines["null"]
+    return f"{word(MERITS, name).title} is {number(scores[name])}, of a perfect sampler {score_text(perfect, name)}"
+
+
 def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     """The rows, each with `best`: whether its score `lead` is the least at its number of passes, or level with that.
 
@@ -296,6 +316,24 @@ def abbreviate(value: float | int) -> str:
         return number(value)
     power = min(4, floor(log10(value) / 3))
     return f"{number(value / 1000**power)}\u00a0{'kMGT'[power - 1]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: '45 s', '12 min', '3.5 h', '4 days'."""
+    minutes = seconds / 60
+    hours = minutes / 60
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes:.0f} min"
+    if hours < 48:
+        return f"{hours:.1f} h"
+    return f"{hours / 24:.0f} days"
+
+
+def ratio(value: float) -> str:
+    """A number about 1 with two decimals; a dash for NaN."""
+    return f"{value:.2f}" if value == value else "–"
 
 
 def spread(value: float | None, deviation: float | None) -> str:
@@ -543,27 +581,3 @@ def _num_held_out(judged: Mapping[str, Any]) -> int:
 def _objective_row(name: str, steps: int, cost: float | None, *, is_own: bool = False) -> Row:
     """A row of `objectives_table`, without its scores."""
     return {"name": name, "steps": steps, "cost": cost, "own": is_own, "lead": {}, "error": {}}
-
-
-def doubts(steps: int, step: int, judged: Judgement | None, near: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """What a reader must know first, each as a few words and why; [] of a run that is trained and like its data.
-
-    `steps` are those of the whole training, `step` is where the run is, `near` is what `page.measure_proximity` found.
-    The state of an evaluation of these weights goes before what the nearest images say.
-    """
-    warnings: list[tuple[str, str]] = []
-    judged_state = judged.get("state") if judged and judged["fresh"] else None
-    distances: list[float] = []  # mean distances to the nearest image: of samples, and of real images
-    if near:
-        distances = [row["mean"] for row in near["rows"]]
-    if step == 0:
-        warnings.append(("Untrained", "these are the weights that training starts from."))
-    elif judged_state in STATES:
-        warnings.append((STATES[judged_state], "so its evaluation says."))
-    elif len(distances) == 2 and distances[0] > FAR_FROM_NEAREST * distances[1]:
-        times = number(distances[0] / distances[1])
-        why = f"samples are {times} times as far from the nearest training image as real images are."
-        warnings.append((STATES["far"], why))
-    if step < steps:
-        warnings.append((f"Stopped at step {step:,} of {steps:,}", "its training is not done."))
-    return warnings

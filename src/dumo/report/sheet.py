@@ -1,21 +1,27 @@
-"""Sheets of samples as a run trains: what its sampled weights make of the same noise, by the run's own sampler.
+"""Samples as a run trains: what its sampled weights make of the same noise, by the run's own sampler.
 
-    sheets/step-00001000-nfe1.png
+    sheets/step-00001000-nfe1.png                       64 images, after the steps that `train.sheets` names
+    strip/step-00001024-nfe1-seed0.safetensors          6 samples, not decoded, after steps 8, 16, 32, ... of any run
 
-`Sheets` is the entrance. `dumo.run.train` calls its `open` before the first step, and its `draw` after each step.
+`Sheets` writes both: `dumo.run.train` calls its `open` before the first step, and its `draw` after each step. The
+report reads the strip (`read_strip`), and shows how images became what they are.
 
-Sheets change nothing of the training: samples have random streams of their own (`dumo.runtime.random`), and the net
-gets its mode back. Ranks make them together, each some of the images, so that no rank needs all weights. Sheets that a
-stop leaves out are drawn when the run resumes from that step.
+Both change nothing of the training: samples have random streams of their own (`dumo.runtime.random`), and the net gets
+its mode back. Ranks make them together, each some of the images, so that no rank needs all weights. What a stop leaves
+out is drawn when the run resumes from that step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown
+from dumo.config.parts import Sampling
 from dumo.config.spec import Run
 from dumo.data import is_latents
 from dumo.flow import generate
@@ -29,10 +35,13 @@ from dumo.types import Sample
 
 COUNT = 64  # images on a sheet: ours
 POINTS = 2000  # samples of a scatter: ours
+STRIP = "strip"  # the folder, in that of a run
+STRIP_COUNT = 6  # samples of each moment of the strip: ours
+FIRST_STRIP_STEP = 8  # of the strip: what a net makes before is noise. Ours
 
 
 class Sheets:
-    """Draws sheets after the steps that `train.sheets` names."""
+    """Draws sheets after the steps that `train.sheets` names, and the strip of a run that makes images."""
 
     def __init__(self, run: Run, folder: Path, log_line: Callable[[str], object]) -> None:
         """Check that sheets can be drawn. `log_line` is called with the reason where one is missing later.
@@ -41,9 +50,11 @@ class Sheets:
         """
         self.run = run
         self.folder = folder / "sheets"
+        self.strip_folder = folder / STRIP
         self.log_line = log_line
         self.c = sheet_conditions(run.conditions)
         data = run.data
+        self.has_strip = len(shown(data).shape) == 3
         if run.train.sheets and is_latents(data):
 
             def open_codec() -> None:
@@ -52,50 +63,56 @@ class Sheets:
             agreement.on_main_rank(open_codec)  # a missing codec ends the run now, not after weeks
 
     def draw(self, state: State, record: Record) -> None:
-        """Draw a sheet for each of the run's numbers of passes, if this step has sheets. Every rank must call it.
+        """Draw what is due after this step: sheets, and samples of the strip. Every rank must call it.
 
-        Draws nothing where the run is asked to stop: a checkpoint of this step is saved, from which `open` draws the
-        sheets later. Sheets that are begun are finished, since the next checkpoint is of a later step.
+        Draws nothing where the run is asked to stop: a checkpoint of this step is saved, from which `open` draws it
+        later. What is begun is finished, since the next checkpoint is of a later step.
         """
-        if record.asked is None and self.run.train.is_sheet_due(state.step):
+        if record.asked is None:
             with signals.uninterrupted():
-                for nfe in self.run.sample.nfe:
-                    self._draw_one(state, nfe)
+                for file, nfe, count in self._due(state.step):
+                    self._draw_one(state, file, nfe, count)
 
     def open(self, state: State) -> None:
-        """Draw the sheets of the step that the run resumes from, where they are missing. Every rank must call it."""
+        """Draw what is due at the step that the run resumes from, and missing. Every rank must call it."""
         agreement.on_main_rank(lambda: files.sweep(self.folder))
-        if state.step and self.run.train.is_sheet_due(state.step):
-            for nfe in self.run.sample.nfe:
-                stem = self._stem(state, nfe)
-                if agreement.on_main_rank(lambda stem=stem: not stem.with_suffix(".png").exists()):
-                    self._draw_one(state, nfe)
+        agreement.on_main_rank(lambda: files.sweep(self.strip_folder))
+        if state.step:
+            for file, nfe, count in self._due(state.step):
+                if agreement.on_main_rank(lambda file=file: not file.exists()):
+                    self._draw_one(state, file, nfe, count)
 
-    def _draw_one(self, state: State, nfe: int) -> None:
-        """Draw the sheet of one number of passes. Every rank must call it."""
-        if dist.world() == 1:  # then an error is no more than a missing sheet
-            self._try_to_write(lambda: self.sample(state, nfe), state, nfe)
+    def _due(self, step: int) -> Iterator[tuple[Path, int, int]]:
+        """Yield what is drawn after this step: a file, and the number of passes and of samples."""
+        sampling = self.run.sample
+        if self.run.train.is_sheet_due(step):
+            for nfe in sampling.nfe:
+                yield self.folder / f"step-{step:08d}-nfe{nfe}.png", nfe, len(self.c)
+        if self.has_strip and is_strip_due(step):
+            nfe = min(sampling.nfe)
+            yield self.strip_folder / f"step-{step:08d}-{_noise_name(nfe, sampling.seed)}", nfe, STRIP_COUNT
+
+    def _draw_one(self, state: State, file: Path, nfe: int, count: int) -> None:
+        """Draw one file, of `count` samples of `nfe` passes. Every rank must call it."""
+        if dist.world() == 1:  # then an error is no more than a missing file
+            self._try_to_write(lambda: self.sample(state, nfe, count), state, file)
             return
-        samples = self.sample(state, nfe)  # an error here must reach all ranks, which wait for one another
+        samples = self.sample(state, nfe, count)  # an error here must reach all ranks, which wait for one another
         if dist.is_main():
-            self._try_to_write(lambda: samples, state, nfe)
+            self._try_to_write(lambda: samples, state, file)
 
-    def _stem(self, state: State, nfe: int) -> Path:
-        """A sheet's file, without its ending."""
-        return self.folder / f"step-{state.step:08d}-nfe{nfe}"
-
-    def sample(self, state: State, nfe: int) -> Sample:
-        """The samples of a sheet (n, *shape), not decoded, on the CPU of every rank. Every rank must call it."""
+    def sample(self, state: State, nfe: int, count: int) -> Sample:
+        """The first `count` samples (count, *shape), not decoded, on the CPU of every rank. Every rank must call it."""
         run = self.run
         net = state.shown
-        indices = rank_indices(len(self.c))  # of this rank's images
-        with torch.compiler.set_stance("force_eager"):
+        indices = rank_indices(count)  # of this rank's images
+        with _eager(run):
             rank_batches = generate.sample_batches(
                 net,
                 sampler_of(run, net).reads,
                 run.path,
                 run.sample.solver,
-                self.c[torch.tensor(indices) % len(self.c)],
+                self.c[torch.tensor(indices) % count],
                 nfe=nfe,
                 seed=run.sample.seed,
                 shape=run.data.shape,
@@ -104,19 +121,61 @@ class Sheets:
             )
             batches = list(rank_batches)
         layout.release(net)
-        return gather_samples(batches, run.data.shape).x[: len(self.c)]
+        return gather_samples(batches, run.data.shape).x[:count]
 
-    def _try_to_write(self, make_samples: Callable[[], Sample], state: State, nfe: int) -> None:
-        """Write a sheet, or log why there is none: a missing sheet is no reason to end a run."""
-        from dumo.report.sample import write
-
+    def _try_to_write(self, make_samples: Callable[[], Sample], state: State, file: Path) -> None:
+        """Write a file, or log why there is none: a missing one is no reason to end a run."""
         run = self.run
-        stem = self._stem(state, nfe)
         try:
-            pixels = sampler_of(run, state.shown).decode(make_samples())
-            write(pixels, self.c, stem, "grid", run.data, run.sample.seed)
+            x = make_samples()
+            if file.parent == self.strip_folder:  # the report decodes them: training needs no decoder
+                files.write(file, safetensors.torch.save({"x": x.half()}))
+                return
+            from dumo.report.sample import write
+
+            pixels = sampler_of(run, state.shown).decode(x)
+            write(pixels, self.c, file.with_suffix(""), "grid", run.data, run.sample.seed)
         except Exception as error:  # memory, disk, weights that have diverged
-            self.log_line(f"warning: no sheet {stem.name}: {error}")
+            self.log_line(f"warning: no sheet {file.stem}: {error}")
+
+
+def _eager(run: Run) -> AbstractContextManager[object]:
+    """Inside, a compiled net runs as it is written: it is not compiled again for a few samples."""
+    if run.train.compile == "none":
+        return nullcontext()  # the stance imports the compiler, which takes a second
+    return torch.compiler.set_stance("force_eager")
+
+
+def is_strip_due(step: int) -> bool:
+    """Whether samples of the strip are drawn after this step: 8, 16, 32 and so on, each twice the one before."""
+    is_power_of_two = step & (step - 1) == 0
+    return step >= FIRST_STRIP_STEP and is_power_of_two
+
+
+def _noise_name(nfe: int, seed: int) -> str:
+    """The end of the name of a file of the strip: all files that end alike begin with the same noise."""
+    return f"nfe{nfe}-seed{seed}.safetensors"
+
+
+def read_strip(folder: Path, sampling: Sampling, last_step: int) -> dict[int, Sample]:
+    """The samples of a run's strip, (6, *shape) as the net made them, by step up to `last_step`, in its order.
+
+    All are of one noise: that of `sampling`, by its seed and fewest passes. A file that cannot be read, or holds values
+    that are not finite, is left out.
+    """
+    samples: dict[int, Sample] = {}
+    ending = _noise_name(min(sampling.nfe), sampling.seed)
+    for file in sorted((folder / STRIP).glob(f"step-*-{ending}")):
+        _, step_text, *_ = file.name.split("-")
+        if not step_text.isdecimal() or int(step_text) > last_step:  # of a run that was taken back
+            continue
+        try:
+            x = safetensors.torch.load_file(file)["x"].float()
+        except (OSError, SafetensorError, KeyError):
+            continue
+        if x.isfinite().all():
+            samples[int(step_text)] = x
+    return samples
 
 
 def sheet_conditions(conditions: Conditions) -> Tensor:

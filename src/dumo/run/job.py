@@ -63,7 +63,7 @@ Tell = Callable[[str], None]  # shows the user a line
 
 
 class Sheets(Protocol):
-    """Draws sheets of samples where `train.sheets` says so. Every rank has them, and calls them alike."""
+    """Draws samples as a run trains: sheets, and the strip. Every rank has them, and calls them alike."""
 
     def open(self, state: State) -> None:
         """Draw what is due at the present step and missing in the folder; called once, before the first step."""
@@ -126,7 +126,7 @@ def open_job(
     - `tell`: called with lines for the user, on rank 0
     - `accept`: resume though data or fields have changed, and note what has
     - `verify`: hash all images first
-    - `sheets`: draws the sheets of `train.sheets` (`dumo.report.sheet.Sheets`)
+    - `sheets`: draws the strip, and the sheets of `train.sheets` (`dumo.report.sheet.Sheets`); None: nobody does
 
     Raises UserError if the run does not fit the machine or its ranks, another process trains in the folder or it holds
     another run, data or fields have changed, or the derivative fails its examination.
@@ -173,7 +173,7 @@ def open_job(
         net_outline = outline(run)
         step_cost = cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
         meter = Meter(run.train, folder, torch_device, step_cost.flops)
-        drawn_sheets = sheets(run, folder, tell) if sheets and run.train.sheets else None
+        drawn_sheets = sheets(run, folder, tell) if sheets else None
 
         # 5. begin the state, and open what reads it
         state, checkpoint = begin(run, index.checkpoints, torch_device, step)

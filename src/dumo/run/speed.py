@@ -1,6 +1,7 @@
 """How fast a run trains: shown by its bar, and kept in speed.jsonl next to its log.
 
-`Meter` measures it: `begin` before the first step, `note` after each. `logged` joins the log's rows with their speeds.
+`Meter` measures it: `begin` before the first step, `note` after each. `logged` joins the log's rows with their speeds,
+and `seconds_between` says how long steps took, or will take.
 
 Times are the machine's, not the run's: they have a file of their own, so that a log is the same to the bit wherever and
 however often the run was stopped. It is only ever added to; of a step that was made twice the last row holds.
@@ -130,3 +131,21 @@ def logged(folder: Path) -> list[log.Row]:
         if row["step"] in speed_by_step:
             row["speed"] = speed_by_step[row["step"]]
     return rows
+
+
+def seconds_between(folder: Path, first: int, last: int) -> float | None:
+    """How long the run trains from step `first` to step `last`; None where no speed was measured.
+
+    A step that was made twice counts once, at its last speed; steps beyond those measured have the last speed.
+    """
+    rates: dict[int, float] = {}  # steps a second, by the step up to which they hold
+    for row in log.read_log(folder / FILE):
+        rates[row["step"]] = row["steps_per_second"]
+    if not rates:
+        return None
+    seconds = 0.0
+    step = 0
+    for row_step in sorted(rates):
+        seconds += max(0, min(row_step, last) - max(step, first)) / rates[row_step]
+        step = row_step
+    return seconds + max(0, last - max(step, first)) / rates[step]

@@ -10,7 +10,7 @@
 6. train (`training.loop`), with batches and random numbers made ahead
 
 A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, checkpoints/, milestones/, sheets/,
-best/, grids/, samples/, evaluation.json, report.html with its pictures in report/.
+strip/, best/, grids/, samples/, evaluation.json, report.html with its pictures in report/.
 """
 
 from collections.abc import Callable, Generator, Sequence

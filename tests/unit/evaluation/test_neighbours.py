@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dumo.evaluation import neighbours
-from dumo.evaluation.neighbours import nearest, nearest_other, nearest_two, precision_recall
+from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -63,24 +63,13 @@ def test_too_few_rows_are_refused() -> None:
         precision_recall(randn(4, "a"), randn(3, "b"))
 
 
-def test_two_nearest_mirrored_or_not() -> None:
-    real = torch.tensor([[0.0, 3.0], [10.0, 10.0], [0.0, 7.0]]).view(3, 1, 1, 2)
-    fake = torch.tensor([[3.0, 0.0], [0.0, 6.0]]).view(2, 1, 1, 2)
-    assert torch.equal(nearest_two(real, fake), torch.tensor([[0.0, 4.0], [1.0, 3.0]], dtype=torch.float64))
-    among = nearest_two(real, real, same=True)
-    assert among[0].tolist() == [4.0, pytest.approx(149**0.5)]
-    many = torch.rand(neighbours.BLOCK + 3, 1, 2, 2, generator=stream("many"))
-    assert nearest_two(many, many, same=True).min() > 0
-    assert nearest_two(many, many)[:, 0].max() == 0
-
-
 def measured(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Precision and recall by the distances of all pairs, by differences in float64."""
     real, fake = real.double(), fake.double()
 
     def among(x: Tensor, centres: Tensor) -> float:
-        radii = neighbours._distances(centres, centres).kthvalue(k + 1, dim=1).values
-        return (neighbours._distances(x, centres) <= radii).any(1).double().mean().item()
+        radii = neighbours.pair_distances(centres, centres).kthvalue(k + 1, dim=1).values
+        return (neighbours.pair_distances(x, centres) <= radii).any(1).double().mean().item()
 
     return among(fake, real), among(real, fake)
 
@@ -113,7 +102,7 @@ def test_a_radius_among_equals_is_the_right_one() -> None:
         x = torch.cat([torch.zeros(1, 64), length * around])
         radii = neighbours._radii(x, 3)
         assert radii[0] == pytest.approx(1 + 2e-9, abs=1e-10)
-        assert torch.equal(radii, neighbours._distances(x, x).kthvalue(4, dim=1).values)
+        assert torch.equal(radii, neighbours.pair_distances(x, x).kthvalue(4, dim=1).values)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
@@ -130,7 +119,7 @@ def test_answers_are_those_of_measuring_all(kind: str, scale: float) -> None:
             real, fake = real[torch.arange(150) % 7], real[torch.arange(130) % 11]
     real, fake = scale * real, scale * fake
     assert precision_recall(real, fake) == measured(real, fake)
-    every, (far, at) = neighbours._distances(fake, real), nearest(real, fake)
+    every, (far, at) = neighbours.pair_distances(fake, real), nearest(real, fake)
     assert torch.equal(far, every.amin(1))
     assert torch.equal(far, every.gather(1, at[:, None])[:, 0])
     rows = torch.tensor([7, 149, 0])
@@ -148,7 +137,7 @@ def test_what_is_no_number_is_in_no_ball() -> None:
 @pytest.mark.parametrize("scale", [1, 1e25])
 def test_few_pairs_are_measured(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 2 x 600 x 600 for the radii and as many for the shares, the rows that might be nearest, and hardly more."""
-    seen, distances = list[int](), neighbours._distances
-    monkeypatch.setattr(neighbours, "_distances", lambda a, b: (seen.append((d := distances(a, b)).numel()), d)[1])
+    seen, distances = list[int](), neighbours.pair_distances
+    monkeypatch.setattr(neighbours, "pair_distances", lambda a, b: (seen.append((d := distances(a, b)).numel()), d)[1])
     precision_recall(scale * randn(600, "a", d=64), scale * randn(600, "b", d=64))
     assert 2 * 600 * 16 <= sum(seen) < 2 * 600 * 16 * 1.02

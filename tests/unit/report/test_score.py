@@ -1,4 +1,4 @@
-"""What was measured is set out so that the number which counts leads, and doubts are said."""
+"""What was measured is set out so that the number which counts leads."""
 
 import json
 import re
@@ -42,10 +42,6 @@ def judged(lead: float = 0.5, **more: Any) -> score.Judgement:  # noqa: ANN401, 
         "baseline": {"title": "a perfect sampler", **PERFECT["perfect"]},
         "words": word.merits(columns),
     }
-
-
-def near(samples: float, real: float) -> score.Judgement:
-    return {"rows": [{"name": "samples", "mean": samples}, {"name": "data", "mean": real}]}
 
 
 def test_the_first_leads() -> None:
@@ -147,27 +143,6 @@ def test_a_baseline_stands_under_what_it_is_of() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "lead", "distances", "said"),
-    [
-        (0, 0.3, (2.4, 2.0), ["Untrained", "Stopped at step 0 of 5,000"]),
-        (20, 17.0, (8.4, 2.0), ["Not yet like the data", "Stopped at step 20 of 5,000"]),
-        (5000, 0.5, (8.4, 2.0), ["Not yet like the data"]),
-        (5000, 0.5, (2.4, 2.0), []),
-    ],
-)
-def test_noise_is_not_passed_off(step: int, lead: float, distances: tuple[float, float], said: list[str]) -> None:
-    assert [what for what, _ in score.doubts(5000, step, judged(lead), near(*distances))] == said
-    assert score.doubts(5000, 5000, None, None) == []
-
-
-def test_a_state_that_the_evaluation_tells_is_said() -> None:
-    told = [judged() | {"state": state} for state in ("untrained", "far", "near", "like the data")]
-    said = [[what for what, _ in score.doubts(5000, 5000, one, near(2.4, 2.0))] for one in told]
-    assert said == [["As good as untrained"], ["Not yet like the data"], [], []]
-    assert score.doubts(5000, 5000, told[0] | {"fresh": False}, None) == []
-
-
-@pytest.mark.parametrize(
     ("value", "text"),
     [
         (0, "0"), (1797, "1,797"), (True, "True"), ("hop", "hop"), (None, "–"), (float("nan"), "–"), (0.0, "0"),
@@ -177,6 +152,11 @@ def test_a_state_that_the_evaluation_tells_is_said() -> None:
 )  # fmt: skip
 def test_numbers_have_three_digits(value: object, text: str) -> None:
     assert score.number(value) == text
+
+
+def test_durations_are_said_as_people_say_them() -> None:
+    spans = {0.4: "0 s", 89: "89 s", 90: "2 min", 5000: "83 min", 5400: "1.5 h", 170_000: "47.2 h", 400_000: "5 days"}
+    assert [score.duration(seconds) for seconds in spans] == [*spans.values()]
 
 
 def test_spreads_and_large_numbers() -> None:

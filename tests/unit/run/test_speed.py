@@ -9,7 +9,7 @@ import torch
 
 from dumo.config.load import load
 from dumo.run import speed
-from dumo.run.speed import Meter, logged
+from dumo.run.speed import Meter, logged, seconds_between
 from dumo.training import log
 from dumo.training.step import Record
 from dumo.types import UserError
@@ -87,3 +87,13 @@ def test_rows_of_the_log_have_the_last_speed_of_their_step(tmp_path: Path) -> No
         {"images_per_second": 4.0},
         None,
     ]
+
+
+def test_how_long_steps_took_and_will_take(tmp_path: Path) -> None:
+    """Steps 0 to 10 at 1 a second, to 20 at 4, which were made twice, and on at 4."""
+    assert seconds_between(tmp_path, 0, 10) is None
+    rows = [(10, 1.0), (20, 2.0), (20, 4.0)]
+    text = "".join(json.dumps({"step": step, "steps_per_second": rate}) + "\n" for step, rate in rows)
+    (tmp_path / "speed.jsonl").write_text(text)
+    spans = [(0, 10), (0, 5), (0, 20), (0, 16), (15, 20), (20, 40), (8, 40)]
+    assert [seconds_between(tmp_path, *span) for span in spans] == [10, 5, 12.5, 11.5, 1.25, 5, 9.5]

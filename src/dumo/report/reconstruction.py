@@ -1,0 +1,68 @@
+"""What a codec makes of real images: the bound of a net that is trained in its latents.
+
+`reconstruct` encodes and decodes some images of the data. No sample can be better than its decoder.
+"""
+
+from dataclasses import dataclass
+from math import log10
+
+from PIL import Image
+
+from dumo.config.conditions import squares
+from dumo.data import is_images, is_latents
+from dumo.io import picture
+from dumo.run.sampler import Sampler
+from dumo.types import Sample, UserError
+
+COUNT = 6  # images: ours
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Images of the data, and what the codec makes of them."""
+
+    count: int
+    originals: Image.Image  # side by side
+    decoded: Image.Image  # in the same order
+    decibels: float  # the peak signal-to-noise ratio, over all values of these images
+    grey_levels: float  # the mean distance of two values, of 255
+
+
+def reconstruct(sampler: Sampler) -> Reconstruction | None:
+    """Some images of the data through the run's codec.
+
+    None of a run in pixels, and where the images, or what encodes them, are not on this machine.
+    """
+    if sampler.codec is None or not is_latents(sampler.data):
+        return None
+    try:
+        x = _first_images(sampler)
+        moments = sampler.codec.encode(x)
+    except (UserError, OSError):
+        return None
+    mean = moments[:, : sampler.shape[0]]  # of the Gaussians, of a codec that gives such
+    decoded = sampler.decode(mean)
+    error = decoded - x
+    mean_square = error.square().mean().item()
+    return Reconstruction(
+        count=len(x),
+        originals=_row(x),
+        decoded=_row(decoded),
+        decibels=10 * log10(2**2 / mean_square) if mean_square else float("inf"),  # values range over 2
+        grey_levels=error.abs().mean().item() * 255 / 2,
+    )
+
+
+def _first_images(sampler: Sampler) -> Sample:
+    """The first images of the data, as squares. Raises UserError or OSError where they cannot be read."""
+    data = squares(sampler.data)
+    images = data.images if is_latents(data) else data
+    assert is_images(images), "latents are of images"
+    album = images.model_copy(update={"memory": 0.0}).originals()  # decodes no others
+    x, _ = album.rows(slice(COUNT))
+    return x if x.is_floating_point() else picture.from_uint8(x)
+
+
+def _row(x: Sample) -> Image.Image:
+    """Images side by side."""
+    return picture.sheet(picture.to_rows(x), len(x), gap=picture.GAP, clear=True)

@@ -1,0 +1,183 @@
+"""The verdict of a page: where a run stands, in one sentence that ends with what to type next and what that costs.
+
+`reach_verdict` is the entrance. It decides in this order, and the first that is true counts:
+
+1. the run is untrained
+2. its samples copy the training images
+3. its training was stopped before its end
+4. its evaluation says where it stands (`dumo.report.score.state`), or, without one, its nearest images do
+5. nothing is known: it is to be judged, where this machine can do that
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dumo.config.parts import Evaluation
+from dumo.config.source import PROPOSED
+from dumo.config.word import STATES
+from dumo.report.proximity import Proximity
+from dumo.report.score import Judgement, decisive_comparison, duration, error, number
+from dumo.run.speed import seconds_between
+from dumo.run.weights import RunFolder
+from dumo.runtime import shell_path
+
+# The distance of samples to their nearest images over that of real images, beyond which samples are not like the data:
+# on digits it is 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000.
+FAR_FROM_NEAREST = 1.5
+MANY_COPIES = 0.1  # the share of samples that are copies, over that of real images, from which they are many: ours
+SPANS = (10, 30, 60, 120, 240, 480, 960)  # minutes of training that are proposed: ours
+GOOD_COUNT = 16  # samples to make with a run that is good: ours
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """What to type next."""
+
+    command: str
+    effect: str  # what it does and costs, as the end of a sentence that begins with the command
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Where a run stands."""
+
+    head: str  # a few words
+    reason: str  # the numbers behind them; "" where there are none
+    next_steps: Sequence[NextStep]  # what to type next, and what else there is to do
+    is_good: bool = False
+
+
+def reach_verdict(opened: RunFolder, name: str, judged: Judgement | None, proximity: Proximity | None) -> Verdict:
+    """The verdict on a run. `name` is what a user types for it: its folder, or its name.
+
+    An evaluation of other weights does not count.
+    """
+    run = opened.run
+    step = opened.step
+    if judged and not judged["fresh"]:
+        judged = None
+
+    if step == 0:
+        steps = f"trains it, for {run.train.steps:,} steps"
+        return Verdict("Untrained: these are the weights that training starts from", "", [_train(name, steps)])
+
+    copied = _describe_copies(judged, proximity)
+    if copied and not opened.is_shipped:
+        return Verdict("It copies the training images", copied, [_less_training(opened, name)])
+
+    head, reason, is_good = _standing(judged, proximity)
+    if step < run.train.steps:
+        stopped = f"stopped at step {step:,} of {run.train.steps:,}"
+        head = f"{head}, and {stopped}" if head else stopped.capitalize()
+        seconds = seconds_between(opened.folder, step, run.train.steps)
+        effect = f"goes on to step {run.train.steps:,}"
+        if seconds is not None:
+            effect += f", in about {duration(seconds)}"
+        return Verdict(head, reason, [_train(name, effect)])
+    if is_good or (head and opened.is_shipped):
+        return Verdict(head, reason, _use(name), is_good)
+    if head:
+        return Verdict(head, reason, [_more_training(opened, name)])
+    if judged is None and run.evaluate.protocol.missing is None:
+        return Verdict("Trained, and not judged yet", "", [_judge(run.evaluate, name)])
+    return Verdict("Trained", "", _use(name))
+
+
+def _standing(judged: Judgement | None, proximity: Proximity | None) -> tuple[str, str, bool]:
+    """How like the data the samples are: a few words, the numbers behind them, and whether they are like them.
+
+    ("", "", False) where nothing tells.
+    """
+    state = judged.get("state") if judged else None
+    if judged and state:
+        reason = decisive_comparison(judged)
+        if state == "like the data":
+            return "Like the data, as far as the scores tell", reason, True
+        return STATES.get(str(state), "Near the data, but not like them"), reason, False
+    if proximity and proximity.mean_ratio > FAR_FROM_NEAREST:
+        times = number(proximity.mean_ratio)
+        reason = f"samples are {times} times as far from the nearest training image as real images are"
+        return STATES["far"], reason, False
+    return "", "", False
+
+
+def _describe_copies(judged: Judgement | None, proximity: Proximity | None) -> str:
+    """The share of samples that are copies, where they are many; "" where they are not, or nothing tells.
+
+    The evaluation goes before the samples of the page, which are few.
+    """
+    real_share = 0.0
+    if judged and "copies" in judged["results"][0]:
+        share = max(row["copies"] for row in judged["results"])
+        perfect = judged["baselines"].get("perfect") or {}
+        real_share = perfect.get("copies", 0.0) + 2 * (error(perfect, "copies") or 0.0)
+    elif proximity:
+        share = proximity.num_copies / len(proximity.is_copy)
+    else:
+        return ""
+    if share < real_share + MANY_COPIES:
+        return ""
+    return f"{share:.0%} of the samples are a training image again"
+
+
+def _judge(evaluate: Evaluation, name: str) -> NextStep:
+    """The evaluation of the run."""
+    passes = ",".join(map(str, evaluate.nfe))
+    effect = f"makes {evaluate.protocol.total:,} samples at each NFE, and compares them with the data"
+    return NextStep(f"dumo evaluate {name} --nfe {passes}", effect)
+
+
+def _train(name: str, effect: str) -> NextStep:
+    """The training of the run, or the rest of it."""
+    return NextStep(f"dumo train {name}", effect)
+
+
+def _more_training(opened: RunFolder, name: str) -> NextStep:
+    """More training of a run whose training is done.
+
+    A run that was proposed for some minutes gets some more; any other, as many steps again.
+    """
+    run = opened.run
+    seconds = seconds_between(opened.folder, 0, opened.step)
+    if PROPOSED in run.resolved:
+        minutes = _more_minutes(seconds or 0.0)
+        return NextStep(f"dumo train {name} --minutes {minutes}", f"goes on for {minutes} minutes")
+    effect = f"goes on for {opened.step:,} more steps"
+    if seconds is not None:
+        effect += f", in about {duration(seconds)}"
+    return NextStep(f"dumo train {name} --set train.steps={2 * opened.step}", effect)
+
+
+def _more_minutes(seconds: float) -> int:
+    """The minutes to go on for, after a training of these seconds: at least twice as long, for less shows little."""
+    for minutes in SPANS:
+        if 60 * minutes >= 2 * seconds:
+            return minutes
+    return SPANS[-1]
+
+
+def _less_training(opened: RunFolder, name: str) -> NextStep:
+    """What makes fewer copies: an earlier checkpoint, where one is kept, else a training of half the length."""
+    weights = Path(opened.weights)
+    for step, checkpoint in opened.index.checkpoints.by_step().items():
+        earlier_weights = checkpoint.path / weights.name
+        if step < opened.step and weights.parts[:1] == ("checkpoints",) and earlier_weights.exists():
+            command = f"dumo sample {name} --weights {shell_path(earlier_weights)}"
+            return NextStep(command, f"takes the weights of step {step:,}; more photos help more")
+    steps = max(1, opened.step // 2)
+    command = f"dumo train {name}/run.yaml --out {name}-shorter --set train.steps={steps}"
+    effect = f"makes a run of {steps:,} steps"
+    seconds = seconds_between(opened.folder, 0, steps)
+    if seconds is not None:
+        effect += f", in about {duration(seconds)}"
+    return NextStep(command, f"{effect}; more photos help more")
+
+
+def _use(name: str) -> list[NextStep]:
+    """What to do with a run that is good."""
+    return [
+        NextStep(f"dumo sample {name} --count {GOOD_COUNT}", f"makes {GOOD_COUNT} more"),
+        NextStep(f"dumo demo {name}", "is a page to play with"),
+        NextStep(f"dumo export {name}", "writes files for other programs"),
+    ]

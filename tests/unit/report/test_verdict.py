@@ -1,0 +1,140 @@
+"""The verdict says where a run stands, and what it names to type is what dumo takes."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from docs.test_command import check
+from dumo.config.load import load
+from dumo.report.proximity import Proximity
+from dumo.report.verdict import FAR_FROM_NEAREST, Verdict, reach_verdict
+from dumo.run.index import Index
+from dumo.run.weights import RunFolder
+from unit.report.test_score import judged
+
+NAME = "runs/photos"
+PERFECT = {"perfect": {"mean": 0.0, "sd": 1.3, "copies": 0.02, "copies_sd": 0.01}}
+
+
+def run_folder(
+    folder: Path, step: int, steps: int = 5000, *, proposed: bool = False, shipped: bool = False
+) -> RunFolder:
+    """A run at a step, whose training had two steps a second."""
+    run = load("digits", [f"train.steps={steps}"])
+    if proposed:
+        run = run.model_copy(update={"resolved": {"proposed": {}}})
+    (folder / "speed.jsonl").write_text(json.dumps({"step": 50, "steps_per_second": 2.0}) + "\n")
+    weights = f"checkpoints/step-{step:08d}/ema-0.999.safetensors"
+    own_output = folder if shipped else None
+    return RunFolder(run, Index.read(folder), nn.Identity(), step, weights, own_output=own_output)
+
+
+def evaluation(state: str | None, lead: float = 168.0, **more: Any) -> dict[str, Any]:  # noqa: ANN401, what a report holds
+    """An evaluation by `class_mmd`."""
+    row = {"nfe": 1, "solver": "restart", "class_mmd": lead, "class_mmd_sd": 1.0, **more}
+    return judged() | {"results": [row], "columns": ["class_mmd"], "baselines": PERFECT, "state": state}
+
+
+def proximity(ratio: float, copies: int = 0) -> Proximity:
+    """Ten samples, so far from their nearest images."""
+    return Proximity(torch.zeros(10, 1, 8, 8), [ratio] * 10, [i < copies for i in range(10)], 100)
+
+
+def texts(verdict: Verdict) -> list[str]:
+    """What is typed, all of which dumo must take, and what it does."""
+    for step in verdict.next_steps:
+        program, *words = shlex.split(step.command)
+        assert program == "dumo"
+        check(words)
+    return [f"{step.command} {step.effect}" for step in verdict.next_steps]
+
+
+def test_a_run_that_is_not_like_the_data_goes_on(tmp_path: Path) -> None:
+    verdict = reach_verdict(run_folder(tmp_path, 5000), NAME, evaluation("far"), proximity(1.0))
+    assert verdict.head == "Not yet like the data"
+    assert verdict.reason == "class-conditional distance · 10³ is 168, of a perfect sampler 0.0 ± 1.3"
+    assert texts(verdict) == [
+        "dumo train runs/photos --set train.steps=10000 goes on for 5,000 more steps, in about 42 min"
+    ]
+    near = reach_verdict(run_folder(tmp_path, 5000), NAME, evaluation("near", 3.0), None)
+    assert near.head == "Near the data, but not like them"
+    assert texts(near) == texts(verdict)
+
+
+@pytest.mark.parametrize(("step", "minutes"), [(100, 10), (1200, 30), (5000, 120), (1_000_000, 960)])
+def test_a_run_that_was_proposed_for_minutes_gets_minutes(tmp_path: Path, step: int, minutes: int) -> None:
+    verdict = reach_verdict(run_folder(tmp_path, step, step, proposed=True), NAME, evaluation("far"), None)
+    assert texts(verdict) == [f"dumo train runs/photos --minutes {minutes} goes on for {minutes} minutes"]
+
+
+def test_a_run_that_is_stopped_goes_on_to_its_end(tmp_path: Path) -> None:
+    verdict = reach_verdict(run_folder(tmp_path, 20), NAME, None, proximity(4.1))
+    assert verdict.head == "Not yet like the data, and stopped at step 20 of 5,000"
+    assert verdict.reason == "samples are 4.10 times as far from the nearest training image as real images are"
+    assert texts(verdict) == ["dumo train runs/photos goes on to step 5,000, in about 42 min"]
+    assert reach_verdict(run_folder(tmp_path, 20), NAME, None, proximity(1.0)).head == "Stopped at step 20 of 5,000"
+    untrained = reach_verdict(run_folder(tmp_path, 0), NAME, None, None)
+    assert untrained.head.startswith("Untrained")
+    assert texts(untrained) == ["dumo train runs/photos trains it, for 5,000 steps"]
+
+
+def test_many_copies_go_before_all_else(tmp_path: Path) -> None:
+    """By the evaluation, or else by the page's samples. An earlier checkpoint, where one is kept, is named."""
+    for known in (
+        reach_verdict(run_folder(tmp_path, 5000), NAME, evaluation("far", copies=0.42), proximity(1.0)),
+        reach_verdict(run_folder(tmp_path, 5000), NAME, None, proximity(1.0, copies=4)),
+    ):
+        assert known.head == "It copies the training images"
+        assert _share(known.reason) in ("42%", "40%")
+        assert texts(known) == [
+            "dumo train runs/photos/run.yaml --out runs/photos-shorter --set train.steps=2500 "
+            "makes a run of 2,500 steps, in about 21 min; more photos help more"
+        ]
+    few = reach_verdict(run_folder(tmp_path, 5000), NAME, evaluation("far", copies=0.1), proximity(1.0, copies=9))
+    assert few.head == "Not yet like the data"  # real images are copies of one another, too
+
+    earlier = tmp_path / "checkpoints/step-00001000"
+    earlier.mkdir(parents=True)
+    (earlier / "ema-0.999.safetensors").touch()
+    (earlier / "state.json").write_text("{}")
+    kept = reach_verdict(run_folder(tmp_path, 5000), NAME, evaluation("far", copies=0.42), None)
+    assert texts(kept) == [
+        f"dumo sample runs/photos --weights {earlier}/ema-0.999.safetensors takes the weights of step 1,000; "
+        "more photos help more"
+    ]
+
+
+def _share(text: str) -> str:
+    """The share at the beginning of a text."""
+    return text.split()[0]
+
+
+def test_a_run_that_is_good_is_used(tmp_path: Path) -> None:
+    verdict = reach_verdict(run_folder(tmp_path, 5000), NAME, evaluation("like the data", 1.0), None)
+    assert verdict.is_good
+    commands = [text.split(" runs/photos")[0] for text in texts(verdict)]
+    assert commands == ["dumo sample", "dumo demo", "dumo export"]
+
+
+def test_what_nobody_judged_is_to_be_judged(tmp_path: Path) -> None:
+    verdict = reach_verdict(run_folder(tmp_path, 5000), NAME, None, proximity(0.99 * FAR_FROM_NEAREST))
+    assert verdict.head == "Trained, and not judged yet"
+    assert texts(verdict) == [
+        "dumo evaluate runs/photos --nfe 1,2 makes 2,000 samples at each NFE, and compares them with the data"
+    ]
+    stale = evaluation("like the data") | {"fresh": False}
+    assert reach_verdict(run_folder(tmp_path, 5000), NAME, stale, None) == verdict
+    no_baseline = reach_verdict(run_folder(tmp_path, 5000), NAME, evaluation(None), proximity(1.0))
+    assert (no_baseline.head, no_baseline.is_good) == ("Trained", False)
+
+
+def test_a_run_that_comes_with_dumo_is_not_trained_further(tmp_path: Path) -> None:
+    for state in ("far", "near"):
+        opened = run_folder(tmp_path, 5000, shipped=True)
+        verdict = reach_verdict(opened, "digits-trained", evaluation(state, copies=0.9), None)
+        assert [text.split()[1] for text in texts(verdict)] == ["sample", "demo", "export"]
