@@ -48,6 +48,7 @@ STEPS = {  # of a finite step, and so off the flow by an order of it: by kind, t
     "consistency": "test_gradient_vanishes_with_the_step",
     "critic": "test_a_flat_critic_moves_nothing",  # whose head learns of samples, as those of other pulls
     "drift": "test_drift_rests_where_samples_are_the_data",
+    "freeflow": "test_it_rests_at_the_flow",  # whose head w learns of samples
     "imm": "test_it_rests_near_the_flow",
     "match": "test_it_rests_at_the_flow",
     "pi_flow": "test_it_rests_at_the_flow_to_the_order_of_its_guesses",

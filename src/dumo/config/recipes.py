@@ -25,7 +25,7 @@ _GROUP_TEXT = {  # by purpose, in the order in which `dumo recipes` lists them
         digits-ucgm digits-fm-plus
         digits-cm digits-ict digits-ect digits-tcm digits-sct digits-cmt digits-ayf digits-dmf digits-pi-flow
         digits-three-heads digits-three-heads-shortcut digits-likelihood digits-match digits-critic digits-drift
-        digits-tbsm""",
+        digits-tbsm digits-freeflow""",
     "More of DuMo on digits": "digits-guided dumo-best",
     "Two moons, where everything can be seen": "moons-flow-matching moons-meanflow moons-guided",
     "CIFAR-10": """

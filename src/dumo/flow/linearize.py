@@ -13,8 +13,8 @@ What autograd records: the heads, always. The derivatives of a linearization, ne
 tangents of a Dual are unrecorded by default, `ref` runs without gradients, and w is detached. This holds for a ride,
 too, although its pass is that of the net in training.
 
-`heads_and_end_derivatives` is for losses that hold a derivative themselves. It differentiates in r, the end of a jump,
-and autograd records that. `tangent_or_zeros` reads a derivative off a head of any dual pass.
+`heads_and_end_derivatives` differentiates in r, the end of a jump. It is for losses that hold a derivative themselves,
+so autograd records that, unless told otherwise. `tangent_or_zeros` reads a derivative off a head of any dual pass.
 
 Where the derivative is wanted of some rows only (`Moving`), dual inputs and passes are of these rows, and the others
 get zeros. `split_rows` and `merge_rows` take a batch apart and put it together.
@@ -155,20 +155,21 @@ def dual_pass(net: Net, x: Sample, c: Cond, w: Sample, /, *, t: Time, **inputs: 
 
 
 def heads_and_end_derivatives(
-    net: Net, x: Sample, c: Cond, *, r: Time, moving: Moving | None = None, **inputs: Time
+    net: Net, x: Sample, c: Cond, *, r: Time, moving: Moving | None = None, recorded: bool = True, **inputs: Time
 ) -> tuple[Heads, Heads]:
     """The net's heads and their derivatives in r, the end of a jump, both with gradients. x, t and all else rest.
 
     moving: the rows whose derivative is wanted, which get a pass of their own; None: all. The others get zeros.
+    recorded: whether the derivatives have gradients; the heads always have.
 
     It is a dual pass, with reverse-mode around it: of what r reaches in the net, it costs two passes, and so does its
-    backward pass. Not by `torch.func.jvp`: reverse-mode around that is silently wrong through `F.layer_norm`
-    (torch 2.13, pytorch #196700), and kernels of fused attention differentiate once.
+    backward pass where derivatives are recorded. Not by `torch.func.jvp`: reverse-mode around that is silently wrong
+    through `F.layer_norm` (torch 2.13, pytorch #196700), and kernels of fused attention differentiate once.
     """
 
     def moving_pass(rows: _RowIndex) -> Heads:
         r_moving = r[rows]
-        dual_r = pair(r_moving, torch.ones_like(r_moving), recorded=True)
+        dual_r = pair(r_moving, torch.ones_like(r_moving), recorded=recorded)
         return net(x[rows], c[rows], r=dual_r, **_rows_of_each(inputs, rows))
 
     def resting_pass(rows: _RowIndex) -> Heads:

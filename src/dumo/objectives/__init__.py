@@ -20,6 +20,7 @@ MEMBERS = {  # by kind
     "f2d2": "dumo.objectives.f2d2:F2D2",
     "facm": "dumo.objectives.facm:FACM",
     "flow_matching": "dumo.objectives.flow_matching:FlowMatching",
+    "freeflow": "dumo.objectives.freeflow:FreeFlow",
     "imm": "dumo.objectives.imm:IMM",
     "imf": "dumo.objectives.imf:ImprovedMeanFlow",
     "lsd": "dumo.objectives.lsd:LSD",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from dumo.objectives.f2d2 import F2D2 as F2D2
     from dumo.objectives.facm import FACM as FACM
     from dumo.objectives.flow_matching import FlowMatching as FlowMatching
+    from dumo.objectives.freeflow import FreeFlow as FreeFlow
     from dumo.objectives.imf import ImprovedMeanFlow as ImprovedMeanFlow
     from dumo.objectives.imm import IMM as IMM
     from dumo.objectives.lsd import LSD as LSD
