@@ -19,14 +19,16 @@ There is no list of operations that everybody writes to: every Dual knows what i
 sharded module, which takes Duals and returns Duals, needs to know no more than that.
 
 Entrances: `pair` makes a Dual, `primal` and `tangent` take it apart. Rules use `rule`, `carry`, `differentiate` and
-`refuse_inplace`. `primal_only` is for what recomputes a checkpoint.
+`refuse_inplace`. `primal_only` is for what recomputes a checkpoint. `teach_others`, called before a pass, makes
+`torch.is_tensor` and einops accept Duals.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any, cast
 
@@ -379,3 +381,36 @@ def refuse_inplace(name: str, inplace: bool) -> None:
     """Raise NoRule where a function is to write its result over its input, which other Duals may be views of."""
     if inplace:
         raise NoRule(f"{name} with inplace=True")
+
+
+def teach_others() -> None:
+    """Make torch.is_tensor return True for a Dual, and einops take one. Later calls look for einops alone."""
+    _teach_is_tensor()
+    if "einops" in sys.modules:
+        _define_einops_backend()
+
+
+@cache
+def _teach_is_tensor() -> None:
+    """Make torch.is_tensor return True for a Dual from now on.
+
+    Models of diffusers ask it of times, also when a checkpoint is recomputed.
+    """
+    is_tensor = torch.is_tensor
+    torch.is_tensor = lambda obj: isinstance(obj, Dual) or is_tensor(obj)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _define_einops_backend() -> type:
+    """Define a backend, which einops finds among the subclasses of its own: it knows no type of ours."""
+    from einops._backends import TorchBackend  # the one place where a type of tensors can be added
+
+    class DualBackend(TorchBackend):
+        """The backend of torch, for Duals: they answer to torch's functions."""
+
+        framework_name = "dumo"
+
+        def is_appropriate_type(self, tensor: Any) -> bool:  # noqa: ANN401, whatever einops is given
+            return isinstance(tensor, Dual)
+
+    return DualBackend

@@ -24,8 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
-from dumo.autodiff.dual import Dual, NoRule, pair, primal
-from dumo.autodiff.interop import teach_others
+from dumo.autodiff.dual import Dual, NoRule, pair, primal, teach_others
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from dumo.cli.option import prepared
+from dumo.cli.option import with_trust_code
 from dumo.cli.terminal import stoppable
 
 PLANS = "dumo.cli.preflight"  # a signal ends its commands at once: they keep nothing
@@ -124,7 +124,7 @@ class LazyGroup(TyperGroup):
             short_help=text.partition("\n")[0],
             rich_help_panel=entry.panel,
         )
-        add(prepared(function))
+        add(with_trust_code(function))
         return typer.main.get_command(single)
 
 

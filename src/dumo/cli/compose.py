@@ -17,7 +17,7 @@ from dumo.config.change import shown
 from dumo.config.load import FILE, load, load_recipe, parse
 from dumo.config.objective import objective_of
 from dumo.config.parts import StandaloneParts
-from dumo.config.source import SHIPPED_PREFIX, ChosenSource, choose, folder_of_images
+from dumo.config.source import SHIPPED_PREFIX, ChosenSource, choose, folder_of_images, read
 from dumo.config.spec import Run
 from dumo.data import Memory
 from dumo.flow.reading import taught_readings
@@ -104,7 +104,8 @@ def compose(
     is_proposed = recipe == proposal.RECIPE
     if minutes is not None and not is_proposed:
         raise UserError("minutes are for images, of which a run is proposed: set train.steps")
-    base_run = load(base_source)
+    base_text = read(base_source)
+    base_run = load(base_text)
     fields = _part_fields(parts, base_run)
     if isinstance(net, nn.Module):
         fields |= MODULE_FIELDS
@@ -124,7 +125,7 @@ def compose(
     if is_proposed:
         proposed = proposal.propose(place, changes, minutes=minutes, device=device, bar=bar)
         return Composed(proposed.run, changes, folder)
-    return Composed(load(base_source, changes) if changes else base_run, changes, folder)
+    return Composed(load(base_text, changes) if changes else base_run, changes, folder)
 
 
 def _is_path(data: object) -> bool:

@@ -1,15 +1,15 @@
 """`dumo demo`: serve a page to play with runs.
 
-`demo` is the command. It opens the port and imports Gradio first, because they fail at once, then opens the runs
-(`dumo.report.live`), and serves the page (`dumo.report.demo`) until a signal.
+`demo` is the command. It reads the runs' settings (`dumo.cli.precheck`), opens the port and imports Gradio, because all
+these fail at once, then opens the runs (`dumo.report.live`), and serves the page (`dumo.report.demo`) until a signal.
 """
 
 from typing import Annotated
 
 import typer
 
+from dumo.cli import precheck
 from dumo.cli.option import Device, Folder, Set, Weights
-from dumo.cli.precheck import Names, require_run
 from dumo.cli.terminal import err, explain, out
 
 
@@ -18,7 +18,6 @@ def demo(
     other: Annotated[
         str | None,
         typer.Argument(metavar="[OTHER]", help="Another run's folder, to show next to it."),
-        Names(require_run),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7860,  # Gradio's own
     limit: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 60.0,
@@ -33,16 +32,18 @@ def demo(
     This machine alone can reach it; elsewhere, open it by the ssh command that is printed. Without a run it takes
     digits-trained, which comes with dumo.
     """
+    folders = [run_folder] if other is None else [run_folder, other]
+    texts = [precheck.read_run(folder, set_) for folder in folders]
+
     from dumo.report.address import open_listener, tunnel_text
     from dumo.report.demo import offline_gradio, page, serve
     from dumo.report.live import open_runs
     from dumo.runtime import dist
 
     dist.require_one_process("dumo demo")
-    folders = [run_folder] if other is None else [run_folder, other]
 
     with open_listener(port) as listener, offline_gradio():
-        runs = open_runs(folders, set_ or [], weights=weights, device=device, limit=limit)
+        runs = open_runs(folders, set_ or [], texts=texts, weights=weights, device=device, limit=limit)
 
         def print_address(url: str) -> None:
             out.print(url, soft_wrap=True)

@@ -1,8 +1,9 @@
 """Commands on runs that train or have trained: `log`, `evaluate` and `compare`.
 
-Each checks its options, calls what does the work, in `dumo.report`, and prints what comes back: `log` rows or curves of
-logs, or how many rows a tracker was sent; `evaluate` scores, of a run or of images that others made; `compare` a table.
-Tables go to stdout, as does --json. Imports that take long stand in the functions that need them.
+Each looks up what its words name (`dumo.cli.precheck`), checks its options, calls what does the work, in
+`dumo.report`, and prints what comes back: `log` rows or curves of logs, or how many rows a tracker was sent; `evaluate`
+scores, of a run or of images that others made; `compare` a table. Tables go to stdout, as does --json. Imports that
+take long stand in the functions that need them.
 """
 
 import json
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dumo.cli import precheck
 from dumo.cli.option import TRACKERS, AsJson, Device, Nfe, Seed, Set, SolverName, Weights, one_of, parse_integers
-from dumo.cli.precheck import Names, require_evaluated, require_logged, require_run
 from dumo.cli.terminal import err, out, show_table
 from dumo.runtime.progress import bar
 
@@ -26,7 +27,6 @@ def log(
     runs: Annotated[
         list[str],
         typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/*, or digits-trained."),
-        Names(require_logged),
     ],
     last: Annotated[int, typer.Option(min=1, help="How many rows of each run, the latest.")] = LAST,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of all these runs in one picture.")] = False,
@@ -51,6 +51,7 @@ def log(
     Nothing is sent but by --to, and there only where that tool is set to send it: tensorboard and trackio keep it on
     this machine, and so does wandb with WANDB_MODE=offline.
     """
+    precheck.require_logged(runs)
     if (plot and to) or (as_json and (plot or to)):
         raise typer.BadParameter("--plot, --to and --json: give one of them")
     if follow and not to:
@@ -174,7 +175,6 @@ def evaluate(
     run_folder: Annotated[
         str | None,
         typer.Argument(help="A run's folder, such as runs/digits, or digits-trained."),
-        Names(require_run),
     ] = None,
     nfe: Nfe = None,
     seed: Seed = None,
@@ -222,6 +222,7 @@ def evaluate(
     those of runs that the same protocol judged: dumo evaluate --images samples.npz --against photos.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
+    text = None if run_folder is None else precheck.read_run(run_folder, set_)
     if images is not None:
         run_options = (run_folder, nfe, seed, solver, weights)
         if any(option is not None for option in run_options):
@@ -238,7 +239,7 @@ def evaluate(
 
     with dist.join():
         is_main = dist.is_main()
-        opened = open_run(run_folder, set_ or [], weights=weights, device=device)
+        opened = open_run(run_folder, set_ or [], text=text, weights=weights, device=device)
         report = evaluate.evaluate(
             opened,
             nfe=parse_integers(nfe, "--nfe"),
@@ -308,7 +309,6 @@ def compare(
     run_folders: Annotated[
         list[str],
         typer.Argument(metavar="RUN...", help="Folders of runs that were evaluated, or single evaluations."),
-        Names(require_evaluated),
     ],
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Print the table though they were measured otherwise, and say how.")
@@ -316,6 +316,8 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set scores of runs side by side, a table for each protocol."""
+    precheck.require_evaluated(run_folders)
+
     from dumo.report.compare import compare_by_protocol
 
     reports = compare_by_protocol(run_folders, anyway=anyway)

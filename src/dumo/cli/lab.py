@@ -1,6 +1,7 @@
 """Commands of the lab: `reproduce` makes a figure or table again; `step`, `sample` and `data` are `dumo bench`.
 
-Each checks its options, calls its namesake in `dumo.lab`, and prints the report as a table, or as JSON.
+Each looks up what its words name (`dumo.cli.precheck`), checks its options, calls its namesake in `dumo.lab`, and
+prints the report as a table, or as JSON.
 """
 
 import json
@@ -10,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dumo.cli import precheck
 from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_folder, parse_integers
-from dumo.cli.precheck import Names, require_plan, require_source_or_data
 from dumo.cli.terminal import out, show_table
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar
@@ -42,7 +43,6 @@ def reproduce(
             "flow-first, latents, lowpass, pretrained, routed, scaling, stages, two-times, unet, words; or a YAML "
             "file of your own.",
         ),
-        Names(require_plan),
     ],
     scale: Annotated[
         str,
@@ -63,6 +63,8 @@ def reproduce(
 
     Picture, table and results.json. Finished cells are kept, a stopped one goes on.
     """
+    precheck.require_plan(name)
+
     from dumo.lab.reproduce import reproduce
     from dumo.runtime import dist
 
@@ -100,6 +102,8 @@ def step(
 
     F is a forward pass; by time it is a third of the plain flow-matching step in the same precision.
     """
+    text = precheck.read_source(source, set_)
+
     from dumo.config.load import load
     from dumo.lab import step
     from dumo.run.resolve import resolve
@@ -109,7 +113,7 @@ def step(
     if batch:
         overrides.append(f"train.batch={batch}")
     report = step.measure(
-        resolve(load(source, overrides)),
+        resolve(load(text, overrides)),
         slopes=slope.split(",") if slope else None,
         precisions=precision.split(","),
         shape=parse_integers(shape, "--shape"),
@@ -168,13 +172,15 @@ def sample(
 
     The weights are random.
     """
+    text = precheck.read_source(source, set_)
+
     from dumo.config.load import load
     from dumo.lab import bench
     from dumo.run.resolve import resolve
 
     _begin_bench(threads)
     report = bench.sample(
-        resolve(load(source, set_ or [])),
+        resolve(load(text, set_ or [])),
         nfes=parse_integers(nfe, "--nfe") or (),
         precisions=precision.split(","),
         shape=parse_integers(shape, "--shape"),
@@ -195,7 +201,6 @@ def data(
     source: Annotated[
         str,
         typer.Argument(help="A recipe, a run's folder, or a folder or file of images."),
-        Names(require_source_or_data),
     ],
     set_: Set = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: the recipe's, or 256.")] = None,
@@ -215,6 +220,8 @@ def data(
 
     And compare with what a training step takes.
     """
+    text = precheck.read_source_or_data(source, set_)
+
     from dumo.lab import reading
 
     _begin_bench(None)
@@ -222,7 +229,7 @@ def data(
     if counts and min(counts) < 1:
         raise typer.BadParameter("is at least 1", param_hint="--threads")
     report = reading.measure(
-        reading.benchmark_of(source, set_ or [], batch=batch, side=side),
+        reading.benchmark_of(source, set_ or [], text=text, batch=batch, side=side),
         threads=counts,
         batches=batches,
         step_seconds=step_seconds,

@@ -1,8 +1,8 @@
-"""What several commands share: types of options, `prepared`, and parsers of option values.
+"""What several commands share: types of options, `with_trust_code`, and parsers of option values.
 
 Types come first (`Source`, `Set`, `Nfe` ...): an annotation by one gives a command that option, with its help, and the
-check of its value. `prepared` adds --trust-code to a command, and looks up what its words name before it begins. So
-what is typed wrong is refused before a command imports torch. The parsers raise typer's BadParameter, or UserError.
+check of its value, made before the command begins. `with_trust_code` adds --trust-code to a command. The parsers raise
+typer's BadParameter, or UserError.
 """
 
 import re
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.cli.precheck import Names, require_run, require_source, require_source_or_images
 from dumo.config import recipes
 from dumo.error import UserError
 from dumo.io import trained
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
 
 
-READS_A_RUN = {"source", "run_folder"}  # the parameters of a command that may name a run
+# A command with one of these parameters reads runs, whose files may name code, or trains some.
+READS_RUNS = {"source", "run_folder", "run_folders", "runs", "device"}
 FEW_NAMES = 6  # which a message lists all: ours
 TRACKERS = ("tensorboard", "wandb", "trackio")  # of `dumo.report.tracker`
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "meta", "xla")  # kinds; which are here torch knows
@@ -93,7 +93,6 @@ Source = Annotated[
         "digits-trained.",
         autocompletion=_complete_source,
     ),
-    Names(require_source),
 ]
 SourceOrImages = Annotated[
     str,
@@ -101,7 +100,6 @@ SourceOrImages = Annotated[
         help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a folder of images.",
         autocompletion=_complete_source,
     ),
-    Names(require_source_or_images),
 ]
 Folder = Annotated[
     str,
@@ -109,7 +107,6 @@ Folder = Annotated[
         help="A run's folder: runs/digits, or digits-trained or cifar10-trained, which dumo brings.",
         autocompletion=_complete_run,
     ),
-    Names(require_run),
 ]
 Set = Annotated[
     list[str] | None,
@@ -151,39 +148,26 @@ TrustCode = Annotated[
 ]
 
 
-def prepared(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with --trust-code where it reads a run (`dumo.config.trust`).
-
-    Before it begins, what its words name is looked up (`dumo.cli.precheck.Names`); UserError is raised for nothing.
-    """
+def with_trust_code(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with --trust-code where it reads runs (`dumo.config.trust`)."""
     command_signature = signature(command)
     parameters = command_signature.parameters
-    names_by_parameter: dict[str, Names] = {}
-    for parameter in parameters.values():
-        for mark in getattr(parameter.annotation, "__metadata__", ()):
-            if isinstance(mark, Names):
-                names_by_parameter[parameter.name] = mark
-    if not (names_by_parameter or READS_A_RUN & parameters.keys()):
+    if not READS_RUNS & parameters.keys():
         return command
 
     @wraps(command)
-    def prepared_command(*words: object, trust_code: bool = False, **options: Any) -> None:  # noqa: ANN401, the command's
+    def trusting_command(*words: object, trust_code: bool = False, **options: Any) -> None:  # noqa: ANN401, the command's
         from dumo.config.trust import trusting
 
-        for parameter, names in names_by_parameter.items():
-            word = options.get(parameter)
-            for one_word in word if isinstance(word, list) else [word]:
-                if one_word is not None:
-                    names.require(one_word, options)
         with trusting(trust_code):
             command(*words, **options)
 
     # typer reads the options from here
     flag = Parameter("trust_code", Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
     new_signature = command_signature.replace(parameters=[*parameters.values(), flag])
-    prepared_command.__signature__ = new_signature  # pyright: ignore[reportAttributeAccessIssue]
-    prepared_command.__annotations__ = {**command.__annotations__, flag.name: TrustCode}
-    return prepared_command
+    trusting_command.__signature__ = new_signature  # pyright: ignore[reportAttributeAccessIssue]
+    trusting_command.__annotations__ = {**command.__annotations__, flag.name: TrustCode}
+    return trusting_command
 
 
 def parse_path(text: str) -> Path:

@@ -1,32 +1,28 @@
-"""What a command's words name is looked up here before the command begins, and thus before torch is imported.
+"""What a command's words name is looked up and read here as the command begins, and thus before torch is imported.
 
-`Names`, in the annotation of a parameter, says what its word names: a run, a source of settings, images. Each
-`require_...` here is such a look, which `dumo.cli.option.prepared` takes when the words are parsed: first at the place
+Each entrance `read_...` returns the text that it read (`RunText`), and the command hands that on, so that no file is
+read twice. `require_evaluated` and `require_logged` look without reading. All look first at the place
 (`dumo.config.place`), then at the names and types of the settings there and of --set (`dumo.config.fault`).
 
 What is found here is refused by the same lines later on, when Python calls the same functions without a command line.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Options = Mapping[str, Any]  # of a command, by parameter
-
-
-@dataclass(frozen=True)
-class Names:
-    """In an annotation: how to look up what a word names. `require` raises UserError for nothing, with the way out."""
-
-    require: Callable[[Any, Options], None]
+if TYPE_CHECKING:
+    from dumo.config.source import RunText
 
 
-def require_run(word: str, options: Options) -> None:
-    """Raise UserError unless a word names a run's folder, or a trained run that dumo brings, and --set its fields.
+def read_run(
+    word: str, settings: Sequence[str] | None, *, labels: str | None = None, prompt: Sequence[str] | None = None
+) -> "RunText":
+    """The text of the run whose folder a word names, or of a trained run that dumo brings.
 
-    The classes that --labels or --classes asks for must be there, and captions for --prompt.
+    `settings` are those of --set, `labels` of --labels or --classes, `prompt` of --prompt. Raises UserError where there
+    is no such run, or it has not these fields, these classes, or captions.
     """
     from dumo.config.label import require_captions, require_labels
     from dumo.config.place import require_run_folder
@@ -34,47 +30,57 @@ def require_run(word: str, options: Options) -> None:
 
     folder = shipped.find(word)
     require_run_folder(word, folder)
-    tree = _require_fields(folder, options)
-    if options.get("prompt"):
+    text = _read(folder)
+    tree = _require_fields(text, settings)
+    if prompt:
         require_captions(tree)
-    for option in ("labels", "classes"):
-        labels = options.get(option)
-        if labels and labels != "all":
-            require_labels(labels, tree)
+    if labels and labels != "all":
+        require_labels(labels, tree)
+    return text
 
 
-def require_source(word: str, options: Options) -> None:
-    """Raise UserError unless a word names a recipe, a file of settings or a run's folder, and --set their fields."""
-    _require_fields(word, options)
+def read_source(word: str, settings: Sequence[str] | None) -> "RunText":
+    """The text of the recipe, file of settings or run's folder that a word names.
+
+    Raises UserError where there is none, or it has not the fields of `settings`, those of --set.
+    """
+    text = _read(word)
+    _require_fields(text, settings)
+    return text
 
 
-def require_source_or_images(word: str, options: Options) -> None:
-    """Raise UserError unless a word names a source of settings or images, and --set fields of their run."""
+def read_source_or_images(word: str, out: Path | None, settings: Sequence[str] | None) -> "RunText | None":
+    """The text of what is trained: of a source of settings, or of the run that images are trained in.
+
+    `out` is the folder to train in; None: runs/NAME. None is returned where a run has yet to be proposed for images.
+    Raises UserError as `read_source`, and for a folder without images.
+    """
     from dumo.config.source import FILE, IMAGES_RECIPE, SHIPPED_PREFIX, choose
 
-    chosen = choose(word, options.get("folder"))
+    chosen = choose(word, out)
     if chosen.kind != "images":
-        _require_fields(chosen.word, options)
-        return
+        return read_source(str(chosen.word), settings)
     _require_images(word)
-    if (chosen.folder / FILE).is_file():
-        _require_fields(chosen.folder, options)
-    else:
-        _require_fields(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}", options, is_net_open=True)
+    folder = out or chosen.folder
+    if (folder / FILE).is_file():
+        text = _read(folder)
+        _require_fields(text, settings)
+        return text
+    _require_fields(_read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_open=True)
+    return None
 
 
-def require_source_or_data(word: str, options: Options) -> None:
-    """Raise UserError unless a word names a source of settings, and --set their fields, or images alone."""
+def read_source_or_data(word: str, settings: Sequence[str] | None) -> "RunText | None":
+    """The text of a source of settings; None where a word names images. Raises UserError as `read_source_or_images`."""
     from dumo.config.source import choose
 
-    chosen = choose(word)
-    if chosen.kind == "images":
-        _require_images(word)
-    else:
-        _require_fields(chosen.word, options)
+    if choose(word).kind != "images":
+        return read_source(word, settings)
+    _require_images(word)
+    return None
 
 
-def require_plan(word: str, options: Options) -> None:
+def require_plan(word: str) -> None:
     """Raise UserError where a word ends as a YAML file does, and there is none."""
     from dumo.error import UserError
 
@@ -82,20 +88,22 @@ def require_plan(word: str, options: Options) -> None:
         raise UserError(f"there is no file {word}: write a plan as docs/compare.md has it, or name one of dumo's")
 
 
-def require_evaluated(word: str, options: Options) -> None:
-    """Raise UserError unless a word names an evaluation, or a run's folder that has one."""
+def require_evaluated(words: Sequence[str]) -> None:
+    """Raise UserError unless each word names an evaluation, or a run's folder that has one."""
     from dumo.config.place import require_evaluation
     from dumo.run import shipped
 
-    require_evaluation(shipped.find(word))
+    for word in words:
+        require_evaluation(shipped.find(word))
 
 
-def require_logged(word: str, options: Options) -> None:
-    """Raise UserError unless a word names the folder of a run that has a log."""
+def require_logged(words: Sequence[str]) -> None:
+    """Raise UserError unless each word names the folder of a run that has a log."""
     from dumo.config.place import require_log
     from dumo.run import shipped
 
-    require_log(shipped.find(word))
+    for word in words:
+        require_log(shipped.find(word))
 
 
 def _require_images(word: str) -> None:
@@ -105,24 +113,30 @@ def _require_images(word: str) -> None:
     require_images(word)
 
 
-def _require_fields(source: str | Path, options: Options, *, is_net_open: bool = False) -> dict[str, Any]:
-    """The plain values of a run, with --set of `options`.
+def _read(source: str | Path) -> "RunText":
+    """The text of a source, as `dumo.config.source.read`."""
+    from dumo.config.source import read
+
+    return read(source)
+
+
+def _require_fields(text: "RunText", settings: Sequence[str] | None, *, is_net_open: bool = False) -> dict[str, Any]:
+    """The plain values of a run's text, with `settings` of --set.
 
     `is_net_open`: the kind of the net is chosen later, for this machine, so its fields are not looked up unless --set
     says the kind. Raises UserError, one line per mistake, where they have fields that no run has.
     """
     from dumo.config.change import override
     from dumo.config.fault import faults
-    from dumo.config.line import lines_of
-    from dumo.config.source import read
-    from dumo.error import UserError
 
-    text = read(source)
     tree = deepcopy(text.tree)
     if is_net_open:
         tree["net"] = {}
-    override(tree, options.get("set_") or ())
+    override(tree, settings or ())
     found = faults(tree)
     if found:
+        from dumo.config.line import lines_of
+        from dumo.error import UserError
+
         raise UserError(lines_of(found, text.name))
     return tree

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from dumo.cli import precheck
 from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_bytes
 from dumo.cli.terminal import out, show_lines
 from dumo.config import recipes as packaged
@@ -22,6 +23,7 @@ from dumo.runtime.progress import print_line
 
 if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
+    from dumo.config.source import RunText
     from dumo.config.spec import Run
 
 DATA = (  # what `dumo.plan.catalogue` lists
@@ -104,13 +106,13 @@ def _show_item(item: dict[str, Any]) -> None:
         out.print(f"  {title:10} {text}", soft_wrap=True)
 
 
-def _load_with_advice(source: str, overrides: list[str] | None) -> "Run":
+def _load_with_advice(text: "RunText", overrides: list[str] | None) -> "Run":
     """Load and resolve a run, and say on stderr where it departs from its sources. Raises UserError as `load`."""
     from dumo.config.advice import advice
     from dumo.config.load import load
     from dumo.run.resolve import resolve
 
-    run = resolve(load(source, overrides or []))
+    run = resolve(load(text, overrides or []))
     for line in advice(run):
         print_line(line)
     return run
@@ -130,6 +132,8 @@ def show(
     Fields of the machine and parts that are empty are left out where they stand at their defaults. All but the spec is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
+    text = precheck.read_source(source, set_)
+
     from dumo.config.load import dump, summary
     from dumo.config.word import method
     from dumo.plan.findings import caption_findings
@@ -137,7 +141,7 @@ def show(
 
     if as_yaml and as_json:
         raise typer.BadParameter("--yaml and --json: give one of them")
-    spec = _load_with_advice(source, set_)
+    spec = _load_with_advice(text, set_)
     if as_yaml:
         print(_comment(" ".join(["dumo show", shell_path(source), *_set_options(set_)])))
         print(dump(spec, short=not whole), end="")
@@ -217,13 +221,15 @@ def dry(
     With --ranks: the memory of each of these GPUs, what they send one another, hours. With --fit: what to set so
     that they do.
     """
+    text = precheck.read_source(source, set_)
+
     from dumo.plan import host, plan, rehearsal
 
     limit = parse_bytes(fit, "--fit") if fit else None
     overrides = [*(set_ or [])]
     if share:
         overrides.append(f"train.share={share}")
-    spec = _load_with_advice(source, overrides)
+    spec = _load_with_advice(text, overrides)
     facts = plan.plan(spec)
     cluster: dict[str, Any] | None = None
     if ranks or share or fit or tflops:
@@ -291,9 +297,11 @@ def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto",
     It says what is installed and which device there is, and compares the run's du/dt with float64. Exit code 1 where
     it fails.
     """
+    text = precheck.read_source(source, set_)
+
     from dumo.plan import doctor
 
-    spec = _load_with_advice(source, set_)
+    spec = _load_with_advice(text, set_)
     diagnosis = doctor.diagnose(spec, device)
     if as_json:
         print(json.dumps(diagnosis))

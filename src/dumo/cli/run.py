@@ -1,7 +1,7 @@
 """Commands that make things: `encode`, `train`, `sample`, `average`, `grid` and `report`, in the order of use.
 
-Each checks its options, opens a recipe or a run, calls what does the work, prints the paths of what was written on
-stdout, and says on stderr what to type next.
+Each reads what its words name (`dumo.cli.precheck`), checks its options, opens a recipe or a run, calls what does the
+work, prints the paths of what was written on stdout, and says on stderr what to type next.
 """
 
 import os
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dumo.cli import precheck
 from dumo.cli.option import (
     TRACKERS,
     Device,
@@ -32,7 +33,6 @@ from dumo.cli.option import (
     parse_integers,
     parse_path,
 )
-from dumo.cli.precheck import Names, require_source_or_data
 from dumo.cli.terminal import err, memory_hint, out, show_lines
 from dumo.runtime import shell_path
 from dumo.runtime.limits import ROWS
@@ -54,7 +54,6 @@ def encode(
     source: Annotated[
         str,
         typer.Argument(help="A recipe of latents or captions, or a folder or file of images."),
-        Names(require_source_or_data),
     ],
     folder: Annotated[
         str | None, typer.Argument(metavar="[OUT]", help="The cache's folder. Default: the recipe's data.root.")
@@ -86,12 +85,14 @@ def encode(
     Started again, it goes on where it stopped. Both flips are kept where the data are flipped. A shard that is damaged
     is named and made again; one of other images than are here is refused. Under torchrun the ranks share the work.
     """
+    text = precheck.read_source_or_data(source, set_)
+
     from dumo.config.source import choose
     from dumo.data import is_latents
     from dumo.run import encode
     from dumo.runtime import dist
 
-    work = encode.encoding_work(source, set_ or [], out=folder, codec=codec, side=side, count=count)
+    work = encode.encoding_work(source, set_ or [], text=text, out=folder, codec=codec, side=side, count=count)
     latents = None
     texts = None
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
@@ -173,7 +174,9 @@ def train(
     before it starts. Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
     """
-    from dumo.config.source import FILE, choose
+    text = precheck.read_source_or_images(source, folder, set_)
+
+    from dumo.config.source import choose
 
     # what to train, and where
     changes = set_ or []
@@ -188,18 +191,19 @@ def train(
     from dumo.run.train import train_job
 
     run: Run | None = None  # the folder's own
-    if are_images and (folder / FILE).is_file():
+    if are_images and text is not None:
         if minutes:
             print_line(f"{folder} goes on as it began. --minutes is for a new run: give another --out")
         changes = [f"data.root={source}", *changes]
-    elif are_images:
+    elif text is None:
         run = _propose_run(source, changes, minutes, device, ask=not yes)
     elif chosen.kind != "run" or chosen.folder != folder:
-        run = load(chosen.word, [*chosen.settings, *changes])
+        run = load(text, [*chosen.settings, *changes])
 
     opened = open_job(
         folder,
         run,
+        text=text,
         changes=changes,
         device=device,
         tell=print_line,
@@ -342,6 +346,7 @@ def sample(
 
     Under torchrun the ranks share the work.
     """
+    text = precheck.read_run(run_folder, set_, labels=labels, prompt=prompt)
     if sum(map(bool, (labels, prompt, prompts))) > 1:
         raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
     if source and not (prompt or prompts):
@@ -358,7 +363,7 @@ def sample(
     from dumo.runtime import dist
 
     with dist.join():
-        opened = open_run(run_folder, set_ or [], weights=weights, device=device)
+        opened = open_run(run_folder, set_ or [], text=text, weights=weights, device=device)
         passes = parse_integers(nfe, "--nfe")
         progress = bar if dist.is_main() else no_bar
         folder = folder or opened.output_folder / "samples"
@@ -400,11 +405,13 @@ def average(
 
     They are averages by a power (EDM2), of train.ema; which one is best is known after training alone.
     """
+    text = precheck.read_run(run_folder, None)
+
     from dumo.run.average import average
     from dumo.runtime import dist
 
     dist.require_one_process("dumo average")
-    averaged = average(run_folder, std, file)
+    averaged = average(run_folder, std, file, text=text)
     err.print(
         f"the average of width {std:g} after step {averaged.step:,}, from {averaged.count} snapshots, "
         f"{averaged.error:.1%} off",
@@ -453,6 +460,7 @@ def grid(
 
     All are from the same noise, after each milestone (Figs. 5 and 6).
     """
+    text = precheck.read_run(run_folder, set_, labels=labels or classes)
     if labels and classes:
         raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
 
@@ -462,7 +470,7 @@ def grid(
     from dumo.runtime import dist, threads
 
     dist.require_one_process("dumo grid")
-    opened = open_run(run_folder, set_ or [], device=device)
+    opened = open_run(run_folder, set_ or [], text=text, device=device)
     options: dict[str, Any] = {"seed": seed, "bar": bar}  # without those whose default a picture knows
     if reading is not None:
         options["letters"] = reading.split(",")
@@ -493,6 +501,8 @@ def report(run_folder: Folder, prompts: Prompts = None, device: Device = "auto")
 
     Of a run of captions also what it makes of --prompts, or of captions of its data, in 1, 2 and 4 passes.
     """
+    text = precheck.read_run(run_folder, None)
+
     from dumo.encoders.caption import read_prompts
     from dumo.report import page
     from dumo.run.weights import open_run
@@ -500,5 +510,5 @@ def report(run_folder: Folder, prompts: Prompts = None, device: Device = "auto")
 
     dist.require_one_process("dumo report")
     texts = [row.text for row in read_prompts(prompts)] if prompts else []
-    for file in page.write(open_run(run_folder, device=device), bar, texts):
+    for file in page.write(open_run(run_folder, text=text, device=device), bar, texts):
         out.print(str(file), soft_wrap=True)

@@ -11,13 +11,12 @@ in advance whether a request for guidance would be refused.
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from dumo.config import need
 from dumo.config.conditions import Conditions, shown
 from dumo.config.need import BY_KNOBS, has_classes
 from dumo.config.parts import Evaluation, RunParts
-from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, is_latents
 from dumo.flow import solver
 from dumo.flow.guide import CFG, GuidanceScale
@@ -30,6 +29,9 @@ from dumo.training.spec import Train
 from dumo.training.step import passes
 from dumo.types import FromTeacher, TimeLaw, UserError
 from dumo.types import Objective as AnyObjective
+
+if TYPE_CHECKING:
+    from dumo.config.teacher import Start, Teacher
 
 
 def check(run: RunParts) -> None:
@@ -64,7 +66,7 @@ def require(*faults: Iterable[str]) -> None:
         raise UserError(first_fault)
 
 
-def _editing_faults(data: Data, objective: Objective, sampled: CFG, teacher: Teacher | None) -> Iterator[str]:
+def _editing_faults(data: Data, objective: Objective, sampled: CFG, teacher: "Teacher | None") -> Iterator[str]:
     """A model that edits images always has one as its condition: nothing may leave the condition out."""
     if not getattr(Conditions(data).captions, "source", None):
         return
@@ -223,7 +225,7 @@ def check_guided(
     raise UserError(f"{field} = {guide.scale:g}: {refusal.reason}: {fix}")
 
 
-def _teacher_faults(teacher: Teacher | None, objective: Objective, data: Data, train: Train) -> Iterator[str]:
+def _teacher_faults(teacher: "Teacher | None", objective: Objective, data: Data, train: Train) -> Iterator[str]:
     """A teacher's pairs must stay together, and guidance must come from the teacher or the objective, not from both.
 
     Raises UserError by itself for guidance without classes. What the teacher can do is checked when it is opened.
@@ -250,7 +252,7 @@ def _teacher_faults(teacher: Teacher | None, objective: Objective, data: Data, t
         )
 
 
-def _start_faults(start: Start | None, objective: Objective, train: Train) -> Iterator[str]:
+def _start_faults(start: "Start | None", objective: Objective, train: Train) -> Iterator[str]:
     """An objective that learns from the net that training begins with needs a start, and train.ref=1 to keep it."""
     if objective.needs.ref == 1 and not (start and train.ref == 1):
         yield (
@@ -272,7 +274,7 @@ def _subject_faults(run: RunParts) -> Iterator[str]:
         )
 
 
-def _prior_faults(data: Data, teacher: Teacher | None, objective: Objective, train: Train) -> Iterator[str]:
+def _prior_faults(data: Data, teacher: "Teacher | None", objective: Objective, train: Train) -> Iterator[str]:
     """Prior images need a teacher that answers them by its velocity, and a share of the batch that is some rows of it.
 
     `data.prior` is that share, in (0, 1).

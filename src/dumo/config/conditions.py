@@ -6,17 +6,17 @@ the number after the last one means no condition. `shown` and `squares` say whic
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from dumo.config.label import label_index
 from dumo.data import Data, ShownData, has_images, is_images, is_latents
-from dumo.data.caption import CaptionFiles, Captioning, Templates
-from dumo.encoders.caption import split_caption
-from dumo.flow import generate
 from dumo.types import UserError
+
+if TYPE_CHECKING:
+    from dumo.data.caption import Captioning
 
 
 def shown(data: Data) -> ShownData:
@@ -52,7 +52,7 @@ class Conditions:
         return bool(self.count) or shown(self.data).names is not None
 
     @property
-    def captions(self) -> Captioning | None:
+    def captions(self) -> "Captioning | None":
         """The captions that the net reads instead of classes; None: it reads classes."""
         return self.data.captions
 
@@ -72,6 +72,8 @@ class Conditions:
     @property
     def words(self) -> tuple[str, ...]:
         """The names for people: captions without the hashes of the images that they edit."""
+        from dumo.encoders.caption import split_caption
+
         return tuple(split_caption(name)[0] for name in self.names)
 
     def name(self, c: int) -> str:
@@ -79,10 +81,16 @@ class Conditions:
         if self.captions and c == self.count:
             return "no caption"
         names = self.names
-        return split_caption(names[c])[0] if c < len(names) else str(c)
+        if c >= len(names):
+            return str(c)
+        from dumo.encoders.caption import split_caption
+
+        return split_caption(names[c])[0]
 
     def index(self, text: str) -> int:
         """The number of the class or caption with this name or number. Raises UserError if there is none."""
+        from dumo.config.label import label_index
+
         return label_index(text, self.names, self.count, are_captions=self.captions is not None)
 
     def of(self, labels: Int64[Tensor, " n"], *, held: bool = False) -> Int64[Tensor, " n"]:
@@ -93,23 +101,26 @@ class Conditions:
         no classes: then they are those of n images spread evenly over the data, or of all images in turn where n is
         larger, whatever the labels are. Raises UserError if nothing is held out, or captions are missing.
         """
-        match self.captions:
-            case Templates() as captions:
-                return captions.captions_in_turn(labels, self.data.labels, held_out=held)
-            case CaptionFiles() if has_images(self.data):
-                captions = self.data.all_captions()
-                num_images = len(captions.ends)
-                n = len(labels)
-                images = torch.arange(n) * max(num_images, n) // n % num_images
-                return captions.draw(images, "conditions", batch=n)
-            case _:
-                return labels
+        captioning = self.captions
+        if captioning is None:
+            return labels
+        if captioning.kind == "templates":
+            return captioning.captions_in_turn(labels, self.data.labels, held_out=held)
+        if not has_images(self.data):
+            return labels
+        captions = self.data.all_captions()
+        num_images = len(captions.ends)
+        n = len(labels)
+        images = torch.arange(n) * max(num_images, n) // n % num_images
+        return captions.draw(images, "conditions", batch=n)
 
     def in_turn(self, count: int, only: Sequence[int] | None = None) -> Int64[Tensor, " n"]:
         """The conditions (count,) of `count` samples: those of `only` in turn, or without it of all classes in turn.
 
         Raises UserError for a condition out of range, or where `count` is 0.
         """
+        from dumo.flow import generate
+
         if only:
             return generate.labels_in_turn(count, self.count, only)
         return self.of(generate.labels_in_turn(count, self.data.labels))

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from dumo.config import line
 from dumo.io.read import brief
-from dumo.types.family import family_of
+from dumo.types.family import LazySpec, family_of
 from dumo.types.outside import TAG
 
 Location = tuple[int | str, ...]
@@ -119,7 +119,9 @@ def _member(annotation: object, tag: int | str) -> type[BaseModel] | None:
 
 def _models(annotation: object) -> Iterator[type[BaseModel]]:
     """The spec types that an annotation names, without the members of a `SpecFamily`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, LazySpec):
+        yield annotation.load()
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif get_origin(annotation) in (Union, UnionType, Annotated, tuple, list):
         for part in get_args(annotation):

@@ -2,7 +2,7 @@
 
 `faults` is the entrance. It finds fewer mistakes than `dumo.config.load.parse`, which validates the whole tree, and no
 others: what it cannot tell, such as fields of a class from outside, it leaves to that. So it does with everything while
-the outline is not that of the specs.
+the outline is not that of the specs. What writes the lines is imported where a mistake is found.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Union
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from dumo.config import line
 from dumo.config.change import SHORTHANDS
 from dumo.config.outline import Schema, choices, is_current, kinds_of, root
 from dumo.io.read import brief
@@ -42,6 +41,8 @@ def _part_faults(part: dict[str, Any], schema: Schema, path: str) -> Iterator[st
         if name in fields:
             yield from _value_faults(value, [*choices(fields[name])], field_path)
         else:
+            from dumo.config import line
+
             yield line.unknown_key(brief(field_path), str(name), fields)
 
 
@@ -57,6 +58,8 @@ def _value_faults(value: object, allowed: list[Schema], path: str) -> Iterator[s
     elif isinstance(value, str) and parts and not _may_be_text(allowed, path):
         fields = {name for schema in parts for name in schema.get("properties", {})}
         if "kind" in fields:
+            from dumo.config import line
+
             yield line.no_mapping(path, value, fields if len(parts) == 1 else ())
     elif is_plain:
         yield from _plain_faults(value, allowed, path)
@@ -85,6 +88,8 @@ def _mapping_faults(part: dict[str, Any], allowed: list[Schema], path: str) -> I
             return
         if has_outside_classes:
             kinds.append("module:Class")
+        from dumo.config import line
+
         yield line.unknown_kind(path, kind, kinds)
 
 
@@ -103,6 +108,8 @@ def _plain_faults(value: object, allowed: list[Schema], path: str) -> Iterator[s
     try:
         TypeAdapter(annotation).validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
     except ValidationError as error:
+        from dumo.config import line
+
         for details in error.errors(include_url=False):
             yield line.wrong_value(path, details)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from pydantic_core import ErrorDetails
 
 from dumo.config import outline
-from dumo.config.foreign import ours
 from dumo.config.suggestion import nearest
 from dumo.io.read import brief
 
@@ -36,6 +35,8 @@ def unknown_key(path: str, name: str, valid: Iterable[str]) -> str:
     """Refuse a key `name`, the last of its dotted path, where `valid` ones stand."""
     if path in REMOVED:
         return f"{path}: {REMOVED[path]}"
+    from dumo.config.foreign import ours
+
     hint = ours(name)
     if hint is None and path == name:  # at the top, where a person leaves out the part
         hint = _places_hint(name)

@@ -21,7 +21,6 @@ from pydantic_core import PydanticSerializationError, to_json, to_jsonable_pytho
 
 from dumo.config import trust
 from dumo.config.change import override, shown
-from dumo.config.line import lines_of
 from dumo.config.source import (
     CHANGED,
     CODE,
@@ -61,13 +60,15 @@ class Difference:
         return f"{self.field}: {shown(self.was)} {there}, {shown(self.now)} {here}"
 
 
-def load(source: str | Path, overrides: Sequence[str] = ()) -> Run:
+def load(source: str | Path | RunText, overrides: Sequence[str] = ()) -> Run:
     """Read a run: a recipe's name, a YAML file, or a folder with a run.yaml; a Path is no recipe if it is there.
 
-    Raises UserError, one line per mistake, each with its dotted path and the nearest valid name.
+    A text that was read of one is not read again. Raises UserError, one line per mistake, each with its dotted path and
+    the nearest valid name.
     """
     trust.accept(overrides)
-    return run_of(read(source), overrides)
+    text = source if isinstance(source, RunText) else read(source)
+    return run_of(text, overrides)
 
 
 def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
@@ -96,6 +97,7 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
         raise UserError(f"a field's name has half a character, which is no text: {error}") from error
     except ValidationError as error:
         from dumo.config.error import explain
+        from dumo.config.line import lines_of
 
         raise UserError(lines_of(explain(error, spec), name)) from error
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from dumo.config.conditions import Conditions, shown
 from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
-from dumo.data.caption import Templates
 from dumo.flow.guide import GuidanceScale, Guide
 from dumo.nets.precondition import PRECONDITIONED_HEADS
 from dumo.objectives import Objective
@@ -59,7 +58,7 @@ def _caption_needs(run: RunParts) -> Iterator[Need]:
     data = run.data
     texts = run.net.texts
     captioning = Conditions(data).captions
-    has_held_out = isinstance(captioning, Templates) and bool(captioning.held)
+    has_held_out = captioning is not None and captioning.kind == "templates" and bool(captioning.held)
     field = captions_field(data)
     data_has = _true_names({"captions": bool(captioning), "held-out templates": has_held_out})
     net_reads = _true_names({"captions": texts is not None and texts.kind != "codes"})

@@ -10,14 +10,12 @@ A new field needs a default, so that every older run.yaml stays readable.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, JsonValue
 
 from dumo.config.conditions import Conditions, shown
-from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, ShownData
-from dumo.encoders.pipeline import Pipeline, with_pipeline
 from dumo.evaluation import MetricProtocol, is_of_inception, is_shipped
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear
@@ -32,6 +30,19 @@ from dumo.training.spec import Train
 
 # QUIET: the field is hidden at its default. FREE: it may change when a run is resumed.
 from dumo.types import FREE, QUIET, Reads, Spec
+from dumo.types.family import LazySpec, is_instance_of
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+    from dumo.config.teacher import Start, Teacher
+    from dumo.encoders.pipeline import Pipeline, PipelineSpec
+else:
+    Pipeline = Annotated[Any, LazySpec("dumo.encoders.pipeline:Pipeline")]
+    Start = Annotated[Any, LazySpec("dumo.config.teacher:Start")]
+    Teacher = Annotated[Any, LazySpec("dumo.config.teacher:Teacher")]
+
+S = TypeVar("S", bound=Spec)
 
 _VALIDATION_SAMPLES = 500  # of a run in training, within what its protocol judges at least and at most: ours
 _MIN_SAMPLES = 2  # for protocols that name no least number: a variance needs two
@@ -187,3 +198,22 @@ class RunParts(Spec):
         if self.teacher and self.teacher.guide.active:
             return GuidanceScale(self.teacher.guide.scale, "teacher.guide", "teacher.guide.scale=1")
         return GuidanceScale.of(self.objective.needs)
+
+
+def with_pipeline(part: S, pipeline: "Pipeline | None") -> S:
+    """A part of a run, all of whose own parts that read a pipeline read this one."""
+    changed: dict[str, Spec] = {}
+    for name in type(part).model_fields:
+        field = getattr(part, name)
+        if isinstance(field, Spec):
+            new_field = with_pipeline(field, pipeline)
+            if new_field is not field:
+                changed[name] = new_field
+    if changed:
+        part = part.model_copy(update=changed)
+    return part.within(pipeline) if _reads_pipeline(part) else part
+
+
+def _reads_pipeline(part: Spec) -> "TypeIs[PipelineSpec]":
+    """Whether a part reads the pipeline of its run."""
+    return is_instance_of(part, "dumo.encoders.pipeline:PipelineSpec")

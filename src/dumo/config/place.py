@@ -1,7 +1,7 @@
 """What lies at a place on the disk: a run, images, an evaluation, a log; and what is said where it is something else.
 
-Each `require_...` refuses a place by what is there instead, and by the nearest names. `find_content` and `run_file` ask
-without refusing. Imports no torch, so that a wrong name is answered at once.
+Each `require_...` refuses a place by what is there instead, and by the nearest names. `find_content`, `is_image`,
+`is_table` and `run_file` ask without refusing. Imports no torch, so that a wrong name is answered at once.
 """
 
 import errno
@@ -9,11 +9,9 @@ import os
 from pathlib import Path
 
 from dumo.config import recipes
-from dumo.config.suggestion import did_you_mean, nearest_names
 from dumo.error import UserError
 from dumo.io import trained
 from dumo.io.read import brief, user_path
-from dumo.io.suffix import IMAGE_SUFFIXES, TABLE_SUFFIXES
 from dumo.runtime import shell_path
 
 FILE = "run.yaml"  # the run, in its folder
@@ -70,6 +68,8 @@ def find_content(folder: Path, *, images: bool) -> str | None:
         return "a run"
     if not images or not folder.is_dir():
         return None
+    from dumo.io.suffix import IMAGE_SUFFIXES, TABLE_SUFFIXES
+
     visited: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real_place = os.path.realpath(place)
@@ -82,6 +82,20 @@ def find_content(folder: Path, *, images: bool) -> str | None:
             if ending in IMAGE_SUFFIXES or ending in TABLE_SUFFIXES:
                 return "images"
     return None
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image, by the end of its name."""
+    from dumo.io.suffix import IMAGE_SUFFIXES
+
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is one that holds images, such as a .parquet, by the end of its name."""
+    from dumo.io.suffix import TABLE_SUFFIXES
+
+    return path.suffix in TABLE_SUFFIXES
 
 
 def run_file(path: Path) -> Path | None:
@@ -130,6 +144,8 @@ def require_log(folder: Path) -> None:
 
 def _near_runs(name: str) -> str:
     """A hint of the runs here whose folders have names near to one that is none; "": none has."""
+    from dumo.config.suggestion import did_you_mean, nearest_names
+
     path_by_name: dict[str, str] = {}
     for folder in (Path(RUNS), Path(name).parent):
         for path in names_here(folder, FILE):

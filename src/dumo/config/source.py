@@ -10,28 +10,22 @@ import os
 import re
 from collections.abc import Collection
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dumo.config import recipes
 from dumo.config.change import merge, shown
 from dumo.config.place import FILE as FILE
-from dumo.config.place import RUNS, find_content, names_here, run_file
-from dumo.config.suggestion import nearest_few
+from dumo.config.place import RUNS, find_content, is_image, is_table, names_here, run_file
 from dumo.error import UserError
 from dumo.io import trained
-from dumo.io.hub import INDEX as PIPELINE_INDEX
-from dumo.io.hub import SUFFIX as WEIGHTS_SUFFIX
-from dumo.io.hub import fetch_hint, published_name
 from dumo.io.read import brief, read_text, user_path
-from dumo.io.suffix import IMAGE_SUFFIXES, TABLE_SUFFIXES
 from dumo.io.trained import SHIPPED_PREFIX as SHIPPED_PREFIX
-from dumo.io.yaml import parse_yaml
+from dumo.io.yaml import parse_mapping
 
 KEY = "format"  # the first key of a run.yaml
 FORMAT = 2  # what `dumo.config.load.dump` writes there
@@ -46,6 +40,9 @@ DEFAULT_TUNING_RECIPE = "sd3-lora"  # an example, of a pipeline that no recipe n
 SOURCE_FIX = "give a run's folder, a recipe or a YAML file"  # the fix that messages end with
 IMAGES_RECIPE = "my-images"  # what a run is proposed from for images of the user's
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # suffixes
+
+
+FileState = tuple[int, int, int]  # `file_state`
 
 
 class Noted(BaseModel):
@@ -72,6 +69,7 @@ class RunText:
     tree: dict[str, Any]  # plain values
     name: str  # of the source, for errors
     changed: tuple[Noted, ...] = ()  # the changes while the run trained, in order
+    state: FileState | None = None  # of the file as it was read; None: of a recipe, or of a text
 
 
 @dataclass(frozen=True)
@@ -133,14 +131,16 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
         raise UserError(f"the source is empty: {SOURCE_FIX}, or a folder of images")
     path = user_path(str(source), "the source")
     if os.path.isfile(path):  # False for a name that is too long
-        if path.suffix in TABLE_SUFFIXES:
+        if is_table(path):
             return ChosenSource("images", source, folder_of_images(source))
         if path.name == FILE:
             return ChosenSource("run", source, path.parent, is_continued=out is None or out == path.parent)
     elif os.path.isdir(path):
         if (path / FILE).is_file():
             return ChosenSource("run", source, path, is_continued=out is None or out == path)
-        if (path / PIPELINE_INDEX).is_file():
+        from dumo.io.hub import INDEX
+
+        if (path / INDEX).is_file():
             raise UserError(f"{source} is the pipeline of a model, not a run or images: {_pipeline_fix(str(source))}")
         return ChosenSource("images", source, folder_of_images(source))
     return ChosenSource("file", source, Path(RUNS) / path.stem)
@@ -200,7 +200,9 @@ def read(source: str | Path) -> RunText:
         return read_file(trained.folder(trained_name) / FILE)
     file = run_file(Path(source))
     if file is not None:
-        if file.suffix == WEIGHTS_SUFFIX:
+        from dumo.io.hub import SUFFIX
+
+        if file.suffix == SUFFIX:
             from dumo.encoders.singlefile import unpack_hint  # slow to import
 
             raise UserError(f"{unpack_hint(file)}, and give it to a recipe: {_pipeline_fix('DIR')}")
@@ -220,7 +222,16 @@ def read(source: str | Path) -> RunText:
 
 def read_file(file: Path) -> RunText:
     """What a YAML file says, over its bases. Raises UserError."""
-    return parse_text(_yaml_text(file), file)
+    state = file_state(file)  # before it is read: what is written meanwhile makes it another one
+    return replace(parse_text(_yaml_text(file), file), state=state)
+
+
+def file_state(file: Path) -> FileState | None:
+    """What differs once a file was written again: inode, time of change (ns) and bytes. None: it is no file."""
+    if not file.is_file():
+        return None
+    about = file.stat()
+    return about.st_ino, about.st_mtime_ns, about.st_size
 
 
 def parse_text(text: str, file: Path) -> RunText:
@@ -234,7 +245,7 @@ def _yaml_text(file: Path) -> str:
     suffix = file.suffix.lower()
     if suffix in ARCHIVES:
         raise UserError(f"{file} is an archive: unpack it, and give its folder")
-    if suffix in IMAGE_SUFFIXES:
+    if is_image(file):
         raise UserError(f"{file} is one image: give the folder that it is in")
     if file.suffix not in (".yaml", ".yml"):
         raise UserError(f"{file} is no YAML file: {SOURCE_FIX}")
@@ -326,24 +337,21 @@ def _parse_recipe(name: str) -> dict[str, Any]:
 
 def _parse_mapping(text: str, name: str) -> dict[str, Any]:
     """The mapping that YAML text holds. Raises UserError, after the `name` of its source, for anything else."""
-    try:
-        tree = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name} is not YAML: {brief(' '.join(str(error).split()), 1000)}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{name} holds no run: it must map names to values, as `dumo show digits` prints it")
-    return tree
+    return parse_mapping(text, name, "run", "as `dumo show digits` prints it")
 
 
 def _fetch_hint(name: str) -> str:
     """What a source that is nowhere here may be on the Hugging Face hub, and what to type; "": nothing."""
-    if Path(name).suffix in (".yaml", ".yml", *TABLE_SUFFIXES) or Path(name).parent == Path(RUNS):
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or is_table(path) or path.parent == Path(RUNS):
         return ""
+    from dumo.io.hub import fetch_hint, published_name
+
     fetch = fetch_hint(name)
     if not fetch:
         return ""
     recipe = _recipe_of_pipeline(published_name(name)) or DEFAULT_TUNING_RECIPE
-    return f"{fetch}, and give it to a recipe: {_pipeline_fix(Path(name).name, recipe)}"
+    return f"{fetch}, and give it to a recipe: {_pipeline_fix(path.name, recipe)}"
 
 
 def _pipeline_fix(folder: str, recipe: str = DEFAULT_TUNING_RECIPE) -> str:
@@ -360,8 +368,29 @@ def _recipe_of_pipeline(name: str) -> str:
     return ""
 
 
+def encode_command(root: str, count: int | None) -> str:
+    """The command that makes the cache of latents at a place, of the first `count` images (None: of all).
+
+    It has the name of the recipe of dumo's whose cache lies there, where there is one.
+    """
+    words = ["dumo encode"]
+    for recipe in recipes.names():
+        if Path(root).name not in recipes.text(recipe):  # to parse all takes long
+            continue
+        recipe_root = _parse_recipe(recipe).get("data", {}).get("root", "")
+        is_cache = recipe_root.startswith(f"{RUNS}/")  # else a place of the user's images
+        if is_cache and Path(root).match(recipe_root):  # the same place, or below the folder of a run
+            words.append(recipe)
+            break
+    if count:
+        words.append(f"--count {count}")
+    return " ".join(words)
+
+
 def _hint(name: str) -> str:
     """The end of a message that there is no source of this name: what is near to it, and how to list recipes."""
+    from dumo.config.suggestion import nearest_few
+
     path = Path(name)
     near = nearest_few(name, [*recipes.names(), *names_here(path.parent), *names_here(Path(RUNS), FILE)])
     return f"{near}`dumo recipes` lists all"

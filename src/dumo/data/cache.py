@@ -42,6 +42,7 @@ from dumo.types import Spec, UserError
 
 LATENT_COLUMNS = ("x", "flipped")
 CAPTIONS = "captions.jsonl"  # a file in a cache
+ENCODE = "dumo encode"  # makes a cache; who knows the recipe names it, too
 CAPTIONS_FIX = "remove it, and dumo encode writes it from the images"  # the end of messages
 WEIGHTS_FIELDS = ("weights", "sha256")  # fields of a codec that say where its weights are, not what it does
 
@@ -99,7 +100,7 @@ def read_index(folder: Path) -> CacheIndex | None:
 
 
 def open_cache(
-    folder: Path, codec: Codec, max_bytes: float = 0.0, *, command: str = "dumo encode", **asked: object
+    folder: Path, codec: Codec, max_bytes: float = 0.0, *, command: str = ENCODE, **asked: object
 ) -> ShardTable:
     """Open a cache to read it as the data of a codec.
 

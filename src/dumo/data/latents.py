@@ -12,7 +12,6 @@ whether the images that are here are those of the cache. A batch raises what the
 """
 
 import os
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from dumo.data.album import Album
 from dumo.data.bucket import BucketedStore, Crops
-from dumo.data.cache import CAPTIONS, CacheIndex, measure_crops, open_cache, read_captions, read_index
+from dumo.data.cache import CAPTIONS, ENCODE, CacheIndex, measure_crops, open_cache, read_captions, read_index
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
 from dumo.data.image import GIGABYTE, Images, name_fields_below
 from dumo.data.origin import expect_origin, read_names, require_origin
@@ -44,7 +43,6 @@ from dumo.runtime.limits import GIGABYTES
 from dumo.runtime.random import share_of_rows, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
-RECIPES = Path(__file__).parents[1] / "recipes"  # as `dumo.config.recipes` reads them, which is above this file
 PRIOR_FOLDER = PRIOR  # the name of a folder of images that a teacher made, next to those of the subject
 ORIGIN_SECONDS = 10.0  # that training waits for `Origin` before it begins: ours
 
@@ -165,9 +163,9 @@ class Latents(Spec):
         """The text of each caption, by its number; () where there are none. Raises as `all_captions`."""
         return cached_captions(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
-    def open(self) -> "LatentSource | Bucketed | Captioned":
-        """The cache as a source. Raises UserError where there is none, or it is of other images or of another codec."""
-        source = LatentSource(self.cache(), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
+    def open(self, command: str = ENCODE) -> "LatentSource | Bucketed | Captioned":
+        """The cache as a source. Raises as `cache`."""
+        source = LatentSource(self.cache(command), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
         if self.prior:
             source.take_prior_share(self.prior)
         if self.images.buckets:
@@ -189,8 +187,12 @@ class Latents(Spec):
         with name_fields_below("data.images"):
             return self.images.crops()
 
-    def cache(self) -> ShardTable:
-        """The rows of the cache. Raises as `open`."""
+    def cache(self, command: str = ENCODE) -> ShardTable:
+        """The rows of the cache.
+
+        Raises UserError where there is none, and names the `command` that makes it; and where it is of other images or
+        of another codec.
+        """
         images = self.images
         has_caption_files = isinstance(self.captions, CaptionFiles)
         try:
@@ -198,7 +200,7 @@ class Latents(Spec):
                 self.folder,
                 self.codec,
                 self.memory * GIGABYTE,
-                command=self._encode_command(),
+                command=command,
                 resolution=images.side,
                 sizes=images.sizes,
                 crop=images.crop,
@@ -210,19 +212,6 @@ class Latents(Spec):
             )
         except UserError as error:
             raise UserError(f"data.root: {error}") from error
-
-    def _encode_command(self) -> str:
-        """The command that makes the cache, with the recipe of dumo's that has the same folder, where there is one."""
-        recipe = ""
-        root_line = re.compile(r"^  root: (runs/\S+)", re.MULTILINE)
-        for file in sorted(RECIPES.glob("*.yaml")):
-            match = root_line.search(file.read_text(encoding="utf-8"))
-            if match and Path(self.root).match(match[1]):  # the same place, or below the folder of a run
-                recipe = f" {file.stem}"
-                break
-        if self.images.count:
-            return f"dumo encode{recipe} --count {self.images.count}"
-        return f"dumo encode{recipe}"
 
 
 class Origin:

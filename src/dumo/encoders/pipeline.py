@@ -3,7 +3,7 @@
 A run names one folder, as `Pipeline`, and takes everything from there: the model that it tunes, the autoencoder with
 its numbers, the text encoders, the scheduler. The order of events:
 
-1. `with_pipeline` hands the pipeline to those parts of a run that read it, each a `PipelineSpec`.
+1. `dumo.config.parts.with_pipeline` hands the pipeline to those parts of a run that read it, each a `PipelineSpec`.
 2. `Pipeline.with_facts` notes a hash of each part when the run begins. From then on `require_fact`, `config` and
    `verify` refuse other parts, so a run never decodes, reads prompts or is exported with the parts of another.
 3. `config`, `part_folder` and `weights` open a part. The files of weights are chosen in `dumo.encoders.part`.
@@ -361,7 +361,7 @@ class Pipeline(Spec):
 
 
 class PipelineSpec(Spec):
-    """A part of a run that reads the run's pipeline. `with_pipeline` hands it over."""
+    """A part of a run that reads its pipeline, which the run hands over (`dumo.config.parts`)."""
 
     _pipeline: Pipeline | None = PrivateAttr(default=None)
 
@@ -384,20 +384,6 @@ class PipelineSpec(Spec):
 def component_names(pipeline_class: Any) -> set[str]:  # noqa: ANN401, a class of diffusers
     """Return the names of the parts of a pipeline of diffusers, with those that it can do without."""
     return set(pipeline_class._get_signature_keys(pipeline_class)[0])
-
-
-def with_pipeline(part: S, pipeline: Pipeline | None) -> S:
-    """Hand a pipeline to a part of a run, and to the specs in its fields: all `PipelineSpec` of them get it."""
-    changed: dict[str, Spec] = {}
-    for name in type(part).model_fields:
-        field = getattr(part, name)
-        if isinstance(field, Spec):
-            new_field = with_pipeline(field, pipeline)
-            if new_field is not field:
-                changed[name] = new_field
-    if changed:
-        part = part.model_copy(update=changed)
-    return part.within(pipeline) if isinstance(part, PipelineSpec) else part
 
 
 def has_component(entry: object) -> bool:

@@ -9,12 +9,12 @@ optimizer or a file.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from dumo.flow import dropout, generate
+from dumo.flow import dropout
 from dumo.flow.draw import Coupling, Draws, add_noise, make_draws
 from dumo.flow.guide import CFG
 from dumo.flow.path import Linear, Path
@@ -36,6 +36,9 @@ from dumo.types import (
     frozen,
     unwrap,
 )
+
+if TYPE_CHECKING:
+    from dumo.flow.generate import Batch
 
 Loss = Callable[[Net, Frozen, Noised], Terms]  # of (net, theta^-, record)
 
@@ -182,15 +185,17 @@ class Flow(nn.Module):
         seed: int,
         shape: Sequence[int],
         indices: Sequence[int] | None = None,
-        batch: int = generate.BATCH,
+        batch: int | None = None,
         z: Sample | None = None,
-    ) -> Iterator[generate.Batch]:
+    ) -> "Iterator[Batch]":
         """Samples of this shape, one per row of c, by a reading of the network, a batch at a time.
 
         `net` is what the reading calls, where that is not the network itself; the other arguments are those of
         `generate.sample_batches`. Raises UserError if the solver cannot serve the reading or nfe, and Stopped after a
         signal.
         """
+        from dumo.flow import generate  # training needs none of it
+
         return generate.sample_batches(
             net or self.net,
             reads,
@@ -201,7 +206,7 @@ class Flow(nn.Module):
             seed=seed,
             shape=shape,
             indices=indices,
-            batch=batch,
+            batch=batch or generate.BATCH,
             device=self.device,
             precision=self.precision or "fp32",
             z=z,

@@ -11,13 +11,18 @@ A loss calls `at`; a sampler begins at `spread` and asks `near` for times at whi
 
 from collections.abc import Sequence
 from math import pi
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from dumo.flow.schedule import Schedule
 from dumo.types import PINNED, Sample, Spec, Time, UserError, lift
+from dumo.types.family import LazySpec
+
+if TYPE_CHECKING:
+    from dumo.flow.schedule import Schedule
+else:
+    Schedule = Annotated[Any, LazySpec("dumo.flow.schedule:Schedule")]
 
 # The standard deviation of the data. It is not written into run.yaml if it is 1, the default.
 Deviation = Annotated[float, Field(gt=0, exclude_if=lambda sd: sd == 1)]
@@ -100,7 +105,7 @@ class Diffusion(Spec):
         return 1.0
 
     @property
-    def known_schedule(self) -> Schedule:
+    def known_schedule(self) -> "Schedule":
         """The pipeline's schedule. Raises UserError where none was found."""
         if self.schedule is None:
             raise UserError("path.schedule is the pipeline's, which is not here: pipeline=DIR names its folder")

@@ -34,7 +34,7 @@ import torch
 from pydantic import Field
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dumo.autodiff.interop import teach_others
+from dumo.autodiff.dual import teach_others
 from dumo.flow.linearize import Along as Along
 from dumo.flow.linearize import (
     Moving,

@@ -1,8 +1,8 @@
 """Read and write YAML of plain values: null, true and false, numbers, texts, lists and mappings.
 
-`parse_yaml` reads a text, `dump_yaml` writes one. The texts are files and overrides that anybody may have written, and
-a short text can ask for much: aliases of aliases (a billion laughs), brackets in brackets, numbers of a million digits.
-So `parse_yaml`
+`parse_yaml` reads a text, `parse_mapping` the text of a file of settings, and `dump_yaml` writes one. The texts are
+files and overrides that anybody may have written, and a short text can ask for much: aliases of aliases (a billion
+laughs), brackets in brackets, numbers of a million digits. So `parse_yaml`
 
 1. counts the parser's events, and refuses a text whose values would be too deep or too large (`_check_size`);
 2. compares the keys of each mapping, and refuses a key that occurs twice, for one of its two values would be lost;
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
+from dumo.error import UserError
 from dumo.io.read import brief
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ MAX_DEPTH = 64  # lists and mappings inside one another; a run has 8
 MAX_DIGITS = 400  # characters of a number; a double needs 24, and at most 308 digits before the point
 MAX_EXPANSION = 100_000  # characters that aliases may make of a text, beyond four times its own
 MAX_SLOW_CHARACTERS = 100_000  # of a text that the Python reader reads, which is slow
+MAX_ERROR_CHARACTERS = 1000  # of PyYAML's message that is shown
 
 TAG = "tag:yaml.org,2002:"  # of YAML's own types
 EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # without a point or a sign it is text in 1.1
@@ -48,6 +50,22 @@ def parse_yaml(text: str) -> Any:  # noqa: ANN401, whatever stands there
         if len(text) > MAX_SLOW_CHARACTERS:
             raise
         return _construct(text, _SlowReader)
+
+
+def parse_mapping(text: str, name: str, content: str, example: str) -> dict[str, Any]:
+    """The mapping of names to values in the text of a file, whose `name` begins an error.
+
+    Raises UserError for what is not YAML, and for other values, which are no `content`, such as "run"; `example` ends
+    this message, such as "as docs/compare.md has them".
+    """
+    try:
+        tree = parse_yaml(text)
+    except yaml.YAMLError as error:
+        one_line = " ".join(str(error).split())
+        raise UserError(f"{name} is not YAML: {brief(one_line, MAX_ERROR_CHARACTERS)}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{name} holds no {content}: it must map names to values, {example}")
+    return tree
 
 
 def dump_yaml(value: object, *, flow: bool = False, width: int = 120) -> str:

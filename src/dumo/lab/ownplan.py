@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, field_validator
 
 from dumo.config import recipes, trust
 from dumo.config.load import load_recipe, parse
 from dumo.config.suggestion import require_known
 from dumo.io.read import brief, read_text
-from dumo.io.yaml import parse_yaml
+from dumo.io.yaml import parse_mapping
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Arm, Cell, Cost, Plan, Scale, plan_names, slug
 from dumo.lab.ranking import ArmScore, best_arms, paired_difference
@@ -121,12 +120,7 @@ def read_file(name: str) -> Plan:
     if file.stem in plan_names():
         raise UserError(f"{name} would be taken for {file.stem}, which dumo brings: give the file another name")
     text = read_text(file, "write one as docs/compare.md has it", MAX_BYTES)
-    try:
-        tree = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name} is no YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{name} holds no fields: write budget and arms, as docs/compare.md has them")
+    tree = parse_mapping(text, name, "plan", "budget and arms, as docs/compare.md has them")
     own = parse(OwnPlan, tree, name)
     own.require_names()
     # The file may be somebody else's: its settings are not typed, and loading a recipe with them would trust them.

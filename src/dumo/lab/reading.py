@@ -20,13 +20,13 @@ import torch
 
 from dumo.config.change import override
 from dumo.config.load import load, parse
-from dumo.config.source import choose
+from dumo.config.source import RunText, choose
 from dumo.data import Data, Latents
 from dumo.data.album import Album
 from dumo.io.source import DataSource
 from dumo.lab.plan import Cost
 from dumo.plan import machine
-from dumo.run.resolve import data_with_facts, resolve
+from dumo.run.resolve import data_with_facts, open_source, resolve
 from dumo.runtime import signals
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, Tick, no_bar
@@ -55,17 +55,23 @@ class DataBenchmark:
 
 
 def benchmark_of(
-    source: str, overrides: Sequence[str] = (), *, batch: int | None = None, side: int | None = None
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    text: RunText | None = None,
+    batch: int | None = None,
+    side: int | None = None,
 ) -> DataBenchmark:
     """What to measure: the data of a recipe or run, or the images of a folder or file.
 
-    `batch` is the number of images; None: the recipe's, or 256 for a folder. `side`: the pixels to which images of a
-    folder are brought; None: 256. Raises UserError as loading does, and for a side with a recipe.
+    `text` is that of the recipe or run, where it has been read. `batch` is the number of images; None: the recipe's, or
+    256 for a folder. `side`: the pixels to which images of a folder are brought; None: 256. Raises UserError as loading
+    does, and for a side with a recipe.
     """
     if choose(source).kind != "images":
         if side is not None:
             raise UserError("--side is for a folder of images: of a recipe, set data.side")
-        run = resolve(load(source, overrides))
+        run = resolve(load(text or source, overrides))
         return DataBenchmark(run.data, batch or run.train.batch, Cost(run))
     tree: dict[str, Any] = {"data": {"kind": "images", "root": source, "side": side or 256, "flip": True}}
     override(tree, overrides)
@@ -88,7 +94,7 @@ def measure(
     does.
     """
     torch_device = choose_device(device)
-    source = benchmark.data.open()
+    source = open_source(benchmark.data)
 
     # how fast a training step needs images
     seconds = step_seconds

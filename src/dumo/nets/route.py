@@ -9,8 +9,7 @@ The order of events:
 
 1. `Route.mark_blocks` marks the routed blocks of a net, once.
 2. In each training pass `Route.draw_split` draws which tokens are processed, as a `TokenSplit`.
-3. A DiT calls `run_blocks` with it. A model of diffusers runs with the blocks of `blocks_with_routing` instead of its
-   own.
+3. A DiT calls its `run_blocks`. A model of diffusers runs with the blocks of `blocks_with_routing` instead of its own.
 
 What this assumes:
 
@@ -93,36 +92,31 @@ class TokenSplit:
         """Select from rotary tables (n, size) those of the tokens to process: (b, 1, num_processed, size) each."""
         return tuple(table[self.processed].unsqueeze(1) for table in tables)
 
+    def run_blocks(
+        self, blocks: nn.ModuleList, h: Array, rotary: tuple[Tensor, ...], run_block: Callable[..., Array]
+    ) -> Array:
+        """Run the tokens h (b, n, width) through all blocks, which some of them skip, and return this shape.
 
-def run_blocks(
-    blocks: nn.ModuleList,
-    h: Array,
-    rotary: tuple[Tensor, ...],
-    run_block: Callable[..., Array],
-    split: TokenSplit | None,
-) -> Array:
-    """Run the tokens h (b, n, width) through all blocks, and return this shape.
-
-    Block i is called as `run_block(i, block, h, *tables)`. The tables are those of `rotary`, (n, size) each, for the
-    tokens that the block gets. Where `split` is None, all tokens go through all blocks.
-    """
-    all_tokens = h  # as they were before the routed blocks
-    block_tables = rotary
-    is_split = False
-    for i, block in enumerate(blocks):
-        if split and block.routed and not is_split:
-            is_split = True
-            all_tokens = h
-            h = split.select(h)
-            block_tables = split.select_rotary(rotary)
-        elif split and is_split and not block.routed:
-            is_split = False
-            h = split.merge(h, all_tokens)
-            block_tables = rotary
-        h = run_block(i, block, h, *block_tables)
-    if split and is_split:
-        h = split.merge(h, all_tokens)
-    return h
+        Block i is called as `run_block(i, block, h, *tables)`. The tables are those of `rotary`, (n, size) each, for
+        the tokens that the block gets.
+        """
+        all_tokens = h  # as they were before the routed blocks
+        block_tables = rotary
+        is_split = False
+        for i, block in enumerate(blocks):
+            if block.routed and not is_split:
+                is_split = True
+                all_tokens = h
+                h = self.select(h)
+                block_tables = self.select_rotary(rotary)
+            elif is_split and not block.routed:
+                is_split = False
+                h = self.merge(h, all_tokens)
+                block_tables = rotary
+            h = run_block(i, block, h, *block_tables)
+        if is_split:
+            h = self.merge(h, all_tokens)
+        return h
 
 
 def blocks_with_routing(model: nn.Module, split: TokenSplit) -> dict[str, nn.ModuleList]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dumo.config.check import why_unguided
 from dumo.config.conditions import shown
-from dumo.config.source import trained_name_of
+from dumo.config.source import RunText, trained_name_of
 from dumo.data import Images
 from dumo.evaluation.neighbours import nearest_other
 from dumo.flow.generate import counting_passes, eval_mode, in_precision, integrate
@@ -198,10 +198,17 @@ class InteractiveRun:
 
 
 def open_runs(
-    folders: Sequence[str], sets: Sequence[str] = (), *, weights: str | None = None, device: str = "auto", limit: float
+    folders: Sequence[str],
+    sets: Sequence[str] = (),
+    *,
+    texts: Sequence[RunText] | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    limit: float,
 ) -> list[InteractiveRun]:
     """Open runs that are shown next to each other, and sample each once. `sets` are changes as --set takes them.
 
+    `texts` are those of their run.yaml, where they have been read.
     Raises UserError where a folder is no run's or comes twice, `weights` might be of either run, a run
     edits images, or runs do not fit (`require_fit`).
     """
@@ -211,8 +218,8 @@ def open_runs(
     if len(set(places)) < len(places):
         raise UserError(f"both runs are {folders[0]}: give one run, or two folders without --weights")
     runs: list[InteractiveRun] = []
-    for folder, name in zip(folders, short_names(places), strict=True):
-        opened = open_run(folder, sets, weights=weights, device=device)
+    for folder, name, text in zip(folders, short_names(places), texts or [None] * len(folders), strict=True):
+        opened = open_run(folder, sets, text=text, weights=weights, device=device)
         run = InteractiveRun(opened, name, _load_call(folder, sets, weights, device), limit)
         if edits(run.sampler.data):
             raise UserError(f"{folder} edits images, which the page has no field for: dumo sample --source FILE")

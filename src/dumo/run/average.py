@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dumo.config.load import Written, identity
 from dumo.config.place import require_run_folder
-from dumo.config.source import trained_name_of
+from dumo.config.source import RunText, trained_name_of
 from dumo.io import file as files
 from dumo.io.weights import compare, sha256, unshared
 from dumo.run import shipped
@@ -83,9 +83,10 @@ def _find_snapshots(folder: Path, spec: Train) -> dict[Profile, Path]:
     return dict(sorted(snapshots.items()))
 
 
-def average(source: str, std: float, out: Path | None = None) -> AverageResult:
+def average(source: str, std: float, out: Path | None = None, *, text: RunText | None = None) -> AverageResult:
     """Write the average of a width, as of a run's last snapshot, to `out`, or into averages/ in the run's folder.
 
+    `text` is that of run.yaml, where it has been read.
     Raises UserError for a width outside (0, WIDEST), one that the snapshots do not give, or a run without snapshots;
     OSError where nothing can be written.
     """
@@ -97,7 +98,7 @@ def average(source: str, std: float, out: Path | None = None) -> AverageResult:
     require_run_folder(source, folder)
 
     # find the snapshots
-    index = Index.read(folder)
+    index = Index.read(folder, text)
     written = index.written
     assert written, "it has a run.yaml"
     run = written.run

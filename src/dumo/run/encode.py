@@ -13,7 +13,7 @@ from typing import Any
 
 from dumo.config.change import override
 from dumo.config.load import load, parse
-from dumo.config.source import choose
+from dumo.config.source import RunText, choose
 from dumo.config.spec import Run
 from dumo.data import Data, Latents, Moons, cache, encoding
 from dumo.data.caption import CaptionFiles
@@ -82,6 +82,7 @@ def encoding_work(
     source: str,
     overrides: Sequence[str] = (),
     *,
+    text: RunText | None = None,
     out: str | None,
     codec: str | None,
     side: int | None,
@@ -89,12 +90,13 @@ def encoding_work(
 ) -> EncodingWork:
     """What to encode, and into which folders: as a recipe says, or a folder of images and options.
 
+    `text` is that of the recipe or run, where it has been read.
     Raises UserError where the recipe trains on neither latents nor a table of texts, an option is missing, or the
     pipeline lacks a text encoder: images may take hours, and captions come after them.
     """
     settings = [*options_as_settings(out, codec, side, count), *overrides]
     if choose(source).kind != "images":
-        run = resolve(load(source, settings))
+        run = resolve(load(text or source, settings))
         texts = _table_of(run.net)
         if not isinstance(run.data, Latents) and texts is None:
             raise UserError(

@@ -1,8 +1,9 @@
 """What a run's folder holds, read once when the run is opened.
 
-`Index.read` reads run.yaml and lists the checkpoints. The rest is read when it is first asked for, and then kept: each
-checkpoint's list and run, and data.json. Who opens a run hands its index on, so that all who ask see the same, and no
-file is read twice. An index is of one moment: after waiting for another process that wrote there, read a new one.
+`Index.read` reads run.yaml, unless its caller has, and lists the checkpoints. The rest is read when it is first asked
+for, and then kept: each checkpoint's list and run, and data.json. Who opens a run hands its index on, so that all who
+ask see the same, and no file is read twice. An index is of one moment: after waiting for another process that wrote
+there, read a new one.
 """
 
 import warnings
@@ -12,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dumo.config.load import Difference, Written, differences, run_of
-from dumo.config.source import FILE, Noted, RunText, parse_text, read_file
+from dumo.config.source import FILE, Noted, RunText, file_state, parse_text, read_file
 from dumo.config.spec import Run
 from dumo.run import datanote
 from dumo.run.datanote import DataNote
@@ -85,10 +86,17 @@ class Index:
     _runs: dict[Path, CheckpointRun | None] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path) -> "Index":
-        """Read run.yaml, if there is one. Raises UserError where it cannot be read."""
+    def read(cls, folder: Path, text: RunText | None = None) -> "Index":
+        """Read run.yaml, if there is one. Raises UserError where it cannot be read.
+
+        `text` is what has been read of it. It is read again where that was another file, or was written since.
+        """
         file = folder / FILE
-        text = read_file(file) if file.is_file() else None
+        state = file_state(file)
+        if state is None:
+            text = None
+        elif text is None or text.state != state:
+            text = read_file(file)
         return cls(folder, text, Checkpoints(folder / "checkpoints"))
 
     @cached_property

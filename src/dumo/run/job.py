@@ -25,8 +25,8 @@ from torch import nn
 
 from dumo.config import trust
 from dumo.config.check import check_pieces
+from dumo.config.source import RunText
 from dumo.config.spec import Run
-from dumo.config.teacher import Teacher
 from dumo.data import Data
 from dumo.io.source import DataSource
 from dumo.nets.textfamily import is_learned_texts
@@ -41,7 +41,7 @@ from dumo.run.folder import (
 from dumo.run.index import Index
 from dumo.run.journal import History
 from dumo.run.net import outline, require_room
-from dumo.run.resolve import resolve, resolve_remaining, with_absolute_paths, with_hashes
+from dumo.run.resolve import open_source, resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.weights import begin
 from dumo.runtime import dist, threads
@@ -55,6 +55,7 @@ from dumo.training.step import Record
 from dumo.types import UserError
 
 if TYPE_CHECKING:
+    from dumo.config.teacher import Teacher
     from dumo.run.best import BestFolder
     from dumo.run.teacher import LoadedTeacher
     from dumo.run.validation import Validation
@@ -109,6 +110,7 @@ def open_job(
     folder: Path,
     run: Run | None = None,
     *,
+    text: RunText | None = None,
     changes: Sequence[str] = (),
     device: str = "auto",
     tell: Tell | None = None,
@@ -122,6 +124,7 @@ def open_job(
     While inside, the folder is locked, and writes are refused if it was moved away.
 
     - `run`: what to train; None: the run of the folder, with `changes` (`a.b=c`)
+    - `text`: of the folder's run.yaml, where it has been read; one of another file counts for nothing
     - `step`: resume from the checkpoint of this step, not from the last one
     - `tell`: called with lines for the user, on rank 0
     - `accept`: resume though data or fields have changed, and note what has
@@ -139,7 +142,7 @@ def open_job(
         # 1. lock and read
         if is_main:
             stack.enter_context(locked_run_folder(folder))
-        index = Index.read(folder)
+        index = Index.read(folder, text)
         if run is None:
             trust.accept(changes)
             run = index.run(changes)
@@ -216,7 +219,7 @@ def open_data(data: Data) -> DataSource:
 
     Raises UserError on all ranks where one cannot open them, or where ranks see different numbers of rows.
     """
-    source = agreement.on_each_rank(data.open)
+    source = agreement.on_each_rank(lambda: open_source(data))
     sizes = agreement.gather_results(lambda: source.size)
     if len(set(sizes)) > 1:
         sizes_text = ", ".join(f"{size:,}" for size in sizes if size is not None)
@@ -252,7 +255,7 @@ def _open_validation(
     return best_folder, validation
 
 
-def _load_teacher(run: Run, spec: Teacher, state: State, device: torch.device) -> "LoadedTeacher":
+def _load_teacher(run: Run, spec: "Teacher", state: State, device: torch.device) -> "LoadedTeacher":
     """The run's teacher. Raises UserError, on all ranks, where it cannot be opened."""
     from dumo.run.teacher import open_teacher
 

@@ -26,16 +26,15 @@ from dumo.config.conditions import Conditions
 from dumo.config.conditions import shown as shown_data
 from dumo.config.load import differences, load, parse
 from dumo.config.need import ways_to_captions
-from dumo.config.source import CODE, FILE, GIVEN
+from dumo.config.source import CODE, FILE, GIVEN, encode_command
 from dumo.config.spec import Run
-from dumo.config.teacher import no_velocity
 from dumo.data import Data, has_images, is_images, is_latents
-from dumo.data.caption import CaptionFiles
 from dumo.flow.path import Diffusion
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.reading import taught_readings
 from dumo.io import digest
 from dumo.io.read import user_path
+from dumo.io.source import DataSource
 from dumo.nets import Net, is_pretrained
 from dumo.nets.textfamily import has_table
 from dumo.run.mismatch import check_built
@@ -163,6 +162,8 @@ def _require_velocity_to_teach(run: Run) -> None:
         return
     objective = load(folder).objective
     if taught_readings(objective).velocity is None:
+        from dumo.config.teacher import no_velocity
+
         raise UserError(no_velocity(field, folder, objective) + other_fix)
 
 
@@ -170,6 +171,13 @@ def _titles_of(data: Data) -> tuple[str, ...]:
     """What the files of the data call classes of which the spec gives the number alone; () where they do not say."""
     images = shown_data(data)
     return images.titles if is_images(images) else ()
+
+
+def open_source(data: Data) -> DataSource:
+    """The data as a source of rows. Raises UserError as their `open`; of missing latents with the command to type."""
+    if is_latents(data):
+        return data.open(encode_command(data.root, data.images.count))
+    return data.open()
 
 
 def data_with_facts(data: Data) -> Data:
@@ -191,7 +199,7 @@ def _require_captions(data: Data, texts: "TableTexts") -> None:
     captions = Conditions(data).captions
     names = Conditions(data).names
     data_digest: str | None = None
-    if isinstance(captions, CaptionFiles):
+    if captions is not None and captions.kind == "files":
         data_digest = captions.digest
     elif names:
         data_digest = digest.short(*names)

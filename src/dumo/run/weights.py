@@ -19,8 +19,8 @@ from dumo.config.code import require_same_code
 from dumo.config.load import Difference, Written, difference, differences
 from dumo.config.parts import RunParts
 from dumo.config.place import require_run_folder
+from dumo.config.source import RunText
 from dumo.config.spec import Run
-from dumo.config.teacher import Start
 from dumo.data import is_images
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import to_float32
@@ -42,6 +42,7 @@ from dumo.training.state import begin as begin_training
 from dumo.types import Spec, UserError
 
 if TYPE_CHECKING:
+    from dumo.config.teacher import Start
     from dumo.run.sampler import Sampler
 
 # Weights that an objective asks for: the net of another may lack them.
@@ -134,15 +135,17 @@ def open_run(
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
+    text: RunText | None = None,
     weights: str | None = None,
     device: str = "auto",
     fill: bool = True,
 ) -> RunFolder:
     """Open a run's folder, or by name a run that comes with dumo, to sample or judge it.
 
-    `weights` are a file, or a folder of shards, other than it shows. Where it is trained meanwhile, a checkpoint may go
-    while it is read: then a newer one is taken. Without `fill` `made` is left to read the weights. Raises UserError
-    where it is none, or has no checkpoint yet, or none that is whole.
+    `text` is that of run.yaml, where it has been read. `weights` are a file, or a folder of shards, other than it
+    shows. Where it is trained meanwhile, a checkpoint may go while it is read: then a newer one is taken. Without
+    `fill` `made` is left to read the weights. Raises UserError where it is none, or has no checkpoint yet, or none that
+    is whole.
     """
     from dumo.run import shipped
 
@@ -150,7 +153,7 @@ def open_run(
     require_run_folder(source, folder)
     output = shipped.output_folder(source)
     trust.accept(overrides)
-    index = Index.read(folder)
+    index = Index.read(folder, text)
     run = index.run(overrides)
     require_same_code(run, run.resolved, folder)
     if overrides:
@@ -360,7 +363,7 @@ def begin(
     return state, last
 
 
-def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
+def init_from(run: Run, start: "Start") -> tuple[nn.Module, Deferred]:
     """A run's net with other weights, by name, and what reads them; a head, as `start.heads` says, with another head's.
 
     What the source lacks of heads, gauges and embeddings of inputs stays as drawn. Raises UserError where it has not
@@ -398,7 +401,7 @@ def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
     return net, deferred_weights
 
 
-def _require_source_heads(start: Start, source_weights: Mapping[str, Tensor]) -> None:
+def _require_source_heads(start: "Start", source_weights: Mapping[str, Tensor]) -> None:
     """Raise UserError where a head is to begin as one that the source does not have (`start.heads`)."""
     source_heads = dict.fromkeys(name.split(".")[1] for name in source_weights if name.startswith("heads."))
     for source_head in start.heads.values():
@@ -420,7 +423,7 @@ def _source_name(name: str, heads: Mapping[str, str]) -> str:
     return name
 
 
-def _open_source_weights(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
+def _open_source_weights(start: "Start", net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
     """The weights of another run, and what reads them.
 
     Raises UserError where they make another function of this net, or on this path.
@@ -430,7 +433,7 @@ def _open_source_weights(start: Start, net: Net, path: FlowPath) -> tuple[dict[s
     return source.net.state_dict(), source.made
 
 
-def _require_net(source: Run, start: Start, net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:
+def _require_net(source: Run, start: "Start", net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:
     """Raise UserError where a run has another net or path, but for fields that begin as one of `free_fields`."""
     if "r" not in source.objective.needs.names:  # of r no block knew
         free_fields = (*free_fields, "net.late:")

@@ -4,7 +4,8 @@
     Net = Annotated[Spec, FAMILY]
 
 For a field of such an annotation pydantic calls `_validate`, which reads the kind, imports that member and validates by
-it. Errors are those of a tagged union, with the kind in their location. `members` imports all.
+it. Errors are those of a tagged union, with the kind in their location. `members` imports all. `LazySpec` does so for a
+field that most runs leave null, and of which there is one class.
 """
 
 import sys
@@ -119,6 +120,35 @@ class SpecFamily:
             return cls.model_validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
         except TypeError as error:  # it is abstract
             raise UserError(f"kind '{name_of(cls)}': {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class LazySpec:
+    """In the annotation of a field: one spec, `module:Class`, which is imported when a value stands there.
+
+    Teacher = Annotated[Any, LazySpec("dumo.config.teacher:Teacher")]
+    teacher: Teacher | None = None
+    """
+
+    name: str
+
+    def load(self) -> type[Spec]:
+        """Import the class."""
+        return import_name(self.name)
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Validate by `_validate`; the spec is written as its own class says."""
+        return core_schema.with_info_plain_validator_function(self._validate)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The class's own, as a choice of one: pydantic gives a choice its place among the definitions."""
+        return handler(core_schema.union_schema([self.load().__pydantic_core_schema__]))
+
+    def _validate(self, value: Any, info: ValidationInfo) -> Spec:  # noqa: ANN401, a spec or a tree
+        """The spec that a tree describes, or that is given. Raises pydantic's errors."""
+        if info.mode == "python":
+            return self.load().model_validate(value)
+        return self.load().model_validate_json(to_json(value), strict=True)
 
 
 def family_of(annotation: object) -> SpecFamily | None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.config.source import choose
+from dumo.config.source import choose, encode_command
 
 
 def test_what_a_word_is_taken_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +20,12 @@ def test_what_a_word_is_taken_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert choose("./digits", Path("again")).meaning == choose("digits/run.yaml", Path("again")).meaning == settings
     assert choose("./digits", Path("digits")).meaning == "the run in digits, which goes on"
     assert choose("cats").meaning == "the images in cats"
+
+
+def test_the_command_that_makes_a_cache() -> None:
+    """It names the recipe whose cache lies at the place, also below another folder."""
+    assert encode_command("runs/latents/cifar10-taef2", None) == "dumo encode cifar10-latents"
+    assert (
+        encode_command("/here/runs/latents/sdxl-1024", 3) == "dumo encode sdxl-lora --count 3"
+    )  # its kind is its base's
+    assert encode_command("latents/cifar10-taef2", None) == "dumo encode"

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from dumo.config.load import dump, load
+from dumo.config.parts import with_pipeline
 from dumo.encoders import PipelineVae
-from dumo.encoders.pipeline import Pipeline, with_pipeline
+from dumo.encoders.pipeline import Pipeline
 from dumo.io.hub import PUBLISHED, TRANSFORMER, published
 from dumo.nets import Pretrained
 from dumo.nets.rows import Codes

@@ -78,8 +78,8 @@ def test_a_setting_may_hold_the_seed(tmp_path: Path) -> None:
         (f"budget: 800F{ARMS}".replace("MeanFlow", "dumo"), "'dumo' is there twice"),
         (f"budget: 800F\nsed: [a=b]{ARMS}", "sed"),
         ("budget: 800F\narms: [{objective: DuMo, recipe: moons}]", "arms"),
-        ("", "mine.yaml"),
-        ("budget: [", "is no YAML"),
+        ("", "mine.yaml holds no plan: it must map names to values, budget and arms"),
+        ("budget: [", "mine.yaml is not YAML: while parsing"),
     ],
 )
 def test_what_is_no_plan_is_refused(tmp_path: Path, text: str, said: str) -> None:

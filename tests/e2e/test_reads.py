@@ -1,0 +1,96 @@
+"""What a command opens of a run's folder: run.yaml, and each checkpoint's list and run, no more than once.
+
+Words are looked up before a command begins (`dumo.cli.precheck`), and what was read then is not read again.
+"""
+
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import dumo
+from dumo.io import trained as shipped
+from e2e.shell import call
+
+WATCHED = ("run.yaml", "state.json", "spec.yaml")
+WEIGHTS = {"run.yaml", "state.json", "spec.yaml"}  # of a command that opens a checkpoint
+SETTINGS = {"run.yaml"}  # of one that reads the run's settings alone
+COMMANDS = {  # typed in a folder that holds `run`, and which of WATCHED are read there
+    "sample run --nfe 1 --count 2": WEIGHTS,
+    "grid run --nfe 1 --count 1 --labels 3": WEIGHTS,
+    "evaluate run --nfe 1": WEIGHTS,
+    "report run": WEIGHTS,
+    "export run out --parts none": WEIGHTS,
+    "train run": WEIGHTS,
+    "train run --set train.steps=21": WEIGHTS,
+    "train run --out other --set train.steps=1": SETTINGS,
+    "show run": SETTINGS,
+    "dry run": SETTINGS,
+    "bench data run --batches 1": SETTINGS,
+    "log run": set[str](),
+}
+reads: Counter[Path] = Counter()  # of the files WATCHED
+places: list[Path] = []  # folders in which reads count
+
+
+def note_read(event: str, words: tuple[object, ...]) -> None:
+    """An audit hook of Python's, which nothing removes."""
+    if not places or event != "open":
+        return
+    name, _, flags = words
+    if not isinstance(name, str):  # a descriptor
+        return
+    assert isinstance(flags, int)
+    path = Path(name).absolute()
+    is_read = flags & (os.O_WRONLY | os.O_RDWR) == 0
+    if is_read and path.name in WATCHED and any(path.is_relative_to(place) for place in places):
+        reads[path] += 1
+
+
+sys.addaudithook(note_read)
+
+
+@contextmanager
+def counted(*folders: Path) -> Generator[None]:
+    """Count what is read of runs in these folders while inside."""
+    reads.clear()
+    places[:] = folders
+    try:
+        yield
+    finally:
+        places.clear()
+
+
+def require_single_reads(names: set[str]) -> None:
+    """Each file that was read was read once, and these were."""
+    assert {path.name for path in reads} == names
+    assert {str(path): count for path, count in reads.items() if count != 1} == {}
+
+
+@pytest.mark.parametrize(("typed", "names"), COMMANDS.items(), ids=[*COMMANDS])
+def test_a_command_reads_each_file_once(typed: str, names: set[str], trained: dict[str, Path], here: Path) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
+    held = [*(run / "checkpoints").iterdir(), run / "run.yaml"]  # not what training writes, and flushes
+    with counted(*held):
+        done = call(*typed.split())
+    assert done.code == 0, done.err
+    require_single_reads(names)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_run_that_comes_with_dumo_is_read_once() -> None:
+    with counted(shipped.FOLDER):
+        done = call("sample", "digits-trained", "--nfe", 1, "--count", 2)
+    assert done.code == 0, done.err
+    require_single_reads(WEIGHTS)
+
+
+def test_python_reads_each_file_once(trained: dict[str, Path]) -> None:
+    with counted(trained["digits"]):
+        dumo.load(trained["digits"]).sample(count=2, nfe=1)
+    require_single_reads(WEIGHTS)
