@@ -37,7 +37,19 @@ EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's
     "LearnedTexts": ("identity",),
     "PipelineTexts": ("identity", "memory", "budget"),
     "SdVae": ("variant",),  # of older runs and caches: there is one
-    "Train": ("seed", "sheets", "save_minutes", "keep", "max_skips", "milestones", "share", "reshard", "log_every"),
+    # minutes: a folder of images is proposed with it (`dumo.plan.proposal`)
+    "Train": (
+        "minutes",
+        "seed",
+        "sheets",
+        "save_minutes",
+        "keep",
+        "max_skips",
+        "milestones",
+        "share",
+        "reshard",
+        "log_every",
+    ),
     "Sampling": ("seed", "precision"),
     "Evaluation": ("seed",),
     "Images": ("memory", "count"),  # GB of this machine; the first images alone, as a plan in docs/compare.md has them

@@ -42,7 +42,7 @@ MISTAKES = {
     "train digits --gpus 2": "here it is torchrun --nproc-per-node N -m dumo train",
     "train digits --device gpu": "there is no device 'gpu': here it is cuda",
     "train digits --fp16": "here it is --set train.precision=bf16",
-    "train digits --minutes 5": "--minutes and --yes are for a folder of images",
+    "train digits --minutes 5": "--minutes is for a folder of images, or to go on with a run's folder",
     "train digits --out afile": "afile is a file: name a folder",
     "train --config my.yaml": "here it is dumo train FILE",
     "train --data photos": "here it is dumo train FOLDER",

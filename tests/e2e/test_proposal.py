@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,28 @@ def test_a_folder_is_enough(photos: Path) -> None:
     copied = call("show", "runs/photos", "--yaml")
     Path("mine.yaml").write_text(copied.out)
     assert load("mine.yaml").train.steps == 4
+
+
+@pytest.mark.slow
+def test_minutes_go_by_on_a_real_clock(photos: Path) -> None:
+    """And a run that has ended goes on for more of them."""
+    began = time.perf_counter()
+    done = call("train", "photos", "--yes", "--minutes", "0.15", "--device", "cpu", *QUICK)
+    assert done.code == 0, done
+    assert "0:09, then it ends, with as many steps as it made" in " ".join(done.out.split())
+    assert "training photos: 0:09 of 0:09, step " in done.err
+    steps = load("runs/photos").train.steps
+    assert f"trained {steps:,} steps" in done.err
+    again = call("train", "photos", "--minutes", "0.1")
+    assert "runs/photos has trained its 0.15 minutes. For more:  dumo train runs/photos --minutes 0.15" in again.err
+    assert load("runs/photos").train.steps == steps
+    more = call("train", "runs/photos", "--minutes", "0.1")
+    assert more.code == 0, more
+    assert "0:06 of 0:15 are left, from step" in " ".join(more.err.split())
+    run = load("runs/photos")
+    assert run.train.minutes == 0.25
+    assert run.train.steps > steps
+    assert 9 + 6 - 2 < time.perf_counter() - began < 300  # of a machine that may be busy
 
 
 READING = sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4", "train.steps=2")
@@ -133,15 +156,18 @@ def test_a_table_of_captions_is_read(here: Path, monkeypatch: pytest.MonkeyPatch
     assert "in 30 classes" in dict(without.lines())["images"]
 
 
-def test_minutes_are_steps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_are_a_deadline_and_about_so_many_steps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
     found = proposal.propose("photos", minutes=10, device="cpu")
     steps = found.run.train.steps
-    assert 600 * 0.95 < found.seconds < 600 * 1.05
+    assert (found.run.train.minutes, found.seconds) == (10, 600)
+    assert dict(found.lines())["time"].startswith("10:00, then it ends, with as many steps as it made; 0.5 s a step")
+    assert dict(found.lines())["steps"].startswith(f"about {steps:,} of 32 images: each image about ")
     assert steps == pytest.approx(600 / (0.5 * proposal.SLACK), rel=0.05)
     assert found.run.train.schedule.model_dump()["warmup"] == steps // proposal.WARMUP_SHARE
-    assert proposal.propose("photos", device="cpu").seconds == pytest.approx(60 * proposal.MINUTES, rel=0.05)
-    assert proposal.propose("photos", ["train.steps=7", "data.side=16"], device="cpu").run.train.steps == 7
+    assert proposal.propose("photos", device="cpu").seconds == 60 * proposal.MINUTES
+    by_steps = proposal.propose("photos", ["train.steps=7", "data.side=16"], device="cpu")
+    assert (by_steps.run.train.steps, by_steps.run.train.minutes) == (7, None)
     assert dict(found.lines())["images"].startswith("13 in 2 classes")
 
 
@@ -175,7 +201,8 @@ def test_what_cannot_be_proposed_is_said(photos: Path, monkeypatch: pytest.Monke
             "empty has neither a run.yaml nor images, at any depth: give a folder with image files",
         ),
         (("train", "bad", "--yes"), "none of the 1 images that were looked at can be read"),
-        (("train", "digits", "--minutes", "3"), "--minutes and --yes are for a folder of images"),
+        (("train", "digits", "--minutes", "3"), "--minutes is for a folder of images, or to go on with a run's folder"),
+        (("train", "digits", "--yes"), "--yes is for a folder of images: of all else nothing is asked"),
         (("train", "photos", "--yes", *sets("net.widht=3")), "net.widht: unknown key; did you mean 'width'"),
     ):
         done = call(*words)

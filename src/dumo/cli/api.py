@@ -473,7 +473,8 @@ def train(
     """Train a recipe, a folder of images or parts of your own; or go on with a run where it stopped. Return the run.
 
         train("digits")                                 a recipe, a YAML file, or a run's folder: goes on from there
-        train("photos", minutes=10)                     a folder of images: net, size and steps are proposed
+        train("photos", minutes=10)                     a folder of images: net and size are proposed
+        train("runs/photos", minutes=30)                goes on with a run for so long
         train("digits", objective="meanflow", out="runs/mine")
         train(data=array, net=module, objective=Mine(), callbacks=[f], out="runs/mine")
 
@@ -481,7 +482,7 @@ def train(
     array, a pair (array, labels), or a data set (`dumo.data.memory.Memory.of`); `net` a module, called as
     `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects; going on needs the same.
     A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`; it ends the training
-    by `raise dumo.Stop`, and what it returns does not matter. `minutes` is how long to train where steps are proposed.
+    by `raise dumo.Stop`, and what it returns does not matter. `minutes` is how long to train, of images or of a run.
     `out` is the run's folder, runs/NAME unless given. Where that holds a run, the one that is asked for is compared
     with it, and goes on, from the checkpoint of `step` if that is given. `accept`: with other fields or data than it
     was trained by, which are noted. `bar` shows the progress, on stderr unless given. `track`: tensorboard, wandb or
@@ -514,6 +515,7 @@ def train(
             step=None if step is None else _integer("step", step),
             accept=accept,
             sheets=Sheets,
+            minutes=composed.minutes,
         )
         with (
             live_feed(composed.folder, track, print_line) as tracker_hooks,

@@ -24,7 +24,7 @@ from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
 from dumo.nets import ModuleSpec
 from dumo.plan import proposal
-from dumo.runtime.door import option
+from dumo.runtime.door import train_call
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
@@ -45,6 +45,7 @@ class Composed:
     run: Run | None  # None: the run that the folder holds, with `changes`
     changes: Sequence[str]  # each a.b=c
     folder: Path
+    minutes: float | None = None  # for which a run goes on; None: for what is left of it
 
 
 def compose(
@@ -67,7 +68,9 @@ def compose(
     Where `folder` holds a run, what is asked for is compared with it when it is opened, as on the command line. Only a
     run that was proposed is the folder's own, with the parts and changes: it would be proposed otherwise now.
 
-    Raises UserError where the parts do not fit, nothing gives a name, or `minutes` are given where none is proposed.
+    `minutes` are those of a run that is proposed, or those for which the run of a folder goes on.
+
+    Raises UserError where the parts do not fit, nothing gives a name, or `minutes` are given of anything else.
     """
     # what was named: a recipe, a file or a run (`chosen`), or a place of images
     chosen: ChosenSource | None = None
@@ -90,8 +93,8 @@ def compose(
     if folder is None:
         folder = _default_folder(chosen, parts, place)
     is_own_run = chosen is not None and chosen.kind == "run" and chosen.folder == folder
-    if is_own_run and not parts and minutes is None:
-        return Composed(None, changes, folder)
+    if is_own_run and not parts:
+        return Composed(None, changes, folder, minutes)
 
     # the run that they are put into
     recipe = ""
@@ -102,8 +105,8 @@ def compose(
         recipe = proposal.RECIPE if place else _base_recipe(parts)
         base_source = f"{SHIPPED_PREFIX}{recipe}"
     is_proposed = recipe == proposal.RECIPE
-    if minutes is not None and not is_proposed:
-        raise UserError("minutes are for images, of which a run is proposed: set train.steps")
+    if minutes is not None and not (is_proposed or is_own_run):
+        raise UserError("minutes are for images, or to go on with a run's folder: set train.steps")
     base_text = read(base_source)
     base_run = load(base_text)
     fields = _part_fields(parts, base_run)
@@ -118,10 +121,11 @@ def compose(
     if (folder / FILE).is_file() and (is_own_run or is_proposed):
         if place:
             changes = [f"data.root={place}", *changes]
-        if minutes is not None:
+        if minutes is not None and is_proposed:
             tell = line_printer(bar)
-            tell(f"{folder} goes on as it began. minutes are for a new run: give another {option('out')}")
-        return Composed(None, changes, folder)
+            tell(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
+            minutes = None
+        return Composed(None, changes, folder, minutes)
     if is_proposed:
         proposed = proposal.propose(place, changes, minutes=minutes, device=device, bar=bar)
         return Composed(proposed.run, changes, folder)

@@ -6,6 +6,7 @@ work, prints the paths of what was written on stdout, and says on stderr what to
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -35,6 +36,7 @@ from dumo.cli.option import (
 )
 from dumo.cli.terminal import err, memory_hint, out, show_lines
 from dumo.runtime import shell_path
+from dumo.runtime.door import train_call
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar, no_bar, print_line
 
@@ -87,7 +89,7 @@ def encode(
     """
     text = precheck.read_source_or_data(source, set_)
 
-    from dumo.config.source import choose
+    from dumo.config.source import FILE, choose
     from dumo.data import is_latents
     from dumo.run import encode
     from dumo.runtime import dist
@@ -150,7 +152,8 @@ def train(
     ] = False,
     verify: Verify = False,
     minutes: Annotated[
-        float | None, typer.Option(min=0.5, help="Of a folder of images: how long to train. Default: 6 on a CPU.")
+        float | None,
+        typer.Option(min=0.1, help="How long to train on images, or go on with a run. Default: 6 on a CPU."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Of a folder of images: do not ask.")] = False,
     track: Annotated[
@@ -171,32 +174,40 @@ def train(
     digits-trained or cifar10-trained, which dumo brings, begin a new run of their settings with their weights.
 
     Given a folder of images, look at them and at this machine, measure a step, propose a run that fits both, and ask
-    before it starts. Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
+    before it starts. It ends when its --minutes are over; dumo train runs/NAME --minutes 30 goes on for 30 more.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
     """
     text = precheck.read_source_or_images(source, folder, set_)
 
-    from dumo.config.source import choose
+    from dumo.config.source import FILE, choose
 
     # what to train, and where
     changes = set_ or []
     chosen = choose(source, folder)
     are_images = chosen.kind == "images"
-    if (minutes or yes) and not are_images:
-        raise typer.BadParameter("--minutes and --yes are for a folder of images; of a recipe set train.steps")
     folder = folder or chosen.folder
+    goes_on = chosen.kind == "run" and chosen.folder == folder
+    if yes and not are_images:
+        raise typer.BadParameter("--yes is for a folder of images: of all else nothing is asked")
+    if minutes and not (are_images or goes_on):
+        raise typer.BadParameter(_minutes_hint(minutes, folder, has_run=(folder / FILE).is_file()))
+    began = time.perf_counter()  # `stopwatch.wall_clock`: the time of a run that goes on counts from here
 
     from dumo.config.load import load
     from dumo.run.job import open_job
     from dumo.run.train import train_job
 
     run: Run | None = None  # the folder's own
+    more_minutes = minutes if goes_on else None
     if are_images and text is not None:
         if minutes:
-            print_line(f"{folder} goes on as it began. --minutes is for a new run: give another --out")
+            print_line(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
         changes = [f"data.root={source}", *changes]
     elif text is None:
         run = _propose_run(source, changes, minutes, device, ask=not yes)
+        began = time.perf_counter()
     elif chosen.kind != "run" or chosen.folder != folder:
         run = load(text, [*chosen.settings, *changes])
 
@@ -211,6 +222,8 @@ def train(
         accept=accept,
         verify=verify,
         sheets=_open_sheets,
+        minutes=more_minutes,
+        began=began,
     )
     with _tracked(folder, track) as hooks, opened as job:
         if chosen.kind != "recipe":  # a path may hold several things
@@ -227,6 +240,14 @@ def train(
     missing = _missing_of_protocol(run)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
+
+
+def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:
+    """Why --minutes is refused of a recipe or a file, with what to type; `has_run`: its folder holds a run."""
+    hint = "--minutes is for a folder of images, or to go on with a run's folder; of a recipe set train.steps"
+    if has_run:
+        hint += f". To go on with its run:  {train_call(folder, minutes=minutes)}"
+    return hint
 
 
 def _tracked(folder: Path, tracker_name: str | None) -> AbstractContextManager["Sequence[Every]"]:

@@ -216,7 +216,7 @@ def _num_parameters(cell: Cell) -> int:
 class _ZeroRate(Constant):
     """A schedule whose learning rate is zero at every step."""
 
-    def __call__(self, step: int, steps: int) -> float:
+    def __call__(self, step: float, steps: int) -> float:
         """The factor of the learning rate, 0."""
         return 0.0
 

@@ -43,7 +43,9 @@ class TVM(Spec):
         """The authors' `wrapper.py`; beta^2 keeps the size of a guided row's residual to that of others."""
         beta = torch.ones_like(b.t).masked_fill(b.kept, 1 / self.scale)
         knobs = {"beta": beta} if self.scale != 1 else {}
-        (u_hat,), (du_dr,) = heads_and_end_derivatives(net, b.x_t, b.c, t=b.t, r=b.r, moving=None, **knobs)
+        (u_hat,), (du_dr,) = heads_and_end_derivatives(
+            net, b.x_t, b.c, t=b.t, r=b.r, moving=None, recorded=True, **knobs
+        )
         with torch.no_grad():
             gap = lift(b.t - b.r, b.x_t)
             f = b.x_t - gap * u_hat  # (1)

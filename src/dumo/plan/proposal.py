@@ -5,11 +5,11 @@
 1. looks at the images (`_look_at`), and at their captions (`_read_captions`),
 2. chooses fields that fit them and the machine (`_examine`),
 3. times a step (`_step_seconds`),
-4. sets as many steps as there is time for.
+4. sets how long to train (`train.minutes`), and about how many steps that is.
 
 The recipe `my-images` is for a GPU, and trains on one as it is. On a CPU a smaller net learns smaller images, in
-float32, for as many steps as there are minutes for. What is proposed is set in the run like any other field, and
-`resolved.proposed` of its run.yaml says which fields those are.
+float32, and ends by the clock, unless the user sets `train.steps`. What is proposed is set in the run like any other
+field, and `resolved.proposed` of its run.yaml says which fields those are.
 
 Images with captions train a net that reads them: a DiT, with a T5 over their bytes that is trained along and needs no
 file. Other encoders are those of the recipes of text to image.
@@ -50,14 +50,14 @@ from dumo.runtime import install_command, installed_version, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.door import settings
 from dumo.runtime.progress import Bar, duration_text, ignore_line, no_bar
-from dumo.runtime.stopwatch import WARM_UP, Stopwatch, wall_clock
+from dumo.runtime.stopwatch import WARM_UP, Stopwatch
+from dumo.training.deadline import SECONDS_PER_MINUTE
 from dumo.types import Spec, UserError
 
 MINUTES = 6.0  # of a training on a CPU, unless another time is asked for: ours
 TIMED_STEPS = 8  # ours
 MAX_HEADERS = 256  # images whose header is read: ours
 MAX_DECODED = 8  # images that are decoded, to time it: ours
-MIN_STEPS = 100  # of a training that is proposed: ours
 WARMUP_SHARE = 10  # one in this many steps warms up: ours
 MAX_WARMUP = 500  # steps: ours
 SLACK = 1.1  # the time of a training, with logs, probes, sheets and checkpoints, over that of its steps: ours, measured
@@ -110,6 +110,9 @@ class Proposal:
     @property
     def seconds(self) -> float:
         """Seconds of the whole training."""
+        minutes = self.run.train.minutes
+        if minutes is not None:
+            return SECONDS_PER_MINUTE * minutes
         return self.prepare_seconds + SLACK * self.run.train.steps * self.step_seconds
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -136,11 +139,14 @@ class Proposal:
         yield "objective", str(method(run.objective))
         yield "precision", f"{run.train.precision}, compile {run.train.compile}"
         epochs = run.train.steps * run.train.batch / images.count
-        steps = f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times"
-        if run.train.steps == MIN_STEPS:
-            steps += "; the fewest proposed, less by train.steps"
-        yield "steps", steps
-        yield "time", f"{duration_text(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"
+        ends_by_clock = run.train.minutes is not None
+        about = "about " if ends_by_clock else ""
+        yield "steps", f"{about}{run.train.steps:,} of {run.train.batch} images: each image {about}{epochs:,.0f} times"
+        measured = f"{self.step_seconds:.2g} s a step, measured here"
+        if ends_by_clock:
+            yield "time", f"{duration_text(self.seconds)}, then it ends, with as many steps as it made; {measured}"
+        else:
+            yield "time", f"{duration_text(self.seconds)}, by {measured}"
 
 
 def propose(
@@ -151,13 +157,12 @@ def propose(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> Proposal:
-    """Propose a run on the images at `place`, a folder or file, that takes these minutes.
+    """Propose a run on the images at `place`, a folder or file, that takes these minutes from now on.
 
     `minutes` None is MINUTES on a CPU, and on a GPU as long as the recipe says. `sets`, as --set takes them, win over
-    what is proposed; without a place they say which images in memory it is. Raises UserError where there are no images,
-    or a field is wrong.
+    what is proposed: with `train.steps` among them it ends by these. Without a place they say which images in memory it
+    is. Raises UserError where there are no images, or a field is wrong.
     """
-    start_time = wall_clock()
     torch_device = choose_device(device)
     fields: dict[str, Any] = {}
     if place:
@@ -187,15 +192,18 @@ def propose(
         if validation:
             seconds_per_step *= 1 + validation["share"]
         tick(1, "")
-    prepare_seconds = wall_clock() - start_time + images.count * images.decode_seconds / torch.get_num_threads()
+    prepare_seconds = images.count * images.decode_seconds / torch.get_num_threads()
 
-    # as many steps as there is time for
+    # how long to train, and about how many steps that is
     if not minutes and torch_device.type == "cpu":
         minutes = MINUTES
     if minutes:
-        steps = max(MIN_STEPS, int((60 * minutes - prepare_seconds) / (SLACK * seconds_per_step)))
+        seconds_for_steps = SECONDS_PER_MINUTE * minutes - prepare_seconds
+        steps = max(1, int(seconds_for_steps / (SLACK * seconds_per_step)))
         fields["train.steps"] = steps
         fields["train.schedule.warmup"] = min(steps // WARMUP_SHARE, MAX_WARMUP)
+        if not any(text.startswith("train.steps=") for text in sets):
+            fields["train.minutes"] = minutes
     run = resolve(_set_fields(fields, sets))
     proposed = {field: value for field, value in fields.items() if field != "data.root"}
     run = run.model_copy(update={"resolved": run.resolved | {PROPOSED: proposed}})

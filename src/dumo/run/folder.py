@@ -65,7 +65,7 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
             raise UserError(f"{problem}: it has none")
         raise UserError(f"{problem}: it has those of step {', '.join(map(str, checkpoints))}")
     steps_done = max(checkpoints, default=0) if step is None else step
-    if steps_done > run.train.steps:
+    if steps_done > run.train.steps and run.train.minutes is None:
         raise UserError(
             f"train.steps={run.train.steps}, but {folder} has already trained {steps_done} steps: set train.steps to "
             f"{steps_done} or more"
@@ -92,8 +92,7 @@ def _require_no_lost_checkpoint(folder: Path, train: Train) -> None:
     if (folder / NO_CHECKPOINT_YET).exists():
         return
     last_step = max((row["step"] for row in read_log(log_file)), default=0)
-    first_saved_step = min(train.save_every, train.steps)
-    if last_step > first_saved_step:  # that one is saved once the slope has been examined on it
+    if last_step > train.first_saved_step:  # that one is saved once the slope has been examined on it
         raise UserError(
             f"{log_file} reaches step {last_step}, and {folder / 'checkpoints'} has no checkpoint: bring back what it "
             f"was on. To train from the start give another folder with {option('out')}, or move {log_file} away"

@@ -44,10 +44,12 @@ from dumo.run.net import outline, require_room
 from dumo.run.resolve import open_source, resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.weights import begin
-from dumo.runtime import dist, threads
+from dumo.runtime import dist, stopwatch, threads
 from dumo.runtime.device import choose_device
+from dumo.runtime.door import option, settings
 from dumo.runtime.progress import ignore_line
 from dumo.training import agreement
+from dumo.training.deadline import SECONDS_PER_MINUTE, begin_timing
 from dumo.training.layout import share_of
 from dumo.training.manifest import Checkpoint
 from dumo.training.state import State
@@ -98,6 +100,7 @@ class Job:
     meter: Meter
     net_outline: nn.Module  # the net on the meta device, without values
     step_cost: StepCost  # of one image
+    began: float  # by `stopwatch.wall_clock`: from when its time counts, if it ends by the clock
 
     @property
     def folder(self) -> Path:
@@ -118,6 +121,8 @@ def open_job(
     accept: bool = False,
     verify: bool = False,
     sheets: MakeSheets | None = None,
+    minutes: float | None = None,
+    began: float | None = None,
 ) -> Generator[Job, None, None]:
     """Open a run in its folder for training. Under torchrun every rank must enter it.
 
@@ -130,10 +135,14 @@ def open_job(
     - `accept`: resume though data or fields have changed, and note what has
     - `verify`: hash all images first
     - `sheets`: draws the strip, and the sheets of `train.sheets` (`dumo.report.sheet.Sheets`); None: nobody does
+    - `minutes`: train the run of the folder for so long from its checkpoint on (`train.minutes`)
+    - `began`: from when its time counts, by `stopwatch.wall_clock`, if it ends by the clock; None: from now on
 
     Raises UserError if the run does not fit the machine or its ranks, another process trains in the folder or it holds
     another run, data or fields have changed, or the derivative fails its examination.
     """
+    if began is None:
+        began = stopwatch.wall_clock()
     rank, _ = dist.torchrun_rank_and_world()
     is_main = rank == 0
     if not is_main or tell is None:
@@ -143,9 +152,12 @@ def open_job(
         if is_main:
             stack.enter_context(locked_run_folder(folder))
         index = Index.read(folder, text)
+        if minutes is not None:
+            changes = [*changes, f"train.minutes={_minutes_in_all(index, step, minutes):g}"]
         if run is None:
             trust.accept(changes)
             run = index.run(changes)
+        run = _with_steps_made(run, index, changes)
 
         # 2. resolve
         run_before = index.written.run if index.written else None
@@ -180,6 +192,8 @@ def open_job(
 
         # 5. begin the state, and open what reads it
         state, checkpoint = begin(run, index.checkpoints, torch_device, step)
+        factor_before = run.train.factor(state.step, state.timing) if checkpoint else None
+        state.timing = begin_timing(run.train.minutes, state.timing, factor_before)
         best_folder = None
         validation = None
         if run.evaluate.every:
@@ -211,7 +225,33 @@ def open_job(
             meter=meter,
             net_outline=net_outline,
             step_cost=step_cost,
+            began=began,
         )
+
+
+def _minutes_in_all(index: Index, step: int | None, minutes: float) -> float:
+    """The minutes that a run is to train in all, to go on for some minutes from a checkpoint (None: the last one)."""
+    checkpoints = index.checkpoints.by_step()
+    if step is None:
+        step = max(checkpoints, default=None)
+    timing = checkpoints[step].manifest.timing if step in checkpoints else None
+    return minutes + timing.seconds / SECONDS_PER_MINUTE if timing else minutes
+
+
+def _with_steps_made(run: Run, index: Index, changes: Sequence[str]) -> Run:
+    """The run with the steps that its folder has, where both end by the clock: they are found, not set.
+
+    Raises UserError where `changes` set them.
+    """
+    if run.train.minutes is None or index.written is None or index.written.run.train.minutes is None:
+        return run
+    if any(change.startswith("train.steps=") for change in changes):
+        raise UserError(
+            f"{index.folder} ends after train.minutes={run.train.minutes:g}, whatever its steps: give it more by "
+            f"{option('minutes')}, or steps by {settings('train.minutes=null', 'train.steps=N')}"
+        )
+    train = run.train.model_copy(update={"steps": index.written.run.train.steps})
+    return run.model_copy(update={"train": train})
 
 
 def open_data(data: Data) -> DataSource:

@@ -21,7 +21,7 @@ import torch
 from dumo.autodiff import float64
 from dumo.config.advice import advice
 from dumo.config.change import shown
-from dumo.config.load import FILE, identity
+from dumo.config.load import FILE, dump, identity
 from dumo.config.place import LOG
 from dumo.config.source import Noted
 from dumo.config.spec import Run
@@ -49,6 +49,7 @@ from dumo.runtime.progress import bytes_text
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.burst import LASTS, WINDOW
+from dumo.training.deadline import FIRST_SAVE, JUDGE, SAVE, SECONDS_PER_MINUTE, Countdown
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.optim import Muon, embedders, half_rates
 from dumo.training.record import Record, Skipped
@@ -60,9 +61,8 @@ if TYPE_CHECKING:
     from dumo.io.content import Hashes
     from dumo.run.best import BestFolder
     from dumo.run.teacher import TeacherPairs
-    from dumo.run.validation import Validation
+    from dumo.run.validation import Scores, Validation
 
-SECONDS_PER_MINUTE = 60.0
 PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
 CALM = 8  # the rate of an embedder of times over this ended every burst that we measured (docs/log.md)
 
@@ -78,7 +78,10 @@ class Journal:
     source: "DataSource | TeacherPairs"
     tell: Callable[[str], None]
     hashes: "Hashes | None" = None  # of the data
-    text: str = ""  # the run as its checkpoints hold it; of the main rank
+    changed: Sequence[Noted] | None = None  # what was changed in the run; None except on rank 0
+    countdown: Countdown | None = None  # None: it ends by its steps
+    is_examined: bool = False  # whether the slope was examined on weights in training
+    has_saved: bool = False  # whether a checkpoint was saved
     best_folder: "BestFolder | None" = None
     validation: "Validation | None" = None
     threads: StepThreads | None = None  # of the steps; None: nobody chooses
@@ -86,9 +89,14 @@ class Journal:
     saver: Saver = field(default_factory=Saver)
 
     @property
+    def text(self) -> str:
+        """The run as its checkpoints hold it; "" except on rank 0."""
+        return "" if self.changed is None else dump(self.run, self.changed)
+
+    @property
     def first_saved_step(self) -> int:
         """The first step that is saved by its number: up to it weights are examined before they are saved."""
-        return min(self.run.train.save_every, self.run.train.steps)
+        return self.run.train.first_saved_step
 
     @property
     def hooks(self) -> tuple[loop.Every, ...]:
@@ -98,9 +106,12 @@ class Journal:
     def due(self) -> bool:
         """Whether a checkpoint is due by this rank's clock, or the last one failed to be written.
 
-        A failure is of all ranks, so that of the first one brings all to where it is raised.
+        A failure is of all ranks, so that of the first one brings all to where it is raised. A run that ends by the
+        clock saves its first one early, to know how long that takes.
         """
         if self.saver.has_failed:
+            return True
+        if self.countdown and not self.has_saved and self.countdown.timing.share >= FIRST_SAVE:
             return True
         minutes = self.run.train.save_minutes
         return minutes is not None and time.monotonic() - self.last_saved >= SECONDS_PER_MINUTE * minutes
@@ -118,7 +129,8 @@ class Journal:
             self.examine(state)
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
             self.mark(state)
-        if state.step == self.run.train.steps:  # there is nothing to do but to keep no more than is asked
+        if state.is_over(self.run.train):  # there is nothing to do but to keep no more than is asked
+            self.note_steps(state)
             self.save(state)
             self.saver.wait()
 
@@ -128,7 +140,7 @@ class Journal:
         A row is due every `log_every` steps, and at a step that was probed, judged or skipped, or at which a burst
         begins. `tell` is called with a line on a skipped step, and on a burst.
         """
-        scores = self.validation.judge(state) if self.validation else {}
+        scores = self.judge(state)
         scheduled = state.step % self.run.train.log_every == 0
         time_slope = slope_in_time(state) if scheduled else None
         if not dist.is_main():
@@ -152,6 +164,16 @@ class Journal:
                 self.tell(message)
             log.append(self.folder / LOG, row)
 
+    def judge(self, state: State) -> "Scores":
+        """The scores of this step; {} where none are due. Every rank must call it."""
+        if self.validation is None or state.step % self.validation.every:
+            return {}
+        began = self.countdown.seconds() if self.countdown else 0.0
+        scores = self.validation.judge(state)
+        if self.countdown:
+            self.countdown.note(JUDGE, began)
+        return scores
+
     def blamed_rows(self, step: int, skipped: Skipped) -> list[dict[str, Any]]:
         """The rows to blame for a skipped step, each with its number in the data set, not in the batch."""
         if not skipped.rows:
@@ -169,7 +191,7 @@ class Journal:
         """Write the sampled weights at a milestone, and averages by a power where a snapshot is due."""
         if state.step in self.run.train.milestones:
             checkpoint.mark(self.folder / "milestones", state, identity(self.run))
-        if self.run.train.is_snapshot_due(state.step):
+        if self.run.train.is_snapshot_due(state.step, is_last=state.is_over(self.run.train)):
             from dumo.run import average
 
             average.save_snapshots(self.folder, state, identity(self.run))
@@ -180,11 +202,14 @@ class Journal:
         Up to the first one the weights are examined before, but not where somebody waits for the run to stop.
         """
         is_asked_to_stop = record.asked is not None
-        is_last = state.step == self.run.train.steps
+        is_last = state.is_over(self.run.train)
         if is_asked_to_stop or record.due or state.step % self.first_saved_step == 0 or is_last:
             self.saver.wait()
-            if state.step <= self.first_saved_step and not is_asked_to_stop:
+            is_known = self.countdown is not None and self.is_examined  # once is enough where time is short
+            if state.step <= self.first_saved_step and not is_asked_to_stop and not is_known:
                 self.examine(state)
+            if is_last:
+                self.note_steps(state)
             self.save(state)
             if is_asked_to_stop or is_last:
                 self.saver.wait()
@@ -192,6 +217,7 @@ class Journal:
     def save(self, state: State) -> None:
         """Save a checkpoint of this step in a thread, after the log up to it; training goes on meanwhile."""
         self.saver.wait()  # its memory is filled anew
+        began = self.countdown.seconds() if self.countdown else 0.0
         log_file = self.folder / LOG
         step = state.step
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
@@ -207,9 +233,20 @@ class Journal:
             best_folder = self.best_folder
             if best_folder:
                 agreement.on_main_rank(lambda: best_folder.remove_older(step))
+            if self.countdown:
+                self.countdown.note(SAVE, began)
 
         self.saver.start(write)
+        self.has_saved = True
         self.last_saved = time.monotonic()
+
+    def note_steps(self, state: State) -> None:
+        """Write into run.yaml, and into the checkpoints to come, how many steps a run made that ends by the clock."""
+        train = self.run.train
+        if state.timing is None or train.steps == state.step:
+            return
+        self.run = self.run.model_copy(update={"train": train.model_copy(update={"steps": state.step})})
+        agreement.on_main_rank(lambda: write_run_file(self.run, self.folder, self.changed or ()))
 
     def restore_run_file(self) -> None:
         """Write run.yaml again where it was removed, and say so: a checkpoint is of no use without it.
@@ -239,6 +276,7 @@ class Journal:
         with low_memory_heap():
             net = layout.gathered(state.net, partial(build, self.run))
             examination.examine_weights(self.run, net, self.device).require()
+            self.is_examined = True
             del net
             gc.collect()  # hooks of its copy in float64 hold the net and themselves
 
@@ -311,7 +349,7 @@ def _program_words() -> list[str]:
 
 def _schedule_lines(train_before: Train, steps: int, steps_done: int) -> Iterator[str]:
     """Yield a line if the steps already done had other rates, because their schedule had another length."""
-    if train_before.had_other_rates(steps, steps_done):
+    if train_before.minutes is None and train_before.had_other_rates(steps, steps_done):
         length = "shorter" if train_before.steps < steps else "longer"
         yield (
             f"train.steps is {steps:,}, and was {train_before.steps:,}: the {steps_done:,} steps already done had the "
@@ -434,7 +472,8 @@ class History:
         for change in self.changed:
             if change.step == self.step:
                 yield f"from step {self.step:,} on {change.field} is {shown(change.now)}, and was {shown(change.was)}"
-        if self.train_before and self.train_before.schedule == self.run.train.schedule:
+        ends_by_steps = self.run.train.minutes is None
+        if ends_by_steps and self.train_before and self.train_before.schedule == self.run.train.schedule:
             yield from _schedule_lines(self.train_before, self.run.train.steps, self.step)
         versions = software_versions()
         for name in PROGRAMS:

@@ -17,6 +17,8 @@ from dumo.run import cost
 from dumo.runtime import dist
 from dumo.runtime.device import operations_per_second
 from dumo.runtime.door import settings
+from dumo.runtime.progress import duration_text
+from dumo.training.deadline import Timing
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.types import UserError
@@ -26,12 +28,21 @@ HOURS_PER_DAY = 24.0
 
 
 def training_summary(
-    run: Run, net: nn.Module, folder: Path, *, size: int | None, step: int, device: torch.device, units: float
+    run: Run,
+    net: nn.Module,
+    folder: Path,
+    *,
+    size: int | None,
+    step: int,
+    device: torch.device,
+    units: float,
+    timing: Timing | None = None,
 ) -> str:
     """What is trained on what, and the cost of a step, in a line.
 
     `net` is on the meta device, `size` the number of rows of the data (None: they are drawn anew), `step` the number of
-    steps done, and `units` the cost of a step in forward passes (`dumo.run.cost`).
+    steps done, `units` the cost of a step in forward passes (`dumo.run.cost`), and `timing` how far it is by the clock,
+    if it ends by that.
     """
     unit = "images" if len(run.shown_shape) == 3 else "points"
     return (
@@ -39,8 +50,17 @@ def training_summary(
         f"data {run.data.kind} ({_data_text(run, size, unit)}), "
         f"net {run.net.kind} ({_weights_text(net)}), "
         f"{units:.2f} F a step (1 F: one forward pass{_dual_hint(net, run)}), "
-        f"steps {step:,} to {run.train.steps:,} of {run.train.batch:,} {unit}"
+        f"{_length_text(step, run.train.steps, timing)} of {run.train.batch:,} {unit}"
     )
+
+
+def _length_text(step: int, steps: int, timing: Timing | None) -> str:
+    """From which step to which one a run goes on, or for how long."""
+    if timing is None:
+        return f"steps {step:,} to {steps:,}"
+    seconds_left = timing.promised_seconds - timing.seconds
+    promised = duration_text(timing.promised_seconds)
+    return f"{duration_text(seconds_left)} of {promised} are left, from step {step:,} on, each"
 
 
 def _data_text(run: Run, size: int | None, unit: str) -> str:

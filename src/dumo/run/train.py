@@ -13,7 +13,7 @@ A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, c
 strip/, best/, grids/, samples/, evaluation.json, report.html with its pictures in report/.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dumo.config.load import dump
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import is_latents
@@ -29,15 +28,19 @@ from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
 from dumo.io.source import Bucketed, DataSource, hashes_of
 from dumo.nets import is_dualized
-from dumo.run.job import Job, MakeSheets, open_job
+from dumo.run.job import Job, MakeSheets, Sheets, open_job
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.summary import misfits, training_summary
-from dumo.runtime import dist, threads
-from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime import dist, stopwatch, threads
+from dumo.runtime.door import train_call
+from dumo.runtime.limits import STEPS
+from dumo.runtime.progress import Bar, bar_of_seconds, no_bar
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, frozen, loop
+from dumo.training.deadline import DRAW, JUDGE, Countdown
 from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
+from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.state import begin as begin_state
@@ -47,6 +50,8 @@ from dumo.types.rows import pin, to_device
 
 if TYPE_CHECKING:
     from dumo.run.teacher import TeacherPairs
+
+MORE_MINUTES = 5  # as an example of more training: ours
 
 
 def train(
@@ -60,6 +65,7 @@ def train(
     accept: bool = False,
     verify: bool = False,
     sheets: MakeSheets | None = None,
+    minutes: float | None = None,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
     """Train a run in a folder, or resume it there. Returns the state at the end.
@@ -75,13 +81,14 @@ def train(
         accept=accept,
         verify=verify,
         sheets=sheets,
+        minutes=minutes,
     )
     with opened as job:
         return train_job(job, bar, hooks)
 
 
 def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> State:
-    """Train an opened run to the last of `train.steps`. Returns the state at the end.
+    """Train an opened run to the last of `train.steps`, or until its time is over. Returns the state at the end.
 
     Every rank must call it; rank 0 alone writes and shows progress. `hooks` are called after dumo's own, on every rank.
     Raises Diverged if the loss is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it;
@@ -117,6 +124,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
 
     # 4. open the journal
     step_threads = _step_threads_of(job)
+    countdown = _countdown_of(job)
     journal = Journal(
         run=run,
         folder=job.folder,
@@ -125,7 +133,8 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         source=source,
         tell=job.tell,
         hashes=hashes_of(job.data),
-        text=dump(run, history.changed) if history else "",
+        changed=history.changed if history else None,
+        countdown=countdown,
         best_folder=job.best_folder,
         validation=job.validation,
         threads=step_threads,
@@ -147,31 +156,45 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         first_note += ", compiled first"
     run_hooks = list(journal.hooks)
     if job.sheets:
-        run_hooks.append(loop.Every(1, job.sheets.draw))
+        run_hooks.append(loop.Every(1, _sheets_hook(job.sheets, run.train, countdown)))
+
+    # what the bar counts: steps, or seconds
+    total = run.train.steps
+    if state.timing:
+        total = round(state.timing.promised_seconds)
+        bar = bar_of_seconds(bar)
+
+    def units_done() -> int:
+        return round(state.timing.seconds) if state.timing else state.step
+
+    def note(record: Record) -> str:
+        text = job.meter.note(record)
+        return f"step {record.step:,}, {text}" if state.timing else text
+
     try:
         with (
             step_threads,
             journal.saver,
             _prefetched(run, source, flow, job.device) as (batch_at, draws_at),
-            bar(f"training {job.folder.name}", run.train.steps) as tick,
+            bar(f"training {job.folder.name}", total) as tick,
         ):
-            tick(state.step, first_note)
+            tick(units_done(), first_note)
             job.meter.begin(state.step)
             all_hooks = [
                 loop.Every(1, lambda state, record: step_threads.end()),
-                loop.Every(1, lambda state, record: tick(state.step, job.meter.note(record))),
+                loop.Every(1, lambda state, record: tick(units_done(), note(record))),
                 *run_hooks,
                 *hooks,
                 loop.Every(1, lambda state, record: step_threads.begin()),
             ]
 
             # 5. choose the number of threads
-            if state.step < run.train.steps:
+            if not state.is_over(run.train):
                 step_threads.choose(_trial_step(run.train, state, flow_for, source))
             step_threads.begin()
 
             # 6. train
-            loop.train(state, flow, batch_at, run.train, all_hooks, journal.due, draws_at)
+            loop.train(state, flow, batch_at, run.train, all_hooks, journal.due, draws_at, countdown and countdown.read)
     except Diverged as error:
         last_good_step = state.step - state.skips
         hint = agreement.on_main_rank(lambda: resume_hint(run.train, job.folder, job.index.checkpoints, last_good_step))
@@ -194,6 +217,7 @@ def _lines_before(job: Job) -> list[str]:
             job.folder,
             size=job.data.size,
             step=state.step,
+            timing=state.timing,
             device=job.device,
             units=job.step_cost.units,
         )
@@ -201,11 +225,57 @@ def _lines_before(job: Job) -> list[str]:
     if isinstance(job.data, Bucketed):
         lines.append(f"images are in {job.data.about}")
     lines.append(f"objective: {method(run.objective)}")
-    images_per_rank = (run.train.steps - state.step) * run.train.batch / dist.world()
+    steps_left = run.train.steps - state.step if state.timing is None else 0  # its time is known
+    images_per_rank = steps_left * run.train.batch / dist.world()
     lines += misfits(run.train, images_per_rank * job.step_cost.flops, job.device, state.step)
     if is_dualized(state.net) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
+    if state.is_over(run.train):
+        lines.append(_way_on(job))
     return lines
+
+
+def _way_on(job: Job) -> str:
+    """A line on how to go on with a run that has ended."""
+    train = job.run.train
+    if train.minutes is not None:
+        return (
+            f"{job.folder} has trained its {train.minutes:g} minutes. For more:  "
+            f"{train_call(job.folder, minutes=train.minutes)}"
+        )
+    more_steps = train_call(job.folder, [f"train.steps={2 * train.steps}"])
+    return (
+        f"{job.folder} has trained its {train.steps:,} steps. For more:  {more_steps}  or by the clock:  "
+        f"{train_call(job.folder, minutes=MORE_MINUTES)}"
+    )
+
+
+def _countdown_of(job: Job) -> Countdown | None:
+    """What reads the clock of a job that ends by it; None: it ends by its steps."""
+    if job.state.timing is None:
+        return None
+
+    def work_after(step: int) -> Iterator[str]:
+        if job.validation and step % job.validation.every == 0:
+            yield JUDGE
+        if job.sheets and job.run.train.is_sheet_due(step):
+            yield DRAW
+
+    return Countdown(job.state.timing, job.began, stopwatch.wall_clock, work_after)
+
+
+def _sheets_hook(sheets: Sheets, train: Train, countdown: Countdown | None) -> Callable[[State, Record], None]:
+    """The hook that draws sheets, and notes how long they take where that matters."""
+    if countdown is None:
+        return sheets.draw
+
+    def draw(state: State, record: Record) -> None:
+        began = countdown.seconds()
+        sheets.draw(state, record)
+        if train.is_sheet_due(state.step):
+            countdown.note(DRAW, began)
+
+    return draw
 
 
 def _step_threads_of(job: Job) -> StepThreads:
@@ -252,6 +322,7 @@ def _prefetched(
     train = run.train
     rows = span(pieces(train, flow.objective))
     is_gpu = device.type == "cuda"
+    last_step = train.steps if train.minutes is None else STEPS  # of a run that ends by the clock it is not known
     draws_noise = not is_instance_of(source, "dumo.run.teacher:TeacherPairs")  # a teacher's pairs bring their noise
 
     def read_batch(step: int) -> Batch:
@@ -266,8 +337,8 @@ def _prefetched(
         return draws.pin() if is_gpu else draws
 
     with (
-        Prefetch(read_batch, last=train.steps, depth=BATCHES_AHEAD) as batches,
-        Prefetch(draw, last=train.steps) as draws_at,
+        Prefetch(read_batch, last=last_step, depth=BATCHES_AHEAD) as batches,
+        Prefetch(draw, last=last_step) as draws_at,
     ):
 
         def batch_at(step: int) -> Batch:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.config import trust
+from dumo.config.change import shown
 from dumo.config.code import require_same_code
 from dumo.config.load import Difference, Written, difference, differences
 from dumo.config.parts import RunParts
@@ -33,6 +34,7 @@ from dumo.run.net import deferred, drawn, require_room
 from dumo.run.provenance import require_own_checkpoint, require_own_weights
 from dumo.runtime import dist, shell_path
 from dumo.runtime.device import choose_device
+from dumo.runtime.door import settings
 from dumo.runtime.heap import low_memory_heap
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.manifest import Checkpoint, Checkpoints
@@ -437,17 +439,23 @@ def _require_net(source: Run, start: "Start", net: Net, path: FlowPath, free_fie
     """Raise UserError where a run has another net or path, but for fields that begin as one of `free_fields`."""
     if "r" not in source.objective.needs.names:  # of r no block knew
         free_fields = (*free_fields, "net.late:")
-    lines = [*_difference_lines("net", source.net, net), *_difference_lines("path", source.path, path)]
-    mismatches = [line for line in lines if not line.startswith(free_fields)]
+    all_differences = [*_part_differences("net", source.net, net), *_part_differences("path", source.path, path)]
+    mismatches = [difference for difference in all_differences if not str(difference).startswith(free_fields)]
     if mismatches:
+        lines = "; ".join(map(str, mismatches))
+        if any(difference.field in ("net", "path") for difference in mismatches):  # another kind, maybe of other data
+            fix = "take a run that has the same kind of it,"
+        else:
+            fields = settings(*(f"{difference.field}={shown(difference.was)}" for difference in mismatches))
+            fix = f"set these fields as they are there,  {fields} "
         raise UserError(
-            f"start: the nets differ, {start.source} has another {'; '.join(mismatches)}: set these fields as they are "
-            "there, or start=null"
+            f"start: the nets differ, {start.source} has another {lines}: {fix} or leave its weights out by "
+            f"{settings('start=null')}"
         )
 
 
-def _difference_lines(part_name: str, was: Spec, now: Spec) -> list[str]:
-    """A line for each field in which two parts of a run of this name differ."""
+def _part_differences(part_name: str, was: Spec, now: Spec) -> list[Difference]:
+    """The fields in which two parts of a run of this name differ."""
     if type(was) is type(now):
-        return [str(field_difference) for field_difference in differences(was, now, f"{part_name}.")]
-    return [str(Difference(part_name, was.model_dump(mode="json"), now.model_dump(mode="json"), may=False))]
+        return [*differences(was, now, f"{part_name}.")]
+    return [Difference(part_name, was.model_dump(mode="json"), now.model_dump(mode="json"), may=False)]

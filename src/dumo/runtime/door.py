@@ -49,9 +49,15 @@ def settings(*texts: str) -> str:
 
 
 def train_call(
-    folder: Path, texts: Sequence[str] = (), *, step: int | None = None, accept: bool = False, program: str = "dumo"
+    folder: Path,
+    texts: Sequence[str] = (),
+    *,
+    step: int | None = None,
+    minutes: float | None = None,
+    accept: bool = False,
+    program: str = "dumo",
 ) -> str:
-    """How to go on with the run in a folder: with these fields (`a.b=c`), from the checkpoint of a step.
+    """How to go on with the run in a folder: with these fields (`a.b=c`), from the checkpoint of a step, for minutes.
 
     `program` is how dumo is started in a shell. Modules and arrays that Python gave are left to the reader.
     """
@@ -61,6 +67,8 @@ def train_call(
             words.append(option("accept", True))
         if step is not None:
             words.append(option("from", step))
+        if minutes is not None:
+            words.append(option("minutes", f"{minutes:g}"))
         if texts:
             words.append(settings(*texts))
         return " ".join(words)
@@ -69,6 +77,8 @@ def train_call(
         arguments.append(_python_fields(texts))
     if step is not None:
         arguments.append(f"step={step}")
+    if minutes is not None:
+        arguments.append(f"minutes={minutes:g}")
     if accept:
         arguments.append(option("accept", True))
     return f"dumo.train({', '.join(arguments)})"

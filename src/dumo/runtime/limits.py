@@ -9,6 +9,7 @@ CHANNELS = 2**16  # a net's width, heads of attention: 4 times the widest of lan
 CLASSES = 2**24  # 700 times ImageNet-21k's
 FACTOR = 1e6  # of anything that is multiplied: a rate, a weight, a scale
 GIGABYTES = 1e6  # of memory: a petabyte
+MINUTES = 1e6  # of a training: two years
 PASSES = 100_000  # through a net for one sample: a hundred times the 1000 steps of the first diffusion models
 PIXELS = 2**14  # along a side: 268 megapixels
 ROWS = 2**20  # of a batch: 16 times the largest that images were trained with

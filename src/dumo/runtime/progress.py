@@ -4,7 +4,7 @@
         tick(10, "loss 0.3")  # units done so far, and a note
 
 - Bars: `bar` shows on stderr, by `log_bar` where that is no terminal; `delayed_bar` shows only work that takes long;
-  `no_bar` shows nothing.
+  `no_bar` shows nothing; `bar_of_seconds` gives one whose units are seconds.
 - Lines: `print_line` prints one above a live bar. `line_printer` gives it to work that has a bar, and `ignore_line`
   to work without one.
 - Texts: `number_text`, `bytes_text`, `duration_text` and `nfe_text` write numbers. `escape_controls` and `escape_line`
@@ -43,29 +43,50 @@ def no_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
 
 def bar(title: str, total: int, /) -> AbstractContextManager[Tick]:
     """A bar on stderr: a live one on a terminal, else a line each minute."""
-    is_live = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    return _live_bar(title, total) if is_live else log_bar(title, total)
+    return _live_bar(title, total) if _is_live() else log_bar(title, total)
+
+
+def bar_of_seconds(shown: Bar) -> Bar:
+    """The bar that shows units as seconds, 4:12 of 6:00, where `shown` is ours; any other is returned as it is."""
+    return _seconds_bar if shown is bar else shown
+
+
+def _seconds_bar(title: str, total: int, /) -> AbstractContextManager[Tick]:
+    """On stderr: as `bar`, and units are seconds, which need no rate."""
+    if _is_live():
+        return _live_bar(title, total, are_seconds=True)
+    return log_bar(title, total, are_seconds=True)
+
+
+def _is_live() -> bool:
+    """Whether stderr shows lines that move."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 @contextmanager
-def _live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
+def _live_bar(title: str, total: int, /, *, are_seconds: bool = False) -> Generator[Tick, None, None]:
     """A bar that moves, by rich."""
     from rich import progress as parts  # slow to import
     from rich.console import Console
 
-    columns = (
-        parts.TextColumn("{task.description}", markup=False),
-        parts.BarColumn(),
+    count_columns = (
         parts.MofNCompleteColumn(),
         parts.TextColumn("{task.fields[rate]}", markup=False),
         parts.TimeElapsedColumn(),
         parts.TimeRemainingColumn(),
+    )
+    columns = (
+        parts.TextColumn("{task.description}", markup=False),
+        parts.BarColumn(),
+        *(() if are_seconds else count_columns),
         parts.TextColumn("{task.fields[note]}", markup=False),
     )
     with parts.Progress(*columns, console=Console(markup=False, emoji=False, stderr=True)) as progress:
         task = progress.add_task(escape_line(title), total=total, note="", rate="")
 
         def tick(done: int, note: str) -> None:
+            if are_seconds:
+                note = f"{duration_text(done)} of {duration_text(total)}, {note}"
             rate = progress.tasks[0].speed
             rate_text = f"{number_text(rate)}/s" if rate else ""
             progress.update(task, completed=done, note=escape_line(note), rate=rate_text)
@@ -75,11 +96,18 @@ def _live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
 
 @contextmanager
 def log_bar(
-    title: str, total: int, /, *, every: float = LOG_SECONDS, clock: Callable[[], float] = time.monotonic
+    title: str,
+    total: int,
+    /,
+    *,
+    every: float = LOG_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+    are_seconds: bool = False,
 ) -> Generator[Tick, None, None]:
     """A bar of plain lines for log files: one at most every `every` seconds, and one at the end.
 
-    A line has the units done, their rate, the latest note, and the time left. `clock` gives seconds.
+    A line has the units done, their rate, the latest note, and the time left; without rate and time left where the
+    units themselves `are_seconds`. `clock` gives seconds.
     """
     began = clock()
     last_shown = began
@@ -93,9 +121,10 @@ def log_bar(
         return _units_per_second(first_tick, last_tick)
 
     def show(done: int, ending: str) -> None:
-        state = f"{title}: {done:,} of {total:,}"
+        amount_text = duration_text if are_seconds else "{:,}".format
+        state = f"{title}: {amount_text(done)} of {amount_text(total)}"
         rate = rate_so_far()
-        if rate:
+        if rate and not are_seconds:
             state += f" at {number_text(rate)}/s"
         print_line(escape_line(", ".join(part for part in (state, last_note, ending) if part)))
 
@@ -107,11 +136,11 @@ def log_bar(
         if clock() - last_shown >= every:
             last_shown = clock()
             rate = rate_so_far()
-            show(done, f"{duration_text((total - done) / rate)} left" if rate else "")
+            show(done, f"{duration_text((total - done) / rate)} left" if rate and not are_seconds else "")
 
     yield tick
     done = last_tick[1] if last_tick else 0
-    show(done, f"took {duration_text(clock() - began)}")
+    show(done, "" if are_seconds else f"took {duration_text(clock() - began)}")
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def copy(state: State, notes: Notes, memory: HostMemory) -> Copy:
         ranks=dist.world(),
         versions=software_versions(),
         frozen=state.frozen,
+        timing=state.timing,
         threads=notes.threads,
         cores=None if notes.threads is None else threads.cores(),
         log=notes.log,
@@ -227,6 +228,7 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
     state.skips = about.skips
     state.trend = about.trend
     state.gradients = about.gradients
+    state.timing = about.timing
 
 
 def _tensors_of(state: State) -> dict[str, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from dumo.flow.flow import Flow
 from dumo.flow.precision import product_precision
 from dumo.runtime import dist
 from dumo.runtime.signals import Stopped
+from dumo.training.deadline import Timing
 from dumo.training.record import Record, Skipped
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
@@ -35,13 +36,15 @@ def train(
     hooks: Sequence[Every] = (),
     checkpoint_due: Callable[[], bool] = lambda: False,
     draws_at: Callable[[int], Draws] | None = None,
+    read_clock: Callable[[int], Timing] | None = None,
 ) -> None:
-    """Train `state` in place until `spec.steps` steps are done, by a flow of its net.
+    """Train `state` in place until `spec.steps` steps are done, or its time is over, by a flow of its net.
 
     - `batch_at(step)`: this rank's rows of a step's batch, on the net's device.
     - `hooks`: called after each step, in their order.
     - `checkpoint_due()`: whether it is time for a checkpoint; the step's record passes it on to the hooks.
     - `draws_at(step)`: a step's random numbers, as `draws_of`; None: each step draws them.
+    - `read_clock(step)`: how far the run is before a step, where it ends by the clock; None: it ends by its steps.
 
     Raises Diverged after `spec.max_skips` skipped steps in a row, and Stopped if a rank got a signal and steps are
     left, each after the step's hooks. Raises what `train_step` raises.
@@ -53,18 +56,19 @@ def train(
         loss = compile_loss(state.net, flow.objective, spec.compile)
     device = next(state.net.parameters()).device
     with product_precision(spec.precision, device):
-        while state.step < spec.steps:
+        while not state.is_over(spec):
             step = state.step
             batch = batch_at(step)
             draws = None if draws_at is None else draws_at(step)
-            record = train_step(state, flow, batch, spec, loss, draws, due=checkpoint_due())
+            timing = None if read_clock is None else read_clock(step)
+            record = train_step(state, flow, batch, spec, loss, draws, due=checkpoint_due(), timing=timing)
             dist.shorten_timeouts()
             for hook in hooks:
                 if state.step % hook.n == 0:
                     hook.f(state, record)
             if record.skipped and state.skips >= spec.max_skips:
                 raise Diverged(_divergence_message(record.step, record.skipped, state.skips))
-            if record.asked is not None and state.step < spec.steps:
+            if record.asked is not None and not state.is_over(spec):
                 raise Stopped(record.asked)
 
 

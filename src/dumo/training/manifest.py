@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from dumo.io import digest
 from dumo.io.file import temp_path_for
@@ -29,6 +29,7 @@ from dumo.runtime import dist
 from dumo.runtime.door import option, train_call
 from dumo.training.agreement import gather_results
 from dumo.training.burst import Gradients
+from dumo.training.deadline import Timing
 from dumo.training.state import FAR, Trend
 from dumo.types import UserError
 
@@ -74,6 +75,7 @@ class Manifest(BaseModel):
     frozen: str | None = None  # the digest of the frozen weights, which no file holds; None: there are none
     threads: int | None = None  # of the next step on a CPU; None: of a GPU, not chosen yet, or from before it was kept
     cores: int | None = None  # that these threads were chosen on
+    timing: Timing | None = Field(default=None, exclude_if=lambda timing: timing is None)  # None: it ends by its steps
     log: Listed | None = None  # the rows of the run's log up to this step, from its beginning
     files: dict[str, Listed]  # all but this one, by path inside the checkpoint
     sum: str | None = None  # of all other fields; None: of a checkpoint from before it was kept

@@ -3,7 +3,7 @@
 An optimizer spec (`AdamW`, `Adam`, `AdamW8bit`, `Muon`) holds the peak learning rate. Called with a net it builds the
 torch optimizer of the trained weights. `moments` is how many numbers of 4 bytes it keeps per weight, at least. A
 schedule (`Constant`, `Cosine`, `WSD`) is a pure function of (step, steps) to a factor in [0, 1], so a resumed run needs
-no scheduler state.
+no scheduler state. A run that ends by the clock (`dumo.training.deadline`) calls it with a share of the steps.
 """
 
 import math
@@ -265,7 +265,7 @@ class Constant(Spec):
     kind: Literal["constant"] = "constant"
     warmup: int = Field(default=0, ge=0, le=STEPS)  # steps
 
-    def __call__(self, step: int, steps: int) -> float:
+    def __call__(self, step: float, steps: int) -> float:
         """The factor of the update that follows `step` done ones; `steps` does not matter."""
         return _warmup_factor(step, self.warmup)
 
@@ -276,7 +276,7 @@ class Cosine(Spec):
     kind: Literal["cosine"] = "cosine"
     warmup: int = Field(default=0, ge=0, le=STEPS)  # steps
 
-    def __call__(self, step: int, steps: int) -> float:
+    def __call__(self, step: float, steps: int) -> float:
         """The factor of the update that follows `step` done ones, of `steps` in all."""
         done = (step - self.warmup) / max(1, steps - self.warmup)
         done = min(max(done, 0.0), 1.0)
@@ -294,7 +294,7 @@ class WSD(Spec):
     kind: Literal["wsd"] = "wsd"
     warmup: int = Field(default=0, ge=0, le=STEPS)  # steps
 
-    def __call__(self, step: int, steps: int) -> float:
+    def __call__(self, step: float, steps: int) -> float:
         """The factor of the update that follows `step` done ones, of `steps` in all."""
         start = max(self.warmup, (1 - self.DECAY) * steps)
         done = (step - start) / max(1, steps - start)
@@ -305,6 +305,6 @@ class WSD(Spec):
 LearningRateSchedule = Annotated[Constant | Cosine | WSD, Field(discriminator="kind")]
 
 
-def _warmup_factor(step: int, warmup: int) -> float:
+def _warmup_factor(step: float, warmup: int) -> float:
     """Linear warm-up: 1/warmup at the first update, 1 from the end of the warm-up on."""
     return min(1.0, (step + 1) / warmup) if warmup else 1.0

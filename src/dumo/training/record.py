@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from dumo.flow import dropout
 from dumo.runtime import dist, signals
 from dumo.training.burst import local_squares
+from dumo.training.deadline import Timing
 from dumo.training.layout import whole
 from dumo.training.state import State
 from dumo.types import Cond, Noised, PerSample, Reads, Terms, Time, mean_square
 
 BINS = 10  # of t, equally wide: ours
 LISTED = 16  # rows of a skipped step that are named: ours
-UNLOGGED = ("asked", "due", "skipped", "burst")  # fields of a record that are no measurement, or rarely one
+UNLOGGED = ("asked", "due", "timing", "skipped", "burst")  # fields of a record that are no measurement, or rarely one
 
 HALF_STEP = 0.005  # of the probe's difference, as `dumo.flow.slope.CentralSlope`
 
@@ -83,6 +84,7 @@ class Record:
     burst: dict[str, float] = field(default_factory=dict[str, float])  # modules whose burst begins, times the median
     asked: int | None = None  # the signal that a rank got, the same on all
     due: bool = False  # whether a checkpoint is due by rank 0's clock
+    timing: Timing | None = None  # how far it is by rank 0's clock, before this step; None: it ends by its steps
 
     @property
     def is_finite(self) -> bool:
@@ -96,22 +98,40 @@ class Record:
         return {name: value for name, value in row.items() if name not in UNLOGGED} | rarely_logged
 
 
-def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, lr: float, due: bool = False) -> Record:
+def measure(
+    state: State,
+    t: Time,
+    terms: Terms,
+    norm: Tensor,
+    *,
+    images: int,
+    lr: float,
+    due: bool = False,
+    timing: Timing | None = None,
+) -> Record:
     """The record of the step about to be made on a batch of `images` rows. Every rank must call it.
 
-    `norm` is the gradient norm, on the device; `due` counts on rank 0 alone, whose clock decides.
+    `norm` is the gradient norm, on the device; `due` and `timing` count on rank 0 alone, whose clock decides.
     """
     received_signal = signals.poll()
     flags = [received_signal == number for number in signals.SIGNALS]
     flags.append(due and dist.is_main())
+    flags.append(timing is not None and timing.is_over and dist.is_main())
+    times_here = [timing.seconds, timing.share] if timing and dist.is_main() else []
     columns = _columns_of(terms)
     squares_here = local_squares([*state.modules.values()])
-    table_here = _table_of(t, [*columns.values()], squares_here, norm, flags)
+    table_here = _table_of(t, [*columns.values()], squares_here, norm, flags, times_here)
     *sums_by_bin, counts, squares, last_row = dist.mean(table_here).tolist()
     sums = dict(zip(columns, sums_by_bin, strict=True))
     means = {name: sum(row) / sum(counts) for name, row in sums.items()}
     grad_norm = last_row[0]
-    *signal_flags, due_flag = last_row[1 : 1 + len(flags)]
+    first_time = 1 + len(flags)
+    *signal_flags, due_flag, over_flag = last_row[1:first_time]
+    if timing and over_flag > 0:
+        timing = timing.ended()
+    elif timing:
+        seconds, share = (value * dist.world() for value in last_row[first_time : first_time + 2])
+        timing = timing.model_copy(update={"seconds": seconds, "share": share})
     return Record(
         step=state.step + 1,
         images=state.images + images,
@@ -125,16 +145,22 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
         lr=lr,
         asked=next((number for number, flag in zip(signals.SIGNALS, signal_flags, strict=True) if flag), None),
         due=due_flag > 0,
+        timing=timing,
     )
 
 
 def _table_of(
-    t: Time, columns: Sequence[PerSample], squares: Sequence[Tensor], norm: Tensor, flags: Sequence[bool]
+    t: Time,
+    columns: Sequence[PerSample],
+    squares: Sequence[Tensor],
+    norm: Tensor,
+    flags: Sequence[bool],
+    times: Sequence[float],
 ) -> Tensor:
     """This rank's part of a record, of shape (columns + 3, BINS), on t's device.
 
     Rows are sums of each column by bin of t, the number of batch rows by bin, squared norms by module, and last the
-    gradient norm with the flags behind it.
+    gradient norm with the flags and the times of a `Timing` behind it.
     """
     bins = (t * BINS).long().clamp(0, BINS - 1)
     table = t.new_zeros(len(columns) + 3, BINS)
@@ -146,6 +172,8 @@ def _table_of(
     for place, flag in enumerate(flags, 1):
         if flag:  # else it is 0 already
             table[-1, place] = 1
+    for place, value in enumerate(times, 1 + len(flags)):
+        table[-1, place] = value
     return table
 
 

@@ -6,7 +6,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dumo.flow.draw import Coupling
 from dumo.flow.precision import Precision
-from dumo.runtime.limits import ROWS, STEPS
+from dumo.runtime.limits import MINUTES, ROWS, STEPS
+from dumo.training.deadline import Timing
 from dumo.training.ema import Average, Ema, PowerEma
 from dumo.training.optim import AdamW, Constant, LearningRateSchedule, Optimizer
 from dumo.types import CHANGES, FREE, MACHINE, QUIET, Spec
@@ -19,6 +20,16 @@ class Train(Spec):
 
     # Optimizer steps in total; schedules stretch with it.
     steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
+    # Minutes of training in all, after which it ends: the schedule stretches with time, and `steps` are about how many
+    # it makes, at the end how many it made. None: it ends by steps.
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        le=MINUTES,
+        allow_inf_nan=False,
+        exclude_if=lambda minutes: minutes is None,
+        json_schema_extra=CHANGES,
+    )
     batch: int = Field(ge=1, le=ROWS)  # rows per step, over all ranks
     # Which noise goes with which data (Pooladian et al. 2023); None: any, as the paper.
     coupling: Coupling | None = None
@@ -70,9 +81,22 @@ class Train(Spec):
             )
         return self
 
-    def rate(self, step: int) -> float:
-        """The learning rate of the update after `step` done ones."""
-        return self.optimizer.lr * self.schedule(step, self.steps)
+    def factor(self, step: int, timing: Timing | None = None) -> float:
+        """The factor of the learning rate for the update after `step` done ones; at a `timing`, where there is one."""
+        if timing is None:
+            return self.schedule(step, self.steps)
+        return timing.factor(self.schedule, self.steps)
+
+    def rate(self, step: int, timing: Timing | None = None) -> float:
+        """The learning rate of the update after `step` done ones; at a `timing`, where there is one."""
+        return self.optimizer.lr * self.factor(step, timing)
+
+    @property
+    def first_saved_step(self) -> int:
+        """The first step that is saved by its number."""
+        if self.minutes is not None:  # it is not known which step is the last
+            return self.save_every
+        return min(self.save_every, self.steps)
 
     def had_other_rates(self, steps: int, done: int) -> bool:
         """Whether a schedule over `steps` steps would have given the `done` steps so far other rates than this one."""
@@ -89,11 +113,11 @@ class Train(Spec):
         """Whether the update after `step` done ones is probed."""
         return self.probe_every > 0 and (step + 1) % self.probe_every == 0
 
-    def is_snapshot_due(self, step: int) -> bool:
-        """Whether averages by a power are kept after this step."""
+    def is_snapshot_due(self, step: int, *, is_last: bool) -> bool:
+        """Whether averages by a power are kept after this step; `is_last`: no step is left."""
         if not self.snapshots or not step:
             return False
-        return step % self.snapshots == 0 or step == self.steps
+        return step % self.snapshots == 0 or is_last
 
     def is_sheet_due(self, step: int) -> bool:
         """Whether samples are drawn after this step."""

@@ -26,6 +26,7 @@ from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
 from dumo.training.burst import Gradients, parameters_by_module
+from dumo.training.deadline import Timing
 from dumo.training.ema import Key, MovingAverage
 from dumo.training.optim import has_8bit_codes
 from dumo.training.spec import Train
@@ -76,6 +77,15 @@ class State:
     trend: Trend = field(default_factory=Trend)  # of the error, over steps that were applied
     gradients: Gradients = field(default_factory=Gradients)  # their norms by module, of steps that were applied
     frozen: str | None = None  # the digest of the frozen weights (`dumo.training.frozen`); None: there are none
+    timing: Timing | None = None  # how far it is by the clock; None: it ends by its steps
+
+    def is_over(self, train: Train) -> bool:
+        """Whether no step is left."""
+        return self.step >= train.steps if self.timing is None else self.timing.is_over
+
+    def progress(self, train: Train) -> float:
+        """How much of the training is over, in [0, 1]."""
+        return self.step / train.steps if self.timing is None else self.timing.progress
 
     @cached_property
     def modules(self) -> dict[str, list[nn.Parameter]]:

@@ -26,6 +26,7 @@ from dumo.flow.path import Path
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.burst import new_bursts
+from dumo.training.deadline import Timing
 from dumo.training.record import Probe, Record, measure, probe_net, skip_reason
 from dumo.training.spec import Train
 from dumo.training.state import Diverged as Diverged
@@ -114,13 +115,15 @@ def train_step(
     draws: Draws | None = None,
     *,
     due: bool = False,
+    timing: Timing | None = None,
 ) -> Record:
     """Make one step: update net, optimizer, averages and counters of `state`, and return what was measured.
 
     `flow` is of this net (`flow_of`); `batch` is this rank's rows of the global one; `loss` the objective's, or a
     compiled one; `draws` the step's random numbers from `draws_of`, or None to draw them here. If the spec says so, the
     last micro-batch is probed after the update.
-    Every rank must call it; `due` on rank 0 says that it is time for a checkpoint, which the record passes on to all.
+    Every rank must call it; `due` on rank 0 says that it is time for a checkpoint, and `timing` how far a run is that
+    ends by the clock: the record passes both on to all.
     A step whose loss or gradient norm is not finite is counted and not applied, and the record says why.
     """
     micro_batches = MicroBatches(state, flow, batch, spec, loss, draws)
@@ -143,9 +146,9 @@ def train_step(
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     t = torch.cat(times)
     terms = joined(terms_by_pass)
-    lr = spec.rate(state.step)
+    lr = spec.rate(state.step, state.timing)
     is_probed = spec.is_probe_due(state.step)
-    record = measure(state, t, terms, layout.whole(norm), images=spec.batch, lr=lr, due=due)
+    record = measure(state, t, terms, layout.whole(norm), images=spec.batch, lr=lr, due=due, timing=timing)
     if not record.is_finite:
         record = replace(record, skipped=skip_reason(record, t, micro_batches.c, terms))
     elif spec.clip is not None:
@@ -187,7 +190,7 @@ class MicroBatches:
         self.loss = loss
         self.draws = draws or draws_of(flow, spec, state.step, self.x.shape[1:], z=self.z is None)
         self.keys = to_device(self.draws.keys, self.x.device)
-        self.progress = state.step / spec.steps
+        self.progress = state.progress(spec)
         self.keep_casts = not layout.frees_gathered_weights(spec.reshard)
 
     def local_rows(self, rows: slice) -> slice:
@@ -259,6 +262,8 @@ def advance(state: State, record: Record) -> None:
     """
     state.step = record.step
     state.images = record.images
+    if record.timing:
+        state.timing = record.timing
     if record.skipped:
         state.skips += 1
         return

@@ -135,6 +135,8 @@ def test_the_folder_of_a_run_is_read_where_it_is_opened(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"net": None, "minutes": None, "device": "cpu", "bar": no_bar}
     composed = compose(tmp_path, ["train.steps=3"], None, objective=None, data=None, **settings)
     assert composed == Composed(None, ["train.steps=3"], tmp_path)
+    composed = compose(tmp_path, [], None, objective=None, data=None, **settings | {"minutes": 30})
+    assert composed == Composed(None, [], tmp_path, 30)
 
 
 def test_a_recipe_is_compared_with_the_run_in_its_folder_as_on_the_command_line(tmp_path: Path) -> None:
@@ -236,7 +238,7 @@ def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
         ({"objective": 3}, "objective is a int"),
         ({"data": "nowhere"}, "there is no folder or file nowhere"),
         ({"data": 3}, "data is a builtins:int"),
-        ({"source": "moons", "minutes": 3}, "minutes are for images, of which a run is proposed: set train.steps"),
+        ({"source": "moons", "minutes": 3}, "minutes are for images, or to go on with a run's folder: set train.steps"),
     ],
 )
 def test_what_is_no_part_is_refused(parts: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -234,13 +234,16 @@ def test_a_start_is_another_runs_weights_by_name(known: Path, tmp_path: Path) ->
 
 def test_a_start_that_does_not_fit_is_refused(known: Path, tmp_path: Path) -> None:
     for more, said in [
-        ("net.width=12", r"the nets differ, .* net\.width: 8 there, 12 asked: set these fields as they are"),
+        (
+            "net.width=12",
+            r"the nets differ, .* net\.width: 8 there, 12 asked: set these fields as they are there,  .*net\.width.*8",
+        ),
         ("net.time_scale=3", r"net\.time_scale: 10\.0 there, 3\.0 asked"),
         ("start.heads.u=w", "has no head 'w', its heads are v"),
     ]:
         with pytest.raises(UserError, match=said):
             train(tiny("moons", f"start.source={known}", more), tmp_path / "run")
-    with pytest.raises(UserError, match=r"path: .*trig.* asked"):
+    with pytest.raises(UserError, match=r"path: .*trig.* asked: take a run that has the same kind of it, or leave"):
         train(tiny("moons", f"start.source={known}", "objective.kind=sct", "path.kind=trig"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"start\.heads\.w: objective 'dumo' has no such head, its heads are v, u"):

@@ -43,7 +43,9 @@ def test_a_setting_can_be_typed(text: str, shell: str, python: str) -> None:
 def test_going_on_can_be_typed() -> None:
     folder = Path("runs/a b")
     assert door.train_call(folder, ["train.steps=3"], step=4) == 'dumo.train("runs/a b", {"train.steps": 3}, step=4)'
+    assert door.train_call(folder, minutes=0.5) == 'dumo.train("runs/a b", minutes=0.5)'
     assert door.train_call(folder, accept=True) == 'dumo.train("runs/a b", accept=True)'
     with door.command_line():
         assert door.train_call(folder, ["a=3"], step=4) == "dumo train 'runs/a b' --from 4 --set a=3"
+        assert door.train_call(folder, minutes=30) == "dumo train 'runs/a b' --minutes 30"
         assert door.train_call(folder, accept=True, program="torchrun") == "torchrun train 'runs/a b' --accept"

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from dumo.runtime.progress import Bar, bar, bytes_text, delayed_bar, duration_text, log_bar, no_bar
+from dumo.runtime.progress import Bar, bar, bar_of_seconds, bytes_text, delayed_bar, duration_text, log_bar, no_bar
 
 
 class Clock:
@@ -36,6 +36,23 @@ def test_a_line_a_minute_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) 
         "training run: 1,460 of 1,500 at 4/s, loss 0.0007, 0:10 left",
         "training run: 1,500 of 1,500 at 4/s, loss 0.0007, took 4:10",
     ]
+
+
+def test_seconds_are_shown_as_a_clock_does(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with log_bar("training run", 360, clock=clock, are_seconds=True) as tick:
+        for done in (0, 252, 360):
+            clock.now = done
+            tick(done, f"step {done // 4}")
+    assert capsys.readouterr().err.splitlines() == [
+        "training run: 4:12 of 6:00, step 63",
+        "training run: 6:00 of 6:00, step 90",
+        "training run: 6:00 of 6:00, step 90",
+    ]
+    assert bar_of_seconds(no_bar) is no_bar
+    with bar_of_seconds(bar)("training run", 6) as tick:
+        tick(6, "step 9")
+    assert capsys.readouterr().err == "training run: 0:06 of 0:06, step 9\n"
 
 
 def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> None:

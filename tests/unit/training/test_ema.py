@@ -51,8 +51,8 @@ def test_exponents_are_those_of_the_paper() -> None:
 def test_snapshots_are_of_averages_by_a_power() -> None:
     power = PowerEma(std=0.1)
     spec = Train(steps=10, batch=1, ema=(power,), snapshots=4)
-    assert [step for step in range(11) if spec.is_snapshot_due(step)] == [4, 8, 10]
-    assert not any(Train(steps=10, batch=1, ema=(power,)).is_snapshot_due(step) for step in range(11))
+    assert [step for step in range(11) if spec.is_snapshot_due(step, is_last=step == 10)] == [4, 8, 10]
+    assert not any(Train(steps=10, batch=1, ema=(power,)).is_snapshot_due(step, is_last=False) for step in range(11))
     with pytest.raises(ValidationError, match="kind: power"):
         Train(steps=10, batch=1, snapshots=4)
 

@@ -1,0 +1,176 @@
+"""A run that ends by the clock, as its folder has it: stopped, gone on with, and given more minutes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dumo.config.spec import Run
+from dumo.run.folder import FILE
+from dumo.run.job import open_job
+from dumo.run.train import train_job
+from dumo.runtime import door, signals, stopwatch
+from dumo.training.loop import Every
+from dumo.training.record import Record
+from dumo.training.saver import Saver
+from dumo.training.state import State
+from dumo.types import UserError
+from unit.run import known
+from unit.run.known import Seen, noted, tiny
+from unit.training.by_path import latest
+
+TIMED = (
+    "train.minutes=1",
+    "train.save_every=1000",
+    "train.schedule.kind=cosine",
+    "train.schedule.warmup=1",
+    "train.log_every=1",
+)
+PACE = 2.5  # seconds of a step
+
+
+class Clock:
+    """Goes on by a step's seconds after each."""
+
+    def __init__(self) -> None:
+        self.now = 50.0
+        self.last: int | None = None  # the step during which a stop is asked for
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self, state: State, record: Record) -> None:
+        """A hook."""
+        self.now += PACE
+        if self.last is not None and state.step == self.last - 1:
+            signals.received_signal = signals.SIGNALS[0]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of trainings."""
+    clock = Clock()
+    monkeypatch.setattr(stopwatch, "wall_clock", clock)
+    monkeypatch.setattr(signals, "received", None)
+    monkeypatch.setattr(Saver, "start", lambda saver, work: work())  # a thread would take as long as steps do meanwhile
+    return clock
+
+
+def train(
+    folder: Path, clock: Clock, run: Run | None = None, *changes: str, minutes: float | None = None
+) -> tuple[list[str], Seen, State]:
+    """Train a run, or go on with that of the folder: the lines that were told, the bar, and the state at the end."""
+    told: list[str] = []
+    seen = Seen()
+    opened = open_job(folder, run, changes=changes, device="cpu", tell=told.append, minutes=minutes)
+    with opened as job:
+        return told, seen, train_job(job, seen, [Every(1, clock.step)])
+
+
+def written(folder: Path) -> dict[str, object]:
+    return yaml.safe_load((folder / FILE).read_text())["train"]
+
+
+def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    began = clock.now
+    run = tiny("moons", *TIMED)
+
+    # stopped, and gone on with
+    clock.last = 9
+    with pytest.raises(signals.Stopped):
+        train(folder, clock, run)
+    assert clock.now - began == pytest.approx(9 * PACE)
+    signals.received_signal = clock.last = None
+    told, seen, state = train(folder, clock)
+    assert clock.now - began == pytest.approx(60, abs=2 * PACE)
+    assert "of 1:00 are left, from step 9 on, each of 4 points" in told[0]
+    assert seen.titles[-1] == ("training run", 60)
+    assert seen.ticks[-1] == 60
+
+    # its steps are those that it made
+    assert state.step > 20
+    assert written(folder)["steps"] == state.step
+    last = latest(folder / "checkpoints")
+    assert last is not None
+    assert yaml.safe_load((last / "spec.yaml").read_text())["train"]["steps"] == state.step
+
+    # there is no more to do, and it says what there is to type
+    bits = known.bits(folder)
+    with door.command_line():
+        told, _, _ = train(folder, clock)
+    assert f"{folder} has trained its 1 minutes. For more:  dumo train {folder} --minutes 1" in told
+    assert known.bits(folder) == bits
+
+    # more, and a command that is typed again after it was stopped
+    began = clock.now
+    clock.last = state.step + 5
+    with pytest.raises(signals.Stopped):
+        train(folder, clock, minutes=0.5)
+    assert written(folder)["minutes"] == 1.5
+    assert noted(folder)[-1].field == "train.minutes"
+    signals.received_signal = clock.last = None
+    _, _, end = train(folder, clock)
+    assert clock.now - began == pytest.approx(30, abs=2 * PACE)
+    assert end.timing is not None
+    assert (end.timing.seconds, end.timing.share) == (90, 1)
+
+    # its rate rises from where it was, and falls again
+    rates = {row["step"]: row["lr"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+    peak = run.train.optimizer.lr
+    assert rates[state.step + 1] == 0
+    assert max(rates[step] for step in rates if step > state.step) > 0.8 * peak
+    assert rates[end.step] < 0.2 * peak
+
+
+def test_a_run_of_steps_goes_on_for_minutes_and_for_steps_again(clock: Clock, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(folder, clock, tiny("moons", "train.log_every=1"))
+    told, _, _ = train(folder, clock)
+    told = [line for line in told if "For more" in line]
+    assert f'dumo.train("{folder}", {{"train.steps": 8}})' in told[-1]
+    assert f'dumo.train("{folder}", minutes=5)' in told[-1]
+    began = clock.now
+    _, _, state = train(folder, clock, minutes=0.5)
+    assert clock.now - began == pytest.approx(30, abs=2 * PACE)
+    steps = state.step
+    with pytest.raises(UserError, match=r"ends after train\.minutes=0\.5, whatever its steps: give it more by"):
+        train(folder, clock, None, f"train.steps={steps + 2}")
+    _, _, state = train(folder, clock, None, "train.minutes=null", f"train.steps={steps + 2}")
+    assert (state.step, state.timing) == (steps + 2, None)
+
+
+def test_a_first_checkpoint_comes_early_and_room_is_left_for_the_last(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dumo.training import checkpoint
+
+    put = checkpoint.put
+
+    def slow(*given: object) -> Path:
+        clock.now += 8
+        return put(*given)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(checkpoint, "put", slow)
+    began = clock.now
+    _, _, state = train(tmp_path / "run", clock, tiny("moons", *TIMED, "train.keep=9"))
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert len(saved) == 2
+    assert int(saved[0][-8:]) <= 0.3 * state.step
+    assert 60 - 2 * PACE <= clock.now - began <= 60
+
+
+def test_a_recipe_that_ends_by_the_clock_is_typed_again(clock: Clock, tmp_path: Path) -> None:
+    run = tiny("moons", *TIMED)
+    _, _, state = train(tmp_path / "run", clock, run)
+    _, _, again = train(tmp_path / "run", clock, run)
+    assert (again.step, written(tmp_path / "run")["steps"]) == (state.step, state.step)
+
+
+def test_without_minutes_a_folder_says_nothing_of_time(clock: Clock, tmp_path: Path) -> None:
+    train(tmp_path / "run", clock, tiny())
+    assert "minutes:" not in (tmp_path / "run" / FILE).read_text().replace("save_minutes:", "")
+    last = latest(tmp_path / "run/checkpoints")
+    assert last is not None
+    assert "timing" not in json.loads((last / "state.json").read_text())

@@ -1,0 +1,244 @@
+"""A training that ends by the clock takes the minutes that it was given, and its rate has fallen by then."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dumo.training.deadline import DRAW, JUDGE, SAVE, Countdown, Timing, begin_timing
+from dumo.training.loop import Every
+from dumo.training.manifest import Manifest
+from dumo.training.optim import WSD, Constant, Cosine, LearningRateSchedule
+from dumo.training.record import Record, measure
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from dumo.types import Terms
+from unit.training.toy import Small, run
+
+Pace = Callable[[float], float]  # seconds of the next step, by those that are over
+
+
+class Clock:
+    """Goes on when it is told to."""
+
+    now = 1000.0  # from any beginning
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Progress:
+    """How far a training is."""
+
+    step: int = 0
+    timing: Timing | None = None
+
+
+class Machine:
+    """Makes the steps of a training at a pace, and keeps the rate of each, and when it was done."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.clock = Clock()
+        self.pace = pace
+        self.rates: list[float] = []
+        self.seconds: list[float] = []
+
+    def train(self, spec: Train, at: Progress, last: float = float("inf"), prepare: float = 0.0) -> Progress:
+        """Open it, and train until it is over, or until the clock has gone on by `last` seconds, as the loop does.
+
+        `prepare` seconds go by before the first step.
+        """
+        began = self.clock.now
+        timing = begin_timing(spec.minutes, at.timing, spec.factor(at.step, at.timing) if at.step else None)
+        assert timing is not None
+        countdown = Countdown(timing, began, self.clock)
+        self.clock.now += prepare
+        step = at.step
+        while not timing.is_over and self.clock.now - began < last:
+            read = countdown.read(step)
+            self.rates.append(spec.factor(step, timing))
+            self.clock.now += self.pace(self.clock.now - 1000)
+            self.seconds.append(self.clock.now - 1000)
+            timing = read
+            step += 1
+        return Progress(step, timing)
+
+
+def timed(minutes: float = 2, schedule: LearningRateSchedule | None = None) -> Train:
+    """A spec whose number of steps is a guess, and wrong."""
+    schedule = schedule or Cosine()
+    return Train.model_validate({"steps": 77, "batch": 3, "minutes": minutes, "schedule": schedule, "ema": ()})
+
+
+PACES: dict[str, Pace] = {
+    "even": lambda now: 0.5,
+    "slow in the middle": lambda now: 1.0 if now > 60 else 0.5,
+    "fast in the middle": lambda now: 0.25 if now > 60 else 0.5,
+    "busy for a while": lambda now: 2.0 if 30 < now < 60 else 0.5,
+    "few steps": lambda now: 5.0,
+}
+
+
+@pytest.mark.parametrize("schedule", [Cosine(warmup=7), WSD(warmup=7)], ids=lambda schedule: schedule.kind)
+@pytest.mark.parametrize("pace", PACES.values(), ids=PACES)
+def test_it_ends_when_it_said_with_its_rate_down(pace: Pace, schedule: LearningRateSchedule) -> None:
+    machine = Machine(pace)
+    spec = timed(schedule=schedule)
+    end = machine.train(spec, Progress())
+    assert 0.9 * 120 <= machine.clock.now - 1000 <= 120
+    assert end.timing == Timing(minutes=2, seconds=120, share=1)
+    assert machine.rates[0] == schedule(0, 77)
+    assert machine.rates[-1] < (0.35 if schedule.kind == "wsd" else 0.05)
+    top = machine.rates.index(max(machine.rates))
+    assert machine.rates[top:] == sorted(machine.rates[top:], reverse=True)
+
+
+def test_the_share_is_that_of_time() -> None:
+    machine = Machine(PACES["slow in the middle"])
+    spec = timed()
+    machine.train(spec, Progress())
+    middle = next(i for i, seconds in enumerate(machine.seconds) if seconds >= 60)
+    assert machine.rates[middle] == pytest.approx(0.5, abs=0.02)
+
+
+def test_stopped_and_gone_on_twice_it_takes_what_was_promised() -> None:
+    machine = Machine(lambda now: 0.5)
+    stopped = machine.train(timed(), Progress(), last=50)
+    assert machine.clock.now - 1000 == 50
+    ended = machine.train(timed(), stopped, prepare=10)  # 70 seconds are left, its opening among them
+    assert machine.clock.now - 1000 == pytest.approx(120, abs=2)
+    assert ended.timing == Timing(minutes=2, seconds=120, share=1)  # one stretch
+    last = machine.train(timed(minutes=2 + 1), ended)
+    assert machine.clock.now - 1000 == pytest.approx(180, abs=3)
+    assert last.timing == Timing(minutes=3, seconds=180, share=1, start=0)
+
+
+@pytest.mark.parametrize("schedule", [Constant(), Cosine(), WSD()], ids=lambda schedule: schedule.kind)
+def test_the_rate_has_no_jump_where_a_run_goes_on(schedule: LearningRateSchedule) -> None:
+    machine = Machine(lambda now: 0.05)
+    spec = timed(minutes=1, schedule=schedule)
+    stopped = machine.train(spec, Progress(), last=20)
+    ended = machine.train(spec, stopped, prepare=5)
+    machine.train(timed(minutes=2, schedule=schedule), ended)
+    largest_jump = max(abs(now - before) for before, now in pairwise(machine.rates))
+    assert largest_jump < 0.07  # where the fall of WSD begins, as a root
+    around = machine.rates[ended.step - 5 : ended.step + 5]
+    assert max(around) - min(around) < (0.2 if schedule.kind == "wsd" else 0.1)
+    ends = [machine.rates[ended.step - 1], machine.rates[-1]]
+    assert ends == pytest.approx([1.0, 1.0] if schedule.kind == "constant" else [0.0, 0.0], abs=0.1)
+    assert max(machine.rates[ended.step :]) > 0.99
+
+
+def test_a_run_of_steps_goes_on_by_the_clock() -> None:
+    machine = Machine(lambda now: 0.5)
+    end = machine.train(timed(minutes=1), Progress(step=77))
+    assert machine.clock.now - 1000 == pytest.approx(60, abs=1)
+    assert machine.rates[0] == 0  # where the cosine ended
+    assert max(machine.rates) > 0.99
+    assert end.step > 77 + 100
+
+
+def test_the_loop_reads_the_clock() -> None:
+    """A step has the rate of the reading before, which all ranks have got by then."""
+    machine = Machine(PACES["few steps"])
+    expected = machine.train(timed(), Progress())
+    clock = Clock()
+    spec = timed()
+    state = begin(Small(), spec)
+    state.timing = Timing(minutes=2)
+    rates: list[float] = []
+
+    def step(state: State, record: Record) -> None:
+        clock.now += 5.0
+        rates.append(record.lr / spec.optimizer.lr)
+
+    run(state, spec, hooks=[Every(1, step)], read_clock=Countdown(state.timing, clock.now, clock).read)
+    assert (state.step, state.timing) == (expected.step, expected.timing)
+    assert rates == pytest.approx(machine.rates, abs=1e-6)
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_all_ranks_take_the_time_of_the_first(is_over: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is agreed is a mean over three ranks, of which the others have clocks of their own."""
+    state = begin(Small(), timed())
+    first = Timing(minutes=2, seconds=30.5, share=0.25, start=0.5)
+    if is_over:
+        first = first.ended()
+    tables: list[Tensor] = []
+
+    def measured(timing: Timing) -> Timing | None:
+        loss = torch.ones(4)
+        return measure(
+            state, torch.rand(4), Terms(loss, {"v": loss}), loss.mean(), images=4, lr=1.0, timing=timing
+        ).timing
+
+    def mean(table: Tensor) -> Tensor:
+        tables.append(table)
+        return (table + tables[0] + table) / 3
+
+    monkeypatch.setattr("dumo.training.record.dist.mean", mean)
+    monkeypatch.setattr("dumo.training.record.dist.world", lambda: 3)
+    measured(first)
+    monkeypatch.setattr("dumo.training.record.dist.is_main", lambda: False)
+    for other in (Timing(minutes=2, seconds=99, share=0.9, start=0.5), Timing(minutes=2, start=0.5).ended()):
+        agreed = measured(other)
+        assert agreed is not None
+        assert agreed.model_dump() == pytest.approx(first.model_dump())
+
+
+def test_time_is_left_for_what_comes_after_the_last_step() -> None:
+    clock = Clock()
+    judged = {40, 60, 80, 96}  # the last when there is no longer time for it
+    countdown = Countdown(
+        Timing(minutes=2),
+        clock.now,
+        clock,
+        lambda step: [JUDGE] * (step in judged) + [DRAW] * (step == 99),
+    )
+    countdown.work_seconds = {SAVE: 9.0, DRAW: 0.5}
+    step = 0
+    while not countdown.read(step).is_over:
+        step += 1
+        clock.now += 1
+        if step in judged:
+            began = countdown.seconds()
+            clock.now += 5
+            countdown.note(JUDGE, began)
+    step += 1
+    clock.now += 1 + 5 * (step in judged) + 9
+    assert 115 < clock.now - 1000 <= 120
+
+
+def test_what_is_past_its_time_makes_one_step() -> None:
+    machine = Machine(lambda now: 0.5)
+    end = machine.train(timed(), Progress(), prepare=130)
+    assert end.timing == Timing(minutes=2, seconds=120, share=1)
+    assert end.step == 1
+
+
+def test_without_minutes_nothing_knows_of_time() -> None:
+    spec = Train.model_validate({"steps": 9, "batch": 3, "schedule": Cosine(warmup=2)})
+    assert begin_timing(spec.minutes, Timing(minutes=3), 0.5) is None
+    rates: list[float] = []
+    state = run(begin(Small(), spec), spec, hooks=[Every(1, lambda _, record: rates.append(record.lr))])
+    assert state.timing is None
+    assert rates == [spec.optimizer.lr * spec.schedule(step, 9) for step in range(9)]
+    assert '"timing"' not in Manifest(step=1, images=1, files={}).model_dump_json()
+    assert "minutes" not in spec.model_dump(exclude_defaults=True)
+
+
+def test_the_clock_is_part_of_a_checkpoint() -> None:
+    about = Manifest(step=1, images=1, files={}, timing=Timing(minutes=3, seconds=61.5, share=0.4, start=0.1))
+    assert Manifest.model_validate_json(about.model_dump_json()) == about
+    assert about.checksum() != about.model_copy(update={"timing": Timing(minutes=3)}).checksum()
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("inf"), float("nan"), 1e7])
+def test_minutes_are_some(minutes: float) -> None:
+    with pytest.raises(ValidationError):
+        timed(minutes=minutes)
