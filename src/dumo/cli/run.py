@@ -89,7 +89,7 @@ def encode(
     """
     text = precheck.read_source_or_data(source, set_)
 
-    from dumo.config.source import FILE, choose
+    from dumo.config.source import choose
     from dumo.data import is_latents
     from dumo.run import encode
     from dumo.runtime import dist

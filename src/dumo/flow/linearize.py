@@ -14,7 +14,7 @@ tangents of a Dual are unrecorded by default, `ref` runs without gradients, and 
 too, although its pass is that of the net in training.
 
 `heads_and_end_derivatives` differentiates in r, the end of a jump. It is for losses that hold a derivative themselves,
-so autograd records that, unless told otherwise. `tangent_or_zeros` reads a derivative off a head of any dual pass.
+so autograd records that, unless `recorded` is False. `tangent_or_zeros` reads a derivative off a head of any dual pass.
 
 Where the derivative is wanted of some rows only (`Moving`), dual inputs and passes are of these rows, and the others
 get zeros. `split_rows` and `merge_rows` take a batch apart and put it together.
