@@ -373,18 +373,23 @@ def encode_command(root: str, count: int | None) -> str:
 
     It has the name of the recipe of dumo's whose cache lies there, where there is one.
     """
-    words = ["dumo encode"]
+    recipe = _recipe_of_cache(root)
+    recipe_word = f" {recipe}" if recipe else ""
+    if count:
+        return f"dumo encode{recipe_word} --count {count}"
+    return f"dumo encode{recipe_word}"
+
+
+def _recipe_of_cache(root: str) -> str | None:
+    """The first of dumo's recipes whose cache of latents lies at a place, or at its path below the folder of a run."""
     for recipe in recipes.names():
         if Path(root).name not in recipes.text(recipe):  # to parse all takes long
             continue
         recipe_root = _parse_recipe(recipe).get("data", {}).get("root", "")
         is_cache = recipe_root.startswith(f"{RUNS}/")  # else a place of the user's images
-        if is_cache and Path(root).match(recipe_root):  # the same place, or below the folder of a run
-            words.append(recipe)
-            break
-    if count:
-        words.append(f"--count {count}")
-    return " ".join(words)
+        if is_cache and Path(root).match(recipe_root):
+            return recipe
+    return None
 
 
 def _hint(name: str) -> str:
