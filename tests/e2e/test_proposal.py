@@ -117,7 +117,7 @@ def test_captions_that_are_not_read_are_said(
 ) -> None:
     monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
     monkeypatch.setattr(proposal, "installed_version", lambda name: None)
-    monkeypatch.setattr(proposal, "install", lambda extra: "pip install transformers")
+    monkeypatch.setattr(proposal, "install_command", lambda extra: "pip install transformers")
     rows = [{"file_name": str(file.relative_to(photos)), "text": ""} for file in sorted(photos.rglob("*.*g"))]
     rows[1]["text"] = "a cat"
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -126,7 +126,7 @@ def test_an_export_needs_no_place(alone: Path, name: str) -> None:
 
 def test_an_export_without_diffusers_says_how_to_install_it(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after `pip install .`, which brings none."""
-    monkeypatch.setattr(write, "installed", lambda package: package != "diffusers")
+    monkeypatch.setattr(write, "installed_version", lambda package: package != "diffusers")
     done = call("export", DIGITS)
     assert done.code == 2
     assert re.search("an export needs diffusers: .*install .*diffusers", done.err), done.err

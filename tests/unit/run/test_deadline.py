@@ -52,7 +52,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of trainings."""
     clock = Clock()
     monkeypatch.setattr(stopwatch, "wall_clock", clock)
-    monkeypatch.setattr(signals, "received", None)
+    monkeypatch.setattr(signals, "received_signal", None)
     monkeypatch.setattr(Saver, "start", lambda saver, work: work())  # a thread would take as long as steps do meanwhile
     return clock
 
