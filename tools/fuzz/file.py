@@ -25,7 +25,7 @@ from dumo.data.cache import CacheIndex, read_index
 from dumo.evaluation import reference as adm
 from dumo.io import weights
 from dumo.io.yaml import dump_yaml, parse_yaml
-from dumo.report import score
+from dumo.report import score, verdict
 from dumo.report.compare import compare
 from dumo.run import datanote
 from dumo.training import checkpoint, log, manifest
@@ -230,12 +230,14 @@ def read_run(file: Path) -> None:
 def read_evaluation(file: Path) -> None:
     """Compare an evaluation with itself, and put it into the words of a page."""
     compare([str(file)])
-    opened = cast(Any, SimpleNamespace(folder=file.parent, step=20, weights="net.safetensors"))
+    run = SimpleNamespace(train=SimpleNamespace(steps=20))
+    weights = "net.safetensors"
+    opened = cast(Any, SimpleNamespace(folder=file.parent, step=20, weights=weights, run=run, is_shipped=True))
     judgement = score.judgement(opened.folder, opened.step, opened.weights)
     if judgement:
         score.table_rows(judgement, judgement["columns"])
         score.baseline_rows(judgement, judgement["columns"])
-        score.doubts(5000, 20, judgement, None)
+    verdict.reach_verdict(opened, "runs/a", judgement, None)
 
 
 def read_manifest(file: Path) -> None:

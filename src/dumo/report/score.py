@@ -237,12 +237,14 @@ def decisive_comparison(judged: Judgement) -> str:
     """A score by which a run has its `state`, next to a perfect sampler's: "recall is 0.10, of a perfect sampler 0.98".
 
     It is the score that leads (`judgement`), or, where that is as good as a perfect sampler's, the first that is worse.
-    `judged` has a state.
+    `judged` has a state. "" where an evaluation of an older version has no perfect sampler's scores, or no scores.
     """
     scores = _best_scores(judged["results"])
     baselines = judged["baselines"]
+    perfect = baselines.get("perfect") or baselines.get("null")
+    if not scores or not perfect:
+        return ""
     first = first_score(scores)
-    perfect = baselines.get("perfect") or baselines["null"]
     worse = _worse_scores(scores, perfect)
     if not _is_as_perfect(scores[first], perfect):
         worse = [first, *worse]
