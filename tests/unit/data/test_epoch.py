@@ -44,9 +44,9 @@ def test_steps_have_no_memory() -> None:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The sizes of the orders made from here on."""
-    epoch._permuted.cache_clear()
+    epoch._permutation.cache_clear()
     yield spied(monkeypatch, torch, "randperm", lambda n: n)
-    epoch._permuted.cache_clear()
+    epoch._permutation.cache_clear()
 
 
 def test_an_order_is_made_once_an_epoch(made: list[int]) -> None:
@@ -66,7 +66,7 @@ def test_few_orders_are_kept(made: list[int]) -> None:
     for step in range(20):
         rows_of(step, 100, size=100, seed=0)
     assert len(made) == 20
-    assert epoch._permuted.cache_info().currsize == epoch.CACHED_ORDERS == 2
+    assert epoch._permutation.cache_info().currsize == epoch.CACHED_ORDERS == 2
 
 
 def test_what_is_given_is_not_the_order_that_is_kept(made: list[int]) -> None:

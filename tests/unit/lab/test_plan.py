@@ -36,7 +36,7 @@ def cells_of(name: str, scale: str) -> list[Cell]:
 
 def test_help_lists_every_plan() -> None:
     """By hand, for help imports no plan."""
-    option, _ = get_type_hints(reproduce, include_extras=True)["name"].__metadata__
+    (option,) = get_type_hints(reproduce, include_extras=True)["name"].__metadata__
     assert sorted(re.findall(r"[\w-]+", option.help.partition("; or ")[0].replace("ours:", ""))) == plan_names()
 
 
