@@ -21,6 +21,7 @@ from dumo.report.score import Judgement, decisive_comparison, duration, error, n
 from dumo.run.speed import seconds_between
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path
+from dumo.training.deadline import SECONDS_PER_MINUTE
 
 # The distance of samples to their nearest images over that of real images, beyond which samples are not like the data:
 # on digits it is 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000.
@@ -59,21 +60,19 @@ def reach_verdict(opened: RunFolder, name: str, judged: Judgement | None, proxim
         judged = None
 
     if step == 0:
-        steps = f"trains it, for {run.train.steps:,} steps"
-        return Verdict("Untrained: these are the weights that training starts from", "", [_train(name, steps)])
+        length = f"{run.train.steps:,} steps" if run.train.minutes is None else f"{run.train.minutes:g} minutes"
+        effect = f"trains it, for {length}"
+        return Verdict("Untrained: these are the weights that training starts from", "", [_train(name, effect)])
 
     copied = _describe_copies(judged, proximity)
     if copied and not opened.is_shipped:
         return Verdict("It copies the training images", copied, [_less_training(opened, name)])
 
     head, reason, is_good = _standing(judged, proximity)
-    if step < run.train.steps:
-        stopped = f"stopped at step {step:,} of {run.train.steps:,}"
+    stop = _describe_stop(opened)
+    if stop:
+        stopped, effect = stop
         head = f"{head}, and {stopped}" if head else stopped.capitalize()
-        seconds = seconds_between(opened.folder, step, run.train.steps)
-        effect = f"goes on to step {run.train.steps:,}"
-        if seconds is not None:
-            effect += f", in about {duration(seconds)}"
         return Verdict(head, reason, [_train(name, effect)])
     if is_good or (head and opened.is_shipped):
         return Verdict(head, reason, _use(name), is_good)
@@ -121,6 +120,33 @@ def _describe_copies(judged: Judgement | None, proximity: Proximity | None) -> s
     return f"{share:.0%} of the samples are a training image again"
 
 
+def _describe_stop(opened: RunFolder) -> tuple[str, str] | None:
+    """Where a training was stopped, and what going on does; None: it has come to its end, or nothing tells.
+
+    How long a run has trained that ends by the clock (`train.minutes`) is told by its last checkpoint. Its
+    `train.steps` are a guess until it has ended.
+    """
+    train = opened.run.train
+    if train.minutes is None:
+        if opened.step >= train.steps:
+            return None
+        effect = f"goes on to step {train.steps:,}"
+        seconds = seconds_between(opened.folder, opened.step, train.steps)
+        if seconds is not None:
+            effect += f", in about {duration(seconds)}"
+        return f"stopped at step {opened.step:,} of {train.steps:,}", effect
+    if opened.is_shipped:
+        return None
+    timing = opened.checkpoint.manifest.timing
+    is_given_more = timing is None or timing.minutes != train.minutes  # since that checkpoint
+    if timing and timing.is_over and not is_given_more:
+        return None
+    seconds = timing.seconds if timing else 0.0
+    promised_seconds = SECONDS_PER_MINUTE * train.minutes
+    stopped = f"stopped after {duration(seconds)} of {duration(promised_seconds)}"
+    return stopped, f"goes on for the {duration(promised_seconds - seconds)} that are left"
+
+
 def _judge(evaluate: Evaluation, name: str) -> NextStep:
     """The evaluation of the run."""
     passes = ",".join(map(str, evaluate.nfe))
@@ -136,11 +162,11 @@ def _train(name: str, effect: str) -> NextStep:
 def _more_training(opened: RunFolder, name: str) -> NextStep:
     """More training of a run whose training is done.
 
-    A run that was proposed for some minutes gets some more; any other, as many steps again.
+    A run that was proposed, or ends by the clock, gets some more minutes; any other, as many steps again.
     """
     run = opened.run
     seconds = seconds_between(opened.folder, 0, opened.step)
-    if PROPOSED in run.resolved:
+    if PROPOSED in run.resolved or run.train.minutes is not None:
         minutes = _more_minutes(seconds or 0.0)
         return NextStep(f"dumo train {name} --minutes {minutes}", f"goes on for {minutes} minutes")
     effect = f"goes on for {opened.step:,} more steps"
@@ -165,8 +191,13 @@ def _less_training(opened: RunFolder, name: str) -> NextStep:
         if step < opened.step and weights.parts[:1] == ("checkpoints",) and earlier_weights.exists():
             command = f"dumo sample {name} --weights {shell_path(earlier_weights)}"
             return NextStep(command, f"takes the weights of step {step:,}; more photos help more")
+    command = f"dumo train {name}/run.yaml --out {name}-shorter --set "
+    minutes = opened.run.train.minutes
+    if minutes is not None:
+        command += f"train.minutes={minutes / 2:g}"
+        return NextStep(command, f"makes a run of {minutes / 2:g} minutes; more photos help more")
     steps = max(1, opened.step // 2)
-    command = f"dumo train {name}/run.yaml --out {name}-shorter --set train.steps={steps}"
+    command += f"train.steps={steps}"
     effect = f"makes a run of {steps:,} steps"
     seconds = seconds_between(opened.folder, 0, steps)
     if seconds is not None:

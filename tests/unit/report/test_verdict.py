@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from dumo.report.proximity import Proximity
 from dumo.report.verdict import FAR_FROM_NEAREST, Verdict, reach_verdict
 from dumo.run.index import Index
 from dumo.run.weights import RunFolder
+from dumo.training.deadline import Timing
+from dumo.training.manifest import Checkpoint, Manifest
 from unit.report.test_score import judged
 
 NAME = "runs/photos"
@@ -81,6 +84,44 @@ def test_a_run_that_is_stopped_goes_on_to_its_end(tmp_path: Path) -> None:
     untrained = reach_verdict(run_folder(tmp_path, 0), NAME, None, None)
     assert untrained.head.startswith("Untrained")
     assert texts(untrained) == ["dumo train runs/photos trains it, for 5,000 steps"]
+
+
+def timed_folder(folder: Path, timing: Timing | None, *, steps: int = 5000) -> RunFolder:
+    """A run at step 6,000 that ends after six minutes, with guessed steps, and the timing of its checkpoint."""
+    opened = run_folder(folder, 6000, steps)
+    run = load("digits", [f"train.steps={steps}", "train.minutes=6"])
+    checkpoint = Checkpoint(folder)
+    checkpoint.manifest = Manifest(step=6000, images=0, timing=timing, files={})
+    return replace(opened, run=run, checkpoint=checkpoint)
+
+
+def test_a_run_that_ends_by_the_clock_was_stopped_where_time_is_left(tmp_path: Path) -> None:
+    """Its steps are a guess, of which it may have made more when it was stopped."""
+    stopped = reach_verdict(timed_folder(tmp_path, Timing(minutes=6, seconds=120, share=0.3)), NAME, None, None)
+    assert stopped.head == "Stopped after 2 min of 6 min"
+    assert texts(stopped) == ["dumo train runs/photos goes on for the 4 min that are left"]
+    more = reach_verdict(timed_folder(tmp_path, Timing(minutes=4, seconds=240, share=1)), NAME, None, None)
+    assert more.head == "Stopped after 4 min of 6 min"
+    by_steps = reach_verdict(timed_folder(tmp_path, None), NAME, None, None)
+    assert by_steps.head == "Stopped after 0 s of 6 min"
+
+    over = Timing(minutes=6, seconds=360, share=1)
+    for steps in (5000, 6000, 7000):
+        ended = reach_verdict(timed_folder(tmp_path, over, steps=steps), NAME, None, None)
+        assert ended.head == "Trained, and not judged yet"
+    assert texts(reach_verdict(timed_folder(tmp_path, over), NAME, evaluation("far"), None)) == [
+        "dumo train runs/photos --minutes 120 goes on for 120 minutes"
+    ]
+    untrained = reach_verdict(replace(timed_folder(tmp_path, None), step=0), NAME, None, None)
+    assert texts(untrained) == ["dumo train runs/photos trains it, for 6 minutes"]
+
+
+def test_a_run_that_ends_by_the_clock_copies_less_after_half_its_minutes(tmp_path: Path) -> None:
+    opened = timed_folder(tmp_path, Timing(minutes=6, seconds=360, share=1), steps=6000)
+    assert texts(reach_verdict(opened, NAME, None, proximity(1.0, copies=4))) == [
+        "dumo train runs/photos/run.yaml --out runs/photos-shorter --set train.minutes=3 makes a run of 3 minutes; "
+        "more photos help more"
+    ]
 
 
 def test_many_copies_go_before_all_else(tmp_path: Path) -> None:
