@@ -5,6 +5,7 @@ are. What is wrong raises `UserError`, and an argument that there is not a TypeE
 `train` and `load` return a `TrainedRun`; `recipe` returns the spec of a run, trained or not.
 """
 
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from torch import Generator, Tensor, nn
 from typing_extensions import Unpack
 
 from dumo.cli.callback import Callback, stoppable_hooks
-from dumo.cli.compose import Composed, compose, plain_data, plain_net
+from dumo.cli.compose import MINUTES_FIX, Composed, compose, plain_data, plain_net
 from dumo.cli.keyword import with_known_arguments
 from dumo.config import recipes as packaged
 from dumo.config.change import override, shown
@@ -45,6 +46,7 @@ from dumo.run.train import train_job
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import dist, threads
 from dumo.runtime.heap import low_memory_heap
+from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import Bar, bar, line_printer, no_bar, print_line
 from dumo.training.loop import Every
 from dumo.types import Reads, Sample, Spec
@@ -383,6 +385,17 @@ def _integer(name: str, value: object, least: int | None = 0) -> int:
     return number
 
 
+def _minutes(minutes: object) -> float:
+    """The minutes of a training. Raises UserError for what is no number, or is beyond what a run may have."""
+    try:
+        number = math.nan if isinstance(minutes, bool | str) else float(minutes)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        number = math.nan
+    if not 0 < number <= MINUTES:
+        raise UserError(f"minutes are a number above 0, up to {MINUTES:,.0f}; got {brief(repr(minutes))}")
+    return number
+
+
 def _integers(name: str, values: SupportsIndex | Iterable[SupportsIndex]) -> list[int]:
     """Whole numbers from one or several. Raises UserError as `_integer`."""
     return [_integer(name, value) for value in (values if isinstance(values, Iterable) else [values])]
@@ -490,7 +503,10 @@ def train(
     need not say. Raises UserError as `recipe` does, and where the folder holds another run.
     """
     with trusting(trust_code):
+        minutes = None if minutes is None else _minutes(minutes)
         if isinstance(source, Run):
+            if minutes is not None:
+                raise UserError(f"minutes are {MINUTES_FIX}")
             if out is None or not (objective is data is net is None):
                 raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
             composed = Composed(recipe(source, changes), (), Path(out))

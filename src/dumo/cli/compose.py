@@ -28,6 +28,8 @@ from dumo.runtime.door import train_call
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
+MINUTES_FIX = "for images, or to go on with a run's folder: set train.steps"  # what minutes are for, and what else to do
+
 Fields = dict[str, Any]  # by dotted path, as plain values
 TOYS = ("digits", "moons")  # kinds of data after which recipes are named
 # How a module of the user's is trained: ours. Its blocks are not known, which Muon would update and torch compile; the
@@ -106,7 +108,7 @@ def compose(
         base_source = f"{SHIPPED_PREFIX}{recipe}"
     is_proposed = recipe == proposal.RECIPE
     if minutes is not None and not (is_proposed or is_own_run):
-        raise UserError("minutes are for images, or to go on with a run's folder: set train.steps")
+        raise UserError(f"minutes are {MINUTES_FIX}")
     base_text = read(base_source)
     base_run = load(base_text)
     fields = _part_fields(parts, base_run)

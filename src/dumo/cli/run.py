@@ -37,7 +37,7 @@ from dumo.cli.option import (
 from dumo.cli.terminal import err, memory_hint, out, show_lines
 from dumo.runtime import shell_path
 from dumo.runtime.door import train_call
-from dumo.runtime.limits import ROWS
+from dumo.runtime.limits import MINUTES, ROWS
 from dumo.runtime.progress import bar, no_bar, print_line
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def train(
     verify: Verify = False,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.1, help="How long to train on images, or go on with a run. Default: 6 on a CPU."),
+        typer.Option(min=0.1, max=MINUTES, help="How long to train on images, or go on with a run. Default: 6 on a CPU."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Of a folder of images: do not ask.")] = False,
     track: Annotated[

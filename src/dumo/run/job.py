@@ -152,11 +152,12 @@ def open_job(
         if is_main:
             stack.enter_context(locked_run_folder(folder))
         index = Index.read(folder, text)
-        if minutes is not None:
-            changes = [*changes, f"train.minutes={_minutes_in_all(index, step, minutes):g}"]
         if run is None:
             trust.accept(changes)
-            run = index.run(changes)
+            fields = list(changes)
+            if minutes is not None:
+                fields.append(f"train.minutes={_minutes_in_all(index, step, minutes):g}")
+            run = index.run(fields)
         run = _with_steps_made(run, index, changes)
 
         # 2. resolve
@@ -241,15 +242,19 @@ def _minutes_in_all(index: Index, step: int | None, minutes: float) -> float:
 def _with_steps_made(run: Run, index: Index, changes: Sequence[str]) -> Run:
     """The run with the steps that its folder has, where both end by the clock: they are found, not set.
 
-    Raises UserError where `changes` set them.
+    Raises UserError where `changes` set them of a run that is there, and ends by the clock now. Those of a command that
+    sets minutes, too, are what the run began with: it may be typed again.
     """
-    if run.train.minutes is None or index.written is None or index.written.run.train.minutes is None:
+    if run.train.minutes is None or index.written is None:
         return run
-    if any(change.startswith("train.steps=") for change in changes):
+    is_set = {name: any(text.startswith(f"train.{name}=") for text in changes) for name in ("steps", "minutes")}
+    if is_set["steps"] and not is_set["minutes"]:
         raise UserError(
             f"{index.folder} ends after train.minutes={run.train.minutes:g}, whatever its steps: give it more by "
             f"{option('minutes')}, or steps by {settings('train.minutes=null', 'train.steps=N')}"
         )
+    if index.written.run.train.minutes is None:
+        return run
     train = run.train.model_copy(update={"steps": index.written.run.train.steps})
     return run.model_copy(update={"train": train})
 

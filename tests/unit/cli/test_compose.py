@@ -1,5 +1,6 @@
 """`dumo.train` takes data, a net and an objective as they lie in a notebook, and says what does not fit."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,11 @@ def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
         ({"data": "nowhere"}, "there is no folder or file nowhere"),
         ({"data": 3}, "data is a builtins:int"),
         ({"source": "moons", "minutes": 3}, "minutes are for images, or to go on with a run's folder: set train.steps"),
+        ({"source": "moons", "minutes": math.nan}, "minutes are a number above 0, up to 1,000,000; got nan"),
+        ({"data": "photos", "minutes": math.inf}, "minutes are a number above 0, up to 1,000,000; got inf"),
+        ({"data": "photos", "minutes": 0}, "minutes are a number above 0, up to 1,000,000; got 0"),
+        ({"data": "photos", "minutes": "5"}, "minutes are a number above 0, up to 1,000,000; got '5'"),
+        ({"source": dumo.recipe("moons"), "minutes": 5}, "minutes are for images, or to go on with a run's folder"),
     ],
 )
 def test_what_is_no_part_is_refused(parts: dict[str, Any], said: str, tmp_path: Path) -> None:

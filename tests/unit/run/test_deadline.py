@@ -124,6 +124,26 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
     assert rates[end.step] < 0.2 * peak
 
 
+def test_a_command_that_sets_minutes_and_steps_may_be_typed_again(clock: Clock, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    changes = (*TIMED, "train.steps=7")
+    run = tiny("moons", *changes)
+    clock.last = 9
+    with pytest.raises(signals.Stopped):
+        train(folder, clock, run, *changes)
+    signals.received_signal = clock.last = None
+    _, _, state = train(folder, clock, run, *changes)
+    assert state.step > 20
+    assert written(folder)["steps"] == state.step
+
+
+def test_minutes_and_steps_are_not_both_given_to_a_run(clock: Clock, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(folder, clock, tiny("moons"))
+    with pytest.raises(UserError, match=r"ends after train\.minutes=0\.5, whatever its steps"):
+        train(folder, clock, None, "train.steps=100", minutes=0.5)
+
+
 def test_a_run_of_steps_goes_on_for_minutes_and_for_steps_again(clock: Clock, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(folder, clock, tiny("moons", "train.log_every=1"))
