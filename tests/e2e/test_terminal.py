@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from dumo.run import weights
+from dumo.runtime import signals
+from dumo.training import loop
 from e2e.shell import TINY, call, finish, refused, sets, start, tree, wait
 from forked import ENVIRONMENT
 
@@ -94,6 +96,23 @@ def test_interrupts(
     done = call(*words)
     assert (done.code, done.out) == (130, "")
     assert done.err == f"stopped; the same command goes on from what is kept:  dumo {shlex.join(words)}\n"
+
+
+@pytest.mark.parametrize("words", [["--minutes", "0.5"], ["--minutes=0.5", "--from", "20"], ["--from=20"]])
+def test_what_a_stopped_training_has_been_given_is_not_given_again(
+    words: list[str], here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained["moons"], "run")
+
+    def stop(*_: object, **__: object) -> None:
+        raise signals.Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "train", stop)
+    done = call("train", "run", *words, "--device", "cpu")
+    assert done.code == 128 + signal.SIGTERM
+    assert done.err.endswith("stopped by SIGTERM; what is left goes on by:  dumo train run --device cpu\n")
+    again = call("train", "run")
+    assert again.err.endswith("the same command goes on from what is kept:  dumo train run\n")
 
 
 @pytest.mark.usefixtures("default_signals")

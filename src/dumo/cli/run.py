@@ -34,7 +34,7 @@ from dumo.cli.option import (
     parse_integers,
     parse_path,
 )
-from dumo.cli.terminal import err, memory_hint, out, show_lines
+from dumo.cli.terminal import drop_from_resume, err, memory_hint, out, show_lines
 from dumo.runtime import shell_path
 from dumo.runtime.door import train_call
 from dumo.runtime.limits import MINUTES, ROWS
@@ -229,6 +229,7 @@ def train(
         if chosen.kind != "recipe":  # a path may hold several things
             print_line(f"source: {chosen.meaning}")
         run = job.run
+        drop_from_resume("--minutes", "--from")  # typed again they would give time, and take the run back, once more
         with memory_hint(_less_memory_hint(run.train, run.net)):
             state = train_job(job, bar, hooks)
     err.print(

@@ -51,6 +51,7 @@ LAST_LINES = 30  # of its output that it prints after that, the end of a traceba
 MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
 AMOUNT = re.compile(r"allocate ([\d.]+ \w+)")
 MORE = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
+_done_options: set[str] = set()  # of the command that runs: see `drop_from_resume`
 
 
 def stoppable(command: Callable[..., None], *, keeps: bool = True) -> Callable[..., None]:
@@ -62,6 +63,7 @@ def stoppable(command: Callable[..., None], *, keeps: bool = True) -> Callable[.
 
     @wraps(command)
     def run(*words: object, **options: object) -> None:
+        _done_options.clear()
         try:
             with signals.listening(_acknowledge) if keeps else nullcontext():
                 command(*words, **options)
@@ -75,6 +77,11 @@ def stoppable(command: Callable[..., None], *, keeps: bool = True) -> Callable[.
     return run
 
 
+def drop_from_resume(*options: str) -> None:
+    """Leave these options, each of one value, out of the command that goes on after a stop: what they say is done."""
+    _done_options.update(options)
+
+
 def _acknowledge(number: int) -> None:
     """Tell the person who pressed Ctrl-C that it was heard; print cannot, it may be in the middle of another line."""
     if number == signal.SIGINT and sys.stderr.isatty():
@@ -85,7 +92,17 @@ def _resume_command() -> str:
     """A line's end that says how to go on after a stop."""
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun on several nodes: their commands are not known
         return "the same torchrun on every node goes on from what is kept"
-    return f"the same command goes on from what is kept:  {shlex.join([*_program(), *sys.argv[1:]])}"
+    words: list[str] = []
+    typed_words = iter(sys.argv[1:])
+    for word in typed_words:
+        if word in _done_options:
+            next(typed_words, None)  # its value
+        elif word.partition("=")[0] not in _done_options:
+            words.append(word)
+    command = shlex.join([*_program(), *words])
+    if words != sys.argv[1:]:
+        return f"what is left goes on by:  {command}"
+    return f"the same command goes on from what is kept:  {command}"
 
 
 def _program() -> list[str]:

@@ -11,7 +11,7 @@ its mode back. Ranks make them together, each some of the images, so that no ran
 out is drawn when the run resumes from that step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -157,11 +157,11 @@ def _noise_name(nfe: int, seed: int) -> str:
     return f"nfe{nfe}-seed{seed}.safetensors"
 
 
-def read_strip(folder: Path, sampling: Sampling, last_step: int) -> dict[int, Sample]:
+def read_strip(folder: Path, sampling: Sampling, shape: Sequence[int], last_step: int) -> dict[int, Sample]:
     """The samples of a run's strip, (6, *shape) as the net made them, by step up to `last_step`, in its order.
 
-    All are of one noise: that of `sampling`, by its seed and fewest passes. A file that cannot be read, or holds values
-    that are not finite, is left out.
+    All are of one noise: that of `sampling`, by its seed and fewest passes. A file that cannot be read, or holds other
+    than finite samples of this `shape`, is left out.
     """
     samples: dict[int, Sample] = {}
     ending = _noise_name(min(sampling.nfe), sampling.seed)
@@ -173,7 +173,7 @@ def read_strip(folder: Path, sampling: Sampling, last_step: int) -> dict[int, Sa
             x = safetensors.torch.load_file(file)["x"].float()
         except (OSError, SafetensorError, KeyError):
             continue
-        if x.isfinite().all():
+        if x.shape == (STRIP_COUNT, *shape) and x.isfinite().all():
             samples[int(step_text)] = x
     return samples
 

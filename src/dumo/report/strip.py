@@ -36,7 +36,7 @@ def strip_samples(opened: RunFolder) -> dict[int, Sample]:
     sampler = opened.sampler
     if not sampler.is_image:
         return {}
-    samples_by_step = read_strip(opened.folder, sampler.spec, opened.step - 1)
+    samples_by_step = read_strip(opened.folder, sampler.spec, opened.run.data.shape, opened.step - 1)
     steps = [*samples_by_step][1 - MAX_MOMENTS :]
     if not steps:
         return {}

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from dumo.config.spec import Run
@@ -66,10 +67,13 @@ def test_files_of_another_noise_or_a_later_step_or_damaged_are_left_out(still: P
         "step-00000128-nfe1-seed0": good,
         "step-00000256-nfe1-seed0": good,
     }
+    for count, shape in ((3, (1, 8, 8)), (6, (1, 4, 4))):
+        contents[f"step-{512 * count:08d}-nfe1-seed0"] = safetensors.torch.save({"x": torch.zeros(count, *shape)})
     for name, data in contents.items():
         (tmp_path / f"strip/{name}.safetensors").write_bytes(data)
-    assert [*read_strip(tmp_path, sampling, 128)] == [8, 128]
-    assert read_strip(tmp_path / "nothing", sampling, 128) == {}
+    assert [*read_strip(tmp_path, sampling, (1, 8, 8), 128)] == [8, 128]
+    assert [*read_strip(tmp_path, sampling, (1, 8, 8), 10_000)] == [8, 128, 256]
+    assert read_strip(tmp_path / "nothing", sampling, (1, 8, 8), 128) == {}
 
 
 def test_the_last_moments_are_shown(still: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
