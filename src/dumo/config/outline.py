@@ -21,6 +21,7 @@ FILE = Path(__file__).with_name("outline.json")
 DEFINITIONS = "$defs"
 DECLARED = "declared"  # the key of the hash
 PACKAGE = Path(__file__).parents[1]
+ASSIGNMENT = re.compile(r"^(?P<name>[A-Z]\w*)(: [^=\n]+)? = .*(\n[ )\]}].*)*", re.MULTILINE)  # of a module's constant
 # Keywords of JSON schema that the file keeps.
 KEYWORDS = (
     *("$ref", "anyOf", "type", "const", "enum", "properties", "additionalProperties", "items", "prefixItems"),
@@ -41,15 +42,24 @@ def is_current() -> bool:
 
 @cache
 def declared(package: Path) -> str:
-    """A hash of the statements in a package that declare fields of specs, their kinds and the types that these name."""
+    """A hash of the statements in a package that declare fields of specs, their kinds and the types that these name.
+
+    The bounds and choices that those statements name may stand in any file: they are of the hash, too.
+    """
     found = sha256()
-    for file in sorted(package.rglob("*.py")):
-        text = file.read_text(encoding="utf-8")
+    named: set[str] = set()
+    texts = [file.read_text(encoding="utf-8") for file in sorted(package.rglob("*.py"))]
+    for text in texts:
         if not re.search(r"Spec\b|SpecFamily|BaseModel", text):
             continue
         lines = text.splitlines()
         for statement in _declarations(ast.parse(text)):
+            named |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
             found.update("\n".join(lines[statement.lineno - 1 : statement.end_lineno]).encode())
+    for text in texts:
+        for assignment in ASSIGNMENT.finditer(text):
+            if assignment["name"] in named:
+                found.update(assignment[0].encode())
     return found.hexdigest()
 
 

@@ -32,18 +32,40 @@ def test_the_file_is_what_the_specs_say() -> None:
         ('Kind = Literal["a", "b"]', False),
     ],
 )
-def test_a_field_or_kind_that_was_added_leaves_all_to_the_specs(
-    declared: str, is_current: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_field_or_kind_that_was_added_leaves_all_to_the_specs(declared: str, is_current: bool, package: Path) -> None:
+    with (package / "objectives" / "dumo.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n{declared}\n")
+    assert outline.is_current() == is_current
+    assert bool(found("digits", "steps=3")) == is_current
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "now", "is_current"),
+    [
+        ("runtime/limits.py", "STEPS = 10**9", "STEPS = 10**10", False),
+        ("flow/precision.py", 'Literal["fp32", ', 'Literal["fp32", "fp16", ', False),
+        ("training/deadline.py", "RISE = 0.05", "RISE = 0.06", True),
+    ],
+)
+def test_so_does_a_bound_or_a_choice_that_a_field_names(
+    name: str, was: str, now: str, is_current: bool, package: Path
 ) -> None:
+    file = package / name
+    text = file.read_text(encoding="utf-8")
+    assert was in text
+    file.write_text(text.replace(was, now), encoding="utf-8")
+    assert outline.is_current() == is_current
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of dumo's files, of which the outline is looked up."""
     package = tmp_path / "dumo"
     shutil.copytree(
         outline.PACKAGE, package, ignore=lambda _, names: [n for n in names if "." in n and n[-3:] != ".py"]
     )
-    with (package / "objectives" / "dumo.py").open("a", encoding="utf-8") as file:
-        file.write(f"\n{declared}\n")
     monkeypatch.setattr(outline, "PACKAGE", package)
-    assert outline.is_current() == is_current
-    assert bool(found("digits", "steps=3")) == is_current
+    return package
 
 
 @pytest.mark.parametrize("name", recipes.names())
