@@ -354,13 +354,16 @@ class TrainedRun:
     def _repr_html_(self) -> str:
         """A table, for a notebook."""
         run = self.spec
+        step = f"{self.step:,}"
+        if run.train.minutes is None:  # else its steps are a guess until it has ended
+            step += f" of {run.train.steps:,}"
         facts = {
             "run": self.folder,
             "about": run.about,
             "data": f"{run.data.kind}, {' x '.join(map(str, run.shown_shape))}",
             "network": f"{run.net.kind}, {sum(p.numel() for p in self.net.parameters()):,} parameters",
             "objective": run.objective.kind,
-            "step": f"{self.step:,} of {run.train.steps:,}",
+            "step": step,
             "samples": f"{run.sample.solver.kind}, {', '.join(map(str, run.sample.nfe))} NFE",
         }
         rows = "".join(f"<tr><th>{name}</th><td>{escape(str(fact))}</td></tr>" for name, fact in facts.items())

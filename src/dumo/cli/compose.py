@@ -28,7 +28,9 @@ from dumo.runtime.door import train_call
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
-MINUTES_FIX = "for images, or to go on with a run's folder: set train.steps"  # what minutes are for, and what else to do
+MINUTES_FIX = (
+    "for images, or to go on with a run's folder: set train.steps"  # what minutes are for, and what else to do
+)
 
 Fields = dict[str, Any]  # by dotted path, as plain values
 TOYS = ("digits", "moons")  # kinds of data after which recipes are named

@@ -153,7 +153,9 @@ def train(
     verify: Verify = False,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0.1, max=MINUTES, help="How long to train on images, or go on with a run. Default: 6 on a CPU."),
+        typer.Option(
+            min=0.1, max=MINUTES, help="How long to train on images, or go on with a run. Default: 6 on a CPU."
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Of a folder of images: do not ask.")] = False,
     track: Annotated[

@@ -147,7 +147,9 @@ class RunParts(Spec):
 
     def __repr__(self) -> str:
         """One line; `dumo show` prints all of it."""
-        return f"<{self.objective.kind} on {self.data.kind}, net {self.net.kind}, {self.train.steps:,} steps>"
+        minutes = self.train.minutes
+        length = f"{self.train.steps:,} steps" if minutes is None else f"{minutes:g} minutes"
+        return f"<{self.objective.kind} on {self.data.kind}, net {self.net.kind}, {length}>"
 
     __str__ = __repr__
 

@@ -1,6 +1,7 @@
 """What a notebook asks of a run: every argument is taken as it is meant, or refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,10 @@ def test_a_run_is_shown_in_a_line_and_in_a_table(run: TrainedRun) -> None:
     table = run._repr_html_()
     assert "<td>2 of 2</td>" in table
     assert "<th>objective</th><td>dumo</td>" in table
+
+
+def test_a_run_that_ends_by_the_clock_is_shown_without_the_steps_that_are_guessed(run: TrainedRun) -> None:
+    train = run.spec.train.model_copy(update={"minutes": 6.0, "steps": 1})
+    timed = replace(run, opened=replace(run.opened, run=run.spec.model_copy(update={"train": train})))
+    assert str(timed.spec) == "<dumo on digits, net dit, 6 minutes>"
+    assert "<td>2</td>" in timed._repr_html_()
