@@ -28,9 +28,8 @@ from dumo.runtime.door import train_call
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
-MINUTES_FIX = (
-    "for images, or to go on with a run's folder: set train.steps"  # what minutes are for, and what else to do
-)
+# what minutes are for, and what to do where they are not
+MINUTES_FIX = "for images, or to go on with a run's folder: set train.steps"
 
 Fields = dict[str, Any]  # by dotted path, as plain values
 TOYS = ("digits", "moons")  # kinds of data after which recipes are named

@@ -123,7 +123,7 @@ def _describe_copies(judged: Judgement | None, proximity: Proximity | None) -> s
 def _describe_stop(opened: RunFolder) -> tuple[str, str] | None:
     """Where a training was stopped, and what going on does; None: it has come to its end, or nothing tells.
 
-    How long a run has trained that ends by the clock (`train.minutes`) is told by its last checkpoint. Its
+    How long a run has trained that ends by the clock (`train.minutes`) is in its last checkpoint. Its
     `train.steps` are a guess until it has ended.
     """
     train = opened.run.train
