@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.types import Cond, Frozen, Heads, Needs, Noised, Sample, Time
 
 PARITY: dict[str, Any] = json.loads(File(__file__).with_name("parity.json").read_text())
@@ -55,7 +55,7 @@ class Closed(nn.Module):
         return flat + steep * x + a[3] * x * x
 
 
-def shown(case: dict[str, Any], path: Path) -> Noised:
+def shown(case: dict[str, Any], path: FlowPath) -> Noised:
     """The record of a case: the fixed inputs, but for those that the case has of its own; one trail is every row's."""
     given = {k: torch.tensor(v, dtype=torch.float64) for k, v in (PARITY["given"] | case["own"]).items()}
     x, z = (given.pop(k).reshape(-1, 2, 2, 2) for k in "xz")

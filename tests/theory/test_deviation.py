@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from contract.case import kind, objectives, randomise
 from dumo.flow.draw import draw
 from dumo.flow.generate import sample_with_noise
-from dumo.flow.path import Linear, Path, Trig
+from dumo.flow.path import FlowPath, Linear, Trig
 from dumo.flow.reading import jump_to_data
 from dumo.flow.solver import Restart
 from dumo.nets import DiT
@@ -39,7 +39,7 @@ def data(n: int = 48) -> Tensor:
     return torch.randn(n, 2, generator=torch.Generator().manual_seed(3), dtype=D)
 
 
-def noised(objective: Objective, path: Path, x: Tensor, progress: float = 0.4) -> Noised:
+def noised(objective: Objective, path: FlowPath, x: Tensor, progress: float = 0.4) -> Noised:
     return draw(objective, path, x, C, torch.full_like(C, 3), seed=0, step=0, progress=progress)
 
 
@@ -49,7 +49,9 @@ def test_those_with_such_constants_say_so() -> None:
 
 @each_sd
 @pytest.mark.parametrize(("objective", "path"), UNIT, ids=kind)
-def test_training_is_that_of_data_of_deviation_1(objective: Objective, path: Callable[..., Path], sd: float) -> None:
+def test_training_is_that_of_data_of_deviation_1(
+    objective: Objective, path: Callable[..., FlowPath], sd: float
+) -> None:
     """Losses and weights, step by step; with EDM's preconditioning on its path."""
     net = TINY.model_copy(update={"precondition": "edm" if path is Linear else "none"})
     train = Train(steps=3, batch=48, ema=(), precision="fp32")
@@ -65,11 +67,11 @@ def test_training_is_that_of_data_of_deviation_1(objective: Objective, path: Cal
 
 @each_sd
 @pytest.mark.parametrize("path", [Linear, Trig])
-def test_samples_leave_in_the_units_of_the_data(path: Callable[..., Path], sd: float) -> None:
+def test_samples_leave_in_the_units_of_the_data(path: Callable[..., FlowPath], sd: float) -> None:
     """Also those of several passes, which are noised again on the way."""
     reads = Reads(endpoint=jump_to_data(Polynomial(1).float()))
 
-    def made(path: Path) -> tuple[Tensor, Tensor]:
+    def made(path: FlowPath) -> tuple[Tensor, Tensor]:
         return sample_with_noise(reads, path, Restart(), C[:6], nfe=3, seed=0, shape=(2,), indices=range(6))
 
     (z, x), (same, wide) = made(path()), made(path(sd=sd))

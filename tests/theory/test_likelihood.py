@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dumo.flow.likelihood import axes, diagonal, divergence, log_likelihood
-from dumo.flow.path import Linear, Path, Trig
+from dumo.flow.path import FlowPath, Linear, Trig
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.objectives import F2D2
 from dumo.runtime.random import stream
@@ -34,7 +34,7 @@ def data(n: int = 12) -> tuple[Tensor, Tensor]:
     return FLOW.data(c, stream("data")), c
 
 
-def off(solver: Solver, passes: int, path: Path, sd: float = 1.0) -> float:
+def off(solver: Solver, passes: int, path: FlowPath, sd: float = 1.0) -> float:
     """The largest error of log p, in nats, of data in units of 1 / sd."""
     flow = OnTrig(FLOW) if path.kind == "trig" else FLOW
     x, c = data()
@@ -42,11 +42,11 @@ def off(solver: Solver, passes: int, path: Path, sd: float = 1.0) -> float:
     return (found - density(FLOW, x, c) + 2 * log(sd)).abs().max().item()
 
 
-PATHS: list[tuple[Path, float]] = [(Linear(), 1), (Trig(), 1), (Linear(sd=2.0), 2)]
+PATHS: list[tuple[FlowPath, float]] = [(Linear(), 1), (Trig(), 1), (Linear(sd=2.0), 2)]
 
 
 @pytest.mark.parametrize(("path", "sd"), tiered(PATHS, ci=PATHS[:1], id=lambda case: f"{case[0].kind}-{case[1]}"))
-def test_the_flow_knows_the_density_of_its_data(path: Path, sd: float) -> None:
+def test_the_flow_knows_the_density_of_its_data(path: FlowPath, sd: float) -> None:
     """In units of the data, whatever the net's are."""
     assert off(Heun(), 96, path, sd) < 1e-3
 

@@ -350,7 +350,7 @@ class Case:
             sampler = self.opened.sampler
             times = sampler.spec.solver.times(passes)
             if isinstance(sampler.flow.path, Diffusion):
-                times = sampler.flow.path.indices(times)
+                times = sampler.flow.path.nearest_indices(times)
             arguments |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))
         return arguments
 

@@ -9,7 +9,7 @@ from math import log
 
 from dumo.config.change import shown
 from dumo.config.parts import RunParts
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.nets import Net, is_pretrained
 from dumo.objectives import Objective
 from dumo.runtime.door import settings
@@ -60,7 +60,7 @@ def _reference_advice(objective: Objective, train: Train) -> list[str]:
     ]
 
 
-def _deviation_advice(objective: Objective, net: Net, path: Path, sd: float) -> list[str]:
+def _deviation_advice(objective: Objective, net: Net, path: FlowPath, sd: float) -> list[str]:
     """A line where constants of the objective or net are for data of standard deviation 1, and these differ; else [].
 
     The data's deviation is `sd / path.sd`, since the path divides them by `path.sd`.

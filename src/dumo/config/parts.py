@@ -18,8 +18,7 @@ from dumo.config.conditions import Conditions, shown
 from dumo.data import Data, ShownData
 from dumo.evaluation import MetricProtocol, is_of_inception, is_shipped
 from dumo.flow.guide import CFG, GuidanceScale
-from dumo.flow.path import Linear
-from dumo.flow.path import Path as FlowPath
+from dumo.flow.path import FlowPath, Linear
 from dumo.flow.precision import Precision
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import Solver

@@ -230,7 +230,7 @@ class ExportedModel:
         """The times (t, r) from and to which each pass goes, t falling. Raises UserError where one t has two r."""
         end_by_start: dict[float, float] = {}
         for n in sorted(self.nfe):
-            starts = self.sampler.flow.path.near(self._start_times(n))
+            starts = self.sampler.flow.path.nearest_net_times(self._start_times(n))
             ends = [*starts[1:], 0.0] if self.makes_hops else [0.0] * n
             for t, r in zip(starts, ends, strict=True):
                 other_r = end_by_start.setdefault(t, r)
@@ -250,7 +250,7 @@ class ExportedModel:
         t, r = zip(*self.pass_intervals, strict=True)
         path = self.sampler.flow.path
         if isinstance(path, Diffusion):
-            model_times = torch.tensor([float(index) for index in path.indices(t)])
+            model_times = torch.tensor([float(index) for index in path.nearest_indices(t)])
         else:
             model_times = self.net.model_times(self._scheduler_times(t))
         return self.net.fit_fixed_times(torch.tensor(t), torch.tensor(r), model_times, getattr(torch, self.dtype))
@@ -315,7 +315,7 @@ class ExportedModel:
         """The times at which passes begin, as the pipeline counts them: sigmas, or indices of a diffusion's table."""
         times = self._start_times(passes)
         path = self.sampler.flow.path
-        return path.indices(times) if isinstance(path, Diffusion) else times
+        return path.nearest_indices(times) if isinstance(path, Diffusion) else times
 
     @property
     def component_name(self) -> str:

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.flow import dropout
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.runtime import random
 from dumo.runtime.limits import ROWS
 from dumo.runtime.random import keyed, share_of_rows, stream
@@ -174,7 +174,7 @@ def make_draws(
 
 def add_noise(
     draws: Draws,
-    path: Path,
+    path: FlowPath,
     x: Sample,
     c: Cond,
     null: Cond | int,
@@ -252,7 +252,7 @@ def add_noise(
 
 def draw(
     objective: Objective,
-    path: Path,
+    path: FlowPath,
     x: Sample,
     c: Cond,
     null: Cond | int,

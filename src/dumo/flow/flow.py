@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dumo.flow import dropout
 from dumo.flow.draw import Coupling, Draws, add_noise, make_draws
 from dumo.flow.guide import CFG
-from dumo.flow.path import Linear, Path
+from dumo.flow.path import FlowPath, Linear
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import reading
 from dumo.flow.solver import Solver
@@ -62,7 +62,7 @@ class Flow(nn.Module):
         *,
         classes: int = 0,
         seed: int = 0,
-        path: Path | None = None,
+        path: FlowPath | None = None,
         coupling: Coupling | None = None,
         teacher: Taught | None = None,
         prior: float | None = None,
@@ -76,7 +76,7 @@ class Flow(nn.Module):
         self.objective = objective
         self.classes = classes
         self.seed = seed
-        self.path: Path = path or Linear()
+        self.path: FlowPath = path or Linear()
         self.coupling = coupling
         self.teacher = teacher
         self.prior = prior

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor, nn
 
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, using
 from dumo.flow.solver import Fresh, Solver, Stepper
 from dumo.runtime import threads
@@ -52,7 +52,7 @@ class Batch:
 def sample_batches(
     net: nn.Module,
     reads: Reads,
-    path: Path,
+    path: FlowPath,
     solver: Solver,
     c: Cond,
     *,
@@ -118,7 +118,7 @@ def join_batches(batches: Iterable[Batch]) -> Samples:
 
 def sample_with_noise(
     reads: Reads,
-    path: Path,
+    path: FlowPath,
     solver: Solver,
     c: Cond,
     *,
@@ -140,7 +140,7 @@ def sample_with_noise(
 
 @torch.no_grad()
 def sample_trajectory(
-    reads: Reads, path: Path, solver: Stepper, z: Sample, c: Cond, *, nfe: int, points: int
+    reads: Reads, path: FlowPath, solver: Stepper, z: Sample, c: Cond, *, nfe: int, points: int
 ) -> tuple[Sample, Trail]:
     """The images that the solver makes of noise z, and the points between, after each of `points` equal parts.
 
@@ -152,19 +152,19 @@ def sample_trajectory(
     if points < 2 or num_steps % points:
         raise ValueError(f"points={points}: give at least 2, and a divisor of the {num_steps} steps of nfe={nfe}")
     every = num_steps // points
-    trail = solver.trail(reads, path.spread * z, c, nfe)
+    trail = solver.trail(reads, path.initial_std * z, c, nfe)
     xs = [x.float() for step, x in enumerate(trail, start=1) if step % every == 0]
     return path.sd * xs[-1], torch.stack(xs[-2::-1], 1)
 
 
 @torch.no_grad()
-def integrate(reads: Reads, path: Path, solver: Solver, c: Cond, nfe: int, fresh: Fresh) -> tuple[Sample, Sample]:
+def integrate(reads: Reads, path: FlowPath, solver: Solver, c: Cond, nfe: int, fresh: Fresh) -> tuple[Sample, Sample]:
     """Noise, which is draw 0 of `fresh`, and the images that the solver makes of it: (n, *shape), in float32.
 
     Raises UserError if the solver cannot serve the reading or nfe.
     """
     z = fresh(0)
-    x = solver(reads, path, path.spread * z, c, nfe, fresh)
+    x = solver(reads, path, path.initial_std * z, c, nfe, fresh)
     return z, path.sd * x.float()
 
 

@@ -28,7 +28,7 @@ import torch
 from dumo.autodiff import rule as rule  # its import registers the rules of torch's operations for Duals
 from dumo.autodiff.dual import pair, primal
 from dumo.flow.linearize import tangent_or_zeros
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.flow.solver import Euler, Heun, Hop, Solver, num_steps, taught_reading, times_per_row, uniform_times
 from dumo.runtime import random, signals
 from dumo.types import Climb, Cond, PerSample, Reads, Sample, Time, UserError, lift
@@ -39,7 +39,7 @@ Rate = Callable[[Sample, Time, Cond], tuple[Sample, PerSample]]  # (x, t, c) -> 
 
 @torch.no_grad()
 def log_likelihood(
-    reads: Reads, path: Path, solver: Solver, x: Sample, c: Cond, nfe: int, along: Sequence[Sample]
+    reads: Reads, path: FlowPath, solver: Solver, x: Sample, c: Cond, nfe: int, along: Sequence[Sample]
 ) -> PerSample:
     """log p(x | c) of samples x (b, ...) in nats, (b,), by nfe readings of a net.
 
@@ -55,8 +55,8 @@ def log_likelihood(
         signals.check()
         y, step_growth = climb(y, t, s, c)
         log_growth = log_growth + step_growth
-    squared_radius = (y / path.spread).square().flatten(1).sum(1)
-    return log_growth - (squared_radius + d * log(2 * pi)) / 2 - d * log(path.sd * path.spread)
+    squared_radius = (y / path.initial_std).square().flatten(1).sum(1)
+    return log_growth - (squared_radius + d * log(2 * pi)) / 2 - d * log(path.sd * path.initial_std)
 
 
 def climb_of(solver: Solver, reads: Reads, along: Sequence[Sample] = ()) -> Climb:

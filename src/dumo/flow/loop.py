@@ -55,7 +55,7 @@ from dumo.flow.flow import Flow, require_terms
 from dumo.flow.guide import CFG
 from dumo.flow.null import guidance_of, without_drop
 from dumo.flow.passes import OwnCall, Passes, Signature, seeded_generators
-from dumo.flow.path import Diffusion, Linear, Path, Trig
+from dumo.flow.path import Diffusion, FlowPath, Linear, Trig
 from dumo.flow.precision import Precision, using
 from dumo.flow.ranks import largest_of_ranks, on_every_rank
 from dumo.flow.reading import reading, taught_readings, teacher_velocity
@@ -117,7 +117,7 @@ class LoopFlow(Flow):
         call: OwnCall | None = None,
         seed: int = 0,
         shard: tuple[int, int] | None = None,
-        path: Path | None = None,
+        path: FlowPath | None = None,
         coupling: Coupling | None = None,
         teacher: "Taught | LoopFlow | None" = None,
         prior: float | None = None,

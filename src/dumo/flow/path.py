@@ -1,12 +1,17 @@
-"""Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) z + gamma(t) x (paper, Eq. 1).
+"""Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) z + gamma(t) x, with data x and noise z.
 
-A diffusion's ends a little below the noise (docs/adr/0008): what a sampler begins with is the noise times `spread`.
+alpha weighs the noise, as in the paper (Eq. 1); in diffusers alpha weighs the data.
 
-x is the data in units of `sd`: they are divided by it before they meet the noise (`dumo.flow.draw`), and samples are
-multiplied by it (`dumo.flow.generate`). Constants that are meant for data of standard deviation 1 (noise levels, a
-Huber loss's c, EDM's preconditioning) are so right for data of any (docs/adr/0008).
+- `Linear` and `Trig` end at pure noise.
+- `Diffusion` stops at the schedule's last time T < 1, before pure noise (ADR 0008), so a sampler starts from
+  `initial_std` times noise.
 
-A loss calls `at`; a sampler begins at `spread` and asks `near` for times at which its net may be called.
+A loss calls `at`. A sampler starts from `initial_std` times noise, and asks `nearest_net_times` at which times it may
+call its net. `FlowPath` is the union of all paths, the type of a run's field `path`.
+
+x is the data in units of `sd`: data are divided by it before they meet the noise (`dumo.flow.draw`), and samples are
+multiplied by it (`dumo.flow.generate`). So constants that are meant for data of standard deviation 1 (noise levels, a
+Huber loss's c, EDM's preconditioning) are right for data of any standard deviation.
 """
 
 from collections.abc import Sequence
@@ -28,21 +33,26 @@ else:
 Deviation = Annotated[float, Field(gt=0, exclude_if=lambda sd: sd == 1)]
 
 
-class _ToNoise(Spec):
+def _weight(value: Tensor, x: Sample) -> Tensor:
+    """Shape weights (b,) to multiply a sample shaped like x (b, ...), in the type and on the device of x."""
+    return lift(value, x).to(x)
+
+
+class _EndsAtNoise(Spec):
     """A path whose last point is the noise, and whose net may be called at any time."""
 
     @property
-    def spread(self) -> float:
-        """The standard deviation of what a sampler begins with: 1, that of the noise."""
+    def initial_std(self) -> float:
+        """The standard deviation of a sampler's first x_t: 1, that of the noise."""
         return 1.0
 
-    def near(self, times: Sequence[float]) -> list[float]:
-        """The times at which a net may be called, nearest to these: the times themselves."""
+    def nearest_net_times(self, times: Sequence[float]) -> list[float]:
+        """The times nearest to `times` at which a net may be called: `times` themselves, since any time may be."""
         return [*times]
 
 
-class Linear(_ToNoise):
-    """alpha(t) = t and gamma(t) = 1 - t, so that v_t = z - x at every time (paper, Sec. 3.2)."""
+class Linear(_EndsAtNoise):
+    """alpha(t) = t and gamma(t) = 1 - t, so that v_t = z - x at every time."""
 
     kind: Literal["linear"] = "linear"
     sd: Deviation = 1.0
@@ -56,16 +66,16 @@ class Linear(_ToNoise):
         return 1 - t
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
-        """Return x_t and v_t = dx_t/dt, given data and noise (Alg. 1, lines 4 and 5)."""
-        x_t = lift(self.alpha(t), x).to(x) * z + lift(self.gamma(t), x).to(x) * x
+        """Return x_t and v_t = dx_t/dt, given data and noise."""
+        x_t = _weight(self.alpha(t), x) * z + _weight(self.gamma(t), x) * x
         return x_t, z - x
 
 
-class Trig(_ToNoise):
+class Trig(_EndsAtNoise):
     """alpha(t) = sin(pi t / 2) and gamma(t) = cos(pi t / 2): a quarter of a circle (TrigFlow, Lu and Song 2025).
 
-    Its angle is theta = pi t / 2, so that v_t = (pi / 2) (cos(theta) z - sin(theta) x). With data of standard
-    deviation 1 x_t has that at every time.
+    Its angle is theta = pi t / 2, so that v_t = (pi / 2) (cos(theta) z - sin(theta) x). If the data have standard
+    deviation 1, so has x_t at every time.
     """
 
     kind: Literal["trig"] = "trig"
@@ -81,8 +91,8 @@ class Trig(_ToNoise):
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and v_t = dx_t/dt, given data and noise."""
-        sin = lift(self.alpha(t), x).to(x)
-        cos = lift(self.gamma(t), x).to(x)
+        sin = _weight(self.alpha(t), x)
+        cos = _weight(self.gamma(t), x)
         x_t = sin * z + cos * x
         v_t = pi / 2 * (cos * z - sin * x)
         return x_t, v_t
@@ -91,9 +101,9 @@ class Trig(_ToNoise):
 class Diffusion(Spec):
     """The linear path as far as a diffusion's schedule goes: alpha(t) = T t, gamma(t) = 1 - T t, v_t = T (z - x).
 
-    T is the schedule's last time, .936 of Stable Diffusion's: behind it nothing was ever trained, and an output that
-    is noise says nothing of the data at T = 1. Velocities and mean velocities u = (x_t - x) / t are per unit of this
-    t, so all that holds of a path whose data lie at t = 0 holds.
+    T is the schedule's last time, 0.936 in Stable Diffusion's. Beyond T the net was never trained; and at pure noise a
+    net that predicts the noise would say nothing of the data. Velocities and mean velocities u = (x_t - x) / t are per
+    unit of this t, so what holds of any path with its data at t = 0 holds here.
     """
 
     kind: Literal["diffusion"] = "diffusion"
@@ -108,56 +118,59 @@ class Diffusion(Spec):
     def known_schedule(self) -> "Schedule":
         """The pipeline's schedule. Raises UserError where none was found."""
         if self.schedule is None:
-            raise UserError("path.schedule is the pipeline's, which is not here: pipeline=DIR names its folder")
+            raise UserError("path.schedule is null, because the pipeline was not found: set pipeline=DIR")
         return self.schedule
 
     @property
-    def spread(self) -> float:
-        """The standard deviation of what a sampler begins with: of x_vp = z, as in diffusers, on the linear path."""
-        last = self.known_schedule.last
+    def initial_std(self) -> float:
+        """The standard deviation of a sampler's first x_t, in units of the noise.
+
+        diffusers starts from variance-preserving noise x_vp = z; on the linear path that is z sqrt(T^2 + (1 - T)^2).
+        """
+        last = self.known_schedule.last_time
         return (last * last + (1 - last) ** 2) ** 0.5
 
-    def near(self, times: Sequence[float]) -> list[float]:
-        """The times of the table nearest to these falling ones: stock programs call a net at whole indices.
+    def nearest_net_times(self, times: Sequence[float]) -> list[float]:
+        """The times of the schedule nearest to `times`, for stock programs call a net at whole indices alone.
 
-        Raises UserError where there are more times than entries.
+        `times` must fall. Raises UserError where there are more times than the schedule has.
         """
         schedule = self.known_schedule
-        return [float(schedule.times[k]) / schedule.last for k in self.indices(times)]
+        return [float(schedule.times[k]) / schedule.last_time for k in self.nearest_indices(times)]
 
-    def indices(self, times: Sequence[float]) -> list[int]:
-        """The indices of the table that are nearest to falling times, falling, and no two equal.
+    def nearest_indices(self, times: Sequence[float]) -> list[int]:
+        """The indices of the schedule's times that are nearest to `times`, falling, with no two equal.
 
-        Where two times are nearest to one entry, the times above it take higher ones. Raises UserError where there are
-        more times than entries.
+        `times` must fall. Where two times are nearest to one entry, the times above it take higher entries. Raises
+        UserError where there are more times than the schedule has.
         """
         schedule = self.known_schedule
         if len(times) > schedule.steps:
             raise UserError(
-                f"{len(times):,} passes jump at as many times, and the pipeline's table has {schedule.steps:,}: "
-                f"nfe = {schedule.steps} at most"
+                f"nfe={len(times)}, but the pipeline's schedule has {schedule.steps} times: set nfe to "
+                f"{schedule.steps} or less"
             )
         rising_indices: list[int] = []
         lowest = 0  # the lowest index that is left
         for k, t in enumerate(reversed(times)):
             highest = schedule.steps - len(times) + k  # the times above need entries, too
-            index = min(max(schedule.near(t * schedule.last), lowest), highest)
+            index = min(max(schedule.nearest_index(t * schedule.last_time), lowest), highest)
             rising_indices.append(index)
             lowest = index + 1
         return rising_indices[::-1]
 
     def alpha(self, t: Tensor) -> Tensor:
         """Weight of the noise at time t."""
-        return self.known_schedule.last * t
+        return self.known_schedule.last_time * t
 
     def gamma(self, t: Tensor) -> Tensor:
         """Weight of the data at time t."""
-        return 1 - self.known_schedule.last * t
+        return 1 - self.known_schedule.last_time * t
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and v_t = dx_t/dt, given data and noise."""
-        x_t = lift(self.alpha(t), x).to(x) * z + lift(self.gamma(t), x).to(x) * x
-        return x_t, self.known_schedule.last * (z - x)
+        x_t = _weight(self.alpha(t), x) * z + _weight(self.gamma(t), x) * x
+        return x_t, self.known_schedule.last_time * (z - x)
 
 
-Path = Annotated[Linear | Trig | Diffusion, Field(discriminator="kind")]  # the union of all paths
+FlowPath = Annotated[Linear | Trig | Diffusion, Field(discriminator="kind")]  # the union of all paths

@@ -42,11 +42,11 @@ class Schedule(Spec):
         return _time_table(self.kind, self.start, self.end, self.steps, self.zero_snr)
 
     @property
-    def last(self) -> float:
+    def last_time(self) -> float:
         """The last time of the table, below 1 where some of the data is left."""
         return float(self.times[-1])
 
-    def near(self, t: float) -> int:
+    def nearest_index(self, t: float) -> int:
         """The index of the entry nearest to time t."""
         return int(np.abs(self.times - t).argmin())
 

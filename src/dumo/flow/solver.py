@@ -31,7 +31,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.runtime import signals
 from dumo.runtime.limits import PASSES
 from dumo.types import QUIET, Cond, Reads, Sample, Spec, Time, UserError, lift
@@ -64,7 +64,7 @@ class Stepper(Spec, ABC):
 
     passes: ClassVar[int]  # through the net, in a step
 
-    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+    def __call__(self, reads: Reads, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
         return _last(self.trail(reads, x, c, nfe))
 
@@ -149,10 +149,10 @@ class Restart(Spec):
         """The n times of its jumps in n passes, falling."""
         return jump_times(n, self.m, self.start)
 
-    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+    def __call__(self, reads: Reads, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
         endpoint = taught_reading(self, reads)
-        times = path.near(self.times(num_steps(self, nfe)))
+        times = path.nearest_net_times(self.times(num_steps(self, nfe)))
         t, *later_times = times_per_row(times, x)
         x_0 = endpoint(x, t, c)
         for k, s in enumerate(later_times, start=1):
@@ -177,7 +177,7 @@ class Hermite(Spec):
 
     kind: Literal["hermite"] = "hermite"
 
-    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+    def __call__(self, reads: Reads, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
         both = taught_reading(self, reads)
         times = times_per_row(jump_times(num_steps(self, nfe)), x)

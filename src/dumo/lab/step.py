@@ -26,7 +26,7 @@ from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.flow import dropout
 from dumo.flow.draw import draw
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import finite
@@ -92,7 +92,7 @@ class StepRow:
 class StepBench:
     """What makes and measures the steps of all rows: the net, and how it is trained. `prepare` makes it."""
 
-    path: Path
+    path: FlowPath
     train: Train
     classes: int
     shape: tuple[int, ...]  # of a sample

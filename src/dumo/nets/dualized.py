@@ -296,7 +296,7 @@ class Dualized(nn.Module):
         """
         assert self.gap is not None
         embedder = self._time_embedder
-        time = self.frame.clock(self.frame.schedule.last * t) if self.frame else self._model_time(t)
+        time = self.frame.clock(self.frame.schedule.last_time * t) if self.frame else self._model_time(t)
         time_embedding = copy.deepcopy(embedder).double()(self._waves(time).double())
         gap_embedding = self.gap(t - r).double()
         return fit_fixed_times(embedder, self._waves(model_times), time_embedding + gap_embedding, dtype)

@@ -37,7 +37,7 @@ MIN_DATA_SHARE = 1e-3
 class DiffusionToVelocity(nn.Module):
     """Maps x_t and t to the inputs of a net of a diffusion, and its output to a velocity.
 
-    x_t is on the path `Diffusion`, whose end, our t = 1, is at T = `schedule.last` on the linear path.
+    x_t is on the path `Diffusion`, whose end, our t = 1, is at T = `schedule.last_time` on the linear path.
     """
 
     def __init__(self, schedule: Schedule, prediction: Prediction) -> None:
@@ -53,7 +53,7 @@ class DiffusionToVelocity(nn.Module):
         The inputs are x_vp (b, ...) and the index of the time (b,). The output and the velocity, per unit of our t, are
         shaped like x.
         """
-        last = self.schedule.last
+        last = self.schedule.last_time
         linear_t = last * t  # on the linear path
         time = lift(linear_t, x)
         n = (time * time + (1 - time) * (1 - time)) ** 0.5
@@ -69,7 +69,7 @@ class DiffusionToVelocity(nn.Module):
     @property
     def max_clock_slope(self) -> float:
         """The largest derivative of the index by our t, with the index scaled to go from 0 to 1."""
-        return self.clock.fastest * self.schedule.last / self.schedule.steps
+        return self.clock.fastest * self.schedule.last_time / self.schedule.steps
 
 
 def read_scheduler(config: Mapping[str, Any]) -> DiffusionToVelocity:
@@ -96,7 +96,7 @@ def read_scheduler(config: Mapping[str, Any]) -> DiffusionToVelocity:
     fields = {"kind": law, "start": config["beta_start"], "end": config.get("beta_end"), "zero_snr": zero_snr}
     with foreign(f"{subject} describes no schedule", "take the folder of a pipeline with the scheduler that it has"):
         schedule = Schedule.model_validate(fields | {"steps": config["num_train_timesteps"]})
-    data_share = 1 - schedule.last
+    data_share = 1 - schedule.last_time
     if prediction == "epsilon" and data_share < MIN_DATA_SHARE:
         raise UserError(
             f"{subject} ends in noise alone but for {data_share:.1e} of the data, less than {MIN_DATA_SHARE:g}, and "

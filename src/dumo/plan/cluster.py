@@ -38,7 +38,7 @@ from dumo.config.check import check_pieces
 from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.flow.linearize import Moving
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import Pretrained
@@ -145,7 +145,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
 
 
 def count_step(
-    net: nn.Module, objective: Objective, path: Path, shape: tuple[int, ...], train: Train, ranks: int
+    net: nn.Module, objective: Objective, path: FlowPath, shape: tuple[int, ...], train: Train, ranks: int
 ) -> RankStep:
     """Count the step of the rank whose passes have the most rows; for one rank alone, an upper bound of it.
 
@@ -184,7 +184,7 @@ def fake_ranks(ranks: int) -> Generator[None, None, None]:
         torch.distributed.destroy_process_group()
 
 
-def _track_step(state: State, objective: Objective, path: Path, batch: Noised, train: Train) -> RankStep:
+def _track_step(state: State, objective: Objective, path: FlowPath, batch: Noised, train: Train) -> RankStep:
     """Make the second step of the first rank, its passes of this batch and its update, and count it.
 
     Two passes stand for all: one between the first and the last gathers as much as the last, and sends no gradients.
@@ -287,7 +287,7 @@ class _ReshardedDualSlope(DualSlope):
 def step_units(
     net: nn.Module,
     objective: Objective,
-    path: Path,
+    path: FlowPath,
     shape: tuple[int, ...],
     ref: cost.Theta,
     *,

@@ -30,7 +30,7 @@ from dumo.flow.draw import draw
 from dumo.flow.flow import require_terms
 from dumo.flow.guide import Guide
 from dumo.flow.linearize import Moving
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import is_dualized
 from dumo.runtime.random import stream
@@ -72,7 +72,7 @@ def _pass_cost(net: nn.Module, objective: Objective, shape: Sequence[int]) -> _P
 def forward_units(
     net: nn.Module,
     objective: Objective,
-    path: Path,
+    path: FlowPath,
     shape: Sequence[int],
     *,
     rows: int | None = None,
@@ -95,7 +95,7 @@ class StepCost(NamedTuple):
 def step_cost(
     net: nn.Module,
     objective: Objective,
-    path: Path,
+    path: FlowPath,
     shape: Sequence[int],
     *,
     rows: int | None = None,
@@ -171,7 +171,7 @@ def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int)
         return copy.deepcopy(net).to("meta")(x, c, **inputs)
 
 
-def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
+def blank(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> Noised:
     """A noised batch of this many rows in memory of its own on the CPU, its values undefined."""
     return on_cpu(_draw(objective, path, rows, shape))
 
@@ -199,13 +199,13 @@ def outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
     return net, frozen(net) if ref == "self" else Frozen(copied(net))
 
 
-def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
+def _draw(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> Noised:
     """A batch on the meta device, noised; numbers that are fixed by their row's place are there."""
     x, c = _meta_batch(rows, shape)
     return draw(objective, path, x, c, c, seed=0, step=0)
 
 
-def phases(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> list[tuple[Noised, float]]:
+def phases(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> list[tuple[Noised, float]]:
     """A noised batch on the meta device for each part of the training, with the part's share of all steps.
 
     Within a part (`Needs.phases`) all steps cost alike.

@@ -32,7 +32,7 @@ from dumo.config.code import has_own_net, has_own_parts
 from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.flow import dropout
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.flow.slope import MAX_SLOPE_ERROR, slope_of
 from dumo.nets import Net, is_pretrained
@@ -194,7 +194,7 @@ def cut_to_two_blocks(net: Net) -> Net:
     return net.model_copy(update=update)
 
 
-def example_point(objective: Objective, path: Path, data: Data, seed: int, rows: int) -> ExamplePoint:
+def example_point(objective: Objective, path: FlowPath, data: Data, seed: int, rows: int) -> ExamplePoint:
     """Draw the rows on which a slope is examined, by the seed.
 
     t goes from 1 / rows to 1 in equal steps, and other times from t, in the first row, to 0, in the last. Knobs have

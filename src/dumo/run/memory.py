@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast
 from dumo.run import cost
 from dumo.training.frozen import frozen_weights, share
@@ -160,7 +160,7 @@ def average_tensors(state: State) -> list[Tensor]:
 
 
 def training_bytes(
-    net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], train: Train, rows: int
+    net: nn.Module, objective: Objective, path: FlowPath, shape: Sequence[int], train: Train, rows: int
 ) -> TrainingBytes:
     """What training takes, `rows` rows at a time. `net` is an outline."""
     held = held_bytes(net, train)
@@ -180,7 +180,7 @@ def checkpoint_bytes(net: nn.Module, size: HeldBytes, ranks: int = 1) -> Checkpo
 def activation_bytes(
     net: nn.Module,
     objective: Objective,
-    path: Path,
+    path: FlowPath,
     shape: Sequence[int],
     *,
     rows: int,
@@ -203,7 +203,7 @@ def activation_bytes(
 def step_bytes(
     net: nn.Module,
     objective: Objective,
-    path: Path,
+    path: FlowPath,
     shape: Sequence[int],
     *,
     rows: int,

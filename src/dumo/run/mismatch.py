@@ -15,7 +15,7 @@ from dumo.config.conditions import Conditions, shown
 from dumo.config.need import buckets_field, captions_field
 from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
-from dumo.flow.path import Diffusion, Path
+from dumo.flow.path import Diffusion, FlowPath
 from dumo.flow.slope import DualSlope, slope_of
 from dumo.nets import Net, is_dualized, is_pretrained
 from dumo.nets.textfamily import has_embeddings
@@ -116,7 +116,7 @@ def _position_faults(data: Data, net: nn.Module, default_side: int) -> Iterator[
             )
 
 
-def _schedule_faults(path: Path, spec: Net) -> Iterator[str]:
+def _schedule_faults(path: FlowPath, spec: Net) -> Iterator[str]:
     """A model of a diffusion on another path than its own, or that path with another net."""
     diffusion = spec.frame if is_pretrained(spec) else None  # None: the net has learned no diffusion
     if isinstance(path, Diffusion) and diffusion is None:
@@ -151,7 +151,7 @@ def _compiler_faults(train: Train, needs: Needs, spec: Net, net: nn.Module, clas
         )
 
 
-def _base_teacher_faults(net: nn.Module, spec: Net, path: Path) -> Iterator[str]:
+def _base_teacher_faults(net: nn.Module, spec: Net, path: FlowPath) -> Iterator[str]:
     """A net without adapters as its own teacher, or on another path than that of its velocity."""
     adapters_off: Callable[[], AbstractContextManager[object]] | None = getattr(net, "base", None)
     if adapters_off is None:

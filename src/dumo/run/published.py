@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dumo.config.teacher import Start
 from dumo.encoders.part import DIFFUSERS, require_weights
-from dumo.flow.path import Path as FlowPath
+from dumo.flow.path import FlowPath
 from dumo.io.read import read_settings, user_path
 from dumo.io.weights import load
 from dumo.nets import Net

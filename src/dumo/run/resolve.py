@@ -29,8 +29,7 @@ from dumo.config.need import ways_to_captions
 from dumo.config.source import CODE, FILE, GIVEN, encode_command
 from dumo.config.spec import Run
 from dumo.data import Data, has_images, is_images, is_latents
-from dumo.flow.path import Diffusion
-from dumo.flow.path import Path as FlowPath
+from dumo.flow.path import Diffusion, FlowPath
 from dumo.flow.reading import taught_readings
 from dumo.io import digest
 from dumo.io.read import user_path

@@ -29,7 +29,7 @@ from dumo.config.teacher import Pairs, Teacher
 from dumo.data import Data, is_latents
 from dumo.flow import generate
 from dumo.flow.flow import Flow
-from dumo.flow.path import Path as FlowPath
+from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import bind_knobs, teacher_velocity
 from dumo.flow.solver import Heun

@@ -23,7 +23,7 @@ from dumo.config.place import require_run_folder
 from dumo.config.source import RunText
 from dumo.config.spec import Run
 from dumo.data import is_images
-from dumo.flow.path import Path as FlowPath
+from dumo.flow.path import FlowPath
 from dumo.flow.precision import to_float32
 from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256

@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow, Loss
-from dumo.flow.path import Path
+from dumo.flow.path import FlowPath
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.burst import new_bursts
@@ -41,7 +41,7 @@ def flow_of(
     state: State,
     spec: Train,
     objective: Objective,
-    path: Path,
+    path: FlowPath,
     classes: int,
     *,
     teacher: Taught | None = None,

@@ -98,8 +98,8 @@ def test_the_scheduler_of_a_diffusion_makes_restarts_jumps(prediction: str, pass
         return x - t[:, None] * velocity(net(scaled, index))
 
     solver = Restart(m=0.7)
-    mine = solver(Reads(endpoint=endpoint), path, path.spread * z[0], torch.zeros(3), passes, lambda k: z[k])
-    stock.set_timesteps(timesteps=path.indices(solver.times(passes)))
+    mine = solver(Reads(endpoint=endpoint), path, path.initial_std * z[0], torch.zeros(3), passes, lambda k: z[k])
+    stock.set_timesteps(timesteps=path.nearest_indices(solver.times(passes)))
     x = z[0] * stock.init_noise_sigma
     for k, index in enumerate(stock.timesteps):
         with mock.patch("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *_, k=k, **__: z[k + 1]):

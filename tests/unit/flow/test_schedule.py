@@ -31,7 +31,7 @@ def test_tables_are_those_of_diffusers(name: str) -> None:
     bars = DDIMScheduler(num_train_timesteps=schedule.steps, **said).alphas_cumprod.double().numpy()
     signal, noise = bars**0.5, (1 - bars) ** 0.5
     assert np.abs(schedule.times - noise / (signal + noise)).max() < 5e-6
-    assert (schedule.last == 1) == schedule.zero_snr
+    assert (schedule.last_time == 1) == schedule.zero_snr
 
 
 def test_stable_diffusion_spans_most_of_the_path() -> None:
@@ -66,31 +66,33 @@ def test_a_path_of_a_diffusion_is_a_part_of_the_linear_one(name: str) -> None:
     path, g = Diffusion(schedule=SCHEDULES[name]), torch.Generator().manual_seed(0)
     x, z = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
     t = torch.linspace(0, 1, 5, dtype=torch.float64)
-    last = SCHEDULES[name].last
+    last = SCHEDULES[name].last_time
     x_t, v_t = path.at(x, z, t)
     there, v = Linear().at(x, z, last * t)
     assert torch.allclose(x_t, there)
     assert torch.allclose(v_t, last * v)
     assert torch.allclose(x_t, path.alpha(t)[:, None] * z + path.gamma(t)[:, None] * x)
-    signal = (1 - last) / path.spread
-    assert path.spread == pytest.approx(1 / (signal + (1 - signal**2) ** 0.5))  # stock begins at x_vp = z
+    signal = (1 - last) / path.initial_std
+    assert path.initial_std == pytest.approx(1 / (signal + (1 - signal**2) ** 0.5))  # stock begins at x_vp = z
 
 
 def test_times_fall_on_entries() -> None:
     path = Diffusion(schedule=SD)
-    assert (path.near([1.0]), path.indices([1.0])) == ([1.0], [999])
-    (near,), (index,) = path.near([0.5]), path.indices([0.5])
+    assert (path.nearest_net_times([1.0]), path.nearest_indices([1.0])) == ([1.0], [999])
+    (near,), (index,) = path.nearest_net_times([0.5]), path.nearest_indices([0.5])
     assert abs(near - 0.5) < 1e-3
-    assert SD.last * near == pytest.approx(SD.times[index], rel=1e-15)
-    assert Linear().near([0.5]) == [0.5]
+    assert SD.last_time * near == pytest.approx(SD.times[index], rel=1e-15)
+    assert Linear().nearest_net_times([0.5]) == [0.5]
 
 
 @pytest.mark.parametrize("name", ["sd", "sd-zero", "pixart"])
 @pytest.mark.parametrize("n", [2, 50, 60, 200, 999, 1000])
 def test_no_two_jumps_are_at_one_entry(name: str, n: int) -> None:
     """Stock schedulers refuse times that do not fall. What has an entry of its own keeps it."""
-    path, times = Diffusion(schedule=SCHEDULES[name]), Restart().times(n)
-    found, nearest = path.indices(times), [SCHEDULES[name].near(t * SCHEDULES[name].last) for t in times]
+    schedule = SCHEDULES[name]
+    times = Restart().times(n)
+    found = Diffusion(schedule=schedule).nearest_indices(times)
+    nearest = [schedule.nearest_index(t * schedule.last_time) for t in times]
     assert all(a > b for a, b in pairwise(found))
     assert (found[0] <= 999, found[-1] >= 0) == (True, True)
     assert (len(set(nearest)) < n) == (n > 60 or (n == 60 and name != "pixart"))
@@ -99,10 +101,10 @@ def test_no_two_jumps_are_at_one_entry(name: str, n: int) -> None:
 
 
 def test_more_jumps_than_entries_are_refused() -> None:
-    with pytest.raises(UserError, match=r"1,001 passes jump at as many times, and the pipeline's table has 1,000"):
-        Diffusion(schedule=SD).near(Restart().times(1001))
+    with pytest.raises(UserError, match=r"^nfe=1001, but .*schedule has 1000 times: set nfe to 1000 or less$"):
+        Diffusion(schedule=SD).nearest_net_times(Restart().times(1001))
 
 
 def test_without_a_pipeline_there_is_no_schedule() -> None:
     with pytest.raises(UserError, match="pipeline=DIR"):
-        Diffusion().near([0.5])
+        Diffusion().nearest_net_times([0.5])

@@ -58,7 +58,7 @@ def test_every_head_begins_as_the_model(folder: Saved, name: str) -> None:
     net, table = built(spec), scheduler(name, spec)
     frame = net.frame
     assert frame is not None
-    t = torch.as_tensor(frame.schedule.times[index.numpy()] / frame.schedule.last).float()
+    t = torch.as_tensor(frame.schedule.times[index.numpy()] / frame.schedule.last_time).float()
     bars = table.alphas_cumprod[index].view(-1, 1, 1, 1)
     a, s = bars.sqrt(), (1 - bars).sqrt()
     said = answer(name, tiny.TINY[name].model(), x, c, index)

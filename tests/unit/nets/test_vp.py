@@ -107,7 +107,7 @@ def guess(law: Law, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
 
 def points(frame: DiffusionToVelocity, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Places with mass at both ends of the schedule and 198 times between, of t in units of its last."""
-    first = frame.schedule.times[0] / frame.schedule.last
+    first = frame.schedule.times[0] / frame.schedule.last_time
     t = torch.linspace(first, 1.0, 200, dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
     return torch.randn(200, 4, generator=g, dtype=torch.float64).to(dtype), t.to(dtype)
@@ -125,7 +125,7 @@ def test_velocity_endpoint_and_slope_are_exact(config: str, law: str) -> None:
     """In float64 to 1e-9, on the whole range of the schedule."""
     frame, f = read_scheduler(CONFIGS[config]), LAWS[law]
     x, t = points(frame)
-    last = frame.schedule.last
+    last = frame.schedule.last_time
     v = exact(f, x, t, last)
     net = shared(f, frame)
     assert (net(x, t) - v).abs().max() / v.abs().max() < 1e-9
@@ -143,7 +143,7 @@ def test_slopes_hold_in_float32(config: str, law: str) -> None:
     """Along the flow to both ends: that of the output to 1e-6 of float64's, that of a velocity, v or u, to 1e-5."""
     frame, f = read_scheduler(CONFIGS[config]), LAWS[law]
     x, t = points(frame)
-    v, net, velocity = exact(f, x, t, frame.schedule.last), knowing(f, frame), shared(f, frame)
+    v, net, velocity = exact(f, x, t, frame.schedule.last_time), knowing(f, frame), shared(f, frame)
     for function, most in ((lambda x, t: net(*frame(x, t)[:2]), 1e-6), (velocity, 1e-5)):
         low, high = (
             torch.func.jvp(function, (x.to(kind), t.to(kind)), (v.to(kind), torch.ones_like(t, dtype=kind)))[1]
@@ -184,9 +184,9 @@ def test_jumps_land_where_those_of_the_schedule_do(config: str, law: str) -> Non
     reads = Reads(endpoint=lambda x, t, c: x - lift(t, x) * net(x, t))
     g = torch.Generator().manual_seed(0)
     z = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
-    made = Restart()(reads, path, path.spread * z[0], torch.zeros(5), 2, lambda k: z[k])
+    made = Restart()(reads, path, path.initial_std * z[0], torch.zeros(5), 2, lambda k: z[k])
     x = z[0]
-    for k, index in enumerate(path.indices([1.0, 0.5])):
+    for k, index in enumerate(path.nearest_indices([1.0, 0.5])):
         t = torch.tensor(frame.schedule.times[index])
         n = (t * t + (1 - t) ** 2) ** 0.5
         a, s = ((1 - t) / n).expand(x.shape), (t / n).expand(x.shape)
@@ -200,7 +200,7 @@ def test_numbers_of_the_frame_are_no_weights_and_follow_no_type() -> None:
     assert not frame.state_dict()
     assert frame.clock.pieces.dtype == torch.float64
     assert frame.max_clock_slope == pytest.approx(
-        np.diff(frame.schedule.times).min() ** -1 * frame.schedule.last / 1000, rel=0.01
+        np.diff(frame.schedule.times).min() ** -1 * frame.schedule.last_time / 1000, rel=0.01
     )
 
 
