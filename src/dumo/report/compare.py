@@ -1,20 +1,24 @@
-"""Several runs in one table, if they were judged in the same way.
+"""Set several evaluations side by side in one table, if they were measured alike.
 
-`compare_by_protocol` is the entrance of the command line, and `compare` that of one table. It
+`dumo compare` calls `compare_by_protocol`, which makes a table for each protocol; `dumo.compare` of Python calls
+`compare`, which makes one. `dumo.lab` calls `require_comparable` alone. In this order they
 
-1. reads the evaluations (`read_report`),
-2. refuses those that were measured otherwise (`require_comparable`, which the lab calls, too),
-3. sets their rows below one another, with columns for what differs,
-4. marks the best of each number of passes.
+1. read the evaluations, each from a run's folder or a file (`read_report`);
+2. refuse evaluations that were not measured alike (`require_comparable`, by `differing_fields`);
+3. make rows of the scores, with columns for what differs: settings of the solver, and with `anyway` fields of the
+   measure;
+4. mark the best rows of each number of passes.
 
-Two numbers may stand in one table if what measured them is the same (`MEASURE_FIELDS`); what made the samples, the
-weights, the solver and its settings, may differ, for that is what is compared. A codec counts to the measure: who
-decodes in another way shows other pixels for the same latent.
+Two evaluations are measured alike if the fields MEASURE_FIELDS of their cards are equal. What made the samples (the
+weights, the solver and its settings) may differ, because it is what is compared. The codec counts as part of the
+measure: another codec shows other pixels for the same latent.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import JsonValue
 
 from dumo.config.place import EVALUATION, require_evaluation
 from dumo.evaluation.metric import CLASS_MMD
@@ -24,6 +28,8 @@ from dumo.run import shipped
 from dumo.runtime import shell_path
 from dumo.runtime.door import option
 from dumo.types import UserError
+
+Report = dict[str, Any]  # an evaluation with its card, as `read_report` returns it
 
 # The fields of a card that say how samples were measured.
 MEASURE_FIELDS = (
@@ -38,100 +44,142 @@ MEASURE_FIELDS = (
     "codec",
     "seed",
 )
-RUN_FIELDS = ("codec", "seed")  # fields of cards of runs alone: nobody knows them of images that others made
+RUN_ONLY_FIELDS = ("codec", "seed")  # unknown, and not compared, where others made the images
 
 
-def differing_fields(cards: Sequence[Card]) -> dict[str, list[Any]]:
-    """The fields of the measure that are not the same on all cards, each with its values in the order of the cards."""
-    measures = [_measure(card) for card in cards]
-    run_measures = [measure for measure, card in zip(measures, cards, strict=True) if "images" not in card]
-    fields = dict.fromkeys(field for measure in measures for field in measure)
-    differences: dict[str, list[Any]] = {}
+def differing_fields(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
+    """The fields of the measure that are not the same on all cards: by field, its value on each card.
+
+    `cards` are by source, and so are the values.
+    """
+    measures = {source: _measure(card) for source, card in cards.items()}
+    run_measures = {source: measure for source, measure in measures.items() if "images" not in cards[source]}
+    fields = dict.fromkeys(field for measure in measures.values() for field in measure)
+    differences: dict[str, dict[str, Any]] = {}
     for field in fields:
-        compared_measures = run_measures if field in RUN_FIELDS else measures
-        values = [measure.get(field) for measure in compared_measures]
+        compared_measures = run_measures if field in RUN_ONLY_FIELDS else measures
+        values = [measure.get(field) for measure in compared_measures.values()]
         if any(value != values[0] for value in values):
-            differences[field] = [measure.get(field) for measure in measures]
+            differences[field] = {source: measure.get(field) for source, measure in measures.items()}
     return differences
 
 
 def require_comparable(cards: Mapping[str, Card]) -> None:
-    """Raise UserError, with the fields that differ, where cards were not measured alike. `cards` are by run."""
-    differences = differing_fields(list(cards.values()))
+    """Raise UserError, with the fields that differ, where cards were not measured alike. `cards` are by source."""
+    differences = differing_fields(cards)
     if differences:
-        lines = [f"{field}: {_side_by_side(cards, values)}" for field, values in differences.items()]
+        lines = [f"{field}: {_sources_by_value(values)}" for field, values in differences.items()]
         raise UserError(
-            "\n  ".join(["these were not measured alike, so no table holds them both:", *lines])
+            "\n  ".join(["these were not measured alike, so they cannot stand in one table:", *lines])
             + f"\nJudge them alike, or print the table with what differs: {option('anyway', True)}"
         )
 
 
 def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
-    """The evaluations of runs' folders, or of files, in one table.
+    """Set evaluations in one table. `sources` are runs' folders, or files of evaluations.
 
     Returns
 
-    - `rows`: of all evaluations, with `best` where it is among the least distances of its number of passes, by
-      `class_mmd` where all have it. Images that others made are named by their place, without steps and passes.
+    - `rows`: the scores of all evaluations, with `best` where a row is among the best of its number of passes, by
+      `class_mmd` where all have it. A row is named by its source; images that others made are named by their place,
+      and have neither step nor passes. After the rows of the run's own solver follow those of its contrast: the same
+      weights sampled by Euler's method.
     - `perfect`: by source, the scores that a perfect sampler would have, as far as they are known
     - `differs`: by field of the measure that differs, its value for each source
 
-    A setting of the solver that differs, such as m, has a column. Scores that a run was trained on are no judges of it:
-    where there are any, they are named in the column `trained_on`.
+    A setting of the solver that differs, such as m, has a column. Scores that a run was trained on do not count as
+    judges of it: where there are any, they are named in the column `trained_on`.
 
-    Raises UserError where an evaluation is missing, or they were measured otherwise; with `anyway` what differs has
-    columns instead.
+    Raises UserError where there is no source, an evaluation is missing, or they were not measured alike; with `anyway`
+    what differs has columns instead.
     """
-    reports = {source: read_report(_evaluation_file(source), images=True) for source in sources}
-    cards = {source: report["card"] for source, report in reports.items()}
-    if not anyway:
-        require_comparable(cards)
-    differences = differing_fields(list(cards.values()))
-    varied_settings = _varied_settings(list(cards.values()))
-    any_trained_on = any("trained_on" in card for card in cards.values())
-
-    rows: list[Row] = []
-    for i, (source, report) in enumerate(reports.items()):
-        card = report["card"]
-        first_columns: Row = {"run": report.get("images", source), "step": report.get("step")}
-        for field, values in differences.items():
-            first_columns[field] = shorten_hashes(values[i])
-        last_columns: Row = {}
-        if any_trained_on:
-            last_columns["trained_on"] = ", ".join(score.trained_on_names(report["results"][0], card)) or None
-        solver = card.get("solver", {})
-        settings = {name: solver.get(name) for name in varied_settings}
-        contrast_settings = dict.fromkeys(varied_settings)  # the solver of the contrast has none
-        rows += [first_columns | settings | row | last_columns for row in report["results"]]
-        rows += [first_columns | contrast_settings | row | last_columns for row in report.get("contrast", [])]
-
-    lead = score.first_score(reports[sources[0]]["results"][0])
-    if all(CLASS_MMD in report["results"][0] for report in reports.values()):
-        lead = CLASS_MMD
-    rows = score.mark_best(rows, lead)
-    columns = dict.fromkeys(name for row in rows for name in row)
-    perfect = {source: _perfect_scores(report) for source, report in reports.items()}
-    return {
-        "rows": [{name: row.get(name) for name in columns} for row in rows],
-        "differs": {field: dict(zip(cards, values, strict=True)) for field, values in differences.items()},
-        "perfect": {source: scores for source, scores in perfect.items() if scores},
-    }
+    return _compare_reports(_read_reports(sources), anyway=anyway)
 
 
 def compare_by_protocol(sources: Sequence[str], *, anyway: bool = False) -> dict[str, dict[str, Any]]:
-    """The evaluations of runs' folders, or of files, as `compare` has them: a table for each protocol, by its kind.
+    """Set evaluations in a table for each protocol, by the protocol's kind. Takes sources and raises as `compare`.
 
-    What different protocols measured has nothing in common that could be compared; with `anyway` it is one table, whose
-    key is "". Raises as `compare`.
+    Evaluations by different protocols have no scores that could be compared. With `anyway` there is one table of all,
+    and its key is "".
     """
+    reports = _read_reports(sources)
     if anyway:
-        return {"": compare(sources, anyway=True)}
-    sources_by_kind: dict[str, list[str]] = {}
-    for source in sources:
-        report = read_report(_evaluation_file(source), images=True)
-        kind, *_ = report["protocol"].split(" (")  # what is odd about a protocol stands in brackets
-        sources_by_kind.setdefault(kind, []).append(source)
-    return {kind: compare(alike) for kind, alike in sources_by_kind.items()}
+        return {"": _compare_reports(reports, anyway=True)}
+    reports_by_kind: dict[str, dict[str, Report]] = {}
+    for source, report in reports.items():
+        kind, *_ = report["protocol"].split(" (")  # brackets hold what is unusual in a protocol
+        reports_by_kind.setdefault(kind, {})[source] = report
+    tables: dict[str, dict[str, Any]] = {}
+    for kind, reports_of_kind in reports_by_kind.items():
+        tables[kind] = _compare_reports(reports_of_kind, anyway=False)
+    return tables
+
+
+def _read_reports(sources: Sequence[str]) -> dict[str, Report]:
+    """Read the evaluation of each source, once where a source is named twice. Raises as `compare`."""
+    if not sources:
+        raise UserError("there is nothing to compare: name one run or more, each a folder or an evaluation's file")
+    return {source: read_report(_evaluation_file(source), images=True) for source in sources}
+
+
+def _compare_reports(reports: Mapping[str, Report], *, anyway: bool) -> dict[str, Any]:
+    """The table of evaluations by source, one or more, as `compare` returns it. Raises as `require_comparable`."""
+    cards = {source: report["card"] for source, report in reports.items()}
+    if not anyway:
+        require_comparable(cards)
+    differences = differing_fields(cards)
+    varied_settings = _varied_settings(list(cards.values()))
+    has_trained_on = any("trained_on" in card for card in cards.values())
+
+    rows: list[Row] = []
+    for source, report in reports.items():
+        measure = {field: shorten_hashes(values[source]) for field, values in differences.items()}
+        rows += _source_rows(source, report, measure, varied_settings, has_trained_on=has_trained_on)
+    rows = score.mark_best(rows, _ranking_score(list(reports.values())))
+
+    perfect: dict[str, Row] = {}
+    for source, report in reports.items():
+        perfect_scores = _perfect_scores(report)
+        if perfect_scores:
+            perfect[source] = perfect_scores
+    return {"rows": _with_all_columns(rows), "differs": differences, "perfect": perfect}
+
+
+def _source_rows(
+    source: str, report: Report, measure: Row, varied_settings: Sequence[str], *, has_trained_on: bool
+) -> list[Row]:
+    """The rows of one evaluation: those of the run's solver, then those of the contrast.
+
+    Before the scores stand the source, the step, `measure` (the fields of the measure that differ, with this source's
+    values) and the settings of the solver that differ. With `has_trained_on` a column after the scores names those that
+    the run was trained on.
+    """
+    card = report["card"]
+    first_columns: Row = {"run": report.get("images", source), "step": report.get("step"), **measure}
+    last_columns: Row = {}
+    if has_trained_on:
+        last_columns["trained_on"] = ", ".join(score.trained_on_names(report["results"][0], card)) or None
+
+    solver = card.get("solver", {})
+    settings = {name: solver.get(name) for name in varied_settings}
+    rows = [first_columns | settings | row | last_columns for row in report["results"]]
+    no_settings = dict.fromkeys(varied_settings)  # Euler's method has none
+    rows += [first_columns | no_settings | row | last_columns for row in report.get("contrast", [])]
+    return rows
+
+
+def _ranking_score(reports: Sequence[Report]) -> str:
+    """The score by which rows are marked as best: `class_mmd` where all have it, else the first of the first."""
+    first_rows = [report["results"][0] for report in reports]
+    if all(CLASS_MMD in row for row in first_rows):
+        return CLASS_MMD
+    return score.first_score(first_rows[0])
+
+
+def _with_all_columns(rows: Sequence[Row]) -> list[Row]:
+    """The rows with the columns of all of them, in one order; None where a row lacks a value."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def _varied_settings(cards: Sequence[Card]) -> list[str]:
@@ -146,23 +194,26 @@ def _varied_settings(cards: Sequence[Card]) -> list[str]:
     return varied
 
 
-def _perfect_scores(report: Row) -> Row:
+def _perfect_scores(report: Report) -> Row:
     """The scores, with errors, that a perfect sampler would have, by name; {} where they are not known."""
     scores: Row = dict(score.baselines_by_name(report).get("perfect", {}))
     return {name: value for name, value in scores.items() if value is not None}
 
 
-def shorten_hashes(value: object) -> str:
-    """A value of a card as text for a table, with each SHA-256, of 64 characters, cut to 8."""
-    return " ".join(word[:8] if len(word) == 64 else word for word in str(value).split())
+def shorten_hashes(value: JsonValue) -> str | float | None:
+    """A value of a card for a table. Numbers and None stay; others become text, each SHA-256 cut from 64 to 8 digits."""
+    if value is None or isinstance(value, int | float):
+        return value
+    words = [word[:8] if len(word) == 64 else word for word in str(value).split()]
+    return " ".join(words)
 
 
-def _side_by_side(cards: Mapping[str, Card], values: Sequence[Any]) -> str:
-    """Each value with the names of the cards that have it: '0 in a, b; 1 in c'."""
-    names: dict[str, list[str]] = {}
-    for name, value in zip(cards, values, strict=True):
-        names.setdefault(str(value), []).append(name)
-    return "; ".join(f"{value} in {', '.join(card_names)}" for value, card_names in names.items())
+def _sources_by_value(values: Mapping[str, Any]) -> str:
+    """Each value with the sources that have it, as text: '0 in a, b; 1 in c'. `values` are by source."""
+    sources: dict[str, list[str]] = {}
+    for source, value in values.items():
+        sources.setdefault(str(value), []).append(source)
+    return "; ".join(f"{value} in {', '.join(names)}" for value, names in sources.items())
 
 
 def _measure(card: Card) -> Card:
@@ -179,11 +230,11 @@ def _measure(card: Card) -> Card:
 def _evaluation_file(source: str) -> Path:
     """The file of an evaluation: `source` itself, or the one in the run's folder `source`.
 
-    Of a run that comes with dumo it is the one that was made here, else the one that came with it. Raises UserError
-    where there is none.
+    For a run that comes with dumo it is the one in the user's own output folder, else the one that came with the run.
+    Raises UserError where there is none.
     """
     path = shipped.output_folder(source)
-    shipped_folder = shipped.find(source)
+    shipped_folder = shipped.find(source)  # `path` itself, where the run does not come with dumo
     if shipped_folder != path and not (path / EVALUATION).is_file():
         return shipped_folder / EVALUATION
     require_evaluation(path)
@@ -193,5 +244,5 @@ def _evaluation_file(source: str) -> Path:
     other_evaluations = sorted(map(str, path.glob("evaluation-*.json")))
     if other_evaluations and not file.exists():
         fix = f"name {' or '.join(other_evaluations)}, or run dumo evaluate {shell_path(source)}"
-        raise UserError(f"{source} was not judged as its own spec says: {fix}")
+        raise UserError(f"{source} has no {EVALUATION}: {fix}")
     return file

@@ -48,7 +48,7 @@ FIELDS = ("protocol", "samples", "features", "features_sha256", "reference", "re
 def test_every_measure_that_differs_is_refused_and_named(field: str) -> None:
     value = {"kind": "taef2", "sha256": "e" * 64} if field == "codec" else "another"
     other = CARD | {field: value}
-    assert list(differing_fields([CARD, other, CARD])) == [field]
+    assert list(differing_fields({"a": CARD, "b": other, "c": CARD})) == [field]
     with pytest.raises(UserError, match=rf"not measured alike(.|\n)*  {field}: .* in a, c; .* in b\n.*anyway=True"):
         require_comparable({"a": CARD, "b": other, "c": CARD})
 
@@ -62,13 +62,13 @@ def test_a_codec_is_known_by_its_weights() -> None:
     codec = CARD["codec"]
     require_comparable({"a": CARD, "b": CARD | {"codec": codec | {"scale": 1.2, "shift": 0.0}}})  # as cards had it
     for other in (None, codec | {"kind": "sd-vae"}):
-        assert list(differing_fields([CARD, CARD | {"codec": other}])) == ["codec"]
+        assert list(differing_fields({"a": CARD, "b": CARD | {"codec": other}})) == ["codec"]
 
 
 def test_data_without_a_hash_is_compared_by_what_it_is() -> None:
     draws = {key: value for key, value in CARD.items() if key != "reference_sha256"}
     require_comparable({"a": draws, "b": draws})
-    assert list(differing_fields([draws, draws | {"data": {"kind": "moons"}}])) == ["data"]
+    assert list(differing_fields({"a": draws, "b": draws | {"data": {"kind": "moons"}}})) == ["data"]
 
 
 def test_a_table_of_runs(tmp_path: Path) -> None:
@@ -115,8 +115,15 @@ def test_anyway_shows_what_differs(tmp_path: Path) -> None:
         compare([a, b])
     found = compare([a, b], anyway=True)
     assert found["differs"]["seed"] == {a: 0, b: 1}
-    assert [(row["seed"], row["reference_sha256"]) for row in found["rows"][::2]] == [("0", "b" * 8), ("1", "e" * 8)]
+    assert [(row["seed"], row["reference_sha256"]) for row in found["rows"][::2]] == [(0, "b" * 8), (1, "e" * 8)]
     assert shorten_hashes(f"taef2 {'c' * 64}") == "taef2 cccccccc"
+
+
+def test_a_value_that_differs_stays_none_or_a_number(tmp_path: Path) -> None:
+    """The table of the terminal shows None as an empty cell, and numbers are numbers in JSON."""
+    a, b = written(tmp_path / "a", resize=None), written(tmp_path / "b", samples=50_000)
+    rows = compare([a, b], anyway=True)["rows"]
+    assert [(row["resize"], row["samples"]) for row in rows[::2]] == [(None, 10_000), ("TensorFlow 1", 50_000)]
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
@@ -124,10 +131,12 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run has no evaluation\.json: run dumo evaluate .*run first"):
         compare([str(tmp_path / "run")])
     (tmp_path / "run/evaluation-seed1.json").write_text("{}")
-    with pytest.raises(UserError, match=r"not judged as its own spec says: name .*/run/evaluation-seed1\.json, or run"):
+    with pytest.raises(UserError, match=r"run has no evaluation\.json: name .*/run/evaluation-seed1\.json, or run"):
         compare([str(tmp_path / "run")])
     with pytest.raises(UserError, match="there is no run's folder or evaluation nothing"):
         compare(["nothing"])
+    with pytest.raises(UserError, match="there is nothing to compare: name one run or more"):
+        compare([])
 
 
 CHANGES: list[tuple[str, Any]] = [
