@@ -258,7 +258,7 @@ def test_central_differences_err_as_the_page_says(tmp_path: Path, monkeypatch: p
         run = dumo.load(name)
         objective = run.spec.objective.model_copy(update={"slope": CentralSlope()})
         point = example_point(objective, run.spec.path, run.spec.data, 0, 16)
-        errors = slope_errors(objective, run.net, Frozen(run.net), point.x_t, point.direction, point.c, **point.inputs)
+        errors = slope_errors(objective, run.net, Frozen(run.net), point)
         assert errors["u"].item() == pytest.approx(1e-3 * float(told[1]), abs=0.06e-3)
         assert all(4e-4 < error < 3e-3 for error in errors.values())
 

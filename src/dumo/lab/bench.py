@@ -26,7 +26,7 @@ from dumo.flow.reading import reading
 from dumo.flow.solver import Euler, Solver, check
 from dumo.lab import random_net
 from dumo.plan import machine
-from dumo.run import examination
+from dumo.run import trial_net
 from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
@@ -67,7 +67,7 @@ def sample(
         for nfe in nfes:
             cases.append(_SampleCase(precision, nfe, solver(run.sample.solver, run.reads, nfe)))
     module = random_net.build(
-        examination.with_random_texts_if_missing(run.net),
+        trial_net.with_random_texts_if_missing(run.net),
         run.objective.needs,
         shape,
         run.data.classes,

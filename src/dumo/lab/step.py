@@ -32,7 +32,7 @@ from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import finite
 from dumo.lab import random_net
 from dumo.plan import machine
-from dumo.run import cost, examination, memory
+from dumo.run import cost, examination, memory, trial_net
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch
@@ -236,7 +236,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     require_known("way to compile", compile, COMPILE_CHOICES)
     needs = run.objective.needs
     classes = run.data.classes
-    net_with_texts = examination.with_random_texts_if_missing(run.net)
+    net_with_texts = trial_net.with_random_texts_if_missing(run.net)
     net = random_net.build(net_with_texts, needs, shape, classes, device, rows=run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
@@ -397,6 +397,7 @@ def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) ->
     """The relative error of du/dt along v_t, on the rows of a batch; None for an objective without a slope."""
     if objective.needs.slope is None:
         return None
-    errors = examination.slope_errors(objective, net, ref, b.x_t, b.v_t, b.c, **_net_inputs(objective, b))
+    point = examination.ExamplePoint(x_t=b.x_t, direction=b.v_t, c=b.c, inputs=_net_inputs(objective, b))
+    errors = examination.slope_errors(objective, net, ref, point)
     head = "u" if "u" in errors else objective.needs.heads[-1]
     return errors[head].item()

@@ -42,7 +42,7 @@ from dumo.encoders.caption import Captions
 from dumo.io.read import brief, user_path
 from dumo.plan import machine, plan, rehearsal
 from dumo.plan.findings import caption_findings
-from dumo.run import contract, examination
+from dumo.run import contract, trial_net
 from dumo.run.net import outline, require_room
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
@@ -308,8 +308,8 @@ def _step_seconds(run: Run, device: torch.device) -> float:
     Raises UserError where the net has no room here, or a user's own part cannot be trained.
     """
     if has_own_parts(run):
-        contract.require_contract(run, examination.randomly_initialized_net(run, device), device)
-    run = run.model_copy(update={"net": examination.with_random_texts_if_missing(run.net)})
+        contract.require_contract(run, trial_net.randomly_initialized_net(run, device), device)
+    run = run.model_copy(update={"net": trial_net.with_random_texts_if_missing(run.net)})
     rows = run.train.micro_batch or run.train.batch
     require_room(run, device, run.train.copies, rows)
     batch = rehearsal.random_rows(run.data, rows, device)

@@ -17,7 +17,7 @@ from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.flow.guide import CFG
 from dumo.plan import machine
-from dumo.run import cost, examination
+from dumo.run import cost, examination, trial_net
 from dumo.run.net import flow_in_training, outline, require_room
 from dumo.run.sampler import Sampler, sampler_of
 from dumo.run.weights import build
@@ -78,7 +78,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
     Raises UserError where training would refuse to begin or memory is too small, Diverged where the step is not finite.
     """
     torch_device = choose_device(device)
-    spec = spec.model_copy(update={"net": examination.with_random_texts_if_missing(spec.net)})
+    spec = spec.model_copy(update={"net": trial_net.with_random_texts_if_missing(spec.net)})
     if torch_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(torch_device)
     exam = examination.examine(spec, torch_device)

@@ -201,7 +201,7 @@ def _perfect_scores(report: Report) -> Row:
 
 
 def shorten_hashes(value: JsonValue) -> str | float | None:
-    """A value of a card for a table. Numbers and None stay; others become text, each SHA-256 cut from 64 to 8 digits."""
+    """A value of a card for a table. Numbers and None stay; other values become text, each SHA-256 cut to 8 digits."""
     if value is None or isinstance(value, int | float):
         return value
     words = [word[:8] if len(word) == 64 else word for word in str(value).split()]

@@ -1,7 +1,7 @@
 """Whether a run's du/dt is the derivative on this machine, examined before any training rests on it.
 
-`examine` compares on a copy of two blocks with random parameters, before the first step; `examine_weights` on the
-weights in training, before the first checkpoint. Both, in this order,
+`examine` compares on a fresh net cut to two blocks, with random weights, before the first step; `examine_weights` on
+the weights in training, before the first checkpoint. Both
 
 1. draw the rows of an `ExamplePoint` (`example_point`);
 2. take the configured slope there, in its precision and on its device, and the derivative in float64
@@ -14,10 +14,7 @@ quotient divides the rounding of two passes by 2 h: under bf16 that is as large 
 1000 t, as image models do, h = 0.005 spans more than a turn of the embedding. And a tangent rule or a kernel may be
 wrong, perhaps on one device alone.
 
-Why random parameters: the last layers of a fresh net are zero, so u = du/dt = 0, and anything passes.
-
-Others make a run's net cheap to try by `randomly_initialized_net`, `cut_to_two_blocks` and
-`with_random_texts_if_missing`.
+Why random weights: the last layers of a fresh net are zero, so u = du/dt = 0, and any slope passes.
 """
 
 import math
@@ -35,18 +32,14 @@ from dumo.flow import dropout
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.flow.slope import MAX_SLOPE_ERROR, slope_of
-from dumo.nets import Net, is_pretrained
-from dumo.run.weights import build
+from dumo.run.trial_net import STREAM_KEY, randomly_initialized_net
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Frozen, Objective, Sample, Time, UserError
 
 MAX_ERROR_AT_ZERO = 1e-6  # the l2 error allowed where du/dt is zero: ours
-ROWS_RANDOM = 4  # rows on random parameters, so t = 1/4, 1/2, 3/4 and 1: ours
+ROWS_RANDOM = 4  # rows on random weights, so t = 1/4, 1/2, 3/4 and 1: ours
 ROWS_IN_TRAINING = 2  # rows on the weights in training, where the memory of a pass counts: ours
-VECTOR_NOISE = 0.1  # the sd of what is added to biases and gains, so that gains stay near 1: ours
-SUBJECT_SCALE = 0.1  # of the random weights of a subject's adapter, which adds a third part to a layer: ours
-STREAM_KEY = "doctor"  # of all draws: a command's name. Another key would draw other numbers
 
 
 @dataclass(frozen=True)
@@ -110,10 +103,10 @@ class Examination:
 
 
 def examine(run: Run, device: torch.device) -> Examination:
-    """Examine the run's slope on its net, cut to two blocks, with random parameters.
+    """Examine the run's slope on a fresh net cut to two blocks, with random weights. Every rank must call it.
 
-    A user's own net or loss is tried first (`dumo.run.contract`). Raises UserError where it breaks the contract, and
-    where the slope cannot be taken.
+    Call `require` on the result. A user's own net or loss is tried first (`dumo.run.contract`). Raises UserError where
+    it breaks the contract, and where the slope cannot be taken.
     """
     net = randomly_initialized_net(run, device)
     if has_own_parts(run):
@@ -121,77 +114,16 @@ def examine(run: Run, device: torch.device) -> Examination:
 
         require_contract(run, net, device)
     point = example_point(run.objective, run.path, run.data, run.train.seed, ROWS_RANDOM)
-    return _compare(net, run, point, device, "drawn weights")
+    return _compare(net, run, point, device, "random weights")
 
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
-    """Examine the run's slope on a net in training, which must not be sharded. The net is not changed.
+    """Examine the run's slope on a net in training, which must not be sharded. Every rank must call it.
 
-    Raises UserError where the slope cannot be taken.
+    Call `require` on the result. The net is not changed. Raises UserError where the slope cannot be taken.
     """
     point = example_point(run.objective, run.path, run.data, run.train.seed, ROWS_IN_TRAINING)
     return _compare(copy_sharing_weights(net), run, point, device, "the weights in training")
-
-
-def randomly_initialized_net(run: Run, device: torch.device) -> nn.Module:
-    """Build the run's net, cut to two blocks, and draw every parameter by the run's seed, layers of zeros, too.
-
-    Texts of which no table exists yet are random.
-    """
-    net = build(run.model_copy(update={"net": cut_to_two_blocks(with_random_texts_if_missing(run.net))}), device)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            noise = torch.randn(p.shape, generator=stream(run.train.seed, STREAM_KEY, name)).to(p)
-            if _is_of_subject(run.net, name):
-                noise = SUBJECT_SCALE * noise
-            if p.ndim > 1:
-                fan_in = p[0].numel()
-                p.copy_(noise / fan_in**0.5)
-            else:
-                p.copy_(p + VECTOR_NOISE * noise)
-    return net
-
-
-def _is_of_subject(net: Net, name: str) -> bool:
-    """Whether the weight of this name belongs to an adapter of a subject."""
-    if not net.lora:
-        return False
-
-    from dumo.nets.adapter import SUBJECT
-
-    return f".{SUBJECT}." in name
-
-
-def with_random_texts_if_missing(net: Net) -> Net:
-    """The spec of a net. If it reads a table of texts that does not exist yet, random texts take its place."""
-    if net.texts is None:
-        return net
-
-    from dumo.nets.text import or_drawn
-
-    texts = or_drawn(net.texts)
-    if texts is net.texts:
-        return net
-    return net.model_copy(update={"texts": texts})
-
-
-def cut_to_two_blocks(net: Net) -> Net:
-    """The spec of a net with at most two blocks of each kind. Of a pretrained net no weights are read."""
-    if is_pretrained(net):
-        return net.short(2)
-    # a net without blocks, or a user's own, has none of these fields
-    depth: int | None = getattr(net, "depth", None)
-    route: object = getattr(net, "route", None)
-    late: int | None = getattr(net, "late", None)
-    if depth is None:
-        return net
-    short_depth = min(2, depth)
-    update: dict[str, int | None] = {"depth": short_depth}
-    if route:
-        update["route"] = None  # it names blocks that are cut
-    if late is not None:
-        update["late"] = min(late, short_depth - 1)
-    return net.model_copy(update=update)
 
 
 def example_point(objective: Objective, path: FlowPath, data: Data, seed: int, rows: int) -> ExamplePoint:
@@ -217,10 +149,8 @@ def example_point(objective: Objective, path: FlowPath, data: Data, seed: int, r
 def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device, weights_label: str) -> Examination:
     """Compare the slope, used as training uses it, with the derivative in float64. Every rank must call it.
 
-    Errors are averaged over ranks, so that all ranks reach the same verdict.
-
-    The mode of `net` is changed. dumo's nets are compared in evaluation mode, because in training they are the same
-    function but for dropout. A user's own is in training mode, with the dropout masks of a step.
+    Errors are averaged over ranks, so that all ranks reach the same verdict. The mode of `net`, training or evaluation,
+    is changed.
     """
     objective = run.objective
     train = run.train
@@ -231,15 +161,25 @@ def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device
             slope=None, precision=train.precision, time_scale=time_scale, weights=weights_label, errors={}
         )
     point = point.to(device)
-    keys = None
+
+    # dumo's nets compute the same function in both modes but for dropout, so they are compared without it
     net.eval()
-    # on MPS float64 is computed on the CPU, and the keys of the masks lie on the GPU
+    mask_keys = None
+
+    # A user's own net may do more in training: it is compared in that mode, with the dropout masks of a step. On MPS it
+    # cannot be, because float64 is computed on the CPU, and the keys of the masks lie on the GPU.
     if has_own_net(run) and device.type != "mps":
         net.train()
-        keys = dropout.keys(train.seed, 0, len(point.x_t)).to(device)
-    ref = Frozen(net if train.ref == "self" else copy_sharing_weights(net).eval())
-    with using(train.precision, device), dropout.using(keys):
-        errors = slope_errors(objective, net, ref, point.x_t, point.direction, point.c, **point.inputs)
+        mask_keys = dropout.keys(train.seed, 0, len(point.x_t)).to(device)
+
+    # theta^-: the net itself in its mode, or an average of its weights, which is in evaluation mode in training, too
+    target_module = net
+    if train.ref != "self":
+        target_module = copy_sharing_weights(net).eval()
+    target_net = Frozen(target_module)
+
+    with using(train.precision, device), dropout.using(mask_keys):
+        errors = slope_errors(objective, net, target_net, point)
     mean_errors = dist.mean(torch.stack([*errors.values()]).to(point.x_t))
     error_by_head = dict(zip(errors, mean_errors.tolist(), strict=True))
     return Examination(
@@ -251,41 +191,33 @@ def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device
     )
 
 
-def slope_errors(
-    objective: Objective,
-    net: nn.Module,
-    ref: Frozen,
-    x_t: Sample,
-    direction: Sample,
-    c: Cond,
-    /,
-    **inputs: Time,
-) -> dict[str, Tensor]:
-    """The relative l2 error of the objective's slope, by head, against d/dt of `ref` in float64.
+def slope_errors(objective: Objective, net: nn.Module, ref: Frozen, point: ExamplePoint) -> dict[str, Tensor]:
+    """The relative l2 error of the objective's slope at a point, by head, against d/dt of `ref` in float64.
 
-    x_t (b, *d) moves along `direction` (b, *d). The slope is taken in the precision that is set around the call. It has
-    two uses, with the direction known before the pass of the net or only after it: the larger error counts.
+    The slope is taken in the precision that is set around the call. A loss may know the direction before the pass of
+    the net, or only after it, and a slope may compute the two cases differently: the larger error counts.
     """
     slope = slope_of(objective)
     assert slope is not None
-    exact_derivatives = exact_derivative(ref.module, x_t, direction, c, **inputs)
+    exact_derivatives = exact_derivative(ref.module, point.x_t, point.direction, point.c, **point.inputs)
 
-    def errors_of_use(direction_before_pass: Sample | None) -> Tensor:
-        _, derivatives_along = slope(net, ref, x_t, c, toward=direction_before_pass, moving=None, **inputs)
+    def head_errors(known_direction: Sample | None) -> Tensor:
+        """The error of each head, (heads,), where the slope is told this direction before the pass."""
+        # `toward` is the direction as far as it is known; `moving=None`: the derivative is wanted on all rows
+        _, along = slope(net, ref, point.x_t, point.c, toward=known_direction, moving=None, **point.inputs)
         with torch.no_grad():
-            derivatives = derivatives_along(direction)
+            derivatives = along(point.direction)
         errors: list[Tensor] = []
-        for derivative, truth in zip(derivatives, exact_derivatives, strict=True):
-            errors.append(_relative_error(derivative, truth))
+        for derivative, exact in zip(derivatives, exact_derivatives, strict=True):
+            errors.append(_relative_error(derivative, exact))
         return torch.stack(errors)
 
-    errors_if_known_before = errors_of_use(direction)
-    errors_if_known_after = errors_of_use(None)
+    errors_if_known_before = head_errors(point.direction)
+    errors_if_known_after = head_errors(None)
     largest_errors = torch.maximum(errors_if_known_before, errors_if_known_after)
+    # a net may return gauges after its heads; they do not count
     heads = objective.needs.heads
-    return dict(
-        zip(heads, largest_errors[: len(heads)], strict=True)
-    )  # after the heads come gauges, which do not count
+    return dict(zip(heads, largest_errors[: len(heads)], strict=True))
 
 
 def _relative_error(derivative: Tensor, exact: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from dumo.nets import Pretrained
 from dumo.plan import rehearsal
 from dumo.plan.plan import cache_bytes, lines, missing_data, most_rows, plan, show
 from dumo.plan.rehearsal import TimedStep
-from dumo.run import cost, encode, examination, memory
+from dumo.run import cost, encode, memory, trial_net
 from dumo.run.cost import StepCost
 from dumo.run.net import outline
 from dumo.run.weights import build
@@ -107,7 +107,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     if name in HEAVY:
         assert isinstance(spec.net, Pretrained)
         spec = spec.model_copy(update={"net": spec.net.short(2)})
-    examined_net = examination.cut_to_two_blocks(spec.net)  # before training
+    examined_net = trial_net.cut_to_two_blocks(spec.net)  # before training
     assert outline(spec.model_copy(update={"net": examined_net}))
     facts = plan(spec)
     json.dumps(facts, allow_nan=False)

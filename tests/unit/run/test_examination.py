@@ -252,9 +252,9 @@ def test_an_examination_of_the_weights_in_training_copies_none(ref: str, monkeyp
     own = examination.slope_errors
     compared: list[nn.Module] = []
 
-    def watch(objective: Objective, net: nn.Module, ref: Frozen, *point: Tensor, **inputs: Time) -> dict[str, Tensor]:
+    def watch(objective: Objective, net: nn.Module, ref: Frozen, point: examination.ExamplePoint) -> dict[str, Tensor]:
         compared.extend([net, ref.module])
-        return own(objective, net, ref, *point, **inputs)
+        return own(objective, net, ref, point)
 
     monkeypatch.setattr(examination, "slope_errors", watch)
     examination.examine_weights(run, net, CPU).require()
