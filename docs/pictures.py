@@ -27,7 +27,7 @@ from dumo.lab.reproduce import VIEWS, View
 from dumo.lab.table import from_cells
 from dumo.run.judge import reference_data
 from dumo.run.weights import RunFolder, open_run
-from dumo.runtime.progress import nfe_text
+from dumo.runtime.text import nfe_text
 
 DOCS = Path(__file__).parent
 RESULTS = (DOCS / "results", DOCS.parent / "src/dumo/recipes/results")

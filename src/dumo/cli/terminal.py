@@ -31,7 +31,8 @@ from rich.text import Text
 
 from dumo.error import UserError
 from dumo.runtime import signals
-from dumo.runtime.progress import escape_controls, escape_line, print_line
+from dumo.runtime.progress import print_line
+from dumo.runtime.text import escape_controls, escape_line
 
 
 class PlainConsole(Console):

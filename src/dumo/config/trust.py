@@ -21,7 +21,7 @@ from dumo.error import UserError
 from dumo.io.read import brief
 from dumo.runtime import signals
 from dumo.runtime.door import option
-from dumo.runtime.progress import escape_line
+from dumo.runtime.text import escape_line
 
 CODE_NAME = re.compile(r"[\w.]+:[\w.]+")  # module:attribute
 trusts_all = False  # whether all code is trusted, inside `trusting`

@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader
 from dumo.io import digest
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
-from dumo.runtime.progress import Bar, delayed_bar, duration_text, line_printer, no_bar
+from dumo.runtime.progress import Bar, delayed_bar, line_printer, no_bar
+from dumo.runtime.text import duration_text
 from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
@@ -148,7 +149,7 @@ def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN
     tensors: list[Tensor] = []
     labels: list[Any] = []
     log_duration = _duration_logger(total, line_printer(bar))
-    with delayed_bar("reading the data", total, after=QUIET_SECONDS, shown=bar) as tick:
+    with delayed_bar("reading the data", total, after=QUIET_SECONDS, inner=bar) as tick:
         for i in range(total):  # not every data set ends by itself
             sample, label = _sample_and_label(data[i])
             tensors.append(_to_tensor(sample, f"row {i} of the data"))

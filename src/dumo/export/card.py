@@ -34,7 +34,7 @@ from dumo.run.resolve import as_given, without_path
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path, version
-from dumo.runtime.progress import escape_line
+from dumo.runtime.text import escape_line
 from dumo.types import UserError
 
 PROMPT = "a red fox in the snow"

@@ -9,7 +9,7 @@ from dumo.io import picture
 from dumo.lab.cell import Result, Row
 from dumo.lab.table import group_by_arm, main_score
 from dumo.report import chart, score
-from dumo.runtime.progress import nfe_text
+from dumo.runtime.text import nfe_text
 
 
 def ranking_chart(title: str, rows: Sequence[Row]) -> Image.Image:

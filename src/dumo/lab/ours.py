@@ -33,8 +33,8 @@ from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_sco
 from dumo.report import chart, gallery
 from dumo.run.judge import training_data
 from dumo.run.sampler import Sampler
-from dumo.runtime.progress import nfe_text
 from dumo.runtime.random import noise
+from dumo.runtime.text import nfe_text
 
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}  # by the kind of the protocol
 MAX_SAMPLES = 4000  # that a class FD takes in all, 400 of each of 10 classes: ours

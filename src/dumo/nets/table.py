@@ -37,7 +37,7 @@ from dumo.nets.live import OnlineTexts
 from dumo.nets.mapped import MappedRows
 from dumo.nets.rows import Rows, TextReader, TextRows, Texts, TextSizes
 from dumo.runtime.limits import CHANNELS, GIGABYTES
-from dumo.runtime.progress import bytes_text
+from dumo.runtime.text import bytes_text
 from dumo.types import FREE, MACHINE, PINNED, PLACE, Spec, UserError
 
 GIGABYTE = 1e9  # bytes

@@ -49,7 +49,7 @@ from dumo.run import cost, memory
 from dumo.run.memory import HeldBytes
 from dumo.run.net import outline
 from dumo.runtime import dist
-from dumo.runtime.progress import bytes_text
+from dumo.runtime.text import bytes_text
 from dumo.training import layout
 from dumo.training.layout import share_of
 from dumo.training.spec import Train

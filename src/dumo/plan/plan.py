@@ -29,8 +29,8 @@ from dumo.plan.host import DEVICES, host_bytes
 from dumo.run import cost, memory
 from dumo.run.net import outline
 from dumo.runtime import dist
-from dumo.runtime.progress import bytes_text, nfe_text, number_text
 from dumo.runtime.random import stream
+from dumo.runtime.text import bytes_text, nfe_text, number_text
 from dumo.training.spec import Train
 from dumo.training.step import passes
 from dumo.types import Objective, UserError

@@ -49,8 +49,9 @@ from dumo.run.weights import build
 from dumo.runtime import install_command, installed_version, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.door import settings
-from dumo.runtime.progress import Bar, duration_text, ignore_line, no_bar
+from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.stopwatch import WARM_UP, Stopwatch
+from dumo.runtime.text import duration_text
 from dumo.training.deadline import SECONDS_PER_MINUTE
 from dumo.types import Spec, UserError
 

@@ -26,7 +26,7 @@ from dumo.report.gallery import POINTS, TAUGHT_BY_LETTER, SamplingMode, solver_t
 from dumo.report.live import InteractiveRun
 from dumo.report.sample import sheet
 from dumo.run.prompt import names
-from dumo.runtime.progress import nfe_text
+from dumo.runtime.text import nfe_text
 from dumo.types import Sample, UserError
 
 PASSES = (1, 2, 4, 50)  # compared side by side: what few-step models take, and what flow models do

@@ -202,7 +202,7 @@ def slope_errors(objective: Objective, net: nn.Module, ref: Frozen, point: Examp
     exact_derivatives = exact_derivative(ref.module, point.x_t, point.direction, point.c, **point.inputs)
 
     def head_errors(known_direction: Sample | None) -> Tensor:
-        """The error of each head, (heads,), where the slope is told this direction before the pass."""
+        """The error of each head, (heads,), where the slope gets this direction before the pass."""
         # `toward` is the direction as far as it is known; `moving=None`: the derivative is wanted on all rows
         _, along = slope(net, ref, point.x_t, point.c, toward=known_direction, moving=None, **point.inputs)
         with torch.no_grad():

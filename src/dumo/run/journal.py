@@ -45,7 +45,7 @@ from dumo.runtime import dist, signals
 from dumo.runtime.device import software_versions, total_memory
 from dumo.runtime.door import train_call
 from dumo.runtime.heap import low_memory_heap
-from dumo.runtime.progress import bytes_text
+from dumo.runtime.text import bytes_text
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.burst import LASTS, WINDOW

@@ -18,8 +18,8 @@ from dumo.config.place import LOG as LOG
 from dumo.config.place import require_log
 from dumo.runtime import dist
 from dumo.runtime.device import known_peak_tflops, peak_bytes
-from dumo.runtime.progress import bytes_text, number_text
 from dumo.runtime.stopwatch import Clock, wall_clock
+from dumo.runtime.text import bytes_text, number_text
 from dumo.training import log
 from dumo.training.spec import Train
 from dumo.training.step import Record

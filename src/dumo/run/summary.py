@@ -17,7 +17,7 @@ from dumo.run import cost
 from dumo.runtime import dist
 from dumo.runtime.device import operations_per_second
 from dumo.runtime.door import settings
-from dumo.runtime.progress import duration_text
+from dumo.runtime.text import duration_text
 from dumo.training.deadline import Timing
 from dumo.training.layout import share_of
 from dumo.training.spec import Train

@@ -11,7 +11,8 @@ import torch
 
 from dumo.cli.terminal import MORE, err, explain, memory_hint, out, show_lines, show_table, stoppable
 from dumo.runtime.heartbeat import Lost
-from dumo.runtime.progress import bar, escape_controls, escape_line, print_line
+from dumo.runtime.progress import bar, print_line
+from dumo.runtime.text import escape_controls, escape_line
 from dumo.training.step import Diverged
 from dumo.types import UserError
 

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 
-from dumo.runtime.progress import Bar, bar, bar_of_seconds, bytes_text, delayed_bar, duration_text, log_bar, no_bar
+from dumo.runtime.progress import Bar, bar, bar_of_seconds, delayed_bar, log_bar, no_bar, print_line
+from dumo.runtime.text import bytes_text, duration_text, number_text
 
 
 class Clock:
@@ -73,7 +74,7 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> No
 def test_short_work_shows_nothing(seconds: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Longer work is shown from the first tick after some seconds on."""
     clock = Clock()
-    with delayed_bar("decoding", 9, clock=clock, shown=partial(log_bar, clock=clock)) as tick:
+    with delayed_bar("decoding", 9, clock=clock, inner=partial(log_bar, clock=clock)) as tick:
         tick(1, "")
         clock.now = seconds
         tick(5, "")
@@ -94,15 +95,36 @@ def test_a_terminal_gets_a_bar_that_moves(capsys: pytest.CaptureFixture[str], mo
     assert "\x1b" in moved
     assert "10/10" in moved
     assert "a note" in moved
+    with bar_of_seconds(bar)("training run", 360) as tick:
+        tick(252, "")
+    assert "4:12 of 6:00," not in capsys.readouterr().err
     monkeypatch.setenv("TERM", "dumb")
     with bar("sampling", 10) as tick:
         tick(10, "")
     assert "\x1b" not in capsys.readouterr().err
 
 
+def test_a_bar_inside_another_is_shown_below_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that wrote by itself would take the line of the other."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with bar("judging", 10) as tick:
+        tick(1, "")
+        with delayed_bar("decoding", 9, after=0.0) as inner_tick:
+            inner_tick(3, "")
+            capsys.readouterr()
+            print_line("a line")
+            frame = capsys.readouterr().err
+    assert "judging" in frame
+    assert "decoding" in frame
+
+
 def test_spans_and_sizes() -> None:
-    spans = [duration_text(s) for s in (0, 59.6, 61, 3599, 3600, 90061)]
-    assert spans == ["0:00", "1:00", "1:01", "59:59", "1:00:00", "25:01:01"]
+    spans = [duration_text(s) for s in (0, 59.6, 61, 3599, 3600, 90061, -0.4, -61)]
+    assert spans == ["0:00", "1:00", "1:01", "59:59", "1:00:00", "25:01:01", "0:00", "-1:01"]
+    assert [number_text(value) for value in (0.1234, 99.9, 1234.5, -5000)] == ["0.123", "99.9", "1,234", "-5,000"]
     sizes = (0, 999, 1500, 562e6, 999.6e6, 1.234e9, 5e15, 7e19)
     assert [bytes_text(n) for n in sizes] == [
         "0 kB",

@@ -1,0 +1,50 @@
+"""Numbers as text for people, and texts of others made safe to print.
+
+`number_text`, `bytes_text`, `duration_text` and `nfe_text` write numbers. `escape_controls` and `escape_line` spell out
+characters that would steer a terminal.
+"""
+
+import re
+
+# Characters that move the cursor, colour, break or turn round a line, and halves of characters, which cannot be printed
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def number_text(value: float) -> str:
+    """A number with three significant digits, or with all digits before the point: 0.123, 1,234, -5,000."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def bytes_text(size: float, base: int = 1000) -> str:
+    """A number of bytes as text: 1.23 GB, or, with base 1024, 1.23 GiB."""
+    units = ("KiB", "MiB", "GiB", "TiB", "PiB") if base == 1024 else ("kB", "MB", "GB", "TB", "PB")
+    power = 1
+    while power < len(units) and size >= 999.5 * base**power:
+        power += 1
+    return f"{number_text(size / base**power)} {units[power - 1]}"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds, 1:02:03, or as minutes and seconds, 2:03; negative ones as -2:03."""
+    whole_seconds = round(seconds)
+    sign = "-" if whole_seconds < 0 else ""
+    hours, rest = divmod(abs(whole_seconds), 3600)
+    minutes, seconds_left = divmod(rest, 60)
+    if hours:
+        return f"{sign}{hours}:{minutes:02}:{seconds_left:02}"
+    return f"{sign}{minutes}:{seconds_left:02}"
+
+
+def nfe_text(n: int) -> str:
+    """A number of passes of a sample through the net as text: 1 NFE, 2 NFE."""
+    return f"{n} NFE"
+
+
+def escape_controls(text: str) -> str:
+    """Spell out the control characters of a text, so that a file's name cannot steer the terminal. Line breaks stay."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def escape_line(text: str) -> str:
+    """Spell out the control characters and line breaks of a text."""
+    return escape_controls(text).replace("\n", r"\n")
