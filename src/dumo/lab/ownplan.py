@@ -7,15 +7,19 @@
       - {objective: DuMo, recipe: digits}
       - {objective: Mine, recipe: digits-flow-matching, set: [objective.kind=mine:Robust]}
 
+An arm is one way to train, compared over all seeds. A budget counts forward passes of training (F); the NFE of a table
+counts passes of sampling.
+
 `is_file_name` tells a file from the name of a plan that dumo brings. `dumo.lab.reproduce` calls the other entrances in
-this order: `read_file` reads the file as a `Plan`, as those of dumo are. `require_fair` refuses runs that would not be
-compared at equal compute, before any is trained. `paired_table` makes the table, in which arms are compared seed by
-seed (`dumo.lab.ranking`).
+this order: `read_file` reads the file as a `Plan`, the type of dumo's own plans. `require_fair` refuses runs that would
+not be compared at equal compute, before any is trained. `paired_table` makes the table, in which arms are compared seed
+by seed (`dumo.lab.ranking`).
 """
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,20 +28,22 @@ from pydantic import Field, field_validator
 from dumo.config import recipes, trust
 from dumo.config.load import load_recipe, parse
 from dumo.config.suggestion import require_known
+from dumo.evaluation.metric import higher_is_better
 from dumo.io.read import brief, read_text
 from dumo.io.yaml import parse_mapping
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Arm, Cell, Cost, Plan, Scale, plan_names, slug
-from dumo.lab.ranking import ArmScore, best_arms, paired_difference
+from dumo.lab.ranking import ArmScore, PairedDifference, best_arms, paired_difference
 from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_score, rows_by_passes
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
 
 SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 2**20  # of a file: ours
-MAX_PASS_RATIO = 1.1  # of the passes of two arms, by operations: ours; a head or an input more is within it
+MAX_PASS_RATIO = 1.1  # of the operations of two arms' passes: ours; a head or an input more is within it
 SMOKE_STEPS = 20  # of the first arm at the scale `smoke`: ours
-SMOKE_SETTINGS = ("evaluate.protocol.samples=1000",)  # the least that cifar10-features judges
+# The least that cifar10-features judges. It takes the place of the plan's `set`, and not of an arm's.
+SMOKE_SETTINGS = ("evaluate.protocol.samples=1000",)
 PASSES = re.compile(r"(\d[\d,]*(?:\.\d+)?) ?F")  # 8100F, 8,100 F
 STEPS = re.compile(r"(\d[\d,]*) steps of ([\w-]+)")  # 2000 steps of digits
 
@@ -69,41 +75,70 @@ class OwnPlan(Spec):
 
     @field_validator("seeds")
     @classmethod
-    def _require_other_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+    def _require_distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         for seed in seeds:
-            if seed < 0 or seeds.count(seed) > 1:
-                raise ValueError(f"{seed} is negative, or there twice: write [0, 1, 2]")
+            if seed < 0:
+                raise ValueError(f"{seed} is negative: write seeds such as [0, 1, 2]")
+            if seeds.count(seed) > 1:
+                raise ValueError(f"{seed} is there twice: write different seeds such as [0, 1, 2]")
         return seeds
 
-    def require_names(self) -> None:
-        """Raise UserError for a recipe that there is not, and for two arms whose runs would have one name."""
+    def require_names(self, file_name: str) -> None:
+        """Raise UserError for a recipe that there is not, and for arms whose runs would have one name or none."""
         for arm in self.arms:
             require_known("recipe", arm.recipe, recipes.names())
         run_names = [slug(arm.objective) for arm in self.arms]
-        for name in run_names:
-            if not name or run_names.count(name) > 1:
-                raise UserError(f"arms: the objective '{name}' is there twice, or has no letter: name each arm")
+        for name, arm in zip(run_names, self.arms, strict=True):
+            if not name:
+                raise UserError(
+                    f"{file_name}: objective {brief(arm.objective)} has no letter or digit: give each arm a name"
+                )
+            if run_names.count(name) > 1:
+                raise UserError(f"{file_name}: objective '{name}' is there twice: give each arm a name of its own")
 
-    def settings(self) -> tuple[str, ...]:
-        """The settings of all arms and of each. Raises UserError for one that is not FIELD=VALUE."""
+    def all_settings(self) -> tuple[str, ...]:
+        """The settings of all arms, then those of each arm."""
         settings = self.set
         for arm in self.arms:
             settings += arm.set
-        for setting in settings:
-            if "=" not in setting:
-                raise UserError(f"set: {brief(setting)} is no setting: write FIELD=VALUE, as after --set")
         return settings
 
-    def passes(self) -> float:
-        """The budget in forward passes (F)."""
+    def require_settings(self, file_name: str) -> None:
+        """Raise UserError for a setting that is not FIELD=VALUE."""
+        for setting in self.all_settings():
+            if "=" not in setting:
+                raise UserError(f"{file_name}: set: {brief(setting)} is no setting: write FIELD=VALUE, as after --set")
+
+    def budget_in_passes(self) -> float | None:
+        """The budget in forward passes (F); None where it is in operations."""
         in_passes = PASSES.fullmatch(self.budget)
         if in_passes:
             return float(in_passes[1].replace(",", ""))
+        if self.cost == "operations":
+            return None
+        steps, step_cost = self._steps_of_recipe()
+        return steps * step_cost.units
+
+    def budget_in_operations(self) -> float | None:
+        """The budget in floating-point operations, where it is steps of a recipe and arms differ in size; else None.
+
+        A pass of the recipe's net may cost another number of operations than one of an arm's, so passes would not do.
+        """
+        if self.cost == "passes" or PASSES.fullmatch(self.budget):
+            return None
+        steps, step_cost = self._steps_of_recipe()
+        return steps * step_cost.operations
+
+    def _steps_of_recipe(self) -> tuple[int, Cost]:
+        """The steps in a budget "N steps of RECIPE", and the cost of one.
+
+        The recipe counts as it ships, without the settings of this file.
+        """
         in_steps = STEPS.fullmatch(self.budget)
         assert in_steps, "the budget was validated"
         steps, recipe = in_steps.groups()
         require_known("recipe", recipe, recipes.names())
-        return int(steps.replace(",", "")) * Cost(resolve(load_recipe(recipe))).units
+        return int(steps.replace(",", "")), Cost(resolve(load_recipe(recipe)))
 
 
 def is_file_name(name: str) -> bool:
@@ -122,12 +157,18 @@ def read_file(name: str) -> Plan:
     text = read_text(file, "write one as docs/compare.md has it", MAX_BYTES)
     tree = parse_mapping(text, name, "plan", "budget and arms, as docs/compare.md has them")
     own = parse(OwnPlan, tree, name)
-    own.require_names()
-    # The file may be somebody else's: its settings are not typed, and loading a recipe with them would trust them.
-    for setting in own.settings():
+    own.require_names(name)
+    own.require_settings(name)
+    # The file may be somebody else's. Nobody typed its settings, and loading a recipe with them would trust their code.
+    for setting in own.all_settings():
         trust.require(((code, sys.path) for code in trust.CODE_NAME.findall(setting)), name)
 
-    laptop = Scale(seeds=own.seeds, cost=own.cost, passes=own.passes())
+    laptop = Scale(
+        seeds=own.seeds,
+        cost=own.cost,
+        passes=own.budget_in_passes(),
+        operations=own.budget_in_operations(),
+    )
     smoke = Scale(seeds=own.seeds[:1], cost=own.cost, steps=SMOKE_STEPS, set=SMOKE_SETTINGS)
     arms: list[Arm] = []
     for arm in own.arms:
@@ -139,8 +180,8 @@ def read_file(name: str) -> Plan:
         scales={"smoke": smoke, "laptop": laptop},
         arms=tuple(arms),
         set=own.set,
-        samples=True,
-        no_paper="a file of yours has the size that it says",
+        samples=True,  # a picture shows what each arm makes in one pass
+        no_paper="a file of yours has the size that it says",  # the reason in the message for --scale paper
     )
 
 
@@ -154,8 +195,8 @@ def require_fair(cells: Sequence[Cell], cost: str) -> None:
         if cell.spec.train.steps < 1:
             raise UserError(f"the budget does not pay for a step of {cell.name}: give a larger one")
         operations_by_name[cell.name] = cell.spec.train.batch * Cost(cell.spec).flops
-    small = min(operations_by_name, key=lambda name: operations_by_name[name])
-    large = max(operations_by_name, key=lambda name: operations_by_name[name])
+    small = min(operations_by_name, key=lambda run_name: operations_by_name[run_name])
+    large = max(operations_by_name, key=lambda run_name: operations_by_name[run_name])
     ratio = operations_by_name[large] / operations_by_name[small]
     if cost == "passes" and ratio > MAX_PASS_RATIO:
         raise UserError(
@@ -165,42 +206,70 @@ def require_fair(cells: Sequence[Cell], cost: str) -> None:
 
 
 def paired_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row for each arm and number of passes: means over seeds, and how the arm compares with the best one.
+    """A row for each arm and NFE: means over seeds, and how the arm compares with the best one.
 
     `best` is * for the best arm and those level with it. `behind` is the mean difference from the best arm, seed by
     seed, and `margin` what such a difference may be by chance; both None for the best arm, and with fewer than two
-    seeds.
+    seeds. Where more is better, as in `dumo compare`, no arm is ranked.
     """
     rows = average_by_arm(results)
     score = main_score(rows[0])
     arm_scores = _arm_scores(results, score)
     table: list[Row] = []
     for row in rows:
-        of_passes = {arm: scores[row["nfe"]] for arm, scores in arm_scores.items() if row["nfe"] in scores}
-        own = of_passes[row["objective"]]
-        best = min(of_passes.values(), key=lambda arm_score: arm_score.mean)
-        is_best = dict(zip(of_passes, best_arms([*of_passes.values()]), strict=True))
-        difference = None if own is best else paired_difference(own.by_seed, best.by_seed)
+        is_best = False
+        difference = None
+        if not higher_is_better(score):
+            comparison = _compare_at(row["nfe"], arm_scores)[row["objective"]]
+            is_best = comparison.is_best
+            difference = comparison.difference
         columns = {name: row[name] for name in ("objective", "steps", "F_per_step", "nfe") if name in row}
-        columns["best"] = "*" if is_best[row["objective"]] else ""
+        columns["best"] = "*" if is_best else ""
         columns[score] = row[score]
-        columns["behind"] = difference and difference.mean
-        columns["margin"] = difference and difference.margin
+        columns["behind"] = difference.mean if difference else None
+        columns["margin"] = difference.margin if difference else None
         table.append(columns | row)
     return table
 
 
+@dataclass(frozen=True)
+class _Comparison:
+    """How an arm compares with the best one."""
+
+    is_best: bool  # or level with the best
+    difference: PairedDifference | None  # None: of the best arm, or fewer than two seeds
+
+
+def _compare_at(nfe: int, arm_scores: Mapping[str, Mapping[int, ArmScore]]) -> dict[str, _Comparison]:
+    """Compare each arm that was sampled in `nfe` passes with the best of them; by the arm's name."""
+    scores_at_nfe: dict[str, ArmScore] = {}
+    for arm, score_by_nfe in arm_scores.items():
+        if nfe in score_by_nfe:
+            scores_at_nfe[arm] = score_by_nfe[nfe]
+    best_arm = min(scores_at_nfe, key=lambda arm: scores_at_nfe[arm].mean)
+    best_score = scores_at_nfe[best_arm]
+    are_best = best_arms(list(scores_at_nfe.values()))
+
+    comparisons: dict[str, _Comparison] = {}
+    for (arm, arm_score), is_best in zip(scores_at_nfe.items(), are_best, strict=True):
+        difference = None
+        if arm != best_arm:
+            difference = paired_difference(arm_score.by_seed, best_score.by_seed)
+        comparisons[arm] = _Comparison(is_best, difference)
+    return comparisons
+
+
 def _arm_scores(results: Sequence[Result], score: str) -> dict[str, dict[int, ArmScore]]:
-    """The scores of each arm, by its name and the number of passes."""
+    """The scores of each arm, by its name and the NFE."""
     scores: dict[str, dict[int, ArmScore]] = {}
-    for seeds in group_by_arm(results):
-        by_passes = scores.setdefault(seeds[0].cell.labels["objective"], {})
-        rows_of_seeds = [rows_by_passes(result.report) for result in seeds]
-        for rows in zip(*rows_of_seeds, strict=True):  # those of one number of passes
+    for results_of_arm in group_by_arm(results):
+        score_by_nfe = scores.setdefault(results_of_arm[0].cell.labels["objective"], {})
+        rows_of_seeds = [rows_by_passes(result.report) for result in results_of_arm]
+        for rows_at_nfe in zip(*rows_of_seeds, strict=True):  # a row of each seed: all have the same NFE in one order
             by_seed: dict[str, float] = {}
-            points: list[tuple[float, float]] = []
-            for result, row in zip(seeds, rows, strict=True):
+            values_and_errors: list[tuple[float, float]] = []
+            for result, row in zip(results_of_arm, rows_at_nfe, strict=True):
                 by_seed[str(result.cell.spec.train.seed)] = row[score]
-                points.append((row[score], row.get(f"{score}_sd") or 0.0))
-            by_passes[rows[0]["nfe"]] = ArmScore(by_seed, error_of_mean(points))
+                values_and_errors.append((row[score], row.get(f"{score}_sd") or 0.0))
+            score_by_nfe[rows_at_nfe[0]["nfe"]] = ArmScore(by_seed, error_of_mean(values_and_errors))
     return scores

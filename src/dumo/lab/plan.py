@@ -109,6 +109,7 @@ class Scale(Spec):
     seeds: tuple[int, ...] | None = None  # None: each recipe's own
     steps: int | None = None  # of the first arm; None: its recipe's
     passes: float | None = None  # what each arm may cost, in forward passes of the first arm; None: by its steps
+    operations: float | None = None  # what each arm may cost, in floating-point operations; needs cost: operations
     cost: Literal["passes", "operations", "steps"] = "steps"  # what is equal: see `Budget`
 
 
@@ -257,9 +258,9 @@ class Cost:
 class Budget:
     """What each arm of a plan may cost at a scale, in the scale's measure: forward units or operations.
 
-    It is set once, by the first of these that there is: the recipe `Plan.steps_of`, the passes `Scale.passes`, the
-    first arm's steps. An arm with `Arm.steps` sets it anew. With `Scale.cost` "steps" there is no budget: all arms have
-    equal steps.
+    It is set once, by the first of these that there is: the recipe `Plan.steps_of`, `Scale.operations`, the passes
+    `Scale.passes`, the first arm's steps. An arm with `Arm.steps` sets it anew. With `Scale.cost` "steps" there is no
+    budget: all arms have equal steps.
     """
 
     def __init__(self, plan: Plan, scale: Scale, *, factor: float, is_smoke: bool) -> None:
@@ -277,6 +278,8 @@ class Budget:
         if self.scale.cost == "steps":
             return self.scale.steps or recipe_steps
         step_cost = self._step_cost(cost)
+        if self.scale.operations and not self.total:
+            self.total = self.factor * self.scale.operations
         if self.scale.passes and not self.total:
             self.total = self.factor * self.scale.passes * step_cost / cost.units
         if arm.steps or not self.total:

@@ -54,6 +54,14 @@ def test_a_budget_in_steps_of_a_recipe(tmp_path: Path) -> None:
     assert in_operations[0].spec.train.steps == 1000
 
 
+def test_a_budget_in_operations_is_that_of_the_recipe_it_names(tmp_path: Path) -> None:
+    """Though the first arm's net is another one, whose passes cost less."""
+    arms = ARMS.replace("recipe: moons}", "recipe: moons, set: [net.width=64]}").replace(", set: [train.clip=2.0]", "")
+    small, named = cells(tmp_path, f"budget: 1000 steps of moons-meanflow\ncost: operations\nseeds: [0]{arms}")
+    assert named.spec.train.steps == 1000
+    assert small.spec.train.steps == round(1000 * Cost(named.spec).operations / Cost(small.spec).operations)
+
+
 def test_at_the_scale_of_a_smoke_test(tmp_path: Path) -> None:
     made = cells(tmp_path, f"budget: 800F{ARMS}", "smoke")
     assert [(cell.spec.train.steps, cell.spec.train.seed) for cell in made[:1]] == [(20, 0)]
@@ -73,9 +81,11 @@ def test_a_setting_may_hold_the_seed(tmp_path: Path) -> None:
         (f"budget: plenty{ARMS}", "is no budget: write 8100F"),
         (f"budget: 20 steps of moon{ARMS}", "no recipe 'moon'; did you mean 'moons'"),
         (f"budget: 800F{ARMS}".replace("recipe: moons}", "recipe: mons}"), "no recipe 'mons'; did you mean 'moons'"),
-        (f"budget: 800F\nseeds: [0, 0]{ARMS}", "0 is negative, or there twice"),
-        (f"budget: 800F\nset: [small]{ARMS}", "small is no setting: write FIELD=VALUE"),
-        (f"budget: 800F{ARMS}".replace("MeanFlow", "dumo"), "'dumo' is there twice"),
+        (f"budget: 800F\nseeds: [0, 0]{ARMS}", "0 is there twice: write different seeds"),
+        (f"budget: 800F\nseeds: [0, -1]{ARMS}", "-1 is negative"),
+        (f"budget: 800F{ARMS}".replace("MeanFlow", "'+'"), "mine.yaml: objective + has no letter or digit"),
+        (f"budget: 800F\nset: [small]{ARMS}", "mine.yaml: set: small is no setting: write FIELD=VALUE"),
+        (f"budget: 800F{ARMS}".replace("MeanFlow", "dumo"), "mine.yaml: objective 'dumo' is there twice"),
         (f"budget: 800F\nsed: [a=b]{ARMS}", "sed"),
         ("budget: 800F\narms: [{objective: DuMo, recipe: moons}]", "arms"),
         ("", "mine.yaml holds no plan: it must map names to values, budget and arms"),
@@ -115,11 +125,11 @@ def test_passes_of_other_sizes_are_refused(tmp_path: Path) -> None:
         require_fair(none, "passes")
 
 
-def result(arm: str, seed: int, distance: float) -> Result:
+def result(arm: str, seed: int, distance: float, score: str = "mmd") -> Result:
     """A measured run of one pass."""
     labels = {"objective": arm, "steps": 10, "F_per_step": 3.0}
     spec = SimpleNamespace(train=SimpleNamespace(seed=seed))
-    report = {"results": [{"nfe": 1, "solver": "hop", "mmd": distance, "mmd_sd": 0.01}], "contrast": []}
+    report = {"results": [{"nfe": 1, "solver": "hop", score: distance, f"{score}_sd": 0.01}], "contrast": []}
     return Result(cast(Cell, SimpleNamespace(name=f"{arm}-{seed}", spec=spec, labels=labels)), cast(Any, None), report)
 
 
@@ -134,3 +144,9 @@ def test_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
     assert b["behind"] == pytest.approx(0.11)
     assert b["margin"] == pytest.approx(4.302653 * sqrt(0.0003) / sqrt(3), rel=1e-5)  # t(0.975, 2)
     assert [*a][:5] == ["objective", "steps", "F_per_step", "nfe", "best"]
+
+
+def test_arms_are_not_ranked_by_a_score_of_which_more_is_better(tmp_path: Path) -> None:
+    results = [result(arm, seed, 20.0 + seed, "clip_score") for arm in "ab" for seed in range(3)]
+    for row in paired_table(plan(tmp_path, f"budget: 800F{ARMS}"), results):
+        assert (row["best"], row["behind"], row["margin"]) == ("", None, None)
