@@ -2,7 +2,7 @@
 
 `judge` is the entrance; `dumo evaluate --images` calls it. In this order it
 
-1. opens the images (`dumo.report.place`), and completes the protocol by their number and shape;
+1. opens the images (`dumo.report.image_set`), and completes the protocol by their number and shape;
 2. finds the real images that are the reference, or the file that the protocol has for it;
 3. hashes the pixels of the images that are judged;
 4. has the protocol score them;
@@ -37,7 +37,7 @@ from dumo.io.read import user_path
 from dumo.io.source import Data
 from dumo.report.card import Card
 from dumo.report.evaluate import complete_report, write
-from dumo.report.place import ImageSet, have_same_classes, open_images, require_path
+from dumo.report.image_set import ImageSet, have_same_classes, open_images, require_path
 from dumo.run.judge import bar_while_reading
 from dumo.runtime import dist, threads
 from dumo.runtime.device import choose_device, software_versions

@@ -20,8 +20,8 @@ from dumo.evaluation.reference import PIECE, STANDARDS, hash_images
 from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
 from dumo.report.compare import compare, require_comparable
+from dumo.report.image_set import ImageSet, SameSize, open_images
 from dumo.report.images import judge, judged_channels_and_classes
-from dumo.report.place import ImageSet, SameSize, open_images
 from dumo.runtime import dist
 from dumo.types import UserError
 from forked import main_of
@@ -284,7 +284,7 @@ WRONG: list[tuple[str, dict[str, object], str]] = [
     ("none", {}, r"there is no folder or file none: say with --images where the images are"),
     ("none.npz", {}, r"there is no folder or file none\.npz"),
     ("empty", {}, r"no images in empty, where there are 1 files: looked for image files"),
-    ("run", {}, r"run is a run's folder: dumo evaluate run judges it"),
+    ("run", {}, r"run is a run's folder: use `dumo evaluate run`"),
     ("few", {}, r"few has 6 images: evaluate\.protocol\.samples: protocol photos judges 20 samples or more"),
     ("mixed", {}, r"mixed/big\.png is 9 x 9 pixels, and mixed/000\.png is 8 x 8: images are judged at one size, none"),
     ("broken", {}, r"broken/zz\.png .*: mend or remove it$"),
