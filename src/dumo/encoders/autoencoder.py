@@ -28,9 +28,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dumo.encoders import pipeline as pipelines
 from dumo.encoders.codec import FIELD, CodecSpec, Images, Latent, LoadedCodec, Moments, PublishedCodec
-from dumo.encoders.library import quietly
 from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, first_unfit_key, require_weights
 from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
+from dumo.encoders.transformers_library import quietly
 from dumo.io.read import brief, foreign, read_settings, user_path
 from dumo.runtime import import_bitsandbytes, install_command
 from dumo.types import FREE, PINNED, UserError

@@ -21,9 +21,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from dumo.encoders.library import CONFIG, load_model
 from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, require_weights
 from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer
+from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.io.picture import Pixels
 from dumo.io.read import foreign, read_settings
 from dumo.types import UserError

@@ -25,9 +25,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from dumo.encoders.library import import_transformers, quietly
 from dumo.encoders.pipeline import HINT, SCHEDULER, TRANSFORMER, OptionalPart, Pipeline, component_names
 from dumo.encoders.text import Embeddings
+from dumo.encoders.transformers_library import import_transformers, quietly
 from dumo.io.read import foreign
 from dumo.runtime import import_bitsandbytes, install_command
 from dumo.types import PLACE, Spec, UserError

@@ -22,9 +22,9 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from dumo.encoders.library import CONFIG, load_model
 from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, PartWeights, require_weights
 from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer
+from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.flow.precision import Precision, using
 from dumo.io.read import foreign, read_settings, user_path
 from dumo.runtime.limits import TOKENS

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int64
 from pydantic import Field
 from torch import Tensor
 
-from dumo.encoders.library import import_transformers
+from dumo.encoders.transformers_library import import_transformers
 from dumo.io import digest
 from dumo.io.read import brief, foreign
 from dumo.runtime.limits import TOKENS

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
 from dumo.encoders import clip
-from dumo.encoders.library import CONFIG, load_model
 from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, require_weights
+from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.flow.precision import using
 from dumo.io.picture import Pixels
 from dumo.io.read import foreign

@@ -24,9 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.encoders.library import quietly
 from dumo.encoders.part import DIFFUSERS, find_weights
 from dumo.encoders.pipeline import IS_DISTILLED, TRANSFORMER, UNET, component_names, weights_name
+from dumo.encoders.transformers_library import quietly
 from dumo.export.scheduler import restart_for_scheduler
 from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hop, Restart, num_steps, uniform_times

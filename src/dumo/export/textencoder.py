@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dumo.encoders.library import import_transformers, quietly
 from dumo.encoders.text import EncoderFolder, TextEncoder
+from dumo.encoders.transformers_library import import_transformers, quietly
 from dumo.nets.rows import TextRows
 from dumo.nets.table import TextTable
 from dumo.nets.text import LearnedTexts, TokenTexts

@@ -19,9 +19,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dumo.encoders.library import quietly
 from dumo.encoders.part import DIFFUSERS, PartWeights, first_unfit_key, require_weights
 from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, PipelineSpec
+from dumo.encoders.transformers_library import quietly
 from dumo.io.deferred import not_deferred, read_later
 from dumo.io.read import foreign
 from dumo.nets.adapter import Lora

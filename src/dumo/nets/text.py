@@ -20,8 +20,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.encoders.library import import_transformers
 from dumo.encoders.tokens import SPACE, VOCABULARY, Tokenizer
+from dumo.encoders.transformers_library import import_transformers
 from dumo.flow import dropout
 from dumo.io.table import FILE
 from dumo.nets.rows import Rows, SourceLatents, TextRows, Texts

@@ -1,7 +1,7 @@
-"""The library transformers, for all encoders here: its import, models loaded from folders, and its silence.
+"""The library transformers for all encoders: its import, models loaded from folders, and its silence.
 
 - `import_transformers` imports it, or says how to install it.
-- `load_model` loads a model of one of its classes from a folder.
+- `load_model` loads a model from a folder, by the name of its class.
 - `quietly` silences it, or diffusers, in a block.
 
 Nothing here fetches a model, reads a pickle or runs code that comes with weights.
@@ -16,22 +16,26 @@ from typing import Any
 import torch
 
 from dumo.encoders.part import TRANSFORMERS, require_weights
-from dumo.io.read import foreign
+from dumo.io import read
 from dumo.runtime import install_command
 from dumo.types import UserError
 
-CONFIG = "config.json"  # of a model, in its folder
+CONFIG = "config.json"  # the name of a model's settings in its folder
 
 
 def import_transformers(field: str) -> Any:  # noqa: ANN401, a module
     """Import the library transformers, which is slow to import and an extra.
 
-    Raises UserError, which names the `field` of a run that needs it, where it is missing.
+    Raises UserError, which names the `field` of a run that needs it, where it is missing or cannot be imported.
     """
     try:
         return import_module("transformers")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":  # it is there, and something that it needs is not
+            raise UserError(f"{field} needs transformers, whose import failed: {error}") from error
         raise UserError(f"{field} needs transformers: {install_command('text')}") from error
+    except ImportError as error:
+        raise UserError(f"{field} needs transformers, whose import failed: {error}") from error
 
 
 def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a model of transformers
@@ -40,20 +44,25 @@ def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # 
     Raises UserError, which names the field and ends in the hint, where a file or a weight is missing, or transformers
     fails.
     """
-    model_class = getattr(import_transformers(field), class_name)
+    transformers = import_transformers(field)
     part_weights = require_weights(folder, TRANSFORMERS, field, hint)
-    with foreign(f"{field}: {folder} holds no model that transformers can load", hint), quietly():
+    with read.foreign(f"{field}: {folder} holds no model that transformers can load", hint), quietly():
+        # in the block, because transformers imports a class at first use, and may lack or fail to import it
+        model_class = getattr(transformers, class_name)
         model, info = part_weights.build_model(model_class, trust_remote_code=False, dtype=torch.float32)
         missing = sorted(info["missing_keys"])
         if missing:  # transformers would draw these weights at random
-            # no UserError: `foreign` makes one of it, with field, folder and hint
+            # `read.foreign` makes a UserError of it, with field, folder and hint
             raise RuntimeError(f"the weights do not fit {CONFIG}: {missing[0]} is missing")
         return model.eval()
 
 
 @contextmanager
 def quietly(library: str = "transformers") -> Generator[None, None, None]:
-    """Make a library, transformers or diffusers, show neither progress bars nor warnings inside the block."""
+    """Make a library, transformers or diffusers, show neither progress bars nor warnings inside the block.
+
+    The settings are those of the whole process: other threads are silenced, too, until the block ends.
+    """
     logging = import_module(f"{library}.utils.logging")
     level = logging.get_verbosity()
     has_progress_bar = logging.is_progress_bar_enabled()
