@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors.torch import load_file, save_file
 
-from dumo.config.load import FILE, dump
+from dumo.config.load import RUN_FILE, dump
 from dumo.config.spec import Run
 from dumo.data.latents import Latents
 from dumo.encoders.classifier import cifar10
@@ -40,7 +40,7 @@ from dumo.lab.table import leading_score
 from dumo.report.card import FILE as EVALUATION
 from dumo.run.judge import reference_data
 from dumo.run.resolve import as_given, resolve
-from dumo.run.speed import LOG
+from dumo.run.speed import LOG_FILE
 from dumo.run.weights import RunFolder, open_run
 from dumo.training import log, manifest
 from dumo.types import UserError
@@ -81,7 +81,7 @@ def ship(run_folder: Path, name: str) -> None:
         if isinstance(opened.run.data, Latents):
             codec_weights = f"{SHIPPED_PREFIX}{name}/{copy_autoencoder(opened.run.data.codec.weights, folder)}"
         text = dump(portable_run(opened.run, codec_weights))
-        (folder / FILE).write_text(text, encoding="utf-8")
+        (folder / RUN_FILE).write_text(text, encoding="utf-8")
         (checkpoint / manifest.RUN).write_text(text, encoding="utf-8")
 
         # the weights, and the manifest that lists them
@@ -104,10 +104,10 @@ def ship(run_folder: Path, name: str) -> None:
 
 def write_log(run_folder: Path, folder: Path) -> None:
     """Write rows of the run's log, evenly spaced, the last among them, into the folder that is shipped."""
-    rows = log.read_log(run_folder / LOG)
+    rows = log.read_log(run_folder / LOG_FILE)
     step = -(-len(rows) // LOG_ROWS)
     for row in rows[::-1][::step][::-1]:
-        log.append(folder / LOG, row)
+        log.append(folder / LOG_FILE, row)
 
 
 def write_reference(opened: RunFolder, folder: Path) -> None:

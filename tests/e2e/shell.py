@@ -15,7 +15,7 @@ from unittest.mock import patch
 from torch.distributed import TCPStore
 
 from dumo import cli
-from dumo.config.load import FILE
+from dumo.config.load import RUN_FILE
 from forked import ENVIRONMENT, Program, python
 from meeting import outputs
 
@@ -106,7 +106,7 @@ def tree(folder: Path, *, trains: bool = False) -> dict[str, bytes | int]:
     noted = {path.parent for path in folder.rglob(".dumo-*")}
 
     def change(path: Path) -> int:
-        return 0 if path in noted or (trains and (path / FILE).exists()) else path.stat().st_mtime_ns
+        return 0 if path in noted or (trains and (path / RUN_FILE).exists()) else path.stat().st_mtime_ns
 
     return {
         str(path.relative_to(folder)): change(path) if path.is_dir() else path.read_bytes()

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from comfyui import loaded, native
-from dumo.config.place import EVALUATION
+from dumo.config.place import EVALUATION_FILE
 from dumo.export import lora, write
 from dumo.export.card import PROMPT
 from dumo.export.model import INDEX
@@ -453,7 +453,7 @@ def test_what_an_evaluation_says_is_text_on_the_card(trained: dict[str, Path], h
     card = {"solver": {}, "codec": None, "samples": EVIL, "weights_sha256": sha256}
     scores = {"nfe": 1, "solver": EVIL, EVIL: 0.5, "fd_grey": 12.3}
     report = {"step": 20, "protocol": EVIL, "results": [scores], "contrast": [], "card": card}
-    (run / EVALUATION).write_text(json.dumps(report), encoding="utf-8")
+    (run / EVALUATION_FILE).write_text(json.dumps(report), encoding="utf-8")
     assert call("export", run, "out").code == 0
     text = (here / "out/README.md").read_text("utf-8")
     assert f"| NFE | solver | {TEXT} | fd_grey |" in text
@@ -527,7 +527,7 @@ def test_what_a_killed_export_left_goes_with_the_next_one(trained: dict[str, Pat
 
 @pytest.mark.slow
 def test_the_card_says_what_was_measured_of_these_weights_alone(sd3: Case, tmp_path: Path) -> None:
-    run, file = sd3.folder / "run", sd3.folder / "run" / EVALUATION
+    run, file = sd3.folder / "run", sd3.folder / "run" / EVALUATION_FILE
     scores: dict[str, Any] = {"nfe": 1, "solver": "restart", "fd_grey": 12.345}
     card = {"solver": {"kind": "restart"}, "codec": None, "samples": 500}
     for sha256, there in ((sd3.opened.sha256, True), ("0" * 64, False)):

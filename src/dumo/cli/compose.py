@@ -14,7 +14,7 @@ from torch import nn
 
 from dumo.config import recipes
 from dumo.config.change import shown
-from dumo.config.load import FILE, load, load_recipe, parse
+from dumo.config.load import RUN_FILE, load, load_recipe, parse
 from dumo.config.objective import objective_of
 from dumo.config.parts import StandaloneParts
 from dumo.config.source import SHIPPED_PREFIX, ChosenSource, choose, folder_of_images, read
@@ -121,7 +121,7 @@ def compose(
     if chosen and not parts:
         changes = [*chosen.settings, *changes]
 
-    if (folder / FILE).is_file() and (is_own_run or is_proposed):
+    if (folder / RUN_FILE).is_file() and (is_own_run or is_proposed):
         if place:
             changes = [f"data.root={place}", *changes]
         if minutes is not None and is_proposed:

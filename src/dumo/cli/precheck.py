@@ -55,14 +55,14 @@ def read_source_or_images(word: str, out: Path | None, settings: Sequence[str] |
     `out` is the folder to train in; None: runs/NAME. None is returned where a run has yet to be proposed for images.
     Raises UserError as `read_source`, and for a folder without images.
     """
-    from dumo.config.source import FILE, IMAGES_RECIPE, SHIPPED_PREFIX, choose
+    from dumo.config.source import IMAGES_RECIPE, RUN_FILE, SHIPPED_PREFIX, choose
 
     chosen = choose(word, out)
     if chosen.kind != "images":
         return read_source(str(chosen.word), settings)
     _require_images(word)
     folder = out or chosen.folder
-    if (folder / FILE).is_file():
+    if (folder / RUN_FILE).is_file():
         text = _read(folder)
         _require_fields(text, settings)
         return text

@@ -183,7 +183,7 @@ def train(
     """
     text = precheck.read_source_or_images(source, folder, set_)
 
-    from dumo.config.source import FILE, choose
+    from dumo.config.source import RUN_FILE, choose
 
     # what to train, and where
     changes = set_ or []
@@ -194,7 +194,7 @@ def train(
     if yes and not are_images:
         raise typer.BadParameter("--yes is for a folder of images: of all else nothing is asked")
     if minutes and not (are_images or goes_on):
-        raise typer.BadParameter(_minutes_hint(minutes, folder, has_run=(folder / FILE).is_file()))
+        raise typer.BadParameter(_minutes_hint(minutes, folder, has_run=(folder / RUN_FILE).is_file()))
     began = time.perf_counter()  # `stopwatch.wall_clock`: the time of a run that goes on counts from here
 
     from dumo.config.load import load

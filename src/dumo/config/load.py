@@ -34,7 +34,7 @@ from dumo.config.source import (
     RunText,
     read,
 )
-from dumo.config.source import FILE as FILE
+from dumo.config.source import RUN_FILE as RUN_FILE
 from dumo.config.spec import Run
 from dumo.io import digest
 from dumo.io.yaml import dump_yaml

@@ -1,12 +1,18 @@
-"""What lies at a place on the disk: a run, images, an evaluation, a log; and what is said where it is something else.
+"""What lies at a path that a user named: a run's folder, images, an evaluation or a log.
 
-Each `require_...` refuses a place by what is there instead, and by the nearest names. `find_content`, `is_image`,
-`is_table` and `run_file` ask without refusing. Imports no torch, so that a wrong name is answered at once.
+- `require_run_folder`, `require_images`, `require_evaluation` and `require_log` raise UserError where something else
+  lies there. The message says what that is, what to type, and which runs have names close to the one that was typed.
+- `find_content`, `find_run_file`, `is_image` and `is_table` answer without raising.
+- `list_sources` and `list_run_folders` list what a mistyped name is compared with.
+
+Commands call these before they import torch, so this file imports no torch: a wrong name is answered at once.
 """
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from dumo.config import recipes
 from dumo.error import UserError
@@ -14,94 +20,109 @@ from dumo.io import trained
 from dumo.io.read import brief, user_path
 from dumo.runtime import shell_path
 
-FILE = "run.yaml"  # the run, in its folder
-EVALUATION = "evaluation.json"  # in a run's folder: its evaluation as its own spec has it judged
-LOG = "metrics.jsonl"  # in a run's folder: a row for each step that is logged
-RUNS = "runs"  # where runs are, unless another folder is given
-MANY = 2000  # names in a folder, of which no more are compared with a name that is not there: ours
+RUN_FILE = "run.yaml"  # in a run's folder: the run's settings
+EVALUATION_FILE = "evaluation.json"  # in a run's folder: its evaluation by the settings of run.yaml
+OTHER_EVALUATIONS = "evaluation-*.json"  # in a run's folder: its evaluations by other settings
+LOG_FILE = "metrics.jsonl"  # in a run's folder: a row for each logged step
+RUNS_FOLDER = "runs"  # in the working folder: the runs, unless --out names another folder
+MAX_LISTED_NAMES = 2000  # of a folder's names, those compared with a mistyped one: ours, so that the error comes soon
+Content = Literal["run", "images"]
 
 
 def require_run_folder(source: str | Path, folder: Path) -> None:
-    """Raise UserError where a folder holds no run, with what it is instead; `source` is as the user wrote it."""
-    if run_file(folder / FILE) is not None:
+    """Raise UserError where `folder` holds no run. `source` is what the user typed for it."""
+    run_file = folder / RUN_FILE
+    if not _is_name_too_long(run_file) and run_file.is_file():
         return
     reason, fix = _explain_no_run(str(source), folder)
     family, *_ = str(source).split("-")
-    near_trained = [name for name in trained.names() if name.startswith(f"{family}-")] or trained.names()
+    trained_names = trained.names()
+    same_family = [name for name in trained_names if name.startswith(f"{family}-")]
+    if same_family:
+        trained_names = same_family
     raise UserError(
-        f"{source} is no run's folder ({reason}): {fix}, or take {' or '.join(near_trained)}, which dumo brings"
+        f"{source} is no run's folder ({reason}): {fix}, or take {' or '.join(trained_names)}, which dumo brings"
     )
 
 
 def _explain_no_run(source: str, folder: Path) -> tuple[str, str]:
-    """What a folder is that holds no run, and how to get one that does."""
+    """Why `folder`, typed as `source`, is no run's folder, and what to do instead. Both are parts of a sentence."""
     train_first = "train one first, e.g. dumo train digits"
     if not os.path.lexists(folder):
-        run = Path(RUNS) / source
         if source not in recipes.names():
             return "it is not there", _near_runs(source) + train_first
-        if (run / FILE).is_file():
-            return "it is a recipe", f"its run here is {run}"
-        return "it is a recipe", f"train it first, dumo train {source}, then give {run}"
+        recipe_run = Path(RUNS_FOLDER) / source
+        if (recipe_run / RUN_FILE).is_file():
+            return "it is a recipe", f"its run here is {recipe_run}"
+        return "it is a recipe", f"train it first, dumo train {source}, then give {recipe_run}"
+    if not folder.exists():
+        return f"it is a link to {os.readlink(folder)}, which is not there", f"bring that back, or {train_first}"
     if not folder.is_dir():
-        return "it is a file", f"give the folder that holds a {FILE}"
+        return "it is a file", f"give the folder that holds a {RUN_FILE}"
     if find_content(folder, images=True) == "images":
-        place = shell_path(source)
-        fix = f"train on them first, dumo train {place}, judge them, dumo evaluate --images {place}"
-        return f"it holds images, and no {FILE}", fix
-    return f"it has no {FILE}", train_first
+        typed_path = shell_path(source)
+        fix = f"train on them first, dumo train {typed_path}, judge them, dumo evaluate --images {typed_path}"
+        return f"it holds images, and no {RUN_FILE}", fix
+    return f"it has no {RUN_FILE}", train_first
 
 
-def require_images(place: str | Path) -> None:
-    """Raise UserError where a folder that is taken for one of images has no file that may hold some."""
-    folder = user_path(str(place), "the source")
-    if folder.is_dir() and find_content(folder, images=True) is None:
+def require_images(source: str | Path) -> None:
+    """Raise UserError where `source` is a folder with neither images nor a run in it.
+
+    Anything else passes: a run's folder, a file, a path where nothing is. Who opens the source refuses those.
+    """
+    folder = user_path(str(source), "the source")
+    if _is_name_too_long(folder) or not folder.is_dir():
+        return
+    if find_content(folder, images=True) is None:
         raise UserError(
-            f"{place} has neither a {FILE} nor images, at any depth: give a folder with image files (.jpg, .png, .webp "
-            f"...), *.parquet or *.tar, a run's folder, a recipe or a YAML file"
+            f"{source} has neither a {RUN_FILE} nor images, at any depth: give a folder with image files (.jpg, .png, "
+            f".webp ...), *.parquet or *.tar, a run's folder, a recipe or a YAML file"
         )
 
 
-def find_content(folder: Path, *, images: bool) -> str | None:
-    """What a folder holds that may be a source: a run, or images if these count; None: neither."""
-    if (folder / FILE).is_file():
-        return "a run"
+def find_content(folder: Path, *, images: bool) -> Content | None:
+    """What a folder holds: "run" where it has a run.yaml, "images" where a file at any depth may hold images.
+
+    Files are told by their suffix. Links to folders are followed, each folder is visited once, and the search ends at
+    the first image. `images=False` looks for a run alone, without a search. None: neither is there.
+    """
+    if (folder / RUN_FILE).is_file():
+        return "run"
     if not images or not folder.is_dir():
         return None
-    from dumo.io.suffix import IMAGE_SUFFIXES, TABLE_SUFFIXES
-
     visited: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real_place = os.path.realpath(place)
-        if real_place in visited:  # a link that leads back
-            folders.clear()
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        real_parent = os.path.realpath(parent)
+        if real_parent in visited:  # a link led back to it
+            subfolders.clear()
             continue
-        visited.add(real_place)
+        visited.add(real_parent)
         for name in names:
-            ending = os.path.splitext(name)[1].lower()
-            if ending in IMAGE_SUFFIXES or ending in TABLE_SUFFIXES:
+            path = Path(name)
+            if is_image(path) or is_table(path):
                 return "images"
     return None
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is an image, by the end of its name."""
+    """Whether a path has the suffix of an image file, in upper or lower case."""
     from dumo.io.suffix import IMAGE_SUFFIXES
 
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is one that holds images, such as a .parquet, by the end of its name."""
+    """Whether a path has the suffix of a file that holds images, .parquet or .tar, in upper or lower case."""
     from dumo.io.suffix import TABLE_SUFFIXES
 
-    return path.suffix in TABLE_SUFFIXES
+    return path.suffix.lower() in TABLE_SUFFIXES
 
 
-def run_file(path: Path) -> Path | None:
-    """The file that a path names, or the run.yaml of a folder; None where there is none, or can be none."""
+def find_run_file(path: Path) -> Path | None:
+    """`path` if it is a file, or its run.yaml if it is a folder; None if neither is there or the name is too long."""
     try:
-        file = path / FILE if path.is_dir() else path
+        file = path / RUN_FILE if path.is_dir() else path
         return file if file.is_file() else None
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
@@ -109,46 +130,82 @@ def run_file(path: Path) -> Path | None:
         return None
 
 
-def names_here(folder: Path, file: str = "") -> list[str]:
-    """The folders in a folder, and YAML files there, as they would be typed; with `file`, the folders that hold it."""
+def _is_name_too_long(path: Path) -> bool:
+    """Whether the system takes no name of this length. `Path.is_file` and the like raise OSError for such a path."""
     try:
-        names = [name for name, _ in zip(os.listdir(folder), range(MANY), strict=False)]
-    except OSError:  # it is not there
-        return []
-    paths = [folder / name for name in names if not name.startswith(".")]
-    if file:
-        return [str(path) for path in paths if (path / file).is_file()]
-    return [str(path) for path in paths if path.is_dir() or path.suffix in (".yaml", ".yml")]
+        os.lstat(path)
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
+
+
+def list_sources(folder: Path) -> list[str]:
+    """The paths, as they would be typed, of the folders and YAML files in a folder. Hidden ones are left out."""
+    paths: list[str] = []
+    for path in _listed_paths(folder):
+        if path.suffix in (".yaml", ".yml") or os.path.isdir(path):  # Path.is_dir raises where it may not look
+            paths.append(str(path))
+    return paths
+
+
+def list_run_folders(folder: Path) -> list[str]:
+    """The paths, as they would be typed, of the run folders in a folder. Hidden ones are left out."""
+    paths: list[str] = []
+    for path in _listed_paths(folder):
+        if os.path.isfile(path / RUN_FILE):  # Path.is_file raises where it may not look
+            paths.append(str(path))
+    return paths
+
+
+def _listed_paths(folder: Path) -> Iterable[Path]:
+    """The first MAX_LISTED_NAMES paths in a folder, without hidden ones; none where the folder cannot be listed."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for name in names[:MAX_LISTED_NAMES]:
+        if not name.startswith("."):
+            yield folder / name
 
 
 def require_evaluation(source: str | Path) -> None:
-    """Raise UserError where a path is neither the file of an evaluation nor the folder of a run that has one."""
+    """Raise UserError where `source` is neither a file nor the folder of a run that was evaluated.
+
+    A folder passes with any of its evaluations, also where it lacks evaluation.json: `dumo compare` then lists them. A
+    file passes whatever it holds: who reads it refuses it.
+    """
     path = Path(source)
-    if not path.exists():
+    if _is_name_too_long(path) or not path.exists():
         near_runs = _near_runs(str(source))
         raise UserError(
             f"there is no run's folder or evaluation {brief(str(source))}: {near_runs}give folders such as runs/digits"
         )
-    if path.is_dir() and not any(path.glob("evaluation*.json")):
-        raise UserError(f"{source} has no {EVALUATION}: run dumo evaluate {shell_path(source)} first")
+    if not path.is_dir() or (path / EVALUATION_FILE).exists():
+        return
+    if not any(path.glob(OTHER_EVALUATIONS)):
+        raise UserError(f"{source} has no {EVALUATION_FILE}: run dumo evaluate {shell_path(source)} first")
 
 
 def require_log(folder: Path) -> None:
     """Raise UserError where a folder has no log of a training."""
-    if not (folder / LOG).is_file():
+    log_file = folder / LOG_FILE
+    if _is_name_too_long(log_file) or not log_file.is_file():
         raise UserError(
-            f"{folder} has no {LOG}: {_near_runs(str(folder))}give a run's folder, such as runs/digits, once it has "
-            "trained a while"
+            f"{folder} has no {LOG_FILE}: {_near_runs(str(folder))}give a run's folder, such as runs/digits, once it "
+            "has trained a while"
         )
 
 
 def _near_runs(name: str) -> str:
-    """A hint of the runs here whose folders have names near to one that is none; "": none has."""
+    """A hint, to begin a message with, of the run folders whose names are close to the mistyped `name`; "": none is.
+
+    Looks in runs/ and in the folder that `name` leads to.
+    """
     from dumo.config.suggestion import did_you_mean, nearest_names
 
     path_by_name: dict[str, str] = {}
-    for folder in (Path(RUNS), Path(name).parent):
-        for path in names_here(folder, FILE):
+    for parent in (Path(RUNS_FOLDER), Path(name).parent):
+        for path in list_run_folders(parent):
             path_by_name[Path(path).name] = path
     near_names = nearest_names(Path(name).name, path_by_name)
     return did_you_mean([path_by_name[near_name] for near_name in near_names])

@@ -19,8 +19,16 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dumo.config import recipes
 from dumo.config.change import merge, shown
-from dumo.config.place import FILE as FILE
-from dumo.config.place import RUNS, find_content, is_image, is_table, names_here, run_file
+from dumo.config.place import RUN_FILE as RUN_FILE
+from dumo.config.place import (
+    RUNS_FOLDER,
+    find_content,
+    find_run_file,
+    is_image,
+    is_table,
+    list_run_folders,
+    list_sources,
+)
 from dumo.error import UserError
 from dumo.io import trained
 from dumo.io.read import brief, read_text, user_path
@@ -119,36 +127,36 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     name, as when `train digits --out digits` is typed again. Raises UserError where ./NAME holds a run or images and
     NAME is a recipe, too, for a variable in a path that is not set, and for the folder of a pipeline of diffusers.
     """
-    if out is not None and source in recipes.names() and out == Path(source) and (out / FILE).is_file():
+    if out is not None and source in recipes.names() and out == Path(source) and (out / RUN_FILE).is_file():
         return ChosenSource("run", f"./{source}", out)
     recipe = recipe_of(source)
     if recipe is not None:
-        return ChosenSource("recipe", source, Path(RUNS) / recipe)
+        return ChosenSource("recipe", source, Path(RUNS_FOLDER) / recipe)
     trained_name = trained_name_of(source)
     if trained_name is not None:
-        return ChosenSource("trained", source, Path(RUNS) / trained_name)
+        return ChosenSource("trained", source, Path(RUNS_FOLDER) / trained_name)
     if not str(source):
         raise UserError(f"the source is empty: {SOURCE_FIX}, or a folder of images")
     path = user_path(str(source), "the source")
     if os.path.isfile(path):  # False for a name that is too long
         if is_table(path):
             return ChosenSource("images", source, folder_of_images(source))
-        if path.name == FILE:
+        if path.name == RUN_FILE:
             return ChosenSource("run", source, path.parent, is_continued=out is None or out == path.parent)
     elif os.path.isdir(path):
-        if (path / FILE).is_file():
+        if (path / RUN_FILE).is_file():
             return ChosenSource("run", source, path, is_continued=out is None or out == path)
         from dumo.io.hub import INDEX
 
         if (path / INDEX).is_file():
             raise UserError(f"{source} is the pipeline of a model, not a run or images: {_pipeline_fix(str(source))}")
         return ChosenSource("images", source, folder_of_images(source))
-    return ChosenSource("file", source, Path(RUNS) / path.stem)
+    return ChosenSource("file", source, Path(RUNS_FOLDER) / path.stem)
 
 
 def folder_of_images(place: str | Path) -> Path:
     """The folder runs/NAME to train in, by the name of the folder or file of images."""
-    return Path(RUNS) / user_path(str(place), "the images").resolve().stem
+    return Path(RUNS_FOLDER) / user_path(str(place), "the images").resolve().stem
 
 
 def recipe_of(source: str | Path) -> str | None:
@@ -166,7 +174,7 @@ def trained_name_of(source: str | Path) -> str | None:
 
     A `Path` to the folder of a run is that folder. Raises UserError where ./NAME holds a run: then either may be meant.
     """
-    if isinstance(source, Path) and (source / FILE).is_file():
+    if isinstance(source, Path) and (source / RUN_FILE).is_file():
         return None
     return shipped_name(str(source), trained.names())
 
@@ -182,8 +190,9 @@ def shipped_name(source: str, names: Collection[str], *, images: bool = False) -
     if name == source:
         content = find_content(Path(source), images=images)
         if content is not None:
+            content_text = "a run" if content == "run" else "images"
             raise UserError(
-                f"{source} may be what dumo brings by this name, or the folder here, which holds {content}: write "
+                f"{source} may be what dumo brings by this name, or the folder here, which holds {content_text}: write "
                 f"{SHIPPED_PREFIX}{source} for dumo's, or ./{source} for the folder"
             )
     return name
@@ -197,8 +206,8 @@ def read(source: str | Path) -> RunText:
         return RunText(_over_base(_recipe_tree(recipe), name, None), name)
     trained_name = trained_name_of(source)
     if trained_name is not None:
-        return read_file(trained.folder(trained_name) / FILE)
-    file = run_file(Path(source))
+        return read_file(trained.folder(trained_name) / RUN_FILE)
+    file = find_run_file(Path(source))
     if file is not None:
         from dumo.io.hub import SUFFIX
 
@@ -208,7 +217,7 @@ def read(source: str | Path) -> RunText:
             raise UserError(f"{unpack_hint(file)}, and give it to a recipe: {_pipeline_fix('DIR')}")
         return read_file(file)
     if os.path.isdir(source):  # False for a name that is too long
-        raise UserError(f"{source} is a folder without a {FILE}: {SOURCE_FIX}")
+        raise UserError(f"{source} is a folder without a {RUN_FILE}: {SOURCE_FIX}")
     if "://" in str(source):
         raise UserError(
             f"{brief(source)} is an address, and dumo reads folders and files of this machine: fetch it, unpack it, "
@@ -285,13 +294,13 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
     if variable:
         word = os.environ.get(variable[1]) or variable[2]
         base = word
-        file = Path(FILE)
+        file = Path(RUN_FILE)
         name = f"{name}: ${variable[1]}"
     if isinstance(base, str):
         recipe = base.removeprefix(SHIPPED_PREFIX)
         if recipe in recipes.names():  # whatever lies next to the file
             return _recipe_tree(recipe), f"recipe {recipe}", None
-        base_file = run_file(file.parent / user_path(base, "base")) if file else None
+        base_file = find_run_file(file.parent / user_path(base, "base")) if file else None
         if base_file:
             tree, _ = _parse_file(_yaml_text(base_file), base_file)
             tree.pop(RESOLVED, None)  # of that run's files
@@ -303,12 +312,13 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
 
 def _take_format(tree: dict[str, Any], file: Path) -> None:
     """Remove the format from the tree of a file. Raises UserError for another than ours."""
-    default = 1 if file.name == FILE and "base" not in tree else FORMAT
+    default = 1 if file.name == RUN_FILE and "base" not in tree else FORMAT
     file_format = tree.pop(KEY, default)
     if file_format != FORMAT:
         raise UserError(
             f"{file} is of format {brief(shown(file_format))}, and this dumo reads {FORMAT}: take the dumo that wrote "
-            f"it, for format 1 0.1.0 of 2026-11-22 (commit 9ebbef4). A {FILE} of your own begins with {KEY}: {FORMAT}"
+            f"it, for format 1 0.1.0 of 2026-11-22 (commit 9ebbef4). A {RUN_FILE} of your own begins with {KEY}: "
+            f"{FORMAT}"
         )
 
 
@@ -343,7 +353,7 @@ def _parse_mapping(text: str, name: str) -> dict[str, Any]:
 def _fetch_hint(name: str) -> str:
     """What a source that is nowhere here may be on the Hugging Face hub, and what to type; "": nothing."""
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or is_table(path) or path.parent == Path(RUNS):
+    if path.suffix in (".yaml", ".yml") or is_table(path) or path.parent == Path(RUNS_FOLDER):
         return ""
     from dumo.io.hub import fetch_hint, published_name
 
@@ -386,7 +396,7 @@ def _recipe_of_cache(root: str) -> str | None:
         if Path(root).name not in recipes.text(recipe):  # to parse all takes long
             continue
         recipe_root = _parse_recipe(recipe).get("data", {}).get("root", "")
-        is_cache = recipe_root.startswith(f"{RUNS}/")  # else a place of the user's images
+        is_cache = recipe_root.startswith(f"{RUNS_FOLDER}/")  # else a place of the user's images
         if is_cache and Path(root).match(recipe_root):
             return recipe
     return None
@@ -397,5 +407,5 @@ def _hint(name: str) -> str:
     from dumo.config.suggestion import nearest_few
 
     path = Path(name)
-    near = nearest_few(name, [*recipes.names(), *names_here(path.parent), *names_here(Path(RUNS), FILE)])
+    near = nearest_few(name, [*recipes.names(), *list_sources(path.parent), *list_run_folders(Path(RUNS_FOLDER))])
     return f"{near}`dumo recipes` lists all"

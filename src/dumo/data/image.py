@@ -405,8 +405,8 @@ def open_store(root: Path, *, split: str | None = None, label: str | None = "lab
     files = walk(root)
     by_format: dict[str, dict[str, FileState]] = {"folder": {}, "parquet": {}, "tar": {}}
     for file, state in files.items():
-        ending = os.path.splitext(file)[1]
-        if ending.lower() in IMAGE_SUFFIXES:
+        ending = os.path.splitext(file)[1].lower()
+        if ending in IMAGE_SUFFIXES:
             by_format["folder"][file] = state
         elif ending in FORMAT_OF_SUFFIX:
             by_format[FORMAT_OF_SUFFIX[ending]][file] = state

@@ -16,7 +16,7 @@ import jinja2
 
 from dumo.config.conditions import shown
 from dumo.config.load import identity
-from dumo.config.place import EVALUATION
+from dumo.config.place import EVALUATION_FILE
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Data, Images, Latents
@@ -94,7 +94,7 @@ class Provenance:
         if run.teacher and run.teacher.guide.scale != 1:
             baked["its teacher"] = run.teacher.guide.scale
         try:
-            report = read_report(opened.folder / EVALUATION)
+            report = read_report(opened.folder / EVALUATION_FILE)
         except UserError:
             report = None
         if report and report["card"].get("weights_sha256") != opened.sha256:

@@ -26,7 +26,7 @@ import torch
 
 from dumo.config.change import override, shown
 from dumo.config.code import has_own_parts
-from dumo.config.load import FILE, load_recipe, parse
+from dumo.config.load import RUN_FILE, load_recipe, parse
 from dumo.config.source import IMAGES_RECIPE as RECIPE
 from dumo.config.source import PROPOSED, folder_of_images
 from dumo.config.spec import Run
@@ -227,7 +227,7 @@ def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar
     try:
         store = images.undecoded()
     except UserError as error:
-        raise UserError(f"{images.root} is taken for a place of images, for it has no {FILE}: {error}") from error
+        raise UserError(f"{images.root} is taken for a place of images, for it has no {RUN_FILE}: {error}") from error
     images_found = _look_at(store, ToSquare(images.side, images.crop), bar)
     side = _side_to_train(images_found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
     fields: dict[str, Any] = {"data.side": side, **_machine_fields(device, side)}

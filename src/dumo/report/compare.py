@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from dumo.config.place import EVALUATION, require_evaluation
+from dumo.config.place import EVALUATION_FILE, require_evaluation
 from dumo.evaluation.metric import CLASS_MMD
 from dumo.report import score
 from dumo.report.card import Card, Row, read_report
@@ -235,14 +235,14 @@ def _evaluation_file(source: str) -> Path:
     """
     path = shipped.output_folder(source)
     shipped_folder = shipped.find(source)  # `path` itself, where the run does not come with dumo
-    if shipped_folder != path and not (path / EVALUATION).is_file():
-        return shipped_folder / EVALUATION
+    if shipped_folder != path and not (path / EVALUATION_FILE).is_file():
+        return shipped_folder / EVALUATION_FILE
     require_evaluation(path)
     if not path.is_dir():
         return path
-    file = path / EVALUATION
+    file = path / EVALUATION_FILE
     other_evaluations = sorted(map(str, path.glob("evaluation-*.json")))
     if other_evaluations and not file.exists():
         fix = f"name {' or '.join(other_evaluations)}, or run dumo evaluate {shell_path(source)}"
-        raise UserError(f"{source} has no {EVALUATION}: {fix}")
+        raise UserError(f"{source} has no {EVALUATION_FILE}: {fix}")
     return file

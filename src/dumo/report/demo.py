@@ -31,7 +31,7 @@ from zipfile import ZipFile
 import jinja2
 import torch
 
-from dumo.config.place import LOG
+from dumo.config.place import LOG_FILE
 from dumo.io import picture
 from dumo.report import answer
 from dumo.report.address import guard, url
@@ -130,7 +130,7 @@ def validation(run: InteractiveRun) -> str:
     """HTML of the run's validation charts, folded away; "" where its log has none, or is damaged."""
     charts: list[Chart] = []
     with suppress(UserError):  # a damaged log is no reason not to play
-        charts += validation_charts(read_log(run.opened.folder / LOG))
+        charts += validation_charts(read_log(run.opened.folder / LOG_FILE))
     if not charts:
         return ""
     pictures = "".join(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dumo.config.parts import Evaluation, Sampling
-from dumo.config.place import EVALUATION
+from dumo.config.place import EVALUATION_FILE
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.own import OwnMetric, WithOwnMetrics
 from dumo.evaluation.protocol import Evaluator, Scores
@@ -192,7 +192,7 @@ def row(
 def current_report(opened: RunFolder) -> dict[str, Any] | None:
     """The report of the run, if evaluating it again would give the same; None where it would give something new."""
     try:
-        report = read_report(opened.find_output(EVALUATION))
+        report = read_report(opened.find_output(EVALUATION_FILE))
     except UserError:
         return None
     wanted_card: dict[str, Any] = {

@@ -31,7 +31,7 @@ from dumo.config.suggestion import require_known
 from dumo.io import file
 from dumo.io.read import read_json
 from dumo.report.tracker import TRACKERS, Tracker, values
-from dumo.run.speed import LOG, logged
+from dumo.run.speed import LOG_FILE, logged
 from dumo.runtime import dist, install_command, installed_version, shell_path, signals
 from dumo.training.loop import Every
 from dumo.training.record import Record
@@ -159,7 +159,7 @@ def follow() -> None:
         readable, _, _ = select([sys.stdin], [], [], seconds)
         return bool(readable)
 
-    log_file = folder / LOG
+    log_file = folder / LOG_FILE
     has_ended = False
     while not log_file.is_file() and not has_ended:
         has_ended = training_ended(POLL_SECONDS)

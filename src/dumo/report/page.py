@@ -27,7 +27,7 @@ from dumo.config import recipes, word
 from dumo.config.conditions import shown as shown_data
 from dumo.config.conditions import squares
 from dumo.config.load import dump
-from dumo.config.place import EVALUATION, LOG
+from dumo.config.place import EVALUATION_FILE, LOG_FILE
 from dumo.data import Images, Latents
 from dumo.evaluation.copy import THUMB_SIDE
 from dumo.evaluation.neighbours import Real
@@ -108,8 +108,9 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     sampler = opened.sampler
 
     # what is on disk: the log, the evaluation, the data
-    rows = [row for row in log.read_log(opened.folder / LOG) if "skipped" not in row]  # a skipped step has no numbers
-    judged = score.judgement(opened.find_output(EVALUATION).parent, opened.step, opened.weights)
+    logged_rows = log.read_log(opened.folder / LOG_FILE)
+    rows = [row for row in logged_rows if "skipped" not in row]  # a skipped step has no numbers
+    judged = score.judgement(opened.find_output(EVALUATION_FILE).parent, opened.step, opened.weights)
     data = read_data(opened)
 
     # samples

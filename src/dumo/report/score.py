@@ -21,7 +21,7 @@ from math import floor, inf, log10
 from pathlib import Path
 from typing import Any, Literal
 
-from dumo.config.place import EVALUATION
+from dumo.config.place import EVALUATION_FILE
 from dumo.config.word import BASELINES, MERITS, STATES, Word, merits, word
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
@@ -402,7 +402,7 @@ def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
 
     Raises UserError if the file is damaged.
     """
-    path = folder / EVALUATION
+    path = folder / EVALUATION_FILE
     if not path.is_file():
         return None
     fix = f"run dumo evaluate {shell_path(folder)} again"

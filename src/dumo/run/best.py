@@ -17,7 +17,7 @@ from dumo.config.spec import Run
 from dumo.evaluation.metric import higher_is_better
 from dumo.run.folder import BEST
 from dumo.run.provenance import require_place
-from dumo.run.speed import LOG
+from dumo.run.speed import LOG_FILE
 from dumo.training import agreement, checkpoint, log, manifest
 from dumo.training.state import State
 from dumo.types import UserError
@@ -48,7 +48,7 @@ class BestFolder:
         """
         self.run = run
         self.folder = run_folder / BEST
-        self.log_file = run_folder / LOG
+        self.log_file = run_folder / LOG_FILE
         self.identities = {*identities, identity(run)}
 
     def find_best(self, max_step: int | None = None) -> BestWeights | None:
@@ -114,6 +114,6 @@ class BestFolder:
             if row["step"] == best.step and row.get("val", {}).get(best.metric) == best.value:
                 return
         raise UserError(
-            f"{best.file} says that its {best.metric} is {best.value}, and {LOG} has no such row of step {best.step}: "
-            "put back the one that this run kept, or remove it"
+            f"{best.file} says that its {best.metric} is {best.value}, and {LOG_FILE} has no such row of step "
+            f"{best.step}: put back the one that this run kept, or remove it"
         )

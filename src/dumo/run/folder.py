@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dumo.config.load import FILE, dump
-from dumo.config.place import LOG
+from dumo.config.load import RUN_FILE, dump
+from dumo.config.place import LOG_FILE
 from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.io import file as files
@@ -28,7 +28,7 @@ LOCK = ".training.lock"  # a file that is held, and there, while the run is trai
 NO_CHECKPOINT_YET = ".unsaved"  # empty file: from before the first step until the first checkpoint is written
 CHECKPOINT_WRITTEN = ".saved"  # the same file from then on, renamed: a run without a checkpoint has lost it
 BEST = "best"  # a folder in it: the weights of the best score
-WRITTEN_FILES = (FILE, "data.json", LOG)  # by training, at the top of the folder
+WRITTEN_FILES = (RUN_FILE, "data.json", LOG_FILE)  # by training, at the top of the folder
 
 
 def _require_name(folder: Path) -> None:
@@ -41,15 +41,15 @@ def _require_name(folder: Path) -> None:
 
 def require_free(folder: Path) -> None:
     """Raise UserError where a folder without a run.yaml is not empty, or is no folder."""
-    if (folder / FILE).exists():
+    if (folder / RUN_FILE).exists():
         return
     if manifest.paths_by_step(folder / "checkpoints"):
         raise UserError(
-            f"{folder / FILE} was removed: restore it (each checkpoint that is left holds a copy, "
+            f"{folder / RUN_FILE} was removed: restore it (each checkpoint that is left holds a copy, "
             f"checkpoints/step-*/{manifest.RUN}), then start again; or give another folder with {option('out')}"
         )
     if folder.is_dir() and any(path.name != LOCK and not _is_half_written(path) for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with {option('out')}")
+        raise UserError(f"{folder} is not empty and holds no {RUN_FILE}: give another folder with {option('out')}")
 
 
 def require_resumable(run: Run, index: Index, step: int | None = None, *, accept: bool = False) -> None:
@@ -81,7 +81,7 @@ def _require_no_lost_checkpoint(folder: Path, train: Train) -> None:
     The folder's mark says whether one was written; where the log is gone, too, somebody has cleared the run. Of a run
     from before there were marks, the log says so where it goes on after the first step that is saved by its number.
     """
-    log_file = folder / LOG
+    log_file = folder / LOG_FILE
     if not log_file.exists():
         return
     if (folder / CHECKPOINT_WRITTEN).exists():
@@ -162,7 +162,7 @@ def restore_run_file(folder: Path, text: str) -> bool:
 
     Raises UserError where the run's folder is no longer in its place (`files.require_in_place`).
     """
-    file = folder / FILE
+    file = folder / RUN_FILE
     files.require_in_place(file)
     if file.is_file():
         return False
@@ -194,7 +194,7 @@ def mark_checkpoint_written(folder: Path) -> None:
 
 def write_run_file(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:
     """Write run.yaml, complete, with what was changed in it, and flush it to the disk."""
-    files.write(folder / FILE, dump(run, changed).encode(), durable=True)
+    files.write(folder / RUN_FILE, dump(run, changed).encode(), durable=True)
 
 
 def set_best_aside(run: Path) -> Path | None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dumo.config.load import Difference, Written, differences, run_of
-from dumo.config.source import FILE, Noted, RunText, file_state, parse_text, read_file
+from dumo.config.source import RUN_FILE, Noted, RunText, file_state, parse_text, read_file
 from dumo.config.spec import Run
 from dumo.run import datanote
 from dumo.run.datanote import DataNote
@@ -42,7 +42,8 @@ class CheckpointRun(Written):
         if text is None:
             if dist.is_main():
                 warnings.warn(
-                    f"{checkpoint.path} was written before checkpoints held their run: {FILE} is not compared with it",
+                    f"{checkpoint.path} was written before checkpoints held their run: {RUN_FILE} is not compared with "
+                    "it",
                     stacklevel=2,
                 )
             return None
@@ -63,7 +64,7 @@ class CheckpointRun(Written):
         lines: list[str] = []
         for difference in run_differences:
             here = "as noted" if difference.field in changed_since else f"in checkpoint {self.name}"
-            lines.append(difference.between(here, f"in {FILE}"))
+            lines.append(difference.between(here, f"in {RUN_FILE}"))
         return lines
 
 
@@ -91,7 +92,7 @@ class Index:
 
         `text` is what has been read of it. It is read again where that was another file, or was written since.
         """
-        file = folder / FILE
+        file = folder / RUN_FILE
         state = file_state(file)
         if state is None:
             text = None
@@ -107,7 +108,7 @@ class Index:
     def run(self, overrides: Sequence[str]) -> Run:
         """The run of run.yaml with these fields changed. Raises UserError where there is none, or it is no run."""
         if self.text is None:
-            raise UserError(f"{self.folder} has no {FILE}")
+            raise UserError(f"{self.folder} has no {RUN_FILE}")
         if not overrides and self.written:
             return self.written.run
         return run_of(self.text, overrides)

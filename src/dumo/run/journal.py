@@ -21,8 +21,8 @@ import torch
 from dumo.autodiff import float64
 from dumo.config.advice import advice
 from dumo.config.change import shown
-from dumo.config.load import FILE, dump, identity
-from dumo.config.place import LOG
+from dumo.config.load import RUN_FILE, dump, identity
+from dumo.config.place import LOG_FILE
 from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.io.source import DataSource
@@ -162,7 +162,7 @@ class Journal:
                 if blamed_rows:
                     message += ": " + "; ".join(map(_row_text, blamed_rows[:3]))
                 self.tell(message)
-            log.append(self.folder / LOG, row)
+            log.append(self.folder / LOG_FILE, row)
 
     def judge(self, state: State) -> "Scores":
         """The scores of this step; {} where none are due. Every rank must call it."""
@@ -218,7 +218,7 @@ class Journal:
         """Save a checkpoint of this step in a thread, after the log up to it; training goes on meanwhile."""
         self.saver.wait()  # its memory is filled anew
         began = self.countdown.seconds() if self.countdown else 0.0
-        log_file = self.folder / LOG
+        log_file = self.folder / LOG_FILE
         step = state.step
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
         step_threads = self.threads.number if self.threads else None
@@ -254,7 +254,7 @@ class Journal:
         Raises UserError where the run's folder is no longer in its place.
         """
         if restore_run_file(self.folder, self.text):
-            self.tell(f"warning: {self.folder / FILE} was removed during training, and is written again")
+            self.tell(f"warning: {self.folder / RUN_FILE} was removed during training, and is written again")
 
     def examine(self, state: State) -> None:
         """Raise UserError if the slope is not the derivative at the weights in training.
@@ -423,7 +423,7 @@ class History:
         The log after the step is always moved aside; with `rewound`, later checkpoints and milestones are removed.
         """
         folder = self.index.folder
-        log_file = folder / LOG
+        log_file = folder / LOG_FILE
 
         # take back what came after the step
         undone_rows = 0

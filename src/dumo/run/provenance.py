@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dumo.config.code import require_same_code
 from dumo.config.load import Written, differences, identity
-from dumo.config.source import FILE
+from dumo.config.source import RUN_FILE
 from dumo.config.spec import Run
 from dumo.run.index import CheckpointRun, Index, later_changes_of_function
 from dumo.runtime.door import option, train_call
@@ -67,7 +67,7 @@ def _require_no_differences(folder: Path, place: Path, lines: list[str]) -> None
     """Raise UserError with these lines, if there are any, of how run.yaml is not the run that weights are of."""
     if not lines:
         return
-    differences_text = "\n  ".join([f"{folder / FILE} is not the run that {place} was trained by:", *lines])
+    differences_text = "\n  ".join([f"{folder / RUN_FILE} is not the run that {place} was trained by:", *lines])
     raise UserError(
         f"{differences_text}\nPut these fields back. To train on with them as they are:  "
         f"{train_call(folder, accept=True)}"
@@ -84,7 +84,7 @@ def require_place(file: Path, identities: Set[str], kind: str, step: int, **fact
     owner = facts_in_file.get("run")
     if owner is not None and owner not in identities:
         raise UserError(
-            f"{file} has weights of another run than {FILE} says: put back those that this run kept, or remove them"
+            f"{file} has weights of another run than {RUN_FILE} says: put back those that this run kept, or remove them"
         )
     facts_in_file["step"] = step_of(file, step)
     expected = {"kind": kind, "step": step, **facts}
@@ -121,11 +121,11 @@ def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) 
     if accept:
         return
 
-    way_out = f"or take them as they are by {option('accept', True)}, which notes them in {FILE}"
+    way_out = f"or take them as they are by {option('accept', True)}, which notes them in {RUN_FILE}"
     if trained_run:
         edited = [difference for difference in trained_run.differences_from(written) if not difference.may]
         if edited:
-            lines = [f"{index.folder / FILE} is not as it was trained:", *trained_run.lines(edited, written)]
+            lines = [f"{index.folder / RUN_FILE} is not as it was trained:", *trained_run.lines(edited, written)]
             raise UserError("\n  ".join(lines) + f"\nPut these fields back, {way_out}")
     requested = [difference for difference in differences(written.run, run) if not difference.may]
     if requested:

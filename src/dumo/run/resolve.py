@@ -26,7 +26,7 @@ from dumo.config.conditions import Conditions
 from dumo.config.conditions import shown as shown_data
 from dumo.config.load import differences, load, parse
 from dumo.config.need import ways_to_captions
-from dumo.config.source import CODE, FILE, GIVEN, encode_command
+from dumo.config.source import CODE, GIVEN, RUN_FILE, encode_command
 from dumo.config.spec import Run
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.path import Diffusion, FlowPath
@@ -157,7 +157,7 @@ def _require_velocity_to_teach(run: Run) -> None:
     else:
         return
     folder = absolute_path(source, maybe=True)
-    if not Path(folder, FILE).is_file():
+    if not Path(folder, RUN_FILE).is_file():
         return
     objective = load(folder).objective
     if taught_readings(objective).velocity is None:

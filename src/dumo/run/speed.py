@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dumo.config.place import LOG as LOG
+from dumo.config.place import LOG_FILE as LOG_FILE
 from dumo.config.place import require_log
 from dumo.runtime import dist
 from dumo.runtime.device import known_peak_tflops, peak_bytes
@@ -126,7 +126,7 @@ def logged(folder: Path) -> list[log.Row]:
     """
     require_log(folder)
     speed_by_step = {row.pop("step"): row for row in log.read_log(folder / FILE)}
-    rows = log.read_log(folder / LOG)
+    rows = log.read_log(folder / LOG_FILE)
     for row in rows:
         if row["step"] in speed_by_step:
             row["speed"] = speed_by_step[row["step"]]

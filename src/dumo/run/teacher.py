@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dumo.config import trust
 from dumo.config.check import check_guided
 from dumo.config.load import load
-from dumo.config.source import FILE as RUN
+from dumo.config.source import RUN_FILE
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
 from dumo.data import Data, is_latents
@@ -191,10 +191,10 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
 
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
-    if not Path(teacher.source, RUN).is_file():
+    if not Path(teacher.source, RUN_FILE).is_file():
         raise UserError(
-            f"teacher.source: {teacher.source} is no run's folder (it has no {RUN}): train one there, or say where "
-            f"it is with {settings('teacher.source=...')}"
+            f"teacher.source: {teacher.source} is no run's folder (it has no {RUN_FILE}): train one there, or say "
+            f"where it is with {settings('teacher.source=...')}"
         )
     opened = open_run(teacher.source, device=str(device))
     teacher_run = opened.run

@@ -14,7 +14,7 @@ from dumo import cli
 from dumo.cli import command
 from dumo.cli.foreign import FOREIGN_COMMANDS, FOREIGN_OPTIONS
 from dumo.config import outline
-from dumo.config.place import EVALUATION, LOG
+from dumo.config.place import EVALUATION_FILE, LOG_FILE
 from dumo.export import write
 from dumo.io import trained
 from dumo.lab import plan
@@ -79,7 +79,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("digits", "digits-meanflow"):
         run = shutil.copytree(trained.folder("digits-trained"), tmp_path / "runs" / name)
-        for file in (EVALUATION, LOG):
+        for file in (EVALUATION_FILE, LOG_FILE):
             (run / file).touch()
 
 

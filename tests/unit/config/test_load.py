@@ -9,7 +9,7 @@ import pytest
 
 from contract.case import members
 from dumo.config import recipes
-from dumo.config.load import FILE, difference, differences, dump, load, summary
+from dumo.config.load import RUN_FILE, difference, differences, dump, load, summary
 from dumo.config.source import FORMAT, KEY, Noted, choose, read
 from dumo.flow.solver import Heun, Hop
 from dumo.objectives import FlowMatching, Objective
@@ -203,7 +203,7 @@ def test_every_slope_and_precision_may_change() -> None:
 def test_what_was_changed_stands_in_run_yaml_and_is_no_field(tmp_path: Path) -> None:
     run = load("digits")
     past = [Noted(step=5, field="train.clip", was=None, now=1.0), Noted(step=9, field="data", was="a", now="b")]
-    (file := tmp_path / FILE).write_text(text := dump(run, past))
+    (file := tmp_path / RUN_FILE).write_text(text := dump(run, past))
     assert load(str(tmp_path)) == run
     assert [*read(tmp_path).changed] == past
     (other := tmp_path / "other.yaml").write_text(text)

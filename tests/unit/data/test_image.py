@@ -49,6 +49,14 @@ ENDS = {  # the first image and the last
 
 
 @pytest.mark.parametrize("form", STORES)
+def test_suffixes_may_be_in_upper_case(form: str, tmp_path: Path) -> None:
+    STORES[form](tmp_path)
+    for file in [path for path in tmp_path.rglob("*.*") if path.is_file()]:
+        file.rename(file.with_suffix(file.suffix.upper()))
+    assert spec(tmp_path).open().size == COUNT
+
+
+@pytest.mark.parametrize("form", STORES)
 @pytest.mark.parametrize("memory", [2.0, 0.0])
 def test_every_store_gives_the_same(form: str, memory: float, tmp_path: Path) -> None:
     """In order, each with its class and its path; labels can be left unread."""

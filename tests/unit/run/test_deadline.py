@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dumo.config.spec import Run
-from dumo.run.folder import FILE
+from dumo.run.folder import RUN_FILE
 from dumo.run.job import open_job
 from dumo.run.train import train_job
 from dumo.runtime import door, signals, stopwatch
@@ -69,7 +69,7 @@ def train(
 
 
 def written(folder: Path) -> dict[str, object]:
-    return yaml.safe_load((folder / FILE).read_text())["train"]
+    return yaml.safe_load((folder / RUN_FILE).read_text())["train"]
 
 
 def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_recipe_that_ends_by_the_clock_is_typed_again(clock: Clock, tmp_path: 
 
 def test_without_minutes_a_folder_says_nothing_of_time(clock: Clock, tmp_path: Path) -> None:
     train(tmp_path / "run", clock, tiny())
-    assert "minutes:" not in (tmp_path / "run" / FILE).read_text().replace("save_minutes:", "")
+    assert "minutes:" not in (tmp_path / "run" / RUN_FILE).read_text().replace("save_minutes:", "")
     last = latest(tmp_path / "run/checkpoints")
     assert last is not None
     assert "timing" not in json.loads((last / "state.json").read_text())

@@ -7,7 +7,7 @@ import torch
 
 from dumo.config.load import dump, load
 from dumo.config.spec import Run
-from dumo.run.folder import FILE, LOCK, locked_run_folder, write_run_file
+from dumo.run.folder import LOCK, RUN_FILE, locked_run_folder, write_run_file
 from dumo.run.sampler import sampler_of
 from dumo.run.weights import build
 from dumo.types import UserError
@@ -24,7 +24,7 @@ def settle(spec: Run, folder: Path) -> None:
 def test_a_place_is_settled_once(tmp_path: Path) -> None:
     run = tiny()
     settle(run, tmp_path / "a/b")
-    file = tmp_path / "a/b" / FILE
+    file = tmp_path / "a/b" / RUN_FILE
     assert file.read_text(encoding="utf-8") == dump(run)
     settle(tiny("moons", "train.steps=9", "sample.seed=3"), tmp_path / "a/b")
     assert load(str(file)).train.steps == 9
@@ -34,7 +34,7 @@ def test_a_place_is_settled_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not empty"):
         settle(run, tmp_path / "a")
     assert file.read_bytes() == before
-    assert [path.name for path in file.parent.iterdir()] == [FILE]
+    assert [path.name for path in file.parent.iterdir()] == [RUN_FILE]
 
 
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"a/b is being trained by another process.*out=.*\.training\.lock"):
             settle_held(tiny(), folder)
         write_run_file(tiny(), folder)
-    assert [path.name for path in folder.iterdir()] == [FILE]
+    assert [path.name for path in folder.iterdir()] == [RUN_FILE]
     settle_held(tiny(), folder)
     with pytest.raises(UserError, match="another run"):
         settle_held(tiny("moons", "net.width=17"), folder)
@@ -64,7 +64,7 @@ def test_a_folder_held_for_nothing_is_not_left(tmp_path: Path) -> None:
 def test_what_a_killed_training_leaves_is_no_hindrance(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()
     settle_held(tiny(), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [RUN_FILE]
 
 
 @pytest.mark.parametrize(("more", "most"), [(["micro_batch=2"], 2), ([], 8), (["batch=300"], 256)])

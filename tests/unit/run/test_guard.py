@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dumo.config.load import FILE
+from dumo.config.load import RUN_FILE
 from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.flow.flow import Flow
@@ -494,14 +494,14 @@ def replace_by_another(folder: Path) -> None:
     """As where its disk is unmounted, or another run is begun under its name."""
     folder.rename(folder.with_name("kept"))
     folder.mkdir()
-    (folder / FILE).touch()
+    (folder / RUN_FILE).touch()
     (folder / LOCK).touch()
 
 
 AWAY: dict[str, tuple[Callable[[Path], object], list[str] | None]] = {
     "removed": (lambda folder: shutil.rmtree(shutil.copytree(folder, folder.with_name("kept")).with_name("run")), None),
     "renamed": (lambda folder: folder.rename(folder.with_name("kept")), None),
-    "replaced": (replace_by_another, [LOCK, FILE]),
+    "replaced": (replace_by_another, [LOCK, RUN_FILE]),
 }
 
 
@@ -527,7 +527,7 @@ def test_a_folder_that_goes_away_in_mid_run_ends_it(way: str, every: int, tmp_pa
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("removed", ["*", FILE], ids=["all", FILE])
+@pytest.mark.parametrize("removed", ["*", RUN_FILE], ids=["all", RUN_FILE])
 def test_a_run_file_that_is_removed_in_mid_run_is_written_again(removed: str, moons: Path, tmp_path: Path) -> None:
     """With the next checkpoint: steps are not lost, as where an editor saves it by a rename."""
     folder, told = tmp_path / "run", list[str]()
@@ -539,18 +539,18 @@ def test_a_run_file_that_is_removed_in_mid_run_is_written_again(removed: str, mo
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     train(tiny(), folder, hooks=[loop.Every(1, remove)], tell=told.append)
-    assert told.count(f"warning: {folder / FILE} was removed during training, and is written again") == 1
-    assert (folder / FILE).read_text() == (moons / FILE).read_text()
+    assert told.count(f"warning: {folder / RUN_FILE} was removed during training, and is written again") == 1
+    assert (folder / RUN_FILE).read_text() == (moons / RUN_FILE).read_text()
     assert steps(folder) == ([4, 6, 8] if removed == "*" else [2, 4, 6, 8])
     assert train(tiny("train.steps=9"), folder).step == 9
 
 
 @pytest.mark.slow
 def test_a_run_file_that_is_removed_later_is_restored_from_a_checkpoint(run: Path) -> None:
-    (run / FILE).unlink()
+    (run / RUN_FILE).unlink()
     with pytest.raises(UserError, match=rf"run\.yaml was removed: .* holds a copy, checkpoints/step-\*/{manifest.RUN}"):
         train(tiny(), run)
-    shutil.copy(run / "checkpoints/step-00000008" / manifest.RUN, run / FILE)
+    shutil.copy(run / "checkpoints/step-00000008" / manifest.RUN, run / RUN_FILE)
     assert train(tiny("train.steps=9"), run).step == 9
 
 
@@ -615,7 +615,7 @@ def test_what_a_kill_left_of_the_first_write_is_no_run(left: str, tmp_path: Path
     (folder := tmp_path / "run").mkdir()
     (folder / left).touch()
     train(tiny("train.steps=2"), folder)
-    made = [CHECKPOINT_WRITTEN, "checkpoints", "data.json", "metrics.jsonl", FILE, "speed.jsonl"]
+    made = [CHECKPOINT_WRITTEN, "checkpoints", "data.json", "metrics.jsonl", RUN_FILE, "speed.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == made
     (folder / "checkpoints/.step-00000009.tmp").mkdir()
     (folder / ".evaluation.json.1.tmp").touch()  # another command may be writing it

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dumo.config.load import FILE
+from dumo.config.load import RUN_FILE
 from dumo.config.source import RunText, read_file
 from dumo.run.index import Index
 
@@ -11,10 +11,10 @@ from dumo.run.index import Index
 def written(folder: Path, text: str = "base: digits\n") -> RunText:
     """The text of a run.yaml that is written into a folder, as it is read there."""
     folder.mkdir(exist_ok=True)
-    before = folder / f".{FILE}"
+    before = folder / f".{RUN_FILE}"
     before.write_text(text)
-    os.replace(before, folder / FILE)  # as `dumo.io.file` writes it
-    return read_file(folder / FILE)
+    os.replace(before, folder / RUN_FILE)  # as `dumo.io.file` writes it
+    return read_file(folder / RUN_FILE)
 
 
 def test_a_text_that_was_read_is_taken(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_what_was_written_since_is_read_again(tmp_path: Path) -> None:
     text = written(tmp_path, "base: digits\nabout: one\n")
     now = written(tmp_path, "base: digits\nabout: two\n")
     assert Index.read(tmp_path, text).text == now != text
-    (tmp_path / FILE).unlink()
+    (tmp_path / RUN_FILE).unlink()
     assert Index.read(tmp_path, text).text is None
 
 

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from dumo.config.change import shown
-from dumo.config.load import FILE, dump, identity, load
+from dumo.config.load import RUN_FILE, dump, identity, load
 from dumo.config.source import RESOLVED, Noted
 from dumo.config.spec import Run
 from dumo.run.index import CheckpointRun
@@ -78,7 +78,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 def edit(folder: Path, *fields: str) -> None:
     """Change run.yaml as by hand."""
     changed = load(str(folder), fields)
-    (folder / FILE).write_text(dump(changed, noted(folder)))
+    (folder / RUN_FILE).write_text(dump(changed, noted(folder)))
 
 
 def leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -134,7 +134,7 @@ def other(folder: Path, field: str, value: object) -> Run:
             changed = load(str(folder), sets)
         except UserError:
             continue
-        (folder / FILE).write_text(dump(changed))
+        (folder / RUN_FILE).write_text(dump(changed))
         return changed
     pytest.fail(f"no other value is known of {field}, which is {value}")
 
@@ -143,13 +143,13 @@ def other(folder: Path, field: str, value: object) -> Run:
 def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained_run = CheckpointRun.read(Checkpoint(run / LAST))
     monkeypatch.setattr(CheckpointRun, "read", lambda checkpoint: trained_run)  # read once, for speed
-    base, text = load(str(run)), (run / FILE).read_text()
+    base, text = load(str(run)), (run / RUN_FILE).read_text()
     wanted, seen = samples(run, base), dict[str, list[str]]()
     tree = yaml.safe_load(text)
     for field, value in leaves({name: part for name, part in tree.items() if name not in ("format", RESOLVED)}):
         if field in ALONE:
             continue
-        (run / FILE).write_text(text)
+        (run / RUN_FILE).write_text(text)
         changed = other(run, field, value)
         free, changes = (marked(base, field, mark) for mark in ("free", "changes"))
         seen.setdefault("free" if free else "changes" if changes else "fixed", []).append(field)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.config.load import FILE, dump, load
+from dumo.config.load import RUN_FILE, dump, load
 from dumo.config.spec import Run
 from dumo.io.hub import PUBLISHED
 from dumo.run.resolve import (
@@ -56,7 +56,7 @@ def test_what_has_no_value_stays(tmp_path: Path) -> None:
 
 def test_the_words_that_a_run_began_with_mean_what_they_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began, there = with_absolute_paths(images("$PLACE")), str(tmp_path / "one")
-    (tmp_path / FILE).write_text(dump(began))
+    (tmp_path / RUN_FILE).write_text(dump(began))
     before = load(str(tmp_path))
     assert before == began
     monkeypatch.setenv("PLACE", "/elsewhere")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import dumo
-from dumo.config.load import FILE, load
-from dumo.config.place import EVALUATION
+from dumo.config.load import RUN_FILE, load
+from dumo.config.place import EVALUATION_FILE
 from dumo.io import digest, trained
 from dumo.io.read import user_path
 from dumo.report import card, evaluate
@@ -79,7 +79,7 @@ def test_a_place_in_a_shipped_run_is_found_wherever_dumo_is() -> None:
 @pytest.mark.parametrize("name", MEGABYTES)
 def test_its_evaluation_is_of_its_weights(name: str) -> None:
     opened = open_run(name, device="cpu")
-    report = card.read_report(trained.folder(name) / EVALUATION)
+    report = card.read_report(trained.folder(name) / EVALUATION_FILE)
     assert report["card"]["weights_sha256"] == opened.sha256
     assert [row["nfe"] for row in report["results"]] == [1, 2, 4]
     assert evaluate.current_report(opened) is not None
@@ -87,10 +87,10 @@ def test_its_evaluation_is_of_its_weights(name: str) -> None:
 
 def test_what_was_made_here_goes_before_what_came(here: Path) -> None:
     opened = open_run(NAME, device="cpu")
-    assert opened.find_output(EVALUATION) == trained.folder(NAME) / EVALUATION
+    assert opened.find_output(EVALUATION_FILE) == trained.folder(NAME) / EVALUATION_FILE
     (here / NAME).mkdir()
-    (here / NAME / EVALUATION).touch()
-    assert opened.find_output(EVALUATION) == Path(NAME, EVALUATION)
+    (here / NAME / EVALUATION_FILE).touch()
+    assert opened.find_output(EVALUATION_FILE) == Path(NAME, EVALUATION_FILE)
 
 
 @pytest.mark.nightly
@@ -110,7 +110,7 @@ def test_a_source_that_is_no_run_is_answered_with_what_there_is(here: Path) -> N
     with pytest.raises(UserError, match="or take cifar10-trained or digits-trained, which dumo brings"):
         open_run("nothing")
     (here / "runs/digits").mkdir(parents=True)
-    (here / "runs/digits" / FILE).touch()
+    (here / "runs/digits" / RUN_FILE).touch()
     with pytest.raises(UserError, match="its run here is runs/digits"):
         open_run("digits")
 
