@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dumo.config.source import FILE as RUN_FILE
+from dumo.config.source import RUN_FILE
 from dumo.data import pixel
 from dumo.data.album import Album
 from dumo.data.image import GIGABYTE, open_store
