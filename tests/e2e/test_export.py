@@ -21,7 +21,7 @@ from dumo.config.place import EVALUATION_FILE
 from dumo.export import lora, write
 from dumo.export.card import PROMPT
 from dumo.export.model import INDEX
-from dumo.export.serve import KEY
+from dumo.export.serve import VLLM_KEY
 from dumo.flow.generate import integrate
 from dumo.flow.solver import Euler
 from dumo.run.prompt import prompted
@@ -118,18 +118,18 @@ def test_a_server_makes_dumos_images(
     case = tiny_runs.case(tmp_path, name, *FULL)
     must(call("train", case.run, *RESTART))
     out = case.export("out")
-    block = json.loads((out / INDEX).read_text())[KEY]
+    block = json.loads((out / INDEX).read_text())[VLLM_KEY]
     assert block["denoising_timesteps"] == [1000, 700]
     assert f"--omni --model-class-name {case.stock.vllm_class}`" in (out / "README.md").read_text()
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     pipe = case.pipeline(out)
-    assert KEY not in caplog.text
+    assert VLLM_KEY not in caplog.text
     noises = [torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(2)]
     mine = case.dumo_image(noises)
     assert (as_served(pipe, block, noises) - mine).norm() / mine.norm() < LIMITS["full"]
     assert (as_served(pipe, block | {"solver": "ode"}, noises) - mine).norm() / mine.norm() > 0.1
     pipe.save_pretrained(tmp_path / "saved")  # which keeps what diffusers knows
-    assert KEY not in json.loads((tmp_path / "saved" / INDEX).read_text())
+    assert VLLM_KEY not in json.loads((tmp_path / "saved" / INDEX).read_text())
 
 
 @pytest.mark.nightly
@@ -148,7 +148,7 @@ def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tiny_runs: 
     must(call("train", case.run, *sets("sample.solver.m=0.70001")))
     found.append((case.export("odd"), "whole thousandths"))
     for out, why in found:
-        assert KEY not in json.loads((out / INDEX).read_text()), why
+        assert VLLM_KEY not in json.loads((out / INDEX).read_text()), why
         line = next(line for line in (out / "README.md").read_text().splitlines() if line.startswith("vLLM-Omni"))
         assert line.startswith("vLLM-Omni cannot"), line
         assert why in line

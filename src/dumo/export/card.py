@@ -25,7 +25,7 @@ from dumo.data.pixel import Size
 from dumo.encoders.pipeline import LICENSE
 from dumo.export.model import ExportedModel, StockPipeline
 from dumo.export.scheduler import EULER, JUMP_SCHEDULER, LCM
-from dumo.export.serve import is_whole, unserved
+from dumo.export.serve import has_other_parts, reason_not_servable
 from dumo.export.textencoder import ShippedTextEncoder
 from dumo.flow.guide import GuidanceScale
 from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
@@ -149,9 +149,9 @@ def of_tuned(
         own=scheduler == JUMP_SCHEDULER,
         absent="".join(f", {part}=None" for part in exported.spec.pipeline.absent_parts),
         few_steps_folder=FEW_STEPS,
-        whole=is_whole(parts),
+        whole=has_other_parts(parts),
         variant=exported.weights_variant(source_parts),
-        unserved=unserved(exported, whole=is_whole(parts)),
+        reason_not_servable=reason_not_servable(exported, parts),
         lora=index is None,
         head=exported.head,
         head_text=HEAD_TEXTS["euler" if exported.head == "v" else "hop" if exported.makes_hops else "restart"],

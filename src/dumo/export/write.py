@@ -27,7 +27,7 @@ from dumo.encoders.pipeline import TRANSFORMER, UNET, has_component
 from dumo.export import card, lora, standalone
 from dumo.export.model import DTYPES, INDEX, ExportedModel, Head, exported_head, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler, write_velocity_scheduler
-from dumo.export.serve import IGNORED_KEYS, is_whole, served, unserved
+from dumo.export.serve import IGNORED_KEY, reason_not_servable, vllm_index_entries
 from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
 from dumo.io.read import brief, read_settings, write_json
@@ -208,8 +208,8 @@ def write_folder(
             copy_part(source / name, out / name, parts)
         else:
             del index[name]
-    if not unserved(exported, whole=is_whole(index)):
-        index |= served(exported)
+    if reason_not_servable(exported, index) is None:
+        index |= vllm_index_entries(exported)
     write_json(out / INDEX, index)
     codes = exported.class_embeddings
     if codes:
@@ -229,7 +229,7 @@ def read_index(source: Path) -> dict[str, Any]:
             f"{source} is no pipeline of one transformer: {TAKE_ANOTHER}; or, of two, {SECOND_TRANSFORMER} was not "
             f"tuned and would make some of the passes: take {option('to', 'safetensors')}"
         )
-    return {key: entry for key, entry in index.items() if not key.startswith("dmd2_") and key != IGNORED_KEYS}
+    return {key: entry for key, entry in index.items() if not key.startswith("dmd2_") and key != IGNORED_KEY}
 
 
 def other_parts(index: Mapping[str, Any]) -> list[str]:
