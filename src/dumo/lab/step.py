@@ -168,17 +168,17 @@ class StepBench:
         if self.device.type == "cuda":
             step()  # kernels keep memory after their first call
             self.net.zero_grad()
-            size = memory.allocated_bytes(step, self.device)
+            step_memory = memory.allocated_bytes(step, self.device)
         else:
-            size = memory.step_bytes(
+            step_memory = memory.step_bytes(
                 self.outline, objective, self.path, self.shape, rows=rows, ref=ref, precision=row.precision
             )
         return replace(
             row,
             way=step_cost.way.name if step_cost.way else None,
             units_counted=step_cost.units,
-            bytes_before=size.before,
-            bytes=size.peak,
+            bytes_before=step_memory.preexisting,
+            bytes=step_memory.peak,
         )
 
 

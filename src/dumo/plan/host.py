@@ -63,7 +63,7 @@ def host_bytes(
         on_host = HeldBytes(0, 0, 0, 0)
         step_on_host = 0
     else:
-        on_host = held.part(share_of(train.share, ranks))
+        on_host = held.per_rank(share_of(train.share, ranks))
         step_on_host = step
 
     # a tensor in one piece

@@ -25,7 +25,7 @@ def planned(ranks: int, device: str, *fields: str) -> dict[str, int]:
     run = load("digits", fields)
     net = outline(run)
     held = memory.held_bytes(net, run.train)
-    copy = memory.checkpoint_bytes(net, held, ranks).copy
+    copy = memory.checkpoint_bytes(net, held, ranks).host_copy_per_rank
     found = host_bytes(
         net, run.train, ranks=ranks, held=held, checkpoint_copy=copy, step=0, device=device, has_slope=True
     )
@@ -90,7 +90,7 @@ def test_a_first_step_has_no_memory_of_the_optimizer_before_its_update(step: int
         net, run.train, ranks=2, held=held, checkpoint_copy=copy, step=step, device="CPU", has_slope=False
     )
     found = counted["process"]
-    update, passes = held.part(2).total, step - held.optimizer // 2
+    update, passes = held.per_rank(2).total, step - held.optimizer // 2
     assert found["first step"] == {"update": update, "passes": passes}[first] + PROCESS
     assert found["step"] == step + copy + PROCESS
 

@@ -1,6 +1,7 @@
 """Bytes are counted as by hand, before anything is made."""
 
 from collections.abc import Collection
+from math import ceil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from dumo.run import cost, memory
 from dumo.run.memory import HeldBytes, StepBytes, TrainingBytes, follow_bytes
+from dumo.run.storages import LiveStorages, WatchedBlock
 
 N = 1000  # numbers of a tensor, four bytes each
 
@@ -22,7 +24,7 @@ def test_bytes_of_a_chain_are_counted_as_by_hand() -> None:
         c = b.exp()  # b and c
         c.exp_()
 
-    assert follow_bytes(chain) == StepBytes(before=4 * N, peak=8 * N)
+    assert follow_bytes(chain) == StepBytes(preexisting=4 * N, peak=8 * N)
 
 
 def test_views_do_not_count_twice_and_keep_their_storage() -> None:
@@ -33,8 +35,8 @@ def test_views_do_not_count_twice_and_keep_their_storage() -> None:
         x.exp()
         assert first.numel() == N / 10
 
-    assert follow_bytes(views) == StepBytes(before=4 * N, peak=8 * N)
-    assert follow_bytes(lambda: (x.view(10, -1), x[3:5])) == StepBytes(before=4 * N, peak=0)
+    assert follow_bytes(views) == StepBytes(preexisting=4 * N, peak=8 * N)
+    assert follow_bytes(lambda: (x.view(10, -1), x[3:5])) == StepBytes(preexisting=4 * N, peak=0)
 
 
 def test_what_autograd_saves_counts_until_the_backward_pass_is_through() -> None:
@@ -61,9 +63,18 @@ def test_the_least_is_of_all_that_is_kept_and_copies_of_what_is_trained() -> Non
     assert memory.row_bytes(5, (3, 2)) == 4 * 5 * 6
 
 
+def test_a_checkpoint_lacks_a_frozen_weight_once_though_two_modules_share_it() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    net[0].weight.requires_grad_(False)
+    held = HeldBytes(weights=memory.weight_bytes(net), gradients=0, optimizer=0, averages=0)
+    assert memory.checkpoint_bytes(net, held, 5) == (4 * (9 + 3 * 3), ceil(4 * (9 + 3 * 3) / 5))
+
+
 def test_a_part_of_what_is_held() -> None:
     held = HeldBytes(weights=8, gradients=6, optimizer=12, averages=4)
-    assert held.part(2) == HeldBytes(4, 3, 6, 2)
+    assert held.per_rank(2) == HeldBytes(4, 3, 6, 2)
+    assert held.per_rank(3) == HeldBytes(3, 2, 4, 2)  # none of it is lost
     assert TrainingBytes(1, held, 10).total == sum(TrainingBytes(1, held, 10).parts.values()) == 40
 
 
@@ -74,12 +85,10 @@ def test_all_blocks_of_a_unet_are_followed_if_one_is_gone_at_the_peak(
     net, sampled_net = nn.Module(), nn.Module()
     monkeypatch.setattr(cost, "sample_blocks", lambda _: cost.SampledNet(sampled_net, {"block": 3}))
 
-    def follow(followed: nn.Module, watched: Collection[str]) -> memory._LiveStorages:
-        live = memory._LiveStorages()
+    def follow(followed: nn.Module, watched: Collection[str]) -> LiveStorages:
+        live = LiveStorages()
         live.peak = 10 if followed is sampled_net else 99
-        live.blocks = {
-            path: memory._WatchedBlock(0, bytes_left_behind=4, bytes_at_peak=bytes_at_peak) for path in watched
-        }
+        live.blocks = {path: WatchedBlock(0, bytes_left_behind=4, bytes_at_peak=bytes_at_peak) for path in watched}
         return live
 
     assert memory._unet_peak(net, follow) == peak
@@ -88,10 +97,10 @@ def test_all_blocks_of_a_unet_are_followed_if_one_is_gone_at_the_peak(
 def test_a_watched_block_leaves_behind_what_outlives_its_pass_with_gradients() -> None:
     block = nn.Sequential(nn.Tanh(), nn.Tanh())  # each saves its result
     x = torch.ones(N, requires_grad=True)
-    with memory._LiveStorages({"block": block}) as live:
+    with LiveStorages({"block": block}) as live:
         with torch.no_grad():
             block(x)
         y = block(x) * 1
         assert live.blocks["block"].bytes_now == 4 * 2 * N
         y.sum().backward()
-    assert live.blocks["block"] == memory._WatchedBlock(0, bytes_left_behind=4 * 2 * N, bytes_at_peak=4 * 2 * N)
+    assert live.blocks["block"] == WatchedBlock(0, bytes_left_behind=4 * 2 * N, bytes_at_peak=4 * 2 * N)
