@@ -83,7 +83,7 @@ FIELDS = [
 def test_half_a_character_and_a_name_that_is_too_long(here: Path) -> None:
     """Of a field, of a folder, of a base: no text in UTF-8, and no file."""
     refused("show", "digits", "--set", "net.\udcff=1", named=("net.\\udcff: unknown key",))
-    refused("train", "moons", "--out", "\udcff", *TINY, named=("no name in UTF-8", "--out"))
+    refused("train", "moons", "--out", "\udcff", *TINY, named=("not valid UTF-8", "--out"))
     for field in ({"\ud800": 1}, {"net": {"\ud800": 1}}, {"about": "\ud800"}):
         with pytest.raises(UserError, match=r"half a character|no number, text|not a YAML value"):
             recipe("digits", field)

@@ -27,7 +27,7 @@ from PIL import Image
 
 from autoencoder import taef2
 from dumo.io import digest, weights
-from dumo.run.folder import CHECKPOINT_WRITTEN
+from dumo.run.folder import CHECKPOINT_MARK
 from e2e.shell import TINY, sets
 from reliability import process
 
@@ -173,7 +173,7 @@ def temporary_files(folder: Path) -> list[Path]:
     paths: list[Path] = []
     for path in folder.rglob("*"):
         is_temporary = path.name.startswith(".") or path.name.endswith(".tmp")
-        if is_temporary and path.name != CHECKPOINT_WRITTEN:
+        if is_temporary and path.name != CHECKPOINT_MARK:
             paths.append(path)
     return paths
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from dumo.config.load import identity
 from dumo.config.spec import Run
 from dumo.evaluation.metric import higher_is_better
-from dumo.run.folder import BEST
+from dumo.run.folder import BEST_FOLDER
 from dumo.run.provenance import require_place
 from dumo.run.speed import LOG_FILE
 from dumo.training import agreement, checkpoint, log, manifest
@@ -47,7 +47,7 @@ class BestFolder:
         Weights that were written under one of them, or under that of `run`, are this run's own.
         """
         self.run = run
-        self.folder = run_folder / BEST
+        self.folder = run_folder / BEST_FOLDER
         self.log_file = run_folder / LOG_FILE
         self.identities = {*identities, identity(run)}
 

@@ -1,10 +1,17 @@
 """A run's folder while it is trained: locked, refused where it holds another run, guarded, and marked.
 
-`run.job` calls, in this order, `locked_run_folder`, `require_resumable`, `remove_half_written` and `guard_run_folder`.
-The journal then calls `set_best_aside`, `write_run_file` and `mark_no_checkpoint_yet`; at each checkpoint
-`restore_run_file` and `mark_checkpoint_written`.
+`run.job` calls, in this order:
+
+1. `locked_run_folder`, which asks `require_free` whether the folder is a run's, or may become one.
+2. `require_resumable`, `remove_half_written` and `guard_run_folder`, which also guards what `is_on_other_disk`.
+
+The journal then calls:
+
+3. before the first step `set_best_aside`, `write_run_file` and `mark_no_checkpoint_yet`.
+4. at each checkpoint `restore_run_file` and `mark_checkpoint_written`.
 """
 
+import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -24,38 +31,71 @@ from dumo.training.log import read_log
 from dumo.training.spec import Train
 from dumo.types import UserError
 
-LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
-NO_CHECKPOINT_YET = ".unsaved"  # empty file: from before the first step until the first checkpoint is written
-CHECKPOINT_WRITTEN = ".saved"  # the same file from then on, renamed: a run without a checkpoint has lost it
-BEST = "best"  # a folder in it: the weights of the best score
-WRITTEN_FILES = (RUN_FILE, "data.json", LOG_FILE)  # by training, at the top of the folder
+# names in a run's folder
+LOCK_FILE = ".training.lock"  # present, and locked, while a process trains here
+NO_CHECKPOINT_MARK = ".unsaved"  # empty: training has begun, and no checkpoint is written yet
+CHECKPOINT_MARK = ".saved"  # empty: a checkpoint was written; if none is there now, it was lost
+CHECKPOINTS_FOLDER = "checkpoints"
+BEST_FOLDER = "best"  # the weights of the best score
+WRITTEN_FILES = (RUN_FILE, "data.json", LOG_FILE)  # training writes them, at the top of the folder
 
 
-def _require_name(folder: Path) -> None:
-    """Raise UserError where a folder's name is no text in UTF-8: no file of weights opens there."""
-    if not str(folder).isascii() and str(folder) != str(folder).encode(errors="replace").decode():
+@contextmanager
+def locked_run_folder(folder: Path) -> Generator[None, None, None]:
+    """Make a run's folder, if it is missing, and keep every other training out of it.
+
+    A folder that was made and is empty at the end is removed. Raises UserError where another process trains there, and,
+    before anything is written, where the folder may not become a run's (`require_free`) or its name is not UTF-8.
+    """
+    _require_utf8(folder)
+    require_free(folder)
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        problem = f"{folder} is being trained by another process: wait for it, or give {option('out')}"
+        with files.locked(folder / LOCK_FILE, problem):
+            yield
+    finally:
+        with suppress(OSError):  # it is not empty: something was written
+            for new_folder in new_folders:
+                new_folder.rmdir()
+
+
+def _require_utf8(folder: Path) -> None:
+    """Raise UserError where a folder's name is not valid UTF-8: safetensors opens no file there."""
+    name = str(folder)
+    if name != name.encode(errors="replace").decode():
         raise UserError(
-            f"{folder} is no name in UTF-8, and no file of weights opens there: give another with {option('out')}"
+            f"{folder}: the folder's name is not valid UTF-8, and safetensors cannot open files in it: give another "
+            f"with {option('out')}"
         )
 
 
 def require_free(folder: Path) -> None:
-    """Raise UserError where a folder without a run.yaml is not empty, or is no folder."""
+    """Raise UserError unless a path is a run's folder, an empty folder, or free. Leftovers of a kill do not count."""
     if (folder / RUN_FILE).exists():
         return
-    if manifest.paths_by_step(folder / "checkpoints"):
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give another path with {option('out')}")
+    if manifest.paths_by_step(folder / CHECKPOINTS_FOLDER):
         raise UserError(
             f"{folder / RUN_FILE} was removed: restore it (each checkpoint that is left holds a copy, "
-            f"checkpoints/step-*/{manifest.RUN}), then start again; or give another folder with {option('out')}"
+            f"{CHECKPOINTS_FOLDER}/step-*/{manifest.RUN}), then start again; or give another folder with "
+            f"{option('out')}"
         )
-    if folder.is_dir() and any(path.name != LOCK and not _is_half_written(path) for path in folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {RUN_FILE}: give another folder with {option('out')}")
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if path.name != LOCK_FILE and not _is_half_written(path):
+            raise UserError(f"{folder} is not empty and holds no {RUN_FILE}: give another folder with {option('out')}")
 
 
 def require_resumable(run: Run, index: Index, step: int | None = None, *, accept: bool = False) -> None:
-    """Raise UserError unless the folder is free, or holds this run with no more steps behind it than it is to make.
+    """Raise UserError unless `run` can be trained in its folder: from the start, or on from a checkpoint there.
 
-    `step` is that of the checkpoint to resume from; None: of the last one. `accept`: fields may differ.
+    `index` is what the folder holds. `step` is that of the checkpoint to resume from; None: the last one. Refused are a
+    step without a checkpoint, fewer steps than are done, lost checkpoints, and another run than the folder's. `accept`:
+    fields may differ from that run's.
     """
     folder = index.folder
     checkpoints = index.checkpoints.by_step()
@@ -65,7 +105,8 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
             raise UserError(f"{problem}: it has none")
         raise UserError(f"{problem}: it has those of step {', '.join(map(str, checkpoints))}")
     steps_done = max(checkpoints, default=0) if step is None else step
-    if steps_done > run.train.steps and run.train.minutes is None:
+    ends_by_steps = run.train.minutes is None
+    if ends_by_steps and steps_done > run.train.steps:
         raise UserError(
             f"train.steps={run.train.steps}, but {folder} has already trained {steps_done} steps: set train.steps to "
             f"{steps_done} or more"
@@ -76,37 +117,35 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
 
 
 def _require_no_lost_checkpoint(folder: Path, train: Train) -> None:
-    """Raise UserError where a run's checkpoints were lost, rather than train it anew.
+    """Raise UserError where a run without checkpoints had some, which would be trained again.
 
-    The folder's mark says whether one was written; where the log is gone, too, somebody has cleared the run. Of a run
-    from before there were marks, the log says so where it goes on after the first step that is saved by its number.
+    The marks in the folder tell. Where the log is gone, too, the user has cleared the run, and it may begin anew. Runs
+    older than the marks have lost a checkpoint where the log reaches past train.first_saved_step.
     """
     log_file = folder / LOG_FILE
     if not log_file.exists():
         return
-    if (folder / CHECKPOINT_WRITTEN).exists():
+    checkpoints_folder = folder / CHECKPOINTS_FOLDER
+    if (folder / CHECKPOINT_MARK).exists():
         raise UserError(
-            f"{folder} had checkpoints, and {folder / 'checkpoints'} has none: bring back what it was on. To train "
-            f"from the start give another folder with {option('out')}, or move {folder} away"
+            f"{folder} had checkpoints, and {checkpoints_folder} has none: mount its disk or restore "
+            f"{checkpoints_folder}. To train from the start give another folder with {option('out')}, or move {folder} "
+            "away"
         )
-    if (folder / NO_CHECKPOINT_YET).exists():
+    if (folder / NO_CHECKPOINT_MARK).exists():
         return
     last_step = max((row["step"] for row in read_log(log_file)), default=0)
-    if last_step > train.first_saved_step:  # that one is saved once the slope has been examined on it
+    # Not the step itself: its row is logged first, and a kill may come before its checkpoint is written.
+    if last_step > train.first_saved_step:
         raise UserError(
-            f"{log_file} reaches step {last_step}, and {folder / 'checkpoints'} has no checkpoint: bring back what it "
-            f"was on. To train from the start give another folder with {option('out')}, or move {log_file} away"
+            f"{log_file} reaches step {last_step}, and {checkpoints_folder} has no checkpoint: mount its disk or "
+            f"restore {checkpoints_folder}. To train from the start give another folder with {option('out')}, or move "
+            f"{log_file} away"
         )
-
-
-def _is_half_written(path: Path) -> bool:
-    """Whether a file of a run's folder is what a training that was killed left half-written."""
-    prefixes = tuple(f".{name}." for name in WRITTEN_FILES)
-    return path.name.startswith(prefixes) and not path.is_dir()
 
 
 def remove_half_written(folder: Path) -> None:
-    """Remove what a training that was killed left half-written. The folder must be held."""
+    """Remove what a killed training left half-written. The folder must be locked by the caller."""
     half_written = [path for path in folder.iterdir() if _is_half_written(path)]
     for place in manifest.places(folder):
         half_written += place.glob(".step-*.tmp")
@@ -114,53 +153,81 @@ def remove_half_written(folder: Path) -> None:
         files.remove(path)
 
 
-@contextmanager
-def locked_run_folder(folder: Path) -> Generator[None, None, None]:
-    """Keep every other training out of a run's folder; folders made for nothing are removed at the end.
-
-    Raises UserError where another process is training there, and, with nothing written, where it holds something else.
-    """
-    _require_name(folder)
-    require_free(folder)
-    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        problem = f"{folder} is being trained by another process: wait for it, or give {option('out')}"
-        with files.locked(folder / LOCK, problem):
-            yield
-    finally:
-        with suppress(OSError):  # it is not empty: something was written
-            for new_folder in new_folders:
-                new_folder.rmdir()
+def _is_half_written(path: Path) -> bool:
+    """Whether a path at the top of a run's folder is a file that a killed training left half-written."""
+    prefixes = tuple(f".{name}." for name in WRITTEN_FILES)
+    return path.name.startswith(prefixes) and not path.is_dir()
 
 
 @contextmanager
 def guard_run_folder(folder: Path) -> Generator[None, None, None]:
-    """While inside, refuse writes into a run's folder, or to its other disks, that was removed, renamed or unmounted.
+    """While inside, refuse writes into a run's folder, or its folders on other disks, once it is moved or unmounted.
 
-    Raises UserError where that was tried.
+    Raises UserError where such a write was tried.
     """
-    guarded = [folder, *(place for place in manifest.places(folder) if is_on_other_disk(place, folder))]
+    guarded = [folder]
+    for place in manifest.places(folder):
+        if is_on_other_disk(place, folder):
+            guarded.append(place)
     with ExitStack() as stack:
-        for place in guarded:
-            stack.enter_context(files.guard_path(place))
+        for path in guarded:
+            stack.enter_context(files.guard_path(path))
         try:
             yield
         except (OSError, SafetensorError):
-            for place in guarded:  # one may have gone while a file was written, which is why that failed
-                files.require_in_place(place)
+            for path in guarded:  # one may have gone while a file was written, which is why that failed
+                files.require_in_place(path)
             raise
 
 
 def is_on_other_disk(place: Path, folder: Path) -> bool:
-    """Whether a place of a run is a folder on another disk than the run's folder, by a link or a mount."""
+    """Whether `place`, in a run's folder, is a folder on another disk than `folder` is, by a link or a mount."""
     return place.is_dir() and place.stat().st_dev != folder.stat().st_dev
 
 
-def restore_run_file(folder: Path, text: str) -> bool:
-    """Write run.yaml again where it was removed during training, and return whether it was.
+def set_best_aside(folder: Path) -> Path | None:
+    """Move best/*.safetensors to best/cut-N, of the first free N, when a run restarts from step 0.
 
-    Raises UserError where the run's folder is no longer in its place (`files.require_in_place`).
+    Returns best/cut-N; None: there were no best weights.
+    """
+    best_folder = folder / BEST_FOLDER
+    weights_by_step = manifest.paths_by_step(best_folder, ".safetensors")
+    if not weights_by_step:
+        return None
+    number = 1
+    while (best_folder / f"cut-{number}").exists():
+        number += 1
+    cut_folder = best_folder / f"cut-{number}"
+    cut_folder.mkdir()
+    for file in weights_by_step.values():
+        file.rename(cut_folder / file.name)
+    return cut_folder
+
+
+def write_run_file(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:
+    """Write a run's run.yaml, with the changes of its fields while it trained, and wait until it is on the disk."""
+    files.write(folder / RUN_FILE, dump(run, changed).encode(), durable=True)
+
+
+def mark_no_checkpoint_yet(folder: Path) -> None:
+    """Mark, before the first step, that the run has no checkpoint yet.
+
+    Raises UserError where the folder is no longer in its place (`files.require_in_place`).
+    """
+    mark = folder / NO_CHECKPOINT_MARK
+    old_mark = folder / CHECKPOINT_MARK
+    files.require_in_place(mark)
+    if old_mark.exists():  # of a run whose log and checkpoints were removed: it would be missed after a kill
+        old_mark.replace(mark)
+    else:
+        mark.touch()
+    files.flush(folder)
+
+
+def restore_run_file(folder: Path, text: str) -> bool:
+    """Write run.yaml again, as `text`, where it was removed during training. Returns whether it was.
+
+    Raises UserError where the folder is no longer in its place (`files.require_in_place`).
     """
     file = folder / RUN_FILE
     files.require_in_place(file)
@@ -170,46 +237,18 @@ def restore_run_file(folder: Path, text: str) -> bool:
     return True
 
 
-def mark_no_checkpoint_yet(folder: Path) -> None:
-    """Write down, before the first step, that the run has no checkpoint yet."""
-    mark = folder / NO_CHECKPOINT_YET
-    files.require_in_place(mark)
-    mark.touch()
-    files.flush(folder)
-
-
 def mark_checkpoint_written(folder: Path) -> None:
-    """Write down that the run has a checkpoint: from now on one that is not there was lost."""
-    mark_before = folder / NO_CHECKPOINT_YET
-    mark = folder / CHECKPOINT_WRITTEN
+    """Mark that the run has a checkpoint: from now on one that is not there was lost.
+
+    Raises UserError where the folder is no longer in its place (`files.require_in_place`).
+    """
+    mark = folder / CHECKPOINT_MARK
+    old_mark = folder / NO_CHECKPOINT_MARK
     files.require_in_place(mark)
-    if mark_before.exists():
-        mark_before.replace(mark)
+    if old_mark.exists():
+        old_mark.replace(mark)
     elif mark.exists():
         return
-    else:  # of a run from before there were marks
+    else:  # the run is older than the marks
         mark.touch()
     files.flush(folder)
-
-
-def write_run_file(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:
-    """Write run.yaml, complete, with what was changed in it, and flush it to the disk."""
-    files.write(folder / RUN_FILE, dump(run, changed).encode(), durable=True)
-
-
-def set_best_aside(run: Path) -> Path | None:
-    """Move the best weights of a run that starts again into a folder of their own; None: there are none.
-
-    The folder is best/cut-N, on the same disk, with a number of its own.
-    """
-    weights = manifest.paths_by_step(run / BEST, ".safetensors")
-    if not weights:
-        return None
-    number = 1
-    while (run / BEST / f"cut-{number}").exists():
-        number += 1
-    aside = run / BEST / f"cut-{number}"
-    aside.mkdir()
-    for file in weights.values():
-        file.rename(aside / file.name)
-    return aside

@@ -29,7 +29,7 @@ from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
 from dumo.run import datacheck, datanote, examination
 from dumo.run.folder import (
-    BEST,
+    BEST_FOLDER,
     mark_checkpoint_written,
     mark_no_checkpoint_yet,
     restore_run_file,
@@ -448,7 +448,7 @@ class History:
                 yield f"{undone_rows:,} rows of the log after it are kept in {log.undone_rows_path(log_file)}"
         rows = log.rewind(log_file, self.step)
         if self.step > 0:
-            manifest.rewind(folder / BEST, self.step)
+            manifest.rewind(folder / BEST_FOLDER, self.step)
         else:
             best_aside = set_best_aside(folder)
             if best_aside:

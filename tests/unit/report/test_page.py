@@ -24,7 +24,7 @@ from dumo.io import picture
 from dumo.objectives import Critic
 from dumo.report import chart, figure, score
 from dumo.report import page as report
-from dumo.run.folder import CHECKPOINT_WRITTEN
+from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.index import Index
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, build, open_run
@@ -173,7 +173,7 @@ def test_what_every_page_has(folder: Path) -> None:
     assert {path.stem for path in (folder / "report").iterdir()} == {"nfe1", "nfe2", "trajectories"} | (
         set() if points else {"data", "nearest"}
     )
-    assert [path.name for path in folder.rglob(".*") if path.is_file()] == [CHECKPOINT_WRITTEN]  # nothing half done
+    assert [path.name for path in folder.rglob(".*") if path.is_file()] == [CHECKPOINT_MARK]  # nothing half done
     sections = [name for name in SECTIONS if name != "neighbours" or not points]
     assert page.sections == sections
     assert {"header", "main", "h1", "h2", "figure", "figcaption"} <= page.tags

@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from dumo.config.load import dump, load
+from dumo.config.place import LOG_FILE
 from dumo.config.spec import Run
-from dumo.run.folder import LOCK, RUN_FILE, locked_run_folder, write_run_file
+from dumo.run.folder import (
+    LOCK_FILE,
+    RUN_FILE,
+    locked_run_folder,
+    mark_checkpoint_written,
+    mark_no_checkpoint_yet,
+    write_run_file,
+)
 from dumo.run.sampler import sampler_of
 from dumo.run.weights import build
 from dumo.types import UserError
@@ -62,9 +70,36 @@ def test_a_folder_held_for_nothing_is_not_left(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_training_leaves_is_no_hindrance(tmp_path: Path) -> None:
-    (tmp_path / LOCK).touch()
+    (tmp_path / LOCK_FILE).touch()
     settle_held(tiny(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [RUN_FILE]
+
+
+def test_a_run_that_is_cleared_and_killed_before_its_first_checkpoint_may_begin_again(tmp_path: Path) -> None:
+    """Its checkpoints and its log were removed, and the mark of a checkpoint was not."""
+    write_run_file(tiny(), tmp_path)
+    mark_no_checkpoint_yet(tmp_path)
+    mark_checkpoint_written(tmp_path)
+    log_file = tmp_path / LOG_FILE
+    log_file.touch()
+    with pytest.raises(UserError, match=r"had checkpoints, and \S+checkpoints has none: mount its disk or restore"):
+        claim(tiny(), tmp_path)
+    log_file.unlink()
+    claim(tiny(), tmp_path)
+    mark_no_checkpoint_yet(tmp_path)
+    log_file.touch()
+    claim(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "dead link"])
+def test_what_is_no_folder_is_refused(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "run"
+    if kind == "file":
+        path.touch()
+    else:
+        path.symlink_to("gone")
+    with pytest.raises(UserError, match="run is no folder: give another path with out="), locked_run_folder(path):
+        pass
 
 
 @pytest.mark.parametrize(("more", "most"), [(["micro_batch=2"], 2), ([], 8), (["batch=300"], 256)])

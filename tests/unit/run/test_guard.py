@@ -21,7 +21,7 @@ from dumo.flow.flow import Flow
 from dumo.io import digest
 from dumo.run import datanote
 from dumo.run import folder as folders
-from dumo.run.folder import CHECKPOINT_WRITTEN, LOCK, NO_CHECKPOINT_YET
+from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, NO_CHECKPOINT_MARK
 from dumo.run.journal import Journal, burst_text
 from dumo.run.train import train
 from dumo.run.weights import open_run
@@ -458,11 +458,11 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
     assert [line for line in told if line.startswith(again)]
     train(tiny(*late), tmp_path / "whole")
     assert known.bits(folder) == known.bits(tmp_path / "whole")
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [CHECKPOINT_WRITTEN]
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [CHECKPOINT_MARK]
 
     shutil.rmtree(folder / "checkpoints")
-    (folder / CHECKPOINT_WRITTEN).unlink()  # as in runs from before there were marks
-    (left / NO_CHECKPOINT_YET).unlink()
+    (folder / CHECKPOINT_MARK).unlink()  # as in runs from before there were marks
+    (left / NO_CHECKPOINT_MARK).unlink()
     for place in (folder, left):
         with pytest.raises(UserError, match=r"metrics\.jsonl reaches step \d, and .*checkpoints has no checkpoint"):
             train(tiny(*late), place)
@@ -479,11 +479,13 @@ def test_a_lost_first_checkpoint_of_a_stop_is_missed(fate: Fate, tmp_path: Path,
         with pytest.raises(signals.Stopped):
             train(run, folder)
         if resumed and last == 3:
-            (folder / CHECKPOINT_WRITTEN).unlink()
+            (folder / CHECKPOINT_MARK).unlink()
     fate.comes()
     logged = (folder / "metrics.jsonl").read_text()
     (folder / "checkpoints").rename(tmp_path / "lost")
-    with pytest.raises(UserError, match=r"run had checkpoints, and \S+checkpoints has none: bring back .*out="):
+    with pytest.raises(
+        UserError, match=r"run had checkpoints, and \S+checkpoints has none: mount its disk or restore .*out="
+    ):
         train(run, folder)
     assert (folder / "metrics.jsonl").read_text() == logged
     (tmp_path / "lost").rename(folder / "checkpoints")
@@ -495,13 +497,13 @@ def replace_by_another(folder: Path) -> None:
     folder.rename(folder.with_name("kept"))
     folder.mkdir()
     (folder / RUN_FILE).touch()
-    (folder / LOCK).touch()
+    (folder / LOCK_FILE).touch()
 
 
 AWAY: dict[str, tuple[Callable[[Path], object], list[str] | None]] = {
     "removed": (lambda folder: shutil.rmtree(shutil.copytree(folder, folder.with_name("kept")).with_name("run")), None),
     "renamed": (lambda folder: folder.rename(folder.with_name("kept")), None),
-    "replaced": (replace_by_another, [LOCK, RUN_FILE]),
+    "replaced": (replace_by_another, [LOCK_FILE, RUN_FILE]),
 }
 
 
@@ -579,7 +581,7 @@ def test_another_disk_of_a_run_that_goes_away_ends_it(
 def wait_for_checkpoint(checkpoint: Path) -> None:
     """Until a thread has written it, and noted that."""
     late = time.monotonic() + 30
-    while not checkpoint.exists() or (checkpoint.parents[1] / NO_CHECKPOINT_YET).exists():
+    while not checkpoint.exists() or (checkpoint.parents[1] / NO_CHECKPOINT_MARK).exists():
         assert time.monotonic() < late
         time.sleep(0.001)
 
@@ -615,7 +617,7 @@ def test_what_a_kill_left_of_the_first_write_is_no_run(left: str, tmp_path: Path
     (folder := tmp_path / "run").mkdir()
     (folder / left).touch()
     train(tiny("train.steps=2"), folder)
-    made = [CHECKPOINT_WRITTEN, "checkpoints", "data.json", "metrics.jsonl", RUN_FILE, "speed.jsonl"]
+    made = [CHECKPOINT_MARK, "checkpoints", "data.json", "metrics.jsonl", RUN_FILE, "speed.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == made
     (folder / "checkpoints/.step-00000009.tmp").mkdir()
     (folder / ".evaluation.json.1.tmp").touch()  # another command may be writing it
