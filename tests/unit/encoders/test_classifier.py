@@ -143,6 +143,40 @@ def test_images_are_the_rows_of_the_table(folder: Path) -> None:
     assert torch.equal(torch.cat([taught[1], tested[1]]), c[:103])
     with pytest.raises(UserError, match=r"there is no .*train-00000-of-00001\.parquet: set DUMO_DATA"):
         tool.cifar_images(folder / "none", "train")
+    with pytest.raises(UserError, match="has 40 images, and count=41 are asked for"):
+        tool.cifar_images(folder, "test", 41)
+
+
+def test_images_that_cannot_be_trained_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there are 127 images to train on, and a batch has 128"):
+        tool.train_cifar10(*pixels(127))
+    files = [{"bytes": png(image), "path": "x.png"} for image in pixels(2)[0]]
+    write_table(pa.table({"image": files}), tmp_path / tool.FILES["test"])
+    with pytest.raises(UserError, match="label"):
+        tool.cifar_images(tmp_path, "test")
+
+
+def test_a_file_stays_until_the_next_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_text("as before")
+
+    def fail(weights: dict[str, Tensor], file: Path, header: dict[str, str]) -> None:
+        file.write_text("half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(tool, "save_file", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        tool.save_weights(path, {}, {})
+    assert path.read_text() == "as before"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_what_is_wrong_is_said_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUMO_DATA", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["train_classifier.py", "cifar10"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    with pytest.raises(SystemExit, match=r"^error: there is no .*set DUMO_DATA"):
+        tool.main()
 
 
 MAKERS: dict[str, Callable[[Path, Path], dict[str, str]]] = {
@@ -165,7 +199,9 @@ def test_the_same_bytes_are_made_and_none_of_a_bad_classifier(
     monkeypatch.setattr(tool, "DIGITS_MIN_ACCURACY", 0.0)
     monkeypatch.setattr(tool, "CIFAR_MIN_ACCURACY", 0.0)
     one, two, before = tmp_path / "one", tmp_path / "two", torch.get_rng_state()
-    assert make(one, folder) == make(two, folder)
+    metadata = make(one, folder)
+    assert metadata == make(two, folder)
+    assert {"digits": "1,797 images", "cifar10": "on the 96 training images"}[name] in metadata["data"]
     assert one.read_bytes() == two.read_bytes()
     assert torch.equal(torch.get_rng_state(), before)
     again, kept = load_file(one), load_file(shipped.file)
