@@ -84,7 +84,7 @@ def require_images(source: str | Path) -> None:
 def find_content(folder: Path, *, images: bool) -> Content | None:
     """What a folder holds: "run" where it has a run.yaml, "images" where a file at any depth may hold images.
 
-    Files are told by their suffix. Links to folders are followed, each folder is visited once, and the search ends at
+    Files are known by their suffix. Links to folders are followed, each folder is visited once, and the search ends at
     the first image. `images=False` looks for a run alone, without a search. None: neither is there.
     """
     if (folder / RUN_FILE).is_file():

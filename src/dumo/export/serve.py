@@ -24,12 +24,12 @@ from dumo.export.model import TRAIN_TIMESTEPS, ExportedModel
 
 VLLM_KEY = "dmd2_config"  # in model_index.json: the block that vLLM-Omni reads
 IGNORED_KEY = "_use_default_values"  # in model_index.json: names keys that diffusers ignores without a warning
-NUM_STEPS = 2  # that vLLM-Omni is told to make: ours, as a model's card shows its images in two steps
+NUM_STEPS = 2  # that vLLM-Omni makes by the block: ours, as a model's card shows its images in two steps
 NUM_WRITTEN_PARTS = 2  # that each export writes: the model and its scheduler
 
 
 def has_other_parts(index: Mapping[str, Any]) -> bool:
-    """Whether a model_index.json names parts beside the model and its scheduler, as text encoders and a decoder."""
+    """Whether a model_index.json names more parts than the model and its scheduler, such as text encoders."""
     num_parts = sum(has_component(entry) for entry in index.values())
     return num_parts > NUM_WRITTEN_PARTS
 
