@@ -152,7 +152,7 @@ def test_a_table_of_captions_is_read(here: Path, monkeypatch: pytest.MonkeyPatch
     ).run
     assert (named.data.classes, named.data.captions.name, named.net.texts.depth) == (30, "text", 2)
     without = proposal.propose("photos.parquet", ["data.captions=null"], device="cpu")
-    assert without.run.net.kind == "unet"
+    assert without.run.data.kind == "latents"  # which no caption is read in
     assert "in 30 classes" in dict(without.lines())["images"]
 
 

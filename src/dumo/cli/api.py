@@ -535,6 +535,7 @@ def train(
             accept=accept,
             sheets=Sheets,
             minutes=composed.minutes,
+            bar=bar,
         )
         with (
             live_feed(composed.folder, track, print_line) as tracker_hooks,

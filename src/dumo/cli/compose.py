@@ -17,7 +17,15 @@ from dumo.config.change import shown
 from dumo.config.load import RUN_FILE, load, load_recipe, parse
 from dumo.config.objective import objective_of
 from dumo.config.parts import StandaloneParts
-from dumo.config.source import SHIPPED_PREFIX, ChosenSource, choose, folder_of_images, read
+from dumo.config.source import (
+    SHIPPED_PREFIX,
+    ChosenSource,
+    choose,
+    folder_of_images,
+    read,
+    read_file,
+    settings_of_images,
+)
 from dumo.config.spec import Run
 from dumo.data import Memory
 from dumo.flow.reading import taught_readings
@@ -122,8 +130,8 @@ def compose(
         changes = [*chosen.settings, *changes]
 
     if (folder / RUN_FILE).is_file() and (is_own_run or is_proposed):
-        if place:
-            changes = [f"data.root={place}", *changes]
+        if is_proposed:
+            changes = settings_of_images(read_file(folder / RUN_FILE).tree, changes, place)
         if minutes is not None and is_proposed:
             tell = line_printer(bar)
             tell(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")

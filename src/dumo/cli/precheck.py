@@ -55,7 +55,7 @@ def read_source_or_images(word: str, out: Path | None, settings: Sequence[str] |
     `out` is the folder to train in; None: runs/NAME. None is returned where a run has yet to be proposed for images.
     Raises UserError as `read_source`, and for a folder without images.
     """
-    from dumo.config.source import IMAGES_RECIPE, RUN_FILE, SHIPPED_PREFIX, choose
+    from dumo.config.source import IMAGES_RECIPE, RUN_FILE, SHIPPED_PREFIX, choose, settings_of_images
 
     chosen = choose(word, out)
     if chosen.kind != "images":
@@ -64,7 +64,7 @@ def read_source_or_images(word: str, out: Path | None, settings: Sequence[str] |
     folder = out or chosen.folder
     if (folder / RUN_FILE).is_file():
         text = _read(folder)
-        _require_fields(text, settings)
+        _require_fields(text, settings_of_images(text.tree, settings or ()))
         return text
     _require_fields(_read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_open=True)
     return None

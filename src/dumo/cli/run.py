@@ -183,7 +183,7 @@ def train(
     """
     text = precheck.read_source_or_images(source, folder, set_)
 
-    from dumo.config.source import RUN_FILE, choose
+    from dumo.config.source import RUN_FILE, choose, settings_of_images
 
     # what to train, and where
     changes = set_ or []
@@ -206,7 +206,7 @@ def train(
     if are_images and text is not None:
         if minutes:
             print_line(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
-        changes = [f"data.root={source}", *changes]
+        changes = settings_of_images(text.tree, changes, source)
     elif text is None:
         run = _propose_run(source, changes, minutes, device, ask=not yes)
         began = time.perf_counter()
@@ -226,6 +226,7 @@ def train(
         sheets=_open_sheets,
         minutes=more_minutes,
         began=began,
+        bar=bar,
     )
     with _tracked(folder, track) as hooks, opened as job:
         if chosen.kind != "recipe":  # a path may hold several things

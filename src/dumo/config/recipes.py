@@ -14,7 +14,7 @@ FOLDER = files("dumo") / "recipes"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C library's, ten times as quick, where there is one
 _GROUP_TEXT = {  # by purpose, in the order in which `dumo recipes` lists them
     "Start here": "digits moons",
-    "Your own images": "my-images my-images-256 my-images-buckets",
+    "Your own images": "my-images my-images-64 my-images-256 my-images-buckets",
     "A pretrained transformer": "sd3-lora sana flux-lora z-image qwen-image-lora qwen-image",
     "A subject on a few-step LoRA": "personal",
     "A pretrained diffusion": "sd15-lora sdxl-lora sdxl pixart",

@@ -8,7 +8,7 @@ run.yaml, which training writes complete, says its format (ADR 0003); files that
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -47,6 +47,8 @@ MAX_BYTES = 2**24  # of a file: ours; the names of 20,000 classes are half a mil
 DEFAULT_TUNING_RECIPE = "sd3-lora"  # an example, of a pipeline that no recipe names
 SOURCE_FIX = "give a run's folder, a recipe or a YAML file"  # the fix that messages end with
 IMAGES_RECIPE = "my-images"  # what a run is proposed from for images of the user's
+IMAGES_LATENTS_RECIPE = "my-images-64"  # what a run is proposed from where they are learned in latents
+LATENTS_FIELDS = ("kind", "root", "images", "codec", "memory", "prior")  # fields of data.kind=latents
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # suffixes
 
 
@@ -157,6 +159,22 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
 def folder_of_images(place: str | Path) -> Path:
     """The folder runs/NAME to train in, by the name of the folder or file of images."""
     return Path(RUNS_FOLDER) / user_path(str(place), "the images").resolve().stem
+
+
+def settings_of_images(tree: dict[str, Any], texts: Sequence[str], place: str | None = None) -> list[str]:
+    """Settings of a run of images, each a.b=c, for a run of this tree: of latents, data.side is data.images.side.
+
+    `place` is set in it, too, where it is given.
+    """
+    data = tree.get("data")
+    is_of_latents = isinstance(data, dict) and data.get("kind") == "latents"
+    images_field = "data.images" if is_of_latents else "data"
+    changes = [] if place is None else [f"{images_field}.root={place}"]
+    for text in texts:
+        words = re.split("[.=]", text, maxsplit=2)  # data, the field, what follows
+        is_of_images = text.startswith("data.") and words[1] not in LATENTS_FIELDS
+        changes.append(f"{images_field}.{text.removeprefix('data.')}" if is_of_images else text)
+    return changes
 
 
 def recipe_of(source: str | Path) -> str | None:

@@ -7,16 +7,18 @@
 3. times a step (`_step_seconds`),
 4. sets how long to train (`train.minutes`), and about how many steps that is.
 
-The recipe `my-images` is for a GPU, and trains on one as it is. On a CPU a smaller net learns smaller images, in
-float32, and ends by the clock, unless the user sets `train.steps`. What is proposed is set in the run like any other
-field, and `resolved.proposed` of its run.yaml says which fields those are.
+The recipe `my-images` is for a GPU, and trains on one as it is. On a CPU a run ends by the clock, unless the user sets
+`train.steps`. It learns photos in the latents of the autoencoder that comes with dumo, by the recipe `my-images-64`,
+and the training encodes them first; where the autoencoder does not suit the images (`dumo.plan.photolatents`), a small
+U-Net learns small images in pixels. What is proposed is set in the run like any other field, and `resolved.proposed` of
+its run.yaml says which fields those are.
 
 Images with captions train a net that reads them: a DiT, with a T5 over their bytes that is trained along and needs no
 file. Other encoders are those of the recipes of text to image.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,11 +29,11 @@ import torch
 from dumo.config.change import override, shown
 from dumo.config.code import has_own_parts
 from dumo.config.load import RUN_FILE, load_recipe, parse
+from dumo.config.source import IMAGES_LATENTS_RECIPE, PROPOSED, folder_of_images, settings_of_images
 from dumo.config.source import IMAGES_RECIPE as RECIPE
-from dumo.config.source import PROPOSED, folder_of_images
 from dumo.config.spec import Run
 from dumo.config.word import method
-from dumo.data import Data, Images, Memory
+from dumo.data import Data, Images, Memory, is_latents
 from dumo.data.annotation import NoCaptionsError, captions_of
 from dumo.data.caption import CaptionFiles
 from dumo.data.column import AUTO
@@ -40,7 +42,7 @@ from dumo.data.pixel import ToSquare, Unreadable, short_side
 from dumo.data.store import Store, first_sorted
 from dumo.encoders.caption import Captions
 from dumo.io.read import brief, user_path
-from dumo.plan import machine, plan, rehearsal
+from dumo.plan import machine, photolatents, plan, rehearsal
 from dumo.plan.findings import caption_findings
 from dumo.run import contract, trial_net
 from dumo.run.net import outline, require_room
@@ -58,16 +60,16 @@ from dumo.types import Spec, UserError
 MINUTES = 6.0  # of a training on a CPU, unless another time is asked for: ours
 TIMED_STEPS = 8  # ours
 MAX_HEADERS = 256  # images whose header is read: ours
-MAX_DECODED = 8  # images that are decoded, to time it: ours
-WARMUP_SHARE = 10  # one in this many steps warms up: ours
-MAX_WARMUP = 500  # steps: ours
+MAX_DECODED = 8  # images that are decoded, to time it and to try the autoencoder: ours
+FEW_IMAGES = 200  # of fewer the plan says what they can give: ours
+WARMUP_SHARE = 10  # one in this many steps warms up, at most as many as the recipe says: ours
 SLACK = 1.1  # the time of a training, with logs, probes, sheets and checkpoints, over that of its steps: ours, measured
 MIN_SIDE = 16  # pixels: ours
 SIDE_STEP = 8  # pixels of which a side is a multiple, since nets halve it several times
 MAX_SIDES = {"cpu": 32, "cuda": 64}  # pixels, by device: ours
 CPU_FIELDS = {"train.batch": 32, "train.precision": "fp32", "train.compile": "none"}
-# Ours: 0.7 M parameters, a quarter of a second for a step of 32 rows on two cores. In the same time on 150 photos a DiT
-# of 1.3 M made mosaics, further from the photos (kernel distance 1.9, this one 1.2; docs/log.md).
+# Ours, for pixels: 0.7 M parameters, a quarter of a second for a step of 32 rows on two cores. In the same time on 150
+# photos a DiT of 1.3 M made mosaics, further from the photos (kernel distance 1.9, this one 1.2; docs/log.md).
 CPU_NET = {"kind": "unet", "width": 16, "multipliers": [1, 2, 4], "depth": 1, "time_scale": 10.0}
 # Ours: for captions on a CPU, since a U-Net reads none; the better of two that were tried on photos (docs/log.md).
 CPU_CAPTION_NET = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
@@ -78,6 +80,8 @@ TEXTS = {
     "drop": 0.1,
 }  # the encoder of captions: ours, as cifar10-latents-words
 MAX_CAPTION_BYTES = 128  # that are read of a caption: ours
+# Of latents whose images have classes: ours, as dumo-best-latents; without classes there is nothing to guide towards.
+CLASS_FIELDS = {"objective.drop": 0.1, "objective.guide.zeta": 0.55}
 
 
 class _ImagesOnly(Spec):
@@ -96,6 +100,28 @@ class ImagesFound:
     side: float  # pixels of the shorter side, the median
     decode_seconds: float  # of one image on one core
     captions: str = ""  # a line on captions that exist and are not read, and why; "" where there are none
+    space: str = ""  # a line on whether they are learned in latents or pixels, and why; "" where it is not chosen
+    encode_seconds: float = 0.0  # of one image through the autoencoder, and mirrored where that is; 0: in pixels
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A recipe, and the fields in it that fit some images and the machine."""
+
+    images: ImagesFound
+    recipe: str = RECIPE
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def with_line(self, **lines: str) -> "_Draft":
+        """With a line on captions or space."""
+        return replace(self, images=replace(self.images, **lines))
+
+    def run(self, fields: dict[str, Any], sets: Sequence[str]) -> Run:
+        """The recipe with its fields, these, and the user's own changes `sets`, which count most."""
+        texts = [f"{name}={shown(value)}" for name, value in (self.fields | fields).items()]
+        tree = load_recipe(self.recipe, texts).model_dump(mode="json")
+        override(tree, settings_of_images(tree, sets))
+        return parse(Run, tree)
 
 
 @dataclass(frozen=True)
@@ -133,8 +159,12 @@ class Proposal:
             yield "captions", f"{captions}; the net reads them, {settings('data.captions=null')} leaves them out"
         elif images.captions:
             yield "captions", images.captions
+        if images.count < FEW_IMAGES:
+            yield "few", f"{images.count:,} images: expect their colours and textures, and in time copies of them"
         yield "machine", self.machine
         yield "size", f"{' x '.join(map(str, run.shown_shape[1:]))} pixels (data.side)"
+        if images.space:
+            yield "learned as", images.space
         parameters = sum(p.numel() for p in outline(run).parameters())
         yield "network", f"{run.net.kind}, {parameters:,} parameters"
         yield "objective", str(method(run.objective))
@@ -165,25 +195,27 @@ def propose(
     is. Raises UserError where there are no images, or a field is wrong.
     """
     torch_device = choose_device(device)
-    fields: dict[str, Any] = {}
-    if place:
-        fields["data.root"] = place
+    ends_by_steps = any(text.startswith("train.steps=") for text in sets)
+    if not minutes and torch_device.type == "cpu":
+        minutes = MINUTES
 
-    # the images, and the fields that fit them
-    tree = {"data": _set_fields(fields, ()).data.model_dump(mode="json")}
+    # the images, and the recipe and fields that fit them
+    tree = {"data": load_recipe(RECIPE, [f"data.root={place}"] if place else []).data.model_dump(mode="json")}
     override(tree, [text for text in sets if text.startswith("data")])
     data = parse(_ImagesOnly, tree).data
     if isinstance(data, Memory):
         images = ImagesFound(data.open().size, headers=0, bad=0, side=min(data.shape[1:]), decode_seconds=0.0)
-        fields |= _machine_fields(torch_device, data.shape[-1])
+        draft = _Draft(images, fields=_machine_fields(torch_device, data.shape[-1]))
     elif isinstance(data, Images):
-        images, image_fields = _examine(data, torch_device, sets, bar)
-        fields |= image_fields
+        training_seconds = SECONDS_PER_MINUTE * minutes if minutes and not ends_by_steps else None
+        draft = _examine(data, place, torch_device, sets, training_seconds, bar)
     else:
         raise UserError(f"{place} is a place of images, and data.kind={data.kind} reads none: leave it out")
+    images = draft.images
+    fields: dict[str, Any] = {}
 
     # the seconds of a step
-    run = resolve(_set_fields(fields, sets))
+    run = resolve(draft.run(fields, sets))
     with (
         bar("timing a step", 1) as tick,
         threads.fewer_when_busy(torch_device, ignore_line),
@@ -193,20 +225,19 @@ def propose(
         if validation:
             seconds_per_step *= 1 + validation["share"]
         tick(1, "")
-    prepare_seconds = images.count * images.decode_seconds / torch.get_num_threads()
+    prepare_seconds = images.count * (images.decode_seconds / torch.get_num_threads() + images.encode_seconds)
 
     # how long to train, and about how many steps that is
-    if not minutes and torch_device.type == "cpu":
-        minutes = MINUTES
     if minutes:
         seconds_for_steps = SECONDS_PER_MINUTE * minutes - prepare_seconds
         steps = max(1, int(seconds_for_steps / (SLACK * seconds_per_step)))
         fields["train.steps"] = steps
-        fields["train.schedule.warmup"] = min(steps // WARMUP_SHARE, MAX_WARMUP)
-        if not any(text.startswith("train.steps=") for text in sets):
+        fields["train.schedule.warmup"] = min(steps // WARMUP_SHARE, run.train.schedule.warmup)
+        if not ends_by_steps:
             fields["train.minutes"] = minutes
-    run = resolve(_set_fields(fields, sets))
-    proposed = {field: value for field, value in fields.items() if field != "data.root"}
+    run = resolve(draft.run(fields, sets))
+    proposed = draft.fields | fields
+    proposed.pop("data.images.root" if is_latents(run.data) else "data.root", None)
     run = run.model_copy(update={"resolved": run.resolved | {PROPOSED: proposed}})
     return Proposal(run, images, machine.hardware(torch_device).text, seconds_per_step, prepare_seconds)
 
@@ -218,37 +249,114 @@ def _machine_fields(device: torch.device, side: int) -> dict[str, Any]:
     return {**CPU_FIELDS, "net": {**CPU_NET, "attend": [side // 4]}}
 
 
-def _examine(images: Images, device: torch.device, sets: Sequence[str], bar: Bar) -> tuple[ImagesFound, dict[str, Any]]:
-    """Look at files of images, and choose fields for them: size, net, captions.
+def _examine(
+    images: Images,
+    place: str | None,
+    device: torch.device,
+    sets: Sequence[str],
+    training_seconds: float | None,
+    bar: Bar,
+) -> _Draft:
+    """Look at files of images, and choose a recipe and fields for them: latents or pixels, size, net, captions.
 
-    `sets` are the user's own changes. Raises UserError where there are no images, captions are damaged, or the package
-    that reads captions is not installed.
+    `place` is where the user says that they are; None: `sets` alone, the user's own changes, say it.
+    `training_seconds` None: it ends by steps. Raises UserError where there are no images, captions are damaged, or the
+    package that reads captions is not installed.
     """
     try:
         store = images.undecoded()
     except UserError as error:
         raise UserError(f"{images.root} is taken for a place of images, for it has no {RUN_FILE}: {error}") from error
-    images_found = _look_at(store, ToSquare(images.side, images.crop), bar)
-    side = _side_to_train(images_found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
-    fields: dict[str, Any] = {"data.side": side, **_machine_fields(device, side)}
+    images_found, decodable = _look_at(store, ToSquare(images.side, images.crop), bar)
+
+    # captions, which a net in pixels reads
+    pixels_draft = _pixels_draft(images, images_found, place, device)
+    captions: Captions | None = None
+    line = ""
     reason_not_to_read = _reason_not_to_read_captions(images, sets)
     try:
         captions = _read_captions(images, store, needed=not reason_not_to_read)
     except NoCaptionsError as error:
         if not reason_not_to_read:
-            images_found = replace(images_found, captions=caption_hint(error))
-        return images_found, fields
-    if captions is None:
-        return images_found, fields
-    if reason_not_to_read:
-        images_found = replace(images_found, captions=f"{len(captions):,} found, not used: {reason_not_to_read}")
-        return images_found, fields
-    if not installed_version("transformers"):
-        raise UserError(
-            f"{images.root} has {len(captions):,} captions: {install_command('text')}  to train on them, or leave them "
-            f"out by {settings('data.captions=null')}"
-        )
-    return images_found, fields | _caption_fields(images.root, captions, on_a_cpu=device.type == "cpu")
+            line = caption_hint(error)
+    if captions is not None and not reason_not_to_read:
+        if not installed_version("transformers"):
+            raise UserError(
+                f"{images.root} has {len(captions):,} captions: {install_command('text')}  to train on them, or leave "
+                f"them out by {settings('data.captions=null')}"
+            )
+        caption_fields = _caption_fields(images.root, captions, on_a_cpu=device.type == "cpu")
+        draft = replace(pixels_draft, fields=pixels_draft.fields | caption_fields)
+        return draft.with_line(space="pixels: captions are read there") if device.type == "cpu" else draft
+    if captions is not None:
+        line = f"{len(captions):,} found, not used: {reason_not_to_read}"
+
+    # latents, or pixels
+    draft = pixels_draft
+    if device.type == "cpu" and place:
+        latents_draft = _latents_draft(images, images_found, decodable, place, sets, training_seconds, bar)
+        draft = pixels_draft.with_line(space=f"pixels: {latents_draft}")
+        if isinstance(latents_draft, _Draft):
+            draft = latents_draft
+    return draft.with_line(captions=line)
+
+
+def _pixels_draft(images: Images, images_found: ImagesFound, place: str | None, device: torch.device) -> _Draft:
+    """The recipe and fields for images that are learned in pixels."""
+    side = _side_to_train(images_found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
+    fields: dict[str, Any] = {"data.root": place} if place else {}
+    return _Draft(images_found, RECIPE, {**fields, "data.side": side, **_machine_fields(device, side)})
+
+
+def _latents_draft(
+    images: Images,
+    images_found: ImagesFound,
+    decodable: Sequence[bytes],
+    place: str,
+    sets: Sequence[str],
+    training_seconds: float | None,
+    bar: Bar,
+) -> "_Draft | str":
+    """The recipe and fields for images that are learned in latents; or why they are learned in pixels, in words.
+
+    `decodable` are some of the images, as files.
+    """
+    reason = photolatents.reason_by_settings(images, sets)
+    if reason:
+        return reason
+    latents = load_recipe(IMAGES_LATENTS_RECIPE).data
+    assert is_latents(latents)
+    side = images.side
+    if not photolatents.is_side_set(sets) and images.crop != "none":
+        side = photolatents.side_of_latents(images_found.side, latents.images.side)
+    to_pixels = ToSquare(max(side, photolatents.SIDE_STEP), images.crop)
+    pixels = torch.stack([to_pixels(data) for data in decodable])
+    reason = photolatents.reason_by_images(images_found.side, pixels)
+    if reason:
+        return reason
+
+    # what the autoencoder makes of them, and how long it takes
+    codec = latents.codec.open("cpu")
+    with bar("trying the autoencoder", 1) as tick, threads.fewer_when_busy(torch.device("cpu"), ignore_line):
+        trial = photolatents.try_autoencoder(codec, pixels)
+        tick(1, "")
+    encode_seconds = trial.encode_seconds * (2 if images.flip else 1)
+    reason = photolatents.reason_by_reconstruction(trial)
+    reason = reason or photolatents.reason_by_time(images_found.count * encode_seconds, training_seconds)
+    if reason:
+        return reason
+
+    encoded_images = images.model_copy(update={"side": side}).with_facts()
+    fields: dict[str, Any] = {
+        "data.root": photolatents.cache_folder(place, encoded_images, codec),
+        "data.images.root": place,
+        "data.images.side": side,
+    }
+    if encoded_images.labels > 1:
+        fields |= CLASS_FIELDS
+    line = f"latents by {latents.codec.kind}, which makes {trial.decibels:.1f} dB of these images; in pixels by "
+    line += settings("data.kind=images")
+    return _Draft(replace(images_found, encode_seconds=encode_seconds, space=line), IMAGES_LATENTS_RECIPE, fields)
 
 
 def caption_hint(error: NoCaptionsError) -> str:
@@ -318,40 +426,34 @@ def _step_seconds(run: Run, device: torch.device) -> float:
     return step.of_batch(run.train.batch)
 
 
-def _set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
-    """The recipe with these fields, and then with the user's own changes `sets`."""
-    recipe = load_recipe(RECIPE, [f"{field}={shown(value)}" for field, value in fields.items()])
-    tree = recipe.model_dump(mode="json")
-    override(tree, sets)
-    return parse(Run, tree)
+def _look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> tuple[ImagesFound, list[bytes]]:
+    """Read the headers of some images, evenly spread, and decode a few, evenly spread, too.
 
-
-def _look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> ImagesFound:
-    """Read the headers of some images, evenly spread, and decode a few. Raises UserError where none can be read."""
+    Returns what is found, and the few that could be decoded, as files. Raises UserError where no image can be read.
+    """
     indices = sorted({round(i * (len(store) - 1) / (MAX_HEADERS - 1)) for i in range(MAX_HEADERS)})
     watch = Stopwatch(torch.device("cpu"))
     sides: list[int] = []
     decode_seconds: list[float] = []
+    decodable: list[bytes] = []
     bad = 0
     with bar("looking at images", len(indices)) as tick:
         for done, i in enumerate(indices, start=1):
             try:
                 data = store.read(i)
                 sides.append(short_side(data))
-                if len(decode_seconds) < MAX_DECODED:
+                if len(decodable) * len(indices) < MAX_DECODED * done:  # is due by now
                     decode_seconds.append(watch.seconds(partial(to_pixels, data)))
+                    decodable.append(data)
             except (OSError, ValueError, Unreadable):
                 bad += 1
             tick(done, "")
-    if not sides:
+    if not decodable:
         raise UserError(f"none of the {bad} images that were looked at can be read: the first is {store.path(0)}")
-    return ImagesFound(
-        count=len(store),
-        headers=len(indices),
-        bad=bad,
-        side=median(sides),
-        decode_seconds=median(decode_seconds) if decode_seconds else 0.0,
+    images_found = ImagesFound(
+        count=len(store), headers=len(indices), bad=bad, side=median(sides), decode_seconds=median(decode_seconds)
     )
+    return images_found, decodable
 
 
 def _side_to_train(shorter_side: float, max_side: int) -> int:

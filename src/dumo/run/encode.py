@@ -13,7 +13,7 @@ from typing import Any
 
 from dumo.config.change import override
 from dumo.config.load import load, parse
-from dumo.config.source import RunText, choose
+from dumo.config.source import PROPOSED, RunText, choose
 from dumo.config.spec import Run
 from dumo.data import Data, Latents, Moons, cache, encoding
 from dumo.data.caption import CaptionFiles
@@ -195,6 +195,16 @@ def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> N
     contents = cache.read_index(data.folder)
     if contents is None or not contents.shards:
         encode(data, device=device, bar=bar)
+
+
+def ensure_proposed_cache(run: Run, *, device: str = "auto", bar: Bar = no_bar) -> None:
+    """Make the cache of a run that was proposed with its cache's folder. Of other runs the user makes it.
+
+    Raises UserError as `encode` does.
+    """
+    proposed = run.resolved.get(PROPOSED)
+    if isinstance(run.data, Latents) and isinstance(proposed, dict) and "data.root" in proposed:
+        ensure_cache(run.data, device=device, bar=bar)
 
 
 def _table_of(net: Net) -> TableTexts | None:

@@ -4,13 +4,13 @@
 
 1. lock the folder (rank 0), and read what it holds into an `Index`
 2. resolve the run: write out what files and machine say of it; rank 0 makes missing tokens of captions
-3. check that it fits the machine, its ranks and the folder
+3. check that it fits the machine, its ranks and the folder; rank 0 encodes images for a proposed run (`run.encode`)
 4. open the data, and examine the derivative against float64
 5. begin the state: as drawn, of the last checkpoint, or of `start`
 6. compare data and run with what the folder holds
 
-Before `run.train` takes the job, rank 0 writes no more than the folder, its lock and those tokens, and removes what a
-training that was killed left half-written.
+Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those tokens and latents, and removes
+what a training that was killed left half-written.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -27,7 +27,7 @@ from dumo.config import trust
 from dumo.config.check import check_pieces
 from dumo.config.source import RunText
 from dumo.config.spec import Run
-from dumo.data import Data
+from dumo.data import Data, is_latents
 from dumo.io.source import DataSource
 from dumo.nets.textfamily import is_learned_texts
 from dumo.run import cost, datacheck, examination
@@ -47,7 +47,7 @@ from dumo.run.weights import begin
 from dumo.runtime import dist, stopwatch, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.door import option, settings
-from dumo.runtime.progress import ignore_line
+from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.training import agreement
 from dumo.training.deadline import SECONDS_PER_MINUTE, begin_timing
 from dumo.training.layout import share_of
@@ -123,6 +123,7 @@ def open_job(
     sheets: MakeSheets | None = None,
     minutes: float | None = None,
     began: float | None = None,
+    bar: Bar = no_bar,
 ) -> Generator[Job, None, None]:
     """Open a run in its folder for training. Under torchrun every rank must enter it.
 
@@ -137,6 +138,7 @@ def open_job(
     - `sheets`: draws the strip, and the sheets of `train.sheets` (`dumo.report.sheet.Sheets`); None: nobody does
     - `minutes`: train the run of the folder for so long from its checkpoint on (`train.minutes`)
     - `began`: from when its time counts, by `stopwatch.wall_clock`, if it ends by the clock; None: from now on
+    - `bar`: shows how far images are encoded
 
     Raises UserError if the run does not fit the machine or its ranks, another process trains in the folder or it holds
     another run, data or fields have changed, or the derivative fails its examination.
@@ -178,6 +180,10 @@ def open_job(
             require_resumable(run, index, step, accept=accept)
             remove_half_written(folder)
             stack.enter_context(guard_run_folder(folder))
+            if is_latents(run.data):
+                from dumo.run.encode import ensure_proposed_cache
+
+                ensure_proposed_cache(run, device=device, bar=bar)
         stack.enter_context(dist.join())  # from here ranks talk to one another
         if reads_tokens and not is_main:
             run = resolve_remaining(run)  # rank 0 has made the tokens by now

@@ -31,7 +31,7 @@ from dumo.config.spec import Run
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.path import Diffusion, FlowPath
 from dumo.flow.reading import taught_readings
-from dumo.io import digest
+from dumo.io import digest, trained
 from dumo.io.read import user_path
 from dumo.io.source import DataSource
 from dumo.nets import Net, is_pretrained
@@ -304,8 +304,13 @@ def _in_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str
 def absolute_path(text: str, *, maybe: bool = False) -> str:
     """A place as an absolute path, with the values of variables; as it is where a variable is not set.
 
+    A file that comes with dumo keeps its name, dumo:NAME/FILE, wherever dumo is installed.
+
     `maybe`: the text may be a name, and stays as it is where no file has that path.
     """
+    shipped_path = trained.path_in(text)
+    if shipped_path is not None and shipped_path.is_file():
+        return text
     try:
         path = user_path(text, "")
     except UserError:  # said when it is opened

@@ -1,0 +1,178 @@
+"""Colour photos are learned in latents of the autoencoder that comes with dumo, others in pixels; the plan says why."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+import dumo
+from dumo.config.load import load
+from dumo.config.source import settings_of_images
+from dumo.plan import photolatents, proposal
+from dumo.run.resolve import absolute_path
+from e2e.shell import call, sets
+
+QUICK = sets("net.width=32", "net.depth=1", "train.batch=8", "train.coupling=null", "evaluate.protocol.samples=20")
+Paint = Callable[[int], np.ndarray]
+
+
+def blobs(i: int) -> np.ndarray:
+    """Soft spots of colour, which the autoencoder knows: 64 x 80 pixels."""
+    spots = torch.rand(1, 3, 8, 10, generator=torch.Generator().manual_seed(i))
+    large = interpolate(spots, size=(64, 80), mode="bicubic").clamp(0, 1)
+    return (255 * large[0]).byte().permute(1, 2, 0).numpy()
+
+
+def grey(i: int) -> np.ndarray:
+    return np.repeat(blobs(i)[:, :, :1], 3, axis=2)
+
+
+def small(i: int) -> np.ndarray:
+    return blobs(i)[:40, :40]
+
+
+def noise(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def save(folder: Path, paint: Paint, classes: tuple[str, ...] = ("cats", "dogs")) -> Path:
+    """Twelve images in each class; without classes, in the folder itself."""
+    for k, name in enumerate(classes or (".",)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(12):
+            Image.fromarray(paint(12 * k + i)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def lines(*changes: str, minutes: float | None = None) -> tuple[dict[str, str], dumo.config.spec.Run]:
+    found = proposal.propose("photos", changes, minutes=minutes, device="cpu")
+    return dict(found.lines()), found.run
+
+
+@pytest.fixture
+def photos(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
+    return here / "photos"
+
+
+def test_colour_photos_are_learned_in_latents(photos: Path) -> None:
+    save(photos, blobs)
+    said, run = lines()
+    assert said["learned as"].startswith("latents by taef2, which makes 2")
+    assert said["size"].startswith("64 x 64 pixels")
+    assert said["few"].startswith("24 images: expect their colours and textures")
+    assert (run.data.kind, run.data.shape, run.objective.kind) == ("latents", (32, 8, 8), "dumo_any")
+    assert run.data.root.startswith("runs/latents/photos-")
+    assert (run.objective.drop, run.objective.guide.zeta, run.data.images.flip) == (0.1, 0.55, True)
+    assert run.resolved["proposed"]["data.root"] == run.data.root
+    _, again = lines("data.on_bad=raise", "data.side=56")
+    assert (again.data.images.on_bad, again.data.images.side) == ("raise", 56)
+    assert again.data.root != run.data.root, "of another size"
+
+
+def test_without_classes_there_is_no_guidance(photos: Path) -> None:
+    save(photos, blobs, classes=())
+    _, run = lines()
+    assert run.data.kind == "latents"
+    assert (run.data.labels, run.objective.drop, run.objective.guide.zeta) == (0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("paint", "reason"),
+    [
+        (grey, "pixels: the images are grey"),
+        (small, "pixels: images of 40 pixels are too small for latents, which begin at 48"),
+        (noise, "dB of these images, and latents take 20"),
+    ],
+)
+def test_other_images_are_learned_in_pixels(photos: Path, paint: Paint, reason: str) -> None:
+    save(photos, paint)
+    said, run = lines()
+    assert reason in said["learned as"]
+    assert (run.data.kind, run.net.kind) == ("images", "unet")
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ("data.kind=images", "pixels: "),
+        ("net.kind=unet", 'unet"} says so'),
+        ("data.side=40", "latents are of sides from 48 on"),
+    ],
+)
+def test_the_user_may_ask_for_pixels(photos: Path, field: str, reason: str) -> None:
+    save(photos, blobs)
+    said, run = lines(field)
+    assert reason in said["learned as"]
+    assert run.data.kind == "images"
+
+
+def test_many_images_in_little_time_are_not_encoded(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(photos, blobs)
+    trial = photolatents.AutoencoderTrial(decibels=25.0, encode_seconds=2.0)
+    monkeypatch.setattr(photolatents, "try_autoencoder", lambda codec, pixels: trial)
+    said, run = lines(minutes=2)
+    assert said["learned as"] == "pixels: to encode them takes 1:36 of 2:00; with more time they are latents"
+    assert run.data.kind == "images"
+    assert lines(minutes=4)[1].data.kind == "latents"
+    assert lines("train.steps=3", minutes=1)[1].data.kind == "latents"
+
+
+@pytest.mark.slow
+def test_training_encodes_the_photos_once(photos: Path) -> None:
+    save(photos, blobs)
+    began = call("train", "photos", "--yes", "--device", "cpu", *QUICK, *sets("train.steps=2", "data.on_bad=skip"))
+    assert began.code == 0, began
+    assert f"encoding {photos}: 24 of 24" in began.err
+    root = Path(load("runs/photos").data.root)
+    assert root.parent == photos.parent / "runs/latents"
+    assert load("runs/photos").data.codec.weights == "dumo:cifar10-trained/taef2.safetensors"
+
+    # again, and for another run: the cache is there
+    again = call("train", "photos", *sets("train.steps=3", "data.on_bad=skip"))
+    assert (again.code, "encoding" in again.err) == (0, False), again
+    assert dumo.train("photos", {"train.steps": 4}, device="cpu").step == 4
+    second = call("train", "photos", "--out", "second", "--yes", *QUICK, *sets("train.steps=2"))
+    assert (second.code, "encoding" in second.err) == (0, False), second
+    shutil.rmtree(root)
+    lost = call("train", "runs/photos", *sets("train.steps=5"))
+    assert lost.code == 0, lost
+    assert "encoding" in lost.err
+
+    for words in (("sample", "--nfe", "1,2"), ("evaluate", "--nfe", "1"), ("report",)):
+        done = call(words[0], "runs/photos", *words[1:])
+        assert done.code == 0, done
+
+    # another photo: the run refuses it, and a new run has a cache of its own
+    Image.fromarray(blobs(99)).save(photos / "cats/3.png")
+    other = call("train", "photos", *sets("train.steps=6"))
+    assert other.code == 2, other
+    assert "cats/3.png" in other.err
+    new = call("train", "photos", "--out", "new", "--yes", *QUICK, *sets("train.steps=2"))
+    assert new.code == 0, new
+    assert "encoding" in new.err
+    assert load("new").data.root != str(root)
+
+
+def test_settings_of_images_are_of_the_images_of_latents() -> None:
+    of_latents = {"data": {"kind": "latents"}}
+    texts = ["data.side=48", "data.memory=2", "data.images.flip=false", "net.width=8", "data.captions.kind=files"]
+    assert settings_of_images(of_latents, texts, "a") == [
+        "data.images.root=a",
+        "data.images.side=48",
+        "data.memory=2",
+        "data.images.flip=false",
+        "net.width=8",
+        "data.images.captions.kind=files",
+    ]
+    assert settings_of_images({"data": {"kind": "images"}}, texts, "a") == ["data.root=a", *texts]
+
+
+def test_what_comes_with_dumo_keeps_its_name() -> None:
+    place = "dumo:cifar10-trained/taef2.safetensors"
+    assert absolute_path(place, maybe=True) == place
