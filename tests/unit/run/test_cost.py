@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from math import lcm
 from typing import Any, Literal
 
 import pytest
@@ -243,7 +244,8 @@ EACH = one_each(guide=GUIDED, drop=0.0)
 
 @pytest.mark.parametrize("objective", tiered(EACH, ci=EACH[1:2], id=name_of))
 def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Objective) -> None:
-    shape, rows = (1, 16, 16), 4
+    shape = (1, 16, 16)
+    rows = lcm(4, objective.needs.group)
     one, net = (DiT(width=32, depth=n, patch=2, attention=2).build(objective.needs, shape, 10) for n in (1, 2))
     x, c = torch.zeros(rows, *shape), torch.zeros(rows, dtype=torch.long)
     b = draw(objective, Linear(), x, c, c, seed=0, step=0)
