@@ -122,7 +122,7 @@ def test_samples_in_a_file_are_judged_as_their_run_and_stand_in_its_table(here: 
         (("a", "--against", "b"), "name a run's folder"),
         ((), "name a run's folder"),
         (("--images", "nothing"), "there is no folder or file nothing: say with --images where the images are"),
-        (("--images", "a", "--against", "b"), "a is a run's folder: dumo evaluate a judges it"),
+        (("--images", "a", "--against", "b"), "a is a run's folder: use `dumo evaluate a`"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words: tuple[str, ...], named: str, here: Path) -> None:

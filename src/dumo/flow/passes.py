@@ -234,7 +234,8 @@ class Passes(nn.Module):
             condition = conditions
         elif self.labelled:
             condition = c
-        return self.call(net, x, *times.values(), condition)
+        times_in_order = [times[name] for name in self.needs.names]
+        return self.call(net, x, *times_in_order, condition)
 
 
 def call_of(needs: Needs) -> str:

@@ -105,6 +105,21 @@ def test_a_call_of_ones_own_gets_times_in_turn_and_the_condition_as_it_was_given
     assert seen[2][2] is C
 
 
+def test_a_function_of_ones_own_gets_the_times_in_one_order_whichever_way_they_are_given() -> None:
+    seen: list[tuple[Tensor, ...]] = []
+
+    def call(net: nn.Module, x: Tensor, t: Tensor, r: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        seen.append((t, r))
+        return x, x
+
+    passes = Passes(nn.Module(), TWO, call, labelled=False)
+    passes(X, C, t=T, r=R)
+    passes(X, C, r=R, t=T)
+    for t, r in seen:
+        assert torch.equal(t, T)
+        assert torch.equal(r, R)
+
+
 def test_an_argument_without_a_null_keeps_its_row() -> None:
     table = ConditionTable(
         {"text": torch.ones(3, 2), "size": torch.tensor([5.0, 6.0, 7.0]), "mask": torch.ones(3, dtype=torch.bool)},
