@@ -230,7 +230,7 @@ def read_run(file: Path) -> None:
 def read_evaluation(file: Path) -> None:
     """Compare an evaluation with itself, and put it into the words of a page."""
     compare([str(file)])
-    run = SimpleNamespace(train=SimpleNamespace(steps=20))
+    run = load("moons", ["train.steps=20"])
     weights = "net.safetensors"
     opened = cast(Any, SimpleNamespace(folder=file.parent, step=20, weights=weights, run=run, is_shipped=True))
     judgement = score.judgement(opened.folder, opened.step, opened.weights)

@@ -32,7 +32,7 @@ Content = Literal["run", "images"]
 def require_run_folder(source: str | Path, folder: Path) -> None:
     """Raise UserError where `folder` holds no run. `source` is what the user typed for it."""
     run_file = folder / RUN_FILE
-    if not _is_name_too_long(run_file) and run_file.is_file():
+    if not _is_impossible(run_file) and run_file.is_file():
         return
     reason, fix = _explain_no_run(str(source), folder)
     family, *_ = str(source).split("-")
@@ -72,7 +72,7 @@ def require_images(source: str | Path) -> None:
     Anything else passes: a run's folder, a file, a path where nothing is. Who opens the source refuses those.
     """
     folder = user_path(str(source), "the source")
-    if _is_name_too_long(folder) or not folder.is_dir():
+    if _is_impossible(folder) or not folder.is_dir():
         return
     if find_content(folder, images=True) is None:
         raise UserError(
@@ -130,10 +130,12 @@ def find_run_file(path: Path) -> Path | None:
         return None
 
 
-def _is_name_too_long(path: Path) -> bool:
-    """Whether the system takes no name of this length. `Path.is_file` and the like raise OSError for such a path."""
+def _is_impossible(path: Path) -> bool:
+    """Whether the system takes no such name: it is too long, for which `Path.is_file` raises, or has a null byte."""
     try:
         os.lstat(path)
+    except ValueError:
+        return True
     except OSError as error:
         return error.errno == errno.ENAMETOOLONG
     return False
@@ -175,7 +177,7 @@ def require_evaluation(source: str | Path) -> None:
     file passes whatever it holds: who reads it refuses it.
     """
     path = Path(source)
-    if _is_name_too_long(path) or not path.exists():
+    if _is_impossible(path) or not path.exists():
         near_runs = _near_runs(str(source))
         raise UserError(
             f"there is no run's folder or evaluation {brief(str(source))}: {near_runs}give folders such as runs/digits"
@@ -189,7 +191,7 @@ def require_evaluation(source: str | Path) -> None:
 def require_log(folder: Path) -> None:
     """Raise UserError where a folder has no log of a training."""
     log_file = folder / LOG_FILE
-    if _is_name_too_long(log_file) or not log_file.is_file():
+    if _is_impossible(log_file) or not log_file.is_file():
         raise UserError(
             f"{folder} has no {LOG_FILE}: {_near_runs(str(folder))}give a run's folder, such as runs/digits, once it "
             "has trained a while"
