@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dumo.config.source import folder_of_images
 from dumo.data import Images
+from dumo.data.origin import cache_name
 from dumo.encoders.codec import LoadedCodec
-from dumo.io import digest
 from dumo.io.picture import from_uint8
 from dumo.io.read import brief
 from dumo.runtime.door import settings
@@ -114,9 +114,5 @@ def cache_folder(place: str, images: Images, codec: LoadedCodec) -> str:
 
     `images` are with their classes. Reads images whose hash is not noted.
     """
-    hashes = images.hashes()
-    assert hashes is not None, "the images are here: some were decoded"
-    hashes.hash(range(len(hashes)))
-    fields = (images.side, images.crop, images.flip, images.labels, images.names, images.split, images.count)
-    name = digest.short(hashes.fingerprint(), hashes.digest(range(len(hashes))), str(fields), codec.sha256)
-    return f"runs/latents/{folder_of_images(place).name}-{name}"
+    name = cache_name(folder_of_images(place).name, images, codec.sha256)
+    return f"runs/latents/{name}"

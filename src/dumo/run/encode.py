@@ -6,7 +6,8 @@ once; a killed one is started again, and the folder is the same to the last bit.
 (`dumo.io.table`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dumo.config.spec import Run
 from dumo.data import Data, Latents, Moons, cache, encoding
 from dumo.data.caption import CaptionFiles
 from dumo.data.image import name_fields_below
+from dumo.data.origin import has_key, new_run_hint
 from dumo.encoders import texttable
 from dumo.io import table
 from dumo.io.file import locked
@@ -27,7 +29,7 @@ from dumo.nets import Net
 from dumo.nets.table import PipelineTexts, TableTexts
 from dumo.nets.text import LearnedTexts
 from dumo.run.prompt import sources
-from dumo.run.resolve import resolve
+from dumo.run.resolve import paths_as_typed, resolve
 from dumo.runtime import dist, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.progress import Bar, line_printer, no_bar
@@ -191,20 +193,55 @@ def encode(
 
 
 def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> None:
-    """Make the cache if it is missing, or finish one that is not whole. Raises UserError as `encode` does."""
-    contents = cache.read_index(data.folder)
-    if contents is None or not contents.shards:
-        encode(data, device=device, bar=bar)
+    """Make the cache if it is missing, or finish one that is not whole.
+
+    Processes that start together make it once: the others wait. Raises UserError as `encode` does.
+    """
+    if _is_whole(data):
+        return
+    with _locked_beside(data.folder):
+        if not _is_whole(data):  # nobody made it while this process waited
+            encode(data, device=device, bar=bar)
 
 
 def ensure_proposed_cache(run: Run, *, device: str = "auto", bar: Bar = no_bar) -> None:
-    """Make the cache of a run that was proposed with its cache's folder. Of other runs the user makes it.
+    """Make the cache of a run that was proposed with its cache's folder. In another folder the user makes it.
 
-    Raises UserError as `encode` does.
+    Raises UserError as `encode` does, and where the images are not those that the folder was named after.
     """
+    data = run.data
+    if not isinstance(data, Latents) or not _is_cache_proposed(run) or _is_whole(data):
+        return
+    if not has_key(data.folder, data.images, data.codec.open("cpu").sha256):
+        raise UserError(
+            f"the photos in {data.images.root}, or the fields that say how they are encoded, have changed since this "
+            f"run was planned: {new_run_hint()}"
+        )
+    ensure_cache(data, device=device, bar=bar)
+
+
+def _is_cache_proposed(run: Run) -> bool:
+    """Whether the folder of the run's cache is the one that it was proposed with, and not one that the user set."""
     proposed = run.resolved.get(PROPOSED)
-    if isinstance(run.data, Latents) and isinstance(proposed, dict) and "data.root" in proposed:
-        ensure_cache(run.data, device=device, bar=bar)
+    if not isinstance(run.data, Latents) or not isinstance(proposed, dict):
+        return False
+    root = paths_as_typed(run.resolved).get("data.root", run.data.root)
+    return proposed.get("data.root") == root
+
+
+def _is_whole(data: Latents) -> bool:
+    """Whether the cache is there, and no shard of it is missing."""
+    contents = cache.read_index(data.folder)
+    return contents is not None and bool(contents.shards)
+
+
+@contextmanager
+def _locked_beside(folder: Path) -> Generator[None, None, None]:
+    """Hold the lock of a folder that is to be made, in a file beside it; wait while another process holds it."""
+    lock = folder.with_name(f".{folder.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock):
+        yield
 
 
 def _table_of(net: Net) -> TableTexts | None:
@@ -272,7 +309,5 @@ def make_tokens(run: Run) -> None:
     spec = _table_of(run.net)
     if not isinstance(spec, LearnedTexts):
         return
-    lock = spec.folder.with_name(f".{spec.folder.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock):
+    with _locked_beside(spec.folder):
         encode_texts(run.data, spec)
