@@ -199,7 +199,7 @@ def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> N
     """
     if _is_whole(data):
         return
-    with _locked_beside(data.folder):
+    with _locked_to_fill(data.folder):
         if not _is_whole(data):  # nobody made it while this process waited
             encode(data, device=device, bar=bar)
 
@@ -236,8 +236,8 @@ def _is_whole(data: Latents) -> bool:
 
 
 @contextmanager
-def _locked_beside(folder: Path) -> Generator[None, None, None]:
-    """Hold the lock of a folder that is to be made, in a file beside it; wait while another process holds it."""
+def _locked_to_fill(folder: Path) -> Generator[None, None, None]:
+    """Hold the lock of a folder that is to be filled, a file next to it; wait while another process holds it."""
     lock = folder.with_name(f".{folder.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with locked(lock):
@@ -309,5 +309,5 @@ def make_tokens(run: Run) -> None:
     spec = _table_of(run.net)
     if not isinstance(spec, LearnedTexts):
         return
-    with _locked_beside(spec.folder):
+    with _locked_to_fill(spec.folder):
         encode_texts(run.data, spec)

@@ -71,7 +71,7 @@ def test_two_runs_on_one_folder_fill_their_cache_once(run: Run, monkeypatch: pyt
     threads[0].start()
     assert is_in.wait(60)
     threads[1].start()
-    time.sleep(1)
+    time.sleep(0.3)
     may_go.set()
     for thread in threads:
         thread.join(60)
