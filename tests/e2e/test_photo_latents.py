@@ -153,6 +153,7 @@ def test_training_encodes_the_photos_once(photos: Path) -> None:
     other = call("train", "photos", *sets("train.steps=6"))
     assert other.code == 2, other
     assert "cats/3.png" in other.err
+    assert "begin a new run on them, with another --out DIR" in " ".join(other.err.split())
     new = call("train", "photos", "--out", "new", "--yes", *QUICK, *sets("train.steps=2"))
     assert new.code == 0, new
     assert "encoding" in new.err
