@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ from torch.nn.functional import interpolate
 import dumo
 from dumo.config.load import load
 from dumo.config.source import settings_of_images
+from dumo.data.pixel import ToSquare
+from dumo.data.store import Store
 from dumo.plan import photolatents, proposal
 from dumo.run.resolve import absolute_path
+from dumo.runtime.progress import Bar
 from e2e.shell import call, sets
 
 QUICK = sets("net.width=32", "net.depth=1", "train.batch=8", "train.coupling=null", "evaluate.protocol.samples=20")
@@ -122,6 +126,36 @@ def test_many_images_in_little_time_are_not_encoded(photos: Path, monkeypatch: p
     assert lines(minutes=4)[1].data.kind == "latents"
     assert lines("train.steps=3", minutes=1)[1].data.kind == "latents"
 
+    # where they are encoded already, that takes no time
+    folder = Path(lines(minutes=4)[1].data.root)
+    monkeypatch.setattr(photolatents, "is_encoded", lambda cache_folder: Path(cache_folder) == folder)
+    folder.mkdir(parents=True)
+    found = proposal.propose("photos", minutes=2, device="cpu")
+    assert (found.run.data.kind, found.prepare_seconds) == ("latents", 0)
+
+
+def test_images_are_decoded_before_they_are_encoded(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding counts, too, and a plan without time for a step says so."""
+    save(photos, blobs)
+    look_at = proposal._look_at
+
+    def look_slowly(store: Store, to_pixels: ToSquare, bar: Bar) -> tuple[proposal.ImagesFound, list[bytes]]:
+        images, decodable = look_at(store, to_pixels, bar)
+        return replace(images, decode_seconds=3.0 * torch.get_num_threads()), decodable
+
+    monkeypatch.setattr(proposal, "_look_at", look_slowly)
+    trial = photolatents.AutoencoderTrial(decibels=25.0, encode_seconds=0.5)
+    monkeypatch.setattr(photolatents, "try_autoencoder", lambda codec, pixels: trial)
+    said, _ = lines(minutes=2)
+    assert said["learned as"] == "pixels: to encode them takes 1:36 of 2:00; with more time they are latents"
+    assert "too short" not in said
+    said, run = lines(minutes=1)
+    assert said["too short"] == (
+        "images take 1:12 to prepare, and no time is left for steps: give it more, as by minutes=3"
+    )
+    assert run.train.steps == 1
+    assert "too short" not in lines("train.steps=3", minutes=1)[0]
+
 
 @pytest.mark.slow
 def test_training_encodes_the_photos_once(photos: Path) -> None:
@@ -140,6 +174,11 @@ def test_training_encodes_the_photos_once(photos: Path) -> None:
     second = call("train", "photos", "--out", "second", "--yes", *QUICK, *sets("train.steps=2"))
     assert (second.code, "encoding" in second.err) == (0, False), second
     shutil.rmtree(root)
+    ended = call("train", "runs/photos")
+    assert ended.code == 2, ended
+    assert "runs/photos has trained its 4 steps. For more:  dumo train runs/photos --set train.steps=8" in ended.err
+    assert "dumo encode" in ended.err
+    assert not root.exists(), "nothing is encoded for nothing"
     lost = call("train", "runs/photos", *sets("train.steps=5"))
     assert lost.code == 0, lost
     assert "encoding" in lost.err

@@ -68,7 +68,7 @@ def test_minutes_go_by_on_a_real_clock(photos: Path) -> None:
     steps = load("runs/photos").train.steps
     assert f"trained {steps:,} steps" in done.err
     again = call("train", "photos", "--minutes", "0.1")
-    assert "runs/photos has trained its 0.15 minutes. For more:  dumo train runs/photos --minutes 0.15" in again.err
+    assert "runs/photos has trained its 9 seconds. For more:  dumo train runs/photos --minutes 0.1" in again.err
     assert load("runs/photos").train.steps == steps
     more = call("train", "runs/photos", "--minutes", "0.1")
     assert more.code == 0, more

@@ -37,7 +37,7 @@ from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
 # what minutes are for, and what to do where they are not
-MINUTES_FIX = "for images, or to go on with a run's folder: set train.steps"
+MINUTES_FIX = "for images, or to go on with a run's folder: set train.steps or train.minutes in changes"
 
 Fields = dict[str, Any]  # by dotted path, as plain values
 TOYS = ("digits", "moons")  # kinds of data after which recipes are named

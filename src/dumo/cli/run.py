@@ -36,7 +36,7 @@ from dumo.cli.option import (
 )
 from dumo.cli.terminal import drop_from_resume, err, memory_hint, out, show_lines
 from dumo.runtime import shell_path
-from dumo.runtime.door import train_call
+from dumo.runtime.door import settings, train_call
 from dumo.runtime.limits import MINUTES, ROWS
 from dumo.runtime.progress import bar, no_bar, print_line
 
@@ -248,7 +248,8 @@ def train(
 
 def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:
     """Why --minutes is refused of a recipe or a file, with what to type; `has_run`: its folder holds a run."""
-    hint = "--minutes is for a folder of images, or to go on with a run's folder; of a recipe set train.steps"
+    hint = "--minutes is for a folder of images, or to go on with a run's folder; of a recipe set train.steps, "
+    hint += f"or by the clock:  {settings(f'train.minutes={minutes:g}')}"
     if has_run:
         hint += f". To go on with its run:  {train_call(folder, minutes=minutes)}"
     return hint

@@ -25,6 +25,7 @@ from dumo.flow.solver import Solver
 from dumo.nets import Net, is_pretrained
 from dumo.objectives import Objective
 from dumo.runtime.limits import PASSES, SAMPLES, STEPS
+from dumo.runtime.text import minutes_text
 from dumo.training.spec import Train
 
 # QUIET: the field is hidden at its default. FREE: it may change when a run is resumed.
@@ -147,7 +148,7 @@ class RunParts(Spec):
     def __repr__(self) -> str:
         """One line; `dumo show` prints all of it."""
         minutes = self.train.minutes
-        length = f"{self.train.steps:,} steps" if minutes is None else f"{minutes:g} minutes"
+        length = f"{self.train.steps:,} steps" if minutes is None else minutes_text(minutes)
         return f"<{self.objective.kind} on {self.data.kind}, net {self.net.kind}, {length}>"
 
     __str__ = __repr__

@@ -2,14 +2,16 @@
 
 On a CPU latents show more after the same time (docs/log.md), where the autoencoder knows what is in the images. Each
 function `reason_by_...` says why a run is in pixels, or "" where nothing is in the way of latents. `side_of_latents` is
-the size of the images that are encoded, `try_autoencoder` measures what it makes of some, and `cache_folder` names the
-folder where their latents go.
+the size of the images that are encoded, and `try_autoencoder` measures what it makes of some. `cache_folder` names the
+folder where their latents go, `has_caches` and `is_encoded` say whether they may be, and are, there.
 """
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import log10
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from dumo.config.source import folder_of_images
 from dumo.data import Images
+from dumo.data.cache import read_index
 from dumo.data.origin import cache_name
 from dumo.encoders.codec import LoadedCodec
 from dumo.io.picture import from_uint8
@@ -32,7 +35,8 @@ MIN_SIDE = 48  # pixels: of smaller images the autoencoder, made for photos of 2
 SIDE_STEP = 8  # pixels of an image to one of its latent, each way
 MIN_DECIBELS = 20.0  # ours: photos of 64 pixels have 20 to 31, noise has 10, a chessboard of 4 pixels 5 (docs/log.md)
 GREY_LEVELS = 8  # of 255, between the channels of a pixel of a grey image that is stored in colour: ours
-MAX_SHARE_OF_TIME = 0.5  # that encoding may take: ours
+MAX_SHARE_OF_TIME = 0.5  # that decoding and encoding may take: ours
+CACHES = "runs/latents"  # the folder of the folders of latents
 # Settings by which the user chooses pixels: all of the data or the net, or what latents do not have.
 PIXEL_FIELDS = ("data", "data.kind", "data.root", "data.augment", "data.buckets", "net", "net.kind")
 
@@ -84,11 +88,14 @@ def reason_by_reconstruction(trial: AutoencoderTrial) -> str:
     return f"the autoencoder makes {trial.decibels:.1f} dB of these images, and latents take {MIN_DECIBELS:.0f}"
 
 
-def reason_by_time(encode_seconds: float, training_seconds: float | None) -> str:
-    """Why images are not encoded: it takes too much of the training's time (None: it has no end); "" if it does not."""
-    if training_seconds is None or encode_seconds <= MAX_SHARE_OF_TIME * training_seconds:
+def reason_by_time(prepare_seconds: float, training_seconds: float | None) -> str:
+    """Why images are not encoded: it takes too much of the training's time (None: it has no end); "" if it does not.
+
+    `prepare_seconds` are those of all images, decoded and encoded.
+    """
+    if training_seconds is None or prepare_seconds <= MAX_SHARE_OF_TIME * training_seconds:
         return ""
-    took = duration_text(encode_seconds)
+    took = duration_text(prepare_seconds)
     return f"to encode them takes {took} of {duration_text(training_seconds)}; with more time they are latents"
 
 
@@ -110,9 +117,20 @@ def try_autoencoder(codec: LoadedCodec, pixels: Pixels) -> AutoencoderTrial:
 
 
 def cache_folder(place: str, images: Images, codec: LoadedCodec) -> str:
-    """The folder runs/latents/NAME-HASH for the latents of the images at a place; other images have another.
+    """The folder CACHES/NAME-HASH for the latents of the images at a place; other images have another.
 
     `images` are with their classes. Reads images whose hash is not noted.
     """
     name = cache_name(folder_of_images(place).name, images, codec.sha256)
-    return f"runs/latents/{name}"
+    return f"{CACHES}/{name}"
+
+
+def has_caches(place: str) -> bool:
+    """Whether some images of the place's name were encoded: these, or others. Reads no image."""
+    return any(Path(CACHES).glob(f"{glob.escape(folder_of_images(place).name)}-*"))
+
+
+def is_encoded(cache_folder: str) -> bool:
+    """Whether a folder holds the latents of all images that it is for."""
+    contents = read_index(Path(cache_folder))
+    return contents is not None and bool(contents.shards)

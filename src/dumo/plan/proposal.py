@@ -20,6 +20,7 @@ file. Other encoders are those of the recipes of text to image.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,7 +51,7 @@ from dumo.run.resolve import resolve
 from dumo.run.weights import build
 from dumo.runtime import install_command, installed_version, threads
 from dumo.runtime.device import choose_device
-from dumo.runtime.door import settings
+from dumo.runtime.door import option, settings
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.stopwatch import WARM_UP, Stopwatch
 from dumo.runtime.text import duration_text
@@ -103,6 +104,11 @@ class ImagesFound:
     space: str = ""  # a line on whether they are learned in latents or pixels, and why; "" where it is not chosen
     encode_seconds: float = 0.0  # of one image through the autoencoder, and mirrored where that is; 0: in pixels
 
+    @property
+    def prepare_seconds(self) -> float:
+        """Seconds until all of them are decoded, and encoded where they are, with the threads there are now."""
+        return self.count * (self.decode_seconds / torch.get_num_threads() + self.encode_seconds)
+
 
 @dataclass(frozen=True)
 class _Draft:
@@ -133,6 +139,13 @@ class Proposal:
     machine: str
     step_seconds: float  # with what validation adds to a step
     prepare_seconds: float  # until the first step
+
+    @property
+    def lacks_time(self) -> bool:
+        """Whether it ends by the clock before there is time for a step. It makes one all the same."""
+        if self.run.train.minutes is None:
+            return False
+        return self.prepare_seconds + SLACK * self.step_seconds > SECONDS_PER_MINUTE * self.run.train.minutes
 
     @property
     def seconds(self) -> float:
@@ -178,6 +191,17 @@ class Proposal:
             yield "time", f"{duration_text(self.seconds)}, then it ends, with as many steps as it made; {measured}"
         else:
             yield "time", f"{duration_text(self.seconds)}, by {measured}"
+        if self.lacks_time:
+            yield "too short", self._describe_lack()
+
+    def _describe_lack(self) -> str:
+        """What takes the time of a run that has none for its steps, and how to give it enough."""
+        least_seconds = self.prepare_seconds + SLACK * self.step_seconds
+        enough_minutes = ceil(2 * least_seconds / SECONDS_PER_MINUTE)  # so that half of them is for steps
+        return (
+            f"images take {duration_text(self.prepare_seconds)} to prepare, and no time is left for steps: give it "
+            f"more, as by {option('minutes', enough_minutes)}"
+        )
 
 
 def propose(
@@ -225,7 +249,7 @@ def propose(
         if validation:
             seconds_per_step *= 1 + validation["share"]
         tick(1, "")
-    prepare_seconds = images.count * (images.decode_seconds / torch.get_num_threads() + images.encode_seconds)
+    prepare_seconds = images.prepare_seconds
 
     # how long to train, and about how many steps that is
     if minutes:
@@ -340,15 +364,25 @@ def _latents_draft(
     with bar("trying the autoencoder", 1) as tick, threads.fewer_when_busy(torch.device("cpu"), ignore_line):
         trial = photolatents.try_autoencoder(codec, pixels)
         tick(1, "")
-    encode_seconds = trial.encode_seconds * (2 if images.flip else 1)
     reason = photolatents.reason_by_reconstruction(trial)
-    reason = reason or photolatents.reason_by_time(images_found.count * encode_seconds, training_seconds)
     if reason:
         return reason
 
+    # whether there is time to encode them, unless that is done
+    encode_seconds = trial.encode_seconds * (2 if images.flip else 1)
+    images_found = replace(images_found, encode_seconds=encode_seconds)
+    reason = photolatents.reason_by_time(images_found.prepare_seconds, training_seconds)
+    if reason and not photolatents.has_caches(place):
+        return reason
     encoded_images = images.model_copy(update={"side": side}).with_facts()
+    cache_folder = photolatents.cache_folder(place, encoded_images, codec)
+    if photolatents.is_encoded(cache_folder):
+        images_found = replace(images_found, decode_seconds=0.0, encode_seconds=0.0)
+    elif reason:
+        return reason
+
     fields: dict[str, Any] = {
-        "data.root": photolatents.cache_folder(place, encoded_images, codec),
+        "data.root": cache_folder,
         "data.images.root": place,
         "data.images.side": side,
     }
@@ -356,7 +390,7 @@ def _latents_draft(
         fields |= CLASS_FIELDS
     line = f"latents by {latents.codec.kind}, which makes {trial.decibels:.1f} dB of these images; in pixels by "
     line += settings("data.kind=images")
-    return _Draft(replace(images_found, encode_seconds=encode_seconds, space=line), IMAGES_LATENTS_RECIPE, fields)
+    return _Draft(replace(images_found, space=line), IMAGES_LATENTS_RECIPE, fields)
 
 
 def caption_hint(error: NoCaptionsError) -> str:

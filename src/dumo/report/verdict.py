@@ -21,6 +21,7 @@ from dumo.report.score import Judgement, decisive_comparison, duration, error, n
 from dumo.run.speed import seconds_between
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path
+from dumo.runtime.text import minutes_text, minutes_to_type
 from dumo.training.deadline import SECONDS_PER_MINUTE
 
 # The distance of samples to their nearest images over that of real images, beyond which samples are not like the data:
@@ -60,7 +61,7 @@ def reach_verdict(opened: RunFolder, name: str, judged: Judgement | None, proxim
         judged = None
 
     if step == 0:
-        length = f"{run.train.steps:,} steps" if run.train.minutes is None else f"{run.train.minutes:g} minutes"
+        length = f"{run.train.steps:,} steps" if run.train.minutes is None else minutes_text(run.train.minutes)
         effect = f"trains it, for {length}"
         return Verdict("Untrained: these are the weights that training starts from", "", [_train(name, effect)])
 
@@ -194,8 +195,13 @@ def _less_training(opened: RunFolder, name: str) -> NextStep:
     command = f"dumo train {name}/run.yaml --out {name}-shorter --set "
     minutes = opened.run.train.minutes
     if minutes is not None:
-        command += f"train.minutes={minutes / 2:g}"
-        return NextStep(command, f"makes a run of {minutes / 2:g} minutes; more photos help more")
+        # its images are encoded already: what is halved is the time of its steps
+        seconds = seconds_between(opened.folder, 0, opened.step)
+        if seconds is not None:
+            minutes = min(minutes, seconds / SECONDS_PER_MINUTE)
+        shorter_minutes = minutes_to_type(minutes / 2)
+        command += f"train.minutes={shorter_minutes:g}"
+        return NextStep(command, f"makes a run of {minutes_text(shorter_minutes)}; more photos help more")
     steps = max(1, opened.step // 2)
     command += f"train.steps={steps}"
     effect = f"makes a run of {steps:,} steps"

@@ -4,7 +4,8 @@
 
 1. lock the folder (rank 0), and read what it holds into an `Index`
 2. resolve the run: write out what files and machine say of it; rank 0 makes missing tokens of captions
-3. check that it fits the machine, its ranks and the folder; rank 0 encodes images for a proposed run (`run.encode`)
+3. check that it fits the machine, its ranks and the folder; rank 0 encodes images for a proposed run (`run.encode`),
+   unless that has ended
 4. open the data, and examine the derivative against float64
 5. begin the state: as drawn, of the last checkpoint, or of `start`
 6. compare data and run with what the folder holds
@@ -28,6 +29,7 @@ from dumo.config.check import check_pieces
 from dumo.config.source import RunText
 from dumo.config.spec import Run
 from dumo.data import Data, is_latents
+from dumo.data.cache import read_index
 from dumo.io.source import DataSource
 from dumo.nets.textfamily import is_learned_texts
 from dumo.run import cost, datacheck, examination
@@ -46,12 +48,14 @@ from dumo.run.speed import Meter
 from dumo.run.weights import begin
 from dumo.runtime import dist, stopwatch, threads
 from dumo.runtime.device import choose_device
-from dumo.runtime.door import option, settings
+from dumo.runtime.door import option, settings, train_call
 from dumo.runtime.progress import Bar, ignore_line, no_bar
+from dumo.runtime.text import minutes_text, minutes_to_type
 from dumo.training import agreement
 from dumo.training.deadline import SECONDS_PER_MINUTE, begin_timing
 from dumo.training.layout import share_of
 from dumo.training.manifest import Checkpoint
+from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.step import Record
 from dumo.types import UserError
@@ -61,6 +65,8 @@ if TYPE_CHECKING:
     from dumo.run.best import BestFolder
     from dumo.run.teacher import LoadedTeacher
     from dumo.run.validation import Validation
+
+MORE_MINUTES = 5  # as an example of more training: ours
 
 Tell = Callable[[str], None]  # shows the user a line
 
@@ -183,6 +189,10 @@ def open_job(
             if is_latents(run.data):
                 from dumo.run.encode import ensure_proposed_cache
 
+                if not _has_ended(run, index, step):
+                    ensure_proposed_cache(run, device=device, bar=bar)
+                elif read_index(run.data.folder) is None:  # not encoded for nothing: to open the data says what to type
+                    tell(way_on(folder, run.train))
                 ensure_proposed_cache(run, device=device, bar=bar)
         stack.enter_context(dist.join())  # from here ranks talk to one another
         if reads_tokens and not is_main:
@@ -236,6 +246,31 @@ def open_job(
         )
 
 
+def way_on(folder: Path, train: Train) -> str:
+    """A line that says that a run has ended, and how to go on with it."""
+    if train.minutes is not None:
+        more = train_call(folder, minutes=minutes_to_type(train.minutes))
+        return f"{folder} has trained its {minutes_text(train.minutes)}. For more:  {more}"
+    more_steps = train_call(folder, [f"train.steps={2 * train.steps}"])
+    return (
+        f"{folder} has trained its {train.steps:,} steps. For more:  {more_steps}  or by the clock:  "
+        f"{train_call(folder, minutes=MORE_MINUTES)}"
+    )
+
+
+def _has_ended(run: Run, index: Index, step: int | None) -> bool:
+    """Whether no step is left of a run from a checkpoint on (None: the last one)."""
+    checkpoints = index.checkpoints.by_step()
+    if step is None:
+        step = max(checkpoints, default=None)
+    if step not in checkpoints:
+        return False
+    if run.train.minutes is None:
+        return step >= run.train.steps
+    timing = checkpoints[step].manifest.timing
+    return timing is not None and timing.is_over and timing.minutes == run.train.minutes
+
+
 def _minutes_in_all(index: Index, step: int | None, minutes: float) -> float:
     """The minutes that a run is to train in all, to go on for some minutes from a checkpoint (None: the last one)."""
     checkpoints = index.checkpoints.by_step()
@@ -256,7 +291,7 @@ def _with_steps_made(run: Run, index: Index, changes: Sequence[str]) -> Run:
     is_set = {name: any(text.startswith(f"train.{name}=") for text in changes) for name in ("steps", "minutes")}
     if is_set["steps"] and not is_set["minutes"]:
         raise UserError(
-            f"{index.folder} ends after train.minutes={run.train.minutes:g}, whatever its steps: give it more by "
+            f"{index.folder} ends after train.minutes={run.train.minutes:.4g}, whatever its steps: give it more by "
             f"{option('minutes')}, or steps by {settings('train.minutes=null', 'train.steps=N')}"
         )
     if index.written.run.train.minutes is None:

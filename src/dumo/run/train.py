@@ -28,12 +28,11 @@ from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
 from dumo.io.source import Bucketed, DataSource, hashes_of
 from dumo.nets import is_dualized
-from dumo.run.job import Job, MakeSheets, Sheets, open_job
+from dumo.run.job import Job, MakeSheets, Sheets, open_job, way_on
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.summary import misfits, training_summary
 from dumo.runtime import dist, stopwatch, threads
-from dumo.runtime.door import train_call
 from dumo.runtime.limits import STEPS
 from dumo.runtime.progress import Bar, bar_of_seconds, no_bar
 from dumo.runtime.threads import StepThreads
@@ -51,8 +50,6 @@ from dumo.types.rows import pin, to_device
 if TYPE_CHECKING:
     from dumo.run.teacher import TeacherPairs
 
-MORE_MINUTES = 5  # as an example of more training: ours
-
 
 def train(
     run: Run,
@@ -66,6 +63,7 @@ def train(
     verify: bool = False,
     sheets: MakeSheets | None = None,
     minutes: float | None = None,
+    began: float | None = None,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
     """Train a run in a folder, or resume it there. Returns the state at the end.
@@ -82,6 +80,8 @@ def train(
         verify=verify,
         sheets=sheets,
         minutes=minutes,
+        began=began,
+        bar=bar,
     )
     with opened as job:
         return train_job(job, bar, hooks)
@@ -231,23 +231,8 @@ def _lines_before(job: Job) -> list[str]:
     if is_dualized(state.net) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
     if state.is_over(run.train):
-        lines.append(_way_on(job))
+        lines.append(way_on(job.folder, run.train))
     return lines
-
-
-def _way_on(job: Job) -> str:
-    """A line on how to go on with a run that has ended."""
-    train = job.run.train
-    if train.minutes is not None:
-        return (
-            f"{job.folder} has trained its {train.minutes:g} minutes. For more:  "
-            f"{train_call(job.folder, minutes=train.minutes)}"
-        )
-    more_steps = train_call(job.folder, [f"train.steps={2 * train.steps}"])
-    return (
-        f"{job.folder} has trained its {train.steps:,} steps. For more:  {more_steps}  or by the clock:  "
-        f"{train_call(job.folder, minutes=MORE_MINUTES)}"
-    )
 
 
 def _countdown_of(job: Job) -> Countdown | None:

@@ -1,7 +1,7 @@
 """Numbers as text for people, and texts of others made safe to print.
 
-`number_text`, `bytes_text`, `duration_text` and `nfe_text` write numbers. `escape_controls` and `escape_line` spell out
-characters that would steer a terminal.
+`number_text`, `bytes_text`, `duration_text`, `minutes_text`, `minutes_to_type` and `nfe_text` write numbers.
+`escape_controls` and `escape_line` spell out characters that would steer a terminal.
 """
 
 import re
@@ -33,6 +33,20 @@ def duration_text(seconds: float) -> str:
     if hours:
         return f"{sign}{hours}:{minutes:02}:{seconds_left:02}"
     return f"{sign}{minutes}:{seconds_left:02}"
+
+
+def minutes_text(minutes: float) -> str:
+    """Minutes as a person says them: 9 seconds, 1 minute, 31.7 minutes."""
+    if minutes < 1:
+        seconds = max(1, round(60 * minutes))
+        return "1 second" if seconds == 1 else f"{seconds} seconds"
+    rounded = round(minutes, 1)
+    return "1 minute" if rounded == 1 else f"{rounded:g} minutes"
+
+
+def minutes_to_type(minutes: float) -> float:
+    """About so many minutes, as one types them: with one decimal at most, and not 0."""
+    return max(0.1, round(minutes, 1))
 
 
 def nfe_text(n: int) -> str:

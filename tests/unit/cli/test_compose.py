@@ -239,7 +239,10 @@ def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
         ({"objective": 3}, "objective is a int"),
         ({"data": "nowhere"}, "there is no folder or file nowhere"),
         ({"data": 3}, "data is a builtins:int"),
-        ({"source": "moons", "minutes": 3}, "minutes are for images, or to go on with a run's folder: set train.steps"),
+        (
+            {"source": "moons", "minutes": 3},
+            "to go on with a run's folder: set train.steps or train.minutes in changes",
+        ),
         ({"source": "moons", "minutes": math.nan}, "minutes are a number above 0, up to 1,000,000; got nan"),
         ({"data": "photos", "minutes": math.inf}, "minutes are a number above 0, up to 1,000,000; got inf"),
         ({"data": "photos", "minutes": 0}, "minutes are a number above 0, up to 1,000,000; got 0"),

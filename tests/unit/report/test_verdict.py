@@ -124,6 +124,21 @@ def test_a_run_that_ends_by_the_clock_copies_less_after_half_its_minutes(tmp_pat
     ]
 
 
+@pytest.mark.parametrize(
+    ("steps_per_second", "minutes", "text"),
+    [(50.0, "1", "1 minute"), (26.3, "1.9", "1.9 minutes"), (5000.0, "0.1", "6 seconds")],
+)
+def test_the_time_of_its_steps_is_halved_not_that_of_encoding(
+    tmp_path: Path, steps_per_second: float, minutes: str, text: str
+) -> None:
+    opened = timed_folder(tmp_path, Timing(minutes=6, seconds=360, share=1))
+    (tmp_path / "speed.jsonl").write_text(json.dumps({"step": 50, "steps_per_second": steps_per_second}) + "\n")
+    assert texts(reach_verdict(opened, NAME, None, proximity(1.0, copies=4))) == [
+        f"dumo train runs/photos/run.yaml --out runs/photos-shorter --set train.minutes={minutes} "
+        f"makes a run of {text}; more photos help more"
+    ]
+
+
 def test_many_copies_go_before_all_else(tmp_path: Path) -> None:
     """By the evaluation, or else by the page's samples. An earlier checkpoint, where one is kept, is named."""
     for known in (

@@ -100,7 +100,7 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
     bits = known.bits(folder)
     with door.command_line():
         told, _, _ = train(folder, clock)
-    assert f"{folder} has trained its 1 minutes. For more:  dumo train {folder} --minutes 1" in told
+    assert f"{folder} has trained its 1 minute. For more:  dumo train {folder} --minutes 1" in told
     assert known.bits(folder) == bits
 
     # more, and a command that is typed again after it was stopped

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,13 @@ from dumo.io.source import TensorData
 from dumo.io.weights import load as load_weights
 from dumo.nets.table import TableTexts
 from dumo.report.sample import solver_of
-from dumo.run import cost, encode
-from dumo.run.job import open_data
+from dumo.run import cost, encode, job
+from dumo.run.job import Job, open_data
 from dumo.run.net import outline
 from dumo.run.summary import training_summary
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
+from dumo.runtime.progress import no_bar
 from dumo.training import agreement, log
 from dumo.types import UserError
 from tiers import tiered
@@ -44,6 +46,18 @@ def moons(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = tmp_path_factory.mktemp("run") / "moons"
     train(tiny(), folder)
     return open_run(str(folder))
+
+
+def test_the_folder_is_opened_with_the_arguments_of_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, object] = {}
+
+    def open_job(folder: Path, run: Run, **options: object) -> AbstractContextManager[Job]:
+        arguments.update(options)
+        return job.open_job(folder, run)
+
+    monkeypatch.setattr("dumo.run.train.open_job", open_job)
+    train(tiny(), tmp_path, bar=no_bar, began=7.0)
+    assert (arguments["bar"], arguments["began"]) == (no_bar, 7.0)
 
 
 def test_a_run_is_a_function_of_its_spec(tmp_path: Path) -> None:
