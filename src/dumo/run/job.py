@@ -193,7 +193,6 @@ def open_job(
                     ensure_proposed_cache(run, device=device, bar=bar)
                 elif read_index(run.data.folder) is None:  # not encoded for nothing: to open the data says what to type
                     tell(way_on(folder, run.train))
-                ensure_proposed_cache(run, device=device, bar=bar)
         stack.enter_context(dist.join())  # from here ranks talk to one another
         if reads_tokens and not is_main:
             run = resolve_remaining(run)  # rank 0 has made the tokens by now

@@ -45,7 +45,7 @@ def minutes_text(minutes: float) -> str:
 
 
 def minutes_to_type(minutes: float) -> float:
-    """About so many minutes, as one types them: with one decimal at most, and not 0."""
+    """Minutes as one types them: rounded, with one decimal at most, and not 0."""
     return max(0.1, round(minutes, 1))
 
 
