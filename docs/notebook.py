@@ -1,10 +1,10 @@
-"""Run the notebooks as a reader would, and keep what they show: `make notebooks`, with $DUMO_DATA/cifar10.
+"""Run the notebooks as a reader would, and keep what they show: `make notebooks`, with $DUMO_DATA/imagenet-sample.
 
     python docs/notebook.py [NAME ...]    # digits, own-objective, own-photos; none: all
 
-`run` executes a notebook from top to bottom in an empty folder with 2,000 photos of CIFAR-10. `prepare` writes what all
-notebooks share: the button that opens them in Colab, and the cell that installs dumo there. `code_hash` goes into the
-notebook with the outputs. A test refuses a notebook whose code has changed since it ran.
+`run` executes a notebook from top to bottom in an empty folder, own-photos with a thousand photos of ImageNet.
+`prepare` writes what all notebooks share: the button that opens them in Colab, and the cell that installs dumo there.
+`code_hash` goes into the notebook with the outputs. A test refuses a notebook whose code has changed since it ran.
 """
 
 import hashlib
@@ -27,9 +27,7 @@ from importlib.util import find_spec
 
 if find_spec("dumo") is None:  # as on Colab
     %pip install --quiet git+https://github.com/{repository}"""
-NUM_PHOTOS = 2000  # as docs/photos.md has
 PATIENCE = 1800  # seconds that a cell may take
-CLASSES = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def code_hash(book: NotebookNode) -> str:
@@ -51,13 +49,12 @@ def prepare(book: NotebookNode, name: str) -> None:
 
 
 def write_photos(folder: Path) -> None:
-    """The first training images of CIFAR-10, in a folder for each class."""
-    table = next(iter(Path(os.environ["DUMO_DATA"], "cifar10").rglob("*train*.parquet")))
-    rows = next(ParquetFile(table).iter_batches(NUM_PHOTOS)).to_pylist()
+    """The photos of imagenet-sample, 256 pixels high and wide."""
+    table = next(iter(Path(os.environ["DUMO_DATA"], "imagenet-sample").rglob("*.parquet")))
+    rows = ParquetFile(table).read(["image"]).to_pylist()
+    folder.mkdir()
     for number, row in enumerate(rows):
-        place = folder / CLASSES[row["label"]]
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number:04d}.jpg").write_bytes(row["image"]["bytes"])
+        (folder / f"{number:04d}.jpg").write_bytes(row["image"]["bytes"])
 
 
 def run(book: NotebookNode) -> None:
