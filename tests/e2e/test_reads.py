@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 import dumo
 from dumo.io import trained as shipped
+from dumo.types import UserError
 from e2e.shell import call
 
 WATCHED = ("run.yaml", "state.json", "spec.yaml")
@@ -94,3 +97,16 @@ def test_python_reads_each_file_once(trained: dict[str, Path]) -> None:
     with counted(trained["digits"]):
         dumo.load(trained["digits"]).sample(count=2, nfe=1)
     require_single_reads(WEIGHTS)
+
+
+def test_python_goes_on_with_images_by_one_reading_of_their_run(here: Path) -> None:
+    pixels = torch.randint(0, 256, (24, 16, 16, 3), dtype=torch.uint8)
+    (here / "photos").mkdir()
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.numpy()).save(here / f"photos/{i}.png")
+    small = {"net.width": 8, "train.batch": 8, "train.compile": "none", "train.precision": "fp32"}
+    folder = Path(dumo.train("photos", small | {"train.steps": 2}).folder).absolute()
+    held = [*(folder / "checkpoints").iterdir(), folder / "run.yaml"]
+    with counted(*held), pytest.raises(UserError, match="2 steps"):
+        dumo.train("photos", {"train.steps": 1})
+    assert reads[folder / "run.yaml"] == 1

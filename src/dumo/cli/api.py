@@ -528,6 +528,7 @@ def train(
         opened = open_job(
             composed.folder,
             composed.run,
+            text=composed.text,
             changes=composed.changes,
             device=str(device),
             tell=None if bar is no_bar else print_line,

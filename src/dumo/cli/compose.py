@@ -20,6 +20,7 @@ from dumo.config.parts import StandaloneParts
 from dumo.config.source import (
     SHIPPED_PREFIX,
     ChosenSource,
+    RunText,
     choose,
     folder_of_images,
     read,
@@ -51,12 +52,13 @@ MODULE_FIELDS: Fields = {
 
 @dataclass(frozen=True)
 class Composed:
-    """What to train, and where: `dumo.run.job.open_job` takes all three."""
+    """What to train, and where: `dumo.run.job.open_job` takes all of it."""
 
     run: Run | None  # None: the run that the folder holds, with `changes`
     changes: Sequence[str]  # each a.b=c
     folder: Path
     minutes: float | None = None  # for which a run goes on; None: for what is left of it
+    text: RunText | None = None  # of the folder's run.yaml, where it was read
 
 
 def compose(
@@ -130,13 +132,15 @@ def compose(
         changes = [*chosen.settings, *changes]
 
     if (folder / RUN_FILE).is_file() and (is_own_run or is_proposed):
+        text = base_text
         if is_proposed:
-            changes = settings_of_images(read_file(folder / RUN_FILE).tree, changes, place)
+            text = read_file(folder / RUN_FILE)
+            changes = settings_of_images(text.tree, changes, place)
         if minutes is not None and is_proposed:
             tell = line_printer(bar)
             tell(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
             minutes = None
-        return Composed(None, changes, folder, minutes)
+        return Composed(None, changes, folder, minutes, text)
     if is_proposed:
         proposed = proposal.propose(place, changes, minutes=minutes, device=device, bar=bar)
         return Composed(proposed.run, changes, folder)
