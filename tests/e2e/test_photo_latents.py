@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 import dumo
 from dumo.config.load import load
 from dumo.config.source import settings_of_images
+from dumo.data import cache
 from dumo.data.pixel import ToSquare
 from dumo.data.store import Store
 from dumo.plan import photolatents, proposal
@@ -128,7 +129,7 @@ def test_many_images_in_little_time_are_not_encoded(photos: Path, monkeypatch: p
 
     # where they are encoded already, that takes no time
     folder = Path(lines(minutes=4)[1].data.root)
-    monkeypatch.setattr(photolatents, "is_encoded", lambda cache_folder: Path(cache_folder) == folder)
+    monkeypatch.setattr(cache, "is_whole", lambda cache_folder: cache_folder == folder)
     folder.mkdir(parents=True)
     found = proposal.propose("photos", minutes=2, device="cpu")
     assert (found.run.data.kind, found.prepare_seconds) == ("latents", 0)

@@ -99,6 +99,12 @@ def read_index(folder: Path) -> CacheIndex | None:
     return table.read(folder, CacheIndex)
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a cache is there, and no shard of it is missing. Raises UserError as `read_index`."""
+    contents = read_index(folder)
+    return contents is not None and bool(contents.shards)
+
+
 def open_cache(
     folder: Path, codec: Codec, max_bytes: float = 0.0, *, command: str = ENCODE, **asked: object
 ) -> ShardTable:

@@ -1,7 +1,7 @@
 """Samples as pictures: the one place where numbers become colours, pictures, PNG and files. Sizes are in pixels.
 
 1. Images in [-1, 1] become eight-bit colours (`to_uint8`, and `to_rows` with the channels last); `from_uint8` is the
-   way back.
+   way back. `decibels` says how far two images in [-1, 1] are apart.
 2. Colours become pictures of PIL: all in one (`sheet`), or each its own (`singles`). Points are scattered over the data
    (`scatter`), and a figure of matplotlib is drawn (`from_figure`).
 3. Pictures are joined on a page, with texts: `labelled_grid`, `with_column_names`, `named_blocks`,
@@ -15,6 +15,7 @@ import textwrap
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from math import inf, log10
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def to_uint8(x: Sample) -> Pixels:
 def from_uint8(pixels: UInt8[Tensor, "n c h w"]) -> Sample:
     """Images of colours 0 .. 255 as numbers -1 .. 1, in float32."""
     return pixels.float().div_(127.5).sub_(1)
+
+
+def decibels(mean_square: float) -> float:
+    """The peak signal-to-noise ratio of images in [-1, 1] by the mean of their squared errors; inf for 0."""
+    return 10 * log10(2**2 / mean_square) if mean_square else inf
 
 
 def to_rows(x: Sample) -> PixelRows:

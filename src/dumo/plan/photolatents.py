@@ -3,14 +3,13 @@
 On a CPU latents show more after the same time (docs/log.md), where the autoencoder knows what is in the images. Each
 function `reason_by_...` says why a run is in pixels, or "" where nothing is in the way of latents. `side_of_latents` is
 the size of the images that are encoded, and `try_autoencoder` measures what it makes of some. `cache_folder` names the
-folder where their latents go, `has_caches` and `is_encoded` say whether they may be, and are, there.
+folder where their latents go, and `has_caches` says whether they may be there.
 """
 
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import log10
 from pathlib import Path
 from statistics import median
 
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from dumo.config.source import folder_of_images
 from dumo.data import Images
-from dumo.data.cache import read_index
 from dumo.data.origin import cache_name
 from dumo.encoders.codec import LoadedCodec
-from dumo.io.picture import from_uint8
+from dumo.io.picture import decibels, from_uint8
 from dumo.io.read import brief
 from dumo.runtime.door import settings
 from dumo.runtime.progress import duration_text
@@ -112,8 +110,7 @@ def try_autoencoder(codec: LoadedCodec, pixels: Pixels) -> AutoencoderTrial:
         seconds = Stopwatch(torch.device("cpu")).seconds(partial(codec.encode, x))
         decoded = codec.decode(moments)
     mean_squares = (decoded.clamp(-1, 1) - x).square().flatten(1).mean(1)
-    decibels = [10 * log10(2**2 / max(error, 1e-10)) for error in mean_squares.tolist()]  # values range over 2
-    return AutoencoderTrial(median(decibels), seconds / len(pixels))
+    return AutoencoderTrial(median(map(decibels, mean_squares.tolist())), seconds / len(pixels))
 
 
 def cache_folder(place: str, images: Images, codec: LoadedCodec) -> str:
@@ -128,9 +125,3 @@ def cache_folder(place: str, images: Images, codec: LoadedCodec) -> str:
 def has_caches(place: str) -> bool:
     """Whether some images of the place's name were encoded: these, or others. Reads no image."""
     return any(Path(CACHES).glob(f"{glob.escape(folder_of_images(place).name)}-*"))
-
-
-def is_encoded(cache_folder: str) -> bool:
-    """Whether a folder holds the latents of all images that it is for."""
-    contents = read_index(Path(cache_folder))
-    return contents is not None and bool(contents.shards)

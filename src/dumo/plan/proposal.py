@@ -34,7 +34,7 @@ from dumo.config.source import IMAGES_LATENTS_RECIPE, PROPOSED, folder_of_images
 from dumo.config.source import IMAGES_RECIPE as RECIPE
 from dumo.config.spec import Run
 from dumo.config.word import method
-from dumo.data import Data, Images, Memory, is_latents
+from dumo.data import Data, Images, Memory, cache, is_latents
 from dumo.data.annotation import NoCaptionsError, captions_of
 from dumo.data.caption import CaptionFiles
 from dumo.data.column import AUTO
@@ -240,10 +240,8 @@ def propose(
 
     # the seconds of a step
     run = resolve(draft.run(fields, sets))
-    with (
-        bar("timing a step", 1) as tick,
-        threads.fewer_when_busy(torch_device, ignore_line),
-    ):  # training reports the number
+    # without a line on the number of threads, which training prints
+    with bar("timing a step", 1) as tick, threads.fewer_when_busy(torch_device, ignore_line):
         validation = plan.validation(run)
         seconds_per_step = _step_seconds(run, torch_device)
         if validation:
@@ -319,9 +317,10 @@ def _examine(
     draft = pixels_draft
     if device.type == "cpu" and place:
         latents_draft = _latents_draft(images, images_found, decodable, place, sets, training_seconds, bar)
-        draft = pixels_draft.with_line(space=f"pixels: {latents_draft}")
         if isinstance(latents_draft, _Draft):
             draft = latents_draft
+        else:
+            draft = pixels_draft.with_line(space=f"pixels: {latents_draft}")
     return draft.with_line(captions=line)
 
 
@@ -376,7 +375,7 @@ def _latents_draft(
         return reason
     encoded_images = images.model_copy(update={"side": side}).with_facts()
     cache_folder = photolatents.cache_folder(place, encoded_images, codec)
-    if photolatents.is_encoded(cache_folder):
+    if cache.is_whole(Path(cache_folder)):
         images_found = replace(images_found, decode_seconds=0.0, encode_seconds=0.0)
     elif reason:
         return reason

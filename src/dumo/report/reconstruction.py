@@ -4,7 +4,6 @@
 """
 
 from dataclasses import dataclass
-from math import log10
 
 from PIL import Image
 
@@ -43,12 +42,11 @@ def reconstruct(sampler: Sampler) -> Reconstruction | None:
     mean = moments[:, : sampler.shape[0]]  # of the Gaussians, of a codec that gives such
     decoded = sampler.decode(mean)
     error = decoded - x
-    mean_square = error.square().mean().item()
     return Reconstruction(
         count=len(x),
         originals=_row(x),
         decoded=_row(decoded),
-        decibels=10 * log10(2**2 / mean_square) if mean_square else float("inf"),  # values range over 2
+        decibels=picture.decibels(error.square().mean().item()),
         grey_levels=error.abs().mean().item() * 255 / 2,
     )
 

@@ -118,6 +118,11 @@ def select_scores(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
 # Better and worse
 
 
+def _perfect_sampler(baselines: Mapping[str, Any]) -> Scores | None:
+    """What a perfect sampler would have, of the baselines of an evaluation; None where it does not say."""
+    return baselines.get("perfect") or baselines.get("null")
+
+
 def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) -> State | None:
     """Where a run stands by its best row; rows and baselines are those of an evaluation.
 
@@ -131,7 +136,7 @@ def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) ->
 
     None where no baseline tells, or more of the first score is better.
     """
-    perfect = baselines.get("perfect") or baselines.get("null")
+    perfect = _perfect_sampler(baselines)
     noise = baselines.get("noise")
     scores = _best_scores(rows)
     if not perfect or not scores or higher_is_better(next(iter(scores))):
@@ -207,12 +212,20 @@ def _worse_scores(scores: Scores, perfect: Scores) -> list[str]:
     return worse
 
 
+def _worse_with_lead(scores: Scores, lead: str, perfect: Scores) -> list[str]:
+    """The names of `_worse_scores`, after `lead`, the first score's, where that is worse than a perfect sampler's."""
+    worse = _worse_scores(scores, perfect)
+    if _is_as_perfect(scores[lead], perfect):
+        return worse
+    return [lead, *worse]
+
+
 def verdict(judged: Mapping[str, Any]) -> str | None:
     """A sentence on where a run, or images, stand, by the `state` of their evaluation; None where it has no state."""
     judged_state = judged.get("state")
     scores = _best_scores(judged["results"])
     baselines = judged["baselines"]
-    perfect = baselines.get("perfect") or baselines.get("null")
+    perfect = _perfect_sampler(baselines)
     noise = baselines.get("noise")
     if judged_state is None or not scores or not perfect:
         return None
@@ -226,9 +239,7 @@ def verdict(judged: Mapping[str, Any]) -> str | None:
             f"{STATES[judged_state]}: images do not show the classes that they were asked for. {CLASS_MMD} is "
             f"{number(scores[CLASS_MMD])}, of a perfect sampler {score_text(perfect, CLASS_MMD)}."
         )
-    worse = _worse_scores(scores, perfect)
-    if not _is_as_perfect(scores[lead], perfect):
-        worse = [lead, *worse]
+    worse = _worse_with_lead(scores, lead, perfect)
     begin = STATES.get(str(judged_state), "Near the data, but not like them")
     return f"{begin}: worse than a perfect sampler by {', '.join(worse)}."
 
@@ -241,18 +252,17 @@ def decisive_comparison(judged: Judgement) -> str:
     """
     scores = _best_scores(judged["results"])
     baselines = judged["baselines"]
-    perfect = baselines.get("perfect") or baselines.get("null")
+    perfect = _perfect_sampler(baselines)
     if not scores or not perfect:
         return ""
     first = first_score(scores)
-    worse = _worse_scores(scores, perfect)
-    if not _is_as_perfect(scores[first], perfect):
-        worse = [first, *worse]
+    worse = _worse_with_lead(scores, first, perfect)
     name = judged["columns"][0]
     if name not in scores or (worse and name not in worse):
         name = (worse or [first])[0]
     baselines = baselines_by_name(judged)  # with the first score by its name
-    perfect = baselines.get("perfect") or baselines["null"]
+    perfect = _perfect_sampler(baselines)
+    assert perfect is not None, "as above"
     return f"{word(MERITS, name).title} is {number(scores[name])}, of a perfect sampler {score_text(perfect, name)}"
 
 

@@ -179,7 +179,7 @@ def _more_training(opened: RunFolder, name: str) -> NextStep:
 def _more_minutes(seconds: float) -> int:
     """The minutes to go on for, after a training of these seconds: at least twice as long, for less shows little."""
     for minutes in SPANS:
-        if 60 * minutes >= 2 * seconds:
+        if SECONDS_PER_MINUTE * minutes >= 2 * seconds:
             return minutes
     return SPANS[-1]
 

@@ -197,10 +197,10 @@ def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> N
 
     Processes that start together make it once: the others wait. Raises UserError as `encode` does.
     """
-    if _is_whole(data):
+    if cache.is_whole(data.folder):
         return
     with _locked_to_fill(data.folder):
-        if not _is_whole(data):  # nobody made it while this process waited
+        if not cache.is_whole(data.folder):  # nobody made it while this process waited
             encode(data, device=device, bar=bar)
 
 
@@ -210,7 +210,7 @@ def ensure_proposed_cache(run: Run, *, device: str = "auto", bar: Bar = no_bar) 
     Raises UserError as `encode` does, and where the images are not those that the folder was named after.
     """
     data = run.data
-    if not isinstance(data, Latents) or not _is_cache_proposed(run) or _is_whole(data):
+    if not isinstance(data, Latents) or not _is_cache_proposed(run, data) or cache.is_whole(data.folder):
         return
     if not has_key(data.folder, data.images, data.codec.open("cpu").sha256):
         raise UserError(
@@ -220,19 +220,13 @@ def ensure_proposed_cache(run: Run, *, device: str = "auto", bar: Bar = no_bar) 
     ensure_cache(data, device=device, bar=bar)
 
 
-def _is_cache_proposed(run: Run) -> bool:
+def _is_cache_proposed(run: Run, data: Latents) -> bool:
     """Whether the folder of the run's cache is the one that it was proposed with, and not one that the user set."""
     proposed = run.resolved.get(PROPOSED)
-    if not isinstance(run.data, Latents) or not isinstance(proposed, dict):
+    if not isinstance(proposed, dict):
         return False
-    root = paths_as_typed(run.resolved).get("data.root", run.data.root)
+    root = paths_as_typed(run.resolved).get("data.root", data.root)
     return proposed.get("data.root") == root
-
-
-def _is_whole(data: Latents) -> bool:
-    """Whether the cache is there, and no shard of it is missing."""
-    contents = cache.read_index(data.folder)
-    return contents is not None and bool(contents.shards)
 
 
 @contextmanager
