@@ -2,10 +2,12 @@
 
     python tools/release.py check VERSION      # of pyproject.toml and CITATION.cff, with a section of CHANGELOG.md
     python tools/release.py notes VERSION      # that section
+    python tools/release.py stamp VERSION REPOSITORY # today's date and the address, for PyPI; REPOSITORY is OWNER/NAME
     python tools/release.py build FOLDER       # the sdist and, from it, the wheel; both as PyPI wants them
     python tools/release.py install WHEEL VENV # into a new environment, where it trains for a moment
 
-The exit code is 1 where a check fails, with a line for each.
+The exit code is 1 where a check fails, with a line for each. `stamp` changes files of this tree, which the workflow
+throws away: what is released has a date and links that work on PyPI, and git keeps neither.
 """
 
 import os
@@ -14,18 +16,21 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
 VERSION = re.compile(r"\d+\.\d+\.\d+")
+UNRELEASED = "unreleased"  # a section's date until its version is out
+RELATIVE_LINK = re.compile(r"(?P<words>(?P<picture>!?)\[[^\]]*\]\()(?!\w+:|#)(?P<path>[^)]+)\)")
 TINY = ("net.width=32", "net.depth=1", "train.batch=16", "train.steps=20", "evaluate.protocol.samples=500")
 
 
 def notes(version: str, root: Path = ROOT) -> str:
-    """The text below the heading `## [VERSION] - YYYY-MM-DD` of CHANGELOG.md; empty if it has none."""
+    """The text below the heading of a version in CHANGELOG.md, with a date or `unreleased`; empty if it has none."""
     changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
-    section = rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d\n(.*?)(?=^## |\Z)"
+    section = rf"^## \[{re.escape(version)}\] - (?:\d{{4}}-\d\d-\d\d|{UNRELEASED})\n(.*?)(?=^## |\Z)"
     match = re.search(section, changelog, re.DOTALL | re.MULTILINE)
     return match[1].strip() if match else ""
 
@@ -41,7 +46,37 @@ def faults(version: str, root: Path = ROOT) -> Iterator[str]:
         if file_version != version:
             yield f"{file} has version {file_version}, not {version}"
     if not notes(version, root):
-        yield f"CHANGELOG.md has no section '## [{version}] - YYYY-MM-DD', or an empty one"
+        yield f"CHANGELOG.md has no section '## [{version}] - {UNRELEASED}', or an empty one"
+
+
+def stamp(version: str, repository: str, root: Path = ROOT) -> None:
+    """Write what only a release knows: its date, and the address that PyPI's page of dumo leads to.
+
+    `repository` is OWNER/NAME on GitHub. CHANGELOG.md gets today's date, README.md addresses instead of paths, and
+    pyproject.toml the repository's.
+    """
+    address = f"https://github.com/{repository}"
+    raw_address = f"https://raw.githubusercontent.com/{repository}"
+
+    def with_address(link: re.Match[str]) -> str:
+        place = f"{raw_address}/v{version}" if link["picture"] else f"{address}/blob/v{version}"
+        return f"{link['words']}{place}/{link['path']})"
+
+    changelog = root / "CHANGELOG.md"
+    text = changelog.read_text(encoding="utf-8")
+    today = datetime.now(UTC).date().isoformat()
+    text = text.replace(f"## [{version}] - {UNRELEASED}\n", f"## [{version}] - {today}\n")
+    changelog.write_text(text, encoding="utf-8")
+
+    readme = root / "README.md"
+    text = readme.read_text(encoding="utf-8").replace(" REPOSITORY is this page's address.", "")
+    text = RELATIVE_LINK.sub(with_address, text).replace("REPOSITORY", address)
+    readme.write_text(text, encoding="utf-8")
+
+    project = root / "pyproject.toml"
+    text = project.read_text(encoding="utf-8")
+    text = text.replace("[project.scripts]\n", f'[project.urls]\nRepository = "{address}"\n\n[project.scripts]\n')
+    project.write_text(text, encoding="utf-8")
 
 
 def run(*words: object, cwd: Path | None = None) -> None:
@@ -83,6 +118,8 @@ def main(*words: str) -> int:
             return int(bool(lines))
         case "notes", version:
             print(notes(version))
+        case "stamp", version, repository:
+            stamp(version, repository)
         case "build", folder:
             print(build(Path(folder)))
         case "install", wheel, venv:

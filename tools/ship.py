@@ -51,7 +51,7 @@ STORED = {"cifar10-features": "CIFAR-10's 10,000 test images"}  # the images of 
 
 CARD = """# {name}
 
-{about}. It comes with dumo {version}: `dumo sample {name}`, `dumo demo {name}`, or `dumo.load("{name}")` in Python.
+{about}. It comes with dumo: `dumo sample {name}`, `dumo demo {name}`, or `dumo.load("{name}")` in Python.
 
 - Trained by `dumo train {recipe}`: {step:,} steps on {data}.
 - Weights: {weights}, in float16; they were trained in float32. SHA-256 {sha256}.
@@ -174,7 +174,6 @@ def card_text(opened: RunFolder, name: str, results: list[dict[str, float]], *, 
     return CARD.format(
         name=name,
         about=opened.run.about,
-        version=opened.checkpoint.manifest.versions["dumo"],
         recipe=opened.folder.name,  # which `dumo train RECIPE` gives it
         step=opened.step,
         data=opened.run.data.kind,

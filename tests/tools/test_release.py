@@ -1,6 +1,8 @@
 """A release is checked before it is built: versions that agree, and a section that says what changed."""
 
 import re
+import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import release
 WORKFLOWS = sorted((release.ROOT / ".github/workflows").glob("*.yml"))
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+|\./\.github/workflows/(ci|nightly)\.yml")
 
+PICTURE = "The page of dumo demo"  # of README.md
+
 CHANGES = """# Changelog
 
 ## [Unreleased]
 
-## [1.2.3] - 2026-12-01
+## [1.2.3] - unreleased
 
 ### New
 
@@ -56,8 +60,9 @@ def test_a_version_that_all_files_have_can_be_released(tree: Path) -> None:
     [
         ("pyproject.toml", "1.2.3", "1.2.4", "pyproject.toml has version 1.2.4, not 1.2.3"),
         ("CITATION.cff", "1.2.3", "1.2.2", "CITATION.cff has version 1.2.2, not 1.2.3"),
-        ("CHANGELOG.md", "### New\n\n- This.\n", "", "no section '## [1.2.3] - YYYY-MM-DD', or an empty one"),
-        ("CHANGELOG.md", "[1.2.3] - 2026-12-01", "[1.2.3]", "no section"),
+        ("CHANGELOG.md", "### New\n\n- This.\n", "", "no section '## [1.2.3] - unreleased', or an empty one"),
+        ("CHANGELOG.md", "[1.2.3] - unreleased", "[1.2.3]", "no section"),
+        ("CHANGELOG.md", "[1.2.3] - unreleased", "[1.2.3] - soon", "no section"),
     ],
 )
 def test_a_version_that_one_lacks_cannot(tree: Path, file: str, old: str, new: str, said: str) -> None:
@@ -70,6 +75,36 @@ def test_a_version_that_one_lacks_cannot(tree: Path, file: str, old: str, new: s
 @pytest.mark.parametrize("version", ["v1.2.3", "1.2", "1.2.3; rm -rf /", ""])
 def test_what_is_no_version_is_refused(tree: Path, version: str) -> None:
     assert any("is no version" in found for found in release.faults(version, tree))
+
+
+def test_this_tree_can_be_released() -> None:
+    version = tomllib.loads((release.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert list(release.faults(version)) == []
+
+
+def test_what_is_released_has_a_date_and_addresses(tmp_path: Path) -> None:
+    """PyPI shows README.md without the files next to it. Its code and the rest of the files stay as they are."""
+    names = ("README.md", "pyproject.toml", "CITATION.cff")
+    for name in names:
+        shutil.copy(release.ROOT / name, tmp_path)
+    (tmp_path / "CHANGELOG.md").write_text(CHANGES, encoding="utf-8")
+    before = (tmp_path / "README.md").read_text(encoding="utf-8")
+    release.stamp("1.2.3", "someone/dumo", tmp_path)
+    assert re.search(r"^## \[1\.2\.3\] - \d{4}-\d\d-\d\d$", (tmp_path / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert release.notes("1.2.3", tmp_path) == "### New\n\n- This."
+
+    after = (tmp_path / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", after)
+    assert [target for target in targets if not target.startswith("https://")] == []
+    paths = [re.sub(r"https://.*someone/dumo/(?:blob/)?v1\.2\.3/", "", target) for target in targets]
+    assert paths == re.findall(r"\]\(([^)]+)\)", before)
+    assert f"![{PICTURE}](https://raw.githubusercontent.com/someone/dumo/v1.2.3/docs/demo.png)" in after
+    assert "git clone https://github.com/someone/dumo dumo" in after
+    assert "REPOSITORY" not in after
+    python = re.compile(r"^```python\n.*?^```$", re.DOTALL | re.MULTILINE)
+    assert python.findall(after) == python.findall(before)
+    urls = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    assert urls == {"Repository": "https://github.com/someone/dumo"}
 
 
 def test_the_exit_code_says_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,5 +145,5 @@ def test_a_release_is_a_button_and_ends_with_what_it_tested() -> None:
         if how == "write"
     }
     assert writes == {("publish", "id-token"), ("tag", "contents")}
-    assert set(re.findall(r"release\.py (\w+)", shell(flow))) == {"check", "build", "install", "notes"}
+    assert set(re.findall(r"release\.py (\w+)", shell(flow))) == {"check", "stamp", "build", "install", "notes"}
     assert "release.py" not in shell({"jobs": {"publish": jobs["publish"]}})  # what was tried is what PyPI gets

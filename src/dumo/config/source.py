@@ -335,7 +335,7 @@ def _take_format(tree: dict[str, Any], file: Path) -> None:
     if file_format != FORMAT:
         raise UserError(
             f"{file} is of format {brief(shown(file_format))}, and this dumo reads {FORMAT}: take the dumo that wrote "
-            f"it, for format 1 0.1.0 of 2026-11-22 (commit 9ebbef4). A {RUN_FILE} of your own begins with {KEY}: "
+            f"it, for format 1 that of 2026-11-22 (commit 9ebbef4). A {RUN_FILE} of your own begins with {KEY}: "
             f"{FORMAT}"
         )
 

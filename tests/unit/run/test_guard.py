@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import dumo
 from dumo.config.load import RUN_FILE
 from dumo.config.source import Noted
 from dumo.config.spec import Run
@@ -336,7 +337,7 @@ def test_other_versions_and_rows_that_are_lost_are_told(run: Path) -> None:
     assert told[2].startswith(f"{rows} is not what was logged up to step 8: ")
     assert told[3] == f"{rows}: rows between steps 2 and 6 are lost; the run goes on without them"
     assert [line.split(":")[0] for line in told[4:]] == [
-        "dumo is 0.1.0, and was 0.0.1 up to step 8",
+        f"dumo is {dumo.__version__}, and was 0.0.1 up to step 8",
         f"torch is {torch.__version__}, and was 2.12 up to step 8",
     ]
 
