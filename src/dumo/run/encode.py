@@ -14,12 +14,11 @@ from typing import Any
 
 from dumo.config.change import override
 from dumo.config.load import load, parse
-from dumo.config.source import PROPOSED, RunText, choose
+from dumo.config.source import RunText, choose
 from dumo.config.spec import Run
 from dumo.data import Data, Latents, Moons, cache, encoding
 from dumo.data.caption import CaptionFiles
 from dumo.data.image import name_fields_below
-from dumo.data.origin import has_key, new_run_hint
 from dumo.encoders import texttable
 from dumo.io import table
 from dumo.io.file import locked
@@ -29,14 +28,14 @@ from dumo.nets import Net
 from dumo.nets.table import PipelineTexts, TableTexts
 from dumo.nets.text import LearnedTexts
 from dumo.run.prompt import sources
-from dumo.run.resolve import paths_as_typed, resolve
+from dumo.run.resolve import resolve
 from dumo.runtime import dist, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import Spec, UserError
 
 MAX_PART_CHARACTERS = 40  # of --part: ours
-SHARD_ROWS = 1024  # ours
+SHARD_ROWS = 1024  # images or captions to a shard: ours
 
 
 class _LatentsOfRun(Spec):
@@ -142,12 +141,14 @@ def encode(
     device: str = "auto",
     bar: Bar = no_bar,
     verify: bool = False,
+    new_shard_rows: int = SHARD_ROWS,
     **options: object,
 ) -> EncodeResult:
     """Make shards k, k + n, k + 2 n ... of the cache, `part` being (k, n), with mirrored images where data are flipped.
 
     `verify`: all images are hashed first, whatever is noted of them. `options` are fields of the `CachePlan`: store,
-    dtype, shard_rows, seed. Raises UserError as opening the images or the codec does, for an option that is none, and
+    dtype, shard_rows, seed. Without `shard_rows` a cache that is begun keeps its own, and a new one takes
+    `new_shard_rows`. Raises UserError as opening the images or the codec does, for an option that is none, and
     where the folder holds something else, or what was made of other images.
     """
     rank, world_size = part
@@ -159,7 +160,9 @@ def encode(
         album.hashes.forget()
         album.hashes.hash(range(len(album)))
     is_captioned = isinstance(data.captions, CaptionFiles)
+    begun = cache.read_index(data.folder)
     plan_fields = {
+        "shard_rows": begun.shard_rows if begun else new_shard_rows,
         "source": " ".join(word for word in (images.root, images.split) if word),
         "fingerprint": album.hashes.fingerprint(),
         "resolution": images.side,
@@ -192,41 +195,16 @@ def encode(
     return EncodeResult(data.folder, done, cache.CacheIndex)
 
 
-def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> None:
+def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar, new_shard_rows: int = SHARD_ROWS) -> None:
     """Make the cache if it is missing, or finish one that is not whole.
 
-    Processes that start together make it once: the others wait. Raises UserError as `encode` does.
+    Processes that start together make it once: the others wait. Takes and raises as `encode`.
     """
     if cache.is_whole(data.folder):
         return
     with _locked_to_fill(data.folder):
         if not cache.is_whole(data.folder):  # nobody made it while this process waited
-            encode(data, device=device, bar=bar)
-
-
-def ensure_proposed_cache(run: Run, *, device: str = "auto", bar: Bar = no_bar) -> None:
-    """Make the cache of a run that was proposed with its cache's folder. In another folder the user makes it.
-
-    Raises UserError as `encode` does, and where the images are not those that the folder was named after.
-    """
-    data = run.data
-    if not isinstance(data, Latents) or not _is_cache_proposed(run, data) or cache.is_whole(data.folder):
-        return
-    if not has_key(data.folder, data.images, data.codec.open("cpu").sha256):
-        raise UserError(
-            f"the photos in {data.images.root}, or the fields that say how they are encoded, have changed since this "
-            f"run was planned: {new_run_hint()}"
-        )
-    ensure_cache(data, device=device, bar=bar)
-
-
-def _is_cache_proposed(run: Run, data: Latents) -> bool:
-    """Whether the folder of the run's cache is the one that it was proposed with, and not one that the user set."""
-    proposed = run.resolved.get(PROPOSED)
-    if not isinstance(proposed, dict):
-        return False
-    root = paths_as_typed(run.resolved).get("data.root", data.root)
-    return proposed.get("data.root") == root
+            encode(data, device=device, bar=bar, new_shard_rows=new_shard_rows)
 
 
 @contextmanager

@@ -4,14 +4,14 @@
 
 1. lock the folder (rank 0), and read what it holds into an `Index`
 2. resolve the run: write out what files and machine say of it; rank 0 makes missing tokens of captions
-3. check that it fits the machine, its ranks and the folder; rank 0 encodes images for a proposed run (`run.encode`),
-   unless that has ended
-4. open the data, and examine the derivative against float64
+3. check that it fits the machine, its ranks and the folder; the ranks meet
+4. rank 0 encodes the photos of a proposed run (`run.proposedcache`); open the data, and examine the derivative against
+   float64
 5. begin the state: as drawn, of the last checkpoint, or of `start`
 6. compare data and run with what the folder holds
 
-Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those tokens and latents, and removes
-what a training that was killed left half-written.
+Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those tokens and latents, and the
+run.yaml of a run whose photos it encodes, and removes what a training that was killed left half-written.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -52,7 +52,7 @@ from dumo.runtime.door import option, settings, train_call
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.text import minutes_text, minutes_to_type
 from dumo.training import agreement
-from dumo.training.deadline import SECONDS_PER_MINUTE, begin_timing
+from dumo.training.deadline import SECONDS_PER_MINUTE, PreparationTime, begin_timing
 from dumo.training.layout import share_of
 from dumo.training.manifest import Checkpoint
 from dumo.training.spec import Train
@@ -186,18 +186,12 @@ def open_job(
             require_resumable(run, index, step, accept=accept)
             remove_half_written(folder)
             stack.enter_context(guard_run_folder(folder))
-            if is_latents(run.data):
-                from dumo.run.encode import ensure_proposed_cache
-
-                if not _has_ended(run, index, step):
-                    ensure_proposed_cache(run, device=device, bar=bar)
-                elif read_index(run.data.folder) is None:  # not encoded for nothing: to open the data says what to type
-                    tell(way_on(folder, run.train))
         stack.enter_context(dist.join())  # from here ranks talk to one another
         if reads_tokens and not is_main:
             run = resolve_remaining(run)  # rank 0 has made the tokens by now
 
-        # 4. open the data, and examine the derivative
+        # 4. encode photos, open the data, and examine the derivative
+        run = _with_proposed_cache(run, index, step, began, device, tell, bar)
         data = open_data(run.data)
         with threads.fewer_when_busy(torch_device, ignore_line):
             examination.examine(run, torch_device).require()
@@ -257,25 +251,61 @@ def way_on(folder: Path, train: Train) -> str:
     )
 
 
-def _has_ended(run: Run, index: Index, step: int | None) -> bool:
-    """Whether no step is left of a run from a checkpoint on (None: the last one)."""
+def _with_proposed_cache(
+    run: Run, index: Index, step: int | None, began: float, device: str, tell: Tell, bar: Bar
+) -> Run:
+    """The run with its cache, which rank 0 makes where it was proposed with the run, unless that has ended.
+
+    Every rank must call it. `began` is when the command began, by the clock.
+    """
+    data = run.data
+    if not is_latents(data):
+        return run
+    from dumo.run import proposedcache
+
+    if not proposedcache.is_proposed(run, data):
+        return run
+    checkpoint = _checkpoint_to_resume(index, step)
+    time = None
+    timing = begin_timing(run.train.minutes, checkpoint.manifest.timing if checkpoint else None, None)
+    if timing is not None:
+        time = PreparationTime(began, timing.seconds_left, stopwatch.wall_clock)
+
+    def find_or_make() -> str:
+        if _has_ended(run, checkpoint):  # nothing is encoded for nothing: to open the data says what to type
+            cache_folder = proposedcache.find_cache(data, index.folder, is_begun=True)
+            if read_index(cache_folder) is None:
+                tell(way_on(index.folder, run.train))
+        else:
+            cache_folder = proposedcache.ensure_proposed_cache(run, data, index, time=time, device=device, bar=bar)
+        return str(cache_folder)
+
+    root = agreement.on_main_rank(find_or_make, is_long=True)
+    return run.model_copy(update={"data": data.model_copy(update={"root": root})})
+
+
+def _checkpoint_to_resume(index: Index, step: int | None) -> Checkpoint | None:
+    """The checkpoint of a step; of None the last one. None: there is none."""
     checkpoints = index.checkpoints.by_step()
     if step is None:
         step = max(checkpoints, default=None)
-    if step not in checkpoints:
+    return None if step is None else checkpoints.get(step)
+
+
+def _has_ended(run: Run, checkpoint: Checkpoint | None) -> bool:
+    """Whether no step is left of a run from a checkpoint on; None: it begins."""
+    if checkpoint is None:
         return False
     if run.train.minutes is None:
-        return step >= run.train.steps
-    timing = checkpoints[step].manifest.timing
+        return checkpoint.manifest.step >= run.train.steps
+    timing = checkpoint.manifest.timing
     return timing is not None and timing.is_over and timing.minutes == run.train.minutes
 
 
 def _minutes_in_all(index: Index, step: int | None, minutes: float) -> float:
     """The minutes that a run is to train in all, to go on for some minutes from a checkpoint (None: the last one)."""
-    checkpoints = index.checkpoints.by_step()
-    if step is None:
-        step = max(checkpoints, default=None)
-    timing = checkpoints[step].manifest.timing if step in checkpoints else None
+    checkpoint = _checkpoint_to_resume(index, step)
+    timing = checkpoint.manifest.timing if checkpoint else None
     return minutes + timing.seconds / SECONDS_PER_MINUTE if timing else minutes
 
 

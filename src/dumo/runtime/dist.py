@@ -2,8 +2,8 @@
 
 Inside `join` the processes that torchrun started work together: they meet at a store, watch one another's heartbeat
 (`dumo.runtime.heartbeat`) and make a process group, which ends with it. `rank`, `world` and `is_main` number them.
-`mean`, `all_reduce_max`, `all_gather_ragged`, `num_synced_calls` and `barrier` are collectives: every rank must call
-them. `new_group` serves a second thread. `shorten_timeouts` is called once the first step is done.
+`mean`, `all_reduce_max`, `all_gather_ragged`, `num_synced_calls`, `barrier` and `wait_for_all` are collectives: every
+rank must call them. `new_group` serves a second thread. `shorten_timeouts` is called once the first step is done.
 
 Without torch.distributed there is one rank, number 0, and every collective returns its own tensor.
 
@@ -110,8 +110,7 @@ def all_gather_ragged(x: Tensor) -> list[Tensor]:
     """
     if world() == 1:
         return [x.cpu()]
-    if _current_peers:
-        _current_peers.wait_for_all()
+    wait_for_all()
     local = x.detach().cpu().contiguous()
     lengths = [torch.tensor(0) for _ in range(world())]
     torch.distributed.all_gather(lengths, torch.tensor(len(x)))
@@ -120,6 +119,12 @@ def all_gather_ragged(x: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(padded) for _ in lengths]
     torch.distributed.all_gather(parts, padded)
     return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
+
+
+def wait_for_all() -> None:
+    """Wait for all ranks without a time-out, as long as they live. Every rank must call it."""
+    if _current_peers:
+        _current_peers.wait_for_all()
 
 
 def barrier() -> None:

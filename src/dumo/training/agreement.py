@@ -17,11 +17,12 @@ from dumo.types import UserError
 T = TypeVar("T")
 
 
-def gather_results(work: Callable[[], T]) -> list[T]:
+def gather_results(work: Callable[[], T], *, is_long: bool = False) -> list[T]:
     """Call `work` on every rank and return the results of all, by rank. Every rank must call it.
 
-    Results are sent to all ranks, so they must be small. An error on one rank is raised on all: a UserError, Stopped or
-    OSError as such, any other as a RuntimeError that names the rank. One process raises it unchanged.
+    `is_long`: it may take longer on one rank than a collective waits. Results are sent to all ranks, so they must be
+    small. An error on one rank is raised on all: a UserError, Stopped or OSError as such, any other as a RuntimeError
+    that names the rank. One process raises it unchanged.
     """
     if dist.world() == 1:
         return [work()]
@@ -33,6 +34,8 @@ def gather_results(work: Callable[[], T]) -> list[T]:
     except Exception as error:  # the other ranks wait for this one, whatever the error is
         local_error = error
         error_to_send = sendable_error(error)
+    if is_long:
+        dist.wait_for_all()
     outcomes: list[Any] = [None] * dist.world()
     torch.distributed.all_gather_object(outcomes, (result, error_to_send), dist.group.get())
     for rank, (_, error) in enumerate(outcomes):
@@ -51,9 +54,9 @@ def on_each_rank(work: Callable[[], T]) -> T:
     return results[0]
 
 
-def on_main_rank(work: Callable[[], T]) -> T:
-    """Call `work` on rank 0 alone and return its result on all ranks. Raises as `gather_results`."""
-    results = gather_results(lambda: work() if dist.is_main() else None)
+def on_main_rank(work: Callable[[], T], *, is_long: bool = False) -> T:
+    """Call `work` on rank 0 alone and return its result on all ranks. Takes and raises as `gather_results`."""
+    results = gather_results(lambda: work() if dist.is_main() else None, is_long=is_long)
     return cast(T, results[0])
 
 

@@ -6,7 +6,8 @@ all ranks.
 
 The time of a run is that of its commands. One counts from where it is typed, or where its plan is accepted, up to its
 last line, with all that it does besides its steps. A checkpoint comes early, so that it is known how long one takes;
-that is left for the last one, and so are a score and a sheet of samples where they are due.
+that is left for the last one, and so are a score and a sheet of samples where they are due. Before the first step data
+may take a part of the time to be prepared, as long as `PreparationTime` says.
 
 The rate follows the share s of a stretch, which grows from 0 to 1. Of the seconds that were `left` for steps, those dt
 since the last reading take
@@ -20,6 +21,8 @@ within the share RISE, and falls again.
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import ceil
 from statistics import median
 
 from pydantic import BaseModel, ConfigDict
@@ -31,6 +34,9 @@ SECONDS_PER_MINUTE = 60.0
 RISE = 0.05  # of a stretch: ours, measured (docs/log.md)
 FIRST_SAVE = 0.1  # the share of a stretch after which a command saves for the first time: ours
 RECENT_STEPS = 5  # whose median is how long a step takes: ours
+PLANNED_SHARE = 0.5  # of a command's time, that a plan lets its data take to be prepared: ours
+MAX_SHARE = 0.75  # that they may take on a machine which is slower than it was planned on: ours
+UNKNOWN_SHARE = 0.1  # of the whole training, that work which has not been timed yet is taken to need: ours
 SAVE = "save"  # kinds of work: to write a checkpoint, to judge samples, to draw sheets
 JUDGE = "judge"
 DRAW = "draw"
@@ -50,6 +56,11 @@ class Timing(BaseModel):
     def promised_seconds(self) -> float:
         """Seconds of training in all."""
         return SECONDS_PER_MINUTE * self.minutes
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds of training that are not over."""
+        return self.promised_seconds - self.seconds
 
     @property
     def is_over(self) -> bool:
@@ -87,6 +98,30 @@ def begin_timing(minutes: float | None, timing: Timing | None, factor: float | N
     if timing.minutes == minutes:
         return timing
     return Timing(minutes=minutes, seconds=timing.seconds, start=factor)
+
+
+@dataclass(frozen=True)
+class PreparationTime:
+    """How long a command may prepare the data of a run that ends by the clock, so that there is time for steps."""
+
+    began: float  # by the clock, when the command began
+    seconds_left: float  # of training, by then
+    clock: Clock = wall_clock
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the command began."""
+        return self.clock() - self.began
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more time may be spent on it."""
+        return self.seconds >= MAX_SHARE * self.seconds_left
+
+
+def minutes_to_prepare(seconds: float) -> int:
+    """The minutes to give a command whose data take so many seconds to be prepared."""
+    return ceil(seconds / (PLANNED_SHARE * SECONDS_PER_MINUTE))
 
 
 class Countdown:

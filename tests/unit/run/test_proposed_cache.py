@@ -1,7 +1,8 @@
-"""The cache of a proposed run: filled once, of the images it is named after, and in no folder of the user's."""
+"""The cache of a proposed run: filled once, in time, of the images it is named after, in no folder of the user's."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
@@ -14,12 +15,17 @@ from dumo.config.source import PROPOSED
 from dumo.config.spec import Run
 from dumo.data import Latents, cache
 from dumo.plan import photolatents
-from dumo.run import encode
+from dumo.run import encode, proposedcache
+from dumo.run.index import Index
+from dumo.run.job import open_job
 from dumo.run.resolve import with_absolute_paths
-from dumo.runtime import door
+from dumo.runtime import dist, door, signals, stopwatch
+from dumo.runtime.progress import Bar, Tick, no_bar
+from dumo.training.deadline import PreparationTime
 from dumo.types import UserError
 
 COUNT = 3
+FOLDER = Path("runs/photos")
 
 
 def draw(photos: Path, i: int, seed: int) -> None:
@@ -46,8 +52,12 @@ def run(photos: Path) -> Run:
     return run.model_copy(update={"data": data, "resolved": {PROPOSED: {"data.root": root}}})
 
 
-def fill(run: Run) -> None:
-    encode.ensure_proposed_cache(run, device="cpu")
+def fill(run: Run, folder: Path = FOLDER, time: PreparationTime | None = None, bar: Bar = no_bar) -> Path:
+    """Make the cache of a run that is trained in this folder, where it is the run's to make."""
+    assert isinstance(run.data, Latents)
+    if not proposedcache.is_proposed(run, run.data):
+        return run.data.folder
+    return proposedcache.ensure_proposed_cache(run, run.data, Index.read(folder), time=time, device="cpu", bar=bar)
 
 
 def with_root(run: Run, root: str) -> Run:
@@ -67,7 +77,7 @@ def test_two_runs_on_one_folder_fill_their_cache_once(run: Run, monkeypatch: pyt
         return real(*words, **options)
 
     monkeypatch.setattr(encode, "encode", slow_encode)
-    threads = [Thread(target=fill, args=[run], daemon=True) for _ in range(2)]
+    threads = [Thread(target=fill, args=[run, Path(f"runs/{i}")], daemon=True) for i in range(2)]
     threads[0].start()
     assert is_in.wait(60)
     threads[1].start()
@@ -97,6 +107,7 @@ def test_photos_that_changed_since_the_plan_are_not_encoded(run: Run, photos: Pa
     with pytest.raises(UserError, match=r'begin a new run .*out="DIR"'):
         fill(run)
     assert not run.data.folder.exists()
+    assert not FOLDER.exists(), "nothing is trained, so nothing is written"
 
 
 @pytest.mark.parametrize("i", [0, COUNT])
@@ -125,3 +136,134 @@ def test_a_folder_of_the_users_is_not_filled(run: Run) -> None:
         assert not Path("mine").exists()
     fill(with_absolute_paths(begun, begun))
     assert run.data.folder.is_dir()
+
+
+class Clock:
+    """Goes on by twenty seconds whenever a bar ticks."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    @contextmanager
+    def bar(self, title: str, total: int, /) -> Generator[Tick, None, None]:
+        def tick(done: int, note: str) -> None:
+            self.now += 20
+
+        yield tick
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard of each photo."""
+    monkeypatch.setattr(proposedcache, "SHARD_ROWS", 1)
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_encoding_that_takes_too_long_stops_and_goes_on_from_what_is_kept(run: Run) -> None:
+    clock = Clock()
+    with pytest.raises(signals.Stopped) as stopped, door.command_line():
+        fill(run, time=PreparationTime(0.0, 60.0, clock), bar=clock.bar)
+    assert clock.now == 60, "three quarters of its time are over, at the second photo"
+    assert str(stopped.value) == (
+        "stopped: 1 of 3 photos are encoded after 1:00, and the others take 1:00, too long for the 1:00 that there "
+        "were. With enough time:  dumo train runs/photos --minutes 2"
+    )
+    assert files_of(run.data.folder) == ["shard-00000.safetensors"]
+    kept = (run.data.folder / "shard-00000.safetensors").stat().st_mtime_ns
+
+    # what is kept takes no time, and is left as it is
+    clock = Clock()
+    fill(run, time=PreparationTime(0.0, 120.0, clock), bar=clock.bar)
+    assert cache.is_whole(run.data.folder)
+    assert (run.data.folder / "shard-00000.safetensors").stat().st_mtime_ns == kept
+
+
+def test_encoding_is_not_stopped_once_it_is_done(run: Run) -> None:
+    clock = Clock()
+    fill(run, time=PreparationTime(0.0, 1.0, clock), bar=clock.bar)
+    assert cache.is_whole(run.data.folder)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_cache_that_is_begun_keeps_the_size_of_its_shards(run: Run) -> None:
+    """So `dumo encode` finishes what a training began."""
+    clock = Clock()
+    with pytest.raises(signals.Stopped):
+        fill(run, time=PreparationTime(0.0, 60.0, clock), bar=clock.bar)
+    encode.encode(run.data, device="cpu")
+    assert len(files_of(run.data.folder)) == COUNT
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_run_is_in_its_folder_before_its_photos_are_encoded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the same command finds it there after a stop; by the clock, too."""
+    timed = run.model_copy(update={"train": run.train.model_copy(update={"minutes": 1.0})})
+    late = stopwatch.wall_clock() - 100
+    with pytest.raises(signals.Stopped, match="0 of 3 photos"), open_job(FOLDER, timed, device="cpu", began=late):
+        pass
+    written = Index.read(FOLDER).written
+    assert written is not None
+    assert written.run.data.codec == with_absolute_paths(run).data.codec.model_copy(
+        update={"sha256": written.run.data.codec.sha256}
+    )
+    assert written.run.train.minutes == 1
+    assert not (FOLDER / "checkpoints").exists()
+
+    # as it resumes; then as a kill leaves it
+    met: list[str] = []
+
+    @contextmanager
+    def join() -> Generator[None, None, None]:
+        met.append("ranks")
+        yield
+
+    def stop(*given: object, **options: object) -> None:
+        met.append("encoded")
+        raise signals.Stopped(signals.CLOCK)
+
+    monkeypatch.setattr(dist, "join", join)
+    monkeypatch.setattr(encode, "ensure_cache", stop)
+    with pytest.raises(signals.Stopped), open_job(FOLDER, device="cpu"):
+        pass
+    assert met == ["ranks", "encoded"], "no rank waits at the door for as long as that takes"
+    assert (FOLDER / "run.yaml").is_file()
+
+
+def test_a_run_whose_photos_are_refused_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **options: object) -> None:
+        assert (FOLDER / "run.yaml").is_file()
+        raise UserError("this one cannot be read")
+
+    monkeypatch.setattr(encode, "ensure_cache", refuse)
+    with pytest.raises(UserError, match="cannot be read"), open_job(FOLDER, run, device="cpu"):
+        pass
+    assert not FOLDER.exists()
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_moved_run_finds_its_cache_beside_it(run: Run, tmp_path: Path, is_whole: bool) -> None:
+    with pytest.raises(signals.Stopped), open_job(FOLDER, run, device="cpu", bar=stop_at_once):
+        pass
+    written = Index.read(FOLDER).written
+    assert written is not None
+    if is_whole:
+        fill(written.run)
+    old = Path("runs").absolute()
+    big = old.rename(tmp_path / "big")
+    folder = fill(written.run, big / "photos")
+    assert folder == big / "latents" / run.data.folder.name
+    assert cache.is_whole(folder)
+    assert not old.exists(), "nothing is made where it was"
+
+
+@contextmanager
+def stop_at_once(title: str, total: int, /) -> Generator[Tick, None, None]:
+    """A bar of one who presses Ctrl-C."""
+    raise signals.Stopped(signals.SIGNALS[0])
+    yield

@@ -42,3 +42,15 @@ def test_others_are_told_by_rank(failing: list[Exception], error: Exception, kin
             work(lambda: 1)
         assert not isinstance(error, OSError) or files.is_disk_full(caught.value) == files.is_disk_full(error)
         assert getattr(caught.value, "filename", None) == (str(f) if (f := getattr(error, "filename", None)) else None)
+
+
+def test_long_work_is_waited_for_before_a_collective_counts_its_time(
+    failing: list[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    failing.append(UserError("other"))
+    monkeypatch.setattr(dist, "wait_for_all", lambda: order.append("waited"))
+    for is_long in (True, False):
+        with pytest.raises(UserError):
+            agreement.on_main_rank(lambda: order.append("worked"), is_long=is_long)
+    assert order == ["worked", "waited", "worked"]

@@ -1,0 +1,142 @@
+"""The cache of latents of a proposed run, which its training makes (`dumo encode` makes all others).
+
+`dumo.run.job` asks `is_proposed` of a run of latents, and calls `ensure_proposed_cache`, which
+
+1. finds the cache, next to the run where both were moved
+2. refuses photos that have changed since they were planned
+3. writes the run into its folder, so that the same command resumes it after a stop
+4. encodes the photos in small shards, of which a stop keeps those that are finished; of a run that ends by the clock
+   only as long as time is left for its steps
+
+A folder that the user set is the user's to fill.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dumo.config.source import PROPOSED, RUN_FILE
+from dumo.config.spec import Run
+from dumo.data import Latents, cache
+from dumo.data.origin import has_key, new_run_hint
+from dumo.io import table
+from dumo.run import encode
+from dumo.run.folder import write_run_file
+from dumo.run.index import Index
+from dumo.run.resolve import paths_as_typed
+from dumo.runtime import signals
+from dumo.runtime.door import train_call
+from dumo.runtime.progress import Bar, Tick, no_bar
+from dumo.runtime.text import duration_text
+from dumo.training.deadline import PreparationTime, minutes_to_prepare
+from dumo.types import UserError
+
+SHARD_ROWS = 128  # photos to a shard, which a stop may lose: ours, some seconds of one core
+
+
+def is_proposed(run: Run, data: Latents) -> bool:
+    """Whether the folder of the run's cache is the one that it was proposed with, and not one that the user set.
+
+    `data` are the run's.
+    """
+    proposed = run.resolved.get(PROPOSED)
+    if not isinstance(proposed, dict):
+        return False
+    root = paths_as_typed(run.resolved).get("data.root", data.root)
+    return proposed.get("data.root") == root
+
+
+def find_cache(data: Latents, folder: Path, *, is_begun: bool) -> Path:
+    """The folder of a proposed cache: where the run notes it, or next to the run's `folder`, where that was moved.
+
+    It need not exist. `is_begun`: the run was written into its folder before now, so it may have been moved since.
+    """
+    noted = data.folder
+    beside = folder.absolute().parent / noted.parent.name / noted.name
+    if not is_begun or (noted / table.FILE).exists():
+        return noted
+    was_moved = not noted.parent.exists()  # training made it, before it wrote the run
+    return beside if was_moved or (beside / table.FILE).exists() else noted
+
+
+def ensure_proposed_cache(
+    run: Run,
+    data: Latents,
+    index: Index,
+    *,
+    time: PreparationTime | None = None,
+    device: str = "auto",
+    bar: Bar = no_bar,
+) -> Path:
+    """Make the cache of a proposed run if it is missing, or finish it; return its folder, as `find_cache`.
+
+    `data` are the run's, `index` is what its folder held. `time`: how long it may take; None: as long as it takes.
+    Raises UserError as `encode.encode` does, and where the photos are not those that the folder was named after;
+    Stopped after a signal, and where the time is over. Finished shards are kept.
+    """
+    folder = find_cache(data, index.folder, is_begun=index.written is not None)
+    if cache.is_whole(folder):
+        return folder
+    if not has_key(folder, data.images, data.codec.open("cpu").sha256):
+        raise UserError(
+            f"the photos in {data.images.root}, or the fields that say how they are encoded, have changed since this "
+            f"run was planned: {new_run_hint()}"
+        )
+    if time is not None:
+        bar = _bar_within(time, bar, folder, index.folder)
+    with _noted(run, index, folder):
+        placed_data = data.model_copy(update={"root": str(folder)})
+        encode.ensure_cache(placed_data, device=device, bar=bar, new_shard_rows=SHARD_ROWS)
+    return folder
+
+
+@contextmanager
+def _noted(run: Run, index: Index, cache_folder: Path) -> Generator[None, None, None]:
+    """Inside, a run that begins is written in its folder already. It stays after a stop, and is removed if refused."""
+    if index.written is not None:
+        yield
+        return
+    cache_folder.parent.mkdir(parents=True, exist_ok=True)  # see `find_cache`
+    write_run_file(run, index.folder)
+    try:
+        yield
+    except UserError:
+        (index.folder / RUN_FILE).unlink(missing_ok=True)
+        raise
+
+
+def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder: Path) -> Bar:
+    """A bar for the encoding of photos that shows what `bar` does, and raises Stopped once the time is over."""
+
+    @contextmanager
+    def bar_within(title: str, total: int, /) -> Generator[Tick, None, None]:
+        kept_before = _count_kept(cache_folder)
+        seconds_before = time.seconds
+        with bar(title, total) as tick:
+
+            def tick_within(done: int, note: str) -> None:
+                tick(done, note)
+                if not (kept_before < done < total and time.is_over):
+                    return
+                kept = _count_kept(cache_folder)
+                seconds_per_image = (time.seconds - seconds_before) / (done - kept_before)
+                seconds_to_go = seconds_per_image * (total - kept)
+                more = train_call(run_folder, minutes=minutes_to_prepare(seconds_to_go))
+                raise signals.Stopped(
+                    signals.CLOCK,
+                    f"stopped: {kept:,} of {total:,} photos are encoded after {duration_text(time.seconds)}, and "
+                    f"the others take {duration_text(seconds_to_go)}, too long for the "
+                    f"{duration_text(time.seconds_left)} that there were. With enough time:  {more}",
+                )
+
+            yield tick_within
+
+    return bar_within
+
+
+def _count_kept(folder: Path) -> int:
+    """The number of photos in the finished shards of a cache."""
+    contents = cache.read_index(folder)
+    if contents is None:
+        return 0
+    return sum(len(contents.span(number)) for number in table.written_shards(folder, contents))
