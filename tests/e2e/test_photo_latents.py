@@ -1,5 +1,6 @@
 """Colour photos are learned in latents of the autoencoder that comes with dumo, others in pixels; the plan says why."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,8 @@ from dumo.config.source import settings_of_images
 from dumo.data import cache
 from dumo.data.pixel import ToSquare
 from dumo.data.store import Store
-from dumo.plan import photolatents, proposal
+from dumo.plan import photodraft, photolatents, proposal
+from dumo.plan.photolook import ImagesFound
 from dumo.run.resolve import absolute_path
 from dumo.runtime.progress import Bar
 from e2e.shell import call, sets
@@ -68,7 +70,8 @@ def photos(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_colour_photos_are_learned_in_latents(photos: Path) -> None:
     save(photos, blobs)
     said, run = lines()
-    assert said["learned as"].startswith("latents by taef2, which makes 2")
+    line = r"latents by taef2, which changes these images by \d% of full brightness \(2\d\.\d dB\); in pixels by .*"
+    assert re.fullmatch(line, said["learned as"])
     assert said["size"].startswith("64 x 64 pixels")
     assert said["few"].startswith("24 images: expect their colours and textures")
     assert (run.data.kind, run.data.shape, run.objective.kind) == ("latents", (32, 8, 8), "dumo_any")
@@ -90,9 +93,12 @@ def test_without_classes_there_is_no_guidance(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("paint", "reason"),
     [
-        (grey, "pixels: the images are grey"),
+        (grey, "pixels: 8 of 8 images are grey, and latents are of colours; in latents all the same by  dumo encode"),
         (small, "pixels: images of 40 pixels are too small for latents, which begin at 48"),
-        (noise, "dB of these images, and latents take 20"),
+        (
+            noise,
+            "more than 10% of full brightness (20.0 dB); in latents all the same by  dumo encode my-images-64 --set",
+        ),
     ],
 )
 def test_other_images_are_learned_in_pixels(photos: Path, paint: Paint, reason: str) -> None:
@@ -106,8 +112,11 @@ def test_other_images_are_learned_in_pixels(photos: Path, paint: Paint, reason: 
     ("field", "reason"),
     [
         ("data.kind=images", "pixels: "),
-        ("net.kind=unet", 'unet"} says so'),
-        ("data.side=40", "latents are of sides from 48 on"),
+        ("net.kind=unet", 'unet"} asks for them'),
+        (
+            "data.side=40",
+            'data.side=40, and latents take multiples of 8 from 48 on: changes={"data.side": 48} allows them',
+        ),
     ],
 )
 def test_the_user_may_ask_for_pixels(photos: Path, field: str, reason: str) -> None:
@@ -122,40 +131,41 @@ def test_many_images_in_little_time_are_not_encoded(photos: Path, monkeypatch: p
     trial = photolatents.AutoencoderTrial(decibels=25.0, encode_seconds=2.0)
     monkeypatch.setattr(photolatents, "try_autoencoder", lambda codec, pixels: trial)
     said, run = lines(minutes=2)
-    assert said["learned as"] == "pixels: to encode them takes 1:36 of 2:00; with more time they are latents"
+    line = "pixels: to encode them takes 1:36 of 2:00, more than 50%; in latents by minutes=4"
+    assert said["learned as"] == line
     assert run.data.kind == "images"
+    assert lines("train.minutes=2")[0]["learned as"] == line
     assert lines(minutes=4)[1].data.kind == "latents"
-    assert lines("train.steps=3", minutes=1)[1].data.kind == "latents"
+    assert lines("train.steps=3")[1].data.kind == "latents"
 
     # where they are encoded already, that takes no time
     folder = Path(lines(minutes=4)[1].data.root)
     monkeypatch.setattr(cache, "is_whole", lambda cache_folder: cache_folder == folder)
     folder.mkdir(parents=True)
     found = proposal.propose("photos", minutes=2, device="cpu")
-    assert (found.run.data.kind, found.prepare_seconds) == ("latents", 0)
+    assert (found.run.data.kind, found.draft.prepare_seconds) == ("latents", 0)
 
 
 def test_images_are_decoded_before_they_are_encoded(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding counts, too, and a plan without time for a step says so."""
     save(photos, blobs)
-    look_at = proposal._look_at
+    look_at = photodraft.look_at
 
-    def look_slowly(store: Store, to_pixels: ToSquare, bar: Bar) -> tuple[proposal.ImagesFound, list[bytes]]:
-        images, decodable = look_at(store, to_pixels, bar)
-        return replace(images, decode_seconds=3.0 * torch.get_num_threads()), decodable
+    def look_slowly(store: Store, to_pixels: ToSquare, bar: Bar) -> ImagesFound:
+        return replace(look_at(store, to_pixels, bar), image_seconds=3.0 * torch.get_num_threads())
 
-    monkeypatch.setattr(proposal, "_look_at", look_slowly)
+    monkeypatch.setattr(photodraft, "look_at", look_slowly)
     trial = photolatents.AutoencoderTrial(decibels=25.0, encode_seconds=0.5)
     monkeypatch.setattr(photolatents, "try_autoencoder", lambda codec, pixels: trial)
     said, _ = lines(minutes=2)
-    assert said["learned as"] == "pixels: to encode them takes 1:36 of 2:00; with more time they are latents"
+    assert said["learned as"].startswith("pixels: to encode them takes 1:36 of 2:00")
     assert "too short" not in said
     said, run = lines(minutes=1)
     assert said["too short"] == (
         "images take 1:12 to prepare, and no time is left for steps: give it more, as by minutes=3"
     )
     assert run.train.steps == 1
-    assert "too short" not in lines("train.steps=3", minutes=1)[0]
+    assert "too short" not in lines("train.steps=3")[0]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow.parquet import read_table, write_table
 
 from dumo.config.load import load
-from dumo.plan import proposal
+from dumo.plan import photocaptions, proposal
 from dumo.runtime import door
 from dumo.types import UserError
 from e2e.shell import call, sets
@@ -39,7 +39,7 @@ def photos(here: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_folder_is_enough(photos: Path) -> None:
-    done = call("train", "photos", "--yes", "--minutes", "0.5", "--device", "cpu", *QUICK, *sets("train.steps=3"))
+    done = call("train", "photos", "--yes", "--device", "cpu", *QUICK, *sets("train.steps=3"))
     assert done.code == 0, done
     for said in ("13 in 2 classes, 30 pixels", "1 of all looked at cannot be read", "24 x 24", "fp32, compile none"):
         assert said in " ".join(done.out.split()), done.out
@@ -116,8 +116,8 @@ def test_captions_that_are_not_read_are_said(
     photos: Path, monkeypatch: pytest.MonkeyPatch, field: str, said: str
 ) -> None:
     monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
-    monkeypatch.setattr(proposal, "installed_version", lambda name: None)
-    monkeypatch.setattr(proposal, "install_command", lambda extra: "pip install transformers")
+    monkeypatch.setattr(photocaptions, "installed_version", lambda name: None)
+    monkeypatch.setattr(photocaptions, "install_command", lambda extra: "pip install transformers")
     rows = [{"file_name": str(file.relative_to(photos)), "text": ""} for file in sorted(photos.rglob("*.*g"))]
     rows[1]["text"] = "a cat"
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -129,7 +129,7 @@ def test_captions_that_are_not_read_are_said(
         proposal.propose("photos", ["train.steps=3"], device="cpu")
     (photos / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": ')
     assert "captions" not in dict(proposal.propose("photos", ["data.captions=null"], device="cpu").lines())
-    monkeypatch.setattr(proposal, "installed_version", lambda name: "5.0")
+    monkeypatch.setattr(photocaptions, "installed_version", lambda name: "5.0")
     with pytest.raises(UserError, match=r"line 1 is not JSON.*data\.captions"):
         proposal.propose("photos", [], device="cpu")
 
@@ -165,10 +165,26 @@ def test_minutes_are_a_deadline_and_about_so_many_steps(photos: Path, monkeypatc
     assert dict(found.lines())["steps"].startswith(f"about {steps:,} of 32 images: each image about ")
     assert steps == pytest.approx(600 / (0.5 * proposal.SLACK), rel=0.05)
     assert found.run.train.schedule.model_dump()["warmup"] == steps // proposal.WARMUP_SHARE
-    assert proposal.propose("photos", device="cpu").seconds == 60 * proposal.MINUTES
+    assert proposal.propose("photos", device="cpu").seconds == 60 * proposal.DEFAULT_MINUTES
     by_steps = proposal.propose("photos", ["train.steps=7", "data.side=16"], device="cpu")
     assert (by_steps.run.train.steps, by_steps.run.train.minutes) == (7, None)
+    assert by_steps.run.train.schedule.model_dump()["warmup"] == 7 // proposal.WARMUP_SHARE
     assert dict(found.lines())["images"].startswith("13 in 2 classes")
+    by_setting = proposal.propose("photos", ["train.minutes=10"], device="cpu")
+    assert (by_setting.run.train.minutes, by_setting.run.train.steps) == (10, steps)
+
+
+@pytest.mark.parametrize("length", ["train.steps=5", "train.minutes=3"])
+def test_minutes_and_steps_are_not_both_obeyed(photos: Path, length: str) -> None:
+    """Nothing is looked at, and nothing is made."""
+    done = call("train", "photos", "--yes", "--minutes", "1", "--device", "cpu", *sets(length))
+    assert done.code == 2, done
+    said = " ".join(done.err.split())
+    assert f"--minutes 1 and --set {length} both say how long to train: give one of them" in said
+    assert "looking at images" not in said
+    assert not Path("runs").exists()
+    with pytest.raises(UserError, match=r"minutes=1 and changes=.* both say how long"):
+        proposal.propose("photos", [length], minutes=1.0, device="cpu")
 
 
 ANSWERS = [("n\n", 1), ("\n", 0), ("y\n", 0)]

@@ -18,6 +18,7 @@ from dumo.config.load import RUN_FILE, load, load_recipe, parse
 from dumo.config.objective import objective_of
 from dumo.config.parts import StandaloneParts
 from dumo.config.source import (
+    IMAGES_RECIPE,
     SHIPPED_PREFIX,
     ChosenSource,
     RunText,
@@ -115,9 +116,9 @@ def compose(
     if chosen:
         base_source = chosen.word
     else:
-        recipe = proposal.RECIPE if place else _base_recipe(parts)
+        recipe = IMAGES_RECIPE if place else _base_recipe(parts)
         base_source = f"{SHIPPED_PREFIX}{recipe}"
-    is_proposed = recipe == proposal.RECIPE
+    is_proposed = recipe == IMAGES_RECIPE
     if minutes is not None and not (is_proposed or is_own_run):
         raise UserError(f"minutes are {MINUTES_FIX}")
     base_text = read(base_source)
@@ -193,7 +194,7 @@ def _base_recipe(parts: Fields) -> str:
         raise UserError('nothing to train: give a recipe, such as "digits", or data=, objective= or net=')
     data = parts.get("data", {"kind": TOYS[0]})
     if data["kind"] not in TOYS:
-        return proposal.RECIPE if _are_images(data) else "moons"
+        return IMAGES_RECIPE if _are_images(data) else "moons"
     objective_recipe = _objective_recipe(data["kind"], parts.get("objective", {"kind": ""}))
     return objective_recipe if objective_recipe in recipes.names() else data["kind"]
 
@@ -235,7 +236,7 @@ def _part_fields(parts: Fields, run: Run) -> Fields:
     """
     fields = {name: part for name, part in parts.items() if part != {"kind": getattr(run, name).kind}}
     if "data" in fields and fields["data"]["kind"] != run.data.kind:
-        recipe = proposal.RECIPE if _are_images(fields["data"]) else "moons"
+        recipe = IMAGES_RECIPE if _are_images(fields["data"]) else "moons"
         fields["evaluate"] = load_recipe(recipe).evaluate.model_dump(mode="json")
     if "objective" in fields:
         objective_recipe = _objective_recipe(TOYS[0], fields["objective"])

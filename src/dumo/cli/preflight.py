@@ -20,6 +20,7 @@ from dumo.config import recipes as packaged
 from dumo.runtime import shell_path
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import print_line
+from dumo.runtime.text import minutes_text
 
 if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
@@ -168,6 +169,10 @@ def show(
     far = facts["far"]
     lines.append(("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"))
     lines.append(("guidance scale", f"{facts['guidance_scale']:.3g} in training (1 is none)"))
+    minutes = spec.train.minutes
+    if minutes is not None:
+        length = f"{minutes_text(minutes)}, then it ends; train.steps is a guess until then, and then how many it made"
+        lines.append(("length", length))
     out.print(dump(spec, short=not whole), soft_wrap=True)
     for name, fact in lines:
         out.print(_comment(f"{name:15} {fact}"), soft_wrap=True)
@@ -248,7 +253,7 @@ def dry(
     if as_json:
         print(json.dumps({**facts, "cluster": cluster, "step": step}))
     elif step:
-        show_lines(plan.rehearsal_lines(step, spec.train.batch))
+        show_lines(plan.rehearsal_lines(step, spec.train))
 
 
 def _plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:

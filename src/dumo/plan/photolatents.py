@@ -1,7 +1,8 @@
 """Whether photos are learned in latents of the autoencoder that comes with dumo, or in pixels, by a look at a few.
 
 On a CPU latents show more after the same time (docs/log.md), where the autoencoder knows what is in the images. Each
-function `reason_by_...` says why a run is in pixels, or "" where nothing is in the way of latents. `side_of_latents` is
+function `reason_by_...` says why a run is in pixels, as the end of a line for the user with a number and a way out, or
+"" where nothing is in the way of latents. `side_of_latents` is
 the size of the images that are encoded, and `try_autoencoder` measures what it makes of some. `cache_folder` names the
 folder where their latents go, and `has_caches` says whether they may be there.
 """
@@ -17,24 +18,26 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from dumo.config.source import folder_of_images
+from dumo.config.place import RUNS_FOLDER
+from dumo.config.source import IMAGES_LATENTS_RECIPE, folder_of_images
 from dumo.data import Images
 from dumo.data.origin import cache_name
 from dumo.encoders.codec import LoadedCodec
 from dumo.io.picture import decibels, from_uint8
 from dumo.io.read import brief
-from dumo.runtime.door import settings
-from dumo.runtime.progress import duration_text
+from dumo.runtime import shell_path
+from dumo.runtime.door import option, settings
 from dumo.runtime.stopwatch import Stopwatch
+from dumo.runtime.text import duration_text
+from dumo.training.deadline import PLANNED_SHARE, minutes_to_prepare
 
 Pixels = UInt8[Tensor, "n 3 side side"]
 
-MIN_SIDE = 48  # pixels: of smaller images the autoencoder, made for photos of 256, keeps little; ours
-SIDE_STEP = 8  # pixels of an image to one of its latent, each way
+MIN_SIDE_ENCODED = 48  # pixels: of smaller images the autoencoder, made for photos of 256, keeps little; ours
+PIXELS_PER_LATENT = 8  # pixels of an image to one of its latent, each way
 MIN_DECIBELS = 20.0  # ours: photos of 64 pixels have 20 to 31, noise has 10, a chessboard of 4 pixels 5 (docs/log.md)
 GREY_LEVELS = 8  # of 255, between the channels of a pixel of a grey image that is stored in colour: ours
-MAX_SHARE_OF_TIME = 0.5  # that decoding and encoding may take: ours
-CACHES = "runs/latents"  # the folder of the folders of latents
+CACHES = f"{RUNS_FOLDER}/latents"  # the folder of the folders of latents
 # Settings by which the user chooses pixels: all of the data or the net, or what latents do not have.
 PIXEL_FIELDS = ("data", "data.kind", "data.root", "data.augment", "data.buckets", "net", "net.kind")
 
@@ -46,17 +49,25 @@ class AutoencoderTrial:
     decibels: float  # the peak signal-to-noise ratio of an image that it encoded and decoded, the median
     encode_seconds: float  # of one image
 
+    @property
+    def error_text(self) -> str:
+        """By how much it changes an image, the mean over pixels, as a share of full brightness."""
+        return _error_text(self.decibels)
+
 
 def reason_by_settings(images: Images, sets: Sequence[str]) -> str:
     """Which of the user's settings `sets` asks for pixels; "" where none does."""
     for text in sets:
         field, _, value = text.partition("=")
         if field in PIXEL_FIELDS and value != "null":
-            return f"{settings(brief(text))} says so"
+            return f"{settings(brief(text))} asks for them"
     if images.captions is not None:
-        return "captions of classes are read in pixels"
-    if is_side_set(sets) and (images.side % SIDE_STEP or images.side < MIN_SIDE):
-        return f"latents are of sides from {MIN_SIDE} on, multiples of {SIDE_STEP}"
+        return f"captions of classes are read there; {settings('data.captions=null')} leaves them out"
+    if is_side_set(sets) and (images.side % PIXELS_PER_LATENT or images.side < MIN_SIDE_ENCODED):
+        return (
+            f"data.side={images.side}, and latents take multiples of {PIXELS_PER_LATENT} from {MIN_SIDE_ENCODED} on: "
+            f"{settings(f'data.side={MIN_SIDE_ENCODED}')} allows them"
+        )
     return ""
 
 
@@ -65,25 +76,40 @@ def is_side_set(sets: Sequence[str]) -> bool:
     return any(text.startswith("data.side=") for text in sets)
 
 
-def reason_by_images(shorter_side: float, pixels: Pixels) -> str:
-    """Why images like these are learned in pixels: too small, or grey; "" where they are neither.
+def reason_by_images(shorter_side: float, pixels: Pixels, place: str) -> str:
+    """Why images like these, at a place, are learned in pixels: too small, or grey; "" where they are neither.
 
     `shorter_side` is that of the files, the median, in pixels.
     """
-    if shorter_side < MIN_SIDE:
-        return f"images of {shorter_side:.0f} pixels are too small for latents, which begin at {MIN_SIDE}"
+    if shorter_side < MIN_SIDE_ENCODED:
+        return f"images of {shorter_side:.0f} pixels are too small for latents, which begin at {MIN_SIDE_ENCODED}"
     channels = pixels.int()
     spread = (channels.amax(1) - channels.amin(1)).flatten(1).amax(1)  # of each image
-    if 2 * (spread <= GREY_LEVELS).sum() > len(pixels):
-        return "the images are grey, and the autoencoder is of colours"
+    num_grey = int((spread <= GREY_LEVELS).sum())
+    if 2 * num_grey > len(pixels):
+        return f"{num_grey} of {len(pixels)} images are grey, and latents are of colours; {_by_recipe(place)}"
     return ""
 
 
-def reason_by_reconstruction(trial: AutoencoderTrial) -> str:
-    """Why images are learned in pixels that the autoencoder does not know; "" where it makes enough of them."""
+def reason_by_reconstruction(trial: AutoencoderTrial, place: str) -> str:
+    """Why images at a place are learned in pixels that the autoencoder does not know; "" where it keeps enough."""
     if trial.decibels >= MIN_DECIBELS:
         return ""
-    return f"the autoencoder makes {trial.decibels:.1f} dB of these images, and latents take {MIN_DECIBELS:.0f}"
+    return (
+        f"latents would change these images by {trial.error_text}, more than {_error_text(MIN_DECIBELS)}; "
+        f"{_by_recipe(place)}"
+    )
+
+
+def _error_text(decibels: float) -> str:
+    """A peak signal-to-noise ratio as people see it: the error, as a share of full brightness."""
+    return f"{10 ** (-decibels / 20):.0%} of full brightness ({decibels:.1f} dB)"
+
+
+def _by_recipe(place: str) -> str:
+    """How images at a place are learned in latents though they are not proposed so."""
+    recipe = f"{IMAGES_LATENTS_RECIPE} --set data.images.root={shell_path(place)}"
+    return f"in latents all the same by  dumo encode {recipe}"
 
 
 def reason_by_time(prepare_seconds: float, training_seconds: float | None) -> str:
@@ -91,15 +117,17 @@ def reason_by_time(prepare_seconds: float, training_seconds: float | None) -> st
 
     `prepare_seconds` are those of all images, decoded and encoded.
     """
-    if training_seconds is None or prepare_seconds <= MAX_SHARE_OF_TIME * training_seconds:
+    if training_seconds is None or prepare_seconds <= PLANNED_SHARE * training_seconds:
         return ""
-    took = duration_text(prepare_seconds)
-    return f"to encode them takes {took} of {duration_text(training_seconds)}; with more time they are latents"
+    return (
+        f"to encode them takes {duration_text(prepare_seconds)} of {duration_text(training_seconds)}, more than "
+        f"{PLANNED_SHARE:.0%}; in latents by {option('minutes', minutes_to_prepare(prepare_seconds))}"
+    )
 
 
 def side_of_latents(shorter_side: float, side: int) -> int:
-    """The pixels of a side to encode: those of the images' shorter side, a multiple of SIDE_STEP, at most `side`."""
-    return min(side, int(shorter_side) // SIDE_STEP * SIDE_STEP)
+    """The pixels of a side to encode: those of the images' shorter side, a multiple of 8, at most `side`."""
+    return min(side, int(shorter_side) // PIXELS_PER_LATENT * PIXELS_PER_LATENT)
 
 
 def try_autoencoder(codec: LoadedCodec, pixels: Pixels) -> AutoencoderTrial:

@@ -30,7 +30,8 @@ from dumo.run import cost, memory
 from dumo.run.net import outline
 from dumo.runtime import dist
 from dumo.runtime.random import stream
-from dumo.runtime.text import bytes_text, nfe_text, number_text
+from dumo.runtime.text import bytes_text, minutes_text, nfe_text, number_text
+from dumo.training.deadline import SECONDS_PER_MINUTE
 from dumo.training.spec import Train
 from dumo.training.step import passes
 from dumo.types import Objective, UserError
@@ -300,6 +301,9 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     images = f"{train['steps']:,} steps of {train['batch']:,}: {facts['images']:,} images"
     if facts["epochs"]:
         images += f", {number_text(facts['epochs'])} epochs"
+    minutes = train.get("minutes")
+    if minutes is not None:
+        images = f"{minutes_text(minutes)}, then it ends; guessed are {images}"
     yield "in all", images
     if alone:
         held_bytes = facts["memory"]
@@ -388,8 +392,8 @@ def rank_lines(facts: Mapping[str, Any], keep: int) -> Iterator[Line]:
     yield "hours", f"{number_text(facts['hours'])} on {gpus} of {number_text(facts['tflops'])} TFLOP/s"
 
 
-def rehearsal_lines(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
-    """The facts `step` of a rehearsal as lines. `batch` is the run's own."""
+def rehearsal_lines(step: Mapping[str, Any], train: Train) -> Iterator[Line]:
+    """The facts `step` of a rehearsal as lines. `train` is the run's own."""
     yield "rehearsed", f"one step of {step['rows']} rows of random numbers, on {step['machine']}"
     yield "slope here", step["examination"]
     seconds = f"{step['pass_seconds']:.3g} s for these rows, {step['update_seconds']:.3g} s to update"
@@ -398,12 +402,16 @@ def rehearsal_lines(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
     yield "peak", f"{step['peak_bytes'] / GB:.2f} GB with {step['rows']} rows at a time"
     yield (
         "a batch",
-        f"{number_text(step['step_seconds'])} s for {batch:,}: {number_text(step['images_per_second'])} images/s",
+        f"{number_text(step['step_seconds'])} s for {train.batch:,}: {number_text(step['images_per_second'])} images/s",
     )
-    hours = f"{number_text(step['hours'])} hours on this device alone"
+    if train.minutes is None:
+        length = f"{number_text(step['hours'])} hours on this device alone"
+    else:
+        steps = SECONDS_PER_MINUTE * train.minutes / step["step_seconds"]
+        length = f"{minutes_text(train.minutes)}, then it ends: at most {steps:,.0f} steps on this device alone"
     if step["rows"] % step["whole"]:
-        hours += f"; for a better guess take a multiple of {step['whole']} rows"
-    yield "the run", hours
+        length += f"; for a better guess take a multiple of {step['whole']} rows"
+    yield "the run", length
 
 
 def _shapes_text(named: Mapping[str, list[int]]) -> str:

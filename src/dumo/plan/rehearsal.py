@@ -25,6 +25,8 @@ from dumo.runtime.device import choose_device, peak_bytes
 from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import WARM_UP, Clock, Stopwatch, wall_clock
 from dumo.training import loop
+from dumo.training.deadline import SECONDS_PER_MINUTE
+from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Record
 from dumo.types import Cond, Sample, UserError
@@ -111,8 +113,15 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
         sample_seconds=sample_seconds,
         step_seconds=step_seconds,
         images_per_second=spec.train.batch / step_seconds,
-        hours=spec.train.steps * step_seconds / HOUR,
+        hours=_training_seconds(spec.train, step_seconds) / HOUR,
     )
+
+
+def _training_seconds(train: Train, step_seconds: float) -> float:
+    """Seconds of a whole training: those that it has, if it ends by the clock, else those of its steps."""
+    if train.minutes is not None:
+        return SECONDS_PER_MINUTE * train.minutes
+    return train.steps * step_seconds
 
 
 def random_rows(data: Data, rows: int, device: torch.device) -> tuple[Sample, Cond]:

@@ -58,9 +58,8 @@ def _length_text(step: int, steps: int, timing: Timing | None) -> str:
     """From which step to which one a run goes on, or for how long."""
     if timing is None:
         return f"steps {step:,} to {steps:,}"
-    seconds_left = timing.promised_seconds - timing.seconds
     promised = duration_text(timing.promised_seconds)
-    return f"{duration_text(seconds_left)} of {promised} are left, from step {step:,} on, each"
+    return f"{duration_text(timing.seconds_left)} of {promised} are left, from step {step:,} on, each"
 
 
 def _data_text(run: Run, size: int | None, unit: str) -> str:

@@ -33,11 +33,13 @@ from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.summary import misfits, training_summary
 from dumo.runtime import dist, stopwatch, threads
+from dumo.runtime.door import train_call
 from dumo.runtime.limits import STEPS
 from dumo.runtime.progress import Bar, bar_of_seconds, no_bar
+from dumo.runtime.text import duration_text
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, frozen, loop
-from dumo.training.deadline import DRAW, JUDGE, Countdown
+from dumo.training.deadline import DRAW, JUDGE, Countdown, minutes_to_prepare
 from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
 from dumo.training.record import Record
 from dumo.training.spec import Train
@@ -154,6 +156,8 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     first_note = "the first step"
     if run.train.compile != "none":
         first_note += ", compiled first"
+    if state.is_over(run.train):
+        first_note = "no step is left"
     run_hooks = list(journal.hooks)
     if job.sheets:
         run_hooks.append(loop.Every(1, _sheets_hook(job.sheets, run.train, countdown)))
@@ -199,6 +203,8 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         last_good_step = state.step - state.skips
         hint = agreement.on_main_rank(lambda: resume_hint(run.train, job.folder, job.index.checkpoints, last_good_step))
         raise Diverged(f"{error} {hint}") from error
+    if countdown and countdown.late_seconds is not None:
+        job.tell(_late_text(job.folder, countdown.late_seconds))
     if job.best_folder:
         best_line = agreement.on_main_rank(job.best_folder.describe)
         if best_line:
@@ -233,6 +239,15 @@ def _lines_before(job: Job) -> list[str]:
     if state.is_over(run.train):
         lines.append(way_on(job.folder, run.train))
     return lines
+
+
+def _late_text(folder: Path, late_seconds: float) -> str:
+    """What a run that ends by the clock made in a command whose time was over before its first step."""
+    more = train_call(folder, minutes=minutes_to_prepare(late_seconds))
+    return (
+        f"it took {duration_text(late_seconds)} to begin, and no time was left for steps: it made one, and its "
+        f"learning rate has not fallen. With enough time:  {more}"
+    )
 
 
 def _countdown_of(job: Job) -> Countdown | None:

@@ -27,11 +27,14 @@ def command_line() -> Generator[None, None, None]:
         at_command_line = before
 
 
-def option(name: str, value: str | int | None = None) -> str:
+def option(name: str, value: str | float | None = None) -> str:
     """An option with its value, or alone: `--out x` or `out="x"`, `--out` or `out=`; of a flag `--accept`, with True.
 
     `name` is that of the command line, without dashes: "trust-code".
     """
+    if isinstance(value, float):
+        number = f"{value:g}"
+        return f"--{name} {number}" if at_command_line else f"{name}={number}"
     if at_command_line:
         has_value = value is not None and not isinstance(value, bool)
         return f"--{name} {value}" if has_value else f"--{name}"

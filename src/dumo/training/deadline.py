@@ -6,7 +6,8 @@ all ranks.
 
 The time of a run is that of its commands. One counts from where it is typed, or where its plan is accepted, up to its
 last line, with all that it does besides its steps. A checkpoint comes early, so that it is known how long one takes;
-that is left for the last one, and so are a score and a sheet of samples where they are due. Before the first step data
+that is left for the last one, and so are a score and a sheet of samples where they are due; near the end one that has
+not been timed is not begun. Before the first step data
 may take a part of the time to be prepared, as long as `PreparationTime` says.
 
 The rate follows the share s of a stretch, which grows from 0 to 1. Of the seconds that were `left` for steps, those dt
@@ -145,6 +146,7 @@ class Countdown:
         self.work_seconds: dict[str, float] = {}  # that each kind of work took, the last time
         self.step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self.last_seconds: float | None = None  # at the last reading
+        self.late_seconds: float | None = None  # of the command, that had left no time for a step when the first began
 
     def seconds(self) -> float:
         """Seconds of training up to now."""
@@ -153,6 +155,10 @@ class Countdown:
     def note(self, work: str, began: float) -> None:
         """Note that a kind of work is done, which began at these `seconds`. A thread may have done it meanwhile."""
         self.work_seconds[work] = self.seconds() - began
+
+    def _seconds_of(self, work: str) -> float:
+        """Seconds that a kind of work takes: as the last time, or, where there was none, more than it will take."""
+        return self.work_seconds.get(work, UNKNOWN_SHARE * self.timing.promised_seconds)
 
     def read(self, step: int) -> Timing:
         """The timing before the step that follows `step` done ones. It is over where there is no time for another."""
@@ -167,9 +173,11 @@ class Countdown:
         # whether this step, the next one and what is due after each would take too long
         work_seconds = 0.0
         for coming_step in (step + 1, step + 2):
-            work_seconds += sum(self.work_seconds.get(work, 0.0) for work in self.work_after(coming_step))
+            work_seconds += sum(map(self._seconds_of, self.work_after(coming_step)))
         left = seconds_for_steps - step_seconds - (seconds - elapsed)
         if seconds + 2 * step_seconds + work_seconds > seconds_for_steps or elapsed >= left:
+            if self.last_seconds is None:
+                self.late_seconds = seconds - self.timing.seconds
             self.timing = self.timing.ended()
             return self.timing
 

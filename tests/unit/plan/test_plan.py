@@ -1,6 +1,7 @@
 """A dry run tells what a run takes, of every recipe; and a rehearsal is the step that training would make first."""
 
 import json
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dumo.data import Images, Latents
 from dumo.encoders import Taef2
 from dumo.nets import Pretrained
 from dumo.plan import rehearsal
-from dumo.plan.plan import cache_bytes, lines, missing_data, most_rows, plan, show
+from dumo.plan.plan import cache_bytes, lines, missing_data, most_rows, plan, rehearsal_lines, show
 from dumo.plan.rehearsal import TimedStep
 from dumo.run import cost, encode, memory, trial_net
 from dumo.run.cost import StepCost
@@ -289,6 +290,17 @@ def test_hours_are_of_the_whole_run() -> None:
     assert found.images_per_second == 32 / 49
     assert found.sample_nfe == 1
     assert found.peak_bytes > 1e7
+
+
+def test_steps_of_a_run_that_ends_by_the_clock_are_no_fact() -> None:
+    times = iter([*[100.0] * 3 * WARM_UP, 0.0, 3.0, 4.0, 10.0, 12.0])
+    run = small("train.batch=32", "train.steps=900", "train.minutes=9.8")
+    found = rehearsal.rehearse(run, 2, "cpu", clock=lambda: next(times))
+    assert found.hours == pytest.approx(9.8 / 60)
+    said = dict(rehearsal_lines(asdict(found), run.train))
+    assert said["the run"] == "9.8 minutes, then it ends: at most 12 steps on this device alone"
+    assert dict(lines(plan(run)))["in all"].startswith("9.8 minutes, then it ends; guessed are 900 steps of 32: 28,800")
+    assert "guess" not in dict(lines(plan(small())))["in all"]
 
 
 def test_a_large_net_on_a_cpu_makes_no_step_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:

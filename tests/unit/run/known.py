@@ -77,11 +77,17 @@ class Seen:
     def __init__(self) -> None:
         self.titles: list[tuple[str, int]] = []
         self.ticks: list[int] = []
+        self.notes: list[str] = []
 
     @contextmanager
     def __call__(self, title: str, total: int, /) -> Generator[Tick, None, None]:
         self.titles.append((title, total))
-        yield lambda done, note: self.ticks.append(done)
+
+        def tick(done: int, note: str) -> None:
+            self.ticks.append(done)
+            self.notes.append(note)
+
+        yield tick
 
 
 def line(run: Run, device: torch.device) -> Reads:

@@ -124,6 +124,29 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
     assert rates[end.step] < 0.2 * peak
 
 
+def test_a_command_whose_time_goes_by_before_its_first_step_says_so(clock: Clock, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    clock.last = 9
+    with pytest.raises(signals.Stopped):
+        train(folder, clock, tiny("moons", *TIMED))
+    signals.received_signal = clock.last = None
+    told: list[str] = []
+    with door.command_line(), open_job(folder, device="cpu", tell=told.append) as job:
+        clock.now += 45  # of the 37.5 seconds that are left
+        state = train_job(job, hooks=[Every(1, clock.step)])
+    assert state.step == 10
+    assert told[-1] == (
+        "it took 0:45 to begin, and no time was left for steps: it made one, and its learning rate has not fallen. "
+        f"With enough time:  dumo train {folder} --minutes 2"
+    )
+    told, seen, _ = train(folder, clock)
+    assert not any("no time" in line for line in told)
+    assert seen.notes == ["no step is left"]
+    told, seen, _ = train(folder, clock, minutes=1)
+    assert not any("no time" in line for line in told)
+    assert seen.notes[0] == "the first step"
+
+
 def test_a_command_that_sets_minutes_and_steps_may_be_typed_again(clock: Clock, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     changes = (*TIMED, "train.steps=7")

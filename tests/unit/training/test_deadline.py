@@ -9,7 +9,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dumo.training.deadline import DRAW, JUDGE, SAVE, Countdown, Timing, begin_timing
+from dumo.training.deadline import (
+    DRAW,
+    JUDGE,
+    SAVE,
+    Countdown,
+    PreparationTime,
+    Timing,
+    begin_timing,
+    minutes_to_prepare,
+)
 from dumo.training.loop import Every
 from dumo.training.manifest import Manifest
 from dumo.training.optim import WSD, Constant, Cosine, LearningRateSchedule
@@ -212,6 +221,36 @@ def test_time_is_left_for_what_comes_after_the_last_step() -> None:
     step += 1
     clock.now += 1 + 5 * (step in judged) + 9
     assert 115 < clock.now - 1000 <= 120
+
+
+@pytest.mark.parametrize("work", [JUDGE, DRAW])
+def test_work_that_was_never_timed_is_not_begun_near_the_end(work: str) -> None:
+    """It may take longer than is left. Earlier it is begun, and timed."""
+    ends: list[float] = []
+    for due in (115, 30):
+        clock = Clock()
+        countdown = Countdown(Timing(minutes=2), clock.now, clock, lambda step, due=due: [work] * (step == due))
+        step = 0
+        while not countdown.read(step).is_over:
+            step += 1
+            clock.now += 1
+            if step == due:
+                began = countdown.seconds()
+                clock.now += 20
+                countdown.note(work, began)
+        ends.append(clock.now - 1000)
+    assert 0.9 * 120 <= ends[0] < 115
+    assert 118 <= ends[1] <= 120
+
+
+def test_data_are_prepared_in_three_quarters_of_what_is_left() -> None:
+    clock = Clock()
+    time = PreparationTime(clock.now, Timing(minutes=2, seconds=40).seconds_left, clock)
+    clock.now += 59
+    assert not time.is_over
+    clock.now += 1
+    assert time.is_over
+    assert [minutes_to_prepare(seconds) for seconds in (1, 30, 31, 250)] == [1, 1, 2, 9]
 
 
 def test_what_is_past_its_time_makes_one_step() -> None:

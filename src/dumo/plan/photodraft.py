@@ -1,0 +1,185 @@
+"""A recipe for some images, and the fields in it that fit the images and the machine.
+
+`draft_of_files` is the entrance for images in files. It
+
+1. looks at them (`dumo.plan.photolook`), and at their captions (`dumo.plan.photocaptions`),
+2. decides whether they are learned in latents or pixels (`dumo.plan.photolatents`), at what size, and by what net.
+
+`draft_of_memory` is that for images in memory. `Draft.run` is the run that is meant, to which `dumo.plan.proposal` adds
+how long it trains.
+
+The recipe `my-images` is for a GPU, and trains on one as it is. A CPU learns photos in latents by `my-images-64`; where
+the autoencoder does not suit them, a small U-Net learns small images in pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dumo.config.change import override, shown
+from dumo.config.load import RUN_FILE, load_recipe, parse
+from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, settings_of_images
+from dumo.config.spec import Run
+from dumo.data import Images, Memory, cache, is_latents
+from dumo.data.pixel import ToSquare
+from dumo.plan import photolatents
+from dumo.plan.photocaptions import choose_captions
+from dumo.plan.photolook import ImagesFound, look_at
+from dumo.runtime import threads
+from dumo.runtime.door import settings
+from dumo.runtime.progress import Bar, ignore_line
+from dumo.types import UserError
+
+MIN_SIDE_IN_PIXELS = 16  # of images that are learned in pixels: ours
+SIDE_STEP = 8  # pixels of which their side is a multiple, since nets halve it several times
+MAX_SIDES = {"cpu": 32, "cuda": 64}  # pixels, by device: ours
+CPU_FIELDS = {"train.batch": 32, "train.precision": "fp32", "train.compile": "none"}
+# Ours, for pixels: 0.7 M parameters, a quarter of a second for a step of 32 rows on two cores. In the same time on 150
+# photos a DiT of 1.3 M made mosaics, further from the photos (kernel distance 1.9, this one 1.2; docs/log.md).
+CPU_NET = {"kind": "unet", "width": 16, "multipliers": [1, 2, 4], "depth": 1, "time_scale": 10.0}
+# Of latents whose images have classes: ours, as dumo-best-latents; without classes there is nothing to guide towards.
+CLASS_FIELDS = {"objective.drop": 0.1, "objective.guide.zeta": 0.55}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe, and the fields in it that fit some images and the machine."""
+
+    images: ImagesFound
+    recipe: str = IMAGES_RECIPE
+    fields: dict[str, Any] = field(default_factory=dict)
+    prepare_seconds: float = 0.0  # until all images are decoded, and encoded where they are
+    captions: str = ""  # a line on captions that exist and are not read, and why; "" where there are none
+    space: str = ""  # a line on whether they are learned in latents or pixels, and why; "" where it is not chosen
+
+    def run(self, fields: dict[str, Any], sets: Sequence[str]) -> Run:
+        """The recipe with its fields, these, and the user's own changes `sets`, which count most."""
+        texts = [f"{name}={shown(value)}" for name, value in (self.fields | fields).items()]
+        tree = load_recipe(self.recipe, texts).model_dump(mode="json")
+        override(tree, settings_of_images(tree, sets))
+        return parse(Run, tree)
+
+
+def draft_of_memory(data: Memory, device: torch.device) -> Draft:
+    """The draft for images in memory."""
+    images = ImagesFound(data.open().size, headers=0, bad=0, side=min(data.shape[1:]))
+    return Draft(images, fields=_machine_fields(device, data.shape[-1]))
+
+
+def draft_of_files(
+    images: Images,
+    place: str | None,
+    device: torch.device,
+    sets: Sequence[str],
+    training_seconds: float | None,
+    bar: Bar,
+) -> Draft:
+    """Look at files of images, and choose a recipe and fields for them.
+
+    `place` is where the user says that they are; None: `sets` alone, the user's own changes, say it.
+    `training_seconds` None: it ends by steps. Raises UserError where there are no images, captions are damaged, or the
+    package that reads captions is not installed.
+    """
+    on_a_cpu = device.type == "cpu"
+    try:
+        store = images.undecoded()
+    except UserError as error:
+        raise UserError(f"{images.root} is taken for a place of images, for it has no {RUN_FILE}: {error}") from error
+    images_found = look_at(store, ToSquare(images.side, images.crop), bar)
+    pixels_draft = _pixels_draft(images_found, place, device)
+
+    # captions, which a net in pixels reads
+    captions = choose_captions(images, store, sets, on_a_cpu=on_a_cpu)
+    if captions.fields:
+        space = "pixels: captions are read there" if on_a_cpu else ""
+        return replace(pixels_draft, fields=pixels_draft.fields | captions.fields, space=space)
+
+    # latents, or pixels
+    draft = pixels_draft
+    if on_a_cpu and place:
+        latents_draft = _latents_draft(images, images_found, place, sets, training_seconds, bar)
+        if isinstance(latents_draft, Draft):
+            draft = latents_draft
+        else:
+            draft = replace(pixels_draft, space=f"pixels: {latents_draft}")
+    return replace(draft, captions=captions.line)
+
+
+def _machine_fields(device: torch.device, side: int) -> dict[str, Any]:
+    """Fields for a device, and images of this side: those of a smaller net on a CPU; {} on a GPU."""
+    if device.type != "cpu":
+        return {}
+    return {**CPU_FIELDS, "net": {**CPU_NET, "attend": [side // 4]}}
+
+
+def _pixels_draft(images_found: ImagesFound, place: str | None, device: torch.device) -> Draft:
+    """The recipe and fields for images that are learned in pixels."""
+    side = _side_in_pixels(images_found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
+    fields: dict[str, Any] = {"data.root": place} if place else {}
+    fields |= {"data.side": side, **_machine_fields(device, side)}
+    return Draft(images_found, IMAGES_RECIPE, fields, prepare_seconds=images_found.decode_seconds)
+
+
+def _side_in_pixels(shorter_side: float, max_side: int) -> int:
+    """The pixels of a side to train at: those of the images' shorter side, within bounds."""
+    return max(MIN_SIDE_IN_PIXELS, min(max_side, int(shorter_side) // SIDE_STEP * SIDE_STEP))
+
+
+def _latents_draft(
+    images: Images,
+    images_found: ImagesFound,
+    place: str,
+    sets: Sequence[str],
+    training_seconds: float | None,
+    bar: Bar,
+) -> Draft | str:
+    """The recipe and fields for images that are learned in latents; or why they are learned in pixels, in words."""
+    reason = photolatents.reason_by_settings(images, sets)
+    if reason:
+        return reason
+    latents = load_recipe(IMAGES_LATENTS_RECIPE).data
+    assert is_latents(latents)
+    side = images.side
+    if not photolatents.is_side_set(sets) and images.crop != "none":
+        side = photolatents.side_of_latents(images_found.side, latents.images.side)
+    to_pixels = ToSquare(max(side, photolatents.PIXELS_PER_LATENT), images.crop)
+    pixels = torch.stack([to_pixels(data) for data in images_found.decodable])
+    reason = photolatents.reason_by_images(images_found.side, pixels, place)
+    if reason:
+        return reason
+
+    # what the autoencoder makes of them, and how long it takes
+    codec = latents.codec.open("cpu")
+    with bar("trying the autoencoder", 1) as tick, threads.fewer_when_busy(torch.device("cpu"), ignore_line):
+        trial = photolatents.try_autoencoder(codec, pixels)
+        tick(1, "")
+    reason = photolatents.reason_by_reconstruction(trial, place)
+    if reason:
+        return reason
+
+    # whether there is time to encode them, unless that is done
+    encode_seconds = images_found.count * trial.encode_seconds * (2 if images.flip else 1)
+    prepare_seconds = images_found.decode_seconds + encode_seconds
+    reason = photolatents.reason_by_time(prepare_seconds, training_seconds)
+    if reason and not photolatents.has_caches(place):
+        return reason
+    encoded_images = images.model_copy(update={"side": side}).with_facts()
+    cache_folder = photolatents.cache_folder(place, encoded_images, codec)
+    if cache.is_whole(Path(cache_folder)):
+        prepare_seconds = 0.0
+    elif reason:
+        return reason
+
+    fields: dict[str, Any] = {
+        "data.root": cache_folder,
+        "data.images.root": place,
+        "data.images.side": side,
+    }
+    if encoded_images.labels > 1:
+        fields |= CLASS_FIELDS
+    line = f"latents by {latents.codec.kind}, which changes these images by {trial.error_text}; in pixels by "
+    line += settings("data.kind=images")
+    return Draft(images_found, IMAGES_LATENTS_RECIPE, fields, prepare_seconds=prepare_seconds, space=line)

@@ -1,0 +1,68 @@
+"""A look at the images of a folder: how many there are, how large, and how long they take to decode.
+
+`look_at` is the entrance. It reads the headers of some images and decodes a few, all evenly spread.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+
+from dumo.data.pixel import ToSquare, Unreadable, short_side
+from dumo.data.store import Store
+from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime.stopwatch import Stopwatch
+from dumo.types import UserError
+
+MAX_HEADERS = 256  # images whose header is read: ours
+MAX_DECODED = 8  # images that are decoded, to time it and to try the autoencoder: ours
+
+
+@dataclass(frozen=True)
+class ImagesFound:
+    """What is known of the images of a folder, from some of them."""
+
+    count: int  # of all images
+    headers: int  # images whose header was read
+    bad: int  # of these, images that cannot be read
+    side: float  # pixels of the shorter side, the median
+    image_seconds: float = 0.0  # to decode an image on one core
+    decodable: Sequence[bytes] = ()  # the files of a few images that could be decoded
+
+    @property
+    def decode_seconds(self) -> float:
+        """Seconds until all of them are decoded, with the threads there are now."""
+        return self.count * self.image_seconds / torch.get_num_threads()
+
+
+def look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> ImagesFound:
+    """Look at some images of a store, each decoded by `to_pixels`. Raises UserError where none of them can be read."""
+    indices = sorted({round(i * (len(store) - 1) / (MAX_HEADERS - 1)) for i in range(MAX_HEADERS)})
+    watch = Stopwatch(torch.device("cpu"))
+    sides: list[int] = []
+    seconds_by_image: list[float] = []
+    decodable: list[bytes] = []
+    bad = 0
+    with bar("looking at images", len(indices)) as tick:
+        for done, i in enumerate(indices, start=1):
+            try:
+                data = store.read(i)
+                sides.append(short_side(data))
+                if len(decodable) * len(indices) < MAX_DECODED * done:  # is due by now
+                    seconds_by_image.append(watch.seconds(partial(to_pixels, data)))
+                    decodable.append(data)
+            except (OSError, ValueError, Unreadable):
+                bad += 1
+            tick(done, "")
+    if not decodable:
+        raise UserError(f"none of the {bad} images that were looked at can be read: the first is {store.path(0)}")
+    return ImagesFound(
+        count=len(store),
+        headers=len(indices),
+        bad=bad,
+        side=median(sides),
+        image_seconds=median(seconds_by_image),
+        decodable=decodable,
+    )
