@@ -20,8 +20,11 @@ from dumo.data.pixel import ToSquare
 from dumo.data.store import Store
 from dumo.plan import photodraft, photolatents, proposal
 from dumo.plan.photolook import ImagesFound
+from dumo.run import proposedcache
 from dumo.run.resolve import absolute_path
+from dumo.runtime import signals
 from dumo.runtime.progress import Bar
+from dumo.training import deadline
 from e2e.shell import call, sets
 
 QUICK = sets("net.width=32", "net.depth=1", "train.batch=8", "train.coupling=null", "evaluate.protocol.samples=20")
@@ -97,7 +100,7 @@ def test_without_classes_there_is_no_guidance(photos: Path) -> None:
         (small, "pixels: images of 40 pixels are too small for latents, which begin at 48"),
         (
             noise,
-            "more than 10% of full brightness (20.0 dB); in latents all the same by  dumo encode my-images-64 --set",
+            "more than 10% of full brightness (20.0 dB); in latents all the same by  dumo encode",
         ),
     ],
 )
@@ -115,7 +118,7 @@ def test_other_images_are_learned_in_pixels(photos: Path, paint: Paint, reason: 
         ("net.kind=unet", 'unet"} asks for them'),
         (
             "data.side=40",
-            'data.side=40, and latents take multiples of 8 from 48 on: changes={"data.side": 48} allows them',
+            'data.side=40, and latents take multiples of 8 from 48 on: changes={"data.side": 48}',
         ),
     ],
 )
@@ -227,3 +230,33 @@ def test_settings_of_images_are_of_the_images_of_latents() -> None:
 def test_what_comes_with_dumo_keeps_its_name() -> None:
     place = "dumo:cifar10-trained/taef2.safetensors"
     assert absolute_path(place, maybe=True) == place
+
+
+@pytest.mark.slow
+def test_encoding_that_takes_too_long_is_interrupted_and_resumed(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(photos, blobs)
+    monkeypatch.setattr(deadline, "MAX_SHARE", 0.0)
+    monkeypatch.setattr(proposedcache, "SHARD_ROWS", 8)
+    stopped = call("train", "photos", "--yes", "--minutes", "3", "--device", "cpu", *QUICK)
+    assert stopped.code == 128 + signals.CLOCK, stopped
+    said = " ".join(stopped.err.split())
+    assert re.search(
+        r"stopped: 0 of 24 photos are encoded after 0:\d\d, and the others take 0:\d\d, too long for", said
+    )
+    assert "With enough time: dumo train runs/photos --minutes 1; the same command goes on from what is kept:" in said
+    assert load("runs/photos").train.minutes == 3
+
+    # the command that it named, without a question, and as in the old days by steps
+    monkeypatch.setattr(deadline, "MAX_SHARE", 0.9)
+    resumed = call("train", "runs/photos", *sets("train.minutes=null", "train.steps=2"))
+    assert resumed.code == 0, resumed
+    assert "encoding" in resumed.err
+    assert cache.read_index(Path(load("runs/photos").data.root)).shard_rows == 8
+
+    # moved with its latents, it finds them
+    Path("runs").rename("big")
+    moved = call("train", "big/photos", *sets("train.steps=3"))
+    assert moved.code == 0, moved
+    assert "encoding" not in moved.err
+    assert not Path("runs").exists()
+    assert Path(load("big/photos").data.root).parent == Path("big/latents").absolute()

@@ -11,6 +11,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from dumo.config.parts import Evaluation
@@ -22,13 +23,14 @@ from dumo.run.speed import seconds_between
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path
 from dumo.runtime.text import minutes_text, minutes_to_type
-from dumo.training.deadline import SECONDS_PER_MINUTE
+from dumo.training.deadline import SECONDS_PER_MINUTE, Timing
 
 # The distance of samples to their nearest images over that of real images, beyond which samples are not like the data:
 # on digits it is 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000.
 FAR_FROM_NEAREST = 1.5
 MANY_COPIES = 0.1  # the share of samples that are copies, over that of real images, from which they are many: ours
-SPANS = (10, 30, 60, 120, 240, 480, 960)  # minutes of training that are proposed: ours
+MINUTES_PER_HOUR = 60
+SPANS = (10, 30, 60, 120, 240, 480, 960)  # minutes of training that are proposed, beyond them whole hours: ours
 GOOD_COUNT = 16  # samples to make with a run that is good: ours
 
 
@@ -142,10 +144,9 @@ def _describe_stop(opened: RunFolder) -> tuple[str, str] | None:
     is_given_more = timing is None or timing.minutes != train.minutes  # since that checkpoint
     if timing and timing.is_over and not is_given_more:
         return None
-    seconds = timing.seconds if timing else 0.0
-    promised_seconds = SECONDS_PER_MINUTE * train.minutes
-    stopped = f"stopped after {duration(seconds)} of {duration(promised_seconds)}"
-    return stopped, f"goes on for the {duration(promised_seconds - seconds)} that are left"
+    now = Timing(minutes=train.minutes, seconds=timing.seconds if timing else 0.0)
+    stopped = f"stopped after {duration(now.seconds)} of {duration(now.promised_seconds)}"
+    return stopped, f"goes on for the {duration(now.seconds_left)} that are left"
 
 
 def _judge(evaluate: Evaluation, name: str) -> NextStep:
@@ -169,7 +170,7 @@ def _more_training(opened: RunFolder, name: str) -> NextStep:
     seconds = seconds_between(opened.folder, 0, opened.step)
     if PROPOSED in run.resolved or run.train.minutes is not None:
         minutes = _more_minutes(seconds or 0.0)
-        return NextStep(f"dumo train {name} --minutes {minutes}", f"goes on for {minutes} minutes")
+        return NextStep(f"dumo train {name} --minutes {minutes}", f"goes on for {minutes:,} minutes")
     effect = f"goes on for {opened.step:,} more steps"
     if seconds is not None:
         effect += f", in about {duration(seconds)}"
@@ -181,7 +182,8 @@ def _more_minutes(seconds: float) -> int:
     for minutes in SPANS:
         if SECONDS_PER_MINUTE * minutes >= 2 * seconds:
             return minutes
-    return SPANS[-1]
+    hours = ceil(2 * seconds / (SECONDS_PER_MINUTE * MINUTES_PER_HOUR))
+    return MINUTES_PER_HOUR * hours
 
 
 def _less_training(opened: RunFolder, name: str) -> NextStep:

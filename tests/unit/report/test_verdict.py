@@ -69,10 +69,10 @@ def test_a_run_that_is_not_like_the_data_goes_on(tmp_path: Path) -> None:
     assert texts(near) == texts(verdict)
 
 
-@pytest.mark.parametrize(("step", "minutes"), [(100, 10), (1200, 30), (5000, 120), (1_000_000, 960)])
+@pytest.mark.parametrize(("step", "minutes"), [(100, 10), (1200, 30), (5000, 120), (100_000, 1680), (1_000_000, 16680)])
 def test_a_run_that_was_proposed_for_minutes_gets_minutes(tmp_path: Path, step: int, minutes: int) -> None:
     verdict = reach_verdict(run_folder(tmp_path, step, step, proposed=True), NAME, evaluation("far"), None)
-    assert texts(verdict) == [f"dumo train runs/photos --minutes {minutes} goes on for {minutes} minutes"]
+    assert texts(verdict) == [f"dumo train runs/photos --minutes {minutes} goes on for {minutes:,} minutes"]
 
 
 def test_a_run_that_is_stopped_goes_on_to_its_end(tmp_path: Path) -> None:
