@@ -52,11 +52,11 @@ def find_cache(data: Latents, folder: Path, *, is_begun: bool) -> Path:
     It need not exist. `is_begun`: the run was written into its folder before now, so it may have been moved since.
     """
     noted = data.folder
-    beside = folder.absolute().parent / noted.parent.name / noted.name
+    next_to_run = folder.absolute().parent / noted.parent.name / noted.name
     if not is_begun or (noted / table.FILE).exists():
         return noted
     was_moved = not noted.parent.exists()  # training made it, before it wrote the run
-    return beside if was_moved or (beside / table.FILE).exists() else noted
+    return next_to_run if was_moved or (next_to_run / table.FILE).exists() else noted
 
 
 def ensure_proposed_cache(

@@ -121,7 +121,7 @@ class PreparationTime:
 
 
 def minutes_to_prepare(seconds: float) -> int:
-    """The minutes to give a command whose data take so many seconds to be prepared."""
+    """The minutes to give a command whose data take these seconds to be prepared."""
     return ceil(seconds / (PLANNED_SHARE * SECONDS_PER_MINUTE))
 
 
