@@ -301,6 +301,8 @@ def test_steps_of_a_run_that_ends_by_the_clock_are_no_fact() -> None:
     assert said["the run"] == "9.8 minutes, then it ends: at most 12 steps on this device alone"
     assert dict(lines(plan(run)))["in all"].startswith("9.8 minutes, then it ends; guessed are 900 steps of 32: 28,800")
     assert "guess" not in dict(lines(plan(small())))["in all"]
+    shown = call("show", "moons", *sets("net.width=16", "train.minutes=9.8"))
+    assert "9.8 minutes, then it ends; train.steps is a guess until then" in " ".join(shown.out.split())
 
 
 def test_a_large_net_on_a_cpu_makes_no_step_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
