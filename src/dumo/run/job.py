@@ -52,7 +52,7 @@ from dumo.runtime.door import option, settings, train_call
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.text import minutes_text, minutes_to_type
 from dumo.training import agreement
-from dumo.training.deadline import SECONDS_PER_MINUTE, PreparationTime, begin_timing
+from dumo.training.deadline import SECONDS_PER_MINUTE, PreparationTime, Timing, begin_timing
 from dumo.training.layout import share_of
 from dumo.training.manifest import Checkpoint
 from dumo.training.spec import Train
@@ -265,14 +265,14 @@ def _with_proposed_cache(
 
     if not proposedcache.is_proposed(run, data):
         return run
-    checkpoint = _checkpoint_to_resume(index, step)
-    time = None
-    timing = begin_timing(run.train.minutes, checkpoint.manifest.timing if checkpoint else None, None)
-    if timing is not None:
-        time = PreparationTime(began, timing.seconds_left, stopwatch.wall_clock)
 
     def find_or_make() -> str:
-        if _has_ended(run, checkpoint):  # nothing is encoded for nothing: to open the data says what to type
+        time = None
+        if run.train.minutes is not None:
+            timing = begin_timing(run.train.minutes, _timing_at(index, step), None)
+            assert timing is not None
+            time = PreparationTime(began, timing.seconds_left, stopwatch.wall_clock)
+        if _has_ended(run, index, step):  # nothing is encoded for nothing: to open the data says what to type
             cache_folder = proposedcache.find_cache(data, index.folder, is_begun=True)
             if read_index(cache_folder) is None:
                 tell(way_on(index.folder, run.train))
@@ -284,28 +284,34 @@ def _with_proposed_cache(
     return run.model_copy(update={"data": data.model_copy(update={"root": root})})
 
 
-def _checkpoint_to_resume(index: Index, step: int | None) -> Checkpoint | None:
-    """The checkpoint of a step; of None the last one. None: there is none."""
+def _step_to_resume(index: Index, step: int | None) -> int | None:
+    """The step of the checkpoint to resume from, of `step` or the last one (None); None where there is none."""
     checkpoints = index.checkpoints.by_step()
     if step is None:
-        step = max(checkpoints, default=None)
-    return None if step is None else checkpoints.get(step)
+        return max(checkpoints, default=None)
+    return step if step in checkpoints else None
 
 
-def _has_ended(run: Run, checkpoint: Checkpoint | None) -> bool:
-    """Whether no step is left of a run from a checkpoint on; None: it begins."""
-    if checkpoint is None:
-        return False
+def _timing_at(index: Index, step: int | None) -> Timing | None:
+    """How far the run was by the clock at the checkpoint to resume from (`_step_to_resume`); None: it had no clock."""
+    resumed_step = _step_to_resume(index, step)
+    if resumed_step is None:
+        return None
+    return index.checkpoints.by_step()[resumed_step].manifest.timing
+
+
+def _has_ended(run: Run, index: Index, step: int | None) -> bool:
+    """Whether no step is left of a run from a checkpoint on (None: the last one)."""
     if run.train.minutes is None:
-        return checkpoint.manifest.step >= run.train.steps
-    timing = checkpoint.manifest.timing
+        resumed_step = _step_to_resume(index, step)
+        return resumed_step is not None and resumed_step >= run.train.steps
+    timing = _timing_at(index, step)
     return timing is not None and timing.is_over and timing.minutes == run.train.minutes
 
 
 def _minutes_in_all(index: Index, step: int | None, minutes: float) -> float:
     """The minutes that a run is to train in all, to go on for some minutes from a checkpoint (None: the last one)."""
-    checkpoint = _checkpoint_to_resume(index, step)
-    timing = checkpoint.manifest.timing if checkpoint else None
+    timing = _timing_at(index, step)
     return minutes + timing.seconds / SECONDS_PER_MINUTE if timing else minutes
 
 
