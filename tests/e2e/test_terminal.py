@@ -188,8 +188,7 @@ def test_the_start_line(here: Path) -> None:
     facts = call("show", "run", "--json").json
     assert began == (
         "training run on cpu: data digits (1,797 images in 10 classes), "
-        f"net dit ({facts['parameters']:,} parameters), {facts['forward_units_per_step']:.2f} F a step "
-        "(1 F: one forward pass), steps 0 to 20 of 16 images"
+        f"net dit ({facts['parameters']:,} parameters), steps 0 to 20 of 16 images"
     )
     assert objective.startswith("objective: DuMo (Duality Models, arXiv 2602.17682, Sec. 3 and Alg. 1): one input")
     assert ended.startswith("training run: 20 of 20 at ")

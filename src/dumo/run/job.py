@@ -33,7 +33,6 @@ from dumo.data.cache import read_index
 from dumo.io.source import DataSource
 from dumo.nets.textfamily import is_learned_texts
 from dumo.run import cost, datacheck, examination
-from dumo.run.cost import StepCost
 from dumo.run.folder import (
     guard_run_folder,
     locked_run_folder,
@@ -45,9 +44,10 @@ from dumo.run.journal import History
 from dumo.run.net import outline, require_room
 from dumo.run.resolve import open_source, resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
+from dumo.run.summary import may_take_a_day
 from dumo.run.weights import begin
 from dumo.runtime import dist, stopwatch, threads
-from dumo.runtime.device import choose_device
+from dumo.runtime.device import choose_device, known_peak_tflops
 from dumo.runtime.door import option, settings, train_call
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.text import minutes_text, minutes_to_type
@@ -105,7 +105,7 @@ class Job:
     sheets: Sheets | None  # None: it draws none
     meter: Meter
     net_outline: nn.Module  # the net on the meta device, without values
-    step_cost: StepCost  # of one image
+    step_flops: float | None  # operations of a step, for one image; None: not counted, since the run is short
     began: float  # by `stopwatch.wall_clock`: from when its time counts, if it ends by the clock
 
     @property
@@ -196,8 +196,11 @@ def open_job(
         with threads.fewer_when_busy(torch_device, ignore_line):
             examination.examine(run, torch_device).require()
         net_outline = outline(run)
-        step_cost = cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
-        meter = Meter(run.train, folder, torch_device, step_cost.flops)
+        step_flops = None
+        if known_peak_tflops(torch_device) or may_take_a_day(run.train, net_outline, run.data.shape):
+            step_cost = cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
+            step_flops = step_cost.flops
+        meter = Meter(run.train, folder, torch_device, step_flops)
         drawn_sheets = sheets(run, folder, tell) if sheets else None
 
         # 5. begin the state, and open what reads it
@@ -234,7 +237,7 @@ def open_job(
             sheets=drawn_sheets,
             meter=meter,
             net_outline=net_outline,
-            step_cost=step_cost,
+            step_flops=step_flops,
             began=began,
         )
 

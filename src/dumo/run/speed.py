@@ -55,10 +55,10 @@ class Meter:
         train: Train,
         folder: Path,
         device: torch.device,
-        flops: float,
+        flops: float | None,
         clock: Clock = wall_clock,
     ) -> None:
-        """Nothing is measured before `begin`. `flops` are the operations of a step, for an image."""
+        """Nothing is measured before `begin`. `flops` are the operations of a step, for an image; None: not known."""
         self.train = train
         self.path = folder / FILE
         self.device = device
@@ -96,7 +96,7 @@ class Meter:
         steps_per_second = steps / max(seconds, 1e-9)
         images_per_second = steps_per_second * self.train.batch
         share_of_peak = None
-        if self.peak_tflops:
+        if self.peak_tflops and self.flops is not None:
             share_of_peak = images_per_second * self.flops / (1e12 * self.peak_tflops * dist.world())
         return Speed(
             step=step,

@@ -1,10 +1,11 @@
 """The lines that a training shows before its first step.
 
-`training_summary` says what is trained on what, and what a step costs; `misfits` warns of what does not fit this
-machine, each time with the setting that does.
+`training_summary` says what is trained on what; `misfits` warns of what does not fit this machine, each time with the
+setting that does. Only a run that `may_take_a_day` needs its operations counted for that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ from dumo.types import UserError
 
 SECONDS_PER_HOUR = 3600.0
 HOURS_PER_DAY = 24.0
+MOST_UNITS = 10  # forward passes that a step costs at most: ours
+SLOWEST = 1e10  # floating-point operations a second that any machine makes: ours
 
 
 def training_summary(
@@ -35,21 +38,19 @@ def training_summary(
     size: int | None,
     step: int,
     device: torch.device,
-    units: float,
     timing: Timing | None = None,
 ) -> str:
-    """What is trained on what, and the cost of a step, in a line.
+    """What is trained on what, in a line.
 
     `net` is on the meta device, `size` the number of rows of the data (None: they are drawn anew), `step` the number of
-    steps done, `units` the cost of a step in forward passes (`dumo.run.cost`), and `timing` how far it is by the clock,
-    if it ends by that.
+    steps done, and `timing` how far it is by the clock, if it ends by that.
     """
     unit = "images" if len(run.shown_shape) == 3 else "points"
     return (
         f"training {folder} on {_layout_text(run.train.share, device)}: "
         f"data {run.data.kind} ({_data_text(run, size, unit)}), "
         f"net {run.net.kind} ({_weights_text(net)}), "
-        f"{units:.2f} F a step (1 F: one forward pass{_dual_hint(net, run)}), "
+        f"{_dual_hint(net, run)}"
         f"{_length_text(step, run.train.steps, timing)} of {run.train.batch:,} {unit}"
     )
 
@@ -91,15 +92,19 @@ def _weights_text(net: nn.Module) -> str:
 
 
 def _dual_hint(net: nn.Module, run: Run) -> str:
-    """What a step would cost with dual numbers, where the derivative is a central difference of passes; else empty."""
+    """What a step costs, and would with dual numbers, if the derivative is a central difference of passes; else ""."""
     if not isinstance(run.objective.needs.slope, CentralSlope):
         return ""
-    objective = run.objective.model_copy(update={"slope": DualSlope()})
+    dual = run.objective.model_copy(update={"slope": DualSlope()})
     try:
-        units = cost.forward_units(net, objective, run.path, run.data.shape, ref=run.train.ref)
+        dual_units = cost.forward_units(net, dual, run.path, run.data.shape, ref=run.train.ref)
     except UserError:  # an operation of the net has no rule for dual numbers
         return ""
-    return f"; objective.slope.kind=dual takes {units:.2f} F, is exact and may run in bf16"
+    units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    return (
+        f"{units:.2f} F a step (1 F: one forward pass; objective.slope.kind=dual takes {dual_units:.2f} F, is exact "
+        "and may run in bf16), "
+    )
 
 
 def _layout_text(share: int, device: torch.device) -> str:
@@ -120,10 +125,23 @@ def _layout_text(share: int, device: torch.device) -> str:
     return f"{world_size} ranks of {device_name}, {layout}"
 
 
-def misfits(train: Train, operations: float, device: torch.device, step: int = 0) -> Iterator[str]:
+def may_take_a_day(train: Train, net: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a run might take a day here, by a bound on its operations; False if it ends by the clock.
+
+    Few nets use a weight more than once for each number of a sample, of this `shape`. Counting them takes a second.
+    """
+    if train.minutes is not None:
+        return False
+    weights = sum(p.numel() for p in net.parameters())
+    pass_flops = 2 * weights * prod(shape)
+    flops = train.steps * train.batch * MOST_UNITS * pass_flops
+    return flops > HOURS_PER_DAY * SECONDS_PER_HOUR * SLOWEST
+
+
+def misfits(train: Train, operations: float | None, device: torch.device, step: int = 0) -> Iterator[str]:
     """Yield a line for each reason why a run does not fit this machine, with the setting that does.
 
-    `operations` are the floating-point operations, on this device, of the steps after `step`.
+    `operations` are the floating-point operations, on this device, of the steps after `step`; None: they are few.
     """
     for_gpu: dict[str, str] = {}  # fields of `train` that are for a GPU: the value for a CPU
     if train.precision == "bf16":
@@ -134,6 +152,8 @@ def misfits(train: Train, operations: float, device: torch.device, step: int = 0
         now = " and ".join(f"train.{name}={getattr(train, name)}" for name in for_gpu)
         ways = settings(*(f"train.{name}={value}" for name, value in for_gpu.items()))
         yield f"{now}: for a GPU. A CPU compiles for minutes and gains little:  {ways}"
+    if operations is None:
+        return
     hours = operations / operations_per_second(device) / SECONDS_PER_HOUR
     if hours > HOURS_PER_DAY:
         steps_left = train.steps - step

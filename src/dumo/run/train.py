@@ -225,15 +225,16 @@ def _lines_before(job: Job) -> list[str]:
             step=state.step,
             timing=state.timing,
             device=job.device,
-            units=job.step_cost.units,
         )
     ]
     if isinstance(job.data, Bucketed):
         lines.append(f"images are in {job.data.about}")
     lines.append(f"objective: {method(run.objective)}")
-    steps_left = run.train.steps - state.step if state.timing is None else 0  # its time is known
-    images_per_rank = steps_left * run.train.batch / dist.world()
-    lines += misfits(run.train, images_per_rank * job.step_cost.flops, job.device, state.step)
+    operations_left = None
+    if job.step_flops is not None and state.timing is None:
+        images_per_rank = (run.train.steps - state.step) * run.train.batch / dist.world()
+        operations_left = images_per_rank * job.step_flops
+    lines += misfits(run.train, operations_left, job.device, state.step)
     if is_dualized(state.net) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
     if state.is_over(run.train):

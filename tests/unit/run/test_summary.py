@@ -1,11 +1,14 @@
 """What a training says before its first step."""
 
+from math import prod
+
 import pytest
 import torch
 
 from dumo.config.load import load
-from dumo.run import summary
-from dumo.run.summary import misfits
+from dumo.run import cost, summary
+from dumo.run.net import outline
+from dumo.run.summary import MOST_UNITS, may_take_a_day, misfits
 
 CPU = torch.device("cpu")
 
@@ -21,3 +24,15 @@ def test_what_does_not_fit_says_what_does(monkeypatch: pytest.MonkeyPatch) -> No
     assert "5,000 steps take 48 hours" in hours
     assert hours.endswith('changes={"train.steps": 17500}')
     assert not [*misfits(load("digits").train, 1e9, CPU)]
+    assert len([*misfits(train, None, CPU)]) == 1  # few operations
+
+
+def test_operations_are_counted_of_a_run_that_may_take_a_day() -> None:
+    for recipe, is_long in (("moons", False), ("digits", False), ("my-images", True), ("imagenet256-xl2", True)):
+        run = load(recipe)
+        net = outline(run)
+        bound = MOST_UNITS * 2 * sum(p.numel() for p in net.parameters()) * prod(run.data.shape)
+        if not is_long:  # the bound holds
+            assert cost.step_cost(net, run.objective, run.path, run.data.shape).flops < bound, recipe
+        assert may_take_a_day(run.train, net, run.data.shape) == is_long, recipe
+        assert not may_take_a_day(run.train.model_copy(update={"minutes": 5.0}), net, run.data.shape), recipe
