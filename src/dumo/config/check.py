@@ -1,8 +1,8 @@
 """Check that the values of a run fit together, when it is read; `dumo.run.mismatch` checks what takes a net or files.
 
-`check` is the entrance for a whole run: it goes through all rules in order, and raises the first mismatch. A rule,
-`_..._faults`, yields a line for each mismatch, with the fix. `dumo.config.need` has the rules by which one part of a
-run asks names of another.
+`check` is the entrance for a whole run: it goes through the rules in order, of the parts that the run has, and raises
+the first mismatch. A rule, `_..._faults`, yields a line for each mismatch, with the fix. `dumo.config.need` has the
+rules by which one part of a run asks something of another.
 
 Three checks are also called by themselves, for what is known after a run is read: `check_pieces` with the number of
 ranks, `check_guided` with the guidance of one request, and `require` with faults that others find. `why_unguided` says
@@ -14,7 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from dumo.config import need
-from dumo.config.conditions import Conditions, shown
+from dumo.config.conditions import shown
 from dumo.config.need import BY_KNOBS, has_classes
 from dumo.config.parts import Evaluation, RunParts
 from dumo.data import Data, is_latents
@@ -40,36 +40,37 @@ def check(run: RunParts) -> None:
     net = run.net
     objective = run.objective
     train = run.train
-    require(
-        need.faults(run),
-        _editing_faults(data, objective, run.sample.guide, run.teacher),
-        _augmentation_faults(data, net, objective),
-        _precision_faults(objective, net, train),
-    )
+    require(need.faults(run))
+    if getattr(data.captions, "source", None):
+        require(_editing_faults(objective, run.sample.guide, run.teacher))
+    require(_augmentation_faults(data, net, objective))
+    require(_precision_faults(objective, net, train))
     check_pieces(train, objective)
-    check_guided(run.sample.guide, data, objective, run.training_guidance)
-    require(
-        _teacher_faults(run.teacher, objective, data, train),
-        _start_faults(run.start, objective, train),
-        _subject_faults(run),
-        _prior_faults(data, run.teacher, objective, train),
-    )
+    if run.sample.guide.active:
+        check_guided(run.sample.guide, data, objective, run.training_guidance)
+    if run.teacher:
+        require(_teacher_faults(run.teacher, objective, data, train))
+    if objective.needs.ref == 1:
+        require(_start_faults(run.start, objective, train))
+    if net.lora and net.lora.subject:
+        require(_subject_faults(run))
+    if is_latents(data) and data.prior:
+        require(_prior_faults(data.prior, run.teacher, objective, train))
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
     run.evaluate.protocol.check(run.shown_shape, data.labels)
-    require(_validation_faults(run.evaluate))
+    if run.evaluate.every or run.evaluate.best:
+        require(_validation_faults(run.evaluate))
 
 
-def require(*faults: Iterable[str]) -> None:
-    """Raise UserError with the first of these lines, if there is one. Later rules do not run."""
-    first_fault = next(chain.from_iterable(faults), None)
+def require(faults: Iterable[str]) -> None:
+    """Raise UserError with the first of these lines, if there is one."""
+    first_fault = next(iter(faults), None)
     if first_fault is not None:
         raise UserError(first_fault)
 
 
-def _editing_faults(data: Data, objective: Objective, sampled: CFG, teacher: "Teacher | None") -> Iterator[str]:
+def _editing_faults(objective: Objective, sampled: CFG, teacher: "Teacher | None") -> Iterator[str]:
     """A model that edits images always has one as its condition: nothing may leave the condition out."""
-    if not getattr(Conditions(data).captions, "source", None):
-        return
     trained = GuidanceScale.of(objective.needs)
     reasons: list[str] = []
     if objective.drop > 0:
@@ -216,8 +217,10 @@ def check_guided(
     source: str = "",
 ) -> None:
     """Raise UserError for guidance of a net that is not guided (`why_unguided`). `field` asks for it."""
+    if not guide.active:
+        return
     refusal = why_unguided(data, objective, trained, source)
-    if not guide.active or refusal is None:
+    if refusal is None:
         return
     fix = f"set {field}=1"
     if refusal.instead:
@@ -225,13 +228,11 @@ def check_guided(
     raise UserError(f"{field} = {guide.scale:g}: {refusal.reason}: {fix}")
 
 
-def _teacher_faults(teacher: "Teacher | None", objective: Objective, data: Data, train: Train) -> Iterator[str]:
+def _teacher_faults(teacher: "Teacher", objective: Objective, data: Data, train: Train) -> Iterator[str]:
     """A teacher's pairs must stay together, and guidance must come from the teacher or the objective, not from both.
 
     Raises UserError by itself for guidance without classes. What the teacher can do is checked when it is opened.
     """
-    if not teacher:
-        return
     if teacher.pairs and train.coupling:
         yield (
             "train.coupling would part the data of teacher.pairs from the noise that they come from: set "
@@ -254,7 +255,7 @@ def _teacher_faults(teacher: "Teacher | None", objective: Objective, data: Data,
 
 def _start_faults(start: "Start | None", objective: Objective, train: Train) -> Iterator[str]:
     """An objective that learns from the net that training begins with needs a start, and train.ref=1 to keep it."""
-    if objective.needs.ref == 1 and not (start and train.ref == 1):
+    if not (start and train.ref == 1):
         yield (
             f"objective '{objective.kind}' with low learns from the net that training begins with: set start.source to "
             "a run of all times, train.ref=1, and in train.ema {decay: 1} as the last"
@@ -263,9 +264,6 @@ def _start_faults(start: "Start | None", objective: Objective, train: Train) -> 
 
 def _subject_faults(run: RunParts) -> Iterator[str]:
     """Adapters for a subject need a few-step run to begin from, with the weights of its pipeline."""
-    lora = run.net.lora
-    if not lora or not lora.subject:
-        return
     starts_from_run = run.has_subject and run.start and run.start.kind == "run" and not run.start.heads
     if not starts_from_run:
         yield (
@@ -274,14 +272,11 @@ def _subject_faults(run: RunParts) -> Iterator[str]:
         )
 
 
-def _prior_faults(data: Data, teacher: "Teacher | None", objective: Objective, train: Train) -> Iterator[str]:
+def _prior_faults(prior_share: float, teacher: "Teacher | None", objective: Objective, train: Train) -> Iterator[str]:
     """Prior images need a teacher that answers them by its velocity, and a share of the batch that is some rows of it.
 
-    `data.prior` is that share, in (0, 1).
+    `prior_share` is that share, in (0, 1).
     """
-    prior_share = data.prior if is_latents(data) else None
-    if not prior_share:
-        return
     if not teacher or teacher.pairs or objective.needs.teacher != FromTeacher():
         yield (
             "data.prior has images for the teacher to answer by its velocity: set teacher={kind: base}, and an "

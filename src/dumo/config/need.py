@@ -1,14 +1,12 @@
-"""What the parts of a run ask of one another: every name that one part asks for must be among those that another has.
+"""What the parts of a run ask of one another: what one part asks for must be among what another has.
 
-`faults` is the entrance: it goes through all needs and yields a line for each name that is missing, of which
-`dumo.config.check` raises the first. Each `_..._needs` below yields the needs of one subject. A fact that is true or
-false counts as a name that is there or not ("captions", "classes"), so that a condition is a need like any other.
+`faults` is the entrance: it goes subject by subject, and yields a line for each thing that is missing, of which
+`dumo.config.check` raises the first. Each `_..._faults` below has one subject.
 
 Others also use `BY_KNOBS`, `has_classes`, `captions_field`, `buckets_field` and `ways_to_captions`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
 
 from dumo.config.conditions import Conditions, shown
 from dumo.config.parts import RunParts
@@ -22,202 +20,147 @@ NETS_OF_ANY_SIZE = ("dit", "diffusers")  # kinds of nets that take samples of se
 BY_KNOBS = GuidanceScale(field="objective.w", off="objective.w=null")  # of iMF, whose scales are drawn up to this field
 
 
-@dataclass(frozen=True)
-class Need:
-    """The names that one part of a run asks for, and the names that another part has."""
-
-    asks: Collection[str]
-    has: Collection[str]
-    fault: Callable[[str], str]  # from a name that is missing to a line that says so, with the fix
-
-    def faults(self) -> Iterator[str]:
-        """A line for each name that is missing."""
-        for name in self.asks:
-            if name not in self.has:
-                yield self.fault(name)
-
-
 def faults(run: RunParts) -> Iterator[str]:
-    """A line for each name that a part of the run asks for and no other part has, subject by subject."""
-    subjects = (
-        _caption_needs,
-        _size_needs,
-        _formula_needs,
-        _precondition_needs,
-        _class_needs,
-        _teacher_needs,
-        _named_needs,
-    )
-    for needs_of_subject in subjects:
-        for need in needs_of_subject(run):
-            yield from need.faults()
+    """A line for each thing that a part of the run asks for and no other part has, subject by subject."""
+    needs = run.objective.needs
+    yield from _caption_faults(run)
+    buckets = buckets_field(run.data)
+    if buckets is not None:
+        yield from _size_faults(run, buckets)
+    yield from _formula_faults(run.objective, run.path.kind)
+    if run.net.precondition != "none":
+        yield from _precondition_faults(run)
+    yield from _class_faults(run.data, run.objective)
+    yield from _teacher_faults(run)
+    yield from _name_faults("sample.knobs", run.sample.knobs, needs.knobs, run.objective.kind, "knob")
+    if run.start:
+        yield from _name_faults("start.heads", run.start.heads, needs.heads, run.objective.kind, "head")
 
 
-def _caption_needs(run: RunParts) -> Iterator[Need]:
+def _caption_faults(run: RunParts) -> Iterator[str]:
     """Captions must be given exactly where the net reads them, and where the protocol or its split asks for them."""
     data = run.data
     texts = run.net.texts
-    captioning = Conditions(data).captions
-    has_held_out = captioning is not None and captioning.kind == "templates" and bool(captioning.held)
+    captioning = data.captions
     field = captions_field(data)
-    data_has = _true_names({"captions": bool(captioning), "held-out templates": has_held_out})
-    net_reads = _true_names({"captions": texts is not None and texts.kind != "codes"})
-    protocol_reads = _true_names({"captions": run.evaluate.protocol.kind == "clip-score"})
-    judging_asks = _true_names({"held-out templates": run.evaluate.captions == "held"})
-
-    def captions_fault(_: str) -> str:
+    has_captions = captioning is not None
+    net_reads_captions = texts is not None and texts.kind != "codes"
+    if has_captions != net_reads_captions:
         if texts is not None and texts.kind == "pipeline":
-            return f"net.texts reads captions, and data '{data.kind}' have none. {ways_to_captions(data)}"
-        data_captions = "some" if captioning else "none"
-        net_captions = "some" if net_reads else "none"
-        return (
-            f"{field} gives the captions that net.texts reads: set both, or neither. Here data '{data.kind}' give "
-            f"{data_captions}, and net '{run.net.kind}' reads {net_captions}"
-        )
-
-    yield Need(net_reads, data_has, captions_fault)
-    yield Need(_true_names({"captions": bool(captioning)}), net_reads, captions_fault)
-    yield Need(
-        protocol_reads,
-        data_has,
-        lambda _: (
+            yield f"net.texts reads captions, and data '{data.kind}' have none. {ways_to_captions(data)}"
+        else:
+            data_captions = "some" if has_captions else "none"
+            net_captions = "some" if net_reads_captions else "none"
+            yield (
+                f"{field} gives the captions that net.texts reads: set both, or neither. Here data '{data.kind}' give "
+                f"{data_captions}, and net '{run.net.kind}' reads {net_captions}"
+            )
+    if run.evaluate.protocol.kind == "clip-score" and not has_captions:
+        yield (
             f"protocol clip-score compares images with captions, and data '{data.kind}' give none: set {field}, or "
             "choose another protocol"
-        ),
-    )
-    yield Need(
-        judging_asks,
-        data_has,
-        lambda _: (
+        )
+    has_held_out = captioning is not None and captioning.kind == "templates" and bool(captioning.held)
+    if run.evaluate.captions == "held" and not has_held_out:
+        yield (
             f"evaluate.captions=held asks for templates that are held out, and {field}.held names none: name some, or "
             "set evaluate.captions=seen"
-        ),
-    )
+        )
 
 
-def _size_needs(run: RunParts) -> Iterator[Need]:
-    """Images of several sizes need a net that takes them, and no teacher's pairs, which are squares."""
+def _size_faults(run: RunParts, buckets: str) -> Iterator[str]:
+    """Images of several sizes need a net that takes them, and no teacher's pairs, which are squares.
+
+    `buckets` is the dotted path of the field that gives them these sizes.
+    """
     net = run.net
-    teacher = run.teacher
-    field = buckets_field(run.data)
-    asks = _true_names({"several sizes": field is not None})
-    yield Need(
-        asks,
-        _true_names({"several sizes": net.kind in NETS_OF_ANY_SIZE}),
-        lambda _: f"net '{net.kind}' is made for one size, and {field} has several: set {field}=null, or net.kind=dit",
-    )
-    yield Need(
-        asks,
-        _true_names({"several sizes": not (teacher and teacher.pairs)}),
-        lambda _: f"teacher.pairs are squares, and {field} has other shapes: set {field}=null, or teacher.pairs=null",
-    )
+    if net.kind not in NETS_OF_ANY_SIZE:
+        yield f"net '{net.kind}' is made for one size, and {buckets} has several: set {buckets}=null, or net.kind=dit"
+    if run.teacher and run.teacher.pairs:
+        yield f"teacher.pairs are squares, and {buckets} has other shapes: set {buckets}=null, or teacher.pairs=null"
 
 
-def _formula_needs(run: RunParts) -> Iterator[Need]:
-    """The objective must have formulas for the run's path, and for jumps up to the noise where its times make some."""
-    objective = run.objective
+def _formula_faults(objective: Objective, path: str) -> Iterator[str]:
+    """The objective must have formulas for this kind of path, and for jumps up to the noise if its times make some."""
     formulas = objective.needs.formulas
-    yield Need(
-        [run.path.kind],
-        formulas.paths,
-        lambda path: f"objective '{objective.kind}' has its formulas for path {_quoted(formulas.paths)}, not '{path}'",
-    )
-    yield Need(
-        _true_names({"jumps up": objective.times.climbs}),
-        _true_names({"jumps up": formulas.climbs}),
-        lambda _: (
+    if path not in formulas.paths:
+        yield f"objective '{objective.kind}' has its formulas for path {_quoted(formulas.paths)}, not '{path}'"
+    if objective.times.climbs and not formulas.climbs:
+        yield (
             f"objective.times.both_ways makes jumps up to the noise, for which objective '{objective.kind}' has no "
             "formulas: set objective.times.both_ways=false, or take objective.kind=f2d2 or meanflow"
-        ),
-    )
+        )
 
 
-def _precondition_needs(run: RunParts) -> Iterator[Need]:
+def _precondition_faults(run: RunParts) -> Iterator[str]:
     """A preconditioned net gives velocities on the linear path, at positive times: the run must ask for no more."""
-    precondition = run.net.precondition
     objective = run.objective
-    if precondition == "none":
-        return
-    asks = _true_names({f"the negative times of objective '{objective.kind}'": objective.needs.signed})
-    asks += [f"path '{run.path.kind}'", *(f"head '{head}'" for head in sorted(objective.needs.heads))]
-    yield Need(
-        asks,
-        ["path 'linear'", *(f"head '{head}'" for head in PRECONDITIONED_HEADS)],
-        lambda name: (
-            f"net.precondition '{precondition}' is made for velocities (heads {_quoted(PRECONDITIONED_HEADS)}) on path "
-            f"'linear', not for {name}: set net.precondition=none"
-        ),
-    )
+    excess: list[str] = []
+    if objective.needs.signed:
+        excess.append(f"the negative times of objective '{objective.kind}'")
+    if run.path.kind != "linear":
+        excess.append(f"path '{run.path.kind}'")
+    excess += [f"head '{head}'" for head in sorted(objective.needs.heads) if head not in PRECONDITIONED_HEADS]
+    for name in excess:
+        yield (
+            f"net.precondition '{run.net.precondition}' is made for velocities (heads "
+            f"{_quoted(PRECONDITIONED_HEADS)}) on path 'linear', not for {name}: set net.precondition=none"
+        )
 
 
-def _class_needs(run: RunParts) -> Iterator[Need]:
-    """Guidance in training needs classes to guide by."""
-    trained = _trained_guidance(run.objective)
-    if trained is None:
-        return
-    yield Need(
-        ["classes"],
-        _true_names({"classes": has_classes(run.data)}),
-        lambda _: (
-            f"{trained.field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set "
-            f"{trained.off}"
-        ),
-    )
+def _class_faults(data: Data, objective: Objective) -> Iterator[str]:
+    """Guidance in training, by the objective's guide or its knobs, needs classes to guide by.
+
+    A guide may be active although its scale is 1.
+    """
+    needs = objective.needs
+    trained = GuidanceScale.of(needs)
+    is_guided = needs.guide.active if isinstance(needs.guide, Guide) else trained.scale != 1
+    if not is_guided:
+        if not needs.knobs:
+            return
+        trained = BY_KNOBS
+    if not has_classes(data):
+        yield (
+            f"{trained.field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {trained.off}"
+        )
 
 
-def _teacher_needs(run: RunParts) -> Iterator[Need]:
+def _teacher_faults(run: RunParts) -> Iterator[str]:
     """The teacher must give the velocity or trajectories that the objective learns from, and nothing it cannot use."""
     objective = run.objective
     teacher = run.teacher
     needs = objective.needs.teacher
-    gives = _true_names(
-        {
-            "velocity": teacher is not None and not teacher.pairs,
-            "trajectories": teacher is not None and bool(teacher.pairs),
-        }
-    )
-    must_learn_from: list[str] = []
+    gives_velocity = teacher is not None and not teacher.pairs
+    gives_trajectories = teacher is not None and bool(teacher.pairs)
+    missing = ""
     pairs = "null"
     if needs.points:
-        must_learn_from = ["trajectories"]
         pairs = "{count: 8192}"
-    elif needs.velocity == "must":
-        must_learn_from = ["velocity"]
-    yield Need(
-        must_learn_from,
-        gives,
-        lambda name: (
-            f"objective '{objective.kind}' learns from a teacher's {name}: set teacher.source to the folder of a run "
-            f"that has a velocity, and teacher.pairs={pairs}"
-        ),
-    )
-    yield Need(
-        gives,
-        _true_names({"velocity": needs.velocity != "no", "trajectories": True}),
-        lambda name: (
-            f"objective '{objective.kind}' learns from no {name}, so a teacher's says nothing to it: set "
+        if not gives_trajectories:
+            missing = "trajectories"
+    elif needs.velocity == "must" and not gives_velocity:
+        missing = "velocity"
+    if missing:
+        yield (
+            f"objective '{objective.kind}' learns from a teacher's {missing}: set teacher.source to the folder of a "
+            f"run that has a velocity, and teacher.pairs={pairs}"
+        )
+    if gives_velocity and needs.velocity == "no":
+        yield (
+            f"objective '{objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
             "teacher.pairs, or teacher=null"
-        ),
-    )
+        )
 
 
-def _named_needs(run: RunParts) -> Iterator[Need]:
-    """The knobs that sampling sets, and the heads that `start.heads` fills, must be among the objective's."""
-    objective = run.objective
-    started_heads = run.start.heads if run.start else ()
-    yield _field_need("sample.knobs", run.sample.knobs, objective.needs.knobs, objective.kind, "knob")
-    yield _field_need("start.heads", started_heads, objective.needs.heads, objective.kind, "head")
-
-
-def _field_need(field: str, asks: Collection[str], has: Collection[str], objective: str, noun: str) -> Need:
-    """The names that a field gives must be among those that an objective has; `noun` says what they name."""
-    valid = f"its {noun}s are {', '.join(has)}" if has else f"it has none: set {field}={{}}"
-    return Need(asks, has, lambda name: f"{field}.{name}: objective '{objective}' has no such {noun}, {valid}")
-
-
-def _true_names(facts: Mapping[str, bool]) -> list[str]:
-    """The names of the facts that are true, in order."""
-    return [name for name, is_true in facts.items() if is_true]
+def _name_faults(
+    field: str, names: Collection[str], known: Collection[str], objective: str, noun: str
+) -> Iterator[str]:
+    """The names that a field gives must be among those that the objective has; `noun` says what they name."""
+    valid = f"its {noun}s are {', '.join(known)}" if known else f"it has none: set {field}={{}}"
+    for name in names:
+        if name not in known:
+            yield f"{field}.{name}: objective '{objective}' has no such {noun}, {valid}"
 
 
 def _quoted(names: Collection[str]) -> str:
@@ -248,19 +191,6 @@ def ways_to_captions(data: Data) -> str:
         f"Give them, {files}, or make them of the classes' names, {templates}; or take random codes for the classes, "
         f"{codes}, and the model reads no prompt"
     )
-
-
-def _trained_guidance(objective: Objective) -> GuidanceScale | None:
-    """The guidance that is trained into the net, by the objective's guide or its knobs; None: there is none.
-
-    A guide may be active although its scale is 1.
-    """
-    needs = objective.needs
-    trained = GuidanceScale.of(needs)
-    is_guided = needs.guide.active if isinstance(needs.guide, Guide) else trained.scale != 1
-    if is_guided:
-        return trained
-    return BY_KNOBS if needs.knobs else None
 
 
 def has_classes(data: Data) -> bool:

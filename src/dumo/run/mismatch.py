@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from dumo.config.check import require
-from dumo.config.conditions import Conditions, shown
+from dumo.config.conditions import shown
 from dumo.config.need import buckets_field, captions_field
 from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
@@ -29,25 +29,28 @@ if TYPE_CHECKING:
 
 def check_built(run: RunParts) -> None:
     """Raise UserError for the first mismatch of a net with its data, path, pipeline, slope, compiler or teacher."""
-    require(_editing_faults(run.data, run.net))
+    if run.data.captions or run.net.texts:
+        require(_editing_faults(run.data, run.net))
     net = outline(run, short=True)
-    default_side = run.net.side if is_pretrained(run.net) else 0
-    require(
-        _patch_faults(run.data, net),
-        _position_faults(run.data, net, default_side),
-        _schedule_faults(run.path, run.net),
-    )
+    if buckets_field(run.data):
+        require(_patch_faults(run.data, net))
+    if is_dualized(net) and net.max_patches is not None:
+        default_side = run.net.side if is_pretrained(run.net) else 0
+        require(_position_faults(run.data, net.patch, net.max_patches, default_side))
+    if is_pretrained(run.net) or isinstance(run.path, Diffusion):
+        require(_schedule_faults(run.path, run.net))
     slope = slope_of(run.objective)
     if slope:
         slope.check(run.train.precision, run.net.time_scale)
-    require(_compiler_faults(run.train, run.objective.needs, run.net, net, run.data.classes))
+    if run.train.compile != "none":
+        require(_compiler_faults(run.train, run.objective.needs, run.net, net, run.data.classes))
     if run.teacher and run.teacher.kind == "base":
         require(_base_teacher_faults(net, run.net, run.path))
 
 
 def _editing_faults(data: Data, spec: Net) -> Iterator[str]:
     """Images to edit without a model that edits, and such a model without images."""
-    source = getattr(Conditions(data).captions, "source", None)
+    source = getattr(data.captions, "source", None)
     texts = spec.texts
     family = texts.family if texts and texts.kind == "pipeline" else None
     edits = family is not None and family.edits_images
@@ -84,18 +87,16 @@ def _bucket_sides(data: "Images | Latents") -> list[int]:
     return sides
 
 
-def _position_faults(data: Data, net: nn.Module, default_side: int) -> Iterator[str]:
+def _position_faults(data: Data, patch: int, max_patches: int, default_side: int) -> Iterator[str]:
     """Images of more patches along a side than a pretrained model has positions for.
 
-    default_side: the pixels along a side of the pipeline's default image; 0: it has none.
+    `patch` is the side of its patches, `default_side` the pixels along a side of the pipeline's default image; 0: it
+    has none.
     """
-    if not is_dualized(net) or net.max_patches is None:
-        return
-    max_patches = net.max_patches
     longest = max(data.shape[1:])  # in latents, or pixels where there is no codec
     pixels = shown(data).shape[1:]
-    pixels_per_patch = net.patch * max(pixels) // longest
-    patches = longest // net.patch
+    pixels_per_patch = patch * max(pixels) // longest
+    patches = longest // patch
     if patches > max_patches:
         field = "data.images.side" if is_latents(data) else "data.side"
         size = " x ".join(f"{side:,}" for side in pixels)
@@ -108,7 +109,7 @@ def _position_faults(data: Data, net: nn.Module, default_side: int) -> Iterator[
         )
     bucket_field = buckets_field(data)
     if bucket_field and has_images(data):
-        bucket_patches = max(side // net.patch for side in _bucket_sides(data))
+        bucket_patches = max(side // patch for side in _bucket_sides(data))
         if bucket_patches > max_patches:
             yield (
                 f"pipeline has a model with positions for {max_patches} patches a side, and {bucket_field} has "
@@ -135,10 +136,9 @@ def _schedule_faults(path: FlowPath, spec: Net) -> Iterator[str]:
 
 def _compiler_faults(train: Train, needs: Needs, spec: Net, net: nn.Module, classes: int) -> Iterator[str]:
     """Blocks of which torch makes no single graph with a dual slope, and a loss if texts are looked up on the host."""
-    is_compiled = train.compile != "none"
     has_dual_slope = isinstance(needs.slope, DualSlope)
     has_uncompiled_blocks = is_dualized(net) and not net.family.compiles
-    if is_compiled and has_dual_slope and has_uncompiled_blocks:
+    if has_dual_slope and has_uncompiled_blocks:
         yield (
             f"train.compile = {train.compile}: torch cannot compile the blocks of this pipeline's model together with "
             "slope 'dual': set train.compile=none"

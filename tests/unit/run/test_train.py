@@ -1,7 +1,6 @@
 """A run trained, opened and sampled is the run that its folder says it is."""
 
 import json
-import re
 import threading
 import time
 from collections.abc import Callable
