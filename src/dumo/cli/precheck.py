@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dumo.config.source import RunText
+    from dumo.config.source import ChosenSource, RunText
 
 
 def read_run(
@@ -26,11 +26,12 @@ def read_run(
     """
     from dumo.config.label import require_captions, require_labels
     from dumo.config.place import require_run_folder
+    from dumo.config.source import read
     from dumo.run import shipped
 
     folder = shipped.find(word)
     require_run_folder(word, folder)
-    text = _read(folder)
+    text = read(folder)
     tree = _require_fields(text, settings)
     if prompt:
         require_captions(tree)
@@ -44,30 +45,34 @@ def read_source(word: str, settings: Sequence[str] | None) -> "RunText":
 
     Raises UserError where there is none, or it has not the fields of `settings`, those of --set.
     """
-    text = _read(word)
+    from dumo.config.source import read
+
+    text = read(word)
     _require_fields(text, settings)
     return text
 
 
-def read_source_or_images(word: str, out: Path | None, settings: Sequence[str] | None) -> "RunText | None":
-    """The text of what is trained: of a source of settings, or of the run that images are trained in.
+def read_source_or_images(
+    word: str, out: Path | None, settings: Sequence[str] | None
+) -> "tuple[ChosenSource, RunText | None]":
+    """What a word to train means, and its text: of a source of settings, or of the run that images are trained in.
 
-    `out` is the folder to train in; None: runs/NAME. None is returned where a run has yet to be proposed for images.
+    `out` is the folder to train in; None: runs/NAME. The text is None where a run has yet to be proposed for images.
     Raises UserError as `read_source`, and for a folder without images.
     """
-    from dumo.config.source import IMAGES_RECIPE, RUN_FILE, SHIPPED_PREFIX, choose, settings_of_images
+    from dumo.config.source import IMAGES_RECIPE, RUN_FILE, SHIPPED_PREFIX, choose, read, settings_of_images
 
     chosen = choose(word, out)
     if chosen.kind != "images":
-        return read_source(str(chosen.word), settings)
+        return chosen, read_source(str(chosen.word), settings)
     _require_images(word)
     folder = out or chosen.folder
     if (folder / RUN_FILE).is_file():
-        text = _read(folder)
+        text = read(folder)
         _require_fields(text, settings_of_images(text.tree, settings or ()))
-        return text
-    _require_fields(_read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_open=True)
-    return None
+        return chosen, text
+    _require_fields(read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_open=True)
+    return chosen, None
 
 
 def read_source_or_data(word: str, settings: Sequence[str] | None) -> "RunText | None":
@@ -111,13 +116,6 @@ def _require_images(word: str) -> None:
     from dumo.config.place import require_images
 
     require_images(word)
-
-
-def _read(source: str | Path) -> "RunText":
-    """The text of a source, as `dumo.config.source.read`."""
-    from dumo.config.source import read
-
-    return read(source)
 
 
 def _require_fields(text: "RunText", settings: Sequence[str] | None, *, is_net_open: bool = False) -> dict[str, Any]:

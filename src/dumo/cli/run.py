@@ -181,13 +181,12 @@ def train(
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
     """
-    text = precheck.read_source_or_images(source, folder, set_)
+    chosen, text = precheck.read_source_or_images(source, folder, set_)
 
-    from dumo.config.source import RUN_FILE, choose, settings_of_images
+    from dumo.config.source import RUN_FILE, settings_of_images
 
     # what to train, and where
     changes = set_ or []
-    chosen = choose(source, folder)
     are_images = chosen.kind == "images"
     folder = folder or chosen.folder
     goes_on = chosen.kind == "run" and chosen.folder == folder
@@ -210,7 +209,7 @@ def train(
     elif text is None:
         run = _propose_run(source, changes, minutes, device, ask=not yes)
         began = time.perf_counter()
-    elif chosen.kind != "run" or chosen.folder != folder:
+    elif not goes_on:
         run = load(text, [*chosen.settings, *changes])
 
     opened = open_job(

@@ -25,19 +25,23 @@ def advice(run: RunParts, sd: float | None = None) -> list[str]:
 
     `sd` is the standard deviation of the data, in their own unit; None or 0: not measured, and not compared.
     """
-    lines = [*_size_advice(run.net, run.shown_shape), *_reference_advice(run.objective, run.train)]
+    lines: list[str] = []
+    if is_pretrained(run.net) and run.net.side:
+        lines += _size_advice(run.net.side, run.shown_shape)
+    decay = run.objective.needs.ref
+    if decay is not None and run.train.ref == "self":
+        lines.append(_reference_advice(run.objective.kind, decay, run.train))
     if sd:
         lines += _deviation_advice(run.objective, run.net, run.path, sd)
     return lines
 
 
-def _size_advice(net: Net, pixels: Sequence[int]) -> list[str]:
+def _size_advice(side: int, pixels: Sequence[int]) -> list[str]:
     """A line where a pretrained model is tuned on images far larger or smaller than its pipeline makes, else [].
 
-    `pixels` is the shape of an image: channels, height, width.
+    `side` is that of the pipeline's default image, `pixels` the shape of an image: channels, height, width.
     """
-    side = net.side if is_pretrained(net) else None
-    if not side or 1 / MAX_SIDE_RATIO <= pixels[1] / side <= MAX_SIDE_RATIO:
+    if 1 / MAX_SIDE_RATIO <= pixels[1] / side <= MAX_SIDE_RATIO:
         return []
     return [
         f"the pipeline makes images of {side} x {side} pixels by default, and this run has {pixels[1]} x {pixels[2]}. "
@@ -45,19 +49,16 @@ def _size_advice(net: Net, pixels: Sequence[int]) -> list[str]:
     ]
 
 
-def _reference_advice(objective: Objective, train: Train) -> list[str]:
-    """A line where theta^- is the weights in training, and the objective's source averages them; else []."""
-    decay = objective.needs.ref
-    if decay is None or train.ref != "self":
-        return []
+def _reference_advice(objective: str, decay: float, train: Train) -> str:
+    """A line that theta^- is the weights in training, where the objective's source averages them by this `decay`."""
     fields = [f"train.ref={decay:g}"]
     if decay not in [ema.key for ema in train.ema]:
         averages = [ema.model_dump(mode="json") for ema in (*train.ema, Ema(decay=decay))]
         fields.insert(0, f"train.ema={shown(averages)}")
-    return [
-        f"objective '{objective.kind}' takes theta^- in its source from an average of the weights, of decay "
+    return (
+        f"objective '{objective}' takes theta^- in its source from an average of the weights, of decay "
         f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {settings(*fields)}"
-    ]
+    )
 
 
 def _deviation_advice(objective: Objective, net: Net, path: FlowPath, sd: float) -> list[str]:

@@ -75,7 +75,9 @@ def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
     """The run that a text describes, with `overrides` set. Raises as `load`."""
     tree = deepcopy(text.tree)
     override(tree, overrides)
-    _fill(tree, tree.get(RESOLVED))
+    resolved = tree.get(RESOLVED)
+    if isinstance(resolved, dict):  # anything else is left to validation
+        _fill(tree, resolved)
     return parse(Run, tree, text.name)
 
 
@@ -102,13 +104,11 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
         raise UserError(lines_of(explain(error, spec), name)) from error
 
 
-def _fill(tree: dict[str, Any], resolved: object) -> None:
+def _fill(tree: dict[str, Any], resolved: dict[str, Any]) -> None:
     """Set, in place, the fields of a tree that are missing or null to what was found when the run was first opened.
 
-    `resolved` has these values by dotted path; anything but a mapping is left to validation.
+    `resolved` has these values by dotted path.
     """
-    if not isinstance(resolved, dict):
-        return
     for field, value in resolved.items():
         if field in (CODE, GIVEN, PROPOSED):  # records of the run, no fields
             continue

@@ -221,7 +221,7 @@ def read(source: str | Path) -> RunText:
     recipe = recipe_of(source)
     if recipe is not None:
         name = f"recipe {recipe}"
-        return RunText(_over_base(_recipe_tree(recipe), name, None), name)
+        return RunText(_over_base(deepcopy(_parse_recipe(recipe)), name, None), name)
     trained_name = trained_name_of(source)
     if trained_name is not None:
         return read_file(trained.folder(trained_name) / RUN_FILE)
@@ -317,7 +317,7 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
     if isinstance(base, str):
         recipe = base.removeprefix(SHIPPED_PREFIX)
         if recipe in recipes.names():  # whatever lies next to the file
-            return _recipe_tree(recipe), f"recipe {recipe}", None
+            return deepcopy(_parse_recipe(recipe)), f"recipe {recipe}", None
         base_file = find_run_file(file.parent / user_path(base, "base")) if file else None
         if base_file:
             tree, _ = _parse_file(_yaml_text(base_file), base_file)
@@ -352,14 +352,9 @@ def _take_changed(tree: dict[str, Any], name: str) -> list[Noted]:
         ) from error
 
 
-def _recipe_tree(name: str) -> dict[str, Any]:
-    """The tree of a shipped recipe, as a copy that the caller may change."""
-    return deepcopy(_parse_recipe(name))
-
-
 @cache
 def _parse_recipe(name: str) -> dict[str, Any]:
-    """The tree of a shipped recipe, which no caller may change."""
+    """The tree of a shipped recipe, which no caller may change, since it is kept: take a copy to do so."""
     return _parse_mapping(recipes.text(name), f"recipe {name}")
 
 

@@ -98,7 +98,8 @@ class Digits(Spec):
 
     @model_validator(mode="after")
     def _require_possible(self) -> "Digits":
-        self.caption_texts()  # raises where templates do not fit the classes
+        if self.captions:
+            self.captions.all_captions(DIGIT_NAMES)  # raises where templates do not fit the classes
         if 0 < self.held < MIN_HELD_OUT:
             raise ValueError(
                 f"held = {self.held} images are too few to be judged against: hold {MIN_HELD_OUT} or more, or 0"

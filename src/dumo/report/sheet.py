@@ -13,6 +13,7 @@ out is drawn when the run resumes from that step.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import safetensors.torch
@@ -52,7 +53,6 @@ class Sheets:
         self.folder = folder / "sheets"
         self.strip_folder = folder / STRIP
         self.log_line = log_line
-        self.c = sheet_conditions(run.conditions)
         data = run.data
         self.has_strip = len(shown(data).shape) == 3
         if run.train.sheets and is_latents(data):
@@ -61,6 +61,11 @@ class Sheets:
                 data.codec.open(torch.device("cpu"))
 
             agreement.on_main_rank(open_codec)  # a missing codec ends the run now, not after weeks
+
+    @cached_property
+    def c(self) -> Tensor:
+        """The condition (n,) of each sample."""
+        return sheet_conditions(self.run.conditions)
 
     def draw(self, state: State, record: Record) -> None:
         """Draw what is due after this step: sheets, and samples of the strip. Every rank must call it.

@@ -166,7 +166,8 @@ def open_job(
             if minutes is not None:
                 fields.append(f"train.minutes={_minutes_in_all(index, step, minutes):g}")
             run = index.run(fields)
-        run = _with_steps_made(run, index, changes)
+        if run.train.minutes is not None and index.written:
+            run = _with_steps_made(run, index.written.run.train, index.folder, changes)
 
         # 2. resolve
         run_before = index.written.run if index.written else None
@@ -318,23 +319,22 @@ def _minutes_in_all(index: Index, step: int | None, minutes: float) -> float:
     return minutes + timing.seconds / SECONDS_PER_MINUTE if timing else minutes
 
 
-def _with_steps_made(run: Run, index: Index, changes: Sequence[str]) -> Run:
-    """The run with the steps that its folder has, where both end by the clock: they are found, not set.
+def _with_steps_made(run: Run, train_before: Train, folder: Path, changes: Sequence[str]) -> Run:
+    """A run that ends by the clock with the steps that its folder has, if that did, too: they are found, not set.
 
-    Raises UserError where `changes` set them of a run that is there, and ends by the clock now. Those of a command that
-    sets minutes, too, are what the run began with: it may be typed again.
+    `train_before` is how the run of the folder is trained. Raises UserError where `changes` set them of a run that is
+    there, and ends by the clock now. Those of a command that sets minutes, too, are what the run began with: it may be
+    typed again.
     """
-    if run.train.minutes is None or index.written is None:
-        return run
     is_set = {name: any(text.startswith(f"train.{name}=") for text in changes) for name in ("steps", "minutes")}
     if is_set["steps"] and not is_set["minutes"]:
         raise UserError(
-            f"{index.folder} ends after train.minutes={run.train.minutes:.4g}, whatever its steps: give it more by "
+            f"{folder} ends after train.minutes={run.train.minutes:.4g}, whatever its steps: give it more by "
             f"{option('minutes')}, or steps by {settings('train.minutes=null', 'train.steps=N')}"
         )
-    if index.written.run.train.minutes is None:
+    if train_before.minutes is None:
         return run
-    train = run.train.model_copy(update={"steps": index.written.run.train.steps})
+    train = run.train.model_copy(update={"steps": train_before.steps})
     return run.model_copy(update={"train": train})
 
 

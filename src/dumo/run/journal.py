@@ -426,8 +426,9 @@ class History:
         log_file = folder / LOG_FILE
 
         # take back what came after the step
+        has_log = log_file.exists()
         undone_rows = 0
-        if rewound or self.step == 0:
+        if has_log and (rewound or self.step == 0):
             undone_rows = sum(row["step"] > self.step for row in log.read_log(log_file))
         if self.step == 0 and undone_rows:
             yield (
@@ -446,7 +447,7 @@ class History:
                 )
             if undone_rows:
                 yield f"{undone_rows:,} rows of the log after it are kept in {log.undone_rows_path(log_file)}"
-        rows = log.rewind(log_file, self.step)
+        rows = log.rewind(log_file, self.step) if has_log else []
         if self.step > 0:
             manifest.rewind(folder / BEST_FOLDER, self.step)
         else:
@@ -455,10 +456,11 @@ class History:
                 yield f"the best weights of before it starts again are kept in {best_aside}"
 
         # compare the log with what the checkpoint lists
-        if self.logged not in (None, log.entry_of(log_file)):
+        if self.logged is not None and self.logged != log.entry_of(log_file):
             yield f"{log_file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
-        for first, last in log.gaps(rows, self.run.train.log_every):
-            yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
+        if rows:
+            for first, last in log.gaps(rows, self.run.train.log_every):
+                yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
 
         # note the run and its data
         write_run_file(self.run, folder, self.changed)
@@ -475,13 +477,14 @@ class History:
         ends_by_steps = self.run.train.minutes is None
         if ends_by_steps and self.train_before and self.train_before.schedule == self.run.train.schedule:
             yield from _schedule_lines(self.train_before, self.run.train.steps, self.step)
-        versions = software_versions()
-        for name in PROGRAMS:
-            version = versions[name]
-            version_before = self.versions.get(name, version)
-            if version_before != version:
-                yield (
-                    f"{name} is {version}, and was {version_before} up to step {self.step:,}: numbers may round "
-                    "otherwise"
-                )
+        if self.versions:
+            versions = software_versions()
+            for name in PROGRAMS:
+                version = versions[name]
+                version_before = self.versions.get(name, version)
+                if version_before != version:
+                    yield (
+                        f"{name} is {version}, and was {version_before} up to step {self.step:,}: numbers may round "
+                        "otherwise"
+                    )
         yield from advice(self.run, data_note.sd)

@@ -29,7 +29,7 @@ from dumo.config.need import ways_to_captions
 from dumo.config.source import CODE, GIVEN, RUN_FILE, encode_command
 from dumo.config.spec import Run
 from dumo.data import Data, has_images, is_images, is_latents
-from dumo.flow.path import Diffusion, FlowPath
+from dumo.flow.path import Diffusion
 from dumo.flow.reading import taught_readings
 from dumo.io import digest, trained
 from dumo.io.read import user_path
@@ -41,6 +41,7 @@ from dumo.run.weights import few_step_run
 from dumo.types import Spec, UserError
 
 if TYPE_CHECKING:
+    from dumo.config.teacher import Teacher
     from dumo.nets.table import TableTexts
 
 S = TypeVar("S", bound=Spec)
@@ -65,12 +66,26 @@ def resolve_remaining(run: Run) -> Run:
 
     Raises UserError as `resolve`.
     """
-    _require_velocity_to_teach(run)
-    data = _resolve_data(run)
-    net = _resolve_text_table(run.net, data)
-    path = _resolve_schedule(run.path, net)
-    resolved_run = run.model_copy(update={"data": data, "net": net, "path": path})
-    facts = _new_facts(run, resolved_run)
+    if run.teacher:
+        _require_velocity_to_teach(run, run.teacher)
+    data = run.data
+    net = run.net
+    path = run.path
+    if has_images(data):
+        data = _resolve_data(run)
+    if has_table(net.texts):
+        net = _resolve_text_table(net, net.texts, data)
+    if isinstance(path, Diffusion) and path.schedule is None and is_pretrained(net) and net.frame:
+        path = path.model_copy(update={"schedule": net.frame.schedule})
+    resolved_run = run
+    facts: dict[str, object] = {}
+    if data is not run.data or net is not run.net or path is not run.path:
+        resolved_run = run.model_copy(update={"data": data, "net": net, "path": path})
+        facts = _new_facts(run, resolved_run)
+    if CODE not in run.resolved:
+        codes = dict(codes_of(run))
+        if codes:
+            facts[CODE] = codes
     if not facts:
         return run
     check(resolved_run)
@@ -95,29 +110,16 @@ def _resolve_data(run: Run) -> Data:
         raise UserError(f"{error}. {ways_to_captions(run.data)}") from error
 
 
-def _resolve_text_table(net: Net, data: Data) -> Net:
+def _resolve_text_table(net: Net, texts: "TableTexts", data: Data) -> Net:
     """The net with the identity of its table of texts. Raises UserError where a new one is of other captions."""
-    texts = net.texts
-    if not has_table(texts):
-        return net
     resolved_net = net.model_copy(update={"texts": texts.with_identity()})
     if texts.identity is None:
         _require_captions(data, texts)
     return resolved_net
 
 
-def _resolve_schedule(path: FlowPath, net: Net) -> FlowPath:
-    """The path with the schedule of the net's pipeline, if it is a diffusion's and has none; another as it is."""
-    if not isinstance(path, Diffusion) or path.schedule is not None or not is_pretrained(net):
-        return path
-    frame = net.frame
-    if not frame:
-        return path
-    return path.model_copy(update={"schedule": frame.schedule})
-
-
 def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
-    """What resolving a run has changed, by field, and the hashes of its code where it has none yet."""
+    """What resolving a run has changed, by field."""
     facts: dict[str, object] = {}
     for field_difference in differences(run, resolved_run):
         facts[field_difference.field] = field_difference.now
@@ -131,26 +133,20 @@ def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
     path = resolved_run.path
     if isinstance(path, Diffusion) and path.schedule and path != run.path:
         facts["path.schedule"] = path.schedule.model_dump(mode="json")
-    if CODE not in run.resolved:
-        codes = dict(codes_of(run))
-        if codes:
-            facts[CODE] = codes
     return facts
 
 
-def _require_velocity_to_teach(run: Run) -> None:
+def _require_velocity_to_teach(run: Run, teacher: "Teacher") -> None:
     """Raise UserError where the teacher is a run whose objective has no velocity to learn from.
 
     It is the run of `teacher.source`, or the few-step run under a subject's adapters. A folder that is missing is
     skipped here, and refused where the run is opened.
     """
-    if run.teacher is None:
-        return
     other_fix = ""
-    if run.teacher.kind == "run":
+    if teacher.kind == "run":
         field = "teacher.source"
-        source = run.teacher.source
-    elif run.teacher.kind == "base" and run.start and run.has_subject:
+        source = teacher.source
+    elif teacher.kind == "base" and run.start and run.has_subject:
         field = "teacher.kind=base"
         source = run.start.source
         other_fix = "; or learn from the photographs alone, data.prior=null teacher=null"
@@ -223,27 +219,27 @@ def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
     if before:
         places_before = dict(places(before))
         words_before = paths_as_typed(before.resolved)
-    words: dict[str, str] = {}
+    given_words: dict[str, JsonValue] = {}
 
     def place(field: str, text: str, extra: JsonDict) -> str:
+        words = text
         is_unchanged = field in places_before and text in (places_before[field], words_before.get(field))
         if is_unchanged:
-            words[field] = words_before.get(field, text)
+            words = words_before.get(field, text)
             text = places_before[field]
-        else:
-            words[field] = text
-        if text in cast(list[str], extra.get("names", ())):
-            return text
-        return absolute_path(text, maybe=extra["where"] == "maybe")
+        if text not in cast(list[str], extra.get("names", ())):
+            text = absolute_path(text, maybe=extra["where"] == "maybe")
+        if words != text:
+            given_words[field] = words
+        return text
 
     placed_run = _in_places(run, place)
-    given_words: dict[str, JsonValue] = {}
-    for field, text in places(placed_run):
-        if words[field] != text:
-            given_words[field] = words[field]
-    resolved = _without_given(run.resolved)
+    resolved = dict(run.resolved)
+    resolved.pop(GIVEN, None)
     if given_words:
         resolved[GIVEN] = given_words
+    if placed_run is run and resolved == run.resolved:
+        return run
     return placed_run.model_copy(update={"resolved": resolved})
 
 
@@ -255,16 +251,13 @@ def paths_as_typed(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
     return {field: str(text) for field, text in words.items()}
 
 
-def _without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """What was resolved, without the words that places were given in."""
-    return {name: value for name, value in resolved.items() if name != GIVEN}
-
-
 def as_given(run: Run) -> Run:
     """The run with its places in the words that they were given in; of an absolute path the last part alone."""
     words = paths_as_typed(run.resolved)
     run_as_given = _in_places(run, lambda field, text, _: without_path(words.get(field, text)))
-    return run_as_given.model_copy(update={"resolved": _without_given(run.resolved)})
+    resolved = dict(run.resolved)
+    resolved.pop(GIVEN, None)
+    return run_as_given.model_copy(update={"resolved": resolved})
 
 
 def without_path(place: str) -> str:
