@@ -30,7 +30,8 @@ def faults(run: RunParts) -> Iterator[str]:
     yield from _formula_faults(run.objective, run.path.kind)
     if run.net.precondition != "none":
         yield from _precondition_faults(run)
-    yield from _class_faults(run.data, run.objective)
+    if not has_classes(run.data):
+        yield from _class_faults(run.data, run.objective)
     yield from _teacher_faults(run)
     yield from _name_faults("sample.knobs", run.sample.knobs, needs.knobs, run.objective.kind, "knob")
     if run.start:
@@ -109,7 +110,7 @@ def _precondition_faults(run: RunParts) -> Iterator[str]:
 
 
 def _class_faults(data: Data, objective: Objective) -> Iterator[str]:
-    """Guidance in training, by the objective's guide or its knobs, needs classes to guide by.
+    """Guidance in training, by the objective's guide or its knobs, needs classes to guide by, and these data have none.
 
     A guide may be active although its scale is 1.
     """
@@ -120,10 +121,7 @@ def _class_faults(data: Data, objective: Objective) -> Iterator[str]:
         if not needs.knobs:
             return
         trained = BY_KNOBS
-    if not has_classes(data):
-        yield (
-            f"{trained.field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {trained.off}"
-        )
+    yield f"{trained.field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {trained.off}"
 
 
 def _teacher_faults(run: RunParts) -> Iterator[str]:

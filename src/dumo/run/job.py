@@ -91,7 +91,7 @@ class Job:
     """A run opened for training, with all parts that training needs."""
 
     run: Run  # resolved
-    index: Index  # what the folder held when it was opened
+    index: Index  # its folder, and what that held when it was opened
     device: torch.device
     tell: Tell  # silent except on rank 0
     data: DataSource
@@ -107,11 +107,6 @@ class Job:
     net_outline: nn.Module  # the net on the meta device, without values
     step_flops: float | None  # operations of a step, for one image; None: not counted, since the run is short
     began: float  # by `stopwatch.wall_clock`: from when its time counts, if it ends by the clock
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return self.index.folder
 
 
 @contextmanager

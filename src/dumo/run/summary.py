@@ -46,19 +46,22 @@ def training_summary(
     steps done, and `timing` how far it is by the clock, if it ends by that.
     """
     unit = "images" if len(run.shown_shape) == 3 else "points"
+    cost_text = ""
+    if isinstance(run.objective.needs.slope, CentralSlope):
+        cost_text = _dual_hint(net, run)
+    length_text = f"steps {step:,} to {run.train.steps:,}"
+    if timing is not None:
+        length_text = _time_left_text(step, timing)
     return (
         f"training {folder} on {_layout_text(run.train.share, device)}: "
         f"data {run.data.kind} ({_data_text(run, size, unit)}), "
         f"net {run.net.kind} ({_weights_text(net)}), "
-        f"{_dual_hint(net, run)}"
-        f"{_length_text(step, run.train.steps, timing)} of {run.train.batch:,} {unit}"
+        f"{cost_text}{length_text} of {run.train.batch:,} {unit}"
     )
 
 
-def _length_text(step: int, steps: int, timing: Timing | None) -> str:
-    """From which step to which one a run goes on, or for how long."""
-    if timing is None:
-        return f"steps {step:,} to {steps:,}"
+def _time_left_text(step: int, timing: Timing) -> str:
+    """For how long a run goes on that ends by the clock."""
     promised = duration_text(timing.promised_seconds)
     return f"{duration_text(timing.seconds_left)} of {promised} are left, from step {step:,} on, each"
 
@@ -92,9 +95,7 @@ def _weights_text(net: nn.Module) -> str:
 
 
 def _dual_hint(net: nn.Module, run: Run) -> str:
-    """What a step costs, and would with dual numbers, if the derivative is a central difference of passes; else ""."""
-    if not isinstance(run.objective.needs.slope, CentralSlope):
-        return ""
+    """What a step of central differences costs, and what it would with dual numbers; "" if the net takes none."""
     dual = run.objective.model_copy(update={"slope": DualSlope()})
     try:
         dual_units = cost.forward_units(net, dual, run.path, run.data.shape, ref=run.train.ref)

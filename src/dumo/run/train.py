@@ -39,7 +39,7 @@ from dumo.runtime.progress import Bar, bar_of_seconds, no_bar
 from dumo.runtime.text import duration_text
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, frozen, loop
-from dumo.training.deadline import DRAW, JUDGE, Countdown, minutes_to_prepare
+from dumo.training.deadline import DRAW, JUDGE, Countdown, Timing, minutes_to_prepare
 from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
 from dumo.training.record import Record
 from dumo.training.spec import Train
@@ -98,6 +98,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     """
     run = job.run
     state = job.state
+    folder = job.index.folder
     if not dist.is_main():
         bar = no_bar
 
@@ -107,7 +108,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
 
     # 2. note it in the folder, once all ranks have read what is there
     if job.teacher:
-        job.teacher.require_same(job.folder)
+        job.teacher.require_same(folder)
     dist.barrier()
     history = job.history  # None except on rank 0
 
@@ -122,14 +123,14 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     if job.teacher:
         points = run.objective.needs.teacher.points
         with threads.fewer_when_busy(job.device, job.tell):
-            source = job.teacher.training_source(job.data, points, run.path, run.data, job.folder, job.device, bar)
+            source = job.teacher.training_source(job.data, points, run.path, run.data, folder, job.device, bar)
 
     # 4. open the journal
     step_threads = _step_threads_of(job)
-    countdown = _countdown_of(job)
+    countdown = _countdown_of(job, state.timing) if state.timing else None
     journal = Journal(
         run=run,
-        folder=job.folder,
+        folder=folder,
         device=job.device,
         checkpoints=job.index.checkpoints,
         source=source,
@@ -160,7 +161,8 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         first_note = "no step is left"
     run_hooks = list(journal.hooks)
     if job.sheets:
-        run_hooks.append(loop.Every(1, _sheets_hook(job.sheets, run.train, countdown)))
+        draw_sheets = _timed_drawing(job.sheets, run.train, countdown) if countdown else job.sheets.draw
+        run_hooks.append(loop.Every(1, draw_sheets))
 
     # what the bar counts: steps, or seconds
     total = run.train.steps
@@ -180,7 +182,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             step_threads,
             journal.saver,
             _prefetched(run, source, flow, job.device) as (batch_at, draws_at),
-            bar(f"training {job.folder.name}", total) as tick,
+            bar(f"training {folder.name}", total) as tick,
         ):
             tick(units_done(), first_note)
             job.meter.begin(state.step)
@@ -201,10 +203,10 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             loop.train(state, flow, batch_at, run.train, all_hooks, journal.due, draws_at, countdown and countdown.read)
     except Diverged as error:
         last_good_step = state.step - state.skips
-        hint = agreement.on_main_rank(lambda: resume_hint(run.train, job.folder, job.index.checkpoints, last_good_step))
+        hint = agreement.on_main_rank(lambda: resume_hint(run.train, folder, job.index.checkpoints, last_good_step))
         raise Diverged(f"{error} {hint}") from error
     if countdown and countdown.late_seconds is not None:
-        job.tell(_late_text(job.folder, countdown.late_seconds))
+        job.tell(_late_text(folder, countdown.late_seconds))
     if job.best_folder:
         best_line = agreement.on_main_rank(job.best_folder.describe)
         if best_line:
@@ -220,7 +222,7 @@ def _lines_before(job: Job) -> list[str]:
         training_summary(
             run,
             job.net_outline,
-            job.folder,
+            job.index.folder,
             size=job.data.size,
             step=state.step,
             timing=state.timing,
@@ -238,7 +240,7 @@ def _lines_before(job: Job) -> list[str]:
     if is_dualized(state.net) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
     if state.is_over(run.train):
-        lines.append(way_on(job.folder, run.train))
+        lines.append(way_on(job.index.folder, run.train))
     return lines
 
 
@@ -251,10 +253,8 @@ def _late_text(folder: Path, late_seconds: float) -> str:
     )
 
 
-def _countdown_of(job: Job) -> Countdown | None:
-    """What reads the clock of a job that ends by it; None: it ends by its steps."""
-    if job.state.timing is None:
-        return None
+def _countdown_of(job: Job, timing: Timing) -> Countdown:
+    """What reads the clock of a job that ends by it."""
 
     def work_after(step: int) -> Iterator[str]:
         if job.validation and step % job.validation.every == 0:
@@ -262,13 +262,11 @@ def _countdown_of(job: Job) -> Countdown | None:
         if job.sheets and job.run.train.is_sheet_due(step):
             yield DRAW
 
-    return Countdown(job.state.timing, job.began, stopwatch.wall_clock, work_after)
+    return Countdown(timing, job.began, stopwatch.wall_clock, work_after)
 
 
-def _sheets_hook(sheets: Sheets, train: Train, countdown: Countdown | None) -> Callable[[State, Record], None]:
-    """The hook that draws sheets, and notes how long they take where that matters."""
-    if countdown is None:
-        return sheets.draw
+def _timed_drawing(sheets: Sheets, train: Train, countdown: Countdown) -> Callable[[State, Record], None]:
+    """The hook that draws sheets, and notes how long they take, in a run that ends by the clock."""
 
     def draw(state: State, record: Record) -> None:
         began = countdown.seconds()

@@ -24,10 +24,15 @@ def randomly_initialized_net(run: Run, device: torch.device) -> nn.Module:
     """
     spec = cut_to_two_blocks(with_random_texts_if_missing(run.net))
     net = build(run.model_copy(update={"net": spec}), device)
+    subject_part = None  # of the name of a weight in an adapter of a subject
+    if run.net.lora:
+        from dumo.nets.adapter import SUBJECT
+
+        subject_part = f".{SUBJECT}."
     with torch.no_grad():
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=stream(run.train.seed, STREAM_KEY, name)).to(p)
-            if _belongs_to_subject(run.net, name):
+            if subject_part and subject_part in name:
                 noise = SUBJECT_SCALE * noise
             if p.ndim > 1:
                 fan_in = p[0].numel()
@@ -35,16 +40,6 @@ def randomly_initialized_net(run: Run, device: torch.device) -> nn.Module:
             else:
                 p.copy_(p + VECTOR_NOISE * noise)
     return net
-
-
-def _belongs_to_subject(net: Net, name: str) -> bool:
-    """Whether the weight of this name belongs to an adapter of a subject."""
-    if not net.lora:
-        return False
-
-    from dumo.nets.adapter import SUBJECT
-
-    return f".{SUBJECT}." in name
 
 
 def with_random_texts_if_missing(net: Net) -> Net:
