@@ -280,10 +280,11 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     shape that expands to p's. `push` is a function of a module: it must not close over anything. Raises NoRule where an
     operand would lose gradients.
     """
-    if not _any_has_tangent(operands) or _state.primal_only:
+    if _state.primal_only:
         return p
     has_grad = torch.is_grad_enabled()
     tangents: list[Tensor | Later | None] = []
+    has_tangent = False
     is_later = False
     recorded = False
     for x in operands:  # every operation of every net comes by: one loop, no generators
@@ -294,9 +295,12 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
             raise NoRule(
                 "a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients"
             )
+        has_tangent = True
         tangents.append(_in_dtype_of(x.p, x.t))
         is_later = is_later or isinstance(x.t, Later)
         recorded = recorded or x.recorded
+    if not has_tangent:
+        return p
     if is_later:
         saved_tensors, writes = detach_saved(saved)
         return pair(p, Later(p.shape, p.dtype, push, tuple(tangents), saved_tensors, writes))
@@ -319,14 +323,6 @@ def primal_only() -> Generator[None, None, None]:
         yield
     finally:
         _state.primal_only = was_primal_only
-
-
-def _any_has_tangent(operands: Iterable[object]) -> bool:
-    """Whether one of the operands moves; `_tree_has_tangent` looks inside lists and dicts, too, and is slower."""
-    for x in operands:  # noqa: SIM110, a generator takes three times as long
-        if isinstance(x, Dual) and x.t is not None:
-            return True
-    return False
 
 
 def _has_no_dual(operands: Iterable[object]) -> bool:

@@ -43,8 +43,6 @@ from dumo.runtime.progress import bar, no_bar, print_line
 if TYPE_CHECKING:
     from dumo.config.spec import Run
     from dumo.nets import Net
-    from dumo.report.sheet import Sheets
-    from dumo.run.job import Tell
     from dumo.training.loop import Every
     from dumo.training.spec import Train
 
@@ -197,6 +195,7 @@ def train(
     began = time.perf_counter()  # `stopwatch.wall_clock`: the time of a run that goes on counts from here
 
     from dumo.config.load import load
+    from dumo.report.sheet import Sheets
     from dumo.run.job import open_job
     from dumo.run.train import train_job
 
@@ -222,12 +221,17 @@ def train(
         step=step,
         accept=accept,
         verify=verify,
-        sheets=_open_sheets,
+        sheets=Sheets,
         minutes=more_minutes,
         began=began,
         bar=bar,
     )
-    with _tracked(folder, track) as hooks, opened as job:
+    tracked: AbstractContextManager[Sequence[Every]] = nullcontext(())  # the hooks that send its log to a tracker
+    if track is not None:
+        from dumo.report.feed import live_feed
+
+        tracked = live_feed(folder, track, print_line)
+    with tracked as hooks, opened as job:
         if chosen.kind != "recipe":  # a path may hold several things
             print_line(f"source: {chosen.meaning}")
         run = job.run
@@ -252,23 +256,6 @@ def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:
     if has_run:
         hint += f". To go on with its run:  {train_call(folder, minutes=minutes)}"
     return hint
-
-
-def _tracked(folder: Path, tracker_name: str | None) -> AbstractContextManager["Sequence[Every]"]:
-    """The hooks by which a training sends its log to a tracker; none without one."""
-    if tracker_name is None:
-        return nullcontext(())
-
-    from dumo.report.feed import live_feed
-
-    return live_feed(folder, tracker_name, print_line)
-
-
-def _open_sheets(run: "Run", folder: Path, tell: "Tell") -> "Sheets":
-    """What draws the sheets of a run that has some (`train.sheets`)."""
-    from dumo.report.sheet import Sheets
-
-    return Sheets(run, folder, tell)
 
 
 def _missing_of_protocol(run: "Run") -> str | None:

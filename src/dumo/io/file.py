@@ -46,7 +46,9 @@ def atomic_write(path: Path, *, writer: int | str | None = None, durable: bool =
     `writer` is different for each that may write this path at once; None: this process. `durable`: wait for the disk.
     Raises OSError, which names `path`, for a full disk or a forbidden folder; what `path` was before then stays.
     """
-    temp_path = temp_path_for(path, _writer_id() if writer is None else writer)
+    if writer is None:
+        writer = f"{machine_id()}-{os.getpid()}"  # among writers from any machine
+    temp_path = temp_path_for(path, writer)
     _being_written.add(temp_path.absolute())
     try:
         require_in_place(path)
@@ -209,11 +211,6 @@ def require_in_place(path: Path) -> None:
                 "Rename it back or mount it, and the same command resumes from its last checkpoint; if the run's "
                 "folder was deleted, that starts a new run"
             )
-
-
-def _writer_id() -> str:
-    """The name of this process among writers from any machine."""
-    return f"{machine_id()}-{os.getpid()}"
 
 
 def machine_id() -> str:
