@@ -15,7 +15,7 @@ from typing import Any, cast
 import jinja2
 
 from dumo.config.conditions import shown
-from dumo.config.load import identity
+from dumo.config.difference import identity
 from dumo.config.place import EVALUATION_FILE
 from dumo.config.spec import Run
 from dumo.config.word import method

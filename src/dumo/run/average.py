@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dumo.config.load import Written, identity
+from dumo.config.difference import identity
+from dumo.config.history import RecordedRun
 from dumo.config.place import require_run_folder
 from dumo.config.source import RunText, trained_name_of
 from dumo.io import file as files
@@ -150,7 +151,7 @@ def average(source: str, std: float, out: Path | None = None, *, text: RunText |
     return AverageResult(file, last_step, len(snapshots), error)
 
 
-def _hash_snapshots(folder: Path, written: Written, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
+def _hash_snapshots(folder: Path, written: RecordedRun, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
     """The SHA-256 of each snapshot, by its path in the run's folder.
 
     Raises UserError for one of another run, step or width. Those from before they said these are taken as their place

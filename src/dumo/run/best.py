@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
-from dumo.config.load import identity
+from dumo.config.difference import identity
 from dumo.config.spec import Run
 from dumo.evaluation.metric import higher_is_better
 from dumo.run.folder import BEST_FOLDER
@@ -42,7 +42,7 @@ class BestFolder:
     """The best weights of a run in training."""
 
     def __init__(self, run: Run, run_folder: Path, identities: Set[str] = frozenset()) -> None:
-        """Open nothing yet. `identities` are those of the run that the folder holds (`Written.identities`).
+        """Open nothing yet. `identities` are those of the run that the folder holds (`RecordedRun.identities`).
 
         Weights that were written under one of them, or under that of `run`, are this run's own.
         """

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from dumo.config.load import Difference, Written, differences, run_of
+from dumo.config.difference import Difference, differences
+from dumo.config.history import RecordedRun
+from dumo.config.load import run_of
 from dumo.config.source import RUN_FILE, Noted, RunText, file_state, parse_text, read_file
 from dumo.config.spec import Run
 from dumo.run import datanote
@@ -26,7 +28,7 @@ FUNCTION = ("data", "net", "objective", "path")  # parts of a run that say what 
 
 
 @dataclass(frozen=True)
-class CheckpointRun(Written):
+class CheckpointRun(RecordedRun):
     """The run that a checkpoint holds, with what was changed before its step."""
 
     name: str
@@ -50,7 +52,7 @@ class CheckpointRun(Written):
         run_text = parse_text(text, checkpoint.path / manifest.RUN)
         return cls(run_of(run_text), run_text.changed, checkpoint.path.name, checkpoint.manifest.step)
 
-    def differences_from(self, written: Written) -> list[Difference]:
+    def differences_from(self, written: RecordedRun) -> list[Difference]:
         """The differences of a run.yaml from this run with the changes that run.yaml notes since its step."""
         changes_since = [change for change in written.past if change.step >= self.step]
         return [
@@ -58,7 +60,7 @@ class CheckpointRun(Written):
             *differences(self.replayed(changes_since), written.run),
         ]
 
-    def lines(self, run_differences: Sequence[Difference], written: Written) -> list[str]:
+    def lines(self, run_differences: Sequence[Difference], written: RecordedRun) -> list[str]:
         """The differences from a run.yaml in words, a line each."""
         changed_since = {change.field for change in written.past if change.step >= self.step}
         lines: list[str] = []
@@ -71,7 +73,7 @@ class CheckpointRun(Written):
 def later_changes_of_function(past: Sequence[Noted], step: int) -> list[Difference]:
     """The changes, accepted after `step`, of fields that make another function of the weights of that step."""
     return [
-        Difference(change.field, change.was, change.now, may=False)
+        Difference(change.field, change.was, change.now, may_change=False)
         for change in past
         if change.accepted and change.step > step and change.field.split(".")[0] in FUNCTION and not change.of_data
     ]
@@ -101,9 +103,9 @@ class Index:
         return cls(folder, text, Checkpoints(folder / "checkpoints"))
 
     @cached_property
-    def written(self) -> Written | None:
+    def written(self) -> RecordedRun | None:
         """The run of run.yaml, and what had changed in it. Raises UserError where it is no run."""
-        return Written.of(self.text) if self.text else None
+        return RecordedRun.from_text(self.text) if self.text else None
 
     def run(self, overrides: Sequence[str]) -> Run:
         """The run of run.yaml with these fields changed. Raises UserError where there is none, or it is no run."""

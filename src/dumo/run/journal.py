@@ -21,7 +21,8 @@ import torch
 from dumo.autodiff import float64
 from dumo.config.advice import advice
 from dumo.config.change import shown
-from dumo.config.load import RUN_FILE, dump, identity
+from dumo.config.difference import identity
+from dumo.config.load import RUN_FILE, dump
 from dumo.config.place import LOG_FILE
 from dumo.config.source import Noted
 from dumo.config.spec import Run
@@ -393,7 +394,7 @@ class History:
         noted_fingerprint = index.data_note.fingerprint if index.data_note else None
         fingerprint = source.fingerprint()
         written = run_before_step(index, last)
-        changed = written.changes(run, step) if written else []
+        changed = written.changes_to_record(run, step) if written else []
         if last and noted_fingerprint is not None and noted_fingerprint != fingerprint:
             if not accept:
                 raise datacheck.changed_data_error(

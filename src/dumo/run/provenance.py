@@ -2,7 +2,7 @@
 
 A checkpoint has the run as it was up to its step, with what had changed by then; run.yaml may have been edited since. A
 field that makes another function, training or sample must be the same in both, or be noted as changed at that step or
-later. Files of weights alone have a hash of their run (`dumo.config.load.identity`).
+later. Files of weights alone have a hash of their run (`dumo.config.difference.identity`).
 
 Training calls `require_same_run` before it resumes, and `run_before_step` for what has changed since. Who reads a run's
 weights calls `require_own_checkpoint` or `require_own_weights`; `require_place` is for files of weights in the folder.
@@ -13,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from dumo.config.code import require_same_code
-from dumo.config.load import Written, differences, identity
+from dumo.config.difference import differences, identity
+from dumo.config.history import RecordedRun
 from dumo.config.source import RUN_FILE
 from dumo.config.spec import Run
 from dumo.run.index import CheckpointRun, Index, later_changes_of_function
@@ -32,7 +33,7 @@ def require_own_checkpoint(run: Run, index: Index, checkpoint: Checkpoint, place
     trained_run = index.run_of(checkpoint)
     if trained_run is None:
         return
-    written = Written(run, index.written.past if index.written else ())
+    written = RecordedRun(run, index.written.past if index.written else ())
     lines = trained_run.lines(trained_run.differences_from(written), written)
     _require_no_differences(index.folder, place, lines)
     require_same_code(run, trained_run.run.resolved, index.folder)
@@ -44,7 +45,7 @@ def require_own_weights(run: Run, index: Index, place: Path) -> None:
     if checkpoint and checkpoint.path.resolve().parent == index.checkpoints.folder.resolve():
         require_own_checkpoint(run, index, checkpoint, place)
         return
-    written = Written(run, index.written.past if index.written else ())
+    written = RecordedRun(run, index.written.past if index.written else ())
     trained_run = CheckpointRun.read(checkpoint) if checkpoint else None
     owner = identity(trained_run.run) if trained_run else facts_of(place).get("run")
     if owner is not None and owner not in written.identities():
@@ -77,8 +78,8 @@ def _require_no_differences(folder: Path, place: Path, lines: list[str]) -> None
 def require_place(file: Path, identities: Set[str], kind: str, step: int, **facts: object) -> None:
     """Raise UserError where a file of weights alone is of another run, or is not what its place in the folder says.
 
-    `identities` are those of the run (`Written.identities`). What a file does not say is taken: it is from before it
-    was written down.
+    `identities` are those of the run (`RecordedRun.identities`). A file from before a fact was written down lacks it,
+    and is not refused for that.
     """
     facts_in_file = facts_of(file)
     owner = facts_in_file.get("run")
@@ -123,18 +124,18 @@ def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) 
 
     way_out = f"or take them as they are by {option('accept', True)}, which notes them in {RUN_FILE}"
     if trained_run:
-        edited = [difference for difference in trained_run.differences_from(written) if not difference.may]
+        edited = [difference for difference in trained_run.differences_from(written) if not difference.may_change]
         if edited:
             lines = [f"{index.folder / RUN_FILE} is not as it was trained:", *trained_run.lines(edited, written)]
             raise UserError("\n  ".join(lines) + f"\nPut these fields back, {way_out}")
-    requested = [difference for difference in differences(written.run, run) if not difference.may]
+    requested = [difference for difference in differences(written.run, run) if not difference.may_change]
     if requested:
         lines = [f"{index.folder} holds another run:", *map(str, requested)]
         other_folder = f"Give another folder with {option('out')}, or remove this one"
         raise UserError("\n  ".join(lines) + f"\n{other_folder}, {way_out}")
 
 
-def run_before_step(index: Index, checkpoint: Checkpoint | None) -> Written | None:
+def run_before_step(index: Index, checkpoint: Checkpoint | None) -> RecordedRun | None:
     """The run that the steps up to a checkpoint were of, and what had changed in it; None: none was written down.
 
     The checkpoint says so; one from before they did leaves it to run.yaml.
@@ -146,4 +147,4 @@ def run_before_step(index: Index, checkpoint: Checkpoint | None) -> Written | No
     if trained_run is None:
         return written
     later_changes_of_data = [change for change in written.past if change.of_data and change.step >= trained_run.step]
-    return Written(trained_run.run, [*trained_run.past, *later_changes_of_data])
+    return RecordedRun(trained_run.run, [*trained_run.past, *later_changes_of_data])

@@ -24,7 +24,8 @@ from dumo.config.check import check
 from dumo.config.code import codes_of
 from dumo.config.conditions import Conditions
 from dumo.config.conditions import shown as shown_data
-from dumo.config.load import differences, load, parse
+from dumo.config.difference import differences
+from dumo.config.load import load, parse
 from dumo.config.need import ways_to_captions
 from dumo.config.source import CODE, GIVEN, RUN_FILE, encode_command
 from dumo.config.spec import Run

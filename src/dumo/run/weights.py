@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dumo.config import trust
 from dumo.config.change import shown
 from dumo.config.code import require_same_code
-from dumo.config.load import Difference, Written, difference, differences
+from dumo.config.difference import Difference, difference_lines, differences
+from dumo.config.history import RecordedRun
 from dumo.config.parts import RunParts
 from dumo.config.place import require_run_folder
 from dumo.config.source import RunText
@@ -111,9 +112,9 @@ class RunFolder:
 
     @property
     def identities(self) -> set[str]:
-        """The identities of the run (`Written.identities`)."""
+        """The identities of the run (`RecordedRun.identities`)."""
         written = self.index.written
-        return Written(self.run, written.past if written else ()).identities()
+        return RecordedRun(self.run, written.past if written else ()).identities()
 
     @cached_property
     def sha256(self) -> str:
@@ -175,7 +176,7 @@ def _require_trained(index: Index, run: Run) -> None:
     """Raise UserError where a run is opened with other fields than may be set, or its images lie where others are."""
     assert index.written, "a run's folder has a run.yaml"
     trained_run = index.written.run
-    differing_fields = list(difference(trained_run, run))
+    differing_fields = list(difference_lines(trained_run, run))
     if differing_fields:
         raise UserError(
             f"{index.folder} is already trained, so these fields cannot be changed here:\n  "
@@ -458,4 +459,4 @@ def _part_differences(part_name: str, was: Spec, now: Spec) -> list[Difference]:
     """The fields in which two parts of a run of this name differ."""
     if type(was) is type(now):
         return [*differences(was, now, f"{part_name}.")]
-    return [Difference(part_name, was.model_dump(mode="json"), now.model_dump(mode="json"), may=False)]
+    return [Difference(part_name, was.model_dump(mode="json"), now.model_dump(mode="json"), may_change=False)]

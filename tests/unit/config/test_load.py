@@ -9,7 +9,8 @@ import pytest
 
 from contract.case import members
 from dumo.config import recipes
-from dumo.config.load import RUN_FILE, difference, differences, dump, load, summary
+from dumo.config.difference import difference_lines, differences
+from dumo.config.load import RUN_FILE, dump, load, summary
 from dumo.config.source import FORMAT, KEY, Noted, choose, read
 from dumo.flow.solver import Heun, Hop
 from dumo.objectives import FlowMatching, Objective
@@ -60,7 +61,7 @@ def test_a_dump_is_complete(name: str, tmp_path: Path) -> None:
     found = leaves(tree)
     again = load(str(file), [f"{path}={json.dumps(value)}" for path, value in found.items()])  # each by its path
     assert again == run
-    assert list(difference(again, run)) == []
+    assert list(difference_lines(again, run)) == []
     assert {"train.optimizer.eps", "train.schedule.kind", "sample.solver.kind", "path.kind"} <= found.keys()
     assert {path for path in found if path.startswith("objective.times.")}
 
@@ -140,7 +141,7 @@ PINNED += [
 
 def changed(*overrides: str) -> list[str]:
     """What differs between a run and the run with overrides."""
-    return list(difference(load("digits", PINNED), load("digits", [*PINNED, *overrides])))
+    return list(difference_lines(load("digits", PINNED), load("digits", [*PINNED, *overrides])))
 
 
 def test_free_fields_may_differ() -> None:
@@ -180,7 +181,7 @@ def test_free_fields_may_differ() -> None:
 def test_difference(override: str, line: str, may: bool) -> None:
     """What is told of a field, and whether it may change where a run goes on."""
     assert [one.startswith(line) for one in changed(override)] == [True]
-    assert [one.may for one in differences(load("digits", PINNED), load("digits", [*PINNED, override]))] == [may]
+    assert [one.may_change for one in differences(load("digits", PINNED), load("digits", [*PINNED, override]))] == [may]
 
 
 def test_difference_tells_each_field_from_left_to_right() -> None:
@@ -189,8 +190,10 @@ def test_difference_tells_each_field_from_left_to_right() -> None:
         "train.batch: 128 there, 16 asked",
         "train.seed: 0 there, 4 asked",
     ]
-    assert list(difference(Hop(), Hop(start=0.5))) == ["start: 1.0 there, 0.5 asked"]
-    assert list(difference(Ema(decay=0.5), Ema(decay=0.5, ramp=False), "a.")) == ["a.ramp: true there, false asked"]
+    assert list(difference_lines(Hop(), Hop(start=0.5))) == ["start: 1.0 there, 0.5 asked"]
+    assert list(difference_lines(Ema(decay=0.5), Ema(decay=0.5, ramp=False), "a.")) == [
+        "a.ramp: true there, false asked"
+    ]
 
 
 def test_every_slope_and_precision_may_change() -> None:

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 import dumo
 from dumo.config.check import check_pieces
-from dumo.config.load import difference, load
+from dumo.config.difference import difference_lines
+from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.run.resolve import resolve
 from dumo.types import UserError
@@ -235,5 +236,5 @@ def test_show_knows_all_guidance_in_training(recipe: str, word: str, scale: floa
 def test_guidance_in_sampling_is_free_to_change() -> None:
     run = load("digits", [*GUIDED, "sample.guide.interval.high=0.8"])
     assert (run.sample.guide.scale, run.sample.guide.interval.high) == (2, 0.8)
-    assert not list(difference(load("digits", GUIDED[:1]), run))
+    assert not list(difference_lines(load("digits", GUIDED[:1]), run))
     assert not load("moons").sample.guide.active

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dumo.config.conditions import Conditions
-from dumo.config.load import differences, dump, identity, load
+from dumo.config.difference import differences, identity
+from dumo.config.load import dump, load
 from dumo.config.source import parse_text
 from dumo.data import Images
 from dumo.data.augment import Edm

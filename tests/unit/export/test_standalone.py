@@ -17,7 +17,8 @@ import torch
 
 import encoders
 from autoencoder import taef2
-from dumo.config.load import identity, load, parse
+from dumo.config.difference import identity
+from dumo.config.load import load, parse
 from dumo.config.recipes import names
 from dumo.config.spec import Run
 from dumo.data import Latents

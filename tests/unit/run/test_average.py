@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dumo.config.load import identity
+from dumo.config.difference import identity
 from dumo.config.spec import Run
 from dumo.io import digest
 from dumo.io.weights import load as load_weights

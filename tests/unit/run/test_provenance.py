@@ -12,7 +12,8 @@ import yaml
 from torch import Tensor
 
 from dumo.config.change import shown
-from dumo.config.load import RUN_FILE, dump, identity, load
+from dumo.config.difference import identity
+from dumo.config.load import RUN_FILE, dump, load
 from dumo.config.source import RESOLVED, Noted
 from dumo.config.spec import Run
 from dumo.run.index import CheckpointRun
