@@ -1,10 +1,15 @@
-"""What a command's words name is looked up and read here as the command begins, and thus before torch is imported.
+"""Early checks of a command's arguments: what they name is looked up and read here, before torch is imported.
 
-Each entrance `read_...` returns the text that it read (`RunText`), and the command hands that on, so that no file is
-read twice. `require_evaluated` and `require_logged` look without reading. All look first at the place
-(`dumo.config.place`), then at the names and types of the settings there and of --set (`dumo.config.fault`).
+A command calls one of these first:
 
-What is found here is refused by the same lines later on, when Python calls the same functions without a command line.
+- `read_run`, `read_source`, `read_source_or_images` and `read_source_or_data` return the text that they read
+  (`RunText`). The command hands it on, so that no file is read twice.
+- `require_plan`, `require_evaluated` and `require_logged` look without reading.
+
+Each looks first at the place (`dumo.config.place`), then at the names and types of the settings there and of --set
+(`dumo.config.fault`). Callers from Python get the same messages, from the functions that these call.
+
+Most imports are inside the functions: a command is charged with those that it needs.
 """
 
 from collections.abc import Sequence
@@ -13,25 +18,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dumo.config.source import ChosenSource, RunText
+    from dumo.config.source import RunText
 
 
 def read_run(
     word: str, settings: Sequence[str] | None, *, labels: str | None = None, prompt: Sequence[str] | None = None
 ) -> "RunText":
-    """The text of the run whose folder a word names, or of a trained run that dumo brings.
+    """Read the text of the run whose folder `word` names, or of a trained run that dumo brings.
 
-    `settings` are those of --set, `labels` of --labels or --classes, `prompt` of --prompt. Raises UserError where there
-    is no such run, or it has not these fields, these classes, or captions.
+    `settings` are the values of --set, `labels` the value of --labels or --classes, `prompt` the values of --prompt.
+    Raises UserError where there is no such run; where the run lacks a field of `settings` or a class of `labels`; and
+    where `prompt` is given, and the run has no captions.
     """
     from dumo.config.label import require_captions, require_labels
     from dumo.config.place import require_run_folder
-    from dumo.config.source import read
     from dumo.run import shipped
 
     folder = shipped.find(word)
     require_run_folder(word, folder)
-    text = read(folder)
+    text = _read(folder)
     tree = _require_fields(text, settings)
     if prompt:
         require_captions(tree)
@@ -41,52 +46,54 @@ def read_run(
 
 
 def read_source(word: str, settings: Sequence[str] | None) -> "RunText":
-    """The text of the recipe, file of settings or run's folder that a word names.
+    """Read the text of the recipe, file of settings or run's folder that `word` names.
 
-    Raises UserError where there is none, or it has not the fields of `settings`, those of --set.
+    Raises UserError where there is none, or where it lacks a field of `settings`, the values of --set.
     """
-    from dumo.config.source import read
-
-    text = read(word)
+    text = _read(word)
     _require_fields(text, settings)
     return text
 
 
-def read_source_or_images(
-    word: str, out: Path | None, settings: Sequence[str] | None
-) -> "tuple[ChosenSource, RunText | None]":
-    """What a word to train means, and its text: of a source of settings, or of the run that images are trained in.
+def read_source_or_images(word: str, out: Path | None, settings: Sequence[str] | None) -> "RunText | None":
+    """Read the text of the run to train.
 
-    `out` is the folder to train in; None: runs/NAME. The text is None where a run has yet to be proposed for images.
-    Raises UserError as `read_source`, and for a folder without images.
+    `word` names settings, as for `read_source`, or images. For images, the text is that of the run in `out`, the folder
+    to train in (None: runs/NAME). Returns None where no run is there yet, and one has to be proposed. Raises UserError
+    as `read_source`, and for a folder without images.
     """
-    from dumo.config.source import IMAGES_RECIPE, RUN_FILE, SHIPPED_PREFIX, choose, read, settings_of_images
+    from dumo.config.place import require_images
+    from dumo.config.source import IMAGES_RECIPE, RUN_FILE, SHIPPED_PREFIX, choose, settings_of_images
 
     chosen = choose(word, out)
     if chosen.kind != "images":
-        return chosen, read_source(str(chosen.word), settings)
-    _require_images(word)
+        return read_source(str(chosen.word), settings)
+    require_images(word)
     folder = out or chosen.folder
     if (folder / RUN_FILE).is_file():
-        text = read(folder)
+        text = _read(folder)
         _require_fields(text, settings_of_images(text.tree, settings or ()))
-        return chosen, text
-    _require_fields(read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_open=True)
-    return chosen, None
+        return text
+    _require_fields(_read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_chosen_later=True)
+    return None
 
 
 def read_source_or_data(word: str, settings: Sequence[str] | None) -> "RunText | None":
-    """The text of a source of settings; None where a word names images. Raises UserError as `read_source_or_images`."""
+    """Read the text of the settings that `word` names; None where it names images.
+
+    Raises UserError as `read_source`, and for a folder without images.
+    """
+    from dumo.config.place import require_images
     from dumo.config.source import choose
 
     if choose(word).kind != "images":
         return read_source(word, settings)
-    _require_images(word)
+    require_images(word)
     return None
 
 
 def require_plan(word: str) -> None:
-    """Raise UserError where a word ends as a YAML file does, and there is none."""
+    """Raise UserError where `word` ends in .yaml or .yml, and there is no such file."""
     from dumo.error import UserError
 
     if word.endswith((".yaml", ".yml")) and not Path(word).is_file():
@@ -111,30 +118,32 @@ def require_logged(words: Sequence[str]) -> None:
         require_log(shipped.find(word))
 
 
-def _require_images(word: str) -> None:
-    """Raise UserError where a folder has no images."""
-    from dumo.config.place import require_images
+def _read(source: str | Path) -> "RunText":
+    """Read the text of a source, as `dumo.config.source.read`."""
+    from dumo.config.source import read
 
-    require_images(word)
+    return read(source)
 
 
-def _require_fields(text: "RunText", settings: Sequence[str] | None, *, is_net_open: bool = False) -> dict[str, Any]:
-    """The plain values of a run's text, with `settings` of --set.
+def _require_fields(
+    text: "RunText", settings: Sequence[str] | None, *, is_net_chosen_later: bool = False
+) -> dict[str, Any]:
+    """Return the plain values of a run's text, with `settings` of --set.
 
-    `is_net_open`: the kind of the net is chosen later, for this machine, so its fields are not looked up unless --set
-    says the kind. Raises UserError, one line per mistake, where they have fields that no run has.
+    `is_net_chosen_later`: the kind of net will be chosen for this machine. Then the net's fields are looked up only
+    where --set says its kind. Raises UserError, one line per mistake, for fields that no run has.
     """
     from dumo.config.change import override
     from dumo.config.fault import faults
 
     tree = deepcopy(text.tree)
-    if is_net_open:
+    if is_net_chosen_later:
         tree["net"] = {}
     override(tree, settings or ())
-    found = faults(tree)
-    if found:
+    mistakes = faults(tree)
+    if mistakes:
         from dumo.config.line import lines_of
         from dumo.error import UserError
 
-        raise UserError(lines_of(found, text.name))
+        raise UserError(lines_of(mistakes, text.name))
     return tree
