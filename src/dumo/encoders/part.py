@@ -31,7 +31,7 @@ TRANSFORMERS = "model"  # NAME of models of transformers
 DIFFUSERS_FILE = f"{DIFFUSERS}{SUFFIX}"  # plain weights in one file
 TRANSFORMERS_FILE = f"{TRANSFORMERS}{SUFFIX}"
 VARIANTS = (None, "fp16", "bf16")  # in order of preference; None: plain
-PICKLES = {  # of the same models, which are refused
+PICKLES = {  # pickled weights of these models; dumo refuses them
     DIFFUSERS: ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json"),
     TRANSFORMERS: ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 }
@@ -60,14 +60,16 @@ class PartWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first tensor. Raises UserError for a damaged file."""
+        """The dtype of the first tensor; opens the first file. Raises UserError where that is damaged."""
         tensors = weights.load(self.files[0])
         return next(iter(tensors.values())).dtype
 
     def build_model(self, model_class: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:  # noqa: ANN401, of others
         """A model of diffusers or transformers with these weights, and its library's report of how they fit.
 
-        Raises what the library does. Pickles and the network are never used.
+        The library finds the files by itself. By the same variant and safetensors alone it takes those of `files`, for
+        NAME is its own and it, too, prefers one file to shards. Raises what the library does. Pickles and the network
+        are never used.
         """
         return model_class.from_pretrained(
             self.files[0].parent,
@@ -117,8 +119,8 @@ def find_weights(folder: Path, name: str) -> PartWeights | None:
 def require_weights(folder: Path, name: str, field: str, way_out: str) -> PartWeights:
     """The weights of a folder that dumo opens, NAME being `name`.
 
-    Raises UserError, which names the field of a run and ends in the way out, where there are none, shards are missing,
-    or the weights are pickles.
+    Raises UserError where there are none, shards are missing, or the weights are pickles. `field` is the field of a run
+    that the message names; `way_out` ends the message with what to do.
     """
     part_weights = find_weights(folder, name)
     if part_weights is not None:
@@ -129,9 +131,9 @@ def require_weights(folder: Path, name: str, field: str, way_out: str) -> PartWe
             raise UserError(f"{field}: {folder} lacks {missing[0]}, which {candidate.index.name} lists: {way_out}")
     for pickle in PICKLES[name]:
         if (folder / pickle).is_file():
+            weights_pickle = folder / PICKLES[name][0]
             # tied weights of transformers are no safetensors as they stand, so no command converts them
-            with weights.open_safetensors(folder / PICKLES[name][0], convert=name == DIFFUSERS):
-                raise AssertionError("a pickle is refused by its name")
+            raise UserError(weights.pickle_refusal(weights_pickle, hint="", convert=name == DIFFUSERS))
     variants = " or ".join(f".{variant}" for variant in VARIANTS if variant)
     raise UserError(
         f"{field}: {folder} has no weights ({name}{SUFFIX}, in one file or in shards, plain or {variants}): {way_out}"
@@ -150,7 +152,7 @@ def _candidates(folder: Path, name: str) -> Iterator[PartWeights]:
 
 def _listed_files(index: Path) -> tuple[Path, ...]:
     """The files that an index lists. Raises UserError where it lists none, or files of another folder."""
-    with foreign(f"{index} lists no files", TAKE_ANOTHER):
+    with foreign(f"{index} lists no files", TAKE_ANOTHER):  # whatever is raised inside becomes a UserError
         names = sorted(set(read_settings(index, TAKE_ANOTHER)["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("weight_map names no files of its folder")

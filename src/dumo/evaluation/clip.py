@@ -3,8 +3,11 @@
 `ClipProtocol` is the spec; its `evaluator` opens the data with all captions, loads the CLIP, and returns a
 `ClipEvaluator`, which scores samples when all of them have come.
 
-The score is the mean of 100 cosines, clipped at 0. It depends on which CLIP, so its hash stands on the card, and no two
-CLIPs share a table. More is better, as far as real images with their captions.
+An image scores 100 * max(cosine with its caption, 0), and the result is the mean over images. More is better, as far as
+real images with their captions. The score depends on which CLIP makes it, so the report's card has the CLIP's hash, and
+no two CLIPs share a table.
+
+The report fixes two names: `_sd` and `sd` are standard errors of a mean, and `splits` is the number of images.
 """
 
 from dataclasses import dataclass
@@ -61,33 +64,35 @@ class ClipProtocol(Protocol):
         if self.model is None:
             raise UserError(f"protocol {self.kind} needs {self.missing}")
         assert context.captions, "a run without captions is refused"
-        data, c, texts = context.captions()
+        data, sample_c, texts = context.captions()
         model = clip.load(user_path(self.model, MODEL_FIELD), MODEL_FIELD, context.device)
-        real_x, real_c = data.reference(MAX_REAL, context.seed)
+        x, c_of_x = data.reference(MAX_REAL, context.seed)  # a finite data set may give more than are asked for
+        real_x = x[:MAX_REAL]
+        real_c = c_of_x[:MAX_REAL]
         config = model.model.config.vision_config
         facts = {
             "features": f"CLIP {config.hidden_size} wide, patches of {config.patch_size}, {model.side} pixels",
             "features_sha256": model.sha256,
-            "reference": "captions, as '{}'",
+            "reference": "captions, as '{}'",  # the prompt's template: the caption alone
             "resize": f"Pillow, bicubic, to {model.side}, the middle",
             "rounding": "0 to 255",
         }
-        return ClipEvaluator(model, c, tuple(texts), real_x[:MAX_REAL], real_c[:MAX_REAL], facts)
+        return ClipEvaluator(model, sample_c, tuple(texts), real_x, real_c, facts)
 
 
 @dataclass(frozen=True)
 class ClipEvaluator:
     """Compares samples with their captions. A sample whose condition is no caption does not count."""
 
-    clip: Clip
+    encoder: Clip  # of images and captions
     c: Cond  # (n,) of the samples: numbers of captions, or a higher number for none
     texts: tuple[str, ...]  # all captions
     real_x: Tensor  # images of the data
-    real_c: Tensor  # the number of a caption of each
+    real_c: Tensor  # the number of each one's caption, or a higher number for none
     facts: dict[str, str]  # for the report's card
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """`clip_score`, the mean over samples with captions, and `clip_score_sd`, its standard error.
+        """`clip_score`, the mean score of samples with captions, and `clip_score_sd`, its standard error.
 
         Raises UserError unless each sample comes once, and two or more have captions.
         """
@@ -103,13 +108,14 @@ class ClipEvaluator:
         c = self.real_c[is_captioned]
         if len(c) < 2:
             return {}
+        # sorted by caption and shifted by half: each image meets another caption, unless one has most of the images
         order = c.argsort()
         other_c = torch.empty_like(c)
-        other_c[order] = c[order].roll(len(c) // 2)  # another caption, unless one is of half of the images
+        other_c[order] = c[order].roll(len(c) // 2)
         return {"captions": self._baseline(x, c), "others": self._baseline(x, other_c)}
 
     def _baseline(self, x: Tensor, c: Cond) -> Scores:
-        """The mean score of real images x with the captions c (n,), as `mean`, `sd` and `splits`, their number."""
+        """The mean score of real images x (n, channels, h, w) with the captions c (n,), its error, and n."""
         mean, error = mean_and_error(self.score_pairs(x, c))
         return {"mean": mean, "sd": error, "splits": float(len(c))}
 
@@ -129,7 +135,7 @@ class ClipEvaluator:
         pixels = x.cpu().expand(-1, 3, -1, -1)
         cosines = torch.zeros(len(c))
         texts = [self.texts[k] for k in c[is_captioned].tolist()]
-        cosines[is_captioned] = self.clip.cosines(pixels[is_captioned], texts)
+        cosines[is_captioned] = self.encoder.cosines(pixels[is_captioned], texts)
         return COSINE_SCALE * cosines.clamp(min=0)
 
 

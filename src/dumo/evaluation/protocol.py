@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, runtime_checkable
-from typing import Protocol as Interface
+from typing import Protocol as Interface  # `Protocol` is the specs' base here
 
 import torch
 from jaxtyping import Int64
@@ -52,9 +52,9 @@ class Evaluator(Interface):
         ...
 
     def baselines(self) -> dict[str, Scores]:
-        """Scores to compare with, by the name of the baseline, such as `perfect`, those of a perfect sampler.
+        """Scores to compare with, by the name of the baseline: `perfect`, for one, has those of a perfect sampler.
 
-        The leading score is called `mean` there, and its deviation `sd`.
+        Each baseline has `mean` and `sd`: the leading score, and its standard deviation.
         """
         ...
 
@@ -68,17 +68,19 @@ class Context:
     seed: int = 0  # of draws from data without end
     device: torch.device | str = "cpu"
     tick: ImageTick | None = None  # is called while images of the data are read
-    captions: Callable[[], tuple[Data, Cond, Sequence[str]]] | None = None  # the data, captions of samples, all texts
-    c: Cond | None = None  # the classes (total,) of samples that others made; None: `Protocol.labels`
+    # opens the data, and gives the caption of each sample as an index (total,) into the texts, and all texts; None: the
+    # data have no captions
+    captions: Callable[[], tuple[Data, Cond, Sequence[str]]] | None = None
+    c: Cond | None = None  # the class (total,) of each sample, where others made the samples; None: `Protocol.labels`
     trained: Callable[[], Data] | None = None  # opens what was trained on, where `data` was held out of it
-    stored: Path | None = None  # features of the data (`dumo.evaluation.stored`), to compare with in their place
+    stored: Path | None = None  # a file of features of the data (`dumo.evaluation.stored`), read in place of the data
 
 
 class Protocol(Spec, ABC):
     """A named way to judge samples. `kind` fixes all defaults, and fields that differ from them show in `name`."""
 
     kind: Any  # a literal in each protocol; declared here to be the first field
-    samples: int | None = Field(default=None, ge=2, le=limits.SAMPLES)  # None: as many as the name says
+    samples: int | None = Field(default=None, ge=2, le=limits.SAMPLES)  # how many; None: `standard_samples`
 
     @property
     @abstractmethod
@@ -87,7 +89,10 @@ class Protocol(Spec, ABC):
 
     @abstractmethod
     def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Why samples of this decoded shape, in this number of classes, cannot be judged; "" where they can."""
+        """Why samples of this decoded shape, in this number of classes, cannot be judged; "" where they can.
+
+        The text is a predicate, which `check` puts after "protocol NAME": "judges images, not samples of shape (2,)".
+        """
 
     @abstractmethod
     def evaluator(self, context: Context) -> Evaluator:

@@ -1,17 +1,21 @@
 """Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) z + gamma(t) x, with data x and noise z.
 
-alpha weighs the noise, as in the paper (Eq. 1); in diffusers alpha weighs the data.
+alpha weighs the noise, as in DuMo's paper (Eq. 1); in diffusers alpha weighs the data.
 
 - `Linear` and `Trig` end at pure noise.
-- `Diffusion` stops at the schedule's last time T < 1, before pure noise (ADR 0008), so a sampler starts from
-  `initial_std` times noise.
+- `Diffusion` stops at the schedule's last time T < 1, before pure noise (ADR 0008).
 
-A loss calls `at`. A sampler starts from `initial_std` times noise, and asks `nearest_net_times` at which times it may
-call its net. `FlowPath` is the union of all paths, the type of a run's field `path`.
+`FlowPath` is their union, the type of a run's field `path`. Each path has
 
-x is the data in units of `sd`: data are divided by it before they meet the noise (`dumo.flow.draw`), and samples are
-multiplied by it (`dumo.flow.generate`). So constants that are meant for data of standard deviation 1 (noise levels, a
-Huber loss's c, EDM's preconditioning) are right for data of any standard deviation.
+- `at(x, z, t)`, which a loss calls: x_t, and the velocity v_t = dx_t/dt;
+- `alpha(t)` and `gamma(t)`, the weights of noise and data;
+- `initial_std`: a sampler starts from `initial_std` times noise;
+- `nearest_net_times(times)`: the times at which a sampler may call its net;
+- `sd`, the standard deviation of the data.
+
+x is the data in units of `sd`: `dumo.flow.draw` divides data by it before they meet the noise, and `dumo.flow.generate`
+multiplies samples by it. So constants that are meant for data of standard deviation 1 (noise levels, a Huber loss's c,
+EDM's preconditioning) are right for data of any standard deviation.
 """
 
 from collections.abc import Sequence
@@ -26,7 +30,7 @@ from dumo.types.family import LazySpec
 
 if TYPE_CHECKING:
     from dumo.flow.schedule import Schedule
-else:
+else:  # pydantic validates a schedule by its own module, which is imported when a run has one
     Schedule = Annotated[Any, LazySpec("dumo.flow.schedule:Schedule")]
 
 # The standard deviation of the data. It is not written into run.yaml if it is 1, the default.
@@ -101,9 +105,9 @@ class Trig(_EndsAtNoise):
 class Diffusion(Spec):
     """The linear path as far as a diffusion's schedule goes: alpha(t) = T t, gamma(t) = 1 - T t, v_t = T (z - x).
 
-    T is the schedule's last time, 0.936 in Stable Diffusion's. Beyond T the net was never trained; and at pure noise a
-    net that predicts the noise would say nothing of the data. Velocities and mean velocities u = (x_t - x) / t are per
-    unit of this t, so what holds of any path with its data at t = 0 holds here.
+    T is the schedule's last time, 0.936 in Stable Diffusion's. Beyond T the net was never trained. At pure noise a net
+    that predicts the noise would say nothing of the data. Velocities and mean velocities u = (x_t - x) / t are per unit
+    of this t. So what holds of any path with its data at t = 0 holds here.
     """
 
     kind: Literal["diffusion"] = "diffusion"
@@ -125,13 +129,14 @@ class Diffusion(Spec):
     def initial_std(self) -> float:
         """The standard deviation of a sampler's first x_t, in units of the noise.
 
-        diffusers starts from variance-preserving noise x_vp = z; on the linear path that is z sqrt(T^2 + (1 - T)^2).
+        diffusers starts from variance-preserving noise x_vp = z. A point of the linear path is its variance-preserving
+        one, x_t / sqrt(T^2 + (1 - T)^2), times that root. So this start is z sqrt(T^2 + (1 - T)^2).
         """
         last = self.known_schedule.last_time
         return (last * last + (1 - last) ** 2) ** 0.5
 
     def nearest_net_times(self, times: Sequence[float]) -> list[float]:
-        """The times of the schedule nearest to `times`, for stock programs call a net at whole indices alone.
+        """The times of the schedule nearest to `times`: the net was trained at the schedule's whole indices alone.
 
         `times` must fall. Raises UserError where there are more times than the schedule has.
         """
@@ -141,8 +146,9 @@ class Diffusion(Spec):
     def nearest_indices(self, times: Sequence[float]) -> list[int]:
         """The indices of the schedule's times that are nearest to `times`, falling, with no two equal.
 
-        `times` must fall. Where two times are nearest to one entry, the times above it take higher entries. Raises
-        UserError where there are more times than the schedule has.
+        `times` must fall. Where two times are nearest to one entry, the higher of them takes a higher entry; where too
+        few entries are left above, the lower one takes a lower entry. Raises UserError where there are more times than
+        the schedule has.
         """
         schedule = self.known_schedule
         if len(times) > schedule.steps:

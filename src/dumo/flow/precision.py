@@ -4,12 +4,13 @@
     tf32   on a GPU their factors are rounded to TF32, which keeps 10 of 23 bits; elsewhere as fp32
     bf16   autocast: layers compute in bf16, of 7 bits, what is sensitive in float32; weights and gradients stay float32
 
-- To set it: around a pass in evaluation, `using`. In training its two parts, each around what it is for:
-  `product_precision` around the whole loop, because it is a setting of the process that holds for backward passes, too;
-  `autocast` around each forward pass, because it keeps the weights that it has cast, so no optimizer may step inside.
+- To set it in evaluation: put `using` around a pass.
+- To set it in training, use its two halves separately. `product_precision` goes around the whole loop, because it is a
+  setting of the process, and backward passes need it, too. `autocast` goes around each forward pass, because it keeps
+  the weights that it has cast, so no optimizer may step inside.
 - To ask what holds now: `uses_tf32` and `precision_of`.
 - To refuse it: a loss that multiplies the rounding of its net calls `require_precise_passes` before it makes a pass.
-  `require_precision` is that rule for a precision by name.
+  `require_precision` is the same rule for a precision by name, before any net is built.
 - For single tensors that are stored in 16 bits: `to_float32` and `round_stochastically`.
 """
 
@@ -26,8 +27,8 @@ from dumo.types import Noised, Sample, UserError
 
 Precision = Literal["fp32", "tf32", "bf16"]
 HALVES = (torch.bfloat16, torch.float16)  # the floating-point types of 16 bits
-# By how much a loss may multiply the rounding of its net below fp32. Ours: rounding to bf16, 2^-8 of u, is then 8 % of
-# the residual.
+# By how much a loss may multiply the rounding of its net below fp32. Ours: bf16 rounds the net's output by 2^-8 of it;
+# 20 times that is 8 % of the loss's residual.
 MAX_GAIN = 20
 
 
@@ -84,7 +85,11 @@ def uses_tf32(device_type: str) -> bool:
 
 
 def precision_of(x: Sample) -> str:
-    """The name of the precision of a pass on x: "fp32", also for float64; "tf32"; or a dtype, with "autocast"."""
+    """The name of the precision in which a pass on x would compute now.
+
+    Under autocast the name is its dtype and "autocast"; for x in float32 or float64 "fp32", or "tf32" where float32 is
+    rounded to it; else the dtype of x.
+    """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
         return f"{dtype} autocast"
@@ -95,18 +100,19 @@ def precision_of(x: Sample) -> str:
     return str(x.dtype)
 
 
-def require_precise_passes(b: Noised, gain: float, kind: str) -> None:
+def require_precise_passes(noised: Noised, gain: float, kind: str) -> None:
     """Raise UserError where passes on this record, in the precision that holds now, are too coarse for an objective.
 
-    `gain` and `kind`: as in `require_precision`.
+    `gain` and `kind` are those of `require_precision`.
     """
-    require_precision(precision_of(b.x_t), gain, kind)
+    require_precision(precision_of(noised.x_t), gain, kind)
 
 
 def require_precision(precision: str, gain: float, kind: str) -> None:
-    """Raise UserError where passes of this precision are too coarse: below fp32 a gain above MAX_GAIN is refused.
+    """Raise UserError where passes of this precision are too coarse for objective `kind`.
 
-    gain: by how much objective `kind` multiplies the rounding of the net, at most; infinite: without bound.
+    `gain` is by how much the objective multiplies the rounding of the net, at most; infinite: without bound. Below fp32
+    a gain above MAX_GAIN is refused.
     """
     if gain > MAX_GAIN and precision != "fp32":
         times = "without bound" if isinf(gain) else f"by up to {gain:g}"
@@ -128,5 +134,5 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     `bits`: random whole numbers of x's shape, of which the last 16 bits count. What is not finite stays.
     """
     raised = x.contiguous().view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
-    cut = (raised & -0x10000).view(torch.float32)
+    cut = (raised & -0x10000).view(torch.float32)  # the mask clears the lower 16 bits
     return torch.where(x.isfinite(), cut, x).bfloat16()

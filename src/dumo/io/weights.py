@@ -6,7 +6,8 @@
 - Writing: `unshared` prepares tensors for safetensors.
 - `sha256` is the checksum of either, `title` its name.
 
-No pickle is read, for opening one can run any code: `conversion` is what a user runs instead.
+No pickle is read, for opening one can run any code: `conversion` is what a user runs instead, and `pickle_refusal` the
+message that says so.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -34,7 +35,7 @@ def open_safetensors(file: Path, hint: str = "", *, convert: bool = True) -> Gen
     file. `convert`: a pickle of these weights may be converted by `conversion`.
     """
     if file.suffix.lower() in PICKLES:  # refused also where it is missing, so that nobody fetches it
-        raise UserError(_pickle_refusal(file, hint, convert))
+        raise UserError(pickle_refusal(file, hint, convert))
     if not file.is_file():
         where = f". {hint}" if hint else ""
         raise UserError(f"{file}: there is no such file{where}")
@@ -43,7 +44,7 @@ def open_safetensors(file: Path, hint: str = "", *, convert: bool = True) -> Gen
             yield opened
     except SafetensorError as error:
         if _is_pickle(file):
-            raise UserError(_pickle_refusal(file, hint, convert)) from error
+            raise UserError(pickle_refusal(file, hint, convert)) from error
         way_out = f"{TAKE_ANOTHER}. {hint}" if hint else TAKE_ANOTHER
         raise UserError(f"{file} is damaged or is not safetensors ({brief(error)}): {way_out}") from error
 
@@ -169,7 +170,7 @@ def conversion(file: str, out: str) -> str:
     )
 
 
-def _pickle_refusal(file: Path, hint: str, convert: bool) -> str:
+def pickle_refusal(file: Path, hint: str, convert: bool) -> str:
     """Why a pickle is refused, and, if `convert`, how to convert it; `hint` comes last."""
     lines = [f"{file}: dumo reads no pickle, which can run code."]
     if convert:

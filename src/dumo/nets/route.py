@@ -1,24 +1,24 @@
 """Token routing: in training some tokens skip the middle blocks (TREAD, Krause et al. 2025, arXiv 2501.04765).
 
-The routed blocks are all but the `first` and the `last` ones. They process a random part of each row's tokens, and cost
-as much as these tokens: a guided exact step of XL/2 counts 4.95 F dense, 2.88 with half of them, 1.87 with a quarter
-(`dumo dry imagenet256-xl2-routed`, and with `--set net.route.share=0.75`). The other tokens wait, and come back
-unchanged behind the routed blocks. There are no new weights. Sampling is dense.
+The routed blocks are all but the `first` and the `last` ones of `Route`, the spec. They process a random part of each
+row's tokens. The other tokens come back unchanged behind them. There are no new weights, and sampling is dense.
+
+A block costs as much as the tokens that it processes. In forward passes F, a guided exact step of XL/2 counts
+4.95 F dense, 2.88 with half of them, 1.87 with a quarter (`dumo dry imagenet256-xl2-routed`, and with
+`--set net.route.share=0.75`).
 
 The order of events:
 
-1. `Route.mark_blocks` marks the routed blocks of a net, once.
+1. `Route.mark_blocks` marks the routed blocks of a net, once, when the net is built.
 2. In each training pass `Route.draw_split` draws which tokens are processed, as a `TokenSplit`.
 3. A DiT calls its `run_blocks`. A model of diffusers runs with the blocks of `blocks_with_routing` instead of its own.
 
 What this assumes:
 
-- Which tokens skip depends on row and step alone, by the keys of `dumo.flow.dropout`. So all passes of a step have the
-  same split: the one with gradients, V(c), V(null), and that of du/dt, which is then the derivative of the function
-  that is trained. TREAD has one pass a step, and needs no such key. `dropout.off`, under guidance, leaves routing on.
+- Which tokens skip depends on row and step alone, by the keys of `dumo.flow.dropout`. So all passes of a step split
+  alike, guided or not, and du/dt is the derivative of the function that is trained. `dropout.off` leaves routing on.
 - A tangent moves with its token, because selecting tokens is linear.
-- A target is made by passes of the routed net. An average such as theta^- is in the mode of sampling, and so dense: its
-  derivative is that of the dense function.
+- Targets are made by passes of the routed net. An average such as theta^- is in the mode of sampling, so it is dense.
 - A token knows its place before it is selected: waves are in it, and rotary tables are selected alike.
 - The same number of tokens skips in every row, so shapes are static.
 - A transformer of diffusers routes over all of its lists of blocks. Its text is never routed.
@@ -35,7 +35,7 @@ from dumo.flow.dropout import Keys, current, hashes, layer_keys
 from dumo.runtime.limits import BLOCKS
 from dumo.types import Array, Spec, UserError
 
-_KEY_LAYER = 1  # the keys of `dumo.flow.dropout` for routing; 0 are those of dropped words (`dumo.nets.text`)
+_ROUTING_LAYER = 1  # a layer of `dumo.flow.dropout` has keys of its own; layer 0 drops words (`dumo.nets.text`)
 
 
 class Route(Spec):
@@ -47,9 +47,10 @@ class Route(Spec):
     last: int = Field(default=3, ge=0, le=BLOCKS)  # blocks at the end that do
 
     def mark_blocks(self, blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
-        """Set `routed` in each block of a net, in their order. Copies of the net, and parts of it, keep the mark.
+        """Set `routed`, a bool, in each of the blocks of a net, in their order.
 
-        Raises UserError where no block is left between the first and the last.
+        All that runs or counts blocks reads it. Copies of the net, and parts of it, keep the mark. Raises UserError
+        where no block is left between the first and the last.
         """
         depth = len(blocks)
         if self.first + self.last >= depth:
@@ -61,20 +62,23 @@ class Route(Spec):
             block.routed = self.first <= i < depth - self.last  # pyright: ignore[reportArgumentType]
 
     def draw_split(self, b: int, n: int) -> "TokenSplit | None":
-        """Draw which of n tokens skip in each of b rows; None: none does. Raises RuntimeError as `dropout.current`."""
-        rows = current(b, route=True)
-        if rows is None or not self.share:
+        """Draw which of n tokens skip in each of b rows; None: none does, as in sampling.
+
+        Raises RuntimeError as `dropout.current`.
+        """
+        row_keys = current(b, route=True)
+        if row_keys is None or not self.share:
             return None
         num_processed = max(1, n - round(self.share * n))
-        return TokenSplit(rows, n, num_processed)
+        return TokenSplit(row_keys, n, num_processed)
 
 
 class TokenSplit:
     """Which tokens of a pass the routed blocks process, and which skip. It holds places in a row, (b, tokens) each."""
 
-    def __init__(self, rows: Keys, n: int, num_processed: int) -> None:
+    def __init__(self, row_keys: Keys, n: int, num_processed: int) -> None:
         """Draw, by the key of each row, the `num_processed` of its n tokens that are processed."""
-        order = hashes(layer_keys(rows, _KEY_LAYER), n).argsort(1)
+        order = hashes(layer_keys(row_keys, _ROUTING_LAYER), n).argsort(1)
         self.processed = order[:, :num_processed]
         self.skipped = order[:, num_processed:]
         self.inverse = order.argsort(1)  # from (processed, skipped) back to the tokens' own order
@@ -123,16 +127,31 @@ def blocks_with_routing(model: nn.Module, split: TokenSplit) -> dict[str, nn.Mod
     """Return the lists of blocks of a model of diffusers for one pass, by name, with its routed blocks wrapped."""
     lists = {name: part for name, part in model.named_children() if isinstance(part, nn.ModuleList)}
     routed_blocks = [block for blocks in lists.values() for block in blocks if block.routed]
-    all_tokens: list[Array] = []
+    store = _TokenStore()
 
     def wrap(block: nn.Module) -> nn.Module:
         if not block.routed:
             return block
         is_first = block is routed_blocks[0]
         is_last = block is routed_blocks[-1]
-        return _RoutedBlock(block, split, all_tokens, is_first=is_first, is_last=is_last)
+        return _RoutedBlock(block, split, store, is_first=is_first, is_last=is_last)
 
     return {name: nn.ModuleList(map(wrap, blocks)) for name, blocks in lists.items()}
+
+
+class _TokenStore:
+    """Keeps all tokens of a pass, from its first routed block to the last. The routed blocks of a pass share one."""
+
+    all_tokens: Array | None = None  # (b, n, width), as they were before the first routed block
+
+    def put(self, all_tokens: Array) -> None:
+        """Store the tokens, in place of others: checkpointing may run the first block again."""
+        self.all_tokens = all_tokens
+
+    def get(self) -> Array:
+        """Return the tokens that the first block has put."""
+        assert self.all_tokens is not None, "the first routed block runs before the last"
+        return self.all_tokens
 
 
 class _RoutedBlock(nn.Module):
@@ -143,16 +162,13 @@ class _RoutedBlock(nn.Module):
     """
 
     def __init__(
-        self, block: nn.Module, split: TokenSplit, all_tokens: list[Array], *, is_first: bool, is_last: bool
+        self, block: nn.Module, split: TokenSplit, store: _TokenStore, *, is_first: bool, is_last: bool
     ) -> None:
-        """Wrap a block. The first one selects the tokens, the last one merges them.
-
-        All routed blocks of a pass share the list `all_tokens`, into which the first one puts the tokens before it.
-        """
+        """Wrap a block. The first one selects the tokens to process, the last one merges them with those of `store`."""
         super().__init__()
         self.block = block
         self.split = split
-        self.all_tokens = all_tokens
+        self.store = store
         self.is_first = is_first
         self.is_last = is_last
         self.recomputed = getattr(block, "recomputed", True)  # `checkpointing.run_as_marked` reads it
@@ -160,21 +176,21 @@ class _RoutedBlock(nn.Module):
     def forward(self, hidden_states: Array, encoder_hidden_states: Array, temb: Array, *rest: Any, **named: Any) -> Any:  # noqa: ANN401, of diffusers
         """Run the block on image and text, (b, n, width) each, and return text and image.
 
-        The rotary tables come by name, or first in `rest`, where diffusers checkpoints the block.
+        The rotary tables come by name, or first in `rest`, where diffusers checkpoints the block. All else that
+        diffusers passes are settings of its attention, which dumo leaves at their defaults: they are not handed on.
         """
         h = hidden_states
         checkpointed_tables = rest[0] if rest else None
         tables = named.get("image_rotary_emb", checkpointed_tables)
         if self.is_first:
-            self.all_tokens[:] = [h]
+            self.store.put(h)
             h = self.split.select(h)
         rotary: dict[str, Any] = {}
         if tables:
             rotary["image_rotary_emb"] = tuple(_RotaryTablePerRow(table, self.split) for table in tables)
         text, h = self.block(hidden_states=h, encoder_hidden_states=encoder_hidden_states, temb=temb, **rotary)
         if self.is_last:
-            (all_tokens,) = self.all_tokens
-            h = self.split.merge(h, all_tokens)
+            h = self.split.merge(h, self.store.get())
         return text, h
 
 

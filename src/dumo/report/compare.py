@@ -1,17 +1,17 @@
 """Set several evaluations side by side in one table, if they were measured alike.
 
 `dumo compare` calls `compare_by_protocol`, which makes a table for each protocol; `dumo.compare` of Python calls
-`compare`, which makes one. `dumo.lab` calls `require_comparable` alone. In this order they
+`compare`, which makes one; `dumo.lab` calls `require_comparable` alone. In this order they
 
 1. read the evaluations, each from a run's folder or a file (`read_report`);
-2. refuse evaluations that were not measured alike (`require_comparable`, by `differing_fields`);
+2. refuse evaluations that were not measured alike (`differing_fields`), unless the caller says `anyway`;
 3. make rows of the scores, with columns for what differs: settings of the solver, and with `anyway` fields of the
    measure;
 4. mark the best rows of each number of passes.
 
-Two evaluations are measured alike if the fields MEASURE_FIELDS of their cards are equal. What made the samples (the
-weights, the solver and its settings) may differ, because it is what is compared. The codec counts as part of the
-measure: another codec shows other pixels for the same latent.
+Two evaluations are measured alike if the fields MEASURE_FIELDS of their cards are equal, and, where a reference has no
+hash, the data. What made the samples (the weights, the solver and its settings) may differ, because it is what is
+compared. The codec counts as part of the measure: another codec shows other pixels for the same latent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from dumo.config.place import EVALUATION_FILE, require_evaluation
+from dumo.config.place import EVALUATION_FILE, OTHER_EVALUATIONS, require_evaluation
 from dumo.evaluation.metric import CLASS_MMD
 from dumo.report import score
 from dumo.report.card import Card, Row, read_report
@@ -45,6 +45,8 @@ MEASURE_FIELDS = (
     "seed",
 )
 RUN_ONLY_FIELDS = ("codec", "seed")  # unknown, and not compared, where others made the images
+SHA256_DIGITS = 64
+SHOWN_DIGITS = 8  # of a SHA-256 in a table: ours
 
 
 def differing_fields(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
@@ -53,7 +55,7 @@ def differing_fields(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
     `cards` are by source, and so are the values.
     """
     measures = {source: _measure(card) for source, card in cards.items()}
-    run_measures = {source: measure for source, measure in measures.items() if "images" not in cards[source]}
+    run_measures = {source: measure for source, measure in measures.items() if not _made_by_others(cards[source])}
     fields = dict.fromkeys(field for measure in measures.values() for field in measure)
     differences: dict[str, dict[str, Any]] = {}
     for field in fields:
@@ -66,7 +68,11 @@ def differing_fields(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
 
 def require_comparable(cards: Mapping[str, Card]) -> None:
     """Raise UserError, with the fields that differ, where cards were not measured alike. `cards` are by source."""
-    differences = differing_fields(cards)
+    _require_no_differences(differing_fields(cards))
+
+
+def _require_no_differences(differences: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError where there are `differing_fields`."""
     if differences:
         lines = [f"{field}: {_sources_by_value(values)}" for field, values in differences.items()]
         raise UserError(
@@ -125,9 +131,9 @@ def _read_reports(sources: Sequence[str]) -> dict[str, Report]:
 def _compare_reports(reports: Mapping[str, Report], *, anyway: bool) -> dict[str, Any]:
     """The table of evaluations by source, one or more, as `compare` returns it. Raises as `require_comparable`."""
     cards = {source: report["card"] for source, report in reports.items()}
-    if not anyway:
-        require_comparable(cards)
     differences = differing_fields(cards)
+    if not anyway:
+        _require_no_differences(differences)
     varied_settings = _varied_settings(list(cards.values()))
     has_trained_on = any("trained_on" in card for card in cards.values())
 
@@ -169,7 +175,7 @@ def _source_rows(
 
 
 def _ranking_score(reports: Sequence[Report]) -> str:
-    """The score by which rows are marked as best: `class_mmd` where all have it, else the first of the first."""
+    """The score by which rows are marked as best: `class_mmd` where all have it, else the first score."""
     first_rows = [report["results"][0] for report in reports]
     if all(CLASS_MMD in row for row in first_rows):
         return CLASS_MMD
@@ -201,10 +207,14 @@ def _perfect_scores(report: Report) -> Row:
 
 
 def shorten_hashes(value: JsonValue) -> str | float | None:
-    """A value of a card for a table. Numbers and None stay; other values become text, each SHA-256 cut to 8 digits."""
+    """A value of a card for a table. Numbers and None stay. Other values become text, with each SHA-256 cut short."""
     if value is None or isinstance(value, int | float):
         return value
-    words = [word[:8] if len(word) == 64 else word for word in str(value).split()]
+    words: list[str] = []
+    for word in str(value).split():
+        if len(word) == SHA256_DIGITS:
+            word = word[:SHOWN_DIGITS]
+        words.append(word)
     return " ".join(words)
 
 
@@ -214,6 +224,11 @@ def _sources_by_value(values: Mapping[str, Any]) -> str:
     for source, value in values.items():
         sources.setdefault(str(value), []).append(source)
     return "; ".join(f"{value} in {', '.join(names)}" for value, names in sources.items())
+
+
+def _made_by_others(card: Card) -> bool:
+    """Whether an evaluation is of images that others made (`dumo evaluate --images`), not of a run's samples."""
+    return "images" in card
 
 
 def _measure(card: Card) -> Card:
@@ -240,8 +255,16 @@ def _evaluation_file(source: str) -> Path:
     require_evaluation(path)
     if not path.is_dir():
         return path
-    file = path / EVALUATION_FILE
-    other_evaluations = sorted(map(str, path.glob("evaluation-*.json")))
+    return _evaluation_in_folder(path, source)
+
+
+def _evaluation_in_folder(folder: Path, source: str) -> Path:
+    """The evaluation in a run's folder, which the user typed as `source`.
+
+    Raises UserError where all evaluations there are by other settings than the run's.
+    """
+    file = folder / EVALUATION_FILE
+    other_evaluations = sorted(map(str, folder.glob(OTHER_EVALUATIONS)))
     if other_evaluations and not file.exists():
         fix = f"name {' or '.join(other_evaluations)}, or run dumo evaluate {shell_path(source)}"
         raise UserError(f"{source} has no {EVALUATION_FILE}: {fix}")

@@ -1,12 +1,15 @@
 """Build the evaluator of a run: open the data that its protocol compares samples with.
 
-`evaluator_of` is the entrance, for training and `dumo evaluate`; `sample_conditions` says what the samples that it
-judges are made of. Others open the data alone, by `training_data` and `reference_data`, check a solver by
-`require_likelihood`, or show a bar of their own by `bar_while_reading`.
+`evaluator_of` is the entrance, for training and `dumo evaluate`; `sample_conditions` gives the conditions by which the
+samples are made that it judges. Others open the data alone, by `training_data` and `reference_data`, check by
+`require_likelihood` that a run has a likelihood, or show a bar of their own by `bar_while_reading`.
+
+Modules that only some protocols need are imported where they are needed.
 """
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -26,22 +29,16 @@ from dumo.types import UserError
 def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Path | None = None) -> Evaluator:
     """The evaluator of a run's protocol, with a bar while it reads the data.
 
-    `stored` is a file of features of the data (`dumo.evaluation.stored`), to compare with where the images are not on
-    this machine.
+    `stored` is a file of features of the data (`dumo.evaluation.stored`). It is compared with only where the images are
+    not on this machine, and ignored where they are.
 
-    Raises UserError where data or weights that the protocol needs are missing or damaged, or where it is one of
-    likelihood and the run has none, and Stopped after a signal.
+    Raises UserError where data or weights that the protocol needs are missing or damaged, and where the protocol is one
+    of likelihood and the run has none. Raises Stopped after a signal.
     """
     data = sampler.data
 
-    def open_reference() -> DataSource:
-        return reference_data(data, evaluation.split)
-
-    def open_training_data() -> DataSource:
-        return training_data(data)
-
     def open_captions() -> tuple[DataSource, Tensor, list[str]]:
-        images = squares(shown(data)).open()
+        images = squares(shown(data)).open()  # the images that people look at, cut to one size
         return images, sample_conditions(data, evaluation), _plain_texts(data)
 
     with bar_while_reading(bar) as tick:
@@ -50,9 +47,9 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
         if stored is not None and _has_images_here(data):
             stored = None
         context = Context(
-            data=open_reference,
+            data=partial(reference_data, data, evaluation.split),
             # only where samples are judged against another split than the run was trained on
-            trained=open_training_data if evaluation.split else None,
+            trained=partial(training_data, data) if evaluation.split else None,
             classes=data.labels,
             seed=evaluation.seed,
             device=sampler.device,
@@ -114,9 +111,9 @@ def reference_data(data: Data, split: str | None) -> DataSource:
 
 
 def require_likelihood(sampler: Sampler) -> None:
-    """Raise UserError for a run without likelihood of the data that are shown, or a solver that does not climb.
+    """Raise UserError where a run has no likelihood of the data that people look at.
 
-    A solver climbs if it can go from data to noise.
+    That is so for latents, for captions, under guidance, and where the solver cannot integrate from data to noise.
     """
     from dumo.flow.likelihood import climb_of
 
@@ -126,24 +123,26 @@ def require_likelihood(sampler: Sampler) -> None:
         raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
     if sampler.spec.guide.active:
         raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
-    climb_of(sampler.spec.solver, sampler.taught)  # raises UserError; the step itself is made when samples are judged
+    # raises UserError where the solver cannot read, off what the net was taught, the way from data to noise; the step
+    # that it returns is made again when samples are judged
+    climb_of(sampler.spec.solver, sampler.taught)
 
 
 @contextmanager
 def bar_while_reading(bar: Bar, title: str = "looking at the data") -> Generator[Callable[[int, int], None]]:
-    """Yield a function of the number of images read so far and their total. The bar begins with its first call.
+    """Yield `report_progress(images_read, total)`. The bar begins with its first call.
 
-    The function raises Stopped after a signal.
+    It raises Stopped after a signal.
     """
-    bar_tick: Tick | None = None
+    advance_bar: Tick | None = None
     with ExitStack() as stack:
 
-        def tick(done: int, total: int) -> None:
-            nonlocal bar_tick
+        def report_progress(images_read: int, total: int) -> None:
+            nonlocal advance_bar
             signals.check()  # raises Stopped
             threads.check()  # sets the number of threads again, where others keep the machine busy
-            if bar_tick is None:
-                bar_tick = stack.enter_context(bar(title, total))
-            bar_tick(done, "")
+            if advance_bar is None:
+                advance_bar = stack.enter_context(bar(title, total))
+            advance_bar(images_read, "")
 
-        yield tick
+        yield report_progress

@@ -1,8 +1,10 @@
 """The device that a process computes on: which one, its memory and speed; and the versions of the software on it.
 
-`choose_device` turns a name into a device. `total_memory` and `require_memory` know how much it has, `peak_bytes` how
-much this process has taken so far. `known_peak_tflops` looks its speed up, `operations_per_second` measures it.
-`software_versions` goes into reports.
+- `choose_device` turns a name into a device.
+- `total_memory` gives the bytes of memory that a device has, and `require_memory` refuses what exceeds them.
+- `peak_bytes` gives the most bytes that this process has held so far.
+- `known_peak_tflops` looks a GPU's speed up; `operations_per_second` measures a device's.
+- `software_versions` gives the versions that reports and checkpoints note.
 """
 
 import os
@@ -17,32 +19,37 @@ from dumo.runtime import dist, version
 from dumo.runtime.stopwatch import Stopwatch
 from dumo.types import UserError
 
-TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
+# dense bf16 TFLOP/s by a part of the GPU's name (NVIDIA's data sheets, SXM)
+TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}
 # rows of the square matrix whose product is timed, enough for the device's own speed to show: ours
 SIDE_ON_CPU = 1024
 SIDE_ON_GPU = 8192
+NUM_TIMED_PRODUCTS = 4  # the fastest counts: ours
+MIN_SECONDS = 1e-9  # of a product, in case that a clock is too coarse to see it
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name; 'auto' is the GPU where there is one, of several ranks each rank's own, else the CPU.
+    """The device of this name. 'auto' is the GPU (each rank's own, as `dist` has set it), else the CPU.
 
-    Raises UserError for a device that is not there.
+    Raises UserError for a device that is not there, and for a GPU by number where there are several ranks.
     """
-    world = dist.world()
-    if world > 1 and ":" in name:
-        raise UserError(f"device '{name}' is one for all {world} ranks: use auto, which gives each its own, or cpu")
+    world_size = dist.world()
+    if world_size > 1 and ":" in name:
+        raise UserError(
+            f"device '{name}' is one for all {world_size} ranks: use auto, which gives each its own, or cpu"
+        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        x = torch.zeros(0, device=name).sum()
-        x.item()  # raises on `meta`
+        x = torch.zeros(0, device=name).sum()  # the smallest computation: the sum of nothing is one number
+        x.item()  # fetches it, which raises on `meta`
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device '{name}' is not available: use auto or cpu") from error
     return x.device
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has in all; of any device but a GPU, those of the machine."""
+    """Bytes of memory that a device has, free or not; of any device but a GPU, those of the machine."""
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         return total
@@ -77,14 +84,15 @@ def known_peak_tflops(device: torch.device) -> float | None:
 def operations_per_second(device: torch.device) -> float:
     """Measure a product of square matrices, in floating-point operations a second: in bf16 on a GPU, else in float32.
 
-    It is measured once in a process; the best of four counts.
+    It is measured once in a process.
     """
     on_gpu = device.type == "cuda"
     side = SIDE_ON_GPU if on_gpu else SIDE_ON_CPU
     dtype = torch.bfloat16 if on_gpu else torch.float32
     x = torch.ones(side, side, device=device, dtype=dtype)
-    times = Stopwatch(device).time_rounds([partial(torch.mm, x, x)], 4, warm_up=0)
-    return 2 * side**3 / max(times.min().item(), 1e-9)
+    seconds = Stopwatch(device).time_rounds([partial(torch.mm, x, x)], NUM_TIMED_PRODUCTS, warm_up=0)
+    num_operations = 2 * side**3
+    return num_operations / max(seconds.min().item(), MIN_SECONDS)
 
 
 def peak_bytes(device: torch.device) -> int:

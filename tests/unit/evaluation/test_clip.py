@@ -58,7 +58,7 @@ def test_it_is_the_mean_of_cosines_as_transformers_gives_them(folder: Path) -> N
     x, evaluator = images(SAMPLES), judge(folder)
     process = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     seen = process(images=list(to_uint8(x).numpy()), return_tensors="pt")["pixel_values"]
-    ids, mask = evaluator.clip.tokenizer([TEXTS[k] for k in evaluator.c.tolist()])
+    ids, mask = evaluator.encoder.tokenizer([TEXTS[k] for k in evaluator.c.tolist()])
     with torch.no_grad():
         told = CLIPModel.from_pretrained(folder).eval()(input_ids=ids, attention_mask=mask.long(), pixel_values=seen)
     cosines = torch.cosine_similarity(told.image_embeds, told.text_embeds).clamp(min=0).double()
