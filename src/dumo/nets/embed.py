@@ -3,12 +3,13 @@
 A net makes these when it is built, and calls them in each pass, in this order:
 
 1. `HeadEmbeddings` splits the inputs into those that all heads share and those of single heads, which it embeds.
-2. `Scalars` embeds the shared inputs, and `Gauges` makes learned numbers of them. `label_table` has a row per class.
+2. `Scalars` embeds the shared inputs, and `Gauges` makes learned numbers of them, which the net returns behind its
+   heads. `label_table` has a row per class.
 3. `grid_waves` are positions that are added to the tokens. `rotary_tables` are positions that `apply_rotary` puts into
    queries and keys.
 
-`side_of` and `require_inputs` check what a net is built for and called with. The names of modules and parameters are
-those in checkpoints, so a rename breaks runs.
+`side_of` and `require_inputs` check what a net is built for and called with. A knob is a further input of an objective,
+one number a row, as a time is. The names of modules and parameters are those in checkpoints, so a rename breaks runs.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,13 +30,13 @@ ROTARY_PERIOD = 100.0  # as PERIOD, of rotary positions (Heo et al. 2024)
 
 
 class Scalars(nn.Module):
-    """Embeds numbers, and sums the embeddings. Inputs are multiplied by `time_scale`, and r enters as the gap t - r.
+    """Embeds times and knobs, and sums the embeddings. All are multiplied by `time_scale`; r enters as the gap t - r.
 
     The quickest angle is time_scale * t radians. DiT feeds 1000 t, few-step models 1 t to 10 t: d/dt of a net is a
     derivative worth regressing only where its inputs are smooth in t (UCGM and MeanFlow feed raw t).
     """
 
-    embeds_times = True  # an optimizer may give its weights a rate of their own
+    embeds_times = True  # `dumo.training.optim` may give the weights of such modules a learning rate of their own
     frequencies: Tensor
 
     def __init__(self, names: tuple[str, ...], width: int, time_scale: float, *, count: int = FREQUENCIES) -> None:
@@ -49,19 +50,22 @@ class Scalars(nn.Module):
         self.register_buffer("frequencies", time_scale * decay, persistent=False)
         self.embedders = nn.ModuleDict({name: _embedder(2 * count, width) for name in names})
 
-    def forward(self, shift: Array | None = None, /, **inputs: Time) -> Array:
+    def forward(self, wave_offset: Array | None = None, /, **inputs: Time) -> Array:
         """Embed the inputs, (b,) each, and return (b, width).
 
-        `shift` (b, 2 count), if given, is added to the waves of every input. Raises TypeError for other inputs than the
-        net was built for.
+        `wave_offset` (b, 2 count), if given, is added to the waves of every input; EDM's U-Net gives its embedding of
+        the class. Raises TypeError for other inputs than the net was built for.
         """
         require_inputs(self.names, inputs)
-        if "r" in inputs:
-            inputs["r"] = inputs["t"] - inputs["r"]
+        numbers = dict(inputs)
+        if "r" in numbers:
+            numbers["r"] = inputs["t"] - inputs["r"]
         embeddings: list[Array] = []
         for name, embedder in self.embedders.items():
-            waves = self._waves(inputs[name])
-            embeddings.append(embedder(waves if shift is None else waves + shift))
+            waves = self._waves(numbers[name])
+            if wave_offset is not None:
+                waves = waves + wave_offset
+            embeddings.append(embedder(waves))
         return reduce(add, embeddings)
 
     @torch.no_grad()
@@ -80,12 +84,8 @@ class Scalars(nn.Module):
 
         def embedding(t: Tensor) -> Tensor:
             parts: list[Tensor] = []
-            for name in ("t", "r"):
-                prefix = f"embedders.{name}."
-                embedder_weights: dict[str, Tensor] = {}
-                for full_name, weight in precise_weights.items():
-                    if full_name.startswith(prefix):
-                        embedder_weights[full_name.removeprefix(prefix)] = weight
+            for name in ("t", "r"):  # at r = 0 the gap t - r is t
+                embedder_weights = _weights_under(f"embedders.{name}.", precise_weights)
                 if embedder_weights:
                     parts.append(functional_call(self.embedders[name], embedder_weights, (self._waves(t),)))
             return torch.stack(parts).sum(0)
@@ -120,14 +120,17 @@ class HeadEmbeddings(nn.Module):
         shared = {name: inputs[name] for name in self.shared}
         embeddings: dict[str, Array] = {}
         for head, scalars in self.heads.items():
-            if isinstance(scalars, Scalars):
-                head_inputs = {name: inputs[name] for name in scalars.names}
-                embeddings[head] = scalars(**head_inputs)
+            assert isinstance(scalars, Scalars)  # a ModuleDict has no types
+            head_inputs = {name: inputs[name] for name in scalars.names}
+            embeddings[head] = scalars(**head_inputs)
         return shared, embeddings
 
 
 class Gauges(nn.Module):
-    """Makes one number per row and gauge from times and knobs alone. All are zero at the start (ours)."""
+    """Makes an objective's gauges: numbers that are learned with the net, one per row (sCT: a log-variance).
+
+    They depend on times and knobs alone, and are zero at the start (ours).
+    """
 
     def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
         """Make a linear layer over an embedding of its own, so the trunk does not depend on the gauges."""
@@ -152,7 +155,7 @@ def label_table(classes: int, width: int) -> nn.Embedding:
 def grid_waves(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
     """Return fixed positions of a grid: sines and cosines (rows columns, width), width a multiple of 4 (DiT).
 
-    The waves do not depend on the shape of the grid, so neighbouring patches differ alike in all images.
+    The waves do not depend on the shape of the grid: row i and column j have the same waves in grids of all shapes.
     """
     indices = _arange(max(rows, columns), device)
     count = width // 4
@@ -161,24 +164,25 @@ def grid_waves(rows: int, columns: int, width: int, device: torch.device | None 
     return _on_grid(waves, rows, columns).float()
 
 
-def rotary_tables(rows: int, columns: int, size: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Return rotary positions of a grid (Su et al. 2021): cosines and sines of angles, each (rows columns, size / 2).
+def rotary_tables(rows: int, columns: int, head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Return rotary positions of a grid (Su et al. 2021): cosines and sines, each (rows columns, head_dim / 2).
 
-    Of an attention head's `size` numbers, a multiple of 4, half turn with the column and half with the row (Heo et al.
-    2024, "axial"). The product of a pair turned by a p at position p and one turned by a q at position q depends on
-    p - q alone: attention sees how far apart two tokens are and in which direction, but not where they are.
+    `head_dim`, a multiple of 4, is the width of an attention head. Half of its numbers turn with the column and half
+    with the row (Heo et al. 2024, "axial"). The product of a pair turned by a p at position p and one turned by a q at
+    position q depends on p - q alone: attention sees how far apart two tokens are and in which direction, but not where
+    they are.
     """
     indices = _arange(max(rows, columns), device)
-    count = size // 4
+    count = head_dim // 4
     frequencies = torch.exp(-log(ROTARY_PERIOD) * _arange(count, device) / count)
     angles = _on_grid(indices[:, None] * frequencies, rows, columns)
     return angles.cos().float(), angles.sin().float()
 
 
 def apply_rotary(a: Array, cos: Array, sin: Array) -> Array:
-    """Turn queries or keys a (b, heads, tokens, size) by the tables of `rotary_tables`; returns their shape and type.
+    """Turn queries or keys a (b, heads, tokens, head_dim) by `rotary_tables`; returns their shape and type.
 
-    The numbers i and i + size / 2 are a pair.
+    The numbers i and i + head_dim / 2 are a pair.
     """
     first, second = a.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(a.dtype)
@@ -198,6 +202,15 @@ def require_inputs(names: Collection[str], inputs: Collection[str]) -> None:
     """Raise TypeError unless the names of a net's inputs are `names`."""
     if set(inputs) != set(names):
         raise TypeError(f"this net takes {', '.join(names)}; it got {', '.join(inputs) or 'nothing'}")
+
+
+def _weights_under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights whose names begin with `prefix`, by the rest of their names."""
+    selected: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        if name.startswith(prefix):
+            selected[name.removeprefix(prefix)] = weight
+    return selected
 
 
 def _embedder(features: int, width: int) -> nn.Sequential:

@@ -1,8 +1,9 @@
 """Whether the data of a run are what its checkpoint was trained on, image by image (`dumo.io.content`).
 
 A checkpoint's `data.safetensors` has the hashes of the images that were read until then (zeros for the others), their
-names, and a hash of their classes. `tensors_to_save` returns these for a new checkpoint; `verify_data` compares the
-data with those of the last one, when a run is opened.
+names, and a digest of their classes. `tensors_to_save` returns these for a new checkpoint. `verify_data` compares the
+data with those of the last checkpoint, when a run is opened. `changed_data_error` is the error of both this comparison
+and that of fingerprints (`dumo.run.journal`).
 """
 
 import os
@@ -29,75 +30,97 @@ from dumo.types.family import is_instance_of
 if TYPE_CHECKING:
     from dumo.io.content import Hashes
 
+_PROBLEM_OF_RANKS = "is another on another rank: give all ranks the same files"
+
 
 @dataclass(frozen=True)
 class Change:
     """How data have changed, for the note in run.yaml."""
 
-    was: str  # a hash, or the fingerprint, of the data before
-    now: str  # and of the data now
+    # both a digest of names and hashes (`verify_data`), or both a fingerprint (`dumo.run.journal`)
+    was: str  # of the data before
+    now: str  # of the data now
 
 
 def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept: bool, verify: bool) -> Change | None:
     """Compare the data in `source` with those that the checkpoint `last` was trained on.
 
-    Hashes the images whose files have changed since they were read; with `verify`, all. From then on every image that
-    is read is expected to be as it was. Every rank must call it; they share the reading. Returns the change if there is
-    one, and it is accepted (`accept`); raises UserError on every rank, with the names, if it is not.
+    In this order it
+
+    1. compares a cache of latents with the images that it was made of;
+    2. with `verify`, hashes all images anew, also where there is no checkpoint (`last` None);
+    3. compares names and classes with those of the checkpoint, then the hashes of images whose files have changed since
+       they were read. Later on, every image that is read is expected to be as it was, unless `accept` ends that.
+
+    Every rank must call it; the ranks of a machine share the reading. Returns the change if there is one and `accept`
+    is set. Raises UserError on every rank, with the names, if there is one and `accept` is not.
     """
-    # of a cache of latents: compare with the images that it was made of
-    origin = getattr(source, "origin", None)
-    if origin is not None and is_instance_of(origin, "dumo.data.latents:Origin"):
-        from dumo.data.latents import ORIGIN_SECONDS
-
-        def compare_with_images() -> None:
-            if verify:
-                origin.verify()
-            else:
-                origin.require(ORIGIN_SECONDS)
-
-        agreement.gather_results(compare_with_images)
+    _compare_cache_with_images(source, verify=verify)
 
     # hash images here
     hashes = hashes_of(source)
     if hashes is None:
         return None
-    rank = int(os.environ.get("LOCAL_RANK", "0"))  # each machine reads its own files
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # each machine reads its own files
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if verify:
         hashes.forget()
-        agreement.gather_results(lambda: hashes.hash(range(rank, len(hashes), ranks)))
+        agreement.gather_results(lambda: hashes.hash(range(local_rank, len(hashes), local_world_size)))
     if last is None or not (last.path / DATA).is_file():
         return None
 
     # compare with what the checkpoint was trained on
     from dumo.io import content
 
-    trained_on = agreement.on_each_rank(lambda: load(last.path / DATA))
-    names = content.unpack_names(trained_on["names"].numpy().tobytes())
-    expected = trained_on["hashes"].numpy()
+    tensors = agreement.on_each_rank(lambda: load(last.path / DATA))
+    trained_names = content.unpack_names(tensors["names"].numpy().tobytes())
+    trained_hashes = tensors["hashes"].numpy()
+    trained_labels_digest = tensors["labels"].numpy().tobytes().hex()
     problem = ""
-    if names != hashes.names:
-        problem = f"images are {content.name_changes(names, hashes.names)}"
-    elif trained_on["labels"].numpy().tobytes().hex() != hashes.labels_digest():
+    if trained_names != hashes.names:
+        problem = f"images are {content.name_changes(trained_names, hashes.names)}"
+    elif trained_labels_digest != hashes.labels_digest():
         problem = "the classes of the images are others"
     else:
         problem_of_image = f"is not what it was when {folder} was trained on it: put it back as it was, {_way_out()}"
-        hashes.expect(expected, problem_of_image)
-        agreement.gather_results(lambda: hashes.hash(hashes.suspect()[rank::ranks]))
-        changed = np.unique(np.concatenate(agreement.gather_results(hashes.mismatches)))
+        hashes.expect(trained_hashes, problem_of_image)
+        suspects = hashes.suspect()
+        agreement.gather_results(lambda: hashes.hash(suspects[local_rank::local_world_size]))
+        mismatches_by_rank = agreement.gather_results(hashes.mismatches)
+        changed = np.unique(np.concatenate(mismatches_by_rank))
         if len(changed):
             problem = f"{first_few(changed.tolist(), hashes.path)} changed"
-    if problem and not accept:
-        raise changed_data_error(folder, problem)
+
     if not accept:
+        if problem:
+            raise changed_data_error(folder, problem)
         return None
-    hashes.expected = None
+    hashes.expected = None  # the data are taken as they are, so images that are read later may be others, too
     if not problem:
         return None
-    was = digest.of_bytes(names, expected.tobytes())[:16]
+    was = digest.of_bytes(trained_names, trained_hashes.tobytes())[:16]
     now = digest.of_bytes(hashes.names, hashes.expected_or_known().tobytes())[:16]
     return Change(was, now)
+
+
+def _compare_cache_with_images(source: object, *, verify: bool) -> None:
+    """Raise UserError where a cache of latents was made of other images than there are now; pass any other source.
+
+    With `verify` all images are hashed, else those whose files have changed. Every rank must call it.
+    """
+    origin = getattr(source, "origin", None)
+    # by name: a run without a cache does not import caches
+    if origin is None or not is_instance_of(origin, "dumo.data.latents:Origin"):
+        return
+    from dumo.data.latents import ORIGIN_SECONDS
+
+    def compare() -> None:
+        if verify:
+            origin.verify()
+        else:
+            origin.require(ORIGIN_SECONDS)
+
+    agreement.gather_results(compare)
 
 
 def changed_data_error(folder: Path, problem: str) -> UserError:
@@ -113,7 +136,7 @@ def _way_out() -> str:
 
 
 def tensors_to_save(hashes: "Hashes | None") -> dict[str, Tensor]:
-    """The tensors that a checkpoint keeps of the data: hashes of what any rank has read, names, and classes.
+    """The tensors that a checkpoint keeps of the data: hashes of what any rank has read, names, classes' digest.
 
     Empty where the data are no files (`hashes` None). Every rank must call it. Raises UserError, on all ranks, where
     two ranks have read other contents of one image.
@@ -121,13 +144,13 @@ def tensors_to_save(hashes: "Hashes | None") -> dict[str, Tensor]:
     if hashes is None:
         return {}
     read_here = torch.from_numpy(hashes.expected_or_known())
-    read_anywhere = dist.all_reduce_max(read_here)
+    read_anywhere = dist.all_reduce_max(read_here)  # rows that this rank has not read are zeros
     if dist.world() > 1:
         agreement.gather_results(lambda: _require_same_contents(hashes, read_here, read_anywhere))
-        hashes.expect(read_anywhere.numpy(), "is another on another rank: give all ranks the same files")
+        hashes.expect(read_anywhere.numpy(), _PROBLEM_OF_RANKS)
     hashes.save_if_due()
-    labels = torch.tensor(list(bytes.fromhex(hashes.labels_digest())), dtype=torch.uint8)
-    return {"hashes": read_anywhere, "names": hashes.packed_names, "labels": labels}
+    labels_digest = torch.tensor(list(bytes.fromhex(hashes.labels_digest())), dtype=torch.uint8)
+    return {"hashes": read_anywhere, "names": hashes.packed_names, "labels": labels_digest}
 
 
 def _require_same_contents(hashes: "Hashes", read_here: Tensor, read_anywhere: Tensor) -> None:
@@ -135,4 +158,4 @@ def _require_same_contents(hashes: "Hashes", read_here: Tensor, read_anywhere: T
     differs = (read_here != read_anywhere).any(1) & read_here.any(1)
     rows = differs.nonzero().flatten()
     if rows.numel():
-        raise UserError(f"{hashes.path(int(rows[0]))} is another on another rank: give all ranks the same files")
+        raise UserError(f"{hashes.path(int(rows[0]))} {_PROBLEM_OF_RANKS}")

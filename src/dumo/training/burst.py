@@ -6,9 +6,14 @@ ten times as large. A log with a row in fifty steps cannot show that, so norms a
 
     a module bursts when each of its last LASTS norms is above FACTOR times the median of its last WINDOW norms.
 
-A step measures `local_squares` of the net's modules (`parameters_by_module`), adds their norms to the window
-(`Gradients.after`), and asks `new_bursts`. The window is part of a checkpoint, so a resumed run logs and warns as an
-uninterrupted one.
+The order of a step:
+
+1. `local_squares` measures the gradients of the net's modules (`parameters_by_module`) on each rank.
+2. `dumo.training.record` averages these squares over ranks, and takes their roots: the norms.
+3. `Gradients.after` adds the norms to the window, once the step is applied.
+4. `new_bursts` says which modules burst since this step.
+
+The window and its fields are part of a checkpoint, so a resumed run logs and warns as an uninterrupted one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +26,14 @@ from torch import Tensor, nn
 
 from dumo.training.layout import local, shard_count
 
-MODULES = 10  # at most, the smallest are taken together: ours
+# our own choices, from no paper
+MODULES = 10  # at most; of more, the smallest are taken together
 REST = "rest"  # the name of the modules that are taken together
-WINDOW = 50  # steps whose norms are kept: ours, the default of `train.log_every`
-START = 100  # steps before the first warning: ours
-LASTS = 4  # steps in a row, for one batch alone may be far off: ours
-FACTOR = 3.0  # times the median: ours
-DIGITS = 4  # significant ones of a norm in the window: ours
+WINDOW = 50  # steps whose norms are kept: the default of `train.log_every`
+START = 100  # steps before the first warning
+LASTS = 4  # steps in a row, for one batch alone may be far off
+FACTOR = 3.0  # times the median
+DIGITS = 4  # significant ones of a norm in the window
 
 
 @dataclass(frozen=True)
@@ -35,24 +41,28 @@ class Gradients:
     """The gradient norms of the last WINDOW applied steps, by module, the latest last."""
 
     norms: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
-    steps: int = 0  # since the start, counted up to START
-    calm: int = 0  # steps since any module was far above its median, or since the start; counted up to WINDOW
+    steps: int = 0  # since the start, at most START
+    calm: int = 0  # steps since a module burst, or since the start; at most WINDOW
 
     def after(self, norms: Mapping[str, float]) -> "Gradients":
-        """The window after one more step."""
+        """The window after one more step, whose norms are `norms`, by module."""
         window: dict[str, tuple[float, ...]] = {}
         for name, norm in norms.items():
             window[name] = (*self.norms.get(name, ()), _rounded(norm))[-WINDOW:]
         new = Gradients(window, steps=min(self.steps + 1, START), calm=min(self.calm + 1, WINDOW))
-        return replace(new, calm=0) if new.far_above() else new
+        if new.far_above():
+            return replace(new, calm=0)
+        return new
 
     def far_above(self) -> dict[str, float]:
         """The modules that burst, the worst first, and how many times its median the last norm of each is."""
         times_median: dict[str, float] = {}
         for name, norms in self.norms.items():
-            usual = median(norms)
-            if 0 < FACTOR * usual < min(norms[-LASTS:]):
-                times_median[name] = norms[-1] / usual
+            median_norm = median(norms)
+            if median_norm == 0:  # no gradient for half of the window: there is no ratio
+                continue
+            if min(norms[-LASTS:]) > FACTOR * median_norm:
+                times_median[name] = norms[-1] / median_norm
         return dict(sorted(times_median.items(), key=lambda item: -item[1]))
 
     def peaks(self) -> dict[str, float]:
@@ -66,12 +76,16 @@ def new_bursts(before: Gradients, now: Gradients) -> dict[str, float]:
     Another one may begin WINDOW steps after its end. In the first START steps none does: heads start at zero, and so
     do the gradients of all else, which then grow tenfold in twenty steps.
     """
-    return now.far_above() if before.steps >= START and before.calm >= WINDOW else {}
+    if before.steps < START or before.calm < WINDOW:
+        return {}
+    return now.far_above()
 
 
 def _rounded(norm: float) -> float:
     """A norm to DIGITS significant digits; 0 where it is not finite."""
-    return float(f"{norm:.{DIGITS}g}") if isfinite(norm) else 0.0
+    if not isfinite(norm):
+        return 0.0
+    return float(f"{norm:.{DIGITS}g}")
 
 
 def parameters_by_module(net: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -85,9 +99,13 @@ def parameters_by_module(net: nn.Module) -> dict[str, list[nn.Parameter]]:
             modules.setdefault(_module_of(name), []).append(parameter)
     if len(modules) <= MODULES:
         return modules
-    by_size = sorted(modules, key=lambda name: sum(parameter.numel() for parameter in modules[name]))
+
+    def num_parameters(name: str) -> int:
+        return sum(parameter.numel() for parameter in modules[name])
+
+    by_size = sorted(modules, key=num_parameters)
     rest: list[nn.Parameter] = []
-    for name in by_size[: len(modules) - MODULES + 1]:
+    for name in by_size[: len(modules) - (MODULES - 1)]:  # REST takes one of the places
         rest += modules.pop(name)
     return {**modules, REST: rest}
 
@@ -102,9 +120,10 @@ def _module_of(name: str) -> str:
 
 @torch.no_grad()
 def local_squares(groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
-    """The square of each group's gradient norm on this rank: their means over ranks are those of the whole.
+    """This rank's estimate of the squared gradient norm of each group of parameters, a scalar tensor a group.
 
-    Of sharded weights each rank has the part of one shard, so its square counts as often as there are shards.
+    The mean of the estimates over all ranks is the squared norm of the whole gradient. Of sharded weights a rank has
+    one shard, so its square counts as often as there are shards. [] where no parameter has a gradient.
     """
     gradients: list[Tensor] = []  # of all groups, one after the other
     group_sizes: list[int] = []
