@@ -19,8 +19,10 @@ from math import lcm
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.passes import Passes, call_of, generator_states
+from dumo.flow.passes import Passes
 from dumo.flow.precision import Precision, precision_of
+from dumo.flow.signature import call_example
+from dumo.runtime.random import generator_states
 from dumo.types import Needs, Noised, Objective, Sample, Time, UserError, unwrap
 from dumo.types.outside import name_of
 
@@ -184,7 +186,7 @@ def _likely_fix(error: Exception, passes: Passes, b: Noised) -> str:
         return f"x is {b.x_t.dtype}, and the network's weights {weight.dtype}: give x.to({weight.dtype})"
     if isinstance(error, IndexError) and passes.labelled:
         return "A label more than there are classes stands for none: an embedding needs classes + 1 rows"
-    return f"It is called by {passes.described}: look at shapes, or give dumo.Flow({call_of(passes.needs)})"
+    return f"It is called by {passes.call_description}: look at shapes, or give dumo.Flow({call_example(passes.needs)})"
 
 
 # ------------------------------------------------------------------------------------------- what can be trained at all

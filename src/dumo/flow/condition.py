@@ -16,7 +16,8 @@ from typing import cast
 
 from torch import Tensor
 
-from dumo.flow.passes import CONDITIONS, ConditionTable, OwnCall, Signature
+from dumo.flow.conditiontable import ConditionTable
+from dumo.flow.signature import CONDITIONS, CustomCall, Signature
 from dumo.types import UserError
 
 Condition = Tensor | Mapping[str, Tensor] | None  # class numbers (b,), numbers (b, ...), or tensors by name
@@ -32,7 +33,7 @@ def is_table(c: Condition) -> bool:
     return isinstance(c, Mapping) or (isinstance(c, Tensor) and (c.is_floating_point() or c.ndim != 1))
 
 
-def table_of(c: Condition, null: Null, call: OwnCall | Signature | None) -> ConditionTable:
+def table_of(c: Condition, null: Null, call: CustomCall | Signature | None) -> ConditionTable:
     """Conditions that are no class numbers, by the name of the network's argument, with what stands for none.
 
     null: a null without a name stands for each of the conditions.
@@ -69,7 +70,7 @@ def require_batch(
     c: Condition,
     classes: int,
     shape: tuple[int, ...] | None,
-    call: OwnCall | Signature | None,
+    call: CustomCall | Signature | None,
     *,
     null: Null = None,
     reads_values: bool = False,
@@ -114,7 +115,7 @@ def require_conditions(
     c: Condition,
     rows: int,
     classes: int,
-    call: OwnCall | Signature | None,
+    call: CustomCall | Signature | None,
     null: Null,
     *,
     reads_values: bool = False,
@@ -166,7 +167,7 @@ def _require_labels(labels: Tensor, classes: int, null: Null, *, reads_values: b
             )
 
 
-def _require_table(c: Condition, classes: int, call: OwnCall | Signature | None, null: Null) -> None:
+def _require_table(c: Condition, classes: int, call: CustomCall | Signature | None, null: Null) -> None:
     """Raise UserError for a table of conditions where the network or the settings take none."""
     if call is None:
         raise UserError("networks of dumo take class numbers as c: hand such conditions to a network of your own")
@@ -207,7 +208,7 @@ def _require_arguments(c: Condition, call: Signature) -> None:
         )
 
 
-def _require_null(c: Condition, null: object, call: OwnCall | Signature | None) -> None:
+def _require_null(c: Condition, null: object, call: CustomCall | Signature | None) -> None:
     """Raise UserError unless the null is a row of its condition, or a dict of rows by the conditions' names."""
     if null is None:
         return

@@ -87,7 +87,7 @@ def copy_without_zero_layers(net: Passes) -> Passes | None:
             if not p.any():
                 std = 0.1 if p.ndim < 2 else p[0].numel() ** -0.5
                 p.add_(noise * std)
-    return net.of(module)
+    return net.with_net(module)
 
 
 def _copy_of(net: nn.Module) -> nn.Module | None:
@@ -182,9 +182,9 @@ def _exact_derivative(probe: Passes, b: Noised, inputs: Mapping[str, Time], *, i
 
 def _net_in_float64(net: Passes) -> Passes:
     """Passes of a copy of the network and of its conditions in float64."""
-    passes = net.of(copy.deepcopy(net.net).double())
+    passes = net.with_net(copy.deepcopy(net.net).double())
     if net.table is not None:
-        passes.table = net.table.double()
+        passes.table = net.table.to_float64()
     return passes
 
 

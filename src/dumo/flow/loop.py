@@ -54,16 +54,17 @@ from dumo.flow.draw import Coupling
 from dumo.flow.flow import Flow, require_terms
 from dumo.flow.guide import CFG
 from dumo.flow.null import guidance_of, without_drop
-from dumo.flow.passes import OwnCall, Passes, Signature, seeded_generators
+from dumo.flow.passes import Passes
 from dumo.flow.path import Diffusion, FlowPath, Linear, Trig
 from dumo.flow.precision import Precision, using
 from dumo.flow.ranks import largest_of_ranks, on_every_rank
 from dumo.flow.reading import reading, taught_readings, teacher_velocity
+from dumo.flow.signature import CustomCall, Signature
 from dumo.flow.slope import Slope, slope_of
 from dumo.flow.solver import Solver, best_solver
 from dumo.flow.state import FlowState
 from dumo.runtime import dist
-from dumo.runtime.random import stream
+from dumo.runtime.random import seeded_generators, stream
 from dumo.types import (
     Cond,
     Frozen,
@@ -90,7 +91,7 @@ class LoopFlow(Flow):
     """A network and the objective that teaches it: `flow(x, c)` is the loss, `flow.sample(n)` samples.
 
     - `net`: any module. Its forward takes x (b, ...) first, and the time, a second time and a class by usual names
-      (`dumo.flow.passes`); it returns the objective's heads. Or `call(net, x, t, c)` calls it.
+      (`dumo.flow.signature`); it returns the objective's heads. Or `call(net, x, t, c)` calls it.
     - `classes`: labels are 0 to classes - 1, and `classes` itself means none.
     - `null`: what stands for a dropped condition, a row, or a dict of rows. Without classes and null nothing is dropped
       or guided.
@@ -114,7 +115,7 @@ class LoopFlow(Flow):
         classes: int = 0,
         null: Null = None,
         time_scale: float = 1.0,
-        call: OwnCall | None = None,
+        call: CustomCall | None = None,
         seed: int = 0,
         shard: tuple[int, int] | None = None,
         path: FlowPath | None = None,
@@ -209,7 +210,7 @@ class LoopFlow(Flow):
         # the objective's loss
         key = self._key(at_step) if self.training else None
         passes = self._passes(c, key)
-        ref_passes = passes if self.ref is None else passes.of(self.ref.module)
+        ref_passes = passes if self.ref is None else passes.with_net(self.ref.module)
         ref = Frozen(ref_passes)
         masks = dropout.using(keys if self.training else None)
         with masks, seeded_generators(key, x.device), self._in_precision(x):  # a loss of yours may draw
@@ -233,7 +234,7 @@ class LoopFlow(Flow):
         return self._reads(self._passes(None, None), guide or CFG(), knobs)
 
     @cached_property
-    def call(self) -> OwnCall | Signature | None:
+    def call(self) -> CustomCall | Signature | None:
         """How the network is called; None: as dumo's own. Raises UserError where no argument of it is a time."""
         return self.own_call or Signature.of(unwrap(self.net))
 
@@ -397,7 +398,7 @@ class LoopFlow(Flow):
         null: Cond | int = self.classes
         teacher = None
         if is_table(c):
-            null = table_of(c, self.null, self.call).dropped(index)
+            null = table_of(c, self.null, self.call).drop_rows(index)
             if self.teach_conditions:
                 teacher = self.teach_conditions(c)
         b = self.add_noise(draws, x, index, null=null, z=z, progress=progress, teacher=teacher)
@@ -438,7 +439,7 @@ class LoopFlow(Flow):
 
     def _reads(self, passes: Passes, guide: CFG, knobs: Mapping[str, float] | None = None) -> Reads:
         """What these passes tell a solver, with this guidance and these knobs (None: the flow's own)."""
-        null = passes.table.dropped if passes.table else self.classes
+        null = passes.table.drop_rows if passes.table else self.classes
         return guide(reading(self.objective, passes, knobs or self.knobs), null)
 
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:

@@ -12,20 +12,24 @@ For sampling, `noise` has a stream for every (seed, image, draw). So an image is
 it is made in, and image 7 can be made alone. Draw 0 is the noise a solver starts from; later draws are the fresh noise
 that it asks for.
 
+For networks that draw by themselves, `seeded_generators` sets the generators that torch draws from by default, and
+`generator_states` shows whether something has drawn from them.
+
 For tests and trials, `random_batch` stands in for data.
 
 `keyed` and `noise` give float32 from Philox (Salmon et al. 2011), whose key is 128 bits of a hash. torch's own CPU
 generator keeps 32 bits of a seed: among 50,000 images, some would sometimes have the seed of another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from math import prod
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64
-from torch import Generator, Tensor
+from torch import Tensor
 
 from dumo.types import Cond, Sample
 
@@ -36,7 +40,7 @@ _PHILOX_KEY_STEP = 0x9E3779B9  # 2^32 / golden ratio
 _PHILOX_ROUNDS = 10
 
 
-def stream(*key: int | str) -> Generator:
+def stream(*key: int | str) -> torch.Generator:
     """A CPU generator seeded by a hash of the key.
 
     torch keeps 32 bits of a seed on the CPU, so a few of a million steps share one. That is harmless between steps that
@@ -45,7 +49,7 @@ def stream(*key: int | str) -> Generator:
     digest = blake2b(
         "/".join(map(str, key)).encode(), digest_size=7
     ).digest()  # 7 bytes: a seed is a signed 64-bit number
-    return Generator().manual_seed(int.from_bytes(digest))
+    return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
 def share_of_rows(seed: int, step: int, name: str, batch: int, share: float) -> Bool[Tensor, " batch"]:
@@ -57,6 +61,24 @@ def share_of_rows(seed: int, step: int, name: str, batch: int, share: float) -> 
     places = torch.randperm(batch, generator=stream(seed, step, name))
     is_picked[places[: round(share * batch)]] = True
     return is_picked
+
+
+@contextmanager
+def seeded_generators(key: int | None, device: torch.device) -> Generator[None, None, None]:
+    """Inside, torch's generators of the CPU and of a GPU begin at this key (None: 0); afterwards they are as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(key or 0)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(key or 0)
+        yield
+
+
+def generator_states(device: torch.device) -> bytes:
+    """The states of torch's generators, on the CPU and on a device, as bytes to compare."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return b"".join(state.numpy().tobytes() for state in states)
 
 
 def random_batch(key: str, rows: int, shape: Sequence[int], classes: int) -> tuple[Sample, Cond]:

@@ -16,7 +16,8 @@ from contract.own import Numbers, Perceptron, Text, UNet, waves
 from dumo.flow import condition, derivative
 from dumo.flow.condition import require_data
 from dumo.flow.loop import LoopFlow as Flow
-from dumo.flow.passes import Passes, Signature
+from dumo.flow.passes import Passes
+from dumo.flow.signature import Signature
 from dumo.objectives import DuMo, FlowMatching
 from dumo.types import Frozen, Needs, Net, Noised, Terms, UserError, mean_square
 

@@ -9,14 +9,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dumo.flow.condition import table_of
-from dumo.flow.passes import (
-    ConditionTable,
-    Passes,
-    Signature,
-    generator_states,
-    heads_of,
-    seeded_generators,
-)
+from dumo.flow.conditiontable import ConditionTable
+from dumo.flow.passes import Passes, heads_of
+from dumo.flow.signature import Signature
+from dumo.runtime.random import generator_states, seeded_generators
 from dumo.types import Needs, UserError, unwrap
 
 X = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
@@ -94,7 +90,7 @@ def test_a_call_of_ones_own_gets_times_in_turn_and_the_condition_as_it_was_given
     for given, null in (({"text": rows}, {"text": torch.zeros(5)}), (rows, torch.zeros(5))):
         table = table_of(given, null, call)
         passes = Passes(Short(), TWO, call, labelled=False, table=table)
-        dropped = int(table.dropped(torch.tensor([3])))
+        dropped = int(table.drop_rows(torch.tensor([3])))
         passes(X, torch.tensor([0, dropped, 2, 1]), t=T, r=R)
     expected = torch.stack([rows[0], torch.zeros(5), rows[2], rows[1]])
     assert torch.equal(seen[0][0], T)
@@ -125,7 +121,7 @@ def test_an_argument_without_a_null_keeps_its_row() -> None:
         {"text": torch.ones(3, 2), "size": torch.tensor([5.0, 6.0, 7.0]), "mask": torch.ones(3, dtype=torch.bool)},
         {"text": torch.zeros(1, 2)},
     )
-    dropped = table.dropped(torch.tensor([2, 1]))
+    dropped = table.drop_rows(torch.tensor([2, 1]))
     taken = table.take(torch.tensor([int(dropped[0]), 1, int(dropped[1])]))
     assert taken["text"].tolist() == [[0, 0], [1, 1], [0, 0]]
     assert taken["size"].tolist() == [7, 6, 6]
@@ -216,7 +212,7 @@ def test_what_a_network_draws_is_of_the_key_and_generators_stay() -> None:
     other = Passes(net, needs, Signature.of(net), labelled=False, key=8)
     (first,) = passes(X, C, t=T)
     with torch.no_grad():
-        (again,) = passes.of(net)(X, C, t=T)
+        (again,) = passes.with_net(net)(X, C, t=T)
     assert torch.equal(first, again)
     assert not torch.equal(first, other(X, C, t=T)[0])
     assert generator_states(X.device) == before
@@ -244,4 +240,4 @@ def test_passes_without_gradients_go_past_what_wraps_the_network() -> None:
         passes(X, C, t=T)
     assert len(calls) == 1
     assert unwrap(wrapped) is wrapped.module
-    assert passes.described == "net(x, t=)"
+    assert passes.call_description == "net(x, t=)"
