@@ -2,8 +2,8 @@
 
 `in_both_inks` draws a chart of a page twice, for a light and a dark page, with a transparent background; the page picks
 one. `curves`, `heat_map`, `dots` and `bars` are pictures of their own, on white; `score_label` names their axes.
-`dumo.report.figure` (the logs of runs) and `dumo.lab` (tables of many runs) choose what is drawn, and draw in their own
-axes with `log_unless_narrow` and `log_ticks`.
+`dumo.report.runchart` and `dumo.report.figure` (the logs of runs) and `dumo.lab` (tables of many runs) choose what is
+drawn, and draw in their own axes with `log_unless_narrow` and `log_ticks`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -37,9 +37,9 @@ from dumo.report import answer
 from dumo.report.address import guard, url
 from dumo.report.answer import Answer, AnswerFunction, answer_runs
 from dumo.report.chart import Chart
-from dumo.report.figure import validation_charts
 from dumo.report.gallery import TAUGHT_BY_LETTER
 from dumo.report.live import InteractiveRun
+from dumo.report.runchart import validation_charts
 from dumo.runtime import install_command, signals
 from dumo.runtime.signals import Stopped
 from dumo.training.log import read_log

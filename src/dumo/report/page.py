@@ -37,10 +37,10 @@ from dumo.io import file, picture
 from dumo.plan.plan import show
 from dumo.report import score
 from dumo.report.chart import Chart
-from dumo.report.figure import page_charts
 from dumo.report.gallery import PASSES, reachable_passes, sampling_modes
 from dumo.report.proximity import Proximity, measure_proximity
 from dumo.report.reconstruction import Reconstruction, reconstruct
+from dumo.report.runchart import page_charts
 from dumo.report.strip import Moment, draw_strip
 from dumo.report.verdict import reach_verdict
 from dumo.run.prompt import names as names_of

@@ -3,8 +3,8 @@
 import pytest
 from matplotlib.figure import Figure
 
-from dumo.report import figure as figures
-from dumo.report.figure import comparison_figure, comparison_picture, points_by_title, validation_charts
+from dumo.report.figure import comparison_figure, comparison_picture, curves_by_title
+from dumo.report.runchart import page_charts, validation_charts
 
 ROWS = [
     {"step": 10, "loss": 2.0, "parts": {"v": 1.0, "u": 3.0}, "notes": {"gap": 0.5}, "grad_norm": 9.0, "lr": 0.1},
@@ -14,11 +14,11 @@ ROWS = [
 
 
 def test_what_was_measured() -> None:
-    found = points_by_title(ROWS)
+    found = curves_by_title(ROWS)
     assert list(found) == ["loss", "v", "u", "gradient norm", "learning rate", "gap"]
     assert found["u"] == ([10, 20], [3.0, 1.5])
     assert found["learning rate"] == ([10, 20], [0.1, 0.0])
-    assert list(points_by_title([{"step": 1, "loss": 1.0, "parts": {"v": 1.0}}])) == ["loss"]  # the same once
+    assert list(curves_by_title([{"step": 1, "loss": 1.0, "parts": {"v": 1.0}}])) == ["loss"]  # the same once
 
 
 @pytest.mark.nightly
@@ -37,15 +37,15 @@ def test_norms_by_module_and_the_slope_of_time() -> None:
         }
         for step in (10, 20, 30)
     ]
-    found = points_by_title(rows)
+    found = curves_by_title(rows)
     assert found["u"] == ([10, 20, 30], [20.0, 40.0, 60.0])
     assert found["gradient norm, scalars"] == ([10, 20, 30], [1.0, 2.0, pytest.approx(3.0)])
     assert found["slope of the time embedding"] == ([10, 20, 30], [0.5] * 3)
-    titles = {chart.title: chart.alt for chart in figures.page_charts(rows)}
+    titles = {chart.title: chart.alt for chart in page_charts(rows)}
     assert titles["Gradient norms by module"].endswith("the largest is 3, of scalars at step 30.")
     assert "slope of the time embedding" in titles
     old = [{"step": 1, "loss": 1.0, "parts": {"v": 1.0}, "bins": {"v": [1.0] * 10}, "lr": 0.1}]
-    assert "Gradient norms by module" not in [chart.title for chart in figures.page_charts(old)]
+    assert "Gradient norms by module" not in [chart.title for chart in page_charts(old)]
 
 
 def test_a_panel_for_each_thing_and_a_curve_for_each_run() -> None:
@@ -76,5 +76,5 @@ def test_what_validation_found_is_a_chart_with_its_error(monkeypatch: pytest.Mon
     line, _, (bars,) = container
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([10, 30], [0.5, 0.25])
     assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [[0.375, 0.625], [0.1875, 0.3125]]
-    assert points_by_title(rows)["validation, mmd"] == ([10, 30], [0.5, 0.25])
+    assert curves_by_title(rows)["validation, mmd"] == ([10, 30], [0.5, 0.25])
     assert not [*validation_charts([{"step": 1, "loss": 1.0}])]

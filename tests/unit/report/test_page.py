@@ -22,7 +22,7 @@ from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.io import picture
 from dumo.objectives import Critic
-from dumo.report import chart, figure, score
+from dumo.report import chart, curve, score
 from dumo.report import page as report
 from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.index import Index
@@ -367,14 +367,14 @@ def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path, monkeypa
     assert len(report.page_charts(new)) == 10
     assert len(report.page_charts(old)) == 4
     once = report.page_charts([*old[:3], *new[3:]])  # probed
-    assert [chart.title for chart in once][5:] == ["clipped_share", "head_gap", figure.TIME_SLOPE]
+    assert [chart.title for chart in once][5:] == ["clipped_share", "head_gap", curve.TIME_SLOPE]
     found = report.late_losses([*old[:4], new[4] | {"step": 17}])
     assert found is not None
     assert [*found["bins"]] == ["loss", "v", "u"]
     never = {"notes": {"clipped_share": None}, "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1}}
     assert [chart.title for chart in report.page_charts([row | never for row in new])][5:] == [
         "drift",
-        figure.TIME_SLOPE,
+        curve.TIME_SLOPE,
     ]
 
 
