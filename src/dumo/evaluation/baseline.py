@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
 from dumo.evaluation.by_class import perfect_class_mmd
-from dumo.evaluation.class_mmd import mmd_deviation
+from dumo.evaluation.class_mmd import gaussian_mmd_null_sd
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.evaluation.protocol import Scores
@@ -118,7 +118,7 @@ def perfect_sampler_scores(
         kernel_real = real[kernel_rows]
         kernel_real_c = real_c[kernel_rows]
     # evaluation.json calls the leading score of a baseline `mean` and `sd`, and any other NAME and NAME_sd
-    scores = {"mean": 0.0, "sd": mmd_deviation(num_samples, kernel_real, width, kernel_real_c)}
+    scores = {"mean": 0.0, "sd": gaussian_mmd_null_sd(num_samples, kernel_real, width, kernel_real_c)}
     if sample_c is not None:
         scores |= perfect_class_mmd(kernel_real, width=width, sample_c=sample_c, real_c=kernel_real_c)
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dumo.evaluation.class_mmd import class_mmd, class_mmd_deviation, class_shares, gaussian_mmd, shared_classes
+from dumo.evaluation.class_mmd import class_mmd, class_mmd_null_sd, class_shares, gaussian_mmd, shared_classes
 from dumo.evaluation.metric import CLASS_MMD
 from dumo.evaluation.protocol import Scores
 
@@ -58,7 +58,7 @@ def perfect_class_mmd(real: RealFeatures, *, width: float, sample_c: SampleClass
     """`class_mmd` and `class_mmd_sd` expected from a perfect sampler; {} where samples are not judged by class."""
     if not _is_judged_by_class(sample_c, real_c):
         return {}
-    return {CLASS_MMD: 0.0, f"{CLASS_MMD}_sd": class_mmd_deviation(sample_c, real, width, real_c)}
+    return {CLASS_MMD: 0.0, f"{CLASS_MMD}_sd": class_mmd_null_sd(sample_c, real, width, real_c)}
 
 
 def class_facts(sample_c: SampleClasses, real_c: RealClasses) -> dict[str, str]:

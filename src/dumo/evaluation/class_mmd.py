@@ -1,17 +1,18 @@
 """MMD^2 by a Gaussian kernel, times 1000, with its standard error, between samples and data that have classes or none.
 
-- `gaussian_mmd` compares samples with the data as a whole, `mmd_deviation` is its sd where nothing differs.
-- `class_mmd` compares them class by class, `class_mmd_deviation` is its sd where nothing differs. It counts the
-  `shared_classes`, by their `class_shares`.
+- `gaussian_mmd` compares samples with the data as a whole.
+- `class_mmd` compares them class by class: the mean of the classes' MMD^2, over the classes with two rows or more on
+  both sides (`shared_classes`), weighed by their shares of the data (`class_shares`).
+- `gaussian_mmd_null_sd` and `class_mmd_null_sd` are the sd of each where samples have the distribution of the data.
 
 In every function `fake` are samples x, n_c of them in class c, `real` are data y, m_c in class c, `width` is the
 kernel's, and `sample_c`, `real_c` are the classes. p_c is the share of class c in the data. Times 1000 is as in
 Jayasumana et al. 2024 (CMMD). `dumo.evaluation.mmd` has MMD^2 without classes, and says what it is.
 
 **As a whole.** P = sum_c p_c P_c is compared with Q = sum_c p_c Q_c. Pairs are averaged within each class, or pair of
-classes, and weighed by p. So the estimate has no bias, also where classes come in turn, and samples may have them in
-other shares than the data. Let h(x) = E k(x, x') - E k(x, y) and g(y) = E k(y, y') - E k(x, y), over the pairs of a
-row. Then
+classes, and weighed by p. So the estimate has no bias, also for stratified samples (their classes cycled, not drawn),
+and samples may have the classes in other shares than the data. Let h(x) = E k(x, x') - E k(x, y) and
+g(y) = E k(y, y') - E k(x, y), where E is over all other rows x' or y' of the side, and all rows of the other side. Then
 
     MMD^2     = mean h + mean g
     variance  = 4 sum_c p_c^2 (var_c h / n_c + var_c g / m_c)
@@ -44,7 +45,7 @@ SampleClasses = Int64[Tensor, " n"]
 RealClasses = Int64[Tensor, " m"]
 
 SCALE = 1000  # of every value and error here: CMMD
-MAX_NULL_ROWS = 2000  # rows from whose pairs a deviation of no difference is computed, to a hundredth: ours
+MAX_NULL_ROWS = 2000  # rows from whose pairs a null sd is computed, to a hundredth: ours
 MIN_CENTRED_ROWS = 4  # rows that U-centring needs: it divides by n - 3
 
 
@@ -63,34 +64,33 @@ def gaussian_mmd(
     Without classes, and where a class of the data has fewer than two rows on a side, all rows are of one class. Each
     side needs 2 rows or more.
     """
-    fake_membership, real_membership, shares = _memberships(sample_c, len(fake), real_c, len(real))
+    fake_one_hot, real_one_hot, shares = _one_hot_classes(sample_c, len(fake), real_c, len(real))
     centre = real.double().mean(0)
     x = (fake.double() - centre) / width
     y = (real.double() - centre) / width
-    within_fake, _ = _kernel_sums(x, x, fake_membership, fake_membership)
-    within_real, _ = _kernel_sums(y, y, real_membership, real_membership)
-    fake_to_real, real_to_fake = _kernel_sums(x, y, fake_membership, real_membership)
-    fake_mean, fake_variance = _mean_and_variance(
-        within_fake, fake_to_real, fake_membership, real_membership.sum(0), shares
-    )
-    real_mean, real_variance = _mean_and_variance(
-        within_real, real_to_fake, real_membership, fake_membership.sum(0), shares
-    )
+    within_fake, _ = _kernel_sums(x, x, fake_one_hot, fake_one_hot)
+    within_real, _ = _kernel_sums(y, y, real_one_hot, real_one_hot)
+    fake_to_real, real_to_fake = _kernel_sums(x, y, fake_one_hot, real_one_hot)
+    fake_mean, fake_variance = _mean_and_variance(within_fake, fake_to_real, fake_one_hot, real_one_hot.sum(0), shares)
+    real_mean, real_variance = _mean_and_variance(within_real, real_to_fake, real_one_hot, fake_one_hot.sum(0), shares)
     return Estimate(SCALE * (fake_mean + real_mean), SCALE * (fake_variance + real_variance) ** 0.5)
 
 
-def mmd_deviation(num_samples: int, real: RealFeatures, width: float, real_c: RealClasses | None = None) -> float:
+def gaussian_mmd_null_sd(
+    num_samples: int, real: RealFeatures, width: float, real_c: RealClasses | None = None
+) -> float:
     """The sd of `gaussian_mmd` for `num_samples` samples that have the distribution of the data.
 
     Its variance is 2 (1/n + 1/m)^2 E k(y, y')^2 of the kernel less its means over each row and column (Gretton et al.
     2012, Theorem 12). Where there are classes, the means are over the rows of a class (ours). The outer mean is over
-    the pairs of every k-th row of the data, `MAX_NULL_ROWS` at most.
+    the pairs of evenly spaced rows of the data, `MAX_NULL_ROWS` at most.
     """
     stride = -(-len(real) // MAX_NULL_ROWS)
     y = (real[::stride].double() - real.double().mean(0)) / width
     y_c = None if real_c is None else real_c[::stride]
-    membership, _, _ = _memberships(y_c, len(y), y_c, len(y))
-    subtract_class_means = (torch.eye(len(y)) - membership / membership.sum(0) @ membership.T).to(y)
+    one_hot, _, _ = _one_hot_classes(y_c, len(y), y_c, len(y))
+    # the kernel less its class means, over rows and columns
+    subtract_class_means = (torch.eye(len(y)) - one_hot / one_hot.sum(0) @ one_hot.T).to(y)
     kernel = subtract_class_means @ (-torch.cdist(y, y).square() / 2).exp() @ subtract_class_means
     sum_over_pairs = kernel.square().sum() - kernel.diagonal().square().sum()
     mean_square = sum_over_pairs.item() / (len(y) * (len(y) - 1))
@@ -100,26 +100,28 @@ def mmd_deviation(num_samples: int, real: RealFeatures, width: float, real_c: Re
 def _mean_and_variance(
     within: Float64[Tensor, "n k"],
     between: Float64[Tensor, "n k"],
-    membership: Float64[Tensor, "n k"],
+    one_hot: Float64[Tensor, "n k"],
     other_counts: Float64[Tensor, " k"],
     shares: Float64[Tensor, " k"],
 ) -> tuple[float, float]:
-    """The mean of h (or g) over the rows of one side, and that side's part of the variance.
+    """The mean of h (or g) over the n rows of one side, and that side's part of the variance.
 
-    `within` and `between` are the sums of the kernel from each row to the rows of each class, of its own side and the
-    other. `membership` has a 1 for the class of each row, `other_counts` the rows of each class on the other side.
+    `within` and `between` are the sums of the kernel from each row to the rows of each of k classes, of its own side
+    and the other. `one_hot` has a 1 for the class of each row, `other_counts` the rows of each class on the other side.
     """
-    counts = membership.sum(0)
-    h = ((within - membership) / (counts - membership) - between / other_counts) @ shares  # no row paired with itself
-    class_means = membership.T @ h / counts
-    class_variances = membership.T @ (h - membership @ class_means).square() / (counts - 1) / counts
+    counts = one_hot.sum(0)
+    mean_within = (within - one_hot) / (counts - one_hot)  # without the row itself, whose kernel is 1
+    mean_between = between / other_counts
+    h = (mean_within - mean_between) @ shares
+    class_means = one_hot.T @ h / counts
+    class_variances = one_hot.T @ (h - one_hot @ class_means).square() / (counts - 1) / counts
     return (shares @ class_means).item(), 4 * (shares.square() @ class_variances).item()
 
 
-def _memberships(
+def _one_hot_classes(
     sample_c: Tensor | None, num_samples: int, real_c: Tensor | None, num_real: int
 ) -> tuple[Float64[Tensor, "n k"], Float64[Tensor, "m k"], Float64[Tensor, " k"]]:
-    """The class of each sample and of each real row, as a 1 in its column, and the share of each class in the data.
+    """The classes of the samples and of the data, one-hot, (n, k) and (m, k), and the classes' shares of the data (k,).
 
     Without classes, and where a class of the data has fewer than two rows on a side, and so no pair, all are of one
     class.
@@ -128,27 +130,27 @@ def _memberships(
         sample_c = torch.zeros(num_samples, dtype=torch.long)
         real_c = torch.zeros(num_real, dtype=torch.long)
     classes = real_c.cpu().unique()
-    fake_membership = (sample_c.cpu()[:, None] == classes).double()
-    real_membership = (real_c.cpu()[:, None] == classes).double()
-    if (fake_membership.sum(0) < 2).any() or (real_membership.sum(0) < 2).any():
-        fake_membership = torch.ones(num_samples, 1, dtype=torch.float64)
-        real_membership = torch.ones(num_real, 1, dtype=torch.float64)
-    return fake_membership, real_membership, real_membership.mean(0)
+    fake_one_hot = (sample_c.cpu()[:, None] == classes).double()
+    real_one_hot = (real_c.cpu()[:, None] == classes).double()
+    if (fake_one_hot.sum(0) < 2).any() or (real_one_hot.sum(0) < 2).any():
+        fake_one_hot = torch.ones(num_samples, 1, dtype=torch.float64)
+        real_one_hot = torch.ones(num_real, 1, dtype=torch.float64)
+    return fake_one_hot, real_one_hot, real_one_hot.mean(0)
 
 
 def _kernel_sums(
-    x: Tensor, y: Tensor, x_membership: Tensor, y_membership: Tensor
+    x: Tensor, y: Tensor, x_one_hot: Tensor, y_one_hot: Tensor
 ) -> tuple[Float64[Tensor, "n k"], Float64[Tensor, "m k"]]:
     """Sums of exp(-|x_i - y_j|^2 / 2) by class: (n, k) from every x to the rows y, and (m, k) from every y to x."""
     rows = block_rows(len(y))
     half_squares = y.square().sum(1) / 2
     x_sums: list[Tensor] = []
-    y_sums = torch.zeros_like(y_membership)
-    for block, block_membership in zip(x.split(rows), x_membership.split(rows), strict=True):
+    y_sums = torch.zeros_like(y_one_hot)
+    for block, block_one_hot in zip(x.split(rows), x_one_hot.split(rows), strict=True):
         exponents = torch.addmm(-half_squares, block, y.T).sub_(block.square().sum(1, keepdim=True) / 2)
-        kernel = exponents.exp_().cpu()
-        x_sums.append(kernel @ y_membership)
-        y_sums += kernel.T @ block_membership
+        kernel = exponents.exp_().cpu()  # the one-hot classes and all sums are on the CPU
+        x_sums.append(kernel @ y_one_hot)
+        y_sums += kernel.T @ block_one_hot
     return torch.cat(x_sums), y_sums
 
 
@@ -162,14 +164,14 @@ def class_mmd(
     classes = shared_classes(sample_c, real_c)
     value = 0.0
     variance = 0.0
-    for k, share in zip(classes, class_shares(real_c, classes), strict=True):
-        estimate = gaussian_mmd(fake[sample_c == k], real[real_c == k], width)
+    for label, share in zip(classes, class_shares(real_c, classes), strict=True):
+        estimate = gaussian_mmd(fake[sample_c == label], real[real_c == label], width)
         value += share * estimate.value
         variance += share**2 * estimate.error**2
     return Estimate(value, variance**0.5)
 
 
-def class_mmd_deviation(sample_c: SampleClasses, real: RealFeatures, width: float, real_c: RealClasses) -> float:
+def class_mmd_null_sd(sample_c: SampleClasses, real: RealFeatures, width: float, real_c: RealClasses) -> float:
     """The sd of `class_mmd` for samples that have the distribution of the data in each class.
 
     A class with too few rows for U-centring is taken to scatter as all rows together do.
@@ -177,10 +179,10 @@ def class_mmd_deviation(sample_c: SampleClasses, real: RealFeatures, width: floa
     classes = shared_classes(sample_c, real_c)
     y = (real.double() - real.double().mean(0)) / width
     variance = 0.0
-    for k, share in zip(classes, class_shares(real_c, classes), strict=True):
-        n = int((sample_c == k).sum())
-        m = int((real_c == k).sum())
-        mean_square = _centred_mean_square(y[real_c == k] if m >= MIN_CENTRED_ROWS else y)
+    for label, share in zip(classes, class_shares(real_c, classes), strict=True):
+        n = int((sample_c == label).sum())
+        m = int((real_c == label).sum())
+        mean_square = _centred_mean_square(y[real_c == label] if m >= MIN_CENTRED_ROWS else y)
         pairs = 1 / (n * (n - 1)) + 1 / (m * (m - 1)) + 2 / (n * m)
         variance += share**2 * 2 * mean_square * pairs
     return SCALE * variance**0.5
@@ -196,20 +198,20 @@ def shared_classes(sample_c: SampleClasses, real_c: RealClasses) -> list[int]:
 
 def class_shares(real_c: RealClasses, classes: Sequence[int]) -> list[float]:
     """The share of each of `classes` among the data in these classes."""
-    counts = [int((real_c == k).sum()) for k in classes]
+    counts = [int((real_c == label).sum()) for label in classes]
     return [count / sum(counts) for count in counts]
 
 
 def _centred_mean_square(y: Float64[Tensor, "n f"]) -> float:
-    """E k~(y, y')^2 without bias, by every k-th of at least 4 rows, `MAX_NULL_ROWS` at most.
+    """E k~(y, y')^2 without bias, by evenly spaced rows of `y`, `MAX_NULL_ROWS` at most.
 
-    Rows are in units of the kernel's width.
+    There must be `MIN_CENTRED_ROWS` rows or more, in units of the kernel's width.
     """
     stride = -(-len(y) // MAX_NULL_ROWS)
     y = y[::stride]
     n = len(y)
     kernel = (-torch.cdist(y, y).square() / 2).exp().fill_diagonal_(0)
-    means = kernel.sum(1) / (n - 2)
+    means = kernel.sum(1) / (n - 2)  # U-centring: the diagonal is left out of all means
     centred = kernel - means[:, None] - means + kernel.sum() / ((n - 1) * (n - 2))
     centred.fill_diagonal_(0)
     return centred.square().sum().item() / (n * (n - 3))

@@ -1,7 +1,10 @@
 """Scores by functions of the user's own, next to those of a run's protocol.
 
-`WithOwnMetrics` wraps the protocol's evaluator. Its `score` lets the evaluator judge the samples as they come, keeps
-them, and then calls each metric with all samples in the order of their numbers.
+`WithOwnMetrics` wraps the protocol's evaluator, and is an `Evaluator` itself. Its `score`
+
+1. lets the protocol's evaluator judge the samples as they come, and keeps them;
+2. calls each metric with all samples (n, *shape), in the order of their numbers, images clamped to [-1, 1];
+3. adds each number that a metric returns to the protocol's scores, under the metric's name.
 """
 
 import math
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dumo.evaluation.protocol import Evaluator, NumberedSamples, Scores
-from dumo.io.read import brief
+from dumo.io import read
 from dumo.types import UserError
 
 OwnMetric = Callable[[Tensor], float]  # takes all samples, (n, *shape), images in [-1, 1]
@@ -26,45 +29,51 @@ class WithOwnMetrics:
     All samples are kept in memory until they are judged.
     """
 
-    evaluator: Evaluator
+    protocol_evaluator: Evaluator
     metrics: Mapping[str, OwnMetric]  # by the name of the score
 
     @property
     def facts(self) -> Mapping[str, str]:
         """The facts of the protocol; own metrics add none."""
-        return self.evaluator.facts
+        return self.protocol_evaluator.facts
 
     def score(self, samples: NumberedSamples) -> Scores:
         """The protocol's scores, then those of own metrics.
 
         Raises UserError where a metric has the name of another score or column, or returns no finite number.
         """
-        all_numbers: list[Tensor] = []
-        batches: list[Tensor] = []
+        number_batches: list[Tensor] = []
+        sample_batches: list[Tensor] = []
 
-        def keep_samples() -> Iterator[tuple[Tensor, Tensor]]:
+        def keep_samples() -> Iterator[tuple[Tensor, Tensor]]:  # they can be read once
             for numbers, batch in samples:
-                all_numbers.append(numbers)
-                batches.append(batch)
+                number_batches.append(numbers)
+                sample_batches.append(batch)
                 yield numbers, batch
 
-        scores = self.evaluator.score(keep_samples())
-        order = torch.cat(all_numbers).argsort()
-        x = torch.cat(batches)[order]
-        if x.ndim == 4:  # images
+        scores = self.protocol_evaluator.score(keep_samples())
+        order = torch.cat(number_batches).argsort()
+        x = torch.cat(sample_batches)[order]
+        is_image = x.ndim == 4
+        if is_image:
             x = x.clamp(-1, 1)
         for name, metric in self.metrics.items():
             if name in scores or name in RESERVED_NAMES:
                 raise UserError(f"metrics: {name} is a name that the report has already: take another")
-            value = metric(x)
-            try:
-                scores[name] = float(value)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"metrics: {name} returned {brief(repr(value))}, which is no number") from error
-            if not math.isfinite(scores[name]):
-                raise UserError(f"metrics: {name} is {scores[name]}, which is no finite number")
+            scores[name] = _finite_number(name, metric(x))
         return scores
 
     def baselines(self) -> dict[str, Scores]:
-        """The baselines of the protocol. What own metrics would give for other images is not known."""
-        return self.evaluator.baselines()
+        """The baselines of the protocol. Own metrics have none: they are called with the run's samples alone."""
+        return self.protocol_evaluator.baselines()
+
+
+def _finite_number(name: str, value: object) -> float:
+    """What metric `name` returned, as a float. Raises UserError where that is no finite number."""
+    try:
+        number = float(value)  # pyright: ignore[reportArgumentType], a user's
+    except (TypeError, ValueError) as error:
+        raise UserError(f"metrics: {name} returned {read.brief(repr(value))}, which is no number") from error
+    if not math.isfinite(number):
+        raise UserError(f"metrics: {name} is {number}, which is no finite number")
+    return number

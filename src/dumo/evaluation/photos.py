@@ -29,7 +29,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation.baseline import random_parts
 from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd, perfect_class_mmd
-from dumo.evaluation.class_mmd import mmd_deviation
+from dumo.evaluation.class_mmd import gaussian_mmd_null_sd
 from dumo.evaluation.copy import THUMB_SIDE, nearest_images
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import PIXEL_SIDE, pixel_frechet
@@ -207,7 +207,7 @@ class PhotosEvaluator:
         copies_variance = copies * (1 - copies) * (1 / len(self.real) + 1 / len(self.sample_c))
         return {
             "mean": 0.0,  # `mmd` has no bias
-            "sd": mmd_deviation(len(self.sample_c), self.real.features, WIDTH, self.real_c),
+            "sd": gaussian_mmd_null_sd(len(self.sample_c), self.real.features, WIDTH, self.real_c),
             **perfect_class_mmd(self.real.features, width=WIDTH, sample_c=self.sample_c, real_c=self.real_c),
             **self._mean_scores(pairs),
             "copies": copies,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dumo.evaluation.by_class import class_facts, mmd_scores
-from dumo.evaluation.class_mmd import class_mmd, class_mmd_deviation, gaussian_mmd, mmd_deviation, shared_classes
+from dumo.evaluation.class_mmd import class_mmd, class_mmd_null_sd, gaussian_mmd, gaussian_mmd_null_sd, shared_classes
 from dumo.evaluation.estimate import Estimate, level
 from dumo.evaluation.mmd import mmd2
 from dumo.runtime.random import stream
@@ -79,7 +79,7 @@ def test_the_deviation_of_no_difference_is_that_of_draws() -> None:
     """With samples that have the shares of the reference, with classes and without."""
     d = torch.arange(400) % 3
     for c in (torch.arange(300) % 3, None):
-        known = mmd_deviation(300, mixture(d, "known"), 3.0, None if c is None else d)
+        known = gaussian_mmd_null_sd(300, mixture(d, "known"), 3.0, None if c is None else d)
         values = list[float]()
         for i in range(100):
             own = (
@@ -120,7 +120,7 @@ def test_the_deviation_of_class_mmd_is_exact_in_classes_of_a_few_rows() -> None:
     for i in range(500):
         y = mixture(d, ("few", i))
         values.append(class_mmd(mixture(c, ("fewer", i)), y, 3.0, c, d).value)
-        squares.append(class_mmd_deviation(c, y, 3.0, d) ** 2)
+        squares.append(class_mmd_null_sd(c, y, 3.0, d) ** 2)
     assert abs(fmean(values)) < 3 * stdev(values) / 500**0.5
     assert fmean(squares) ** 0.5 == pytest.approx(stdev(values), rel=0.05)
 
@@ -129,8 +129,8 @@ def test_class_mmd_alone_sees_labels_of_other_classes() -> None:
     c, d = torch.arange(300) % 3, torch.arange(600) % 3
     x, y = mixture(c, "samples"), mixture(d, "reference")
     scores = mmd_scores(x, y, width=3.0, sample_c=(c + 1) % 3, real_c=d)
-    assert scores["mmd"] < 2 * mmd_deviation(300, y, 3.0, d)
-    assert scores["class_mmd"] > 100 * class_mmd_deviation(c, y, 3.0, d)
+    assert scores["mmd"] < 2 * gaussian_mmd_null_sd(300, y, 3.0, d)
+    assert scores["class_mmd"] > 100 * class_mmd_null_sd(c, y, 3.0, d)
     assert scores["class_mmd"] > 10 * scores["class_mmd_sd"]
 
 
@@ -141,7 +141,7 @@ def test_class_mmd_is_the_same_whatever_classes_are_called() -> None:
     order = torch.randperm(30, generator=stream("order"))
     again = class_mmd(x[order], y, 3.0, names[c][order], names[d])
     assert again == pytest.approx(class_mmd(x, y, 3.0, c, d), rel=1e-9)
-    assert class_mmd_deviation(names[c], y, 3.0, names[d]) == pytest.approx(class_mmd_deviation(c, y, 3.0, d), rel=1e-9)
+    assert class_mmd_null_sd(names[c], y, 3.0, names[d]) == pytest.approx(class_mmd_null_sd(c, y, 3.0, d), rel=1e-9)
 
 
 def test_a_class_with_one_image_on_a_side_is_left_out_and_said() -> None:
