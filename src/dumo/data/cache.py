@@ -69,6 +69,10 @@ class CachePlan(Spec):
         """The end of the names of columns of images of this size; "" without buckets."""
         return f" {size[0]}x{size[1]}" if self.sizes else ""
 
+    def membership_column(self, size: Size) -> str:
+        """The name of the column that says which rows are in the bucket of this size."""
+        return f"in{self.column_suffix(size)}"
+
 
 class CacheIndex(CachePlan, TableIndex):
     """The contents of a cache's index.json."""
@@ -92,6 +96,12 @@ class CacheIndex(CachePlan, TableIndex):
         fields = super().binding()
         codec = _without_places(fields.pop("codec"))
         return fields | {f"codec.{name}": value for name, value in codec.items()}
+
+
+def split_column(name: str) -> tuple[str, str]:
+    """The name of a column without the bucket, and the bucket's: "x" and "192x320" of "x 192x320"; "" for none."""
+    stem, _, bucket = name.partition(" ")
+    return stem, bucket
 
 
 def read_index(folder: Path) -> CacheIndex | None:
@@ -138,7 +148,7 @@ def measure_crops(cache: ShardTable, index: CacheIndex) -> Crops:
     for number in range(len(index.shards)):
         columns = cache.tensors(number)
         # by bucket, 1 for the rows that are in it
-        memberships = [columns[f"in{index.column_suffix(size)}"] for size in index.sizes]
+        memberships = [columns[index.membership_column(size)] for size in index.sizes]
         buckets_by_shard.append(torch.stack(memberships).long().argmax(0))
         cropped_by_shard.append(columns["cropped"])
     return Crops.of(index.sizes, torch.cat(buckets_by_shard), torch.cat(cropped_by_shard))

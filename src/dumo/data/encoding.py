@@ -3,9 +3,10 @@
 `encode` is the entrance. On each rank it
 
 1. compares what is in the folder with the images and captions that are here;
-2. makes the rank's shards that are missing or damaged: reads images batch by batch, encodes them, and joins the
-   batches to the columns of a shard;
-3. writes captions and the images' names next to the shards, and the images' hashes to the note on their files.
+2. makes the rank's shards that are missing or damaged: reads images batch by batch, encodes them, and joins the batches
+   into the columns of a shard;
+3. writes captions and the images' names next to the shards, and notes the images' hashes for the next time
+   (`dumo.io.inventory`).
 
 Each shard is encoded in batches from its own first row, and its draws have a random stream of its own: so it does not
 matter which rank makes it.
@@ -13,7 +14,6 @@ matter which rank makes it.
 
 import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,7 +21,16 @@ from torch import Tensor
 
 from dumo.data.album import HASH_COLUMN, Album
 from dumo.data.bucket import BucketedRows, BucketedStore
-from dumo.data.cache import CAPTIONS, LATENT_COLUMNS, CacheIndex, CachePlan, dump_captions, read_index, require_captions
+from dumo.data.cache import (
+    CAPTIONS,
+    LATENT_COLUMNS,
+    CacheIndex,
+    CachePlan,
+    dump_captions,
+    read_index,
+    require_captions,
+    split_column,
+)
 from dumo.data.origin import NAMES, has_cache, require_origin
 from dumo.data.pixel import Size
 from dumo.encoders.caption import Captions
@@ -49,20 +58,21 @@ def encode(
 ) -> MakeResult:
     """Make the shards of rank `rank` out of `world` that are missing in the folder `out`, or damaged there.
 
-    `captions`, of images whose labels are their numbers, are written to the cache. `batch` is the number of images that
-    are encoded at once; another number may move the last bits. `tick` is called with the images encoded so far.
+    `captions` are written to the cache; the label of image i must then be i. `batch` is the number of images that are
+    encoded at once; another number may change latents in their last bits. `tick` is called with the number of images
+    encoded so far, and a note on them.
 
     Raises UserError where `out` holds another cache, other captions or something else, where an image or a label is not
     as planned, or a latent is too large for the dtype; OSError where nothing can be written; Stopped after a signal.
     Finished shards are kept.
     """
-    index = _index_of(source, codec, plan)
-    hashes = hashes_of(source)
-    if hashes:
-        finished = _finished_shards(out, index, rank, world)
-        hashes.hash(chain.from_iterable(map(index.span, finished)))
+    index = _plan_index(source, codec, plan)
+    image_hashes = hashes_of(source)
+    if image_hashes:
+        for shard in _finished_shards(out, index, rank, world):
+            image_hashes.hash(index.span(shard))
         if has_cache(out, index):
-            require_origin(out, hashes, max_bytes=sys.maxsize)
+            require_origin(out, image_hashes, max_bytes=sys.maxsize)  # hashes all files that changed or were copied
     if captions:
         require_captions(out / CAPTIONS, captions)
 
@@ -70,21 +80,28 @@ def encode(
         columns_by_batch = _encode_images(source, codec, index, shard, batch, report)
         return _shard_tensors(columns_by_batch, codec, index, shard)
 
-    def images_hash(shard: int) -> str:
-        return hashes.digest(index.span(shard)) if hashes else ""
+    def digest_of_images(shard: int) -> str:
+        return image_hashes.digest(index.span(shard)) if image_hashes else ""
 
     other_files: dict[str, bytes] = {}
     if captions:
         other_files[CAPTIONS] = dump_captions(captions)
-    if hashes:
-        other_files[NAMES] = hashes.packed_names.numpy().tobytes()
+    if image_hashes:
+        other_files[NAMES] = image_hashes.packed_names.numpy().tobytes()
     result = table.make(
-        out, index, encode_shard, rank=rank, world=world, source_hash=images_hash, extra_files=other_files, tick=tick
+        out,
+        index,
+        encode_shard,
+        rank=rank,
+        world=world,
+        source_hash=digest_of_images,
+        extra_files=other_files,
+        tick=tick,
     )
-    if hashes:
-        hashes.save()
+    if image_hashes:
+        image_hashes.save()
         if has_cache(out, index):  # another rank may have read other images meanwhile
-            require_origin(out, hashes, max_bytes=0)
+            require_origin(out, image_hashes, max_bytes=0)  # hashes no copies of files
     return result
 
 
@@ -96,18 +113,32 @@ def _finished_shards(out: Path, index: CacheIndex, rank: int, world: int) -> lis
     return [number for number in table.written_shards(out, cached) if number % world == rank]
 
 
-def _index_of(source: Finite | BucketedStore, codec: LoadedCodec, plan: CachePlan) -> CacheIndex:
-    """The index before any shard is made. Raises UserError if there is nothing to encode."""
+def _plan_index(source: Finite | BucketedStore, codec: LoadedCodec, plan: CachePlan) -> CacheIndex:
+    """The index of the complete cache, with its columns, codec and rows. No shard is listed yet.
+
+    Raises UserError if there is nothing to encode.
+    """
     if not len(source):
         where = f" in {plan.source}" if plan.source else ""
         raise UserError(f"there are no images to encode{where}")
-    has_deviations = codec.codec.is_gaussian and plan.store == "moments"
+    return CacheIndex(
+        **dict(plan),
+        codec=codec.codec.facts() | {"weights": codec.codec.weights},
+        weights=codec.sha256,
+        rows=len(source),
+        columns=_plan_columns(source, codec, plan),
+    )
+
+
+def _plan_columns(source: Finite | BucketedStore, codec: LoadedCodec, plan: CachePlan) -> dict[str, Column]:
+    """The columns of a cache, by name: latents of each bucket, labels, and what identifies the images."""
+    stores_moments = codec.codec.is_gaussian and plan.store == "moments"  # a mean and a deviation of each number
     columns: dict[str, Column] = {}
     for size in plan.sizes or [(plan.resolution, plan.resolution)]:
         channels, *sides = codec.codec.shape(*size)
-        shape = (2 * channels if has_deviations else channels, *sides)
+        shape = (2 * channels if stores_moments else channels, *sides)
         suffix = plan.column_suffix(size)
-        membership = f"in{suffix}" if suffix else ""
+        membership = plan.membership_column(size) if suffix else ""
         for name in LATENT_COLUMNS if plan.flips else LATENT_COLUMNS[:1]:
             columns[f"{name}{suffix}"] = Column(dtype=plan.dtype, shape=shape, lengths=membership)
         if membership:
@@ -118,13 +149,7 @@ def _index_of(source: Finite | BucketedStore, codec: LoadedCodec, plan: CachePla
     if hashes_of(source):
         columns["image"] = Column(dtype="int64")
         columns[HASH_COLUMN] = Column(dtype="uint8", shape=(HASH_BYTES,))
-    return CacheIndex(
-        **dict(plan),
-        codec=codec.codec.facts() | {"weights": codec.codec.weights},
-        weights=codec.sha256,
-        rows=len(source),
-        columns=columns,
-    )
+    return columns
 
 
 def _encode_images(
@@ -142,13 +167,13 @@ def _encode_images(
     """
     span = index.span(shard)
     columns_by_batch: list[dict[str, Tensor]] = []
-    for first in span[::batch]:
+    for batch_start in span[::batch]:
         signals.check()
-        batch_rows = range(first, min(first + batch, span.stop))
+        batch_rows = range(batch_start, min(batch_start + batch, span.stop))
         bucketed = source.find_buckets(batch_rows) if isinstance(source, BucketedStore) else None
         for size, images_of_size, rows in _split_by_size(source, batch_rows, bucketed, index):
-            columns = _encode_batch(images_of_size, rows, codec, index, first, size)
-            if columns is None:
+            columns = _encode_batch(images_of_size, rows, codec, index, batch_start, size)
+            if columns is None:  # none of these images can be read
                 continue
             if bucketed:
                 columns["cropped"] = bucketed.cropped[columns["image"] - batch_rows.start]
@@ -158,16 +183,16 @@ def _encode_images(
 
 
 def _encode_batch(
-    source: Finite, rows: range, codec: LoadedCodec, index: CacheIndex, first: int, size: Size
+    source: Finite, rows: range, codec: LoadedCodec, index: CacheIndex, batch_start: int, size: Size
 ) -> dict[str, Tensor] | None:
     """The columns of some rows of a source of images of one size; None where none of them can be read.
 
-    `first` is the number of the batch's first image in all, for messages.
+    `batch_start` is the number of the batch's first image in all, for messages.
     """
     images, labels = source.rows(slice(rows.start, rows.stop))
     if not len(images):
         return None
-    images = _checked_floats(images, labels, index, first, size)
+    images = _checked_floats(images, labels, index, batch_start, size)
     suffix = index.column_suffix(size)
     columns = {"labels": labels.long(), f"x{suffix}": codec.encode(images).cpu()}
     if isinstance(source, Album):
@@ -207,7 +232,7 @@ def _shard_tensors(
     other_columns: dict[str, Tensor] = {}
     latents: dict[str, Tensor] = {}
     for name, column in _join_batches(columns_by_batch, index).items():
-        stem, _, _ = name.partition(" ")
+        stem, _ = split_column(name)
         if stem not in LATENT_COLUMNS:
             other_columns[name] = column
             continue
@@ -230,7 +255,7 @@ def _join_batches(columns_by_batch: list[dict[str, Tensor]], index: CacheIndex) 
     order = torch.cat([columns["image"] for columns in columns_by_batch]).argsort()
     joined: dict[str, Tensor] = {}
     for name, column in index.columns.items():
-        stem, _, bucket = name.partition(" ")
+        stem, bucket = split_column(name)
         if stem in LATENT_COLUMNS:
             latents = [columns[name] for columns in columns_by_batch if name in columns]
             joined[name] = torch.cat(latents or [torch.zeros(0, *column.shape)])
@@ -243,9 +268,9 @@ def _join_batches(columns_by_batch: list[dict[str, Tensor]], index: CacheIndex) 
     return joined
 
 
-def _checked_floats(images: Tensor, labels: Tensor, index: CacheIndex, first: int, size: Size) -> Tensor:
+def _checked_floats(images: Tensor, labels: Tensor, index: CacheIndex, batch_start: int, size: Size) -> Tensor:
     """The images as floats in [-1, 1]. Raises UserError if they or their labels are not as planned."""
-    where = f"images {first} to {first + len(images) - 1}"
+    where = f"images {batch_start} to {batch_start + len(images) - 1}"
     if images.shape[1:] != (3, *size):
         raise UserError(f"{where} are {tuple(images.shape[1:])}, planned is {(3, *size)}")
     num_labels = index.rows if index.captioned else max(index.classes, 1)
