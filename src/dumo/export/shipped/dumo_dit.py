@@ -55,15 +55,15 @@ class Times(nn.Module):
         for name in names:
             self.embedders[name] = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Tensor, r: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Return (b, width), given times (b,); `shift` (b, 2 waves) is added to the waves of each."""
-        falling = torch.exp(-log(10_000.0) * torch.arange(self.waves, device=t.device) / self.waves)
+    def forward(self, t: Tensor, r: Tensor, wave_offset: Tensor | None = None) -> Tensor:
+        """Return (b, width), given times (b,); `wave_offset` (b, 2 waves) is added to the waves of each."""
+        frequencies = torch.exp(-log(10_000.0) * torch.arange(self.waves, device=t.device) / self.waves)
         parts: list[Tensor] = []
         for name, embedder in self.embedders.items():
             time = t if name == "t" else t - r
-            angles = time[:, None] * (self.time_scale * falling)
+            angles = time[:, None] * (self.time_scale * frequencies)
             waves = torch.cat([angles.cos(), angles.sin()], -1).to(next(embedder.parameters()).dtype)
-            parts.append(embedder(waves if shift is None else waves + shift))
+            parts.append(embedder(waves if wave_offset is None else waves + wave_offset))
         return sum(parts[1:], parts[0])
 
 

@@ -4,6 +4,9 @@ This file lies in an exported model, next to the weights, and dumo need not be i
 diffusers alone. dumo keeps it in export/shipped; export/standalone.py copies it, writes the weights, and refuses a
 model whose output is not, bit by bit, that of dumo's own net (nets/unet.py).
 
+The names of attributes are the keys of the weights, and the arguments of `DumoUNet` those of its config: neither can be
+renamed.
+
 Time runs from t = 0, an image, to t = 1, noise: x_t = (1 - t) x + t z. Head u is a mean velocity, which jumps to an
 earlier time r, x_r = x_t - (t - r) u, where r = 0 is the image; head v is the velocity dx_t/dt of the flow.
 """
@@ -17,7 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-OWN_WAVES = 128  # frequencies of the embedding of times that one head reads
+HEAD_WAVES = 128  # frequencies of the embedding of times that one head reads
 SKIP_SCALE = sqrt(0.5)  # keeps the variance of a sum of two
 
 
@@ -38,15 +41,15 @@ class Times(nn.Module):
         for name in names:
             self.embedders[name] = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: Tensor, r: Tensor, shift: Tensor | None = None) -> Tensor:
-        """Return (b, width), given times (b,); `shift` (b, 2 waves) is added to the waves of each."""
-        falling = torch.exp(-log(10_000.0) * torch.arange(self.waves, device=t.device) / self.waves)
+    def forward(self, t: Tensor, r: Tensor, wave_offset: Tensor | None = None) -> Tensor:
+        """Return (b, width), given times (b,); `wave_offset` (b, 2 waves) is added to the waves of each."""
+        frequencies = torch.exp(-log(10_000.0) * torch.arange(self.waves, device=t.device) / self.waves)
         parts: list[Tensor] = []
         for name, embedder in self.embedders.items():
             time = t if name == "t" else t - r
-            angles = time[:, None] * (self.time_scale * falling)
+            angles = time[:, None] * (self.time_scale * frequencies)
             waves = torch.cat([angles.cos(), angles.sin()], -1).to(next(embedder.parameters()).dtype)
-            parts.append(embedder(waves if shift is None else waves + shift))
+            parts.append(embedder(waves if wave_offset is None else waves + wave_offset))
         return sum(parts[1:], parts[0])
 
 
@@ -71,15 +74,18 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """Map h (b, channels, side, side) to (b, out, ...), given the condition e (b, embed_width)."""
-        a = self.conv_1(self.resampled(F.silu(self.norm_1(h)))) + self.shift(e)[:, :, None, None]
-        a = self.conv_2(F.silu(self.norm_2(a)))
-        h = (self.skip(self.resampled(h)) + a) * SKIP_SCALE
+        # convolutions
+        residual = self.conv_1(self.resampled(F.silu(self.norm_1(h)))) + self.shift(e)[:, :, None, None]
+        residual = self.conv_2(F.silu(self.norm_2(residual)))
+        h = (self.skip(self.resampled(h)) + residual) * SKIP_SCALE
         if not self.attends:
             return h
+
+        # attention of one head
         b, channels, side, _ = h.shape
         q, k, v = self.qkv(self.norm_3(h)).view(b, 3, 1, -1, side**2).transpose(3, 4).unbind(1)
-        a = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, channels, side, side)
-        return (h + self.out(a)) * SKIP_SCALE
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(b, channels, side, side)
+        return (h + self.out(attended)) * SKIP_SCALE
 
     def resampled(self, h: Tensor) -> Tensor:
         """Halve or double the side of h, or return it as it is."""
@@ -97,18 +103,18 @@ class Head(nn.Sequential):
         """From `channels` to `out` channels."""
         super().__init__(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
 
-    def forward(self, input: Tensor, own: Tensor | None = None) -> Tensor:
-        """Map (b, channels, side, side) to (b, out, side, side); `own` (b, 2 channels) are shift and scale."""
+    def forward(self, input: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """Map (b, channels, side, side) to (b, out, side, side); `modulation` (b, 2 channels) is shift and scale."""
         norm, silu, conv = self
-        a = norm(input)
-        if own is not None:
-            shift, scale = own[:, :, None, None].chunk(2, 1)
-            a = a * (1 + scale) + shift
-        return conv(silu(a))
+        h = norm(input)
+        if modulation is not None:
+            shift, scale = modulation[:, :, None, None].chunk(2, 1)
+            h = h * (1 + scale) + shift
+        return conv(silu(h))
 
 
 class DumoUNet(ModelMixin, ConfigMixin):
-    """The net."""
+    """The net: `DumoUNet.from_pretrained(folder)`, then `(u,) = net(x, t, c)`, and x - t u is the image."""
 
     @register_to_config
     def __init__(
@@ -127,7 +133,9 @@ class DumoUNet(ModelMixin, ConfigMixin):
     ) -> None:
         """For square images of `side` pixels, or latents of that side; `classes` 0: it takes no label.
 
-        `attend` are the sides with attention. `own_time_names` are the times that single heads read, by head.
+        A level has `depth` blocks of `width` times its entry of `multipliers` channels, and half the side of the level
+        above. `attend` are the sides with attention. Times are multiplied by `time_scale`. `own_time_names` are the
+        times that single heads read, by head.
         """
         super().__init__()
         embed_width = 4 * width
@@ -135,11 +143,13 @@ class DumoUNet(ModelMixin, ConfigMixin):
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.embed = nn.Conv2d(channels, width, 3, padding=1)
 
-        # each block, and what it does besides: keep its output for the way up, or take the last that was kept
+        # each block, and its role besides: keep its output for the way up, take the last that was kept, or neither
         self.blocks = nn.ModuleList()
         self.roles: list[str] = []
-        now = width  # channels
-        kept = [now]
+        now = width  # channels of what the next block gets
+        kept = [now]  # channels of what was kept
+
+        # down
         for level, multiplier in enumerate(multipliers):
             attends = side >> level in attend
             if level:
@@ -149,8 +159,12 @@ class DumoUNet(ModelMixin, ConfigMixin):
                 self.add(Block(now, width * multiplier, embed_width, attends), "keep")
                 now = width * multiplier
                 kept.append(now)
+
+        # middle
         self.add(Block(now, now, embed_width, True), "")
         self.add(Block(now, now, embed_width, False), "")
+
+        # up: in each level the last block alone attends, as in EDM
         for level in reversed(range(len(multipliers))):
             if level < len(multipliers) - 1:
                 self.add(Block(now, now, embed_width, False, "double"), "")
@@ -161,11 +175,11 @@ class DumoUNet(ModelMixin, ConfigMixin):
 
         self.own = nn.ModuleDict()
         for name, names in (own_time_names or {}).items():
-            self.own[name] = Times(names, 2 * now, time_scale, OWN_WAVES)
+            self.own[name] = Times(names, 2 * now, time_scale, HEAD_WAVES)
         self.heads = nn.ModuleDict({name: Head(now, channels) for name in head_names})
 
     def add(self, block: Block, role: str) -> None:
-        """Add a block; `role` is keep, take or neither."""
+        """Add a block; `role` is "keep", "take", or "" for neither."""
         self.blocks.append(block)
         self.roles.append(role)
 
@@ -174,14 +188,15 @@ class DumoUNet(ModelMixin, ConfigMixin):
     ) -> list[Tensor]:
         """Return the outputs of `heads`, of the shape of x (b, channels, side, side), at times t (b,).
 
-        c (b,) are labels; the index `classes` is for no label. r (b,) is where a jump ends; None: at the image.
+        c (b,) are labels; the index `classes` is for no label. r (b,) is where a jump ends; None: at the image. It
+        counts only for a net whose times include r.
         """
         if r is None:
             r = torch.zeros_like(t)
         label = None if self.label is None else self.label(c)
         e = F.silu(self.times(t, r, label))
         h = self.embed(x.to(self.dtype))
-        kept = [h]
+        kept = [h]  # for the way up
         for block, role in zip(self.blocks, self.roles, strict=True):
             if role == "take":
                 h = torch.cat([h, kept.pop()], 1)
@@ -190,6 +205,6 @@ class DumoUNet(ModelMixin, ConfigMixin):
                 kept.append(h)
         outputs: list[Tensor] = []
         for name in heads:
-            own = self.own[name](t, r) if name in self.own else None
-            outputs.append(self.heads[name](h, own).to(x.dtype))
+            modulation = self.own[name](t, r) if name in self.own else None
+            outputs.append(self.heads[name](h, modulation).to(x.dtype))
         return outputs
