@@ -1,8 +1,9 @@
 """What several commands share: types of options, `with_trust_code`, and parsers of option values.
 
-Types come first (`Source`, `Set`, `Nfe` ...): an annotation by one gives a command that option, with its help, and the
-check of its value, made before the command begins. `with_trust_code` adds --trust-code to a command. The parsers raise
-typer's BadParameter, or UserError.
+- Types (`Source`, `Set`, `Nfe` ...): an annotation by one gives a command that argument or option, with its help, and
+  the check of its value, made before the command begins. `one_of` makes such a check for the options of one command.
+- `with_trust_code` adds --trust-code to a command.
+- Parsers (`parse_...`) make values of texts. They raise typer's BadParameter, or UserError.
 """
 
 import re
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
 
 
-# A command with one of these parameters reads runs, whose files may name code, or trains some.
-READS_RUNS = {"source", "run_folder", "run_folders", "runs", "device"}
-FEW_NAMES = 6  # which a message lists all: ours
+# A command reads runs, whose files may name code, or trains some, if its function has a parameter with one of these
+# names.
+_RUN_PARAMETERS = {"source", "run_folder", "run_folders", "runs", "device"}
+FEW_NAMES = 6  # a message lists all valid names up to this number: ours
 TRACKERS = ("tensorboard", "wandb", "trackio")  # of `dumo.report.tracker`
-DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "meta", "xla")  # kinds; which are here torch knows
+# kinds that --device takes; torch knows which of them are on this machine
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "meta", "xla")
 
 
 def _complete_source(text: str) -> list[str]:
@@ -41,23 +44,30 @@ def _complete_run(text: str) -> list[str]:
 
 
 def one_of(option: str, *names: str) -> Callable[[str | None], str | None]:
-    """A check of typer's for an option: its value is one of `names`. It raises UserError, which lists a few names."""
+    """Make a check of typer's for an option: it returns a value that is None or one of `names`.
+
+    It raises UserError for any other, with all names where they are few, else the nearest.
+    """
 
     def check(value: str | None) -> str | None:
         if value is None or value in names:
             return value
         from dumo.config.suggestion import nearest, nearest_few
 
-        hint = nearest(value, [*names])
         if len(names) <= FEW_NAMES:
             hint = f"{nearest_few(value, [*names])}valid: {', '.join(names)}"
+        else:
+            hint = nearest(value, [*names])
         raise UserError(f"there is no {option} '{value}'; {hint}")
 
     return check
 
 
 def _check_passes(text: str | None) -> str | None:
-    """A list of numbers of passes, as typed. Raises BadParameter for what is no list, UserError for 0 or too many."""
+    """Check --nfe, numbers of passes from 1 to PASSES. Returns the text as typed.
+
+    Raises BadParameter for what is no list of whole numbers, UserError for 0 or too many.
+    """
     for passes in parse_integers(text, "--nfe") or ():
         if not 1 <= passes <= PASSES:
             raise UserError(f"nfe = {passes} is no number of passes for a sample: ask for 1 to {PASSES:,}")
@@ -65,7 +75,7 @@ def _check_passes(text: str | None) -> str | None:
 
 
 def _check_solver(name: str | None) -> str | None:
-    """A solver's name, or module:Class. Raises UserError for a name that no solver has."""
+    """Check --solver, a solver's name or module:Class. Returns the name; raises UserError where no solver has it."""
     if name is not None and ":" not in name:
         from dumo.config.outline import kinds_at
         from dumo.config.suggestion import require_known
@@ -75,13 +85,16 @@ def _check_solver(name: str | None) -> str | None:
 
 
 def _check_device(name: str) -> str:
-    """A device's name. Raises UserError for a kind of device that torch does not have."""
+    """Check the kind of --device, the part before a colon. Returns the name.
+
+    Raises UserError for a kind that torch does not have.
+    """
     kind = name.partition(":")[0]
     if kind not in DEVICES:
         from dumo.cli.foreign import FOREIGN_DEVICES
 
-        meant = FOREIGN_DEVICES.get(kind.lower())
-        hint = f"here it is {meant}" if meant else "use auto, cpu or cuda"
+        dumo_name = FOREIGN_DEVICES.get(kind.lower())
+        hint = f"here it is {dumo_name}" if dumo_name else "use auto, cpu or cuda"
         raise UserError(f"there is no device '{name}': {hint}")
     return name
 
@@ -149,18 +162,21 @@ TrustCode = Annotated[
 
 
 def with_trust_code(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with --trust-code where it reads runs (`dumo.config.trust`)."""
+    """The command, with --trust-code where it reads or trains runs (`dumo.config.trust`).
+
+    The names of its parameters tell (`_RUN_PARAMETERS`): a command that renames them loses the option.
+    """
     command_signature = signature(command)
     parameters = command_signature.parameters
-    if not READS_RUNS & parameters.keys():
+    if not _RUN_PARAMETERS & parameters.keys():
         return command
 
     @wraps(command)
-    def trusting_command(*words: object, trust_code: bool = False, **options: Any) -> None:  # noqa: ANN401, the command's
+    def trusting_command(*args: object, trust_code: bool = False, **options: Any) -> None:  # noqa: ANN401, the command's
         from dumo.config.trust import trusting
 
         with trusting(trust_code):
-            command(*words, **options)
+            command(*args, **options)
 
     # typer reads the options from here
     flag = Parameter("trust_code", Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
@@ -206,11 +222,11 @@ def parse_integers(text: str | None, option: str) -> list[int] | None:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """'24GiB' as bytes. Raises BadParameter, which names the option, for what is no size."""
+    """'24GiB' as bytes: GiB is 1024^3, GB or G 1000^3. Raises BadParameter, which names the option, for no size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
     if match is None:
         raise typer.BadParameter(f"'{text}' is no size such as 24GiB or 80GB", param_hint=option)
-    number, letter, binary = match.groups()
-    base = 1024 if binary else 1000
+    number, letter, binary_mark = match.groups()
+    base = 1024 if binary_mark else 1000
     power = "KMGT".index(letter.upper()) + 1
     return int(float(number) * base**power)
