@@ -32,11 +32,12 @@ def read_run(
     """
     from dumo.config.label import require_captions, require_labels
     from dumo.config.place import require_run_folder
+    from dumo.config.source import read
     from dumo.run import shipped
 
     folder = shipped.find(word)
     require_run_folder(word, folder)
-    text = _read(folder)
+    text = read(folder)
     tree = _require_fields(text, settings)
     if prompt:
         require_captions(tree)
@@ -50,7 +51,9 @@ def read_source(word: str, settings: Sequence[str] | None) -> "RunText":
 
     Raises UserError where there is none, or where it lacks a field of `settings`, the values of --set.
     """
-    text = _read(word)
+    from dumo.config.source import read
+
+    text = read(word)
     _require_fields(text, settings)
     return text
 
@@ -63,7 +66,7 @@ def read_source_or_images(word: str, out: Path | None, settings: Sequence[str] |
     as `read_source`, and for a folder without images.
     """
     from dumo.config.place import require_images
-    from dumo.config.source import IMAGES_RECIPE, RUN_FILE, SHIPPED_PREFIX, choose, settings_of_images
+    from dumo.config.source import IMAGES_RECIPE, RUN_FILE, SHIPPED_PREFIX, choose, read, settings_of_images
 
     chosen = choose(word, out)
     if chosen.kind != "images":
@@ -71,10 +74,10 @@ def read_source_or_images(word: str, out: Path | None, settings: Sequence[str] |
     require_images(word)
     folder = out or chosen.folder
     if (folder / RUN_FILE).is_file():
-        text = _read(folder)
+        text = read(folder)
         _require_fields(text, settings_of_images(text.tree, settings or ()))
         return text
-    _require_fields(_read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_chosen_later=True)
+    _require_fields(read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_chosen_later=True)
     return None
 
 
@@ -116,13 +119,6 @@ def require_logged(words: Sequence[str]) -> None:
 
     for word in words:
         require_log(shipped.find(word))
-
-
-def _read(source: str | Path) -> "RunText":
-    """Read the text of a source, as `dumo.config.source.read`."""
-    from dumo.config.source import read
-
-    return read(source)
 
 
 def _require_fields(
