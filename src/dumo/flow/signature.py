@@ -86,7 +86,7 @@ class Signature:
 
     def rename_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The times and knobs by forward's names, where `inputs` has them by the objective's."""
-        names = {"t": self.time, "r": self.end_time or "r"}  # r itself goes to **kwargs
+        names = {"t": self.time, "r": self.end_time or "r"}  # `require` refuses r where it has no argument
         return {names.get(name, name): value for name, value in inputs.items()}
 
 

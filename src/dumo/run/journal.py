@@ -49,7 +49,7 @@ from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.text import bytes_text
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
-from dumo.training.burst import LASTS, WINDOW
+from dumo.training.burst import BURST_STEPS, WINDOW
 from dumo.training.deadline import FIRST_SAVE, JUDGE, SAVE, SECONDS_PER_MINUTE, Countdown
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.optim import Muon, embedders, half_rates
@@ -311,7 +311,7 @@ def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Rec
         f"warning: step {record.step:,}: the gradient norm of {name} is {record.grad_norms[name]:.3g}, {factor:.2g} "
         f"times its median of the last {WINDOW} steps: the training may break here."
     )
-    step = checkpoints.last_good(record.step - LASTS)
+    step = checkpoints.last_good(record.step - BURST_STEPS)
     if step is None:
         return f"{warning} No checkpoint is older: if u or v grow, stop it, and begin another run at a lower rate"
     if embeds and isinstance(train.optimizer, Muon):

@@ -4,13 +4,13 @@ A training that breaks does so in one module first. In a measured run (ours) the
 to .72 within five steps while blocks and heads were calm; twenty steps later all had followed, and the error of u was
 ten times as large. A log with a row in fifty steps cannot show that, so norms are measured at every step:
 
-    a module bursts when each of its last LASTS norms is above FACTOR times the median of its last WINDOW norms.
+    a module bursts when each of its last BURST_STEPS norms is above BURST_FACTOR times the median of its WINDOW norms.
 
 The order of a step:
 
 1. `local_squares` measures the gradients of the net's modules (`parameters_by_module`) on each rank.
 2. `dumo.training.record` averages these squares over ranks, and takes their roots: the norms.
-3. `Gradients.after` adds the norms to the window, once the step is applied.
+3. `GradientNorms.with_step` adds the norms to the window, once the step is applied.
 4. `new_bursts` says which modules burst since this step.
 
 The window and its fields are part of a checkpoint, so a resumed run logs and warns as an uninterrupted one.
@@ -27,41 +27,41 @@ from torch import Tensor, nn
 from dumo.training.layout import local, shard_count
 
 # our own choices, from no paper
-MODULES = 10  # at most; of more, the smallest are taken together
+MAX_MODULES = 10  # of more, the smallest are taken together
 REST = "rest"  # the name of the modules that are taken together
 WINDOW = 50  # steps whose norms are kept: the default of `train.log_every`
-START = 100  # steps before the first warning
-LASTS = 4  # steps in a row, for one batch alone may be far off
-FACTOR = 3.0  # times the median
+WARMUP_STEPS = 100  # steps before the first warning
+BURST_STEPS = 4  # steps in a row, for one batch alone may be far off
+BURST_FACTOR = 3.0  # times the median
 DIGITS = 4  # significant ones of a norm in the window
 
 
 @dataclass(frozen=True)
-class Gradients:
+class GradientNorms:
     """The gradient norms of the last WINDOW applied steps, by module, the latest last."""
 
     norms: dict[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
-    steps: int = 0  # since the start, at most START
+    steps: int = 0  # since the start, at most WARMUP_STEPS
     calm: int = 0  # steps since a module burst, or since the start; at most WINDOW
 
-    def after(self, norms: Mapping[str, float]) -> "Gradients":
+    def with_step(self, norms: Mapping[str, float]) -> "GradientNorms":
         """The window after one more step, whose norms are `norms`, by module."""
         window: dict[str, tuple[float, ...]] = {}
         for name, norm in norms.items():
             window[name] = (*self.norms.get(name, ()), _rounded(norm))[-WINDOW:]
-        new = Gradients(window, steps=min(self.steps + 1, START), calm=min(self.calm + 1, WINDOW))
-        if new.far_above():
+        new = GradientNorms(window, steps=min(self.steps + 1, WARMUP_STEPS), calm=min(self.calm + 1, WINDOW))
+        if new.bursting_modules():
             return replace(new, calm=0)
         return new
 
-    def far_above(self) -> dict[str, float]:
+    def bursting_modules(self) -> dict[str, float]:
         """The modules that burst, the worst first, and how many times its median the last norm of each is."""
         times_median: dict[str, float] = {}
         for name, norms in self.norms.items():
             median_norm = median(norms)
             if median_norm == 0:  # no gradient for half of the window: there is no ratio
                 continue
-            if min(norms[-LASTS:]) > FACTOR * median_norm:
+            if min(norms[-BURST_STEPS:]) > BURST_FACTOR * median_norm:
                 times_median[name] = norms[-1] / median_norm
         return dict(sorted(times_median.items(), key=lambda item: -item[1]))
 
@@ -70,15 +70,15 @@ class Gradients:
         return {name: max(norms) for name, norms in self.norms.items()}
 
 
-def new_bursts(before: Gradients, now: Gradients) -> dict[str, float]:
-    """The modules whose burst begins with the last step, as `Gradients.far_above`; none while another goes on.
+def new_bursts(before: GradientNorms, now: GradientNorms) -> dict[str, float]:
+    """The modules that burst since the last step, with what `bursting_modules` says; {} while another burst goes on.
 
-    Another one may begin WINDOW steps after its end. In the first START steps none does: heads start at zero, and so
-    do the gradients of all else, which then grow tenfold in twenty steps.
+    The next burst may begin WINDOW steps after the last one's end. None begins in the first WARMUP_STEPS steps: heads
+    start at zero, and so do the gradients of all else, which then grow tenfold in twenty steps.
     """
-    if before.steps < START or before.calm < WINDOW:
+    if before.steps < WARMUP_STEPS or before.calm < WINDOW:
         return {}
-    return now.far_above()
+    return now.bursting_modules()
 
 
 def _rounded(norm: float) -> float:
@@ -91,13 +91,13 @@ def _rounded(norm: float) -> float:
 def parameters_by_module(net: nn.Module) -> dict[str, list[nn.Parameter]]:
     """The trained parameters of a net by top module; each head is one, and so is each part of a `model` of others.
 
-    Of more than MODULES the smallest are together REST.
+    Of more than MAX_MODULES the smallest are together REST.
     """
     modules: dict[str, list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             modules.setdefault(_module_of(name), []).append(parameter)
-    if len(modules) <= MODULES:
+    if len(modules) <= MAX_MODULES:
         return modules
 
     def num_parameters(name: str) -> int:
@@ -105,7 +105,7 @@ def parameters_by_module(net: nn.Module) -> dict[str, list[nn.Parameter]]:
 
     by_size = sorted(modules, key=num_parameters)
     rest: list[nn.Parameter] = []
-    for name in by_size[: len(modules) - (MODULES - 1)]:  # REST takes one of the places
+    for name in by_size[: len(modules) - (MAX_MODULES - 1)]:  # REST takes one of the places
         rest += modules.pop(name)
     return {**modules, REST: rest}
 

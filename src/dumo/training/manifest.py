@@ -28,7 +28,7 @@ from dumo.io.weights import title
 from dumo.runtime import dist
 from dumo.runtime.door import option, train_call
 from dumo.training.agreement import gather_results
-from dumo.training.burst import Gradients
+from dumo.training.burst import GradientNorms
 from dumo.training.deadline import Timing
 from dumo.training.state import FAR, Trend
 from dumo.types import UserError
@@ -69,7 +69,7 @@ class Manifest(BaseModel):
     images: int
     skips: int = 0  # skipped steps in a row, up to this one
     trend: Trend = Trend()  # of the error up to this step
-    gradients: Gradients = Gradients()  # their norms by module, of the last steps up to this one
+    gradients: GradientNorms = GradientNorms()  # their norms by module, of the last steps up to this one
     ranks: int = 1  # that wrote it
     versions: dict[str, str] = {}
     frozen: str | None = None  # the digest of the frozen weights, which no file holds; None: there are none

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
-from dumo.training.burst import Gradients, parameters_by_module
+from dumo.training.burst import GradientNorms, parameters_by_module
 from dumo.training.deadline import Timing
 from dumo.training.ema import Key, MovingAverage
 from dumo.training.optim import has_8bit_codes
@@ -75,7 +75,7 @@ class State:
     images: int = 0  # images seen, repeats counted
     skips: int = 0  # skipped steps in a row, up to now
     trend: Trend = field(default_factory=Trend)  # of the error, over steps that were applied
-    gradients: Gradients = field(default_factory=Gradients)  # their norms by module, of steps that were applied
+    gradients: GradientNorms = field(default_factory=GradientNorms)  # their norms by module, of steps that were applied
     frozen: str | None = None  # the digest of the frozen weights (`dumo.training.frozen`); None: there are none
     timing: Timing | None = None  # how far it is by the clock; None: it ends by its steps
 

@@ -251,7 +251,7 @@ def _with_bursts(state: State, record: Record) -> Record:
     if record.skipped:
         return record
     before = state.gradients
-    state.gradients = before.after(record.grad_norms)
+    state.gradients = before.with_step(record.grad_norms)
     return replace(record, grad_peaks=state.gradients.peaks(), burst=new_bursts(before, state.gradients))
 
 

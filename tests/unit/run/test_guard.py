@@ -29,7 +29,7 @@ from dumo.run.weights import open_run
 from dumo.runtime import door, signals
 from dumo.training import burst as bursts
 from dumo.training import checkpoint, log, loop, manifest
-from dumo.training.burst import LASTS
+from dumo.training.burst import BURST_STEPS
 from dumo.training.manifest import Checkpoints
 from dumo.training.optim import WSD, Cosine
 from dumo.training.saver import Saver
@@ -210,7 +210,7 @@ def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
     told: list[str] = []
     train(tiny(*LONG), Path("run"), tell=told.append)
     (warning,) = [line for line in told if line.startswith("warning: step")]
-    first = BURST[0] + LASTS - 1
+    first = BURST[0] + BURST_STEPS - 1
     assert warning.startswith(f"warning: step {first}: the gradient norm of scalars is ")
     assert "times its median of the last 50 steps" in warning
     rows = {row["step"]: row for row in log.read_log(Path("run/metrics.jsonl"))}
