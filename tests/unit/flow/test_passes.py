@@ -126,8 +126,8 @@ def test_an_argument_without_a_null_keeps_its_row() -> None:
     assert taken["text"].tolist() == [[0, 0], [1, 1], [0, 0]]
     assert taken["size"].tolist() == [7, 6, 6]
     assert taken["mask"].all()
-    assert table.double().rows["text"].dtype == torch.float64
-    assert table.double().rows["mask"].dtype == torch.bool
+    assert table.to_float64().rows["text"].dtype == torch.float64
+    assert table.to_float64().rows["mask"].dtype == torch.bool
 
 
 class Output:
