@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dumo.config.source import RunText
+    from dumo.config.source import ChosenSource, RunText
 
 
 def read_run(
@@ -58,11 +58,13 @@ def read_source(word: str, settings: Sequence[str] | None) -> "RunText":
     return text
 
 
-def read_source_or_images(word: str, out: Path | None, settings: Sequence[str] | None) -> "RunText | None":
-    """Read the text of the run to train.
+def read_source_or_images(
+    word: str, out: Path | None, settings: Sequence[str] | None
+) -> "tuple[ChosenSource, RunText | None]":
+    """Find out what a word to train means; return that, and the text of the run to train.
 
     `word` names settings, as for `read_source`, or images. For images, the text is that of the run in `out`, the folder
-    to train in (None: runs/NAME). Returns None where no run is there yet, and one has to be proposed. Raises UserError
+    to train in (None: runs/NAME); it is None where no run is there yet, and one has to be proposed. Raises UserError
     as `read_source`, and for a folder without images.
     """
     from dumo.config.place import require_images
@@ -70,15 +72,15 @@ def read_source_or_images(word: str, out: Path | None, settings: Sequence[str] |
 
     chosen = choose(word, out)
     if chosen.kind != "images":
-        return read_source(str(chosen.word), settings)
+        return chosen, read_source(str(chosen.word), settings)
     require_images(word)
     folder = out or chosen.folder
     if (folder / RUN_FILE).is_file():
         text = read(folder)
         _require_fields(text, settings_of_images(text.tree, settings or ()))
-        return text
+        return chosen, text
     _require_fields(read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_chosen_later=True)
-    return None
+    return chosen, None
 
 
 def read_source_or_data(word: str, settings: Sequence[str] | None) -> "RunText | None":
