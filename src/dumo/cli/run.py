@@ -100,6 +100,7 @@ def encode(
         shards = encode.parse_part(part)
         if is_latents(work.data):
             options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
+            given_options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
             latents = encode.encode(
                 work.data,
                 batch=batch,
@@ -107,7 +108,7 @@ def encode(
                 device=device,
                 bar=bar,
                 verify=verify,
-                **{name: value for name, value in options.items() if value is not None},
+                **given_options,
             )
         no_table = encode.reason_not_to_encode(work.data, work.texts) if work.texts else ""
         if no_table:

@@ -204,7 +204,7 @@ def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop, "train_step", burst)
     monkeypatch.setattr(bursts, "WINDOW", 12)
-    monkeypatch.setattr(bursts, "START", 20)
+    monkeypatch.setattr(bursts, "WARMUP_STEPS", 20)
     monkeypatch.setattr(door, "at_command_line", True)
     monkeypatch.setattr(Saver, "start", lambda _, work: work())  # a checkpoint is there before the next step
     told: list[str] = []
