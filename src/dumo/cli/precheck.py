@@ -3,7 +3,7 @@
 A command calls one of these first:
 
 - `read_run`, `read_source`, `read_source_or_images` and `read_source_or_data` return the text that they read
-  (`RunText`). The command hands it on, so that no file is read twice.
+  (`RunText`), and the third also what the word means. The command hands these on, so that no file is read twice.
 - `require_plan`, `require_evaluated` and `require_logged` look without reading.
 
 Each looks first at the place (`dumo.config.place`), then at the names and types of the settings there and of --set
