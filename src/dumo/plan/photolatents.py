@@ -108,8 +108,8 @@ def _error_text(decibels: float) -> str:
 
 def _by_recipe(place: str) -> str:
     """How images at a place are learned in latents though they are not proposed so."""
-    recipe = f"{IMAGES_LATENTS_RECIPE} --set data.images.root={shell_path(place)}"
-    return f"in latents all the same by  dumo encode {recipe}"
+    root = shell_path(place)
+    return f"in latents all the same by  dumo encode {IMAGES_LATENTS_RECIPE} --set data.images.root={root}"
 
 
 def reason_by_time(prepare_seconds: float, training_seconds: float | None) -> str:
