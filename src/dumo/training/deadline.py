@@ -37,7 +37,7 @@ FIRST_SAVE = 0.1  # the share of a stretch after which a command saves for the f
 RECENT_STEPS = 5  # whose median is how long a step takes: ours
 PLANNED_SHARE = 0.5  # of a command's time, that a plan lets its data take to be prepared: ours
 MAX_SHARE = 0.75  # that they may take on a machine which is slower than it was planned on: ours
-UNKNOWN_SHARE = 0.1  # of the whole training, that work which has not been timed yet is taken to need: ours
+UNKNOWN_SHARE = 0.1  # of a command's time, that work which it has not timed yet is taken to need: ours
 SAVE = "save"  # kinds of work: to write a checkpoint, to judge samples, to draw sheets
 JUDGE = "judge"
 DRAW = "draw"
@@ -142,6 +142,7 @@ class Countdown:
         self.timing = timing
         self.clock = clock
         self.origin = began - timing.seconds
+        self.unknown_seconds = UNKNOWN_SHARE * timing.seconds_left  # of work that has not been timed yet
         self.work_after = work_after
         self.work_seconds: dict[str, float] = {}  # that each kind of work took, the last time
         self.step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -157,8 +158,8 @@ class Countdown:
         self.work_seconds[work] = self.seconds() - began
 
     def _seconds_of(self, work: str) -> float:
-        """Seconds that a kind of work takes: as the last time, or, where there was none, more than it will take."""
-        return self.work_seconds.get(work, UNKNOWN_SHARE * self.timing.promised_seconds)
+        """Seconds that a kind of work takes: as the last time, or a share of the command's where there was none."""
+        return self.work_seconds.get(work, self.unknown_seconds)
 
     def read(self, step: int) -> Timing:
         """The timing before the step that follows `step` done ones. It is over where there is no time for another."""

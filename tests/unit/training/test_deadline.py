@@ -243,6 +243,25 @@ def test_work_that_was_never_timed_is_not_begun_near_the_end(work: str) -> None:
     assert 118 <= ends[1] <= 120
 
 
+@pytest.mark.parametrize("minutes", [2, 60])
+def test_a_long_run_that_is_given_more_uses_it(minutes: int) -> None:
+    """Though work is due that this command has not timed: what it may take is of the command's time, not the run's."""
+    clock = Clock()
+    timing = begin_timing(minutes + 2, Timing(minutes=minutes, seconds=60 * minutes, share=1), 0.0)
+    assert timing is not None
+    countdown = Countdown(timing, clock.now, clock, lambda step: [JUDGE] * (step == 20))
+    step = 0
+    while not countdown.read(step).is_over:
+        step += 1
+        clock.now += 1
+        if step == 20:
+            began = countdown.seconds()
+            clock.now += 5
+            countdown.note(JUDGE, began)
+    assert 115 < clock.now - 1000 <= 120
+    assert countdown.late_seconds is None
+
+
 def test_data_are_prepared_in_three_quarters_of_what_is_left() -> None:
     clock = Clock()
     time = PreparationTime(clock.now, Timing(minutes=2, seconds=40).seconds_left, clock)
