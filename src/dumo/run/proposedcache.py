@@ -13,6 +13,7 @@ A folder that the user set is the user's to fill.
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 
 from dumo.config.source import PROPOSED, RUN_FILE
@@ -28,7 +29,7 @@ from dumo.runtime import signals
 from dumo.runtime.door import train_call
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.runtime.text import duration_text
-from dumo.training.deadline import PreparationTime, minutes_to_prepare
+from dumo.training.deadline import MAX_SHARE, SECONDS_PER_MINUTE, PreparationTime, minutes_to_prepare
 from dumo.types import UserError
 
 SHARD_ROWS = 128  # photos to a shard, which a stop may lose: ours, some seconds of one core
@@ -121,11 +122,12 @@ def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder:
                 kept = _count_kept(cache_folder)
                 seconds_per_image = (time.seconds - seconds_before) / (done - kept_before)
                 seconds_to_go = seconds_per_image * (total - kept)
-                more = train_call(run_folder, minutes=minutes_to_prepare(seconds_to_go))
+                minutes = max(minutes_to_prepare(seconds_to_go), ceil(time.seconds_left / SECONDS_PER_MINUTE))
+                more = train_call(run_folder, minutes=minutes)
                 raise signals.Stopped(
                     signals.CLOCK,
                     f"stopped: {kept:,} of {total:,} photos are encoded after {duration_text(time.seconds)}, and "
-                    f"the others take {duration_text(seconds_to_go)}, too long for the "
+                    f"the others take {duration_text(seconds_to_go)}, more than {MAX_SHARE:.0%} in all of the "
                     f"{duration_text(time.seconds_left)} that there were. With enough time:  {more}",
                 )
 

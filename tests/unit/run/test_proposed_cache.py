@@ -171,8 +171,8 @@ def test_encoding_that_takes_too_long_stops_and_goes_on_from_what_is_kept(run: R
         fill(run, time=PreparationTime(0.0, 60.0, clock), bar=clock.bar)
     assert clock.now == 60, "three quarters of its time are over, at the second photo"
     assert str(stopped.value) == (
-        "stopped: 1 of 3 photos are encoded after 1:00, and the others take 1:00, too long for the 1:00 that there "
-        "were. With enough time:  dumo train runs/photos --minutes 2"
+        "stopped: 1 of 3 photos are encoded after 1:00, and the others take 1:00, more than 75% in all of the 1:00 "
+        "that there were. With enough time:  dumo train runs/photos --minutes 2"
     )
     assert files_of(run.data.folder) == ["shard-00000.safetensors"]
     kept = (run.data.folder / "shard-00000.safetensors").stat().st_mtime_ns
@@ -182,6 +182,16 @@ def test_encoding_that_takes_too_long_stops_and_goes_on_from_what_is_kept(run: R
     fill(run, time=PreparationTime(0.0, 120.0, clock), bar=clock.bar)
     assert cache.is_whole(run.data.folder)
     assert (run.data.folder / "shard-00000.safetensors").stat().st_mtime_ns == kept
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_what_is_left_to_encode_does_not_shorten_the_run(run: Run) -> None:
+    """Though three minutes would do for it: the run was to take ten."""
+    clock = Clock()
+    clock.now = 420.0  # gone by before
+    with pytest.raises(signals.Stopped, match="the others take 1:20,") as stopped, door.command_line():
+        fill(run, time=PreparationTime(0.0, 600.0, clock), bar=clock.bar)
+    assert str(stopped.value).endswith("dumo train runs/photos --minutes 10")
 
 
 def test_encoding_is_not_stopped_once_it_is_done(run: Run) -> None:
