@@ -11,14 +11,17 @@
 6. compare data and run with what the folder holds
 
 Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those tokens and latents, and the
-run.yaml of a run whose photos it encodes, and removes what a training that was killed left half-written.
+run.yaml of a run whose photos it encodes, which goes again if the run is refused; and it removes what a training that
+was killed left half-written.
 """
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -26,7 +29,7 @@ from torch import nn
 
 from dumo.config import trust
 from dumo.config.check import check_pieces
-from dumo.config.source import RunText
+from dumo.config.source import RUN_FILE, RunText
 from dumo.config.spec import Run
 from dumo.data import Data, is_latents
 from dumo.data.cache import read_index
@@ -187,6 +190,9 @@ def open_job(
             run = resolve_remaining(run)  # rank 0 has made the tokens by now
 
         # 4. encode photos, open the data, and examine the derivative
+        refusals = stack.enter_context(ExitStack())  # what to do where the run is refused before it trains
+        if is_main and index.text is None:
+            refusals.push(partial(_remove_if_refused, folder / RUN_FILE))
         run = _with_proposed_cache(run, index, step, began, device, tell, bar)
         data = open_data(run.data)
         with threads.fewer_when_busy(torch_device, ignore_line):
@@ -217,6 +223,8 @@ def open_job(
                 return None
             return History.of(run, index, data, state.step, checkpoint, accept=accept, change=changed_data)
 
+        history = agreement.on_each_rank(compare_history)
+        refusals.pop_all()
         yield Job(
             run=run,
             index=index,
@@ -226,7 +234,7 @@ def open_job(
             state=state,
             resumed_from=checkpoint,
             goes_back=step is not None,
-            history=agreement.on_each_rank(compare_history),
+            history=history,
             teacher=teacher,
             best_folder=best_folder,
             validation=validation,
@@ -236,6 +244,17 @@ def open_job(
             step_flops=step_flops,
             began=began,
         )
+
+
+def _remove_if_refused(
+    run_file: Path, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+) -> None:
+    """Remove the run.yaml of a run that was refused, so that the folder is free for what is typed instead.
+
+    The last three are those of an exit from a context. After a stop or a failure the run stays, and may be resumed.
+    """
+    if isinstance(error, UserError):
+        run_file.unlink(missing_ok=True)
 
 
 def way_on(folder: Path, train: Train) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 
-from dumo.config.source import PROPOSED, RUN_FILE
+from dumo.config.source import PROPOSED
 from dumo.config.spec import Run
 from dumo.data import Latents, cache
 from dumo.data.origin import has_key, new_run_hint
@@ -85,25 +85,17 @@ def ensure_proposed_cache(
         )
     if time is not None:
         bar = _bar_within(time, bar, folder, index.folder)
-    with _noted(run, index, folder):
-        placed_data = data.model_copy(update={"root": str(folder)})
-        encode.ensure_cache(placed_data, device=device, bar=bar, new_shard_rows=SHARD_ROWS)
+    _note(run, index, folder)
+    placed_data = data.model_copy(update={"root": str(folder)})
+    encode.ensure_cache(placed_data, device=device, bar=bar, new_shard_rows=SHARD_ROWS)
     return folder
 
 
-@contextmanager
-def _noted(run: Run, index: Index, cache_folder: Path) -> Generator[None, None, None]:
-    """Inside, a run that begins is written in its folder already. It stays after a stop, and is removed if refused."""
-    if index.written is not None:
-        yield
-        return
-    cache_folder.parent.mkdir(parents=True, exist_ok=True)  # see `find_cache`
-    write_run_file(run, index.folder)
-    try:
-        yield
-    except UserError:
-        (index.folder / RUN_FILE).unlink(missing_ok=True)
-        raise
+def _note(run: Run, index: Index, cache_folder: Path) -> None:
+    """Write a run that begins into its folder, where it stays after a stop. `run.job` removes one that is refused."""
+    if index.text is None:
+        cache_folder.parent.mkdir(parents=True, exist_ok=True)  # see `find_cache`
+        write_run_file(run, index.folder)
 
 
 def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder: Path) -> Bar:

@@ -15,7 +15,7 @@ from dumo.config.source import PROPOSED
 from dumo.config.spec import Run
 from dumo.data import Latents, cache
 from dumo.plan import photolatents
-from dumo.run import encode, proposedcache
+from dumo.run import encode, examination, proposedcache
 from dumo.run.index import Index
 from dumo.run.job import open_job
 from dumo.run.resolve import with_absolute_paths
@@ -254,6 +254,22 @@ def test_a_run_whose_photos_are_refused_leaves_nothing(run: Run, monkeypatch: py
     with pytest.raises(UserError, match="cannot be read"), open_job(FOLDER, run, device="cpu"):
         pass
     assert not FOLDER.exists()
+
+
+def test_a_run_that_is_refused_after_its_photos_are_encoded_leaves_its_folder_free(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the command may be typed again with another setting, and finds the latents."""
+
+    def refuse(*given: object, **options: object) -> None:
+        assert (FOLDER / "run.yaml").is_file()
+        raise UserError("the derivative is wrong")
+
+    monkeypatch.setattr(examination, "examine", refuse)
+    with pytest.raises(UserError, match="derivative"), open_job(FOLDER, run, device="cpu"):
+        pass
+    assert not FOLDER.exists()
+    assert cache.is_whole(run.data.folder)
 
 
 @pytest.mark.parametrize("is_whole", [True, False])
