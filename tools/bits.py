@@ -13,11 +13,10 @@ The order of events of a recording (`record_all`):
 4. The records are printed as JSON. A record has hashes of weights, averages and samples, and of all that was logged,
    step by step.
 
-`compare` prints where two records differ. Names of parameters and of files do not count, those of logged columns may
-change (`RENAMED_COLUMNS`).
+`compare` prints where two records differ. Names of parameters and of files do not count.
 
 Bits are those of one kind of CPU and one version of torch, so record both trees on the same. Data are
-$DUMO_DATA/cifar10 and taef2. bits.json is the record of commit 9ebbef4.
+$DUMO_DATA/cifar10 and taef2. bits.json is the record of commit 3943e1d4.
 """
 
 import argparse
@@ -47,21 +46,6 @@ NUM_SAMPLES = 4  # of a recipe: ours
 NOT_FIELDS = ("after", "encode")  # keys of the table that are no fields of a recipe
 WEIGHTS_PATTERN = "net*.safetensors"  # of a checkpoint's files; those of averages have other names
 OTHER_PATTERNS = ("optimizer*.safetensors", "data.safetensors")  # neither weights nor averages
-# Columns of metrics.jsonl that have another name now: the new name by recipe and old name.
-RENAMED_COLUMNS: dict[str, dict[str, str]] = {
-    "digits-likelihood": {
-        "parts.m": "parts.u",
-        "bins.m": "bins.u",
-        "notes.clipped_share_m": "notes.clipped_share_u",
-        "bins.clipped_share_m": "bins.clipped_share_u",
-    },
-    "dumo-best": {
-        "parts.m": "parts.u",
-        "bins.m": "bins.u",
-        "notes.clipped_share_m": "notes.clipped_share",
-        "bins.clipped_share_m": "bins.clipped_share",
-    },
-}
 # Imported once, before processes are forked; the second where recipes need models of other libraries.
 MODULES = ("dumo.cli.api", "dumo.cli", "torch._dynamo", "scipy.stats")
 MODEL_MODULES = (
@@ -331,8 +315,8 @@ def record_all(source: Path, patterns: Sequence[str]) -> Record:
 # ------------------------------------------------------------------------------------------------------- the comparison
 
 
-def _differences(old: Record, new: Record, renamed: Mapping[str, str]) -> list[str]:
-    """The parts in which two records of a recipe differ; `renamed`: new names of columns by the old ones."""
+def _differences(old: Record, new: Record) -> list[str]:
+    """The parts in which two records of a recipe differ."""
     errors: list[str] = []
     if "error" in old:
         errors.append(f"old: {old['error']}")
@@ -342,7 +326,7 @@ def _differences(old: Record, new: Record, renamed: Mapping[str, str]) -> list[s
         return errors
 
     parts = [part for part in ("weights", "averages", "samples") if old[part] != new[part]]
-    old_log = {renamed.get(name, name): hashes.split() for name, hashes in old["log"].items()}
+    old_log = {name: hashes.split() for name, hashes in old["log"].items()}
     new_log = {name: hashes.split() for name, hashes in new["log"].items()}
     for name in old_log | new_log:  # columns
         if name not in new_log:
@@ -370,7 +354,7 @@ def compare(old: Record, new: Record) -> int:
     for name in names:
         old_record = old_records.get(name, NOT_RECORDED)
         new_record = new_records.get(name, NOT_RECORDED)
-        parts = _differences(old_record, new_record, RENAMED_COLUMNS.get(name, {}))
+        parts = _differences(old_record, new_record)
         if parts:
             num_different += 1
             print(f"{name}: {', '.join(parts)}")
