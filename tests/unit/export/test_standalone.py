@@ -396,7 +396,7 @@ def test_a_text_encoder_that_is_read_in_another_way_is_found_out(
     from dumo.export.shipped.pipeline import DumoPipeline
 
     run = opened_run("digits-words", tmp_path)
-    monkeypatch.setattr(DumoPipeline, "rounded", lambda self, x: 2 * x)  # pyright: ignore
+    monkeypatch.setattr(DumoPipeline, "_rounded", lambda self, x: 2 * x)  # pyright: ignore
     with pytest.raises(UserError, match="reads prompts through T5EncoderModel in another way"):
         export(run, tmp_path / "out")
 
