@@ -1,12 +1,17 @@
 """How du/dt of a user's network is taken: by the first slope (`dumo.flow.slope`) that runs on it and is right.
 
 Few-step objectives regress on du/dt. Where it is wrong the loss falls towards another target, in silence. So a slope is
-compared with differences of passes before the first step. The order of events:
+compared with differences of passes before the first step. `LoopFlow.check` calls, in this order:
 
 1. `copy_without_zero_layers` makes the copy of the network that is examined.
-2. `choose_slope` takes differences of its passes as the exact derivative: in float64 where the network can, of several
-   lengths, of which those two neighbours count that agree best.
-3. It tries one slope after another against them, and returns the first that is near enough, as a `SlopeChoice`.
+2. `choose_slope` takes differences of its passes as the exact derivative (`_exact_derivative`): in float64 where the
+   network can, with several half-steps, of which those two neighbours count that agree best.
+3. It compares one slope after another with that (`_try`), and returns the first that is near enough, as a
+   `SlopeChoice`.
+
+Names in all functions: `net` is the network, or its copy, as objectives call it. `b` is a record of a few rows, and
+`inputs` has the times and knobs (rows,) of a pass on it. `exact` and `derivatives` have du/dt of each of the heads, in
+their order and shape: heads (rows, ...), then gauges (rows,).
 """
 
 import copy
@@ -27,22 +32,23 @@ from dumo.flow.passes import Passes
 from dumo.flow.precision import precision_of
 from dumo.flow.ranks import largest_of_ranks
 from dumo.flow.slope import MAX_SLOPE_ERROR, CentralSlope, DualSlope, JvpSlope, Slope
-from dumo.types import Frozen, Heads, Needs, Noised, Sample, Time, UserError, lift, mean_square, unwrap
+from dumo.types import Frozen, Heads, Needs, Noised, Time, UserError, lift, mean_square, unwrap
 
-# Lengths of the differences, in units of t, the longest first; float64 can bear shorter ones. All ours
-_LENGTHS = (1e-2, 2e-3, 4e-4, 1e-4, 1e-5, 1e-6)
-_FLOAT64_LENGTHS = (*_LENGTHS, 1e-7, 1e-8)
+# Half-steps h of the differences that are taken as exact, in units of t, the longest first. In float64 shorter ones are
+# right, too. All ours
+_EXACT_HALF_STEPS = (1e-2, 2e-3, 4e-4, 1e-4, 1e-5, 1e-6)
+_EXACT_HALF_STEPS_IN_FLOAT64 = (*_EXACT_HALF_STEPS, 1e-7, 1e-8)
 # Half-steps h of the central slope that are tried, in units of t: UCGM's first, the others ours
-_HALF_STEPS = (0.005, 0.002, 0.001, 5e-4, 2e-4)
+_CENTRAL_HALF_STEPS = (0.005, 0.002, 0.001, 5e-4, 2e-4)
 _MAX_COPIED_PARAMETERS = 400_000_000  # a larger network is not copied for the check: ours
-_ZERO_NORM = 1e-6  # below it a derivative counts as zero: ours
-# How far off an exact slope may be in fp32, over the derivative's norm; other slopes: MAX_SLOPE_ERROR. Ours: it is 1e-6
-# off there, and 2e-4 with an embedding of 1000 radians.
+_ZERO_NORM = 1e-6  # an l2 norm of du/dt below it counts as zero: ours
+# The largest relative error of an exact slope (jvp, dual) in fp32; in other precisions, and of central, it is
+# MAX_SLOPE_ERROR. Ours: measured errors are 1e-6, and 2e-4 with an embedding of 1000 radians.
 _EXACT_LIMIT = 0.01
-# The steepness (`SlopeChoice`) above which a line warns. Ours: fresh networks of .4 trained well, of 1.4 half as well,
-# of 13 not at all.
+# A warning is logged where the steepness (`SlopeChoice.steepness`) is above this ratio. Ours: new networks of
+# steepness 0.4 trained well, of 1.4 half as well, of 13 not at all.
 _MAX_STEEPNESS = 1.0
-_PROPOSED_STEEPNESS = 0.1  # that the line proposes: ours
+_PROPOSED_STEEPNESS = 0.1  # the warning proposes the time_scale that leads to this steepness: ours
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ class SlopeChoice:
     """How du/dt is taken."""
 
     slope: Slope
-    why: str  # the slope's name, how far off it is, and why those before it were not taken
-    steepness: float  # the root mean square of t du/dt over that of v
+    why: str  # the slope's name, its error, and why those before it were not taken
+    steepness: float  # the root mean square of t du/dt over that of v, a ratio
     is_fallback: bool  # whether another slope was tried first, and did not serve
 
     def warnings(self, time_scale: float, *, again: bool) -> Iterator[str]:
@@ -65,9 +71,9 @@ class SlopeChoice:
         if self.steepness > _MAX_STEEPNESS:
             proposed_scale = time_scale * _PROPOSED_STEEPNESS / self.steepness
             yield (
-                f"t du/dt is {self.steepness:.3g} times v: above 1 this network is steep in t, and training on du/dt "
-                f"may not settle. Give dumo.Flow(time_scale={proposed_scale:.2g}), which multiplies t, or embed t by "
-                "waves of a few radians"
+                f"t du/dt is {self.steepness:.3g} times v: above {_MAX_STEEPNESS:g} this network is steep in t, "
+                f"and training on du/dt may not settle. Give dumo.Flow(time_scale={proposed_scale:.2g}), which "
+                "multiplies t, or embed t by waves of a few radians"
             )
 
 
@@ -83,6 +89,7 @@ def copy_without_zero_layers(net: Passes) -> Passes | None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
+            # drawn for every parameter, so that its noise does not depend on which others are zero
             noise = torch.randn(p.shape, generator=generator).to(p)
             if not p.any():
                 std = 0.1 if p.ndim < 2 else p[0].numel() ** -0.5
@@ -107,7 +114,7 @@ def _copy_of(net: nn.Module) -> nn.Module | None:
 
 def choose_slope(
     named_slope: Slope | None,
-    probe: Passes,
+    net: Passes,
     b: Noised,
     needs: Needs,
     *,
@@ -117,67 +124,89 @@ def choose_slope(
     """The first slope that runs on this network and is its derivative.
 
     named_slope: that of the objective, which is the only one tried; None: dual, jvp and central are tried in turn.
-    probe: the network, as objectives call it.
+    net: the network, or its copy, as objectives call it.
     b: a record of a few rows.
-    is_copy: whether `probe` is of a copy (`copy_without_zero_layers`), which is compared in float64.
+    needs: the objective's, which name the inputs of a pass.
+    is_copy: whether `net` is of a copy (`copy_without_zero_layers`), which is compared in float64.
     chosen_before: the slope that an earlier check chose, which is tried first.
 
     Every rank must call it, and all choose alike. Raises UserError where no slope is within the limit.
     """
     inputs = inputs_of(b, needs)
-    exact, gap = _exact_derivative(probe, b, inputs, is_copy=is_copy)
-    is_unknown = largest_of_ranks(gap) > MAX_SLOPE_ERROR  # passes round so much that no two differences agree
-    reasons: list[str] = []  # why each slope so far was not taken
+    exact, gap = _exact_derivative(net, b, inputs, is_copy=is_copy)
+    is_uncertain = largest_of_ranks(gap) > MAX_SLOPE_ERROR  # passes round so much that no two differences agree
+    failures: list[str] = []  # why each slope so far was not taken
     for slope in _candidates(named_slope, chosen_before):
-        name = slope.kind
-        if isinstance(slope, CentralSlope):
-            name = f"central, h = {slope.h:g}"
-        try:
-            error = _slope_error(slope, probe, b, inputs, exact)
-            reason = f"not {name}: du/dt is {100 * error:.2g} % off"
-        except Exception as raised:  # whatever a network raises: the next slope is tried
-            error = inf
-            reason = f"not {name}: {short_text(raised)}"
-        error = largest_of_ranks(error)
+        attempt = _try(slope, net, b, inputs, exact, is_uncertain=is_uncertain)
+        if attempt.serves:
+            why = "; ".join([attempt.text, *dict.fromkeys(failures)])
+            return SlopeChoice(slope, why, _steepness(exact, b), is_fallback=bool(failures))
+        failures.append(attempt.text)
+    fix = " Leave out the slope, and one that serves is taken" if named_slope else ""
+    raise UserError(f"no du/dt of {type(unwrap(net.net)).__name__}: {'; '.join(dict.fromkeys(failures))}.{fix}")
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What came of trying a slope."""
+
+    serves: bool  # whether it may be taken
+    text: str  # its name and error, or why it was not taken
+
+
+def _try(
+    slope: Slope, net: Passes, b: Noised, inputs: Mapping[str, Time], exact: Heads, *, is_uncertain: bool
+) -> _Attempt:
+    """Compare a slope with the exact derivative. Every rank must call it, and all decide alike.
+
+    is_uncertain: whether `exact` is too rough to refuse an exact slope by. Such a slope then serves if it runs.
+    """
+    name = slope.kind
+    if isinstance(slope, CentralSlope):
+        name = f"central, h = {slope.h:g}"
+    try:
+        error = _slope_error(slope, net, b, inputs, exact)
+        failure = f"du/dt is {100 * error:.2g} % off"
+    except Exception as raised:  # whatever a network raises: the next slope is tried
+        error = inf
+        failure = short_text(raised)
+    error = largest_of_ranks(error)
+    if is_uncertain and not isinstance(slope, CentralSlope):
+        serves = error < inf
+        comparison = "not compared, for passes round so that differences do not agree"
+    else:
         serves = error <= _error_limit(slope, b)
         comparison = f"{100 * error:.2g} % off differences"
-        if is_unknown and not isinstance(slope, CentralSlope):
-            serves = error < inf
-            comparison = "not compared, for passes round so that differences do not agree"
-        if serves:
-            why = "; ".join([f"{name}, {comparison}", *dict.fromkeys(reasons)])
-            return SlopeChoice(slope, why, _steepness(exact, b), is_fallback=bool(reasons))
-        reasons.append(reason)
-    fix = " Leave out the slope, and one that serves is taken" if named_slope else ""
-    raise UserError(f"no du/dt of {type(unwrap(probe.net)).__name__}: {'; '.join(dict.fromkeys(reasons))}.{fix}")
+    text = f"{name}, {comparison}" if serves else f"not {name}: {failure}"
+    return _Attempt(serves, text)
 
 
 def _candidates(named_slope: Slope | None, chosen_before: Slope | None) -> list[Slope]:
     """The slopes to try, in order."""
     if named_slope is not None:
         return [named_slope]
-    slopes: list[Slope] = [DualSlope(), JvpSlope(), *(CentralSlope(h=h) for h in _HALF_STEPS)]
+    slopes: list[Slope] = [DualSlope(), JvpSlope(), *(CentralSlope(h=h) for h in _CENTRAL_HALF_STEPS)]
     if chosen_before is not None:
         slopes = [chosen_before, *(slope for slope in slopes if slope != chosen_before)]
     return slopes
 
 
 def _error_limit(slope: Slope, b: Noised) -> float:
-    """How far off a slope may be in the precision that holds now, over the derivative's norm."""
+    """The largest relative error that a slope may have in the precision that holds now."""
     if isinstance(slope, CentralSlope) or precision_of(b.x_t) != "fp32":
         return MAX_SLOPE_ERROR
     return _EXACT_LIMIT
 
 
-def _exact_derivative(probe: Passes, b: Noised, inputs: Mapping[str, Time], *, is_copy: bool) -> tuple[Heads, float]:
+def _exact_derivative(net: Passes, b: Noised, inputs: Mapping[str, Time], *, is_copy: bool) -> tuple[Heads, float]:
     """What `_differences` returns: of a copy in float64 where the network can, else in its own precision."""
     if is_copy:
         inputs_in_float64 = {name: values.double() for name, values in inputs.items()}
         try:
-            return _differences(_net_in_float64(probe), _record_in_float64(b), inputs_in_float64, b.v_t)
+            return _differences(_net_in_float64(net), _record_in_float64(b), inputs_in_float64)
         except RuntimeError:  # a network that names float32 itself
             pass
-    return _differences(probe, b, inputs, b.v_t)
+    return _differences(net, b, inputs)
 
 
 def _net_in_float64(net: Passes) -> Passes:
@@ -195,24 +224,25 @@ def _record_in_float64(b: Noised) -> Noised:
 
 
 @torch.no_grad()
-def _differences(net: Passes, b: Noised, inputs: Mapping[str, Time], w: Sample) -> tuple[Heads, float]:
-    """The derivative of each head along w, and how far it is uncertain, of the worst head.
+def _differences(net: Passes, b: Noised, inputs: Mapping[str, Time]) -> tuple[Heads, float]:
+    """The derivative of each head along the velocity, and how uncertain it is: a relative error, of the worst head.
 
-    The derivatives are central differences of several lengths. One of one length would agree with a central slope of
-    that length, right or wrong. So the one is taken that agrees best with the next longer one, and the uncertainty is
-    the relative error between these two. Where passes round to bf16, no two may agree.
+    The derivatives are central differences with several half-steps. One of one half-step would agree with a central
+    slope of the same, right or wrong. So the one is taken that agrees best with the next longer one, and the
+    uncertainty is the relative error between these two. Where passes round to bf16, no two may agree.
     """
-    w = w.to(b.x_t)
-    lengths = _FLOAT64_LENGTHS if b.x_t.dtype == torch.float64 else _LENGTHS
-    heads_by_length: list[Heads] = []
+    velocity = b.v_t.to(b.x_t)
+    half_steps = _EXACT_HALF_STEPS_IN_FLOAT64 if b.x_t.dtype == torch.float64 else _EXACT_HALF_STEPS
+    derivatives_by_half_step: list[Heads] = []
     with torch.autocast(b.x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        for h in lengths:
-            behind = net(b.x_t - h * w, b.c, **{**inputs, "t": inputs["t"] - h})
-            ahead = net(b.x_t + h * w, b.c, **{**inputs, "t": inputs["t"] + h})
-            heads_by_length.append(tuple((end - start) / (2 * h) for start, end in zip(behind, ahead, strict=True)))
+        for h in half_steps:
+            behind = net(b.x_t - h * velocity, b.c, **{**inputs, "t": inputs["t"] - h})
+            ahead = net(b.x_t + h * velocity, b.c, **{**inputs, "t": inputs["t"] + h})
+            derivatives = tuple((end - start) / (2 * h) for start, end in zip(behind, ahead, strict=True))
+            derivatives_by_half_step.append(derivatives)
     best: list[Tensor] = []
     worst_gap = 0.0
-    for differences in zip(*heads_by_length, strict=True):  # of one head, by length
+    for differences in zip(*derivatives_by_half_step, strict=True):  # of one head, the longest half-step first
         gaps = [float(_relative_error(longer, shorter)) for longer, shorter in pairwise(differences)]
         least_gap = min(gaps)
         best.append(differences[1 + gaps.index(least_gap)])
@@ -221,9 +251,10 @@ def _differences(net: Passes, b: Noised, inputs: Mapping[str, Time], w: Sample) 
 
 
 def _slope_error(slope: Slope, net: Passes, b: Noised, inputs: Mapping[str, Time], exact: Heads) -> float:
-    """How far off a slope is, over the derivative's norm, of the worst head; infinite where it is not finite.
+    """The relative error of a slope, of the worst head; infinite where it is not finite.
 
-    It is taken twice, with the direction known before the pass and without, because a slope may do these differently.
+    The slope is called twice: with the direction said before the pass (`toward`), and with it said to `along` alone. It
+    may take these two ways differently.
     """
     worst = 0.0
     for toward in (b.v_t, None):
@@ -242,7 +273,12 @@ def _relative_error(derivative: Tensor, exact: Tensor) -> Tensor:
     return (derivative.to(exact) - exact).norm() / norm.where(norm > _ZERO_NORM, torch.ones_like(norm))
 
 
-def _steepness(derivative: Heads, b: Noised) -> float:
-    """The root mean square of t du/dt, of the steepest head, over that of v; gauges do not count."""
-    sizes = [float(mean_square(lift(b.t, du_dt) * du_dt).mean().sqrt()) for du_dt in derivative if du_dt.ndim > 1]
-    return max(sizes, default=0.0) / float(mean_square(b.v_t).mean().sqrt())
+def _steepness(exact: Heads, b: Noised) -> float:
+    """The root mean square of t du/dt, of the steepest head, over that of v; 0 where there are gauges alone."""
+    rms_by_head: list[float] = []
+    for du_dt in exact:
+        is_gauge = du_dt.ndim == 1  # one number a row: it has no velocity to compare with
+        if not is_gauge:
+            t_du_dt = lift(b.t, du_dt) * du_dt
+            rms_by_head.append(float(mean_square(t_du_dt).mean().sqrt()))
+    return max(rms_by_head, default=0.0) / float(mean_square(b.v_t).mean().sqrt())
