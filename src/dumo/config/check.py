@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dumo.config import need
 from dumo.config.conditions import shown
-from dumo.config.need import BY_KNOBS, has_classes
+from dumo.config.need import IMF_SCALE, may_have_classes
 from dumo.config.parts import Evaluation, RunParts
 from dumo.data import Data, is_latents
 from dumo.flow import solver
@@ -192,7 +192,7 @@ def why_unguided(data: Data, objective: AnyObjective, trained: GuidanceScale, so
     """
     model = f"the model of {source}" if source else "this model"
     train = f"train {source}" if source else "train"
-    if not has_classes(data):
+    if not may_have_classes(data):
         return NoGuidance(f"data '{data.kind}' has no classes to guide by", "")
     if trained.active:
         return NoGuidance(trained.reason(model), f"or {train} with {trained.off}")
@@ -238,15 +238,15 @@ def _teacher_faults(teacher: "Teacher", objective: Objective, data: Data, train:
             "train.coupling would part the data of teacher.pairs from the noise that they come from: set "
             "train.coupling=null, or teacher.pairs=null"
         )
-    if teacher.guide.active and not has_classes(data):
+    if teacher.guide.active and not may_have_classes(data):
         raise UserError(
             f"teacher.guide.scale = {teacher.guide.scale:g}: data '{data.kind}' has no classes to guide by: set "
             "teacher.guide.scale=1"
         )
     trained = GuidanceScale.of(objective.needs)
     if not trained.active and objective.needs.knobs:
-        trained = BY_KNOBS
-    if teacher.guide.active and (trained.active or trained is BY_KNOBS):
+        trained = IMF_SCALE
+    if teacher.guide.active and (trained.active or trained is IMF_SCALE):
         yield (
             f"{trained.field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with "
             f"{trained.off}"

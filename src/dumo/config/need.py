@@ -1,23 +1,25 @@
-"""What the parts of a run ask of one another: what one part asks for must be among what another has.
+"""Checks that span several parts of a run's config, such as an objective that needs a teacher.
 
-`faults` is the entrance: it goes subject by subject, and yields a line for each thing that is missing, of which
-`dumo.config.check` raises the first. Each `_..._faults` below has one subject.
+`faults` is the entrance: it goes subject by subject, and yields a line for each thing that one part asks for and no
+other part has. `dumo.config.check` raises the first. Each `_..._faults` below has one subject.
 
-Others also use `BY_KNOBS`, `has_classes`, `captions_field`, `buckets_field` and `ways_to_captions`.
+Others also use `IMF_SCALE`, `may_have_classes`, `captions_field`, `buckets_field` and `ways_to_captions`.
 """
 
 from collections.abc import Collection, Iterator
 
-from dumo.config.conditions import Conditions, shown
+from dumo.config.conditions import Conditions
+from dumo.config.conditions import shown as shown_data
 from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.guide import GuidanceScale, Guide
 from dumo.nets.precondition import PRECONDITIONED_HEADS
 from dumo.objectives import Objective
-from dumo.runtime.door import settings
+from dumo.runtime import door
 
 NETS_OF_ANY_SIZE = ("dit", "diffusers")  # kinds of nets that take samples of several sizes
-BY_KNOBS = GuidanceScale(field="objective.w", off="objective.w=null")  # of iMF, whose scales are drawn up to this field
+# Of iMF, which draws its scale of guidance at random up to objective.w
+IMF_SCALE = GuidanceScale(field="objective.w", off="objective.w=null")
 
 
 def faults(run: RunParts) -> Iterator[str]:
@@ -30,7 +32,7 @@ def faults(run: RunParts) -> Iterator[str]:
     yield from _formula_faults(run.objective, run.path.kind)
     if run.net.precondition != "none":
         yield from _precondition_faults(run)
-    if not has_classes(run.data):
+    if not may_have_classes(run.data):
         yield from _class_faults(run.data, run.objective)
     yield from _teacher_faults(run)
     yield from _name_faults("sample.knobs", run.sample.knobs, needs.knobs, run.objective.kind, "knob")
@@ -117,11 +119,13 @@ def _class_faults(data: Data, objective: Objective) -> Iterator[str]:
     needs = objective.needs
     trained = GuidanceScale.of(needs)
     is_guided = needs.guide.active if isinstance(needs.guide, Guide) else trained.scale != 1
-    if not is_guided:
-        if not needs.knobs:
-            return
-        trained = BY_KNOBS
-    yield f"{trained.field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {trained.off}"
+    if is_guided:
+        guidance = trained
+    elif needs.knobs:
+        guidance = IMF_SCALE
+    else:
+        return
+    yield f"{guidance.field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {guidance.off}"
 
 
 def _teacher_faults(run: RunParts) -> Iterator[str]:
@@ -131,24 +135,23 @@ def _teacher_faults(run: RunParts) -> Iterator[str]:
     needs = objective.needs.teacher
     gives_velocity = teacher is not None and not teacher.pairs
     gives_trajectories = teacher is not None and bool(teacher.pairs)
-    missing = ""
-    pairs = "null"
-    if needs.points:
-        pairs = "{count: 8192}"
-        if not gives_trajectories:
-            missing = "trajectories"
-    elif needs.velocity == "must" and not gives_velocity:
-        missing = "velocity"
-    if missing:
-        yield (
-            f"objective '{objective.kind}' learns from a teacher's {missing}: set teacher.source to the folder of a "
-            f"run that has a velocity, and teacher.pairs={pairs}"
-        )
+    if needs.points and not gives_trajectories:
+        yield _missing_teacher(objective, "trajectories", pairs="{count: 8192}")
+    if not needs.points and needs.velocity == "must" and not gives_velocity:
+        yield _missing_teacher(objective, "velocity", pairs="null")
     if gives_velocity and needs.velocity == "no":
         yield (
             f"objective '{objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
             "teacher.pairs, or teacher=null"
         )
+
+
+def _missing_teacher(objective: Objective, subject: str, *, pairs: str) -> str:
+    """The line for an objective that lacks a teacher's `subject`, which the setting `pairs` of teacher.pairs gives."""
+    return (
+        f"objective '{objective.kind}' learns from a teacher's {subject}: set teacher.source to the folder of a run "
+        f"that has a velocity, and teacher.pairs={pairs}"
+    )
 
 
 def _name_faults(
@@ -173,7 +176,7 @@ def captions_field(data: Data) -> str:
 
 def buckets_field(data: Data) -> str | None:
     """The dotted path of the field by which images have several sizes; None: all have one size."""
-    images = shown(data)
+    images = shown_data(data)
     if not (has_images(data) and is_images(images) and images.buckets):
         return None
     return "data.images.buckets" if is_latents(data) else "data.buckets"
@@ -182,15 +185,15 @@ def buckets_field(data: Data) -> str | None:
 def ways_to_captions(data: Data) -> str:
     """A message's end: three ways to give a pretrained model the captions that it reads."""
     field = captions_field(data)
-    files = settings(f"{field}.kind=files")
-    templates = settings(f'{field}={{kind: templates, templates: ["a photo of a {{}}"]}}')
-    codes = settings(f"{field}=null", "net.texts.kind=codes")
+    files = door.settings(f"{field}.kind=files")
+    templates = door.settings(f'{field}={{kind: templates, templates: ["a photo of a {{}}"]}}')
+    codes = door.settings(f"{field}=null", "net.texts.kind=codes")
     return (
         f"Give them, {files}, or make them of the classes' names, {templates}; or take random codes for the classes, "
         f"{codes}, and the model reads no prompt"
     )
 
 
-def has_classes(data: Data) -> bool:
-    """Whether the data have classes or captions. Data whose classes are not counted yet pass as having some."""
+def may_have_classes(data: Data) -> bool:
+    """Whether the data have classes or captions, or may have some because classes are not counted yet."""
     return data.classes > 0 or not Conditions(data).known
