@@ -108,7 +108,7 @@ class MappedRows(Texts):
                 tokens,
                 mask if self.masked else None,
                 pooled,
-                reader=lambda _: read,  # `Rows` opens it at each `append`: it stays open here
+                open_reader=lambda _: read,  # `Rows` opens it at each `append`: it stays open here
                 source=self.table.read_sources([]),
             )
         first = len(self.table) + self.prompt_rows.append(texts, source)

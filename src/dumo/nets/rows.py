@@ -4,8 +4,9 @@ The rows come from a table that `dumo encode` makes (`dumo.nets.table`), from a 
 from an encoder that is trained with the net (`dumo.nets.text`), or they are random codes for classes (`make_codes`).
 
 `Texts` is what a net calls: `forward` in every pass, and for some models `sources` and `lengths`. A sampler calls
-`append` to add prompts behind the rows of the training, and `forget` to drop old prompts. `Rows` are texts in memory.
-The modules above use `pad_tokens`, too. A new kind of texts extends `Texts`.
+`append` to add prompts behind the rows of the training, and notes the number of each in `prompts`, the last used at the
+end. `forget` drops the oldest of these. `Rows` are texts in memory. The modules above use `pad_tokens` and
+`half_to_float32`, too. A new kind of texts extends `Texts`.
 """
 
 from abc import ABC, abstractmethod
@@ -26,6 +27,8 @@ TextRows = tuple[Tokens, Bool[Tensor, "b l"] | None, Float[Tensor, "b p"] | None
 SourceLatents = Float[Tensor, "b c h w"]  # latents of images that texts edit
 TextReader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
 ReaderOpener = Callable[[torch.device], TextReader]  # opens a reader on a device
+
+_NO_ENCODER = "this net was trained on rows whose encoder is not known, so it reads no prompts: give labels"
 
 
 class TextSizes(NamedTuple):
@@ -50,7 +53,9 @@ class Texts(nn.Module, ABC):
     def __init__(self) -> None:
         """Begin without prompts."""
         super().__init__()
-        self.prompts: dict[str, int] = {}  # the number of each prompt's row, noted by the caller of `append`
+        # The number of each prompt's row. The caller of `append` adds prompts, and moves one that is used again to the
+        # end. `forget` renumbers those that stay.
+        self.prompts: dict[str, int] = {}
 
     @abstractmethod
     def forward(self, c: Cond) -> TextRows:
@@ -67,12 +72,14 @@ class Texts(nn.Module, ABC):
     def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
         """Add a row for each text, with the image that it edits, behind all others; return the first one's number.
 
+        It leaves `prompts` as they are, which the caller keeps.
+
         Raises UserError where no encoder is known, or it is another than that of the rows.
         """
-        raise UserError("this net was trained on rows whose encoder is not known, so it reads no prompts: give labels")
+        raise UserError(_NO_ENCODER)
 
     def forget(self, max_prompts: int) -> None:
-        """Drop the rows of all prompts but the last `max_prompts`, and give new numbers to those that stay."""
+        """Drop the rows of all prompts but the last `max_prompts` of `prompts`, and renumber those that stay."""
         if len(self.prompts) <= max_prompts:
             return
         first = min(self.prompts.values())
@@ -82,7 +89,7 @@ class Texts(nn.Module, ABC):
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
         """Keep all rows before number `first`, and behind them only the rows of the numbers `rows`, in this order."""
-        for name, x in [*self.named_buffers(recurse=False)]:
+        for name, x in list(self.named_buffers(recurse=False)):  # a copy, for the loop sets buffers
             setattr(self, name, torch.cat([x[:first], x[[*rows]]]))
 
 
@@ -99,12 +106,16 @@ class Rows(Texts):
         tokens: Tensor,
         mask: Tensor | None,
         pooled: Tensor | None,
-        reader: ReaderOpener | None = None,
+        open_reader: ReaderOpener | None = None,
         source: Tensor | None = None,
     ) -> None:
-        """Hold a row for each class, and the last for none. `reader` opens the reader of prompts; None: there is none.
+        """Hold a row for each class or caption, and the last for none.
 
-        tokens (n, l, d); mask (n, l) or None; pooled (n, p) or None; source (n, c, h, w) or None.
+        tokens: (n, l, d).
+        mask: (n, l), True where there is a token; None: everywhere.
+        pooled: (n, p); None: the model takes none.
+        open_reader: opens the reader of prompts on a device; None: prompts cannot be read.
+        source: (n, c, h, w), the latents of images that texts edit; None: they edit none.
         """
         super().__init__()
         self.register_buffer("tokens", tokens, persistent=False)
@@ -115,9 +126,9 @@ class Rows(Texts):
         self.length = tokens.shape[1]
         self.masked = mask is not None
         self.pooled_width = 0 if pooled is None else pooled.shape[1]
-        self.reader = reader
-        self._min_length = self.length  # without prompts
-        self._update_lengths()
+        self.open_reader = open_reader
+        self._length_without_prompts = self.length
+        self._count_tokens()
 
     def forward(self, c: Cond) -> TextRows:
         """Return the rows of c (b,), in float32 where they are stored in half precision."""
@@ -135,9 +146,9 @@ class Rows(Texts):
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
         """Return the number of tokens of each row of c (b,); None where there is no mask, or on the meta device."""
-        if self._lengths is None:
+        if self._token_counts is None:
             return None
-        return tuple(self._lengths[i] for i in c.tolist())
+        return tuple(self._token_counts[i] for i in c.tolist())
 
     def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
         """Read texts, add their rows behind all others, and return the first one's number.
@@ -145,13 +156,13 @@ class Rows(Texts):
         `source` (b, c, h, w): an image for each text, where rows edit images. Raises UserError where there is no
         reader, it cannot be opened, or `source` is missing or superfluous.
         """
-        if self.reader is None:
-            return super().append(texts)
+        if self.open_reader is None:
+            raise UserError(_NO_ENCODER)
         if self.source is not None and source is None:
             raise UserError("these rows edit images, and the prompts have none: give an image for each prompt")
         if self.source is None and source is not None:
             raise UserError("these rows edit no images, and the prompts have some: leave the images out")
-        read = self.reader(self.tokens.device)
+        read = self.open_reader(self.tokens.device)
         tokens, mask, pooled = read(texts)
         if mask is None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
@@ -159,14 +170,14 @@ class Rows(Texts):
         first = len(self.tokens)
         self.length = max(self.length, tokens.shape[1])  # a prompt may be longer than all captions
         self.tokens = self._join_padded(self.tokens, tokens)
-        if self.mask is not None:
+        if self.mask is not None:  # else the model reads padding as tokens, and a mask of the prompts is left out
             self.mask = self._join_padded(self.mask, mask)
         if self.pooled is not None:
             assert pooled is not None  # the reader is that of the rows
             self.pooled = torch.cat([self.pooled, pooled.to(self.pooled)])
         if self.source is not None and source is not None:
             self.source = torch.cat([self.source, source.to(self.source)])
-        self._update_lengths()
+        self._count_tokens()
         return first
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
@@ -176,32 +187,35 @@ class Rows(Texts):
         """
         super().keep(first, rows)
         self._drop_padding()
-        self._update_lengths()
+        self._count_tokens()
 
     def _join_padded(self, old: Tensor, new: Tensor) -> Tensor:
         """Return tokens or masks, the new rows behind the old ones, all padded to `self.length`."""
         return torch.cat([pad_tokens(old, self.length), pad_tokens(new.to(old), self.length)])
 
     def _drop_padding(self) -> None:
-        """Shorten all rows to the longest, but not below the length without prompts."""
-        is_used = self.tokens[:, self._min_length :].any(-1)
+        """Shorten all rows to the longest, but not below the length without prompts.
+
+        A column of tokens is padding where it is zero, and the mask False, in all rows.
+        """
+        is_token = self.tokens[:, self._length_without_prompts :].any(-1)
         if self.mask is not None:
-            is_used |= self.mask[:, self._min_length :]
-        used_columns = is_used.any(0).nonzero()
-        self.length = self._min_length
-        if len(used_columns):
-            self.length += int(used_columns.max()) + 1
+            is_token |= self.mask[:, self._length_without_prompts :]
+        token_columns = is_token.any(0).nonzero()
+        self.length = self._length_without_prompts
+        if len(token_columns):
+            self.length += int(token_columns.max()) + 1
         self.tokens = self.tokens[:, : self.length].contiguous()
         if self.mask is not None:
             self.mask = self.mask[:, : self.length].contiguous()
 
-    def _update_lengths(self) -> None:
-        """Count tokens anew, after rows came or went."""
+    def _count_tokens(self) -> None:
+        """Count the tokens of each row, after rows came or went."""
         mask = self.mask
-        self._lengths: tuple[int, ...] | None = None
+        self._token_counts: tuple[int, ...] | None = None
         if mask is not None and not mask.is_meta:
-            self._lengths = tuple(mask.sum(1).tolist())
-        self.lengths_differ = len(set(self._lengths or ())) > 1
+            self._token_counts = tuple(mask.sum(1).tolist())
+        self.lengths_differ = len(set(self._token_counts or ())) > 1
 
 
 class Codes(Spec):
@@ -237,4 +251,4 @@ def pad_tokens(x: Tensor, length: int) -> Tensor:
 
 def half_to_float32(x: Tensor) -> Tensor:
     """Return x in float32 where it is in half precision, else as it is."""
-    return x.float() if x.element_size() == 2 else x
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -152,7 +152,7 @@ class EmbeddedTexts(TableTexts):
             tokens.to(device),
             mask.to(device) if self.sizes.masked else None,
             None if pooled is None else pooled.to(device),
-            reader=open_reader,
+            open_reader=open_reader,
             source=None if sources is None else sources.to(device),
         )
 
