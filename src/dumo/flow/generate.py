@@ -6,12 +6,18 @@
 - `sample_with_noise` returns the noise, too.
 - `sample_trajectory` returns the points between.
 
-The order of events in a batch of `sample_batches`: a thread has drawn its noise while the net made the batch before
-(`_NoisePrefetch`); the net is in evaluation mode (`eval_mode`) and in a precision (`in_precision`), and its passes are
-counted on the net itself (`counting_passes`), because a solver may be wrong about them; `integrate` runs the solver.
+The order of events in a batch of `sample_batches`:
+
+1. A thread has drawn the batch's noise while the net made the batch before (`_NoisePrefetch`).
+2. The net is put into evaluation mode (`eval_mode`) and a precision (`in_precision`).
+3. `integrate` runs the solver. The net's passes are counted by a hook (`counting_passes`), not taken from the solver's
+   own claim.
+
+Others use `eval_mode`, `in_precision`, `counting_passes` and `integrate` alone, too: `dumo.report.evaluate` and
+`dumo.report.live` around passes of their own, `dumo.flow.loop` and `dumo.run.teacher` the first.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +75,7 @@ def sample_batches(
 
     net: counts the passes; in evaluation mode while a batch is made, then as it was.
     reads: the reading of `net` that the solver calls.
-    path: from whose noise the solver starts, and in whose units of sd it works.
+    path: the solver starts from `path.initial_std` times noise, and works in units of `path.sd`.
     c: the conditions, (n, ...).
     nfe: passes of each image through the net.
     seed: of the noise, with the number of the image.
@@ -81,7 +87,8 @@ def sample_batches(
     z: noise to begin with, (n, *shape); None: that of the images' numbers, as is all noise that a solver adds later.
 
     Raises UserError if the solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than
-    rows of c, and Stopped after a signal, between two passes.
+    rows of c, RuntimeError if rows of a batch make unequally many passes, and Stopped after a signal, between two
+    passes.
     """
     if indices is None:
         indices = range(len(c))
@@ -93,7 +100,7 @@ def sample_batches(
     with ThreadPoolExecutor(1, thread_name_prefix="noise") as thread:
         prefetch = _NoisePrefetch(thread, index_batches, seed=seed, shape=shape, device=device)
         for number, start in enumerate(starts):
-            threads.check()  # sets the number of threads again, where others keep the machine busy
+            threads.check()  # sets torch's number of threads again, which depends on how busy the machine is
             batch_indices = index_batches[number]
             batch_c = c[start : start + batch].to(device)
             fresh: Fresh = partial(prefetch, number)
@@ -105,15 +112,18 @@ def sample_batches(
                 in_precision(net, precision, device),
             ):
                 _, x = integrate(reads, path, solver, batch_c, nfe, fresh)
-            passes = _same_passes({sum(rows_per_pass) / len(batch_indices)})
-            yield Batch(torch.tensor(batch_indices), x.cpu(), passes)
+            num_passes = _passes_per_row(sum(rows_per_pass), len(batch_indices))
+            yield Batch(torch.tensor(batch_indices), x.cpu(), num_passes)
 
 
 def join_batches(batches: Iterable[Batch]) -> Samples:
     """All batches as one, in their order. Raises RuntimeError where they made unequally many passes."""
     all_batches = list(batches)
     x = torch.cat([batch.x for batch in all_batches])
-    return Samples(x, _same_passes({batch.nfe for batch in all_batches}))
+    pass_counts = {batch.nfe for batch in all_batches}
+    if len(pass_counts) != 1:
+        raise _unequal_passes(pass_counts)
+    return Samples(x, pass_counts.pop())
 
 
 def sample_with_noise(
@@ -145,8 +155,10 @@ def sample_trajectory(
     """The images that the solver makes of noise z, and the points between, after each of `points` equal parts.
 
     Images (n, *shape) are in float32; the points between, (n, points - 1, *shape), run from the data to the noise, and
-    are on the path, so in units of its sd. `points` is at least 2 and divides the number of steps, else ValueError.
-    Raises UserError if the solver cannot serve the reading or nfe.
+    are on the path, so in units of its sd.
+
+    Raises ValueError unless `points` is at least 2 and divides the number of steps, and UserError if the solver cannot
+    serve the reading or nfe.
     """
     num_steps = nfe // solver.passes
     if points < 2 or num_steps % points:
@@ -154,12 +166,15 @@ def sample_trajectory(
     every = num_steps // points
     trail = solver.trail(reads, path.initial_std * z, c, nfe)
     xs = [x.float() for step, x in enumerate(trail, start=1) if step % every == 0]
-    return path.sd * xs[-1], torch.stack(xs[-2::-1], 1)
+    return path.sd * xs[-1], torch.stack(xs[-2::-1], 1)  # xs run from the noise to the data
 
 
 @torch.no_grad()
 def integrate(reads: Reads, path: FlowPath, solver: Solver, c: Cond, nfe: int, fresh: Fresh) -> tuple[Sample, Sample]:
     """Noise, which is draw 0 of `fresh`, and the images that the solver makes of it: (n, *shape), in float32.
+
+    `fresh(k)` is draw k of noise from N(0, I); some solvers use more than the first. The solver starts from
+    `path.initial_std` times noise, and works in units of `path.sd`.
 
     Raises UserError if the solver cannot serve the reading or nfe.
     """
@@ -241,7 +256,7 @@ class _NoisePrefetch:
         shape: Sequence[int],
         device: torch.device | str,
     ) -> None:
-        """Noise of this shape for the images of these numbers, batch by batch, and a net on this device."""
+        """Noise of this shape, for the images of each batch's numbers, on this device."""
         self.thread = thread
         self.index_batches = index_batches
         self.seed = seed
@@ -267,12 +282,16 @@ def _starting_at(z: Sample, fresh: Fresh) -> Fresh:
     return lambda draw: z if draw == 0 else fresh(draw)
 
 
-def _same_passes(counts: Set[float] | Set[int]) -> int:
-    """The number of passes that every row made, of their counts by batch. Raises RuntimeError unless all are equal.
+def _passes_per_row(num_row_passes: int, num_rows: int) -> int:
+    """The passes of each row, of those of all rows together. Raises RuntimeError where that is no whole number.
 
     A reading that calls the net for some rows more often than for others is a defect.
     """
-    count = min(counts)
-    if len(counts) > 1 or not float(count).is_integer():
-        raise RuntimeError(f"rows went unequally often through the net: {sorted(counts)} times, by batch")
-    return int(count)
+    if num_row_passes % num_rows:
+        raise _unequal_passes({num_row_passes / num_rows})
+    return num_row_passes // num_rows
+
+
+def _unequal_passes(counts: Iterable[float]) -> RuntimeError:
+    """The error for rows that made unequally many passes; `counts` are means by batch."""
+    return RuntimeError(f"rows went unequally often through the net: {sorted(counts)} times, by batch")
