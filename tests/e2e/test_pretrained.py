@@ -171,11 +171,11 @@ def test_codes_and_templates_take_the_place_of_captions(here: Path) -> None:
 )
 def test_variants_are_refused_with_the_reason(here: Path, kind: str, does: str) -> None:
     """Their config is that of their base; their pipeline's class is not."""
-    from dumo.io.hub import published
+    from dumo.io.hub import published_config
 
     for part in ("transformer", "vae"):
         (here / "model" / part).mkdir(parents=True)
-        (here / "model" / part / "config.json").write_text(json.dumps(published("qwen-image")[part]))
+        (here / "model" / part / "config.json").write_text(json.dumps(published_config("qwen-image")[part]))
     (here / "model" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     refused("dry", "qwen-image", *sets("pipeline=model"), named=(kind, does, "QwenImagePipeline"))
 

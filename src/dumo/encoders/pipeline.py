@@ -27,7 +27,7 @@ from yaml import YAMLError
 from dumo.encoders import part as parts
 from dumo.encoders.part import PartWeights
 from dumo.io import digest, hub
-from dumo.io.hub import INDEX, PUBLISHED, SCHEDULER, SMALL, TRANSFORMER, UNET, VAE, published
+from dumo.io.hub import INDEX, PUBLISHED, SCHEDULER, SMALL, TRANSFORMER, UNET, VAE, published_config
 from dumo.io.read import read_settings, read_text, user_path
 from dumo.io.yaml import parse_yaml
 from dumo.runtime.door import settings
@@ -105,7 +105,7 @@ class Pipeline(Spec):
     def index(self) -> dict[str, Any]:
         """What model_index.json says; {} for a transformer alone. Raises UserError as `folder`."""
         if self.is_published:
-            return published(self.source)
+            return published_config(self.source)
         file = self.folder / INDEX
         return read_settings(file, HINT) if file.is_file() else {}
 
@@ -165,7 +165,7 @@ class Pipeline(Spec):
         folder = "DIR" if self.is_published else self.source
         repository = self.repository or "REPOSITORY"
         if not part:
-            return hub.pipeline_command(repository, folder, self.without)
+            return hub.pipeline_command(repository, folder, third_encoder="text_encoder_3" not in self.without)
         parts_on_hub = [part]
         if part == TRANSFORMER:
             parts_on_hub = hub.model_parts(repository)
@@ -175,12 +175,12 @@ class Pipeline(Spec):
     def repository(self) -> str:
         """The pipeline's name on the Hugging Face hub, by the config of its model or by its index; "": not known."""
         if self.is_published:
-            return str(published(self.source).get("_name_or_path", ""))
+            return str(published_config(self.source).get("_name_or_path", ""))
         folder = self._find_part(TRANSFORMER)
         if folder is not None:
             model_hash = _config_hash(read_settings(folder / CONFIG, HINT))
             for name in reversed(PUBLISHED):
-                known_index = published(name)
+                known_index = published_config(name)
                 # the config alone does not tell: Kontext's is FLUX.1-dev's
                 has_known_class = self.class_name in ("", known_index["_class_name"])
                 if has_known_class and _config_hash(known_index[TRANSFORMER]) == model_hash:

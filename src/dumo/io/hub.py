@@ -1,12 +1,14 @@
 """Names on the Hugging Face hub: what dumo knows of published pipelines, and the commands that fetch them.
 
 `fetch_hint` answers a name on the hub where a folder is wanted. `pipeline_command` brings what dumo reads of a whole
-pipeline, `download_command` some parts of it. `published` has the configs of a pipeline that dumo knows. Nothing here
-asks the hub, and nothing imports torch.
+pipeline, `download_command` some parts of it, and `model_parts` are those of its model. `published_name` says whether
+dumo knows a repository, and `published_config` has the configs of a pipeline that it knows. Nothing here asks the hub,
+and nothing imports torch.
 """
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
@@ -18,8 +20,11 @@ TRANSFORMER = "transformer"
 UNET = "unet"  # where a UNet is the model
 VAE = "vae"
 SCHEDULER = "scheduler"
-# Configs of models on the hub, and of small ones; `_readers` are the parameters of the text encoders.
+# A file NAME.json for each of PUBLISHED and SMALL. It has the pipeline's class, its repository (`_name_or_path`) and
+# the configs of parts by name; `_readers` are the parameters of all text encoders, `_optional_readers` of those that
+# may be left out.
 CONFIGS = files("dumo") / "encoders" / "published"
+# of repositories on the hub
 PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
 SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-10, but for digits the second
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
@@ -29,15 +34,15 @@ EXCLUDED = (f"*.*{SUFFIX}", "*.index.*.json")
 
 
 @lru_cache
-def published(name: str) -> dict[str, Any]:
-    """What is here of a published pipeline."""
+def published_config(name: str) -> dict[str, Any]:
+    """The file of CONFIGS of this name, one of PUBLISHED or SMALL."""
     return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def published_name(repository: str) -> str:
     """The published pipeline of a repository on the hub; "": it is none of PUBLISHED."""
     for name in PUBLISHED:
-        if str(published(name)["_name_or_path"]).lower() == repository.lower():
+        if str(published_config(name)["_name_or_path"]).lower() == repository.lower():
             return name
     return ""
 
@@ -54,44 +59,48 @@ def fetch_hint(name: str) -> str:
         return f"{name} is a model on the Hugging Face hub, and dumo reads a folder: fetch what it reads, {command}"
     return (
         f"{name} is no folder here. If it is a model on the Hugging Face hub, fetch what dumo reads of it, {command} "
-        "(leave --exclude out where it has variants such as fp16 alone)"
+        "(leave --exclude out if the repository has only variants, such as fp16 files)"
     )
 
 
-def pipeline_command(repository: str, folder: str, without: Sequence[str] = ()) -> str:
-    """The command that brings what dumo reads of a pipeline, but for the text encoders of `without`."""
+def pipeline_command(repository: str, folder: str, *, third_encoder: bool = True) -> str:
+    """The command that brings what dumo reads of a pipeline into a folder, with or without a third text encoder."""
     text_parts = ["text_encoder*", "tokenizer*"]
-    if without:
+    if not third_encoder:
         text_parts = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
-    wanted = [*model_parts(repository), VAE, SCHEDULER, *text_parts]
-    return download_command(repository, wanted, [INDEX, "README.md"], folder)
+    parts = [*model_parts(repository), VAE, SCHEDULER, *text_parts]
+    return download_command(repository, parts, [INDEX, "README.md"], folder)
 
 
 def model_parts(repository: str) -> list[str]:
-    """The folders that may hold the model of a repository: of a known one, the one that does."""
+    """The folder that holds the model of a repository: of one that dumo does not know, both that may."""
     name = published_name(repository)
     if not name:
         return [TRANSFORMER, UNET]
-    class_name = str(published(name)[TRANSFORMER]["_class_name"])
+    class_name = str(published_config(name)[TRANSFORMER]["_class_name"])
     return [UNET if class_name.startswith("UNet") else TRANSFORMER]
 
 
-def download_command(repository: str, parts: Sequence[str], files: Sequence[str], folder: Path | str) -> str:
+def download_command(repository: str, parts: Sequence[str], other_files: Sequence[str], folder: Path | str) -> str:
     """The command that brings what dumo reads of a repository of the hub into a folder.
 
-    `parts` are folders, which may hold a `*`; `files` are others. Weights are brought plain, in safetensors.
+    repository: OWNER/NAME.
+    parts: folders of the repository, of which it brings configs and weights; their names may hold a `*`.
+    other_files: files outside of them, which it brings as they are.
+    folder: where to; it is not quoted.
+
+    Weights are those in safetensors, without variants such as fp16.
     """
     words = ["hf", "download", repository]
-    for pattern in (*files, *_included(parts)):
+    for pattern in (*other_files, *_included(parts)):
         words += ["--include", pattern]
     for pattern in EXCLUDED:
         words += ["--exclude", pattern]
-    quoted = [f"'{word}'" if set("*? ") & set(word) else word for word in words]
-    return " ".join([*quoted, "--local-dir", str(folder)])
+    return f"{shlex.join(words)} --local-dir {folder}"
 
 
 def _included(parts: Sequence[str]) -> list[str]:
-    """The patterns of what dumo reads of parts; what `EXCLUDED` matches is not among it."""
+    """The patterns of what dumo reads of these folders. They match variants, too, which `EXCLUDED` takes out."""
     patterns: list[str] = []
     for part in parts:
         if part.startswith("tokenizer"):  # files of many names

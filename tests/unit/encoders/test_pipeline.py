@@ -9,7 +9,7 @@ from dumo.config.load import dump, load
 from dumo.config.parts import with_pipeline
 from dumo.encoders import PipelineVae
 from dumo.encoders.pipeline import Pipeline
-from dumo.io.hub import PUBLISHED, TRANSFORMER, published
+from dumo.io.hub import PUBLISHED, TRANSFORMER, published_config
 from dumo.nets import Pretrained
 from dumo.nets.rows import Codes
 from dumo.run.resolve import with_hashes
@@ -64,9 +64,9 @@ def test_a_unet_is_a_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_known_model_is_known_by_its_config(name: str, tmp_path: Path) -> None:
     (tmp_path / TRANSFORMER).mkdir()
-    config = published(name)[TRANSFORMER] | {"_diffusers_version": "0.0"}
+    config = published_config(name)[TRANSFORMER] | {"_diffusers_version": "0.0"}
     (tmp_path / TRANSFORMER / "config.json").write_text(json.dumps(config))
-    assert Pipeline(source=str(tmp_path)).repository == published(name)["_name_or_path"]
+    assert Pipeline(source=str(tmp_path)).repository == published_config(name)["_name_or_path"]
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AnotherPipeline"}))
     assert Pipeline(source=str(tmp_path)).repository == ""  # the config of a transformer may be several models'
 

@@ -12,7 +12,7 @@ from comfyui import loaded, native
 from dumo.encoders.pipeline import Pipeline
 from dumo.export.lora import COMFYUI, comfyui, tensors
 from dumo.export.model import PIPELINE_BY_MODEL, ExportedModel
-from dumo.io.hub import published
+from dumo.io.hub import published_config
 from dumo.nets.adapter import Lora, without_subject
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, SDXL, UNET, Family
@@ -147,7 +147,7 @@ def test_keys_of_stable_diffusion_are_those_of_published_files(convolutions: boo
     from diffusers import UNet2DConditionModel
 
     narrow = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 8, "attention_head_dim": 4}
-    model: Any = UNet2DConditionModel.from_config(published("sd15")["transformer"] | narrow)
+    model: Any = UNet2DConditionModel.from_config(published_config("sd15")["transformer"] | narrow)
     _, exported = of_unet(model, FAMILIES[UNET], convolutions=convolutions)
     keys, layers = comfyui(exported).keys(), published_layers()
     assert len(layers) == 192
