@@ -89,8 +89,8 @@ class FeatureProtocol(Protocol):
         statistics_key = {"protocol": self.kind, "dumo": version(), **facts}
         real = load_or_compute(statistics_key, partial(reference.album_statistics, eye, data, context.tick))
         width = 0.0
-        if len(real.rows) >= 2:
-            width = _kernel_width(self.kind, real.rows)
+        if len(real.features) >= 2:
+            width = _kernel_width(self.kind, real.features)
         if not width:  # 0 between equal images
             raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")
         facts["kernel"] = f"Gaussian of width {width:g}, unbiased, times 1000"
@@ -118,8 +118,8 @@ class FeatureEvaluator:
 
     def compare(self, fake: Statistics) -> Scores:
         """The scores of samples with these statistics."""
-        fake_rows = fake.rows.to(self.device)
-        real_rows = self.real.rows.to(self.device)
+        fake_rows = fake.features.to(self.device)
+        real_rows = self.real.features.to(self.device)
         mmd = gaussian_mmd(fake_rows, real_rows, self.width)
         scores: Scores = {"mmd": mmd.value, "mmd_sd": mmd.error}
         if min(len(fake_rows), len(real_rows)) > fake_rows.shape[1]:
@@ -139,7 +139,7 @@ class FeatureEvaluator:
 
         Classes do not count, because they weigh little among so different images.
         """
-        rows = self.real.rows.to(self.device)
+        rows = self.real.features.to(self.device)
         same_class = torch.zeros(len(rows), dtype=torch.long)
         perfect = perfect_sampler_scores(self.kind, rows, width=self.width, real_c=same_class, num_samples=self.total)
         return {"perfect": perfect}

@@ -192,8 +192,8 @@ class ImageEvaluator:
         if self.frechet:  # first, because it refuses too few samples
             scores["fid"] = frechet_distance(fake.pool, self.real.pool)
             scores["sfid"] = frechet_distance(fake.spatial, self.real.spatial)
-        fake_rows = fake.rows.to(self.device)
-        real_rows = self.real.rows.to(self.device)
+        fake_rows = fake.features.to(self.device)
+        real_rows = self.real.features.to(self.device)
         scores["kid"], scores["kid_sd"] = kid(
             fake_rows,
             real_rows,
@@ -201,13 +201,13 @@ class ImageEvaluator:
             subset_size=self.standard.subset,
             generator=stream(self.name, "kid"),
         )
-        scores["is"], scores["is_sd"] = fake.score.value()
+        scores["is"], scores["is_sd"] = fake.inception_score.value()
         scores["precision"], scores["recall"] = precision_recall(real_rows, fake_rows, NEIGHBOURS)
         return scores
 
     def baselines(self) -> dict[str, Scores]:
         """`perfect`: the first score of a perfect sampler, of new real images; {} where there are too few images."""
-        rows = self.real.rows.to(self.device)
+        rows = self.real.features.to(self.device)
         if self.frechet:
 
             def frechet_of_rows(a: Tensor, b: Tensor) -> float:
@@ -235,7 +235,7 @@ class ImageEvaluator:
         self, distance: Callable[[Tensor, Tensor], float], min_part_rows: float
     ) -> NullDistance | None:
         """Compare parts of the reference. Classes do not count, because they weigh little among 2,048 features."""
-        same_class = torch.zeros(len(self.real.rows), dtype=torch.long)
+        same_class = torch.zeros(len(self.real.features), dtype=torch.long)
         return measure_null_distance(
             same_class, distance, kind=self.name, min_part_rows=min_part_rows, pairs=INCEPTION_PART_PAIRS
         )

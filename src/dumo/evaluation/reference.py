@@ -44,7 +44,7 @@ from dumo.evaluation.statistics import (
     Statistics,
     gather,
     load_statistics,
-    ordered,
+    order_of,
     save_statistics,
     statistics_of,
 )
@@ -226,7 +226,7 @@ def hash_images(batches: Iterable[Batch]) -> tuple[int, str]:
         numbers.append(index)
     all_hashes = torch.cat(dist.all_gather_ragged(torch.cat(hashes)))
     all_numbers = torch.cat(dist.all_gather_ragged(torch.cat(numbers)))
-    return len(all_numbers), digest.of_bytes(all_hashes[ordered(all_numbers)].numpy().tobytes())
+    return len(all_numbers), digest.of_bytes(all_hashes[order_of(all_numbers)].numpy().tobytes())
 
 
 def with_progress(

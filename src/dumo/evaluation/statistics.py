@@ -1,7 +1,7 @@
 """Statistics of a set of images, of the features that a network extracts: moments, sums and features.
 
 `statistics_of` counts a rank's batches, `gather` merges those of all ranks; `save_statistics` and `load_statistics`
-write and read them. `ordered` puts numbers that came in any order into their own.
+write and read them. `order_of` sorts images that came in any order by their numbers.
 
 Images are known by number, so it does not matter in which batch or on which rank an image came. Moments
 (`dumo.evaluation.frechet`) and sums (`dumo.evaluation.inception_score`) are in float64 and can be merged. The features
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Protocol as Interface
+from typing import Protocol as Interface  # in these files a protocol is a measurement
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
@@ -28,7 +28,7 @@ from dumo.io.picture import Pixels
 from dumo.runtime import dist
 from dumo.types import UserError
 
-Index = Int64[Tensor, " n"]
+ImageNumbers = Int64[Tensor, " n"]
 Batch = tuple[Int64[Tensor, " _"], UInt8[Tensor, "_ 3 _ _"]]  # numbers and images; batches differ in size
 
 SPLIT_SIZE = 5000  # images per split of the Inception Score, as ADM's evaluation has them
@@ -63,18 +63,18 @@ class Statistics:
 
     pool: Moments  # of the FID's features
     spatial: Moments  # of the sFID's features
-    score: InceptionScore  # of the logits
-    rows: Float32[Tensor, "n d"]  # the features of image `index[i]`
-    index: Index
+    inception_score: InceptionScore  # of the logits
+    features: Float32[Tensor, "n d"]  # the FID's features, in row i those of image `image_numbers[i]`
+    image_numbers: ImageNumbers
 
     def __add__(self, other: "Statistics") -> "Statistics":
         """The statistics of both sets of images together; no image may be in both."""
         return Statistics(
             self.pool + other.pool,
             self.spatial + other.spatial,
-            self.score + other.score,
-            torch.cat([self.rows, other.rows]),
-            torch.cat([self.index, other.index]),
+            self.inception_score + other.inception_score,
+            torch.cat([self.features, other.features]),
+            torch.cat([self.image_numbers, other.image_numbers]),
         )
 
 
@@ -90,29 +90,34 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
         split_size = sys.maxsize
         num_splits = 1
     sums: tuple[Moments, Moments, InceptionScore] | None = None
-    rows: list[Tensor] = []
-    numbers: list[Tensor] = []
-    for index, images in batches:
-        features = extractor(images)
-        pool = _to_float64_device(features.pool)
-        spatial_moments = Moments.of(_to_float64_device(features.spatial))
+    features: list[Tensor] = []
+    image_numbers: list[Tensor] = []
+    for batch_numbers, pixels in batches:
+        extracted = extractor(pixels)
+        pool = _to_float64_device(extracted.pool)
+        logits = _to_float64_device(extracted.logits)
+        spatial_moments = Moments.of(_to_float64_device(extracted.spatial))
         pool_moments = Moments.of(pool)
-        score = InceptionScore.of(_to_float64_device(features.logits), index, size=split_size, splits=num_splits)
+        inception_score = InceptionScore.of(logits, batch_numbers, size=split_size, splits=num_splits)
         if sums is None:
-            sums = pool_moments, spatial_moments, score
+            sums = pool_moments, spatial_moments, inception_score
         else:
-            sums = sums[0] + pool_moments, sums[1] + spatial_moments, sums[2] + score
-        rows.append(pool.float().cpu())
-        numbers.append(index.cpu())
+            sums = sums[0] + pool_moments, sums[1] + spatial_moments, sums[2] + inception_score
+        features.append(pool.float().cpu())
+        image_numbers.append(batch_numbers.cpu())
     if sums is None:
         raise UserError("there are no images to judge: give some, at least one batch to each rank")
-    statistics = Statistics(*sums, torch.cat(rows), torch.cat(numbers))
-    return _unpack({name: x.cpu() for name, x in _pack(statistics).items()})
+    return _to_cpu(Statistics(*sums, torch.cat(features), torch.cat(image_numbers)))
 
 
 def _to_float64_device(x: Tensor) -> Tensor:
-    """The tensor on a device that has float64: where it is, if that is a GPU of CUDA, else on the CPU."""
+    """Move a tensor to a device that has float64: it stays on a GPU of CUDA, and goes to the CPU from any other."""
     return x if x.is_cuda else x.cpu()
+
+
+def _to_cpu(statistics: Statistics) -> Statistics:
+    """The statistics with all tensors on the CPU, from where ranks exchange them and files take them."""
+    return _unpack({name: x.cpu() for name, x in _pack(statistics).items()})
 
 
 def gather(rank_statistics: Statistics, total: int | None = None) -> Statistics:
@@ -128,8 +133,8 @@ def gather(rank_statistics: Statistics, total: int | None = None) -> Statistics:
         for rank in range(dist.world()):
             statistics_by_rank.append(_unpack({name: tensors[rank] for name, tensors in tensors_by_name.items()}))
         merged = reduce(add, statistics_by_rank)
-    order = ordered(merged.index, total)
-    return replace(merged, rows=merged.rows[order], index=torch.arange(len(order)))
+    order = order_of(merged.image_numbers, total)
+    return replace(merged, features=merged.features[order], image_numbers=torch.arange(len(order)))
 
 
 def save_statistics(path: Path, statistics: Statistics, key: Mapping[str, str]) -> None:
@@ -153,7 +158,7 @@ def _pack(statistics: Statistics) -> dict[str, Tensor]:
     """Statistics as tensors by the names that they have in files."""
     pool = statistics.pool
     spatial = statistics.spatial
-    score = statistics.score
+    inception_score = statistics.inception_score
     return {
         "pool.count": torch.tensor([pool.count]),
         "pool.mean": pool.mean,
@@ -161,11 +166,11 @@ def _pack(statistics: Statistics) -> dict[str, Tensor]:
         "spatial.count": torch.tensor([spatial.count]),
         "spatial.mean": spatial.mean,
         "spatial.scatter": spatial.scatter,
-        "score.count": score.count,
-        "score.entropy": score.entropy,
-        "score.mass": score.mass,
-        "rows": statistics.rows,
-        "index": statistics.index,
+        "score.count": inception_score.count,
+        "score.entropy": inception_score.entropy,
+        "score.mass": inception_score.mass,
+        "rows": statistics.features,
+        "index": statistics.image_numbers,
     }
 
 
@@ -175,25 +180,31 @@ def _unpack(parts: Mapping[str, Tensor]) -> Statistics:
     def moments(name: str) -> Moments:
         return Moments(int(parts[f"{name}.count"]), parts[f"{name}.mean"], parts[f"{name}.scatter"])
 
-    score = InceptionScore(parts["score.count"], parts["score.entropy"], parts["score.mass"])
-    return Statistics(moments("pool"), moments("spatial"), score, parts["rows"], parts["index"])
+    return Statistics(
+        pool=moments("pool"),
+        spatial=moments("spatial"),
+        inception_score=InceptionScore(parts["score.count"], parts["score.entropy"], parts["score.mass"]),
+        features=parts["rows"],
+        image_numbers=parts["index"],
+    )
 
 
-def ordered(index: Int64[Tensor, " n"], total: int | None = None) -> Int64[Tensor, " n"]:
-    """The permutation (n,) that sorts the numbers `index` (n,).
+def order_of(image_numbers: ImageNumbers, total: int | None = None) -> Int64[Tensor, " n"]:
+    """The permutation (n,) that sorts the numbers of n images, as `argsort` has it.
 
     Raises UserError unless each of 0 .. total - 1 came once; without a total, if a number came twice.
     """
-    order = index.argsort()
-    sorted_index = index[order]
-    num_distinct_numbers = len(sorted_index.unique())
-    if total is None:
-        is_complete = num_distinct_numbers == len(sorted_index)
-    else:
-        is_complete = torch.equal(sorted_index, torch.arange(total))
-    if not is_complete:
+    order = image_numbers.argsort()
+    sorted_numbers = image_numbers[order]
+    num_distinct = len(sorted_numbers.unique())
+    if total is None and num_distinct != len(order):
         raise UserError(
-            f"{len(order)} images came, {num_distinct_numbers} different numbers among them, where each of"
-            f" 0 to {(total or len(order)) - 1} must come once: give as many as the protocol judges"
+            f"{len(order)} images came, {num_distinct} different numbers among them, where none may come twice: give "
+            "each image a number of its own"
+        )
+    if total is not None and not torch.equal(sorted_numbers, torch.arange(total)):
+        raise UserError(
+            f"{len(order)} images came, {num_distinct} different numbers among them, where each of 0 to {total - 1} "
+            "must come once: give as many as the protocol judges"
         )
     return order

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dumo.evaluation.by_class import class_facts
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
-from dumo.evaluation.statistics import ordered
+from dumo.evaluation.statistics import order_of
 from dumo.io import digest
 from dumo.io.source import Data, HeldOutSplit
 from dumo.runtime import dist
@@ -147,4 +147,4 @@ def collect(samples: NumberedSamples, total: int) -> Tensor:
         raise UserError("there are no samples to judge: give some, at least one batch to each rank")
     all_indices = torch.cat(dist.all_gather_ragged(torch.cat(indices)))
     all_x = torch.cat(dist.all_gather_ragged(torch.cat(batches)))
-    return all_x[ordered(all_indices, total)]
+    return all_x[order_of(all_indices, total)]

@@ -13,7 +13,7 @@ from dumo.encoders.classifier import digits
 from dumo.evaluation import ClipProtocol, Context, LikelihoodProtocol, MetricProtocol, ShippedProtocol, measures
 from dumo.evaluation.images import ImageProtocol
 from dumo.evaluation.protocol import Evaluator, Protocol
-from dumo.evaluation.statistics import ordered
+from dumo.evaluation.statistics import order_of
 from dumo.evaluation.wholeset import Reference, collect
 from dumo.io.digest import of_tensor
 from dumo.types import UserError
@@ -31,9 +31,9 @@ def test_samples_are_collected_by_number() -> None:
 
 
 def test_numbers_may_have_gaps_where_no_total_is_known_but_none_twice() -> None:
-    assert ordered(torch.tensor([9, 2, 4])).tolist() == [1, 2, 0]
+    assert order_of(torch.tensor([9, 2, 4])).tolist() == [1, 2, 0]
     with pytest.raises(UserError, match="3 images came, 2 different"):
-        ordered(torch.tensor([9, 2, 9]))
+        order_of(torch.tensor([9, 2, 9]))
 
 
 def test_a_digest_is_of_numbers_shape_and_type() -> None:

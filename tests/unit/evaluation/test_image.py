@@ -1,5 +1,6 @@
 """The image protocols: what a name fixes, and that the numbers are those of its definition."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_few_images_have_no_frechet_distance_but_may_go_without() -> None:
 
 def replaced(statistics: Statistics, moments: Statistics) -> Statistics:
     """These features with the moments of others."""
-    return Statistics(moments.pool, moments.spatial, statistics.score, statistics.rows, statistics.index)
+    return replace(statistics, pool=moments.pool, spatial=moments.spatial)
 
 
 @pytest.mark.slow
@@ -136,8 +137,8 @@ def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_known_by_hash()
     assert some == same
     assert whole["reference_sha256"] != turned["reference_sha256"]
     statistics = album_statistics(extractor, Album(data, (3, 66)))
-    assert torch.equal(statistics.rows, extractor(rest).pool)
-    assert statistics.index.tolist() == list(range(68))
+    assert torch.equal(statistics.features, extractor(rest).pool)
+    assert statistics.image_numbers.tolist() == list(range(68))
     assert isinstance(Album(data), Finite)
 
 
@@ -163,7 +164,7 @@ def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Pat
     real = adm_statistics(extractor, file)
     assert real.pool.count == real.spatial.count == reference.IMAGENET_TRAIN_IMAGES == 1_281_167
     torch.testing.assert_close(real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0)
-    assert torch.equal(real.rows, extractor(torch.zeros(12, 3, 4, 4, dtype=torch.uint8)).pool)
+    assert torch.equal(real.features, extractor(torch.zeros(12, 3, 4, 4, dtype=torch.uint8)).pool)
     of = evaluator(real, tiny)
     fake = of.statistics(made(images(N)))
     assert of.compare(fake)["fid"] == pytest.approx(frechet_distance(fake.pool, real.pool), rel=1e-12)
@@ -274,5 +275,5 @@ def test_inception_itself_serves() -> None:
     x = samples(torch.randint(256, (3, 3, 40, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     of = evaluator(album_statistics(net, Album(torch.zeros(1, 3, 8, 8))), protocol, net)
     statistics = of.statistics((rows, x[rows]) for rows in torch.arange(3).split(2))
-    assert (statistics.rows.shape, statistics.spatial.mean.shape) == ((3, 2048), (2023,))
-    torch.testing.assert_close(statistics.rows[2:], net(to_uint8(x[2:])).pool, rtol=1e-5, atol=1e-4)
+    assert (statistics.features.shape, statistics.spatial.mean.shape) == ((3, 2048), (2023,))
+    torch.testing.assert_close(statistics.features[2:], net(to_uint8(x[2:])).pool, rtol=1e-5, atol=1e-4)

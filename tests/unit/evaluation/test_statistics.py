@@ -26,9 +26,9 @@ def counted(batch: int = TOTAL, order: torch.Tensor | None = None) -> Statistics
 
 def same(a: Statistics, b: Statistics) -> None:
     """Features to the bit, sums up to rounding."""
-    assert torch.equal(a.rows, b.rows)
-    assert torch.equal(a.index, b.index)
-    assert a.score.value() == pytest.approx(b.score.value(), rel=1e-12)
+    assert torch.equal(a.features, b.features)
+    assert torch.equal(a.image_numbers, b.image_numbers)
+    assert a.inception_score.value() == pytest.approx(b.inception_score.value(), rel=1e-12)
     for x, y in ((a.pool, b.pool), (a.spatial, b.spatial)):
         assert x.count == y.count == TOTAL
         torch.testing.assert_close(x.mean, y.mean, rtol=1e-12, atol=1e-14)
@@ -37,10 +37,10 @@ def same(a: Statistics, b: Statistics) -> None:
 
 def test_holds_what_the_network_saw() -> None:
     seen, whole = extractor(images(TOTAL)), counted()
-    assert torch.equal(whole.rows, seen.pool)
+    assert torch.equal(whole.features, seen.pool)
     torch.testing.assert_close(whole.pool.covariance, seen.pool.double().T.cov())
     torch.testing.assert_close(whole.spatial.mean, seen.spatial.double().mean(0))
-    assert whole.score.value()[0] > 1.01
+    assert whole.inception_score.value()[0] > 1.01
 
 
 @pytest.mark.parametrize("batch", [1, 7, 60])

@@ -262,7 +262,7 @@ def test_by_inception_as_a_runs_samples(frechet: bool, monkeypatch: pytest.Monke
     x, _ = pixels(open_images(Path("made"), "--images"))
     fake = gather(statistics_of(net, [(torch.arange(30), x)], 30), 30)
     assert report["card"]["data"]["side"] == 8  # a reference is brought to the size of what is judged
-    assert report["results"][0]["is"] == pytest.approx(fake.score.value()[0], rel=1e-12)
+    assert report["results"][0]["is"] == pytest.approx(fake.inception_score.value()[0], rel=1e-12)
 
 
 @pytest.mark.nightly
