@@ -7,7 +7,7 @@ A protocol returns scores by name (`dumo.evaluation.protocol.Scores`). For such 
 - `headline_score` chooses the score that counts among several;
 - `is_trained_on` says whether a run learned from what the score measures.
 
-A new metric has a line here, its words in `dumo.config` (words.yaml), and a protocol that measures it.
+A new metric has a line here, its description in `dumo.config` (words.yaml), and a protocol that measures it.
 """
 
 from collections.abc import Collection, Mapping
@@ -25,30 +25,40 @@ class Metric:
     better: Literal["lower", "higher", "equal"] = "lower"  # equal: to a perfect sampler's
     in_sample_space: bool = False  # compares the numbers of samples themselves; False: their features
     in_summary: bool = False  # shown in a summary, also where another score leads
-    tells_apart: bool = False  # over two deviations worse than a perfect sampler's, samples are not like the data
+    # over two deviations worse than a perfect sampler's, this score alone says that samples are not like the data
+    can_reject: bool = False
     needs_many_images: bool = False  # with few, nobody can say what a perfect sampler would have
 
 
 # in the order in which a verdict names them
 METRICS: Mapping[str, Metric] = {
-    "auc": Metric("equal", in_sample_space=True, tells_apart=True),  # below 0.5 are copies
-    "auc_features": Metric("equal", tells_apart=True),
-    CLASS_MMD: Metric(in_summary=True, tells_apart=True),
-    "accuracy": Metric("higher", tells_apart=True),
-    "nearest": Metric("higher", in_sample_space=True, in_summary=True, tells_apart=True),  # memorised images are nearer
-    "copies": Metric(in_sample_space=True, in_summary=True, tells_apart=True),
+    # a classifier of samples and data; below 0.5: samples are closer to the data than data are (copies)
+    "auc": Metric("equal", in_sample_space=True, can_reject=True),
+    "auc_features": Metric("equal", can_reject=True),
+    # kernel distances within each class
+    CLASS_MMD: Metric(in_summary=True, can_reject=True),
+    # how often a classifier finds the class that was asked for
+    "accuracy": Metric("higher", can_reject=True),
+    # the distance to the nearest training image, which is small for memorised ones; the share that are copies
+    "nearest": Metric("higher", in_sample_space=True, in_summary=True, can_reject=True),
+    "copies": Metric(in_sample_space=True, in_summary=True, can_reject=True),
+    # kernel and Frechet distances
     "mmd": Metric(needs_many_images=True),
     "mmd2": Metric(in_sample_space=True),
     "fd": Metric(needs_many_images=True),
     "fd_grey": Metric(needs_many_images=True),
     "pixel_fd": Metric(in_sample_space=True),
+    # by Inception's features
     "fid": Metric(needs_many_images=True),
     "sfid": Metric(),
     "kid": Metric(needs_many_images=True),
     "is": Metric("higher"),
+    # by the neighbours of features
     "precision": Metric("higher"),  # in no summary, for noise has a high one
     "recall": Metric("higher", in_summary=True),
+    # bits per dimension: the negative log-likelihood
     "bits": Metric(),
+    # how well images fit their captions
     "clip_score": Metric("higher"),
 }
 
@@ -66,7 +76,7 @@ def higher_is_better(score: str) -> bool:
 def headline_score(scores: Collection[str], card: Mapping[str, Any] | None = None) -> str:
     """The score that counts: `class_mmd`, which alone depends on classes, else the first of `scores`.
 
-    Scores that the run of this card was trained on are passed over, unless all are.
+    Scores that the run of this card was trained on are passed over, unless all are. `scores` has one at least.
     """
     ranked = sorted(scores, key=lambda score: score != CLASS_MMD)  # a stable order
     for score in ranked:
@@ -78,8 +88,9 @@ def headline_score(scores: Collection[str], card: Mapping[str, Any] | None = Non
 def is_trained_on(score: str, card: Mapping[str, Any]) -> bool:
     """Whether a score measures what the run of this card was trained on, and so cannot judge it.
 
-    The card's `trained_on` is SAMPLE_SPACE, or the name of features. A score by features is concerned if this name
-    stands in the card's `features`, those of the protocol.
+    A card has two texts. `trained_on` is what the loss compared: SAMPLE_SPACE, the name of features, or "" for neither.
+    `features` describes the features of the protocol, and has their name in it. A loss on samples concerns the scores
+    in sample space, a loss on features those by the same features.
     """
     loss_space = card.get("trained_on", "")
     if not loss_space:

@@ -63,7 +63,7 @@ def sample(
     torch_device = choose_device(device)
     shape = tuple(shape or run.data.shape)
     cases: list[_SampleCase] = []
-    for precision in random_net.precisions_of(precisions, torch_device):
+    for precision in random_net.checked_precisions(precisions, torch_device):
         for nfe in nfes:
             cases.append(_SampleCase(precision, nfe, solver(run.sample.solver, run.reads, nfe)))
     module = random_net.build(

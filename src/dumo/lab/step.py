@@ -98,7 +98,7 @@ class StepBench:
     shape: tuple[int, ...]  # of a sample
     device: torch.device
     compile: str  # one of COMPILE_CHOICES
-    outline: nn.Module  # the net on the meta device
+    meta_net: nn.Module  # the net on the meta device
     net: nn.Module
     ref: Frozen  # theta^-, as in training
 
@@ -164,14 +164,14 @@ class StepBench:
         """
         rows = self.train.batch
         ref = self.train.ref
-        step_cost = cost.step_cost(self.outline, objective, self.path, self.shape, rows=rows, ref=ref)
+        step_cost = cost.step_cost(self.meta_net, objective, self.path, self.shape, rows=rows, ref=ref)
         if self.device.type == "cuda":
             step()  # kernels keep memory after their first call
             self.net.zero_grad()
             step_memory = memory.allocated_bytes(step, self.device)
         else:
             step_memory = memory.step_bytes(
-                self.outline, objective, self.path, self.shape, rows=rows, ref=ref, precision=row.precision
+                self.meta_net, objective, self.path, self.shape, rows=rows, ref=ref, precision=row.precision
             )
         return replace(
             row,
@@ -202,14 +202,14 @@ def measure(
     torch_device = choose_device(device)
     shape = tuple(shape or run.data.shape)
     batch = run.train.batch
-    known_precisions = random_net.precisions_of(precisions, torch_device)
+    known_precisions = random_net.checked_precisions(precisions, torch_device)
     variants = list(_variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
     step_bench = prepare(run, shape, torch_device, compile)
     attempts = [step_bench.attempt(row, objective) for row, objective in variants]
     steps = [step for _, step in attempts if step]
     seconds = Stopwatch.for_bench(torch_device).time_rounds(steps, rounds, bar=bar, title="training steps")
 
-    flops = cost.forward_flops(step_bench.outline, run.objective, shape)
+    flops = cost.forward_flops(step_bench.meta_net, run.objective, shape)
     peak = peak_tflops or known_peak_tflops(torch_device)
     seconds_at_peak = batch * flops / (1e12 * peak) if peak else None
     rows = compare(attempts, seconds, batch, seconds_at_peak)
@@ -242,7 +242,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     if compile == "blocks":
         torch.compiler.config.recompile_limit = COMPILED_VARIANTS
         compile_blocks(net, dynamic=False)  # as training does, tape and all
-    outline = random_net.outline(run.net, needs, shape, classes)
+    meta_net = random_net.build_on_meta(run.net, needs, shape, classes)
     return StepBench(
         path=run.path,
         train=run.train,
@@ -250,7 +250,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
         shape=shape,
         device=device,
         compile=compile,
-        outline=outline,
+        meta_net=meta_net,
         net=net,
         ref=ref,
     )

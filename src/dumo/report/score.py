@@ -127,7 +127,7 @@ def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) ->
     """Where a run stands by its best row; rows and baselines are those of an evaluation.
 
     - `like the data`: the first score is at most two deviations above a perfect sampler's, and so is each that
-      `tells_apart` (`dumo.evaluation.metric`), such as `class_mmd`.
+      `can_reject` (`dumo.evaluation.metric`), such as `class_mmd`.
     - `untrained`: the first score is at least half that of noise. Where `noise` is not among the baselines, it is
       `FAR_TIMES` that of a perfect sampler, and the precision is at most `MAX_UNTRAINED_PRECISION`.
     - `far`: the first score, or `class_mmd`, is over a twentieth of that of noise, or the first score is `FAR_TIMES`
@@ -195,12 +195,12 @@ def _lacks_classes(scores: Scores, noise: Scores) -> bool:
 def _worse_scores(scores: Scores, perfect: Scores) -> list[str]:
     """The names of scores that are over two deviations worse than a perfect sampler's, as far as those are known.
 
-    Only scores that tell samples from data count (`Metric.tells_apart`).
+    Only scores count that can say alone that samples are not like the data (`Metric.can_reject`).
     """
     worse: list[str] = []
     for name, known in METRICS.items():
         deviation = error(perfect, name)
-        if not known.tells_apart or name not in scores or deviation is None:
+        if not known.can_reject or name not in scores or deviation is None:
             continue
         excess = scores[name] - perfect[name]
         if known.better == "higher":
