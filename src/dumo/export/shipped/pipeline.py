@@ -79,7 +79,7 @@ class DumoPipeline(DiffusionPipeline):
         start: the time of the first pass.
         shift, scale: the net learned (latent - shift) scale; numbers, or one for each channel.
         text_length: how many tokens of a prompt the net reads at most; 0: it reads class labels.
-        template: what the encoder reads, with the prompt in the place of {}.
+        template: what the encoder reads, in which {} stands for the prompt.
         skip: how many tokens of the template stand before the prompt. The net does not get them.
         layer: the index of the encoder's hidden states that the net gets; -1: those of the last layer.
         padding: of the tokenizer: max_length, or longest.
