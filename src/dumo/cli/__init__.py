@@ -1,7 +1,7 @@
 """The command line: `main` runs a command, and leaves with its exit code. `Program` and `Bench` list the commands.
 
-Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by signal n (130: Ctrl-C; 142:
-its time was over before its photos were encoded). Progress goes to stderr, answers to stdout.
+Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by signal n (130: Ctrl-C; 142: its time
+was over before its photos were encoded). Progress goes to stderr, answers to stdout.
 
 The order of events: typer reads the first word, `LazyGroup` imports that command's module, its function runs under
 `stoppable`, reads what its words name (`precheck`), and `exit_code` explains an error. torch is imported inside the

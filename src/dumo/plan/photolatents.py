@@ -2,9 +2,9 @@
 
 On a CPU latents show more after the same time (docs/log.md), where the autoencoder knows what is in the images. Each
 function `reason_by_...` says why a run is in pixels, as the end of a line for the user with a number and a way out, or
-"" where nothing is in the way of latents. `side_of_latents` is
-the size of the images that are encoded, and `try_autoencoder` measures what it makes of some. `cache_folder` names the
-folder where their latents go, and `has_caches` says whether they may be there.
+"" where nothing is in the way of latents. `side_of_latents` is the size of the images that are encoded, and
+`try_autoencoder` measures what it makes of some. `cache_folder` names the folder where their latents go, and
+`has_caches` says whether they may be there.
 """
 
 import glob
