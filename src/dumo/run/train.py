@@ -248,8 +248,8 @@ def _late_text(folder: Path, late_seconds: float) -> str:
     """What a run that ends by the clock made in a command whose time was over before its first step."""
     more = train_call(folder, minutes=minutes_to_prepare(late_seconds))
     return (
-        f"it took {duration_text(late_seconds)} to begin, and no time was left for steps: it made one, and its "
-        f"learning rate has not fallen. With enough time:  {more}"
+        f"it took {duration_text(late_seconds)} to begin, and no time was left for steps: it made one, and "
+        f"skipped the rest of its learning rate's schedule. With enough time:  {more}"
     )
 
 

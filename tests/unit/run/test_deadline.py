@@ -136,8 +136,8 @@ def test_a_command_whose_time_goes_by_before_its_first_step_says_so(clock: Clock
         state = train_job(job, hooks=[Every(1, clock.step)])
     assert state.step == 10
     assert told[-1] == (
-        "it took 0:45 to begin, and no time was left for steps: it made one, and its learning rate has not fallen. "
-        f"With enough time:  dumo train {folder} --minutes 2"
+        "it took 0:45 to begin, and no time was left for steps: it made one, and skipped the rest of its learning "
+        f"rate's schedule. With enough time:  dumo train {folder} --minutes 2"
     )
     told, seen, _ = train(folder, clock)
     assert not any("no time" in line for line in told)
