@@ -11,7 +11,7 @@
 A folder that the user set is the user's to fill.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
@@ -103,22 +103,24 @@ def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder:
 
     @contextmanager
     def bar_within(title: str, total: int, /) -> Generator[Tick, None, None]:
-        kept_before = _count_kept(cache_folder)
+        kept_before = _kept_rows(cache_folder)
         seconds_before = time.seconds
         with bar(title, total) as tick:
 
             def tick_within(done: int, note: str) -> None:
                 tick(done, note)
-                if not (kept_before < done < total and time.is_over):
+                num_encoded = done - _count_rows(kept_before, done)  # now, of the first `done` photos
+                is_all_encoded = num_encoded == total - _count_rows(kept_before, total)
+                if num_encoded == 0 or is_all_encoded or not time.is_over:
                     return
-                kept = _count_kept(cache_folder)
-                seconds_per_image = (time.seconds - seconds_before) / (done - kept_before)
-                seconds_to_go = seconds_per_image * (total - kept)
+                num_kept = _count_rows(_kept_rows(cache_folder), total)
+                seconds_per_image = (time.seconds - seconds_before) / num_encoded
+                seconds_to_go = seconds_per_image * (total - num_kept)
                 minutes = max(minutes_to_prepare(seconds_to_go), ceil(time.seconds_left / SECONDS_PER_MINUTE))
                 more = train_call(run_folder, minutes=minutes)
                 raise signals.Stopped(
                     signals.CLOCK,
-                    f"stopped: {kept:,} of {total:,} photos are encoded after {duration_text(time.seconds)}, and "
+                    f"stopped: {num_kept:,} of {total:,} photos are encoded after {duration_text(time.seconds)}, and "
                     f"the others take {duration_text(seconds_to_go)}, more than {MAX_SHARE:.0%} in all of the "
                     f"{duration_text(time.seconds_left)} that there were. With enough time:  {more}",
                 )
@@ -128,9 +130,21 @@ def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder:
     return bar_within
 
 
-def _count_kept(folder: Path) -> int:
-    """The number of photos in the finished shards of a cache."""
+def _kept_rows(folder: Path) -> list[range]:
+    """The numbers of the photos in each finished shard of a cache. A damaged shard is not finished: it is made again.
+
+    They need not be the first ones: `dumo encode --part` leaves gaps.
+    """
     contents = cache.read_index(folder)
     if contents is None:
-        return 0
-    return sum(len(contents.span(number)) for number in table.written_shards(folder, contents))
+        return []
+    kept: list[range] = []
+    for number, shard in table.written_shards(folder, contents).items():
+        if shard.fault(folder, deep=True) is None:
+            kept.append(contents.span(number))
+    return kept
+
+
+def _count_rows(ranges: Sequence[range], end: int) -> int:
+    """How many numbers below `end` are in some ranges, which do not overlap."""
+    return sum(len(range(numbers.start, min(numbers.stop, end))) for numbers in ranges)

@@ -194,6 +194,30 @@ def test_what_is_left_to_encode_does_not_shorten_the_run(run: Run) -> None:
     assert str(stopped.value).endswith("dumo train runs/photos --minutes 10")
 
 
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_kept_shards_may_lie_after_those_that_are_missing(run: Run, damage: str) -> None:
+    """As after `dumo encode --part`, or where one is damaged: what is encoded now is timed by what is encoded now."""
+    encode.encode(run.data, device="cpu", part=(2, 3), shard_rows=1)
+    if damage == "changed":
+        encode.encode(run.data, device="cpu", part=(0, 3))
+        file = run.data.folder / "shard-00000.safetensors"
+        file.write_bytes(bytes(file.stat().st_size))
+    clock = Clock()
+    with pytest.raises(signals.Stopped, match="1 of 3 photos are encoded after 0:20, and the others take 0:40,"):
+        fill(run, time=PreparationTime(0.0, 20.0, clock), bar=clock.bar)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_encoding_is_not_stopped_where_the_others_are_kept(run: Run) -> None:
+    """Nothing is left to encode after the first one."""
+    for part in (1, 2):
+        encode.encode(run.data, device="cpu", part=(part, 3), shard_rows=1)
+    clock = Clock()
+    fill(run, time=PreparationTime(0.0, 1.0, clock), bar=clock.bar)
+    assert cache.is_whole(run.data.folder)
+
+
 def test_encoding_is_not_stopped_once_it_is_done(run: Run) -> None:
     clock = Clock()
     fill(run, time=PreparationTime(0.0, 1.0, clock), bar=clock.bar)
