@@ -22,7 +22,7 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -156,15 +156,22 @@ def _is_running(process: int) -> bool:
 
 
 @contextmanager
-def locked(path: Path, busy: str | None = None) -> Generator[None, None, None]:
+def locked(
+    path: Path, busy: str | None = None, *, while_waiting: Callable[[], object] = lambda: None
+) -> Generator[None, None, None]:
     """Hold the lock file `path`, one process at a time; the file is removed at the end.
 
     The operating system keeps the lock, so a killed process lets go of it. Raises UserError, with the words `busy`,
-    while another process holds it; None: wait.
+    while another process holds it; None: wait, and call `while_waiting` again and again, which ends that by raising.
     """
     lock = FileLock(path, timeout=-1 if busy is None else 0)
+
+    def is_cancelled() -> bool:
+        while_waiting()
+        return False
+
     try:
-        lock.acquire()
+        lock.acquire(cancel_check=is_cancelled)
     except Timeout as error:
         raise UserError(f"{busy} ({path} is locked)") from error
     about_lock = path.stat()

@@ -6,7 +6,7 @@ once; a killed one is started again, and the folder is the same to the last bit.
 (`dumo.io.table`).
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from dumo.nets.table import PipelineTexts, TableTexts
 from dumo.nets.text import LearnedTexts
 from dumo.run.prompt import sources
 from dumo.run.resolve import resolve
-from dumo.runtime import dist, threads
+from dumo.runtime import dist, signals, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import Spec, UserError
@@ -195,24 +195,35 @@ def encode(
     return EncodeResult(data.folder, done, cache.CacheIndex)
 
 
-def ensure_cache(data: Latents, *, device: str = "auto", bar: Bar = no_bar, new_shard_rows: int = SHARD_ROWS) -> None:
-    """Make the cache if it is missing, or finish one that is not whole.
+def ensure_cache(
+    data: Latents,
+    *,
+    device: str = "auto",
+    bar: Bar = no_bar,
+    new_shard_rows: int = SHARD_ROWS,
+    while_waiting: Callable[[], object] = signals.check,
+) -> None:
+    """Make the cache if it is missing, or finish one that is not whole. Takes and raises as `encode`.
 
-    Processes that start together make it once: the others wait. Takes and raises as `encode`.
+    Processes that start together make it once. The others wait, and call `while_waiting` again and again; what that
+    raises ends the wait.
     """
     if cache.is_whole(data.folder):
         return
-    with _locked_to_fill(data.folder):
+    with _locked_to_fill(data.folder, while_waiting):
         if not cache.is_whole(data.folder):  # nobody made it while this process waited
             encode(data, device=device, bar=bar, new_shard_rows=new_shard_rows)
 
 
 @contextmanager
-def _locked_to_fill(folder: Path) -> Generator[None, None, None]:
-    """Hold the lock of a folder that is to be filled, a file next to it; wait while another process holds it."""
+def _locked_to_fill(folder: Path, while_waiting: Callable[[], object] = signals.check) -> Generator[None, None, None]:
+    """Hold the lock of a folder that is to be filled, a file next to it.
+
+    Waits while another process holds it, and calls `while_waiting` meanwhile, which ends the wait by raising.
+    """
     lock = folder.with_name(f".{folder.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock):
+    with locked(lock, while_waiting=while_waiting):
         yield
 
 

@@ -6,7 +6,7 @@
 2. refuses photos that have changed since they were planned
 3. writes the run into its folder, so that the same command resumes it after a stop
 4. encodes the photos in small shards, of which a stop keeps those that are finished; of a run that ends by the clock
-   only as long as time is left for its steps
+   only as long as time is left for its steps; that goes for the wait for another process that encodes them, too
 
 A folder that the user set is the user's to fill.
 """
@@ -85,9 +85,15 @@ def ensure_proposed_cache(
         )
     if time is not None:
         bar = _bar_within(time, bar, folder, index.folder)
+
+    def check_wait() -> None:
+        signals.check()
+        if time is not None and time.is_over:
+            raise _stopped_in_wait(time, index.folder)
+
     _note(run, index, folder)
     placed_data = data.model_copy(update={"root": str(folder)})
-    encode.ensure_cache(placed_data, device=device, bar=bar, new_shard_rows=SHARD_ROWS)
+    encode.ensure_cache(placed_data, device=device, bar=bar, new_shard_rows=SHARD_ROWS, while_waiting=check_wait)
     return folder
 
 
@@ -128,6 +134,16 @@ def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder:
             yield tick_within
 
     return bar_within
+
+
+def _stopped_in_wait(time: PreparationTime, run_folder: Path) -> signals.Stopped:
+    """What a command raises whose time is over while another process encodes the photos."""
+    again = train_call(run_folder, minutes=ceil(time.seconds_left / SECONDS_PER_MINUTE))
+    return signals.Stopped(
+        signals.CLOCK,
+        f"stopped: another process still encodes these photos after {duration_text(time.seconds)}, and the steps need "
+        f"the rest of the {duration_text(time.seconds_left)} that there were. Once it is done:  {again}",
+    )
 
 
 def _kept_rows(folder: Path) -> list[range]:

@@ -1,5 +1,6 @@
 """The cache of a proposed run: filled once, in time, of the images it is named after, in no folder of the user's."""
 
+import fcntl
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -91,6 +92,29 @@ def test_two_runs_on_one_folder_fill_their_cache_once(run: Run, monkeypatch: pyt
     assert index.rows == COUNT
     assert index.shards
     assert not list(run.data.folder.parent.glob(".*.lock"))
+
+
+def test_the_wait_for_another_process_ends_with_the_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with a signal, of which nothing else is told while a lock is waited for."""
+    folder = run.data.folder
+    folder.parent.mkdir(parents=True)
+    clock = Clock()
+    monkeypatch.setattr(signals, "received_signal", None)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process would
+        clock.now = 50.0
+        with pytest.raises(signals.Stopped) as stopped, door.command_line():
+            fill(run, time=PreparationTime(0.0, 60.0, clock))
+        assert (stopped.value.number, str(stopped.value)) == (
+            signals.CLOCK,
+            "stopped: another process still encodes these photos after 0:50, and the steps need the rest of the 1:00 "
+            "that there were. Once it is done:  dumo train runs/photos --minutes 1",
+        )
+        signals.received_signal = signals.SIGNALS[0]
+        with pytest.raises(signals.Stopped) as stopped:
+            fill(run)
+        assert stopped.value.number == signals.SIGNALS[0]
+    assert not folder.exists()
 
 
 def test_the_name_is_that_of_the_images_wherever_they_are_named_from(run: Run) -> None:
