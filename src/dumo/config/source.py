@@ -1,9 +1,9 @@
 """Read a run's text: of a recipe, a YAML file or a run's folder, over the base that a file may name (ADR 0002).
 
 `choose` decides what a word of the command line means: a recipe, a file, a run, a trained run that comes with dumo, or
-images. `read` gives the plain values
-that a source says; `dumo.config.load` makes them a run. `read_file` and `parse_text` do so for a file and its text. A
-run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none.
+images. `read` gives the plain values that a source says; `dumo.config.load` makes them a run. `read_file` and
+`parse_text` do so for a file and its text. A run.yaml, which training writes complete, says its format (ADR 0003);
+files that people write need none. Of a run that was moved with its latents, `read_file` says where these are now.
 """
 
 import os
@@ -248,9 +248,36 @@ def read(source: str | Path) -> RunText:
 
 
 def read_file(file: Path) -> RunText:
-    """What a YAML file says, over its bases. Raises UserError."""
+    """What a YAML file says, over its bases; in a run.yaml, with the latents next to it. Raises UserError."""
     state = file_state(file)  # before it is read: what is written meanwhile makes it another one
-    return replace(parse_text(_yaml_text(file), file), state=state)
+    text = parse_text(_yaml_text(file), file)
+    if file.name == RUN_FILE:
+        _find_proposed_latents(text.tree, file.absolute().parent)
+    return replace(text, state=state)
+
+
+def _find_proposed_latents(tree: dict[str, Any], folder: Path) -> None:
+    """Set `data.root` in the tree of the run in `folder`, where the run was moved together with its latents.
+
+    That is for latents which were proposed with the run, in runs/latents/NAME: a folder that the user named stays. They
+    need not be there yet: training makes their parent folder before it writes the run, so where that is gone, it moved.
+    """
+    data = tree.get("data")
+    resolved = tree.get(RESOLVED)
+    if not (isinstance(data, dict) and isinstance(resolved, dict)):
+        return
+    proposed = resolved.get(PROPOSED)
+    given = resolved.get(GIVEN)
+    if not (isinstance(proposed, dict) and isinstance(given, dict)):
+        return
+    words = proposed.get("data.root")
+    noted_root = data.get("root")
+    if words is None or given.get("data.root") != words or not isinstance(noted_root, str):
+        return
+    noted = Path(noted_root)
+    next_to_run = folder.parent / noted.parent.name / noted.name
+    if not noted.is_dir() and (next_to_run.is_dir() or not noted.parent.is_dir()):
+        data["root"] = str(next_to_run)
 
 
 def file_state(file: Path) -> FileState | None:

@@ -193,7 +193,7 @@ def open_job(
         refusals = stack.enter_context(ExitStack())  # what to do where the run is refused before it trains
         if is_main and index.text is None:
             refusals.push(partial(_remove_if_refused, folder / RUN_FILE))
-        run = _with_proposed_cache(run, index, step, began, device, tell, bar)
+        _make_proposed_cache(run, index, step, began, device, tell, bar)
         data = open_data(run.data)
         with threads.fewer_when_busy(torch_device, ignore_line):
             examination.examine(run, torch_device).require()
@@ -269,37 +269,34 @@ def way_on(folder: Path, train: Train) -> str:
     )
 
 
-def _with_proposed_cache(
+def _make_proposed_cache(
     run: Run, index: Index, step: int | None, began: float, device: str, tell: Tell, bar: Bar
-) -> Run:
-    """The run with its cache, which rank 0 makes where it was proposed with the run, unless that has ended.
+) -> None:
+    """Make the run's cache on rank 0 where it was proposed with the run, unless that has ended.
 
     Every rank must call it. `began` is when the command began, by the clock.
     """
     data = run.data
     if not is_latents(data):
-        return run
+        return
     from dumo.run import proposedcache
 
     if not proposedcache.is_proposed(run, data):
-        return run
+        return
 
-    def find_or_make() -> str:
+    def make_or_tell() -> None:
         time = None
         if run.train.minutes is not None:
             timing = begin_timing(run.train.minutes, _timing_at(index, step), None)
             assert timing is not None
             time = PreparationTime(began, timing.seconds_left, stopwatch.wall_clock)
         if _has_ended(run, index, step):  # nothing is encoded for nothing: to open the data says what to type
-            cache_folder = proposedcache.find_cache(data, index.folder, is_begun=True)
-            if read_index(cache_folder) is None:
+            if read_index(data.folder) is None:
                 tell(way_on(index.folder, run.train))
         else:
-            cache_folder = proposedcache.ensure_proposed_cache(run, data, index, time=time, device=device, bar=bar)
-        return str(cache_folder)
+            proposedcache.ensure_proposed_cache(run, data, index, time=time, device=device, bar=bar)
 
-    root = agreement.on_main_rank(find_or_make, is_long=True)
-    return run.model_copy(update={"data": data.model_copy(update={"root": root})})
+    agreement.on_main_rank(make_or_tell, is_long=True)
 
 
 def _step_to_resume(index: Index, step: int | None) -> int | None:

@@ -2,13 +2,12 @@
 
 `dumo.run.job` asks `is_proposed` of a run of latents, and calls `ensure_proposed_cache`, which
 
-1. finds the cache, next to the run where both were moved
-2. refuses photos that have changed since they were planned
-3. writes the run into its folder, so that the same command resumes it after a stop
-4. encodes the photos in small shards, of which a stop keeps those that are finished; of a run that ends by the clock
+1. refuses photos that have changed since they were planned
+2. writes the run into its folder, so that the same command resumes it after a stop
+3. encodes the photos in small shards, of which a stop keeps those that are finished; of a run that ends by the clock
    only as long as time is left for its steps; that goes for the wait for another process that encodes them, too
 
-A folder that the user set is the user's to fill.
+A folder that the user set is the user's to fill. Where a run was moved with its cache, `dumo.config.source` finds that.
 """
 
 from collections.abc import Generator, Sequence
@@ -47,19 +46,6 @@ def is_proposed(run: Run, data: Latents) -> bool:
     return proposed.get("data.root") == root
 
 
-def find_cache(data: Latents, folder: Path, *, is_begun: bool) -> Path:
-    """The folder of a proposed cache: where the run notes it, or next to the run's `folder`, where that was moved.
-
-    It need not exist. `is_begun`: the run was written into its folder before now, so it may have been moved since.
-    """
-    noted = data.folder
-    next_to_run = folder.absolute().parent / noted.parent.name / noted.name
-    if not is_begun or (noted / table.FILE).exists():
-        return noted
-    was_moved = not noted.parent.exists()  # training made it, before it wrote the run
-    return next_to_run if was_moved or (next_to_run / table.FILE).exists() else noted
-
-
 def ensure_proposed_cache(
     run: Run,
     data: Latents,
@@ -68,16 +54,16 @@ def ensure_proposed_cache(
     time: PreparationTime | None = None,
     device: str = "auto",
     bar: Bar = no_bar,
-) -> Path:
-    """Make the cache of a proposed run if it is missing, or finish it; return its folder, as `find_cache`.
+) -> None:
+    """Make the cache of a proposed run if it is missing, or finish it.
 
     `data` are the run's, `index` is what its folder held. `time`: how long it may take; None: as long as it takes.
     Raises UserError as `encode.encode` does, and where the photos are not those that the folder was named after;
     Stopped after a signal, and where the time is over. Finished shards are kept.
     """
-    folder = find_cache(data, index.folder, is_begun=index.written is not None)
+    folder = data.folder
     if cache.is_whole(folder):
-        return folder
+        return
     if not has_key(folder, data.images, data.codec.open("cpu").sha256):
         raise UserError(
             f"the photos in {data.images.root}, or the fields that say how they are encoded, have changed since this "
@@ -92,15 +78,13 @@ def ensure_proposed_cache(
             raise _stopped_in_wait(time, index.folder)
 
     _note(run, index, folder)
-    placed_data = data.model_copy(update={"root": str(folder)})
-    encode.ensure_cache(placed_data, device=device, bar=bar, new_shard_rows=SHARD_ROWS, while_waiting=check_wait)
-    return folder
+    encode.ensure_cache(data, device=device, bar=bar, new_shard_rows=SHARD_ROWS, while_waiting=check_wait)
 
 
 def _note(run: Run, index: Index, cache_folder: Path) -> None:
     """Write a run that begins into its folder, where it stays after a stop. `run.job` removes one that is refused."""
     if index.text is None:
-        cache_folder.parent.mkdir(parents=True, exist_ok=True)  # see `find_cache`
+        cache_folder.parent.mkdir(parents=True, exist_ok=True)  # it tells a run that was moved
         write_run_file(run, index.folder)
 
 

@@ -17,6 +17,7 @@ from dumo.config.spec import Run
 from dumo.data import Latents, cache
 from dumo.plan import photolatents
 from dumo.run import encode, examination, proposedcache
+from dumo.run.folder import write_run_file
 from dumo.run.index import Index
 from dumo.run.job import open_job
 from dumo.run.resolve import with_absolute_paths
@@ -53,12 +54,11 @@ def run(photos: Path) -> Run:
     return run.model_copy(update={"data": data, "resolved": {PROPOSED: {"data.root": root}}})
 
 
-def fill(run: Run, folder: Path = FOLDER, time: PreparationTime | None = None, bar: Bar = no_bar) -> Path:
+def fill(run: Run, folder: Path = FOLDER, time: PreparationTime | None = None, bar: Bar = no_bar) -> None:
     """Make the cache of a run that is trained in this folder, where it is the run's to make."""
     assert isinstance(run.data, Latents)
-    if not proposedcache.is_proposed(run, run.data):
-        return run.data.folder
-    return proposedcache.ensure_proposed_cache(run, run.data, Index.read(folder), time=time, device="cpu", bar=bar)
+    if proposedcache.is_proposed(run, run.data):
+        proposedcache.ensure_proposed_cache(run, run.data, Index.read(folder), time=time, device="cpu", bar=bar)
 
 
 def with_root(run: Run, root: str) -> Run:
@@ -320,20 +320,33 @@ def test_a_run_that_is_refused_after_its_photos_are_encoded_leaves_its_folder_fr
     assert cache.is_whole(run.data.folder)
 
 
-@pytest.mark.parametrize("is_whole", [True, False])
-def test_a_moved_run_finds_its_cache_beside_it(run: Run, tmp_path: Path, is_whole: bool) -> None:
+@pytest.mark.parametrize("encoded_by", ["training, before", "dumo encode", "training"])
+def test_a_moved_run_finds_its_cache_beside_it(run: Run, tmp_path: Path, encoded_by: str) -> None:
+    """Whichever command reads it: those of a trained run, `dumo encode`, and training."""
     with pytest.raises(signals.Stopped), open_job(FOLDER, run, device="cpu", bar=stop_at_once):
         pass
-    written = Index.read(FOLDER).written
-    assert written is not None
-    if is_whole:
-        fill(written.run)
+    if encoded_by == "training, before":
+        fill(load(FOLDER))
     old = Path("runs").absolute()
     big = old.rename(tmp_path / "big")
-    folder = fill(written.run, big / "photos")
-    assert folder == big / "latents" / run.data.folder.name
-    assert cache.is_whole(folder)
+    moved = Index.read(big / "photos").run([])
+    work = encode.encoding_work(str(big / "photos"), out=None, codec=None, side=None)
+    assert moved.data == work.data
+    if encoded_by == "dumo encode":
+        encode.encode(work.data, device="cpu")
+    if encoded_by == "training":
+        fill(moved, big / "photos")
+    assert moved.data.folder == big / "latents" / run.data.folder.name
+    assert cache.is_whole(moved.data.folder)
     assert not old.exists(), "nothing is made where it was"
+
+
+def test_latents_that_the_user_named_stay_where_they_are(run: Run, tmp_path: Path) -> None:
+    """A folder of the same name next to a moved run is another one."""
+    mine = with_root(run, "mine/photos")
+    write_run_file(with_absolute_paths(mine), FOLDER)
+    Path("runs").rename("big")
+    assert load("big/photos").data.folder == tmp_path / "mine/photos"
 
 
 @contextmanager
