@@ -8,7 +8,8 @@ The time of a run is that of its commands. One counts from where it is typed, or
 last line, with all that it does besides its steps. A checkpoint comes early, so that it is known how long one takes;
 that is left for the last one, and so are a score and a sheet of samples where they are due; near the end one that has
 not been timed is not begun. Before the first step data may take a part of the time to be prepared, as long as
-`PreparationTime` says.
+`PreparationTime` says. Time is noted in checkpoints alone: where a run is stopped before its first step, the next
+command has all of its minutes.
 
 The rate follows the share s of a stretch, which grows from 0 to 1. Of the seconds that were `left` for steps, those dt
 since the last reading take
