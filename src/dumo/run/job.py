@@ -32,7 +32,6 @@ from dumo.config.check import check_pieces
 from dumo.config.source import RUN_FILE, RunText
 from dumo.config.spec import Run
 from dumo.data import Data, is_latents
-from dumo.data.cache import read_index
 from dumo.io.source import DataSource
 from dumo.nets.textfamily import is_learned_texts
 from dumo.run import cost, datacheck, examination
@@ -279,6 +278,7 @@ def _make_proposed_cache(
     data = run.data
     if not is_latents(data):
         return
+    from dumo.data.cache import read_index
     from dumo.run import proposedcache
 
     if not proposedcache.is_proposed(run, data):
