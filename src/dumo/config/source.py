@@ -8,7 +8,7 @@ files that people write need none. Of a run that was moved with its latents, `re
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -266,18 +266,27 @@ def _find_proposed_latents(tree: dict[str, Any], folder: Path) -> None:
     resolved = tree.get(RESOLVED)
     if not (isinstance(data, dict) and isinstance(resolved, dict)):
         return
-    proposed = resolved.get(PROPOSED)
-    given = resolved.get(GIVEN)
-    if not (isinstance(proposed, dict) and isinstance(given, dict)):
-        return
-    words = proposed.get("data.root")
     noted_root = data.get("root")
-    if words is None or given.get("data.root") != words or not isinstance(noted_root, str):
+    if not isinstance(noted_root, str) or not is_root_proposed(resolved, noted_root):
         return
     noted = Path(noted_root)
     next_to_run = folder.parent / noted.parent.name / noted.name
     if not noted.is_dir() and (next_to_run.is_dir() or not noted.parent.is_dir()):
         data["root"] = str(next_to_run)
+
+
+def is_root_proposed(resolved: Mapping[str, Any], root: str) -> bool:
+    """Whether `root`, the `data.root` of a run, is the folder that was proposed with the run, and not one of the user.
+
+    `resolved` is the run's. The two are compared as they were typed, since a run's own paths are absolute.
+    """
+    proposed = resolved.get(PROPOSED)
+    typed = resolved.get(GIVEN)
+    if not isinstance(proposed, dict):
+        return False
+    if isinstance(typed, dict):
+        root = typed.get("data.root", root)
+    return proposed.get("data.root") == root
 
 
 def file_state(file: Path) -> FileState | None:

@@ -270,16 +270,16 @@ def _join_batches(columns_by_batch: list[dict[str, Tensor]], index: CacheIndex) 
 
 def _checked_floats(images: Tensor, labels: Tensor, index: CacheIndex, batch_start: int, size: Size) -> Tensor:
     """The images as floats in [-1, 1]. Raises UserError if they or their labels are not as planned."""
-    where = f"images {batch_start} to {batch_start + len(images) - 1}"
+    span = f"images {batch_start} to {batch_start + len(images) - 1}"
     if images.shape[1:] != (3, *size):
-        raise UserError(f"{where} are {tuple(images.shape[1:])}, planned is {(3, *size)}")
+        raise UserError(f"{span} are {tuple(images.shape[1:])}, planned is {(3, *size)}")
     num_labels = index.rows if index.captioned else max(index.classes, 1)
     strange_labels = labels[(labels < 0) | (labels >= num_labels)]
     if len(strange_labels):
-        raise UserError(f"{where}: there is a label {int(strange_labels[0])}, and {index.classes} classes are planned")
+        raise UserError(f"{span}: there is a label {int(strange_labels[0])}, and {index.classes} classes are planned")
     if images.dtype == torch.uint8:
         return from_uint8(images)
     largest = float(images.abs().max())
     if largest > 1 + 1e-4:
-        raise UserError(f"{where} reach {largest:.4g}: give uint8, or floats in [-1, 1]")
+        raise UserError(f"{span} reach {largest:.4g}: give uint8, or floats in [-1, 1]")
     return images.float()

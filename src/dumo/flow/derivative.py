@@ -56,7 +56,7 @@ class SlopeChoice:
     """How du/dt is taken."""
 
     slope: Slope
-    why: str  # the slope's name, its error, and why those before it were not taken
+    reason: str  # the slope's name, its error, and why those before it were not taken
     steepness: float  # the root mean square of t du/dt over that of v, a ratio
     is_fallback: bool  # whether another slope was tried first, and did not serve
 
@@ -67,7 +67,7 @@ class SlopeChoice:
         again: whether the network was checked before, so that its user knows how du/dt is taken.
         """
         if self.is_fallback and not again:
-            yield f"du/dt by {self.why}"
+            yield f"du/dt by {self.reason}"
         if self.steepness > _MAX_STEEPNESS:
             proposed_scale = time_scale * _PROPOSED_STEEPNESS / self.steepness
             yield (
@@ -139,8 +139,8 @@ def choose_slope(
     for slope in _candidates(named_slope, chosen_before):
         attempt = _try(slope, net, b, inputs, exact, is_uncertain=is_uncertain)
         if attempt.serves:
-            why = "; ".join([attempt.text, *dict.fromkeys(failures)])
-            return SlopeChoice(slope, why, _steepness(exact, b), is_fallback=bool(failures))
+            reason = "; ".join([attempt.text, *dict.fromkeys(failures)])
+            return SlopeChoice(slope, reason, _steepness(exact, b), is_fallback=bool(failures))
         failures.append(attempt.text)
     fix = " Leave out the slope, and one that serves is taken" if named_slope else ""
     raise UserError(f"no du/dt of {type(unwrap(net.net)).__name__}: {'; '.join(dict.fromkeys(failures))}.{fix}")

@@ -374,7 +374,7 @@ class LoopFlow(Flow):
             is_copy=self.is_check_of_copy,
             chosen_before=self.chosen_slope,
         )
-        self.slope_reason = choice.why
+        self.slope_reason = choice.reason
         if not self.has_named_slope:
             self.chosen_slope = choice.slope
             self.objective = self.objective.model_copy(update={"slope": choice.slope})

@@ -64,8 +64,8 @@ def choose_captions(images: Images, store: Store, sets: Sequence[str], *, on_a_c
 def caption_hint(error: NoCaptionsError) -> str:
     """A line on what may be captions, and how to have it read; "" where there is nothing of the kind."""
     if error.columns:
-        way = settings(f"data.captions={{kind: files, name: {error.columns[0]}}}")
-        return f"none read; of the columns {', '.join(error.columns)} one may be named, as by {way}"
+        name_column = settings(f"data.captions={{kind: files, name: {error.columns[0]}}}")
+        return f"none read; of the columns {', '.join(error.columns)} one may be named, as by {name_column}"
     if error.tables:
         table = first_sorted(error.tables)
         return f"none read; a table of captions is called {table_names(error.tables)}, and there is {table}"

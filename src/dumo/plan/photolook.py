@@ -46,16 +46,16 @@ def look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> ImagesFound
     decodable: list[bytes] = []
     bad = 0
     with bar("looking at images", len(indices)) as tick:
-        for done, i in enumerate(indices, start=1):
+        for num_looked_at, i in enumerate(indices, start=1):
             try:
                 data = store.read(i)
                 sides.append(short_side(data))
-                if len(decodable) * len(indices) < MAX_DECODED * done:  # is due by now
+                if len(decodable) * len(indices) < MAX_DECODED * num_looked_at:  # is due by now
                     seconds_by_image.append(watch.seconds(partial(to_pixels, data)))
                     decodable.append(data)
             except (OSError, ValueError, Unreadable):
                 bad += 1
-            tick(done, "")
+            tick(num_looked_at, "")
     if not decodable:
         raise UserError(f"none of the {bad} images that were looked at can be read: the first is {store.path(0)}")
     return ImagesFound(

@@ -29,7 +29,7 @@ from torch import nn
 
 from dumo.config import trust
 from dumo.config.check import check_pieces
-from dumo.config.source import RUN_FILE, RunText
+from dumo.config.source import RUN_FILE, RunText, is_root_proposed
 from dumo.config.spec import Run
 from dumo.data import Data, is_latents
 from dumo.io.source import DataSource
@@ -276,13 +276,10 @@ def _make_proposed_cache(
     Every rank must call it. `began` is when the command began, by the clock.
     """
     data = run.data
-    if not is_latents(data):
+    if not is_latents(data) or not is_root_proposed(run.resolved, data.root):
         return
     from dumo.data.cache import read_index
     from dumo.run import proposedcache
-
-    if not proposedcache.is_proposed(run, data):
-        return
 
     def make_or_tell() -> None:
         time = None

@@ -1,6 +1,6 @@
 """The cache of latents of a proposed run, which its training makes (`dumo encode` makes all others).
 
-`dumo.run.job` asks `is_proposed` of a run of latents, and calls `ensure_proposed_cache`, which
+`dumo.run.job` calls `ensure_proposed_cache` for a run whose folder of latents was proposed with it. It
 
 1. refuses photos that have changed since they were planned
 2. writes the run into its folder, so that the same command resumes it after a stop
@@ -12,10 +12,8 @@ A folder that the user set is the user's to fill. Where a run was moved with its
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from math import ceil
 from pathlib import Path
 
-from dumo.config.source import PROPOSED
 from dumo.config.spec import Run
 from dumo.data import Latents, cache
 from dumo.data.origin import has_key, new_run_hint
@@ -23,27 +21,14 @@ from dumo.io import table
 from dumo.run import encode
 from dumo.run.folder import write_run_file
 from dumo.run.index import Index
-from dumo.run.resolve import paths_as_typed
 from dumo.runtime import signals
 from dumo.runtime.door import train_call
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.runtime.text import duration_text
-from dumo.training.deadline import MAX_SHARE, SECONDS_PER_MINUTE, PreparationTime, minutes_to_prepare
+from dumo.training.deadline import MAX_SHARE, PreparationTime, minutes_to_prepare
 from dumo.types import UserError
 
 SHARD_ROWS = 128  # photos to a shard, which a stop may lose: ours, some seconds of one core
-
-
-def is_proposed(run: Run, data: Latents) -> bool:
-    """Whether the folder of the run's cache is the one that it was proposed with, and not one that the user set.
-
-    `data` are the run's.
-    """
-    proposed = run.resolved.get(PROPOSED)
-    if not isinstance(proposed, dict):
-        return False
-    root = paths_as_typed(run.resolved).get("data.root", data.root)
-    return proposed.get("data.root") == root
 
 
 def ensure_proposed_cache(
@@ -106,7 +91,7 @@ def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder:
                 num_kept = _count_rows(_kept_rows(cache_folder), total)
                 seconds_per_image = (time.seconds - seconds_before) / num_encoded
                 seconds_to_go = seconds_per_image * (total - num_kept)
-                minutes = max(minutes_to_prepare(seconds_to_go), ceil(time.seconds_left / SECONDS_PER_MINUTE))
+                minutes = max(minutes_to_prepare(seconds_to_go), time.minutes_left)
                 more = train_call(run_folder, minutes=minutes)
                 raise signals.Stopped(
                     signals.CLOCK,
@@ -122,7 +107,7 @@ def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder:
 
 def _stopped_in_wait(time: PreparationTime, run_folder: Path) -> signals.Stopped:
     """What a command raises whose time is over while another process encodes the photos."""
-    again = train_call(run_folder, minutes=ceil(time.seconds_left / SECONDS_PER_MINUTE))
+    again = train_call(run_folder, minutes=time.minutes_left)
     return signals.Stopped(
         signals.CLOCK,
         f"stopped: another process still encodes these photos after {duration_text(time.seconds)}, and the steps need "

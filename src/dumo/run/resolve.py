@@ -235,8 +235,7 @@ def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
         return text
 
     placed_run = _in_places(run, place)
-    resolved = dict(run.resolved)
-    resolved.pop(GIVEN, None)
+    resolved = _without_given(run.resolved)
     if given_words:
         resolved[GIVEN] = given_words
     if placed_run is run and resolved == run.resolved:
@@ -252,13 +251,16 @@ def paths_as_typed(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
     return {field: str(text) for field, text in words.items()}
 
 
+def _without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """What was resolved, without the words that places were given in."""
+    return {name: value for name, value in resolved.items() if name != GIVEN}
+
+
 def as_given(run: Run) -> Run:
     """The run with its places in the words that they were given in; of an absolute path the last part alone."""
     words = paths_as_typed(run.resolved)
     run_as_given = _in_places(run, lambda field, text, _: without_path(words.get(field, text)))
-    resolved = dict(run.resolved)
-    resolved.pop(GIVEN, None)
-    return run_as_given.model_copy(update={"resolved": resolved})
+    return run_as_given.model_copy(update={"resolved": _without_given(run.resolved)})
 
 
 def without_path(place: str) -> str:

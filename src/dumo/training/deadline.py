@@ -116,6 +116,11 @@ class PreparationTime:
         return self.clock() - self.began
 
     @property
+    def minutes_left(self) -> int:
+        """Minutes of training that were left when the command began, rounded up."""
+        return ceil(self.seconds_left / SECONDS_PER_MINUTE)
+
+    @property
     def is_over(self) -> bool:
         """Whether no more time may be spent on it."""
         return self.seconds >= MAX_SHARE * self.seconds_left

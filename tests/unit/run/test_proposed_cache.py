@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dumo.config.load import load
-from dumo.config.source import PROPOSED
+from dumo.config.source import PROPOSED, is_root_proposed
 from dumo.config.spec import Run
 from dumo.data import Latents, cache
 from dumo.plan import photolatents
@@ -57,7 +57,7 @@ def run(photos: Path) -> Run:
 def fill(run: Run, folder: Path = FOLDER, time: PreparationTime | None = None, bar: Bar = no_bar) -> None:
     """Make the cache of a run that is trained in this folder, where it is the run's to make."""
     assert isinstance(run.data, Latents)
-    if proposedcache.is_proposed(run, run.data):
+    if is_root_proposed(run.resolved, run.data.root):
         proposedcache.ensure_proposed_cache(run, run.data, Index.read(folder), time=time, device="cpu", bar=bar)
 
 
@@ -293,12 +293,18 @@ def test_a_run_is_in_its_folder_before_its_photos_are_encoded(run: Run, monkeypa
     assert (FOLDER / "run.yaml").is_file()
 
 
-def test_a_run_whose_photos_are_refused_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def refusal(words: str) -> Callable[..., None]:
+    """What refuses a run that has been written into its folder."""
+
     def refuse(*given: object, **options: object) -> None:
         assert (FOLDER / "run.yaml").is_file()
-        raise UserError("this one cannot be read")
+        raise UserError(words)
 
-    monkeypatch.setattr(encode, "ensure_cache", refuse)
+    return refuse
+
+
+def test_a_run_whose_photos_are_refused_leaves_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "ensure_cache", refusal("this one cannot be read"))
     with pytest.raises(UserError, match="cannot be read"), open_job(FOLDER, run, device="cpu"):
         pass
     assert not FOLDER.exists()
@@ -309,11 +315,7 @@ def test_a_run_that_is_refused_after_its_photos_are_encoded_leaves_its_folder_fr
 ) -> None:
     """So the command may be typed again with another setting, and finds the latents."""
 
-    def refuse(*given: object, **options: object) -> None:
-        assert (FOLDER / "run.yaml").is_file()
-        raise UserError("the derivative is wrong")
-
-    monkeypatch.setattr(examination, "examine", refuse)
+    monkeypatch.setattr(examination, "examine", refusal("the derivative is wrong"))
     with pytest.raises(UserError, match="derivative"), open_job(FOLDER, run, device="cpu"):
         pass
     assert not FOLDER.exists()
