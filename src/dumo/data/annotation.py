@@ -62,7 +62,7 @@ class NoCaptionsError(UserError):
 
 
 def captions_of(
-    root: Path, store: Store, name: str, source: str | None = None, *, require_pairs: bool = True
+    root: Path, store: Store, name: str, source: str | None = None, *, require_pairs: bool
 ) -> list[ImageCaptions]:
     """The captions of each image of a store, in its order; () of an image that has none.
 

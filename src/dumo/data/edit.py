@@ -20,9 +20,7 @@ from dumo.io.read import brief
 from dumo.types import UserError
 
 
-def edit_captions(
-    root: Path, store: Store, name: str, source: str, *, require_pairs: bool = True
-) -> list[ImageCaptions]:
+def edit_captions(root: Path, store: Store, name: str, source: str, *, require_pairs: bool) -> list[ImageCaptions]:
     """The captions of each image of a store, in its order, each with the hash of the image that it edits.
 
     `name` is captions.name, `source` the column of the edited image. Raises UserError as `edit_rows`, for an image

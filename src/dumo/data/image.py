@@ -7,8 +7,8 @@
 2. `Images.open` makes a source to train on: images decoded, in buckets or not, with classes or captions. `rows`,
    `originals`, `crops`, `all_captions` and `source_images` are parts of it for other uses.
 
-`open_store` looks what lies under a root and opens the store. `name_fields_below` renames fields in the errors of
-images that are part of other data.
+`open_store` looks what lies under a root and opens the store. `errors_of_latents` renames fields in the errors of
+images that are a part of latents.
 """
 
 import os
@@ -441,12 +441,9 @@ def _open_format(
 
 
 @contextmanager
-def name_fields_below(field: str) -> Generator[None]:
-    """Name fields of images in errors by where the images are in a run: `data.images.root` for `data.root`.
-
-    `field` is data.images, for example.
-    """
+def errors_of_latents() -> Generator[None]:
+    """Name fields of images in errors by where a run of latents has them: `data.images.root` for `data.root`."""
     try:
         yield
     except UserError as error:
-        raise UserError(FIELDS_OF_IMAGES.sub(f"{field}.", str(error))) from error
+        raise UserError(FIELDS_OF_IMAGES.sub("data.images.", str(error))) from error

@@ -28,7 +28,7 @@ from dumo.data.album import Album
 from dumo.data.bucket import BucketedStore, Crops
 from dumo.data.cache import CAPTIONS, ENCODE, CacheIndex, measure_crops, open_cache, read_captions, read_index
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
-from dumo.data.image import GIGABYTE, Images, name_fields_below
+from dumo.data.image import GIGABYTE, Images, errors_of_latents
 from dumo.data.origin import expect_origin, read_names, require_origin
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
@@ -137,7 +137,7 @@ class Latents(Spec):
 
         Raises UserError as `Images.originals`, and where the cache is of other images, now or when one is read.
         """
-        with name_fields_below("data.images"):
+        with errors_of_latents():
             album = self.images.originals()
         if self._cache_contents():
             expect_origin(self.folder, album.hashes, max_bytes=AT_ONCE_BYTES)
@@ -145,7 +145,7 @@ class Latents(Spec):
 
     def rows(self) -> Album | BucketedStore:
         """The images to encode, none kept decoded, each with its row of captions. Raises as `Images.rows`."""
-        with name_fields_below("data.images"):
+        with errors_of_latents():
             return self.images.model_copy(update={"memory": 0.0}).rows()
 
     def all_captions(self) -> Captions:
@@ -184,7 +184,7 @@ class Latents(Spec):
         index = read_index(self.folder)
         if index:
             return measure_crops(self.cache(), index)
-        with name_fields_below("data.images"):
+        with errors_of_latents():
             return self.images.crops()
 
     def cache(self, command: str = ENCODE) -> ShardTable:

@@ -7,7 +7,7 @@ A store is opened without decoding any image. `Store` is what all stores offer, 
 2. `choose` takes the shards of a split; a folder does so itself;
 3. the store checks its labels with `count_classes`.
 
-`read_regular` and `require_small` guard against what is no image, and `store_hashes` gives the hashes of a store.
+`require_small` guards against what is no image, and `store_hashes` gives the hashes of a store.
 """
 
 import os
@@ -119,8 +119,8 @@ class Folder:
         return self.files[i]
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises as `read_regular`."""
-        return read_regular(self.files[i])
+        """The bytes of image i. Raises as `_read_regular`."""
+        return _read_regular(self.files[i])
 
 
 class FirstImages:
@@ -169,7 +169,7 @@ def walk(root: Path) -> dict[str, FileState]:
     return {str(root): state_of(root.stat())}
 
 
-def read_regular(file: str) -> bytes:
+def _read_regular(file: str) -> bytes:
     """The bytes of a file. Raises OSError; and Unreadable for more bytes than an image has, for a pipe or a device.
 
     What a pipe holds never comes, or never ends.

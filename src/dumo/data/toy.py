@@ -142,7 +142,7 @@ def _read_digits() -> tuple[Tensor, Tensor]:
     return rows[:, :-1].view(-1, *Digits.shape) / 8 - 1, rows[:, -1].long()
 
 
-def _held_out_rows(n: int, c: Tensor, fold: int = 0) -> Int64[Tensor, " n"]:
+def _held_out_rows(n: int, c: Tensor, fold: int) -> Int64[Tensor, " n"]:
     """The rows (n,) of images that are held out, the same in every run, in ascending order.
 
     Each class has its share among them, to a row. Folds have no row in common, until no rows are left: after

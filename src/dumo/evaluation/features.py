@@ -81,20 +81,20 @@ class FeatureProtocol(Protocol):
         """
         if self.model is None:
             raise UserError(f"protocol {self.kind} needs {self.missing}")
-        eye = vision.load(user_path(self.model, MODEL_FIELD), self.kind, MODEL_FIELD, context.device)
+        encoder = vision.load(user_path(self.model, MODEL_FIELD), self.kind, MODEL_FIELD, context.device)
         data = context.data()
         if not isinstance(data, Finite):
             raise UserError(f"protocol {self.kind} goes through images in files, here are none: choose another")
-        facts = eye.facts | reference.album_facts(data, self.kind, STANDARDS[self.kind])
+        facts = encoder.facts | reference.album_facts(data, self.kind, STANDARDS[self.kind])
         statistics_key = {"protocol": self.kind, "dumo": version(), **facts}
-        real = load_or_compute(statistics_key, partial(reference.album_statistics, eye, data, context.tick))
+        real = load_or_compute(statistics_key, partial(reference.album_statistics, encoder, data, context.tick))
         width = 0.0
         if len(real.features) >= 2:
             width = _kernel_width(self.kind, real.features)
         if not width:  # 0 between equal images
             raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")
         facts["kernel"] = f"Gaussian of width {width:g}, unbiased, times 1000"
-        return FeatureEvaluator(self.kind, self.total, eye, real, width, facts, context.device)
+        return FeatureEvaluator(self.kind, self.total, encoder, real, width, facts, context.device)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class FeatureEvaluator:
 
     kind: FeatureKind
     total: int  # samples
-    eye: ImageEncoder  # extracts features
+    encoder: ImageEncoder  # extracts features
     real: Statistics  # of the data
     width: float  # of the kernel
     facts: dict[str, str]  # for the report's card
@@ -114,7 +114,7 @@ class FeatureEvaluator:
 
         Every rank must call it. Raises `UserError` where samples are missing, come twice, or are no images.
         """
-        return self.compare(gather(statistics_of(self.eye, in_pieces(samples), self.total), self.total))
+        return self.compare(gather(statistics_of(self.encoder, in_pieces(samples), self.total), self.total))
 
     def compare(self, fake: Statistics) -> Scores:
         """The scores of samples with these statistics."""

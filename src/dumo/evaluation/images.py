@@ -37,7 +37,6 @@ from dumo.runtime.random import stream
 from dumo.types import PLACE, UserError
 
 SUBSETS = 100  # of the kernel distance (Binkowski et al. 2018)
-NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 INCEPTION_PART_PAIRS = 6  # pairs of parts of the reference that are compared: few, for each takes seconds. Ours
 
 
@@ -202,7 +201,7 @@ class ImageEvaluator:
             generator=stream(self.name, "kid"),
         )
         scores["is"], scores["is_sd"] = fake.inception_score.value()
-        scores["precision"], scores["recall"] = precision_recall(real_rows, fake_rows, NEIGHBOURS)
+        scores["precision"], scores["recall"] = precision_recall(real_rows, fake_rows)
         return scores
 
     def baselines(self) -> dict[str, Scores]:

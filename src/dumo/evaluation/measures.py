@@ -45,7 +45,6 @@ CIFAR10_KIND = "cifar10-features"  # the protocols' names, which key their draws
 DIGITS_KIND = "digits"
 DIGITS_WIDTH = 8.0  # of the kernel: two digits are 8.0 apart, at the median
 TOY_WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels, in sd of the data: ours
-NUM_NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 MAX_REAL = 10_000  # real images that kernels and neighbours take at most: ours
 CIFAR10_SHAPE = (3, 32, 32)  # of an image
 MAX_CACHED = 2  # references whose features are kept for this process: ours
@@ -105,7 +104,7 @@ def _compare_features(fake: Features, c: Cond, real: Real, real_c: Classes) -> S
     rows = _shuffled_rows(len(real))
     kernel_rows = rows[:MAX_REAL]
     as_many_real = real[rows[: len(fake)]]
-    precision, recall = precision_recall(as_many_real, fake, NUM_NEIGHBOURS)
+    precision, recall = precision_recall(as_many_real, fake)
     return {
         **mmd_scores(fake, real[kernel_rows], width=CIFAR10_WIDTH, sample_c=c, real_c=real_c[kernel_rows]),
         "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
@@ -115,30 +114,26 @@ def _compare_features(fake: Features, c: Cond, real: Real, real_c: Classes) -> S
     }
 
 
-def baselines_cifar10(reference: Reference, num_samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
+def baselines_cifar10(reference: Reference, sample_c: Cond) -> dict[str, Scores]:
     """Baselines for each score except precision and recall: `perfect` and `noise`.
 
-    `perfect` has the mean and the sd expected of `num_samples` new real images. `sample_c` (n,) are the classes of the
-    samples; None: classes with the shares of the reference.
+    `sample_c` (n,) are the classes of the samples. `perfect` has the mean and the sd expected of n new real images.
     """
     real = cached_features(reference.x)
     trained = None if reference.trained is None else cached_features(reference.trained)
-    baselines = _baselines_of_features(real, reference.c.cpu(), num_samples, sample_c)
-    baselines["perfect"] |= _perfect_nearness(real, trained, num_samples)
+    baselines = _baselines_of_features(real, reference.c.cpu(), sample_c)
+    baselines["perfect"] |= _perfect_nearness(real, trained, len(sample_c))
     return baselines
 
 
-def _baselines_of_stored(stored: StoredFeatures, num_samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
+def _baselines_of_stored(stored: StoredFeatures, sample_c: Cond) -> dict[str, Scores]:
     """The baselines of `baselines_cifar10` against stored features, but for `nearest`."""
-    return _baselines_of_features(stored.features, stored.c, num_samples, sample_c)
+    return _baselines_of_features(stored.features, stored.c, sample_c)
 
 
-def _baselines_of_features(
-    real: Real, real_c: Classes, num_samples: int, sample_c: Classes | None
-) -> dict[str, Scores]:
+def _baselines_of_features(real: Real, real_c: Classes, sample_c: Classes) -> dict[str, Scores]:
     """The baselines of `baselines_cifar10` but for `nearest`, by the features `real` (m, f) in classes `real_c`."""
-    if sample_c is None:
-        sample_c = _classes_with_shares(real_c, num_samples)
+    num_samples = len(sample_c)
     # the rows that samples are compared with, in the reference's order: a deviation is computed from every k-th
     kernel_rows = _shuffled_rows(len(real))[:MAX_REAL].sort().values
     perfect = perfect_sampler_scores(
@@ -204,7 +199,7 @@ def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
     fake_features = digits.features(x)
     rounded_features = digits.features(rounded)
     real_features = digits.features(real)
-    precision, recall = precision_recall(real_features, fake_features, NUM_NEIGHBOURS)
+    precision, recall = precision_recall(real_features, fake_features)
     return {
         **mmd_scores(rounded_features, real_features, width=DIGITS_WIDTH, sample_c=c, real_c=reference.c),
         "fd_grey": frechet_distance(Moments.of(rounded_features), Moments.of(real_features)),
@@ -218,18 +213,16 @@ def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
     }
 
 
-def baselines_digits(reference: Reference, num_samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
+def baselines_digits(reference: Reference, sample_c: Cond) -> dict[str, Scores]:
     """Baselines for each score except precision and recall: `perfect` and `noise`.
 
-    `perfect` has the mean and the sd expected of `num_samples` new digits. `sample_c` (n,) are the classes of the
-    samples; None: classes with the shares of the reference. Digits have the data's grey levels already, so `fd_grey`
-    equals `fd`.
+    `sample_c` (n,) are the classes of the samples. `perfect` has the mean and the sd expected of n new digits. Digits
+    have the data's grey levels already, so `fd_grey` equals `fd`.
     """
+    num_samples = len(sample_c)
     x = reference.x
     real_c = reference.c.cpu()
     real = digits.features(x)
-    if sample_c is None:
-        sample_c = _classes_with_shares(real_c, num_samples)
     perfect = perfect_sampler_scores(
         DIGITS_KIND, real, width=DIGITS_WIDTH, real_c=real_c, num_samples=num_samples, sample_c=sample_c
     )
@@ -272,15 +265,15 @@ def score_toy(x: Sample, c: Cond, reference: Reference) -> Scores:
     return {"mmd2": mmd2(x.cpu(), reference.x.cpu(), _toy_widths(reference.x))}
 
 
-def baselines_toy(reference: Reference, num_samples: int, sample_c: Cond | None = None) -> dict[str, Scores]:
-    """The baseline `null`: mean and sd of `mmd2` between independent draws of `num_samples` points of the data.
+def baselines_toy(reference: Reference, sample_c: Cond) -> dict[str, Scores]:
+    """The baseline `null`: mean and sd of `mmd2` between independent draws of n points of the data.
 
-    It is what `perfect` is elsewhere, under the name that files have. Classes are not read. Raises `UserError` where
-    the reference cannot be drawn anew.
+    `sample_c` (n,) are the classes of the points, of which the number alone counts. `null` is what `perfect` is
+    elsewhere, under the name that files have. Raises `UserError` where the reference cannot be drawn anew.
     """
     if reference.redraw is None:
         raise UserError("protocol toy needs a data set that can be drawn anew: choose another protocol")
-    mean, sd = null_spread(reference.redraw, _toy_widths(reference.x), num_samples)
+    mean, sd = null_spread(reference.redraw, _toy_widths(reference.x), len(sample_c))
     return {"null": {"mean": mean, "sd": sd}}
 
 
@@ -291,11 +284,6 @@ def _toy_widths(x: Sample) -> list[float]:
 
 
 # -------------------------------------------------------------------------------- shared by cifar10-features and digits
-
-
-def _classes_with_shares(real_c: Int64[Tensor, " m"], num_samples: int) -> Int64[Tensor, " n"]:
-    """Classes (`num_samples`,) in about the same shares as in `real_c` (m,)."""
-    return real_c[torch.arange(num_samples) * len(real_c) // num_samples]
 
 
 def _noise_scores(z: Features, real: Real, *, width: float, sample_c: Classes, real_c: Classes) -> Scores:

@@ -1,7 +1,8 @@
 """Precision and recall by nearest neighbours, and the nearest data of a sample.
 
 `precision_recall` compares two sets of features. `nearest` and `nearest_other` are distances to the nearest rows;
-`pair_distances` are those of all pairs. All are exact, as said below.
+`pair_distances` are those of all pairs. All are exact: `_estimate_gaps` estimates all pairs, then `_nearest` and
+`_share` measure those that it leaves open.
 
 A set of points stands for the region it covers: a ball around each, out to its k-th nearest neighbour in the set.
 Precision is the share of fakes in the region of the data, recall the share of data in the region of the fakes
@@ -20,6 +21,7 @@ what would underflow stay far below one u. So |x - c|^2 - r^2 is known to within
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -31,14 +33,15 @@ from dumo.types import UserError
 Real = Float[Tensor, "n *d"]
 Fake = Float[Tensor, "m *d"]
 
+NUM_NEIGHBOURS = 3  # of precision and recall, by which all protocols measure them (Kynkäänniemi et al. 2019)
 BLOCK = 512  # rows per block of distances: ours
 SPARE = 12  # rows measured besides the k nearest, so that rounding seldom leaves one of them open: ours
 MAX_PAIRS = 4096  # pairs that are measured at a time: ours
 BY_DIFFERENCES = "donot_use_mm_for_euclid_dist"  # a copy is at distance 0, not at the root of a rounding error
 
 
-def precision_recall(real: Real, fake: Fake, k: int = 3) -> tuple[float, float]:
-    """Precision and recall, shares in [0, 1], by the k-th nearest neighbours; k = 3 is the authors' choice.
+def precision_recall(real: Real, fake: Fake, k: int = NUM_NEIGHBOURS) -> tuple[float, float]:
+    """Precision and recall, shares in [0, 1], by the k-th nearest neighbours.
 
     Raises `UserError` if a side has no more than k rows.
     """
@@ -74,19 +77,20 @@ def _radii(x: Tensor, k: int) -> Tensor:
 
 def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """For every row of x its k nearest centres in their order: distances (n, k) and indices (n, k)."""
-    few = min(k + SPARE, len(centres))
+    num_candidates = min(k + SPARE, len(centres))
     all_distances: list[Tensor] = []
     all_indices: list[Tensor] = []
-    for part, squares, max_error, unit in _estimates(x, centres, centres.new_zeros(len(centres))):
-        # measure the few that are nearest by their estimates
-        candidates = squares.topk(few, largest=False)
-        distances, order = pair_distances(part[:, None], centres[candidates.indices])[:, 0].topk(k, largest=False)
+    for block in _estimate_gaps(x, centres, centres.new_zeros(len(centres))):
+        # measure the candidates, which are nearest by their estimates
+        rows = block.rows
+        candidates = block.gaps.topk(num_candidates, largest=False)
+        distances, order = pair_distances(rows[:, None], centres[candidates.indices])[:, 0].topk(k, largest=False)
         indices = candidates.indices.gather(1, order)
 
-        # measure all where one that is not among the few may be nearer
-        is_sure = candidates.values[:, -1] - max_error > (distances[:, -1] * unit) ** 2
-        if few < len(centres) and not is_sure.all():
-            distances[~is_sure], indices[~is_sure] = pair_distances(part[~is_sure], centres).topk(k, largest=False)
+        # measure all where one that is no candidate may be nearer
+        is_sure = candidates.values[:, -1] - block.max_error > (distances[:, -1] * block.unit) ** 2
+        if num_candidates < len(centres) and not is_sure.all():
+            distances[~is_sure], indices[~is_sure] = pair_distances(rows[~is_sure], centres).topk(k, largest=False)
         all_distances.append(distances)
         all_indices.append(indices)
     return torch.cat(all_distances), torch.cat(all_indices)
@@ -94,23 +98,29 @@ def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _share(x: Tensor, centres: Tensor, radii: Tensor) -> float:
     """The share of the rows of x that lie in a ball around one of the centres, of the radius of that centre."""
-    is_inside: list[Tensor] = []
-    for part, gaps, max_error, _ in _estimates(x, centres, radii):
-        inside = gaps.amin(1) < -max_error
-        undecided = (~inside).nonzero().flatten()
-        row, centre = (~(gaps[undecided] > max_error)).nonzero(as_tuple=True)  # NaN, too, is open
+    inside_by_block: list[Tensor] = []
+    for block in _estimate_gaps(x, centres, radii):
+        is_inside = block.gaps.amin(1) < -block.max_error
+        undecided = (~is_inside).nonzero().flatten()
+        row, centre = (~(block.gaps[undecided] > block.max_error)).nonzero(as_tuple=True)  # NaN, too, is open
         for i, j in zip(undecided[row].split(MAX_PAIRS), centre.split(MAX_PAIRS), strict=True):
-            near = pair_distances(part[i, None], centres[j, None]).flatten() <= radii[j]
-            inside[i[near]] = True
-        is_inside.append(inside)
-    return torch.cat(is_inside).double().mean().item()
+            is_in_ball = pair_distances(block.rows[i, None], centres[j, None]).flatten() <= radii[j]
+            is_inside[i[is_in_ball]] = True
+        inside_by_block.append(is_inside)
+    return torch.cat(inside_by_block).double().mean().item()
 
 
-def _estimates(x: Tensor, centres: Tensor, radii: Tensor) -> Iterator[tuple[Tensor, Tensor, float, float]]:
-    """For blocks of rows of x: the rows, |x - c|^2 - r^2 to each centre (n, m), how far off it may be, and its unit.
+class _Block(NamedTuple):
+    """Some rows of x, and estimates for the pairs of each with each of m centres, whose balls have the radii r."""
 
-    Lengths are multiplied by the unit. Where a number is not finite, how far off it may be is not either.
-    """
+    rows: Tensor  # (n, d)
+    gaps: Tensor  # (n, m): |x - c|^2 - r^2, where all lengths are multiplied by `unit`
+    max_error: float  # of a gap, at most; not finite where a number is not
+    unit: float
+
+
+def _estimate_gaps(x: Tensor, centres: Tensor, radii: Tensor) -> Iterator[_Block]:
+    """Estimate, block by block, how far the rows of x are outside of the balls around the centres."""
     middle = centres.mean(0, dtype=torch.float64)
     row_lengths = _lengths(x, middle)
     centre_lengths = _lengths(centres, middle)
@@ -122,12 +132,12 @@ def _estimates(x: Tensor, centres: Tensor, radii: Tensor) -> Iterator[tuple[Tens
     square_sizes = (row_lengths.max() + centre_lengths.max()) ** 2 + square_radii.max()
     max_error = _gamma(x.shape[1] + 16) * square_sizes.item()
     c = torch.cat([_in_unit(part, middle, unit) for part in centres.split(BLOCK)])
-    of_centres = (centre_lengths**2 - square_radii).float()
-    of_rows = (row_lengths**2).float()
-    for part, squares in zip(x.split(BLOCK), of_rows.split(BLOCK), strict=True):
+    centre_terms = (centre_lengths**2 - square_radii).float()
+    row_terms = (row_lengths**2).float()
+    for part, square_lengths in zip(x.split(BLOCK), row_terms.split(BLOCK), strict=True):
         with using("fp32", x.device):
-            products = torch.addmm(of_centres, _in_unit(part, middle, unit), c.mT, alpha=-2)
-        yield part, products.add_(squares[:, None]), max_error, unit
+            products = torch.addmm(centre_terms, _in_unit(part, middle, unit), c.mT, alpha=-2)
+        yield _Block(part, products.add_(square_lengths[:, None]), max_error, unit)
 
 
 def _lengths(x: Tensor, middle: Tensor) -> Tensor:

@@ -50,7 +50,6 @@ MAX_IMAGES = 5000  # of the data that are judged by: ours
 MAX_COMPARED = 1000  # images on either side of a comparison: ours
 SPLITS = 10  # random choices of images over which scores are averaged: ours
 WIDTH = 16.0  # of the kernel: two images of CIFAR-10 are 15.9 apart, at the median
-NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 CLASSIFIER_SIDE = 32  # pixels a side of CIFAR-10's images
 ROUGH = 500  # images: a report of fewer says that the spread is large. Ours
 
@@ -246,7 +245,7 @@ class PhotosEvaluator:
         precisions: list[float] = []
         recalls: list[float] = []
         for fake, real in pairs:
-            precision, recall = precision_recall(real.features, fake.features, NEIGHBOURS)
+            precision, recall = precision_recall(real.features, fake.features)
             pixel_distances.append(pixel_frechet(fake.thumbs, real.thumbs, side))
             precisions.append(precision)
             recalls.append(recall)
@@ -262,8 +261,8 @@ class PhotosEvaluator:
         `same`: the samples are the images themselves, and a copy is one that has a double among the others.
         """
         left_out = torch.arange(len(fake)) if same else None
-        found = nearest_images(self.real.thumbs, fake.thumbs, left_out=left_out)
-        return found.is_copy.double().mean().item()
+        nearest = nearest_images(self.real.thumbs, fake.thumbs, left_out=left_out)
+        return nearest.is_copy.double().mean().item()
 
 
 def indices_of_classes(wanted: Classes, c: Classes, generator: Generator) -> Indices:

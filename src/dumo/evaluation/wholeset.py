@@ -71,9 +71,8 @@ class Reference:
 R = TypeVar("R")  # what samples are compared with: a `Reference`, or features of one
 # Takes samples, their classes, and the reference.
 Measure = Callable[[Sample, Cond, R], Scores]
-# Takes the reference, and the number of the samples and their classes: measures are also asked where only the number is
-# known.
-BaselineMeasure = Callable[[R, int, Cond], dict[str, Scores]]
+# Takes the reference, and the samples' classes, whose number is that of the samples.
+BaselineMeasure = Callable[[R, Cond], dict[str, Scores]]
 
 
 def make_opener(
@@ -129,7 +128,7 @@ class WholeSetEvaluator(Generic[R]):
 
     def baselines(self) -> dict[str, Scores]:
         """The scores of a perfect sampler and of noise, as the measure has them."""
-        return self.measure_baselines(self.reference, len(self.sample_c), self.sample_c)
+        return self.measure_baselines(self.reference, self.sample_c)
 
 
 def collect(samples: NumberedSamples, total: int) -> Tensor:

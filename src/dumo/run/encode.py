@@ -18,7 +18,7 @@ from dumo.config.source import RunText, choose
 from dumo.config.spec import Run
 from dumo.data import Data, Latents, Moons, cache, encoding
 from dumo.data.caption import CaptionFiles
-from dumo.data.image import name_fields_below
+from dumo.data.image import errors_of_latents
 from dumo.encoders import texttable
 from dumo.io import table
 from dumo.io.file import locked
@@ -179,7 +179,7 @@ def encode(
     with (
         threads.fewer_when_busy(torch_device, line_printer(bar)),
         bar(f"encoding {images.root}", rows_to_read) as tick,
-        name_fields_below("data.images"),
+        errors_of_latents(),
     ):
         done = encoding.encode(
             album,

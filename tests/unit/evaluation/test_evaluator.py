@@ -63,7 +63,7 @@ def test_an_evaluator_scores_as_its_protocol_does() -> None:
     assert evaluator.score((part, x[part]) for part in rows.split(7)) == measures.score_toy(
         x, protocol.labels(), reference
     )
-    assert evaluator.baselines() == measures.baselines_toy(reference, 60)
+    assert evaluator.baselines() == measures.baselines_toy(reference, protocol.labels())
     assert evaluator.facts["reference"] == "60 draws of seed 3"
     assert "reference_sha256" not in evaluator.facts
 

@@ -265,7 +265,7 @@ def test_only_new_digits_are_like_the_data(fault: str) -> None:
         d[::20] = (d[::20] + 1) % 10
     reference = Reference(x[real], c[real], trained=x[trained])
     row = {"nfe": 1, **score_digits(y, d, reference)}
-    found = state([row], baselines_digits(reference, len(y)))
+    found = state([row], baselines_digits(reference, d))
     assert (found == "like the data") == (fault == "none"), row
 
 

@@ -32,7 +32,7 @@ def split() -> Reference:
 
 @pytest.fixture(scope="module")
 def perfect(data: Reference) -> dict[str, float]:
-    return measures.baselines_digits(data, DIGITS.total)["perfect"]
+    return measures.baselines_digits(data, some(data)[1])["perfect"]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_samples_are_judged_against_what_was_held_out(split: Reference) -> None:
     assert (len(split.x), len(split.trained)) == (359, 1797 - 359)
     part = Reference(split.x[::2], split.c[::2], trained=split.trained)
     new, c = split.x[1::2].repeat(3, 1, 1, 1), split.c[1::2].repeat(3)
-    score, perfect = measures.score_digits(new, c, part), measures.baselines_digits(part, len(new) // 3)["perfect"]
+    score, perfect = measures.score_digits(new, c, part), measures.baselines_digits(part, split.c[1::2])["perfect"]
     assert abs(score["mmd"]) < 4 * perfect["sd"]
     assert score["nearest"] == pytest.approx(1, abs=3 * perfect["nearest_sd"])
     assert measures.score_digits(split.trained[:600], torch.arange(600) % 10, split)["nearest"] == 0
@@ -155,7 +155,7 @@ def test_of_five_folds_all_digits_are_held_out_but_two() -> None:
 
 @pytest.mark.nightly
 def test_toy_null_tells_a_draw_from_a_difference() -> None:
-    null = measures.baselines_toy(toy(), 400)["null"]
+    null = measures.baselines_toy(toy(), toy().c)["null"]
     same = [measures.score_toy(points(i), toy().c, toy())["mmd2"] for i in range(100, 105)]
     assert max(map(abs, same)) < 4 * null["sd"]
     assert abs(null["mean"]) < 4 * null["sd"] / math.sqrt(50)
@@ -186,4 +186,4 @@ def test_samples_that_do_not_fit_are_refused(data: Reference) -> None:
     with pytest.raises(UserError, match="compares 400 points with as many, here are 399: draw as many"):
         measures.score_toy(points(1), toy().c, Reference(points(0, 399), toy().c[1:]))
     with pytest.raises(UserError, match="can be drawn anew"):
-        measures.baselines_toy(Reference(points(0), toy().c), 400)
+        measures.baselines_toy(Reference(points(0), toy().c), toy().c)
