@@ -1,6 +1,11 @@
 """The model card next to an export, README.md: how to call it, what made it, and what it measured.
 
-`of_tuned` and `of_own` fill the templates in `cards`; `Provenance` is what they and dumo.json say of the run.
+The entrances, in the order of use:
+
+1. `Provenance.of` takes from an opened run what an export says of it: on its card, in dumo.json (`Provenance.facts`)
+   and in the header of a file of weights (`header_metadata`).
+2. `of_tuned` writes the card of a pretrained model that was tuned, `of_own` that of a net of dumo's own. Each works out
+   what its template in `cards` shows, and `_render` fills the template.
 """
 
 import json
@@ -37,12 +42,13 @@ from dumo.runtime import shell_path, version
 from dumo.runtime.text import escape_line
 from dumo.types import UserError
 
-PROMPT = "a red fox in the snow"
-CODES = "codes.safetensors"
-MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")  # an underscore inside a word is one in Markdown, too
+PROMPT = "a red fox in the snow"  # in the code of a card
+CODES = "codes.safetensors"  # the file of the embeddings of classes, of a model that was tuned on them
 FEW_STEPS = "few-steps"  # the folder of a few-step run's export, as docs/pretrained.md calls it
-PASS_COMMENTS = {1: "one pass", 2: "two", 4: "four"}
-HEAD_TEXTS = {  # what is exported, by the solver that reads it
+# what Markdown would read as marks; an underscore inside a word is none
+_MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")
+_PASS_COMMENTS = {1: "one pass", 2: "two", 4: "four"}  # of the calls of a card, by their numbers of passes
+_HEAD_TEXTS = {  # what is exported, by the solver that reads it
     "restart": "u, the flow map: a pass jumps to the data",
     "hop": "u, the flow map: a pass jumps to the next time",
     "hermite": "u, the flow map, and v: the last pass jumps to the data, others follow a parabola of both",
@@ -54,15 +60,15 @@ HEAD_TEXTS = {  # what is exported, by the solver that reads it
 class Provenance:
     """Which run, checkpoint and evaluation an export is of."""
 
-    about: str
+    about: str  # the run in one line
     step: int
-    batch: int
-    weights: str
-    sha256: str
+    batch: int  # images of a step
+    weights: str  # the name of their file
+    sha256: str  # of the weights
     baked: Mapping[str, float]  # scales of guidance in the weights, by what guided
     report: Mapping[str, Any] | None  # the evaluation of these weights
     run: Run
-    version: str = version()
+    version: str = version()  # of dumo
 
     @property
     def facts(self) -> dict[str, str]:
@@ -77,8 +83,8 @@ class Provenance:
         }
 
     @property
-    def fewstep(self) -> str:
-        """The name of the few-step run that it is on top of; empty: of none."""
+    def few_step_name(self) -> str:
+        """The name of the few-step run on top of which adapters were trained; "": there is none."""
         if self.run.start and self.run.has_subject:
             return Path(self.run.start.source).name
         return ""
@@ -123,7 +129,7 @@ def of_tuned(
     `index` is the folder's model_index.json; None: it holds a LoRA. A folder may have two parts alone, which replace
     another pipeline's.
     """
-    sizes = image_counts(exported.sampler.data)
+    sizes = _image_counts(exported.sampler.data)
     if sizes:
         most_frequent = next(iter(sizes))
         exported = replace(exported, sampler=replace(exported.sampler, size=most_frequent))
@@ -134,7 +140,12 @@ def of_tuned(
     if index is None and not exported.subject_only:  # else dumo wrote the model
         source_parts.append(exported.component_name)
     scheduler = parts.get("scheduler", ["diffusers", LCM if exported.net.frame else EULER])
-    return render(
+    reader = "restart"
+    if exported.head == "v":
+        reader = "euler"
+    elif exported.makes_hops:
+        reader = "hop"
+    return _render(
         "tuned",
         sampler,
         provenance,
@@ -143,24 +154,24 @@ def of_tuned(
         exported=exported,
         stock=stock,
         codes=codes,
-        calls=pipeline_calls(exported, stock),
-        guided=is_guided_by(stock, sampler),
+        calls=_pipeline_calls(exported, stock),
+        is_guided=_is_guided(stock, sampler),
         scheduler=scheduler[1],
-        own=scheduler == JUMP_SCHEDULER,
-        absent="".join(f", {part}=None" for part in exported.spec.pipeline.absent_parts),
+        has_own_scheduler=scheduler == JUMP_SCHEDULER,
+        absent_arguments="".join(f", {part}=None" for part in exported.spec.pipeline.absent_parts),
         few_steps_folder=FEW_STEPS,
-        whole=has_other_parts(parts),
+        has_other_parts=has_other_parts(parts),
         variant=exported.weights_variant(source_parts),
         reason_not_servable=reason_not_servable(exported, parts),
-        lora=index is None,
+        is_lora=index is None,
         head=exported.head,
-        head_text=HEAD_TEXTS["euler" if exported.head == "v" else "hop" if exported.makes_hops else "restart"],
+        head_text=_HEAD_TEXTS[reader],
         tag="image-to-image" if stock.takes_image else "text-to-image",
-        origin=hub_metadata(exported, adapter=index is None),
+        hub_metadata=_hub_metadata(exported, adapter=index is None),
     )
 
 
-def image_counts(data: Data) -> dict[Size, int]:
+def _image_counts(data: Data) -> dict[Size, int]:
     """How many images a run on buckets has of each size, most first; {} without buckets.
 
     Where the images are not there to be counted, it is 0 of every size, of the nearest to a square first.
@@ -178,7 +189,7 @@ def image_counts(data: Data) -> dict[Size, int]:
     return dict(sorted(crops.counts.items(), key=lambda entry: -entry[1]))
 
 
-def hub_metadata(exported: ExportedModel, *, adapter: bool) -> dict[str, str]:
+def _hub_metadata(exported: ExportedModel, *, adapter: bool) -> dict[str, str]:
     """The YAML head of a card, as a hub reads it: base model and licence. Values are written as JSON."""
     pipeline = exported.spec.pipeline
     metadata = dict[str, Any]()
@@ -192,19 +203,19 @@ def hub_metadata(exported: ExportedModel, *, adapter: bool) -> dict[str, str]:
     return {key: json.dumps(value) for key, value in metadata.items()}
 
 
-def is_guided_by(stock: StockPipeline, sampler: Sampler) -> bool:
+def _is_guided(stock: StockPipeline, sampler: Sampler) -> bool:
     """Whether the pipeline's own argument guides the samples."""
     return sampler.spec.guide.scale != 1 and stock.guide_argument is not None
 
 
-def pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple[str, str]]:
+def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple[str, str]]:
     """The arguments of each call of the pipeline as text, and a comment on it."""
-    condition = image_arguments(exported, stock)
+    condition = _image_arguments(exported, stock)
     if exported.head == "v":
         return [(", ".join(condition), "")]
-    passes = PASS_COMMENTS
+    passes = _PASS_COMMENTS
     if exported.nfe:
-        passes = {n: PASS_COMMENTS.get(n, str(n)) for n in exported.nfe}
+        passes = {n: _PASS_COMMENTS.get(n, str(n)) for n in exported.nfe}
     calls: list[tuple[str, str]] = []
     for n, comment in passes.items():
         times = exported.pipeline_times(n)
@@ -216,7 +227,7 @@ def pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple[
     return calls
 
 
-def image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
+def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
     """The arguments that ask for an image of a prompt, or of a class, at the size that the run has."""
     sampler = exported.sampler
     pixels = sampler.data.codec.factor if isinstance(sampler.data, Latents) else stock.pixels_per_latent
@@ -228,7 +239,7 @@ def image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
         arguments.append("**embeds")
     else:
         arguments.append(f'prompt="{PROMPT}"')
-        if stock.guided_by_negative and is_guided_by(stock, sampler):
+        if stock.guided_by_negative and _is_guided(stock, sampler):
             arguments.append('negative_prompt=""')
     arguments += [f"height={height}", f"width={width}", *stock.extra_arguments]
     if exported.source_folder is None:  # then there is no decoder
@@ -253,28 +264,28 @@ def of_own(
     """
     passes = {50: "Euler steps"}
     if not isinstance(solver, Euler):
-        passes = {n: comment for n, comment in PASS_COMMENTS.items() if can_make(solver, sampler.taught, n)}
-    return render(
+        passes = {n: comment for n, comment in _PASS_COMMENTS.items() if can_make(solver, sampler.taught, n)}
+    return _render(
         "own",
         sampler,
         provenance,
         name,
-        sizes=image_counts(sampler.data),
+        sizes=_image_counts(sampler.data),
         kind=kind,
         parameters=sum(p.numel() for p in sampler.net.parameters()),
         passes=passes,
         solver=solver,
         encoder=encoder,
         has_encoder=has_encoder,
-        condition=condition_argument(sampler),
+        condition_argument=_condition_argument(sampler),
         labels=label_list(sampler),
-        head_text=HEAD_TEXTS[solver.kind],
+        head_text=_HEAD_TEXTS[solver.kind],
         tag="text-to-image" if encoder else "unconditional-image-generation",
-        origin={},
+        hub_metadata={},
     )
 
 
-def condition_argument(sampler: Sampler) -> str:
+def _condition_argument(sampler: Sampler) -> str:
     """The argument that asks for two images: labels of classes, or captions by templates; else one, of a prompt."""
     conditions = sampler.conditions
     numbers = [0, conditions.count // 2]
@@ -283,7 +294,7 @@ def condition_argument(sampler: Sampler) -> str:
     prompts = [PROMPT]
     if isinstance(conditions.captions, Templates):  # captions of images are their owner's, and may be private
         prompts = [conditions.names[k] for k in numbers]
-    return f"prompt=[{', '.join(map(literal, prompts))}]"
+    return f"prompt=[{', '.join(map(_literal, prompts))}]"
 
 
 def label_list(sampler: Sampler) -> str:
@@ -294,18 +305,18 @@ def label_list(sampler: Sampler) -> str:
         return "0: there are no classes"
     if not names or names == tuple(map(str, range(count))):
         return f"0 to {count - 1}"
-    return ", ".join(f"{k} {plain(name)}" for k, name in enumerate(names))
+    return ", ".join(f"{k} {_plain(name)}" for k, name in enumerate(names))
 
 
-def render(template: str, sampler: Sampler, provenance: Provenance, name: str, **values: object) -> str:
+def _render(template: str, sampler: Sampler, provenance: Provenance, name: str, **values: object) -> str:
     """The card by a template in `cards`, filled with these values and those that all cards have."""
     rows = provenance.report["results"] if provenance.report else [{}]
     return (
-        environment()
+        _templates()
         .get_template(f"{template}.md.j2")
         .render(
             sampler=sampler,
-            made=provenance,
+            provenance=provenance,
             name=name,
             scores=[key for key in rows[0] if key not in ("nfe", "solver")],
             codes_file=CODES,
@@ -316,7 +327,7 @@ def render(template: str, sampler: Sampler, provenance: Provenance, name: str, *
 
 
 @cache
-def environment() -> jinja2.Environment:
+def _templates() -> jinja2.Environment:
     """The templates in `cards`, and the filters that they use."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.export", "cards"),
@@ -326,17 +337,17 @@ def environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     cast(dict[str, Any], templates.filters).update(
-        form=format, plain=plain, code=code, literal=literal, shell_path=shell_path
+        form=format, plain=_plain, code=_code, literal=_literal, shell_path=shell_path
     )
     return templates
 
 
-def plain(text: str) -> str:
+def _plain(text: str) -> str:
     """What somebody wrote, as text in a cell of a table: neither HTML nor Markdown, which a page would show as such."""
-    return MARKDOWN.sub(r"\\\g<0>", escape(escape_line(text), quote=False))
+    return _MARKDOWN.sub(r"\\\g<0>", escape(escape_line(text), quote=False))
 
 
-def code(text: str) -> str:
+def _code(text: str) -> str:
     """What somebody wrote, in a line of text, as code: between more backticks than it has in a row."""
     text = escape_line(text)
     inside = re.findall("`+", text)
@@ -346,7 +357,7 @@ def code(text: str) -> str:
     return f"{fence} {text} {fence}"
 
 
-def literal(text: str) -> str:
+def _literal(text: str) -> str:
     """A string of Python, by JSON's escapes. What is no Unicode is escaped, too, so that a file can hold it."""
     return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
@@ -357,7 +368,7 @@ def header_metadata(exported: ExportedModel, provenance: Provenance) -> dict[str
         "format": "pt",
         "class": exported.model_class,
         "head": exported.head,
-        "onto": f"the export of {provenance.fewstep}" if exported.subject_only else exported.base_name,
+        "onto": f"the export of {provenance.few_step_name}" if exported.subject_only else exported.base_name,
         **provenance.facts,
         **{name: json.dumps(value) for name, value in exported.facts.items()},
     }

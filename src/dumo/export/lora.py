@@ -16,11 +16,15 @@ Adapters on top of a few-step run's (`net.lora.subject`) are added to those by c
 
     B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2],
 
-for the untouched model; or they go `alone`, for the few-step run's export.
+for the untouched model; or they are written without those, for the few-step run's export (`subject_only`).
+
+`write` writes the folder for diffusers, whose tensors `tensors` makes; `comfyui` makes those of the file for ComfyUI.
+Both go through the adapters, then through the layers that were trained in full.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
@@ -40,7 +44,7 @@ METADATA = {"format": "pt"}
 # Classes whose layers ComfyUI finds by the names of diffusers, and those few that it finds by its own alone. Read in
 # `model_lora_keys_unet` of comfy/lora.py at its commit 17358c8, and the maps of comfy/utils.py at 09708ea.
 FLUX2 = "time_guidance_embed.timestep_embedder"
-COMFYUI: dict[str, dict[str, str]] = {
+COMFYUI: dict[str, dict[str, str]] = {  # by class; the names by which ComfyUI finds layers, by those of diffusers
     "SD3Transformer2DModel": {},
     "FluxTransformer2DModel": {},
     "Flux2Transformer2DModel": {f"{FLUX2}.linear_1": "time_in.in_layer", f"{FLUX2}.linear_2": "time_in.out_layer"},
@@ -53,9 +57,7 @@ COMFYUI: dict[str, dict[str, str]] = {
 KOHYA = "lora_unet_"  # of names that kohya's scripts gave to layers of UNets, which A1111 reads, too
 
 
-def write(
-    exported: ExportedModel, provenance: card.Provenance, out: Path, name: str, *, dtype: str = "float32"
-) -> None:
+def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
     """Write the LoRA, its scheduler and its card into the empty folder `out`, which will be called `name`.
 
     Raises UserError where the run tuned all weights, the class takes no LoRA, or a part of another kind was trained.
@@ -104,27 +106,27 @@ def comfyui(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Ten
         return f"{exported.component_name}.{path}"
 
     weights: dict[str, Tensor] = {}
-    for path, a, b, _ in adapter_products(exported):
-        name = comfyui_name(path)
-        weights[f"{name}.lora_down.weight"] = a
-        weights[f"{name}.lora_up.weight"] = b
+    for adapter in _adapter_products(exported):
+        name = comfyui_name(adapter.path)
+        weights[f"{name}.lora_down.weight"] = adapter.a
+        weights[f"{name}.lora_up.weight"] = adapter.b
         if exported.component_name == UNET:
-            rank = len(a)
+            rank = len(adapter.a)
             weights[f"{name}.alpha"] = torch.tensor(float(rank))
-    for path, old, new in changed_layers(exported):
+    for path, old, new in _changed_layers(exported):
         name = comfyui_name(path)
         weights[f"{name}.diff"] = new.weight - old.weight
         if bias_or_none(old) is not None:
-            weights[f"{name}.diff_b"] = bias_of(new) - bias_of(old)
+            weights[f"{name}.diff_b"] = _bias_of(new) - _bias_of(old)
     return {name: x.detach().to(getattr(torch, dtype)).contiguous() for name, x in weights.items()}
 
 
 def tensors(exported: ExportedModel) -> dict[str, Tensor]:
-    """The LoRA by peft's names; with a bias for every layer where any bias has changed."""
-    products = list(adapter_products(exported))
-    for path, old, new in changed_layers(exported):
+    """The tensors of the LoRA by peft's names. Every layer has a bias where that of any has changed."""
+    products = list(_adapter_products(exported))
+    for path, old, new in _changed_layers(exported):
         products.append(product(path, old, new))
-    has_bias = any(bool(bias.any()) for *_, bias in products)
+    has_bias = any(bool(layer.bias.any()) for layer in products)
     weights: dict[str, Tensor] = {}
     for path, a, b, bias in products:
         weights[f"{path}.lora_A.weight"] = a.detach().contiguous()
@@ -134,12 +136,20 @@ def tensors(exported: ExportedModel) -> dict[str, Tensor]:
     return weights
 
 
-Product = tuple[str, Tensor, Tensor, Tensor]  # path, A, B and c
 Layer = nn.Linear | nn.Conv2d
 
 
-def adapter_products(exported: ExportedModel) -> Iterator[Product]:
-    """The adapters: of a layer with two, both as one; `alone`, that of the subject."""
+class Product(NamedTuple):
+    """The change of a layer as B A of its input, and a bias."""
+
+    path: str  # of the layer in the model
+    a: Tensor
+    b: Tensor
+    bias: Tensor  # c above; zeros where the layer's bias has not changed
+
+
+def _adapter_products(exported: ExportedModel) -> Iterator[Product]:
+    """Yield the product of each adapted layer: of two adapters both as one, or, with `subject_only`, the subject's."""
     model: nn.Module = exported.net.model
     adapter_layers = {id(layer): layer for layer in adapters(model)}
     for path, module in model.named_modules():
@@ -149,13 +159,14 @@ def adapter_products(exported: ExportedModel) -> Iterator[Product]:
         names = [SUBJECT] if exported.subject_only else layer.active_adapters
         a = [layer.lora_A[name].weight for name in names]
         b = [layer.lora_B[name].weight for name in names]
-        yield path, torch.cat(a), torch.cat(b, 1), b[0].new_zeros(len(b[0]))
+        yield Product(path, torch.cat(a), torch.cat(b, 1), bias=b[0].new_zeros(len(b[0])))
 
 
-def changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer]]:
-    """The layers that were trained in full, of a subject `alone` none: path, before and now.
+def _changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer]]:
+    """Yield the layers that were trained in full and have changed: the path, the layer before, and the layer now.
 
-    Raises UserError for a change that is in no linear layer or convolution.
+    With `subject_only` there are none: the few-step run's export has them. Raises UserError for a change that is in no
+    linear layer or convolution.
     """
     if exported.subject_only:
         return
@@ -187,11 +198,11 @@ def product(path: str, old: Layer, new: Layer) -> Product:
     else:
         a = torch.eye(inputs).to(change)
         b = change
-    bias = change.new_zeros(outputs) if bias_or_none(old) is None else bias_of(new) - bias_of(old)
-    return path, a, b, bias
+    bias = change.new_zeros(outputs) if bias_or_none(old) is None else _bias_of(new) - _bias_of(old)
+    return Product(path, a, b, bias)
 
 
-def bias_of(layer: Layer) -> Tensor:
+def _bias_of(layer: Layer) -> Tensor:
     """The bias of a layer that has one, (outputs,)."""
     assert layer.bias is not None
     return layer.bias.detach()

@@ -372,9 +372,7 @@ class ExportedModel:
         return _cast_copy(model, getattr(torch, self.dtype))
 
 
-def exported_head(
-    sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...] = (), dtype: str = "float32"
-) -> ExportedModel:
+def exported_head(sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...], dtype: str) -> ExportedModel:
     """Choose one head of a run's net for export. A net of two times is fixed for `nfe` passes; (): the default.
 
     Raises UserError for a net that no stock program knows, and where `nfe` is given but the head makes any number of

@@ -78,7 +78,7 @@ def write_flow_map_scheduler(
     return entry
 
 
-def write_velocity_scheduler(folder: Path, frame: DiffusionToVelocity | None = None) -> Entry:
+def write_velocity_scheduler(folder: Path, frame: DiffusionToVelocity | None) -> Entry:
     """Write the scheduler of a velocity into `folder`; return its entry in model_index.json.
 
     It makes Euler steps, or of a model of a diffusion, whose table is in `frame`, the steps of DDIM.

@@ -60,8 +60,8 @@ def write(
     name: str,
     *,
     head: Head,
-    parts: str = "copy",
-    dtype: str = "float32",
+    parts: str,
+    dtype: str,
 ) -> None:
     """Write the net and its code into the empty folder `out`, which will be called `name`.
 

@@ -1,6 +1,12 @@
-"""Exporting a run: checked first, then written whole or not at all. What stock diffusers opens is a folder.
+"""Export a run: `export` checks everything first, then writes all or nothing.
 
-`DiffusionPipeline.from_pretrained(OUT)`:
+1. It refuses options, a place or a run that cannot be exported, and chooses the head.
+2. It writes into a temporary place, which then becomes `out`: one file of weights; a LoRA (`dumo.export.lora`); a net
+   of dumo's own with its code (`dumo.export.standalone`); or a pretrained model as a pipeline (`_write_pipeline`).
+3. Next to it, in a folder, it notes the run in dumo.json.
+
+The command line calls `require_diffusers`, `require_vacant` and `require_known_options` beforehand, to refuse before it
+opens the run. A pipeline's folder, for `DiffusionPipeline.from_pretrained(OUT)`:
 
 transformer/       the model, with one head instead of its last layer
 scheduler/         of a flow map, one that adds fresh noise between two passes; of a velocity, the source's own
@@ -43,9 +49,9 @@ Form = Literal["diffusers", "lora", "comfyui", "safetensors"]
 Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 PARTS: tuple[Parts, ...] = get_args(Parts)
-SECOND_TRANSFORMER = "transformer_2"
-ORIGIN = "dumo.json"
-TAKE_ANOTHER = "take another copy of the pipeline"
+SECOND_TRANSFORMER = "transformer_2"  # a part of a pipeline that has two models
+ORIGIN = "dumo.json"  # the file that notes the run
+TAKE_ANOTHER = "take another copy of the pipeline"  # the end of messages
 
 
 def export(
@@ -82,15 +88,14 @@ def export(
     spec = opened.run.net
     provenance = card.Provenance.of(opened)
     if to in ("diffusers", "safetensors"):
-        sampler = replace(sampler, flow=sampler.flow.of(uncoded(opened)))
-    chosen_head = choose_head(sampler.flow.objective, head)
-    if isinstance(spec, DiT | UNet) and to == "diffusers":
-        net = spec
-    else:
+        sampler = replace(sampler, flow=sampler.flow.of(_net_with_uncoded_base(opened)))
+    chosen_head = _choose_head(sampler.flow.objective, head)
+    exported: ExportedModel | None = None  # None: a net of dumo's own, which is written with its code
+    if to != "diffusers" or not isinstance(spec, DiT | UNet):
         # a LoRA is rounded alone, without what it is added to
         model_dtype = "float32" if to in ("lora", "comfyui") else dtype
-        net = exported_head(sampler, spec, chosen_head, tuple(nfe), model_dtype)
-        net = replace(net, subject_only=alone)
+        exported = exported_head(sampler, spec, chosen_head, tuple(nfe), model_dtype)
+        exported = replace(exported, subject_only=alone)
     path = sampler.flow.path
     if path != Linear() and not isinstance(path, Diffusion):
         raise UserError(
@@ -99,22 +104,26 @@ def export(
         )
     files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
     with files.atomic_write(out) as temporary:
-        if to in ("comfyui", "safetensors") and not isinstance(net, DiT | UNet):  # a single file
-            weights = lora.comfyui(net, dtype=dtype) if to == "comfyui" else unshared(net.build_model().state_dict())
-            safetensors.torch.save_file(weights, temporary, metadata=card.header_metadata(net, provenance))
+        if exported is not None and to in ("comfyui", "safetensors"):  # a single file
+            if to == "comfyui":
+                weights = lora.comfyui(exported, dtype=dtype)
+            else:
+                weights = unshared(exported.build_model().state_dict())
+            safetensors.torch.save_file(weights, temporary, metadata=card.header_metadata(exported, provenance))
             return out
         temporary.mkdir()
         name = name or out.name
-        if isinstance(net, DiT | UNet):
-            standalone.write(sampler, net, provenance, temporary, name, head=chosen_head, parts=parts, dtype=dtype)
+        if exported is None:
+            assert isinstance(spec, DiT | UNet)
+            standalone.write(sampler, spec, provenance, temporary, name, head=chosen_head, parts=parts, dtype=dtype)
         elif to == "lora":
-            lora.write(net, provenance, temporary, name, dtype=dtype)
+            lora.write(exported, provenance, temporary, name, dtype=dtype)
         else:
-            write_folder(net, provenance, temporary, name, parts=cast(Parts, parts))
+            _write_pipeline(exported, provenance, temporary, name, parts=cast(Parts, parts))
         facts: dict[str, Any] = dict(provenance.facts)
         facts["run"] = json.loads(facts["run"])
-        if isinstance(net, ExportedModel):
-            facts |= net.facts
+        if exported is not None:
+            facts |= exported.facts
         write_json(temporary / ORIGIN, facts)
     return out
 
@@ -132,8 +141,8 @@ def require_known_options(to: str, parts: str, dtype: str) -> None:
     require_known(option("dtype"), dtype, DTYPES)
 
 
-def uncoded(opened: RunFolder) -> nn.Module:
-    """A run's net with adapters that can be added to their layers: a base in few bits is read anew as stored."""
+def _net_with_uncoded_base(opened: RunFolder) -> nn.Module:
+    """The net of a run. A base that is held in few bits is read anew as it is stored, so that adapters can be added."""
     spec = opened.run.net
     if not isinstance(spec, Pretrained):
         return opened.net
@@ -152,7 +161,7 @@ def require_vacant(out: Path) -> None:
         raise UserError(f"{out} exists already: remove it, or give another place")
 
 
-def choose_head(objective: Objective, head: str | None) -> Head:
+def _choose_head(objective: Objective, head: str | None) -> Head:
     """The head to export; None: u where it was taught. Raises UserError for one that was not."""
     exportable: list[Head] = [name for name in ("u", "v") if name in objective.needs.heads]
     if not exportable:
@@ -167,13 +176,13 @@ def choose_head(objective: Objective, head: str | None) -> Head:
     return head
 
 
-def write_folder(
+def _write_pipeline(
     exported: ExportedModel,
     provenance: card.Provenance,
     out: Path,
     out_name: str,
     *,
-    parts: Parts = "copy",
+    parts: Parts,
 ) -> None:
     """Write a pipeline into the empty folder `out`, which will be called `out_name`.
 
@@ -197,7 +206,7 @@ def write_folder(
             makes_hops=exported.makes_hops,
         )
     elif source:
-        copy_part(source / SCHEDULER, out / SCHEDULER, "copy")
+        _copy_part(source / SCHEDULER, out / SCHEDULER, "copy")
     else:
         index[SCHEDULER] = write_velocity_scheduler(out / SCHEDULER, exported.net.frame)
     absent_parts = exported.spec.pipeline.absent_parts
@@ -205,7 +214,7 @@ def write_folder(
         if name in absent_parts:
             index[name] = [None, None]
         elif source and parts != "none":
-            copy_part(source / name, out / name, parts)
+            _copy_part(source / name, out / name, parts)
         else:
             del index[name]
     if reason_not_servable(exported, index) is None:
@@ -244,7 +253,7 @@ def other_parts(index: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def copy_part(part: Path, to: Path, how: Parts) -> None:
+def _copy_part(part: Path, to: Path, how: Parts) -> None:
     """Copy a part, or link to it where it lies now. Raises UserError where it is missing."""
     if not part.is_dir():
         raise UserError(f"pipeline: {part} is missing, and {INDEX} has it: {TAKE_ANOTHER}")
