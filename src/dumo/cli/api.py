@@ -251,11 +251,7 @@ class TrainedRun:
         if only == []:
             raise UserError("labels is empty: name at least one, or leave it out for all of them")
         if noise is not None:
-            has_shape = _is_tensor(noise) and noise.shape[1:] == shape
-            is_valid = has_shape and len(noise) > 0 and bool(noise.isfinite().all())
-            if not is_valid:
-                got = f"shape {tuple(noise.shape)}" if _is_tensor(noise) else brief(repr(noise))
-                raise UserError(f"noise is a tensor (n, {', '.join(map(str, shape))}) of finite numbers; got {got}")
+            _require_noise(noise, shape)
             if count not in (None, len(noise)):
                 raise UserError(f"count = {count}, and noise has {len(noise)} rows: leave out count")
             count = len(noise)
@@ -407,6 +403,15 @@ def _integers(name: str, values: SupportsIndex | Iterable[SupportsIndex]) -> lis
 def _is_tensor(value: object) -> bool:
     """Whether a value is a tensor of torch; a notebook may give an array of numpy where the types say Tensor."""
     return isinstance(value, Tensor)
+
+
+def _require_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise UserError for noise that is no tensor (n, *shape) of finite numbers, or has no rows."""
+    has_shape = _is_tensor(noise) and noise.shape[1:] == shape
+    is_valid = has_shape and len(noise) > 0 and bool(noise.isfinite().all())
+    if not is_valid:
+        got = f"shape {tuple(noise.shape)}" if _is_tensor(noise) else brief(repr(noise))
+        raise UserError(f"noise is a tensor (n, {', '.join(map(str, shape))}) of finite numbers; got {got}")
 
 
 @with_known_arguments

@@ -114,7 +114,7 @@ class LazyGroup(TyperGroup):
     def _import_command(self, name: str) -> Any:  # noqa: ANN401, a command of typer
         """Make the command of a function, which is imported."""
         entry = self.entries[name]
-        function = stoppable(getattr(import_module(entry.module), name), keeps=entry.module != PLANS)
+        function = stoppable(getattr(import_module(entry.module), name), keeps_work=entry.module != PLANS)
         text = cleandoc(function.__doc__ or "")
         single = typer.Typer(add_completion=False, rich_markup_mode="rich")
         add = single.command(

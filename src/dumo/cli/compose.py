@@ -138,8 +138,8 @@ def compose(
             text = read_file(folder / RUN_FILE)
             changes = settings_of_images(text.tree, changes, place)
         if minutes is not None and is_proposed:
-            tell = line_printer(bar)
-            tell(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
+            log_line = line_printer(bar)
+            log_line(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
             minutes = None
         return Composed(None, changes, folder, minutes, text)
     if is_proposed:

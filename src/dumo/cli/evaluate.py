@@ -248,7 +248,7 @@ def evaluate(
             bar=bar if is_main else no_bar,
         )
     if is_main:
-        show(report, as_json, everything=everything)
+        _show_report(report, as_json=as_json, everything=everything)
 
 
 def _judge_images(
@@ -279,10 +279,10 @@ def _judge_images(
             bar=bar if is_main else no_bar,
         )
     if is_main:
-        show(report, as_json, everything=everything)
+        _show_report(report, as_json=as_json, everything=everything)
 
 
-def show(report: dict[str, Any], as_json: bool, *, everything: bool = False) -> None:
+def _show_report(report: dict[str, Any], *, as_json: bool, everything: bool) -> None:
     """Print an evaluation: a table of scores, the baselines, the verdict, and the report's file.
 
     Without `everything` the table has the scores of the summary alone.

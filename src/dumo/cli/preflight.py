@@ -190,7 +190,7 @@ def _comment(text: str) -> str:
 
 def _unknown_classes(conditions: "Conditions") -> list[tuple[str, str]]:
     """A line that says that the classes are not known yet; [] where they are."""
-    if conditions.known:
+    if conditions.are_known:
         return []
     counted = "captions" if conditions.captions else "a class per folder"
     return [("classes", f"not known yet: {counted}, counted when the data are there")]

@@ -287,7 +287,7 @@ def _next_commands(run: "Run", folder: Path) -> list[str]:
     return commands
 
 
-def _propose_run(place: str, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
+def _propose_run(place: str, overrides: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
     """Propose a run for the images at `place`, and return it once the user agrees.
 
     Raises BadParameter without a terminal to `ask` on, Exit where the answer is no, UserError where no run fits.
@@ -296,7 +296,7 @@ def _propose_run(place: str, sets: list[str], minutes: float | None, device: str
     from dumo.runtime import dist
 
     dist.require_one_process(f"planning a run on {place}")
-    proposed_run = proposal.propose(place, sets, minutes=minutes, device=device, bar=bar)
+    proposed_run = proposal.propose(place, overrides, minutes=minutes, device=device, bar=bar)
     show_lines(proposed_run.lines())
     if ask and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")

@@ -47,32 +47,32 @@ out = PlainConsole(markup=False, emoji=False)  # what users typed is shown as th
 err = PlainConsole(markup=False, emoji=False, highlight=False, stderr=True)
 
 STOPPED = 128  # the exit code of a command that a signal ends is this and the signal's number
-PATIENCE = 5.0  # seconds that a failed rank waits, so that rank 0 may print the same error first: ours
-LAST_LINES = 30  # of its output that it prints after that, the end of a traceback: ours
-MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
-AMOUNT = re.compile(r"allocate ([\d.]+ \w+)")
-MORE = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
+RANK_0_SECONDS = 5.0  # that a failed rank waits, so that rank 0 may print the same error first: ours
+MAX_RANK_LINES = 30  # of its output that it prints after that, the end of a traceback: ours
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
+MISSING_MEMORY = re.compile(r"allocate ([\d.]+ \w+)")
+MEMORY_FIX = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
 _done_options: set[str] = set()  # of the command that runs: see `drop_from_resume`
 
 
-def stoppable(command: Callable[..., None], *, keeps: bool = True) -> Callable[..., None]:
+def stoppable(command: Callable[..., None], *, keeps_work: bool) -> Callable[..., None]:
     """The command; a signal ends it with a line that says how to go on, and exit code 128 + the signal (130: Ctrl-C).
 
-    Work that looks for it stops between its pieces, and keeps them; a second signal ends the command where it is. So
-    does the first one where it `keeps` nothing.
+    `keeps_work`: the command works in pieces, which it keeps. It then stops between two of them, and a second signal
+    ends it where it is. Else the first one does.
     """
 
     @wraps(command)
     def run(*words: object, **options: object) -> None:
         _done_options.clear()
         try:
-            with signals.listening(_acknowledge) if keeps else nullcontext():
+            with signals.listening(_acknowledge) if keeps_work else nullcontext():
                 command(*words, **options)
         except signals.Stopped as stopped:
             print_line(f"{stopped}; {_resume_command()}")
             raise typer.Exit(STOPPED + stopped.number) from None
         except KeyboardInterrupt:
-            print_line(f"stopped; {_resume_command()}" if keeps else "stopped")
+            print_line(f"stopped; {_resume_command()}" if keeps_work else "stopped")
             raise typer.Exit(STOPPED + signal.SIGINT) from None
 
     return run
@@ -144,8 +144,8 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
 
     def leave(code: int) -> NoReturn:
         if rank and 0 < code < STOPPED:  # a signal reaches all
-            time.sleep(PATIENCE)
-            lines = kept_back.getvalue().splitlines()[-LAST_LINES:]
+            time.sleep(RANK_0_SECONDS)
+            lines = kept_back.getvalue().splitlines()[-MAX_RANK_LINES:]
             print(*(f"rank {rank}: {line}" for line in lines), sep="\n", file=stderr)
         for stream in (stdout, stderr):
             try:
@@ -197,10 +197,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     """
     if _is_out_of_memory(error):
         message = "out of memory"
-        amount = AMOUNT.search(str(error))
+        amount = MISSING_MEMORY.search(str(error))
         if amount:
             message += f" at {amount[1]} more"
-        hints = getattr(error, "__notes__", [MORE])
+        hints = getattr(error, "__notes__", [MEMORY_FIX])
         return f"{message}: {'; '.join(hints)}", 1
     if isinstance(error, OSError):  # a full disk, a folder that may not be written to
         message = f"{error.filename or 'writing'}: {error.strerror or error}"
@@ -229,7 +229,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
         case MemoryError():
             return True
         case RuntimeError():
-            return bool(MEMORY.search(str(error)))
+            return bool(OUT_OF_MEMORY.search(str(error)))
         case _:
             return False
 

@@ -47,8 +47,8 @@ class Conditions:
         return self.data.classes
 
     @property
-    def known(self) -> bool:
-        """Whether the classes are known; False before they are counted in the data."""
+    def are_known(self) -> bool:
+        """Whether it is known how many there are; False before they are counted in the data."""
         return bool(self.count) or shown(self.data).names is not None
 
     @property
@@ -93,19 +93,19 @@ class Conditions:
 
         return label_index(text, self.names, self.count, are_captions=self.captions is not None)
 
-    def of(self, labels: Int64[Tensor, " n"], *, held: bool = False) -> Int64[Tensor, " n"]:
+    def of_labels(self, labels: Int64[Tensor, " n"], *, held_out: bool = False) -> Int64[Tensor, " n"]:
         """The conditions (n,) of samples of these classes.
 
         Without captions they are the classes themselves. With templates each is a caption of the class, by its
-        templates in turn; `held` takes the templates that are held out. Captions that were written for each image have
-        no classes: then they are those of n images spread evenly over the data, or of all images in turn where n is
-        larger, whatever the labels are. Raises UserError if nothing is held out, or captions are missing.
+        templates in turn; `held_out` takes the templates that are held out. Captions that were written for each image
+        have no classes: then they are those of n images spread evenly over the data, or of all images in turn where n
+        is larger, whatever the labels are. Raises UserError if nothing is held out, or captions are missing.
         """
         captioning = self.captions
         if captioning is None:
             return labels
         if captioning.kind == "templates":
-            return captioning.captions_in_turn(labels, self.data.labels, held_out=held)
+            return captioning.captions_in_turn(labels, self.data.labels, held_out=held_out)
         if not has_images(self.data):
             return labels
         captions = self.data.all_captions()
@@ -123,4 +123,4 @@ class Conditions:
 
         if only:
             return generate.labels_in_turn(count, self.count, only)
-        return self.of(generate.labels_in_turn(count, self.data.labels))
+        return self.of_labels(generate.labels_in_turn(count, self.data.labels))

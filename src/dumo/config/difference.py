@@ -61,9 +61,9 @@ def differences(
             yield Difference(f"{prefix}{name}", to_jsonable_python(was), to_jsonable_python(now), may_change)
 
 
-def difference_lines(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:
+def difference_lines(old: BaseModel, new: BaseModel) -> Iterator[str]:
     """A line of text for each of the `differences`."""
-    return map(str, differences(old, new, prefix))
+    return map(str, differences(old, new))
 
 
 def identity(spec: BaseModel) -> str:

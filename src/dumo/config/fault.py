@@ -16,7 +16,7 @@ from dumo.config.outline import Schema, choices, is_current, kinds_of, root
 from dumo.io.read import brief
 
 TYPES = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}  # of values without fields
-BOUNDS = {  # of numbers: what pydantic calls them
+BOUNDS = {  # of numbers: what pydantic calls them, by the keywords of JSON schema
     "minimum": "ge",
     "maximum": "le",
     "exclusiveMinimum": "gt",
@@ -27,8 +27,8 @@ BOUNDS = {  # of numbers: what pydantic calls them
 
 def faults(tree: dict[str, Any]) -> list[str]:
     """A line for each mistake in the plain values of a run, or of some of its parts; []: none is found."""
-    found = list(_part_faults(tree, root(), ""))
-    return found if found and is_current() else []
+    lines = list(_part_faults(tree, root(), ""))
+    return lines if lines and is_current() else []
 
 
 def _part_faults(part: dict[str, Any], schema: Schema, path: str) -> Iterator[str]:
@@ -122,5 +122,5 @@ def _type_of(schema: Schema) -> Any:  # noqa: ANN401, an annotation
         return Literal[tuple(schema["enum"])]
     if schema["type"] not in ("integer", "number"):
         return TYPES[schema["type"]]
-    bounds: dict[str, Any] = {ours: schema[theirs] for theirs, ours in BOUNDS.items() if theirs in schema}
+    bounds: dict[str, Any] = {name: schema[keyword] for keyword, name in BOUNDS.items() if keyword in schema}
     return Annotated[TYPES[schema["type"]], Field(allow_inf_nan=False, **bounds)]

@@ -67,9 +67,11 @@ def _classes_of(tree: dict[str, Any]) -> tuple[int, Sequence[str]] | None:
     if not isinstance(data, dict) or data.get("captions"):
         return None
     resolved = tree.get("resolved")
-    found = resolved if isinstance(resolved, dict) else {}
-    count = data.get("classes") or found.get(f"{path}.classes") or TOY_CLASSES.get(str(data.get("kind")))
+    resolved_fields = resolved if isinstance(resolved, dict) else {}
+    count = data.get("classes") or resolved_fields.get(f"{path}.classes")
+    if not count:
+        count = TOY_CLASSES.get(str(data.get("kind")))
     names: Sequence[str] = ()
     for field in ("names", "titles"):  # as `Conditions.names` takes them
-        names = names or data.get(field) or found.get(f"{path}.{field}") or ()
+        names = names or data.get(field) or resolved_fields.get(f"{path}.{field}") or ()
     return (count, names) if isinstance(count, int) else None

@@ -196,4 +196,4 @@ def ways_to_captions(data: Data) -> str:
 
 def may_have_classes(data: Data) -> bool:
     """Whether the data have classes or captions, or may have some because classes are not counted yet."""
-    return data.classes > 0 or not Conditions(data).known
+    return data.classes > 0 or not Conditions(data).are_known

@@ -5,6 +5,10 @@
 
 The file holds a hash of the lines that declare fields and kinds. Once one of them has changed, as where somebody adds
 an objective, `is_current` says so, and the specs alone decide.
+
+- `root` is the schema of a run; `choices`, `kinds_of` and `kinds_at` go down from it.
+- `paths_of` and `field_names` look fields up by name.
+- `declarations_hash` and `pruned_schema` are for who writes the file.
 """
 
 import ast
@@ -19,7 +23,7 @@ from typing import Any
 Schema = dict[str, Any]  # JSON schema
 FILE = Path(__file__).with_name("outline.json")
 DEFINITIONS = "$defs"
-DECLARED = "declared"  # the key of the hash
+HASH_KEY = "declared"  # in the file, of `declarations_hash`
 PACKAGE = Path(__file__).parents[1]
 ASSIGNMENT = re.compile(r"^(?P<name>[A-Z]\w*)(: [^=\n]+)? = .*(\n[ )\]}].*)*", re.MULTILINE)  # of a module's constant
 # Keywords of JSON schema that the file keeps.
@@ -37,34 +41,34 @@ def root() -> Schema:
 
 def is_current() -> bool:
     """Whether the fields and kinds are declared as they were when the file was written. Takes a fifth of a second."""
-    return root()[DECLARED] == declared(PACKAGE)
+    return root()[HASH_KEY] == declarations_hash(PACKAGE)
 
 
 @cache
-def declared(package: Path) -> str:
+def declarations_hash(package: Path) -> str:
     """A hash of the statements in a package that declare fields of specs, their kinds and the types that these name.
 
     The bounds and choices that those statements name may stand in any file: they are of the hash, too.
     """
-    found = sha256()
-    named: set[str] = set()
+    hash_of_statements = sha256()
+    used_names: set[str] = set()
     texts = [file.read_text(encoding="utf-8") for file in sorted(package.rglob("*.py"))]
     for text in texts:
         if not re.search(r"Spec\b|SpecFamily|BaseModel", text):
             continue
         lines = text.splitlines()
         for statement in _declarations(ast.parse(text)):
-            named |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
-            found.update("\n".join(lines[statement.lineno - 1 : statement.end_lineno]).encode())
+            used_names |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+            hash_of_statements.update("\n".join(lines[statement.lineno - 1 : statement.end_lineno]).encode())
     for text in texts:
         for assignment in ASSIGNMENT.finditer(text):
-            if assignment["name"] in named:
-                found.update(assignment[0].encode())
-    return found.hexdigest()
+            if assignment["name"] in used_names:
+                hash_of_statements.update(assignment[0].encode())
+    return hash_of_statements.hexdigest()
 
 
 def _declarations(module: ast.Module) -> Iterator[ast.stmt]:
-    """Of a file: the fields of its classes, then its types and tables of kinds."""
+    """The statements of a file that declare fields of its classes, its types and its tables of kinds, in order."""
     for statement in module.body:
         if isinstance(statement, ast.ClassDef):
             yield from (field for field in statement.body if isinstance(field, ast.AnnAssign))
@@ -83,8 +87,8 @@ def choices(schema: Schema) -> Iterator[Schema]:
         for choice in schema["anyOf"]:
             yield from choices(choice)
     elif isinstance(schema.get("type"), list):
-        for one_type in schema["type"]:
-            yield {**schema, "type": one_type}
+        for type_name in schema["type"]:
+            yield {**schema, "type": type_name}
     else:
         yield schema
 
@@ -122,15 +126,15 @@ def field_names() -> list[str]:
     return names
 
 
-def pruned(schema: object, *, named: bool = False) -> Any:  # noqa: ANN401, a part of a JSON schema
-    """A JSON schema with KEYWORDS alone. `named`: the keys of this mapping are names of fields or definitions."""
+def pruned_schema(schema: object, *, has_names: bool = False) -> Any:  # noqa: ANN401, a part of a JSON schema
+    """A JSON schema with KEYWORDS alone. `has_names`: the keys of this mapping are names of fields or definitions."""
     if isinstance(schema, list):
-        return [pruned(item) for item in schema]
+        return [pruned_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    kept: Schema = {}
+    pruned: Schema = {}
     for key, value in schema.items():
-        if named or key in KEYWORDS or key == DEFINITIONS:
-            holds_names = not named and key in ("properties", DEFINITIONS)
-            kept[key] = pruned(value, named=holds_names)
-    return kept
+        if has_names or key in KEYWORDS or key == DEFINITIONS:
+            value_has_names = not has_names and key in ("properties", DEFINITIONS)
+            pruned[key] = pruned_schema(value, has_names=value_has_names)
+    return pruned

@@ -19,13 +19,14 @@ def schema() -> dict[str, Any]:
 
 def outline_text() -> str:
     """The text of outline.json (`dumo.config.outline`), with a line for the hash and for each part of a run."""
-    tree = outline.pruned(_loosen(Run.model_json_schema()))
+    tree = outline.pruned_schema(_loosen(Run.model_json_schema()))
     parts = tree.pop(outline.DEFINITIONS)
     lines = [f"{json.dumps(name)}: {json.dumps(part)}" for name, part in sorted(parts.items())]
     definitions = ",\n".join(lines)
     fields = json.dumps(tree).removesuffix("}")
-    declared = json.dumps(outline.declared(outline.PACKAGE))
-    return f'{fields},\n"{outline.DECLARED}": {declared},\n"{outline.DEFINITIONS}": {{\n{definitions}\n}}}}\n'
+    declarations_hash = json.dumps(outline.declarations_hash(outline.PACKAGE))
+    hash_line = f'"{outline.HASH_KEY}": {declarations_hash}'
+    return f'{fields},\n{hash_line},\n"{outline.DEFINITIONS}": {{\n{definitions}\n}}}}\n'
 
 
 def _loosen(part: object) -> object:

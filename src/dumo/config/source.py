@@ -1,9 +1,14 @@
 """Read a run's text: of a recipe, a YAML file or a run's folder, over the base that a file may name (ADR 0002).
 
-`choose` decides what a word of the command line means: a recipe, a file, a run, a trained run that comes with dumo, or
-images. `read` gives the plain values that a source says; `dumo.config.load` makes them a run. `read_file` and
-`parse_text` do so for a file and its text. A run.yaml, which training writes complete, says its format (ADR 0003);
-files that people write need none. Of a run that was moved with its latents, `read_file` says where these are now.
+1. `choose` decides what a word of the command line means: a recipe, a file, a run, a trained run that comes with dumo,
+   or images; `trained_name_of` asks for a trained run alone. `folder_of_images` and `settings_of_images` are for
+   images.
+2. `read` gives the plain values that a source says, over its bases; `read_file` and `parse_text` do so for a file and
+   its text. `dumo.config.load` makes a run of them.
+
+A run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none. Of a run that
+was moved with its latents, `read_file` says where these are now. `file_state` tells whether a file was written again,
+`is_root_proposed` whether a run's folder of latents was proposed, and `encode_command` what makes the latents.
 """
 
 import os
@@ -131,7 +136,7 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     """
     if out is not None and source in recipes.names() and out == Path(source) and (out / RUN_FILE).is_file():
         return ChosenSource("run", f"./{source}", out)
-    recipe = recipe_of(source)
+    recipe = _recipe_of(source)
     if recipe is not None:
         return ChosenSource("recipe", source, Path(RUNS_FOLDER) / recipe)
     trained_name = trained_name_of(source)
@@ -177,14 +182,14 @@ def settings_of_images(tree: dict[str, Any], texts: Sequence[str], place: str | 
     return changes
 
 
-def recipe_of(source: str | Path) -> str | None:
+def _recipe_of(source: str | Path) -> str | None:
     """The name of the recipe that a source means; None: it is a path. A `Path` that exists is always a path.
 
     Raises UserError where ./NAME holds a run or images: then either may be meant.
     """
     if isinstance(source, Path) and os.path.exists(source):
         return None
-    return shipped_name(str(source), recipes.names(), images=True)
+    return _find_shipped_name(str(source), recipes.names(), images=True)
 
 
 def trained_name_of(source: str | Path) -> str | None:
@@ -194,10 +199,10 @@ def trained_name_of(source: str | Path) -> str | None:
     """
     if isinstance(source, Path) and (source / RUN_FILE).is_file():
         return None
-    return shipped_name(str(source), trained.names())
+    return _find_shipped_name(str(source), trained.names())
 
 
-def shipped_name(source: str, names: Collection[str], *, images: bool = False) -> str | None:
+def _find_shipped_name(source: str, names: Collection[str], *, images: bool = False) -> str | None:
     """The one of `names`, of what dumo ships, that a source means; None: it is a path.
 
     Raises UserError where ./NAME holds a run (with `images`, also images): then either may be meant.
@@ -218,7 +223,7 @@ def shipped_name(source: str, names: Collection[str], *, images: bool = False) -
 
 def read(source: str | Path) -> RunText:
     """What a source says, over its bases. Raises UserError where there is none, or it cannot be read."""
-    recipe = recipe_of(source)
+    recipe = _recipe_of(source)
     if recipe is not None:
         name = f"recipe {recipe}"
         return RunText(_over_base(deepcopy(_parse_recipe(recipe)), name, None), name)

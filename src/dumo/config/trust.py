@@ -46,13 +46,13 @@ def accept(overrides: Sequence[str]) -> None:
         accepted_names.update(CODE_NAME.findall(override))
 
 
-def require(named: Iterable[tuple[str, Sequence[str]]], source: str) -> None:
+def require(names_and_folders: Iterable[tuple[str, Sequence[str]]], source: str) -> None:
     """Raise UserError for code that nobody agreed to run. A person at a terminal is asked first.
 
-    `named` has pairs of a name, module:attribute, and the folders where Python will look for its module. `source` says
-    in the message what names them.
+    `names_and_folders` are pairs of a name, module:attribute, and the folders where Python will look for its module.
+    `source` says in the message what names them.
     """
-    for name, folders in named:
+    for name, folders in names_and_folders:
         module = name.partition(":")[0]
         if trusts_all or name in accepted_names or module in sys.modules:
             continue

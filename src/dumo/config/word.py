@@ -14,7 +14,7 @@ from typing import NamedTuple
 from dumo.io.yaml import parse_yaml
 from dumo.types import Objective
 
-FIRST_LINE = re.compile(r"([^(:]+) \(([^)]+)\): (.+)")  # of an objective's module: Name (source): what it does.
+_FIRST_LINE = re.compile(r"([^(:]+) \(([^)]+)\): (.+)")  # of an objective's module: Name (source): what it does.
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,21 @@ class Word:
     meaning: str = ""  # a sentence
 
 
-WORDS = parse_yaml(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+_WORDS = parse_yaml(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
 
 
 def _words_of(section: str) -> dict[str, Word]:
     """The words of a section of words.yaml, by key."""
-    return {key: Word(**fields) for key, fields in WORDS[section].items()}
+    return {key: Word(**fields) for key, fields in _WORDS[section].items()}
 
 
 MERITS = _words_of("merits")  # by score
 BASELINES = _words_of("baselines")  # by what is judged in place of the run
 WATCHED = _words_of("watched")  # by note of a training step
-BEFORE = _words_of("before")["fd"]  # of the distance before rounding to grey values
-REAL = BASELINES["halves"].title
-STATES: dict[str, str] = WORDS["states"]  # by verdict of an evaluation
-NETS: dict[str, str] = WORDS["nets"]  # by kind
-HEADS: dict[str, str] = WORDS["heads"]  # of more than DuMo's v and u
+_FD_BEFORE_ROUNDING = _words_of("before")["fd"]  # where a table has the distance after rounding to grey values, too
+STATES: dict[str, str] = _WORDS["states"]  # by verdict of an evaluation
+NETS: dict[str, str] = _WORDS["nets"]  # by kind
+HEADS: dict[str, str] = _WORDS["heads"]  # of more than DuMo's v and u
 
 
 def word(words: Mapping[str, Word], key: str) -> Word:
@@ -66,7 +65,7 @@ def method(objective: Objective) -> Method:
 
     Where the module has no such line, the name is the objective's kind.
     """
-    first_line = FIRST_LINE.match(sys.modules[type(objective).__module__].__doc__ or "")
+    first_line = _FIRST_LINE.match(sys.modules[type(objective).__module__].__doc__ or "")
     return Method(*first_line.groups()) if first_line else Method(objective.kind)
 
 
@@ -85,5 +84,5 @@ def merits(columns: list[str]) -> dict[str, Word]:
     """
     word_by_column = {key: word(MERITS, key) for key in columns}
     if {"fd", "fd_grey"} <= word_by_column.keys():
-        word_by_column["fd"] = BEFORE
+        word_by_column["fd"] = _FD_BEFORE_ROUNDING
     return word_by_column

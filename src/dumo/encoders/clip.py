@@ -6,10 +6,10 @@ tokenizer and colours into a `Clip`. `Clip.cosines` preprocesses images, tokeniz
 Preprocessing is fixed here, as in the published code, whatever else is installed: Pillow brings the shorter side to the
 model's, bicubic, the middle is cut out, and colours are centred and scaled.
 
-`read_config`, `read_colours` and the colours of OpenAI's CLIP are also for `dumo.encoders.vision`.
+`read_config`, `read_colours`, `to_inputs` and the colours of OpenAI's CLIP are also for `dumo.encoders.vision`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,7 +67,7 @@ class Clip:
             inputs = {
                 "input_ids": ids,
                 "attention_mask": mask.long(),
-                "pixel_values": self._preprocess(pixels[batch]),
+                "pixel_values": to_inputs(pixels[batch], self._resize_and_crop, self.mean, self.deviation),
             }
             with foreign(f"the CLIP of {self.folder} fails", HINT):
                 output = self.model(**{name: x.to(self.model.device) for name, x in inputs.items()})
@@ -75,20 +75,13 @@ class Clip:
                 batches.append(cosines.float().cpu())
         return torch.cat([torch.zeros(0), *batches])
 
-    def _preprocess(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
-        """Resize and crop images, and scale their colours, as the model expects them."""
-        images = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
-        squares = np.stack([np.asarray(_resize_and_crop(Image.fromarray(image), self.side)) for image in images])
-        colours = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
-        return (colours - self.mean) / self.deviation
-
-
-def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
-    """Resize the shorter side of an image to `side` pixels, then cut out the middle `side` by `side`."""
-    width, height = (side * length // min(image.size) for length in image.size)
-    left = (width - side) // 2
-    top = (height - side) // 2
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    def _resize_and_crop(self, image: Image.Image) -> Image.Image:
+        """Resize the shorter side of an image to `side` pixels, then cut out the middle `side` by `side`."""
+        side = self.side
+        width, height = (side * length // min(image.size) for length in image.size)
+        left = (width - side) // 2
+        top = (height - side) // 2
+        return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
 
 
 def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
@@ -117,6 +110,19 @@ def read_config(folder: Path, files: Sequence[str], field: str, hint: str) -> di
     config = read_settings(folder / CONFIG, hint)
     require_weights(folder, TRANSFORMERS, field, hint).require_undamaged()
     return config
+
+
+def to_inputs(
+    pixels: Pixels,
+    to_square: Callable[[Image.Image], Image.Image],
+    mean: Float[Tensor, "3 1 1"],
+    deviation: Float[Tensor, "3 1 1"],
+) -> Float[Tensor, "n 3 side side"]:
+    """Bring images to squares, one by one, and their colours, in [0, 1], to what a model expects."""
+    images = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    squares = np.stack([np.asarray(to_square(Image.fromarray(image))) for image in images])
+    colours = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
+    return (colours - mean) / deviation
 
 
 def read_colours(

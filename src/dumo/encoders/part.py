@@ -80,10 +80,10 @@ class PartWeights:
             **options,
         )
 
-    def require_undamaged(self, hint: str = "") -> None:
-        """Read the headers. Raises UserError, which ends in `hint`, for a damaged file."""
+    def require_undamaged(self) -> None:
+        """Read the headers. Raises UserError for a damaged file."""
         for file in self.files:
-            with weights.open_safetensors(file, hint):
+            with weights.open_safetensors(file):
                 pass
 
     def sha256(self, hint: str = "") -> str:

@@ -182,7 +182,7 @@ def defaults(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN401, a class of
     return arguments
 
 
-def _stack_rows(rows: Sequence[dict[str, Tensor]], *, keeps_padding: bool = False) -> Embeddings:
+def _stack_rows(rows: Sequence[dict[str, Tensor]], *, keeps_padding: bool) -> Embeddings:
     """Stack rows into a batch (b, l, d), with zeros behind each row's tokens.
 
     Unless `keeps_padding`, tokens behind the last that a row's mask keeps are left out.

@@ -68,7 +68,7 @@ class TextTableIndex(TableIndex):
         spec: EncoderSpec,
         encoder: LoadedEncoder,
         shard_rows: int,
-        sources: "SourceImages | None" = None,
+        sources: "SourceImages | None",
     ) -> "TextTableIndex":
         """Make the index of a table of these captions, before any shard is made.
 

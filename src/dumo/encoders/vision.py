@@ -3,7 +3,7 @@
 The model is in a folder of the user's own, as transformers saves it. `load` checks the folder and reads it into an
 `ImageEncoder`. A call of the `ImageEncoder` preprocesses images, and returns their `ImageFeatures`.
 
-To add a kind of features, add a row to `FEATURE_MODELS`, and its preprocessing to `ImageEncoder.preprocess`.
+To add a kind of features, add a row to `FEATURE_MODELS`, and its preprocessing to `ImageEncoder`.
 
 Preprocessing is fixed here, as in the code of those who judge by these features, whatever else is installed:
 
@@ -20,7 +20,6 @@ from math import isqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -116,26 +115,22 @@ class ImageEncoder:
 
     def preprocess(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
         """Resize images, and scale their colours, as the model expects them."""
-        images = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
-        squares = np.stack([np.asarray(_to_square(Image.fromarray(image), self.side, self.kind)) for image in images])
-        colours = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
-        return (colours - self.mean) / self.deviation
+        return clip.to_inputs(pixels, self._to_square, self.mean, self.deviation)
+
+    def _to_square(self, image: Image.Image) -> Image.Image:
+        """Resize an image to a square of `side` pixels: for CMMD its middle square, else all of it."""
+        if self.kind == "cmmd":
+            width, height = image.size
+            short = min(width, height)
+            left = (width - short) // 2
+            top = (height - short) // 2
+            image = image.crop((left, top, left + short, top + short))
+        return image.resize((self.side, self.side), Image.Resampling.BICUBIC)
 
 
 def _colour_text(colour: Float[Tensor, "3 1 1"]) -> str:
     """Return red, green and blue in words, for a report."""
     return ", ".join(f"{number:.4g}" for number in colour.flatten().tolist())
-
-
-def _to_square(image: Image.Image, side: int, kind: FeatureKind) -> Image.Image:
-    """Resize an image to a square of `side` pixels: for CMMD its middle square, else all of it."""
-    if kind == "cmmd":
-        width, height = image.size
-        short = min(width, height)
-        left = (width - short) // 2
-        top = (height - short) // 2
-        image = image.crop((left, top, left + short, top + short))
-    return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def load(folder: Path, kind: FeatureKind, field: str, device: torch.device | str = "cpu") -> ImageEncoder:

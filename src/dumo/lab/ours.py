@@ -113,7 +113,7 @@ def class_fd(sampler: Sampler, spec: Evaluation, real_moments: Sequence[Moments]
     """
     classes = sampler.data.labels
     c = labels_in_turn(min(MAX_SAMPLES, 2 * len(spec.protocol.labels(classes))), classes)
-    samples = sampler.sample(sampler.conditions.of(c, held=held), nfe=1, seed=spec.seed).x
+    samples = sampler.sample(sampler.conditions.of_labels(c, held_out=held), nfe=1, seed=spec.seed).x
     features = FEATURES[spec.protocol.kind](samples)
     distances = [frechet_distance(Moments.of(features[c == k]), moments) for k, moments in enumerate(real_moments)]
     return fmean(distances)

@@ -55,7 +55,7 @@ MAX_RATE = 3.0  # of |t dv/dt| / |v|: in nets of digits that could be tuned at m
 def caption_findings(data: Data) -> list[Finding]:
     """How many captions there are, and how many images have none; [] of data without captions, or not counted yet."""
     conditions = Conditions(data)
-    if conditions.captions is None or not conditions.known:
+    if conditions.captions is None or not conditions.are_known:
         return []
     if isinstance(conditions.captions, Templates):
         templates = conditions.captions.templates

@@ -194,4 +194,4 @@ def sheet_conditions(conditions: Conditions) -> Tensor:
     spaced_classes = None
     if num_classes > num_samples:
         spaced_classes = [i * num_classes // num_samples for i in range(num_samples)]
-    return conditions.of(generate.labels_in_turn(num_samples, num_classes, spaced_classes))
+    return conditions.of_labels(generate.labels_in_turn(num_samples, num_classes, spaced_classes))

@@ -72,7 +72,7 @@ def sample_conditions(data: Data, evaluation: Evaluation) -> Tensor:
     `evaluate.captions` says which captions: those of training, or those that were held out.
     """
     labels = evaluation.protocol.labels(data.labels)
-    return Conditions(data).of(labels, held=evaluation.captions == "held")
+    return Conditions(data).of_labels(labels, held_out=evaluation.captions == "held")
 
 
 def _plain_texts(data: Data) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dumo.cli.terminal import MORE, err, explain, memory_hint, out, show_lines, show_table, stoppable
+from dumo.cli.terminal import MEMORY_FIX, err, explain, memory_hint, out, show_lines, show_table, stoppable
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import bar, print_line
 from dumo.runtime.text import escape_controls, escape_line
@@ -61,9 +61,9 @@ CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capaci
         (PermissionError(errno.EACCES, "Permission denied", "a\nb"), r"a\nb: Permission denied", 2),
         (OSError(errno.ENOSPC, "No space left on device"), "writing: No space left on device", 2),
         (OSError(errno.EMFILE, "Too many open files", "x"), "x: Too many open files: raise the limit (ulimit -n)", 2),
-        (torch.OutOfMemoryError(CUDA), f"out of memory at 2.50 GiB more: {MORE}", 1),
-        (RuntimeError(f"rank 1: OutOfMemoryError: {CUDA}"), f"out of memory at 2.50 GiB more: {MORE}", 1),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), f"out of memory: {MORE}", 1),
+        (torch.OutOfMemoryError(CUDA), f"out of memory at 2.50 GiB more: {MEMORY_FIX}", 1),
+        (RuntimeError(f"rank 1: OutOfMemoryError: {CUDA}"), f"out of memory at 2.50 GiB more: {MEMORY_FIX}", 1),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), f"out of memory: {MEMORY_FIX}", 1),
     ],
 )
 def test_lines(error: Exception, line: str, code: int) -> None:
@@ -94,5 +94,5 @@ def test_too_little_memory_is_known_on_this_machine_and_has_a_way_out() -> None:
 def test_what_keeps_nothing_leaves_signals_to_the_system(keeps: bool) -> None:
     """So the first of them ends it; work that keeps something hears it."""
     before, found = signal.getsignal(signal.SIGTERM), []
-    stoppable(lambda: found.append(signal.getsignal(signal.SIGTERM)), keeps=keeps)()
+    stoppable(lambda: found.append(signal.getsignal(signal.SIGTERM)), keeps_work=keeps)()
     assert (found[0] is not before) == keeps

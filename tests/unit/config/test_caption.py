@@ -70,7 +70,7 @@ def test_captions_of_files_are_judged_by_those_of_images(tmp_path: Path) -> None
     as_lines(tmp_path, TOLD)
     data = f"data={{kind: images, root: {tmp_path}, side: {SIDE}, captions: {{kind: files}}}}"
     run = resolve(load("digits", [data, READ, "net.patch=2", "evaluate.protocol={kind: photos, samples: 24}"]))
-    few = run.conditions.of(torch.zeros(4, dtype=torch.long)).tolist()  # of images 0, 3, 6, 9
+    few = run.conditions.of_labels(torch.zeros(4, dtype=torch.long)).tolist()  # of images 0, 3, 6, 9
     assert few[0] == len(TEXTS)
     assert [TEXTS[k] in TOLD[i] for i, k in zip((3, 6, 9), few[1:], strict=True)] == [True] * 3
     c = judged(run)

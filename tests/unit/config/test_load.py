@@ -191,7 +191,7 @@ def test_difference_tells_each_field_from_left_to_right() -> None:
         "train.seed: 0 there, 4 asked",
     ]
     assert list(difference_lines(Hop(), Hop(start=0.5))) == ["start: 1.0 there, 0.5 asked"]
-    assert list(difference_lines(Ema(decay=0.5), Ema(decay=0.5, ramp=False), "a.")) == [
+    assert list(map(str, differences(Ema(decay=0.5), Ema(decay=0.5, ramp=False), "a."))) == [
         "a.ramp: true there, false asked"
     ]
 
