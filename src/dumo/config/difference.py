@@ -31,11 +31,8 @@ class Difference:
     may_change: bool  # whether a resumed run may have another value
 
     def __str__(self) -> str:
-        return self.between("there", "asked")
-
-    def between(self, there: str, here: str) -> str:
-        """A line: the field, and both values, each followed by a word for whose it is."""
-        return f"{self.field}: {shown(self.was)} {there}, {shown(self.now)} {here}"
+        """A line: the field, its value in the run's folder, and the one that is asked for."""
+        return f"{self.field}: {shown(self.was)} there, {shown(self.now)} asked"
 
 
 def differences(

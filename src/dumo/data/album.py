@@ -127,8 +127,8 @@ class Album:
         """All images where they are in memory, else the i-th choice of n; with their classes, not mirrored."""
         if self.decoded is not None or n >= self.size:
             return self.rows(slice(None))
-        chosen = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
-        return self._read_readable(chosen)
+        chosen_rows = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
+        return self._read_readable(chosen_rows)
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Some rows in their own order, with their classes, not mirrored; without images that cannot be read."""

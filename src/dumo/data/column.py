@@ -11,7 +11,6 @@ A value is one text, a list of texts, or missing. Texts stay as they are written
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 from dumo.data.pairing import ImageCaptions
@@ -44,10 +43,13 @@ class CaptionColumns:
 
         Raises UserError for a value that is no text.
         """
-        stating = [row for row in rows if any(name in row.values for name in self.names)]
-        if not stating:
-            return None
-        return tuple(chain.from_iterable(self.of_row(row) for row in stating))
+        captions: list[str] = []
+        has_column = False
+        for row in rows:
+            if any(name in row.values for name in self.names):
+                has_column = True
+                captions += self.of_row(row)
+        return tuple(captions) if has_column else None
 
     def of_row(self, row: TableRow) -> ImageCaptions:
         """The captions in a row, blank ones where there are no others. Raises UserError for a value that is no text."""

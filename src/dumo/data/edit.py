@@ -57,8 +57,9 @@ def edit_rows(
         pairing.refuse_orphans(root)
     without_rows = [image for image, rows in rows_by_image if not rows]
     if without_rows or not rows_by_image:
+        place = without_rows[0] if without_rows else root
         raise UserError(
-            f"{without_rows[0] if without_rows else root} has no row with '{brief(source)}' in {' or '.join(TABLES)}: "
+            f"{place} has no row with '{brief(source)}' in {' or '.join(TABLES)}: "
             "give each image in data.root a row that names the image it was edited from; keep the originals outside "
             "data.root"
         )
@@ -71,8 +72,8 @@ def source_hash(file: Path) -> str:
     """The SHA-256 of an image that is edited, read again where it has changed. Raises UserError where it is missing."""
     if not file.is_file():
         raise UserError(f"{file} is missing, an image to edit: put it there, or mend captions.source")
-    about = file.stat()
-    return _hash_of_state(file, about.st_mtime_ns, about.st_size)
+    file_stat = file.stat()
+    return _hash_of_state(file, file_stat.st_mtime_ns, file_stat.st_size)
 
 
 @lru_cache(None)

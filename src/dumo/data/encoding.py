@@ -251,7 +251,7 @@ def _join_batches(columns_by_batch: list[dict[str, Tensor]], index: CacheIndex) 
     Latents are in columns of their own for each bucket. Their rows are in that order already.
     """
     if not index.sizes:
-        return {name: torch.cat([columns[name] for columns in columns_by_batch]) for name in columns_by_batch[0]}
+        return table.concatenated(columns_by_batch)
     order = torch.cat([columns["image"] for columns in columns_by_batch]).argsort()
     joined: dict[str, Tensor] = {}
     for name, column in index.columns.items():

@@ -171,10 +171,10 @@ class Images(Spec):
             titles = self._find_titles(root)
             return self.model_copy(update={"titles": titles}) if titles else self
         if isinstance(self.captions, CaptionFiles):
-            counted = self._count_captions(root, self.captions)
+            facts = self._count_captions(root, self.captions)
         else:
-            counted = self._count_classes(root)
-        images = self.model_copy(update=counted)
+            facts = self._count_classes(root)
+        images = self.model_copy(update=facts)
         images.require_agreement()
         return images
 
@@ -223,8 +223,8 @@ class Images(Spec):
         count = len(captions)
         if self.classes not in (0, count):
             raise UserError(f"{root} has {count} captions, data.classes says {self.classes}: leave it out")
-        counted = files.model_copy(update={"digest": captions.digest()})
-        return {"classes": count, "names": (), "captions": counted}
+        with_digest = files.model_copy(update={"digest": captions.digest()})
+        return {"classes": count, "names": (), "captions": with_digest}
 
     def _read_captions(self, root: Path, files: CaptionFiles) -> Captions:
         """The captions of the images. Until a run has a digest of them, few may lack an image, or images a caption."""
@@ -434,10 +434,10 @@ def _open_format(
     """Open the files of a format, with their states, as a store. Takes and raises as `open_store`."""
     if format_name == "folder":
         return Folder(root, files, split=split, labelled=label is not None)
-    chosen = choose(root, list(files), split)
+    shards = choose(root, list(files), split)
     if format_name == "parquet":
-        return Parquet(chosen, label=label)
-    return Tar(chosen, labelled=label is not None)
+        return Parquet(shards, label=label)
+    return Tar(shards, labelled=label is not None)
 
 
 @contextmanager

@@ -355,11 +355,11 @@ class LatentSource:
             return self.cache_rows[rows_of(step, batch, size=self.size, seed=seed, rows=rows)]
         is_prior = share_of_rows(seed, step, PRIOR, batch, self.prior.share)
         cache_rows = torch.empty(batch, dtype=torch.long)  # by place in the batch
-        # both parts go through their own rows in their own order
-        for k, (part, is_part) in enumerate(((self.prior.prior, is_prior), (self.prior.other, ~is_prior))):
-            part_seed = stream(seed, "prior", k).initial_seed()
-            drawn = rows_of(step, int(is_part.sum()), size=len(part), seed=part_seed)
-            cache_rows[is_part] = part[drawn]
+        # prior images and others each go through their own rows, in an order of their own
+        for k, (own_rows, is_own) in enumerate(((self.prior.prior, is_prior), (self.prior.other, ~is_prior))):
+            own_seed = stream(seed, "prior", k).initial_seed()
+            drawn_rows = rows_of(step, int(is_own.sum()), size=len(own_rows), seed=own_seed)
+            cache_rows[is_own] = own_rows[drawn_rows]
         return cache_rows[rows]
 
     def fingerprint(self) -> str:
@@ -368,8 +368,8 @@ class LatentSource:
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """The i-th choice of n latents, or all where there are fewer, with their classes; not mirrored."""
-        chosen = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
-        numbers = self.cache_rows[chosen]
+        chosen_rows = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
+        numbers = self.cache_rows[chosen_rows]
         moments = self.cache.take(numbers, f"x{self.suffix}")
         x = self._draw(moments, seed, "reference posterior", i, rows=range(len(moments)))
         return x, self.cache.take(numbers, "labels")

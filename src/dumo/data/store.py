@@ -15,6 +15,7 @@ import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -174,12 +175,12 @@ def _read_regular(file: str) -> bytes:
 
     What a pipe holds never comes, or never ends.
     """
-    with open(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as opened:
-        about = os.fstat(opened.fileno())
-        if not stat.S_ISREG(about.st_mode):
+    with open(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as stream:
+        file_stat = os.fstat(stream.fileno())
+        if not stat.S_ISREG(file_stat.st_mode):
             raise Unreadable("is no regular file")
-        require_small(about.st_size)
-        return opened.read(about.st_size)
+        require_small(file_stat.st_size)
+        return stream.read(file_stat.st_size)
 
 
 def require_small(size: int) -> None:
@@ -238,22 +239,22 @@ def first_sorted(items: Iterable[str]) -> str:
 
 def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[str, FileState]) -> None:
     """Add the states of the files in a folder, depth first; `above` are the folders on the way, by device and inode."""
-    about_folder = os.stat(folder)
-    identity = (about_folder.st_dev, about_folder.st_ino)
+    folder_stat = os.stat(folder)
+    identity = (folder_stat.st_dev, folder_stat.st_ino)
     if identity in above:
         raise UserError(f"{folder} is a link to a folder that holds it, so it never ends: remove the link")
     with os.scandir(folder) as entries:
-        listed = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    for entry in listed:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    for entry in sorted(visible, key=attrgetter("name")):
         try:
-            about = os.stat(entry.path)
+            entry_stat = os.stat(entry.path)
         except OSError:  # a link to nowhere, or to itself: reading it says so
             states[entry.path] = (-1, 0, 0)
             continue
-        if stat.S_ISDIR(about.st_mode):
+        if stat.S_ISDIR(entry_stat.st_mode):
             _walk_folder(entry.path, above | {identity}, states)
         else:
-            states[entry.path] = state_of(about)
+            states[entry.path] = state_of(entry_stat)
 
 
 def _split_of(root: Path, file: str) -> str:

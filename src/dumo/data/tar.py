@@ -205,8 +205,8 @@ class MemberTexts:
 
 def _noted_scan(file: str) -> Scan:
     """The scan of an archive: from its note, else made now and noted. Raises as `scan_archive`."""
-    about = os.stat(file)
-    state = f"{about.st_size} {about.st_mtime_ns}"
+    file_stat = os.stat(file)
+    state = f"{file_stat.st_size} {file_stat.st_mtime_ns}"
     folder, name = os.path.split(os.path.abspath(file))
     places = [place / f"{name}.safetensors" for place in files.note_places(Path(folder), NOTE_FOLDER)]
     for place in places:

@@ -122,9 +122,9 @@ _MAX_NAMES = 3  # of tensors, shown in the error for a file of no known model: o
 
 def unpack_hint(file: Path) -> str:
     """What a file is, and the command that makes a folder DIR of it, in words. Raises UserError for a damaged file."""
-    with weights.open_safetensors(file) as opened:
-        names = list(opened.keys())
-        dtype = opened.get_slice(names[0]).get_dtype() if names else ""
+    with weights.open_safetensors(file) as tensors:
+        names = list(tensors.keys())
+        dtype = tensors.get_slice(names[0]).get_dtype() if names else ""
     kind = _kind_of(names)
     if kind is None:
         return _unknown_model_hint(file, names)

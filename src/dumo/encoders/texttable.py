@@ -367,8 +367,7 @@ def encode(
                 columns["source"] = sources.latents_of(batch_texts)
             batches.append(columns)
             report(first + len(batch_texts) - rows.start)
-        shard = {name: torch.cat([columns[name] for columns in batches]) for name in batches[0]}
-        return to_stored_types(shard, dtypes)
+        return to_stored_types(table.concatenated(batches), dtypes)
 
     lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
     return table.make(

@@ -19,14 +19,15 @@ less those that the source left out.
 
 To read a table: `read_finished` reads the index of a finished one, and `read` that of any. `require` compares the files
 with the index. `ShardTable` then reads rows, or whole shards, which are mapped into memory, so a table may be larger
-than it. `written_shards` says which shards are there, `rows_of_rank` how much a rank has to read.
+than it. `written_shards` says which shards are there, `rows_of_rank` how much a rank has to read. `concatenated` joins
+the rows of several batches, for who makes a shard.
 
 The fields of `TableIndex`, `Column` and `Shard` are the keys of the JSON files: a new name there is a new format.
 """
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -273,6 +274,14 @@ def require(folder: Path, index: TableIndex, *, deep: bool = False) -> None:
             faults.append(f"{shard.file} {fault}")
     if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}: {index.remake}")
+
+
+def concatenated(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The columns of one or more batches, by name, with the rows of one batch after those of the other."""
+    joined: dict[str, Tensor] = {}
+    for name in batches[0]:
+        joined[name] = torch.cat([columns[name] for columns in batches])
+    return joined
 
 
 def rows_of_rank(rows: int, shard_rows: int, rank: int, world: int) -> int:
