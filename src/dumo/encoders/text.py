@@ -94,10 +94,6 @@ class TextEncoder(Spec):
             raise UserError(f"{_FIELD}: {self.source} has no {CONFIG}: {_HINT}")
         return EncoderFolder(folder, require_weights(folder, TRANSFORMERS, _FIELD, _HINT))
 
-    def tokenizer(self) -> LoadedTokenizer:
-        """Load the tokenizer. Raises UserError as `find_folder`, and where there is none."""
-        return self._load_tokenizer(self.find_folder())
-
     def model_type(self) -> str:
         """The name of the encoder's architecture. Raises UserError as `find_folder`, and where config.json has none."""
         return self.find_folder().model_type
@@ -109,13 +105,10 @@ class TextEncoder(Spec):
         """
         folder = self.find_folder()
         folder.weights.require_undamaged()  # before transformers reads them
-        tokenizer = self._load_tokenizer(folder)
+        # a text is cut behind its `length` tokens and those that are skipped
+        tokenizer = load_tokenizer(folder.tokenizer_path, self.length + self.skip, self.template)
         model = load_model(folder.path, folder.class_name(self.pooled), "net.texts", _HINT)
         return EncoderModel(self, folder, tokenizer, model.to(device), torch.device(device))
-
-    def _load_tokenizer(self, folder: "EncoderFolder") -> LoadedTokenizer:
-        """Load the tokenizer, which cuts texts behind `length` tokens and those that are skipped."""
-        return load_tokenizer(folder.tokenizer_path, self.length + self.skip, self.template)
 
 
 @dataclass(frozen=True)

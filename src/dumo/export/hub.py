@@ -1,4 +1,7 @@
-"""An export on the Hugging Face Hub, by its own client, which reads token and address from the environment."""
+"""An export on the Hugging Face Hub, by its own client, which reads token and address from the environment.
+
+`require_uploadable` refuses an upload that must fail, before anything is written. `push` uploads what was written.
+"""
 
 from pathlib import Path
 

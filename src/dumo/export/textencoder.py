@@ -29,7 +29,7 @@ from dumo.types import UserError
 
 TEXT_ENCODER = "text_encoder"  # folders of diffusers, and arguments of the shipped pipeline
 TOKENIZER = "tokenizer"
-# What both read in a comparison: no caption, and texts of several lengths. Ours.
+# By which dumo and the shipped pipeline are compared: no caption, and texts of several lengths. Ours.
 _COMPARED_PROMPTS = ("", "a seven", "a red fox in the snow", "7")
 Json = dict[str, Any]
 
@@ -41,7 +41,7 @@ class ShippedTextEncoder:
     model: Any  # of transformers
     tokenizer: Any  # of transformers
     settings: Json  # how the shipped pipeline reads them: fields of its `__init__`
-    read: Callable[[Sequence[str]], TextRows]  # what dumo makes of texts
+    embed: Callable[[Sequence[str]], TextRows]  # as dumo does: tokens, mask and pooled embeddings of texts
     folder: EncoderFolder | None  # of a published encoder; None: it was trained with the net
 
     @property
@@ -51,21 +51,21 @@ class ShippedTextEncoder:
 
     @property
     def source(self) -> str:
-        """The name of the folder that a published encoder, or the pipeline that it is a part of, lies in; "": none."""
+        """The folder's name, of a published encoder or of the pipeline that it is a part of; "": trained with the net."""
         if self.folder is None:
             return ""
         return self.folder.path.parent.name if self.subfolder else self.folder.path.name
 
     @property
     def subfolder(self) -> str:
-        """The encoder's folder inside `source`, and "" where it is that itself."""
+        """The name of the encoder's folder in `source`; "" where `source` is that folder itself."""
         if self.folder is None or self.folder.path == self.folder.tokenizer_path:
             return ""
         return self.folder.path.name
 
     @property
     def tokenizer_subfolder(self) -> str:
-        """The tokenizer's folder inside `source`, and "" where it is that itself."""
+        """The name of the tokenizer's folder in `source`; "" where `source` is that folder itself."""
         return self.folder.tokenizer_path.name if self.folder and self.subfolder else ""
 
 
@@ -77,14 +77,14 @@ def text_encoder_of(sampler: Sampler, texts: object) -> ShippedTextEncoder | Non
     if texts is None:
         return None
     if isinstance(texts, LearnedTexts):
-        return _trained_along(sampler, texts)
+        return _learned_encoder(sampler, texts)
     if isinstance(texts, TextTable):
-        return _published(sampler, texts.encoder, texts.open_table(sampler.data.classes).contents.sha256)
+        return _published_encoder(sampler, texts.encoder, texts.open_table(sampler.data.classes).contents.sha256)
     kind = getattr(texts, "kind", type(texts).__name__)
     raise UserError(f"net.texts.kind is {kind}, which the exported code does not know: sample it by dumo sample")
 
 
-def _trained_along(sampler: Sampler, spec: LearnedTexts) -> ShippedTextEncoder:
+def _learned_encoder(sampler: Sampler, spec: LearnedTexts) -> ShippedTextEncoder:
     """The T5 that is part of the net, as a model of its own."""
     texts = sampler.texts
     assert isinstance(texts, TokenTexts)
@@ -95,7 +95,7 @@ def _trained_along(sampler: Sampler, spec: LearnedTexts) -> ShippedTextEncoder:
     tokenizer = spec.tokenizer.open()
 
     @torch.no_grad()
-    def read(prompts: Sequence[str]) -> TextRows:
+    def embed(prompts: Sequence[str]) -> TextRows:
         ids, mask = tokenizer(prompts)
         ids = ids.to(sampler.device)
         mask = mask.to(sampler.device)
@@ -106,12 +106,12 @@ def _trained_along(sampler: Sampler, spec: LearnedTexts) -> ShippedTextEncoder:
         model=model.eval().to(sampler.device),
         tokenizer=tokenizer.model,
         settings={"text_length": tokenizer.length},
-        read=read,
+        embed=embed,
         folder=None,
     )
 
 
-def _published(sampler: Sampler, spec: TextEncoder, sha256: str) -> ShippedTextEncoder:
+def _published_encoder(sampler: Sampler, spec: TextEncoder, sha256: str) -> ShippedTextEncoder:
     """The encoder of a table of embeddings. Raises UserError for another than the one of this hash."""
     encoder = spec.open(sampler.device)
     if encoder.sha256 != sha256:
@@ -120,7 +120,7 @@ def _published(sampler: Sampler, spec: TextEncoder, sha256: str) -> ShippedTextE
             f"{sha256}: name the folder of that encoder"
         )
 
-    def read(prompts: Sequence[str]) -> TextRows:
+    def embed(prompts: Sequence[str]) -> TextRows:
         embeddings = encoder(prompts)
         dtype = getattr(torch, spec.dtype)
         tokens = (embeddings.tokens * embeddings.mask[..., None]).to(dtype).float()
@@ -141,14 +141,14 @@ def _published(sampler: Sampler, spec: TextEncoder, sha256: str) -> ShippedTextE
         model=encoder.model,
         tokenizer=encoder.tokenizer.model,
         settings=settings,
-        read=read,
+        embed=embed,
         folder=encoder.folder,
     )
 
 
 def require_same_embeddings(encoder: ShippedTextEncoder, pipeline: Any) -> None:  # noqa: ANN401, of shipped code
     """Raise UserError where the shipped pipeline's embeddings of prompts are not dumo's to the bit."""
-    tokens, mask, pooled = encoder.read(_COMPARED_PROMPTS)
+    tokens, mask, pooled = encoder.embed(_COMPARED_PROMPTS)
     shipped_tokens, shipped_mask, shipped_pooled = pipeline.encode_prompt([*_COMPARED_PROMPTS])
     length = tokens.shape[1]
     is_token = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.cpu()

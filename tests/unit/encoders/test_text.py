@@ -42,9 +42,10 @@ def test_it_is_what_transformers_gives(t5: Path, clip: Path) -> None:
     assert torch.equal(TextEncoder(source=str(t5)).open()(TEXTS).tokens, wanted)
 
     spec = TextEncoder(source=str(clip), pooled=True, layer=-2, pad=True, length=12)
-    ids, _ = spec.tokenizer()(TEXTS)
+    encoder = spec.open()
+    ids, _ = encoder.tokenizer(TEXTS)
     stock = CLIPTextModelWithProjection.from_pretrained(clip)(ids, output_hidden_states=True)
-    found = spec.open()(TEXTS)
+    found = encoder(TEXTS)
     assert torch.equal(found.tokens, stock.hidden_states[-2])
     assert found.pooled is not None
     assert torch.equal(found.pooled, stock.text_embeds)
