@@ -276,9 +276,11 @@ class TrainedRun:
             raise UserError(f"data '{kind}' has points of shape {self.spec.shown_shape}, not images: plot them instead")
         if not _is_tensor(images):
             raise UserError(f"pil takes images as `sample` gives them, a tensor, not a {type(images).__name__}")
-        grey = images.ndim == 4 and images.shape[1] == 1
-        rows = (Image.fromarray(pixels.numpy()) for pixels in picture.to_rows(images))
-        return [image.convert("L") if grey else image for image in rows]
+        is_grey = images.ndim == 4 and images.shape[1] == 1
+        pictures = [Image.fromarray(pixels.numpy()) for pixels in picture.to_rows(images)]
+        if is_grey:
+            return [image.convert("L") for image in pictures]
+        return pictures
 
     @with_known_arguments
     def evaluate(

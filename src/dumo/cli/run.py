@@ -227,12 +227,12 @@ def train(
         began=began,
         bar=bar,
     )
-    tracked: AbstractContextManager[Sequence[Every]] = nullcontext(())  # the hooks that send its log to a tracker
+    tracking: AbstractContextManager[Sequence[Every]] = nullcontext(())  # the hooks that send its log to a tracker
     if track is not None:
         from dumo.report.feed import live_feed
 
-        tracked = live_feed(folder, track, print_line)
-    with tracked as hooks, opened as job:
+        tracking = live_feed(folder, track, print_line)
+    with tracking as hooks, opened as job:
         if chosen.kind != "recipe":  # a path may hold several things
             print_line(f"source: {chosen.meaning}")
         run = job.run

@@ -177,8 +177,10 @@ def settings_of_images(tree: dict[str, Any], texts: Sequence[str], place: str | 
     changes = [] if place is None else [f"{images_field}.root={place}"]
     for text in texts:
         words = re.split("[.=]", text, maxsplit=2)  # data, the field, what follows
-        is_of_images = text.startswith("data.") and words[1] not in LATENTS_FIELDS
-        changes.append(f"{images_field}.{text.removeprefix('data.')}" if is_of_images else text)
+        if text.startswith("data.") and words[1] not in LATENTS_FIELDS:
+            changes.append(f"{images_field}.{text.removeprefix('data.')}")
+        else:
+            changes.append(text)
     return changes
 
 

@@ -136,12 +136,14 @@ def _pair_files(root: Path, store: Folder, name: str) -> Pairing:
             f"{root} has no {' or '.join(TABLES)} that '{brief(name)}' could stand in: set captions.name=txt"
         )
     pairing = Pairing(
-        captions=[columns.of_rows(rows.by_image.get(path, ())) if columns else None for path in paths],
+        captions=[None] * len(paths),
         name_of=lambda i: _path_below(absolute_folder, paths[i]),
-        blank="a row with an empty text" if columns else "an empty .txt",
+        blank="an empty .txt",
         columns=rows.text_columns(),
     )
     if columns:  # else the tables are of other things
+        pairing.captions = [columns.of_rows(rows.by_image.get(path, ())) for path in paths]
+        pairing.blank = "a row with an empty text"
         pairing.num_rows = rows.num_rows
         pairing.orphan_rows = rows.orphans
     suffixes = [f".{ending}" for ending in _text_endings(name)]
@@ -191,22 +193,23 @@ def _pair_rows(store: Parquet, name: str) -> Pairing:
     has_shared_captions = any(column in shared for column in CAPTION_NAMES)
     # a column that some files lack is refused when it is read
     available = shared if name == AUTO and has_shared_captions else store.column_names()
-    captions_in = caption_columns(name, available, store.files[0])
+    columns = caption_columns(name, available, store.files[0])
     pairing = Pairing(captions=[], name_of=store.path, blank="an empty text", columns=store.text_column_names())
-    if captions_in is None:
+    if columns is None:
         pairing.captions = [()] * len(store)
         return pairing
-    values_by_column = [store.read_texts(column) for column in captions_in.names]
+    values_by_column = [store.read_texts(column) for column in columns.names]
     for i, values in enumerate(zip(*values_by_column, strict=True)):
-        row = TableRow(store.path(i), dict(zip(captions_in.names, values, strict=True)))
-        pairing.captions.append(captions_in.of_row(row))
+        row = TableRow(store.path(i), dict(zip(columns.names, values, strict=True)))
+        pairing.captions.append(columns.of_row(row))
     return pairing
 
 
 def _pair_members(store: Tar, name: str) -> Pairing:
     """Pair the images in archives with the members next to them: files of text, else .json."""
     endings = _text_endings(name)
-    members = store.texts(endings if name == "txt" else (*endings, "json"))
+    suffixes = endings if name == "txt" else (*endings, "json")
+    members = store.texts(suffixes)
     rows: list[TableRow] = []
     for i, by_ending in enumerate(members.by_image):
         where = f"the .json of {store.path(i)}"

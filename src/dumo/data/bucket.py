@@ -187,6 +187,7 @@ class BucketedStore:
         is_read = bucketed.bucket_index != UNREADABLE
         readable_index = bucketed.bucket_index[is_read]
         decoded_bytes = sum(3 * prod(self.sizes[k]) for k in readable_index.tolist())
+        album_memory = memory if decoded_bytes <= memory else 0.0  # all buckets are kept decoded, or none
         albums: dict[int, Album] = {}
         for k in readable_index.unique().tolist():
             height, width = self.sizes[k]
@@ -195,7 +196,7 @@ class BucketedStore:
                 ToRectangle(height, width, self.crop),
                 flip=self.flip,
                 skip=self.skip,
-                memory=memory if decoded_bytes <= memory else 0.0,
+                memory=album_memory,
                 numbered=self.numbered,
                 only=(bucketed.bucket_index == k).nonzero().flatten() + bucketed.rows.start,
                 hashes=self.hashes,

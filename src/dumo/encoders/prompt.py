@@ -192,7 +192,10 @@ def _stack_rows(rows: Sequence[dict[str, Tensor]], *, keeps_padding: bool) -> Em
     for row in rows:
         mask = row["mask"].bool() if "mask" in row else torch.ones(len(row["tokens"]), dtype=torch.bool)
         masks.append(mask)
-        lengths.append(len(mask) if keeps_padding else int(mask.nonzero()[-1]) + 1)
+        if keeps_padding:
+            lengths.append(len(mask))
+        else:
+            lengths.append(int(mask.nonzero()[-1]) + 1)
     longest = max(lengths, default=0)
     tokens = [pad(row["tokens"][:n], (0, 0, 0, longest - n)) for row, n in zip(rows, lengths, strict=True)]
     padded_masks = [pad(mask[:n], (0, longest - n)) for mask, n in zip(masks, lengths, strict=True)]

@@ -51,7 +51,7 @@ class ShippedTextEncoder:
 
     @property
     def source(self) -> str:
-        """The folder's name, of a published encoder or of the pipeline that it is a part of; "": trained with the net."""
+        """The folder's name, of a published encoder or of the pipeline that has it; "": it was trained with the net."""
         if self.folder is None:
             return ""
         return self.folder.path.parent.name if self.subfolder else self.folder.path.name
