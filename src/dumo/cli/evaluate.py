@@ -158,12 +158,9 @@ def _send_rows(runs: list[str], to: str, *, follow: bool) -> None:
     Raises UserError for a run that comes with dumo, in whose folder nothing can be noted.
     """
     from dumo.config.source import trained_name_of
-    from dumo.config.suggestion import require_known
     from dumo.report.feed import feed, nap
-    from dumo.report.tracker import TRACKERS
     from dumo.types import UserError
 
-    require_known("tracker", to, TRACKERS)
     for run in runs:
         if trained_name_of(run) is not None:
             raise UserError(f"{run} comes with dumo, and its log is done: print it with dumo log {run} --json")

@@ -3,12 +3,10 @@
 `export` is the command. In this order it
 
 1. reads the run's settings (`dumo.cli.precheck`);
-2. checks what needs no run: the target, the hub's repository, and the names after --to, --parts and --dtype;
+2. checks what needs no run: the target and the hub's repository; typer has checked --to, --parts and --dtype;
 3. opens the run on the CPU, and writes it (`dumo.export.write`), which checks what depends on the run: --head, --nfe
    and --alone;
 4. uploads what was written (`dumo.export.hub`), or says what to type next.
-
-Options with a few values are texts here, because `dumo.export.write` has their values, and its errors name the nearest.
 """
 
 from pathlib import Path
@@ -102,7 +100,6 @@ def export(
         target = _default_target(run_folder, to)
     write.require_diffusers()
     write.require_vacant(target)
-    write.require_known_options(to, parts, dtype)
     if push is not None:
         hub.require_uploadable(push, parts)
     passes = parse_integers(nfe, "--nfe") or ()

@@ -253,9 +253,9 @@ def of_own(
     kind: str,
     name: str,
     solver: Restart | Hop | Hermite | Euler,
-    encoder: ShippedTextEncoder | None = None,
+    encoder: ShippedTextEncoder | None,
     *,
-    has_encoder: bool = False,
+    has_encoder: bool,
 ) -> str:
     """The card of a folder called `name` with a net of dumo's own, of this kind, and the code that runs it.
 

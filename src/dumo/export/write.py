@@ -5,8 +5,8 @@
    of dumo's own with its code (`dumo.export.standalone`); or a pretrained model as a pipeline (`_write_pipeline`).
 3. Next to it, in a folder, it notes the run in dumo.json.
 
-The command line calls `require_diffusers`, `require_vacant` and `require_known_options` beforehand, to refuse before it
-opens the run. A pipeline's folder, for `DiffusionPipeline.from_pretrained(OUT)`:
+Callers also ask `require_diffusers` and `require_vacant`, to refuse before they open the run. The folder of a pipeline,
+for `DiffusionPipeline.from_pretrained(OUT)`:
 
 transformer/       the model, with one head instead of its last layer
 scheduler/         of a flow map, one that adds fresh noise between two passes; of a velocity, the source's own
@@ -77,7 +77,7 @@ def export(
     program runs what the run has; OSError where nothing can be written. Then nothing is written.
     """
     require_diffusers()
-    require_known_options(to, parts, dtype)
+    _require_known_options(to, parts, dtype)
     if alone and not (opened.run.has_subject and to in ("lora", "comfyui")):
         raise UserError(
             f"{option('alone', True)} leaves out a few-step run's adapters, of a run on top of one (net.lora.subject): "
@@ -134,7 +134,7 @@ def require_diffusers() -> None:
         raise UserError(f"an export needs diffusers: {install_command('diffusers')}")
 
 
-def require_known_options(to: str, parts: str, dtype: str) -> None:
+def _require_known_options(to: str, parts: str, dtype: str) -> None:
     """Raise UserError for a form, a treatment of parts or a dtype that there is not."""
     require_known(option("to"), to, FORMS)
     require_known(option("parts"), parts, PARTS)
