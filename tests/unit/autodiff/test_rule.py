@@ -101,7 +101,7 @@ x: 2 3 4
     x.sigmoid() | torch.sigmoid(x) | F.sigmoid(x)
     F.gelu(x) | F.gelu(x, approximate="tanh") | torch.nn.GELU("tanh")(x) | F.silu(x) | torch.nn.SiLU()(x)
     F.softplus(x) | F.softplus(x, 2.0, 1.0) | F.elu(x) | F.elu(x, 0.5) | F.mish(x) | F.leaky_relu(x, 0.1)
-    torch.clamp(x, -0.5, 0.5) | x.clamp(min=0) | x.clip(max=w)
+    torch.clamp(x, -0.5, 0.5) | x.clamp(min=0) | x.clip(max=w) | torch.clip(x, -0.5)
     torch.softmax(x, -1) | torch.softmax(x, 1, torch.float64) | x.softmax(dim=1) | F.softmax(x, dim=-1)
     F.softmax(x.float(), -1, dtype=torch.float64)
     F.normalize(x) | F.normalize(x, dim=-1, eps=2.0) | torch.linalg.vector_norm(x)
@@ -151,7 +151,8 @@ x: 2 4 3 6 6
     F.conv_transpose3d(x, w.transpose(0, 1)[..., :2, :3, :3], b[:2], stride=2)
 x: 3 4, a: 3 4
     2**x | 0.5**a | a**x | torch.pow(2, x) | torch.pow(a, x) | x.erf() | torch.log1p(a) | x.expm1() | torch.tan(x)
-    x.atan() | x.sinh() | torch.cosh(x)
+    torch.erf(x) | a.log1p() | torch.expm1(x) | x.tan()
+    x.atan() | x.sinh() | torch.cosh(x) | torch.atan(x) | torch.sinh(x) | x.cosh()
 x: 2 3, y: 4 3, z: 1 3
     torch.nn.utils.rnn.pad_sequence([x, y, z])
     torch.nn.utils.rnn.pad_sequence((y, w, x), batch_first=True, padding_value=2.0)
