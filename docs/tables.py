@@ -29,7 +29,7 @@ def grouped(results: Row, *keys: str) -> list[list[Row]]:
     """The rows that agree in these keys, one for each number of passes, in their order, with all spreads."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for stored, row in zip(results["table"], from_cells(results), strict=True):
-        for score in ("fd", "fd_grey", "mmd"):
+        for score in ("fd", "fd_grey", "mmd", "class_mmd"):
             assert abs((stored.get(score) or 0) - (row.get(score) or 0)) < 1e-9, stored
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
     return [*found.values()]
@@ -42,8 +42,8 @@ def at_budget(results: Row, budget: float) -> list[list[Row]]:
 
 def by_arm(results: Row) -> list[list[Row]]:
     """The rows of each arm, by its first column; the nearest in its fewest passes first."""
-    score = main_score(results["table"][0])
     found = grouped(results, next(iter(results["table"][0])))
+    score = main_score(found[0][0])
     return sorted(found, key=lambda own: (own[0]["nfe"], own[0][score]))
 
 
@@ -63,7 +63,7 @@ def judged(arms: list[list[Row]], passes: tuple[int, ...]) -> list[list[str]]:
     Of results from before errors were known the spread over seeds, and nothing bold.
     """
     score = main_score(arms[0][0])
-    digits = 2 if score in ("mmd", "fd_grey") else 1
+    digits = 1 if score == "fd" else 2
     columns: list[list[str]] = []
     for nfe in passes:
         rows = [next((row for row in own if row["nfe"] == nfe), None) for own in arms]
@@ -97,13 +97,18 @@ def failures(arms: list[list[Row]]) -> list[str]:
     counts: list[str] = []
     for own in arms:
         row = own[0]
-        score = next(key for key in ("mmd", "fd_grey", "fd") if row.get(key) is not None)
+        score = next(key for key in ("class_mmd", "mmd", "fd_grey", "fd") if row.get(key) is not None)
         failed = list[str]()
         if row["nfe"] == 1:
             accuracies = by_seed(row, "accuracy") if row["protocol"].startswith("cifar10") else {}
             failed = failed_seeds(by_seed(row, score), accuracies)
         counts.append(f"{len(failed)} of {row['seeds']}" if failed else "")
     return counts
+
+
+def score_title(row: Row) -> str:
+    """What a column of a row's main score is called."""
+    return {"class_mmd": "kernel distance by class · 10³", "mmd": "kernel distance · 10³"}.get(main_score(row), "FD")
 
 
 def with_failures(table: list[list[str]], counts: list[str]) -> Iterator[str]:
@@ -127,7 +132,7 @@ def arms(results: Row) -> Iterator[str]:
     every, first = by_arm(results), next(iter(results["table"][0].values()))
     arms = read_plan(results["name"]).arms
     kinds = {arm.labels["objective"]: load(arm.recipe).objective.kind for arm in arms if "objective" in arm.labels}
-    title = "kernel distance · 10³" if main_score(every[0][0]) == "mmd" else "FD"
+    title = score_title(every[0][0])
     table = [["", "F", f"{title}, 1 NFE", "2", "4", "recall"]]
     for own, cells in zip(every, judged(every, (1, 2, 4)), strict=True):
         one, name = own[0], next(iter(own[0].values()))
@@ -169,7 +174,7 @@ def best(results: Row) -> Iterator[str]:
     """Arms at the largest budget, by number of passes; the best bold."""
     largest = max(row["budget"] for row in results["table"])
     every = at_budget(results, largest)
-    title = "kernel distance · 10³" if main_score(every[0][0]) == "mmd" else "FD"
+    title = score_title(every[0][0])
     table = [["", f"{title}, 1 NFE", "2", "4", "50", "recall"]]
     for own, scores in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
         table.append([own[0]["arm"], *scores, f"{own[0]['recall']:.2f}"])

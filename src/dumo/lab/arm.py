@@ -7,7 +7,7 @@ from PIL import Image
 from dumo.config.word import MERITS, word
 from dumo.io import picture
 from dumo.lab.cell import Result, Row
-from dumo.lab.table import group_by_arm, main_score
+from dumo.lab.table import group_by_arm, leading_score, main_score
 from dumo.report import chart, score
 from dumo.runtime.text import nfe_text
 
@@ -28,7 +28,7 @@ def ranking_chart(title: str, rows: Sequence[Row]) -> Image.Image:
 
 def sample_sheets(results: Sequence[Result]) -> Image.Image:
     """Samples of the first seed of every arm in its fewest passes, two of a class, below its score: the best first."""
-    lead = score.score_names(results[0].report["results"][0])[0]
+    lead = leading_score(score.score_names(results[0].report["results"][0]))
     sheets: list[tuple[float, str, Image.Image]] = []  # score, title, picture
     for first, *_ in group_by_arm(results):
         fewest_passes = first.report["results"][0]

@@ -44,7 +44,21 @@ TWO_HEADS = "two heads"
 ADAPTIVE = "one head, MeanFlow's metric"
 ONE_HEAD = "one head"
 # the columns of `words` that averages give
-SCORES = ("nfe", "mmd", "mmd_sd", "error", "fd", "fd_sd", "fd_grey", "fd_grey_sd", "precision", "recall", "accuracy")
+SCORES = (
+    "nfe",
+    "class_mmd",
+    "class_mmd_sd",
+    "mmd",
+    "mmd_sd",
+    "error",
+    "fd",
+    "fd_sd",
+    "fd_grey",
+    "fd_grey_sd",
+    "precision",
+    "recall",
+    "accuracy",
+)
 
 
 def fair_table(plan: Plan, results: list[Result]) -> list[Row]:

@@ -107,8 +107,11 @@ def main_score(row: Row) -> str:
 
 
 def leading_score(scores: Sequence[str]) -> str:
-    """The main score: `mmd`, or `fd_grey` of digits from before it was measured, or the protocol's own."""
-    for name in ("mmd", "fd_grey"):
+    """The main score: by class where it was measured so, as in `dumo compare`; else the protocol's own.
+
+    Older results of digits lead with `fd_grey`.
+    """
+    for name in ("class_mmd", "mmd", "fd_grey"):
         if name in scores:
             return name
     return headline_score(scores)
