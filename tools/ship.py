@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from safetensors.torch import load_file, save_file
 
 from dumo.config.load import RUN_FILE, dump
+from dumo.config.place import LOG_FILE
 from dumo.config.spec import Run
 from dumo.data.latents import Latents
 from dumo.encoders.classifier import cifar10
@@ -40,7 +41,6 @@ from dumo.lab.table import leading_score
 from dumo.report.card import FILE as EVALUATION
 from dumo.run.judge import reference_data
 from dumo.run.resolve import as_given, resolve
-from dumo.run.speed import LOG_FILE
 from dumo.run.weights import RunFolder, open_run
 from dumo.training import log, manifest
 from dumo.types import UserError

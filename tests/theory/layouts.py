@@ -18,7 +18,7 @@ from dumo.data import Data
 from dumo.io.source import DataSource
 from dumo.run.journal import slope_in_time
 from dumo.run.net import flow_in_training
-from dumo.run.weights import build, sketch
+from dumo.run.weights import build, build_deferred
 from dumo.runtime import dist
 from dumo.runtime.random import keyed
 from dumo.training import agreement
@@ -66,7 +66,7 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
     if dist.world() == 1:
         state = begin(build(run), run.train)
     else:  # as `dumo train` begins
-        net, made = sketch(run)
+        net, made = build_deferred(run)
         assert all(p.is_meta for name, p in net.named_parameters() if "blocks" in name)
         state = begin(net, run.train, torch.device("cpu"), made)
     rows = span(pieces(run.train, run.objective))

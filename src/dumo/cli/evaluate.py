@@ -69,9 +69,9 @@ def log(
 def _read_logs(runs: list[str]) -> "dict[str, list[Row]]":
     """The rows of each run's log, by what was typed for the run. Raises UserError where there is no log."""
     from dumo.run import shipped
-    from dumo.run.speed import logged
+    from dumo.run.speed import log_with_speeds
 
-    return {run: logged(shipped.find(run)) for run in runs}
+    return {run: log_with_speeds(shipped.find(run)) for run in runs}
 
 
 def _show_log(runs: list[str], last: int, *, as_json: bool) -> None:

@@ -2,11 +2,11 @@
 
 - `cluster` has the facts of a run on some ranks: bytes, traffic, work, hours. It calls `count_step`.
 - `count_step` counts one rank's step.
-- `fit` tries layouts (`_layout_fields`) until the peak of a step is small enough, and returns the fields to set;
-  `with_fields` and `set_arguments` apply and write such fields.
+- `fit` tries layouts (`_layout_fields`, `_LayoutTrials`) until the peak of a step is small enough, and returns the
+  fields to set; `with_fields` and `set_arguments` apply and write such fields.
 
-One rank's step is made on tensors without numbers, in a group of ranks that are not there (`fake_ranks`), so that
-nothing is sent, and what would be is counted (`Traffic`).
+One rank's step is made on tensors without values, in a group of ranks that do not exist (`fake_ranks`). So nothing is
+sent, and what would be sent is counted (`Traffic`).
 
 The net is laid out as training lays it (`dumo.training.layout`), so gathers, gradients and what stays gathered come as
 they do there. Memory is followed by torch's `FSDPMemTracker`, through a step that is not the first, when the optimizer
@@ -44,11 +44,12 @@ from dumo.flow.slope import DualSlope, Way
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.plan import plan
-from dumo.plan.host import DEVICES, host_bytes
+from dumo.plan.host import host_bytes
 from dumo.run import cost, memory
 from dumo.run.memory import HeldBytes
 from dumo.run.net import outline
 from dumo.runtime import dist
+from dumo.runtime.progress import ignore_line
 from dumo.runtime.text import bytes_text
 from dumo.training import layout
 from dumo.training.layout import share_of
@@ -57,7 +58,7 @@ from dumo.training.state import State, begin
 from dumo.training.step import flow_of, pieces
 from dumo.types import Frozen, Net, Noised, Objective, Terms, UserError
 
-HOUR = 3600.0  # seconds
+SECONDS_PER_HOUR = 3600.0
 USUAL_SHARE_OF_PEAK = 0.4  # of a GPU's peak that training reaches, where nothing else is known: ours
 MIN_ROWS = 8  # at a time: fewer leave a GPU idle, except in a pretrained net, whose rows have many tokens. Ours
 CODINGS = ("float32", "bfloat16", "int8", "nf4")  # of `net.lora.frozen`, each with fewer bits than the one before
@@ -75,7 +76,6 @@ MEMORY_PARTS = {  # of a step: the tracker's names for each
     "averages": ("Inputs",),
     "activations": ("Activation", "Temp"),
 }
-
 
 Fields = dict[str, Any]  # dotted fields and their values
 
@@ -111,21 +111,18 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     parts = {**step.memory, "encoders": plan.encoder_bytes(spec.net, spec.data.classes)}
     peak = sum(parts.values())
     checkpoint = memory.checkpoint_bytes(net, held, ranks)
-    bytes_by_device: dict[str, dict[str, dict[str, int]]] = {}
-    for name in DEVICES:
-        bytes_by_device[name] = host_bytes(
-            net,
-            train,
-            ranks=ranks,
-            held=held,
-            checkpoint_copy=checkpoint.host_copy_per_rank,
-            step=peak,
-            device=name,
-            has_slope=objective.needs.slope is not None,
-        )
+    bytes_by_device = host_bytes(
+        net,
+        train,
+        ranks=ranks,
+        held=held,
+        checkpoint_copy=checkpoint.host_copy_per_rank,
+        step=peak,
+        has_slope=objective.needs.slope is not None,
+    )
     hours = None
     if tflops:
-        hours = flops / (ranks * tflops * 1e12) / HOUR
+        hours = flops / (ranks * tflops * 1e12) / SECONDS_PER_HOUR
     return {
         "ranks": ranks,
         "share": share,
@@ -189,14 +186,14 @@ def fake_ranks(ranks: int) -> Generator[None, None, None]:
 
 
 def _track_step(state: State, objective: Objective, path: FlowPath, batch: Noised, train: Train) -> RankStep:
-    """Make the second step of the first rank, its passes of this batch and its update, and count it.
+    """Make the second step of the first rank, passes of this batch and the update, and count its memory and traffic.
 
     Two passes stand for all: one between the first and the last gathers as much as the last, and sends no gradients.
     """
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
     num_passes = len(pieces(train, objective))
-    num_run = min(num_passes, 2)
+    num_tracked = min(num_passes, 2)
     for p in state.net.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
     _update(state)  # torch works out once how to move sharded weights, on whole ones: not to be counted
@@ -205,11 +202,11 @@ def _track_step(state: State, objective: Objective, path: FlowPath, batch: Noise
     loss = _TrackedLoss(state.net, reference, objective, batch, train)
     tracker = FSDPMemTracker(state.net, state.optimizer)
     tracker.track_inputs(tuple(memory.average_tensors(state)))
-    pass_traffic = [Traffic() for _ in range(num_run)]
+    pass_traffic = [Traffic() for _ in range(num_tracked)]
     update_traffic = Traffic()
     with tracker:
         for number, traffic in enumerate(pass_traffic, 1):
-            layout.prepare_backward(state.net, number == num_run, reshard=train.reshard)
+            layout.prepare_backward(state.net, number == num_tracked, reshard=train.reshard)
             with traffic:
                 loss().backward()
         with update_traffic:
@@ -226,9 +223,9 @@ def _track_step(state: State, objective: Objective, path: FlowPath, batch: Noise
     for traffic in (*pass_traffic, update_traffic):
         calls.update(traffic.calls)
         sent.update(traffic.bytes)
-    num_not_run = num_passes - num_run
-    calls["all-gather"] += num_not_run * pass_traffic[-1].calls["all-gather"]
-    sent["all-gather"] += num_not_run * pass_traffic[-1].bytes["all-gather"]
+    num_untracked = num_passes - num_tracked
+    calls["all-gather"] += num_untracked * pass_traffic[-1].calls["all-gather"]
+    sent["all-gather"] += num_untracked * pass_traffic[-1].bytes["all-gather"]
     return RankStep(len(batch.t), num_passes, memory=parts, calls=+calls, sent=+sent)  # without zeros
 
 
@@ -243,7 +240,7 @@ class _TrackedLoss(nn.Module):
     """The loss of a pass as a module: the tracker takes a net that is called once, or from inside another module."""
 
     def __init__(self, net: nn.Module, ref: Frozen, objective: Objective, batch: Noised, train: Train) -> None:
-        """Keep all that `forward` needs. `batch` is the batch of one pass."""
+        """`ref` is theta^-, `batch` the batch of one pass."""
         super().__init__()
         self.batch = batch
         self.autocast = partial(autocast, train.precision, "cpu", keep=not layout.frees_gathered_weights(train.reshard))
@@ -278,7 +275,7 @@ class Traffic(TorchDispatchMode):
 
 
 class _ReshardedDualSlope(DualSlope):
-    """A dual slope of resharded weights: its tape cannot be replayed without them, so it makes another pass."""
+    """A dual slope of weights that are freed after each pass: no tape can be replayed, so it makes another pass."""
 
     def way(self, net: Net, ref: Frozen, *, known: bool, moving: Moving | None = None) -> Way:
         """The way of a dual slope, with another pass in place of the tape."""
@@ -297,42 +294,19 @@ def step_units(
     *,
     given_back: bool,
 ) -> float:
-    """Forward units of a step (`cost.forward_units`). `given_back`: weights are given back after each pass."""
+    """Forward units of a step (`cost.forward_units`). `given_back`: sharded weights are freed after each pass."""
     if given_back and isinstance(objective.needs.slope, DualSlope):
         objective = objective.model_copy(update={"slope": _ReshardedDualSlope()})
     return cost.forward_units(net, objective, path, shape, ref=ref)
 
 
-def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambda line: None) -> Fields:
+def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = ignore_line) -> Fields:
     """The fields to set for the first layout whose peak on each rank is at most `limit` bytes.
 
     `tell` is called with a line on each layout that is tried. Raises UserError if none fits, or the run cannot be
     divided among this many ranks.
     """
-    held_by_lora = dict[str, HeldBytes]()  # layouts differ in the bits of the base under a LoRA
-    peaks = dict[str, int]()  # bytes on a rank, by the name of each layout that was tried
-    counted_peaks = set[str]()  # names of layouts whose whole step was counted; other peaks are lower bounds
-    encoders = plan.encoder_bytes(spec.net, spec.data.classes)
-
-    def peak_text(name: str) -> str:
-        peak = bytes_text(peaks[name], 1024)
-        return peak if name in counted_peaks else f"more than {peak}"
-
-    def fits(fields: Fields) -> bool:
-        name = " ".join(set_arguments(fields)) or "as it is"
-        if name not in peaks:
-            run = with_fields(spec, fields)
-            lora = str(run.net.lora)
-            if lora not in held_by_lora:
-                held_by_lora[lora] = memory.held_bytes(outline(run), run.train)
-            peaks[name] = _least_bytes(run.train, ranks, held_by_lora[lora]) + encoders
-            if peaks[name] <= limit:
-                counted_peaks.add(name)
-                step = count_step(outline(run), run.objective, run.path, run.data.shape, run.train, ranks)
-                peaks[name] = sum(step.memory.values()) + encoders
-            tell(f"{name}: {peak_text(name)}")
-        return peaks[name] <= limit
-
+    trials = _LayoutTrials(spec, ranks, limit, tell)
     try:
         with_fields(spec, {"net.checkpoint": True})  # raises where blocks would forget a mask
         can_checkpoint = spec.net.checkpoint is False
@@ -343,17 +317,57 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
     for base_fields, layout_fields in product(_base_fields(spec.net.lora, spec.train.precision), all_layouts):
         fields = base_fields | layout_fields
         train = with_fields(spec, fields).train
-        first, *smaller = [fields | rows for rows in _row_fields(train, spec.objective, ranks, min_rows)]
-        if fits(first):
-            return first
-        if smaller and fits(smaller[-1]):  # else none of them fits
-            return next(candidate for candidate in smaller if fits(candidate))
-    best = min(counted_peaks or peaks, key=lambda name: peaks[name])
+        all_rows, *fewer_rows = [fields | rows for rows in _row_fields(train, spec.objective, ranks, min_rows)]
+        if trials.fits(all_rows):
+            return all_rows
+        if fewer_rows and trials.fits(fewer_rows[-1]):  # else none of them fits
+            return next(candidate for candidate in fewer_rows if trials.fits(candidate))
     ranks_text = "1 rank" if ranks == 1 else f"{ranks} ranks"
     raise UserError(
-        f"no layout keeps within {bytes_text(limit, 1024)} on each of {ranks_text}: the least is {peak_text(best)}, "
-        f"{best}. Take more ranks, larger GPUs, or a smaller net"
+        f"no layout keeps within {bytes_text(limit, 1024)} on each of {ranks_text}: the least is "
+        f"{trials.least_peak_text()}. Take more ranks, larger GPUs, or a smaller net"
     )
+
+
+class _LayoutTrials:
+    """The layouts of a run that were tried, and the peak bytes of each on a rank."""
+
+    def __init__(self, spec: Run, ranks: int, limit: int, tell: Callable[[str], object]) -> None:
+        """`limit` is the most bytes that a rank may take; `tell` is called with a line on each layout."""
+        self.spec = spec
+        self.ranks = ranks
+        self.limit = limit
+        self.tell = tell
+        self.peaks: dict[str, int] = {}  # bytes, by the name of the layout
+        self.counted: set[str] = set()  # names of layouts whose whole step was counted; other peaks are lower bounds
+        self.held_by_lora: dict[str, HeldBytes] = {}  # layouts differ in the bits of the base under a LoRA
+        self.encoders = plan.encoder_bytes(spec.net, spec.data.classes)
+
+    def fits(self, fields: Fields) -> bool:
+        """Whether the layout with these fields set keeps within the limit. A step is counted once, where it might."""
+        name = " ".join(set_arguments(fields)) or "as it is"
+        if name not in self.peaks:
+            run = with_fields(self.spec, fields)
+            lora = str(run.net.lora)
+            if lora not in self.held_by_lora:
+                self.held_by_lora[lora] = memory.held_bytes(outline(run), run.train)
+            self.peaks[name] = _least_bytes(run.train, self.ranks, self.held_by_lora[lora]) + self.encoders
+            if self.peaks[name] <= self.limit:
+                self.counted.add(name)
+                step = count_step(outline(run), run.objective, run.path, run.data.shape, run.train, self.ranks)
+                self.peaks[name] = sum(step.memory.values()) + self.encoders
+            self.tell(f"{name}: {self._peak_text(name)}")
+        return self.peaks[name] <= self.limit
+
+    def least_peak_text(self) -> str:
+        """The smallest peak, of those that were counted if any was, and the layout that has it."""
+        name = min(self.counted or self.peaks, key=lambda name: self.peaks[name])
+        return f"{self._peak_text(name)}, {name}"
+
+    def _peak_text(self, name: str) -> str:
+        """The peak of a layout in words."""
+        peak = bytes_text(self.peaks[name], 1024)
+        return peak if name in self.counted else f"more than {peak}"
 
 
 def _base_fields(lora: Lora | None, precision: Precision) -> Iterator[Fields]:
@@ -394,7 +408,7 @@ def _layout_fields(train: Train, ranks: int, *, can_checkpoint: bool) -> Iterato
         yield fields
 
 
-def _row_fields(train: Train, objective: Objective, ranks: int, min_rows: int = MIN_ROWS) -> Iterator[Fields]:
+def _row_fields(train: Train, objective: Objective, ranks: int, min_rows: int) -> Iterator[Fields]:
     """Yield the fields to set for rows at a time: none, then half as many down to `min_rows`.
 
     It ends before a number by which the batch cannot be cut.

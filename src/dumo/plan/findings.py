@@ -3,16 +3,16 @@
 `caption_findings`, `bucket_findings`, `text_findings` and `weight_findings` each return lines, `Finding`s, or [] where
 a run has nothing of the kind. They raise nothing: what is missing or damaged is a line.
 
-A pass that is the only one cannot repair what the text left open, and one-pass models learned from encoders that
-separate captions, and failed on weaker ones (EMF, arXiv 2604.18168). So captions are compared by their embeddings,
-pooled ones or else the mean of the tokens, in Euclidean distance (`measure_separability`):
+A model of one pass has no later pass in which to resolve what a text leaves open. Such models learned from encoders
+that separate captions, and failed on weaker ones (EMF, arXiv 2604.18168). So captions are compared by the Euclidean
+distance of their embeddings, which are pooled ones or else the mean of the tokens (`measure_separability`):
 
     accuracy    where images or classes have several captions: how often the nearest other caption is of the same one
     gap         the distance to the nearest other caption over the mean distance, the median of all
     twins       captions with the embedding of another: the net cannot tell them apart
 
-A pretrained net is asked, with the weights that training starts from, at several times, on random numbers instead of
-images: is it what it was, and can the derivative of its velocity be regressed on.
+A pretrained net is called with the weights that training starts from, at several times, on random numbers in place of
+images: does it compute what the published model does, and can the derivative of its velocity be regressed on?
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ ROWS_AT_A_TIME = 64  # of a table of texts: ours
 TWIN_DISTANCE = 1e-4  # of the mean distance: nearer ones are twins. Ours, above the rounding of half precision
 MIN_ACCURACY = 0.5  # below it every second caption is nearest to one of another image: ours
 MIN_GAP = 0.05  # below it nearest captions differ by a twentieth of what any two differ by: ours
-TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)  # at which a pretrained net is asked: ours
+TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)  # at which a pretrained net is called: ours
 MAX_CHANGE = 0.02  # of v, relative to it: a low-pass that moves it more has cut what the model uses. Ours
 TEACH_AGAIN = (
     "teach it v again, first by objective.kind=flow_matching, then from that run by start; net.lowpass=30 keeps more "
@@ -118,7 +118,7 @@ def text_findings(net: Net, data: Data, seed: int) -> list[Finding]:
 
 
 @dataclass(frozen=True)
-class _Separability:
+class Separability:
     """How well the embeddings of captions can be separated, as this file's header defines it."""
 
     captions: int  # that were compared
@@ -146,7 +146,7 @@ class _Separability:
         return text
 
 
-def measure_separability(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | None = None) -> _Separability:
+def measure_separability(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | None = None) -> Separability:
     """The separability of n >= 2 embeddings x; `group` has the image or class of each caption, None if not known."""
     distances = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
     mean = distances.sum() / (len(x) * (len(x) - 1))
@@ -154,17 +154,17 @@ def measure_separability(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | N
     gap = float(nearest.median() / mean)
     twins = int((nearest <= TWIN_DISTANCE * mean).sum())
     if group is None:
-        return _Separability(len(x), gap, twins, None, None)
+        return Separability(len(x), gap, twins, None, None)
     siblings = group.bincount()[group] - 1  # other captions of the same image or class
     has_siblings = siblings > 0
     if not bool(has_siblings.any()):
-        return _Separability(len(x), gap, twins, None, None)
+        return Separability(len(x), gap, twins, None, None)
     accuracy = (group[neighbour] == group)[has_siblings].double().mean()
     chance = siblings[has_siblings].double().mean() / (len(x) - 1)
-    return _Separability(len(x), gap, twins, float(accuracy), float(chance))
+    return Separability(len(x), gap, twins, float(accuracy), float(chance))
 
 
-def _measure_table(table: EncodedTexts, data: Data, seed: int) -> _Separability | None:
+def _measure_table(table: EncodedTexts, data: Data, seed: int) -> Separability | None:
     """The separability of up to MAX_COMPARED captions of a table, drawn by key; None of fewer than two."""
     order = torch.randperm(data.classes, generator=stream(seed, "separability"))
     rows = order[:MAX_COMPARED].sort().values
@@ -220,7 +220,9 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
     assert isinstance(net, Dualized)
     net.refit()
     device = next(net.parameters()).device
-    x, c = (part.to(device) for part in random_batch("pretrained", len(TIMES), data.shape, data.classes))
+    x, c = random_batch("pretrained", len(TIMES), data.shape, data.classes)
+    x = x.to(device)
+    c = c.to(device)
     t = torch.tensor(TIMES, device=device)
     other_times = dict.fromkeys(net.time_names[1:], t)
     head = velocity_index(list(net.heads))
@@ -246,8 +248,9 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
             with original_model as original:
                 original_v = original(x, c, t=t, **other_times)[head]
             change = float((v - original_v).norm() / v.norm())
-            text = "; ".join(map(str, net.lowpass_fits)) + f"; |dv| / |v| = {100 * change:.2g} %"
-            findings.append(ok_or_warning("low-pass", text, TEACH_AGAIN if change > MAX_CHANGE else ""))
+            fits = "; ".join(map(str, net.lowpass_fits))
+            way = TEACH_AGAIN if change > MAX_CHANGE else ""
+            findings.append(ok_or_warning("low-pass", f"{fits}; |dv| / |v| = {100 * change:.2g} %", way))
     findings.append(rate_finding(t, v, dv_dt, spec.lowpass))
     return findings
 

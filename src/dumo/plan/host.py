@@ -1,7 +1,8 @@
 """The memory of a machine's host that a run takes: of each process, and of a node, at most in each phase.
 
-`host_bytes` counts it, and `line` writes the counts as a line of a plan. A rank holds its share of the weights w, of
-the gradients, of the optimizer's memory o and of the averages a (`dumo.run.memory`). The phases of a run are:
+`host_bytes` counts it for a training on GPUs and for one on CPUs, and `line` writes the counts as a line of a plan. A
+rank holds its share of the weights w, of the gradients, of the optimizer's memory o and of the averages a
+(`dumo.run.memory`). The phases of a run are:
 
     start         on a CPU w + a; the largest tensor, made whole to be cut or moved to a GPU; weights of 16 bits twice,
                   because they are in 32 until averages are made
@@ -33,7 +34,7 @@ from dumo.training.layout import share_of
 from dumo.training.spec import Train
 
 DEVICES = ("GPU", "CPU")  # that a run may be trained on
-PROCESS = 430 * 10**6  # bytes, measured: docs/guarantees.md
+PROCESS = 430 * 10**6  # bytes that a process takes before it trains, measured: docs/guarantees.md
 GB = 1e9  # bytes
 FLOAT32_BYTES = 4
 MAX_RANKS_PER_NODE = 8  # ours
@@ -47,16 +48,49 @@ def host_bytes(
     held: HeldBytes,
     checkpoint_copy: int,
     step: int,
-    device: str,
     has_slope: bool,
-) -> dict[str, dict[str, int]]:
-    """Count the bytes of host memory by phase: under "process" of each process, under "node" of all ranks of a node.
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Count the bytes of host memory by device, then "process" (each process) or "node" (all its ranks), then phase.
 
     net: an outline, without memory of its own. held: what training holds where a rank holds all. checkpoint_copy: bytes
-    of a checkpoint that a rank copies to write it. step: bytes of a step. device: one of DEVICES. has_slope: whether
-    the objective takes a derivative, which is examined.
+    of a checkpoint that a rank copies to write it. step: bytes of a step. has_slope: whether the objective takes a
+    derivative, which is examined.
     """
-    on_gpu = device == "GPU"
+    bytes_by_device: dict[str, dict[str, dict[str, int]]] = {}
+    for device in DEVICES:
+        process_bytes = _process_bytes(
+            net,
+            train,
+            ranks=ranks,
+            held=held,
+            checkpoint_copy=checkpoint_copy,
+            step=step,
+            on_gpu=device == "GPU",
+            has_slope=has_slope,
+        )
+        node_bytes: dict[str, int] = {}
+        for phase, size in process_bytes.items():
+            num_processes = 1 if phase == "export" else min(ranks, MAX_RANKS_PER_NODE)
+            node_bytes[phase] = num_processes * size
+        bytes_by_device[device] = {"process": process_bytes, "node": node_bytes}
+    return bytes_by_device
+
+
+def _process_bytes(
+    net: nn.Module,
+    train: Train,
+    *,
+    ranks: int,
+    held: HeldBytes,
+    checkpoint_copy: int,
+    step: int,
+    on_gpu: bool,
+    has_slope: bool,
+) -> dict[str, int]:
+    """Count the bytes of host memory of one process by phase, for a training on GPUs or on CPUs.
+
+    Takes the other arguments of `host_bytes`.
+    """
 
     # what training holds on the host
     if on_gpu:
@@ -89,7 +123,7 @@ def host_bytes(
 
     start = on_host.weights + on_host.averages + largest_at_start
     first_step = max(step_on_host - on_host.optimizer, on_host.total)
-    process_bytes = {
+    return {
         "start": start + rounded_weights + PROCESS,
         "first step": first_step + PROCESS,
         "examination": on_host.total + examined + PROCESS,
@@ -98,15 +132,10 @@ def host_bytes(
         "resume": start + on_host.optimizer + PROCESS,
         "export": exported_weights + merged_weights + largest_at_export + PROCESS,
     }
-    node_bytes: dict[str, int] = {}
-    for phase, size in process_bytes.items():
-        num_processes = 1 if phase == "export" else min(ranks, MAX_RANKS_PER_NODE)
-        node_bytes[phase] = num_processes * size
-    return {"process": process_bytes, "node": node_bytes}
 
 
 def line(bytes_by_device: Mapping[str, Mapping[str, Mapping[str, int]]], device: str) -> tuple[str, str]:
-    """A line of a plan, a name and a text, on the host of a device. What `host_bytes` returns comes in by device."""
+    """A line of a plan, a name and a text, on the host of a device. `bytes_by_device` is what `host_bytes` returns."""
     phases = bytes_by_device[device]
     process = ", ".join(f"{phase} {size / GB:.1f}" for phase, size in phases["process"].items())
     node = max(phases["node"].values())

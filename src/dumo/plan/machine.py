@@ -1,7 +1,7 @@
 """What a machine has that training can use: found by trying it, since a library that is there may still not run.
 
 `examine_machine` has all of it, a `Finding` for each thing: versions, device, threads, ranks, kernels, dtypes,
-compilers, disk and extras. `hardware` alone also names the machine in reports. `Finding` and `ok_or_warning` also serve
+compilers, disk and extras. Reports name the machine by `hardware`. `Finding` and `ok_or_warning` also serve
 `dumo.plan.findings`.
 """
 
@@ -30,8 +30,8 @@ KERNELS = {  # of attention, by the name that is shown
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 DTYPES = {"fp16": torch.float16, "fp64": torch.float64}  # that are tried, besides fp32 and bf16 autocast
-MIN_FREE = 1.0  # GiB of free disk, below which there is a warning: ours
-GIB = 2**30
+MIN_FREE_GIB = 1.0  # of the disk, below which there is a warning: ours
+GIB = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ def compiler(device: torch.device) -> Finding:
 
 def disk() -> Finding:
     """The free space of the disk that runs/ is on."""
-    free = shutil.disk_usage(".").free / GIB
-    way = "free some: a run keeps two checkpoints" if free < MIN_FREE else ""
-    return ok_or_warning("disk", f"{free:.1f} GiB free here, where runs/ goes", way)
+    free_gib = shutil.disk_usage(".").free / GIB
+    way = "free some: a run keeps two checkpoints" if free_gib < MIN_FREE_GIB else ""
+    return ok_or_warning("disk", f"{free_gib:.1f} GiB free here, where runs/ goes", way)
 
 
 def extras() -> list[Finding]:

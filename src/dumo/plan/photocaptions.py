@@ -25,7 +25,7 @@ from dumo.runtime.door import settings
 from dumo.types import UserError
 
 # The encoder of captions: ours, as cifar10-latents-words
-TEXTS = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}
+CAPTION_ENCODER = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}
 MAX_CAPTION_BYTES = 128  # that are read of a caption: ours
 # Ours: for captions on a CPU, since a U-Net reads none; the better of two that were tried on photos (docs/log.md).
 CPU_CAPTION_NET = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
@@ -46,7 +46,7 @@ def choose_captions(images: Images, store: Store, sets: Sequence[str], *, on_a_c
     """
     reason_not_to_read = _reason_not_to_read(images, sets)
     try:
-        captions = _read(images, store, needed=not reason_not_to_read)
+        captions = _read_captions(images, store, needed=not reason_not_to_read)
     except NoCaptionsError as error:
         return CaptionChoice(line="" if reason_not_to_read else caption_hint(error))
     if captions is None:
@@ -72,7 +72,7 @@ def caption_hint(error: NoCaptionsError) -> str:
     return ""
 
 
-def _read(images: Images, store: Store, *, needed: bool) -> Captions | None:
+def _read_captions(images: Images, store: Store, *, needed: bool) -> Captions | None:
     """The captions of the images; None where they are damaged, or of other images, and not `needed`.
 
     Raises NoCaptionsError where there are none; and UserError where they are damaged, or of other images, if `needed`.
@@ -102,9 +102,10 @@ def _reason_not_to_read(images: Images, sets: Sequence[str]) -> str:
 
 def _caption_fields(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
     """The fields of a net that reads these captions, which are of the images at `place`."""
-    length = min(MAX_CAPTION_BYTES, 1 + max(len(text.encode()) for text in captions.texts))  # with the end's token
+    longest = max(len(text.encode()) for text in captions.texts)
+    length = min(MAX_CAPTION_BYTES, longest + 1)  # with the end's token
     root = Path(RUNS_FOLDER) / "texts" / f"{folder_of_images(place).name}-{captions.digest()}"
-    texts = {**TEXTS, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
+    texts = {**CAPTION_ENCODER, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
     fields: dict[str, Any] = {"data.captions": {"kind": "files"}}
     if on_a_cpu:
         fields["net"] = {**CPU_CAPTION_NET, "texts": texts}

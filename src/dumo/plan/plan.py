@@ -25,7 +25,7 @@ from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
 from dumo.nets.lowbit import num_weights_coded_away
 from dumo.nets.table import EmbeddedTexts, PipelineTexts
-from dumo.plan.host import DEVICES, host_bytes
+from dumo.plan.host import host_bytes
 from dumo.run import cost, memory
 from dumo.run.net import outline
 from dumo.runtime import dist
@@ -116,20 +116,17 @@ def plan(spec: Run) -> dict[str, Any]:
         parts["encoders"] = encoders
         total += encoders
     checkpoint = memory.checkpoint_bytes(net, training.held)
-    bytes_by_device: dict[str, dict[str, dict[str, int]]] = {}
-    for name in DEVICES:
-        bytes_by_device[name] = host_bytes(
-            net,
-            train,
-            ranks=1,
-            held=training.held,
-            checkpoint_copy=checkpoint.host_copy_per_rank,
-            step=total,
-            device=name,
-            has_slope=needs.slope is not None,
-        )
+    bytes_by_device = host_bytes(
+        net,
+        train,
+        ranks=1,
+        held=training.held,
+        checkpoint_copy=checkpoint.host_copy_per_rank,
+        step=total,
+        has_slope=needs.slope is not None,
+    )
 
-    epoch = _images_per_epoch(spec, missing=missing is not None)
+    epoch = _images_per_epoch(spec, has_data=missing is None)
     side = None
     if isinstance(spec.net, Pretrained):
         side = spec.net.side or None
@@ -156,9 +153,9 @@ def plan(spec: Run) -> dict[str, Any]:
     }
 
 
-def _images_per_epoch(run: Run, *, missing: bool) -> int | None:
+def _images_per_epoch(run: Run, *, has_data: bool) -> int | None:
     """The number of images in the training data, by their cache, else by the protocol's standard; None: not known."""
-    if isinstance(run.data, Latents) and not missing:
+    if isinstance(run.data, Latents) and has_data:
         contents = read_index(run.data.folder)
         if contents is not None:
             return contents.rows

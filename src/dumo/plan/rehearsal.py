@@ -1,7 +1,7 @@
 """The step that training makes, by the same loop, on random numbers; and one sample.
 
 `rehearse` is the entrance. It examines the slope, checks the memory, makes steps (`make_step`) on random numbers
-(`random_rows`), and makes a sample. `dumo.plan.proposal` and the tools time steps by the latter two alone.
+(`random_rows`), and makes a sample. `dumo.plan.proposal` and the tools time steps by `make_step` on `random_rows`.
 
 What would stop a run stops it here: a slope that is not the derivative on this device, memory, a compiler. The time of
 passes and gradients grows with the rows, that of the update does not: from the two comes the time of the whole run at
@@ -31,8 +31,8 @@ from dumo.training.state import State, begin
 from dumo.training.step import Record
 from dumo.types import Cond, Sample, UserError
 
-HOUR = 3600.0  # seconds
-SLOW = 1e8  # parameters: a larger net makes one step on a CPU, without any to warm up, because it takes long. Ours
+SECONDS_PER_HOUR = 3600.0
+MAX_PARAMETERS_TO_WARM_UP = 1e8  # of a net on a CPU: steps of a larger one take long, so it makes one alone. Ours
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
         torch.cuda.reset_peak_memory_stats(torch_device)
     exam = examination.examine(spec, torch_device)
     exam.require()
-    is_slow = torch_device.type == "cpu" and sum(p.numel() for p in outline(spec).parameters()) > SLOW
     require_room(spec, torch_device, spec.train.copies, rows)
+    num_parameters = sum(p.numel() for p in outline(spec).parameters())
+    is_slow = torch_device.type == "cpu" and num_parameters > MAX_PARAMETERS_TO_WARM_UP
     warm_up = 0 if is_slow else WARM_UP
     try:
         batch = random_rows(spec.data, rows, torch_device)
@@ -97,6 +98,8 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
         fix = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
         raise UserError(f"{rows} rows at a time do not fit on {place}: {fix}") from error
     sample_nfe, sample_seconds = _make_sample(sampler_of(spec, step.state.shown), clock)
+
+    # what follows for the run
     step_seconds = step.of_batch(spec.train.batch)
     return Rehearsal(
         machine=machine.hardware(torch_device).text,
@@ -113,7 +116,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
         sample_seconds=sample_seconds,
         step_seconds=step_seconds,
         images_per_second=spec.train.batch / step_seconds,
-        hours=_training_seconds(spec.train, step_seconds) / HOUR,
+        hours=_training_seconds(spec.train, step_seconds) / SECONDS_PER_HOUR,
     )
 
 
@@ -171,7 +174,7 @@ def make_step(
     return TimedStep(state, records[-1], rows, pass_seconds, update_seconds)
 
 
-def _make_sample(sampler: Sampler, clock: Clock = wall_clock) -> tuple[int, float]:
+def _make_sample(sampler: Sampler, clock: Clock) -> tuple[int, float]:
     """Make one sample, without guidance and decoding, in the fewest passes of the solver.
 
     Returns the number of passes, and the seconds.

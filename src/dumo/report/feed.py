@@ -26,12 +26,13 @@ from tempfile import TemporaryFile
 from time import perf_counter
 from typing import Any
 
+from dumo.config.place import LOG_FILE
 from dumo.config.source import read
 from dumo.config.suggestion import require_known
 from dumo.io import file
 from dumo.io.read import read_json
 from dumo.report.tracker import TRACKERS, Tracker, values
-from dumo.run.speed import LOG_FILE, logged
+from dumo.run.speed import log_with_speeds
 from dumo.runtime import dist, install_command, installed_version, shell_path, signals
 from dumo.training.loop import Every
 from dumo.training.record import Record
@@ -56,7 +57,7 @@ class Feed:
 
         Raises UserError where there is no run, it has no log yet, or tracked.json is damaged.
         """
-        logged(folder)  # raises where there is no log
+        log_with_speeds(folder)  # raises where there is no log
         self.folder = folder
         self.tracker_name = tracker_name
         self.config = read(folder).tree
@@ -67,7 +68,7 @@ class Feed:
 
     def send(self) -> int:
         """Send the rows after the last step that was sent; return their number."""
-        new_rows = [row for row in logged(self.folder) if row["step"] > self.last_step]
+        new_rows = [row for row in log_with_speeds(self.folder) if row["step"] > self.last_step]
         if not new_rows:
             return 0
         if self.tracker is None:

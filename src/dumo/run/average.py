@@ -100,9 +100,9 @@ def average(source: str, std: float, out: Path | None = None, *, text: RunText |
 
     # find the snapshots
     index = Index.read(folder, text)
-    written = index.written
-    assert written, "it has a run.yaml"
-    run = written.run
+    recorded_run = index.recorded_run
+    assert recorded_run, "it has a run.yaml"
+    run = recorded_run.run
     snapshots = _find_snapshots(folder, run.train)
     if not snapshots and trained_name_of(source) is not None:
         raise UserError(
@@ -129,7 +129,7 @@ def average(source: str, std: float, out: Path | None = None, *, text: RunText |
         )
 
     # read them
-    hashes = _hash_snapshots(folder, written, snapshots)
+    hashes = _hash_snapshots(folder, recorded_run, snapshots)
     snapshot_weights = [checkpoint.load(path) for path in snapshots.values()]
     for path, weights in zip(snapshots.values(), snapshot_weights, strict=True):
         compare(path, weights, frozen.trained(net), "the run", checkpoint.FIT)
@@ -151,14 +151,14 @@ def average(source: str, std: float, out: Path | None = None, *, text: RunText |
     return AverageResult(file, last_step, len(snapshots), error)
 
 
-def _hash_snapshots(folder: Path, written: RecordedRun, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
+def _hash_snapshots(folder: Path, recorded_run: RecordedRun, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
     """The SHA-256 of each snapshot, by its path in the run's folder.
 
     Raises UserError for one of another run, step or width. Those from before they said these are taken as their place
     says, with a warning.
     """
     without_width: list[Path] = []
-    identities = written.identities()
+    identities = recorded_run.identities()
     for (step, std), path in snapshots.items():
         require_place(path, identities, KIND, step, std=std)
         if "std" not in checkpoint.facts_of(path):

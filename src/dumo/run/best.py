@@ -4,7 +4,7 @@
 `remove_older` after each checkpoint; `describe` is what is said at the end. `find_best` reads.
 
 A file of weights says its score, and by which protocol and nfe it was measured: scores that were measured otherwise are
-not compared. On resume, the journal drops weights newer than the checkpoint, so files from before it must stay.
+not compared. On resume, `run.history` drops weights newer than the checkpoint, so files from before it must stay.
 """
 
 from collections.abc import Set
@@ -13,11 +13,11 @@ from math import isfinite
 from pathlib import Path
 
 from dumo.config.difference import identity
+from dumo.config.place import LOG_FILE
 from dumo.config.spec import Run
 from dumo.evaluation.metric import higher_is_better
 from dumo.run.folder import BEST_FOLDER
 from dumo.run.provenance import require_place
-from dumo.run.speed import LOG_FILE
 from dumo.training import agreement, checkpoint, log, manifest
 from dumo.training.state import State
 from dumo.types import UserError

@@ -3,7 +3,7 @@
 A checkpoint's `data.safetensors` has the hashes of the images that were read until then (zeros for the others), their
 names, and a digest of their classes. `tensors_to_save` returns these for a new checkpoint. `verify_data` compares the
 data with those of the last checkpoint, when a run is opened. `changed_data_error` is the error of both this comparison
-and that of fingerprints (`dumo.run.journal`).
+and that of fingerprints (`dumo.run.history`).
 """
 
 import os
@@ -37,7 +37,7 @@ _PROBLEM_OF_RANKS = "is another on another rank: give all ranks the same files"
 class Change:
     """How data have changed, for the note in run.yaml."""
 
-    # both a digest of names and hashes (`verify_data`), or both a fingerprint (`dumo.run.journal`)
+    # both a digest of names and hashes (`verify_data`), or both a fingerprint (`dumo.run.history`)
     was: str  # of the data before
     now: str  # of the data now
 

@@ -5,9 +5,12 @@
 1. `locked_run_folder`, which asks `require_free` whether the folder is a run's, or may become one.
 2. `require_resumable`, `remove_half_written` and `guard_run_folder`, which also guards what `is_on_other_disk`.
 
+`run.history` then calls:
+
+3. before the first step `set_best_aside`, `write_run_file`, and one of the two marks.
+
 The journal then calls:
 
-3. before the first step `set_best_aside`, `write_run_file` and `mark_no_checkpoint_yet`.
 4. at each checkpoint `restore_run_file` and `mark_checkpoint_written`.
 """
 
@@ -111,8 +114,8 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
             f"train.steps={run.train.steps}, but {folder} has already trained {steps_done} steps: set train.steps to "
             f"{steps_done} or more"
         )
-    if index.written and not checkpoints:
-        _require_no_lost_checkpoint(folder, index.written.run.train)
+    if index.recorded_run and not checkpoints:
+        _require_no_lost_checkpoint(folder, index.recorded_run.run.train)
     require_same_run(index, run, step, accept=accept)
 
 

@@ -1,9 +1,9 @@
 """What a run's folder holds, read once when the run is opened.
 
 `Index.read` reads run.yaml, unless its caller has, and lists the checkpoints. The rest is read when it is first asked
-for, and then kept: each checkpoint's list and run, and data.json. Who opens a run hands its index on, so that all who
-ask see the same, and no file is read twice. An index is of one moment: after waiting for another process that wrote
-there, read a new one.
+for, and then kept: each checkpoint's list and run, and data.json. Who opens a run passes its index on, so that all see
+the same, and no file is read twice. An index is of one moment: after waiting for another process that wrote there, read
+a new one.
 """
 
 import warnings
@@ -24,7 +24,7 @@ from dumo.training import manifest
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.types import UserError
 
-FUNCTION = ("data", "net", "objective", "path")  # parts of a run that say what its weights mean
+FUNCTION_PARTS = ("data", "net", "objective", "path")  # of a run: they say which function its weights make
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ class CheckpointRun(RecordedRun):
         run_text = parse_text(text, checkpoint.path / manifest.RUN)
         return cls(run_of(run_text), run_text.changed, checkpoint.path.name, checkpoint.manifest.step)
 
-    def differences_from(self, written: RecordedRun) -> list[Difference]:
+    def differences_from(self, recorded_run: RecordedRun) -> list[Difference]:
         """The differences of a run.yaml from this run with the changes that run.yaml notes since its step."""
-        changes_since = [change for change in written.past if change.step >= self.step]
+        changes_since = [change for change in recorded_run.past if change.step >= self.step]
         return [
-            *later_changes_of_function(written.past, self.step),
-            *differences(self.replayed(changes_since), written.run),
+            *later_changes_of_function(recorded_run.past, self.step),
+            *differences(self.replayed(changes_since), recorded_run.run),
         ]
 
-    def lines(self, run_differences: Sequence[Difference], written: RecordedRun) -> list[str]:
+    def lines(self, run_differences: Sequence[Difference], recorded_run: RecordedRun) -> list[str]:
         """The differences from a run.yaml in words, a line each."""
-        changed_since = {change.field for change in written.past if change.step >= self.step}
+        changed_since = {change.field for change in recorded_run.past if change.step >= self.step}
         lines: list[str] = []
         for difference in run_differences:
             here = "as noted" if difference.field in changed_since else f"in checkpoint {self.name}"
@@ -72,11 +72,13 @@ class CheckpointRun(RecordedRun):
 
 def later_changes_of_function(past: Sequence[Noted], step: int) -> list[Difference]:
     """The changes, accepted after `step`, of fields that make another function of the weights of that step."""
-    return [
-        Difference(change.field, change.was, change.now, may_change=False)
-        for change in past
-        if change.accepted and change.step > step and change.field.split(".")[0] in FUNCTION and not change.of_data
-    ]
+    later_changes: list[Difference] = []
+    for change in past:
+        if not change.accepted or change.of_data or change.step <= step:
+            continue
+        if change.field.split(".")[0] in FUNCTION_PARTS:
+            later_changes.append(Difference(change.field, change.was, change.now, may_change=False))
+    return later_changes
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,21 @@ class Index:
         return cls(folder, text, Checkpoints(folder / "checkpoints"))
 
     @cached_property
-    def written(self) -> RecordedRun | None:
+    def recorded_run(self) -> RecordedRun | None:
         """The run of run.yaml, and what had changed in it. Raises UserError where it is no run."""
         return RecordedRun.from_text(self.text) if self.text else None
+
+    @property
+    def past(self) -> Sequence[Noted]:
+        """What had changed in the run of run.yaml; () where there is none. Raises UserError where it is no run."""
+        return self.recorded_run.past if self.recorded_run else ()
 
     def run(self, overrides: Sequence[str]) -> Run:
         """The run of run.yaml with these fields changed. Raises UserError where there is none, or it is no run."""
         if self.text is None:
             raise UserError(f"{self.folder} has no {RUN_FILE}")
-        if not overrides and self.written:
-            return self.written.run
+        if not overrides and self.recorded_run:
+            return self.recorded_run.run
         return run_of(self.text, overrides)
 
     def run_of(self, checkpoint: Checkpoint) -> CheckpointRun | None:

@@ -41,8 +41,8 @@ from dumo.run.folder import (
     remove_half_written,
     require_resumable,
 )
+from dumo.run.history import History
 from dumo.run.index import Index
-from dumo.run.journal import History
 from dumo.run.net import outline, require_room
 from dumo.run.resolve import open_source, resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
@@ -99,16 +99,16 @@ class Job:
     data: DataSource
     state: State  # in which training begins
     resumed_from: Checkpoint | None  # None: a fresh start
-    goes_back: bool  # a step was asked for: later checkpoints are removed
+    goes_back: bool  # whether it resumes from a step that was asked for: later checkpoints are removed
     history: History | None  # what has changed since the folder was written; None except on rank 0
     teacher: "LoadedTeacher | None"
-    best_folder: "BestFolder | None"  # None: it is not judged as it trains
-    validation: "Validation | None"  # None: so, or no step is left at which it would be
-    sheets: Sheets | None  # None: it draws none
+    best_folder: "BestFolder | None"  # None: the run is not judged as it trains
+    validation: "Validation | None"  # None: the run is not judged, or no step is left at which it would be
+    sheets: Sheets | None  # None: no sheets are drawn
     meter: Meter
     net_outline: nn.Module  # the net on the meta device, without values
     step_flops: float | None  # operations of a step, for one image; None: not counted, since the run is short
-    began: float  # by `stopwatch.wall_clock`: from when its time counts, if it ends by the clock
+    began: float  # seconds, by `stopwatch.wall_clock`: from when its time counts, if it ends by the clock
 
 
 @contextmanager
@@ -161,13 +161,13 @@ def open_job(
             trust.accept(changes)
             fields = list(changes)
             if minutes is not None:
-                fields.append(f"train.minutes={_minutes_in_all(index, step, minutes):g}")
+                fields.append(f"train.minutes={_total_minutes(index, step, minutes):g}")
             run = index.run(fields)
-        if run.train.minutes is not None and index.written:
-            run = _with_steps_made(run, index.written.run.train, index.folder, changes)
+        if run.train.minutes is not None and index.recorded_run:
+            run = _with_steps_made(run, index.recorded_run.run.train, index.folder, changes)
 
         # 2. resolve
-        run_before = index.written.run if index.written else None
+        run_before = index.recorded_run.run if index.recorded_run else None
         run = resolve(with_absolute_paths(run, run_before))
         torch_device = choose_device(device)
         _require_fit(run, torch_device, sheets)
@@ -256,8 +256,8 @@ def _remove_if_refused(
         run_file.unlink(missing_ok=True)
 
 
-def way_on(folder: Path, train: Train) -> str:
-    """A line that says that a run has ended, and how to go on with it."""
+def train_more_hint(folder: Path, train: Train) -> str:
+    """A line that says that a run has ended, and what to type to train it for longer."""
     if train.minutes is not None:
         more = train_call(folder, minutes=minutes_to_type(train.minutes))
         return f"{folder} has trained its {minutes_text(train.minutes)}. For more:  {more}"
@@ -281,19 +281,19 @@ def _make_proposed_cache(
     from dumo.data.cache import read_index
     from dumo.run import proposedcache
 
-    def make_or_tell() -> None:
+    def make_cache() -> None:
+        if _has_ended(run, index, step):  # no photo is needed; where there is no cache, opening it refuses the run
+            if read_index(data.folder) is None:
+                tell(train_more_hint(index.folder, run.train))
+            return
         time = None
         if run.train.minutes is not None:
             timing = begin_timing(run.train.minutes, _timing_at(index, step), None)
             assert timing is not None
             time = PreparationTime(began, timing.seconds_left, stopwatch.wall_clock)
-        if _has_ended(run, index, step):  # nothing is encoded for nothing: to open the data says what to type
-            if read_index(data.folder) is None:
-                tell(way_on(index.folder, run.train))
-        else:
-            proposedcache.ensure_proposed_cache(run, data, index, time=time, device=device, bar=bar)
+        proposedcache.ensure_proposed_cache(run, data, index, time=time, device=device, bar=bar)
 
-    agreement.on_main_rank(make_or_tell, is_long=True)
+    agreement.on_main_rank(make_cache, is_long=True)
 
 
 def _step_to_resume(index: Index, step: int | None) -> int | None:
@@ -321,21 +321,22 @@ def _has_ended(run: Run, index: Index, step: int | None) -> bool:
     return timing is not None and timing.is_over and timing.minutes == run.train.minutes
 
 
-def _minutes_in_all(index: Index, step: int | None, minutes: float) -> float:
-    """The minutes that a run is to train in all, to go on for some minutes from a checkpoint (None: the last one)."""
+def _total_minutes(index: Index, step: int | None, minutes: float) -> float:
+    """The minutes that a run trains in all if it trains for `minutes` more from a checkpoint (None: the last one)."""
     timing = _timing_at(index, step)
     return minutes + timing.seconds / SECONDS_PER_MINUTE if timing else minutes
 
 
 def _with_steps_made(run: Run, train_before: Train, folder: Path, changes: Sequence[str]) -> Run:
-    """A run that ends by the clock with the steps that its folder has, if that did, too: they are found, not set.
+    """A run that ends by the clock, with the number of steps in its folder if that run ended by the clock, too.
 
-    `train_before` is how the run of the folder is trained. Raises UserError where `changes` set them of a run that is
-    there, and ends by the clock now. Those of a command that sets minutes, too, are what the run began with: it may be
-    typed again.
+    That number is what the run has made, not what it is to make. `train_before` is how the run of the folder is
+    trained. Raises UserError where `changes` set `train.steps` and not `train.minutes`. Where they set both, as in the
+    command that began the run, the command may be typed again.
     """
-    is_set = {name: any(text.startswith(f"train.{name}=") for text in changes) for name in ("steps", "minutes")}
-    if is_set["steps"] and not is_set["minutes"]:
+    sets_steps = any(text.startswith("train.steps=") for text in changes)
+    sets_minutes = any(text.startswith("train.minutes=") for text in changes)
+    if sets_steps and not sets_minutes:
         raise UserError(
             f"{folder} ends after train.minutes={run.train.minutes:.4g}, whatever its steps: give it more by "
             f"{option('minutes')}, or steps by {settings('train.minutes=null', 'train.steps=N')}"
@@ -360,7 +361,7 @@ def open_data(data: Data) -> DataSource:
 
 
 def _require_fit(run: Run, device: torch.device, sheets: MakeSheets | None) -> None:
-    """Raise UserError where a run does not fit the memory of its device or its ranks, or its sheets cannot be drawn."""
+    """Raise UserError where the device has no room for a run, its ranks cannot share it, or no sheets can be drawn."""
     if run.train.sheets and sheets is None:
         raise UserError(
             f"train.sheets={run.train.sheets}, and nothing draws them: call dumo.train, or hand "
@@ -380,8 +381,8 @@ def _open_validation(
     from dumo.run.validation import Validation
 
     identities: set[str] = set()  # of the run in the folder, whose best weights may be there
-    if index.written:
-        identities = index.written.identities()
+    if index.recorded_run:
+        identities = index.recorded_run.identities()
     best_folder = BestFolder(run, index.folder, identities)
     validation = Validation.open(run, state, best_folder, log_line=tell, exclude_seconds=meter.leave_out)
     return best_folder, validation

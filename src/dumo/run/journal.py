@@ -1,15 +1,15 @@
-"""What a run writes down as it trains: log, milestones, checkpoints; and what has changed when it goes on.
+"""What a run writes down as it trains: log, milestones, checkpoints. Every rank has a `Journal`.
 
-Before the first step, on rank 0, `History.of` compares run, data and log with what the folder holds, and
-`History.write` brings the folder to the step from which training goes on. Then every rank has a `Journal`. The training
-calls `Journal.open`; the loop calls `Journal.hooks` after each step: log, then milestone, then checkpoint, where they
-are due. A skipped step and a burst are said at once, with what to type (`resume_hint`).
+`run.train` makes it once `dumo.run.history` has brought the folder to the step from which training goes on. It calls
+`Journal.open` before the first step, and the loop calls `Journal.hooks` after each: log, then milestone, then
+checkpoint, where they are due. A line is shown at once for a skipped step, and for a burst, with what to type then
+(`burst_text`). `resume_hint` is for a training that has diverged.
 """
 
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dumo.autodiff import float64
-from dumo.config.advice import advice
-from dumo.config.change import shown
 from dumo.config.difference import identity
 from dumo.config.load import RUN_FILE, dump
 from dumo.config.place import LOG_FILE
@@ -28,30 +26,21 @@ from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
-from dumo.run import datacheck, datanote, examination
-from dumo.run.folder import (
-    BEST_FOLDER,
-    mark_checkpoint_written,
-    mark_no_checkpoint_yet,
-    restore_run_file,
-    set_best_aside,
-    write_run_file,
-)
-from dumo.run.index import Index
+from dumo.run import datacheck, examination
+from dumo.run.folder import mark_checkpoint_written, restore_run_file, write_run_file
 from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
-from dumo.run.provenance import run_before_step
 from dumo.run.weights import build
 from dumo.runtime import dist, signals
-from dumo.runtime.device import software_versions, total_memory
+from dumo.runtime.device import total_memory
 from dumo.runtime.door import train_call
 from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.text import bytes_text
 from dumo.runtime.threads import StepThreads
-from dumo.training import agreement, checkpoint, layout, log, loop, manifest
+from dumo.training import agreement, checkpoint, layout, log, loop
 from dumo.training.burst import BURST_STEPS, WINDOW
 from dumo.training.deadline import FIRST_SAVE, JUDGE, SAVE, SECONDS_PER_MINUTE, Countdown
-from dumo.training.manifest import Checkpoint, Checkpoints
+from dumo.training.manifest import Checkpoints
 from dumo.training.optim import Muon, embedders, half_rates
 from dumo.training.record import Record, Skipped
 from dumo.training.saver import Saver
@@ -64,8 +53,7 @@ if TYPE_CHECKING:
     from dumo.run.teacher import TeacherPairs
     from dumo.run.validation import Scores, Validation
 
-PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
-CALM = 8  # the rate of an embedder of times over this ended every burst that we measured (docs/log.md)
+CALMING_DIVISOR = 8  # the rate of an embedder of times over this ended every burst that we measured (docs/log.md)
 
 
 @dataclass
@@ -79,7 +67,7 @@ class Journal:
     source: "DataSource | TeacherPairs"
     tell: Callable[[str], None]
     hashes: "Hashes | None" = None  # of the data
-    changed: Sequence[Noted] | None = None  # what was changed in the run; None except on rank 0
+    changes: Sequence[Noted] | None = None  # of fields and data, since the run began; None except on rank 0
     countdown: Countdown | None = None  # None: it ends by its steps
     is_examined: bool = False  # whether the slope was examined on weights in training
     has_saved: bool = False  # whether a checkpoint was saved
@@ -90,9 +78,9 @@ class Journal:
     saver: Saver = field(default_factory=Saver)
 
     @property
-    def text(self) -> str:
-        """The run as its checkpoints hold it; "" except on rank 0."""
-        return "" if self.changed is None else dump(self.run, self.changed)
+    def run_text(self) -> str:
+        """The text of run.yaml, which checkpoints hold, too; "" except on rank 0."""
+        return "" if self.changes is None else dump(self.run, self.changes)
 
     @property
     def first_saved_step(self) -> int:
@@ -102,9 +90,9 @@ class Journal:
     @property
     def hooks(self) -> tuple[loop.Every, ...]:
         """What the loop calls after each step, in this order: log, milestones, checkpoints."""
-        return loop.Every(1, self.log), loop.Every(1, self.mark), loop.Every(1, self.keep)
+        return loop.Every(1, self.log_step), loop.Every(1, self.write_milestone), loop.Every(1, self.save_if_due)
 
-    def due(self) -> bool:
+    def is_save_due(self) -> bool:
         """Whether a checkpoint is due by this rank's clock, or the last one failed to be written.
 
         A failure is of all ranks, so that of the first one brings all to where it is raised. A run that ends by the
@@ -129,13 +117,13 @@ class Journal:
         if 0 < state.step <= self.first_saved_step:
             self.examine(state)
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
-            self.mark(state)
-        if state.is_over(self.run.train):  # there is nothing to do but to keep no more than is asked
+            self.write_milestone(state)
+        if state.is_over(self.run.train):  # saving removes checkpoints beyond the `train.keep` that are kept
             self.note_steps(state)
             self.save(state)
             self.saver.wait()
 
-    def log(self, state: State, record: Record) -> None:
+    def log_step(self, state: State, record: Record) -> None:
         """Judge the run where that is due, and add a row to the log where one is.
 
         A row is due every `log_every` steps, and at a step that was probed, judged or skipped, or at which a burst
@@ -148,8 +136,8 @@ class Journal:
             return
         if record.burst:
             module_name = next(iter(record.burst))
-            embeds = embedders(state.net).issuperset(state.modules[module_name])
-            self.tell(burst_text(self.run.train, self.folder, self.checkpoints, record, embeds=embeds))
+            is_embedder = embedders(state.net).issuperset(state.modules[module_name])
+            self.tell(burst_text(self.run.train, self.folder, self.checkpoints, record, is_embedder=is_embedder))
         if scheduled or record.skipped or record.burst or record.probe or scores:
             row = record.row()
             if time_slope is not None:
@@ -188,7 +176,7 @@ class Journal:
             rows.append(row)
         return rows
 
-    def mark(self, state: State, record: Record | None = None) -> None:
+    def write_milestone(self, state: State, record: Record | None = None) -> None:
         """Write the sampled weights at a milestone, and averages by a power where a snapshot is due."""
         if state.step in self.run.train.milestones:
             checkpoint.mark(self.folder / "milestones", state, identity(self.run))
@@ -197,7 +185,7 @@ class Journal:
 
             average.save_snapshots(self.folder, state, identity(self.run))
 
-    def keep(self, state: State, record: Record) -> None:
+    def save_if_due(self, state: State, record: Record) -> None:
         """Save a checkpoint where one is due by step or clock, where the run is asked to stop, and at the end.
 
         Up to the first one the weights are examined before, but not where somebody waits for the run to stop.
@@ -206,8 +194,8 @@ class Journal:
         is_last = state.is_over(self.run.train)
         if is_asked_to_stop or record.due or state.step % self.first_saved_step == 0 or is_last:
             self.saver.wait()
-            is_known = self.countdown is not None and self.is_examined  # once is enough where time is short
-            if state.step <= self.first_saved_step and not is_asked_to_stop and not is_known:
+            skips_examination = self.countdown is not None and self.is_examined  # once is enough where time is short
+            if state.step <= self.first_saved_step and not is_asked_to_stop and not skips_examination:
                 self.examine(state)
             if is_last:
                 self.note_steps(state)
@@ -223,7 +211,7 @@ class Journal:
         step = state.step
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
         step_threads = self.threads.number if self.threads else None
-        notes = checkpoint.Notes(self.text, datacheck.tensors_to_save(self.hashes), logged, step_threads)
+        notes = checkpoint.Notes(self.run_text, datacheck.tensors_to_save(self.hashes), logged, step_threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:
@@ -247,21 +235,21 @@ class Journal:
         if state.timing is None or train.steps == state.step:
             return
         self.run = self.run.model_copy(update={"train": train.model_copy(update={"steps": state.step})})
-        agreement.on_main_rank(lambda: write_run_file(self.run, self.folder, self.changed or ()))
+        agreement.on_main_rank(lambda: write_run_file(self.run, self.folder, self.changes or ()))
 
     def restore_run_file(self) -> None:
-        """Write run.yaml again where it was removed, and say so: a checkpoint is of no use without it.
+        """Write run.yaml again where it was removed, with a warning: a checkpoint is of no use without it.
 
         Raises UserError where the run's folder is no longer in its place.
         """
-        if restore_run_file(self.folder, self.text):
+        if restore_run_file(self.folder, self.run_text):
             self.tell(f"warning: {self.folder / RUN_FILE} was removed during training, and is written again")
 
     def examine(self, state: State) -> None:
         """Raise UserError if the slope is not the derivative at the weights in training.
 
-        Where the device has no room for the weights in training and what is copied of them, it is not examined, and
-        `tell` is called with a line. Then the self-test of two blocks has to do.
+        Where the device has no room for the weights in training and their copies, nothing is examined, and `tell` is
+        called with a line. The examination of two blocks, before the first step, then has to do.
         """
         net_outline = outline(self.run)
         copies_bytes = weight_bytes(net_outline) + float64.copied_bytes(net_outline)
@@ -301,10 +289,10 @@ def slope_in_time(state: State) -> float | None:
     return None
 
 
-def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Record, *, embeds: bool = False) -> str:
+def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Record, *, is_embedder: bool) -> str:
     """The warning that a burst begins: in which module, and what to type before it breaks the training.
 
-    `embeds`: whether that module is an embedder of times.
+    `is_embedder`: whether that module is an embedder of times.
     """
     name, factor = next(iter(record.burst.items()))
     warning = (
@@ -314,9 +302,9 @@ def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Rec
     step = checkpoints.last_good(record.step - BURST_STEPS)
     if step is None:
         return f"{warning} No checkpoint is older: if u or v grow, stop it, and begin another run at a lower rate"
-    if embeds and isinstance(train.optimizer, Muon):
+    if is_embedder and isinstance(train.optimizer, Muon):
         lower_rate = "an eighth of its rate"
-        rates = {"time_lr": train.optimizer.embedders_lr / CALM}
+        rates = {"time_lr": train.optimizer.embedders_lr / CALMING_DIVISOR}
     else:
         lower_rate = "half the rate"
         rates = half_rates(train.optimizer)
@@ -346,146 +334,3 @@ def _program_words() -> list[str]:
         return ["dumo"]
     ranks_per_node = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return ["torchrun", "--nproc-per-node", ranks_per_node, "-m", "dumo"]
-
-
-def _schedule_lines(train_before: Train, steps: int, steps_done: int) -> Iterator[str]:
-    """Yield a line if the steps already done had other rates, because their schedule had another length."""
-    if train_before.minutes is None and train_before.had_other_rates(steps, steps_done):
-        length = "shorter" if train_before.steps < steps else "longer"
-        yield (
-            f"train.steps is {steps:,}, and was {train_before.steps:,}: the {steps_done:,} steps already done had the "
-            f"rates of the {length} {train_before.schedule.kind} schedule"
-        )
-
-
-@dataclass(frozen=True)
-class History:
-    """What has changed in a folder's run when it goes on after `step`. Rank 0 alone makes and writes it."""
-
-    run: Run
-    index: Index
-    source: DataSource
-    step: int
-    fingerprint: str | None  # of the data now
-    changed: Sequence[Noted]
-    versions: dict[str, str]  # that wrote the checkpoint
-    train_before: Train | None  # how it was trained up to it; None: it begins
-    logged: manifest.Listed | None = None  # the log up to it
-    data_changed: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        run: Run,
-        index: Index,
-        source: DataSource,
-        step: int,
-        last: Checkpoint | None,
-        *,
-        accept: bool = False,
-        change: datacheck.Change | None = None,
-    ) -> "History":
-        """Compare run and data with what the folder holds; nothing is written.
-
-        `last` is the checkpoint that is resumed, `change` how the contents of its data have changed. Raises UserError
-        if the data have another fingerprint, and that is not accepted (`accept`).
-        """
-        # compare the data
-        noted_fingerprint = index.data_note.fingerprint if index.data_note else None
-        fingerprint = source.fingerprint()
-        written = run_before_step(index, last)
-        changed = written.changes_to_record(run, step) if written else []
-        if last and noted_fingerprint is not None and noted_fingerprint != fingerprint:
-            if not accept:
-                raise datacheck.changed_data_error(
-                    index.folder, f"fingerprint {noted_fingerprint} in {datanote.FILE}, {fingerprint} now"
-                )
-            change = datacheck.Change(noted_fingerprint, str(fingerprint))
-        if change:
-            changed = [*changed, Noted(step=step, field="data", was=change.was, now=change.now, accepted=True)]
-
-        # look into the checkpoint
-        return cls(
-            run=run,
-            index=index,
-            source=source,
-            step=step,
-            fingerprint=fingerprint,
-            changed=changed,
-            versions=last.manifest.versions if last else {},
-            train_before=written.run.train if written and last else None,
-            logged=last.manifest.log if last else None,
-            data_changed=change is not None,
-        )
-
-    def write(self, *, rewound: bool = False) -> Iterator[str]:
-        """Bring the folder to `step`: rewind it, note run and data. Yields lines for the user.
-
-        The log after the step is always moved aside; with `rewound`, later checkpoints and milestones are removed.
-        """
-        folder = self.index.folder
-        log_file = folder / LOG_FILE
-
-        # take back what came after the step
-        has_log = log_file.exists()
-        undone_rows = 0
-        if has_log and (rewound or self.step == 0):
-            undone_rows = sum(row["step"] > self.step for row in log.read_log(log_file))
-        if self.step == 0 and undone_rows:
-            yield (
-                f"{folder} has no checkpoint, so it starts again from step 0; {undone_rows:,} rows of its log are "
-                f"kept in {log.undone_rows_path(log_file)}"
-            )
-        if rewound:
-            removed_steps: set[int] = set()
-            for place in manifest.places(folder):
-                removed_steps.update(manifest.rewind(place, self.step))
-            if removed_steps:
-                steps_text = ", ".join(f"{step:,}" for step in sorted(removed_steps))
-                yield (
-                    f"going on from step {self.step:,}: what came after it is removed, the checkpoints and milestones "
-                    f"of steps {steps_text}"
-                )
-            if undone_rows:
-                yield f"{undone_rows:,} rows of the log after it are kept in {log.undone_rows_path(log_file)}"
-        rows = log.rewind(log_file, self.step) if has_log else []
-        if self.step > 0:
-            manifest.rewind(folder / BEST_FOLDER, self.step)
-        else:
-            best_aside = set_best_aside(folder)
-            if best_aside:
-                yield f"the best weights of before it starts again are kept in {best_aside}"
-
-        # compare the log with what the checkpoint lists
-        if self.logged is not None and self.logged != log.entry_of(log_file):
-            yield f"{log_file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
-        if rows:
-            for first, last in log.gaps(rows, self.run.train.log_every):
-                yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
-
-        # note the run and its data
-        write_run_file(self.run, folder, self.changed)
-        if self.step == 0:
-            mark_no_checkpoint_yet(folder)
-        else:
-            mark_checkpoint_written(folder)
-        data_note = datanote.update(folder, self.index.data_note, self.source, self.fingerprint, anew=self.data_changed)
-
-        # say what has changed
-        for change in self.changed:
-            if change.step == self.step:
-                yield f"from step {self.step:,} on {change.field} is {shown(change.now)}, and was {shown(change.was)}"
-        ends_by_steps = self.run.train.minutes is None
-        if ends_by_steps and self.train_before and self.train_before.schedule == self.run.train.schedule:
-            yield from _schedule_lines(self.train_before, self.run.train.steps, self.step)
-        if self.versions:
-            versions = software_versions()
-            for name in PROGRAMS:
-                version = versions[name]
-                version_before = self.versions.get(name, version)
-                if version_before != version:
-                    yield (
-                        f"{name} is {version}, and was {version_before} up to step {self.step:,}: numbers may round "
-                        "otherwise"
-                    )
-        yield from advice(self.run, data_note.sd)

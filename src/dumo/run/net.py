@@ -1,7 +1,8 @@
 """The net that a run's spec describes, before any weights of a folder: an outline, or as drawn for step 0.
 
-`outline` makes it on the meta device, to count and to check; `drawn` makes it with its first weights; `deferred` makes
-it without them, with a reader that draws each weight when it is wanted. `dumo.run.weights` loads trained ones.
+`outline` makes it on the meta device, to count and to check. `draw_net` makes it with its first weights, `deferred_net`
+without them, with what draws each weight when it is needed. `dumo.run.weights` loads trained ones. `flow_in_training`
+and `require_room` are for those who train it.
 """
 
 import torch
@@ -40,7 +41,7 @@ def outline(run: RunParts, *, short: bool = False) -> nn.Module:
         return spec.build(run.objective.needs, run.data.shape, run.data.classes)
 
 
-def drawn(run: RunParts) -> nn.Module:
+def draw_net(run: RunParts) -> nn.Module:
     """The net at step 0 on the CPU, its weights keyed by the run's seed, or those of its pipeline."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
@@ -54,15 +55,15 @@ def drawn(run: RunParts) -> nn.Module:
     return net
 
 
-def deferred(run: RunParts) -> tuple[nn.Module, Deferred]:
-    """The net at step 0 without weights, and what makes these one by one; a user's own net has its weights."""
+def deferred_net(run: RunParts) -> tuple[nn.Module, Deferred]:
+    """The net at step 0 without weights, and what draws these one by one. A user's own net comes with its weights."""
     deferred_weights = Deferred()
     if isinstance(run.net, NetSpec):
-        return drawn(run), deferred_weights
+        return draw_net(run), deferred_weights
     with deferred_weights:
-        net = drawn(run)
-    undrawn = deferred_weights.unknown_names(net)
-    assert not undrawn, f"{undrawn[0]} is not drawn"
+        net = draw_net(run)
+    unknown_names = deferred_weights.unknown_names(net)
+    assert not unknown_names, f"{unknown_names[0]} is not drawn"
     return net, deferred_weights
 
 

@@ -33,8 +33,8 @@ def require_own_checkpoint(run: Run, index: Index, checkpoint: Checkpoint, place
     trained_run = index.run_of(checkpoint)
     if trained_run is None:
         return
-    written = RecordedRun(run, index.written.past if index.written else ())
-    lines = trained_run.lines(trained_run.differences_from(written), written)
+    recorded_run = RecordedRun(run, index.past)
+    lines = trained_run.lines(trained_run.differences_from(recorded_run), recorded_run)
     _require_no_differences(index.folder, place, lines)
     require_same_code(run, trained_run.run.resolved, index.folder)
 
@@ -45,12 +45,12 @@ def require_own_weights(run: Run, index: Index, place: Path) -> None:
     if checkpoint and checkpoint.path.resolve().parent == index.checkpoints.folder.resolve():
         require_own_checkpoint(run, index, checkpoint, place)
         return
-    written = RecordedRun(run, index.written.past if index.written else ())
+    recorded_run = RecordedRun(run, index.past)
     trained_run = CheckpointRun.read(checkpoint) if checkpoint else None
     owner = identity(trained_run.run) if trained_run else facts_of(place).get("run")
-    if owner is not None and owner not in written.identities():
+    if owner is not None and owner not in recorded_run.identities():
         raise UserError(f"{place} has weights of another run than {index.folder}: take others, or that run's folder")
-    changes = later_changes_of_function(written.past, step_of(place, run.train.steps))
+    changes = later_changes_of_function(recorded_run.past, step_of(place, run.train.steps))
     _require_no_differences(index.folder, place, [str(change) for change in changes])
     if trained_run:
         require_same_code(run, trained_run.run.resolved, index.folder)
@@ -111,24 +111,24 @@ def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) 
 
     The checkpoint is that of `step`, or the last one. What may change is noted, as is all with `accept`.
     """
-    written = index.written
-    if written is None:
+    recorded_run = index.recorded_run
+    if recorded_run is None:
         return
     trained_run = _last_readable_run(index, step)
-    resolved = dict(written.run.resolved)
+    resolved = dict(recorded_run.run.resolved)
     if trained_run:
         resolved.update(trained_run.run.resolved)
-    require_same_code(written.run, resolved, index.folder)
+    require_same_code(recorded_run.run, resolved, index.folder)
     if accept:
         return
 
     way_out = f"or take them as they are by {option('accept', True)}, which notes them in {RUN_FILE}"
     if trained_run:
-        edited = [difference for difference in trained_run.differences_from(written) if not difference.may_change]
+        edited = [difference for difference in trained_run.differences_from(recorded_run) if not difference.may_change]
         if edited:
-            lines = [f"{index.folder / RUN_FILE} is not as it was trained:", *trained_run.lines(edited, written)]
+            lines = [f"{index.folder / RUN_FILE} is not as it was trained:", *trained_run.lines(edited, recorded_run)]
             raise UserError("\n  ".join(lines) + f"\nPut these fields back, {way_out}")
-    requested = [difference for difference in differences(written.run, run) if not difference.may_change]
+    requested = [difference for difference in differences(recorded_run.run, run) if not difference.may_change]
     if requested:
         lines = [f"{index.folder} holds another run:", *map(str, requested)]
         other_folder = f"Give another folder with {option('out')}, or remove this one"
@@ -140,11 +140,13 @@ def run_before_step(index: Index, checkpoint: Checkpoint | None) -> RecordedRun 
 
     The checkpoint says so; one from before they did leaves it to run.yaml.
     """
-    written = index.written
-    if written is None:
+    recorded_run = index.recorded_run
+    if recorded_run is None:
         return None
     trained_run = index.run_of(checkpoint) if checkpoint else None
     if trained_run is None:
-        return written
-    later_changes_of_data = [change for change in written.past if change.of_data and change.step >= trained_run.step]
+        return recorded_run
+    later_changes_of_data = [
+        change for change in recorded_run.past if change.of_data and change.step >= trained_run.step
+    ]
     return RecordedRun(trained_run.run, [*trained_run.past, *later_changes_of_data])

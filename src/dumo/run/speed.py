@@ -1,7 +1,7 @@
 """How fast a run trains: shown by its bar, and kept in speed.jsonl next to its log.
 
-`Meter` measures it: `begin` before the first step, `note` after each. `logged` joins the log's rows with their speeds,
-and `seconds_between` says how long steps took, or will take.
+`Meter` measures it: `begin` before the first step, `note` after each. `log_with_speeds` joins the log's rows with their
+speeds, and `seconds_between` says how long steps took, or will take.
 
 Times are the machine's, not the run's: they have a file of their own, so that a log is the same to the bit wherever and
 however often the run was stopped. It is only ever added to; of a step that was made twice the last row holds.
@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dumo.config.place import LOG_FILE as LOG_FILE
-from dumo.config.place import require_log
+from dumo.config.place import LOG_FILE, require_log
 from dumo.runtime import dist
 from dumo.runtime.device import known_peak_tflops, peak_bytes
 from dumo.runtime.stopwatch import Clock, wall_clock
@@ -70,24 +69,24 @@ class Meter:
         self.began = 0.0  # by the clock, when that step was done
 
     def begin(self, step: int) -> None:
-        """The training goes on from here."""
+        """Measure from now on, the step of this number being done."""
         self.first_step = step
         self.began = self.clock()
 
     def leave_out(self, seconds: float) -> None:
-        """These seconds, since the last row, were no training."""
+        """Count these seconds, which have passed since the last row, as no training."""
         self.began += seconds
 
     def note(self, record: Record) -> str:
-        """What the bar says after a step; on rank 0 a row is added where one is due."""
+        """The text of the bar after a step. On rank 0 a row is added where one is due."""
         if dist.is_main() and record.step % self.train.log_every == 0:
-            self.last = self.measured(record.step)
+            self.last = self._measure(record.step)
             log.append(self.path, asdict(self.last))
         loss = _loss_text(record)
         return f"{loss}, {self.last}" if self.last else loss
 
-    def measured(self, step: int) -> Speed:
-        """The speed since the last call."""
+    def _measure(self, step: int) -> Speed:
+        """The speed of the steps up to this one since the last call, or since `begin`."""
         now = self.clock()
         steps = step - self.first_step
         seconds = now - self.began
@@ -110,7 +109,7 @@ class Meter:
 
 
 def _loss_text(record: Record) -> str:
-    """The loss, and its parts where it is not the only one: a loss that is weighted by its own size says nothing."""
+    """The loss, and its parts where it is weighted by its own size, since that says nothing."""
     if not math.isfinite(record.loss):
         return "step skipped"
     losses = [f"loss {record.loss:.4f}"]
@@ -119,7 +118,7 @@ def _loss_text(record: Record) -> str:
     return ", ".join(losses)
 
 
-def logged(folder: Path) -> list[log.Row]:
+def log_with_speeds(folder: Path) -> list[log.Row]:
     """The rows of a run's log, each with its `speed` where that was measured: the last row of its step in speed.jsonl.
 
     Raises UserError where there is no log, and as `log.read_log`.

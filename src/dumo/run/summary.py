@@ -26,8 +26,8 @@ from dumo.types import UserError
 
 SECONDS_PER_HOUR = 3600.0
 HOURS_PER_DAY = 24.0
-MOST_UNITS = 10  # forward passes that a step costs at most: ours
-SLOWEST = 1e10  # floating-point operations a second that any machine makes: ours
+MAX_UNITS = 10  # forward passes that a step costs at most: ours
+MIN_FLOPS_PER_SECOND = 1e10  # floating-point operations that any machine makes: ours
 
 
 def training_summary(
@@ -38,7 +38,7 @@ def training_summary(
     size: int | None,
     step: int,
     device: torch.device,
-    timing: Timing | None = None,
+    timing: Timing | None,
 ) -> str:
     """What is trained on what, in a line.
 
@@ -129,14 +129,14 @@ def _layout_text(share: int, device: torch.device) -> str:
 def may_take_a_day(train: Train, net: nn.Module, shape: Sequence[int]) -> bool:
     """Whether a run might take a day here, by a bound on its operations; False if it ends by the clock.
 
-    Few nets use a weight more than once for each number of a sample, of this `shape`. Counting them takes a second.
+    The bound holds because few nets use a weight more than once for each number of a sample, of this `shape`.
     """
     if train.minutes is not None:
         return False
     weights = sum(p.numel() for p in net.parameters())
     pass_flops = 2 * weights * prod(shape)
-    flops = train.steps * train.batch * MOST_UNITS * pass_flops
-    return flops > HOURS_PER_DAY * SECONDS_PER_HOUR * SLOWEST
+    flops = train.steps * train.batch * MAX_UNITS * pass_flops
+    return flops > HOURS_PER_DAY * SECONDS_PER_HOUR * MIN_FLOPS_PER_SECOND
 
 
 def misfits(train: Train, operations: float | None, device: torch.device, step: int = 0) -> Iterator[str]:
@@ -144,14 +144,14 @@ def misfits(train: Train, operations: float | None, device: torch.device, step: 
 
     `operations` are the floating-point operations, on this device, of the steps after `step`; None: they are few.
     """
-    for_gpu: dict[str, str] = {}  # fields of `train` that are for a GPU: the value for a CPU
+    cpu_values: dict[str, str] = {}  # by the fields of `train` whose values are for a GPU
     if train.precision == "bf16":
-        for_gpu["precision"] = "fp32"
+        cpu_values["precision"] = "fp32"
     if train.compile != "none":
-        for_gpu["compile"] = "none"
-    if device.type == "cpu" and for_gpu:
-        now = " and ".join(f"train.{name}={getattr(train, name)}" for name in for_gpu)
-        ways = settings(*(f"train.{name}={value}" for name, value in for_gpu.items()))
+        cpu_values["compile"] = "none"
+    if device.type == "cpu" and cpu_values:
+        now = " and ".join(f"train.{name}={getattr(train, name)}" for name in cpu_values)
+        ways = settings(*(f"train.{name}={value}" for name, value in cpu_values.items()))
         yield f"{now}: for a GPU. A CPU compiles for minutes and gains little:  {ways}"
     if operations is None:
         return

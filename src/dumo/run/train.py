@@ -3,7 +3,7 @@
 `train_job`, on every rank:
 
 1. say what is trained on what
-2. note it in the folder, once all ranks have read what is there (`journal.History`)
+2. note it in the folder, once all ranks have read what is there (`History.write`)
 3. make a teacher's pairs, if it teaches by pairs
 4. open the journal, and make up for a milestone or a sheet that is missing
 5. choose the number of threads on a CPU, by steps on a copy
@@ -28,7 +28,7 @@ from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
 from dumo.io.source import Bucketed, DataSource, hashes_of
 from dumo.nets import is_dualized
-from dumo.run.job import Job, MakeSheets, Sheets, open_job, way_on
+from dumo.run.job import Job, MakeSheets, Sheets, open_job, train_more_hint
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.summary import misfits, training_summary
@@ -62,15 +62,13 @@ def train(
     tell: Callable[[str], None] | None = None,
     step: int | None = None,
     accept: bool = False,
-    verify: bool = False,
     sheets: MakeSheets | None = None,
-    minutes: float | None = None,
-    began: float | None = None,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
     """Train a run in a folder, or resume it there. Returns the state at the end.
 
-    Opens it as `dumo.run.job.open_job`, with the same arguments, and trains it as `train_job`. Raises as both.
+    Opens it by `dumo.run.job.open_job`, whose arguments have the same meaning, and trains it by `train_job`. Raises as
+    both.
     """
     opened = open_job(
         folder,
@@ -79,10 +77,7 @@ def train(
         tell=tell,
         step=step,
         accept=accept,
-        verify=verify,
         sheets=sheets,
-        minutes=minutes,
-        began=began,
         bar=bar,
     )
     with opened as job:
@@ -113,7 +108,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     history = job.history  # None except on rank 0
 
     def write_history() -> list[str]:
-        return [*history.write(rewound=job.goes_back)] if history else []
+        return [*history.write(goes_back=job.goes_back)] if history else []
 
     for line in agreement.on_each_rank(write_history):
         job.tell(line)
@@ -136,7 +131,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         source=source,
         tell=job.tell,
         hashes=hashes_of(job.data),
-        changed=history.changed if history else None,
+        changes=history.changes if history else None,
         countdown=countdown,
         best_folder=job.best_folder,
         validation=job.validation,
@@ -154,11 +149,11 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         return flow_in_training(run, state, teacher=teacher_velocity, prior=prior)
 
     flow = flow_for(state)
-    first_note = "the first step"
+    first_bar_text = "the first step"
     if run.train.compile != "none":
-        first_note += ", compiled first"
+        first_bar_text += ", compiled first"
     if state.is_over(run.train):
-        first_note = "no step is left"
+        first_bar_text = "no step is left"
     run_hooks = list(journal.hooks)
     if job.sheets:
         draw_sheets = _timed_drawing(job.sheets, run.train, countdown) if countdown else job.sheets.draw
@@ -173,7 +168,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     def units_done() -> int:
         return round(state.timing.seconds) if state.timing else state.step
 
-    def note(record: Record) -> str:
+    def bar_text(record: Record) -> str:
         text = job.meter.note(record)
         return f"step {record.step:,}, {text}" if state.timing else text
 
@@ -184,11 +179,11 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             _prefetched(run, source, flow, job.device) as (batch_at, draws_at),
             bar(f"training {folder.name}", total) as tick,
         ):
-            tick(units_done(), first_note)
+            tick(units_done(), first_bar_text)
             job.meter.begin(state.step)
             all_hooks = [
                 loop.Every(1, lambda state, record: step_threads.end()),
-                loop.Every(1, lambda state, record: tick(units_done(), note(record))),
+                loop.Every(1, lambda state, record: tick(units_done(), bar_text(record))),
                 *run_hooks,
                 *hooks,
                 loop.Every(1, lambda state, record: step_threads.begin()),
@@ -200,7 +195,8 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             step_threads.begin()
 
             # 6. train
-            loop.train(state, flow, batch_at, run.train, all_hooks, journal.due, draws_at, countdown and countdown.read)
+            read_clock = countdown.read if countdown else None
+            loop.train(state, flow, batch_at, run.train, all_hooks, journal.is_save_due, draws_at, read_clock)
     except Diverged as error:
         last_good_step = state.step - state.skips
         hint = agreement.on_main_rank(lambda: resume_hint(run.train, folder, job.index.checkpoints, last_good_step))
@@ -240,12 +236,12 @@ def _lines_before(job: Job) -> list[str]:
     if is_dualized(state.net) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
     if state.is_over(run.train):
-        lines.append(way_on(job.index.folder, run.train))
+        lines.append(train_more_hint(job.index.folder, run.train))
     return lines
 
 
 def _late_text(folder: Path, late_seconds: float) -> str:
-    """What a run that ends by the clock made in a command whose time was over before its first step."""
+    """A line for a run that ends by the clock, and whose time was over before its first step."""
     more = train_call(folder, minutes=minutes_to_prepare(late_seconds))
     return (
         f"it took {duration_text(late_seconds)} to begin, and no time was left for steps: it made one, and "
@@ -254,7 +250,7 @@ def _late_text(folder: Path, late_seconds: float) -> str:
 
 
 def _countdown_of(job: Job, timing: Timing) -> Countdown:
-    """What reads the clock of a job that ends by it."""
+    """The clock of a job that ends by it."""
 
     def work_after(step: int) -> Iterator[str]:
         if job.validation and step % job.validation.every == 0:
@@ -278,7 +274,7 @@ def _timed_drawing(sheets: Sheets, train: Train, countdown: Countdown) -> Callab
 
 
 def _step_threads_of(job: Job) -> StepThreads:
-    """What chooses the number of threads for the steps of a job.
+    """Makes what chooses the number of threads for the steps of a job.
 
     A resumed run keeps the checkpoint's number if this machine has as many cores. With compile there is no choice:
     compiled code is for one number.

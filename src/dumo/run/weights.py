@@ -1,8 +1,8 @@
 """A run's net with its weights: drawn, of its own folder, of another run, or of a published file.
 
 To sample or judge, `open_run` reads a run's folder. To train, `begin` returns the state to begin with: of the last
-checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0, `sketch` the net whose weights
-are read one by one when they are wanted (`dumo.io.deferred`).
+checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0, and `build_deferred` makes it
+without weights, which are drawn or read one by one when they are needed (`dumo.io.deferred`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, is_dualized, is_pretrained
 from dumo.run import datanote
 from dumo.run.index import Index
-from dumo.run.net import deferred, drawn, require_room
+from dumo.run.net import deferred_net, draw_net, require_room
 from dumo.run.provenance import require_own_checkpoint, require_own_weights
 from dumo.runtime import dist, shell_path
 from dumo.runtime.device import choose_device
@@ -70,7 +70,7 @@ class RunFolder:
     file: Path = Path()  # that file or folder
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(Path()))  # the last one that is whole
     listed: str | None = None  # the SHA-256 that the checkpoint lists for the file; None: it lists none
-    made: Deferred = field(default_factory=Deferred)  # makes the weights of a net that was not filled
+    deferred_weights: Deferred = field(default_factory=Deferred)  # reads the weights of a net opened without `fill`
     own_output: Path | None = None  # where commands write, of a run that comes with dumo; None: into its folder
 
     @property
@@ -96,7 +96,7 @@ class RunFolder:
     @property
     def run_as_saved(self) -> Run:
         """The run as its folder has it, without what was set to look at it."""
-        return self.index.written.run if self.index.written else self.run
+        return self.index.recorded_run.run if self.index.recorded_run else self.run
 
     @property
     def data_sd(self) -> float | None:
@@ -113,8 +113,7 @@ class RunFolder:
     @property
     def identities(self) -> set[str]:
         """The identities of the run (`RecordedRun.identities`)."""
-        written = self.index.written
-        return RecordedRun(self.run, written.past if written else ()).identities()
+        return RecordedRun(self.run, self.index.past).identities()
 
     @cached_property
     def sha256(self) -> str:
@@ -145,10 +144,10 @@ def open_run(
 ) -> RunFolder:
     """Open a run's folder, or by name a run that comes with dumo, to sample or judge it.
 
-    `text` is that of run.yaml, where it has been read. `weights` are a file, or a folder of shards, other than it
-    shows. Where it is trained meanwhile, a checkpoint may go while it is read: then a newer one is taken. Without
-    `fill` `made` is left to read the weights. Raises UserError where it is none, or has no checkpoint yet, or none that
-    is whole.
+    `text` is that of run.yaml, where it has been read. `weights` is a file, or a folder of shards, to take in place of
+    the last checkpoint's sampled weights. Where a training removes the checkpoint while it is read, a newer one is
+    taken. Without `fill` no weight is read yet: `RunFolder.deferred_weights` does it. Raises UserError where `source`
+    is no run's folder, or has no checkpoint that is whole.
     """
     from dumo.run import shipped
 
@@ -174,8 +173,8 @@ def open_run(
 
 def _require_trained(index: Index, run: Run) -> None:
     """Raise UserError where a run is opened with other fields than may be set, or its images lie where others are."""
-    assert index.written, "a run's folder has a run.yaml"
-    trained_run = index.written.run
+    assert index.recorded_run, "a run's folder has a run.yaml"
+    trained_run = index.recorded_run.run
     differing_fields = list(difference_lines(trained_run, run))
     if differing_fields:
         raise UserError(
@@ -193,7 +192,7 @@ def _require_trained(index: Index, run: Run) -> None:
             )
 
 
-def _open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool = True) -> RunFolder:
+def _open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool) -> RunFolder:
     """The run with the weights of its last checkpoint, or of the file `weights`. Raises as `open_run`."""
     # find the file
     folder = index.folder
@@ -227,7 +226,7 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
         file=file,
         checkpoint=last,
         listed=listed.sha256 if listed else None,
-        made=deferred_weights,
+        deferred_weights=deferred_weights,
     )
 
 
@@ -243,7 +242,7 @@ def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Modu
     """
     if device is not None:
         require_room(run, device)
-    net, deferred_weights = sketch(run)
+    net, deferred_weights = build_deferred(run)
     trained_weights = frozen.trained(net)
     # what is trained in 16 bits is sampled in float32
     file_weights = {name: to_float32(x) for name, x in outline(file).items()}
@@ -282,17 +281,17 @@ def build(run: RunParts, device: torch.device | str = "cpu") -> nn.Module:
     """
     require_room(run, device)
     if torch.device(device).type == "cpu" and not run.has_subject:
-        return drawn(run)
-    net, deferred_weights = sketch(run)
+        return draw_net(run)
+    net, deferred_weights = build_deferred(run)
     return deferred_weights.fill(net, device)
 
 
-def sketch(run: RunParts) -> tuple[nn.Module, Deferred]:
+def build_deferred(run: RunParts) -> tuple[nn.Module, Deferred]:
     """The net at step 0 on the CPU, without weights, and what makes these one by one.
 
     A user's own net has its weights. Raises UserError as `few_step_run`.
     """
-    net, deferred_weights = deferred(run)
+    net, deferred_weights = deferred_net(run)
     if run.has_subject:
         _load_few_step_run(run, net, deferred_weights)
     return net, deferred_weights
@@ -330,9 +329,8 @@ def _load_few_step_run(run: RunParts, net: nn.Module, deferred_weights: Deferred
             f"start: {source.folder} and this run differ in {differing_heads[0]}: take the objective of that run, "
             f"objective.kind={source.run.objective.kind}"
         )
-    _load_state(
-        net, deferred_weights, {name: partial(source.made.materialize, x) for name, x in source_weights.items()}
-    )
+    loaders = {name: partial(source.deferred_weights.materialize, x) for name, x in source_weights.items()}
+    _load_state(net, deferred_weights, loaders)
     source_spec = source.run.net
     spec = run.net
     assert is_pretrained(source_spec)
@@ -355,7 +353,7 @@ def begin(
     if run.start and not last and not run.has_subject:
         net, deferred_weights = init_from(run, run.start)
     elif dist.world() > 1:
-        net, deferred_weights = sketch(run)
+        net, deferred_weights = build_deferred(run)
     else:
         net = build(run, device)
     if is_dualized(net) and not (run.start or last):
@@ -372,7 +370,7 @@ def init_from(run: Run, start: "Start") -> tuple[nn.Module, Deferred]:
     What the source lacks of heads, gauges and embeddings of inputs stays as drawn. Raises UserError where it has not
     the rest, or not in these shapes, and where the same weights make another function there: another net or path.
     """
-    net, deferred_weights = sketch(run)
+    net, deferred_weights = build_deferred(run)
     if start.kind == "run":
         source_weights, source_deferred = _open_source_weights(start, run.net, run.path)
     else:
@@ -433,12 +431,12 @@ def _open_source_weights(start: "Start", net: Net, path: FlowPath) -> tuple[dict
     """
     source = open_run(start.source, device="cpu", fill=False)
     _require_net(source.run, start, net, path, SAME_FUNCTION_FIELDS)
-    return source.net.state_dict(), source.made
+    return source.net.state_dict(), source.deferred_weights
 
 
 def _require_net(source: Run, start: "Start", net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:
     """Raise UserError where a run has another net or path, but for fields that begin as one of `free_fields`."""
-    if "r" not in source.objective.needs.names:  # of r no block knew
+    if "r" not in source.objective.needs.names:  # no block of its net reads r, whatever net.late says
         free_fields = (*free_fields, "net.late:")
     all_differences = [*_part_differences("net", source.net, net), *_part_differences("path", source.path, path)]
     mismatches = [difference for difference in all_differences if not str(difference).startswith(free_fields)]

@@ -26,9 +26,7 @@ def planned(ranks: int, device: str, *fields: str) -> dict[str, int]:
     net = outline(run)
     held = memory.held_bytes(net, run.train)
     copy = memory.checkpoint_bytes(net, held, ranks).host_copy_per_rank
-    found = host_bytes(
-        net, run.train, ranks=ranks, held=held, checkpoint_copy=copy, step=0, device=device, has_slope=True
-    )
+    found = host_bytes(net, run.train, ranks=ranks, held=held, checkpoint_copy=copy, step=0, has_slope=True)[device]
     assert found["node"]["save"] == min(ranks, 8) * found["process"]["save"]
     return {phase: size - PROCESS for phase, size in found["process"].items()}
 
@@ -65,8 +63,8 @@ def test_adapters_are_added_in_a_copy(coding: str) -> None:
     run = load("sd3-lora", [f"net.lora.frozen={coding}"])
     net = outline(run)
     held = memory.held_bytes(net, run.train)
-    counted = host_bytes(net, run.train, ranks=1, held=held, checkpoint_copy=0, step=0, device="GPU", has_slope=True)
-    found = counted["process"]["export"] - PROCESS
+    counted = host_bytes(net, run.train, ranks=1, held=held, checkpoint_copy=0, step=0, has_slope=True)
+    found = counted["GPU"]["process"]["export"] - PROCESS
     assert found == held.weights + 4 * sum(p.numel() for p in outline(load("sd3-lora")).parameters())
 
 
@@ -86,10 +84,8 @@ def test_a_first_step_has_no_memory_of_the_optimizer_before_its_update(step: int
     run = load("digits", ["train.share=2"])
     held = memory.held_bytes(net := outline(run), run.train)
     copy = 7
-    counted = host_bytes(
-        net, run.train, ranks=2, held=held, checkpoint_copy=copy, step=step, device="CPU", has_slope=False
-    )
-    found = counted["process"]
+    counted = host_bytes(net, run.train, ranks=2, held=held, checkpoint_copy=copy, step=step, has_slope=False)
+    found = counted["CPU"]["process"]
     update, passes = held.per_rank(2).total, step - held.optimizer // 2
     assert found["first step"] == {"update": update, "passes": passes}[first] + PROCESS
     assert found["step"] == step + copy + PROCESS

@@ -313,8 +313,8 @@ def test_a_large_net_on_a_cpu_makes_no_step_more_than_one(monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rehearsal, "make_step", made)
-    for most in (rehearsal.SLOW, 10):
-        monkeypatch.setattr(rehearsal, "SLOW", most)
+    for most in (rehearsal.MAX_PARAMETERS_TO_WARM_UP, 10):
+        monkeypatch.setattr(rehearsal, "MAX_PARAMETERS_TO_WARM_UP", most)
         with pytest.raises(KeyboardInterrupt):
             rehearsal.rehearse(small(), 1, "cpu")
     assert warmed == [WARM_UP, 0]

@@ -244,7 +244,7 @@ def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
 
 def test_a_burst_before_the_first_checkpoint_has_no_way_back(tmp_path: Path) -> None:
     record = Record(30, 240, 1.0, {}, {}, {}, [], 1.0, 1e-3, grad_norms={"blocks": 2.0}, burst={"blocks": 4.0})
-    text = burst_text(tiny().train, tmp_path, Checkpoints(tmp_path), record)
+    text = burst_text(tiny().train, tmp_path, Checkpoints(tmp_path), record, is_embedder=False)
     assert "the gradient norm of blocks is 2, 4 times its median" in text
     assert text.endswith("begin another run at a lower rate")
 
@@ -264,7 +264,7 @@ def test_a_burst_of_the_embedder_asks_for_less_of_its_own_rate(
 ) -> None:
     monkeypatch.setattr(Checkpoints, "last_good", lambda self, step: 20)
     record = Record(30, 240, 1.0, {}, {}, {}, [], 1.0, 1e-3, grad_norms={"scalars": 2.0}, burst={"scalars": 4.0})
-    text = burst_text(tiny(*MUON).train, tmp_path, Checkpoints(tmp_path), record, embeds=embeds)
+    text = burst_text(tiny(*MUON).train, tmp_path, Checkpoints(tmp_path), record, is_embedder=embeds)
     assert f"go on from step 20 {words}:  " in text
     assert text.endswith(f"{rates}, step=20)")
 
@@ -387,7 +387,7 @@ def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> No
     run = tiny(f"train.save_minutes={minutes}")
     device, saved = torch.device("cpu"), time.monotonic() - passed
     journal = Journal(run, tmp_path, device, Checkpoints(tmp_path), run.data.open(), print, last_saved=saved)
-    assert journal.due() == due
+    assert journal.is_save_due() == due
 
 
 @pytest.mark.nightly

@@ -265,7 +265,7 @@ def test_a_run_is_in_its_folder_before_its_photos_are_encoded(run: Run, monkeypa
     late = stopwatch.wall_clock() - 100
     with pytest.raises(signals.Stopped, match="0 of 3 photos"), open_job(FOLDER, timed, device="cpu", began=late):
         pass
-    written = Index.read(FOLDER).written
+    written = Index.read(FOLDER).recorded_run
     assert written is not None
     assert written.run.data.codec == with_absolute_paths(run).data.codec.model_copy(
         update={"sha256": written.run.data.codec.sha256}

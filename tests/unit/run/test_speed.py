@@ -9,7 +9,7 @@ import torch
 
 from dumo.config.load import load
 from dumo.run import speed
-from dumo.run.speed import Meter, logged, seconds_between
+from dumo.run.speed import Meter, log_with_speeds, seconds_between
 from dumo.training import log
 from dumo.training.step import Record
 from dumo.types import UserError
@@ -78,11 +78,11 @@ def test_rows_of_the_log_have_the_last_speed_of_their_step(tmp_path: Path) -> No
         return "".join(json.dumps({"step": step, "images_per_second": value}) + "\n" for step, value in pairs)
 
     with pytest.raises(UserError, match=r"has no metrics.jsonl: .*give a run's folder"):
-        logged(tmp_path)
+        log_with_speeds(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "loss": null}\n{"step": 25}\n')
-    assert logged(tmp_path) == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": None}, {"step": 25}]
+    assert log_with_speeds(tmp_path) == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": None}, {"step": 25}]
     (tmp_path / "speed.jsonl").write_text(rows((10, 1.0), (20, 2.0), (30, 3.0), (20, 4.0)))  # stopped after 30
-    assert [row.get("speed") for row in logged(tmp_path)] == [
+    assert [row.get("speed") for row in log_with_speeds(tmp_path)] == [
         {"images_per_second": 1.0},
         {"images_per_second": 4.0},
         None,

@@ -8,7 +8,7 @@ import torch
 from dumo.config.load import load
 from dumo.run import cost, summary
 from dumo.run.net import outline
-from dumo.run.summary import MOST_UNITS, may_take_a_day, misfits
+from dumo.run.summary import MAX_UNITS, may_take_a_day, misfits
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def test_operations_are_counted_of_a_run_that_may_take_a_day() -> None:
     for recipe, is_long in (("moons", False), ("digits", False), ("my-images", True), ("imagenet256-xl2", True)):
         run = load(recipe)
         net = outline(run)
-        bound = MOST_UNITS * 2 * sum(p.numel() for p in net.parameters()) * prod(run.data.shape)
+        bound = MAX_UNITS * 2 * sum(p.numel() for p in net.parameters()) * prod(run.data.shape)
         if not is_long:  # the bound holds
             assert cost.step_cost(net, run.objective, run.path, run.data.shape).flops < bound, recipe
         assert may_take_a_day(run.train, net, run.data.shape) == is_long, recipe

@@ -55,8 +55,8 @@ def test_the_folder_is_opened_with_the_arguments_of_train(tmp_path: Path, monkey
         return job.open_job(folder, run)
 
     monkeypatch.setattr("dumo.run.train.open_job", open_job)
-    train(tiny(), tmp_path, bar=no_bar, began=7.0)
-    assert (arguments["bar"], arguments["began"]) == (no_bar, 7.0)
+    train(tiny(), tmp_path, bar=no_bar, accept=True)
+    assert (arguments["bar"], arguments["accept"]) == (no_bar, True)
 
 
 def test_a_run_is_a_function_of_its_spec(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: py
 @pytest.mark.nightly
 def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Path) -> None:
     def said(run: Run) -> str:
-        return training_summary(run, outline(run), tmp_path, size=1, step=0, device=torch.device("cpu"))
+        return training_summary(run, outline(run), tmp_path, size=1, step=0, device=torch.device("cpu"), timing=None)
 
     central, dual = (tiny("digits-guided", f"objective.slope.kind={kind}") for kind in ("central", "dual"))
     units, dual_units = (

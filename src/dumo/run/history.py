@@ -1,0 +1,181 @@
+"""What has changed in a run's folder when training begins or goes on there: compared, then written down.
+
+`run.job` calls `History.of` on rank 0, which compares run and data with what the folder holds, and writes nothing. Once
+all ranks have read the folder, `run.train` calls `History.write`. It
+
+1. takes back what came after the step from which training goes on
+2. compares the log with what the checkpoint lists
+3. writes run.yaml, with the changes noted, and data.json
+4. says what has changed
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dumo.config.advice import advice
+from dumo.config.change import shown
+from dumo.config.place import LOG_FILE
+from dumo.config.source import Noted
+from dumo.config.spec import Run
+from dumo.io.source import DataSource
+from dumo.run import datacheck, datanote
+from dumo.run.folder import (
+    BEST_FOLDER,
+    mark_checkpoint_written,
+    mark_no_checkpoint_yet,
+    set_best_aside,
+    write_run_file,
+)
+from dumo.run.index import Index
+from dumo.run.provenance import run_before_step
+from dumo.runtime.device import software_versions
+from dumo.training import log, manifest
+from dumo.training.manifest import Checkpoint
+from dumo.training.spec import Train
+
+PACKAGES = ("dumo", "torch")  # whose versions change what a step computes
+
+
+@dataclass(frozen=True)
+class History:
+    """What has changed in a folder's run when it goes on after `step`. Rank 0 alone makes and writes it."""
+
+    run: Run
+    index: Index
+    source: DataSource
+    step: int
+    fingerprint: str | None  # of the data now
+    changes: Sequence[Noted]  # of fields and data, since the run began
+    versions: dict[str, str]  # of the packages that wrote the checkpoint; {}: it begins
+    train_before: Train | None  # how the run was trained up to the checkpoint; None: it begins
+    listed_log: manifest.Listed | None  # what the checkpoint lists of the log; None: it lists none, or the run begins
+    has_other_data: bool  # whether the data have changed since the checkpoint, and that is accepted
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        index: Index,
+        source: DataSource,
+        step: int,
+        checkpoint: Checkpoint | None,
+        *,
+        accept: bool,
+        change: datacheck.Change | None,
+    ) -> "History":
+        """Compare run and data with what the folder holds; nothing is written.
+
+        `checkpoint` is the one that is resumed, `change` how the contents of its data have changed. Raises UserError
+        if the data have another fingerprint, and that is not accepted (`accept`).
+        """
+        noted_fingerprint = index.data_note.fingerprint if index.data_note else None
+        fingerprint = source.fingerprint()
+        run_before = run_before_step(index, checkpoint)
+        changes = run_before.changes_to_record(run, step) if run_before else []
+        if checkpoint and noted_fingerprint is not None and noted_fingerprint != fingerprint:
+            if not accept:
+                raise datacheck.changed_data_error(
+                    index.folder, f"fingerprint {noted_fingerprint} in {datanote.FILE}, {fingerprint} now"
+                )
+            change = datacheck.Change(noted_fingerprint, str(fingerprint))
+        if change:
+            changes = [*changes, Noted(step=step, field="data", was=change.was, now=change.now, accepted=True)]
+        return cls(
+            run=run,
+            index=index,
+            source=source,
+            step=step,
+            fingerprint=fingerprint,
+            changes=changes,
+            versions=checkpoint.manifest.versions if checkpoint else {},
+            train_before=run_before.run.train if run_before and checkpoint else None,
+            listed_log=checkpoint.manifest.log if checkpoint else None,
+            has_other_data=change is not None,
+        )
+
+    def write(self, *, goes_back: bool) -> Iterator[str]:
+        """Bring the folder to `step`: rewind it, note run and data. Yields lines for the user.
+
+        The log after the step is always moved aside; with `goes_back`, later checkpoints and milestones are removed.
+        """
+        folder = self.index.folder
+        log_file = folder / LOG_FILE
+
+        # take back what came after the step
+        has_log = log_file.exists()
+        undone_rows = 0
+        if has_log and (goes_back or self.step == 0):
+            undone_rows = sum(row["step"] > self.step for row in log.read_log(log_file))
+        if self.step == 0 and undone_rows:
+            yield (
+                f"{folder} has no checkpoint, so it starts again from step 0; {undone_rows:,} rows of its log are "
+                f"kept in {log.undone_rows_path(log_file)}"
+            )
+        if goes_back:
+            removed_steps: set[int] = set()
+            for place in manifest.places(folder):
+                removed_steps.update(manifest.rewind(place, self.step))
+            if removed_steps:
+                steps_text = ", ".join(f"{step:,}" for step in sorted(removed_steps))
+                yield (
+                    f"going on from step {self.step:,}: what came after it is removed, the checkpoints and milestones "
+                    f"of steps {steps_text}"
+                )
+            if undone_rows:
+                yield f"{undone_rows:,} rows of the log after it are kept in {log.undone_rows_path(log_file)}"
+        rows = log.rewind(log_file, self.step) if has_log else []
+        if self.step > 0:
+            manifest.rewind(folder / BEST_FOLDER, self.step)
+        else:
+            best_aside = set_best_aside(folder)
+            if best_aside:
+                yield f"the best weights of before it starts again are kept in {best_aside}"
+
+        # compare the log with what the checkpoint lists
+        if self.listed_log is not None and self.listed_log != log.entry_of(log_file):
+            yield f"{log_file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
+        if rows:
+            for first, last in log.gaps(rows, self.run.train.log_every):
+                yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
+
+        # note the run and its data
+        write_run_file(self.run, folder, self.changes)
+        if self.step == 0:
+            mark_no_checkpoint_yet(folder)
+        else:
+            mark_checkpoint_written(folder)
+        data_note = datanote.update(
+            folder, self.index.data_note, self.source, self.fingerprint, anew=self.has_other_data
+        )
+
+        yield from self._change_lines()
+        yield from advice(self.run, data_note.sd)
+
+    def _change_lines(self) -> Iterator[str]:
+        """Yield a line for each thing that is another one from `step` on: fields, rates, versions of packages."""
+        for change in self.changes:
+            if change.step == self.step:
+                yield f"from step {self.step:,} on {change.field} is {shown(change.now)}, and was {shown(change.was)}"
+        ends_by_steps = self.run.train.minutes is None
+        if ends_by_steps and self.train_before and self.train_before.schedule == self.run.train.schedule:
+            yield from _schedule_lines(self.train_before, self.run.train.steps, self.step)
+        if self.versions:
+            versions = software_versions()
+            for name in PACKAGES:
+                version = versions[name]
+                version_before = self.versions.get(name, version)
+                if version_before != version:
+                    yield (
+                        f"{name} is {version}, and was {version_before} up to step {self.step:,}: numbers may round "
+                        "otherwise"
+                    )
+
+
+def _schedule_lines(train_before: Train, steps: int, steps_done: int) -> Iterator[str]:
+    """Yield a line if the steps already done had other rates, because their schedule had another length."""
+    if train_before.minutes is None and train_before.had_other_rates(steps, steps_done):
+        length = "shorter" if train_before.steps < steps else "longer"
+        yield (
+            f"train.steps is {steps:,}, and was {train_before.steps:,}: the {steps_done:,} steps already done had the "
+            f"rates of the {length} {train_before.schedule.kind} schedule"
+        )
