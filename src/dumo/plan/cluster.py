@@ -164,7 +164,7 @@ def count_step(
             net.to_empty(device="cpu")
         state = begin(net, train)
         with fake:
-            batch = cost.blank(objective, path, plan.most_rows(train, objective), shape)
+            batch = cost.empty_cpu_batch(objective, path, plan.most_rows(train, objective), shape)
             return _track_step(state, objective, path, batch, train)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from dumo.data.pixel import ToSquare, Unreadable, short_side
 from dumo.data.store import Store
-from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime.progress import Bar
 from dumo.runtime.stopwatch import Stopwatch
 from dumo.types import UserError
 
@@ -37,7 +37,7 @@ class ImagesFound:
         return self.count * self.image_seconds / torch.get_num_threads()
 
 
-def look_at(store: Store, to_pixels: ToSquare, bar: Bar = no_bar) -> ImagesFound:
+def look_at(store: Store, to_pixels: ToSquare, bar: Bar) -> ImagesFound:
     """Look at some images of a store, each decoded by `to_pixels`. Raises UserError where none of them can be read."""
     indices = sorted({round(i * (len(store) - 1) / (MAX_HEADERS - 1)) for i in range(MAX_HEADERS)})
     watch = Stopwatch(torch.device("cpu"))

@@ -3,7 +3,12 @@
     forward_flops    of one pass, for a row
     step_cost        of a training step, for a row: operations, and forward units; what its passes show on the way
     forward_units    the units alone
+    exact_rows       the rows of the smallest batch that can be counted exactly
+    flops            of any work
     by_depth         any count of a net, by its first few blocks
+
+`dumo.run.memory` follows the same steps, by `phases`, `meta_copies`, `empty_cpu_batch_like` and `step_function`, and a
+UNet by `sample_blocks`.
 
 The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
 are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike cost alike, so
@@ -40,7 +45,7 @@ from dumo.types.outside import name_of
 
 NO_GUIDANCE = Guide()
 TIMES = 1_000_000  # times drawn, to see how many lie in the interval of guidance: ours
-FEW = 6  # blocks up to which all are run: ours
+MAX_BLOCKS_RUN = 6  # a net of more is counted by a few of its blocks: ours
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
 M = TypeVar("M", bound=nn.Module)
 
@@ -112,7 +117,8 @@ def step_cost(
 
     def units_at(objective: Objective, b: Noised) -> float:
         def count(net: nn.Module) -> int:
-            return flops(step_of(*outlines(net, ref), objective, b))
+            net, theta = meta_copies(net, ref)
+            return flops(step_function(net, theta, objective, b))
 
         return by_depth(net, count) / (rows * one_pass.flops)
 
@@ -171,12 +177,12 @@ def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int)
         return copy.deepcopy(net).to("meta")(x, c, **inputs)
 
 
-def blank(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> Noised:
-    """A noised batch of this many rows in memory of its own on the CPU, its values undefined."""
-    return on_cpu(_draw(objective, path, rows, shape))
+def empty_cpu_batch(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> Noised:
+    """A noised batch of this many rows of a shape on the CPU, its values undefined."""
+    return empty_cpu_batch_like(_draw_on_meta(objective, path, rows, shape))
 
 
-def step_of(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
+def step_function(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
     """A function that makes one step on a batch, forward, targets and backward: with routing, without dropout.
 
     Dropout's masks cost little. The function raises UserError where the loss is not one number per row.
@@ -193,14 +199,14 @@ def step_of(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Cal
     return step
 
 
-def outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
+def meta_copies(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
     """Copies of the net and of theta^- on the meta device."""
     net = copy.deepcopy(net).to("meta")
     return net, frozen(net) if ref == "self" else Frozen(copied(net))
 
 
-def _draw(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> Noised:
-    """A batch on the meta device, noised; numbers that are fixed by their row's place are there."""
+def _draw_on_meta(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> Noised:
+    """A noised batch on the meta device. What depends on a row's place alone has its values."""
     x, c = _meta_batch(rows, shape)
     return draw(objective, path, x, c, c, seed=0, step=0)
 
@@ -210,7 +216,7 @@ def phases(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]
 
     Within a part (`Needs.phases`) all steps cost alike.
     """
-    b = _draw(objective, path, rows, shape)
+    b = _draw_on_meta(objective, path, rows, shape)
     return [(replace(b, progress=progress), share) for progress, share in objective.needs.phases]
 
 
@@ -219,15 +225,15 @@ def _meta_batch(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:
     return torch.empty(rows, *shape, device="meta"), torch.empty(rows, dtype=torch.long, device="meta")
 
 
-def on_cpu(b: Noised) -> Noised:
-    """A noised batch of the same shapes in memory of its own on the CPU, its values undefined."""
-    own: dict[str, Tensor] = {}
+def empty_cpu_batch_like(b: Noised) -> Noised:
+    """A noised batch of the shapes of `b` on the CPU, its values undefined."""
+    tensors: dict[str, Tensor] = {}
     for field in fields(b):
         value = getattr(b, field.name)
         if isinstance(value, Tensor):
-            own[field.name] = torch.empty_like(value, device="cpu")
+            tensors[field.name] = torch.empty_like(value, device="cpu")
     drawn = {name: torch.empty_like(value, device="cpu") for name, value in b.drawn.items()}
-    return replace(b, **own, drawn=drawn)
+    return replace(b, **tensors, drawn=drawn)
 
 
 class Stretch(NamedTuple):
@@ -251,32 +257,33 @@ def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
     """
     net_stretches = stretches(net)
     lengths = [len(stretch.blocks) for stretch in net_stretches]
-    few = 2 if check else 1
+    few = 2 if check else 1  # blocks of each stretch in the first count
     if is_unet(net) and _trains_time(net):
-        few = 0  # every block has gradients of its input, as of the embedding of time: none is cheaper, as the first
-    if sum(lengths) <= FEW or max(lengths) <= few:
+        few = 0  # all blocks cost alike: through the embedding of time even the first has gradients of its input
+    if sum(lengths) <= MAX_BLOCKS_RUN or max(lengths) <= few:
         return count(net)
 
     def count_with(more: Sequence[int]) -> int:
         """The count with this many blocks more than `few` of each stretch."""
         return count(cut(net, [min(n, few + k) for n, k in zip(lengths, more, strict=True)]))
 
-    first = count_with([0] * len(lengths))
-    of_a_block = [0] * len(lengths)  # what one block more of each stretch adds
-    of_a_kind: dict[object, int] = {}  # the same, by what stretches that add alike have in common
+    first_count = count_with([0] * len(lengths))
+    added_by_stretch = [0] * len(lengths)  # what one block more of each stretch adds
+    added_by_kind: dict[object, int] = {}  # the same, by what stretches that add alike have in common
     for i, (stretch, n) in enumerate(zip(net_stretches, lengths, strict=True)):
         if n > few:
             place = i if stretch.level is None else f"level {stretch.level}"
             kind = (place, _kind(stretch.blocks[0]))
-            if kind not in of_a_kind:
-                of_a_kind[kind] = count_with([int(i == j) for j in range(len(lengths))]) - first
-            of_a_block[i] = of_a_kind[kind]
+            if kind not in added_by_kind:
+                one_more = [int(i == j) for j in range(len(lengths))]
+                added_by_kind[kind] = count_with(one_more) - first_count
+            added_by_stretch[i] = added_by_kind[kind]
     if check:
-        of_two = sum(min(n - few, 2) * added for n, added in zip(lengths, of_a_block, strict=True))
-        all_add = all(added for n, added in zip(lengths, of_a_block, strict=True) if n > few)
-        if not all_add or count_with([2] * len(lengths)) != first + of_two:
+        added_by_two = sum(min(n - few, 2) * added for n, added in zip(lengths, added_by_stretch, strict=True))
+        all_add = all(added for n, added in zip(lengths, added_by_stretch, strict=True) if n > few)
+        if not all_add or count_with([2] * len(lengths)) != first_count + added_by_two:
             return count(net)
-    return first + sum((n - few) * added for n, added in zip(lengths, of_a_block, strict=True))
+    return first_count + sum((n - few) * added for n, added in zip(lengths, added_by_stretch, strict=True))
 
 
 class SampledNet(NamedTuple):
@@ -324,17 +331,17 @@ def cut(net: M, lengths: Sequence[int]) -> M:
     """The net with this many first blocks of each stretch. All parts are shared, and the net is left as it is."""
     from dumo.nets.heads import with_submodules
 
-    kept: dict[str, list[nn.Module]] = {}
+    lists: dict[str, list[nn.Module]] = {}
     for stretch, n in zip(stretches(net), lengths, strict=True):
-        kept.setdefault(stretch.path, []).extend(stretch.blocks[:n])
-    return with_submodules(net, {path: nn.ModuleList(blocks) for path, blocks in kept.items()})
+        lists.setdefault(stretch.path, []).extend(stretch.blocks[:n])
+    return with_submodules(net, {path: nn.ModuleList(blocks) for path, blocks in lists.items()})
 
 
 def stretches(net: nn.Module) -> list[Stretch]:
     """The stretches of a net: runs of alike blocks, of which some may be left out for a count.
 
-    A pretrained net has them, and one whose `blocks` are all alike but for the last and for the routed ones. Those of a
-    UNet are in its transformers: each of its own blocks hands on to one on the other side.
+    A pretrained net has stretches, and so has a net whose `blocks` are alike, but for the last and the routed ones.
+    Those of a UNet are in its transformers: its own blocks are not in a row, since each also feeds one on the way up.
     """
     if is_unet(net):
         return _stretches_of_unet(net)
@@ -387,8 +394,10 @@ def _stretches_of_unet(net: nn.Module) -> list[Stretch]:
 
 def _kind(block: nn.Module) -> tuple[object, ...]:
     """What blocks that cost alike have in common: whether they are routed or computed again, class and shapes."""
+    is_routed = getattr(block, "routed", False)
+    is_recomputed = getattr(block, "recomputed", False)
     shapes = ((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
-    return getattr(block, "routed", False), type(block), getattr(block, "recomputed", False), *shapes
+    return is_routed, type(block), is_recomputed, *shapes
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -397,11 +406,11 @@ def flops(work: Callable[[], object]) -> int:
 
     aten = torch.ops.aten
     missing = {  # from torch's own table; that a fused backward computes the scores again is not counted
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _attention(q, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 2 * _attention(q, v),
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
         aten.addmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
         aten.baddbmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
-        aten.convolution_backward: _convolved_back,  # torch's does not know of groups
+        aten.convolution_backward: _convolution_backward_flops,  # torch's does not know of groups
     }
     with _FlopCounter(FlopCounterMode(display=False, custom_mapping=missing).flop_registry) as counter:
         work()
@@ -415,7 +424,7 @@ class _FlopCounter(TorchDispatchMode):
     """
 
     def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
-        """`formulas`: of a function of torch, its operations, by its arguments and its output, `out_val`."""
+        """`formulas`: by function of torch, what counts its operations from its arguments and output (`out_val`)."""
         super().__init__()
         self.flops = 0
         self._formulas = formulas
@@ -427,7 +436,7 @@ class _FlopCounter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Run one function of torch and count it; one that torch makes of others, as those."""
+        """Run one function of torch and count it. A function that torch defines by others is counted by those."""
         kwargs = kwargs or {}
         if _is_composite(func):
             with self:
@@ -445,7 +454,7 @@ def _is_composite(func: OpOverload[..., Any]) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
-def _convolved_back(
+def _convolution_backward_flops(
     grad: Sequence[int],
     x: Sequence[int],
     w: Sequence[int],
@@ -459,11 +468,22 @@ def _convolved_back(
     mask: Sequence[bool],
     **_: object,
 ) -> int:
-    """Each of the gradients of input and weights takes what the convolution took; w is (out, in / groups, ...)."""
-    places = x if transposed else grad
-    return sum(mask[:2]) * 2 * places[0] * prod(places[2:]) * prod(w)
+    """Operations of a convolution's backward pass: its own for each gradient, of the input and of the weights.
+
+    Takes shapes: w is (out, in / groups, ...). `mask` says which gradients are wanted: of input, weights and bias.
+    """
+    positions = x if transposed else grad
+    num_gradients = sum(mask[:2])
+    return num_gradients * 2 * positions[0] * prod(positions[2:]) * prod(w)
 
 
-def _attention(q: Sequence[int], v: Sequence[int]) -> int:
-    """Scores and their product with the values; q is (b, heads, n, d), v (b, heads, m, d)."""
+def _attention_backward_flops(
+    _grad: object, q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object
+) -> int:
+    """Operations of the backward pass of attention: two products for each of the forward pass."""
+    return 2 * _attention_flops(q, k, v)
+
+
+def _attention_flops(q: Sequence[int], _k: Sequence[int], v: Sequence[int], *_: object, **__: object) -> int:
+    """Operations of the scores and of their product with the values; q is (b, heads, n, d), v (b, heads, m, d)."""
     return 2 * prod(q[:-1]) * v[-2] * (q[-1] + v[-1])

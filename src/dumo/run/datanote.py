@@ -11,7 +11,7 @@ from dumo.io.source import DataSource
 from dumo.types import UserError
 
 FILE = "data.json"
-ROWS = 256  # of the first epoch in the order of seed 0; ours
+ROWS = 256  # that are measured, the first of the first epoch in the order of seed 0: ours
 WAY_OUT = "delete it, and it is measured again"
 
 
@@ -19,13 +19,13 @@ WAY_OUT = "delete it, and it is measured again"
 class DataNote:
     """What data.json says."""
 
-    sd: float | None  # the standard deviation over all numbers of the first `rows`, as EDM's sigma_data
+    sd: float | None  # the standard deviation over all numbers of the first `rows`, EDM's sigma_data; None: unknown
     fingerprint: str | None = None  # of the source, if it has one
     rows: int = ROWS
 
 
 def measure(source: DataSource) -> float:
-    """The standard deviation over all numbers of the first ROWS rows, as EDM's sigma_data."""
+    """The standard deviation over all numbers of the first ROWS rows, EDM's sigma_data."""
     x, _ = source.batch(0, ROWS, 0)
     return x.double().std().item()
 
@@ -35,26 +35,23 @@ def update(
 ) -> DataNote:
     """The note of the data in `source`, written to data.json if it is new.
 
-    `before` is the note that is there; if it has the same `fingerprint` (None: the source has none), nothing is
-    measured, unless `anew`. Only one process may call it.
+    `before` is the note that is there. It is measured again with `anew`, or where it has another fingerprint than
+    `fingerprint`, that of the source (None: the source has none). Only one process may call this.
     """
-    if (
-        before is None
-        or before.sd is None
-        or anew
-        or (fingerprint is not None and before.fingerprint not in (None, fingerprint))
-    ):
+    if before is None or before.sd is None or anew:
         note = DataNote(measure(source), fingerprint)
-    elif fingerprint is not None:
+    elif fingerprint is None:
+        note = before
+    elif before.fingerprint in (None, fingerprint):
         note = DataNote(before.sd, fingerprint, before.rows)
     else:
-        note = before
+        note = DataNote(measure(source), fingerprint)
     if note != before:
-        write(folder, note)
+        _write(folder, note)
     return note
 
 
-def write(folder: Path, note: DataNote) -> None:
+def _write(folder: Path, note: DataNote) -> None:
     """Write data.json."""
     content: dict[str, object] = {"sd": note.sd, "rows": note.rows}
     if note.fingerprint is not None:

@@ -38,8 +38,8 @@ MAX_PART_CHARACTERS = 40  # of --part: ours
 SHARD_ROWS = 1024  # images or captions to a shard: ours
 
 
-class _LatentsOfRun(Spec):
-    """The one part of a run that a folder of images to encode needs: its data."""
+class _LatentsOnly(Spec):
+    """The part of a run that is needed to encode a folder of images."""
 
     data: Latents
 
@@ -113,10 +113,10 @@ def encoding_work(
         )
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
     override(tree, settings)
-    return EncodingWork(parse(_LatentsOfRun, tree).data.with_facts())
+    return EncodingWork(parse(_LatentsOnly, tree).data.with_facts())
 
 
-def options_as_settings(out: str | None, codec: str | None, side: int | None, count: int | None = None) -> list[str]:
+def options_as_settings(out: str | None, codec: str | None, side: int | None, count: int | None) -> list[str]:
     """The options of `dumo encode` as settings of a recipe: FIELD=VALUE, as --set takes them."""
     fields = {"data.root": out, "data.codec.kind": codec, "data.images.side": side, "data.images.count": count}
     return [f"{field}={value}" for field, value in fields.items() if value is not None]
@@ -148,8 +148,8 @@ def encode(
 
     `verify`: all images are hashed first, whatever is noted of them. `options` are fields of the `CachePlan`: store,
     dtype, shard_rows, seed. Without `shard_rows` a cache that is begun keeps its own, and a new one takes
-    `new_shard_rows`. Raises UserError as opening the images or the codec does, for an option that is none, and
-    where the folder holds something else, or what was made of other images.
+    `new_shard_rows`. Raises UserError where the images or the codec cannot be opened, an option is no field of the
+    plan, or the folder holds something else, or a cache of other images.
     """
     rank, world_size = part
     torch_device = choose_device(device)
@@ -198,8 +198,8 @@ def encode(
 def ensure_cache(
     data: Latents,
     *,
-    device: str = "auto",
-    bar: Bar = no_bar,
+    device: str,
+    bar: Bar,
     new_shard_rows: int = SHARD_ROWS,
     while_waiting: Callable[[], object] = signals.check,
 ) -> None:

@@ -129,10 +129,10 @@ def require_likelihood(sampler: Sampler) -> None:
 
 
 @contextmanager
-def bar_while_reading(bar: Bar, title: str = "looking at the data") -> Generator[Callable[[int, int], None]]:
-    """Yield `report_progress(images_read, total)`. The bar begins with its first call.
+def bar_while_reading(bar: Bar) -> Generator[Callable[[int, int], None]]:
+    """Yield a function `report_progress(images_read, total)`, with whose first call the bar begins.
 
-    It raises Stopped after a signal.
+    The function raises Stopped after a signal.
     """
     advance_bar: Tick | None = None
     with ExitStack() as stack:
@@ -142,7 +142,7 @@ def bar_while_reading(bar: Bar, title: str = "looking at the data") -> Generator
             signals.check()  # raises Stopped
             threads.check()  # sets the number of threads again, where others keep the machine busy
             if advance_bar is None:
-                advance_bar = stack.enter_context(bar(title, total))
+                advance_bar = stack.enter_context(bar("looking at the data", total))
             advance_bar(images_read, "")
 
         yield report_progress

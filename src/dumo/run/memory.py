@@ -298,7 +298,7 @@ def _follow_step(
     `noised` is a batch on the meta device. `has_gradients`: gradients exist before the step, so they do not count in
     it. `watched`: paths of the blocks to count apart.
     """
-    net, theta = cost.outlines(net, ref)
+    net, theta = cost.meta_copies(net, ref)
     with FakeTensorMode(allow_non_fake_inputs=True):
         modules = {net, theta.module}  # one where theta is the net itself
         for module in modules:
@@ -306,7 +306,7 @@ def _follow_step(
         frozen.share(theta.module, net)
         for p in net.parameters():
             p.grad = torch.empty_like(p) if has_gradients and p.requires_grad else None
-        step = cost.step_of(net, theta, objective, cost.on_cpu(noised))
+        step = cost.step_function(net, theta, objective, cost.empty_cpu_batch_like(noised))
         live = LiveStorages({path: net.get_submodule(path) for path in watched})
         with autocast(precision, "cpu"), live:
             step()

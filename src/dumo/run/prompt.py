@@ -1,7 +1,7 @@
-"""Prompts: texts of the user's own, as rows behind those that a net was trained on.
+"""Prompts: texts of the user's own, as rows behind those of the captions that a net was trained on.
 
-A prompt that is a caption of the data is that caption; another is encoded as they were, once, and has a number from
-then on, as long as the run is open. So whatever samples by numbers of classes samples by prompts.
+A prompt that is a caption of the data has that caption's number. Another is encoded once, as captions are, and has a
+number of its own as long as the run is open. So whatever samples by numbers of classes also samples by prompts.
 
 `prompted` returns these numbers, `names` the texts of numbers; `sources` reads the images that prompts edit.
 """
@@ -56,9 +56,10 @@ def edits(data: Data) -> bool:
 
 
 def prompted(sampler: Sampler, prompts: Sequence[str], source: Path | None = None) -> Int64[Tensor, " b"]:
-    """The condition of each prompt, to sample by, and of the image that they edit. Warns where one is cut.
+    """The condition of each prompt, its number, by which to sample. Warns where a prompt is cut.
 
-    Raises UserError for none, a blank one, a run that reads no texts, and where its encoder is missing, or another.
+    `source` is the image that the prompts edit. Raises UserError where there are no prompts, or a blank one, the run
+    reads no texts, or its encoder is missing, or another than the run was trained with.
     """
     if not prompts:
         raise UserError("there are no prompts: give one at least")
@@ -83,7 +84,7 @@ def prompted(sampler: Sampler, prompts: Sequence[str], source: Path | None = Non
             source_images = sources(sampler.data, sampler.device, lambda _: source)
             latents = source_images.latents_of(new_captions) if source_images else None
         first = texts.append(new_captions, latents)
-        new_numbers = {caption: first + i for i, caption in enumerate(new_captions)}
+        new_numbers = {caption: number for number, caption in enumerate(new_captions, start=first)}
         texts.prompts |= new_numbers
         numbers |= new_numbers
     return torch.tensor([numbers[caption] for caption in captions])

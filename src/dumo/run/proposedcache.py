@@ -4,8 +4,8 @@
 
 1. refuses photos that have changed since they were planned
 2. writes the run into its folder, so that the same command resumes it after a stop
-3. encodes the photos in small shards, of which a stop keeps those that are finished; of a run that ends by the clock
-   only as long as time is left for its steps; that goes for the wait for another process that encodes them, too
+3. encodes the photos in small shards, or waits for another process that encodes them; a stop keeps finished shards. For
+   a run that ends by the clock it stops once too little time would be left for steps
 
 A folder that the user set is the user's to fill. Where a run was moved with its cache, `dumo.config.source` finds that.
 """
@@ -23,7 +23,7 @@ from dumo.run.folder import write_run_file
 from dumo.run.index import Index
 from dumo.runtime import signals
 from dumo.runtime.door import train_call
-from dumo.runtime.progress import Bar, Tick, no_bar
+from dumo.runtime.progress import Bar, Tick
 from dumo.runtime.text import duration_text
 from dumo.training.deadline import MAX_SHARE, PreparationTime, minutes_to_prepare
 from dumo.types import UserError
@@ -36,9 +36,9 @@ def ensure_proposed_cache(
     data: Latents,
     index: Index,
     *,
-    time: PreparationTime | None = None,
-    device: str = "auto",
-    bar: Bar = no_bar,
+    time: PreparationTime | None,
+    device: str,
+    bar: Bar,
 ) -> None:
     """Make the cache of a proposed run if it is missing, or finish it.
 
@@ -62,14 +62,17 @@ def ensure_proposed_cache(
         if time is not None and time.is_over:
             raise _stopped_in_wait(time, index.folder)
 
-    _note(run, index, folder)
+    _write_new_run(run, index, folder)
     encode.ensure_cache(data, device=device, bar=bar, new_shard_rows=SHARD_ROWS, while_waiting=check_wait)
 
 
-def _note(run: Run, index: Index, cache_folder: Path) -> None:
-    """Write a run that begins into its folder, where it stays after a stop. `run.job` removes one that is refused."""
+def _write_new_run(run: Run, index: Index, cache_folder: Path) -> None:
+    """Write a run that begins into its folder, where it stays after a stop. `run.job` removes one that is refused.
+
+    Also makes the folder that the cache lies in.
+    """
     if index.text is None:
-        cache_folder.parent.mkdir(parents=True, exist_ok=True)  # it tells a run that was moved
+        cache_folder.parent.mkdir(parents=True, exist_ok=True)  # a run without it counts as moved
         write_run_file(run, index.folder)
 
 
@@ -78,24 +81,24 @@ def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder:
 
     @contextmanager
     def bar_within(title: str, total: int, /) -> Generator[Tick, None, None]:
-        kept_before = _kept_rows(cache_folder)
+        rows_before = _finished_rows(cache_folder)
         seconds_before = time.seconds
         with bar(title, total) as tick:
 
             def tick_within(done: int, note: str) -> None:
                 tick(done, note)
-                num_encoded = done - _count_rows(kept_before, done)  # now, of the first `done` photos
-                is_all_encoded = num_encoded == total - _count_rows(kept_before, total)
+                num_encoded = done - _count_rows(rows_before, done)  # now, of the first `done` photos
+                is_all_encoded = num_encoded == total - _count_rows(rows_before, total)
                 if num_encoded == 0 or is_all_encoded or not time.is_over:
                     return
-                num_kept = _count_rows(_kept_rows(cache_folder), total)
+                num_saved = _count_rows(_finished_rows(cache_folder), total)
                 seconds_per_image = (time.seconds - seconds_before) / num_encoded
-                seconds_to_go = seconds_per_image * (total - num_kept)
+                seconds_to_go = seconds_per_image * (total - num_saved)
                 minutes = max(minutes_to_prepare(seconds_to_go), time.minutes_left)
                 more = train_call(run_folder, minutes=minutes)
                 raise signals.Stopped(
                     signals.CLOCK,
-                    f"stopped: {num_kept:,} of {total:,} photos are encoded after {duration_text(time.seconds)}, and "
+                    f"stopped: {num_saved:,} of {total:,} photos are encoded after {duration_text(time.seconds)}, and "
                     f"the others take {duration_text(seconds_to_go)}, more than {MAX_SHARE:.0%} in all of the "
                     f"{duration_text(time.seconds_left)} that there were. With enough time:  {more}",
                 )
@@ -115,7 +118,7 @@ def _stopped_in_wait(time: PreparationTime, run_folder: Path) -> signals.Stopped
     )
 
 
-def _kept_rows(folder: Path) -> list[range]:
+def _finished_rows(folder: Path) -> list[range]:
     """The numbers of the photos in each finished shard of a cache. A damaged shard is not finished: it is made again.
 
     They need not be the first ones: `dumo encode --part` leaves gaps.
@@ -123,11 +126,11 @@ def _kept_rows(folder: Path) -> list[range]:
     contents = cache.read_index(folder)
     if contents is None:
         return []
-    kept: list[range] = []
+    finished: list[range] = []
     for number, shard in table.written_shards(folder, contents).items():
         if shard.fault(folder, deep=True) is None:
-            kept.append(contents.span(number))
-    return kept
+            finished.append(contents.span(number))
+    return finished
 
 
 def _count_rows(ranges: Sequence[range], end: int) -> int:

@@ -1,14 +1,15 @@
 """What disk and machine say of a run: asked once, when it is opened, and recorded in its run.yaml as `resolved`.
 
-When a run is opened for training (`run.job`):
+When a run is opened for training, `run.job` calls:
 
-1. `with_absolute_paths` writes out where things lie
-2. `resolve` fills in classes, captions, schedule and code hashes, and checks the net
-3. `resolve_remaining` adds what was made since, the tokens of captions
-4. `with_hashes` pins what samples depend on besides data: autoencoder, pipeline, the weights of a subject's run
+1. `with_absolute_paths`, which writes out where things lie
+2. `resolve`, which fills in classes, captions, schedule and code hashes, and checks the net
+3. `resolve_remaining`, which adds what was made since, the tokens of captions
+4. `with_hashes`, which adds hashes of what samples depend on besides data: autoencoder, pipeline, and the few-step run
+   under a subject's adapters
 
-So a run is complete by itself. On another machine, fields of places say where things are there; `as_given` turns these
-back into the words that the user typed.
+So a run.yaml is complete by itself. For a reader on another machine, `as_given` puts back the words that the user typed
+in place of absolute paths.
 """
 
 import os
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from dumo.nets.table import TableTexts
 
 S = TypeVar("S", bound=Spec)
+Pin = str | dict[str, str] | None  # the hash of a file, or the facts of a pipeline; None: not known
 
 
 def resolve(run: Run) -> Run:
@@ -212,8 +214,8 @@ def _require_captions(data: Data, texts: "TableTexts") -> None:
 def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
     """The run with absolute paths in fields that say where something lies; the words given for them go to `resolved`.
 
-    `before` is the run of the folder it goes on in: what is given in the same words is where it was when that began,
-    whatever variables and the working directory say now. What is not there, and may be a name, stays as it is.
+    `before` is the run of the folder in which it goes on: a place in the same words as there is where it was when that
+    run began, whatever variables and the working directory say now. What does not exist, and may be a name, stays.
     """
     places_before: dict[str, str] = {}
     words_before: dict[str, str] = {}
@@ -222,19 +224,20 @@ def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
         words_before = paths_as_typed(before.resolved)
     given_words: dict[str, JsonValue] = {}
 
-    def place(field: str, text: str, extra: JsonDict) -> str:
+    def absolute_place(field: str, text: str, extra: JsonDict) -> str:
         words = text
         is_unchanged = field in places_before and text in (places_before[field], words_before.get(field))
         if is_unchanged:
             words = words_before.get(field, text)
             text = places_before[field]
-        if text not in cast(list[str], extra.get("names", ())):
+        names = cast(list[str], extra.get("names", ()))  # words that are no place
+        if text not in names:
             text = absolute_path(text, maybe=extra["where"] == "maybe")
         if words != text:
             given_words[field] = words
         return text
 
-    placed_run = _in_places(run, place)
+    placed_run = _map_places(run, absolute_place)
     resolved = _without_given(run.resolved)
     if given_words:
         resolved[GIVEN] = given_words
@@ -259,7 +262,11 @@ def _without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 def as_given(run: Run) -> Run:
     """The run with its places in the words that they were given in; of an absolute path the last part alone."""
     words = paths_as_typed(run.resolved)
-    run_as_given = _in_places(run, lambda field, text, _: without_path(words.get(field, text)))
+
+    def words_of_place(field: str, text: str, _: JsonDict) -> str:
+        return without_path(words.get(field, text))
+
+    run_as_given = _map_places(run, words_of_place)
     return run_as_given.model_copy(update={"resolved": _without_given(run.resolved)})
 
 
@@ -276,18 +283,21 @@ def places(spec: Spec) -> list[tuple[str, str]]:
         texts_by_field.append((field, text))
         return text
 
-    _in_places(spec, note)
+    _map_places(spec, note)
     return texts_by_field
 
 
-def _in_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str = "") -> S:
-    """The spec with each of its places, at any depth, replaced by `change(field, text, marks of the field)`."""
+def _map_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str = "") -> S:
+    """The spec with each of its places, at any depth, replaced by what `change` returns.
+
+    `change` is called with the dotted field, its text, and its `json_schema_extra`.
+    """
     changes: dict[str, object] = {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
         extra = field.json_schema_extra
         if isinstance(value, Spec):
-            new_value: object = _in_places(value, change, f"{prefix}{name}.")
+            new_value: object = _map_places(value, change, f"{prefix}{name}.")
         elif isinstance(value, str) and isinstance(extra, dict) and "where" in extra:
             new_value = change(f"{prefix}{name}", value, extra)
         else:
@@ -315,13 +325,13 @@ def absolute_path(text: str, *, maybe: bool = False) -> str:
 
 
 def with_hashes(run: Run, before: Run | None = None) -> Run:
-    """The run with hashes of what samples depend on besides data: codec, pipeline, the weights of a subject's run.
+    """The run with hashes of what samples depend on besides data: codec, pipeline, the run under a subject's adapters.
 
     Hashes of the run `before`, which it continues, are kept; the others are taken now.
     """
-    pins_before = pins(before) if before else {}
+    pins_before = _pins(before) if before else {}
     new_pins: dict[str, Pin] = {}
-    for field, (known_pin, find_pin) in pins(run).items():
+    for field, (known_pin, find_pin) in _pins(run).items():
         if known_pin is not None:
             continue
         pin: Pin = None
@@ -338,13 +348,10 @@ def with_hashes(run: Run, before: Run | None = None) -> Run:
     return parse(Run, tree | {"resolved": run.resolved | new_pins})
 
 
-Pin = str | dict[str, str] | None  # a hash, or the facts of a pipeline
+def _pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
+    """For each field that a run has for a hash: its value, and a function that takes the hash now.
 
-
-def pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
-    """For each field that a run has for a hash: its value, and a function that finds it.
-
-    Of a codec that is not here, the hash in the cache is found.
+    The hash of a codec that is not on this machine is read from the cache of latents.
     """
     pins_by_field: dict[str, tuple[Pin, Callable[[], Pin]]] = {}
     data = run.data

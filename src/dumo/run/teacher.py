@@ -5,7 +5,7 @@
 3. `LoadedTeacher.training_source` notes it in teacher.json. Where its spec asks for pairs, `make_pairs` makes them, a
    table on disk (`dumo.io.table`) in the run's folder, and `TeacherPairs` is the source of batches that reads it.
 
-`base_flow` and `BaseNet` are the model under a net's adapters.
+`base_flow` and `BaseNet` are a net with its adapters off, as a teacher.
 """
 
 import importlib
@@ -47,9 +47,9 @@ from dumo.training.state import State
 from dumo.types import Cond, Heads, Needs, Reads, Sample, Taught, Time, Trail, UserError
 
 FILE = "teacher.json"
-PAIRS = "pairs"  # the folder of its pairs, in the run's
+PAIRS_FOLDER = "pairs"  # in the run's folder
 CODEC_HASH = "data.codec.sha256"
-SHARD_ROWS = 1024  # pairs to a shard: what a stop may lose. Ours
+SHARD_ROWS = 1024  # pairs to a shard, which a stop may lose: ours
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class LoadedTeacher:
     def require_same(self, folder: Path) -> None:
         """Raise UserError where another teacher taught what is in this folder, or its pairs have changed."""
         file = folder / FILE
-        pairs_folder = folder / PAIRS
+        pairs_folder = folder / PAIRS_FOLDER
         has_taught = (folder / "checkpoints").is_dir() or any(pairs_folder.glob("shard-*"))
         if not has_taught or not file.is_file():
             return
@@ -104,7 +104,7 @@ class LoadedTeacher:
         if pairs is None:
             return source
         index = PairsIndex.of(pairs, points, path, data, self.record["sha256"])
-        return make_pairs(index, self.reads, folder / PAIRS, device, bar)
+        return make_pairs(index, self.reads, folder / PAIRS_FOLDER, device, bar)
 
 
 def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> LoadedTeacher:
@@ -350,7 +350,7 @@ class PairsIndex(TableIndex):
 
 
 def make_pairs(index: PairsIndex, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> TeacherPairs:
-    """Pairs that the teacher's flow joins: those that are in `folder`, and the others, made now, shard by shard.
+    """Pairs that the teacher's flow joins. Those missing in `folder` are made now, shard by shard.
 
     Rank k of n makes the shards k, k + n, k + 2 n ...; every rank must call it, and has all pairs. Raises, on every
     rank, UserError where the pairs are others or have changed, or the teacher's answers are not finite, which are not

@@ -244,7 +244,7 @@ def test_a_unet_is_counted_by_the_first_blocks_of_its_transformers(
     objective = DuMo(slope=DualSlope())
     counts: list[tuple[float, cost.StepCost]] = []
     for few in (1, 1000):
-        monkeypatch.setattr(cost, "FEW", few)
+        monkeypatch.setattr(cost, "MAX_BLOCKS_RUN", few)
         passed = cost.forward_flops(net, objective, SHAPE)
         counts.append((passed, cost.step_cost(net, objective, path, SHAPE)))
     assert counts[0] == counts[1]

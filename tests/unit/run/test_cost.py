@@ -188,7 +188,7 @@ def test_a_step_of_a_transformer_by_every_slope(
 
     A ride under checkpointing runs the blocks once more, in the backward pass: their tangents are known by then.
     """
-    monkeypatch.setattr(few, "FEW", 1)
+    monkeypatch.setattr(few, "MAX_BLOCKS_RUN", 1)
     linear, attention, first = by_hand(384, 6, tokens=256, channels=4)
     once, objective = linear + attention, DuMo(drop=0, guide=guide, slope=slope)
     units = forward_units(outline(), objective, Linear(), SHAPE)
@@ -281,7 +281,7 @@ def test_the_first_blocks_tell_of_all(objective: Objective, checkpoint: bool, mo
         return forward_flops(net, objective, shape), forward_units(*given), memory.activation_bytes(*given, rows=4)
 
     whole = counts()
-    monkeypatch.setattr(few, "FEW", 3)
+    monkeypatch.setattr(few, "MAX_BLOCKS_RUN", 3)
     assert counts() == whole
 
 

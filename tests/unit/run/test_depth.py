@@ -38,9 +38,9 @@ def net(
 
 def both(count: Callable[[], float], monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """By a few blocks, and by all."""
-    monkeypatch.setattr(cost, "FEW", 1)
+    monkeypatch.setattr(cost, "MAX_BLOCKS_RUN", 1)
     few = count()
-    monkeypatch.setattr(cost, "FEW", 1000)
+    monkeypatch.setattr(cost, "MAX_BLOCKS_RUN", 1000)
     return few, count()
 
 
