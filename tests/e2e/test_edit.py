@@ -9,7 +9,7 @@ from PIL import Image
 
 from dumo.export.card import PROMPT
 from dumo.nets.rows import Texts
-from dumo.run.prompt import prompted
+from dumo.run.prompt import conditions_of_prompts
 from dumo.run.weights import open_run
 from e2e.shell import call, refused, sets
 from stock.case import CAPTIONS, EDITED, FULL, SHORT, Case
@@ -40,7 +40,9 @@ def test_the_card_makes_dumos_edits(case: Case) -> None:
 def test_an_edit_depends_on_its_image(case: Case) -> None:
     sampler, other = case.opened.sampler, case.folder / "before" / "0.png"
     noise = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
-    one, two = (case.dumo_image([noise], c=prompted(sampler, [PROMPT], image)) for image in (case.image, other))
+    one, two = (
+        case.dumo_image([noise], c=conditions_of_prompts(sampler, [PROMPT], image)) for image in (case.image, other)
+    )
     assert (one - two).norm() / one.norm() > 0.01
 
 
@@ -51,7 +53,7 @@ def test_the_rows_are_what_the_pipeline_makes_of_the_images(case: Case) -> None:
     files = [*(case.folder / "before" / f"{i}.png" for i in range(len(CAPTIONS))), case.image]
     for where in (sampler, mapped):
         assert where.texts
-        c = torch.cat([torch.arange(len(CAPTIONS)), prompted(where, [PROMPT], case.image)])
+        c = torch.cat([torch.arange(len(CAPTIONS)), conditions_of_prompts(where, [PROMPT], case.image)])
         rows = where.texts.sources(c)
         assert rows is not None
         for row, file in zip(rows, files, strict=True):

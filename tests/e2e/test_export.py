@@ -24,7 +24,7 @@ from dumo.export.model import INDEX
 from dumo.export.serve import VLLM_KEY
 from dumo.flow.generate import integrate
 from dumo.flow.solver import Euler
-from dumo.run.prompt import prompted
+from dumo.run.prompt import conditions_of_prompts
 from e2e.shell import call, files, finish, refused, sets, start
 from forked import ENVIRONMENT
 from hub import serving
@@ -304,7 +304,7 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     image = sd3.pipeline_latent(pipe, 1, sigmas=[1, 0.75, 0.5, 0.25], latents=z)
     sampler = sd3.opened.sampler
-    c = prompted(sampler, [PROMPT])
+    c = conditions_of_prompts(sampler, [PROMPT])
     ours = integrate(sampler.reads, sampler.flow.path, Euler(), c, 4, lambda _: z)[1]
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 

@@ -14,7 +14,7 @@ import dumo
 import encoders
 from dumo.config import recipes
 from dumo.io.weights import load
-from dumo.run.prompt import names, prompted
+from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from e2e.shell import call
 
 TEMPLATES = ["{}", "the digit {n}", "a handwritten {}"]
@@ -60,10 +60,10 @@ def test_a_prompt_that_is_a_caption_is_that_caption_and_another_one_is_told_apar
             if "read" in name or "pool" in name or "heads" in name:
                 p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view(p.shape))
     asked = ["seven", "the digit 7", "a red seven", "seven", "a red seven"]
-    c = prompted(run.opened.sampler, asked)
+    c = conditions_of_prompts(run.opened.sampler, asked)
     assert c.tolist() == [21, 22, 31, 21, 31]  # 3 captions of a class; 30 is no caption
-    assert prompted(run.opened.sampler, ["two", "a red seven", "a blue seven"]).tolist() == [6, 31, 32]
-    assert names(run.opened.sampler, c) == asked
+    assert conditions_of_prompts(run.opened.sampler, ["two", "a red seven", "a blue seven"]).tolist() == [6, 31, 32]
+    assert names_of_conditions(run.opened.sampler, c) == asked
     images = run.sample(prompts=["seven", "a red seven"], nfe=1)
     assert torch.equal(images[0], run.sample([21, 3], nfe=1)[0])
     noises = run.sample(prompts=["seven", "seven"], nfe=1)

@@ -32,7 +32,7 @@ from dumo.flow.generate import integrate
 from dumo.flow.path import Diffusion
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, unpack_latents
-from dumo.run.prompt import prompted
+from dumo.run.prompt import conditions_of_prompts
 from dumo.run.weights import RunFolder, open_run
 from e2e.shell import Done, call, sets
 from forked import ENVIRONMENT
@@ -283,7 +283,7 @@ class Case:
         sampler = self.opened.sampler
         reads = sampler.guided(sampler.spec.guide.model_copy(update={"scale": scale}))
         if c is None:
-            c = prompted(sampler, [PROMPT], self.image)
+            c = conditions_of_prompts(sampler, [PROMPT], self.image)
         z = [self._unpack_noise(noise) for noise in noises]
         _, x = integrate(reads, sampler.flow.path, sampler.spec.solver, c, passes or len(z), z.__getitem__)
         return sampler.decode(x)

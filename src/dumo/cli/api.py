@@ -41,7 +41,7 @@ from dumo.report.feed import live_feed
 from dumo.report.sample import COUNT, guide_of, repeat_conditions, size_of, solver_of
 from dumo.report.sheet import Sheets
 from dumo.run.job import open_job
-from dumo.run.prompt import prompted
+from dumo.run.prompt import conditions_of_prompts
 from dumo.run.train import train_job
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import dist, threads
@@ -188,7 +188,7 @@ class TrainedRun:
             output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points
             output="pil"    a list of PIL images
 
-        Raises UserError for anything out of range or of another type, and as `dumo.run.prompt.prompted`.
+        Raises UserError for anything out of range or of another type, and as `dumo.run.prompt.conditions_of_prompts`.
         """
         sampler = self.opened.sampler
         if size is not None:
@@ -241,7 +241,7 @@ class TrainedRun:
         only: list[int] | None = None
         if prompts is not None:
             texts = [prompts] if isinstance(prompts, str) else prompts
-            only = prompted(self.opened.sampler, texts, None if source is None else Path(source)).tolist()
+            only = conditions_of_prompts(self.opened.sampler, texts, None if source is None else Path(source)).tolist()
         elif labels is not None:
             label_list = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else labels
             only = []

@@ -25,7 +25,7 @@ from dumo.io.read import brief
 from dumo.report.gallery import POINTS, TAUGHT_BY_LETTER, SamplingMode, solver_title
 from dumo.report.live import InteractiveRun
 from dumo.report.sample import sheet
-from dumo.run.prompt import names
+from dumo.run.prompt import names_of_conditions
 from dumo.runtime.text import nfe_text
 from dumo.types import Sample, UserError
 
@@ -110,7 +110,7 @@ def make_samples(
     mode = run.mode(letter)
     samples = run.make(mode, nfe, c, run.noises(seed, count), run.guide(guidance))
     conditions = run.sampler.conditions
-    condition_names = names(run.sampler, c)
+    condition_names = names_of_conditions(run.sampler, c)
     notes = [str(i) for i in range(count)]
     if conditions.count and len(set(condition_names)) > 1:
         notes = condition_names

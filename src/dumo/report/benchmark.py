@@ -34,7 +34,7 @@ from dumo.io.read import brief, finite, read_json, write_json
 from dumo.report import evaluate
 from dumo.report.card import Card, make_card
 from dumo.report.sample import sampling_changes, with_options
-from dumo.run.prompt import prompted
+from dumo.run.prompt import conditions_of_prompts
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, signals
@@ -146,7 +146,7 @@ def make(
     prompts = read_prompts(source)
     layout.require_fit(prompts, source)
     sampler = with_options(opened.sampler, nfe=nfe, seed=seed, solver=solver)
-    c = prompted(sampler, [prompt.text for prompt in prompts]).repeat_interleave(IMAGES_PER_PROMPT)
+    c = conditions_of_prompts(sampler, [prompt.text for prompt in prompts]).repeat_interleave(IMAGES_PER_PROMPT)
     solver_kind = sampler.spec.solver.kind
     name_parts = [source.stem, *sampling_changes(opened, sampler.spec)]
     opened = replace(opened, run=opened.run.model_copy(update={"sample": sampler.spec}))

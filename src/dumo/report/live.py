@@ -35,7 +35,7 @@ from dumo.report.page import num_data_rows
 from dumo.report.sample import DATA_POINTS, guide_of, repeat_conditions
 from dumo.run import shipped
 from dumo.run.judge import training_data
-from dumo.run.prompt import edits, prompted
+from dumo.run.prompt import conditions_of_prompts, edits_images
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.random import noise, stream
@@ -134,7 +134,7 @@ class InteractiveRun:
             raise UserError(f"a prompt of {len(text):,} letters is too long: say it in {MAX_PROMPT_LETTERS:,} at most")
         if self.sampler.texts:
             self.sampler.texts.forget(KEPT_PROMPTS - 1)  # one is added next
-        return repeat_conditions(prompted(self.sampler, [text]), n)
+        return repeat_conditions(conditions_of_prompts(self.sampler, [text]), n)
 
     def noises(self, seed: int, n: int = 1) -> Fresh:
         """The draws (n, *shape) of samples 0 to n - 1 of a seed, those that `dumo sample --seed` makes."""
@@ -221,7 +221,7 @@ def open_runs(
     for folder, name, text in zip(folders, short_names(places), texts or [None] * len(folders), strict=True):
         opened = open_run(folder, sets, text=text, weights=weights, device=device)
         run = InteractiveRun(opened, name, _load_call(folder, sets, weights, device), limit)
-        if edits(run.sampler.data):
+        if edits_images(run.sampler.data):
             raise UserError(f"{folder} edits images, which the page has no field for: dumo sample --source FILE")
         if runs:
             require_fit(runs[0], run)

@@ -43,8 +43,7 @@ from dumo.report.reconstruction import Reconstruction, reconstruct
 from dumo.report.runchart import page_charts
 from dumo.report.strip import Moment, draw_strip
 from dumo.report.verdict import reach_verdict
-from dumo.run.prompt import names as names_of
-from dumo.run.prompt import prompted
+from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path, threads
@@ -454,7 +453,7 @@ def _prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_b
     """
     conditions = sampler.conditions
     if prompts:
-        c = prompted(sampler, prompts)
+        c = conditions_of_prompts(sampler, prompts)
     elif conditions.captions is not None and sampler.is_image:
         c = conditions.in_turn(NUM_CAPTIONS)
     else:
@@ -470,4 +469,4 @@ def _prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_b
             tick(done, "")
     pixels_by_prompt = torch.stack(pixels_by_passes, 1)  # (prompts, passes, ...)
     strips = [picture.sheet(pixels, len(passes), gap=picture.GAP) for pixels in pixels_by_prompt]
-    return PromptSheet(passes, list(zip(names_of(sampler, c), strips, strict=True)))
+    return PromptSheet(passes, list(zip(names_of_conditions(sampler, c), strips, strict=True)))

@@ -38,7 +38,7 @@ from dumo.io.read import brief
 from dumo.report.name import changes, sampling, word
 from dumo.run import memory
 from dumo.run.judge import training_data
-from dumo.run.prompt import names, prompted
+from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads
@@ -160,7 +160,7 @@ def export(
     fix = "ask for fewer, and for others with another --seed"
     require_memory(sample_bytes, f"{count:,} samples take", fix)
     if prompts:
-        c = repeat_conditions(prompted(sampler, prompts, source), count)
+        c = repeat_conditions(conditions_of_prompts(sampler, prompts, source), count)
     else:
         c = sampler.conditions.in_turn(count, only)
 
@@ -185,7 +185,7 @@ def export(
             if not dist.is_main():
                 continue
             stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{passes}", *name_parts])
-            condition_names = names(sampler, c)
+            condition_names = names_of_conditions(sampler, c)
             written.append(write(samples.x, c, stem, form, sampler.data, sampler.spec.seed, condition_names))
     return written
 

@@ -85,11 +85,10 @@ def _find_snapshots(folder: Path, spec: Train) -> dict[Profile, Path]:
 
 
 def average(source: str, std: float, out: Path | None = None, *, text: RunText | None = None) -> AverageResult:
-    """Write the average of a width, as of a run's last snapshot, to `out`, or into averages/ in the run's folder.
+    """Write the average of width `std`, as of a run's last snapshot, to `out`, or into averages/ in the run's folder.
 
-    `text` is that of run.yaml, where it has been read.
-    Raises UserError for a width outside (0, WIDEST), one that the snapshots do not give, or a run without snapshots;
-    OSError where nothing can be written.
+    `text` is that of run.yaml, where it has been read. Raises UserError for a width outside (0, WIDEST), one that
+    the snapshots do not give, or a run without snapshots; OSError where nothing can be written.
     """
     if not 0 < std < WIDEST:
         raise UserError(f"--std {std:g}: a width lies between 0 and {WIDEST:.3f}, the plain mean of a run; try 0.1")
@@ -104,14 +103,13 @@ def average(source: str, std: float, out: Path | None = None, *, text: RunText |
     assert recorded_run, "it has a run.yaml"
     run = recorded_run.run
     snapshots = _find_snapshots(folder, run.train)
-    if not snapshots and trained_name_of(source) is not None:
-        raise UserError(
-            f"{source} has no snapshots to make averages of: dumo brings only the weights that it samples by"
-        )
     if not snapshots:
+        problem = f"{source} has no snapshots to make averages of"
+        if trained_name_of(source) is not None:
+            raise UserError(f"{problem}: dumo brings only the weights that it samples by")
         every = max(1, run.train.steps // 10)
         raise UserError(
-            f"{source} has no snapshots to make averages of: train with --set train.snapshots={every} "
+            f"{problem}: train with --set train.snapshots={every} "
             "--set 'train.ema=[{kind: power, std: 0.05}, {kind: power, std: 0.1}]'"
         )
 
@@ -154,8 +152,8 @@ def average(source: str, std: float, out: Path | None = None, *, text: RunText |
 def _hash_snapshots(folder: Path, recorded_run: RecordedRun, snapshots: Mapping[Profile, Path]) -> dict[str, str]:
     """The SHA-256 of each snapshot, by its path in the run's folder.
 
-    Raises UserError for one of another run, step or width. Those from before they said these are taken as their place
-    says, with a warning.
+    Raises UserError for one of another run, step or width. A file from before snapshots said their width is taken as
+    its place says, with a warning.
     """
     without_width: list[Path] = []
     identities = recorded_run.identities()
@@ -199,9 +197,9 @@ def fit_profile(profiles: Sequence[Profile], wanted: Profile) -> tuple[list[floa
 def weighted_sum(
     snapshots: Sequence[Mapping[str, Tensor]], x: Sequence[float], averaged: set[str]
 ) -> dict[str, Tensor]:
-    """The sum of snapshots, the last one last, with weights x, of the tensors named in `averaged`, in their dtype.
+    """The sum of snapshots, with weights x, of the tensors named in `averaged`, each in its dtype.
 
-    What else there is, buffers, is the last one's.
+    The snapshots are in the order of their steps. All other tensors, which are buffers, are those of the last one.
     """
     last = snapshots[-1]
     average_weights = {name: tensor.clone() for name, tensor in last.items()}

@@ -27,7 +27,7 @@ from dumo.io.table import MakeResult, TableIndex
 from dumo.nets import Net
 from dumo.nets.table import PipelineTexts, TableTexts
 from dumo.nets.text import LearnedTexts
-from dumo.run.prompt import sources
+from dumo.run.prompt import open_source_images
 from dumo.run.resolve import resolve
 from dumo.runtime import dist, signals, threads
 from dumo.runtime.device import choose_device
@@ -275,7 +275,7 @@ def encode_texts(
             spec.folder,
             shard_rows=shard_rows,
             batch=batch,
-            sources=sources(data, torch_device, files_by_hash.__getitem__),
+            sources=open_source_images(data, torch_device, files_by_hash.__getitem__),
             rank=rank,
             world=world_size,
             device=torch_device,

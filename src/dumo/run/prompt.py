@@ -3,7 +3,8 @@
 A prompt that is a caption of the data has that caption's number. Another is encoded once, as captions are, and has a
 number of its own as long as the run is open. So whatever samples by numbers of classes also samples by prompts.
 
-`prompted` returns these numbers, `names` the texts of numbers; `sources` reads the images that prompts edit.
+`conditions_of_prompts` returns these numbers, `names_of_conditions` the texts of numbers. `open_source_images` returns
+what reads the images that captions or prompts edit.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from dumo.runtime.door import option
 from dumo.types import UserError
 
 
-def sources(data: Data, device: torch.device | str, file_of: Callable[[str], Path]) -> SourceImages | None:
+def open_source_images(data: Data, device: torch.device | str, file_of: Callable[[str], Path]) -> SourceImages | None:
     """A reader of the images that the captions of some data edit, through the data's codec; None: they edit none.
 
     `file_of` says where an image lies, by its hash. Raises UserError where the codec or an image cannot be read.
@@ -50,12 +51,12 @@ def _read_pixels(file: Path, to_pixels: ToSquare) -> Tensor:
         raise UserError(f"{file}, which is to be edited, {error}") from error
 
 
-def edits(data: Data) -> bool:
+def edits_images(data: Data) -> bool:
     """Whether the captions of some data edit images."""
     return isinstance(data, Latents) and data.images.source is not None
 
 
-def prompted(sampler: Sampler, prompts: Sequence[str], source: Path | None = None) -> Int64[Tensor, " b"]:
+def conditions_of_prompts(sampler: Sampler, prompts: Sequence[str], source: Path | None = None) -> Int64[Tensor, " b"]:
     """The condition of each prompt, its number, by which to sample. Warns where a prompt is cut.
 
     `source` is the image that the prompts edit. Raises UserError where there are no prompts, or a blank one, the run
@@ -81,7 +82,7 @@ def prompted(sampler: Sampler, prompts: Sequence[str], source: Path | None = Non
     if new_captions:
         latents = None
         if source:
-            source_images = sources(sampler.data, sampler.device, lambda _: source)
+            source_images = open_source_images(sampler.data, sampler.device, lambda _: source)
             latents = source_images.latents_of(new_captions) if source_images else None
         first = texts.append(new_captions, latents)
         new_numbers = {caption: number for number, caption in enumerate(new_captions, start=first)}
@@ -96,11 +97,11 @@ def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) 
     Raises UserError where the run edits images and there is no source, where it edits none and there is one, and where
     there is no such file.
     """
-    if edits(sampler.data) and source is None:
+    if edits_images(sampler.data) and source is None:
         raise UserError(f"this run edits images: say which, {option('source', 'FILE')}")
     if source is None:
         return [text.strip() for text in prompts]
-    if not edits(sampler.data):
+    if not edits_images(sampler.data):
         raise UserError(f"this run edits none: leave out {option('source')}")
     if not source.is_file():
         raise UserError(f"{option('source', str(source))}: there is no such file")
@@ -108,7 +109,7 @@ def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) 
     return [edit_caption(text, sha256) for text in prompts]
 
 
-def names(sampler: Sampler, c: Tensor) -> list[str]:
+def names_of_conditions(sampler: Sampler, c: Tensor) -> list[str]:
     """What each of these conditions is called: a class's name, a caption, or a prompt."""
     prompt_of = {number: caption for caption, number in sampler.prompts.items()}
     condition_names: list[str] = []

@@ -140,7 +140,7 @@ class Sampler:
         Image i always comes from stream (seed, i), and begins with row i of z, if that is given. Raises UserError for a
         class out of range, and as the solver does.
         """
-        self._check(c)
+        self._require_known(c)
         if indices is None:
             indices = range(dist.rank(), len(c), dist.world())
         rows = torch.tensor(indices, dtype=torch.long)
@@ -182,8 +182,8 @@ class Sampler:
                 tick(min(num_done, len(c)), "")
         return gather_samples(own_batches, self.pixels)
 
-    def _check(self, c: Int64[Tensor, " n"]) -> None:
-        """Raise UserError for a class outside [0, classes], the last of which means none, and beyond all prompts."""
+    def _require_known(self, c: Int64[Tensor, " n"]) -> None:
+        """Raise UserError for a condition that is no class, not the number that stands for none, and no prompt."""
         num_classes = self.data.classes
         highest = max(self.prompts.values(), default=num_classes)
         out_of_range = c[(c < 0) | (c > highest)]

@@ -35,7 +35,7 @@ from dumo.nets import DiT
 from dumo.nets.table import TextTable
 from dumo.nets.text import LearnedTexts, TokenTexts
 from dumo.run.index import Index
-from dumo.run.prompt import prompted
+from dumo.run.prompt import conditions_of_prompts
 from dumo.run.weights import RunFolder, build, open_run
 from dumo.runtime.random import noise, stream
 from dumo.types import UserError
@@ -263,7 +263,7 @@ def card_pixels(run: RunFolder, n: int, card: str) -> np.ndarray:
     labels = torch.tensor([0, run.run.data.classes // 2])
     prompts = re.search(r"pipe\(prompt=(\[.*?\])", card)
     if prompts:
-        labels = prompted(sampler, ast.literal_eval(prompts[1]))
+        labels = conditions_of_prompts(sampler, ast.literal_eval(prompts[1]))
     solver = Euler() if n == 50 else sampler.spec.solver  # the number of passes on cards of a velocity
     draws = [torch.randn(len(labels), *run.run.data.shape, generator=g) for _ in range(n)]
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_a_published_text_encoder_is_copied_linked_or_named(
     exec(card.partition("```py\n")[2].partition("\nimages")[0], scope)
     prompts = ["a blue car of a cat", "a cat"]
     z = noise(0, range(2), 0, run.run.data.shape)
-    ours = run.sampler.sample(prompted(run.sampler, prompts), nfe=1, z=z).x
+    ours = run.sampler.sample(conditions_of_prompts(run.sampler, prompts), nfe=1, z=z).x
     images = scope["pipe"](prompt=prompts, latents=z, output_type="pt").images
     assert float((2 * images - 1 - ours).abs().max()) < 1e-5
     if parts == "copy":  # the card's way to less memory
@@ -356,7 +356,7 @@ def test_an_encoder_that_was_trained_along_reads_prompts(pipeline: Opener, tmp_p
     pipe = pipeline(export(run, tmp_path / "out"))
     z = noise(0, range(3), 0, run.run.data.shape)
     null = torch.tensor([run.run.data.classes])
-    c = torch.cat([prompted(run.sampler, ["please draw an eight", "the digit 8"]), null])
+    c = torch.cat([conditions_of_prompts(run.sampler, ["please draw an eight", "the digit 8"]), null])
     ours = run.sampler.sample(c, nfe=1, z=z).x
     prompt = [" please draw an eight", "the digit 8", ""]
     images = pipe(prompt=prompt, latents=z, output_type="latent").images
