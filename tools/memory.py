@@ -157,7 +157,7 @@ def do_work(setting: Setting, work: str) -> NoReturn:
     from dumo.run import examination
     from dumo.run.folder import write_run_file
     from dumo.run.net import flow_in_training
-    from dumo.run.weights import begin, build
+    from dumo.run.weights import begin_or_resume, build
     from dumo.runtime import dist
     from dumo.runtime.heap import low_memory_heap
     from dumo.training import checkpoint, layout
@@ -178,7 +178,7 @@ def do_work(setting: Setting, work: str) -> NoReturn:
     with dist.join():
         begin_phase(work)
         checkpoints = Checkpoints(setting.run_folder / "checkpoints")
-        state, last_checkpoint = begin(run, checkpoints, torch.device("cpu"))
+        state, last_checkpoint = begin_or_resume(run, checkpoints, torch.device("cpu"))
         if work == "resume":
             assert last_checkpoint is not None, "`--work start` saves one"
         else:

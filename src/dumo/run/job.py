@@ -1,6 +1,6 @@
 """Open a run for training: lock its folder, resolve and check it, and load all that training needs into a `Job`.
 
-`open_job` is the entrance. Every rank goes through its steps:
+`open_job` is the entrance; `train_more_hint` is a line for a run that has ended. Every rank goes through the steps:
 
 1. lock the folder (rank 0), and read what it holds into an `Index`
 2. resolve the run: write out what files and machine say of it; rank 0 makes missing tokens of captions
@@ -47,7 +47,7 @@ from dumo.run.net import outline, require_room
 from dumo.run.resolve import open_source, resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.summary import may_take_a_day
-from dumo.run.weights import begin
+from dumo.run.weights import begin_or_resume
 from dumo.runtime import dist, stopwatch, threads
 from dumo.runtime.device import choose_device, known_peak_tflops
 from dumo.runtime.door import option, settings, train_call
@@ -205,7 +205,7 @@ def open_job(
         drawn_sheets = sheets(run, folder, tell) if sheets else None
 
         # 5. begin the state, and open what reads it
-        state, checkpoint = begin(run, index.checkpoints, torch_device, step)
+        state, checkpoint = begin_or_resume(run, index.checkpoints, torch_device, step)
         factor_before = run.train.factor(state.step, state.timing) if checkpoint else None
         state.timing = begin_timing(run.train.minutes, state.timing, factor_before)
         best_folder = None

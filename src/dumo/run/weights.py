@@ -1,8 +1,8 @@
 """A run's net with its weights: drawn, of its own folder, of another run, or of a published file.
 
-To sample or judge, `open_run` reads a run's folder. To train, `begin` returns the state to begin with: of the last
-checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0, and `build_deferred` makes it
-without weights, which are drawn or read one by one when they are needed (`dumo.io.deferred`).
+To sample or judge, `open_run` reads a run's folder. To train, `begin_or_resume` returns the state to go on from: of
+the last checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0. `build_deferred` makes
+it without weights, which are drawn or read one by one when they are needed (`dumo.io.deferred`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -341,7 +341,7 @@ def _load_few_step_run(run: RunParts, net: nn.Module, deferred_weights: Deferred
 
 
 @low_memory_heap()
-def begin(
+def begin_or_resume(
     run: Run, checkpoints: Checkpoints, device: torch.device, step: int | None = None
 ) -> tuple[State, Checkpoint | None]:
     """The state that a run resumes from, and its checkpoint: that of `step`, or the last one that is whole and finite.

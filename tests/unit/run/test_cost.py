@@ -289,11 +289,11 @@ def test_blocks_that_differ_are_all_run_and_so_are_those_that_something_outweigh
     def size(net: nn.Module) -> int:
         return max(100, 7 * len(net.blocks))  # pyright: ignore[reportArgumentType]
 
-    net = ghost(DuMo(), depth=few.FEW + 1)  # one block more than are all run
+    net = ghost(DuMo(), depth=few.MAX_BLOCKS_RUN + 1)  # one block more than are all run
     net.blocks.extend([net.blocks[0]] * 20)  # pyright: ignore
     assert by_depth(net, size) == 100
-    assert by_depth(net, size, check=True) == 7 * (few.FEW + 21)
-    assert by_depth(net, lambda net: 7 * len(net.blocks), check=True) == 7 * (few.FEW + 21)  # pyright: ignore
+    assert by_depth(net, size, check=True) == 7 * (few.MAX_BLOCKS_RUN + 21)
+    assert by_depth(net, lambda net: 7 * len(net.blocks), check=True) == 7 * (few.MAX_BLOCKS_RUN + 21)  # pyright: ignore
     with torch.device("meta"):
         other = UNet(width=8, multipliers=(1, 2), depth=2).build(DuMo().needs, (1, 8, 8), 0)
     seen: list[nn.Module] = []
@@ -302,8 +302,8 @@ def test_blocks_that_differ_are_all_run_and_so_are_those_that_something_outweigh
 
 
 def test_two_stretches_are_told_by_their_first_blocks_unless_one_weighs_more_by_the_other() -> None:
-    net, seen = ghost(DuMo(), depth=2 * few.FEW), list[tuple[int, int]]()
-    for block in net.blocks[few.FEW :]:  # pyright: ignore
+    net, seen = ghost(DuMo(), depth=2 * few.MAX_BLOCKS_RUN), list[tuple[int, int]]()
+    for block in net.blocks[few.MAX_BLOCKS_RUN :]:  # pyright: ignore
         block.routed = True
 
     def count(net: nn.Module, of: Callable[[int, int], int]) -> int:
@@ -311,9 +311,9 @@ def test_two_stretches_are_told_by_their_first_blocks_unless_one_weighs_more_by_
         seen.append((len(net.blocks) - routed, routed))  # pyright: ignore
         return of(*seen[-1])
 
-    assert by_depth(net, lambda net: count(net, lambda a, b: 7 * a + 3 * b), check=True) == 10 * few.FEW
+    assert by_depth(net, lambda net: count(net, lambda a, b: 7 * a + 3 * b), check=True) == 10 * few.MAX_BLOCKS_RUN
     assert seen == [(2, 2), (3, 2), (2, 3), (4, 4)]
-    assert by_depth(net, lambda net: count(net, lambda a, b: a * b), check=True) == few.FEW**2
+    assert by_depth(net, lambda net: count(net, lambda a, b: a * b), check=True) == few.MAX_BLOCKS_RUN**2
 
 
 def test_products_in_place_and_fused_ones_are_counted() -> None:
