@@ -28,8 +28,8 @@ from torch import nn
 
 from dumo.autodiff.float64 import copied_bytes
 from dumo.nets.adapter import adapters
-from dumo.nets.lowbit import num_weights_coded_away
 from dumo.run.memory import HeldBytes
+from dumo.run.net import num_parameters
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 
@@ -118,8 +118,7 @@ def _process_bytes(
         exported_weights *= 2  # in float32
     merged_weights = 0  # with adapters added (`adapter.merge`)
     if adapters(net):
-        num_weights = sum(p.numel() for p in net.parameters()) + num_weights_coded_away(net)
-        merged_weights = FLOAT32_BYTES * num_weights
+        merged_weights = FLOAT32_BYTES * num_parameters(net)
 
     start = on_host.weights + on_host.averages + largest_at_start
     first_step = max(step_on_host - on_host.optimizer, on_host.total)

@@ -27,7 +27,7 @@ from dumo.nets.lowbit import num_weights_coded_away
 from dumo.nets.table import EmbeddedTexts, PipelineTexts
 from dumo.plan.host import host_bytes
 from dumo.run import cost, memory
-from dumo.run.net import outline
+from dumo.run.net import num_parameters, outline
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.runtime.text import bytes_text, minutes_text, nfe_text, number_text
@@ -66,7 +66,7 @@ def _run_facts(run: Run, net: nn.Module, step_cost: cost.StepCost) -> dict[str, 
     way = step_cost.way
     return {
         "spec": run.model_dump(mode="json", exclude=None if run.resolved else {"resolved"}),
-        "parameters": sum(p.numel() for p in net.parameters()) + num_weights_coded_away(net),
+        "parameters": num_parameters(net),
         "parameters_trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
         "forward_flops_per_image": step_cost.pass_flops,
         "forward_units_per_step": step_cost.units,

@@ -29,7 +29,7 @@ from dumo.plan.findings import caption_findings
 from dumo.plan.photodraft import Draft, draft_of_files, draft_of_memory
 from dumo.plan.photolook import ImagesFound
 from dumo.run import contract, trial_net
-from dumo.run.net import outline, require_room
+from dumo.run.net import num_parameters, outline, require_room
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
 from dumo.runtime import threads
@@ -99,8 +99,7 @@ class Proposal:
         yield "size", f"{' x '.join(map(str, run.shown_shape[1:]))} pixels (data.side)"
         if self.draft.space:
             yield "learned as", self.draft.space
-        parameters = sum(p.numel() for p in outline(run).parameters())
-        yield "network", f"{run.net.kind}, {parameters:,} parameters"
+        yield "network", f"{run.net.kind}, {num_parameters(outline(run)):,} parameters"
         yield "objective", str(method(run.objective))
         yield "precision", f"{run.train.precision}, compile {run.train.compile}"
         epochs = run.train.steps * run.train.batch / images.count

@@ -1,8 +1,10 @@
 """The net that a run's spec describes, before any weights of a folder: an outline, or as drawn for step 0.
 
 `outline` makes it on the meta device, to count and to check. `draw_net` makes it with its first weights, `deferred_net`
-without them, with what draws each weight when it is needed. `dumo.run.weights` loads trained ones. `flow_in_training`
-and `require_room` are for those who train it.
+without them, with what draws each weight when it is needed. `dumo.run.weights` loads trained ones.
+
+`num_parameters` says how large a net is, `require_room` whether a device has room for it. `flow_in_training` is the net
+with its objective, as it is trained.
 """
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from dumo.config.parts import RunParts
 from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
-from dumo.nets import is_pretrained
+from dumo.nets import is_dualized, is_pretrained
 from dumo.run import memory
 from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
@@ -65,6 +67,16 @@ def deferred_net(run: RunParts) -> tuple[nn.Module, Deferred]:
     unknown_names = deferred_weights.unknown_names(net)
     assert not unknown_names, f"{unknown_names[0]} is not drawn"
     return net, deferred_weights
+
+
+def num_parameters(net: nn.Module) -> int:
+    """The number of a net's parameters. Codes and scales count as the weights that they stand for."""
+    total = sum(p.numel() for p in net.parameters())
+    if is_dualized(net):
+        from dumo.nets.lowbit import num_weights_coded_away
+
+        total += num_weights_coded_away(net)
+    return total
 
 
 def require_room(run: RunParts, device: torch.device | str, copies: float = 0, rows: int = 0, share: int = 1) -> None:

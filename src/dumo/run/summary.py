@@ -13,8 +13,8 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.flow.slope import CentralSlope, DualSlope
-from dumo.nets import is_dualized
 from dumo.run import cost
+from dumo.run.net import num_parameters
 from dumo.runtime import dist
 from dumo.runtime.device import operations_per_second
 from dumo.runtime.door import settings
@@ -84,11 +84,7 @@ def _data_text(run: Run, size: int | None, unit: str) -> str:
 
 def _weights_text(net: nn.Module) -> str:
     """How many parameters a net has, and how many are trained, if not all."""
-    total = sum(p.numel() for p in net.parameters())
-    if is_dualized(net):  # some of its weights may be codes and scales
-        from dumo.nets.lowbit import num_weights_coded_away
-
-        total += num_weights_coded_away(net)
+    total = num_parameters(net)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     text = f"{total:,} parameters"
     return text if trained == total else f"{text}, {trained:,} of them trained"
