@@ -274,7 +274,7 @@ def _timed_drawing(sheets: Sheets, train: Train, countdown: Countdown) -> Callab
 
 
 def _step_threads_of(job: Job) -> StepThreads:
-    """Makes what chooses the number of threads for the steps of a job.
+    """The `StepThreads` of a job, which choose the number of threads for its steps.
 
     A resumed run keeps the checkpoint's number if this machine has as many cores. With compile there is no choice:
     compiled code is for one number.
