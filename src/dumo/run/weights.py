@@ -69,7 +69,7 @@ class RunFolder:
     weights: str  # the file or folder of shards they came from, relative to the run's folder where it lies inside
     file: Path = Path()  # that file or folder
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(Path()))  # the last one that is whole
-    listed: str | None = None  # the SHA-256 that the checkpoint lists for the file; None: it lists none
+    listed_sha256: str | None = None  # what the checkpoint lists for the file; None: it lists none
     deferred_weights: Deferred = field(default_factory=Deferred)  # reads the weights of a net opened without `fill`
     own_output: Path | None = None  # where commands write, of a run that comes with dumo; None: into its folder
 
@@ -118,7 +118,7 @@ class RunFolder:
     @cached_property
     def sha256(self) -> str:
         """The weights' SHA-256; where listed, known even after a concurrent training has removed the checkpoint."""
-        return self.listed or sha256(self.file)
+        return self.listed_sha256 or sha256(self.file)
 
     @property
     def device(self) -> torch.device:
@@ -225,7 +225,7 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
         weights=file_name,
         file=file,
         checkpoint=last,
-        listed=listed.sha256 if listed else None,
+        listed_sha256=listed.sha256 if listed else None,
         deferred_weights=deferred_weights,
     )
 

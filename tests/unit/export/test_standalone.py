@@ -66,7 +66,7 @@ def drawn(run: Run, folder: Path) -> RunFolder:
     net, g = build(run, "cpu"), stream("standalone")
     for p in net.parameters():
         p.data = torch.randn(p.shape, generator=g) * 0.1
-    return RunFolder(run, Index.read(folder), net.eval(), step=1, weights="net.safetensors", listed="0" * 64)
+    return RunFolder(run, Index.read(folder), net.eval(), step=1, weights="net.safetensors", listed_sha256="0" * 64)
 
 
 def off(run: RunFolder, pipe: Any, n: int, **more: Any) -> float:  # noqa: ANN401
