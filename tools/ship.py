@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from safetensors.torch import load_file, save_file
 
 from dumo.config.load import RUN_FILE, dump
-from dumo.config.place import LOG_FILE
+from dumo.config.place import EVALUATION_FILE, LOG_FILE
 from dumo.config.spec import Run
 from dumo.data.latents import Latents
 from dumo.encoders.classifier import cifar10
@@ -38,7 +38,6 @@ from dumo.io.read import user_path
 from dumo.io.trained import SHIPPED_PREFIX
 from dumo.io.trained import folder as trained_folder
 from dumo.lab.table import leading_score
-from dumo.report.card import FILE as EVALUATION
 from dumo.run.judge import reference_data
 from dumo.run.resolve import as_given, resolve
 from dumo.run.weights import RunFolder, open_run
@@ -129,7 +128,7 @@ def write_evaluation(name: str) -> None:
     with TemporaryDirectory() as here:
         words = [sys.executable, "-m", "dumo", "evaluate", name, "--nfe", PASSES]
         subprocess.run(words, cwd=here, env=environment, check=True)
-        shutil.copy(Path(here, name, EVALUATION), trained_folder(name))
+        shutil.copy(Path(here, name, EVALUATION_FILE), trained_folder(name))
 
 
 def read_results(opened: RunFolder) -> list[dict[str, float]]:
