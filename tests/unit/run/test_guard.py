@@ -377,7 +377,7 @@ def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path
 def test_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = tiny("train.steps=5", "train.save_every=5")
     calls = iter([False, True, False, False, False])
-    monkeypatch.setattr(Journal, "due", lambda _: next(calls))
+    monkeypatch.setattr(Journal, "is_save_due", lambda _: next(calls))
     train(run, tmp_path / "run")
     assert steps(tmp_path / "run") == [2, 5]  # in the step that it falls into
 
