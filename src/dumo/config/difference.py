@@ -32,7 +32,11 @@ class Difference:
 
     def __str__(self) -> str:
         """A line: the field, its value in the run's folder, and the one that is asked for."""
-        return f"{self.field}: {shown(self.was)} there, {shown(self.now)} asked"
+        return self.between("there", "asked")
+
+    def between(self, whose_was: str, whose_now: str) -> str:
+        """A line: the field, and both values, each followed by words for whose it is."""
+        return f"{self.field}: {shown(self.was)} {whose_was}, {shown(self.now)} {whose_now}"
 
 
 def differences(
