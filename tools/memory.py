@@ -163,7 +163,7 @@ def do_work(setting: Setting, work: str) -> NoReturn:
     from dumo.training import checkpoint, layout
     from dumo.training.manifest import Checkpoints
     from dumo.training.saver import Saver
-    from dumo.training.step import pieces, span, train_step
+    from dumo.training.step import passes_of_rank, span, train_step
 
     phase_file = Path(os.environ[PHASE_VARIABLE])
 
@@ -183,7 +183,7 @@ def do_work(setting: Setting, work: str) -> NoReturn:
             assert last_checkpoint is not None, "`--work start` saves one"
         else:
             assert last_checkpoint is None, "`main` removes an older run"
-            rows = span(pieces(run.train, run.objective))
+            rows = span(passes_of_rank(run.train, run.objective))
             flow = flow_in_training(run, state)
             batch = run.data.open().batch(0, run.train.batch, run.train.seed, rows)
 
@@ -192,7 +192,7 @@ def do_work(setting: Setting, work: str) -> NoReturn:
 
             begin_phase("examination")
             with low_memory_heap():
-                net = layout.gathered(state.net, partial(build, run))
+                net = layout.gather_net(state.net, partial(build, run))
                 examination.examine_weights(run, net, torch.device("cpu"))
                 del net
                 gc.collect()
@@ -203,8 +203,8 @@ def do_work(setting: Setting, work: str) -> NoReturn:
                 write_run_file(run, setting.run_folder)
             state.step = 1
             with Saver() as saver:
-                copy = checkpoint.copy(state, checkpoint.Notes(), saver.memory)
-                saver.start(lambda: checkpoint.put(checkpoints, copy, 1))
+                copy = checkpoint.copy(state, checkpoint.CheckpointNotes(), saver.memory)
+                saver.start(lambda: checkpoint.save_copy(checkpoints, copy, 1))
                 begin_phase("step")
                 train_step(state, flow, [*batch], run.train)  # while the copy is written
         time.sleep(PHASE_SECONDS)

@@ -86,7 +86,7 @@ def ship(run_folder: Path, name: str) -> None:
         # the weights, and the manifest that lists them
         weights_file = checkpoint / opened.file.name
         save_file(half_weights, weights_file)
-        files = manifest.listed(checkpoint, [checkpoint / manifest.RUN, weights_file])
+        files = manifest.file_entries(checkpoint, [checkpoint / manifest.RUN, weights_file])
         manifest.write(checkpoint, opened.checkpoint.manifest.model_copy(update={"files": files, "log": None}))
 
         # what its evaluation and its log need

@@ -139,7 +139,7 @@ def test_it_goes_on_and_is_trained_by_two_ranks_to_the_bit(
     with patch.dict(ENVIRONMENT, env):
         together(2, *words, *sets("train.share=1"), "--out", tmp_path / "ranks", cwd=tmp_path)
     places = (tmp_path / name / "checkpoints/step-00000004" for name in ("whole", "parts", "ranks"))
-    whole, parts, ranks = (checkpoint.load(checkpoint.part(place, "net")) for place in places)
+    whole, parts, ranks = (checkpoint.load(checkpoint.part_path(place, "net")) for place in places)
     assert whole.keys() == parts.keys() == ranks.keys()
     for key, x in whole.items():
         assert torch.equal(x, parts[key]), key

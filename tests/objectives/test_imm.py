@@ -60,7 +60,7 @@ def test_q_lies_between(o: IMM) -> None:
     """From r to t, short of t by 1e-4 at least where there is room."""
     t = torch.linspace(0, 1, 101, dtype=D).repeat_interleave(3)
     r = t * torch.tensor([0.0, 0.5, 1.0], dtype=D).repeat(101)
-    q = o.nearer(t, r)
+    q = o.earlier_time(t, r)
     assert ((q >= r) & (q <= t)).all()
     assert (q <= torch.maximum(r, t - 1e-4) + 1e-15).all()
     far = (t < 1) & (q > r) & (q < t - 1.1e-4)

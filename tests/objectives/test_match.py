@@ -13,7 +13,7 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT
 from dumo.objectives import DuMo
-from dumo.objectives.match import FIT, WEIGHT, Match, identity
+from dumo.objectives.match import FIT, WEIGHT, Match, sid_loss
 from dumo.run.cost import forward_units
 from dumo.types import Frozen
 from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, drawn, gaussian, gradient, growth, record
@@ -64,7 +64,7 @@ def test_half_of_the_identity_is_the_slope_of_the_divergence(alpha: float, exact
     for t in torch.tensor([0.2, 0.5, 0.9], dtype=D):
         x_t, v_of, w_of = t * z + (1 - t) * s * x, growth(torch.tensor(0.6, dtype=D), t), growth(s, t)
         (slope,) = torch.autograd.grad(((w_of - v_of) * x_t).square().mean(), s, retain_graph=True)
-        loss = identity(w_of.detach() * x_t, v_of * x_t, z - s * x, alpha).mean()
+        loss = sid_loss(w_of.detach() * x_t, v_of * x_t, z - s * x, alpha).mean()
         (found,) = torch.autograd.grad(loss, s)
         assert torch.isclose(2 * found, slope, rtol=1e-12) == exact
 

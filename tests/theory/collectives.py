@@ -19,7 +19,7 @@ from dumo.config.load import load
 from dumo.run.net import flow_in_training
 from dumo.run.weights import build
 from dumo.training.state import begin
-from dumo.training.step import pieces, span, train_step
+from dumo.training.step import passes_of_rank, span, train_step
 
 BATCH = 64
 SLOPES = ("dual", "jvp", "central")
@@ -50,7 +50,7 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
     net = build(spec)
     size = sum(p.numel() for p in net.parameters()) * 4
     state = begin(net, spec.train)
-    mine = pieces(spec.train, spec.objective)
+    mine = passes_of_rank(spec.train, spec.objective)
     batch = spec.data.open().batch(0, spec.train.batch, 0, span(mine))
     with Sent() as sent:
         train_step(state, flow_in_training(spec, state), batch, spec.train)

@@ -23,7 +23,7 @@ from dumo.runtime import dist
 from dumo.runtime.random import keyed
 from dumo.training import agreement
 from dumo.training.state import begin
-from dumo.training.step import pieces, span, train_step
+from dumo.training.step import passes_of_rank, span, train_step
 from dumo.types import Cond, Sample, Time
 from meeting import meeting
 from unit.training.toy import tensors
@@ -69,7 +69,7 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
         net, made = build_deferred(run)
         assert all(p.is_meta for name, p in net.named_parameters() if "blocks" in name)
         state = begin(net, run.train, torch.device("cpu"), made)
-    rows = span(pieces(run.train, run.objective))
+    rows = span(passes_of_rank(run.train, run.objective))
     flow = flow_in_training(run, state, teacher=taught if "+teacher" in case else None)
     losses: list[float] = []
     norms: list[float] = []

@@ -186,7 +186,7 @@ MANIFEST = manifest.Manifest(
     step=20,
     images=320,
     versions={"torch": "2.13"},
-    files={"net.safetensors": manifest.Listed(bytes=3, sha256="0" * 64)},
+    files={"net.safetensors": manifest.FileEntry(bytes=3, sha256="0" * 64)},
 )
 
 

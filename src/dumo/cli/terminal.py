@@ -214,7 +214,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, UserError):
         return str(error), 2
     from dumo.runtime.heartbeat import Lost
-    from dumo.training.step import Diverged
+    from dumo.training.state import Diverged
 
     if isinstance(error, Diverged | Lost):
         return str(error), 1

@@ -26,7 +26,7 @@ from dumo.nets import Net
 from dumo.objectives import Objective
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
-from dumo.training.step import passes
+from dumo.training.step import split_into_passes
 from dumo.types import FromTeacher, TimeLaw, UserError
 from dumo.types import Objective as AnyObjective
 
@@ -144,7 +144,7 @@ def check_pieces(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
     and `train.compile=loss` takes one rank.
     """
     times = objective.times
-    passes_by_rank = passes(train, objective, ranks)
+    passes_by_rank = split_into_passes(train, objective, ranks)
     moving = times.moving(train.batch)
     if moving is not None and 0 < times.moving_share < 1:
         for rows in chain.from_iterable(passes_by_rank):

@@ -139,7 +139,7 @@ def of_tuned(
     source_parts = [*stock.parts]
     if index is None and not exported.subject_only:  # else dumo wrote the model
         source_parts.append(exported.component_name)
-    scheduler = parts.get("scheduler", ["diffusers", LCM if exported.net.frame else EULER])
+    scheduler = parts.get("scheduler", ["diffusers", LCM if exported.net.diffusion else EULER])
     reader = "restart"
     if exported.head == "v":
         reader = "euler"

@@ -71,7 +71,7 @@ def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name:
         write_flow_map_scheduler(
             out / SCHEDULER,
             exported.solver,
-            exported.net.frame,
+            exported.net.diffusion,
             takes_times=bool(stock.time_arguments),
             makes_hops=exported.makes_hops,
         )

@@ -395,7 +395,7 @@ def exported_head(sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...],
         )
     if net.gap is None or head == "v":
         return ExportedModel(sampler, spec, net, head, dtype=dtype)
-    if net.frame and isinstance(solver, Hop):
+    if net.diffusion and isinstance(solver, Hop):
         raise UserError(
             "sample.solver is hop, and no stock scheduler makes such steps of a model of a diffusion at given times: "
             "set kind: restart there, in the run's run.yaml"

@@ -57,19 +57,19 @@ def restart_for_scheduler(solver: Solver) -> Restart:
 def write_flow_map_scheduler(
     folder: Path,
     solver: Restart,
-    frame: DiffusionToVelocity | None = None,
+    diffusion: DiffusionToVelocity | None = None,
     *,
     takes_times: bool = True,
     makes_hops: bool = False,
 ) -> Entry:
     """Write the scheduler of a flow map into `folder`; return its entry in model_index.json.
 
-    Of a model of a diffusion, `frame` has the table, and all else is passed over. `takes_times`: the pipeline has an
-    argument for times; if it has none, the scheduler has those of `solver`. `makes_hops`: the passes are steps of a
-    mean velocity, without fresh noise between them.
+    For a model of a diffusion, `diffusion` has the table, and the other arguments are not read. `takes_times`: the
+    pipeline has an argument for times; if it has none, the scheduler has those of `solver`. `makes_hops`: the passes
+    are steps of a mean velocity, without fresh noise between them.
     """
-    if frame:
-        return _write_lcm(folder, frame)
+    if diffusion:
+        return _write_lcm(folder, diffusion)
     entry = _write_flow_match(folder, stochastic_sampling=not makes_hops)
     if not makes_hops:
         check_scheduler(folder)  # what is not set above has the defaults of the diffusers that is installed
@@ -78,13 +78,13 @@ def write_flow_map_scheduler(
     return entry
 
 
-def write_velocity_scheduler(folder: Path, frame: DiffusionToVelocity | None) -> Entry:
+def write_velocity_scheduler(folder: Path, diffusion: DiffusionToVelocity | None) -> Entry:
     """Write the scheduler of a velocity into `folder`; return its entry in model_index.json.
 
-    It makes Euler steps, or of a model of a diffusion, whose table is in `frame`, the steps of DDIM.
+    It makes Euler steps, or of a model of a diffusion, whose table is in `diffusion`, the steps of DDIM.
     """
-    if frame:
-        return _write_ddim(folder, frame)
+    if diffusion:
+        return _write_ddim(folder, diffusion)
     return _write_flow_match(folder, stochastic_sampling=False)
 
 
@@ -121,23 +121,23 @@ def _add_times(folder: Path, solver: Restart) -> Entry:
     return JUMP_SCHEDULER
 
 
-def _write_lcm(folder: Path, frame: DiffusionToVelocity) -> Entry:
+def _write_lcm(folder: Path, diffusion: DiffusionToVelocity) -> Entry:
     """Write a scheduler that makes the jumps of a diffusion's flow map."""
     from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
     scheduler = LCMScheduler(
-        **scheduler_settings(frame),
-        original_inference_steps=frame.schedule.steps,
+        **scheduler_settings(diffusion),
+        original_inference_steps=diffusion.schedule.steps,
         timestep_scaling=_TIMESTEP_SCALING,
     )
     scheduler.save_pretrained(folder)
     return ["diffusers", LCM]
 
 
-def _write_ddim(folder: Path, frame: DiffusionToVelocity) -> Entry:
+def _write_ddim(folder: Path, diffusion: DiffusionToVelocity) -> Entry:
     """Write a scheduler that follows the velocity of a diffusion."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    scheduler = DDIMScheduler(**scheduler_settings(frame), clip_sample=False, timestep_spacing="trailing")
+    scheduler = DDIMScheduler(**scheduler_settings(diffusion), clip_sample=False, timestep_spacing="trailing")
     scheduler.save_pretrained(folder)
     return ["diffusers", "DDIMScheduler"]

@@ -42,7 +42,7 @@ from dumo.nets import DiT, Pretrained, UNet
 from dumo.run.weights import RunFolder, build
 from dumo.runtime import install_command, installed_version
 from dumo.runtime.door import option
-from dumo.training.frozen import trained
+from dumo.training.frozen import trained_state_dict
 from dumo.types import Objective, UserError
 
 Form = Literal["diffusers", "lora", "comfyui", "safetensors"]
@@ -150,7 +150,8 @@ def _net_with_uncoded_base(opened: RunFolder) -> nn.Module:
     if uncoded_spec is spec:
         return opened.net
     net = build(opened.run.model_copy(update={"net": uncoded_spec}), opened.device)
-    net.load_state_dict(trained(opened.net), strict=False, assign=True)  # assigned, so memory holds them once
+    trained_weights = trained_state_dict(opened.net)
+    net.load_state_dict(trained_weights, strict=False, assign=True)  # assigned, so memory holds them once
     return net.eval()
 
 
@@ -201,14 +202,14 @@ def _write_pipeline(
         index[SCHEDULER] = write_flow_map_scheduler(
             out / SCHEDULER,
             exported.solver,
-            exported.net.frame,
+            exported.net.diffusion,
             takes_times=bool(stock.time_arguments),
             makes_hops=exported.makes_hops,
         )
     elif source:
         _copy_part(source / SCHEDULER, out / SCHEDULER, "copy")
     else:
-        index[SCHEDULER] = write_velocity_scheduler(out / SCHEDULER, exported.net.frame)
+        index[SCHEDULER] = write_velocity_scheduler(out / SCHEDULER, exported.net.diffusion)
     absent_parts = exported.spec.pipeline.absent_parts
     for name in other_parts(index):
         if name in absent_parts:

@@ -146,7 +146,7 @@ def normalize(h: Array, *, rms: bool = False) -> Array:
     return F.layer_norm(h, h.shape[-1:], eps=EPS)
 
 
-def normalize_and_modulate(h: Array, shift: Array, scale: Array, *, rms: bool = False) -> Array:
+def normalize_and_modulate(h: Array, shift: Array, scale: Array, *, rms: bool) -> Array:
     """Normalize h (b, tokens, width), then scale it by 1 + scale and shift it. Shift and scale are (b, 1, width)."""
     return normalize(h, rms=rms) * (1 + scale) + shift
 

@@ -21,9 +21,9 @@ Checkpointing = bool | Annotated[int, Field(ge=2)]
 
 
 def mark_recomputed(blocks: Iterable[nn.Module], every: Checkpointing) -> None:
-    """Set `recomputed` in each block: whether it is checkpointed. Copies of a net, and parts of it, keep the mark."""
+    """Set `is_recomputed` in each block: whether it is checkpointed. Copies and parts of a net keep the mark."""
     for i, block in enumerate(blocks):
-        block.recomputed = bool(every) and i % int(every) == 0  # pyright: ignore[reportArgumentType]
+        block.is_recomputed = bool(every) and i % int(every) == 0  # pyright: ignore[reportArgumentType]
 
 
 def run_as_marked(block: nn.Module, *inputs: Array | None) -> Array:
@@ -31,7 +31,7 @@ def run_as_marked(block: nn.Module, *inputs: Array | None) -> Array:
 
     diffusers' `enable_gradient_checkpointing` takes this function.
     """
-    is_recomputed = bool(getattr(block, "recomputed", True))
+    is_recomputed = bool(getattr(block, "is_recomputed", True))
     if not is_recomputed or not torch.is_grad_enabled():
         return block(*inputs)
     is_recorded = any(isinstance(x, Dual) and x.recorded for x in inputs)

@@ -121,7 +121,7 @@ class DiT(Spec):
 class DiTHead(nn.Module):
     """The output layer of one head: a modulated norm, then a linear layer. It gives zeros at the start."""
 
-    def __init__(self, width: int, out: int, *, rms: bool = False) -> None:
+    def __init__(self, width: int, out: int, *, rms: bool) -> None:
         """Map `width` numbers per token to `out`. The norm is an RMS norm with `rms`, else a layer norm."""
         super().__init__()
         self.rms = rms
@@ -165,7 +165,7 @@ class Transformer(nn.Module):
         self.rotary = spec.modern
         self.position_width = width // spec.attention if self.rotary else width
         position_tables = self._make_position_tables(self.grid, self.grid)
-        for name, table in zip(self.position_buffers, position_tables, strict=True):
+        for name, table in zip(self._position_buffers, position_tables, strict=True):
             self.register_buffer(name, table, persistent=not self.rotary)
 
         # times, knobs and conditions
@@ -280,7 +280,7 @@ class Transformer(nn.Module):
             normalize_rows(self)
 
     @property
-    def position_buffers(self) -> tuple[str, ...]:
+    def _position_buffers(self) -> tuple[str, ...]:
         """The names of the buffers with the positions of the grid that the net was built for."""
         return ("cos", "sin") if self.rotary else ("positions",)
 
@@ -290,7 +290,7 @@ class Transformer(nn.Module):
         Images in buckets have grids of several shapes.
         """
         if grid == (self.grid, self.grid):
-            return tuple(self.get_buffer(name) for name in self.position_buffers)
+            return tuple(self.get_buffer(name) for name in self._position_buffers)
         return self._make_position_tables(*grid, device)
 
     def _make_position_tables(self, rows: int, columns: int, device: torch.device | None = None) -> tuple[Tensor, ...]:

@@ -71,7 +71,7 @@ class Dualized(nn.Module):
         guidance: float | None = None,
         lora: Lora | None = None,
         lowpass_limit: float | None = None,
-        frame: DiffusionToVelocity | None = None,
+        diffusion: DiffusionToVelocity | None = None,
         gap: bool = False,
         route: Route | None = None,
     ) -> None:
@@ -80,7 +80,7 @@ class Dualized(nn.Module):
         - `patch`: the side of a patch
         - `guidance`: the number that a distilled model embeds; None: the model embeds none
         - `lowpass_limit`: in rad per unit of t, quicker waves of time are cut; None: none are
-        - `frame`: makes a velocity of what a model of a diffusion gives; None: the model learned a velocity
+        - `diffusion`: turns the output of a model of a diffusion into a velocity; None: the model learned a velocity
         - `gap`: whether the net takes r, too, for which the model must have an embedder of time
 
         Raises UserError as `adapter.adapt` and `Route.mark_blocks`.
@@ -91,7 +91,7 @@ class Dualized(nn.Module):
         self.texts = texts
         self.patch = patch
         self.guidance = guidance
-        self.frame = frame
+        self.diffusion = diffusion
         self.route = route
         if route:
             route.mark_blocks(self.blocks)
@@ -108,7 +108,7 @@ class Dualized(nn.Module):
         if lora:
             adapter.adapt(model, lora, self.blocks, unused_layers, trained_paths)
         originals = [copy.deepcopy(model.get_submodule(path)) for path in self.trained_paths]
-        self.old = nn.ModuleList(originals).requires_grad_(False)  # one for each of `trained_paths`
+        self.old = nn.ModuleList(originals).requires_grad_(False)  # the untuned layers at `trained_paths`
         for name, p in model.named_parameters():
             if name.startswith(tuple(unused_layers)):
                 p.requires_grad_(False)
@@ -296,7 +296,7 @@ class Dualized(nn.Module):
         """
         assert self.gap is not None
         embedder = self._time_embedder
-        time = self.frame.clock(self.frame.schedule.last_time * t) if self.frame else self._model_time(t)
+        time = self.diffusion.clock(self.diffusion.schedule.last_time * t) if self.diffusion else self._model_time(t)
         time_embedding = copy.deepcopy(embedder).double()(self._waves(time).double())
         gap_embedding = self.gap(t - r).double()
         return fit_fixed_times(embedder, self._waves(model_times), time_embedding + gap_embedding, dtype)
@@ -327,8 +327,8 @@ class Dualized(nn.Module):
 
     def _predict(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
         """Return the heads, shaped like x (b, channels, h, w), of rows that may share a pass of the model."""
-        if self.frame:
-            x_in, time, to_velocity = self.frame(x, t)
+        if self.diffusion:
+            x_in, time, to_velocity = self.diffusion(x, t)
         else:
             x_in = x
             time = self._model_time(t)
@@ -341,7 +341,7 @@ class Dualized(nn.Module):
         if self.family.takes_packed_latents:
             out = unpack_latents(out, inputs.grid, self.patch)
         heads = split_into_heads(out, len(self.heads))
-        if self.frame:  # a learned variance is cut off
+        if self.diffusion:  # a learned variance is cut off
             heads = tuple(head[:, : x.shape[1]] for head in heads)
         return tuple(to_velocity(head) for head in heads)
 
@@ -404,7 +404,7 @@ class Dualized(nn.Module):
             x=x,
             time=time,
             tokens=tokens,
-            mask=torch.ones(1, 1, dtype=torch.bool) if texts.masked else None,
+            mask=torch.ones(1, 1, dtype=torch.bool) if texts.has_mask else None,
             pooled=weight.new_zeros(1, texts.pooled_width) if texts.pooled_width else None,
             guidance=self._guidance(tokens),
             grid=(2, 2),

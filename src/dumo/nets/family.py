@@ -319,17 +319,17 @@ class Family:
         return config[self.pooled_text_width] - 6 * (config.get("addition_time_embed_dim") or 0)
 
 
-def latent_side(config: Config) -> int:
+def _latent_side(config: Config) -> int:
     """Return the default side in pixels, from a config that has it in latents of 8 pixels."""
     return 8 * config.get("sample_size", 128)
 
 
-def thousand(config: Config) -> float:
+def _thousand(config: Config) -> float:
     """Return 1000, for a model whose time runs from 0 to 1000."""
     return 1000.0
 
 
-def sana_time_scale(config: Config) -> float:
+def _sana_time_scale(config: Config) -> float:
     """Return 1000 times the config's factor, for SANA."""
     return 1000.0 * config.get("timestep_scale", 1.0)
 
@@ -347,10 +347,10 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         max_text_tokens=77 + 256,  # CLIP's and T5's
         text_width="joint_attention_dim",
         pooled_text_width="pooled_projection_dim",
-        time_scale=thousand,
+        time_scale=_thousand,
         channels_last=True,
         out_channels="attribute",
-        default_side=latent_side,
+        default_side=_latent_side,
         routes=True,
     ),
     FLUX: Family(
@@ -396,8 +396,8 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         max_text_tokens=300,
         text_width="caption_channels",
         takes_mask=True,
-        time_scale=sana_time_scale,
-        max_frequency=sana_time_scale,
+        time_scale=_sana_time_scale,
+        max_frequency=_sana_time_scale,
         guidance_scale=lambda config: config["guidance_embeds_scale"],
         default_side=lambda config: 32 * config["sample_size"],
     ),
@@ -440,7 +440,7 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         last_layer="norm_out.linear_2",
         channels_last=True,
         out_channels="attribute",
-        default_side=latent_side,
+        default_side=_latent_side,
     ),
     "AuraFlowTransformer2DModel": Family(  # padding is zeros, which its blocks see
         arguments=plain_arguments,
@@ -459,8 +459,8 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         max_text_tokens=1024,
         text_width="text_embed_dim",
         one_by_one=True,
-        time_scale=thousand,
-        default_side=latent_side,
+        time_scale=_thousand,
+        default_side=_latent_side,
     ),
     "PRXTransformer2DModel": Family(
         arguments=prx_arguments,
@@ -481,7 +481,7 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         encodes="tokens -tokens",
         max_text_tokens=512,
         text_width="text_dim",
-        time_scale=thousand,
+        time_scale=_thousand,
         time_embedder="condition_embedder.time_embedder",
         channels_last=True,
         default_side=lambda config: 0,
@@ -496,7 +496,7 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         is_diffusion=True,
         channels_last=True,
         out_channels="attribute",
-        default_side=latent_side,
+        default_side=_latent_side,
     ),
     UNET: Family(
         arguments=unet_arguments,
@@ -508,7 +508,7 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         time_embedder="time_embedding",
         time_part="time_proj",
         last_layer="conv_out",
-        default_side=latent_side,
+        default_side=_latent_side,
     ),
 }
 SDXL = replace(

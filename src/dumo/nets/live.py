@@ -39,14 +39,14 @@ StoredRow = dict[str, Tensor]  # tokens (l, d); pooled (p,) and mask (l,) where 
 
 
 class TextEncoders:
-    """The text encoders of a pipeline, and the `max_rows` rows that were used last."""
+    """The text encoders of a pipeline, with a cache of the `max_rows` rows that were used most recently."""
 
     def __init__(self, spec: Prompts, max_rows: int) -> None:
         """Open the encoders. Raises UserError as `Prompts.open`."""
-        self.read = spec.open()
+        self.reader = spec.open()
         self.max_rows = max_rows
         self.thread = ThreadPoolExecutor(1, "texts", torch.set_num_threads, (torch.get_num_threads(),))
-        self.rows = OrderedDict[str, StoredRow]()  # by text, the last used at the end
+        self.rows = OrderedDict[str, StoredRow]()  # by text, the most recently used at the end
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TextEncoders":
         """Return itself: a net and its averages share the encoders."""
@@ -61,7 +61,7 @@ class TextEncoders:
 
     def _rows_of(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
         """Return the rows of texts. Runs in the thread, and raises as `__call__`."""
-        self.read.to(device)
+        self.reader.to(device)
         rows: list[StoredRow] = []
         with sdpa_kernel(ATTENTION_KERNELS), product_precision("fp32", device):
             for text in texts:
@@ -75,8 +75,8 @@ class TextEncoders:
 
     def _encode(self, text: str) -> StoredRow:
         """Make one row. Raises UserError where an encoder fails, or its values are not finite."""
-        spec = self.read.spec
-        row = to_columns(self.read([text]), keeps_padding=spec.padded)
+        spec = self.reader.spec
+        row = to_columns(self.reader([text]), keeps_padding=spec.padded)
         del row["lengths"]
         if "pooled" in row:
             row["pooled"] = row["pooled"][0]
@@ -104,7 +104,7 @@ class OnlineTexts(Texts):
     The owner of the data sets `captions`, in their order, before the first pass.
     """
 
-    like: Tensor  # an empty buffer: rows get its device and dtype, which follow the net's
+    like: Tensor  # an empty buffer, which moves with the net: rows get its device and dtype
 
     def __init__(self, spec: Prompts, sha256: str, sizes: TextSizes, count: int, *, max_rows: int) -> None:
         """Open the encoders, for `count` captions. Raises UserError as `Prompts.open`.
@@ -119,16 +119,16 @@ class OnlineTexts(Texts):
         self.prompt_texts: list[str] = []  # in the order of their numbers
         self.length = sizes.length
         self.width = sizes.width
-        self.pooled_width = sizes.pooled
-        self.masked = sizes.masked
-        self.lengths_differ = self.masked
+        self.pooled_width = sizes.pooled_width
+        self.has_mask = sizes.has_mask
+        self.lengths_differ = self.has_mask
 
     def forward(self, c: Cond) -> TextRows:
         """Return the rows of c (b,), in the type of the net. Raises UserError as `TextEncoders`."""
         rows = self._rows_of(c)
         tokens = pad_sequence([row["tokens"] for row in rows], batch_first=True).to(self.like)
         mask = None
-        if self.masked:
+        if self.has_mask:
             masks = [row.get("mask", torch.ones(len(row["tokens"]), dtype=torch.bool)) for row in rows]
             mask = pad_sequence(masks, batch_first=True).to(self.like.device)
         pooled = None
@@ -138,7 +138,7 @@ class OnlineTexts(Texts):
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
         """Return the number of tokens of each row of c (b,); None where there is no mask."""
-        return tuple(len(row["tokens"]) for row in self._rows_of(c)) if self.masked else None
+        return tuple(len(row["tokens"]) for row in self._rows_of(c)) if self.has_mask else None
 
     def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
         """Encode prompts, and return the number of the first. Raises UserError where an encoder fails."""

@@ -10,7 +10,7 @@ The order of events:
    `HalfLinear` or `CodedLinear`.
 2. A pass of a `CodedLinear` decodes W, multiplies by it in the precision of the pass, and lets it go. The backward pass
    decodes it again. So primal, tangent and gradient are those of the linear layer with this W.
-3. `num_weights_coded_away` says by how much a net has more weights than parameters, for counts and estimates.
+3. `num_unstored_weights` says how many more weights a net has than its parameters have numbers, for estimates.
 
 Activations are not coded. Codes and scales are made and read by operators of bitsandbytes. They are frozen parameters,
 which ranks shard as any other, and their names (`weight`, `scales`, `origin`) are those in checkpoints.
@@ -80,8 +80,8 @@ class CodedLinear(nn.Linear):
         self.origin = nn.Parameter(_weight_digest(weight, coding), False)
 
     @property
-    def num_weights_coded_away(self) -> int:
-        """The number of weights that the layer stands for, less that of its codes, scales and digest."""
+    def num_unstored_weights(self) -> int:
+        """The number of weights that the layer stands for, minus the numbers that it stores: codes, scales, digest."""
         num_stored = sum(p.numel() for p in (self.weight, self.scales, self.origin))
         return self.in_features * self.out_features - num_stored
 
@@ -189,9 +189,9 @@ def quantise(model: nn.Module, blocks: Sequence[nn.Module], excluded: Sequence[s
     _replace_linear_layers(model, excluded, code_layer)
 
 
-def num_weights_coded_away(net: nn.Module) -> int:
-    """Return the number of a net's weights, less that of its parameters, some of which are codes and scales."""
-    return sum(layer.num_weights_coded_away for layer in net.modules() if isinstance(layer, CodedLinear))
+def num_unstored_weights(net: nn.Module) -> int:
+    """Return how many more weights a net has than numbers in its parameters, some of which are codes and scales."""
+    return sum(layer.num_unstored_weights for layer in net.modules() if isinstance(layer, CodedLinear))
 
 
 def _replace_linear_layers(

@@ -49,8 +49,8 @@ class MappedRows(Texts):
         self.open_reader = open_reader
         self.width = sizes.width
         self.length = table.longest
-        self.pooled_width = sizes.pooled
-        self.masked = sizes.masked
+        self.pooled_width = sizes.pooled_width
+        self.has_mask = sizes.has_mask
         self.table.audit.require()
         self.prompt_rows: Rows | None = None  # made by the first `append`
         self._update_lengths()
@@ -73,7 +73,7 @@ class MappedRows(Texts):
                 pooled[positions] = prompt_pooled.to(pooled)
         return (
             tokens.to(self.like),
-            mask.to(self.like.device) if self.masked else None,
+            mask.to(self.like.device) if self.has_mask else None,
             None if pooled is None else pooled.to(self.like),
         )
 
@@ -92,7 +92,7 @@ class MappedRows(Texts):
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
         """Return the number of tokens of each row of c (b,), without padding; None where there is no mask."""
-        if not self.masked:
+        if not self.has_mask:
             return None
         return tuple(self._lengths[text_id] for text_id in c.tolist())
 
@@ -106,7 +106,7 @@ class MappedRows(Texts):
             read = self.open_reader(self.like.device)
             self.prompt_rows = Rows(
                 tokens,
-                mask if self.masked else None,
+                mask if self.has_mask else None,
                 pooled,
                 open_reader=lambda _: read,  # `Rows` opens it at each `append`: it stays open here
                 source=self.table.read_sources([]),
@@ -140,7 +140,7 @@ class MappedRows(Texts):
         """Count tokens anew, after prompts came or went."""
         if self.prompt_rows is not None:
             self.length = self.prompt_rows.length  # at least the table's, to which they are padded from the first
-        if self.masked:
+        if self.has_mask:
             prompt_lengths: tuple[int, ...] = ()
             if self.prompt_rows is not None:
                 prompt_lengths = self.prompt_rows.lengths(torch.arange(len(self.prompt_rows.tokens))) or ()

@@ -19,7 +19,7 @@ from dumo.io import digest
 from dumo.types import FREE, Needs, UserError
 from dumo.types.outside import NetSpec, name_of
 
-MODULES: dict[str, dict[str, nn.Module]] = {}  # the users' own modules, by layout and weights, the last one last
+MODULES: dict[str, dict[str, nn.Module]] = {}  # users' modules, by layout, then by weights, in the order of `of`
 
 
 class ModuleSpec(NetSpec):

@@ -75,10 +75,10 @@ class Pretrained(PipelineSpec):
     def time_scale(self) -> float:
         """The quickest wave of time that the net may read, in radians per unit of t."""
         frequency = self.lowpass or MAX_FREQUENCY
-        frame = self.frame
-        if frame is None:
+        diffusion = self.diffusion
+        if diffusion is None:
             return frequency
-        return frequency * frame.max_clock_slope
+        return frequency * diffusion.max_clock_slope
 
     @property
     def family(self) -> Family:
@@ -86,7 +86,7 @@ class Pretrained(PipelineSpec):
         return find_family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
 
     @property
-    def frame(self) -> DiffusionToVelocity | None:
+    def diffusion(self) -> DiffusionToVelocity | None:
         """The map from the outputs of a model of a diffusion to velocities; None: the model learned a velocity.
 
         Raises UserError as `find_family` and `read_scheduler`.
@@ -139,7 +139,7 @@ class Pretrained(PipelineSpec):
         self, family: Family, config: Config, needs: Needs, shape: tuple[int, ...], classes: int
     ) -> Dualized:
         """Make the net of `build`. Raises UserError, and whatever diffusers raises for a damaged config."""
-        model = self.load_model(self.build_config(config))
+        model = self.load_model(self._build_config(config))
         self._require_fit(family, model.config, needs)
         patch = family.patch(model.config, shape[0])
         if shape[1] % patch or shape[2] % patch:
@@ -158,7 +158,7 @@ class Pretrained(PipelineSpec):
             guidance=self._embedded_guidance(family),
             lora=self.lora,
             lowpass_limit=self.lowpass,
-            frame=self.frame,
+            diffusion=self.diffusion,
             gap="r" in needs.names,
             route=self.route,
         )
@@ -182,7 +182,7 @@ class Pretrained(PipelineSpec):
     def _checkpoint_blocks(self, model: Any, family: Family, texts: Texts) -> None:  # noqa: ANN401, of diffusers
         """Turn activation checkpointing of blocks on. Raises UserError for a model that cannot."""
         kind = model.config["_class_name"]
-        if texts.masked and not family.keeps_mask_when_checkpointed:
+        if texts.has_mask and not family.keeps_mask_when_checkpointed:
             raise UserError(
                 f"{FIELD} has a {kind}, which forgets the mask of its texts in blocks that are computed again: set "
                 "net.checkpoint=false"
@@ -234,7 +234,7 @@ class Pretrained(PipelineSpec):
                 "one time, objective.kind=dumo"
             )
 
-    def build_config(self, config: Config) -> Config:
+    def _build_config(self, config: Config) -> Config:
         """Return the config of the model that is built, given that of the pipeline's model."""
         return config
 
@@ -298,7 +298,7 @@ class Shortened(Pretrained):
 
     depth: int  # blocks of each kind at most
 
-    def build_config(self, config: Config) -> Config:
+    def _build_config(self, config: Config) -> Config:
         """Return the config of the pipeline's model, with fewer blocks."""
         short_config = dict(config)
         for key in DEPTH_KEYS:

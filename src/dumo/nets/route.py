@@ -47,10 +47,10 @@ class Route(Spec):
     last: int = Field(default=3, ge=0, le=BLOCKS)  # blocks at the end that do
 
     def mark_blocks(self, blocks: Sequence[nn.Module] | nn.ModuleList) -> None:
-        """Set `routed`, a bool, in each of the blocks of a net, in their order.
+        """Set `is_routed` in each of the blocks of a net, in their order.
 
-        All that runs or counts blocks reads it. Copies of the net, and parts of it, keep the mark. Raises UserError
-        where no block is left between the first and the last.
+        All that runs or counts blocks reads it. Copies and parts of the net keep the mark. Raises UserError where no
+        block is left between the first and the last.
         """
         depth = len(blocks)
         if self.first + self.last >= depth:
@@ -59,7 +59,7 @@ class Route(Spec):
                 "net.route.first or net.route.last, or set net.route=null"
             )
         for i, block in enumerate(blocks):
-            block.routed = self.first <= i < depth - self.last  # pyright: ignore[reportArgumentType]
+            block.is_routed = self.first <= i < depth - self.last  # pyright: ignore[reportArgumentType]
 
     def draw_split(self, b: int, n: int) -> "TokenSplit | None":
         """Draw which of n tokens skip in each of b rows; None: none does, as in sampling.
@@ -108,12 +108,12 @@ class TokenSplit:
         block_tables = rotary
         is_split = False
         for i, block in enumerate(blocks):
-            if block.routed and not is_split:
+            if block.is_routed and not is_split:
                 is_split = True
                 all_tokens = h
                 h = self.select(h)
                 block_tables = self.select_rotary(rotary)
-            elif is_split and not block.routed:
+            elif is_split and not block.is_routed:
                 is_split = False
                 h = self.merge(h, all_tokens)
                 block_tables = rotary
@@ -126,11 +126,11 @@ class TokenSplit:
 def blocks_with_routing(model: nn.Module, split: TokenSplit) -> dict[str, nn.ModuleList]:
     """Return the lists of blocks of a model of diffusers for one pass, by name, with its routed blocks wrapped."""
     lists = {name: part for name, part in model.named_children() if isinstance(part, nn.ModuleList)}
-    routed_blocks = [block for blocks in lists.values() for block in blocks if block.routed]
+    routed_blocks = [block for blocks in lists.values() for block in blocks if block.is_routed]
     store = _TokenStore()
 
     def wrap(block: nn.Module) -> nn.Module:
-        if not block.routed:
+        if not block.is_routed:
             return block
         is_first = block is routed_blocks[0]
         is_last = block is routed_blocks[-1]
@@ -171,7 +171,7 @@ class _RoutedBlock(nn.Module):
         self.store = store
         self.is_first = is_first
         self.is_last = is_last
-        self.recomputed = getattr(block, "recomputed", True)  # `checkpointing.run_as_marked` reads it
+        self.is_recomputed = getattr(block, "is_recomputed", True)  # `checkpointing.run_as_marked` reads it
 
     def forward(self, hidden_states: Array, encoder_hidden_states: Array, temb: Array, *rest: Any, **named: Any) -> Any:  # noqa: ANN401, of diffusers
         """Run the block on image and text, (b, n, width) each, and return text and image.

@@ -5,8 +5,8 @@ from an encoder that is trained with the net (`dumo.nets.text`), or they are ran
 
 `Texts` is what a net calls: `forward` in every pass, and for some models `sources` and `lengths`. A sampler calls
 `append` to add prompts behind the rows of the training, and notes the number of each in `prompts`, the last used at the
-end. `forget` drops the oldest of these. `Rows` are texts in memory. The modules above use `pad_tokens` and
-`half_to_float32`, too. A new kind of texts extends `Texts`.
+end. `forget` drops the oldest of these. `Rows` are texts in memory. The modules above use `pad_tokens`, too. A new kind
+of texts extends `Texts`.
 """
 
 from abc import ABC, abstractmethod
@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dumo.flow.precision import to_float32
 from dumo.runtime.random import keyed
 from dumo.types import Cond, Spec, UserError
 
@@ -36,8 +37,8 @@ class TextSizes(NamedTuple):
 
     length: int  # the most tokens of a row
     width: int  # channels of a token
-    pooled: int  # channels of the pooled embedding; 0: there is none
-    masked: bool  # whether rows have a mask, because some may be padded
+    pooled_width: int  # channels of the pooled embedding; 0: there is none
+    has_mask: bool  # whether rows have a mask, because some may be padded
     dtype: torch.dtype
 
 
@@ -47,7 +48,7 @@ class Texts(nn.Module, ABC):
     width: int  # channels of a token
     pooled_width: int  # channels of the pooled embedding; 0: there is none
     length: int  # tokens of a row, with padding
-    masked: bool = True  # whether rows have a mask; False: every token is there
+    has_mask: bool = True  # whether rows have a mask; False: every token is there
     lengths_differ: bool = False  # whether rows differ in their number of tokens, without padding
 
     def __init__(self) -> None:
@@ -124,7 +125,7 @@ class Rows(Texts):
         self.register_buffer("source", source, persistent=False)
         self.width = tokens.shape[2]
         self.length = tokens.shape[1]
-        self.masked = mask is not None
+        self.has_mask = mask is not None
         self.pooled_width = 0 if pooled is None else pooled.shape[1]
         self.open_reader = open_reader
         self._length_without_prompts = self.length
@@ -135,14 +136,14 @@ class Rows(Texts):
         mask = self.mask
         pooled = self.pooled
         return (
-            half_to_float32(self.tokens[c]),
+            to_float32(self.tokens[c]),
             None if mask is None else mask[c],
-            None if pooled is None else half_to_float32(pooled[c]),
+            None if pooled is None else to_float32(pooled[c]),
         )
 
     def sources(self, c: Cond) -> SourceLatents | None:
         """Return the latents (b, c, h, w) of the images that rows c (b,) edit, in float32; None: they edit none."""
-        return None if self.source is None else half_to_float32(self.source[c])
+        return None if self.source is None else to_float32(self.source[c])
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
         """Return the number of tokens of each row of c (b,); None where there is no mask, or on the meta device."""
@@ -247,8 +248,3 @@ def pad_tokens(x: Tensor, length: int) -> Tensor:
     if x.ndim == 3:
         padding = [0, 0, *padding]  # `F.pad` takes the last axis first
     return F.pad(x, padding)
-
-
-def half_to_float32(x: Tensor) -> Tensor:
-    """Return x in float32 where it is in half precision, else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

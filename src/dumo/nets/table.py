@@ -115,7 +115,7 @@ class EmbeddedTexts(TableTexts):
     def memory_bytes(self, captions: int, source_shape: tuple[int, ...] = ()) -> int:
         """Return the most bytes that the rows of all captions and of the empty one take."""
         sizes = self.sizes
-        values = sizes.length * sizes.width + sizes.pooled
+        values = sizes.length * sizes.width + sizes.pooled_width
         if source_shape:
             values += prod(source_shape)
         mask_bytes = sizes.length  # one for each token
@@ -150,7 +150,7 @@ class EmbeddedTexts(TableTexts):
         sources = table.read_sources()
         return Rows(
             tokens.to(device),
-            mask.to(device) if self.sizes.masked else None,
+            mask.to(device) if self.sizes.has_mask else None,
             None if pooled is None else pooled.to(device),
             open_reader=open_reader,
             source=None if sources is None else sources.to(device),
@@ -162,8 +162,8 @@ class EmbeddedTexts(TableTexts):
         num_rows = 1 if self.is_mapped(captions, source_shape) else captions + 1
         return Rows(
             torch.empty(num_rows, sizes.length, sizes.width, dtype=sizes.dtype),
-            torch.empty(num_rows, sizes.length, dtype=torch.bool) if sizes.masked else None,
-            torch.empty(num_rows, sizes.pooled, dtype=sizes.dtype) if sizes.pooled else None,
+            torch.empty(num_rows, sizes.length, dtype=torch.bool) if sizes.has_mask else None,
+            torch.empty(num_rows, sizes.pooled_width, dtype=sizes.dtype) if sizes.pooled_width else None,
             source=torch.empty(num_rows, *source_shape, dtype=sizes.dtype) if source_shape else None,
         )
 
@@ -218,8 +218,8 @@ class TextTable(EmbeddedTexts):
         return TextSizes(
             length=self.encoder.length,
             width=self.width,
-            pooled=self.pooled,
-            masked=not self.encoder.pad,
+            pooled_width=self.pooled,
+            has_mask=not self.encoder.pad,
             dtype=getattr(torch, self.encoder.dtype),
         )
 
@@ -306,8 +306,8 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
         return TextSizes(
             length=family.max_text_tokens,
             width=config[family.text_width],
-            pooled=family.pooled_width(config),
-            masked=family.takes_mask or family.one_by_one,
+            pooled_width=family.pooled_width(config),
+            has_mask=family.takes_mask or family.one_by_one,
             dtype=getattr(torch, self.dtype),
         )
 

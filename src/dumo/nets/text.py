@@ -7,8 +7,8 @@
 
 A caption does not depend on t, so derivatives along the flow do not pass through it.
 
-Where a table of any kind does not exist yet, `or_drawn` gives `DrawnTexts`, random texts of its sizes, by which a cost
-or a derivative is examined.
+Where a table of any kind does not exist yet, `drawn_if_missing` gives `DrawnTexts`, random texts of its sizes. A cost
+or a derivative is then measured with these.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ class TokenTexts(Texts):
     mask: Tensor  # (n, l), bool: False where a shorter text has no token
 
     def __init__(self, spec: LearnedTexts, ids: Tensor, mask: Tensor) -> None:
-        """Raises UserError where transformers is missing."""
+        """Make the encoder of `spec` for these texts. Raises UserError where transformers is missing."""
         super().__init__()
         self.tokenizer = spec.tokenizer
         self.width = spec.width
@@ -82,7 +82,7 @@ class TokenTexts(Texts):
         self.drop = spec.drop
 
     def forward(self, c: Cond) -> TextRows:
-        """Tokens (b, l, width) of texts c (b,), and which of them exist (b, l). In training, `drop` hides words."""
+        """Return tokens (b, l, width) of texts c (b,), and their mask (b, l). In training, `drop` hides words."""
         ids = self.ids[c]
         mask = self.mask[c]
         if self.training and self.drop:
@@ -91,7 +91,7 @@ class TokenTexts(Texts):
         return self.encoder(ids, attention_mask=attended).last_hidden_state, mask, None
 
     def _hide_words(self, ids: Int[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
-        """The mask without the words that this step's draws hide; unchanged outside of a step."""
+        """Return the mask without the words that this step's draws hide; unchanged outside of a step."""
         rows = dropout.current(len(ids))
         if rows is None:
             return mask
@@ -169,9 +169,9 @@ class DrawnTexts(Spec):
         sizes = spec.sizes
         mask = _draw_mask(sizes.length)
         tokens = torch.randn(*mask.shape, sizes.width, generator=generator)
-        pooled = torch.randn(_DRAWN_ROWS, sizes.pooled, generator=generator) if sizes.pooled else None
+        pooled = torch.randn(_DRAWN_ROWS, sizes.pooled_width, generator=generator) if sizes.pooled_width else None
         source = torch.randn(_DRAWN_ROWS, *source_shape, generator=generator) if source_shape else None
-        return Rows(tokens, mask if sizes.masked else None, pooled, source=source)
+        return Rows(tokens, mask if sizes.has_mask else None, pooled, source=source)
 
 
 def _draw_mask(length: int) -> Bool[Tensor, "n l"]:
@@ -190,7 +190,7 @@ class RepeatedTexts(Texts):
         self.width = texts.width
         self.pooled_width = texts.pooled_width
         self.length = texts.length
-        self.masked = texts.masked
+        self.has_mask = texts.has_mask
 
     def forward(self, c: Cond) -> TextRows:
         """Return the rows of c (b,) modulo the number of rows."""
@@ -201,8 +201,8 @@ class RepeatedTexts(Texts):
         return self.texts.sources(c % _DRAWN_ROWS)
 
 
-def or_drawn(texts: object) -> object:
-    """`DrawnTexts` for the spec of texts whose table does not exist; any other spec as it is."""
+def drawn_if_missing(texts: object) -> object:
+    """Return `DrawnTexts` in place of a spec of texts whose table does not exist; any other spec as it is."""
     if isinstance(texts, PipelineTexts | TextTable | LearnedTexts) and not (texts.folder / FILE).exists():
         return DrawnTexts(of=texts)
     return texts

@@ -96,7 +96,7 @@ class BlockSpec(NamedTuple):
 
 
 def block_specs(spec: UNet, side: int) -> Iterator[BlockSpec]:
-    """The blocks in their order, for images of this side."""
+    """Yield the specs of the blocks, in their order, for images of this side."""
     widths = [spec.width * multiplier for multiplier in spec.multipliers]
     attends = [side >> level in spec.attend for level in range(len(widths))]
     channels = spec.width
@@ -136,7 +136,7 @@ class UNetNorm(nn.GroupNorm):
     """
 
     def __init__(self, channels: int) -> None:
-        """`channels` is a multiple of 4."""
+        """Normalize `channels` channels, a multiple of 4."""
         super().__init__(gcd(32, channels // 4), channels, EPS)
 
     def forward(self, input: Array) -> Array:
@@ -151,7 +151,7 @@ class ResidualBlock(nn.Module):
     fused: ClassVar[dict[str, int]] = {"qkv": 3}
 
     def __init__(self, spec: BlockSpec, embed_width: int, dropout: float = 0.0) -> None:
-        """The condition has `embed_width` numbers; `dropout` is applied before the last convolution."""
+        """Make the layers, for a condition of `embed_width` numbers. `dropout` acts before the last convolution."""
         super().__init__()
         in_channels = spec.in_channels
         out_channels = spec.out_channels
@@ -210,7 +210,7 @@ class UNetHead(nn.Sequential):
     """An output layer: norm, SiLU, convolution. A head with inputs of its own shifts and scales its norm by them."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
-        """From `channels` to `out_channels`."""
+        """Map `channels` channels to `out_channels`."""
         super().__init__(UNetNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(self, input: Array, embedding: Array | None = None) -> Array:
@@ -256,7 +256,7 @@ class UNetModule(nn.Module):
         that the needs do not name.
         """
         shared_inputs, head_embeddings = self.own(**inputs)
-        condition = F.silu(self.scalars(self._wave_shift(x, c), **shared_inputs))
+        condition = F.silu(self.scalars(self._wave_offset(x, c), **shared_inputs))
         keys = None
         if self.training and self.dropout:
             keys = dropout.current(x.shape[0])
@@ -274,8 +274,8 @@ class UNetModule(nn.Module):
             outputs += self.gauges(**shared_inputs)
         return tuple(outputs)
 
-    def _wave_shift(self, x: Sample, c: Cond) -> Array | None:
-        """Return what is added to the waves of time, (b, width), for a class or an augmentation; None: nothing is."""
+    def _wave_offset(self, x: Sample, c: Cond) -> Array | None:
+        """Return what is added to the waves of time for a class or an augmentation, (b, width); None: nothing is."""
         if self.label is not None:
             return self.label(c)
         if self.augment is None or c.ndim < 2:
@@ -283,9 +283,9 @@ class UNetModule(nn.Module):
         return self.augment(c.to(x.dtype))
 
     def _initialize(self) -> None:
-        """Draw the weights as EDM does: Xavier, of queries, keys and values times sqrt(0.2).
+        """Draw the weights as EDM does: Xavier, with gain sqrt(0.2) for queries, keys and values.
 
-        Other than there, the last layer of every branch is zero (ours).
+        Unlike EDM, the last layer of every branch is zero (ours).
         """
         for layer in self.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):

@@ -106,14 +106,14 @@ def read_scheduler(config: Mapping[str, Any]) -> DiffusionToVelocity:
     return DiffusionToVelocity(schedule, cast(Prediction, prediction))
 
 
-def scheduler_settings(frame: DiffusionToVelocity) -> dict[str, Any]:
+def scheduler_settings(diffusion: DiffusionToVelocity) -> dict[str, Any]:
     """Return the settings of a scheduler of diffusers with this table and prediction. `read_scheduler` reads them."""
-    schedule = frame.schedule
+    schedule = diffusion.schedule
     return {
         "beta_schedule": schedule.kind,
         "beta_start": schedule.start,
         "beta_end": schedule.end,
         "num_train_timesteps": schedule.steps,
         "rescale_betas_zero_snr": schedule.zero_snr,
-        "prediction_type": frame.prediction,
+        "prediction_type": diffusion.prediction,
     }

@@ -69,7 +69,7 @@ class AlphaFlow(Spec):
         return tuple((progress, share) for progress, share in phases if share > 0)
 
     @model_validator(mode="after")
-    def _possible(self) -> "AlphaFlow":
+    def _check_order(self) -> "AlphaFlow":
         require_order(begin=self.begin, end=self.end)
         return self
 

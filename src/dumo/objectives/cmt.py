@@ -23,7 +23,7 @@ from dumo.types import FromTeacher, Frozen, Needs, Net, Noised, Reads, Sample, S
 
 
 class CMT(Spec):
-    """What the net of another objective is before its training: regression on a teacher's trajectories."""
+    """Regression on a teacher's trajectories, before the net is trained by another objective."""
 
     beta: ClassVar[float] = 0.7  # weight of the velocity where there is one, as DuMo
     kind: Literal["cmt"] = "cmt"
@@ -32,7 +32,7 @@ class CMT(Spec):
     drop: float = Field(default=0.0, ge=0, le=1)  # ours: a trajectory is of its label
 
     @model_validator(mode="after")
-    def _between(self) -> "CMT":
+    def _require_inner_points(self) -> "CMT":
         if self.times.steps < 2:
             raise ValueError("a trajectory of one step has no points between its ends: set times.steps=2, or more")
         return self
@@ -45,7 +45,7 @@ class CMT(Spec):
         return Needs(inputs=("t",), heads=("v", "u"), teacher=FromTeacher(points=self.times.steps))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """Its loss of MF in mean squares; of both heads as DuMo weighs them."""
+        """Mean squares: of u alone, as its loss of MF, or of both heads, weighed as DuMo weighs them."""
         if self.of == "meanflow":
             (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
             u_loss = mean_square(u_hat - _mean_velocity(b, b.r))  # (1)
@@ -56,7 +56,7 @@ class CMT(Spec):
         return Terms(self.beta * v_loss + (1 - self.beta) * u_loss, {"v": v_loss, "u": u_loss})
 
     def read(self, net: Net) -> Reads:
-        """As the objective that it is for; of one head no velocity, for r = t is not taught."""
+        """Read the net as the objective in `of` does, but meanflow's without a velocity: r = t is not taught."""
         if self.of == "dumo":
             return DuMo().read(net)
         return replace(mean_velocity(net), velocity=None)
@@ -66,4 +66,5 @@ def _mean_velocity(b: Noised, r: Time) -> Sample:
     """(1): the mean velocity of each row's trajectory from t down to r, and v_t where r = t."""
     at_rest = lift(r == b.t, b.x_t)
     gap = lift(b.t - r, b.x_t).masked_fill(at_rest, 1)
-    return torch.where(at_rest, b.v_t, (b.x_t - b.on(r)) / gap)
+    x_r = b.on(r)
+    return torch.where(at_rest, b.v_t, (b.x_t - x_r) / gap)

@@ -55,7 +55,7 @@ from dumo.types import (
     mean_square,
 )
 
-BOUNDARY = 0.3  # TCM
+BOUNDARY = 0.3  # weight of rows at `low`: TCM
 LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4)) on data of standard deviation 0.5
 NEAR = 8.0  # k of ECT's mapping: how much longer a step is near the data (`training/loss.py`)
 
@@ -88,11 +88,12 @@ class KarrasGrid(Spec):
 
     kind: Literal["grid"] = "grid"
     growth: Literal["double", "root"] = "double"  # of the number of steps: iCT's (its Sec. 3.4), CM's (its App. C)
-    first: int = Field(default=10, ge=1, le=STEPS)  # s_0 and s_1 of these; of iCT
+    # The number of steps at the start and at the end of the training: s_0 and s_1 of iCT.
+    first: int = Field(default=10, ge=1, le=STEPS)
     last: int = Field(default=1280, ge=1, le=STEPS)
 
     @model_validator(mode="after")
-    def _ordered(self) -> "KarrasGrid":
+    def _check_order(self) -> "KarrasGrid":
         require_order(first=self.first, last=self.last)
         return self
 
@@ -169,10 +170,10 @@ class Consistency(Spec):
         return Needs(inputs=("t",), heads=("u",), amplifies=self.gain, formulas=formulas, ref=ref)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """One pass with gradients, one without. At t = r, which is at t = 0 and 1 only, a row weighs nothing.
+        """One pass with gradients, one without. A row at t = r, which is at t = 0 or 1 only, weighs nothing.
 
-        With `low` rows drawn below it stand on it, and there are two passes without gradients: of theta^-, and of the
-        net. Raises UserError where short steps meet bf16.
+        With `low`, times below it are raised to it, and there are two passes without gradients: of theta^-, and of the
+        net. Raises UserError where passes are too coarse for short steps.
         """
         require_precise_passes(b, self.gain, self.kind)
         t = b.t
@@ -199,5 +200,5 @@ class Consistency(Spec):
         return Terms(weight * loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def read(self, net: Net) -> Reads:
-        """The head jumps to the data, x_0 = x_t - t u; a velocity it has at t = 0 only. Not from below `low`."""
+        """The head jumps to the data, x_0 = x_t - t u, from no time below `low`. It is a velocity at t = 0 only."""
         return Reads(endpoint=jump_to_data(net), lowest=self.low or 0.0)

@@ -36,7 +36,7 @@ WEIGHT = 0.02  # of the pull; ours
 FIT = 0.3  # of the critic's own loss; ours
 SLOPES = 0.25  # of (2); AFM
 CENTRE = 0.01  # of (3); AFM
-EVERY = 4  # one in this many rows has (2) and (3) taken; AFM, of slopes
+EVERY = 4  # (2) and (3) are taken on one row in this many; AFM does so for slopes
 FLOOR = 0.01  # of (4): the root mean square of g below which samples are moved less; ours
 
 
@@ -52,22 +52,26 @@ class Critic(Pull):
         return replace(super().needs, group=EVERY, laws={"d.e": Noise()})
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
-        """Two passes with gradients, and two of a quarter of the rows, each the price of two, for the exact slopes."""
+        """The critic's loss, whose gradient moves the samples.
+
+        It takes two passes with gradients. Two more, of a quarter of the rows, take exact slopes; each costs as much as
+        two passes of these rows.
+        """
         samples = b.z - u
-        still = samples.detach()
+        fixed_samples = samples.detach()
         if self.moves_samples(b):
-            moved, tap = reversed_at(samples, WEIGHT / FIT, FLOOR)
+            critic_input, tap = reversed_at(samples, WEIGHT / FIT, FLOOR)
         else:
-            moved = still
+            critic_input = fixed_samples
             tap = torch.zeros_like(b.t)
         d_real = _logit(net(b.x, b.c, t=0 * b.t)[2])
-        d_fake = _logit(net(moved, b.c, t=0 * b.t)[2])
+        d_fake = _logit(net(critic_input, b.c, t=0 * b.t)[2])
         pairs = softplus(d_fake - d_real)  # (1), the only term that moves samples
 
         d_x, slope_x = self._logit_and_slope(net, b, b.x)
-        d_still, slope_still = self._logit_and_slope(net, b, still)
-        slopes = slope_x.square() + slope_still.square()  # (2)
-        centre = (d_x + d_still).square()  # (3)
+        d_sample, slope_sample = self._logit_and_slope(net, b, fixed_samples)
+        slopes = slope_x.square() + slope_sample.square()  # (2)
+        centre = (d_x + d_sample).square()  # (3)
 
         loss = pairs + tap.to(pairs) + SLOPES * slopes + CENTRE * centre
         notes = {
@@ -78,7 +82,10 @@ class Critic(Pull):
         return Terms(FIT * loss, {"d": pairs}, notes)
 
     def _logit_and_slope(self, net: Net, b: Noised, x: Sample) -> tuple[PerSample, PerSample]:
-        """D, and its slope along noise, whose square is |dD/dx|^2 in the mean: of a quarter of the rows, for all."""
+        """D, and its slope along noise, whose mean square is |dD/dx|^2: (b,) each.
+
+        Both are taken on one row in EVERY, which stands for its neighbours.
+        """
         quarter = b[::EVERY]
         x_moving = pair(x[::EVERY], quarter.drawn["d.e"].to(x), recorded=True)
         with dropout.rows(range(0, len(x), EVERY)):
@@ -95,12 +102,14 @@ def _logit(head: Array) -> PerSample:
 
 
 def reversed_at(x: Sample, strength: float, floor: float) -> tuple[Sample, PerSample]:
-    """Return x, and a tap: zeros to add to the loss l of each row. In `backward` x descends `strength` times
+    """Return x, whose gradient is reversed, and a tap (b,): zeros to add to the loss l of each row.
+
+    In `backward` x descends `strength` times
 
         the mean square of x - sg(x + g / (rms(g) + floor)),    g = dl/dx times the n numbers of a row,
 
-    so x climbs l, by steps that shrink where g is below `floor`. The gradient of the tap is what l is multiplied by in
-    the loss, by weights and the rows of a batch; dividing by it leaves no trace of that.
+    so x climbs l, by steps that shrink where g is below `floor`. The total loss multiplies l by weights and divides it
+    by the rows of a batch. The gradient of the tap is this factor, and g is divided by it.
     """
     out, tap = _Reversed.apply(x, strength, floor)  # pyright: ignore[reportGeneralTypeIssues]
     return out, tap

@@ -43,11 +43,12 @@ AFFINITY = 1e-6  # the least product of both softmaxes; theirs
 LEAST = 1e-4  # of a root mean square that is divided by (their code, as its square)
 FAR = -1e4  # the logarithm of a kernel between rows that do not see one another
 
-Pairs = Float[Tensor, "groups m k"]  # of each of m samples with its k neighbours: what it is held apart from, then data
+# Of each of m samples with its k neighbours: first those that it is held apart from, then the data of its class.
+Pairs = Float[Tensor, "groups m k"]
 
 
 class Drift(Pull):
-    """DuMo and the drift of its samples, which learns by no head."""
+    """DuMo and the drift of its samples, which needs no head of its own."""
 
     after: ClassVar[float] = 0.0  # it does most in a second stage, in large batches (docs/log.md)
     kind: Literal["drift"] = "drift"
@@ -60,7 +61,7 @@ class Drift(Pull):
         return replace(super().needs, group=self.size)
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
-        """No pass."""
+        """The drift towards the data. It makes no pass of the net; the note `force` tells how far samples are off."""
         v, force = drift((b.z - u).detach(), b.x, b.c, RADII, self.size, self.omega)
         return Terms(WEIGHT * mean_square(descent_error(u, v)), {}, {"force": force})
 
@@ -69,27 +70,28 @@ class Drift(Pull):
 def drift(
     x: Sample, y: Sample, c: Cond, radii: Sequence[float], group: int, omega: float = 1.0
 ) -> tuple[Sample, PerSample]:
-    """V of samples x (b, ...) towards data y, in units in which each radius has root mean square 1 in each class; and
-    that of each row's class before it was brought to 1, in mean over radii: 0 where samples and data agree.
+    """The drift V (2) of samples x (b, ...) towards data y, summed over radii, shaped like x; and its force, (b,).
 
-    Rows of the same c in a group, which are whole, see one another, and with omega > 1 all data of the group.
+    The V of each radius is divided by its root mean square over the rows of the class. The force is this root mean
+    square, of the row's class, in mean over radii: 0 where samples and data agree. The batch is cut into groups of
+    `group` rows. In a group, rows of the same c see one another; with omega > 1 they see all data of the group, too.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     samples = x.to(exact).flatten(1).unflatten(0, (-1, group))
     data = y.to(exact).flatten(1).unflatten(0, (-1, group))
     same_class = _same_class(c, group).to(exact)
     not_itself = 1 - torch.eye(group, dtype=exact, device=x.device)
-    near = same_class * not_itself  # the weight of each row of the class
+    class_weight = same_class * not_itself  # 1 for the other rows of the class
 
     # What a sample is held apart from: other samples of its class and, with guidance, other data of any class.
-    apart = [samples]
-    apart_weights = [near]
+    repelling = [samples]
+    repelling_weights = [class_weight]
     if omega > 1:
-        apart.append(data)
-        apart_weights.append((omega - 1) * near.mean(2, keepdim=True) * group / (group - 1) * not_itself)
+        repelling.append(data)
+        repelling_weights.append((omega - 1) * class_weight.mean(2, keepdim=True) * group / (group - 1) * not_itself)
     # Then what it is drawn to: other data of its class.
-    neighbour = torch.cat([*apart, data], 1)
-    weight = torch.cat([*apart_weights, near], 2)
+    neighbour = torch.cat([*repelling, data], 1)
+    weight = torch.cat([*repelling_weights, class_weight], 2)
 
     distance = torch.cdist(samples, neighbour, compute_mode="donot_use_mm_for_euclid_dist")
     total_weight = (same_class @ weight.sum(2, keepdim=True)).clamp(min=1)
@@ -107,7 +109,7 @@ def drift(
 
 
 def _same_class(c: Cond, group: int) -> Bool[Tensor, "groups m m"]:
-    """Which rows of a group have one condition."""
+    """For each pair of rows in a group, whether both have the same condition."""
     columns = c.flatten(1) if c.ndim > 1 else c[:, None]
     rows = columns.unflatten(0, (-1, group))
     return (rows[:, :, None] == rows[:, None]).all(-1)
@@ -119,7 +121,7 @@ def _v(
     same_class: Float[Tensor, "groups m m"],
     neighbour: Float[Tensor, "groups k d"],
 ) -> Float[Tensor, "groups m d"]:
-    """V of each sample by one radius, of distances d / R."""
+    """V of each sample by one radius, from the distances d / R."""
     logits = (-scaled_distance).masked_fill(weight == 0, FAR)
     a = (logits.softmax(2) * _column_softmax(logits, same_class)).clamp(min=AFFINITY).sqrt() * weight  # (1)
     repel, attract = a.split([a.shape[2] - a.shape[1], a.shape[1]], 2)
@@ -129,8 +131,8 @@ def _v(
 
 
 def _column_softmax(logits: Pairs, same_class: Float[Tensor, "groups m m"]) -> Pairs:
-    """The softmax of each column over the rows of a condition, who see it."""
-    first = same_class.argmax(2, keepdim=True).expand_as(logits)  # a row that represents its condition
-    largest = torch.full_like(logits, FAR).scatter_reduce(1, first, logits, "amax").gather(1, first)
+    """The softmax of each column over the rows of one condition."""
+    first_row = same_class.argmax(2, keepdim=True).expand_as(logits)  # represents the rows of its condition
+    largest = torch.full_like(logits, FAR).scatter_reduce(1, first_row, logits, "amax").gather(1, first_row)
     e = (logits - largest).exp()
     return e / (same_class @ e)

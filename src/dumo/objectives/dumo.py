@@ -41,8 +41,10 @@ class DuMo(Spec):
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t)[0])  # lines 8 and 9
             _, du_dt = along(v_star)
             u_star = v_star - lift(b.t, b.x_t) * du_dt  # line 10
-        v_error, u_error = v_hat - v_star, u_hat - u_star
-        v_loss, u_loss = mean_square(v_error), mean_square(u_error)
+        v_error = v_hat - v_star
+        u_error = u_hat - u_star
+        v_loss = mean_square(v_error)
+        u_loss = mean_square(u_error)
         loss = self.beta * v_loss + (1 - self.beta) * u_loss  # line 12
         notes = {"clipped_share": clipped_share(u_error), "head_gap": head_gap(v_error, u_error)}
         return Terms(loss, {"v": v_loss, "u": u_loss}, notes)

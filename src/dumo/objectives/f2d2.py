@@ -70,7 +70,7 @@ class F2D2(Spec):
         )
 
     @model_validator(mode="after")
-    def _climbs(self) -> "F2D2":
+    def _require_climbing_times(self) -> "F2D2":
         if not self.times.climbs:
             raise ValueError("likelihood is read along jumps up to the noise: use times of kind jumps, both_ways=true")
         return self

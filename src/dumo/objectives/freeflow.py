@@ -88,11 +88,11 @@ class FreeFlow(Spec):
 
         Without a teacher, which no run lacks, slopes of the record stand for its velocity.
         """
-        one = torch.ones_like(b.t)
+        ones = torch.ones_like(b.t)
 
         # prediction, from noise to r
         r = b.drawn["r"].to(b.t)
-        (u_hat, _), (du_dr, _) = heads_and_end_derivatives(net, b.z, b.c, t=one, r=r, recorded=False)
+        (u_hat, _), (du_dr, _) = heads_and_end_derivatives(net, b.z, b.c, t=ones, r=r, recorded=False)
         gap = lift(1 - r, b.z)
         with torch.no_grad():
             x_r = b.z - gap * u_hat  # (1)
@@ -101,7 +101,7 @@ class FreeFlow(Spec):
         u_loss = mean_square(error)
 
         # correction, of samples that are diffused again
-        u_to_data, _ = net(b.z, b.c, t=one, r=0 * one)
+        u_to_data, _ = net(b.z, b.c, t=ones, r=0 * ones)
         t = b.drawn["w.t"].to(b.t)
         z = b.drawn["w.z"].to(b.z.dtype)
         x_t, w_star = b.path.at((b.z - u_to_data).detach(), z, t)  # (3)
@@ -117,7 +117,7 @@ class FreeFlow(Spec):
         return Terms(loss, {"u": u_loss, "w": w_loss}, {"pull_w": mean_square(g)})
 
     def read(self, net: Net) -> Reads:
-        """The head u jumps from noise to the data. Not from below t = 1."""
+        """The head u jumps from noise, at t = 1 alone, to the data."""
 
         def endpoint(x: Sample, t: Time, c: Cond) -> Sample:
             return x - lift(t, x) * net(x, c, t=t, r=0 * t)[0]

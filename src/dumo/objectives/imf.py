@@ -43,7 +43,10 @@ class ImprovedMeanFlow(Spec):
 
     @property
     def needs(self) -> Needs:
-        """The knobs are those of one pass with XL/2 (its `eval_config.yml`); they are drawn as in its code."""
+        """The inputs and heads of the net; knobs are drawn as in its code.
+
+        In sampling they have the values of one pass with XL/2 (its `eval_config.yml`).
+        """
         if self.w is None:
             return Needs(inputs=("t", "r"), heads=("u", "v"), slope=self.slope)
         laws = {"w": Uniform(), "low": Uniform(high=0.5), "high": Uniform(low=0.5)}
@@ -78,23 +81,23 @@ class ImprovedMeanFlow(Spec):
         }
 
     def _velocities(self, ref: Frozen, b: Noised, knobs: dict[str, Time]) -> tuple[Sample, Sample]:
-        """V, the net's own velocity as guided as the row is at t, and v*: a pass, and one for the null."""
+        """V, the net's own velocity, guided as the row is at t; and v*. They take a pass, and one of the null."""
         if not knobs:
             v = ref(b.x_t, b.c, t=b.t, r=b.t)[1]
             return v, b.v_t
-        one = torch.ones_like(b.t)
+        ones = torch.ones_like(b.t)
         inside = (knobs["low"] <= b.t) & (b.t <= knobs["high"])
-        w = knobs["w"].where(inside, one)
-        v = ref(b.x_t, b.c, t=b.t, r=b.t, w=w, low=0 * one, high=one)[1]  # (2)
+        w = knobs["w"].where(inside, ones)
+        v = ref(b.x_t, b.c, t=b.t, r=b.t, w=w, low=0 * ones, high=ones)[1]  # (2)
         with dropout.off():
-            v_null = ref(b.x_t, b.null, t=b.t, r=b.t, w=one, low=0 * one, high=one)[1]
+            v_null = ref(b.x_t, b.null, t=b.t, r=b.t, w=ones, low=0 * ones, high=ones)[1]
         v_star = b.v_t + lift(b.kept * (1 - 1 / w), b.x_t) * (v - v_null)  # (3); rows without a label learn v_t
         return v, v_star
 
     def read(self, net: Net) -> Reads:
-        """The u head, at two times; the v head has served in training, as the authors leave it behind.
+        """The u head jumps from t to r. The v head is read in training alone, as with the authors.
 
-        No velocity where there are knobs: r = t is taught with guidance at all times, not in an interval.
+        With knobs there is no velocity: r = t is taught with guidance at all times, not in an interval.
         """
         reads = mean_velocity(net)
         return replace(reads, velocity=None) if self.w else reads

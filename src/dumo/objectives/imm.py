@@ -61,7 +61,7 @@ class IMM(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without; every row of whole groups has its group's loss."""
-        at_q = b.at(self.nearer(b.t, b.r))
+        at_q = b.at(self.earlier_time(b.t, b.r))
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         (u_q,) = ref(at_q.x_t, b.c, t=at_q.t, r=b.r)
         y = b.x_t - lift(b.t - b.r, b.x_t) * u_hat  # (1)
@@ -69,8 +69,8 @@ class IMM(Spec):
         mmd = self.discrepancy(y, y_q, b.t - b.r)  # (3)
         return Terms(self.weight(b.t) * mmd, {"u": mmd})
 
-    def nearer(self, t: Time, r: Time) -> Time:
-        """q: below t by `gap` in t / (1 - t), and by 1e-4 at least; but never below r."""
+    def earlier_time(self, t: Time, r: Time) -> Time:
+        """q, (b,): below t by `gap` in t / (1 - t), and by NEAREST at least, but never below r."""
         lead = (t - self.gap * (1 - t)).clamp(min=0)  # (1 - t) (t / (1 - t) - gap), finite at t = 1
         q = lead / (lead + 1 - t)
         return torch.maximum(r, torch.minimum(q, t - NEAREST))

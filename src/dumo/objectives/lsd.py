@@ -71,15 +71,15 @@ class LSD(Spec):
         return Terms(BETA * v_loss + (1 - BETA) * u_loss, {"v": v_loss, "u": u_loss})
 
     def _velocity_at_the_end(self, ref: Frozen, b: Noised, x_r: Sample, v_star: Sample) -> Sample:
-        """v(x_r, r) on the rows with r < t, by one pass of those that may be such; v* on the others."""
+        """v(x_r, r) on the rows with r < t, and v* on the others. The pass is of the rows that may have r < t."""
         rows, _ = b.rows_by_step
         if not rows:
             return v_star
         i = index(rows, b.t.device)
-        some = b[rows]
+        b_step = b[rows]
         with dropout.rows(i):
-            v_r = ref(x_r[i], some.c, t=some.r, r=some.r)[0].to(v_star)
-        has_step = lift(some.r < some.t, some.x_t)
+            v_r = ref(x_r[i], b_step.c, t=b_step.r, r=b_step.r)[0].to(v_star)
+        has_step = lift(b_step.r < b_step.t, b_step.x_t)
         return v_star.index_copy(0, i, torch.where(has_step, v_r, v_star[i]))  # (2), (3)
 
     def read(self, net: Net) -> Reads:

@@ -60,18 +60,19 @@ class Match(Pull):
                 # A pass that moves samples; what its weights learn, the terms of the first pass unlearn.
                 x_moved, aim = b.path.at(b.z - u, z, t)
                 v_moved, _, w_moved = net(x_moved, b.c, t=t)
-                moved = identity(w_moved, v_moved, aim, self.alpha) - identity(w, v, w_star, self.alpha)
+                moved = sid_loss(w_moved, v_moved, aim, self.alpha) - sid_loss(w, v, w_star, self.alpha)
                 # SiD's is t^2 times (4), being of guesses x_t - t v, over their distance from x', t |w* - v|.
                 distance = (w_star - v).detach().abs().flatten(1).mean(1).clamp(min=FLOOR)
                 loss = loss + WEIGHT * t / distance * moved
         return Terms(loss, {"w": w_loss}, {"pull_w": mean_square(gap)})
 
 
-def identity(w: Sample, v: Sample, aim: Sample, alpha: float) -> PerSample:
-    """SiD's loss (4) of each row at x'_t, with aim = z' - x'. w and v are held still as functions, not as values.
+def sid_loss(w: Sample, v: Sample, aim: Sample, alpha: float) -> PerSample:
+    """SiD's loss (4) of each row at x'_t, (b,), with aim = z' - x'.
 
-    Where w is the velocity of the samples, the mean over noise of the first product is that of (w - v)^2, and twice the
-    slope at alpha = 1/2 is that of its mean over samples, w's own change with them counted (ours).
+    Where w is the velocity of the samples, the first product and (w - v)^2 have the same mean over noise. At
+    alpha = 1/2, twice the slope of this loss is that of the mean of (w - v)^2 over samples, with w's own change counted
+    (ours).
     """
     gap = w - v
     return (gap * (aim - v - alpha * gap)).flatten(1).mean(1)

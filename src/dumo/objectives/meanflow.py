@@ -58,7 +58,7 @@ class MeanFlow(Spec):
         return Needs(inputs=("t", "r"), heads=("u",), formulas=formulas, slope=self.slope, guide=self.guide)
 
     @model_validator(mode="after")
-    def _one_weight(self) -> "MeanFlow":
+    def _require_one_weight(self) -> "MeanFlow":
         if self.power and self.normalize:
             raise ValueError("normalize and power both weigh a row by its own residual: set power=0, or normalize=null")
         return self

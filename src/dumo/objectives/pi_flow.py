@@ -53,12 +53,12 @@ LEAST = 1e-4  # of a time that is divided by (their code)
 
 @dataclass(frozen=True)
 class Policy:
-    """pi on a segment, of a pass at x and its top t. The heads d_i are in order of time, the last of them that of t."""
+    """The policy pi on a segment of time, from a pass at its top."""
 
-    x: Sample
-    heads: Sequence[Sample]
-    t: Time
-    end: Time
+    x: Sample  # where the pass was made
+    heads: Sequence[Sample]  # the d_i, each shaped like x, in order of time: the last is that of t
+    t: Time  # the top of the segment, (b,)
+    end: Time  # its lower end, (b,)
 
     def velocity(self, x: Sample, s: Time) -> Sample:
         """pi at x and a time s of the segment."""
@@ -95,7 +95,8 @@ class PiFlow(Spec):
     times: Grid = Grid(steps=4)  # its ends are those of segments; theirs 1, 2 on ImageNet, 4, 8 of text to image
     guesses: int = Field(default=10, ge=1, le=100)  # N of its DX policies of text to image
     drop: float = Field(default=0.0, ge=0, le=1)  # ours: the teacher has its own answer without a label
-    early: Uniform = Uniform()  # shares of the segment; the larger of these two is gone to last
+    # The policy is rolled out to two shares of the segment, the smaller one first.
+    early: Uniform = Uniform()
     late: Uniform = Uniform()
 
     @property
@@ -110,7 +111,8 @@ class PiFlow(Spec):
         parts = {"source": mean_square(policy.heads[-1] - b.v_t)}
         shares = torch.stack([b.drawn["early"].to(b.t), b.drawn["late"].to(b.t)])
         early, late = shares.sort(0)[0]
-        x, s = b.x_t, b.t
+        x = b.x_t
+        s = b.t
         for name, share in (("early", early), ("late", late)):
             to = b.t - share * (b.t - policy.end)
             with torch.no_grad():

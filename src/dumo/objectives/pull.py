@@ -1,15 +1,15 @@
 """DuMo without guidance, and a pull: a V by which the net's own one-pass samples move to where the data are.
 
 The regression of u sees one sample at a time, a pull compares the distributions of samples and data. It gives samples
-x' a direction V, held still, on which they are regressed; so u descends V:
+x' a direction V, held still, along which they are regressed; so u descends V:
 
     u* = v_t - t du/dt                                                        (1)  DuMo's Alg. 1, line 10
     x' = z - u(z, 1)                                                          (2)
     x'* = sg(x' + V)                                                          (3)
 
-`Match`, `Critic` and `Drift` say what V is. What they know they learn by a head of their own on the same trunk, from
-the first step on, of samples that are held still. Samples move from a share `after` of the training on, for a map that
-is still far off gains nothing (ours). So every step uses every head, in one backward pass with one optimizer.
+`Match`, `Critic` and `Drift` say what V is. Two of them learn it by a head of their own on the same trunk, from the
+first step on, with samples held still. Samples move after a share `after` of the training, because a map that is still
+far off gains nothing (ours). So every step uses every head, in one backward pass with one optimizer.
 
 DuMo's part is without guidance: guided samples are distributed otherwise than the data.
 """
@@ -30,7 +30,7 @@ BETA = 0.7  # weight of the velocity in DuMo's part of the loss, Tab. 3
 
 
 class Pull(Spec, ABC):
-    """What `match`, `critic` and `drift` share: DuMo's loss, samples, and `pull`, which each of them defines."""
+    """The base of `Match`, `Critic` and `Drift`: DuMo's loss and one-pass samples. Each of them defines `pull`."""
 
     own_heads: ClassVar[tuple[str, ...]] = ()  # by which the pull learns
     after: ClassVar[float] = 0.5  # share of the training from which on it moves samples; ours
@@ -51,7 +51,10 @@ class Pull(Spec, ABC):
 
     @abstractmethod
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
-        """What is added to DuMo's loss, parts and notes; u is u(z, 1), with gradients if it `moves_samples`."""
+        """Return what is added to DuMo's loss, parts and notes.
+
+        u (b, ...) is u(z, 1). It has gradients if samples move in this step (`moves_samples`).
+        """
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """DuMo's Alg. 1, lines 7 to 12, and the pull by one pass more."""

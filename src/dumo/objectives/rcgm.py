@@ -55,9 +55,9 @@ class RCGM(Spec):
         """`get_rcgm_target` of `methodes.py`. Raises UserError where passes are too coarse for its gain."""
         require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
-        error, unbounded = self._residual(u_hat, ref, b, self._v_star(ref, b))
+        error, unclipped_error = self._residual(u_hat, ref, b, self._v_star(ref, b))
         u_loss = mean_square(error)
-        return Terms(u_loss, {"u": u_loss}, {"clipped_share": clipped_share(unbounded, self.clip)})
+        return Terms(u_loss, {"u": u_loss}, {"clipped_share": clipped_share(unclipped_error, self.clip)})
 
     @torch.no_grad()
     def _v_star(self, ref: Frozen, b: Noised) -> Sample:
@@ -65,13 +65,13 @@ class RCGM(Spec):
         return self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
 
     def _residual(self, u_hat: Sample, ref: Frozen, b: Noised, v_star: Sample) -> tuple[Sample, Sample]:
-        """u - u* within its bound, with the gradient of u alone; and without its bound and gradients."""
+        """u - u* clipped to its bound, with the gradient of u alone; and unclipped, without gradients."""
         with torch.no_grad():
             gap = lift(b.t - b.r, b.x_t)
-            unbounded = (gap * u_hat - self._displacement(ref, b, v_star)) / self.step - v_star  # (3)
-            unbounded = torch.where(gap < self.step, u_hat - v_star, unbounded)
-            u_star = u_hat - unbounded.clamp(-self.clip, self.clip)
-        return u_hat - u_star, unbounded
+            unclipped_error = (gap * u_hat - self._displacement(ref, b, v_star)) / self.step - v_star  # (3)
+            unclipped_error = torch.where(gap < self.step, u_hat - v_star, unclipped_error)
+            u_star = u_hat - unclipped_error.clamp(-self.clip, self.clip)
+        return u_hat - u_star, unclipped_error
 
     def _displacement(self, ref: Frozen, b: Noised, v_star: Sample) -> Sample:
         """I of (1): from t - h, or r, to r in N jumps."""

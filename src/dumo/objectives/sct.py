@@ -16,8 +16,8 @@ count alike (its Sec. 4):
 
 Unlike DuMo: one head on a path of its own, whose loss is of the endpoint's derivative; no velocity is learned apart.
 
-All this is for a net that is a diffusion model already. One that is none is first made one by a long warm-up, in which
-the part of (2) with f' grows, and learns better from g as it is, all rows alike (docs/objectives/details.md).
+All this is for a net that is a diffusion model already. Any other net becomes one in a long warm-up, in which the part
+of (2) with f' grows. It learns better from g as it is, with all rows alike (docs/objectives/details.md).
 """
 
 from math import pi
@@ -69,13 +69,13 @@ class SCT(Spec):
         return Terms(loss, parts, {"log_variance": log_variance.detach()})
 
     def _tangent(self, b: Noised, f: Sample, df_dt: Sample) -> Sample:
-        """(2), cos(theta) dx_0/dtheta, the part with f' grown to a share of what it is."""
-        grown = min(1.0, b.progress / self.warmup) if self.warmup else 1.0
+        """(2), cos(theta) dx_0/dtheta. In the warm-up the part with f' has a weight that grows to 1."""
+        weight = min(1.0, b.progress / self.warmup) if self.warmup else 1.0
         theta = lift(b.t * pi / 2, f)
         dt_dtheta = 2 / pi
         cos = theta.cos()
         sin = theta.sin()
-        return -cos * (cos * (f - dt_dtheta * b.v_t) + grown * sin * (b.x_t + dt_dtheta * df_dt))
+        return -cos * (cos * (f - dt_dtheta * b.v_t) + weight * sin * (b.x_t + dt_dtheta * df_dt))
 
     def read(self, net: Net) -> Reads:
         """The point where the circle began."""

@@ -27,7 +27,7 @@ from dumo.types.rows import index
 V_WEIGHT = 0.7  # of the mean squares of each head in the loss: DuMo's beta, Tab. 3
 U_WEIGHT = 0.15  # ours, the paper is silent
 M_WEIGHT = 0.15  # ours
-ROWS_TRIED = 1000  # the rows among whose places a distribution of times must have one with r = t; ours
+ROWS_TRIED = 1000  # a distribution of times must set a row with r = t apart among this many; ours
 
 
 class Several(Spec):
@@ -47,7 +47,7 @@ class Several(Spec):
         return Needs(heads=("v", "u", "m"), own={"m": ("r",)}, slope=self.slope, guide=self.guide)
 
     @model_validator(mode="after")
-    def _rows_at_rest(self) -> "Several":
+    def _require_rows_at_rest(self) -> "Several":
         needs_rows_at_rest = self.third == "shortcut" or self.apart
         moving = self.times.moving(ROWS_TRIED)
         if needs_rows_at_rest and (moving is None or all(moving)):
@@ -58,7 +58,7 @@ class Several(Spec):
         return self
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """The weighted sum over the heads; notes: what a clamp of a target with a derivative would cut."""
+        """The weighted sum over the heads. Notes: the share of an error with a derivative that a clamp would cut."""
         toward = self.guide.known_target(b)
         (v_hat, u_hat, m_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=toward)
         with torch.no_grad():
@@ -66,14 +66,15 @@ class Several(Spec):
             _, du_dt, dm_dt = along(v_star)
             u_star = v_star - lift(b.t, b.x_t) * du_dt  # (2)
             gap = lift(b.t - b.r, b.x_t)
-            m_star = v_star - gap * dm_dt if self.third == "average" else _halves(ref, b, v_star)  # (3) or (4)
+            # (3) or (4)
+            m_star = v_star - gap * dm_dt if self.third == "average" else _mean_of_halves(ref, b, v_star)
         u_error = u_hat - u_star
         m_error = m_hat - m_star
         parts = {"v": mean_square(v_hat - v_star), "u": mean_square(u_error), "m": mean_square(m_error)}
-        counts = 1
+        row_weight = 1  # of v and u
         if self.apart:
-            counts = (b.r == b.t).to(b.t) / (1 - self.times.moving_share)
-        loss = V_WEIGHT * counts * parts["v"] + U_WEIGHT * counts * parts["u"] + M_WEIGHT * parts["m"]
+            row_weight = (b.r == b.t).to(b.t) / (1 - self.times.moving_share)
+        loss = V_WEIGHT * row_weight * parts["v"] + U_WEIGHT * row_weight * parts["u"] + M_WEIGHT * parts["m"]
         notes = {"clipped_share_u": clipped_share(u_error)}
         if self.third == "average":
             notes["clipped_share_m"] = clipped_share(m_error)
@@ -94,7 +95,7 @@ class Several(Spec):
         )
 
 
-def _halves(ref: Frozen, b: Noised, v_star: Sample) -> Sample:
+def _mean_of_halves(ref: Frozen, b: Noised, v_star: Sample) -> Sample:
     """m* of (4), the mean of m over both halves of [r, t], by two passes of theta^- in turn; v* where r = t.
 
     As Frans et al. 2025 (arXiv 2410.12557, Eq. 4 and 5), but m gets r in place of the level k: the finest half, a size

@@ -46,13 +46,13 @@ class Shortcut(Spec):
         if rows:
             i = index(rows, k.device)
             with dropout.rows(i):
-                u_mean = self._halves(ref, b[rows], k[i]).to(u_star)
+                u_mean = self._mean_of_halves(ref, b[rows], k[i]).to(u_star)
             u_star[i] = torch.where(lift(b.r < b.t, b.x_t)[i], u_mean, u_star[i])  # (3)
         u_loss = mean_square(u_hat - u_star)
         return Terms(u_loss, {"u": u_loss})
 
     @torch.no_grad()
-    def _halves(self, ref: Frozen, b: Noised, k: Time) -> Sample:
+    def _mean_of_halves(self, ref: Frozen, b: Noised, k: Time) -> Sample:
         """The mean of two steps of half the size, guided where these are the finest."""
         half = torch.exp2(-k - 1)  # d/2
         is_first_doubling = lift(k == self.times.levels - 1, b.x_t)

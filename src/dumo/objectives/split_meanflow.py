@@ -39,7 +39,7 @@ class SplitMeanFlow(Spec):
         return Needs(inputs=("t", "r"), heads=("u",), laws={"lam": Uniform()}, formulas=STRAIGHT)
 
     @model_validator(mode="after")
-    def _grounded(self) -> "SplitMeanFlow":
+    def _require_velocity_rows(self) -> "SplitMeanFlow":
         if not self.times.velocity_ratio:
             raise ValueError("times.velocity_ratio = 0 leaves no row that matches the data: use 0.5")
         return self

@@ -67,12 +67,12 @@ class TBSM(Spec):
         return Terms(loss, {"u": loss})
 
     def read(self, net: Net) -> Reads:
-        """The head jumps from noise to the data, x_0 = x_1 - u. Not from below t = 1."""
+        """The head jumps from noise, at t = 1 alone, to the data: x_0 = x_1 - u."""
         return Reads(endpoint=jump_to_data(net), lowest=1.0)
 
 
 def bearing(x: Sample, y: Sample) -> Sample:
-    """The direction (2) from samples x (b, ...) to samples y: root mean square 1 on each row, 0 where they are one."""
+    """The direction (2) from samples x (b, ...) to samples y, shaped like x: root mean square 1, or 0 where x = y."""
     offset = y - x
     distance = torch.linalg.vector_norm(offset.flatten(1), dim=1)
     root_size = x[0].numel() ** 0.5

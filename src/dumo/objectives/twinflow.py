@@ -27,7 +27,7 @@ from dumo.types import Frozen, Needs, Net, Noised, Sample, Terms, frozen, mean_s
 
 
 class TwinFlow(RCGM):
-    """RCGM on all rows, and at (1, 0), where one jump is made; flow matching; the twin and what it corrects.
+    """RCGM on all rows, and at t = 1 and r = 0, the one-pass jump; flow matching; the twin and what it corrects.
 
     All terms are on all rows, of weight 1, as in the tutorial (`methodes.py`). But the noise z' of the twin is drawn
     anew, as in `twinflow.py`. With the noise that the sample was made of, the velocity of the samples would be that of
@@ -49,13 +49,14 @@ class TwinFlow(RCGM):
         (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t)
         at_noise = replace(b.at(1.0), r=torch.zeros_like(b.r))
         (u_at_noise,) = net(at_noise.x_t, b.c, t=at_noise.t, r=at_noise.r)
-        x_made = (at_noise.x_t - u_at_noise).detach()  # (1)
-        samples = replace(b, x=x_made, z=b.drawn["z_twin"].to(b.z), teacher=None)  # a teacher's velocity is the data's
+        x_sample = (at_noise.x_t - u_at_noise).detach()  # (1)
+        # without the teacher, whose velocity is that of the data
+        samples = replace(b, x=x_sample, z=b.drawn["z_twin"].to(b.z), teacher=None)
         twin = samples.at(b.t)
         (v_twin,) = net(twin.x_t, b.c, t=-b.t, r=-b.t)
 
         v_star = self._v_star(ref, b)
-        u_error, unbounded = self._residual(u_hat, ref, b, v_star)
+        u_error, unclipped_error = self._residual(u_hat, ref, b, v_star)
         error_at_noise, _ = self._residual(u_at_noise, ref, at_noise, self._v_star(ref, at_noise))
         g = self._velocity_gap(frozen(net), samples.at(b.drawn["t_twin"].to(b.t)))
         parts = {
@@ -66,7 +67,7 @@ class TwinFlow(RCGM):
             "rectify": mean_square(descent_error(u_at_noise, g)),  # (3)
         }
         loss = torch.stack([*parts.values()]).sum(0)
-        return Terms(loss, parts, {"clipped_share": clipped_share(unbounded, self.clip)})
+        return Terms(loss, parts, {"clipped_share": clipped_share(unclipped_error, self.clip)})
 
     def _velocity_gap(self, net: Frozen, b: Noised) -> Sample:
         """G: the twin's velocity less the net's, of samples diffused to t."""

@@ -74,10 +74,10 @@ class UCGM(Spec):
         return Terms(loss, {head: mean_square(e)}, {"clipped_share": clipped_share(e, self.clip)})
 
     def residual(self, net: Net, b: Noised) -> tuple[Sample, Sample]:
-        """F and, without gradients, e. F is aligned with the weights in training."""
-        now = frozen(net)
+        """F and, without gradients, e. F_s is of the weights in training, not of theta^-."""
+        frozen_net = frozen(net)
         if self.ratio == 1:
-            (u_hat,), along = self.slope(net, now, b.x_t, b.c, t=b.t, toward=b.v_t)
+            (u_hat,), along = self.slope(net, frozen_net, b.x_t, b.c, t=b.t, toward=b.v_t)
             (du_dt,) = along(b.v_t)
             return u_hat, u_hat.detach() + lift(b.t, b.x_t) * du_dt - b.v_t  # (3)
         require_precise_passes(b, self.gain, self.kind)
@@ -86,7 +86,7 @@ class UCGM(Spec):
             if self.ratio == 0:
                 return u_hat, u_hat - b.v_t
             x_s = b.x_t - lift((1 - self.ratio) * b.t, b.x_t) * b.v_t
-            (u_s,) = now(x_s, b.c, t=self.ratio * b.t)
+            (u_s,) = frozen_net(x_s, b.c, t=self.ratio * b.t)
             return u_hat, (u_hat - self.ratio * u_s) / (1 - self.ratio) - b.v_t  # (2)
 
     def _pull(self, e: Sample, t: Time) -> Sample:

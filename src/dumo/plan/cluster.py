@@ -55,7 +55,7 @@ from dumo.training import layout
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import flow_of, pieces
+from dumo.training.step import flow_of, passes_of_rank
 from dumo.types import Frozen, Net, Noised, Objective, Terms, UserError
 
 SECONDS_PER_HOUR = 3600.0
@@ -155,7 +155,7 @@ def count_step(
     if ranks == 1:
         rows = plan.most_rows(train, objective, 1)
         parts = {"gathered": 0, **memory.training_bytes(net, objective, path, shape, train, rows).parts}
-        passes = len(pieces(train, objective))
+        passes = len(passes_of_rank(train, objective))
         return RankStep(rows, passes, memory={name: parts[name] for name in MEMORY_PARTS}, calls={}, sent={})
     with fake_ranks(ranks), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 'dual' says what `step_units` counts
@@ -192,7 +192,7 @@ def _track_step(state: State, objective: Objective, path: FlowPath, batch: Noise
     """
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
-    num_passes = len(pieces(train, objective))
+    num_passes = len(passes_of_rank(train, objective))
     num_tracked = min(num_passes, 2)
     for p in state.net.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None

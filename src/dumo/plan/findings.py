@@ -31,7 +31,7 @@ from dumo.encoders.texttable import EncodedTexts
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.table import EmbeddedTexts
-from dumo.nets.text import DrawnTexts, or_drawn
+from dumo.nets.text import DrawnTexts, drawn_if_missing
 from dumo.plan.machine import Finding, ok_or_warning
 from dumo.runtime.random import random_batch, stream
 from dumo.types import UserError, lift
@@ -103,7 +103,7 @@ def text_findings(net: Net, data: Data, seed: int) -> list[Finding]:
         return []
     if texts.is_online(data.classes):
         return [Finding("texts", "ok", "encoded in training, without a table")]
-    if isinstance(or_drawn(texts), DrawnTexts):
+    if isinstance(drawn_if_missing(texts), DrawnTexts):
         return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE makes the table that the net reads")]
     try:
         separability = _measure_table(texts.open_table(data.classes), data, seed)

@@ -29,7 +29,7 @@ from dumo.runtime import shell_path
 from dumo.runtime.door import option, settings
 from dumo.runtime.stopwatch import Stopwatch
 from dumo.runtime.text import duration_text
-from dumo.training.deadline import PLANNED_SHARE, minutes_to_prepare
+from dumo.training.deadline import PLANNED_PREPARATION_SHARE, minutes_to_prepare
 
 Pixels = UInt8[Tensor, "n 3 side side"]
 
@@ -117,11 +117,11 @@ def reason_by_time(prepare_seconds: float, training_seconds: float | None) -> st
 
     `prepare_seconds` are those of all images, decoded and encoded.
     """
-    if training_seconds is None or prepare_seconds <= PLANNED_SHARE * training_seconds:
+    if training_seconds is None or prepare_seconds <= PLANNED_PREPARATION_SHARE * training_seconds:
         return ""
     return (
         f"to encode them takes {duration_text(prepare_seconds)} of {duration_text(training_seconds)}, more than "
-        f"{PLANNED_SHARE:.0%}; in latents by {option('minutes', minutes_to_prepare(prepare_seconds))}"
+        f"{PLANNED_PREPARATION_SHARE:.0%}; in latents by {option('minutes', minutes_to_prepare(prepare_seconds))}"
     )
 
 

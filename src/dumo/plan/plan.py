@@ -23,7 +23,7 @@ from dumo.data.cache import CachePlan, read_index
 from dumo.evaluation.reference import IMAGENET_TRAIN_IMAGES, Standard
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
-from dumo.nets.lowbit import num_weights_coded_away
+from dumo.nets.lowbit import num_unstored_weights
 from dumo.nets.table import EmbeddedTexts, PipelineTexts
 from dumo.plan.host import host_bytes
 from dumo.run import cost, memory
@@ -33,7 +33,7 @@ from dumo.runtime.random import stream
 from dumo.runtime.text import bytes_text, minutes_text, nfe_text, number_text
 from dumo.training.deadline import SECONDS_PER_MINUTE
 from dumo.training.spec import Train
-from dumo.training.step import passes
+from dumo.training.step import split_into_passes
 from dumo.types import Objective, UserError
 
 GPU_BYTES = 80 * 2**30  # of an A100 or H100
@@ -132,7 +132,7 @@ def plan(spec: Run) -> dict[str, Any]:
         side = spec.net.side or None
     return {
         **run_facts,
-        "parameters_total": sum(value.numel() for value in net.state_dict().values()) + num_weights_coded_away(net),
+        "parameters_total": sum(value.numel() for value in net.state_dict().values()) + num_unstored_weights(net),
         "pixels": list(spec.shown_shape),
         "inputs": inputs,
         "heads": heads,
@@ -191,7 +191,7 @@ def most_rows(train: Train, objective: Objective, ranks: int | None = None) -> i
 
     Raises UserError where the batch cannot be divided among them.
     """
-    passes_by_rank = passes(train, objective, ranks or dist.world())
+    passes_by_rank = split_into_passes(train, objective, ranks or dist.world())
     return max(rows.stop - rows.start for rank_passes in passes_by_rank for rows in rank_passes)
 
 

@@ -97,7 +97,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
         place = machine.hardware(torch_device).text
         fix = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
         raise UserError(f"{rows} rows at a time do not fit on {place}: {fix}") from error
-    sample_nfe, sample_seconds = _make_sample(sampler_of(spec, step.state.shown), clock)
+    sample_nfe, sample_seconds = _make_sample(sampler_of(spec, step.state.sampled_net), clock)
 
     # what follows for the run
     step_seconds = step.of_batch(spec.train.batch)

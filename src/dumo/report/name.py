@@ -13,7 +13,7 @@ from dumo.config.parts import Sampling
 from dumo.io import digest
 from dumo.io.weights import sha256, title
 from dumo.run.weights import RunFolder, sampled_part
-from dumo.training.checkpoint import part
+from dumo.training.checkpoint import part_path
 
 MAX_VALUE_LENGTH = 40  # characters of a value in a name: ours
 Fields = dict[str, Any]  # values of a spec's fields, by names such as sample.seed and solver.m
@@ -34,7 +34,7 @@ def flat(tree: dict[str, Fields]) -> Fields:
 def changes(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
     """The parts of a name: fields whose value changed, and the weights if they are not those that the run shows."""
     parts = [word(field, value) for field, value in after.items() if before.get(field) != value]
-    if opened.file.resolve() != part(opened.checkpoint.path, sampled_part(opened.run.train)).resolve():
+    if opened.file.resolve() != part_path(opened.checkpoint.path, sampled_part(opened.run.train)).resolve():
         parts.append(f"{title(opened.file)}-{sha256(opened.file)[:6]}")
     return parts
 

@@ -73,7 +73,7 @@ class Sheets:
         Draws nothing where the run is asked to stop: a checkpoint of this step is saved, from which `open` draws it
         later. What is begun is finished, since the next checkpoint is of a later step.
         """
-        if record.asked is None:
+        if record.received_signal is None:
             with signals.uninterrupted():
                 for file, nfe, count in self._due(state.step):
                     self._draw_one(state, file, nfe, count)
@@ -109,7 +109,7 @@ class Sheets:
     def sample(self, state: State, nfe: int, count: int) -> Sample:
         """The first `count` samples (count, *shape), not decoded, on the CPU of every rank. Every rank must call it."""
         run = self.run
-        net = state.shown
+        net = state.sampled_net
         indices = rank_indices(count)  # of this rank's images
         with _eager(run):
             rank_batches = generate.sample_batches(
@@ -138,7 +138,7 @@ class Sheets:
                 return
             from dumo.report.sample import write
 
-            pixels = sampler_of(run, state.shown).decode(x)
+            pixels = sampler_of(run, state.sampled_net).decode(x)
             write(pixels, self.c, file.with_suffix(""), "grid", run.data, run.sample.seed)
         except Exception as error:  # memory, disk, weights that have diverged
             self.log_line(f"warning: no sheet {file.stem}: {error}")

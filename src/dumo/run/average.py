@@ -130,7 +130,7 @@ def average(source: str, std: float, out: Path | None = None, *, text: RunText |
     hashes = _hash_snapshots(folder, recorded_run, snapshots)
     snapshot_weights = [checkpoint.load(path) for path in snapshots.values()]
     for path, weights in zip(snapshots.values(), snapshot_weights, strict=True):
-        compare(path, weights, frozen.trained(net), "the run", checkpoint.FIT)
+        compare(path, weights, frozen.trained_state_dict(net), "the run", checkpoint.FIX)
 
     # write their sum
     parameter_names = {name for name, _ in net.named_parameters(remove_duplicate=False)}

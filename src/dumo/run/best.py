@@ -86,7 +86,7 @@ class BestFolder:
             if not is_better:
                 return
         score = {"protocol": protocol, "nfe": nfe, "name": metric, "value": value}
-        checkpoint.save_weights(self.folder, state, state.shown, KIND, identity(self.run), **{SCORE: score})
+        checkpoint.save_weights(self.folder, state, state.sampled_net, KIND, identity(self.run), **{SCORE: score})
 
     def remove_older(self, step: int) -> None:
         """Remove all weights up to `step` but the last, once the checkpoint of that step is written.

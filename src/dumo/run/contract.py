@@ -23,7 +23,7 @@ from dumo.flow.draw import add_noise, make_draws
 from dumo.flow.flow import require_terms
 from dumo.flow.precision import Precision, using
 from dumo.runtime.random import random_batch
-from dumo.training.step import pieces
+from dumo.training.step import passes_of_rank
 from dumo.types import Frozen, Noised, UserError
 
 
@@ -62,7 +62,7 @@ def _first_rows(run: Run, device: torch.device) -> tuple[Noised, dropout.Keys]:
     objective = run.objective
     train = run.train
     points = objective.needs.teacher.points
-    rows = pieces(train, objective)[0]
+    rows = passes_of_rank(train, objective)[0]
     x, c = random_batch("outside", rows.stop - rows.start, run.data.shape, run.data.classes)
     draws = make_draws(objective, run.data.shape, seed=train.seed, step=0, batch=train.batch, rows=rows)
     between = None

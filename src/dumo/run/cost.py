@@ -39,7 +39,7 @@ from dumo.flow.path import FlowPath
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import is_dualized
 from dumo.runtime.random import stream
-from dumo.training.frozen import copied
+from dumo.training.frozen import copy_net
 from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, frozen
 from dumo.types.outside import name_of
 
@@ -188,7 +188,7 @@ def step_function(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) 
     Dropout's masks cost little. The function raises UserError where the loss is not one number per row.
     """
     rows = len(b.t)
-    is_routed = any(getattr(part, "routed", False) for part in net.modules())
+    is_routed = any(getattr(part, "is_routed", False) for part in net.modules())
     keys = dropout.keys(0, 0, rows).to(b.t.device) if is_routed else None
 
     def step() -> None:
@@ -202,7 +202,7 @@ def step_function(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) 
 def meta_copies(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
     """Copies of the net and of theta^- on the meta device."""
     net = copy.deepcopy(net).to("meta")
-    return net, frozen(net) if ref == "self" else Frozen(copied(net))
+    return net, frozen(net) if ref == "self" else Frozen(copy_net(net))
 
 
 def _draw_on_meta(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> Noised:
@@ -394,8 +394,8 @@ def _stretches_of_unet(net: nn.Module) -> list[Stretch]:
 
 def _kind(block: nn.Module) -> tuple[object, ...]:
     """What blocks that cost alike have in common: whether they are routed or computed again, class and shapes."""
-    is_routed = getattr(block, "routed", False)
-    is_recomputed = getattr(block, "recomputed", False)
+    is_routed = getattr(block, "is_routed", False)
+    is_recomputed = getattr(block, "is_recomputed", False)
     shapes = ((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
     return is_routed, type(block), is_recomputed, *shapes
 

@@ -150,7 +150,7 @@ def _require_no_lost_checkpoint(folder: Path, train: Train) -> None:
 def remove_half_written(folder: Path) -> None:
     """Remove what a killed training left half-written. The folder must be locked by the caller."""
     half_written = [path for path in folder.iterdir() if _is_half_written(path)]
-    for place in manifest.places(folder):
+    for place in manifest.weight_folders(folder):
         half_written += place.glob(".step-*.tmp")
     for path in half_written:
         files.remove(path)
@@ -169,7 +169,7 @@ def guard_run_folder(folder: Path) -> Generator[None, None, None]:
     Raises UserError where such a write was tried.
     """
     guarded = [folder]
-    for place in manifest.places(folder):
+    for place in manifest.weight_folders(folder):
         if is_on_other_disk(place, folder):
             guarded.append(place)
     with ExitStack() as stack:

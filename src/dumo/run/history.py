@@ -48,7 +48,7 @@ class History:
     changes: Sequence[Noted]  # of fields and data, since the run began
     versions: dict[str, str]  # of the packages that wrote the checkpoint; {}: it begins
     train_before: Train | None  # how the run was trained up to the checkpoint; None: it begins
-    listed_log: manifest.Listed | None  # what the checkpoint lists of the log; None: it lists none, or the run begins
+    listed_log: manifest.FileEntry | None  # what the checkpoint lists of the log; None: it lists none, or the run begins
     has_other_data: bool  # whether the data have changed since the checkpoint, and that is accepted
 
     @classmethod
@@ -113,7 +113,7 @@ class History:
             )
         if goes_back:
             removed_steps: set[int] = set()
-            for place in manifest.places(folder):
+            for place in manifest.weight_folders(folder):
                 removed_steps.update(manifest.rewind(place, self.step))
             if removed_steps:
                 steps_text = ", ".join(f"{step:,}" for step in sorted(removed_steps))

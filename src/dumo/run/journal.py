@@ -39,9 +39,9 @@ from dumo.runtime.text import bytes_text
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop
 from dumo.training.burst import BURST_STEPS, WINDOW
-from dumo.training.deadline import FIRST_SAVE, JUDGE, SAVE, SECONDS_PER_MINUTE, Countdown
+from dumo.training.deadline import FIRST_SAVE_SHARE, JUDGE, SAVE, SECONDS_PER_MINUTE, Countdown
 from dumo.training.manifest import Checkpoints
-from dumo.training.optim import Muon, embedders, half_rates
+from dumo.training.optim import Muon, half_rates, time_embedder_parameters
 from dumo.training.record import Record, Skipped
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
@@ -100,7 +100,7 @@ class Journal:
         """
         if self.saver.has_failed:
             return True
-        if self.countdown and not self.has_saved and self.countdown.timing.share >= FIRST_SAVE:
+        if self.countdown and not self.has_saved and self.countdown.timing.share >= FIRST_SAVE_SHARE:
             return True
         minutes = self.run.train.save_minutes
         return minutes is not None and time.monotonic() - self.last_saved >= SECONDS_PER_MINUTE * minutes
@@ -136,7 +136,7 @@ class Journal:
             return
         if record.burst:
             module_name = next(iter(record.burst))
-            is_embedder = embedders(state.net).issuperset(state.modules[module_name])
+            is_embedder = time_embedder_parameters(state.net).issuperset(state.module_parameters[module_name])
             self.tell(burst_text(self.run.train, self.folder, self.checkpoints, record, is_embedder=is_embedder))
         if scheduled or record.skipped or record.burst or record.probe or scores:
             row = record.row()
@@ -179,7 +179,7 @@ class Journal:
     def write_milestone(self, state: State, record: Record | None = None) -> None:
         """Write the sampled weights at a milestone, and averages by a power where a snapshot is due."""
         if state.step in self.run.train.milestones:
-            checkpoint.mark(self.folder / "milestones", state, identity(self.run))
+            checkpoint.save_milestone(self.folder / "milestones", state, identity(self.run))
         if self.run.train.is_snapshot_due(state.step, is_last=state.is_over(self.run.train)):
             from dumo.run import average
 
@@ -190,7 +190,7 @@ class Journal:
 
         Up to the first one the weights are examined before, but not where somebody waits for the run to stop.
         """
-        is_asked_to_stop = record.asked is not None
+        is_asked_to_stop = record.received_signal is not None
         is_last = state.is_over(self.run.train)
         if is_asked_to_stop or record.due or state.step % self.first_saved_step == 0 or is_last:
             self.saver.wait()
@@ -211,13 +211,13 @@ class Journal:
         step = state.step
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
         step_threads = self.threads.number if self.threads else None
-        notes = checkpoint.Notes(self.run_text, datacheck.tensors_to_save(self.hashes), logged, step_threads)
+        notes = checkpoint.CheckpointNotes(self.run_text, datacheck.tensors_to_save(self.hashes), logged, step_threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:
             agreement.on_main_rank(self.restore_run_file)
             agreement.on_main_rank(lambda: log.flush(log_file))
-            checkpoint.put(self.checkpoints, copy, self.run.train.keep)
+            checkpoint.save_copy(self.checkpoints, copy, self.run.train.keep)
             agreement.on_main_rank(lambda: mark_checkpoint_written(self.folder))
             best_folder = self.best_folder
             if best_folder:
@@ -263,7 +263,7 @@ class Journal:
             )
             return
         with low_memory_heap():
-            net = layout.gathered(state.net, partial(build, self.run))
+            net = layout.gather_net(state.net, partial(build, self.run))
             examination.examine_weights(self.run, net, self.device).require()
             self.is_examined = True
             del net
@@ -285,7 +285,8 @@ def slope_in_time(state: State) -> float | None:
     """The slope of the net's embedding of time (`Scalars.slope`); None if it has none. Every rank must call it."""
     for module in state.net.modules():
         if isinstance(module, Scalars) and "t" in module.names:
-            return module.slope({name: layout.whole(weight.detach()) for name, weight in module.named_parameters()})
+            weights = {name: layout.full_tensor(weight.detach()) for name, weight in module.named_parameters()}
+            return module.slope(weights)
     return None
 
 

@@ -303,7 +303,7 @@ def _follow_step(
         modules = {net, theta.module}  # one where theta is the net itself
         for module in modules:
             module.to_empty(device="cpu")
-        frozen.share(theta.module, net)
+        frozen.share_frozen(theta.module, net)
         for p in net.parameters():
             p.grad = torch.empty_like(p) if has_gradients and p.requires_grad else None
         step = cost.step_function(net, theta, objective, cost.empty_cpu_batch_like(noised))

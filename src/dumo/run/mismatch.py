@@ -119,7 +119,7 @@ def _position_faults(data: Data, patch: int, max_patches: int, default_side: int
 
 def _schedule_faults(path: FlowPath, spec: Net) -> Iterator[str]:
     """A model of a diffusion on another path than its own, or that path with another net."""
-    diffusion = spec.frame if is_pretrained(spec) else None  # None: the net has learned no diffusion
+    diffusion = spec.diffusion if is_pretrained(spec) else None  # None: the net has learned no diffusion
     if isinstance(path, Diffusion) and diffusion is None:
         yield (
             "path.kind = diffusion needs a pipeline's model which learned noise (epsilon or v prediction), and this "

@@ -73,9 +73,9 @@ def num_parameters(net: nn.Module) -> int:
     """The number of a net's parameters. Codes and scales count as the weights that they stand for."""
     total = sum(p.numel() for p in net.parameters())
     if is_dualized(net):
-        from dumo.nets.lowbit import num_weights_coded_away
+        from dumo.nets.lowbit import num_unstored_weights
 
-        total += num_weights_coded_away(net)
+        total += num_unstored_weights(net)
     return total
 
 

@@ -25,7 +25,7 @@ from dumo.runtime import signals
 from dumo.runtime.door import train_call
 from dumo.runtime.progress import Bar, Tick
 from dumo.runtime.text import duration_text
-from dumo.training.deadline import MAX_SHARE, PreparationTime, minutes_to_prepare
+from dumo.training.deadline import MAX_PREPARATION_SHARE, PreparationTime, minutes_to_prepare
 from dumo.types import UserError
 
 SHARD_ROWS = 128  # photos to a shard, which a stop may lose: ours, some seconds of one core
@@ -99,8 +99,8 @@ def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder:
                 raise signals.Stopped(
                     signals.CLOCK,
                     f"stopped: {num_saved:,} of {total:,} photos are encoded after {duration_text(time.seconds)}, and "
-                    f"the others take {duration_text(seconds_to_go)}, more than {MAX_SHARE:.0%} in all of the "
-                    f"{duration_text(time.seconds_left)} that there were. With enough time:  {more}",
+                    f"the others take {duration_text(seconds_to_go)}, more than {MAX_PREPARATION_SHARE:.0%} in all of "
+                    f"the {duration_text(time.seconds_left)} that there were. With enough time:  {more}",
                 )
 
             yield tick_within

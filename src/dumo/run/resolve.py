@@ -78,8 +78,8 @@ def resolve_remaining(run: Run) -> Run:
         data = _resolve_data(run)
     if has_table(net.texts):
         net = _resolve_text_table(net, net.texts, data)
-    if isinstance(path, Diffusion) and path.schedule is None and is_pretrained(net) and net.frame:
-        path = path.model_copy(update={"schedule": net.frame.schedule})
+    if isinstance(path, Diffusion) and path.schedule is None and is_pretrained(net) and net.diffusion:
+        path = path.model_copy(update={"schedule": net.diffusion.schedule})
     resolved_run = run
     facts: dict[str, object] = {}
     if data is not run.data or net is not run.net or path is not run.path:

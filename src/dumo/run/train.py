@@ -45,7 +45,7 @@ from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.state import begin as begin_state
-from dumo.training.step import Batch, draws_of, pieces, span, train_step
+from dumo.training.step import Batch, draws_of, passes_of_rank, span, train_step
 from dumo.types.family import is_instance_of
 from dumo.types.rows import pin, to_device
 
@@ -294,13 +294,13 @@ def _trial_step(
 
     @cache
     def copied() -> tuple[State, Flow]:
-        trial = begin_state(frozen.copied(state.net), train)
+        trial = begin_state(frozen.copy_net(state.net), train)
         trial.step = state.step
         return trial, flow_for(trial)
 
     def try_step() -> None:
         trial, flow = copied()
-        batch = source.batch(state.step, train.batch, train.seed, span(pieces(train, flow.objective)))
+        batch = source.batch(state.step, train.batch, train.seed, span(passes_of_rank(train, flow.objective)))
         train_step(trial, flow, batch, train)
 
     return try_step
@@ -315,7 +315,7 @@ def _prefetched(
     Threads make both ahead of the step, for a GPU in pinned memory.
     """
     train = run.train
-    rows = span(pieces(train, flow.objective))
+    rows = span(passes_of_rank(train, flow.objective))
     is_gpu = device.type == "cuda"
     last_step = train.steps if train.minutes is None else STEPS  # of a run that ends by the clock it is not known
     draws_noise = not is_instance_of(source, "dumo.run.teacher:TeacherPairs")  # a teacher's pairs bring their noise

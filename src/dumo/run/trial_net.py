@@ -47,9 +47,9 @@ def with_random_texts_if_missing(net: Net) -> Net:
     if net.texts is None:
         return net
 
-    from dumo.nets.text import or_drawn
+    from dumo.nets.text import drawn_if_missing
 
-    texts = or_drawn(net.texts)
+    texts = drawn_if_missing(net.texts)
     if texts is net.texts:
         return net
     return net.model_copy(update={"texts": texts})

@@ -76,7 +76,7 @@ class Validation:
         from dumo.runtime.progress import no_bar
 
         settings = run.evaluate.validation
-        sampler = sampler_of(run, state.shown)
+        sampler = sampler_of(run, state.sampled_net)
         try:
             conditions = agreement.on_each_rank(lambda: sample_conditions(run.data, settings))
             evaluator = agreement.on_each_rank(lambda: evaluator_of(sampler, settings, no_bar))

@@ -201,7 +201,7 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
     if last is None:
         raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {shell_path(folder)}")
     if weights is None:
-        file = checkpoint.part(last.path, sampled_part(run.train))
+        file = checkpoint.part_path(last.path, sampled_part(run.train))
         file_name = str(file.relative_to(folder))
         require_own_checkpoint(run, index, last, last.path)
     else:
@@ -243,12 +243,12 @@ def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Modu
     if device is not None:
         require_room(run, device)
     net, deferred_weights = build_deferred(run)
-    trained_weights = frozen.trained(net)
+    trained_weights = frozen.trained_state_dict(net)
     # what is trained in 16 bits is sampled in float32
     file_weights = {name: to_float32(x) for name, x in outline(file).items()}
-    compare(file, file_weights, trained_weights, "the run", checkpoint.FIT)
+    compare(file, file_weights, trained_weights, "the run", checkpoint.FIX)
     loaders: dict[str, Callable[[], Tensor]] = {}
-    for name, read in checkpoint.lazily(file).items():
+    for name, read in checkpoint.tensor_readers(file).items():
         if name in trained_weights:
             loaders[name] = partial(_read_single, read)
     _load_state(net, deferred_weights, loaders)
@@ -320,7 +320,7 @@ def _load_few_step_run(run: RunParts, net: nn.Module, deferred_weights: Deferred
     Raises UserError as `few_step_run`, and where that run has other heads, or tuned other weights than the net has.
     """
     source = few_step_run(run)
-    source_weights = frozen.trained(source.net)
+    source_weights = frozen.trained_state_dict(source.net)
     heads = {name for name in net.state_dict() if name.startswith(HEAD_PREFIXES)}
     source_heads = {name for name in source_weights if name.startswith(HEAD_PREFIXES)}
     differing_heads = sorted(heads ^ source_heads)

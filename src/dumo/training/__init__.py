@@ -1,4 +1,5 @@
 """One step, the loop around it, and what is kept between steps.
 
-Touches ranks, checkpoints and the log. Knows no net, no data and no objective by name.
+Owns the files of checkpoints, milestones and the log. Others use `state.begin`, `loop.train`, `step.train_step`,
+`checkpoint.copy` and `save_copy`, `manifest.Checkpoints` and `log`. Knows no net, data or objective by name.
 """

@@ -24,7 +24,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from dumo.training.layout import local, shard_count
+from dumo.training.layout import local_tensor, shard_count
 
 # our own choices, from no paper
 MAX_MODULES = 10  # of more, the smallest are taken together
@@ -133,6 +133,6 @@ def local_squares(groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
         group_sizes.append(len(gradients_of_group))
     if not gradients:
         return []
-    norms = torch._foreach_norm([local(gradient) for gradient in gradients])  # pyright: ignore[reportPrivateImportUsage]
+    norms = torch._foreach_norm([local_tensor(gradient) for gradient in gradients])  # pyright: ignore[reportPrivateImportUsage]
     squares = torch.stack([norm.float() for norm in norms]).square() * shard_count(gradients[0])
     return [squares_of_group.sum() for squares_of_group in squares.split(group_sizes)]

@@ -4,11 +4,16 @@
                                  state.json; where it is trained on files, data.safetensors
     milestones/step-00000200.safetensors
 
-`copy` copies the state to host memory; `put` writes that copy, maybe in a thread, and drops old checkpoints; `restore`
-reads one into a state. One process writes a file for each part. Several ranks write folders of shards instead: net/,
-ema-<decay>/ ..., optimizer/ (`dumo.io.shards`). A milestone is one file, the weights that are sampled after a step, and
-is never removed. Frozen weights are in neither: `state.json` has their digest (`dumo.training.frozen`). `spec.yaml` is
-the run that was trained up to here, as text; a milestone's metadata have a hash of it.
+- Save: `copy` copies the state to host memory, and `save_copy` writes that copy, maybe in a thread
+  (`dumo.training.saver`), and drops old checkpoints.
+- Resume: `restore_last_finite` restores a checkpoint, or the last one before it whose values are finite.
+- Weights alone: `save_milestone` and `save_weights` write one file, with facts and checksums in its metadata. `load`,
+  `tensor_readers`, `facts_of` and `step_of` read such a file, or a part of a checkpoint (`part_path`).
+
+One process writes a file for each part. Several ranks write folders of shards instead: net/, ema-<decay>/ ...,
+optimizer/ (`dumo.io.shards`). A milestone, the weights that are sampled after a step, is never removed. No file has
+frozen weights: `state.json` has their digest (`dumo.training.frozen`). `spec.yaml` is the run that was trained up to
+here, as text; a milestone's metadata have a hash of it.
 
 Each is written to a hidden path, flushed to the disk, then renamed: so whatever is named `step-...` was once whole,
 and `state.json` lists its files and their hashes (`dumo.training.manifest`).
@@ -31,61 +36,55 @@ from dumo.io import file as files
 from dumo.runtime import dist, threads
 from dumo.runtime.device import software_versions
 from dumo.training import agreement, frozen, layout, manifest
-from dumo.training.manifest import Checkpoint, Checkpoints, paths_by_step
-from dumo.training.state import Diverged, State, by_parameter_index, empty_optimizer_state, flatten
+from dumo.training.manifest import Checkpoint, Checkpoints, Manifest, paths_by_step
+from dumo.training.state import Diverged, State, by_parameter_index, empty_optimizer_state, flat_optimizer_state
 from dumo.types import UserError
 
-FIT = "resume with the spec that wrote it"  # the fix for weights of another net
+FIX = "resume with the spec that wrote it"  # ends messages about weights of another net
 DATA = "data.safetensors"  # of a checkpoint of a run on files: what was in them (`dumo.run.datacheck`)
 ONE_FILE = {"format": "pt"}  # metadata of a part: one entry, because two are written in any order
-ABOUT = "dumo"  # the one metadata entry of weights outside a checkpoint: facts about them, as JSON
-SUM = "sum"  # among these facts: the checksum of the tensors
-FACTS_SUM = "facts_sum"  # among these facts: the checksum of all others; older files have none
-
+ABOUT = "dumo"  # key of the one metadata entry of weights outside a checkpoint: facts about them, as JSON
+SUM = "sum"  # key, among these facts, of the checksum of the tensors
+FACTS_SUM = "facts_sum"  # key of the checksum of all other facts; older files have none
 
 HostMemory = MutableMapping[tuple[str, str], Tensor]  # buffers in the host, by part and name
 
 
 @dataclass(frozen=True)
-class Notes:
+class CheckpointNotes:
     """What a checkpoint holds besides its state: the run as text (of the main rank), and what was in its data."""
 
     run: str = ""
     data: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the same on all ranks
-    log: manifest.Listed | None = None  # of the main rank
+    log: manifest.FileEntry | None = None  # of the main rank
     threads: int | None = None  # of the next step on a CPU
 
 
 @dataclass(frozen=True)
-class Copy:
-    """What a checkpoint holds, as it was at its step, in memory that no later step changes."""
+class CheckpointCopy:
+    """What a checkpoint holds, as it was at its step, in host memory that no later step changes."""
 
-    about: manifest.Manifest  # without its files
-    notes: Notes
+    manifest: Manifest  # without its files
+    notes: CheckpointNotes
     size: int  # bytes of the checkpoint
-    tensors: dict[str, dict[str, Tensor]]  # those that this rank writes, its parts of them, by part and name
-    offsets: dict[str, dict[str, tuple[int, ...]]]  # where these parts begin in the whole; empty of one process
+    tensors: dict[str, dict[str, Tensor]]  # what this rank writes, by part and name: its shard of each tensor
+    offsets: dict[str, dict[str, tuple[int, ...]]]  # where each shard begins in its tensor; {} of one process
 
 
-def save(folder: Path, state: State, keep: int, notes: Notes = Notes()) -> Path:
-    """Write the checkpoint of this step into `folder`, as `copy` and `put`; return its path."""
-    return put(Checkpoints(folder), copy(state, notes, {}), keep)
-
-
-def copy(state: State, notes: Notes, memory: HostMemory) -> Copy:
+def copy(state: State, notes: CheckpointNotes, memory: HostMemory) -> CheckpointCopy:
     """Copy what a checkpoint holds to host memory, reusing the buffers in `memory` and keeping new ones there.
 
     All ranks together take one copy of it. Every rank must call it. Raises Diverged, on all ranks, if a value is not
     finite.
     """
     tensors = _tensors_of(state)
-    problem = not_finite(tensors)
-    if problem:
-        raise Diverged(f"step {state.step}: {problem} is not finite, so no checkpoint is written of it.")
+    bad_tensor = first_not_finite(tensors)
+    if bad_tensor:
+        raise Diverged(f"step {state.step}: {bad_tensor} is not finite, so no checkpoint is written of it.")
     size = sum(tensor.nbytes for tensor in notes.data.values())
     for named in tensors.values():
         size += sum(tensor.nbytes for tensor in named.values())
-    about = manifest.Manifest(
+    about = Manifest(
         step=state.step,
         images=state.images,
         skips=state.skips,
@@ -114,12 +113,12 @@ def copy(state: State, notes: Notes, memory: HostMemory) -> Copy:
             copies[part] = {name: _copy_to_host(named[name], memory, (part, name)) for name in written_here}
         return copies
 
-    return Copy(about, notes, size, agreement.on_each_rank(copy_parts), offsets)
+    return CheckpointCopy(about, notes, size, agreement.on_each_rank(copy_parts), offsets)
 
 
 def _copy_to_host(x: Tensor, memory: HostMemory, key: tuple[str, str]) -> Tensor:
     """This rank's part of a tensor, copied. A buffer that exists is filled many times as fast as a new one."""
-    source = layout.local(x.detach())
+    source = layout.local_tensor(x.detach())
     buffer = memory.get(key)
     if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
         buffer = torch.empty(source.shape, dtype=source.dtype)
@@ -127,29 +126,29 @@ def _copy_to_host(x: Tensor, memory: HostMemory, key: tuple[str, str]) -> Tensor
     return buffer.copy_(source)
 
 
-def put(checkpoints: Checkpoints, copy: Copy, keep: int) -> Path:
+def save_copy(checkpoints: Checkpoints, copy: CheckpointCopy, keep: int) -> Path:
     """Write a checkpoint, then drop old ones (`Checkpoints.drop`); return its path.
 
-    A checkpoint of the step is left alone, or replaced if it is damaged. Every rank must call it. Raises UserError, on
-    all ranks, if the disk is full; older checkpoints then stay.
+    A checkpoint of this step that exists already is left alone, or replaced if it is damaged. Every rank must call it.
+    Raises UserError, on all ranks, if the disk is full; older checkpoints then stay.
     """
-    step = copy.about.step
+    step = copy.manifest.step
     target = checkpoints.folder / manifest.folder_of(step)
     exists = agreement.on_main_rank(target.exists)
     if not exists or checkpoints.at(target).fault(together=True):
         with _path_to_write(target, "checkpoint", step, copy.size) as temp_path:
-            write(temp_path, copy)
-        checkpoints.wrote(target)
+            write_files(temp_path, copy)
+        checkpoints.note_written(target)
     agreement.on_main_rank(lambda: checkpoints.drop(step, keep))
     return target
 
 
-def mark(folder: Path, state: State, run: str = "") -> Path:
+def save_milestone(folder: Path, state: State, run: str = "") -> Path:
     """Write the sampled weights (of the first average, else the net) as this step's milestone; return its path.
 
     `run` is the identity of the run. Every rank must call it. Raises as `save_weights`.
     """
-    return save_weights(folder, state, state.shown, "milestone", run)
+    return save_weights(folder, state, state.sampled_net, "milestone", run)
 
 
 def save_weights(folder: Path, state: State, module: nn.Module, kind: str, run: str = "", **facts: object) -> Path:
@@ -159,7 +158,7 @@ def save_weights(folder: Path, state: State, module: nn.Module, kind: str, run: 
     one. Every rank must call it. Raises UserError on all ranks if the disk is full; the older file then stays.
     """
     target = folder / f"step-{state.step:08d}.safetensors"
-    named = frozen.trained(state.net, module)
+    named = frozen.trained_state_dict(state.net, module)
     size = sum(tensor.nbytes for tensor in named.values())
     with _path_to_write(target, kind, state.step, size) as temp_path:
         whole = weights.unshared(_gathered_on_main_rank(named))
@@ -172,7 +171,7 @@ def milestones(folder: Path) -> dict[int, Path]:
     return paths_by_step(folder, ".safetensors")
 
 
-def part(checkpoint: Path, name: str) -> Path:
+def part_path(checkpoint: Path, name: str) -> Path:
     """The path of a part of a checkpoint (net, ema-0.999, optimizer): a folder of shards, or a file."""
     folder = checkpoint / name
     return folder if folder.is_dir() else checkpoint / f"{name}.safetensors"
@@ -188,12 +187,12 @@ def restore_last_finite(
     """
     while True:
         restore(checkpoint, state)
-        problem = not_finite(_tensors_of(state))
-        if problem is None:
+        bad_tensor = first_not_finite(_tensors_of(state))
+        if bad_tensor is None:
             return checkpoint
         if not or_before:
-            raise UserError(f"{checkpoint.path}: {problem} is not finite: go on from another step")
-        checkpoint.not_finite = f"{checkpoint.path}: {problem} is not finite"
+            raise UserError(f"{checkpoint.path}: {bad_tensor} is not finite: go on from another step")
+        checkpoint.value_fault = f"{checkpoint.path}: {bad_tensor} is not finite"
         checkpoint = checkpoints.latest(together=True) or checkpoint  # it raises if there is none
 
 
@@ -203,57 +202,57 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
     Changes nothing unless all of it fits. Every rank must call it. Raises UserError naming the file and the first
     tensor that is missing, unknown, or of another shape or dtype; or if the frozen weights differ.
     """
-    tensors = _weights_of(state)
+    weights_by_part = _weights_of(state)
     optimizer_state: dict[str, Tensor] = {}
 
-    def require_fit() -> manifest.Manifest:
-        for name, wanted in tensors.items():
-            place = part(checkpoint.path, name)
-            weights.compare(place, weights.outline(place), wanted, "the run", FIT)
-        optimizer_state.update(empty_optimizer_state(part(checkpoint.path, "optimizer"), state, FIT))
+    def require_fit() -> Manifest:
+        for part, named in weights_by_part.items():
+            place = part_path(checkpoint.path, part)
+            weights.compare(place, weights.outline(place), named, "the run", FIX)
+        optimizer_state.update(empty_optimizer_state(part_path(checkpoint.path, "optimizer"), state, FIX))
         frozen.require(state.frozen, checkpoint.manifest.frozen, checkpoint.path)
         return checkpoint.manifest
 
     def fill() -> None:
-        for name, into in {**tensors, "optimizer": optimizer_state}.items():
-            weights.fill(part(checkpoint.path, name), into)
+        for part, named in {**weights_by_part, "optimizer": optimizer_state}.items():
+            weights.fill(part_path(checkpoint.path, part), named)
 
-    about, *_ = agreement.gather_results(require_fit)
+    saved, *_ = agreement.gather_results(require_fit)
     agreement.gather_results(fill)
     state.optimizer.load_state_dict(
         {**state.optimizer.state_dict(), "state": by_parameter_index(optimizer_state, state)}
     )
-    state.step = about.step
-    state.images = about.images
-    state.skips = about.skips
-    state.trend = about.trend
-    state.gradients = about.gradients
-    state.timing = about.timing
+    state.step = saved.step
+    state.images = saved.images
+    state.skips = saved.skips
+    state.trend = saved.trend
+    state.gradients = saved.gradients
+    state.timing = saved.timing
 
 
 def _tensors_of(state: State) -> dict[str, dict[str, Tensor]]:
     """All tensors of a checkpoint that this rank holds, by part and name."""
     net, *averages = _weights_of(state).items()
-    return dict([net, ("optimizer", flatten(state)), *averages])  # in this order: the first shards the net
+    return dict([net, ("optimizer", flat_optimizer_state(state)), *averages])  # in this order: the first shards the net
 
 
 def _weights_of(state: State) -> dict[str, dict[str, Tensor]]:
     """The trained weights of the net and of its averages, by part and name."""
-    trained = {"net": frozen.trained(state.net)}
+    by_part = {"net": frozen.trained_state_dict(state.net)}
     for key, average in state.averages.items():
-        trained[f"ema-{key}"] = frozen.trained(state.net, average.module)
-    return trained
+        by_part[f"ema-{key}"] = frozen.trained_state_dict(state.net, average.module)
+    return by_part
 
 
-def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """The first tensor of a checkpoint with a value that is not finite; None if all are finite.
+def first_not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """Return the part and name of the first tensor with a value that is not finite; None if all are finite.
 
     Synchronizes each device once. Every rank must call it, and gets the same answer.
     """
     flags_by_device: dict[torch.device, dict[str, Tensor]] = {}
     for part, named in tensors.items():
         for name, tensor in named.items():
-            x = layout.local(tensor.detach())
+            x = layout.local_tensor(tensor.detach())
             if x.is_floating_point() and x.numel():
                 ends = torch.stack(torch.aminmax(x))  # NaN if one is; nine times as fast as isfinite
                 flags_by_device.setdefault(x.device, {})[f"{part}: {name}"] = ends.isfinite().all()
@@ -269,7 +268,7 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return next((answer for answer in answers if answer), None)
 
 
-def write(folder: Path, copy: Copy) -> None:
+def write_files(folder: Path, copy: CheckpointCopy) -> None:
     """Write each part as a file, or as a folder of shards, and `state.json` last. Every rank must call it."""
     agreement.on_main_rank(folder.mkdir)
     agreement.on_main_rank(lambda: _write_notes(folder, copy.notes))
@@ -285,14 +284,14 @@ def write(folder: Path, copy: Copy) -> None:
         written_here = sorted(folder.glob(f"*/{shards.file_pattern(dist.rank())}"))
         if dist.is_main():
             written_here += filter(Path.is_file, folder.iterdir())
-    files_of_all: dict[str, manifest.Listed] = {}
-    for files_of_rank in agreement.gather_results(lambda: manifest.listed(folder, written_here)):
+    files_of_all: dict[str, manifest.FileEntry] = {}
+    for files_of_rank in agreement.gather_results(lambda: manifest.file_entries(folder, written_here)):
         files_of_all |= files_of_rank
-    about = copy.about.model_copy(update={"files": files_of_all})
-    agreement.on_main_rank(lambda: manifest.write(folder, about))
+    full_manifest = copy.manifest.model_copy(update={"files": files_of_all})
+    agreement.on_main_rank(lambda: manifest.write(folder, full_manifest))
 
 
-def _write_notes(folder: Path, notes: Notes) -> None:
+def _write_notes(folder: Path, notes: CheckpointNotes) -> None:
     """Write what a checkpoint holds besides its state."""
     if notes.run:
         (folder / manifest.RUN).write_text(notes.run, encoding="utf-8")
@@ -306,7 +305,7 @@ def _gathered_on_main_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
     gathered: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        whole = layout.whole(tensor)
+        whole = layout.full_tensor(tensor)
         if dist.is_main():
             gathered[name] = whole.cpu()
     return gathered
@@ -382,8 +381,8 @@ def load(place: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def lazily(place: Path) -> dict[str, Callable[[], Tensor]]:
-    """For each tensor of a file of weights, or of a folder of shards, a function that reads it. Raises as `load`."""
+def tensor_readers(place: Path) -> dict[str, Callable[[], Tensor]]:
+    """A function for each tensor of a file of weights, or of a folder of shards, that reads it. Raises as `load`."""
     if place.is_dir():
         from dumo.io import shards  # slow to import
 

@@ -1,24 +1,26 @@
 """A run that ends by the clock (`train.minutes`): its learning rate falls with time, and its steps are not fixed.
 
-`Timing` says how far such a run is. It is part of the state, so a resumed run goes on with what is left. `begin_timing`
-makes it when a run is opened, and a `Countdown` makes the next one before each step: on rank 0, whose clock counts for
-all ranks.
+`Timing` says how far such a run is. It is part of the state, so a resumed run continues with what is left. The order of
+events in a command, on rank 0, whose clock counts for all ranks:
 
-The time of a run is that of its commands. One counts from where it is typed, or where its plan is accepted, up to its
-last line, with all that it does besides its steps. A checkpoint comes early, so that it is known how long one takes;
-that is left for the last one, and so are a score and a sheet of samples where they are due; near the end one that has
-not been timed is not begun. Before the first step data may take a part of the time to be prepared, as long as
-`PreparationTime` says. Time is noted in checkpoints alone: where a run is stopped before its first step, the next
-command has all of its minutes.
+1. `begin_timing` makes the `Timing` when the run is opened.
+2. Data may be prepared for a part of the time (`PreparationTime`).
+3. `Countdown.read` makes the next `Timing` before each step.
+4. Other work is timed by `Countdown.note`: checkpoints, scores, sheets of samples. The first checkpoint comes early
+   (FIRST_SAVE_SHARE), so that it is known how long one takes. Time is left for the last checkpoint, and for a score and
+   a sheet that are due. If a kind of work has not been timed yet, UNKNOWN_SHARE is left for it.
 
-The rate follows the share s of a stretch, which grows from 0 to 1. Of the seconds that were `left` for steps, those dt
-since the last reading take
+The clock of a command runs from where it is typed, or its plan is accepted, to its last line. Only checkpoints note the
+time: if a run is stopped before its first one, the next command has all of the minutes.
+
+The learning rate follows the share s of a stretch, which grows from 0 to 1. A stretch is the time of a run that is
+given one number of minutes. With `left` the seconds that were left for steps, dt seconds since the last reading give
 
     s' = s + (1 - s) dt / left,
 
-which is linear in time. It does not jump where a resumed command takes time to begin, nor where a checkpoint is found
-to take longer. A run that is given more minutes begins another stretch: its rate rises from what it was to the full one
-within the share RISE, and falls again.
+which is linear in time. It does not jump where a resumed command takes time to begin, nor where a checkpoint turns out
+to take longer. A run that is given other minutes begins another stretch: its rate rises from what it was to the full
+one within RISE_SHARE, and falls again.
 """
 
 from collections import deque
@@ -33,15 +35,19 @@ from dumo.runtime.stopwatch import Clock, wall_clock
 from dumo.training.optim import LearningRateSchedule
 
 SECONDS_PER_MINUTE = 60.0
-RISE = 0.05  # of a stretch: ours, measured (docs/log.md)
-FIRST_SAVE = 0.1  # the share of a stretch after which a command saves for the first time: ours
-RECENT_STEPS = 5  # whose median is how long a step takes: ours
-PLANNED_SHARE = 0.5  # of a command's time, that a plan lets its data take to be prepared: ours
-MAX_SHARE = 0.75  # that they may take on a machine which is slower than it was planned on: ours
-UNKNOWN_SHARE = 0.1  # of a command's time, that work which it has not timed yet is taken to need: ours
-SAVE = "save"  # kinds of work: to write a checkpoint, to judge samples, to draw sheets
-JUDGE = "judge"
-DRAW = "draw"
+# all ours
+RECENT_STEPS = 5  # steps, whose median is how long a step takes
+# shares of a stretch
+RISE_SHARE = 0.05  # after it a second stretch has the full rate: measured (docs/log.md)
+FIRST_SAVE_SHARE = 0.1  # after it a command saves for the first time
+# shares of a command's time
+PLANNED_PREPARATION_SHARE = 0.5  # a plan lets data take this long to be prepared
+MAX_PREPARATION_SHARE = 0.75  # data may take this long, on a machine that is slower than planned
+UNKNOWN_SHARE = 0.1  # a kind of work is taken to need this long until it has been timed
+# kinds of work
+SAVE = "save"  # write a checkpoint
+JUDGE = "judge"  # score samples
+DRAW = "draw"  # draw sheets of samples
 
 
 class Timing(BaseModel):
@@ -79,19 +85,19 @@ class Timing(BaseModel):
         return self.model_copy(update={"seconds": self.promised_seconds, "share": 1.0})
 
     def factor(self, schedule: LearningRateSchedule, steps: int) -> float:
-        """The factor of the learning rate: that of a schedule over `steps` steps, of which the share is over."""
+        """The factor of the learning rate: the schedule's, over `steps` steps, after this share of them."""
         if self.start is None:
             return schedule(self.share * steps, steps)
-        rise = self.start + (1 - self.start) * min(1.0, self.share / RISE)
-        share_of_fall = max(0.0, self.share - RISE) / (1 - RISE)
+        rise = self.start + (1 - self.start) * min(1.0, self.share / RISE_SHARE)
+        share_of_fall = max(0.0, self.share - RISE_SHARE) / (1 - RISE_SHARE)
         return rise * schedule.model_copy(update={"warmup": 0})(share_of_fall * steps, steps)
 
 
 def begin_timing(minutes: float | None, timing: Timing | None, factor: float | None) -> Timing | None:
     """The timing of a run that is opened to train for these minutes in all; None where its steps are fixed.
 
-    `timing` is its checkpoint's, and `factor` that of the rate there; each None where there is none. The stretch of the
-    checkpoint goes on, unless the run has been given other minutes since.
+    `timing` is its checkpoint's, and `factor` the factor of the rate there; each is None without a checkpoint. The
+    stretch of the checkpoint continues, unless the run has been given other minutes since.
     """
     if minutes is None:
         return None
@@ -106,8 +112,8 @@ def begin_timing(minutes: float | None, timing: Timing | None, factor: float | N
 class PreparationTime:
     """How long a command may prepare the data of a run that ends by the clock, so that there is time for steps."""
 
-    began: float  # by the clock, when the command began
-    seconds_left: float  # of training, by then
+    began: float  # seconds: what the clock read when the command began
+    seconds_left: float  # seconds of training that were left then
     clock: Clock = wall_clock
 
     @property
@@ -122,13 +128,13 @@ class PreparationTime:
 
     @property
     def is_over(self) -> bool:
-        """Whether no more time may be spent on it."""
-        return self.seconds >= MAX_SHARE * self.seconds_left
+        """Whether no more time may be spent on the data."""
+        return self.seconds >= MAX_PREPARATION_SHARE * self.seconds_left
 
 
 def minutes_to_prepare(seconds: float) -> int:
     """The minutes to give a command whose data take these seconds to be prepared."""
-    return ceil(seconds / (PLANNED_SHARE * SECONDS_PER_MINUTE))
+    return ceil(seconds / (PLANNED_PREPARATION_SHARE * SECONDS_PER_MINUTE))
 
 
 class Countdown:
@@ -141,34 +147,35 @@ class Countdown:
         clock: Clock = wall_clock,
         work_after: Callable[[int], Iterable[str]] = lambda step: (),
     ) -> None:
-        """Count on from a timing, by a clock that read `began` when the command began.
+        """Continue from a timing, by a clock that read `began` seconds when the command began.
 
-        `work_after(step)` names what is done after a step besides the next one, as `note` calls it.
+        `work_after(step)` returns the kinds of work that are due after a step: SAVE, JUDGE, DRAW.
         """
         self.timing = timing
         self.clock = clock
-        self.origin = began - timing.seconds
-        self.unknown_seconds = UNKNOWN_SHARE * timing.seconds_left  # of work that has not been timed yet
+        self.origin = began - timing.seconds  # what the clock would have read when the training began
+        self.unknown_seconds = UNKNOWN_SHARE * timing.seconds_left  # for work that has not been timed yet
         self.work_after = work_after
-        self.work_seconds: dict[str, float] = {}  # that each kind of work took, the last time
+        self.work_seconds: dict[str, float] = {}  # by kind of work: how long it took the last time
         self.step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self.last_seconds: float | None = None  # at the last reading
-        self.late_seconds: float | None = None  # of the command, that had left no time for a step when the first began
+        # How long the command took up to its first step, if that left no time for steps; None: there was time.
+        self.late_seconds: float | None = None
 
     def seconds(self) -> float:
         """Seconds of training up to now."""
         return self.clock() - self.origin
 
     def note(self, work: str, began: float) -> None:
-        """Note that a kind of work is done, which began at these `seconds`. A thread may have done it meanwhile."""
+        """Note that a kind of work, which began at these `seconds`, has ended. A thread may have done it."""
         self.work_seconds[work] = self.seconds() - began
 
     def _seconds_of(self, work: str) -> float:
-        """Seconds that a kind of work takes: as the last time, or a share of the command's where there was none."""
+        """Seconds that a kind of work takes: as long as the last time, or `unknown_seconds` before the first."""
         return self.work_seconds.get(work, self.unknown_seconds)
 
     def read(self, step: int) -> Timing:
-        """The timing before the step that follows `step` done ones. It is over where there is no time for another."""
+        """Read the clock after `step` steps and return the timing; it is over if there is no time for another step."""
         seconds = self.seconds()
         elapsed = 0.0
         if self.last_seconds is not None:  # what came before the first reading was no step
@@ -182,7 +189,8 @@ class Countdown:
         for coming_step in (step + 1, step + 2):
             work_seconds += sum(map(self._seconds_of, self.work_after(coming_step)))
         left = seconds_for_steps - step_seconds - (seconds - elapsed)
-        if seconds + 2 * step_seconds + work_seconds > seconds_for_steps or elapsed >= left:
+        would_end_late = seconds + 2 * step_seconds + work_seconds > seconds_for_steps
+        if would_end_late or elapsed >= left:
             if self.last_seconds is None:
                 self.late_seconds = seconds - self.timing.seconds
             self.timing = self.timing.ended()

@@ -6,9 +6,9 @@ plain tensors, sharded as their parameter, so checkpoints, layouts and counts tr
 within a row of a matrix, and ranks share a matrix by rows: so blocks, and what is rounded, are those of one process. A
 parameter of other rows, or of fewer than 4096 numbers, has its moments in float32.
 
-A weight in bf16 has 8 bits, and a step moves it by less than half of the last one: rounded to the nearest it would
-rest. Rounded up or down at random, with the chances that make the mean exact, it moves in the mean as a weight in
-float32 (Gupta et al. 2015). The random numbers are a function of seed, step, parameter and place in the whole.
+A weight in bf16 has 8 significant bits, and most steps are less than half of the last one: rounded to the nearest, the
+weight would not move. Rounded up or down at random, so that the mean is exact, it moves on average as a weight in
+float32 does (Gupta et al. 2015). The random numbers are a function of seed, step, parameter and place in the whole.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,13 +24,13 @@ from dumo.flow.precision import HALVES, round_stochastically
 from dumo.io.deferred import is_fake
 from dumo.runtime import import_bitsandbytes, install_command
 from dumo.runtime.random import bits
-from dumo.training.layout import empty_rows_like, local, offset_on_rank
+from dumo.training.layout import empty_rows_like, local_tensor, offset_on_rank
 from dumo.types import UserError
 
 BLOCK = 256  # numbers to a scale: bitsandbytes'; Dettmers et al.'s is 2048
 MIN_PARAMETER_SIZE = 4096  # numbers of a parameter whose moments take 8 bits: bitsandbytes'
-ROUNDED_AT_ONCE = 2**24  # numbers: ours, to save memory
-MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # and whether one has a sign
+ROUNDED_AT_ONCE = 2**24  # numbers of a weight: ours, to save memory
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # keys of torch's state, and whether the moment has a sign
 
 
 def has_8bit_moments(p: Tensor) -> bool:
@@ -58,11 +58,11 @@ def _code_values(signed: bool) -> Tensor:
 class AdamW8bitOptimizer(torch.optim.Optimizer):
     """AdamW with moments of 8 bits; parameters in bf16 are rounded at random, keyed by `seed`."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], **options: object) -> None:
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], **options: object) -> None:
         """`options` are lr, betas, eps and weight_decay. Raises UserError where bitsandbytes is missing."""
         require()
-        self.seed = 0
-        self.names = {p: name for name, p in named}
+        self.seed = 0  # `dumo.training.state.begin` sets the run's
+        self.names = {p: name for name, p in named_parameters}
         groups: list[dict[str, Any]] = []
         for is_8bit in (True, False):
             params = [p for p in self.names if has_8bit_moments(p) is is_8bit]
@@ -80,12 +80,12 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update_parameter(p, p.grad, group)
+                    self._update_parameter(p, p.grad, group)
 
-    def update_parameter(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
+    def _update_parameter(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
         """Move one parameter. On a GPU a fused kernel does it, which rounds unlike a CPU's."""
         state = self.state[p]
-        weight = local(p.detach())
+        weight = local_tensor(p.detach())
         if not state:
             state["step"] = torch.tensor(0.0)
             for key in _state_keys(p):
@@ -99,7 +99,7 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         adamw(
             [new_weight],
-            [local(grad).float()],
+            [local_tensor(grad).float()],
             [exp_avg],
             [exp_avg_sq],
             [],
@@ -120,14 +120,14 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
             weight.copy_(new_weight)
         elif weight.dtype in HALVES:
             key = f"{self.names[p]}/{int(state['step'])}"
-            self.round_at_random(new_weight.view(-1), weight.view(-1), offset_on_rank(p), key)
+            self._round_at_random(new_weight.view(-1), weight.view(-1), offset_on_rank(p), key)
 
-    def round_at_random(self, x: Tensor, into: Tensor, offset: int, key: str) -> None:
-        """Round x to bf16, a part of a parameter that begins at number `offset`, piece by piece."""
+    def _round_at_random(self, x: Tensor, out: Tensor, offset: int, key: str) -> None:
+        """Round x (n,) to bf16 into `out` (n,): a part of a parameter, from its number `offset` on."""
         for start in range(0, len(x), ROUNDED_AT_ONCE):
             piece = x[start : start + ROUNDED_AT_ONCE]
             random_bits = bits(self.seed, "round", key, begin=offset + start, count=len(piece), device=x.device)
-            into[start : start + ROUNDED_AT_ONCE] = round_stochastically(piece, random_bits)
+            out[start : start + ROUNDED_AT_ONCE] = round_stochastically(piece, random_bits)
 
     def empty_state(self, key: str, p: Tensor) -> Tensor:
         """An empty tensor of the shape, type and layout of one entry of a parameter's state."""
@@ -156,9 +156,9 @@ def _state_keys(p: Tensor) -> list[str]:
 def _float_moment(state: Mapping[str, Tensor], moment: str) -> Tensor:
     """This rank's part of a moment in float32: the tensor in the state itself, or what its codes stand for."""
     if moment in state:
-        return local(state[moment])
-    codes = local(state[f"{moment}_codes"])
-    scale = local(state[f"{moment}_scale"])
+        return local_tensor(state[moment])
+    codes = local_tensor(state[f"{moment}_codes"])
+    scale = local_tensor(state[f"{moment}_scale"])
     ops: Any = torch.ops.bitsandbytes
     values = _code_values(MOMENTS[moment]).to(codes.device)
     return ops.dequantize_blockwise(codes, scale.view(-1), values, BLOCK, torch.float32)
@@ -170,6 +170,6 @@ def _store_moment(state: Mapping[str, Tensor], moment: str, x: Tensor) -> None:
         return
     ops: Any = torch.ops.bitsandbytes
     codes, scale = ops.quantize_blockwise(x, _code_values(MOMENTS[moment]).to(x.device), BLOCK)
-    local(state[f"{moment}_codes"]).copy_(codes)
-    scale += 0 * x.view(-1, BLOCK).sum(1)  # codes have no NaN, so that the scale is one
-    local(state[f"{moment}_scale"]).view(-1).copy_(scale)
+    local_tensor(state[f"{moment}_codes"]).copy_(codes)
+    scale += 0 * x.view(-1, BLOCK).sum(1)  # codes cannot be NaN, so a NaN of the block goes into its scale
+    local_tensor(state[f"{moment}_scale"]).view(-1).copy_(scale)

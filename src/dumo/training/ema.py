@@ -9,12 +9,12 @@ which is below 1e-6 after 19 updates, and the weights that are averaged are n / 
 reaches (10 d - 1) / (1 - d). The ramp is TensorFlow's (`tf.train.ExponentialMovingAverage`).
 
 An average by a power (EDM2: Karras et al. 2024, Sec. 3.1) looks back over a fixed share of the run, at any length.
-After update n the weights w_k, k <= n, count as the integral from k - 1 to k of its profile
+After update n the weights w_k, k <= n, weigh the integral from k - 1 to k of its profile
 
     p(tau) = (gamma + 1) tau^gamma / n^(gamma + 1),   0 <= tau <= n,
 
-and the start not at all: that is the recursion with d_n = (1 - 1/n)^(gamma + 1). Snapshots of such averages give
-others after training (`dumo.run.average`).
+and the start weighs nothing: that is the recursion with d_n = (1 - 1/n)^(gamma + 1). After training, averages of other
+widths can be made of snapshots of such averages (`dumo.run.average`).
 """
 
 from collections.abc import Mapping
@@ -28,10 +28,10 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dumo.flow.precision import HALVES, to_float32
-from dumo.training.frozen import copied
+from dumo.training.frozen import copy_net
 from dumo.types import Spec
 
-Key = float | str  # of one of a run's averages: its decay, or the name of its width
+AverageKey = float | str  # names one of a run's averages: by its decay, or as std- and its width
 WIDEST = 12**-0.5  # the width of the plain mean, gamma = 0
 
 
@@ -49,8 +49,8 @@ class Ema(Spec):
         return self.decay
 
     @property
-    def key(self) -> Key:
-        """The name of this average in a run's: its decay."""
+    def key(self) -> AverageKey:
+        """The name of this average among those of a run: its decay."""
         return self.decay
 
 
@@ -65,8 +65,8 @@ class PowerEma(Spec):
         return (1 - 1 / n) ** (exponent(self.std) + 1)
 
     @property
-    def key(self) -> Key:
-        """The name of this average in a run's: std- and its width."""
+    def key(self) -> AverageKey:
+        """The name of this average among those of a run: std- and its width."""
         return f"std-{self.std}"
 
 
@@ -101,9 +101,9 @@ class MovingAverage:
     """
 
     def __init__(self, spec: Average, net: nn.Module) -> None:
-        """Copy the net."""
+        """Begin with a copy of the net."""
         self.spec = spec
-        self.module = copied(net).requires_grad_(False).eval()
+        self.module = copy_net(net).requires_grad_(False).eval()
         self._paired_net: nn.Module | None = None
         self._parameters: list[SlotPair] = []
         self._buffers: list[SlotPair] = []

@@ -1,8 +1,9 @@
 """What is frozen in a net: parameters without gradients, and fixed tables (buffers outside its state dict).
 
 A net made of a pretrained model may train a few of its weights, or adapters alone. The frozen ones are in memory once:
-averages share them with the net (`copied`, `share`), checkpoints hold what is `trained` alone, and a `digest` tells
-whether a run goes on from the frozen weights that it began with (`require`).
+averages share them with the net (`copy_net`, `share_frozen`), and checkpoints hold the `trained_state_dict` alone.
+
+`require` refuses to resume a run on other frozen weights than it began with, by their `digest`.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -29,15 +30,15 @@ def _fixed_tables(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, table) for name, table in buffers if name in names)
 
 
-def trained(net: nn.Module, module: nn.Module | None = None) -> dict[str, Tensor]:
-    """The state dict of a net, or of its copy `module`, without the frozen parameters."""
+def trained_state_dict(net: nn.Module, module: nn.Module | None = None) -> dict[str, Tensor]:
+    """The state dict of a net, or of its copy `module`, without the net's frozen parameters."""
     frozen = frozen_weights(net)
     state_dict = net.state_dict() if module is None else module.state_dict()
     return {name: x for name, x in state_dict.items() if name not in frozen}
 
 
-def copied(net: nn.Module) -> nn.Module:
-    """A copy that shares the frozen parameters and fixed tables with the net."""
+def copy_net(net: nn.Module) -> nn.Module:
+    """Copy a net; the copy shares the frozen parameters and fixed tables with it."""
     shared: dict[int, Tensor] = {id(p): p for p in frozen_weights(net).values()}
     for module in net.modules():
         for _, table in _fixed_tables(module):
@@ -45,7 +46,7 @@ def copied(net: nn.Module) -> nn.Module:
     return deepcopy(net, shared)
 
 
-def share(copy: nn.Module, net: nn.Module) -> None:
+def share_frozen(copy: nn.Module, net: nn.Module) -> None:
     """Make a copy share the frozen parameters and fixed tables of the net again."""
     for copy_module, net_module in zip(copy.modules(), net.modules(), strict=True):
         for name, p in net_module.named_parameters(recurse=False, remove_duplicate=False):
@@ -60,10 +61,10 @@ def digest(
 ) -> str | None:
     """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE values of each, spread evenly.
 
-    `values_of` gives the values of one; those named in `without` are left out. A layer of codes has the digest of what
-    was coded, and how (`origin`), not its codes, which another version of a library may choose otherwise. 20 B
-    parameters take a second. Another model has another digest; a change of a single value may go unseen. None if
-    nothing is frozen, or the net is on the meta device.
+    `values_of` gives the values of a parameter; the parameters named in `without` are left out. For a layer of codes
+    (`dumo.nets.lowbit`) the digest of the original weight counts (`origin`), not the codes: another version of
+    bitsandbytes may choose other ones. 20 B parameters take a second. Another model has another digest; a change of a
+    single value may go unseen. Returns None if nothing is frozen, or the net is on the meta device.
     """
     all_frozen = frozen_weights(net)
     frozen = {name: p for name, p in all_frozen.items() if name not in without}
@@ -72,13 +73,13 @@ def digest(
     first = next(iter(frozen.values()))
     if values_of(first).is_meta:
         return None
-    codes: set[str] = set()
+    code_names: set[str] = set()
     for name in all_frozen:
         path, _, last = name.rpartition(".")
         if last == "origin":
             prefix = f"{path}." if path else ""
-            codes |= {f"{prefix}weight", f"{prefix}scales"}
-    return digests.of_samples({name: p for name, p in frozen.items() if name not in codes}, values_of)
+            code_names |= {f"{prefix}weight", f"{prefix}scales"}
+    return digests.of_samples({name: p for name, p in frozen.items() if name not in code_names}, values_of)
 
 
 def require(now: str | None, before: str | None, whose: object) -> None:

@@ -1,12 +1,16 @@
-"""How a run's weights are laid out over ranks: by torch's `fully_shard`, in place, on a mesh of copies by shares.
+"""How a run's weights are laid out over ranks: by torch's `fully_shard`, in place, on a mesh of replicas x shards.
 
-    share 1                every rank holds all weights, gradients are averaged        (replicated, as DDP)
-    share of all ranks     each holds a part, weights are gathered for a pass          (sharded, as FSDP)
-    between                parts within a copy, copies averaged with one another       (hybrid, as HSDP)
+    train.share = 1            every rank holds all weights, gradients are averaged       (replicated, as DDP)
+    train.share = all ranks    each holds a shard, weights are gathered for a pass        (sharded, as FSDP)
+    between                    shards within a replica, replicas are averaged             (hybrid, as HSDP)
 
-`shard` lays a net and its averages out over the mesh of `mesh_of`, once, before the first step. A step calls
-`prepare_backward` before each backward pass; a pass without one calls `release` afterwards. `whole`, `local` and
-`gathered` give a tensor, its part on this rank, and a net in one piece.
+The order of events:
+
+1. `mesh_of` makes the mesh, and `shard` lays a net and its averages out over it, once, before the first step.
+2. A step calls `prepare_backward` before each backward pass. After a forward pass without a backward one it calls
+   `release`.
+3. A weight is read as a whole (`full_tensor`) or as this rank's part (`local_tensor`). `gather_net` makes a net in one
+   piece, for sampling.
 
 One process has no mesh, leaves its net unchanged, and never imports torch's sharding, which is slow to import. The
 rest of dumo rarely needs to know: parameters are `DTensor`s, which optimizers, averages and clipping take as tensors.
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 from dumo.flow.precision import HALVES
 from dumo.io.deferred import Deferred
 from dumo.runtime import dist
-from dumo.training.frozen import share, trained
+from dumo.training.frozen import share_frozen, trained_state_dict
 from dumo.types import UserError, unwrap
 
 if TYPE_CHECKING:
@@ -46,48 +50,48 @@ def share_of(requested: int, ranks: int) -> int:
 
 
 def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
-    """The mesh of all ranks, copies by shares of `share` ranks; None for one process. Every rank must call it."""
+    """The mesh of all ranks, replicas of `share` ranks each; None for one process. Every rank must call it."""
     if dist.world() == 1:
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
     share = share_of(share, dist.world())
-    copies = dist.world() // share
-    if copies == 1:
+    replicas = dist.world() // share
+    if replicas == 1:
         return init_device_mesh(device.type, (share,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (copies, share), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (replicas, share), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(
     net: nn.Module,
     mesh: "DeviceMesh | None",
-    copies: Sequence[nn.Module] = (),
+    averages: Sequence[nn.Module] = (),
     weights: Deferred | None = None,
     *,
     reshard: bool,
     restored: bool = False,
-    half: bool = False,
+    in_bfloat16: bool = False,
 ) -> None:
-    """Shard a net and its averages `copies` over a mesh in place, block by block (`net.blocks`), onto its device.
+    """Shard a net and its averages over a mesh in place, block by block (`net.blocks`), onto its device.
 
     Every rank must hold the same values, and keeps its part of them.
 
     - `weights`: makes the weights that the net lacks, one by one
     - `reshard`: free gathered weights after each pass, else after the backward pass; averages always free them
     - `restored`: trained weights are read from a checkpoint later, so they are not made
-    - `half`: round the net's trained parameters to bf16; averages begin as the net was before
+    - `in_bfloat16`: round the net's trained parameters to bf16; averages begin as the net was before
 
-    Averages go on sharing frozen parameters with the net. Without a mesh only `half` does anything.
+    Averages go on sharing frozen parameters with the net. Without a mesh only `in_bfloat16` does anything.
     """
     if mesh is None:
-        if half:
+        if in_bfloat16:
             _convert(net, _to_bfloat16)
         return
     weights = weights or Deferred()
     # Outputs may be views, of which torch warns at every pass; no objective changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    for copy in copies:  # else a copy would keep the unsharded frozen weights alive
-        share(copy, outline(net))
+    for average in averages:  # else an average would keep the unsharded frozen weights alive
+        share_frozen(average, meta_copy(net))
     deferred = {name: p for name, p in net.named_parameters() if p in weights}
 
     def make_shard(name: str, like: Tensor) -> Tensor:
@@ -106,13 +110,13 @@ def shard(
         shard = torch.empty_like(like, device=mesh.device_type)
         return shard if restored else shard.copy_(net_parameters[name])
 
-    for copy in copies:
-        _shard_blocks(copy, mesh, reshard=True)
-        replace_parameters(copy, deferred_and_trained, copy_shard)
-    if half:
+    for average in averages:
+        _shard_blocks(average, mesh, reshard=True)
+        replace_parameters(average, deferred_and_trained, copy_shard)
+    if in_bfloat16:
         _convert(net, _to_bfloat16)
-    for copy in copies:  # fully_shard takes what it finds there at the first pass
-        share(copy, net)
+    for average in averages:  # fully_shard takes what it finds there at the first pass
+        share_frozen(average, net)
 
 
 def _shard_blocks(module: nn.Module, mesh: "DeviceMesh", *, reshard: bool) -> None:
@@ -140,7 +144,7 @@ def _to_bfloat16(x: Tensor) -> Tensor:
     return x.bfloat16() if isinstance(x, nn.Parameter) and x.requires_grad else x
 
 
-def outline(net: nn.Module) -> nn.Module:
+def meta_copy(net: nn.Module) -> nn.Module:
     """A copy of a net on the meta device, without values."""
     copies: dict[int, Tensor] = {}
     for p in net.parameters():
@@ -182,33 +186,34 @@ def _sharded_modules(net: nn.Module) -> "list[FSDPModule]":
     return [module for module in net.modules() if isinstance(module, FSDPModule)]
 
 
-def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
-    """The net in one piece on every rank, in float32: itself if it is, else one from `build` with the trained weights.
+def gather_net(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
+    """Return the net in one piece on every rank, in float32.
 
-    Every rank must call it.
+    That is the net itself, unless it is sharded or trained in bf16; then `build`, which takes a device, makes a net
+    that gets the trained weights. Every rank must call it.
     """
     trains_in_half = any(p.requires_grad and p.dtype in HALVES for p in net.parameters())
     if not _sharded_modules(net) and not trains_in_half:
         return unwrap(net)
     whole_net = build(next(net.parameters()).device)
     weights = whole_net.state_dict()
-    for name, x in trained(net).items():  # one by one, so that there is no second whole net
-        weights[name].copy_(whole(x.detach()))
+    for name, x in trained_state_dict(net).items():  # one by one, so that there is no second whole net
+        weights[name].copy_(full_tensor(x.detach()))
     return whole_net
 
 
-def whole(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """The whole of a tensor, on every rank. Every rank must call it."""
     return cast("DTensor", x).full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def local(x: Tensor) -> Tensor:
+def local_tensor(x: Tensor) -> Tensor:
     """The part of a tensor that is on this rank."""
     return cast("DTensor", x).to_local() if hasattr(x, "to_local") else x
 
 
 def shard_count(x: Tensor) -> int:
-    """Over how many ranks one copy of a tensor is shared; 1 if it is in one piece."""
+    """The number of ranks that hold one replica of a tensor between them; 1 if it is in one piece."""
     return cast("DTensor", x).device_mesh.shape[-1] if hasattr(x, "to_local") else 1
 
 
@@ -223,7 +228,7 @@ def offset_on_rank(x: Tensor) -> int:
 
 def empty_rows_like(x: Tensor, width: int) -> Tensor:
     """An empty float32 tensor with as many rows as `x`, of `width` numbers each, sharded by rows as `x` is."""
-    local_rows = torch.empty(local(x).shape[0], width, device=x.device)
+    local_rows = torch.empty(local_tensor(x).shape[0], width, device=x.device)
     if not hasattr(x, "to_local"):
         return local_rows
     from torch.distributed.tensor import DTensor

@@ -15,7 +15,7 @@ from typing import Any
 
 from dumo.io import file
 from dumo.io.read import finite
-from dumo.training.manifest import Listed
+from dumo.training.manifest import FileEntry
 from dumo.types import UserError
 
 Row = dict[str, Any]
@@ -35,9 +35,9 @@ def flush(path: Path) -> None:
         file.flush(path.parent)
 
 
-def entry_of(path: Path) -> Listed | None:
+def entry_of(path: Path) -> FileEntry | None:
     """The size and the SHA-256 of a log, as a checkpoint lists them; None where there is no log."""
-    return Listed.of(path) if path.exists() else None
+    return FileEntry.of(path) if path.exists() else None
 
 
 def read_log(path: Path) -> list[Row]:

@@ -68,8 +68,8 @@ def train(
                     hook.f(state, record)
             if record.skipped and state.skips >= spec.max_skips:
                 raise Diverged(_divergence_message(record.step, record.skipped, state.skips))
-            if record.asked is not None and not state.is_over(spec):
-                raise Stopped(record.asked)
+            if record.received_signal is not None and not state.is_over(spec):
+                raise Stopped(record.received_signal)
 
 
 def _divergence_message(step: int, reason: Skipped, num_skipped: int) -> str:

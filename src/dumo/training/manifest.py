@@ -1,8 +1,8 @@
 """A run's checkpoints on disk: their lists `state.json`, whether their files are as listed, and which are kept.
 
-- Writing: `training.checkpoint` writes all other files, makes their entries with `listed`, and calls `write` last.
-  `state.json` so lists every other file with its size and SHA-256. Nothing else would tell that a shard is missing: a
-  reader of shards takes those that exist.
+- Writing: `training.checkpoint` writes all other files, makes their entries with `file_entries`, and calls `write`
+  last. `state.json` so lists every other file with its size and SHA-256. Nothing else would tell that a shard is
+  missing: a reader of shards takes those that exist.
 - Reading: `Checkpoints` are those of one folder. `latest` and `of_step` check files (`Checkpoint.fault`) and return a
   sound `Checkpoint`, or raise. `fault_of_part` checks one file or folder in a checkpoint.
 - Removing: `Checkpoints.drop` keeps the newest checkpoints, and the last one from before the loss diverged. `rewind`
@@ -50,14 +50,14 @@ class Unseen(UserError):  # noqa: N818, it says what cannot be seen
         return cls(f"{place} cannot be read ({error.strerror}): mount its disk, or make it readable, and start again")
 
 
-class Listed(BaseModel):
+class FileEntry(BaseModel):
     """The entry of a file in a list: its size and SHA-256."""
 
     bytes: int
     sha256: str
 
     @classmethod
-    def of(cls, file: Path) -> "Listed":
+    def of(cls, file: Path) -> "FileEntry":
         """Make the entry of a file as it is now."""
         return cls(bytes=file.stat().st_size, sha256=digest.of_file(file))
 
@@ -76,8 +76,8 @@ class Manifest(BaseModel):
     threads: int | None = None  # of the next step on a CPU; None: of a GPU, not chosen yet, or from before it was kept
     cores: int | None = None  # that these threads were chosen on
     timing: Timing | None = Field(default=None, exclude_if=lambda timing: timing is None)  # None: it ends by its steps
-    log: Listed | None = None  # the rows of the run's log up to this step, from its beginning
-    files: dict[str, Listed]  # all but this one, by path inside the checkpoint
+    log: FileEntry | None = None  # the rows of the run's log up to this step, from its beginning
+    files: dict[str, FileEntry]  # all but this one, by path inside the checkpoint
     sum: str | None = None  # of all other fields; None: of a checkpoint from before it was kept
 
     def checksum(self) -> str:
@@ -93,9 +93,9 @@ class Manifest(BaseModel):
         return digest.short(self.model_dump_json(exclude=excluded))
 
 
-def listed(folder: Path, files: Iterable[Path]) -> dict[str, Listed]:
+def file_entries(folder: Path, files: Iterable[Path]) -> dict[str, FileEntry]:
     """The entries of `files`, by path inside `folder`."""
-    return {file.relative_to(folder).as_posix(): Listed.of(file) for file in files}
+    return {file.relative_to(folder).as_posix(): FileEntry.of(file) for file in files}
 
 
 def write(checkpoint: Path, manifest: Manifest) -> None:
@@ -129,10 +129,10 @@ class Checkpoint:
     """A checkpoint on disk. It reads its list and its run once, and remembers that its files were hashed."""
 
     def __init__(self, path: Path) -> None:
-        """Have the folder `path`; nothing is read yet."""
+        """Take the folder `path`; nothing is read yet."""
         self.path = path
-        self.is_whole = False  # this process wrote it, or has hashed all its files
-        self.not_finite: str | None = None  # what is wrong with its numbers, though the files are as listed
+        self.is_verified = False  # whether this process wrote it, or has hashed all its files
+        self.value_fault: str | None = None  # what is wrong with its values, though the files are as listed
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -177,13 +177,13 @@ class Checkpoint:
         """Whether all its files are as listed. They are hashed once; after that only sizes are compared."""
         if self._fault(parts=()):
             return False
-        if not self.is_whole:
-            self.is_whole = self.fault() is None
-        return self.is_whole
+        if not self.is_verified:
+            self.is_verified = self.fault() is None
+        return self.is_verified
 
     def is_good(self) -> bool:
         """Whether it is sound, and from before the loss diverged."""
-        return self.is_sound() and self.manifest.trend.good
+        return self.is_sound() and self.manifest.trend.is_good
 
     def _fault(self, parts: Collection[str] | None, share: slice = slice(None)) -> str | None:
         """What is wrong, naming the file. Of the files of `parts`, only the `share` of their sorted names is hashed."""
@@ -193,8 +193,8 @@ class Checkpoint:
             raise
         except UserError as error:
             return str(error)
-        if self.not_finite:
-            return self.not_finite
+        if self.value_fault:
+            return self.value_fault
         if self.path.name != folder_of(manifest.step):
             return f"{self.path / NAME} is of step {manifest.step}, not of {self.path.name}"
         problem = _fault_of_sizes(self.path, manifest.files, _sizes(self.path))
@@ -206,7 +206,7 @@ class Checkpoint:
         return _fault_of_contents(self, names[share])
 
 
-def _fault_of_sizes(checkpoint: Path, entries: Mapping[str, Listed], sizes: Mapping[str, int]) -> str | None:
+def _fault_of_sizes(checkpoint: Path, entries: Mapping[str, FileEntry], sizes: Mapping[str, int]) -> str | None:
     """The first file that is not listed, missing, or of another size than its entry says; None if there is none."""
     for name in sorted(entries.keys() | sizes.keys()):
         file = checkpoint / name
@@ -293,7 +293,7 @@ class Checkpoints:
     """The checkpoints in a folder. Each call lists the folder anew; the list of a checkpoint is read once."""
 
     def __init__(self, folder: Path) -> None:
-        """Have the folder `folder`; nothing is read yet."""
+        """Take the folder of the checkpoints; nothing is read yet."""
         self.folder = folder
         self._checkpoints: dict[Path, Checkpoint] = {}
 
@@ -302,15 +302,16 @@ class Checkpoints:
         return {step: self.at(path) for step, path in paths_by_step(self.folder).items()}
 
     def at(self, path: Path) -> Checkpoint:
-        """The checkpoint at a path; the one object for it."""
+        """The checkpoint at a path: always the same object, which remembers what it has read."""
         if path not in self._checkpoints:
             self._checkpoints[path] = Checkpoint(path)
         return self._checkpoints[path]
 
-    def wrote(self, path: Path) -> None:
+    def note_written(self, path: Path) -> None:
         """Note that this process has written the whole checkpoint at `path`, so it need not be hashed."""
-        self._checkpoints[path] = Checkpoint(path)
-        self._checkpoints[path].is_whole = True
+        checkpoint = Checkpoint(path)
+        checkpoint.is_verified = True
+        self._checkpoints[path] = checkpoint
 
     def latest(self, parts: Collection[str] | None = None, *, together: bool = False) -> Checkpoint | None:
         """The last checkpoint that is whole, or None if there is no checkpoint; warns of damaged ones.
@@ -324,7 +325,7 @@ class Checkpoints:
                 damaged.append(problem)
                 continue
             if parts is None:
-                checkpoint.is_whole = True
+                checkpoint.is_verified = True
             if damaged and dist.is_main():
                 warnings.warn(
                     f"{'; '.join(damaged)}: {checkpoint.path.name}, before it, is taken",
@@ -356,7 +357,7 @@ class Checkpoints:
     def drop(self, step: int, keep: int) -> None:
         """Remove the checkpoints up to `step`, but for the last `keep` that are sound.
 
-        If none of the last `keep` is good (`Trend.good`), the last good one before them stays too, with a warning.
+        If none of the last `keep` is good (`Trend.is_good`), the last good one before them stays too, with a warning.
         """
         still_to_keep = keep
         has_good = False
@@ -366,7 +367,7 @@ class Checkpoints:
             if still_to_keep:
                 if checkpoint.is_sound():
                     still_to_keep -= 1
-                    has_good = has_good or checkpoint.manifest.trend.good
+                    has_good = has_good or checkpoint.manifest.trend.is_good
             elif not has_good and checkpoint.is_good():
                 has_good = True
                 warnings.warn(
@@ -406,9 +407,10 @@ def folder_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def places(run: Path) -> list[Path]:
+def weight_folders(run: Path) -> list[Path]:
     """The folders of a run that hold weights by step: checkpoints, milestones, the best, snapshots of each average."""
-    return [*(run / name for name in ("checkpoints", "milestones", "best")), *sorted((run / "snapshots").glob("*"))]
+    snapshots = sorted((run / "snapshots").glob("*"))
+    return [run / "checkpoints", run / "milestones", run / "best", *snapshots]
 
 
 def remove(checkpoint: Path) -> None:

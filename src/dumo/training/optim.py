@@ -1,7 +1,7 @@
 """Optimizers and learning rate schedules, as values of a run: the fields `train.optimizer` and `train.schedule`.
 
 An optimizer spec (`AdamW`, `Adam`, `AdamW8bit`, `Muon`) holds the peak learning rate. Called with a net it builds the
-torch optimizer of the trained weights. `moments` is how many numbers of 4 bytes it keeps per weight, at least. A
+torch optimizer of the trained weights. Its `moments` are the numbers of 4 bytes that it keeps per weight, at least. A
 schedule (`Constant`, `Cosine`, `WSD`) is a pure function of (step, steps) to a factor in [0, 1], so a resumed run needs
 no scheduler state. A run that ends by the clock (`dumo.training.deadline`) calls it with a share of the steps.
 """
@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dumo.runtime.limits import FACTOR, STEPS
-from dumo.training.layout import shard_like, whole
+from dumo.training.layout import full_tensor, shard_like
 from dumo.types import CHANGES, QUIET, Spec, UserError
 from dumo.types.family import is_instance_of
 
@@ -34,8 +34,8 @@ EPS = 1e-7  # the least norm that is divided by: Jordan et al.'s
 ADAMW_UPDATE_RMS = 0.2  # of a matrix's update, so that one lr serves both: Moonlight (Liu et al. 2025), Eq. 4
 
 
-def orthogonal(m: Matrices) -> Matrices:
-    """Each matrix with its singular values brought near 1 by Newton-Schulz iterations, in its dtype.
+def orthogonalize(m: Matrices) -> Matrices:
+    """Bring the singular values of each matrix near 1 by Newton-Schulz iterations, in its dtype.
 
     Matrix products approximate U V^T: the odd polynomial p(s) = a s + b s^3 + c s^5, applied five times to the singular
     values, brings all between .0015 and 1 of the matrix's norm to somewhere from .68 to 1.2. Lower ones stay smaller:
@@ -86,23 +86,23 @@ class MuonOptimizer(torch.optim.Optimizer):
                 continue
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update_matrix(p, p.grad, group)
+                    self._update_matrix(p, p.grad, group)
         if self.rest:
             self.rest.state = self.state
             self.rest.param_groups = [group for group in self.param_groups if "parts" not in group]
             self.rest.step()
 
-    def update_matrix(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
+    def _update_matrix(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
         """Move one matrix: decay, then a step along its orthogonalized momentum."""
         state = self.state[p]
         momentum = group["momentum"]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        direction = whole(grad.lerp(mean, momentum))  # Nesterov's
+        direction = full_tensor(grad.lerp(mean, momentum))  # Nesterov's
         if direction.is_cuda:
             direction = direction.bfloat16()  # which is enough (Jordan et al.)
-        update = orthogonal(direction.flatten(1).unflatten(0, (group["parts"], -1)))
+        update = orthogonalize(direction.flatten(1).unflatten(0, (group["parts"], -1)))
         step_size = group["lr"] * (ADAMW_UPDATE_RMS * sqrt(max(update.shape[1:])))
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(shard_like(update.reshape(p.shape).to(p.dtype), p), alpha=-step_size)
@@ -117,7 +117,7 @@ AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 class Adaptive(Spec, Generic[OptimizerKind]):
     """A step from two moments of the gradient. The defaults are the paper's (Sec. 4.1); eps is torch's."""
 
-    of: ClassVar[type[torch.optim.Adam]]
+    torch_class: ClassVar[type[torch.optim.Adam]]
     moments: ClassVar[float] = 2
     kind: OptimizerKind
     lr: LearningRate = Field(default=1e-4, json_schema_extra=CHANGES)
@@ -127,25 +127,25 @@ class Adaptive(Spec, Generic[OptimizerKind]):
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a net's trained weights."""
-        return self.optimizer_of(learned(net))
+        return self.optimizer_of(trained_parameters(net))
 
     def optimizer_of(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer of some parameters; if all are on a GPU a fused kernel, which rounds unlike a CPU's."""
         fused = True if all(p.is_cuda for p in params) else None
-        return self.of(params, self.lr, self.betas, self.eps, self.weight_decay, fused=fused)
+        return self.torch_class(params, self.lr, self.betas, self.eps, self.weight_decay, fused=fused)
 
 
 class AdamW(Adaptive[Literal["adamw"]]):
     """Adam with decoupled weight decay (arXiv 1711.05101)."""
 
-    of = torch.optim.AdamW
+    torch_class = torch.optim.AdamW
     kind: Literal["adamw"] = "adamw"
 
 
 class Adam(Adaptive[Literal["adam"]]):
     """Adam (arXiv 1412.6980); weight decay is added to the gradient."""
 
-    of = torch.optim.Adam
+    torch_class = torch.optim.Adam
     kind: Literal["adam"] = "adam"
 
 
@@ -159,8 +159,8 @@ class AdamW8bit(Adaptive[Literal["adamw8bit"]]):
         """The optimizer of a net's trained weights. Raises UserError where bitsandbytes is missing."""
         from dumo.training.eightbit import AdamW8bitOptimizer
 
-        named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-        return AdamW8bitOptimizer(named, **self.model_dump(exclude={"kind"}))
+        named_parameters = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        return AdamW8bitOptimizer(named_parameters, **self.model_dump(exclude={"kind"}))
 
 
 def has_8bit_codes(optimizer: object) -> "TypeIs[AdamW8bitOptimizer]":
@@ -195,7 +195,7 @@ class Muon(Spec):
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a net's trained weights. Raises UserError if its blocks have no matrix."""
-        parts = matrices(net)
+        parts = block_matrices(net)
         if not parts:
             raise UserError(
                 "optimizer.kind=muon needs matrices in a net's blocks, and this net trains none: set "
@@ -204,22 +204,22 @@ class Muon(Spec):
         matrices_by_parts: dict[int, list[nn.Parameter]] = {count: [] for count in sorted({*parts.values()})}
         for p, count in parts.items():
             matrices_by_parts[count].append(p)
-        others = [p for p in learned(net) if p not in parts]
+        other_parameters = [p for p in trained_parameters(net) if p not in parts]
         rest = None
-        if others:
-            rest = self._adamw(others, embedders(net))
+        if other_parameters:
+            rest = self._adamw(other_parameters, time_embedder_parameters(net))
             for group in rest.param_groups:
                 group["ratio"] = group["lr"] / self.lr
         return MuonOptimizer(matrices_by_parts, rest, **self.model_dump(include={"lr", "momentum", "weight_decay"}))
 
-    def _adamw(self, others: list[nn.Parameter], times: Collection[nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW of the parameters `others`; with `time_lr` those that are in `times`, too, are a second group."""
+    def _adamw(self, parameters: list[nn.Parameter], time_embedders: Collection[nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW of some parameters; with `time_lr` those of them in `time_embedders` are a second group."""
         lr = self.adamw_lr or self.lr
-        adamw = AdamW(lr=lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps).optimizer_of(others)
-        time_parameters = [p for p in others if p in times]
+        adamw = AdamW(lr=lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps).optimizer_of(parameters)
+        time_parameters = [p for p in parameters if p in time_embedders]
         if self.time_lr and time_parameters:
             (group,) = adamw.param_groups
-            group["params"] = [p for p in others if p not in times]
+            group["params"] = [p for p in parameters if p not in time_embedders]
             adamw.add_param_group({**group, "params": time_parameters, "lr": self.time_lr})
         return adamw
 
@@ -233,21 +233,21 @@ def half_rates(optimizer: Optimizer) -> dict[str, float]:
     return {name: rate / 2 for name, rate in rates.items() if rate is not None}
 
 
-def learned(net: nn.Module) -> list[nn.Parameter]:
+def trained_parameters(net: nn.Module) -> list[nn.Parameter]:
     """The trained parameters of a net."""
     return [p for p in net.parameters() if p.requires_grad]
 
 
-def embedders(net: nn.Module) -> set[nn.Parameter]:
+def time_embedder_parameters(net: nn.Module) -> set[nn.Parameter]:
     """The trained weights of a net's embedders of times: of modules that say so by `embeds_times`."""
     parameters: set[nn.Parameter] = set()
     for module in net.modules():
         if getattr(module, "embeds_times", False):
-            parameters.update(learned(module))
+            parameters.update(trained_parameters(module))
     return parameters
 
 
-def matrices(net: nn.Module) -> dict[nn.Parameter, int]:
+def block_matrices(net: nn.Module) -> dict[nn.Parameter, int]:
     """The trained weights of linear layers and convolutions in a net's blocks, each with its number of parts."""
     parts: dict[nn.Parameter, int] = {}
     blocks = getattr(net, "blocks", getattr(net, "layers", ()))
@@ -278,28 +278,28 @@ class Cosine(Spec):
 
     def __call__(self, step: float, steps: int) -> float:
         """The factor of the update that follows `step` done ones, of `steps` in all."""
-        done = (step - self.warmup) / max(1, steps - self.warmup)
-        done = min(max(done, 0.0), 1.0)
-        return _warmup_factor(step, self.warmup) * (1 + math.cos(math.pi * done)) / 2
+        progress = (step - self.warmup) / max(1, steps - self.warmup)
+        progress = min(max(progress, 0.0), 1.0)
+        return _warmup_factor(step, self.warmup) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class WSD(Spec):
     """Warm-up, stable, decay (MiniCPM, Hu et al. 2024): full rate up to the last fifth of the steps, then down.
 
-    A run of more steps is the same up to where this one decays: resume it from a checkpoint before, with more. Share
-    and shape of the decay are Hägele et al.'s (2024, Sec. 4): a fifth, as 1 - sqrt.
+    A run of more steps is the same up to where this one decays: to continue it, resume from a checkpoint before, with
+    more steps. Share and shape of the decay are Hägele et al.'s (2024, Sec. 4): a fifth, as 1 - sqrt.
     """
 
-    DECAY: ClassVar[float] = 0.2
+    DECAY: ClassVar[float] = 0.2  # share of the steps
     kind: Literal["wsd"] = "wsd"
     warmup: int = Field(default=0, ge=0, le=STEPS)  # steps
 
     def __call__(self, step: float, steps: int) -> float:
         """The factor of the update that follows `step` done ones, of `steps` in all."""
         start = max(self.warmup, (1 - self.DECAY) * steps)
-        done = (step - start) / max(1, steps - start)
-        done = min(max(done, 0.0), 1.0)
-        return _warmup_factor(step, self.warmup) * (1 - math.sqrt(done))
+        progress = (step - start) / max(1, steps - start)  # of the decay
+        progress = min(max(progress, 0.0), 1.0)
+        return _warmup_factor(step, self.warmup) * (1 - math.sqrt(progress))
 
 
 LearningRateSchedule = Annotated[Constant | Cosine | WSD, Field(discriminator="kind")]

@@ -1,9 +1,11 @@
 """What a step measures, reduced over ranks in one table of numbers.
 
-A step calls `measure`, which returns its `Record`; `skip_reason` if a number in it is not finite, and `probe_net` if
-the step is probed. The table is reduced once and copied from the device once, the only point where a step waits for its
-device. It holds sums and counts by time, the gradient norm and a few flags, so all ranks decide alike: a loss that is
-not finite on one rank is not finite in the sum.
+A step calls `measure`, which returns its `Record`. If a number in it is not finite, the step calls `skip_reason`, and
+if the step is probed, `probe_net`.
+
+The table is reduced once and copied from the device once, the only point where a step waits for its device. It holds
+sums and counts by time, the gradient norm and a few flags, so all ranks decide alike: a loss that is not finite on one
+rank is not finite in the sum.
 
 Some steps are probed: do the parts of the loss pull the net the same way, and do its heads agree? A step of length h
 down the gradient g_a of part a changes part b by -h |g_b| cos(g_a, g_b) to first order. So a cosine of 1 means that
@@ -26,18 +28,19 @@ from dumo.flow import dropout
 from dumo.runtime import dist, signals
 from dumo.training.burst import local_squares
 from dumo.training.deadline import Timing
-from dumo.training.layout import whole
+from dumo.training.layout import full_tensor
 from dumo.training.state import State
 from dumo.types import Cond, Noised, PerSample, Reads, Terms, Time, mean_square
 
 BINS = 10  # of t, equally wide: ours
-LISTED = 16  # rows of a skipped step that are named: ours
-UNLOGGED = ("asked", "due", "timing", "skipped", "burst")  # fields of a record that are no measurement, or rarely one
+MAX_LISTED_ROWS = 16  # of a skipped step: ours
+# Fields of a record that are no measurement, or that few steps have.
+UNLOGGED_FIELDS = ("received_signal", "due", "timing", "skipped", "burst")
 
 HALF_STEP = 0.005  # of the probe's difference, as `dumo.flow.slope.CentralSlope`
 
 Gradient = list[Tensor | None]  # by parameter
-BatchRow = dict[str, float | int | None]  # t, its class, its place in the batch and its rank
+BatchRow = dict[str, float | int | None]  # t, class, place in the batch, and rank
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,16 @@ class Probe:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Why a step was not applied, and the rows that are to blame: all of them if only the gradient is not finite."""
+    """Why a step was not applied, and the rows that are to blame: all of them if only the gradient is not finite.
+
+    The names of the fields are keys in the log.
+    """
 
     what: str  # loss, the names of parts or notes, or the gradient norm
     count: int
-    of: int  # rows of the batch
+    of: int  # the number of rows of the batch
     t: tuple[float, float]  # the earliest and the latest of these rows
-    rows: list[BatchRow]  # the first LISTED of them; none if only the gradient is to blame
+    rows: list[BatchRow]  # the first MAX_LISTED_ROWS of them; none if only the gradient is to blame
 
     def __str__(self) -> str:
         low, high = self.t
@@ -82,7 +88,7 @@ class Record:
     grad_norms: dict[str, float] = field(default_factory=dict[str, float])  # by module (`dumo.training.burst`)
     grad_peaks: dict[str, float] = field(default_factory=dict[str, float])  # the largest of the last steps
     burst: dict[str, float] = field(default_factory=dict[str, float])  # modules whose burst begins, times the median
-    asked: int | None = None  # the signal that a rank got, the same on all
+    received_signal: int | None = None  # the number of the signal that a rank got, the same on all
     due: bool = False  # whether a checkpoint is due by rank 0's clock
     timing: Timing | None = None  # how far it is by rank 0's clock, before this step; None: it ends by its steps
 
@@ -95,7 +101,7 @@ class Record:
         """The record as a row of the log."""
         row = asdict(self)
         rarely_logged = {name: row[name] for name in ("skipped", "burst") if row[name]}
-        return {name: value for name, value in row.items() if name not in UNLOGGED} | rarely_logged
+        return {name: value for name, value in row.items() if name not in UNLOGGED_FIELDS} | rarely_logged
 
 
 def measure(
@@ -113,23 +119,27 @@ def measure(
 
     `norm` is the gradient norm, on the device; `due` and `timing` count on rank 0 alone, whose clock decides.
     """
-    received_signal = signals.poll()
-    flags = [received_signal == number for number in signals.SIGNALS]
+    signal_here = signals.poll()
+    flags = [signal_here == number for number in signals.SIGNALS]
     flags.append(due and dist.is_main())
     flags.append(timing is not None and timing.is_over and dist.is_main())
     times_here = [timing.seconds, timing.share] if timing and dist.is_main() else []
     columns = _columns_of(terms)
-    squares_here = local_squares([*state.modules.values()])
+    squares_here = local_squares([*state.module_parameters.values()])
     table_here = _table_of(t, [*columns.values()], squares_here, norm, flags, times_here)
     *sums_by_bin, counts, squares, last_row = dist.mean(table_here).tolist()
     sums = dict(zip(columns, sums_by_bin, strict=True))
     means = {name: sum(row) / sum(counts) for name, row in sums.items()}
     grad_norm = last_row[0]
+
+    # what ranks decide together: signals, a checkpoint that is due, the clock
     first_time = 1 + len(flags)
     *signal_flags, due_flag, over_flag = last_row[1:first_time]
+    signals_received = [number for number, flag in zip(signals.SIGNALS, signal_flags, strict=True) if flag]
     if timing and over_flag > 0:
         timing = timing.ended()
     elif timing:
+        # the mean over ranks of what rank 0 alone wrote
         seconds, share = (value * dist.world() for value in last_row[first_time : first_time + 2])
         timing = timing.model_copy(update={"seconds": seconds, "share": share})
     return Record(
@@ -141,9 +151,9 @@ def measure(
         bins={name: _means_by_bin(row, counts) for name, row in sums.items()},
         counts=[round(n * dist.world()) for n in counts],
         grad_norm=grad_norm,
-        grad_norms={name: math.sqrt(square) for name, square in zip(state.modules, squares, strict=False)},
+        grad_norms={name: math.sqrt(square) for name, square in zip(state.module_parameters, squares, strict=False)},
         lr=lr,
-        asked=next((number for number, flag in zip(signals.SIGNALS, signal_flags, strict=True) if flag), None),
+        received_signal=signals_received[0] if signals_received else None,
         due=due_flag > 0,
         timing=timing,
     )
@@ -159,8 +169,8 @@ def _table_of(
 ) -> Tensor:
     """This rank's part of a record, of shape (columns + 3, BINS), on t's device.
 
-    Rows are sums of each column by bin of t, the number of batch rows by bin, squared norms by module, and last the
-    gradient norm with the flags and the times of a `Timing` behind it.
+    A row for each column has its sums by bin of t. Then come the number of batch rows by bin, and the squared norms by
+    module. The last row has the gradient norm, the flags, and the times of a `Timing`.
     """
     bins = (t * BINS).long().clamp(0, BINS - 1)
     table = t.new_zeros(len(columns) + 3, BINS)
@@ -208,7 +218,7 @@ def skip_reason(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
     if broken:
         what = ", ".join(broken)
         places = torch.stack([*broken.values()]).any(0).nonzero().flatten()
-        listed = places[:LISTED].tolist()
+        listed = places[:MAX_LISTED_ROWS].tolist()
     else:
         what = "the mean loss" if math.isfinite(record.grad_norm) else "the gradient norm"
         places = torch.arange(len(times))
@@ -244,12 +254,12 @@ def compare_gradients(
     names = list(parts)
     if len(names) < 2:
         return {}, {}
-    gradients = [gradient(net, name, loss) for name in names]
+    gradients = [part_gradient(net, name, loss) for name in names]
     net.zero_grad()
     shared = [row for row in zip(*gradients, strict=True) if _reached_by_all(row)]  # by parameter, then by part
 
     def product(i: int, j: int) -> float:
-        return math.fsum(whole((row[i] * row[j]).sum()).item() for row in shared)  # of a sharded tensor all shards'
+        return math.fsum(full_tensor((row[i] * row[j]).sum()).item() for row in shared)  # the sum over all shards
 
     norms = [math.sqrt(product(i, i)) for i in range(len(names))]
     cosines: dict[str, float] = {}
@@ -261,10 +271,10 @@ def compare_gradients(
 
 def _reached_by_all(gradients: Iterable[Tensor | None]) -> bool:
     """Whether each part has a gradient of this parameter that is not 0. Every rank must call it."""
-    return all(g is not None and bool(whole(g.abs().sum())) for g in gradients)
+    return all(g is not None and bool(full_tensor(g.abs().sum())) for g in gradients)
 
 
-def gradient(net: nn.Module, part: str, loss: Callable[[], Terms]) -> Gradient:
+def part_gradient(net: nn.Module, part: str, loss: Callable[[], Terms]) -> Gradient:
     """The gradient of the mean of one part of a loss, averaged over ranks by the net's wrapper."""
     net.zero_grad()
     terms = loss()

@@ -1,4 +1,7 @@
-"""How to train, as a value: `Train`, the field `train` of a run, with the defaults of the paper where it has any."""
+"""How to train, as a value: `Train`, the field `train` of a run, with the defaults of the paper where it has any.
+
+Its methods say which learning rate a step has, and after which steps something is due.
+"""
 
 from typing import Literal
 
@@ -16,7 +19,7 @@ Compile = Literal["none", "blocks", "loss"]
 
 
 class Train(Spec):
-    """How to train. Fields marked free or `changes` may change when a run is resumed; `changes` are noted."""
+    """How to train. Fields marked FREE, MACHINE or CHANGES may change when a run is resumed; CHANGES are noted."""
 
     # Optimizer steps in total; schedules stretch with it.
     steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
@@ -35,13 +38,13 @@ class Train(Spec):
     coupling: Coupling | None = None
     # Rows of a pass on a rank, to save memory; None: all of a rank's. Changes rounding only.
     micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=MACHINE)
-    # Ranks that hold one copy of weights, averages and optimizer between them, to save memory: 1: each its own copy
-    # (replicated); all ranks: each a part (sharded); between: copies by groups (hybrid). Of fewer ranks, all.
+    # The number of ranks that hold one replica of weights, averages and optimizer between them, to save memory. 1: each
+    # rank has a replica; all ranks: each has a shard; between: a replica per group. With fewer ranks: all of them.
     share: int = Field(default=1, ge=1, json_schema_extra=MACHINE)
     # Free gathered weights after each pass and gather them again: less memory, more communication.
     reshard: bool = Field(default=False, json_schema_extra=MACHINE)
     optimizer: Optimizer = AdamW()
-    # How trained weights are kept: bfloat16 takes half, is rounded at random, by adamw8bit, and is for precision bf16.
+    # The type of trained weights. bfloat16 takes half the memory and needs precision bf16; adamw8bit rounds at random.
     weights: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=QUIET)
     schedule: LearningRateSchedule = Field(default=Constant(), json_schema_extra=CHANGES)
     ema: tuple[Average, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
@@ -58,16 +61,17 @@ class Train(Spec):
     # Steps after which samples are drawn into sheets/; a number n: after every n-th.
     sheets: PositiveInt | tuple[PositiveInt, ...] = Field(default=(), json_schema_extra=MACHINE)
     save_every: int = Field(default=1000, ge=1, json_schema_extra=MACHINE)  # steps
-    # Minutes after which a checkpoint is saved, too: what a sudden stop costs at most. None: by steps alone.
+    # Minutes after which a checkpoint is saved, too: the most that a sudden stop can lose. None: by steps alone.
     save_minutes: float | None = Field(default=10.0, gt=0, json_schema_extra=MACHINE)
     keep: int = Field(default=2, ge=1, json_schema_extra=MACHINE)  # checkpoints; and the last good one, if none is
-    max_skips: int = Field(default=3, ge=1, json_schema_extra=MACHINE)  # steps in a row that are not finite: it stops
+    # Training stops after this many steps in a row whose loss or gradient is not finite.
+    max_skips: int = Field(default=3, ge=1, json_schema_extra=MACHINE)
     milestones: tuple[NonNegativeInt, ...] = Field(default=(), json_schema_extra=MACHINE)  # steps whose weights stay
-    # Averages by a power are kept after every n-th step and the last; `dumo average` makes others of them.
+    # Averages by a power are written after every n-th step and the last; `dumo average` makes other widths of them.
     snapshots: int | None = Field(default=None, ge=1, json_schema_extra=MACHINE)
 
     @model_validator(mode="after")
-    def _fits(self) -> "Train":
+    def _require_fit(self) -> "Train":
         keys = [ema.key for ema in self.ema]
         if len({*keys}) < len(keys):
             raise ValueError(f"ema has an average twice: {keys}")
@@ -82,26 +86,28 @@ class Train(Spec):
         return self
 
     def factor(self, step: int, timing: Timing | None = None) -> float:
-        """The factor of the learning rate for the update after `step` done ones; at a `timing`, where there is one."""
+        """The factor of the learning rate for the update after `step` steps; by the `timing`, where there is one."""
         if timing is None:
             return self.schedule(step, self.steps)
         return timing.factor(self.schedule, self.steps)
 
     def rate(self, step: int, timing: Timing | None = None) -> float:
-        """The learning rate of the update after `step` done ones; at a `timing`, where there is one."""
+        """The learning rate of the update after `step` steps; by the `timing`, where there is one."""
         return self.optimizer.lr * self.factor(step, timing)
 
     @property
     def first_saved_step(self) -> int:
-        """The first step that is saved by its number."""
+        """The first step after which a checkpoint is saved, whatever the clock says."""
         if self.minutes is not None:  # it is not known which step is the last
             return self.save_every
         return min(self.save_every, self.steps)
 
     def had_other_rates(self, steps: int, done: int) -> bool:
         """Whether a schedule over `steps` steps would have given the `done` steps so far other rates than this one."""
-        compared = (done // 2, done - 1)
-        return done > 0 and any(self.schedule(step, self.steps) != self.schedule(step, steps) for step in compared)
+        compared_steps = (done // 2, done - 1)
+        return done > 0 and any(
+            self.schedule(step, self.steps) != self.schedule(step, steps) for step in compared_steps
+        )
 
     @property
     def copies(self) -> float:
@@ -114,7 +120,7 @@ class Train(Spec):
         return self.probe_every > 0 and (step + 1) % self.probe_every == 0
 
     def is_snapshot_due(self, step: int, *, is_last: bool) -> bool:
-        """Whether averages by a power are kept after this step; `is_last`: no step is left."""
+        """Whether averages by a power are written after this step; `is_last`: no step is left."""
         if not self.snapshots or not step:
             return False
         return step % self.snapshots == 0 or is_last

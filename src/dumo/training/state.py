@@ -1,7 +1,7 @@
 """All that training changes: what a checkpoint holds, and a resumed run needs.
 
 `begin` makes the `State` before the first step; `dumo.training.step` changes it; `dumo.training.checkpoint` saves and
-restores it, the optimizer's part by `flatten` and `by_parameter_index`.
+restores it, the optimizer's part by `flat_optimizer_state` and `by_parameter_index`.
 
 The trend of the error is part of it. A loss may be weighted by its own size, and is then constant or of any sign; its
 parts are mean squares. Their sum over a batch is the error e of a step, and the level a running geometric mean of it,
@@ -27,14 +27,15 @@ from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
 from dumo.training.burst import GradientNorms, parameters_by_module
 from dumo.training.deadline import Timing
-from dumo.training.ema import Key, MovingAverage
+from dumo.training.ema import AverageKey, MovingAverage
 from dumo.training.optim import has_8bit_codes
 from dumo.training.spec import Train
 from dumo.types import UserError
 
-DECAY = 0.95  # d: ours
-FAR = 10.0  # times the lowest level: ours; guidance, growing targets and noise move it less
-LEAST = 1e-12  # errors below it count as LEAST, for their logarithms would say nothing: ours
+# all ours
+DECAY = 0.95  # d
+FAR = 10.0  # times the lowest level: guidance, growing targets and noise move it less
+LEAST_ERROR = 1e-12  # smaller errors count as this one, because their logarithms would say nothing
 
 
 class Diverged(RuntimeError):  # noqa: N818, a state of the run
@@ -53,13 +54,13 @@ class Trend(BaseModel):
         """The trend after one more step, of this error >= 0; unchanged if the error is not finite."""
         if not isfinite(error):  # a part that is only logged may be so
             return self
-        error = max(error, LEAST)
+        error = max(error, LEAST_ERROR)
         level = error if self.level is None else exp(DECAY * log(self.level) + (1 - DECAY) * log(error))
         lowest = level if self.lowest is None else min(level, self.lowest)
         return Trend(level=level, lowest=lowest)
 
     @property
-    def good(self) -> bool:
+    def is_good(self) -> bool:
         """Whether the level is within FAR of the lowest."""
         return self.level is None or self.lowest is None or self.level <= FAR * self.lowest
 
@@ -70,7 +71,7 @@ class State:
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
-    averages: dict[Key, MovingAverage] = field(default_factory=dict[Key, MovingAverage])
+    averages: dict[AverageKey, MovingAverage] = field(default_factory=dict[AverageKey, MovingAverage])
     step: int = 0  # steps done, skipped ones included
     images: int = 0  # images seen, repeats counted
     skips: int = 0  # skipped steps in a row, up to now
@@ -88,12 +89,12 @@ class State:
         return self.step / train.steps if self.timing is None else self.timing.progress
 
     @cached_property
-    def modules(self) -> dict[str, list[nn.Parameter]]:
+    def module_parameters(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters by top module (`burst.parameters_by_module`)."""
         return parameters_by_module(self.net)
 
     @property
-    def shown(self) -> nn.Module:
+    def sampled_net(self) -> nn.Module:
         """The net that is sampled and evaluated: the first average, or the net itself without one."""
         return next((average.module for average in self.averages.values()), self.net)
 
@@ -126,7 +127,7 @@ def begin(
         weights,
         reshard=spec.reshard,
         restored=restored,
-        half=spec.weights == "bfloat16",
+        in_bfloat16=spec.weights == "bfloat16",
     )
     optimizer = spec.optimizer(net)
     if has_8bit_codes(optimizer):
@@ -134,7 +135,7 @@ def begin(
     return State(net, optimizer, averages, frozen=frozen_digest)
 
 
-def flatten(state: State) -> dict[str, Tensor]:
+def flat_optimizer_state(state: State) -> dict[str, Tensor]:
     """The optimizer's state by `<its key>.<parameter name>`, such as exp_avg.blocks.0.bias.
 
     A parameter that never had a gradient has none.

@@ -1,9 +1,15 @@
 """One optimizer step: `train_step` makes it and returns its `Record`.
 
-Its order: loss and backward pass of each micro-batch; what was measured, over all ranks, in one table; clipping; then
-optimizer and averages. A step whose loss or gradient is not finite is skipped on all ranks (`dumo.training.record`).
-Who trains makes ahead what a step takes: `flow_of` the net with its objective, `draws_of` the random numbers, `pieces`
-this rank's rows.
+The order of a step:
+
+1. Loss and backward pass of each micro-batch (`MicroBatches`), whose gradients add up.
+2. `measure` reduces what was measured over ranks. A step whose loss or gradient is not finite is skipped on all ranks
+   (`dumo.training.record`). Else gradients are clipped.
+3. `advance` counts the step and updates weights and averages.
+4. Some steps are probed.
+
+The caller makes ahead what a step takes: `flow_of` joins net and objective, `draws_of` draws random numbers, and
+`passes_of_rank` says which rows of the batch this rank takes.
 
 The gradient is that of the mean loss over the global batch. A batch is split over ranks, and a rank's rows over its
 passes, in micro-batches of consecutive rows, of nearly equal size, equally many on every rank. A micro-batch adds the
@@ -29,7 +35,6 @@ from dumo.training.burst import new_bursts
 from dumo.training.deadline import Timing
 from dumo.training.record import Probe, Record, measure, probe_net, skip_reason
 from dumo.training.spec import Train
-from dumo.training.state import Diverged as Diverged
 from dumo.training.state import State
 from dumo.types import Noised, Objective, Taught, Terms, Time, UserError
 from dumo.types.rows import to_device
@@ -70,7 +75,7 @@ def rows_kept_together(spec: Train, objective: Objective) -> int:
     return lcm(objective.times.group, objective.needs.group, spec.coupling.group if spec.coupling else 1)
 
 
-def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
+def split_into_passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
     """Split a step's batch into passes: for each rank, the rows of the global batch that each of its passes takes.
 
     A pass has at most `train.micro_batch` rows (None: all of a rank's), and never parts rows that belong together.
@@ -79,7 +84,7 @@ def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
     """
     batch = spec.batch
     micro_batch = spec.micro_batch
-    group = rows_kept_together(spec, objective)
+    group = rows_kept_together(spec, objective)  # rows
     if batch % group:
         raise UserError(f"train.batch = {batch} is no multiple of {group}, the rows that belong together: change it")
     if micro_batch is not None and micro_batch < group:
@@ -102,7 +107,7 @@ def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
 
 
 def span(rows: list[slice]) -> slice:
-    """All rows of a rank, given those of its passes."""
+    """All rows of a rank as one slice, given those of its passes, which are neighbours."""
     return slice(rows[0].start, rows[-1].stop)
 
 
@@ -119,12 +124,15 @@ def train_step(
 ) -> Record:
     """Make one step: update net, optimizer, averages and counters of `state`, and return what was measured.
 
-    `flow` is of this net (`flow_of`); `batch` is this rank's rows of the global one; `loss` the objective's, or a
-    compiled one; `draws` the step's random numbers from `draws_of`, or None to draw them here. If the spec says so, the
-    last micro-batch is probed after the update.
-    Every rank must call it; `due` on rank 0 says that it is time for a checkpoint, and `timing` how far a run is that
-    ends by the clock: the record passes both on to all.
-    A step whose loss or gradient norm is not finite is counted and not applied, and the record says why.
+    - `flow`: of this net (`flow_of`)
+    - `batch`: this rank's rows of the global one
+    - `loss`: the objective's, or a compiled one; None: the objective's
+    - `draws`: the step's random numbers (`draws_of`); None: they are drawn here
+    - `due`: whether it is time for a checkpoint, and `timing`: how far a run is that ends by the clock. Rank 0's count,
+      and the record passes both on to all ranks.
+
+    Every rank must call it. A step whose loss or gradient norm is not finite is counted and not applied, and the record
+    says why.
     """
     micro_batches = MicroBatches(state, flow, batch, spec, loss, draws)
     times: list[Time] = []
@@ -134,7 +142,8 @@ def train_step(
     state.net.train()
     state.optimizer.zero_grad()
     for rows in micro_batches.row_slices:
-        layout.prepare_backward(state.net, rows is micro_batches.row_slices[-1], reshard=spec.reshard)
+        is_last = rows is micro_batches.row_slices[-1]
+        layout.prepare_backward(state.net, is_last, reshard=spec.reshard)
         b = micro_batches.draw(rows)
         terms = micro_batches.loss_of(b, rows)
         (terms.loss.sum() / (spec.batch / dist.world())).backward()  # torch takes the mean over ranks
@@ -145,10 +154,10 @@ def train_step(
     parameters = list(state.net.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     t = torch.cat(times)
-    terms = joined(terms_by_pass)
+    terms = join_terms(terms_by_pass)
     lr = spec.rate(state.step, state.timing)
     is_probed = spec.is_probe_due(state.step)
-    record = measure(state, t, terms, layout.whole(norm), images=spec.batch, lr=lr, due=due, timing=timing)
+    record = measure(state, t, terms, layout.full_tensor(norm), images=spec.batch, lr=lr, due=due, timing=timing)
     if not record.is_finite:
         record = replace(record, skipped=skip_reason(record, t, micro_batches.c, terms))
     elif spec.clip is not None:
@@ -163,7 +172,7 @@ def train_step(
 
 
 class MicroBatches:
-    """A rank's rows of a batch, in micro-batches; draws are keyed by the step at which it was made."""
+    """A rank's rows of a batch, in micro-batches. Random numbers are keyed by the step at which it was made."""
 
     def __init__(
         self,
@@ -175,7 +184,7 @@ class MicroBatches:
         draws: Draws | None = None,
     ) -> None:
         """Take the step's random numbers, or draw them. Raises ValueError for other rows than this rank's."""
-        self.row_slices = pieces(spec, flow.objective)
+        self.row_slices = passes_of_rank(spec, flow.objective)
         rank_rows = span(self.row_slices)
         self.first_row = rank_rows.start
         self.x, self.c, *paired = batch
@@ -224,16 +233,16 @@ class MicroBatches:
 
 def draws_of(flow: Flow, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:
     """This rank's random numbers for the step after `step` done ones, for samples of this shape."""
-    rows = span(pieces(spec, flow.objective))
+    rows = span(passes_of_rank(spec, flow.objective))
     return flow.make_draws(step, shape, batch=spec.batch, rows=rows, z=z)
 
 
-def pieces(spec: Train, objective: Objective) -> list[slice]:
-    """The rows of the global batch that this rank takes, pass by pass. Raises UserError as `passes`."""
-    return passes(spec, objective, dist.world())[dist.rank()]
+def passes_of_rank(spec: Train, objective: Objective) -> list[slice]:
+    """The rows of the global batch that this rank takes, pass by pass. Raises UserError as `split_into_passes`."""
+    return split_into_passes(spec, objective, dist.world())[dist.rank()]
 
 
-def joined(terms: Sequence[Terms]) -> Terms:
+def join_terms(terms: Sequence[Terms]) -> Terms:
     """The terms of all micro-batches as those of the whole batch."""
     first = terms[0]
     return Terms(

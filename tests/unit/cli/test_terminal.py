@@ -13,7 +13,7 @@ from dumo.cli.terminal import MEMORY_FIX, err, explain, memory_hint, out, show_l
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import bar, print_line
 from dumo.runtime.text import escape_controls, escape_line
-from dumo.training.step import Diverged
+from dumo.training.state import Diverged
 from dumo.types import UserError
 
 NAME = "a\x1b[31mb\x07c\x9b2Jd\re\u202ef\udc80"

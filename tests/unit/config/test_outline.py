@@ -44,7 +44,7 @@ def test_a_field_or_kind_that_was_added_leaves_all_to_the_specs(declared: str, i
     [
         ("runtime/limits.py", "STEPS = 10**9", "STEPS = 10**10", False),
         ("flow/precision.py", 'Literal["fp32", ', 'Literal["fp32", "fp16", ', False),
-        ("training/deadline.py", "RISE = 0.05", "RISE = 0.06", True),
+        ("training/deadline.py", "RISE_SHARE = 0.05", "RISE_SHARE = 0.06", True),
     ],
 )
 def test_so_does_a_bound_or_a_choice_that_a_field_names(

@@ -56,7 +56,7 @@ def test_every_head_begins_as_the_model(folder: Saved, name: str) -> None:
     spec, (x, c, _) = folder(name), batch()
     index = torch.tensor([999, 421])
     net, table = built(spec), scheduler(name, spec)
-    frame = net.frame
+    frame = net.diffusion
     assert frame is not None
     t = torch.as_tensor(frame.schedule.times[index.numpy()] / frame.schedule.last_time).float()
     bars = table.alphas_cumprod[index].view(-1, 1, 1, 1)
@@ -122,8 +122,8 @@ def gradient(net: Dualized, slope: Slope) -> dict[str, Tensor]:
 def loss(net: Dualized, objective: DuMo) -> Tensor:
     """That of a step."""
     x, c, _ = batch(4)
-    assert net.frame is not None
-    path = Diffusion(schedule=net.frame.schedule)
+    assert net.diffusion is not None
+    path = Diffusion(schedule=net.diffusion.schedule)
     record = draw(objective, path, x, c, torch.full_like(c, CLASSES), seed=0, step=0)
     return objective.loss(net.train(), Frozen(net), record).loss.mean()
 
@@ -239,8 +239,8 @@ def test_a_unet_is_counted_by_the_first_blocks_of_its_transformers(
     config: dict[str, Any] = {**row.config, "transformer_layers_per_block": [*layers], **more}
     diffusers.UNet2DConditionModel.from_config(config).save_pretrained(spec.pipeline.folder)
     net = built(spec, lora=lora)
-    assert net.frame is not None
-    path = Diffusion(schedule=net.frame.schedule)
+    assert net.diffusion is not None
+    path = Diffusion(schedule=net.diffusion.schedule)
     objective = DuMo(slope=DualSlope())
     counts: list[tuple[float, cost.StepCost]] = []
     for few in (1, 1000):
@@ -278,8 +278,8 @@ def test_so_are_its_bytes(
     config: dict[str, Any] = {**row.config, "transformer_layers_per_block": [*layers], **more}
     diffusers.UNet2DConditionModel.from_config(config).save_pretrained(spec.pipeline.folder)
     net = built(spec.model_copy(update={"checkpoint": checkpoint}), lora=lora)
-    assert net.frame is not None
-    path = Diffusion(schedule=net.frame.schedule)
+    assert net.diffusion is not None
+    path = Diffusion(schedule=net.diffusion.schedule)
     objective = DuMo(slope=DualSlope())
     followed: list[int] = []
     follow_step = memory._follow_step

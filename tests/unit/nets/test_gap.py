@@ -47,7 +47,7 @@ def moved(net: Dualized) -> Dualized:
 def gradient(net: Dualized, objective: Objective) -> dict[str, Tensor]:
     """Of every parameter that has one, by a step."""
     x, c, _ = batch(4)
-    path = Diffusion(schedule=net.frame.schedule) if net.frame else Linear()
+    path = Diffusion(schedule=net.diffusion.schedule) if net.diffusion else Linear()
     record = draw(objective, path, x, c, torch.full_like(c, CLASSES), seed=0, step=0)
     objective.loss(net.train(), Frozen(net), record).loss.mean().backward()
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}

@@ -48,7 +48,7 @@ def test_rows_are_those_of_a_table_whatever_surrounds_the_call(name: str, tmp_pa
         assert pooled is None or (whole is not None and torch.equal(pooled[i], whole[0]))
     if name == "Z-Image":  # which reads captions by their lengths
         assert live.lengths(c) == tabled.lengths(c) == tuple(map(len, (text[0][there[0]] for text, there, _ in wanted)))
-    assert (live.width, live.pooled_width, live.masked) == (tabled.width, tabled.pooled_width, tabled.masked)
+    assert (live.width, live.pooled_width, live.has_mask) == (tabled.width, tabled.pooled_width, tabled.has_mask)
 
 
 def test_prompts_come_and_go_and_few_rows_are_kept(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dumo.nets.lowbit import (
     decode,
     encode,
     import_bitsandbytes,
-    num_weights_coded_away,
+    num_unstored_weights,
     quantise,
 )
 from dumo.training.frozen import digest
@@ -182,11 +182,11 @@ def test_layers_of_blocks_are_coded_and_counted_as_what_they_stand_for(coding: C
     quantise(net, [net.get_submodule("block")], (), coding)
     kinds = [type(net.get_submodule(path)) is CodedLinear for path in ("first", "block.0", "block.1")]
     assert kinds == [False, True, coding == "int8"]
-    assert sum(p.numel() for p in net.parameters()) + num_weights_coded_away(net) == before
+    assert sum(p.numel() for p in net.parameters()) + num_unstored_weights(net) == before
     assert {p.dtype for p in net.parameters()} <= {torch.float32, torch.uint8, torch.int8}
     left = blocks()
     quantise(left, [left.get_submodule("block")], ["block"], coding)
-    assert not num_weights_coded_away(left)
+    assert not num_unstored_weights(left)
     with torch.device("meta"):
         outline = nn.ModuleDict({"block": nn.Sequential(nn.Linear(96, 40))})
         quantise(outline, [outline["block"]], (), coding)

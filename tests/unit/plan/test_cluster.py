@@ -10,7 +10,7 @@ from dumo.config.spec import Run
 from dumo.plan import cluster, plan
 from dumo.run import memory
 from dumo.run.net import outline
-from dumo.training.optim import matrices
+from dumo.training.optim import block_matrices
 from dumo.types import UserError
 from unit.run.adapted import freeze
 
@@ -92,7 +92,7 @@ def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.RankStep
 
 def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.RankStep]) -> None:
     spec = small("train.share=8", "train.optimizer.kind=muon")
-    step, found = counted(spec), matrices(outline(spec))
+    step, found = counted(spec), block_matrices(outline(spec))
     assert step.calls["all-gather"] == steps["passes"].calls["all-gather"] + len(found)
     more = step.sent["all-gather"] - steps["passes"].sent["all-gather"]
     assert more == sum(p.nbytes for p in found)

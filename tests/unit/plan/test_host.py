@@ -17,7 +17,7 @@ from dumo.plan.host import PROCESS, host_bytes
 from dumo.run import memory
 from dumo.run.net import outline
 from dumo.training import layout
-from dumo.training.frozen import copied
+from dumo.training.frozen import copy_net
 
 
 def planned(ranks: int, device: str, *fields: str) -> dict[str, int]:
@@ -114,11 +114,11 @@ def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once
     wanted: dict[str, Any] = {name: p.nbytes for name, p in net.named_parameters()}
     assert sum(p.numel() for p in net.parameters()) > 20e9
     with fake_ranks(8):
-        mesh, copy = layout.mesh_of(8, torch.device("cpu")), copied(net).requires_grad_(False)
+        mesh, copy = layout.mesh_of(8, torch.device("cpu")), copy_net(net).requires_grad_(False)
         monkeypatch.setattr(layout, "replace_parameters", put)
         with Traffic() as sent:
             layout.shard(net, mesh, [copy], weights, reshard=False)
-        parts = [layout.local(p) for p in net.parameters()]
+        parts = [layout.local_tensor(p) for p in net.parameters()]
     assert not sent.calls
     assert made == wanted
     assert not any(x.is_meta for x in parts)

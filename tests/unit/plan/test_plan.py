@@ -27,7 +27,7 @@ from dumo.run.net import outline
 from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.runtime.stopwatch import WARM_UP
-from dumo.training.frozen import trained
+from dumo.training.frozen import trained_state_dict
 from dumo.types import Objective, UserError
 from e2e.shell import call, refused, sets
 from recipe import recipe
@@ -201,7 +201,7 @@ def test_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, part: 
     own = (value for entry in state.optimizer.state.values() for value in entry.values())
     held = {x.data_ptr(): x.nbytes for net in modules for x in (*net.parameters(), *net.buffers())}
     assert (counted.weights, counted.averages) == (weights, sum(held.values()) - weights)
-    assert counted.averages == 2 * sum(x.nbytes for x in trained(state.net).values())
+    assert counted.averages == 2 * sum(x.nbytes for x in trained_state_dict(state.net).values())
     assert counted.gradients == sum(p.grad.nbytes for p in state.net.parameters() if p.grad is not None)
     assert counted.optimizer == sum(value.nbytes for value in own)
 
@@ -269,13 +269,13 @@ def test_a_rehearsal_is_the_first_step_of_training() -> None:
     assert record.lr == spec.train.optimizer.lr / 10
     assert min(made.pass_seconds, made.update_seconds) > 0
     moved = 0
-    for old, new, mean in zip(before.parameters(), state.net.parameters(), state.shown.parameters(), strict=True):
+    for old, new, mean in zip(before.parameters(), state.net.parameters(), state.sampled_net.parameters(), strict=True):
         assert torch.allclose(mean, 0.75 * old + 0.25 * new, atol=1e-7)
         change = (new - old).abs().max().item()
         assert change == pytest.approx(record.lr, rel=1e-2) or change <= record.lr  # Adam's first step is the rate
         moved += change > 0
     assert moved
-    for old, mean in zip(before.parameters(), state.shown.parameters(), strict=True):
+    for old, mean in zip(before.parameters(), state.sampled_net.parameters(), strict=True):
         moved -= bool((mean != old).any())
     assert moved == 0
 

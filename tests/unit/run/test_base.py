@@ -47,11 +47,11 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     train(tiny("moons", *more, "train.steps=2"), tmp_path / "run")
     again = train(tiny("moons", *more), tmp_path / "run")
     assert same(whole.net, again.net)
-    assert same(whole.shown, again.shown)
+    assert same(whole.sampled_net, again.sampled_net)
     files = [*(tmp_path / "run").glob("checkpoints/*/[en]*.safetensors"), *(tmp_path / "run").glob("milestones/*")]
     assert len(files) == 5
     assert all(load_file(file).keys() == {"adapter.weight", "adapter.bias"} for file in files)
-    assert same(whole.shown, open_run(str(tmp_path / "run"), device="cpu").net)
+    assert same(whole.sampled_net, open_run(str(tmp_path / "run"), device="cpu").net)
 
     adapt(monkeypatch, source=1)
     with pytest.raises(UserError, match="run was trained on other frozen weights"):
@@ -66,7 +66,7 @@ def test_a_start_from_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_p
     known = train(tiny("moons"), tmp_path / "known")
     net, made = init_from(tiny("moons"), Start(source=str(tmp_path / "known")))
     begun = made.fill(net)
-    assert same(begun, known.shown)
+    assert same(begun, known.sampled_net)
 
 
 @pytest.mark.slow

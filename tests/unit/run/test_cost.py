@@ -304,10 +304,10 @@ def test_blocks_that_differ_are_all_run_and_so_are_those_that_something_outweigh
 def test_two_stretches_are_told_by_their_first_blocks_unless_one_weighs_more_by_the_other() -> None:
     net, seen = ghost(DuMo(), depth=2 * few.MAX_BLOCKS_RUN), list[tuple[int, int]]()
     for block in net.blocks[few.MAX_BLOCKS_RUN :]:  # pyright: ignore
-        block.routed = True
+        block.is_routed = True
 
     def count(net: nn.Module, of: Callable[[int, int], int]) -> int:
-        routed = sum(getattr(block, "routed", False) for block in net.blocks)  # pyright: ignore
+        routed = sum(getattr(block, "is_routed", False) for block in net.blocks)  # pyright: ignore
         seen.append((len(net.blocks) - routed, routed))  # pyright: ignore
         return of(*seen[-1])
 

@@ -189,13 +189,13 @@ def test_a_first_checkpoint_comes_early_and_room_is_left_for_the_last(
 ) -> None:
     from dumo.training import checkpoint
 
-    put = checkpoint.put
+    put = checkpoint.save_copy
 
     def slow(*given: object) -> Path:
         clock.now += 8
         return put(*given)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(checkpoint, "put", slow)
+    monkeypatch.setattr(checkpoint, "save_copy", slow)
     began = clock.now
     _, _, state = train(tmp_path / "run", clock, tiny("moons", *TIMED, "train.keep=9"))
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())

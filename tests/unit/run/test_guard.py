@@ -393,9 +393,9 @@ def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> No
 @pytest.mark.nightly
 def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Path, fate: Fate) -> None:
     """A stop waits for it, and what goes on from it is the undisturbed run."""
-    behind, put, append, every = Event(), checkpoint.put, log.append, "train.log_every=1"
+    behind, put, append, every = Event(), checkpoint.save_copy, log.append, "train.log_every=1"
 
-    def slow(checkpoints: Checkpoints, copy: checkpoint.Copy, keep: int) -> Path:
+    def slow(checkpoints: Checkpoints, copy: checkpoint.CheckpointCopy, keep: int) -> Path:
         assert behind.wait(30)
         return put(checkpoints, copy, keep)
 
@@ -406,7 +406,11 @@ def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Pat
 
     folder, said = tmp_path / "run", list[str]()
     fate.comes(last=3)
-    with patch.object(checkpoint, "put", slow), patch.object(log, "append", logged), pytest.raises(signals.Stopped):
+    with (
+        patch.object(checkpoint, "save_copy", slow),
+        patch.object(log, "append", logged),
+        pytest.raises(signals.Stopped),
+    ):
         train(tiny(every), folder)
     assert steps(folder) == [2, 3]
     shutil.rmtree(folder / "checkpoints/step-00000003")
@@ -422,7 +426,7 @@ def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> N
     """Though no checkpoint is due at it."""
     failed, done = Event(), list[int]()
 
-    def put(checkpoints: Checkpoints, copy: checkpoint.Copy, keep: int) -> Path:
+    def put(checkpoints: Checkpoints, copy: checkpoint.CheckpointCopy, keep: int) -> Path:
         failed.set()
         raise UserError("the disk is full")
 
@@ -432,7 +436,7 @@ def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> N
             assert failed.wait(30)
             time.sleep(0.1)
 
-    with patch.object(checkpoint, "put", put), pytest.raises(UserError, match="the disk is full"):
+    with patch.object(checkpoint, "save_copy", put), pytest.raises(UserError, match="the disk is full"):
         train(tiny("train.save_every=4"), tmp_path / "run", hooks=[loop.Every(1, pass_by)])
     assert done == [1, 2, 3, 4]
 
@@ -442,7 +446,7 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
     """The log of both goes on after the step of the first checkpoint."""
     folder, told, stopped = tmp_path / "run", list[str](), Event()
 
-    def put(checkpoints: Checkpoints, copy: checkpoint.Copy, keep: int) -> Path:
+    def put(checkpoints: Checkpoints, copy: checkpoint.CheckpointCopy, keep: int) -> Path:
         assert stopped.wait(30)
         raise UserError("the disk is full")
 
@@ -451,7 +455,7 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
             stopped.set()
 
     late = ("train.save_every=4", "train.log_every=1")
-    with patch.object(checkpoint, "put", put), pytest.raises(UserError, match="the disk is full"):
+    with patch.object(checkpoint, "save_copy", put), pytest.raises(UserError, match="the disk is full"):
         train(tiny(*late), folder, hooks=[loop.Every(1, stop)])
     left = shutil.copytree(folder, tmp_path / "left")
     train(tiny(*late), folder, tell=told.append)
@@ -562,18 +566,18 @@ def test_another_disk_of_a_run_that_goes_away_ends_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where that comes to light while a file is written there."""
-    disk, put = tmp_path / "disk", checkpoint.put
+    disk, put = tmp_path / "disk", checkpoint.save_copy
     (run / "checkpoints").rename(disk)
     (run / "checkpoints").symlink_to(disk)
     monkeypatch.setattr(folders, "is_on_other_disk", lambda place, folder: place.name == "checkpoints")
 
-    def go_away(checkpoints: Checkpoints, copy: checkpoint.Copy, keep: int) -> Path:
+    def go_away(checkpoints: Checkpoints, copy: checkpoint.CheckpointCopy, keep: int) -> Path:
         made = put(checkpoints, copy, keep)
         disk.rename(tmp_path / "kept")
         (run / "checkpoints" / made.name / "late").write_bytes(b"")
         return made
 
-    monkeypatch.setattr(checkpoint, "put", go_away)
+    monkeypatch.setattr(checkpoint, "save_copy", go_away)
     with pytest.raises(UserError, match=r"run/checkpoints was removed, renamed or unmounted during training"):
         train(tiny("train.steps=9"), run)
     assert not disk.exists()
@@ -589,7 +593,7 @@ def wait_for_checkpoint(checkpoint: Path) -> None:
 
 def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As beside a training that keeps one."""
-    places, own, calls = run / "checkpoints", checkpoint.part, list[Path]()
+    places, own, calls = run / "checkpoints", checkpoint.part_path, list[Path]()
     (places / "step-00000008").rename(run / "newer")
 
     def part(last: Path, name: str) -> Path:
@@ -599,7 +603,7 @@ def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.
         calls.append(last)
         return own(last, name)
 
-    monkeypatch.setattr(checkpoint, "part", part)
+    monkeypatch.setattr(checkpoint, "part_path", part)
     opened = open_run(str(run))
     assert (opened.step, len(calls)) == (8, 2)
     whole = digest.of_file(opened.file)

@@ -53,7 +53,7 @@ def test_a_card_and_its_file_are_the_same_but_for_the_place(runs: dict[str, Path
         run = shutil.copytree(folder, tmp_path / kind)
         reports = [evaluate(opened(run))]
         for name in ("ema-0.5", "net"):
-            weights_file = checkpoint.part(run / "checkpoints/step-00000004", name)
+            weights_file = checkpoint.part_path(run / "checkpoints/step-00000004", name)
             reports.append(evaluate(open_run(str(run), weights=str(weights_file), device="cpu")))
         found[kind] = (
             sorted(path.name for path in run.glob("*.json")),

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dumo.training import checkpoint
+from dumo.training.checkpoint import CheckpointNotes
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.state import State
 
@@ -17,6 +18,11 @@ def latest(folder: Path, parts: Collection[str] | None = None, *, together: bool
 def fault(place: Path, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
     """What is wrong with a checkpoint."""
     return Checkpoint(place).fault(parts, together=together)
+
+
+def save(folder: Path, state: State, keep: int, notes: CheckpointNotes | None = None) -> Path:
+    """Write the checkpoint of a state's step into a folder."""
+    return checkpoint.save_copy(Checkpoints(folder), checkpoint.copy(state, notes or CheckpointNotes(), {}), keep)
 
 
 def restore(place: Path, state: State) -> None:

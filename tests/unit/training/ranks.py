@@ -22,17 +22,17 @@ from torch.distributed.fsdp import fully_shard
 from dumo.flow.path import Linear
 from dumo.runtime import dist, signals
 from dumo.training import agreement
-from dumo.training.checkpoint import Notes, copy, mark, save
+from dumo.training.checkpoint import CheckpointNotes, copy, save_milestone
 from dumo.training.ema import MovingAverage
-from dumo.training.layout import local
+from dumo.training.layout import local_tensor
 from dumo.training.optim import AdamW
 from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
-from dumo.training.step import flow_of, pieces, span, train_step
+from dumo.training.step import flow_of, passes_of_rank, span, train_step
 from dumo.types import Frozen, Net, Noised, Terms, UserError
 from meeting import leave, met
-from unit.training.by_path import fault, latest, restore, restore_last_finite
+from unit.training.by_path import fault, latest, restore, restore_last_finite, save
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, tensors
 
 SHARES = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}  # ranks that hold one copy of the weights, by world
@@ -71,7 +71,7 @@ def moved(state: State) -> State:
 @torch.no_grad()
 def passed(state: State) -> None:
     """A pass without a gradient, after which each rank still has all weights."""
-    for net in (state.net, state.shown):
+    for net in (state.net, state.sampled_net):
         net(torch.ones(2, 2, dtype=torch.float64), torch.tensor([0, 1]), t=torch.ones(2))
 
 
@@ -100,10 +100,10 @@ def two(folder: Path) -> None:
         (there / ".step-00000009.tmp").mkdir(parents=True, exist_ok=True)
         dist.barrier()
         passed(state)
-        assert save(there, state, 1, Notes("a run" if dist.is_main() else "")) == there / "step-00000002"
+        assert save(there, state, 1, CheckpointNotes("a run" if dist.is_main() else "")) == there / "step-00000002"
         shared_out(state)
         whole = tensors(state)
-        mark(folder / f"milestones-{share}", state)
+        save_milestone(folder / f"milestones-{share}", state)
         if dist.is_main():
             safetensors.torch.save_file(whole, folder / f"share-{share}.safetensors")
         guarded(share)
@@ -115,7 +115,7 @@ def two(folder: Path) -> None:
 
 def shared_out(state: State) -> None:
     """All ranks together copy what is saved once, each about as much."""
-    taken = copy(state, Notes(), {})
+    taken = copy(state, CheckpointNotes(), {})
     here = sum(x.nbytes for named in taken.tensors.values() for x in named.values())
     each = agreement.gather_results(lambda: here)
     assert sum(each) == taken.size
@@ -135,7 +135,7 @@ class Spoilt(Toy):
 def guarded(share: int) -> None:
     """What is not finite on one rank is skipped on both, and known to both; so is what one was asked."""
     spec, state = Train(steps=20, batch=12, ema=AVERAGES, optimizer=AdamW(lr=1e-2)), built(0, share)
-    rows = span(pieces(spec, Toy()))
+    rows = span(passes_of_rank(spec, Toy()))
 
     def step(objective: Toy, **more: bool) -> Record:
         batch = [part[rows] for part in batches()(state.step)]
@@ -158,7 +158,7 @@ def guarded(share: int) -> None:
 
     with patch.object(signals, "received_signal", signal.SIGUSR1 if dist.rank() else None):
         record = step(Toy(), due=not dist.is_main())
-    assert (record.asked, record.due, record.skipped) == (signal.SIGUSR1, False, None)
+    assert (record.received_signal, record.due, record.skipped) == (signal.SIGUSR1, False, None)
     assert step(Toy(), due=dist.is_main()).due
     assert state.skips == 0
 
@@ -175,7 +175,7 @@ def full(folder: Path, state: State) -> None:
         said = refusal(lambda: save(there, state, 1))
     assert "and the disk has 1e-06 GB free, so the checkpoint of step 3 was not written" in said, said
     with patch("os.fsync", side_effect=no_space if dist.rank() == 0 else None):
-        said = refusal(lambda: mark(there, state))
+        said = refusal(lambda: save_milestone(there, state))
     assert "milestone of step 3" in said, said
     assert [path.name for path in there.iterdir()] == ["step-00000002"]
     state.step = 2
@@ -209,14 +209,14 @@ def fails(folder: Path) -> None:
 
 def unsaved(folder: Path, state: State) -> None:
     """A number that is none, in the part that one rank holds, is not saved by either; and where it is, not loaded."""
-    there, part = folder / "share-2", local(state.net.get_parameter("last.bias").detach())
+    there, part = folder / "share-2", local_tensor(state.net.get_parameter("last.bias").detach())
     was, state.step = part.clone(), 9
     if dist.rank():
         part.view(-1)[-1:] = torch.nan
     with pytest.raises(Diverged, match=r"step 9: net: last.bias is not finite"):
         save(there, state, 1)
     assert [path.name for path in there.iterdir()] == ["step-00000002"]
-    with patch("dumo.training.checkpoint.not_finite", return_value=None):
+    with patch("dumo.training.checkpoint.first_not_finite", return_value=None):
         save(there, state, 2)
     part.copy_(was)
     with pytest.warns(UserWarning, match="step-00000002, before it") if dist.is_main() else nullcontext():

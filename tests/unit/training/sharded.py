@@ -32,5 +32,6 @@ def split(checkpoint: Path, ranks: int) -> None:
 def sign(checkpoint: Path, ranks: int = 1) -> None:
     """Let a checkpoint list the files that it now has."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != manifest.NAME)
-    about = manifest.read(checkpoint).model_copy(update={"files": manifest.listed(checkpoint, files), "ranks": ranks})
+    entries = manifest.file_entries(checkpoint, files)
+    about = manifest.read(checkpoint).model_copy(update={"files": entries, "ranks": ranks})
     manifest.write(checkpoint, about)

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dumo.training.checkpoint import mark, save
+from dumo.training.checkpoint import save_milestone
 from dumo.training.manifest import paths_by_step, rewind
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, Trend, begin
 from dumo.types import UserError
 from forked import python
-from unit.training.by_path import fault, latest, restore, restore_last_finite
+from unit.training.by_path import fault, latest, restore, restore_last_finite, save
 from unit.training.sharded import sign
 from unit.training.toy import AVERAGES, OPTIMIZERS, Small, same, tensors, trained
 
@@ -146,11 +146,10 @@ FILL = """
 import resource, sys
 from pathlib import Path
 from unit.training.toy import Small, run
-from dumo.training.checkpoint import save
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.types import UserError
-from unit.training.by_path import fault, restore_last_finite, latest, restore
+from unit.training.by_path import fault, restore_last_finite, latest, restore, save
 
 folder, spec = Path(sys.argv[1]), Train(steps=3, batch=12)
 state = run(begin(Small(width=64), spec), spec)
@@ -242,7 +241,7 @@ def test_after_a_step_all_goes(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         state.step = step
         save(tmp_path, state, 3)
-        mark(tmp_path, state)
+        save_milestone(tmp_path, state)
     assert rewind(tmp_path, 1) == [2, 3, 2, 3]
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000001.safetensors"}
 

@@ -9,13 +9,13 @@ from torch import nn
 
 from dumo.flow.precision import round_stochastically
 from dumo.runtime.random import bits, philox, stream
-from dumo.training import checkpoint, eightbit
+from dumo.training import eightbit
 from dumo.training.eightbit import BLOCK, AdamW8bitOptimizer, has_8bit_moments
 from dumo.training.optim import AdamW, AdamW8bit
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.types import UserError
-from unit.training.by_path import restore
+from unit.training.by_path import restore, save
 from unit.training.toy import same, tensors
 
 pytest.importorskip("bitsandbytes")
@@ -108,10 +108,10 @@ def test_it_goes_on_bit_for_bit(weights: str, tmp_path: Path) -> None:
     spec = Train(**{**HALF.model_dump(), "weights": weights})
     straight, first, second = (begin(net(seed), spec) for seed in (0, 0, 1))
     moved(straight, 4)
-    restore(checkpoint.save(tmp_path, moved(first, 2), 1), second)
+    restore(save(tmp_path, moved(first, 2), 1), second)
     assert same(tensors(second), tensors(first))
     assert same(tensors(moved(second, 2)), tensors(straight))
-    kinds = {x.dtype for x in second.net.parameters()}, {x.dtype for x in second.shown.parameters()}
+    kinds = {x.dtype for x in second.net.parameters()}, {x.dtype for x in second.sampled_net.parameters()}
     assert kinds == ({getattr(torch, weights)}, {torch.float32})
 
 

@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dumo.training.checkpoint import mark, save
+from dumo.training.checkpoint import save_milestone
 from dumo.training.ema import MovingAverage
-from dumo.training.frozen import digest, frozen_weights, trained
+from dumo.training.frozen import digest, frozen_weights, trained_state_dict
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train
-from dumo.training.state import State, begin, flatten
+from dumo.training.state import State, begin, flat_optimizer_state
 from dumo.types import UserError
 from unit.training.adapted import Adapted
-from unit.training.by_path import restore, restore_last_finite
+from unit.training.by_path import restore, restore_last_finite, save
 from unit.training.toy import AVERAGES, Small, run, same, tensors
 
 SPEC = Train(steps=4, batch=12, ema=AVERAGES, ref=0.99, clip=1.0)
@@ -58,7 +58,7 @@ def test_an_average_holds_what_is_trained() -> None:
 
 def test_the_optimizer_has_what_is_trained() -> None:
     state = run(begin(Adapted(), SPEC), SPEC)
-    assert {name.partition(".")[2] for name in flatten(state)} == ADAPTERS
+    assert {name.partition(".")[2] for name in flat_optimizer_state(state)} == ADAPTERS
     (group,) = state.optimizer.param_groups
     assert {id(p) for p in group["params"]} == {id(state.net.get_parameter(name)) for name in ADAPTERS}
     with pytest.raises(UserError, match="all weights of this net are frozen, so there is nothing to train"):
@@ -70,7 +70,7 @@ def test_a_checkpoint_holds_what_is_trained_and_comes_back(tmp_path: Path) -> No
     target = save(tmp_path / "checkpoints", old, 1)
     for part in ("net", "ema-0.99", "ema-0.9"):
         assert load_file(target / f"{part}.safetensors").keys() == ADAPTERS
-    assert load_file(mark(tmp_path, old)).keys() == ADAPTERS
+    assert load_file(save_milestone(tmp_path, old)).keys() == ADAPTERS
 
     new = begin(Adapted(seed=1), SPEC)
     restore(target, new)
@@ -119,4 +119,4 @@ def test_names_are_those_of_the_state_dict() -> None:
     """A weight in two places is frozen in both."""
     net = Adapted()
     assert {"first.weight", "again.weight"} < frozen_weights(net).keys()
-    assert trained(net).keys() | frozen_weights(net).keys() == net.state_dict().keys()
+    assert trained_state_dict(net).keys() | frozen_weights(net).keys() == net.state_dict().keys()

@@ -14,7 +14,6 @@ from contract.drawn import counting
 from dumo.flow.path import Linear
 from dumo.runtime import signals
 from dumo.training import loop
-from dumo.training.checkpoint import save
 from dumo.training.compile import compile_loss
 from dumo.training.loop import Every, train
 from dumo.training.optim import AdamW, Cosine
@@ -23,7 +22,7 @@ from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, begin
 from dumo.training.step import draws_of, flow_of
 from dumo.types import Cond, Noised, Sample, Terms, UserError
-from unit.training.by_path import latest, restore
+from unit.training.by_path import latest, restore, save
 from unit.training.toy import (
     AVERAGES,
     CLASSES,
@@ -129,7 +128,7 @@ def test_asked_to_stop_it_ends_after_that_step(monkeypatch: pytest.MonkeyPatch) 
     state, seen = begin(Small(), spec), list[tuple[int, bool]]()
 
     def hear(state: State, record: Record) -> None:
-        seen.append((record.asked or 0, record.due))
+        seen.append((record.received_signal or 0, record.due))
         monkeypatch.setattr(signals, "received_signal", signal.SIGUSR1 if state.step == 2 else None)
 
     with pytest.raises(signals.Stopped) as stopped:
@@ -178,8 +177,8 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_first_average_is_shown() -> None:
     state = trained()
-    assert state.shown is state.averages[0.99].module
-    assert trained(Train(steps=1, batch=12, ema=())).shown.training  # the net itself
+    assert state.sampled_net is state.averages[0.99].module
+    assert trained(Train(steps=1, batch=12, ema=())).sampled_net.training  # the net itself
 
 
 @pytest.mark.parametrize(

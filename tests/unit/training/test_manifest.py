@@ -11,12 +11,12 @@ import torch
 
 from dumo.io import digest, weights
 from dumo.training import checkpoint, manifest
-from dumo.training.checkpoint import part, save
+from dumo.training.checkpoint import part_path
 from dumo.training.manifest import Checkpoints
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.types import UserError
-from unit.training.by_path import fault, latest, restore
+from unit.training.by_path import fault, latest, restore, save
 from unit.training.sharded import split
 from unit.training.toy import AVERAGES, Small, same, tensors, trained
 
@@ -45,7 +45,7 @@ def folder(request: pytest.FixtureRequest, saved: Path, tmp_path: Path) -> Path:
 
 def members(checkpoint: Path, name: str) -> list[Path]:
     """The files of a part of a checkpoint."""
-    place = part(checkpoint, name)
+    place = part_path(checkpoint, name)
     return sorted(place.iterdir()) if place.is_dir() else [place]
 
 
@@ -168,7 +168,7 @@ def test_a_checkpoint_is_read_to_the_end_once(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr("dumo.io.digest.of_file", lambda file: read.append(file) or real(file))
     state, checkpoints = trained(SPEC), Checkpoints(folder)
     for state.step in (4, 5):
-        checkpoint.put(checkpoints, checkpoint.copy(state, checkpoint.Notes(), {}), 3)
+        checkpoint.save_copy(checkpoints, checkpoint.copy(state, checkpoint.CheckpointNotes(), {}), 3)
     assert len(read) == len(set(read))
     assert {file.relative_to(folder).parts[0] for file in read} == {
         "step-00000002",
@@ -188,7 +188,7 @@ def test_shards_are_read_on_one_process_bit_for_bit(saved: Path) -> None:
 
 
 def test_weights_in_shards_are_those_of_the_file(saved: Path) -> None:
-    whole, shards = (part(saved / kind / "step-00000003", "ema-0.99") for kind in ("files", "shards"))
+    whole, shards = (part_path(saved / kind / "step-00000003", "ema-0.99") for kind in ("files", "shards"))
     assert (whole.is_file(), shards.is_dir()) == (True, True)
     assert same(weights.load(whole), weights.load(shards))
     assert weights.sha256(whole) == weights.sha256(shards)

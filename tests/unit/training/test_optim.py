@@ -29,8 +29,8 @@ from dumo.training.optim import (
     LearningRateSchedule,
     Muon,
     Optimizer,
-    matrices,
-    orthogonal,
+    block_matrices,
+    orthogonalize,
 )
 from dumo.training.record import Record
 from dumo.training.state import begin
@@ -134,7 +134,7 @@ def stepped(optimizer: torch.optim.Optimizer, net: nn.Module, steps: int = 3) ->
 def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int, int]) -> None:
     m = drawn(*shape)
     u, s, vh = torch.linalg.svd(m, full_matrices=False)
-    turned = u.mT @ orthogonal(m) @ vh.mT
+    turned = u.mT @ orthogonalize(m) @ vh.mT
     found = turned.diagonal(dim1=1, dim2=2)
     assert torch.allclose(turned, found.diag_embed(), rtol=0, atol=1e-12)
     large = s / s.square().sum(1, keepdim=True).sqrt() > 2e-3
@@ -210,7 +210,7 @@ def test_filters_are_rows() -> None:
 def test_matrices_are_those_of_blocks(recipe: str, more: list[str], taken: dict[str, int]) -> None:
     net = outline(load(recipe, ["net.width=16", *(["net.depth=2"] if recipe != "cifar10-small" else []), *more]))
     names = {p: name for name, p in net.named_parameters()}
-    found = {names[p]: n for p, n in matrices(net).items()}
+    found = {names[p]: n for p, n in block_matrices(net).items()}
     assert all(name.startswith(("blocks.", "layers.")) for name in found)
     assert {name.split(".")[-2]: n for name, n in found.items()} == taken
     groups = Muon()(net).param_groups
@@ -321,8 +321,8 @@ def test_its_memory_is_counted() -> None:
     net = outline(run)
     both = held_bytes(net, run.train).optimizer
     most = sum(p.nbytes for p in net.parameters())
-    inside = sum(p.nbytes for p in matrices(net))
-    assert both == 2 * most - inside + 4 * (len([*net.parameters()]) - len(matrices(net)))
+    inside = sum(p.nbytes for p in block_matrices(net))
+    assert both == 2 * most - inside + 4 * (len([*net.parameters()]) - len(block_matrices(net)))
 
 
 def test_refusals() -> None:

@@ -9,10 +9,9 @@ import torch
 
 from dumo.io import digest, weights
 from dumo.training import manifest
-from dumo.training.checkpoint import save
 from forked import main_of
 from meeting import outputs
-from unit.training.by_path import fault, latest, restore
+from unit.training.by_path import fault, latest, restore, save
 from unit.training.ranks import SHARES, built, moved, same
 from unit.training.toy import tensors
 

@@ -28,11 +28,11 @@ def test_what_is_written_is_of_its_step(tmp_path: Path) -> None:
     state, saver, free = trained(), Saver(), Event()
 
     def begun() -> dict[str, torch.Tensor]:
-        copy = checkpoint.copy(state, checkpoint.Notes(), saver.memory)
+        copy = checkpoint.copy(state, checkpoint.CheckpointNotes(), saver.memory)
 
         def write() -> None:
             assert free.wait(SECONDS)
-            checkpoint.put(Checkpoints(tmp_path), copy, 9)
+            checkpoint.save_copy(Checkpoints(tmp_path), copy, 9)
 
         saver.start(write)
         return tensors(state)

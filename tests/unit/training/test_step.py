@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.training.optim import AdamW
-from dumo.training.record import LISTED, Record, Skipped
+from dumo.training.record import MAX_LISTED_ROWS, Record, Skipped
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import MicroBatches, flow_of, pieces, train_step
+from dumo.training.step import MicroBatches, flow_of, passes_of_rank, train_step
 from dumo.types import Frozen, Net, Noised, Terms, Time, TimeLaw, frozen
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, toy, trained
 
@@ -56,7 +56,7 @@ def test_the_gradient_of_the_mean_loss() -> None:
     assert math.hypot(*record.grad_norms.values()) == pytest.approx(norm, rel=1e-6)
     assert record.loss == pytest.approx(terms.loss.mean().item(), rel=1e-12)
     assert record.parts == pytest.approx({name: part.mean().item() for name, part in terms.parts.items()}, rel=1e-12)
-    assert record.row().keys().isdisjoint({"asked", "due", "skipped"})
+    assert record.row().keys().isdisjoint({"received_signal", "due", "skipped"})
     assert state.net.training
     assert not any(average.module.training for average in state.averages.values())
 
@@ -167,7 +167,7 @@ def test_steps_after_a_skipped_one_do_not_depend_on_it() -> None:
     assert untouched(tensors(skipped), put)
     many = step(fresh(), Broken(how="loss"), batch=96).skipped
     assert many
-    assert many.count > LISTED == len(many.rows)
+    assert many.count > MAX_LISTED_ROWS == len(many.rows)
 
 
 @pytest.mark.parametrize("place", [(0, 3), (-1, 0)])
@@ -206,7 +206,7 @@ def test_a_step_waits_for_its_device_once(more: dict[str, object], monkeypatch: 
     """For one table; what is drawn on the host is no matter of it."""
     state, spec = fresh(), Train.model_validate({"steps": STEPS, "batch": 12} | more)
     state.optimizer = torch.optim.SGD(state.net.parameters(), lr=1.0)  # others keep their step on the host
-    drawn = {rows.start: noised()[rows] for rows in pieces(spec, Toy())}
+    drawn = {rows.start: noised()[rows] for rows in passes_of_rank(spec, Toy())}
     monkeypatch.setattr(MicroBatches, "draw", lambda _, rows: drawn[rows.start])
     with Waits() as waits:
         assert step(state, **more).step == 1

@@ -10,12 +10,12 @@ from dumo.flow.flow import Flow
 from dumo.flow.path import Linear
 from dumo.runtime.random import stream
 from dumo.training.ema import Ema
-from dumo.training.layout import whole
+from dumo.training.layout import full_tensor
 from dumo.training.loop import train
 from dumo.training.optim import Adam, AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import flow_of, pieces, span
+from dumo.training.step import flow_of, passes_of_rank, span
 from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, TimeLaw, mean_square
 
 CLASSES = 3
@@ -101,7 +101,7 @@ def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[in
 
 def run(state: State, spec: Train, **more: object) -> State:
     """Train the toy on this rank's rows and return the state."""
-    make, rows = batches(spec.batch, next(state.net.parameters()).dtype), span(pieces(spec, Toy()))
+    make, rows = batches(spec.batch, next(state.net.parameters()).dtype), span(passes_of_rank(spec, Toy()))
     train(state, flow_of_toy(state, spec), lambda step: [part[rows] for part in make(step)], spec, **more)  # pyright: ignore
     return state
 
@@ -118,7 +118,7 @@ def tensors(state: State) -> dict[str, Tensor]:
     found = {f"{part}.{name}": x for part, module in modules.items() for name, x in module.state_dict().items()}
     for name, p in state.net.named_parameters():
         found |= {f"optimizer.{key}.{name}": x for key, x in state.optimizer.state.get(p, {}).items()}
-    return {name: whole(x.detach()).clone() for name, x in found.items()}
+    return {name: full_tensor(x.detach()).clone() for name, x in found.items()}
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:

@@ -27,19 +27,19 @@ from dumo.objectives import DuMo, MeanFlow
 from dumo.run.teacher import BaseNet
 from dumo.runtime import dist
 from dumo.training import layout
-from dumo.training.checkpoint import save
 from dumo.training.ema import Ema
 from dumo.training.loop import train
 from dumo.training.optim import AdamW, AdamW8bit
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Batch, flow_of, pieces, span
+from dumo.training.step import Batch, flow_of, passes_of_rank, span
 from dumo.types import Cond, Objective, Sample, Time
 from meeting import meeting
 from transformers_saved import CLASSES, SHAPE, saved
 from unit.nets.given import Given
 from unit.training import toy
 from unit.training.adapted import Adapted
+from unit.training.by_path import save
 
 OBJECTIVE = DuMo(slope=DualSlope(), drop=0.2, guide=Guide(zeta=0.5))
 # Of tiny gradients Adam with a tiny eps takes the sign, and rounding decides it.
@@ -197,7 +197,7 @@ def trained(case: Case, place: Path, share: int, *, reshard: bool, ranks: int = 
 
         teacher = taught
     flow = flow_of(state, spec, objective, Linear(), classes, teacher=teacher)
-    mine = span(pieces(spec, objective))
+    mine = span(passes_of_rank(spec, objective))
     train(state, flow, lambda step: [part[mine] for part in case.batch(step)], spec)
     return state
 
@@ -207,7 +207,7 @@ def shared(state: State, found: dict[str, Tensor]) -> None:
     for average in state.averages.values():
         for name, p in state.net.named_parameters():
             assert (average.module.get_parameter(name) is p) != p.requires_grad, name
-    piece = layout.gathered(state.net, lambda _: Adapted(seed=1)).state_dict()
+    piece = layout.gather_net(state.net, lambda _: Adapted(seed=1)).state_dict()
     assert all(torch.equal(x, found[f"net.{name}"]) for name, x in piece.items())
 
 
