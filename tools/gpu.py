@@ -223,14 +223,14 @@ def _slope_run(setting: Setting, *, checkpoint: bool) -> "Run":
 
 def _slope_rows(run: "Run", row: Row, backend: SDPBackend | None, compiled: str, setting: Setting) -> Iterator[Row]:
     """`row` with the error of du/dt, once for each precision. Where this machine lacks the kernel, the row says so."""
-    from dumo.lab import step
+    from dumo.lab import step_bench
 
-    prepared = step.prepare(run, setting.shape, setting.device, compiled)
+    prepared = step_bench.prepare(run, setting.shape, setting.device, compiled)
     for precision in ("fp32", "bf16"):
         columns: Row = {"compiled": compiled, "precision": precision}
         try:
             with _attention_backend(backend):
-                judged = prepared.judge(step.StepRow("dual", precision, compiled), run.objective)
+                judged = prepared.judge(step_bench.StepRow("dual", precision, compiled), run.objective)
             columns["du/dt off"] = judged.error
         except RuntimeError as error:  # torch's, where no kernel takes these numbers
             columns["refused"] = _first_line(error)
@@ -339,10 +339,10 @@ def _step_rows(
     compiled: str = "none",
 ) -> Iterator[Row]:
     """A training step by each slope, next to the plain step of flow matching, whose slope is "none"."""
-    from dumo.lab import step
+    from dumo.lab import step_bench
 
     run = _load_run(recipe, setting.fields(f"train.batch={setting.batch}", *(fields or [])))
-    report = step.measure(
+    report = step_bench.measure(
         run,
         slopes=slopes,
         precisions=precisions,
@@ -456,11 +456,11 @@ def _dry_row(recipe: str, rows: int, fields: list[str], device: torch.device) ->
 
 def sampling(setting: Setting) -> Iterator[Row]:
     """Latency of one sample and of a batch at 1, 2 and 4 passes of XL/2, not decoded."""
-    from dumo.lab import bench
+    from dumo.lab import sample_bench
 
     for batch in (1, setting.batch):
         run = _load_run("imagenet256-xl2-dual", setting.fields())
-        report = bench.sample(
+        report = sample_bench.measure(
             run,
             nfes=(1, 2, 4),
             precisions=("bf16",),

@@ -80,7 +80,7 @@ def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "slow"),
     [
-        (["evaluate", "run", "--nfe", "1"], "dumo.report.evaluate.row"),
+        (["evaluate", "run", "--nfe", "1"], "dumo.report.evaluate.score_passes"),
         (["reproduce", "fig3", "--out", "a b"], "dumo.lab.cell.finish"),
     ],
 )

@@ -233,7 +233,7 @@ def read_evaluation(file: Path) -> None:
     run = load("moons", ["train.steps=20"])
     weights = "net.safetensors"
     opened = cast(Any, SimpleNamespace(folder=file.parent, step=20, weights=weights, run=run, is_shipped=True))
-    judgement = score.judgement(opened.folder, opened.step, opened.weights)
+    judgement = score.read_judgement(opened.folder, opened.step, opened.weights)
     if judgement:
         score.table_rows(judgement, judgement["columns"])
         score.baseline_rows(judgement, judgement["columns"])

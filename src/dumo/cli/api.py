@@ -38,7 +38,7 @@ from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
 from dumo.report import page
 from dumo.report.feed import live_feed
-from dumo.report.sample import COUNT, guide_of, repeat_conditions, size_of, solver_of
+from dumo.report.sample import DEFAULT_COUNT, guide_of, repeat_conditions, size_of, solver_of
 from dumo.report.sheet import Sheets
 from dumo.run.job import open_job
 from dumo.run.prompt import conditions_of_prompts
@@ -256,7 +256,7 @@ class TrainedRun:
                 raise UserError(f"count = {count}, and noise has {len(noise)} rows: leave out count")
             count = len(noise)
         if count is None:
-            count = len(only) if only else COUNT
+            count = len(only) if only else DEFAULT_COUNT
         if only and count < len(only):
             noun = "prompts" if prompts is not None else "labels"
             raise UserError(f"count = {count} samples leave out some of {len(only)} {noun}: raise count, or give fewer")

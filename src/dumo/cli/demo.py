@@ -36,7 +36,7 @@ def demo(
     texts = [precheck.read_run(folder, set_) for folder in folders]
 
     from dumo.report.address import open_listener, tunnel_text
-    from dumo.report.demo import offline_gradio, page, serve
+    from dumo.report.demo import build_page, offline_gradio, serve
     from dumo.report.live import open_runs
     from dumo.runtime import dist
 
@@ -49,4 +49,4 @@ def demo(
             out.print(url, soft_wrap=True)
             err.print(tunnel_text(listener), soft_wrap=True)
 
-        serve(page(runs, explain), listener, print_address)
+        serve(build_page(runs, explain), listener, print_address)

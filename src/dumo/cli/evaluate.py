@@ -158,13 +158,13 @@ def _send_rows(runs: list[str], to: str, *, follow: bool) -> None:
     Raises UserError for a run that comes with dumo, in whose folder nothing can be noted.
     """
     from dumo.config.source import trained_name_of
-    from dumo.report.feed import feed, nap
+    from dumo.report.feed import feed, poll_forever
     from dumo.types import UserError
 
     for run in runs:
         if trained_name_of(run) is not None:
             raise UserError(f"{run} comes with dumo, and its log is done: print it with dumo log {run} --json")
-    for run, rows in feed([Path(run) for run in runs], to, nap if follow else None).items():
+    for run, rows in feed([Path(run) for run in runs], to, poll_forever if follow else None).items():
         err.print(f"{run}: {rows:,} rows sent to {to}", soft_wrap=True)
 
 

@@ -105,14 +105,14 @@ def step(
     text = precheck.read_source(source, set_)
 
     from dumo.config.load import load
-    from dumo.lab import step
+    from dumo.lab import step_bench
     from dumo.run.resolve import resolve
 
     _begin_bench(threads)
     overrides = [*(set_ or [])]
     if batch:
         overrides.append(f"train.batch={batch}")
-    report = step.measure(
+    report = step_bench.measure(
         resolve(load(text, overrides)),
         slopes=slope.split(",") if slope else None,
         precisions=precision.split(","),
@@ -175,11 +175,11 @@ def sample(
     text = precheck.read_source(source, set_)
 
     from dumo.config.load import load
-    from dumo.lab import bench
+    from dumo.lab import sample_bench
     from dumo.run.resolve import resolve
 
     _begin_bench(threads)
-    report = bench.sample(
+    report = sample_bench.measure(
         resolve(load(text, set_ or [])),
         nfes=parse_integers(nfe, "--nfe") or (),
         precisions=precision.split(","),
@@ -222,14 +222,14 @@ def data(
     """
     text = precheck.read_source_or_data(source, set_)
 
-    from dumo.lab import reading
+    from dumo.lab import data_bench
 
     _begin_bench(None)
     counts = parse_integers(threads, "--threads")
     if counts and min(counts) < 1:
         raise typer.BadParameter("is at least 1", param_hint="--threads")
-    report = reading.measure(
-        reading.benchmark_of(source, set_ or [], text=text, batch=batch, side=side),
+    report = data_bench.measure(
+        data_bench.benchmark_of(source, set_ or [], text=text, batch=batch, side=side),
         threads=counts,
         batches=batches,
         step_seconds=step_seconds,
@@ -251,7 +251,7 @@ def data(
         )
     machine = f"{report['machine']}, {report['cores']} cores"
     show_table(f"{report['kind']}, {report['batch']} at a time, on {machine}", rows)
-    out.print(reading.verdict(report), soft_wrap=True)
+    out.print(data_bench.verdict(report), soft_wrap=True)
 
 
 def _begin_bench(threads: int | None) -> None:

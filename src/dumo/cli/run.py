@@ -370,8 +370,8 @@ def sample(
         )
 
     from dumo.encoders.caption import read_prompts
-    from dumo.report.benchmark import LAYOUTS, make
-    from dumo.report.sample import COUNT, export
+    from dumo.report.benchmark import LAYOUTS, make_images
+    from dumo.report.sample import DEFAULT_COUNT, sample_to_files
     from dumo.run.weights import open_run
     from dumo.runtime import dist
 
@@ -381,14 +381,16 @@ def sample(
         progress = bar if dist.is_main() else no_bar
         folder = folder or opened.output_folder / "samples"
         if prompts and form in LAYOUTS:
-            files = make(opened, LAYOUTS[form], prompts, folder, nfe=passes, seed=seed, solver=solver, bar=progress)
+            files = make_images(
+                opened, LAYOUTS[form], prompts, folder, nfe=passes, seed=seed, solver=solver, bar=progress
+            )
         else:
             texts = [row.text for row in read_prompts(prompts)] if prompts else prompt or []
-            files = export(
+            files = sample_to_files(
                 opened,
                 folder,
                 form=form,
-                count=count or len(texts) or COUNT,
+                count=count or len(texts) or DEFAULT_COUNT,
                 only=parse_classes(labels, opened.sampler.conditions),
                 prompts=texts,
                 source=source,

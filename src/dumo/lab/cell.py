@@ -22,7 +22,7 @@ from typing import Any
 
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import Pipeline
-from dumo.lab import job
+from dumo.lab import worker
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
@@ -56,15 +56,15 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does, and
     for cells of one protocol and fold that were not measured alike.
     """
-    done: dict[str, Result] = {}
+    results_by_name: dict[str, Result] = {}
     names = {cell.name for cell in cells}
-    while len(done) < len(names):
+    while len(results_by_name) < len(names):
         # the cells whose sources are done
         ready: list[Cell] = []
         for cell in cells:
-            if cell.name not in done and sources(cell, names) <= done.keys():
-                ready.append(with_folders(cell, done, folder.parent))
-        assert ready, [name for name in names if name not in done]
+            if cell.name not in results_by_name and sources(cell, names) <= results_by_name.keys():
+                ready.append(with_folders(cell, results_by_name, folder.parent))
+        assert ready, [name for name in names if name not in results_by_name]
 
         # caches and tables of tokens, which several of them may read
         for data in dict.fromkeys(cell.spec.data for cell in ready):
@@ -78,10 +78,10 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
         if jobs > 1:
             _finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
         for cell in ready:
-            done[cell.name] = finish(cell, folder, device=device, bar=bar)
+            results_by_name[cell.name] = finish(cell, folder, device=device, bar=bar)
 
     # cells of one table must be measured alike
-    results = [done[cell.name] for cell in cells]
+    results = [results_by_name[cell.name] for cell in cells]
     cards_by_measure: dict[tuple[str, str | None, int], dict[str, Any]] = {}
     for result in results:
         cards_by_measure.setdefault(_measure_of(result), {})[result.cell.name] = result.report["card"]
@@ -105,8 +105,8 @@ def _finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str
     threads = max(1, (os.cpu_count() or 1) // jobs)
     lost: list[str] = []
     with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
-        work = partial(finish, cells=folder, device=device, bar=no_bar)
-        finished = job.run_side_by_side(work, cells, jobs=jobs, threads=threads)
+        work = partial(finish, cells_folder=folder, device=device, bar=no_bar)
+        finished = worker.run_side_by_side(work, cells, jobs=jobs, threads=threads)
         for num_done, (cell, error) in enumerate(finished, 1):
             if error:
                 lost.append(f"{cell.name}: {error}")
@@ -118,11 +118,11 @@ def _finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str
         )
 
 
-def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Result:
-    """Train and measure a cell, in its folder below `cells`. What is done already in that folder is not done again."""
+def finish(cell: Cell, cells_folder: Path, *, device: str, bar: Bar) -> Result:
+    """Train and measure a cell, in its folder below `cells_folder`. What is done there already is not done again."""
     training_spec = cell.spec.model_dump_json(exclude={"about", "sample", "evaluate"})
     training_hash = blake2b(training_spec.encode(), digest_size=4).hexdigest()
-    folder = cells / f"{cell.name}-{training_hash}"
+    folder = cells_folder / f"{cell.name}-{training_hash}"
     train(cell.spec, folder, device=device, bar=bar, sheets=Sheets)
     trained = open_run(folder, device=device)
     report = current_report(trained) or evaluate(trained, bar=bar)
@@ -136,8 +136,8 @@ def sources(cell: Cell, names: Collection[str]) -> set[str]:
     return {*names} & {cell.weights, start, teacher}
 
 
-def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
-    """The cell with folders in place of the names of cells that are `done`.
+def with_folders(cell: Cell, results_by_name: Mapping[str, Result], parent: Path) -> Cell:
+    """The cell with folders in place of the names of cells that have results.
 
     A model that a cell begins from by `Cell.weights` is saved in a folder below `parent`. Raises UserError where
     `Cell.weights` is no cell and no folder.
@@ -145,11 +145,11 @@ def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
     parts: dict[str, Any] = {}
     for name in ("start", "teacher"):
         part = getattr(cell.spec, name)
-        source = done.get(getattr(part, "source", ""))
+        source = results_by_name.get(getattr(part, "source", ""))
         if source is not None:
             parts[name] = part.model_copy(update={"source": str(source.trained.folder)})
     if cell.weights:
-        source = done.get(cell.weights)
+        source = results_by_name.get(cell.weights)
         folder = _save_model(source, parent, cell.cut) if source else _existing_folder(cell.weights)
         parts["pipeline"] = Pipeline(source=str(folder))
     return replace(cell, spec=cell.spec.model_copy(update=parts))

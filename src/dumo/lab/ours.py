@@ -25,11 +25,11 @@ from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.evaluation.measures import features_of
 from dumo.flow.generate import labels_in_turn
 from dumo.io import picture, weights
-from dumo.lab import arm
+from dumo.lab import arm_picture
 from dumo.lab.cell import Result, Row
 from dumo.lab.paper import far_column
 from dumo.lab.plan import Cost, Plan
-from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_score, rows_by_passes
+from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_score, rows_of_all_passes
 from dumo.report import chart, gallery
 from dumo.run.judge import training_data
 from dumo.run.sampler import Sampler
@@ -38,7 +38,7 @@ from dumo.runtime.text import nfe_text
 
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}  # by the kind of the protocol
 MAX_SAMPLES = 4000  # that a class FD takes in all, 400 of each of 10 classes: ours
-Curve = Sequence[tuple[float, float, float | None]]  # points of budget, distance, and the distance's deviation
+Curve = Sequence[tuple[float, float, float | None]]  # points: budget, distance, and the deviation of the distance
 # the names of heads and metric in the charts of `fair`
 TWO_HEADS = "two heads"
 ADAPTIVE = "one head, MeanFlow's metric"
@@ -133,9 +133,9 @@ def class_fd(sampler: Sampler, spec: Evaluation, real_moments: Sequence[Moments]
     return fmean(distances)
 
 
-def class_moments(data: Data, kind: str, batch: int) -> list[Moments]:
-    """The moments of each class of the data, in the features of the protocol `kind`."""
-    x, c = training_data(data).reference(batch, 0)
+def class_moments(data: Data, kind: str, count: int) -> list[Moments]:
+    """The moments of each class over `count` samples of the data, in the features of the protocol `kind`."""
+    x, c = training_data(data).reference(count, 0)
     features = FEATURES[kind](x)
     return [Moments.of(features[c == k]) for k in range(data.labels)]
 
@@ -146,7 +146,7 @@ def words_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     for data in dict.fromkeys(result.cell.labels["data"] for result in results):
         results_of_data = [result for result in results if result.cell.labels["data"] == data]
         path = folder / f"words-{data}-samples.png"
-        picture.write_picture(path, arm.sample_sheets(results_of_data))
+        picture.write_picture(path, arm_picture.sample_sheets(results_of_data))
         paths.append(path)
     return paths
 
@@ -154,7 +154,7 @@ def words_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 def pretrained_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     """Write trajectories of the first seed of each arm, before, during and after its training (as Figs. 5 and 6).
 
-    And a picture of what diffusers' own pipeline makes of the first arm that was tuned, `results[1]`, once exported.
+    The last picture is what diffusers' own pipeline makes of the first arm that was tuned, `results[1]`.
     """
     paths: list[Path] = []
     for first, *_ in group_by_arm(results):  # a picture each, for each arm has milestones of its own
@@ -174,22 +174,10 @@ def sample_by_diffusers(result: Result, folder: Path) -> Image.Image:
     The run is exported to `folder` first, unless that exists.
     """
     trained = result.trained
-    diffusers: Any = import_module("diffusers")  # typed as if a pipeline needed its text encoders
-
-    # export the run
     if not folder.exists():
         # -P: no module of the working folder is imported there
         subprocess.run([sys.executable, "-P", "-m", "dumo", "export", str(trained.folder), str(folder)], check=True)
-
-    # the stock pipeline, without autoencoder and text encoders
-    model = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    missing_parts: dict[str, None] = {"vae": None}
-    for number in ("", "_2", "_3"):
-        missing_parts[f"text_encoder{number}"] = None
-        missing_parts[f"tokenizer{number}"] = None
-    pipe = diffusers.StableDiffusion3Pipeline(transformer=model, scheduler=scheduler, **missing_parts)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = _open_stock_pipeline(folder)
 
     # sample in one pass, and in two
     run = trained.run
@@ -217,6 +205,20 @@ def sample_by_diffusers(result: Result, folder: Path) -> Image.Image:
     names = [run.conditions.name(c) for c in range(n)]
     pixels = picture.to_rows(trained.sampler.decode(torch.cat(latents)))
     return picture.sheet(pixels, n, titles=names)
+
+
+def _open_stock_pipeline(folder: Path) -> Any:  # noqa: ANN401, a pipeline of diffusers
+    """Diffusers' own pipeline of an exported run, without autoencoder and text encoders."""
+    diffusers: Any = import_module("diffusers")  # typed as if a pipeline needed its text encoders
+    model = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    missing_parts: dict[str, None] = {"vae": None}
+    for number in ("", "_2", "_3"):
+        missing_parts[f"text_encoder{number}"] = None
+        missing_parts[f"tokenizer{number}"] = None
+    pipe = diffusers.StableDiffusion3Pipeline(transformer=model, scheduler=scheduler, **missing_parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def best_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -267,28 +269,28 @@ def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
     curves: dict[tuple[str, int], dict[int, list[chart.CurvePoint]]] = {}  # by arm and number of passes, then by seed
     for result in results:
         labels_of_cell = result.cell.labels
-        for row in rows_by_passes(result.report):
+        for row in rows_of_all_passes(result.report):
             by_seed = curves.setdefault((labels_of_cell["arm"], row["nfe"]), {})
             point = chart.CurvePoint(labels_of_cell["budget"], row[score], row[f"{score}_sd"])
             by_seed.setdefault(result.cell.spec.train.seed, []).append(point)
 
     table: list[Row] = []
     for row in rows:
-        slopes = [power(points) for points in curves[row["arm"], row["nfe"]].values()]
+        slopes = [fit_power_law(points) for points in curves[row["arm"], row["nfe"]].values()]
         slope = fmean(value for value, _ in slopes)
         table.append(row | {"slope": slope, "slope_error": error_of_mean(slopes)})
     return table
 
 
-def power(points: Curve) -> tuple[float, float]:
-    """The slope of a curve, distance = a budget^slope, and its standard error, from the deviations of the distances.
+def fit_power_law(points: Curve) -> tuple[float, float]:
+    """Fit distance = a budget^slope, by least squares of log distance on log budget.
 
-    By least squares of log distance on log budget.
+    Returns the slope and its standard error, which follows from the deviations of the distances.
     """
     x = [log(budget) for budget, _, _ in points]
     y = [log(distance) for _, distance, _ in points]
-    mean = fmean(x)
-    centred = [value - mean for value in x]
+    mean_x = fmean(x)
+    centred = [value - mean_x for value in x]
     errors = [a * (sd or 0.0) / distance for a, (_, distance, sd) in zip(centred, points, strict=True)]
     slope_error = hypot(*errors) / fsum(a * a for a in centred)
     return linear_regression(x, y).slope, slope_error
@@ -301,7 +303,7 @@ def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) ->
     """
     arms = list(dict.fromkeys(row["arm"] for row in table if not row["arm"].startswith("+")))
     paper, ours, *rivals = arms
-    x_label = f"counted operations, over those of {plan.at('laptop').steps:,} steps of {paper}"
+    x_label = f"counted operations, over those of {plan.get_scale('laptop').steps:,} steps of {paper}"
     charts: dict[str, Image.Image] = {}
     for nfe in passes:
         charts[f"{plan.name}-nfe{nfe}"] = chart.curves(

@@ -34,7 +34,7 @@ from dumo.io.yaml import parse_mapping
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Arm, Cell, Cost, Plan, Scale, plan_names, slug
 from dumo.lab.ranking import ArmScore, PairedDifference, best_arms, paired_difference
-from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_score, rows_by_passes
+from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_score, rows_of_all_passes
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
 
@@ -44,8 +44,8 @@ MAX_PASS_RATIO = 1.1  # of the operations of two arms' passes: ours; a head or a
 SMOKE_STEPS = 20  # of the first arm at the scale `smoke`: ours
 # The least that cifar10-features judges. It takes the place of the plan's `set`, and not of an arm's.
 SMOKE_SETTINGS = ("evaluate.protocol.samples=1000",)
-PASSES = re.compile(r"(\d[\d,]*(?:\.\d+)?) ?F")  # 8100F, 8,100 F
-STEPS = re.compile(r"(\d[\d,]*) steps of ([\w-]+)")  # 2000 steps of digits
+PASSES_PATTERN = re.compile(r"(\d[\d,]*(?:\.\d+)?) ?F")  # 8100F, 8,100 F
+STEPS_PATTERN = re.compile(r"(\d[\d,]*) steps of ([\w-]+)")  # 2000 steps of digits
 
 
 class OwnArm(Spec):
@@ -69,7 +69,7 @@ class OwnPlan(Spec):
     @field_validator("budget")
     @classmethod
     def _require_budget(cls, budget: str) -> str:
-        if not (PASSES.fullmatch(budget) or STEPS.fullmatch(budget)):
+        if not (PASSES_PATTERN.fullmatch(budget) or STEPS_PATTERN.fullmatch(budget)):
             raise ValueError(f"{brief(budget)} is no budget: write 8100F, or 2000 steps of digits")
         return budget
 
@@ -111,7 +111,7 @@ class OwnPlan(Spec):
 
     def budget_in_passes(self) -> float | None:
         """The budget in forward passes (F); None where it is in operations."""
-        in_passes = PASSES.fullmatch(self.budget)
+        in_passes = PASSES_PATTERN.fullmatch(self.budget)
         if in_passes:
             return float(in_passes[1].replace(",", ""))
         if self.cost == "operations":
@@ -124,7 +124,7 @@ class OwnPlan(Spec):
 
         A pass of the recipe's net may cost another number of operations than one of an arm's, so passes would not do.
         """
-        if self.cost == "passes" or PASSES.fullmatch(self.budget):
+        if self.cost == "passes" or PASSES_PATTERN.fullmatch(self.budget):
             return None
         steps, step_cost = self._steps_of_recipe()
         return steps * step_cost.operations
@@ -134,7 +134,7 @@ class OwnPlan(Spec):
 
         The recipe counts as it ships, without the settings of this file.
         """
-        in_steps = STEPS.fullmatch(self.budget)
+        in_steps = STEPS_PATTERN.fullmatch(self.budget)
         assert in_steps, "the budget was validated"
         steps, recipe = in_steps.groups()
         require_known("recipe", recipe, recipes.names())
@@ -186,22 +186,22 @@ def read_file(name: str) -> Plan:
 
 
 def require_fair(cells: Sequence[Cell], cost: str) -> None:
-    """Raise UserError where the budget does not pay for a step of a run.
+    """Raise UserError where the budget does not pay for a step of a run, or runs would not be compared fairly.
 
-    And, where `cost` counts passes, where a pass of one run costs over MAX_PASS_RATIO times that of another.
+    They would not where `cost` counts passes, and a pass of one run costs over MAX_PASS_RATIO times that of another.
     """
     operations_by_name: dict[str, float] = {}
     for cell in cells:
         if cell.spec.train.steps < 1:
             raise UserError(f"the budget does not pay for a step of {cell.name}: give a larger one")
         operations_by_name[cell.name] = cell.spec.train.batch * Cost(cell.spec).flops
-    small = min(operations_by_name, key=lambda run_name: operations_by_name[run_name])
-    large = max(operations_by_name, key=lambda run_name: operations_by_name[run_name])
-    ratio = operations_by_name[large] / operations_by_name[small]
+    cheapest = min(operations_by_name, key=lambda run_name: operations_by_name[run_name])
+    dearest = max(operations_by_name, key=lambda run_name: operations_by_name[run_name])
+    ratio = operations_by_name[dearest] / operations_by_name[cheapest]
     if cost == "passes" and ratio > MAX_PASS_RATIO:
         raise UserError(
-            f"a forward pass of {large} costs {ratio:.3g} times that of {small}, for its net or its batch is larger: "
-            "make them equal, or count operations by cost: operations"
+            f"a forward pass of {dearest} costs {ratio:.3g} times that of {cheapest}, for its net or its batch is "
+            "larger: make them equal, or count operations by cost: operations"
         )
 
 
@@ -264,7 +264,7 @@ def _arm_scores(results: Sequence[Result], score: str) -> dict[str, dict[int, Ar
     scores: dict[str, dict[int, ArmScore]] = {}
     for results_of_arm in group_by_arm(results):
         score_by_nfe = scores.setdefault(results_of_arm[0].cell.labels["objective"], {})
-        rows_of_seeds = [rows_by_passes(result.report) for result in results_of_arm]
+        rows_of_seeds = [rows_of_all_passes(result.report) for result in results_of_arm]
         for rows_at_nfe in zip(*rows_of_seeds, strict=True):  # a row of each seed: all have the same NFE in one order
             by_seed: dict[str, float] = {}
             values_and_errors: list[tuple[float, float]] = []

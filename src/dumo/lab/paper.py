@@ -1,16 +1,17 @@
 """Figures and tables of the paper: their tables, charts and pictures, where these are special. The plans are YAML.
 
 Functions are named after the figure and what they make: `fig3_table`, `fig4a_charts`, `fig5_draw`, `fig4b_finish`. The
-views of `dumo.lab.reproduce` say which plan has which, and call them: `_finish` trains or times the cells, `_table`
-makes rows of their results, `_charts` draws the table, `_draw` writes pictures that need the nets. `far_column` also
-serves `dumo.lab.ours`.
+views of `dumo.lab.reproduce` say which plan has which, and call them in this order: `_finish` trains or times the
+cells, `_table` makes rows of their results, `_charts` draws the table, `_draw` writes pictures that need the nets.
+`far_column` also serves `dumo.lab.ours`.
 
-Figure 4b says what a training step costs, by size and objective. Nothing is trained: nets are as drawn, data are noise.
-All objectives of one size take turns, round by round, and the median over rounds of a ratio within each compares them:
-a slow minute slows all the same. A step is whole: targets, backward pass, optimizer and average.
+Figure 4b says what a training step costs, by size and objective. Nothing is trained: weights are random, data are
+noise. All objectives of one size are timed in turn, round by round. A ratio of two times is taken within each round,
+and its median over the rounds counts, so that a slow minute slows both alike. A step is all of it: targets, backward
+pass, optimizer and average.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import log
 from pathlib import Path
@@ -27,7 +28,7 @@ from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Cell, Cost, Plan
 from dumo.lab.table import average_by_arm, main_score
 from dumo.plan import machine
-from dumo.plan import plan as counts
+from dumo.plan.plan import far_share
 from dumo.report import chart, evaluate, gallery
 from dumo.run.index import Index
 from dumo.run.judge import evaluator_of
@@ -42,10 +43,10 @@ from dumo.training.state import begin
 from dumo.training.step import flow_of, train_step
 from dumo.types import UserError
 
-FIG5_PASSES = (1, 2, 50)  # passes that Fig. 5 is judged at: few, and as many as the velocity needs
+FIG5_PASSES = (1, 2, 50)  # at which Fig. 5 is judged: few, and as many as the velocity needs
 FIG4C_LOG_FID = {(2.0, 2.0): 4.06}  # by (theta_1, theta_2): the paper's lowest value of Fig. 4c, Sec. 4.4
 FAR_RATIO = 3.0  # times the first arm's distance, beyond which the zoo's table says why: ours
-TIMED_STEP = 10**6  # the number of the step that is timed, and how many follow it: ours
+TIMED_STEP = 10**6  # the step of the training that is timed, its middle: ours
 MAX_CPU_PARAMETERS = 10**8  # nets with more are not timed on a CPU: ours
 # the objectives of Fig. 4b, as the column `objective` names them
 FLOW_MATCHING = "Flow matching"
@@ -57,7 +58,7 @@ PAPER_SPEEDS = {DUMO: 1.126, MEANFLOW: 1.0}  # Sec. 4.4: steps per second on XL 
 
 def far_column(result: Result) -> Row:
     """P(t - r > 0.9), the share of rows where one-step sampling is taught, as the column `far`."""
-    return {"far": round(counts.far_share(result.cell.spec.objective), 6)}
+    return {"far": round(far_share(result.cell.spec.objective), 6)}
 
 
 def fig3_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -141,24 +142,25 @@ def _distances_by_milestone(result: Result) -> Iterator[Row]:
         milestone = gallery.open_milestone(trained, step, file)
         for mode in gallery.choose_modes(milestone.sampler, None, FIG5_PASSES):
             for nfe in FIG5_PASSES:
-                scores = evaluate.row(milestone.sampler, evaluator, mode.solver_for(nfe), nfe, c, spec.evaluate.seed)
-                passes_solver_distance = islice(scores.items(), 3)
+                solver = mode.solver_for(nfe)
+                row = evaluate.score_passes(milestone.sampler, evaluator, solver, nfe, c, spec.evaluate.seed)
+                passes_solver_distance = islice(row.items(), 3)
                 yield {"reading": mode.letter, "step": step, **dict(passes_solver_distance)}
 
 
 def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     """Write fig5.png, trajectories of all objectives by all modes; and each objective's panels and class grids."""
     files: list[Path] = []
-    rows: dict[str, Any] = {}
+    panels_by_title: dict[str, Mapping[int, Image.Image]] = {}
     for result in results:
         title = result.cell.labels["objective"]
         panels = gallery.trajectories(result.trained)
-        for mode, panel in panels.items():
-            rows[f"{title},\n{mode.name}"] = panel
+        for mode, panels_by_step in panels.items():
+            panels_by_title[f"{title},\n{mode.name}"] = panels_by_step
         grids = gallery.class_grids(result.trained, None, nfe=(1, 2))
         files += gallery.write_trajectories(folder / title.lower(), panels)
         files += gallery.write_class_grids(folder / title.lower(), grids)
-    picture.write_picture(folder / "fig5.png", gallery.join_panels(rows))
+    picture.write_picture(folder / "fig5.png", gallery.join_panels(panels_by_title))
     return [folder / "fig5.png", *files]
 
 
@@ -166,10 +168,10 @@ def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
     """The average rows, with each distance over that of DuMo in one pass, and why it is over `FAR_RATIO` times it."""
     rows = average_by_arm(results)
     score = main_score(rows[0])
-    first = rows[0][score]
+    dumo_distance = rows[0][score]  # of the first arm in one pass
     table: list[Row] = []
     for averages in rows:
-        ratio = averages[score] / first
+        ratio = averages[score] / dumo_distance
         why = ""
         if averages["nfe"] == 1 and ratio > FAR_RATIO:
             why = plan.why.get(averages["objective"], "not known")

@@ -84,7 +84,7 @@ class Arm(Spec):
 
     labels: dict[str, Any]  # its columns in the table; in YAML they stand among the other fields
     recipe: str
-    by: str | None = None  # another recipe, by whose objective it is trained (`training_of`)
+    by: str | None = None  # another recipe, by whose objective it is trained (`training_settings`)
     set: Settings = ()
     vary: Axes = Field(default={})  # its axes: the values of each, with the settings of each value
     name: str = ""  # the beginning of its cells' names; "": its labels
@@ -131,23 +131,23 @@ class Plan(Spec):
     def require_scale(self, scale: str) -> None:
         """Raise UserError for a scale that no plan has, or this one has not."""
         require_known("scale", scale, SCALES)
-        self.at(scale)
+        self.get_scale(scale)
 
-    def at(self, scale: str) -> Scale:
-        """The plan's scale. Raises UserError for one that it does not have."""
+    def get_scale(self, scale: str) -> Scale:
+        """The scale of this name. Raises UserError for one that the plan does not have."""
         if scale not in self.scales:
             raise UserError(f"{self.name} has no scale '{scale}': {self.no_paper}; it has {' and '.join(self.scales)}")
         return self.scales[scale]
 
     def cells(self, scale: str) -> "Iterator[Cell]":
         """All runs of the plan, arm by arm, seed by seed."""
-        scale_spec = self.at(scale)
+        scale_spec = self.get_scale(scale)
         for outer_values, outer_settings in _combinations(scale_spec.vary):
             budget = Budget(self, scale_spec, factor=outer_values.get("budget", 1.0), is_smoke=scale == "smoke")
             for arm in scale_spec.arms or self.arms:
                 current_values = {"scale": scale, **outer_values}
-                is_here = all(current_values[name] in allowed for name, allowed in arm.only.items())
-                if not is_here:
+                is_included = all(current_values[name] in allowed for name, allowed in arm.only.items())
+                if not is_included:
                     continue
                 for arm_values, arm_settings in _combinations(arm.vary):
                     settings = (*outer_settings, *arm.set, *arm_settings)
@@ -159,8 +159,8 @@ class Plan(Spec):
         """The runs of one arm at one value of each axis, seed by seed; `settings` are those of axes and arm."""
         # the settings of plan, scale, `by`, axes and arm, where a later one wins
         recipe = scale.recipes.get(arm.recipe, arm.recipe)
-        training = training_of(arm.by, recipe) if arm.by else ()
-        settings = (*self.set, *scale.set, *training, *settings)
+        settings_of_by = training_settings(arm.by, recipe) if arm.by else ()
+        settings = (*self.set, *scale.set, *settings_of_by, *settings)
 
         def load_run(seed: int | None) -> Run:
             values = {**scale.values, **axis_values, "seed": seed}  # of $names in settings
@@ -180,12 +180,13 @@ class Plan(Spec):
         for seed in seeds:
             if depends_on_seed:
                 run = load_run(seed)
-            if seed is None:
-                seed = run.train.seed
-            train = run.train.model_copy(update={"steps": steps, "seed": seed})
-            weights = arm.weights and Template(arm.weights).safe_substitute(seed=seed)
+            run_seed = run.train.seed if seed is None else seed
+            train = run.train.model_copy(update={"steps": steps, "seed": run_seed})
+            weights = None
+            if arm.weights is not None:
+                weights = Template(arm.weights).safe_substitute(seed=run_seed)
             yield Cell(
-                name=f"{name}-{seed}",
+                name=f"{name}-{run_seed}",
                 spec=run.model_copy(update={"train": train}),
                 labels=labels,
                 weights=weights,
@@ -240,9 +241,10 @@ class Cost:
     @property
     def pair_units(self) -> float:
         """Forward units, of a batch each, in which a teacher makes its pairs of noise and data before the training."""
-        pairs = self.run.teacher and self.run.teacher.pairs
-        if not pairs:
+        teacher = self.run.teacher
+        if teacher is None or not teacher.pairs:
             return 0.0
+        pairs = teacher.pairs
         points = self.run.objective.needs.teacher.points
         return pairs.count * pairs.passes(points) / self.run.train.batch
 
@@ -273,24 +275,24 @@ class Budget:
             run = load_recipe(plan.steps_of, [*scale.set])
             self.total = round(factor * (scale.steps or run.train.steps)) * self._step_cost(Cost(run))
 
-    def steps(self, cost: Cost, recipe_steps: int, arm: Arm) -> int:
-        """How many steps an arm's run gets. A step costs `cost`; the run's recipe has `recipe_steps`."""
+    def steps(self, run_cost: Cost, recipe_steps: int, arm: Arm) -> int:
+        """How many steps an arm's run gets, whose cost is `run_cost`, and whose recipe has `recipe_steps`."""
         if self.scale.cost == "steps":
             return self.scale.steps or recipe_steps
-        step_cost = self._step_cost(cost)
+        step_cost = self._step_cost(run_cost)
         if self.scale.operations and not self.total:
             self.total = self.factor * self.scale.operations
         if self.scale.passes and not self.total:
-            self.total = self.factor * self.scale.passes * step_cost / cost.units
+            self.total = self.factor * self.scale.passes * step_cost / run_cost.units
         if arm.steps or not self.total:
             arm_steps = None if self.is_smoke else arm.steps
             steps = arm_steps or self.scale.steps or recipe_steps
             self.total = round(self.factor * steps) * step_cost
-        return round((arm.share * self.total - cost.pair_units) / step_cost)
+        return round((arm.share * self.total - run_cost.pair_units) / step_cost)
 
-    def _step_cost(self, cost: Cost) -> float:
+    def _step_cost(self, run_cost: Cost) -> float:
         """What a step costs, in the scale's measure."""
-        return cost.operations if self.scale.cost == "operations" else cost.units
+        return run_cost.operations if self.scale.cost == "operations" else run_cost.units
 
 
 @dataclass(frozen=True)
@@ -332,7 +334,7 @@ def slug(text: str) -> str:
 
 
 @cache
-def training_of(recipe: str, host: str) -> tuple[str, ...]:
+def training_settings(recipe: str, host: str) -> tuple[str, ...]:
     """The settings by which the recipe `host` trains as `recipe` does.
 
     They are the objective, the path, the preconditioning, theta^- and the solver of `recipe`. Data, net and training

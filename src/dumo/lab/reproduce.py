@@ -10,8 +10,8 @@
 4. writes table.md and results.json, with their origin: the command, the date, the machine and the device.
 
 A new plan needs a line in `VIEWS` only where the default view does not fit. The functions of special views are in
-`dumo.lab.paper`, for the paper's figures and tables, and `dumo.lab.ours`, for plans of our own. `dumo.lab.arm` draws
-the default pictures, in which each line or block is an arm of the plan.
+`dumo.lab.paper`, for the paper's figures and tables, and `dumo.lab.ours`, for plans of our own. `dumo.lab.arm_picture`
+draws the default pictures, in which each line or block is an arm of the plan.
 """
 
 import os
@@ -28,7 +28,7 @@ from PIL import Image
 
 from dumo.io import file, picture
 from dumo.io.read import write_json
-from dumo.lab import arm, cell, ours, ownplan, paper
+from dumo.lab import arm_picture, cell, ours, ownplan, paper
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Cell, Plan, read_plan
 from dumo.lab.table import average_by_arm, markdown
@@ -52,7 +52,7 @@ def _average_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 def _ranking_chart(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     """One chart, in which the best arm is on top, by its name: the plan's."""
-    return {plan.name: arm.ranking_chart(plan.title, table)}
+    return {plan.name: arm_picture.ranking_chart(plan.title, table)}
 
 
 def _no_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
@@ -65,7 +65,7 @@ def _draw_samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]
     if not plan.samples:
         return []
     path = folder / f"{plan.name}-samples.png"
-    picture.write_picture(path, arm.sample_sheets(results))
+    picture.write_picture(path, arm_picture.sample_sheets(results))
     return [path]
 
 
@@ -102,11 +102,11 @@ OWN_VIEW = View(make_table=ownplan.paired_table)  # of a user's file
 
 
 def reproduce(
-    name: str, scale: str, folder: Path | None = None, *, jobs: int = 1, device: str = "auto", bar: Bar = no_bar
+    name: str, scale: str, folder: Path | None, *, jobs: int = 1, device: str = "auto", bar: Bar = no_bar
 ) -> dict[str, Any]:
     """Run a plan, `jobs` cells at a time; write results.json, table.md and its pictures; return results.json's content.
 
-    `name` is that of a plan, or a user's file. `folder` is by default runs/reproduce/NAME-SCALE. `device` is as
+    `name` is that of a plan, or a user's file. `folder` None is runs/reproduce/NAME-SCALE. `device` is as
     `--device` names it. Raises UserError for an unknown name, a scale that the plan does not have, and a file of the
     user's as `ownplan.read_file` and `ownplan.require_fair`.
     """
@@ -120,7 +120,7 @@ def reproduce(
     file.check_writable(folder)
     cells = list(plan.cells(scale))
     if is_own:
-        ownplan.require_fair(cells, plan.at(scale).cost)
+        ownplan.require_fair(cells, plan.get_scale(scale).cost)
     results = view.run_cells(cells, folder / "cells", jobs=jobs, device=device, bar=bar)
 
     table = view.make_table(plan, results)

@@ -2,7 +2,7 @@
 
 `average_by_arm` makes a table of results, `from_cells` makes it again of the cells stored in a results.json, and
 `markdown` writes it. `main_score` is the score that a table leads with; `leading_score` chooses it among the names of
-scores. `group_by_arm`, `rows_by_passes` and `error_of_mean` are the steps, for tables of other forms.
+scores. `group_by_arm`, `rows_of_all_passes` and `error_of_mean` are the steps, for tables of other forms.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,13 +32,13 @@ def average_by_arm(results: Sequence[Result], more_columns: Callable[[Result], R
         columns = dict(first.cell.labels)
         if more_columns:
             columns |= more_columns(first)
-        rows_of_seeds = [rows_by_passes(result.report) for result in results_of_arm]
+        rows_of_seeds = [rows_of_all_passes(result.report) for result in results_of_arm]
         for rows_of_passes in zip(*rows_of_seeds, strict=True):  # a row of each seed, of one number of passes
             table.append(columns | _average_rows(rows_of_passes))
     return table
 
 
-def rows_by_passes(report: Row) -> list[Row]:
+def rows_of_all_passes(report: Row) -> list[Row]:
     """The rows of a report, one for each number of passes; by Euler's method where the run's solver has none."""
     rows = list(report["results"])
     passes = {row["nfe"] for row in rows}
@@ -83,7 +83,7 @@ def error_of_mean(points: Sequence[tuple[float, float]]) -> float:
 
 
 def from_cells(stored: Row) -> list[Row]:
-    """The table of results.json, its averages made again of the stored cells: older tables lack some deviations.
+    """Make the table of results.json again from its stored cells, because older tables lack some deviations.
 
     Two columns are added: `by_seed`, the row of each cell by its seed, and `protocol`, what judged them.
     """
@@ -94,7 +94,7 @@ def from_cells(stored: Row) -> list[Row]:
     rows: list[Row] = []
     for cells in cells_by_arm.values():
         protocol = next(iter(cells.values()))["protocol"]
-        rows_of_seeds = [rows_by_passes(cell) for cell in cells.values()]
+        rows_of_seeds = [rows_of_all_passes(cell) for cell in cells.values()]
         for rows_of_passes in zip(*rows_of_seeds, strict=True):
             by_seed = dict(zip(cells, rows_of_passes, strict=True))
             rows.append({**_average_rows(rows_of_passes), "by_seed": by_seed, "protocol": protocol})

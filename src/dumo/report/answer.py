@@ -24,7 +24,7 @@ from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report.gallery import POINTS, TAUGHT_BY_LETTER, SamplingMode, solver_title
 from dumo.report.live import InteractiveRun
-from dumo.report.sample import sheet
+from dumo.report.sample import draw_sheet
 from dumo.run.prompt import names_of_conditions
 from dumo.runtime.text import nfe_text
 from dumo.types import Sample, UserError
@@ -49,12 +49,7 @@ class AnswerRow:
 
     title: str
     cells: Sequence[AnswerCell]
-    across: int = 0  # cells to a line; 0: all of them in one line
-
-    @property
-    def width(self) -> int:
-        """The number of cells to a line."""
-        return self.across or len(self.cells)
+    columns: int = 0  # cells to a line; 0: all of them in one line
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def make_samples(
     c = run.conditions(condition, count)
     seed = parse_seed(seed_text)
     mode = run.mode(letter)
-    samples = run.make(mode, nfe, c, run.noises(seed, count), run.guide(guidance))
+    samples = run.sample(mode, nfe, c, run.noises(seed, count), run.guide(guidance))
     conditions = run.sampler.conditions
     condition_names = names_of_conditions(run.sampler, c)
     notes = [str(i) for i in range(count)]
@@ -118,9 +113,9 @@ def make_samples(
     images = "1 image" if count == 1 else f"{count} images"
     columns = 1 + isqrt(count - 1)  # nearly a square
     yield Answer(
-        [AnswerRow("", cells, across=columns)],
+        [AnswerRow("", cells, columns=columns)],
         f"{images}, {nfe_text(samples.nfe)} each, {_seconds_text(samples.seconds)} for all.",
-        sheet(samples.x, c, conditions, condition_names),
+        draw_sheet(samples.x, c, conditions, condition_names),
         _script(run, condition, seed, guidance, count, nfe, mode),
     )
 
@@ -132,7 +127,8 @@ def _script(
     conditions = run.sampler.conditions
     options: dict[str, object] = {}
     if conditions.count and condition.strip():
-        options["prompts" if conditions.captions else "labels"] = condition.strip()
+        option = "prompts" if conditions.captions else "labels"
+        options[option] = condition.strip()
     options["count"] = count
     options["nfe"] = nfe
     options["seed"] = seed
@@ -186,7 +182,7 @@ def _sample_cell(
 ) -> AnswerCell:
     """A cell with one picture, its passes and its seconds; where it cannot be made, a cell with the reason alone."""
     try:
-        samples = run.make(mode, nfe, c, noises, guide, deadline)
+        samples = run.sample(mode, nfe, c, noises, guide, deadline)
         note = f"{nfe_text(samples.nfe)}, {_seconds_text(samples.seconds)}"
         return AnswerCell(_pictures(run, samples.x)[0], note)
     except UserError as error:
@@ -213,7 +209,7 @@ def interpolate_seeds(
     if seed == other_seed:
         raise UserError(f"both seeds are {seed}: there is no way between them, give another one")
     noises = noises_between(run.noises(seed), run.noises(other_seed), NUM_INTERPOLATED)
-    samples = run.make(run.mode(letter), nfe, c, noises, run.guide(guidance))
+    samples = run.sample(run.mode(letter), nfe, c, noises, run.guide(guidance))
     notes = [f"{k}/{NUM_INTERPOLATED - 1}" for k in range(NUM_INTERPOLATED)]
     notes[0] = f"seed {seed}"
     notes[-1] = f"seed {other_seed}"
@@ -247,7 +243,7 @@ def find_neighbours(
     """
     c = run.conditions(condition, NUM_COMPARED)
     noises = run.noises(parse_seed(seed_text), NUM_COMPARED)
-    samples = run.make(run.mode(letter), nfe, c, noises, run.guide(guidance))
+    samples = run.sample(run.mode(letter), nfe, c, noises, run.guide(guidance))
     sample_cells = [AnswerCell(image, str(i)) for i, image in enumerate(_pictures(run, samples.x))]
     sample_row = AnswerRow("samples", sample_cells)
     try:
@@ -269,13 +265,13 @@ def _distance_text(num_compared: int, size: int | None, spacing: float) -> str:
     `size` is the number of images in the data; None: they never end.
     """
     if num_compared == size:
-        among = f"all {num_compared:,}"
+        count = f"all {num_compared:,}"
     elif size:
-        among = f"{num_compared:,} of {size:,}"
+        count = f"{num_compared:,} of {size:,}"
     else:
-        among = f"{num_compared:,}"
+        count = f"{num_compared:,}"
     return (
-        f"Looked for among {among} images of the data, which lie {spacing:.2f} from the nearest other one in the mean. "
+        f"Looked for among {count} images of the data, which lie {spacing:.2f} from the nearest other one in the mean. "
         "Distances are Euclidean, between the pixels of images in [-1, 1], not between what they show: an image moved "
         "by a pixel is far from itself. A copy has distance 0."
     )

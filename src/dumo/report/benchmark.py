@@ -1,7 +1,10 @@
 """Images of a benchmark's prompts, in the files that its evaluator reads, with their card.
 
-`make` is the entrance. It reads the prompts and checks that they are the benchmark's (`LAYOUTS`); refuses a folder
-whose images were made otherwise; writes a card for each folder, and then the images that are missing.
+`make_images` is the entrance. In this order it
+
+1. reads the prompts, and checks that they are the benchmark's (`LAYOUTS`);
+2. refuses a folder whose images were made otherwise;
+3. writes a card for each folder, and the images that are missing.
 
 Image j of prompt i is sample 4 i + j of the seed, whatever makes it and when. So images that exist are kept, and work
 that was stopped resumes. The card lies next to the folder, FOLDER.json: the evaluator reads images alone, and its
@@ -126,7 +129,7 @@ LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (_GenEval(), 
 PLACE_FIELDS = ("device", "versions", "weights")  # of a card: they say where images were made, and do not change them
 
 
-def make(
+def make_images(
     opened: RunFolder,
     layout: Layout,
     source: Path,
@@ -142,6 +145,7 @@ def make(
     Several ranks share the prompts. Raises UserError, before anything is written, for a file of other prompts, a run
     that makes no images or reads no texts, a solver or nfe out of reach, and a folder whose images were made otherwise.
     """
+    # the prompts, and the conditions of their images
     file.check_writable(folder)
     prompts = read_prompts(source)
     layout.require_fit(prompts, source)
@@ -151,15 +155,17 @@ def make(
     name_parts = [source.stem, *sampling_changes(opened, sampler.spec)]
     opened = replace(opened, run=opened.run.model_copy(update={"sample": sampler.spec}))
 
+    # a folder and a card for each number of passes
     cards: dict[int, Card] = {}
     image_folders: dict[int, Path] = {}
     for n in sampler.spec.nfe:
-        judged = evaluate.with_options(opened, nfe=[n], seed=sampler.spec.seed)
-        run_card = make_card(judged, _facts(layout, source, prompts), len(c))
+        judged_run = evaluate.with_options(opened, nfe=[n], seed=sampler.spec.seed)
+        run_card = make_card(judged_run, _facts(layout, source, prompts), len(c))
         cards[n] = run_card | _benchmark_fields(layout, len(c))
         image_folders[n] = folder / "-".join([layout.name, solver_kind, f"nfe{n}", *name_parts])
         _require_same_card(image_folders[n], cards[n])
 
+    # the images that are missing
     for n, image_folder in image_folders.items():
         missing = _missing_prompts(layout, image_folder, prompts)
         if dist.is_main():
@@ -175,21 +181,21 @@ def make(
 
 
 def _images_by_prompt(
-    sampler: Sampler, c: torch.Tensor, nfe: int, numbers: Sequence[int]
+    sampler: Sampler, c: torch.Tensor, nfe: int, prompt_numbers: Sequence[int]
 ) -> Iterator[tuple[int, picture.PixelRows]]:
     """Yield each prompt's number and its images (4, h, w, channels), for the prompts of these numbers."""
-    if not numbers:
+    if not prompt_numbers:
         return
     indices: list[int] = []
-    for i in numbers:
+    for i in prompt_numbers:
         first = IMAGES_PER_PROMPT * i
         indices += range(first, first + IMAGES_PER_PROMPT)
-    next_numbers = iter(numbers)
+    remaining_numbers = iter(prompt_numbers)
     pending_images: list[torch.Tensor] = []  # a batch may end within a prompt
     for batch in sampler.batches(c, nfe=nfe, indices=indices):
         pending_images += picture.to_rows(batch.x)
         while len(pending_images) >= IMAGES_PER_PROMPT:
-            yield next(next_numbers), torch.stack(pending_images[:IMAGES_PER_PROMPT])
+            yield next(remaining_numbers), torch.stack(pending_images[:IMAGES_PER_PROMPT])
             del pending_images[:IMAGES_PER_PROMPT]
 
 
@@ -242,15 +248,15 @@ def _require_same_card(image_folder: Path, card: Card) -> None:
         return
     fix = "give another --out, or remove it"
     path = _card_file(image_folder)
-    written = read_json(path, f"nothing says what made its images; {fix}")
-    if not isinstance(written, dict) or not isinstance(written.get("card"), dict):
+    stored = read_json(path, f"nothing says what made its images; {fix}")
+    if not isinstance(stored, dict) or not isinstance(stored.get("card"), dict):
         raise UserError(f"{path} is no card of images: nothing says what made them; {fix}")
-    written_card: dict[str, Any] = written["card"]
+    stored_card: dict[str, Any] = stored["card"]
     for field in card:
         value = finite(card[field])
-        written_value = written_card.get(field)
-        if field not in PLACE_FIELDS and value != written_value:
+        stored_value = stored_card.get(field)
+        if field not in PLACE_FIELDS and value != stored_value:
             raise UserError(
                 f"{image_folder} holds images that were made otherwise "
-                f"({field}: {brief(written_value, 60)}, now {brief(value, 60)}): {fix}"
+                f"({field}: {brief(stored_value, 60)}, now {brief(value, 60)}): {fix}"
             )

@@ -102,7 +102,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     return _compare_reports(_read_reports(sources), anyway=anyway)
 
 
-def compare_by_protocol(sources: Sequence[str], *, anyway: bool = False) -> dict[str, dict[str, Any]]:
+def compare_by_protocol(sources: Sequence[str], *, anyway: bool) -> dict[str, dict[str, Any]]:
     """Set evaluations in a table for each protocol, by the protocol's kind. Takes sources and raises as `compare`.
 
     Evaluations by different protocols have no scores that could be compared. With `anyway` there is one table of all,

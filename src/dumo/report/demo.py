@@ -1,10 +1,10 @@
 """The demo: a page to play with runs, and its server.
 
 1. `offline_gradio` imports Gradio.
-2. `page` lays out the page of some runs.
+2. `build_page` lays out the page of some runs.
 3. `serve` serves it, to this machine alone, until a signal.
-4. When a person presses a button, `answer_runs` asks each run in turn (`dumo.report.answer`), `render` makes HTML of
-   what there is so far, and `write` makes the files to download.
+4. When a person presses a button, `answer_runs` asks each run in turn (`dumo.report.answer`), `answers_html` makes HTML
+   of what there is so far, and `write_downloads` makes the files to download.
 
 An answer is HTML that holds its pictures: nothing is fetched from elsewhere. What a person typed is escaped in it, and
 in what says that it was wrong. Only what is downloaded lies in files, for a while, in a folder that goes at the end.
@@ -67,7 +67,7 @@ GRACE_SECONDS = 1  # that open connections have after it: ours
 Explain = Callable[[BaseException], tuple[str, int] | None]  # an error's text and exit code; None: it is a defect
 
 
-def page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
+def build_page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
     """The page of one run or more, which fit next to each other; `explain` gives what a person reads of an error."""
     import gradio as gr
 
@@ -91,11 +91,11 @@ def page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
         with gr.Row():
             for shown_run in runs:
                 title = f"<h1>{html.escape(shown_run.name)}</h1><p>{html.escape(_run_line(shown_run))}</p>"
-                gr.HTML(title + validation(shown_run))
+                gr.HTML(title + validation_html(shown_run))
         with gr.Row():
             seed = seed_field(f"{run.sampler.spec.seed}", label="seed")
             shared_fields = [_condition_field(run), seed, _guidance_field(runs)]
-        gr.HTML(guidance_line(runs))
+        gr.HTML(guidance_html(runs))
         if run.sampler.is_image:
             with gr.Tab("Make"):
                 with gr.Row():
@@ -126,7 +126,7 @@ def _run_line(run: InteractiveRun) -> str:
     return f"{opened.run.about}. Step {opened.step:,}, {parameters:,} parameters, on {device_name}."
 
 
-def validation(run: InteractiveRun) -> str:
+def validation_html(run: InteractiveRun) -> str:
     """HTML of the run's validation charts, folded away; "" where its log has none, or is damaged."""
     charts: list[Chart] = []
     with suppress(UserError):  # a damaged log is no reason not to play
@@ -176,7 +176,7 @@ def _guidance_field(runs: Sequence[InteractiveRun]) -> "gr.Slider":
     )
 
 
-def guidance_line(runs: Sequence[InteractiveRun]) -> str:
+def guidance_html(runs: Sequence[InteractiveRun]) -> str:
     """HTML of why runs cannot be guided, a sentence for each; "" where all can be."""
     sentences: list[str] = []
     for run in runs:
@@ -204,24 +204,24 @@ def _add_button(
     answer_place = gr.HTML()
     downloads = _add_downloads() if has_downloads else None
 
-    def work(*field_values: object) -> Iterator[dict["Component", object]]:
+    def on_click(*field_values: object) -> Iterator[dict["Component", object]]:
         try:
             texts = [value for value in field_values if isinstance(value, str)]
             if SURROGATE.search("".join(texts)):
                 raise UserError("a text has half a character, which cannot be read: type it anew")
             with TemporaryDirectory(prefix="dumo-demo-") as folder:  # Gradio copies what it needs at every yield
                 for answers in answer_runs(runs, answer_run, *field_values):
-                    updates: dict[Component, object] = {answer_place: render(answers)}
+                    updates: dict[Component, object] = {answer_place: answers_html(answers)}
                     if downloads:
                         updates |= downloads.fill(answers, Path(folder))
                     yield updates
         except Exception as error:
-            raise gr.Error(error_text(error, explain), print_exception=False) from None
+            raise gr.Error(error_html(error, explain), print_exception=False) from None
 
     outputs: list[Component] = [answer_place]
     if downloads:
         outputs += downloads.components
-    button.click(work, [*fields], outputs, concurrency_id="device", concurrency_limit=1)
+    button.click(on_click, [*fields], outputs, concurrency_id="device", concurrency_limit=1)
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _add_downloads() -> _Downloads:
     )
 
     def fill(answers: Mapping[str, Answer], folder: Path) -> dict["Component", object]:
-        archive, sheet = write(answers, folder)
+        archive, sheet = write_downloads(answers, folder)
         scripts = [run_answer.script for run_answer in answers.values()]
         return {
             images: gr.DownloadButton(value=archive, interactive=True),
@@ -262,7 +262,7 @@ def _add_downloads() -> _Downloads:
     return _Downloads((images, grid, code), fill)
 
 
-def write(answers: Mapping[str, Answer], folder: Path) -> tuple[Path, Path]:
+def write_downloads(answers: Mapping[str, Answer], folder: Path) -> tuple[Path, Path]:
     """Write the pictures of answers, by the runs' names, into a folder.
 
     Returns the path of an archive with a file for each picture, and of a picture with the sheets of all runs.
@@ -281,7 +281,7 @@ def write(answers: Mapping[str, Answer], folder: Path) -> tuple[Path, Path]:
     return archive, grid
 
 
-def render(answers: Mapping[str, Answer]) -> str:
+def answers_html(answers: Mapping[str, Answer]) -> str:
     """Answers, by the runs' names, as HTML: rows of pictures with words. Pixels of small pictures stay squares."""
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
@@ -290,7 +290,7 @@ def render(answers: Mapping[str, Answer]) -> str:
     return template.render(answers=answers, small=picture.MIN_READABLE_HEIGHT)
 
 
-def error_text(error: Exception, explain: Explain) -> str:
+def error_html(error: Exception, explain: Explain) -> str:
     """HTML of what a person reads of an error. A defect is logged with its trace, and the text only says so."""
     if isinstance(error, Stopped):
         return "this page is being closed"

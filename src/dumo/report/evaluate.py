@@ -3,8 +3,9 @@
 `evaluate` is the entrance:
 
 1. `with_options` takes the run as it is to be judged.
-2. `_judge` opens the run's evaluator, has a `row` of scores for each number of passes, and adds the card.
-3. `write` writes the report, with the rows of other passes that the file has.
+2. `_judge` opens the run's evaluator, makes a row of scores for each number of passes (`score_passes`), and adds the
+   card.
+3. `write_report` writes the report, with the rows of other passes that the file has.
 
 `current_report` reads it back, unless judging again would give something new. `complete_report` also serves images
 that others made (`dumo.report.images`).
@@ -15,7 +16,7 @@ of other weights, it is another file, named after what differs; of an earlier st
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,18 @@ from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
 from dumo.report import score
 from dumo.report.card import Card, Row, contrast_solver, judging_settings, make_card, read_report
-from dumo.report.name import Fields, changes, flat
+from dumo.report.name import Fields, changed_parts, flatten
 from dumo.report.sample import solver_of
 from dumo.run.judge import evaluator_of, sample_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads
 from dumo.runtime.device import software_versions
-from dumo.runtime.progress import Bar, line_printer, no_bar
+from dumo.runtime.progress import Bar, Tick, line_printer, no_bar
 from dumo.types import UserError
 
 PATH_FIELDS = ("protocol.reference", "protocol.model")  # no part of a file's name: the card has their files' hashes
-ROWS = {"results": "nfe", "contrast": "contrast"}  # the parts of a report that are rows: their passes on the card
+PASSES_FIELDS = {"results": "nfe", "contrast": "contrast"}  # by a part of the report: the card's field with its passes
 
 
 def evaluate(
@@ -64,11 +65,11 @@ def evaluate(
     """Judge a run by its protocol, and write the report, which says in `file` where it is.
 
     The file keeps rows of other passes that were measured in the same way; what is returned has none of them.
-    `results` has one row per number of passes. `contrast` has Euler steps of the velocity, at as many passes and at
-    those that the run adds to them, where its own solver is another: what the other head, or the higher order, is
-    for; of likelihoods, Heun's steps at the passes of the protocol. Several ranks share the work, and the first writes.
-    `metrics` are scores of the user's own, by name: they follow in the rows that are returned, not in the file, for
-    their code is not known there.
+    `results` has one row per number of passes. Where the run's solver is not Euler's, `contrast` has rows by Euler's
+    steps of the velocity, at these passes and those that the run adds: they show what the other head, or the higher
+    order, is for. Of likelihoods, `contrast` has Heun's steps at the passes of the protocol. `metrics` are scores of
+    the user's own, by name: they are in the rows that are returned, not in the file, which does not know their code.
+    Several ranks share the work, and the first writes.
 
     Raises UserError as the solvers and the protocol do, OSError where the report could not be written, before any work,
     and Stopped where that is asked.
@@ -79,14 +80,14 @@ def evaluate(
     with threads.fewer_when_busy(opened.device, line_printer(bar)):
         path, report = _judge(opened, bar, metrics or {})
     if dist.is_main():
-        write(path, _without_scores(report, metrics or {}))
+        write_report(path, _without_scores(report, metrics or {}))
     return report
 
 
 def _without_scores(report: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     """The report without the scores of these names in its rows."""
     rows_by_part: dict[str, list[Row]] = {}
-    for part in ROWS:
+    for part in PASSES_FIELDS:
         rows_by_part[part] = [{name: row[name] for name in row if name not in names} for row in report[part]]
     return {**report, **rows_by_part}
 
@@ -97,7 +98,7 @@ def _judge(opened: RunFolder, bar: Bar, metrics: Mapping[str, OwnMetric]) -> tup
     sampler = opened.sampler
     protocol = run.evaluate.protocol
     seed = run.evaluate.seed
-    passes = judging_settings(sampler, run.evaluate)
+    settings = judging_settings(sampler, run.evaluate)
     evaluator = evaluator_of(sampler, run.evaluate, bar, _stored_reference(opened))
     if metrics:
         dist.require_one_process("a metric of your own")
@@ -120,8 +121,8 @@ def _judge(opened: RunFolder, bar: Bar, metrics: Mapping[str, OwnMetric]) -> tup
     }
     report = complete_report(
         head,
-        results=[row(sampler, evaluator, solver, n, c, seed, bar) for n in passes["nfe"]],
-        contrast=[row(sampler, evaluator, other_solver, n, c, seed, bar) for n in passes["contrast"]],
+        results=[score_passes(sampler, evaluator, solver, n, c, seed, bar) for n in settings["nfe"]],
+        contrast=[score_passes(sampler, evaluator, other_solver, n, c, seed, bar) for n in settings["contrast"]],
         baselines=evaluator.baselines(),
         card=make_card(opened, evaluator.facts, len(c)),
     )
@@ -151,9 +152,12 @@ def complete_report(
 
 
 def with_options(
-    opened: RunFolder, *, nfe: Sequence[int] | None = None, seed: int | None = None, solver: str | None = None
+    opened: RunFolder, *, nfe: Sequence[int] | None, seed: int | None, solver: str | None = None
 ) -> RunFolder:
-    """The run as it is to be judged. Raises UserError for passes or a solver out of reach."""
+    """The run as it is to be judged; None leaves what the run has.
+
+    Raises UserError for passes or a solver out of reach.
+    """
     run = opened.run
     solver_spec = solver_of(run.sample, solver)
     passes = tuple(nfe or run.evaluate.nfe)
@@ -165,28 +169,38 @@ def with_options(
     return replace(opened, run=run.model_copy(update={"sample": sampling, "evaluate": evaluation}))
 
 
-def row(
+def score_passes(
     sampler: Sampler, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, seed: int, bar: Bar = no_bar
 ) -> Row:
-    """The scores of samples, or likelihoods, by a solver at one number of passes, as the net counted them."""
+    """Make samples of the conditions c (n,), or likelihoods of the data, by `nfe` passes of a solver, and score them.
+
+    Returns the number of passes that the net has counted, which with guidance is above `nfe`; the solver; the scores.
+    """
+    if isinstance(evaluator, LikelihoodEvaluator):
+        work = "likelihoods"
+        batches = likelihoods(sampler, evaluator, solver, nfe)
+    else:
+        work = "sampling"
+        batches = sampler.batches(c, nfe=nfe, seed=seed, solver=solver)
     counted_passes = set[int]()
-
-    def counted_batches() -> Iterator[tuple[Tensor, Tensor]]:
-        if isinstance(evaluator, LikelihoodEvaluator):
-            batches = likelihoods(sampler, evaluator, solver, nfe)
-        else:
-            batches = sampler.batches(c, nfe=nfe, seed=seed, solver=solver)
-        done = 0
-        for batch in batches:
-            done += len(batch.index) * dist.world()
-            tick(min(done, len(c)), "")
-            counted_passes.add(batch.nfe)
-            yield batch.index, batch.x
-
-    work = "likelihoods" if isinstance(evaluator, LikelihoodEvaluator) else "sampling"
     with bar(f"{work}, {solver.kind} at {nfe}", len(c)) as tick:
-        scores = evaluator.score(counted_batches())
+        scores = evaluator.score(_count_passes(batches, counted_passes, len(c), tick))
     return {"nfe": counted_passes.pop(), "solver": solver.kind, **scores}
+
+
+def _count_passes(
+    batches: Iterable[Batch], counted_passes: set[int], total: int, tick: Tick
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The indices and samples of each batch of this rank. Each adds its passes to `counted_passes`, and moves the bar.
+
+    `total` is the number of samples of all ranks.
+    """
+    done = 0
+    for batch in batches:
+        done += len(batch.index) * dist.world()
+        tick(min(done, total), "")
+        counted_passes.add(batch.nfe)
+        yield batch.index, batch.x
 
 
 def current_report(opened: RunFolder) -> dict[str, Any] | None:
@@ -201,12 +215,12 @@ def current_report(opened: RunFolder) -> dict[str, Any] | None:
         "protocol": opened.run.evaluate.protocol.name,
         **judging_settings(opened.sampler, opened.run.evaluate),
     }
-    wanted_passes = {field: wanted_card.pop(field) for field in ROWS.values()}
-    rows = {part: _rows_by_passes(report, part) for part in ROWS}
+    wanted_passes = {field: wanted_card.pop(field) for field in PASSES_FIELDS.values()}
+    rows = {part: _rows_by_passes(report, part) for part in PASSES_FIELDS}
     for field, value in wanted_card.items():
         if report["card"].get(field) != value:
             return None
-    for part, field in ROWS.items():
+    for part, field in PASSES_FIELDS.items():
         if any(n not in rows[part] for n in wanted_passes[field]):
             return None
     return _with_rows(report, rows, wanted_passes)
@@ -217,10 +231,10 @@ def _file_name(opened: RunFolder) -> str:
     run_as_saved = opened.run_as_saved
     saved_fields = _deciding_fields(run_as_saved.sample, run_as_saved.evaluate)
     opened_fields = _deciding_fields(opened.run.sample, opened.run.evaluate)
-    return "-".join(["evaluation", *changes(opened, saved_fields, opened_fields)]) + ".json"
+    return "-".join(["evaluation", *changed_parts(opened, saved_fields, opened_fields)]) + ".json"
 
 
-def write(path: Path, report: dict[str, Any]) -> None:
+def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write a report with the rows of other passes that the file has, if all else on their cards is the same.
 
     If not, the earlier report is put aside, under its step and, of this step, a part of its card's hash. Images that
@@ -237,22 +251,22 @@ def write(path: Path, report: dict[str, Any]) -> None:
                 report = _merge_rows(earlier, report)
             write_json(path, report)
             return
-        aside = path.stem
+        earlier_stem = path.stem
         earlier_step = earlier.get("step")
         if earlier_step is not None:
-            aside += f"-step{earlier_step}"
+            earlier_stem += f"-step{earlier_step}"
         if earlier_step == report.get("step"):
-            aside += f"-{digest.of_bytes(_measure(earlier).encode())[:6]}"
-        path.replace(path.with_name(f"{aside}.json"))
+            earlier_stem += f"-{digest.of_bytes(_measure(earlier).encode())[:6]}"
+        path.replace(path.with_name(f"{earlier_stem}.json"))
         write_json(path, report)
 
 
-def _merge_rows(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """The report with the rows that the earlier one, `before`, has of other passes, in order of passes."""
+def _merge_rows(earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """The report with the rows that the earlier one has of other passes, in order of passes."""
     rows: dict[str, dict[int, Row]] = {}
     passes: dict[str, list[int]] = {}
-    for part, field in ROWS.items():
-        rows[part] = {**_rows_by_passes(before, part), **_rows_by_passes(report, part)}
+    for part, field in PASSES_FIELDS.items():
+        rows[part] = {**_rows_by_passes(earlier, part), **_rows_by_passes(report, part)}
         passes[field] = sorted(rows[part])
     return _with_rows(report, rows, passes)
 
@@ -260,18 +274,18 @@ def _merge_rows(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any
 def _with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: dict[str, list[int]]) -> dict[str, Any]:
     """The report with the rows of these passes in place of its own."""
     parts: dict[str, list[Row]] = {}
-    for part, field in ROWS.items():
+    for part, field in PASSES_FIELDS.items():
         parts[part] = [rows[part][n] for n in passes[field]]
-    verdict = score.state(parts["results"], report["baselines"])
-    return {**report, **parts, "state": verdict, "card": {**report["card"], **passes}}
+    state = score.state(parts["results"], report["baselines"])
+    return {**report, **parts, "state": state, "card": {**report["card"], **passes}}
 
 
 def _rows_by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
-    """The rows of a part by their passes as the card has them, since with guidance a row counts more passes.
+    """The rows of a part, by their passes on the card: with guidance, those in a row are more.
 
-    {} where the card does not match the rows.
+    {} where the card has not as many numbers of passes as there are rows.
     """
-    passes = report["card"].get(ROWS[part], [])
+    passes = report["card"].get(PASSES_FIELDS[part], [])
     if len(passes) != len(report[part]):
         return {}
     return dict(zip(passes, report[part], strict=True))
@@ -279,26 +293,26 @@ def _rows_by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
 
 def _measure(report: dict[str, Any]) -> str:
     """The card as text, without its passes and the path of the weights, whose hash it has."""
-    left_out = (*ROWS.values(), "weights")
+    left_out = (*PASSES_FIELDS.values(), "weights")
     measure = {field: value for field, value in report["card"].items() if field not in left_out}
     return json.dumps(finite(measure), sort_keys=True)
 
 
 def _deciding_fields(sampling: Sampling, evaluation: Evaluation) -> Fields:
     """The fields that decide an evaluation, without its passes, since a report collects rows of all passes."""
-    sample = sampling.model_dump(mode="json")
-    evaluate = evaluation.model_dump(mode="json")
-    protocol = evaluate.pop("protocol")
+    sampling_tree = sampling.model_dump(mode="json")
+    evaluation_tree = evaluation.model_dump(mode="json")
+    protocol = evaluation_tree.pop("protocol")
     parts = {
         "protocol": protocol,
-        "solver": sample["solver"],
-        "guide": sample["guide"],
-        "knobs": sample["knobs"],
-        "evaluate": evaluate,
-        "sample": {"precision": sample["precision"]},
+        "solver": sampling_tree["solver"],
+        "guide": sampling_tree["guide"],
+        "knobs": sampling_tree["knobs"],
+        "evaluate": evaluation_tree,
+        "sample": {"precision": sampling_tree["precision"]},
     }
-    left_out = [*PATH_FIELDS, *(f"evaluate.{field}" for field in ROWS.values())]
-    return {field: value for field, value in flat(parts).items() if field not in left_out}
+    left_out = [*PATH_FIELDS, *(f"evaluate.{field}" for field in PASSES_FIELDS.values())]
+    return {field: value for field, value in flatten(parts).items() if field not in left_out}
 
 
 def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver, nfe: int) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
 """Send the rows of a run's log to a tracker: afterwards (`feed`), or as the run trains (`live_feed`).
 
 `feed` locks each run's log for the tracker, reads the rows after the last that was sent, and sends them (`Feed`); with
-a pause, such as `nap`, it looks again and again. `live_feed` starts a process at the first step of a training
+a pause, such as `poll_forever`, it looks again and again. `live_feed` starts a process at the first step of a training
 (`TrackerProcess`), which runs `follow`, which calls `feed`, and is ended when the training is.
 
 It is a process of its own so that what a tracker does, with time, memory, threads or random numbers, it does not do in
@@ -31,7 +31,7 @@ from dumo.config.source import read
 from dumo.config.suggestion import require_known
 from dumo.io import file
 from dumo.io.read import read_json
-from dumo.report.tracker import TRACKERS, Tracker, values
+from dumo.report.tracker import TRACKERS, Tracker, numbers_by_name
 from dumo.run.speed import log_with_speeds
 from dumo.runtime import dist, install_command, installed_version, shell_path, signals
 from dumo.training.loop import Every
@@ -42,8 +42,8 @@ from dumo.types import UserError
 FILE = "tracked.json"  # in a run's folder
 POLL_SECONDS = 1.0  # between two looks at a log that may grow: ours
 REST_SHARE = 20  # seconds of rest, at least, for each second that a look took: a long log is read less often. Ours
-PATIENCE = 30.0  # seconds that a tracker has for the last rows of a run that is done: ours
-HURRY = 5.0  # seconds that it has for those of a run that was stopped: ours
+LAST_ROWS_SECONDS = 30.0  # that a tracker has for the last rows of a run that is done: ours
+STOPPED_ROWS_SECONDS = 5.0  # that it has for the last rows of a run that was stopped: ours
 PROGRAM = "from dumo.report.feed import follow; follow()"  # takes the folder and the tracker as arguments
 
 Pause = Callable[[float], bool]  # waits this many seconds; True: the next look at the log is the last
@@ -75,12 +75,12 @@ class Feed:
             self.tracker = TRACKERS[self.tracker_name](self.config, self.folder, self.key)
         for row in new_rows:
             logged_at = row.get("speed", {}).get("at")
-            self.tracker.send(row["step"], logged_at, values(row))
+            self.tracker.send(row["step"], logged_at, numbers_by_name(row))
         self.last_step = new_rows[-1]["step"]
-        self.write_sent()
+        self._write_sent()
         return len(new_rows)
 
-    def write_sent(self) -> None:
+    def _write_sent(self) -> None:
         """Write into tracked.json what this tracker was sent."""
         sent_by_tracker = _read_sent(self.folder)
         sent_by_tracker[self.tracker_name] = {"key": self.key, "step": self.last_step}
@@ -104,8 +104,8 @@ def _read_sent(folder: Path) -> dict[str, Any]:
     return read_json(path, "remove it, and all rows are sent to new runs")
 
 
-def nap(seconds: float) -> bool:
-    """A `Pause` without end: wait, and look again."""
+def poll_forever(seconds: float) -> bool:
+    """A `Pause` after which there is always another look."""
     time.sleep(seconds)
     return False
 
@@ -124,11 +124,11 @@ def feed(
         for folder in folders:
             if not folder.is_dir():
                 continue  # `Feed` says what is missing
-            busy = (
+            busy_message = (
                 f"the log of {folder} is on its way to {tracker_name}, as it trains or by another dumo log: "
                 "wait for its end"
             )
-            lock = file.locked(folder / f".{tracker_name}.lock", None if wait_for_lock else busy)
+            lock = file.locked(folder / f".{tracker_name}.lock", None if wait_for_lock else busy_message)
             locks.enter_context(lock)
         feeds = [Feed(folder, tracker_name) for folder in folders]
         is_last_look = False
@@ -156,19 +156,19 @@ def follow() -> None:
     tracker_name = sys.argv[2]
     os.nice(10)  # the training comes first
 
-    def training_ended(seconds: float) -> bool:
+    def wait_for_training_end(seconds: float) -> bool:
         readable, _, _ = select([sys.stdin], [], [], seconds)
         return bool(readable)
 
     log_file = folder / LOG_FILE
     has_ended = False
     while not log_file.is_file() and not has_ended:
-        has_ended = training_ended(POLL_SECONDS)
+        has_ended = wait_for_training_end(POLL_SECONDS)
     if not log_file.is_file():
         return
     try:
         # a training that was killed may have left a process that still sends its rows
-        feed([folder], tracker_name, training_ended, wait_for_lock=True)
+        feed([folder], tracker_name, wait_for_training_end, wait_for_lock=True)
     except UserError as error:
         sys.exit(str(error))
 
@@ -197,11 +197,11 @@ class TrackerProcess:
         if self.has_failed or not dist.is_main():
             return
         if self.process is None:
-            self.start()
+            self._start()
         elif self.process.poll() is not None:
-            self.fail(self.last_line())
+            self._log_failure(self._last_line())
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Start the process, in which no module of the working folder is imported (-P)."""
         command = [sys.executable, "-P", "-c", PROGRAM, str(self.folder), self.tracker_name]
         try:
@@ -213,7 +213,7 @@ class TrackerProcess:
                 start_new_session=True,  # Ctrl-C is for the training alone
             )
         except OSError as error:
-            self.fail(str(error))
+            self._log_failure(str(error))
 
     def close(self, patience: float) -> None:
         """Give the process `patience` seconds to send the last rows, then kill it."""
@@ -227,12 +227,12 @@ class TrackerProcess:
                     self.process.communicate(timeout=patience)
                 except subprocess.TimeoutExpired:
                     self.process.kill()
-                    self.fail(f"the last rows took longer than {patience:g} s")
+                    self._log_failure(f"the last rows took longer than {patience:g} s")
                     return
                 if self.process.returncode:
-                    self.fail(self.last_line())
+                    self._log_failure(self._last_line())
 
-    def last_line(self) -> str:
+    def _last_line(self) -> str:
         """The last line that the process printed, which names an error if there was one."""
         self.output.seek(0)
         text = self.output.read().decode(errors="replace").strip()
@@ -240,7 +240,7 @@ class TrackerProcess:
             return "it ended"
         return text.splitlines()[-1].strip()
 
-    def fail(self, reason: str) -> None:
+    def _log_failure(self, reason: str) -> None:
         """Log that the process has failed, and do not check it again."""
         self.has_failed = True
         command = f"dumo log {shell_path(self.folder)} --to {self.tracker_name}"
@@ -262,9 +262,9 @@ def live_feed(
         yield ()
         return
     process = TrackerProcess(folder, tracker_name, log_line)
-    patience = HURRY  # unless the training comes to its end
+    patience = STOPPED_ROWS_SECONDS  # unless the training comes to its end
     try:
         yield [Every(1, process.start_or_check)]
-        patience = PATIENCE
+        patience = LAST_ROWS_SECONDS
     finally:
         process.close(patience)

@@ -36,7 +36,7 @@ from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.io.source import Data
 from dumo.report.card import Card
-from dumo.report.evaluate import complete_report, write
+from dumo.report.evaluate import complete_report, write_report
 from dumo.report.image_set import ImageSet, have_same_classes, open_images, require_path
 from dumo.run.judge import bar_while_reading
 from dumo.runtime import dist, threads
@@ -134,7 +134,7 @@ def judge(
     head = {"images": str(place), "file": str(path), "protocol": protocol.name, "samples": total}
     report = complete_report(head, results=[scores], contrast=[], baselines=evaluator.baselines(), card=card)
     if dist.is_main():
-        write(path, report)
+        write_report(path, report)
     return report
 
 

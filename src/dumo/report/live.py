@@ -3,18 +3,18 @@
 1. `open_runs` opens runs, checks that they fit next to each other (`require_fit`: the same data in the same shape, with
    the same classes), and samples each once.
 2. `InteractiveRun` turns what was typed into conditions, noises, a guidance and a sampling mode.
-3. `InteractiveRun.make` samples: it checks that the solver can make these passes, goes through the net, which is
-   stopped where the time is over, and decodes.
+3. `InteractiveRun.sample` checks that the solver can make these passes, goes through the net, which is stopped where
+   the time is over, and decodes.
 
 `dumo.report.answer` calls the second and third for every answer.
 """
 
+import itertools
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -41,9 +41,9 @@ from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.random import noise, stream
 from dumo.types import Sample, UserError
 
-LIMIT = 60.0  # seconds that an answer may take: ours
+ANSWER_SECONDS = 60.0  # that an answer may take: ours
 MAX_PROMPT_LETTERS = 10_000  # in a prompt; encoders read far fewer: ours
-KEPT_PROMPTS = 64  # encoded prompts in memory; of a T5-XXL each takes 8 MB: ours
+MAX_ENCODED_PROMPTS = 64  # in memory; of a T5-XXL each takes 8 MB: ours
 SPACING_IMAGES = 256  # images of the data whose nearest other image is looked for: ours
 WARM_UP_SECONDS = 3600  # that the first pass may take, which compiles and loads: ours
 
@@ -64,7 +64,7 @@ class InteractiveRun:
     opened: RunFolder
     name: str = "run"  # on the page
     load_call: str = ""  # the Python that opens it: dumo.load(...)
-    limit: float = LIMIT  # seconds that an answer may take
+    limit: float = ANSWER_SECONDS  # seconds that an answer may take
 
     @property
     def sampler(self) -> Sampler:
@@ -133,7 +133,7 @@ class InteractiveRun:
         if len(text) > MAX_PROMPT_LETTERS:
             raise UserError(f"a prompt of {len(text):,} letters is too long: say it in {MAX_PROMPT_LETTERS:,} at most")
         if self.sampler.texts:
-            self.sampler.texts.forget(KEPT_PROMPTS - 1)  # one is added next
+            self.sampler.texts.forget(MAX_ENCODED_PROMPTS - 1)  # one is added next
         return repeat_conditions(conditions_of_prompts(self.sampler, [text]), n)
 
     def noises(self, seed: int, n: int = 1) -> Fresh:
@@ -142,7 +142,7 @@ class InteractiveRun:
         device = self.sampler.device
         return lambda k: noise(seed, range(n), k, shape).to(device)
 
-    def make(
+    def sample(
         self,
         mode: SamplingMode,
         nfe: int,
@@ -179,7 +179,7 @@ class InteractiveRun:
         c = torch.zeros(1, dtype=torch.long)
         for mode in self.modes.values():
             deadline = time.monotonic() + WARM_UP_SECONDS
-            self.make(mode, mode.solver.passes, c, self.noises(0), deadline=deadline)
+            self.sample(mode, mode.solver.passes, c, self.noises(0), deadline=deadline)
 
     def facts(self) -> dict[str, str | None]:
         """The facts, by name, that two runs must share to be shown next to each other; None: not known of this run."""
@@ -199,18 +199,17 @@ class InteractiveRun:
 
 def open_runs(
     folders: Sequence[str],
-    sets: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     *,
     texts: Sequence[RunText] | None = None,
     weights: str | None = None,
     device: str = "auto",
     limit: float,
 ) -> list[InteractiveRun]:
-    """Open runs that are shown next to each other, and sample each once. `sets` are changes as --set takes them.
+    """Open runs that are shown next to each other, and sample each once. `overrides` are changes as --set takes them.
 
-    `texts` are those of their run.yaml, where they have been read.
-    Raises UserError where a folder is no run's or comes twice, `weights` might be of either run, a run
-    edits images, or runs do not fit (`require_fit`).
+    `texts` are those of their run.yaml, where they have been read. Raises UserError where a folder is no run's or comes
+    twice, `weights` might be of either run, a run edits images, or runs do not fit (`require_fit`).
     """
     places = [shipped.find(folder).resolve() for folder in folders]
     if weights and len(places) > 1:
@@ -219,8 +218,8 @@ def open_runs(
         raise UserError(f"both runs are {folders[0]}: give one run, or two folders without --weights")
     runs: list[InteractiveRun] = []
     for folder, name, text in zip(folders, short_names(places), texts or [None] * len(folders), strict=True):
-        opened = open_run(folder, sets, text=text, weights=weights, device=device)
-        run = InteractiveRun(opened, name, _load_call(folder, sets, weights, device), limit)
+        opened = open_run(folder, overrides, text=text, weights=weights, device=device)
+        run = InteractiveRun(opened, name, _load_call(folder, overrides, weights, device), limit)
         if edits_images(run.sampler.data):
             raise UserError(f"{folder} edits images, which the page has no field for: dumo sample --source FILE")
         if runs:
@@ -233,23 +232,23 @@ def open_runs(
 
 def short_names(places: Sequence[Path]) -> list[str]:
     """A name for each of several different paths: its last parts, as few as tell all of them apart."""
-    for length in count(1):
+    for length in itertools.count(1):
         names = ["-".join(place.parts[-length:]) for place in places]
         if len(set(names)) == len(names):
             return names
     raise AssertionError("the paths are different")
 
 
-def _load_call(folder: str, sets: Sequence[str], weights: str | None, device: str) -> str:
+def _load_call(folder: str, overrides: Sequence[str], weights: str | None, device: str) -> str:
     """The Python that opens the run of a folder with these options: dumo.load(...).
 
     A run that comes with dumo has the word it was given by, another its whole path, which is read in any folder.
     """
     is_shipped = trained_name_of(folder) is not None
     arguments = [repr(folder if is_shipped else str(Path(folder).resolve()))]
-    if sets:
+    if overrides:
         fields: dict[str, object] = {}
-        for text in sets:
+        for text in overrides:
             name, _, value = text.partition("=")
             fields[name] = parse_yaml(value)
         arguments.append(repr(fields))

@@ -81,14 +81,14 @@ class PageParts:
     missing: str = ""  # why the data could not be read; "": they were
     sheets: Pictures = field(default_factory=dict[int, Image.Image])  # samples by the run's own solver
     data: Image.Image | None = None  # a sheet of the data
-    texts: "PromptSheet | None" = None
+    prompt_sheet: "PromptSheet | None" = None
     trajectories: Mapping[str, Pictures] = field(default_factory=dict[str, Pictures])  # by sampling mode
     strip: Sequence[Moment] = ()
-    near: NearestPictures | None = None
+    neighbours: NearestPictures | None = None
     reconstruction: Reconstruction | None = None
     charts: Sequence[Chart] = ()  # of the log
-    times: Mapping[str, Any] | None = None  # as `late_losses` returns it
-    judged: score.Judgement | None = None  # the run's own evaluation
+    late_losses: Mapping[str, Any] | None = None  # by bin of t, as the function `late_losses` returns them
+    evaluation: score.Judgement | None = None  # the run's own evaluation
     benchmarks: Sequence[score.Judgement] = ()  # other evaluations
 
 
@@ -109,29 +109,30 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     # what is on disk: the log, the evaluation, the data
     logged_rows = log.read_log(opened.folder / LOG_FILE)
     rows = [row for row in logged_rows if "skipped" not in row]  # a skipped step has no numbers
-    judged = score.judgement(opened.find_output(EVALUATION_FILE).parent, opened.step, opened.weights)
+    evaluation = score.read_judgement(opened.find_output(EVALUATION_FILE).parent, opened.step, opened.weights)
     data = read_data(opened)
 
     # samples
     with threads.fewer_when_busy(sampler.device, line_printer(bar)):
-        texts = _prompt_sheet(sampler, prompts, bar)
+        prompt_sheet = _prompt_sheet(sampler, prompts, bar)
         samples = make_samples(sampler, bar)
 
     # pictures
-    drawn: dict[str, dict[int, Image.Image]] = {}
+    drawings: dict[str, dict[int, Image.Image]] = {}
     for name, samples_by_passes in samples.items():
-        drawn[name] = {n: draw_samples(sampler, x, data.x) for n, x in samples_by_passes.items()}
-    sheets = drawn.pop(SHEET)
+        drawings[name] = {n: draw_samples(sampler, x, data.x) for n, x in samples_by_passes.items()}
+    sheets = drawings.pop(SHEET)
+    trajectories = drawings  # what is left
     names = _class_names(sampler)
     pictures = {f"nfe{n}": picture.with_column_names(sheet, names) for n, sheet in sheets.items()}
-    pictures["trajectories"] = join_trajectories(sampler, drawn)
+    pictures["trajectories"] = join_trajectories(sampler, trajectories)
     data_sheet = None
-    near = None
+    neighbours = None
     if sampler.is_image and data.x is not None and data.size is not None:
         data_sheet = draw_samples(sampler, arrange_by_class(sampler, data.x, data.c), data.x)
-        near = draw_nearest(sampler, samples[SHEET][min(sheets)], data.x)
+        neighbours = draw_nearest(sampler, samples[SHEET][min(sheets)], data.x)
         pictures["data"] = picture.with_column_names(data_sheet, names)
-        pictures["nearest"] = picture.labelled_grid({"sample": [near.samples], "nearest": [near.nearest]})
+        pictures["nearest"] = picture.labelled_grid({"sample": [neighbours.samples], "nearest": [neighbours.nearest]})
     strip = draw_strip(opened)
     if strip:
         images_by_noise = zip(*(moment.images for moment in strip), strict=True)
@@ -141,8 +142,8 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     if reconstruction:
         rows_of_codec = {"photo": [reconstruction.originals], "decoded": [reconstruction.decoded]}
         pictures["reconstruction"] = picture.labelled_grid(rows_of_codec)
-    if texts:
-        pictures["prompts"] = texts.picture()
+    if prompt_sheet:
+        pictures["prompts"] = prompt_sheet.picture()
 
     # the page
     parts = PageParts(
@@ -150,15 +151,15 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         missing=data.missing,
         sheets=sheets,
         data=data_sheet,
-        texts=texts,
-        trajectories=drawn,
+        prompt_sheet=prompt_sheet,
+        trajectories=trajectories,
         strip=strip,
-        near=near,
+        neighbours=neighbours,
         reconstruction=reconstruction,
         charts=page_charts(rows) if len(rows) > 1 else (),
-        times=late_losses(rows),
-        judged=judged,
-        benchmarks=score.benchmarks(folder, opened.step, opened.weights),
+        late_losses=late_losses(rows),
+        evaluation=evaluation,
+        benchmarks=score.read_benchmarks(folder, opened.step, opened.weights),
     )
     html = render(opened, parts)
     paths: list[Path] = []
@@ -214,13 +215,14 @@ def render(opened: RunFolder, parts: PageParts) -> str:
     results = recipes.results(shipped) if shipped else None
     others = None
     if results:
-        others = score.objectives_table(results, parts.judged, opened.step, facts["forward_units_per_step"])
+        others = score.objectives_table(results, parts.evaluation, opened.step, facts["forward_units_per_step"])
+    proximity = parts.neighbours.proximity if parts.neighbours else None
     template = _template_environment().get_template("report.html.j2")
     return template.render(
         # the run
         run=run,
         facts=facts,
-        folder=_typed(opened),
+        folder=_typed_name(opened),
         name=opened.folder.resolve().name,
         step=opened.step,
         weights=opened.weights,
@@ -232,7 +234,7 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         yaml=dump(run),
         versions=software_versions(),
         # how good it is
-        verdict=reach_verdict(opened, _typed(opened), parts.judged, parts.near.proximity if parts.near else None),
+        verdict=reach_verdict(opened, _typed_name(opened), parts.evaluation, proximity),
         shipped=shipped,
         others=others,
         # functions and words
@@ -245,7 +247,7 @@ def render(opened: RunFolder, parts: PageParts) -> str:
     )
 
 
-def _typed(opened: RunFolder) -> str:
+def _typed_name(opened: RunFolder) -> str:
     """The run as a user types it after a command: its folder, or the name by which it comes with dumo."""
     return opened.folder.name if opened.is_shipped else shell_path(opened.folder)
 
@@ -381,14 +383,14 @@ def arrange_by_class(sampler: Sampler, x: Real, c: Tensor) -> Sample:
     return torch.cat(blocks, 1).flatten(0, 1)
 
 
-def join_trajectories(sampler: Sampler, drawn: Mapping[str, Pictures]) -> Image.Image:
+def join_trajectories(sampler: Sampler, trajectories: Mapping[str, Pictures]) -> Image.Image:
     """All trajectories, by the title of their mode, in one picture with names.
 
     It has a row for each mode and number of passes; of points, a row for each mode and a column for each number.
     """
     rows: list[tuple[str, list[Image.Image]]] = []
     passes: list[int] = []
-    for title, pictures in drawn.items():
+    for title, pictures in trajectories.items():
         name, *_ = title.split()
         passes = list(pictures)
         if sampler.is_image:
@@ -417,10 +419,10 @@ def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
     Every sample of the logged batches counts alike. Returns the step of the `first` row of the log that counts, how
     many are `logged`, the samples in each bin as `counts`, and the means by part as `bins`.
     """
-    rows = [row for row in rows if "bins" in row]  # of a log that was not kept there is the last loss alone
-    if not rows:
+    rows_with_bins = [row for row in rows if "bins" in row]  # of a log that was not kept there is the last loss alone
+    if not rows_with_bins:
         return None
-    late_rows = [row for row in rows if row["step"] > 0.75 * rows[-1]["step"]]
+    late_rows = [row for row in rows_with_bins if row["step"] > 0.75 * rows_with_bins[-1]["step"]]
     counts = torch.tensor([row["counts"] for row in late_rows], dtype=torch.float64)
     total_counts = counts.sum(0)
     bins: dict[str, list[float]] = {}
@@ -446,7 +448,7 @@ class PromptSheet:
         return picture.captioned_pictures(self.shown, head)
 
 
-def _prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_bar) -> PromptSheet | None:
+def _prompt_sheet(sampler: Sampler, prompts: Sequence[str], bar: Bar) -> PromptSheet | None:
     """What the net makes of these prompts, or, where there are none, of captions of its data.
 
     None of a net that reads no texts. Raises UserError for prompts that the net cannot read.

@@ -48,17 +48,17 @@ def measure_proximity(data: Data, x: Sample, real: Real, seed: int) -> Proximity
     """
     real_thumbs = thumbnails(real)
     mirror = is_images(shown(data))
-    found = nearest_images(real_thumbs, thumbnails(x), mirror=mirror)
+    nearest = nearest_images(real_thumbs, thumbnails(x), mirror=mirror)
     unit = torch.nan
     if len(real) > 1:
         rows = torch.randperm(len(real), generator=stream(seed, "spacing of the data"))[:MAX_REAL]
-        among = nearest_images(real_thumbs, real_thumbs[rows], left_out=rows, mirror=mirror)
-        unit = among.distances[:, 0].mean().item() or torch.nan  # 0 where each image is there twice
-    images = real[found.indices]
-    is_mirrored = found.is_mirrored[:, None, None, None]
+        nearest_others = nearest_images(real_thumbs, real_thumbs[rows], left_out=rows, mirror=mirror)
+        unit = nearest_others.distances[:, 0].mean().item() or torch.nan  # 0 where each image is there twice
+    images = real[nearest.indices]
+    is_mirrored = nearest.is_mirrored[:, None, None, None]
     return Proximity(
         nearest=torch.where(is_mirrored, images.flip(-1), images),
-        ratios=(found.distances[:, 0] / unit).tolist(),
-        is_copy=found.is_copy.tolist(),
+        ratios=(nearest.distances[:, 0] / unit).tolist(),
+        is_copy=nearest.is_copy.tolist(),
         num_real=len(real),
     )

@@ -13,7 +13,7 @@ from dumo.io import picture
 from dumo.run.sampler import Sampler
 from dumo.types import Sample, UserError
 
-COUNT = 6  # images: ours
+NUM_IMAGES = 6  # ours
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _first_images(sampler: Sampler) -> Sample:
     images = data.images if is_latents(data) else data
     assert is_images(images), "latents are of images"
     album = images.model_copy(update={"memory": 0.0}).originals()  # decodes no others
-    x, _ = album.rows(slice(COUNT))
+    x, _ = album.rows(slice(NUM_IMAGES))
     return x if x.is_floating_point() else picture.from_uint8(x)
 
 

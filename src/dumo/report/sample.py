@@ -1,14 +1,14 @@
 """Samples of a run: made, decoded and written, as one picture, as files, or as an archive.
 
-`export` is the entrance. It
+`sample_to_files` is the entrance. It
 
 1. takes the run's sampler with what a user asked for (`with_options`),
 2. checks that the format and the memory fit,
 3. decides the conditions, and the names of files by what is not as the run has it (`sampling_changes`),
-4. makes the samples of each number of passes, and writes them (`write`).
+4. makes the samples of each number of passes, and writes them (`write_samples`).
 
 What others call: `solver_of`, `guide_of` and `size_of` read one option of a user; `repeat_conditions` repeats
-conditions; `sheet` lays out samples; `data_points` are the data behind a scatter.
+conditions; `draw_sheet` lays out samples; `data_points` are the data behind a scatter.
 """
 
 import csv
@@ -35,7 +35,7 @@ from dumo.flow.solver import Solver, check
 from dumo.io import file as files
 from dumo.io import picture
 from dumo.io.read import brief
-from dumo.report.name import changes, sampling, word
+from dumo.report.name import changed_parts, name_part, sampling_fields
 from dumo.run import memory
 from dumo.run.judge import training_data
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
@@ -46,7 +46,7 @@ from dumo.runtime.device import require_memory
 from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import Sample, UserError
 
-COUNT = 100  # samples, if no other number is asked for: ours
+DEFAULT_COUNT = 100  # samples, if no other number is asked for: ours
 FORMS = ("grid", "images", "npz")  # of what is written: one picture, a file for each sample, an archive
 DATA_POINTS = 4000  # of the data, behind a scatter of samples: ours
 MAX_TEXT_LETTERS = 40  # of a user's text that a message quotes: ours
@@ -67,8 +67,8 @@ def solver_of(spec: Sampling, name: str | None) -> Solver:
     return parse(Sampling, {"solver": {"kind": name}}).solver
 
 
-def guide_of(sampler: Sampler, trained: GuidanceScale, scale: object) -> CFG:
-    """The sampler's guidance with another scale, as a user gave it. `trained` is the guidance of the training.
+def guide_of(sampler: Sampler, training_guidance: GuidanceScale, scale: object) -> CFG:
+    """The sampler's guidance with another scale, as a user gave it.
 
     Raises UserError where it is no scale, or the net cannot be guided.
     """
@@ -80,16 +80,16 @@ def guide_of(sampler: Sampler, trained: GuidanceScale, scale: object) -> CFG:
         guide = parse(Sampling, sampling_fields).guide
     except UserError as error:
         raise UserError(str(error).replace("guide.scale", "guidance")) from error  # as the user knows it
-    check_guided(guide, sampler.data, sampler.flow.objective, trained, "guidance")
+    check_guided(guide, sampler.data, sampler.flow.objective, training_guidance, "guidance")
     return guide
 
 
 def with_options(
     sampler: Sampler,
     *,
-    nfe: Sequence[int] | None = None,
-    seed: int | None = None,
-    solver: str | None = None,
+    nfe: Sequence[int] | None,
+    seed: int | None,
+    solver: str | None,
     size: str | None = None,
 ) -> Sampler:
     """The sampler with what a user asked for; None leaves what the run has.
@@ -125,12 +125,12 @@ def size_of(data: Data, text: str | None) -> Size | None:
     raise UserError(f"{problem}: it is {', '.join(size_by_text)}")
 
 
-def export(
+def sample_to_files(
     opened: RunFolder,
     folder: Path,
     *,
     form: str = "grid",
-    count: int = COUNT,
+    count: int = DEFAULT_COUNT,
     only: Sequence[int] | None = None,
     prompts: Sequence[str] = (),
     source: Path | None = None,
@@ -167,16 +167,16 @@ def export(
     # the names of the files: what is not as the run has it
     name_parts = sampling_changes(opened, sampler.spec)
     if only:
-        name_parts.append(word("labels", only))
+        name_parts.append(name_part("labels", only))
     if prompts:
-        name_parts.append(word("prompts", list(prompts)))
+        name_parts.append(name_part("prompts", list(prompts)))
     if source:
-        name_parts.append(word("source", source.name))
+        name_parts.append(name_part("source", source.name))
     if size:
-        name_parts.append(word("size", size))
-    default_count = len(prompts) or COUNT
+        name_parts.append(name_part("size", size))
+    default_count = len(prompts) or DEFAULT_COUNT
     if count != default_count:
-        name_parts.append(word("count", count))
+        name_parts.append(name_part("count", count))
 
     written: list[Path] = []
     with threads.fewer_when_busy(sampler.device, line_printer(bar)):
@@ -186,7 +186,7 @@ def export(
                 continue
             stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{passes}", *name_parts])
             condition_names = names_of_conditions(sampler, c)
-            written.append(write(samples.x, c, stem, form, sampler.data, sampler.spec.seed, condition_names))
+            written.append(write_samples(samples.x, c, stem, form, sampler.data, sampler.spec.seed, condition_names))
     return written
 
 
@@ -195,9 +195,9 @@ def sampling_changes(opened: RunFolder, spec: Sampling) -> list[str]:
 
     The solver's kind is none of them, for every name begins with it.
     """
-    run_fields = sampling(opened.run_as_saved.sample)
+    run_fields = sampling_fields(opened.run_as_saved.sample)
     run_fields["solver.kind"] = spec.solver.kind
-    return changes(opened, run_fields, sampling(spec))
+    return changed_parts(opened, run_fields, sampling_fields(spec))
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None
     return _SheetLayout(columns, names[:columns] if in_turn else names)
 
 
-def sheet(x: Sample, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> Image.Image:
+def draw_sheet(x: Sample, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> Image.Image:
     """Images x (n, channels, h, w) of the conditions c (n,) as a sheet with titles.
 
     Raises UserError where they are no images, or no finite numbers.
@@ -242,7 +242,7 @@ def data_points(data: Data, seed: int) -> picture.Points:
     return points
 
 
-def write(
+def write_samples(
     x: Sample, c: Tensor, stem: Path, form: str, data: Data, seed: int, names: Sequence[str] | None = None
 ) -> Path:
     """Write samples x (n, *pixels) of the conditions c (n,) as one file or folder, and return its path.
@@ -271,7 +271,7 @@ def write(
             if are_points:
                 image = picture.scatter(data_points(data, seed), {stem.name: x})
             else:
-                image = sheet(x, c, conditions, names)
+                image = draw_sheet(x, c, conditions, names)
             picture.write_picture(path, image)
             return path
 

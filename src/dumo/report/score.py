@@ -3,11 +3,12 @@
 In the order of this file:
 
 1. A row's scores: `score_names`, the one that leads first; `summary_names` and `select_scores` leave some out.
-2. Better and worse: `state`, `verdict` and `decisive_comparison` compare the best row with baselines, `mark_best` rows
-   with one another.
-3. As text: `number`, `spread`, `abbreviate`, `duration` and `score_text`; for the terminal `terminal_lines` and
+2. Better and worse: `state`, `state_sentence` and `decisive_comparison` compare the best row with baselines,
+   `mark_best` rows with one another.
+3. Baselines, such as noise: `baselines_by_name`, and `has_too_few_images` to have one.
+4. As text: `number`, `spread`, `abbreviate`, `duration` and `score_text`; for the terminal `terminal_lines` and
    `terminal_text`.
-4. For a page: `judgement` reads a run's evaluation.json, `benchmarks` its other evaluations. `table_rows`,
+5. For a page: `read_judgement` reads a run's evaluation.json, `read_benchmarks` its other evaluations. `table_rows`,
    `baseline_rows` and `objectives_table` set them out.
 
 The template of the page, report.html.j2, calls this file by the name `score`. A row is a dictionary: `nfe`, `solver`,
@@ -53,7 +54,7 @@ TERMINAL_BASELINES = {  # what the terminal calls a baseline, by its name in a r
 }
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-Judgement = dict[str, Any]  # an evaluation as `judgement` returns it, with what a page says of it
+Judgement = dict[str, Any]  # an evaluation with what a page says of it, as `read_judgement` returns it
 TableRow = tuple[str, int, list[str]]  # the solver, the number of passes, the scores as text
 State = Literal["untrained", "far", "near", "like the data"]
 
@@ -198,14 +199,14 @@ def _worse_scores(scores: Scores, perfect: Scores) -> list[str]:
     Only scores count that can say alone that samples are not like the data (`Metric.can_reject`).
     """
     worse: list[str] = []
-    for name, known in METRICS.items():
+    for name, score_metric in METRICS.items():
         deviation = error(perfect, name)
-        if not known.can_reject or name not in scores or deviation is None:
+        if not score_metric.can_reject or name not in scores or deviation is None:
             continue
         excess = scores[name] - perfect[name]
-        if known.better == "higher":
+        if score_metric.better == "higher":
             excess = -excess
-        elif known.better == "equal":
+        elif score_metric.better == "equal":
             excess = abs(excess)
         if excess > 2 * deviation:
             worse.append(name)
@@ -220,50 +221,49 @@ def _worse_with_lead(scores: Scores, lead: str, perfect: Scores) -> list[str]:
     return [lead, *worse]
 
 
-def verdict(judged: Mapping[str, Any]) -> str | None:
+def state_sentence(evaluation: Mapping[str, Any]) -> str | None:
     """A sentence on where a run, or images, stand, by the `state` of their evaluation; None where it has no state."""
-    judged_state = judged.get("state")
-    scores = _best_scores(judged["results"])
-    baselines = judged["baselines"]
+    state_name = evaluation.get("state")
+    scores = _best_scores(evaluation["results"])
+    baselines = evaluation["baselines"]
     perfect = _perfect_sampler(baselines)
     noise = baselines.get("noise")
-    if judged_state is None or not scores or not perfect:
+    if state_name is None or not scores or not perfect:
         return None
     lead = first_score(scores)
-    if judged_state == "like the data":
+    if state_name == "like the data":
         return "Like the data: no score is over two deviations worse than a perfect sampler's."
-    if judged_state == "untrained" and noise:
-        return f"{STATES[judged_state]}: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
-    if judged_state == "far" and noise and not _is_far(scores[lead], noise) and _lacks_classes(scores, noise):
+    if state_name == "untrained" and noise:
+        return f"{STATES[state_name]}: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
+    if state_name == "far" and noise and not _is_far(scores[lead], noise) and _lacks_classes(scores, noise):
         return (
-            f"{STATES[judged_state]}: images do not show the classes that they were asked for. {CLASS_MMD} is "
+            f"{STATES[state_name]}: images do not show the classes that they were asked for. {CLASS_MMD} is "
             f"{number(scores[CLASS_MMD])}, of a perfect sampler {score_text(perfect, CLASS_MMD)}."
         )
     worse = _worse_with_lead(scores, lead, perfect)
-    begin = STATES.get(str(judged_state), "Near the data, but not like them")
+    begin = STATES.get(str(state_name), "Near the data, but not like them")
     return f"{begin}: worse than a perfect sampler by {', '.join(worse)}."
 
 
-def decisive_comparison(judged: Judgement) -> str:
+def decisive_comparison(evaluation: Judgement) -> str:
     """A score by which a run has its `state`, next to a perfect sampler's: "recall is 0.10, of a perfect sampler 0.98".
 
-    It is the score that leads (`judgement`), or, where that is as good as a perfect sampler's, the first that is worse.
-    `judged` has a state. "" where an evaluation of an older version has no perfect sampler's scores, or no scores.
+    It is the score that leads (`columns`), or, where that is as good as a perfect sampler's, the first that is worse.
+    `evaluation` has a state. "" where an evaluation of an older version has no perfect sampler's scores, or no scores.
     """
-    scores = _best_scores(judged["results"])
-    baselines = judged["baselines"]
-    perfect = _perfect_sampler(baselines)
+    scores = _best_scores(evaluation["results"])
+    perfect = _perfect_sampler(evaluation["baselines"])
     if not scores or not perfect:
         return ""
     first = first_score(scores)
     worse = _worse_with_lead(scores, first, perfect)
-    name = judged["columns"][0]
+    name = evaluation["columns"][0]
     if name not in scores or (worse and name not in worse):
         name = (worse or [first])[0]
-    baselines = baselines_by_name(judged)  # with the first score by its name
-    perfect = _perfect_sampler(baselines)
-    assert perfect is not None, "as above"
-    return f"{word(MERITS, name).title} is {number(scores[name])}, of a perfect sampler {score_text(perfect, name)}"
+    perfect_by_name = _perfect_sampler(baselines_by_name(evaluation))  # with the first score by its name
+    assert perfect_by_name is not None, "its name is the same"
+    perfect_text = score_text(perfect_by_name, name)
+    return f"{word(MERITS, name).title} is {number(scores[name])}, of a perfect sampler {perfect_text}"
 
 
 def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
@@ -285,21 +285,21 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
 # Baselines
 
 
-def baselines_by_name(judged: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def baselines_by_name(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The baselines of an evaluation, with the first score by its name in place of `mean` and `sd`."""
-    lead = first_score(judged["results"][0])
+    lead = first_score(evaluation["results"][0])
     new_names: dict[str, str] = {"mean": lead, "sd": lead + ERROR_SUFFIX}
-    baselines: Mapping[str, Mapping[str, float]] = judged["baselines"]
+    baselines: Mapping[str, Mapping[str, float]] = evaluation["baselines"]
     renamed: dict[str, dict[str, float]] = {}
     for baseline, scores in baselines.items():
         renamed[baseline] = {new_names.get(name, name): value for name, value in scores.items()}
     return renamed
 
 
-def has_too_few_images(judged: Mapping[str, Any]) -> bool:
+def has_too_few_images(evaluation: Mapping[str, Any]) -> bool:
     """Whether there were too few images to say what a perfect sampler would have."""
-    lead = first_score(judged["results"][0])
-    return not judged["baselines"] and metric(lead).needs_many_images
+    lead = first_score(evaluation["results"][0])
+    return not evaluation["baselines"] and metric(lead).needs_many_images
 
 
 # As text
@@ -361,25 +361,25 @@ def score_text(row: Mapping[str, Any], name: str) -> str:
     return spread(row.get(name), error(row, name))
 
 
-def terminal_lines(judged: Mapping[str, Any], columns: Sequence[str] | None = None) -> Iterator[str]:
+def terminal_lines(evaluation: Mapping[str, Any], columns: Sequence[str] | None) -> Iterator[str]:
     """What the terminal says below the table of an evaluation: baselines, what does not count, the verdict.
 
     `columns` are the scores of the baselines that are shown; None: all.
     """
-    first_row = judged["results"][0]
-    card = judged.get("card") or {}
-    for name, scores in baselines_by_name(judged).items():
+    first_row = evaluation["results"][0]
+    card = evaluation.get("card") or {}
+    for name, scores in baselines_by_name(evaluation).items():
         shown_scores = scores if columns is None else select_scores(scores, columns)
         if shown_scores:
             yield f"{TERMINAL_BASELINES.get(name, name)}: {terminal_text(shown_scores)}"
-    if has_too_few_images(judged):
+    if has_too_few_images(evaluation):
         yield f"{TERMINAL_BASELINES['perfect']}: too few images to tell"
     biased_names = trained_on_names(first_row, card)
     if biased_names:
         yield f"no judges of this run, which was trained on what they are by: {', '.join(biased_names)}"
     if CLASS_MMD in card:
         yield f"{CLASS_MMD}: over {card[CLASS_MMD]}"
-    sentence = verdict(judged)
+    sentence = state_sentence(evaluation)
     if sentence:
         yield sentence
 
@@ -401,12 +401,12 @@ def terminal_text(baseline: Mapping[str, float]) -> str:
 # For a page
 
 
-def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
+def read_judgement(folder: Path, step: int, weights: str) -> Judgement | None:
     """The evaluation that `dumo evaluate` wrote into a run's folder, with what a page says of it; None without one.
 
     - `fresh`: whether it is of this step and these weights
     - `columns`: its scores, the one that leads first; `summary`: some of them; `words`: what they are called
-    - `verdict`: a sentence; `left_out`: which classes do not count, if any
+    - `sentence`: on where the run stands; `left_out`: which classes do not count, if any
     - `biased`: the scores that the run was trained on
     - `baseline`: the first baseline
 
@@ -428,21 +428,21 @@ def judgement(folder: Path, step: int, weights: str) -> Judgement | None:
         **evaluation,
         "columns": columns,
         "summary": summary_names(columns),
-        "verdict": verdict(evaluation),
+        "sentence": state_sentence(evaluation),
         "left_out": card.get(CLASS_MMD),
-        "fresh": _is_of(evaluation, step, weights),
+        "fresh": _is_of_weights(evaluation, step, weights),
         "words": words,
         "biased": biased_columns,
         "baseline": _first_baseline(evaluation, columns[0]),
     }
 
 
-def _is_of(evaluation: Mapping[str, Any], step: int, weights: str) -> bool:
+def _is_of_weights(evaluation: Mapping[str, Any], step: int, weights: str) -> bool:
     """Whether an evaluation is of this step and this file of weights."""
     return (evaluation["step"], evaluation["weights"]) == (step, weights)
 
 
-def benchmarks(folder: Path, step: int, weights: str) -> list[Judgement]:
+def read_benchmarks(folder: Path, step: int, weights: str) -> list[Judgement]:
     """The evaluations of these weights by BENCHMARK_NAMES, each with its `columns`, their `words`, and its `rows`.
 
     Raises UserError where a file is damaged.
@@ -453,17 +453,17 @@ def benchmarks(folder: Path, step: int, weights: str) -> list[Judgement]:
             continue
         fix = f"remove it, or run dumo evaluate {shell_path(folder)} again"
         evaluation = validate_report(read_json(path, fix), path, fix)
-        if _is_of(evaluation, step, weights):
+        if _is_of_weights(evaluation, step, weights):
             columns = score_names(evaluation["results"][0])
             rows = table_rows(evaluation, columns)
             judgements.append({**evaluation, "columns": columns, "words": merits(columns), "rows": rows})
     return judgements
 
 
-def table_rows(judged: Judgement, columns: Sequence[str]) -> list[list[TableRow]]:
+def table_rows(evaluation: Judgement, columns: Sequence[str]) -> list[list[TableRow]]:
     """The rows of the results, and then those of the contrast, as far as there are any."""
     groups: list[list[TableRow]] = []
-    for part in (judged["results"], judged["contrast"]):
+    for part in (evaluation["results"], evaluation["contrast"]):
         group: list[TableRow] = []
         for row in part:
             cells = [score_text(row, name) for name in columns]
@@ -473,9 +473,9 @@ def table_rows(judged: Judgement, columns: Sequence[str]) -> list[list[TableRow]
     return groups
 
 
-def _first_baseline(judged: Judgement, lead: str) -> Judgement | None:
+def _first_baseline(evaluation: Judgement, lead: str) -> Judgement | None:
     """The first baseline with its `title`, its `mean` and `sd` those of the score `lead`; None without baselines."""
-    for name, scores in judged["baselines"].items():
+    for name, scores in evaluation["baselines"].items():
         baseline = {"title": word(BASELINES, name).title, **scores}
         if lead in scores:
             baseline["mean"] = scores[lead]
@@ -484,19 +484,19 @@ def _first_baseline(judged: Judgement, lead: str) -> Judgement | None:
     return None
 
 
-def baseline_rows(judged: Judgement, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
+def baseline_rows(evaluation: Judgement, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
     """A row for each baseline: its title, its meaning, and its scores `columns` as text."""
     rows: list[tuple[str, str, list[str]]] = []
-    for name in judged["baselines"]:
+    for name in evaluation["baselines"]:
         words = word(BASELINES, name)
-        rows.append((words.title, words.meaning, baseline_cells(judged, name, columns)))
+        rows.append((words.title, words.meaning, baseline_cells(evaluation, name, columns)))
     return rows
 
 
-def baseline_cells(judged: Judgement, name: str, columns: Sequence[str]) -> list[str]:
+def baseline_cells(evaluation: Judgement, name: str, columns: Sequence[str]) -> list[str]:
     """The scores `columns` of the baseline `name` as text, "" where it lacks one."""
-    scores = judged["baselines"][name]
-    lead = first_score(judged["results"][0])
+    scores = evaluation["baselines"][name]
+    lead = first_score(evaluation["results"][0])
     texts: list[str] = []
     for column in columns:
         if column == lead:
@@ -508,9 +508,9 @@ def baseline_cells(judged: Judgement, name: str, columns: Sequence[str]) -> list
     return texts
 
 
-def words_of(judged: Judgement, columns: Iterable[str]) -> list[Word]:
+def words_of(evaluation: Judgement, columns: Iterable[str]) -> list[Word]:
     """The titles and meanings of the scores `columns`."""
-    return [judged["words"][name] for name in columns]
+    return [evaluation["words"][name] for name in columns]
 
 
 def shipped_results(protocol: MetricProtocol, data: Data) -> str | None:
@@ -520,7 +520,7 @@ def shipped_results(protocol: MetricProtocol, data: Data) -> str | None:
     return SHIPPED_RESULTS.get(protocol.kind)
 
 
-def objectives_table(results: Row, judged: Judgement | None, step: int, cost: float) -> Row:
+def objectives_table(results: Row, evaluation: Judgement | None, step: int, cost: float) -> Row:
     """Packaged results as a table with a row per objective, and the run's own if it was judged alike.
 
     The best in the fewest passes comes first. A row has a `name`, `steps`, `cost` of a step, whether it is the run's
@@ -538,30 +538,32 @@ def objectives_table(results: Row, judged: Judgement | None, step: int, cost: fl
     by_objective: dict[str, Row] = {}
     for row in table:
         name = str(next(iter(row.values())))
-        ratio = row.get("velocity_ratio")
-        if ratio is not None:
-            name += f", velocity ratio {ratio:g}"
+        velocity_ratio = row.get("velocity_ratio")
+        if velocity_ratio is not None:
+            name += f", velocity ratio {velocity_ratio:g}"
         objective = by_objective.setdefault(name, _objective_row(name, row["steps"], row.get("F_per_step")))
         nfe = row.get("nfe", 1)
         objective["lead"][nfe] = row[lead]
         objective["error"][nfe] = row.get("error")
     passes = sorted({nfe for row in by_objective.values() for nfe in row["lead"]})
 
-    is_alike = judged is not None and _is_judged_as(judged, first_cell, lead)
-    if judged and is_alike:
-        own = _objective_row("this run", step, cost, is_own=True)
-        for row in judged["results"]:
+    is_alike = evaluation is not None and _is_judged_as(evaluation, first_cell, lead)
+    if evaluation and is_alike:
+        run_row = _objective_row("this run", step, cost, is_own=True)
+        for row in evaluation["results"]:
             nfe = row["nfe"]
             if nfe in passes:
-                own["error"][nfe] = error(row, lead)
+                run_row["error"][nfe] = error(row, lead)
                 if row.get(lead) is not None:
-                    own["lead"][nfe] = row[lead]
-        by_objective["this run"] = own
+                    run_row["lead"][nfe] = row[lead]
+        by_objective["this run"] = run_row
 
-    cost_of_a_step = table[0].get("F_per_step")
-    times = step * cost / (table[0]["steps"] * cost_of_a_step) if cost_of_a_step else None
+    objective_step_cost = table[0].get("F_per_step")
+    times = None
+    if objective_step_cost:
+        times = step * cost / (table[0]["steps"] * objective_step_cost)
     unseen = _num_held_out(first_cell)
-    if unseen == _num_held_out(judged or {}):
+    if unseen == _num_held_out(evaluation or {}):
         unseen = 0
     return {
         "title": results["title"],
@@ -575,19 +577,19 @@ def objectives_table(results: Row, judged: Judgement | None, step: int, cost: fl
     }
 
 
-def _is_judged_as(judged: Judgement, cell: Row, lead: str) -> bool:
+def _is_judged_as(evaluation: Judgement, cell: Row, lead: str) -> bool:
     """Whether a run was judged as a cell of packaged results was, by a score `lead` that it was not trained on."""
     return (
-        judged["fresh"]
-        and judged["protocol"] == cell.get("protocol")
-        and lead in judged["results"][0]
-        and lead not in judged["biased"]
+        evaluation["fresh"]
+        and evaluation["protocol"] == cell.get("protocol")
+        and lead in evaluation["results"][0]
+        and lead not in evaluation["biased"]
     )
 
 
-def _num_held_out(judged: Mapping[str, Any]) -> int:
+def _num_held_out(evaluation: Mapping[str, Any]) -> int:
     """The number of images of the data that were held out of training; 0 where the card does not say."""
-    return (judged.get("card") or {}).get("data", {}).get("held", 0)
+    return (evaluation.get("card") or {}).get("data", {}).get("held", 0)
 
 
 def _objective_row(name: str, steps: int, cost: float | None, *, is_own: bool = False) -> Row:

@@ -34,9 +34,9 @@ from dumo.training.state import State
 from dumo.training.step import Record
 from dumo.types import Sample
 
-COUNT = 64  # images on a sheet: ours
-POINTS = 2000  # samples of a scatter: ours
-STRIP = "strip"  # the folder, in that of a run
+SHEET_COUNT = 64  # images on a sheet: ours
+NUM_POINTS = 2000  # samples of a scatter: ours
+STRIP_FOLDER = "strip"  # the folder, in that of a run
 STRIP_COUNT = 6  # samples of each moment of the strip: ours
 FIRST_STRIP_STEP = 8  # of the strip: what a net makes before is noise. Ours
 
@@ -51,7 +51,7 @@ class Sheets:
         """
         self.run = run
         self.folder = folder / "sheets"
-        self.strip_folder = folder / STRIP
+        self.strip_folder = folder / STRIP_FOLDER
         self.log_line = log_line
         data = run.data
         self.has_strip = len(shown(data).shape) == 3
@@ -136,10 +136,10 @@ class Sheets:
             if file.parent == self.strip_folder:  # the report decodes them: training needs no decoder
                 files.write(file, safetensors.torch.save({"x": x.half()}))
                 return
-            from dumo.report.sample import write
+            from dumo.report.sample import write_samples
 
             pixels = sampler_of(run, state.sampled_net).decode(x)
-            write(pixels, self.c, file.with_suffix(""), "grid", run.data, run.sample.seed)
+            write_samples(pixels, self.c, file.with_suffix(""), "grid", run.data, run.sample.seed)
         except Exception as error:  # memory, disk, weights that have diverged
             self.log_line(f"warning: no sheet {file.stem}: {error}")
 
@@ -170,7 +170,7 @@ def read_strip(folder: Path, sampling: Sampling, shape: Sequence[int], last_step
     """
     samples: dict[int, Sample] = {}
     ending = _noise_name(min(sampling.nfe), sampling.seed)
-    for file in sorted((folder / STRIP).glob(f"step-*-{ending}")):
+    for file in sorted((folder / STRIP_FOLDER).glob(f"step-*-{ending}")):
         _, step_text, *_ = file.name.split("-")
         if not step_text.isdecimal() or int(step_text) > last_step:  # of a run that was taken back
             continue
@@ -189,7 +189,7 @@ def sheet_conditions(conditions: Conditions) -> Tensor:
     All classes or captions in turn; where there are more of them than samples, evenly spaced ones.
     """
     is_image = len(shown(conditions.data).shape) == 3
-    num_samples = COUNT if is_image else POINTS
+    num_samples = SHEET_COUNT if is_image else NUM_POINTS
     num_classes = conditions.data.labels
     spaced_classes = None
     if num_classes > num_samples:

@@ -1,8 +1,8 @@
 """Experiment trackers: TensorBoard, Weights & Biases, Trackio; and what the numbers of a log are called there.
 
 `TRACKERS` opens a tracker by its name: each is called with the run as plain values, its folder, and a key. If the
-tracker has a run of this key, that one is opened. `values` gives the numbers of a row of the log by the names
-that people filter by: `train/loss`, `train/grad_norm`, `train/lr`, `val/...`, `speed/...`.
+tracker has a run of this key, that one is opened. `numbers_by_name` gives the numbers of a row of the log by
+the names that people filter by: `train/loss`, `train/grad_norm`, `train/lr`, `val/...`, `speed/...`.
 
 Nothing is sent anywhere but where the tool itself is set to. TensorBoard writes files. Weights & Biases asks for an
 account unless WANDB_MODE=offline, Trackio keeps a database on this machine unless TRACKIO_SPACE_ID names another place.
@@ -131,7 +131,7 @@ def import_package(name: str) -> ModuleType:
         raise UserError(f"tracker {name} needs the package {name} ({error}): {install_command(name)}") from error
 
 
-def values(row: Row) -> dict[str, float]:
+def numbers_by_name(row: Row) -> dict[str, float]:
     """All finite numbers of a row of the log by name, without its step and the time when it was logged.
 
     Names of nested values are paths: train/bins/v/0.

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 from dumo.config.parts import Evaluation
 from dumo.config.source import PROPOSED
@@ -30,7 +31,7 @@ from dumo.training.deadline import SECONDS_PER_MINUTE, Timing
 FAR_FROM_NEAREST = 1.5
 MANY_COPIES = 0.1  # the share of samples that are copies, over that of real images, from which they are many: ours
 MINUTES_PER_HOUR = 60
-SPANS = (10, 30, 60, 120, 240, 480, 960)  # minutes of training that are proposed, beyond them whole hours: ours
+PROPOSED_MINUTES = (10, 30, 60, 120, 240, 480, 960)  # of more training; beyond them whole hours: ours
 GOOD_COUNT = 16  # samples to make with a run that is good: ours
 
 
@@ -52,67 +53,73 @@ class Verdict:
     is_good: bool = False
 
 
-def reach_verdict(opened: RunFolder, name: str, judged: Judgement | None, proximity: Proximity | None) -> Verdict:
+def reach_verdict(opened: RunFolder, name: str, evaluation: Judgement | None, proximity: Proximity | None) -> Verdict:
     """The verdict on a run. `name` is what a user types for it: its folder, or its name.
 
     An evaluation of other weights does not count.
     """
     run = opened.run
     step = opened.step
-    if judged and not judged["fresh"]:
-        judged = None
+    if evaluation and not evaluation["fresh"]:
+        evaluation = None
 
     if step == 0:
         length = f"{run.train.steps:,} steps" if run.train.minutes is None else minutes_text(run.train.minutes)
-        effect = f"trains it, for {length}"
-        return Verdict("Untrained: these are the weights that training starts from", "", [_train(name, effect)])
+        training = _suggest_training(name, f"trains it, for {length}")
+        return Verdict("Untrained: these are the weights that training starts from", "", [training])
 
-    copied = _describe_copies(judged, proximity)
-    if copied and not opened.is_shipped:
-        return Verdict("It copies the training images", copied, [_less_training(opened, name)])
+    copies_reason = _describe_copies(evaluation, proximity)
+    if copies_reason and not opened.is_shipped:
+        return Verdict("It copies the training images", copies_reason, [_suggest_less_training(opened, name)])
 
-    head, reason, is_good = _standing(judged, proximity)
+    quality = _describe_quality(evaluation, proximity)
     stop = _describe_stop(opened)
     if stop:
         stopped, effect = stop
-        head = f"{head}, and {stopped}" if head else stopped.capitalize()
-        return Verdict(head, reason, [_train(name, effect)])
-    if is_good or (head and opened.is_shipped):
-        return Verdict(head, reason, _use(name), is_good)
-    if head:
-        return Verdict(head, reason, [_more_training(opened, name)])
-    if judged is None and run.evaluate.protocol.missing is None:
-        return Verdict("Trained, and not judged yet", "", [_judge(run.evaluate, name)])
-    return Verdict("Trained", "", _use(name))
+        head = f"{quality.head}, and {stopped}" if quality.head else stopped.capitalize()
+        return Verdict(head, quality.reason, [_suggest_training(name, effect)])
+    if quality.is_good or (quality.head and opened.is_shipped):
+        return Verdict(quality.head, quality.reason, _suggest_uses(name), quality.is_good)
+    if quality.head:
+        return Verdict(quality.head, quality.reason, [_suggest_more_training(opened, name)])
+    if evaluation is None and run.evaluate.protocol.missing is None:
+        return Verdict("Trained, and not judged yet", "", [_suggest_evaluation(run.evaluate, name)])
+    return Verdict("Trained", "", _suggest_uses(name))
 
 
-def _standing(judged: Judgement | None, proximity: Proximity | None) -> tuple[str, str, bool]:
-    """How like the data the samples are: a few words, the numbers behind them, and whether they are like them.
+class _Quality(NamedTuple):
+    """How like the data the samples are."""
 
-    ("", "", False) where nothing tells.
-    """
-    state = judged.get("state") if judged else None
-    if judged and state:
-        reason = decisive_comparison(judged)
+    head: str  # a few words; "" where nothing tells
+    reason: str  # the numbers behind them
+    is_good: bool
+
+
+def _describe_quality(evaluation: Judgement | None, proximity: Proximity | None) -> _Quality:
+    """How like the data the samples are, by the evaluation, or without one by their nearest images."""
+    state = evaluation.get("state") if evaluation else None
+    if evaluation and state:
+        reason = decisive_comparison(evaluation)
         if state == "like the data":
-            return "Like the data, as far as the scores tell", reason, True
-        return STATES.get(str(state), "Near the data, but not like them"), reason, False
+            return _Quality("Like the data, as far as the scores tell", reason, is_good=True)
+        head = STATES.get(str(state), "Near the data, but not like them")
+        return _Quality(head, reason, is_good=False)
     if proximity and proximity.mean_ratio > FAR_FROM_NEAREST:
         times = number(proximity.mean_ratio)
         reason = f"samples are {times} times as far from the nearest training image as real images are"
-        return STATES["far"], reason, False
-    return "", "", False
+        return _Quality(STATES["far"], reason, is_good=False)
+    return _Quality("", "", is_good=False)
 
 
-def _describe_copies(judged: Judgement | None, proximity: Proximity | None) -> str:
+def _describe_copies(evaluation: Judgement | None, proximity: Proximity | None) -> str:
     """The share of samples that are copies, where they are many; "" where they are not, or nothing tells.
 
     The evaluation goes before the samples of the page, which are few.
     """
     real_share = 0.0
-    if judged and "copies" in judged["results"][0]:
-        share = max(row["copies"] for row in judged["results"])
-        perfect = judged["baselines"].get("perfect") or {}
+    if evaluation and "copies" in evaluation["results"][0]:
+        share = max(row["copies"] for row in evaluation["results"])
+        perfect = evaluation["baselines"].get("perfect") or {}
         real_share = perfect.get("copies", 0.0) + 2 * (error(perfect, "copies") or 0.0)
     elif proximity:
         share = proximity.num_copies / len(proximity.is_copy)
@@ -124,7 +131,7 @@ def _describe_copies(judged: Judgement | None, proximity: Proximity | None) -> s
 
 
 def _describe_stop(opened: RunFolder) -> tuple[str, str] | None:
-    """Where a training was stopped, and what going on does; None: it has come to its end, or nothing tells.
+    """Where a training was stopped, and what it does when it goes on; None: it came to its end, or nothing tells.
 
     How long a run has trained that ends by the clock (`train.minutes`) is in its last checkpoint. Its
     `train.steps` are a guess until it has ended.
@@ -144,24 +151,24 @@ def _describe_stop(opened: RunFolder) -> tuple[str, str] | None:
     is_given_more = timing is None or timing.minutes != train.minutes  # since that checkpoint
     if timing and timing.is_over and not is_given_more:
         return None
-    now = Timing(minutes=train.minutes, seconds=timing.seconds if timing else 0.0)
-    stopped = f"stopped after {duration(now.seconds)} of {duration(now.promised_seconds)}"
-    return stopped, f"goes on for the {duration(now.seconds_left)} that are left"
+    current_timing = Timing(minutes=train.minutes, seconds=timing.seconds if timing else 0.0)
+    stopped = f"stopped after {duration(current_timing.seconds)} of {duration(current_timing.promised_seconds)}"
+    return stopped, f"goes on for the {duration(current_timing.seconds_left)} that are left"
 
 
-def _judge(evaluate: Evaluation, name: str) -> NextStep:
+def _suggest_evaluation(evaluate: Evaluation, name: str) -> NextStep:
     """The evaluation of the run."""
     passes = ",".join(map(str, evaluate.nfe))
     effect = f"makes {evaluate.protocol.total:,} samples at each NFE, and compares them with the data"
     return NextStep(f"dumo evaluate {name} --nfe {passes}", effect)
 
 
-def _train(name: str, effect: str) -> NextStep:
+def _suggest_training(name: str, effect: str) -> NextStep:
     """The training of the run, or the rest of it."""
     return NextStep(f"dumo train {name}", effect)
 
 
-def _more_training(opened: RunFolder, name: str) -> NextStep:
+def _suggest_more_training(opened: RunFolder, name: str) -> NextStep:
     """More training of a run whose training is done.
 
     A run that was proposed, or ends by the clock, gets some more minutes; any other, as many steps again.
@@ -179,14 +186,14 @@ def _more_training(opened: RunFolder, name: str) -> NextStep:
 
 def _more_minutes(seconds: float) -> int:
     """The minutes to go on for, after a training of these seconds: at least twice as long, for less shows little."""
-    for minutes in SPANS:
+    for minutes in PROPOSED_MINUTES:
         if SECONDS_PER_MINUTE * minutes >= 2 * seconds:
             return minutes
     hours = ceil(2 * seconds / (SECONDS_PER_MINUTE * MINUTES_PER_HOUR))
     return MINUTES_PER_HOUR * hours
 
 
-def _less_training(opened: RunFolder, name: str) -> NextStep:
+def _suggest_less_training(opened: RunFolder, name: str) -> NextStep:
     """What makes fewer copies: an earlier checkpoint, where one is kept, else a training of half the length."""
     weights = Path(opened.weights)
     for step, checkpoint in opened.index.checkpoints.by_step().items():
@@ -213,7 +220,7 @@ def _less_training(opened: RunFolder, name: str) -> NextStep:
     return NextStep(command, f"{effect}; more photos help more")
 
 
-def _use(name: str) -> list[NextStep]:
+def _suggest_uses(name: str) -> list[NextStep]:
     """What to do with a run that is good."""
     return [
         NextStep(f"dumo sample {name} --count {GOOD_COUNT}", f"makes {GOOD_COUNT} more"),

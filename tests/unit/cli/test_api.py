@@ -16,7 +16,7 @@ import torch
 import dumo
 from dumo.cli.api import TrainedRun
 from dumo.config.load import load
-from dumo.report.sample import COUNT
+from dumo.report.sample import DEFAULT_COUNT
 from dumo.types import Reads
 from e2e.shell import call
 from e2e.test_start import HEAVY
@@ -113,7 +113,7 @@ def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun,
 
 def test_samples_by_default(digits: TrainedRun) -> None:
     own = digits.spec.sample
-    assert len(digits.sample()) == COUNT
+    assert len(digits.sample()) == DEFAULT_COUNT
     assert len(digits.sample([1, 2, 3])) == 3
     same = digits.sample(labels=7, count=2)
     assert torch.equal(same, digits.sample([7, 7], nfe=own.nfe[0], seed=own.seed, solver=own.solver.kind))

@@ -223,7 +223,7 @@ def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluat
     summary = score.summary_names(score.score_names(judged["results"][0]))
     assert summary == ["class_mmd", "recall", "copies"]
     assert found["class_mmd"] > 10 * perfect["class_mmd_sd"]
-    sentence = score.verdict(judged)
+    sentence = score.state_sentence(judged)
     assert sentence is not None
     assert sentence.startswith(("Not yet like the data", "As good as untrained"))
 
@@ -240,7 +240,7 @@ def test_a_sampler_that_ignores_its_label_is_marked_down(folder: PhotosEvaluator
     assert bad["class_mmd"] > 8 * perfect["class_mmd_sd"]
     assert as_asked["state"] in ("like the data", "near")
     assert shuffled["state"] == "far"
-    sentence = score.verdict(shuffled)
+    sentence = score.state_sentence(shuffled)
     assert sentence is not None
     assert "do not show the classes that they were asked for" in sentence
 
@@ -288,7 +288,7 @@ def test_states_by_class(rows: list[tuple[float, float]], said: str) -> None:
     }
     results = [{"nfe": 1, "solver": "hop", "mmd": whole, "class_mmd": by_class} for whole, by_class in rows]
     assert state(results, baselines) == said
-    sentence = score.verdict({"results": results, "baselines": baselines, "state": said})
+    sentence = score.state_sentence({"results": results, "baselines": baselines, "state": said})
     assert sentence is not None
     assert sentence.endswith(".")
     assert ("do not show the classes" in sentence) == (said == "far" and rows[0][0] < 1)
@@ -304,7 +304,7 @@ def test_states_without_noise() -> None:
     for accuracy, said in ((1.0, "like the data"), (0.97, "like the data"), (0.95, "near")):
         assert state([{"nfe": 1, "fd": 0.4, "accuracy": accuracy}], read) == said
     judged = {"results": [{"nfe": 1, "fd": 0.41, "auc": 0.53}], "baselines": real, "state": "near"}
-    assert score.verdict(judged) == "Near the data, but not like them: worse than a perfect sampler by fd, auc."
+    assert score.state_sentence(judged) == "Near the data, but not like them: worse than a perfect sampler by fd, auc."
     found = {0.3: 0.9, 3.0: 0.5, 9.0: 0.5, 12.0: 0.01}
     told = [state([{"nfe": 1, "fd": fd, "precision": precision}], real) for fd, precision in found.items()]
     assert told == ["like the data", "near", "far", "untrained"]

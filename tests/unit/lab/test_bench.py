@@ -13,8 +13,8 @@ from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.slope import Along, JvpSlope, Slope
 from dumo.flow.solver import Euler, Heun, Hop, Restart
-from dumo.lab import bench, random_net, reading, step
-from dumo.lab.step import PlainStep, StepRow, slope_error
+from dumo.lab import data_bench, random_net, sample_bench, step_bench
+from dumo.lab.step_bench import PlainStep, StepRow, slope_error
 from dumo.runtime.progress import no_bar
 from dumo.training.prefetch import BATCHES_AHEAD
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen
@@ -39,7 +39,7 @@ def built(run: Run) -> nn.Module:
 
 def measured(run: Run, **more: object) -> dict[tuple[str, str], dict[str, object]]:
     """The rows of a bench of one round, by slope and precision."""
-    report = step.measure(run, rounds=1, device="cpu", **more)  # pyright: ignore[reportArgumentType]
+    report = step_bench.measure(run, rounds=1, device="cpu", **more)  # pyright: ignore[reportArgumentType]
     return {(row["slope"], row["precision"]): row for row in report["rows"]}
 
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_run_is_a_row_without_numbers(monkeypatch: pytest.MonkeyP
             raise UserError("no rule for this\nin two lines")
 
     assert list(measured(tiny("digits-flow-matching"))) == [("none", "fp32")]  # an objective without a slope
-    monkeypatch.setitem(step.SLOPES, "jvp", Lame)
+    monkeypatch.setitem(step_bench.SLOPES, "jvp", Lame)
     rows = measured(tiny(), slopes=("jvp", "dual"))
     assert rows["jvp", "fp32"]["refused"] == "no rule for this"
     assert rows["jvp", "fp32"]["units_timed"] is None
@@ -98,10 +98,10 @@ def test_what_cannot_be_run_is_a_row_without_numbers(monkeypatch: pytest.MonkeyP
 @pytest.mark.nightly
 def test_blocks_are_compiled_where_there_are_some_and_a_loss_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """As training does it."""
-    setting = step.prepare(tiny(), (1, 8, 8), CPU, "blocks")
+    setting = step_bench.prepare(tiny(), (1, 8, 8), CPU, "blocks")
     assert all(block._compiled_call_impl is not None for block in setting.net.blocks)  # pyright: ignore
     with pytest.raises(UserError, match="loss"):
-        step.prepare(tiny("moons"), (2,), CPU, "blocks")
+        step_bench.prepare(tiny("moons"), (2,), CPU, "blocks")
     given: list[dict[str, object]] = []
     monkeypatch.setattr(torch, "compile", lambda f, **how: given.append(how) or f)
     assert measured(tiny("digits", GUIDED), slopes=("dual",), compile="loss")["dual", "fp32"]["units_timed"] > 0
@@ -148,7 +148,7 @@ def test_a_slow_round_slows_all_and_changes_no_ratio() -> None:
         (StepRow(name, "fp32", "none", bytes=size, units_counted=2.9), print)
         for name, size in (("none", 10), ("central", 20), ("dual", 25))
     ]
-    plain, central, dual = step.compare(tried, seconds, batch=6, seconds_at_peak=0.5)
+    plain, central, dual = step_bench.with_times(tried, seconds, batch=6, seconds_at_peak=0.5)
     assert (plain.units_low, plain.units_timed, plain.units_high) == (3, 3, 3)
     assert (central.units_low, central.units_timed, central.units_high) == pytest.approx((5, 5, 5))
     assert (dual.units_low, dual.units_timed, dual.units_high) == (2, 4, 4)
@@ -161,7 +161,7 @@ def test_a_slow_round_slows_all_and_changes_no_ratio() -> None:
         for name in ("none", "dual")
     ]
     seconds = torch.tensor([[4.0], [5.0], [1.5], [5.0]])  # in fp32 blocks are computed twice: four passes
-    assert [row.units_timed for row in step.compare(tried, seconds, 1, None)] == [4, 5, 3, 10]
+    assert [row.units_timed for row in step_bench.with_times(tried, seconds, 1, None)] == [4, 5, 3, 10]
 
 
 def test_zeros_are_filled_and_nothing_else() -> None:
@@ -178,7 +178,7 @@ def test_zeros_are_filled_and_nothing_else() -> None:
 
 
 def test_sampling_is_measured_by_passes() -> None:
-    report = bench.sample(tiny(), nfes=(1, 5), precisions=("fp32", "bf16"), batch=3, rounds=2, device="cpu")
+    report = sample_bench.measure(tiny(), nfes=(1, 5), precisions=("fp32", "bf16"), batch=3, rounds=2, device="cpu")
     rows = report["rows"]
     assert [(row["nfe"], row["solver"], row["precision"]) for row in rows] == [
         (nfe, solver, precision) for precision in ("fp32", "bf16") for nfe, solver in ((1, "restart"), (5, "euler"))
@@ -190,13 +190,13 @@ def test_samples_are_made_by_what_makes_sense() -> None:
     def solvers(name: str, **update: object) -> list[object]:
         run = tiny(name)
         run = run.model_copy(update={"sample": run.sample.model_copy(update=update)})
-        return [bench.solver(run.sample.solver, run.reads, nfe) for nfe in (1, 2, 50)]
+        return [sample_bench.solver(run.sample.solver, run.reads, nfe) for nfe in (1, 2, 50)]
 
     assert solvers("digits") == [Restart(), Restart(), Euler()]
     assert solvers("digits-meanflow") == [Hop(), Hop(), Hop()]
     assert solvers("digits", solver=Heun()) == [Euler(), Heun(), Heun()]
     with pytest.raises(UserError, match="ask for 1 to"):
-        bench.solver(Restart(), tiny().reads, 0)
+        sample_bench.solver(Restart(), tiny().reads, 0)
 
 
 @pytest.mark.nightly
@@ -265,8 +265,8 @@ class Huge:
 
 def test_few_batches_live_at_a_time() -> None:
     source = Huge()
-    steps = range(100, 100 + reading.WARM_UP_BATCHES + 50)
-    assert reading.images_per_second(source, 4, steps, CPU, lambda done, note: None) > 0
+    steps = range(100, 100 + data_bench.WARM_UP_BATCHES + 50)
+    assert data_bench.images_per_second(source, 4, steps, CPU, lambda done, note: None) > 0
     assert source.most <= BATCHES_AHEAD + 2  # ahead, and in use
     assert set(steps) <= set(source.made) <= set(range(100, steps.stop + BATCHES_AHEAD))
     assert len(source.made) == len(set(source.made))
@@ -278,7 +278,7 @@ def test_each_number_of_threads_has_a_line(tmp_path: Path) -> None:
     done = call(*words, "--threads", "1,3", "--step-seconds", "0.000001", "--json").json
     assert [row["threads"] for row in done["rows"]] == [1, 3]
     assert all(row["waits"] for row in done["rows"])
-    assert reading.powers_of_two(6) == [1, 2, 4, 6]
+    assert data_bench.powers_of_two(6) == [1, 2, 4, 6]
     assert (done["images_per_second_needed"], done["images"]) == (pytest.approx(4e6), 12)
     assert done["kind"] == "folder, decoded at every visit"
     shown = call(*words, "--threads", "1", "--step-seconds", "1000000")
@@ -290,12 +290,12 @@ def test_each_number_of_threads_has_a_line(tmp_path: Path) -> None:
 
 def test_a_recipe_is_read_at_its_own_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    report = reading.measure(
-        reading.benchmark_of("digits", ["train.batch=32"]), batches=1, step_seconds=0.1, device="cpu", bar=no_bar
+    report = data_bench.measure(
+        data_bench.benchmark_of("digits", ["train.batch=32"]), batches=1, step_seconds=0.1, device="cpu", bar=no_bar
     )
     assert (report["batch"], report["kind"], report["images_per_second_needed"]) == (32, "numbers in memory", 320)
     with pytest.raises(UserError, match="--side"):
-        reading.benchmark_of("digits", side=8)
+        data_bench.benchmark_of("digits", side=8)
     refused("bench", "data", "nowhere-at-all", named=("nowhere-at-all",))
 
 
@@ -307,5 +307,5 @@ def test_the_verdict_says_who_waits(rate: float, words: str) -> None:
         "step_seconds_are": "given",
         "kind": "folder, decoded at every visit",
     }
-    assert words in reading.verdict(report)
-    assert ("dumo encode" in reading.verdict(report)) == (rate < 1000)
+    assert words in data_bench.verdict(report)
+    assert ("dumo encode" in data_bench.verdict(report)) == (rate < 1000)

@@ -27,7 +27,6 @@ def test_no_module_of_the_working_folder_is_imported_by_an_export(
 
     trap.lay(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ours, "import_module", lambda name: None)
     monkeypatch.setattr(ours.subprocess, "run", run_help)
     result = cast(Any, SimpleNamespace(trained=SimpleNamespace(folder=tmp_path / "run")))
     with pytest.raises(Ended):

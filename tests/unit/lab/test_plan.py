@@ -11,7 +11,7 @@ import measured
 from dumo.cli.lab import reproduce
 from dumo.config import recipes
 from dumo.config.load import load
-from dumo.lab.plan import Cell, Cost, Plan, plan_names, read_plan, slug, training_of
+from dumo.lab.plan import Cell, Cost, Plan, plan_names, read_plan, slug, training_settings
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from recipe import recipe
@@ -59,10 +59,10 @@ def test_every_arm_loads(name: str, scale: str) -> None:
 def test_arms_cost_the_same(name: str, scale: str) -> None:
     """Or a share of it, to half a step; the pairs that a teacher makes are part of it."""
     chosen, shares = read_plan(name), {arm.share for arm in read_plan(name).arms}
-    unit = "operations" if chosen.at(scale).cost == "operations" else "units"
+    unit = "operations" if chosen.get_scale(scale).cost == "operations" else "units"
     cells = list(chosen.cells(scale))
-    first = load(chosen.steps_of or chosen.arms[0].recipe, [*chosen.set, *chosen.at(scale).set])
-    total = getattr(Cost(first), unit) * (chosen.at(scale).steps or first.train.steps)
+    first = load(chosen.steps_of or chosen.arms[0].recipe, [*chosen.set, *chosen.get_scale(scale).set])
+    total = getattr(Cost(first), unit) * (chosen.get_scale(scale).steps or first.train.steps)
     for cell in cells:
         each = getattr(Cost(cell.spec), unit)
         spent = each * cell.spec.train.steps + Cost(cell.spec).pair_units
@@ -137,12 +137,12 @@ def test_a_mistake_in_a_plan_is_found() -> None:
     with pytest.raises(
         UserError, match=r"fig3 has no scale 'paper': the paper gives neither .*; it has smoke and laptop$"
     ):
-        read_plan("fig3").at("paper")
+        read_plan("fig3").get_scale("paper")
 
 
 def test_an_objective_is_taken_onto_another_recipe() -> None:
     sct, host = recipe("digits-sct"), recipe("cifar10-latents")
-    spec = load("cifar10-latents", training_of("digits-sct", "cifar10-latents"))
+    spec = load("cifar10-latents", training_settings("digits-sct", "cifar10-latents"))
     assert spec.objective.model_dump() == sct.objective.model_dump() | {"drop": host.objective.drop}
     assert (spec.path, spec.sample.solver, spec.net.precondition) == (sct.path, sct.sample.solver, sct.net.precondition)
     assert (spec.data, spec.train) == (host.data, host.train)

@@ -11,7 +11,7 @@ import torch
 import measured
 from dumo.config.load import load
 from dumo.flow.generate import Samples
-from dumo.lab import arm, ours, paper, table
+from dumo.lab import arm_picture, ours, paper, table
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read_plan
 from dumo.lab.reproduce import VIEWS, View, write_charts
@@ -56,7 +56,7 @@ def test_a_table_is_means_over_seeds() -> None:
     assert (second["nfe"], second["fd_grey_sd"], third["arm"], third["fd_grey"]) == (2, 0, "b", 6)
     assert table.average_by_arm(done[:1])[0]["fd_grey_sd"] is None
     report = {"results": [row(1, 1.0), row(2, 2.0)], "contrast": [row(2, 7.0), row(50, 3.0)]}
-    by_passes = table.rows_by_passes(report)
+    by_passes = table.rows_of_all_passes(report)
     assert [one["fd_grey"] for one in by_passes] == [1.0, 2.0, 3.0]  # Euler's where there is no other
     assert table.main_score(first) == table.main_score({"fd": 1, "fd_sd": 2, "fd_grey": 3}) == "fd_grey"
     assert table.main_score({"fd": 1, "fd_sd": 2, "kid": 3}) == "fd"
@@ -138,18 +138,22 @@ def test_the_error_of_a_slope_is_its_scatter_over_points_redrawn() -> None:
     """Points of errors of one percent and two, about a slope of -1.5."""
     g = torch.Generator().manual_seed(0)
     points: ours.Curve = [(x, x**-1.5, sd * x**-1.5) for x, sd in ((1, 0.01), (3, 0.02), (10, 0.01))]
-    slope, error = ours.power(points)
+    slope, error = ours.fit_power_law(points)
     draws = (torch.randn(3, generator=g).tolist() for _ in range(2000))
-    found = [ours.power([(x, y + sd * e, sd) for (x, y, sd), e in zip(points, es, strict=True)])[0] for es in draws]
+    found = [
+        ours.fit_power_law([(x, y + sd * e, sd) for (x, y, sd), e in zip(points, es, strict=True)])[0] for es in draws
+    ]
     assert slope == pytest.approx(-1.5)
     assert stdev(found) == pytest.approx(error, rel=0.06)
 
 
 def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(arm.chart, "dots", lambda *given: seen.append(given))
+    monkeypatch.setattr(arm_picture.chart, "dots", lambda *given: seen.append(given))
     rows = [("a", 1, 3.0), ("a", 2, 0.1), ("b", 2, 0.05), ("c", 1, 2.0), ("c", 2, 9.0)]  # b has no single pass
-    arm.ranking_chart("T", [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows])
+    arm_picture.ranking_chart(
+        "T", [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows]
+    )
     ((_, x, points, names),) = seen
     assert list(points) == ["c", "a", "b"]
     assert names == ["1 NFE", "2 NFE"]
@@ -158,9 +162,9 @@ def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(arm.picture, "named_blocks", lambda blocks, note: seen.append((list(blocks), note)))
+    monkeypatch.setattr(arm_picture.picture, "named_blocks", lambda blocks, note: seen.append((list(blocks), note)))
     monkeypatch.setattr(Sampler, "sample", lambda sampler, c, nfe: Samples(torch.zeros(len(c), 1, 8, 8), nfe))
-    arm.sample_sheets([result({"arm": name}, 0, [row(1, far)]) for name, far in (("x", 3.0), ("y", 2.0))])
+    arm_picture.sample_sheets([result({"arm": name}, 0, [row(1, far)]) for name, far in (("x", 3.0), ("y", 2.0))])
     ((names, note),) = seen
     assert names == ["y, 2.00", "x, 3.00"]
     assert "lower is better; not FID" in note
@@ -178,7 +182,7 @@ def test_results_are_drawn_again(name: str, tmp_path: Path) -> None:
     files = write_charts(read_plan(name), VIEWS.get(name, View()), table.from_cells(found), tmp_path)
     assert {file.stem.partition("-nfe")[0] for file in files} == {name}
     for file in files:
-        with arm.Image.open(file) as picture:
+        with arm_picture.Image.open(file) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50  # not blank
 

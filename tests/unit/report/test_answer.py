@@ -17,7 +17,7 @@ from dumo.config.load import load
 from dumo.io import picture
 from dumo.report import answer, live
 from dumo.report.answer import PASSES, Answer, AnswerCell, AnswerRow, answer_runs, noises_between
-from dumo.report.demo import error_text, guidance_line, render, validation, write
+from dumo.report.demo import answers_html, error_html, guidance_html, validation_html, write_downloads
 from dumo.report.live import InteractiveRun, open_runs, require_fit, short_names
 from dumo.run.index import Index
 from dumo.run.train import train
@@ -79,7 +79,7 @@ def pixels(cell: AnswerCell) -> np.ndarray:
 
 def one(live: InteractiveRun, letter: str, nfe: int, c: int, seed: int) -> np.ndarray:
     """A sample's pixels, made alone."""
-    x = live.make(live.mode(letter), nfe, torch.tensor([c]), live.noises(seed)).x
+    x = live.sample(live.mode(letter), nfe, torch.tensor([c]), live.noises(seed)).x
     return picture.to_rows(x)[0].numpy()
 
 
@@ -104,7 +104,7 @@ def test_passes_stand_side_by_side_from_one_noise(digits: InteractiveRun) -> Non
     for letter, row in zip("uv", parts[-1].rows, strict=True):
         for nfe, cell in zip(PASSES, row.cells, strict=True):
             assert near(pixels(cell), one(digits, letter, nfe, 3, 8))
-            assert cell.note.startswith(f"{nfe} pass{'es' * (nfe > 1)}, ")
+            assert cell.note.startswith(f"{nfe} NFE, ")
     assert parts[-1].line == ""
 
 
@@ -131,7 +131,7 @@ def test_the_way_between_seeds_begins_and_ends_at_them(digits: InteractiveRun) -
 
 def test_a_copy_of_the_data_is_found(digits: InteractiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight samples one stands among the data: it is below itself, at distance 0, and the others are farther."""
-    some = digits.make(digits.mode("u"), 1, digits.conditions("2", 8), digits.noises(0, 8)).x
+    some = digits.sample(digits.mode("u"), 1, digits.conditions("2", 8), digits.noises(0, 8)).x
     real = torch.cat([digits.data[0][:50], some[[6]], digits.data[0][50:99]])
     known = replace(digits)
     monkeypatch.setitem(known.__dict__, "data", (real, 5000))
@@ -180,20 +180,20 @@ def test_a_class_or_reading_that_is_none_is_refused(digits: InteractiveRun) -> N
 
 def test_what_is_said_of_an_error(caplog: pytest.LogCaptureFixture) -> None:
     """What a person can mend, escaped; of a defect nothing, which the terminal has with its trace."""
-    assert error_text(UserError("seed '<b>' is none"), explain) == "seed &#x27;&lt;b&gt;&#x27; is none"
-    assert error_text(RuntimeError("CUDA out of memory"), explain).startswith(
+    assert error_html(UserError("seed '<b>' is none"), explain) == "seed &#x27;&lt;b&gt;&#x27; is none"
+    assert error_html(RuntimeError("CUDA out of memory"), explain).startswith(
         "out of memory: use a device with more memory"
     )
-    assert error_text(Stopped(2), explain) == "this page is being closed"
+    assert error_html(Stopped(2), explain) == "this page is being closed"
     assert caplog.records == []
-    assert "secret" not in error_text(KeyError("secret"), explain)
+    assert "secret" not in error_html(KeyError("secret"), explain)
     assert "KeyError: 'secret'" in caplog.text
 
 
 def test_words_are_escaped_and_pictures_are_inside() -> None:
     wrong = "<script>alert('x')</script>"
     tiny = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
-    text = render(
+    text = answers_html(
         {
             wrong: Answer([AnswerRow(wrong, [AnswerCell(tiny, wrong), AnswerCell(None, wrong)])], wrong),
             "other": Answer([]),
@@ -231,7 +231,7 @@ def test_the_script_makes_what_is_shown(
     monkeypatch.chdir(tmp_path)
     (live,) = open_runs([str(request.getfixturevalue(name).opened.folder)], sets, device="cpu", limit=60)
     (found,) = answer.make_samples(live, what, "5", guidance, 7, 4, letter)
-    archive, grid = write({live.name: found}, tmp_path)
+    archive, grid = write_downloads({live.name: found}, tmp_path)
     assert (read(grid) == np.asarray(found.sheet)).all()
     exec("import dumo\n" + found.script)
     with ZipFile(archive) as files:
@@ -256,10 +256,10 @@ def test_what_cannot_be_guided_says_why(digits: InteractiveRun, free: Interactiv
     """On the page in advance; and where it is tried, as `run.sample` does."""
     guided_run = trained(tmp_path / "guided", "digits-guided")
     reason = "this model was trained at guidance scale 2; the scale is part of its weights"
-    assert free.guidance_refusal == guidance_line([free]) == ""
-    assert guidance_line([guided_run]) == f"No guidance: {reason}."
-    assert guidance_line([guided_run, free]) == f"No guidance of guided: {reason}."
-    assert guidance_line([digits]) == (
+    assert free.guidance_refusal == guidance_html([free]) == ""
+    assert guidance_html([guided_run]) == f"No guidance: {reason}."
+    assert guidance_html([guided_run, free]) == f"No guidance of guided: {reason}."
+    assert guidance_html([digits]) == (
         "No guidance: this model never learned without a label, since objective.drop = 0."
     )
     with pytest.raises(UserError, match=f"^guidance = 3: {reason}: set guidance=1, or train with objective.guide"):
@@ -294,7 +294,7 @@ def test_without_a_run_there_is_a_line() -> None:
 
 def test_two_grids_stand_next_to_each_other(digits: InteractiveRun, free: InteractiveRun, tmp_path: Path) -> None:
     *_, shown = answer_runs([digits, free], answer.make_samples, "3", "0", 1, 4, 1, "u")
-    archive, grid = write(shown, tmp_path)
+    archive, grid = write_downloads(shown, tmp_path)
     assert read(grid).shape[1] > 2 * np.asarray(shown["digits"].sheet).shape[1]
     with ZipFile(archive) as files:
         assert files.namelist() == [f"{name}-{i:06d}.png" for name in ("digits", "{free}") for i in range(4)]
@@ -350,12 +350,12 @@ def test_what_takes_too_long_is_stopped_between_passes_and_says_so(digits: Inter
     """And the net is as it was: without hooks, in its own mode."""
     late, mode = replace(digits, limit=0), digits.modes["u"]
     with pytest.raises(UserError, match="took too long"):
-        late.make(mode, 1, torch.tensor([0]), late.noises(0))
+        late.sample(mode, 1, torch.tensor([0]), late.noises(0))
     *_, last = answer.compare_passes(late, "0", "0", 1)
     assert all("took too long" in cell.note for row in last.rows for cell in row.cells)
     net = digits.sampler.net
     assert [*net._forward_pre_hooks, *net._forward_hooks] == []
-    assert digits.make(mode, 1, torch.tensor([0]), digits.noises(0)).nfe == 1
+    assert digits.sample(mode, 1, torch.tensor([0]), digits.noises(0)).nfe == 1
 
 
 def test_images_that_are_all_equally_far_apart_lie_so_far_from_the_nearest(
@@ -373,7 +373,7 @@ def test_a_run_of_captions_takes_prompts(words: InteractiveRun) -> None:
     new = words.conditions("a red bicycle")
     assert new > conditions.count
     assert words.conditions(" a red bicycle ") == new
-    made = [words.make(words.mode("u"), 1, c, words.noises(1)).x for c in (new, torch.tensor([3]))]
+    made = [words.sample(words.mode("u"), 1, c, words.noises(1)).x for c in (new, torch.tensor([3]))]
     assert not torch.equal(*made)
     for wrong in ("", "  ", "7" * 10_001):
         with pytest.raises(UserError, match="a prompt"):
@@ -382,11 +382,11 @@ def test_a_run_of_captions_takes_prompts(words: InteractiveRun) -> None:
 
 def test_of_prompts_the_last_ones_are_kept(words: InteractiveRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page is open for weeks, and a prompt of a large encoder takes megabytes."""
-    monkeypatch.setattr(live, "KEPT_PROMPTS", 3)
+    monkeypatch.setattr(live, "MAX_ENCODED_PROMPTS", 3)
     texts = words.sampler.texts
 
     def made(text: str) -> Tensor:
-        return words.make(words.mode("u"), 1, words.conditions(text), words.noises(1)).x
+        return words.sample(words.mode("u"), 1, words.conditions(text), words.noises(1)).x
 
     before = {text: made(text) for text in "abacad"}
     assert [*texts.prompts] == ["c", "a", "d"]
@@ -396,11 +396,11 @@ def test_of_prompts_the_last_ones_are_kept(words: InteractiveRun, monkeypatch: p
 
 def test_how_a_run_was_judged_as_it_trained_is_folded_away(digits: InteractiveRun, tmp_path: Path) -> None:
     one = replace(digits, opened=replace(digits.opened, index=Index.read(tmp_path)))
-    assert validation(one) == ""
+    assert validation_html(one) == ""
     for step in (5, 10):
         log.append(tmp_path / "metrics.jsonl", {"step": step, "val": {"mmd": 0.5, "mmd_sd": 0.25}})
-    shown = validation(one)
+    shown = validation_html(one)
     assert shown.count("<img") == 1
     assert 'alt="Points: mmd is 0.5 at step 5 and 0.5 at step 10."' in shown
     (tmp_path / "metrics.jsonl").write_text("{\n{}\n")
-    assert validation(one) == ""
+    assert validation_html(one) == ""

@@ -18,7 +18,7 @@ from dumo.config.load import dump, load
 from dumo.io import file
 from dumo.report import feed as feeds
 from dumo.report import tracker
-from dumo.report.feed import Feed, feed, live_feed, nap
+from dumo.report.feed import Feed, feed, live_feed, poll_forever
 from dumo.run.train import train
 from dumo.runtime import signals
 from dumo.training import log
@@ -104,7 +104,7 @@ def test_a_tracker_that_fails_or_hangs_leaves_the_training_as_it_is(
 ) -> None:
     run = known.tiny("moons", "train.log_every=1")
     train(run, tmp_path / "alone")
-    monkeypatch.setattr(feeds, "PATIENCE", 0.2)
+    monkeypatch.setattr(feeds, "LAST_ROWS_SECONDS", 0.2)
     said: dict[str, list[str]] = {}
     for name, program in {
         "fails": "import sys; print('a word'); sys.exit('no account')",
@@ -154,7 +154,7 @@ def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(feeds.time, "sleep", sleep)
     with pytest.raises(signals.Stopped):
-        feed([run], "kept", nap)
+        feed([run], "kept", poll_forever)
     (rows,) = sent.values()
     assert [step for step, _ in rows] == [10, 20, 30, 40, 50]
 
@@ -173,9 +173,9 @@ def test_what_is_wrong_is_named(run: Path, sent: Sent, tmp_path: Path, monkeypat
 
 def test_values_are_numbers_by_name() -> None:
     row: dict[str, Any] = {"step": 3, "loss": None, "skipped": {"what": "loss", "count": 2, "rows": [{"t": 0.5}]}}
-    assert tracker.values(row) == {"train/skipped/count": 2.0, "train/skipped/rows/0/t": 0.5}
+    assert tracker.numbers_by_name(row) == {"train/skipped/count": 2.0, "train/skipped/rows/0/t": 0.5}
     row = {"lr": 1, "grad_norm": 2, "probe": {"drift": 0.5, "ok": True}, "speed": {"at": 9.0, "bytes": 3}}
-    assert tracker.values(row | {"val": {"mmd": 0.25, "mmd_sd": 0.125}}) == {
+    assert tracker.numbers_by_name(row | {"val": {"mmd": 0.25, "mmd_sd": 0.125}}) == {
         "train/lr": 1.0,
         "train/grad_norm": 2.0,
         "train/probe/drift": 0.5,

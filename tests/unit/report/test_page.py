@@ -152,8 +152,8 @@ def page_of(folder: Path) -> Page:
 
 def rendered(opened: RunFolder) -> Page:
     """The words of a page, without its pictures."""
-    judged = score.judgement(opened.folder, opened.step, opened.weights)
-    return Page(report.render(opened, report.PageParts(size=1797, judged=judged)))
+    evaluation = score.read_judgement(opened.folder, opened.step, opened.weights)
+    return Page(report.render(opened, report.PageParts(size=1797, evaluation=evaluation)))
 
 
 KEYS = ("fd", "kid", "fd_grey", "mmd2", "pixel_fd", "auc", "nfe", "null")
@@ -457,7 +457,7 @@ def test_first_samples_stand_next_to_their_nearest_images(digits: Path) -> None:
     assert near.samples.tobytes() == near.nearest.tobytes()
     assert max(near.proximity.ratios) == 0
     assert near.proximity.num_copies > 70  # a few digits have a double
-    words = " ".join(Page(report.render(open_run(str(digits)), report.PageParts(near=near))).words.split())
+    words = " ".join(Page(report.render(open_run(str(digits)), report.PageParts(neighbours=near))).words.split())
     assert "distance 0.00 copy 0.00 copy" in words
     assert f"Of all 80 samples: {near.proximity.num_copies} copies, mean distance 0.00." in words
 

@@ -97,7 +97,7 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     pages: list[score.Judgement] = []
     for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
         (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))
-        found = score.judgement(tmp_path, 1, "w")
+        found = score.read_judgement(tmp_path, 1, "w")
         assert found is not None
         pages.append(found)
     marked, plain = pages

@@ -11,7 +11,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.io import file as files
 from dumo.report import sheet
-from dumo.report.sample import export
+from dumo.report.sample import sample_to_files
 from dumo.report.sheet import Sheets
 from dumo.run.train import train as train_run
 from dumo.run.weights import open_run
@@ -46,7 +46,7 @@ def test_sheets_are_samples_and_change_nothing(average: str, tmp_path: Path) -> 
         assert (tmp_path / "with" / file.relative_to(tmp_path / "without")).read_bytes() == file.read_bytes(), file
     assert (tmp_path / "with/metrics.jsonl").read_bytes() == (tmp_path / "without/metrics.jsonl").read_bytes()
     opened = open_run(str(tmp_path / "with"), device="cpu")
-    samples = export(opened, tmp_path / "samples", count=sheet.COUNT)
+    samples = sample_to_files(opened, tmp_path / "samples", count=sheet.SHEET_COUNT)
     sheets = [tmp_path / f"with/sheets/step-00000006-nfe{nfe}.png" for nfe in (1, 2)]
     assert [path.read_bytes() for path in sheets] == [path.read_bytes() for path in samples]
 
@@ -92,7 +92,7 @@ def test_what_goes_wrong_with_a_sheet_is_told_and_ends_nothing(tmp_path: Path, m
     def full(*what: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dumo.report.sample.write", full)
+    monkeypatch.setattr("dumo.report.sample.write_samples", full)
     told: list[str] = []
     assert train(tiny("moons", "[4]", "sample.nfe=[1]"), tmp_path / "run", tell=told.append).step == 6
     assert told[-1] == "warning: no sheet step-00000004-nfe1: [Errno 28] No space left on device"

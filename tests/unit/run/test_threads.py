@@ -10,7 +10,7 @@ from dumo.cli.api import TrainedRun
 from dumo.config.spec import Run
 from dumo.io import digest
 from dumo.report.evaluate import evaluate
-from dumo.report.sample import export
+from dumo.report.sample import sample_to_files
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import threads
@@ -158,7 +158,7 @@ def test_samples_are_made_with_fewer_threads_on_a_busy_machine(
     monkeypatch.setattr(threads, "max_threads_without_waiting", lambda most: 1)
     moons.net.register_forward_pre_hook(lambda net, inputs: taken.append(two_cores.threads))
     if door == "dumo sample":
-        export(moons, tmp_path, count=8, nfe=[1], bar=known.Seen())
+        sample_to_files(moons, tmp_path, count=8, nfe=[1], bar=known.Seen())
     elif door == "run.sample":
         TrainedRun(moons).sample(count=8, nfe=1, bar=known.Seen())
     else:

@@ -20,7 +20,7 @@ from dumo.encoders.tokens import Tokenizer
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
-from dumo.lab.step import PlainStep
+from dumo.lab.step_bench import PlainStep
 from dumo.nets.dit import DiT
 from dumo.nets.route import Route
 from dumo.nets.text import LearnedTexts

@@ -1,11 +1,11 @@
-"""`dumo bench step`: a training step by every slope: what it computes, how long it takes, its memory and its error.
+"""`dumo bench step`: a training step with every slope: its operations, time, memory and error.
 
 A slope is a way to take du/dt (`dumo.flow.slope`). `measure` is the entrance. In this order it
 
 1. lists a row for every slope and precision (`_variants`), and first of each precision the plain step (`PlainStep`);
 2. builds the net once for all rows (`prepare`, which returns a `StepBench`);
 3. for each row judges its slope, counts operations and bytes, and makes its step (`StepBench.attempt`);
-4. times all steps in turn, and compares them (`compare`).
+4. times all steps in turn, and completes the rows (`with_times`).
 
 A step is the forward pass, the targets and the backward pass, without the optimizer, on random data. Its yardstick is
 the plain flow-matching step of the same net in the same precision: three forward passes (3 F), four where the blocks
@@ -61,7 +61,7 @@ COMPILE_CHOICES = ("none", "blocks", "loss")  # what may be compiled
 PLAIN = "none"  # the name of the plain step in the column of slopes
 PLAIN_UNITS = 3  # forward passes of a plain step: one, and a backward pass that costs two
 MIN_JUDGED_ROWS = 8  # rows of a batch on which du/dt is judged, at least: ours
-COMPILED_VARIANTS = 64  # of one block, which serves every precision, slope and number of rows: ours
+MAX_COMPILED_VARIANTS = 64  # of one block, which serves every precision, slope and number of rows: ours
 # the class of each slope, by its kind
 SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
 
@@ -204,21 +204,21 @@ def measure(
     batch = run.train.batch
     known_precisions = random_net.checked_precisions(precisions, torch_device)
     variants = list(_variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
-    step_bench = prepare(run, shape, torch_device, compile)
-    attempts = [step_bench.attempt(row, objective) for row, objective in variants]
+    bench = prepare(run, shape, torch_device, compile)
+    attempts = [bench.attempt(row, objective) for row, objective in variants]
     steps = [step for _, step in attempts if step]
     seconds = Stopwatch.for_bench(torch_device).time_rounds(steps, rounds, bar=bar, title="training steps")
 
-    flops = cost.forward_flops(step_bench.meta_net, run.objective, shape)
+    flops = cost.forward_flops(bench.meta_net, run.objective, shape)
     peak = peak_tflops or known_peak_tflops(torch_device)
     seconds_at_peak = batch * flops / (1e12 * peak) if peak else None
-    rows = compare(attempts, seconds, batch, seconds_at_peak)
+    rows = with_times(attempts, seconds, batch, seconds_at_peak)
     return {
         "net": run.net.model_dump(),
         "objective": run.model_dump(mode="json")["objective"],
         "shape": shape,
         "batch": batch,
-        "parameters": sum(p.numel() for p in step_bench.net.parameters()),
+        "parameters": sum(p.numel() for p in bench.net.parameters()),
         "forward_flops_per_image": flops,
         "rounds": rounds,
         "machine": machine.hardware(torch_device).text,
@@ -240,7 +240,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     net = random_net.build(net_with_texts, needs, shape, classes, device, rows=run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
-        torch.compiler.config.recompile_limit = COMPILED_VARIANTS
+        torch.compiler.config.recompile_limit = MAX_COMPILED_VARIANTS
         compile_blocks(net, dynamic=False)  # as training does, tape and all
     meta_net = random_net.build_on_meta(run.net, needs, shape, classes)
     return StepBench(
@@ -300,7 +300,7 @@ def _refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:
     return None
 
 
-def compare(
+def with_times(
     attempts: Sequence[tuple[StepRow, Step | None]], seconds: RoundTimes, batch: int, seconds_at_peak: float | None
 ) -> Iterator[StepRow]:
     """Yield the rows with their times in forward passes of the plain step, and their bytes over those of `central`.

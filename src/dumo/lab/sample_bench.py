@@ -1,6 +1,6 @@
 """`dumo bench sample`: samples per second.
 
-`sample` is the entrance. In this order it
+`measure` is the entrance. In this order it
 
 1. lists a case for each precision and number of passes, each with the solver that can make them (`solver`);
 2. builds the run's net with random weights (`dumo.lab.random_net`), and opens a decoder if the data are latents;
@@ -44,7 +44,7 @@ class _SampleCase(NamedTuple):
     solver: Solver
 
 
-def sample(
+def measure(
     run: Run,
     *,
     nfes: Sequence[int] = (1, 2, 50),

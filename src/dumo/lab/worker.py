@@ -1,10 +1,16 @@
-"""Work in processes of its own, several at a time: each reports how it ended, and none is left.
+"""Do pieces of work in processes of their own, several at a time. A process that is killed loses one piece alone.
 
-`run_side_by_side` is the entrance. It starts a `Worker` for each job, sends it a piece of work, and sends the next one
-when it reports. A worker runs `serve`, which does a piece and reports, until its pipe ends or a signal comes.
+`run_side_by_side` is the entrance. In this order it
 
-The executors of the standard library learn that a worker was killed, but not which work it did, and drop all the rest;
-and they pass on no signal.
+1. starts as many processes (`Worker`) as may run at a time, and sends each a piece;
+2. waits for reports, yields each piece that is done or lost, and sends that worker the next piece, or a new worker
+   where one was killed;
+3. ends and joins all processes, also after an error or a signal.
+
+A worker's process runs `serve`: it does a piece and reports, until its pipe ends or a signal comes.
+
+The executors of the standard library do not say which piece a killed process did, and drop all the rest; and they pass
+on no signal.
 """
 
 import os
@@ -22,7 +28,7 @@ from dumo.runtime import signals
 from dumo.runtime.heartbeat import Lost
 
 T = TypeVar("T")
-POLL_SECONDS = 0.2  # between looks for a signal: ours
+POLL_SECONDS = 0.2  # between two looks for a signal: ours
 process_context = get_context("spawn")  # a fork would copy threads and locks of torch
 
 
@@ -45,7 +51,7 @@ class Worker:
             self.pipe.send(piece)
 
     def receive(self) -> Exception | None:
-        """Wait until the piece is done; return its error, or None. `Lost` is that the process was killed."""
+        """Wait until the piece is done; return its error, or None. The error is `Lost` where the process was killed."""
         try:
             error, trace = self.pipe.recv()
         except (EOFError, ConnectionResetError):
@@ -62,15 +68,15 @@ def _safe_path() -> Generator[None, None, None]:
 
     Once it has started, multiprocessing gives it this process's own path.
     """
-    before = os.environ.get("PYTHONSAFEPATH")
+    previous = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             del os.environ["PYTHONSAFEPATH"]
         else:
-            os.environ["PYTHONSAFEPATH"] = before
+            os.environ["PYTHONSAFEPATH"] = previous
 
 
 def _exit_text(code: int) -> str:
@@ -103,17 +109,17 @@ def run_side_by_side(
 ) -> Iterator[tuple[T, Lost | None]]:
     """Do `work` of each piece, `jobs` at a time; yield each when it is done, or lost because its process was killed.
 
-    Raises what else a piece raises, and Stopped after a signal; the other processes then stop, too, and are waited for.
+    Raises any other error of a piece, and Stopped after a signal, once the other processes have been ended.
     `work` and the pieces go to other processes, so they must be picklable.
     """
-    waiting = list(pieces)[::-1]
+    waiting_pieces = list(pieces)[::-1]
     workers: list[Worker] = []
     try:
-        while waiting or workers:
-            while waiting and len(workers) < jobs:
+        while waiting_pieces or workers:
+            while waiting_pieces and len(workers) < jobs:
                 worker = Worker(work, threads)
                 workers.append(worker)
-                worker.send(waiting.pop())
+                worker.send(waiting_pieces.pop())
             signals.check()
             ready_pipes = connection.wait([worker.pipe for worker in workers], POLL_SECONDS)
             ready_workers = [worker for worker in workers if worker.pipe in ready_pipes]
@@ -122,8 +128,8 @@ def run_side_by_side(
                 piece = worker.piece
                 if error is not None and not isinstance(error, Lost):
                     raise error
-                if error is None and waiting:
-                    worker.send(waiting.pop())
+                if error is None and waiting_pieces:
+                    worker.send(waiting_pieces.pop())
                 else:  # there is no more work, or the process was killed
                     workers.remove(worker)
                     _end([worker])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import trap
-from dumo.lab import job
+from dumo.lab import worker as workers
 from dumo.runtime import signals
 from dumo.runtime.heartbeat import Lost
 from dumo.types import UserError
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forked processes, which need not import torch; signals as in a fresh one."""
-    serve = job.serve
+    serve = workers.serve
 
     def fresh(*given: object) -> None:
         signals.is_listening = False
@@ -29,8 +29,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.signal(number, signal.SIG_DFL)
         serve(*given)
 
-    monkeypatch.setattr(job, "process_context", multiprocessing.get_context("fork"))
-    monkeypatch.setattr(job, "serve", fresh)
+    monkeypatch.setattr(workers, "process_context", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(workers, "serve", fresh)
 
 
 def nobody_is_left() -> bool:
@@ -53,9 +53,9 @@ def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch
     """By a process that starts afresh."""
     trap.lay(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "process_context", multiprocessing.get_context("spawn"))
-    monkeypatch.setattr(job, "serve", print)  # which needs no torch
-    worker = job.Worker(len, 1)
+    monkeypatch.setattr(workers, "process_context", multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(workers, "serve", print)  # which needs no torch
+    worker = workers.Worker(len, 1)
     worker.process.join()
     worker.pipe.close()
     assert worker.process.exitcode == 0
@@ -64,7 +64,7 @@ def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch
 
 def test_a_killed_process_is_known_by_its_work_and_the_others_go_on() -> None:
     pieces = ["a", "SIGKILL", "b", "c", "d"]
-    done = dict(job.run_side_by_side(work, pieces, jobs=2, threads=1))
+    done = dict(workers.run_side_by_side(work, pieces, jobs=2, threads=1))
     lost = done.pop("SIGKILL")
     assert isinstance(lost, Lost)
     assert str(lost) == "its process was ended by SIGKILL, as where memory is used up"
@@ -94,14 +94,14 @@ def long_work(folder: Path) -> Callable[[str], None]:
 
 def test_one_that_fails_stops_the_others_which_save(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this is wrong"):
-        list(job.run_side_by_side(long_work(tmp_path), ["long", "wrong", "never"], jobs=2, threads=1))
+        list(workers.run_side_by_side(long_work(tmp_path), ["long", "wrong", "never"], jobs=2, threads=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.began", "long.saved"]
     assert nobody_is_left()
 
 
 def test_a_defect_shows_where_it_arose() -> None:
     with pytest.raises(KeyError) as raised:
-        list(job.run_side_by_side(work, ["defect"], jobs=2, threads=1))
+        list(workers.run_side_by_side(work, ["defect"], jobs=2, threads=1))
     assert "in work" in str(raised.value.__cause__)
 
 
@@ -116,13 +116,13 @@ def test_a_signal_is_passed_on(number: int, tmp_path: Path) -> None:
                 time.sleep(0.01)
             os.kill(os.getppid(), number)
             os.kill(os.getpid(), number)
-            time.sleep(2 * job.POLL_SECONDS)
+            time.sleep(2 * workers.POLL_SECONDS)
             (tmp_path / "all.saved").touch()
             signals.check()
         long_work(tmp_path)(name)
 
     with signals.listening(), pytest.raises(signals.Stopped):
-        list(job.run_side_by_side(interrupted, ["long", "all", "never"], jobs=2, threads=1))
+        list(workers.run_side_by_side(interrupted, ["long", "all", "never"], jobs=2, threads=1))
     assert sorted(path.name for path in tmp_path.glob("*.saved")) == ["all.saved", "long.saved"]
     assert nobody_is_left()
 
@@ -131,7 +131,7 @@ def test_a_process_without_its_parent_ends(tmp_path: Path) -> None:
     """Its parent was killed."""
 
     def alone() -> None:
-        list(job.run_side_by_side(long_work(tmp_path), ["long"], jobs=2, threads=1))
+        list(workers.run_side_by_side(long_work(tmp_path), ["long"], jobs=2, threads=1))
 
     process = multiprocessing.get_context("fork").Process(target=alone)
     process.start()

@@ -27,14 +27,25 @@ def ranking_chart(title: str, rows: Sequence[Row]) -> Image.Image:
 
 
 def sample_sheets(results: Sequence[Result]) -> Image.Image:
-    """Samples of the first seed of every arm in its fewest passes, two of a class, below its score: the best first."""
+<<<<<<< HEAD:src/dumo/lab/arm.py
+    """A sheet of samples per arm, below its score, the best arm first.
+
+    Samples are of the arm's first seed in its fewest passes, two of each class.
+    """
     lead = leading_score(score.score_names(results[0].report["results"][0]))
+=======
+    """A sheet of samples per arm, below its score, the best arm first.
+
+    Samples are of the arm's first seed in its fewest passes, two of each class.
+    """
+    lead = score.score_names(results[0].report["results"][0])[0]
+>>>>>>> 68086093:src/dumo/lab/arm_picture.py
     sheets: list[tuple[float, str, Image.Image]] = []  # score, title, picture
     for first, *_ in group_by_arm(results):
-        fewest_passes = first.report["results"][0]
-        value = fewest_passes[lead]
+        row = first.report["results"][0]  # of the fewest passes
+        value = row[lead]
         arm = next(iter(first.cell.labels.values()))
-        sheets.append((value, f"{arm}, {score.number(value)}", _sheet(first, fewest_passes["nfe"])))
+        sheets.append((value, f"{arm}, {score.number(value)}", _sheet(first, row["nfe"])))
     sheets.sort(key=lambda entry: entry[0])
     merit = word(MERITS, lead)
     note = f"One pass of each (its fewest), seed 0. The number: {merit.title}; {merit.better}."

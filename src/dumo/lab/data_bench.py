@@ -1,4 +1,4 @@
-"""`dumo bench data`: images per second that data give and a training step takes: whether the device would wait.
+"""`dumo bench data`: images per second that the data give, and that a training step takes: would the device wait?
 
 The order of events, each an entrance:
 
@@ -6,9 +6,9 @@ The order of events, each an entrance:
 2. `measure` times the reading by several numbers of threads, and returns the report;
 3. `verdict` puts the report into a sentence.
 
-Batches are made as training makes them, ahead of a step that takes no time, of rows that were not read before. A few
-are made before the clock starts, and as many are begun when it stops, so that neither counts. Only a few batches are in
-memory at a time, however large the data set is.
+Batches are made as training makes them, ahead of a step that takes no time, of rows that were not read before. As many
+batches are ready when the clock starts as when it stops, so they do not count. Only a few batches are in memory at a
+time, however large the data set is.
 """
 
 import os
@@ -97,11 +97,10 @@ def measure(
     source = open_source(benchmark.data)
 
     # how fast a training step needs images
-    seconds = step_seconds
     origin = "given"
-    if not seconds:
-        seconds, origin = _step_seconds(benchmark, torch_device)
-    needed = benchmark.batch / seconds if seconds else None
+    if not step_seconds:
+        step_seconds, origin = _step_seconds(benchmark, torch_device)
+    needed = benchmark.batch / step_seconds if step_seconds else None
 
     # how fast the data give them
     decodes = isinstance(source, Album) and source.decoded is None
@@ -125,7 +124,7 @@ def measure(
         "shape": list(benchmark.data.shape),
         "batch": benchmark.batch,
         "batches": batches,
-        "step_seconds": seconds,
+        "step_seconds": step_seconds,
         "step_seconds_are": origin,
         "images_per_second_needed": needed,
         "machine": machine.hardware(torch_device).text,
