@@ -27,19 +27,11 @@ def ranking_chart(title: str, rows: Sequence[Row]) -> Image.Image:
 
 
 def sample_sheets(results: Sequence[Result]) -> Image.Image:
-<<<<<<< HEAD:src/dumo/lab/arm.py
     """A sheet of samples per arm, below its score, the best arm first.
 
     Samples are of the arm's first seed in its fewest passes, two of each class.
     """
     lead = leading_score(score.score_names(results[0].report["results"][0]))
-=======
-    """A sheet of samples per arm, below its score, the best arm first.
-
-    Samples are of the arm's first seed in its fewest passes, two of each class.
-    """
-    lead = score.score_names(results[0].report["results"][0])[0]
->>>>>>> 68086093:src/dumo/lab/arm_picture.py
     sheets: list[tuple[float, str, Image.Image]] = []  # score, title, picture
     for first, *_ in group_by_arm(results):
         row = first.report["results"][0]  # of the fewest passes

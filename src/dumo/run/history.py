@@ -48,9 +48,7 @@ class History:
     changes: Sequence[Noted]  # of fields and data, since the run began
     versions: dict[str, str]  # of the packages that wrote the checkpoint; {}: it begins
     train_before: Train | None  # how the run was trained up to the checkpoint; None: it begins
-    listed_log: (
-        manifest.FileEntry | None
-    )  # what the checkpoint lists of the log; None: it lists none, or the run begins
+    listed_log: manifest.FileEntry | None  # the log as the checkpoint lists it; None: it does not, or there is none
     has_other_data: bool  # whether the data have changed since the checkpoint, and that is accepted
 
     @classmethod
