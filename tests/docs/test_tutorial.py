@@ -64,7 +64,8 @@ def test_a_comparison(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo = read_plan("zoo")
     two = tuple(arm for arm in zoo.arms if arm.recipe in ("digits", "digits-meanflow"))
     monkeypatch.setattr("dumo.lab.reproduce.read_plan", lambda name: zoo.model_copy(update={"arms": two}))
-    assert "class_mmd" in list(typed("compare"))[3]
+    outputs = dict(zip(lines(PAGES / "compare.md", "sh"), typed("compare"), strict=False))
+    assert "class_mmd" in outputs["dumo compare runs/digits-meanflow runs/digits"]
 
 
 @tier("compare")

@@ -235,7 +235,7 @@ def test_what_comes_with_dumo_keeps_its_name() -> None:
 @pytest.mark.slow
 def test_encoding_that_takes_too_long_is_interrupted_and_resumed(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(photos, blobs)
-    monkeypatch.setattr(deadline, "MAX_SHARE", 0.0)
+    monkeypatch.setattr(deadline, "MAX_PREPARATION_SHARE", 0.0)
     monkeypatch.setattr(proposedcache, "SHARD_ROWS", 8)
     stopped = call("train", "photos", "--yes", "--minutes", "3", "--device", "cpu", *QUICK)
     assert stopped.code == 128 + signals.CLOCK, stopped
@@ -247,7 +247,7 @@ def test_encoding_that_takes_too_long_is_interrupted_and_resumed(photos: Path, m
     assert load("runs/photos").train.minutes == 3
 
     # the command that it named, without a question, and as in the old days by steps
-    monkeypatch.setattr(deadline, "MAX_SHARE", 0.9)
+    monkeypatch.setattr(deadline, "MAX_PREPARATION_SHARE", 0.9)
     resumed = call("train", "runs/photos", *sets("train.minutes=null", "train.steps=2"))
     assert resumed.code == 0, resumed
     assert "encoding" in resumed.err

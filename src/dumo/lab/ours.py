@@ -262,7 +262,7 @@ def even_budget(points: Curve, distance: float) -> float | None:
 def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
     """The table of `best_table`, with two columns more: `slope` and its standard error, `slope_error`.
 
-    The slope is the power of the budget that the distance grows with, the mean over seeds.
+    The slope is the power of the budget that the distance grows with, the mean over the seeds of two budgets or more.
     """
     rows = best_table(plan, results)
     score = main_score(rows[0])
@@ -276,7 +276,8 @@ def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
 
     table: list[Row] = []
     for row in rows:
-        slopes = [fit_power_law(points) for points in curves[row["arm"], row["nfe"]].values()]
+        curves_of_seeds = curves[row["arm"], row["nfe"]].values()
+        slopes = [fit_power_law(points) for points in curves_of_seeds if len(points) > 1]
         slope = fmean(value for value, _ in slopes)
         table.append(row | {"slope": slope, "slope_error": error_of_mean(slopes)})
     return table

@@ -16,10 +16,13 @@ draws the default pictures, in which each line or block is an arm of the plan.
 
 import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from math import fsum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,9 +35,13 @@ from dumo.lab import arm_picture, cell, ours, ownplan, paper
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Cell, Plan, read_plan
 from dumo.lab.table import average_by_arm, markdown
+from dumo.run.speed import seconds_between
 from dumo.runtime import shell_path
 from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar, no_bar
+
+HERE = Path(__file__).parent
+SECONDS_PER_HOUR = 3600
 
 
 class RunCells(Protocol):
@@ -131,7 +138,7 @@ def reproduce(
         "name": name,
         "scale": scale,
         "title": plan.title,
-        "origin": _origin(command, device),
+        "origin": _origin(command, device, results),
         "table": table,
         "cells": [{"cell": result.cell.name, **result.report} for result in results],
         "files": [str(path) for path in files],
@@ -163,8 +170,12 @@ def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str)
     return command
 
 
-def _origin(command: str, device: str) -> dict[str, Any]:
-    """How results were made, on which day (UTC) they were finished, and on what; `device` as `--device` names it."""
+def _origin(command: str, device: str, results: Sequence[Result]) -> dict[str, Any]:
+    """How results were made, on which day (UTC) they were finished, and on what; `device` as `--device` names it.
+
+    `training_hours` are those of all cells, one after another, without judging them; unmeasured steps count nothing.
+    """
+    seconds = [seconds_between(result.trained.folder, 0, result.trained.step) or 0.0 for result in results]
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
@@ -172,4 +183,17 @@ def _origin(command: str, device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": choose_device(device).type,
         "versions": software_versions(),
+        "commit": _commit(),
+        "training_hours": round(fsum(seconds) / SECONDS_PER_HOUR, 2),
     }
+
+
+def _commit() -> str | None:
+    """The commit of dumo that runs, where git tracks its files; None where it was installed without them."""
+    if shutil.which("git") is None:
+        return None
+    git = ["git", "-C", str(HERE)]
+    is_tracked = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True)
+    if is_tracked.returncode:
+        return None
+    return subprocess.run([*git, "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -51,6 +51,11 @@ class AnswerRow:
     cells: Sequence[AnswerCell]
     columns: int = 0  # cells to a line; 0: all of them in one line
 
+    @property
+    def width(self) -> int:
+        """The number of cells in the longest line."""
+        return self.columns or len(self.cells)
+
 
 @dataclass(frozen=True)
 class Answer:

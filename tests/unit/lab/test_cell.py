@@ -1,7 +1,9 @@
 """A cell is trained and measured once: what is finished is kept, what was stopped goes on, what changed begins anew."""
 
+import json
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +86,20 @@ def test_results_name_the_device_and_all_options_of_their_command(
     report = reproduce.reproduce("two", "smoke", folder, jobs=jobs, device=device)
     assert report["origin"]["device"] == device_type
     assert report["origin"]["command"] == f"dumo reproduce two --scale smoke --out '{folder}' {options}"
+
+
+def test_results_name_their_commit_and_the_hours_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    cell_result = finished(tmp_path)
+    speed = {"step": 1, "steps_per_second": 1 / 3600}
+    (cell_result.trained.folder / "speed.jsonl").write_text(json.dumps(speed) + "\n")
+    origin = reproduce._origin("a command", "cpu", [cell_result, cell_result])
+    assert origin["training_hours"] == 2 * cell_result.trained.step
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert origin["commit"] == (head.stdout[:8] or None)
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    assert reproduce._origin("a command", "cpu", [])["commit"] is None
 
 
 def test_what_is_finished_is_kept_and_what_was_stopped_goes_on(tmp_path: Path, steps: list[int]) -> None:

@@ -129,6 +129,7 @@ def test_the_power_by_which_distances_fall_has_an_error_by_seeds() -> None:
         for budget in (1, 3, 10)
         for seed, power in enumerate((0.5, 1.0))
     ]
+    done.append(result({"arm": "a", "budget": 3}, 2, [row(1, 9.0, **exact), row(2, 7.0, **exact)]))  # no curve
     slopes = {row["nfe"]: (row["slope"], row["slope_error"]) for row in ours.scaling_table(read_plan("scaling"), done)}
     assert slopes[1] == pytest.approx((-0.75, 0.25))
     assert slopes[2] == pytest.approx((0, 0))
