@@ -307,6 +307,12 @@ TABLES = {
 }  # by name: the file, and what is made of it
 
 
+def origin_text(origin: Row) -> str:
+    """How results were made: the command, the time it took, the machine, the commit and the day."""
+    hours = f"{origin['training_hours']:.1f} hours of training on {origin['machine']}"
+    return f"*`{origin['command']}`: {hours}; commit {origin['commit']}, {origin['date']}.*"
+
+
 def written(page: str) -> str:
     """A page with its tables as the files have them."""
 
@@ -314,7 +320,10 @@ def written(page: str) -> str:
         file, table = TABLES[place["name"]]
         found = sorted(place for folder in MEASURED for place in folder.glob(f"**/{file}.json"))
         results = json.loads(found[0].read_text(encoding="utf-8"))
-        return "\n\n".join([place["begin"], "\n".join(table(results)), place["end"]])
+        parts = [place["begin"], "\n".join(table(results))]
+        if results.get("origin", {}).get("commit"):
+            parts.append(origin_text(results["origin"]))
+        return "\n\n".join([*parts, place["end"]])
 
     return PLACE.sub(write, page)
 

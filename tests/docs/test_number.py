@@ -144,7 +144,6 @@ def test_on_paired_folds_the_front_table_has_one_winner_at_one_nfe() -> None:
     [
         ("reproduce", "|[iCT](", "1 of 3"),
         ("reproduce", "|[DuMo + Shortcut](", ""),
-        ("scaling", "|α-Flow|1|", "1 of 3 at 3, 1 of 3 at 10"),
         ("scaling", "|a quarter, then DuMo|", "1 of 3 at 3"),
         ("scaling", "|a half, then DuMo|", ""),
     ],

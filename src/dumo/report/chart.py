@@ -36,8 +36,8 @@ PAGE_STYLE: dict[Any, Any] = {  # settings of matplotlib
 PAGE_SIZE = (3.7, 2.4)  # inches
 PAGE_DPI = 200  # twice what a screen needs
 PICTURE_DPI = 150
-COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470", "#c2577f")  # of names, in turn
-MARKS = "*osDv^P"  # of names, in turn; DuMo, which comes first, has green stars, as in the paper
+COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470", "#c2577f", "#2a9d9d")  # of names, in turn
+MARKS = "*osDv^PX"  # of names, in turn; DuMo, which comes first, has green stars, as in the paper
 MAX_LINEAR_RATIO = 1.5  # of the ends of an axis: from here on its scale is logarithmic. Ours
 
 
