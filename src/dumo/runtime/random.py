@@ -69,7 +69,8 @@ def seeded_generators(key: int | None, device: torch.device) -> Generator[None, 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(key or 0)
         if device.type == "cuda":
-            torch.cuda.manual_seed(key or 0)
+            with torch.cuda.device(device):  # `manual_seed` seeds the current GPU
+                torch.cuda.manual_seed(key or 0)
         yield
 
 

@@ -1,6 +1,7 @@
 """Streams of training and of sampling are apart by every part of their key, and the same for the same key."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.runtime.random import keyed, noise, stream
+from dumo.runtime.random import keyed, noise, seeded_generators, stream
 
 
 def first(*key: int | str, n: int = 4) -> Tensor:
@@ -104,3 +105,23 @@ def test_keyed_rows_are_in_single_precision_and_leave_the_global_generator_alone
         torch.set_default_dtype(torch.float32)
     assert made.dtype == torch.float32
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_gpu_is_seeded_where_another_one_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [torch.device("cuda:0")]
+    seeded: list[tuple[int, torch.device]] = []
+
+    @contextmanager
+    def enter(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    with torch.random.fork_rng([]):
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+        monkeypatch.setattr(torch.cuda, "device", enter)
+        monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: seeded.append((seed, current[-1])))
+        with seeded_generators(3, torch.device("cuda:1")):
+            pass
+        monkeypatch.undo()
+    assert seeded == [(3, torch.device("cuda:1"))]
