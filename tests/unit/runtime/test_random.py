@@ -1,6 +1,6 @@
 """Streams of training and of sampling are apart by every part of their key, and the same for the same key."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from hashlib import blake2b
 
@@ -112,7 +112,7 @@ def test_a_gpu_is_seeded_where_another_one_is_current(monkeypatch: pytest.Monkey
     seeded: list[tuple[int, torch.device]] = []
 
     @contextmanager
-    def enter(device: torch.device) -> Iterator[None]:
+    def enter(device: torch.device) -> Generator[None]:
         current.append(device)
         yield
         current.pop()
