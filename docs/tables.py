@@ -97,7 +97,7 @@ def failures(arms: list[list[Row]]) -> list[str]:
     counts: list[str] = []
     for own in arms:
         row = own[0]
-        score = next(key for key in ("class_mmd", "mmd", "fd_grey", "fd") if row.get(key) is not None)
+        score = main_score(row)
         failed = list[str]()
         if row["nfe"] == 1:
             accuracies = by_seed(row, "accuracy") if row["protocol"].startswith("cifar10") else {}

@@ -7,7 +7,7 @@
 2. runs the cells of the plan: trains and measures them (`dumo.lab.cell`), or takes the results of finished ones;
 3. makes the table, then charts of the table alone (`write_charts`, which tests also call on stored tables), then
    pictures that need the trained nets;
-4. writes table.md and results.json, with their origin: the command, the date, the machine and the device.
+4. writes table.md and results.json, with their origin: the command, the date, the machine, the commit.
 
 A new plan needs a line in `VIEWS` only where the default view does not fit. The functions of special views are in
 `dumo.lab.paper`, for the paper's figures and tables, and `dumo.lab.ours`, for plans of our own. `dumo.lab.arm_picture`
@@ -39,9 +39,9 @@ from dumo.run.speed import seconds_between
 from dumo.runtime import shell_path
 from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime.text import SECONDS_PER_HOUR
 
 HERE = Path(__file__).parent
-SECONDS_PER_HOUR = 3600
 
 
 class RunCells(Protocol):

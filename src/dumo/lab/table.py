@@ -102,8 +102,9 @@ def from_cells(stored: Row) -> list[Row]:
 
 
 def main_score(row: Row) -> str:
-    """The main score of an averaged row, also of one from before `mmd` was measured."""
-    return leading_score([key for key in row if f"{key}_sd" in row or key == "fd_grey"])
+    """The main score of an averaged row, also of one from before `mmd` was measured; None is no score."""
+    measured = [key for key, value in row.items() if value is not None]
+    return leading_score([key for key in measured if f"{key}_sd" in row or key == "fd_grey"])
 
 
 def leading_score(scores: Sequence[str]) -> str:

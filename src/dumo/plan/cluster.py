@@ -50,7 +50,7 @@ from dumo.run.memory import HeldBytes
 from dumo.run.net import outline
 from dumo.runtime import dist
 from dumo.runtime.progress import ignore_line
-from dumo.runtime.text import bytes_text
+from dumo.runtime.text import SECONDS_PER_HOUR, bytes_text
 from dumo.training import layout
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
@@ -58,7 +58,6 @@ from dumo.training.state import State, begin
 from dumo.training.step import flow_of, passes_of_rank
 from dumo.types import Frozen, Net, Noised, Objective, Terms, UserError
 
-SECONDS_PER_HOUR = 3600.0
 USUAL_SHARE_OF_PEAK = 0.4  # of a GPU's peak that training reaches, where nothing else is known: ours
 MIN_ROWS = 8  # at a time: fewer leave a GPU idle, except in a pretrained net, whose rows have many tokens. Ours
 CODINGS = ("float32", "bfloat16", "int8", "nf4")  # of `net.lora.frozen`, each with fewer bits than the one before

@@ -24,6 +24,7 @@ from dumo.run.weights import build
 from dumo.runtime.device import choose_device, peak_bytes
 from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import WARM_UP, Clock, Stopwatch, wall_clock
+from dumo.runtime.text import SECONDS_PER_HOUR
 from dumo.training import loop
 from dumo.training.deadline import SECONDS_PER_MINUTE
 from dumo.training.spec import Train
@@ -31,7 +32,6 @@ from dumo.training.state import State, begin
 from dumo.training.step import Record
 from dumo.types import Cond, Sample, UserError
 
-SECONDS_PER_HOUR = 3600.0
 MAX_PARAMETERS_TO_WARM_UP = 1e8  # of a net on a CPU: steps of a larger one take long, so it makes one alone. Ours
 
 

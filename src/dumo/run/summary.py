@@ -18,13 +18,12 @@ from dumo.run.net import num_parameters
 from dumo.runtime import dist
 from dumo.runtime.device import operations_per_second
 from dumo.runtime.door import settings
-from dumo.runtime.text import duration_text
+from dumo.runtime.text import SECONDS_PER_HOUR, duration_text
 from dumo.training.deadline import Timing
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.types import UserError
 
-SECONDS_PER_HOUR = 3600.0
 HOURS_PER_DAY = 24.0
 MAX_UNITS = 10  # forward passes that a step costs at most: ours
 MIN_FLOPS_PER_SECOND = 1e10  # floating-point operations that any machine makes: ours

@@ -6,6 +6,8 @@
 
 import re
 
+SECONDS_PER_HOUR = 3600
+
 # Characters that move the cursor, colour, break or turn round a line, and halves of characters, which cannot be printed
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -28,7 +30,7 @@ def duration_text(seconds: float) -> str:
     """Seconds as hours, minutes and seconds, 1:02:03, or as minutes and seconds, 2:03; negative ones as -2:03."""
     whole_seconds = round(seconds)
     sign = "-" if whole_seconds < 0 else ""
-    hours, rest = divmod(abs(whole_seconds), 3600)
+    hours, rest = divmod(abs(whole_seconds), SECONDS_PER_HOUR)
     minutes, seconds_left = divmod(rest, 60)
     if hours:
         return f"{sign}{hours}:{minutes:02}:{seconds_left:02}"

@@ -61,6 +61,7 @@ def test_a_table_is_means_over_seeds() -> None:
     assert table.main_score(first) == table.main_score({"fd": 1, "fd_sd": 2, "fd_grey": 3}) == "fd_grey"
     assert table.main_score({"fd": 1, "fd_sd": 2, "kid": 3}) == "fd"
     assert table.main_score({"mmd": 1, "mmd_sd": 2, "fd": 1, "fd_sd": 2}) == "mmd"
+    assert table.main_score({"class_mmd": None, "class_mmd_sd": None, "mmd": 1, "mmd_sd": 2}) == "mmd"
     assert table.main_score({"mmd": 1, "mmd_sd": 2, "class_mmd": 3, "class_mmd_sd": 4}) == "class_mmd"
 
 
