@@ -155,8 +155,8 @@ def measure(src: Mapping[str, str], tests: Mapping[str, str]) -> Figures:
     )
 
 
-def table(columns: Mapping[str, Figures]) -> Iterator[str]:
-    """Lines of a table: a row a figure, a column a package, the peers last."""
+def table_lines(columns: Mapping[str, Figures]) -> Iterator[str]:
+    """Lines of a table: a row for each figure, a column for each package, the peers last."""
     yield " " * 42 + "".join(f"{name:>12}" for name in (*columns, *PEERS))
     for label, field, form, *peers in ROWS:
         cells = [getattr(figures, field) for figures in columns.values()]
@@ -164,7 +164,7 @@ def table(columns: Mapping[str, Figures]) -> Iterator[str]:
 
 
 def crowded_lines(tree: ast.Module) -> dict[int, set[str]]:
-    """What carries several thoughts, or says nothing, by number of line."""
+    """The lines that carry several thoughts or a name that says nothing: their numbers, and which of that they do."""
     kinds_by_line: defaultdict[int, set[str]] = defaultdict(set)
     for node in ast.walk(tree):
         if is_packed(node):
@@ -217,7 +217,7 @@ def git(root: Path, *arguments: str) -> bytes | None:
 
 
 def read_commit(root: Path, commit: str, folder: str) -> dict[str, str]:
-    """As `read_disk`, of a commit; empty where it has no such folder."""
+    """Texts of the Python files in a folder of a commit, by their paths; empty where it has no such folder."""
     archive = git(root, "archive", "--format=tar", commit, folder)
     if archive is None:
         return {}
@@ -249,12 +249,12 @@ def main(arguments: Sequence[str], root: Path = ROOT) -> int:
     now = measure(src, read_disk(root, "tests"))
     if base is None:
         print("How src reads, next to peers as of 2026-11.")
-        print("\n".join(table({"now": now})))
+        print("\n".join(table_lines({"now": now})))
     else:
         old_src = read_commit(root, base, "src")
         before = measure(old_src, read_commit(root, base, "tests"))
         print(f"How src reads, before ({base[:8]}) and now, next to peers as of 2026-11.")
-        print("\n".join(table({"before": before, "now": now})))
+        print("\n".join(table_lines({"before": before, "now": now})))
         additions = crowded_additions(old_src, src)
         if additions:
             print(f"Of {len(additions)} added lines that carry several thoughts, or a name that says nothing:")

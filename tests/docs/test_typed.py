@@ -67,7 +67,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("PRETRAINED", "MY_IMAGES", "PWD"):
         monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setattr(machine, "compiler", lambda here: machine.Finding("torch.compile", "ok", "works"))  # slow
+    # the real one is slow
+    monkeypatch.setattr(machine, "compiler_finding", lambda here: machine.Finding("torch.compile", "ok", "works"))
     captioned(tmp_path / "photos")
     return tmp_path
 

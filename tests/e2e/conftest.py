@@ -21,7 +21,7 @@ def trained(tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """`dumo doctor` does not try torch.compile, which takes half a minute: one test of it does."""
-    monkeypatch.setattr(machine, "compiler", lambda here: machine.Finding("torch.compile", "ok", "works"))
+    monkeypatch.setattr(machine, "compiler_finding", lambda here: machine.Finding("torch.compile", "ok", "works"))
 
 
 @pytest.fixture

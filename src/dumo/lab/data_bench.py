@@ -36,7 +36,7 @@ from dumo.types import Spec, UserError
 from dumo.types.rows import to_device
 
 WARM_UP_BATCHES = BATCHES_AHEAD + 1  # before the first that counts
-SHARE_OF_PEAK = 0.4  # of a GPU's peak, that a step is expected to reach: ours. Larger nets reach more: the safe side
+_SHARE_OF_PEAK = 0.4  # of a GPU's peak, that a step is expected to reach: ours. Larger nets reach more: the safe side
 
 
 class _DataOnly(Spec):
@@ -156,8 +156,8 @@ def _step_seconds(benchmark: DataBenchmark, device: torch.device) -> tuple[float
     cost = benchmark.cost
     if cost is None or peak is None:
         return None, None
-    seconds = benchmark.batch * cost.units * cost.flops / (SHARE_OF_PEAK * 1e12 * peak)
-    return seconds, f"counted, at {SHARE_OF_PEAK:.0%} of the peak"
+    seconds = benchmark.batch * cost.units * cost.flops / (_SHARE_OF_PEAK * 1e12 * peak)
+    return seconds, f"counted, at {_SHARE_OF_PEAK:.0%} of the peak"
 
 
 def powers_of_two(limit: int) -> list[int]:

@@ -37,14 +37,14 @@ from dumo.runtime.random import noise
 from dumo.runtime.text import nfe_text
 
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}  # by the kind of the protocol
-MAX_SAMPLES = 4000  # that a class FD takes in all, 400 of each of 10 classes: ours
+_MAX_SAMPLES = 4000  # that a class FD takes in all, 400 of each of 10 classes: ours
 Curve = Sequence[tuple[float, float, float | None]]  # points: budget, distance, and the deviation of the distance
 # the names of heads and metric in the charts of `fair`
-TWO_HEADS = "two heads"
-ADAPTIVE = "one head, MeanFlow's metric"
+_TWO_HEADS = "two heads"
+_ADAPTIVE = "one head, MeanFlow's metric"
 ONE_HEAD = "one head"
 # the columns of `words` that averages give
-SCORES = (
+_SCORES = (
     "nfe",
     "class_mmd",
     "class_mmd_sd",
@@ -77,7 +77,7 @@ def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
             line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
             points.setdefault(line, {})[_heads_name(row)] = chart.Dot(row[score], row.get(f"{score}_sd"))
         title = f"Two heads and one at the same times and cost, {nfe_text(nfe)}"
-        names = [TWO_HEADS, ADAPTIVE, ONE_HEAD]
+        names = [_TWO_HEADS, _ADAPTIVE, ONE_HEAD]
         charts[f"fair-nfe{nfe}"] = chart.dots(title, chart.score_label(score), points, names)
     return charts
 
@@ -85,8 +85,8 @@ def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 def _heads_name(row: Row) -> str:
     """What a chart calls the heads and the metric of a row."""
     if row["heads"] == "two":
-        return TWO_HEADS
-    return ADAPTIVE if row["metric"] == "adaptive" else ONE_HEAD
+        return _TWO_HEADS
+    return _ADAPTIVE if row["metric"] == "adaptive" else ONE_HEAD
 
 
 def words_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -107,7 +107,7 @@ def words_table(plan: Plan, results: list[Result]) -> list[Row]:
         columns = {name: first.cell.labels[name] for name in (*plan.columns, "steps")}
         columns["MFLOP_per_pass"] = round(Cost(first.cell.spec).flops / 1e6, 2)
         for averages in average_by_arm(seeds):
-            scores = {name: averages.get(name) for name in SCORES}
+            scores = {name: averages.get(name) for name in _SCORES}
             measured_fds = class_fds if averages["nfe"] == 1 else dict.fromkeys(class_fds)
             rows.append({**columns, **scores, **measured_fds, "seeds": averages["seeds"]})
     return rows
@@ -126,7 +126,7 @@ def class_fd(sampler: Sampler, spec: Evaluation, real_moments: Sequence[Moments]
     `held`: the samples are asked for by templates that were held out of the training.
     """
     classes = sampler.data.labels
-    c = labels_in_turn(min(MAX_SAMPLES, 2 * len(spec.protocol.labels(classes))), classes)
+    c = labels_in_turn(min(_MAX_SAMPLES, 2 * len(spec.protocol.labels(classes))), classes)
     samples = sampler.sample(sampler.conditions.of_labels(c, held_out=held), nfe=1, seed=spec.seed).x
     features = FEATURES[spec.protocol.kind](samples)
     distances = [frechet_distance(Moments.of(features[c == k]), moments) for k, moments in enumerate(real_moments)]

@@ -38,14 +38,14 @@ from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_sco
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
 
-SUFFIXES = (".yaml", ".yml")
+_SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 2**20  # of a file: ours
-MAX_PASS_RATIO = 1.1  # of the operations of two arms' passes: ours; a head or an input more is within it
-SMOKE_STEPS = 20  # of the first arm at the scale `smoke`: ours
+_MAX_PASS_RATIO = 1.1  # of the operations of two arms' passes: ours; a head or an input more is within it
+_SMOKE_STEPS = 20  # of the first arm at the scale `smoke`: ours
 # The least that cifar10-features judges. It takes the place of the plan's `set`, and not of an arm's.
-SMOKE_SETTINGS = ("evaluate.protocol.samples=1000",)
-PASSES_PATTERN = re.compile(r"(\d[\d,]*(?:\.\d+)?) ?F")  # 8100F, 8,100 F
-STEPS_PATTERN = re.compile(r"(\d[\d,]*) steps of ([\w-]+)")  # 2000 steps of digits
+_SMOKE_SETTINGS = ("evaluate.protocol.samples=1000",)
+_PASSES_PATTERN = re.compile(r"(\d[\d,]*(?:\.\d+)?) ?F")  # 8100F, 8,100 F
+_STEPS_PATTERN = re.compile(r"(\d[\d,]*) steps of ([\w-]+)")  # 2000 steps of digits
 
 
 class OwnArm(Spec):
@@ -69,7 +69,7 @@ class OwnPlan(Spec):
     @field_validator("budget")
     @classmethod
     def _require_budget(cls, budget: str) -> str:
-        if not (PASSES_PATTERN.fullmatch(budget) or STEPS_PATTERN.fullmatch(budget)):
+        if not (_PASSES_PATTERN.fullmatch(budget) or _STEPS_PATTERN.fullmatch(budget)):
             raise ValueError(f"{brief(budget)} is no budget: write 8100F, or 2000 steps of digits")
         return budget
 
@@ -111,7 +111,7 @@ class OwnPlan(Spec):
 
     def budget_in_passes(self) -> float | None:
         """The budget in forward passes (F); None where it is in operations."""
-        in_passes = PASSES_PATTERN.fullmatch(self.budget)
+        in_passes = _PASSES_PATTERN.fullmatch(self.budget)
         if in_passes:
             return float(in_passes[1].replace(",", ""))
         if self.cost == "operations":
@@ -124,7 +124,7 @@ class OwnPlan(Spec):
 
         A pass of the recipe's net may cost another number of operations than one of an arm's, so passes would not do.
         """
-        if self.cost == "passes" or PASSES_PATTERN.fullmatch(self.budget):
+        if self.cost == "passes" or _PASSES_PATTERN.fullmatch(self.budget):
             return None
         steps, step_cost = self._steps_of_recipe()
         return steps * step_cost.operations
@@ -134,7 +134,7 @@ class OwnPlan(Spec):
 
         The recipe counts as it ships, without the settings of this file.
         """
-        in_steps = STEPS_PATTERN.fullmatch(self.budget)
+        in_steps = _STEPS_PATTERN.fullmatch(self.budget)
         assert in_steps, "the budget was validated"
         steps, recipe = in_steps.groups()
         require_known("recipe", recipe, recipes.names())
@@ -143,7 +143,7 @@ class OwnPlan(Spec):
 
 def is_file_name(name: str) -> bool:
     """Whether what a user typed is a file, not the name of a plan that dumo brings."""
-    return name.endswith(SUFFIXES)
+    return name.endswith(_SUFFIXES)
 
 
 def read_file(name: str) -> Plan:
@@ -169,7 +169,7 @@ def read_file(name: str) -> Plan:
         passes=own.budget_in_passes(),
         operations=own.budget_in_operations(),
     )
-    smoke = Scale(seeds=own.seeds[:1], cost=own.cost, steps=SMOKE_STEPS, set=SMOKE_SETTINGS)
+    smoke = Scale(seeds=own.seeds[:1], cost=own.cost, steps=_SMOKE_STEPS, set=_SMOKE_SETTINGS)
     arms: list[Arm] = []
     for arm in own.arms:
         arms.append(Arm(labels={"objective": arm.objective}, recipe=arm.recipe, set=arm.set))
@@ -188,7 +188,7 @@ def read_file(name: str) -> Plan:
 def require_fair(cells: Sequence[Cell], cost: str) -> None:
     """Raise UserError where the budget does not pay for a step of a run, or runs would not be compared fairly.
 
-    They would not where `cost` counts passes, and a pass of one run costs over MAX_PASS_RATIO times that of another.
+    They would not where `cost` counts passes, and a pass of one run costs over _MAX_PASS_RATIO times that of another.
     """
     operations_by_name: dict[str, float] = {}
     for cell in cells:
@@ -198,7 +198,7 @@ def require_fair(cells: Sequence[Cell], cost: str) -> None:
     cheapest = min(operations_by_name, key=lambda run_name: operations_by_name[run_name])
     dearest = max(operations_by_name, key=lambda run_name: operations_by_name[run_name])
     ratio = operations_by_name[dearest] / operations_by_name[cheapest]
-    if cost == "passes" and ratio > MAX_PASS_RATIO:
+    if cost == "passes" and ratio > _MAX_PASS_RATIO:
         raise UserError(
             f"a forward pass of {dearest} costs {ratio:.3g} times that of {cheapest}, for its net or its batch is "
             "larger: make them equal, or count operations by cost: operations"

@@ -43,17 +43,17 @@ from dumo.training.state import begin
 from dumo.training.step import flow_of, train_step
 from dumo.types import UserError
 
-FIG5_PASSES = (1, 2, 50)  # at which Fig. 5 is judged: few, and as many as the velocity needs
-FIG4C_LOG_FID = {(2.0, 2.0): 4.06}  # by (theta_1, theta_2): the paper's lowest value of Fig. 4c, Sec. 4.4
-FAR_RATIO = 3.0  # times the first arm's distance, beyond which the zoo's table says why: ours
-TIMED_STEP = 10**6  # the step of the training that is timed, its middle: ours
-MAX_CPU_PARAMETERS = 10**8  # nets with more are not timed on a CPU: ours
+_FIG5_PASSES = (1, 2, 50)  # at which Fig. 5 is judged: few, and as many as the velocity needs
+_FIG4C_LOG_FID = {(2.0, 2.0): 4.06}  # by (theta_1, theta_2): the paper's lowest value of Fig. 4c, Sec. 4.4
+_FAR_RATIO = 3.0  # times the first arm's distance, beyond which the zoo's table says why: ours
+_TIMED_STEP = 10**6  # the step of the training that is timed, its middle: ours
+_MAX_CPU_PARAMETERS = 10**8  # nets with more are not timed on a CPU: ours
 # the objectives of Fig. 4b, as the column `objective` names them
 FLOW_MATCHING = "Flow matching"
 DUMO = "DuMo, guided, central"
 MEANFLOW = "MeanFlow, guided, central on all rows"
 MEANFLOW_FEWER_ROWS = "MeanFlow, guided, central where r < t"
-PAPER_SPEEDS = {DUMO: 1.126, MEANFLOW: 1.0}  # Sec. 4.4: steps per second on XL over MeanFlow's
+_PAPER_SPEEDS = {DUMO: 1.126, MEANFLOW: 1.0}  # Sec. 4.4: steps per second on XL over MeanFlow's
 
 
 def far_column(result: Result) -> Row:
@@ -111,7 +111,7 @@ def fig4c_table(plan: Plan, results: list[Result]) -> list[Row]:
     for averages in average_by_arm(results, far_column):
         thetas = (averages["theta_1"], averages["theta_2"])
         log_distance = log(averages[main_score(averages)])
-        rows.append({**averages, "log": log_distance, "paper_log_fid_b2_10k": FIG4C_LOG_FID.get(thetas)})
+        rows.append({**averages, "log": log_distance, "paper_log_fid_b2_10k": _FIG4C_LOG_FID.get(thetas)})
     return rows
 
 
@@ -140,8 +140,8 @@ def _distances_by_milestone(result: Result) -> Iterator[Row]:
     c = spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.milestone_files(trained.folder, trained.step).items():
         milestone = gallery.open_milestone(trained, step, file)
-        for mode in gallery.choose_modes(milestone.sampler, None, FIG5_PASSES):
-            for nfe in FIG5_PASSES:
+        for mode in gallery.choose_modes(milestone.sampler, None, _FIG5_PASSES):
+            for nfe in _FIG5_PASSES:
                 solver = mode.solver_for(nfe)
                 row = evaluate.score_passes(milestone.sampler, evaluator, solver, nfe, c, spec.evaluate.seed)
                 passes_solver_distance = islice(row.items(), 3)
@@ -165,7 +165,7 @@ def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
 
 def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """The average rows, with each distance over that of DuMo in one pass, and why it is over `FAR_RATIO` times it."""
+    """The average rows, with each distance over that of DuMo in one pass, and why it is over `_FAR_RATIO` times it."""
     rows = average_by_arm(results)
     score = main_score(rows[0])
     dumo_distance = rows[0][score]  # of the first arm in one pass
@@ -173,7 +173,7 @@ def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
     for averages in rows:
         ratio = averages[score] / dumo_distance
         why = ""
-        if averages["nfe"] == 1 and ratio > FAR_RATIO:
+        if averages["nfe"] == 1 and ratio > _FAR_RATIO:
             why = plan.why.get(averages["objective"], "not known")
         table.append(averages | {"over_dumo_1_pass": ratio, "why": why})
     return table
@@ -188,7 +188,7 @@ def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
     if jobs > 1:
         raise UserError("fig4b times its cells in turn, so that a slow minute slows all alike: leave out --jobs")
     largest = max(_num_parameters(cell) for cell in cells)
-    if torch_device.type == "cpu" and largest > MAX_CPU_PARAMETERS:
+    if torch_device.type == "cpu" and largest > _MAX_CPU_PARAMETERS:
         raise UserError(
             f"scale 'paper' of fig4b has nets of up to {largest / 1e6:.0f} M parameters: it needs a GPU; use laptop"
         )
@@ -230,7 +230,7 @@ def _prepare_step(spec: Run, device: torch.device) -> Callable[[], object]:
     """
     train = spec.train.model_copy(
         update={
-            "steps": 2 * TIMED_STEP,
+            "steps": 2 * _TIMED_STEP,
             "schedule": _ZeroRate(),
             "micro_batch": None,
             "clip": None,
@@ -241,7 +241,7 @@ def _prepare_step(spec: Run, device: torch.device) -> Callable[[], object]:
     classes = spec.data.classes
     state = begin(build(spec, device), train)
     flow = flow_of(state, train, spec.objective, spec.path, classes)
-    state.step = TIMED_STEP
+    state.step = _TIMED_STEP
     x = torch.randn(rows, *spec.data.shape, generator=stream("fig4b", "x")).to(device)
     c = torch.randint(max(classes, 1), (rows,), generator=stream("fig4b", "c")).to(device)
 
@@ -291,7 +291,7 @@ def fig4b_table(plan: Plan, results: list[Result]) -> list[Row]:
                 "low": low,
                 "high": high,
                 "speed_over_guided_meanflow": (meanflow_seconds / seconds).median().item(),
-                "paper_speed_over_meanflow_xl": PAPER_SPEEDS.get(objective),
+                "paper_speed_over_meanflow_xl": _PAPER_SPEEDS.get(objective),
             }
         )
     return rows

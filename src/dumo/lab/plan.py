@@ -43,8 +43,8 @@ from dumo.run.net import outline
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
 
-PLANS_FOLDER = files("dumo.lab") / "plans"
-SETS_FILE = "sets.yaml"  # in that folder: settings that several plans share, by name
+_PLANS_FOLDER = files("dumo.lab") / "plans"
+_SETS_FILE = "sets.yaml"  # in that folder: settings that several plans share, by name
 SCALES = ("smoke", "laptop", "paper")  # a minute; this machine's cores within an hour; the paper's size, on GPUs
 
 _counts: dict[str, float] = {}  # what `Cost` has counted in this process, by all that it depends on
@@ -361,14 +361,14 @@ def training_settings(recipe: str, host: str) -> tuple[str, ...]:
 @cache
 def _named_sets() -> dict[str, Any]:
     """Settings that several plans share, by name."""
-    return parse_yaml((PLANS_FOLDER / SETS_FILE).read_text(encoding="utf-8"))
+    return parse_yaml((_PLANS_FOLDER / _SETS_FILE).read_text(encoding="utf-8"))
 
 
 def plan_names() -> list[str]:
     """The names of all plans, sorted."""
     names: list[str] = []
-    for file in PLANS_FOLDER.iterdir():
-        if file.name != SETS_FILE:
+    for file in _PLANS_FOLDER.iterdir():
+        if file.name != _SETS_FILE:
             names.append(file.name.removesuffix(".yaml"))
     return sorted(names)
 
@@ -380,7 +380,7 @@ def read_plan(name: str) -> Plan:
     own. Raises UserError where there is no plan of this name.
     """
     require_known("figure or table", name, plan_names())
-    tree = parse_yaml((PLANS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    tree = parse_yaml((_PLANS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     tree.pop("let", None)  # anchors of YAML
     for part in (tree, *tree["scales"].values()):
         part["arms"] = [_with_labels(arm, tree["columns"]) for arm in part.get("arms", ())]

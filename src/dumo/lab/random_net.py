@@ -13,7 +13,7 @@ from torch import nn
 from dumo.config.suggestion import require_known
 from dumo.flow.precision import Precision
 from dumo.nets import Net
-from dumo.run import memory
+from dumo.run import netbytes
 from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
 from dumo.types import Needs, UserError
@@ -54,7 +54,7 @@ def build(
     `build_on_meta`. Raises UserError where the net does not fit the shape, or the device lacks memory for it and `rows`
     samples.
     """
-    num_bytes = memory.least_bytes(build_on_meta(net, needs, shape, classes)) + memory.row_bytes(rows, shape)
+    num_bytes = netbytes.least_bytes(build_on_meta(net, needs, shape, classes)) + netbytes.row_bytes(rows, shape)
     require_memory(
         num_bytes,
         "the net and its input take",

@@ -19,8 +19,8 @@ from statistics import fmean, median, stdev
 from dumo.evaluation.estimate import Estimate, level
 
 CONFIDENCE = 0.95
-MAX_RELATIVE_ERROR = 0.25  # of the mean of an arm that may be called best: ours
-FAILED_RATIO = 1.5  # of a seed's distance to the median of its arm, above which the seed has failed: ours
+_MAX_RELATIVE_ERROR = 0.25  # of the mean of an arm that may be called best: ours
+_FAILED_RATIO = 1.5  # of a seed's distance to the median of its arm, above which the seed has failed: ours
 MIN_ACCURACY = 0.6  # of a seed's samples of CIFAR-10, by the shipped classifier, below which it has failed: ours
 
 
@@ -88,8 +88,8 @@ def best_arms(arms: Sequence[ArmScore]) -> list[bool]:
 
 
 def _is_precise(arm: ArmScore) -> bool:
-    """Whether the standard error is within MAX_RELATIVE_ERROR of the mean."""
-    return arm.error <= MAX_RELATIVE_ERROR * arm.mean
+    """Whether the standard error is within _MAX_RELATIVE_ERROR of the mean."""
+    return arm.error <= _MAX_RELATIVE_ERROR * arm.mean
 
 
 def failed_seeds(distances: Mapping[str, float], accuracies: Mapping[str, float]) -> list[str]:
@@ -98,7 +98,7 @@ def failed_seeds(distances: Mapping[str, float], accuracies: Mapping[str, float]
     Their distance is above 1.5 times the arm's median, or their accuracy is below 0.6 while the arm's median is not.
     `accuracies` is empty where accuracy does not count.
     """
-    max_distance = FAILED_RATIO * median(distances.values())
+    max_distance = _FAILED_RATIO * median(distances.values())
     counts_accuracy = bool(accuracies) and median(accuracies.values()) >= MIN_ACCURACY  # else no seed has learned yet
     failed: list[str] = []
     for seed, distance in distances.items():

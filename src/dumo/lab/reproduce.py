@@ -3,7 +3,7 @@
 `reproduce` is the entrance. In this order it
 
 1. reads the plan, by its name or from a user's file (`dumo.lab.ownplan`), and its `View`: the functions that make and
-   show its results (`VIEWS`; the default is `View()`, of a user's file `OWN_VIEW`);
+   show its results (`VIEWS`; the default is `View()`, of a user's file `_OWN_VIEW`);
 2. runs the cells of the plan: trains and measures them (`dumo.lab.cell`), or takes the results of finished ones;
 3. makes the table, then charts of the table alone (`write_charts`, which tests also call on stored tables), then
    pictures that need the trained nets;
@@ -105,7 +105,7 @@ VIEWS = {  # by the name of the plan
     "words": View(make_table=ours.words_table, make_charts=_no_charts, draw_pictures=ours.words_draw),
     "zoo": View(make_table=paper.zoo_table),
 }
-OWN_VIEW = View(make_table=ownplan.paired_table)  # of a user's file
+_OWN_VIEW = View(make_table=ownplan.paired_table)  # of a user's file
 
 
 def reproduce(
@@ -120,7 +120,7 @@ def reproduce(
     command = _command(name, scale, folder, jobs, device)  # before `folder` gets its default
     is_own = ownplan.is_file_name(name)
     plan = ownplan.read_file(name) if is_own else read_plan(name)
-    view = OWN_VIEW if is_own else VIEWS.get(name, View())
+    view = _OWN_VIEW if is_own else VIEWS.get(name, View())
     plan.require_scale(scale)
     if folder is None:
         folder = Path("runs/reproduce") / f"{plan.name}-{scale}"

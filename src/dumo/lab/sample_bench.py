@@ -33,7 +33,7 @@ from dumo.runtime.random import stream
 from dumo.runtime.stopwatch import Stopwatch, Task, quartiles
 from dumo.types import Reads, UserError
 
-MAX_RESTART_PASSES = 4  # up to which restarts help: more of them add error (docs/reproduce.md)
+_MAX_RESTART_PASSES = 4  # up to which restarts help: more of them add error (docs/reproduce.md)
 
 
 class _SampleCase(NamedTuple):
@@ -151,7 +151,7 @@ def solver(run_solver: Solver, reads: Reads, nfe: int) -> Solver:
     """
     chosen = run_solver
     is_divisible = nfe % run_solver.passes == 0
-    restarts_too_often = run_solver.uses == "endpoint" and nfe > MAX_RESTART_PASSES
+    restarts_too_often = run_solver.uses == "endpoint" and nfe > _MAX_RESTART_PASSES
     if not is_divisible or restarts_too_often:
         chosen = Euler()
     check(chosen, reads, nfe)

@@ -57,11 +57,11 @@ from dumo.types import (
 
 Step = Callable[[], None]  # makes one training step
 
-COMPILE_CHOICES = ("none", "blocks", "loss")  # what may be compiled
+_COMPILE_CHOICES = ("none", "blocks", "loss")  # what may be compiled
 PLAIN = "none"  # the name of the plain step in the column of slopes
-PLAIN_UNITS = 3  # forward passes of a plain step: one, and a backward pass that costs two
-MIN_JUDGED_ROWS = 8  # rows of a batch on which du/dt is judged, at least: ours
-MAX_COMPILED_VARIANTS = 64  # of one block, which serves every precision, slope and number of rows: ours
+_PLAIN_UNITS = 3  # forward passes of a plain step: one, and a backward pass that costs two
+_MIN_JUDGED_ROWS = 8  # rows of a batch on which du/dt is judged, at least: ours
+_MAX_COMPILED_VARIANTS = 64  # of one block, which serves every precision, slope and number of rows: ours
 # the class of each slope, by its kind
 SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
 
@@ -97,7 +97,7 @@ class StepBench:
     classes: int
     shape: tuple[int, ...]  # of a sample
     device: torch.device
-    compile: str  # one of COMPILE_CHOICES
+    compile: str  # one of _COMPILE_CHOICES
     meta_net: nn.Module  # the net on the meta device
     net: nn.Module
     ref: Frozen  # theta^-, as in training
@@ -153,7 +153,7 @@ class StepBench:
         if row.slope == PLAIN:
             return row
         row_multiple = cost.exact_rows(objective)  # the batch has a multiple of these
-        b = self._draw_batch(objective, row_multiple * max(MIN_JUDGED_ROWS // row_multiple, 1))
+        b = self._draw_batch(objective, row_multiple * max(_MIN_JUDGED_ROWS // row_multiple, 1))
         with using(row.precision, self.device), self._compile_mode(row), self._dropout_keys(len(b.t)):
             return replace(row, error=slope_error(self.net, self.ref, objective, b))
 
@@ -233,14 +233,14 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
 
     Raises UserError where the net does not fit the shape or the memory, or has no blocks to compile.
     """
-    require_known("way to compile", compile, COMPILE_CHOICES)
+    require_known("way to compile", compile, _COMPILE_CHOICES)
     needs = run.objective.needs
     classes = run.data.classes
     net_with_texts = trial_net.with_random_texts_if_missing(run.net)
     net = random_net.build(net_with_texts, needs, shape, classes, device, rows=run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
-        torch.compiler.config.recompile_limit = MAX_COMPILED_VARIANTS
+        torch.compiler.config.recompile_limit = _MAX_COMPILED_VARIANTS
         compile_blocks(net, dynamic=False)  # as training does, tape and all
     meta_net = random_net.build_on_meta(run.net, needs, shape, classes)
     return StepBench(
@@ -319,7 +319,7 @@ def with_times(
         if step:
             step_seconds = next(seconds_of_steps)
             if row.slope == PLAIN:
-                unit_seconds = step_seconds / round(row.units_counted or PLAIN_UNITS)  # 4 with checkpointing
+                unit_seconds = step_seconds / round(row.units_counted or _PLAIN_UNITS)  # 4 with checkpointing
             low, median, high = quartiles(step_seconds / unit_seconds)
             median_seconds = step_seconds.median().item()
             share_of_peak = None

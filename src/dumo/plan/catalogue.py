@@ -27,13 +27,13 @@ from dumo.io.yaml import dump_yaml
 from dumo.runtime import install_command
 from dumo.types import UserError
 
-HUB = "hub:"  # begins a place that is a file in the cache of the Hugging Face hub's client: owner/model/file
+_HUB = "hub:"  # begins a place that is a file in the cache of the Hugging Face hub's client: owner/model/file
 TAESD = "https://github.com/madebyollin/taesd/raw/main/"
 CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/"
 PARQUET = "{}-00000-of-00001.parquet"  # the file of a split of CIFAR-10
-SD_VAE = SdVae().weights
-DC_AE = DcAe().weights
-EXPORT_DATA = "export DUMO_DATA=${DUMO_DATA:-$PWD/data}   # a folder here, if it is not set"
+_SD_VAE = SdVae().weights
+_DC_AE = DcAe().weights
+_EXPORT_DATA = "export DUMO_DATA=${DUMO_DATA:-$PWD/data}   # a folder here, if it is not set"
 
 
 @dataclass(frozen=True)
@@ -52,135 +52,142 @@ class Item:
 
 CATALOGUE = (
     Item(
-        "my-images",
-        "your own images: class folders, a flat folder, parquet, or webdataset shards",
-        "your camera",
-        ("export MY_IMAGES=/path/to/photos   # or  --set data.root=DIR,  in latents  --set data.images.root=DIR",),
-        ("$MY_IMAGES",),
-        "photos/cats/*.jpg photos/dogs/*.png: a folder is a class; a flat folder has none",
-        "$MY_IMAGES",
+        name="my-images",
+        what="your own images: class folders, a flat folder, parquet, or webdataset shards",
+        source="your camera",
+        get=("export MY_IMAGES=/path/to/photos   # or  --set data.root=DIR,  in latents  --set data.images.root=DIR",),
+        places=("$MY_IMAGES",),
+        layout="photos/cats/*.jpg photos/dogs/*.png: a folder is a class; a flat folder has none",
+        mark="$MY_IMAGES",
     ),
     Item(
-        "pretrained",
-        "a published flow transformer of 2 to 20 B parameters, with its autoencoder and text encoders",
-        "https://huggingface.co, for SD3 and FLUX.1 with an account",
-        (
+        name="pretrained",
+        what="a published flow transformer of 2 to 20 B parameters, with its autoencoder and text encoders",
+        source="https://huggingface.co, for SD3 and FLUX.1 with an account",
+        get=(
             f"{install_command('pretrained')} && export PRETRAINED=DIR   # and one of",
             *(Pipeline(source=name).download_command().replace("DIR", "$PRETRAINED") for name in PUBLISHED),
         ),
-        ("$PRETRAINED/model_index.json", "$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
-        "a pipeline as diffusers saves it: a folder for each of its parts; to train: --set pipeline=$PRETRAINED",
-        "$PRETRAINED|kind: diffusers",
+        places=("$PRETRAINED/model_index.json", "$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
+        layout="a pipeline as diffusers saves it: a folder for each of its parts; to train: --set pipeline=$PRETRAINED",
+        mark="$PRETRAINED|kind: diffusers",
     ),
     Item(
-        "few-steps",
-        "a few-step LoRA run, under the adapters for a subject (recipe personal)",
-        "dumo train sd3-lora",
-        ("export FEW_STEPS=$PWD/runs/sd3-lora",),
-        ("$FEW_STEPS/run.yaml",),
-        "a run's folder, of sd3-lora, flux-lora, sdxl-lora or another LoRA",
-        "$FEW_STEPS",
+        name="few-steps",
+        what="a few-step LoRA run, under the adapters for a subject (recipe personal)",
+        source="dumo train sd3-lora",
+        get=("export FEW_STEPS=$PWD/runs/sd3-lora",),
+        places=("$FEW_STEPS/run.yaml",),
+        layout="a run's folder, of sd3-lora, flux-lora, sdxl-lora or another LoRA",
+        mark="$FEW_STEPS",
     ),
     Item(
-        "cifar10",
-        "50,000 and 10,000 images of 32x32 in 10 classes (Krizhevsky 2009)",
-        "https://www.cs.toronto.edu/~kriz/cifar.html, on the hub as uoft-cs/cifar10",
-        (
-            EXPORT_DATA,
+        name="cifar10",
+        what="50,000 and 10,000 images of 32x32 in 10 classes (Krizhevsky 2009)",
+        source="https://www.cs.toronto.edu/~kriz/cifar.html, on the hub as uoft-cs/cifar10",
+        get=(
+            _EXPORT_DATA,
             "mkdir -p $DUMO_DATA/cifar10",
             *(f"curl -Lo $DUMO_DATA/cifar10/{PARQUET.format(s)} {CIFAR}{PARQUET.format(s)}" for s in ("train", "test")),
         ),
-        tuple(f"$DUMO_DATA/cifar10/{PARQUET.format(split)}" for split in ("train", "test")),
-        "parquet with a column of images {bytes, path} and a column label, 0 to 9",
-        "$DUMO_DATA/cifar10",
+        places=tuple(f"$DUMO_DATA/cifar10/{PARQUET.format(split)}" for split in ("train", "test")),
+        layout="parquet with a column of images {bytes, path} and a column label, 0 to 9",
+        mark="$DUMO_DATA/cifar10",
     ),
     Item(
-        "imagenet",
-        f"ImageNet-1k's training set, {IMAGENET_TRAIN_IMAGES:,} images in 1,000 classes",
-        "https://image-net.org/download.php, with an account: ILSVRC2012_img_train.tar, 138 GB",
-        (
+        name="imagenet",
+        what=f"ImageNet-1k's training set, {IMAGENET_TRAIN_IMAGES:,} images in 1,000 classes",
+        source="https://image-net.org/download.php, with an account: ILSVRC2012_img_train.tar, 138 GB",
+        get=(
             "export IMAGENET=${IMAGENET:-$PWD/imagenet}   # a folder here, if it is not set",
             "mkdir -p $IMAGENET/train && tar -xf ILSVRC2012_img_train.tar -C $IMAGENET/train && cd $IMAGENET/train",
             'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done',
         ),
-        ("$IMAGENET/train",),
-        "$IMAGENET/train/n01440764/*.JPEG ...: 1,000 folders; latents are written to $DUMO_LATENTS by dumo encode",
-        "$IMAGENET",
+        places=("$IMAGENET/train",),
+        layout=(
+            "$IMAGENET/train/n01440764/*.JPEG ...: 1,000 folders; latents are written to $DUMO_LATENTS by dumo encode"
+        ),
+        mark="$IMAGENET",
     ),
     Item(
-        "imagenet-sample",
-        "1,000 photographs, one of each class of ImageNet, for a small run",
-        "https://github.com/EliSchwartz/imagenet-sample-images",
-        (
-            EXPORT_DATA,
+        name="imagenet-sample",
+        what="1,000 photographs, one of each class of ImageNet, for a small run",
+        source="https://github.com/EliSchwartz/imagenet-sample-images",
+        get=(
+            _EXPORT_DATA,
             "git clone https://github.com/EliSchwartz/imagenet-sample-images $DUMO_DATA/imagenet-sample",
         ),
-        ("$DUMO_DATA/imagenet-sample",),
-        "image files in a folder, or parquet",
-        "$DUMO_DATA/imagenet-sample",
+        places=("$DUMO_DATA/imagenet-sample",),
+        layout="image files in a folder, or parquet",
+        mark="$DUMO_DATA/imagenet-sample",
     ),
     Item(
-        "taef2",
-        "a small autoencoder for latents (TAESD for FLUX.2, 2.7 M parameters, MIT)",
-        "https://github.com/madebyollin/taesd",
-        (
-            EXPORT_DATA,
+        name="taef2",
+        what="a small autoencoder for latents (TAESD for FLUX.2, 2.7 M parameters, MIT)",
+        source="https://github.com/madebyollin/taesd",
+        get=(
+            _EXPORT_DATA,
             "mkdir -p $DUMO_DATA/taef2 && cd $DUMO_DATA/taef2",
             f"curl -LO {TAESD}taef2_encoder.pth -LO {TAESD}taef2_decoder.pth",
             'python -c "import torch; from safetensors.torch import save_file;'
             " save_file({f'{p}.{k}': v.contiguous() for p in ('encoder', 'decoder') for k, v in"
             " torch.load(f'taef2_{p}.pth', map_location='cpu', weights_only=True).items()}, 'taef2.safetensors')\"",
         ),
-        (Taef2().weights,),
-        "one file, taef2.safetensors, or any other place: --set data.codec.weights=FILE",
-        "taef2",
-        SHA256,
+        places=(Taef2().weights,),
+        layout="one file, taef2.safetensors, or any other place: --set data.codec.weights=FILE",
+        mark="taef2",
+        sha256=SHA256,
     ),
     Item(
-        "sd-vae",
-        "the autoencoder of Stable Diffusion 1, fine-tuned (ft-ema), for latents of ImageNet",
-        f"https://huggingface.co/{SD_VAE}",
-        (
+        name="sd-vae",
+        what="the autoencoder of Stable Diffusion 1, fine-tuned (ft-ema), for latents of ImageNet",
+        source=f"https://huggingface.co/{_SD_VAE}",
+        get=(
             install_command("diffusers"),
-            f"hf download {SD_VAE} config.json {DIFFUSERS_FILE}   # else dumo encode fetches it",
+            f"hf download {_SD_VAE} config.json {DIFFUSERS_FILE}   # else dumo encode fetches it",
         ),
-        (f"{HUB}{SD_VAE}/{DIFFUSERS_FILE}",),
-        f"a folder with config.json and {DIFFUSERS_FILE}, or the hub's own cache; set data.codec.weights to the folder",
-        SD_VAE,
+        places=(f"{_HUB}{_SD_VAE}/{DIFFUSERS_FILE}",),
+        layout=(
+            f"a folder with config.json and {DIFFUSERS_FILE}, or the hub's own cache; set data.codec.weights to the "
+            "folder"
+        ),
+        mark=_SD_VAE,
     ),
     Item(
-        "dc-ae",
-        "the deep-compression autoencoder f32c32 (Chen et al. 2024), for latents of ImageNet at 512",
-        f"https://huggingface.co/{DC_AE}",
-        (
+        name="dc-ae",
+        what="the deep-compression autoencoder f32c32 (Chen et al. 2024), for latents of ImageNet at 512",
+        source=f"https://huggingface.co/{_DC_AE}",
+        get=(
             install_command("diffusers"),
-            f"hf download {DC_AE} config.json {DIFFUSERS_FILE}   # else dumo encode fetches it",
+            f"hf download {_DC_AE} config.json {DIFFUSERS_FILE}   # else dumo encode fetches it",
         ),
-        (f"{HUB}{DC_AE}/{DIFFUSERS_FILE}",),
-        f"as sd-vae; the variants mix and sana are {DcAe(variant='mix').weights} and {DcAe(variant='sana').weights}",
-        DC_AE,
+        places=(f"{_HUB}{_DC_AE}/{DIFFUSERS_FILE}",),
+        layout=(
+            f"as sd-vae; the variants mix and sana are {DcAe(variant='mix').weights} and {DcAe(variant='sana').weights}"
+        ),
+        mark=_DC_AE,
     ),
     Item(
-        "inception",
-        "the Inception network of 2015 that a FID is measured by",
-        inception.URL,
-        (
+        name="inception",
+        what="the Inception network of 2015 that a FID is measured by",
+        source=inception.URL,
+        get=(
             f"curl -LO {inception.URL}",
             inception.CONVERT_COMMAND,
             f"export {inception.VARIABLE}=$PWD/inception.safetensors",
         ),
-        (f"${inception.VARIABLE}",),
-        f"one file, made of the published one, whose sha256 is {inception.SHA256}",
-        "frechet:",
+        places=(f"${inception.VARIABLE}",),
+        layout=f"one file, made of the published one, whose sha256 is {inception.SHA256}",
+        mark="frechet:",
     ),
     Item(
-        "adm",
-        "ADM's reference statistics of ImageNet, which a FID at 256 or 512 is measured against",
-        "https://github.com/openai/guided-diffusion/tree/main/evaluations",
-        tuple(f"curl -LO {standard.url}" for standard in STANDARDS.values() if standard.url),
-        (),
-        "a file that you name: --set evaluate.protocol.reference=VIRTUAL_imagenet256_labeled.npz",
-        "kind: adm-",
+        name="adm",
+        what="ADM's reference statistics of ImageNet, which a FID at 256 or 512 is measured against",
+        source="https://github.com/openai/guided-diffusion/tree/main/evaluations",
+        get=tuple(f"curl -LO {standard.url}" for standard in STANDARDS.values() if standard.url),
+        places=(),
+        layout="a file that you name: --set evaluate.protocol.reference=VIRTUAL_imagenet256_labeled.npz",
+        mark="kind: adm-",
     ),
 )
 
@@ -209,8 +216,8 @@ def describe(item: Item) -> dict[str, Any]:
 
 def _state_of(place: str, sha256: str | None = None) -> str:
     """'there', or why a place is not: its variable is not set, its path is missing, or its hash is another."""
-    if place.startswith(HUB):
-        return _state_in_hub_cache(place.removeprefix(HUB))
+    if place.startswith(_HUB):
+        return _state_in_hub_cache(place.removeprefix(_HUB))
     try:
         path = user_path(place, place)
     except UserError:

@@ -59,15 +59,15 @@ from dumo.training.step import flow_of, passes_of_rank
 from dumo.types import Frozen, Net, Noised, Objective, Terms, UserError
 
 USUAL_SHARE_OF_PEAK = 0.4  # of a GPU's peak that training reaches, where nothing else is known: ours
-MIN_ROWS = 8  # at a time: fewer leave a GPU idle, except in a pretrained net, whose rows have many tokens. Ours
+_MIN_ROWS = 8  # at a time: fewer leave a GPU idle, except in a pretrained net, whose rows have many tokens. Ours
 CODINGS = ("float32", "bfloat16", "int8", "nf4")  # of `net.lora.frozen`, each with fewer bits than the one before
-COLLECTIVES = {  # kinds of collective calls, by the names of torch's operations
+_COLLECTIVES = {  # kinds of collective calls, by the names of torch's operations
     "_allgather_base_": "all-gather",
     "all_gather_into_tensor": "all-gather",  # of a tensor that lies in parts, by an optimizer
     "_reduce_scatter_base_": "reduce-scatter",
     "allreduce_": "all-reduce",
 }
-MEMORY_PARTS = {  # of a step: the tracker's names for each
+_MEMORY_PARTS = {  # of a step: the tracker's names for each
     "weights": ("Sharded Param", "Buffer"),
     "gathered": ("Unsharded Param", "All Gather"),
     "gradients": ("Sharded Grad", "Unsharded Grad", "Reduce Scatter"),
@@ -85,7 +85,7 @@ class RankStep:
 
     rows: int  # of the largest pass
     passes: int  # in a step
-    memory: dict[str, int]  # bytes at the peak, by the names of MEMORY_PARTS
+    memory: dict[str, int]  # bytes at the peak, by the names of _MEMORY_PARTS
     calls: dict[str, int]  # number of collective calls by kind: all-gather, reduce-scatter, all-reduce
     sent: dict[str, int]  # bytes by kind, of the whole tensor that is gathered, scattered or averaged
 
@@ -103,7 +103,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     check_pieces(train, objective, ranks)
     net = outline(spec)
     share = share_of(train.share, ranks)
-    units = step_units(net, objective, path, shape, train.ref, given_back=train.reshard and share > 1)
+    units = step_units(net, objective, path, shape, train.ref, frees_weights=train.reshard and share > 1)
     flops = units * cost.forward_flops(net, objective, shape) * train.steps * train.batch
     held = memory.held_bytes(net, train)
     step = count_step(outline(spec), objective, path, shape, train, ranks)
@@ -155,7 +155,7 @@ def count_step(
         rows = plan.most_rows(train, objective, 1)
         parts = {"gathered": 0, **memory.training_bytes(net, objective, path, shape, train, rows).parts}
         passes = len(passes_of_rank(train, objective))
-        return RankStep(rows, passes, memory={name: parts[name] for name in MEMORY_PARTS}, calls={}, sent={})
+        return RankStep(rows, passes, memory={name: parts[name] for name in _MEMORY_PARTS}, calls={}, sent={})
     with fake_ranks(ranks), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 'dual' says what `step_units` counts
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -214,7 +214,7 @@ def _track_step(state: State, objective: Objective, path: FlowPath, batch: Noise
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     bytes_by_kind = {getattr(kind, "value", ""): size for kind, size in snapshot.items()}
     parts: dict[str, int] = {}
-    for part, kinds in MEMORY_PARTS.items():
+    for part, kinds in _MEMORY_PARTS.items():
         parts[part] = sum(bytes_by_kind[kind] for kind in kinds)
 
     calls = Counter[str]()
@@ -266,8 +266,8 @@ class Traffic(TorchDispatchMode):
         """Run an operation of torch, and count it if it is a collective call."""
         namespace, name, *_ = str(func).split(".")
         output = func(*args, **kwargs or {})
-        if namespace == "c10d" or name in COLLECTIVES:
-            kind = COLLECTIVES[name]
+        if namespace == "c10d" or name in _COLLECTIVES:
+            kind = _COLLECTIVES[name]
             self.calls[kind] += 1
             self.bytes[kind] += max(x.nbytes for x in tree_leaves((args, output)) if isinstance(x, Tensor))
         return output
@@ -291,10 +291,10 @@ def step_units(
     shape: tuple[int, ...],
     ref: cost.Theta,
     *,
-    given_back: bool,
+    frees_weights: bool,
 ) -> float:
-    """Forward units of a step (`cost.forward_units`). `given_back`: sharded weights are freed after each pass."""
-    if given_back and isinstance(objective.needs.slope, DualSlope):
+    """Forward units of a step (`cost.forward_units`). `frees_weights`: sharded weights are freed after each pass."""
+    if frees_weights and isinstance(objective.needs.slope, DualSlope):
         objective = objective.model_copy(update={"slope": _ReshardedDualSlope()})
     return cost.forward_units(net, objective, path, shape, ref=ref)
 
@@ -311,7 +311,7 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = ignor
         can_checkpoint = spec.net.checkpoint is False
     except UserError:
         can_checkpoint = False
-    min_rows = 1 if isinstance(spec.net, Pretrained) else MIN_ROWS
+    min_rows = 1 if isinstance(spec.net, Pretrained) else _MIN_ROWS
     all_layouts = list(_layout_fields(spec.train, ranks, can_checkpoint=can_checkpoint))
     for base_fields, layout_fields in product(_base_fields(spec.net.lora, spec.train.precision), all_layouts):
         fields = base_fields | layout_fields

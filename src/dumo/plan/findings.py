@@ -36,20 +36,21 @@ from dumo.plan.machine import Finding, ok_or_warning
 from dumo.runtime.random import random_batch, stream
 from dumo.types import UserError, lift
 
-MAX_WITHOUT_CAPTION = 0.5  # share of the images: where more have none, a net learns little of words. Ours
+_MAX_WITHOUT_CAPTION = 0.5  # share of the images: where more have none, a net learns little of words. Ours
 MAX_COMPARED = 4096  # captions that are compared, drawn by key: ours
-ROWS_AT_A_TIME = 64  # of a table of texts: ours
-TWIN_DISTANCE = 1e-4  # of the mean distance: nearer ones are twins. Ours, above the rounding of half precision
+_ROWS_AT_A_TIME = 64  # of a table of texts: ours
+_TWIN_DISTANCE = 1e-4  # of the mean distance: nearer ones are twins. Ours, above the rounding of half precision
 MIN_ACCURACY = 0.5  # below it every second caption is nearest to one of another image: ours
-MIN_GAP = 0.05  # below it nearest captions differ by a twentieth of what any two differ by: ours
+_MIN_GAP = 0.05  # below it nearest captions differ by a twentieth of what any two differ by: ours
 TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)  # at which a pretrained net is called: ours
-MAX_CHANGE = 0.02  # of v, relative to it: a low-pass that moves it more has cut what the model uses. Ours
-TEACH_AGAIN = (
+_MAX_CHANGE = 0.02  # of v, relative to it: a low-pass that moves it more has cut what the model uses. Ours
+_TEACH_AGAIN = (
     "teach it v again, first by objective.kind=flow_matching, then from that run by start; net.lowpass=30 keeps more "
     "waves, but such a net was too quick for DuMo on digits"
 )
-LOWPASS = 10.0  # rad, of the recipes' nets
-MAX_RATE = 3.0  # of |t dv/dt| / |v|: in nets of digits that could be tuned at most 0.6, in one that could not 4.4. Ours
+_LOWPASS = 10.0  # rad, of the recipes' nets
+# Ours, of |t dv/dt| / |v|: in nets of digits that could be tuned it was at most 0.6, in one that could not 4.4.
+_MAX_RATE = 3.0
 
 
 def caption_findings(data: Data) -> list[Finding]:
@@ -70,17 +71,17 @@ def caption_findings(data: Data) -> list[Finding]:
     except UserError as error:
         return [Finding("captions", "failing", "not there, or others than the run was made with", str(error))]
     num_images = len(captions.ends)
-    most = int(captions.counts.max())
+    max_per_image = int(captions.counts.max())
     no_caption = len(captions)  # the number that stands for none
     without_caption = int((captions.first_of(torch.arange(num_images)) == no_caption).sum())
-    each = f"up to {most}" if most > 1 else "one"
-    text = f"{len(captions):,} different ones of {num_images:,} images, {each} each"
+    per_image = f"up to {max_per_image}" if max_per_image > 1 else "one"
+    text = f"{len(captions):,} different ones of {num_images:,} images, {per_image} each"
     if without_caption == 1:
         text += "; 1 image has none"
     elif without_caption:
         text += f"; {without_caption:,} images have none"
     way = ""
-    if without_caption > MAX_WITHOUT_CAPTION * num_images:
+    if without_caption > _MAX_WITHOUT_CAPTION * num_images:
         way = "write captions of more images, or leave out those without"
     return [ok_or_warning("captions", text, way)]
 
@@ -133,7 +134,7 @@ class Separability:
         if self.twins > 0:
             return True
         if self.accuracy is None:
-            return self.gap < MIN_GAP
+            return self.gap < _MIN_GAP
         return self.accuracy < MIN_ACCURACY
 
     def __str__(self) -> str:
@@ -152,7 +153,7 @@ def measure_separability(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | N
     mean = distances.sum() / (len(x) * (len(x) - 1))
     nearest, neighbour = distances.fill_diagonal_(torch.inf).min(1)  # of other captions
     gap = float(nearest.median() / mean)
-    twins = int((nearest <= TWIN_DISTANCE * mean).sum())
+    twins = int((nearest <= _TWIN_DISTANCE * mean).sum())
     if group is None:
         return Separability(len(x), gap, twins, None, None)
     siblings = group.bincount()[group] - 1  # other captions of the same image or class
@@ -176,8 +177,8 @@ def _measure_table(table: EncodedTexts, data: Data, seed: int) -> Separability |
 def _embeddings(table: EncodedTexts, rows: Sequence[int]) -> Float[Tensor, "n d"]:
     """The pooled embedding of each of these rows of a table, or, where it has none, the mean of its tokens."""
     embeddings: list[Tensor] = []
-    for i in range(0, len(rows), ROWS_AT_A_TIME):
-        tokens, mask, pooled = table.read_rows(rows[i : i + ROWS_AT_A_TIME])
+    for i in range(0, len(rows), _ROWS_AT_A_TIME):
+        tokens, mask, pooled = table.read_rows(rows[i : i + _ROWS_AT_A_TIME])
         is_token = mask[..., None]
         mean = (tokens.double() * is_token).sum(1) / is_token.sum(1)
         embeddings.append(mean if pooled is None else pooled.double())
@@ -249,7 +250,7 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
                 original_v = original(x, c, t=t, **other_times)[head]
             change = float((v - original_v).norm() / v.norm())
             fits = "; ".join(map(str, net.lowpass_fits))
-            way = TEACH_AGAIN if change > MAX_CHANGE else ""
+            way = _TEACH_AGAIN if change > _MAX_CHANGE else ""
             findings.append(ok_or_warning("low-pass", f"{fits}; |dv| / |v| = {100 * change:.2g} %", way))
     findings.append(rate_finding(t, v, dv_dt, spec.lowpass))
     return findings
@@ -272,7 +273,7 @@ def rate_finding(t: Tensor, v: Tensor, dv_dt: Tensor, lowpass: float | None) -> 
     rates: list[float] = (change_norms / v.flatten(1).norm(dim=1)).tolist()
     text = ", ".join(f"{rate:.2g} at {time:g}" for time, rate in zip(TIMES, rates, strict=True))
     way = ""
-    if max(rates) > MAX_RATE:
-        lower = LOWPASS if lowpass is None or lowpass > LOWPASS else lowpass / 2
+    if max(rates) > _MAX_RATE:
+        lower = _LOWPASS if lowpass is None or lowpass > _LOWPASS else lowpass / 2
         way = f"net.lowpass={lower:g}, or less: u may diverge where v changes so quickly"
     return ok_or_warning("|t dv/dt| / |v|", text, way)

@@ -22,8 +22,6 @@ Not counted: rows of texts (`net.texts.memory`), images in memory (`data.memory`
 one piece, and the activations of an examination, of two rows.
 """
 
-from collections.abc import Mapping
-
 from torch import nn
 
 from dumo.autodiff.float64 import copied_bytes
@@ -36,8 +34,11 @@ from dumo.training.spec import Train
 DEVICES = ("GPU", "CPU")  # that a run may be trained on
 PROCESS = 430 * 10**6  # bytes that a process takes before it trains, measured: docs/guarantees.md
 GB = 1e9  # bytes
-FLOAT32_BYTES = 4
-MAX_RANKS_PER_NODE = 8  # ours
+_FLOAT32_BYTES = 4
+_MAX_RANKS_PER_NODE = 8  # ours
+
+# bytes by device, then by "process" (each of them) or "node" (all its ranks), then by phase
+HostBytes = dict[str, dict[str, dict[str, int]]]
 
 
 def host_bytes(
@@ -49,14 +50,16 @@ def host_bytes(
     checkpoint_copy: int,
     step: int,
     has_slope: bool,
-) -> dict[str, dict[str, dict[str, int]]]:
-    """Count the bytes of host memory by device, then "process" (each process) or "node" (all its ranks), then phase.
+) -> HostBytes:
+    """Count the bytes of host memory that a training takes, on each of DEVICES.
 
-    net: an outline, without memory of its own. held: what training holds where a rank holds all. checkpoint_copy: bytes
-    of a checkpoint that a rank copies to write it. step: bytes of a step. has_slope: whether the objective takes a
-    derivative, which is examined.
+    - `net`: an outline, without memory of its own
+    - `held`: what training holds where a rank holds all
+    - `checkpoint_copy`: bytes of a checkpoint that a rank copies to write it
+    - `step`: bytes of a step
+    - `has_slope`: whether the objective takes a derivative, which is examined
     """
-    bytes_by_device: dict[str, dict[str, dict[str, int]]] = {}
+    bytes_by_device: HostBytes = {}
     for device in DEVICES:
         process_bytes = _process_bytes(
             net,
@@ -70,7 +73,7 @@ def host_bytes(
         )
         node_bytes: dict[str, int] = {}
         for phase, size in process_bytes.items():
-            num_processes = 1 if phase == "export" else min(ranks, MAX_RANKS_PER_NODE)
+            num_processes = 1 if phase == "export" else min(ranks, _MAX_RANKS_PER_NODE)
             node_bytes[phase] = num_processes * size
         bytes_by_device[device] = {"process": process_bytes, "node": node_bytes}
     return bytes_by_device
@@ -118,7 +121,7 @@ def _process_bytes(
         exported_weights *= 2  # in float32
     merged_weights = 0  # with adapters added (`adapter.merge`)
     if adapters(net):
-        merged_weights = FLOAT32_BYTES * num_parameters(net)
+        merged_weights = _FLOAT32_BYTES * num_parameters(net)
 
     start = on_host.weights + on_host.averages + largest_at_start
     first_step = max(step_on_host - on_host.optimizer, on_host.total)
@@ -133,7 +136,7 @@ def _process_bytes(
     }
 
 
-def line(bytes_by_device: Mapping[str, Mapping[str, Mapping[str, int]]], device: str) -> tuple[str, str]:
+def line(bytes_by_device: HostBytes, device: str) -> tuple[str, str]:
     """A line of a plan, a name and a text, on the host of a device. `bytes_by_device` is what `host_bytes` returns."""
     phases = bytes_by_device[device]
     process = ", ".join(f"{phase} {size / GB:.1f}" for phase, size in phases["process"].items())

@@ -1,8 +1,8 @@
 """What a machine has that training can use: found by trying it, since a library that is there may still not run.
 
-`examine_machine` has all of it, a `Finding` for each thing: versions, device, threads, ranks, kernels, dtypes,
-compilers, disk and extras. Reports name the machine by `hardware`. `Finding` and `ok_or_warning` also serve
-`dumo.plan.findings`.
+`examine_machine` is the entrance. It returns a `Finding` for each thing: versions, device, threads, ranks, kernels of
+attention, dtypes, compilers, disk and extras. Reports name the machine by `hardware`. `Finding` and `ok_or_warning`
+also serve `dumo.plan.findings`.
 """
 
 import os
@@ -30,8 +30,8 @@ KERNELS = {  # of attention, by the name that is shown
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 DTYPES = {"fp16": torch.float16, "fp64": torch.float64}  # that are tried, besides fp32 and bf16 autocast
-MIN_FREE_GIB = 1.0  # of the disk, below which there is a warning: ours
-GIB = 2**30  # bytes
+_MIN_FREE_GIB = 1.0  # of the disk, below which there is a warning: ours
+_GIB = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,14 @@ def examine_machine(device: torch.device) -> list[Finding]:
     ]
     if dist.is_initialized():
         findings.append(Finding("ranks", "ok", f"rank {dist.rank()} of {dist.world()}"))
-    findings += [kernels(device), dtypes(device), triton(device), compiler(device), disk(), *extras()]
+    findings += [
+        attention_finding(device),
+        dtype_finding(device),
+        triton_finding(device),
+        compiler_finding(device),
+        disk_finding(),
+        *extra_findings(),
+    ]
     return findings
 
 
@@ -70,10 +77,10 @@ def hardware(device: torch.device) -> Finding:
         name = torch.cuda.get_device_name(device)
     sees_no_gpu = torch.version.cuda is not None and not torch.cuda.is_available()
     way = "torch is built for CUDA but sees no GPU: see nvidia-smi" if sees_no_gpu else ""
-    return ok_or_warning("device", f"{device}: {name}, {total_memory(device) / GIB:.1f} GiB", way)
+    return ok_or_warning("device", f"{device}: {name}, {total_memory(device) / _GIB:.1f} GiB", way)
 
 
-def kernels(device: torch.device) -> Finding:
+def attention_finding(device: torch.device) -> Finding:
     """The kernels of attention that run, in bf16."""
 
     def attend(backend: SDPBackend) -> None:
@@ -88,7 +95,7 @@ def kernels(device: torch.device) -> Finding:
     return ok_or_warning("attention", ", ".join(names) or "none", way)
 
 
-def dtypes(device: torch.device) -> Finding:
+def dtype_finding(device: torch.device) -> Finding:
     """The precisions that a product of matrices runs in."""
 
     def autocast() -> None:
@@ -113,14 +120,14 @@ def dtypes(device: torch.device) -> Finding:
     return ok_or_warning("dtypes", ", ".join(names), way)
 
 
-def triton(device: torch.device) -> Finding:
+def triton_finding(device: torch.device) -> Finding:
     """The version of Triton, which compiles kernels for GPUs."""
     version = installed_version("triton")
     is_missed = device.type == "cuda" and not version
     return ok_or_warning("triton", version or "none", install_command("triton") if is_missed else "")
 
 
-def compiler(device: torch.device) -> Finding:
+def compiler_finding(device: torch.device) -> Finding:
     """Whether torch.compile works, found by compiling a line."""
 
     def compile_line() -> None:
@@ -135,14 +142,14 @@ def compiler(device: torch.device) -> Finding:
     return Finding("torch.compile", "warning", problem, way)
 
 
-def disk() -> Finding:
+def disk_finding() -> Finding:
     """The free space of the disk that runs/ is on."""
-    free_gib = shutil.disk_usage(".").free / GIB
-    way = "free some: a run keeps two checkpoints" if free_gib < MIN_FREE_GIB else ""
+    free_gib = shutil.disk_usage(".").free / _GIB
+    way = "free some: a run keeps two checkpoints" if free_gib < _MIN_FREE_GIB else ""
     return ok_or_warning("disk", f"{free_gib:.1f} GiB free here, where runs/ goes", way)
 
 
-def extras() -> list[Finding]:
+def extra_findings() -> list[Finding]:
     """What each extra of dumo lacks of its optional packages."""
     findings: list[Finding] = []
     for extra, requirements in runtime.packages_by_extra().items():

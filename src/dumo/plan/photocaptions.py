@@ -25,10 +25,10 @@ from dumo.runtime.door import settings
 from dumo.types import UserError
 
 # The encoder of captions: ours, as cifar10-latents-words
-CAPTION_ENCODER = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}
-MAX_CAPTION_BYTES = 128  # that are read of a caption: ours
+_CAPTION_ENCODER = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}
+_MAX_CAPTION_BYTES = 128  # that are read of a caption: ours
 # Ours: for captions on a CPU, since a U-Net reads none; the better of two that were tried on photos (docs/log.md).
-CPU_CAPTION_NET = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
+_CPU_CAPTION_NET = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ def _reason_not_to_read(images: Images, sets: Sequence[str]) -> str:
 def _caption_fields(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
     """The fields of a net that reads these captions, which are of the images at `place`."""
     longest = max(len(text.encode()) for text in captions.texts)
-    length = min(MAX_CAPTION_BYTES, longest + 1)  # with the end's token
+    length = min(_MAX_CAPTION_BYTES, longest + 1)  # with the end's token
     root = Path(RUNS_FOLDER) / "texts" / f"{folder_of_images(place).name}-{captions.digest()}"
-    texts = {**CAPTION_ENCODER, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
+    texts = {**_CAPTION_ENCODER, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
     fields: dict[str, Any] = {"data.captions": {"kind": "files"}}
     if on_a_cpu:
-        fields["net"] = {**CPU_CAPTION_NET, "texts": texts}
+        fields["net"] = {**_CPU_CAPTION_NET, "texts": texts}
     else:
         fields["net.texts"] = texts
     return fields

@@ -33,15 +33,15 @@ from dumo.runtime.door import settings
 from dumo.runtime.progress import Bar, ignore_line
 from dumo.types import UserError
 
-MIN_SIDE_IN_PIXELS = 16  # of images that are learned in pixels: ours
-SIDE_STEP = 8  # pixels of which their side is a multiple, since nets halve it several times
-MAX_SIDES = {"cpu": 32, "cuda": 64}  # pixels, by device: ours
-CPU_FIELDS = {"train.batch": 32, "train.precision": "fp32", "train.compile": "none"}
+_MIN_SIDE_IN_PIXELS = 16  # of images that are learned in pixels: ours
+_SIDE_STEP = 8  # pixels of which their side is a multiple, since nets halve it several times
+_MAX_SIDES = {"cpu": 32, "cuda": 64}  # pixels, by device: ours
+_CPU_FIELDS = {"train.batch": 32, "train.precision": "fp32", "train.compile": "none"}
 # Ours, for pixels: 0.7 M parameters, a quarter of a second for a step of 32 rows on two cores. In the same time on 150
 # photos a DiT of 1.3 M made mosaics, further from the photos (kernel distance 1.9, this one 1.2; docs/log.md).
-CPU_NET = {"kind": "unet", "width": 16, "multipliers": [1, 2, 4], "depth": 1, "time_scale": 10.0}
+_CPU_NET = {"kind": "unet", "width": 16, "multipliers": [1, 2, 4], "depth": 1, "time_scale": 10.0}
 # Of latents whose images have classes: ours, as dumo-best-latents; without classes there is nothing to guide towards.
-CLASS_FIELDS = {"objective.drop": 0.1, "objective.guide.zeta": 0.55}
+_CLASS_FIELDS = {"objective.drop": 0.1, "objective.guide.zeta": 0.55}
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def _machine_fields(device: torch.device, side: int) -> dict[str, Any]:
     """Fields for a device, and images of this side: those of a smaller net on a CPU; {} on a GPU."""
     if device.type != "cpu":
         return {}
-    return {**CPU_FIELDS, "net": {**CPU_NET, "attend": [side // 4]}}
+    return {**_CPU_FIELDS, "net": {**_CPU_NET, "attend": [side // 4]}}
 
 
 def _pixels_draft(images_found: ImagesFound, place: str | None, device: torch.device) -> Draft:
     """The recipe and fields for images that are learned in pixels."""
-    side = _side_in_pixels(images_found.side, MAX_SIDES.get(device.type, MAX_SIDES["cuda"]))
+    side = _side_in_pixels(images_found.side, _MAX_SIDES.get(device.type, _MAX_SIDES["cuda"]))
     fields: dict[str, Any] = {"data.root": place} if place else {}
     fields |= {"data.side": side, **_machine_fields(device, side)}
     return Draft(images_found, IMAGES_RECIPE, fields, prepare_seconds=images_found.decode_seconds)
@@ -125,7 +125,7 @@ def _pixels_draft(images_found: ImagesFound, place: str | None, device: torch.de
 
 def _side_in_pixels(shorter_side: float, max_side: int) -> int:
     """The pixels of a side to train at: those of the images' shorter side, within bounds."""
-    return max(MIN_SIDE_IN_PIXELS, min(max_side, int(shorter_side) // SIDE_STEP * SIDE_STEP))
+    return max(_MIN_SIDE_IN_PIXELS, min(max_side, int(shorter_side) // _SIDE_STEP * _SIDE_STEP))
 
 
 def _latents_draft(
@@ -179,7 +179,7 @@ def _latents_draft(
         "data.images.side": side,
     }
     if encoded_images.labels > 1:
-        fields |= CLASS_FIELDS
+        fields |= _CLASS_FIELDS
     line = f"latents by {latents.codec.kind}, which changes these images by {trial.error_text}; in pixels by "
     line += settings("data.kind=images")
     return Draft(images_found, IMAGES_LATENTS_RECIPE, fields, prepare_seconds=prepare_seconds, space=line)

@@ -33,13 +33,13 @@ from dumo.training.deadline import PLANNED_PREPARATION_SHARE, minutes_to_prepare
 
 Pixels = UInt8[Tensor, "n 3 side side"]
 
-MIN_SIDE_ENCODED = 48  # pixels: of smaller images the autoencoder, made for photos of 256, keeps little; ours
+_MIN_SIDE_ENCODED = 48  # pixels: of smaller images the autoencoder, made for photos of 256, keeps little; ours
 PIXELS_PER_LATENT = 8  # pixels of an image to one of its latent, each way
-MIN_DECIBELS = 20.0  # ours: photos of 64 pixels have 20 to 31, noise has 10, a chessboard of 4 pixels 5 (docs/log.md)
-GREY_LEVELS = 8  # of 255, between the channels of a pixel of a grey image that is stored in colour: ours
-CACHES = f"{RUNS_FOLDER}/latents"  # the folder of the folders of latents
+_MIN_DECIBELS = 20.0  # ours: photos of 64 pixels have 20 to 31, noise has 10, a chessboard of 4 pixels 5 (docs/log.md)
+_GREY_LEVELS = 8  # of 255, between the channels of a pixel of a grey image that is stored in colour: ours
+_CACHES = f"{RUNS_FOLDER}/latents"  # the folder of the folders of latents
 # Settings by which the user chooses pixels: all of the data or the net, or what latents do not have.
-PIXEL_FIELDS = ("data", "data.kind", "data.root", "data.augment", "data.buckets", "net", "net.kind")
+_PIXEL_FIELDS = ("data", "data.kind", "data.root", "data.augment", "data.buckets", "net", "net.kind")
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def reason_by_settings(images: Images, sets: Sequence[str]) -> str:
     """Which of the user's settings `sets` asks for pixels; "" where none does."""
     for text in sets:
         field, _, value = text.partition("=")
-        if field in PIXEL_FIELDS and value != "null":
+        if field in _PIXEL_FIELDS and value != "null":
             return f"{settings(brief(text))} asks for them"
     if images.captions is not None:
         return f"captions of classes are read there; {settings('data.captions=null')} leaves them out"
-    if is_side_set(sets) and (images.side % PIXELS_PER_LATENT or images.side < MIN_SIDE_ENCODED):
+    if is_side_set(sets) and (images.side % PIXELS_PER_LATENT or images.side < _MIN_SIDE_ENCODED):
         return (
-            f"data.side={images.side}, and latents take multiples of {PIXELS_PER_LATENT} from {MIN_SIDE_ENCODED} on: "
-            f"{settings(f'data.side={MIN_SIDE_ENCODED}')} allows them"
+            f"data.side={images.side}, and latents take multiples of {PIXELS_PER_LATENT} from {_MIN_SIDE_ENCODED} on: "
+            f"{settings(f'data.side={_MIN_SIDE_ENCODED}')} allows them"
         )
     return ""
 
@@ -81,11 +81,11 @@ def reason_by_images(shorter_side: float, pixels: Pixels, place: str) -> str:
 
     `shorter_side` is that of the files, the median, in pixels.
     """
-    if shorter_side < MIN_SIDE_ENCODED:
-        return f"images of {shorter_side:.0f} pixels are too small for latents, which begin at {MIN_SIDE_ENCODED}"
+    if shorter_side < _MIN_SIDE_ENCODED:
+        return f"images of {shorter_side:.0f} pixels are too small for latents, which begin at {_MIN_SIDE_ENCODED}"
     channels = pixels.int()
     spread = (channels.amax(1) - channels.amin(1)).flatten(1).amax(1)  # of each image
-    num_grey = int((spread <= GREY_LEVELS).sum())
+    num_grey = int((spread <= _GREY_LEVELS).sum())
     if 2 * num_grey > len(pixels):
         return f"{num_grey} of {len(pixels)} images are grey, and latents are of colours; {_by_recipe(place)}"
     return ""
@@ -93,10 +93,10 @@ def reason_by_images(shorter_side: float, pixels: Pixels, place: str) -> str:
 
 def reason_by_reconstruction(trial: AutoencoderTrial, place: str) -> str:
     """Why images at a place are learned in pixels that the autoencoder does not know; "" where it keeps enough."""
-    if trial.decibels >= MIN_DECIBELS:
+    if trial.decibels >= _MIN_DECIBELS:
         return ""
     return (
-        f"latents would change these images by {trial.error_text}, more than {_error_text(MIN_DECIBELS)}; "
+        f"latents would change these images by {trial.error_text}, more than {_error_text(_MIN_DECIBELS)}; "
         f"{_by_recipe(place)}"
     )
 
@@ -142,14 +142,14 @@ def try_autoencoder(codec: LoadedCodec, pixels: Pixels) -> AutoencoderTrial:
 
 
 def cache_folder(place: str, images: Images, codec: LoadedCodec) -> str:
-    """The folder CACHES/NAME-HASH for the latents of the images at a place; other images have another.
+    """The folder _CACHES/NAME-HASH for the latents of the images at a place; other images have another.
 
     `images` are with their classes. Reads images whose hash is not noted.
     """
     name = cache_name(folder_of_images(place).name, images, codec.sha256)
-    return f"{CACHES}/{name}"
+    return f"{_CACHES}/{name}"
 
 
 def has_caches(place: str) -> bool:
     """Whether some images of the place's name were encoded: these, or others. Reads no image."""
-    return any(Path(CACHES).glob(f"{glob.escape(folder_of_images(place).name)}-*"))
+    return any(Path(_CACHES).glob(f"{glob.escape(folder_of_images(place).name)}-*"))

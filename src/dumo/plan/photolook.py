@@ -16,8 +16,8 @@ from dumo.runtime.progress import Bar
 from dumo.runtime.stopwatch import Stopwatch
 from dumo.types import UserError
 
-MAX_HEADERS = 256  # images whose header is read: ours
-MAX_DECODED = 8  # images that are decoded, to time it and to try the autoencoder: ours
+_MAX_HEADERS = 256  # images whose header is read: ours
+_MAX_DECODED = 8  # images that are decoded, to time it and to try the autoencoder: ours
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ImagesFound:
 
 def look_at(store: Store, to_pixels: ToSquare, bar: Bar) -> ImagesFound:
     """Look at some images of a store, each decoded by `to_pixels`. Raises UserError where none of them can be read."""
-    indices = sorted({round(i * (len(store) - 1) / (MAX_HEADERS - 1)) for i in range(MAX_HEADERS)})
+    indices = sorted({round(i * (len(store) - 1) / (_MAX_HEADERS - 1)) for i in range(_MAX_HEADERS)})
     watch = Stopwatch(torch.device("cpu"))
     sides: list[int] = []
     seconds_by_image: list[float] = []
@@ -50,7 +50,7 @@ def look_at(store: Store, to_pixels: ToSquare, bar: Bar) -> ImagesFound:
             try:
                 data = store.read(i)
                 sides.append(short_side(data))
-                if len(decodable) * len(indices) < MAX_DECODED * num_looked_at:  # is due by now
+                if len(decodable) * len(indices) < _MAX_DECODED * num_looked_at:  # is due by now
                     seconds_by_image.append(watch.seconds(partial(to_pixels, data)))
                     decodable.append(data)
             except (OSError, ValueError, Unreadable):

@@ -36,10 +36,10 @@ from dumo.training.spec import Train
 from dumo.training.step import split_into_passes
 from dumo.types import Objective, UserError
 
-GPU_BYTES = 80 * 2**30  # of an A100 or H100
+_GPU_BYTES = 80 * 2**30  # of an A100 or H100
 GB = 1e9  # bytes
 FAR = 0.9  # t - r of rows where one-step sampling is taught: ours
-FAR_DRAWS = 1_000_000  # of times, to measure the share of such rows: ours
+_FAR_DRAWS = 1_000_000  # of times, to measure the share of such rows: ours
 Line = tuple[str, str]  # a name, and a text
 
 
@@ -78,7 +78,7 @@ def _run_facts(run: Run, net: nn.Module, step_cost: cost.StepCost) -> dict[str, 
 
 def far_share(objective: Objective) -> float:
     """P(t - r > 0.9), measured on a million draws: the share of the rows where one-step sampling is taught."""
-    t, r = objective.times(FAR_DRAWS, stream("show"))
+    t, r = objective.times(_FAR_DRAWS, stream("show"))
     return (t - r > FAR).double().mean().item()
 
 
@@ -201,10 +201,10 @@ def _num_gpus(total: int, activations: int) -> int | None:
     It is the least power of two by which what stays between passes fills at most half of each: ours. `total` and
     `activations` are bytes of a step on one GPU.
     """
-    if total <= GPU_BYTES:
+    if total <= _GPU_BYTES:
         return None
     between_passes = total - activations
-    return 2 ** max(0, ceil(log2(between_passes / (GPU_BYTES / 2))))
+    return 2 ** max(0, ceil(log2(between_passes / (_GPU_BYTES / 2))))
 
 
 def cache_bytes(data: Latents, images: int | None) -> dict[str, int | None]:

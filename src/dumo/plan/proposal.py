@@ -29,9 +29,9 @@ from dumo.plan.findings import caption_findings
 from dumo.plan.photodraft import Draft, draft_of_files, draft_of_memory
 from dumo.plan.photolook import ImagesFound
 from dumo.run import contract, trial_net
-from dumo.run.net import num_parameters, outline, require_room
+from dumo.run.net import num_parameters, outline, require_room_to_train
 from dumo.run.resolve import resolve
-from dumo.run.weights import build
+from dumo.run.weights import draw_on_device
 from dumo.runtime import threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.door import option, settings
@@ -42,8 +42,8 @@ from dumo.training.deadline import SECONDS_PER_MINUTE, minutes_to_prepare
 from dumo.types import Spec, UserError
 
 DEFAULT_MINUTES = 6.0  # of a training on a CPU, unless another time is asked for: ours
-TIMED_STEPS = 8  # ours
-FEW_IMAGES = 200  # of fewer the plan says what they can give: ours
+_TIMED_STEPS = 8  # ours
+_FEW_IMAGES = 200  # of fewer the plan says what they can give: ours
 WARMUP_SHARE = 10  # one in this many steps warms up, at most as many as the recipe says: ours
 SLACK = 1.1  # the time of a training, with logs, probes, sheets and checkpoints, over that of its steps: ours, measured
 
@@ -93,7 +93,7 @@ class Proposal:
             yield "captions", f"{captions}; the net reads them, {settings('data.captions=null')} leaves them out"
         elif self.draft.captions:
             yield "captions", self.draft.captions
-        if images.count < FEW_IMAGES:
+        if images.count < _FEW_IMAGES:
             yield "few", f"{images.count:,} images: expect their colours and textures, and in time copies of them"
         yield "machine", self.machine
         yield "size", f"{' x '.join(map(str, run.shown_shape[1:]))} pixels (data.side)"
@@ -210,11 +210,11 @@ def _step_seconds(run: Run, device: torch.device) -> float:
 
     Raises UserError where the net has no room here, or a user's own part cannot be trained.
     """
-    if has_own_parts(run):
-        contract.require_contract(run, trial_net.randomly_initialized_net(run, device), device)
     run = run.model_copy(update={"net": trial_net.with_random_texts_if_missing(run.net)})
     rows = run.train.micro_batch or run.train.batch
-    require_room(run, device, run.train.copies, rows)
+    require_room_to_train(run, device, outline(run), rows=rows)
+    if has_own_parts(run):
+        contract.require_contract(run, trial_net.randomly_initialized_net(run, device), device)
     batch = rehearsal.random_rows(run.data, rows, device)
-    step = rehearsal.make_step(run, build(run, device), batch, warm_up=WARM_UP, rounds=TIMED_STEPS)
+    step = rehearsal.make_step(run, draw_on_device(run, device), batch, warm_up=WARM_UP, rounds=_TIMED_STEPS)
     return step.of_batch(run.train.batch)

@@ -18,9 +18,9 @@ from dumo.data import Data
 from dumo.flow.guide import CFG
 from dumo.plan import machine
 from dumo.run import cost, examination, trial_net
-from dumo.run.net import flow_in_training, outline, require_room
+from dumo.run.net import flow_in_training, outline, require_room_to_train
 from dumo.run.sampler import Sampler, sampler_of
-from dumo.run.weights import build
+from dumo.run.weights import draw_on_device
 from dumo.runtime.device import choose_device, peak_bytes
 from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import WARM_UP, Clock, Stopwatch, wall_clock
@@ -83,15 +83,16 @@ def rehearse(spec: Run, rows: int, device: str = "auto", *, clock: Clock = wall_
     spec = spec.model_copy(update={"net": trial_net.with_random_texts_if_missing(spec.net)})
     if torch_device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(torch_device)
+    net_outline = outline(spec)
+    require_room_to_train(spec, torch_device, net_outline, rows=rows)
     exam = examination.examine(spec, torch_device)
     exam.require()
-    require_room(spec, torch_device, spec.train.copies, rows)
-    num_parameters = sum(p.numel() for p in outline(spec).parameters())
+    num_parameters = sum(p.numel() for p in net_outline.parameters())
     is_slow = torch_device.type == "cpu" and num_parameters > MAX_PARAMETERS_TO_WARM_UP
     warm_up = 0 if is_slow else WARM_UP
     try:
         batch = random_rows(spec.data, rows, torch_device)
-        net = build(spec, torch_device)
+        net = draw_on_device(spec, torch_device)
         step = make_step(spec, net, batch, warm_up=warm_up, clock=clock)
     except torch.OutOfMemoryError as error:
         place = machine.hardware(torch_device).text

@@ -26,7 +26,7 @@ from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, can_make, check
 from dumo.io import picture
 from dumo.report.sample import data_points
-from dumo.run.provenance import require_place
+from dumo.run.provenance import require_own_file
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, load_net
 from dumo.runtime.progress import Bar, Tick, no_bar
@@ -307,7 +307,7 @@ def open_milestone(opened: RunFolder, step: int, file: Path | None) -> RunFolder
     """
     if file is None:
         return opened
-    require_place(file, opened.identities, "milestone", step)
+    require_own_file(file, opened.identities, "milestone", step)
     net, _ = load_net(opened.run, file, opened.device)
     return replace(opened, net=net, step=step, weights=str(file.relative_to(opened.folder)))
 

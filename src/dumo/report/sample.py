@@ -36,7 +36,7 @@ from dumo.io import file as files
 from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report.name import changed_parts, name_part, sampling_fields
-from dumo.run import memory
+from dumo.run import netbytes
 from dumo.run.judge import training_data
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
@@ -156,7 +156,7 @@ def sample_to_files(
     forms = FORMS if sampler.is_image else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
-    sample_bytes = memory.row_bytes(count, sampler.pixels)
+    sample_bytes = netbytes.row_bytes(count, sampler.pixels)
     fix = "ask for fewer, and for others with another --seed"
     require_memory(sample_bytes, f"{count:,} samples take", fix)
     if prompts:

@@ -32,7 +32,7 @@ from dumo.io.weights import compare, sha256, unshared
 from dumo.run import shipped
 from dumo.run.index import Index
 from dumo.run.net import outline
-from dumo.run.provenance import require_place
+from dumo.run.provenance import require_own_file
 from dumo.training import checkpoint, frozen
 from dumo.training.ema import WIDEST, PowerEma, exponent
 from dumo.training.manifest import paths_by_step
@@ -42,7 +42,7 @@ from dumo.types import UserError
 
 FOLDER = "snapshots"
 KIND = "snapshot"  # of a file of weights
-MAX_ERROR = 0.05  # a profile that is missed by more than this share of its norm is refused: ours
+_MAX_ERROR = 0.05  # a profile that is missed by more than this share of its norm is refused: ours
 
 
 class Profile(NamedTuple):
@@ -118,11 +118,11 @@ def average(source: str, std: float, out: Path | None = None, *, text: RunText |
     profiles = list(snapshots)
     last_step = max(profile.step for profile in profiles)
     x, error = fit_profile(profiles, Profile(last_step, std))
-    if error > MAX_ERROR:
+    if error > _MAX_ERROR:
         snapshot_widths = sorted({profile.std for profile in profiles})
         raise UserError(
             f"--std {std:g}: the nearest sum of {len(snapshots)} snapshots misses that average by {error:.0%}, and "
-            f"{MAX_ERROR:.0%} is the most: take a width nearer to theirs "
+            f"{_MAX_ERROR:.0%} is the most: take a width nearer to theirs "
             f"({', '.join(f'{width:g}' for width in snapshot_widths)}), or train with more of them (train.snapshots)"
         )
 
@@ -158,7 +158,7 @@ def _hash_snapshots(folder: Path, recorded_run: RecordedRun, snapshots: Mapping[
     without_width: list[Path] = []
     identities = recorded_run.identities()
     for (step, std), path in snapshots.items():
-        require_place(path, identities, KIND, step, std=std)
+        require_own_file(path, identities, KIND, step, std=std)
         if "std" not in checkpoint.facts_of(path):
             without_width.append(path)
     if without_width:
@@ -178,20 +178,23 @@ def overlap(profile: Profile, other: Profile) -> float:
     return (a + 1) * (b + 1) / (a + b + 1) * (early.step / late.step) ** b / late.step
 
 
-def fit_profile(profiles: Sequence[Profile], wanted: Profile) -> tuple[list[float], float]:
-    """The weights of snapshots whose sum is nearest to a profile, and how far it is, as a share of its norm."""
+def fit_profile(profiles: Sequence[Profile], target: Profile) -> tuple[list[float], float]:
+    """The weights of snapshots of these profiles whose sum is nearest to the target, and how far it is from that.
+
+    The distance is a share of the target's norm.
+    """
     n = len(profiles)
-    products = np.empty((n, n))
-    with_wanted = np.empty(n)
+    products = np.empty((n, n))  # A
+    target_products = np.empty(n)  # b
     for i, profile in enumerate(profiles):
         products[i] = [overlap(profile, other) for other in profiles]
-        with_wanted[i] = overlap(profile, wanted)
-    unit = overlap(wanted, wanted)  # which brings the rows of ones to the size of the others
-    ones = np.ones((n, 1))
-    system = np.block([[products, unit * ones], [unit * ones.T, np.zeros((1, 1))]])
-    x = np.linalg.solve(system, np.append(with_wanted, unit))[:-1]
-    square_error = unit - 2 * x @ with_wanted + x @ products @ x
-    return x.tolist(), float(np.sqrt(max(square_error, 0.0) / unit))
+        target_products[i] = overlap(profile, target)
+    square_norm = overlap(target, target)
+    ones = square_norm * np.ones((n, 1))  # of the size of the other rows
+    system = np.block([[products, ones], [ones.T, np.zeros((1, 1))]])
+    x = np.linalg.solve(system, np.append(target_products, square_norm))[:-1]
+    square_error = square_norm - 2 * x @ target_products + x @ products @ x
+    return x.tolist(), float(np.sqrt(max(square_error, 0.0) / square_norm))
 
 
 def weighted_sum(

@@ -17,13 +17,13 @@ from dumo.config.place import LOG_FILE
 from dumo.config.spec import Run
 from dumo.evaluation.metric import higher_is_better
 from dumo.run.folder import BEST_FOLDER
-from dumo.run.provenance import require_place
+from dumo.run.provenance import require_own_file
 from dumo.training import agreement, checkpoint, log, manifest
 from dumo.training.state import State
 from dumo.types import UserError
 
 KIND = "best weights"  # what the file of weights says it is
-SCORE = "score"  # the name of the score among the facts in the file
+_SCORE = "score"  # the name of the score among the facts in the file
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class BestFolder:
             return None
         step = steps[-1]
         file = files[step]
-        require_place(file, self.identities, KIND, step)
+        require_own_file(file, self.identities, KIND, step)
         facts = checkpoint.facts_of(file)
-        score = facts.get(SCORE)
+        score = facts.get(_SCORE)
         if not score:
             return None
         best = BestWeights(file, step, score["name"], score["value"], score["protocol"], score["nfe"])
@@ -86,7 +86,7 @@ class BestFolder:
             if not is_better:
                 return
         score = {"protocol": protocol, "nfe": nfe, "name": metric, "value": value}
-        checkpoint.save_weights(self.folder, state, state.sampled_net, KIND, identity(self.run), **{SCORE: score})
+        checkpoint.save_weights(self.folder, state, state.sampled_net, KIND, identity(self.run), **{_SCORE: score})
 
     def remove_older(self, step: int) -> None:
         """Remove all weights up to `step` but the last, once the checkpoint of that step is written.

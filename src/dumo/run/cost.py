@@ -4,8 +4,8 @@
     step_cost        of a training step, for a row: operations, and forward units; what its passes show on the way
     forward_units    the units alone
     exact_rows       the rows of the smallest batch that can be counted exactly
-    flops            of any work
-    by_depth         any count of a net, by its first few blocks
+    count_flops      of any work
+    count_by_depth   any count of a net, by its first few blocks
 
 `dumo.run.memory` follows the same steps, by `phases`, `meta_copies`, `empty_cpu_batch_like` and `step_function`, and a
 UNet by `sample_blocks`.
@@ -43,7 +43,7 @@ from dumo.training.frozen import copy_net
 from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, frozen
 from dumo.types.outside import name_of
 
-NO_GUIDANCE = Guide()
+_NO_GUIDANCE = Guide()
 TIMES = 1_000_000  # times drawn, to see how many lie in the interval of guidance: ours
 MAX_BLOCKS_RUN = 6  # a net of more is counted by a few of its blocks: ours
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
@@ -68,9 +68,9 @@ def _pass_cost(net: nn.Module, objective: Objective, shape: Sequence[int]) -> _P
     outputs: list[Heads] = []
 
     def count(net: nn.Module) -> int:
-        return flops(lambda: outputs.append(_pass(net, objective, shape, rows)))
+        return count_flops(lambda: outputs.append(_forward_pass(net, objective, shape, rows)))
 
-    pass_flops = by_depth(net, count) / rows
+    pass_flops = count_by_depth(net, count) / rows
     return _PassCost(pass_flops, tuple(head.shape[1:] for head in outputs[0]))
 
 
@@ -118,9 +118,9 @@ def step_cost(
     def units_at(objective: Objective, b: Noised) -> float:
         def count(net: nn.Module) -> int:
             net, theta = meta_copies(net, ref)
-            return flops(step_function(net, theta, objective, b))
+            return count_flops(step_function(net, theta, objective, b))
 
-        return by_depth(net, count) / (rows * one_pass.flops)
+        return count_by_depth(net, count) / (rows * one_pass.flops)
 
     def mean_units(objective: Objective) -> tuple[float, Way | None]:
         """The mean units of a step, and the way of its dual slope in the first part of the training."""
@@ -139,7 +139,7 @@ def step_cost(
 
     guide = objective.needs.guide
     if isinstance(guide, Guide) and guide.active:
-        unguided, _ = mean_units(objective.model_copy(update={"guide": NO_GUIDANCE}))
+        unguided, _ = mean_units(objective.model_copy(update={"guide": _NO_GUIDANCE}))
         guided, way = mean_units(objective)
         t, _ = objective.times(TIMES, stream("cost"))
         guided_share = (1 - objective.drop) * guide.inside(t).double().mean().item()  # label kept, time in the interval
@@ -169,7 +169,7 @@ def exact_rows(objective: Objective) -> int:
 
 
 @torch.no_grad()
-def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int) -> Heads:
+def _forward_pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int) -> Heads:
     """One pass on the meta device over `rows` rows."""
     x, c = _meta_batch(rows, shape)
     inputs = {name: x.new_empty(rows) for name in objective.needs.names}
@@ -244,7 +244,7 @@ class Stretch(NamedTuple):
     level: int | None = None  # in a UNet: how often its input is halved before; None: of no other stretch
 
 
-def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
+def count_by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
     """Count something of a net by `count`: of all of it, or, where it is deep, by its first few blocks.
 
     A deep net is counted with one block of each stretch, and again with one more of it, and the rest is added in
@@ -257,33 +257,35 @@ def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
     """
     net_stretches = stretches(net)
     lengths = [len(stretch.blocks) for stretch in net_stretches]
-    few = 2 if check else 1  # blocks of each stretch in the first count
+    num_first = 2 if check else 1  # blocks of each stretch in the first count
     if is_unet(net) and _trains_time(net):
-        few = 0  # all blocks cost alike: through the embedding of time even the first has gradients of its input
-    if sum(lengths) <= MAX_BLOCKS_RUN or max(lengths) <= few:
+        num_first = 0  # all blocks cost alike: through the embedding of time even the first has gradients of its input
+    if sum(lengths) <= MAX_BLOCKS_RUN or max(lengths) <= num_first:
         return count(net)
 
-    def count_with(more: Sequence[int]) -> int:
-        """The count with this many blocks more than `few` of each stretch."""
-        return count(cut(net, [min(n, few + k) for n, k in zip(lengths, more, strict=True)]))
+    def count_with(num_more: Sequence[int]) -> int:
+        """The count with the first blocks of each stretch: `num_first` of it, and this many more."""
+        num_blocks = [min(n, num_first + k) for n, k in zip(lengths, num_more, strict=True)]
+        return count(cut(net, num_blocks))
 
     first_count = count_with([0] * len(lengths))
     added_by_stretch = [0] * len(lengths)  # what one block more of each stretch adds
     added_by_kind: dict[object, int] = {}  # the same, by what stretches that add alike have in common
     for i, (stretch, n) in enumerate(zip(net_stretches, lengths, strict=True)):
-        if n > few:
+        if n > num_first:
             place = i if stretch.level is None else f"level {stretch.level}"
             kind = (place, _kind(stretch.blocks[0]))
             if kind not in added_by_kind:
                 one_more = [int(i == j) for j in range(len(lengths))]
                 added_by_kind[kind] = count_with(one_more) - first_count
             added_by_stretch[i] = added_by_kind[kind]
+    pairs = list(zip(lengths, added_by_stretch, strict=True))
     if check:
-        added_by_two = sum(min(n - few, 2) * added for n, added in zip(lengths, added_by_stretch, strict=True))
-        all_add = all(added for n, added in zip(lengths, added_by_stretch, strict=True) if n > few)
+        added_by_two = sum(min(n - num_first, 2) * added for n, added in pairs)
+        all_add = all(added for n, added in pairs if n > num_first)
         if not all_add or count_with([2] * len(lengths)) != first_count + added_by_two:
             return count(net)
-    return first_count + sum((n - few) * added for n, added in zip(lengths, added_by_stretch, strict=True))
+    return first_count + sum((n - num_first) * added for n, added in pairs)
 
 
 class SampledNet(NamedTuple):
@@ -400,7 +402,7 @@ def _kind(block: nn.Module) -> tuple[object, ...]:
     return is_routed, type(block), is_recomputed, *shapes
 
 
-def flops(work: Callable[[], object]) -> int:
+def count_flops(work: Callable[[], object]) -> int:
     """Floating-point operations of all matrix products and convolutions that `work` makes, on any device."""
     from torch.utils.flop_counter import FlopCounterMode  # takes Triton along: 0.2 s
 

@@ -12,7 +12,7 @@ from dumo.types import UserError
 
 FILE = "data.json"
 ROWS = 256  # that are measured, the first of the first epoch in the order of seed 0: ours
-WAY_OUT = "delete it, and it is measured again"
+_WAY_OUT = "delete it, and it is measured again"
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def read(folder: Path) -> DataNote | None:
     file = folder / FILE
     if not file.exists():
         return None
-    content = read_json(file, WAY_OUT)
+    content = read_json(file, _WAY_OUT)
     try:
         sd = content["sd"]
         if sd is not None and (type(sd) not in (int, float) or not sd >= 0):
             raise TypeError("sd is no number from 0 on")
         return DataNote(sd, content.get("fingerprint"), content.get("rows", ROWS))
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}): {WAY_OUT}") from error
+        raise UserError(f"{file} is damaged ({error}): {_WAY_OUT}") from error

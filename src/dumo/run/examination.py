@@ -37,9 +37,9 @@ from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Frozen, Objective, Sample, Time, UserError
 
-MAX_ERROR_AT_ZERO = 1e-6  # the l2 error allowed where du/dt is zero: ours
-ROWS_RANDOM = 4  # rows on random weights, so t = 1/4, 1/2, 3/4 and 1: ours
-ROWS_IN_TRAINING = 2  # rows on the weights in training, where the memory of a pass counts: ours
+_MAX_ERROR_AT_ZERO = 1e-6  # the l2 error allowed where du/dt is zero: ours
+_ROWS_RANDOM = 4  # rows on random weights, so t = 1/4, 1/2, 3/4 and 1: ours
+_ROWS_IN_TRAINING = 2  # rows on the weights in training, where the memory of a pass counts: ours
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def examine(run: Run, device: torch.device) -> Examination:
         from dumo.run.contract import require_contract
 
         require_contract(run, net, device)
-    point = example_point(run.objective, run.path, run.data, run.train.seed, ROWS_RANDOM)
+    point = example_point(run.objective, run.path, run.data, run.train.seed, _ROWS_RANDOM)
     return _compare(net, run, point, device, "random weights")
 
 
@@ -122,7 +122,7 @@ def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examinati
 
     Call `require` on the result. The net is not changed. Raises UserError where the slope cannot be taken.
     """
-    point = example_point(run.objective, run.path, run.data, run.train.seed, ROWS_IN_TRAINING)
+    point = example_point(run.objective, run.path, run.data, run.train.seed, _ROWS_IN_TRAINING)
     return _compare(copy_sharing_weights(net), run, point, device, "the weights in training")
 
 
@@ -221,6 +221,6 @@ def slope_errors(objective: Objective, net: nn.Module, ref: Frozen, point: Examp
 
 
 def _relative_error(derivative: Tensor, exact: Tensor) -> Tensor:
-    """The l2 error over the l2 norm. Where the norm is 0, an l2 error of MAX_ERROR_AT_ZERO is just within the limit."""
+    """The l2 error over the l2 norm. Where the norm is 0, an error of _MAX_ERROR_AT_ZERO is just within the limit."""
     norm = exact.norm()
-    return (derivative.to(exact) - exact).norm() / norm.where(norm > 0, MAX_ERROR_AT_ZERO / MAX_SLOPE_ERROR)
+    return (derivative.to(exact) - exact).norm() / norm.where(norm > 0, _MAX_ERROR_AT_ZERO / MAX_SLOPE_ERROR)

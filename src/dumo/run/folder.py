@@ -38,9 +38,9 @@ from dumo.types import UserError
 LOCK_FILE = ".training.lock"  # present, and locked, while a process trains here
 NO_CHECKPOINT_MARK = ".unsaved"  # empty: training has begun, and no checkpoint is written yet
 CHECKPOINT_MARK = ".saved"  # empty: a checkpoint was written; if none is there now, it was lost
-CHECKPOINTS_FOLDER = "checkpoints"
+_CHECKPOINTS_FOLDER = "checkpoints"
 BEST_FOLDER = "best"  # the weights of the best score
-WRITTEN_FILES = (RUN_FILE, "data.json", LOG_FILE)  # training writes them, at the top of the folder
+_WRITTEN_FILES = (RUN_FILE, "data.json", LOG_FILE)  # training writes them, at the top of the folder
 
 
 @contextmanager
@@ -80,10 +80,10 @@ def require_free(folder: Path) -> None:
         return
     if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"{folder} is no folder: give another path with {option('out')}")
-    if manifest.paths_by_step(folder / CHECKPOINTS_FOLDER):
+    if manifest.paths_by_step(folder / _CHECKPOINTS_FOLDER):
         raise UserError(
             f"{folder / RUN_FILE} was removed: restore it (each checkpoint that is left holds a copy, "
-            f"{CHECKPOINTS_FOLDER}/step-*/{manifest.RUN}), then start again; or give another folder with "
+            f"{_CHECKPOINTS_FOLDER}/step-*/{manifest.RUN}), then start again; or give another folder with "
             f"{option('out')}"
         )
     if not folder.is_dir():
@@ -128,7 +128,7 @@ def _require_no_lost_checkpoint(folder: Path, train: Train) -> None:
     log_file = folder / LOG_FILE
     if not log_file.exists():
         return
-    checkpoints_folder = folder / CHECKPOINTS_FOLDER
+    checkpoints_folder = folder / _CHECKPOINTS_FOLDER
     if (folder / CHECKPOINT_MARK).exists():
         raise UserError(
             f"{folder} had checkpoints, and {checkpoints_folder} has none: mount its disk or restore "
@@ -158,7 +158,7 @@ def remove_half_written(folder: Path) -> None:
 
 def _is_half_written(path: Path) -> bool:
     """Whether a path at the top of a run's folder is a file that a killed training left half-written."""
-    prefixes = tuple(f".{name}." for name in WRITTEN_FILES)
+    prefixes = tuple(f".{name}." for name in _WRITTEN_FILES)
     return path.name.startswith(prefixes) and not path.is_dir()
 
 

@@ -24,7 +24,7 @@ from dumo.training import manifest
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.types import UserError
 
-FUNCTION_PARTS = ("data", "net", "objective", "path")  # of a run: they say which function its weights make
+_FUNCTION_PARTS = ("data", "net", "objective", "path")  # of a run: they say which function its weights make
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def later_changes_of_function(past: Sequence[Noted], step: int) -> list[Differen
     for change in past:
         if not change.accepted or change.of_data or change.step <= step:
             continue
-        if change.field.split(".")[0] in FUNCTION_PARTS:
+        if change.field.split(".")[0] in _FUNCTION_PARTS:
             later_changes.append(Difference(change.field, change.was, change.now, may_change=False))
     return later_changes
 

@@ -34,7 +34,7 @@ from dumo.config.spec import Run
 from dumo.data import Data, is_latents
 from dumo.io.source import DataSource
 from dumo.nets.textfamily import is_learned_texts
-from dumo.run import cost, datacheck, examination
+from dumo.run import datacheck, examination
 from dumo.run.folder import (
     guard_run_folder,
     locked_run_folder,
@@ -43,7 +43,7 @@ from dumo.run.folder import (
 )
 from dumo.run.history import History
 from dumo.run.index import Index
-from dumo.run.net import outline, require_room
+from dumo.run.net import outline, require_room_to_train
 from dumo.run.resolve import open_source, resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.summary import may_take_a_day
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from dumo.run.teacher import LoadedTeacher
     from dumo.run.validation import Validation
 
-MORE_MINUTES = 5  # as an example of more training: ours
+_MORE_MINUTES = 5  # as an example of more training: ours
 
 Tell = Callable[[str], None]  # shows the user a line
 
@@ -170,7 +170,8 @@ def open_job(
         run_before = index.recorded_run.run if index.recorded_run else None
         run = resolve(with_absolute_paths(run, run_before))
         torch_device = choose_device(device)
-        _require_fit(run, torch_device, sheets)
+        net_outline = outline(run)
+        _require_fit(run, net_outline, torch_device, sheets)
         reads_tokens = is_learned_texts(run.net.texts)
         if reads_tokens and is_main:
             from dumo.run.encode import make_tokens
@@ -187,6 +188,8 @@ def open_job(
         stack.enter_context(dist.join())  # from here ranks talk to one another
         if reads_tokens and not is_main:
             run = resolve_remaining(run)  # rank 0 has made the tokens by now
+        if reads_tokens:
+            net_outline = outline(run)
 
         # 4. encode photos, open the data, and examine the derivative
         refusals = stack.enter_context(ExitStack())  # what to do where the run is refused before it trains
@@ -196,9 +199,10 @@ def open_job(
         data = open_data(run.data)
         with threads.fewer_when_busy(torch_device, ignore_line):
             examination.examine(run, torch_device).require()
-        net_outline = outline(run)
         step_flops = None
         if known_peak_tflops(torch_device) or may_take_a_day(run.train, net_outline, run.data.shape):
+            from dumo.run import cost
+
             step_cost = cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
             step_flops = step_cost.flops
         meter = Meter(run.train, folder, torch_device, step_flops)
@@ -264,7 +268,7 @@ def train_more_hint(folder: Path, train: Train) -> str:
     more_steps = train_call(folder, [f"train.steps={2 * train.steps}"])
     return (
         f"{folder} has trained its {train.steps:,} steps. For more:  {more_steps}  or by the clock:  "
-        f"{train_call(folder, minutes=MORE_MINUTES)}"
+        f"{train_call(folder, minutes=_MORE_MINUTES)}"
     )
 
 
@@ -360,7 +364,7 @@ def open_data(data: Data) -> DataSource:
     return source
 
 
-def _require_fit(run: Run, device: torch.device, sheets: MakeSheets | None) -> None:
+def _require_fit(run: Run, net_outline: nn.Module, device: torch.device, sheets: MakeSheets | None) -> None:
     """Raise UserError where the device has no room for a run, its ranks cannot share it, or no sheets can be drawn."""
     if run.train.sheets and sheets is None:
         raise UserError(
@@ -369,7 +373,8 @@ def _require_fit(run: Run, device: torch.device, sheets: MakeSheets | None) -> N
         )
     _, ranks = dist.torchrun_rank_and_world()
     rows_per_rank = ceil(run.train.batch / ranks)
-    require_room(run, device, run.train.copies, rows_per_rank, share_of(run.train.share, ranks))
+    share = share_of(run.train.share, ranks)
+    require_room_to_train(run, device, net_outline, rows=rows_per_rank, share=share)
     check_pieces(run.train, run.objective, ranks)
 
 

@@ -28,8 +28,8 @@ from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
 from dumo.run import datacheck, examination
 from dumo.run.folder import mark_checkpoint_written, restore_run_file, write_run_file
-from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
+from dumo.run.netbytes import weight_bytes
 from dumo.run.weights import build
 from dumo.runtime import dist, signals
 from dumo.runtime.device import total_memory
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from dumo.run.teacher import TeacherPairs
     from dumo.run.validation import Scores, Validation
 
-CALMING_DIVISOR = 8  # the rate of an embedder of times over this ended every burst that we measured (docs/log.md)
+_CALMING_DIVISOR = 8  # the rate of an embedder of times over this ended every burst that we measured (docs/log.md)
 
 
 @dataclass
@@ -305,7 +305,7 @@ def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Rec
         return f"{warning} No checkpoint is older: if u or v grow, stop it, and begin another run at a lower rate"
     if is_embedder and isinstance(train.optimizer, Muon):
         lower_rate = "an eighth of its rate"
-        rates = {"time_lr": train.optimizer.embedders_lr / CALMING_DIVISOR}
+        rates = {"time_lr": train.optimizer.embedders_lr / _CALMING_DIVISOR}
     else:
         lower_rate = "half the rate"
         rates = half_rates(train.optimizer)

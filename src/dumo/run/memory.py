@@ -8,22 +8,22 @@
 
 `training_bytes` counts all of them. The first four stay between steps (`held_bytes`), the last is `activation_bytes`.
 `checkpoint_bytes` says what is written of them. `step_bytes` counts a step for a benchmark, where `allocated_bytes`
-asks a GPU's allocator; `follow_bytes` counts any work. `weight_bytes`, `row_bytes`, `least_bytes` and `average_tensors`
-are sums over a net's tensors.
+asks a GPU's allocator; `follow_bytes` counts any work. `average_tensors` are what the averages hold besides the net.
 
 An outline is a net on the meta device: it has shapes and dtypes, and no values. `held_bytes` begins a training on one,
-which takes minutes of 20 B weights. Before a net is made, `least_bytes` bounds that from below, at once.
+which takes minutes of 20 B weights. `dumo.run.netbytes` bounds that from below, at once.
 
 A step is run on fake tensors, and each storage followed from the operation that makes it until it is freed
 (`dumo.run.storages`). Fake tensors have no values either, but they say that they are on the CPU, so that the operations
 are those of a device: on meta, attention keeps all its scores, which no fused kernel does.
 
-A deep net is followed with a few of its blocks, and the others are added (`cost.by_depth`, of a UNet `_unet_peak`).
+A deep net is followed with a few of its blocks, and the others are added: `cost.count_by_depth`, of a UNet
+`_unet_peak`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, prod
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast
 from dumo.run import cost
+from dumo.run.netbytes import net_tensors, tensor_bytes, weight_bytes
 from dumo.run.storages import LiveStorages
 from dumo.training import frozen
 from dumo.training import state as training_state
@@ -113,10 +114,10 @@ def held_bytes(net: nn.Module, train: Train) -> HeldBytes:
     So its weights have the dtypes of `train.weights` afterwards.
     """
     state = training_state.begin(net, train)
-    averages = _tensor_bytes(average_tensors(state))  # as they begin, before weights are rounded to 16 bits
+    averages = tensor_bytes(average_tensors(state))  # as they begin, before weights are rounded to 16 bits
     return HeldBytes(
         weights=weight_bytes(net),
-        gradients=_tensor_bytes(p for p in net.parameters() if p.requires_grad),
+        gradients=tensor_bytes(p for p in net.parameters() if p.requires_grad),
         optimizer=_optimizer_bytes(state.optimizer),
         averages=averages,
     )
@@ -138,17 +139,17 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     for parameters in parameters_by_kind.values():
         first = parameters[0]
         values = optimizer.state[first].values()
-        total += len(parameters) * _tensor_bytes(value for value in values if isinstance(value, Tensor))
+        total += len(parameters) * tensor_bytes(value for value in values if isinstance(value, Tensor))
         first.grad = None
     return total
 
 
 def average_tensors(state: State) -> list[Tensor]:
     """The averages' tensors, but for those that they share with the net. No two averages share others."""
-    net_tensors = {id(x) for x in _weights(state.net)}
+    tensors_of_net = {id(x) for x in net_tensors(state.net)}
     tensors: list[Tensor] = []
     for average in state.averages.values():
-        tensors += [x for x in _weights(average.module) if id(x) not in net_tensors]
+        tensors += [x for x in net_tensors(average.module) if id(x) not in tensors_of_net]
     return tensors
 
 
@@ -157,35 +158,9 @@ def checkpoint_bytes(net: nn.Module, held: HeldBytes, ranks: int = 1) -> Checkpo
 
     `net` is an outline, `held` what its training holds.
     """
-    frozen_bytes = _tensor_bytes(p for p in net.parameters() if not p.requires_grad)
+    frozen_bytes = tensor_bytes(p for p in net.parameters() if not p.requires_grad)
     on_disk = held.weights + held.optimizer + held.averages - frozen_bytes
     return CheckpointBytes(on_disk=on_disk, host_copy_per_rank=ceil(on_disk / ranks))
-
-
-def weight_bytes(net: nn.Module) -> int:
-    """Bytes of a net's parameters and buffers."""
-    return _tensor_bytes(_weights(net))
-
-
-def row_bytes(rows: int, shape: Sequence[int]) -> int:
-    """Bytes of `rows` samples of a shape, in float32."""
-    return rows * prod(shape) * torch.float32.itemsize
-
-
-def least_bytes(net: nn.Module, copies: float = 0) -> int:
-    """The least that a net takes with `copies` of its trained weights (`Train.copies`): known at once."""
-    trained = _tensor_bytes(p for p in net.parameters() if p.requires_grad)
-    return weight_bytes(net) + int(copies * trained)
-
-
-def _weights(net: nn.Module) -> tuple[Tensor, ...]:
-    """Parameters and buffers."""
-    return (*net.parameters(), *net.buffers())
-
-
-def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all tensors together."""
-    return sum(x.nbytes for x in tensors)
 
 
 def activation_bytes(
@@ -257,7 +232,7 @@ def _activation_peak(
     if cost.is_unet(net):
         return _unet_peak(net, follow)
     # The ends of a net may take more than a few blocks: `check` makes sure that its blocks add to the peak.
-    return cost.by_depth(net, lambda part: follow(part).peak, check=True)
+    return cost.count_by_depth(net, lambda part: follow(part).peak, check=True)
 
 
 def _unet_peak(net: nn.Module, follow: Callable[[nn.Module, Collection[str]], LiveStorages]) -> int:

@@ -3,8 +3,8 @@
 `outline` makes it on the meta device, to count and to check. `draw_net` makes it with its first weights, `deferred_net`
 without them, with what draws each weight when it is needed. `dumo.run.weights` loads trained ones.
 
-`num_parameters` says how large a net is, `require_room` whether a device has room for it. `flow_in_training` is the net
-with its objective, as it is trained.
+`num_parameters` says how large a net is. `require_room` asks whether a device has room for it, `require_room_to_train`
+whether it has room to train it. `flow_in_training` is the net with its objective, as it is trained.
 """
 
 import torch
@@ -14,7 +14,7 @@ from dumo.config.parts import RunParts
 from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
 from dumo.nets import is_dualized, is_pretrained
-from dumo.run import memory
+from dumo.run.netbytes import least_bytes, row_bytes
 from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
 from dumo.training.state import State
@@ -79,18 +79,23 @@ def num_parameters(net: nn.Module) -> int:
     return total
 
 
-def require_room(run: RunParts, device: torch.device | str, copies: float = 0, rows: int = 0, share: int = 1) -> None:
-    """Raise UserError if a device has too little memory for the net, `copies` of its trained weights, and `rows`.
+def require_room(run: RunParts, device: torch.device | str) -> None:
+    """Raise UserError if a device has too little memory for the net's weights."""
+    require_memory(least_bytes(outline(run)), "the net takes", "take a smaller net (net.width, net.depth)", device)
 
-    Weights are split into `share` parts; rows count with their noise. That is the least: activations come on top
-    (`dumo.run.memory`).
+
+def require_room_to_train(
+    run: RunParts, device: torch.device | str, net_outline: nn.Module, *, rows: int, share: int = 1
+) -> None:
+    """Raise UserError if a device has too little memory to train the net with `rows` rows at a time.
+
+    `net_outline` is the net on the meta device. Weights, gradients, optimizer and averages are split into `share`
+    parts; rows count with their noise. That is the least: activations come on top (`dumo.run.memory`).
     """
-    batch_bytes = 2 * memory.row_bytes(rows, run.data.shape)  # samples and their noise
-    needed_bytes = memory.least_bytes(outline(run), copies) // share + batch_bytes
-    if rows:
-        content = "weights, gradients, optimizer, averages and a batch take"
-        fix = "take a smaller net (net.width, net.depth) or batch (train.batch)"
-    else:
-        content = "the net takes"
-        fix = "take a smaller net (net.width, net.depth)"
-    require_memory(needed_bytes, content, fix, device)
+    batch_bytes = 2 * row_bytes(rows, run.data.shape)  # samples and their noise
+    require_memory(
+        least_bytes(net_outline, run.train.copies) // share + batch_bytes,
+        "weights, gradients, optimizer, averages and a batch take",
+        "take a smaller net (net.width, net.depth) or batch (train.batch)",
+        device,
+    )

@@ -91,21 +91,28 @@ def _bar_within(time: PreparationTime, bar: Bar, cache_folder: Path, run_folder:
                 is_all_encoded = num_encoded == total - _count_rows(rows_before, total)
                 if num_encoded == 0 or is_all_encoded or not time.is_over:
                     return
-                num_saved = _count_rows(_finished_rows(cache_folder), total)
                 seconds_per_image = (time.seconds - seconds_before) / num_encoded
-                seconds_to_go = seconds_per_image * (total - num_saved)
-                minutes = max(minutes_to_prepare(seconds_to_go), time.minutes_left)
-                more = train_call(run_folder, minutes=minutes)
-                raise signals.Stopped(
-                    signals.CLOCK,
-                    f"stopped: {num_saved:,} of {total:,} photos are encoded after {duration_text(time.seconds)}, and "
-                    f"the others take {duration_text(seconds_to_go)}, more than {MAX_PREPARATION_SHARE:.0%} in all of "
-                    f"the {duration_text(time.seconds_left)} that there were. With enough time:  {more}",
-                )
+                num_saved = _count_rows(_finished_rows(cache_folder), total)
+                raise _stopped_while_encoding(time, run_folder, num_saved, total, seconds_per_image)
 
             yield tick_within
 
     return bar_within
+
+
+def _stopped_while_encoding(
+    time: PreparationTime, run_folder: Path, num_saved: int, total: int, seconds_per_image: float
+) -> signals.Stopped:
+    """What a command raises whose time is over while it encodes: `num_saved` of the `total` photos are on the disk."""
+    seconds_to_go = seconds_per_image * (total - num_saved)
+    minutes = max(minutes_to_prepare(seconds_to_go), time.minutes_left)
+    more = train_call(run_folder, minutes=minutes)
+    return signals.Stopped(
+        signals.CLOCK,
+        f"stopped: {num_saved:,} of {total:,} photos are encoded after {duration_text(time.seconds)}, and the others "
+        f"take {duration_text(seconds_to_go)}, more than {MAX_PREPARATION_SHARE:.0%} in all of the "
+        f"{duration_text(time.seconds_left)} that there were. With enough time:  {more}",
+    )
 
 
 def _stopped_in_wait(time: PreparationTime, run_folder: Path) -> signals.Stopped:

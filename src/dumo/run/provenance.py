@@ -5,7 +5,8 @@ field that makes another function, training or sample must be the same in both, 
 later. Files of weights alone have a hash of their run (`dumo.config.difference.identity`).
 
 Training calls `require_same_run` before it resumes, and `run_before_step` for what has changed since. Who reads a run's
-weights calls `require_own_checkpoint` or `require_own_weights`; `require_place` is for files of weights in the folder.
+weights calls `require_own_checkpoint` or `require_own_weights`, and `require_own_file` for a file of weights alone that
+the run wrote into its folder.
 """
 
 from collections.abc import Set
@@ -75,7 +76,7 @@ def _require_no_differences(folder: Path, place: Path, lines: list[str]) -> None
     )
 
 
-def require_place(file: Path, identities: Set[str], kind: str, step: int, **facts: object) -> None:
+def require_own_file(file: Path, identities: Set[str], kind: str, step: int, **facts: object) -> None:
     """Raise UserError where a file of weights alone is of another run, or is not what its place in the folder says.
 
     `identities` are those of the run (`RecordedRun.identities`). A file from before a fact was written down lacks it,
@@ -94,16 +95,6 @@ def require_place(file: Path, identities: Set[str], kind: str, step: int, **fact
             raise UserError(
                 f"{file} says that its {name} is {facts_in_file[name]}, not {value}: put each file back in its place"
             )
-
-
-def _last_readable_run(index: Index, step: int | None) -> CheckpointRun | None:
-    """The run that the checkpoint of `step` holds, or the last one that can be read; None: there is none."""
-    for checkpoint_step, checkpoint in reversed(index.checkpoints.by_step().items()):
-        if step not in (None, checkpoint_step):
-            continue
-        with suppress(UserError):  # who begins there looks at the whole of it
-            return index.run_of(checkpoint)
-    return None
 
 
 def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) -> None:
@@ -133,6 +124,16 @@ def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) 
         lines = [f"{index.folder} holds another run:", *map(str, requested)]
         other_folder = f"Give another folder with {option('out')}, or remove this one"
         raise UserError("\n  ".join(lines) + f"\n{other_folder}, {way_out}")
+
+
+def _last_readable_run(index: Index, step: int | None) -> CheckpointRun | None:
+    """The run that the checkpoint of `step` holds, or the last one that can be read; None: there is none."""
+    for checkpoint_step, checkpoint in reversed(index.checkpoints.by_step().items()):
+        if step not in (None, checkpoint_step):
+            continue
+        with suppress(UserError):  # who begins there looks at the whole of it
+            return index.run_of(checkpoint)
+    return None
 
 
 def run_before_step(index: Index, checkpoint: Checkpoint | None) -> RecordedRun | None:

@@ -19,12 +19,12 @@ from dumo.nets.dit_convert import PUBLISHED_FIELDS, UNUSED_PREFIX, convert, from
 from dumo.nets.embed import FREQUENCIES
 from dumo.types import UserError
 
-ATTENTION_BY_WIDTH = {width: attention for width, _, attention in SIZES.values()}
-CONFIG_FILE = "config.json"  # of a diffusers folder
-DIFFUSERS_CLASS = "DiTTransformer2DModel"
-CONFIG_FIX = "take another copy of the model"
-TRUNK = ("embed.", "positions", "label.", "blocks.")
-OTHER_CONVERTED = ("heads.v.out.weight", "heads.v.out.bias", "scalars.embedders.t.0.weight")  # not of the trunk
+_ATTENTION_BY_WIDTH = {width: attention for width, _, attention in SIZES.values()}
+_CONFIG_FILE = "config.json"  # of a diffusers folder
+_DIFFUSERS_CLASS = "DiTTransformer2DModel"
+_CONFIG_FIX = "take another copy of the model"
+_TRUNK = ("embed.", "positions", "label.", "blocks.")
+_OTHER_CONVERTED = ("heads.v.out.weight", "heads.v.out.bias", "scalars.embedders.t.0.weight")  # not of the trunk
 
 
 def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, Tensor]:
@@ -45,17 +45,18 @@ def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, T
     state = convert(tensors, net)
     if start.kind == "sit":
         return state
-    return {name: weight for name, weight in state.items() if name.startswith(TRUNK)}
+    return {name: weight for name, weight in state.items() if name.startswith(_TRUNK)}
 
 
 def _require_published_net(start: Start, spec: DiT, path: FlowPath) -> None:
     """Raise UserError where a run's net is another function than the published one of its width, or on another path."""
     prefix = f"start.kind {start.kind}: the published net"
-    wanted: dict[str, object] = {**PUBLISHED_FIELDS, "attention": ATTENTION_BY_WIDTH.get(spec.width, spec.attention)}
-    del wanted["late"]  # where r = t it is the published one
+    required_fields: dict[str, object] = dict(PUBLISHED_FIELDS)
+    required_fields["attention"] = _ATTENTION_BY_WIDTH.get(spec.width, spec.attention)
+    del required_fields["late"]  # where r = t it is the published one
     if start.kind == "sit":
-        wanted["time_scale"] = 1.0
-    for field, value in wanted.items():
+        required_fields["time_scale"] = 1.0
+    for field, value in required_fields.items():
         run_value = getattr(spec, field)
         if run_value != value:
             raise UserError(f"{prefix} has {field} {value}, and this one {run_value}: set net.{field}={value}")
@@ -74,15 +75,15 @@ def _load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
         return load(place)
     model_class = "nothing"
     for folder in (place, place / "transformer"):
-        if (folder / CONFIG_FILE).is_file():
-            model_class = read_settings(folder / CONFIG_FILE, CONFIG_FIX).get("_class_name", "nothing")
-            if start.kind == "dit" and model_class == DIFFUSERS_CLASS:
-                part_weights = require_weights(folder, DIFFUSERS, "start.source", CONFIG_FIX)
+        if (folder / _CONFIG_FILE).is_file():
+            model_class = read_settings(folder / _CONFIG_FILE, _CONFIG_FIX).get("_class_name", "nothing")
+            if start.kind == "dit" and model_class == _DIFFUSERS_CLASS:
+                part_weights = require_weights(folder, DIFFUSERS, "start.source", _CONFIG_FIX)
                 return from_diffusers(part_weights.load())
             break
     raise UserError(
         f"start.source: {place} is a folder of {model_class}. A sit is one safetensors file under its authors' names, "
-        f"a dit such a file or a folder of {DIFFUSERS_CLASS}, and a flow model of diffusers a net of its own: "
+        f"a dit such a file or a folder of {_DIFFUSERS_CLASS}, and a flow model of diffusers a net of its own: "
         "net.kind=diffusers"
     )
 
@@ -93,14 +94,14 @@ def _require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) 
     fix = "set net.depth, take the part that holds the model (`ema`), or another file"
 
     # compare the names
-    trunk_names = {name for name in net.state_dict() if name.startswith(TRUNK)}
+    trunk_names = {name for name in net.state_dict() if name.startswith(_TRUNK)}
     source_names: set[str] = set()
     for name in tensors:
-        our = our_name(name)
-        if our is None or (our.startswith(TRUNK) and our not in trunk_names):
+        net_name = our_name(name)
+        if net_name is None or (net_name.startswith(_TRUNK) and net_name not in trunk_names):
             raise UserError(f"{prefix} {name} is none of its layers here: {fix}")
-        source_names.add(our)
-    missing = sorted({*trunk_names, *OTHER_CONVERTED} - source_names - {"positions"})
+        source_names.add(net_name)
+    missing = sorted({*trunk_names, *_OTHER_CONVERTED} - source_names - {"positions"})
     if missing:
         raise UserError(f"{prefix} it has nothing for {missing[0]}: {fix}")
 

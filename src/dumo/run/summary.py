@@ -13,7 +13,6 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.flow.slope import CentralSlope, DualSlope
-from dumo.run import cost
 from dumo.run.net import num_parameters
 from dumo.runtime import dist
 from dumo.runtime.device import operations_per_second
@@ -24,9 +23,9 @@ from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.types import UserError
 
-HOURS_PER_DAY = 24.0
+_HOURS_PER_DAY = 24.0
 MAX_UNITS = 10  # forward passes that a step costs at most: ours
-MIN_FLOPS_PER_SECOND = 1e10  # floating-point operations that any machine makes: ours
+_MIN_FLOPS_PER_SECOND = 1e10  # floating-point operations that any machine makes: ours
 
 
 def training_summary(
@@ -91,6 +90,8 @@ def _weights_text(net: nn.Module) -> str:
 
 def _dual_hint(net: nn.Module, run: Run) -> str:
     """What a step of central differences costs, and what it would with dual numbers; "" if the net takes none."""
+    from dumo.run import cost
+
     dual = run.objective.model_copy(update={"slope": DualSlope()})
     try:
         dual_units = cost.forward_units(net, dual, run.path, run.data.shape, ref=run.train.ref)
@@ -131,7 +132,7 @@ def may_take_a_day(train: Train, net: nn.Module, shape: Sequence[int]) -> bool:
     weights = sum(p.numel() for p in net.parameters())
     pass_flops = 2 * weights * prod(shape)
     flops = train.steps * train.batch * MAX_UNITS * pass_flops
-    return flops > HOURS_PER_DAY * SECONDS_PER_HOUR * MIN_FLOPS_PER_SECOND
+    return flops > _HOURS_PER_DAY * SECONDS_PER_HOUR * _MIN_FLOPS_PER_SECOND
 
 
 def misfits(train: Train, operations: float | None, device: torch.device, step: int = 0) -> Iterator[str]:
@@ -151,9 +152,9 @@ def misfits(train: Train, operations: float | None, device: torch.device, step: 
     if operations is None:
         return
     hours = operations / operations_per_second(device) / SECONDS_PER_HOUR
-    if hours > HOURS_PER_DAY:
+    if hours > _HOURS_PER_DAY:
         steps_left = train.steps - step
-        steps_a_day = max(1, int(steps_left * HOURS_PER_DAY / hours))
+        steps_a_day = max(1, int(steps_left * _HOURS_PER_DAY / hours))
         yield (
             f"{steps_left:,} steps take {hours:,.0f} hours here, at the speed of a product of matrices: take a smaller "
             f"net, other images or fewer steps; a day is  {settings(f'train.steps={step + steps_a_day}')}"

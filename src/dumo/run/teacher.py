@@ -47,8 +47,8 @@ from dumo.training.state import State
 from dumo.types import Cond, Heads, Needs, Reads, Sample, Taught, Time, Trail, UserError
 
 FILE = "teacher.json"
-PAIRS_FOLDER = "pairs"  # in the run's folder
-CODEC_HASH = "data.codec.sha256"
+_PAIRS_FOLDER = "pairs"  # in the run's folder
+_CODEC_HASH = "data.codec.sha256"
 SHARD_ROWS = 1024  # pairs to a shard, which a stop may lose: ours
 
 
@@ -64,7 +64,7 @@ class LoadedTeacher:
     def require_same(self, folder: Path) -> None:
         """Raise UserError where another teacher taught what is in this folder, or its pairs have changed."""
         file = folder / FILE
-        pairs_folder = folder / PAIRS_FOLDER
+        pairs_folder = folder / _PAIRS_FOLDER
         has_taught = (folder / "checkpoints").is_dir() or any(pairs_folder.glob("shard-*"))
         if not has_taught or not file.is_file():
             return
@@ -104,7 +104,7 @@ class LoadedTeacher:
         if pairs is None:
             return source
         index = PairsIndex.of(pairs, points, path, data, self.record["sha256"])
-        return make_pairs(index, self.reads, folder / PAIRS_FOLDER, device, bar)
+        return make_pairs(index, self.reads, folder / _PAIRS_FOLDER, device, bar)
 
 
 def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> LoadedTeacher:
@@ -218,7 +218,7 @@ def _facts(data: Data, path: FlowPath) -> dict[str, object]:
         "data.shape": data.shape,
         "data.classes": data.classes,
         "data.codec": codec.facts() if codec else None,
-        CODEC_HASH: codec.sha256 if codec else None,
+        _CODEC_HASH: codec.sha256 if codec else None,
         "path": path.kind,
         "path.sd": path.sd,
     }
@@ -229,7 +229,7 @@ def _require_same_data(teacher: Teacher, teacher_facts: Mapping[str, object], ru
     differences: list[str] = []
     for field, run_value in run_facts.items():
         teacher_value = teacher_facts[field]
-        if field == CODEC_HASH and None in (teacher_value, run_value):  # one of them has not read its codec yet
+        if field == _CODEC_HASH and None in (teacher_value, run_value):  # one of them has not read its codec yet
             continue
         if teacher_value != run_value:
             differences.append(f"{field} is {teacher_value} there, {run_value} here")

@@ -9,21 +9,22 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.nets import Net, is_pretrained
-from dumo.run.weights import build
+from dumo.run.weights import draw_on_device
 from dumo.runtime.random import stream
 
-VECTOR_NOISE = 0.1  # the standard deviation of what is added to biases and gains, so that gains stay near 1: ours
-SUBJECT_SCALE = 0.1  # of the random weights of a subject's adapter, which adds a third part to a layer: ours
+_VECTOR_NOISE = 0.1  # the standard deviation of what is added to biases and gains, so that gains stay near 1: ours
+_SUBJECT_SCALE = 0.1  # of the random weights of a subject's adapter, which adds a third part to a layer: ours
 STREAM_KEY = "doctor"  # of all draws: a command's name. Another key would draw other numbers
 
 
 def randomly_initialized_net(run: Run, device: torch.device) -> nn.Module:
     """Build the run's net, cut to two blocks, with random weights by the run's seed.
 
-    Layers that training starts at zero get random weights, too. Texts without a table are random.
+    Layers that training starts at zero get random weights, too. Texts without a table are random. The device must have
+    room for it (`dumo.run.net.require_room`).
     """
     spec = cut_to_two_blocks(with_random_texts_if_missing(run.net))
-    net = build(run.model_copy(update={"net": spec}), device)
+    net = draw_on_device(run.model_copy(update={"net": spec}), device)
     subject_part = None  # of the name of a weight in an adapter of a subject
     if run.net.lora:
         from dumo.nets.adapter import SUBJECT
@@ -33,12 +34,12 @@ def randomly_initialized_net(run: Run, device: torch.device) -> nn.Module:
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=stream(run.train.seed, STREAM_KEY, name)).to(p)
             if subject_part and subject_part in name:
-                noise = SUBJECT_SCALE * noise
+                noise = _SUBJECT_SCALE * noise
             if p.ndim > 1:
                 fan_in = p[0].numel()
                 p.copy_(noise / fan_in**0.5)
             else:
-                p.copy_(p + VECTOR_NOISE * noise)
+                p.copy_(p + _VECTOR_NOISE * noise)
     return net
 
 

@@ -1,8 +1,9 @@
 """A run's net with its weights: drawn, of its own folder, of another run, or of a published file.
 
 To sample or judge, `open_run` reads a run's folder. To train, `begin_or_resume` returns the state to go on from: of
-the last checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0. `build_deferred` makes
-it without weights, which are drawn or read one by one when they are needed (`dumo.io.deferred`).
+the last checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0; `draw_on_device` does
+so without asking for room. `build_deferred` makes it without weights, which are drawn or read one by one when they are
+needed (`dumo.io.deferred`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,13 +50,13 @@ if TYPE_CHECKING:
     from dumo.run.sampler import Sampler
 
 # Weights that an objective asks for: the net of another may lack them.
-OPTIONAL_PREFIXES = ("heads.", "gauges.", "scalars.", "own.", "gap.")
+_OPTIONAL_PREFIXES = ("heads.", "gauges.", "scalars.", "own.", "gap.")
 # Weights of heads: a subject's run must have those of its few-step run.
-HEAD_PREFIXES = ("heads.", "gap.")
+_HEAD_PREFIXES = ("heads.", "gap.")
 # Fields of a net that leave it the same function.
-SAME_FUNCTION_FIELDS = ("net.checkpoint:", "net.dropout:", "net.route:", "net.route.share:", "net.texts.drop:")
+_SAME_FUNCTION_FIELDS = ("net.checkpoint:", "net.dropout:", "net.route:", "net.route.share:", "net.texts.drop:")
 # Fields of a net in which a subject's run may differ from its few-step run.
-SUBJECT_FIELDS = ("net.lora.subject:", "net.lora.frozen:", "net.texts.identity:")
+_SUBJECT_FIELDS = ("net.lora.subject:", "net.lora.frozen:", "net.texts.identity:")
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,11 @@ def build(run: RunParts, device: torch.device | str = "cpu") -> nn.Module:
     Raises UserError, before it is made, if the device has less memory than that.
     """
     require_room(run, device)
+    return draw_on_device(run, device)
+
+
+def draw_on_device(run: RunParts, device: torch.device | str) -> nn.Module:
+    """The net as `build` makes it, for a caller that knows that the device has room for it."""
     if torch.device(device).type == "cpu" and not run.has_subject:
         return draw_net(run)
     net, deferred_weights = build_deferred(run)
@@ -305,7 +311,7 @@ def few_step_run(run: RunParts) -> RunFolder:
     start = run.start
     assert start, "a run without one has no subject"
     source = open_run(start.source, device="cpu", fill=False)
-    _require_net(source.run, start, run.net, run.path, (*SAME_FUNCTION_FIELDS, *SUBJECT_FIELDS))
+    _require_net(source.run, start, run.net, run.path, (*_SAME_FUNCTION_FIELDS, *_SUBJECT_FIELDS))
     if start.sha256 not in (None, source.sha256):
         raise UserError(
             f"start.source: {start.source} has other weights ({source.weights}) than when this run began: put back "
@@ -321,8 +327,8 @@ def _load_few_step_run(run: RunParts, net: nn.Module, deferred_weights: Deferred
     """
     source = few_step_run(run)
     source_weights = frozen.trained_state_dict(source.net)
-    heads = {name for name in net.state_dict() if name.startswith(HEAD_PREFIXES)}
-    source_heads = {name for name in source_weights if name.startswith(HEAD_PREFIXES)}
+    heads = {name for name in net.state_dict() if name.startswith(_HEAD_PREFIXES)}
+    source_heads = {name for name in source_weights if name.startswith(_HEAD_PREFIXES)}
     differing_heads = sorted(heads ^ source_heads)
     if differing_heads:
         raise UserError(
@@ -346,7 +352,8 @@ def begin_or_resume(
 ) -> tuple[State, Checkpoint | None]:
     """The state that a run resumes from, and its checkpoint: that of `step`, or the last one that is whole and finite.
 
-    Where there is none, the state is of another run (`start`), or as drawn. Every rank must call it. Raises UserError.
+    Where there is none, the state is of another run (`start`), or as drawn. Every rank must call it. The caller has
+    asked whether the device has room (`dumo.run.net.require_room_to_train`). Raises UserError.
     """
     last = checkpoints.latest(together=True) if step is None else checkpoints.of_step(step)
     deferred_weights: Deferred | None = None
@@ -355,7 +362,7 @@ def begin_or_resume(
     elif dist.world() > 1:
         net, deferred_weights = build_deferred(run)
     else:
-        net = build(run, device)
+        net = draw_on_device(run, device)
     if is_dualized(net) and not (run.start or last):
         net.refit(deferred_weights)
     state = begin_training(net, run.train, device, deferred_weights, restored=last is not None)
@@ -388,10 +395,10 @@ def init_from(run: Run, start: "Start") -> tuple[nn.Module, Deferred]:
         source_weight = source_weights.get(_source_name(name, start.heads))
         if source_weight is not None and source_weight.shape == weight.shape:
             loaders[name] = partial(source_deferred.materialize, source_weight)
-        elif not name.startswith(OPTIONAL_PREFIXES):
+        elif not name.startswith(_OPTIONAL_PREFIXES):
             mismatches.append(f"{start.source} has no {name} of shape {tuple(weight.shape)}")
     for name in source_weights:
-        if name not in weights and not name.startswith(OPTIONAL_PREFIXES):
+        if name not in weights and not name.startswith(_OPTIONAL_PREFIXES):
             mismatches.append(f"this one has no {name}")
     if mismatches:
         raise UserError(
@@ -430,7 +437,7 @@ def _open_source_weights(start: "Start", net: Net, path: FlowPath) -> tuple[dict
     Raises UserError where they make another function of this net, or on this path.
     """
     source = open_run(start.source, device="cpu", fill=False)
-    _require_net(source.run, start, net, path, SAME_FUNCTION_FIELDS)
+    _require_net(source.run, start, net, path, _SAME_FUNCTION_FIELDS)
     return source.net.state_dict(), source.deferred_weights
 
 

@@ -20,12 +20,12 @@ from dumo.runtime.stopwatch import Stopwatch
 from dumo.types import UserError
 
 # dense bf16 TFLOP/s by a part of the GPU's name (NVIDIA's data sheets, SXM)
-TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}
+_TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}
 # rows of the square matrix whose product is timed, enough for the device's own speed to show: ours
-SIDE_ON_CPU = 1024
-SIDE_ON_GPU = 8192
-NUM_TIMED_PRODUCTS = 4  # the fastest counts: ours
-MIN_SECONDS = 1e-9  # of a product, in case that a clock is too coarse to see it
+_SIDE_ON_CPU = 1024
+_SIDE_ON_GPU = 8192
+_NUM_TIMED_PRODUCTS = 4  # the fastest counts: ours
+_MIN_SECONDS = 1e-9  # of a product, in case that a clock is too coarse to see it
 
 
 def choose_device(name: str) -> torch.device:
@@ -74,7 +74,7 @@ def known_peak_tflops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for part, peak in TFLOPS_BY_GPU.items():
+    for part, peak in _TFLOPS_BY_GPU.items():
         if part in name:
             return peak
     return None
@@ -87,12 +87,12 @@ def operations_per_second(device: torch.device) -> float:
     It is measured once in a process.
     """
     on_gpu = device.type == "cuda"
-    side = SIDE_ON_GPU if on_gpu else SIDE_ON_CPU
+    side = _SIDE_ON_GPU if on_gpu else _SIDE_ON_CPU
     dtype = torch.bfloat16 if on_gpu else torch.float32
     x = torch.ones(side, side, device=device, dtype=dtype)
-    seconds = Stopwatch(device).time_rounds([partial(torch.mm, x, x)], NUM_TIMED_PRODUCTS, warm_up=0)
+    seconds = Stopwatch(device).time_rounds([partial(torch.mm, x, x)], _NUM_TIMED_PRODUCTS, warm_up=0)
     num_operations = 2 * side**3
-    return num_operations / max(seconds.min().item(), MIN_SECONDS)
+    return num_operations / max(seconds.min().item(), _MIN_SECONDS)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from dumo.runtime.heartbeat import Peers
 
 MIN_TORCH = "2.13"  # whose sharded weights and checkpoints were tried
-START_TIMEOUT = 1800.0  # seconds that ranks wait for each other until a first step is done, which may compile: ours
-DEFAULT_TIMEOUT = 600.0  # seconds, afterwards: ours
+_START_TIMEOUT = 1800.0  # seconds that ranks wait for each other until a first step is done, which may compile: ours
+_DEFAULT_TIMEOUT = 600.0  # seconds, afterwards: ours
 POLL_INTERVAL = 0.01  # seconds between looks for the other ranks while they meet: ours
-MAX_RANKS = 1_000_000  # more is a typing error
-TIMEOUT_MARGIN = 1.5  # of a collective over DUMO_TIMEOUT, so that the heartbeat, which knows who is gone, ends first
-UNSET_HINT = "Start by torchrun, which sets it, or unset it"
-COMMUNICATION_ERROR = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in torch's errors where it cannot reach other ranks
+_MAX_RANKS = 1_000_000  # more is a typing error
+_TIMEOUT_MARGIN = 1.5  # of a collective over DUMO_TIMEOUT, so that the heartbeat, which knows who is gone, ends first
+_UNSET_HINT = "Start by torchrun, which sets it, or unset it"
+_COMMUNICATION_ERROR = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in torch's errors where it cannot reach other ranks
 
 has_joined = False  # whether this process ever met others; read by `dumo.cli.terminal`
 _current_peers: "Peers | None" = None  # the ranks of the current `join`
@@ -153,9 +153,9 @@ def torchrun_rank_and_world() -> tuple[int, int]:
 
     Raises UserError where they are not whole numbers, or out of range.
     """
-    world = _environment_integer("WORLD_SIZE", 1, low=1, high=MAX_RANKS)
-    rank = _environment_integer("RANK", 0, high=world - 1)
-    return rank, world
+    world_size = _environment_integer("WORLD_SIZE", 1, low=1, high=_MAX_RANKS)
+    own_rank = _environment_integer("RANK", 0, high=world_size - 1)
+    return own_rank, world_size
 
 
 def _environment_integer(name: str, default: int, *, low: int = 0, high: int | None = None) -> int:
@@ -164,13 +164,13 @@ def _environment_integer(name: str, default: int, *, low: int = 0, high: int | N
     is_integer = re.fullmatch(r"-?[0-9]{1,18}", text) is not None
     if not is_integer or int(text) < low or (high is not None and int(text) > high):
         limits = f"from {low:,}" if high is None else f"from {low:,} to {high:,}"
-        raise UserError(f"{name}={text} is no whole number {limits}. {UNSET_HINT}")
+        raise UserError(f"{name}={text} is no whole number {limits}. {_UNSET_HINT}")
     return int(text)
 
 
 def _timeout_seconds() -> float:
     """DUMO_TIMEOUT: after this many seconds without a sign of life a rank is taken to be gone. Raises UserError."""
-    text = os.environ.get("DUMO_TIMEOUT", str(DEFAULT_TIMEOUT))
+    text = os.environ.get("DUMO_TIMEOUT", str(_DEFAULT_TIMEOUT))
     try:
         seconds = float(text)
     except ValueError:
@@ -182,11 +182,11 @@ def _timeout_seconds() -> float:
 
 def require_one_process(work: str) -> None:
     """Raise UserError if torchrun started several processes, for `work` that processes do not share."""
-    _, world = torchrun_rank_and_world()
-    if world > 1:
+    _, world_size = torchrun_rank_and_world()
+    if world_size > 1:
         raise UserError(
-            f"{work} takes one process, and {world} were started (WORLD_SIZE={world}): start it without torchrun; "
-            "train, sample, evaluate and encode share their work"
+            f"{work} takes one process, and {world_size} were started (WORLD_SIZE={world_size}): start it without "
+            "torchrun; train, sample, evaluate and encode share their work"
         )
 
 
@@ -208,25 +208,25 @@ def join() -> Generator[None, None, None]:
     another rank is gone. A rank that gives no sign for DUMO_TIMEOUT seconds ends this process, with a line.
     """
     global has_joined, _current_peers
-    _, world = torchrun_rank_and_world()
-    if world == 1 or is_initialized():
+    _, world_size = torchrun_rank_and_world()
+    if world_size == 1 or is_initialized():
         yield
         return
     from dumo.runtime.heartbeat import Peers
 
-    require_distributed_torch(f"work on {world} ranks")
+    require_distributed_torch(f"work on {world_size} ranks")
     backend = _choose_gpu_and_backend()
     timeout = _timeout_seconds()
     with signals.default_handlers():  # there is nothing to save yet
-        store, rank = _rendezvous()
+        store, own_rank = _rendezvous()
         has_joined = True
-        peers = Peers(store, rank, world, timeout)
+        peers = Peers(store, own_rank, world_size, timeout)
         torch.distributed.init_process_group(
             backend,
             store=PrefixStore("group", store),
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=max(START_TIMEOUT, timeout)),
+            rank=own_rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=max(_START_TIMEOUT, timeout)),
         )
     _current_peers = peers
     try:
@@ -243,10 +243,10 @@ def _choose_gpu_and_backend() -> str:
     """Make a GPU current, if there is one, and return the backend. Raises UserError for invalid variables."""
     num_gpus = torch.cuda.device_count()
     local_rank = _environment_integer("LOCAL_RANK", 0)
-    local_world = _environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
+    local_world_size = _environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
     if num_gpus:
         torch.cuda.set_device(local_rank % num_gpus)
-    has_own_gpu = num_gpus >= local_world
+    has_own_gpu = num_gpus >= local_world_size
     return "cpu:gloo,cuda:nccl" if has_own_gpu else "gloo"
 
 
@@ -255,20 +255,24 @@ def _rendezvous() -> tuple[Store, int]:
 
     Raises UserError where torchrun's variables are incomplete, `Lost` where the ranks do not meet.
     """
-    _, world = torchrun_rank_and_world()
-    _environment_integer("MASTER_PORT", 1, low=1, high=65535)
+    _, world_size = torchrun_rank_and_world()
+    _environment_integer("MASTER_PORT", 1, low=1, high=65535)  # refuses a text that is no port
     try:
-        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=START_TIMEOUT)))
-        return PrefixStore(_unique_run_id(store, rank, world), store), rank
+        store, own_rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=_START_TIMEOUT)))
+        return PrefixStore(_unique_run_id(store, own_rank, world_size), store), own_rank
     except ValueError as error:
-        raise UserError(f"WORLD_SIZE={world} says {world} ranks: {error}. Start by torchrun, or unset it") from error
+        raise UserError(
+            f"WORLD_SIZE={world_size} says {world_size} ranks: {error}. Start by torchrun, or unset it"
+        ) from error
     except torch.distributed.DistError as error:
         from dumo.runtime.heartbeat import Lost
 
         address = os.environ.get("MASTER_ADDR", "")
         port = os.environ.get("MASTER_PORT", "")
         message = " ".join(str(error).split())
-        raise Lost(f"{world} ranks did not meet at {address}:{port}: see that all were started. ({message})") from error
+        raise Lost(
+            f"{world_size} ranks did not meet at {address}:{port}: see that all were started. ({message})"
+        ) from error
 
 
 @contextmanager
@@ -277,7 +281,7 @@ def report_failure(peers: "Peers") -> Generator[None, None, None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, RuntimeError) and COMMUNICATION_ERROR.search(f"{type(error).__name__} {error}"):
+        if isinstance(error, RuntimeError) and _COMMUNICATION_ERROR.search(f"{type(error).__name__} {error}"):
             signals.check()  # a stop was asked of all ranks, and the others are gone already
             raise peers.diagnose(error) from error
         peers.report(error)
@@ -287,16 +291,16 @@ def report_failure(peers: "Peers") -> Generator[None, None, None]:
 def shorten_timeouts() -> None:
     """From now on let collectives wait for about DUMO_TIMEOUT; further calls do nothing.
 
-    It is called after the first step, which may compile and for which they wait `START_TIMEOUT`.
+    It is called after the first step, which may compile and for which they wait `_START_TIMEOUT`.
     """
     if _current_peers and not _current_peers.is_first_step_done:
         _current_peers.is_first_step_done = True
-        timeout = timedelta(seconds=TIMEOUT_MARGIN * _current_peers.limit)
-        for group in c10d._world.pg_map:  # there is no public API for this as of torch 2.13
-            c10d._set_pg_timeout(timeout, group)
+        timeout = timedelta(seconds=_TIMEOUT_MARGIN * _current_peers.limit)
+        for process_group in c10d._world.pg_map:  # there is no public API for this as of torch 2.13
+            c10d._set_pg_timeout(timeout, process_group)
 
 
-def _unique_run_id(store: Store, rank: int, world: int) -> str:
+def _unique_run_id(store: Store, own_rank: int, world_size: int) -> str:
     """Agree on an id for this start of all ranks, under which their store holds nothing yet. Every rank must call it.
 
     torchrun keeps one store over its restarts, in which a rank may find the address of one that is dead (pytorch
@@ -304,14 +308,14 @@ def _unique_run_id(store: Store, rank: int, world: int) -> str:
     confirms it. Rank 0 answers until all have confirmed.
     """
     token = token_hex(8)
-    if rank > 0:
-        store.set(f"asks/{rank}", token)
+    if own_rank > 0:
+        store.set(f"asks/{own_rank}", token)
         run_id = store.get(f"answer/{token}").decode()
-        store.set(f"heard/{run_id}/{rank}", "")
+        store.set(f"heard/{run_id}/{own_rank}", "")
         return run_id
     run_id = token
-    deadline = time.monotonic() + START_TIMEOUT
-    for other in range(1, world):
+    deadline = time.monotonic() + _START_TIMEOUT
+    for other in range(1, world_size):
         while not store.check([f"heard/{run_id}/{other}"]):
             other_token = store.get(f"asks/{other}").decode()  # may be a dead process's, so look again
             store.set(f"answer/{other_token}", run_id)

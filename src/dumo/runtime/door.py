@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dumo.runtime import shell_path
 
-PYTHON_NAMES = {"from": "step"}  # the one argument of Python that is not called as the option is
+_PYTHON_NAMES = {"from": "step"}  # the one argument of Python that is not called as the option is
 at_command_line = False  # whether `command_line` is entered
 
 
@@ -38,7 +38,7 @@ def option(name: str, value: str | float | None = None) -> str:
     if at_command_line:
         has_value = value is not None and not isinstance(value, bool)
         return f"--{name} {value}" if has_value else f"--{name}"
-    argument = PYTHON_NAMES.get(name, name).replace("-", "_")
+    argument = _PYTHON_NAMES.get(name, name).replace("-", "_")
     if value is None:
         return f"{argument}="
     return f'{argument}="{value}"' if isinstance(value, str) else f"{argument}={value}"

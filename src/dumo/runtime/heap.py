@@ -8,11 +8,11 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 
-TRIM_THRESHOLD = -1  # malloc.h: M_TRIM_THRESHOLD
-MMAP_THRESHOLD = -3  # malloc.h: M_MMAP_THRESHOLD
+_TRIM_THRESHOLD = -1  # malloc.h: M_TRIM_THRESHOLD
+_MMAP_THRESHOLD = -3  # malloc.h: M_MMAP_THRESHOLD
 KiB = 2**10
 MiB = 2**20
-LARGEST_KEPT = 32 * MiB  # the largest block that glibc keeps, once it has freed one
+_LARGEST_KEPT = 32 * MiB  # the largest block that glibc keeps, once it has freed one
 
 
 @contextmanager
@@ -29,10 +29,10 @@ def low_memory_heap() -> Generator[None, None, None]:
         yield
         return
     libc.malloc_trim(0)  # glibc has it where it has mallopt
-    mallopt(MMAP_THRESHOLD, 128 * KiB)
+    mallopt(_MMAP_THRESHOLD, 128 * KiB)
     try:
         yield
     finally:
-        mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
-        mallopt(TRIM_THRESHOLD, 2 * LARGEST_KEPT)
+        mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+        mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_KEPT)
         libc.malloc_trim(0)

@@ -28,13 +28,13 @@ from torch.distributed.distributed_c10d import Store
 from dumo.runtime import signals
 
 # All ours
-MAX_INTERVAL = 1.0  # seconds from one sign of life to the next
-MIN_LOOKS = 10  # looks without a new sign, before a rank is taken to be gone
+_MAX_INTERVAL = 1.0  # seconds from one sign of life to the next
+_MIN_LOOKS = 10  # looks without a new sign, before a rank is taken to be gone
 POLL_INTERVAL = 0.05  # seconds between two looks in `wait_for_all`
-DIAGNOSIS_LOOKS = 6  # looks, an interval apart, for the rank that broke a collective
-DIAGNOSIS_MISSED_SIGNS = 3  # signs that a rank has missed to be blamed for a broken collective
-EXIT_DELAY_INTERVALS = 5  # that ranks from 2 on wait before they exit, so that rank 0 or 1 says why
-MAX_REASON_CHARACTERS = 200
+_DIAGNOSIS_LOOKS = 6  # looks, an interval apart, for the rank that broke a collective
+_DIAGNOSIS_MISSED_SIGNS = 3  # signs that a rank has missed to be blamed for a broken collective
+_EXIT_DELAY_INTERVALS = 5  # that ranks from 2 on wait before they exit, so that rank 0 or 1 says why
+_MAX_REASON_CHARACTERS = 200
 
 RESTART = "start the same command again, it goes on from what is kept"  # the fix that messages end with
 
@@ -53,7 +53,7 @@ class Peers:
         self.world = world
         self.limit = limit
         self.is_first_step_done = False  # set by `dist.shorten_timeouts`
-        self.interval = min(MAX_INTERVAL, limit / MIN_LOOKS)  # seconds from sign to sign
+        self.interval = min(_MAX_INTERVAL, limit / _MIN_LOOKS)  # seconds from sign to sign
         # counted, not timed: a process that was stopped itself blames nobody
         self.max_missed_signs = round(limit / self.interval)
         self.watched_ranks = list(range(1, world)) if rank == 0 else [0]
@@ -114,11 +114,11 @@ class Peers:
         self._exit_lock.acquire()  # never released, so that `watch` adds no second line
         reason = f" ({first_sentence(error)})" if error else ""
         try:
-            for _ in range(DIAGNOSIS_LOOKS):
+            for _ in range(_DIAGNOSIS_LOOKS):
                 for rank in self.watched_ranks:
                     if self.store.check([f"failed/{rank}"]):
                         return Lost(f"rank {rank}: {self.store.get(f'failed/{rank}').decode()}")
-                missing_rank = self.find_missing(DIAGNOSIS_MISSED_SIGNS)
+                missing_rank = self.find_missing(_DIAGNOSIS_MISSED_SIGNS)
                 if missing_rank is not None:
                     return Lost(f"rank {missing_rank} is gone: {RESTART}{reason}")
                 time.sleep(self.interval)
@@ -172,7 +172,7 @@ class Peers:
             print(line, file=sys.__stderr__, flush=True)
         else:
             # torchrun ends all ranks once one has exited: let that be the one with the line
-            time.sleep(EXIT_DELAY_INTERVALS * self.interval)
+            time.sleep(_EXIT_DELAY_INTERVALS * self.interval)
         os._exit(1)
 
 
@@ -180,4 +180,4 @@ def first_sentence(error: BaseException) -> str:
     """The first sentence of torch's message, without the place in its code."""
     message = " ".join(str(error).split())
     message = re.sub(r"\[/\S+\] ?", "", message)
-    return message.split(". ")[0][:MAX_REASON_CHARACTERS]
+    return message.split(". ")[0][:_MAX_REASON_CHARACTERS]

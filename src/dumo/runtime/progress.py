@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Tick = Callable[[int, str], None]  # (units done so far, a note)
-LOG_SECONDS = 60.0  # between two lines of a bar in a log file: chosen by us
-DELAY_SECONDS = 3.0  # after which `delayed_bar` begins to show: chosen by us
+_LOG_SECONDS = 60.0  # between two lines of a bar in a log file: chosen by us
+_DELAY_SECONDS = 3.0  # after which `delayed_bar` begins to show: chosen by us
 
 _outer_console: "Console | None" = None  # that of the live bar that is shown; None: none is
 
@@ -119,7 +119,7 @@ def log_bar(
     total: int,
     /,
     *,
-    every: float = LOG_SECONDS,
+    every: float = _LOG_SECONDS,
     clock: Callable[[], float] = time.monotonic,
     are_seconds: bool = False,
 ) -> Generator[Tick, None, None]:
@@ -174,7 +174,7 @@ def delayed_bar(
     total: int,
     /,
     *,
-    after: float = DELAY_SECONDS,
+    after: float = _DELAY_SECONDS,
     clock: Callable[[], float] = time.monotonic,
     inner: Bar = bar,
 ) -> Generator[Tick, None, None]:

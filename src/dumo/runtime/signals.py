@@ -86,8 +86,8 @@ def listening(
 
     Does nothing outside of the main thread and inside another `listening`. A signal that is ignored (nohup) stays so.
 
-    on_signal: called with the number of each signal as it comes, between any two instructions.
-    child: whether to stop where the process that started this one is gone; None: if that is torchrun.
+    `on_signal` is called with the number of each signal as it comes, between any two instructions. `child`: whether to
+    stop where the process that started this one is gone; None: if that is torchrun.
     """
     global received_signal, is_listening, _parent_pid
     if is_listening or threading.current_thread() is not threading.main_thread():

@@ -61,15 +61,20 @@ _torch_threads: int | None = None  # the number that torch took by itself, noted
 
 def may_choose(device: torch.device) -> bool:
     """Whether dumo may choose the number of threads of work on a device: nobody else has, and there is a choice."""
-    global _torch_threads
     threads = torch.get_num_threads()
     if device.type != "cpu" or dist.world() > 1 or threads == 1:
         return False
     if any(os.environ.get(name) for name in VARIABLES):
         return False
+    return threads == _threads_by_default()
+
+
+def _threads_by_default() -> int | None:
+    """The number of threads that torch took by itself; None where it had been set in Python when dumo first asked."""
+    global _torch_threads
     if _torch_threads is None and not was_set_in_python():
-        _torch_threads = threads
-    return threads == _torch_threads
+        _torch_threads = torch.get_num_threads()
+    return _torch_threads
 
 
 def was_set_in_python() -> bool:
@@ -191,12 +196,12 @@ class StepThreads:
             return
         speedup = median(self.seconds[1]) / median(self.seconds[self.all_threads])
         pairs = len(self.seconds[1])
-        all_surely = speedup >= _SURE_SPEEDUP  # after one pair: a step with one thread may take minutes
-        one_surely = speedup <= 1 / _SURE_SPEEDUP and pairs >= _MIN_PAIRS
-        if pairs < MAX_PAIRS and not all_surely and not one_surely:
+        is_sure_of_all = speedup >= _SURE_SPEEDUP  # after one pair: a step with one thread may take minutes
+        is_sure_of_one = speedup <= 1 / _SURE_SPEEDUP and pairs >= _MIN_PAIRS
+        if is_sure_of_all or is_sure_of_one or pairs >= MAX_PAIRS:
+            self._decide()
+        else:
             self._use(1)
-            return
-        self._decide()
 
     def _decide(self) -> None:
         """Choose by the compared steps, and say so."""
@@ -250,6 +255,7 @@ class StepThreads:
             self._use(1)
 
     def _use(self, threads: int) -> None:
+        """Let torch take this number of threads from now on."""
         self.current = threads
         torch.set_num_threads(threads)
 
@@ -285,7 +291,9 @@ class _BusyAnswer(NamedTuple):
     threads: int
 
 
-_answer: _BusyAnswer | None = None
+# The state of the process.
+_answer: _BusyAnswer | None = None  # None: not measured yet
+# of the `fewer_when_busy` that this thread is in; None: it is in none
 _machine: ContextVar[_BusyMachine | None] = ContextVar("machine", default=None)
 
 

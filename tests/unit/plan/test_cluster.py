@@ -132,7 +132,7 @@ def test_hours_and_disk() -> None:
     assert facts["memory"]["peak"] == memory.training_bytes(outline(spec), *given, spec.train, 64).total
     assert facts["checkpoint"]["bytes"] == alone["weights"] + alone["optimizer"] + alone["averages"]
     assert facts["checkpoint"]["most"] == 4 * facts["checkpoint"]["bytes"]
-    more = cluster.step_units(outline(spec), *given, "self", given_back=True) - facts["units"]
+    more = cluster.step_units(outline(spec), *given, "self", frees_weights=True) - facts["units"]
     assert more == pytest.approx(1.0)  # a pass of its own, where there was one to ride on
     with pytest.raises(UserError, match=r"share = 2 does not divide 3"):
         cluster.cluster(small("train.share=2", "train.batch=63"), 3)

@@ -48,19 +48,19 @@ def test_kernels_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("no available kernel")
         return q
 
-    assert machine.kernels(CPU).text.startswith("math")
+    assert machine.attention_finding(CPU).text.startswith("math")
     monkeypatch.setattr(machine, "sdpa_kernel", only)
     monkeypatch.setattr(machine, "scaled_dot_product_attention", attend)
     runs = {SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION}
-    assert machine.kernels(CPU) == machine.Finding("attention", "ok", "math, cudnn")
+    assert machine.attention_finding(CPU) == machine.Finding("attention", "ok", "math, cudnn")
     runs = {SDPBackend.MATH}
-    found = machine.kernels(CPU)
+    found = machine.attention_finding(CPU)
     assert (found.state, found.text) == ("warning", "math")
     assert found.way
 
 
 def test_dtypes_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert machine.dtypes(CPU) == machine.Finding("dtypes", "ok", "fp32, bf16 autocast, fp16, fp64")
+    assert machine.dtype_finding(CPU) == machine.Finding("dtypes", "ok", "fp32, bf16 autocast, fp16, fp64")
     own = machine.linear
 
     def no_double(x: Tensor, y: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ def test_dtypes_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return own(x, y)
 
     monkeypatch.setattr(machine, "linear", no_double)
-    assert machine.dtypes(CPU).text == "fp32, bf16 autocast, fp16"
+    assert machine.dtype_finding(CPU).text == "fp32, bf16 autocast, fp16"
     monkeypatch.setattr(machine, "linear", lambda x, y: x)  # autocast changes nothing
-    found = machine.dtypes(CPU)
+    found = machine.dtype_finding(CPU)
     assert (found.state, found.text) == ("warning", "fp32, fp16, fp64")
     assert "fp32" in found.way
 
@@ -79,17 +79,17 @@ def test_dtypes_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    found = machine.compiler(CPU)
+    found = machine.compiler_finding(CPU)
     assert (found.state, found.text) == ("warning", "No working C++ compiler found: g++")
     assert "install" not in found.way
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "install" in machine.compiler(CPU).way
+    assert "install" in machine.compiler_finding(CPU).way
 
 
 def test_extras_are_named_with_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["torch>=2", "pytest[x]>=8; extra == 'dev'", 'No.such-thing>=1 ; extra == "log"', "numpy; extra == 'log'"]
     monkeypatch.setattr(metadata, "requires", lambda name: wanted)
-    dev, log = machine.extras()
+    dev, log = machine.extra_findings()
     assert dev == machine.Finding("extra dev", "ok", "installed")
     assert (log.name, log.text) == ("extra log", f"lacks No.such-thing: {runtime.install_command('log')}")
 
@@ -97,11 +97,11 @@ def test_extras_are_named_with_what_they_lack(monkeypatch: pytest.MonkeyPatch) -
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", absent)
-    assert machine.extras() == []
+    assert machine.extra_findings() == []
 
 
 def test_a_full_disk_and_a_blind_torch_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "compiler", lambda _: machine.Finding("torch.compile", "ok", "works"))
+    monkeypatch.setattr(machine, "compiler_finding", lambda _: machine.Finding("torch.compile", "ok", "works"))
     monkeypatch.setattr(torch.version, "cuda", None)
     found = {line.name: line for line in machine.examine_machine(CPU)}
     assert {"versions", "device", "threads", "attention", "dtypes", "triton", "torch.compile", "disk"} <= found.keys()

@@ -24,9 +24,9 @@ from dumo.objectives import DuMo, DuMoAny, FlowMatching, Match, MeanFlow
 from dumo.run import cost as few
 from dumo.run import memory
 from dumo.run.cost import (
-    by_depth,
+    count_by_depth,
+    count_flops,
     exact_rows,
-    flops,
     forward_flops,
     forward_units,
     step_cost,
@@ -263,7 +263,7 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     assert real.peak == pytest.approx(counted.peak, rel=3e-3)  # a fake tensor of x's size lives longer
     once, units = rows * forward_flops(one, objective, shape), 0.0  # of bytes a single block would be too small a part
     for at, (_, share) in zip(every, objective.needs.phases, strict=True):
-        units += share * flops(lambda at=at: step(one, at)) / once
+        units += share * count_flops(lambda at=at: step(one, at)) / once
     assert units == pytest.approx(forward_units(one, objective, Linear(), shape, rows=rows), rel=1e-12)
 
 
@@ -291,13 +291,13 @@ def test_blocks_that_differ_are_all_run_and_so_are_those_that_something_outweigh
 
     net = ghost(DuMo(), depth=few.MAX_BLOCKS_RUN + 1)  # one block more than are all run
     net.blocks.extend([net.blocks[0]] * 20)  # pyright: ignore
-    assert by_depth(net, size) == 100
-    assert by_depth(net, size, check=True) == 7 * (few.MAX_BLOCKS_RUN + 21)
-    assert by_depth(net, lambda net: 7 * len(net.blocks), check=True) == 7 * (few.MAX_BLOCKS_RUN + 21)  # pyright: ignore
+    assert count_by_depth(net, size) == 100
+    assert count_by_depth(net, size, check=True) == 7 * (few.MAX_BLOCKS_RUN + 21)
+    assert count_by_depth(net, lambda net: 7 * len(net.blocks), check=True) == 7 * (few.MAX_BLOCKS_RUN + 21)  # pyright: ignore
     with torch.device("meta"):
         other = UNet(width=8, multipliers=(1, 2), depth=2).build(DuMo().needs, (1, 8, 8), 0)
     seen: list[nn.Module] = []
-    assert by_depth(other, lambda net: len(seen) or not seen.append(net)) == 1
+    assert count_by_depth(other, lambda net: len(seen) or not seen.append(net)) == 1
     assert seen == [other]
 
 
@@ -311,16 +311,18 @@ def test_two_stretches_are_told_by_their_first_blocks_unless_one_weighs_more_by_
         seen.append((len(net.blocks) - routed, routed))  # pyright: ignore
         return of(*seen[-1])
 
-    assert by_depth(net, lambda net: count(net, lambda a, b: 7 * a + 3 * b), check=True) == 10 * few.MAX_BLOCKS_RUN
+    assert (
+        count_by_depth(net, lambda net: count(net, lambda a, b: 7 * a + 3 * b), check=True) == 10 * few.MAX_BLOCKS_RUN
+    )
     assert seen == [(2, 2), (3, 2), (2, 3), (4, 4)]
-    assert by_depth(net, lambda net: count(net, lambda a, b: a * b), check=True) == few.MAX_BLOCKS_RUN**2
+    assert count_by_depth(net, lambda net: count(net, lambda a, b: a * b), check=True) == few.MAX_BLOCKS_RUN**2
 
 
 def test_products_in_place_and_fused_ones_are_counted() -> None:
     a, b, c = torch.ones(2, 3, 4), torch.ones(2, 4, 5), torch.ones(2, 3, 5)
-    assert flops(lambda: c.baddbmm_(a, b)) == 2 * 2 * 3 * 4 * 5
-    assert flops(lambda: c[0].addmm_(a[0], b[0])) == 2 * 3 * 4 * 5
+    assert count_flops(lambda: c.baddbmm_(a, b)) == 2 * 2 * 3 * 4 * 5
+    assert count_flops(lambda: c[0].addmm_(a[0], b[0])) == 2 * 3 * 4 * 5
     q, k, v = (torch.ones(2, 3, n, d, requires_grad=True) for n, d in ((5, 4), (7, 4), (7, 4)))
     once = 2 * 2 * 3 * 5 * 7 * (4 + 4)
-    assert flops(lambda: nn.functional.scaled_dot_product_attention(q, k, v)) == once
-    assert flops(lambda: nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()) == 3 * once
+    assert count_flops(lambda: nn.functional.scaled_dot_product_attention(q, k, v)) == once
+    assert count_flops(lambda: nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()) == 3 * once

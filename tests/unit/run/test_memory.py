@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dumo.run import cost, memory
+from dumo.run import cost, memory, netbytes
 from dumo.run.memory import HeldBytes, StepBytes, TrainingBytes, follow_bytes
 from dumo.run.storages import LiveStorages, WatchedBlock
 
@@ -58,16 +58,16 @@ def test_the_least_is_of_all_that_is_kept_and_copies_of_what_is_trained() -> Non
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False))
     net[0].bias.requires_grad_(False)
     kept = 4 * (3 * 4 + 4 + 4 + 4) + 8  # the mean, the variance, and how many batches there were
-    assert memory.weight_bytes(net) == memory.least_bytes(net) == kept
-    assert memory.least_bytes(net, 2.5) == kept + 2.5 * 4 * 3 * 4
-    assert memory.row_bytes(5, (3, 2)) == 4 * 5 * 6
+    assert netbytes.weight_bytes(net) == netbytes.least_bytes(net) == kept
+    assert netbytes.least_bytes(net, 2.5) == kept + 2.5 * 4 * 3 * 4
+    assert netbytes.row_bytes(5, (3, 2)) == 4 * 5 * 6
 
 
 def test_a_checkpoint_lacks_a_frozen_weight_once_though_two_modules_share_it() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     net[1].weight = net[0].weight
     net[0].weight.requires_grad_(False)
-    held = HeldBytes(weights=memory.weight_bytes(net), gradients=0, optimizer=0, averages=0)
+    held = HeldBytes(weights=netbytes.weight_bytes(net), gradients=0, optimizer=0, averages=0)
     assert memory.checkpoint_bytes(net, held, 5) == (4 * (9 + 3 * 3), ceil(4 * (9 + 3 * 3) / 5))
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dumo.config.load import load
 from dumo.config.spec import Run
@@ -45,6 +47,22 @@ def moons(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = tmp_path_factory.mktemp("run") / "moons"
     train(tiny(), folder)
     return open_run(str(folder))
+
+
+def test_opening_a_run_outlines_its_net_at_most_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once to compare it with the rest of the run, and once to count it: outlines of large nets take minutes."""
+    run = tiny()
+    build = type(run.net).build
+    devices: list[str] = []
+
+    def noted_build(*args: Any, **named: Any) -> nn.Module:  # noqa: ANN401
+        net = build(*args, **named)
+        devices.append(next(net.parameters()).device.type)
+        return net
+
+    monkeypatch.setattr(type(run.net), "build", noted_build)
+    with job.open_job(tmp_path, run, device="cpu"):
+        assert devices.count("meta") <= 2
 
 
 def test_the_folder_is_opened_with_the_arguments_of_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
