@@ -143,7 +143,7 @@ def test_many_images_in_little_time_are_not_encoded(photos: Path, monkeypatch: p
 
     # where they are encoded already, that takes no time
     folder = Path(lines(minutes=4)[1].data.root)
-    monkeypatch.setattr(cache, "is_whole", lambda cache_folder: cache_folder == folder)
+    monkeypatch.setattr(cache, "is_finished", lambda cache_folder: cache_folder == folder)
     folder.mkdir(parents=True)
     found = proposal.propose("photos", minutes=2, device="cpu")
     assert (found.run.data.kind, found.draft.prepare_seconds) == ("latents", 0)

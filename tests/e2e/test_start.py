@@ -11,7 +11,7 @@ import yaml
 
 from dumo.config import recipes
 from dumo.config.load import load, summary
-from dumo.config.source import FORMAT, KEY, read
+from dumo.config.source import FORMAT, FORMAT_KEY, read
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
@@ -129,9 +129,9 @@ def test_what_was_typed_stays_in_its_comment(here: Path) -> None:
     (here / "a\tb\x07.yaml").write_text("base: digits")
     done = call("show", "a\tb\x07.yaml", "--yaml", *sets("about='one\n\n  about: two'"))
     run = load("digits")
-    assert yaml.safe_load(done.out) == {KEY: FORMAT, **summary(run), "about": "one\nabout: two"}
+    assert yaml.safe_load(done.out) == {FORMAT_KEY: FORMAT, **summary(run), "about": "one\nabout: two"}
     whole = call("show", "digits", "--yaml", "--all")
-    assert yaml.safe_load(whole.out) == {KEY: FORMAT, **run.model_dump(mode="json", exclude={"resolved"})}
+    assert yaml.safe_load(whole.out) == {FORMAT_KEY: FORMAT, **run.model_dump(mode="json", exclude={"resolved"})}
     refused("show", "digits", "--yaml", "--json", named=("--yaml and --json",), lines=None)
 
 

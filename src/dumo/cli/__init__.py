@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, NoReturn
 import typer
 
 from dumo import runtime
-from dumo.cli.command import PLANS, Entry, LazyGroup
+from dumo.cli.command import PREFLIGHT, Entry, LazyGroup
 from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, reopen_streams
 from dumo.runtime import door
 
@@ -36,13 +36,13 @@ class Program(LazyGroup):
     entries: ClassVar[Mapping[str, Entry]] = {
         "sample": Entry("dumo.cli.run", MAKE, "dumo sample digits-trained --nfe 1"),
         "demo": Entry("dumo.cli.demo", MAKE, "dumo demo cifar10-trained"),
-        "recipes": Entry(PLANS, TRAIN, "dumo recipes"),
+        "recipes": Entry(PREFLIGHT, TRAIN, "dumo recipes"),
         "train": Entry("dumo.cli.run", TRAIN, "dumo train digits --set train.steps=500"),
         "encode": Entry("dumo.cli.run", TRAIN, "dumo encode cifar10-latents"),
-        "data": Entry(PLANS, TRAIN, "dumo data cifar10"),
-        "show": Entry(PLANS, BEFORE, "dumo show digits"),
-        "dry": Entry(PLANS, BEFORE, "dumo dry imagenet256-xl2 --ranks 8 --fit 80GiB"),
-        "doctor": Entry(PLANS, BEFORE, "dumo doctor digits"),
+        "data": Entry(PREFLIGHT, TRAIN, "dumo data cifar10"),
+        "show": Entry(PREFLIGHT, BEFORE, "dumo show digits"),
+        "dry": Entry(PREFLIGHT, BEFORE, "dumo dry imagenet256-xl2 --ranks 8 --fit 80GiB"),
+        "doctor": Entry(PREFLIGHT, BEFORE, "dumo doctor digits"),
         "evaluate": Entry("dumo.cli.evaluate", JUDGE, "dumo evaluate runs/digits"),
         "compare": Entry("dumo.cli.evaluate", JUDGE, "dumo compare runs/digits runs/digits-meanflow"),
         "report": Entry("dumo.cli.run", LOOK, "dumo report runs/digits"),

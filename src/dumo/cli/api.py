@@ -24,8 +24,8 @@ from typing_extensions import Unpack
 from dumo.cli.callback import Callback, stoppable_hooks
 from dumo.cli.compose import MINUTES_FIX, Composed, compose, plain_data, plain_net
 from dumo.cli.keyword import with_known_arguments
-from dumo.config import recipes as packaged
-from dumo.config.change import override, shown
+from dumo.config import recipes as shipped_recipes
+from dumo.config.change import override, yaml_text
 from dumo.config.load import load as load_run
 from dumo.config.load import parse
 from dumo.config.spec import Run
@@ -55,7 +55,7 @@ from dumo.types import UserError as UserError
 Changes = Mapping[str, Any]  # dotted fields of a run and their values, e.g. {"train.steps": 100}
 Labels = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # of classes: numbers or names
 Output = Literal["pt", "np", "pil"]
-OUTPUTS: tuple[Output, ...] = get_args(Output)
+_OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
 class SampleOptions(TypedDict, total=False):
@@ -188,26 +188,35 @@ class TrainedRun:
             output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points
             output="pil"    a list of PIL images
 
-        Raises UserError for anything out of range or of another type, and as `dumo.run.prompt.conditions_of_prompts`.
+        Raises UserError for anything out of range or of another type, and for prompts that the run does not read.
         """
         sampler = self.opened.sampler
         if size is not None:
             sampler = replace(sampler, size=size_of(sampler.data, size))
-        if output not in OUTPUTS:
-            raise UserError(f"output '{output}': there is {', '.join(OUTPUTS)}")
+        if output not in _OUTPUTS:
+            raise UserError(f"output '{output}': there is {', '.join(_OUTPUTS)}")
         if generator is not None:
             if seed is not None or noise is not None:
                 raise UserError("a generator draws the seed: give it, or seed and noise")
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
         if count is not None:
             count = _integer("count", count, 1)
-        c = self._conditions(labels, count, prompts, source, noise, sampler.shape)
-        guide = None if guidance is None else guide_of(sampler, self.spec.training_guidance, guidance)
+        c = self._conditions(
+            labels=labels, count=count, prompts=prompts, source=source, noise=noise, shape=sampler.shape
+        )
+        guide = None  # the run's own
+        if guidance is not None:
+            guide = guide_of(sampler, self.spec.training_guidance, guidance)
+        num_passes = self.spec.sample.nfe[0]
+        if nfe is not None:
+            num_passes = _integer("nfe", nfe, 1)
+        if seed is not None:
+            seed = _integer("seed", seed)
         with threads.fewer_when_busy(self.device, line_printer(bar)):
             x = sampler.sample(
                 c,
-                nfe=self.spec.sample.nfe[0] if nfe is None else _integer("nfe", nfe, 1),
-                seed=None if seed is None else _integer("seed", seed),
+                nfe=num_passes,
+                seed=seed,
                 solver=solver_of(self.spec.sample, solver),
                 guide=guide,
                 z=None if noise is None else noise.float().cpu(),
@@ -227,6 +236,7 @@ class TrainedRun:
 
     def _conditions(
         self,
+        *,
         labels: Labels | None,
         count: int | None,
         prompts: str | Sequence[str] | None,
@@ -234,21 +244,25 @@ class TrainedRun:
         noise: Tensor | None,
         shape: tuple[int, ...],
     ) -> Tensor:
-        """The condition of every sample, in turn. Raises as `sample`."""
+        """The condition (n,) of every sample, the arguments of `sample`; `shape` is that of a sample.
+
+        Raises UserError for an argument that is out of range, or contradicts another.
+        """
         if prompts is not None and labels is not None:
             raise UserError("prompts and labels are two ways to say what to make: give one of them")
         conditions = self.spec.conditions
-        only: list[int] | None = None
+        chosen: list[int] | None = None  # the conditions to take in turn; None: all
         if prompts is not None:
             texts = [prompts] if isinstance(prompts, str) else prompts
-            only = conditions_of_prompts(self.opened.sampler, texts, None if source is None else Path(source)).tolist()
+            source_file = None if source is None else Path(source)
+            chosen = conditions_of_prompts(self.opened.sampler, texts, source_file).tolist()
         elif labels is not None:
             label_list = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else labels
-            only = []
+            chosen = []
             for label in label_list:
                 name = label if isinstance(label, str) else str(_integer("a label", label, None))
-                only.append(conditions.index(name))
-        if only == []:
+                chosen.append(conditions.index(name))
+        if chosen == []:
             raise UserError("labels is empty: name at least one, or leave it out for all of them")
         if noise is not None:
             _require_noise(noise, shape)
@@ -256,13 +270,15 @@ class TrainedRun:
                 raise UserError(f"count = {count}, and noise has {len(noise)} rows: leave out count")
             count = len(noise)
         if count is None:
-            count = len(only) if only else DEFAULT_COUNT
-        if only and count < len(only):
+            count = len(chosen) if chosen else DEFAULT_COUNT
+        if chosen and count < len(chosen):
             noun = "prompts" if prompts is not None else "labels"
-            raise UserError(f"count = {count} samples leave out some of {len(only)} {noun}: raise count, or give fewer")
+            raise UserError(
+                f"count = {count} samples leave out some of {len(chosen)} {noun}: raise count, or give fewer"
+            )
         if prompts is not None:
-            return repeat_conditions(torch.tensor(only), count)
-        return conditions.in_turn(count, only)
+            return repeat_conditions(torch.tensor(chosen), count)
+        return conditions.in_turn(count, chosen)
 
     @property
     def makes_images(self) -> bool:
@@ -298,10 +314,11 @@ class TrainedRun:
         f(samples) of all samples of a row, images (n, channels, height, width) in [-1, 1], gives a number. They stand
         in the rows that are returned, and not in the file. Raises UserError as `sample`.
         """
-        passes = None if nfe is None else _integers("nfe", nfe)
+        if nfe is not None:
+            nfe = _integers("nfe", nfe)
         if seed is not None:
             seed = _integer("seed", seed)
-        return evaluation.evaluate(self.opened, nfe=passes, seed=seed, solver=solver, metrics=metrics, bar=bar)
+        return evaluation.evaluate(self.opened, nfe=nfe, seed=seed, solver=solver, metrics=metrics, bar=bar)
 
     @with_known_arguments
     def export(
@@ -333,8 +350,9 @@ class TrainedRun:
         write.require_vacant(place)
         if push is not None:
             hub.require_uploadable(push, parts)
-        shown_weights = self.opened.folder / self.opened.weights
-        other_weights = None if shown_weights == self.opened.file else str(self.opened.file)
+        other_weights: str | None = None  # than those that the folder opens with
+        if self.opened.file != self.opened.folder / self.opened.weights:
+            other_weights = str(self.opened.file)
         with low_memory_heap():
             opened = open_run(self.folder, weights=other_weights, device="cpu")
             passes = _integers("nfe", nfe)
@@ -461,7 +479,7 @@ def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_co
 
 def recipes() -> list[dict[str, str | None]]:
     """The recipes that dumo ships, a row for each, by purpose: `name`, `about`, `group` and `base`."""
-    return packaged.rows()
+    return shipped_recipes.rows()
 
 
 @with_known_arguments
@@ -512,19 +530,22 @@ def train(
     trackio gets the log as it grows. `trust_code`: run the code that a file or folder names, as an object or `changes`
     need not say. Raises UserError as `recipe` does, and where the folder holds another run.
     """
+    folder = None if out is None else Path(out)
     with trusting(trust_code):
-        minutes = None if minutes is None else _minutes(minutes)
+        if minutes is not None:
+            minutes = _minutes(minutes)
         if isinstance(source, Run):
             if minutes is not None:
                 raise UserError(f"minutes are {MINUTES_FIX}")
-            if out is None or not (objective is data is net is None):
+            has_other_parts = any(part is not None for part in (objective, data, net))
+            if folder is None or has_other_parts:
                 raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
-            composed = Composed(recipe(source, changes), (), Path(out))
+            composed = Composed(recipe(source, changes), (), folder)
         else:
             composed = compose(
                 source,
                 _settings(changes),
-                None if out is None else Path(out),
+                folder,
                 objective=objective,
                 data=data,
                 net=net,
@@ -532,6 +553,8 @@ def train(
                 device=str(device),
                 bar=bar,
             )
+        if step is not None:
+            step = _integer("step", step)
         opened = open_job(
             composed.folder,
             composed.run,
@@ -539,7 +562,7 @@ def train(
             changes=composed.changes,
             device=str(device),
             tell=None if bar is no_bar else print_line,
-            step=None if step is None else _integer("step", step),
+            step=step,
             accept=accept,
             sheets=Sheets,
             minutes=composed.minutes,
@@ -559,7 +582,7 @@ def _settings(changes: Changes | None) -> list[str]:
     settings: list[str] = []
     for field, value in (changes or {}).items():
         try:
-            settings.append(f"{field}={shown(value)}")
+            settings.append(f"{field}={yaml_text(value)}")
         except (PydanticSerializationError, UnicodeEncodeError) as error:
             raise UserError(f"{field}: {value!r} is no number, text, list or dict") from error
     return settings

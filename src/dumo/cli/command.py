@@ -16,8 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 from dumo.cli.option import with_trust_code
 from dumo.cli.terminal import stoppable
 
-PLANS = "dumo.cli.preflight"  # a signal ends its commands at once: they keep nothing
-SET = "--set"
+PREFLIGHT = "dumo.cli.preflight"  # a signal ends its commands at once: they keep nothing
+_SET = "--set"
 
 
 class Entry(NamedTuple):
@@ -46,7 +46,7 @@ class Command(TyperCommand):
 
     def _message(self, error: Exception, words: Sequence[str], path: str) -> str:
         """What to say instead of typer's error; "": it says enough. `path` is the command's, dumo train."""
-        has_set = any(SET in parameter.opts for parameter in self.params)
+        has_set = any(_SET in parameter.opts for parameter in self.params)
         if hasattr(error, "possibilities"):  # typer's NoSuchOption, which it does not show to others
             option = str(getattr(error, "option_name", ""))
             from dumo.cli.foreign import near_option, our_option
@@ -67,10 +67,10 @@ def _setting_hint(words: Sequence[str]) -> str:
     """The --set that was meant, where a setting was typed as a word: train.steps=100, or --set train.steps 100; ""."""
     for place, word in enumerate(words):
         before = words[place - 1] if place else ""
-        if before == SET and "=" not in word and place + 1 < len(words):
-            return f"{SET} {word}: write it as a.b=c, {SET} {word}={words[place + 1]}"
-        if "=" in word and not word.startswith("-") and before != SET:
-            return f"{word} is no argument: to set a field write {SET} {word}"
+        if before == _SET and "=" not in word and place + 1 < len(words):
+            return f"{_SET} {word}: write it as a.b=c, {_SET} {word}={words[place + 1]}"
+        if "=" in word and not word.startswith("-") and before != _SET:
+            return f"{word} is no argument: to set a field write {_SET} {word}"
     return ""
 
 
@@ -114,7 +114,7 @@ class LazyGroup(TyperGroup):
     def _import_command(self, name: str) -> Any:  # noqa: ANN401, a command of typer
         """Make the command of a function, which is imported."""
         entry = self.entries[name]
-        function = stoppable(getattr(import_module(entry.module), name), keeps_work=entry.module != PLANS)
+        function = stoppable(getattr(import_module(entry.module), name), keeps_work=entry.module != PREFLIGHT)
         text = cleandoc(function.__doc__ or "")
         single = typer.Typer(add_completion=False, rich_markup_mode="rich")
         add = single.command(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from dumo.config import recipes
-from dumo.config.change import shown
+from dumo.config.change import yaml_text
 from dumo.config.load import RUN_FILE, load, load_recipe, parse
 from dumo.config.objective import objective_of
 from dumo.config.parts import StandaloneParts
@@ -42,10 +42,10 @@ from dumo.types import Spec, UserError
 MINUTES_FIX = "for images, or to go on with a run's folder: set train.steps or train.minutes in changes"
 
 Fields = dict[str, Any]  # by dotted path, as plain values
-TOYS = ("digits", "moons")  # kinds of data after which recipes are named
+_TOYS = ("digits", "moons")  # kinds of data after which recipes are named
 # How a module of the user's is trained: ours. Its blocks are not known, which Muon would update and torch compile; the
 # rates are those of moons.
-MODULE_FIELDS: Fields = {
+_MODULE_FIELDS: Fields = {
     "train.compile": "none",
     "train.optimizer": {"kind": "adamw", "lr": 0.001, "betas": [0.9, 0.99]},
 }
@@ -88,24 +88,24 @@ def compose(
     """
     # what was named: a recipe, a file or a run (`chosen`), or a place of images
     chosen: ChosenSource | None = None
-    place: str | None = None
+    images_place: str | None = None
     if source is not None:
         chosen = choose(source, folder)
         if data is None and chosen.kind == "images":
-            place = str(chosen.word)
+            images_place = str(chosen.word)
             chosen = None
     elif _is_path(data):
-        place = str(data)
+        images_place = str(data)
 
     # the parts, and where they are trained
     plain_parts = {
         "objective": _plain_part("objective", objective),
         "net": plain_net(net),
-        "data": None if place else plain_data(data, bar),
+        "data": None if images_place else plain_data(data, bar),
     }
     parts = {name: part for name, part in plain_parts.items() if part is not None}
     if folder is None:
-        folder = _default_folder(chosen, parts, place)
+        folder = _default_folder(chosen, parts, images_place)
     is_own_run = chosen is not None and chosen.kind == "run" and chosen.folder == folder
     if is_own_run and not parts:
         return Composed(None, changes, folder, minutes)
@@ -116,41 +116,44 @@ def compose(
     if chosen:
         base_source = chosen.word
     else:
-        recipe = IMAGES_RECIPE if place else _base_recipe(parts)
+        recipe = IMAGES_RECIPE if images_place else _base_recipe(parts)
         base_source = f"{SHIPPED_PREFIX}{recipe}"
     is_proposed = recipe == IMAGES_RECIPE
     if minutes is not None and not (is_proposed or is_own_run):
         raise UserError(f"minutes are {MINUTES_FIX}")
     base_text = read(base_source)
     base_run = load(base_text)
+
+    # all fields to set in it: those of the parts, then the changes
     fields = _part_fields(parts, base_run)
     if isinstance(net, nn.Module):
-        fields |= MODULE_FIELDS
+        fields |= _MODULE_FIELDS
     if fields:
         fields["about"] = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
-    changes = [*(f"{field}={shown(value)}" for field, value in fields.items()), *changes]
+    all_changes = [*(f"{field}={yaml_text(value)}" for field, value in fields.items()), *changes]
     if chosen and not parts:
-        changes = [*chosen.settings, *changes]
+        all_changes = [*chosen.settings, *all_changes]
 
-    if (folder / RUN_FILE).is_file() and (is_own_run or is_proposed):
-        text = base_text
-        if is_proposed:
-            text = read_file(folder / RUN_FILE)
-            changes = settings_of_images(text.tree, changes, place)
-        if minutes is not None and is_proposed:
+    # the run of the folder, a proposed one, or the one that was named
+    has_run = (folder / RUN_FILE).is_file()
+    if is_proposed and has_run:
+        text = read_file(folder / RUN_FILE)
+        if minutes is not None:
             log_line = line_printer(bar)
             log_line(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
-            minutes = None
-        return Composed(None, changes, folder, minutes, text)
+        return Composed(None, settings_of_images(text.tree, all_changes, images_place), folder, text=text)
     if is_proposed:
-        proposed = proposal.propose(place, changes, minutes=minutes, device=device, bar=bar)
-        return Composed(proposed.run, changes, folder)
-    return Composed(load(base_text, changes) if changes else base_run, changes, folder)
+        proposed = proposal.propose(images_place, all_changes, minutes=minutes, device=device, bar=bar)
+        return Composed(proposed.run, all_changes, folder)
+    if is_own_run and has_run:
+        return Composed(None, all_changes, folder, minutes, base_text)
+    run = load(base_text, all_changes) if all_changes else base_run
+    return Composed(run, all_changes, folder)
 
 
 def _is_path(data: object) -> bool:
     """Whether data are given as a path of images, not as the name of a data set."""
-    return isinstance(data, Path) or (isinstance(data, str) and data not in TOYS)
+    return isinstance(data, Path) or (isinstance(data, str) and data not in _TOYS)
 
 
 def _plain_part(name: str, part: object) -> Fields | None:
@@ -192,8 +195,8 @@ def _base_recipe(parts: Fields) -> str:
     """The name of the recipe that parts are put into without a source. Raises UserError if there are no parts."""
     if not parts:
         raise UserError('nothing to train: give a recipe, such as "digits", or data=, objective= or net=')
-    data = parts.get("data", {"kind": TOYS[0]})
-    if data["kind"] not in TOYS:
+    data = parts.get("data", {"kind": _TOYS[0]})
+    if data["kind"] not in _TOYS:
         return IMAGES_RECIPE if _are_images(data) else "moons"
     objective_recipe = _objective_recipe(data["kind"], parts.get("objective", {"kind": ""}))
     return objective_recipe if objective_recipe in recipes.names() else data["kind"]
@@ -211,18 +214,18 @@ def _objective_recipe(data: str, objective: Fields) -> str:
     return f"{data}-{objective['kind']}".replace("_", "-")
 
 
-def _default_folder(chosen: ChosenSource | None, parts: Fields, place: str | None) -> Path:
+def _default_folder(chosen: ChosenSource | None, parts: Fields, images_place: str | None) -> Path:
     """The folder runs/NAME, where no folder is given: by the place of images, the source, or an objective's recipe.
 
     Raises UserError where none of these gives a name.
     """
-    if place is not None:
-        return folder_of_images(place)
+    if images_place is not None:
+        return folder_of_images(images_place)
     if chosen and not parts:
         return chosen.folder
     if chosen is None and parts.keys() == {"objective"}:
         recipe = _base_recipe(parts)
-        if recipe not in TOYS:
+        if recipe not in _TOYS:
             return choose(f"{SHIPPED_PREFIX}{recipe}").folder
     raise UserError('a run of your own parts needs a folder: say out="runs/NAME"')
 
@@ -239,7 +242,7 @@ def _part_fields(parts: Fields, run: Run) -> Fields:
         recipe = IMAGES_RECIPE if _are_images(fields["data"]) else "moons"
         fields["evaluate"] = load_recipe(recipe).evaluate.model_dump(mode="json")
     if "objective" in fields:
-        objective_recipe = _objective_recipe(TOYS[0], fields["objective"])
+        objective_recipe = _objective_recipe(_TOYS[0], fields["objective"])
         if fields["objective"].keys() == {"kind"} and objective_recipe in recipes.names():
             fields["objective"] = load_recipe(objective_recipe).model_dump(mode="json")["objective"]
         solver = best_solver(taught_readings(objective_of(fields["objective"])))

@@ -20,7 +20,7 @@ from dumo.runtime.progress import bar
 if TYPE_CHECKING:
     from dumo.training.log import Row
 
-LAST = 10  # rows of a run in the table of a log. Ours
+_DEFAULT_LAST = 10  # rows of a run in the table of a log. Ours
 
 
 def log(
@@ -28,7 +28,7 @@ def log(
         list[str],
         typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/*, or digits-trained."),
     ],
-    last: Annotated[int, typer.Option(min=1, help="How many rows of each run, the latest.")] = LAST,
+    last: Annotated[int, typer.Option(min=1, help="How many rows of each run, the latest.")] = _DEFAULT_LAST,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of all these runs in one picture.")] = False,
     file: Annotated[
         Path | None, typer.Option("--out", help="The picture. Default: log.png in the run's folder; of several, here.")
@@ -106,20 +106,20 @@ def _log_cells(rows: "list[Row]") -> list[dict[str, Any]]:
     any_skipped = any(row.get("skipped") for row in rows)
     any_timed = any("speed" in row for row in rows)
 
-    def number(value: float | None) -> str:
+    def cell(value: float | None) -> str:
         return "" if value is None else f"{value:.4g}"
 
     table_rows: list[dict[str, Any]] = []
     for row in rows:
-        cell_by_column = {"step": f"{row['step']:,}", "loss": number(row.get("loss"))}
+        cell_by_column = {"step": f"{row['step']:,}", "loss": cell(row.get("loss"))}
         for part in parts:
-            cell_by_column[part] = number(row.get("parts", {}).get(part))
-        cell_by_column["gradient norm"] = number(row.get("grad_norm"))
-        cell_by_column["learning rate"] = number(row.get("lr"))
+            cell_by_column[part] = cell(row.get("parts", {}).get(part))
+        cell_by_column["gradient norm"] = cell(row.get("grad_norm"))
+        cell_by_column["learning rate"] = cell(row.get("lr"))
         for name in scores:
-            cell_by_column[f"val/{name}"] = number(row.get("val", {}).get(name))
+            cell_by_column[f"val/{name}"] = cell(row.get("val", {}).get(name))
         if any_timed:
-            cell_by_column["images/s"] = number(row.get("speed", {}).get("images_per_second"))
+            cell_by_column["images/s"] = cell(row.get("speed", {}).get("images_per_second"))
         if any_skipped:
             cell_by_column["skipped for"] = _skipped_text(row)
         table_rows.append(cell_by_column)
@@ -205,7 +205,7 @@ def evaluate(
     file: Annotated[
         Path | None, typer.Option("--out", help="With --images: the report. Default: PLACE.evaluation.json, here.")
     ] = None,
-    everything: Annotated[
+    all_scores: Annotated[
         bool, typer.Option("--all", help="Print all scores. Without it: the distance that leads, recall and copies.")
     ] = False,
     device: Device = "auto",
@@ -224,7 +224,16 @@ def evaluate(
         run_options = (run_folder, nfe, seed, solver, weights)
         if any(option is not None for option in run_options):
             raise typer.BadParameter("images are made already: --images goes with --protocol, --against, --set, --out")
-        _judge_images(images, protocol, against, set_ or [], file, device, as_json=as_json, everything=everything)
+        _judge_images(
+            images,
+            protocol=protocol,
+            against=against,
+            fields=set_ or [],
+            file=file,
+            device=device,
+            as_json=as_json,
+            all_scores=all_scores,
+        )
         return
     if run_folder is None or protocol or against or file:
         raise typer.BadParameter("name a run's folder; or, with --protocol, --against and --out, images by --images")
@@ -245,21 +254,21 @@ def evaluate(
             bar=bar if is_main else no_bar,
         )
     if is_main:
-        _show_report(report, as_json=as_json, everything=everything)
+        _show_report(report, as_json=as_json, all_scores=all_scores)
 
 
 def _judge_images(
     images: str,
+    *,
     protocol: str | None,
     against: str | None,
     fields: list[str],
     file: Path | None,
     device: str,
-    *,
     as_json: bool,
-    everything: bool,
+    all_scores: bool,
 ) -> None:
-    """Judge images that others made, and print what came out."""
+    """Judge images that others made, and print the scores. The arguments are the options of `evaluate`."""
     from dumo.report import images as image_report
     from dumo.runtime import dist
     from dumo.runtime.progress import no_bar
@@ -276,13 +285,13 @@ def _judge_images(
             bar=bar if is_main else no_bar,
         )
     if is_main:
-        _show_report(report, as_json=as_json, everything=everything)
+        _show_report(report, as_json=as_json, all_scores=all_scores)
 
 
-def _show_report(report: dict[str, Any], *, as_json: bool, everything: bool) -> None:
+def _show_report(report: dict[str, Any], *, as_json: bool, all_scores: bool) -> None:
     """Print an evaluation: a table of scores, the baselines, the verdict, and the report's file.
 
-    Without `everything` the table has the scores of the summary alone.
+    Without `all_scores` the table has the scores of the summary alone.
     """
     from dumo.report import score
 
@@ -291,7 +300,7 @@ def _show_report(report: dict[str, Any], *, as_json: bool, everything: bool) -> 
         return
     rows = [*report["results"], *report["contrast"]]
     columns = None
-    if not everything:
+    if not all_scores:
         names = score.score_names(rows[0], report.get("card") or {})
         columns = score.summary_names(names)
         rows = [score.select_scores(row, columns) for row in rows]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dumo.encoders.pipeline import Pipeline
 
 
-FILE_FORMS = ("comfyui", "safetensors")  # of what is written: one file, no folder
+_FILE_FORMS = ("comfyui", "safetensors")  # of what is written: one file, no folder
 
 
 def export(
@@ -120,7 +120,7 @@ def _default_target(run_folder: str, to: str) -> Path:
     from dumo.run import shipped
 
     folder = shipped.output_folder(run_folder)
-    ending = ".safetensors" if to in FILE_FORMS else ""
+    ending = ".safetensors" if to in _FILE_FORMS else ""
     return folder.with_name(f"{folder.name}-{to}{ending}")
 
 

@@ -59,7 +59,7 @@ FOREIGN_OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "demo": {"share": ("an ssh tunnel, which dumo demo prints", "the page is for this machine alone")},
     "export": {"format": ("--to", "diffusers, lora, comfyui or safetensors"), "output": ("dumo export RUN OUT", "")},
 }
-ANY_COMMAND = {  # of every command that has a device
+_ANY_COMMAND = {  # of every command that has a device
     "cpu": ("--device cpu", ""),
     "cuda": ("--device cuda", ""),
     "gpu": ("--device cuda", "without it the GPU is taken where there is one"),
@@ -110,8 +110,8 @@ def our_option(command: str, name: str, *, has_set: bool) -> str | None:
     options = FOREIGN_OPTIONS.get(command, {})
     if key in options:
         return foreign_hint(*options[key])
-    if key in ANY_COMMAND:
-        return foreign_hint(*ANY_COMMAND[key])
+    if key in _ANY_COMMAND:
+        return foreign_hint(*_ANY_COMMAND[key])
     if not has_set:
         return None
     if key not in FOREIGN:
@@ -124,7 +124,7 @@ def our_option(command: str, name: str, *, has_set: bool) -> str | None:
 
 def near_option(command: str, name: str, *, has_set: bool) -> str | None:
     """As `our_option`, for an option whose name is near to one that `our_option` knows."""
-    known = [*FOREIGN_OPTIONS.get(command, {}), *ANY_COMMAND]
+    known = [*FOREIGN_OPTIONS.get(command, {}), *_ANY_COMMAND]
     if has_set:
         known += [*FOREIGN, *field_names()]
     near_names = get_close_matches(foreign_key(name), known, n=1, cutoff=0.8)

@@ -14,7 +14,7 @@ from dumo.config.suggestion import nearest
 P = ParamSpec("P")
 R = TypeVar("R")
 # By what diffusers and others call an argument, or dumo did: its names here. The first counts that a function has.
-FOREIGN_ARGUMENTS: dict[str, tuple[str, ...]] = {
+_FOREIGN_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "batch_size": ("count", "c"),
     "cfg_scale": ("guidance",),
     "class_labels": ("labels", "c"),
@@ -56,7 +56,7 @@ def with_known_arguments(function: Callable[P, R]) -> Callable[P, R]:
 
 def _hint(name: str, known: list[str]) -> str:
     """What to write instead of an argument, of a function that has those in `known`."""
-    for other in FOREIGN_ARGUMENTS.get(name, ()):
+    for other in _FOREIGN_ARGUMENTS.get(name, ()):
         if other in known:
             return f"here it is {other}"
     field = ours(name, as_option=True) if "changes" in known else None

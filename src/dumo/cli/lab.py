@@ -220,7 +220,7 @@ def data(
 
     And compare with what a training step takes.
     """
-    text = precheck.read_source_or_data(source, set_)
+    text = precheck.read_source_unless_images(source, set_)
 
     from dumo.lab import data_bench
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # A command reads runs, whose files may name code, or trains some, if its function has a parameter with one of these
 # names.
 _RUN_PARAMETERS = {"source", "run_folder", "run_folders", "runs", "device"}
-FEW_NAMES = 6  # a message lists all valid names up to this number: ours
+_FEW_NAMES = 6  # a message lists all valid names up to this number: ours
 TRACKERS = ("tensorboard", "wandb", "trackio")  # of `dumo.report.tracker`
 # kinds that --device takes; torch knows which of them are on this machine
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "meta", "xla")
@@ -54,7 +54,7 @@ def one_of(option: str, *names: str) -> Callable[[str | None], str | None]:
             return value
         from dumo.config.suggestion import nearest, nearest_few
 
-        if len(names) <= FEW_NAMES:
+        if len(names) <= _FEW_NAMES:
             hint = f"{nearest_few(value, [*names])}valid: {', '.join(names)}"
         else:
             hint = nearest(value, [*names])
@@ -197,7 +197,7 @@ def parse_path(text: str) -> Path:
 
 
 def parse_folder(text: str) -> Path:
-    """A folder to write into, which need not be there. Raises BadParameter where it is a file, and as `parse_path`."""
+    """A folder to write into, which need not be there. Raises BadParameter for a file, or no path."""
     folder = parse_path(text)
     if folder.is_file():
         raise typer.BadParameter(f"{text} is a file: name a folder, which need not be there")

@@ -2,11 +2,12 @@
 
 A command calls one of these first:
 
-- `read_run`, `read_source`, `read_source_or_images` and `read_source_or_data` return the text that they read
-  (`RunText`), and the third also what the word means. The command hands these on, so that no file is read twice.
+- `read_run` is for a trained run, `read_source` for settings, `read_source_to_train` for settings or images to train,
+  and `read_source_unless_images` for settings or images to encode or time. They return the text that they read
+  (`RunText`), which the command hands on, so that no file is read twice.
 - `require_plan`, `require_evaluated` and `require_logged` look without reading.
 
-Each looks first at the place (`dumo.config.place`), then at the names and types of the settings there and of --set
+What is read is checked as far as that takes no torch: the names and types of the settings there and of --set
 (`dumo.config.fault`). Callers from Python get the same messages, from the functions that these call.
 
 Most imports are inside the functions: a command is charged with those that it needs.
@@ -38,7 +39,7 @@ def read_run(
     folder = shipped.find(word)
     require_run_folder(word, folder)
     text = read(folder)
-    tree = _require_fields(text, settings)
+    tree = _checked_tree(text, settings)
     if prompt:
         require_captions(tree)
     if labels and labels != "all":
@@ -54,18 +55,19 @@ def read_source(word: str, settings: Sequence[str] | None) -> "RunText":
     from dumo.config.source import read
 
     text = read(word)
-    _require_fields(text, settings)
+    _checked_tree(text, settings)
     return text
 
 
-def read_source_or_images(
+def read_source_to_train(
     word: str, out: Path | None, settings: Sequence[str] | None
 ) -> "tuple[ChosenSource, RunText | None]":
     """Find out what a word to train means; return that, and the text of the run to train.
 
-    `word` names settings, as for `read_source`, or images. For images, the text is that of the run in `out`, the folder
-    to train in (None: runs/NAME); it is None where no run is there yet, and one has to be proposed. Raises UserError
-    as `read_source`, and for a folder without images.
+    `word` names a recipe, a file of settings, a run's folder or images. For images, the text is that of the run in
+    `out`, the folder to train in (None: runs/NAME); it is None where no run is there yet, and one has to be proposed.
+    Raises UserError where there is none of these, a folder has no images, or the run lacks a field of `settings`, the
+    values of --set.
     """
     from dumo.config.place import require_images
     from dumo.config.source import IMAGES_RECIPE, RUN_FILE, SHIPPED_PREFIX, choose, read, settings_of_images
@@ -77,16 +79,17 @@ def read_source_or_images(
     folder = out or chosen.folder
     if (folder / RUN_FILE).is_file():
         text = read(folder)
-        _require_fields(text, settings_of_images(text.tree, settings or ()))
+        _checked_tree(text, settings_of_images(text.tree, settings or ()))
         return chosen, text
-    _require_fields(read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_chosen_later=True)
+    _checked_tree(read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}"), settings, is_net_chosen_later=True)
     return chosen, None
 
 
-def read_source_or_data(word: str, settings: Sequence[str] | None) -> "RunText | None":
-    """Read the text of the settings that `word` names; None where it names images.
+def read_source_unless_images(word: str, settings: Sequence[str] | None) -> "RunText | None":
+    """Read the text of the recipe, file of settings or run's folder that `word` names; None where it names images.
 
-    Raises UserError as `read_source`, and for a folder without images.
+    Raises UserError where there is none of these, a folder has no images, or the run lacks a field of `settings`, the
+    values of --set.
     """
     from dumo.config.place import require_images
     from dumo.config.source import choose
@@ -123,10 +126,10 @@ def require_logged(words: Sequence[str]) -> None:
         require_log(shipped.find(word))
 
 
-def _require_fields(
+def _checked_tree(
     text: "RunText", settings: Sequence[str] | None, *, is_net_chosen_later: bool = False
 ) -> dict[str, Any]:
-    """Return the plain values of a run's text, with `settings` of --set.
+    """Return a copy of the plain values of a run's text, with `settings` of --set, once their fields are checked.
 
     `is_net_chosen_later`: the kind of net will be chosen for this machine. Then the net's fields are looked up only
     where --set says its kind. Raises UserError, one line per mistake, for fields that no run has.

@@ -16,7 +16,7 @@ from rich.table import Table
 from dumo.cli import precheck
 from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_bytes
 from dumo.cli.terminal import out, show_lines
-from dumo.config import recipes as packaged
+from dumo.config import recipes as shipped_recipes
 from dumo.runtime import shell_path
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import print_line
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dumo.config.source import RunText
     from dumo.config.spec import Run
 
-DATA = (  # what `dumo.plan.catalogue` lists
+_DATA = (  # what `dumo.plan.catalogue` lists
     *("my-images", "pretrained", "few-steps", "cifar10", "imagenet", "imagenet-sample"),
     *("taef2", "sd-vae", "dc-ae", "inception", "adm"),
 )
@@ -44,14 +44,14 @@ def recipes(
         print(json.dumps(schema()))
         return
     if as_json:
-        print(json.dumps({"recipes": packaged.rows()}))
+        print(json.dumps({"recipes": shipped_recipes.rows()}))
         return
     wide = Console(width=out.width if out.is_terminal else 1000, highlight=False)  # a line each, to be searched
-    for group, names in packaged.GROUPS.items():
+    for group, names in shipped_recipes.GROUPS.items():
         table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), title=group, title_justify="left")
         table.title_style = "bold"
         for name in names:
-            table.add_row(name, packaged.about(name))
+            table.add_row(name, shipped_recipes.about(name))
         wide.print(table)
         wide.print()
     wide.print("Look at one: dumo show NAME")
@@ -63,7 +63,7 @@ def data(
     name: Annotated[
         str | None,
         typer.Argument(
-            callback=one_of("data set or model", *DATA), help="One of those that are listed, such as cifar10."
+            callback=one_of("data set or model", *_DATA), help="One of those that are listed, such as cifar10."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -123,7 +123,7 @@ def show(
     source: Source,
     set_: Set = None,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the run alone: a file for dumo train.")] = False,
-    whole: Annotated[bool, typer.Option("--all", help="Every field, as run.yaml has it.")] = False,
+    all_fields: Annotated[bool, typer.Option("--all", help="Every field, as run.yaml has it.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print all settings of a run, its size and cost of a step.
@@ -145,11 +145,11 @@ def show(
     spec = _load_with_advice(text, set_)
     if as_yaml:
         print(_comment(" ".join(["dumo show", shell_path(source), *_set_options(set_)])))
-        print(dump(spec, short=not whole), end="")
+        print(dump(spec, short=not all_fields), end="")
         return
     facts = show(spec)
     if as_json:
-        if not whole:
+        if not all_fields:
             facts = {**facts, "spec": summary(spec)}
         print(json.dumps(facts))
         return
@@ -164,16 +164,19 @@ def show(
     slope = facts["slope"]
     if slope:
         lines.append(("slope", f"dual, {slope['text']}: {slope['why']}"))
-    lines += _unknown_classes(spec.conditions)
+    lines += _unknown_class_lines(spec.conditions)
     lines += [("captions", finding.text) for finding in caption_findings(spec.data)]
-    far = facts["far"]
-    lines.append(("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"))
+    share_of_long_jumps = facts["far"]
+    jumps_text = "no jump is taught"
+    if share_of_long_jumps is not None:
+        jumps_text = f"{100 * share_of_long_jumps:.2g} % of the rows"
+    lines.append(("P(t - r > 0.9)", jumps_text))
     lines.append(("guidance scale", f"{facts['guidance_scale']:.3g} in training (1 is none)"))
     minutes = spec.train.minutes
     if minutes is not None:
         length = f"{minutes_text(minutes)}, then it ends; train.steps is a guess until then, and then how many it made"
         lines.append(("length", length))
-    out.print(dump(spec, short=not whole), soft_wrap=True)
+    out.print(dump(spec, short=not all_fields), soft_wrap=True)
     for name, fact in lines:
         out.print(_comment(f"{name:15} {fact}"), soft_wrap=True)
 
@@ -188,12 +191,12 @@ def _comment(text: str) -> str:
     return "# " + "".join(char if char.isprintable() else " " for char in text)
 
 
-def _unknown_classes(conditions: "Conditions") -> list[tuple[str, str]]:
+def _unknown_class_lines(conditions: "Conditions") -> list[tuple[str, str]]:
     """A line that says that the classes are not known yet; [] where they are."""
     if conditions.are_known:
         return []
-    counted = "captions" if conditions.captions else "a class per folder"
-    return [("classes", f"not known yet: {counted}, counted when the data are there")]
+    what_is_counted = "captions" if conditions.captions else "a class per folder"
+    return [("classes", f"not known yet: {what_is_counted}, counted when the data are there")]
 
 
 def dry(
@@ -240,7 +243,7 @@ def dry(
     if ranks or share or fit or tflops:
         cluster = _plan_ranks(spec, ranks or 1, limit, tflops, device)
     if not as_json:
-        lines = [*plan.lines(facts, alone=not cluster), *_unknown_classes(spec.conditions)]
+        lines = [*plan.lines(facts, alone=not cluster), *_unknown_class_lines(spec.conditions)]
         if cluster:
             lines += plan.rank_lines(cluster, spec.train.keep)
         else:
@@ -279,7 +282,9 @@ def _set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
     """A line with the --set of a layout that was found; [] where nothing has to be set."""
     from dumo.plan.cluster import set_arguments
 
-    return [("so set", " ".join(f"--set {word}" for word in set_arguments(fields)))] if fields else []
+    if not fields:
+        return []
+    return [("so set", " ".join(f"--set {word}" for word in set_arguments(fields)))]
 
 
 def _gpu_lines(gpus: int | None, source: str, overrides: list[str] | None) -> list[tuple[str, str]]:
@@ -311,7 +316,7 @@ def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto",
     if as_json:
         print(json.dumps(diagnosis))
     else:
-        show_lines(_unknown_classes(spec.conditions))
+        show_lines(_unknown_class_lines(spec.conditions))
         for finding in diagnosis["findings"]:
             out.print(f"{finding['state']:8} {finding['name']}: {finding['text']}", soft_wrap=True)
             if finding["way"]:

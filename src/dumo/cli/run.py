@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from dumo.training.loop import Every
     from dumo.training.spec import Train
 
-BENCHMARKS = ("geneval", "dpg")  # whose layouts `dumo.report.benchmark` has
-FORMATS = ("grid", "images", "npz", *BENCHMARKS)  # what dumo sample writes
+_BENCHMARKS = ("geneval", "dpg")  # whose layouts `dumo.report.benchmark` has
+_FORMATS = ("grid", "images", "npz", *_BENCHMARKS)  # what dumo sample writes
 
 
 def encode(
@@ -85,7 +85,7 @@ def encode(
     Started again, it goes on where it stopped. Both flips are kept where the data are flipped. A shard that is damaged
     is named and made again; one of other images than are here is refused. Under torchrun the ranks share the work.
     """
-    text = precheck.read_source_or_data(source, set_)
+    text = precheck.read_source_unless_images(source, set_)
 
     from dumo.config.source import choose
     from dumo.data import is_latents
@@ -97,20 +97,21 @@ def encode(
     texts = None
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
     with memory_hint(f"set --batch lower (now {batch})"), ranks:
-        shards = encode.parse_part(part)
+        rank, world = encode.parse_part(part)
         if is_latents(work.data):
-            options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
-            given_options: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
             latents = encode.encode(
                 work.data,
                 batch=batch,
-                part=shards,
+                rank=rank,
+                world=world,
+                store=store,
+                dtype=dtype,
+                shard_rows=shard_rows,
+                verify=verify,
                 device=device,
                 bar=bar,
-                verify=verify,
-                **given_options,
             )
-        no_table = encode.reason_not_to_encode(work.data, work.texts) if work.texts else ""
+        no_table = encode.reason_without_text_table(work.data, work.texts) if work.texts else ""
         if no_table:
             print_line(no_table)
         elif work.texts:
@@ -118,8 +119,9 @@ def encode(
                 work.data,
                 work.texts,
                 batch=batch,
-                shard_rows=shard_rows or encode.SHARD_ROWS,
-                part=shards,
+                rank=rank,
+                world=world,
+                shard_rows=shard_rows,
                 device=device,
                 bar=bar,
             )
@@ -129,7 +131,7 @@ def encode(
     for result in results:
         for line in result.lines():
             out.print(line, soft_wrap=True)
-    if all(result.contents for result in results) and choose(source).kind == "recipe":
+    if all(result.read_index() for result in results) and choose(source).kind == "recipe":
         command = ["dumo", "train", source]
         for field in (*encode.options_as_settings(folder, codec, side, count), *(set_ or [])):
             command += ["--set", field]
@@ -180,7 +182,7 @@ def train(
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
     """
-    chosen, text = precheck.read_source_or_images(source, folder, set_)
+    chosen, text = precheck.read_source_to_train(source, folder, set_)
 
     from dumo.config.source import RUN_FILE, settings_of_images
 
@@ -342,7 +344,7 @@ def sample(
         str,
         typer.Option(
             "--format",
-            callback=one_of("--format", *FORMATS),
+            callback=one_of("--format", *_FORMATS),
             help="grid (one PNG), images (a PNG each), npz (ADM's layout); geneval or dpg: as these benchmarks read "
             "images of their --prompts, four of each.",
         ),
@@ -364,7 +366,7 @@ def sample(
         raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
     if source and not (prompt or prompts):
         raise typer.BadParameter("--source is edited by a text: give --prompt, too")
-    if form in BENCHMARKS and (count or size or source or not prompts):
+    if form in _BENCHMARKS and (count or size or source or not prompts):
         raise typer.BadParameter(
             f"--format {form} makes 4 square images of each of --prompts: give these; no --count, --size, --source"
         )

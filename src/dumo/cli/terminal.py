@@ -1,10 +1,10 @@
 """What the terminal shows: answers on stdout; errors, warnings and how to go on on stderr; and exit codes.
 
-Around every command, as the program sets them up: `reopen_streams` before anything is written, `rank_0_speaks` under
-torchrun, `plain_warnings`, and `stoppable` for signals. An error ends in `explain`: its line and its exit code.
+Around every command, in this order: `reopen_streams` before anything is written, `rank_0_speaks` for torchrun,
+`plain_warnings`, and `stoppable` for signals. `explain` gives an error's line and exit code.
 
-For commands: `out` and `err` to write on, `show_lines` and `show_table`, and `memory_hint`, which says how the work
-would take less memory.
+For commands: `out` and `err` to write on, `show_lines` and `show_table`; `memory_hint`, which says how the work would
+take less memory; and `drop_from_resume`, which leaves options out of the command that goes on after a stop.
 """
 
 import errno
@@ -46,17 +46,17 @@ class PlainConsole(Console):
 out = PlainConsole(markup=False, emoji=False)  # what users typed is shown as they typed it
 err = PlainConsole(markup=False, emoji=False, highlight=False, stderr=True)
 
-STOPPED = 128  # the exit code of a command that a signal ends is this and the signal's number
-RANK_0_SECONDS = 5.0  # that a failed rank waits, so that rank 0 may print the same error first: ours
-MAX_RANK_LINES = 30  # of its output that it prints after that, the end of a traceback: ours
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
-MISSING_MEMORY = re.compile(r"allocate ([\d.]+ \w+)")
+_STOPPED = 128  # the exit code of a command that a signal ends is this and the signal's number
+_RANK_0_SECONDS = 5.0  # that a failed rank waits, so that rank 0 may print the same error first: ours
+_MAX_RANK_LINES = 30  # of its output that it prints after that, the end of a traceback: ours
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
+_MISSING_MEMORY = re.compile(r"allocate ([\d.]+ \w+)")
 MEMORY_FIX = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
 _done_options: set[str] = set()  # of the command that runs: see `drop_from_resume`
 
 
 def stoppable(command: Callable[..., None], *, keeps_work: bool) -> Callable[..., None]:
-    """The command; a signal ends it with a line that says how to go on, and exit code 128 + the signal (130: Ctrl-C).
+    """Wrap a command: a signal ends it with a line on how to go on, and exit code 128 + the signal (130: Ctrl-C).
 
     `keeps_work`: the command works in pieces, which it keeps. It then stops between two of them, and a second signal
     ends it where it is. Else the first one does.
@@ -70,10 +70,10 @@ def stoppable(command: Callable[..., None], *, keeps_work: bool) -> Callable[...
                 command(*words, **options)
         except signals.Stopped as stopped:
             print_line(f"{stopped}; {_resume_command()}")
-            raise typer.Exit(STOPPED + stopped.number) from None
+            raise typer.Exit(_STOPPED + stopped.number) from None
         except KeyboardInterrupt:
             print_line(f"stopped; {_resume_command()}" if keeps_work else "stopped")
-            raise typer.Exit(STOPPED + signal.SIGINT) from None
+            raise typer.Exit(_STOPPED + signal.SIGINT) from None
 
     return run
 
@@ -114,9 +114,10 @@ def _program() -> list[str]:
 
 
 def reopen_streams() -> None:
-    """Open streams that the program was started without (>&-): stdout fails where it is used, stderr hears all.
+    """Open streams that the program was started without (>&-): writing to stdout then fails, stderr drops its text.
 
-    Python would drop answers without a word, and the next file that is opened would have the stream's number.
+    Without this Python would drop answers without a word, and the next file that is opened would have the stream's
+    number.
     """
     streams = (
         ("stdin", os.O_RDONLY, "r"),
@@ -130,22 +131,22 @@ def reopen_streams() -> None:
 
 @contextmanager
 def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
-    """Under torchrun what other ranks say is kept back, unless one fails and rank 0 does not: then it says why.
+    """Under torchrun, hold back what the other ranks print. Yields the function that ends the process by an exit code.
 
-    What fails on all ranks is thus said once. torchrun stops the others as soon as one is gone, so they wait a little.
-    Yields how to leave: with an exit code. torch may abort while it takes down what a sharded net leaves behind, after
-    all work is done, so ranks leave at once.
+    A rank that fails waits a little, then prints what it held back: torchrun stops all ranks as soon as one is gone, so
+    an error of all ranks is printed by rank 0 alone. Ranks that have joined skip Python's own shutdown, in which torch
+    may abort over what a sharded net leaves behind.
     """
     rank = _number_in_environment("RANK", 0)
-    ranks = _number_in_environment("WORLD_SIZE", 1)
+    world_size = _number_in_environment("WORLD_SIZE", 1)
     stdout = sys.stdout
     stderr = sys.stderr
-    kept_back = StringIO()
+    held_back = StringIO()
 
     def leave(code: int) -> NoReturn:
-        if rank and 0 < code < STOPPED:  # a signal reaches all
-            time.sleep(RANK_0_SECONDS)
-            lines = kept_back.getvalue().splitlines()[-MAX_RANK_LINES:]
+        if rank and 0 < code < _STOPPED:  # a signal reaches all
+            time.sleep(_RANK_0_SECONDS)
+            lines = held_back.getvalue().splitlines()[-_MAX_RANK_LINES:]
             print(*(f"rank {rank}: {line}" for line in lines), sep="\n", file=stderr)
         for stream in (stdout, stderr):
             try:
@@ -156,15 +157,15 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
             os._exit(code)
         sys.exit(code)
 
-    if ranks > 1:
+    if world_size > 1:
         faulthandler.enable(sys.__stderr__ or stderr)  # a crash in torch's own code says where
     if rank:
-        sys.stdout = kept_back
-        sys.stderr = kept_back
+        sys.stdout = held_back
+        sys.stderr = held_back
     try:
         yield leave
     except Exception:
-        if ranks == 1:
+        if world_size == 1:
             raise
         traceback.print_exc()
         leave(1)
@@ -197,7 +198,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     """
     if _is_out_of_memory(error):
         message = "out of memory"
-        amount = MISSING_MEMORY.search(str(error))
+        amount = _MISSING_MEMORY.search(str(error))
         if amount:
             message += f" at {amount[1]} more"
         hints = getattr(error, "__notes__", [MEMORY_FIX])
@@ -229,7 +230,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
         case MemoryError():
             return True
         case RuntimeError():
-            return bool(OUT_OF_MEMORY.search(str(error)))
+            return bool(_OUT_OF_MEMORY.search(str(error)))
         case _:
             return False
 

@@ -7,7 +7,7 @@ and the data's standard deviation with the one that constants were chosen for.
 from collections.abc import Sequence
 from math import log
 
-from dumo.config.change import shown
+from dumo.config.change import yaml_text
 from dumo.config.parts import RunParts
 from dumo.flow.path import FlowPath
 from dumo.nets import Net, is_pretrained
@@ -16,8 +16,8 @@ from dumo.runtime.door import settings
 from dumo.training.ema import Ema
 from dumo.training.spec import Train
 
-MAX_SIDE_RATIO = 2.0  # of an image's side to the pipeline's, either way, about which nothing is said: ours
-MAX_SD_RATIO = 1.2  # of the data's standard deviation to that of the path, either way: ours
+_MAX_SIDE_RATIO = 2.0  # of an image's side to the pipeline's, either way, about which nothing is said: ours
+_MAX_SD_RATIO = 1.2  # of the data's standard deviation to that of the path, either way: ours
 
 
 def advice(run: RunParts, sd: float | None = None) -> list[str]:
@@ -41,7 +41,7 @@ def _size_advice(side: int, pixels: Sequence[int]) -> list[str]:
 
     `side` is that of the pipeline's default image, `pixels` the shape of an image: channels, height, width.
     """
-    if 1 / MAX_SIDE_RATIO <= pixels[1] / side <= MAX_SIDE_RATIO:
+    if 1 / _MAX_SIDE_RATIO <= pixels[1] / side <= _MAX_SIDE_RATIO:
         return []
     return [
         f"the pipeline makes images of {side} x {side} pixels by default, and this run has {pixels[1]} x {pixels[2]}. "
@@ -54,7 +54,7 @@ def _reference_advice(objective: str, decay: float, train: Train) -> str:
     fields = [f"train.ref={decay:g}"]
     if decay not in [ema.key for ema in train.ema]:
         averages = [ema.model_dump(mode="json") for ema in (*train.ema, Ema(decay=decay))]
-        fields.insert(0, f"train.ema={shown(averages)}")
+        fields.insert(0, f"train.ema={yaml_text(averages)}")
     return (
         f"objective '{objective}' takes theta^- in its source from an average of the weights, of decay "
         f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {settings(*fields)}"
@@ -71,7 +71,7 @@ def _deviation_advice(objective: Objective, net: Net, path: FlowPath, sd: float)
         owners.append(f"objective '{objective.kind}'")
     if net.precondition != "none":
         owners.append(f"net.precondition '{net.precondition}'")
-    if not owners or abs(log(sd / path.sd)) <= log(MAX_SD_RATIO):
+    if not owners or abs(log(sd / path.sd)) <= log(_MAX_SD_RATIO):
         return []
     units = "" if path.sd == 1 else f" in units of path.sd = {path.sd:g}"
     return [

@@ -1,7 +1,7 @@
 """Change a run's tree of plain values: a file's changes to its base (`merge`), and --set (`override`; ADR 0002).
 
 Both keep one rule: a part with another `kind` begins with that kind's defaults; fields of the old kind are dropped.
-`shown` is a value as one would type it after the `=`.
+`yaml_text` is a value as one would type it after the `=`.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict
         old = base.get(key)
         if isinstance(new, dict) and old is not None and not isinstance(old, dict):
             raise UserError(
-                f"{where}{key} is {brief(shown(old))} in the base, a value without fields: write them out there"
+                f"{where}{key} is {brief(yaml_text(old))} in the base, a value without fields: write them out there"
             )
         if isinstance(new, dict) and new and isinstance(old, dict) and not _has_other_kind(old, new.get("kind")):
             merged[key] = merge(old, new, f"{where}{key}.")
@@ -59,7 +59,7 @@ def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
         _put(tree, path, values[path])
 
 
-def shown(value: object) -> str:
+def yaml_text(value: object) -> str:
     """A value as YAML, on one line."""
     return dump_yaml(to_jsonable_python(value), flow=True, width=10_000).removesuffix("...\n").strip()
 
@@ -106,7 +106,7 @@ def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa
         node[key] = {}
     child = node[_list_index(node, key, path)] if isinstance(node, list) else node[key]
     if not isinstance(child, dict | list):
-        raise UserError(f"{path} is {brief(shown(child))}, a value without fields of its own")
+        raise UserError(f"{path} is {brief(yaml_text(child))}, a value without fields of its own")
     return child
 
 

@@ -4,9 +4,9 @@
 the first mismatch. A rule, `_..._faults`, yields a line for each mismatch, with the fix. `dumo.config.need` has the
 rules by which one part of a run asks something of another.
 
-Three checks are also called by themselves, for what is known after a run is read: `check_pieces` with the number of
-ranks, `check_guided` with the guidance of one request, and `require` with faults that others find. `why_unguided` says
-in advance whether a request for guidance would be refused.
+Three checks are also called by themselves, for what is known after a run is read: `check_ranks` with the number of
+ranks, `check_guidance` with the guidance of one request, and `require` with faults that others find. `why_unguided`
+says in advance whether a request for guidance would be refused.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from dumo.config import need
-from dumo.config.conditions import shown
+from dumo.config.conditions import shown_data
 from dumo.config.need import IMF_SCALE, may_have_classes
 from dumo.config.parts import Evaluation, RunParts
 from dumo.data import Data, is_latents
@@ -41,13 +41,15 @@ def check(run: RunParts) -> None:
     objective = run.objective
     train = run.train
     require(need.faults(run))
-    if getattr(data.captions, "source", None):
+    captioning = data.captions
+    if captioning is not None and captioning.kind == "files" and captioning.source:
         require(_editing_faults(objective, run.sample.guide, run.teacher))
     require(_augmentation_faults(data, net, objective))
-    require(_precision_faults(objective, net, train))
-    check_pieces(train, objective)
+    require(_frozen_dtype_faults(net, train))
+    require_precision(train.precision, objective.needs.amplifies, objective.kind)
+    check_ranks(train, objective)
     if run.sample.guide.active:
-        check_guided(run.sample.guide, data, objective, run.training_guidance)
+        check_guidance(run.sample.guide, data, objective, run.training_guidance)
     if run.teacher:
         require(_teacher_faults(run.teacher, objective, data, train))
     if objective.needs.ref == 1:
@@ -69,17 +71,17 @@ def require(faults: Iterable[str]) -> None:
         raise UserError(first_fault)
 
 
-def _editing_faults(objective: Objective, sampled: CFG, teacher: "Teacher | None") -> Iterator[str]:
+def _editing_faults(objective: Objective, sampling_guide: CFG, teacher: "Teacher | None") -> Iterator[str]:
     """A model that edits images always has one as its condition: nothing may leave the condition out."""
-    trained = GuidanceScale.of(objective.needs)
+    training_guidance = GuidanceScale.of(objective.needs)
     reasons: list[str] = []
     if objective.drop > 0:
         reasons.append("objective.drop leaves out the condition: set it to 0")
-    if trained.active:
-        reasons.append(f"{trained.field} guides away from none: set {trained.off}")
+    if training_guidance.active:
+        reasons.append(f"{training_guidance.field} guides away from none: set {training_guidance.off}")
     if teacher and teacher.guide.active:
         reasons.append("teacher.guide.scale guides away from none: set it to 1")
-    if sampled.active:
+    if sampling_guide.active:
         reasons.append("sample.guide.scale guides away from none: set it to 1")
     for reason in reasons:
         yield (
@@ -104,16 +106,16 @@ def _validation_faults(evaluation: Evaluation) -> Iterator[str]:
 
 def _augmentation_faults(data: Data, net: Net, objective: Objective) -> Iterator[str]:
     """The net must take as many numbers as describe an image's augmentation, and training must not drop them."""
-    augment = shown(data).augment
-    numbers = augment.augment_dim if augment else 0
-    if numbers != net.augment:
-        fix = f"net.augment={numbers}"
-        if numbers and net.kind != "unet":
+    augment = shown_data(data).augment
+    num_labels = augment.augment_dim if augment else 0
+    if num_labels != net.augment:
+        fix = f"net.augment={num_labels}"
+        if num_labels and net.kind != "unet":
             fix = f"net.kind=unet {fix}"
-        if numbers:
+        if num_labels:
             fix += ", or data.augment=null"
         yield (
-            f"data '{data.kind}' describes how an image was augmented by {numbers} numbers, net '{net.kind}' takes "
+            f"data '{data.kind}' describes how an image was augmented by {num_labels} numbers, net '{net.kind}' takes "
             f"{net.augment}: set {fix}"
         )
     if augment and objective.drop:
@@ -123,21 +125,17 @@ def _augmentation_faults(data: Data, net: Net, objective: Objective) -> Iterator
         )
 
 
-def _precision_faults(objective: Objective, net: Net, train: Train) -> Iterator[str]:
-    """Frozen weights in bfloat16 need passes in bf16, and an objective that amplifies rounding needs precise passes.
-
-    Raises UserError by itself for the second.
-    """
+def _frozen_dtype_faults(net: Net, train: Train) -> Iterator[str]:
+    """Frozen weights in bfloat16 need passes in bf16."""
     lora = net.lora
     if lora and lora.frozen == "bfloat16" and train.precision != "bf16":
         yield (
             f"net.lora.frozen = bfloat16 saves memory where passes compute in bf16, and train.precision is "
             f"{train.precision}: set train.precision=bf16, or net.lora.frozen=float32"
         )
-    require_precision(train.precision, objective.needs.amplifies, objective.kind)
 
 
-def check_pieces(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
+def check_ranks(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
     """Raise UserError where these ranks cannot share the training.
 
     Each pass must have rows with r < t and rows with r = t, if the batch has both; `train.share` must divide the ranks;
@@ -178,14 +176,16 @@ def _one_kind_message(train: Train, times: TimeLaw, ranks: int, rows: int, *, mo
     )
 
 
-class NoGuidance(NamedTuple):
+class GuidanceRefusal(NamedTuple):
     """Why a net cannot be guided when it is sampled, in a clause, and what else to do; "": nothing."""
 
     reason: str
     instead: str
 
 
-def why_unguided(data: Data, objective: AnyObjective, trained: GuidanceScale, source: str = "") -> NoGuidance | None:
+def why_unguided(
+    data: Data, objective: AnyObjective, trained: GuidanceScale, source: str = ""
+) -> GuidanceRefusal | None:
     """Why a net is not guided when it is sampled: it has no null condition, or is guided already. None: it can be.
 
     `trained` is the net's guidance in training; `source` is the run that the net is of, "" the one that is read.
@@ -193,22 +193,22 @@ def why_unguided(data: Data, objective: AnyObjective, trained: GuidanceScale, so
     model = f"the model of {source}" if source else "this model"
     train = f"train {source}" if source else "train"
     if not may_have_classes(data):
-        return NoGuidance(f"data '{data.kind}' has no classes to guide by", "")
+        return GuidanceRefusal(f"data '{data.kind}' has no classes to guide by", "")
     if trained.active:
-        return NoGuidance(trained.reason(model), f"or {train} with {trained.off}")
+        return GuidanceRefusal(trained.reason(model), f"or {train} with {trained.off}")
     if not objective.drop:
-        return NoGuidance(
+        return GuidanceRefusal(
             f"{model} never learned without a label, since objective.drop = 0", f"or {train} with objective.drop=0.1"
         )
     if objective.needs.knobs:
         of_source = f" of {source}" if source else ""
-        return NoGuidance(
+        return GuidanceRefusal(
             f"the knobs of objective '{objective.kind}' guide {model} already", f"and sample.knobs{of_source}"
         )
     return None
 
 
-def check_guided(
+def check_guidance(
     guide: CFG,
     data: Data,
     objective: AnyObjective,
@@ -231,7 +231,7 @@ def check_guided(
 def _teacher_faults(teacher: "Teacher", objective: Objective, data: Data, train: Train) -> Iterator[str]:
     """A teacher's pairs must stay together, and guidance must come from the teacher or the objective, not from both.
 
-    Raises UserError by itself for guidance without classes. What the teacher can do is checked when it is opened.
+    What the teacher can do is checked when it is opened.
     """
     if teacher.pairs and train.coupling:
         yield (
@@ -239,22 +239,27 @@ def _teacher_faults(teacher: "Teacher", objective: Objective, data: Data, train:
             "train.coupling=null, or teacher.pairs=null"
         )
     if teacher.guide.active and not may_have_classes(data):
-        raise UserError(
+        yield (
             f"teacher.guide.scale = {teacher.guide.scale:g}: data '{data.kind}' has no classes to guide by: set "
             "teacher.guide.scale=1"
         )
-    trained = GuidanceScale.of(objective.needs)
-    if not trained.active and objective.needs.knobs:
-        trained = IMF_SCALE
-    if teacher.guide.active and (trained.active or trained is IMF_SCALE):
+    objective_guidance = GuidanceScale.of(objective.needs)
+    is_guided_by_objective = objective_guidance.active
+    if not is_guided_by_objective and objective.needs.knobs:
+        objective_guidance = IMF_SCALE
+        is_guided_by_objective = True
+    if teacher.guide.active and is_guided_by_objective:
         yield (
-            f"{trained.field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with "
-            f"{trained.off}"
+            f"{objective_guidance.field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or "
+            f"train with {objective_guidance.off}"
         )
 
 
 def _start_faults(start: "Start | None", objective: Objective, train: Train) -> Iterator[str]:
-    """An objective that learns from the net that training begins with needs a start, and train.ref=1 to keep it."""
+    """An objective that learns from the net that training begins with needs a start, and train.ref=1 to keep it.
+
+    train.ref=1 is a decay of 1: the average of the weights that never moves.
+    """
     if not (start and train.ref == 1):
         yield (
             f"objective '{objective.kind}' with low learns from the net that training begins with: set start.source to "

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from dumo.config.parts import RunParts
-from dumo.config.source import CODE
+from dumo.config.source import CODE_KEY
 from dumo.types import Spec, UserError
 from dumo.types.outside import TAG, code_hash, kind_of
 
@@ -49,7 +49,7 @@ def require_same_code(spec: Spec, resolved: Mapping[str, JsonValue], folder: Pat
 
     `resolved` has the hashes of that time under `code`; without them nothing is compared.
     """
-    hash_by_name = resolved.get(CODE)
+    hash_by_name = resolved.get(CODE_KEY)
     if not isinstance(hash_by_name, dict):
         return
     for name, hash_now in codes_of(spec):

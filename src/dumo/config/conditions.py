@@ -1,7 +1,7 @@
 """The classes or captions that a net is conditioned on: their names, their numbers, and the conditions of samples.
 
 `Conditions` has them for a data set. A condition c is a number: of a class, or of a caption in the order of the data;
-the number after the last one means no condition. `shown` and `squares` say which images a data set is of.
+the number after the last one means no condition. `shown_data` and `squares` say which images a data set is of.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dumo.data.caption import Captioning
 
 
-def shown(data: Data) -> ShownData:
+def shown_data(data: Data) -> ShownData:
     """The data that people look at: images or points as they are, and for latents the images that were encoded."""
     return data.images if is_latents(data) else data
 
@@ -29,7 +29,7 @@ def squares(data: Data) -> Data:
 
     Latents in buckets become their images, because the cache does not hold each image as a square.
     """
-    images = shown(data)
+    images = shown_data(data)
     if is_images(images) and images.buckets:
         return images.model_copy(update={"buckets": None})
     return data
@@ -49,7 +49,7 @@ class Conditions:
     @property
     def are_known(self) -> bool:
         """Whether it is known how many there are; False before they are counted in the data."""
-        return bool(self.count) or shown(self.data).names is not None
+        return bool(self.count) or shown_data(self.data).names is not None
 
     @property
     def captions(self) -> "Captioning | None":
@@ -61,7 +61,7 @@ class Conditions:
         """The names of the classes, or the captions; () if there are none, or their files are not here."""
         data = self.data
         if data.captions is None:
-            images = shown(data)
+            images = shown_data(data)
             titles = images.titles if is_images(images) else ()
             return images.names or titles
         try:

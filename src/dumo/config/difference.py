@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from dumo.config.change import shown
+from dumo.config.change import yaml_text
 from dumo.config.mark import default_of, marks_of
 from dumo.io import digest
 
-MARKS_LEFT_OUT_OF_IDENTITY = {"free", "changes", "where"}
+_MARKS_LEFT_OUT_OF_IDENTITY = {"free", "changes", "where"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Difference:
 
     def between(self, whose_was: str, whose_now: str) -> str:
         """A line: the field, and both values, each followed by words for whose it is."""
-        return f"{self.field}: {shown(self.was)} {whose_was}, {shown(self.now)} {whose_now}"
+        return f"{self.field}: {yaml_text(self.was)} {whose_was}, {yaml_text(self.now)} {whose_now}"
 
 
 def differences(
@@ -81,7 +81,7 @@ def _identity_fields(part: BaseModel) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
-        if marks_of(field).keys() & MARKS_LEFT_OUT_OF_IDENTITY or value == default_of(field):
+        if marks_of(field).keys() & _MARKS_LEFT_OUT_OF_IDENTITY or value == default_of(field):
             continue
         if isinstance(value, BaseModel):
             tree[name] = _identity_fields(value)

@@ -15,8 +15,8 @@ from dumo.config.change import SHORTHANDS
 from dumo.config.outline import Schema, choices, is_current, kinds_of, root
 from dumo.io.read import brief
 
-TYPES = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}  # of values without fields
-BOUNDS = {  # of numbers: what pydantic calls them, by the keywords of JSON schema
+_TYPES = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}  # of values without fields
+_BOUNDS = {  # of numbers: what pydantic calls them, by the keywords of JSON schema
     "minimum": "ge",
     "maximum": "le",
     "exclusiveMinimum": "gt",
@@ -121,6 +121,6 @@ def _type_of(schema: Schema) -> Any:  # noqa: ANN401, an annotation
     if "enum" in schema:
         return Literal[tuple(schema["enum"])]
     if schema["type"] not in ("integer", "number"):
-        return TYPES[schema["type"]]
-    bounds: dict[str, Any] = {name: schema[keyword] for keyword, name in BOUNDS.items() if keyword in schema}
-    return Annotated[TYPES[schema["type"]], Field(allow_inf_nan=False, **bounds)]
+        return _TYPES[schema["type"]]
+    bounds: dict[str, Any] = {name: schema[keyword] for keyword, name in _BOUNDS.items() if keyword in schema}
+    return Annotated[_TYPES[schema["type"]], Field(allow_inf_nan=False, **bounds)]

@@ -6,8 +6,8 @@ merely spelt otherwise for `dumo.config.suggestion`. Imports no torch.
 
 from dumo.runtime.door import option, settings
 
-ROWS = "images of a step, of all ranks together"
-STEPS = "steps: epochs times images over train.batch"
+_ROWS = "images of a step, of all ranks together"
+_STEPS = "steps: epochs times images over train.batch"
 # What other trainers (diffusers, accelerate, lightning, EDM, torchtitan) call it: what to write here, and its unit.
 FOREIGN: dict[str, tuple[str, str]] = {
     "adam_beta1": ("train.optimizer.betas", "[beta1, beta2]"),
@@ -16,7 +16,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "adam_weight_decay": ("train.optimizer.weight_decay", ""),
     "allow_tf32": ("train.precision=tf32", ""),
     "arch": ("net.kind", ""),
-    "batch_size": ("train.batch", ROWS),
+    "batch_size": ("train.batch", _ROWS),
     "cfg_scale": ("sample.guide.scale", "1 is none"),
     "center_crop": ("data.crop", "adm, bicubic or none"),
     "checkpointing_steps": ("train.save_every", "steps"),
@@ -26,7 +26,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "dataset": ("data.root", "and data.kind=images"),
     "dataset_name": ("data.root", "a folder or file on this machine"),
     "ema_decay": ("train.ema", "[{decay: 0.9999}]"),
-    "epochs": ("train.steps", STEPS),
+    "epochs": ("train.steps", _STEPS),
     "grad_clip": ("train.clip", "the norm of all gradients"),
     "gradient_accumulation_steps": ("train.micro_batch", "rows of a pass, not a number of passes"),
     "gradient_checkpointing": ("net.checkpoint", ""),
@@ -43,11 +43,11 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "max_steps": ("train.steps", "of the optimizer"),
     "max_train_steps": ("train.steps", "of the optimizer"),
     "mixed_precision": ("train.precision", "bf16, tf32 or fp32"),
-    "num_epochs": ("train.steps", STEPS),
+    "num_epochs": ("train.steps", _STEPS),
     "num_inference_steps": ("sample.nfe", "a list: passes through the net"),
-    "num_train_epochs": ("train.steps", STEPS),
+    "num_train_epochs": ("train.steps", _STEPS),
     "output_dir": ("out", "of dumo train: the run's folder"),
-    "per_device_train_batch_size": ("train.batch", ROWS),
+    "per_device_train_batch_size": ("train.batch", _ROWS),
     "pretrained_model_name_or_path": ("pipeline", "with net.kind=diffusers"),
     "random_flip": ("data.flip", ""),
     "rank": ("net.lora.rank", ""),
@@ -55,7 +55,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "resolution": ("data.side", "pixels"),
     "resume_from_checkpoint": ("the same command again", "which goes on where it stopped"),
     "steps": ("train.steps", "of the optimizer"),
-    "train_batch_size": ("train.batch", ROWS),
+    "train_batch_size": ("train.batch", _ROWS),
     "train_data_dir": ("data.root", ""),
     "use_8bit_adam": ("train.optimizer.kind", "adamw8bit"),
     "use_ema": ("train.ema", "[{decay: 0.9999}]"),

@@ -13,28 +13,28 @@ from dumo.config import outline
 from dumo.config.suggestion import nearest
 from dumo.io.read import brief
 
-REMOVED = {  # by dotted path: what to write instead of a field of older runs
+_REMOVED = {  # by dotted path: what to write instead of a field of older runs
     "net.source": "pipeline names the folder now, of the model, its autoencoder, texts and scheduler: pipeline=DIR",
     "net.config": "pipeline has the hashes of its parts now: remove it",
 }
-MAX_LINES = 20  # of a message: ours
+_MAX_LINES = 20  # of a message: ours
 # What pydantic says of JSON, in YAML's words.
-PLAIN_WORDS = {"a valid array": "a list", "an object": "a mapping of names to values"}
+_PLAIN_WORDS = {"a valid array": "a list", "an object": "a mapping of names to values"}
 
 
 def lines_of(faults: Sequence[str], name: str) -> str:
-    """The message of these lines, up to MAX_LINES, each after the `name` of their source if that is a file's."""
-    shown = [*faults[:MAX_LINES]]
-    if len(faults) > MAX_LINES:
-        shown.append(f"and {len(faults) - MAX_LINES:,} more mistakes")
+    """The message of these lines, up to _MAX_LINES, each after the `name` of their source if that is a file's."""
+    shown = [*faults[:_MAX_LINES]]
+    if len(faults) > _MAX_LINES:
+        shown.append(f"and {len(faults) - _MAX_LINES:,} more mistakes")
     prefix = f"{name}: " if Path(name).suffix else ""
     return "\n".join(prefix + text for text in "\n".join(shown).splitlines())
 
 
 def unknown_key(path: str, name: str, valid: Iterable[str]) -> str:
     """Refuse a key `name`, the last of its dotted path, where `valid` ones stand."""
-    if path in REMOVED:
-        return f"{path}: {REMOVED[path]}"
+    if path in _REMOVED:
+        return f"{path}: {_REMOVED[path]}"
     from dumo.config.foreign import ours
 
     hint = ours(name)
@@ -66,7 +66,7 @@ def wrong_value(path: str, error: ErrorDetails, *, fields: Collection[str] | Non
     """Refuse a value as pydantic does; `fields` are those of the part that should stand there (None: no part)."""
     value = error["input"]
     message = error["msg"][0].lower() + error["msg"][1:]
-    for json_word, plain_word in PLAIN_WORDS.items():
+    for json_word, plain_word in _PLAIN_WORDS.items():
         message = message.replace(json_word, plain_word)
     message = f"{path}: {message}; got {brief(repr(value))}"
     if isinstance(value, str) and fields is not None:

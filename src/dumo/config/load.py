@@ -19,15 +19,15 @@ from dumo.config import trust
 from dumo.config.change import override
 from dumo.config.mark import default_of, marks_of
 from dumo.config.source import (
-    CHANGED,
-    CODE,
+    CHANGED_KEY,
+    CODE_KEY,
     FORMAT,
-    GIVEN,
-    KEY,
-    PROPOSED,
-    RESOLVED,
+    FORMAT_KEY,
+    PROPOSED_KEY,
+    RESOLVED_KEY,
     SHIPPED_PREFIX,
-    Noted,
+    TYPED_KEY,
+    RecordedChange,
     RunText,
     read,
 )
@@ -51,17 +51,17 @@ def load(source: str | Path | RunText, overrides: Sequence[str] = ()) -> Run:
 
 
 def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
-    """The run that a text describes, with `overrides` set. Raises as `load`."""
+    """The run that a text describes, with `overrides` set. Raises UserError, one line per mistake."""
     tree = deepcopy(text.tree)
     override(tree, overrides)
-    resolved = tree.get(RESOLVED)
+    resolved = tree.get(RESOLVED_KEY)
     if isinstance(resolved, dict):  # anything else is left to validation
         _fill(tree, resolved)
     return parse(Run, tree, text.name)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Run:
-    """Read the shipped recipe of this name, also where a file or folder here has the name. Raises as `load`."""
+    """Read the shipped recipe of this name, also where a file or folder here has the name. Raises UserError."""
     return load(f"{SHIPPED_PREFIX}{name}", overrides)
 
 
@@ -89,7 +89,7 @@ def _fill(tree: dict[str, Any], resolved: dict[str, Any]) -> None:
     `resolved` has these values by dotted path.
     """
     for field, value in resolved.items():
-        if field in (CODE, GIVEN, PROPOSED):  # records of the run, no fields
+        if field in (CODE_KEY, TYPED_KEY, PROPOSED_KEY):  # records of the run, no fields
             continue
         *parents, name = str(field).split(".")
         part = _part_at(tree, parents)
@@ -105,16 +105,16 @@ def _part_at(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None
     return part if isinstance(part, dict) else None
 
 
-def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str:
+def dump(run: Run, changed: Sequence[RecordedChange] = (), *, short: bool = False) -> str:
     """The complete run as YAML, which `load` reads back: its format, `changed`, the fields, and `resolved`.
 
     `short` writes its `summary` instead, without `resolved`.
     """
-    written: dict[str, Any] = {KEY: FORMAT}
+    written: dict[str, Any] = {FORMAT_KEY: FORMAT}
     if changed:
-        written[CHANGED] = [change.model_dump(mode="json", exclude_defaults=True) for change in changed]
+        written[CHANGED_KEY] = [change.model_dump(mode="json", exclude_defaults=True) for change in changed]
     tree = summary(run) if short else run.model_dump(mode="json")
-    resolved = tree.pop(RESOLVED, {})
+    resolved = tree.pop(RESOLVED_KEY, {})
     for field in resolved:  # written under `resolved` alone
         *parents, name = field.split(".")
         part = _part_at(tree, parents)
@@ -122,7 +122,7 @@ def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str
             part.pop(name, None)
     written |= tree
     if resolved and not short:
-        written[RESOLVED] = resolved
+        written[RESOLVED_KEY] = resolved
     return dump_yaml(written)
 
 

@@ -8,8 +8,7 @@ Others also use `IMF_SCALE`, `may_have_classes`, `captions_field`, `buckets_fiel
 
 from collections.abc import Collection, Iterator
 
-from dumo.config.conditions import Conditions
-from dumo.config.conditions import shown as shown_data
+from dumo.config.conditions import Conditions, shown_data
 from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.guide import GuidanceScale, Guide
@@ -17,7 +16,7 @@ from dumo.nets.precondition import PRECONDITIONED_HEADS
 from dumo.objectives import Objective
 from dumo.runtime import door
 
-NETS_OF_ANY_SIZE = ("dit", "diffusers")  # kinds of nets that take samples of several sizes
+_NETS_OF_ANY_SIZE = ("dit", "diffusers")  # kinds of nets that take samples of several sizes
 # Of iMF, which draws its scale of guidance at random up to objective.w
 IMF_SCALE = GuidanceScale(field="objective.w", off="objective.w=null")
 
@@ -77,7 +76,7 @@ def _size_faults(run: RunParts, buckets: str) -> Iterator[str]:
     `buckets` is the dotted path of the field that gives them these sizes.
     """
     net = run.net
-    if net.kind not in NETS_OF_ANY_SIZE:
+    if net.kind not in _NETS_OF_ANY_SIZE:
         yield f"net '{net.kind}' is made for one size, and {buckets} has several: set {buckets}=null, or net.kind=dit"
     if run.teacher and run.teacher.pairs:
         yield f"teacher.pairs are squares, and {buckets} has other shapes: set {buckets}=null, or teacher.pairs=null"

@@ -25,9 +25,9 @@ FILE = Path(__file__).with_name("outline.json")
 DEFINITIONS = "$defs"
 HASH_KEY = "declared"  # in the file, of `declarations_hash`
 PACKAGE = Path(__file__).parents[1]
-ASSIGNMENT = re.compile(r"^(?P<name>[A-Z]\w*)(: [^=\n]+)? = .*(\n[ )\]}].*)*", re.MULTILINE)  # of a module's constant
+_ASSIGNMENT = re.compile(r"^(?P<name>[A-Z]\w*)(: [^=\n]+)? = .*(\n[ )\]}].*)*", re.MULTILINE)  # of a module's constant
 # Keywords of JSON schema that the file keeps.
-KEYWORDS = (
+_KEYWORDS = (
     *("$ref", "anyOf", "type", "const", "enum", "properties", "additionalProperties", "items", "prefixItems"),
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "pattern"),
 )
@@ -61,7 +61,7 @@ def declarations_hash(package: Path) -> str:
             used_names |= {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
             hash_of_statements.update("\n".join(lines[statement.lineno - 1 : statement.end_lineno]).encode())
     for text in texts:
-        for assignment in ASSIGNMENT.finditer(text):
+        for assignment in _ASSIGNMENT.finditer(text):
             if assignment["name"] in used_names:
                 hash_of_statements.update(assignment[0].encode())
     return hash_of_statements.hexdigest()
@@ -127,14 +127,14 @@ def field_names() -> list[str]:
 
 
 def pruned_schema(schema: object, *, has_names: bool = False) -> Any:  # noqa: ANN401, a part of a JSON schema
-    """A JSON schema with KEYWORDS alone. `has_names`: the keys of this mapping are names of fields or definitions."""
+    """A JSON schema with _KEYWORDS alone. `has_names`: the keys of this mapping are names of fields or definitions."""
     if isinstance(schema, list):
         return [pruned_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     pruned: Schema = {}
     for key, value in schema.items():
-        if has_names or key in KEYWORDS or key == DEFINITIONS:
+        if has_names or key in _KEYWORDS or key == DEFINITIONS:
             value_has_names = not has_names and key in ("properties", DEFINITIONS)
             pruned[key] = pruned_schema(value, has_names=value_has_names)
     return pruned

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, JsonValue
 
-from dumo.config.conditions import Conditions, shown
+from dumo.config.conditions import Conditions, shown_data
 from dumo.data import Data, ShownData
 from dumo.evaluation import MetricProtocol, is_of_inception, is_shipped
 from dumo.flow.guide import CFG, GuidanceScale
@@ -156,7 +156,7 @@ class RunParts(Spec):
     @property
     def shown_data(self) -> ShownData:
         """The images or points that reports show: of latents, the images that were encoded."""
-        return shown(self.data)
+        return shown_data(self.data)
 
     @property
     def shown_shape(self) -> tuple[int, ...]:

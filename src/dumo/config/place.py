@@ -25,7 +25,7 @@ EVALUATION_FILE = "evaluation.json"  # in a run's folder: its evaluation by the 
 OTHER_EVALUATIONS = "evaluation-*.json"  # in a run's folder: its evaluations by other settings
 LOG_FILE = "metrics.jsonl"  # in a run's folder: a row for each logged step
 RUNS_FOLDER = "runs"  # in the working folder: the runs, unless --out names another folder
-MAX_LISTED_NAMES = 2000  # of a folder's names, those compared with a mistyped one: ours, so that the error comes soon
+_MAX_LISTED_NAMES = 2000  # of a folder's names, those compared with a mistyped one: ours, so that the error comes soon
 Content = Literal["run", "images"]
 
 
@@ -160,12 +160,12 @@ def list_run_folders(folder: Path) -> list[str]:
 
 
 def _listed_paths(folder: Path) -> Iterable[Path]:
-    """The first MAX_LISTED_NAMES paths in a folder, without hidden ones; none where the folder cannot be listed."""
+    """The first _MAX_LISTED_NAMES paths in a folder, without hidden ones; none where the folder cannot be listed."""
     try:
         names = os.listdir(folder)
     except OSError:
         return
-    for name in names[:MAX_LISTED_NAMES]:
+    for name in names[:_MAX_LISTED_NAMES]:
         if not name.startswith("."):
             yield folder / name
 

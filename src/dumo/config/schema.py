@@ -4,7 +4,7 @@ import json
 from typing import Any, cast
 
 from dumo.config import outline
-from dumo.config.source import CHANGED, KEY
+from dumo.config.source import CHANGED_KEY, FORMAT_KEY
 from dumo.config.spec import Run
 
 
@@ -13,7 +13,7 @@ def schema() -> dict[str, Any]:
     tree = cast("dict[str, Any]", _loosen(Run.model_json_schema()))
     tree["title"] = "A recipe of dumo"
     tree["properties"]["base"] = {"type": "string", "description": "A recipe's name, or a file or run's folder here."}
-    tree["properties"] |= {KEY: {"type": "integer"}, CHANGED: {"type": "array"}}  # keys of a run.yaml
+    tree["properties"] |= {FORMAT_KEY: {"type": "integer"}, CHANGED_KEY: {"type": "array"}}  # keys of a run.yaml
     return tree
 
 

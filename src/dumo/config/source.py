@@ -6,9 +6,11 @@
 2. `read` gives the plain values that a source says, over its bases; `read_file` and `parse_text` do so for a file and
    its text. `dumo.config.load` makes a run of them.
 
+Three questions about a run stand apart: `file_state` tells whether its file was written again, `is_root_proposed`
+whether its folder of latents was proposed, and `encode_command` what makes the latents.
+
 A run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none. Of a run that
-was moved with its latents, `read_file` says where these are now. `file_state` tells whether a file was written again,
-`is_root_proposed` whether a run's folder of latents was proposed, and `encode_command` what makes the latents.
+was moved with its latents, `read_file` says where these are now.
 """
 
 import os
@@ -23,7 +25,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dumo.config import recipes
-from dumo.config.change import merge, shown
+from dumo.config.change import merge, yaml_text
 from dumo.config.place import RUN_FILE as RUN_FILE
 from dumo.config.place import (
     RUNS_FOLDER,
@@ -40,27 +42,29 @@ from dumo.io.read import brief, read_text, user_path
 from dumo.io.trained import SHIPPED_PREFIX as SHIPPED_PREFIX
 from dumo.io.yaml import parse_mapping
 
-KEY = "format"  # the first key of a run.yaml
-FORMAT = 2  # what `dumo.config.load.dump` writes there
-CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
-RESOLVED = "resolved"  # of a run.yaml: the fields that were found when the run was opened (`dumo.run.resolve`)
-CODE = "code"  # in `resolved`: hashes of the code of classes from outside, by name
-PROPOSED = "proposed"  # in `resolved`: the fields that were set by `dumo.plan.proposal`
-GIVEN = "given"  # in `resolved`: places in the words they were given in, by the fields that have them whole
-BASE_VARIABLE = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # ${NAME:-recipe}, as a shell writes it
+# keys of a run.yaml, besides the fields of a run
+FORMAT_KEY = "format"  # the first one
+FORMAT = 2  # the value that `dumo.config.load.dump` writes there
+CHANGED_KEY = "changed"  # the fields that were changed while it trained (`RecordedChange`)
+RESOLVED_KEY = "resolved"  # the fields that were found when the run was opened (`dumo.run.resolve`)
+# keys in `resolved`, besides the fields
+CODE_KEY = "code"  # hashes of the code of classes from outside, by name
+PROPOSED_KEY = "proposed"  # the fields that were set by `dumo.plan.proposal`
+TYPED_KEY = "given"  # paths as the user typed them, by the fields that have them absolute
+
+_BASE_VARIABLE = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # ${NAME:-recipe}, as a shell writes it
 MAX_BYTES = 2**24  # of a file: ours; the names of 20,000 classes are half a million
-DEFAULT_TUNING_RECIPE = "sd3-lora"  # an example, of a pipeline that no recipe names
-SOURCE_FIX = "give a run's folder, a recipe or a YAML file"  # the fix that messages end with
+_DEFAULT_TUNING_RECIPE = "sd3-lora"  # an example, of a pipeline that no recipe names
+_SOURCE_FIX = "give a run's folder, a recipe or a YAML file"  # the fix that messages end with
 IMAGES_RECIPE = "my-images"  # what a run is proposed from for images of the user's
 IMAGES_LATENTS_RECIPE = "my-images-64"  # what a run is proposed from where they are learned in latents
-LATENTS_FIELDS = ("kind", "root", "images", "codec", "memory", "prior")  # fields of data.kind=latents
-ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # suffixes
+_LATENTS_FIELDS = ("kind", "root", "images", "codec", "memory", "prior")  # fields of data.kind=latents
+_ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # suffixes
+
+FileState = tuple[int, int, int]  # inode, time of change in ns, bytes
 
 
-FileState = tuple[int, int, int]  # `file_state`
-
-
-class Noted(BaseModel):
+class RecordedChange(BaseModel):
     """A change of a field while a run trained, as run.yaml lists it: the steps after `step` have the value `now`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,7 +76,7 @@ class Noted(BaseModel):
     accepted: bool = False  # whether it took --accept, because the field is not one that may change
 
     @property
-    def of_data(self) -> bool:
+    def is_of_data(self) -> bool:
         """Whether the change is of the data's fingerprint, not of a field."""
         return self.field == "data" and not isinstance(self.was, dict)
 
@@ -83,7 +87,7 @@ class RunText:
 
     tree: dict[str, Any]  # plain values
     name: str  # of the source, for errors
-    changed: tuple[Noted, ...] = ()  # the changes while the run trained, in order
+    changed: tuple[RecordedChange, ...] = ()  # the changes while the run trained, in order
     state: FileState | None = None  # of the file as it was read; None: of a recipe, or of a text
 
 
@@ -119,7 +123,7 @@ class ChosenSource:
         """Fields to set in what the word says, as --set takes them, before those of the user."""
         if self.kind != "trained":
             return []
-        return [f"start={shown({'source': f'{SHIPPED_PREFIX}{self._shipped_name}'})}"]
+        return [f"start={yaml_text({'source': f'{SHIPPED_PREFIX}{self._shipped_name}'})}"]
 
     @property
     def _shipped_name(self) -> str:
@@ -143,7 +147,7 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     if trained_name is not None:
         return ChosenSource("trained", source, Path(RUNS_FOLDER) / trained_name)
     if not str(source):
-        raise UserError(f"the source is empty: {SOURCE_FIX}, or a folder of images")
+        raise UserError(f"the source is empty: {_SOURCE_FIX}, or a folder of images")
     path = user_path(str(source), "the source")
     if os.path.isfile(path):  # False for a name that is too long
         if is_table(path):
@@ -177,7 +181,7 @@ def settings_of_images(tree: dict[str, Any], texts: Sequence[str], place: str | 
     changes = [] if place is None else [f"{images_field}.root={place}"]
     for text in texts:
         words = re.split("[.=]", text, maxsplit=2)  # data, the field, what follows
-        if text.startswith("data.") and words[1] not in LATENTS_FIELDS:
+        if text.startswith("data.") and words[1] not in _LATENTS_FIELDS:
             changes.append(f"{images_field}.{text.removeprefix('data.')}")
         else:
             changes.append(text)
@@ -224,15 +228,19 @@ def _find_shipped_name(source: str, names: Collection[str], *, images: bool = Fa
 
 
 def read(source: str | Path) -> RunText:
-    """What a source says, over its bases. Raises UserError where there is none, or it cannot be read."""
+    """What a source says, over its bases. Raises UserError where there is none, or it cannot be read.
+
+    In a text, ~ and $NAMES of environment variables are expanded; a `Path` is taken as it is.
+    """
     recipe = _recipe_of(source)
     if recipe is not None:
         name = f"recipe {recipe}"
-        return RunText(_over_base(deepcopy(_parse_recipe(recipe)), name, None), name)
+        return RunText(_merge_over_base(deepcopy(_parse_recipe(recipe)), name, None), name)
     trained_name = trained_name_of(source)
     if trained_name is not None:
         return read_file(trained.folder(trained_name) / RUN_FILE)
-    file = find_run_file(Path(source))
+    path = source if isinstance(source, Path) else user_path(source, "the source")
+    file = find_run_file(path)
     if file is not None:
         from dumo.io.hub import SUFFIX
 
@@ -241,8 +249,8 @@ def read(source: str | Path) -> RunText:
 
             raise UserError(f"{unpack_hint(file)}, and give it to a recipe: {_pipeline_fix('DIR')}")
         return read_file(file)
-    if os.path.isdir(source):  # False for a name that is too long
-        raise UserError(f"{source} is a folder without a {RUN_FILE}: {SOURCE_FIX}")
+    if os.path.isdir(path):  # False for a name that is too long
+        raise UserError(f"{source} is a folder without a {RUN_FILE}: {_SOURCE_FIX}")
     if "://" in str(source):
         raise UserError(
             f"{brief(source)} is an address, and dumo reads folders and files of this machine: fetch it, unpack it, "
@@ -259,18 +267,18 @@ def read_file(file: Path) -> RunText:
     state = file_state(file)  # before it is read: what is written meanwhile makes it another one
     text = parse_text(_yaml_text(file), file)
     if file.name == RUN_FILE:
-        _find_proposed_latents(text.tree, file.absolute().parent)
+        _follow_moved_latents(text.tree, file.absolute().parent)
     return replace(text, state=state)
 
 
-def _find_proposed_latents(tree: dict[str, Any], folder: Path) -> None:
+def _follow_moved_latents(tree: dict[str, Any], folder: Path) -> None:
     """Set `data.root` in the tree of the run in `folder`, where the run was moved together with its latents.
 
-    That is for latents which were proposed with the run, in runs/latents/NAME: a folder that the user named stays. They
-    need not be there yet: training makes their parent folder before it writes the run, so where that is gone, it moved.
+    A folder that the user named stays: this is for latents that were proposed with the run, in runs/latents/NAME. They
+    need not be there yet. Training makes their parent folder before it writes the run, so if that is gone, it moved.
     """
     data = tree.get("data")
-    resolved = tree.get(RESOLVED)
+    resolved = tree.get(RESOLVED_KEY)
     if not (isinstance(data, dict) and isinstance(resolved, dict)):
         return
     noted_root = data.get("root")
@@ -287,8 +295,8 @@ def is_root_proposed(resolved: Mapping[str, Any], root: str) -> bool:
 
     `resolved` is the run's. The two are compared as they were typed, since a run's own paths are absolute.
     """
-    proposed = resolved.get(PROPOSED)
-    typed = resolved.get(GIVEN)
+    proposed = resolved.get(PROPOSED_KEY)
+    typed = resolved.get(TYPED_KEY)
     if not isinstance(proposed, dict):
         return False
     if isinstance(typed, dict):
@@ -307,22 +315,22 @@ def file_state(file: Path) -> FileState | None:
 def parse_text(text: str, file: Path) -> RunText:
     """What the text of a YAML file says, over its bases. Raises UserError."""
     tree, changed = _parse_file(text, file)
-    return RunText(_over_base(tree, str(file), file), str(file), tuple(changed))
+    return RunText(_merge_over_base(tree, str(file), file), str(file), tuple(changed))
 
 
 def _yaml_text(file: Path) -> str:
-    """The text of a YAML file. Raises UserError for another suffix, and as `read_text`."""
+    """The text of a YAML file. Raises UserError for another suffix, too many bytes, or no UTF-8."""
     suffix = file.suffix.lower()
-    if suffix in ARCHIVES:
+    if suffix in _ARCHIVES:
         raise UserError(f"{file} is an archive: unpack it, and give its folder")
     if is_image(file):
         raise UserError(f"{file} is one image: give the folder that it is in")
     if file.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{file} is no YAML file: {SOURCE_FIX}")
-    return read_text(file, SOURCE_FIX, MAX_BYTES)
+        raise UserError(f"{file} is no YAML file: {_SOURCE_FIX}")
+    return read_text(file, _SOURCE_FIX, MAX_BYTES)
 
 
-def _parse_file(text: str, file: Path) -> tuple[dict[str, Any], list[Noted]]:
+def _parse_file(text: str, file: Path) -> tuple[dict[str, Any], list[RecordedChange]]:
     """The tree that a file's text holds, and what had changed in it. Raises UserError."""
     tree = _parse_mapping(text, str(file))
     changed = _take_changed(tree, str(file))
@@ -330,17 +338,19 @@ def _parse_file(text: str, file: Path) -> tuple[dict[str, Any], list[Noted]]:
     return tree, changed
 
 
-def _over_base(tree: dict[str, Any], name: str, file: Path | None, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A tree over its base, which may have a base itself; `above` are the files and recipes that led here."""
+def _merge_over_base(
+    tree: dict[str, Any], name: str, file: Path | None, derived: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """A tree over its base, which may have a base itself; `derived` are the files and recipes whose base this is."""
     if "base" not in tree:
         return tree
     place = str(file.resolve()) if file else name
-    if place in above:
-        raise UserError(f"{name}: base goes round in a circle: {' -> '.join((*above, place))}")
+    if place in derived:
+        raise UserError(f"{name}: base goes round in a circle: {' -> '.join((*derived, place))}")
     base_tree, base_name, base_file = _read_base(tree.pop("base"), name, file)
-    base = _over_base(base_tree, base_name, base_file, (*above, place))
+    merged_base = _merge_over_base(base_tree, base_name, base_file, (*derived, place))
     try:
-        return merge(base, tree)
+        return merge(merged_base, tree)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
@@ -350,12 +360,12 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
 
     ${NAME:-recipe}, as a shell reads it: what lies where the variable says, from here, or the recipe where it is unset.
     """
-    word = base if isinstance(base, str) else shown(base)
-    variable = BASE_VARIABLE.fullmatch(word)
+    word = base if isinstance(base, str) else yaml_text(base)
+    variable = _BASE_VARIABLE.fullmatch(word)
     if variable:
         word = os.environ.get(variable[1]) or variable[2]
         base = word
-        file = Path(RUN_FILE)
+        file = Path(RUN_FILE)  # any file here, in the working folder
         name = f"{name}: ${variable[1]}"
     if isinstance(base, str):
         recipe = base.removeprefix(SHIPPED_PREFIX)
@@ -364,7 +374,7 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
         base_file = find_run_file(file.parent / user_path(base, "base")) if file else None
         if base_file:
             tree, _ = _parse_file(_yaml_text(base_file), base_file)
-            tree.pop(RESOLVED, None)  # of that run's files
+            tree.pop(RESOLVED_KEY, None)  # of that run's files
             return tree, str(base_file), base_file
     raise UserError(
         f"{name}: base: there is no recipe '{brief(word)}', nor a file or run's folder there; {_hint(word)}"
@@ -374,22 +384,22 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
 def _take_format(tree: dict[str, Any], file: Path) -> None:
     """Remove the format from the tree of a file. Raises UserError for another than ours."""
     default = 1 if file.name == RUN_FILE and "base" not in tree else FORMAT
-    file_format = tree.pop(KEY, default)
+    file_format = tree.pop(FORMAT_KEY, default)
     if file_format != FORMAT:
         raise UserError(
-            f"{file} is of format {brief(shown(file_format))}, and this dumo reads {FORMAT}: take the dumo that wrote "
-            f"it, for format 1 that of 2026-11-22 (commit 9ebbef4). A {RUN_FILE} of your own begins with {KEY}: "
-            f"{FORMAT}"
+            f"{file} is of format {brief(yaml_text(file_format))}, and this dumo reads {FORMAT}: take the dumo that "
+            f"wrote it, for format 1 that of 2026-11-22 (commit 9ebbef4). A {RUN_FILE} of your own begins with "
+            f"{FORMAT_KEY}: {FORMAT}"
         )
 
 
-def _take_changed(tree: dict[str, Any], name: str) -> list[Noted]:
+def _take_changed(tree: dict[str, Any], name: str) -> list[RecordedChange]:
     """Remove the changes from a tree, and return them."""
     try:
-        return TypeAdapter(list[Noted]).validate_python(tree.pop(CHANGED, []))
+        return TypeAdapter(list[RecordedChange]).validate_python(tree.pop(CHANGED_KEY, []))
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, (CHANGED, *first["loc"])))
+        field = ".".join(map(str, (CHANGED_KEY, *first["loc"])))
         raise UserError(
             f"{name}: {field}: {first['msg']}: it lists step, field, was and now of each change; mend or remove it"
         ) from error
@@ -416,11 +426,11 @@ def _fetch_hint(name: str) -> str:
     fetch = fetch_hint(name)
     if not fetch:
         return ""
-    recipe = _recipe_of_pipeline(published_name(name)) or DEFAULT_TUNING_RECIPE
+    recipe = _recipe_of_pipeline(published_name(name)) or _DEFAULT_TUNING_RECIPE
     return f"{fetch}, and give it to a recipe: {_pipeline_fix(path.name, recipe)}"
 
 
-def _pipeline_fix(folder: str, recipe: str = DEFAULT_TUNING_RECIPE) -> str:
+def _pipeline_fix(folder: str, recipe: str = _DEFAULT_TUNING_RECIPE) -> str:
     """How a recipe is given the folder of a pipeline, in words."""
     return f"dumo encode {recipe} --set pipeline={folder}, then dumo train {recipe} --set pipeline={folder}"
 
@@ -462,6 +472,5 @@ def _hint(name: str) -> str:
     """The end of a message that there is no source of this name: what is near to it, and how to list recipes."""
     from dumo.config.suggestion import nearest_few
 
-    path = Path(name)
-    near = nearest_few(name, [*recipes.names(), *list_sources(path.parent), *list_run_folders(Path(RUNS_FOLDER))])
-    return f"{near}`dumo recipes` lists all"
+    valid_names = [*recipes.names(), *list_sources(Path(name).parent), *list_run_folders(Path(RUNS_FOLDER))]
+    return f"{nearest_few(name, valid_names)}`dumo recipes` lists all"

@@ -31,14 +31,14 @@ from dumo.runtime.random import stream
 from dumo.types import UserError
 
 HASH_COLUMN = "sha256"  # in a cache of latents: the column of the images' hashes
-MAX_CHUNK_IMAGES = 32  # that a thread decodes in one go: ours
-CHUNKS_PER_THREAD = 4  # of a batch, at least, so that no thread waits long for another: ours
+_MAX_CHUNK_IMAGES = 32  # that a thread decodes in one go: ours
+_CHUNKS_PER_THREAD = 4  # of a batch, at least, so that no thread waits long for another: ours
 MAX_THREADS = min(16, os.cpu_count() or 1)  # that decode at once: ours
-MAX_NAMED = 3  # unreadable images that a warning names: ours
-HOW_TO_MEND = "mend or remove it, or leave such images out with data.on_bad=skip"
+_MAX_NAMED = 3  # unreadable images that a warning names: ours
+UNREADABLE_FIX = "mend or remove it, or leave such images out with data.on_bad=skip"
 
 Pixels = UInt8[Tensor, "n c h w"]
-Order = Int64[Tensor, " n"]
+Numbers = Int64[Tensor, " n"]  # of rows, of images in a store, or of classes
 
 
 class Album:
@@ -57,14 +57,15 @@ class Album:
         skip: bool,
         memory: float,
         augment: Edm | None = None,
-        numbered: bool = False,
-        only: Order | None = None,
+        class_per_image: bool = False,
+        store_numbers: Numbers | None = None,
         hashes: Hashes | None = None,
     ) -> None:
         """Decode all images now if their pixels take at most `memory` bytes, else when they are asked for.
 
-        `flip`: mirror half of the images of a batch. `numbered`: each image is a class of its own. `only`: the numbers
-        in the store of the images to offer; None: all. `hashes`: those of the store; None: look them up.
+        `flip`: mirror half of the images of a batch. `class_per_image`: each image is a class of its own.
+        `store_numbers`: the numbers in the store of the images to offer; None: all. `hashes`: those of the store; None:
+        look them up.
         """
         self.store = store
         self.to_pixels = to_pixels
@@ -72,12 +73,12 @@ class Album:
         self.augment = augment
         self.skip = skip
         self.hashes = hashes or store_hashes(store)
-        self.has_classes = not numbered
+        self.has_classes = not class_per_image
         self.use_threads(MAX_THREADS)
-        self.bad: dict[int, str] = {}  # why an image cannot be read, by its number in the store
-        self.num_warned = 0  # images in `bad` that were warned of
+        self.unreadable: dict[int, str] = {}  # why an image cannot be read, by its number in the store
+        self.num_warned = 0  # images in `unreadable` that were warned of
         self._warning_lock = Lock()
-        self.numbers_in_store = only  # by row; None: both are the same
+        self.numbers_in_store = store_numbers  # by row; None: both are the same
         self.full_size = self.size  # with images that cannot be read
         self.decoded: Pixels | None = None  # all rows; None: they are decoded when asked for
         if self.full_size * prod(to_pixels.shape) <= memory:
@@ -101,27 +102,27 @@ class Album:
     def __len__(self) -> int:
         return self.size
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The rows `rows` of a step's batch: images, with their classes (b,), or with augment labels (b, n).
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Some rows of a step's batch: images (b, 3, h, w), with their classes (b,), or with augment labels (b, n).
 
         Epoch follows epoch, each in its own order; half of the images are mirrored if `flip`. A function of its
         arguments alone.
         """
-        drawn_rows = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
-        pixels, c = self._read_all(drawn_rows)
-        self._warn()
+        drawn_rows = rows_of(step, batch_size, size=self.size, seed=seed, rows=rows)
+        pixels, c = self._read_with_replacements(drawn_rows)
+        self._warn_of_unreadable()
         if self.flip:
-            flipped = mirrored_rows(step, batch, seed, rows)[:, None, None, None]
+            flipped = mirrored_rows(step, batch_size, seed, rows)[:, None, None, None]
             pixels = torch.where(flipped, pixels.flip(-1), pixels)
         x = from_uint8(pixels)
         if not self.augment:
             return x, c
-        augmentation = self.augment.draw(batch, stream(seed, step, "augment"))[rows]
+        augmentation = self.augment.draw(batch_size, stream(seed, step, "augment"))[rows]
         return self.augment(x, augmentation), augmentation.augment_labels
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Order:
+    def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Numbers:
         """The numbers in the store of a step's rows, (b,), also of images that cannot be read."""
-        return self.store_numbers(rows_of(step, batch, size=self.size, seed=seed, rows=rows))
+        return self.store_numbers(rows_of(step, batch_size, size=self.size, seed=seed, rows=rows))
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """All images where they are in memory, else the i-th choice of n; with their classes, not mirrored."""
@@ -134,43 +135,46 @@ class Album:
         """Some rows in their own order, with their classes, not mirrored; without images that cannot be read."""
         return self._read_readable(torch.arange(self.size)[rows])
 
-    def store_numbers(self, rows: Order) -> Order:
+    def store_numbers(self, rows: Numbers) -> Numbers:
         """The numbers in the store of some rows, (n,)."""
         return rows if self.numbers_in_store is None else self.numbers_in_store[rows]
 
     def origins(self, rows: range) -> dict[str, Tensor]:
         """The numbers (n,) and hashes (n, 32) of the images that `Album.rows` gave for a range of rows."""
-        readable = [number for number in self.store_numbers(torch.tensor(rows)).tolist() if number not in self.bad]
+        readable = [
+            number for number in self.store_numbers(torch.tensor(rows)).tolist() if number not in self.unreadable
+        ]
         return {"image": torch.tensor(readable), HASH_COLUMN: torch.from_numpy(self.hashes.sha256[readable])}
 
     def fingerprint(self) -> str:
         """The store's fingerprint."""
         return self.store.fingerprint()
 
-    def _read_readable(self, rows: Order) -> tuple[Tensor, Tensor]:
+    def _read_readable(self, rows: Numbers) -> tuple[Tensor, Tensor]:
         """The samples and classes of some rows, without images that cannot be read."""
         numbers = self.store_numbers(rows)
         if self.decoded is not None:
             return from_uint8(self.decoded[rows]), self._classes(numbers)
         pixels, bad = self._decode(numbers)
-        self._warn()
+        self._warn_of_unreadable()
         good = _all_but(len(numbers), bad)
         return from_uint8(pixels[good]), self._classes(numbers[good])
 
-    def _read_all(self, rows: Order) -> tuple[Pixels, Order]:
+    def _read_with_replacements(self, rows: Numbers) -> tuple[Pixels, Numbers]:
         """The pixels and classes of some rows; an image that cannot be read is replaced by the next that can."""
         if self.decoded is not None:
             return self.decoded[rows], self._classes(self.store_numbers(rows))
-        pixels, bad = self._decode(self.store_numbers(rows))
+        replaced_rows = rows.clone()
+        pixels, bad = self._decode(self.store_numbers(replaced_rows))
         while bad:
-            self._require_any()
-            rows[bad] = (rows[bad] + 1) % self.size
-            next_pixels, still_bad = self._decode(self.store_numbers(rows[bad]))
+            self._require_any_readable()
+            replaced_rows[bad] = (replaced_rows[bad] + 1) % self.size
+            next_pixels, still_bad = self._decode(self.store_numbers(replaced_rows[bad]))
             pixels[bad] = next_pixels
             bad = [bad[k] for k in still_bad]
-        return pixels, self._classes(self.store_numbers(rows))
+        return pixels, self._classes(self.store_numbers(replaced_rows))
 
-    def _classes(self, numbers: Order) -> Order:
+    def _classes(self, numbers: Numbers) -> Numbers:
         """The classes of images, by their numbers in the store."""
         if not self.has_classes:
             return numbers
@@ -188,19 +192,19 @@ class Album:
 
             numbers = self.store_numbers(torch.arange(self.full_size))
             pixels, bad = self._decode(numbers, tick)
-        self._require_any()
+        self._require_any_readable()
         if bad:
             good = _all_but(len(pixels), bad)
             pixels = pixels[good]
             self.numbers_in_store = numbers[good]
         self.decoded = pixels
-        self._warn()
+        self._warn_of_unreadable()
 
-    def _decode(self, numbers: Order, tick: Tick = lambda done, note: None) -> tuple[Pixels, list[int]]:
+    def _decode(self, numbers: Numbers, tick: Tick = lambda done, note: None) -> tuple[Pixels, list[int]]:
         """The pixels of images, by their numbers in the store, and the indices of those that cannot be read."""
         pixels = torch.zeros(len(numbers), *self.to_pixels.shape, dtype=torch.uint8)
         bad: list[int] = []
-        chunk_images = max(1, min(MAX_CHUNK_IMAGES, len(numbers) // (CHUNKS_PER_THREAD * self.threads)))
+        chunk_images = max(1, min(_MAX_CHUNK_IMAGES, len(numbers) // (_CHUNKS_PER_THREAD * self.threads)))
         chunks = zip(numbers.split(chunk_images), pixels.split(chunk_images), strict=True)
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")  # takes a ms for each batch; none is left
         try:
@@ -218,7 +222,7 @@ class Album:
         bad: list[int] = []
         for i, number in enumerate(numbers):
             with self._slots:
-                if number in self.bad or not self._decode_image(number, into[i]):
+                if number in self.unreadable or not self._decode_image(number, into[i]):
                     bad.append(i)
         return bad
 
@@ -229,38 +233,40 @@ class Album:
             data = self.store.read(number)
             into[:] = self.to_pixels(data)
         except (OSError, ValueError) as error:
-            message = f"{self.store.path(number)} {fault(error)}"
+            message = f"{self.store.path(number)} {unreadable_reason(error)}"
             if not self.skip:
-                raise UserError(f"{message}: {HOW_TO_MEND}") from error
-            self.bad[number] = message
+                raise UserError(f"{message}: {UNREADABLE_FIX}") from error
+            self.unreadable[number] = message
         if data is not None:
-            self.hashes.see(number, data)
-        return number not in self.bad
+            self.hashes.check_item(number, data)
+        return number not in self.unreadable
 
-    def _warn(self) -> None:
+    def _warn_of_unreadable(self) -> None:
         """Warn of images that could not be read since the last warning, in one line."""
         with self._warning_lock:
-            num_bad = len(self.bad)
-            unreported = sorted(list(self.bad)[self.num_warned : num_bad])
+            num_bad = len(self.unreadable)
+            unreported = sorted(list(self.unreadable)[self.num_warned : num_bad])
             self.num_warned = num_bad
         if not unreported:
             return
         fate = "left out" if self.decoded is not None else "left out, in a batch replaced by the next"
-        examples = "; ".join(self.bad[number] for number in unreported[:MAX_NAMED])
-        if len(unreported) > MAX_NAMED:
+        examples = "; ".join(self.unreadable[number] for number in unreported[:_MAX_NAMED])
+        if len(unreported) > _MAX_NAMED:
             examples += "; ..."
         warnings.warn(
             f"{num_bad} of {self.full_size} images cannot be read and are {fate}: {examples}",
             stacklevel=3,
         )
 
-    def _require_any(self) -> None:
+    def _require_any_readable(self) -> None:
         """Raise UserError where no image can be read."""
-        if len(self.bad) == self.full_size:
-            raise UserError(f"none of the {self.full_size} images can be read; the first: {self.bad[min(self.bad)]}")
+        if len(self.unreadable) == self.full_size:
+            raise UserError(
+                f"none of the {self.full_size} images can be read; the first: {self.unreadable[min(self.unreadable)]}"
+            )
 
 
-def fault(error: Exception) -> str:
+def unreadable_reason(error: Exception) -> str:
     """Why an image cannot be read, for a message after its path."""
     if isinstance(error, Unreadable):
         return str(error)

@@ -46,9 +46,9 @@ from dumo.data.metadata import (
 )
 from dumo.data.pairing import ImageCaptions, NameIndex, Pairing
 from dumo.data.parquet import Parquet
-from dumo.data.store import Folder, Store, walk
+from dumo.data.store import Folder, Store, walk_files
 from dumo.data.tar import Tar
-from dumo.io.read import brief, decode, first_few, read_text
+from dumo.io.read import brief, decode_utf8, first_few, read_text
 from dumo.types import UserError
 
 
@@ -121,7 +121,7 @@ def _pair_files(root: Path, store: Folder, name: str) -> Pairing:
     Raises UserError for a column that no table has.
     """
     folder = image_folder(root)
-    files = list(walk(folder))
+    files = list(walk_files(folder))
     paths = [os.path.abspath(file) for file in store.files]
     absolute_folder = os.path.abspath(folder)
     rows = TableRows(by_image={})
@@ -213,7 +213,7 @@ def _pair_members(store: Tar, name: str) -> Pairing:
     rows: list[TableRow] = []
     for i, by_ending in enumerate(members.by_image):
         where = f"the .json of {store.path(i)}"
-        text = decode(by_ending.get("json", b"{}"), where, CAPTION_FIX)
+        text = decode_utf8(by_ending.get("json", b"{}"), where, CAPTION_FIX)
         rows.append(TableRow(where, read_object(text, where)))
     keys = dict.fromkeys(chain.from_iterable(row.values for row in rows))
     columns = caption_columns(name, keys, store.files[0]) if keys else None
@@ -225,7 +225,7 @@ def _pair_members(store: Tar, name: str) -> Pairing:
                 continue
             where = f"the .{ending} of {store.path(i)}"
             if not is_filled(captions):
-                captions = _captions_by_line(decode(by_ending[ending], where, CAPTION_FIX)) or captions or ()
+                captions = _captions_by_line(decode_utf8(by_ending[ending], where, CAPTION_FIX)) or captions or ()
             elif by_ending[ending].strip():
                 pairing.unread.append(where)
         if columns and not is_filled(captions):

@@ -46,19 +46,19 @@ SYM6 = (
     0.0017677118642428036,
     -0.007800708325034148,
 )
-CENTER_TAP = 5  # index in the filter of the pixel itself
-MARGIN = len(SYM6) // 2  # fine positions beyond the image on each side that the filter reaches on its way back
+_CENTER_TAP = 5  # index in the filter of the pixel itself
+_MARGIN = len(SYM6) // 2  # fine positions beyond the image on each side that the filter reaches on its way back
 
 # All from EDM
-PROBABILITY = 0.12  # that a transformation is made on an image
+_PROBABILITY = 0.12  # that a transformation is made on an image
 SIZE_SD = 0.2  # standard deviation of log2 of the size
 STRETCH_SD = 0.2  # standard deviation of log2 of k
-OBLIQUE_SHARE = 0.5  # of the stretches, along another axis than the image's own
+_OBLIQUE_SHARE = 0.5  # of the stretches, along another axis than the image's own
 SHIFT_SD = 0.125  # standard deviation of the shift, in sides of the image
 
 Name = Literal["xflip", "yflip", "scale", "rotate", "aniso", "translate"]
 # Numbers among the augment labels, by transformation, in this order
-LABEL_DIMS: dict[Name, int] = {"xflip": 1, "yflip": 1, "scale": 1, "rotate": 2, "aniso": 2, "translate": 2}
+_LABEL_DIMS: dict[Name, int] = {"xflip": 1, "yflip": 1, "scale": 1, "rotate": 2, "aniso": 2, "translate": 2}
 
 
 @dataclass(frozen=True)
@@ -90,18 +90,18 @@ class Edm(Spec):
         """The probability of each transformation, without those that are turned off."""
         probabilities: dict[Name, float] = {
             "xflip": 0.5,  # left and right
-            "yflip": 0.5 * PROBABILITY,
-            "scale": PROBABILITY,
-            "rotate": PROBABILITY,
-            "aniso": PROBABILITY,  # longer along one axis, shorter across
-            "translate": PROBABILITY,
+            "yflip": 0.5 * _PROBABILITY,
+            "scale": _PROBABILITY,
+            "rotate": _PROBABILITY,
+            "aniso": _PROBABILITY,  # longer along one axis, shorter across
+            "translate": _PROBABILITY,
         }
         return {name: probability for name, probability in probabilities.items() if getattr(self, name, True)}
 
     @property
     def augment_dim(self) -> int:
         """How many augment labels an image has."""
-        return sum(LABEL_DIMS[name] for name in self.probabilities)
+        return sum(_LABEL_DIMS[name] for name in self.probabilities)
 
     def draw(self, n: int, g: Generator) -> Augmentation:
         """Draw the changes of n images."""
@@ -125,15 +125,15 @@ def draw_changes(probabilities: Mapping[Name, float], n: int, g: Generator) -> A
     The draws do not depend on which transformations are made.
     """
     # whether each transformation is made, and how far
-    p = torch.tensor([probabilities.get(name, 0.0) for name in LABEL_DIMS])
-    is_made = torch.rand(len(LABEL_DIMS), n, generator=g) < p[:, None]
+    p = torch.tensor([probabilities.get(name, 0.0) for name in _LABEL_DIMS])
+    is_made = torch.rand(len(_LABEL_DIMS), n, generator=g) < p[:, None]
     xflip, yflip, scale, rotate, aniso, translate = is_made.float()
     size, stretch, *shift = torch.randn(4, n, generator=g)
     angle, axis = pi * (2 * torch.rand(2, n, generator=g) - 1)
     size = scale * size
     angle = rotate * angle
     stretch = aniso * stretch
-    axis = axis * (torch.rand(n, generator=g) < OBLIQUE_SHARE)
+    axis = axis * (torch.rand(n, generator=g) < _OBLIQUE_SHARE)
     right, down = (translate * s for s in shift)
 
     # the labels that say so, in units of the standard deviations
@@ -197,7 +197,7 @@ def _filter_matrices(side: int) -> tuple[Float[Tensor, "fine side"], Float[Tenso
     """The matrix that refines a line of pixels with its two reflections, and the one that restores the middle pixels.
 
     The first has two rows for each of the 3 side - 2 pixels. The second takes the fine positions of the image itself,
-    and MARGIN more on each side.
+    and _MARGIN more on each side.
     """
     h = torch.tensor(SYM6, dtype=torch.float64)
     taps = torch.arange(len(SYM6))
@@ -205,7 +205,7 @@ def _filter_matrices(side: int) -> tuple[Float[Tensor, "fine side"], Float[Tenso
     # refine: each pixel, reflected or not, adds the filter around its own fine position
     pixels = torch.arange(1 - side, 2 * side - 1)[:, None]  # the image is 0 ... side - 1
     source_pixel = side - 1 - (side - 1 - pixels % max(2 * side - 2, 1)).abs()  # of which a reflection is a copy
-    fine_position = 2 * (pixels + side - 1) + taps - CENTER_TAP
+    fine_position = 2 * (pixels + side - 1) + taps - _CENTER_TAP
     refine = torch.zeros(2 * len(pixels), side, dtype=torch.float64)
     is_inside = (fine_position >= 0) & (fine_position < len(refine))
     refine.index_put_(
@@ -215,7 +215,7 @@ def _filter_matrices(side: int) -> tuple[Float[Tensor, "fine side"], Float[Tenso
     )
 
     # restore: a pixel is the filter's mean of the fine positions around its own
-    restore = torch.zeros(side, 2 * (side + MARGIN), dtype=torch.float64)
+    restore = torch.zeros(side, 2 * (side + _MARGIN), dtype=torch.float64)
     pixels = torch.arange(side)[:, None]
-    restore[pixels, 2 * pixels + taps + MARGIN - CENTER_TAP] = h
+    restore[pixels, 2 * pixels + taps + _MARGIN - _CENTER_TAP] = h
     return refine, restore

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from dumo.data.album import HOW_TO_MEND, MAX_THREADS, Album, fault
+from dumo.data.album import MAX_THREADS, UNREADABLE_FIX, Album, unreadable_reason
 from dumo.data.pixel import MAX_ASPECT_RATIO, Crop, Size, ToRectangle, covering_size, upright_size
 from dumo.data.store import Store, store_hashes
 from dumo.io.read import first_few
@@ -34,8 +35,8 @@ from dumo.runtime.limits import PIXELS
 from dumo.runtime.progress import delayed_bar
 from dumo.types import Spec, UserError
 
-UNREADABLE = -1  # in place of a bucket's index, for an image that cannot be read
-CHUNK_IMAGES = 256  # images whose sizes are read between two looks at signals: ours
+_UNREADABLE = -1  # in place of a bucket's index, for an image that cannot be read
+_CHUNK_IMAGES = 256  # images whose sizes are read between two looks at signals: ours
 SideLength = Annotated[int, Field(ge=1, le=PIXELS)]
 
 
@@ -62,7 +63,7 @@ class Buckets(Spec):
         return tuple(self._sizes_of_area(area_side) for area_side in area_sides)
 
     def sizes(self, side: int) -> tuple[Size, ...]:
-        """The sizes of all areas, each once. Raises as `groups`."""
+        """The sizes of all areas, each once. Raises UserError for a side that `step` does not divide."""
         return tuple(dict.fromkeys(size for group in self.groups(side) for size in group))
 
     def _sizes_of_area(self, area_side: int) -> tuple[Size, ...]:
@@ -75,30 +76,33 @@ class Buckets(Spec):
         return tuple(sorted(sizes))
 
 
-def cropped_share(image: Size, size: Size, crop: Crop = "adm") -> float:
-    """The share of an image of size `image` that is cut off where it is brought to `size`."""
-    if crop == "adm":
-        while all(side >= 2 * wanted for side, wanted in zip(image, size, strict=True)):
-            image = image[0] // 2, image[1] // 2  # as `dumo.data.pixel` does
-    return 1 - prod(size) / prod(covering_size(image, size))
+def cropped_share(image_size: Size, bucket_size: Size, crop: Crop = "adm") -> float:
+    """The share of an image that is cut off where it is brought to the size of a bucket."""
+    height, width = image_size
+    bucket_height, bucket_width = bucket_size
+    if crop == "adm":  # halved by boxes first, as `dumo.data.pixel.crop_middle` does
+        while height >= 2 * bucket_height and width >= 2 * bucket_width:
+            height //= 2
+            width //= 2
+    return 1 - prod(bucket_size) / prod(covering_size((height, width), bucket_size))
 
 
-def nearest_size(image: Size, groups: Sequence[Sequence[Size]]) -> Size:
-    """The size that an image of size `image` goes to: of the nearest ratio, in the largest area without enlarging.
+def nearest_size(image_size: Size, groups: Sequence[Sequence[Size]]) -> Size:
+    """The size that an image goes to: of the nearest aspect ratio, in the largest area that does not enlarge it.
 
     `groups` are the sizes of each area, the largest area first. Where each would enlarge the image, it is the last.
     """
-    nearest_by_area = [min(group, key=lambda size: _ratio_gap(image, size)) for group in groups]
+    nearest_by_area = [min(group, key=partial(_ratio_gap, image_size)) for group in groups]
     for size in nearest_by_area:
-        if size[0] <= image[0] and size[1] <= image[1]:
+        if size[0] <= image_size[0] and size[1] <= image_size[1]:
             return size
     return nearest_by_area[-1]
 
 
-def _ratio_gap(image: Size, size: Size) -> float:
-    """The factor, at least 1, by which two aspect ratios differ."""
-    a = image[0] * size[1]
-    b = image[1] * size[0]
+def _ratio_gap(size: Size, other_size: Size) -> float:
+    """The factor, at least 1, by which the aspect ratios of two sizes differ."""
+    a = size[0] * other_size[1]
+    b = size[1] * other_size[0]
     return max(a, b) / min(a, b)
 
 
@@ -132,7 +136,7 @@ class BucketedRows:
     """A range of the images of a store, each with its bucket."""
 
     rows: range
-    bucket_index: Int64[Tensor, " n"]  # the bucket of each, an index of `BucketedStore.sizes`, or UNREADABLE
+    bucket_index: Int64[Tensor, " n"]  # the bucket of each, an index of `BucketedStore.sizes`, or _UNREADABLE
     cropped: Float[Tensor, " n"]  # the share of each that is cut off; 0 of an image that cannot be read
 
 
@@ -140,17 +144,17 @@ class BucketedStore:
     """The images of a store in their buckets: to be gone through by ranges of rows, or opened as a source."""
 
     def __init__(
-        self, store: Store, side: int, crop: Crop, buckets: Buckets, *, flip: bool, skip: bool, numbered: bool
+        self, store: Store, side: int, crop: Crop, buckets: Buckets, *, flip: bool, skip: bool, class_per_image: bool
     ) -> None:
         """Read nothing yet.
 
         `flip`: mirror half of the images of a batch. `skip`: an image that cannot be read is in no bucket; False: it is
-        refused. `numbered`: each image is a class of its own.
+        refused. `class_per_image`: each image is a class of its own.
         """
         self.store = store
         self.flip = flip
         self.skip = skip
-        self.numbered = numbered
+        self.class_per_image = class_per_image
         self.crop: Crop = crop
         self.groups = buckets.groups(side)
         self.sizes = buckets.sizes(side)
@@ -166,7 +170,7 @@ class BucketedStore:
         Warns of images that cannot be read if they are skipped, else raises UserError for the first.
         """
         index_of_size = {size: k for k, size in enumerate(self.sizes)}
-        bucket_index = torch.full((len(rows),), UNREADABLE)
+        bucket_index = torch.full((len(rows),), _UNREADABLE)
         cropped = torch.zeros(len(rows))
         for i, image_size in enumerate(self._image_sizes(rows)):
             if image_size is None:
@@ -174,7 +178,7 @@ class BucketedStore:
             bucket_size = nearest_size(image_size, self.groups)
             bucket_index[i] = index_of_size[bucket_size]
             cropped[i] = cropped_share(image_size, bucket_size, self.crop)
-        unreadable = [rows[i] for i in (bucket_index == UNREADABLE).nonzero().flatten().tolist()]
+        unreadable = [rows[i] for i in (bucket_index == _UNREADABLE).nonzero().flatten().tolist()]
         if unreadable:
             paths = first_few(unreadable, self.store.path)
             warnings.warn(
@@ -184,7 +188,7 @@ class BucketedStore:
 
     def albums(self, bucketed: BucketedRows, memory: float = 0.0) -> dict[int, Album]:
         """The images of a range by bucket, an index of `sizes`; kept decoded if all take at most `memory` bytes."""
-        is_read = bucketed.bucket_index != UNREADABLE
+        is_read = bucketed.bucket_index != _UNREADABLE
         readable_index = bucketed.bucket_index[is_read]
         decoded_bytes = sum(3 * prod(self.sizes[k]) for k in readable_index.tolist())
         album_memory = memory if decoded_bytes <= memory else 0.0  # all buckets are kept decoded, or none
@@ -197,14 +201,14 @@ class BucketedStore:
                 flip=self.flip,
                 skip=self.skip,
                 memory=album_memory,
-                numbered=self.numbered,
-                only=(bucketed.bucket_index == k).nonzero().flatten() + bucketed.rows.start,
+                class_per_image=self.class_per_image,
+                store_numbers=(bucketed.bucket_index == k).nonzero().flatten() + bucketed.rows.start,
                 hashes=self.hashes,
             )
         return albums
 
     def measure_crops(self) -> Crops:
-        """What the buckets leave of all images, whose headers are read for it. Raises as `find_buckets`."""
+        """What the buckets leave of all images, whose headers are read for it. Raises UserError for a bad one."""
         return self._crops_of(self.find_buckets(range(len(self))))
 
     def open(self, memory: float) -> Bucketed:
@@ -224,21 +228,21 @@ class BucketedStore:
 
     def _crops_of(self, bucketed: BucketedRows) -> Crops:
         """What the buckets leave of the images of a range that can be read."""
-        is_read = bucketed.bucket_index != UNREADABLE
+        is_read = bucketed.bucket_index != _UNREADABLE
         return Crops.of(self.sizes, bucketed.bucket_index[is_read], bucketed.cropped[is_read])
 
     def _image_sizes(self, rows: range) -> Iterator[Size | None]:
         """The size of each image of a range, read on threads, with progress shown.
 
-        None where an image cannot be read and is skipped. Raises as `_read_size`.
+        None where an image cannot be read and is skipped; raises UserError where it is not skipped.
         """
         with (
             ThreadPoolExecutor(MAX_THREADS, "sizes") as threads,
             delayed_bar("reading the sizes of images", len(rows)) as tick,
         ):
-            for first in range(rows.start, rows.stop, CHUNK_IMAGES):
+            for first in range(rows.start, rows.stop, _CHUNK_IMAGES):
                 signals.check()
-                chunk = range(first, min(first + CHUNK_IMAGES, rows.stop))
+                chunk = range(first, min(first + _CHUNK_IMAGES, rows.stop))
                 yield from threads.map(self._read_size, chunk)
                 tick(chunk.stop - rows.start, "")
 
@@ -253,6 +257,6 @@ class BucketedStore:
         except (OSError, ValueError) as error:
             if self.skip:
                 return None
-            raise UserError(f"{self.store.path(i)} {fault(error)}: {HOW_TO_MEND}") from error
-        self.hashes.see(i, data)
+            raise UserError(f"{self.store.path(i)} {unreadable_reason(error)}: {UNREADABLE_FIX}") from error
+        self.hashes.check_item(i, data)
         return size

@@ -43,8 +43,8 @@ from dumo.types import Spec, UserError
 LATENT_COLUMNS = ("x", "flipped")
 CAPTIONS = "captions.jsonl"  # a file in a cache
 ENCODE = "dumo encode"  # makes a cache; who knows the recipe names it, too
-CAPTIONS_FIX = "remove it, and dumo encode writes it from the images"  # the end of messages
-WEIGHTS_FIELDS = ("weights", "sha256")  # fields of a codec that say where its weights are, not what it does
+_CAPTIONS_FIX = "remove it, and dumo encode writes it from the images"  # the end of messages
+_WEIGHTS_FIELDS = ("weights", "sha256")  # fields of a codec that say where its weights are, not what it does
 
 
 class CachePlan(Spec):
@@ -77,7 +77,7 @@ class CachePlan(Spec):
 class CacheIndex(CachePlan, TableIndex):
     """The contents of a cache's index.json."""
 
-    word: ClassVar[str] = "cache"
+    noun: ClassVar[str] = "cache"
     codec: dict[str, Any]  # what it does (`CodecSpec.facts`), and where its weights were
     weights: str  # SHA-256 of the codec's weights
 
@@ -106,37 +106,34 @@ def split_column(name: str) -> tuple[str, str]:
 
 def read_index(folder: Path) -> CacheIndex | None:
     """The index of a cache, or None where there is none. Raises UserError if it is damaged."""
-    return table.read(folder, CacheIndex)
+    return table.read_index(folder, CacheIndex)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a cache is there, and no shard of it is missing. Raises UserError as `read_index`."""
-    contents = read_index(folder)
-    return contents is not None and bool(contents.shards)
+def is_finished(folder: Path) -> bool:
+    """Whether a cache is there, and no shard of it is missing. Raises UserError if its index is damaged."""
+    index = read_index(folder)
+    return index is not None and bool(index.shards)
 
 
 def open_cache(
-    folder: Path, codec: Codec, max_bytes: float = 0.0, *, command: str = ENCODE, **asked: object
+    folder: Path,
+    codec: Codec,
+    plan_fields: Mapping[str, object] | None = None,
+    *,
+    max_bytes: float = 0.0,
+    command: str = ENCODE,
 ) -> ShardTable:
     """Open a cache to read it as the data of a codec.
 
-    `asked` are fields of the plan and the values that they must have; None: any value. A cache of both flips serves a
-    run that asks for one. A cache of at most `max_bytes` is read into memory, not mapped. `command` makes the cache.
-    Raises UserError where there is no cache, it is unfinished, a shard is missing or of another size, or it differs
-    from what is asked.
+    `plan_fields` are fields of the `CachePlan` and the values that they must have; None as a value: any will do. A
+    cache of at most `max_bytes` is read into memory, not mapped. `command` makes the cache. Raises UserError where
+    there is no cache, it is unfinished, a shard is missing or of another size, or it differs from what is asked.
     """
-    index = table.read_finished(folder, CacheIndex, f"is no cache (it has no {table.FILE}): make it with {command}")
-    lines: list[str] = []
-    for name, value in asked.items():
-        cached = getattr(index, name)
-        if value is None or value == cached:
-            continue
-        if name == "flips" and not value:  # both flips are there, and one is read
-            continue
-        lines.append(f"{name}: {cached} in the cache, {value} asked")
-    lines += _codec_differences(index, codec)
-    if lines:
-        listed = "\n  ".join(lines)
+    missing = f"is no cache (it has no {table.FILE}): make it with {command}"
+    index = table.read_finished_index(folder, CacheIndex, missing)
+    differences = [*_plan_differences(index, plan_fields or {}), *_codec_differences(index, codec)]
+    if differences:
+        listed = "\n  ".join(differences)
         raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
     return ShardTable(folder, index, max_bytes)
 
@@ -176,18 +173,27 @@ def require_captions(file: Path, captions: Captions) -> None:
     """Raise UserError where a captions.jsonl exists that holds other captions."""
     if file.exists() and file.read_bytes() != dump_captions(captions):
         raise UserError(
-            f"{file} holds other captions than the images have now: {CAPTIONS_FIX}; runs of the old ones need it"
+            f"{file} holds other captions than the images have now: {_CAPTIONS_FIX}; runs of the old ones need it"
         )
 
 
 def _read_texts(file: Path) -> Iterator[list[str]]:
     """The texts in each line of a captions.jsonl. Raises UserError for a damaged line."""
-    for number, line in enumerate(text_lines(file, CAPTIONS_FIX), 1):
+    for number, line in enumerate(text_lines(file, _CAPTIONS_FIX), 1):
         where = f"{file} line {number}"
-        texts = parse_json(line, where, CAPTIONS_FIX)
+        texts = parse_json(line, where, _CAPTIONS_FIX)
         if not is_text_list(texts):
-            raise UserError(f"{where} is no list of texts: {CAPTIONS_FIX}")
+            raise UserError(f"{where} is no list of texts: {_CAPTIONS_FIX}")
         yield texts
+
+
+def _plan_differences(index: CacheIndex, plan_fields: Mapping[str, object]) -> Iterator[str]:
+    """Yield a line per field of the plan that has another value in the cache; None as a value: any will do."""
+    for name, value in plan_fields.items():
+        cached = getattr(index, name)
+        serves_one_flip = name == "flips" and not value  # both flips may be there, and one is read
+        if value is not None and value != cached and not serves_one_flip:
+            yield f"{name}: {cached} in the cache, {value} asked"
 
 
 def _codec_differences(index: CacheIndex, codec: Codec) -> Iterator[str]:
@@ -216,4 +222,4 @@ def _codec_differences(index: CacheIndex, codec: Codec) -> Iterator[str]:
 
 def _without_places(codec: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a codec that say what it does, not where its weights are."""
-    return {name: value for name, value in codec.items() if name not in WEIGHTS_FIELDS}
+    return {name: value for name, value in codec.items() if name not in _WEIGHTS_FIELDS}

@@ -29,16 +29,16 @@ from torch import Tensor
 
 from dumo.encoders.caption import Captions
 from dumo.io import digest
-from dumo.io.source import Bucketed, DataSource, hashes_of
+from dumo.io.source import Bucketed, DataSource, OriginCheck, hashes_of, origin_of
 from dumo.types import Spec, UserError
 
 if TYPE_CHECKING:
     from dumo.io.content import Hashes
 
-BRACED = re.compile(r"\{[^{}]*\}")
-NAME_PLACEHOLDER = "{}"  # in a template, for the name of the class
-NUMBER_PLACEHOLDER = "{n}"  # in a template, for the number of the class
-MAX_CACHED = 8  # data sets whose captions are cached: ours
+_BRACED = re.compile(r"\{[^{}]*\}")
+_NAME_PLACEHOLDER = "{}"  # in a template, for the name of the class
+_NUMBER_PLACEHOLDER = "{n}"  # in a template, for the number of the class
+_MAX_CACHED = 8  # data sets whose captions are cached: ours
 
 
 class Templates(Spec):
@@ -56,8 +56,8 @@ class Templates(Spec):
     def _require_placeholders(self) -> "Templates":
         """Raise UserError for a template without a placeholder, or with other braces."""
         for template in (*self.templates, *self.held):
-            braced = set(BRACED.findall(template))
-            if not braced or not braced <= {NAME_PLACEHOLDER, NUMBER_PLACEHOLDER}:
+            braced = set(_BRACED.findall(template))
+            if not braced or not braced <= {_NAME_PLACEHOLDER, _NUMBER_PLACEHOLDER}:
                 raise UserError(
                     f"template '{template}' must hold {{}} where the class's name goes, or {{n}} for its number, and "
                     "no other braces"
@@ -83,7 +83,7 @@ class Templates(Spec):
         return Captions(texts, torch.arange(len(trained)), ends)
 
     def _class_names(self, data_names: Sequence[str]) -> Sequence[str]:
-        """The names of the classes in captions. Takes and raises as `all_captions` does."""
+        """The names of the classes in captions: the spec's, else `data_names`. Raises UserError for none, or few."""
         if not self.names and not data_names:
             raise UserError("the classes of these data have numbers only: give captions.names, one to each")
         if self.names and data_names and len(data_names) != len(self.names):
@@ -154,10 +154,10 @@ def _fill_templates(templates: Sequence[str], class_names: Sequence[str]) -> lis
 def _fill(template: str, name: str, number: int) -> str:
     """The caption of a class with a name and a number."""
     # in one pass, for a name may hold braces itself
-    return BRACED.sub(lambda match: name if match[0] == NAME_PLACEHOLDER else str(number), template)
+    return _BRACED.sub(lambda match: name if match[0] == _NAME_PLACEHOLDER else str(number), template)
 
 
-@lru_cache(MAX_CACHED)
+@lru_cache(_MAX_CACHED)
 def cached_captions(data: Any) -> Captions:  # noqa: ANN401, the frozen spec of data that have captions
     """What `data.all_captions()` returns, read once in this process."""
     return data.all_captions()
@@ -181,21 +181,21 @@ class Captioned:
         return hashes_of(self.source)
 
     @property
-    def origin(self) -> object:
+    def origin(self) -> OriginCheck | None:
         """The images that latents were made of; None for other sources."""
-        return getattr(self.source, "origin", None)
+        return origin_of(self.source)
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The source's samples, each with the number (b,) of one of its captions.
 
         The caption is drawn by the seed, the step and the place in the batch.
         """
-        x, caption_row = self.source.batch(step, batch, seed, rows)
-        return x, self.captions.draw(caption_row, seed, step, batch=batch, rows=rows)
+        x, caption_row = self.source.batch(step, batch_size, seed, rows)
+        return x, self.captions.draw(caption_row, seed, step, batch=batch_size, rows=rows)
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
+    def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
         """The numbers of the source's samples, (b,)."""
-        return self.source.numbers(step, batch, seed, rows)
+        return self.source.numbers(step, batch_size, seed, rows)
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """The source's reference, each sample with the number of its first caption."""

@@ -36,7 +36,7 @@ class CaptionColumns:
     """The columns that captions stand in."""
 
     names: tuple[str, ...]
-    every: bool  # each of them has captions; False: in each row, the first that is not blank
+    reads_all: bool  # each of them has captions; False: in each row, the first that is not blank
 
     def of_rows(self, rows: Iterable[TableRow]) -> ImageCaptions | None:
         """The captions of an image in its rows; None where no row has such a column.
@@ -53,7 +53,7 @@ class CaptionColumns:
 
     def of_row(self, row: TableRow) -> ImageCaptions:
         """The captions in a row, blank ones where there are no others. Raises UserError for a value that is no text."""
-        if self.every:
+        if self.reads_all:
             return tuple(text for name in self.names for text in _texts_in(row, name))
         for name in self.names:
             captions = _texts_in(row, name)
@@ -70,14 +70,14 @@ def caption_columns(name: str, available: Collection[str], where: str) -> Captio
     """
     if name == AUTO:
         names = tuple(column for column in CAPTION_NAMES if column in available)
-        return CaptionColumns(names, every=False) if names else None
+        return CaptionColumns(names, reads_all=False) if names else None
     if name in TEXT_ENDINGS and name not in available:
         return None
     names = tuple(name.split(","))
     for column in names:
         if column not in available:
             raise UserError(f"{where} has no '{brief(column)}' (it has {', '.join(available)}): set captions.name")
-    return CaptionColumns(names, every=True)
+    return CaptionColumns(names, reads_all=True)
 
 
 def is_filled(captions: ImageCaptions | None) -> bool:

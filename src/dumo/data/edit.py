@@ -13,7 +13,7 @@ from pathlib import Path
 from dumo.data.column import CAPTION_FIX, TableRow, caption_columns
 from dumo.data.metadata import TABLES, image_folder, read_tables
 from dumo.data.pairing import ImageCaptions, Pairing
-from dumo.data.store import Folder, Store, walk
+from dumo.data.store import Folder, Store, walk_files
 from dumo.encoders.caption import edit_caption
 from dumo.io import digest
 from dumo.io.read import brief
@@ -39,7 +39,7 @@ def edit_rows(
     and warn of a few.
     """
     folder = image_folder(root)
-    tables = read_tables(folder, walk(folder), source)
+    tables = read_tables(folder, walk_files(folder), source)
     image_paths = store.files if isinstance(store, Folder) else ()
     rows_by_image: list[tuple[str, list[TableRow]]] = []
     for image in image_paths:

@@ -3,8 +3,8 @@
 `encode` is the entrance. On each rank it
 
 1. compares what is in the folder with the images and captions that are here;
-2. makes the rank's shards that are missing or damaged: reads images batch by batch, encodes them, and joins the batches
-   into the columns of a shard;
+2. makes the rank's shards that are missing or damaged (`_ShardEncoder`): reads images batch by batch, encodes them, and
+   joins the batches into the columns of a shard;
 3. writes captions and the images' names next to the shards, and notes the images' hashes for the next time
    (`dumo.io.inventory`).
 
@@ -14,6 +14,7 @@ matter which rank makes it.
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -68,6 +69,8 @@ def encode(
     """
     index = _plan_index(source, codec, plan)
     image_hashes = hashes_of(source)
+
+    # compare what is in the folder with what is here
     if image_hashes:
         for shard in _finished_shards(out, index, rank, world):
             image_hashes.hash(index.span(shard))
@@ -76,10 +79,7 @@ def encode(
     if captions:
         require_captions(out / CAPTIONS, captions)
 
-    def encode_shard(shard: int, report: Callable[[int], None]) -> dict[str, Tensor]:
-        columns_by_batch = _encode_images(source, codec, index, shard, batch, report)
-        return _shard_tensors(columns_by_batch, codec, index, shard)
-
+    # make the shards, and the files next to them
     def digest_of_images(shard: int) -> str:
         return image_hashes.digest(index.span(shard)) if image_hashes else ""
 
@@ -88,10 +88,10 @@ def encode(
         other_files[CAPTIONS] = dump_captions(captions)
     if image_hashes:
         other_files[NAMES] = image_hashes.packed_names.numpy().tobytes()
-    result = table.make(
+    result = table.make_shards(
         out,
         index,
-        encode_shard,
+        _ShardEncoder(source, codec, index, batch).encode,
         rank=rank,
         world=world,
         source_hash=digest_of_images,
@@ -152,97 +152,91 @@ def _plan_columns(source: Finite | BucketedStore, codec: LoadedCodec, plan: Cach
     return columns
 
 
-def _encode_images(
-    source: Finite | BucketedStore,
-    codec: LoadedCodec,
-    index: CacheIndex,
-    shard: int,
-    batch: int,
-    report: Callable[[int], None],
-) -> list[dict[str, Tensor]]:
-    """Encode the images of a shard, batch by batch. Returns the columns of each batch of images of one size.
+@dataclass(frozen=True)
+class _ShardEncoder:
+    """Makes the columns of a shard by its number."""
 
-    `report` is called with the number of images encoded so far. Raises UserError where an image or a label is not as
-    planned, and Stopped after a signal.
-    """
-    span = index.span(shard)
-    columns_by_batch: list[dict[str, Tensor]] = []
-    for batch_start in span[::batch]:
-        signals.check()
-        batch_rows = range(batch_start, min(batch_start + batch, span.stop))
-        bucketed = source.find_buckets(batch_rows) if isinstance(source, BucketedStore) else None
-        for size, images_of_size, rows in _split_by_size(source, batch_rows, bucketed, index):
-            columns = _encode_batch(images_of_size, rows, codec, index, batch_start, size)
-            if columns is None:  # none of these images can be read
+    source: Finite | BucketedStore
+    codec: LoadedCodec
+    index: CacheIndex
+    batch_size: int  # images that are encoded at once
+
+    def encode(self, shard: int, report: Callable[[int], None]) -> dict[str, Tensor]:
+        """The tensors of a shard, in the dtypes of its columns. `report` is called with the images encoded so far.
+
+        Raises UserError where an image or a label is not as planned, no image could be read, or a latent has values
+        that are not finite, by the codec or by the cast; Stopped after a signal.
+        """
+        columns_by_batch = self._encode_batches(shard, report)
+        span = self.index.span(shard)
+        where = f"images {span.start} to {span.stop - 1}"
+        if not columns_by_batch:
+            raise UserError(f"{where}: not one could be read")
+        dtype: torch.dtype = getattr(torch, self.index.dtype)
+        other_columns: dict[str, Tensor] = {}
+        latents: dict[str, Tensor] = {}
+        for name, column in _join_batches(columns_by_batch, self.index).items():
+            stem, _ = split_column(name)
+            if stem not in LATENT_COLUMNS:
+                other_columns[name] = column
                 continue
-            if bucketed:
-                columns["cropped"] = bucketed.cropped[columns["image"] - batch_rows.start]
-            columns_by_batch.append(columns)
-        report(batch_rows.stop - span.start)
-    return columns_by_batch
+            latent = column
+            if self.index.store == "samples":
+                key = (self.index.seed, "posterior", shard, name)
+                latent = self.codec.codec.sample(column, *key, rows=range(len(column)))
+            latents[name] = latent.to(dtype)
+            if not latents[name].isfinite().all():
+                raise UserError(
+                    f"{where}: the codec gives no numbers, or too large ones for {self.index.dtype}: try float32"
+                )
+        return other_columns | latents
 
+    def _encode_batches(self, shard: int, report: Callable[[int], None]) -> list[dict[str, Tensor]]:
+        """The columns of each batch of images of one size, in the order of the shard's images."""
+        span = self.index.span(shard)
+        columns_by_batch: list[dict[str, Tensor]] = []
+        for batch_start in span[:: self.batch_size]:
+            signals.check()
+            batch_rows = range(batch_start, min(batch_start + self.batch_size, span.stop))
+            bucketed = self.source.find_buckets(batch_rows) if isinstance(self.source, BucketedStore) else None
+            for size, images_of_size, rows in self._split_by_size(batch_rows, bucketed):
+                columns = self._encode_batch(images_of_size, rows, batch_start, size)
+                if columns is None:  # none of these images can be read
+                    continue
+                if bucketed:
+                    columns["cropped"] = bucketed.cropped[columns["image"] - batch_rows.start]
+                columns_by_batch.append(columns)
+            report(batch_rows.stop - span.start)
+        return columns_by_batch
 
-def _encode_batch(
-    source: Finite, rows: range, codec: LoadedCodec, index: CacheIndex, batch_start: int, size: Size
-) -> dict[str, Tensor] | None:
-    """The columns of some rows of a source of images of one size; None where none of them can be read.
+    def _split_by_size(self, rows: range, bucketed: BucketedRows | None) -> Iterator[tuple[Size, Finite, range]]:
+        """Split rows of the source by size. Yields the size, a source of images of that size, and its rows.
 
-    `batch_start` is the number of the batch's first image in all, for messages.
-    """
-    images, labels = source.rows(slice(rows.start, rows.stop))
-    if not len(images):
-        return None
-    images = _checked_floats(images, labels, index, batch_start, size)
-    suffix = index.column_suffix(size)
-    columns = {"labels": labels.long(), f"x{suffix}": codec.encode(images).cpu()}
-    if isinstance(source, Album):
-        columns |= source.origins(rows)
-    if index.flips:
-        columns[f"flipped{suffix}"] = codec.encode(images.flip(-1)).cpu()  # left-right
-    return columns
+        `bucketed`: the buckets of these rows; None of a source without buckets.
+        """
+        if not isinstance(self.source, BucketedStore):
+            yield (self.index.resolution, self.index.resolution), self.source, rows
+            return
+        assert bucketed, "a source with buckets has them of each row"
+        for bucket, album in self.source.albums(bucketed).items():
+            yield self.source.sizes[bucket], album, range(len(album))
 
+    def _encode_batch(self, source: Finite, rows: range, batch_start: int, size: Size) -> dict[str, Tensor] | None:
+        """The columns of some rows of a source of images of one size; None where none of them can be read.
 
-def _split_by_size(
-    source: Finite | BucketedStore, rows: range, bucketed: BucketedRows | None, index: CacheIndex
-) -> Iterator[tuple[Size, Finite, range]]:
-    """Split rows of the source by size. Yields the size, a source of images of that size, and the rows of that source.
-
-    `bucketed`: the buckets of these rows; None of a source without buckets.
-    """
-    if not isinstance(source, BucketedStore):
-        yield (index.resolution, index.resolution), source, rows
-        return
-    assert bucketed, "a source with buckets has them of each row"
-    for bucket, album in source.albums(bucketed).items():
-        yield source.sizes[bucket], album, range(len(album))
-
-
-def _shard_tensors(
-    columns_by_batch: list[dict[str, Tensor]], codec: LoadedCodec, index: CacheIndex, shard: int
-) -> dict[str, Tensor]:
-    """The tensors of a shard, in the dtypes of its columns.
-
-    Raises UserError if no image could be read, or a latent has values that are not finite, by the codec or by the cast.
-    """
-    span = index.span(shard)
-    where = f"images {span.start} to {span.stop - 1}"
-    if not columns_by_batch:
-        raise UserError(f"{where}: not one could be read")
-    dtype: torch.dtype = getattr(torch, index.dtype)
-    other_columns: dict[str, Tensor] = {}
-    latents: dict[str, Tensor] = {}
-    for name, column in _join_batches(columns_by_batch, index).items():
-        stem, _ = split_column(name)
-        if stem not in LATENT_COLUMNS:
-            other_columns[name] = column
-            continue
-        latent = column
-        if index.store == "samples":
-            latent = codec.codec.sample(column, index.seed, "posterior", shard, name, rows=range(len(column)))
-        latents[name] = latent.to(dtype)
-        if not latents[name].isfinite().all():
-            raise UserError(f"{where}: the codec gives no numbers, or too large ones for {index.dtype}: try float32")
-    return other_columns | latents
+        `batch_start` is the number of the batch's first image in all, for messages.
+        """
+        images, labels = source.rows(slice(rows.start, rows.stop))
+        if not len(images):
+            return None
+        images = _checked_floats(images, labels, self.index, batch_start, size)
+        suffix = self.index.column_suffix(size)
+        columns = {"labels": labels.long(), f"x{suffix}": self.codec.encode(images).cpu()}
+        if isinstance(source, Album):
+            columns |= source.origins(rows)
+        if self.index.flips:
+            columns[f"flipped{suffix}"] = self.codec.encode(images.flip(-1)).cpu()  # left-right
+        return columns
 
 
 def _join_batches(columns_by_batch: list[dict[str, Tensor]], index: CacheIndex) -> dict[str, Tensor]:
@@ -251,7 +245,7 @@ def _join_batches(columns_by_batch: list[dict[str, Tensor]], index: CacheIndex) 
     Latents are in columns of their own for each bucket. Their rows are in that order already.
     """
     if not index.sizes:
-        return table.concatenated(columns_by_batch)
+        return table.concatenate(columns_by_batch)
     order = torch.cat([columns["image"] for columns in columns_by_batch]).argsort()
     joined: dict[str, Tensor] = {}
     for name, column in index.columns.items():

@@ -4,8 +4,9 @@
 
 1. `Images.with_facts` counts classes or captions (`dumo.data.caption`) that the spec does not say, once, when a run is
    opened. run.yaml records their number and names. Until then there are none, and `names` is None.
-2. `Images.open` makes a source to train on: images decoded, in buckets or not, with classes or captions. `rows`,
-   `originals`, `crops`, `all_captions` and `source_images` are parts of it for other uses.
+2. `Images.open` makes a source to train on: images decoded, in buckets or not, with classes or captions.
+3. Others read the same images in other ways: `rows` to encode them, `originals` to compare with, `crops` what buckets
+   cut off, `all_captions` and `caption_texts`, `source_images` which captions edit, `unlabelled_store` and `hashes`.
 
 `open_store` looks what lies under a root and opens the store. `errors_of_latents` renames fields in the errors of
 images that are a part of latents.
@@ -13,7 +14,7 @@ images that are a part of latents.
 
 import os
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from dumo.data.edit import edit_rows, source_hash
 from dumo.data.metadata import TABLES
 from dumo.data.parquet import Parquet
 from dumo.data.pixel import Crop, Size, ToSquare
-from dumo.data.store import FirstImages, Folder, Store, choose, first_sorted, store_hashes, walk
+from dumo.data.store import FirstImages, Folder, Store, choose_shards, first_sorted, store_hashes, walk_files
 from dumo.data.tar import Tar
 from dumo.encoders.caption import Captions
 from dumo.io.content import Hashes
@@ -40,9 +41,9 @@ from dumo.io.suffix import IMAGE_SUFFIXES
 from dumo.runtime.limits import CLASSES, GIGABYTES, PIXELS, ROWS
 from dumo.types import FREE, PLACE, Spec, UserError
 
-FORMAT_OF_SUFFIX = {".parquet": "parquet", ".tar": "tar"}  # and a folder, of the suffixes of images
+_FORMAT_OF_SUFFIX = {".parquet": "parquet", ".tar": "tar"}  # and a folder, of the suffixes of images
 GIGABYTE = 1e9  # bytes
-OFF_VALUES = {"flip": "false", "buckets": "null", "augment": "null"}  # by which a field leaves images as they are
+_OFF_VALUES = {"flip": "false", "buckets": "null", "augment": "null"}  # by which a field leaves images as they are
 
 
 class Images(Spec):
@@ -107,7 +108,7 @@ class Images(Spec):
 
     @model_validator(mode="after")
     def _set_names(self) -> "Images":
-        """Leave `names` None where classes or captions are to be counted. Raises as `require_agreement`."""
+        """Leave `names` None where classes or captions are to be counted. Raises UserError where fields contradict."""
         is_given = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it may not be given
         match self.captions:
             case CaptionFiles(digest=digest):
@@ -116,7 +117,7 @@ class Images(Spec):
                 is_counted = is_given and bool(names or self.names)
             case None:
                 is_counted = is_given or self.labelled is False
-        # No copy: it would be lost where `Images(...)` is called.
+        # set in place: where `Images(...)` is called, a copy that a validator returns is lost
         object.__setattr__(self, "names", (self.names or ()) if is_counted else None)
         object.__setattr__(self, "classes", self.classes or 0)
         self.require_agreement()
@@ -130,7 +131,7 @@ class Images(Spec):
         if self.buckets and self.crop == "none":
             raise UserError("buckets bring images to their sizes, and crop is of one size: set crop=adm")
         if self.source:
-            for field, off in OFF_VALUES.items():
+            for field, off in _OFF_VALUES.items():
                 if getattr(self, field):
                     raise UserError(
                         f"captions.source edits images as they are, and {field} changes them: set {field}={off}"
@@ -201,9 +202,11 @@ class Images(Spec):
             return ()
         try:
             labels = self._store(root, self.label).labels
-        except UserError:  # said when the images are opened
+        except UserError:  # it is raised again when the images are opened
             return ()
-        return labels.names if labels and len(labels.names) == self.labels else ()
+        if labels is None or len(labels.names) != self.labels:
+            return ()
+        return labels.names
 
     def _count_classes(self, root: Path) -> dict[str, Any]:
         """The fields `classes` and `names` of the images there are; templates count a class for each caption."""
@@ -253,14 +256,20 @@ class Images(Spec):
         return with_captions(source, self.all_captions()) if self.captions else source
 
     def originals(self) -> Album:
-        """The images as squares with their classes, without captions or buckets. Raises as `open`."""
-        return self._album(numbered=False)
+        """The images as squares with their classes, without captions or buckets.
+
+        Raises UserError where there are no images, files are damaged, or classes are not those expected.
+        """
+        return self._album(class_per_image=False)
 
     def rows(self) -> Album | BucketedStore:
-        """The images, each with its row of captions (`all_captions`) in place of its class. Raises as `open`."""
-        numbered = isinstance(self.captions, CaptionFiles)
+        """The images to be gone through in order, with their classes; with captions of each image, with their numbers.
+
+        Raises UserError where there are no images, files are damaged, or classes are not those expected.
+        """
+        class_per_image = isinstance(self.captions, CaptionFiles)
         if not self.buckets:
-            return self._album(numbered=numbered)
+            return self._album(class_per_image=class_per_image)
         return BucketedStore(
             self._checked_store(),
             self.side,
@@ -268,11 +277,11 @@ class Images(Spec):
             self.buckets,
             flip=self.flip,
             skip=self.on_bad == "skip",
-            numbered=numbered,
+            class_per_image=class_per_image,
         )
 
     def crops(self) -> Crops | None:
-        """What the buckets leave of the images, by their headers; None without buckets. Raises as `open`."""
+        """What the buckets leave of the images, by their headers; None without buckets. Raises UserError."""
         if not self.buckets:
             return None
         rows = self.rows()
@@ -280,7 +289,10 @@ class Images(Spec):
         return rows.measure_crops()
 
     def all_captions(self) -> Captions:
-        """The captions by class, or by image where they were written of each image. Raises as `open`."""
+        """The captions by class, or by image where they were written of each image.
+
+        Raises UserError where they are missing, or are not those expected.
+        """
         if isinstance(self.captions, Templates):
             return self.captions.all_captions(self.names or ())
         if not isinstance(self.captions, CaptionFiles):
@@ -296,7 +308,7 @@ class Images(Spec):
         return self.captions.source if isinstance(self.captions, CaptionFiles) else None
 
     def source_images(self) -> dict[str, Path]:
-        """The images that captions edit, by their hashes. Raises as `open`."""
+        """The images that captions edit, by their hashes. Raises UserError where one is missing."""
         root = user_path(self.root, "data.root")
         source = self.source or ""
         files_by_hash: dict[str, Path] = {}
@@ -307,10 +319,13 @@ class Images(Spec):
         return files_by_hash
 
     def caption_texts(self) -> tuple[str, ...]:
-        """The text of each caption, by its number; () where there are none. Raises as `open`."""
+        """The text of each caption, by its number; () where there are none.
+
+        Raises UserError where they are missing, or are not those expected.
+        """
         return cached_captions(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
-    def undecoded(self) -> Store:
+    def unlabelled_store(self) -> Store:
         """The store of the images, without labels. Raises UserError where there are no images."""
         return self._store(user_path(self.root, "data.root"), None)
 
@@ -336,8 +351,8 @@ class Images(Spec):
         self._require_classes(root, store)
         return store
 
-    def _album(self, *, numbered: bool) -> Album:
-        """The images as squares; `numbered`: each image is a class of its own. Raises as `open`."""
+    def _album(self, *, class_per_image: bool) -> Album:
+        """The images as squares; `class_per_image`: each image is a class of its own. Raises UserError."""
         return Album(
             self._checked_store(),
             ToSquare(self.side, self.crop),
@@ -345,7 +360,7 @@ class Images(Spec):
             augment=self.augment,
             skip=self.on_bad == "skip",
             memory=self.memory * GIGABYTE,
-            numbered=numbered,
+            class_per_image=class_per_image,
         )
 
     def _store(self, root: Path, label: str | None) -> Store:
@@ -394,7 +409,7 @@ class Images(Spec):
             )
 
 
-FIELDS_OF_IMAGES = re.compile(rf"\bdata\.(?={'|'.join(Images.model_fields)})\b")  # in the text of an error
+_FIELDS_OF_IMAGES = re.compile(rf"\bdata\.(?={'|'.join(Images.model_fields)})\b")  # in the text of an error
 
 
 def open_store(root: Path, *, split: str | None = None, label: str | None = "label") -> Store:
@@ -402,42 +417,42 @@ def open_store(root: Path, *, split: str | None = None, label: str | None = "lab
 
     Raises UserError where there are no images, or several ways to take what is there.
     """
-    files = walk(root)
-    by_format: dict[str, dict[str, FileState]] = {"folder": {}, "parquet": {}, "tar": {}}
-    for file, state in files.items():
-        ending = os.path.splitext(file)[1].lower()
-        if ending in IMAGE_SUFFIXES:
-            by_format["folder"][file] = state
-        elif ending in FORMAT_OF_SUFFIX:
-            by_format[FORMAT_OF_SUFFIX[ending]][file] = state
-    if by_format["folder"]:  # metadata.parquet is then a table of captions
-        tables = by_format["parquet"]
-        by_format["parquet"] = {file: state for file, state in tables.items() if Path(file).name not in TABLES}
-    formats = [name for name, files_of_format in by_format.items() if files_of_format]
-    if not formats:
+    files = walk_files(root)
+    files_by_format = _files_by_format(files)
+    if not files_by_format:
         raise UserError(
             f"no images in {root}, where there are {len(files)} files: looked for image files (.jpg, .png, .webp ...), "
             "*.parquet, *.tar, at any depth"
         )
-    if len(formats) > 1:
-        raise UserError(f"{root} holds {' and '.join(formats)} side by side: set data.root to a folder of one of them")
-    (format_name,) = formats
-    store = _open_format(root, format_name, by_format[format_name], split, label)
+    if len(files_by_format) > 1:
+        formats = " and ".join(files_by_format)
+        raise UserError(f"{root} holds {formats} side by side: set data.root to a folder of one of them")
+    ((format_name, states),) = files_by_format.items()
+    store: Store
+    if format_name == "folder":
+        store = Folder(root, states, split=split, labelled=label is not None)
+    elif format_name == "parquet":
+        store = Parquet(choose_shards(root, list(states), split), label=label)
+    else:
+        store = Tar(choose_shards(root, list(states), split), labelled=label is not None)
     if not len(store):
         raise UserError(f"no images in the {format_name} files of {root}")
     return store
 
 
-def _open_format(
-    root: Path, format_name: str, files: dict[str, FileState], split: str | None, label: str | None
-) -> Store:
-    """Open the files of a format, with their states, as a store. Takes and raises as `open_store`."""
-    if format_name == "folder":
-        return Folder(root, files, split=split, labelled=label is not None)
-    shards = choose(root, list(files), split)
-    if format_name == "parquet":
-        return Parquet(shards, label=label)
-    return Tar(shards, labelled=label is not None)
+def _files_by_format(files: Mapping[str, FileState]) -> dict[str, dict[str, FileState]]:
+    """The files that hold images, with their states, as a "folder", "parquet" or "tar"; other files are left out."""
+    by_format: dict[str, dict[str, FileState]] = {"folder": {}, "parquet": {}, "tar": {}}
+    for file, state in files.items():
+        ending = os.path.splitext(file)[1].lower()
+        if ending in IMAGE_SUFFIXES:
+            by_format["folder"][file] = state
+        elif ending in _FORMAT_OF_SUFFIX:
+            by_format[_FORMAT_OF_SUFFIX[ending]][file] = state
+    if by_format["folder"]:  # metadata.parquet is then a table of captions
+        tables = by_format["parquet"]
+        by_format["parquet"] = {file: state for file, state in tables.items() if Path(file).name not in TABLES}
+    return {name: states for name, states in by_format.items() if states}
 
 
 @contextmanager
@@ -446,4 +461,4 @@ def errors_of_latents() -> Generator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(FIELDS_OF_IMAGES.sub("data.images.", str(error))) from error
+        raise UserError(_FIELDS_OF_IMAGES.sub("data.images.", str(error))) from error

@@ -7,8 +7,8 @@ there is the one meant, how samples are decoded, and what they are compared with
 2. `dumo encode` encodes `Latents.rows` into the cache (`dumo.data.encoding`).
 3. `Latents.open` opens the cache as a `LatentSource`, from which training draws batches.
 
-While training reads, two threads look whether it may: `dumo.io.audit`, whether the cache has changed, and `Origin`,
-whether the images that are here are those of the cache. A batch raises what they find.
+While training reads, two threads look whether it may: `dumo.io.audit`, whether the cache has changed, and
+`OriginThread`, whether the images that are here are those of the cache. A batch raises what they find.
 """
 
 import os
@@ -43,8 +43,8 @@ from dumo.runtime.limits import GIGABYTES
 from dumo.runtime.random import share_of_rows, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
-PRIOR_FOLDER = PRIOR  # the name of a folder of images that a teacher made, next to those of the subject
-ORIGIN_SECONDS = 10.0  # that training waits for `Origin` before it begins: ours
+_PRIOR_FOLDER = PRIOR  # the name of a folder of images that a teacher made, next to those of the subject
+ORIGIN_SECONDS = 10.0  # that training waits for `OriginThread` before it begins: ours
 
 
 class Latents(Spec):
@@ -56,7 +56,7 @@ class Latents(Spec):
     codec: Codec
     # GB of cache read at once, not mapped; ours.
     memory: float = Field(default=1.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
-    # The share of every batch that is images of a folder PRIOR_FOLDER, made by the teacher of other prompts, and
+    # The share of every batch that is images of a folder _PRIOR_FOLDER, made by the teacher of other prompts, and
     # answered by it: what else it knows stays, as by DreamBooth's prior preservation (Ruiz et al. 2022). None: all are
     # alike.
     prior: float | None = Field(default=None, gt=0, lt=1, exclude_if=lambda prior: prior is None)
@@ -144,7 +144,7 @@ class Latents(Spec):
         return album
 
     def rows(self) -> Album | BucketedStore:
-        """The images to encode, none kept decoded, each with its row of captions. Raises as `Images.rows`."""
+        """The images to encode, none kept decoded, each with its row of captions. Raises UserError."""
         with errors_of_latents():
             return self.images.model_copy(update={"memory": 0.0}).rows()
 
@@ -160,12 +160,13 @@ class Latents(Spec):
         return cached
 
     def caption_texts(self) -> tuple[str, ...]:
-        """The text of each caption, by its number; () where there are none. Raises as `all_captions`."""
+        """The text of each caption, by its number; () where there are none. Raises UserError where they changed."""
         return cached_captions(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
     def open(self, command: str = ENCODE) -> "LatentSource | Bucketed | Captioned":
-        """The cache as a source. Raises as `cache`."""
-        source = LatentSource(self.cache(command), self.codec, Origin(self.folder, self.images), flip=self.images.flip)
+        """The cache as a source; `command` makes it. Raises UserError as `cache` does, and for other captions."""
+        cache = self.cache(command)
+        source = LatentSource(cache, self.codec, OriginThread(self.folder, self.images), flip=self.images.flip)
         if self.prior:
             source.take_prior_share(self.prior)
         if self.images.buckets:
@@ -177,7 +178,7 @@ class Latents(Spec):
     def crops(self) -> Crops | None:
         """How much of the images the buckets' sizes cut off, by the cache, else by the images; None without buckets.
 
-        Raises as `open`.
+        Raises UserError where neither can be opened.
         """
         if not self.images.buckets:
             return None
@@ -195,26 +196,23 @@ class Latents(Spec):
         """
         images = self.images
         has_caption_files = isinstance(self.captions, CaptionFiles)
+        plan_fields = {
+            "resolution": images.side,
+            "sizes": images.sizes,
+            "crop": images.crop,
+            "classes": 0 if has_caption_files else images.labels,
+            "names": images.names or None,
+            "captioned": has_caption_files,
+            "first_images": images.count or 0,
+            "flips": images.flip,
+        }
         try:
-            return open_cache(
-                self.folder,
-                self.codec,
-                self.memory * GIGABYTE,
-                command=command,
-                resolution=images.side,
-                sizes=images.sizes,
-                crop=images.crop,
-                classes=0 if has_caption_files else images.labels,
-                names=images.names or None,
-                captioned=has_caption_files,
-                first_images=images.count or 0,
-                flips=images.flip,
-            )
+            return open_cache(self.folder, self.codec, plan_fields, max_bytes=self.memory * GIGABYTE, command=command)
         except UserError as error:
             raise UserError(f"data.root: {error}") from error
 
 
-class Origin:
+class OriginThread:
     """Compares the images that are here with those that a cache was made of, in a thread, while training begins.
 
     One process of a machine compares. Where the images are not here, there is nothing to compare.
@@ -269,12 +267,13 @@ class PriorRows:
 
 
 class LatentSource:
-    """Latents as a source. With a codec that gives Gaussians, each visit draws a latent anew, keyed by the step.
+    """Latents as a source of batches. `Latents.open` makes it, takes a prior's share of it, and puts it into buckets.
 
-    Raises UserError for a shard that has changed, at once or from `batch` (`dumo.io.audit`).
+    With a codec that gives Gaussians, each visit draws a latent anew, keyed by the step. Raises UserError for a shard
+    that has changed, at once or from `batch` (`dumo.io.audit`).
     """
 
-    def __init__(self, cache: ShardTable, codec: Codec, origin: Origin | None = None, *, flip: bool) -> None:
+    def __init__(self, cache: ShardTable, codec: Codec, origin: OriginThread | None = None, *, flip: bool) -> None:
         """Read all rows of a cache, half of them mirrored if `flip`. `origin` compares it with its images."""
         self.cache = cache
         self.codec = codec
@@ -297,7 +296,7 @@ class LatentSource:
         return torch.cat([self.cache.tensors(number)[name] for number in range(len(self.cache.index.shards))])
 
     def take_prior_share(self, share: float) -> None:
-        """Take a share of every batch from the images of a folder PRIOR_FOLDER, the rest from the others.
+        """Take a share of every batch from the images of a folder _PRIOR_FOLDER, the rest from the others.
 
         Raises UserError where no image, or every image, is in such a folder.
         """
@@ -306,11 +305,13 @@ class LatentSource:
         if packed_names:
             names = split_names(packed_names)
             images = self._read_column("image").tolist()
-            is_prior = torch.tensor([f"/{PRIOR_FOLDER}/" in names[image] for image in images], dtype=torch.bool)
+            is_prior = torch.tensor([f"/{_PRIOR_FOLDER}/" in names[image] for image in images], dtype=torch.bool)
         if is_prior.all() or not is_prior.any():
-            how_many = "all" if len(is_prior) and is_prior.all() else "none"
+            how_many = "none"
+            if len(is_prior) and is_prior.all():
+                how_many = "all"
             raise UserError(
-                f"data.prior: of the images in {self.cache.folder}, {how_many} lie in a folder {PRIOR_FOLDER}: put "
+                f"data.prior: of the images in {self.cache.folder}, {how_many} lie in a folder {_PRIOR_FOLDER}: put "
                 "there what the teacher made of prior prompts, the others next to it, and encode them; or set "
                 "data.prior=null teacher=null"
             )
@@ -334,8 +335,8 @@ class LatentSource:
         """The number of rows."""
         return len(self.cache_rows)
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The rows `rows` of a step's batch: latents and classes (b,).
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Some rows of a step's batch: latents (b, *shape) and classes (b,).
 
         Epoch follows epoch, each in its own order; half of the images are mirrored if `flip`. Raises UserError where
         the cache has changed, or is found to be of other images.
@@ -343,23 +344,24 @@ class LatentSource:
         self.audit.require()
         if self.origin:
             self.origin.require()
-        numbers = self.numbers(step, batch, seed, rows)
-        flipped = mirrored_rows(step, batch, seed, rows) if self.flip else None
-        moments = self.cache.take(numbers, f"x{self.suffix}", f"flipped{self.suffix}", flipped)
-        x = self._draw(moments, seed, step, "posterior", rows=range(batch)[rows])
-        return x, self.cache.take(numbers, "labels")
+        cache_rows = self.numbers(step, batch_size, seed, rows)
+        is_mirrored = mirrored_rows(step, batch_size, seed, rows) if self.flip else None
+        moments = self.cache.take(cache_rows, f"x{self.suffix}", f"flipped{self.suffix}", is_mirrored)
+        x = self._draw(moments, seed, step, "posterior", rows=range(batch_size)[rows])
+        return x, self.cache.take(cache_rows, "labels")
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
+    def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Tensor:
         """The rows of the cache, (b,), that are at the places `rows` of a step's batch."""
         if self.prior is None:
-            return self.cache_rows[rows_of(step, batch, size=self.size, seed=seed, rows=rows)]
-        is_prior = share_of_rows(seed, step, PRIOR, batch, self.prior.share)
-        cache_rows = torch.empty(batch, dtype=torch.long)  # by place in the batch
-        # prior images and others each go through their own rows, in an order of their own
-        for k, (own_rows, is_own) in enumerate(((self.prior.prior, is_prior), (self.prior.other, ~is_prior))):
-            own_seed = stream(seed, "prior", k).initial_seed()
-            drawn_rows = rows_of(step, int(is_own.sum()), size=len(own_rows), seed=own_seed)
-            cache_rows[is_own] = own_rows[drawn_rows]
+            return self.cache_rows[rows_of(step, batch_size, size=self.size, seed=seed, rows=rows)]
+        is_prior = share_of_rows(seed, step, PRIOR, batch_size, self.prior.share)
+        cache_rows = torch.empty(batch_size, dtype=torch.long)  # by place in the batch
+        # prior images and others each go through their own rows, epoch after epoch, in an order of their own
+        groups = ((self.prior.prior, is_prior), (self.prior.other, ~is_prior))
+        for k, (group_rows, is_in_group) in enumerate(groups):
+            group_seed = stream(seed, "prior", k).initial_seed()
+            drawn_rows = rows_of(step, int(is_in_group.sum()), size=len(group_rows), seed=group_seed)
+            cache_rows[is_in_group] = group_rows[drawn_rows]
         return cache_rows[rows]
 
     def fingerprint(self) -> str:
@@ -369,11 +371,11 @@ class LatentSource:
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """The i-th choice of n latents, or all where there are fewer, with their classes; not mirrored."""
         chosen_rows = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
-        numbers = self.cache_rows[chosen_rows]
-        moments = self.cache.take(numbers, f"x{self.suffix}")
+        cache_rows = self.cache_rows[chosen_rows]
+        moments = self.cache.take(cache_rows, f"x{self.suffix}")
         x = self._draw(moments, seed, "reference posterior", i, rows=range(len(moments)))
-        return x, self.cache.take(numbers, "labels")
+        return x, self.cache.take(cache_rows, "labels")
 
-    def _draw(self, x: Tensor, *key: int | str, rows: Sequence[int]) -> Tensor:
-        """A latent for each row of moments, drawn by the key, in float32."""
-        return self.codec.sample(x.float(), *key, rows=rows)
+    def _draw(self, moments: Tensor, *key: int | str, rows: Sequence[int]) -> Tensor:
+        """A latent for each row of moments, in float32, drawn by the key and the row's place in the batch (`rows`)."""
+        return self.codec.sample(moments.float(), *key, rows=rows)

@@ -31,11 +31,11 @@ from dumo.runtime.text import duration_text
 from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
-IMAGE_CHANNELS = (1, 3)  # grey, colour
-ROWS_READ_TWICE = 16  # to see whether they change: a flip with p = 1/2 is missed once in 65,536 times. Ours
+_IMAGE_CHANNELS = (1, 3)  # grey, colour
+_ROWS_READ_TWICE = 16  # to see whether they change: a flip with p = 1/2 is missed once in 65,536 times. Ours
 QUIET_SECONDS = 3.0  # of reading, before a line says how long it takes: ours
-IMAGE_KEYS = ("image", "img", "pixel_values")  # of a row of Hugging Face datasets
-LABEL_KEYS = ("label", "labels", "fine_label")  # of a row of Hugging Face datasets
+_IMAGE_KEYS = ("image", "img", "pixel_values")  # of a row of Hugging Face datasets
+_LABEL_KEYS = ("label", "labels", "fine_label")  # of a row of Hugging Face datasets
 SOURCES: dict[str, TensorData] = {}  # what this process was given, by digest
 
 
@@ -50,9 +50,9 @@ class RereadData(TensorData):
     rows: Any = None  # the data set; rows[i] is its row i
     lock: Lock = field(default_factory=Lock)  # batches are made by several threads, and data sets may not allow that
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The rows of a step, read now. Raises UserError for a sample of another shape, or beyond [-1, 1]."""
-        numbers = self.numbers(step, batch, seed, rows)
+        numbers = self.numbers(step, batch_size, seed, rows)
         tensors: list[Tensor] = []
         with self.lock:
             for i in numbers.tolist():
@@ -131,7 +131,7 @@ class Memory(Spec):
         return SOURCES[self.digest]
 
     def originals(self) -> TensorData:
-        """All samples: they have no captions. Raises as `open`."""
+        """All samples: they have no captions. Raises UserError where this process was not given them."""
         return self.open()
 
 
@@ -215,7 +215,7 @@ def _duration_logger(total: int, log_line: Callable[[str], None]) -> Callable[[i
 
 def _gives_other_samples(data_set: Any, x: Tensor) -> bool:  # noqa: ANN401
     """Whether some rows of a data set, read again, differ from the samples x (n, ...) that were read before."""
-    numbers = torch.linspace(0, len(x) - 1, min(len(x), ROWS_READ_TWICE)).long()
+    numbers = torch.linspace(0, len(x) - 1, min(len(x), _ROWS_READ_TWICE)).long()
     for i in numbers.tolist():
         sample = _read_sample(data_set, i)
         if sample.shape != x[i].shape or not torch.equal(sample, x[i]):
@@ -229,7 +229,7 @@ def _class_names(data: Any) -> tuple[str, ...]:  # noqa: ANN401
     if classes:
         return tuple(str(name) for name in classes)
     features: Any = getattr(data, "features", None) or {}
-    for key in LABEL_KEYS:
+    for key in _LABEL_KEYS:
         if key in features:
             return tuple(getattr(features[key], "names", ()))
     return ()
@@ -238,10 +238,10 @@ def _class_names(data: Any) -> tuple[str, ...]:  # noqa: ANN401
 def _sample_and_label(row: Any) -> tuple[Any, Any]:  # noqa: ANN401
     """The sample in a row of a data set, and its label or None. Raises UserError for a mapping without an image."""
     if isinstance(row, dict):
-        image = _first_of(row, IMAGE_KEYS)
+        image = _first_of(row, _IMAGE_KEYS)
         if image is None:
-            raise UserError(f"a row of the data has {', '.join(map(str, row))}: none is {' or '.join(IMAGE_KEYS)}")
-        return image, _first_of(row, LABEL_KEYS)
+            raise UserError(f"a row of the data has {', '.join(map(str, row))}: none is {' or '.join(_IMAGE_KEYS)}")
+        return image, _first_of(row, _LABEL_KEYS)
     if isinstance(row, tuple | list) and len(row) == 2:
         return row[0], row[1]
     if isinstance(row, tuple) and len(row) == 1:  # of a TensorDataset of images alone
@@ -296,9 +296,9 @@ def _to_layout(x: Tensor) -> Tensor:
     """Points (n, d) as they are, images as (n, 1 or 3, h, w). Raises UserError for other shapes."""
     if x.ndim == 3:
         x = x.unsqueeze(1)  # grey
-    if x.ndim == 4 and x.shape[1] not in IMAGE_CHANNELS and x.shape[3] in IMAGE_CHANNELS:
+    if x.ndim == 4 and x.shape[1] not in _IMAGE_CHANNELS and x.shape[3] in _IMAGE_CHANNELS:
         x = x.permute(0, 3, 1, 2)
-    is_image = x.ndim == 4 and x.shape[1] in IMAGE_CHANNELS
+    is_image = x.ndim == 4 and x.shape[1] in _IMAGE_CHANNELS
     is_point = x.ndim == 2
     if not (is_image or is_point) or not len(x):
         raise UserError(

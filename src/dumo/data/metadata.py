@@ -20,14 +20,14 @@ from typing import Any
 from dumo.data.column import CAPTION_FIX, TableRow, holds_text
 from dumo.data.pairing import NameIndex, Orphan
 from dumo.data.parquet import decode_rows, open_table, readable
-from dumo.data.store import walk
+from dumo.data.store import walk_files
 from dumo.io.read import brief, parse_json, text_lines
 from dumo.io.suffix import IMAGE_SUFFIXES
 from dumo.types import UserError
 
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "captions.jsonl")  # names of tables that are read
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-DELIMITERS = ",;\t"  # between the columns of a CSV file; spreadsheets write the last two
+_TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_DELIMITERS = ",;\t"  # between the columns of a CSV file; spreadsheets write the last two
 
 
 @dataclass
@@ -83,8 +83,8 @@ def other_tables(root: Path) -> list[str]:
     """The tables in a folder of images that are not read because of their names, by their paths from the folder."""
     folder = image_folder(root)
     names: list[str] = []
-    for file in walk(folder):
-        if os.path.basename(file) not in TABLES and suffix_of(file) in TABLE_SUFFIXES:
+    for file in walk_files(folder):
+        if os.path.basename(file) not in TABLES and suffix_of(file) in _TABLE_SUFFIXES:
             names.append(os.path.relpath(file, folder))
     return names
 
@@ -189,11 +189,11 @@ def _csv_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _delimiter_of(first_line: str) -> str:
-    """The delimiter of a CSV file, the first of DELIMITERS that parts `file_name` from the other columns."""
-    for delimiter in DELIMITERS:
+    """The delimiter of a CSV file, the first of _DELIMITERS that parts `file_name` from the other columns."""
+    for delimiter in _DELIMITERS:
         if "file_name" in (name.strip().strip('"') for name in first_line.split(delimiter)):
             return delimiter
-    return DELIMITERS[0]
+    return _DELIMITERS[0]
 
 
 def _parquet_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:

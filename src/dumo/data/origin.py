@@ -10,6 +10,7 @@ whether a folder has the key of the images that are here, and `new_run_hint` how
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from dumo.data.cache import CacheIndex, read_index
 from dumo.data.image import Images
 from dumo.io import digest, table
 from dumo.io.content import Hashes, name_changes, unpack_names
-from dumo.io.table import ELSEWHERE
+from dumo.io.inventory import HashRows
+from dumo.io.table import ELSEWHERE, Shard
 from dumo.io.weights import load
 from dumo.runtime.door import option
 from dumo.types import UserError
@@ -102,6 +104,8 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, reads_later: bool)
     if HASH_COLUMN not in cached.columns:
         raise UserError(f"{folder} does not say what is in its images, as caches of an older dumo: {ELSEWHERE}")
     shards = table.written_shards(folder, cached)
+
+    # names and classes
     if cached.fingerprint != hashes.fingerprint():
         if shards:
             names = read_names(folder)
@@ -111,18 +115,11 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, reads_later: bool)
             raise UserError(f"{folder} is of other images than are here, {change}: {fix}")
         return
 
-    # expect the hashes in shards that were made of other images, or may have been
-    expected = np.zeros_like(hashes.sha256)
-    for number, shard in shards.items():
-        span = cached.span(number)
-        is_doubtful = hashes.is_doubtful(span)
-        differs = shard.source_hash != hashes.digest(span) and (is_doubtful or reads_later)
-        if differs and shard.fault(folder, deep=is_doubtful) is None:  # what is damaged is refused elsewhere
-            columns = load(folder / shard.file)
-            expected[columns["image"].numpy()] = columns[HASH_COLUMN].numpy()
-    hashes.expect(expected, f"is not the image that {folder} was made of: {fix}")
-    hashes.hash(hashes.suspect())
-    suspect_copies = hashes.suspect(copies=True)
+    # hashes
+    expected_hashes = _cached_hashes(folder, cached, shards, hashes, reads_later=reads_later)
+    hashes.expect(expected_hashes, f"is not the image that {folder} was made of: {fix}")
+    hashes.hash(hashes.suspects())
+    suspect_copies = hashes.suspects(copies=True)
     if len(suspect_copies) and hashes.file_bytes(suspect_copies) <= max_bytes:
         hashes.hash(suspect_copies)
     changed = hashes.mismatches()
@@ -135,3 +132,21 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, reads_later: bool)
             f"{folder}: {shards[first // cached.shard_rows].file} was made of another {hashes.path(first)} than is "
             f"here{more}: {fix}"
         )
+
+
+def _cached_hashes(
+    folder: Path, cached: CacheIndex, shards: Mapping[int, Shard], hashes: Hashes, *, reads_later: bool
+) -> HashRows:
+    """The hashes (n, 32) of the images that shards were made of, where these are or may be other images than are here.
+
+    They are zeros for all other images. `reads_later`: also of images whose hash is not known yet.
+    """
+    cached_hashes = np.zeros_like(hashes.sha256)
+    for number, shard in shards.items():
+        span = cached.span(number)
+        is_doubtful = hashes.is_doubtful(span)
+        differs = shard.source_hash != hashes.digest(span) and (is_doubtful or reads_later)
+        if differs and shard.fault(folder, deep=is_doubtful) is None:  # what is damaged is refused elsewhere
+            columns = load(folder / shard.file)
+            cached_hashes[columns["image"].numpy()] = columns[HASH_COLUMN].numpy()
+    return cached_hashes

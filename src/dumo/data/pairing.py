@@ -28,7 +28,7 @@ from dumo.types import UserError
 # Ours. Where names are wrong as a whole (case, a folder too many), or a download broke off, most do not match; where
 # somebody wrote captions by hand, a few were forgotten. One who captions half of a set on purpose can say so.
 MAX_SHARE = 0.1
-ORPHAN_TEXTS = 3  # files of text without an image that are never refused: README.txt and its like. Ours
+_ORPHAN_TEXTS = 3  # files of text without an image that are never refused: README.txt and its like. Ours
 TEXT_SUFFIXES = (".txt", ".caption", ".json")  # of what is paired by its name; .json in archives alone
 
 ImageCaptions = tuple[str, ...]  # captions of one image
@@ -105,7 +105,7 @@ class Pairing:
     def refuse_orphans(self, root: Path) -> None:
         """Raise UserError where more than MAX_SHARE of the captions have no image.
 
-        Files of text have other uses, too, such as README.txt: ORPHAN_TEXTS of them are never refused.
+        Files of text have other uses, too, such as README.txt: _ORPHAN_TEXTS of them are never refused.
         """
         num_orphan_rows = len(self.orphan_rows)
         if num_orphan_rows > MAX_SHARE * self.num_rows:
@@ -114,7 +114,7 @@ class Pairing:
                 "the names, bring the images, or remove these rows"
             )
         num_orphan_texts = len(self.orphan_texts)
-        if num_orphan_texts > ORPHAN_TEXTS and num_orphan_texts > MAX_SHARE * self.num_texts:
+        if num_orphan_texts > _ORPHAN_TEXTS and num_orphan_texts > MAX_SHARE * self.num_texts:
             raise UserError(
                 f"{root}: {self._orphan_text_line()}{self._near_pair()}. More than {MAX_SHARE:.0%} are refused: mend "
                 "the names, bring the images, or remove these files"

@@ -38,10 +38,10 @@ from dumo.types import UserError
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-CACHE_BYTES = 2**30  # of row groups: ours. The hub writes groups of 100 images
-TAIL_BYTES = 8  # at the end of every file: the length of the footer before them, in 4 bytes, and "PAR1" (parquet)
+_CACHE_BYTES = 2**30  # of row groups: ours. The hub writes groups of 100 images
+_TAIL_BYTES = 8  # at the end of every file: the length of the footer before them, in 4 bytes, and "PAR1" (parquet)
 BATCH_ROWS = 64  # rows held at a time of a row group that is too large to cache: ours
-MISSING_ROW = "is not there: its file is damaged"  # of a row group with fewer rows than its file says
+_MISSING_ROW = "is not there: its file is damaged"  # of a row group with fewer rows than its file says
 
 
 class RowGroup(NamedTuple):
@@ -58,7 +58,7 @@ class Parquet:
     `label` names the column of classes. Raises UserError for a file that is no whole table, or has no images.
     """
 
-    def __init__(self, files: Sequence[str], *, label: str | None, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, files: Sequence[str], *, label: str | None, cache_bytes: int = _CACHE_BYTES) -> None:
         self.files = files
         self.cache_bytes = cache_bytes
         self.tables = [open_table(file) for file in files]
@@ -114,7 +114,7 @@ class Parquet:
             yield column
 
     def read_texts(self, name: str) -> list[Any]:
-        """A column of all files, as Python's objects. Raises as `read_column`, and UserError for what is not UTF-8."""
+        """A column of all files, as Python's objects. Raises UserError where a file lacks it, or it is not UTF-8."""
         values: list[Any] = []
         for file, column in zip(self.files, self.read_column(name), strict=True):
             values += decode_rows(column, file, 0)
@@ -162,7 +162,7 @@ class Parquet:
                 images = _read_group(table, group.number, column)
             self._cache(group, images)
         if row >= len(images):
-            raise Unreadable(MISSING_ROW)
+            raise Unreadable(_MISSING_ROW)
         return images[row]
 
     def _cache(self, group: RowGroup, images: Any) -> None:  # noqa: ANN401, an untyped array
@@ -256,7 +256,7 @@ def _stream_to_row(table: "ParquetFile", number: int, column: str, row: int) -> 
         if row < first_row + len(batch):
             return _bytes_of(batch.column(0), column)[row - first_row]
         first_row += len(batch)
-    raise Unreadable(MISSING_ROW)
+    raise Unreadable(_MISSING_ROW)
 
 
 def _bytes_of(rows: Any, column: str) -> Any:  # noqa: ANN401, untyped arrays
@@ -303,7 +303,7 @@ def _class_names(table: "ParquetFile", label: str) -> list[str]:
 def _read_footer(file: str | Path) -> bytes:
     """Read the end of a file, which says where its columns lie, how many values they have and how large they are."""
     with Path(file).open("rb") as stream:
-        footer_end = stream.seek(-TAIL_BYTES, os.SEEK_END)
+        footer_end = stream.seek(-_TAIL_BYTES, os.SEEK_END)
         footer_bytes = int.from_bytes(stream.read(4), "little")
         stream.seek(max(0, footer_end - footer_bytes))
         return stream.read()

@@ -1,7 +1,8 @@
 """From the bytes of an image file to a square of pixels, or a rectangle.
 
-`ToSquare(side, crop)(data)` makes pixels: the image is turned `upright`, then converted to 8-bit RGB (`flat`), then
-resized and `cut`. `upright_size` and `short_side` read a header only.
+`ToSquare(side, crop)(data)` and `ToRectangle` make pixels: the image is loaded and turned upright (`load_upright`),
+then converted to 8-bit RGB (`to_rgb`), then resized and cropped (`crop_middle`). `upright_size` and `short_side` read a
+header only. `covering_size` says to which size an image is brought before it is cropped.
 
 Every file becomes 8-bit RGB, upright, as one looks at it: transparency lies over white, 16 bits are rounded to
 8, of an animation the first frame is taken, and the camera's rotation (EXIF) is carried out. Colour profiles are not
@@ -27,12 +28,12 @@ Crop = Literal["adm", "bicubic", "none"]
 Size = tuple[int, int]  # (height, width); PIL's image.size is the other way round
 
 # What is opened. No EPS or PDF: pillow hands them to another program, and data may come from anywhere.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 SIDE_SWAPPING_ORIENTATIONS = (5, 6, 7, 8)  # of EXIF's orientations, those that exchange height and width
 MAX_ASPECT_RATIO = 100  # of the longer side to the shorter: ours
-SERIAL_PIXELS = 2**26  # larger images are loaded one at a time (ours); above 1.8e8 pixels pillow loads none
-SERIAL_LOCK = Lock()
+_SERIAL_PIXELS = 2**26  # larger images are loaded one at a time (ours); above 1.8e8 pixels pillow loads none
+_SERIAL_LOCK = Lock()
 
 
 class Unreadable(UserError):  # noqa: N818, it says what the image is
@@ -54,7 +55,8 @@ class ToRectangle:
 
     def __call__(self, data: bytes) -> UInt8[Tensor, "3 h w"]:
         """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or not of a size that fits."""
-        image = cut(flat(upright(data)), (self.height, self.width), self.crop)
+        image = to_rgb(load_upright(data))
+        image = crop_middle(image, (self.height, self.width), self.crop)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -66,11 +68,11 @@ class ToSquare(ToRectangle):
         super().__init__(side, side, crop)
 
 
-def upright(data: bytes) -> Image.Image:
+def load_upright(data: bytes) -> Image.Image:
     """The first frame, loaded and turned as its EXIF tag says. Raises Unreadable."""
-    with _opened(data) as image:
-        is_large = image.width * image.height > SERIAL_PIXELS
-        lock = SERIAL_LOCK if is_large else nullcontext()
+    with _open_image(data) as image:
+        is_large = image.width * image.height > _SERIAL_PIXELS
+        lock = _SERIAL_LOCK if is_large else nullcontext()
         with lock:
             image.load()
             return ImageOps.exif_transpose(image)
@@ -78,7 +80,7 @@ def upright(data: bytes) -> Image.Image:
 
 def short_side(data: bytes) -> int:
     """The pixels along the shorter side, by the header alone. Raises Unreadable."""
-    with _opened(data) as image:
+    with _open_image(data) as image:
         return min(image.size)
 
 
@@ -87,7 +89,7 @@ def upright_size(data: bytes) -> Size:
 
     A PNG is read as a whole, for its EXIF tags may come last.
     """
-    with _opened(data) as image:
+    with _open_image(data) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         stored_height = image.height
         stored_width = image.width
@@ -96,19 +98,19 @@ def upright_size(data: bytes) -> Size:
         return stored_height, stored_width
 
 
-def flat(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """An image in 8-bit RGB, over white where it is transparent. Raises Unreadable."""
     if image.mode == "F":
         raise Unreadable("has floating-point pixels, whose range is not known: convert it to 8 bits")
     if image.mode.startswith("I"):
-        image = _eight_bits(image)
+        image = _to_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def cut(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
+def crop_middle(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
     """The middle of an image, of `size`.
 
     - `adm`: halve by boxes while both sides are at least twice `size`; bring the image bicubically, up as well as down,
@@ -123,7 +125,7 @@ def cut(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
             raise Unreadable(f"is {image.width} x {image.height} pixels, not {width} x {height}: set data.crop=adm")
         return image
     if crop == "adm":
-        image = _halved(image, size)
+        image = _halve_by_boxes(image, size)
     rows, columns = covering_size((image.height, image.width), size)
     image = image.resize((columns, rows), Image.Resampling.BICUBIC)
     left = (image.width - width) // 2
@@ -140,12 +142,12 @@ def covering_size(image_size: Size, target: Size) -> Size:
 
 
 @contextmanager
-def _opened(data: bytes) -> Generator[Image.Image]:
+def _open_image(data: bytes) -> Generator[Image.Image]:
     """Open an image, its pixels unread. Raises Unreadable, also in place of errors inside."""
     if not data:
         raise Unreadable("is empty: it has 0 bytes")
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
+        with Image.open(BytesIO(data), formats=_FORMATS) as image:
             shorter, longer = sorted(image.size)
             if longer > MAX_ASPECT_RATIO * shorter:  # brought to a size by its short side, it would have gigabytes
                 raise Unreadable(f"is {image.width} x {image.height} pixels, too long for its width: cut it first")
@@ -153,12 +155,12 @@ def _opened(data: bytes) -> Generator[Image.Image]:
     except Unreadable:
         raise
     except UnidentifiedImageError as error:
-        raise Unreadable(f"is no image of a known format ({', '.join(FORMATS)})") from error
+        raise Unreadable(f"is no image of a known format ({', '.join(_FORMATS)})") from error
     except Exception as error:  # a broken file may raise anything in pillow's readers
         raise Unreadable(f"cannot be read as an image: {error}") from error
 
 
-def _halved(image: Image.Image, size: Size) -> Image.Image:
+def _halve_by_boxes(image: Image.Image, size: Size) -> Image.Image:
     """An image, halved by boxes while both sides are at least twice `size`."""
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
@@ -166,7 +168,7 @@ def _halved(image: Image.Image, size: Size) -> Image.Image:
     return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits, 0 ... 65535, rounded to 0 ... 255: pillow alone would clip it."""
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:

@@ -3,8 +3,8 @@
 A store is opened without decoding any image. `Store` is what all stores offer, `Folder` is that of files, and
 `FirstImages` the first images of another store. Opening one (`dumo.data.image.open_store`) goes in this order:
 
-1. `walk` lists the files under a root, with their states;
-2. `choose` takes the shards of a split; a folder does so itself;
+1. `walk_files` lists the files under a root, with their states;
+2. `choose_shards` takes the shards of a split; a folder does so itself;
 3. the store checks its labels with `count_classes`.
 
 `require_small` guards against what is no image, and `store_hashes` gives the hashes of a store.
@@ -27,13 +27,14 @@ from dumo.data.pixel import Unreadable
 from dumo.io import digest
 from dumo.io.content import Hashes
 from dumo.io.inventory import FileState, ItemFiles, state_of
+from dumo.io.read import first_few
 from dumo.types import UserError
 
 # Names of the parts of a data set, as they stand in names of folders and files.
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test"))
-MAX_IMAGE_BYTES = 2**30  # ours. A sparse file, or one that never ends, would fill the memory
-MAX_NAMED = 8  # classes or splits that a message names: ours
-MAX_CLASSES = 10**6  # where they are counted by the largest number: ours. Nets, tables and counts have a row for each
+_SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test"))
+_MAX_IMAGE_BYTES = 2**30  # ours. A sparse file, or one that never ends, would fill the memory
+_MAX_NAMED = 8  # classes or splits that a message names: ours
+_MAX_CLASSES = 10**6  # where they are counted by the largest number: ours. Nets, tables and counts have a row for each
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Folder:
         class_folder_of = {parent: _class_folder(parent, folder) for parent in set(parents)}
         class_folders = [class_folder_of[parent] for parent in parents]
         names = set(class_folders)
-        if split is None and len(names) > 1 and names <= SPLITS:
+        if split is None and len(names) > 1 and names <= _SPLITS:
             raise UserError(f"{folder} holds the splits {first_sorted(names)}: choose one with data.split")
         self.labels = _labels(folder, class_folders) if labelled else None
 
@@ -120,7 +121,7 @@ class Folder:
         return self.files[i]
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises as `_read_regular`."""
+        """The bytes of image i. Raises OSError, and Unreadable for what is no image's file."""
         return _read_regular(self.files[i])
 
 
@@ -155,7 +156,7 @@ class FirstImages:
         return self.store.read(i)
 
 
-def walk(root: Path) -> dict[str, FileState]:
+def walk_files(root: Path) -> dict[str, FileState]:
     """All files under a folder, or the one file `root`, with their states.
 
     They come in the order of their names; hidden files are left out, links are followed. A link to nowhere has size -1.
@@ -185,11 +186,11 @@ def _read_regular(file: str) -> bytes:
 
 def require_small(size: int) -> None:
     """Raise Unreadable for more bytes than an image has."""
-    if size > MAX_IMAGE_BYTES:
+    if size > _MAX_IMAGE_BYTES:
         raise Unreadable(f"has {size} bytes, more than an image has")
 
 
-def choose(root: Path, files: Sequence[str], split: str | None) -> list[str]:
+def choose_shards(root: Path, files: Sequence[str], split: str | None) -> list[str]:
     """The shards of one split, by their names and folders: `data/train-00000-of-00010.parquet` is of `train`.
 
     Without a split: all, if they are of one split. Raises UserError where the split is absent, or must be chosen; or
@@ -220,21 +221,17 @@ def count_classes(c: Tensor, root: str, names: Sequence[str] = ()) -> Labels:
         raise UserError(f"{root} has the label {low}, {no_class}")
     if names and high >= len(names):
         raise UserError(f"{root} has the label {high}, {no_class}")
-    if high >= MAX_CLASSES:
+    if high >= _MAX_CLASSES:
         raise UserError(
-            f"{root} has the label {high}, so {high + 1:,} classes, and {MAX_CLASSES:,} are the most: name the column "
+            f"{root} has the label {high}, so {high + 1:,} classes, and {_MAX_CLASSES:,} are the most: name the column "
             "of classes with data.label, number them from 0, or set data.labelled=false"
         )
     return Labels(c, len(names) or high + 1, tuple(names))
 
 
 def first_sorted(items: Iterable[str]) -> str:
-    """The first few items in their order, and how many more there are: `a, b, c and 2 more`."""
-    listed = sorted(items)
-    text = ", ".join(listed[:MAX_NAMED])
-    if len(listed) > MAX_NAMED:
-        text += f" and {len(listed) - MAX_NAMED} more"
-    return text
+    """The first _MAX_NAMED items in their order, and how many more there are: `a, b, c and 2 more`."""
+    return first_few(sorted(items), most=_MAX_NAMED)
 
 
 def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[str, FileState]) -> None:
@@ -260,7 +257,7 @@ def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[st
 def _split_of(root: Path, file: str) -> str:
     """The first split that the names of a file's folders and of the file have; `(no split)` where they have none."""
     for word in _words(root, file):
-        if word in SPLITS:
+        if word in _SPLITS:
             return word
     return "(no split)"
 

@@ -45,14 +45,14 @@ from dumo.runtime.progress import delayed_bar
 from dumo.types import UserError
 
 # Sizes of tar's records, in bytes: 20 blocks by default, else, on request, a power of two of them, up to a MiB.
-RECORD_SIZES = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
-MAX_CLASS_BYTES = 100  # that are read of a class number: ours
-MAX_TEXT_BYTES = 2**20  # of a text that goes with an image: ours
-CHUNK_BYTES = 2**20  # that are read at a time after an archive's end: ours
-FETCH_AGAIN = "fetch it again, or remove it"  # the end of messages
+_RECORD_SIZES = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
+_MAX_CLASS_BYTES = 100  # that are read of a class number: ours
+_MAX_TEXT_BYTES = 2**20  # of a text that goes with an image: ours
+_CHUNK_BYTES = 2**20  # that are read at a time after an archive's end: ours
+_FETCH_AGAIN = "fetch it again, or remove it"  # the end of messages
 NOTE_FOLDER = ".dumo-index"
-MAX_MAPPED = 2**14  # notes that are mapped, while the rest is read; Linux allows 65,530 maps. Ours
-UNLABELLED = -(2**63)  # in place of a class, where an image has none
+_MAX_MAPPED = 2**14  # notes that are mapped, while the rest is read; Linux allows 65,530 maps. Ours
+_UNLABELLED = -(2**63)  # in place of a class, where an image has none
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Scan:
 
     @property
     def classes(self) -> Int64[Tensor, " n"]:
-        """The class of each image, UNLABELLED where it has none."""
+        """The class of each image, _UNLABELLED where it has none."""
         return self.members[2]
 
     def span(self, i: int) -> tuple[int, int]:
@@ -101,7 +101,7 @@ class Tar:
             for k, file in enumerate(archives):
                 signals.check()
                 mapped = _noted_scan(file)
-                self.scans.append(mapped if k < MAX_MAPPED else mapped.copy())
+                self.scans.append(mapped if k < _MAX_MAPPED else mapped.copy())
                 tick(k + 1, "")
         num_images = [len(scan) for scan in self.scans]
         self.image_ends = list(accumulate(num_images))  # by archive: the number of the first image after it
@@ -138,7 +138,7 @@ class Tar:
     def texts(self, suffixes: Sequence[str]) -> "MemberTexts":
         """The texts next to each image: members with an ending in `suffixes`, such as `txt`.
 
-        All archives are read again. Raises UserError for a text of more than MAX_TEXT_BYTES bytes.
+        All archives are read again. Raises UserError for a text of more than _MAX_TEXT_BYTES bytes.
         """
         member_texts = MemberTexts()
         endings = (*suffixes, *(suffix.upper() for suffix in suffixes))  # `TXT` is reported as an orphan
@@ -162,7 +162,7 @@ class Tar:
             if scan.problem:
                 raise UserError(scan.problem)
         c = torch.cat([scan.classes for scan in self.scans])
-        unlabelled = c == UNLABELLED
+        unlabelled = c == _UNLABELLED
         if unlabelled.all():
             return None
         if unlabelled.any():
@@ -204,7 +204,7 @@ class MemberTexts:
 
 
 def _noted_scan(file: str) -> Scan:
-    """The scan of an archive: from its note, else made now and noted. Raises as `scan_archive`."""
+    """The scan of an archive: from its note, else made now and noted. Raises UserError where it is damaged."""
     file_stat = os.stat(file)
     state = f"{file_stat.st_size} {file_stat.st_mtime_ns}"
     folder, name = os.path.split(os.path.abspath(file))
@@ -256,7 +256,7 @@ def scan_archive(file: str) -> Scan:
     keys: list[str] = []
     class_of_key: dict[str, int] = {}
     problem = ""
-    for info, content in _iterate_members(file, ("cls",), MAX_CLASS_BYTES):
+    for info, content in _iterate_members(file, ("cls",), _MAX_CLASS_BYTES):
         if content is None:  # an image
             starts.append(info.offset_data)
             sizes.append(info.size)
@@ -268,7 +268,7 @@ def scan_archive(file: str) -> Scan:
         except (ValueError, OverflowError):
             if not problem:
                 problem = f"{file} member {info.name} holds no class number: {content[:20]!r}"
-    classes = [class_of_key.get(key, UNLABELLED) for key in keys]
+    classes = [class_of_key.get(key, _UNLABELLED) for key in keys]
     name_ends = list(accumulate(map(len, names)))
     members = torch.tensor([starts, sizes, classes, name_ends], dtype=torch.int64)
     return Scan(members, torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy()), problem)
@@ -287,7 +287,7 @@ def _iterate_members(
                 # else tarfile keeps all members, a kilobyte each; the attribute is not typed
                 setattr(archive, "members", [])  # noqa: B010
                 if info.size < 0 or info.issparse():
-                    raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: {FETCH_AGAIN}")
+                    raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: {_FETCH_AGAIN}")
                 stem, _, suffix = PurePosixPath(info.name).name.partition(".")
                 if not info.isfile() or not stem:
                     continue
@@ -299,18 +299,18 @@ def _iterate_members(
                         yield info, content.read(max_bytes)
             end = archive.offset
     except tarfile.TarError as error:
-        raise UserError(f"{file} is no whole tar archive: {error}; {FETCH_AGAIN}") from error
+        raise UserError(f"{file} is no whole tar archive: {error}; {_FETCH_AGAIN}") from error
     _require_whole_end(file, end)
 
 
 def _iterate_texts(file: str, endings: Sequence[str]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """The members of an archive with these endings. Raises UserError for one of more than MAX_TEXT_BYTES bytes."""
-    for info, content in _iterate_members(file, endings, MAX_TEXT_BYTES):
+    """The members of an archive with these endings. Raises UserError for one of more than _MAX_TEXT_BYTES bytes."""
+    for info, content in _iterate_members(file, endings, _MAX_TEXT_BYTES):
         if content is None:  # an image
             continue
-        if info.size > MAX_TEXT_BYTES:
+        if info.size > _MAX_TEXT_BYTES:
             raise UserError(
-                f"{file} member {info.name} has {info.size:,} bytes, and a text has at most {MAX_TEXT_BYTES:,}"
+                f"{file} member {info.name} has {info.size:,} bytes, and a text has at most {_MAX_TEXT_BYTES:,}"
             )
         yield info, content
 
@@ -322,20 +322,20 @@ def _require_whole_end(file: str, end: int) -> None:
         archive.seek(end)
         first_block = archive.read(tarfile.BLOCKSIZE)
         if len(first_block) < tarfile.BLOCKSIZE or any(first_block):  # where tarfile stops without a word
-            raise UserError(f"{file} is broken off or damaged at byte {end}: {FETCH_AGAIN}")
-        while chunk := archive.read(CHUNK_BYTES):
+            raise UserError(f"{file} is broken off or damaged at byte {end}: {_FETCH_AGAIN}")
+        while chunk := archive.read(_CHUNK_BYTES):
             if any(chunk):
                 raise UserError(
-                    f"{file} goes on after its end at byte {end}: it is damaged ({FETCH_AGAIN}), or is several that "
+                    f"{file} goes on after its end at byte {end}: it is damaged ({_FETCH_AGAIN}), or is several that "
                     "were laid end to end: write those as one"
                 )
     num_zeros = size - end
-    for record_size in RECORD_SIZES:
+    for record_size in _RECORD_SIZES:
         if size % record_size == 0 and num_zeros <= record_size + 2 * tarfile.BLOCKSIZE:
             return
     raise UserError(
         f"{file} holds {num_zeros} zeros from byte {end} on, more than tar writes at its end: a part of it is missing; "
-        f"{FETCH_AGAIN}"
+        f"{_FETCH_AGAIN}"
     )
 
 

@@ -28,10 +28,10 @@ else:
 
 # Mean and sd of the moons before the noise, exactly: x is cos or 1 - cos, y is sin or 1/2 - sin of a uniform angle in
 # [0, pi].
-MOONS_MEAN = torch.tensor([1 / 2, 1 / 4])
-MOONS_SD = torch.tensor([3 / 4, 9 / 16 - 1 / pi]).sqrt()
+_MOONS_MEAN = torch.tensor([1 / 2, 1 / 4])
+_MOONS_SD = torch.tensor([3 / 4, 9 / 16 - 1 / pi]).sqrt()
 MOONS_NOISE = 0.05  # standard deviation of the noise, before scaling: as in scikit-learn's examples
-MIN_HELD_OUT = 100  # images: a Fréchet distance of their 64 pixels takes more than 64. Ours
+_MIN_HELD_OUT = 100  # images: a Fréchet distance of their 64 pixels takes more than 64. Ours
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -73,7 +73,7 @@ class Moons(Spec):
         moons = torch.where(is_lower[:, None], lower_moon, upper_moon)
         points = moons + MOONS_NOISE * torch.stack(noise, 1)
         c = is_lower.long() if self.labelled else torch.zeros_like(is_lower, dtype=torch.long)
-        return (points - MOONS_MEAN) / MOONS_SD, c
+        return (points - _MOONS_MEAN) / _MOONS_SD, c
 
 
 class Digits(Spec):
@@ -100,9 +100,9 @@ class Digits(Spec):
     def _require_possible(self) -> "Digits":
         if self.captions:
             self.captions.all_captions(DIGIT_NAMES)  # raises where templates do not fit the classes
-        if 0 < self.held < MIN_HELD_OUT:
+        if 0 < self.held < _MIN_HELD_OUT:
             raise ValueError(
-                f"held = {self.held} images are too few to be judged against: hold {MIN_HELD_OUT} or more, or 0"
+                f"held = {self.held} images are too few to be judged against: hold {_MIN_HELD_OUT} or more, or 0"
             )
         return self
 

@@ -31,7 +31,7 @@ from dumo.encoders.codec import FIELD, CodecSpec, Images, Latent, LoadedCodec, M
 from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, first_unfit_key, require_weights
 from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
 from dumo.encoders.transformers_library import quietly
-from dumo.io.read import brief, foreign, read_settings, user_path
+from dumo.io.read import brief, explain_foreign_errors, read_settings, user_path
 from dumo.runtime import import_bitsandbytes, install_command
 from dumo.types import FREE, PINNED, UserError
 
@@ -148,7 +148,7 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
     @property
     def published(self) -> PublishedCodec:
         """The shape, shift and scale of latents by the config. Raises UserError where the config says none."""
-        with foreign(f"{self.weights} says no sizes, shift or scale of latents", HINT):
+        with explain_foreign_errors(f"{self.weights} says no sizes, shift or scale of latents", HINT):
             channels, factor = _latent_size(self.config)
             if KINDS[self.class_name].has_patch_norm:  # which takes the place of shift and scale
                 return PublishedCodec(self.weights, channels=4 * channels, factor=2 * factor, scale=1.0)
@@ -237,7 +237,7 @@ def _load_model(codec: DiffusersCodec) -> tuple[nn.Module, str]:
     codec.require_hash(sha256)
     if (folder / CONFIG).is_file():
         read_settings(folder / CONFIG, HINT)
-    with foreign(f"{folder} holds no {class_name} that diffusers can load", HINT):
+    with explain_foreign_errors(f"{folder} holds no {class_name} that diffusers can load", HINT):
         model_class = getattr(diffusers, class_name)
         with quietly("diffusers"):  # it would show a bar of shards
             net, report = part_weights.build_model(model_class)

@@ -25,7 +25,7 @@ from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, require_weights
 from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer
 from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.io.picture import Pixels
-from dumo.io.read import foreign, read_settings
+from dumo.io.read import explain_foreign_errors, read_settings
 from dumo.types import UserError
 
 _IMAGES_PER_BATCH = 64  # ours
@@ -69,7 +69,7 @@ class Clip:
                 "attention_mask": mask.long(),
                 "pixel_values": to_inputs(pixels[batch], self._resize_and_crop, self.mean, self.deviation),
             }
-            with foreign(f"the CLIP of {self.folder} fails", HINT):
+            with explain_foreign_errors(f"the CLIP of {self.folder} fails", HINT):
                 output = self.model(**{name: x.to(self.model.device) for name, x in inputs.items()})
                 cosines = (output.image_embeds * output.text_embeds).sum(1)  # both have length 1
                 batches.append(cosines.float().cpu())

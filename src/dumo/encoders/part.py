@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dumo.io import digest, weights
 from dumo.io.hub import SUFFIX
-from dumo.io.read import foreign, read_settings
+from dumo.io.read import explain_foreign_errors, read_settings
 from dumo.types import UserError
 
 DIFFUSERS = "diffusion_pytorch_model"  # NAME of models of diffusers
@@ -152,7 +152,9 @@ def _candidates(folder: Path, name: str) -> Iterator[PartWeights]:
 
 def _listed_files(index: Path) -> tuple[Path, ...]:
     """The files that an index lists. Raises UserError where it lists none, or files of another folder."""
-    with foreign(f"{index} lists no files", TAKE_ANOTHER):  # whatever is raised inside becomes a UserError
+    with explain_foreign_errors(
+        f"{index} lists no files", TAKE_ANOTHER
+    ):  # whatever is raised inside becomes a UserError
         names = sorted(set(read_settings(index, TAKE_ANOTHER)["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("weight_map names no files of its folder")

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from dumo.encoders.pipeline import HINT, SCHEDULER, TRANSFORMER, OptionalPart, Pipeline, component_names
 from dumo.encoders.text import Embeddings
 from dumo.encoders.transformers_library import import_transformers, quietly
-from dumo.io.read import foreign
+from dumo.io.read import explain_foreign_errors
 from dumo.runtime import import_bitsandbytes, install_command
 from dumo.types import PLACE, Spec, UserError
 
@@ -79,7 +79,7 @@ class Prompts(Spec):
         import_transformers("net.texts")  # diffusers would fail without it, with another message
         config = folder.config(TRANSFORMER)
         problem = f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load"
-        with foreign(problem, HINT), quietly(), quietly("diffusers"), warnings.catch_warnings():
+        with explain_foreign_errors(problem, HINT), quietly(), quietly("diffusers"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers', of its own code
             pipeline_class = getattr(diffusers, self.pipeline)
             with torch.device("meta"):
@@ -142,7 +142,7 @@ class PromptReader:
 
         The empty text is what the pipeline takes for no negative prompt. Raises UserError where the pipeline fails.
         """
-        with foreign(f"net.texts: the pipeline in {self.spec.source} fails", HINT):
+        with explain_foreign_errors(f"net.texts: the pipeline in {self.spec.source} fails", HINT):
             rows = [self.read_row(text) for text in texts]
             return _stack_rows(rows, keeps_padding=self.spec.padded)
 

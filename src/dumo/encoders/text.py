@@ -26,7 +26,7 @@ from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, PartWeights, req
 from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer
 from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.flow.precision import Precision, using
-from dumo.io.read import foreign, read_settings, user_path
+from dumo.io.read import explain_foreign_errors, read_settings, user_path
 from dumo.runtime.limits import TOKENS
 from dumo.types import PLACE, Spec, UserError
 
@@ -189,7 +189,10 @@ class EncoderModel:
             inputs["attention_mask"] = padding_mask.long().to(self.device)
 
         needs_hidden_states = spec.layer != -1
-        with using(spec.precision, self.device), foreign(f"net.texts: the encoder of {spec.source} fails", _HINT):
+        with (
+            using(spec.precision, self.device),
+            explain_foreign_errors(f"net.texts: the encoder of {spec.source} fails", _HINT),
+        ):
             output = self.model(**inputs, output_hidden_states=needs_hidden_states)
         states = self._hidden_states(output) if needs_hidden_states else output.last_hidden_state
 

@@ -195,7 +195,7 @@ class EncodedTexts:
         """
         contents = self.contents
         if rows is None:
-            table.require(self.folder, contents, deep=True)
+            table.require_intact(self.folder, contents, deep=True)
             rows = range(len(self))
         b = len(rows)
         tokens = torch.zeros(b, self.longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
@@ -240,7 +240,7 @@ class EncodedTexts:
     def lengths(self) -> tuple[int, ...]:
         """The number of tokens of each row, without padding."""
         lengths: list[int] = []
-        for number in range(self.contents.count):
+        for number in range(self.contents.num_shards):
             shard, _ = self._read_shard(number)
             lengths += shard["lengths"].tolist()
         return tuple(lengths)
@@ -287,7 +287,7 @@ class EncodedTexts:
 def open_table(folder: Path) -> EncodedTexts:
     """Open the table of a folder. Raises UserError where there is none, it is unfinished, or a shard has changed."""
     missing = f"holds no texts (it has no {FILE}): make it, dumo encode RECIPE"
-    return EncodedTexts(folder, table.read_finished(folder, TextTableIndex, missing))
+    return EncodedTexts(folder, table.read_finished_index(folder, TextTableIndex, missing))
 
 
 def require(table: EncodedTexts, encoder: EncoderSpec, captions: int, identity: str | None = None) -> None:
@@ -325,7 +325,7 @@ def read_contents(folder: Path) -> TextTableIndex | None:
 
     Raises UserError if it is damaged.
     """
-    return table.read(folder, TextTableIndex)
+    return table.read_index(folder, TextTableIndex)
 
 
 def encode(
@@ -345,7 +345,7 @@ def encode(
 
     Texts are encoded `batch` at a time; another batch may change the last bits. Warns where texts are cut. Raises
     UserError where there are no captions, an embedding is too large for the dtype, and as opening the encoder does;
-    Stopped after a signal; and as `dumo.io.table.make`.
+    Stopped after a signal; and as `dumo.io.table.make_shards`.
     """
     if not captions:
         raise UserError("there are no captions to encode: give data.captions, and images that have some")
@@ -367,10 +367,10 @@ def encode(
                 columns["source"] = sources.latents_of(batch_texts)
             batches.append(columns)
             report(first + len(batch_texts) - rows.start)
-        return to_stored_types(table.concatenated(batches), dtypes)
+        return to_stored_types(table.concatenate(batches), dtypes)
 
     lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
-    return table.make(
+    return table.make_shards(
         out, contents, encode_shard, rank=rank, world=world, extra_files={CAPTIONS: lines.encode()}, tick=tick
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dumo.encoders.transformers_library import import_transformers
 from dumo.io import digest
-from dumo.io.read import brief, foreign
+from dumo.io.read import brief, explain_foreign_errors
 from dumo.runtime.limits import TOKENS
 from dumo.types import Spec, UserError
 
@@ -62,7 +62,7 @@ class LoadedTokenizer:
         Warns where texts are cut. Raises UserError for a text without any token.
         """
         filled = [self.template.replace("{}", text) for text in texts]
-        with foreign("net.texts: the tokenizer fails", HINT):
+        with explain_foreign_errors("net.texts: the tokenizer fails", HINT):
             lengths = [len(ids) for ids in self.model(filled, verbose=False)["input_ids"]]
             encoded = self.model(
                 filled,
@@ -96,7 +96,7 @@ def load_tokenizer(folder: Path, length: int, template: str = "{}") -> LoadedTok
     config = folder / "tokenizer_config.json"
     if not config.is_file():
         raise UserError(f"net.texts: {folder} holds no tokenizer, {config.name} is missing: {HINT}")
-    with foreign(f"net.texts: {folder} holds no tokenizer that can be read", HINT):
+    with explain_foreign_errors(f"net.texts: {folder} holds no tokenizer that can be read", HINT):
         model = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if model.pad_token is None:
             model.pad_token = model.eos_token

@@ -46,13 +46,13 @@ def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # 
     """
     transformers = import_transformers(field)
     part_weights = require_weights(folder, TRANSFORMERS, field, hint)
-    with read.foreign(f"{field}: {folder} holds no model that transformers can load", hint), quietly():
+    with read.explain_foreign_errors(f"{field}: {folder} holds no model that transformers can load", hint), quietly():
         # in the block, because transformers imports a class at first use, and may lack or fail to import it
         model_class = getattr(transformers, class_name)
         model, info = part_weights.build_model(model_class, trust_remote_code=False, dtype=torch.float32)
         missing = sorted(info["missing_keys"])
         if missing:  # transformers would draw these weights at random
-            # `read.foreign` makes a UserError of it, with field, folder and hint
+            # `read.explain_foreign_errors` makes a UserError of it, with field, folder and hint
             raise RuntimeError(f"the weights do not fit {CONFIG}: {missing[0]} is missing")
         return model.eval()
 

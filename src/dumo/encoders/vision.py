@@ -31,7 +31,7 @@ from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, require_weights
 from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.flow.precision import using
 from dumo.io.picture import Pixels
-from dumo.io.read import foreign
+from dumo.io.read import explain_foreign_errors
 from dumo.types import UserError
 
 FeatureKind = Literal["cmmd", "dinov2"]
@@ -106,7 +106,7 @@ class ImageEncoder:
             batch = pixels.new_zeros(1, 3, 1, 1)  # these models take no empty batch: its row is cut off below
         model_input = self.preprocess(batch).to(self.model.device)
         hint = FEATURE_MODELS[self.kind].hint
-        with using("fp32", self.model.device), foreign(f"the model of {self.folder} fails", hint):
+        with using("fp32", self.model.device), explain_foreign_errors(f"the model of {self.folder} fails", hint):
             out = self.model(pixel_values=model_input)
         features = normalize(out.image_embeds) if self.kind == "cmmd" else out.pooler_output
         features = features[: len(pixels)]

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import jinja2
 
-from dumo.config.conditions import shown
+from dumo.config.conditions import shown_data
 from dumo.config.difference import identity
 from dumo.config.place import EVALUATION_FILE
 from dumo.config.spec import Run
@@ -176,7 +176,7 @@ def _image_counts(data: Data) -> dict[Size, int]:
 
     Where the images are not there to be counted, it is 0 of every size, of the nearest to a square first.
     """
-    images = shown(data)
+    images = shown_data(data)
     if not isinstance(images, Images) or not images.buckets:
         return {}
     assert isinstance(data, Images | Latents)

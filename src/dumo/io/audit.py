@@ -27,8 +27,8 @@ from dumo.runtime.progress import delayed_bar
 from dumo.types import UserError
 
 AT_ONCE_BYTES = 2 * 10**9  # bytes that are read before the first batch, at most: ours
-CHUNK_BYTES = 2**22  # bytes read at a time: ours
-NO_STATE = (-1, 0, 0)  # in place of the state of a file that cannot be looked at; reading it will raise the reason
+_CHUNK_BYTES = 2**22  # bytes read at a time: ours
+_NO_STATE = (-1, 0, 0)  # in place of the state of a file that cannot be looked at; reading it will raise the reason
 
 
 @dataclass
@@ -110,11 +110,11 @@ def _compare(
 
 
 def _state_of(path: str) -> FileState:
-    """The state of a file, by which it is known again; NO_STATE where it cannot be looked at."""
+    """The state of a file, by which it is known again; _NO_STATE where it cannot be looked at."""
     try:
         return state_of(os.stat(path))
     except OSError:
-        return NO_STATE
+        return _NO_STATE
 
 
 def _sha256(file: Path, is_over: Event) -> str:
@@ -128,8 +128,8 @@ def _sha256(file: Path, is_over: Event) -> str:
 
 
 def _chunks(file: Path) -> Iterator[memoryview]:
-    """The bytes of a file, CHUNK_BYTES at a time, each in place of the one before."""
-    buffer = memoryview(bytearray(CHUNK_BYTES))
+    """The bytes of a file, _CHUNK_BYTES at a time, each in place of the one before."""
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
     with file.open("rb", buffering=0) as opened:
         while num_bytes := opened.readinto(buffer):
             yield buffer[:num_bytes]

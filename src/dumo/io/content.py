@@ -3,17 +3,17 @@
 `Hashes` is an inventory (`dumo.io.inventory`) of a data set's items; `dumo.io.source.hashes_of` gives that of a source.
 The order of events:
 
-1. Training, or the making of a cache, reads items. `see` hashes each that is read for the first time; it is never
-   hashed again as long as its file is as it was noted. A checkpoint or a cache keeps the hashes, `packed_names` and
-   `labels_digest`.
+1. Training, or the making of a cache, reads items. `check_item` hashes each that is read for the first time; it is
+   never hashed again as long as its file is as it was noted. A checkpoint or a cache keeps the hashes, `packed_names`
+   and `labels_digest`.
 2. A later start expects the kept hashes again, by `expect`. What it does then depends on an item's file:
 
        it is as noted                       the noted hash is compared at once (`mismatches`)
-       its size or time changed             the item is hashed at once (`hash` of `suspect`)
+       its size or time changed             the item is hashed at once (`hash` of the `suspects`)
        its inode alone changed: a copy      the item is hashed when it is read
        nobody noted it on this machine      the item is hashed when it is read
 
-3. `see` raises UserError for an item that is read, and is another than expected.
+3. `check_item` raises UserError for an item that is read, and is another than expected.
 
 `unpack_names` and `name_changes` are for messages about names. An item whose content changed in place, with its time
 set back, is noticed only where all hashes are forgotten first (`forget`).
@@ -38,8 +38,8 @@ from dumo.runtime import signals
 from dumo.runtime.progress import delayed_bar
 from dumo.types import UserError
 
-CHUNK_ITEMS = 64  # that a thread hashes in one task: ours
-WINDOW_ITEMS = 4096  # that all threads hash between two looks at signals: ours
+_CHUNK_ITEMS = 64  # that a thread hashes in one task: ours
+_WINDOW_ITEMS = 4096  # that all threads hash between two looks at signals: ours
 MAX_THREADS = 16  # ours
 
 
@@ -63,8 +63,8 @@ class Hashes(Inventory):
         self.refused = set[int]()  # items that were read, and are others than expected
         self.problem = ""  # what a message says of a refused item
 
-    def see(self, i: int, data: bytes) -> None:
-        """Hash item i, of which `data` was just read, unless its hash is known.
+    def check_item(self, i: int, data: bytes) -> None:
+        """Hash item i, of which `data` was just read, unless its hash is known, and compare it with the expected one.
 
         Raises UserError, with its name, where another content is expected. May be called from many threads.
         """
@@ -81,7 +81,7 @@ class Hashes(Inventory):
         pending_items = [int(i) for i in items if self.pending[i]]
 
         def hash_chunk(first: int) -> None:
-            for i in pending_items[first : first + CHUNK_ITEMS]:
+            for i in pending_items[first : first + _CHUNK_ITEMS]:
                 try:
                     self._hash(i, self.read(i))
                 except (OSError, ValueError):  # decoding it will raise, with a better message
@@ -90,10 +90,10 @@ class Hashes(Inventory):
         pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="hash")
         try:
             with delayed_bar("hashing images", len(pending_items)) as tick:
-                for begin in range(0, len(pending_items), WINDOW_ITEMS):
+                for begin in range(0, len(pending_items), _WINDOW_ITEMS):
                     signals.check()
-                    end = min(begin + WINDOW_ITEMS, len(pending_items))
-                    list(pool.map(hash_chunk, range(begin, end, CHUNK_ITEMS)))
+                    end = min(begin + _WINDOW_ITEMS, len(pending_items))
+                    list(pool.map(hash_chunk, range(begin, end, _CHUNK_ITEMS)))
                     tick(end, "")
                     self.save_if_due()
         finally:
@@ -109,7 +109,7 @@ class Hashes(Inventory):
         self.problem = problem
         self.refused = set()
 
-    def suspect(self, *, copies: bool = False) -> NDArray[np.int64]:
+    def suspects(self, *, copies: bool = False) -> NDArray[np.int64]:
         """The items to hash at once: a hash is expected, none is known, and their file changed since it was noted.
 
         Returns their numbers. `copies`: also those in files that are copies.
@@ -136,7 +136,7 @@ class Hashes(Inventory):
         is_compared = self.expected.any(1) & self.sha256.any(1)
         return np.flatnonzero(is_compared & (self.expected != self.sha256).any(1))
 
-    def expected_or_known(self) -> HashRows:
+    def expected_or_known_hashes(self) -> HashRows:
         """For each item the expected hash, else the known one, else zeros: (n, 32)."""
         known = self.known_hashes()
         if self.expected is None:

@@ -33,8 +33,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 MakeTensor = Callable[[], Tensor]
 # Operations in place that keep no old value of the tensor, by torch's name.
-OVERWRITING = ("uniform_", "normal_", "zero_", "fill_", "copy_", "random_", "exponential_")
-EMPTY = torch.ops.aten.empty.memory_format  # the operation that allocates memory
+_OVERWRITING = ("uniform_", "normal_", "zero_", "fill_", "copy_", "random_", "exponential_")
+_EMPTY = torch.ops.aten.empty.memory_format  # the operation that allocates memory
 CPU = torch.device("cpu")
 _entered: ContextVar["Deferred | None"] = ContextVar("deferred", default=None)  # the mode that records now
 
@@ -96,7 +96,7 @@ class Deferred(TorchDispatchMode):
     ) -> object:
         """Record an operation that allocates or uses weights; run any other. Torch calls it for each operation."""
         kwargs = kwargs or {}
-        if func is EMPTY and (kwargs.get("device") or CPU) == CPU:
+        if func is _EMPTY and (kwargs.get("device") or CPU) == CPU:
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
             if dtype.is_floating_point:
                 return self._record_allocation(func, args, kwargs)
@@ -217,7 +217,7 @@ class Deferred(TorchDispatchMode):
         if source.output_index is None:  # it overwrites whatever is there
             values = like.new_empty(count, device="cpu")
             self._run(source, {key: values})
-        elif source.func is EMPTY:
+        elif source.func is _EMPTY:
             values = like.new_empty(count, device="cpu")
         else:
             values = _flat(self._outputs(source)[source.output_index], like)
@@ -313,7 +313,7 @@ def _written_tensors(func: Any, args: tuple[Any, ...]) -> list[Tensor]:  # noqa:
 def _overwrites(operation: Operation, key: int, count: int) -> bool:
     """Whether an operation writes all `count` values of a storage, whatever they were."""
     name = getattr(operation.func, "__name__", "").partition(".")[0]
-    if name not in OVERWRITING or not operation.args:
+    if name not in _OVERWRITING or not operation.args:
         return False
     target = operation.args[0]
     return isinstance(target, TensorRef) and target.key == key and prod(target.size) == count

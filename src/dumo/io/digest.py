@@ -1,7 +1,8 @@
-"""SHA-256 of files, tensors and texts, in hexadecimal.
+"""SHA-256 of files, tensors and texts, in hexadecimal. Callers write `digest.of_file(file)`.
 
-Of files and bytes it is the digest that other programs compute. Of tensors and texts it is ours, and `short` ones have
-64 bits.
+- `of_file`, `of_bytes` and `of_stream` give the digest that other programs compute.
+- `of_tensor` and, for large ones, `of_samples` are ours: they add names, shapes and dtypes.
+- `short`, of texts, and `of_tensors` are ours, too, and have 64 bits.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SAMPLED = 64  # numbers of each tensor in `of_samples`: ours
+_NUM_SAMPLES = 64  # values of each tensor in `of_samples`: ours
 
 
 def of_file(file: Path) -> str:
@@ -36,22 +37,23 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def of_samples(tensors: Mapping[str, Tensor], values_of: Callable[[Tensor], Tensor] = torch.detach) -> str:
-    """The digest of large tensors with their names: of each the shape, the dtype and SAMPLED numbers, evenly spread.
+    """The digest of large tensors with their names: of each the shape, the dtype and some values, evenly spread.
 
     `values_of` returns the values of a tensor that is not made yet.
     """
     parts: list[bytes] = []
     for name, x in sorted(tensors.items()):
-        parts += _sampled(name, values_of(x))  # in a function, so that one tensor at a time is in memory
+        parts += _header_and_samples(name, values_of(x))  # in a function, so that one tensor at a time is in memory
     return of_bytes(*parts)
 
 
-def _sampled(name: str, x: Tensor) -> tuple[bytes, bytes]:
-    """The bytes of a tensor that go into the digest: name, shape and dtype; numbers."""
-    count = min(SAMPLED, x.numel())
-    sampled = x.flatten()[torch.arange(count, device=x.device) * x.numel() // max(count, 1)].cpu()
+def _header_and_samples(name: str, x: Tensor) -> tuple[bytes, bytes]:
+    """The bytes of a tensor that go into the digest: name, shape and dtype; then some of its values."""
+    count = min(_NUM_SAMPLES, x.numel())
+    places = torch.arange(count, device=x.device) * x.numel() // max(count, 1)
+    samples = x.flatten()[places].cpu()
     header = f"{name} {tuple(x.shape)} {x.dtype}\n"
-    return header.encode(), bytes(sampled.view(torch.uint8).numpy().data)
+    return header.encode(), bytes(samples.view(torch.uint8).numpy().data)
 
 
 def short(*parts: str) -> str:

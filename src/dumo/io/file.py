@@ -30,13 +30,13 @@ from filelock import FileLock, Timeout
 
 from dumo.error import UserError
 
-DISK_FULL_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-PRIVATE_MODE = 0o600  # of files that safetensors makes
-ABANDONED_SECONDS = 86_400.0  # a day, after which another machine's temporary file is swept: ours
-REMOVED_WRITER = "old"  # in place of a writer's id, in the name of what is being removed
+_DISK_FULL_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_PRIVATE_MODE = 0o600  # of files that safetensors makes
+_ABANDONED_SECONDS = 86_400.0  # a day, after which another machine's temporary file is swept: ours
+_REMOVED_WRITER = "old"  # in place of a writer's id, in the name of what is being removed
 _being_written: set[Path] = set()  # temporary paths that threads of this process are writing now
 _guarded: dict[Path, int] = {}  # descriptors of folders that must stay where they are (`guard_path`), by path
-TEMP_NAME = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<removed>{REMOVED_WRITER}))\.tmp")
+_TEMP_NAME = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<removed>{_REMOVED_WRITER}))\.tmp")
 
 
 @contextmanager
@@ -83,19 +83,19 @@ def commit(temp_path: Path, path: Path, *, durable: bool = False) -> None:
     The umask then decides who may read the files: those of safetensors are private to their owner at first.
     """
     for part in (*temp_path.rglob("*"), temp_path):
-        if part.stat().st_mode & 0o777 == PRIVATE_MODE:
+        if part.stat().st_mode & 0o777 == _PRIVATE_MODE:
             part.chmod(0o666 & ~_umask())
         if durable:
             flush(part)
     if path.is_dir():
-        remove(path.rename(temp_path_for(path, REMOVED_WRITER)))  # a folder can replace an empty one only
+        remove(path.rename(temp_path_for(path, _REMOVED_WRITER)))  # a folder can replace an empty one only
     temp_path.replace(path)
     if durable:
         flush(path.parent)
 
 
 def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: bool = False) -> None:
-    """Write a file whole or not at all. Takes and raises as `atomic_write`; the error of a full disk says the size."""
+    """Write a file whole or not at all, by `atomic_write`. Raises OSError; that of a full disk says the size needed."""
     try:
         with atomic_write(path, writer=writer, durable=durable) as temp_path:
             temp_path.write_bytes(data)
@@ -122,7 +122,7 @@ def sweep(folder: Path, *, ours: bool = True) -> None:
     `ours`: dumo made the folder; False: it is the user's, where a file called `.X.old.tmp` may be theirs.
     """
     for temp_path in folder.glob(".*.tmp"):
-        if not ours and temp_path.name.endswith(f".{REMOVED_WRITER}.tmp"):
+        if not ours and temp_path.name.endswith(f".{_REMOVED_WRITER}.tmp"):
             continue
         with suppress(OSError):  # another process sweeps, too
             if _is_abandoned(temp_path):
@@ -131,13 +131,13 @@ def sweep(folder: Path, *, ours: bool = True) -> None:
 
 def _is_abandoned(temp_path: Path) -> bool:
     """Whether nobody writes a temporary file or folder any more."""
-    name = TEMP_NAME.fullmatch(temp_path.name)
+    name = _TEMP_NAME.fullmatch(temp_path.name)
     if name is None:
         return False
     if name["removed"]:
         return True
     if name["machine"] != machine_id():
-        return time.time() - temp_path.stat().st_mtime > ABANDONED_SECONDS
+        return time.time() - temp_path.stat().st_mtime > _ABANDONED_SECONDS
     process = int(name["process"])
     if process == os.getpid():
         return temp_path.absolute() not in _being_written
@@ -275,8 +275,8 @@ def is_disk_full(error: BaseException) -> bool:
 
     if isinstance(error, SafetensorError):  # has the number of the system's error in its text alone
         match = re.search(r"os error (\d+)", str(error))
-        return match is not None and int(match[1]) in DISK_FULL_ERRORS
-    return isinstance(error, OSError) and error.errno in DISK_FULL_ERRORS
+        return match is not None and int(match[1]) in _DISK_FULL_ERRORS
+    return isinstance(error, OSError) and error.errno in _DISK_FULL_ERRORS
 
 
 def _cache_folder() -> Path:

@@ -23,11 +23,11 @@ SCHEDULER = "scheduler"
 # A file NAME.json for each of PUBLISHED and SMALL. It has the pipeline's class, its repository (`_name_or_path`) and
 # the configs of parts by name; `_readers` are the parameters of all text encoders, `_optional_readers` of those that
 # may be left out.
-CONFIGS = files("dumo") / "encoders" / "published"
+_CONFIGS = files("dumo") / "encoders" / "published"
 # of repositories on the hub
 PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
 SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-10, but for digits the second
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
 SUFFIX = ".safetensors"
 # Variants, which have a second dot in their names. Patterns of fnmatch, in which * matches / and dots, too.
 EXCLUDED = (f"*.*{SUFFIX}", "*.index.*.json")
@@ -35,8 +35,8 @@ EXCLUDED = (f"*.*{SUFFIX}", "*.index.*.json")
 
 @lru_cache
 def published_config(name: str) -> dict[str, Any]:
-    """The file of CONFIGS of this name, one of PUBLISHED or SMALL."""
-    return json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+    """The file of _CONFIGS of this name, one of PUBLISHED or SMALL."""
+    return json.loads((_CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def published_name(repository: str) -> str:
@@ -52,7 +52,7 @@ def fetch_hint(name: str) -> str:
 
     OWNER/NAME is a name on the hub unless OWNER is a folder here.
     """
-    if not HUB_NAME.fullmatch(name) or Path(name).parent.exists():
+    if not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
         return ""
     command = pipeline_command(name, Path(name).name)
     if published_name(name):

@@ -41,15 +41,15 @@ from dumo.io import file, note
 
 NOTE_NAME = ".dumo-content.safetensors"
 HASH_BYTES = 32  # of a SHA-256
-SAVE_SECONDS = 30.0  # between two saves, at least: ours
-SAVE_COST_FACTOR = 100  # times what a save takes: the least time between two. Ours
+_SAVE_SECONDS = 30.0  # between two saves, at least: ours
+_SAVE_COST_FACTOR = 100  # times what a save takes: the least time between two. Ours
 
 # The status of a file, in the order in which it counts where notes in several places differ.
 SAME, CHANGED, COPIED, UNKNOWN = range(4)
 
 # In place of the size of a file in `_align`
-NOT_NOTED = -1  # the note does not list it
-OTHER_COUNT = -2  # it had another number of items
+_NOT_NOTED = -1  # the note does not list it
+_OTHER_COUNT = -2  # it had another number of items
 
 # By which a file is known again: its size in bytes, the time of its last change in ns, its inode.
 FileState = tuple[int, int, int]
@@ -110,7 +110,7 @@ class Inventory:
         self.pending = bytearray((~self.sha256.any(1)).astype(np.uint8).tobytes())  # 1: the item is not hashed yet
         self._num_unsaved = 0
         self._saved_at = time.monotonic()
-        self._save_interval = SAVE_SECONDS
+        self._save_interval = _SAVE_SECONDS
         self._save_lock = Lock()
 
     def __len__(self) -> int:
@@ -155,7 +155,7 @@ class Inventory:
                     merged = _merge(self.files, self.known_hashes(), note.read(place))
                     note.write(place, merged, "")
             self._saved_at = time.monotonic()
-            self._save_interval = max(SAVE_SECONDS, SAVE_COST_FACTOR * (self._saved_at - began))
+            self._save_interval = max(_SAVE_SECONDS, _SAVE_COST_FACTOR * (self._saved_at - began))
 
 
 def join_names(names: Iterable[str]) -> bytes:
@@ -182,7 +182,7 @@ def _look_up(files: ItemFiles, sha256: HashRows, *, trust_copies: bool) -> NDArr
         equal = noted_states == files.states
         is_same = equal.all(1)
         is_copied = equal[:, :2].all(1)  # in size and time
-        is_unknown = noted_states[:, 0] == NOT_NOTED
+        is_unknown = noted_states[:, 0] == _NOT_NOTED
         status_in_note = np.select([is_same, is_copied, is_unknown], [SAME, COPIED, UNKNOWN], CHANGED)
         status = np.minimum(status, status_in_note)
 
@@ -200,7 +200,7 @@ def _look_up(files: ItemFiles, sha256: HashRows, *, trust_copies: bool) -> NDArr
 def _align(files: ItemFiles, noted: note.Note) -> tuple[FileStates, HashRows]:
     """What a note says of these files: their states (k, 3), and the hashes of their items (n, 32).
 
-    In place of the size stands NOT_NOTED for a file that is not in the note, and OTHER_COUNT for a file that had
+    In place of the size stands _NOT_NOTED for a file that is not in the note, and _OTHER_COUNT for a file that had
     another number of items. The hashes of both are zeros.
     """
     tensors, _ = noted
@@ -217,8 +217,8 @@ def _align(files: ItemFiles, noted: note.Note) -> tuple[FileStates, HashRows]:
         place_in_note = np.array([place_of_name.get(name, -1) for name in split_names(files.names)])
     is_noted = place_in_note >= 0
     has_all_items = is_noted & (noted_counts[place_in_note] == files.counts)
-    states = np.where(is_noted[:, None], noted_states[place_in_note], NOT_NOTED)
-    states[is_noted & ~has_all_items, 0] = OTHER_COUNT
+    states = np.where(is_noted[:, None], noted_states[place_in_note], _NOT_NOTED)
+    states[is_noted & ~has_all_items, 0] = _OTHER_COUNT
 
     # items: those of a file are neighbours here and in the note, so their numbers there are those here plus a shift
     first_item = np.cumsum(files.counts) - files.counts

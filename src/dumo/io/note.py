@@ -17,7 +17,7 @@ from torch import Tensor
 from dumo.io import digest, weights
 from dumo.io import file as files
 
-KEY = "note"  # of the one entry in the file's metadata: two would come in any order
+_KEY = "note"  # of the one entry in the file's metadata: two would come in any order
 
 Note = tuple[dict[str, Tensor], str]
 
@@ -28,7 +28,7 @@ def read(place: Path) -> Note | None:
         return None
     try:
         tensors, about = weights.read(place)
-        sha256, text = json.loads(about[KEY])
+        sha256, text = json.loads(about[_KEY])
         return (tensors, text) if sha256 == _digest(tensors, text) else None
     except Exception:  # a damaged file may raise anything in its readers
         return None
@@ -36,7 +36,7 @@ def read(place: Path) -> Note | None:
 
 def write(place: Path, tensors: Mapping[str, Tensor], text: str) -> None:
     """Write a note of tensors and a text. Raises OSError."""
-    about = {KEY: json.dumps([_digest(tensors, text), text])}
+    about = {_KEY: json.dumps([_digest(tensors, text), text])}
     files.write(place, safetensors.torch.save(dict(tensors), about))
 
 

@@ -35,14 +35,14 @@ Points = Float[Tensor, "_ 2"]
 # In pixels, but for the last. All ours
 MIN_READABLE_HEIGHT = 64  # a smaller image is enlarged to at least this height
 TITLE_SIZE = 12  # of the font of a title above an image
-NAME_SIZES = (16, 14, 12, 10)  # of the font of names above a sheet: the first that fits
+_NAME_SIZES = (16, 14, 12, 10)  # of the font of names above a sheet: the first that fits
 GAP = 6  # between the pictures of a grid
-BLOCK_GAP = 28  # between blocks that have their names above them
-CAPTION_SIZE = 14  # of the font of a caption below a picture
-CAPTION_MARGIN = 18  # between captions
-MIN_CAPTION_WIDTH = 240  # room for its words
-MAX_EMBEDDED_WIDTH = 1600  # of a picture in a page: enough for a sheet at twice its size
-MAX_TITLE_LINES = 3  # of a title above an image
+_BLOCK_GAP = 28  # between blocks that have their names above them
+_CAPTION_SIZE = 14  # of the font of a caption below a picture
+_CAPTION_MARGIN = 18  # between captions
+_MIN_CAPTION_WIDTH = 240  # room for its words
+_MAX_EMBEDDED_WIDTH = 1600  # of a picture in a page: enough for a sheet at twice its size
+_MAX_TITLE_LINES = 3  # of a title above an image
 
 
 def to_uint8(x: Sample) -> Pixels:
@@ -71,12 +71,12 @@ def decibels(mean_square: float) -> float:
 
 
 def to_rows(x: Sample) -> PixelRows:
-    """Images as colours (n, h, w, 3), as files hold them, on the CPU. Raises as `to_uint8`."""
+    """Images as colours (n, h, w, 3), as files hold them, on the CPU. Raises UserError for what has no colour."""
     return to_uint8(x).permute(0, 2, 3, 1).cpu().contiguous()
 
 
 def singles(x: Sample) -> list[Image.Image]:
-    """A picture of each image, not enlarged. Raises as `to_uint8`."""
+    """A picture of each image, not enlarged. Raises UserError for what has no colour."""
     return [Image.fromarray(pixels.numpy()) for pixels in to_rows(x)]
 
 
@@ -147,11 +147,11 @@ def _title_strips(texts: Sequence[str], width: int) -> UInt8[Tensor, "n height w
 
 
 def _wrapped(text: str, width: int, text_font: ImageFont.FreeTypeFont) -> list[str]:
-    """The lines of a text that is broken at `width` pixels: MAX_TITLE_LINES at most, and longer ones cut."""
+    """The lines of a text that is broken at `width` pixels: _MAX_TITLE_LINES at most, and longer ones cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and len(lines) < MAX_TITLE_LINES and text_font.getlength(longer) > width:
+        if lines[-1] and len(lines) < _MAX_TITLE_LINES and text_font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
@@ -166,7 +166,7 @@ def _cut(line: str, width: float, text_font: ImageFont.FreeTypeFont) -> str:
 
 
 def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> Image.Image:
-    """A panel per title, of `side` inches: real points in grey, samples in red, as in the paper's Fig. 3.
+    """A panel of `side` inches for each title of `samples`: real points grey, samples red, as in the paper's Fig. 3.
 
     The frame is that of the real points with a tenth around it; samples farther off are not shown.
     """
@@ -245,17 +245,18 @@ def labelled_grid(
     return page
 
 
-def with_column_names(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
-    """A sheet on white, with names above columns of equal width; long names are written smaller, or cut."""
+def with_column_names(picture: Image.Image, names: Sequence[str]) -> Image.Image:
+    """A picture on white, with names above columns of equal width; long names are written smaller, or cut."""
     if not names:
-        return sheet
-    width = sheet.width / len(names)
-    longest = max(names, key=font(NAME_SIZES[0]).getlength)
-    fitting_sizes = [size for size in NAME_SIZES if font(size).getlength(longest) < width - 4]
-    name_font = font(fitting_sizes[0] if fitting_sizes else NAME_SIZES[-1])
-    top = 2 * NAME_SIZES[0]
-    page = Image.new("RGB", (sheet.width, sheet.height + top), "white")
-    page.paste(sheet, (0, top), sheet if sheet.mode == "RGBA" else None)
+        return picture
+    width = picture.width / len(names)
+    longest = max(names, key=font(_NAME_SIZES[0]).getlength)
+    fitting_sizes = [size for size in _NAME_SIZES if font(size).getlength(longest) < width - 4]
+    name_font = font(fitting_sizes[0] if fitting_sizes else _NAME_SIZES[-1])
+    top = 2 * _NAME_SIZES[0]
+    page = Image.new("RGB", (picture.width, picture.height + top), "white")
+    opacity = picture if picture.mode == "RGBA" else None
+    page.paste(picture, (0, top), opacity)
     pen = ImageDraw.Draw(page)
     for i, name in enumerate(names):
         pen.text(((i + 0.5) * width, top / 2), _cut(name, width, name_font), "black", name_font, anchor="mm")
@@ -268,18 +269,18 @@ def named_blocks(blocks: Mapping[str, Image.Image], across: int = 3, note: str =
     font_size = max(22, width // 30)
     name_font = font(font_size)
     top = font_size * (2 + max(name.count("\n") for name in blocks))
-    block_height = top + height + BLOCK_GAP
+    block_height = top + height + _BLOCK_GAP
     across = min(across, len(blocks))
     rows = -(-len(blocks) // across)
-    note_top = rows * block_height - BLOCK_GAP
-    page_width = across * (width + BLOCK_GAP) - BLOCK_GAP
+    note_top = rows * block_height - _BLOCK_GAP
+    page_width = across * (width + _BLOCK_GAP) - _BLOCK_GAP
     page_height = note_top + 2 * font_size if note else note_top
     page = Image.new("RGB", (page_width, page_height), "white")
     pen = ImageDraw.Draw(page)
     pen.text((0, note_top + font_size), note, "black", name_font, anchor="lm")
     for i, (name, picture) in enumerate(blocks.items()):
         row, column = divmod(i, across)
-        x = column * (width + BLOCK_GAP)
+        x = column * (width + _BLOCK_GAP)
         y = row * block_height
         pen.text((x, y + top / 2), name, "black", name_font, anchor="lm")
         page.paste(picture, (x, y + top))
@@ -289,23 +290,23 @@ def named_blocks(blocks: Mapping[str, Image.Image], across: int = 3, note: str =
 def captioned_pictures(captioned: Sequence[tuple[str, Image.Image]], head: str, across: int = 3) -> Image.Image:
     """Pictures of one size on white, `across` to a row, the caption of each below it, and a line above them all."""
     _, first = captioned[0]
-    width = max(MIN_CAPTION_WIDTH, first.width)
-    caption_font = font(CAPTION_SIZE)
+    width = max(_MIN_CAPTION_WIDTH, first.width)
+    caption_font = font(_CAPTION_SIZE)
     characters_per_line = max(1, int(width / caption_font.getlength("n")))
     texts = [textwrap.fill(caption, characters_per_line) for caption, _ in captioned]
     most_lines = max(text.count("\n") + 1 for text in texts)
-    block_height = first.height + (1 + most_lines) * (CAPTION_SIZE + 4) + CAPTION_MARGIN
+    block_height = first.height + (1 + most_lines) * (_CAPTION_SIZE + 4) + _CAPTION_MARGIN
     rows = -(-len(texts) // across)
     across = min(across, len(texts))
-    top = CAPTION_SIZE + CAPTION_MARGIN
-    page_width = across * (width + CAPTION_MARGIN) - CAPTION_MARGIN
+    top = _CAPTION_SIZE + _CAPTION_MARGIN
+    page_width = across * (width + _CAPTION_MARGIN) - _CAPTION_MARGIN
     page_height = rows * block_height + top
     page = Image.new("RGB", (page_width, page_height), "white")
     pen = ImageDraw.Draw(page)
     pen.text((0, 0), head, "black", caption_font)
     for i, ((_, picture), text) in enumerate(zip(captioned, texts, strict=True)):
         row, column = divmod(i, across)
-        x = column * (width + CAPTION_MARGIN)
+        x = column * (width + _CAPTION_MARGIN)
         y = row * block_height + top
         page.paste(picture, (x, y))
         pen.multiline_text((x, y + picture.height + 4), text, "black", caption_font)
@@ -320,19 +321,19 @@ def png(picture: Image.Image, *, optimize: bool = False) -> bytes:
 
 
 def embed(picture: Image.Image) -> str:
-    """A `data:` address that holds the picture itself, as a PNG of at most MAX_EMBEDDED_WIDTH."""
+    """A `data:` address that holds the picture itself, as a PNG of at most _MAX_EMBEDDED_WIDTH."""
     thumbnail = picture.copy()
-    thumbnail.thumbnail((MAX_EMBEDDED_WIDTH, 8 * MAX_EMBEDDED_WIDTH))
+    thumbnail.thumbnail((_MAX_EMBEDDED_WIDTH, 8 * _MAX_EMBEDDED_WIDTH))
     return "data:image/png;base64," + b64encode(png(thumbnail, optimize=True)).decode()
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture as PNG, whole or not at all. Raises as `dumo.io.file.atomic_write`."""
+    """Write a picture as PNG, whole or not at all. Raises OSError."""
     files.write(path, png(picture))
 
 
 def write_singles(folder: Path, pixels: PixelRows, first: int = 0) -> None:
-    """Write each image to a file, 000000.png and so on, counted from `first`. Raises as `write_picture`."""
+    """Write each image to a file, 000000.png and so on, counted from `first`. Raises OSError."""
     for i, image in enumerate(pixels.numpy(), start=first):
         write_picture(folder / f"{i:06d}.png", Image.fromarray(image))
 
@@ -340,13 +341,13 @@ def write_singles(folder: Path, pixels: PixelRows, first: int = 0) -> None:
 def write_adm(path: Path, pixels: PixelRows, c: Int[Tensor, " n"]) -> None:
     """Write images as ADM's evaluation reads them: arr_0 uint8 (n, h, w, 3), arr_1 int64 labels (n,).
 
-    Raises as `write_picture`.
+    Raises OSError.
     """
     _write_arrays(path, pixels.numpy(), c.numpy())
 
 
 def write_points(path: Path, points: Float[Tensor, "n 2"], c: Int[Tensor, " n"]) -> None:
-    """Write points: arr_0 float (n, 2), arr_1 int64 labels (n,), as `write_adm` does. Raises as `write_picture`."""
+    """Write points: arr_0 float (n, 2), arr_1 int64 labels (n,). Raises OSError."""
     _write_arrays(path, points.numpy(), c.numpy())
 
 

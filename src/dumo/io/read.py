@@ -1,11 +1,11 @@
 """Reading what users name: paths, texts and JSON. What is not as it should be raises UserError, with the fix.
 
 - Paths: `user_path` expands one.
-- Texts: `read_text`, `text_lines` and `decode` read UTF-8. `is_unicode` and `is_text_list` test values,
-  `encoding_fault` says where bytes are not UTF-8.
+- Texts: `read_text`, `text_lines` and `decode_utf8` read UTF-8. `is_unicode` and `is_text_list` test values,
+  `_encoding_fault` says where bytes are not UTF-8.
 - JSON: `read_json`, `read_settings` and `parse_json` read it, `write_json` writes it. JSON has no NaN and no infinity:
-  `finite` makes them null.
-- Other readers: `foreign` turns whatever they raise into UserError.
+  `null_nonfinite` makes them null.
+- Other readers: `explain_foreign_errors` turns whatever they raise into UserError.
 - Messages: `brief` and `first_few` shorten what one shows.
 """
 
@@ -24,7 +24,7 @@ from dumo.io import file, trained
 from dumo.runtime.limits import BLOCKS
 from dumo.runtime.signals import Stopped
 
-LAYER_COUNT = re.compile("layer|depth|num_.*block")  # matches the keys of configs that say how many layers there are
+_LAYER_COUNT = re.compile("layer|depth|num_.*block")  # matches the keys of configs that say how many layers there are
 # Ours: a long evaluation has thousands of bytes, the names of 20,000 classes half a million.
 MAX_FILE_BYTES = 2**26
 FEW = 3  # items that a message names: ours
@@ -58,11 +58,11 @@ def brief(text: object, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def first_few(items: Iterable[Any], name: Callable[[Any], str] = str) -> str:
-    """The names of the first FEW items, and how many more there are: `a, b, c and 1,234 more`."""
+def first_few(items: Iterable[Any], name: Callable[[Any], str] = str, *, most: int = FEW) -> str:
+    """The names of the first items, `most` of them, and how many more there are: `a, b, c and 1,234 more`."""
     items = list(items)
-    text = ", ".join(name(item) for item in items[:FEW])
-    num_more = len(items) - FEW
+    text = ", ".join(name(item) for item in items[:most])
+    num_more = len(items) - most
     return f"{text} and {num_more:,} more" if num_more > 0 else text
 
 
@@ -82,15 +82,15 @@ def read_text(path: Path, way_out: str, most: int = MAX_FILE_BYTES) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} {encoding_fault(path.read_bytes())}: {way_out}") from error
+        raise UserError(f"{path} {_encoding_fault(path.read_bytes())}: {way_out}") from error
 
 
-def decode(data: bytes, where: str, way_out: str) -> str:
+def decode_utf8(data: bytes, where: str, way_out: str) -> str:
     """A text without a byte-order mark. Raises UserError, with the way out, for what is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} {encoding_fault(data)}: {way_out}") from error
+        raise UserError(f"{where} {_encoding_fault(data)}: {way_out}") from error
 
 
 def text_lines(path: Path, way_out: str) -> Iterator[str]:
@@ -101,7 +101,7 @@ def text_lines(path: Path, way_out: str) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         for number, line in enumerate(lines, 1):
             if not is_unicode(line):  # the bytes that are not UTF-8 have become halves of characters
-                fault = encoding_fault(line.encode(errors="surrogateescape"), number)
+                fault = _encoding_fault(line.encode(errors="surrogateescape"), number)
                 raise UserError(f"{path} {fault}: {way_out}")
             yield line
 
@@ -122,7 +122,7 @@ def is_text_list(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def encoding_fault(data: bytes, first_line: int = 1) -> str:
+def _encoding_fault(data: bytes, first_line: int = 1) -> str:
     """Where bytes are not UTF-8, and a program that makes them so. `first_line` is the number of their first line."""
     try:
         data.decode()
@@ -136,18 +136,19 @@ def encoding_fault(data: bytes, first_line: int = 1) -> str:
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write a JSON file whole, or not at all; raises as `file.atomic_write`."""
-    file.write(path, (json.dumps(finite(tree), indent=2) + "\n").encode())
+    """Write a JSON file whole, or not at all. Raises OSError."""
+    file.write(path, (json.dumps(null_nonfinite(tree), indent=2) + "\n").encode())
 
 
 def read_json(path: Path, way_out: str, *, infinite: bool = False) -> Any:  # noqa: ANN401, whatever stands there
     """The value in a JSON file; `infinite`: NaN and infinities, which Python writes and JSON has not, become null.
 
-    Raises as `read_text`, and UserError for what is not JSON, or is nested too deep to read.
+    Raises UserError where the file cannot be read, is not JSON, or is nested too deep to read.
     """
     text = read_text(path, way_out)
+    read_constant = _null_constant if infinite else _refuse_constant
     try:
-        return json.loads(text, parse_constant=(lambda _: None) if infinite else _refuse_constant)
+        return json.loads(text, parse_constant=read_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): {way_out}") from error
 
@@ -161,10 +162,10 @@ def parse_json(text: str, where: str, way_out: str) -> Any:  # noqa: ANN401, wha
 
 
 def read_settings(path: Path, way_out: str, *, infinite: bool = False) -> dict[str, Any]:
-    """The settings in a model's JSON file. Reads and raises as `read_json`.
+    """The settings in a model's JSON file; `infinite`: NaN and infinities become null.
 
-    Raises UserError also for what is no JSON object, and for more layers than any net has, which a library would build
-    one by one.
+    Raises UserError where it cannot be read, or holds no JSON object; and for more layers than any net has, which a
+    library would build one by one.
     """
     settings = read_json(path, way_out, infinite=infinite)
     if not isinstance(settings, dict):
@@ -172,7 +173,7 @@ def read_settings(path: Path, way_out: str, *, infinite: bool = False) -> dict[s
     sections = [settings, *(section for section in settings.values() if isinstance(section, dict))]
     for section in sections:
         for key, value in section.items():
-            if not LAYER_COUNT.search(key):
+            if not _LAYER_COUNT.search(key):
                 continue
             counts = value if isinstance(value, list) else [value]
             if any(isinstance(count, int | float) and count > BLOCKS for count in counts):
@@ -181,8 +182,8 @@ def read_settings(path: Path, way_out: str, *, infinite: bool = False) -> dict[s
 
 
 @contextmanager
-def foreign(what: str, way_out: str) -> Generator[None, None, None]:
-    """Raise UserError for whatever a reader of other people's files raises inside: `what` (error): `way_out`.
+def explain_foreign_errors(what: str, way_out: str) -> Generator[None, None, None]:
+    """Raise UserError, "`what` (the error): `way_out`", for whatever a library raises inside, given others' files.
 
     A GPU out of memory, a signal and the system's error about a file pass as they are.
     """
@@ -206,12 +207,16 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def finite(value: object) -> object:
+def _null_constant(name: str) -> None:
+    """None in place of NaN and infinities."""
+
+
+def null_nonfinite(value: object) -> object:
     """The value with None for NaN and infinities, which JSON has not."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
+        return {key: null_nonfinite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
+        return [null_nonfinite(inner) for inner in value]
     return value

@@ -39,10 +39,10 @@ from dumo.runtime.dist import require_distributed_torch
 from dumo.types import UserError
 
 # what torch's reader raises for a damaged header
-READ_ERRORS = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+_READ_ERRORS = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 # Of the format: a shard's header has, under this key, where each part begins in its tensor.
-CUSTOM_METADATA_KEY = "DCP_SHARDING_INFO"
-SAVED_OFFSETS_KEY = "saved_offsets"
+_CUSTOM_METADATA_KEY = "DCP_SHARDING_INFO"
+_SAVED_OFFSETS_KEY = "saved_offsets"
 SHARDS = "weights in shards, as ranks write them"  # in an error: the files of torch before 2.10 differ
 
 
@@ -52,13 +52,13 @@ def parts_to_write(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     A part that several ranks hold is written by one of them. They take turns from the largest tensor on, so that all
     write about as much. Every rank computes the same without asking others.
     """
-    load = Counter[int]()  # numbers that each replica writes
+    load = Counter[int]()  # by replica, how many values it writes
     offsets: dict[str, tuple[int, ...]] = {}
     for name, x in sorted(tensors.items(), key=lambda item: -item[1].numel()):
-        replica, replicas = _replica(x)
-        writer = min(range(replicas), key=lambda k: load[k])
+        replica, num_replicas = _replica(x)
+        writer = min(range(num_replicas), key=lambda k: load[k])
         load[writer] += x.numel()
-        if writer == replica and local_part(x).numel():
+        if writer == replica and _local_part(x).numel():
             offsets[name] = local_offset(x)
     return offsets
 
@@ -68,13 +68,13 @@ def _replica(x: Tensor) -> tuple[int, int]:
     if not isinstance(x, DTensor):
         return dist.rank(), dist.world()
     replica = 0
-    replicas = 1
+    num_replicas = 1
     coordinates = x.device_mesh.get_coordinate() or ()
     for size, coordinate, placement in zip(x.device_mesh.shape, coordinates, x.placements, strict=True):
         if not placement.is_shard():
             replica = replica * size + coordinate
-            replicas *= size
-    return replica, replicas
+            num_replicas *= size
+    return replica, num_replicas
 
 
 def local_offset(x: Tensor) -> tuple[int, ...]:
@@ -92,10 +92,10 @@ def write(folder: Path, parts: Mapping[str, Tensor], offsets: Mapping[str, Seque
     folder.mkdir(exist_ok=True)
     if not parts:
         return
-    sharding = json.dumps({name: {SAVED_OFFSETS_KEY: [*offsets[name]]} for name in parts})
+    sharding = json.dumps({name: {_SAVED_OFFSETS_KEY: [*offsets[name]]} for name in parts})
     file = folder / file_pattern(dist.rank()).replace("*", "model-00001-of-00001")
     # one entry of metadata: two come in any order, and the bytes would differ
-    safetensors.torch.save_file(dict(parts), file, metadata={CUSTOM_METADATA_KEY: sharding})
+    safetensors.torch.save_file(dict(parts), file, metadata={_CUSTOM_METADATA_KEY: sharding})
     flush(file)
 
 
@@ -114,11 +114,11 @@ def outline(folder: Path) -> dict[str, Tensor]:
 
 
 def _headers(folder: Path) -> tuple[dict[str, Tensor], Metadata]:
-    """The tensors of `outline`, and the metadata in the headers of all shards. Raises as `outline`."""
+    """The tensors of `outline`, and the metadata in the headers of all shards. Raises UserError."""
     require_distributed_torch(SHARDS)
     try:
         metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    except READ_ERRORS as error:
+    except _READ_ERRORS as error:
         raise UserError(f"{folder} has a damaged shard ({brief(repr(error))}): take another copy of it") from error
     if not metadata.state_dict_metadata:
         raise UserError(f"{folder} holds no shards: give a safetensors file, or a folder of them that ranks wrote")
@@ -153,20 +153,20 @@ def fill(folder: Path, into: Mapping[str, Tensor]) -> None:
     Each rank reads for itself, whether others call it or not. Names and shapes must be those of `outline`.
     """
     require_distributed_torch(SHARDS)
-    with unwrapped_errors(), warnings.catch_warnings():
+    with _unwrap_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
         state_dict_loader.load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 def load(folder: Path) -> dict[str, Tensor]:
-    """The whole tensors of a folder, in this process. Raises as `outline`."""
+    """The whole tensors of a folder, in this process. Raises UserError where a shard is damaged or missing."""
     into = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in outline(folder).items()}
     fill(folder, into)
     return into
 
 
 def tensor_readers(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """A function for each tensor that reads it whole, also once the folder is removed. Raises as `outline`."""
+    """A function for each tensor that reads it whole, also once the folder is removed. Raises UserError."""
     tensors, metadata = _headers(folder)
     return _readers(tensors, metadata)
 
@@ -190,7 +190,7 @@ def _readers(tensors: Mapping[str, Tensor], metadata: Metadata) -> dict[str, Cal
 
 
 def as_file(folder: Path) -> Iterator[bytes | memoryview]:
-    """The bytes of the one file that one process would have written, tensor by tensor. Raises as `outline`."""
+    """The bytes of the one file that one process would have written, tensor by tensor. Raises UserError."""
     tensors, metadata = _headers(folder)
     readers = _readers(tensors, metadata)
     # a file of empty tensors has the order of names, which safetensors sorts by dtype
@@ -219,13 +219,13 @@ def copy_local_parts(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) 
         x.copy_(value)
 
 
-def local_part(x: Tensor) -> Tensor:
+def _local_part(x: Tensor) -> Tensor:
     """The part of a tensor that this rank holds."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 @contextmanager
-def unwrapped_errors() -> Generator[None, None, None]:
+def _unwrap_errors() -> Generator[None, None, None]:
     """Raise an error as the rank raised it: torch wraps it in a `CheckpointException`, which is no Exception."""
     try:
         yield

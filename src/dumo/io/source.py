@@ -1,13 +1,14 @@
 """Sources of data: batches to train on, a reference to compare samples with, images in order.
 
-- What is asked of a source: `Data` by evaluation, `DataSource` by training, `Finite` by encoding.
+- What is asked of a source: `Data` by evaluation, `DataSource` by training, `Finite` by encoding. Users write sources,
+  too, so the methods of `DataSource` keep their names.
 - Sources: `TensorData` is in memory, `HeldOutSplit` has rows held out, `Endless` is drawn, `Bucketed` has several
   shapes. Images and latents have sources of their own (`dumo.data`).
-- For sources: `rows_of` says which rows a step has, `mirrored_rows` which of its images are mirrored. `hashes_of` gives
-  the hashes of a source's items, where they are files.
+- For sources: `rows_of` says which rows a step has, `mirrored_rows` which of its images are mirrored.
+- About a source: `hashes_of` gives the hashes of its images, `origin_of` compares its latents with their images.
 
-A batch is a function of the step, the batch size, the seed and the rows alone. So a run resumes by its step number, and
-each rank reads its own rows.
+`rows` is a slice of the places in a batch, and `numbers` are of rows of the data set. A batch is a function of step,
+`batch_size`, seed and `rows` alone. So a run resumes by its step number, and each rank reads its own rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,8 +54,8 @@ class Data(Protocol):
 class DataSource(Data, Protocol):
     """Data to train on."""
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The samples x (b, *shape) and c (b,) of some rows of a step's global batch of `batch` rows.
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The samples x (b, *shape) and c (b,) of some rows of a step's global batch of `batch_size` rows.
 
         No other rows are read, decoded or drawn. The result depends on the arguments alone. Several threads may call it
         at once.
@@ -68,7 +69,7 @@ class DataSource(Data, Protocol):
         """
         ...
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
+    def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
         """The numbers in the data set of some rows of a step's batch, (b,); None where samples never end."""
         ...
 
@@ -84,6 +85,19 @@ class Finite(Protocol):
         ...
 
 
+@runtime_checkable
+class OriginCheck(Protocol):
+    """The images that a source of latents was made of, which are compared with those here while training begins."""
+
+    def require(self, wait: float = 0.0) -> None:
+        """Raise UserError if other images were found so far; wait for the comparison at most `wait` seconds."""
+        ...
+
+    def verify(self) -> None:
+        """Compare all images anew, and wait for it. Raises UserError where they are others."""
+        ...
+
+
 @dataclass(frozen=True)
 class TensorData:
     """A finite data set in memory."""
@@ -96,14 +110,14 @@ class TensorData:
         """The number of rows."""
         return len(self.x)
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The samples x and c of some rows of a step's batch. Each epoch has all rows, in an order of its own."""
-        numbers = self.numbers(step, batch, seed, rows)
+        numbers = self.numbers(step, batch_size, seed, rows)
         return self.x[numbers], self.c[numbers]
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
-        """The numbers of a step's rows, (b,)."""
-        return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
+    def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+        """The numbers of some rows of a step's batch, (b,)."""
+        return rows_of(step, batch_size, size=self.size, seed=seed, rows=rows)
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """All samples, whatever n, seed and i are."""
@@ -120,6 +134,7 @@ class HeldOutSplit(TensorData):
 
     full: TensorData  # all rows
     held_out: TensorData
+    trained_rows: Int64[Tensor, " n"]  # the numbers in `full` of those that are trained on
 
     @classmethod
     def of(cls, full: TensorData, held_rows: Int64[Tensor, " k"]) -> "HeldOutSplit":
@@ -127,7 +142,17 @@ class HeldOutSplit(TensorData):
         is_trained = torch.ones(full.size, dtype=torch.bool)
         is_trained[held_rows] = False
         held_out = TensorData(full.x[held_rows], full.c[held_rows])
-        return cls(full.x[is_trained], full.c[is_trained], full, held_out)
+        (trained_rows,) = is_trained.nonzero(as_tuple=True)
+        return cls(full.x[trained_rows], full.c[trained_rows], full, held_out, trained_rows)
+
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The samples x and c of some rows of a step's batch. Each epoch has all rows that are trained on."""
+        numbers = self.numbers(step, batch_size, seed, rows)
+        return self.full.x[numbers], self.full.c[numbers]
+
+    def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+        """The numbers in `full` of some rows of a step's batch, (b,)."""
+        return self.trained_rows[super().numbers(step, batch_size, seed, rows)]
 
 
 @dataclass(frozen=True)
@@ -143,11 +168,11 @@ class Endless:
     width: int  # how many normal numbers make a row
     size: None = None  # it never ends
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Fresh i.i.d. draws for some rows of a step's batch, keyed by (seed, step, row)."""
-        return self.sample_map(keyed(seed, step, "data", rows=range(batch)[rows], shape=[self.width]))
+        return self.sample_map(keyed(seed, step, "data", rows=range(batch_size)[rows], shape=[self.width]))
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> None:
+    def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> None:
         """None: no row comes twice."""
 
     def fingerprint(self) -> None:
@@ -162,11 +187,11 @@ class Endless:
 class Bucketed:
     """Samples of several shapes: a part for each shape, and each batch from one part.
 
-    A part of n rows goes through them epoch after epoch, and makes a batch whenever it has the rows for one: by the end
-    of e epochs that is floor(e n / batch) batches. Rows that are left over begin its next batch. So a part of less than
-    a batch makes one every few epochs, and no row is lost. Over all parts, e epochs make
+    A part of n rows goes through them epoch after epoch, and makes a batch whenever it has the b rows for one: by the
+    end of e epochs that is floor(e n / b) batches. Rows that are left over begin its next batch. So a part of less than
+    b rows makes one every few epochs, and no row is lost. Over all parts, e epochs make
 
-        S(e) = sum_k floor(e n_k / batch)
+        S(e) = sum_k floor(e n_k / b)
 
     batches. Those of an epoch come in an order that is keyed by the seed and the epoch (`part_of_step`).
     """
@@ -186,43 +211,43 @@ class Bucketed:
         return [part.size or 0 for part in self.parts]
 
     @property
-    def hashes(self) -> object:
+    def hashes(self) -> "Hashes | None":
         """The hashes of the images, which the parts share."""
-        return getattr(self.parts[0], "hashes", None)
+        return hashes_of(self.parts[0])
 
     @property
-    def origin(self) -> object:
+    def origin(self) -> OriginCheck | None:
         """The images that latents were made of, which the parts share."""
-        return getattr(self.parts[0], "origin", None)
+        return origin_of(self.parts[0])
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The samples x and c of some rows of a step's batch, all of one part."""
-        k, number = self.part_of_step(step, batch, seed)
-        return self.parts[k].batch(number, batch, self.part_seed(seed, k), rows)
+        k, number = self.part_of_step(step, batch_size, seed)
+        return self.parts[k].batch(number, batch_size, self.part_seed(seed, k), rows)
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
+    def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
         """The numbers in the data set of some rows of a step's batch, (b,)."""
-        k, number = self.part_of_step(step, batch, seed)
-        return self.parts[k].numbers(number, batch, self.part_seed(seed, k), rows)
+        k, number = self.part_of_step(step, batch_size, seed)
+        return self.parts[k].numbers(number, batch_size, self.part_seed(seed, k), rows)
 
     def part_seed(self, seed: int, k: int) -> int:
         """The seed of part k, in a run with this seed."""
         return stream(seed, "part", k).initial_seed()
 
-    def shape(self, step: int, batch: int, seed: int) -> tuple[int, ...]:
+    def shape(self, step: int, batch_size: int, seed: int) -> tuple[int, ...]:
         """The shape of a step's samples."""
-        k, _ = self.part_of_step(step, batch, seed)
+        k, _ = self.part_of_step(step, batch_size, seed)
         return self.shapes[k]
 
-    def part_of_step(self, step: int, batch: int, seed: int) -> tuple[int, int]:
+    def part_of_step(self, step: int, batch_size: int, seed: int) -> tuple[int, int]:
         """The number of the part that makes a step's batch, and the number of that batch among the part's own."""
         counts = self.counts
 
         def batches_before(epoch: int) -> list[int]:
-            return [epoch * n // batch for n in counts]
+            return [epoch * n // batch_size for n in counts]
 
         # the epoch with S(epoch) <= step < S(epoch + 1)
-        epoch = step * batch // sum(counts)  # at most that one
+        epoch = step * batch_size // sum(counts)  # at most that one
         while sum(batches_before(epoch + 1)) <= step:
             epoch += 1
         firsts = batches_before(epoch)  # of each part: the number of its first batch in this epoch
@@ -252,13 +277,19 @@ def hashes_of(source: object) -> "Hashes | None":
     return hashes if is_instance_of(hashes, "dumo.io.content:Hashes") else None
 
 
-def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+def origin_of(source: object) -> OriginCheck | None:
+    """The images that a source of latents was made of; None for any other source."""
+    origin = getattr(source, "origin", None)
+    return origin if isinstance(origin, OriginCheck) else None
+
+
+def rows_of(step: int, batch_size: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
     """The numbers in a data set of `size` rows of some rows of a step's global batch, (b,).
 
     Each epoch is a permutation of all rows, keyed by the seed. Batches are cut from the epochs laid end to end, so one
     may have rows of two epochs.
     """
-    position = torch.arange(step * batch, (step + 1) * batch)[rows]
+    position = torch.arange(step * batch_size, (step + 1) * batch_size)[rows]
     epoch = position // size
     numbers = torch.empty_like(position)
     for e in epoch.unique().tolist():
@@ -267,9 +298,9 @@ def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(
     return numbers
 
 
-def mirrored_rows(step: int, batch: int, seed: int, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
+def mirrored_rows(step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
     """Which of some rows of a step's global batch are mirrored, (b,): each with probability 1/2."""
-    return (torch.rand(batch, generator=stream(seed, step, "flip")) < 0.5)[rows]
+    return (torch.rand(batch_size, generator=stream(seed, step, "flip")) < 0.5)[rows]
 
 
 def _order(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:

@@ -1,6 +1,6 @@
 """Files of images, by the ends of their names. Imports no torch, so that a folder without images is named at once."""
 
-READABLE_SUFFIXES = {
+_READABLE_SUFFIXES = {
     ".jpg",
     ".jpeg",
     ".jpe",
@@ -16,5 +16,5 @@ READABLE_SUFFIXES = {
     ".pbm",
 }
 # What is taken for an image by its name. Telephones' formats cannot be read, but errors then name such files.
-IMAGE_SUFFIXES = READABLE_SUFFIXES | {".avif", ".heic", ".heif"}
+IMAGE_SUFFIXES = _READABLE_SUFFIXES | {".avif", ".heic", ".heif"}
 TABLE_SUFFIXES = (".parquet", ".tar")  # of files that hold images

@@ -6,7 +6,7 @@ A table is a folder:
     shard-00000.safetensors        a tensor (rows, *shape) for each column; (entries, *shape) where rows have lengths
     shard-00000.json               what index.json will say of a shard, until it does
 
-`make` writes it. Each rank
+`make_shards` writes it. Each rank
 
 1. claims the folder: it writes index.json into an empty one, or compares its inputs with those there;
 2. makes its shards that are missing or damaged, each with its .json. Rank k of n makes the shards k, k + n, ...; the
@@ -17,10 +17,12 @@ What is in a shard depends on the inputs and its number alone, and every file is
 not matter who made a shard, or how often that was interrupted. All shards but the last hold as many rows of the source,
 less those that the source left out.
 
-To read a table: `read_finished` reads the index of a finished one, and `read` that of any. `require` compares the files
-with the index. `ShardTable` then reads rows, or whole shards, which are mapped into memory, so a table may be larger
-than it. `written_shards` says which shards are there, `rows_of_rank` how much a rank has to read. `concatenated` joins
-the rows of several batches, for who makes a shard.
+To read a table: `read_finished_index` reads the index of a finished one, and `read_index` that of any. `require_intact`
+compares the files with the index. `ShardTable` then reads rows, or whole shards, which are mapped into memory, so a
+table may be larger than it.
+
+For who makes a table: `written_shards` says which shards are there, `rows_of_rank` how much a rank has to read, and
+`concatenate` joins the rows of several batches.
 
 The fields of `TableIndex`, `Column` and `Shard` are the keys of the JSON files: a new name there is a new format.
 """
@@ -111,9 +113,9 @@ class Shard(Spec):
 class TableIndex(Spec):
     """The contents of index.json. A subclass adds the inputs that its rows were made of as fields."""
 
-    word: ClassVar[str] = "table"  # what messages call the folder
-    remake: ClassVar[str] = REMAKE  # the fix that messages about a damaged shard end with
-    repaired: ClassVar[bool] = True  # whether `make` makes a changed shard again; else it raises UserError
+    noun: ClassVar[str] = "table"  # what messages call the folder
+    remake_hint: ClassVar[str] = REMAKE  # the fix that messages about a damaged shard end with
+    is_repairable: ClassVar[bool] = True  # whether `make_shards` makes a changed shard again; else it raises UserError
     format: Literal[2] = 2
     columns: dict[str, Column]
     rows: int = Field(ge=0)  # of the source
@@ -122,7 +124,7 @@ class TableIndex(Spec):
     shards: tuple[Shard, ...] = ()  # none until all are written
 
     @property
-    def count(self) -> int:
+    def num_shards(self) -> int:
         """The number of shards that the table has once it is finished."""
         return -(-self.rows // self.shard_rows)
 
@@ -148,7 +150,7 @@ K = TypeVar("K", bound=TableIndex)
 
 @dataclass(frozen=True)
 class MakeResult:
-    """What `make` did on a rank."""
+    """What `make_shards` did on a rank."""
 
     made: int  # the number of shards that this rank made
     damaged: tuple[str, ...]  # a line for each file that was made again: its name, and what was wrong with it
@@ -229,12 +231,12 @@ class ShardTable:
         for name, column in columns.items():
             if not column.fits(tensors, name, shard.rows):
                 raise UserError(
-                    f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {self.index.remake}"
+                    f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {self.index.remake_hint}"
                 )
         return {name: tensors[name] for name in columns}
 
 
-def read(folder: Path, kind: type[K]) -> K | None:
+def read_index(folder: Path, kind: type[K]) -> K | None:
     """The index of a table, finished or not; None where there is none. Raises UserError if it is damaged."""
     file = folder / FILE
     if not file.is_file():
@@ -250,22 +252,22 @@ def read(folder: Path, kind: type[K]) -> K | None:
     return index
 
 
-def read_finished(folder: Path, kind: type[K], missing: str) -> K:
+def read_finished_index(folder: Path, kind: type[K], missing: str) -> K:
     """The index of a finished table.
 
     Raises UserError where there is no table, in the words of `missing`; where it is unfinished; and where a shard is
     missing or has another size.
     """
-    index = read(folder, kind)
+    index = read_index(folder, kind)
     if index is None:
         raise UserError(f"{folder} {missing}")
     if not index.shards:
         raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it resumes where it stopped")
-    require(folder, index)
+    require_intact(folder, index)
     return index
 
 
-def require(folder: Path, index: TableIndex, *, deep: bool = False) -> None:
+def require_intact(folder: Path, index: TableIndex, *, deep: bool = False) -> None:
     """Raise UserError where a shard is missing or has another size; `deep`: or has another checksum."""
     faults: list[str] = []
     for shard in index.shards:
@@ -273,10 +275,10 @@ def require(folder: Path, index: TableIndex, *, deep: bool = False) -> None:
         if fault:
             faults.append(f"{shard.file} {fault}")
     if faults:
-        raise UserError(f"{folder}: {'; '.join(faults)}: {index.remake}")
+        raise UserError(f"{folder}: {'; '.join(faults)}: {index.remake_hint}")
 
 
-def concatenated(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def concatenate(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The columns of one or more batches, by name, with the rows of one batch after those of the other."""
     joined: dict[str, Tensor] = {}
     for name in batches[0]:
@@ -289,7 +291,7 @@ def rows_of_rank(rows: int, shard_rows: int, rank: int, world: int) -> int:
     return sum(min(shard_rows, rows - first) for first in range(rank * shard_rows, rows, world * shard_rows))
 
 
-def make(
+def make_shards(
     folder: Path,
     index: TableIndex,
     make_shard: MakeShard,
@@ -318,7 +320,7 @@ def make(
     num_made = 0
     rows_done = 0  # of the source
     damaged: list[str] = []  # a line for each file that is made again
-    for number in range(rank, index.count, world):
+    for number in range(rank, index.num_shards, world):
         note = _stem(number)
         is_intact = False
         if number in written:
@@ -326,11 +328,11 @@ def make(
             fault = written[number].fault(folder, deep=True)
             if fault is None:
                 is_intact = True
-            elif index.repaired or not (folder / file).exists():
+            elif index.is_repairable or not (folder / file).exists():
                 damaged.append(f"{file} {fault}")
                 note = f"{file} {fault}, made again"
             else:
-                raise UserError(f"{folder}: {file} {fault}: {index.remake}")
+                raise UserError(f"{folder}: {file} {fault}: {index.remake_hint}")
         if not is_intact:
             tensors = make_shard(number, _progress_of_shard(tick, rows_done, note))
             _claim(folder, index, rank)  # again: an empty folder may have been claimed for other inputs meanwhile
@@ -358,19 +360,25 @@ def _progress_of_shard(tick: Tick, rows_before: int, note: str) -> Callable[[int
 
 
 def _claim(folder: Path, index: TableIndex, rank: int) -> None:
-    """Write an index into an empty folder, or resume a table of equal inputs. Raises UserError for other folders."""
-    existing = read(folder, type(index))
-    inputs = index.binding()
+    """Write an index into an empty folder, or resume a table of equal inputs. Raises UserError for other folders.
+
+    A table that was stopped before a shard was made may have any inputs: its index is written anew.
+    """
+    existing = read_index(folder, type(index))
     has_shards = existing is not None and (existing.shards or any(folder.glob("shard-*.json")))
-    if existing is not None and existing.binding() != inputs and not has_shards:
-        existing = None  # it was begun, and stopped before a shard was made: its inputs do not matter
-    if existing is None:
-        is_in_use = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-        if is_in_use and not (folder / FILE).exists():  # not where another rank has begun meanwhile
-            raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder, or remove this one")
-        claimed = index.model_copy(update={"inputs": index.inputs_digest()})
-        files.write(folder / FILE, _dump(claimed), writer=rank, durable=True)
+    if existing is not None and (has_shards or existing.binding() == index.binding()):
+        _require_same_inputs(folder, index, existing)
         return
+    is_in_use = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if is_in_use and not (folder / FILE).exists():  # not where another rank has begun meanwhile
+        raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder, or remove this one")
+    claimed = index.model_copy(update={"inputs": index.inputs_digest()})
+    files.write(folder / FILE, _dump(claimed), writer=rank, durable=True)
+
+
+def _require_same_inputs(folder: Path, index: TableIndex, existing: TableIndex) -> None:
+    """Raise UserError, with all inputs that differ, where the rows of the existing table were made of others."""
+    inputs = index.binding()
     existing_inputs = existing.binding()
     differences: list[str] = []
     for key in {**inputs, **existing_inputs}:  # an input that is left out, such as encoder.without, is in one alone
@@ -381,7 +389,7 @@ def _claim(folder: Path, index: TableIndex, rank: int) -> None:
     if differences:
         listed = "\n  ".join(differences)
         raise UserError(
-            f"{folder} holds another {index.word}:\n  {listed}\nGive another folder (data.root, of texts "
+            f"{folder} holds another {index.noun}:\n  {listed}\nGive another folder (data.root, of texts "
             "net.texts.root), or remove this one"
         )
 
@@ -389,12 +397,12 @@ def _claim(folder: Path, index: TableIndex, rank: int) -> None:
 def written_shards(folder: Path, index: TableIndex) -> dict[int, Shard]:
     """The shards that were written, by number: from their .json files, else from index.json."""
     unlisted: dict[int, Shard] = {}
-    for number in range(index.count):
+    for number in range(index.num_shards):
         try:
             unlisted[number] = Shard.model_validate_json((folder / f"{_stem(number)}.json").read_bytes())
         except (FileNotFoundError, ValidationError):
             continue
-    existing = read(folder, type(index))  # after the .json files, which are removed once it lists the shards
+    existing = read_index(folder, type(index))  # after the .json files, which are removed once it lists the shards
     listed = dict(enumerate(existing.shards)) if existing else {}
     return listed | unlisted
 
@@ -403,18 +411,18 @@ def _finish(folder: Path, index: TableIndex, rank: int) -> int:
     """List all shards in index.json if all are there, and remove their .json files. Returns the number missing."""
     shards = written_shards(folder, index)
     intact: list[Shard] = []
-    for number in range(index.count):
+    for number in range(index.num_shards):
         shard = shards.get(number)
         if shard and not shard.fault(folder, deep=False):
             intact.append(shard)
-    if len(intact) == index.count:
+    if len(intact) == index.num_shards:
         # another rank may have written it, and name another place of the weights
-        existing = read(folder, type(index)) or index
+        existing = read_index(folder, type(index)) or index
         finished = _dump(existing.model_copy(update={"shards": tuple(intact)}))
         files.write(folder / FILE, finished, writer=rank, durable=True)
-        for number in range(index.count):
+        for number in range(index.num_shards):
             (folder / f"{_stem(number)}.json").unlink(missing_ok=True)
-    return index.count - len(intact)
+    return index.num_shards - len(intact)
 
 
 def _dump(index: TableIndex) -> bytes:

@@ -50,14 +50,14 @@ def open_safetensors(file: Path, hint: str = "", *, convert: bool = True) -> Gen
 
 
 def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, mapped into memory, and its metadata. Raises as `open_safetensors`."""
+    """The tensors of a safetensors file by name, mapped into memory, and its metadata. Raises UserError."""
     with open_safetensors(file, hint, convert=convert) as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no dict
         return tensors, opened.metadata() or {}
 
 
 def load(place: Path) -> dict[str, Tensor]:
-    """The tensors of a file or a folder of shards by name, mapped. Raises as `read` and `dumo.io.shards.outline`."""
+    """The tensors of a file or a folder of shards by name, mapped. Raises UserError where it is damaged."""
     if place.is_dir():
         from dumo.io import shards  # slow to import
 
@@ -66,7 +66,7 @@ def load(place: Path) -> dict[str, Tensor]:
 
 
 def outline(place: Path) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and dtypes in a file or a folder of shards, values unread. Raises as `load`."""
+    """Tensors of the names, shapes and dtypes in a file or a folder of shards, values unread. Raises UserError."""
     if place.is_dir():
         from dumo.io import shards  # slow to import
 
@@ -78,7 +78,7 @@ def outline(place: Path) -> dict[str, Tensor]:
 def fill(place: Path, into: Mapping[str, Tensor]) -> None:
     """Copy the tensors of a file or folder into those of `into`, by name, each whole or a rank's part.
 
-    Names and shapes must agree: call `compare` before. Raises as `load`.
+    Names and shapes must agree: call `compare` before. Raises UserError where the file or folder is damaged.
     """
     if not place.is_dir() and dist.world() == 1:
         for name, tensor in load(place).items():
@@ -113,7 +113,7 @@ def title(place: Path) -> str:
 
 
 def read_metadata(place: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, its tensors left unread; {} for a folder of shards. Raises as `read`."""
+    """The metadata of a safetensors file, its tensors left unread; {} for a folder of shards. Raises UserError."""
     if place.is_dir():
         return {}
     with open_safetensors(place) as opened:
@@ -130,7 +130,7 @@ def sha256(place: Path) -> str:
 
 
 def whole_digest(file: Path, hint: str) -> str:
-    """The SHA-256 of a whole safetensors file, in hexadecimal. Raises as `open_safetensors`."""
+    """The SHA-256 of a whole safetensors file, in hexadecimal. Raises UserError where it is damaged."""
     with open_safetensors(file, hint):
         return digest.of_file(file)
 

@@ -30,13 +30,13 @@ else:
 # All ours
 MAX_DEPTH = 64  # lists and mappings inside one another; a run has 8
 MAX_DIGITS = 400  # characters of a number; a double needs 24, and at most 308 digits before the point
-MAX_EXPANSION = 100_000  # characters that aliases may make of a text, beyond four times its own
+_MAX_EXPANSION = 100_000  # characters that aliases may make of a text, beyond four times its own
 MAX_SLOW_CHARACTERS = 100_000  # of a text that the Python reader reads, which is slow
-MAX_ERROR_CHARACTERS = 1000  # of PyYAML's message that is shown
+_MAX_ERROR_CHARACTERS = 1000  # of PyYAML's message that is shown
 
 TAG = "tag:yaml.org,2002:"  # of YAML's own types
-EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # without a point or a sign it is text in 1.1
-EXPONENT_STARTS = list("-+0123456789")  # the first characters of what may match
+_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # without a point or a sign it is text in 1.1
+_EXPONENT_STARTS = list("-+0123456789")  # the first characters of what may match
 
 
 def parse_yaml(text: str) -> Any:  # noqa: ANN401, whatever stands there
@@ -62,7 +62,7 @@ def parse_mapping(text: str, name: str, content: str, example: str) -> dict[str,
         tree = parse_yaml(text)
     except yaml.YAMLError as error:
         one_line = " ".join(str(error).split())
-        raise UserError(f"{name} is not YAML: {brief(one_line, MAX_ERROR_CHARACTERS)}") from error
+        raise UserError(f"{name} is not YAML: {brief(one_line, _MAX_ERROR_CHARACTERS)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{name} holds no {content}: it must map names to values, {example}")
     return tree
@@ -91,7 +91,7 @@ def _check_size(text: str, reader: "type[_FastReader | _SlowReader]") -> None:
     The size of a value is about the characters that it takes with each alias written out. Nothing is written out here:
     an alias adds the size of its anchor.
     """
-    max_size = 4 * len(text) + MAX_EXPANSION
+    max_size = 4 * len(text) + _MAX_EXPANSION
     size_by_anchor: dict[str, int] = {}
     open_sizes = [0]  # so far: of the whole text, then of each list or mapping that has not ended
     open_anchors: list[str | None] = []  # of each list or mapping that has not ended; None: it has none
@@ -218,6 +218,6 @@ def _error_at(problem: str, node: yaml.Node) -> yaml.YAMLError:
 
 
 # An exponent makes a number for both readers, so the writer must quote a text that looks like one.
-_FastReader.add_implicit_resolver(f"{TAG}float", EXPONENT, EXPONENT_STARTS)
-_SlowReader.add_implicit_resolver(f"{TAG}float", EXPONENT, EXPONENT_STARTS)
-_Writer.add_implicit_resolver(f"{TAG}float", EXPONENT, EXPONENT_STARTS)
+_FastReader.add_implicit_resolver(f"{TAG}float", _EXPONENT, _EXPONENT_STARTS)
+_SlowReader.add_implicit_resolver(f"{TAG}float", _EXPONENT, _EXPONENT_STARTS)
+_Writer.add_implicit_resolver(f"{TAG}float", _EXPONENT, _EXPONENT_STARTS)

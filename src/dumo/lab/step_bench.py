@@ -29,7 +29,7 @@ from dumo.flow.draw import draw
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
-from dumo.io.read import finite
+from dumo.io.read import null_nonfinite
 from dumo.lab import random_net
 from dumo.plan import machine
 from dumo.run import cost, examination, memory, trial_net
@@ -224,7 +224,7 @@ def measure(
         "machine": machine.hardware(torch_device).text,
         "threads": torch.get_num_threads(),
         "versions": software_versions(),
-        "rows": [finite(asdict(row)) for row in rows],
+        "rows": [null_nonfinite(asdict(row)) for row in rows],
     }
 
 

@@ -23,7 +23,7 @@ from dumo.encoders.part import DIFFUSERS, PartWeights, first_unfit_key, require_
 from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, PipelineSpec
 from dumo.encoders.transformers_library import quietly
 from dumo.io.deferred import not_deferred, read_later
-from dumo.io.read import foreign
+from dumo.io.read import explain_foreign_errors
 from dumo.nets.adapter import Lora
 from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marked
 from dumo.nets.dualized import Dualized
@@ -132,7 +132,7 @@ class Pretrained(PipelineSpec):
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
         config = self.pipeline.config(TRANSFORMER)
         model_family = find_family(config, self.pipeline.class_name)
-        with foreign(f"{FIELD}: {self.pipeline.source} describes no {config['_class_name']}", HINT):
+        with explain_foreign_errors(f"{FIELD}: {self.pipeline.source} describes no {config['_class_name']}", HINT):
             return self._build_net(model_family, config, needs, shape, classes)
 
     def _build_net(
@@ -262,7 +262,10 @@ class Pretrained(PipelineSpec):
         Raises UserError where they do not fit the config.
         """
         folder = stored_weights.files[0].parent
-        with foreign(f"{folder} holds no {model_class.__name__} that diffusers can load", HINT), not_deferred():
+        with (
+            explain_foreign_errors(f"{folder} holds no {model_class.__name__} that diffusers can load", HINT),
+            not_deferred(),
+        ):
             from accelerate import init_empty_weights
 
             # diffusers maps what it need not cast

@@ -33,8 +33,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dumo.config.change import override, shown
-from dumo.config.check import check_pieces
+from dumo.config.change import override, yaml_text
+from dumo.config.check import check_ranks
 from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.flow.linearize import Moving
@@ -100,7 +100,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     objective = spec.objective
     path = spec.path
     shape = spec.data.shape
-    check_pieces(train, objective, ranks)
+    check_ranks(train, objective, ranks)
     net = outline(spec)
     share = share_of(train.share, ranks)
     units = step_units(net, objective, path, shape, train.ref, frees_weights=train.reshard and share > 1)
@@ -416,7 +416,7 @@ def _row_fields(train: Train, objective: Objective, ranks: int, min_rows: int) -
     rows = plan.most_rows(train, objective, ranks) // 2
     while rows >= min_rows:
         try:
-            check_pieces(train.model_copy(update={"micro_batch": rows}), objective, ranks)
+            check_ranks(train.model_copy(update={"micro_batch": rows}), objective, ranks)
         except UserError:  # groups or kinds of rows would be separated
             return
         yield {"train.micro_batch": rows}
@@ -432,4 +432,4 @@ def with_fields(spec: Run, fields: Fields) -> Run:
 
 def set_arguments(fields: Fields) -> list[str]:
     """The fields as arguments of `--set`: name=value."""
-    return [f"{name}={shown(value)}" for name, value in fields.items()]
+    return [f"{name}={yaml_text(value)}" for name, value in fields.items()]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from dumo.config.spec import Run
-from dumo.io.read import finite
+from dumo.io.read import null_nonfinite
 from dumo.nets import Net
 from dumo.plan import findings
 from dumo.plan.machine import Finding, examine_machine
@@ -57,5 +57,5 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
     return {
         "ok": all(finding.state != "failing" for finding in all_findings),
         "findings": [asdict(finding) for finding in all_findings],
-        "examination": None if exam is None else finite(asdict(exam)),
+        "examination": None if exam is None else null_nonfinite(asdict(exam)),
     }

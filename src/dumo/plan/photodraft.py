@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dumo.config.change import override, shown
+from dumo.config.change import override, yaml_text
 from dumo.config.load import RUN_FILE, load_recipe, parse
 from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, settings_of_images
 from dumo.config.spec import Run
@@ -57,7 +57,7 @@ class Draft:
 
     def run(self, fields: dict[str, Any], sets: Sequence[str]) -> Run:
         """The recipe with its fields, these, and the user's own changes `sets`, which count most."""
-        texts = [f"{name}={shown(value)}" for name, value in (self.fields | fields).items()]
+        texts = [f"{name}={yaml_text(value)}" for name, value in (self.fields | fields).items()]
         tree = load_recipe(self.recipe, texts).model_dump(mode="json")
         override(tree, settings_of_images(tree, sets))
         return parse(Run, tree)
@@ -85,7 +85,7 @@ def draft_of_files(
     """
     on_a_cpu = device.type == "cpu"
     try:
-        store = images.undecoded()
+        store = images.unlabelled_store()
     except UserError as error:
         raise UserError(f"{images.root} is taken for a place of images, for it has no {RUN_FILE}: {error}") from error
     images_found = look_at(store, ToSquare(images.side, images.crop), bar)
@@ -168,7 +168,7 @@ def _latents_draft(
         return reason
     encoded_images = images.model_copy(update={"side": side}).with_facts()
     cache_folder = photolatents.cache_folder(place, encoded_images, codec)
-    if cache.is_whole(Path(cache_folder)):
+    if cache.is_finished(Path(cache_folder)):
         prepare_seconds = 0.0
     elif reason:
         return reason

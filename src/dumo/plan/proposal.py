@@ -19,7 +19,7 @@ import torch
 from dumo.config.change import override
 from dumo.config.code import has_own_parts
 from dumo.config.load import load_recipe, parse
-from dumo.config.source import IMAGES_RECIPE, PROPOSED
+from dumo.config.source import IMAGES_RECIPE, PROPOSED_KEY
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Data, Images, Memory, is_latents
@@ -182,7 +182,7 @@ def propose(
     run = resolve(draft.run(fields, sets))
     proposed = draft.fields | fields
     proposed.pop("data.images.root" if is_latents(run.data) else "data.root", None)
-    run = run.model_copy(update={"resolved": run.resolved | {PROPOSED: proposed}})
+    run = run.model_copy(update={"resolved": run.resolved | {PROPOSED_KEY: proposed}})
     return Proposal(run, draft, machine.hardware(torch_device).text, step_seconds)
 
 

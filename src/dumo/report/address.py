@@ -1,19 +1,19 @@
-"""Where the demo is served, and what is answered there: what its own page asks, on this machine.
+"""Serve the demo to this machine alone, and answer only the requests that its own page makes.
 
 `open_listener` opens the port, `url` and `tunnel_text` say how to reach it, and `guard` wraps the app that answers.
-For each request `guard` asks, in this order:
+`guard` asks of each request, in this order:
 
-1. Is it HTTP?
-2. Is it for this machine, and from the page (`_refusal`)? Else the answer is 403.
-3. Is it a question of the page (`_read_question`) or a file of it? Else the answer is 404; 400 where a question is not
-   plain.
+1. Is it HTTP? Else the websocket is closed.
+2. Does it come to this machine by its own name, and from the page (`_refusal_reason`)? Else the answer is 403.
+3. Does it run the demo (POST_PATH), or get a file of the page (GET_PATHS, GET_PREFIXES)? Else the answer is 404.
+4. Does the body of a POST hold only texts and numbers (`_read_body`, `_checked_json`)? Else the answer is 400.
 
-A page of another site that is open in the same browser can send requests here, and by its own name, once that leads to
-this machine (DNS rebinding), read the answers. So only requests to a name of this machine are answered (Host), and of a
-page's requests only those of its own pages (Origin).
+2. is because a page of another site that is open in the same browser can send requests here, and by its own name, once
+that leads to this machine (DNS rebinding), read the answers. So the header Host must name this machine, and the header
+Origin this page.
 
-Gradio answers more than the page asks: it takes uploads, and opens files and addresses that a question names. So what
-the page does not ask is not found, and a question holds texts and numbers alone.
+3. and 4. are because Gradio does more than the page needs: it takes uploads, and opens files and addresses that a body
+names.
 """
 
 import json
@@ -27,12 +27,12 @@ from urllib.parse import urlsplit
 from dumo.io.read import brief
 from dumo.types import UserError
 
-HOST = "127.0.0.1"  # which no other machine can reach
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # names by which a machine can call only itself
-ASK_PATH = "/gradio_api/queue/join"  # of questions, which are posted
+POST_PATH = "/gradio_api/queue/join"  # runs the demo: its inputs are the body
 GET_PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/gradio_api/queue/data")  # of the page
-GET_PREFIXES = ("/assets/", "/static/", "/gradio_api/file=")  # Gradio's own files, and those to be downloaded
-MAX_QUESTION_BYTES = 2**20  # a prompt of 10,000 letters, each escaped, and as much again: ours
+GET_PREFIXES = ("/assets/", "/static/", "/gradio_api/file=")  # Gradio's files, and those it made to be downloaded
+_HOST = "127.0.0.1"  # which no other machine can reach
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # names by which a machine can call only itself
+_MAX_BODY_BYTES = 2**20  # a prompt of 10,000 letters, each escaped, and as much again: ours
 
 # as ASGI has them
 Message = Mapping[str, Any]
@@ -48,7 +48,7 @@ def open_listener(port: int) -> Generator[socket.socket, None, None]:
     Raises UserError where the port is taken, or may not be used.
     """
     try:
-        listener = socket.create_server((HOST, port))
+        listener = socket.create_server((_HOST, port))
     except OSError as error:
         reason = os.strerror(error.errno or 0)  # error.strerror has the address once more
         raise UserError(
@@ -60,7 +60,7 @@ def open_listener(port: int) -> Generator[socket.socket, None, None]:
 
 def url(listener: socket.socket) -> str:
     """The address of the page, to be opened in a browser on this machine."""
-    return f"http://{HOST}:{listener.getsockname()[1]}"
+    return f"http://{_HOST}:{listener.getsockname()[1]}"
 
 
 def tunnel_text(listener: socket.socket) -> str:
@@ -72,28 +72,29 @@ def tunnel_text(listener: socket.socket) -> str:
 def guard(app: App) -> App:
     """Wrap an ASGI app, so that it answers what its own page asks of this machine, and nothing else."""
 
-    async def answer(scope: Any, receive: Receive, send: Send) -> None:  # noqa: ANN401
+    async def guarded_app(scope: Any, receive: Receive, send: Send) -> None:  # noqa: ANN401
         if scope["type"] == "lifespan":
             return await app(scope, receive, send)
         if scope["type"] != "http":  # the page opens no websocket
             return await send({"type": "websocket.close", "code": 1008})
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        problem = _refusal(headers)
-        if problem:
-            return await _reply(send, 403, problem)
+        refusal = _refusal_reason(headers)
+        if refusal:
+            return await _reply(send, 403, refusal)
+        method = scope["method"]
         path = scope["path"]
-        if scope["method"] == "POST" and path == ASK_PATH:
-            question = await _read_question(receive)
-            if question is None:
-                return await _reply(
-                    send, 400, "refused: a request to this page has at most 1 MiB of JSON, and only texts and numbers"
-                )
-            return await app(scope, _replay(question, receive), send)
-        if scope["method"] in ("GET", "HEAD") and (path in GET_PATHS or path.startswith(GET_PREFIXES)):
+        if method in ("GET", "HEAD") and (path in GET_PATHS or path.startswith(GET_PREFIXES)):
             return await app(scope, receive, send)
-        return await _reply(send, 404, "not found")
+        if method != "POST" or path != POST_PATH:
+            return await _reply(send, 404, "not found")
+        body = _checked_json(await _read_body(receive))
+        if not body:
+            return await _reply(
+                send, 400, "refused: a request to this page has at most 1 MiB of JSON, and only texts and numbers"
+            )
+        return await app(_with_length(scope, len(body)), _replay(body, receive), send)
 
-    return answer
+    return guarded_app
 
 
 async def _reply(send: Send, status: int, text: str) -> None:
@@ -102,14 +103,14 @@ async def _reply(send: Send, status: int, text: str) -> None:
     await send({"type": "http.response.body", "body": text.encode()})
 
 
-def _refusal(headers: Mapping[str, str]) -> str:
-    """Why a request with these headers is not answered, in a sentence; "" where it is answered."""
+def _refusal_reason(headers: Mapping[str, str]) -> str:
+    """Why a request with these headers is not answered, for the browser; "": it is answered."""
     host = headers.get("host", "")
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
         name = ""
-    if name not in LOCAL_NAMES:
+    if name not in _LOCAL_NAMES:
         return (
             f"this page is not served under the name {brief(ascii(name))}: open it as localhost or 127.0.0.1; from "
             "another machine, through the ssh command that dumo demo printed"
@@ -120,42 +121,49 @@ def _refusal(headers: Mapping[str, str]) -> str:
     return ""
 
 
-async def _read_question(receive: Receive) -> bytes | None:
-    """The body of a question, as JSON that is written anew, so that Gradio reads what was checked.
-
-    None where it is too long, no JSON, or not plain.
-    """
+async def _read_body(receive: Receive) -> bytes:
+    """The body of a request; empty where it is too long, or the browser is gone, which no answer reaches."""
     body = b""
-    while True:
+    has_more = True
+    while has_more:
         message = await receive()
-        if message["type"] != "http.request":  # the browser is gone
-            return None
         body += message.get("body", b"")
-        if len(body) > MAX_QUESTION_BYTES:
-            return None
-        if not message.get("more_body", False):
-            break
+        if message["type"] != "http.request" or len(body) > _MAX_BODY_BYTES:
+            return b""
+        has_more = message.get("more_body", False)
+    return body
+
+
+def _checked_json(body: bytes) -> bytes:
+    """The JSON of a body, written anew, so that Gradio reads what was checked; empty where it is refused."""
     try:
-        question = json.loads(body)
+        inputs = json.loads(body)
     except (ValueError, RecursionError):
-        return None
-    return json.dumps(question).encode() if _is_plain(question) else None
+        return b""
+    if not _is_flat(inputs):
+        return b""
+    return json.dumps(inputs).encode()
 
 
-def _is_plain(question: object) -> bool:
-    """Whether a question is an object of texts and numbers, and `data` a list of them.
+def _is_flat(inputs: object) -> bool:
+    """Whether the inputs are an object of texts and numbers, and its field `data` a list of them.
 
     A nested object could name a file, which Gradio would copy.
     """
-    if not isinstance(question, dict):
+    if not isinstance(inputs, dict):
         return False
-    fields = cast(dict[str, object], question)
-    inputs = fields.get("data")
-    if not isinstance(inputs, list):
+    fields = dict(cast(dict[str, object], inputs))
+    data = fields.pop("data", None)
+    if not isinstance(data, list):
         return False
-    other_values = [value for name, value in fields.items() if name != "data"]
-    values = [*cast(list[object], inputs), *other_values]
+    values = [*cast(list[object], data), *fields.values()]
     return all(value is None or isinstance(value, str | int | float) for value in values)
+
+
+def _with_length(scope: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """The scope of a request whose body was written anew, in `length` bytes."""
+    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -33,7 +33,7 @@ from PIL import Image
 from dumo.encoders.caption import Prompt, read_prompts
 from dumo.evaluation.protocol import protocol_name
 from dumo.io import digest, file, picture
-from dumo.io.read import brief, finite, read_json, write_json
+from dumo.io.read import brief, null_nonfinite, read_json, write_json
 from dumo.report import evaluate
 from dumo.report.card import Card, make_card
 from dumo.report.sample import sampling_changes, with_options
@@ -253,7 +253,7 @@ def _require_same_card(image_folder: Path, card: Card) -> None:
         raise UserError(f"{path} is no card of images: nothing says what made them; {fix}")
     stored_card: dict[str, Any] = stored["card"]
     for field in card:
-        value = finite(card[field])
+        value = null_nonfinite(card[field])
         stored_value = stored_card.get(field)
         if field not in PLACE_FIELDS and value != stored_value:
             raise UserError(

@@ -36,7 +36,7 @@ from dumo.flow.likelihood import axes, log_likelihood
 from dumo.flow.solver import Solver, check
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
-from dumo.io.read import finite, write_json
+from dumo.io.read import null_nonfinite, write_json
 from dumo.report import score
 from dumo.report.card import Card, Row, contrast_solver, judging_settings, make_card, read_report
 from dumo.report.name import Fields, changed_parts, flatten
@@ -295,7 +295,7 @@ def _measure(report: dict[str, Any]) -> str:
     """The card as text, without its passes and the path of the weights, whose hash it has."""
     left_out = (*PASSES_FIELDS.values(), "weights")
     measure = {field: value for field, value in report["card"].items() if field not in left_out}
-    return json.dumps(finite(measure), sort_keys=True)
+    return json.dumps(null_nonfinite(measure), sort_keys=True)
 
 
 def _deciding_fields(sampling: Sampling, evaluation: Evaluation) -> Fields:

@@ -46,7 +46,7 @@ class SameSize(pixel.ToRectangle):
 
     def __call__(self, data: bytes) -> Tensor:
         """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or one of another size."""
-        image = pixel.flat(pixel.upright(data))
+        image = pixel.to_rgb(pixel.load_upright(data))
         if image.size != (self.width, self.height):
             size = f"{image.width} x {image.height} pixels"
             first_size = f"{self.width} x {self.height}"
@@ -140,7 +140,7 @@ def open_images(place: Path, option: str) -> ImageSet:
     with _errors_by_option(option):
         store = _open_store(place)
         try:
-            width, height = pixel.upright(store.read(0)).size
+            width, height = pixel.load_upright(store.read(0)).size
         except (OSError, ValueError) as error:
             raise UserError(f"{store.path(0)} {error}: mend or remove it") from error
         to_pixels = SameSize(height=height, width=width, crop="none", first_name=store.path(0))

@@ -9,8 +9,8 @@
 5. writes the report (`dumo.report.evaluate`).
 
 The images of a reference folder are cropped and resized to the size of those that are judged, in the way of a run's
-data (`dumo.data.pixel.cut`). So the same folder has the same hash as a run's reference and as a reference here, and
-both reports can stand in one table.
+data (`dumo.data.pixel.crop_middle`). So the same folder has the same hash as a run's reference and as a reference here,
+and both reports can stand in one table.
 """
 
 from collections.abc import Sequence

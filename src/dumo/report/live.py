@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.config.check import why_unguided
-from dumo.config.conditions import shown
+from dumo.config.conditions import shown_data
 from dumo.config.source import RunText, trained_name_of
 from dumo.data import Images
 from dumo.evaluation.neighbours import nearest_other
@@ -183,7 +183,7 @@ class InteractiveRun:
 
     def facts(self) -> dict[str, str | None]:
         """The facts, by name, that two runs must share to be shown next to each other; None: not known of this run."""
-        data = shown(self.sampler.data)
+        data = shown_data(self.sampler.data)
         conditions = self.sampler.conditions
         fingerprint = None
         if isinstance(self.sampler.data, Images):  # that of latents is of their cache

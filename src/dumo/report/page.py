@@ -24,8 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.config import recipes, word
-from dumo.config.conditions import shown as shown_data
-from dumo.config.conditions import squares
+from dumo.config.conditions import shown_data, squares
 from dumo.config.load import dump
 from dumo.config.place import EVALUATION_FILE, LOG_FILE
 from dumo.data import Images, Latents

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dumo.config.conditions import shown
+from dumo.config.conditions import shown_data
 from dumo.data import Data, is_images
 from dumo.evaluation.copy import nearest_images, thumbnails
 from dumo.evaluation.neighbours import Real
@@ -47,7 +47,7 @@ def measure_proximity(data: Data, x: Sample, real: Real, seed: int) -> Proximity
     images, too.
     """
     real_thumbs = thumbnails(real)
-    mirror = is_images(shown(data))
+    mirror = is_images(shown_data(data))
     nearest = nearest_images(real_thumbs, thumbnails(x), mirror=mirror)
     unit = torch.nan
     if len(real) > 1:

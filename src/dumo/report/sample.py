@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dumo.config.check import check_guided
-from dumo.config.conditions import Conditions, shown
+from dumo.config.check import check_guidance
+from dumo.config.conditions import Conditions, shown_data
 from dumo.config.load import parse
 from dumo.config.parts import Sampling
 from dumo.config.suggestion import require_known
@@ -80,7 +80,7 @@ def guide_of(sampler: Sampler, training_guidance: GuidanceScale, scale: object) 
         guide = parse(Sampling, sampling_fields).guide
     except UserError as error:
         raise UserError(str(error).replace("guide.scale", "guidance")) from error  # as the user knows it
-    check_guided(guide, sampler.data, sampler.flow.objective, training_guidance, "guidance")
+    check_guidance(guide, sampler.data, sampler.flow.objective, training_guidance, "guidance")
     return guide
 
 
@@ -112,7 +112,7 @@ def size_of(data: Data, text: str | None) -> Size | None:
     """
     if text is None:
         return None
-    images = shown(data)
+    images = shown_data(data)
     trained_sizes = ()
     if is_images(images):
         trained_sizes = images.sizes or (images.shape[1:],)
@@ -217,7 +217,7 @@ def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None
         return _SheetLayout(columns=8)
     names = names or [conditions.name(k) for k in c.tolist()]
     num_classes = len(set(names))
-    is_small = shown(conditions.data).shape[-1] <= picture.MIN_READABLE_HEIGHT
+    is_small = shown_data(conditions.data).shape[-1] <= picture.MIN_READABLE_HEIGHT
     max_columns = 20 if is_small else 10
     columns = 10
     if num_classes <= max_columns:
@@ -251,7 +251,7 @@ def write_samples(
     data. Next to single images of captions lies a table of them, which `data.images.captions` reads. Points are drawn
     before some of the data, chosen by `seed`.
     """
-    are_points = len(shown(data).shape) == 1
+    are_points = len(shown_data(data).shape) == 1
     conditions = Conditions(data)
     match form:
         case "images":

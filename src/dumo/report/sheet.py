@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dumo.config.conditions import Conditions, shown
+from dumo.config.conditions import Conditions, shown_data
 from dumo.config.parts import Sampling
 from dumo.config.spec import Run
 from dumo.data import is_latents
@@ -54,7 +54,7 @@ class Sheets:
         self.strip_folder = folder / STRIP_FOLDER
         self.log_line = log_line
         data = run.data
-        self.has_strip = len(shown(data).shape) == 3
+        self.has_strip = len(shown_data(data).shape) == 3
         if run.train.sheets and is_latents(data):
 
             def open_codec() -> None:
@@ -188,7 +188,7 @@ def sheet_conditions(conditions: Conditions) -> Tensor:
 
     All classes or captions in turn; where there are more of them than samples, evenly spaced ones.
     """
-    is_image = len(shown(conditions.data).shape) == 3
+    is_image = len(shown_data(conditions.data).shape) == 3
     num_samples = SHEET_COUNT if is_image else NUM_POINTS
     num_classes = conditions.data.labels
     spaced_classes = None

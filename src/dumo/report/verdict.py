@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dumo.config.parts import Evaluation
-from dumo.config.source import PROPOSED
+from dumo.config.source import PROPOSED_KEY
 from dumo.config.word import STATES
 from dumo.report.proximity import Proximity
 from dumo.report.score import Judgement, decisive_comparison, duration, error, number
@@ -175,7 +175,7 @@ def _suggest_more_training(opened: RunFolder, name: str) -> NextStep:
     """
     run = opened.run
     seconds = seconds_between(opened.folder, 0, opened.step)
-    if PROPOSED in run.resolved or run.train.minutes is not None:
+    if PROPOSED_KEY in run.resolved or run.train.minutes is not None:
         minutes = _more_minutes(seconds or 0.0)
         return NextStep(f"dumo train {name} --minutes {minutes}", f"goes on for {minutes:,} minutes")
     effect = f"goes on for {opened.step:,} more steps"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dumo.io import digest
 from dumo.io.read import first_few
-from dumo.io.source import hashes_of
+from dumo.io.source import hashes_of, origin_of
 from dumo.io.weights import load
 from dumo.runtime import dist
 from dumo.runtime.door import option
@@ -25,7 +25,6 @@ from dumo.training import agreement
 from dumo.training.checkpoint import DATA
 from dumo.training.manifest import Checkpoint
 from dumo.types import UserError
-from dumo.types.family import is_instance_of
 
 if TYPE_CHECKING:
     from dumo.io.content import Hashes
@@ -84,7 +83,7 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     else:
         problem_of_image = f"is not what it was when {folder} was trained on it: put it back as it was, {_way_out()}"
         hashes.expect(trained_hashes, problem_of_image)
-        suspects = hashes.suspect()
+        suspects = hashes.suspects()
         agreement.gather_results(lambda: hashes.hash(suspects[local_rank::local_world_size]))
         mismatches_by_rank = agreement.gather_results(hashes.mismatches)
         changed = np.unique(np.concatenate(mismatches_by_rank))
@@ -99,7 +98,7 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     if not problem:
         return None
     was = digest.of_bytes(trained_names, trained_hashes.tobytes())[:16]
-    now = digest.of_bytes(hashes.names, hashes.expected_or_known().tobytes())[:16]
+    now = digest.of_bytes(hashes.names, hashes.expected_or_known_hashes().tobytes())[:16]
     return Change(was, now)
 
 
@@ -108,11 +107,10 @@ def _compare_cache_with_images(source: object, *, verify: bool) -> None:
 
     With `verify` all images are hashed, else those whose files have changed. Every rank must call it.
     """
-    origin = getattr(source, "origin", None)
-    # by name: a run without a cache does not import caches
-    if origin is None or not is_instance_of(origin, "dumo.data.latents:Origin"):
+    origin = origin_of(source)
+    if origin is None:
         return
-    from dumo.data.latents import ORIGIN_SECONDS
+    from dumo.data.latents import ORIGIN_SECONDS  # here: a run without a cache does not import caches
 
     def compare() -> None:
         if verify:
@@ -143,7 +141,7 @@ def tensors_to_save(hashes: "Hashes | None") -> dict[str, Tensor]:
     """
     if hashes is None:
         return {}
-    read_here = torch.from_numpy(hashes.expected_or_known())
+    read_here = torch.from_numpy(hashes.expected_or_known_hashes())
     read_anywhere = dist.all_reduce_max(read_here)  # rows that this rank has not read are zeros
     if dist.world() > 1:
         agreement.gather_results(lambda: _require_same_contents(hashes, read_here, read_anywhere))

@@ -1,8 +1,16 @@
 """Make the folders that a recipe trains on: a cache of latents of images, and a table of encoded captions.
 
-`encoding_work` says what a recipe, or a folder of images with options, has to encode. `encode` makes the cache,
-`encode_texts` the table, and both return an `EncodeResult`. Any number of ranks may share the work, and need not run at
-once; a killed one is started again, and the folder is the same to the last bit. What is damaged is named and made again
+For `dumo encode`, in this order:
+
+1. `encoding_work` says what a recipe, or a folder of images with options, has to encode; `options_as_settings` writes
+   the options as settings, and `parse_part` says which part of the work this process does.
+2. `encode` makes the cache.
+3. `encode_texts` makes the table, unless `reason_without_text_table` says why there is none. `captions` are its texts.
+
+`encode` and `encode_texts` return an `EncodeResult`. Training makes what it lacks by `ensure_cache` and `make_tokens`.
+
+Any number of ranks may share the work, and need not run at once: rank k of n makes the shards k, k + n, k + 2 n ... A
+killed rank is started again, and the folder is the same to the last bit. What is damaged is named and made again
 (`dumo.io.table`).
 """
 
@@ -31,11 +39,12 @@ from dumo.run.prompt import open_source_images
 from dumo.run.resolve import resolve
 from dumo.runtime import dist, signals, threads
 from dumo.runtime.device import choose_device
+from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import Spec, UserError
 
-MAX_PART_CHARACTERS = 40  # of --part: ours
-SHARD_ROWS = 1024  # images or captions to a shard: ours
+_MAX_PART_CHARACTERS = 40  # of --part: ours
+_SHARD_ROWS = 1024  # images or captions to a shard: ours
 
 
 class _LatentsOnly(Spec):
@@ -49,26 +58,26 @@ class EncodeResult:
     """What this rank did in a folder."""
 
     folder: Path
-    done: MakeResult
-    kind: type[TableIndex]
+    make_result: MakeResult
+    index_type: type[TableIndex]
 
-    @property
-    def contents(self) -> TableIndex | None:
-        """What is in the folder now; None: other ranks have shards to make."""
-        index = table.read(self.folder, self.kind)
+    def read_index(self) -> TableIndex | None:
+        """The index of what is in the folder now; None: other ranks have shards to make."""
+        index = table.read_index(self.folder, self.index_type)
         return index if index and index.shards else None
 
     def lines(self) -> Iterator[str]:
         """What was done, in lines: what was damaged, and what is in the folder."""
-        for damaged in self.done.damaged:
+        made = self.make_result.made
+        for damaged in self.make_result.damaged:
             yield f"was damaged and is made again: {damaged}"
-        contents = self.contents
-        if contents is None:
-            yield f"{self.folder}: {self.done.made} shards made, {self.done.missing} are still to be made by others"
+        index = self.read_index()
+        if index is None:
+            yield f"{self.folder}: {made} shards made, {self.make_result.missing} are still to be made by others"
             return
-        yield f"{self.folder}: {contents.summary()}, {self.done.made} shards made now"
-        if isinstance(contents, cache.CacheIndex) and contents.sizes:
-            yield f"images are in {cache.measure_crops(table.ShardTable(self.folder, contents), contents)}"
+        yield f"{self.folder}: {index.summary()}, {made} shards made now"
+        if isinstance(index, cache.CacheIndex) and index.sizes:
+            yield f"images are in {cache.measure_crops(table.ShardTable(self.folder, index), index)}"
 
 
 @dataclass(frozen=True)
@@ -93,27 +102,45 @@ def encoding_work(
 
     `text` is that of the recipe or run, where it has been read.
     Raises UserError where the recipe trains on neither latents nor a table of texts, an option is missing, or the
-    pipeline lacks a text encoder: images may take hours, and captions come after them.
+    pipeline lacks a text encoder.
     """
     settings = [*options_as_settings(out, codec, side, count), *overrides]
-    if choose(source).kind != "images":
-        run = resolve(load(text or source, settings))
-        texts = _table_of(run.net)
-        if not isinstance(run.data, Latents) and texts is None:
-            raise UserError(
-                f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
-                "nothing to encode"
-            )
-        if isinstance(texts, PipelineTexts):
-            texts.pipeline.require_text_files()
-        return EncodingWork(run.data, texts)
-    if None in (out, codec, side):
+    if choose(source).kind == "images":
+        _require_image_options(source, out, codec, side)
+        return _work_of_images(source, settings)
+    return _work_of_recipe(source, text, settings)
+
+
+def _require_image_options(source: str, out: str | None, codec: str | None, side: int | None) -> None:
+    """Raise UserError where one of the options is missing that a folder of images needs, as no recipe gives it."""
+    options = {"OUT": out, "--codec": codec, "--side": side}
+    missing = [name for name, value in options.items() if value is None]
+    if missing:
         raise UserError(
-            f"a folder of images needs OUT, --codec and --side: dumo encode {source} OUT --codec taef2 --side 256"
+            f"a folder of images needs {', '.join(options)}, and {', '.join(missing)} is missing: dumo encode {source} "
+            "OUT --codec taef2 --side 256"
         )
-    tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
+
+
+def _work_of_images(root: str, settings: Sequence[str]) -> EncodingWork:
+    """What to encode of a folder of images: their latents, and mirrored ones, too."""
+    tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": root, "flip": True}}}
     override(tree, settings)
     return EncodingWork(parse(_LatentsOnly, tree).data.with_facts())
+
+
+def _work_of_recipe(source: str, text: RunText | None, settings: Sequence[str]) -> EncodingWork:
+    """What to encode for a recipe, a file or a run. Raises UserError where there is nothing."""
+    run = resolve(load(text or source, settings))
+    texts = _text_table_spec(run.net)
+    if not isinstance(run.data, Latents) and texts is None:
+        raise UserError(
+            f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
+            "nothing to encode"
+        )
+    if isinstance(texts, PipelineTexts):
+        texts.pipeline.require_text_files()  # now, as images may take hours, and captions come after them
+    return EncodingWork(run.data, texts)
 
 
 def options_as_settings(out: str | None, codec: str | None, side: int | None, count: int | None) -> list[str]:
@@ -127,7 +154,7 @@ def parse_part(text: str | None) -> tuple[int, int]:
     if text is None:
         return dist.torchrun_rank_and_world()
     k, _, n = text.partition("/")
-    is_part = len(text) <= MAX_PART_CHARACTERS and k.isdecimal() and n.isdecimal() and int(k) < int(n)
+    is_part = len(text) <= _MAX_PART_CHARACTERS and k.isdecimal() and n.isdecimal() and int(k) < int(n)
     if not is_part:
         raise UserError(f"--part {brief(text)}: write K/N with K from 0 to N - 1, such as 0/8")
     return int(k), int(n)
@@ -137,62 +164,70 @@ def encode(
     data: Latents,
     *,
     batch: int = 32,
-    part: tuple[int, int] = (0, 1),
+    rank: int = 0,
+    world: int = 1,
+    store: str | None = None,
+    dtype: str | None = None,
+    shard_rows: int | None = None,
+    new_shard_rows: int = _SHARD_ROWS,
+    verify: bool = False,
     device: str = "auto",
     bar: Bar = no_bar,
-    verify: bool = False,
-    new_shard_rows: int = SHARD_ROWS,
-    **options: object,
 ) -> EncodeResult:
-    """Make shards k, k + n, k + 2 n ... of the cache, `part` being (k, n), with mirrored images where data are flipped.
+    """Make this rank's shards of the cache, with mirrored images where data are flipped.
 
-    `verify`: all images are hashed first, whatever is noted of them. `options` are fields of the `CachePlan`: store,
-    dtype, shard_rows, seed. Without `shard_rows` a cache that is begun keeps its own, and a new one takes
-    `new_shard_rows`. Raises UserError where the images or the codec cannot be opened, an option is no field of the
-    plan, or the folder holds something else, or a cache of other images.
+    `store` and `dtype` are fields of the `CachePlan`; None: its defaults. `shard_rows` None: a cache that is begun
+    keeps its own, and a new one takes `new_shard_rows`. `verify`: all images are hashed first, whatever is noted of
+    them. Raises UserError where the images or the codec cannot be opened, a field of the plan is refused, or the folder
+    holds something else, or a cache of other images.
     """
-    rank, world_size = part
     torch_device = choose_device(device)
     images = data.images
     codec = data.codec.open(torch_device)
-    album = data.rows()
+    image_rows = data.rows()
     if verify:
-        album.hashes.forget()
-        album.hashes.hash(range(len(album)))
+        image_rows.hashes.forget()
+        image_rows.hashes.hash(range(len(image_rows)))
+    if shard_rows is None:
+        existing_index = cache.read_index(data.folder)
+        shard_rows = existing_index.shard_rows if existing_index else new_shard_rows
     is_captioned = isinstance(data.captions, CaptionFiles)
-    begun = cache.read_index(data.folder)
-    plan_fields = {
-        "shard_rows": begun.shard_rows if begun else new_shard_rows,
+    plan_fields: dict[str, Any] = {
+        "shard_rows": shard_rows,
         "source": " ".join(word for word in (images.root, images.split) if word),
-        "fingerprint": album.hashes.fingerprint(),
+        "fingerprint": image_rows.hashes.fingerprint(),
         "resolution": images.side,
         "sizes": images.sizes,
         "crop": images.crop,
         "classes": images.labels,
-        "names": () if is_captioned else album.names,
+        "names": () if is_captioned else image_rows.names,
         "captioned": is_captioned,
         "first_images": images.count or 0,
         "flips": images.flip,
     }
-    plan = parse(cache.CachePlan, plan_fields | options)
-    rows_to_read = table.rows_of_rank(len(album), plan.shard_rows, rank, world_size)
+    if store is not None:
+        plan_fields["store"] = store
+    if dtype is not None:
+        plan_fields["dtype"] = dtype
+    plan = parse(cache.CachePlan, plan_fields)
+    num_rows = table.rows_of_rank(len(image_rows), plan.shard_rows, rank, world)
     with (
         threads.fewer_when_busy(torch_device, line_printer(bar)),
-        bar(f"encoding {images.root}", rows_to_read) as tick,
+        bar(f"encoding {images.root}", num_rows) as tick,
         errors_of_latents(),
     ):
-        done = encoding.encode(
-            album,
+        make_result = encoding.encode(
+            image_rows,
             codec,
             plan,
             data.folder,
             captions=images.all_captions() if is_captioned else None,
             batch=batch,
             rank=rank,
-            world=world_size,
+            world=world,
             tick=tick,
         )
-    return EncodeResult(data.folder, done, cache.CacheIndex)
+    return EncodeResult(data.folder, make_result, cache.CacheIndex)
 
 
 def ensure_cache(
@@ -200,18 +235,18 @@ def ensure_cache(
     *,
     device: str,
     bar: Bar,
-    new_shard_rows: int = SHARD_ROWS,
+    new_shard_rows: int = _SHARD_ROWS,
     while_waiting: Callable[[], object] = signals.check,
 ) -> None:
-    """Make the cache if it is missing, or finish one that is not whole. Takes and raises as `encode`.
+    """Make the cache if it is missing, or finish one that is not whole. Raises UserError where that fails.
 
     Processes that start together make it once. The others wait, and call `while_waiting` again and again; what that
     raises ends the wait.
     """
-    if cache.is_whole(data.folder):
+    if cache.is_finished(data.folder):
         return
     with _locked_to_fill(data.folder, while_waiting):
-        if not cache.is_whole(data.folder):  # nobody made it while this process waited
+        if not cache.is_finished(data.folder):  # nobody made it while this process waited
             encode(data, device=device, bar=bar, new_shard_rows=new_shard_rows)
 
 
@@ -227,23 +262,23 @@ def _locked_to_fill(folder: Path, while_waiting: Callable[[], object] = signals.
         yield
 
 
-def _table_of(net: Net) -> TableTexts | None:
+def _text_table_spec(net: Net) -> TableTexts | None:
     """The spec of the table of texts that a net reads; None: it reads none."""
     texts = net.texts
     return texts if isinstance(texts, TableTexts) else None
 
 
 def captions(data: Data) -> Sequence[str]:
-    """The captions of the data, by number. Raises UserError where there are none, and as the data's `caption_texts`."""
+    """The captions of the data, by number. Raises UserError where there are none, or they cannot be read."""
     if isinstance(data, Moons) or data.captions is None:
         raise UserError(f"data '{data.kind}' give no captions to encode: set data.captions, or net.texts=null")
     return data.caption_texts()
 
 
-def reason_not_to_encode(data: Data, spec: TableTexts) -> str:
-    """A line that says why no table of the data's captions is made, because it would be too large; empty: it is made.
+def reason_without_text_table(data: Data, spec: TableTexts) -> str:
+    """A line that says why no table of the data's captions is made: it would be too large. "": it is made.
 
-    Raises as `captions`.
+    Raises UserError where the data have no captions.
     """
     if not isinstance(spec, PipelineTexts):
         return ""
@@ -255,21 +290,30 @@ def encode_texts(
     spec: TableTexts,
     *,
     batch: int = 32,
-    shard_rows: int = SHARD_ROWS,
-    part: tuple[int, int] = (0, 1),
+    rank: int = 0,
+    world: int = 1,
+    shard_rows: int | None = None,
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> EncodeResult:
-    """Make shards k, k + n, k + 2 n ... of the table, `part` being (k, n). Raises as `texttable.encode`."""
-    rank, world_size = part
+    """Make this rank's shards of the table of the data's captions.
+
+    `shard_rows` None: a table that is begun keeps its own. Raises UserError where the data have no captions,
+    `shard_rows` is too large, the encoder cannot be opened, or the folder holds something else, or another table.
+    """
     torch_device = choose_device(device)
     texts = captions(data)
     files_by_hash: Mapping[str, Path] = {}  # of the images that captions edit
     if isinstance(data, Latents) and data.images.source:
         files_by_hash = data.images.source_images()
-    rows_to_read = table.rows_of_rank(len(texts) + 1, shard_rows, rank, world_size)  # the empty text, too
-    with threads.fewer_when_busy(torch_device, line_printer(bar)), bar("encoding captions", rows_to_read) as tick:
-        done = texttable.encode(
+    if shard_rows is None:
+        existing_index = texttable.read_contents(spec.folder)
+        shard_rows = existing_index.shard_rows if existing_index else _SHARD_ROWS
+    if shard_rows > ROWS:
+        raise UserError(f"shard_rows = {shard_rows:,}: a shard has at most {ROWS:,} rows, set it lower")
+    num_rows = table.rows_of_rank(len(texts) + 1, shard_rows, rank, world)  # the empty text, too
+    with threads.fewer_when_busy(torch_device, line_printer(bar)), bar("encoding captions", num_rows) as tick:
+        make_result = texttable.encode(
             texts,
             spec.reader_spec,
             spec.folder,
@@ -277,11 +321,11 @@ def encode_texts(
             batch=batch,
             sources=open_source_images(data, torch_device, files_by_hash.__getitem__),
             rank=rank,
-            world=world_size,
+            world=world,
             device=torch_device,
             tick=tick,
         )
-    return EncodeResult(spec.folder, done, texttable.TextTableIndex)
+    return EncodeResult(spec.folder, make_result, texttable.TextTableIndex)
 
 
 def make_tokens(run: Run) -> None:
@@ -289,7 +333,7 @@ def make_tokens(run: Run) -> None:
 
     Processes that start together make it once. Raises UserError where the folder holds the tokens of other captions.
     """
-    spec = _table_of(run.net)
+    spec = _text_table_spec(run.net)
     if not isinstance(spec, LearnedTexts):
         return
     with _locked_to_fill(spec.folder):

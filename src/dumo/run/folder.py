@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from dumo.config.load import RUN_FILE, dump
 from dumo.config.place import LOG_FILE
-from dumo.config.source import Noted
+from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
 from dumo.io import file as files
 from dumo.run.index import Index
@@ -207,7 +207,7 @@ def set_best_aside(folder: Path) -> Path | None:
     return cut_folder
 
 
-def write_run_file(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:
+def write_run_file(run: Run, folder: Path, changed: Sequence[RecordedChange] = ()) -> None:
     """Write a run's run.yaml, with the changes of its fields while it trained, and wait until it is on the disk."""
     files.write(folder / RUN_FILE, dump(run, changed).encode(), durable=True)
 

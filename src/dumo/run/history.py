@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dumo.config.advice import advice
-from dumo.config.change import shown
+from dumo.config.change import yaml_text
 from dumo.config.place import LOG_FILE
-from dumo.config.source import Noted
+from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
 from dumo.io.source import DataSource
 from dumo.run import datacheck, datanote
@@ -45,7 +45,7 @@ class History:
     source: DataSource
     step: int
     fingerprint: str | None  # of the data now
-    changes: Sequence[Noted]  # of fields and data, since the run began
+    changes: Sequence[RecordedChange]  # of fields and data, since the run began
     versions: dict[str, str]  # of the packages that wrote the checkpoint; {}: it begins
     train_before: Train | None  # how the run was trained up to the checkpoint; None: it begins
     listed_log: manifest.FileEntry | None  # the log as the checkpoint lists it; None: it does not, or there is none
@@ -79,7 +79,7 @@ class History:
                 )
             change = datacheck.Change(noted_fingerprint, str(fingerprint))
         if change:
-            changes = [*changes, Noted(step=step, field="data", was=change.was, now=change.now, accepted=True)]
+            changes = [*changes, RecordedChange(step=step, field="data", was=change.was, now=change.now, accepted=True)]
         return cls(
             run=run,
             index=index,
@@ -155,7 +155,9 @@ class History:
         """Yield a line for each thing that is another one from `step` on: fields, rates, versions of packages."""
         for change in self.changes:
             if change.step == self.step:
-                yield f"from step {self.step:,} on {change.field} is {shown(change.now)}, and was {shown(change.was)}"
+                now = yaml_text(change.now)
+                was = yaml_text(change.was)
+                yield f"from step {self.step:,} on {change.field} is {now}, and was {was}"
         ends_by_steps = self.run.train.minutes is None
         if ends_by_steps and self.train_before and self.train_before.schedule == self.run.train.schedule:
             yield from _schedule_lines(self.train_before, self.run.train.steps, self.step)

@@ -15,7 +15,7 @@ from pathlib import Path
 from dumo.config.difference import Difference, differences
 from dumo.config.history import RecordedRun
 from dumo.config.load import run_of
-from dumo.config.source import RUN_FILE, Noted, RunText, file_state, parse_text, read_file
+from dumo.config.source import RUN_FILE, RecordedChange, RunText, file_state, parse_text, read_file
 from dumo.config.spec import Run
 from dumo.run import datanote
 from dumo.run.datanote import DataNote
@@ -70,11 +70,11 @@ class CheckpointRun(RecordedRun):
         return lines
 
 
-def later_changes_of_function(past: Sequence[Noted], step: int) -> list[Difference]:
+def later_changes_of_function(past: Sequence[RecordedChange], step: int) -> list[Difference]:
     """The changes, accepted after `step`, of fields that make another function of the weights of that step."""
     later_changes: list[Difference] = []
     for change in past:
-        if not change.accepted or change.of_data or change.step <= step:
+        if not change.accepted or change.is_of_data or change.step <= step:
             continue
         if change.field.split(".")[0] in _FUNCTION_PARTS:
             later_changes.append(Difference(change.field, change.was, change.now, may_change=False))
@@ -110,7 +110,7 @@ class Index:
         return RecordedRun.from_text(self.text) if self.text else None
 
     @property
-    def past(self) -> Sequence[Noted]:
+    def past(self) -> Sequence[RecordedChange]:
         """What had changed in the run of run.yaml; () where there is none. Raises UserError where it is no run."""
         return self.recorded_run.past if self.recorded_run else ()
 

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from dumo.config import trust
-from dumo.config.check import check_pieces
+from dumo.config.check import check_ranks
 from dumo.config.source import RUN_FILE, RunText, is_root_proposed
 from dumo.config.spec import Run
 from dumo.data import Data, is_latents
@@ -375,7 +375,7 @@ def _require_fit(run: Run, net_outline: nn.Module, device: torch.device, sheets:
     rows_per_rank = ceil(run.train.batch / ranks)
     share = share_of(run.train.share, ranks)
     require_room_to_train(run, device, net_outline, rows=rows_per_rank, share=share)
-    check_pieces(run.train, run.objective, ranks)
+    check_ranks(run.train, run.objective, ranks)
 
 
 def _open_validation(

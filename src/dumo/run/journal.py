@@ -22,7 +22,7 @@ from dumo.autodiff import float64
 from dumo.config.difference import identity
 from dumo.config.load import RUN_FILE, dump
 from dumo.config.place import LOG_FILE
-from dumo.config.source import Noted
+from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
 from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
@@ -67,7 +67,7 @@ class Journal:
     source: "DataSource | TeacherPairs"
     tell: Callable[[str], None]
     hashes: "Hashes | None" = None  # of the data
-    changes: Sequence[Noted] | None = None  # of fields and data, since the run began; None except on rank 0
+    changes: Sequence[RecordedChange] | None = None  # of fields and data, since the run began; None except on rank 0
     countdown: Countdown | None = None  # None: it ends by its steps
     is_examined: bool = False  # whether the slope was examined on weights in training
     has_saved: bool = False  # whether a checkpoint was saved

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dumo.config.conditions import Conditions, shown, squares
+from dumo.config.conditions import Conditions, shown_data, squares
 from dumo.config.parts import Evaluation
 from dumo.data import Data, Moons, is_images, is_latents
 from dumo.evaluation import Context, is_of_likelihood
@@ -38,7 +38,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
     data = sampler.data
 
     def open_captions() -> tuple[DataSource, Tensor, list[str]]:
-        images = squares(shown(data)).open()  # the images that people look at, cut to one size
+        images = squares(shown_data(data)).open()  # the images that people look at, cut to one size
         return images, sample_conditions(data, evaluation), _plain_texts(data)
 
     with bar_while_reading(bar) as tick:
@@ -62,7 +62,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
 
 def _has_images_here(data: Data) -> bool:
     """Whether the images of the data are on this machine."""
-    images = shown(data)
+    images = shown_data(data)
     return is_images(images) and images.is_here
 
 
@@ -100,7 +100,7 @@ def reference_data(data: Data, split: str | None) -> DataSource:
     """
     if split is None:
         return training_data(data)
-    images = shown(data)
+    images = shown_data(data)
     if not is_images(images):
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
     split_images = images.model_copy(update={"split": split, "count": None})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from dumo.config.check import require
-from dumo.config.conditions import shown
+from dumo.config.conditions import shown_data
 from dumo.config.need import buckets_field, captions_field
 from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
@@ -64,7 +64,7 @@ def _editing_faults(data: Data, spec: Net) -> Iterator[str]:
 
 def _patch_faults(data: Data, net: nn.Module) -> Iterator[str]:
     """Buckets of sides that the net's patches do not divide."""
-    images = shown(data)
+    images = shown_data(data)
     if not has_images(data) or not is_images(images):
         return
     if images.buckets is None:
@@ -94,7 +94,7 @@ def _position_faults(data: Data, patch: int, max_patches: int, default_side: int
     has none.
     """
     longest = max(data.shape[1:])  # in latents, or pixels where there is no codec
-    pixels = shown(data).shape[1:]
+    pixels = shown_data(data).shape[1:]
     pixels_per_patch = patch * max(pixels) // longest
     patches = longest // patch
     if patches > max_patches:

@@ -47,7 +47,7 @@ def ensure_proposed_cache(
     Stopped after a signal, and where the time is over. Finished shards are kept.
     """
     folder = data.folder
-    if cache.is_whole(folder):
+    if cache.is_finished(folder):
         return
     if not has_key(folder, data.images, data.codec.open("cpu").sha256):
         raise UserError(

@@ -148,6 +148,6 @@ def run_before_step(index: Index, checkpoint: Checkpoint | None) -> RecordedRun 
     if trained_run is None:
         return recorded_run
     later_changes_of_data = [
-        change for change in recorded_run.past if change.of_data and change.step >= trained_run.step
+        change for change in recorded_run.past if change.is_of_data and change.step >= trained_run.step
     ]
     return RecordedRun(trained_run.run, [*trained_run.past, *later_changes_of_data])

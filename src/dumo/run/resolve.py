@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from pydantic import JsonValue
 from pydantic.config import JsonDict
 
-from dumo.config.change import override, shown
+from dumo.config.change import override, yaml_text
 from dumo.config.check import check
 from dumo.config.code import codes_of
-from dumo.config.conditions import Conditions
-from dumo.config.conditions import shown as shown_data
+from dumo.config.conditions import Conditions, shown_data
 from dumo.config.difference import differences
 from dumo.config.load import load, parse
 from dumo.config.need import ways_to_captions
-from dumo.config.source import CODE, GIVEN, RUN_FILE, encode_command
+from dumo.config.source import CODE_KEY, RUN_FILE, TYPED_KEY, encode_command
 from dumo.config.spec import Run
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.path import Diffusion
@@ -85,10 +84,10 @@ def resolve_remaining(run: Run) -> Run:
     if data is not run.data or net is not run.net or path is not run.path:
         resolved_run = run.model_copy(update={"data": data, "net": net, "path": path})
         facts = _new_facts(run, resolved_run)
-    if CODE not in run.resolved:
+    if CODE_KEY not in run.resolved:
         codes = dict(codes_of(run))
         if codes:
-            facts[CODE] = codes
+            facts[CODE_KEY] = codes
     if not facts:
         return run
     check(resolved_run)
@@ -240,7 +239,7 @@ def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
     placed_run = _map_places(run, absolute_place)
     resolved = _without_given(run.resolved)
     if given_words:
-        resolved[GIVEN] = given_words
+        resolved[TYPED_KEY] = given_words
     if placed_run is run and resolved == run.resolved:
         return run
     return placed_run.model_copy(update={"resolved": resolved})
@@ -248,7 +247,7 @@ def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
 
 def paths_as_typed(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
     """The words that places were given in, by field, where these are not the absolute paths."""
-    words = resolved.get(GIVEN)
+    words = resolved.get(TYPED_KEY)
     if not isinstance(words, dict):
         return {}
     return {field: str(text) for field, text in words.items()}
@@ -256,7 +255,7 @@ def paths_as_typed(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
 
 def _without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """What was resolved, without the words that places were given in."""
-    return {name: value for name, value in resolved.items() if name != GIVEN}
+    return {name: value for name, value in resolved.items() if name != TYPED_KEY}
 
 
 def as_given(run: Run) -> Run:
@@ -344,7 +343,7 @@ def with_hashes(run: Run, before: Run | None = None) -> Run:
     if not new_pins:
         return run
     tree = run.model_dump(mode="json")
-    override(tree, [f"{field}={shown(pin)}" for field, pin in new_pins.items()])
+    override(tree, [f"{field}={yaml_text(pin)}" for field, pin in new_pins.items()])
     return parse(Run, tree | {"resolved": run.resolved | new_pins})
 
 

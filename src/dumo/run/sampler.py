@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from dumo.config.conditions import Conditions, shown
+from dumo.config.conditions import Conditions, shown_data
 from dumo.config.parts import RunParts, Sampling
 from dumo.data import Data, is_latents
 from dumo.flow import generate
@@ -67,7 +67,7 @@ class Sampler:
     @property
     def pixels(self) -> tuple[int, ...]:
         """The shape of what is shown: a decoded image, or a sample of the net."""
-        return (3, *self.size) if self.size else shown(self.data).shape
+        return (3, *self.size) if self.size else shown_data(self.data).shape
 
     @property
     def shape(self) -> tuple[int, ...]:

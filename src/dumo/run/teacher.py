@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.config import trust
-from dumo.config.check import check_guided
+from dumo.config.check import check_guidance
 from dumo.config.load import load
 from dumo.config.source import RUN_FILE
 from dumo.config.spec import Run
@@ -79,12 +79,12 @@ class LoadedTeacher:
             )
 
         # compare its pairs
-        index = table.read(pairs_folder, PairsIndex)
+        index = table.read_index(pairs_folder, PairsIndex)
         if index is None:
             return
-        table.require(pairs_folder, index, deep=True)
+        table.require_intact(pairs_folder, index, deep=True)
         if index.teacher != self.record["sha256"]:
-            raise UserError(f"{pairs_folder} are another teacher's: {PairsIndex.remake}")
+            raise UserError(f"{pairs_folder} are another teacher's: {PairsIndex.remake_hint}")
 
     def write_record(self, folder: Path) -> None:
         """Write teacher.json; only the main process does."""
@@ -141,7 +141,7 @@ def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
 
         return Flow(_BaseVelocity(base_net, run.objective.needs), FlowMatching(), classes=run.data.classes)
     few_step = load(run.start.source)
-    check_guided(
+    check_guidance(
         teacher.guide,
         few_step.data,
         few_step.objective,
@@ -199,7 +199,7 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
     opened = open_run(teacher.source, device=str(device))
     teacher_run = opened.run
     _require_same_data(teacher, _facts(teacher_run.data, teacher_run.path), _facts(data, path))
-    check_guided(
+    check_guidance(
         teacher.guide,
         teacher_run.data,
         teacher_run.objective,
@@ -294,9 +294,9 @@ class TeacherPairs:
         self.z = z
         self.between = between
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
         """x, c, z and, where there is some, what is between, of the places `rows` of a step's batch."""
-        numbers = self.numbers(step, batch, seed, rows)
+        numbers = self.numbers(step, batch_size, seed, rows)
         return self.table.x[numbers], self.table.c[numbers], *(tensor[numbers] for tensor in self._noise_and_trail)
 
     @property
@@ -304,9 +304,9 @@ class TeacherPairs:
         """z, and what is between where the pairs have it."""
         return (self.z,) if self.between is None else (self.z, self.between)
 
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
+    def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Tensor:
         """The numbers of the pairs, (b,), at the places `rows` of a step's batch, as a table of x alone has them."""
-        return self.table.numbers(step, batch, seed, rows)
+        return self.table.numbers(step, batch_size, seed, rows)
 
     def fingerprint(self) -> str:
         """A hash of all pairs."""
@@ -316,9 +316,9 @@ class TeacherPairs:
 class PairsIndex(TableIndex):
     """What index.json says of a teacher's pairs: data x, noise z, classes c, and points of the flow between."""
 
-    word: ClassVar[str] = "set of pairs"
-    remake: ClassVar[str] = "delete it, and these pairs are made again"
-    repaired: ClassVar[bool] = False
+    noun: ClassVar[str] = "set of pairs"
+    remake_hint: ClassVar[str] = "delete it, and these pairs are made again"
+    is_repairable: ClassVar[bool] = False
     teacher: str  # SHA-256 of its weights, or of its source
     path: FlowPath
     solver: Heun = Pairs.solver
@@ -373,16 +373,16 @@ def make_pairs(index: PairsIndex, reads: Reads, folder: Path, device: torch.devi
         return tensors
 
     def load_pairs() -> dict[str, Tensor]:
-        written_index = table.read(folder, PairsIndex) or index
-        table.require(folder, written_index)  # `make` has compared the checksums
+        written_index = table.read_index(folder, PairsIndex) or index
+        table.require_intact(folder, written_index)  # `make_shards` has compared the checksums
         pairs_table = table.ShardTable(folder, written_index)
-        shards = [pairs_table.tensors(number) for number in range(index.count)]
+        shards = [pairs_table.tensors(number) for number in range(index.num_shards)]
         return {name: torch.cat([shard[name] for shard in shards]) for name in index.columns}
 
     with bar("the teacher's pairs", table.rows_of_rank(index.rows, index.shard_rows, rank, world_size)) as tick:
         # all ranks raise what one of them does: else the others would wait for its shards
         agreement.gather_results(
-            lambda: table.make(folder, index, make_shard, rank=rank, world=world_size, tick=tick).missing
+            lambda: table.make_shards(folder, index, make_shard, rank=rank, world=world_size, tick=tick).missing
         )
     return TeacherPairs(**agreement.on_each_rank(load_pairs))
 

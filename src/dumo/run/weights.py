@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.config import trust
-from dumo.config.change import shown
+from dumo.config.change import yaml_text
 from dumo.config.code import require_same_code
 from dumo.config.difference import Difference, difference_lines, differences
 from dumo.config.history import RecordedRun
@@ -452,7 +452,7 @@ def _require_net(source: Run, start: "Start", net: Net, path: FlowPath, free_fie
         if any(difference.field in ("net", "path") for difference in mismatches):  # another kind, maybe of other data
             fix = "take a run that has the same kind of it,"
         else:
-            fields = settings(*(f"{difference.field}={shown(difference.was)}" for difference in mismatches))
+            fields = settings(*(f"{difference.field}={yaml_text(difference.was)}" for difference in mismatches))
             fix = f"set these fields as they are there,  {fields} "
         raise UserError(
             f"start: the nets differ, {start.source} has another {lines}: {fix} or leave its weights out by "

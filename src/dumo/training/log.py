@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dumo.io import file
-from dumo.io.read import finite
+from dumo.io.read import null_nonfinite
 from dumo.training.manifest import FileEntry
 from dumo.types import UserError
 
@@ -116,4 +116,4 @@ def undone_rows_path(path: Path) -> Path:
 
 def to_line(row: Row) -> str:
     """A row as a line of strict JSON."""
-    return json.dumps(finite(row), allow_nan=False) + "\n"
+    return json.dumps(null_nonfinite(row), allow_nan=False) + "\n"

@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from dumo.config.advice import advice
-from dumo.config.change import shown
+from dumo.config.change import yaml_text
 from dumo.config.load import load
 
 HOP = "sample.solver.kind=hop"
@@ -22,7 +22,7 @@ AVERAGED = {
 def ways(line: str) -> list[str]:
     """The fields that a line says to set, as a shell takes them."""
     changes = ast.literal_eval(line[line.index("changes=") :].removeprefix("changes="))
-    return [f"{field}={shown(value)}" for field, value in changes.items()]
+    return [f"{field}={yaml_text(value)}" for field, value in changes.items()]
 
 
 def test_a_size_far_from_the_pipelines_is_mentioned() -> None:

@@ -11,7 +11,7 @@ from contract.case import members
 from dumo.config import recipes
 from dumo.config.difference import difference_lines, differences
 from dumo.config.load import RUN_FILE, dump, load, summary
-from dumo.config.source import FORMAT, KEY, Noted, choose, read
+from dumo.config.source import FORMAT, FORMAT_KEY, RecordedChange, choose, read
 from dumo.flow.solver import Heun, Hop
 from dumo.objectives import FlowMatching, Objective
 from dumo.training.ema import Ema
@@ -56,8 +56,8 @@ def test_a_dump_is_complete(name: str, tmp_path: Path) -> None:
     run, file = load(name), tmp_path / "run.yaml"
     file.write_text(dump(run), encoding="utf-8")
     tree = recipes.parse_yaml(dump(run))
-    assert next(iter(tree.items())) == (KEY, FORMAT)
-    del tree[KEY]
+    assert next(iter(tree.items())) == (FORMAT_KEY, FORMAT)
+    del tree[FORMAT_KEY]
     found = leaves(tree)
     again = load(str(file), [f"{path}={json.dumps(value)}" for path, value in found.items()])  # each by its path
     assert again == run
@@ -205,7 +205,10 @@ def test_every_slope_and_precision_may_change() -> None:
 
 def test_what_was_changed_stands_in_run_yaml_and_is_no_field(tmp_path: Path) -> None:
     run = load("digits")
-    past = [Noted(step=5, field="train.clip", was=None, now=1.0), Noted(step=9, field="data", was="a", now="b")]
+    past = [
+        RecordedChange(step=5, field="train.clip", was=None, now=1.0),
+        RecordedChange(step=9, field="data", was="a", now="b"),
+    ]
     (file := tmp_path / RUN_FILE).write_text(text := dump(run, past))
     assert load(str(tmp_path)) == run
     assert [*read(tmp_path).changed] == past

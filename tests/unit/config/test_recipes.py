@@ -13,7 +13,7 @@ import measured
 from dumo.config import recipes
 from dumo.config.advice import advice
 from dumo.config.load import dump, load, summary
-from dumo.config.source import KEY, read
+from dumo.config.source import FORMAT_KEY, read
 from dumo.io.hub import PUBLISHED
 from dumo.lab import plan
 from recipe import recipe
@@ -52,7 +52,7 @@ def test_a_recipe_is_complete_and_says_what_it_is(name: str, monkeypatch: pytest
     if len(run.shown_shape) == 3:  # what --set changes the report says; of ImageNet the size is in the name of the task
         assert str(run.shown_shape[1]) not in re.findall(r"(?<!ImageNet )\b\d+\b", about)
     resolved = recipes.parse_yaml(dump(run))
-    del resolved[KEY]
+    del resolved[FORMAT_KEY]
     assert run == type(run).model_validate(resolved)
     for key in tree:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
         assert tree[key] == {**resolved, key: tree[key]}[key]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.config.source import choose, encode_command
+from dumo.config.source import choose, encode_command, read
 
 
 def test_what_a_word_is_taken_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +20,18 @@ def test_what_a_word_is_taken_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert choose("./digits", Path("again")).meaning == choose("digits/run.yaml", Path("again")).meaning == settings
     assert choose("./digits", Path("digits")).meaning == "the run in digits, which goes on"
     assert choose("cats").meaning == "the images in cats"
+
+
+def test_a_word_is_read_where_it_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python hands on a path as it was typed, which no shell has expanded; one that is a `Path` means itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in (tmp_path / "mine.yaml", tmp_path / "$HOME.yaml"):
+        place.write_text(f"base: moons\nabout: {place.stem}\n")
+    for word in ("~/mine.yaml", "$HOME/mine.yaml", "mine.yaml"):
+        assert choose(word).kind == "file"
+        assert read(word).tree["about"] == "mine"
+    assert read(Path("$HOME.yaml")).tree["about"] == "$HOME"
 
 
 def test_the_command_that_makes_a_cache() -> None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 import dumo
-from dumo.config.check import check_pieces
+from dumo.config.check import check_ranks
 from dumo.config.difference import difference_lines
 from dumo.config.load import load
 from dumo.config.spec import Run
@@ -198,7 +198,7 @@ FITS = [
 @pytest.mark.parametrize(("recipe", "words", "ranks"), FITS)
 def test_what_so_many_ranks_can_train(recipe: str, words: list[str], ranks: int) -> None:
     run = load(recipe, words)
-    check_pieces(run.train, run.objective, ranks)
+    check_ranks(run.train, run.objective, ranks)
 
 
 SMALL = ["train.batch=20", "train.micro_batch=7"]
@@ -216,7 +216,7 @@ UNFIT = [
 def test_what_so_many_ranks_cannot_train(recipe: str, words: list[str], ranks: int, said: str) -> None:
     run = load(recipe, words)  # which one can
     with pytest.raises(UserError, match=said) as refused:
-        check_pieces(run.train, run.objective, ranks)
+        check_ranks(run.train, run.objective, ranks)
     assert "\n" not in str(refused.value)
 
 

@@ -16,7 +16,7 @@ from autoencoder import taef2
 from dumo.data import Images, Latents
 from dumo.data.bucket import Buckets, cropped_share, nearest_size
 from dumo.data.cache import open_cache
-from dumo.data.pixel import Size, ToRectangle, cut, upright_size
+from dumo.data.pixel import Size, ToRectangle, crop_middle, upright_size
 from dumo.io.source import Bucketed, TensorData
 from dumo.run import encode
 from dumo.runtime.random import stream
@@ -67,7 +67,7 @@ def test_what_is_lost_is_what_is_said(size: Size) -> None:
         rows, columns = (torch.linspace(0, 255, n).round().to(torch.uint8) for n in (height, width))
         pixels = torch.stack([rows[:, None].expand(height, width), columns.expand(height, width)], -1)
         image = Image.fromarray(torch.cat([pixels, pixels[..., :1]], -1).numpy())
-        x = torch.from_numpy(np.array(cut(image, size, "adm"))).float()
+        x = torch.from_numpy(np.array(crop_middle(image, size, "adm"))).float()
         assert x.shape[:2] == size
         seen = [(x[..., k].amax() - x[..., k].amin() + 255 / n) / 255 for k, n in ((0, size[0]), (1, size[1]))]
         assert 1 - math.prod(map(float, seen)) == pytest.approx(cropped_share((height, width), size), abs=0.04)
@@ -171,7 +171,7 @@ def by_number(source: Bucketed, steps: int, batch: int) -> dict[int, set[tuple[i
 @pytest.mark.parametrize("memory", [2.0, 0.0])
 def test_images_come_in_their_bucket(tmp_path: Path, memory: float) -> None:
     images = spec(photos(tmp_path), memory=memory)
-    source, store = images.open(), images.undecoded()
+    source, store = images.open(), images.unlabelled_store()
     assert isinstance(source, Bucketed)
     groups = Buckets(step=8, smaller=(16,)).groups(32)
     expected = {i: {(3, *nearest_size(upright_size(store.read(i)), groups))} for i in range(len(store))}

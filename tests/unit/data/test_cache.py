@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused_with_both(
 ) -> None:
     made(tmp_path, GAUSSIAN)
     with pytest.raises(UserError, match=said):
-        open_cache(tmp_path, codec, **wanted)  # pyright: ignore[reportArgumentType]
+        open_cache(tmp_path, codec, wanted)
 
 
 def test_no_cache_an_unfinished_one_and_a_damaged_index_are_refused(tmp_path: Path) -> None:
@@ -142,4 +142,4 @@ def test_the_same_weights_elsewhere_fit_and_have_the_same_inputs(tmp_path: Path)
     assert one != made(tmp_path / "4", fingerprint="of other files").index.inputs
     (tmp_path / "w").write_bytes(b"weights")
     made(tmp_path / "cache", replace(GAUSSIAN, sha256=digest.of_bytes(b"weights")))
-    open_cache(tmp_path / "cache", SdVae(weights=str(tmp_path / "w")), resolution=SIDE, classes=CLASSES)
+    open_cache(tmp_path / "cache", SdVae(weights=str(tmp_path / "w")), {"resolution": SIDE, "classes": CLASSES})

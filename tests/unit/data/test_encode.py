@@ -96,8 +96,8 @@ def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
 def test_ranks_may_begin_at_the_same_moment(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One looks before the other has begun, and goes on after that has written."""
     encode(Pictures(COUNT), POINT, PLAN, tmp_path, batch=4, rank=0, world=2)
-    answers, read = iter([None]), table.read
-    monkeypatch.setattr(table, "read", lambda out, kind: next(answers, read(out, kind)))
+    answers, read = iter([None]), table.read_index
+    monkeypatch.setattr(table, "read_index", lambda out, kind: next(answers, read(out, kind)))
     assert encode(Pictures(COUNT), POINT, PLAN, tmp_path, batch=4, rank=1, world=2).missing == 0
     assert contents(tmp_path) == contents(whole)
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from autoencoder import taef2
 from dumo.data import Latents
 from dumo.data.cache import CAPTIONS as FILE
-from dumo.data.latents import Origin
+from dumo.data.latents import OriginThread
 from dumo.run import encode
 from dumo.runtime import threads
 from dumo.types import UserError
@@ -60,8 +60,9 @@ def test_encoding_looks_at_the_machine_between_its_batches(
     monkeypatch.setattr(threads, "RECHECK_SECONDS", 0.0)
     monkeypatch.setattr(threads, "max_threads_without_waiting", lambda most: asked.append(most) or 1)
     made = encode.encode(latents(images, tmp_path), batch=2)
-    assert made.contents is not None
-    assert len(asked) > made.contents.rows / 2
+    index = made.read_index()
+    assert index is not None
+    assert len(asked) > index.rows / 2
 
 
 def unmirrored(data: Latents) -> Latents:
@@ -100,10 +101,10 @@ def test_another_cache_than_meant_is_refused_by_its_field(cached: Latents) -> No
 def test_parts_made_apart_are_the_whole(latents: Maker, images: Path, cached: Latents, tmp_path: Path) -> None:
     """Part 1 of 2, then 0 of 2: the same files, to the last bit."""
     data = latents(images, tmp_path / "cache", flip=True)
-    assert encode.encode(data, shard_rows=5, dtype="float32", part=(1, 2)).contents is None
-    made = encode.encode(data, shard_rows=5, dtype="float32", part=(0, 2))
-    assert made.contents is not None
-    assert made.done.made == 2
+    assert encode.encode(data, shard_rows=5, dtype="float32", rank=1, world=2).read_index() is None
+    made = encode.encode(data, shard_rows=5, dtype="float32", rank=0, world=2)
+    assert made.read_index() is not None
+    assert made.make_result.made == 2
     files, others = (
         {name: file for name, file in contents(of.folder).items() if name[0] != "."} for of in (data, cached)
     )
@@ -196,7 +197,7 @@ def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, t
     encode.encode(first, dtype="float32")
     rows = torch.arange(3)
     torch.testing.assert_close(first.cache().take(rows, "x"), cached.cache().take(rows, "x"), rtol=0, atol=1e-2)
-    Origin(first.folder, first.images).verify()
+    OriginThread(first.folder, first.images).verify()
     whole = latents(images, tmp_path / "first")
     with pytest.raises(UserError, match="first_images: 3 in the cache, 0 asked"):
         whole.cache()

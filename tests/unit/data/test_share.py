@@ -31,7 +31,7 @@ WORLDS = [1, 2, 8, 64]
 class Batches(Protocol):
     """A source of two tensors, or three."""
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = ...) -> tuple[Tensor, ...]: ...
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = ...) -> tuple[Tensor, ...]: ...
 
 
 def album(root: Path, **fields: object) -> Album:

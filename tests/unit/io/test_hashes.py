@@ -52,11 +52,11 @@ def test_threads_hash_an_item_once_each(tmp_path: Path, monkeypatch: pytest.Monk
     found, items = opened(tmp_path), list(range(COUNT)) * 20
     hashed = spied(monkeypatch, Hashes, "_hash", lambda hashes, i, data: i)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: found.see(i, picture(i)), items))
+        list(pool.map(lambda i: found.check_item(i, picture(i)), items))
     assert set(hashed) == set(range(COUNT))
     assert (found.sha256 == whole(tmp_path).sha256).all()
     before = len(hashed)
-    found.see(3, b"not looked at again")
+    found.check_item(3, b"not looked at again")
     assert len(hashed) == before
 
 
@@ -113,12 +113,12 @@ def test_what_changed_is_told_apart(tmp_path: Path) -> None:
     found = opened(tmp_path)
     assert [i for i in range(COUNT) if found.pending[i]] == [0, 1, 2]
     found.expect(before, "is another")
-    assert found.suspect().tolist() == [0, 2]
-    assert found.suspect(copies=True).tolist() == [0, 1, 2]
-    found.hash(found.suspect())
+    assert found.suspects().tolist() == [0, 2]
+    assert found.suspects(copies=True).tolist() == [0, 1, 2]
+    found.hash(found.suspects())
     assert found.mismatches().tolist() == [2]
-    assert (found.expected_or_known() == before).all()
-    found.see(1, pngs[1].read_bytes())
+    assert (found.expected_or_known_hashes() == before).all()
+    found.check_item(1, pngs[1].read_bytes())
     again = opened(tmp_path)
     assert again.status[:4].tolist() == [inventory.SAME, inventory.COPIED, inventory.SAME, inventory.SAME]
     again.expect(before, "is another")
@@ -133,9 +133,9 @@ def test_another_content_is_refused_each_time_it_is_read(tmp_path: Path) -> None
     found.expect(before, "is another")
     for _ in range(2):
         with pytest.raises(UserError, match=r"ant/01\.png is another"):
-            found.see(1, b"other")
-    found.see(0, picture(0))
-    assert (found.expected_or_known() == before).all()
+            found.check_item(1, b"other")
+    found.check_item(0, picture(0))
+    assert (found.expected_or_known_hashes() == before).all()
 
 
 @pytest.mark.parametrize("damage", [b"", b"note", None])
@@ -184,13 +184,13 @@ def test_ranks_that_read_other_contents_are_named(tmp_path: Path, monkeypatch: p
     as_folder(tmp_path)
     found, there = opened(tmp_path), torch.from_numpy(whole(tmp_path).sha256)
     found.sha256[:] = 0
-    found.see(0, picture(0))
+    found.check_item(0, picture(0))
     monkeypatch.setattr(dist, "world", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce_max", lambda x: torch.maximum(x, there))
     monkeypatch.setattr("dumo.training.agreement.gather_results", lambda work: [work()])
     assert torch.equal(datacheck.tensors_to_save(found)["hashes"], there)
     with pytest.raises(UserError, match="another on another rank"):
-        found.see(1, b"other")
+        found.check_item(1, b"other")
     found.expected = None
     with pytest.raises(UserError, match=r"01\.png is another on another rank"):
         datacheck.tensors_to_save(found)

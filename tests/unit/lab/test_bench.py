@@ -249,12 +249,12 @@ class Huge:
         self.alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
         self.most = 0
 
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        x = torch.zeros(batch, 3, 8, 8)
+    def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        x = torch.zeros(batch_size, 3, 8, 8)
         self.made.append(step)
         self.alive.add(x)
         self.most = max(self.most, len(self.alive))
-        return x, torch.zeros(batch, dtype=torch.long)
+        return x, torch.zeros(batch_size, dtype=torch.long)
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         raise AssertionError

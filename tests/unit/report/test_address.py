@@ -33,9 +33,10 @@ def ask(
     asked = Asked()
     parts = [body[: len(body) // 2], body[len(body) // 2 :]]
 
-    async def app(scope: object, receive: Any, send: Any) -> None:  # noqa: ANN401
+    async def app(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
         if method == "POST":
             asked.received.append((await receive())["body"])
+            assert dict(scope["headers"])[b"content-length"] == str(len(asked.received[0])).encode()
         await send({"status": 200})
 
     async def receive() -> Mapping[str, object]:
@@ -67,7 +68,7 @@ def test_a_refusal_says_what_to_do() -> None:
     wrong_name = ask(host="10.0.0.7:7860").text
     assert "not served under the name '10.0.0.7': open it as localhost or 127.0.0.1;" in wrong_name
     assert "through the ssh command that dumo demo printed" in wrong_name
-    assert "at most 1 MiB of JSON, and only texts and numbers" in ask(address.ASK_PATH, "POST", b"{").text
+    assert "at most 1 MiB of JSON, and only texts and numbers" in ask(address.POST_PATH, "POST", b"{").text
 
 
 @pytest.mark.parametrize(
@@ -89,18 +90,18 @@ def test_what_the_page_does_not_ask_is_not_there() -> None:
 
 
 def test_a_question_holds_plain_values_alone() -> None:
-    asked = ask(address.ASK_PATH, "POST", json.dumps(QUESTION).encode())
+    asked = ask(address.POST_PATH, "POST", json.dumps(QUESTION).encode())
     assert asked.status == 200
     assert json.loads(asked.received[0]) == QUESTION
     for value in (FILE, [FILE], {"a": [[FILE]]}, [], {}):
         for question in (QUESTION | {"data": ["", value]}, QUESTION | {"event_data": value}, [value], value):
-            assert ask(address.ASK_PATH, "POST", json.dumps(question).encode()).status == 400
+            assert ask(address.POST_PATH, "POST", json.dumps(question).encode()).status == 400
     for inputs in (FILE, "", None, 1):
-        assert ask(address.ASK_PATH, "POST", json.dumps(QUESTION | {"data": inputs}).encode()).status == 400
+        assert ask(address.POST_PATH, "POST", json.dumps(QUESTION | {"data": inputs}).encode()).status == 400
     for body in (b"", b"{", b"\xff", b"[" * 100_000, b'{"data": ["' + b"x" * 2**20 + b'"]}'):
-        assert ask(address.ASK_PATH, "POST", body).status == 400
+        assert ask(address.POST_PATH, "POST", body).status == 400
     twice = json.dumps(QUESTION).replace("{", f'{{"data": [{json.dumps(FILE)}], ', 1)  # the last of two counts
-    assert b"FileData" not in ask(address.ASK_PATH, "POST", twice.encode()).received[0]
+    assert b"FileData" not in ask(address.POST_PATH, "POST", twice.encode()).received[0]
 
 
 def test_this_machine_alone_is_listened_to() -> None:

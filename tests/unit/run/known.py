@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dumo.config.load import load
-from dumo.config.source import Noted, read
+from dumo.config.source import RecordedChange, read
 from dumo.config.spec import Run
 from dumo.run.folder import require_free, require_resumable
 from dumo.run.index import Index
@@ -38,7 +38,7 @@ def tiny(name: str = "moons", *more: str) -> Run:
     return load(name, [*TINY, f"evaluate.protocol.samples={40 if name.startswith('moons') else 500}", *more])
 
 
-def noted(place: Path) -> list[Noted]:
+def noted(place: Path) -> list[RecordedChange]:
     """The changes that a run.yaml notes, of a run's folder or file."""
     return [*read(place).changed]
 

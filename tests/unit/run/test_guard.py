@@ -16,7 +16,7 @@ import torch
 
 import dumo
 from dumo.config.load import RUN_FILE
-from dumo.config.source import Noted
+from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
 from dumo.flow.flow import Flow
 from dumo.io import digest
@@ -285,7 +285,7 @@ def test_from_an_earlier_step(run: Path) -> None:
     train(tiny("train.clip=1"), run, step=4, tell=told.append)
     assert "what came after it is removed, the checkpoints and milestones of steps 6, 8" in told[2]
     assert steps(run) == [2, 4, 6, 8]
-    assert noted(run) == [Noted(step=4, field="train.clip", was=None, now=1.0)]
+    assert noted(run) == [RecordedChange(step=4, field="train.clip", was=None, now=1.0)]
     assert open_run(str(run)).run.train.clip == 1.0
 
     train(tiny("train.clip=2"), run, step=6)  # noted again, after it
@@ -318,7 +318,7 @@ def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
         train(run, folder)
     train(run, folder, accept=True, tell=told.append)
     assert f"from step 2 on data is {now}, and was '0123'" in told
-    assert noted(folder) == [Noted(step=2, field="data", was="0123", now=now, accepted=True)]
+    assert noted(folder) == [RecordedChange(step=2, field="data", was="0123", now=now, accepted=True)]
     assert datanote.read(folder).sd == pytest.approx(0.752, abs=0.01)
     train(run, folder, tell=told.append)
     file.write_text(json.dumps({"sd": 0.75, "rows": 256}))  # of a run from before there were any

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dumo.config.load import load
-from dumo.config.source import PROPOSED, is_root_proposed
+from dumo.config.source import PROPOSED_KEY, is_root_proposed
 from dumo.config.spec import Run
 from dumo.data import Latents, cache
 from dumo.plan import photolatents
@@ -51,7 +51,7 @@ def run(photos: Path) -> Run:
     assert isinstance(run.data, Latents)
     root = photolatents.cache_folder("photos", run.data.images.with_facts(), run.data.codec.open("cpu"))
     data = run.data.with_facts().model_copy(update={"root": root})
-    return run.model_copy(update={"data": data, "resolved": {PROPOSED: {"data.root": root}}})
+    return run.model_copy(update={"data": data, "resolved": {PROPOSED_KEY: {"data.root": root}}})
 
 
 def fill(run: Run, folder: Path = FOLDER, time: PreparationTime | None = None, bar: Bar = no_bar) -> None:
@@ -204,7 +204,7 @@ def test_encoding_that_takes_too_long_stops_and_goes_on_from_what_is_kept(run: R
     # what is kept takes no time, and is left as it is
     clock = Clock()
     fill(run, time=PreparationTime(0.0, 120.0, clock), bar=clock.bar)
-    assert cache.is_whole(run.data.folder)
+    assert cache.is_finished(run.data.folder)
     assert (run.data.folder / "shard-00000.safetensors").stat().st_mtime_ns == kept
 
 
@@ -222,9 +222,9 @@ def test_what_is_left_to_encode_does_not_shorten_the_run(run: Run) -> None:
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_kept_shards_may_lie_after_those_that_are_missing(run: Run, damage: str) -> None:
     """As after `dumo encode --part`, or where one is damaged: what is encoded now is timed by what is encoded now."""
-    encode.encode(run.data, device="cpu", part=(2, 3), shard_rows=1)
+    encode.encode(run.data, device="cpu", rank=2, world=3, shard_rows=1)
     if damage == "changed":
-        encode.encode(run.data, device="cpu", part=(0, 3))
+        encode.encode(run.data, device="cpu", rank=0, world=3)
         file = run.data.folder / "shard-00000.safetensors"
         file.write_bytes(bytes(file.stat().st_size))
     clock = Clock()
@@ -236,16 +236,16 @@ def test_kept_shards_may_lie_after_those_that_are_missing(run: Run, damage: str)
 def test_encoding_is_not_stopped_where_the_others_are_kept(run: Run) -> None:
     """Nothing is left to encode after the first one."""
     for part in (1, 2):
-        encode.encode(run.data, device="cpu", part=(part, 3), shard_rows=1)
+        encode.encode(run.data, device="cpu", rank=part, world=3, shard_rows=1)
     clock = Clock()
     fill(run, time=PreparationTime(0.0, 1.0, clock), bar=clock.bar)
-    assert cache.is_whole(run.data.folder)
+    assert cache.is_finished(run.data.folder)
 
 
 def test_encoding_is_not_stopped_once_it_is_done(run: Run) -> None:
     clock = Clock()
     fill(run, time=PreparationTime(0.0, 1.0, clock), bar=clock.bar)
-    assert cache.is_whole(run.data.folder)
+    assert cache.is_finished(run.data.folder)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -319,7 +319,7 @@ def test_a_run_that_is_refused_after_its_photos_are_encoded_leaves_its_folder_fr
     with pytest.raises(UserError, match="derivative"), open_job(FOLDER, run, device="cpu"):
         pass
     assert not FOLDER.exists()
-    assert cache.is_whole(run.data.folder)
+    assert cache.is_finished(run.data.folder)
 
 
 @pytest.mark.parametrize("encoded_by", ["training, before", "dumo encode", "training"])
@@ -339,7 +339,7 @@ def test_a_moved_run_finds_its_cache_beside_it(run: Run, tmp_path: Path, encoded
     if encoded_by == "training":
         fill(moved, big / "photos")
     assert moved.data.folder == big / "latents" / run.data.folder.name
-    assert cache.is_whole(moved.data.folder)
+    assert cache.is_finished(moved.data.folder)
     assert not old.exists(), "nothing is made where it was"
 
 

@@ -11,10 +11,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from dumo.config.change import shown
+from dumo.config.change import yaml_text
 from dumo.config.difference import identity
 from dumo.config.load import RUN_FILE, dump, load
-from dumo.config.source import RESOLVED, Noted
+from dumo.config.source import RESOLVED_KEY, RecordedChange
 from dumo.config.spec import Run
 from dumo.run.index import CheckpointRun
 from dumo.run.train import train
@@ -129,7 +129,7 @@ def samples(folder: Path, base: Run) -> Tensor:
 
 def other(folder: Path, field: str, value: object) -> Run:
     """Write another valid value into a field of run.yaml; return what it says then."""
-    guessed = [[f"{field}={shown(guess)}"] for guess in guesses(value) if guess != value]
+    guessed = [[f"{field}={yaml_text(guess)}"] for guess in guesses(value) if guess != value]
     for sets in [OTHERS[field]] if field in OTHERS else guessed:
         try:
             changed = load(str(folder), sets)
@@ -147,7 +147,7 @@ def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path, m
     base, text = load(str(run)), (run / RUN_FILE).read_text()
     wanted, seen = samples(run, base), dict[str, list[str]]()
     tree = yaml.safe_load(text)
-    for field, value in leaves({name: part for name, part in tree.items() if name not in ("format", RESOLVED)}):
+    for field, value in leaves({name: part for name, part in tree.items() if name not in ("format", RESOLVED_KEY)}):
         if field in ALONE:
             continue
         (run / RUN_FILE).write_text(text)
@@ -173,7 +173,7 @@ def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path, m
 def test_what_may_change_is_noted_though_run_yaml_was_edited(run: Path) -> None:
     edit(run, "train.clip=1.0")
     train(load(str(run), ["train.steps=6"]), run)
-    assert noted(run) == [Noted(step=4, field="train.clip", was=None, now=1.0)]
+    assert noted(run) == [RecordedChange(step=4, field="train.clip", was=None, now=1.0)]
     assert open_run(str(run)).step == 6
 
 

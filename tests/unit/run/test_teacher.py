@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dumo.config.check import check_guided
+from dumo.config.check import check_guidance
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.config.teacher import Teacher
@@ -304,9 +304,9 @@ def test_pairs_are_trained_on_as_they_are(tmp_path: Path) -> None:
 def test_a_teacher_is_guided_only_where_it_can_be(recipe: str, more: str, said: str) -> None:
     run = load(recipe, ["objective.drop=0.1", more])
     given = run.data, run.objective, run.training_guidance, "teacher.guide.scale", "runs/x"
-    check_guided(CFG(), *given)
+    check_guidance(CFG(), *given)
     with pytest.raises(UserError, match=rf"^teacher\.guide\.scale = 2: .*{said}"):
-        check_guided(CFG(scale=2), *given)
+        check_guidance(CFG(scale=2), *given)
 
 
 def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

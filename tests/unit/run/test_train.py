@@ -16,6 +16,7 @@ from torch import nn
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Data
+from dumo.encoders import texttable
 from dumo.flow.generate import labels_in_turn
 from dumo.flow.solver import Heun, Restart
 from dumo.io.source import TensorData
@@ -217,6 +218,20 @@ def test_runs_that_start_together_make_their_table_one_after_the_other(
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(encode.make_tokens, [run] * 3))
     assert most == [1, 1, 1]
+
+
+def test_a_table_that_was_begun_keeps_the_size_of_its_shards(tmp_path: Path) -> None:
+    """Whoever goes on with it need not know how it was begun: another part, or the training that reads it."""
+    run = load("digits-words", [f"net.texts.root={tmp_path}/ids"])
+    assert isinstance(run.net.texts, TableTexts)
+    with pytest.raises(UserError, match="shard_rows = 2,097,152: a shard has at most"):
+        encode.encode_texts(run.data, run.net.texts, shard_rows=2**21)
+    encode.encode_texts(run.data, run.net.texts, shard_rows=7, rank=0, world=2)
+    encode.make_tokens(run)
+    index = texttable.read_contents(run.net.texts.folder)
+    assert index is not None
+    assert index.shard_rows == 7
+    assert index.shards
 
 
 @pytest.mark.slow
