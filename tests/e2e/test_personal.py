@@ -18,7 +18,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.reading import reading, teacher_velocity
 from dumo.run.folder import write_run_file
 from dumo.run.weights import open_run
-from dumo.runtime.random import share_of_rows
+from dumo.runtime.random import random_row_mask
 from dumo.training import checkpoint
 from dumo.types import frozen
 from e2e.shell import call, refused, sets, together
@@ -101,7 +101,7 @@ def test_a_share_of_every_batch_is_what_the_few_step_run_made(sd3: Personal) -> 
         assert torch.equal(part[0], x[1:3])
         assert torch.equal(part[1], c[1:3])
         prior = [texts[k] in ("a castle", "a boat, at sea") for k in c.tolist()]
-        assert prior == share_of_rows(0, step, PRIOR, 4, 0.5).tolist()
+        assert prior == random_row_mask(0, step, PRIOR, 4, 0.5).tolist()
         assert sum(prior) == 2
         seen.update(texts[k] for k in c.tolist())
     assert seen == dict.fromkeys(CAPTIONS, 8) | {"a castle": 12, "a boat, at sea": 12}

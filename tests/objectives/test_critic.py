@@ -5,7 +5,7 @@ import torch
 
 from contract.case import step
 from dumo.flow.slope import JvpSlope
-from dumo.objectives.critic import CENTRE, FIT, FLOOR, SLOPES, WEIGHT, Critic, reversed_at
+from dumo.objectives.critic import CENTRE, FIT, FLOOR, SLOPES, WEIGHT, Critic, reverse_gradient
 from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, drawn, gaussian, gradient, record
 from theory.formula import Polynomial
 from theory.pulled import adds, moves_samples_back, width_gradient
@@ -40,14 +40,14 @@ def test_by_hand(progress: float) -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_reversal_is_the_same_whatever_the_loss_is_multiplied_by(scale: float) -> None:
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=D, requires_grad=True)
-    out, tap = reversed_at(x, 0.5, 0.01)
+    out, tap = reverse_gradient(x, 0.5, 0.01)
     (grad,) = torch.autograd.grad((scale * (out.exp().sum(1) + tap)).sum(), x)
     g = 3 * x.detach().exp()
     rms = g.square().mean(1, keepdim=True).sqrt()
     assert torch.allclose(grad / scale, -2 * 0.5 / 3 * g / (rms + 0.01), rtol=1e-12)
-    out, tap = reversed_at(x, 0.5, 0.01)
+    out, tap = reverse_gradient(x, 0.5, 0.01)
     (still,) = torch.autograd.grad((out * 0).sum() + tap.sum() + 0 * x.sum(), x)
-    (alone,) = torch.autograd.grad(reversed_at(x, 0.5, 0.01)[0].exp().sum(), x)
+    (alone,) = torch.autograd.grad(reverse_gradient(x, 0.5, 0.01)[0].exp().sum(), x)
     assert not still.any()
     assert not alone.any()  # of a part of the loss that is not this row's: a probe asks so
 

@@ -20,7 +20,7 @@ from dumo.run.journal import slope_in_time
 from dumo.run.net import flow_in_training
 from dumo.run.weights import build, build_deferred
 from dumo.runtime import dist
-from dumo.runtime.random import keyed
+from dumo.runtime.random import keyed_normal
 from dumo.training import agreement
 from dumo.training.state import begin
 from dumo.training.step import passes_of_rank, span, train_step
@@ -75,7 +75,8 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
     norms: list[float] = []
     for step in range(steps):
         batch = [*opened(run.data).batch(step, run.train.batch, run.train.seed, rows)]
-        batch += [keyed("pairs", step, rows=range(rows.start, rows.stop), shape=run.data.shape)] * ("+pairs" in case)
+        if "+pairs" in case:
+            batch.append(keyed_normal("pairs", step, rows=range(rows.start, rows.stop), shape=run.data.shape))
         record = train_step(state, flow, batch, run.train)
         losses.append(record.loss)
         norms += record.grad_norms.values()

@@ -40,7 +40,7 @@ def test_a_stale_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_row_that_names_a_whole_file_is_refused() -> None:
-    row = Mutant("runtime/random.py", "a", "def keyed(", "def no(", "random")
+    row = Mutant("runtime/random.py", "a", "def keyed_normal(", "def no(", "random")
     assert fault(row) == "'random' names no single test: mend tools/mutants.toml"
 
 

@@ -326,6 +326,7 @@ def primal_only() -> Generator[None, None, None]:
 
 
 def _has_no_dual(operands: Iterable[object]) -> bool:
+    """Whether none of the operands is a Dual."""
     for x in operands:  # noqa: SIM110, a generator takes three times as long
         if isinstance(x, Dual):
             return False
@@ -338,6 +339,7 @@ def _tree_has_tangent(operands: object) -> bool:
 
 
 def _has_tangent(x: object) -> bool:
+    """Whether x is a Dual that moves."""
     return isinstance(x, Dual) and x.t is not None
 
 
@@ -351,6 +353,7 @@ def _in_dtype_of(p: Tensor, t: Tensor | Later) -> Tensor | Later:
 
 
 def _cast(dx: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tangent of a cast; a function of the module, because a `Later` keeps no closure."""
     return dx.to(dtype)
 
 

@@ -70,6 +70,7 @@ def copied_bytes(net: nn.Module) -> int:
 
 
 def _is_from_dumo(net: nn.Module) -> bool:
+    """Whether a net's class is one of dumo's."""
     package, _, _ = type(net).__module__.partition(".")
     return package == "dumo"
 

@@ -28,7 +28,7 @@ from dumo.autodiff.dual import Dual, NoRule, pair, primal, teach_others
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
-MAX_ROUNDING = 0.03  # relative, ours: two passes in bf16 differ by less, with two masks of dropout by more
+_MAX_ROUNDING = 0.03  # relative, ours: two passes in bf16 differ by less, with two masks of dropout by more
 _OutputLeaf = Tensor | Dual | int | float | complex | str | None  # what an output may hold
 
 
@@ -170,7 +170,7 @@ def _differs(value: Tensor, repeated_value: Tensor) -> bool:
     """Whether two passes on the same inputs differ by more than rounding."""
     if not value.is_floating_point():
         return False
-    return bool((repeated_value - value).norm() > MAX_ROUNDING * value.norm())
+    return bool((repeated_value - value).norm() > _MAX_ROUNDING * value.norm())
 
 
 def _first_line(error: Exception) -> str:

@@ -40,7 +40,7 @@ from dumo.io.source import Bucketed, mirrored_rows, rows_of
 from dumo.io.table import ShardTable
 from dumo.runtime import signals
 from dumo.runtime.limits import GIGABYTES
-from dumo.runtime.random import share_of_rows, stream
+from dumo.runtime.random import random_row_mask, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
 _PRIOR_FOLDER = PRIOR  # the name of a folder of images that a teacher made, next to those of the subject
@@ -354,7 +354,7 @@ class LatentSource:
         """The rows of the cache, (b,), that are at the places `rows` of a step's batch."""
         if self.prior is None:
             return self.cache_rows[rows_of(step, batch_size, size=self.size, seed=seed, rows=rows)]
-        is_prior = share_of_rows(seed, step, PRIOR, batch_size, self.prior.share)
+        is_prior = random_row_mask(seed, step, PRIOR, batch_size, self.prior.share)
         cache_rows = torch.empty(batch_size, dtype=torch.long)  # by place in the batch
         # prior images and others each go through their own rows, epoch after epoch, in an order of their own
         groups = ((self.prior.prior, is_prior), (self.prior.other, ~is_prior))

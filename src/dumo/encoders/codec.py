@@ -25,7 +25,7 @@ from dumo.encoders.part import DIFFUSERS, find_weights
 from dumo.io import digest
 from dumo.io.read import user_path
 from dumo.runtime.door import settings
-from dumo.runtime.random import keyed
+from dumo.runtime.random import keyed_normal
 from dumo.types import MAYBE_PLACE, PINNED, Spec, UserError
 
 Images = Float[Tensor, "b 3 h w"]  # in [-1, 1]
@@ -131,7 +131,7 @@ class CodecSpec(Spec):
         if moments.shape[1] == self.channels:
             return moments
         mean, deviation = moments.split(self.channels, 1)
-        return mean + deviation * keyed(*key, rows=rows, shape=mean.shape[1:]).to(mean)
+        return mean + deviation * keyed_normal(*key, rows=rows, shape=mean.shape[1:]).to(mean)
 
     def normalise(self, raw: Moments) -> Moments:
         """Map an encoder's output (b, m, y, x), latents or moments, to what a net learns, of this shape."""

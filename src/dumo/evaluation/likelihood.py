@@ -25,7 +25,7 @@ from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.wholeset import Reference, collect
 from dumo.flow.likelihood import signs
 from dumo.runtime import limits
-from dumo.runtime.random import keyed
+from dumo.runtime.random import keyed_normal
 from dumo.types import Cond, Sample, UserError
 
 MAX_LEVEL_ERROR = 1e-2  # of a level, by which data may be off their levels: ours
@@ -137,5 +137,5 @@ def dequantise(x: Sample, levels: int, seed: int) -> Sample:
         raise UserError(
             f"the data have other levels than {levels} from -1 to 1: set evaluate.protocol.levels, for digits 17"
         )
-    u = torch.special.ndtr(keyed(seed, "likelihood", "noise", rows=range(len(x)), shape=x.shape[1:]))
+    u = torch.special.ndtr(keyed_normal(seed, "likelihood", "noise", rows=range(len(x)), shape=x.shape[1:]))
     return 2 * (k.round() + u) / levels - 1

@@ -6,23 +6,25 @@ its rows do not mix.
 
 `LoopFlow.check` calls, in this order:
 
-1. before any pass: `require_teachable` and `require_parameters`;
-2. on the first `rows_to_try` rows: `draws_random_numbers`, `require_pure_net` (up to `tolerance`) and
-   `require_rows_apart`.
+1. before any pass: `require_teacher`, `require_whole_groups` and `require_parameters`;
+2. on the first `rows_to_try` rows: `require_working_pass`, `require_pure_net` (up to `max_pass_difference`),
+   `require_finite_heads` and `require_rows_apart`.
 
 Then it compares du/dt (`dumo.flow.derivative`, which uses `inputs_of` and `short_text`). Each loss goes through
-`flow.require_terms`. `dumo.run.contract` calls `require_pure_net` and `outputs_match` for nets and objectives of users.
+`flow.require_terms`. `dumo.run.contract` calls `require_pure_net`, `require_rows_apart` and `outputs_match` for nets
+and objectives of users.
 """
 
+from collections.abc import Mapping
 from math import lcm
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dumo.flow.passes import Passes
 from dumo.flow.precision import Precision, precision_of
 from dumo.flow.signature import call_example
-from dumo.runtime.random import generator_states
 from dumo.types import Needs, Noised, Objective, Sample, Time, UserError, unwrap
 from dumo.types.outside import name_of
 
@@ -43,11 +45,19 @@ _MAX_TEXT = 140  # characters of an error that `short_text` keeps: ours
 
 
 def inputs_of(b: Noised, needs: Needs) -> dict[str, Time]:
-    """The times and knobs (b,) of a pass on a record, by the names of an objective's needs."""
+    """The times and knobs (b,) of a pass on a record, by the names of an objective's needs.
+
+    Knobs have their default values. An input of another name, which a record does not hold, gets t.
+    """
     values = {"t": b.t, "r": b.r}
     for name, value in needs.knobs.items():
         values[name] = torch.full_like(b.t, value)
     return {name: values.get(name, b.t) for name in needs.names}
+
+
+def _module_of(net: nn.Module) -> nn.Module:
+    """The user's own network, out of `Passes` and of its wrappers."""
+    return unwrap(net.net) if isinstance(net, Passes) else net
 
 
 @torch.no_grad()
@@ -57,22 +67,15 @@ def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: fl
     `max_difference`: how far two passes may differ, as `outputs_match` takes it.
     """
     inputs = inputs_of(b, needs)
-    module = unwrap(net.net) if isinstance(net, Passes) else net
+    module = _module_of(net)
     subject = f"net {name_of(type(module))}"
+    buffers_before = _copy_buffers(module)
     x = b.x_t.clone()
     first = net(x, b.c, **inputs)
     if not torch.allclose(x, b.x_t, rtol=0.0, atol=0.0, equal_nan=True):
         raise UserError(f"{subject}: a pass changes its input x in place, which later passes get: write x = x + ...")
-    buffers_before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     second = net(b.x_t, b.c, **inputs)
-    for name, buffer in module.named_buffers():
-        if name in buffers_before and not torch.equal(buffer, buffers_before[name]):
-            owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
-            raise UserError(
-                f"{subject}: a pass in training changes its buffer '{name}' (of {owner}). A step makes several passes "
-                "at different times t, so such a statistic mixes them: use a norm within one row, such as nn.GroupNorm "
-                "or nn.LayerNorm"
-            )
+    _require_same_buffers(module, buffers_before)
     if all(outputs_match(head, repeated, max_difference) for head, repeated in zip(first, second, strict=True)):
         return
     if isinstance(net, Passes):  # it seeds torch's default generator for each pass
@@ -88,6 +91,23 @@ def require_pure_net(net: nn.Module, b: Noised, needs: Needs, max_difference: fl
     )
 
 
+def _copy_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a network's buffers by name, without those that its first pass makes (torch's lazy layers)."""
+    return {name: buffer.clone() for name, buffer in module.named_buffers() if not is_lazy(buffer)}
+
+
+def _require_same_buffers(module: nn.Module, buffers_before: Mapping[str, Tensor]) -> None:
+    """Raise UserError where a buffer is no longer as it was before a pass."""
+    for name, buffer in module.named_buffers():
+        if name in buffers_before and not torch.equal(buffer, buffers_before[name]):
+            owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            raise UserError(
+                f"net {name_of(type(module))}: a pass in training changes its buffer '{name}' (of {owner}). A step "
+                "makes several passes at different times t, so such a statistic mixes them: use a norm within one row, "
+                "such as nn.GroupNorm or nn.LayerNorm"
+            )
+
+
 def _require_no_dropout(module: nn.Module, subject: str) -> None:
     """Raise UserError for one of torch's dropout layers, whose masks have no key."""
     for name, part in module.named_modules():
@@ -99,8 +119,11 @@ def _require_no_dropout(module: nn.Module, subject: str) -> None:
             )
 
 
-def tolerance(x: Sample) -> float:
-    """By how much two passes on x may differ, as `outputs_match` takes it: on a CPU not at all."""
+def max_pass_difference(x: Sample) -> float:
+    """By how much two passes on x may differ, as `outputs_match` takes it, in the precision that holds now.
+
+    On a CPU it is 0.
+    """
     if x.device.type == "cpu":
         return 0.0
     precision = precision_of(x)
@@ -125,26 +148,51 @@ def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
 
 
 @torch.no_grad()
-def require_rows_apart(net: Passes, b: Noised, needs: Needs) -> None:
-    """Raise UserError where a head is not finite, or where a change of the first row of x changes other rows of it."""
+def require_finite_heads(net: nn.Module, b: Noised, needs: Needs) -> None:
+    """Raise UserError where a head of a pass on a record is not finite."""
+    outputs = net(b.x_t, b.c, **inputs_of(b, needs))
+    # outputs also hold the gauges, after the heads
+    for head, output in zip(needs.heads, outputs, strict=False):
+        if not output.isfinite().all():
+            raise UserError(
+                f"{type(_module_of(net)).__name__}: head '{head}' is not finite on the first rows: look at the data "
+                "and the weights"
+            )
+
+
+@torch.no_grad()
+def require_rows_apart(net: nn.Module, b: Noised, needs: Needs) -> None:
+    """Raise UserError where another first row changes what the net returns for the other rows.
+
+    A head that is zero everywhere, as new ones often are, hides that.
+    """
     inputs = inputs_of(b, needs)
-    name = type(unwrap(net.net)).__name__
+    outputs = net(b.x_t, b.c, **inputs)
+
+    # another x, other times and another condition in the first row alone
     x = b.x_t.clone()
     x[0] += 1
-    outputs = net(b.x_t, b.c, **inputs)
-    changed_outputs = net(x, b.c, **inputs)
+    c = b.c.clone()
+    c[0] = b.c[-1]
+    changed_inputs: dict[str, Time] = {}
+    for name, values in inputs.items():
+        changed_inputs[name] = values.clone()
+        changed_inputs[name][0] = values[-1]
+    changed_outputs = net(x, c, **changed_inputs)
+
     # outputs also hold the gauges, after the heads
     for head, output, changed_output in zip(needs.heads, outputs, changed_outputs, strict=False):
-        if not output.isfinite().all():
-            raise UserError(f"{name}: head '{head}' is not finite on the first rows: look at the data and the weights")
-        other_rows = output[1:]
-        if not len(other_rows):
+        is_finite = output[1:].isfinite()
+        before = output[1:][is_finite]
+        if not len(before):
             continue
-        largest_change = (other_rows - changed_output[1:]).abs().max()
-        if largest_change > _MAX_MIXING * other_rows.abs().max():
+        largest_change = (changed_output[1:][is_finite] - before).abs().max()
+        rows_are_apart = largest_change <= _MAX_MIXING * before.abs().max()  # false where the change is not finite
+        if not rows_are_apart:
             raise UserError(
-                f"{name}: head '{head}' of one row changes with another row, so the rows of a batch mix (a batch norm, "
-                "attention over the first axis, a reshape). Each row has a time of its own: keep them apart"
+                f"{type(_module_of(net)).__name__}: head '{head}' of one row changes with another row, so the rows of "
+                "a batch mix (a batch norm, attention over the first axis, a reshape, the time of one row for all). "
+                "Each row has a time of its own: keep them apart"
             )
 
 
@@ -160,27 +208,27 @@ def _group_size(objective: Objective) -> int:
     return lcm(objective.times.group, objective.needs.group)
 
 
-def draws_random_numbers(passes: Passes, b: Noised, needs: Needs) -> bool:
-    """Whether a pass without a key moves torch's generators, on the CPU or the device of b.
-
-    Raises UserError, with the likely fix, where the pass fails.
-    """
-    states_before = generator_states(b.x_t.device)
+@torch.no_grad()
+def require_working_pass(passes: Passes, b: Noised, needs: Needs) -> None:
+    """Try a pass on a record. Raises UserError, with the likely fix, where it fails or changes a buffer."""
+    module = _module_of(passes)
+    buffers_before = _copy_buffers(module)
     try:
-        with torch.no_grad():
-            passes(b.x_t, b.c, **inputs_of(b, needs))
+        passes(b.x_t, b.c, **inputs_of(b, needs))
     except UserError:
         raise
     except Exception as error:  # a module of somebody else may raise anything
         raise UserError(
-            f"{type(unwrap(passes.net)).__name__} failed on x {tuple(b.x_t.shape)} at times {tuple(b.t.shape)}: "
+            f"{type(module).__name__} failed on x {tuple(b.x_t.shape)} at times {tuple(b.t.shape)}: "
             f"{short_text(error)}. {_likely_fix(error, passes, b)}"
         ) from error
-    return generator_states(b.x_t.device) != states_before
+    _require_same_buffers(module, buffers_before)
 
 
 def _likely_fix(error: Exception, passes: Passes, b: Noised) -> str:
-    """The fix for a pass that failed, by what is most often wrong: dtypes, the number of classes, shapes."""
+    """The fix for a pass that failed, by what is most often wrong: memory, dtypes, the number of classes, shapes."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"It has no room on {b.x_t.device}: give a smaller network, or a device of more memory"
     weight = next(iter(unwrap(passes.net).parameters()), b.x_t)
     if weight.dtype != b.x_t.dtype and not torch.is_autocast_enabled(b.x_t.device.type):
         return f"x is {b.x_t.dtype}, and the network's weights {weight.dtype}: give x.to({weight.dtype})"
@@ -192,8 +240,8 @@ def _likely_fix(error: Exception, passes: Passes, b: Noised) -> str:
 # ------------------------------------------------------------------------------------------- what can be trained at all
 
 
-def require_teachable(objective: Objective, rows: int, *, has_teacher: bool) -> None:
-    """Raise UserError where an objective lacks the teacher it needs, or a batch of `rows` rows splits a group."""
+def require_teacher(objective: Objective, *, has_teacher: bool) -> None:
+    """Raise UserError where an objective lacks the teacher that it learns from."""
     if objective.needs.teacher.points:
         raise UserError(
             f"objective '{objective.kind}' learns from whole trajectories of a teacher, which dumo train makes: take "
@@ -204,6 +252,10 @@ def require_teachable(objective: Objective, rows: int, *, has_teacher: bool) -> 
             f"objective '{objective.kind}' learns from a teacher's velocity: give dumo.Flow(teacher=...), a flow that "
             "was trained, or a function of (x_t, t, c, v_t)"
         )
+
+
+def require_whole_groups(objective: Objective, rows: int) -> None:
+    """Raise UserError where a batch of `rows` rows splits a group of rows that belong together."""
     group = _group_size(objective)
     if rows % group:
         raise UserError(
@@ -222,9 +274,12 @@ def require_parameters(net: nn.Module) -> None:
 
 
 def short_text(error: BaseException) -> str:
-    """The first line of an error's text, _MAX_TEXT characters at most, with its type where dumo did not raise it."""
+    """The first line of an error's text, _MAX_TEXT characters at most, with its type where dumo did not raise it.
+
+    The advice of `dumo.flow.slope` to use another slope is left out, for the others are tried anyway.
+    """
     first_line, _, _ = str(error).partition("\n")
-    cause, _, _ = first_line.partition(": use slope")  # other slopes are tried anyway
+    cause, _, _ = first_line.partition(": use slope")
     text = cause[:_MAX_TEXT]
     if isinstance(error, UserError):
         return text

@@ -6,7 +6,7 @@ compared with differences of passes before the first step. `LoopFlow.check` call
 1. `copy_without_zero_layers` makes the copy of the network that is examined.
 2. `choose_slope` takes differences of its passes as the exact derivative (`_exact_derivative`): in float64 where the
    network can, with several half-steps, of which those two neighbours count that agree best.
-3. It compares one slope after another with that (`_try`), and returns the first that is near enough, as a
+3. It compares one slope after another with that (`_try_slope`), and returns the first that is near enough, as a
    `SlopeChoice`.
 
 Names in all functions: `net` is the network, or its copy, as objectives call it. `b` is a record of a few rows, and
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
 from dumo.flow.check import inputs_of, short_text
 from dumo.flow.passes import Passes
@@ -81,7 +82,7 @@ def copy_without_zero_layers(net: Passes) -> Passes | None:
     """Passes of a copy of the network whose layers of zeros are drawn at random.
 
     A head that starts at zero has du/dt = 0, to which any slope is right. None where the network cannot be copied: it
-    is large, sharded, or has parts that cannot be copied.
+    is large, sharded, lazy, or has parts that cannot be copied.
     """
     module = _copy_of(unwrap(net.net))
     if module is None:
@@ -98,11 +99,11 @@ def copy_without_zero_layers(net: Passes) -> Passes | None:
 
 
 def _copy_of(net: nn.Module) -> nn.Module | None:
-    """A deep copy of a network; None where it is sharded, large, or has parts that cannot be copied."""
+    """A deep copy of a network; None where it is sharded, large, lazy, or has parts that cannot be copied."""
     if any(isinstance(part, FSDPModule) for part in net.modules()):
         return None
     parameters = list(net.parameters())
-    if any(isinstance(p, DTensor) for p in parameters):
+    if any(isinstance(p, DTensor) or is_lazy(p) for p in parameters):
         return None
     if sum(p.numel() for p in parameters) > _MAX_COPIED_PARAMETERS:
         return None
@@ -137,7 +138,7 @@ def choose_slope(
     is_uncertain = largest_of_ranks(gap) > MAX_SLOPE_ERROR  # passes round so much that no two differences agree
     failures: list[str] = []  # why each slope so far was not taken
     for slope in _candidates(named_slope, chosen_before):
-        attempt = _try(slope, net, b, inputs, exact, is_uncertain=is_uncertain)
+        attempt = _try_slope(slope, net, b, inputs, exact, is_uncertain=is_uncertain)
         if attempt.serves:
             reason = "; ".join([attempt.text, *dict.fromkeys(failures)])
             return SlopeChoice(slope, reason, _steepness(exact, b), is_fallback=bool(failures))
@@ -154,7 +155,7 @@ class _Attempt:
     text: str  # its name and error, or why it was not taken
 
 
-def _try(
+def _try_slope(
     slope: Slope, net: Passes, b: Noised, inputs: Mapping[str, Time], exact: Heads, *, is_uncertain: bool
 ) -> _Attempt:
     """Compare a slope with the exact derivative. Every rank must call it, and all decide alike.

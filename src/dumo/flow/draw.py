@@ -29,7 +29,7 @@ from dumo.flow import dropout
 from dumo.flow.path import FlowPath
 from dumo.runtime import random
 from dumo.runtime.limits import ROWS
-from dumo.runtime.random import keyed, share_of_rows, stream
+from dumo.runtime.random import keyed_normal, random_row_mask, stream
 from dumo.types import Cond, Law, Noised, Objective, Rows, Sample, Spec, Taught, Time, Trail
 from dumo.types.rows import pin, to_device
 
@@ -43,7 +43,7 @@ class Noise(Law):
 
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample:
         """Draw one sample for each of these rows."""
-        return keyed(*key, rows=rows, shape=shape)
+        return keyed_normal(*key, rows=rows, shape=shape)
 
 
 class Signs(Law):
@@ -53,7 +53,7 @@ class Signs(Law):
 
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample:
         """Draw one sample of signs for each of these rows."""
-        return random.signs(*key, rows=rows, shape=shape)
+        return random.keyed_signs(*key, rows=rows, shape=shape)
 
 
 class Coupling(Spec):
@@ -159,11 +159,11 @@ def make_draws(
         laws[name] = law.rows((seed, step, "law", name), row_numbers, batch, shape)
     taught = None
     if prior is not None:
-        taught = share_of_rows(seed, step, PRIOR, batch, prior)[rows]
+        taught = random_row_mask(seed, step, PRIOR, batch, prior)[rows]
     return Draws(
         t=t[rows],
         r=r[rows],
-        z=keyed(seed, step, "z", rows=row_numbers, shape=shape) if z else None,
+        z=keyed_normal(seed, step, "z", rows=row_numbers, shape=shape) if z else None,
         kept=kept[rows],
         keys=dropout.keys(seed, step, batch)[rows],
         laws=laws,

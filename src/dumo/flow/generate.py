@@ -14,7 +14,8 @@ The order of events in a batch of `sample_batches`:
    own claim.
 
 Others use `eval_mode`, `in_precision`, `counting_passes` and `integrate` alone, too: `dumo.report.evaluate` and
-`dumo.report.live` around passes of their own, `dumo.flow.loop` and `dumo.run.teacher` the first.
+`dumo.report.live` around passes of their own, `dumo.flow.loop` and `dumo.run.teacher` the first. `training_mode` is for
+trials of a user's net (`dumo.run.contract`).
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -105,7 +106,7 @@ def sample_batches(
             batch_c = c[start : start + batch].to(device)
             fresh: Fresh = partial(prefetch, number)
             if z is not None:
-                fresh = _starting_at(z[start : start + batch].to(device), fresh)
+                fresh = _with_first_draw(z[start : start + batch].to(device), fresh)
             with (
                 eval_mode(net),
                 counting_passes(net) as rows_per_pass,
@@ -207,8 +208,24 @@ def eval_mode(net: nn.Module) -> Generator[None, None, None]:
     try:
         yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        _restore_modes(modes)
+
+
+@contextmanager
+def training_mode(net: nn.Module) -> Generator[None, None, None]:
+    """Hold the net in training mode, then give every part of it its own mode back."""
+    modes = [(part, part.training) for part in net.modules()]
+    net.train()
+    try:
+        yield
+    finally:
+        _restore_modes(modes)
+
+
+def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    """Put each part of a net into its mode, True for training."""
+    for part, is_training in modes:
+        part.training = is_training
 
 
 @contextmanager
@@ -277,7 +294,7 @@ class _NoisePrefetch:
         return z.pin_memory() if self.device.type == "cuda" else z  # from where a GPU fetches it by itself
 
 
-def _starting_at(z: Sample, fresh: Fresh) -> Fresh:
+def _with_first_draw(z: Sample, fresh: Fresh) -> Fresh:
     """`fresh`, but for draw 0, which is z."""
     return lambda draw: z if draw == 0 else fresh(draw)
 

@@ -49,7 +49,7 @@ class Interval(Spec):
         return (self.low <= t) & (t <= self.high)
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Interval":
+    def _require_order(self) -> "Interval":
         require_order(low=self.low, high=self.high)
         return self
 

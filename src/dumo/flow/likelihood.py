@@ -95,7 +95,7 @@ def signs(*key: int | str, numbers: Sequence[int], shape: Sequence[int], probes:
 
     A sample's signs are a function of the key and its number alone, of which `numbers` has n.
     """
-    return [random.signs(*key, probe, rows=numbers, shape=shape) / probes**0.5 for probe in range(probes)]
+    return [random.keyed_signs(*key, probe, rows=numbers, shape=shape) / probes**0.5 for probe in range(probes)]
 
 
 def divergence(velocity: Velocity, x: Sample, t: Time, c: Cond, along: Sequence[Sample]) -> tuple[Sample, PerSample]:

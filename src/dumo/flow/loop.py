@@ -30,13 +30,15 @@ from torch.distributed.fsdp import FSDPModule
 
 from dumo.flow import dropout, generate
 from dumo.flow.check import (
-    draws_random_numbers,
+    max_pass_difference,
+    require_finite_heads,
     require_parameters,
     require_pure_net,
     require_rows_apart,
-    require_teachable,
+    require_teacher,
+    require_whole_groups,
+    require_working_pass,
     rows_to_try,
-    tolerance,
 )
 from dumo.flow.condition import (
     Condition,
@@ -64,7 +66,7 @@ from dumo.flow.slope import Slope, slope_of
 from dumo.flow.solver import Solver, best_solver
 from dumo.flow.state import FlowState
 from dumo.runtime import dist
-from dumo.runtime.random import seeded_generators, stream
+from dumo.runtime.random import generator_states, seeded_generators, stream
 from dumo.types import (
     Cond,
     Frozen,
@@ -344,11 +346,18 @@ class LoopFlow(Flow):
         passes = self._passes(c, self._key(self.step))
         generators_stay = torch.random.fork_rng([x.device] if x.is_cuda else [])
         with generators_stay, dropout.using(keys if self.training else None), self._in_precision(x):
-            self.net_draws = on_every_rank(lambda: draws_random_numbers(self._passes(c, None), b, needs))
             copied_passes = copy_without_zero_layers(passes)
             self.is_check_of_copy = copied_passes is not None
             probe = passes if copied_passes is None else copied_passes
-            on_every_rank(lambda: require_pure_net(probe, b, needs, tolerance(x)))
+
+            # a pass without a key moves torch's generators, if the network draws from them
+            unkeyed_probe = self._passes(c, None).with_net(probe.net)
+            states_before = generator_states(x.device)
+            on_every_rank(lambda: require_working_pass(unkeyed_probe, b, needs))
+            self.net_draws = generator_states(x.device) != states_before
+
+            on_every_rank(lambda: require_pure_net(probe, b, needs, max_pass_difference(x)))
+            on_every_rank(lambda: require_finite_heads(probe, b, needs))
             on_every_rank(lambda: require_rows_apart(probe, b, needs))
             if needs.slope is not None:
                 self._take_slope(probe, replace(b, moving=None))
@@ -361,7 +370,8 @@ class LoopFlow(Flow):
         require_batch(x, c, self.classes, self.shape, self.call, null=self.null, reads_values=True)
         if isinstance(self.call, Signature):
             self.call.require(self.objective.needs, classes=bool(self.classes))
-        require_teachable(self.objective, len(x), has_teacher=self.teacher is not None)
+        require_teacher(self.objective, has_teacher=self.teacher is not None)
+        require_whole_groups(self.objective, len(x))
         require_parameters(self.net)
 
     def _take_slope(self, probe: Passes, b: Noised) -> None:

@@ -154,14 +154,14 @@ def heads_of(returned: Any, x: Array, needs: Needs, net: str) -> Heads:  # noqa:
     returned_shapes = [_shape_or_type(head) for head in returned]
     if returned_shapes != shapes:
         count = f"{len(names)} outputs"
-        fix = f"a tuple of {_listed(shapes)}"
+        fix = f"a tuple of {_join_shapes(shapes)}"
         if len(names) == 1:
             count = "1 output"
-            fix = f"a tensor of shape {_listed(shapes)}"
+            fix = f"a tensor of shape {_join_shapes(shapes)}"
         elif x.ndim > 1:
             fix += f", or one tensor with {len(names) * x.shape[1]} channels"
         raise UserError(
-            f"{net} returned {_listed(returned_shapes)}; this objective needs {count}, {', '.join(names)}: {fix}"
+            f"{net} returned {_join_shapes(returned_shapes)}; this objective needs {count}, {', '.join(names)}: {fix}"
         )
     return cast(Heads, tuple(returned))
 
@@ -180,5 +180,6 @@ def _unstack_heads(returned: Tensor, x: Array, heads: int) -> tuple[Tensor, ...]
     return (returned,)
 
 
-def _listed(shapes: list[Any]) -> str:
+def _join_shapes(shapes: list[Any]) -> str:
+    """Shapes as a list of a message."""
     return ", ".join(map(str, shapes)) or "nothing"

@@ -140,7 +140,7 @@ class Restart(Spec):
     start: Start = 1.0  # UCGM: 0.999 with SD-VAE; consistency models: sigma = 80
 
     @model_validator(mode="after")
-    def _descends(self) -> "Restart":
+    def _require_falling_times(self) -> "Restart":
         if self.m >= self.start:
             raise ValueError(f"m = {self.m} is not below start = {self.start}: lower m")
         return self
@@ -232,7 +232,9 @@ def taught_reading(solver: Solver, reads: Reads) -> Callable[..., Any]:
         needs = "velocity and endpoint of one pass" if solver.uses == "both" else solver.uses
         gives = ", ".join(name for name in taught if name != "both")
         usable = [s.model_fields["kind"].default for s in (Euler, Heun, Restart, Hop, Hermite) if s.uses in taught]
-        raise UserError(f"solver '{solver.kind}' needs {needs}; this objective gives {gives}: use {_either(usable)}")
+        raise UserError(
+            f"solver '{solver.kind}' needs {needs}; this objective gives {gives}: use {_join_choices(usable)}"
+        )
 
     def stoppable(*values: object) -> Any:  # noqa: ANN401, as the reading
         signals.check()
@@ -299,7 +301,7 @@ def _require_taught_jumps(solver: Hop, reads: Reads, nfe: int) -> None:
         possible = list(islice((n for n in far_nfes if can_make(solver, reads, n)), 1))
     fix = "start = 1"
     if possible:
-        fix = f"nfe = {_either([str(n) for n in possible])}"
+        fix = f"nfe = {_join_choices([str(n) for n in possible])}"
     if reads.velocity is not None:
         fix += ", or use euler"
     raise UserError(
@@ -308,7 +310,7 @@ def _require_taught_jumps(solver: Hop, reads: Reads, nfe: int) -> None:
     )
 
 
-def _either(names: list[str]) -> str:
+def _join_choices(names: list[str]) -> str:
     """Names as a choice: 'a', 'a or b', 'a, b or c'."""
     if len(names) < 2:
         return "".join(names)

@@ -32,8 +32,8 @@ from dumo.types.rows import split_by_step, spread_evenly
 
 # EDM is Karras et al. 2022
 EDM_SD = 0.5  # the standard deviation of the data (EDM, Tab. 1)
-EDM_RHO = 7.0  # the exponent of its noise levels (EDM, Eq. 5)
-KARRAS_ROOTS = (0.002 ** (1 / EDM_RHO), 80.0 ** (1 / EDM_RHO))  # of sigma_min and sigma_max (EDM, Tab. 1)
+_EDM_RHO = 7.0  # the exponent of its noise levels (EDM, Eq. 5)
+KARRAS_ROOTS = (0.002 ** (1 / _EDM_RHO), 80.0 ** (1 / _EDM_RHO))  # of sigma_min and sigma_max (EDM, Tab. 1)
 
 
 class Number(Law):
@@ -85,7 +85,7 @@ class Uniform(ToData):
     high: float = Field(default=1.0, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _ordered(self) -> "Uniform":
+    def _require_order(self) -> "Uniform":
         require_order(low=self.low, high=self.high)
         return self
 
@@ -140,13 +140,13 @@ class Karras(ToData):
 
 def karras_time(root: PerSample) -> Time:
     """t = s / (1 + s), s = sigma / sd, of the noise level whose root is root = sigma^(1 / rho) (EDM, Eq. 5)."""
-    s = root**EDM_RHO / EDM_SD
+    s = root**_EDM_RHO / EDM_SD
     return s / (1 + s)
 
 
 def karras_root(t: Time) -> PerSample:
     """The root sigma^(1 / rho) of the noise level of t: the inverse of `karras_time`."""
-    return (EDM_SD * t / (1 - t)) ** (1 / EDM_RHO)
+    return (EDM_SD * t / (1 - t)) ** (1 / _EDM_RHO)
 
 
 OneTimeLaw = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]
@@ -348,9 +348,8 @@ class Grid(TimeLaw):
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""
         t_step = torch.randint(1, self.steps + 1, (n,), generator=g)
-        r_step = (
-            (torch.rand(n, generator=g) * t_step).floor().clamp(max=t_step - 1)
-        )  # the product may round up to t_step
+        r_step = (torch.rand(n, generator=g) * t_step).floor()
+        r_step = r_step.clamp(max=t_step - 1)  # the product may round up to t_step
         return t_step / self.steps, r_step / self.steps
 
 

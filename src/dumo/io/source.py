@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from dumo.io import digest
-from dumo.runtime.random import keyed, stream
+from dumo.runtime.random import keyed_normal, stream
 from dumo.types import Cond, Sample
 from dumo.types.family import is_instance_of
 
@@ -170,7 +170,7 @@ class Endless:
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Fresh i.i.d. draws for some rows of a step's batch, keyed by (seed, step, row)."""
-        return self.sample_map(keyed(seed, step, "data", rows=range(batch_size)[rows], shape=[self.width]))
+        return self.sample_map(keyed_normal(seed, step, "data", rows=range(batch_size)[rows], shape=[self.width]))
 
     def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> None:
         """None: no row comes twice."""
@@ -180,7 +180,7 @@ class Endless:
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """The i-th choice of n fresh i.i.d. draws that are in no batch."""
-        return self.sample_map(keyed(seed, "reference", i, rows=range(n), shape=[self.width]))
+        return self.sample_map(keyed_normal(seed, "reference", i, rows=range(n), shape=[self.width]))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from dumo.types import QUIET, Spec, UserError
 FEW_STEP = "default"  # of the few-step run
 SUBJECT = "subject"  # on top of it
 # Matches the path of a layer whose input is the time alone, in all models of `dumo.nets.family`.
-MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)
+_MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)
 
 
 class Lora(Spec):
@@ -91,7 +91,7 @@ def _target_paths(model: nn.Module, blocks: Sequence[nn.Module], lora: Lora) -> 
     layers_of_blocks = {id(layer) for block in blocks for layer in block.modules()}
     layer_classes = (nn.Linear, nn.Conv2d) if lora.convolutions else nn.Linear
     for path, layer in model.named_modules():
-        if isinstance(layer, layer_classes) and id(layer) in layers_of_blocks and not MODULATION.search(path):
+        if isinstance(layer, layer_classes) and id(layer) in layers_of_blocks and not _MODULATION.search(path):
             yield path
 
 

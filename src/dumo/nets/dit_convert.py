@@ -19,7 +19,7 @@ from torch import Tensor, cat, equal
 from dumo.nets.dit import Transformer
 from dumo.types import UserError
 
-OUR_NAMES = {  # by those of facebookresearch/DiT and willisma/SiT, models.py
+_OUR_NAMES = {  # by those of facebookresearch/DiT and willisma/SiT, models.py
     r"x_embedder\.proj\.": "embed.",
     r"pos_embed$": "positions",
     r"t_embedder\.mlp\.": "scalars.embedders.t.",
@@ -32,7 +32,7 @@ OUR_NAMES = {  # by those of facebookresearch/DiT and willisma/SiT, models.py
     r"final_layer\.adaLN_modulation\.1\.": "heads.v.modulation.",
     r"final_layer\.linear\.": "heads.v.out.",
 }
-AUTHORS_NAMES = {  # by those of diffusers' DiTTransformer2DModel, after its queries, keys and values are one layer
+_AUTHORS_NAMES = {  # by those of diffusers' DiTTransformer2DModel, after its queries, keys and values are one layer
     r"pos_embed\.proj\.": "x_embedder.proj.",
     r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_1\.": "t_embedder.mlp.0.",
     r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_2\.": "t_embedder.mlp.2.",
@@ -67,12 +67,12 @@ def from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if ".attn1.to_q." in query_name:
             parts = [fused.pop(query_name.replace("to_q", part)) for part in ("to_q", "to_k", "to_v")]
             fused[query_name.replace("to_q", "qkv")] = cat(parts)
-    return _rename(fused, AUTHORS_NAMES)
+    return _rename(fused, _AUTHORS_NAMES)
 
 
 def our_name(authors_name: str) -> str | None:
     """Return the net's name for a weight of the authors', or None where the net has no such layer."""
-    return _translate(authors_name, OUR_NAMES)
+    return _translate(authors_name, _OUR_NAMES)
 
 
 def convert(weights: Mapping[str, Tensor], net: Transformer) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ def convert(weights: Mapping[str, Tensor], net: Transformer) -> dict[str, Tensor
     - The outputs of a patch have the order row, column, channel there, and channel, row, column here.
     - A learned sigma is the second half of the output channels. It is dropped, as SiT's own forward pass drops it.
     """
-    state = _rename(weights, OUR_NAMES)
+    state = _rename(weights, _OUR_NAMES)
 
     # patches and positions
     state["embed.weight"] = state["embed.weight"].flatten(1)

@@ -26,7 +26,7 @@ from dumo.types import Array, Needs, Time, UserError
 FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
 PERIOD = 10_000.0  # DiT: the quickest wave is nearly this many times as quick as the slowest
 SLOPE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # the times t at which `Scalars.slope` is taken (ours)
-ROTARY_PERIOD = 100.0  # as PERIOD, of rotary positions (Heo et al. 2024)
+_ROTARY_PERIOD = 100.0  # as PERIOD, of rotary positions (Heo et al. 2024)
 
 
 class Scalars(nn.Module):
@@ -174,7 +174,7 @@ def rotary_tables(rows: int, columns: int, head_dim: int, device: torch.device |
     """
     indices = _arange(max(rows, columns), device)
     count = head_dim // 4
-    frequencies = torch.exp(-log(ROTARY_PERIOD) * _arange(count, device) / count)
+    frequencies = torch.exp(-log(_ROTARY_PERIOD) * _arange(count, device) / count)
     angles = _on_grid(indices[:, None] * frequencies, rows, columns)
     return angles.cos().float(), angles.sin().float()
 

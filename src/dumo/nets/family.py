@@ -334,7 +334,7 @@ def _sana_time_scale(config: Config) -> float:
     return 1000.0 * config.get("timestep_scale", 1.0)
 
 
-TOKENS_AND_MASKS = "tokens mask -tokens -mask"
+_TOKENS_AND_MASKS = "tokens mask -tokens -mask"
 FLUX = "FluxTransformer2DModel"
 FLUX2 = "Flux2Transformer2DModel"
 UNET = "UNet2DConditionModel"
@@ -392,7 +392,7 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
     "SanaTransformer2DModel": Family(
         arguments=sana_arguments,
         pipeline="SanaPipeline",
-        encodes=TOKENS_AND_MASKS,
+        encodes=_TOKENS_AND_MASKS,
         max_text_tokens=300,
         text_width="caption_channels",
         takes_mask=True,
@@ -430,7 +430,7 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
     "Lumina2Transformer2DModel": Family(
         arguments=lumina2_arguments,
         pipeline="Lumina2Pipeline",
-        encodes=TOKENS_AND_MASKS,
+        encodes=_TOKENS_AND_MASKS,
         max_text_tokens=256,
         text_width="cap_feat_dim",
         takes_mask=True,
@@ -465,7 +465,7 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
     "PRXTransformer2DModel": Family(
         arguments=prx_arguments,
         pipeline="PRXPipeline",
-        encodes=TOKENS_AND_MASKS,
+        encodes=_TOKENS_AND_MASKS,
         max_text_tokens=256,
         text_width="context_in_dim",
         takes_mask=True,
@@ -489,7 +489,7 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
     PIXART: Family(
         arguments=pixart_arguments,
         pipeline="PixArtSigmaPipeline",
-        encodes=TOKENS_AND_MASKS,
+        encodes=_TOKENS_AND_MASKS,
         max_text_tokens=300,
         text_width="caption_channels",
         takes_mask=True,
@@ -525,9 +525,9 @@ PIXART_ALPHA = replace(
 )
 VARIANTS = (SDXL, KONTEXT, KLEIN, PIXART_ALPHA)  # of models whose class another family has, too
 PIPELINES = tuple(entry.pipeline for entry in (*FAMILIES.values(), *VARIANTS))  # the classes that dumo accepts
-ALPHA_SAMPLE_SIZE = 128  # of a PixArt-alpha that reads sizes: PixArtAlphaPipeline passes them to no other
+_ALPHA_SAMPLE_SIZE = 128  # of a PixArt-alpha that reads sizes: PixArtAlphaPipeline passes them to no other
 
-UNET_PURPOSES = {  # by the channels that a UNet reads
+_UNET_PURPOSES = {  # by the channels that a UNet reads
     9: "fills a part of an image",
     8: "edits an image",
     7: "enlarges an image",
@@ -613,11 +613,11 @@ def _pixart_family(config: Config, pipeline: str) -> Family:
 
     Raises UserError for a model that reads sizes which its pipeline does not pass.
     """
-    sample_size = config.get("sample_size", ALPHA_SAMPLE_SIZE)
+    sample_size = config.get("sample_size", _ALPHA_SAMPLE_SIZE)
     reads_sizes = config.get("use_additional_conditions")
     if reads_sizes is None:  # as its class decides
-        reads_sizes = sample_size == ALPHA_SAMPLE_SIZE
-    if reads_sizes and (sample_size != ALPHA_SAMPLE_SIZE or pipeline == FAMILIES[PIXART].pipeline):
+        reads_sizes = sample_size == _ALPHA_SAMPLE_SIZE
+    if reads_sizes and (sample_size != _ALPHA_SAMPLE_SIZE or pipeline == FAMILIES[PIXART].pipeline):
         raise UserError(
             f"pipeline has a PixArt that reads the sizes of images (use_additional_conditions), with sample_size "
             f"{sample_size}, and no {pipeline or PIXART_ALPHA.pipeline} passes them to it: take the folder of a "
@@ -633,7 +633,7 @@ def _unet_family(config: Config) -> Family:
     in_channels = config.get("in_channels")
     out_channels = config.get("out_channels")
     if in_channels != out_channels:
-        purpose = UNET_PURPOSES.get(in_channels or 0, "reads more than a sample")
+        purpose = _UNET_PURPOSES.get(in_channels or 0, "reads more than a sample")
         raise UserError(
             f"pipeline has a UNet of {in_channels} channels, of which it gives {out_channels}: it {purpose}, and dumo "
             "trains what makes an image of a text alone. Take the folder of a text-to-image pipeline"

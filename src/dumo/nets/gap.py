@@ -33,7 +33,7 @@ from dumo.runtime.door import option
 from dumo.types import Array, Time, UserError
 
 # The relative error of an embedding of time up to which an export counts as the trained net (ours).
-MAX_EMBEDDING_ERROR = 1e-5
+_MAX_EMBEDDING_ERROR = 1e-5
 
 
 class GapEmbedder(nn.Module):
@@ -93,11 +93,11 @@ def fit_fixed_times(embedder: nn.Module, x: Tensor, target: Tensor, dtype: torch
     """Correct the last layer of an embedder, so that it maps the waves x (k, waves) to `target` (k, width).
 
     The embedder stays as it is. Everything is computed in float64, for weights that are then rounded to `dtype`; the
-    layers before the last are rounded first. Raises UserError where the error is above `MAX_EMBEDDING_ERROR` and twice
+    layers before the last are rounded first. Raises UserError where the error is above `_MAX_EMBEDDING_ERROR` and twice
     that of rounding alone.
     """
     x = x.double()
-    rounded_embedder = _rounded(embedder, dtype)
+    rounded_embedder = _round_weights(embedder, dtype)
     _, _, last = linear_layers(embedder)
     layer, condition = _corrected_last_layer(rounded_embedder, last, x, target.double())
     corrected = copy.deepcopy(embedder)
@@ -106,17 +106,17 @@ def fit_fixed_times(embedder: nn.Module, x: Tensor, target: Tensor, dtype: torch
     corrected_layer.bias = layer.bias
 
     # errors after rounding
-    uncorrected_output = _rounded(embedder, torch.float32)(x)
+    uncorrected_output = _round_weights(embedder, torch.float32)(x)
     rounding_error = _max_error(rounded_embedder, x, uncorrected_output)
     result = FixedTimes(
         passes=len(x),
         condition=condition,
-        error=_max_error(_rounded(corrected, dtype), x, target),
-        half=_max_error(_rounded(corrected, torch.bfloat16), x, target),
-        stock=_max_error(_rounded(embedder, torch.bfloat16), x, uncorrected_output),
+        error=_max_error(_round_weights(corrected, dtype), x, target),
+        half=_max_error(_round_weights(corrected, torch.bfloat16), x, target),
+        stock=_max_error(_round_weights(embedder, torch.bfloat16), x, uncorrected_output),
         layer=layer,
     )
-    is_exact = result.error <= max(MAX_EMBEDDING_ERROR, 2 * rounding_error)  # False for nan, too
+    is_exact = result.error <= max(_MAX_EMBEDDING_ERROR, 2 * rounding_error)  # False for nan, too
     if not is_exact:
         raise UserError(
             f"these passes are too near to one another for one embedding of time ({result}): ask for fewer by "
@@ -152,7 +152,7 @@ def _corrected_last_layer(embedder: nn.Module, last: nn.Linear, x: Tensor, targe
     return layer, condition
 
 
-def _rounded(embedder: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _round_weights(embedder: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Copy an embedder with its weights rounded to `dtype`. The copy computes in float64."""
     return copy.deepcopy(embedder).to(dtype).double()
 

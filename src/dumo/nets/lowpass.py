@@ -24,9 +24,9 @@ from dumo.types import Array
 
 PERIOD = 10_000.0  # the frequency of the quickest wave over that of the slowest, in every model of `dumo.nets.family`
 # The refit, all ours:
-POINTS = 256  # times at which the curves are compared in training
+_POINTS = 256  # times at which the curves are compared in training
 STEPS = 1000  # of Adam
-LEARNING_RATE = 2e-3  # Adam's at the start; it falls to 0 by half a cosine
+_LEARNING_RATE = 2e-3  # Adam's at the start; it falls to 0 by half a cosine
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,14 @@ def _regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:
     """
     weights_device = next(new.parameters()).device
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    t = (torch.arange(2 * POINTS, dtype=torch.float64) + 0.5) / (2 * POINTS)
+    t = (torch.arange(2 * _POINTS, dtype=torch.float64) + 0.5) / (2 * _POINTS)
     inputs = waves(t, w).float().to(device)
     training_inputs = inputs[::2]
     test_inputs = inputs[1::2]
     new = new.to(device)
     old = old.to(device).requires_grad_(False)
     had_gradients = [p.requires_grad for p in new.parameters()]
-    optimizer = torch.optim.Adam(new.requires_grad_(True).parameters(), LEARNING_RATE)
+    optimizer = torch.optim.Adam(new.requires_grad_(True).parameters(), _LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     curve = old(training_inputs)
     for _ in range(STEPS):

@@ -25,7 +25,7 @@ from dumo.nets.rows import ReaderOpener, Rows, SourceLatents, TextRows, Texts, T
 from dumo.types import Cond
 
 
-class BatchPrompts(NamedTuple):
+class _BatchPrompts(NamedTuple):
     """The prompts of a batch."""
 
     positions: list[int]  # the batch rows that name a prompt
@@ -127,14 +127,14 @@ class MappedRows(Texts):
         last = len(self.table) - 1
         return [min(text_id, last) for text_id in ids]
 
-    def _prompts_in(self, ids: Sequence[int]) -> BatchPrompts | None:
+    def _prompts_in(self, ids: Sequence[int]) -> _BatchPrompts | None:
         """Return the prompts that the ids of a batch name; None where they name none."""
         num_table_rows = len(self.table)
         positions = [i for i, text_id in enumerate(ids) if text_id >= num_table_rows]
         if self.prompt_rows is None or not positions:
             return None
         row_numbers = torch.tensor([ids[i] - num_table_rows for i in positions])
-        return BatchPrompts(positions, self.prompt_rows, row_numbers)
+        return _BatchPrompts(positions, self.prompt_rows, row_numbers)
 
     def _update_lengths(self) -> None:
         """Count tokens anew, after prompts came or went."""

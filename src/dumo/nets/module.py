@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dumo.flow.generate import eval_mode
 from dumo.io import digest
 from dumo.types import FREE, Needs, UserError
 from dumo.types.outside import NetSpec, name_of
@@ -76,17 +77,14 @@ def require_heads(net: nn.Module, needs: Needs, shape: tuple[int, ...], classes:
     t = torch.full((2,), 0.5)
     inputs = ", ".join(f"{name}={name}" for name in needs.names)
     call = f"net(x, c, {inputs})"
-    was_training = net.training
     try:
-        with torch.no_grad():
-            output: object = net.eval()(x, c, **dict.fromkeys(needs.names, t))
+        with torch.no_grad(), eval_mode(net):
+            output: object = net(x, c, **dict.fromkeys(needs.names, t))
     except Exception as error:  # a module of somebody else may raise anything
         raise UserError(
             f"{call}, with x {tuple(x.shape)}, times (2,) and c up to {classes} (no class), raised "
             f"{type(error).__name__}: {error}"
         ) from error
-    finally:
-        net.train(was_training)
     expected_shapes = [x.shape] * len(needs.heads) + [t.shape] * len(needs.gauges)
     if isinstance(output, tuple) and _shapes(output) == expected_shapes:
         return

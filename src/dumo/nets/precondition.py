@@ -31,7 +31,7 @@ from dumo.autodiff.dual import primal
 from dumo.types import Array, Sample, Time, lift
 
 Precondition = Literal["none", "edm", "data"]
-MIN_TIME = 0.05  # x - F is divided by at least this t, with `data` (pMF's code, `pmfDiT.py`)
+_MIN_TIME = 0.05  # x - F is divided by at least this t, with `data` (pMF's code, `pmfDiT.py`)
 PRECONDITIONED_HEADS = ("v", "u", "m")  # velocities, which alone can be preconditioned
 
 
@@ -44,8 +44,8 @@ def apply_precondition(kind: Precondition, x: Sample, t: Time) -> tuple[Array, C
         return x, lambda y: y
     time = lift(t, x).to(x.dtype)
     if kind == "data":
-        is_early = (primal(time) < MIN_TIME).to(x.dtype)  # 0 or 1
-        divisor = is_early * MIN_TIME + (1 - is_early) * time  # max(t, MIN_TIME), with the tangent of t above it
+        is_early = (primal(time) < _MIN_TIME).to(x.dtype)  # 0 or 1
+        divisor = is_early * _MIN_TIME + (1 - is_early) * time  # max(t, _MIN_TIME), with the tangent of t above it
         return x, lambda y: (x - y) / divisor
     n = (time * time + (1 - time) * (1 - time)) ** 0.5
     skip = (2 * time - 1) / (n * n) * x

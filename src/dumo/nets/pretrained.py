@@ -39,7 +39,7 @@ from dumo.types import QUIET, Needs, UserError
 
 HEADS = ("v", "u", "m")  # what an objective may ask for: velocities and flow maps
 TIMES = ("t", "r")  # what an objective may give
-DEPTH_KEYS = (  # of a config.json: how many blocks of each kind a model has
+_DEPTH_KEYS = (  # of a config.json: how many blocks of each kind a model has
     "num_layers",
     "num_single_layers",
     "num_mmdit_layers",
@@ -304,7 +304,7 @@ class Shortened(Pretrained):
     def _build_config(self, config: Config) -> Config:
         """Return the config of the pipeline's model, with fewer blocks."""
         short_config = dict(config)
-        for key in DEPTH_KEYS:
+        for key in _DEPTH_KEYS:
             if key in config:
                 short_config[key] = self._limit_depth(config[key])
         return short_config

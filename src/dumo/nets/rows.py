@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dumo.flow.precision import to_float32
-from dumo.runtime.random import keyed
+from dumo.runtime.random import keyed_normal
 from dumo.types import Cond, Spec, UserError
 
 Tokens = Float[Tensor, "b l d"]
@@ -239,7 +239,7 @@ def _draw_codes(name: str, rows: int, width: int) -> Tensor:
     """Draw (rows, width) from N(0, 1), by the name; on the meta device without values."""
     if torch.get_default_device().type == "meta":
         return torch.empty(rows, width)
-    return keyed("codes", name, rows=range(rows), shape=(width,))
+    return keyed_normal("codes", name, rows=range(rows), shape=(width,))
 
 
 def pad_tokens(x: Tensor, length: int) -> Tensor:

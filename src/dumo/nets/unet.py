@@ -29,7 +29,7 @@ from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 EPS = 1e-6  # added to the variance in group norms (Song et al.)
-EMBED_RATIO = 4  # the width of the embedding over that of the net (Song et al.)
+_EMBED_RATIO = 4  # the width of the embedding over that of the net (Song et al.)
 SKIP_SCALE = sqrt(0.5)  # keeps the variance of a sum of two (Song et al.)
 
 
@@ -233,7 +233,7 @@ class UNetModule(nn.Module):
         """See `UNet.build`."""
         super().__init__()
         width = spec.width
-        embed_width = EMBED_RATIO * width
+        embed_width = _EMBED_RATIO * width
         channels, side, _ = shape
         self.block_specs = tuple(block_specs(spec, side))
         last_channels = self.block_specs[-1].out_channels

@@ -57,7 +57,14 @@ class AlphaFlow(Spec):
     @property
     def needs(self) -> Needs:
         """The inputs and heads of the net, and what else the loss needs."""
-        return Needs(("t", "r"), ("u",), slope=self.slope, guide=self.guide, amplifies=self.gain, phases=self.phases)
+        return Needs(
+            inputs=("t", "r"),
+            heads=("u",),
+            slope=self.slope,
+            guide=self.guide,
+            amplifies=self.gain,
+            phases=self.phases,
+        )
 
     @property
     def phases(self) -> tuple[tuple[float, float], ...]:
@@ -69,7 +76,7 @@ class AlphaFlow(Spec):
         return tuple((progress, share) for progress, share in phases if share > 0)
 
     @model_validator(mode="after")
-    def _check_order(self) -> "AlphaFlow":
+    def _require_order(self) -> "AlphaFlow":
         require_order(begin=self.begin, end=self.end)
         return self
 

@@ -55,8 +55,8 @@ from dumo.types import (
     mean_square,
 )
 
-BOUNDARY = 0.3  # weight of rows at `low`: TCM
-LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4)) on data of standard deviation 0.5
+_BOUNDARY = 0.3  # weight of rows at `low`: TCM
+_LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4)) on data of standard deviation 0.5
 NEAR = 8.0  # k of ECT's mapping: how much longer a step is near the data (`training/loss.py`)
 
 
@@ -93,7 +93,7 @@ class KarrasGrid(Spec):
     last: int = Field(default=1280, ge=1, le=STEPS)
 
     @model_validator(mode="after")
-    def _check_order(self) -> "KarrasGrid":
+    def _require_order(self) -> "KarrasGrid":
         require_order(first=self.first, last=self.last)
         return self
 
@@ -142,7 +142,7 @@ class Consistency(Spec):
     """
 
     kind: Literal["consistency"] = "consistency"
-    times: Times = LOG_NORMAL
+    times: Times = _LOG_NORMAL
     drop: float = Field(default=0.0, ge=0, le=1)  # ours: all three train without labels or without dropping any
     discretization: Discretization = Ratio()
     weighted: bool = True  # by 1 / (sigma_t - sigma_r)
@@ -150,7 +150,7 @@ class Consistency(Spec):
     # The first time of a second stage, as its authors' sigma = 1 of 0.5 is 2/3; None: all times are trained.
     low: float | None = Field(default=None, gt=0, lt=1, exclude_if=lambda low: low is None)
     # Weight of rows at `low`: theirs is 0.1 for the mean of a quarter of the rows: 0.3 where other rows weigh 1.
-    boundary: float = Field(default=BOUNDARY, ge=0, exclude_if=lambda boundary: boundary == BOUNDARY)
+    boundary: float = Field(default=_BOUNDARY, ge=0, exclude_if=lambda boundary: boundary == _BOUNDARY)
 
     @property
     def gain(self) -> float:

@@ -48,7 +48,7 @@ class Critic(Pull):
 
     @property
     def needs(self) -> Needs:
-        """As every pull; rows that belong together, and the directions of slopes."""
+        """The needs of `Pull`, rows that belong together, and the noise along which slopes are taken."""
         return replace(super().needs, group=EVERY, laws={"d.e": Noise()})
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
@@ -60,7 +60,7 @@ class Critic(Pull):
         samples = b.z - u
         fixed_samples = samples.detach()
         if self.moves_samples(b):
-            critic_input, tap = reversed_at(samples, WEIGHT / FIT, FLOOR)
+            critic_input, tap = reverse_gradient(samples, WEIGHT / FIT, FLOOR)
         else:
             critic_input = fixed_samples
             tap = torch.zeros_like(b.t)
@@ -101,7 +101,7 @@ def _logit(head: Array) -> PerSample:
     return head.mean(1, dtype=torch.promote_types(head.dtype, torch.float32))
 
 
-def reversed_at(x: Sample, strength: float, floor: float) -> tuple[Sample, PerSample]:
+def reverse_gradient(x: Sample, strength: float, floor: float) -> tuple[Sample, PerSample]:
     """Return x, whose gradient is reversed, and a tap (b,): zeros to add to the loss l of each row.
 
     In `backward` x descends `strength` times
@@ -116,6 +116,8 @@ def reversed_at(x: Sample, strength: float, floor: float) -> tuple[Sample, PerSa
 
 
 class _Reversed(torch.autograd.Function):
+    """The function of `reverse_gradient`: the identity forward, and (4) in place of the gradient backward."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, strength: float, floor: float) -> tuple[Tensor, Tensor]:  # noqa: ANN401
         ctx.strength = strength

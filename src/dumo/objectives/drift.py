@@ -57,7 +57,7 @@ class Drift(Pull):
 
     @property
     def needs(self) -> Needs:
-        """As every pull; rows that belong together."""
+        """The needs of `Pull`, and the rows that belong together."""
         return replace(super().needs, group=self.size)
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
@@ -101,7 +101,8 @@ def drift(
     v = torch.zeros_like(samples)
     force = torch.zeros_like(unit)
     for radius in radii:
-        v_radius = _v(distance / unit / radius, weight, same_class, neighbour) / unit * samples.shape[2] ** 0.5
+        v_radius = _drift_by_radius(distance / unit / radius, weight, same_class, neighbour)
+        v_radius = v_radius / unit * samples.shape[2] ** 0.5
         rms = (same_class @ v_radius.square().mean(2, keepdim=True) / same_class.sum(2, keepdim=True)).sqrt()
         v = v + v_radius / rms.clamp(min=LEAST)
         force = force + rms / len(radii)
@@ -115,7 +116,7 @@ def _same_class(c: Cond, group: int) -> Bool[Tensor, "groups m m"]:
     return (rows[:, :, None] == rows[:, None]).all(-1)
 
 
-def _v(
+def _drift_by_radius(
     scaled_distance: Pairs,
     weight: Pairs,
     same_class: Float[Tensor, "groups m m"],

@@ -41,7 +41,7 @@ class Match(Pull):
 
     @property
     def needs(self) -> Needs:
-        """As every pull; noise and time of x'_t (`dumo.objectives.twinflow` says why the noise is fresh)."""
+        """The needs of `Pull`, and noise and time of x'_t (`dumo.objectives.twinflow` says why the noise is fresh)."""
         return replace(super().needs, laws={"w.z": Noise(), "w.t": Uniform()})
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:

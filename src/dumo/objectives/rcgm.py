@@ -49,7 +49,9 @@ class RCGM(Spec):
     def needs(self) -> Needs:
         """The inputs and heads of the net, and what else the loss needs."""
         ref = 0.99 if self.order > 1 else None
-        return Needs(("t", "r"), ("u",), signed=self.signed, guide=self.guide, amplifies=self.gain, ref=ref)
+        return Needs(
+            inputs=("t", "r"), heads=("u",), signed=self.signed, guide=self.guide, amplifies=self.gain, ref=ref
+        )
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`get_rcgm_target` of `methodes.py`. Raises UserError where passes are too coarse for its gain."""

@@ -27,7 +27,7 @@ from dumo.types.rows import index
 V_WEIGHT = 0.7  # of the mean squares of each head in the loss: DuMo's beta, Tab. 3
 U_WEIGHT = 0.15  # ours, the paper is silent
 M_WEIGHT = 0.15  # ours
-ROWS_TRIED = 1000  # a distribution of times must set a row with r = t apart among this many; ours
+_ROWS_TRIED = 1000  # a distribution of times must set a row with r = t apart among this many; ours
 
 
 class Several(Spec):
@@ -49,7 +49,7 @@ class Several(Spec):
     @model_validator(mode="after")
     def _require_rows_at_rest(self) -> "Several":
         needs_rows_at_rest = self.third == "shortcut" or self.apart
-        moving = self.times.moving(ROWS_TRIED)
+        moving = self.times.moving(_ROWS_TRIED)
         if needs_rows_at_rest and (moving is None or all(moving)):
             raise ValueError(
                 f"third=shortcut and apart=true need rows with r = t, and times '{self.times.kind}' set none apart: "

@@ -39,7 +39,7 @@ class TwinFlow(RCGM):
 
     @property
     def needs(self) -> Needs:
-        """As RCGM; the noise that samples are diffused with, for the twin and for G, and the time of G (dist_match)."""
+        """The needs of `RCGM`, the noise that diffuses samples for the twin and G, and the time of G (dist_match)."""
         return replace(super().needs, laws={"z_twin": Noise(), "t_twin": Uniform()})
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:

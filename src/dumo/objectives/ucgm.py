@@ -61,8 +61,12 @@ class UCGM(Spec):
     def needs(self) -> Needs:
         """The inputs and heads of the net, at ratio 0 a velocity, and what else the loss needs."""
         slope = self.slope if self.ratio == 1 else None
-        head = "u" if self.ratio else "v"
-        return Needs(inputs=("t",), heads=(head,), slope=slope, amplifies=self.gain, formulas=STRAIGHT)
+        return Needs(inputs=("t",), heads=(self._head,), slope=slope, amplifies=self.gain, formulas=STRAIGHT)
+
+    @property
+    def _head(self) -> str:
+        """The name of the one head: a velocity at ratio 0, else the mean velocity to the data."""
+        return "u" if self.ratio else "v"
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step` of `methods/unigen.py`. Raises UserError where passes are too coarse for its gain."""
@@ -70,8 +74,7 @@ class UCGM(Spec):
         with torch.no_grad():
             u_star = u_hat - self._pull(e, b.t)  # (4)
         loss = huber(u_hat - u_star, self.soft) * torch.cos(QUARTER * b.t)  # (5), weight_function
-        head = "u" if self.ratio else "v"
-        return Terms(loss, {head: mean_square(e)}, {"clipped_share": clipped_share(e, self.clip)})
+        return Terms(loss, {self._head: mean_square(e)}, {"clipped_share": clipped_share(e, self.clip)})
 
     def residual(self, net: Net, b: Noised) -> tuple[Sample, Sample]:
         """F and, without gradients, e. F_s is of the weights in training, not of theta^-."""

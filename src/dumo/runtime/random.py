@@ -3,10 +3,10 @@
 For training, the key is (seed, step, name):
 
 - `stream` gives a generator. A few numbers per row are drawn by it: every rank draws those of the whole batch.
-  `share_of_rows` picks rows so.
-- `keyed` draws what is shaped like the data, and `signs` signs, row by row, each at a place of its own in the stream:
-  a rank draws its own rows alone, whatever the batch and the number of ranks.
-- `bits` draws whole numbers on a device, from any place in the stream.
+  `random_row_mask` picks rows so.
+- `keyed_normal` draws what is shaped like the data, and `keyed_signs` signs, row by row, each at a place of its own in
+  the stream: a rank draws its own rows alone, whatever the batch and the number of ranks.
+- `random_uint32` draws whole numbers on a device, from any place in the stream.
 
 For sampling, `noise` has a stream for every (seed, image, draw). So an image is the same whatever batch, rank or device
 it is made in, and image 7 can be made alone. Draw 0 is the noise a solver starts from; later draws are the fresh noise
@@ -17,8 +17,10 @@ For networks that draw by themselves, `seeded_generators` sets the generators th
 
 For tests and trials, `random_batch` stands in for data.
 
-`keyed` and `noise` give float32 from Philox (Salmon et al. 2011), whose key is 128 bits of a hash. torch's own CPU
-generator keeps 32 bits of a seed: among 50,000 images, some would sometimes have the seed of another.
+Two generators of the Philox family (Salmon et al. 2011) compute them. `keyed_normal` and `noise` give float32 from that
+of numpy, Philox4x64, on the CPU, whose key is 128 bits of a hash. `random_uint32` takes Philox2x32 (`philox`), which
+torch's operations can compute on any device. torch's own CPU generator keeps 32 bits of a seed: among 50,000 images,
+some would sometimes have the seed of another.
 """
 
 from collections.abc import Generator, Sequence
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from dumo.types import Cond, Sample
 
-WORD = 0xFFFFFFFF  # the largest number of 32 bits
+_MASK_32 = 0xFFFFFFFF  # the largest number of 32 bits
 # Of Philox2x32 (Salmon et al. 2011, and its code, Random123)
 _PHILOX_MULTIPLIER = 0xD256D193
 _PHILOX_KEY_STEP = 0x9E3779B9  # 2^32 / golden ratio
@@ -52,7 +54,7 @@ def stream(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest))
 
 
-def share_of_rows(seed: int, step: int, name: str, batch: int, share: float) -> Bool[Tensor, " batch"]:
+def random_row_mask(seed: int, step: int, name: str, batch: int, share: float) -> Bool[Tensor, " batch"]:
     """Which rows of a step's batch are picked, (batch,): `share` of them, rounded to a row, at random places.
 
     The places are a function of seed, step, name and batch.
@@ -92,7 +94,7 @@ def random_batch(key: str, rows: int, shape: Sequence[int], classes: int) -> tup
     return x, c
 
 
-def keyed(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
+def keyed_normal(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
     """N(0, I) of shape (len(rows), *shape), in float32 on the CPU: a row is a function of the key and its number alone.
 
     Philox numbers its blocks by 256 bits, of which a row's number, in [0, 2^64), is the highest 64: so rows are 2^192
@@ -108,12 +110,12 @@ def keyed(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
     return torch.from_numpy(values).view(len(rows), *shape)
 
 
-def signs(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
+def keyed_signs(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
     """1 or -1, equally likely, of shape (len(rows), *shape); a row depends on the key and its number alone."""
-    return torch.where(keyed(*key, rows=rows, shape=shape) < 0, -1.0, 1.0)
+    return torch.where(keyed_normal(*key, rows=rows, shape=shape) < 0, -1.0, 1.0)
 
 
-def bits(*key: int | str, begin: int, count: int, device: torch.device) -> Int64[Tensor, " count"]:
+def random_uint32(*key: int | str, begin: int, count: int, device: torch.device) -> Int64[Tensor, " count"]:
     """Random whole numbers in [0, 2^32), (count,), drawn on a device: those from place `begin` on in the key's stream.
 
     A number depends on the key and its place alone, so several ranks may draw parts of one stream. It is computed in
@@ -121,7 +123,7 @@ def bits(*key: int | str, begin: int, count: int, device: torch.device) -> Int64
     """
     digest = int.from_bytes(blake2b("/".join(map(str, key)).encode(), digest_size=8).digest())
     index = torch.arange(begin, begin + count, device=device)
-    return philox(index & WORD, (index >> 32) ^ (digest >> 32), digest & WORD)[0]
+    return philox(index & _MASK_32, (index >> 32) ^ (digest >> 32), digest & _MASK_32)[0]
 
 
 def philox(low: Tensor, high: Tensor, key: int) -> tuple[Tensor, Tensor]:
@@ -131,11 +133,11 @@ def philox(low: Tensor, high: Tensor, key: int) -> tuple[Tensor, Tensor]:
     """
     for _ in range(_PHILOX_ROUNDS):
         product = low * _PHILOX_MULTIPLIER  # 64 bits; torch's int64 takes the first as a sign
-        product_low = product & WORD
-        product_high = (product >> 32) & WORD
+        product_low = product & _MASK_32
+        product_high = (product >> 32) & _MASK_32
         low = product_high ^ key ^ high
         high = product_low
-        key = (key + _PHILOX_KEY_STEP) & WORD
+        key = (key + _PHILOX_KEY_STEP) & _MASK_32
     return low, high
 
 

@@ -33,7 +33,7 @@ WINDOW = 50  # steps whose norms are kept: the default of `train.log_every`
 WARMUP_STEPS = 100  # steps before the first warning
 BURST_STEPS = 4  # steps in a row, for one batch alone may be far off
 BURST_FACTOR = 3.0  # times the median
-DIGITS = 4  # significant ones of a norm in the window
+_DIGITS = 4  # significant ones of a norm in the window
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class GradientNorms:
         """The window after one more step, whose norms are `norms`, by module."""
         window: dict[str, tuple[float, ...]] = {}
         for name, norm in norms.items():
-            window[name] = (*self.norms.get(name, ()), _rounded(norm))[-WINDOW:]
+            window[name] = (*self.norms.get(name, ()), _round_norm(norm))[-WINDOW:]
         new = GradientNorms(window, steps=min(self.steps + 1, WARMUP_STEPS), calm=min(self.calm + 1, WINDOW))
         if new.bursting_modules():
             return replace(new, calm=0)
@@ -81,11 +81,11 @@ def new_bursts(before: GradientNorms, now: GradientNorms) -> dict[str, float]:
     return now.bursting_modules()
 
 
-def _rounded(norm: float) -> float:
-    """A norm to DIGITS significant digits; 0 where it is not finite."""
+def _round_norm(norm: float) -> float:
+    """A norm to _DIGITS significant digits; 0 where it is not finite."""
     if not isfinite(norm):
         return 0.0
-    return float(f"{norm:.{DIGITS}g}")
+    return float(f"{norm:.{_DIGITS}g}")
 
 
 def parameters_by_module(net: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -42,7 +42,7 @@ from dumo.types import UserError
 
 FIX = "resume with the spec that wrote it"  # ends messages about weights of another net
 DATA = "data.safetensors"  # of a checkpoint of a run on files: what was in them (`dumo.run.datacheck`)
-ONE_FILE = {"format": "pt"}  # metadata of a part: one entry, because two are written in any order
+_ONE_FILE = {"format": "pt"}  # metadata of a part: one entry, because two are written in any order
 ABOUT = "dumo"  # key of the one metadata entry of weights outside a checkpoint: facts about them, as JSON
 SUM = "sum"  # key, among these facts, of the checksum of the tensors
 FACTS_SUM = "facts_sum"  # key of the checksum of all other facts; older files have none
@@ -137,7 +137,7 @@ def save_copy(checkpoints: Checkpoints, copy: CheckpointCopy, keep: int) -> Path
     exists = agreement.on_main_rank(target.exists)
     if not exists or checkpoints.at(target).fault(together=True):
         with _path_to_write(target, "checkpoint", step, copy.size) as temp_path:
-            write_files(temp_path, copy)
+            _write_files(temp_path, copy)
         checkpoints.note_written(target)
     agreement.on_main_rank(lambda: checkpoints.drop(step, keep))
     return target
@@ -161,7 +161,7 @@ def save_weights(folder: Path, state: State, module: nn.Module, kind: str, run: 
     named = frozen.trained_state_dict(state.net, module)
     size = sum(tensor.nbytes for tensor in named.values())
     with _path_to_write(target, kind, state.step, size) as temp_path:
-        whole = weights.unshared(_gathered_on_main_rank(named))
+        whole = weights.unshared(_gather_on_main_rank(named))
         agreement.on_main_rank(lambda: write_weights(temp_path, whole, kind=kind, step=state.step, run=run, **facts))
     return target
 
@@ -268,13 +268,13 @@ def first_not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return next((answer for answer in answers if answer), None)
 
 
-def write_files(folder: Path, copy: CheckpointCopy) -> None:
+def _write_files(folder: Path, copy: CheckpointCopy) -> None:
     """Write each part as a file, or as a folder of shards, and `state.json` last. Every rank must call it."""
     agreement.on_main_rank(folder.mkdir)
     agreement.on_main_rank(lambda: _write_notes(folder, copy.notes))
     if dist.world() == 1:
         for name, named in copy.tensors.items():
-            safetensors.torch.save_file(named, folder / f"{name}.safetensors", metadata=ONE_FILE)
+            safetensors.torch.save_file(named, folder / f"{name}.safetensors", metadata=_ONE_FILE)
         written_here = sorted(folder.iterdir())
     else:
         from dumo.io import shards  # slow to import
@@ -296,10 +296,10 @@ def _write_notes(folder: Path, notes: CheckpointNotes) -> None:
     if notes.run:
         (folder / manifest.RUN).write_text(notes.run, encoding="utf-8")
     if notes.data:
-        safetensors.torch.save_file(dict(notes.data), folder / DATA, metadata=ONE_FILE)
+        safetensors.torch.save_file(dict(notes.data), folder / DATA, metadata=_ONE_FILE)
 
 
-def _gathered_on_main_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _gather_on_main_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole of each tensor on rank 0, nothing on others. Every rank must call it."""
     if dist.world() == 1:
         return dict(tensors)
@@ -320,7 +320,7 @@ def _path_to_write(target: Path, kind: str, step: int, size: int) -> Generator[P
     """
     temp_path = files.temp_path_for(target)
     try:
-        agreement.on_main_rank(lambda: _prepare(target, kind, step, size))
+        agreement.on_main_rank(lambda: _prepare_folder(target, kind, step, size))
         try:
             yield temp_path
             agreement.on_main_rank(lambda: files.commit(temp_path, target, durable=True))
@@ -330,12 +330,12 @@ def _path_to_write(target: Path, kind: str, step: int, size: int) -> Generator[P
             raise
     except Exception as error:
         if files.is_disk_full(error):
-            raise UserError(f"{target.parent}: the disk is full, {_not_written(target, kind, step)}") from error
+            raise UserError(f"{target.parent}: the disk is full, {_full_disk_text(target, kind, step)}") from error
         raise
 
 
-def _prepare(target: Path, kind: str, step: int, size: int) -> None:
-    """Make the folder, and remove half-written files in it.
+def _prepare_folder(target: Path, kind: str, step: int, size: int) -> None:
+    """Make the folder of a file or folder `target`, and remove half-written ones in it.
 
     Raises UserError if there is no room, and as `require_in_place`.
     """
@@ -347,12 +347,12 @@ def _prepare(target: Path, kind: str, step: int, size: int) -> None:
     if free < size:
         raise UserError(
             f"{folder}: the {kind} takes {size / 1e9:,.3g} GB and the disk has {free / 1e9:,.3g} GB free, "
-            f"{_not_written(target, kind, step)}"
+            f"{_full_disk_text(target, kind, step)}"
         )
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _not_written(target: Path, kind: str, step: int) -> str:
+def _full_disk_text(target: Path, kind: str, step: int) -> str:
     """What a full disk means for the run, and what to do: the end of a message."""
     others = [path.name for path in paths_by_step(target.parent, target.suffix).values() if path != target]
     last = others[-1] if others else f"no {kind}"

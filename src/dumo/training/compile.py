@@ -15,7 +15,7 @@ from torch import nn
 from dumo.flow.flow import Loss
 from dumo.types import Objective, UserError
 
-COMPILERS = ("g++", "clang++")
+_COMPILERS = ("g++", "clang++")
 
 
 def compile_loss(net: nn.Module, objective: Objective, choice: Literal["blocks", "loss"]) -> Loss:
@@ -31,11 +31,11 @@ def compile_loss(net: nn.Module, objective: Objective, choice: Literal["blocks",
 
 
 def _require_compiler(choice: str) -> None:
-    """Raise UserError if the machine has no C++ compiler: none of `CXX`, and none of COMPILERS."""
-    candidates = (os.environ.get("CXX", ""), *COMPILERS)
+    """Raise UserError if the machine has no C++ compiler: none of `CXX`, and none of _COMPILERS."""
+    candidates = (os.environ.get("CXX", ""), *_COMPILERS)
     if not any(shutil.which(candidate) for candidate in candidates):
         raise UserError(
-            f"train.compile = {choice} needs a C++ compiler, and there is none: install {' or '.join(COMPILERS)}, or "
+            f"train.compile = {choice} needs a C++ compiler, and there is none: install {' or '.join(_COMPILERS)}, or "
             "set train.compile=none"
         )
 

@@ -8,7 +8,7 @@ events in a command, on rank 0, whose clock counts for all ranks:
 3. `Countdown.read` makes the next `Timing` before each step.
 4. Other work is timed by `Countdown.note`: checkpoints, scores, sheets of samples. The first checkpoint comes early
    (FIRST_SAVE_SHARE), so that it is known how long one takes. Time is left for the last checkpoint, and for a score and
-   a sheet that are due. If a kind of work has not been timed yet, UNKNOWN_SHARE is left for it.
+   a sheet that are due. If a kind of work has not been timed yet, _UNKNOWN_SHARE is left for it.
 
 The clock of a command runs from where it is typed, or its plan is accepted, to its last line. Only checkpoints note the
 time: if a run is stopped before its first one, the next command has all of the minutes.
@@ -36,14 +36,14 @@ from dumo.training.optim import LearningRateSchedule
 
 SECONDS_PER_MINUTE = 60.0
 # all ours
-RECENT_STEPS = 5  # steps, whose median is how long a step takes
+_RECENT_STEPS = 5  # steps, whose median is how long a step takes
 # shares of a stretch
 RISE_SHARE = 0.05  # after it a second stretch has the full rate: measured (docs/log.md)
 FIRST_SAVE_SHARE = 0.1  # after it a command saves for the first time
 # shares of a command's time
 PLANNED_PREPARATION_SHARE = 0.5  # a plan lets data take this long to be prepared
 MAX_PREPARATION_SHARE = 0.75  # data may take this long, on a machine that is slower than planned
-UNKNOWN_SHARE = 0.1  # a kind of work is taken to need this long until it has been timed
+_UNKNOWN_SHARE = 0.1  # a kind of work is taken to need this long until it has been timed
 # kinds of work
 SAVE = "save"  # write a checkpoint
 JUDGE = "judge"  # score samples
@@ -80,8 +80,8 @@ class Timing(BaseModel):
         """How much of the whole training is over, in [0, 1]."""
         return min(1.0, self.seconds / self.promised_seconds)
 
-    def ended(self) -> "Timing":
-        """The timing at the end: what the last checkpoint takes counts as over, too."""
+    def at_end(self) -> "Timing":
+        """The timing of the run when it ends: what the last checkpoint takes counts as over, too."""
         return self.model_copy(update={"seconds": self.promised_seconds, "share": 1.0})
 
     def factor(self, schedule: LearningRateSchedule, steps: int) -> float:
@@ -154,10 +154,10 @@ class Countdown:
         self.timing = timing
         self.clock = clock
         self.origin = began - timing.seconds  # what the clock would have read when the training began
-        self.unknown_seconds = UNKNOWN_SHARE * timing.seconds_left  # for work that has not been timed yet
+        self.unknown_seconds = _UNKNOWN_SHARE * timing.seconds_left  # for work that has not been timed yet
         self.work_after = work_after
         self.work_seconds: dict[str, float] = {}  # by kind of work: how long it took the last time
-        self.step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self.step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self.last_seconds: float | None = None  # at the last reading
         # How long the command took up to its first step, if that left no time for steps; None: there was time.
         self.late_seconds: float | None = None
@@ -193,7 +193,7 @@ class Countdown:
         if would_end_late or elapsed >= left:
             if self.last_seconds is None:
                 self.late_seconds = seconds - self.timing.seconds
-            self.timing = self.timing.ended()
+            self.timing = self.timing.at_end()
             return self.timing
 
         share = self.timing.share + (1 - self.timing.share) * elapsed / left

@@ -1,6 +1,6 @@
 """AdamW whose two moments take 8 bits each (Dettmers et al. 2022), and weights of 16 bits that are rounded at random.
 
-`AdamW8bitOptimizer` is the optimizer; `require` asks for bitsandbytes. A step is torch's, in float32, on one
+`AdamW8bitOptimizer` is the optimizer; `_require` asks for bitsandbytes. A step is torch's, in float32, on one
 parameter's moments at a time. Between steps bitsandbytes keeps them as codes, and a scale to each block of 256 numbers:
 plain tensors, sharded as their parameter, so checkpoints, layouts and counts treat them as any other. A block lies
 within a row of a matrix, and ranks share a matrix by rows: so blocks, and what is rounded, are those of one process. A
@@ -23,26 +23,26 @@ from torch.optim.adamw import adamw
 from dumo.flow.precision import HALVES, round_stochastically
 from dumo.io.deferred import is_fake
 from dumo.runtime import import_bitsandbytes, install_command
-from dumo.runtime.random import bits
+from dumo.runtime.random import random_uint32
 from dumo.training.layout import empty_rows_like, local_tensor, offset_on_rank
 from dumo.types import UserError
 
 BLOCK = 256  # numbers to a scale: bitsandbytes'; Dettmers et al.'s is 2048
-MIN_PARAMETER_SIZE = 4096  # numbers of a parameter whose moments take 8 bits: bitsandbytes'
-ROUNDED_AT_ONCE = 2**24  # numbers of a weight: ours, to save memory
-MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # keys of torch's state, and whether the moment has a sign
+_MIN_PARAMETER_SIZE = 4096  # numbers of a parameter whose moments take 8 bits: bitsandbytes'
+_ROUNDED_AT_ONCE = 2**24  # numbers of a weight: ours, to save memory
+_MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # keys of torch's state, and whether the moment has a sign
 
 
 def has_8bit_moments(p: Tensor) -> bool:
     """Whether the moments of a parameter take 8 bits."""
-    return p.ndim > 1 and p.numel() >= MIN_PARAMETER_SIZE and prod(p.shape[1:]) % BLOCK == 0
+    return p.ndim > 1 and p.numel() >= _MIN_PARAMETER_SIZE and prod(p.shape[1:]) % BLOCK == 0
 
 
-def require() -> None:
+def _require() -> None:
     """Raise UserError where bitsandbytes is missing."""
     if not import_bitsandbytes():
         raise UserError(f"optimizer 'adamw8bit' needs bitsandbytes: {install_command('quantised')}")
-    for signed in MOMENTS.values():
+    for signed in _MOMENTS.values():
         _code_values(signed)
 
 
@@ -60,7 +60,7 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], **options: object) -> None:
         """`options` are lr, betas, eps and weight_decay. Raises UserError where bitsandbytes is missing."""
-        require()
+        _require()
         self.seed = 0  # `dumo.training.state.begin` sets the run's
         self.names = {p: name for name, p in named_parameters}
         groups: list[dict[str, Any]] = []
@@ -124,10 +124,12 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
 
     def _round_at_random(self, x: Tensor, out: Tensor, offset: int, key: str) -> None:
         """Round x (n,) to bf16 into `out` (n,): a part of a parameter, from its number `offset` on."""
-        for start in range(0, len(x), ROUNDED_AT_ONCE):
-            piece = x[start : start + ROUNDED_AT_ONCE]
-            random_bits = bits(self.seed, "round", key, begin=offset + start, count=len(piece), device=x.device)
-            out[start : start + ROUNDED_AT_ONCE] = round_stochastically(piece, random_bits)
+        for start in range(0, len(x), _ROUNDED_AT_ONCE):
+            piece = x[start : start + _ROUNDED_AT_ONCE]
+            random_bits = random_uint32(
+                self.seed, "round", key, begin=offset + start, count=len(piece), device=x.device
+            )
+            out[start : start + _ROUNDED_AT_ONCE] = round_stochastically(piece, random_bits)
 
     def empty_state(self, key: str, p: Tensor) -> Tensor:
         """An empty tensor of the shape, type and layout of one entry of a parameter's state."""
@@ -146,9 +148,9 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
 def _state_keys(p: Tensor) -> list[str]:
     """The names of a parameter's state, but for its step."""
     if not has_8bit_moments(p):
-        return [*MOMENTS]
+        return [*_MOMENTS]
     keys: list[str] = []
-    for moment in MOMENTS:
+    for moment in _MOMENTS:
         keys += [f"{moment}_codes", f"{moment}_scale"]
     return keys
 
@@ -160,7 +162,7 @@ def _float_moment(state: Mapping[str, Tensor], moment: str) -> Tensor:
     codes = local_tensor(state[f"{moment}_codes"])
     scale = local_tensor(state[f"{moment}_scale"])
     ops: Any = torch.ops.bitsandbytes
-    values = _code_values(MOMENTS[moment]).to(codes.device)
+    values = _code_values(_MOMENTS[moment]).to(codes.device)
     return ops.dequantize_blockwise(codes, scale.view(-1), values, BLOCK, torch.float32)
 
 
@@ -169,7 +171,7 @@ def _store_moment(state: Mapping[str, Tensor], moment: str, x: Tensor) -> None:
     if moment in state:
         return
     ops: Any = torch.ops.bitsandbytes
-    codes, scale = ops.quantize_blockwise(x, _code_values(MOMENTS[moment]).to(x.device), BLOCK)
+    codes, scale = ops.quantize_blockwise(x, _code_values(_MOMENTS[moment]).to(x.device), BLOCK)
     local_tensor(state[f"{moment}_codes"]).copy_(codes)
     scale += 0 * x.view(-1, BLOCK).sum(1)  # codes cannot be NaN, so a NaN of the block goes into its scale
     local_tensor(state[f"{moment}_scale"]).view(-1).copy_(scale)

@@ -130,11 +130,11 @@ class MovingAverage:
         """
         if self._paired_net is not net:
             self._paired_net = net
-            self._parameters = _unshared(self.module, net, "_parameters")
-            self._buffers = _unshared(self.module, net, "_buffers")
+            self._parameters = _unshared_slots(self.module, net, "_parameters")
+            self._buffers = _unshared_slots(self.module, net, "_buffers")
 
 
-def _unshared(copy: nn.Module, net: nn.Module, kind: TensorTable) -> list[SlotPair]:
+def _unshared_slots(copy: nn.Module, net: nn.Module, kind: TensorTable) -> list[SlotPair]:
     """The slots, in a copy and in the net, of the tensors that the two do not share."""
     pairs: list[SlotPair] = []
     for copy_slot, net_slot in zip(_slots(copy, kind), _slots(net, kind), strict=True):

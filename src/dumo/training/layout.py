@@ -91,7 +91,7 @@ def shard(
     # Outputs may be views, of which torch warns at every pass; no objective changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for average in averages:  # else an average would keep the unsharded frozen weights alive
-        share_frozen(average, meta_copy(net))
+        share_frozen(average, _meta_copy(net))
     deferred = {name: p for name, p in net.named_parameters() if p in weights}
 
     def make_shard(name: str, like: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _to_bfloat16(x: Tensor) -> Tensor:
     return x.bfloat16() if isinstance(x, nn.Parameter) and x.requires_grad else x
 
 
-def meta_copy(net: nn.Module) -> nn.Module:
+def _meta_copy(net: nn.Module) -> nn.Module:
     """A copy of a net on the meta device, without values."""
     copies: dict[int, Tensor] = {}
     for p in net.parameters():

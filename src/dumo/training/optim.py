@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 Matrices = Float[Tensor, "parts rows columns"]
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c: Jordan et al.'s
-ITERATIONS = 5  # Newton-Schulz iterations: Jordan et al.'s
+_COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c: Jordan et al.'s
+_ITERATIONS = 5  # Newton-Schulz iterations: Jordan et al.'s
 EPS = 1e-7  # the least norm that is divided by: Jordan et al.'s
-ADAMW_UPDATE_RMS = 0.2  # of a matrix's update, so that one lr serves both: Moonlight (Liu et al. 2025), Eq. 4
+_ADAMW_UPDATE_RMS = 0.2  # of a matrix's update, so that one lr serves both: Moonlight (Liu et al. 2025), Eq. 4
 
 
 def orthogonalize(m: Matrices) -> Matrices:
@@ -41,11 +41,11 @@ def orthogonalize(m: Matrices) -> Matrices:
     values, brings all between .0015 and 1 of the matrix's norm to somewhere from .68 to 1.2. Lower ones stay smaller:
     .001 comes to .47.
     """
-    a, b, c = COEFFICIENTS
+    a, b, c = _COEFFICIENTS
     is_tall = m.shape[1] > m.shape[2]
     x = m.mT if is_tall else m
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=EPS)  # so that no singular value is above 1
-    for _ in range(ITERATIONS):
+    for _ in range(_ITERATIONS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
@@ -103,7 +103,7 @@ class MuonOptimizer(torch.optim.Optimizer):
         if direction.is_cuda:
             direction = direction.bfloat16()  # which is enough (Jordan et al.)
         update = orthogonalize(direction.flatten(1).unflatten(0, (group["parts"], -1)))
-        step_size = group["lr"] * (ADAMW_UPDATE_RMS * sqrt(max(update.shape[1:])))
+        step_size = group["lr"] * (_ADAMW_UPDATE_RMS * sqrt(max(update.shape[1:])))
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(shard_like(update.reshape(p.shape).to(p.dtype), p), alpha=-step_size)
 
@@ -127,7 +127,7 @@ class Adaptive(Spec, Generic[OptimizerKind]):
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a net's trained weights."""
-        return self.optimizer_of(trained_parameters(net))
+        return self.optimizer_of(_trained_parameters(net))
 
     def optimizer_of(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer of some parameters; if all are on a GPU a fused kernel, which rounds unlike a CPU's."""
@@ -204,7 +204,7 @@ class Muon(Spec):
         matrices_by_parts: dict[int, list[nn.Parameter]] = {count: [] for count in sorted({*parts.values()})}
         for p, count in parts.items():
             matrices_by_parts[count].append(p)
-        other_parameters = [p for p in trained_parameters(net) if p not in parts]
+        other_parameters = [p for p in _trained_parameters(net) if p not in parts]
         rest = None
         if other_parameters:
             rest = self._adamw(other_parameters, time_embedder_parameters(net))
@@ -233,7 +233,7 @@ def half_rates(optimizer: Optimizer) -> dict[str, float]:
     return {name: rate / 2 for name, rate in rates.items() if rate is not None}
 
 
-def trained_parameters(net: nn.Module) -> list[nn.Parameter]:
+def _trained_parameters(net: nn.Module) -> list[nn.Parameter]:
     """The trained parameters of a net."""
     return [p for p in net.parameters() if p.requires_grad]
 
@@ -243,7 +243,7 @@ def time_embedder_parameters(net: nn.Module) -> set[nn.Parameter]:
     parameters: set[nn.Parameter] = set()
     for module in net.modules():
         if getattr(module, "embeds_times", False):
-            parameters.update(trained_parameters(module))
+            parameters.update(_trained_parameters(module))
     return parameters
 
 

@@ -32,12 +32,12 @@ from dumo.training.layout import full_tensor
 from dumo.training.state import State
 from dumo.types import Cond, Noised, PerSample, Reads, Terms, Time, mean_square
 
-BINS = 10  # of t, equally wide: ours
+_BINS = 10  # of t, equally wide: ours
 MAX_LISTED_ROWS = 16  # of a skipped step: ours
 # Fields of a record that are no measurement, or that few steps have.
-UNLOGGED_FIELDS = ("received_signal", "due", "timing", "skipped", "burst")
+_UNLOGGED_FIELDS = ("received_signal", "due", "timing", "skipped", "burst")
 
-HALF_STEP = 0.005  # of the probe's difference, as `dumo.flow.slope.CentralSlope`
+_HALF_STEP = 0.005  # of the probe's difference, as `dumo.flow.slope.CentralSlope`
 
 Gradient = list[Tensor | None]  # by parameter
 BatchRow = dict[str, float | int | None]  # t, class, place in the batch, and rank
@@ -101,7 +101,7 @@ class Record:
         """The record as a row of the log."""
         row = asdict(self)
         rarely_logged = {name: row[name] for name in ("skipped", "burst") if row[name]}
-        return {name: value for name, value in row.items() if name not in UNLOGGED_FIELDS} | rarely_logged
+        return {name: value for name, value in row.items() if name not in _UNLOGGED_FIELDS} | rarely_logged
 
 
 def measure(
@@ -137,7 +137,7 @@ def measure(
     *signal_flags, due_flag, over_flag = last_row[1:first_time]
     signals_received = [number for number, flag in zip(signals.SIGNALS, signal_flags, strict=True) if flag]
     if timing and over_flag > 0:
-        timing = timing.ended()
+        timing = timing.at_end()
     elif timing:
         # the mean over ranks of what rank 0 alone wrote
         seconds, share = (value * dist.world() for value in last_row[first_time : first_time + 2])
@@ -167,13 +167,13 @@ def _table_of(
     flags: Sequence[bool],
     times: Sequence[float],
 ) -> Tensor:
-    """This rank's part of a record, of shape (columns + 3, BINS), on t's device.
+    """This rank's part of a record, of shape (columns + 3, _BINS), on t's device.
 
     A row for each column has its sums by bin of t. Then come the number of batch rows by bin, and the squared norms by
     module. The last row has the gradient norm, the flags, and the times of a `Timing`.
     """
-    bins = (t * BINS).long().clamp(0, BINS - 1)
-    table = t.new_zeros(len(columns) + 3, BINS)
+    bins = (t * _BINS).long().clamp(0, _BINS - 1)
+    table = t.new_zeros(len(columns) + 3, _BINS)
     for row, column in zip(table, [*columns, torch.ones_like(t)], strict=False):
         row.index_add_(0, bins, column.to(t))
     for place, square in enumerate(squares):
@@ -254,7 +254,7 @@ def compare_gradients(
     names = list(parts)
     if len(names) < 2:
         return {}, {}
-    gradients = [part_gradient(net, name, loss) for name in names]
+    gradients = [_part_gradient(net, name, loss) for name in names]
     net.zero_grad()
     shared = [row for row in zip(*gradients, strict=True) if _reached_by_all(row)]  # by parameter, then by part
 
@@ -274,7 +274,7 @@ def _reached_by_all(gradients: Iterable[Tensor | None]) -> bool:
     return all(g is not None and bool(full_tensor(g.abs().sum())) for g in gradients)
 
 
-def part_gradient(net: nn.Module, part: str, loss: Callable[[], Terms]) -> Gradient:
+def _part_gradient(net: nn.Module, part: str, loss: Callable[[], Terms]) -> Gradient:
     """The gradient of the mean of one part of a loss, averaged over ranks by the net's wrapper."""
     net.zero_grad()
     terms = loss()
@@ -289,6 +289,6 @@ def endpoint_drift(reads: Reads, b: Noised) -> float | None:
         return None
     with dropout.off():
         v = reads.velocity(b.x_t, b.t, b.c)
-        behind = reads.endpoint(b.x_t - HALF_STEP * v, b.t - HALF_STEP, b.c)
-        ahead = reads.endpoint(b.x_t + HALF_STEP * v, b.t + HALF_STEP, b.c)
-    return dist.mean(mean_square((ahead - behind) / (2 * HALF_STEP)).mean()).item()
+        behind = reads.endpoint(b.x_t - _HALF_STEP * v, b.t - _HALF_STEP, b.c)
+        ahead = reads.endpoint(b.x_t + _HALF_STEP * v, b.t + _HALF_STEP, b.c)
+    return dist.mean(mean_square((ahead - behind) / (2 * _HALF_STEP)).mean()).item()

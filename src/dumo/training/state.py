@@ -35,7 +35,7 @@ from dumo.types import UserError
 # all ours
 DECAY = 0.95  # d
 FAR = 10.0  # times the lowest level: guidance, growing targets and noise move it less
-LEAST_ERROR = 1e-12  # smaller errors count as this one, because their logarithms would say nothing
+_LEAST_ERROR = 1e-12  # smaller errors count as this one, because their logarithms would say nothing
 
 
 class Diverged(RuntimeError):  # noqa: N818, a state of the run
@@ -54,7 +54,7 @@ class Trend(BaseModel):
         """The trend after one more step, of this error >= 0; unchanged if the error is not finite."""
         if not isfinite(error):  # a part that is only logged may be so
             return self
-        error = max(error, LEAST_ERROR)
+        error = max(error, _LEAST_ERROR)
         level = error if self.level is None else exp(DECAY * log(self.level) + (1 - DECAY) * log(error))
         lowest = level if self.lowest is None else min(level, self.lowest)
         return Trend(level=level, lowest=lowest)

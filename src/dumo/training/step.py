@@ -154,7 +154,7 @@ def train_step(
     parameters = list(state.net.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     t = torch.cat(times)
-    terms = join_terms(terms_by_pass)
+    terms = _join_terms(terms_by_pass)
     lr = spec.rate(state.step, state.timing)
     is_probed = spec.is_probe_due(state.step)
     record = measure(state, t, terms, layout.full_tensor(norm), images=spec.batch, lr=lr, due=due, timing=timing)
@@ -162,7 +162,7 @@ def train_step(
         record = replace(record, skipped=skip_reason(record, t, micro_batches.c, terms))
     elif spec.clip is not None:
         clip_grads_with_norm_(parameters, spec.clip, norm)
-    record = _with_bursts(state, record)
+    record = _note_gradients(state, record)
 
     # the update
     advance(state, record)
@@ -242,7 +242,7 @@ def passes_of_rank(spec: Train, objective: Objective) -> list[slice]:
     return split_into_passes(spec, objective, dist.world())[dist.rank()]
 
 
-def join_terms(terms: Sequence[Terms]) -> Terms:
+def _join_terms(terms: Sequence[Terms]) -> Terms:
     """The terms of all micro-batches as those of the whole batch."""
     first = terms[0]
     return Terms(
@@ -252,10 +252,10 @@ def join_terms(terms: Sequence[Terms]) -> Terms:
     )
 
 
-def _with_bursts(state: State, record: Record) -> Record:
-    """The record with peaks and new bursts of the gradient norms, which are added to the state's window.
+def _note_gradients(state: State, record: Record) -> Record:
+    """Add a record's gradient norms to the state's window, and return the record with their peaks and new bursts.
 
-    The record of a skipped step is returned unchanged.
+    The record of a skipped step is returned unchanged, and its norms are not added.
     """
     if record.skipped:
         return record

@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema, SchemaValidator, core_schema, to_json
 from dumo.types import Spec, UserError
 from dumo.types.outside import TAG, import_class, kind_of, name_of
 
-OUTSIDE_SCHEMA = core_schema.typed_dict_schema(  # what a JSON schema says of a class from outside
+_OUTSIDE_SCHEMA = core_schema.typed_dict_schema(  # what a JSON schema says of a class from outside
     {"kind": core_schema.typed_dict_field(core_schema.str_schema(pattern=":"))}, extra_behavior="allow"
 )
 
@@ -75,7 +75,7 @@ class SpecFamily:
         """A choice for each kind, all imported, and one for a class from outside."""
         choices = {kind: self.load(kind).__pydantic_core_schema__ for kind in self.names}
         if self.base is not None:
-            choices[TAG] = OUTSIDE_SCHEMA
+            choices[TAG] = _OUTSIDE_SCHEMA
         return handler(self._union(choices))
 
     def _validate(self, value: Any, info: ValidationInfo) -> Spec:  # noqa: ANN401, a spec or a tree

@@ -24,7 +24,7 @@ from dumo.encoders.autoencoder import CONFIG
 from dumo.encoders.part import DIFFUSERS_FILE as WEIGHTS
 from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.taesd import TinyAutoencoder
-from dumo.runtime.random import keyed, stream
+from dumo.runtime.random import keyed_normal, stream
 from dumo.types import UserError
 from tiers import tiered
 
@@ -175,7 +175,7 @@ def test_sd_vae_gives_diffusers_moments(scale: float, shift: float, tmp_path: Pa
         torch.testing.assert_close(moments[:, :n], (law.mean - shift) * scale)
         torch.testing.assert_close(moments[:, n:], law.std * scale)
         x = codec.codec.sample(moments, "draw", rows=[7, 3])
-        z = keyed("draw", rows=[7, 3], shape=x.shape[1:])
+        z = keyed_normal("draw", rows=[7, 3], shape=x.shape[1:])
         torch.testing.assert_close(x, moments[:, :n] + moments[:, n:] * z)
         torch.testing.assert_close(codec.decode(x), net.decode(x / scale + shift).sample.clamp(-1, 1))
     assert spec.digest() == codec.sha256 == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()

@@ -52,6 +52,42 @@ class MixesRows(Around):
         return self.net(x - x.mean(0), t)
 
 
+class UsesTheFirstTime(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        return self.net(x, t[:1].expand(len(t)))
+
+
+class SpreadsNaN(Around):
+    """Other rows are no numbers where the first row of x is another one than at first."""
+
+    first_row: Tensor | None = None
+
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        if self.first_row is None:
+            self.first_row = x[0].clone()
+        v, u = self.net(x, t)
+        return v, u if torch.equal(x[0], self.first_row) else u * float("nan")
+
+
+class StartsByData(Around):
+    """It notes in a buffer that it had a pass, as layers do that begin with a statistic of the first batch."""
+
+    is_started: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("is_started", torch.tensor(False))
+
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        self.is_started.fill_(True)
+        return self.net(x, t)
+
+
+class HasNoRoom(Around):
+    def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 class DrawsOfNumpy(Around):
     def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
         return self.net(x + float(np.random.default_rng().random()), t)
@@ -203,6 +239,20 @@ MISTAKES = {
         "nn.GroupNorm or nn.LayerNorm",
     ),
     "rows mix": Mistake(learns(MixesRows), "head 'v' of one row changes with another row", "keep them apart"),
+    "the time of another row": Mistake(
+        learns(UsesTheFirstTime), "head 'v' of one row changes with another row", "keep them apart"
+    ),
+    "no numbers by another row": Mistake(
+        learns(SpreadsNaN), "head 'u' of one row changes with another row", "keep them apart"
+    ),
+    "a first pass": Mistake(
+        learns(StartsByData), "StartsByData: a pass in training changes its buffer 'is_started' (of StartsByData)"
+    ),
+    "no room": Mistake(
+        learns(HasNoRoom),
+        "HasNoRoom failed on x (4, 2) at times (4,): OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "It has no room on cpu: give a smaller network, or a device of more memory",
+    ),
     "numpy": Mistake(
         learns(DrawsOfNumpy),
         "DrawsOfNumpy: two passes in training on the same rows differ",
@@ -373,6 +423,44 @@ def test_generators_stay_where_a_check_refuses() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_refused_network_is_as_it_was() -> None:
+    net = StartsByData()
+    with pytest.raises(UserError):
+        dumo.Flow(net)(X)
+    assert not net.is_started
+
+
+def test_a_network_whose_layers_are_lazy_is_tried_as_it_is() -> None:
+    class Lazy(Around):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lazy = nn.LazyLinear(2)
+
+        def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
+            return self.net(self.lazy(x), t)
+
+    flow = dumo.Flow(Lazy())
+    assert flow(X).isfinite()
+    assert not flow.is_check_of_copy
+
+
+def test_rows_that_a_zero_layer_hides_are_seen_to_mix_at_the_second_check() -> None:
+    class UncopiedMixesRows(MixesRows):
+        def __deepcopy__(self, memo: object) -> "UncopiedMixesRows":
+            raise RuntimeError("not me")
+
+    net = UncopiedMixesRows()
+    last_layer = cast(Perceptron, net.net).out
+    nn.init.zeros_(last_layer.weight)
+    nn.init.zeros_(last_layer.bias)
+    flow = dumo.Flow(net)
+    flow(X)
+    nn.init.normal_(last_layer.weight)
+    flow.step = 100
+    with pytest.raises(UserError, match="head 'v' of one row changes with another row"):
+        flow(X)
+
+
 def test_what_is_no_tensor_is_said() -> None:
     with pytest.raises(UserError, match="x is a ndarray: give a tensor"):
         require_data(X.numpy())
@@ -441,7 +529,9 @@ def test_layers_of_zeros_are_drawn_in_the_copy_alone() -> None:
     flow.check(X)
     assert not net.out.weight.any()
     passes = Passes(net, TWO, Signature.of(net), labelled=False)
-    drawn = derivative.copy_without_zero_layers(passes).net
+    copied_passes = derivative.copy_without_zero_layers(passes)
+    assert copied_passes
+    drawn = copied_passes.net
     assert isinstance(drawn, Perceptron)
     assert drawn.out.weight.any()
     assert float(flow.slope_reason.partition(", ")[2].partition(" %")[0]) > 0  # of what is not 0

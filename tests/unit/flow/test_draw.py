@@ -12,7 +12,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
 from dumo.objectives import DuMo, FlowMatching, ImprovedMeanFlow, MeanFlow
-from dumo.runtime.random import share_of_rows, stream
+from dumo.runtime.random import random_row_mask, stream
 from dumo.types import Needs, Noised, Objective
 
 
@@ -204,7 +204,7 @@ def test_a_teacher_answers_its_share_of_the_rows_alone() -> None:
     assert draws.taught is not None
     assert draws.taught.sum() == 12
     assert torch.equal(draws.taught[5:17], part.taught)
-    assert not torch.equal(draws.taught, share_of_rows(0, 4, "prior", 40, 0.3))
+    assert not torch.equal(draws.taught, random_row_mask(0, 4, "prior", 40, 0.3))
     b = add_noise(draws, Linear(), x, c, -1, teacher=lambda x, t, c, v: torch.full_like(x, 7.0))
     plain = add_noise(replace(draws, taught=None), Linear(), x, c, -1)
     assert torch.equal(b.c, plain.c), "a label is dropped or not, whoever answers"

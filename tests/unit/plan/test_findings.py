@@ -9,7 +9,7 @@ from dumo.config.load import load
 from dumo.data import Data
 from dumo.plan.findings import TIMES, caption_findings, measure_separability, rate_finding, velocity_index
 from dumo.run.resolve import resolve
-from dumo.runtime.random import keyed
+from dumo.runtime.random import keyed_normal
 from unit.data.animals import SIDE, as_folder
 from unit.data.test_annotation import TOLD, as_lines, as_texts
 
@@ -21,8 +21,8 @@ CLASSES, EACH = 8, 5
 def placed(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Captions of classes around a centre each, and their classes."""
     group = torch.arange(CLASSES).repeat_interleave(EACH)
-    centres = keyed("centres", rows=range(CLASSES), shape=[16])
-    return centres[group] + spread * keyed("around", rows=range(len(group)), shape=[16]), group
+    centres = keyed_normal("centres", rows=range(CLASSES), shape=[16])
+    return centres[group] + spread * keyed_normal("around", rows=range(len(group)), shape=[16]), group
 
 
 def test_captions_of_a_class_lie_together_or_not() -> None:

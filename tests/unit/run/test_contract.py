@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 import dumo
 from dumo.flow import dropout
+from dumo.flow.check import MAX_DIFFERENCE, outputs_match
 from dumo.flow.precision import Precision
-from dumo.run import contract, cost
+from dumo.run import contract, cost, trial_net
 from dumo.run.net import outline
 from dumo.types import Heads
 from unit.run.known import same
@@ -57,6 +58,13 @@ class Numpy(nn.Module):
         return h + float(np.random.default_rng().normal())
 
 
+class Centred(nn.Module):
+    """Each row depends on all rows of the batch."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h - h.mean(0)
+
+
 class Keyed(nn.Module):
     """Dropout by dumo's masks, as docs/library.md has it."""
 
@@ -78,9 +86,10 @@ def train(folder: Path, net: nn.Module | None = None, objective: Any = None, **c
         ),
         (Functional(), r"Plain: two passes in training on the same rows differ.*dumo\.flow\.dropout"),
         (Numpy(), r"Plain: two passes in training on the same rows differ"),
+        (Centred(), r"Plain: head 'v' of one row changes with another row.*keep them apart"),
         (nn.BatchNorm1d(16), r"changes its buffer 'between\.running_mean' \(of BatchNorm1d\).*nn\.GroupNorm"),
     ],
-    ids=["Dropout", "dropout", "numpy", "BatchNorm"],
+    ids=["Dropout", "dropout", "numpy", "rows", "BatchNorm"],
 )
 @pytest.mark.parametrize("slope", ["central", "dual"])
 def test_a_net_that_draws_or_changes_in_a_pass_is_refused(
@@ -114,25 +123,25 @@ def test_outputs_that_differ_by_rounding_match_on_a_gpu(precision: Precision, ro
     first = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     first[0, 0] = 1e-6
     second = first + rounding * torch.randn(first.shape, generator=torch.Generator().manual_seed(1))
-    gpu = contract.max_pass_difference(torch.device("cuda"), precision)
-    cpu = contract.max_pass_difference(torch.device("cpu"), precision)
-    assert contract.outputs_match(first, second, gpu)
-    assert not contract.outputs_match(first, second, cpu)
+    gpu = MAX_DIFFERENCE[precision]
+    cpu = 0.0
+    assert outputs_match(first, second, gpu)
+    assert not outputs_match(first, second, cpu)
     for max_difference in (gpu, cpu):
-        assert contract.outputs_match(first, first.clone(), max_difference)
-        assert contract.outputs_match(0 * first, 0 * first, max_difference)
-        assert not contract.outputs_match(first, F.dropout(first, 0.1), max_difference)
-        assert not contract.outputs_match(0 * first, second, max_difference)
+        assert outputs_match(first, first.clone(), max_difference)
+        assert outputs_match(0 * first, 0 * first, max_difference)
+        assert not outputs_match(first, F.dropout(first, 0.1), max_difference)
+        assert not outputs_match(0 * first, second, max_difference)
 
 
 @pytest.mark.parametrize("max_difference", [0.0, 1e-4])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_the_same_alone_in_the_same_place(value: float, max_difference: float) -> None:
     first = torch.tensor([1.0, value, 2.0])
-    assert contract.outputs_match(first, first.clone(), max_difference)
+    assert outputs_match(first, first.clone(), max_difference)
     for second in (torch.tensor([1.0, 1.0, 2.0]), torch.tensor([value, 1.0, 2.0]), torch.tensor([1.0, value, 3.0])):
-        assert not contract.outputs_match(first, second, max_difference)
-        assert not contract.outputs_match(second, first, max_difference)
+        assert not outputs_match(first, second, max_difference)
+        assert not outputs_match(second, first, max_difference)
 
 
 @pytest.mark.parametrize("what", RETURNS)
@@ -140,6 +149,18 @@ def test_a_loss_that_is_no_number_per_row_or_draws_is_refused(what: str, tmp_pat
     with pytest.raises(dumo.UserError, match=rf"^objective '{Returning().kind}': .*{RETURNS[what][1]}"):
         train(tmp_path / "run", objective=Returning(what=what))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["detached", "random", "scalar"])
+def test_a_net_has_its_mode_again_where_a_loss_is_refused(what: str) -> None:
+    objective = {"kind": Returning().kind, "what": what}
+    run = dumo.recipe("moons", {"objective": objective, "sample.solver": {"kind": "euler"}, "train.batch": 8})
+    net = trial_net.randomly_initialized_net(run, torch.device("cpu")).eval()
+    next(net.children()).train()
+    modes = [part.training for part in net.modules()]
+    with pytest.raises(dumo.UserError):
+        contract.require_contract(run, net, torch.device("cpu"))
+    assert [part.training for part in net.modules()] == modes
 
 
 @pytest.mark.parametrize("what", ["scalar", "dict", "column"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.runtime.random import keyed, noise, seeded_generators, stream
+from dumo.runtime.random import keyed_normal, noise, seeded_generators, stream
 
 
 def first(*key: int | str, n: int = 4) -> Tensor:
@@ -21,7 +21,7 @@ def test_the_same_key_gives_the_same_bits() -> None:
     assert first(0, 1, "z").tolist() == pytest.approx([0.4115809, 0.5552365, -0.6663245, -0.6655926])
     assert noise(3, [40], 0, (4,))[0].tolist() == pytest.approx([0.6191697, -0.7492478, -0.5314404, -0.3555675])
     assert torch.equal(first("0", "1", "z"), first(0, 1, "z"))
-    row = keyed(0, 1, "z", rows=[40], shape=(4,))[0]
+    row = keyed_normal(0, 1, "z", rows=[40], shape=(4,))[0]
     assert row.tolist() == pytest.approx([0.0155846, -1.1879989, -1.1013219, -0.5257629])
 
 
@@ -54,13 +54,13 @@ def test_a_keyed_row_is_numpys_philox_at_its_place(number: int, shape: tuple[int
     theirs = np.random.Generator(np.random.Philox(key=key, counter=number << 192))
     wanted = torch.from_numpy(np.asarray(theirs.standard_normal(shape, dtype=np.float32)))
     for rows in ([number], [7, number]):  # of odd numbers the half of a block is left
-        found = keyed(3, 5, "z", rows=rows, shape=shape)
+        found = keyed_normal(3, 5, "z", rows=rows, shape=shape)
         assert found.shape == (len(rows), *shape)
         assert torch.equal(found[-1], wanted)
 
 
 def keyed_rows(rows: Sequence[int], shape: tuple[int, ...], *key: int | str) -> Tensor:
-    return keyed(*(key or (0, 1, "z")), rows=rows, shape=shape)
+    return keyed_normal(*(key or (0, 1, "z")), rows=rows, shape=shape)
 
 
 def noise_rows(rows: Sequence[int], shape: tuple[int, ...], seed: int = 0, draw: int = 0) -> Tensor:
@@ -80,7 +80,7 @@ def test_rows_do_not_depend_on_the_others(made: Rows) -> None:
     for size in (1, 7, 64):
         assert torch.equal(torch.cat([made(range(64)[i : i + size], (3, 5)) for i in range(0, 64, size)]), whole)
     assert torch.equal(made([40, 2], (3, 5)), whole[[40, 2]])
-    assert keyed(0, "z", rows=[], shape=(3, 5)).shape == (0, 3, 5)
+    assert keyed_normal(0, "z", rows=[], shape=(3, 5)).shape == (0, 3, 5)
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_keyed_rows_are_in_single_precision_and_leave_the_global_generator_alone
     before = torch.get_rng_state()
     torch.set_default_dtype(torch.float64)
     try:
-        made = keyed(0, rows=range(2), shape=(3,))
+        made = keyed_normal(0, rows=range(2), shape=(3,))
     finally:
         torch.set_default_dtype(torch.float32)
     assert made.dtype == torch.float32

@@ -177,7 +177,7 @@ def test_all_ranks_take_the_time_of_the_first(is_over: bool, monkeypatch: pytest
     state = begin(Small(), timed())
     first = Timing(minutes=2, seconds=30.5, share=0.25, start=0.5)
     if is_over:
-        first = first.ended()
+        first = first.at_end()
     tables: list[Tensor] = []
 
     def measured(timing: Timing) -> Timing | None:
@@ -194,7 +194,7 @@ def test_all_ranks_take_the_time_of_the_first(is_over: bool, monkeypatch: pytest
     monkeypatch.setattr("dumo.training.record.dist.world", lambda: 3)
     measured(first)
     monkeypatch.setattr("dumo.training.record.dist.is_main", lambda: False)
-    for other in (Timing(minutes=2, seconds=99, share=0.9, start=0.5), Timing(minutes=2, start=0.5).ended()):
+    for other in (Timing(minutes=2, seconds=99, share=0.9, start=0.5), Timing(minutes=2, start=0.5).at_end()):
         agreed = measured(other)
         assert agreed is not None
         assert agreed.model_dump() == pytest.approx(first.model_dump())

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from dumo.flow.precision import round_stochastically
-from dumo.runtime.random import bits, philox, stream
+from dumo.runtime.random import philox, random_uint32, stream
 from dumo.training import eightbit
 from dumo.training.eightbit import BLOCK, AdamW8bitOptimizer, has_8bit_moments
 from dumo.training.optim import AdamW, AdamW8bit
@@ -56,17 +56,17 @@ def test_philox_is_philox() -> None:
 
 def test_bits_are_those_of_a_place() -> None:
     """For any who draw some; beyond 2^32 numbers, too."""
-    whole = bits(7, "a", begin=2**32 - 40, count=100, device=CPU)
-    assert torch.equal(bits(7, "a", begin=2**32 + 10, count=30, device=CPU), whole[50:80])
+    whole = random_uint32(7, "a", begin=2**32 - 40, count=100, device=CPU)
+    assert torch.equal(random_uint32(7, "a", begin=2**32 + 10, count=30, device=CPU), whole[50:80])
     assert len({*whole.tolist()}) == 100
-    assert not torch.equal(bits(8, "a", begin=2**32 - 40, count=100, device=CPU), whole)
+    assert not torch.equal(random_uint32(8, "a", begin=2**32 - 40, count=100, device=CPU), whole)
 
 
 @pytest.mark.parametrize("x", [0.1, -3.3, 1e-20, 1.0, -65000.7])
 def test_the_mean_of_what_is_rounded_is_the_number(x: float) -> None:
     """It is one of the two neighbours, and within four standard errors in the mean."""
     many = torch.full((2**18,), x)
-    found = round_stochastically(many, bits("mean", f"{x}", begin=0, count=len(many), device=CPU)).double()
+    found = round_stochastically(many, random_uint32("mean", f"{x}", begin=0, count=len(many), device=CPU)).double()
     exact = float(torch.tensor(x))
     low, high = found.min().item(), found.max().item()
     assert len(found.unique()) <= 2

@@ -25,7 +25,7 @@ SKIP_SCALE = sqrt(0.5)  # keeps the variance of a sum of two
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """A norm of groups of at least four channels, at most 32 groups."""
+    """A norm of `channels` channels, a multiple of 4, in at most 32 groups, each of at least four channels."""
     return nn.GroupNorm(gcd(32, channels // 4), channels, 1e-6)
 
 
@@ -56,24 +56,24 @@ class Times(nn.Module):
 class Block(nn.Module):
     """Two convolutions and a skip, then perhaps attention."""
 
-    def __init__(self, channels: int, out: int, embed_width: int, attends: bool, resample: str = "") -> None:
-        """From `channels` to `out` channels, given `embed_width` numbers. `resample`: half, double, or neither."""
+    def __init__(self, channels: int, out_channels: int, embed_width: int, attends: bool, resample: str = "") -> None:
+        """From `channels` to `out_channels`, given `embed_width` numbers. `resample`: half, double, or neither."""
         super().__init__()
         self.attends = attends
         self.resample = resample
         self.norm_1 = group_norm(channels)
-        self.conv_1 = nn.Conv2d(channels, out, 3, padding=1)
-        self.shift = nn.Linear(embed_width, out)
-        self.norm_2 = group_norm(out)
-        self.conv_2 = nn.Conv2d(out, out, 3, padding=1)
-        self.skip = nn.Identity() if channels == out and not resample else nn.Conv2d(channels, out, 1)
+        self.conv_1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.shift = nn.Linear(embed_width, out_channels)
+        self.norm_2 = group_norm(out_channels)
+        self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Identity() if channels == out_channels and not resample else nn.Conv2d(channels, out_channels, 1)
         if attends:
-            self.norm_3 = group_norm(out)
-            self.qkv = nn.Conv2d(out, 3 * out, 1)
-            self.out = nn.Conv2d(out, out, 1)
+            self.norm_3 = group_norm(out_channels)
+            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.out = nn.Conv2d(out_channels, out_channels, 1)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
-        """Map h (b, channels, side, side) to (b, out, ...), given the condition e (b, embed_width)."""
+        """Map h (b, channels, side, side) to (b, out_channels, ...), given the condition e (b, embed_width)."""
         # convolutions
         residual = self.conv_1(self.resampled(F.silu(self.norm_1(h)))) + self.shift(e)[:, :, None, None]
         residual = self.conv_2(F.silu(self.norm_2(residual)))
@@ -99,12 +99,15 @@ class Block(nn.Module):
 class Head(nn.Sequential):
     """An output layer: a norm, modulated by the times that this head alone reads, SiLU, a convolution."""
 
-    def __init__(self, channels: int, out: int) -> None:
-        """From `channels` to `out` channels."""
-        super().__init__(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
+    def __init__(self, channels: int, out_channels: int) -> None:
+        """From `channels` to `out_channels`."""
+        super().__init__(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(self, input: Tensor, modulation: Tensor | None = None) -> Tensor:
-        """Map (b, channels, side, side) to (b, out, side, side); `modulation` (b, 2 channels) is shift and scale."""
+        """Map (b, channels, side, side) to (b, out_channels, side, side).
+
+        `modulation` (b, 2 channels) is shift and scale; None: neither.
+        """
         norm, silu, conv = self
         h = norm(input)
         if modulation is not None:
@@ -143,45 +146,47 @@ class DumoUNet(ModelMixin, ConfigMixin):
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.embed = nn.Conv2d(channels, width, 3, padding=1)
 
-        # each block, and its role besides: keep its output for the way up, take the last that was kept, or neither
+        # for each block, what it does with skips: keep its output for the way up, take the last one, or neither
         self.blocks = nn.ModuleList()
-        self.roles: list[str] = []
-        now = width  # channels of what the next block gets
-        kept = [now]  # channels of what was kept
+        self.skip_uses: list[str] = []
+        in_channels = width  # of the next block
+        skip_channels = [in_channels]  # of the outputs that are kept
 
         # down
         for level, multiplier in enumerate(multipliers):
             attends = side >> level in attend
             if level:
-                self.add(Block(now, now, embed_width, False, "half"), "keep")
-                kept.append(now)
+                self.add(Block(in_channels, in_channels, embed_width, False, "half"), "keep")
+                skip_channels.append(in_channels)
             for _ in range(depth):
-                self.add(Block(now, width * multiplier, embed_width, attends), "keep")
-                now = width * multiplier
-                kept.append(now)
+                self.add(Block(in_channels, width * multiplier, embed_width, attends), "keep")
+                in_channels = width * multiplier
+                skip_channels.append(in_channels)
 
         # middle
-        self.add(Block(now, now, embed_width, True), "")
-        self.add(Block(now, now, embed_width, False), "")
+        self.add(Block(in_channels, in_channels, embed_width, True), "")
+        self.add(Block(in_channels, in_channels, embed_width, False), "")
 
         # up: in each level the last block alone attends, as in EDM
         for level in reversed(range(len(multipliers))):
             if level < len(multipliers) - 1:
-                self.add(Block(now, now, embed_width, False, "double"), "")
+                self.add(Block(in_channels, in_channels, embed_width, False, "double"), "")
             for i in range(depth + 1):
                 attends = side >> level in attend and i == depth
-                self.add(Block(now + kept.pop(), width * multipliers[level], embed_width, attends), "take")
-                now = width * multipliers[level]
+                self.add(
+                    Block(in_channels + skip_channels.pop(), width * multipliers[level], embed_width, attends), "take"
+                )
+                in_channels = width * multipliers[level]
 
         self.own = nn.ModuleDict()
         for name, names in (own_time_names or {}).items():
-            self.own[name] = Times(names, 2 * now, time_scale, HEAD_WAVES)
-        self.heads = nn.ModuleDict({name: Head(now, channels) for name in head_names})
+            self.own[name] = Times(names, 2 * in_channels, time_scale, HEAD_WAVES)
+        self.heads = nn.ModuleDict({name: Head(in_channels, channels) for name in head_names})
 
-    def add(self, block: Block, role: str) -> None:
-        """Add a block; `role` is "keep", "take", or "" for neither."""
+    def add(self, block: Block, skip_use: str) -> None:
+        """Add a block; `skip_use` is "keep", "take", or "" for neither."""
         self.blocks.append(block)
-        self.roles.append(role)
+        self.skip_uses.append(skip_use)
 
     def forward(
         self, x: Tensor, t: Tensor, c: Tensor, heads: Sequence[str] = ("u",), r: Tensor | None = None
@@ -196,13 +201,13 @@ class DumoUNet(ModelMixin, ConfigMixin):
         label = None if self.label is None else self.label(c)
         e = F.silu(self.times(t, r, label))
         h = self.embed(x.to(self.dtype))
-        kept = [h]  # for the way up
-        for block, role in zip(self.blocks, self.roles, strict=True):
-            if role == "take":
-                h = torch.cat([h, kept.pop()], 1)
+        skips = [h]  # for the way up
+        for block, skip_use in zip(self.blocks, self.skip_uses, strict=True):
+            if skip_use == "take":
+                h = torch.cat([h, skips.pop()], 1)
             h = block(h, e)
-            if role == "keep":
-                kept.append(h)
+            if skip_use == "keep":
+                skips.append(h)
         outputs: list[Tensor] = []
         for name in heads:
             modulation = self.own[name](t, r) if name in self.own else None
