@@ -95,7 +95,7 @@ def draw_net(net_class: type[NetT], generator: Generator) -> NetT:
             nn.init.kaiming_normal_(p, generator=generator)
             continue
         is_scale = name.endswith("weight")  # of a normalisation; else it is a bias
-        ends_block = ".two." in name  # the second and last convolution of a `ResidualBlock`, with its normalisation
+        ends_block = ".two." in name  # the second and last convolution of a `ClassifierBlock`, with its normalisation
         nn.init.constant_(p, 1.0 if is_scale and not ends_block else 0.0)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):

@@ -107,6 +107,11 @@ def test_what_stands_is_kept_and_what_is_missing_made_again_equal(run: Path, pro
 @pytest.mark.nightly
 def test_images_that_were_made_otherwise_are_not_mixed(run: Path, prompts: Path, images: Path) -> None:
     assert sample(run, prompts, images.parent, "--seed", "1").out.strip() == f"{images}-seed1"
+    card_file = images.with_name(f"{NAME}.json")
+    card = json.loads(card_file.read_text())
+    card_file.write_text(json.dumps({"card": card["card"] | {"trained_on": "numbers"}}))  # the run's card has none
+    assert "made otherwise (trained_on" in sample(run, prompts, images.parent).err
+    card_file.write_text(json.dumps(card))
     prompts.write_text("\n".join(LINES[::-1]))
     for said in ("made otherwise (reference_sha256", "says what made its images"):
         done = sample(run, prompts, images.parent)

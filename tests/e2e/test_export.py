@@ -425,7 +425,7 @@ def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest
     def fails(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dumo.export.card.of_tuned", fails)
+    monkeypatch.setattr("dumo.export.card.tuned_card", fails)
     assert call("export", sd3.folder / "run", tmp_path / "out").code != 0
     assert [*tmp_path.iterdir()] == []
 

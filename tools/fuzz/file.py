@@ -25,7 +25,7 @@ from dumo.data.cache import CacheIndex, read_index
 from dumo.evaluation import reference as adm
 from dumo.io import weights
 from dumo.io.yaml import dump_yaml, parse_yaml
-from dumo.report import score, verdict
+from dumo.report import judgement, verdict
 from dumo.report.compare import compare
 from dumo.run import datanote
 from dumo.training import checkpoint, log, manifest
@@ -233,11 +233,11 @@ def read_evaluation(file: Path) -> None:
     run = load("moons", ["train.steps=20"])
     weights = "net.safetensors"
     opened = cast(Any, SimpleNamespace(folder=file.parent, step=20, weights=weights, run=run, is_shipped=True))
-    judgement = score.read_judgement(opened.folder, opened.step, opened.weights)
-    if judgement:
-        score.table_rows(judgement, judgement["columns"])
-        score.baseline_rows(judgement, judgement["columns"])
-    verdict.reach_verdict(opened, "runs/a", judgement, None)
+    evaluation = judgement.read_judgement(opened.folder, opened.step, opened.weights)
+    if evaluation:
+        judgement.table_rows(evaluation, evaluation["columns"])
+        judgement.baseline_rows(evaluation, evaluation["columns"])
+    verdict.reach_verdict(opened, "runs/a", evaluation, None)
 
 
 def read_manifest(file: Path) -> None:

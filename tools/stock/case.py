@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dumo.export.card import PROMPT
-from dumo.export.model import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL, StockPipeline
+from dumo.export.stock import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL, StockPipeline
 from dumo.flow.generate import integrate
 from dumo.flow.path import Diffusion
 from dumo.nets.dualized import Dualized

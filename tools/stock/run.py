@@ -86,7 +86,7 @@ def unprompted_facts(case: Case, pipe: Any) -> dict[str, Any]:  # noqa: ANN401, 
     one_pass = case.pipeline_latent(pipe, 1)
     unguided: dict[str, Any] = {}
     if case.stock.guide_argument:
-        unguided[case.stock.guide_argument] = case.stock.unguided
+        unguided[case.stock.guide_argument] = case.stock.unguided_scale
     return {
         "steps": len(times),
         "passes": sum(rows_of_passes),

@@ -280,7 +280,7 @@ def _next_commands(run: "Run", folder: Path) -> list[str]:
         commands.append(f"{program} evaluate {shell_path(folder)}")
     commands.append(f"{program} report {shell_path(folder)}")
     if is_pretrained(run.net):
-        from dumo.export.model import export_forms
+        from dumo.export.stock import export_forms
 
         for form in export_forms(run.net):
             commands.append(f"{program} export {shell_path(folder)} {shell_path(f'{folder}-{form}')} --to {form}")

@@ -1,4 +1,7 @@
-"""Nets that others trained, as readers: autoencoders, text encoders, features of images. Here: all codecs.
+"""Nets that others trained, which dumo reads and does not train: autoencoders, text encoders, features of images.
+
+Here are the codecs, autoencoders as a run names them: `Codec` is the union of their specs. All else is imported from
+its module.
 
 Touches files of weights, from disk or the Hub, and tables of texts. Knows no net that learns.
 """

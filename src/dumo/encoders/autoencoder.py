@@ -10,7 +10,7 @@ The order of events in `DiffusersCodec.open`:
 2. diffusers loads its class of autoencoder.
 3. A config of another variant is refused. The numbers of a variant are in `variants`; `PipelineVae` has none, and reads
    its numbers from the config.
-4. `DiffusersCoder` calls the autoencoder with images, and gives latents or moments.
+4. The `LoadedCodec` calls the autoencoder through `_DiffusersCoder`, which gives latents or moments.
 
 To accept another class of a pipeline's autoencoder, add it to `KINDS`.
 """
@@ -18,7 +18,7 @@ To accept another class of a pipeline's autoencoder, add it to `KINDS`.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class DiffusersCodec(CodecSpec):
     def open(self, device: str | torch.device = "cpu") -> LoadedCodec:
         """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
         net, sha256 = _load_model(self)
-        coder = DiffusersCoder(net.to(device), self)
+        coder = _DiffusersCoder(net.to(device), self)
         return LoadedCodec(self, coder, sha256, torch.device(device))
 
 
@@ -98,7 +98,6 @@ KINDS = {  # of the autoencoders of pipelines, by their class in diffusers
     "AutoencoderKLWan": VaeKind(is_gaussian=True, takes_videos=True),
     "AutoencoderKLFlux2": VaeKind(is_gaussian=True, has_patch_norm=True),
 }
-V = TypeVar("V", bound="PipelineVae")
 
 
 class PipelineVae(PipelineSpec, DiffusersCodec):
@@ -109,7 +108,7 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
     sha256: str | None = Field(default=None, exclude=True, json_schema_extra=PINNED)  # set by `within`
     variants: ClassVar[Mapping[str, PublishedCodec]] = {}
 
-    def within(self: V, pipeline: Pipeline | None) -> V:
+    def within(self, pipeline: Pipeline | None) -> Self:
         """Return this spec for a run with this pipeline, with the place and the hash of the autoencoder's weights."""
         codec = super().within(pipeline)
         weights = ""
@@ -137,12 +136,12 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
 
     @property
     def takes_videos(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride], as `class_name`
-        """Whether the autoencoder takes videos. Raises UserError as `class_name`."""
+        """Whether the autoencoder takes videos. Raises UserError for a class that is none of KINDS."""
         return KINDS[self.class_name].takes_videos
 
     @property
     def is_gaussian(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride], as `class_name`
-        """Whether the encoder gives a Gaussian per pixel. Raises UserError as `class_name`."""
+        """Whether the encoder gives a Gaussian per pixel. Raises UserError for a class that is none of KINDS."""
         return KINDS[self.class_name].is_gaussian
 
     @property
@@ -152,10 +151,10 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
             channels, factor = _latent_size(self.config)
             if KINDS[self.class_name].has_patch_norm:  # which takes the place of shift and scale
                 return PublishedCodec(self.weights, channels=4 * channels, factor=2 * factor, scale=1.0)
-            numbers = _shift_and_scale(self.config)
-            scale = _float_or_floats(numbers.get("scale", 1.0))
-            shift = _float_or_floats(numbers.get("shift", 0.0))
-            return PublishedCodec(self.weights, channels, factor, scale, shift)
+            shift_and_scale = _shift_and_scale(self.config)
+            scale = _float_or_floats(shift_and_scale.get("scale", 1.0))
+            shift = _float_or_floats(shift_and_scale.get("shift", 0.0))
+            return PublishedCodec(self.weights, channels=channels, factor=factor, scale=scale, shift=shift)
 
     def facts(self) -> dict[str, Any]:
         """Return what the codec computes, by the config, wherever its weights are."""
@@ -179,7 +178,7 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
         return super().open(device)
 
 
-class DiffusersCoder:
+class _DiffusersCoder:
     """An autoencoder of diffusers as an `Autoencoder`."""
 
     def __init__(self, net: nn.Module, spec: DiffusersCodec) -> None:
@@ -252,19 +251,19 @@ def _load_model(codec: DiffusersCodec) -> tuple[nn.Module, str]:
 def _require_variant(codec: CodecSpec, config: Mapping[str, Any], folder: Path) -> None:
     """Raise UserError where a model's config is not of the codec's variant, naming the variant that it is of."""
     channels, factor = _latent_size(config)
-    numbers = _shift_and_scale(config)
+    shift_and_scale = _shift_and_scale(config)
     matching: dict[PublishedCodec, str] = {}
     for name, published in codec.variants.items():
         has_size = (published.channels, published.factor) == (channels, factor)
-        if has_size and _has_numbers(published, numbers):
+        if has_size and _has_shift_and_scale(published, shift_and_scale):
             matching[published] = name
     if codec.published in matching:
         return
     fix = "it is not supported"
     if matching:
         fix = f"set codec.variant={next(iter(matching.values()))}"
-    numbers_text = ", ".join(f"{name} {brief(value, 40)}" for name, value in numbers.items())
-    raise UserError(f"{folder} is not {codec.label}: {channels} channels, factor {factor}, {numbers_text}; {fix}")
+    affine_text = ", ".join(f"{name} {brief(value, 40)}" for name, value in shift_and_scale.items())
+    raise UserError(f"{folder} is not {codec.label}: {channels} channels, factor {factor}, {affine_text}; {fix}")
 
 
 def _shift_and_scale(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
@@ -279,10 +278,10 @@ def _shift_and_scale(config: Mapping[str, Any]) -> dict[str, float | list[float]
     return {}
 
 
-def _has_numbers(published: PublishedCodec, numbers: Mapping[str, float | list[float]]) -> bool:
-    """Whether the shift and scale of a config are the published ones. A config without them has any."""
+def _has_shift_and_scale(published: PublishedCodec, shift_and_scale: Mapping[str, float | list[float]]) -> bool:
+    """Whether the shift and scale of a config are the published ones. A config without them fits any codec."""
     expected = {"shift": published.shift, "scale": published.scale}
-    for name, value in numbers.items():
+    for name, value in shift_and_scale.items():
         if np.size(value) not in (1, published.channels) or not np.allclose(value, expected[name], rtol=1e-3):
             return False
     return True

@@ -66,7 +66,7 @@ class DigitsClassifier(nn.Module):
         return self.logits(self.features(x))
 
 
-class ResidualBlock(nn.Module):
+class ClassifierBlock(nn.Module):
     """A residual block (He et al. 2016): relu(x + conv(relu(conv x)))."""
 
     def __init__(self, width: int) -> None:
@@ -92,13 +92,13 @@ class Cifar10Classifier(nn.Module):
         self.trunk = nn.Sequential(
             _conv(3, 32, size=4, stride=2),
             nn.ReLU(),
-            ResidualBlock(32),
+            ClassifierBlock(32),
             _conv(32, 64, stride=2),
             nn.ReLU(),
-            ResidualBlock(64),
+            ClassifierBlock(64),
             _conv(64, self.width, stride=2),
             nn.ReLU(),
-            ResidualBlock(self.width),
+            ClassifierBlock(self.width),
         )
         self.norm = nn.BatchNorm1d(self.width, affine=False)
         self.head = nn.Linear(self.width, 10)

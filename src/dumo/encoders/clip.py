@@ -96,11 +96,11 @@ def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
     tokenizer = load_tokenizer(folder, model.config.text_config.max_position_embeddings)
     side = model.config.vision_config.image_size
     mean, deviation = read_colours(folder, (COLOUR_MEAN, COLOUR_DEVIATION), HINT)
-    return Clip(folder, model, tokenizer, side, mean, deviation)
+    return Clip(folder=folder, model=model, tokenizer=tokenizer, side=side, mean=mean, deviation=deviation)
 
 
 def read_config(folder: Path, files: Sequence[str], field: str, hint: str) -> dict[str, Any]:
-    """Read config.json of a folder, after a check that the folder has all `files`, and weights.
+    """Check that a folder has these `files` and undamaged weights, and read its config.json.
 
     Raises UserError, which names the field, where a file is missing, the weights are damaged, or they are a pickle.
     """
@@ -118,7 +118,7 @@ def to_inputs(
     mean: Float[Tensor, "3 1 1"],
     deviation: Float[Tensor, "3 1 1"],
 ) -> Float[Tensor, "n 3 side side"]:
-    """Bring images to squares, one by one, and their colours, in [0, 1], to what a model expects."""
+    """The input of a model: each image as `to_square` makes it, its colours in [0, 1] less `mean`, over `deviation`."""
     images = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
     squares = np.stack([np.asarray(to_square(Image.fromarray(image))) for image in images])
     colours = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
@@ -130,10 +130,10 @@ def read_colours(
 ) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
     """Read the mean and deviation of colours from the settings of a folder's image processor.
 
-    A value that they do not hold is that of `default`. Raises UserError where a value is not three numbers.
+    Where there are no such settings, or they lack a value, `default` has it. Raises UserError where a value is not
+    three numbers.
     """
-    candidates = [folder / name for name in (IMAGE_CONFIG, _PROCESSOR_CONFIG)]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    file = _find_image_settings(folder)
     settings = read_settings(file, hint) if file else {}
     image_settings = settings.get("image_processor")
     if isinstance(image_settings, dict):
@@ -147,3 +147,11 @@ def read_colours(
         colours.append(colour)
     mean, deviation = colours
     return mean, deviation
+
+
+def _find_image_settings(folder: Path) -> Path | None:
+    """The file with the settings of a folder's image processor; None where there is none."""
+    for name in (IMAGE_CONFIG, _PROCESSOR_CONFIG):
+        if (folder / name).is_file():
+            return folder / name
+    return None

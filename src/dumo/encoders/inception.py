@@ -4,10 +4,10 @@
   returns `InceptionFeatures`.
 - `weights_path` says where the file should be, and `facts` what a report says of a loaded network.
 
-The network is in the tables below. `BLOCKS` follow one another, a block is branches side by side, and a branch is a row
-of steps. Names and shapes are those of the published file, so loading it checks both. It is not the Inception-v3 of
-later libraries (Szegedy et al. 2015): there are 1008 classes, an average takes no padding in, and the last block takes
-a maximum where its sibling takes an average.
+The network is in the tables `STEM` and `BLOCKS`. Blocks follow one another, a block is branches side by side, and a
+branch is a row of steps. Names and shapes are those of the published file, so loading it checks both. It is not the
+Inception-v3 of later libraries (Szegedy et al. 2015): there are 1008 classes, an average takes no padding in, and the
+last block takes a maximum where its sibling takes an average.
 
 Images are resized as the first TensorFlow did it (`resize_tf1`). Output pixel i lies at i n / m of the n input pixels,
 not at (i + 1/2) n / m - 1/2 (half a pixel off), and only its two neighbours count even where the image shrinks (no
@@ -20,7 +20,7 @@ safetensors file of it, which also notes the SHA-256 of its source.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ from dumo.types import UserError
 
 SIZE = 299  # pixels along each side of the network's input
 CLASSES = 1008  # of the published network
-WIDTH = 2048  # number of features of the FID
+WIDTH = 2048  # number of features of the FID; elsewhere in this file `width` is a number of channels
 PLANES = 7  # channels of the sFID's map (Nash et al. 2021): then it has about as many features as the FID
 SPATIAL_WIDTH = 17 * 17 * PLANES  # number of features of the sFID
 VARIABLE = "DUMO_INCEPTION"  # of the environment: the path of the weights
@@ -68,10 +68,10 @@ class Conv(NamedTuple):
     """A step of a branch: convolution without bias, normalisation, ReLU."""
 
     name: str  # of its weights in the published file
-    out: int  # channels
+    out_channels: int
     kernel: int | tuple[int, int] = 1  # pixels: a side, or height and width
     stride: int = 1
-    valid: bool = False  # without padding; else padding keeps height and width, at stride 1
+    is_padded: bool = True  # padding keeps height and width, at stride 1
 
 
 Pool = Callable[[Tensor], Tensor]  # a step without weights
@@ -79,14 +79,14 @@ Step = Conv | Pool | list[Conv]  # a list: convolutions side by side on one inpu
 Branch = tuple[Step, ...]
 
 
-_average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-_maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
-_halve = partial(F.max_pool2d, kernel_size=3, stride=2)
+_average_pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+_max_pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+_halving_max_pool = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 def _chain(prefix: str, *shapes: tuple[int, int | tuple[int, int]]) -> Branch:
     """Return convolutions in a row, named `prefix`_1, _2 ..., each of (output channels, kernel)."""
-    return tuple(Conv(f"{prefix}_{i}", out, kernel) for i, (out, kernel) in enumerate(shapes, 1))
+    return tuple(Conv(f"{prefix}_{i}", channels, kernel) for i, (channels, kernel) in enumerate(shapes, 1))
 
 
 def _block_35(pool_channels: int) -> tuple[Branch, ...]:
@@ -95,7 +95,7 @@ def _block_35(pool_channels: int) -> tuple[Branch, ...]:
         (Conv("branch1x1", 64),),
         _chain("branch5x5", (48, 1), (64, 5)),
         _chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
-        (_average, Conv("branch_pool", pool_channels)),
+        (_average_pool, Conv("branch_pool", pool_channels)),
     )
 
 
@@ -117,57 +117,57 @@ def _block_17(inner: int) -> tuple[Branch, ...]:
             (inner, column),
             (192, row),
         ),
-        (_average, Conv("branch_pool", 192)),
+        (_average_pool, Conv("branch_pool", 192)),
     )
 
 
 def _block_8(pool: Pool) -> tuple[Branch, ...]:
     """Return a block on the 8 x 8 map. Its two 3 x 3 branches end in a row and a column side by side."""
-    three = [Conv("branch3x3_2a", 384, kernel=(1, 3)), Conv("branch3x3_2b", 384, kernel=(3, 1))]
-    double = [Conv("branch3x3dbl_3a", 384, kernel=(1, 3)), Conv("branch3x3dbl_3b", 384, kernel=(3, 1))]
+    three_by_three = [Conv("branch3x3_2a", 384, kernel=(1, 3)), Conv("branch3x3_2b", 384, kernel=(3, 1))]
+    double_three_by_three = [Conv("branch3x3dbl_3a", 384, kernel=(1, 3)), Conv("branch3x3dbl_3b", 384, kernel=(3, 1))]
     return (
         (Conv("branch1x1", 320),),
-        (Conv("branch3x3_1", 384), three),
-        (*_chain("branch3x3dbl", (448, 1), (384, 3)), double),
+        (Conv("branch3x3_1", 384), three_by_three),
+        (*_chain("branch3x3dbl", (448, 1), (384, 3)), double_three_by_three),
         (pool, Conv("branch_pool", 192)),
     )
 
 
 STEM = (
     (
-        Conv("Conv2d_1a_3x3", 32, kernel=3, stride=2, valid=True),
-        Conv("Conv2d_2a_3x3", 32, kernel=3, valid=True),
+        Conv("Conv2d_1a_3x3", 32, kernel=3, stride=2, is_padded=False),
+        Conv("Conv2d_2a_3x3", 32, kernel=3, is_padded=False),
         Conv("Conv2d_2b_3x3", 64, kernel=3),
-        _halve,
+        _halving_max_pool,
     ),
-    (Conv("Conv2d_3b_1x1", 80), Conv("Conv2d_4a_3x3", 192, kernel=3, valid=True), _halve),
+    (Conv("Conv2d_3b_1x1", 80), Conv("Conv2d_4a_3x3", 192, kernel=3, is_padded=False), _halving_max_pool),
 )
 BLOCKS: dict[str, tuple[Branch, ...]] = {
     "Mixed_5b": _block_35(32),
     "Mixed_5c": _block_35(64),
     "Mixed_5d": _block_35(64),
     "Mixed_6a": (
-        (Conv("branch3x3", 384, kernel=3, stride=2, valid=True),),
-        (*_chain("branch3x3dbl", (64, 1), (96, 3)), Conv("branch3x3dbl_3", 96, kernel=3, stride=2, valid=True)),
-        (_halve,),
+        (Conv("branch3x3", 384, kernel=3, stride=2, is_padded=False),),
+        (*_chain("branch3x3dbl", (64, 1), (96, 3)), Conv("branch3x3dbl_3", 96, kernel=3, stride=2, is_padded=False)),
+        (_halving_max_pool,),
     ),
     "Mixed_6b": _block_17(128),
     "Mixed_6c": _block_17(160),
     "Mixed_6d": _block_17(160),
     "Mixed_6e": _block_17(192),
     "Mixed_7a": (
-        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, kernel=3, stride=2, valid=True)),
+        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, kernel=3, stride=2, is_padded=False)),
         (
             *_chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1))),
-            Conv("branch7x7x3_4", 192, kernel=3, stride=2, valid=True),
+            Conv("branch7x7x3_4", 192, kernel=3, stride=2, is_padded=False),
         ),
-        (_halve,),
+        (_halving_max_pool,),
     ),
-    "Mixed_7b": _block_8(_average),
-    "Mixed_7c": _block_8(_maximum),
+    "Mixed_7b": _block_8(_average_pool),
+    "Mixed_7c": _block_8(_max_pool),
 }
 # The block whose first channels are the sFID's: those of its first branch, TensorFlow's mixed_6/conv.
-SPATIAL = "Mixed_6d"
+SPATIAL_BLOCK = "Mixed_6d"
 
 
 class InceptionNorm(nn.Module):
@@ -194,12 +194,12 @@ class InceptionUnit(nn.Module):
     def __init__(self, spec: Conv, width: int) -> None:
         super().__init__()
         kernel = (spec.kernel, spec.kernel) if isinstance(spec.kernel, int) else spec.kernel
-        padding = (0, 0) if spec.valid else (kernel[0] // 2, kernel[1] // 2)
-        self.conv = nn.Conv2d(width, spec.out, kernel, spec.stride, padding, bias=False)
-        self.bn = InceptionNorm(spec.out)
+        padding = (kernel[0] // 2, kernel[1] // 2) if spec.is_padded else (0, 0)
+        self.conv = nn.Conv2d(width, spec.out_channels, kernel, spec.stride, padding, bias=False)
+        self.bn = InceptionNorm(spec.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (n, width, h, w) to (n, out, h', w')."""
+        """Map x (n, width, h, w) to (n, out_channels, h', w')."""
         return F.relu(self.bn(self.conv(x)))
 
 
@@ -211,11 +211,11 @@ class InceptionBlock(nn.Module):
         self.branches = branches
         self.width = 0
         for branch in branches:
-            self.width += _build(self, branch, width)
+            self.width += _add_weights(self, branch, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run every branch on x (n, c, h, w), and return (n, width, h', w')."""
-        return torch.cat([_run(self, branch, x) for branch in self.branches], 1)
+        return torch.cat([_run_branch(self, branch, x) for branch in self.branches], 1)
 
 
 class Inception(nn.Module):
@@ -225,7 +225,7 @@ class Inception(nn.Module):
         super().__init__()
         width = 3
         for branch in STEM:
-            width = _build(self, branch, width)
+            width = _add_weights(self, branch, width)
         for name, branches in BLOCKS.items():
             block = InceptionBlock(branches, width)
             self.add_module(name, block)
@@ -245,7 +245,7 @@ class Inception(nn.Module):
             x = (resize_tf1(images.to(device, torch.float32), SIZE) - 128) / 128
             maps: dict[str, Tensor] = {}  # by the name of a block, or of the features of a branch of the stem
             for name, branch in zip(("f64", "f192"), STEM, strict=True):
-                x = _run(self, branch, x)
+                x = _run_branch(self, branch, x)
                 maps[name] = x
             for name in BLOCKS:
                 x = self.get_submodule(name)(x)
@@ -256,12 +256,12 @@ class Inception(nn.Module):
                 f192=maps["f192"].mean((2, 3)),
                 f768=maps["Mixed_6e"].mean((2, 3)),
                 pool=pool,
-                spatial=maps[SPATIAL][:, :PLANES].permute(0, 2, 3, 1).flatten(1),
+                spatial=maps[SPATIAL_BLOCK][:, :PLANES].permute(0, 2, 3, 1).flatten(1),
                 logits=pool @ self.fc.weight.T,
             )
 
 
-def _build(module: nn.Module, branch: Branch, width: int) -> int:
+def _add_weights(module: nn.Module, branch: Branch, width: int) -> int:
     """Add the weights of a branch on `width` channels to a module, by their names.
 
     Returns the number of channels that come out.
@@ -275,11 +275,11 @@ def _build(module: nn.Module, branch: Branch, width: int) -> int:
             continue  # no weights, and as many channels
         for conv in convs:
             module.add_module(conv.name, InceptionUnit(conv, width))
-        width = sum(conv.out for conv in convs)
+        width = sum(conv.out_channels for conv in convs)
     return width
 
 
-def _run(module: nn.Module, branch: Branch, x: Tensor) -> Tensor:
+def _run_branch(module: nn.Module, branch: Branch, x: Tensor) -> Tensor:
     """Pass x (n, c, h, w) through one step of a branch after another, with the weights in a module."""
     for step in branch:
         if isinstance(step, Conv):
@@ -298,9 +298,9 @@ def resize_tf1(x: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n 3 s s
 
 
 def _resize_axis(x: Tensor, size: int, dim: int) -> Tensor:
-    """Resize one axis: a + (b - a) share, where a and b are the pixels before and behind a position.
+    """Resize the axis `dim` of x to `size` pixels: a + (b - a) share, where a and b are the pixels around a position.
 
-    Behind the last pixel it repeats.
+    Behind the last pixel that pixel repeats.
     """
     n = x.shape[dim]
     position = torch.arange(size, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
@@ -340,12 +340,12 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
     return net.to(device)
 
 
-def facts(net: nn.Module) -> dict[str, str]:
-    """Return what a report says of a loaded network: the source of its weights, and their hash."""
+def facts(weights: Mapping[str, Tensor], origin: Mapping[str, str]) -> dict[str, str]:
+    """Return what a report says of a network, by its weights and `origin`: their source and their hash."""
     parts: list[bytes] = []
-    for name, weight in sorted(net.state_dict().items()):
+    for name, weight in sorted(weights.items()):
         parts.append(f"{name} {tuple(weight.shape)}".encode() + weight.cpu().numpy().tobytes())
-    source = getattr(net, "origin", {}).get("sha256", "unknown")
+    source = origin.get("sha256", "unknown")
     return {
         "features": f"Inception of December 2015, of a file of sha256 {source}",
         "features_sha256": digest.of_bytes(*parts),

@@ -116,11 +116,11 @@ def find_weights(folder: Path, name: str) -> PartWeights | None:
     return None
 
 
-def require_weights(folder: Path, name: str, field: str, way_out: str) -> PartWeights:
+def require_weights(folder: Path, name: str, field: str, hint: str) -> PartWeights:
     """The weights of a folder that dumo opens, NAME being `name`.
 
     Raises UserError where there are none, shards are missing, or the weights are pickles. `field` is the field of a run
-    that the message names; `way_out` ends the message with what to do.
+    that the message names; `hint` ends the message with what to do.
     """
     part_weights = find_weights(folder, name)
     if part_weights is not None:
@@ -128,7 +128,7 @@ def require_weights(folder: Path, name: str, field: str, way_out: str) -> PartWe
     for candidate in _candidates(folder, name):
         missing = [file.name for file in candidate.files if not file.is_file()]
         if candidate.index is not None and len(missing) < len(candidate.files):
-            raise UserError(f"{field}: {folder} lacks {missing[0]}, which {candidate.index.name} lists: {way_out}")
+            raise UserError(f"{field}: {folder} lacks {missing[0]}, which {candidate.index.name} lists: {hint}")
     for pickle in PICKLES[name]:
         if (folder / pickle).is_file():
             weights_pickle = folder / PICKLES[name][0]
@@ -136,7 +136,7 @@ def require_weights(folder: Path, name: str, field: str, way_out: str) -> PartWe
             raise UserError(weights.pickle_refusal(weights_pickle, hint="", convert=name == DIFFUSERS))
     variants = " or ".join(f".{variant}" for variant in VARIANTS if variant)
     raise UserError(
-        f"{field}: {folder} has no weights ({name}{SUFFIX}, in one file or in shards, plain or {variants}): {way_out}"
+        f"{field}: {folder} has no weights ({name}{SUFFIX}, in one file or in shards, plain or {variants}): {hint}"
     )
 
 

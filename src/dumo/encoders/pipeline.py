@@ -6,7 +6,9 @@ its numbers, the text encoders, the scheduler. The order of events:
 1. `dumo.config.parts.with_pipeline` hands the pipeline to those parts of a run that read it, each a `PipelineSpec`.
 2. `Pipeline.with_facts` notes a hash of each part when the run begins. From then on `require_fact`, `config` and
    `verify` refuse other parts, so a run never decodes, reads prompts or is exported with the parts of another.
-3. `config`, `part_folder` and `weights` open a part. The files of weights are chosen in `dumo.encoders.part`.
+3. `config`, `part_folder` and `weights` open a part. The files of weights are chosen in `dumo.encoders.part`. Of text
+   encoders and tokenizers, `text_parts` are the names and `text_files` the files; `absent_parts` are those that the
+   pipeline goes without.
 
 What is no folder is refused with the command that makes one: of a name on the Hugging Face hub (`dumo.io.hub`), or of
 one file (`dumo.encoders.singlefile`). Some models are known by name without their weights (`is_published`): dumo has
@@ -18,7 +20,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, PrivateAttr, model_validator
 from pydantic.config import JsonDict
@@ -33,8 +35,6 @@ from dumo.io.yaml import parse_yaml
 from dumo.runtime.door import settings
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
 
-S = TypeVar("S", bound=Spec)
-P = TypeVar("P", bound="PipelineSpec")
 Config = Mapping[str, Any]  # a part's config.json
 FIELD = "pipeline"  # of a run, for messages
 CONFIG = "config.json"
@@ -79,7 +79,7 @@ class Pipeline(Spec):
 
     @property
     def folder(self) -> Path:
-        """Where it is.
+        """The pipeline's folder.
 
         Raises UserError, with the command that makes the folder, for a published name, a name on the Hugging Face hub,
         one file of weights, and where nothing is.
@@ -220,8 +220,8 @@ class Pipeline(Spec):
         if self.text_parts:
             yield "texts", self.texts_hash()
 
-    def require_fact(self, name: str, current: str, what: str = "weights") -> None:
-        """Raise UserError if a fact is another than when the run began. `what` says of which files of the part it is.
+    def require_fact(self, name: str, current: str, described_as: str = "weights") -> None:
+        """Raise UserError if a fact is another than when the run began. The message calls it `described_as`.
 
         Facts that were not noted are not compared.
         """
@@ -229,7 +229,7 @@ class Pipeline(Spec):
         if facts.get(name, current) != current:
             part, _, _ = name.partition(".")
             raise UserError(
-                f"{FIELD}: {self.source} has another {part} ({what}) than when this run began: put "
+                f"{FIELD}: {self.source} has another {part} ({described_as}) than when this run began: put "
                 f"that back, or say where the pipeline is with {settings(f'{FIELD}.source=...')}"
             )
 
@@ -372,7 +372,7 @@ class PipelineSpec(Spec):
             raise UserError(f"{FIELD} is missing: {HINT}")
         return self._pipeline
 
-    def within(self: P, pipeline: Pipeline | None) -> P:
+    def within(self, pipeline: Pipeline | None) -> Self:
         """Return this spec for a run with this pipeline."""
         if pipeline == self._pipeline:
             return self

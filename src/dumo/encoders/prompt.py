@@ -1,14 +1,15 @@
 """Texts through the text encoders of a pipeline of diffusers, by the pipeline's own method `encode_prompt`.
 
-`Prompts` is the spec. `Prompts.open` loads the pipeline's text encoders and tokenizers into a `PromptReader`. A call of
-the `PromptReader` turns texts into `Embeddings`. The pipeline has no autoencoder, and of its transformer the config
-alone, on the meta device.
+`PromptReaderSpec.open` loads the pipeline's text encoders and tokenizers into a `PromptReader`. A call of the
+`PromptReader` turns texts into `Embeddings`. The pipeline has no autoencoder, and of its transformer the config alone,
+on the meta device.
 
 `encode_prompt` decides what a pipeline puts around a text, how it pads and cuts, which encoders it asks, and what means
 no text. It is called
 
 - for one text at a time, because some pipelines pad to the longest of several;
-- with the arguments that the pipeline's `__call__` passes by default, because the method's own defaults are others;
+- with the arguments that the pipeline's `__call__` passes by default (`encode_prompt_arguments`), because the method's
+  own defaults are others;
 - with copies of these arguments, because some pipelines write into them.
 """
 
@@ -35,7 +36,7 @@ from dumo.types import PLACE, Spec, UserError
 _COLUMNS = ("tokens", "mask", "pooled")  # what is kept of the outputs of encode_prompt
 
 
-class Prompts(Spec):
+class PromptReaderSpec(Spec):
     """How a pipeline reads texts: what the index of a table of texts notes of it."""
 
     kind: Literal["pipeline"] = "pipeline"
@@ -61,7 +62,7 @@ class Prompts(Spec):
         reader = PromptReader(
             spec=self,
             pipe=pipe,
-            arguments=defaults(pipeline_class),
+            arguments=encode_prompt_arguments(pipeline_class),
             sha256=sha256,
             encoders=encoders,
             device=torch.device("cpu"),
@@ -122,7 +123,7 @@ class Prompts(Spec):
 class PromptReader:
     """The text encoders of a pipeline, with their weights."""
 
-    spec: Prompts
+    spec: PromptReaderSpec
     pipe: Any  # of diffusers
     arguments: dict[str, Any]  # of encode_prompt, besides the prompt and the device
     sha256: str  # of encoders and tokenizers
@@ -157,9 +158,10 @@ class PromptReader:
         sign = "-" if not text and has_negatives else ""
         row: dict[str, Tensor] = {}
         for column in _COLUMNS:
-            if sign + column not in output_names:
+            output_name = sign + column
+            if output_name not in output_names:
                 continue
-            output = outputs[output_names.index(sign + column)]
+            output = outputs[output_names.index(output_name)]
             if output is not None:
                 row[column] = output[0].cpu()
         return row
@@ -170,7 +172,7 @@ class PromptReader:
         return {*inspect.signature(self.pipe.encode_prompt).parameters}
 
 
-def defaults(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN401, a class of diffusers
+def encode_prompt_arguments(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN401, a class of diffusers
     """Return what the `__call__` of a pipeline passes to `encode_prompt`, if it is given a prompt alone."""
     call_parameters = inspect.signature(pipeline_class.__call__).parameters
     encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters

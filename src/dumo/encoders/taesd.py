@@ -91,7 +91,7 @@ class TinyAutoencoder(nn.Module):
 class TaesdBlock(nn.Module):
     """relu(y + conv(relu(conv(relu(conv y))))), where y is x, or x plus its pool branch."""
 
-    def __init__(self, has_pool: bool = False) -> None:
+    def __init__(self, *, has_pool: bool = False) -> None:
         super().__init__()
         self.conv = nn.Sequential(
             _conv(WIDTH, WIDTH),
@@ -117,8 +117,9 @@ class Clamp(nn.Module):
         return 3 * torch.tanh(x / 3)
 
 
-def _three_blocks(has_pool: bool = False) -> list[TaesdBlock]:
-    return [TaesdBlock(has_pool) for _ in range(3)]
+def _three_blocks(*, has_pool: bool = False) -> list[TaesdBlock]:
+    """The blocks at one resolution."""
+    return [TaesdBlock(has_pool=has_pool) for _ in range(3)]
 
 
 def _pool_branch() -> nn.Sequential:

@@ -7,7 +7,7 @@
    `EncoderModel`.
 3. A call of the `EncoderModel` turns texts into `Embeddings`. `dumo.encoders.texttable` keeps them in a table.
 
-`dumo.encoders.prompt` is for the text encoders of a pipeline, and its `Prompts` has `open` and `model_type`, too.
+`dumo.encoders.prompt` is for the text encoders of a pipeline; its spec has `open` and `model_type`, too.
 """
 
 import re
@@ -107,8 +107,10 @@ class TextEncoder(Spec):
         folder.weights.require_undamaged()  # before transformers reads them
         # a text is cut behind its `length` tokens and those that are skipped
         tokenizer = load_tokenizer(folder.tokenizer_path, self.length + self.skip, self.template)
-        model = load_model(folder.path, folder.class_name(self.pooled), "net.texts", _HINT)
-        return EncoderModel(self, folder, tokenizer, model.to(device), torch.device(device))
+        model = load_model(folder.path, folder.class_name(pooled=self.pooled), "net.texts", _HINT)
+        return EncoderModel(
+            spec=self, folder=folder, tokenizer=tokenizer, model=model.to(device), device=torch.device(device)
+        )
 
 
 @dataclass(frozen=True)
@@ -131,15 +133,15 @@ class EncoderFolder:
             raise UserError(f"{_FIELD}: {self.path / CONFIG} has no model_type: {_HINT}")
         return model_type
 
-    def class_name(self, pooled: bool) -> str:
+    def class_name(self, *, pooled: bool) -> str:
         """The class of transformers that loads the encoder; if `pooled`, one that embeds whole texts, too.
 
         Raises UserError where config.json has no model_type.
         """
-        default_class = _CLASS_BY_MODEL_TYPE.get(self.model_type, "AutoModel")
+        model_type = self.model_type  # raises
         if pooled and _PROJECTED_CLASS in str(self._config.get("architectures")):  # a list of names, if it is there
             return _PROJECTED_CLASS
-        return default_class
+        return _CLASS_BY_MODEL_TYPE.get(model_type, "AutoModel")
 
     @property
     def tokenizer_path(self) -> Path:

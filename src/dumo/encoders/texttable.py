@@ -12,7 +12,7 @@ stands for no caption. A shard has these columns, with the tokens of all its row
 The entrances:
 
 - `encode` makes a table, shard by shard. A shard is encoded in the same batches from its own first row, so it does not
-  depend on the others, and several ranks may share the work.
+  depend on the others, and several ranks may share the work. `SourceImages` says how it reads images to edit.
 - `open_table` opens a finished table as `EncodedTexts`, and `require` compares it with what a run asks for.
 - `read_contents` reads the index alone, `TextTableIndex`, also of a table that is not finished.
 - `to_columns` and `to_stored_types` are for `dumo.nets.live`, which makes the same rows without a table.
@@ -32,7 +32,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.encoders.caption import split_caption
-from dumo.encoders.prompt import PromptReader, Prompts
+from dumo.encoders.prompt import PromptReader, PromptReaderSpec
 from dumo.encoders.text import Embeddings, EncoderModel, TextEncoder
 from dumo.encoders.tokens import LoadedTokenizer, Tokenizer
 from dumo.io import digest, table
@@ -44,7 +44,7 @@ from dumo.types import UserError
 
 CAPTIONS = "captions.jsonl"
 _MAX_CAPTIONS_BYTES = 2**34  # of captions.jsonl, so that a damaged file does not fill the memory: ours
-EncoderSpec = Annotated[TextEncoder | Prompts | Tokenizer, Field(discriminator="kind")]
+EncoderSpec = Annotated[TextEncoder | PromptReaderSpec | Tokenizer, Field(discriminator="kind")]
 LoadedEncoder = EncoderModel | PromptReader | LoadedTokenizer  # what opening an `EncoderSpec` gives
 # tokens or ids; the mask, False on padding; pooled embeddings, or None
 PaddedRows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
@@ -80,7 +80,7 @@ class TextTableIndex(TableIndex):
             "tokens": Column(dtype=dtype, shape=tuple(empty_text.tokens.shape[2:]), lengths="lengths"),
             "lengths": Column(dtype="int64"),
         }
-        if isinstance(spec, Prompts) and spec.padded:
+        if isinstance(spec, PromptReaderSpec) and spec.padded:
             columns["mask"] = Column(dtype="bool", lengths="lengths")
         if empty_text.pooled is not None:
             columns["pooled"] = Column(dtype=dtype, shape=(empty_text.pooled.shape[1],))
@@ -98,7 +98,7 @@ class TextTableIndex(TableIndex):
         )
 
     @property
-    def captions(self) -> int:
+    def num_captions(self) -> int:
         """The number of captions, without the empty one."""
         return self.rows - 1
 
@@ -108,12 +108,12 @@ class TextTableIndex(TableIndex):
         return sum(self.columns["tokens"].shape)
 
     @property
-    def pooled(self) -> int:
+    def pooled_width(self) -> int:
         """The channels of the embedding of a whole text; 0 if there is none."""
         return sum(self.columns["pooled"].shape) if "pooled" in self.columns else 0
 
     @property
-    def source(self) -> tuple[int, ...]:
+    def source_shape(self) -> tuple[int, ...]:
         """The shape (c, h, w) of the latent of an image that captions edit; () if they edit none."""
         return self.columns["source"].shape if "source" in self.columns else ()
 
@@ -124,12 +124,12 @@ class TextTableIndex(TableIndex):
 
     def summary(self) -> str:
         """Describe in words what the finished table holds."""
-        words = f"{self.captions:,} captions and the empty one by {self.model}, "
-        if not isinstance(self.encoder, Prompts):
+        words = f"{self.num_captions:,} captions and the empty one by {self.model}, "
+        if not isinstance(self.encoder, PromptReaderSpec):
             words += f"up to {self.encoder.length} "
         words += f"tokens of {self.width} numbers" if self.width else "numbers of tokens"
-        if self.pooled:
-            words += f", and {self.pooled} of the whole text"
+        if self.pooled_width:
+            words += f", and {self.pooled_width} of the whole text"
         return words
 
     def binding(self) -> dict[str, Any]:
@@ -200,7 +200,9 @@ class EncodedTexts:
         b = len(rows)
         tokens = torch.zeros(b, self.longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
         mask = torch.zeros(b, self.longest, dtype=torch.bool)
-        pooled = torch.empty(b, contents.pooled, dtype=contents.dtype) if contents.pooled else None
+        pooled = None
+        if contents.pooled_width:
+            pooled = torch.empty(b, contents.pooled_width, dtype=contents.dtype)
         for i, row in enumerate(rows):
             shard, token_ends, row_in_shard = self._find_row(row)
             length = int(shard["lengths"][row_in_shard])
@@ -219,11 +221,11 @@ class EncodedTexts:
         `rows` None: all.
         """
         contents = self.contents
-        if not contents.source:
+        if not contents.source_shape:
             return None
         if rows is None:
             rows = range(len(self))
-        latents = torch.empty(len(rows), *contents.source, dtype=contents.dtype)
+        latents = torch.empty(len(rows), *contents.source_shape, dtype=contents.dtype)
         for i, row in enumerate(rows):
             shard, _, row_in_shard = self._find_row(row)
             latents[i] = shard["source"][row_in_shard]
@@ -232,7 +234,7 @@ class EncodedTexts:
     @cached_property
     def longest(self) -> int:
         """The number of tokens of a padded row: the encoder's `length`; of a pipeline, that of its longest row."""
-        if not isinstance(self.contents.encoder, Prompts):
+        if not isinstance(self.contents.encoder, PromptReaderSpec):
             return self.contents.encoder.length
         return max(self.lengths)
 
@@ -296,9 +298,9 @@ def require(table: EncodedTexts, encoder: EncoderSpec, captions: int, identity: 
     `identity` None: any will do.
     """
     contents = table.contents
-    if contents.captions != captions:
+    if contents.num_captions != captions:
         raise UserError(
-            f"net.texts.root: {table.folder} holds {contents.captions:,} captions, and the data have {captions:,}: "
+            f"net.texts.root: {table.folder} holds {contents.num_captions:,} captions, and the data have {captions:,}: "
             "make one of these data in another folder, dumo encode RECIPE --set net.texts.root=DIR"
         )
     stored = contents.binding()

@@ -40,32 +40,32 @@ class Tokenizer(Spec):
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer of transformers, and how it is used."""
+    """A tokenizer of transformers, and how it is used. A call turns texts into ids of tokens."""
 
-    model: Any  # of transformers
+    library_tokenizer: Any  # of transformers
     length: int  # tokens of a text at most
     template: str = "{}"  # {} is the text
 
     @cached_property
     def sha256(self) -> str:
         """The hash of the tokens and their numbers."""
-        ids_by_token: dict[str, int] = self.model.get_vocab()
+        ids_by_token: dict[str, int] = self.library_tokenizer.get_vocab()
         return digest.of_bytes(*(f"{n} {token}\n".encode() for token, n in sorted(ids_by_token.items())))
 
     def __call__(
         self, texts: Sequence[str], *, fills_length: bool = True
     ) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"]]:
-        """Return the ids of tokens, and a mask that is False on padding.
+        """Return the ids of tokens (b, l) of b texts, and a mask (b, l) that is False on padding.
 
         l is `length` if `fills_length`, else the number of tokens of the longest of these texts.
 
         Warns where texts are cut. Raises UserError for a text without any token.
         """
-        filled = [self.template.replace("{}", text) for text in texts]
+        templated_texts = [self.template.replace("{}", text) for text in texts]
         with explain_foreign_errors("net.texts: the tokenizer fails", HINT):
-            lengths = [len(ids) for ids in self.model(filled, verbose=False)["input_ids"]]
-            encoded = self.model(
-                filled,
+            lengths = [len(ids) for ids in self.library_tokenizer(templated_texts, verbose=False)["input_ids"]]
+            encoded = self.library_tokenizer(
+                templated_texts,
                 truncation=True,
                 max_length=self.length,
                 padding="max_length" if fills_length else "longest",
@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path, length: int, template: str = "{}") -> LoadedTok
     if not config.is_file():
         raise UserError(f"net.texts: {folder} holds no tokenizer, {config.name} is missing: {HINT}")
     with explain_foreign_errors(f"net.texts: {folder} holds no tokenizer that can be read", HINT):
-        model = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if model.pad_token is None:
-            model.pad_token = model.eos_token
-        return LoadedTokenizer(model, length, template)
+        tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return LoadedTokenizer(tokenizer, length, template)

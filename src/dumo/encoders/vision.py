@@ -1,7 +1,8 @@
 """Features of images by DINOv2 (Oquab et al. 2023, arXiv 2304.07193) and CLIP (Radford et al. 2021).
 
 The model is in a folder of the user's own, as transformers saves it. `load` checks the folder and reads it into an
-`ImageEncoder`. A call of the `ImageEncoder` preprocesses images, and returns their `ImageFeatures`.
+`ImageEncoder`. A call of the `ImageEncoder` preprocesses images, and returns their `ImageFeatures`. `FEATURE_MODELS`
+says of each kind of features which model makes it.
 
 To add a kind of features, add a row to `FEATURE_MODELS`, and its preprocessing to `ImageEncoder`.
 
@@ -43,24 +44,29 @@ IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and de
 class FeatureModel(NamedTuple):
     """The model of a kind of features, before it is loaded."""
 
-    model: str  # its class in transformers
-    types: tuple[str, ...]  # `model_type` in the config.json of folders that the class reads
+    class_name: str  # in transformers
+    model_types: tuple[str, ...]  # `model_type` in the config.json of folders that the class reads
     colours: tuple[clip.Colour, clip.Colour]  # mean and deviation of colours, where a folder has none
     resize: str  # how images are resized, in words: for reports
 
     @property
     def hint(self) -> str:
         """What to do where a folder does not fit, for messages."""
-        return f"name a folder with {CONFIG} and {TRANSFORMERS_FILE}, as transformers saves a {self.model}"
+        return f"name a folder with {CONFIG} and {TRANSFORMERS_FILE}, as transformers saves a {self.class_name}"
 
 
 FEATURE_MODELS: dict[FeatureKind, FeatureModel] = {
-    "dinov2": FeatureModel("Dinov2Model", ("dinov2",), IMAGENET_COLOURS, "Pillow, bicubic, the whole image to"),
+    "dinov2": FeatureModel(
+        class_name="Dinov2Model",
+        model_types=("dinov2",),
+        colours=IMAGENET_COLOURS,
+        resize="Pillow, bicubic, the whole image to",
+    ),
     "cmmd": FeatureModel(
-        "CLIPVisionModelWithProjection",
-        ("clip", "clip_vision_model"),
-        (clip.COLOUR_MEAN, clip.COLOUR_DEVIATION),
-        "Pillow, bicubic, the middle square to",
+        class_name="CLIPVisionModelWithProjection",
+        model_types=("clip", "clip_vision_model"),
+        colours=(clip.COLOUR_MEAN, clip.COLOUR_DEVIATION),
+        resize="Pillow, bicubic, the middle square to",
     ),
 }
 
@@ -107,7 +113,7 @@ class ImageEncoder:
         model_input = self.preprocess(batch).to(self.model.device)
         hint = FEATURE_MODELS[self.kind].hint
         with using("fp32", self.model.device), explain_foreign_errors(f"the model of {self.folder} fails", hint):
-            out = self.model(pixel_values=model_input)
+            out: Any = self.model(pixel_values=model_input)  # of transformers
         features = normalize(out.image_embeds) if self.kind == "cmmd" else out.pooler_output
         features = features[: len(pixels)]
         empty = features[:, :0]
@@ -140,20 +146,24 @@ def load(folder: Path, kind: FeatureKind, field: str, device: torch.device | str
     """
     feature_model = FEATURE_MODELS[kind]
     config = clip.read_config(folder, (CONFIG,), field, feature_model.hint)
-    if config.get("model_type") not in feature_model.types:
+    if config.get("model_type") not in feature_model.model_types:
         raise UserError(
-            f"{field}: {folder} holds a {config.get('model_type')}, no {feature_model.model}: {feature_model.hint}"
+            f"{field}: {folder} holds a {config.get('model_type')}, no {feature_model.class_name}: {feature_model.hint}"
         )
-    model = load_model(folder, feature_model.model, field, feature_model.hint)
-    side = _DINOV2_SIDE if kind == "dinov2" else model.config.image_size
+    model = load_model(folder, feature_model.class_name, field, feature_model.hint)
+    side = model.config.image_size
     if kind == "dinov2":
+        side = _DINOV2_SIDE
         _interpolate_positions(model, side)
     mean, deviation = clip.read_colours(folder, feature_model.colours, feature_model.hint)
-    return ImageEncoder(kind, folder, model.to(device), side, mean, deviation)
+    return ImageEncoder(kind=kind, folder=folder, model=model.to(device), side=side, mean=mean, deviation=deviation)
 
 
 def _interpolate_positions(model: Any, side: int) -> None:  # noqa: ANN401, of transformers
-    """Fit the position embeddings of a DINOv2 to images of `side` pixels, as the published code does at every pass."""
+    """Fit the position embeddings of a DINOv2 to images of `side` pixels, as the published code does at every pass.
+
+    They become those of n x n patches, where the model has them for m x m.
+    """
     positions: Tensor = model.embeddings.position_embeddings.detach()  # (1, 1 + m * m, width), the class token first
     n = side // model.config.patch_size
     m = isqrt(positions.shape[1] - 1)

@@ -67,8 +67,6 @@ class ClipProtocol(Protocol):
         data, sample_c, texts = context.captions()
         model = clip.load(user_path(self.model, MODEL_FIELD), MODEL_FIELD, context.device)
         x, c_of_x = data.reference(MAX_REAL, context.seed)  # a finite data set may give more than are asked for
-        real_x = x[:MAX_REAL]
-        real_c = c_of_x[:MAX_REAL]
         config = model.model.config.vision_config
         facts = {
             "features": f"CLIP {config.hidden_size} wide, patches of {config.patch_size}, {model.side} pixels",
@@ -77,7 +75,14 @@ class ClipProtocol(Protocol):
             "resize": f"Pillow, bicubic, to {model.side}, the middle",
             "rounding": "0 to 255",
         }
-        return ClipEvaluator(model, sample_c, tuple(texts), real_x, real_c, facts)
+        return ClipEvaluator(
+            encoder=model,
+            c=sample_c,
+            texts=tuple(texts),
+            real_x=x[:MAX_REAL],
+            real_c=c_of_x[:MAX_REAL],
+            facts=facts,
+        )
 
 
 @dataclass(frozen=True)

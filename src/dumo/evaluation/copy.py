@@ -21,7 +21,7 @@ Thumbs = Float[Tensor, "n c h w"]
 
 @dataclass(frozen=True)
 class NearestImages:
-    """For each of m images the nearest one of others."""
+    """For each of m images, the fakes, the nearest one of other images, the real ones."""
 
     distances: Float64[Tensor, "m 2"]  # to the nearest and to the next one, which is nan where there is none
     indices: Int64[Tensor, " m"]  # of the nearest one
@@ -43,31 +43,36 @@ def nearest_images(
 ) -> NearestImages:
     """For each thumbnail `fake` the nearest of the thumbnails `real`, by Euclidean distance.
 
-    - `left_out`: for each fake the index of a real image that does not count: of real images, themselves
+    - `left_out`: for each fake the index of a real image that does not count. Where the fakes are real images
+      themselves, it is their own index.
     - `mirror`: compare with the mirror images of the real ones, too
 
-    At least one real image must count.
+    Each fake must have a real image that counts.
     """
-    rows = real.double().flatten(1)
+    real_rows = real.double().flatten(1)
     mirrored_rows = real.flip(-1).double().flatten(1)
-    all_distances: list[Tensor] = []
-    all_indices: list[Tensor] = []
-    all_mirrored: list[Tensor] = []
-    for block, part in enumerate(fake.double().flatten(1).split(BLOCK)):
-        distances = pair_distances(part, rows)
+    distances_by_block: list[Tensor] = []
+    indices_by_block: list[Tensor] = []
+    is_mirrored_by_block: list[Tensor] = []
+    for block, fake_rows in enumerate(fake.double().flatten(1).split(BLOCK)):
+        distances = pair_distances(fake_rows, real_rows)
         is_mirrored = torch.zeros_like(distances, dtype=torch.bool)
         if mirror:
-            mirrored_distances = pair_distances(part, mirrored_rows)
+            mirrored_distances = pair_distances(fake_rows, mirrored_rows)
             is_mirrored = mirrored_distances < distances
             distances = torch.minimum(distances, mirrored_distances)
-        places = torch.arange(len(part))
+        rows = torch.arange(len(fake_rows))
         if left_out is not None:
-            distances[places, left_out[block * BLOCK + places]] = torch.inf
+            distances[rows, left_out[block * BLOCK + rows]] = torch.inf
         nearest, indices = distances.topk(min(2, distances.shape[1]), largest=False)
         next_nearest = nearest[:, 1:].masked_fill(nearest[:, 1:].isinf(), torch.nan)
         if next_nearest.shape[1] == 0:
             next_nearest = torch.full_like(nearest, torch.nan)
-        all_distances.append(torch.cat([nearest[:, :1], next_nearest], 1))
-        all_indices.append(indices[:, 0])
-        all_mirrored.append(is_mirrored[places, indices[:, 0]])
-    return NearestImages(torch.cat(all_distances), torch.cat(all_indices), torch.cat(all_mirrored))
+        distances_by_block.append(torch.cat([nearest[:, :1], next_nearest], 1))
+        indices_by_block.append(indices[:, 0])
+        is_mirrored_by_block.append(is_mirrored[rows, indices[:, 0]])
+    return NearestImages(
+        distances=torch.cat(distances_by_block),
+        indices=torch.cat(indices_by_block),
+        is_mirrored=torch.cat(is_mirrored_by_block),
+    )

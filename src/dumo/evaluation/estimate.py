@@ -1,4 +1,4 @@
-"""Numbers with their uncertainty: an `Estimate`, which of several are level with the least, and mean and sd."""
+"""Numbers with their uncertainty: an `Estimate`, `ties_with_least` among several, and `mean_sd` of plain numbers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,14 +13,14 @@ class Estimate(NamedTuple):
     error: float
 
 
-def level(estimates: Sequence[Estimate]) -> list[bool]:
-    """Whether each estimate is level with the least: at most two standard errors of the difference above it."""
+def ties_with_least(estimates: Sequence[Estimate]) -> list[bool]:
+    """Whether each estimate ties with the least: it is at most two standard errors of the difference above it."""
     least = min(estimates)
-    is_level: list[bool] = []
+    is_tied: list[bool] = []
     for estimate in estimates:
         error = (estimate.error**2 + least.error**2) ** 0.5
-        is_level.append(estimate.value - least.value <= 2 * error)
-    return is_level
+        is_tied.append(estimate.value - least.value <= 2 * error)
+    return is_tied
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from dumo.evaluation import reference
 from dumo.evaluation.baseline import perfect_sampler_scores
 from dumo.evaluation.class_mmd import gaussian_mmd
 from dumo.evaluation.frechet import frechet_distance
-from dumo.evaluation.images import SUBSETS, in_pieces
+from dumo.evaluation.images import SUBSETS, split_batches
 from dumo.evaluation.mmd import kid
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.reference import Standard, load_or_compute
@@ -41,7 +41,7 @@ from dumo.types import PLACE, UserError
 MODEL_FIELD = "evaluate.protocol.model"
 CMMD_WIDTH = 10.0  # of the kernel on embeddings of length 1: CMMD
 MEDIAN_ROWS = 2000  # real images between which the median distance is taken, about: ours
-STANDARDS: dict[FeatureKind, Standard] = {
+FEATURE_STANDARDS: dict[FeatureKind, Standard] = {
     "dinov2": Standard(samples=50_000, size=None, classes=None, reference_images=None, subset=1000),
     # 30,000 samples, as the authors take of COCO's captions
     "cmmd": Standard(samples=30_000, size=None, classes=None, reference_images=None, subset=1000),
@@ -58,14 +58,14 @@ class FeatureProtocol(Protocol):
     @property
     def standard_samples(self) -> int:
         """As many as the name says."""
-        return STANDARDS[self.kind].samples
+        return FEATURE_STANDARDS[self.kind].samples
 
     @property
     def missing(self) -> str | None:
         """What must be named before anything can be judged; None: nothing."""
         if self.model:
             return None
-        return f"a {FEATURE_MODELS[self.kind].model}, in {MODEL_FIELD}: {FEATURE_MODELS[self.kind].hint}"
+        return f"a {FEATURE_MODELS[self.kind].class_name}, in {MODEL_FIELD}: {FEATURE_MODELS[self.kind].hint}"
 
     def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
@@ -85,16 +85,23 @@ class FeatureProtocol(Protocol):
         data = context.data()
         if not isinstance(data, Finite):
             raise UserError(f"protocol {self.kind} goes through images in files, here are none: choose another")
-        facts = encoder.facts | reference.album_facts(data, self.kind, STANDARDS[self.kind])
+        facts = encoder.facts | reference.data_facts(data, self.kind, FEATURE_STANDARDS[self.kind])
         statistics_key = {"protocol": self.kind, "dumo": version(), **facts}
-        real = load_or_compute(statistics_key, partial(reference.album_statistics, encoder, data, context.tick))
-        width = 0.0
-        if len(real.features) >= 2:
-            width = _kernel_width(self.kind, real.features)
-        if not width:  # 0 between equal images
+        real = load_or_compute(statistics_key, partial(reference.data_statistics, encoder, data, context.tick))
+        has_pairs = len(real.features) >= 2
+        width = _kernel_width(self.kind, real.features) if has_pairs else 0.0
+        if width == 0:  # as it also is between equal images
             raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")
         facts["kernel"] = f"Gaussian of width {width:g}, unbiased, times 1000"
-        return FeatureEvaluator(self.kind, self.total, encoder, real, width, facts, context.device)
+        return FeatureEvaluator(
+            kind=self.kind,
+            total=self.total,
+            encoder=encoder,
+            real=real,
+            width=width,
+            facts=facts,
+            device=context.device,
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ class FeatureEvaluator:
 
         Every rank must call it. Raises `UserError` where samples are missing, come twice, or are no images.
         """
-        return self.compare(gather(statistics_of(self.encoder, in_pieces(samples), self.total), self.total))
+        return self.compare(gather(statistics_of(self.encoder, split_batches(samples), self.total), self.total))
 
     def compare(self, fake: Statistics) -> Scores:
         """The scores of samples with these statistics."""
@@ -129,7 +136,7 @@ class FeatureEvaluator:
                 fake_rows,
                 real_rows,
                 subsets=SUBSETS,
-                subset_size=min(STANDARDS[self.kind].subset, len(fake_rows), len(real_rows)),
+                subset_size=min(FEATURE_STANDARDS[self.kind].subset, len(fake_rows), len(real_rows)),
                 generator=stream(self.kind, "kid"),
             )
         return scores

@@ -3,17 +3,17 @@
 `Moments.of` computes the moments of a batch of rows, `+` merges those of several batches or ranks, and
 `frechet_distance` compares two of them. `pixel_frechet` does all of it for images, on their reduced pixels.
 
-**Moments.** With the scatter S = sum_i (x_i - mean)(x_i - mean)^T, two disjoint sets of rows a and b have together
+**Moments.** With the scatter M = sum_i (x_i - mean)(x_i - mean)^T, two disjoint sets of rows a and b have together
 
     n     = n_a + n_b
     mean  = mean_a + delta n_b / n                      delta = mean_b - mean_a
-    S     = S_a + S_b + delta delta^T n_a n_b / n       (Chan, Golub & LeVeque 1983)
+    M     = M_a + M_b + delta delta^T n_a n_b / n       (Chan, Golub & LeVeque 1983)
 
 This is an identity, so any split over batches or ranks gives the same moments up to rounding.
 
-**Distance.** Between two Gaussians, squared, as is the custom (Dowson & Landau 1982):
+**Distance.** Between two Gaussians of covariances S = M / (n - 1), squared, as is the custom (Dowson & Landau 1982):
 
-    d^2 = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1^1/2 S_2 S_1^1/2)^1/2
+    d^2 = |mean_a - mean_b|^2 + tr S_a + tr S_b - 2 tr (S_a^1/2 S_b S_a^1/2)^1/2
 
 On features of Inception it is the FID (Heusel et al. 2017, Eq. 6). On any others it is named after those.
 """
@@ -63,16 +63,19 @@ class Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """d^2 >= 0 in the square of the features' unit, in float64. Raises `UserError` where rows <= features.
+    """d^2 >= 0 in the square of the features' unit, in float64.
 
-    With n rows it is biased upwards, by about a constant over n: compare at equal n only.
+    With n rows it is biased upwards, by about a constant over n: compare at equal n only. Raises `UserError` where a
+    and b have different numbers of features, or one has no more rows than features.
     """
     num_features = len(a.mean)
+    if len(b.mean) != num_features:
+        raise UserError(f"rows of {num_features} features and rows of {len(b.mean)} have no distance: give equal ones")
     for moments in (a, b):
         if moments.count <= num_features:
             raise UserError(
                 f"{moments.count} samples cannot give a covariance of {num_features} features: a Fréchet distance "
-                f"needs more than {num_features}, give more samples, or set frechet to false and go by kid"
+                f"needs more than {num_features}, give more samples"
             )
     root_a = _symmetric_root(a.covariance)
     root_trace = torch.linalg.eigvalsh(root_a @ b.covariance @ root_a).clamp(min=0).sqrt().sum()
@@ -90,7 +93,8 @@ def pixel_frechet(x: Images, y: Float[Tensor, "m c _ _"], side: int = PIXEL_SIDE
     """d^2 >= 0 between the reduced pixels of images x and y, in float64.
 
     It sees the light, the colours and the coarse layout, and no detail. Raises `UserError` where x or y are no more
-    images than the numbers that are compared, c * side^2.
+    images than the numbers that are compared, c * side^2, and where one of them is smaller than `side` and the other
+    has another size.
     """
     return frechet_distance(Moments.of(reduce_pixels(x, side)), Moments.of(reduce_pixels(y, side)))
 

@@ -119,13 +119,22 @@ class ImageProtocol(Protocol):
         else:
             reference_facts, count_reference = self._data_reference(extractor, context)
         facts = {
-            **inception.facts(extractor),
+            **inception.facts(extractor.state_dict(), extractor.origin),
             **reference_facts,
             "resize": f"TensorFlow 1, bilinear, to {SIZE}",
             "rounding": "0 to 255",
         }
         real = load_or_compute({"protocol": self.kind, "dumo": version(), **facts}, count_reference)
-        return ImageEvaluator(self.kind, standard, self.total, self.frechet, extractor, real, facts, context.device)
+        return ImageEvaluator(
+            name=self.kind,
+            standard=standard,
+            total=self.total,
+            frechet=self.frechet,
+            extractor=extractor,
+            real=real,
+            facts=facts,
+            device=context.device,
+        )
 
     def _adm_reference(self, extractor: Extractor, context: Context) -> tuple[dict[str, str], Callable[[], Statistics]]:
         """What a report says of ADM's file, and a function that computes its statistics.
@@ -138,7 +147,7 @@ class ImageProtocol(Protocol):
                 "evaluate.protocol.reference to where it is"
             )
         path = user_path(self.reference, "evaluate.protocol.reference")
-        file = reference.adm_file(path, self.kind, self.standard)
+        file = reference.open_adm_file(path, self.kind, self.standard)
         return reference.adm_facts(file), partial(reference.adm_statistics, extractor, file, context.tick)
 
     def _data_reference(
@@ -151,8 +160,8 @@ class ImageProtocol(Protocol):
         data = context.data()
         if not isinstance(data, Finite):
             raise UserError(f"protocol {self.kind} goes through all images of a data set, and this has none")
-        facts = reference.album_facts(data, self.kind, self.standard)
-        return facts, partial(reference.album_statistics, extractor, data, context.tick)
+        facts = reference.data_facts(data, self.kind, self.standard)
+        return facts, partial(reference.data_statistics, extractor, data, context.tick)
 
     @model_validator(mode="after")
     def _refuse_needless_reference(self) -> "ImageProtocol":
@@ -183,14 +192,17 @@ class ImageEvaluator:
 
     def statistics(self, samples: NumberedSamples) -> Statistics:
         """The statistics of all samples, in [-1, 1], of all ranks. Every rank must call it."""
-        return gather(statistics_of(self.extractor, in_pieces(samples), self.total), self.total)
+        return gather(statistics_of(self.extractor, split_batches(samples), self.total), self.total)
 
     def compare(self, fake: Statistics) -> Scores:
         """The scores of samples with these statistics. On a CPU core 50,000 against 50,000 take some ten minutes."""
         scores: Scores = {}
         if self.frechet:  # first, because it refuses too few samples
-            scores["fid"] = frechet_distance(fake.pool, self.real.pool)
-            scores["sfid"] = frechet_distance(fake.spatial, self.real.spatial)
+            try:
+                scores["fid"] = frechet_distance(fake.pool, self.real.pool)
+                scores["sfid"] = frechet_distance(fake.spatial, self.real.spatial)
+            except UserError as error:
+                raise UserError(f"{error}, or set frechet to false and go by kid") from error
         fake_rows = fake.features.to(self.device)
         real_rows = self.real.features.to(self.device)
         scores["kid"], scores["kid_sd"] = kid(
@@ -240,7 +252,7 @@ class ImageEvaluator:
         )
 
 
-def in_pieces(samples: NumberedSamples) -> Iterator[Batch]:
+def split_batches(samples: NumberedSamples) -> Iterator[Batch]:
     """The samples, in [-1, 1], as batches of numbers (n,) and colours of 0 to 255, of PIECE images at most."""
     for index, x in samples:
         yield from zip(index.split(PIECE), to_uint8(x).split(PIECE), strict=True)

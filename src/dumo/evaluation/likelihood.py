@@ -79,7 +79,7 @@ class LikelihoodProtocol(Protocol):
         }
         if levels:
             x = dequantise(x, levels, seed)
-        return LikelihoodEvaluator(self, x, reference.c[:total], levels, seed, facts)
+        return LikelihoodEvaluator(protocol=self, x=x, c=reference.c[:total], levels=levels, seed=seed, facts=facts)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ CIFAR10_SHAPE = (3, 32, 32)  # of an image
 MAX_CACHED = 2  # references whose features are kept for this process: ours
 
 Features = Float[Tensor, "_ f"]
-Real = Float[Tensor, "_ *_"]
+Real = Float[Tensor, "_ *_"]  # of the data: images, points, or their features
 Classes = Int64[Tensor, " _"]
 
 feature_cache: dict[bytes, Features] = {}  # by a hash of the pixels; 26 MB for 50,000 images

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from threading import Lock
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,8 +31,6 @@ from torch import Tensor
 from dumo.io.picture import from_uint8
 from dumo.io.read import brief
 from dumo.types import UserError
-
-Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether it is in Fortran's order, dtype
 
 IMAGES = "arr_0"  # the name of the array of images
 LABELS = "arr_1"  # the name of the array of class numbers
@@ -58,6 +56,14 @@ READ_ERRORS = (  # what Python and numpy raise for a damaged file
 )
 
 
+class _Header(NamedTuple):
+    """What stands before the values of an array."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+
 class NpzImages:
     """The images of an .npz in ADM's layout, in their order, to be gone through (`dumo.io.source.Finite`).
 
@@ -70,7 +76,7 @@ class NpzImages:
         self.lock = Lock()  # of the open file
         self.file: zipfile.ZipExtFile | None = None
         self.next_image = 0  # the number of the image that the open file reads next
-        count, height, width, colours = self._open()
+        count, height, width, colours = self._open_at_first_image()
         self.close()
         self.shape: tuple[int, int, int, int] = (count, height, width, colours)
         has_classes = with_classes and LABELS in _array_names(path)
@@ -105,7 +111,7 @@ class NpzImages:
             return torch.empty(0, 3, *self.shape[1:3], dtype=torch.uint8)
         with self.lock, _explain_faults(f"{self.path} is damaged at image {first}"):
             if self.file is None or first < self.next_image:
-                self._open()
+                self._open_at_first_image()
             assert self.file is not None, "it is open now"
             for bytes_left in range((first - self.next_image) * image_bytes, 0, -SKIP_BYTES):
                 self.file.read(min(bytes_left, SKIP_BYTES))
@@ -124,15 +130,17 @@ class NpzImages:
     def __del__(self) -> None:
         self.close()
 
-    def _open(self) -> tuple[int, ...]:
+    def _open_at_first_image(self) -> tuple[int, ...]:
         """Open the file before its first image. Returns the shape (n, height, width, 3) of all images."""
         self.close()
         self.file = _open_array(self.path, IMAGES)
         self.next_image = 0
-        shape, fortran_order, dtype = _read_header(self.path, self.file)
-        if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        header = _read_header(self.path, self.file)
+        shape = header.shape
+        are_images = len(shape) == 4 and shape[3] == 3 and 0 not in shape
+        if header.dtype != np.uint8 or header.fortran_order or not are_images:
             raise UserError(
-                f"{self.path}: {IMAGES} is {dtype} of shape {shape}, not images, uint8 (n, height, width, 3)"
+                f"{self.path}: {IMAGES} is {header.dtype} of shape {shape}, not images, uint8 (n, height, width, 3)"
             )
         return shape
 
@@ -145,19 +153,23 @@ class NpzImages:
 
 
 def read_array(path: Path, name: str, kinds: str, shape: tuple[int, ...], expected: str) -> np.ndarray:
-    """The array `name` of a file. Raises UserError where it is damaged, not as expected, or not finite.
+    """Read the array `name` of a file. Raises UserError where it is damaged, not as expected, or not finite.
 
-    Expected are this shape and a dtype of one of numpy's `kinds`, "f" or "iu". `expected` is that in words.
+    It must have this shape, and a dtype whose kind is one of the letters `kinds`, as numpy names them: "f" are floats,
+    "iu" whole numbers. `expected` says so in words, for messages.
     """
     with _open_array(path, name) as file:
-        file_shape, fortran_order, dtype = _read_header(path, file)
-        problem = f"{path}: {name} is {dtype} of shape {file_shape}"
-        if file_shape != shape or dtype.kind not in kinds:  # before it is read, for a header can claim any size
+        header = _read_header(path, file)
+        problem = f"{path}: {name} is {header.dtype} of shape {header.shape}"
+        if (
+            header.shape != shape or header.dtype.kind not in kinds
+        ):  # before it is read, for a header can claim any size
             raise UserError(f"{problem}, not {expected} of shape {shape}")
         with _explain_faults(f"{path}: {name} cannot be read"):
-            data = file.read(prod(shape) * dtype.itemsize)
+            data = file.read(prod(shape) * header.dtype.itemsize)
             bytes_after = file.read(1)
-            values = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
+            order = "F" if header.fortran_order else "C"
+            values = np.frombuffer(data, header.dtype).reshape(shape, order=order)
     if bytes_after:
         raise UserError(f"{problem} and more, not {expected} of shape {shape}")
     if not np.isfinite(values).all():
@@ -183,10 +195,11 @@ def _open_array(path: Path, name: str) -> zipfile.ZipExtFile:
         return cast(zipfile.ZipExtFile, file.open(f"{name}.npy"))
 
 
-def _read_header(path: Path, file: zipfile.ZipExtFile) -> Header:
+def _read_header(path: Path, file: zipfile.ZipExtFile) -> _Header:
     """Read the header of an open array. Raises UserError where it is damaged."""
     with _explain_faults(f"{path}: {file.name.removesuffix('.npy')} cannot be read"):
-        return HEADER_READERS[np.lib.format.read_magic(file)](file)
+        read = HEADER_READERS[np.lib.format.read_magic(file)]
+        return _Header(*read(file))
 
 
 @contextmanager

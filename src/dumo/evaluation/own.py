@@ -1,6 +1,6 @@
 """Scores by functions of the user's own, next to those of a run's protocol.
 
-`WithOwnMetrics` wraps the protocol's evaluator, and is an `Evaluator` itself. Its `score`
+`OwnMetricsEvaluator` wraps the protocol's evaluator, and is an `Evaluator` itself. Its `score`
 
 1. lets the protocol's evaluator judge the samples as they come, and keeps them;
 2. calls each metric with all samples (n, *shape), in the order of their numbers, images clamped to [-1, 1];
@@ -23,7 +23,7 @@ RESERVED_NAMES = ("nfe", "solver")  # what a row of a report has besides scores
 
 
 @dataclass(frozen=True)
-class WithOwnMetrics:
+class OwnMetricsEvaluator:
     """An evaluator (`dumo.evaluation.protocol.Evaluator`) whose scores are followed by those of own metrics.
 
     All samples are kept in memory until they are judged.

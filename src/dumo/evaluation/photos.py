@@ -51,7 +51,7 @@ MAX_COMPARED = 1000  # images on either side of a comparison: ours
 SPLITS = 10  # random choices of images over which scores are averaged: ours
 WIDTH = 16.0  # of the kernel: two images of CIFAR-10 are 15.9 apart, at the median
 CLASSIFIER_SIDE = 32  # pixels a side of CIFAR-10's images
-ROUGH = 500  # images: a report of fewer says that the spread is large. Ours
+FEW_IMAGES = 500  # a report of fewer says that the spread is large: ours
 
 Classes = Int64[Tensor, " _"]
 Indices = Int64[Tensor, " _"]
@@ -80,7 +80,7 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
         "reference": f"{num_images:,} of {data.size or 0:,} images of the data",
         "reference_sha256": digest.of_tensor(real.rows),
     }
-    if num_images < ROUGH:
+    if num_images < FEW_IMAGES:
         facts["spread"] = f"rough: with {num_images} images the baseline itself varies, see its sd"
     facts |= class_facts(sample_c, real_c)
     return PhotosEvaluator(sample_c=sample_c, real=real, real_c=real_c, shape=shape, facts=facts)
@@ -163,7 +163,7 @@ class PhotosEvaluator:
 
     @property
     def num_compared(self) -> int:
-        """How many images are on either side of a comparison: at most half of the data, for `_perfect` needs two."""
+        """How many images are on either side of a comparison: at most half of the data, for two halves are compared."""
         return min(len(self.real) // 2, len(self.sample_c), MAX_COMPARED)
 
     def score(self, samples: NumberedSamples) -> Scores:
@@ -187,9 +187,9 @@ class PhotosEvaluator:
 
     def baselines(self) -> dict[str, Scores]:
         """The scores of new real images, `perfect`, and of noise; the first one is called `mean`, its error `sd`."""
-        return {"perfect": self._perfect(), "noise": self._noise()}
+        return {"perfect": self._perfect_scores(), "noise": self._noise_scores()}
 
-    def _perfect(self) -> Scores:
+    def _perfect_scores(self) -> Scores:
         """The scores of new real images.
 
         What depends on numbers is measured: images of the data are compared with as many others, in the same classes.
@@ -201,7 +201,7 @@ class PhotosEvaluator:
             a = pick_rows(parts[0], self.num_compared, draws)
             b = pick_rows(parts[1], self.num_compared, draws)
             pairs.append((self.real.select(a), self.real.select(b)))
-        copies = self._share_of_copies(self.real, same=True)
+        copies = self._share_of_copies(self.real, are_real=True)
         # of the difference of two binomial shares with this mean, of the images and of the samples (ours)
         copies_variance = copies * (1 - copies) * (1 / len(self.real) + 1 / len(self.sample_c))
         return {
@@ -213,7 +213,7 @@ class PhotosEvaluator:
             "copies_sd": copies_variance**0.5,
         }
 
-    def _noise(self) -> Scores:
+    def _noise_scores(self) -> Scores:
         """The scores of noise in place of samples."""
         z = torch.cat([MeasuredImages.of(noise(0, [i], 0, self.shape)).rows for i in range(self.num_compared)])
         fake = MeasuredImages(z, self.real.channels)
@@ -255,25 +255,25 @@ class PhotosEvaluator:
             scores[name], _ = mean_sd(values)
         return scores
 
-    def _share_of_copies(self, fake: MeasuredImages, *, same: bool = False) -> float:
+    def _share_of_copies(self, fake: MeasuredImages, *, are_real: bool = False) -> float:
         """The share of samples that are copies of images.
 
-        `same`: the samples are the images themselves, and a copy is one that has a double among the others.
+        `are_real`: `fake` are the images themselves, and a copy is one that has a double among the others.
         """
-        left_out = torch.arange(len(fake)) if same else None
+        left_out = torch.arange(len(fake)) if are_real else None
         nearest = nearest_images(self.real.thumbs, fake.thumbs, left_out=left_out)
         return nearest.is_copy.double().mean().item()
 
 
-def indices_of_classes(wanted: Classes, c: Classes, generator: Generator) -> Indices:
-    """Random indices i (n,) with c[i] equal to the classes `wanted` (n,).
+def indices_of_classes(wanted_c: Classes, c: Classes, generator: Generator) -> Indices:
+    """Random indices i (n,) with c[i] equal to the classes `wanted_c` (n,).
 
     An index comes twice only where a class is wanted more often than c has it. Raises `UserError` where c has none.
     """
-    indices = torch.empty_like(wanted)
-    for k in wanted.unique():
+    indices = torch.empty_like(wanted_c)
+    for k in wanted_c.unique():
         candidates = (c == k).nonzero()[:, 0]
-        positions = (wanted == k).nonzero()[:, 0]
+        positions = (wanted_c == k).nonzero()[:, 0]
         if not len(candidates):
             raise UserError(f"protocol {KIND}: no sample is of class {int(k)}: judge more samples than classes")
         order = torch.randperm(len(candidates), generator=generator)

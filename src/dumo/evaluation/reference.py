@@ -2,10 +2,10 @@
 
 A protocol of images gets its reference in three steps:
 
-1. The facts: `adm_facts` of a file that `adm_file` opens, or `album_facts` of a run's data. They hold a hash of the
-   file or of all pixels, so they say which data it is. Hashing takes a small part of the time that the network takes.
+1. The facts: `adm_facts` of a file that `open_adm_file` opens, or `data_facts` of a run's data. They hold a hash of the
+   file or of all pixels, so they say which reference it is. Hashing takes a small part of the network's time.
 2. `load_or_compute` looks in the cache for the statistics that belong to these facts.
-3. Where there are none, it calls `adm_statistics` or `album_statistics`, and writes what they return to the cache.
+3. Where there are none, it calls `adm_statistics` or `data_statistics`, and writes what they return to the cache.
 
 The cache is a folder that may be emptied at any time. A file's name is a hash of its key (the data's pixels, the
 network's weights, the protocol), which the file itself repeats. So statistics of changed data, and damaged files, are
@@ -142,8 +142,8 @@ def _cache_folder() -> Path:
     return user_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/dumo", CACHE_VARIABLE)
 
 
-def adm_file(path: Path, name: str, standard: Standard) -> AdmReference:
-    """ADM's file for the protocol called `name`, which fixes `standard`.
+def open_adm_file(path: Path, name: str, standard: Standard) -> AdmReference:
+    """Open ADM's file for the protocol called `name`, which fixes `standard`.
 
     Raises `UserError` where the file is damaged, or holds images of another number or size than the standard says.
     """
@@ -178,12 +178,12 @@ def _adm_batches(file: AdmReference) -> Iterator[Batch]:
             yield piece * PIECE + torch.arange(len(x)), x
 
 
-def album_facts(album: Finite, name: str, standard: Standard) -> dict[str, str]:
+def data_facts(data: Finite, name: str, standard: Standard) -> dict[str, str]:
     """What a report says of a run's data: how many images there are, and a hash of their pixels in their order.
 
     Every rank must call it. Raises `UserError` where the protocol called `name` compares with another number of images.
     """
-    total, sha256 = hash_images(_album_batches(album))
+    total, sha256 = hash_images(_data_batches(data))
     if standard.reference_images not in (None, total):
         raise UserError(
             f"protocol {name} compares with {standard.reference_images} images, here are {total}: give them all, once"
@@ -191,21 +191,21 @@ def album_facts(album: Finite, name: str, standard: Standard) -> dict[str, str]:
     return {"reference": f"{total:,} images of the data", "reference_sha256": sha256}
 
 
-def album_statistics(extractor: Extractor, album: Finite, tick: ImageTick | None = None) -> Statistics:
+def data_statistics(extractor: Extractor, data: Finite, tick: ImageTick | None = None) -> Statistics:
     """The statistics of all images of a run's data, each known by its row.
 
     Every rank must call it. `tick` is called with how many images are done, of how many.
     """
-    batches = ((rows, x) for rows, x in _album_batches(album) if len(x))
-    return gather(statistics_of(extractor, with_progress(batches, len(album), tick)))
+    batches = ((rows, x) for rows, x in _data_batches(data) if len(x))
+    return gather(statistics_of(extractor, with_progress(batches, len(data), tick)))
 
 
-def _album_batches(album: Finite) -> Iterator[Batch]:
+def _data_batches(data: Finite) -> Iterator[Batch]:
     """This rank's share of the images, in batches of rows (n,) and pixels (n, 3, height, width). Some may be empty."""
-    images_per_rank = -(-len(album) // dist.world())
+    images_per_rank = -(-len(data) // dist.world())
     batch_size = min(PIECE, images_per_rank)  # so every rank has a share of few images
-    for first in range(dist.rank() * batch_size, len(album), dist.world() * batch_size):
-        x, _ = album.rows(slice(first, first + batch_size))
+    for first in range(dist.rank() * batch_size, len(data), dist.world() * batch_size):
+        x, _ = data.rows(slice(first, first + batch_size))
         pixels = to_uint8(x)
         yield torch.arange(first, first + len(pixels)), pixels
 

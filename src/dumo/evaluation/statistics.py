@@ -70,11 +70,11 @@ class Statistics:
     def __add__(self, other: "Statistics") -> "Statistics":
         """The statistics of both sets of images together; no image may be in both."""
         return Statistics(
-            self.pool + other.pool,
-            self.spatial + other.spatial,
-            self.inception_score + other.inception_score,
-            torch.cat([self.features, other.features]),
-            torch.cat([self.image_numbers, other.image_numbers]),
+            pool=self.pool + other.pool,
+            spatial=self.spatial + other.spatial,
+            inception_score=self.inception_score + other.inception_score,
+            features=torch.cat([self.features, other.features]),
+            image_numbers=torch.cat([self.image_numbers, other.image_numbers]),
         )
 
 
@@ -102,7 +102,8 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
         if sums is None:
             sums = pool_moments, spatial_moments, inception_score
         else:
-            sums = sums[0] + pool_moments, sums[1] + spatial_moments, sums[2] + inception_score
+            pool_sum, spatial_sum, score_sum = sums
+            sums = pool_sum + pool_moments, spatial_sum + spatial_moments, score_sum + inception_score
         features.append(pool.float().cpu())
         image_numbers.append(batch_numbers.cpu())
     if sums is None:

@@ -42,7 +42,7 @@ class StoredFeatures:
         offset = features.min(0).values
         scale = ((features.max(0).values - offset) / MAX_LEVEL).clamp(min=MIN_SCALE)
         levels = ((features - offset) / scale).round().to(torch.uint8)
-        return cls(levels, offset, scale, c, images, features_sha256)
+        return cls(levels=levels, offset=offset, scale=scale, c=c, images=images, features_sha256=features_sha256)
 
     @property
     def features(self) -> Float[Tensor, "m f"]:
@@ -50,7 +50,7 @@ class StoredFeatures:
         return self.offset + self.scale * self.levels
 
     def save(self, file: Path) -> None:
-        """Write the file."""
+        """Write the file. The numbers of classes must be below 256."""
         tensors = {"levels": self.levels, "offset": self.offset, "scale": self.scale, "c": self.c.to(torch.uint8)}
         save_file(tensors, file, {"images": self.images, "features_sha256": self.features_sha256})
 

@@ -30,10 +30,10 @@ def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
     fake_halves = _random_halves(fake, generator)
     areas: list[float] = []
     for train_half, test_half in ((0, 1), (1, 0)):
-        x, y = _with_labels(real_halves[train_half], fake_halves[train_half])
-        classifier = SVC().fit(x, y)
-        x, y = _with_labels(real_halves[test_half], fake_halves[test_half])
-        areas.append(float(roc_auc_score(y, classifier.decision_function(x))))
+        train_rows, train_labels = _with_labels(real_halves[train_half], fake_halves[train_half])
+        classifier = SVC().fit(train_rows, train_labels)
+        test_rows, test_labels = _with_labels(real_halves[test_half], fake_halves[test_half])
+        areas.append(float(roc_auc_score(test_labels, classifier.decision_function(test_rows))))
     return sum(areas) / 2
 
 

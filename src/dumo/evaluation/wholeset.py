@@ -70,14 +70,14 @@ class Reference:
 
 R = TypeVar("R")  # what samples are compared with: a `Reference`, or features of one
 # Takes samples, their classes, and the reference.
-Measure = Callable[[Sample, Cond, R], Scores]
+SampleMeasure = Callable[[Sample, Cond, R], Scores]
 # Takes the reference, and the samples' classes, whose number is that of the samples.
 BaselineMeasure = Callable[[R, Cond], dict[str, Scores]]
 
 
 def make_opener(
     describe_features: Callable[[], dict[str, str]],
-    measure: Measure[Reference],
+    measure: SampleMeasure[Reference],
     measure_baselines: BaselineMeasure[Reference],
     *,
     by_class: bool = True,
@@ -113,7 +113,7 @@ class WholeSetEvaluator(Generic[R]):
     sample_c: Int64[Tensor, " n"]
     reference: R
     facts: dict[str, str]
-    measure: Measure[R]
+    measure: SampleMeasure[R]
     measure_baselines: BaselineMeasure[R]
 
     def score(self, samples: NumberedSamples) -> Scores:

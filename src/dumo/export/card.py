@@ -4,8 +4,11 @@ The entrances, in the order of use:
 
 1. `Provenance.of` takes from an opened run what an export says of it: on its card, in dumo.json (`Provenance.facts`)
    and in the header of a file of weights (`header_metadata`).
-2. `of_tuned` writes the card of a pretrained model that was tuned, `of_own` that of a net of dumo's own. Each works out
-   what its template in `cards` shows, and `_render` fills the template.
+2. `tuned_card` makes the text of the card of a pretrained model that was tuned, `own_card` that of a net of dumo's own.
+   Each works out what its template in `cards` shows, and `_render` fills the template.
+
+A user's texts are escaped by the templates' filters: `plain` (`_escape_markup`), `code` (`_as_code`) and `literal`
+(`_python_literal`).
 """
 
 import json
@@ -28,9 +31,10 @@ from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.data.pixel import Size
 from dumo.encoders.pipeline import LICENSE
-from dumo.export.model import ExportedModel, StockPipeline
+from dumo.export.model import ExportedModel
 from dumo.export.scheduler import EULER, JUMP_SCHEDULER, LCM
 from dumo.export.serve import has_other_parts, reason_not_servable
+from dumo.export.stock import StockPipeline
 from dumo.export.textencoder import ShippedTextEncoder
 from dumo.flow.guide import GuidanceScale
 from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
@@ -117,7 +121,7 @@ class Provenance:
         )
 
 
-def of_tuned(
+def tuned_card(
     exported: ExportedModel,
     provenance: Provenance,
     stock: StockPipeline,
@@ -134,17 +138,16 @@ def of_tuned(
         most_frequent = next(iter(sizes))
         exported = replace(exported, sampler=replace(exported.sampler, size=most_frequent))
     sampler = exported.sampler
-    codes = exported.class_embeddings
     parts = index or {}
     source_parts = [*stock.parts]
     if index is None and not exported.subject_only:  # else dumo wrote the model
         source_parts.append(exported.component_name)
     scheduler = parts.get("scheduler", ["diffusers", LCM if exported.net.diffusion else EULER])
-    reader = "restart"
+    solver_kind = "restart"
     if exported.head == "v":
-        reader = "euler"
+        solver_kind = "euler"
     elif exported.makes_hops:
-        reader = "hop"
+        solver_kind = "hop"
     return _render(
         "tuned",
         sampler,
@@ -153,7 +156,7 @@ def of_tuned(
         sizes=sizes,
         exported=exported,
         stock=stock,
-        codes=codes,
+        codes=exported.class_embeddings,
         calls=_pipeline_calls(exported, stock),
         is_guided=_is_guided(stock, sampler),
         scheduler=scheduler[1],
@@ -165,7 +168,7 @@ def of_tuned(
         reason_not_servable=reason_not_servable(exported, parts),
         is_lora=index is None,
         head=exported.head,
-        head_text=_HEAD_TEXTS[reader],
+        head_text=_HEAD_TEXTS[solver_kind],
         tag="image-to-image" if stock.takes_image else "text-to-image",
         hub_metadata=_hub_metadata(exported, adapter=index is None),
     )
@@ -213,17 +216,14 @@ def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple
     condition = _image_arguments(exported, stock)
     if exported.head == "v":
         return [(", ".join(condition), "")]
-    passes = _PASS_COMMENTS
-    if exported.nfe:
-        passes = {n: _PASS_COMMENTS.get(n, str(n)) for n in exported.nfe}
     calls: list[tuple[str, str]] = []
-    for n, comment in passes.items():
-        times = exported.pipeline_times(n)
+    for passes in exported.nfe or _PASS_COMMENTS:
+        times = exported.pipeline_times(passes)
         keywords = stock.arguments(times, embedded=exported.net.guidance, scale=exported.sampler.spec.guide.scale)
         arguments = [*condition, *(f"{key}={value}" for key, value in keywords.items())]
         if stock.seeds_scheduler or exported.makes_hops:
             arguments.append("generator=torch.Generator().manual_seed(0)")
-        calls.append((", ".join(arguments), comment))
+        calls.append((", ".join(arguments), _PASS_COMMENTS.get(passes, str(passes))))
     return calls
 
 
@@ -247,7 +247,7 @@ def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]
     return arguments
 
 
-def of_own(
+def own_card(
     sampler: Sampler,
     provenance: Provenance,
     kind: str,
@@ -262,9 +262,9 @@ def of_own(
     `solver` makes the passes. The code calls it for the numbers of passes that it can make. `encoder` reads prompts;
     None: the net reads labels. `has_encoder`: it is in the folder.
     """
-    passes = {50: "Euler steps"}
+    comment_by_passes = {50: "Euler steps"}
     if not isinstance(solver, Euler):
-        passes = {n: comment for n, comment in _PASS_COMMENTS.items() if can_make(solver, sampler.taught, n)}
+        comment_by_passes = {n: comment for n, comment in _PASS_COMMENTS.items() if can_make(solver, sampler.taught, n)}
     return _render(
         "own",
         sampler,
@@ -273,7 +273,7 @@ def of_own(
         sizes=_image_counts(sampler.data),
         kind=kind,
         parameters=sum(p.numel() for p in sampler.net.parameters()),
-        passes=passes,
+        passes=comment_by_passes,
         solver=solver,
         encoder=encoder,
         has_encoder=has_encoder,
@@ -294,7 +294,7 @@ def _condition_argument(sampler: Sampler) -> str:
     prompts = [PROMPT]
     if isinstance(conditions.captions, Templates):  # captions of images are their owner's, and may be private
         prompts = [conditions.names[k] for k in numbers]
-    return f"prompt=[{', '.join(map(_literal, prompts))}]"
+    return f"prompt=[{', '.join(map(_python_literal, prompts))}]"
 
 
 def label_list(sampler: Sampler) -> str:
@@ -305,7 +305,7 @@ def label_list(sampler: Sampler) -> str:
         return "0: there are no classes"
     if not names or names == tuple(map(str, range(count))):
         return f"0 to {count - 1}"
-    return ", ".join(f"{k} {_plain(name)}" for k, name in enumerate(names))
+    return ", ".join(f"{k} {_escape_markup(name)}" for k, name in enumerate(names))
 
 
 def _render(template: str, sampler: Sampler, provenance: Provenance, name: str, **values: object) -> str:
@@ -337,18 +337,18 @@ def _templates() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     cast(dict[str, Any], templates.filters).update(
-        form=format, plain=_plain, code=_code, literal=_literal, shell_path=shell_path
+        form=format, plain=_escape_markup, code=_as_code, literal=_python_literal, shell_path=shell_path
     )
     return templates
 
 
-def _plain(text: str) -> str:
-    """What somebody wrote, as text in a cell of a table: neither HTML nor Markdown, which a page would show as such."""
+def _escape_markup(text: str) -> str:
+    """A user's text for a cell of a table: neither HTML nor Markdown, which a page would show as such."""
     return _MARKDOWN.sub(r"\\\g<0>", escape(escape_line(text), quote=False))
 
 
-def _code(text: str) -> str:
-    """What somebody wrote, in a line of text, as code: between more backticks than it has in a row."""
+def _as_code(text: str) -> str:
+    """A user's text as code in a line of Markdown: between more backticks than it has in a row."""
     text = escape_line(text)
     inside = re.findall("`+", text)
     if not inside:
@@ -357,7 +357,7 @@ def _code(text: str) -> str:
     return f"{fence} {text} {fence}"
 
 
-def _literal(text: str) -> str:
+def _python_literal(text: str) -> str:
     """A string of Python, by JSON's escapes. What is no Unicode is escaped, too, so that a file can hold it."""
     return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 

@@ -18,8 +18,10 @@ Adapters on top of a few-step run's (`net.lora.subject`) are added to those by c
 
 for the untouched model; or they are written without those, for the few-step run's export (`subject_only`).
 
-`write` writes the folder for diffusers, whose tensors `tensors` makes; `comfyui` makes those of the file for ComfyUI.
-Both go through the adapters, then through the layers that were trained in full.
+`write` writes the folder for diffusers, whose tensors `diffusers_tensors` makes; `comfyui_tensors` makes those of the
+file for ComfyUI. Both go through the adapters, then through the layers that were trained in full.
+
+To add a class of models that ComfyUI knows, add a row to `COMFYUI`.
 """
 
 from collections.abc import Iterator
@@ -40,21 +42,24 @@ from dumo.runtime.door import option
 from dumo.types import UserError
 
 FILE = "pytorch_lora_weights.safetensors"  # as diffusers looks for it
-METADATA = {"format": "pt"}
+_METADATA = {"format": "pt"}
 # Classes whose layers ComfyUI finds by the names of diffusers, and those few that it finds by its own alone. Read in
 # `model_lora_keys_unet` of comfy/lora.py at its commit 17358c8, and the maps of comfy/utils.py at 09708ea.
-FLUX2 = "time_guidance_embed.timestep_embedder"
-COMFYUI: dict[str, dict[str, str]] = {  # by class; the names by which ComfyUI finds layers, by those of diffusers
+_FLUX2_TIME = "time_guidance_embed.timestep_embedder"
+COMFYUI: dict[str, dict[str, str]] = {  # by class of diffusers: ComfyUI's own name of a layer by diffusers' name
     "SD3Transformer2DModel": {},
     "FluxTransformer2DModel": {},
-    "Flux2Transformer2DModel": {f"{FLUX2}.linear_1": "time_in.in_layer", f"{FLUX2}.linear_2": "time_in.out_layer"},
+    "Flux2Transformer2DModel": {
+        f"{_FLUX2_TIME}.linear_1": "time_in.in_layer",
+        f"{_FLUX2_TIME}.linear_2": "time_in.out_layer",
+    },
     "ChromaTransformer2DModel": {},
     "QwenImageTransformer2DModel": {},
     "ZImageTransformer2DModel": {},
     "AuraFlowTransformer2DModel": {},
     "UNet2DConditionModel": {},
 }
-KOHYA = "lora_unet_"  # of names that kohya's scripts gave to layers of UNets, which A1111 reads, too
+_KOHYA_PREFIX = "lora_unet_"  # of names that kohya's scripts gave to layers of UNets, which A1111 reads, too
 
 
 def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
@@ -64,9 +69,9 @@ def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name:
     """
     stock = require_pipeline(exported, lora=True)
     weights: dict[str, Tensor] = {}
-    for weight_name, tensor in tensors(exported).items():
+    for weight_name, tensor in diffusers_tensors(exported).items():
         weights[f"{exported.component_name}.{weight_name}"] = tensor.to(getattr(torch, dtype))
-    safetensors.torch.save_file(weights, out / FILE, METADATA)
+    safetensors.torch.save_file(weights, out / FILE, _METADATA)
     if exported.head == "u" and not exported.subject_only:  # the few-step run's export has one
         write_flow_map_scheduler(
             out / SCHEDULER,
@@ -77,11 +82,11 @@ def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name:
         )
     codes = exported.class_embeddings
     if codes:
-        safetensors.torch.save_file(codes, out / card.CODES, METADATA)
-    (out / "README.md").write_text(card.of_tuned(exported, provenance, stock, name), encoding="utf-8")
+        safetensors.torch.save_file(codes, out / card.CODES, _METADATA)
+    (out / "README.md").write_text(card.tuned_card(exported, provenance, stock, name), encoding="utf-8")
 
 
-def comfyui(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Tensor]:
+def comfyui_tensors(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Tensor]:
     """The tensors of a file for ComfyUI: adapters by their factors, whole layers by their changes.
 
     Raises UserError as `write`, and for a class whose layers ComfyUI finds by no name of diffusers.
@@ -91,8 +96,8 @@ def comfyui(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Ten
         raise UserError(
             f"this run was tuned on codes for classes, and ComfyUI reads texts: take {option('to', 'lora')}"
         )
-    own_names = COMFYUI.get(exported.model_class)
-    if own_names is None:
+    own_name_by_path = COMFYUI.get(exported.model_class)
+    if own_name_by_path is None:
         raise UserError(
             f"ComfyUI does not know the layers of a {exported.model_class} by their names in diffusers, and fuses "
             f"some: take {option('to', 'lora')} or {option('to', 'diffusers')}, and diffusers"
@@ -100,9 +105,9 @@ def comfyui(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Ten
 
     def comfyui_name(path: str) -> str:
         if exported.component_name == UNET:
-            return KOHYA + path.replace(".", "_")
-        if path in own_names:
-            return f"diffusion_model.{own_names[path]}"
+            return _KOHYA_PREFIX + path.replace(".", "_")
+        if path in own_name_by_path:
+            return f"diffusion_model.{own_name_by_path[path]}"
         return f"{exported.component_name}.{path}"
 
     weights: dict[str, Tensor] = {}
@@ -121,11 +126,11 @@ def comfyui(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Ten
     return {name: x.detach().to(getattr(torch, dtype)).contiguous() for name, x in weights.items()}
 
 
-def tensors(exported: ExportedModel) -> dict[str, Tensor]:
+def diffusers_tensors(exported: ExportedModel) -> dict[str, Tensor]:
     """The tensors of the LoRA by peft's names. Every layer has a bias where that of any has changed."""
     products = list(_adapter_products(exported))
     for path, old, new in _changed_layers(exported):
-        products.append(product(path, old, new))
+        products.append(change_as_product(path, old, new))
     has_bias = any(bool(layer.bias.any()) for layer in products)
     weights: dict[str, Tensor] = {}
     for path, a, b, bias in products:
@@ -139,8 +144,8 @@ def tensors(exported: ExportedModel) -> dict[str, Tensor]:
 Layer = nn.Linear | nn.Conv2d
 
 
-class Product(NamedTuple):
-    """The change of a layer as B A of its input, and a bias."""
+class LayerProduct(NamedTuple):
+    """The change of a layer: the product B A, which is applied to the layer's input, and a bias."""
 
     path: str  # of the layer in the model
     a: Tensor
@@ -148,7 +153,7 @@ class Product(NamedTuple):
     bias: Tensor  # c above; zeros where the layer's bias has not changed
 
 
-def _adapter_products(exported: ExportedModel) -> Iterator[Product]:
+def _adapter_products(exported: ExportedModel) -> Iterator[LayerProduct]:
     """Yield the product of each adapted layer: of two adapters both as one, or, with `subject_only`, the subject's."""
     model: nn.Module = exported.net.model
     adapter_layers = {id(layer): layer for layer in adapters(model)}
@@ -159,7 +164,7 @@ def _adapter_products(exported: ExportedModel) -> Iterator[Product]:
         names = [SUBJECT] if exported.subject_only else layer.active_adapters
         a = [layer.lora_A[name].weight for name in names]
         b = [layer.lora_B[name].weight for name in names]
-        yield Product(path, torch.cat(a), torch.cat(b, 1), bias=b[0].new_zeros(len(b[0])))
+        yield LayerProduct(path, torch.cat(a), torch.cat(b, 1), bias=b[0].new_zeros(len(b[0])))
 
 
 def _changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer]]:
@@ -185,8 +190,11 @@ def _changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer
             yield path, old, new
 
 
-def product(path: str, old: Layer, new: Layer) -> Product:
-    """The change of a layer, exactly; of a convolution as one of this kernel, and one of 1 x 1 behind it."""
+def change_as_product(path: str, old: Layer, new: Layer) -> LayerProduct:
+    """The exact change from the layer `old` to the layer `new`, at `path` in the model.
+
+    Of a convolution, A is a convolution with its kernel, and B one of 1 x 1 behind that.
+    """
     change = new.weight.detach() - old.weight
     outputs, inputs, *kernel = change.shape
     if kernel:
@@ -199,7 +207,7 @@ def product(path: str, old: Layer, new: Layer) -> Product:
         a = torch.eye(inputs).to(change)
         b = change
     bias = change.new_zeros(outputs) if bias_or_none(old) is None else _bias_of(new) - _bias_of(old)
-    return Product(path, a, b, bias)
+    return LayerProduct(path, a, b, bias)
 
 
 def _bias_of(layer: Layer) -> Tensor:

@@ -2,12 +2,12 @@
 
 The order of events in an export (`dumo.export.write`, `dumo.export.lora`):
 
-1. `exported_head` chooses the head and its numbers of passes, and refuses nets that no stock program knows.
+1. `choose_exported_model` makes an `ExportedModel` of a head, chooses its numbers of passes, and refuses nets that no
+   stock program knows.
 2. `require_pipeline` refuses what no stock pipeline of diffusers runs as the run does.
 3. `ExportedModel.build_model` makes the model with its weights; its other properties are for cards and settings.
 
-`PIPELINE_BY_MODEL` and `PIPELINE_BY_CLASS` say how each pipeline of diffusers is called. `export_forms` is for the
-command line, which proposes `--to`.
+`dumo.export.stock` says how each pipeline of diffusers is called.
 
 A mean velocity u(x_t, t, r) is exported for a list of passes, `nfe`: Restart's, where r = 0, or those of Hop, which are
 the scheduler's Euler steps, x_s = x_t - (t - s) u(x_t, t, s). One embedding of time says both times (`dumo.nets.gap`).
@@ -16,7 +16,7 @@ the scheduler's Euler steps, x_s = x_t - (t - s) u(x_t, t, s). One embedding of 
 import copy
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,187 +25,24 @@ import torch
 from torch import Tensor, nn
 
 from dumo.encoders.part import DIFFUSERS, find_weights
-from dumo.encoders.pipeline import IS_DISTILLED, TRANSFORMER, UNET, component_names, weights_name
-from dumo.encoders.transformers_library import quietly
+from dumo.encoders.pipeline import weights_name
 from dumo.export.scheduler import restart_for_scheduler
+from dumo.export.stock import TRAIN_TIMESTEPS, StockPipeline, find_stock_pipeline
 from dumo.flow.path import Diffusion
 from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import class_of, find_family
 from dumo.nets.gap import FixedTimes
 from dumo.nets.rows import Codes
 from dumo.run.sampler import Sampler
 from dumo.runtime.door import option
 from dumo.types import UserError
 
-TRAIN_TIMESTEPS = 1000  # t = 1 as schedulers and pipelines count times (their num_train_timesteps)
 DTYPES = ("float32", "bfloat16", "float16")  # in which weights are written
 INDEX = "model_index.json"  # lists the components of a pipeline
 _DEFAULT_PASSES = (1, 2)  # for which an export is fixed where none are given: ours, as on its card
 _DEFAULT_HOPS = (2,)  # for solver hop, whose pass from t = 1 may have one end only
 Head = Literal["u", "v"]
-
-
-@dataclass(frozen=True)
-class StockPipeline:
-    """A pipeline of diffusers that runs a class of model, and how it is called."""
-
-    pipeline: str  # its class
-    # guidance
-    guide_argument: str | None = "guidance_scale"  # guides beyond what is in the weights; None: no argument does
-    unguided: float = 1.0  # its value for no guidance
-    guided_by_negative: bool = False  # it is guided only where a negative prompt is given
-    rescales_guidance: bool = False  # it brings what was guided back to the length of what was not
-    # times and noise
-    time_arguments: tuple[str, ...] = ("sigmas",)  # the arguments that hold the times; (): no argument does
-    indexed_times: bool = False  # its times are indices of a diffusion's table
-    seeds_scheduler: bool = False  # its generator draws the noise between two passes, too
-    # texts and images
-    mask_argument: str = ""  # says which tokens are real, where embeddings are not taken without it
-    lists_embeddings: bool = False  # it takes embeddings as a list, a caption each
-    takes_image: bool = False  # it takes an image, too
-    extra_arguments: tuple[str, ...] = ()  # without which it makes an image of another size, or warns
-    pixels_per_latent: int = 8  # on a side, where there is no decoder to ask
-    image_at: str = "images[0]"  # where its result has the image
-    # other programs
-    loads_lora: bool = True  # it has load_lora_weights
-    vllm_class: str = ""  # the class of vLLM-Omni that makes the same jumps; "": none does
-
-    def arguments(self, times: Sequence[float], *, embedded: float | None = None, scale: float = 1.0) -> dict[str, Any]:
-        """The keyword arguments for passes that begin at `times`, guided by `scale`; 1 is no guidance.
-
-        `embedded` is the guidance number that the net itself takes. A pipeline without an argument for times is given
-        their number, and its scheduler has them (`dumo.export.shipped.jumps`).
-        """
-        values = {"sigmas": times, "timesteps": times}
-        if not self.indexed_times:
-            values["timesteps"] = [round(TRAIN_TIMESTEPS * t, 6) for t in times]
-        arguments: dict[str, Any] = {name: values[name] for name in self.time_arguments}
-        if not arguments:
-            arguments["num_inference_steps"] = len(times)
-        if self.guide_argument:
-            arguments[self.guide_argument] = self.unguided + scale - 1
-        if embedded is not None:
-            arguments["guidance_scale"] = embedded
-        return arguments
-
-    @property
-    def parts(self) -> list[str]:
-        """The names of the pipeline's components other than model and scheduler."""
-        import diffusers  # slow to import, and an extra
-
-        with quietly():  # it would warn of image processors without torchvision, which no text needs
-            pipeline_class = getattr(diffusers, self.pipeline)
-        return sorted(component_names(pipeline_class) - {TRANSFORMER, UNET, "scheduler"})
-
-
-_KEEP_SIZE = ("use_resolution_binning=False",)
-PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
-    "SD3Transformer2DModel": StockPipeline("StableDiffusion3Pipeline"),
-    "FluxTransformer2DModel": StockPipeline(
-        "FluxPipeline",
-        guide_argument="true_cfg_scale",
-        guided_by_negative=True,
-        vllm_class="FluxDMD2Pipeline",
-    ),
-    "Flux2Transformer2DModel": StockPipeline("Flux2Pipeline", guide_argument=None),
-    "ChromaTransformer2DModel": StockPipeline("ChromaPipeline", mask_argument="prompt_attention_mask"),
-    "SanaTransformer2DModel": StockPipeline(
-        "SanaPipeline",
-        seeds_scheduler=True,
-        mask_argument="prompt_attention_mask",
-        extra_arguments=_KEEP_SIZE,
-        pixels_per_latent=32,
-    ),
-    "QwenImageTransformer2DModel": StockPipeline(
-        "QwenImagePipeline",
-        guide_argument="true_cfg_scale",
-        guided_by_negative=True,
-        rescales_guidance=True,
-        mask_argument="prompt_embeds_mask",
-        vllm_class="QwenImageDMD2Pipeline",
-    ),
-    "ZImageTransformer2DModel": StockPipeline("ZImagePipeline", unguided=0.0, lists_embeddings=True),
-    "Lumina2Transformer2DModel": StockPipeline(
-        "Lumina2Pipeline",
-        mask_argument="prompt_attention_mask",
-        extra_arguments=("cfg_normalization=False",),
-    ),
-    "AuraFlowTransformer2DModel": StockPipeline("AuraFlowPipeline", mask_argument="prompt_attention_mask"),
-    # given sigmas alone, it calls the net at other times
-    "CogView4Transformer2DModel": StockPipeline("CogView4Pipeline", time_arguments=("sigmas", "timesteps")),
-    "PRXTransformer2DModel": StockPipeline(
-        "PRXPipeline",
-        time_arguments=("timesteps",),
-        mask_argument="prompt_attention_mask",
-        extra_arguments=_KEEP_SIZE,
-        loads_lora=False,
-    ),
-    "WanTransformer3DModel": StockPipeline(
-        "WanPipeline",
-        time_arguments=(),
-        extra_arguments=("num_frames=1",),
-        image_at="frames[0][0]",
-        loads_lora=False,
-    ),
-    "UNet2DConditionModel": StockPipeline(
-        "StableDiffusionPipeline",
-        time_arguments=("timesteps",),
-        indexed_times=True,
-        seeds_scheduler=True,
-    ),
-    "PixArtTransformer2DModel": StockPipeline(
-        "PixArtSigmaPipeline",
-        time_arguments=("timesteps",),
-        indexed_times=True,
-        seeds_scheduler=True,
-        mask_argument="prompt_attention_mask",
-        extra_arguments=_KEEP_SIZE,
-        loads_lora=False,
-    ),
-}
-PIPELINE_BY_CLASS: dict[str, StockPipeline] = {  # of models whose class is another pipeline's, too
-    "StableDiffusionXLPipeline": replace(
-        PIPELINE_BY_MODEL["UNet2DConditionModel"], pipeline="StableDiffusionXLPipeline"
-    ),
-    "FluxKontextPipeline": StockPipeline(
-        "FluxKontextPipeline",
-        guide_argument="true_cfg_scale",
-        guided_by_negative=True,
-        takes_image=True,
-        extra_arguments=("_auto_resize=False",),
-    ),
-    "Flux2KleinPipeline": StockPipeline("Flux2KleinPipeline"),
-    "PixArtAlphaPipeline": replace(PIPELINE_BY_MODEL["PixArtTransformer2DModel"], pipeline="PixArtAlphaPipeline"),
-}
-# FLUX.2 [klein] whose model_index.json says is_distilled: its pipeline ignores guidance, and warns of its own default.
-DISTILLED_KLEIN = replace(
-    PIPELINE_BY_CLASS["Flux2KleinPipeline"], guide_argument=None, extra_arguments=("guidance_scale=1.0",)
-)
-
-
-def export_forms(spec: Pretrained) -> list[str]:
-    """The values of `dumo export --to` for a net: only a file of weights where no stock pipeline runs it."""
-    stock = _stock_pipeline(class_of(spec.pipeline.config(TRANSFORMER)), spec)
-    if stock is None:
-        return ["safetensors"]
-    if spec.lora is not None and stock.loads_lora:
-        return ["diffusers", "lora"]
-    return ["diffusers"]
-
-
-def _stock_pipeline(model_class: str, spec: Pretrained) -> StockPipeline | None:
-    """The pipeline that runs a class of model with the inputs of the net `spec`; None where no stock pipeline does."""
-    # of SANA the distilled ones alone take a guidance number, and their pipeline has another path
-    if model_class == "SanaTransformer2DModel" and spec.guidance is not None:
-        return None
-    model_family = find_family(spec.pipeline.config(TRANSFORMER), spec.pipeline.class_name)
-    if model_family.pipeline == DISTILLED_KLEIN.pipeline and spec.pipeline.index.get(IS_DISTILLED):
-        return DISTILLED_KLEIN
-    if model_family.pipeline in PIPELINE_BY_CLASS:
-        return PIPELINE_BY_CLASS[model_family.pipeline]
-    return PIPELINE_BY_MODEL.get(model_class)
 
 
 @dataclass(frozen=True)
@@ -265,17 +102,6 @@ class ExportedModel:
             return self.fixed_embedding.layer
         return self.net.velocity_time_layer() if self.net.gap else None
 
-    def _scheduler_times(self, times: Sequence[float]) -> Tensor:
-        """Times in [0, 1] as the pipeline's scheduler passes them to the model, in thousandths."""
-        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-
-        scheduler: Any = FlowMatchEulerDiscreteScheduler()
-        if self.stock and "timesteps" in self.stock.time_arguments:
-            scheduler.set_timesteps(timesteps=[round(TRAIN_TIMESTEPS * t, 6) for t in times])
-        else:
-            scheduler.set_timesteps(sigmas=list(times))
-        return scheduler.timesteps
-
     @property
     def facts(self) -> dict[str, Any]:
         """For dumo.json and a file's header: passes and errors of the embedding; {} for any number of passes."""
@@ -283,12 +109,6 @@ class ExportedModel:
             return {}
         errors = {name: value for name, value in vars(self.fixed_embedding).items() if isinstance(value, float)}
         return {"passes": self.pass_intervals, "embedding": errors}
-
-    def _start_times(self, n: int) -> list[float]:
-        """The times at which n passes begin."""
-        if self.makes_hops:
-            return uniform_times(n, self.solver.start)[:-1]
-        return self.solver.times(n)
 
     @property
     def model_class(self) -> str:
@@ -298,7 +118,7 @@ class ExportedModel:
     @property
     def stock(self) -> StockPipeline | None:
         """The pipeline of diffusers that runs the model; None where no stock pipeline does."""
-        return _stock_pipeline(self.model_class, self.spec)
+        return find_stock_pipeline(self.model_class, self.spec)
 
     @property
     def solver(self) -> Restart:
@@ -371,9 +191,26 @@ class ExportedModel:
             return model
         return _cast_copy(model, getattr(torch, self.dtype))
 
+    def _start_times(self, n: int) -> list[float]:
+        """The times at which n passes begin."""
+        if self.makes_hops:
+            return uniform_times(n, self.solver.start)[:-1]
+        return self.solver.times(n)
 
-def exported_head(sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...], dtype: str) -> ExportedModel:
-    """Choose one head of a run's net for export. A net of two times is fixed for `nfe` passes; (): the default.
+    def _scheduler_times(self, times: Sequence[float]) -> Tensor:
+        """Times in [0, 1] as the pipeline's scheduler passes them to the model, in thousandths."""
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+        scheduler: Any = FlowMatchEulerDiscreteScheduler()
+        if self.stock and "timesteps" in self.stock.time_arguments:
+            scheduler.set_timesteps(timesteps=[round(TRAIN_TIMESTEPS * t, 6) for t in times])
+        else:
+            scheduler.set_timesteps(sigmas=list(times))
+        return scheduler.timesteps
+
+
+def choose_exported_model(sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...], dtype: str) -> ExportedModel:
+    """Take one head of a run's net for export. A net of two times is fixed for `nfe` passes; (): the default.
 
     Raises UserError for a net that no stock program knows, and where `nfe` is given but the head makes any number of
     passes, or cannot make these.
@@ -394,7 +231,7 @@ def exported_head(sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...],
             f"this net knows one time, so what is exported makes any number of passes: leave {option('nfe')} out"
         )
     if net.gap is None or head == "v":
-        return ExportedModel(sampler, spec, net, head, dtype=dtype)
+        return ExportedModel(sampler=sampler, spec=spec, net=net, head=head, dtype=dtype)
     if net.diffusion and isinstance(solver, Hop):
         raise UserError(
             "sample.solver is hop, and no stock scheduler makes such steps of a model of a diffusion at given times: "
@@ -404,7 +241,8 @@ def exported_head(sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...],
         nfe = _DEFAULT_HOPS if isinstance(solver, Hop) else _DEFAULT_PASSES
     for n in nfe:
         num_steps(solver, n)  # raises where the solver does not make n passes
-    return ExportedModel(sampler, spec, net, head, tuple(sorted({*nfe})), dtype)
+    distinct_nfe = tuple(sorted(set(nfe)))
+    return ExportedModel(sampler=sampler, spec=spec, net=net, head=head, nfe=distinct_nfe, dtype=dtype)
 
 
 def require_pipeline(exported: ExportedModel, *, lora: bool = False) -> StockPipeline:

@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dumo.encoders.pipeline import has_component
-from dumo.export.model import TRAIN_TIMESTEPS, ExportedModel
+from dumo.export.model import ExportedModel
+from dumo.export.stock import TRAIN_TIMESTEPS
 
 VLLM_KEY = "dmd2_config"  # in model_index.json: the block that vLLM-Omni reads
 IGNORED_KEY = "_use_default_values"  # in model_index.json: names keys that diffusers ignores without a warning

@@ -90,22 +90,22 @@ def write(
     index["vae"] = _write_decoder(sampler, out / "vae")
     write_json(out / "model_index.json", index | settings)
     has_encoder = textencoder.TEXT_ENCODER in index
-    readme = card.of_own(sampler, provenance, spec.kind, name, solver, encoder, has_encoder=has_encoder)
+    readme = card.own_card(sampler, provenance, spec.kind, name, solver, encoder, has_encoder=has_encoder)
     (out / "README.md").write_text(readme, encoding="utf-8")
 
 
 def _require_known_run(sampler: Sampler, spec: DiT | UNet) -> None:
     """Raise UserError for a run that the shipped code does not know."""
-    way_out = "which the exported code does not know: sample it by dumo sample"
+    fix = "which the exported code does not know: sample it by dumo sample"
     needs = sampler.flow.objective.needs
     guide = sampler.spec.guide
     if spec.precondition == "data":
-        raise UserError(f"net.precondition is data, {way_out}")
+        raise UserError(f"net.precondition is data, {fix}")
     for name in needs.names:
         if name not in _KNOWN_TIMES:
-            raise UserError(f"its net takes {name}, {way_out}")
+            raise UserError(f"its net takes {name}, {fix}")
     if guide.active:
-        raise UserError(f"sample.guide.scale is {guide.scale:g}, {way_out}")
+        raise UserError(f"sample.guide.scale is {guide.scale:g}, {fix}")
 
 
 def _shipped_solver(sampler: Sampler, head: Head) -> ShippedSolver:

@@ -23,6 +23,7 @@ from dumo.encoders.transformers_library import import_transformers, quietly
 from dumo.nets.rows import TextRows
 from dumo.nets.table import TextTable
 from dumo.nets.text import LearnedTexts, TokenTexts
+from dumo.nets.textfamily import Text
 from dumo.run.sampler import Sampler
 from dumo.runtime.door import option
 from dumo.types import UserError
@@ -41,7 +42,7 @@ class ShippedTextEncoder:
     model: Any  # of transformers
     tokenizer: Any  # of transformers
     settings: Json  # how the shipped pipeline reads them: fields of its `__init__`
-    embed: Callable[[Sequence[str]], TextRows]  # as dumo does: tokens, mask and pooled embeddings of texts
+    embed: Callable[[Sequence[str]], TextRows]  # dumo's own tokens, mask and pooled embeddings of texts, to compare
     folder: EncoderFolder | None  # of a published encoder; None: it was trained with the net
 
     @property
@@ -69,8 +70,8 @@ class ShippedTextEncoder:
         return self.folder.tokenizer_path.name if self.folder and self.subfolder else ""
 
 
-def text_encoder_of(sampler: Sampler, texts: object) -> ShippedTextEncoder | None:
-    """What a net with these `texts`, a field of its spec, reads prompts by; None: it reads labels.
+def text_encoder_of(sampler: Sampler, texts: Text | None) -> ShippedTextEncoder | None:
+    """What a net reads prompts by, given the field `texts` of its spec; None: it reads labels.
 
     Raises UserError for texts that the shipped pipeline does not know, and as opening a published encoder does.
     """
@@ -80,8 +81,7 @@ def text_encoder_of(sampler: Sampler, texts: object) -> ShippedTextEncoder | Non
         return _learned_encoder(sampler, texts)
     if isinstance(texts, TextTable):
         return _published_encoder(sampler, texts.encoder, texts.open_table(sampler.data.classes).contents.sha256)
-    kind = getattr(texts, "kind", type(texts).__name__)
-    raise UserError(f"net.texts.kind is {kind}, which the exported code does not know: sample it by dumo sample")
+    raise UserError(f"net.texts.kind is {texts.kind}, which the exported code does not know: sample it by dumo sample")
 
 
 def _learned_encoder(sampler: Sampler, spec: LearnedTexts) -> ShippedTextEncoder:
@@ -104,7 +104,7 @@ def _learned_encoder(sampler: Sampler, spec: LearnedTexts) -> ShippedTextEncoder
 
     return ShippedTextEncoder(
         model=model.eval().to(sampler.device),
-        tokenizer=tokenizer.model,
+        tokenizer=tokenizer.library_tokenizer,
         settings={"text_length": tokenizer.length},
         embed=embed,
         folder=None,
@@ -139,7 +139,7 @@ def _published_encoder(sampler: Sampler, spec: TextEncoder, sha256: str) -> Ship
     }
     return ShippedTextEncoder(
         model=encoder.model,
-        tokenizer=encoder.tokenizer.model,
+        tokenizer=encoder.tokenizer.library_tokenizer,
         settings=settings,
         embed=embed,
         folder=encoder.folder,

@@ -1,9 +1,10 @@
 """Export a run: `export` checks everything first, then writes all or nothing.
 
 1. It refuses options, a place or a run that cannot be exported, and chooses the head.
-2. It writes into a temporary place, which then becomes `out`: one file of weights; a LoRA (`dumo.export.lora`); a net
-   of dumo's own with its code (`dumo.export.standalone`); or a pretrained model as a pipeline (`_write_pipeline`).
-3. Next to it, in a folder, it notes the run in dumo.json.
+2. It writes into a temporary place, which then becomes `out`: one file of weights (`_write_file`); a LoRA
+   (`dumo.export.lora`); a net of dumo's own with its code (`dumo.export.standalone`); or a pretrained model as a
+   pipeline (`_write_pipeline`).
+3. Next to the weights in a folder, it notes the run in dumo.json (`_note_run`).
 
 Callers also ask `require_diffusers` and `require_vacant`, to refuse before they open the run. The folder of a pipeline,
 for `DiffusionPipeline.from_pretrained(OUT)`:
@@ -31,7 +32,7 @@ from dumo.config.suggestion import require_known
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import TRANSFORMER, UNET, has_component
 from dumo.export import card, lora, standalone
-from dumo.export.model import DTYPES, INDEX, ExportedModel, Head, exported_head, require_pipeline
+from dumo.export.model import DTYPES, INDEX, ExportedModel, Head, choose_exported_model, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler, write_velocity_scheduler
 from dumo.export.serve import IGNORED_KEY, reason_not_servable, vllm_index_entries
 from dumo.flow.path import Diffusion, Linear
@@ -94,7 +95,7 @@ def export(
     if to != "diffusers" or not isinstance(spec, DiT | UNet):
         # a LoRA is rounded alone, without what it is added to
         model_dtype = "float32" if to in ("lora", "comfyui") else dtype
-        exported = exported_head(sampler, spec, chosen_head, tuple(nfe), model_dtype)
+        exported = choose_exported_model(sampler, spec, chosen_head, tuple(nfe), model_dtype)
         exported = replace(exported, subject_only=alone)
     path = sampler.flow.path
     if path != Linear() and not isinstance(path, Diffusion):
@@ -104,27 +105,21 @@ def export(
         )
     files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
     with files.atomic_write(out) as temporary:
-        if exported is not None and to in ("comfyui", "safetensors"):  # a single file
-            if to == "comfyui":
-                weights = lora.comfyui(exported, dtype=dtype)
-            else:
-                weights = unshared(exported.build_model().state_dict())
-            safetensors.torch.save_file(weights, temporary, metadata=card.header_metadata(exported, provenance))
+        if exported is not None and to in ("comfyui", "safetensors"):
+            _write_file(exported, provenance, temporary, to=to, dtype=dtype)
             return out
         temporary.mkdir()
-        name = name or out.name
+        card_name = name or out.name
         if exported is None:
             assert isinstance(spec, DiT | UNet)
-            standalone.write(sampler, spec, provenance, temporary, name, head=chosen_head, parts=parts, dtype=dtype)
+            standalone.write(
+                sampler, spec, provenance, temporary, card_name, head=chosen_head, parts=parts, dtype=dtype
+            )
         elif to == "lora":
-            lora.write(exported, provenance, temporary, name, dtype=dtype)
+            lora.write(exported, provenance, temporary, card_name, dtype=dtype)
         else:
-            _write_pipeline(exported, provenance, temporary, name, parts=cast(Parts, parts))
-        facts: dict[str, Any] = dict(provenance.facts)
-        facts["run"] = json.loads(facts["run"])
-        if exported is not None:
-            facts |= exported.facts
-        write_json(temporary / ORIGIN, facts)
+            _write_pipeline(exported, provenance, temporary, card_name, parts=cast(Parts, parts))
+        _note_run(temporary / ORIGIN, provenance, exported)
     return out
 
 
@@ -177,6 +172,24 @@ def _choose_head(objective: Objective, head: str | None) -> Head:
     return head
 
 
+def _write_file(exported: ExportedModel, provenance: card.Provenance, file: Path, *, to: str, dtype: str) -> None:
+    """Write one file of weights: a LoRA for ComfyUI, or with `to` safetensors a whole model."""
+    if to == "comfyui":
+        weights = lora.comfyui_tensors(exported, dtype=dtype)
+    else:
+        weights = unshared(exported.build_model().state_dict())
+    safetensors.torch.save_file(weights, file, metadata=card.header_metadata(exported, provenance))
+
+
+def _note_run(file: Path, provenance: card.Provenance, exported: ExportedModel | None) -> None:
+    """Write dumo.json: the run as a tree, and what programs may ask of the export."""
+    facts: dict[str, Any] = dict(provenance.facts)
+    facts["run"] = json.loads(facts["run"])
+    if exported is not None:
+        facts |= exported.facts
+    write_json(file, facts)
+
+
 def _write_pipeline(
     exported: ExportedModel,
     provenance: card.Provenance,
@@ -224,7 +237,7 @@ def _write_pipeline(
     codes = exported.class_embeddings
     if codes:
         safetensors.torch.save_file(codes, out / card.CODES, {"format": "pt"})
-    readme = card.of_tuned(exported, provenance, stock, out_name, index)
+    readme = card.tuned_card(exported, provenance, stock, out_name, index)
     (out / "README.md").write_text(readme, encoding="utf-8")
 
 
@@ -254,14 +267,14 @@ def other_parts(index: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _copy_part(part: Path, to: Path, how: Parts) -> None:
-    """Copy a part, or link to it where it lies now. Raises UserError where it is missing."""
+def _copy_part(part: Path, destination: Path, parts: Parts) -> None:
+    """Copy a part, or with `parts` link make a link to it. Raises UserError where it is missing."""
     if not part.is_dir():
         raise UserError(f"pipeline: {part} is missing, and {INDEX} has it: {TAKE_ANOTHER}")
-    if how == "link":
-        to.symlink_to(part.resolve(), target_is_directory=True)
+    if parts == "link":
+        destination.symlink_to(part.resolve(), target_is_directory=True)
     else:
-        shutil.copytree(part, to)
+        shutil.copytree(part, destination)
 
 
 def require_own_autoencoder(data: Data) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, median, stdev
 
-from dumo.evaluation.estimate import Estimate, level
+from dumo.evaluation.estimate import Estimate, ties_with_least
 
 CONFIDENCE = 0.95
 _MAX_RELATIVE_ERROR = 0.25  # of the mean of an arm that may be called best: ours
@@ -72,7 +72,7 @@ def is_level(arm: ArmScore, best: ArmScore) -> bool:
     """Whether the difference of an arm from the best one may be chance."""
     difference = paired_difference(arm.by_seed, best.by_seed)
     if difference is None:
-        return level([best.estimate, arm.estimate])[1]
+        return ties_with_least([best.estimate, arm.estimate])[1]
     return difference.mean <= difference.margin
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
-from dumo.encoders.prompt import Prompts
+from dumo.encoders.prompt import PromptReaderSpec
 from dumo.encoders.texttable import to_columns, to_stored_types
 from dumo.flow.precision import product_precision
 from dumo.nets.rows import SourceLatents, TextRows, Texts, TextSizes
@@ -41,8 +41,8 @@ StoredRow = dict[str, Tensor]  # tokens (l, d); pooled (p,) and mask (l,) where 
 class TextEncoders:
     """The text encoders of a pipeline, with a cache of the `max_rows` rows that were used most recently."""
 
-    def __init__(self, spec: Prompts, max_rows: int) -> None:
-        """Open the encoders. Raises UserError as `Prompts.open`."""
+    def __init__(self, spec: PromptReaderSpec, max_rows: int) -> None:
+        """Open the encoders. Raises UserError as `PromptReaderSpec.open`."""
         self.reader = spec.open()
         self.max_rows = max_rows
         self.thread = ThreadPoolExecutor(1, "texts", torch.set_num_threads, (torch.get_num_threads(),))
@@ -88,8 +88,8 @@ class TextEncoders:
 _OPEN_ENCODERS = WeakValueDictionary[str, TextEncoders]()
 
 
-def _shared_encoders(spec: Prompts, sha256: str, max_rows: int) -> TextEncoders:
-    """The encoders of this spec, opened at first use. Raises UserError as `Prompts.open`."""
+def _shared_encoders(spec: PromptReaderSpec, sha256: str, max_rows: int) -> TextEncoders:
+    """The encoders of this spec, opened at first use. Raises UserError as `PromptReaderSpec.open`."""
     key = f"{spec.model_dump_json()} {sha256} {max_rows}"
     encoders = _OPEN_ENCODERS.get(key)
     if encoders is None:
@@ -106,8 +106,8 @@ class OnlineTexts(Texts):
 
     like: Tensor  # an empty buffer, which moves with the net: rows get its device and dtype
 
-    def __init__(self, spec: Prompts, sha256: str, sizes: TextSizes, count: int, *, max_rows: int) -> None:
-        """Open the encoders, for `count` captions. Raises UserError as `Prompts.open`.
+    def __init__(self, spec: PromptReaderSpec, sha256: str, sizes: TextSizes, count: int, *, max_rows: int) -> None:
+        """Open the encoders, for `count` captions. Raises UserError as `PromptReaderSpec.open`.
 
         `sha256` is the hash of the encoders' weights; `max_rows`, how many rows they keep.
         """

@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from dumo.encoders import texttable
 from dumo.encoders.caption import split_caption
 from dumo.encoders.pipeline import TRANSFORMER, PipelineSpec
-from dumo.encoders.prompt import Prompts
+from dumo.encoders.prompt import PromptReaderSpec
 from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import EncodedTexts, TextTableIndex
 from dumo.encoders.tokens import Tokenizer
@@ -53,7 +53,7 @@ class TableTexts(Spec):
 
     @property
     @abstractmethod
-    def reader_spec(self) -> TextEncoder | Prompts | Tokenizer:
+    def reader_spec(self) -> TextEncoder | PromptReaderSpec | Tokenizer:
         """The encoder or tokenizer that makes the rows."""
 
     @property
@@ -104,7 +104,7 @@ class EmbeddedTexts(TableTexts):
 
     @property
     @abstractmethod
-    def reader_spec(self) -> TextEncoder | Prompts:
+    def reader_spec(self) -> TextEncoder | PromptReaderSpec:
         """The encoder that makes the rows."""
 
     @property
@@ -138,9 +138,9 @@ class EmbeddedTexts(TableTexts):
         if device.type == "meta":
             return self._outline(captions, source_shape)
         table = self.open_table(captions)
-        if table.contents.source != source_shape:
+        if table.contents.source_shape != source_shape:
             raise UserError(
-                f"net.texts.root: {self.root} has {_source_text(table.contents.source)}, and the model takes "
+                f"net.texts.root: {self.root} has {_source_text(table.contents.source_shape)}, and the model takes "
                 f"{_source_text(source_shape)}: encode into another folder"
             )
         open_reader = partial(self._open_reader, table)
@@ -227,10 +227,10 @@ class TextTable(EmbeddedTexts):
         """Open the table. Raises UserError as `TableTexts.open_table`, and where its embeddings have other widths."""
         table = super().open_table(captions)
         contents = table.contents
-        if (contents.width, contents.pooled) != (self.width, self.pooled):
+        if (contents.width, contents.pooled_width) != (self.width, self.pooled):
             raise UserError(
-                f"net.texts.root: {self.root} has tokens of width {contents.width} and pooled {contents.pooled}: set "
-                f"net.texts.width={contents.width} net.texts.pooled={contents.pooled}"
+                f"net.texts.root: {self.root} has tokens of width {contents.width} and pooled {contents.pooled_width}: "
+                f"set net.texts.width={contents.width} net.texts.pooled={contents.pooled_width}"
             )
         return table
 
@@ -286,10 +286,10 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
         return find_family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
 
     @property
-    def reader_spec(self) -> Prompts:
+    def reader_spec(self) -> PromptReaderSpec:
         """The pipeline's text encoders, as its family reads them."""
         family = self.family
-        return Prompts(
+        return PromptReaderSpec(
             source=self.pipeline.source,
             without=self.pipeline.without,
             pipeline=family.pipeline,

@@ -1,19 +1,21 @@
-"""Serve the demo to this machine alone, and answer only the requests that its own page makes.
+"""Where the demo is served, and what is answered there: what its own page asks, on this machine.
 
 `open_listener` opens the port, `url` and `tunnel_text` say how to reach it, and `guard` wraps the app that answers.
-`guard` asks of each request, in this order:
+For each request `guard` decides in this order:
 
-1. Is it HTTP? Else the websocket is closed.
-2. Does it come to this machine by its own name, and from the page (`_refusal_reason`)? Else the answer is 403.
-3. Does it run the demo (POST_PATH), or get a file of the page (GET_PATHS, GET_PREFIXES)? Else the answer is 404.
-4. Does the body of a POST hold only texts and numbers (`_read_body`, `_checked_json`)? Else the answer is 400.
+1. A websocket is closed.
+2. What is for another machine, or from another page (`_reason_to_refuse`), is answered 403.
+3. A question of the page (`_read_question`) goes to the app with its body written anew (`_with_body`), or is answered
+   400. A question is JSON with the values of the page's fields, which are posted when a button is pressed.
+4. A file of the page goes to the app.
+5. All else is answered 404.
 
-2. is because a page of another site that is open in the same browser can send requests here, and by its own name, once
-that leads to this machine (DNS rebinding), read the answers. So the header Host must name this machine, and the header
-Origin this page.
+A page of another site that is open in the same browser can send requests here, and by its own name, once that leads to
+this machine (DNS rebinding), read the answers. So only requests to a name of this machine are answered (Host), and of a
+page's requests only those of its own pages (Origin).
 
-3. and 4. are because Gradio does more than the page needs: it takes uploads, and opens files and addresses that a body
-names.
+Gradio answers more than the page asks: it takes uploads, and opens files and addresses that a question names. So what
+the page does not ask is not found, and a question holds texts and numbers alone.
 """
 
 import json
@@ -27,12 +29,13 @@ from urllib.parse import urlsplit
 from dumo.io.read import brief
 from dumo.types import UserError
 
-POST_PATH = "/gradio_api/queue/join"  # runs the demo: its inputs are the body
+HOST = "127.0.0.1"  # which no other machine can reach
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # names by which a machine can call only itself
+POST_PATH = "/gradio_api/queue/join"  # of questions, which are posted
 GET_PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/gradio_api/queue/data")  # of the page
-GET_PREFIXES = ("/assets/", "/static/", "/gradio_api/file=")  # Gradio's files, and those it made to be downloaded
-_HOST = "127.0.0.1"  # which no other machine can reach
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")  # names by which a machine can call only itself
-_MAX_BODY_BYTES = 2**20  # a prompt of 10,000 letters, each escaped, and as much again: ours
+GET_PREFIXES = ("/assets/", "/static/", "/gradio_api/file=")  # Gradio's own files, and those to be downloaded
+MAX_QUESTION_BYTES = 2**20  # a prompt of 10,000 letters, each escaped, and as much again: ours
+BAD_QUESTION = "refused: a request to this page has at most 1 MiB of JSON, and only texts and numbers"
 
 # as ASGI has them
 Message = Mapping[str, Any]
@@ -48,7 +51,7 @@ def open_listener(port: int) -> Generator[socket.socket, None, None]:
     Raises UserError where the port is taken, or may not be used.
     """
     try:
-        listener = socket.create_server((_HOST, port))
+        listener = socket.create_server((HOST, port))
     except OSError as error:
         reason = os.strerror(error.errno or 0)  # error.strerror has the address once more
         raise UserError(
@@ -60,7 +63,7 @@ def open_listener(port: int) -> Generator[socket.socket, None, None]:
 
 def url(listener: socket.socket) -> str:
     """The address of the page, to be opened in a browser on this machine."""
-    return f"http://{_HOST}:{listener.getsockname()[1]}"
+    return f"http://{HOST}:{listener.getsockname()[1]}"
 
 
 def tunnel_text(listener: socket.socket) -> str:
@@ -78,21 +81,21 @@ def guard(app: App) -> App:
         if scope["type"] != "http":  # the page opens no websocket
             return await send({"type": "websocket.close", "code": 1008})
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        refusal = _refusal_reason(headers)
-        if refusal:
-            return await _reply(send, 403, refusal)
-        method = scope["method"]
+        reason = _reason_to_refuse(headers)
+        if reason:
+            return await _reply(send, 403, reason)
         path = scope["path"]
-        if method in ("GET", "HEAD") and (path in GET_PATHS or path.startswith(GET_PREFIXES)):
+        if scope["method"] == "POST" and path == POST_PATH:
+            try:
+                question = await _read_question(receive)
+            except _DisconnectedError:
+                return None
+            if question is None:
+                return await _reply(send, 400, BAD_QUESTION)
+            return await app(_with_body(scope, question), _replay(question, receive), send)
+        if scope["method"] in ("GET", "HEAD") and (path in GET_PATHS or path.startswith(GET_PREFIXES)):
             return await app(scope, receive, send)
-        if method != "POST" or path != POST_PATH:
-            return await _reply(send, 404, "not found")
-        body = _checked_json(await _read_body(receive))
-        if not body:
-            return await _reply(
-                send, 400, "refused: a request to this page has at most 1 MiB of JSON, and only texts and numbers"
-            )
-        return await app(_with_length(scope, len(body)), _replay(body, receive), send)
+        return await _reply(send, 404, "not found")
 
     return guarded_app
 
@@ -103,14 +106,14 @@ async def _reply(send: Send, status: int, text: str) -> None:
     await send({"type": "http.response.body", "body": text.encode()})
 
 
-def _refusal_reason(headers: Mapping[str, str]) -> str:
-    """Why a request with these headers is not answered, for the browser; "": it is answered."""
+def _reason_to_refuse(headers: Mapping[str, str]) -> str:
+    """Why a request with these headers is not answered, in a sentence; "" where it is answered."""
     host = headers.get("host", "")
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
         name = ""
-    if name not in _LOCAL_NAMES:
+    if name not in LOCAL_NAMES:
         return (
             f"this page is not served under the name {brief(ascii(name))}: open it as localhost or 127.0.0.1; from "
             "another machine, through the ssh command that dumo demo printed"
@@ -121,49 +124,52 @@ def _refusal_reason(headers: Mapping[str, str]) -> str:
     return ""
 
 
-async def _read_body(receive: Receive) -> bytes:
-    """The body of a request; empty where it is too long, or the browser is gone, which no answer reaches."""
+class _DisconnectedError(Exception):
+    """The browser closed the connection before the request had come."""
+
+
+async def _read_question(receive: Receive) -> bytes | None:
+    """The body of a question, as JSON that is written anew, so that Gradio reads what was checked.
+
+    None where it is too long, no JSON, or holds other than texts and numbers. Raises _DisconnectedError.
+    """
     body = b""
-    has_more = True
-    while has_more:
+    while True:
         message = await receive()
+        if message["type"] != "http.request":
+            raise _DisconnectedError
         body += message.get("body", b"")
-        if message["type"] != "http.request" or len(body) > _MAX_BODY_BYTES:
-            return b""
-        has_more = message.get("more_body", False)
-    return body
-
-
-def _checked_json(body: bytes) -> bytes:
-    """The JSON of a body, written anew, so that Gradio reads what was checked; empty where it is refused."""
+        if len(body) > MAX_QUESTION_BYTES:
+            return None
+        if not message.get("more_body", False):
+            break
     try:
-        inputs = json.loads(body)
+        question = json.loads(body)
     except (ValueError, RecursionError):
-        return b""
-    if not _is_flat(inputs):
-        return b""
-    return json.dumps(inputs).encode()
+        return None
+    return json.dumps(question).encode() if _holds_texts_and_numbers(question) else None
 
 
-def _is_flat(inputs: object) -> bool:
-    """Whether the inputs are an object of texts and numbers, and its field `data` a list of them.
+def _holds_texts_and_numbers(question: object) -> bool:
+    """Whether a question is an object of texts and numbers, and `data` a list of them.
 
     A nested object could name a file, which Gradio would copy.
     """
-    if not isinstance(inputs, dict):
+    if not isinstance(question, dict):
         return False
-    fields = dict(cast(dict[str, object], inputs))
-    data = fields.pop("data", None)
-    if not isinstance(data, list):
+    fields = cast(dict[str, object], question)
+    inputs = fields.get("data")
+    if not isinstance(inputs, list):
         return False
-    values = [*cast(list[object], data), *fields.values()]
+    other_values = [value for name, value in fields.items() if name != "data"]
+    values = [*cast(list[object], inputs), *other_values]
     return all(value is None or isinstance(value, str | int | float) for value in values)
 
 
-def _with_length(scope: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """The scope of a request whose body was written anew, in `length` bytes."""
-    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}
+def _with_body(scope: Mapping[str, Any], body: bytes) -> Mapping[str, Any]:
+    """The scope of a request, with the length of this body among its headers."""
+    other_headers = [(key, value) for key, value in scope["headers"] if key.lower() != b"content-length"]
+    return {**scope, "headers": [*other_headers, (b"content-length", str(len(body)).encode())]}
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -22,7 +22,7 @@ from dumo.flow.guide import CFG
 from dumo.flow.solver import Fresh
 from dumo.io import picture
 from dumo.io.read import brief
-from dumo.report.gallery import POINTS, TAUGHT_BY_LETTER, SamplingMode, solver_title
+from dumo.report.gallery import NUM_POINTS, TAUGHT_BY_LETTER, SamplingMode, solver_title
 from dumo.report.live import InteractiveRun
 from dumo.report.sample import draw_sheet
 from dumo.run.prompt import names_of_conditions
@@ -121,12 +121,12 @@ def make_samples(
         [AnswerRow("", cells, columns=columns)],
         f"{images}, {nfe_text(samples.nfe)} each, {_seconds_text(samples.seconds)} for all.",
         draw_sheet(samples.x, c, conditions, condition_names),
-        _script(run, condition, seed, guidance, count, nfe, mode),
+        _script(run, mode, condition=condition, seed=seed, guidance=guidance, count=count, nfe=nfe),
     )
 
 
 def _script(
-    run: InteractiveRun, condition: str, seed: int, guidance: float, count: int, nfe: int, mode: SamplingMode
+    run: InteractiveRun, mode: SamplingMode, *, condition: str, seed: int, guidance: float, count: int, nfe: int
 ) -> str:
     """The Python that makes the images of `make_samples` again, and writes them to files."""
     conditions = run.sampler.conditions
@@ -161,7 +161,7 @@ def compare_passes(run: InteractiveRun, condition: str, seed_text: str, guidance
     condition, seed or guidance that the run does not have.
     """
     deadline = time.monotonic() + run.limit
-    count = 1 if run.sampler.is_image else POINTS
+    count = 1 if run.sampler.is_image else NUM_POINTS
     c = run.conditions(condition, count)
     noises = run.noises(parse_seed(seed_text), count)
     guide = run.guide(guidance)

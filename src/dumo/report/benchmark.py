@@ -1,10 +1,10 @@
 """Images of a benchmark's prompts, in the files that its evaluator reads, with their card.
 
-`make_images` is the entrance. In this order it
+`make_images` is the entrance, and `LAYOUTS` has the benchmarks by name. In this order `make_images`
 
-1. reads the prompts, and checks that they are the benchmark's (`LAYOUTS`);
+1. reads the prompts, and checks that they are the benchmark's;
 2. refuses a folder whose images were made otherwise;
-3. writes a card for each folder, and the images that are missing.
+3. removes what a killed run left half-written, writes a card for each folder, and makes the images that are missing.
 
 Image j of prompt i is sample 4 i + j of the seed, whatever makes it and when. So images that exist are kept, and work
 that was stopped resumes. The card lies next to the folder, FOLDER.json: the evaluator reads images alone, and its
@@ -36,7 +36,7 @@ from dumo.io import digest, file, picture
 from dumo.io.read import brief, null_nonfinite, read_json, write_json
 from dumo.report import evaluate
 from dumo.report.card import Card, make_card
-from dumo.report.sample import sampling_changes, with_options
+from dumo.report.sample import sampling_changes, with_sampling_options
 from dumo.run.prompt import conditions_of_prompts
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -126,7 +126,8 @@ class _DpgBench(Layout):
 
 
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (_GenEval(), _DpgBench())}
-PLACE_FIELDS = ("device", "versions", "weights")  # of a card: they say where images were made, and do not change them
+# Fields of a card that say where images were made, and do not change them. `weights` is a path; their hash is compared.
+PLACE_FIELDS = ("device", "versions", "weights")
 
 
 def make_images(
@@ -149,30 +150,32 @@ def make_images(
     file.check_writable(folder)
     prompts = read_prompts(source)
     layout.require_fit(prompts, source)
-    sampler = with_options(opened.sampler, nfe=nfe, seed=seed, solver=solver)
+    sampler = with_sampling_options(opened.sampler, nfe=nfe, seed=seed, solver=solver)
     c = conditions_of_prompts(sampler, [prompt.text for prompt in prompts]).repeat_interleave(IMAGES_PER_PROMPT)
     solver_kind = sampler.spec.solver.kind
     name_parts = [source.stem, *sampling_changes(opened, sampler.spec)]
-    opened = replace(opened, run=opened.run.model_copy(update={"sample": sampler.spec}))
+    sampled_run = replace(opened, run=opened.run.model_copy(update={"sample": sampler.spec}))
 
     # a folder and a card for each number of passes
     cards: dict[int, Card] = {}
     image_folders: dict[int, Path] = {}
-    for n in sampler.spec.nfe:
-        judged_run = evaluate.with_options(opened, nfe=[n], seed=sampler.spec.seed)
+    for passes in sampler.spec.nfe:
+        judged_run = evaluate.with_judging_options(sampled_run, nfe=[passes], seed=sampler.spec.seed)
         run_card = make_card(judged_run, _facts(layout, source, prompts), len(c))
-        cards[n] = run_card | _benchmark_fields(layout, len(c))
-        image_folders[n] = folder / "-".join([layout.name, solver_kind, f"nfe{n}", *name_parts])
-        _require_same_card(image_folders[n], cards[n])
+        cards[passes] = run_card | _benchmark_fields(layout, len(c))
+        image_folders[passes] = folder / "-".join([layout.name, solver_kind, f"nfe{passes}", *name_parts])
+        _require_same_card(image_folders[passes], cards[passes])
 
     # the images that are missing
-    for n, image_folder in image_folders.items():
+    for passes, image_folder in image_folders.items():
+        if dist.is_main():
+            _remove_half_written_files(layout, image_folder, prompts)
         missing = _missing_prompts(layout, image_folder, prompts)
         if dist.is_main():
-            write_json(_card_file(image_folder), {"card": cards[n]})
-        with bar(f"sampling, {solver_kind} at {n}", IMAGES_PER_PROMPT * len(missing)) as tick:
+            write_json(_card_file(image_folder), {"card": cards[passes]})
+        with bar(f"sampling, {solver_kind} at {passes}", IMAGES_PER_PROMPT * len(missing)) as tick:
             missing_on_rank = missing[dist.rank() :: dist.world()]
-            for done, (i, pixels) in enumerate(_images_by_prompt(sampler, c, n, missing_on_rank), 1):
+            for done, (i, pixels) in enumerate(_images_by_prompt(sampler, c, passes, missing_on_rank), 1):
                 signals.check()
                 layout.write(image_folder, prompts[i], pixels)
                 tick(min(done * dist.world(), len(missing)) * IMAGES_PER_PROMPT, "")  # other ranks are about as far
@@ -199,19 +202,23 @@ def _images_by_prompt(
             del pending_images[:IMAGES_PER_PROMPT]
 
 
+def _remove_half_written_files(layout: Layout, image_folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Remove the temporary files that a killed run left in the folders of the prompts' files."""
+    subfolders = {(image_folder / name).parent for prompt in prompts for name in layout.files(prompt.name)}
+    for subfolder in subfolders:
+        file.sweep(subfolder)
+
+
 def _missing_prompts(layout: Layout, image_folder: Path, prompts: Sequence[Prompt]) -> list[int]:
     """The numbers of the prompts some of whose files are missing.
 
     Rank 0 decides, before any rank writes: every rank must call it.
     """
-    files_by_prompt = [[image_folder / name for name in layout.files(prompt.name)] for prompt in prompts]
-    if dist.is_main():
-        subfolders = {path.parent for paths in files_by_prompt for path in paths}
-        for subfolder in subfolders:
-            file.sweep(subfolder)
-    complete = torch.tensor([all(path.is_file() for path in paths) for paths in files_by_prompt])
-    complete = dist.all_gather_ragged(complete)[0]
-    return (~complete).nonzero()[:, 0].tolist()
+    is_complete: list[bool] = []
+    for prompt in prompts:
+        is_complete.append(all((image_folder / name).is_file() for name in layout.files(prompt.name)))
+    is_complete_on_main = dist.all_gather_ragged(torch.tensor(is_complete))[0]
+    return (~is_complete_on_main).nonzero()[:, 0].tolist()
 
 
 def _facts(layout: Layout, source: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
@@ -226,13 +233,15 @@ def _facts(layout: Layout, source: Path, prompts: Sequence[Prompt]) -> dict[str,
 
 def _benchmark_fields(layout: Layout, total: int) -> Card:
     """The fields of a card in which a benchmark of `total` images differs from the run's own protocol."""
-    n = IMAGES_PER_PROMPT
     protocol = layout.name
-    if total != n * layout.num_prompts:
+    if total != IMAGES_PER_PROMPT * layout.num_prompts:
         protocol = protocol_name(layout.name, f"{total} samples")
     return {
         "protocol": protocol,
-        "labels": f"{n} samples of each prompt, sample {n} i + j of the seed is image j of prompt i",
+        "labels": (
+            f"{IMAGES_PER_PROMPT} samples of each prompt, "
+            f"sample {IMAGES_PER_PROMPT} i + j of the seed is image j of prompt i"
+        ),
         "contrast": [],
     }
 
@@ -252,8 +261,8 @@ def _require_same_card(image_folder: Path, card: Card) -> None:
     if not isinstance(stored, dict) or not isinstance(stored.get("card"), dict):
         raise UserError(f"{path} is no card of images: nothing says what made them; {fix}")
     stored_card: dict[str, Any] = stored["card"]
-    for field in card:
-        value = null_nonfinite(card[field])
+    for field in dict.fromkeys([*card, *stored_card]):  # a field that only one of them has differs, too
+        value = null_nonfinite(card.get(field))
         stored_value = stored_card.get(field)
         if field not in PLACE_FIELDS and value != stored_value:
             raise UserError(

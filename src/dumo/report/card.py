@@ -18,6 +18,7 @@ from dumo.config.parts import Evaluation
 from dumo.data import Data
 from dumo.data.caption import CaptionFiles
 from dumo.evaluation import LikelihoodProtocol, MetricProtocol
+from dumo.evaluation.metric import SAMPLE_SPACE
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.io.read import brief, read_json
 from dumo.io.weights import title
@@ -148,7 +149,7 @@ def judging_settings(sampler: Sampler, evaluation: Evaluation) -> Card:
     spec = sampler.spec
     fields: Card = {}
     if objective.kind == "drift":
-        fields["trained_on"] = "numbers"  # its loss compares them with data, so their distances are no judges of it
+        fields["trained_on"] = SAMPLE_SPACE  # its loss compares them with data, so their distances are no judges of it
     return fields | {
         "labels": labels_text(sampler.data, evaluation),  # elsewhere labels are often drawn at random
         "solver": spec.solver.model_dump(mode="json"),

@@ -55,7 +55,7 @@ def differing_fields(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
     `cards` are by source, and so are the values.
     """
     measures = {source: _measure(card) for source, card in cards.items()}
-    run_measures = {source: measure for source, measure in measures.items() if not _made_by_others(cards[source])}
+    run_measures = {source: measure for source, measure in measures.items() if not _is_made_by_others(cards[source])}
     fields = dict.fromkeys(field for measure in measures.values() for field in measure)
     differences: dict[str, dict[str, Any]] = {}
     for field in fields:
@@ -226,7 +226,7 @@ def _sources_by_value(values: Mapping[str, Any]) -> str:
     return "; ".join(f"{value} in {', '.join(names)}" for value, names in sources.items())
 
 
-def _made_by_others(card: Card) -> bool:
+def _is_made_by_others(card: Card) -> bool:
     """Whether an evaluation is of images that others made (`dumo evaluate --images`), not of a run's samples."""
     return "images" in card
 

@@ -71,12 +71,12 @@ def build_page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
     """The page of one run or more, which fit next to each other; `explain` gives what a person reads of an error."""
     import gradio as gr
 
-    run = runs[0]  # the defaults are this one's
+    first_run = runs[0]  # the defaults are this one's
     modes: list[tuple[str, str]] = []
     for letter, taught in TAUGHT_BY_LETTER.items():
         if any(letter in run.modes for run in runs):
             modes.append((f"{taught}: {letter}", letter))
-    default_nfe = max(1, min(run.sampler.spec.nfe[0], MAX_PASSES))
+    default_nfe = max(1, min(first_run.sampler.spec.nfe[0], MAX_PASSES))
 
     # a new field at each call; seeds are texts, so that what is no number is answered in words
     seed_field = partial(gr.Textbox, max_lines=1)
@@ -93,10 +93,10 @@ def build_page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
                 title = f"<h1>{html.escape(shown_run.name)}</h1><p>{html.escape(_run_line(shown_run))}</p>"
                 gr.HTML(title + validation_html(shown_run))
         with gr.Row():
-            seed = seed_field(f"{run.sampler.spec.seed}", label="seed")
-            shared_fields = [_condition_field(run), seed, _guidance_field(runs)]
+            seed = seed_field(f"{first_run.sampler.spec.seed}", label="seed")
+            shared_fields = [_condition_field(first_run), seed, _guidance_field(runs)]
         gr.HTML(guidance_html(runs))
-        if run.sampler.is_image:
+        if first_run.sampler.is_image:
             with gr.Tab("Make"):
                 with gr.Row():
                     count = gr.Slider(1, MAX_IMAGES, DEFAULT_IMAGES, step=1, precision=0, label="images")
@@ -104,7 +104,7 @@ def build_page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
                 add_button(answer.make_samples, *shared_fields, *fields, has_downloads=True)
         with gr.Tab("NFE"):
             add_button(answer.compare_passes, *shared_fields)
-        if run.sampler.is_image:
+        if first_run.sampler.is_image:
             with gr.Tab("Between two seeds"):
                 with gr.Row():
                     fields = seed_field("1", label="other seed"), mode_field(), nfe_field()

@@ -2,13 +2,15 @@
 
 `evaluate` is the entrance:
 
-1. `with_options` takes the run as it is to be judged.
+1. `with_judging_options` takes the run as it is to be judged.
 2. `_judge` opens the run's evaluator, makes a row of scores for each number of passes (`score_passes`), and adds the
    card.
 3. `write_report` writes the report, with the rows of other passes that the file has.
 
-`current_report` reads it back, unless judging again would give something new. `complete_report` also serves images
-that others made (`dumo.report.images`).
+`current_report` reads it back, unless judging again would give something new.
+
+Others also call `score_passes` (`dumo.lab`), `with_judging_options` (`dumo.report.benchmark`), `complete_report` and
+`write_report` (`dumo.report.images`).
 
 What is written lies in the run's folder, or for a run that comes with dumo in a folder of its name. evaluation.json is
 the run as its own spec has it judged, at whatever numbers of passes: it collects their rows. Judged in another way, or
@@ -27,7 +29,7 @@ from torch import Tensor
 from dumo.config.parts import Evaluation, Sampling
 from dumo.config.place import EVALUATION_FILE
 from dumo.evaluation.likelihood import LikelihoodEvaluator
-from dumo.evaluation.own import OwnMetric, WithOwnMetrics
+from dumo.evaluation.own import OwnMetric, OwnMetricsEvaluator
 from dumo.evaluation.protocol import Evaluator, Scores
 from dumo.evaluation.stored import FILE as STORED_FILE
 from dumo.flow.generate import Batch, counting_passes, eval_mode, in_precision
@@ -76,7 +78,7 @@ def evaluate(
     """
     check_writable(opened.output_folder)
     sweep(opened.output_folder)
-    opened = with_options(opened, nfe=nfe, seed=seed, solver=solver)
+    opened = with_judging_options(opened, nfe=nfe, seed=seed, solver=solver)
     with threads.fewer_when_busy(opened.device, line_printer(bar)):
         path, report = _judge(opened, bar, metrics or {})
     if dist.is_main():
@@ -104,7 +106,7 @@ def _judge(opened: RunFolder, bar: Bar, metrics: Mapping[str, OwnMetric]) -> tup
         dist.require_one_process("a metric of your own")
         if isinstance(evaluator, LikelihoodEvaluator):
             raise UserError(f"protocol {protocol.kind} makes no samples, so it takes no metrics of your own")
-        evaluator = WithOwnMetrics(evaluator, metrics)
+        evaluator = OwnMetricsEvaluator(evaluator, metrics)
     c = sample_conditions(run.data, run.evaluate)
     path = opened.output_folder / _file_name(opened)
     solver = run.sample.solver
@@ -151,7 +153,7 @@ def complete_report(
     }
 
 
-def with_options(
+def with_judging_options(
     opened: RunFolder, *, nfe: Sequence[int] | None, seed: int | None, solver: str | None = None
 ) -> RunFolder:
     """The run as it is to be judged; None leaves what the run has.
@@ -229,8 +231,8 @@ def current_report(opened: RunFolder) -> dict[str, Any] | None:
 def _file_name(opened: RunFolder) -> str:
     """The name of a report: evaluation.json, or, where options differ from the run's spec, with these in it."""
     run_as_saved = opened.run_as_saved
-    saved_fields = _deciding_fields(run_as_saved.sample, run_as_saved.evaluate)
-    opened_fields = _deciding_fields(opened.run.sample, opened.run.evaluate)
+    saved_fields = _judging_fields(run_as_saved.sample, run_as_saved.evaluate)
+    opened_fields = _judging_fields(opened.run.sample, opened.run.evaluate)
     return "-".join(["evaluation", *changed_parts(opened, saved_fields, opened_fields)]) + ".json"
 
 
@@ -246,7 +248,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
         except UserError:  # there is nothing to keep
             write_json(path, report)
             return
-        if _measure(earlier) == _measure(report):
+        if _card_text(earlier) == _card_text(report):
             if "images" not in report:
                 report = _merge_rows(earlier, report)
             write_json(path, report)
@@ -256,7 +258,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
         if earlier_step is not None:
             earlier_stem += f"-step{earlier_step}"
         if earlier_step == report.get("step"):
-            earlier_stem += f"-{digest.of_bytes(_measure(earlier).encode())[:6]}"
+            earlier_stem += f"-{digest.of_bytes(_card_text(earlier).encode())[:6]}"
         path.replace(path.with_name(f"{earlier_stem}.json"))
         write_json(path, report)
 
@@ -291,14 +293,14 @@ def _rows_by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
     return dict(zip(passes, report[part], strict=True))
 
 
-def _measure(report: dict[str, Any]) -> str:
+def _card_text(report: dict[str, Any]) -> str:
     """The card as text, without its passes and the path of the weights, whose hash it has."""
     left_out = (*PASSES_FIELDS.values(), "weights")
-    measure = {field: value for field, value in report["card"].items() if field not in left_out}
-    return json.dumps(null_nonfinite(measure), sort_keys=True)
+    compared_card = {field: value for field, value in report["card"].items() if field not in left_out}
+    return json.dumps(null_nonfinite(compared_card), sort_keys=True)
 
 
-def _deciding_fields(sampling: Sampling, evaluation: Evaluation) -> Fields:
+def _judging_fields(sampling: Sampling, evaluation: Evaluation) -> Fields:
     """The fields that decide an evaluation, without its passes, since a report collects rows of all passes."""
     sampling_tree = sampling.model_dump(mode="json")
     evaluation_tree = evaluation.model_dump(mode="json")

@@ -7,9 +7,9 @@ a pause, such as `poll_forever`, it looks again and again. `live_feed` starts a 
 It is a process of its own so that what a tracker does, with time, memory, threads or random numbers, it does not do in
 the training; and where it hangs, the training continues.
 
-tracked.json in the run's folder has the last step that each tracker was sent, and the key of the tracker's run. The
-next feed sends the rows after that step to the same run of the tracker. After a kill a few rows may be there twice, and
-where a run went back to an earlier checkpoint, those of the steps that it repeats stay as they were.
+tracked.json in the run's folder has the last step that each tracker was sent, and the id of the tracker's run, `key`.
+The next feed sends the rows after that step to the same run of the tracker. After a kill a few rows may be there twice,
+and where a run went back to an earlier checkpoint, those of the steps that it repeats stay as they were.
 """
 
 import json
@@ -63,7 +63,7 @@ class Feed:
         self.config = read(folder).tree
         self.tracker: Tracker | None = None
         sent = _read_sent(folder).get(tracker_name, {})
-        self.key: str = sent.get("key") or token_hex(4)  # of the tracker's run
+        self.tracker_run_id: str = sent.get("key") or token_hex(4)
         self.last_step: int = sent.get("step", -1)  # of the last row that was sent
 
     def send(self) -> int:
@@ -72,7 +72,7 @@ class Feed:
         if not new_rows:
             return 0
         if self.tracker is None:
-            self.tracker = TRACKERS[self.tracker_name](self.config, self.folder, self.key)
+            self.tracker = TRACKERS[self.tracker_name](self.config, self.folder, self.tracker_run_id)
         for row in new_rows:
             logged_at = row.get("speed", {}).get("at")
             self.tracker.send(row["step"], logged_at, numbers_by_name(row))
@@ -83,7 +83,7 @@ class Feed:
     def _write_sent(self) -> None:
         """Write into tracked.json what this tracker was sent."""
         sent_by_tracker = _read_sent(self.folder)
-        sent_by_tracker[self.tracker_name] = {"key": self.key, "step": self.last_step}
+        sent_by_tracker[self.tracker_name] = {"key": self.tracker_run_id, "step": self.last_step}
         file.write(self.folder / FILE, json.dumps(sent_by_tracker, indent=2).encode(), writer="")
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Feed:
 
 
 def _read_sent(folder: Path) -> dict[str, Any]:
-    """What each tracker was sent, by its name: the `key` of its run, and the last `step`; {} before the first feed.
+    """What each tracker was sent, by its name: the id of its run, `key`, and the last `step`; {} before the first feed.
 
     Raises UserError where tracked.json is no JSON.
     """

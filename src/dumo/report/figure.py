@@ -19,6 +19,7 @@ from dumo.report import score
 from dumo.report.chart import PAGE_SIZE, PAGE_STYLE, log_unless_narrow
 from dumo.report.curve import DRIFT, LEARNING_RATE, TIME_SLOPE, Curve, colour_by_name, draw_curve, highest_norms
 from dumo.training import log
+from dumo.types import UserError
 
 PANELS_TO_A_ROW = 3
 PANEL_DPI = 130
@@ -26,12 +27,18 @@ MIN_LOG_RATIO = 10  # of the largest value in a panel to the least: from here on
 
 
 def comparison_picture(rows_by_run: Mapping[str, Sequence[log.Row]]) -> Image.Image:
-    """The logs of runs, by name, as a picture: a panel for each measured value, and in it a curve for each run."""
+    """The logs of runs, by name, as a picture: a panel for each measured value, and in it a curve for each run.
+
+    Raises UserError where no row of any log has a finite number.
+    """
     return picture.from_figure(comparison_figure(rows_by_run))
 
 
 def comparison_figure(rows_by_run: Mapping[str, Sequence[log.Row]]) -> Figure:
-    """The figure of `comparison_picture`. The first panel marks the steps that were skipped."""
+    """The figure of `comparison_picture`. The first panel marks the steps that were skipped.
+
+    Raises UserError where no row of any log has a finite number.
+    """
     curves_by_run = {run: curves_by_title(rows) for run, rows in rows_by_run.items()}
     colours = colour_by_name(rows_by_run)
     titles: list[str] = []
@@ -39,6 +46,9 @@ def comparison_figure(rows_by_run: Mapping[str, Sequence[log.Row]]) -> Figure:
         for title in curves:
             if title not in titles:
                 titles.append(title)
+    if not titles:
+        names = ", ".join(rows_by_run)
+        raise UserError(f"{names}: no step has a finite number, so there is nothing to draw: train with a lower rate")
     num_columns = min(PANELS_TO_A_ROW, len(titles))
     num_rows = -(-len(titles) // PANELS_TO_A_ROW)
     width, height = PAGE_SIZE

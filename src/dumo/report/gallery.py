@@ -34,8 +34,8 @@ from dumo.training import checkpoint
 from dumo.types import UserError
 
 PASSES = (1, 2, 4, 8, 16, 50)  # of trajectories: ours
-COUNT = 8  # rows of trajectories, or images of a class: ours
-POINTS = 2000  # samples of a scatter: ours
+DEFAULT_COUNT = 8  # rows of trajectories, or images of a class: ours
+NUM_POINTS = 2000  # samples of a scatter: ours
 PANEL_GAP = 18  # pixels between panels, and between the blocks of a class grid: ours
 TAUGHT_BY_LETTER = {"u": "jumps", "v": "velocity"}  # what a sampling mode follows, by its letter
 
@@ -116,7 +116,7 @@ def trajectories(
 
     - `nfe`: numbers of passes; None: those of `PASSES` that all modes can make
     - `steps`: of the training; None: every milestone and the last checkpoint
-    - `count`: rows, or points of a scatter; None: COUNT, or POINTS
+    - `count`: rows, or points of a scatter; None: DEFAULT_COUNT, or NUM_POINTS
     - `only`: the classes of the rows, in turn; None: all
     - `letters`: of sampling modes; None: u and v, as far as they are taught
 
@@ -126,7 +126,7 @@ def trajectories(
     files = milestone_files(opened.folder, opened.step, steps)
     modes = choose_modes(sampler, letters, nfe)
     passes = nfe or reachable_passes(PASSES, sampler, modes)
-    default_count = COUNT if sampler.is_image else POINTS
+    default_count = DEFAULT_COUNT if sampler.is_image else NUM_POINTS
     c = sampler.conditions.in_turn(count or default_count, only)
     background = None if sampler.is_image else data_points(sampler.data, sampler.spec.seed)
     panels: dict[SamplingMode, dict[int, Image.Image]] = {mode: {} for mode in modes}
@@ -136,13 +136,23 @@ def trajectories(
             milestone = open_milestone(opened, step, file).sampler
             for mode in modes:
                 note = f"step {step:,}, {mode.title}"
-                panels[mode][step] = _draw_panel(milestone, mode, passes, c, seed, background, tick_more, note)
+                panels[mode][step] = _draw_panel(
+                    milestone,
+                    mode,
+                    nfe=passes,
+                    c=c,
+                    seed=seed,
+                    background=background,
+                    tick_more=tick_more,
+                    note=note,
+                )
     return panels
 
 
 def _draw_panel(
     sampler: Sampler,
     mode: SamplingMode,
+    *,
     nfe: Sequence[int],
     c: Tensor,
     seed: int | None,
@@ -183,7 +193,7 @@ def class_grids(
     *,
     nfe: Sequence[int] | None = None,
     steps: Sequence[int] | None = (),
-    count: int = COUNT,
+    count: int = DEFAULT_COUNT,
     letters: Sequence[str] | None = None,
     seed: int | None = None,
     bar: Bar = no_bar,
@@ -215,13 +225,15 @@ def class_grids(
             milestone = open_milestone(opened, step, file).sampler
             for mode in modes:
                 for n in passes:
-                    grids[mode, step, n] = _draw_class_grid(milestone, step, mode, n, chosen_classes, count, seed)
+                    grids[mode, step, n] = _draw_class_grid(
+                        milestone, step, mode, nfe=n, classes=chosen_classes, count=count, seed=seed
+                    )
                     tick_more(n, f"step {step:,}, {mode.title}, {n}")
     return grids
 
 
 def _draw_class_grid(
-    sampler: Sampler, step: int, mode: SamplingMode, nfe: int, classes: Sequence[int], count: int, seed: int | None
+    sampler: Sampler, step: int, mode: SamplingMode, *, nfe: int, classes: Sequence[int], count: int, seed: int | None
 ) -> Image.Image:
     """Sample one net by one mode, and draw a block of `count` images per class.
 
@@ -338,12 +350,12 @@ def full_columns(n: int) -> int:
 
 
 def _tick_by_piece(tick: Tick) -> Tick:
-    """A tick that is called with the work since the last call, for one that is called with all work so far."""
+    """A function to call with the passes made since its last call; it calls `tick` with all passes so far."""
     done = 0
 
-    def add(n: int, note: str) -> None:
+    def tick_more(passes: int, note: str) -> None:
         nonlocal done
-        done += n
+        done += passes
         tick(done, note)
 
-    return add
+    return tick_more

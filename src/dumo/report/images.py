@@ -91,14 +91,14 @@ def judge(
     tree = _settings_tree(kind, against, fields)
     image_set = open_images(place, "--images")
     protocol = _protocol_for(tree, image_set, str(place))
-    channels, num_classes = judged_channels_and_classes(protocol, image_set, str(place))
+    channels, num_judged_classes = judged_channels_and_classes(protocol, image_set, str(place))
     missing = _missing_files(protocol)
     if missing:
         raise UserError(f"protocol {protocol.kind} needs {missing}")
 
     # what they are compared with; the labels are left out where the reference has other classes
-    labels = image_set.labels if num_classes else None
-    reference = _find_reference(protocol, tree, against, image_set, labels)
+    labels_of_images = image_set.labels if num_judged_classes else None
+    reference = _find_reference(protocol, tree, against, image_set, labels_of_images)
     labels = reference.labels
     num_classes = labels.count if labels else 0
 
@@ -182,7 +182,7 @@ def _settings_tree(kind: str, against: str | None, fields: Sequence[str]) -> dic
     return tree
 
 
-def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: str) -> Any:  # noqa: ANN401, a union of protocols
+def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: str) -> MetricProtocol:
     """The protocol of the tree; unless the tree says how many samples it judges, it judges all images.
 
     Raises UserError where there are fewer images than that, or too few for the protocol.

@@ -2,7 +2,7 @@
 
 `write` is the entrance. In this order it
 
-1. reads what is on disk: log, evaluation, data (`read_data`);
+1. reads what is on disk: log, evaluation, data (`_read_data`);
 2. makes samples (`make_samples`), and images of prompts where the net reads texts;
 3. draws them (`draw_samples`), and compares them with the data (`dumo.report.proximity`);
 4. reaches a verdict (`dumo.report.verdict`), and draws what led there (`strip`, `reconstruction`);
@@ -34,13 +34,13 @@ from dumo.flow.generate import labels_in_turn
 from dumo.flow.solver import Solver, can_make
 from dumo.io import file, picture
 from dumo.plan.plan import show
-from dumo.report import score
+from dumo.report import judgement, score
 from dumo.report.chart import Chart
 from dumo.report.gallery import PASSES, reachable_passes, sampling_modes
 from dumo.report.proximity import Proximity, measure_proximity
 from dumo.report.reconstruction import Reconstruction, reconstruct
 from dumo.report.runchart import page_charts
-from dumo.report.strip import Moment, draw_strip
+from dumo.report.strip import StripMoment, draw_strip
 from dumo.report.verdict import reach_verdict
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
@@ -82,13 +82,13 @@ class PageParts:
     data: Image.Image | None = None  # a sheet of the data
     prompt_sheet: "PromptSheet | None" = None
     trajectories: Mapping[str, Pictures] = field(default_factory=dict[str, Pictures])  # by sampling mode
-    strip: Sequence[Moment] = ()
+    strip: Sequence[StripMoment] = ()
     neighbours: NearestPictures | None = None
     reconstruction: Reconstruction | None = None
     charts: Sequence[Chart] = ()  # of the log
     late_losses: Mapping[str, Any] | None = None  # by bin of t, as the function `late_losses` returns them
-    evaluation: score.Judgement | None = None  # the run's own evaluation
-    benchmarks: Sequence[score.Judgement] = ()  # other evaluations
+    evaluation: judgement.Judgement | None = None  # the run's own evaluation
+    benchmarks: Sequence[judgement.Judgement] = ()  # other evaluations
 
 
 def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> list[Path]:
@@ -108,8 +108,8 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     # what is on disk: the log, the evaluation, the data
     logged_rows = log.read_log(opened.folder / LOG_FILE)
     rows = [row for row in logged_rows if "skipped" not in row]  # a skipped step has no numbers
-    evaluation = score.read_judgement(opened.find_output(EVALUATION_FILE).parent, opened.step, opened.weights)
-    data = read_data(opened)
+    evaluation = judgement.read_judgement(opened.find_output(EVALUATION_FILE).parent, opened.step, opened.weights)
+    data = _read_data(opened)
 
     # samples
     with threads.fewer_when_busy(sampler.device, line_printer(bar)):
@@ -158,7 +158,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         charts=page_charts(rows) if len(rows) > 1 else (),
         late_losses=late_losses(rows),
         evaluation=evaluation,
-        benchmarks=score.read_benchmarks(folder, opened.step, opened.weights),
+        benchmarks=judgement.read_benchmarks(folder, opened.step, opened.weights),
     )
     html = render(opened, parts)
     paths: list[Path] = []
@@ -172,7 +172,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
 
 
 @dataclass(frozen=True)
-class DataRows:
+class _DataRows:
     """Some samples of the data, to draw and to compare with."""
 
     x: Real | None  # (n, *pixels); None: the data are not here
@@ -181,7 +181,7 @@ class DataRows:
     missing: str = ""  # why they could not be read
 
 
-def read_data(opened: RunFolder) -> DataRows:
+def _read_data(opened: RunFolder) -> _DataRows:
     """Some samples of the data, as images are shown; of a run that comes with dumo none, where the data are not here.
 
     Raises UserError where the data of another run cannot be read.
@@ -193,11 +193,11 @@ def read_data(opened: RunFolder) -> DataRows:
     except UserError as error:
         if not opened.is_shipped:
             raise
-        return DataRows(None, torch.zeros(0, dtype=torch.long), None, str(error))
+        return _DataRows(x=None, c=torch.zeros(0, dtype=torch.long), size=None, missing=str(error))
     x, c = data.reference(num_data_rows(sampler), sampler.spec.seed)
     if isinstance(data_spec, Latents):
         x = sampler.decode(x)
-    return DataRows(x, c, data.size)
+    return _DataRows(x, c, data.size)
 
 
 def num_data_rows(sampler: Sampler) -> int:
@@ -210,11 +210,11 @@ def render(opened: RunFolder, parts: PageParts) -> str:
     run = opened.run
     sampler = opened.sampler
     facts = show(run)
-    shipped = score.shipped_results(run.evaluate.protocol, run.data)
+    shipped = judgement.shipped_results(run.evaluate.protocol, run.data)
     results = recipes.results(shipped) if shipped else None
     others = None
     if results:
-        others = score.objectives_table(results, parts.evaluation, opened.step, facts["forward_units_per_step"])
+        others = judgement.objectives_table(results, parts.evaluation, opened.step, facts["forward_units_per_step"])
     proximity = parts.neighbours.proximity if parts.neighbours else None
     template = _template_environment().get_template("report.html.j2")
     return template.render(
@@ -237,6 +237,7 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         shipped=shipped,
         others=others,
         # functions and words
+        judgement=judgement,
         score=score,
         spread=score.spread,
         too_few=score.has_too_few_images,

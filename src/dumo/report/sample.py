@@ -2,7 +2,7 @@
 
 `sample_to_files` is the entrance. It
 
-1. takes the run's sampler with what a user asked for (`with_options`),
+1. takes the run's sampler with what a user asked for (`with_sampling_options`),
 2. checks that the format and the memory fit,
 3. decides the conditions, and the names of files by what is not as the run has it (`sampling_changes`),
 4. makes the samples of each number of passes, and writes them (`write_samples`).
@@ -84,7 +84,7 @@ def guide_of(sampler: Sampler, training_guidance: GuidanceScale, scale: object) 
     return guide
 
 
-def with_options(
+def with_sampling_options(
     sampler: Sampler,
     *,
     nfe: Sequence[int] | None,
@@ -151,7 +151,7 @@ def sample_to_files(
     """
     files.check_writable(folder)
     files.sweep(folder)
-    sampler = with_options(opened.sampler, nfe=nfe, seed=seed, solver=solver, size=size)
+    sampler = with_sampling_options(opened.sampler, nfe=nfe, seed=seed, solver=solver, size=size)
     require_known("--format", form, FORMS)
     forms = FORMS if sampler.is_image else ("grid", "npz")
     if form not in forms:

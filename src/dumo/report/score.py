@@ -8,30 +8,23 @@ In the order of this file:
 3. Baselines, such as noise: `baselines_by_name`, and `has_too_few_images` to have one.
 4. As text: `number`, `spread`, `abbreviate`, `duration` and `score_text`; for the terminal `terminal_lines` and
    `terminal_text`.
-5. For a page: `read_judgement` reads a run's evaluation.json, `read_benchmarks` its other evaluations. `table_rows`,
-   `baseline_rows` and `objectives_table` set them out.
 
-The template of the page, report.html.j2, calls this file by the name `score`. A row is a dictionary: `nfe`, `solver`,
-the scores by name, and the error of each as NAME_sd. `dumo.evaluation.metric` says what the name of a score means, such
-as which way is better. `dumo.report.card` checks files of evaluations.
+A row is a dictionary: `nfe`, `solver`, the scores by name, and the error of each as NAME_sd. The template of the page,
+report.html.j2, calls this file by the name `score`.
+
+`dumo.evaluation.metric` says what the name of a score means, such as which way is better. `dumo.report.judgement` reads
+the evaluations that a page shows, and `dumo.report.card` checks files of evaluations.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from math import floor, inf, log10
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from math import floor, log10
 from typing import Any, Literal
 
-from dumo.config.place import EVALUATION_FILE
-from dumo.config.word import BASELINES, MERITS, STATES, Word, merits, word
-from dumo.data import Data
-from dumo.evaluation import MetricProtocol
-from dumo.evaluation.estimate import Estimate, level
+from dumo.config.word import MERITS, STATES, word
+from dumo.evaluation.estimate import Estimate, ties_with_least
 from dumo.evaluation.metric import CLASS_MMD, METRICS, headline_score, higher_is_better, is_trained_on, metric
 from dumo.evaluation.protocol import Scores
-from dumo.io.read import read_json
-from dumo.report.card import Card, Row, validate_report
-from dumo.runtime import shell_path
+from dumo.report.card import Card, Row
 
 ERROR_SUFFIX = "_sd"  # of a name whose value is the error of a score: mmd_sd
 ROW_LABELS = ("nfe", "solver")  # the fields of a row that are no scores
@@ -43,8 +36,6 @@ FAR_SHARE = 1 / 20  # of the distance of noise, beyond which samples are far fro
 FAR_TIMES = 20  # times a perfect sampler's distance, beyond which they are far, where noise was not measured
 MAX_UNTRAINED_PRECISION = 0.02  # of an untrained run, where noise was not measured
 
-SHIPPED_RESULTS = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # names of results, by protocol
-BENCHMARK_NAMES = ("clip",)  # in the names of the evaluations, besides the run's own, that a page shows
 TERMINAL_BASELINES = {  # what the terminal calls a baseline, by its name in a report
     "perfect": "a perfect sampler",
     "null": "a perfect sampler",
@@ -54,8 +45,6 @@ TERMINAL_BASELINES = {  # what the terminal calls a baseline, by its name in a r
 }
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-Judgement = dict[str, Any]  # an evaluation with what a page says of it, as `read_judgement` returns it
-TableRow = tuple[str, int, list[str]]  # the solver, the number of passes, the scores as text
 State = Literal["untrained", "far", "near", "like the data"]
 
 
@@ -245,11 +234,12 @@ def state_sentence(evaluation: Mapping[str, Any]) -> str | None:
     return f"{begin}: worse than a perfect sampler by {', '.join(worse)}."
 
 
-def decisive_comparison(evaluation: Judgement) -> str:
+def decisive_comparison(evaluation: Mapping[str, Any]) -> str:
     """A score by which a run has its `state`, next to a perfect sampler's: "recall is 0.10, of a perfect sampler 0.98".
 
-    It is the score that leads (`columns`), or, where that is as good as a perfect sampler's, the first that is worse.
-    `evaluation` has a state. "" where an evaluation of an older version has no perfect sampler's scores, or no scores.
+    It is the score that leads, or, where that is as good as a perfect sampler's, the first that is worse. `evaluation`
+    has a state, and `columns` (`dumo.report.judgement`). "" where an evaluation of an older version has no perfect
+    sampler's scores, or no scores.
     """
     scores = _best_scores(evaluation["results"])
     perfect = _perfect_sampler(evaluation["baselines"])
@@ -277,7 +267,7 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     best_ids: set[int] = set()  # the identities of the rows
     for nfe in {row.get("nfe") for row in comparable}:
         rivals = [row for row in comparable if row.get("nfe") == nfe]
-        ties = level([Estimate(row[lead], row[lead + ERROR_SUFFIX]) for row in rivals])
+        ties = ties_with_least([Estimate(row[lead], row[lead + ERROR_SUFFIX]) for row in rivals])
         best_ids |= {id(row) for row, is_tied in zip(rivals, ties, strict=True) if is_tied}
     return [row | {"best": id(row) in best_ids} for row in rows]
 
@@ -396,202 +386,3 @@ def terminal_text(baseline: Mapping[str, float]) -> str:
             value_text += f" ± {deviation:.2g}"
         texts.append(value_text)
     return ", ".join(texts)
-
-
-# For a page
-
-
-def read_judgement(folder: Path, step: int, weights: str) -> Judgement | None:
-    """The evaluation that `dumo evaluate` wrote into a run's folder, with what a page says of it; None without one.
-
-    - `fresh`: whether it is of this step and these weights
-    - `columns`: its scores, the one that leads first; `summary`: some of them; `words`: what they are called
-    - `sentence`: on where the run stands; `left_out`: which classes do not count, if any
-    - `biased`: the scores that the run was trained on
-    - `baseline`: the first baseline
-
-    Raises UserError if the file is damaged.
-    """
-    path = folder / EVALUATION_FILE
-    if not path.is_file():
-        return None
-    fix = f"run dumo evaluate {shell_path(folder)} again"
-    evaluation = validate_report(read_json(path, fix), path, fix)
-    card = evaluation.get("card") or {}
-    first_row = evaluation["results"][0]
-    columns = score_names(first_row, card)
-    biased_columns = trained_on_names(first_row, card)
-    words = merits(columns)
-    for name in biased_columns:
-        words[name] = replace(words[name], better=f"{words[name].better}; trained on")
-    return {
-        **evaluation,
-        "columns": columns,
-        "summary": summary_names(columns),
-        "sentence": state_sentence(evaluation),
-        "left_out": card.get(CLASS_MMD),
-        "fresh": _is_of_weights(evaluation, step, weights),
-        "words": words,
-        "biased": biased_columns,
-        "baseline": _first_baseline(evaluation, columns[0]),
-    }
-
-
-def _is_of_weights(evaluation: Mapping[str, Any], step: int, weights: str) -> bool:
-    """Whether an evaluation is of this step and this file of weights."""
-    return (evaluation["step"], evaluation["weights"]) == (step, weights)
-
-
-def read_benchmarks(folder: Path, step: int, weights: str) -> list[Judgement]:
-    """The evaluations of these weights by BENCHMARK_NAMES, each with its `columns`, their `words`, and its `rows`.
-
-    Raises UserError where a file is damaged.
-    """
-    judgements: list[Judgement] = []
-    for path in sorted(folder.glob("evaluation-*.json")):
-        if path.name.split("-")[1] not in BENCHMARK_NAMES:
-            continue
-        fix = f"remove it, or run dumo evaluate {shell_path(folder)} again"
-        evaluation = validate_report(read_json(path, fix), path, fix)
-        if _is_of_weights(evaluation, step, weights):
-            columns = score_names(evaluation["results"][0])
-            rows = table_rows(evaluation, columns)
-            judgements.append({**evaluation, "columns": columns, "words": merits(columns), "rows": rows})
-    return judgements
-
-
-def table_rows(evaluation: Judgement, columns: Sequence[str]) -> list[list[TableRow]]:
-    """The rows of the results, and then those of the contrast, as far as there are any."""
-    groups: list[list[TableRow]] = []
-    for part in (evaluation["results"], evaluation["contrast"]):
-        group: list[TableRow] = []
-        for row in part:
-            cells = [score_text(row, name) for name in columns]
-            group.append((row["solver"], row["nfe"], cells))
-        if group:
-            groups.append(group)
-    return groups
-
-
-def _first_baseline(evaluation: Judgement, lead: str) -> Judgement | None:
-    """The first baseline with its `title`, its `mean` and `sd` those of the score `lead`; None without baselines."""
-    for name, scores in evaluation["baselines"].items():
-        baseline = {"title": word(BASELINES, name).title, **scores}
-        if lead in scores:
-            baseline["mean"] = scores[lead]
-            baseline["sd"] = scores[lead + ERROR_SUFFIX]
-        return baseline
-    return None
-
-
-def baseline_rows(evaluation: Judgement, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """A row for each baseline: its title, its meaning, and its scores `columns` as text."""
-    rows: list[tuple[str, str, list[str]]] = []
-    for name in evaluation["baselines"]:
-        words = word(BASELINES, name)
-        rows.append((words.title, words.meaning, baseline_cells(evaluation, name, columns)))
-    return rows
-
-
-def baseline_cells(evaluation: Judgement, name: str, columns: Sequence[str]) -> list[str]:
-    """The scores `columns` of the baseline `name` as text, "" where it lacks one."""
-    scores = evaluation["baselines"][name]
-    lead = first_score(evaluation["results"][0])
-    texts: list[str] = []
-    for column in columns:
-        if column == lead:
-            texts.append(spread(scores["mean"], scores["sd"]))
-        elif column in scores:
-            texts.append(score_text(scores, column))
-        else:
-            texts.append("")
-    return texts
-
-
-def words_of(evaluation: Judgement, columns: Iterable[str]) -> list[Word]:
-    """The titles and meanings of the scores `columns`."""
-    return [evaluation["words"][name] for name in columns]
-
-
-def shipped_results(protocol: MetricProtocol, data: Data) -> str | None:
-    """The name of the packaged results by this protocol on this data; None where there are none."""
-    if protocol.kind == "toy" and data.kind != "moons":
-        return None
-    return SHIPPED_RESULTS.get(protocol.kind)
-
-
-def objectives_table(results: Row, evaluation: Judgement | None, step: int, cost: float) -> Row:
-    """Packaged results as a table with a row per objective, and the run's own if it was judged alike.
-
-    The best in the fewest passes comes first. A row has a `name`, `steps`, `cost` of a step, whether it is the run's
-    `own`, and by number of passes its score, `lead`, and `error`. Besides `rows` there are
-
-    - `times`: the cost of the run's training over that of an objective's, which is equal for all of them
-    - `unseen`: the number of images, never trained on, that the objectives are judged against and the run is not
-    - `alike`: whether the run was judged alike
-
-    `cost` is that of the run's step, in forward passes.
-    """
-    table = results["table"]
-    first_cell = (results.get("cells") or [{}])[0]
-    lead = next(name for name in MERITS if name in table[0])
-    by_objective: dict[str, Row] = {}
-    for row in table:
-        name = str(next(iter(row.values())))
-        velocity_ratio = row.get("velocity_ratio")
-        if velocity_ratio is not None:
-            name += f", velocity ratio {velocity_ratio:g}"
-        objective = by_objective.setdefault(name, _objective_row(name, row["steps"], row.get("F_per_step")))
-        nfe = row.get("nfe", 1)
-        objective["lead"][nfe] = row[lead]
-        objective["error"][nfe] = row.get("error")
-    passes = sorted({nfe for row in by_objective.values() for nfe in row["lead"]})
-
-    is_alike = evaluation is not None and _is_judged_as(evaluation, first_cell, lead)
-    if evaluation and is_alike:
-        run_row = _objective_row("this run", step, cost, is_own=True)
-        for row in evaluation["results"]:
-            nfe = row["nfe"]
-            if nfe in passes:
-                run_row["error"][nfe] = error(row, lead)
-                if row.get(lead) is not None:
-                    run_row["lead"][nfe] = row[lead]
-        by_objective["this run"] = run_row
-
-    objective_step_cost = table[0].get("F_per_step")
-    times = None
-    if objective_step_cost:
-        times = step * cost / (table[0]["steps"] * objective_step_cost)
-    unseen = _num_held_out(first_cell)
-    if unseen == _num_held_out(evaluation or {}):
-        unseen = 0
-    return {
-        "title": results["title"],
-        "origin": results.get("origin", {}),
-        "word": word(MERITS, lead),
-        "passes": passes,
-        "rows": sorted(by_objective.values(), key=lambda row: [row["lead"].get(nfe, inf) for nfe in passes]),
-        "alike": is_alike,
-        "times": times,
-        "unseen": unseen,
-    }
-
-
-def _is_judged_as(evaluation: Judgement, cell: Row, lead: str) -> bool:
-    """Whether a run was judged as a cell of packaged results was, by a score `lead` that it was not trained on."""
-    return (
-        evaluation["fresh"]
-        and evaluation["protocol"] == cell.get("protocol")
-        and lead in evaluation["results"][0]
-        and lead not in evaluation["biased"]
-    )
-
-
-def _num_held_out(evaluation: Mapping[str, Any]) -> int:
-    """The number of images of the data that were held out of training; 0 where the card does not say."""
-    return (evaluation.get("card") or {}).get("data", {}).get("held", 0)
-
-
-def _objective_row(name: str, steps: int, cost: float | None, *, is_own: bool = False) -> Row:
-    """A row of `objectives_table`, without its scores."""
-    return {"name": name, "steps": steps, "cost": cost, "own": is_own, "lead": {}, "error": {}}

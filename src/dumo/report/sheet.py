@@ -3,8 +3,8 @@
     sheets/step-00001000-nfe1.png                       64 images, after the steps that `train.sheets` names
     strip/step-00001024-nfe1-seed0.safetensors          6 samples, not decoded, after steps 8, 16, 32, ... of any run
 
-`Sheets` writes both: `dumo.run.train` calls its `open` before the first step, and its `draw` after each step. The
-report reads the strip (`read_strip`), and shows how images became what they are.
+`Sheets` writes both: `dumo.run.train` calls its `draw_missing` before the first step, and its `draw` after each step.
+The report reads the strip (`read_strip`), and shows how images became what they are.
 
 Both change nothing of the training: samples have random streams of their own (`dumo.runtime.random`), and the net gets
 its mode back. Ranks make them together, each some of the images, so that no rank needs all weights. What a stop leaves
@@ -70,24 +70,24 @@ class Sheets:
     def draw(self, state: State, record: Record) -> None:
         """Draw what is due after this step: sheets, and samples of the strip. Every rank must call it.
 
-        Draws nothing where the run is asked to stop: a checkpoint of this step is saved, from which `open` draws it
-        later. What is begun is finished, since the next checkpoint is of a later step.
+        Draws nothing where the run is asked to stop: a checkpoint of this step is saved, and `draw_missing` draws it
+        when the run resumes from there. What is begun is finished, since the next checkpoint is of a later step.
         """
         if record.received_signal is None:
             with signals.uninterrupted():
-                for file, nfe, count in self._due(state.step):
-                    self._draw_one(state, file, nfe, count)
+                for file, nfe, count in self._files_due(state.step):
+                    self._draw_file(state, file, nfe, count)
 
-    def open(self, state: State) -> None:
+    def draw_missing(self, state: State) -> None:
         """Draw what is due at the step that the run resumes from, and missing. Every rank must call it."""
         agreement.on_main_rank(lambda: files.sweep(self.folder))
         agreement.on_main_rank(lambda: files.sweep(self.strip_folder))
         if state.step:
-            for file, nfe, count in self._due(state.step):
+            for file, nfe, count in self._files_due(state.step):
                 if agreement.on_main_rank(lambda file=file: not file.exists()):
-                    self._draw_one(state, file, nfe, count)
+                    self._draw_file(state, file, nfe, count)
 
-    def _due(self, step: int) -> Iterator[tuple[Path, int, int]]:
+    def _files_due(self, step: int) -> Iterator[tuple[Path, int, int]]:
         """Yield what is drawn after this step: a file, and the number of passes and of samples."""
         sampling = self.run.sample
         if self.run.train.is_sheet_due(step):
@@ -97,7 +97,7 @@ class Sheets:
             nfe = min(sampling.nfe)
             yield self.strip_folder / f"step-{step:08d}-{_noise_name(nfe, sampling.seed)}", nfe, STRIP_COUNT
 
-    def _draw_one(self, state: State, file: Path, nfe: int, count: int) -> None:
+    def _draw_file(self, state: State, file: Path, nfe: int, count: int) -> None:
         """Draw one file, of `count` samples of `nfe` passes. Every rank must call it."""
         if dist.world() == 1:  # then an error is no more than a missing file
             self._try_to_write(lambda: self.sample(state, nfe, count), state, file)
@@ -111,7 +111,7 @@ class Sheets:
         run = self.run
         net = state.sampled_net
         indices = rank_indices(count)  # of this rank's images
-        with _eager(run):
+        with _without_compiling(run):
             rank_batches = generate.sample_batches(
                 net,
                 sampler_of(run, net).reads,
@@ -144,8 +144,8 @@ class Sheets:
             self.log_line(f"warning: no sheet {file.stem}: {error}")
 
 
-def _eager(run: Run) -> AbstractContextManager[object]:
-    """Inside, a compiled net runs as it is written: it is not compiled again for a few samples."""
+def _without_compiling(run: Run) -> AbstractContextManager[object]:
+    """Inside, a compiled net runs uncompiled, so that it is not compiled again for a few samples."""
     if run.train.compile == "none":
         return nullcontext()  # the stance imports the compiler, which takes a second
     return torch.compiler.set_stance("force_eager")

@@ -20,7 +20,7 @@ MAX_MOMENTS = 8  # of a strip, the last ones: ours, so that a telephone shows th
 
 
 @dataclass(frozen=True)
-class Moment:
+class StripMoment:
     """What the net made after a step."""
 
     step: int
@@ -47,10 +47,10 @@ def strip_samples(opened: RunFolder) -> dict[int, Sample]:
     return images_by_step
 
 
-def draw_strip(opened: RunFolder) -> list[Moment]:
+def draw_strip(opened: RunFolder) -> list[StripMoment]:
     """The moments of the strip, in order; [] where `strip_samples` has none."""
-    moments: list[Moment] = []
+    moments: list[StripMoment] = []
     for step, x in strip_samples(opened).items():
         images = [picture.sheet(pixels, columns=1) for pixels in picture.to_rows(x).split(1)]
-        moments.append(Moment(step, speed.seconds_between(opened.folder, 0, step), images))
+        moments.append(StripMoment(step, speed.seconds_between(opened.folder, 0, step), images))
     return moments

@@ -18,8 +18,9 @@ from typing import NamedTuple
 from dumo.config.parts import Evaluation
 from dumo.config.source import PROPOSED_KEY
 from dumo.config.word import STATES
+from dumo.report.judgement import Judgement
 from dumo.report.proximity import Proximity
-from dumo.report.score import Judgement, decisive_comparison, duration, error, number
+from dumo.report.score import decisive_comparison, duration, error, number
 from dumo.run.speed import seconds_between
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path

@@ -76,7 +76,7 @@ Tell = Callable[[str], None]  # shows the user a line
 class Sheets(Protocol):
     """Draws samples as a run trains: sheets, and the strip. Every rank has them, and calls them alike."""
 
-    def open(self, state: State) -> None:
+    def draw_missing(self, state: State) -> None:
         """Draw what is due at the present step and missing in the folder; called once, before the first step."""
         ...
 

@@ -139,7 +139,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     )
     journal.open(state)
     if job.sheets:
-        job.sheets.open(state)
+        job.sheets.draw_missing(state)
 
     # what a step takes, and what is called after it
     prior = run.data.prior if is_latents(run.data) else None

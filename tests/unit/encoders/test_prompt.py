@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dumo.encoders.pipeline import TRANSFORMER, Pipeline
-from dumo.encoders.prompt import Prompts, defaults
+from dumo.encoders.prompt import PromptReaderSpec, encode_prompt_arguments
 from dumo.encoders.texttable import encode, open_table
-from dumo.export.model import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
+from dumo.export.stock import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
 from dumo.nets.family import FAMILIES, VARIANTS, find_family
 from dumo.nets.table import PipelineTexts
 from dumo.types import UserError
@@ -105,7 +105,7 @@ class Stock:
 
     def unguided(self, text: str) -> Received:
         """Of a pass without guidance."""
-        off = {self.stock.guide_argument: self.stock.unguided} if self.stock.guide_argument else {}
+        off = {self.stock.guide_argument: self.stock.unguided_scale} if self.stock.guide_argument else {}
         (found,) = self.calls(text, **off)
         return found
 
@@ -157,12 +157,12 @@ def test_the_defaults_are_those_of_the_call() -> None:
     """encode_prompt has others of its own."""
     import diffusers
 
-    assert defaults(diffusers.QwenImagePipeline)["max_sequence_length"] == 512
+    assert encode_prompt_arguments(diffusers.QwenImagePipeline)["max_sequence_length"] == 512
     assert (
         inspect.signature(diffusers.QwenImagePipeline.encode_prompt).parameters["max_sequence_length"].default == 1024
     )
-    assert defaults(diffusers.WanPipeline)["max_sequence_length"] == 512
-    assert "Enhanced prompt" in defaults(diffusers.SanaPipeline)["complex_human_instruction"][0]
+    assert encode_prompt_arguments(diffusers.WanPipeline)["max_sequence_length"] == 512
+    assert "Enhanced prompt" in encode_prompt_arguments(diffusers.SanaPipeline)["complex_human_instruction"][0]
 
 
 @pytest.mark.parametrize("row", [*FAMILIES.values(), *VARIANTS], ids=lambda row: row.pipeline)
@@ -205,7 +205,7 @@ def test_weights_of_the_model_and_its_autoencoder_are_not_needed(place: Path, tm
     alone = Pipeline(source=str(shutil.copytree(pipeline.folder, tmp_path / "sd3")))
     shutil.rmtree(tmp_path / "sd3" / "vae")
     (tmp_path / "sd3" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    spec: Prompts = texts(alone, tmp_path / "texts").reader_spec
+    spec: PromptReaderSpec = texts(alone, tmp_path / "texts").reader_spec
     assert torch.equal(
         spec.open()([SHORT]).tokens, texts(pipeline, tmp_path / "texts").reader_spec.open()([SHORT]).tokens
     )

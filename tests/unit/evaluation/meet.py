@@ -30,8 +30,8 @@ def main(number: str, file: str, to: str) -> None:
         reference.PIECE = BATCH
         album = Album(x)
         data, facts = (
-            reference.album_statistics(extractor, album),
-            reference.album_facts(album, "folder", STANDARDS["folder"]),
+            reference.data_statistics(extractor, album),
+            reference.data_facts(album, "folder", STANDARDS["folder"]),
         )
         waited = collect(((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL)
         assert torch.equal(waited, x)

@@ -312,6 +312,7 @@ def test_too_few_are_refused() -> None:
         (lambda: frechet_distance(few, enough), r"8 samples .* 8 features.*give more samples"),
         (lambda: frechet_distance(enough, few), r"8 samples .* 8 features.*give more samples"),
         (lambda: pixel_frechet(images, images), "20 samples cannot give a covariance of 192"),
+        (lambda: pixel_frechet(images, images[..., :4, :4]), "rows of 192 features and rows of 48 have no distance"),
         (
             lambda: kid(x, y, subsets=2, subset_size=6, generator=stream("kid")),
             "subsets of 6 rows do not fit in 9 and 5",

@@ -17,10 +17,10 @@ from dumo.evaluation.reference import (
     STANDARDS,
     Standard,
     adm_facts,
-    adm_file,
     adm_statistics,
-    album_facts,
-    album_statistics,
+    data_facts,
+    data_statistics,
+    open_adm_file,
 )
 from dumo.evaluation.statistics import Extractor, Statistics
 from dumo.io.picture import to_uint8
@@ -50,7 +50,7 @@ def evaluator(real: Statistics, protocol: ImageProtocol = FOLDER, extractor: Ext
 
 def counted(pixels: Tensor) -> Statistics:
     """What data comes to."""
-    return album_statistics(extractor, Album(pixels))
+    return data_statistics(extractor, Album(pixels))
 
 
 def test_names_lock_what_the_papers_do() -> None:
@@ -132,11 +132,11 @@ def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_known_by_hash()
     data = images(70)
     rest = data[[i for i in range(70) if i not in (3, 66)]]
     albums = Album(data), Album(data, (3, 66)), Album(rest), Album(data.flip(0))
-    whole, some, same, turned = (album_facts(album, "folder", STANDARDS["folder"]) for album in albums)
+    whole, some, same, turned = (data_facts(album, "folder", STANDARDS["folder"]) for album in albums)
     assert (whole["reference"], some["reference"]) == ("70 images of the data", "68 images of the data")
     assert some == same
     assert whole["reference_sha256"] != turned["reference_sha256"]
-    statistics = album_statistics(extractor, Album(data, (3, 66)))
+    statistics = data_statistics(extractor, Album(data, (3, 66)))
     assert torch.equal(statistics.features, extractor(rest).pool)
     assert statistics.image_numbers.tolist() == list(range(68))
     assert isinstance(Album(data), Finite)
@@ -160,7 +160,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> ImageProtocol:
 
 
 def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Path, tiny: ImageProtocol) -> None:
-    file = adm_file(filed(tmp_path / "a.npz"), tiny.kind, tiny.standard)
+    file = open_adm_file(filed(tmp_path / "a.npz"), tiny.kind, tiny.standard)
     real = adm_statistics(extractor, file)
     assert real.pool.count == real.spatial.count == reference.IMAGENET_TRAIN_IMAGES == 1_281_167
     torch.testing.assert_close(real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0)
@@ -273,7 +273,7 @@ def test_inception_itself_serves() -> None:
     """Three images through the real network, of random weights; its widths are those of ADM's files."""
     net, protocol = recipe.net(), ImageProtocol(kind="folder", samples=3, frechet=False)
     x = samples(torch.randint(256, (3, 3, 40, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
-    of = evaluator(album_statistics(net, Album(torch.zeros(1, 3, 8, 8))), protocol, net)
+    of = evaluator(data_statistics(net, Album(torch.zeros(1, 3, 8, 8))), protocol, net)
     statistics = of.statistics((rows, x[rows]) for rows in torch.arange(3).split(2))
     assert (statistics.features.shape, statistics.spatial.mean.shape) == ((3, 2048), (2023,))
     torch.testing.assert_close(statistics.features[2:], net(to_uint8(x[2:])).pool, rtol=1e-5, atol=1e-4)

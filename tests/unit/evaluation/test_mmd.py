@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dumo.evaluation.by_class import class_facts, mmd_scores
 from dumo.evaluation.class_mmd import class_mmd, class_mmd_null_sd, gaussian_mmd, gaussian_mmd_null_sd, shared_classes
-from dumo.evaluation.estimate import Estimate, level
+from dumo.evaluation.estimate import Estimate, ties_with_least
 from dumo.evaluation.mmd import mmd2
 from dumo.runtime.random import stream
 
@@ -157,4 +157,4 @@ def test_a_class_with_one_image_on_a_side_is_left_out_and_said() -> None:
 
 def test_what_cannot_be_told_from_the_least_is_level() -> None:
     found = [Estimate(1.0, 0.3), Estimate(1.9, 0.4), Estimate(2.1, 0.4), Estimate(5.0, 2.1)]
-    assert level(found) == [True, True, False, True]
+    assert ties_with_least(found) == [True, True, False, True]

@@ -20,7 +20,7 @@ from dumo.evaluation.photos import MAX_IMAGES, PhotosEvaluator, indices_of_class
 from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
-from dumo.report import score
+from dumo.report import judgement, score
 from dumo.report.score import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -201,7 +201,7 @@ def folder() -> PhotosEvaluator:
     return opened(*crops("folder"), ShippedProtocol(kind="photos", samples=120))
 
 
-def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, score.Judgement]:
+def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, judgement.Judgement]:
     """The scores of samples, and their evaluation."""
     found = scores(evaluator, x)
     results = [{"nfe": 1, "solver": "restart", **found}]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dumo.evaluation.reference import STANDARDS, album_facts
+from dumo.evaluation.reference import STANDARDS, data_facts
 from dumo.evaluation.statistics import Statistics, gather, load_statistics, save_statistics, statistics_of
 from dumo.io import weights
 from dumo.types import UserError
@@ -55,7 +55,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     outputs([main_of("unit.evaluation.meet", rank, *words, cwd=tmp_path) for rank in (0, 1)], PATIENCE)
     same(load_statistics(whole, {"of": "samples"}), counted())
     same(
-        load_statistics(whole.with_suffix(".data"), album_facts(Album(images(TOTAL)), "folder", STANDARDS["folder"])),
+        load_statistics(whole.with_suffix(".data"), data_facts(Album(images(TOTAL)), "folder", STANDARDS["folder"])),
         counted(),
     )
 

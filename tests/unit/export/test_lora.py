@@ -10,8 +10,9 @@ import torch
 import transformers_tiny as tiny
 from comfyui import loaded, native
 from dumo.encoders.pipeline import Pipeline
-from dumo.export.lora import COMFYUI, comfyui, tensors
-from dumo.export.model import PIPELINE_BY_MODEL, ExportedModel
+from dumo.export.lora import COMFYUI, comfyui_tensors, diffusers_tensors
+from dumo.export.model import ExportedModel
+from dumo.export.stock import PIPELINE_BY_MODEL
 from dumo.io.hub import published_config
 from dumo.nets.adapter import Lora, without_subject
 from dumo.nets.dualized import Dualized
@@ -49,7 +50,7 @@ def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[
 @pytest.mark.parametrize("name", NAMES)
 def test_comfyui_merges_what_dumo_merges(name: str) -> None:
     before, exported = tuned(name)
-    file, kind = comfyui(exported), exported.model_class
+    file, kind = comfyui_tensors(exported), exported.model_class
     after = native(exported.build_model().state_dict(), kind)
     found = loaded(before, file, kind)
     assert found.keys() == after.keys()
@@ -62,7 +63,11 @@ def test_comfyui_merges_what_dumo_merges(name: str) -> None:
 def test_a_subject_and_its_few_step_run_are_one_lora_or_two() -> None:
     """What both add up to is the model of both; the subject's alone is on top of the few-step model."""
     before, exported = tuned("sd3", subject=2)
-    fused, alone, kind = comfyui(exported), comfyui(replace(exported, subject_only=True)), exported.model_class
+    fused, alone, kind = (
+        comfyui_tensors(exported),
+        comfyui_tensors(replace(exported, subject_only=True)),
+        exported.model_class,
+    )
     with without_subject(exported.net.model):
         few = exported.build_model().state_dict()
     after = native(exported.build_model().state_dict(), kind)
@@ -70,7 +75,7 @@ def test_a_subject_and_its_few_step_run_are_one_lora_or_two() -> None:
         assert all(torch.allclose(found[key], tensor, rtol=0, atol=1e-6) for key, tensor in after.items())
     assert any((tensor - native(few, kind)[key]).abs().max() > 0.01 for key, tensor in after.items())
     assert {key.rpartition(".")[2] for key in alone} == {"weight"}
-    assert {key.partition("lora_")[2] for key in tensors(replace(exported, subject_only=True))} == {
+    assert {key.partition("lora_")[2] for key in diffusers_tensors(replace(exported, subject_only=True))} == {
         "A.weight",
         "B.weight",
     }
@@ -84,7 +89,7 @@ NO_BIAS = ("flux2", "flux2-klein")  # neither its last layer nor its embedder ha
 def test_what_comfyui_finds_by_no_name_is_refused(name: str) -> None:
     assert PIPELINE_BY_MODEL[tiny.TINY[name].kind].loads_lora
     with pytest.raises(UserError, match="ComfyUI does not know the layers of a"):
-        comfyui(tuned(name)[1])
+        comfyui_tensors(tuned(name)[1])
     assert {tiny.TINY[name].kind for name in (*NAMES, "sdxl")} == set(COMFYUI)
 
 
@@ -108,7 +113,7 @@ def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, t
 def test_layers_of_a_unet_have_the_names_that_kohya_gave_them(convolutions: bool) -> None:
     """What they add up to is the model that dumo exports, layer by layer; a factor's scale is alpha over its rank."""
     before, exported = of_unet(tiny.TINY["sdxl"].model(), SDXL, convolutions=convolutions)
-    file, after = comfyui(exported), exported.build_model().state_dict()
+    file, after = comfyui_tensors(exported), exported.build_model().state_dict()
     assert {"lora_unet_conv_out.diff", "lora_unet_time_embedding_linear_1.diff_b"} <= file.keys()
     assert convolutions == ("lora_unet_down_blocks_0_downsamplers_0_conv.lora_down.weight" in file)
     left = set(file)
@@ -149,7 +154,7 @@ def test_keys_of_stable_diffusion_are_those_of_published_files(convolutions: boo
     narrow = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 8, "attention_head_dim": 4}
     model: Any = UNet2DConditionModel.from_config(published_config("sd15")["transformer"] | narrow)
     _, exported = of_unet(model, FAMILIES[UNET], convolutions=convolutions)
-    keys, layers = comfyui(exported).keys(), published_layers()
+    keys, layers = comfyui_tensors(exported).keys(), published_layers()
     assert len(layers) == 192
     found = {key.partition(".")[0] for key in keys if ".lora_" in key}
     ends = ("proj_in", "proj_out")
@@ -173,8 +178,8 @@ def test_diffusers_reads_kohyas_names_of_convolutions(name: str) -> None:
     after, adapted = exported.build_model(), exported.build_model()
     rest = {key: x for key, x in before.items() if key.startswith(("conv_out", "time_embedding"))}
     adapted.load_state_dict(rest, strict=False)
-    kohya = {key: x for key, x in comfyui(exported).items() if ".diff" not in key}
-    own = {f"unet.{key}": x for key, x in tensors(exported).items()}
+    kohya = {key: x for key, x in comfyui_tensors(exported).items() if ".diff" not in key}
+    own = {f"unet.{key}": x for key, x in diffusers_tensors(exported).items()}
     x, t = tiny.TINY[name].x(), torch.tensor([0.3, 0.9])
     for file, wanted in ((kohya, adapted), (own, after)):
         unet: Any = tiny.TINY[name].model()
@@ -189,4 +194,4 @@ def test_diffusers_reads_kohyas_names_of_convolutions(name: str) -> None:
 
 def test_a_model_that_was_tuned_in_full_is_no_lora() -> None:
     with pytest.raises(UserError, match="all weights were tuned"):
-        comfyui(tuned("sd3", lora=False)[1])
+        comfyui_tensors(tuned("sd3", lora=False)[1])

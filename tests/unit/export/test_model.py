@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dumo.config.load import load
-from dumo.export.lora import product
-from dumo.export.model import INDEX, PIPELINE_BY_MODEL, ExportedModel, require_pipeline, stored_dtype
+from dumo.export.lora import change_as_product
+from dumo.export.model import INDEX, ExportedModel, require_pipeline, stored_dtype
 from dumo.export.scheduler import CONFIG, check_scheduler, restart_for_scheduler, write_flow_map_scheduler
+from dumo.export.stock import PIPELINE_BY_MODEL
 from dumo.export.write import read_index, require_own_autoencoder, require_vacant
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.solver import Hermite, Hop, Restart, jump_times
@@ -202,7 +203,7 @@ def test_only_an_empty_place_is_vacant(tmp_path: Path) -> None:
 def test_a_product_is_the_change(wide: int, high: int, bias: bool) -> None:
     torch.manual_seed(0)
     old, new = (nn.Linear(wide, high, bias, dtype=torch.float64) for _ in range(2))
-    path, a, b, c = product("layer", old, new)
+    path, a, b, c = change_as_product("layer", old, new)
     assert (path, a.shape, b.shape) == ("layer", (min(wide, high), wide), (high, min(wide, high)))
     x = torch.randn(7, wide, dtype=torch.float64)
     torch.testing.assert_close(old(x) + (x @ a.T) @ b.T + c, new(x), rtol=0, atol=1e-14)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dumo.export.model import PIPELINE_BY_MODEL
 from dumo.export.serve import VLLM_KEY, reason_not_servable, vllm_index_entries
+from dumo.export.stock import PIPELINE_BY_MODEL
 from dumo.flow.solver import Restart
 
 

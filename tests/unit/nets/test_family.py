@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dumo.export.model import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
+from dumo.export.stock import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
 from dumo.nets.family import FAMILIES, FLUX2, KLEIN, PIPELINES, VARIANTS, Family, Inputs, find_family, kontext_arguments
 from dumo.types import UserError
 from pipelines import PIPELINES as TINY_PIPELINES

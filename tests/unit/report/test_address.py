@@ -24,6 +24,7 @@ class Asked:
     status: int = 0
     text: str = ""
     received: list[bytes] = field(default_factory=list[bytes])
+    lengths: list[int] = field(default_factory=list[int])  # that headers tell
 
 
 def ask(
@@ -32,9 +33,11 @@ def ask(
     """A request to an app behind the guard; the body comes in two parts."""
     asked = Asked()
     parts = [body[: len(body) // 2], body[len(body) // 2 :]]
+    headers.setdefault("content-length", str(len(body)))
 
     async def app(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
         if method == "POST":
+            asked.lengths += [int(value) for key, value in scope["headers"] if key == b"content-length"]
             asked.received.append((await receive())["body"])
             assert dict(scope["headers"])[b"content-length"] == str(len(asked.received[0])).encode()
         await send({"status": 200})
@@ -93,6 +96,8 @@ def test_a_question_holds_plain_values_alone() -> None:
     asked = ask(address.POST_PATH, "POST", json.dumps(QUESTION).encode())
     assert asked.status == 200
     assert json.loads(asked.received[0]) == QUESTION
+    spaced = ask(address.POST_PATH, "POST", json.dumps(QUESTION, indent=8).encode())
+    assert spaced.lengths == [len(spaced.received[0])]
     for value in (FILE, [FILE], {"a": [[FILE]]}, [], {}):
         for question in (QUESTION | {"data": ["", value]}, QUESTION | {"event_data": value}, [value], value):
             assert ask(address.POST_PATH, "POST", json.dumps(question).encode()).status == 400
@@ -102,6 +107,23 @@ def test_a_question_holds_plain_values_alone() -> None:
         assert ask(address.POST_PATH, "POST", body).status == 400
     twice = json.dumps(QUESTION).replace("{", f'{{"data": [{json.dumps(FILE)}], ', 1)  # the last of two counts
     assert b"FileData" not in ask(address.POST_PATH, "POST", twice.encode()).received[0]
+
+
+def test_a_browser_that_is_gone_is_not_answered() -> None:
+    sent: list[object] = []
+
+    async def app(scope: object, receive: object, send: object) -> None:
+        raise AssertionError("half a question came to the app")
+
+    async def receive() -> Mapping[str, object]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: object) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": address.POST_PATH, "headers": [(b"host", b"localhost")]}
+    asyncio.run(guard(app)(scope, receive, send))
+    assert sent == []
 
 
 def test_this_machine_alone_is_listened_to() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -169,6 +170,15 @@ def test_what_is_wrong_is_named(run: Path, sent: Sent, tmp_path: Path, monkeypat
         feed([run], "kept")
     with pytest.raises(UserError, match=r"tracker not_there needs the package .*pip install not_there"):
         tracker.import_package("not_there")
+
+
+def test_a_tracker_that_does_not_open_says_what_to_do(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise ConnectionError("the hub is away.\nand more")
+
+    monkeypatch.setattr(tracker, "import_package", lambda name: SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=r"^trackio: the hub is away\. Without TRACKIO_SPACE_ID"):
+        feed([run], "trackio")
 
 
 def test_values_are_numbers_by_name() -> None:

@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 
 from dumo.report.figure import comparison_figure, comparison_picture, curves_by_title
 from dumo.report.runchart import page_charts, validation_charts
+from dumo.types import UserError
 
 ROWS = [
     {"step": 10, "loss": 2.0, "parts": {"v": 1.0, "u": 3.0}, "notes": {"gap": 0.5}, "grad_norm": 9.0, "lr": 0.1},
@@ -78,3 +79,8 @@ def test_what_validation_found_is_a_chart_with_its_error(monkeypatch: pytest.Mon
     assert [bar[:, 1].tolist() for bar in bars.get_segments()] == [[0.375, 0.625], [0.1875, 0.3125]]
     assert curves_by_title(rows)["validation, mmd"] == ([10, 30], [0.5, 0.25])
     assert not [*validation_charts([{"step": 1, "loss": 1.0}])]
+
+
+def test_logs_of_skipped_steps_alone_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^one, two: no step .* nothing to draw"):
+        comparison_figure({"one": ROWS[1:2], "two": ROWS[1:2]})

@@ -22,7 +22,7 @@ from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.io import picture
 from dumo.objectives import Critic
-from dumo.report import chart, curve, score
+from dumo.report import chart, curve, judgement
 from dumo.report import page as report
 from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.index import Index
@@ -152,7 +152,7 @@ def page_of(folder: Path) -> Page:
 
 def rendered(opened: RunFolder) -> Page:
     """The words of a page, without its pictures."""
-    evaluation = score.read_judgement(opened.folder, opened.step, opened.weights)
+    evaluation = judgement.read_judgement(opened.folder, opened.step, opened.weights)
     return Page(report.render(opened, report.PageParts(size=1797, evaluation=evaluation)))
 
 

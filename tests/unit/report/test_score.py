@@ -19,7 +19,7 @@ from dumo.evaluation.metric import METRICS, headline_score
 from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import with_column_names
 from dumo.objectives import Objective
-from dumo.report import page, score
+from dumo.report import judgement, page, score
 from dumo.report.card import judging_settings
 from dumo.report.curve import moving_average
 from dumo.run.sampler import sampler_of
@@ -28,7 +28,7 @@ from dumo.types import Sample
 PERFECT = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
 
 
-def judged(lead: float = 0.5, **more: Any) -> score.Judgement:  # noqa: ANN401, what a report holds
+def judged(lead: float = 0.5, **more: Any) -> judgement.Judgement:  # noqa: ANN401, what a report holds
     """An evaluation of digits, as it is read."""
     row = {"nfe": 1, "solver": "restart", "fd_grey": lead, "fd": 0.1, "kid": 0.01, "kid_sd": 0.02, "auc": 0.7, **more}
     columns = score.score_names(row)
@@ -94,22 +94,22 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
         "trained_on": "classifier of digits",
     }
     told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": PERFECT}
-    pages: list[score.Judgement] = []
+    pages: list[judgement.Judgement] = []
     for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
         (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))
-        found = score.read_judgement(tmp_path, 1, "w")
+        found = judgement.read_judgement(tmp_path, 1, "w")
         assert found is not None
         pages.append(found)
     marked, plain = pages
     assert (marked["columns"], marked["baseline"]["mean"]) == (["auc", "mmd"], 0.5)
     assert (plain["columns"], plain["baseline"]["mean"]) == (["mmd", "auc"], 0.2)
-    assert score.baseline_cells(marked, "perfect", marked["columns"]) == ["0.500 ± 0.020", "0.20 ± 0.10"]
+    assert judgement.baseline_cells(marked, "perfect", marked["columns"]) == ["0.500 ± 0.020", "0.20 ± 0.10"]
     assert [of.better.endswith("; trained on") for of in marked["words"].values()] == [False, True]
     results = recipes.results("zoo")
     assert results is not None
     protocol = results["cells"][0]["protocol"]
-    assert score.objectives_table(results, plain | {"protocol": protocol}, 1, 4.0)["alike"]
-    assert not score.objectives_table(results, marked | {"protocol": protocol}, 1, 4.0)["alike"]
+    assert judgement.objectives_table(results, plain | {"protocol": protocol}, 1, 4.0)["alike"]
+    assert not judgement.objectives_table(results, marked | {"protocol": protocol}, 1, 4.0)["alike"]
 
 
 def test_every_metric_has_words() -> None:
@@ -134,12 +134,20 @@ def test_every_figure_of_ours_has_words() -> None:
 
 
 def test_a_baseline_stands_under_what_it_is_of() -> None:
-    assert score.baseline_cells(judged(), "perfect", judged()["columns"]) == ["0.20 ± 0.10", "", "", "0.500 ± 0.020"]
-    (told,) = score.baseline_rows(judged(), judged()["columns"])
-    assert (told[0], told[2]) == ("a perfect sampler", score.baseline_cells(judged(), "perfect", judged()["columns"]))
+    assert judgement.baseline_cells(judged(), "perfect", judged()["columns"]) == [
+        "0.20 ± 0.10",
+        "",
+        "",
+        "0.500 ± 0.020",
+    ]
+    (told,) = judgement.baseline_rows(judged(), judged()["columns"])
+    assert (told[0], told[2]) == (
+        "a perfect sampler",
+        judgement.baseline_cells(judged(), "perfect", judged()["columns"]),
+    )
     assert [score.has_too_few_images(one) for one in (judged(), judged() | {"baselines": {}})] == [False, True]
     for recipe, name in (("moons", "fig3"), ("digits", "zoo")):
-        assert score.shipped_results(load(recipe).evaluate.protocol, load(recipe).data) == name
+        assert judgement.shipped_results(load(recipe).evaluate.protocol, load(recipe).data) == name
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,15 @@ GELU_RMS = 0.652  # the root of E[gelu(x)^2], x ~ N(0, 1)
 SWIGLU_RMS = 0.596  # that of silu(x) y
 
 
-def norm(h: Tensor, rms: bool) -> Tensor:
+def norm(h: Tensor, *, rms: bool) -> Tensor:
     """Scale h (..., width) over the last axis to mean square 1 with `rms`, else to mean 0 and variance 1."""
     if rms:
         return F.rms_norm(h, h.shape[-1:], eps=EPS)
     return F.layer_norm(h, h.shape[-1:], eps=EPS)
 
 
-def head_norm(size: int, is_used: bool) -> nn.Module:
-    """A norm of queries or keys, of `size` numbers for an attention head; or nothing, unless it is used."""
+def head_norm(size: int, *, is_used: bool) -> nn.Module:
+    """A norm of queries or keys, of `size` numbers for an attention head; the identity where none is used."""
     return nn.RMSNorm(size, eps=EPS) if is_used else nn.Identity()
 
 
@@ -76,7 +76,7 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, width: int, attention: int, modern: bool, preserving: bool, qk_norm: bool, reads_text: bool
+        self, width: int, attention: int, *, modern: bool, preserving: bool, qk_norm: bool, reads_text: bool
     ) -> None:
         """For tokens of `width` numbers; `attention` is the number of attention heads."""
         super().__init__()
@@ -91,14 +91,14 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 2 * hidden if modern else hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
         has_norms = modern or qk_norm
-        self.q_norm = head_norm(width // attention, has_norms)
-        self.k_norm = head_norm(width // attention, has_norms)
+        self.q_norm = head_norm(width // attention, is_used=has_norms)
+        self.k_norm = head_norm(width // attention, is_used=has_norms)
         if reads_text:
             self.query = nn.Linear(width, width)
             self.kv = nn.Linear(width, 2 * width)
             self.read = nn.Linear(width, width)
-            self.query_norm = head_norm(width // attention, has_norms)
-            self.key_norm = head_norm(width // attention, has_norms)
+            self.query_norm = head_norm(width // attention, is_used=has_norms)
+            self.key_norm = head_norm(width // attention, is_used=has_norms)
 
     def forward(self, h: Tensor, e: Tensor, words: tuple[Tensor, Tensor | None] | None, *rotary: Tensor) -> Tensor:
         """Map tokens h (b, tokens, width) to the same shape, given the condition e (b, width).
@@ -115,8 +115,8 @@ class Block(nn.Module):
     def layer_input(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Modulate and normalize h."""
         if self.preserving:
-            return norm(h * (1 + scale) + shift, self.modern)
-        return norm(h, self.modern) * (1 + scale) + shift
+            return norm(h * (1 + scale) + shift, rms=self.modern)
+        return norm(h, rms=self.modern) * (1 + scale) + shift
 
     def attend(self, a: Tensor, *rotary: Tensor) -> Tensor:
         """Attend over the tokens of a (b, tokens, width)."""
@@ -158,7 +158,7 @@ class Block(nn.Module):
 class Head(nn.Module):
     """An output layer: a norm, modulated by the condition, then a linear layer."""
 
-    def __init__(self, width: int, out: int, modern: bool) -> None:
+    def __init__(self, width: int, out: int, *, modern: bool) -> None:
         """Map tokens of `width` numbers to `out` numbers each."""
         super().__init__()
         self.modern = modern
@@ -168,7 +168,7 @@ class Head(nn.Module):
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         """Map tokens h (b, tokens, width) to (b, tokens, out), given the condition e (b, width)."""
         shift, scale = self.modulation(e).unsqueeze(1).chunk(2, -1)
-        return self.out(norm(h, self.modern) * (1 + scale) + shift)
+        return self.out(norm(h, rms=self.modern) * (1 + scale) + shift)
 
 
 class TextEmbedder(nn.Module):
@@ -238,10 +238,18 @@ class DumoDiT(ModelMixin, ConfigMixin):
             self.own[name] = Times(names, width, time_scale, WAVES)
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.text = TextEmbedder(text_width, pooled_width, width) if text_width else None
-        self.blocks = nn.ModuleList(
-            Block(width, attention, modern, self.preserving, qk_norm, self.text is not None) for _ in range(depth)
-        )
-        self.heads = nn.ModuleDict({name: Head(width, channels * patch**2, modern) for name in head_names})
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            block = Block(
+                width,
+                attention,
+                modern=modern,
+                preserving=self.preserving,
+                qk_norm=qk_norm,
+                reads_text=self.text is not None,
+            )
+            self.blocks.append(block)
+        self.heads = nn.ModuleDict({name: Head(width, channels * patch**2, modern=modern) for name in head_names})
 
     def forward(
         self, x: Tensor, t: Tensor, c: Tensor | Text, heads: Sequence[str] = ("u",), r: Tensor | None = None
@@ -253,7 +261,7 @@ class DumoDiT(ModelMixin, ConfigMixin):
         """
         if r is None:
             r = torch.zeros_like(t)
-        x_in, to_velocity = self.frame(x, t)
+        x_in, to_velocity = self.preconditioned(x, t)
         b = len(x)
         g = self.grid
         p = self.patch
@@ -287,7 +295,7 @@ class DumoDiT(ModelMixin, ConfigMixin):
             outputs.append(to_velocity(y))
         return outputs
 
-    def frame(self, x: Tensor, t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def preconditioned(self, x: Tensor, t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return what the layers read for x at times t, and the function from what they give to a velocity.
 
         With "edm" both have variance 1 at every time (Karras et al. 2022, Tab. 1).

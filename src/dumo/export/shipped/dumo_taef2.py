@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """relu(y + conv(relu(conv(relu(conv y))))), where y is x, or x plus a branch with a group norm if `pool`."""
+    """relu(y + conv(relu(conv(relu(conv y))))), where y is x, or x plus a branch with a group norm if `has_pool`."""
 
-    def __init__(self, width: int, pool: bool) -> None:
+    def __init__(self, width: int, *, has_pool: bool = False) -> None:
         """Take `width` channels, and give as many."""
         super().__init__()
         layers = [layer for _ in range(3) for layer in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())]
         self.conv = nn.Sequential(*layers[:-1])
         wide = 4 * width
         branch = (nn.Conv2d(width, wide, 1, bias=False), nn.GroupNorm(4, wide), nn.ReLU())
-        self.pool = nn.Sequential(*branch, nn.Conv2d(wide, width, 1, bias=False)) if pool else None
+        self.pool = nn.Sequential(*branch, nn.Conv2d(wide, width, 1, bias=False)) if has_pool else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x and the result are (b, width, h, w)."""
@@ -48,10 +48,10 @@ class DumoTaef2(ModelMixin, ConfigMixin):
         """Take latents of `channels` channels; the layers between them and the image have `width`."""
         super().__init__()
         layers: list[nn.Module] = [Clamp(), nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-        for pool in (True, False, False):
-            layers += [Block(width, pool) for _ in range(3)]
+        for has_pool in (True, False, False):
+            layers += [Block(width, has_pool=has_pool) for _ in range(3)]
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
-        self.decoder = nn.Sequential(*layers, Block(width, False), nn.Conv2d(width, 3, 3, padding=1))
+        self.decoder = nn.Sequential(*layers, Block(width), nn.Conv2d(width, 3, 3, padding=1))
 
     def decode(self, latents: Tensor) -> DecoderOutput:
         """Decode latents (b, channels, h, w) to images (b, 3, 8 h, 8 w), about in [-1, 1]."""

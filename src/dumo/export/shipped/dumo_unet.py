@@ -25,7 +25,7 @@ SKIP_SCALE = sqrt(0.5)  # keeps the variance of a sum of two
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """A norm of `channels` channels, a multiple of 4, in at most 32 groups, each of at least four channels."""
+    """A norm of groups of at least four channels, at most 32 groups."""
     return nn.GroupNorm(gcd(32, channels // 4), channels, 1e-6)
 
 
@@ -56,7 +56,9 @@ class Times(nn.Module):
 class Block(nn.Module):
     """Two convolutions and a skip, then perhaps attention."""
 
-    def __init__(self, channels: int, out_channels: int, embed_width: int, attends: bool, resample: str = "") -> None:
+    def __init__(
+        self, channels: int, out_channels: int, embed_width: int, *, attends: bool, resample: str = ""
+    ) -> None:
         """From `channels` to `out_channels`, given `embed_width` numbers. `resample`: half, double, or neither."""
         super().__init__()
         self.attends = attends
@@ -106,7 +108,7 @@ class Head(nn.Sequential):
     def forward(self, input: Tensor, modulation: Tensor | None = None) -> Tensor:
         """Map (b, channels, side, side) to (b, out_channels, side, side).
 
-        `modulation` (b, 2 channels) is shift and scale; None: neither.
+        `modulation` (b, 2 channels) is shift and scale.
         """
         norm, silu, conv = self
         h = norm(input)
@@ -146,45 +148,49 @@ class DumoUNet(ModelMixin, ConfigMixin):
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.embed = nn.Conv2d(channels, width, 3, padding=1)
 
-        # for each block, what it does with skips: keep its output for the way up, take the last one, or neither
+        # each block, and what it does with skip connections (`add`)
         self.blocks = nn.ModuleList()
         self.skip_uses: list[str] = []
         in_channels = width  # of the next block
-        skip_channels = [in_channels]  # of the outputs that are kept
+        skip_channels = [in_channels]  # of the outputs that are kept for the way up
 
         # down
         for level, multiplier in enumerate(multipliers):
             attends = side >> level in attend
             if level:
-                self.add(Block(in_channels, in_channels, embed_width, False, "half"), "keep")
+                self.add(Block(in_channels, in_channels, embed_width, attends=False, resample="half"), skip_use="keep")
                 skip_channels.append(in_channels)
             for _ in range(depth):
-                self.add(Block(in_channels, width * multiplier, embed_width, attends), "keep")
+                self.add(Block(in_channels, width * multiplier, embed_width, attends=attends), skip_use="keep")
                 in_channels = width * multiplier
                 skip_channels.append(in_channels)
 
         # middle
-        self.add(Block(in_channels, in_channels, embed_width, True), "")
-        self.add(Block(in_channels, in_channels, embed_width, False), "")
+        self.add(Block(in_channels, in_channels, embed_width, attends=True))
+        self.add(Block(in_channels, in_channels, embed_width, attends=False))
 
         # up: in each level the last block alone attends, as in EDM
         for level in reversed(range(len(multipliers))):
             if level < len(multipliers) - 1:
-                self.add(Block(in_channels, in_channels, embed_width, False, "double"), "")
+                self.add(Block(in_channels, in_channels, embed_width, attends=False, resample="double"))
             for i in range(depth + 1):
                 attends = side >> level in attend and i == depth
-                self.add(
-                    Block(in_channels + skip_channels.pop(), width * multipliers[level], embed_width, attends), "take"
-                )
-                in_channels = width * multipliers[level]
+                out_channels = width * multipliers[level]
+                block = Block(in_channels + skip_channels.pop(), out_channels, embed_width, attends=attends)
+                self.add(block, skip_use="take")
+                in_channels = out_channels
 
         self.own = nn.ModuleDict()
         for name, names in (own_time_names or {}).items():
             self.own[name] = Times(names, 2 * in_channels, time_scale, HEAD_WAVES)
         self.heads = nn.ModuleDict({name: Head(in_channels, channels) for name in head_names})
 
-    def add(self, block: Block, skip_use: str) -> None:
-        """Add a block; `skip_use` is "keep", "take", or "" for neither."""
+    def add(self, block: Block, *, skip_use: str = "") -> None:
+        """Add a block.
+
+        `skip_use` "keep": its output is kept for the way up; "take": the last output that was kept is joined to its
+        input; "": neither.
+        """
         self.blocks.append(block)
         self.skip_uses.append(skip_use)
 
@@ -201,7 +207,7 @@ class DumoUNet(ModelMixin, ConfigMixin):
         label = None if self.label is None else self.label(c)
         e = F.silu(self.times(t, r, label))
         h = self.embed(x.to(self.dtype))
-        skips = [h]  # for the way up
+        skips = [h]  # outputs for the way up
         for block, skip_use in zip(self.blocks, self.skip_uses, strict=True):
             if skip_use == "take":
                 h = torch.cat([h, skips.pop()], 1)

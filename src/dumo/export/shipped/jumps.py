@@ -14,8 +14,9 @@ START, M = 1.0, 0.5
 class JumpScheduler(FlowMatchEulerDiscreteScheduler):
     """A scheduler that has its own times, unless it is given others."""
 
-    def set_timesteps(self, num_inference_steps=None, device=None, **given):  # noqa: ANN001, ANN003, ANN201
-        """As of diffusers' own."""
+    def set_timesteps(self, num_inference_steps=None, device=None, **times):  # noqa: ANN001, ANN003, ANN201
+        """Set the times of the passes: those of jumps, unless `sigmas` or `timesteps` are among `times`."""
         n = num_inference_steps
-        times = [START * (M / START) ** log2(n / (n - k)) for k in range(n or 0)]
-        super().set_timesteps(device=device, **given or {"sigmas": times})
+        if not times:
+            times = {"sigmas": [START * (M / START) ** log2(n / (n - k)) for k in range(n or 0)]}
+        super().set_timesteps(device=device, **times)

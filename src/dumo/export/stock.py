@@ -1,0 +1,180 @@
+"""The stock pipelines of diffusers that run exported models, and how each is called.
+
+`find_stock_pipeline` finds the `StockPipeline` of a model: by its pipeline's class in `PIPELINE_BY_CLASS`, else by the
+model's own class in `PIPELINE_BY_MODEL`. `StockPipeline.arguments` are those of a call. `export_forms` is for the
+command line, which proposes `--to`.
+
+To add a model, add a row to `PIPELINE_BY_MODEL`, or to `PIPELINE_BY_CLASS` for a variant of another pipeline's model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dumo.encoders.pipeline import IS_DISTILLED, TRANSFORMER, UNET, component_names
+from dumo.encoders.transformers_library import quietly
+from dumo.nets import Pretrained
+from dumo.nets.family import class_of, find_family
+
+TRAIN_TIMESTEPS = 1000  # t = 1 as schedulers and pipelines count times (their num_train_timesteps)
+
+
+@dataclass(frozen=True)
+class StockPipeline:
+    """A pipeline of diffusers that runs a class of model, and how it is called."""
+
+    pipeline: str  # its class
+    # guidance
+    guide_argument: str | None = "guidance_scale"  # guides beyond what is in the weights; None: no argument does
+    unguided_scale: float = 1.0  # the value of `guide_argument` for no guidance
+    guided_by_negative: bool = False  # it is guided only where a negative prompt is given
+    rescales_guidance: bool = False  # it brings what was guided back to the length of what was not
+    # times and noise
+    time_arguments: tuple[str, ...] = ("sigmas",)  # the arguments that hold the times; (): no argument does
+    indexed_times: bool = False  # its times are indices of a diffusion's table
+    seeds_scheduler: bool = False  # its generator draws the noise between two passes, too
+    # texts and images
+    mask_argument: str = ""  # says which tokens are real, where embeddings are not taken without it
+    lists_embeddings: bool = False  # it takes embeddings as a list, a caption each
+    takes_image: bool = False  # it takes an image, too
+    extra_arguments: tuple[str, ...] = ()  # without which it makes an image of another size, or warns
+    pixels_per_latent: int = 8  # on a side, where there is no decoder to ask
+    image_at: str = "images[0]"  # where its result has the image
+    # other programs
+    loads_lora: bool = True  # it has load_lora_weights
+    vllm_class: str = ""  # the class of vLLM-Omni that makes the same jumps; "": none does
+
+    def arguments(self, times: Sequence[float], *, embedded: float | None = None, scale: float = 1.0) -> dict[str, Any]:
+        """The keyword arguments for passes that begin at `times`, guided by `scale`; 1 is no guidance.
+
+        `embedded` is the guidance number that the net itself takes. A pipeline without an argument for times is given
+        their number, and its scheduler has them (`dumo.export.shipped.jumps`).
+        """
+        values = {"sigmas": times, "timesteps": times}
+        if not self.indexed_times:
+            values["timesteps"] = [round(TRAIN_TIMESTEPS * t, 6) for t in times]
+        arguments: dict[str, Any] = {name: values[name] for name in self.time_arguments}
+        if not arguments:
+            arguments["num_inference_steps"] = len(times)
+        if self.guide_argument:
+            arguments[self.guide_argument] = self.unguided_scale + scale - 1
+        if embedded is not None:
+            arguments["guidance_scale"] = embedded
+        return arguments
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of the pipeline's components other than model and scheduler."""
+        import diffusers  # slow to import, and an extra
+
+        with quietly():  # it would warn of image processors without torchvision, which no text needs
+            pipeline_class = getattr(diffusers, self.pipeline)
+        return sorted(component_names(pipeline_class) - {TRANSFORMER, UNET, "scheduler"})
+
+
+_KEEP_SIZE = ("use_resolution_binning=False",)
+PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
+    "SD3Transformer2DModel": StockPipeline("StableDiffusion3Pipeline"),
+    "FluxTransformer2DModel": StockPipeline(
+        "FluxPipeline",
+        guide_argument="true_cfg_scale",
+        guided_by_negative=True,
+        vllm_class="FluxDMD2Pipeline",
+    ),
+    "Flux2Transformer2DModel": StockPipeline("Flux2Pipeline", guide_argument=None),
+    "ChromaTransformer2DModel": StockPipeline("ChromaPipeline", mask_argument="prompt_attention_mask"),
+    "SanaTransformer2DModel": StockPipeline(
+        "SanaPipeline",
+        seeds_scheduler=True,
+        mask_argument="prompt_attention_mask",
+        extra_arguments=_KEEP_SIZE,
+        pixels_per_latent=32,
+    ),
+    "QwenImageTransformer2DModel": StockPipeline(
+        "QwenImagePipeline",
+        guide_argument="true_cfg_scale",
+        guided_by_negative=True,
+        rescales_guidance=True,
+        mask_argument="prompt_embeds_mask",
+        vllm_class="QwenImageDMD2Pipeline",
+    ),
+    "ZImageTransformer2DModel": StockPipeline("ZImagePipeline", unguided_scale=0.0, lists_embeddings=True),
+    "Lumina2Transformer2DModel": StockPipeline(
+        "Lumina2Pipeline",
+        mask_argument="prompt_attention_mask",
+        extra_arguments=("cfg_normalization=False",),
+    ),
+    "AuraFlowTransformer2DModel": StockPipeline("AuraFlowPipeline", mask_argument="prompt_attention_mask"),
+    # given sigmas alone, it calls the net at other times
+    "CogView4Transformer2DModel": StockPipeline("CogView4Pipeline", time_arguments=("sigmas", "timesteps")),
+    "PRXTransformer2DModel": StockPipeline(
+        "PRXPipeline",
+        time_arguments=("timesteps",),
+        mask_argument="prompt_attention_mask",
+        extra_arguments=_KEEP_SIZE,
+        loads_lora=False,
+    ),
+    "WanTransformer3DModel": StockPipeline(
+        "WanPipeline",
+        time_arguments=(),
+        extra_arguments=("num_frames=1",),
+        image_at="frames[0][0]",
+        loads_lora=False,
+    ),
+    "UNet2DConditionModel": StockPipeline(
+        "StableDiffusionPipeline",
+        time_arguments=("timesteps",),
+        indexed_times=True,
+        seeds_scheduler=True,
+    ),
+    "PixArtTransformer2DModel": StockPipeline(
+        "PixArtSigmaPipeline",
+        time_arguments=("timesteps",),
+        indexed_times=True,
+        seeds_scheduler=True,
+        mask_argument="prompt_attention_mask",
+        extra_arguments=_KEEP_SIZE,
+        loads_lora=False,
+    ),
+}
+PIPELINE_BY_CLASS: dict[str, StockPipeline] = {  # of models whose class is another pipeline's, too
+    "StableDiffusionXLPipeline": replace(
+        PIPELINE_BY_MODEL["UNet2DConditionModel"], pipeline="StableDiffusionXLPipeline"
+    ),
+    "FluxKontextPipeline": StockPipeline(
+        "FluxKontextPipeline",
+        guide_argument="true_cfg_scale",
+        guided_by_negative=True,
+        takes_image=True,
+        extra_arguments=("_auto_resize=False",),
+    ),
+    "Flux2KleinPipeline": StockPipeline("Flux2KleinPipeline"),
+    "PixArtAlphaPipeline": replace(PIPELINE_BY_MODEL["PixArtTransformer2DModel"], pipeline="PixArtAlphaPipeline"),
+}
+# FLUX.2 [klein] whose model_index.json says is_distilled: its pipeline ignores guidance, and warns of its own default.
+DISTILLED_KLEIN = replace(
+    PIPELINE_BY_CLASS["Flux2KleinPipeline"], guide_argument=None, extra_arguments=("guidance_scale=1.0",)
+)
+
+
+def export_forms(spec: Pretrained) -> list[str]:
+    """The values of `dumo export --to` for a net: only a file of weights where no stock pipeline runs it."""
+    stock = find_stock_pipeline(class_of(spec.pipeline.config(TRANSFORMER)), spec)
+    if stock is None:
+        return ["safetensors"]
+    if spec.lora is not None and stock.loads_lora:
+        return ["diffusers", "lora"]
+    return ["diffusers"]
+
+
+def find_stock_pipeline(model_class: str, spec: Pretrained) -> StockPipeline | None:
+    """The pipeline that runs a class of model with the inputs of the net `spec`; None where no stock pipeline does."""
+    # of SANA the distilled ones alone take a guidance number, and their pipeline has another path
+    if model_class == "SanaTransformer2DModel" and spec.guidance is not None:
+        return None
+    model_family = find_family(spec.pipeline.config(TRANSFORMER), spec.pipeline.class_name)
+    if model_family.pipeline == DISTILLED_KLEIN.pipeline and spec.pipeline.index.get(IS_DISTILLED):
+        return DISTILLED_KLEIN
+    if model_family.pipeline in PIPELINE_BY_CLASS:
+        return PIPELINE_BY_CLASS[model_family.pipeline]
+    return PIPELINE_BY_MODEL.get(model_class)
