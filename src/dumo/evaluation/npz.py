@@ -119,7 +119,7 @@ class NpzImages:
             self.next_image = stop
             if stop == len(self):
                 self.close()
-            return torch.frombuffer(data, dtype=torch.uint8).view(-1, *self.shape[1:]).permute(0, 3, 1, 2)
+            return torch.frombuffer(data, dtype=torch.uint8).view(stop - first, *self.shape[1:]).permute(0, 3, 1, 2)
 
     def close(self) -> None:
         """Close the file, which stays open between two reads; the next read opens it again."""

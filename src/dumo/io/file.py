@@ -33,10 +33,10 @@ from dumo.error import UserError
 _DISK_FULL_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _PRIVATE_MODE = 0o600  # of files that safetensors makes
 _ABANDONED_SECONDS = 86_400.0  # a day, after which another machine's temporary file is swept: ours
-_REMOVED_WRITER = "old"  # in place of a writer's id, in the name of what is being removed
+_REPLACED_WRITER = "old"  # in place of a writer's id, in the name of a folder that is being replaced
 _being_written: set[Path] = set()  # temporary paths that threads of this process are writing now
 _guarded: dict[Path, int] = {}  # descriptors of folders that must stay where they are (`guard_path`), by path
-_TEMP_NAME = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<removed>{_REMOVED_WRITER}))\.tmp")
+_TEMP_NAME = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<replaced>{_REPLACED_WRITER}))\.tmp")
 
 
 @contextmanager
@@ -88,10 +88,24 @@ def commit(temp_path: Path, path: Path, *, durable: bool = False) -> None:
         if durable:
             flush(part)
     if path.is_dir():
-        remove(path.rename(temp_path_for(path, _REMOVED_WRITER)))  # a folder can replace an empty one only
-    temp_path.replace(path)
+        _replace_folder(temp_path, path)
+    else:
+        temp_path.replace(path)
     if durable:
         flush(path.parent)
+
+
+def _replace_folder(temp_path: Path, path: Path) -> None:
+    """Give `temp_path` the place of the folder `path`. The old folder is put aside first, and back after an error."""
+    old_path = temp_path_for(path, _REPLACED_WRITER)
+    remove(old_path)  # of a process that was killed here
+    path.rename(old_path)  # since a rename replaces an empty folder only
+    try:
+        temp_path.replace(path)
+    except OSError:
+        old_path.rename(path)
+        raise
+    remove(old_path)
 
 
 def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: bool = False) -> None:
@@ -122,7 +136,7 @@ def sweep(folder: Path, *, ours: bool = True) -> None:
     `ours`: dumo made the folder; False: it is the user's, where a file called `.X.old.tmp` may be theirs.
     """
     for temp_path in folder.glob(".*.tmp"):
-        if not ours and temp_path.name.endswith(f".{_REMOVED_WRITER}.tmp"):
+        if not ours and temp_path.name.endswith(f".{_REPLACED_WRITER}.tmp"):
             continue
         with suppress(OSError):  # another process sweeps, too
             if _is_abandoned(temp_path):
@@ -134,7 +148,7 @@ def _is_abandoned(temp_path: Path) -> bool:
     name = _TEMP_NAME.fullmatch(temp_path.name)
     if name is None:
         return False
-    if name["removed"]:
+    if name["replaced"]:
         return True
     if name["machine"] != machine_id():
         return time.time() - temp_path.stat().st_mtime > _ABANDONED_SECONDS
@@ -174,7 +188,7 @@ def locked(
         lock.acquire(cancel_check=is_cancelled)
     except Timeout as error:
         raise UserError(f"{busy} ({path} is locked)") from error
-    about_lock = path.stat()
+    lock_stat = path.stat()
     try:
         yield
     finally:
@@ -182,7 +196,7 @@ def locked(
         # folder was moved away, another process may have its own lock file there.
         try:
             with suppress(OSError):  # it is gone, or its disk is
-                if os.path.samestat(about_lock, path.stat()):
+                if os.path.samestat(lock_stat, path.stat()):
                     path.unlink()
         finally:
             lock.release()

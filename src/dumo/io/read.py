@@ -42,7 +42,7 @@ def user_path(text: str, field: str) -> Path:
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:
         raise UserError(f"{field} is {text}, but {unset[1]} is not set: export {unset[1]}=..., or set {field}")
-    if not text:
+    if not expanded:
         raise UserError(f"{field} is empty: set it to a path")
     if "\0" in expanded:
         raise UserError(f"{field} has a character that no path has, NUL: set it to a path")

@@ -130,10 +130,12 @@ def test_damage_is_found_where_it_is(tmp_path: Path) -> None:
     whole = path.read_bytes()
     place = whole.index(IMAGES[7].tobytes())
     (tmp_path / "flipped.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    short = written(tmp_path / "short.npz", arr_0=None)
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(short, "a") as new:
-        new.writestr("arr_0.npy", old.read("arr_0.npy")[:-1])
-    for damaged in (tmp_path / "flipped.npz", short):
+    shorter: list[Path] = []
+    for missing in (1, IMAGES[0].nbytes):  # a byte, and a whole image
+        shorter.append(written(tmp_path / f"short-{missing}.npz", arr_0=None))
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(shorter[-1], "a") as new:
+            new.writestr("arr_0.npy", old.read("arr_0.npy")[:-missing])
+    for damaged in (tmp_path / "flipped.npz", *shorter):
         images = read_adm(damaged, count=COUNT).images(4)
         with pytest.raises(UserError, match=rf"{damaged.name} is damaged at image \d .*: fetch it again"):
             list(images)

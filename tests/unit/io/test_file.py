@@ -39,6 +39,31 @@ def test_nothing_stands_in_place_until_all_is_written(tmp_path: Path) -> None:
     assert sorted(part.name for part in tmp_path.rglob("*")) == ["a", "file", "folder", "new"]
 
 
+def test_a_folder_stays_where_the_new_one_cannot_take_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "file").write_text("old")
+    left_by_the_killed = tmp_path / ".folder.old.tmp"
+    left_by_the_killed.mkdir()
+    (left_by_the_killed / "file").write_text("older")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+
+    with monkeypatch.context() as broken_disk:
+        broken_disk.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="Input/output error"), file.atomic_write(path) as temp_path:
+            temp_path.mkdir()
+    assert (path / "file").read_text() == "old"
+    assert [*tmp_path.iterdir()] == [path]
+
+    with file.atomic_write(path) as temp_path:
+        temp_path.mkdir()
+        (temp_path / "file").write_text("new")
+    assert (path / "file").read_text() == "new"
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_writers_have_places_of_their_own(tmp_path: Path) -> None:
     with file.atomic_write(tmp_path / "a") as first, file.atomic_write(tmp_path / "a", writer=0) as second:
         assert str(os.getpid()) in first.name

@@ -62,10 +62,16 @@ def test_a_long_text_is_cut() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "empty"), ("a\0b", "NUL"), ("~nobody-here/x", "is ~nobody-here/x, and no such home is known")],
+    [
+        ("", "empty"),
+        ("$NOTHING", "empty"),
+        ("a\0b", "NUL"),
+        ("~nobody-here/x", "is ~nobody-here/x, and no such home is known"),
+    ],
 )
 def test_what_is_no_path(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("NOTHING", "")
     assert user_path("~/data", "data.root") == Path("/home/somebody/data")
     with pytest.raises(UserError, match=rf"^data\.root .*{said}.*: .*set "):
         user_path(text, "data.root")

@@ -80,7 +80,12 @@ def cost_of_one_pass(net: nn.Module, objective: Objective, _: object, shape: tup
 def test_a_plan_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass forward and one step, whose operations are counted, and one step whose bytes are followed."""
     counted: list[str] = []
-    for module, name in ((cost, "_pass"), (cost, "flops"), (cost, "step_function"), (memory, "_follow_step")):
+    for module, name in (
+        (cost, "_forward_pass"),
+        (cost, "count_flops"),
+        (cost, "step_function"),
+        (memory, "_follow_step"),
+    ):
         work = getattr(module, name)
 
         def count(*args: Any, work: Any = work, name: str = name, **named: Any) -> Any:  # noqa: ANN401
@@ -90,8 +95,8 @@ def test_a_plan_asks_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, count)
     plan(load("digits"))
     assert {name: counted.count(name) for name in set(counted)} == {
-        "_pass": 1,
-        "flops": 2,
+        "_forward_pass": 1,
+        "count_flops": 2,
         "step_function": 2,
         "_follow_step": 1,
     }
