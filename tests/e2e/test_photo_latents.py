@@ -27,7 +27,14 @@ from dumo.runtime.progress import Bar
 from dumo.training import deadline
 from e2e.shell import call, sets
 
-QUICK = sets("net.width=32", "net.depth=1", "train.batch=8", "train.coupling=null", "evaluate.protocol.samples=20")
+QUICK = sets(
+    "net.width=32",
+    "net.depth=1",
+    "net.route=null",
+    "train.batch=8",
+    "train.coupling=null",
+    "evaluate.protocol.samples=20",
+)
 Paint = Callable[[int], np.ndarray]
 
 
@@ -43,7 +50,7 @@ def grey(i: int) -> np.ndarray:
 
 
 def small(i: int) -> np.ndarray:
-    return blobs(i)[:40, :40]
+    return blobs(i)[:24, :24]
 
 
 def noise(i: int) -> np.ndarray:
@@ -77,7 +84,7 @@ def test_colour_photos_are_learned_in_latents(photos: Path) -> None:
     assert re.fullmatch(line, said["learned as"])
     assert said["size"].startswith("64 x 64 pixels")
     assert said["few"].startswith("24 images: expect their colours and textures")
-    assert (run.data.kind, run.data.shape, run.objective.kind) == ("latents", (32, 8, 8), "dumo_any")
+    assert (run.data.kind, run.data.shape, run.objective.kind) == ("latents", (32, 8, 8), "dumo")
     assert run.data.root.startswith("runs/latents/photos-")
     assert (run.objective.drop, run.objective.guide.zeta, run.data.images.flip) == (0.1, 0.55, True)
     assert run.resolved["proposed"]["data.root"] == run.data.root
@@ -97,7 +104,7 @@ def test_without_classes_there_is_no_guidance(photos: Path) -> None:
     ("paint", "reason"),
     [
         (grey, "pixels: 8 of 8 images are grey, and latents are of colours; in latents all the same by  dumo encode"),
-        (small, "pixels: images of 40 pixels are too small for latents, which begin at 48"),
+        (small, "pixels: images of 24 pixels are too small for latents, which begin at 32"),
         (
             noise,
             "more than 10% of full brightness (20.0 dB); in latents all the same by  dumo encode",
@@ -117,8 +124,8 @@ def test_other_images_are_learned_in_pixels(photos: Path, paint: Paint, reason: 
         ("data.kind=images", "pixels: "),
         ("net.kind=unet", 'unet"} asks for them'),
         (
-            "data.side=40",
-            'data.side=40, and latents take multiples of 8 from 48 on: changes={"data.side": 48}',
+            "data.side=24",
+            'data.side=24, and latents take multiples of 8 from 32 on: changes={"data.side": 32}',
         ),
     ],
 )

@@ -33,7 +33,7 @@ from dumo.training.deadline import PLANNED_PREPARATION_SHARE, minutes_to_prepare
 
 Pixels = UInt8[Tensor, "n 3 side side"]
 
-_MIN_SIDE_ENCODED = 48  # pixels: of smaller images the autoencoder, made for photos of 256, keeps little; ours
+_MIN_SIDE_ENCODED = 32  # pixels: of photos of 32 the autoencoder, made for 256, keeps 22 dB (docs/log.md); ours
 PIXELS_PER_LATENT = 8  # pixels of an image to one of its latent, each way
 _MIN_DECIBELS = 20.0  # ours: photos of 64 pixels have 20 to 31, noise has 10, a chessboard of 4 pixels 5 (docs/log.md)
 _GREY_LEVELS = 8  # of 255, between the channels of a pixel of a grey image that is stored in colour: ours
