@@ -7,8 +7,8 @@ its rows do not mix.
 `LoopFlow.check` calls, in this order:
 
 1. before any pass: `require_teacher`, `require_whole_groups` and `require_parameters`;
-2. on the first `rows_to_try` rows: `require_working_pass`, `require_pure_net` (up to `max_pass_difference`),
-   `require_finite_heads` and `require_rows_apart`.
+2. on the first `rows_to_try` rows: `try_pass`, `require_pure_net` (up to `max_pass_difference`),
+   `require_finite_heads` of the outputs of `try_pass`, and `require_rows_apart`.
 
 Then it compares du/dt (`dumo.flow.derivative`, which uses `inputs_of` and `short_text`). Each loss goes through
 `flow.require_terms`. `dumo.run.contract` calls `require_pure_net`, `require_rows_apart` and `outputs_match` for nets
@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from dumo.flow.passes import Passes
 from dumo.flow.precision import Precision, precision_of
 from dumo.flow.signature import call_example
-from dumo.types import Needs, Noised, Objective, Sample, Time, UserError, unwrap
+from dumo.types import Heads, Needs, Noised, Objective, Sample, Time, UserError, unwrap
 from dumo.types.outside import name_of
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -147,10 +147,8 @@ def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
     return bool(difference <= max_difference * torch.linalg.vector_norm(values))
 
 
-@torch.no_grad()
-def require_finite_heads(net: nn.Module, b: Noised, needs: Needs) -> None:
-    """Raise UserError where a head of a pass on a record is not finite."""
-    outputs = net(b.x_t, b.c, **inputs_of(b, needs))
+def require_finite_heads(outputs: Heads, net: nn.Module, needs: Needs) -> None:
+    """Raise UserError where a head among the outputs of a pass of `net` is not finite."""
     # outputs also hold the gauges, after the heads
     for head, output in zip(needs.heads, outputs, strict=False):
         if not output.isfinite().all():
@@ -209,12 +207,12 @@ def _group_size(objective: Objective) -> int:
 
 
 @torch.no_grad()
-def require_working_pass(passes: Passes, b: Noised, needs: Needs) -> None:
-    """Try a pass on a record. Raises UserError, with the likely fix, where it fails or changes a buffer."""
+def try_pass(passes: Passes, b: Noised, needs: Needs) -> Heads:
+    """Make a pass on a record. Raises UserError, with the likely fix, where it fails or changes a buffer."""
     module = _module_of(passes)
     buffers_before = _copy_buffers(module)
     try:
-        passes(b.x_t, b.c, **inputs_of(b, needs))
+        outputs = passes(b.x_t, b.c, **inputs_of(b, needs))
     except UserError:
         raise
     except Exception as error:  # a module of somebody else may raise anything
@@ -223,6 +221,7 @@ def require_working_pass(passes: Passes, b: Noised, needs: Needs) -> None:
             f"{short_text(error)}. {_likely_fix(error, passes, b)}"
         ) from error
     _require_same_buffers(module, buffers_before)
+    return outputs
 
 
 def _likely_fix(error: Exception, passes: Passes, b: Noised) -> str:

@@ -37,8 +37,8 @@ from dumo.flow.check import (
     require_rows_apart,
     require_teacher,
     require_whole_groups,
-    require_working_pass,
     rows_to_try,
+    try_pass,
 )
 from dumo.flow.condition import (
     Condition,
@@ -353,11 +353,11 @@ class LoopFlow(Flow):
             # a pass without a key moves torch's generators, if the network draws from them
             unkeyed_probe = self._passes(c, None).with_net(probe.net)
             states_before = generator_states(x.device)
-            on_every_rank(lambda: require_working_pass(unkeyed_probe, b, needs))
+            outputs = on_every_rank(lambda: try_pass(unkeyed_probe, b, needs))
             self.net_draws = generator_states(x.device) != states_before
 
             on_every_rank(lambda: require_pure_net(probe, b, needs, max_pass_difference(x)))
-            on_every_rank(lambda: require_finite_heads(probe, b, needs))
+            on_every_rank(lambda: require_finite_heads(outputs, probe, needs))
             on_every_rank(lambda: require_rows_apart(probe, b, needs))
             if needs.slope is not None:
                 self._take_slope(probe, replace(b, moving=None))

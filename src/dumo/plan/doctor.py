@@ -17,7 +17,7 @@ from dumo.plan import findings
 from dumo.plan.machine import Finding, examine_machine
 from dumo.run.examination import examine
 from dumo.run.net import require_room
-from dumo.run.trial_net import cut_to_two_blocks, with_random_texts_if_missing
+from dumo.run.trial_net import with_trial_net
 from dumo.run.weights import build
 from dumo.runtime.device import choose_device
 from dumo.types import UserError
@@ -36,8 +36,7 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
 
     exam = None
     try:
-        short_net = cut_to_two_blocks(with_random_texts_if_missing(run.net))
-        require_room(run.model_copy(update={"net": short_net}), torch_device)
+        require_room(with_trial_net(run), torch_device)
         exam = examine(run, torch_device)
     except UserError as error:  # the slope refuses, or an operation has no tangent rule
         self_test = Finding("self-test", "failing", "refused", str(error))

@@ -1,7 +1,8 @@
 """Make a run's net cheap to try: two blocks, random weights, and no text table needed.
 
-`randomly_initialized_net` does all three. `cut_to_two_blocks` and `with_random_texts_if_missing` change the spec alone,
-and build nothing. A pretrained net is not downloaded or loaded: it is built from its config with random weights.
+`randomly_initialized_net` does all three. `with_trial_net`, `cut_to_two_blocks` and `with_random_texts_if_missing`
+change the spec alone, and build nothing. A pretrained net is not downloaded or loaded: it is built from its config with
+random weights.
 """
 
 import torch
@@ -23,8 +24,7 @@ def randomly_initialized_net(run: Run, device: torch.device) -> nn.Module:
     Layers that training starts at zero get random weights, too. Texts without a table are random. The device must have
     room for it (`dumo.run.net.require_room`).
     """
-    spec = cut_to_two_blocks(with_random_texts_if_missing(run.net))
-    net = draw_on_device(run.model_copy(update={"net": spec}), device)
+    net = draw_on_device(with_trial_net(run), device)
     subject_part = None  # of the name of a weight in an adapter of a subject
     if run.net.lora:
         from dumo.nets.adapter import SUBJECT
@@ -41,6 +41,11 @@ def randomly_initialized_net(run: Run, device: torch.device) -> nn.Module:
             else:
                 p.copy_(p + _VECTOR_NOISE * noise)
     return net
+
+
+def with_trial_net(run: Run) -> Run:
+    """The run with the spec of its net cut to two blocks, and random texts where it has no text table yet."""
+    return run.model_copy(update={"net": cut_to_two_blocks(with_random_texts_if_missing(run.net))})
 
 
 def with_random_texts_if_missing(net: Net) -> Net:
