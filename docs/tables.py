@@ -301,6 +301,7 @@ TABLES = {
     "words": ("words", words),
     "fair": ("fair", fair),
     "stages": ("stages", arms),
+    "stages-latents": ("stages-latents", arms),
     "two-times": ("two-times", tested),
     "kills": ("kill", kills),
     "memory": ("memory", memory),
