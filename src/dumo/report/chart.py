@@ -38,6 +38,8 @@ PAGE_DPI = 200  # twice what a screen needs
 PICTURE_DPI = 150
 COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470", "#c2577f", "#2a9d9d")  # of names, in turn
 MARKS = "*osDv^PX"  # of names, in turn; DuMo, which comes first, has green stars, as in the paper
+TITLE_LETTERS_PER_INCH = 8  # of a bold title, so that it stays within its picture: measured
+LABEL_LETTERS_PER_INCH = 11  # of an axis' label: measured
 MAX_LINEAR_RATIO = 1.5  # of the ends of an axis: from here on its scale is logarithmic. Ours
 
 
@@ -216,11 +218,11 @@ def dots(title: str, x_label: str, lines: Mapping[str, Mapping[str, Dot]], names
     log_unless_narrow(axes.xaxis, axes.set_xscale)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    figure.suptitle(title, weight="bold")
+    figure.suptitle(fill(title, int(width * TITLE_LETTERS_PER_INCH)), weight="bold")
     axes.legend(
         loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, handletextpad=0.3, columnspacing=1.2
     )
-    figure.supxlabel(x_label, fontsize="medium")
+    figure.supxlabel(fill(x_label, int(width * LABEL_LETTERS_PER_INCH)), fontsize="medium")
     return picture.from_figure(figure)
 
 

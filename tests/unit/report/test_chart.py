@@ -1,5 +1,6 @@
 """Charts show every value that there is: negative ones, too, and names that no line has a value of."""
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
@@ -36,3 +37,10 @@ def test_error_bars_of_positive_values_stay_above_zero(monkeypatch: pytest.Monke
 
 def test_a_name_without_a_value_has_no_mark() -> None:
     assert min(dots("T", "x", {"a": {"1 NFE": Dot(3, 0.1)}}, ["2 NFE", "1 NFE"]).size) > 100
+
+
+def test_long_words_of_dots_stay_within_the_picture() -> None:
+    """A title and a label of a hundred letters are broken into lines: the edges of the picture stay blank."""
+    words = "as many letters of a title as a plan may give it, and then some, " * 2
+    edges = np.asarray(dots(words, words, {"a": {"1 NFE": Dot(3, 0.1), "2 NFE": Dot(300, 1)}}))[:, [0, 1, -2, -1]]
+    assert (edges == 255).all()
