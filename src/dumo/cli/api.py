@@ -51,6 +51,7 @@ from dumo.runtime.progress import Bar, bar, line_printer, no_bar, print_line
 from dumo.training.loop import Every
 from dumo.types import Reads, Sample, Spec
 from dumo.types import UserError as UserError
+from dumo.types.outside import name_of
 
 Changes = Mapping[str, Any]  # dotted fields of a run and their values, e.g. {"train.steps": 100}
 Labels = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # of classes: numbers or names
@@ -495,7 +496,7 @@ def compare(runs: Sequence[str | Path | TrainedRun], *, anyway: bool = False) ->
 
 @with_known_arguments
 def train(
-    source: str | Path | Run | None = None,
+    source: str | Path | Run | Any = None,  # noqa: ANN401, a notebook's data
     changes: Changes | None = None,
     *,
     objective: str | Mapping[str, Any] | Spec | None = None,
@@ -516,21 +517,28 @@ def train(
         train("digits")                                 a recipe, a YAML file, or a run's folder: goes on from there
         train("photos", minutes=10)                     a folder of images: net and size are proposed
         train("runs/photos", minutes=30)                goes on with a run for so long
+        train((array, labels), out="runs/mine")         images in memory
         train("digits", objective="meanflow", out="runs/mine")
         train(data=array, net=module, objective=Mine(), callbacks=[f], out="runs/mine")
 
     `objective`, `data` and `net` are names of kinds, specs, or dicts as YAML has them. `data` may also be a folder, an
     array, a pair (array, labels), or a data set (`dumo.data.memory.Memory.of`); `net` a module, called as
-    `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects; going on needs the same.
-    A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`; it ends the training
-    by `raise dumo.Stop`, and what it returns does not matter. `minutes` is how long to train, of images or of a run.
-    `out` is the run's folder, runs/NAME unless given. Where that holds a run, the one that is asked for is compared
-    with it, and goes on, from the checkpoint of `step` if that is given. `accept`: with other fields or data than it
-    was trained by, which are noted. `bar` shows the progress, on stderr unless given. `track`: tensorboard, wandb or
-    trackio gets the log as it grows. `trust_code`: run the code that a file or folder names, as an object or `changes`
-    need not say. Raises UserError as `recipe` does, and where the folder holds another run.
+    `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects, and going on needs the
+    same ones; but images that are learned in latents are kept in files (docs/library.md). A callback is f(state,
+    record), called after every step, or `dumo.training.loop.Every(n, f)`; it ends the training by `raise dumo.Stop`,
+    and what it returns does not matter. `minutes` is how long to train, of images or of a run. `out` is the run's
+    folder, runs/NAME unless given. Where that holds a run, the one that is asked for is compared with it, and goes on,
+    from the checkpoint of `step` if that is given. `accept`: with other fields or data than it was trained by, which
+    are noted. `bar` shows the progress, on stderr unless given. `track`: tensorboard, wandb or trackio gets the log as
+    it grows. `trust_code`: run the code that a file or folder names, as an object or `changes` need not say. Raises
+    UserError as `recipe` does, and where the folder holds another run.
     """
     folder = None if out is None else Path(out)
+    if not isinstance(source, str | Path | Run | None):
+        if data is not None:
+            raise UserError(f"data are given twice: as {name_of(type(source))}, and by data=")
+        data = source
+        source = None
     with trusting(trust_code):
         if minutes is not None:
             minutes = _minutes(minutes)

@@ -26,6 +26,7 @@ from dumo.config.source import (
     folder_of_images,
     read,
     read_file,
+    root_of_encoded_images,
     settings_of_images,
 )
 from dumo.config.spec import Run
@@ -34,7 +35,8 @@ from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
 from dumo.nets import ModuleSpec
 from dumo.plan import proposal
-from dumo.runtime.door import train_call
+from dumo.plan.photolatents import place_in_memory
+from dumo.runtime.door import option, train_call
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
@@ -104,6 +106,10 @@ def compose(
         "data": None if images_place else plain_data(data, bar),
     }
     parts = {name: part for name, part in plain_parts.items() if part is not None}
+    about = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
+    memory = _images_in_memory(parts)
+    if chosen and chosen.kind == "run" and memory and _has_latents_of(read(chosen.word).tree, memory):
+        del parts["data"]  # the run has them
     if folder is None:
         folder = _default_folder(chosen, parts, images_place)
     is_own_run = chosen is not None and chosen.kind == "run" and chosen.folder == folder
@@ -119,6 +125,8 @@ def compose(
         recipe = IMAGES_RECIPE if images_place else _base_recipe(parts)
         base_source = f"{SHIPPED_PREFIX}{recipe}"
     is_proposed = recipe == IMAGES_RECIPE
+    if is_proposed and memory:
+        del parts["data"]  # the proposal says how they are learned
     if minutes is not None and not (is_proposed or is_own_run):
         raise UserError(f"minutes are {MINUTES_FIX}")
     base_text = read(base_source)
@@ -128,8 +136,8 @@ def compose(
     fields = _part_fields(parts, base_run)
     if isinstance(net, nn.Module):
         fields |= _MODULE_FIELDS
-    if fields:
-        fields["about"] = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
+    if fields or memory:
+        fields["about"] = about
     all_changes = [*(f"{field}={yaml_text(value)}" for field, value in fields.items()), *changes]
     if chosen and not parts:
         all_changes = [*chosen.settings, *all_changes]
@@ -141,9 +149,14 @@ def compose(
         if minutes is not None:
             log_line = line_printer(bar)
             log_line(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
+        if memory:
+            all_changes = [*_settings_of_memory(text, memory), *all_changes]
         return Composed(None, settings_of_images(text.tree, all_changes, images_place), folder, text=text)
     if is_proposed:
-        proposed = proposal.propose(images_place, all_changes, minutes=minutes, device=device, bar=bar)
+        proposed = proposal.propose(memory or images_place, all_changes, minutes=minutes, device=device, bar=bar)
+        if proposed.draft.space and "net" not in parts:  # a net of the user's reads pixels
+            log_line = line_printer(bar)
+            log_line(f"learned as {proposed.draft.space}")
         return Composed(proposed.run, all_changes, folder)
     if is_own_run and has_run:
         return Composed(None, all_changes, folder, minutes, base_text)
@@ -207,6 +220,35 @@ def _are_images(data: Fields) -> bool:
     parsed = parse(StandaloneParts, {"data": data}).data
     assert parsed is not None
     return len(parsed.shape) == 3
+
+
+def _images_in_memory(parts: Fields) -> Memory | None:
+    """The images that Python gave; None where the data are others, or points."""
+    if "data" not in parts or not _are_images(parts["data"]):
+        return None
+    data = parse(StandaloneParts, {"data": parts["data"]}).data
+    return data if isinstance(data, Memory) else None
+
+
+def _has_latents_of(tree: Fields, images: Memory) -> bool:
+    """Whether the run of a tree learns latents of some images in memory. Their file may have moved with the run."""
+    root = root_of_encoded_images(tree)
+    return root is not None and root.name == Path(place_in_memory(images)).name
+
+
+def _settings_of_memory(text: RunText, images: Memory) -> list[str]:
+    """Settings, each a.b=c, by which a run learns images in memory. Raises UserError where it learns latents of others.
+
+    A run in pixels compares them itself.
+    """
+    if _has_latents_of(text.tree, images):
+        return []
+    if root_of_encoded_images(text.tree) is not None:
+        raise UserError(
+            f"{text.name} is a run on other images than these: give the same, or begin a new run on these, with "
+            f"another {option('out', 'DIR')}"
+        )
+    return [f"data={yaml_text(images)}"]
 
 
 def _objective_recipe(data: str, objective: Fields) -> str:

@@ -274,6 +274,8 @@ def read_file(file: Path) -> RunText:
 def _follow_moved_latents(tree: dict[str, Any], folder: Path) -> None:
     """Set `data.root` in the tree of the run in `folder`, where the run was moved together with its latents.
 
+    `data.images.root` goes with it where it is a file next to the latents, to which images in memory were written.
+
     A folder that the user named stays: this is for latents that were proposed with the run, in runs/latents/NAME. They
     need not be there yet. Training makes their parent folder before it writes the run, so if that is gone, it moved.
     """
@@ -288,6 +290,19 @@ def _follow_moved_latents(tree: dict[str, Any], folder: Path) -> None:
     next_to_run = folder.parent / noted.parent.name / noted.name
     if not noted.is_dir() and (next_to_run.is_dir() or not noted.parent.is_dir()):
         data["root"] = str(next_to_run)
+        images_root = root_of_encoded_images(tree)
+        if images_root is not None and images_root.parent == noted.parent:
+            data["images"]["root"] = str(next_to_run.with_name(images_root.name))
+
+
+def root_of_encoded_images(tree: Mapping[str, Any]) -> Path | None:
+    """Where the images are whose latents the run of this tree learns; None where it learns none."""
+    data = tree.get("data")
+    if not isinstance(data, dict) or data.get("kind") != "latents":
+        return None
+    images = data.get("images")
+    root = images.get("root") if isinstance(images, dict) else None
+    return Path(root) if isinstance(root, str) else None
 
 
 def is_root_proposed(resolved: Mapping[str, Any], root: str) -> bool:

@@ -49,9 +49,23 @@ class Labels:
     names: tuple[str, ...] = ()  # () where there are numbers only
 
 
-@runtime_checkable
-class Store(Protocol):
+class EncodedImages(Protocol):
     """Encoded images in a fixed order, to be read from many threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def path(self, i: int) -> str:
+        """What to call image i."""
+        ...
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image i. Raises OSError or ValueError where they are not available."""
+        ...
+
+
+@runtime_checkable
+class Store(EncodedImages, Protocol):
+    """Encoded images in files."""
 
     def fingerprint(self) -> str:
         """A short text, another one where images were added, removed, renamed or replaced by images of another size."""
@@ -65,16 +79,6 @@ class Store(Protocol):
     @property
     def labels(self) -> Labels | None:
         """The classes; None where there are none, or they are not read."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def path(self, i: int) -> str:
-        """What to call image i."""
-        ...
-
-    def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises OSError or ValueError where they are not available."""
         ...
 
 

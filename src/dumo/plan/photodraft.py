@@ -5,14 +5,14 @@
 1. looks at them (`dumo.plan.photolook`), and at their captions (`dumo.plan.photocaptions`),
 2. decides whether they are learned in latents or pixels (`dumo.plan.photolatents`), at what size, and by what net.
 
-`draft_of_memory` is that for images in memory. `Draft.run` is the run that is meant, to which `dumo.plan.proposal` adds
-how long it trains.
+`draft_of_memory` is the entrance for images in memory. Before they are encoded it writes them to a file, so that other
+processes have them. `Draft.run` is the run that is meant, to which `dumo.plan.proposal` adds how long it trains.
 
 The recipe `my-images` is for a GPU, and trains on one as it is. A CPU learns photos in latents by `my-images-64`; where
 the autoencoder does not suit them, a small U-Net learns small images in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from dumo.config.load import RUN_FILE, load_recipe, parse
 from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, settings_of_images
 from dumo.config.spec import Run
 from dumo.data import Images, Memory, cache, is_latents
+from dumo.data.archive import PngImages, write_archive
+from dumo.data.memory import RereadData
 from dumo.data.pixel import ToSquare
 from dumo.plan import photolatents
 from dumo.plan.photocaptions import choose_captions
@@ -63,10 +65,22 @@ class Draft:
         return parse(Run, tree)
 
 
-def draft_of_memory(data: Memory, device: torch.device) -> Draft:
-    """The draft for images in memory."""
-    images = ImagesFound(data.open().size, headers=0, bad=0, side=min(data.shape[1:]))
-    return Draft(images, fields=_machine_fields(device, data.shape[-1]))
+def draft_of_memory(
+    data: Memory, device: torch.device, sets: Sequence[str], training_seconds: float | None, bar: Bar
+) -> Draft:
+    """Look at images in memory, and choose a recipe and fields for them. The arguments are those of `draft_of_files`.
+
+    Writes them to a file in the folder of latents where they are learned in latents.
+    """
+    images_found = ImagesFound(data.open().size, headers=0, bad=0, side=min(data.shape[1:]))
+    fields = {"data": data.model_dump(mode="json"), **_machine_fields(device, data.shape[-1])}
+    pixels_draft = Draft(images_found, fields=fields)
+    if device.type != "cpu":
+        return pixels_draft
+    latents_draft = _latents_draft_of_memory(data, sets, training_seconds, bar)
+    if isinstance(latents_draft, Draft):
+        return latents_draft
+    return replace(pixels_draft, space=f"pixels: {latents_draft}")
 
 
 def draft_of_files(
@@ -100,7 +114,10 @@ def draft_of_files(
     # latents, or pixels
     draft = pixels_draft
     if on_a_cpu and place:
-        latents_draft = _latents_draft(images, images_found, place, sets, training_seconds, bar)
+        latents_draft: Draft | str = photolatents.reason_by_choice(sets)
+        if not latents_draft:
+            encodable = _Encodable(images, images_found, place, pixels_kind=images.kind)
+            latents_draft = _latents_draft(encodable, sets, training_seconds, bar)
         if isinstance(latents_draft, Draft):
             draft = latents_draft
         else:
@@ -128,15 +145,64 @@ def _side_in_pixels(shorter_side: float, max_side: int) -> int:
     return max(_MIN_SIDE_IN_PIXELS, min(max_side, int(shorter_side) // _SIDE_STEP * _SIDE_STEP))
 
 
-def _latents_draft(
-    images: Images,
-    images_found: ImagesFound,
-    place: str,
-    sets: Sequence[str],
-    training_seconds: float | None,
-    bar: Bar,
+@dataclass(frozen=True)
+class _Encodable:
+    """Images that may be learned in latents."""
+
+    images: Images
+    found: ImagesFound
+    place: str  # a folder or file
+    pixels_kind: str  # `data.kind` of these images in pixels
+    write: Callable[[], None] | None = None  # writes them to their place; None: they are there, where the user has them
+
+    @property
+    def users_place(self) -> str | None:
+        """Where the user has them; None: in memory."""
+        return self.place if self.write is None else None
+
+
+def _latents_draft_of_memory(
+    data: Memory, sets: Sequence[str], training_seconds: float | None, bar: Bar
 ) -> Draft | str:
+    """The recipe and fields for images in memory that are learned in latents; or why they are not, in words."""
+    reason = photolatents.reason_by_choice(sets)
+    if reason:
+        return reason
+    source = data.open()
+    if isinstance(source, RereadData):
+        return "rows are others at each read, and latents are made once"
+    height, width = data.shape[1:]
+    if height != width:
+        return f"images of {height} x {width} pixels are not square, and would be cut"
+    reason = photolatents.reason_by_side(height)
+    if reason:
+        return reason
+
+    # as images of a file that is not written yet
+    place = photolatents.place_in_memory(data)
+    fields: dict[str, Any] = {"data.root": place, "data.classes": data.classes}
+    if len(data.names) == data.classes:
+        fields["data.titles"] = list(data.names)
+    settings_of_data = [f"{name}={yaml_text(value)}" for name, value in fields.items()]
+    settings_of_data += [text for text in sets if text.startswith("data.")]
+    images = load_recipe(IMAGES_RECIPE, settings_of_data).data
+    assert isinstance(images, Images), "the user's changes set no other kind"
+    pngs = PngImages(source.x)
+    labels = source.c if data.classes else None
+
+    def write_once() -> None:
+        if not Path(place).exists():
+            write_archive(Path(place), pngs, labels, bar)
+
+    images_found = look_at(pngs, ToSquare(images.side, images.crop), bar)
+    encodable = _Encodable(images, images_found, place, pixels_kind=data.kind, write=write_once)
+    return _latents_draft(encodable, sets, training_seconds, bar)
+
+
+def _latents_draft(encodable: _Encodable, sets: Sequence[str], training_seconds: float | None, bar: Bar) -> Draft | str:
     """The recipe and fields for images that are learned in latents; or why they are learned in pixels, in words."""
+    images = encodable.images
+    images_found = encodable.found
     reason = photolatents.reason_by_settings(images, sets)
     if reason:
         return reason
@@ -145,9 +211,12 @@ def _latents_draft(
     side = images.side
     if not photolatents.is_side_set(sets) and images.crop != "none":
         side = photolatents.side_of_latents(images_found.side, latents.images.side)
-    to_pixels = ToSquare(max(side, photolatents.PIXELS_PER_LATENT), images.crop)
+    reason = photolatents.reason_by_side(images_found.side)
+    if reason:
+        return reason
+    to_pixels = ToSquare(side, images.crop)
     pixels = torch.stack([to_pixels(data) for data in images_found.decodable])
-    reason = photolatents.reason_by_images(images_found.side, pixels, place)
+    reason = photolatents.reason_by_colours(pixels, encodable.users_place)
     if reason:
         return reason
 
@@ -156,7 +225,7 @@ def _latents_draft(
     with bar("trying the autoencoder", 1) as tick, threads.fewer_when_busy(torch.device("cpu"), ignore_line):
         trial = photolatents.try_autoencoder(codec, pixels)
         tick(1, "")
-    reason = photolatents.reason_by_reconstruction(trial, place)
+    reason = photolatents.reason_by_reconstruction(trial, encodable.users_place)
     if reason:
         return reason
 
@@ -164,10 +233,12 @@ def _latents_draft(
     encode_seconds = images_found.count * trial.encode_seconds * (2 if images.flip else 1)
     prepare_seconds = images_found.decode_seconds + encode_seconds
     reason = photolatents.reason_by_time(prepare_seconds, training_seconds)
-    if reason and not photolatents.has_caches(place):
+    if reason and not photolatents.has_caches(encodable.place):
         return reason
+    if encodable.write:
+        encodable.write()
     encoded_images = images.model_copy(update={"side": side}).with_facts()
-    cache_folder = photolatents.cache_folder(place, encoded_images, codec)
+    cache_folder = photolatents.cache_folder(encodable.place, encoded_images, codec)
     if cache.is_finished(Path(cache_folder)):
         prepare_seconds = 0.0
     elif reason:
@@ -175,11 +246,13 @@ def _latents_draft(
 
     fields: dict[str, Any] = {
         "data.root": cache_folder,
-        "data.images.root": place,
+        "data.images.root": encodable.place,
         "data.images.side": side,
     }
+    if encodable.write:  # the file has no names, and may lack images of the last classes
+        fields |= {"data.images.classes": images.classes, "data.images.titles": list(images.titles)}
     if encoded_images.labels > 1:
         fields |= _CLASS_FIELDS
     line = f"latents by {latents.codec.kind}, which changes these images by {trial.error_text}; in pixels by "
-    line += settings("data.kind=images")
+    line += settings(f"data.kind={encodable.pixels_kind}")
     return Draft(images_found, IMAGES_LATENTS_RECIPE, fields, prepare_seconds=prepare_seconds, space=line)

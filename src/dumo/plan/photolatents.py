@@ -2,9 +2,11 @@
 
 On a CPU latents show more after the same time (docs/log.md), where the autoencoder knows what is in the images. Each
 function `reason_by_...` says why a run is in pixels, as the end of a line for the user with a number and a way out, or
-"" where nothing is in the way of latents. `side_of_latents` is the size of the images that are encoded, and
-`try_autoencoder` measures what it makes of some. `cache_folder` names the folder where their latents go, and
-`has_caches` says whether they may be there.
+"" where nothing is in the way of latents. Its `place` is where the user has the images; None: in memory.
+
+`side_of_latents` is the size of the images that are encoded, and `try_autoencoder` measures what it makes of some.
+`cache_folder` names the folder where their latents go, `place_in_memory` the file next to it where images in memory are
+kept, and `has_caches` says whether latents may be there.
 """
 
 import glob
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from dumo.config.place import RUNS_FOLDER
 from dumo.config.source import IMAGES_LATENTS_RECIPE, folder_of_images
-from dumo.data import Images
+from dumo.data import Images, Memory
 from dumo.data.origin import cache_name
 from dumo.encoders.codec import LoadedCodec
 from dumo.io.picture import decibels, from_uint8
@@ -55,12 +57,17 @@ class AutoencoderTrial:
         return _error_text(self.decibels)
 
 
-def reason_by_settings(images: Images, sets: Sequence[str]) -> str:
+def reason_by_choice(sets: Sequence[str]) -> str:
     """Which of the user's settings `sets` asks for pixels; "" where none does."""
     for text in sets:
         field, _, value = text.partition("=")
         if field in _PIXEL_FIELDS and value != "null":
             return f"{settings(brief(text))} asks for them"
+    return ""
+
+
+def reason_by_settings(images: Images, sets: Sequence[str]) -> str:
+    """Which of the user's settings `sets` latents do not allow; "" where they allow all."""
     if images.captions is not None:
         return f"captions of classes are read there; {settings('data.captions=null')} leaves them out"
     if is_side_set(sets) and (images.side % PIXELS_PER_LATENT or images.side < _MIN_SIDE_ENCODED):
@@ -76,27 +83,29 @@ def is_side_set(sets: Sequence[str]) -> bool:
     return any(text.startswith("data.side=") for text in sets)
 
 
-def reason_by_images(shorter_side: float, pixels: Pixels, place: str) -> str:
-    """Why images like these, at a place, are learned in pixels: too small, or grey; "" where they are neither.
-
-    `shorter_side` is that of the files, the median, in pixels.
-    """
+def reason_by_side(shorter_side: float) -> str:
+    """Why images are learned in pixels that are too small, by their shorter side in pixels; "" where they are not."""
     if shorter_side < _MIN_SIDE_ENCODED:
         return f"images of {shorter_side:.0f} pixels are too small for latents, which begin at {_MIN_SIDE_ENCODED}"
+    return ""
+
+
+def reason_by_colours(pixels: Pixels, place: str | None) -> str:
+    """Why images like these are learned in pixels that are grey; "" where most are not."""
     channels = pixels.int()
     spread = (channels.amax(1) - channels.amin(1)).flatten(1).amax(1)  # of each image
     num_grey = int((spread <= _GREY_LEVELS).sum())
     if 2 * num_grey > len(pixels):
-        return f"{num_grey} of {len(pixels)} images are grey, and latents are of colours; {_by_recipe(place)}"
+        return f"{num_grey} of {len(pixels)} images are grey, and latents are of colours{_by_recipe(place)}"
     return ""
 
 
-def reason_by_reconstruction(trial: AutoencoderTrial, place: str) -> str:
-    """Why images at a place are learned in pixels that the autoencoder does not know; "" where it keeps enough."""
+def reason_by_reconstruction(trial: AutoencoderTrial, place: str | None) -> str:
+    """Why images are learned in pixels that the autoencoder does not know; "" where it keeps enough."""
     if trial.decibels >= _MIN_DECIBELS:
         return ""
     return (
-        f"latents would change these images by {trial.error_text}, more than {_error_text(_MIN_DECIBELS)}; "
+        f"latents would change these images by {trial.error_text}, more than {_error_text(_MIN_DECIBELS)}"
         f"{_by_recipe(place)}"
     )
 
@@ -106,10 +115,12 @@ def _error_text(decibels: float) -> str:
     return f"{10 ** (-decibels / 20):.0%} of full brightness ({decibels:.1f} dB)"
 
 
-def _by_recipe(place: str) -> str:
-    """How images at a place are learned in latents though they are not proposed so."""
+def _by_recipe(place: str | None) -> str:
+    """How images at a place are learned in latents though they are not proposed so; "" of images in memory."""
+    if place is None:
+        return ""
     root = shell_path(place)
-    return f"in latents all the same by  dumo encode {IMAGES_LATENTS_RECIPE} --set data.images.root={root}"
+    return f"; in latents all the same by  dumo encode {IMAGES_LATENTS_RECIPE} --set data.images.root={root}"
 
 
 def reason_by_time(prepare_seconds: float, training_seconds: float | None) -> str:
@@ -148,6 +159,12 @@ def cache_folder(place: str, images: Images, codec: LoadedCodec) -> str:
     """
     name = cache_name(folder_of_images(place).name, images, codec.sha256)
     return f"{_CACHES}/{name}"
+
+
+def place_in_memory(data: Memory) -> str:
+    """The file _CACHES/NAME-HASH.tar, to which images in memory are written before they are encoded."""
+    type_name = data.name.rpartition(":")[2]
+    return f"{_CACHES}/{type_name}-{data.digest}.tar"
 
 
 def has_caches(place: str) -> bool:

@@ -1,4 +1,4 @@
-"""A look at the images of a folder: how many there are, how large, and how long they take to decode.
+"""A look at the images of a folder, or in memory: how many there are, how large, and how long they take to decode.
 
 `look_at` is the entrance. It reads the headers of some images and decodes a few, all evenly spread.
 """
@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from dumo.data.pixel import ToSquare, Unreadable, short_side
-from dumo.data.store import Store
+from dumo.data.store import EncodedImages
 from dumo.runtime.progress import Bar
 from dumo.runtime.stopwatch import Stopwatch
 from dumo.types import UserError
@@ -22,7 +22,7 @@ _MAX_DECODED = 8  # images that are decoded, to time it and to try the autoencod
 
 @dataclass(frozen=True)
 class ImagesFound:
-    """What is known of the images of a folder, from some of them."""
+    """What is known of the images, from some of them."""
 
     count: int  # of all images
     headers: int  # images whose header was read
@@ -37,7 +37,7 @@ class ImagesFound:
         return self.count * self.image_seconds / torch.get_num_threads()
 
 
-def look_at(store: Store, to_pixels: ToSquare, bar: Bar) -> ImagesFound:
+def look_at(store: EncodedImages, to_pixels: ToSquare, bar: Bar) -> ImagesFound:
     """Look at some images of a store, each decoded by `to_pixels`. Raises UserError where none of them can be read."""
     indices = sorted({round(i * (len(store) - 1) / (_MAX_HEADERS - 1)) for i in range(_MAX_HEADERS)})
     watch = Stopwatch(torch.device("cpu"))

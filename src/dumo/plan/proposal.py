@@ -1,4 +1,4 @@
-"""A run for a folder of images: what fits the images, the machine and the time there is, measured before it trains.
+"""A run for images: what fits them, the machine and the time there is, measured before it trains.
 
 `propose` is the entrance. It
 
@@ -132,33 +132,28 @@ def _images_text(images: ImagesFound, classes: int) -> str:
 
 
 def propose(
-    place: str | None,
+    images: str | Memory | None,
     sets: Sequence[str] = (),
     *,
     minutes: float | None = None,
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> Proposal:
-    """Propose a run on the images at `place`, a folder or file, that takes these minutes from now on.
+    """Propose a run on images, in memory or at a place (a folder or file), that takes these minutes from now on.
 
     `minutes` None: as long as `sets` say, else DEFAULT_MINUTES on a CPU, and on a GPU as long as the recipe says.
-    `sets`, as --set takes them, win over what is proposed. Without a place they say which images in memory it is.
+    `sets`, as --set takes them, win over what is proposed. `images` None: they say which images.
     Raises UserError where there are no images, a field is wrong, or minutes and `sets` both say how long.
     """
     torch_device = choose_device(device)
     minutes = _minutes_to_train(minutes, sets, torch_device)
 
     # the recipe and fields that fit the images and the machine
-    tree = {"data": load_recipe(IMAGES_RECIPE, [f"data.root={place}"] if place else []).data.model_dump(mode="json")}
-    override(tree, [text for text in sets if text.startswith("data")])
-    data = parse(_ImagesOnly, tree).data
-    if isinstance(data, Memory):
-        draft = draft_of_memory(data, torch_device)
-    elif isinstance(data, Images):
-        training_seconds = None if minutes is None else SECONDS_PER_MINUTE * minutes
-        draft = draft_of_files(data, place, torch_device, sets, training_seconds, bar)
+    training_seconds = None if minutes is None else SECONDS_PER_MINUTE * minutes
+    if isinstance(images, Memory):
+        draft = draft_of_memory(images, torch_device, sets, training_seconds, bar)
     else:
-        raise UserError(f"{place} is a place of images, and data.kind={data.kind} reads none: leave it out")
+        draft = draft_of_files(_images_at(images, sets), images, torch_device, sets, training_seconds, bar)
 
     # the seconds of a step
     run = resolve(draft.run({}, sets))
@@ -181,9 +176,23 @@ def propose(
         fields["train.schedule.warmup"] = steps // WARMUP_SHARE
     run = resolve(draft.run(fields, sets))
     proposed = draft.fields | fields
-    proposed.pop("data.images.root" if is_latents(run.data) else "data.root", None)
+    for field in ("data", "data.images.root" if is_latents(run.data) else "data.root"):  # as the user has them
+        proposed.pop(field, None)
     run = run.model_copy(update={"resolved": run.resolved | {PROPOSED_KEY: proposed}})
     return Proposal(run, draft, machine.hardware(torch_device).text, step_seconds)
+
+
+def _images_at(place: str | None, sets: Sequence[str]) -> Images:
+    """The images at a place, with the user's own changes `sets`, which alone say it where `place` is None.
+
+    Raises UserError for data of another kind.
+    """
+    tree = {"data": load_recipe(IMAGES_RECIPE, [f"data.root={place}"] if place else []).data.model_dump(mode="json")}
+    override(tree, [text for text in sets if text.startswith("data")])
+    data = parse(_ImagesOnly, tree).data
+    if not isinstance(data, Images):
+        raise UserError(f"{place} is a place of images, and data.kind={data.kind} reads none: leave it out")
+    return data
 
 
 def _minutes_to_train(minutes: float | None, sets: Sequence[str], device: torch.device) -> float | None:

@@ -239,6 +239,8 @@ def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
         ({"objective": 3}, "objective is a int"),
         ({"data": "nowhere"}, "there is no folder or file nowhere"),
         ({"data": 3}, "data is a builtins:int"),
+        ({"source": 3}, "data is a builtins:int"),
+        ({"source": COLOURS, "data": COLOURS}, "data are given twice: as numpy:ndarray, and by data="),
         (
             {"source": "moons", "minutes": 3},
             "to go on with a run's folder: set train.steps or train.minutes in changes",
