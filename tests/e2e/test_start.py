@@ -73,14 +73,14 @@ def test_recipes_are_listed_by_purpose_with_what_they_are() -> None:
     done, told = call("recipes"), call("recipes", "--json")
     assert (done.code, done.err, told.code, told.err) == (0, "", 0, "")
     lines = [" ".join(line.split()) for line in done.out.splitlines()]  # as grep sees them: a recipe, a line
-    expected = [
-        line for group, names in recipes.GROUPS.items() for line in (group, *(f"{n} {recipes.about(n)}" for n in names))
-    ]
+    expected: list[str] = []
+    for group, names in recipes.by_group().items():
+        expected += [group, *(f"{name} {recipes.about(name)}" for name in names)]
     assert [line for line in lines if line][: len(expected)] == expected
     assert "dumo show NAME --yaml > my.yaml" in done.out
     assert told.json["recipes"] == [
         {"name": name, "about": recipes.about(name), "group": group, "base": recipes.base(name)}
-        for group, names in recipes.GROUPS.items()
+        for group, names in recipes.by_group().items()
         for name in names
     ]
 

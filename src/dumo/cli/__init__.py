@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by
 was over before its photos were encoded). Progress goes to stderr, answers to stdout.
 
 The order of events: typer reads the first word, `LazyGroup` imports that command's module, its function runs under
-`stoppable`, reads what its words name (`precheck`), and `exit_code` explains an error. torch is imported inside the
+`stoppable`, reads what its words name (`precheck`), and `run_command` explains an error. torch is imported inside the
 commands, so that help and mistakes are answered at once.
 
 This subpackage alone touches the terminal; the work of a command is done by the subpackages below it.
@@ -17,10 +17,12 @@ from typing import Annotated, ClassVar, NoReturn
 import typer
 
 from dumo import runtime
-from dumo.cli.command import PREFLIGHT, Entry, LazyGroup
-from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, reopen_streams
+from dumo.cli.command import Entry, LazyGroup
+from dumo.cli.terminal import err, explain, plain_warnings, reopen_streams, silenced_other_ranks
 from dumo.runtime import door
 
+_PREFLIGHT = "dumo.cli.preflight"
+# The headings of help
 MAKE = "Make images"
 TRAIN = "Train"
 BEFORE = "Before you train"
@@ -36,13 +38,13 @@ class Program(LazyGroup):
     entries: ClassVar[Mapping[str, Entry]] = {
         "sample": Entry("dumo.cli.run", MAKE, "dumo sample digits-trained --nfe 1"),
         "demo": Entry("dumo.cli.demo", MAKE, "dumo demo cifar10-trained"),
-        "recipes": Entry(PREFLIGHT, TRAIN, "dumo recipes"),
+        "recipes": Entry(_PREFLIGHT, TRAIN, "dumo recipes", keeps_work=False),
         "train": Entry("dumo.cli.run", TRAIN, "dumo train digits --set train.steps=500"),
         "encode": Entry("dumo.cli.run", TRAIN, "dumo encode cifar10-latents"),
-        "data": Entry(PREFLIGHT, TRAIN, "dumo data cifar10"),
-        "show": Entry(PREFLIGHT, BEFORE, "dumo show digits"),
-        "dry": Entry(PREFLIGHT, BEFORE, "dumo dry imagenet256-xl2 --ranks 8 --fit 80GiB"),
-        "doctor": Entry(PREFLIGHT, BEFORE, "dumo doctor digits"),
+        "data": Entry(_PREFLIGHT, TRAIN, "dumo data cifar10", keeps_work=False),
+        "show": Entry(_PREFLIGHT, BEFORE, "dumo show digits", keeps_work=False),
+        "dry": Entry(_PREFLIGHT, BEFORE, "dumo dry imagenet256-xl2 --ranks 8 --fit 80GiB", keeps_work=False),
+        "doctor": Entry(_PREFLIGHT, BEFORE, "dumo doctor digits", keeps_work=False),
         "evaluate": Entry("dumo.cli.evaluate", JUDGE, "dumo evaluate runs/digits"),
         "compare": Entry("dumo.cli.evaluate", JUDGE, "dumo compare runs/digits runs/digits-meanflow"),
         "report": Entry("dumo.cli.run", LOOK, "dumo report runs/digits"),
@@ -104,11 +106,11 @@ def options(
 def main() -> NoReturn:
     """Run the command line, and turn every failure into a plain line and an exit code."""
     reopen_streams()
-    with rank_0_speaks() as leave:
-        leave(exit_code())
+    with silenced_other_ranks() as leave:
+        leave(run_command())
 
 
-def exit_code() -> int:
+def run_command() -> int:
     """Run the command, print the line of an error that is known, and return the exit code. Raises other errors."""
     code = 0
     try:

@@ -33,7 +33,7 @@ from dumo.config.trust import trusting
 from dumo.encoders.codec import LoadedCodec
 from dumo.evaluation.own import OwnMetric
 from dumo.io import picture
-from dumo.io.read import brief
+from dumo.io.read import brief, user_path
 from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
 from dumo.report import page
@@ -255,7 +255,7 @@ class TrainedRun:
         chosen: list[int] | None = None  # the conditions to take in turn; None: all
         if prompts is not None:
             texts = [prompts] if isinstance(prompts, str) else prompts
-            source_file = None if source is None else Path(source)
+            source_file = None if source is None else _path(source, "source")
             chosen = conditions_of_prompts(self.opened.sampler, texts, source_file).tolist()
         elif labels is not None:
             label_list = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else labels
@@ -347,7 +347,7 @@ class TrainedRun:
         from dumo.export import hub, write  # slow to import
 
         dist.require_one_process("an export")
-        place = Path(out)
+        place = _path(out, "out")
         write.require_vacant(place)
         if push is not None:
             hub.require_uploadable(push, parts)
@@ -421,6 +421,11 @@ def _integers(name: str, values: SupportsIndex | Iterable[SupportsIndex]) -> lis
     return [_integer(name, value) for value in (values if isinstance(values, Iterable) else [values])]
 
 
+def _path(path: str | Path, argument: str) -> Path:
+    """The path that an argument names; in a text ~ and $NAMES are expanded. Raises UserError for a variable not set."""
+    return path if isinstance(path, Path) else user_path(path, argument)
+
+
 def _is_tensor(value: object) -> bool:
     """Whether a value is a tensor of torch; a notebook may give an array of numpy where the types say Tensor."""
     return isinstance(value, Tensor)
@@ -458,7 +463,7 @@ def load(
     # both are remembered under their hash, by which run.yaml names them
     plain_data(data, bar)
     plain_net(net)
-    file = None if weights is None else str(weights)
+    file = None if weights is None else str(_path(weights, "weights"))
     with trusting(trust_code):
         return TrainedRun(open_run(folder, _settings(changes), weights=file, device=str(device)))
 
@@ -533,7 +538,7 @@ def train(
     it grows. `trust_code`: run the code that a file or folder names, as an object or `changes` need not say. Raises
     UserError as `recipe` does, and where the folder holds another run.
     """
-    folder = None if out is None else Path(out)
+    folder = None if out is None else _path(out, "out")
     if not isinstance(source, str | Path | Run | None):
         if data is not None:
             raise UserError(f"data are given twice: as {name_of(type(source))}, and by data=")

@@ -1,8 +1,9 @@
 """Commands and groups as the command line has them: imported when they are called, and clear about wrong words.
 
-`LazyGroup` imports the module of the command that is called, so help and mistakes cost no import. What no command, no
-option and no argument is called is answered with dumo's name for it: of other programs by `dumo.cli.foreign`, of a
-wrong spelling by the nearest (`dumo.config.suggestion`).
+- `LazyGroup` is a group of commands. Its `entries` say where each is; the module is imported once a command is called,
+  so help and mistakes cost no import.
+- `Command` is one command. A word that is none of its options or arguments is answered with dumo's name for it: of a
+  word of other programs by `dumo.cli.foreign`, of a wrong spelling by `dumo.config.suggestion`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from dumo.cli.option import with_trust_code
 from dumo.cli.terminal import stoppable
+from dumo.error import UserError
 
-PREFLIGHT = "dumo.cli.preflight"  # a signal ends its commands at once: they keep nothing
 _SET = "--set"
 
 
@@ -26,6 +27,7 @@ class Entry(NamedTuple):
     module: str  # where the command's function has its name
     panel: str | None = None  # the heading in help under which it stands
     example: str = ""  # a command line that works, with which its help begins
+    keeps_work: bool = True  # whether a signal waits for a piece of work that is kept; else it ends the command at once
 
 
 class Command(TyperCommand):
@@ -40,38 +42,53 @@ class Command(TyperCommand):
             message = self._message(error, words, ctx.command_path)
             if not message:
                 raise
-            from dumo.error import UserError
-
             raise UserError(message) from error
 
-    def _message(self, error: Exception, words: Sequence[str], path: str) -> str:
-        """What to say instead of typer's error; "": it says enough. `path` is the command's, dumo train."""
+    def _message(self, error: Exception, words: Sequence[str], command_path: str) -> str:
+        """What to say instead of typer's error; "": it says enough. `command_path` is such as dumo train."""
         has_set = any(_SET in parameter.opts for parameter in self.params)
         if hasattr(error, "possibilities"):  # typer's NoSuchOption, which it does not show to others
             option = str(getattr(error, "option_name", ""))
-            from dumo.cli.foreign import near_option, our_option
-            from dumo.config.suggestion import nearest_option
-
-            command = self.name or ""
-            options = [name for parameter in self.params for name in parameter.opts if name.startswith("-")]
-            hint = our_option(command, option, has_set=has_set)
-            hint = hint or nearest_option(option, options)
-            hint = hint or near_option(command, option, has_set=has_set)
-            return f"there is no option {option}: {hint or f'{path} --help lists all'}"
+            hint = self._option_hint(option, has_set=has_set) or f"{command_path} --help lists all"
+            return f"there is no option {option}: {hint}"
         if has_set and "unexpected extra argument" in str(getattr(error, "message", "")):
-            return _setting_hint(words)
+            return self._setting_hint(words)
+        return ""
+
+    def _option_hint(self, option: str, *, has_set: bool) -> str | None:
+        """What was meant by an option that the command does not have; None or "": not known."""
+        from dumo.cli.foreign import near_option, our_option
+        from dumo.config.suggestion import nearest_option
+
+        command = self.name or ""
+        options = [name for parameter in self.params for name in parameter.opts if name.startswith("-")]
+        return (
+            our_option(command, option, has_set=has_set)
+            or nearest_option(option, options)
+            or near_option(command, option, has_set=has_set)
+        )
+
+    def _setting_hint(self, words: Sequence[str]) -> str:
+        """The --set that was meant, where a setting was typed as words: train.steps=100, or --set train.steps 100.
+
+        "": there is no such setting among the words.
+        """
+        options_with_value = {name for parameter in self.params if _takes_value(parameter) for name in parameter.opts}
+        for option, word, next_word in zip(["", *words], words, [*words[1:], ""], strict=False):
+            if word.startswith("-"):
+                continue
+            if option == _SET:
+                if "=" not in word and next_word and not next_word.startswith("-"):
+                    return f"{_SET} {word}: write it as a.b=c, {_SET} {word}={next_word}"
+            elif "=" in word and option not in options_with_value:
+                return f"{word} is no argument: to set a field write {_SET} {word}"
         return ""
 
 
-def _setting_hint(words: Sequence[str]) -> str:
-    """The --set that was meant, where a setting was typed as a word: train.steps=100, or --set train.steps 100; ""."""
-    for place, word in enumerate(words):
-        before = words[place - 1] if place else ""
-        if before == _SET and "=" not in word and place + 1 < len(words):
-            return f"{_SET} {word}: write it as a.b=c, {_SET} {word}={words[place + 1]}"
-        if "=" in word and not word.startswith("-") and before != _SET:
-            return f"{word} is no argument: to set a field write {_SET} {word}"
-    return ""
+def _takes_value(parameter: Any) -> bool:  # noqa: ANN401, typer's own
+    """Whether a parameter is an option whose value is the next word."""
+    is_option = parameter.param_type_name == "option"
+    return is_option and not parameter.is_flag and not parameter.count
 
 
 class LazyGroup(TyperGroup):
@@ -107,40 +124,38 @@ class LazyGroup(TyperGroup):
             hint = our_command(option)
             if not hint:
                 raise
-            from dumo.error import UserError
-
             raise UserError(f"there is no option {option}: {hint}") from error
 
     def _import_command(self, name: str) -> Any:  # noqa: ANN401, a command of typer
         """Make the command of a function, which is imported."""
         entry = self.entries[name]
-        function = stoppable(getattr(import_module(entry.module), name), keeps_work=entry.module != PREFLIGHT)
+        function = stoppable(getattr(import_module(entry.module), name), keeps_work=entry.keeps_work)
         text = cleandoc(function.__doc__ or "")
-        single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        add = single.command(
+        program = typer.Typer(add_completion=False, rich_markup_mode="rich")  # typer makes commands of a program only
+        add_command = program.command(
             name,
             cls=Command,
             help=f"Example:  {entry.example}\n\n{text}",
             short_help=text.partition("\n")[0],
             rich_help_panel=entry.panel,
         )
-        add(with_trust_code(function))
-        return typer.main.get_command(single)
+        add_command(with_trust_code(function))
+        return typer.main.get_command(program)
 
 
-def _refuse_command(name: str, commands: list[str], path: str, *, is_first: bool) -> None:
+def _refuse_command(name: str, commands: list[str], group_path: str, *, is_first: bool) -> None:
     """Raise UserError for a word that is no command of a group, and say which was meant.
 
-    `path` is the group's, dumo; `is_first`: the word may be a command of another program, or the word after train.
+    `group_path` is such as dumo bench; `is_first`: the word may be a command of another program, or the word after
+    train.
     """
     from dumo.cli.foreign import our_command
     from dumo.config import recipes
     from dumo.config.suggestion import nearest_few
-    from dumo.error import UserError
 
     hint = our_command(name) if is_first else None
     if hint is None and is_first and name in recipes.names():
         hint = f"it is a recipe, dumo train {name}"
     if hint is None:
-        hint = f"{nearest_few(name, commands)}{path} --help lists all"
+        hint = f"{nearest_few(name, commands)}{group_path} --help lists all"
     raise UserError(f"there is no command '{name}': {hint}")

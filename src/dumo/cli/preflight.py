@@ -1,21 +1,21 @@
 """Commands before anything is trained: `recipes`, `data`, `show`, `dry` and `doctor`.
 
-`recipes` and `data` list what there is and what to fetch. The others load a run, with advice on stderr, and print what
-it is (`show`), what it takes (`dry`), and whether this machine can train it (`doctor`), as counted by `dumo.plan`.
+`recipes` and `data` list what there is and what to fetch. The others refuse wrong options, load a run, with advice on
+stderr, and print what it is (`show`), what it takes (`dry`), and whether this machine can train it (`doctor`), as
+counted by `dumo.plan`. With --json they print the same facts as one object.
 """
 
 import json
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from dumo.cli import precheck
 from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_bytes
-from dumo.cli.terminal import out, show_lines
+from dumo.cli.terminal import PlainConsole, out, show_lines
 from dumo.config import recipes as shipped_recipes
 from dumo.runtime import shell_path
 from dumo.runtime.limits import ROWS
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
     from dumo.config.source import RunText
     from dumo.config.spec import Run
+    from dumo.plan.catalogue import DescribedItem
+    from dumo.plan.plan import RunFacts
 
-_DATA = (  # what `dumo.plan.catalogue` lists
+_DATA_NAMES = (  # of what `dumo.plan.catalogue` lists, which is slow to import
     *("my-images", "pretrained", "few-steps", "cifar10", "imagenet", "imagenet-sample"),
     *("taef2", "sd-vae", "dc-ae", "inception", "adm"),
 )
@@ -46,8 +48,9 @@ def recipes(
     if as_json:
         print(json.dumps({"recipes": shipped_recipes.rows()}))
         return
-    wide = Console(width=out.width if out.is_terminal else 1000, highlight=False)  # a line each, to be searched
-    for group, names in shipped_recipes.GROUPS.items():
+    width = out.width if out.is_terminal else 1000  # a line each, to be searched
+    wide = PlainConsole(width=width, highlight=False)
+    for group, names in shipped_recipes.by_group().items():
         table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), title=group, title_justify="left")
         table.title_style = "bold"
         for name in names:
@@ -63,7 +66,7 @@ def data(
     name: Annotated[
         str | None,
         typer.Argument(
-            callback=one_of("data set or model", *_DATA), help="One of those that are listed, such as cifar10."
+            callback=one_of("data set or model", *_DATA_NAMES), help="One of those that are listed, such as cifar10."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -74,35 +77,37 @@ def data(
     if name is not None:
         item = catalogue.describe(catalogue.find(name))
         if as_json:
-            print(json.dumps(item))
+            print(json.dumps(item.to_json()))
         else:
             _show_item(item)
         return
     items = [catalogue.describe(item) for item in catalogue.CATALOGUE]
     if as_json:
-        print(json.dumps(items))
+        print(json.dumps([item.to_json() for item in items]))
         return
     for item in items:
         _show_head(item)
     out.print("\nHow to get one, and where it is looked for:  dumo data NAME", soft_wrap=True)
 
 
-def _show_head(item: dict[str, Any]) -> None:
+def _show_head(described: "DescribedItem") -> None:
     """Print what an item of the catalogue is, and whether it is here, on one line."""
-    state = {True: "there", False: "not there", None: "you name it"}[item["there"]]
-    out.print(f"{item['name']:16} {state:10} {item['what']}", soft_wrap=True)
+    item = described.item
+    state = {True: "there", False: "not there", None: "you name it"}[described.is_there]
+    out.print(f"{item.name:16} {state:10} {item.what}", soft_wrap=True)
 
 
-def _show_item(item: dict[str, Any]) -> None:
+def _show_item(described: "DescribedItem") -> None:
     """Print all that is known of an item of the catalogue."""
-    lines = [("from", item["source"])]
-    lines += [("get it by", line) for line in item["get"]]
-    lines.append(("layout", item["layout"]))
-    if item["sha256"]:
-        lines.append(("sha256", item["sha256"]))
-    lines += [("looked at", f"{place['place']}: {place['state']}") for place in item["looked"]]
-    lines.append(("recipes", ", ".join(item["recipes"]) or "none of the packaged ones"))
-    _show_head(item)
+    item = described.item
+    lines = [("from", item.source)]
+    lines += [("get it by", line) for line in item.get]
+    lines.append(("layout", item.layout))
+    if item.sha256:
+        lines.append(("sha256", item.sha256))
+    lines += [("looked at", f"{place.place}: {place.state}") for place in described.places]
+    lines.append(("recipes", ", ".join(described.recipes) or "none of the packaged ones"))
+    _show_head(described)
     for title, text in lines:
         out.print(f"  {title:10} {text}", soft_wrap=True)
 
@@ -133,52 +138,57 @@ def show(
     Fields of the machine and parts that are empty are left out where they stand at their defaults. All but the spec is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
+    if as_yaml and as_json:
+        raise typer.BadParameter("--yaml and --json: give one of them")
     text = precheck.read_source(source, set_)
 
     from dumo.config.load import dump, summary
-    from dumo.config.word import method
-    from dumo.plan.findings import caption_findings
     from dumo.plan.plan import show
 
-    if as_yaml and as_json:
-        raise typer.BadParameter("--yaml and --json: give one of them")
-    spec = _load_with_advice(text, set_)
+    run = _load_with_advice(text, set_)
     if as_yaml:
         print(_comment(" ".join(["dumo show", shell_path(source), *_set_options(set_)])))
-        print(dump(spec, short=not all_fields), end="")
+        print(dump(run, short=not all_fields), end="")
         return
-    facts = show(spec)
+    facts = show(run)
     if as_json:
+        fields = asdict(facts)
         if not all_fields:
-            facts = {**facts, "spec": summary(spec)}
-        print(json.dumps(facts))
+            fields["spec"] = summary(run)
+        print(json.dumps(fields))
         return
-    lines = [("objective", str(method(spec.objective)))]
-    if spec.shown_shape[1:]:
-        lines.append(("images", f"{' x '.join(map(str, spec.shown_shape[1:]))} pixels"))
+    out.print(dump(run, short=not all_fields), soft_wrap=True)
+    for name, text_of_fact in _fact_lines(run, facts):
+        out.print(_comment(f"{name:15} {text_of_fact}"), soft_wrap=True)
+
+
+def _fact_lines(run: "Run", facts: "RunFacts") -> list[tuple[str, str]]:
+    """What a run is, in lines, each with its name."""
+    from dumo.config.word import method
+    from dumo.plan.findings import caption_findings
+
+    lines = [("objective", str(method(run.objective)))]
+    if run.shown_shape[1:]:
+        lines.append(("images", f"{' x '.join(map(str, run.shown_shape[1:]))} pixels"))
     lines += [
-        ("parameters", f"{facts['parameters']:,}"),
-        ("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample"),
-        ("one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"),
+        ("parameters", f"{facts.parameters:,}"),
+        ("one pass", f"{facts.forward_flops_per_image / 2e9:.4g} G multiply-adds per sample"),
+        ("one step", f"{facts.forward_units_per_step:.2f} F (forward units, counted; a backward pass is 2 F)"),
     ]
-    slope = facts["slope"]
-    if slope:
-        lines.append(("slope", f"dual, {slope['text']}: {slope['why']}"))
-    lines += _unknown_class_lines(spec.conditions)
-    lines += [("captions", finding.text) for finding in caption_findings(spec.data)]
-    share_of_long_jumps = facts["far"]
+    if facts.slope:
+        lines.append(("slope", f"dual, {facts.slope['text']}: {facts.slope['why']}"))
+    lines += _unknown_class_lines(run.conditions)
+    lines += [("captions", finding.text) for finding in caption_findings(run.data)]
     jumps_text = "no jump is taught"
-    if share_of_long_jumps is not None:
-        jumps_text = f"{100 * share_of_long_jumps:.2g} % of the rows"
+    if facts.far is not None:
+        jumps_text = f"{100 * facts.far:.2g} % of the rows"
     lines.append(("P(t - r > 0.9)", jumps_text))
-    lines.append(("guidance scale", f"{facts['guidance_scale']:.3g} in training (1 is none)"))
-    minutes = spec.train.minutes
+    lines.append(("guidance scale", f"{facts.guidance_scale:.3g} in training (1 is none)"))
+    minutes = run.train.minutes
     if minutes is not None:
         length = f"{minutes_text(minutes)}, then it ends; train.steps is a guess until then, and then how many it made"
         lines.append(("length", length))
-    out.print(dump(spec, short=not all_fields), soft_wrap=True)
-    for name, fact in lines:
-        out.print(_comment(f"{name:15} {fact}"), soft_wrap=True)
+    return lines
 
 
 def _set_options(overrides: list[str] | None) -> list[str]:
@@ -229,40 +239,67 @@ def dry(
     With --ranks: the memory of each of these GPUs, what they send one another, hours. With --fit: what to set so
     that they do.
     """
+    limit = parse_bytes(fit, "--fit") if fit else None
+    if share and share > (ranks or 1):
+        raise typer.BadParameter(
+            f"{share} ranks hold a copy between them: give as many by --ranks", param_hint="--share"
+        )
     text = precheck.read_source(source, set_)
 
-    from dumo.plan import host, plan, rehearsal
+    from dumo.plan import plan, rehearsal
 
-    limit = parse_bytes(fit, "--fit") if fit else None
     overrides = [*(set_ or [])]
     if share:
         overrides.append(f"train.share={share}")
-    spec = _load_with_advice(text, overrides)
-    facts = plan.plan(spec)
-    cluster: dict[str, Any] | None = None
+    run = _load_with_advice(text, overrides)
+    facts = plan.plan(run)
+    rank_plan = None
     if ranks or share or fit or tflops:
-        cluster = _plan_ranks(spec, ranks or 1, limit, tflops, device)
+        rank_plan = _plan_ranks(run, ranks or 1, limit, tflops, device)
     if not as_json:
-        lines = [*plan.lines(facts, alone=not cluster), *_unknown_class_lines(spec.conditions)]
-        if cluster:
-            lines += plan.rank_lines(cluster, spec.train.keep)
-        else:
-            lines += _gpu_lines(facts["gpus"], source, set_)
-        lines += [host.line((cluster or facts)["host"], name) for name in host.DEVICES]
-        if cluster:
-            lines += _set_lines(cluster["fields"])
-        show_lines(lines)
-    step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None
+        show_lines(_plan_lines(run, facts, rank_plan, source, set_))
+    step = asdict(rehearsal.rehearse(run, rows, device)) if rows else None
     if as_json:
-        print(json.dumps({**facts, "cluster": cluster, "step": step}))
+        print(json.dumps({**facts, "cluster": rank_plan and rank_plan.to_json(), "step": step}))
     elif step:
-        show_lines(plan.rehearsal_lines(step, spec.train))
+        show_lines(plan.rehearsal_lines(step, run.train))
 
 
-def _plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
-    """The plan for these ranks, in a layout that keeps within `limit` bytes on each, if that is given.
+@dataclass(frozen=True)
+class _RankPlan:
+    """A plan for several ranks."""
 
-    `fields` of the plan are what to set for the layout. `tflops` None: a share of this GPU's peak, where it is known.
+    facts: dict[str, Any]  # as `dumo.plan.cluster.cluster` counts them
+    fields: dict[str, Any]  # what to set for the layout that was looked for; {}: none was, or nothing is to be set
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts, with the fields."""
+        return {**self.facts, "fields": self.fields}
+
+
+def _plan_lines(
+    run: "Run", facts: dict[str, Any], rank_plan: _RankPlan | None, source: str, overrides: list[str] | None
+) -> list[tuple[str, str]]:
+    """What a run takes, in lines, each with its name: on one device, or on the ranks of a plan."""
+    from dumo.plan import host, plan
+
+    lines = [*plan.lines(facts, alone=rank_plan is None), *_unknown_class_lines(run.conditions)]
+    if rank_plan is None:
+        host_bytes = facts["host"]
+        lines += _gpu_lines(facts["gpus"], source, overrides)
+    else:
+        host_bytes = rank_plan.facts["host"]
+        lines += plan.rank_lines(rank_plan.facts, run.train.keep)
+    lines += [host.line(host_bytes, name) for name in host.DEVICES]
+    if rank_plan is not None:
+        lines += _set_lines(rank_plan.fields)
+    return lines
+
+
+def _plan_ranks(run: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> _RankPlan:
+    """Make the plan for these ranks, in a layout that keeps within `limit` bytes on each, if that is given.
+
+    `tflops` None: a share of this GPU's peak, where it is known.
     """
     from dumo.plan import cluster
     from dumo.runtime.device import choose_device, known_peak_tflops
@@ -274,8 +311,9 @@ def _plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None
             f"hours: at {cluster.USUAL_SHARE_OF_PEAK:.0%} of this GPU's peak, {peak:g} TFLOP/s; give --tflops if you "
             "know better"
         )
-    fields = cluster.fit(spec, ranks, limit, print_line) if limit else {}
-    return {**cluster.cluster(cluster.with_fields(spec, fields), ranks, tflops), "fields": fields}
+    fields = cluster.fit(run, ranks, limit, print_line) if limit else {}
+    facts = cluster.cluster(cluster.with_fields(run, fields), ranks, tflops)
+    return _RankPlan(facts, fields)
 
 
 def _set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
@@ -311,15 +349,15 @@ def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto",
 
     from dumo.plan import doctor
 
-    spec = _load_with_advice(text, set_)
-    diagnosis = doctor.diagnose(spec, device)
+    run = _load_with_advice(text, set_)
+    diagnosis = doctor.diagnose(run, device)
     if as_json:
-        print(json.dumps(diagnosis))
+        print(json.dumps(diagnosis.to_json()))
     else:
-        show_lines(_unknown_class_lines(spec.conditions))
-        for finding in diagnosis["findings"]:
-            out.print(f"{finding['state']:8} {finding['name']}: {finding['text']}", soft_wrap=True)
-            if finding["way"]:
-                out.print(f"{'':8} way out: {finding['way']}", soft_wrap=True)
-    if not diagnosis["ok"]:
+        show_lines(_unknown_class_lines(run.conditions))
+        for finding in diagnosis.findings:
+            out.print(f"{finding.state:8} {finding.name}: {finding.text}", soft_wrap=True)
+            if finding.way:
+                out.print(f"{'':8} way out: {finding.way}", soft_wrap=True)
+    if not diagnosis.is_ok:
         raise typer.Exit(1)

@@ -1,6 +1,6 @@
 """What the terminal shows: answers on stdout; errors, warnings and how to go on on stderr; and exit codes.
 
-Around every command, in this order: `reopen_streams` before anything is written, `rank_0_speaks` for torchrun,
+Around every command, in this order: `reopen_streams` before anything is written, `silenced_other_ranks` for torchrun,
 `plain_warnings`, and `stoppable` for signals. `explain` gives an error's line and exit code.
 
 For commands: `out` and `err` to write on, `show_lines` and `show_table`; `memory_hint`, which says how the work would
@@ -36,15 +36,18 @@ from dumo.runtime.text import escape_controls, escape_line
 
 
 class PlainConsole(Console):
-    """A console that shows the control characters of a text, and obeys none."""
+    """A console that shows a text as it is: control characters and rich's markup are visible, and not obeyed."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401, as rich has them
+        super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401, as rich has them
         """Render a string as rich does, with its control characters made visible."""
         return super().render_str(escape_controls(text), **options)
 
 
-out = PlainConsole(markup=False, emoji=False)  # what users typed is shown as they typed it
-err = PlainConsole(markup=False, emoji=False, highlight=False, stderr=True)
+out = PlainConsole()
+err = PlainConsole(highlight=False, stderr=True)
 
 _STOPPED = 128  # the exit code of a command that a signal ends is this and the signal's number
 _RANK_0_SECONDS = 5.0  # that a failed rank waits, so that rank 0 may print the same error first: ours
@@ -130,7 +133,7 @@ def reopen_streams() -> None:
 
 
 @contextmanager
-def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
+def silenced_other_ranks() -> Generator[Callable[[int], NoReturn], None, None]:
     """Under torchrun, hold back what the other ranks print. Yields the function that ends the process by an exit code.
 
     A rank that fails waits a little, then prints what it held back: torchrun stops all ranks as soon as one is gone, so

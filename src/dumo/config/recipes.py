@@ -1,10 +1,12 @@
 """The recipes that dumo ships, a YAML file per run, and the results that were published with some of them.
 
-`names` lists them and `text` gives one; `GROUPS` has them by purpose. A recipe may name a `base` and what it changes of
-it (ADR 0002): `dumo.config.source` reads it so. Imports no torch.
+`names` lists them and `text` gives one. A line of each says what it is (`about`), another what it is for: its `group`,
+one of `GROUPS`, by which `by_group` sorts them. A recipe may name a `base` and what it changes of it (ADR 0002):
+`dumo.config.source` reads it so. Imports no torch.
 """
 
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -12,34 +14,20 @@ import yaml
 
 FOLDER = files("dumo") / "recipes"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C library's, ten times as quick, where there is one
-_GROUP_TEXT = {  # by purpose, in the order in which `dumo recipes` lists them
-    "Start here": "digits moons",
-    "Your own images": "my-images my-images-64 my-images-256 my-images-buckets",
-    "A pretrained transformer": "sd3-lora sana flux-lora z-image qwen-image-lora qwen-image",
-    "A subject on a few-step LoRA": "personal",
-    "A pretrained diffusion": "sd15-lora sdxl-lora sdxl pixart",
-    "By words": "digits-words cifar10-latents-words text-256 text-512 text-1024",
-    "Compare objectives on digits, at equal cost": """
-        digits-flow-matching digits-meanflow digits-imf digits-split-meanflow digits-alpha-flow digits-soflow
-        digits-shortcut digits-imm digits-tvm digits-lsd digits-lsd-two-heads digits-facm digits-rcgm digits-twinflow
-        digits-ucgm digits-fm-plus
-        digits-cm digits-ict digits-ect digits-tcm digits-sct digits-cmt digits-ayf digits-dmf digits-pi-flow
-        digits-three-heads digits-three-heads-shortcut digits-likelihood digits-match digits-critic digits-drift
-        digits-tbsm digits-freeflow""",
-    "More of DuMo on digits": "digits-guided dumo-best",
-    "Two moons, where everything can be seen": "moons-flow-matching moons-meanflow moons-guided",
-    "CIFAR-10": """
-        cifar10-latents cifar10-latents-flow-matching cifar10-latents-meanflow dumo-best-latents
-        cifar10-overnight cifar10-small cifar10-routed cifar10 cifar10-meanflow""",
-    "ImageNet, in small": "imagenet-sample",
-    "ImageNet, at the paper's size": """
-        imagenet256-xl2 imagenet256-xl2-432 imagenet256-xl2-meanflow imagenet256-xl2-dual imagenet256-xl2-modern
-        imagenet256-xl2-routed imagenet256-xl2-three-heads imagenet256-xl2-three-heads-shortcut
-        imagenet256-b2 imagenet256-b2-meanflow
-        imagenet512-xl4 imagenet512-xl4-meanflow imagenet512-xl4-dual
-        imagenet512-xl1-dcae imagenet512-xl1-dcae-dual""",
-}
-GROUPS = {purpose: tuple(text_names.split()) for purpose, text_names in _GROUP_TEXT.items()}
+GROUPS = (  # the purposes that recipes name, in the order in which `dumo recipes` lists them
+    "Start here",
+    "Your own images",
+    "A pretrained transformer",
+    "A subject on a few-step LoRA",
+    "A pretrained diffusion",
+    "By words",
+    "Compare objectives on digits, at equal cost",
+    "More of DuMo on digits",
+    "Two moons, where everything can be seen",
+    "CIFAR-10",
+    "ImageNet, in small",
+    "ImageNet, at the paper's size",
+)
 
 
 def names() -> list[str]:
@@ -64,12 +52,34 @@ def base(name: str) -> str | None:
     return _line(name, "base")
 
 
+def group(name: str) -> str:
+    """The purpose for which a recipe says that it is, one of `GROUPS`; "" where it says nothing."""
+    return _line(name, "group") or ""
+
+
+def by_group() -> dict[str, list[str]]:
+    """The names of the recipes of each group, by their words; numbers by size, as in my-images-64, my-images-256."""
+    names_by_group: dict[str, list[str]] = {purpose: [] for purpose in GROUPS}
+    for name in sorted(names(), key=_sort_key):
+        names_by_group[group(name)].append(name)
+    return names_by_group
+
+
+def _sort_key(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts names word by word: numbers first, by size, then letters."""
+    key: list[tuple[bool, int, str]] = []
+    for word in re.findall(r"\d+|[^\d-]+", name):
+        is_number = word.isdecimal()
+        key.append((not is_number, int(word) if is_number else 0, word))
+    return key
+
+
 def rows() -> list[dict[str, str | None]]:
     """A row for each recipe, by purpose: its name, what it is, its purpose (`group`), and its base, if it has one."""
     recipe_rows: list[dict[str, str | None]] = []
-    for group, group_names in GROUPS.items():
+    for purpose, group_names in by_group().items():
         for name in group_names:
-            recipe_rows.append({"name": name, "about": about(name), "group": group, "base": base(name)})
+            recipe_rows.append({"name": name, "about": about(name), "group": purpose, "base": base(name)})
     return recipe_rows
 
 

@@ -3,9 +3,16 @@
 import json
 from typing import Any, cast
 
-from dumo.config import outline
-from dumo.config.source import CHANGED_KEY, FORMAT_KEY
+from dumo.config import outline, recipes
+from dumo.config.declaration import declarations_hash
+from dumo.config.source import CHANGED_KEY, FORMAT_KEY, GROUP_KEY
 from dumo.config.spec import Run
+
+# Keywords of JSON schema that outline.json keeps.
+_KEYWORDS = (
+    *("$ref", "anyOf", "type", "const", "enum", "properties", "additionalProperties", "items", "prefixItems"),
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "pattern"),
+)
 
 
 def schema() -> dict[str, Any]:
@@ -13,19 +20,19 @@ def schema() -> dict[str, Any]:
     tree = cast("dict[str, Any]", _loosen(Run.model_json_schema()))
     tree["title"] = "A recipe of dumo"
     tree["properties"]["base"] = {"type": "string", "description": "A recipe's name, or a file or run's folder here."}
+    tree["properties"][GROUP_KEY] = {"enum": [*recipes.GROUPS], "description": "The heading in the list of recipes."}
     tree["properties"] |= {FORMAT_KEY: {"type": "integer"}, CHANGED_KEY: {"type": "array"}}  # keys of a run.yaml
     return tree
 
 
 def outline_text() -> str:
     """The text of outline.json (`dumo.config.outline`), with a line for the hash and for each part of a run."""
-    tree = outline.pruned_schema(_loosen(Run.model_json_schema()))
+    tree = _prune(_loosen(Run.model_json_schema()))
     parts = tree.pop(outline.DEFINITIONS)
     lines = [f"{json.dumps(name)}: {json.dumps(part)}" for name, part in sorted(parts.items())]
     definitions = ",\n".join(lines)
     fields = json.dumps(tree).removesuffix("}")
-    declarations_hash = json.dumps(outline.declarations_hash(outline.PACKAGE))
-    hash_line = f'"{outline.HASH_KEY}": {declarations_hash}'
+    hash_line = f'"{outline.HASH_KEY}": {json.dumps(declarations_hash(outline.PACKAGE))}'
     return f'{fields},\n{hash_line},\n"{outline.DEFINITIONS}": {{\n{definitions}\n}}}}\n'
 
 
@@ -46,3 +53,17 @@ def _loosen(part: object) -> object:
     if "type" in loosened and loosened.get("default", ...) is None:
         loosened["type"] = [loosened["type"], "null"]
     return loosened
+
+
+def _prune(schema: object, *, has_names: bool = False) -> Any:  # noqa: ANN401, a part of a JSON schema
+    """A JSON schema with `_KEYWORDS` alone. `has_names`: its keys are names of fields or definitions."""
+    if isinstance(schema, list):
+        return [_prune(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    pruned: dict[str, Any] = {}
+    for key, value in schema.items():
+        if has_names or key in _KEYWORDS or key == outline.DEFINITIONS:
+            value_has_names = not has_names and key in ("properties", outline.DEFINITIONS)
+            pruned[key] = _prune(value, has_names=value_has_names)
+    return pruned

@@ -57,6 +57,7 @@ MAX_BYTES = 2**24  # of a file: ours; the names of 20,000 classes are half a mil
 _DEFAULT_TUNING_RECIPE = "sd3-lora"  # an example, of a pipeline that no recipe names
 _SOURCE_FIX = "give a run's folder, a recipe or a YAML file"  # the fix that messages end with
 IMAGES_RECIPE = "my-images"  # what a run is proposed from for images of the user's
+GROUP_KEY = "group"  # of a recipe (`dumo.config.recipes`)
 IMAGES_LATENTS_RECIPE = "my-images-64"  # what a run is proposed from where they are learned in latents
 _LATENTS_FIELDS = ("kind", "root", "images", "codec", "memory", "prior")  # fields of data.kind=latents
 _ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # suffixes
@@ -428,7 +429,9 @@ def _parse_recipe(name: str) -> dict[str, Any]:
 
 def _parse_mapping(text: str, name: str) -> dict[str, Any]:
     """The mapping that YAML text holds. Raises UserError, after the `name` of its source, for anything else."""
-    return parse_mapping(text, name, "run", "as `dumo show digits` prints it")
+    tree = parse_mapping(text, name, "run", "as `dumo show digits` prints it")
+    tree.pop(GROUP_KEY, None)  # of a recipe in the list of recipes, no field of a run
+    return tree
 
 
 def _fetch_hint(name: str) -> str:

@@ -235,7 +235,7 @@ def count_classes(c: Tensor, root: str, names: Sequence[str] = ()) -> Labels:
 
 def first_sorted(items: Iterable[str]) -> str:
     """The first _MAX_NAMED items in their order, and how many more there are: `a, b, c and 2 more`."""
-    return first_few(sorted(items), most=_MAX_NAMED)
+    return first_few(sorted(items), max_items=_MAX_NAMED)
 
 
 def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[str, FileState]) -> None:

@@ -10,7 +10,7 @@
 
 A scan is noted in `.dumo-index/<archive>.safetensors` next to the archive, from where it is mapped into memory. An
 archive of another size or time than noted is scanned again. Where its folder may not be written to, the note lies in
-the user's cache folder (`dumo.io.file.note_places`); where that may not either, the scan is kept in memory.
+the user's cache folder (`dumo.io.note.places_for`); where that may not either, the scan is kept in memory.
 
 An archive that was cut short, or has a hole of zeros, looks whole to a reader that stops at the first thing that is no
 header. So it must end as tar ends it (`_require_whole_end`): with a block of zeros where the members end, and nothing
@@ -37,7 +37,6 @@ from dumo.data.pairing import normal_form
 from dumo.data.pixel import Unreadable
 from dumo.data.store import Labels, count_classes, require_small
 from dumo.io import digest, note
-from dumo.io import file as files
 from dumo.io.inventory import ItemFiles, states_of
 from dumo.io.suffix import IMAGE_SUFFIXES
 from dumo.runtime import signals
@@ -208,7 +207,7 @@ def _noted_scan(file: str) -> Scan:
     file_stat = os.stat(file)
     state = f"{file_stat.st_size} {file_stat.st_mtime_ns}"
     folder, name = os.path.split(os.path.abspath(file))
-    places = [place / f"{name}.safetensors" for place in files.note_places(Path(folder), NOTE_FOLDER)]
+    places = [place / f"{name}.safetensors" for place in note.places_for(Path(folder), NOTE_FOLDER)]
     for place in places:
         noted = _read_note(place, state)
         if noted is not None:

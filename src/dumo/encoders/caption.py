@@ -11,18 +11,16 @@ Three things that share the text of a caption:
   text files.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.io import digest
-from dumo.io.read import is_unicode, read_text
+from dumo.io.read import is_unicode, parse_json, read_text
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -150,10 +148,7 @@ def _read_json_lines(file: Path) -> list[Prompt]:
     prompts: list[Prompt] = []
     for i, line in enumerate(_nonblank_lines(file)):
         where = f"{file} line {i + 1}"
-        try:
-            row: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON ({error}): {_PROMPTS_HINT}") from error
+        row = parse_json(line, where, _PROMPTS_HINT)
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where} has no prompt, as {{'prompt': 'a photo of a bench'}}: {_PROMPTS_HINT}")

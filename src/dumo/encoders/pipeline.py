@@ -407,7 +407,7 @@ def _read_config(file: Path, time_changed: int, size: int) -> tuple[str, str]:
 
     The cache reads it again if the file's time of change, in ns, or its size is another.
     """
-    config = read_settings(file, HINT, infinite=file.name == SCHEDULER_CONFIG)  # diffusers' say -Infinity
+    config = read_settings(file, HINT, nulls_nonfinite=file.name == SCHEDULER_CONFIG)  # diffusers' say -Infinity
     return json.dumps(config), _config_hash(config)
 
 

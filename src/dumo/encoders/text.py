@@ -48,7 +48,7 @@ _PROJECTED_CLASS = "CLIPTextModelWithProjection"  # embeds a whole text as CLIP 
 class Embeddings:
     """Texts as a net takes them: b texts of l tokens, with padding."""
 
-    # (b, l, d): embeddings. (b, l): ids of tokens, where an encoder is trained with the net (`Tokenizer`).
+    # (b, l, d): embeddings. (b, l): ids of tokens, where an encoder is trained with the net (`ByteTokenizer`).
     tokens: Shaped[Tensor, "b l *d"]
     mask: Bool[Tensor, "b l"]  # False on padding
     pooled: Float[Tensor, "b p"] | None  # an embedding of each whole text

@@ -13,8 +13,9 @@ The entrances:
 
 - `encode` makes a table, shard by shard. A shard is encoded in the same batches from its own first row, so it does not
   depend on the others, and several ranks may share the work. `SourceImages` says how it reads images to edit.
-- `open_table` opens a finished table as `EncodedTexts`, and `require` compares it with what a run asks for.
-- `read_contents` reads the index alone, `TextTableIndex`, also of a table that is not finished.
+- `open_table` opens a finished table as `EncodedTexts`; its methods read rows, and `require` compares it with what a
+  run asks for.
+- `read_index` reads the index alone, `TextTableIndex`, also of a table that is not finished.
 - `to_columns` and `to_stored_types` are for `dumo.nets.live`, which makes the same rows without a table.
 """
 
@@ -34,7 +35,7 @@ from torch import Tensor
 from dumo.encoders.caption import split_caption
 from dumo.encoders.prompt import PromptReader, PromptReaderSpec
 from dumo.encoders.text import Embeddings, EncoderModel, TextEncoder
-from dumo.encoders.tokens import LoadedTokenizer, Tokenizer
+from dumo.encoders.tokens import ByteTokenizer, LoadedTokenizer
 from dumo.io import digest, table
 from dumo.io.audit import Audit
 from dumo.io.read import read_text
@@ -44,7 +45,7 @@ from dumo.types import UserError
 
 CAPTIONS = "captions.jsonl"
 _MAX_CAPTIONS_BYTES = 2**34  # of captions.jsonl, so that a damaged file does not fill the memory: ours
-EncoderSpec = Annotated[TextEncoder | PromptReaderSpec | Tokenizer, Field(discriminator="kind")]
+EncoderSpec = Annotated[TextEncoder | PromptReaderSpec | ByteTokenizer, Field(discriminator="kind")]
 LoadedEncoder = EncoderModel | PromptReader | LoadedTokenizer  # what opening an `EncoderSpec` gives
 # tokens or ids; the mask, False on padding; pooled embeddings, or None
 PaddedRows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
@@ -56,7 +57,9 @@ class TextTableIndex(TableIndex):
 
     encoder: EncoderSpec
     model: str  # the encoder's architecture by its config.json, or the class of a pipeline; of token ids: tokens
-    sha256: str  # of the encoder's weights; of token ids, of the vocabulary
+    sha256: str  # of the encoder's weights; of a pipeline, of its tokenizers, too; of token ids, of the vocabulary
+    # The hash of a `TextEncoder`'s tokenizer. None: `sha256` has it, or the table was made before this was noted.
+    tokenizer: str | None = Field(default=None, exclude_if=lambda tokenizer: tokenizer is None)
     digest: str  # of the captions in their order
     # the hash of the autoencoder that made the column `source`
     codec: str | None = Field(default=None, exclude_if=lambda codec: codec is None)
@@ -75,7 +78,7 @@ class TextTableIndex(TableIndex):
         `encoder` is `spec`, opened. Sizes are those of the encoded empty text.
         """
         empty_text = _encode_texts(encoder, [""])
-        dtype = "int32" if isinstance(spec, Tokenizer) else spec.dtype
+        dtype = "int32" if isinstance(spec, ByteTokenizer) else spec.dtype
         columns = {
             "tokens": Column(dtype=dtype, shape=tuple(empty_text.tokens.shape[2:]), lengths="lengths"),
             "lengths": Column(dtype="int64"),
@@ -91,8 +94,9 @@ class TextTableIndex(TableIndex):
             rows=len(captions) + 1,
             shard_rows=shard_rows,
             encoder=spec,
-            model="tokens" if isinstance(spec, Tokenizer) else spec.model_type(),
+            model="tokens" if isinstance(spec, ByteTokenizer) else spec.model_type(),
             sha256=encoder.sha256,
+            tokenizer=_tokenizer_hash(encoder),
             digest=digest.short(*captions),
             codec=sources.sha256 if sources else None,
         )
@@ -138,15 +142,32 @@ class TextTableIndex(TableIndex):
         `sha256` says what the folder holds.
         """
         fields = super().binding()
-        encoder: dict[str, Any] = fields.pop("encoder")
-        encoder_fields = {f"encoder.{name}": value for name, value in encoder.items() if name != "source"}
-        return encoder_fields | fields
+        del fields["encoder"]
+        return _encoder_fields(self.encoder) | fields
 
     @property
     def identity(self) -> str:
-        """A short digest of the encoder's weights, of how it is used, and of the captions."""
+        """A short digest of the encoder's weights and tokenizer, of how it is used, and of the captions."""
         entries = self.binding()
         return digest.short(*(f"{key} {entries[key]}" for key in sorted(entries) if key != "shard_rows"))
+
+    def without_tokenizer(self) -> "TextTableIndex":
+        """The index as it was written before the hash of the tokenizer was noted."""
+        return self.model_copy(update={"tokenizer": None})
+
+    def require_encoder(self, encoder: LoadedEncoder, source: str) -> None:
+        """Raise UserError where the encoder in the folder `source` has other weights, or another tokenizer."""
+        if encoder.sha256 != self.sha256:
+            raise UserError(
+                f"net.texts: the encoder in {source} has the hash {encoder.sha256}, and the captions were encoded by "
+                f"{self.sha256}: name the folder of that encoder"
+            )
+        tokenizer_hash = _tokenizer_hash(encoder)
+        if self.tokenizer not in (None, tokenizer_hash):
+            raise UserError(
+                f"net.texts: the tokenizer of {source} has the hash {tokenizer_hash}, and the captions were encoded by "
+                f"{self.tokenizer}: put its files back, or name the folder of that encoder"
+            )
 
 
 @dataclass(frozen=True)
@@ -177,15 +198,47 @@ class EncodedTexts:
     """A finished table, open to read. Shards are mapped into memory when a row of theirs is read."""
 
     folder: Path
-    contents: TextTableIndex
+    index: TextTableIndex
 
     def __len__(self) -> int:
         """The number of rows; the last means no caption."""
-        return self.contents.rows
+        return self.index.rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EncodedTexts":
         """Return itself, because it never changes."""
         return self
+
+    def require(self, encoder: EncoderSpec, num_captions: int, identity: str | None = None) -> None:
+        """Raise UserError where the table has another number of captions, or was made by another encoder.
+
+        `identity` is the index's that a run noted when it began, and says which captions they are, too. None: the run
+        begins, and `dumo.run.resolve` compares the captions with those of the data.
+        """
+        index = self.index
+        if index.num_captions != num_captions:
+            raise UserError(
+                f"net.texts.root: {self.folder} holds {index.num_captions:,} captions, and the data have "
+                f"{num_captions:,}: make one of these data in another folder, dumo encode RECIPE --set "
+                "net.texts.root=DIR"
+            )
+        stored = _encoder_fields(index.encoder)
+        requested = _encoder_fields(encoder)
+        differences: list[str] = []
+        for field in stored | requested:  # a field that is left out at its default may be in one of them alone
+            if requested.get(field) != stored.get(field):
+                differences.append(f"{field}: {stored.get(field)} there, {requested.get(field)} asked")
+        if differences:
+            difference_lines = "\n  ".join(differences)
+            raise UserError(
+                f"net.texts.root: {self.folder} was encoded otherwise:\n  {difference_lines}\nEncode into another "
+                "folder, or ask for what is there"
+            )
+        # a run that began before tokenizers were noted knows its table by the rest
+        if identity not in (None, index.identity, index.without_tokenizer().identity):
+            raise UserError(
+                f"net.texts.root: {self.folder} is another table than that of this run (identity {index.identity}, and "
+                f"{identity} in net.texts): put it back, or encode the same captions by the same encoder"
+            )
 
     def read_rows(self, rows: Sequence[int] | None = None) -> PaddedRows:
         """Read rows, padded with zeros to `longest` tokens: tokens (b, l, d) or ids (b, l), mask (b, l), pooled (b, p).
@@ -193,16 +246,16 @@ class EncodedTexts:
         Embeddings have the type in which they are stored, ids are int64. `rows` None: all, after each shard is compared
         with its checksum. Raises UserError for a damaged shard.
         """
-        contents = self.contents
+        index = self.index
         if rows is None:
-            table.require_intact(self.folder, contents, deep=True)
+            table.require_intact(self.folder, index, deep=True)
             rows = range(len(self))
         b = len(rows)
-        tokens = torch.zeros(b, self.longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
+        tokens = torch.zeros(b, self.longest, *index.columns["tokens"].shape, dtype=index.dtype)
         mask = torch.zeros(b, self.longest, dtype=torch.bool)
         pooled = None
-        if contents.pooled_width:
-            pooled = torch.empty(b, contents.pooled_width, dtype=contents.dtype)
+        if index.pooled_width:
+            pooled = torch.empty(b, index.pooled_width, dtype=index.dtype)
         for i, row in enumerate(rows):
             shard, token_ends, row_in_shard = self._find_row(row)
             length = int(shard["lengths"][row_in_shard])
@@ -211,7 +264,7 @@ class EncodedTexts:
             mask[i, :length] = shard["mask"][end - length : end] if "mask" in shard else True
             if pooled is not None:
                 pooled[i] = shard["pooled"][row_in_shard]
-        if not contents.width:  # ids, which are stored in fewer bits
+        if not index.width:  # ids, which are stored in fewer bits
             tokens = tokens.long()
         return tokens, mask, pooled
 
@@ -220,12 +273,12 @@ class EncodedTexts:
 
         `rows` None: all.
         """
-        contents = self.contents
-        if not contents.source_shape:
+        index = self.index
+        if not index.source_shape:
             return None
         if rows is None:
             rows = range(len(self))
-        latents = torch.empty(len(rows), *contents.source_shape, dtype=contents.dtype)
+        latents = torch.empty(len(rows), *index.source_shape, dtype=index.dtype)
         for i, row in enumerate(rows):
             shard, _, row_in_shard = self._find_row(row)
             latents[i] = shard["source"][row_in_shard]
@@ -234,15 +287,15 @@ class EncodedTexts:
     @cached_property
     def longest(self) -> int:
         """The number of tokens of a padded row: the encoder's `length`; of a pipeline, that of its longest row."""
-        if not isinstance(self.contents.encoder, PromptReaderSpec):
-            return self.contents.encoder.length
+        if not isinstance(self.index.encoder, PromptReaderSpec):
+            return self.index.encoder.length
         return max(self.lengths)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """The number of tokens of each row, without padding."""
         lengths: list[int] = []
-        for number in range(self.contents.num_shards):
+        for number in range(self.index.num_shards):
             shard, _ = self._read_shard(number)
             lengths += shard["lengths"].tolist()
         return tuple(lengths)
@@ -250,16 +303,16 @@ class EncodedTexts:
     @cached_property
     def captions(self) -> tuple[str, ...]:
         """The captions in their order. Raises UserError where they are not those that were encoded."""
-        return _read_captions(self.folder, self.contents.digest)
+        return _read_captions(self.folder, self.index.digest)
 
     @cached_property
     def audit(self) -> Audit:
         """Compares the shards with their checksums while rows are read, pass by pass."""
-        return Audit(self.folder, self.contents.shards)
+        return Audit(self.folder, self.index.shards)
 
     @cached_property
     def _table(self) -> table.ShardTable:
-        return table.ShardTable(self.folder, self.contents)
+        return table.ShardTable(self.folder, self.index)
 
     def _find_row(self, row: int) -> tuple[Shard, list[int], int]:
         """Return the shard that has a row, where each of its rows ends in `tokens`, and the row's index in the shard.
@@ -292,37 +345,7 @@ def open_table(folder: Path) -> EncodedTexts:
     return EncodedTexts(folder, table.read_finished_index(folder, TextTableIndex, missing))
 
 
-def require(table: EncodedTexts, encoder: EncoderSpec, captions: int, identity: str | None = None) -> None:
-    """Raise UserError where a table has another number of captions, another encoder, or another identity.
-
-    `identity` None: any will do.
-    """
-    contents = table.contents
-    if contents.num_captions != captions:
-        raise UserError(
-            f"net.texts.root: {table.folder} holds {contents.num_captions:,} captions, and the data have {captions:,}: "
-            "make one of these data in another folder, dumo encode RECIPE --set net.texts.root=DIR"
-        )
-    stored = contents.binding()
-    requested = contents.model_copy(update={"encoder": encoder}).binding()
-    differences: list[str] = []
-    for field in stored | requested:  # a field that is left out at its default may be in one of them alone
-        if requested.get(field) != stored.get(field):
-            differences.append(f"{field}: {stored.get(field)} there, {requested.get(field)} asked")
-    if differences:
-        difference_lines = "\n  ".join(differences)
-        raise UserError(
-            f"net.texts.root: {table.folder} was encoded otherwise:\n  {difference_lines}\nEncode into another "
-            "folder, or ask for what is there"
-        )
-    if identity not in (None, contents.identity):
-        raise UserError(
-            f"net.texts.root: {table.folder} is another table than that of this run (identity {contents.identity}, and "
-            f"{identity} in net.texts): put it back, or encode the same captions by the same encoder"
-        )
-
-
-def read_contents(folder: Path) -> TextTableIndex | None:
+def read_index(folder: Path) -> TextTableIndex | None:
     """Read the index of a folder, also of an unfinished table; None where there is none.
 
     Raises UserError if it is damaged.
@@ -351,15 +374,18 @@ def encode(
     """
     if not captions:
         raise UserError("there are no captions to encode: give data.captions, and images that have some")
-    encoder = spec.open() if isinstance(spec, Tokenizer) else spec.open(device)
-    contents = TextTableIndex.for_captions(captions, spec, encoder, shard_rows, sources)
+    encoder = spec.open() if isinstance(spec, ByteTokenizer) else spec.open(device)
+    index = TextTableIndex.for_captions(captions, spec, encoder, shard_rows, sources)
+    existing_index = read_index(out)
+    if existing_index is not None and existing_index.tokenizer is None:
+        index = index.without_tokenizer()  # else a table that was begun before it was noted would not be resumed
     texts = [*captions, ""]
-    has_masks = "mask" in contents.columns
-    dtypes = {name: column.torch_dtype for name, column in contents.columns.items()}
+    has_masks = "mask" in index.columns
+    dtypes = {name: column.torch_dtype for name, column in index.columns.items()}
 
     def encode_shard(number: int, report: Callable[[int], None]) -> Shard:
         """Return the columns of a shard. `report` is called with the number of rows that are done."""
-        rows = contents.span(number)
+        rows = index.span(number)
         batches: list[Shard] = []
         for first in rows[::batch]:
             signals.check()
@@ -373,12 +399,12 @@ def encode(
 
     lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
     return table.make_shards(
-        out, contents, encode_shard, rank=rank, world=world, extra_files={CAPTIONS: lines.encode()}, tick=tick
+        out, index, encode_shard, rank=rank, world=world, extra_files={CAPTIONS: lines.encode()}, tick=tick
     )
 
 
 def to_columns(rows: Embeddings, *, keeps_padding: bool) -> Shard:
-    """Return the columns of some rows. Padding is left out, or kept with the column `mask` if `keeps_padding`."""
+    """The columns of a shard with some rows. Padding is left out, or kept with the column `mask` if `keeps_padding`."""
     is_stored = torch.ones_like(rows.mask) if keeps_padding else rows.mask  # (b, l)
     columns = {"lengths": is_stored.sum(1), "tokens": rows.tokens[is_stored]}
     if keeps_padding:
@@ -396,6 +422,17 @@ def to_stored_types(columns: Mapping[str, Tensor], dtypes: Mapping[str, torch.dt
             dtype = str(dtypes["tokens"]).removeprefix("torch.")
             raise UserError(f"the encoder gives no numbers, or too large ones for {dtype}: set its dtype=bfloat16")
     return stored
+
+
+def _encoder_fields(encoder: EncoderSpec) -> dict[str, Any]:
+    """The fields of an encoder by which tables are compared: all but its folder, which may move."""
+    fields = encoder.model_dump(mode="json", exclude={"source"})
+    return {f"encoder.{name}": value for name, value in fields.items()}
+
+
+def _tokenizer_hash(encoder: LoadedEncoder) -> str | None:
+    """The hash of an encoder's tokenizer; None where the hash of the encoder is of its tokenizer, too."""
+    return encoder.tokenizer.sha256 if isinstance(encoder, EncoderModel) else None
 
 
 def _encode_texts(encoder: LoadedEncoder, captions: Sequence[str]) -> Embeddings:

@@ -1,13 +1,12 @@
 """Texts as tokens: bytes, which need no file, or as the tokenizer of a folder cuts them.
 
-`Tokenizer` is the spec of bytes, and `Tokenizer.open` loads them; `load_tokenizer` loads that of a folder. Either gives
-a `LoadedTokenizer`, which is called with texts.
+`ByteTokenizer.open` loads the tokenizer of bytes, and `load_tokenizer` that of a folder. Either gives a
+`LoadedTokenizer`, which turns texts into ids of tokens when it is called.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +21,14 @@ from dumo.runtime.limits import TOKENS
 from dumo.types import Spec, UserError
 
 # ByT5 (Xue et al. 2022): the 256 bytes follow padding, end and unknown.
-VOCABULARY = 259
-SPACE = 35  # byte 32
+NUM_BYTE_IDS = 259
+SPACE_ID = 35  # of byte 32
 HINT = "name a folder with tokenizer_config.json and its files, as transformers saves a tokenizer"
+# The files that transformers saves a tokenizer in: vocabulary, merges, special tokens, normalizer and settings.
+_FILE_PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "*.model")
 
 
-class Tokenizer(Spec):
+class ByteTokenizer(Spec):
     """The bytes of a text (ByT5), for an encoder that is trained with the net."""
 
     kind: Literal["tokens"] = "tokens"
@@ -35,7 +36,11 @@ class Tokenizer(Spec):
 
     def open(self) -> "LoadedTokenizer":
         """Load the tokenizer of bytes. Raises UserError where transformers is missing."""
-        return LoadedTokenizer(import_transformers("net.texts").ByT5Tokenizer(extra_ids=0), self.length)
+        tokenizer = import_transformers("net.texts").ByT5Tokenizer(extra_ids=0)
+        # nothing but the ids of bytes and of three special tokens decides what it gives
+        ids_by_token: dict[str, int] = tokenizer.get_vocab()
+        sha256 = digest.of_bytes(*(f"{n} {token}\n".encode() for token, n in sorted(ids_by_token.items())))
+        return LoadedTokenizer(tokenizer, sha256, self.length)
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,9 @@ class LoadedTokenizer:
     """A tokenizer of transformers, and how it is used. A call turns texts into ids of tokens."""
 
     library_tokenizer: Any  # of transformers
+    sha256: str  # of its vocabulary, merges, special tokens, normalizer and settings
     length: int  # tokens of a text at most
     template: str = "{}"  # {} is the text
-
-    @cached_property
-    def sha256(self) -> str:
-        """The hash of the tokens and their numbers."""
-        ids_by_token: dict[str, int] = self.library_tokenizer.get_vocab()
-        return digest.of_bytes(*(f"{n} {token}\n".encode() for token, n in sorted(ids_by_token.items())))
 
     def __call__(
         self, texts: Sequence[str], *, fills_length: bool = True
@@ -100,4 +100,10 @@ def load_tokenizer(folder: Path, length: int, template: str = "{}") -> LoadedTok
         tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return LoadedTokenizer(tokenizer, length, template)
+        return LoadedTokenizer(tokenizer, _files_hash(folder), length, template)
+
+
+def _files_hash(folder: Path) -> str:
+    """The hash of a tokenizer's files with their names."""
+    files = {file for pattern in _FILE_PATTERNS for file in folder.glob(pattern) if file.is_file()}
+    return digest.short(*(f"{file.name} {digest.of_file(file)}" for file in sorted(files)))

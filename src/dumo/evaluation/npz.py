@@ -76,9 +76,8 @@ class NpzImages:
         self.lock = Lock()  # of the open file
         self.file: zipfile.ZipExtFile | None = None
         self.next_image = 0  # the number of the image that the open file reads next
-        count, height, width, colours = self._open_at_first_image()
-        self.close()
-        self.shape: tuple[int, int, int, int] = (count, height, width, colours)
+        with _open_array(path, IMAGES) as file:
+            self.shape = _read_images_shape(path, file)
         has_classes = with_classes and LABELS in _array_names(path)
         self.c = self._read_classes() if has_classes else None
 
@@ -106,20 +105,18 @@ class NpzImages:
 
         Raises UserError where the file ends early, or is damaged.
         """
-        image_bytes = prod(self.shape[1:])
         if stop <= first:
             return torch.empty(0, 3, *self.shape[1:3], dtype=torch.uint8)
         with self.lock, _explain_faults(f"{self.path} is damaged at image {first}"):
-            if self.file is None or first < self.next_image:
-                self._open_at_first_image()
-            assert self.file is not None, "it is open now"
-            for bytes_left in range((first - self.next_image) * image_bytes, 0, -SKIP_BYTES):
-                self.file.read(min(bytes_left, SKIP_BYTES))
-            data = bytearray(self.file.read((stop - first) * image_bytes))
-            self.next_image = stop
+            try:
+                data = self._read_bytes(first, stop)
+                images = torch.frombuffer(data, dtype=torch.uint8).view(stop - first, *self.shape[1:])
+            except BaseException:
+                self.close()  # nobody knows how far the file was read
+                raise
             if stop == len(self):
                 self.close()
-            return torch.frombuffer(data, dtype=torch.uint8).view(stop - first, *self.shape[1:]).permute(0, 3, 1, 2)
+        return images.permute(0, 3, 1, 2)
 
     def close(self) -> None:
         """Close the file, which stays open between two reads; the next read opens it again."""
@@ -130,19 +127,26 @@ class NpzImages:
     def __del__(self) -> None:
         self.close()
 
-    def _open_at_first_image(self) -> tuple[int, ...]:
-        """Open the file before its first image. Returns the shape (n, height, width, 3) of all images."""
+    def _read_bytes(self, first: int, stop: int) -> bytearray:
+        """Read the bytes of the images `first` to `stop` - 1, and leave the file open behind them."""
+        image_bytes = prod(self.shape[1:])
+        file = self.file
+        if file is None or first < self.next_image:
+            file = self._open_before_first_image()
+        for bytes_left in range((first - self.next_image) * image_bytes, 0, -SKIP_BYTES):
+            file.read(min(bytes_left, SKIP_BYTES))
+        data = bytearray(file.read((stop - first) * image_bytes))
+        self.next_image = stop
+        return data
+
+    def _open_before_first_image(self) -> zipfile.ZipExtFile:
+        """Open the file behind the header of its images. Raises UserError where they are none any more."""
         self.close()
-        self.file = _open_array(self.path, IMAGES)
+        file = _open_array(self.path, IMAGES)
+        _read_images_shape(self.path, file)
+        self.file = file
         self.next_image = 0
-        header = _read_header(self.path, self.file)
-        shape = header.shape
-        are_images = len(shape) == 4 and shape[3] == 3 and 0 not in shape
-        if header.dtype != np.uint8 or header.fortran_order or not are_images:
-            raise UserError(
-                f"{self.path}: {IMAGES} is {header.dtype} of shape {shape}, not images, uint8 (n, height, width, 3)"
-            )
-        return shape
+        return file
 
     def _read_classes(self) -> Tensor:
         """The class numbers (n,). Raises UserError for a negative one."""
@@ -160,20 +164,19 @@ def read_array(path: Path, name: str, kinds: str, shape: tuple[int, ...], expect
     """
     with _open_array(path, name) as file:
         header = _read_header(path, file)
-        problem = f"{path}: {name} is {header.dtype} of shape {header.shape}"
-        if (
-            header.shape != shape or header.dtype.kind not in kinds
-        ):  # before it is read, for a header can claim any size
-            raise UserError(f"{problem}, not {expected} of shape {shape}")
+        stored = f"{path}: {name} is {header.dtype} of shape {header.shape}"
+        # before it is read, for a header can claim any size
+        if header.shape != shape or header.dtype.kind not in kinds:
+            raise UserError(f"{stored}, not {expected} of shape {shape}")
         with _explain_faults(f"{path}: {name} cannot be read"):
             data = file.read(prod(shape) * header.dtype.itemsize)
             bytes_after = file.read(1)
             order = "F" if header.fortran_order else "C"
             values = np.frombuffer(data, header.dtype).reshape(shape, order=order)
     if bytes_after:
-        raise UserError(f"{problem} and more, not {expected} of shape {shape}")
+        raise UserError(f"{stored} and more, not {expected} of shape {shape}")
     if not np.isfinite(values).all():
-        raise UserError(f"{problem}, not {expected} of shape {shape}")
+        raise UserError(f"{stored}, not {expected} of shape {shape}")
     return values
 
 
@@ -193,6 +196,17 @@ def _open_array(path: Path, name: str) -> zipfile.ZipExtFile:
         raise UserError(f"{path} has no {name}, only {', '.join(names) or 'nothing'}: it is not in ADM's layout")
     with _explain_faults(f"{path} is no .npz"), zipfile.ZipFile(path) as file:
         return cast(zipfile.ZipExtFile, file.open(f"{name}.npy"))
+
+
+def _read_images_shape(path: Path, file: zipfile.ZipExtFile) -> tuple[int, int, int, int]:
+    """Read the header of an open array of images: their shape (n, height, width, 3). Raises UserError for others."""
+    header = _read_header(path, file)
+    shape = header.shape
+    are_images = len(shape) == 4 and shape[3] == 3 and 0 not in shape
+    if header.dtype != np.uint8 or header.fortran_order or not are_images:
+        raise UserError(f"{path}: {IMAGES} is {header.dtype} of shape {shape}, not images, uint8 (n, height, width, 3)")
+    count, height, width, colours = shape
+    return count, height, width, colours
 
 
 def _read_header(path: Path, file: zipfile.ZipExtFile) -> _Header:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dumo.encoders.text import EncoderFolder, TextEncoder
+from dumo.encoders.texttable import TextTableIndex
 from dumo.encoders.transformers_library import import_transformers, quietly
 from dumo.nets.rows import TextRows
 from dumo.nets.table import TextTable
@@ -80,7 +81,7 @@ def text_encoder_of(sampler: Sampler, texts: Text | None) -> ShippedTextEncoder 
     if isinstance(texts, LearnedTexts):
         return _learned_encoder(sampler, texts)
     if isinstance(texts, TextTable):
-        return _published_encoder(sampler, texts.encoder, texts.open_table(sampler.data.classes).contents.sha256)
+        return _published_encoder(sampler, texts.encoder, texts.open_table(sampler.data.classes).index)
     raise UserError(f"net.texts.kind is {texts.kind}, which the exported code does not know: sample it by dumo sample")
 
 
@@ -111,14 +112,10 @@ def _learned_encoder(sampler: Sampler, spec: LearnedTexts) -> ShippedTextEncoder
     )
 
 
-def _published_encoder(sampler: Sampler, spec: TextEncoder, sha256: str) -> ShippedTextEncoder:
-    """The encoder of a table of embeddings. Raises UserError for another than the one of this hash."""
+def _published_encoder(sampler: Sampler, spec: TextEncoder, index: TextTableIndex) -> ShippedTextEncoder:
+    """The encoder of a table of embeddings. Raises UserError for another than the one that made the table."""
     encoder = spec.open(sampler.device)
-    if encoder.sha256 != sha256:
-        raise UserError(
-            f"net.texts: the encoder in {spec.source} has the hash {encoder.sha256}, and the captions were encoded by "
-            f"{sha256}: name the folder of that encoder"
-        )
+    index.require_encoder(encoder, spec.source)
 
     def embed(prompts: Sequence[str]) -> TextRows:
         embeddings = encoder(prompts)

@@ -103,7 +103,7 @@ def export(
             f"stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is {path.kind} with sd "
             f"{path.sd:g}: train with path.kind=linear and path.sd=1, or sample it by dumo sample"
         )
-    files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
+    files.sweep(out.parent, is_users=True)  # a killed export's may be tens of GB
     with files.atomic_write(out) as temporary:
         if exported is not None and to in ("comfyui", "safetensors"):
             _write_file(exported, provenance, temporary, to=to, dtype=dtype)

@@ -4,14 +4,12 @@ So a file that has its name is whole, whenever the process stops. A `durable` on
 
 The order of events of a write:
 
-1. `check_writable`, `is_writable` and `free_bytes` ask whether it can be written. `sweep` removes what killed writers
-   left.
-2. `write` writes the bytes of a file; `atomic_write` yields a path for whatever else writes. Code that writes longer
-   than a `with` can last takes `temp_path_for` and, at the end, `commit`.
+1. `check_writable` and `free_bytes` ask whether it can be written. `sweep` removes what killed writers left.
+2. `write` writes the bytes of a file; `atomic_write` yields a path for whatever else writes. Both refuse a folder that
+   was moved meanwhile (`dumo.io.guard`). Code that writes longer than a `with` can last takes `temp_path_for` and, at
+   the end, `commit`.
 3. Where that fails, `is_disk_full` knows the error of a full disk.
 
-For folders in use: `locked` keeps other processes out, and `guard_path` refuses writes below a folder once its path
-leads elsewhere (`require_in_place`). `note_places` says where to keep what was found out about a user's files.
 `remove`, `flush` and `machine_id` are small steps that others share.
 """
 
@@ -22,20 +20,17 @@ import re
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from dumo.error import UserError
+from dumo.io.guard import require_in_place
 
 _DISK_FULL_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _PRIVATE_MODE = 0o600  # of files that safetensors makes
 _ABANDONED_SECONDS = 86_400.0  # a day, after which another machine's temporary file is swept: ours
 _REPLACED_WRITER = "old"  # in place of a writer's id, in the name of a folder that is being replaced
 _being_written: set[Path] = set()  # temporary paths that threads of this process are writing now
-_guarded: dict[Path, int] = {}  # descriptors of folders that must stay where they are (`guard_path`), by path
 _TEMP_NAME = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<replaced>{_REPLACED_WRITER}))\.tmp")
 
 
@@ -121,7 +116,7 @@ def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: 
 
 def check_writable(folder: Path) -> None:
     """Raise OSError where a folder, which exists or is to be made, cannot be written to. Writes nothing."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -129,14 +124,14 @@ def check_writable(folder: Path) -> None:
         raise OSError(number, os.strerror(number), str(folder))
 
 
-def sweep(folder: Path, *, ours: bool = True) -> None:
+def sweep(folder: Path, *, is_users: bool = False) -> None:
     """Remove the temporary files in a folder whose writers have stopped; call it before writing there.
 
     Temporary files of another machine go when they are a day old, for nobody here knows whether their writers run.
-    `ours`: dumo made the folder; False: it is the user's, where a file called `.X.old.tmp` may be theirs.
+    `is_users`: the folder is the user's, where a file called `.X.old.tmp` may be theirs; False: dumo made it.
     """
     for temp_path in folder.glob(".*.tmp"):
-        if not ours and temp_path.name.endswith(f".{_REPLACED_WRITER}.tmp"):
+        if is_users and temp_path.name.endswith(f".{_REPLACED_WRITER}.tmp"):
             continue
         with suppress(OSError):  # another process sweeps, too
             if _is_abandoned(temp_path):
@@ -167,71 +162,6 @@ def _is_running(process: int) -> bool:
     except OSError:  # it is another user's
         return True
     return True
-
-
-@contextmanager
-def locked(
-    path: Path, busy: str | None = None, *, while_waiting: Callable[[], object] = lambda: None
-) -> Generator[None, None, None]:
-    """Hold the lock file `path`, one process at a time; the file is removed at the end.
-
-    The operating system keeps the lock, so a killed process lets go of it. Raises UserError, with the words `busy`,
-    while another process holds it; None: wait, and call `while_waiting` again and again, which ends that by raising.
-    """
-    lock = FileLock(path, timeout=-1 if busy is None else 0)
-
-    def is_cancelled() -> bool:
-        while_waiting()
-        return False
-
-    try:
-        lock.acquire(cancel_check=is_cancelled)
-    except Timeout as error:
-        raise UserError(f"{busy} ({path} is locked)") from error
-    lock_stat = path.stat()
-    try:
-        yield
-    finally:
-        # Remove the file while it is locked: who waits for it sees that it is gone, and makes it again. Where the
-        # folder was moved away, another process may have its own lock file there.
-        try:
-            with suppress(OSError):  # it is gone, or its disk is
-                if os.path.samestat(lock_stat, path.stat()):
-                    path.unlink()
-        finally:
-            lock.release()
-
-
-@contextmanager
-def guard_path(folder: Path) -> Generator[None, None, None]:
-    """While inside, writes below `folder` are refused (`require_in_place`) if its path no longer leads to this folder.
-
-    The folder is kept open, so that its inode number is not reused.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    _guarded[folder.absolute()] = descriptor
-    try:
-        yield
-    finally:
-        del _guarded[folder.absolute()]
-        os.close(descriptor)
-
-
-def require_in_place(path: Path) -> None:
-    """Raise UserError where `path`, or a folder above it, is guarded, and was removed, renamed or unmounted since."""
-    for folder, descriptor in [*_guarded.items()]:
-        if not path.absolute().is_relative_to(folder):
-            continue
-        try:
-            is_same = os.path.samestat(os.fstat(descriptor), folder.stat())
-        except OSError:
-            is_same = False
-        if not is_same:
-            raise UserError(
-                f"{folder} was removed, renamed or unmounted during training, so nothing more is written there. "
-                "Rename it back or mount it, and the same command resumes from its last checkpoint; if the run's "
-                "folder was deleted, that starts a new run"
-            )
 
 
 def machine_id() -> str:
@@ -270,7 +200,7 @@ def remove(path: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """The free bytes on the disk of a file or folder, which need not exist yet."""
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(existing).free
 
 
@@ -291,28 +221,3 @@ def is_disk_full(error: BaseException) -> bool:
         match = re.search(r"os error (\d+)", str(error))
         return match is not None and int(match[1]) in _DISK_FULL_ERRORS
     return isinstance(error, OSError) and error.errno in _DISK_FULL_ERRORS
-
-
-def _cache_folder() -> Path:
-    """The folder of this user's notes, which need not exist. Raises RuntimeError where the user has no home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumo"
-
-
-def note_places(folder: Path, name: str) -> list[Path]:
-    """The places of a note on the files of a folder, the best first: to look for it, and to write it.
-
-    The first is next to the files; `name` hides it. The other is in `dumo` below $XDG_CACHE_HOME, or ~/.cache, by a
-    hash of the folder's path.
-    """
-    from dumo.io import digest  # imports torch
-
-    return [folder / name, _cache_folder() / digest.short(str(folder.resolve())) / name.removeprefix(".")]
-
-
-def is_writable(place: Path) -> bool:
-    """Whether a file may be written at a place. Makes the folders above it."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(place.parent, os.W_OK | os.X_OK)

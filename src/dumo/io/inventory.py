@@ -37,7 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dumo.io import file, note
+from dumo.io import note
 
 NOTE_NAME = ".dumo-content.safetensors"
 HASH_BYTES = 32  # of a SHA-256
@@ -149,7 +149,7 @@ class Inventory:
                 return
             self._num_unsaved = 0
             began = time.monotonic()
-            place = note.best_place(file.note_places(Path(self.files.folder), NOTE_NAME))
+            place = note.best_place(note.places_for(Path(self.files.folder), NOTE_NAME))
             if place is not None:
                 with suppress(OSError), note.locked(place):
                     merged = _merge(self.files, self.known_hashes(), note.read(place))
@@ -174,7 +174,7 @@ def _look_up(files: ItemFiles, sha256: HashRows, *, trust_copies: bool) -> NDArr
     Returns the status of each file, (k,): SAME ... UNKNOWN. `trust_copies`: fill them in for copies, too.
     """
     status = np.full(len(files.paths), UNKNOWN)
-    for place in file.note_places(Path(files.folder), NOTE_NAME):
+    for place in note.places_for(Path(files.folder), NOTE_NAME):
         noted = note.read(place)
         if noted is None:
             continue

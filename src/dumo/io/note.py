@@ -1,8 +1,9 @@
 """Notes on a user's files: what was found out about them once, so that the next start need not look again.
 
-A note is a safetensors file of tensors and a text, with their SHA-256. It is written whole or not at all, to the
-`best_place` of `dumo.io.file.note_places`, by one process at a time: `locked` keeps the others out while one reads the
-note and writes it anew. What is not as it was written counts as no note.
+A note is a safetensors file of tensors and a text, with their SHA-256. What is not as it was written counts as no note.
+
+1. `places_for` says where the note on a folder may lie, and `best_place` at which of these it can be written.
+2. `locked` keeps other processes out while one reads the note (`read`) and writes it anew (`write`).
 """
 
 import json
@@ -14,12 +15,21 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from dumo.io import digest, weights
+from dumo.io import digest, guard, weights
 from dumo.io import file as files
 
 _KEY = "note"  # of the one entry in the file's metadata: two would come in any order
 
 Note = tuple[dict[str, Tensor], str]
+
+
+def places_for(folder: Path, name: str) -> list[Path]:
+    """The places of a note on the files of a folder, the best first: to look for it, and to write it.
+
+    The first is next to the files; `name` hides it. The other is in `dumo` below $XDG_CACHE_HOME, or ~/.cache, by a
+    hash of the folder's path.
+    """
+    return [folder / name, _cache_folder() / digest.short(str(folder.resolve())) / name.removeprefix(".")]
 
 
 def read(place: Path) -> Note | None:
@@ -43,7 +53,7 @@ def write(place: Path, tensors: Mapping[str, Tensor], text: str) -> None:
 def best_place(places: list[Path]) -> Path | None:
     """The first of some places where a note may be written; None where there is none."""
     for place in places:
-        if files.is_writable(place):
+        if is_writable(place):
             return place
     return None
 
@@ -51,9 +61,23 @@ def best_place(places: list[Path]) -> Path | None:
 @contextmanager
 def locked(place: Path) -> Generator[None]:
     """Keep other processes from writing the note at a place while inside. Raises OSError."""
-    with files.locked(place.with_name(f"{place.name}.lock")):
+    with guard.locked(place.with_name(f"{place.name}.lock")):
         yield
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.short(text, digest.of_tensors(tensors))
+
+
+def _cache_folder() -> Path:
+    """The folder of this user's notes, which need not exist. Raises RuntimeError where the user has no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumo"
+
+
+def is_writable(place: Path) -> bool:
+    """Whether a file may be written at a place. Makes the folders above it."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(place.parent, os.W_OK | os.X_OK)

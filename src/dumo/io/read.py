@@ -4,7 +4,7 @@
 - Texts: `read_text`, `text_lines` and `decode_utf8` read UTF-8. `is_unicode` and `is_text_list` test values,
   `_encoding_fault` says where bytes are not UTF-8.
 - JSON: `read_json`, `read_settings` and `parse_json` read it, `write_json` writes it. JSON has no NaN and no infinity:
-  `null_nonfinite` makes them null.
+  readers refuse them, or make them null (`nulls_nonfinite`), and `null_nonfinite` makes them null to write.
 - Other readers: `explain_foreign_errors` turns whatever they raise into UserError.
 - Messages: `brief` and `first_few` shorten what one shows.
 """
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,33 +53,33 @@ def user_path(text: str, field: str) -> Path:
         raise UserError(f"{field} is {text}, and no such home is known: write the whole path, or set HOME") from error
 
 
-def brief(text: object, most: int = 200) -> str:
-    """A text for a message; of a longer one the first `most` characters and "…"."""
+def brief(text: object, max_length: int = 200) -> str:
+    """A text for a message; of a longer one the first `max_length` characters and "…"."""
     text = str(text)
-    return text if len(text) <= most else f"{text[:most]}…"
+    return text if len(text) <= max_length else f"{text[:max_length]}…"
 
 
-def first_few(items: Iterable[Any], name: Callable[[Any], str] = str, *, most: int = FEW) -> str:
-    """The names of the first items, `most` of them, and how many more there are: `a, b, c and 1,234 more`."""
+def first_few(items: Iterable[Any], name: Callable[[Any], str] = str, *, max_items: int = FEW) -> str:
+    """The names of the first items, `max_items` of them, and how many more there are: `a, b, c and 1,234 more`."""
     items = list(items)
-    text = ", ".join(name(item) for item in items[:most])
-    num_more = len(items) - most
+    text = ", ".join(name(item) for item in items[:max_items])
+    num_more = len(items) - max_items
     return f"{text} and {num_more:,} more" if num_more > 0 else text
 
 
-def read_text(path: Path, way_out: str, most: int = MAX_FILE_BYTES) -> str:
+def read_text(path: Path, way_out: str, max_bytes: int = MAX_FILE_BYTES) -> str:
     """The text of a file, without a byte-order mark.
 
     Raises UserError, with the way out, for a missing file; for a pipe or a device, which may have no end; for more than
-    `most` bytes; and for what is not UTF-8.
+    `max_bytes`; and for what is not UTF-8.
     """
     if not path.exists():
         raise UserError(f"{path} is not there: {way_out}")
     if not path.is_file():
         raise UserError(f"{path} is no file: {way_out}")
     size = path.stat().st_size
-    if size > most:
-        raise UserError(f"{path} has {size:,} bytes, and such a file has at most {most:,}: {way_out}")
+    if size > max_bytes:
+        raise UserError(f"{path} has {size:,} bytes, and such a file has at most {max_bytes:,}: {way_out}")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -140,34 +141,33 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     file.write(path, (json.dumps(null_nonfinite(tree), indent=2) + "\n").encode())
 
 
-def read_json(path: Path, way_out: str, *, infinite: bool = False) -> Any:  # noqa: ANN401, whatever stands there
-    """The value in a JSON file; `infinite`: NaN and infinities, which Python writes and JSON has not, become null.
+def read_json(path: Path, way_out: str, *, nulls_nonfinite: bool = False) -> Any:  # noqa: ANN401, whatever stands there
+    """The value in a JSON file. Raises UserError where the file cannot be read, and as `parse_json`."""
+    return parse_json(read_text(path, way_out), str(path), way_out, nulls_nonfinite=nulls_nonfinite)
 
-    Raises UserError where the file cannot be read, is not JSON, or is nested too deep to read.
+
+def parse_json(text: str, where: str, way_out: str, *, nulls_nonfinite: bool = False) -> Any:  # noqa: ANN401, as above
+    """The value in a text of JSON, which `where` names in messages.
+
+    `nulls_nonfinite`: NaN, infinities and numbers above the largest float, such as 1e999, become null.
+
+    Raises UserError, with the way out, for what is not JSON, is nested too deep, or has such a number.
     """
-    text = read_text(path, way_out)
-    read_constant = _null_constant if infinite else _refuse_constant
+    read_constant = _null_constant if nulls_nonfinite else _refuse_constant
+    read_float = _null_large_float if nulls_nonfinite else _refuse_large_float
     try:
-        return json.loads(text, parse_constant=read_constant)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): {way_out}") from error
-
-
-def parse_json(text: str, where: str, way_out: str) -> Any:  # noqa: ANN401, whatever stands there
-    """The value in a text of JSON. Raises UserError, with the way out, for what is not JSON, or nested too deep."""
-    try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=read_constant, parse_float=read_float)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}): {way_out}") from error
 
 
-def read_settings(path: Path, way_out: str, *, infinite: bool = False) -> dict[str, Any]:
-    """The settings in a model's JSON file; `infinite`: NaN and infinities become null.
+def read_settings(path: Path, way_out: str, *, nulls_nonfinite: bool = False) -> dict[str, Any]:
+    """The settings in a model's JSON file; `nulls_nonfinite` as in `parse_json`.
 
     Raises UserError where it cannot be read, or holds no JSON object; and for more layers than any net has, which a
     library would build one by one.
     """
-    settings = read_json(path, way_out, infinite=infinite)
+    settings = read_json(path, way_out, nulls_nonfinite=nulls_nonfinite)
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no JSON object: {way_out}")
     sections = [settings, *(section for section in settings.values() if isinstance(section, dict))]
@@ -209,6 +209,20 @@ def _refuse_constant(name: str) -> None:
 
 def _null_constant(name: str) -> None:
     """None in place of NaN and infinities."""
+
+
+def _refuse_large_float(digits: str) -> float:
+    """The number. Raises ValueError for one that Python would read as infinity."""
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{brief(digits, 40)} is above the largest number, {sys.float_info.max:.1e}")
+    return number
+
+
+def _null_large_float(digits: str) -> float | None:
+    """The number; None in place of one that Python would read as infinity."""
+    number = float(digits)
+    return None if math.isinf(number) else number
 
 
 def null_nonfinite(value: object) -> object:

@@ -38,7 +38,7 @@ from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
 from dumo.runtime.stopwatch import Stopwatch, quartiles
-from dumo.training.optim import Constant
+from dumo.training.schedule import Constant
 from dumo.training.state import begin
 from dumo.training.step import flow_of, train_step
 from dumo.types import UserError

@@ -30,7 +30,7 @@ from dumo.encoders.pipeline import TRANSFORMER, PipelineSpec
 from dumo.encoders.prompt import PromptReaderSpec
 from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import EncodedTexts, TextTableIndex
-from dumo.encoders.tokens import Tokenizer
+from dumo.encoders.tokens import ByteTokenizer
 from dumo.io.read import user_path
 from dumo.nets.family import Family, find_family
 from dumo.nets.live import OnlineTexts
@@ -53,7 +53,7 @@ class TableTexts(Spec):
 
     @property
     @abstractmethod
-    def reader_spec(self) -> TextEncoder | PromptReaderSpec | Tokenizer:
+    def reader_spec(self) -> TextEncoder | PromptReaderSpec | ByteTokenizer:
         """The encoder or tokenizer that makes the rows."""
 
     @property
@@ -80,13 +80,13 @@ class TableTexts(Spec):
         Raises UserError where there is none, or it is of other captions or of another encoder than the spec's.
         """
         table = texttable.open_table(self.folder)
-        texttable.require(table, self.reader_spec, captions, self.identity)
+        table.require(self.reader_spec, captions, self.identity)
         return table
 
     def _read_index(self) -> TextTableIndex | None:
         """Return the index of the table; None where there is none, it is unfinished, or it is damaged."""
         with suppress(UserError):  # raised again when the net is built
-            index = texttable.read_contents(self.folder)
+            index = texttable.read_index(self.folder)
             if index is not None and index.shards:
                 return index
         return None
@@ -138,9 +138,9 @@ class EmbeddedTexts(TableTexts):
         if device.type == "meta":
             return self._outline(captions, source_shape)
         table = self.open_table(captions)
-        if table.contents.source_shape != source_shape:
+        if table.index.source_shape != source_shape:
             raise UserError(
-                f"net.texts.root: {self.root} has {_source_text(table.contents.source_shape)}, and the model takes "
+                f"net.texts.root: {self.root} has {_source_text(table.index.source_shape)}, and the model takes "
                 f"{_source_text(source_shape)}: encode into another folder"
             )
         open_reader = partial(self._open_reader, table)
@@ -170,17 +170,13 @@ class EmbeddedTexts(TableTexts):
     def _open_reader(self, table: EncodedTexts, device: torch.device) -> TextReader:
         """Open the encoder on a device, to read prompts into rows as the table has them.
 
-        Raises UserError for an encoder of other weights than the table's.
+        Raises UserError for an encoder of other weights, or another tokenizer, than the table's.
         """
         spec = self.reader_spec
         read = spec.open(device)
-        if read.sha256 != table.contents.sha256:
-            raise UserError(
-                f"net.texts: the encoder in {spec.source} has the hash {read.sha256}, and the captions were encoded by "
-                f"{table.contents.sha256}: name the folder of that encoder"
-            )
-        dtype = table.contents.dtype
-        keeps_padding = "mask" in table.contents.columns
+        table.index.require_encoder(read, spec.source)
+        dtype = table.index.dtype
+        keeps_padding = "mask" in table.index.columns
 
         def read_rows(texts: Sequence[str]) -> TextRows:
             embeddings = read([split_caption(text)[0] for text in texts])
@@ -226,11 +222,11 @@ class TextTable(EmbeddedTexts):
     def open_table(self, captions: int) -> EncodedTexts:
         """Open the table. Raises UserError as `TableTexts.open_table`, and where its embeddings have other widths."""
         table = super().open_table(captions)
-        contents = table.contents
-        if (contents.width, contents.pooled_width) != (self.width, self.pooled):
+        index = table.index
+        if (index.width, index.pooled_width) != (self.width, self.pooled):
             raise UserError(
-                f"net.texts.root: {self.root} has tokens of width {contents.width} and pooled {contents.pooled_width}: "
-                f"set net.texts.width={contents.width} net.texts.pooled={contents.pooled_width}"
+                f"net.texts.root: {self.root} has tokens of width {index.width} and pooled {index.pooled_width}: "
+                f"set net.texts.width={index.width} net.texts.pooled={index.pooled_width}"
             )
         return table
 

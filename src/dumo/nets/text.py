@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.encoders.tokens import SPACE, VOCABULARY, Tokenizer
+from dumo.encoders.tokens import NUM_BYTE_IDS, SPACE_ID, ByteTokenizer
 from dumo.encoders.transformers_library import import_transformers
 from dumo.flow import dropout
 from dumo.io.table import FILE
@@ -39,14 +39,14 @@ class LearnedTexts(TableTexts):
     """A T5 encoder of these sizes, which is trained with the net; its token ids come from a table."""
 
     kind: Literal["learned"] = "learned"
-    tokenizer: Tokenizer = Tokenizer()
+    tokenizer: ByteTokenizer = ByteTokenizer()
     width: int = Field(default=128, ge=_NUM_HEADS, le=CHANNELS, multiple_of=_NUM_HEADS)
     depth: int = Field(default=2, ge=1, le=BLOCKS)
     # The share of a caption's words that are hidden in training (Iyyer et al. 2015): few captions are overfitted.
     drop: float = Field(default=0.0, ge=0, lt=1)
 
     @property
-    def reader_spec(self) -> Tokenizer:
+    def reader_spec(self) -> ByteTokenizer:
         """The tokenizer."""
         return self.tokenizer
 
@@ -100,7 +100,7 @@ class TokenTexts(Texts):
         return mask & kept_words.gather(1, _word_of_token(ids)) | is_last
 
     def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
-        """Add the ids of texts, and return the row of the first. Raises UserError as `Tokenizer.open`."""
+        """Add the ids of texts, and return the row of the first. Raises UserError as `ByteTokenizer.open`."""
         first_row = len(self.ids)
         ids, mask = self.tokenizer.open()(texts)
         self.ids = torch.cat([self.ids, ids.to(self.ids)])
@@ -110,14 +110,14 @@ class TokenTexts(Texts):
 
 def _word_of_token(ids: Int[Tensor, "b l"]) -> Int64[Tensor, "b l"]:
     """The number, within its text, of the word that each token belongs to: a space begins the next."""
-    return (ids == SPACE).cumsum(1)
+    return (ids == SPACE_ID).cumsum(1)
 
 
 def _draw_encoder(spec: LearnedTexts) -> Any:  # noqa: ANN401, a model of transformers
     """A T5 encoder with weights drawn from torch's generator, without dropout, which would draw from it as well."""
     library = import_transformers("net.texts.kind learned")
     config = library.T5Config(
-        vocab_size=VOCABULARY,
+        vocab_size=NUM_BYTE_IDS,
         d_model=spec.width,
         d_kv=spec.width // _NUM_HEADS,
         d_ff=_MLP_RATIO * spec.width,
@@ -159,7 +159,7 @@ class DrawnTexts(Spec):
     def _draw_ids(spec: LearnedTexts) -> "TokenTexts":
         """Random token ids, and the encoder that reads them."""
         mask = _draw_mask(spec.tokenizer.length)
-        ids = torch.randint(VOCABULARY, mask.shape, generator=stream("texts"))
+        ids = torch.randint(NUM_BYTE_IDS, mask.shape, generator=stream("texts"))
         return TokenTexts(spec, ids.int(), mask)
 
     @staticmethod

@@ -1,13 +1,14 @@
-"""CMT (Hu et al. 2025, arXiv 2509.24526): mid-training, on trajectories that a teacher's solver has gone.
+"""CMT (Hu et al. 2025, arXiv 2509.24526): mid-training, on trajectories that a teacher's solver has made.
 
-Points x_t of one trajectory, from noise z to the data x_0 that the solver makes of it, are all known. So is every mean
-velocity between two of them. V is the teacher's velocity:
+The solver goes from noise z to data x_0, and all points x_t of its trajectory are kept. So the mean velocity between
+any two of them is known. V is the teacher's velocity:
 
     u(x_t, t, r)* = (x_t - x_r) / (t - r)                                                     (1)
     v(x_t, t)* = V(x_t, t)                                                                    (2)
 
-Unlike DuMo, no derivative is asked for. This training comes between the teacher's and the one that is meant: a net that
-begins there knows long jumps already. `of` says for which: meanflow, of u; dumo (ours), of both heads.
+Unlike DuMo, no derivative is taken. Mid-training comes between the teacher's training and that by another objective,
+which then begins with a net that knows long jumps. The field `of` names that objective: meanflow, whose net has the
+head u, or dumo (ours), whose net has v and u.
 """
 
 from dataclasses import replace
@@ -27,7 +28,7 @@ class CMT(Spec):
 
     beta: ClassVar[float] = 0.7  # weight of the velocity where there is one, as DuMo
     kind: Literal["cmt"] = "cmt"
-    of: Literal["dumo", "meanflow"] = "dumo"
+    of: Literal["dumo", "meanflow"] = "dumo"  # the objective that the net is trained by afterwards
     times: Grid = Grid()  # the steps of the trajectories
     drop: float = Field(default=0.0, ge=0, le=1)  # ours: a trajectory is of its label
 
@@ -41,11 +42,12 @@ class CMT(Spec):
     def needs(self) -> Needs:
         """The inputs and heads of the net, and what else the loss needs."""
         if self.of == "meanflow":
-            return Needs(inputs=("t", "r"), heads=("u",), teacher=FromTeacher("no", self.times.steps))
+            trajectories = FromTeacher(velocity="no", points=self.times.steps)
+            return Needs(inputs=("t", "r"), heads=("u",), teacher=trajectories)
         return Needs(inputs=("t",), heads=("v", "u"), teacher=FromTeacher(points=self.times.steps))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """Mean squares: of u alone, as its loss of MF, or of both heads, weighed as DuMo weighs them."""
+        """Mean squares: of the head u alone for meanflow; of both heads, weighed as DuMo weighs them, for dumo."""
         if self.of == "meanflow":
             (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
             u_loss = mean_square(u_hat - _mean_velocity(b, b.r))  # (1)
@@ -56,14 +58,14 @@ class CMT(Spec):
         return Terms(self.beta * v_loss + (1 - self.beta) * u_loss, {"v": v_loss, "u": u_loss})
 
     def read(self, net: Net) -> Reads:
-        """Read the net as the objective in `of` does, but meanflow's without a velocity: r = t is not taught."""
+        """Read the net as the objective `of` does; of meanflow's without a velocity, because r = t is not taught."""
         if self.of == "dumo":
             return DuMo().read(net)
         return replace(mean_velocity(net), velocity=None)
 
 
 def _mean_velocity(b: Noised, r: Time) -> Sample:
-    """(1): the mean velocity of each row's trajectory from t down to r, and v_t where r = t."""
+    """The mean velocity of each row's trajectory from t down to r, as in (1); v_t where r = t."""
     at_rest = lift(r == b.t, b.x_t)
     gap = lift(b.t - r, b.x_t).masked_fill(at_rest, 1)
     x_r = b.on(r)

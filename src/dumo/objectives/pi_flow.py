@@ -1,17 +1,17 @@
 """pi-Flow (Chen et al. 2025, arXiv 2510.14974): one pass gives a policy, a velocity on a segment of time.
 
-Time is cut into equal segments. A pass at the top t of one has heads d0, d1, ..., from which N guesses at the data are
-read, one for each of N even times from the segment's end up to t. Between these times the guess is linear, and the
+Time is cut into equal segments. A pass at the top t of a segment returns heads d0, d1, ..., which give N guesses at the
+data: one for each of N even times from the segment's end up to t. Between these times the guess is linear, and the
 policy goes towards the guess of its time (their DX policy):
 
     x^_i = x_t - t d_i                                                        (1)
     pi(x, s) = (x - x^(s)) / s                                                (2)
 
-Along a piece on which x^(s) = a + b s, dx/ds = pi(x, s) is solved in closed form, for (x / s)' = -(a + b s) / s^2:
+Along a piece on which x^(s) = a + k s, dx/ds = pi(x, s) is solved in closed form, for (x / s)' = -(a + k s) / s^2:
 
-    x_s' = q x_s + a (1 - q) - b s' log q,        q = s' / s                  (3)
+    x_s' = q x_s + a (1 - q) - k s' log q,        q = s' / s                  (3)
 
-which at s' = 0 is a. So nothing is stepped: their 128 Euler steps of a whole flow tend to this (ours).
+which at s' = 0 is a. So no solver steps along the policy: their 128 Euler steps of a whole flow tend to this (ours).
 
 The policy, held still, is rolled out to two times of the segment, and where it arrives it is to go as the teacher does:
 
@@ -48,7 +48,8 @@ from dumo.types import (
     mean_square,
 )
 
-LEAST = 1e-4  # of a time that is divided by (their code)
+_MIN_TIME = 1e-4  # the least time, or length of time, that is divided by (their code)
+_ROUNDING = 1e-6  # of times in segments: ours
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,15 @@ class Policy:
     end: Time  # its lower end, (b,)
 
     def velocity(self, x: Sample, s: Time) -> Sample:
-        """pi at x and a time s of the segment."""
+        """Return pi at points x and times s (b,) of the segment."""
         last = len(self.heads) - 1
-        place = (s - self.end) / (self.t - self.end).clamp(min=LEAST) * last  # from 0 at the end to `last` at t
-        shares = [(1 - (place - i).abs()).clamp(min=0) for i in range(len(self.heads))]  # 0 but for two neighbours
-        d = reduce(add, (lift(share, x) * head for share, head in zip(shares, self.heads, strict=True)))
-        return (x - self.x + lift(self.t, x) * d) / lift(s.clamp(min=LEAST), x)  # (1) and (2)
+        place = (s - self.end) / (self.t - self.end).clamp(min=_MIN_TIME) * last  # from 0 at the end to `last` at t
+        weights = [(1 - (place - i).abs()).clamp(min=0) for i in range(len(self.heads))]  # 0 but for two neighbours
+        d = reduce(add, (lift(weight, x) * head for weight, head in zip(weights, self.heads, strict=True)))
+        return (x - self.x + lift(self.t, x) * d) / lift(s.clamp(min=_MIN_TIME), x)  # (1) and (2)
 
     def roll(self, x: Sample, s: Time, to: Time) -> Sample:
-        """Where the policy carries x from time s down to `to`; not beyond the segment."""
+        """Return the points to which the policy carries x from times s (b,) down to times `to` (b,) of the segment."""
         guesses = [self.x - lift(self.t, x) * head for head in self.heads]  # (1)
         pieces = max(1, len(guesses) - 1)
         for i in reversed(range(pieces)):
@@ -77,13 +78,13 @@ class Policy:
             high = self.end + (self.t - self.end) * (i + 1) / pieces
             guess_low = guesses[i]
             guess_high = guesses[min(i + 1, len(guesses) - 1)]  # a single guess is constant
-            b = (guess_high - guess_low) / lift((high - low).clamp(min=LEAST / pieces), x)
-            a = guess_low - lift(low, x) * b
+            k = (guess_high - guess_low) / lift((high - low).clamp(min=_MIN_TIME / pieces), x)
+            a = guess_low - lift(low, x) * k
             # The part of the way from s to `to` that lies on this piece; rows without one stay.
             start = torch.minimum(torch.maximum(s, low), high)
             stop = torch.minimum(torch.maximum(to, low), high)
             q = stop / torch.where(start > 0, start, 1)
-            x_stop = lift(q, x) * x + lift(1 - q, x) * a - lift(torch.xlogy(stop, q), x) * b  # (3)
+            x_stop = lift(q, x) * x + lift(1 - q, x) * a - lift(torch.xlogy(stop, q), x) * k  # (3)
             x = torch.where(lift(stop < start, x), x_stop, x)
         return x
 
@@ -125,8 +126,9 @@ class PiFlow(Spec):
         return Terms(torch.stack([*parts.values()]).mean(0), parts)
 
     def _policy(self, heads: tuple[Sample, ...], x: Sample, t: Time) -> Policy:
-        """The policy of a pass at x and t, the top of a segment."""
-        return Policy(x, heads, t, (t - 1 / self.times.steps).clamp(min=0))
+        """Return the policy of a pass at x and t, the top of a segment, with the outputs `heads`."""
+        end = (t - 1 / self.times.steps).clamp(min=0)
+        return Policy(x=x, heads=heads, t=t, end=end)
 
     def read(self, net: Net) -> Reads:
         """Jumps from the top of a segment to anywhere in it."""
@@ -137,11 +139,11 @@ class PiFlow(Spec):
         def endpoint(x: Sample, t: Time, c: Cond) -> Sample:
             return jump(x, t, 0 * t, c)
 
-        one_segment = self.times.steps == 1  # then a pass jumps to the data, from t = 1, which alone is taught
-        return Reads(endpoint=endpoint if one_segment else None, flow_map=jump, hops=self._is_taught)
+        has_one_segment = self.times.steps == 1  # then a pass jumps to the data, from t = 1, which alone is taught
+        return Reads(endpoint=endpoint if has_one_segment else None, flow_map=jump, hops=self._is_taught)
 
     def _is_taught(self, t: float, s: float) -> bool:
         """Whether a jump begins at the top of a segment, and ends in it."""
-        place = t * self.times.steps
-        at_top = abs(place - round(place)) < 1e-6 and round(place) > 0
-        return at_top and (t - s) * self.times.steps < 1 + 1e-6
+        num_segments = t * self.times.steps  # from the data up to t
+        is_at_top = abs(num_segments - round(num_segments)) < _ROUNDING and round(num_segments) > 0
+        return is_at_top and (t - s) * self.times.steps < 1 + _ROUNDING

@@ -50,6 +50,33 @@ class Item:
     sha256: str | None = None  # of the first of its places
 
 
+@dataclass(frozen=True)
+class PlaceState:
+    """A file or folder of an item, as it is here and now."""
+
+    place: str
+    state: str  # there; or why it is not
+
+
+@dataclass(frozen=True)
+class DescribedItem:
+    """An item of the catalogue, and what is known of it here and now."""
+
+    item: Item
+    recipes: list[str]  # that need it
+    places: list[PlaceState]
+
+    @property
+    def is_there(self) -> bool | None:
+        """Whether all its places are there; None of an item without places."""
+        return all(place.state == "there" for place in self.places) if self.places else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The item's fields, with `recipes`, its places with their states as `looked`, and `there`."""
+        looked = [asdict(place) for place in self.places]
+        return {**asdict(self.item), "recipes": self.recipes, "looked": looked, "there": self.is_there}
+
+
 CATALOGUE = (
     Item(
         name="my-images",
@@ -199,19 +226,13 @@ def find(name: str) -> Item:
     return known[name]
 
 
-def describe(item: Item) -> dict[str, Any]:
-    """The fields of an item, with `recipes` that need it, its places with their states as `looked`, and `there`.
-
-    `there` is whether all its places are; None of an item without places.
-    """
-    looked: list[dict[str, str]] = []
+def describe(item: Item) -> DescribedItem:
+    """Look for an item's places, and for the recipes that need it."""
+    places: list[PlaceState] = []
     for number, place in enumerate(item.places):
         sha256 = item.sha256 if number == 0 else None
-        looked.append({"place": place, "state": _state_of(place, sha256)})
-    is_there = None
-    if looked:
-        is_there = all(entry["state"] == "there" for entry in looked)
-    return {**asdict(item), "recipes": list(recipes_needing(item)), "looked": looked, "there": is_there}
+        places.append(PlaceState(place, _state_of(place, sha256)))
+    return DescribedItem(item, list(recipes_needing(item)), places)
 
 
 def _state_of(place: str, sha256: str | None = None) -> str:

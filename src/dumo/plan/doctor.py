@@ -5,7 +5,7 @@ run's weights, captions, buckets and texts (`dumo.plan.findings`). Its findings 
 self-test, which comes last.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from dumo.io.read import null_nonfinite
 from dumo.nets import Net
 from dumo.plan import findings
 from dumo.plan.machine import Finding, examine_machine
-from dumo.run.examination import examine
+from dumo.run.examination import Examination, examine
 from dumo.run.net import require_room
 from dumo.run.trial_net import with_trial_net
 from dumo.run.weights import build
@@ -23,12 +23,29 @@ from dumo.runtime.device import choose_device
 from dumo.types import UserError
 
 
-def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
-    """Examine a run on this machine.
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found out."""
 
-    Returns `ok`, whether nothing is failing; `findings`, lines to read, as `Finding` has them; and `examination`, the
-    self-test's numbers, None where the slope refused to begin. Raises UserError where there is no such device.
-    """
+    findings: list[Finding]
+    examination: Examination | None  # the self-test's numbers; None: the slope refused to begin
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether nothing is failing."""
+        return all(finding.state != "failing" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """All that was found out, with null for numbers that are not finite."""
+        return {
+            "ok": self.is_ok,
+            "findings": [asdict(finding) for finding in self.findings],
+            "examination": None if self.examination is None else null_nonfinite(asdict(self.examination)),
+        }
+
+
+def diagnose(run: Run, device: str = "auto") -> Diagnosis:
+    """Examine a run on this machine. Raises UserError where there is no such device."""
     torch_device = choose_device(device)
 
     def build_net(net: Net) -> nn.Module:
@@ -53,8 +70,4 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
         *findings.text_findings(run.net, run.data, run.train.seed),
         self_test,
     ]
-    return {
-        "ok": all(finding.state != "failing" for finding in all_findings),
-        "findings": [asdict(finding) for finding in all_findings],
-        "examination": None if exam is None else null_nonfinite(asdict(exam)),
-    }
+    return Diagnosis(all_findings, exam)

@@ -1,6 +1,6 @@
 """What a run is and takes, counted on meta models: sizes, work, memory, images; as facts and as lines.
 
-`show` has the facts of what a run is, `plan` those and what it takes; both are what --json prints. `lines`,
+`show` counts what a run is (`RunFacts`), `plan` that and what it takes; both are what --json prints. `lines`,
 `rank_lines` and `rehearsal_lines` say facts in lines: of a plan, of a plan for ranks (`dumo.plan.cluster`), and of a
 rehearsal (`dumo.plan.rehearsal`). `most_rows`, `encoder_bytes`, `validation` and `far_share` are single facts that
 others need.
@@ -10,6 +10,7 @@ comes the most that one piece of a batch needs at one time.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from math import ceil, log2, prod
 from typing import Any
 
@@ -43,14 +44,25 @@ _FAR_DRAWS = 1_000_000  # of times, to measure the share of such rows: ours
 Line = tuple[str, str]  # a name, and a text
 
 
-def show(run: Run) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RunFacts:
     """What a run is before it is run: its spec, its size, and what a step costs and teaches.
 
-    - `forward_units_per_step`: the floating-point operations of a step over those of a forward pass
-    - `slope`: how a dual slope takes its derivative; None of other slopes
-    - `far`: P(t - r > 0.9), the share of rows where one-step sampling is taught; None where no jump is taught
-    - `guidance_scale`: the effective one, 1 for none
+    `dumo show --json` prints the fields.
     """
+
+    spec: dict[str, Any]  # the run as plain values
+    parameters: int
+    parameters_trained: int
+    forward_flops_per_image: float  # the floating-point operations of a pass, for an image or a point
+    forward_units_per_step: float  # the floating-point operations of a step over those of a pass
+    slope: dict[str, Any] | None  # how a dual slope takes its derivative: `Way`, and its `text`; None of other slopes
+    far: float | None  # P(t - r > 0.9), the rows where one-step sampling is taught; None where no jump is taught
+    guidance_scale: float  # the effective one in training; 1 for none
+
+
+def show(run: Run) -> RunFacts:
+    """Count what a run is, on its outline."""
     net = outline(run)
     return _run_facts(run, net, _step_cost(run, net))
 
@@ -60,20 +72,20 @@ def _step_cost(run: Run, net: nn.Module) -> cost.StepCost:
     return cost.step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
 
 
-def _run_facts(run: Run, net: nn.Module, step_cost: cost.StepCost) -> dict[str, Any]:
+def _run_facts(run: Run, net: nn.Module, step_cost: cost.StepCost) -> RunFacts:
     """What `show` says, of a run whose outline is `net`, and whose step costs `step_cost`."""
-    jumps = run.reads.endpoint or run.reads.flow_map
+    learns_jumps = run.reads.endpoint or run.reads.flow_map
     way = step_cost.way
-    return {
-        "spec": run.model_dump(mode="json", exclude=None if run.resolved else {"resolved"}),
-        "parameters": num_parameters(net),
-        "parameters_trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
-        "forward_flops_per_image": step_cost.pass_flops,
-        "forward_units_per_step": step_cost.units,
-        "slope": None if way is None else {**way._asdict(), "text": way.text},
-        "far": far_share(run.objective) if jumps else None,
-        "guidance_scale": run.training_guidance.scale,
-    }
+    return RunFacts(
+        spec=run.model_dump(mode="json", exclude=None if run.resolved else {"resolved"}),
+        parameters=num_parameters(net),
+        parameters_trained=sum(p.numel() for p in net.parameters() if p.requires_grad),
+        forward_flops_per_image=step_cost.pass_flops,
+        forward_units_per_step=step_cost.units,
+        slope=None if way is None else {**way._asdict(), "text": way.text},
+        far=far_share(run.objective) if learns_jumps else None,
+        guidance_scale=run.training_guidance.scale,
+    )
 
 
 def far_share(objective: Objective) -> float:
@@ -83,7 +95,7 @@ def far_share(objective: Objective) -> float:
 
 
 def plan(spec: Run) -> dict[str, Any]:
-    """What `show` says, and shapes, bytes, work, images, and whether the data are there.
+    """The fields of `RunFacts`, and shapes, bytes, work, images, and whether the data are there.
 
     - `parameters_total`: with fixed tables
     - `inputs`, `heads`: shapes of a row, by name
@@ -131,7 +143,7 @@ def plan(spec: Run) -> dict[str, Any]:
     if isinstance(spec.net, Pretrained):
         side = spec.net.side or None
     return {
-        **run_facts,
+        **asdict(run_facts),
         "parameters_total": sum(value.numel() for value in net.state_dict().values()) + num_unstored_weights(net),
         "pixels": list(spec.shown_shape),
         "inputs": inputs,
@@ -144,8 +156,8 @@ def plan(spec: Run) -> dict[str, Any]:
         "checkpoint": {"bytes": checkpoint.on_disk, "copy": checkpoint.host_copy_per_rank},
         "images": images,
         "epochs": images / epoch if epoch else None,
-        "flops": run_facts["forward_units_per_step"] * run_facts["forward_flops_per_image"] * images,
-        "validation": validation(spec, run_facts["forward_units_per_step"]),
+        "flops": run_facts.forward_units_per_step * run_facts.forward_flops_per_image * images,
+        "validation": validation(spec, run_facts.forward_units_per_step),
         "buckets": [list(size) for size in getattr(spec.shown_data, "sizes", ())],
         "cache": cache_bytes(spec.data, epoch) if isinstance(spec.data, Latents) else None,
         "texts": _text_rows(spec.net.texts, spec.data) if isinstance(spec.net.texts, EmbeddedTexts) else None,

@@ -37,7 +37,8 @@ from dumo.flow.guide import CFG
 from dumo.flow.likelihood import axes, log_likelihood
 from dumo.flow.solver import Solver, check
 from dumo.io import digest
-from dumo.io.file import check_writable, locked, sweep
+from dumo.io.file import check_writable, sweep
+from dumo.io.guard import locked
 from dumo.io.read import null_nonfinite, write_json
 from dumo.report import score
 from dumo.report.card import Card, Row, contrast_solver, judging_settings, make_card, read_report

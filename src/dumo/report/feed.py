@@ -30,6 +30,7 @@ from dumo.config.place import LOG_FILE
 from dumo.config.source import read
 from dumo.config.suggestion import require_known
 from dumo.io import file
+from dumo.io.guard import locked
 from dumo.io.read import read_json
 from dumo.report.tracker import TRACKERS, Tracker, numbers_by_name
 from dumo.run.speed import log_with_speeds
@@ -128,7 +129,7 @@ def feed(
                 f"the log of {folder} is on its way to {tracker_name}, as it trains or by another dumo log: "
                 "wait for its end"
             )
-            lock = file.locked(folder / f".{tracker_name}.lock", None if wait_for_lock else busy_message)
+            lock = locked(folder / f".{tracker_name}.lock", None if wait_for_lock else busy_message)
             locks.enter_context(lock)
         feeds = [Feed(folder, tracker_name) for folder in folders]
         is_last_look = False

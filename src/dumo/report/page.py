@@ -214,7 +214,7 @@ def render(opened: RunFolder, parts: PageParts) -> str:
     results = recipes.results(shipped) if shipped else None
     others = None
     if results:
-        others = judgement.objectives_table(results, parts.evaluation, opened.step, facts["forward_units_per_step"])
+        others = judgement.objectives_table(results, parts.evaluation, opened.step, facts.forward_units_per_step)
     proximity = parts.neighbours.proximity if parts.neighbours else None
     template = _template_environment().get_template("report.html.j2")
     return template.render(

@@ -29,7 +29,7 @@ from dumo.data.caption import CaptionFiles
 from dumo.data.image import errors_of_latents
 from dumo.encoders import texttable
 from dumo.io import table
-from dumo.io.file import locked
+from dumo.io.guard import locked
 from dumo.io.read import brief
 from dumo.io.table import MakeResult, TableIndex
 from dumo.nets import Net
@@ -307,7 +307,7 @@ def encode_texts(
     if isinstance(data, Latents) and data.images.source:
         files_by_hash = data.images.source_images()
     if shard_rows is None:
-        existing_index = texttable.read_contents(spec.folder)
+        existing_index = texttable.read_index(spec.folder)
         shard_rows = existing_index.shard_rows if existing_index else _SHARD_ROWS
     if shard_rows > ROWS:
         raise UserError(f"shard_rows = {shard_rows:,}: a shard has at most {ROWS:,} rows, set it lower")

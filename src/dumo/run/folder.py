@@ -26,6 +26,7 @@ from dumo.config.place import LOG_FILE
 from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
 from dumo.io import file as files
+from dumo.io.guard import guard_path, locked, require_in_place
 from dumo.run.index import Index
 from dumo.run.provenance import require_same_run
 from dumo.runtime.door import option
@@ -56,7 +57,7 @@ def locked_run_folder(folder: Path) -> Generator[None, None, None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         problem = f"{folder} is being trained by another process: wait for it, or give {option('out')}"
-        with files.locked(folder / LOCK_FILE, problem):
+        with locked(folder / LOCK_FILE, problem):
             yield
     finally:
         with suppress(OSError):  # it is not empty: something was written
@@ -174,12 +175,12 @@ def guard_run_folder(folder: Path) -> Generator[None, None, None]:
             guarded.append(place)
     with ExitStack() as stack:
         for path in guarded:
-            stack.enter_context(files.guard_path(path))
+            stack.enter_context(guard_path(path))
         try:
             yield
         except (OSError, SafetensorError):
             for path in guarded:  # one may have gone while a file was written, which is why that failed
-                files.require_in_place(path)
+                require_in_place(path)
             raise
 
 
@@ -215,11 +216,11 @@ def write_run_file(run: Run, folder: Path, changed: Sequence[RecordedChange] = (
 def mark_no_checkpoint_yet(folder: Path) -> None:
     """Mark, before the first step, that the run has no checkpoint yet.
 
-    Raises UserError where the folder is no longer in its place (`files.require_in_place`).
+    Raises UserError where the folder is no longer in its place (`require_in_place`).
     """
     mark = folder / NO_CHECKPOINT_MARK
     old_mark = folder / CHECKPOINT_MARK
-    files.require_in_place(mark)
+    require_in_place(mark)
     if old_mark.exists():  # of a run whose log and checkpoints were removed: it would be missed after a kill
         old_mark.replace(mark)
     else:
@@ -230,10 +231,10 @@ def mark_no_checkpoint_yet(folder: Path) -> None:
 def restore_run_file(folder: Path, text: str) -> bool:
     """Write run.yaml again, as `text`, where it was removed during training. Returns whether it was.
 
-    Raises UserError where the folder is no longer in its place (`files.require_in_place`).
+    Raises UserError where the folder is no longer in its place (`require_in_place`).
     """
     file = folder / RUN_FILE
-    files.require_in_place(file)
+    require_in_place(file)
     if file.is_file():
         return False
     files.write(file, text.encode(), durable=True)
@@ -243,11 +244,11 @@ def restore_run_file(folder: Path, text: str) -> bool:
 def mark_checkpoint_written(folder: Path) -> None:
     """Mark that the run has a checkpoint: from now on one that is not there was lost.
 
-    Raises UserError where the folder is no longer in its place (`files.require_in_place`).
+    Raises UserError where the folder is no longer in its place (`require_in_place`).
     """
     mark = folder / CHECKPOINT_MARK
     old_mark = folder / NO_CHECKPOINT_MARK
-    files.require_in_place(mark)
+    require_in_place(mark)
     if old_mark.exists():
         old_mark.replace(mark)
     elif mark.exists():

@@ -9,15 +9,17 @@ from pathlib import Path
 
 from dumo.config.source import trained_name_of
 from dumo.io import trained
+from dumo.io.read import user_path
 
 
 def find(source: str | Path) -> Path:
     """The folder of the run that comes with dumo by this name; another source as the path that it is.
 
-    A Path to the folder of a run is that folder. Raises UserError where ./NAME holds a run, too.
+    In a text, ~ and $NAMES of environment variables are expanded; a Path is taken as it is. Raises UserError where
+    ./NAME holds a run, too, or a variable is not set.
     """
     name = trained_name_of(source)
-    return Path(source) if name is None else trained.folder(name)
+    return _path(source) if name is None else trained.folder(name)
 
 
 def output_folder(source: str | Path) -> Path:
@@ -26,4 +28,9 @@ def output_folder(source: str | Path) -> Path:
     Raises as `find`.
     """
     name = trained_name_of(source)
-    return Path(source) if name is None else Path(name)
+    return _path(source) if name is None else Path(name)
+
+
+def _path(source: str | Path) -> Path:
+    """The path of a source that is no name. Raises UserError for a variable that is not set."""
+    return source if isinstance(source, Path) else user_path(source, "the run's folder")

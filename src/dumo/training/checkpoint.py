@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from dumo.io import digest, weights
 from dumo.io import file as files
+from dumo.io.guard import require_in_place
 from dumo.runtime import dist, threads
 from dumo.runtime.device import software_versions
 from dumo.training import agreement, frozen, layout, manifest
@@ -340,7 +341,7 @@ def _prepare_folder(target: Path, kind: str, step: int, size: int) -> None:
     Raises UserError if there is no room, and as `require_in_place`.
     """
     folder = target.parent
-    files.require_in_place(target)
+    require_in_place(target)
     for half_written in folder.glob(".step-*.tmp"):
         files.remove(half_written)
     free = files.free_bytes(folder)

@@ -32,7 +32,7 @@ from statistics import median
 from pydantic import BaseModel, ConfigDict
 
 from dumo.runtime.stopwatch import Clock, wall_clock
-from dumo.training.optim import LearningRateSchedule
+from dumo.training.schedule import LearningRateSchedule
 
 SECONDS_PER_MINUTE = 60.0
 # all ours

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dumo.io import file
+from dumo.io.guard import require_in_place
 from dumo.io.read import null_nonfinite
 from dumo.training.manifest import FileEntry
 from dumo.types import UserError
@@ -22,8 +23,8 @@ Row = dict[str, Any]
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one line; it is with the operating system on return. Raises UserError as `file.require_in_place`."""
-    file.require_in_place(path)
+    """Append one line; it is with the operating system on return. Raises UserError as `require_in_place`."""
+    require_in_place(path)
     with path.open("a") as lines:
         lines.write(to_line(row))
 

@@ -12,7 +12,8 @@ from dumo.flow.precision import Precision
 from dumo.runtime.limits import MINUTES, ROWS, STEPS
 from dumo.training.deadline import Timing
 from dumo.training.ema import Average, Ema, PowerEma
-from dumo.training.optim import AdamW, Constant, LearningRateSchedule, Optimizer
+from dumo.training.optim import AdamW, Optimizer
+from dumo.training.schedule import Constant, LearningRateSchedule
 from dumo.types import CHANGES, FREE, MACHINE, QUIET, Spec
 
 Compile = Literal["none", "blocks", "loss"]

@@ -17,7 +17,7 @@ import dumo
 from dumo.cli.api import TrainedRun
 from dumo.config.load import load
 from dumo.report.sample import DEFAULT_COUNT
-from dumo.types import Reads
+from dumo.types import Reads, UserError
 from e2e.shell import call
 from e2e.test_start import HEAVY
 from forked import ENVIRONMENT
@@ -229,6 +229,18 @@ def test_a_run_says_what_it_is_and_goes_on(digits: TrainedRun, moons: TrainedRun
     assert dumo.load(digits.folder, weights=last).opened.weights == str(last)
     again = dumo.train(moons.folder, {"train.steps": 3})
     assert (again.step, again.folder) == (3, moons.folder)
+
+
+def test_a_home_is_found(digits: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(digits.folder.parent))
+    assert dumo.load("~/digits").folder == digits.folder
+    assert dumo.load("$HOME/digits").folder == digits.folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"the run's folder is .*, but NOWHERE is not set"):
+        dumo.load("$NOWHERE/digits")
+    changes = {"net.width": 16, "net.depth": 1, "train.batch": 8, "train.steps": 1}
+    run = dumo.train("moons", changes, out="~/moons", device="cpu")
+    assert run.folder == tmp_path / "moons"
 
 
 def test_a_run_is_judged_and_reported(digits: TrainedRun) -> None:

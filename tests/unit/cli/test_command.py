@@ -11,9 +11,9 @@ import pytest
 import typer
 
 from dumo import cli
-from dumo.cli import command
+from dumo.cli import command, preflight, terminal
 from dumo.cli.foreign import FOREIGN_COMMANDS, FOREIGN_OPTIONS
-from dumo.config import outline
+from dumo.config import outline, recipes
 from dumo.config.place import EVALUATION_FILE, LOG_FILE
 from dumo.export import write
 from dumo.io import trained
@@ -117,3 +117,39 @@ def test_help_is_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [line.strip("│ ").split(maxsplit=1) for line in commands if line.startswith("│")]
     assert [row[0] for row in rows] == [*cli.Program.entries, "bench"]
     assert all(row[1].endswith(".") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("train.steps=3", "train.steps=3 is no argument: to set a field write --set train.steps=3"),
+        ("--set train.steps 3", "--set train.steps: write it as a.b=c, --set train.steps=3"),
+        ("--out a=b train.steps=3", "train.steps=3 is no argument"),
+        ("--out a=b extra", "unexpected extra argument"),  # the value of another option is no setting
+        ("--set train.steps --accept extra", "unexpected extra argument"),  # nor is an option a value
+    ],
+)
+def test_a_setting_that_was_typed_as_a_word_is_named(words: str, hint: str) -> None:
+    done = call("train", "digits", *words.split())
+    assert done.code == 2
+    assert hint in " ".join(done.err.replace("│", "").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("dry nothing --share 2", "give as many by --ranks"), ("show nothing --yaml --json", "give one of them")],
+)
+def test_options_that_do_not_go_together_are_refused_before_the_run_is_read(words: str, message: str) -> None:
+    done = call(*words.split())
+    assert done.code == 2
+    assert message in " ".join(done.err.replace("│", "").split())
+
+
+def test_brackets_of_a_text_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are no markup: [bold] neither vanishes nor styles the text behind it."""
+    monkeypatch.setattr(recipes, "about", lambda name: "of [bold] x [0, 1] :cat:")
+    preflight.recipes()
+    terminal.show_table("[b]", [{"[red] a": "[blue] b"}])
+    printed = capsys.readouterr().out
+    for text in ("of [bold] x [0, 1] :cat:", "[b]", "[red] a", "[blue] b"):
+        assert text in printed

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dumo import data
 from dumo.config import label, line, outline, recipes
 from dumo.config.change import override
+from dumo.config.declaration import declarations_hash
 from dumo.config.fault import faults
 from dumo.config.load import dump, load, load_recipe
 from dumo.config.schema import outline_text
@@ -26,10 +28,10 @@ def test_the_file_is_what_the_specs_say() -> None:
     [
         ("", True),
         ("x = 3", True),
-        ("class Other(Spec):\n    def run(self) -> None:\n        x: int = 3", True),
-        ("class Other(Spec):\n    field: int", False),
+        ("class Other:\n    def run(self) -> None:\n        x: int = 3", True),
+        ("class DuMo(Spec):\n    field: int", False),
         ('MEMBERS = {"any_step": "dumo.objectives.any_step:AnyStep"}', False),
-        ('Kind = Literal["a", "b"]', False),
+        ('FAMILY = SpecFamily({"other": "dumo.objectives.dumo:DuMo"})', False),
     ],
 )
 def test_a_field_or_kind_that_was_added_leaves_all_to_the_specs(declared: str, is_current: bool, package: Path) -> None:
@@ -44,10 +46,13 @@ def test_a_field_or_kind_that_was_added_leaves_all_to_the_specs(declared: str, i
     [
         ("runtime/limits.py", "STEPS = 10**9", "STEPS = 10**10", False),
         ("flow/precision.py", 'Literal["fp32", ', 'Literal["fp32", "fp16", ', False),
+        ("config/parts.py", "class RunParts(", "class RunParts(Other, ", False),  # another base
+        ("types/__init__.py", 'extra="forbid"', 'extra="allow"', False),
         ("training/deadline.py", "RISE_SHARE = 0.05", "RISE_SHARE = 0.06", True),
+        ("types/__init__.py", "A value that says", "A thing that says", True),  # a docstring
     ],
 )
-def test_so_does_a_bound_or_a_choice_that_a_field_names(
+def test_so_does_a_bound_a_choice_or_a_base_that_the_run_names(
     name: str, was: str, now: str, is_current: bool, package: Path
 ) -> None:
     file = package / name
@@ -55,6 +60,16 @@ def test_so_does_a_bound_or_a_choice_that_a_field_names(
     assert was in text
     file.write_text(text.replace(was, now), encoding="utf-8")
     assert outline.is_current() == is_current
+
+
+def test_a_bound_is_found_by_the_name_of_its_module(package: Path) -> None:
+    """`le=limits.STEPS`, in a file that names no base of dumo's."""
+    (package / "own.py").write_text("from dumo.runtime import limits\n\nclass DuMo(Mine):\n    x: Bound[limits.MOST]\n")
+    (package / "bound.py").write_text("MOST = 3\n")
+    before = declarations_hash(package)
+    declarations_hash.cache_clear()
+    (package / "bound.py").write_text("MOST = 4\n")
+    assert declarations_hash(package) != before
 
 
 @pytest.fixture
@@ -167,4 +182,5 @@ def test_a_label_has_the_name_that_the_files_of_a_trained_run_gave_it(found: str
 
 
 def test_toy_classes_are_those_of_the_specs() -> None:
-    assert {name: load_recipe(name).data.classes for name in ("digits", "moons")} == label.TOY_CLASSES
+    toys = [kind for kind, place in data.MEMBERS.items() if place.startswith("dumo.data.toy:")]
+    assert {name: load_recipe(name).data.classes for name in toys} == label.TOY_CLASSES

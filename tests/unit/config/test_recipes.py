@@ -60,10 +60,19 @@ def test_a_recipe_is_complete_and_says_what_it_is(name: str, monkeypatch: pytest
         assert "'" not in plain.replace("''", ""), key  # the empty text aside
 
 
-def test_every_recipe_is_in_one_group_and_says_what_it_is() -> None:
-    listed = [name for group in recipes.GROUPS.values() for name in group]
-    assert sorted(listed) == NAMES
-    assert next(iter(recipes.GROUPS.values()))[0] == "digits"
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_says_its_group(name: str) -> None:
+    assert recipes.group(name) in recipes.GROUPS, f"recipes/{name}.yaml: write a line `group:`, one of recipes.GROUPS"
+    assert "group" not in read(name).tree  # it is no field of a run
+
+
+def test_recipes_are_listed_by_group() -> None:
+    by_group = recipes.by_group()
+    assert (*by_group,) == recipes.GROUPS
+    assert all(by_group.values()), "a group without a recipe"
+    assert by_group["Start here"][0] == "digits"
+    assert by_group["Your own images"] == ["my-images", "my-images-64", "my-images-256", "my-images-buckets"]
+    assert [row["name"] for row in recipes.rows()] == [name for names in by_group.values() for name in names]
     assert len({recipes.about(name) for name in NAMES}) == len(NAMES)
 
 
@@ -108,7 +117,7 @@ def test_a_full_size_recipe_says_what_the_paper_has_and_where_its_numbers_come_f
         assert any(re.match(rf"(- )?{key}: .+ # .+", line) for line in lines), key
 
 
-@pytest.mark.parametrize("name", recipes.GROUPS["A pretrained transformer"])
+@pytest.mark.parametrize("name", recipes.by_group()["A pretrained transformer"])
 def test_a_pretrained_transformer_is_tuned_as_published(name: str) -> None:
     """Settings of TwinFlow's released code; and latents are what each model's own pipeline decodes."""
     run, full = recipe(name).model_dump(), "lora" not in name

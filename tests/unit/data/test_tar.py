@@ -113,14 +113,14 @@ def test_where_archives_may_not_be_written_beside_the_index_lies_elsewhere(
     """In the user's cache; where that may not be written either, nowhere."""
     root, home = Path(files[0]).parent, tmp_path / "home"
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    monkeypatch.setattr("dumo.io.file.is_writable", lambda place: root not in place.parents)
+    monkeypatch.setattr("dumo.io.note.is_writable", lambda place: root not in place.parents)
     for _ in range(2):
         assert numbers(Tar(files, labelled=True)) == list(range(30))
     assert looked == NAMES
     assert not (root / tar.NOTE_FOLDER).exists()
     assert list(home.glob("dumo/*/dumo-index/c.tar.safetensors"))
     shutil.rmtree(home)
-    monkeypatch.setattr("dumo.io.file.is_writable", lambda place: False)
+    monkeypatch.setattr("dumo.io.note.is_writable", lambda place: False)
     assert numbers(Tar(files, labelled=True)) == list(range(30))
     assert looked == NAMES * 2
 

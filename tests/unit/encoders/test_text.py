@@ -5,6 +5,7 @@ A table holds it of each caption, and is the same however often its making was i
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import encoders
 from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import encode, open_table
-from dumo.encoders.tokens import Tokenizer
+from dumo.encoders.tokens import ByteTokenizer
 from dumo.types import UserError
 from unit.encoders.toy import contents
 
@@ -37,7 +38,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_what_transformers_gives(t5: Path, clip: Path) -> None:
     from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-    ids, mask = Tokenizer(length=30).open()(TEXTS, fills_length=False)
+    ids, mask = ByteTokenizer(length=30).open()(TEXTS, fills_length=False)
     wanted = T5EncoderModel.from_pretrained(t5)(ids, attention_mask=mask.long()).last_hidden_state
     assert torch.equal(TextEncoder(source=str(t5)).open()(TEXTS).tokens, wanted)
 
@@ -171,7 +172,7 @@ def test_another_encoder_or_other_captions_are_refused(spec: TextEncoder, whole:
 
 
 def test_tokens_alone_are_numbers(tmp_path: Path) -> None:
-    encode(CAPTIONS, Tokenizer(length=40), tmp_path / "ids", shard_rows=ROWS)
+    encode(CAPTIONS, ByteTokenizer(length=40), tmp_path / "ids", shard_rows=ROWS)
     ids, mask, _ = open_table(tmp_path / "ids").read_rows()
     assert ids[2, :4].tolist() == [ord("c") + 3, ord("a") + 3, ord("t") + 3, 1]  # ByT5: 3 special tokens, then bytes
     assert mask.sum(1).tolist() == [len(text.encode()) + 1 for text in (*CAPTIONS, "")]
@@ -184,5 +185,39 @@ def test_the_identity_is_of_what_is_encoded_not_of_where_it_lies(
     assert encode(CAPTIONS, moved, whole, shard_rows=ROWS).made == 0
     encode(CAPTIONS, moved, tmp_path / "again", shard_rows=ROWS + 1)
     encode((*CAPTIONS[::-1],), spec, tmp_path / "turned", shard_rows=ROWS)
-    one, again, turned = (open_table(f).contents.identity for f in (whole, tmp_path / "again", tmp_path / "turned"))
+    one, again, turned = (open_table(f).index.identity for f in (whole, tmp_path / "again", tmp_path / "turned"))
     assert one == again != turned
+
+
+def test_another_tokenizer_of_the_same_vocabulary_is_another_encoder(tmp_path: Path) -> None:
+    spec = TextEncoder(source=str(encoders.clip(tmp_path / "clip")), length=12)
+    encode(CAPTIONS, spec, tmp_path / "table")
+    index = open_table(tmp_path / "table").index
+    index.require_encoder(spec.open(), spec.source)
+
+    file = tmp_path / "clip" / "tokenizer" / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="holds another table:\n  tokenizer: "):
+        encode(CAPTIONS, spec, tmp_path / "table")
+    with pytest.raises(UserError, match=r"the tokenizer of .*text_encoder has the hash "):
+        index.require_encoder(spec.open(), spec.source)
+
+
+def test_a_table_that_notes_no_tokenizer_is_read_and_resumed(spec: TextEncoder, whole: Path, tmp_path: Path) -> None:
+    """As before it was noted; and a run that noted the identity of such a table takes one that is made now."""
+    new = open_table(whole)
+    old_index = new.index.without_tokenizer()
+    assert old_index.identity != new.index.identity
+    new.require(spec, len(CAPTIONS), new.index.identity)
+    new.require(spec, len(CAPTIONS), old_index.identity)
+    with pytest.raises(UserError, match="is another table than that of this run"):
+        new.require(spec, len(CAPTIONS), "0123456789abcdef")
+
+    old = shutil.copytree(whole, tmp_path / "old")
+    stored = old_index.model_copy(update={"inputs": old_index.inputs_digest()})
+    (old / "index.json").write_text(stored.model_dump_json(by_alias=True))
+    open_table(old).index.require_encoder(spec.open(), spec.source)
+    assert encode(CAPTIONS, spec, old, shard_rows=ROWS).made == 0
+    assert open_table(old).index.tokenizer is None

@@ -139,3 +139,20 @@ def test_damage_is_found_where_it_is(tmp_path: Path) -> None:
         images = read_adm(damaged, count=COUNT).images(4)
         with pytest.raises(UserError, match=rf"{damaged.name} is damaged at image \d .*: fetch it again"):
             list(images)
+
+
+def test_damage_behind_an_image_leaves_it_readable(tmp_path: Path) -> None:
+    """A file that failed is opened anew: the images before the damage are read as ever."""
+    pixels = np.tile(IMAGES // 64, (20, 1, 1, 1))  # is compressed, in several pieces
+    path = written(tmp_path / "a.npz", True, arr_0=pixels)
+    damaged = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo("arr_0.npy")
+    place = info.header_offset + info.compress_size * 3 // 4
+    damaged[place : place + 64] = b"\xff" * 64
+    path.write_bytes(damaged)
+    images = npz.NpzImages(path)
+    with pytest.raises(UserError, match="is damaged at image 190"):
+        images.pixels(190, 191)
+    assert images.file is None
+    assert np.array_equal(images.pixels(0, 2).permute(0, 2, 3, 1).numpy(), pixels[:2])

@@ -152,7 +152,7 @@ def test_a_damaged_note_is_no_note(folder: Path, read: list[str], text: str) -> 
 def test_nothing_is_noted_where_that_is_not_allowed(
     folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dumo.io.file.is_writable", lambda place: False)
+    monkeypatch.setattr("dumo.io.note.is_writable", lambda place: False)
     for _ in range(2):
         assert torch.equal(opened(folder).batch(0, 4, 0)[0], opened(folder).batch(0, 4, 0)[0])
     assert read == SHARDS * 4

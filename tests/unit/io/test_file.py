@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dumo.io import file
+from dumo.io import file, guard
 from dumo.types import UserError
 
 
@@ -168,7 +168,7 @@ def test_a_folder_whose_path_is_guarded_is_written_to_where_it_was_alone(tmp_pat
     """Another one in its place is not, though it has its name."""
     folder, beside = tmp_path / "a", tmp_path / "b"
     folder.mkdir()
-    with file.guard_path(folder):
+    with guard.guard_path(folder):
         file.write(folder / "c/d", b"d")
         folder.rename(tmp_path / "moved")
         for _ in range(2):
@@ -185,7 +185,7 @@ def test_the_lock_of_another_process_stays(tmp_path: Path) -> None:
     """Where the folder was moved away, and another process holds one of that name."""
     folder = tmp_path / "a"
     folder.mkdir()
-    with file.locked(folder / "lock"):
+    with guard.locked(folder / "lock"):
         folder.rename(tmp_path / "moved")
         folder.mkdir()
         (folder / "lock").touch()
@@ -205,11 +205,25 @@ def test_a_lock_on_a_disk_that_is_gone_is_let_go(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(Path, "stat", stat)
         raise UserError("it was unmounted")
 
-    with pytest.raises(UserError, match="was unmounted"), file.locked(lock):
+    with pytest.raises(UserError, match="was unmounted"), guard.locked(lock):
         lose_disk()
     monkeypatch.undo()
-    with file.locked(lock, busy="it is held still"):
+    with guard.locked(lock, busy="it is held still"):
         pass
+
+
+def test_a_lock_whose_file_cannot_be_looked_at_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "lock"
+
+    def stat(path: Path, **more: bool) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat)
+        with pytest.raises(OSError, match="lock") as raised, guard.locked(lock):  # which keeps the frames of `locked`
+            pass
+    with guard.locked(lock, busy="it is held still"):
+        assert raised.value.errno == errno.ESTALE
 
 
 def test_of_a_link_the_link_is_removed(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from dumo.data.image import open_store
-from dumo.io import content, inventory
-from dumo.io import file as files
+from dumo.io import content, inventory, note
 from dumo.io.content import Hashes
 from dumo.io.inventory import NOTE_NAME
 from dumo.run import datacheck
@@ -153,12 +152,12 @@ def test_a_damaged_note_is_no_note(damage: bytes | None, tmp_path: Path) -> None
 def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     as_folder(root := tmp_path / "images")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    writable = files.is_writable
-    monkeypatch.setattr(files, "is_writable", lambda place: root not in place.parents and writable(place))
+    writable = note.is_writable
+    monkeypatch.setattr(note, "is_writable", lambda place: root not in place.parents and writable(place))
     whole(root)
     assert not (root / NOTE_NAME).exists()
     assert not any(opened(root).pending)
-    monkeypatch.setattr("dumo.io.file.is_writable", lambda place: False)
+    monkeypatch.setattr("dumo.io.note.is_writable", lambda place: False)
     os.utime(next(root.rglob("*.png")))
     assert sum(whole(root).pending) == 0
     assert sum(opened(root).pending) == 1

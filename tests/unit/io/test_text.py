@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.io.read import MAX_FILE_BYTES, brief, read_json, read_text, text_lines, user_path
+from dumo.io.read import MAX_FILE_BYTES, brief, parse_json, read_json, read_text, text_lines, user_path
 from dumo.types import UserError
 from fuzz.judge import limits
 
@@ -47,11 +47,23 @@ def test_lines_are_read_up_to_the_first_that_is_not_utf8(tmp_path: Path) -> None
         next(lines)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "NaN", '{"a": -Infinity}', "9" * 5000, "\0"])
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "NaN", '{"a": -Infinity}', "1e999", "9" * 5000, "\0"])
 def test_what_is_no_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match=r"a.json is not JSON \(.*\): way out$"):
         read_json(tmp_path / "a.json", "way out")
+
+
+@pytest.mark.parametrize("text", ["{", "NaN", '{"a": [-Infinity]}', "1e999", '{"a": -1e999}'])
+def test_what_is_no_json_is_none_in_a_line_either(text: str) -> None:
+    with pytest.raises(UserError, match=r"^a.jsonl line 3 is not JSON \(.*\): way out$"):
+        parse_json(text, "a.jsonl line 3", "way out")
+    assert parse_json("[1e308, -2.5, 10]", "", "") == [1e308, -2.5, 10]
+
+
+def test_numbers_that_are_not_finite_become_null_where_asked() -> None:
+    text = '{"a": NaN, "b": [-Infinity, 1e999, 0.5]}'
+    assert parse_json(text, "", "", nulls_nonfinite=True) == {"a": None, "b": [None, None, 0.5]}
 
 
 def test_a_long_text_is_cut() -> None:

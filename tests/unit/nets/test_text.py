@@ -11,7 +11,7 @@ from torch import nn
 import encoders
 from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import encode
-from dumo.encoders.tokens import Tokenizer
+from dumo.encoders.tokens import ByteTokenizer
 from dumo.flow import dropout
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT, Transformer
@@ -137,7 +137,7 @@ SHAPE, VU = (1, 4, 4), Needs(heads=("v", "u"))
 
 def learned(folder: Path, length: int = 9) -> LearnedTexts:
     """A tiny encoder over the bytes of WORDS."""
-    tokenizer = Tokenizer(length=length)
+    tokenizer = ByteTokenizer(length=length)
     encode(WORDS, tokenizer, folder)
     return LearnedTexts(root=str(folder), tokenizer=tokenizer, width=8, depth=2)
 
@@ -226,7 +226,7 @@ def test_a_checkpoint_has_the_encoder_and_not_the_captions(tmp_path: Path) -> No
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     texts = learned(tmp_path)
     for update, says in (
-        ({"tokenizer": Tokenizer(length=10)}, "encoded otherwise"),
+        ({"tokenizer": ByteTokenizer(length=10)}, "encoded otherwise"),
         ({"root": str(tmp_path / "none")}, "dumo encode"),
     ):
         with pytest.raises(UserError, match=says):

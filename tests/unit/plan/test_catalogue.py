@@ -52,14 +52,14 @@ def test_a_recipe_is_named_by_what_it_needs() -> None:
 def test_what_stands_there_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "recipes_needing", lambda item: iter(()))  # seconds
     taef2 = find("taef2")
-    assert describe(taef2)["looked"][0]["state"] == "the variable is not set"
+    assert describe(taef2).places[0].state == "the variable is not set"
     monkeypatch.setenv("DUMO_DATA", str(tmp_path))
-    assert "not there" in describe(taef2)["looked"][0]["state"]
+    assert "not there" in describe(taef2).places[0].state
     (tmp_path / "taef2").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "taef2" / "taef2.safetensors")
-    assert "another file: the sha256" in describe(taef2)["looked"][0]["state"]
+    assert "another file: the sha256" in describe(taef2).places[0].state
     (tmp_path / "imagenet-sample").mkdir()
-    assert [describe(item)["there"] for item in CATALOGUE] == [
+    assert [describe(item).is_there for item in CATALOGUE] == [
         item.name == "imagenet-sample" if item.places else None for item in CATALOGUE
     ]
 

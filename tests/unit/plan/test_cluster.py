@@ -10,7 +10,7 @@ from dumo.config.spec import Run
 from dumo.plan import cluster, plan
 from dumo.run import memory
 from dumo.run.net import outline
-from dumo.training.optim import block_matrices
+from dumo.training.muon import block_matrices
 from dumo.types import UserError
 from unit.run.adapted import freeze
 

@@ -351,8 +351,8 @@ def test_how_much_is_far_and_how_much_is_guided(
     name: str, overrides: list[str], far: float | None, scale: float
 ) -> None:
     found = show(load(name, ["net.width=16", "net.depth=1", *overrides]))
-    assert found["far"] == (far if far is None else pytest.approx(far, abs=1e-3))
-    assert found["guidance_scale"] == pytest.approx(scale)
+    assert found.far == (far if far is None else pytest.approx(far, abs=1e-3))
+    assert found.guidance_scale == pytest.approx(scale)
 
 
 @pytest.mark.nightly

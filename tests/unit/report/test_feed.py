@@ -16,7 +16,7 @@ import pytest
 
 import trap
 from dumo.config.load import dump, load
-from dumo.io import file
+from dumo.io.guard import locked
 from dumo.report import feed as feeds
 from dumo.report import tracker
 from dumo.report.feed import Feed, feed, live_feed, poll_forever
@@ -163,7 +163,7 @@ def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.Mo
 def test_what_is_wrong_is_named(run: Path, sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"has no metrics.jsonl"):
         feed([tmp_path / "none"], "kept")
-    with file.locked(run / ".kept.lock"), pytest.raises(UserError, match="is on its way to kept"):
+    with locked(run / ".kept.lock"), pytest.raises(UserError, match="is on its way to kept"):
         feed([run], "kept")
     (run / "tracked.json").write_text("{")
     with pytest.raises(UserError, match=r"tracked.json is not JSON .*remove it"):

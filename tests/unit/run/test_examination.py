@@ -307,16 +307,16 @@ def test_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no number is null, and a slope that cannot be taken is a finding with its way out."""
     monkeypatch.setattr(doctor, "examine_machine", lambda _: [])
     bad = doctor.diagnose(sloped(tiny(), Skewed.model_construct(factor=float("nan"))))
-    (line,) = bad["findings"]
-    assert (bad["ok"], line["state"], bad["examination"]["errors"]["u"]) == (False, "failing", None)
+    (line,) = bad.findings
+    assert (bad.is_ok, line.state, bad.to_json()["examination"]["errors"]["u"]) == (False, "failing", None)
 
     class Refusing(JvpSlope):
         def __call__(self, *_: object, **__: object) -> tuple[Heads, Along]:
             raise UserError("no tangent rule for torch.special.airy_ai")
 
     refused = doctor.diagnose(sloped(tiny(), Refusing()))
-    (line,) = refused["findings"]
-    assert (refused["ok"], line["state"], refused["examination"]) == (False, "failing", None)
-    assert "airy" in line["way"]
+    (line,) = refused.findings
+    assert (refused.is_ok, line.state, refused.examination) == (False, "failing", None)
+    assert "airy" in line.way
     with pytest.raises(UserError, match="device 'gpu'"):
         doctor.diagnose(tiny(), "gpu")

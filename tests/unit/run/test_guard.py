@@ -31,8 +31,8 @@ from dumo.training import burst as bursts
 from dumo.training import checkpoint, log, loop, manifest
 from dumo.training.burst import BURST_STEPS
 from dumo.training.manifest import Checkpoints
-from dumo.training.optim import WSD, Cosine
 from dumo.training.saver import Saver
+from dumo.training.schedule import WSD, Cosine
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.step import Batch, Record, train_step

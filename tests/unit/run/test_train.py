@@ -228,7 +228,7 @@ def test_a_table_that_was_begun_keeps_the_size_of_its_shards(tmp_path: Path) -> 
         encode.encode_texts(run.data, run.net.texts, shard_rows=2**21)
     encode.encode_texts(run.data, run.net.texts, shard_rows=7, rank=0, world=2)
     encode.make_tokens(run)
-    index = texttable.read_contents(run.net.texts.folder)
+    index = texttable.read_index(run.net.texts.folder)
     assert index is not None
     assert index.shard_rows == 7
     assert index.shards

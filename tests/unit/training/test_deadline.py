@@ -21,8 +21,8 @@ from dumo.training.deadline import (
 )
 from dumo.training.loop import Every
 from dumo.training.manifest import Manifest
-from dumo.training.optim import WSD, Constant, Cosine, LearningRateSchedule
 from dumo.training.record import Record, measure
+from dumo.training.schedule import WSD, Constant, Cosine, LearningRateSchedule
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.types import Terms

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dumo.encoders.texttable import encode
-from dumo.encoders.tokens import Tokenizer
+from dumo.encoders.tokens import ByteTokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
@@ -31,7 +31,7 @@ def net(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[float], Net
         return lambda p: deep.model_copy(update={"route": route.model_copy(update={"share": p})})
     if request.param == "unet":
         return lambda p: UNet(**SMALL, dropout=p)
-    encode(CAPTIONS, tokenizer := Tokenizer(length=8), tmp_path)
+    encode(CAPTIONS, tokenizer := ByteTokenizer(length=8), tmp_path)
     texts = LearnedTexts(root=str(tmp_path), tokenizer=tokenizer, width=8, depth=1)
     return lambda p: DiT(width=8, depth=2, attention=2, texts=texts.model_copy(update={"drop": p}))
 

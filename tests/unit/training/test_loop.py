@@ -16,8 +16,9 @@ from dumo.runtime import signals
 from dumo.training import loop
 from dumo.training.compile import compile_loss
 from dumo.training.loop import Every, train
-from dumo.training.optim import AdamW, Cosine
+from dumo.training.optim import AdamW
 from dumo.training.record import Record
+from dumo.training.schedule import Cosine
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, begin
 from dumo.training.step import draws_of, flow_of

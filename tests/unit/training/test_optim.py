@@ -19,20 +19,10 @@ from dumo.run.net import outline
 from dumo.run.train import train
 from dumo.run.weights import build
 from dumo.runtime.random import stream
-from dumo.training.optim import (
-    WSD,
-    Adam,
-    AdamW,
-    AdamW8bit,
-    Constant,
-    Cosine,
-    LearningRateSchedule,
-    Muon,
-    Optimizer,
-    block_matrices,
-    orthogonalize,
-)
+from dumo.training.muon import STACK_KEY, block_matrices, orthogonalize
+from dumo.training.optim import Adam, AdamW, AdamW8bit, Muon, Optimizer
 from dumo.training.record import Record
+from dumo.training.schedule import WSD, Constant, Cosine, LearningRateSchedule
 from dumo.training.state import begin
 from dumo.training.step import advance
 from dumo.types import UserError
@@ -216,7 +206,7 @@ def test_matrices_are_those_of_blocks(recipe: str, more: list[str], taken: dict[
     groups = Muon()(net).param_groups
     held = [names[p] for group in groups for p in group["params"]]
     assert sorted(held) == sorted(names.values())
-    assert {names[p] for group in groups for p in group["params"] if "parts" in group} == found.keys()
+    assert {names[p] for group in groups for p in group["params"] if STACK_KEY in group} == found.keys()
 
 
 def test_all_else_moves_by_adamw() -> None:

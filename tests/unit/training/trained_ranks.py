@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import transformers_tiny as tiny
 from dumo.encoders.texttable import encode
-from dumo.encoders.tokens import Tokenizer
+from dumo.encoders.tokens import ByteTokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
@@ -73,7 +73,7 @@ class Case:
 
 def reader(way: str, place: Path) -> nn.Module:
     """A DiT that reads texts: by an encoder that learns too, or given ones."""
-    tokenizer, texts = Tokenizer(length=8), place / "texts"
+    tokenizer, texts = ByteTokenizer(length=8), place / "texts"
     encode(CAPTIONS, tokenizer, texts)
     learned = LearnedTexts(root=str(texts), tokenizer=tokenizer, width=8, depth=1, drop=0.2)
     net = DiT(patch=2, width=8, depth=3, attention=2, qk_norm=True)

@@ -16,7 +16,7 @@ from dumo.config import recipes
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.encoders.texttable import encode
-from dumo.encoders.tokens import Tokenizer
+from dumo.encoders.tokens import ByteTokenizer
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
@@ -75,7 +75,7 @@ def trained(run: Run, choice: Compile, backend: str = "eager", net: DiT | None =
 
 def texts() -> dict[str, DiT]:
     """Nets that read texts, given ones and by an encoder that learns too, for the classes of digits."""
-    folder, tokenizer = Path("texts"), Tokenizer(length=8)
+    folder, tokenizer = Path("texts"), ByteTokenizer(length=8)
     encode([str(k) for k in range(10)], tokenizer, folder)
     learned = LearnedTexts(root=str(folder), tokenizer=tokenizer, width=8, depth=1, drop=0.2)
     tiny = DiT(patch=2, width=8, depth=2, attention=2)

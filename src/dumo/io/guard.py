@@ -1,0 +1,82 @@
+"""Folders in use: kept from other processes, and not written to once their path leads elsewhere.
+
+- `locked` holds a lock file, one process at a time.
+- `guard_path` watches a folder. Whatever writes files asks `require_in_place` first, which refuses where a watched
+  folder was removed, renamed or unmounted.
+"""
+
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dumo.error import UserError
+
+_guarded: dict[Path, int] = {}  # descriptors of folders that must stay where they are (`guard_path`), by path
+
+
+@contextmanager
+def locked(
+    path: Path, busy: str | None = None, *, while_waiting: Callable[[], object] = lambda: None
+) -> Generator[None, None, None]:
+    """Hold the lock file `path`, one process at a time; the file is removed at the end.
+
+    The operating system keeps the lock, so a killed process lets go of it. Raises UserError, with the words `busy`,
+    while another process holds it; None: wait, and call `while_waiting` again and again, which ends that by raising.
+    """
+    lock = FileLock(path, timeout=-1 if busy is None else 0)
+
+    def is_cancelled() -> bool:
+        while_waiting()
+        return False
+
+    try:
+        lock.acquire(cancel_check=is_cancelled)
+    except Timeout as error:
+        raise UserError(f"{busy} ({path} is locked)") from error
+    try:
+        lock_stat = path.stat()
+        try:
+            yield
+        finally:
+            # Remove the file while it is locked: who waits for it sees that it is gone, and makes it again. Where the
+            # folder was moved away, another process may have its own lock file there.
+            with suppress(OSError):  # it is gone, or its disk is
+                if os.path.samestat(lock_stat, path.stat()):
+                    path.unlink()
+    finally:
+        lock.release()
+
+
+@contextmanager
+def guard_path(folder: Path) -> Generator[None, None, None]:
+    """While inside, writes below `folder` are refused (`require_in_place`) if its path no longer leads to this folder.
+
+    The folder is kept open, so that its inode number is not reused.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    _guarded[folder.absolute()] = descriptor
+    try:
+        yield
+    finally:
+        del _guarded[folder.absolute()]
+        os.close(descriptor)
+
+
+def require_in_place(path: Path) -> None:
+    """Raise UserError where `path`, or a folder above it, is guarded, and was removed, renamed or unmounted since."""
+    for folder, descriptor in [*_guarded.items()]:
+        if not path.absolute().is_relative_to(folder):
+            continue
+        try:
+            is_same = os.path.samestat(os.fstat(descriptor), folder.stat())
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise UserError(
+                f"{folder} was removed, renamed or unmounted during training, so nothing more is written there. "
+                "Rename it back or mount it, and the same command resumes from its last checkpoint; if the run's "
+                "folder was deleted, that starts a new run"
+            )

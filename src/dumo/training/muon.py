@@ -1,0 +1,124 @@
+"""The optimizer Muon (Jordan et al. 2024): matrices move along their orthogonalized momentum.
+
+`MuonOptimizer` is what the spec `dumo.training.optim.Muon` builds, of the matrices that `block_matrices` finds in a
+net, and of another optimizer for all else. `orthogonalize` is the step's one equation.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dumo.training.layout import full_tensor, shard_like
+
+Matrices = Float[Tensor, "matrices rows columns"]
+
+STACK_KEY = "parts"  # in a group: the number of matrices stacked in each parameter. State dicts of users have it.
+_COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c: Jordan et al.'s
+_ITERATIONS = 5  # Newton-Schulz iterations: Jordan et al.'s
+_EPS = 1e-7  # the least norm that is divided by: Jordan et al.'s
+_ADAMW_UPDATE_RMS = 0.2  # of a matrix's update, so that one lr serves both: Moonlight (Liu et al. 2025), Eq. 4
+
+
+def orthogonalize(m: Matrices) -> Matrices:
+    """Bring the singular values of each matrix near 1 by Newton-Schulz iterations, in its dtype.
+
+    Matrix products approximate U V^T: the odd polynomial p(s) = a s + b s^3 + c s^5, applied five times to the singular
+    values, brings all between .0015 and 1 of the matrix's norm to somewhere from .68 to 1.2. Lower ones stay smaller:
+    .001 comes to .47.
+    """
+    a, b, c = _COEFFICIENTS
+    is_tall = m.shape[1] > m.shape[2]
+    x = m.mT if is_tall else m
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)  # so that no singular value is above 1
+    for _ in range(_ITERATIONS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+class MuonOptimizer(torch.optim.Optimizer):
+    """Muon for matrices, and another optimizer for all else, as one: one list of groups, one memory.
+
+    A matrix moves by its orthogonalized momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): if
+    that is U S V^T, the step is along U V^T, as far in rare directions as in common ones. `torch.optim.Muon` makes the
+    same steps, but takes fused matrices for one, and rounds to bf16 on a CPU, too, so that a sharded matrix makes
+    another step than a whole one.
+
+    A group of matrices says how many are stacked in each of its parameters: they are orthogonalized one by one, which
+    Jordan et al. find better for queries, keys and values. A convolution's filters are rows. The momentum of a sharded
+    matrix is gathered, one matrix at a time, so that the step is that of one process.
+    """
+
+    def __init__(
+        self,
+        params_by_stack: Mapping[int, Sequence[nn.Parameter]],
+        other_optimizer: torch.optim.Optimizer | None,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        """Make the groups of `params_by_stack`, by the number of matrices stacked in each parameter.
+
+        `other_optimizer` moves all other parameters; None: there are none.
+        """
+        self.other_optimizer = other_optimizer
+        groups: list[dict[str, Any]] = []
+        for num_stacked, params in params_by_stack.items():
+            options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+            groups.append({"params": [*params], STACK_KEY: num_stacked, **options})
+        if other_optimizer:
+            groups += other_optimizer.param_groups
+        super().__init__(groups, {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields of a copy and a pickle: torch's method has its own fields alone."""
+        return {**super().__getstate__(), "other_optimizer": self.other_optimizer}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # noqa: ANN401, as torch's
+        """Move all parameters that have a gradient; no closure is called."""
+        for group in self.param_groups:
+            if STACK_KEY not in group:
+                continue
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update_matrix(p, p.grad, group)
+        if self.other_optimizer:
+            self.other_optimizer.state = self.state
+            self.other_optimizer.param_groups = [group for group in self.param_groups if STACK_KEY not in group]
+            self.other_optimizer.step()
+
+    def _update_matrix(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
+        """Move one matrix: decay, then a step along its orthogonalized momentum."""
+        state = self.state[p]
+        momentum = group["momentum"]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        direction = full_tensor(grad.lerp(mean, momentum))  # Nesterov's
+        if direction.is_cuda:
+            direction = direction.bfloat16()  # which is enough (Jordan et al.)
+        update = orthogonalize(direction.flatten(1).unflatten(0, (group[STACK_KEY], -1)))
+        step_size = group["lr"] * (_ADAMW_UPDATE_RMS * sqrt(max(update.shape[1:])))
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(shard_like(update.reshape(p.shape).to(p.dtype), p), alpha=-step_size)
+
+
+def block_matrices(net: nn.Module) -> dict[nn.Parameter, int]:
+    """The trained weights of linear layers and convolutions in a net's blocks, each with the matrices stacked in it.
+
+    A module says by `fused` how many its layers stack: three in one for queries, keys and values, for example.
+    """
+    num_stacked: dict[nn.Parameter, int] = {}
+    blocks = getattr(net, "blocks", getattr(net, "layers", ()))
+    for parent in nn.ModuleList(blocks).modules():
+        fused: Mapping[str, int] = getattr(parent, "fused", {})
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.requires_grad:
+                num_stacked[cast(nn.Parameter, layer.weight)] = fused.get(name, 1)
+    return num_stacked
