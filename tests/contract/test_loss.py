@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from contract.case import Counted, name, nets, objectives, one_each, randomise, step
 from contract.outside import PlainNet
-from dumo.flow.draw import draw
+from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.precision import MAX_GAIN
@@ -44,8 +44,20 @@ def record(objective: Objective, n: int = N, shape: tuple[int, ...] = SHAPE, row
     g = torch.Generator().manual_seed(3)
     x = torch.randn(n, *shape, generator=g, dtype=torch.float64)
     c = torch.arange(n) % CLASSES
-    first, null = rows.start or 0, torch.full_like(c, CLASSES)
-    return draw(objective, Linear(), x[rows], c[rows], null[rows], seed=1, step=2, batch=n, first=first, progress=0.5)
+    first = rows.start or 0
+    return draw(
+        objective,
+        Linear(),
+        x[rows],
+        c[rows],
+        CLASSES,
+        seed=1,
+        step=2,
+        batch=n,
+        first=first,
+        progress=0.5,
+        teacher=path_velocity,
+    )
 
 
 @each

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from contract.case import name, nets, one_each, randomise
 from dumo.flow import flow
-from dumo.flow.draw import draw
+from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.slope import JvpSlope
@@ -74,7 +74,9 @@ def test_a_step_waits_for_no_number_and_makes_the_same_passes(
         x, c = torch.zeros(N, *SHAPE, device=device), torch.zeros(N, dtype=torch.long, device=device)
         with Crossing() as crossing:
             state = begin(net, spec)
-            pieces = MicroBatches(state, flow_of(state, spec, objective, Linear(), 3), (x, c), spec)
+            pieces = MicroBatches(
+                state, flow_of(state, spec, objective, Linear(), 3, teacher=path_velocity), (x, c), spec
+            )
             for rows in pieces.row_slices:
                 b, known = pieces.draw(rows), pieces.draws[rows]
                 b = b if device == "cpu" else replace(b, host=(known.t, known.kept))  # as on a GPU

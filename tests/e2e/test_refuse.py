@@ -101,7 +101,7 @@ def test_field(field: str, named: tuple[str, ...], here: Path) -> None:
 POINTS = [
     ("net.kind=dit", ("dit", "square images", "mlp")),
     ("objective.guide.zeta=0.5", ("guidance", "moons", "no classes", "objective.guide.zeta=0")),
-    ("objective.kind=tvm; objective.scale=2", ("moons", "no classes to guide by")),
+    ("objective.kind=shortcut; objective.scale=2; sample.solver.kind=hop", ("moons", "no classes to guide by")),
     ("evaluate.protocol.kind=digits", ("protocol digits", "(2,)")),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from contract.case import members
-from dumo.flow.draw import draw
+from dumo.flow.draw import draw, path_velocity
 from dumo.flow.path import Linear
 from dumo.nets import DiT
 from dumo.objectives import Objective
@@ -34,7 +34,7 @@ def measured(kind: type[Spec]) -> dict[str, list[float]]:
     c = torch.arange(rows) % CLASSES
     found: dict[str, list[float]] = {"loss": [], "gradient": []}
     for step in range(3):
-        b = draw(objective, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=step)
+        b = draw(objective, Linear(), x, c, CLASSES, seed=0, step=step, teacher=path_velocity)
         net.zero_grad()
         loss = objective.loss(net, frozen(net), b).loss.mean()
         loss.backward()

@@ -124,6 +124,14 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
     assert torch.equal(b[3:7].on(b.r[3:7]), b.on(b.r)[3:7])
 
 
+def test_a_trajectory_keeps_its_label() -> None:
+    """Without labels, u would be the mean over the trajectories of all of them, which is the flow of none."""
+    load("moons", [*CMT_ON_MOONS, "objective.drop=0.1"])  # it has no labels
+    load("digits-cmt")
+    with pytest.raises(UserError, match=r"^objective\.drop = 0\.1: .*'cmt'.* of its label.* set objective\.drop=0$"):
+        load("digits-cmt", ["objective.drop=0.1"])
+
+
 def test_without_a_teachers_pairs_it_is_refused() -> None:
     with pytest.raises(UserError, match=r"learns from a teacher's trajectories: set teacher\.source .*count: 8192"):
         load("moons", ["objective.kind=cmt"])

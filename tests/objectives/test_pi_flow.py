@@ -116,6 +116,13 @@ def test_it_rests_at_the_flow_to_the_order_of_its_guesses(flow: Flow) -> None:
         assert 2.8 < coarse / fine < 5.5
 
 
+def test_a_record_without_a_teacher_is_refused() -> None:
+    objective = PiFlow(guesses=3, times=Grid(steps=2))
+    net, b = Polynomial(3), drawn(objective, 24, APART)
+    with pytest.raises(UserError, match=r"'pi_flow' learns from a teacher's velocity, .* add_noise\(.*teacher=.*\)"):
+        objective.loss(net, Frozen(net), b)
+
+
 def test_a_jump_begins_at_the_top_of_a_segment() -> None:
     reads = PiFlow(times=Grid(steps=4)).read(nn.Identity())
     for t, s, taught in ((1.0, 0.75, True), (0.75, 0.6, True), (1.0, 0.5, False), (0.9, 0.8, False), (0.0, 0.0, False)):

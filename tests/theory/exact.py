@@ -279,8 +279,8 @@ class Exact(nn.Module):
     Heads: v and w, the velocity; d, a critic, 0; u and m, the mean velocity down to r, 0 where no r reaches them; g,
     the mean of dv_i/dx_i on the way from r, of a flow that acts on each coordinate alone; f, the mean direction on the
     trigonometric path. A step may be told as k, of size 2^-k. At negative times all of them are the velocity at -t. The
-    knobs w, or beta = 1 / w, low and high are those of a guided flow. Gauges are zero. An objective with others is
-    refused until they are taught here.
+    knobs w, low and high are those of a guided flow. Gauges are zero. An objective with others is refused until they
+    are taught here.
     """
 
     def __init__(self, flow: Flow, needs: Needs) -> None:
@@ -289,7 +289,7 @@ class Exact(nn.Module):
         self.probe = nn.Parameter(torch.zeros(len(needs.heads), 2, dtype=D))
 
     def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, **inputs: Tensor) -> Heads:
-        assert not inputs.keys() - {"r", "k", "w", "beta", "low", "high"}
+        assert not inputs.keys() - {"r", "k", "w", "low", "high"}
         flow = self.told(inputs)
         r = {"r": inputs.pop("r")} if "r" in inputs else {}  # it may move
 
@@ -302,11 +302,10 @@ class Exact(nn.Module):
 
     def told(self, inputs: dict[str, Tensor]) -> Flow:
         """The flow that the knobs ask for."""
-        if not inputs.keys() & {"w", "beta"}:
+        if "w" not in inputs:
             return self.flow
-        w = inputs["w"] if "w" in inputs else 1 / inputs["beta"]
-        limits = Told(w, None, inputs.get("low", 0.0), inputs.get("high", 1.0))
-        return replace(self.flow, guide=Told(w, limits))
+        limits = Told(inputs["w"], None, inputs["low"], inputs["high"])
+        return replace(self.flow, guide=Told(inputs["w"], limits))
 
     def head(self, flow: Flow, head: str, x: Tensor, c: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """What a head of this name is, as a function of x and t."""

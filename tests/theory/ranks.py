@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contract.case import name as named
 from contract.case import objectives, randomise
-from dumo.flow.draw import draw
+from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope
@@ -89,9 +89,10 @@ def record(objective: Objective, rank: int, ranks: int) -> Noised:
     x, c = torch.randn(ROWS, *SHAPE, generator=g), torch.arange(ROWS) % CLASSES
     share = ROWS // ranks
     mine = slice(rank * share, (rank + 1) * share)
-    null = torch.full_like(c, CLASSES)[mine]
     path = Trig() if objective.needs.formulas.paths == ("trig",) else Linear()
-    return draw(objective, path, x[mine], c[mine], null, seed=0, step=1, batch=ROWS, first=mine.start)
+    return draw(
+        objective, path, x[mine], c[mine], CLASSES, seed=0, step=1, batch=ROWS, first=mine.start, teacher=path_velocity
+    )
 
 
 def gradient(net: Net, module: nn.Module, objective: Objective, b: Noised) -> Tensor:

@@ -128,7 +128,10 @@ def _class_faults(data: Data, objective: Objective) -> Iterator[str]:
 
 
 def _teacher_faults(run: RunParts) -> Iterator[str]:
-    """The teacher must give the velocity or trajectories that the objective learns from, and nothing it cannot use."""
+    """The teacher must give the velocity or trajectories that the objective learns from, and nothing it cannot use.
+
+    A trajectory is that of a label, which then must not be dropped.
+    """
     objective = run.objective
     teacher = run.teacher
     needs = objective.needs.teacher
@@ -136,6 +139,11 @@ def _teacher_faults(run: RunParts) -> Iterator[str]:
     gives_trajectories = teacher is not None and bool(teacher.pairs)
     if needs.points and not gives_trajectories:
         yield _missing_teacher(objective, "trajectories", pairs="{count: 8192}")
+    if needs.points and objective.drop and may_have_classes(run.data):
+        yield (
+            f"objective.drop = {objective.drop:g}: objective '{objective.kind}' learns a trajectory, which is of its "
+            "label, so without labels it would learn the mean over trajectories of all labels: set objective.drop=0"
+        )
     if not needs.points and needs.velocity == "must" and not gives_velocity:
         yield _missing_teacher(objective, "velocity", pairs="null")
     if gives_velocity and needs.velocity == "no":

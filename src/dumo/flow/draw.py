@@ -7,7 +7,8 @@ The order of events:
    noise to data (`Coupling`), puts both on the path, drops conditions and asks a teacher. It waits for no device, but
    for a coupling.
 
-`draw` does both at once. `Noise` and `Signs` are laws of what more an objective may have drawn.
+`draw` does both at once, with `path_velocity` for a teacher where a step is only tried. `Noise` and `Signs` are laws of
+what more an objective may have drawn.
 
 Every draw has a stream of its own, whose key is a hash of (seed, step, name of what is drawn). A number per row is
 drawn for the whole batch, of which each caller takes its rows. What is shaped like the data is drawn for the caller's
@@ -248,6 +249,11 @@ def add_noise(
     if teacher:
         b = replace(b, v_t=b.velocity(b.x_t, t, v_t))
     return b
+
+
+def path_velocity(x_t: Sample, t: Time, c: Cond, v_t: Sample) -> Sample:
+    """Return v_t, the path's own velocity: the stand-in for a teacher where a step is only counted, timed or tried."""
+    return v_t
 
 
 def draw(

@@ -268,20 +268,6 @@ class Below(TimeLaw):
         return t, t * torch.rand(n, generator=g)
 
 
-class Gap(TimeLaw):
-    """t - r = sigmoid(N(-0.8, 1)); r = sigmoid(N(-0.4, 1)) given that r < 1 - (t - r) (TVM, `im256_w2.yaml`)."""
-
-    kind: Literal["gap"] = "gap"
-
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """t and r of n rows, both (n,); r by its inverse distribution function (TVM's code, `loss.py`)."""
-        gap = LogitNormal(mean=-0.8).one(n, g).double()
-        max_quantile = torch.special.ndtr((1 - gap).logit() + 0.4)  # of r = 1 - gap
-        quantile = torch.rand(n, generator=g).double().clamp(min=1e-12) * max_quantile
-        r = (torch.special.ndtri(quantile) - 0.4).sigmoid()
-        return (r + gap).clamp(max=1).float(), r.float()
-
-
 class Dyadic(TimeLaw):
     """Steps of length 2^-k, k < levels, on one row of `every`; r = t on the others (shortcut models).
 
@@ -354,6 +340,6 @@ class Grid(TimeLaw):
 
 
 Times = Annotated[
-    Arctan | Atom | Below | Beta | Dyadic | Gap | Groups | Jumps | Karras | LogitNormal | Pair | Uniform,
+    Arctan | Atom | Below | Beta | Dyadic | Groups | Jumps | Karras | LogitNormal | Pair | Uniform,
     Field(discriminator="kind"),
 ]

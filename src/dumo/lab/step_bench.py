@@ -25,7 +25,7 @@ from torch import nn
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.flow import dropout
-from dumo.flow.draw import draw
+from dumo.flow.draw import draw, path_velocity
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
@@ -120,7 +120,8 @@ class StepBench:
     def _draw_batch(self, objective: Objective, rows: int) -> Noised:
         """A batch of random data and labels, with noise added as when the objective is trained."""
         x, c = random_batch("bench", rows, self.shape, self.classes)
-        return draw(objective, self.path, x.to(self.device), c.to(self.device), self.classes, seed=0, step=0)
+        x, c = x.to(self.device), c.to(self.device)
+        return draw(objective, self.path, x, c, self.classes, seed=0, step=0, teacher=path_velocity)
 
     def make_step(self, row: StepRow, objective: Objective) -> Step:
         """The step of a row: forward pass, targets and backward pass on one batch of random data."""

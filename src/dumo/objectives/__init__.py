@@ -32,9 +32,7 @@ MEMBERS = {  # by kind
     "several": "dumo.objectives.several:Several",
     "shortcut": "dumo.objectives.shortcut:Shortcut",
     "soflow": "dumo.objectives.soflow:SoFlow",
-    "split_meanflow": "dumo.objectives.split_meanflow:SplitMeanFlow",
     "tbsm": "dumo.objectives.tbsm:TBSM",
-    "tvm": "dumo.objectives.tvm:TVM",
     "twinflow": "dumo.objectives.twinflow:TwinFlow",
     "ucgm": "dumo.objectives.ucgm:UCGM",
 }
@@ -63,9 +61,7 @@ if TYPE_CHECKING:
     from dumo.objectives.several import Several as Several
     from dumo.objectives.shortcut import Shortcut as Shortcut
     from dumo.objectives.soflow import SoFlow as SoFlow
-    from dumo.objectives.split_meanflow import SplitMeanFlow as SplitMeanFlow
     from dumo.objectives.tbsm import TBSM as TBSM
-    from dumo.objectives.tvm import TVM as TVM
     from dumo.objectives.twinflow import TwinFlow as TwinFlow
     from dumo.objectives.ucgm import UCGM as UCGM
     from dumo.types import Objective as Objective

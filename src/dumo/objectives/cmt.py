@@ -30,7 +30,7 @@ class CMT(Spec):
     kind: Literal["cmt"] = "cmt"
     of: Literal["dumo", "meanflow"] = "dumo"  # the objective that the net is trained by afterwards
     times: Grid = Grid()  # the steps of the trajectories
-    drop: float = Field(default=0.0, ge=0, le=1)  # ours: a trajectory is of its label
+    drop: float = Field(default=0.0, ge=0, le=1)  # ours: a trajectory is of its label, so data with labels need 0
 
     @model_validator(mode="after")
     def _require_inner_points(self) -> "CMT":

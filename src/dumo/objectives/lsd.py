@@ -10,8 +10,8 @@ The velocity is the net's own, v(x, r) = u(x, r, r). The right side of (2) is he
 (`stopgrad_type: convex` of the authors' code); gradients go through du/dr. Nothing is differentiated in x or t, so the
 target has no Jacobian. It has no noise either: v_t enters at r = t alone, by flow matching.
 
-Unlike DuMo and MeanFlow, which differentiate where a jump starts, this differentiates where it ends. TVM has the same
-equation, with other times, weights and guidance.
+Unlike DuMo and MeanFlow, which differentiate where a jump starts, this differentiates where it ends. TVM (Zhou et al.
+2025, arXiv 2511.19797) has the same equation, with other times, weights and guidance.
 
 With `two_heads` (ours) v is DuMo's head, which learns (3) on every row, and u learns (2). Only the output layer of u
 gets r, so no derivative goes through the trunk.

@@ -17,9 +17,8 @@ The policy, held still, is rolled out to two times of the segment, and where it 
 
     || pi(x_s, s) - sg V(x_s, s) ||^2        x_s on the policy's own way      (4)
 
-Unlike DuMo: no derivative is taken, and at the exact flow the guesses are the means of the data along the way. Without
-a teacher there is nothing to ask at x_s, which is no point of a path between data and noise that are known: it is
-refused.
+Unlike DuMo: no derivative is taken, and at the exact flow the guesses are the means of the data along the way. x_s lies
+on no path between data and noise that are known, so only a teacher can be asked there: a record without one is refused.
 """
 
 from collections.abc import Sequence
@@ -44,6 +43,7 @@ from dumo.types import (
     Spec,
     Terms,
     Time,
+    UserError,
     lift,
     mean_square,
 )
@@ -107,7 +107,15 @@ class PiFlow(Spec):
         return Needs(heads=heads, laws={"early": self.early, "late": self.late}, teacher=FromTeacher("must"))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """One pass. Two states as theirs, and the source itself, at which the record has V already (ours)."""
+        """One pass. Two states as theirs, and the source itself, at which the record has V already (ours).
+
+        Raises UserError for a record without a teacher.
+        """
+        if b.teacher is None:
+            raise UserError(
+                f"objective '{self.kind}' learns from a teacher's velocity, and this record has no teacher: give it "
+                "one, add_noise(..., teacher=...), in a run teacher.source"
+            )
         policy = self._policy(net(b.x_t, b.c, t=b.t), b.x_t, b.t)
         parts = {"source": mean_square(policy.heads[-1] - b.v_t)}
         shares = torch.stack([b.drawn["early"].to(b.t), b.drawn["late"].to(b.t)])
@@ -119,9 +127,8 @@ class PiFlow(Spec):
             with torch.no_grad():
                 x = policy.roll(x, s, to)
                 s = to
-                v = b.path.at(b.x, b.z, s)[1]  # the data's, for a teacher that is mixed with it
-                if b.teacher is not None:
-                    v = b.teacher(x, s, b.c, v)
+                data_v = b.path.at(b.x, b.z, s)[1]  # for a teacher that is mixed with it
+                v = b.teacher(x, s, b.c, data_v)
             parts[name] = mean_square(policy.velocity(x, s) - v)  # (4)
         return Terms(torch.stack([*parts.values()]).mean(0), parts)
 

@@ -24,14 +24,14 @@ from dumo.config.code import has_own_net, is_from_outside
 from dumo.config.spec import Run
 from dumo.flow import dropout
 from dumo.flow.check import max_pass_difference, outputs_match, require_pure_net, require_rows_apart
-from dumo.flow.draw import add_noise, make_draws
+from dumo.flow.draw import add_noise, make_draws, path_velocity
 from dumo.flow.flow import require_terms
 from dumo.flow.generate import training_mode
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.runtime.random import random_batch
 from dumo.training.step import passes_of_rank
-from dumo.types import Array, Cond, Frozen, Noised, Objective, Sample, Time, Trail, UserError
+from dumo.types import Array, Frozen, Noised, Objective, Sample, Trail, UserError
 
 _STREAM_KEY = "outside"  # of the random numbers in place of data. Another key would draw other numbers
 
@@ -86,7 +86,7 @@ def _first_rows(run: Run, device: torch.device) -> tuple[Noised, dropout.Keys]:
         x.to(device),
         c.to(device),
         run.data.classes,
-        teacher=_teach_path if run.teacher else None,
+        teacher=path_velocity if run.teacher else None,  # none is open yet
         between=between,
     )
     return b, draws.keys.to(device)
@@ -103,8 +103,3 @@ def _points_on_path(path: FlowPath, x: Sample, z: Sample, points: int) -> Trail:
         x_t, _ = path.at(x / path.sd, z, t)
         x_at_points.append(x_t)
     return torch.stack(x_at_points, 1)
-
-
-def _teach_path(x_t: Sample, t: Time, c: Cond, v_t: Sample) -> Sample:
-    """Return the path's own velocity: a stand-in for a teacher's, because none is open yet."""
-    return v_t

@@ -31,7 +31,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dumo.flow import dropout
-from dumo.flow.draw import draw
+from dumo.flow.draw import draw, path_velocity
 from dumo.flow.flow import require_terms
 from dumo.flow.guide import Guide
 from dumo.flow.linearize import Moving
@@ -208,7 +208,7 @@ def meta_copies(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
 def _draw_on_meta(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> Noised:
     """A noised batch on the meta device. What depends on a row's place alone has its values."""
     x, c = _meta_batch(rows, shape)
-    return draw(objective, path, x, c, c, seed=0, step=0)
+    return draw(objective, path, x, c, c, seed=0, step=0, teacher=path_velocity)
 
 
 def phases(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> list[tuple[Noised, float]]:

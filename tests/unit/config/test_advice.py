@@ -12,7 +12,6 @@ HOP = "sample.solver.kind=hop"
 CM = ["objective.kind=consistency", "objective.weighted=false", "objective.soft=null"]
 AVERAGED = {
     "shortcut": ["objective.kind=shortcut", HOP],
-    "tvm": ["objective.kind=tvm"],
     "rcgm": ["objective.kind=rcgm"],
     "twinflow": ["objective.kind=twinflow"],
     "consistency": CM,

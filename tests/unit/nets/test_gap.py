@@ -16,7 +16,7 @@ from dumo.nets import Pretrained, lowpass
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
 from dumo.nets.gap import fit_fixed_times
-from dumo.objectives import RCGM, DuMoAny, MeanFlow, Several, Shortcut, SplitMeanFlow
+from dumo.objectives import LSD, RCGM, DuMoAny, MeanFlow, Several, Shortcut
 from dumo.types import Frozen, Needs, Objective, UserError
 from tiers import tiered
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, NOISE, SHAPE, Saved, asked, batch, built
@@ -80,7 +80,7 @@ def test_one_guided_step_is_exact(folder: Saved, name: str) -> None:
     assert torch.stack([(dual[n] - g).norm() for n, g in jvp.items()]).norm() / size < 1e-5
 
 
-@pytest.mark.parametrize("objective", [DuMoAny(), RCGM(), SplitMeanFlow(), Several()])
+@pytest.mark.parametrize("objective", [DuMoAny(), LSD(), RCGM(), Several()])
 def test_objectives_of_two_times_train_it(folder: Saved, objective: Objective) -> None:
     net = built(cut(folder("sd3"), "sd3"), objective.needs)
     found = gradient(net, objective)

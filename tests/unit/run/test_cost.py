@@ -14,7 +14,7 @@ from contract.case import name as name_of
 from contract.case import nets, one_each
 from dumo.config.load import load
 from dumo.flow import linearize as linearizations
-from dumo.flow.draw import draw
+from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.slope import Along, CentralSlope, DualSlope, JvpSlope, Slope
@@ -248,7 +248,7 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     rows = lcm(4, objective.needs.group)
     one, net = (DiT(width=32, depth=n, patch=2, attention=2).build(objective.needs, shape, 10) for n in (1, 2))
     x, c = torch.zeros(rows, *shape), torch.zeros(rows, dtype=torch.long)
-    b = draw(objective, Linear(), x, c, c, seed=0, step=0)
+    b = draw(objective, Linear(), x, c, c, seed=0, step=0, teacher=path_velocity)
 
     def step(net: nn.Module, b: Noised) -> None:
         net.zero_grad()

@@ -297,7 +297,7 @@ def test_pairs_are_trained_on_as_they_are(tmp_path: Path) -> None:
             "train.seed=0",
             r"model of runs/x was trained at .* scale 2; .* runs/x with objective\.guide",
         ),
-        ("digits-tvm", "objective.scale=2", r"runs/x was trained at guidance scale 2; .* objective\.scale=1"),
+        ("digits-shortcut", "objective.scale=2", r"runs/x was trained at guidance scale 2; .* objective\.scale=1"),
         ("digits-imf", KNOBS, "guide the model of runs/x already: .* and sample.knobs of runs/x"),
     ],
 )

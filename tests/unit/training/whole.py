@@ -17,7 +17,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import ByteTokenizer
-from dumo.flow.draw import draw
+from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
 from dumo.lab.step_bench import PlainStep
@@ -91,7 +91,7 @@ def wholes() -> dict[str, bool]:
         torch.compiler.reset()
         net = randomise(nets()[0].build(objective.needs, (2, 4, 4), 3))
         path = Trig() if objective.needs.formulas.paths == ("trig",) else Linear()
-        b = draw(objective, path, x, c, 3, seed=0, step=0, progress=0.7)
+        b = draw(objective, path, x, c, 3, seed=0, step=0, progress=0.7, teacher=path_velocity)
         whole = COMPILE(objective.loss, fullgraph=True, backend="eager")
         one, other = (loss(net, Frozen(net), b).loss for loss in (whole, objective.loss))
         found[f"{type(objective).__name__} {len(found)}"] = torch.allclose(one, other, rtol=1e-4, atol=1e-5)
