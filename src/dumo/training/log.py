@@ -75,18 +75,15 @@ def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
     """The pairs of steps between which rows are lost, where rows are logged at multiples of `every`.
 
     `every` may have changed during the run, so only a distance between rows that is larger than the one before it and
-    the one after it is a gap. Two gaps of one length in a row are missed, and so is one between the only two rows.
+    the one after it is a gap. Before the first row is step 0. Two gaps of one length in a row are missed.
     """
-    steps = [row["step"] for row in rows if row["step"] % every == 0]
-    pairs = list(pairwise(steps))
-    distances = [after - before for before, after in pairs]
+    steps = [0, *(row["step"] for row in rows if row["step"] % every == 0)]
+    distances = [after - before for before, after in pairwise(steps)]
     lost: list[tuple[int, int]] = []
-    for i, distance in enumerate(distances):
-        distance_before = distances[i - 1] if i > 0 else 0
+    for i in range(1, len(distances)):
         distance_after = distances[i + 1] if i + 1 < len(distances) else 0
-        has_neighbour = distance_before > 0 or distance_after > 0
-        if has_neighbour and distance > max(every, distance_before, distance_after):
-            lost.append(pairs[i])
+        if distances[i] > max(every, distances[i - 1], distance_after):
+            lost.append((steps[i], steps[i + 1]))
     return lost
 
 
@@ -101,13 +98,17 @@ def rewind(path: Path, step: int) -> list[Row]:
     rows = read_log(path)
     undone = [row for row in rows if row["step"] > step]
     if undone:
-        with undone_rows_path(path).open("a") as lines:
-            lines.writelines(map(to_line, undone))
-        flush(undone_rows_path(path))
+        undone_before = read_log(undone_rows_path(path))
+        _write_log(undone_rows_path(path), [*undone_before, *undone])
     rows_to_keep = [row for row in rows if row["step"] <= step]
-    text = "".join(map(to_line, rows_to_keep))
-    file.write(path, text.encode(), writer="", durable=True)  # "": there is one writer at a time
+    _write_log(path, rows_to_keep)
     return rows_to_keep
+
+
+def _write_log(path: Path, rows: Sequence[Row]) -> None:
+    """Replace a log by these rows, whole or not at all. Only one process writes it, so its draft needs no own name."""
+    text = "".join(map(to_line, rows))
+    file.write(path, text.encode(), writer="", durable=True)
 
 
 def undone_rows_path(path: Path) -> Path:

@@ -73,6 +73,8 @@ def test_a_broken_line_inside_is_named(tmp_path: Path, second: bytes) -> None:
         ([10, 20, 25, 50, 60, 90], 10, [(20, 50), (60, 90)]),  # with a row of a probe
         ([50, 100, 150, 160, 170], 10, []),  # logged more often since
         ([10, 20, 30, 80, 130], 50, []),  # and less often
+        ([100, 200, 250, 300], 50, []),  # more often since the third row
+        ([10, 40, 50], 10, [(10, 40)]),
         ([10, 20, 100], 10, [(20, 100)]),
         ([40], 10, []),
         ([], 10, []),
@@ -80,3 +82,13 @@ def test_a_broken_line_inside_is_named(tmp_path: Path, second: bytes) -> None:
 )
 def test_rows_that_are_lost(steps: list[int], every: int, lost: list[tuple[int, int]]) -> None:
     assert gaps([{"step": step} for step in steps], every) == lost
+
+
+def test_a_torn_line_among_the_undone_rows_costs_that_line_alone(tmp_path: Path) -> None:
+    """A crash while rows are moved leaves a line without its end: the rows that follow stand on lines of their own."""
+    path = tmp_path / "metrics.jsonl"
+    undone_rows_path(path).write_text('{"step": 7}\n{"step": 8, "lo')
+    for step in (1, 2, 3):
+        append(path, {"step": step})
+    assert rewind(path, 2) == [{"step": 1}, {"step": 2}]
+    assert read_log(undone_rows_path(path)) == [{"step": 7}, {"step": 3}]
