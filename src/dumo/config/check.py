@@ -273,7 +273,7 @@ def _subject_faults(run: RunParts) -> Iterator[str]:
     if not starts_from_run:
         yield (
             "net.lora.subject trains adapters on top of a few-step run's, on the weights of its pipeline: set "
-            "start={kind: run, source: RUN}, its folder, and net.weights=source"
+            "start={kind: run, source: RUN}, its folder, without start.heads, and net.weights=source"
         )
 
 

@@ -1,8 +1,8 @@
 """From the bytes of an image file to a square of pixels, or a rectangle.
 
 `ToSquare(side, crop)(data)` and `ToRectangle` make pixels: the image is loaded and turned upright (`load_upright`),
-then converted to 8-bit RGB (`to_rgb`), then resized and cropped (`crop_middle`). `upright_size` and `short_side` read a
-header only. `covering_size` says to which size an image is brought before it is cropped.
+then converted to 8-bit RGB (`to_rgb`), then resized and cropped (`crop_middle`). `upright_size` and `short_side` read
+only the header, where that is enough. `covering_size` says to which size an image is brought before it is cropped.
 
 Every file becomes 8-bit RGB, upright, as one looks at it: transparency lies over white, 16 bits are rounded to
 8, of an animation the first frame is taken, and the camera's rotation (EXIF) is carried out. Colour profiles are not
@@ -85,11 +85,14 @@ def short_side(data: bytes) -> int:
 
 
 def upright_size(data: bytes) -> Size:
-    """The height and width of the upright image, by the header alone. Raises Unreadable.
+    """The height and width of the upright image, mostly by the header alone. Raises Unreadable.
 
-    A PNG is read as a whole, for its EXIF tags may come last.
+    A PNG is read as a whole, for its EXIF tags may come last; so is a TIFF, which pillow turns when it loads it.
     """
     with _open_image(data) as image:
+        if image.format == "TIFF":
+            image.load()
+            return image.height, image.width
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         stored_height = image.height
         stored_width = image.width

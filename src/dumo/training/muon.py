@@ -26,22 +26,22 @@ _ADAMW_UPDATE_RMS = 0.2  # of a matrix's update, so that one lr serves both: Moo
 def orthogonalize(m: Matrices) -> Matrices:
     """Bring the singular values of each matrix near 1 by Newton-Schulz iterations, in its dtype.
 
-    Matrix products approximate U V^T: the odd polynomial p(s) = a s + b s^3 + c s^5, applied five times to the singular
-    values, brings all between .0015 and 1 of the matrix's norm to somewhere from .68 to 1.2. Lower ones stay smaller:
-    .001 comes to .47.
+    Each of five iterations maps a singular value s, as a share of the matrix's norm, to a s + b s^3 + c s^5. Values from
+    .0015 to 1 end between .68 and 1.2; lower ones stay smaller, .001 ends at .47. The result approximates U V^T.
     """
     a, b, c = _COEFFICIENTS
     is_tall = m.shape[1] > m.shape[2]
     x = m.mT if is_tall else m
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=_EPS)  # so that no singular value is above 1
     for _ in range(_ITERATIONS):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
     return x.mT if is_tall else x
 
 
 class MuonOptimizer(torch.optim.Optimizer):
-    """Muon for matrices, and another optimizer for all else, as one: one list of groups, one memory.
+    """Muon for matrices, and another optimizer for all else, behind one optimizer: they share groups and state.
 
     A matrix moves by its orthogonalized momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): if
     that is U S V^T, the step is along U V^T, as far in rare directions as in common ones. `torch.optim.Muon` makes the
@@ -76,7 +76,7 @@ class MuonOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {})
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields of a copy and a pickle: torch's method has its own fields alone."""
+        """The fields of a copy and a pickle: torch's method keeps only the fields of its own class."""
         return {**super().__getstate__(), "other_optimizer": self.other_optimizer}
 
     @torch.no_grad()
@@ -89,6 +89,7 @@ class MuonOptimizer(torch.optim.Optimizer):
                 if p.grad is not None:
                     self._update_matrix(p, p.grad, group)
         if self.other_optimizer:
+            # `load_state_dict` replaces both in this optimizer, and the other must see the same objects
             self.other_optimizer.state = self.state
             self.other_optimizer.param_groups = [group for group in self.param_groups if STACK_KEY not in group]
             self.other_optimizer.step()
@@ -99,10 +100,10 @@ class MuonOptimizer(torch.optim.Optimizer):
         momentum = group["momentum"]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        mean = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-        direction = full_tensor(grad.lerp(mean, momentum))  # Nesterov's
+        momentum_buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        direction = full_tensor(grad.lerp(momentum_buffer, momentum))  # Nesterov's
         if direction.is_cuda:
-            direction = direction.bfloat16()  # which is enough (Jordan et al.)
+            direction = direction.bfloat16()  # the iterations are stable in it (Jordan et al.)
         update = orthogonalize(direction.flatten(1).unflatten(0, (group[STACK_KEY], -1)))
         step_size = group["lr"] * (_ADAMW_UPDATE_RMS * sqrt(max(update.shape[1:])))
         p.mul_(1 - group["lr"] * group["weight_decay"])

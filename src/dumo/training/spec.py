@@ -20,12 +20,15 @@ Compile = Literal["none", "blocks", "loss"]
 
 
 class Train(Spec):
-    """How to train. Fields marked FREE, MACHINE or CHANGES may change when a run is resumed; CHANGES are noted."""
+    """How to train. When a run is resumed, FREE and MACHINE fields may change, and CHANGES, which are then noted.
+
+    QUIET fields are not shown at their default.
+    """
 
     # Optimizer steps in total; schedules stretch with it.
     steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
-    # Minutes of training in all, after which it ends: the schedule stretches with time, and `steps` are about how many
-    # it makes, at the end how many it made. None: it ends by steps.
+    # Minutes of training in all, after which it ends. The schedule then stretches with time, and `steps` is an estimate
+    # that becomes the true number at the end. None: it ends by steps.
     minutes: float | None = Field(
         default=None,
         gt=0,
@@ -53,8 +56,8 @@ class Train(Spec):
     # Largest norm of the gradient; None: no clipping, as the paper.
     clip: float | None = Field(default=None, gt=0, json_schema_extra=CHANGES)
     compile: Compile = Field(default="none", json_schema_extra=MACHINE)  # blocks or loss, on a GPU; changes rounding
-    # tf32: on a GPU the factors of products are rounded; bf16: autocast of the loss. Weights, optimizer and averages
-    # stay fp32.
+    # tf32: on a GPU the factors of products are rounded; bf16: autocast of the loss. Neither changes the type of weights,
+    # optimizer and averages.
     precision: Precision = Field(default="fp32", json_schema_extra=CHANGES)
     seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)
     log_every: int = Field(default=50, ge=1, json_schema_extra=MACHINE)  # steps

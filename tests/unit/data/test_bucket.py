@@ -77,7 +77,7 @@ def test_a_photo_is_measured_upright(tmp_path: Path) -> None:
     for turn, size in ((1, (20, 30)), (6, (30, 20)), (8, (30, 20))):
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = turn
-        for ending in ("jpg", "png"):
+        for ending in ("jpg", "png", "tiff"):
             Image.new("RGB", (30, 20)).save(file := tmp_path / f"{turn}.{ending}", exif=exif)
             assert upright_size(data := file.read_bytes()) == size
             assert ToRectangle(*size, "none")(data).shape == (3, *size)
