@@ -14,7 +14,7 @@ import yaml
 
 FOLDER = files("dumo") / "recipes"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C library's, ten times as quick, where there is one
-GROUPS = (  # the purposes that recipes name, in the order in which `dumo recipes` lists them
+GROUPS = (  # the groups that recipes name, by purpose, in the order in which `dumo recipes` lists them
     "Start here",
     "Your own images",
     "A pretrained transformer",
@@ -44,24 +44,24 @@ def text(name: str) -> str:
 
 def about(name: str) -> str:
     """The line in which a recipe says what it is; "" where it says nothing."""
-    return _line(name, "about") or ""
+    return _top_level_text(name, "about") or ""
 
 
 def base(name: str) -> str | None:
     """The name of the recipe that this one changes; None: it stands alone."""
-    return _line(name, "base")
+    return _top_level_text(name, "base")
 
 
-def group(name: str) -> str:
-    """The purpose for which a recipe says that it is, one of `GROUPS`; "" where it says nothing."""
-    return _line(name, "group") or ""
+def group_of(name: str) -> str:
+    """A recipe's group, one of `GROUPS`."""
+    return _top_level_text(name, "group") or ""
 
 
 def by_group() -> dict[str, list[str]]:
     """The names of the recipes of each group, by their words; numbers by size, as in my-images-64, my-images-256."""
-    names_by_group: dict[str, list[str]] = {purpose: [] for purpose in GROUPS}
+    names_by_group: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name in sorted(names(), key=_sort_key):
-        names_by_group[group(name)].append(name)
+        names_by_group[group_of(name)].append(name)
     return names_by_group
 
 
@@ -75,16 +75,19 @@ def _sort_key(name: str) -> list[tuple[bool, int, str]]:
 
 
 def rows() -> list[dict[str, str | None]]:
-    """A row for each recipe, by purpose: its name, what it is, its purpose (`group`), and its base, if it has one."""
+    """A row for each recipe, group by group: its name, what it is about, its group, and its base, if it has one."""
     recipe_rows: list[dict[str, str | None]] = []
-    for purpose, group_names in by_group().items():
+    for group, group_names in by_group().items():
         for name in group_names:
-            recipe_rows.append({"name": name, "about": about(name), "group": purpose, "base": base(name)})
+            recipe_rows.append({"name": name, "about": about(name), "group": group, "base": base(name)})
     return recipe_rows
 
 
-def _line(name: str, key: str) -> str | None:
-    """The value of a top-level key that stands on one line, without parsing the whole recipe; None: there is none."""
+def _top_level_text(name: str, key: str) -> str | None:
+    """The text of a recipe's top-level key, which stands on the key's line; None: there is none.
+
+    The rest of the recipe is not parsed, so lists of recipes are quick.
+    """
     for line in text(name).splitlines():
         if line.startswith(f"{key}: "):
             return parse_yaml(line)[key]

@@ -26,8 +26,8 @@ _ADAMW_UPDATE_RMS = 0.2  # of a matrix's update, so that one lr serves both: Moo
 def orthogonalize(m: Matrices) -> Matrices:
     """Bring the singular values of each matrix near 1 by Newton-Schulz iterations, in its dtype.
 
-    Each of five iterations maps a singular value s, as a share of the matrix's norm, to a s + b s^3 + c s^5. Values from
-    .0015 to 1 end between .68 and 1.2; lower ones stay smaller, .001 ends at .47. The result approximates U V^T.
+    Each of five iterations maps a singular value s, as a share of the matrix's norm, to a s + b s^3 + c s^5. Values
+    from .0015 to 1 end between .68 and 1.2; lower ones stay smaller, .001 ends at .47. The result approximates U V^T.
     """
     a, b, c = _COEFFICIENTS
     is_tall = m.shape[1] > m.shape[2]

@@ -56,8 +56,8 @@ class Train(Spec):
     # Largest norm of the gradient; None: no clipping, as the paper.
     clip: float | None = Field(default=None, gt=0, json_schema_extra=CHANGES)
     compile: Compile = Field(default="none", json_schema_extra=MACHINE)  # blocks or loss, on a GPU; changes rounding
-    # tf32: on a GPU the factors of products are rounded; bf16: autocast of the loss. Neither changes the type of weights,
-    # optimizer and averages.
+    # tf32: on a GPU the factors of products are rounded; bf16: autocast of the loss. Neither changes the type of
+    # weights, optimizer and averages.
     precision: Precision = Field(default="fp32", json_schema_extra=CHANGES)
     seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)
     log_every: int = Field(default=50, ge=1, json_schema_extra=MACHINE)  # steps
