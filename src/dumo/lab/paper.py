@@ -1,59 +1,32 @@
-"""Figures and tables of the paper: their tables, charts and pictures, where these are special. The plans are YAML.
+"""What the paper's figures and tables have beyond those of any plan: columns, charts and pictures of their own.
 
-Functions are named after the figure and what they make: `fig3_table`, `fig4a_charts`, `fig5_draw`, `fig4b_finish`. The
-views of `dumo.lab.reproduce` say which plan has which, and call them in this order: `_finish` trains or times the
-cells, `_table` makes rows of their results, `_charts` draws the table, `_draw` writes pictures that need the nets.
-`far_column` also serves `dumo.lab.ours`.
-
-Figure 4b says what a training step costs, by size and objective. Nothing is trained: weights are random, data are
-noise. All objectives of one size are timed in turn, round by round. A ratio of two times is taken within each round,
-and its median over the rounds counts, so that a slow minute slows both alike. A step is all of it: targets, backward
-pass, optimizer and average.
+Functions are named after the figure and what they make: `fig3_table`, `fig4a_charts`, `fig5_draw`. The views of
+`dumo.lab.reproduce` say which plan has which, and call them in this order: `_table` makes rows of the results,
+`_charts` draws the table, `_draw` writes pictures that need the nets. All take the plan, which few need. Figure 4b,
+which times steps instead of training, has a file of its own, `dumo.lab.fig4b`. `far_column` also serves
+`dumo.lab.ours`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from math import log
 from pathlib import Path
-from typing import Any
 
-import torch
 from PIL import Image
 
-from dumo.config.spec import Run
 from dumo.config.word import MERITS, word
 from dumo.flow import generate
 from dumo.io import picture
 from dumo.lab.cell import Result, Row
-from dumo.lab.plan import Cell, Cost, Plan
+from dumo.lab.plan import Plan
 from dumo.lab.table import average_by_arm, main_score
-from dumo.plan import machine
 from dumo.plan.plan import far_share
 from dumo.report import chart, evaluate, gallery
-from dumo.run.index import Index
 from dumo.run.judge import evaluator_of
-from dumo.run.net import outline
-from dumo.run.weights import RunFolder, build
-from dumo.runtime.device import choose_device, software_versions
-from dumo.runtime.progress import Bar, no_bar
-from dumo.runtime.random import stream
-from dumo.runtime.stopwatch import Stopwatch, quartiles
-from dumo.training.schedule import Constant
-from dumo.training.state import begin
-from dumo.training.step import flow_of, train_step
-from dumo.types import UserError
+from dumo.runtime.progress import no_bar
 
 _FIG5_PASSES = (1, 2, 50)  # at which Fig. 5 is judged: few, and as many as the velocity needs
 _FIG4C_LOG_FID = {(2.0, 2.0): 4.06}  # by (theta_1, theta_2): the paper's lowest value of Fig. 4c, Sec. 4.4
-_FAR_RATIO = 3.0  # times the first arm's distance, beyond which the zoo's table says why: ours
-_TIMED_STEP = 10**6  # the step of the training that is timed, its middle: ours
-_MAX_CPU_PARAMETERS = 10**8  # nets with more are not timed on a CPU: ours
-# the objectives of Fig. 4b, as the column `objective` names them
-FLOW_MATCHING = "Flow matching"
-DUMO = "DuMo, guided, central"
-MEANFLOW = "MeanFlow, guided, central on all rows"
-MEANFLOW_FEWER_ROWS = "MeanFlow, guided, central where r < t"
-_PAPER_SPEEDS = {DUMO: 1.126, MEANFLOW: 1.0}  # Sec. 4.4: steps per second on XL over MeanFlow's
+_EXPLAINED_RATIO = 3.0  # times the first arm's distance, beyond which the zoo's table says why: ours
 
 
 def far_column(result: Result) -> Row:
@@ -143,9 +116,10 @@ def _distances_by_milestone(result: Result) -> Iterator[Row]:
         for mode in gallery.choose_modes(milestone.sampler, None, _FIG5_PASSES):
             for nfe in _FIG5_PASSES:
                 solver = mode.solver_for(nfe)
-                row = evaluate.score_passes(milestone.sampler, evaluator, solver, nfe, c, spec.evaluate.seed)
-                passes_solver_distance = islice(row.items(), 3)
-                yield {"reading": mode.letter, "step": step, **dict(passes_solver_distance)}
+                scores = evaluate.score_passes(milestone.sampler, evaluator, solver, nfe, c, spec.evaluate.seed)
+                first_distance = next(name for name in scores if name not in ("nfe", "solver"))
+                columns = {name: scores[name] for name in ("nfe", "solver", first_distance)}
+                yield {"reading": mode.letter, "step": step, **columns}
 
 
 def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
@@ -165,7 +139,10 @@ def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
 
 def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """The average rows, with each distance over that of DuMo in one pass, and why it is over `_FAR_RATIO` times it."""
+    """The average rows, with each distance over that of DuMo in one pass.
+
+    Rows of one pass that are beyond `_EXPLAINED_RATIO` times it say why.
+    """
     rows = average_by_arm(results)
     score = main_score(rows[0])
     dumo_distance = rows[0][score]  # of the first arm in one pass
@@ -173,141 +150,7 @@ def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
     for averages in rows:
         ratio = averages[score] / dumo_distance
         why = ""
-        if averages["nfe"] == 1 and ratio > _FAR_RATIO:
+        if averages["nfe"] == 1 and ratio > _EXPLAINED_RATIO:
             why = plan.why.get(averages["objective"], "not known")
         table.append(averages | {"over_dumo_1_pass": ratio, "why": why})
     return table
-
-
-def fig4b_finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Result]:
-    """Time the steps of all cells, size by size; nothing is trained.
-
-    Raises UserError for several jobs, and for nets of the paper's size without a GPU.
-    """
-    torch_device = choose_device(device)
-    if jobs > 1:
-        raise UserError("fig4b times its cells in turn, so that a slow minute slows all alike: leave out --jobs")
-    largest = max(_num_parameters(cell) for cell in cells)
-    if torch_device.type == "cpu" and largest > _MAX_CPU_PARAMETERS:
-        raise UserError(
-            f"scale 'paper' of fig4b has nets of up to {largest / 1e6:.0f} M parameters: it needs a GPU; use laptop"
-        )
-    results: list[Result] = []
-    for size in dict.fromkeys(cell.labels["size"] for cell in cells):
-        cells_of_size = [cell for cell in cells if cell.labels["size"] == size]
-        steps = [_prepare_step(cell.spec, torch_device) for cell in cells_of_size]
-        rounds = cells_of_size[0].labels["rounds"]
-        seconds = Stopwatch.for_bench(torch_device).time_rounds(steps, rounds, bar=bar, title=f"steps of size {size}")
-        for cell, cell_seconds in zip(cells_of_size, seconds, strict=True):
-            report = {
-                "card": _timing_facts(cell, torch_device),
-                "parameters": _num_parameters(cell),
-                "F_per_step": Cost(cell.spec).units,
-                "seconds": cell_seconds.tolist(),
-            }
-            untrained = RunFolder(cell.spec, Index.read(folder), outline(cell.spec), 0, "none")
-            results.append(Result(cell, untrained, report))
-    return results
-
-
-def _num_parameters(cell: Cell) -> int:
-    """The number of parameters of a cell's net."""
-    return sum(p.numel() for p in outline(cell.spec).parameters())
-
-
-class _ZeroRate(Constant):
-    """A schedule whose learning rate is zero at every step."""
-
-    def __call__(self, step: float, steps: int) -> float:
-        """The factor of the learning rate, 0."""
-        return 0.0
-
-
-def _prepare_step(spec: Run, device: torch.device) -> Callable[[], object]:
-    """A function that makes a training step on random data, in the middle of the training.
-
-    The learning rate is zero, so that many steps cannot diverge.
-    """
-    train = spec.train.model_copy(
-        update={
-            "steps": 2 * _TIMED_STEP,
-            "schedule": _ZeroRate(),
-            "micro_batch": None,
-            "clip": None,
-            "probe_every": 0,
-        }
-    )
-    rows = train.batch
-    classes = spec.data.classes
-    state = begin(build(spec, device), train)
-    flow = flow_of(state, train, spec.objective, spec.path, classes)
-    state.step = _TIMED_STEP
-    x = torch.randn(rows, *spec.data.shape, generator=stream("fig4b", "x")).to(device)
-    c = torch.randint(max(classes, 1), (rows,), generator=stream("fig4b", "c")).to(device)
-
-    def make_step() -> None:
-        train_step(state, flow, (x, c), train)
-
-    return make_step
-
-
-def _timing_facts(cell: Cell, device: torch.device) -> dict[str, Any]:
-    """How the steps of a cell were timed: rounds, rows, precision and machine."""
-    return {
-        "rounds": cell.labels["rounds"],
-        "rows": cell.spec.train.batch,
-        "precision": cell.spec.train.precision,
-        "machine": machine.hardware(device).text,
-        "threads": torch.get_num_threads(),
-        "versions": software_versions(),
-    }
-
-
-def fig4b_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per size and objective: cost of a step in forward passes, as counted and by time, and steps per second.
-
-    Times are divided round by round, before the median is taken.
-    """
-    reports: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in results:
-        labels = result.cell.labels
-        reports[labels["size"], labels["objective"]] = result.report
-    rows: list[Row] = []
-    for (size, objective), report in reports.items():
-        seconds = torch.tensor(report["seconds"])
-        flow_matching = reports[size, FLOW_MATCHING]
-        flow_matching_seconds = torch.tensor(flow_matching["seconds"])
-        meanflow_seconds = torch.tensor(reports[size, MEANFLOW]["seconds"])
-        low, ratio, high = quartiles(seconds / flow_matching_seconds)
-        rows.append(
-            {
-                "size": size,
-                "objective": objective,
-                "parameters": report["parameters"],
-                "F_per_step": report["F_per_step"],
-                "F_by_time": ratio * flow_matching["F_per_step"],
-                "steps_per_second": 1 / seconds.median().item(),
-                "time_over_flow_matching": ratio,
-                "low": low,
-                "high": high,
-                "speed_over_guided_meanflow": (meanflow_seconds / seconds).median().item(),
-                "paper_speed_over_meanflow_xl": _PAPER_SPEEDS.get(objective),
-            }
-        )
-    return rows
-
-
-def fig4b_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """The paper's bars, steps per second of DuMo and MeanFlow by size; and times of all objectives, a line each."""
-    bars: dict[str, dict[str, float]] = {}
-    dots: dict[str, dict[str, chart.Dot]] = {}
-    for timing in table:
-        size = timing["size"]
-        objective = timing["objective"]
-        dots.setdefault(objective, {})[size] = chart.Dot(timing["time_over_flow_matching"], None)
-        if objective in (DUMO, MEANFLOW, MEANFLOW_FEWER_ROWS):
-            bars.setdefault(size, {})[objective] = timing["steps_per_second"]
-    return {
-        "fig4b": chart.bars("Training steps", "size of the net", "steps per second", bars),
-        "fig4b-all": chart.dots("Time of a training step", "time over flow matching's", dots),
-    }

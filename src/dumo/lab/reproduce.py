@@ -10,8 +10,8 @@
 4. writes table.md and results.json, with their origin: the command, the date, the machine, the commit.
 
 A new plan needs a line in `VIEWS` only where the default view does not fit. The functions of special views are in
-`dumo.lab.paper`, for the paper's figures and tables, and `dumo.lab.ours`, for plans of our own. `dumo.lab.arm_picture`
-draws the default pictures, in which each line or block is an arm of the plan.
+`dumo.lab.paper` and `dumo.lab.fig4b`, for the paper's figures and tables, and `dumo.lab.ours`, for plans of our own.
+`dumo.lab.arm_picture` draws the default pictures, in which each line or block is an arm of the plan.
 """
 
 import os
@@ -31,7 +31,7 @@ from PIL import Image
 
 from dumo.io import file, picture
 from dumo.io.read import write_json
-from dumo.lab import arm_picture, cell, ours, ownplan, paper
+from dumo.lab import arm_picture, cell, fig4b, ours, ownplan, paper
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Cell, Plan, read_plan
 from dumo.lab.table import average_by_arm, markdown
@@ -94,7 +94,7 @@ VIEWS = {  # by the name of the plan
     "fair": View(make_table=ours.fair_table, make_charts=ours.fair_charts),
     "fig3": View(make_table=paper.fig3_table, make_charts=_no_charts, draw_pictures=paper.fig3_draw),
     "fig4a": View(make_charts=paper.fig4a_charts),
-    "fig4b": View(run_cells=paper.fig4b_finish, make_table=paper.fig4b_table, make_charts=paper.fig4b_charts),
+    "fig4b": View(run_cells=fig4b.time_cells, make_table=fig4b.table, make_charts=fig4b.charts),
     "fig4c": View(make_table=paper.fig4c_table, make_charts=paper.fig4c_charts),
     "fig5": View(make_table=paper.fig5_table, make_charts=_no_charts, draw_pictures=paper.fig5_draw),
     "flow-first": View(make_charts=_no_charts),

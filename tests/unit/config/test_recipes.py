@@ -62,7 +62,7 @@ def test_a_recipe_is_complete_and_says_what_it_is(name: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_says_its_group(name: str) -> None:
-    assert recipes.group_of(name) in recipes.GROUPS, f"recipes/{name}.yaml: write a line `group:`, one of recipes.GROUPS"
+    assert recipes.group_of(name) in recipes.GROUPS, f"{name}.yaml: write a line `group:`, one of recipes.GROUPS"
     assert "group" not in read(name).tree  # it is no field of a run
 
 

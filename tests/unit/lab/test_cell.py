@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dumo.config.load import load
-from dumo.lab import cell, paper, reproduce
+from dumo.lab import cell, reproduce
 from dumo.lab.cell import Result, finish, sources
 from dumo.lab.plan import Cell, Cost, Plan, read_plan
 from dumo.report.evaluate import evaluate
@@ -230,7 +230,7 @@ def test_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     chosen = read_plan("fig4b")
     monkeypatch.setattr(reproduce, "read_plan", lambda name: chosen.model_copy(update={"arms": chosen.arms[:4]}))
     results = reproduce.reproduce("fig4b", "smoke", tmp_path, device="cpu")
-    names = [paper.FLOW_MATCHING, paper.DUMO, paper.MEANFLOW, paper.MEANFLOW_FEWER_ROWS]
+    names = [fig4b.FLOW_MATCHING, fig4b.DUMO, fig4b.MEANFLOW, fig4b.MEANFLOW_FEWER_ROWS]
     assert [row["objective"] for row in results["table"]] == names
     plain, dumo, meanflow, sparing = (row["F_per_step"] for row in results["table"])
     assert meanflow > dumo > sparing > plain

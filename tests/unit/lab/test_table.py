@@ -11,7 +11,7 @@ import torch
 import measured
 from dumo.config.load import load
 from dumo.flow.generate import Samples
-from dumo.lab import arm_picture, ours, paper, table
+from dumo.lab import arm_picture, fig4b, ours, paper, table
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read_plan
 from dumo.lab.reproduce import VIEWS, View, write_charts
@@ -83,16 +83,16 @@ def test_the_zoo_says_why_an_arm_is_far() -> None:
 
 def test_steps_are_compared_within_rounds() -> None:
     """A round that is slow for all changes no ratio."""
-    cost = {paper.FLOW_MATCHING: 1.0, paper.DUMO: 2.0, paper.MEANFLOW: 4.0}
+    cost = {fig4b.FLOW_MATCHING: 1.0, fig4b.DUMO: 2.0, fig4b.MEANFLOW: 4.0}
     facts = {"parameters": 7, "F_per_step": 3.0}
     done = [
         result({"size": "s", "objective": name}, 0, [], seconds=[each * slow for slow in (1, 1, 10)], **facts)
         for name, each in cost.items()
     ]
-    found = {one["objective"]: one for one in paper.fig4b_table(read_plan("fig4b"), done)}
+    found = {one["objective"]: one for one in fig4b.table(read_plan("fig4b"), done)}
     assert [found[name]["time_over_flow_matching"] for name in cost] == [1, 2, 4]
     assert [found[name]["speed_over_guided_meanflow"] for name in cost] == [4, 2, 1]
-    assert (found[paper.DUMO]["F_by_time"], found[paper.DUMO]["steps_per_second"]) == (6, 0.5)
+    assert (found[fig4b.DUMO]["F_by_time"], found[fig4b.DUMO]["steps_per_second"]) == (6, 0.5)
 
 
 @pytest.mark.parametrize("power", [0.5, 2.0])
