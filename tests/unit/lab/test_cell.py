@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dumo.config.load import load
-from dumo.lab import cell, reproduce
+from dumo.lab import cell, fig4b, reproduce
 from dumo.lab.cell import Result, finish, sources
 from dumo.lab.plan import Cell, Cost, Plan, read_plan
 from dumo.report.evaluate import evaluate
