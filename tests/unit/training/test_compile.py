@@ -14,7 +14,7 @@ def test_losses_compile_whole_and_our_recipes_for_a_gpu_once(tmp_path: Path) -> 
     out, _ = python("from unit.training.whole import main; main()", cwd=tmp_path).communicate()
     found, wholes = json.loads(out.splitlines()[-1])
     assert all(wholes.values()), wholes
-    assert {"Plain", "DuMo", "TwinFlow", "Outside"} <= {case.split()[0] for case in wholes}
+    assert {"PlainStep", "DuMo", "TwinFlow", "Outside"} <= {case.split()[0] for case in wholes}
     names = {case.split()[0] for case in found}
     assert {"imagenet256-xl2-dual", "my-images", "inductor", "learned", "given", "tread"} <= names
     for name in names:
