@@ -221,16 +221,10 @@ class EncodedTexts:
                 f"{num_captions:,}: make one of these data in another folder, dumo encode RECIPE --set "
                 "net.texts.root=DIR"
             )
-        stored = _encoder_fields(index.encoder)
-        requested = _encoder_fields(encoder)
-        differences: list[str] = []
-        for field in stored | requested:  # a field that is left out at its default may be in one of them alone
-            if requested.get(field) != stored.get(field):
-                differences.append(f"{field}: {stored.get(field)} there, {requested.get(field)} asked")
+        differences = table.differences_text(_encoder_fields(index.encoder), _encoder_fields(encoder), "asked")
         if differences:
-            difference_lines = "\n  ".join(differences)
             raise UserError(
-                f"net.texts.root: {self.folder} was encoded otherwise:\n  {difference_lines}\nEncode into another "
+                f"net.texts.root: {self.folder} was encoded otherwise:\n  {differences}\nEncode into another "
                 "folder, or ask for what is there"
             )
         # a run that began before tokenizers were noted knows its table by the rest
