@@ -58,6 +58,15 @@ def best_place(places: list[Path]) -> Path | None:
     return None
 
 
+def is_writable(place: Path) -> bool:
+    """Whether a file may be written at a place. Makes the folders above it."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(place.parent, os.W_OK | os.X_OK)
+
+
 @contextmanager
 def locked(place: Path) -> Generator[None]:
     """Keep other processes from writing the note at a place while inside. Raises OSError."""
@@ -72,12 +81,3 @@ def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
 def _cache_folder() -> Path:
     """The folder of this user's notes, which need not exist. Raises RuntimeError where the user has no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumo"
-
-
-def is_writable(place: Path) -> bool:
-    """Whether a file may be written at a place. Makes the folders above it."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(place.parent, os.W_OK | os.X_OK)
