@@ -16,7 +16,7 @@ The order of events of a recording (`record_all`):
 `compare` prints where two records differ. Names of parameters and of files do not count.
 
 Bits are those of one kind of CPU and one version of torch, so record both trees on the same. Data are
-$DUMO_DATA/cifar10 and taef2. bits.json is the record of commit 3943e1d4, of my-images-64 that of 75cf10ce.
+$DUMO_DATA/cifar10. bits.json is the record of commit 3943e1d4, of my-images-64 that of 75cf10ce.
 """
 
 import argparse

@@ -50,10 +50,10 @@ def faults(version: str, root: Path = ROOT) -> Iterator[str]:
 
 
 def stamp(version: str, repository: str, root: Path = ROOT) -> None:
-    """Write what only a release knows: its date, and the address that PyPI's page of dumo leads to.
+    """Write what only a release knows: its date, and the address that the pages of PyPI and of the release lead to.
 
-    `repository` is OWNER/NAME on GitHub. CHANGELOG.md gets today's date, README.md addresses instead of paths, and
-    pyproject.toml the repository's.
+    `repository` is OWNER/NAME on GitHub. CHANGELOG.md gets today's date, it and README.md addresses instead of paths,
+    and pyproject.toml the repository's.
     """
     address = f"https://github.com/{repository}"
     raw_address = f"https://raw.githubusercontent.com/{repository}"
@@ -66,7 +66,7 @@ def stamp(version: str, repository: str, root: Path = ROOT) -> None:
     text = changelog.read_text(encoding="utf-8")
     today = datetime.now(UTC).date().isoformat()
     text = text.replace(f"## [{version}] - {UNRELEASED}\n", f"## [{version}] - {today}\n")
-    changelog.write_text(text, encoding="utf-8")
+    changelog.write_text(RELATIVE_LINK.sub(with_address, text), encoding="utf-8")
 
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8").replace(" REPOSITORY is this page's address.", "")

@@ -24,7 +24,7 @@ CHANGES = """# Changelog
 
 ### New
 
-- This.
+- [This](docs/this.md).
 
 ## [1.2.2] - 2026-11-01
 
@@ -51,7 +51,7 @@ def shell(flow: dict[str, Any]) -> str:
 
 def test_a_version_that_all_files_have_can_be_released(tree: Path) -> None:
     assert list(release.faults("1.2.3", tree)) == []
-    assert release.notes("1.2.3", tree) == "### New\n\n- This."
+    assert release.notes("1.2.3", tree) == "### New\n\n- [This](docs/this.md)."
     assert release.notes("1.2.2", tree) == "- That."
 
 
@@ -60,7 +60,7 @@ def test_a_version_that_all_files_have_can_be_released(tree: Path) -> None:
     [
         ("pyproject.toml", "1.2.3", "1.2.4", "pyproject.toml has version 1.2.4, not 1.2.3"),
         ("CITATION.cff", "1.2.3", "1.2.2", "CITATION.cff has version 1.2.2, not 1.2.3"),
-        ("CHANGELOG.md", "### New\n\n- This.\n", "", "no section '## [1.2.3] - unreleased', or an empty one"),
+        ("CHANGELOG.md", "### New\n\n- [This](docs/this.md).\n", "", "no section '## [1.2.3] - unreleased', or an empty one"),
         ("CHANGELOG.md", "[1.2.3] - unreleased", "[1.2.3]", "no section"),
         ("CHANGELOG.md", "[1.2.3] - unreleased", "[1.2.3] - soon", "no section"),
     ],
@@ -91,7 +91,8 @@ def test_what_is_released_has_a_date_and_addresses(tmp_path: Path) -> None:
     before = (tmp_path / "README.md").read_text(encoding="utf-8")
     release.stamp("1.2.3", "someone/dumo", tmp_path)
     assert re.search(r"^## \[1\.2\.3\] - \d{4}-\d\d-\d\d$", (tmp_path / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert release.notes("1.2.3", tmp_path) == "### New\n\n- This."
+    shown = "### New\n\n- [This](https://github.com/someone/dumo/blob/v1.2.3/docs/this.md)."
+    assert release.notes("1.2.3", tmp_path) == shown  # on the page of a release, where no file lies next to it
 
     after = (tmp_path / "README.md").read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)]+)\)", after)

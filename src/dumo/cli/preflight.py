@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _DATA_NAMES = (  # of what `dumo.plan.catalogue` lists, which is slow to import
     *("my-images", "pretrained", "few-steps", "cifar10", "imagenet", "imagenet-sample"),
-    *("taef2", "sd-vae", "dc-ae", "inception", "adm"),
+    *("sd-vae", "dc-ae", "inception", "adm"),
 )
 
 

@@ -1,7 +1,7 @@
 """Small data that come without files of the user's: two moons in the plane, and scikit-learn's handwritten digits.
 
 `Moons` and `Digits` are the specs, `data` of a run. `Moons.open` gives an endless source of points. `Digits.open` gives
-all images, with classes or captions; `originals` always with classes. Some digits can be held out of the training.
+all images, with classes or captions. `originals` are always with classes. Some digits can be held out of the training.
 """
 
 from functools import cache
@@ -58,6 +58,10 @@ class Moons(Spec):
     def open(self) -> DataSource:
         """An endless source of points, centred, with standard deviation 1 along each axis before the noise."""
         return Endless(self._points, width=4)
+
+    def originals(self) -> DataSource:
+        """The points that `open` gives: they have no captions."""
+        return self.open()
 
     def _points(self, normals: Float[Tensor, "b 4"]) -> tuple[Float[Tensor, "b 2"], Int64[Tensor, " b"]]:
         """A point and its class for each row of four normal numbers.

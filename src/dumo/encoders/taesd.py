@@ -18,7 +18,7 @@ from dumo.io.read import user_path
 from dumo.io.weights import compare, load, whole_digest
 
 WIDTH = 64  # channels inside the net
-SHA256 = "ba389353bb096ea6ca323a1685d45ff8af8e1994f1c0d6fea810f5c1ef2a0db4"  # of taef2.safetensors
+TAEF2_WEIGHTS = "dumo:cifar10-trained/taef2.safetensors"  # they come with dumo
 HINT = f"It is taef2 of github.com/madebyollin/taesd; say where you keep it with {FIELD}=..."
 
 
@@ -31,7 +31,7 @@ class Taef2(CodecSpec):
 
     kind: Literal["taef2"] = "taef2"
     variants: ClassVar[Mapping[str, PublishedCodec]] = {
-        "": PublishedCodec("$DUMO_DATA/taef2/taef2.safetensors", channels=32, factor=8, scale=1.2)
+        "": PublishedCodec(TAEF2_WEIGHTS, channels=32, factor=8, scale=1.2)
     }
 
     def open(self, device: str | torch.device = "cpu") -> LoadedCodec:

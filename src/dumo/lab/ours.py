@@ -31,7 +31,6 @@ from dumo.lab.paper import far_column
 from dumo.lab.plan import Cost, Plan
 from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_score, rows_of_all_passes
 from dumo.report import chart, gallery
-from dumo.run.judge import training_data
 from dumo.run.sampler import Sampler
 from dumo.runtime.random import noise
 from dumo.runtime.text import nfe_text
@@ -135,7 +134,7 @@ def class_fd(sampler: Sampler, spec: Evaluation, real_moments: Sequence[Moments]
 
 def class_moments(data: Data, kind: str, count: int) -> list[Moments]:
     """The moments of each class over `count` samples of the data, in the features of the protocol `kind`."""
-    x, c = training_data(data).reference(count, 0)
+    x, c = data.originals().reference(count, 0)
     features = FEATURES[kind](x)
     return [Moments.of(features[c == k]) for k in range(data.labels)]
 

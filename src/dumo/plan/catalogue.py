@@ -1,8 +1,7 @@
 """What recipes and protocols need in addition to the package: what it is, its source, how to fetch it, if it is here.
 
 `CATALOGUE` has the items, `find` gives one by name, and `describe` says what is known of it, here and now: which of its
-files exist (`_state_of`), and which recipes need it (`recipes_needing`). Nothing is fetched. A hash stands here only
-where it was counted from the file itself.
+files exist (`_state_of`), and which recipes need it (`recipes_needing`). Nothing is fetched.
 """
 
 from collections.abc import Iterator
@@ -18,9 +17,7 @@ from dumo.encoders import inception
 from dumo.encoders.autoencoder import DcAe, SdVae
 from dumo.encoders.part import DIFFUSERS_FILE
 from dumo.encoders.pipeline import Pipeline
-from dumo.encoders.taesd import SHA256, Taef2
 from dumo.evaluation.reference import IMAGENET_TRAIN_IMAGES, STANDARDS
-from dumo.io import digest
 from dumo.io.hub import PUBLISHED
 from dumo.io.read import user_path
 from dumo.io.yaml import dump_yaml
@@ -28,7 +25,6 @@ from dumo.runtime import install_command
 from dumo.types import UserError
 
 _HUB = "hub:"  # begins a place that is a file in the cache of the Hugging Face hub's client: owner/model/file
-TAESD = "https://github.com/madebyollin/taesd/raw/main/"
 CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/"
 PARQUET = "{}-00000-of-00001.parquet"  # the file of a split of CIFAR-10
 _SD_VAE = SdVae().weights
@@ -47,7 +43,6 @@ class Item:
     places: tuple[str, ...]  # files or folders that recipes read; may hold $NAMES of environment variables
     layout: str  # how its files must lie
     mark: str = ""  # texts, with | between them: a recipe that contains one needs the item
-    sha256: str | None = None  # of the first of its places
 
 
 @dataclass(frozen=True)
@@ -149,23 +144,6 @@ CATALOGUE = (
         mark="$DUMO_DATA/imagenet-sample",
     ),
     Item(
-        name="taef2",
-        what="a small autoencoder for latents (TAESD for FLUX.2, 2.7 M parameters, MIT)",
-        source="https://github.com/madebyollin/taesd",
-        get=(
-            _EXPORT_DATA,
-            "mkdir -p $DUMO_DATA/taef2 && cd $DUMO_DATA/taef2",
-            f"curl -LO {TAESD}taef2_encoder.pth -LO {TAESD}taef2_decoder.pth",
-            'python -c "import torch; from safetensors.torch import save_file;'
-            " save_file({f'{p}.{k}': v.contiguous() for p in ('encoder', 'decoder') for k, v in"
-            " torch.load(f'taef2_{p}.pth', map_location='cpu', weights_only=True).items()}, 'taef2.safetensors')\"",
-        ),
-        places=(Taef2().weights,),
-        layout="one file, taef2.safetensors, or any other place: --set data.codec.weights=FILE",
-        mark="taef2",
-        sha256=SHA256,
-    ),
-    Item(
         name="sd-vae",
         what="the autoencoder of Stable Diffusion 1, fine-tuned (ft-ema), for latents of ImageNet",
         source=f"https://huggingface.co/{_SD_VAE}",
@@ -228,26 +206,19 @@ def find(name: str) -> Item:
 
 def describe(item: Item) -> DescribedItem:
     """Look for an item's places, and for the recipes that need it."""
-    places: list[PlaceState] = []
-    for number, place in enumerate(item.places):
-        sha256 = item.sha256 if number == 0 else None
-        places.append(PlaceState(place, _state_of(place, sha256)))
+    places = [PlaceState(place, _state_of(place)) for place in item.places]
     return DescribedItem(item, list(recipes_needing(item)), places)
 
 
-def _state_of(place: str, sha256: str | None = None) -> str:
-    """'there', or why a place is not: its variable is not set, its path is missing, or its hash is another."""
+def _state_of(place: str) -> str:
+    """'there', or why a place is not: its variable is not set, or its path is missing."""
     if place.startswith(_HUB):
         return _state_in_hub_cache(place.removeprefix(_HUB))
     try:
         path = user_path(place, place)
     except UserError:
         return "the variable is not set"
-    if not path.exists():
-        return f"not there: {path}"
-    if sha256 and path.is_file() and digest.of_file(path) != sha256:
-        return f"another file: the sha256 of {path} is not {sha256}"
-    return "there"
+    return "there" if path.exists() else f"not there: {path}"
 
 
 def recipes_needing(item: Item) -> Iterator[str]:

@@ -34,7 +34,6 @@ from dumo.report.gallery import TAUGHT_BY_LETTER, SamplingMode, sampling_modes
 from dumo.report.page import num_data_rows
 from dumo.report.sample import DATA_POINTS, guide_of, repeat_conditions
 from dumo.run import shipped
-from dumo.run.judge import training_data
 from dumo.run.prompt import conditions_of_prompts, edits_images
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, open_run
@@ -92,7 +91,7 @@ class InteractiveRun:
         They are all of the data where those are in memory. Raises UserError or OSError where the data are missing.
         """
         sampler = self.sampler
-        source = training_data(sampler.data)
+        source = sampler.data.originals()
         rows = num_data_rows(sampler) if sampler.is_image else DATA_POINTS
         x, _ = source.reference(rows, sampler.spec.seed)
         return x, source.size

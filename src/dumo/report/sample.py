@@ -37,7 +37,6 @@ from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report.name import changed_parts, name_part, sampling_fields
 from dumo.run import netbytes
-from dumo.run.judge import training_data
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -238,7 +237,7 @@ def draw_sheet(x: Sample, c: Tensor, conditions: Conditions, names: Sequence[str
 
 def data_points(data: Data, seed: int) -> picture.Points:
     """DATA_POINTS points (n, 2) of the data, to stand behind a scatter of samples, chosen by `seed`."""
-    points, _ = training_data(data).reference(DATA_POINTS, seed)
+    points, _ = data.originals().reference(DATA_POINTS, seed)
     return points
 
 

@@ -24,7 +24,7 @@ from dumo.config.change import override
 from dumo.config.load import load, parse
 from dumo.config.source import RunText, choose
 from dumo.config.spec import Run
-from dumo.data import Data, Latents, Moons, cache, encoding
+from dumo.data import Data, Latents, cache, encoding
 from dumo.data.caption import CaptionFiles
 from dumo.data.image import errors_of_latents
 from dumo.encoders import texttable
@@ -270,7 +270,7 @@ def _text_table_spec(net: Net) -> TableTexts | None:
 
 def captions(data: Data) -> Sequence[str]:
     """The captions of the data, by number. Raises UserError where there are none, or they cannot be read."""
-    if isinstance(data, Moons) or data.captions is None:
+    if data.captions is None:
         raise UserError(f"data '{data.kind}' give no captions to encode: set data.captions, or net.texts=null")
     return data.caption_texts()
 

@@ -1,8 +1,8 @@
 """Build the evaluator of a run: open the data that its protocol compares samples with.
 
 `evaluator_of` is the entrance, for training and `dumo evaluate`; `sample_conditions` gives the conditions by which the
-samples are made that it judges. Others open the data alone, by `training_data` and `reference_data`, check by
-`require_likelihood` that a run has a likelihood, or show a bar of their own by `bar_while_reading`.
+samples are made that it judges. Others open the data alone, by `reference_data`, check by `require_likelihood` that a
+run has a likelihood, or show a bar of their own by `bar_while_reading`.
 
 Modules that only some protocols need are imported where they are needed.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown_data, squares
 from dumo.config.parts import Evaluation
-from dumo.data import Data, Moons, is_images, is_latents
+from dumo.data import Data, is_images, is_latents
 from dumo.evaluation import Context, is_of_likelihood
 from dumo.evaluation.protocol import Evaluator
 from dumo.io.source import DataSource
@@ -49,7 +49,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
         context = Context(
             data=partial(reference_data, data, evaluation.split),
             # only where samples are judged against another split than the run was trained on
-            trained=partial(training_data, data) if evaluation.split else None,
+            trained=data.originals if evaluation.split else None,
             classes=data.labels,
             seed=evaluation.seed,
             device=sampler.device,
@@ -83,23 +83,13 @@ def _plain_texts(data: Data) -> list[str]:
     return [split_caption(caption)[0] for caption in captions(data)]
 
 
-def training_data(data: Data) -> DataSource:
-    """The data that a run was trained on, as images or points with their classes: of latents, the encoded images.
-
-    Raises UserError where they are not on this machine, or damaged.
-    """
-    if isinstance(data, Moons):
-        return data.open()
-    return data.originals()
-
-
 def reference_data(data: Data, split: str | None) -> DataSource:
     """The data that samples are judged against: those of the training, or another split of the same images.
 
     Raises UserError where the data have no splits, or the split is not on this machine.
     """
     if split is None:
-        return training_data(data)
+        return data.originals()
     images = shown_data(data)
     if not is_images(images):
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")

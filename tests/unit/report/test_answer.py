@@ -147,7 +147,7 @@ def test_without_the_data_there_are_samples_and_a_line(digits: InteractiveRun, m
     def gone(run: object) -> None:
         raise UserError("there is no folder photos")
 
-    monkeypatch.setattr("dumo.report.live.training_data", gone)
+    monkeypatch.setattr("dumo.data.toy.Digits.originals", gone)
     (found,) = answer.find_neighbours(replace(digits), "2", "0", 1, "u", 1)
     (row,) = found.rows
     assert len(row.cells) == 8
