@@ -103,8 +103,6 @@ def _show_item(described: "DescribedItem") -> None:
     lines = [("from", item.source)]
     lines += [("get it by", line) for line in item.get]
     lines.append(("layout", item.layout))
-    if item.sha256:
-        lines.append(("sha256", item.sha256))
     lines += [("looked at", f"{place.place}: {place.state}") for place in described.places]
     lines.append(("recipes", ", ".join(described.recipes) or "none of the packaged ones"))
     _show_head(described)
