@@ -18,13 +18,13 @@ from dumo.config import recipes
 from dumo.error import UserError
 from dumo.io import trained
 from dumo.io.read import brief, user_path
+from dumo.io.trained import RUN_FILE as RUN_FILE
+from dumo.io.trained import RUNS_FOLDER as RUNS_FOLDER
 from dumo.runtime import shell_path
 
-RUN_FILE = "run.yaml"  # in a run's folder: the run's settings
 EVALUATION_FILE = "evaluation.json"  # in a run's folder: its evaluation by the settings of run.yaml
 OTHER_EVALUATIONS = "evaluation-*.json"  # in a run's folder: its evaluations by other settings
 LOG_FILE = "metrics.jsonl"  # in a run's folder: a row for each logged step
-RUNS_FOLDER = "runs"  # in the working folder: the runs, unless --out names another folder
 _MAX_LISTED_NAMES = 2000  # of a folder's names, those compared with a mistyped one: ours, so that the error comes soon
 Content = Literal["run", "images"]
 

@@ -164,14 +164,17 @@ class _ShardEncoder:
     def encode(self, shard: int, report: Callable[[int], None]) -> dict[str, Tensor]:
         """The tensors of a shard, in the dtypes of its columns. `report` is called with the images encoded so far.
 
-        Raises UserError where an image or a label is not as planned, no image could be read, or a latent has values
-        that are not finite, by the codec or by the cast; Stopped after a signal.
+        They have no rows where no image of the shard can be read. Raises UserError where an image or a label is not as
+        planned, no image of the whole source can be read, or a latent has values that are not finite, by the codec or
+        by the cast; Stopped after a signal.
         """
         columns_by_batch = self._encode_batches(shard, report)
         span = self.index.span(shard)
         where = f"images {span.start} to {span.stop - 1}"
         if not columns_by_batch:
-            raise UserError(f"{where}: not one could be read")
+            self._require_any_readable()
+            columns = self.index.columns
+            return {name: torch.zeros(0, *column.shape, dtype=column.torch_dtype) for name, column in columns.items()}
         dtype: torch.dtype = getattr(torch, self.index.dtype)
         other_columns: dict[str, Tensor] = {}
         latents: dict[str, Tensor] = {}
@@ -195,12 +198,10 @@ class _ShardEncoder:
         """The columns of each batch of images of one size, in the order of the shard's images."""
         span = self.index.span(shard)
         columns_by_batch: list[dict[str, Tensor]] = []
-        for batch_start in span[:: self.batch_size]:
-            signals.check()
-            batch_rows = range(batch_start, min(batch_start + self.batch_size, span.stop))
-            bucketed = self.source.find_buckets(batch_rows) if isinstance(self.source, BucketedStore) else None
+        for batch_rows in self._split_into_batches(span):
+            bucketed = self._find_buckets(batch_rows)
             for size, images_of_size, rows in self._split_by_size(batch_rows, bucketed):
-                columns = self._encode_batch(images_of_size, rows, batch_start, size)
+                columns = self._encode_batch(images_of_size, rows, batch_rows.start, size)
                 if columns is None:  # none of these images can be read
                     continue
                 if bucketed:
@@ -208,6 +209,26 @@ class _ShardEncoder:
                 columns_by_batch.append(columns)
             report(batch_rows.stop - span.start)
         return columns_by_batch
+
+    def _require_any_readable(self) -> None:
+        """Raise UserError where no image of the source can be read. Reads images until one can."""
+        for batch_rows in self._split_into_batches(range(len(self.source))):
+            for _, images_of_size, rows in self._split_by_size(batch_rows, self._find_buckets(batch_rows)):
+                images, _ = images_of_size.rows(slice(rows.start, rows.stop))
+                if len(images):
+                    return
+        where = f" in {self.index.source}" if self.index.source else ""
+        raise UserError(f"none of the {len(self.source)} images{where} can be read: mend them, or give other images")
+
+    def _split_into_batches(self, rows: range) -> Iterator[range]:
+        """Yield rows of the source in batches, each where no signal has come."""
+        for batch_start in rows[:: self.batch_size]:
+            signals.check()
+            yield range(batch_start, min(batch_start + self.batch_size, rows.stop))
+
+    def _find_buckets(self, rows: range) -> BucketedRows | None:
+        """The buckets of rows of the source; None of a source without buckets."""
+        return self.source.find_buckets(rows) if isinstance(self.source, BucketedStore) else None
 
     def _split_by_size(self, rows: range, bucketed: BucketedRows | None) -> Iterator[tuple[Size, Finite, range]]:
         """Split rows of the source by size. Yields the size, a source of images of that size, and its rows.

@@ -27,7 +27,7 @@ from dumo.data.augment import Edm
 from dumo.data.bucket import BucketedStore, Buckets, Crops
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
 from dumo.data.edit import edit_rows, source_hash
-from dumo.data.metadata import TABLES
+from dumo.data.metadata import TABLES, image_folder
 from dumo.data.parquet import Parquet
 from dumo.data.pixel import Crop, Size, ToSquare
 from dumo.data.store import FirstImages, Folder, Store, choose_shards, first_sorted, store_hashes, walk_files
@@ -44,6 +44,10 @@ from dumo.types import FREE, PLACE, Spec, UserError
 _FORMAT_OF_SUFFIX = {".parquet": "parquet", ".tar": "tar"}  # and a folder, of the suffixes of images
 GIGABYTE = 1e9  # bytes
 _OFF_VALUES = {"flip": "false", "buckets": "null", "augment": "null"}  # by which a field leaves images as they are
+
+
+class NoImagesError(UserError):
+    """A place has no file that may hold images."""
 
 
 class Images(Spec):
@@ -330,13 +334,16 @@ class Images(Spec):
         return self._store(user_path(self.root, "data.root"), None)
 
     def hashes(self) -> Hashes | None:
-        """The hashes of the images, as far as they are noted; None where they are not on this machine."""
+        """The hashes of the images, as far as they are noted; None where they are not on this machine.
+
+        Raises UserError or OSError where they are, and cannot be opened.
+        """
         root = self._root()
         if root is None:
             return None
         try:
             store = self._store_with_classes(root)
-        except (UserError, OSError):  # an empty folder where a disk is not mounted
+        except NoImagesError:  # an empty folder where a disk is not mounted
             return None
         return store_hashes(store)
 
@@ -415,12 +422,15 @@ _FIELDS_OF_IMAGES = re.compile(rf"\bdata\.(?={'|'.join(Images.model_fields)})\b"
 def open_store(root: Path, *, split: str | None = None, label: str | None = "label") -> Store:
     """Look what is under `root`, and open it without decoding. `label`: the column of classes; None: no labels.
 
-    Raises UserError where there are no images, or several ways to take what is there.
+    Raises NoImagesError where no file may hold images; UserError where there are no images, or several ways to take
+    what is there.
     """
+    if image_folder(root) == Path():  # "." or a bare name, where a file's path does not begin with its folder
+        root = root.absolute()
     files = walk_files(root)
     files_by_format = _files_by_format(files)
     if not files_by_format:
-        raise UserError(
+        raise NoImagesError(
             f"no images in {root}, where there are {len(files)} files: looked for image files (.jpg, .png, .webp ...), "
             "*.parquet, *.tar, at any depth"
         )

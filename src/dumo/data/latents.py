@@ -244,7 +244,8 @@ class OriginThread:
     def _compare(self, *, verify: bool = False) -> None:
         """Compare the images with the cache, and keep the error. `verify`: read all images, also unchanged files."""
         try:
-            hashes = self.images.hashes()
+            with errors_of_latents():
+                hashes = self.images.hashes()
             if hashes is None:
                 return
             if verify:

@@ -28,6 +28,7 @@ from dumo.io import digest
 from dumo.io.content import Hashes
 from dumo.io.inventory import FileState, ItemFiles, state_of
 from dumo.io.read import first_few
+from dumo.io.trained import LATENTS_FOLDER, RUN_FILE
 from dumo.types import UserError
 
 # Names of the parts of a data set, as they stand in names of folders and files.
@@ -163,8 +164,9 @@ class FirstImages:
 def walk_files(root: Path) -> dict[str, FileState]:
     """All files under a folder, or the one file `root`, with their states.
 
-    They come in the order of their names; hidden files are left out, links are followed. A link to nowhere has size -1.
-    Raises UserError where there is nothing, or a link leads to a folder above it.
+    They come in the order of their names. Hidden files are left out, and below `root` folders of runs and runs/latents,
+    where dumo puts images of its own. Links are followed; a link to nowhere has size -1. Raises UserError where
+    there is nothing, or a link leads to a folder above it.
     """
     if root.is_dir():
         states: dict[str, FileState] = {}
@@ -239,13 +241,19 @@ def first_sorted(items: Iterable[str]) -> str:
 
 
 def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[str, FileState]) -> None:
-    """Add the states of the files in a folder, depth first; `above` are the folders on the way, by device and inode."""
+    """Add the states of the files in a folder, depth first, as `walk_files` has them.
+
+    `above` are the folders on the way, by device and inode; none of the root.
+    """
     folder_stat = os.stat(folder)
     identity = (folder_stat.st_dev, folder_stat.st_ino)
     if identity in above:
         raise UserError(f"{folder} is a link to a folder that holds it, so it never ends: remove the link")
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
+    is_below_root = bool(above)
+    if is_below_root and any(entry.name == RUN_FILE for entry in visible):
+        return  # images in a run's folder are its samples
     for entry in sorted(visible, key=attrgetter("name")):
         try:
             entry_stat = os.stat(entry.path)
@@ -253,7 +261,8 @@ def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[st
             states[entry.path] = (-1, 0, 0)
             continue
         if stat.S_ISDIR(entry_stat.st_mode):
-            _walk_folder(entry.path, above | {identity}, states)
+            if not entry.path.endswith(f"{os.sep}{LATENTS_FOLDER}"):
+                _walk_folder(entry.path, above | {identity}, states)
         else:
             states[entry.path] = state_of(entry_stat)
 

@@ -1,4 +1,4 @@
-"""Trained runs that come with dumo: their names, and the folder of each, which is only read.
+"""Where runs lie; and trained runs that come with dumo: their names, and the folder of each, which is only read.
 
 `names` and `folder` say what there is. `path_in` takes a place such as dumo:cifar10-trained/taef2.safetensors, a file
 of such a run wherever dumo is installed. `dumo.run.shipped` opens them; `tools/ship.py` makes them.
@@ -6,6 +6,9 @@ of such a run wherever dumo is installed. `dumo.run.shipped` opens them; `tools/
 
 from pathlib import Path
 
+RUN_FILE = "run.yaml"  # in a run's folder: the run's settings
+RUNS_FOLDER = "runs"  # in the working folder: the runs, unless --out names another folder
+LATENTS_FOLDER = f"{RUNS_FOLDER}/latents"  # the latents of proposed runs, and images in memory that are encoded to them
 FOLDER = Path(__file__).parents[1] / "trained"
 SHIPPED_PREFIX = "dumo:"  # before a recipe's or trained run's name: the one that dumo ships, whatever lies here
 

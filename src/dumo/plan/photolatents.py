@@ -20,13 +20,13 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from dumo.config.place import RUNS_FOLDER
 from dumo.config.source import IMAGES_LATENTS_RECIPE, folder_of_images
 from dumo.data import Images, Memory
 from dumo.data.origin import cache_name
 from dumo.encoders.codec import LoadedCodec
 from dumo.io.picture import decibels, from_uint8
 from dumo.io.read import brief
+from dumo.io.trained import LATENTS_FOLDER
 from dumo.runtime import shell_path
 from dumo.runtime.door import option, settings
 from dumo.runtime.stopwatch import Stopwatch
@@ -39,7 +39,6 @@ _MIN_SIDE_ENCODED = 32  # pixels: of photos of 32 the autoencoder, made for 256,
 PIXELS_PER_LATENT = 8  # pixels of an image to one of its latent, each way
 _MIN_DECIBELS = 20.0  # ours: photos of 64 pixels have 20 to 31, noise has 10, a chessboard of 4 pixels 5 (docs/log.md)
 _GREY_LEVELS = 8  # of 255, between the channels of a pixel of a grey image that is stored in colour: ours
-_CACHES = f"{RUNS_FOLDER}/latents"  # the folder of the folders of latents
 # Settings by which the user chooses pixels: all of the data or the net, or what latents do not have.
 _PIXEL_FIELDS = ("data", "data.kind", "data.root", "data.augment", "data.buckets", "net", "net.kind")
 
@@ -153,20 +152,20 @@ def try_autoencoder(codec: LoadedCodec, pixels: Pixels) -> AutoencoderTrial:
 
 
 def cache_folder(place: str, images: Images, codec: LoadedCodec) -> str:
-    """The folder _CACHES/NAME-HASH for the latents of the images at a place; other images have another.
+    """The folder LATENTS_FOLDER/NAME-HASH for the latents of the images at a place; other images have another.
 
     `images` are with their classes. Reads images whose hash is not noted.
     """
     name = cache_name(folder_of_images(place).name, images, codec.sha256)
-    return f"{_CACHES}/{name}"
+    return f"{LATENTS_FOLDER}/{name}"
 
 
 def place_in_memory(data: Memory) -> str:
-    """The file _CACHES/NAME-HASH.tar, to which images in memory are written before they are encoded."""
+    """The file LATENTS_FOLDER/NAME-HASH.tar, to which images in memory are written before they are encoded."""
     type_name = data.name.rpartition(":")[2]
-    return f"{_CACHES}/{type_name}-{data.digest}.tar"
+    return f"{LATENTS_FOLDER}/{type_name}-{data.digest}.tar"
 
 
 def has_caches(place: str) -> bool:
     """Whether some images of the place's name were encoded: these, or others. Reads no image."""
-    return any(Path(_CACHES).glob(f"{glob.escape(folder_of_images(place).name)}-*"))
+    return any(Path(LATENTS_FOLDER).glob(f"{glob.escape(folder_of_images(place).name)}-*"))

@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from PIL import Image
 
 from dumo.config.conditions import squares
@@ -52,13 +53,25 @@ def reconstruct(sampler: Sampler) -> Reconstruction | None:
 
 
 def _first_images(sampler: Sampler) -> Sample:
-    """The first images of the data, as squares. Raises UserError or OSError where they cannot be read."""
+    """The first images of the data that can be read, as squares.
+
+    Raises UserError where there is none, or they are not here, or one that cannot be read is not to be left out.
+    """
     data = squares(sampler.data)
     images = data.images if is_latents(data) else data
     assert is_images(images), "latents are of images"
     album = images.model_copy(update={"memory": 0.0}).originals()  # decodes no others
-    x, _ = album.rows(slice(NUM_IMAGES))
-    return x if x.is_floating_point() else picture.from_uint8(x)
+    readable: list[Sample] = []
+    num_readable = 0
+    for first in range(0, len(album), NUM_IMAGES):
+        x, _ = album.rows(slice(first, first + NUM_IMAGES))
+        readable.append(x)
+        num_readable += len(x)
+        if num_readable >= NUM_IMAGES:
+            break
+    if num_readable == 0:
+        raise UserError("none of the images can be read: mend them")
+    return torch.cat(readable)[:NUM_IMAGES]
 
 
 def _row(x: Sample) -> Image.Image:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dumo.config.spec import Run
 from dumo.data import Latents, cache
+from dumo.data.image import errors_of_latents
 from dumo.data.origin import has_key, new_run_hint
 from dumo.io import table
 from dumo.run import encode
@@ -49,7 +50,9 @@ def ensure_proposed_cache(
     folder = data.folder
     if cache.is_finished(folder):
         return
-    if not has_key(folder, data.images, data.codec.open("cpu").sha256):
+    with errors_of_latents():
+        is_of_these_images = has_key(folder, data.images, data.codec.open("cpu").sha256)
+    if not is_of_these_images:
         raise UserError(
             f"the photos in {data.images.root}, or the fields that say how they are encoded, have changed since this "
             f"run was planned: {new_run_hint()}"

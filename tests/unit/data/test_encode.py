@@ -229,6 +229,36 @@ def test_images_the_source_leaves_out_are_not_there(tmp_path: Path) -> None:
     assert cache.take(every, "labels").tolist() == [k % CLASSES for k in kept]
 
 
+@dataclass
+class Broken(Pictures):
+    """Leaves out all images but the first `readable`."""
+
+    readable: int = 0
+
+    def rows(self, i: slice, /) -> tuple[Tensor, Tensor]:
+        """The first ones."""
+        x, c = super().rows(i)
+        kept = torch.tensor([k < self.readable for k in range(*i.indices(self.count))])
+        return x[kept], c[kept]
+
+
+def test_a_shard_of_images_that_are_left_out_has_no_rows(tmp_path: Path) -> None:
+    """The last two of three."""
+    result = encode(Broken(40, readable=3), POINT, PLAN, tmp_path)
+    assert (result.made, result.missing) == (3, 0)
+    cache = open_cache(tmp_path, POINT.codec)
+    assert [shard.rows for shard in cache.index.shards] == [3, 0, 0]
+    assert cache.take(torch.arange(3), "labels").tolist() == [0, 1, 2]
+    assert len(cache.tensors(2)["x"]) == 0
+
+
+def test_images_of_which_none_can_be_read_are_refused(tmp_path: Path) -> None:
+    plan = PLAN.model_copy(update={"source": "photos"})
+    with pytest.raises(UserError, match="none of the 40 images in photos can be read: mend them"):
+        encode(Broken(40), POINT, plan, tmp_path)
+    assert not list(tmp_path.glob("shard-*"))
+
+
 def test_full_disk_keeps_what_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed = 0
 

@@ -135,6 +135,48 @@ def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
         assert bytes_of(images.open().reference(9, 0)[0])[:, 0, 5, 5].tolist() == [20, 40, 60]
 
 
+@pytest.mark.parametrize(
+    ("form", "typed"),
+    [
+        ("folder", "."),
+        ("parquet", "."),
+        ("parquet", "train-00000-of-00002.parquet"),
+        ("tar", "animals-train-000000.tar"),
+    ],
+)
+def test_images_in_the_working_folder_have_their_names(
+    form: str, typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their classes, which are the same by the absolute path, as a run has it."""
+    STORES[form](tmp_path)
+    monkeypatch.chdir(tmp_path)
+    here, absolute = spec(Path(typed)), spec(tmp_path / typed)
+    assert (here.names, here.classes) == (absolute.names, absolute.classes)
+    hashes, absolute_hashes = here.hashes(), absolute.hashes()
+    assert hashes
+    assert absolute_hashes
+    assert hashes.names == absolute_hashes.names
+    assert hashes.fingerprint() == absolute_hashes.fingerprint()
+
+
+def test_what_dumo_wrote_among_the_images_is_none_of_them(tmp_path: Path) -> None:
+    """Samples in a run's folder, and images in memory that were kept to be encoded; a run's folder may be the root."""
+    as_folder(tmp_path)
+    hashes = spec(tmp_path).hashes()
+    assert hashes
+    for name in ("runs/photos", "mine"):
+        (samples := tmp_path / name / "samples").mkdir(parents=True)
+        (samples / "0.png").write_bytes(picture(0))
+        (samples.parent / "run.yaml").touch()
+    as_tar(tmp_path / "runs/latents")
+    images = spec(tmp_path)
+    assert images.names == CLASSES
+    hashes_now = images.hashes()
+    assert hashes_now
+    assert hashes_now.fingerprint() == hashes.fingerprint()
+    assert spec(tmp_path / "mine").open().size == 1
+
+
 def test_a_file_may_be_the_root_and_a_column_has_a_name(tmp_path: Path) -> None:
     as_parquet(tmp_path / "p")
     as_tar(tmp_path / "t")

@@ -209,6 +209,34 @@ def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, t
         latents(images, tmp_path / "more", count=COUNT + 1).rows()
 
 
+@pytest.mark.parametrize("fields", [{}, {"crop": "adm", "buckets": {"step": 8}}])
+def test_images_that_cannot_be_read_may_fill_a_shard(
+    fields: dict[str, object], latents: Maker, images: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    for i in range(8, COUNT):
+        (tmp_path / "images" / "cow" / f"{i:02}.png").write_bytes(b"no image")
+    data = latents(tmp_path / "images", tmp_path / "cache", on_bad="skip", **fields)
+    with pytest.warns(UserWarning, match="images cannot be read"):
+        encode.encode(data, shard_rows=4, dtype="float32")
+    assert [shard.rows for shard in data.cache().index.shards] == [4, 4, 0]
+    x, c = data.open().batch(0, 8, 0)
+    assert (len(x), sorted(c.tolist())) == (8, [0] * 4 + [1] * 4)
+    OriginThread(data.folder, data.images).verify()
+
+
+def test_images_that_cannot_be_opened_any_more_are_refused(images: Path, cached: Latents, tmp_path: Path) -> None:
+    """As with one that is in no class; a folder without images is where a disk is not mounted."""
+    shutil.copytree(images, tmp_path / "images")
+    copied = cached.images.model_copy(update={"root": str(tmp_path / "images")})
+    OriginThread(cached.folder, copied).verify()
+    shutil.copy(tmp_path / "images/ant/00.png", tmp_path / "images/new.png")
+    with pytest.raises(UserError, match=r"outside them, .*: set data\.images\.labelled=false, or move them"):
+        OriginThread(cached.folder, copied).verify()
+    (tmp_path / "empty").mkdir()
+    OriginThread(cached.folder, copied.model_copy(update={"root": str(tmp_path / "empty")})).verify()
+
+
 def test_a_missing_cache_names_the_command(latents: Maker, images: Path, tmp_path: Path) -> None:
     missing = latents(images, tmp_path / "none")
     with pytest.raises(UserError, match=r"make it with dumo encode$"):
