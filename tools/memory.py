@@ -178,7 +178,9 @@ def do_work(setting: Setting, work: str) -> NoReturn:
     with dist.join():
         begin_phase(work)
         checkpoints = Checkpoints(setting.run_folder / "checkpoints")
-        state, last_checkpoint = begin_or_resume(run, checkpoints, torch.device("cpu"))
+        state, last_checkpoint = begin_or_resume(
+            run, checkpoints, torch.device("cpu"), checkpoints.latest(together=True)
+        )
         if work == "resume":
             assert last_checkpoint is not None, "`--work start` saves one"
         else:

@@ -512,6 +512,7 @@ def train(
     out: str | Path | None = None,
     step: SupportsIndex | None = None,
     accept: bool = False,
+    verify: bool = False,
     device: str | torch.device = "auto",
     bar: Bar = bar,
     track: str | None = None,
@@ -534,9 +535,11 @@ def train(
     and what it returns does not matter. `minutes` is how long to train, of images or of a run. `out` is the run's
     folder, runs/NAME unless given. Where that holds a run, the one that is asked for is compared with it, and goes on,
     from the checkpoint of `step` if that is given. `accept`: with other fields or data than it was trained by, which
-    are noted. `bar` shows the progress, on stderr unless given. `track`: tensorboard, wandb or trackio gets the log as
-    it grows. `trust_code`: run the code that a file or folder names, as an object or `changes` need not say. Raises
-    UserError as `recipe` does, and where the folder holds another run.
+    are noted. `verify`: hash every image first, and compare with what the run was trained on. `bar` shows the progress,
+    on stderr unless given. `track`: tensorboard, wandb or trackio gets the log as it grows. `trust_code`: run the code
+    that a file or folder names, as an object or `changes` need not say. Raises UserError as `recipe` does, and where
+    the folder holds another run; `dumo.runtime.signals.Stopped`, with the call to make, where there is too little time
+    to encode the photos.
     """
     folder = None if out is None else _path(out, "out")
     if not isinstance(source, str | Path | Run | None):
@@ -577,14 +580,15 @@ def train(
             tell=None if bar is no_bar else print_line,
             step=step,
             accept=accept,
+            verify=verify,
             sheets=Sheets,
             minutes=composed.minutes,
             bar=bar,
         )
         with (
             live_feed(composed.folder, track, print_line) as tracker_hooks,
+            opened as job,  # before the hooks: a stop while it is opened is no callback's
             stoppable_hooks(callbacks) as hooks,
-            opened as job,
         ):
             train_job(job, bar, [*hooks, *tracker_hooks])
         return load(composed.folder, device=device)

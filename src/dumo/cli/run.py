@@ -295,9 +295,7 @@ def _propose_run(place: str, overrides: list[str], minutes: float | None, device
     Raises BadParameter without a terminal to `ask` on, Exit where the answer is no, UserError where no run fits.
     """
     from dumo.plan import proposal
-    from dumo.runtime import dist
 
-    dist.require_one_process(f"planning a run on {place}")
     proposed_run = proposal.propose(place, overrides, minutes=minutes, device=device, bar=bar)
     show_lines(proposed_run.lines())
     if ask and not sys.stdin.isatty():

@@ -309,15 +309,14 @@ def root_of_encoded_images(tree: Mapping[str, Any]) -> Path | None:
 def is_root_proposed(resolved: Mapping[str, Any], root: str) -> bool:
     """Whether `root`, the `data.root` of a run, is the folder that was proposed with the run, and not one of the user.
 
-    `resolved` is the run's. The two are compared as they were typed, since a run's own paths are absolute.
+    `resolved` is the run's. The last two parts are compared, latents/NAME-HASH: the others change where a run's paths
+    are made absolute, and where it is moved.
     """
     proposed = resolved.get(PROPOSED_KEY)
-    typed = resolved.get(TYPED_KEY)
-    if not isinstance(proposed, dict):
+    proposed_root = proposed.get("data.root") if isinstance(proposed, dict) else None
+    if not isinstance(proposed_root, str):
         return False
-    if isinstance(typed, dict):
-        root = typed.get("data.root", root)
-    return proposed.get("data.root") == root
+    return Path(root).parts[-2:] == Path(proposed_root).parts[-2:]
 
 
 def file_state(file: Path) -> FileState | None:

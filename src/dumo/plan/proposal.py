@@ -32,7 +32,7 @@ from dumo.run import contract, trial_net
 from dumo.run.net import num_parameters, outline, require_room_to_train
 from dumo.run.resolve import resolve
 from dumo.run.weights import draw_on_device
-from dumo.runtime import threads
+from dumo.runtime import dist, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.door import option, settings
 from dumo.runtime.progress import Bar, ignore_line, no_bar
@@ -143,8 +143,10 @@ def propose(
 
     `minutes` None: as long as `sets` say, else DEFAULT_MINUTES on a CPU, and on a GPU as long as the recipe says.
     `sets`, as --set takes them, win over what is proposed. `images` None: they say which images.
-    Raises UserError where there are no images, a field is wrong, or minutes and `sets` both say how long.
+    Raises UserError where there are no images, a field is wrong, minutes and `sets` both say how long, or torchrun
+    started several processes.
     """
+    dist.require_one_process("planning a run on images")  # each would time a step, and propose another run
     torch_device = choose_device(device)
     minutes = _minutes_to_train(minutes, sets, torch_device)
 

@@ -5,10 +5,11 @@
 1. lock the folder (rank 0), and read what it holds into an `Index`
 2. resolve the run: write out what files and machine say of it; rank 0 makes missing tokens of captions
 3. check that it fits the machine, its ranks and the folder; the ranks meet
-4. rank 0 encodes the photos of a proposed run (`run.proposedcache`); open the data, and examine the derivative against
+4. choose the checkpoint to resume from, the last one that is whole
+5. rank 0 encodes the photos of a proposed run (`run.proposedcache`); open the data, and examine the derivative against
    float64
-5. begin the state: as drawn, of the last checkpoint, or of `start`
-6. compare data and run with what the folder holds
+6. begin the state: as drawn, of the checkpoint, or of `start`
+7. compare data and run with what the folder holds
 
 Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those tokens and latents, and the
 run.yaml of a run whose photos it encodes, which goes again if the run is refused; and it removes what a training that
@@ -51,6 +52,7 @@ from dumo.run.weights import begin_or_resume
 from dumo.runtime import dist, stopwatch, threads
 from dumo.runtime.device import choose_device, known_peak_tflops
 from dumo.runtime.door import option, settings, train_call
+from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.text import minutes_text, minutes_to_type
 from dumo.training import agreement
@@ -161,7 +163,7 @@ def open_job(
             trust.accept(changes)
             fields = list(changes)
             if minutes is not None:
-                fields.append(f"train.minutes={_total_minutes(index, step, minutes):g}")
+                fields.append(f"train.minutes={minutes:g}")  # those before it are added below
             run = index.run(fields)
         if run.train.minutes is not None and index.recorded_run:
             run = _with_steps_made(run, index.recorded_run.run.train, index.folder, changes)
@@ -191,11 +193,19 @@ def open_job(
         if reads_tokens:
             net_outline = outline(run)
 
-        # 4. encode photos, open the data, and examine the derivative
+        # 4. choose the checkpoint
+        chosen = index.checkpoints.latest(together=True) if step is None else index.checkpoints.of_step(step)
+        timing_before = chosen.manifest.timing if chosen else None
+        if minutes is not None and timing_before:
+            run = _with_minutes_after(run, timing_before, minutes)
+        elif timing_before:
+            _require_time_left(run.train, timing_before, folder)
+
+        # 5. encode photos, open the data, and examine the derivative
         refusals = stack.enter_context(ExitStack())  # what to do where the run is refused before it trains
         if is_main and index.text is None:
             refusals.push(partial(_remove_if_refused, folder / RUN_FILE))
-        _make_proposed_cache(run, index, step, began, device, tell, bar)
+        _make_proposed_cache(run, index, chosen, began, device, tell, bar)
         data = open_data(run.data)
         with threads.fewer_when_busy(torch_device, ignore_line):
             examination.examine(run, torch_device).require()
@@ -208,8 +218,8 @@ def open_job(
         meter = Meter(run.train, folder, torch_device, step_flops)
         drawn_sheets = sheets(run, folder, tell) if sheets else None
 
-        # 5. begin the state, and open what reads it
-        state, checkpoint = begin_or_resume(run, index.checkpoints, torch_device, step)
+        # 6. begin the state, and open what reads it
+        state, checkpoint = begin_or_resume(run, index.checkpoints, torch_device, chosen, or_before=step is None)
         factor_before = run.train.factor(state.step, state.timing) if checkpoint else None
         state.timing = begin_timing(run.train.minutes, state.timing, factor_before)
         best_folder = None
@@ -218,7 +228,7 @@ def open_job(
             best_folder, validation = _open_validation(run, index, state, tell, meter)
         teacher = _load_teacher(run, run.teacher, state, torch_device) if run.teacher else None
 
-        # 6. compare with what the folder holds
+        # 7. compare with what the folder holds
         changed_data = datacheck.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
 
         def compare_history() -> History | None:
@@ -273,11 +283,11 @@ def train_more_hint(folder: Path, train: Train) -> str:
 
 
 def _make_proposed_cache(
-    run: Run, index: Index, step: int | None, began: float, device: str, tell: Tell, bar: Bar
+    run: Run, index: Index, checkpoint: Checkpoint | None, began: float, device: str, tell: Tell, bar: Bar
 ) -> None:
     """Make the run's cache on rank 0 where it was proposed with the run, unless that has ended.
 
-    Every rank must call it. `began` is when the command began, by the clock.
+    Every rank must call it. `checkpoint` is the one to resume from; `began` is when the command began, by the clock.
     """
     data = run.data
     if not is_latents(data) or not is_root_proposed(run.resolved, data.root):
@@ -285,50 +295,39 @@ def _make_proposed_cache(
     from dumo.data.cache import read_index
     from dumo.run import proposedcache
 
+    steps_done = checkpoint.manifest.step if checkpoint else 0
+    timing = begin_timing(run.train.minutes, checkpoint.manifest.timing if checkpoint else None, None)
+    has_ended = timing.is_over if timing else steps_done >= run.train.steps
+
     def make_cache() -> None:
-        if _has_ended(run, index, step):  # no photo is needed; where there is no cache, opening it refuses the run
+        if has_ended:  # no photo is needed; where there is no cache, opening it refuses the run
             if read_index(data.folder) is None:
                 tell(train_more_hint(index.folder, run.train))
             return
         time = None
-        if run.train.minutes is not None:
-            timing = begin_timing(run.train.minutes, _timing_at(index, step), None)
-            assert timing is not None
+        if timing:
             time = PreparationTime(began, timing.seconds_left, stopwatch.wall_clock)
         proposedcache.ensure_proposed_cache(run, data, index, time=time, device=device, bar=bar)
 
     agreement.on_main_rank(make_cache, is_long=True)
 
 
-def _step_to_resume(index: Index, step: int | None) -> int | None:
-    """The step of the checkpoint to resume from, of `step` or the last one (None); None where there is none."""
-    checkpoints = index.checkpoints.by_step()
-    if step is None:
-        return max(checkpoints, default=None)
-    return step if step in checkpoints else None
+def _with_minutes_after(run: Run, timing: Timing, minutes: float) -> Run:
+    """The run, to train for `minutes` more than at `timing`, and for MINUTES in all at most, as a run may."""
+    total_minutes = min(timing.seconds / SECONDS_PER_MINUTE + minutes, MINUTES)
+    train = run.train.model_copy(update={"minutes": total_minutes})
+    return run.model_copy(update={"train": train})
 
 
-def _timing_at(index: Index, step: int | None) -> Timing | None:
-    """How far the run was by the clock at the checkpoint to resume from (`_step_to_resume`); None: it had no clock."""
-    resumed_step = _step_to_resume(index, step)
-    if resumed_step is None:
-        return None
-    return index.checkpoints.by_step()[resumed_step].manifest.timing
-
-
-def _has_ended(run: Run, index: Index, step: int | None) -> bool:
-    """Whether no step is left of a run from a checkpoint on (None: the last one)."""
-    if run.train.minutes is None:
-        resumed_step = _step_to_resume(index, step)
-        return resumed_step is not None and resumed_step >= run.train.steps
-    timing = _timing_at(index, step)
-    return timing is not None and timing.is_over and timing.minutes == run.train.minutes
-
-
-def _total_minutes(index: Index, step: int | None, minutes: float) -> float:
-    """The minutes that a run trains in all if it trains for `minutes` more from a checkpoint (None: the last one)."""
-    timing = _timing_at(index, step)
-    return minutes + timing.seconds / SECONDS_PER_MINUTE if timing else minutes
+def _require_time_left(train: Train, timing: Timing, folder: Path) -> None:
+    """Raise UserError where a run is to end by the clock, and after fewer minutes than were trained at `timing`."""
+    minutes_done = timing.seconds / SECONDS_PER_MINUTE
+    if train.minutes is not None and train.minutes < minutes_done:
+        raise UserError(
+            f"train.minutes={train.minutes:.4g}, but {folder} has already trained {minutes_text(minutes_done)}: give "
+            f"another folder with {option('out')}, or go on with it for longer:  "
+            f"{train_call(folder, minutes=_MORE_MINUTES)}"
+        )
 
 
 def _with_steps_made(run: Run, train_before: Train, folder: Path, changes: Sequence[str]) -> Run:

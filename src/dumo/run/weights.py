@@ -1,8 +1,8 @@
 """A run's net with its weights: drawn, of its own folder, of another run, or of a published file.
 
 To sample or judge, `open_run` reads a run's folder. To train, `begin_or_resume` returns the state to go on from: of
-the last checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0; `draw_on_device` does
-so without asking for room. `build_deferred` makes it without weights, which are drawn or read one by one when they are
+a checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0; `draw_on_device` does so
+without asking for room. `build_deferred` makes it without weights, which are drawn or read one by one when they are
 needed (`dumo.io.deferred`).
 """
 
@@ -348,27 +348,27 @@ def _load_few_step_run(run: RunParts, net: nn.Module, deferred_weights: Deferred
 
 @low_memory_heap()
 def begin_or_resume(
-    run: Run, checkpoints: Checkpoints, device: torch.device, step: int | None = None
+    run: Run, checkpoints: Checkpoints, device: torch.device, chosen: Checkpoint | None, *, or_before: bool = True
 ) -> tuple[State, Checkpoint | None]:
-    """The state that a run resumes from, and its checkpoint: that of `step`, or the last one that is whole and finite.
+    """The state that a run resumes from, and its checkpoint: the `chosen` one, which the caller knows to be whole.
 
-    Where there is none, the state is of another run (`start`), or as drawn. Every rank must call it. The caller has
-    asked whether the device has room (`dumo.run.net.require_room_to_train`). Raises UserError.
+    If a value in it is not finite, the last whole one before it is taken, with `or_before`. Where none is chosen, the
+    state is of another run (`start`), or as drawn. Every rank must call it. The caller has asked whether the device has
+    room (`dumo.run.net.require_room_to_train`). Raises UserError.
     """
-    last = checkpoints.latest(together=True) if step is None else checkpoints.of_step(step)
     deferred_weights: Deferred | None = None
-    if run.start and not last and not run.has_subject:
+    if run.start and not chosen and not run.has_subject:
         net, deferred_weights = init_from(run, run.start)
     elif dist.world() > 1:
         net, deferred_weights = build_deferred(run)
     else:
         net = draw_on_device(run, device)
-    if is_dualized(net) and not (run.start or last):
+    if is_dualized(net) and not (run.start or chosen):
         net.refit(deferred_weights)
-    state = begin_training(net, run.train, device, deferred_weights, restored=last is not None)
-    if last:
-        last = checkpoint.restore_last_finite(checkpoints, last, state, or_before=step is None)
-    return state, last
+    state = begin_training(net, run.train, device, deferred_weights, restored=chosen is not None)
+    if chosen is None:
+        return state, None
+    return state, checkpoint.restore_last_finite(checkpoints, chosen, state, or_before=or_before)
 
 
 def init_from(run: Run, start: "Start") -> tuple[nn.Module, Deferred]:

@@ -258,6 +258,26 @@ def test_what_is_no_part_is_refused(parts: dict[str, Any], said: str, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def test_ranks_do_not_each_plan_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would time a step of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(dumo.UserError, match="planning a run on images takes one process, and 2 were started"):
+        train(tmp_path, data="photos")
+
+
+def test_a_run_is_opened_with_the_arguments_of_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, object] = {}
+
+    def open_job(*given: object, **options: object) -> None:
+        arguments.update(options)
+        raise dumo.UserError("opened")
+
+    monkeypatch.setattr("dumo.cli.api.open_job", open_job)
+    with pytest.raises(dumo.UserError, match="opened"):
+        train(tmp_path, source="moons", step=3, accept=True, verify=True)
+    assert (arguments["step"], arguments["accept"], arguments["verify"]) == (3, True, True)
+
+
 def test_parts_of_your_own_need_a_folder() -> None:
     with pytest.raises(dumo.UserError, match='say out="runs/NAME"'):
         dumo.train(data=COLOURS)

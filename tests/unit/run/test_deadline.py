@@ -12,6 +12,7 @@ from dumo.run.job import open_job
 from dumo.run.train import train_job
 from dumo.runtime import door, signals, stopwatch
 from dumo.training.loop import Every
+from dumo.training.manifest import Checkpoints
 from dumo.training.record import Record
 from dumo.training.saver import Saver
 from dumo.training.state import State
@@ -122,6 +123,39 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
     assert rates[state.step + 1] == 0
     assert max(rates[step] for step in rates if step > state.step) > 0.8 * peak
     assert rates[end.step] < 0.2 * peak
+
+
+@pytest.mark.parametrize("name", ["state.json", "net.safetensors"])
+def test_minutes_are_added_to_those_of_the_checkpoint_that_is_resumed(name: str, clock: Clock, tmp_path: Path) -> None:
+    """The last one is damaged, so it is the one before."""
+    folder = tmp_path / "run"
+    train(folder, clock, tiny("moons", *TIMED, "train.keep=9"))
+    before, last = Checkpoints(folder / "checkpoints").by_step().values()
+    file = last.path / name
+    file.write_bytes(bytes(file.stat().st_size))
+    began = clock.now
+    with pytest.warns(UserWarning, match=f"{before.path.name}, before it, is taken"):
+        train(folder, clock, minutes=0.5)
+    assert clock.now - began == pytest.approx(30, abs=2 * PACE)
+    assert before.manifest.timing is not None
+    assert written(folder)["minutes"] == pytest.approx(0.5 + before.manifest.timing.seconds / 60)
+
+
+def test_fewer_minutes_than_were_trained_are_refused(clock: Clock, tmp_path: Path) -> None:
+    """As fewer steps are."""
+    folder = tmp_path / "run"
+    run = tiny("moons", *TIMED)
+    train(folder, clock, run)
+    train(folder, clock, minutes=0.5)
+    bits = known.bits(folder)
+    with door.command_line(), pytest.raises(UserError) as refused:
+        train(folder, clock, run)
+    assert str(refused.value) == (
+        f"train.minutes=1, but {folder} has already trained 1.5 minutes: give another folder with --out, or go on with "
+        f"it for longer:  dumo train {folder} --minutes 5"
+    )
+    assert known.bits(folder) == bits
+    assert written(folder)["minutes"] == 1.5
 
 
 def test_a_command_whose_time_goes_by_before_its_first_step_says_so(clock: Clock, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dumo
 from dumo.config.load import load
 from dumo.config.source import PROPOSED_KEY, is_root_proposed
 from dumo.config.spec import Run
@@ -23,6 +24,7 @@ from dumo.run.job import open_job
 from dumo.run.resolve import with_absolute_paths
 from dumo.runtime import dist, door, signals, stopwatch
 from dumo.runtime.progress import Bar, Tick, no_bar
+from dumo.training import deadline
 from dumo.training.deadline import PreparationTime
 from dumo.types import UserError
 
@@ -209,6 +211,15 @@ def test_encoding_that_takes_too_long_stops_and_goes_on_from_what_is_kept(run: R
 
 
 @pytest.mark.usefixtures("small_shards")
+def test_encoding_that_takes_too_long_is_told_in_python(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a training that a callback stops ends without an error."""
+    timed = run.model_copy(update={"train": run.train.model_copy(update={"minutes": 1.0})})
+    monkeypatch.setattr(deadline, "MAX_PREPARATION_SHARE", 0.0)
+    with pytest.raises(signals.Stopped, match=r'With enough time:  dumo\.train\("runs/photos", minutes=\d+\)$'):
+        dumo.train(timed, out=FOLDER, device="cpu", bar=no_bar)
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_what_is_left_to_encode_does_not_shorten_the_run(run: Run) -> None:
     """Though three minutes would do for it: the run was to take ten."""
     clock = Clock()
@@ -341,6 +352,19 @@ def test_a_moved_run_finds_its_cache_beside_it(run: Run, tmp_path: Path, encoded
     assert moved.data.folder == big / "latents" / run.data.folder.name
     assert cache.is_finished(moved.data.folder)
     assert not old.exists(), "nothing is made where it was"
+
+
+def test_a_run_of_anothers_settings_finds_its_cache_beside_it(run: Run, tmp_path: Path) -> None:
+    """It is moved with the latents that were proposed with the other; lost ones are made again."""
+    write_run_file(with_absolute_paths(run), FOLDER)
+    shorter = with_absolute_paths(load(FOLDER / "run.yaml", ["train.steps=3"]))
+    write_run_file(shorter, Path("runs/shorter"))
+    Path("runs/latents").mkdir()
+    Path("runs").rename("big")
+    moved = load("big/shorter")
+    assert moved.data.folder == tmp_path / "big/latents" / run.data.folder.name
+    fill(moved, Path("big/shorter"))
+    assert cache.is_finished(moved.data.folder)
 
 
 def test_latents_that_the_user_named_stay_where_they_are(run: Run, tmp_path: Path) -> None:
