@@ -16,15 +16,14 @@ PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+|\./\.github
 
 PICTURE = "The page of dumo demo"  # of README.md
 
-CHANGES = """# Changelog
+CHANGE = "### New\n\n- [This](docs/this.md)."
+CHANGES = f"""# Changelog
 
 ## [Unreleased]
 
 ## [1.2.3] - unreleased
 
-### New
-
-- [This](docs/this.md).
+{CHANGE}
 
 ## [1.2.2] - 2026-11-01
 
@@ -51,7 +50,7 @@ def shell(flow: dict[str, Any]) -> str:
 
 def test_a_version_that_all_files_have_can_be_released(tree: Path) -> None:
     assert list(release.faults("1.2.3", tree)) == []
-    assert release.notes("1.2.3", tree) == "### New\n\n- [This](docs/this.md)."
+    assert release.notes("1.2.3", tree) == CHANGE
     assert release.notes("1.2.2", tree) == "- That."
 
 
@@ -60,7 +59,7 @@ def test_a_version_that_all_files_have_can_be_released(tree: Path) -> None:
     [
         ("pyproject.toml", "1.2.3", "1.2.4", "pyproject.toml has version 1.2.4, not 1.2.3"),
         ("CITATION.cff", "1.2.3", "1.2.2", "CITATION.cff has version 1.2.2, not 1.2.3"),
-        ("CHANGELOG.md", "### New\n\n- [This](docs/this.md).\n", "", "no section '## [1.2.3] - unreleased', or an empty one"),
+        ("CHANGELOG.md", CHANGE, "", "no section '## [1.2.3] - unreleased', or an empty one"),
         ("CHANGELOG.md", "[1.2.3] - unreleased", "[1.2.3]", "no section"),
         ("CHANGELOG.md", "[1.2.3] - unreleased", "[1.2.3] - soon", "no section"),
     ],
