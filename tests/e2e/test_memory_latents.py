@@ -109,6 +109,13 @@ def test_other_images_are_learned_in_pixels(data: object, reason: str) -> None:
     assert not Path("runs").exists(), "nothing is kept"
 
 
+def test_more_samples_are_judged_than_there_are_classes() -> None:
+    data = (np.zeros((501, 16, 16), dtype=np.uint8), np.arange(501))
+    assert plan(data)[1].evaluate.protocol.total == 1002
+    assert plan(data, "evaluate.protocol.samples=600")[1].evaluate.protocol.total == 600
+    assert plan((data[0][1:], data[1][:-1]))[1].evaluate.protocol.total == 500
+
+
 def test_images_that_are_not_square_are_refused() -> None:
     with pytest.raises(dumo.UserError, match="takes square images"):
         plan(PIXELS[:, :40])

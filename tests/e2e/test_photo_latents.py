@@ -1,6 +1,7 @@
 """Colour photos are learned in latents of the autoencoder that comes with dumo, others in pixels; the plan says why."""
 
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from dumo.data.store import Store
 from dumo.plan import photodraft, photolatents, proposal
 from dumo.plan.photolook import ImagesFound
 from dumo.run import proposedcache
+from dumo.run.encode import encoding_work
 from dumo.run.resolve import absolute_path
 from dumo.runtime import signals
 from dumo.runtime.progress import Bar
@@ -220,6 +222,17 @@ def test_training_encodes_the_photos_once(photos: Path) -> None:
     assert load("new").data.root != str(root)
 
 
+@pytest.mark.parametrize("name", ["2024", "trip #1: Rome"])
+def test_the_name_of_a_folder_is_taken_as_it_is(photos: Path, name: str) -> None:
+    """It is no YAML."""
+    save(photos.with_name(name), small)
+    assert proposal.propose(name, device="cpu").run.data.root == name
+    assert encoding_work(name, out=name, codec="taef2", side=32).data.root == name
+    greys = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    words = shlex.split(photolatents.reason_by_colours(greys, name))
+    assert words[-1] == f"data.images.root='{name}'"
+
+
 def test_settings_of_images_are_of_the_images_of_latents() -> None:
     of_latents = {"data": {"kind": "latents"}}
     texts = ["data.side=48", "data.memory=2", "data.images.flip=false", "net.width=8", "data.captions.kind=files"]
@@ -232,6 +245,7 @@ def test_settings_of_images_are_of_the_images_of_latents() -> None:
         "data.images.captions.kind=files",
     ]
     assert settings_of_images({"data": {"kind": "images"}}, texts, "a") == ["data.root=a", *texts]
+    assert settings_of_images({}, [], "2024") == ["data.root='2024'"]
 
 
 def test_what_comes_with_dumo_keeps_its_name() -> None:

@@ -51,6 +51,8 @@ def test_a_folder_is_enough(photos: Path) -> None:
     again = call("train", "photos", *sets("train.steps=4"))
     assert (again.code, load("runs/photos").train.steps) == (0, 4)
     assert "4 steps" in again.err
+    assert again.err.endswith("dumo evaluate needs 20 images or more\n")
+    assert "dumo evaluate runs" not in again.err
     assert load("runs/photos").data.classes == 2
     copied = call("show", "runs/photos", "--yaml")
     Path("mine.yaml").write_text(copied.out)

@@ -54,7 +54,7 @@ from dumo.types import UserError as UserError
 from dumo.types.outside import name_of
 
 Changes = Mapping[str, Any]  # dotted fields of a run and their values, e.g. {"train.steps": 100}
-Labels = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # of classes: numbers or names
+Labels = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # of classes: their numbers, or texts
 Output = Literal["pt", "np", "pil"]
 _OUTPUTS: tuple[Output, ...] = get_args(Output)
 
@@ -178,12 +178,13 @@ class TrainedRun:
     ) -> Tensor | np.ndarray | list[Image.Image]:
         """Make `count` samples: images, or points.
 
-        `labels`, classes by number or name, are taken in turn (None: all of them); or `prompts`, texts, of a run that
-        was trained on captions, and the image file `source` that they edit, of a run that was trained on edits. `count`
-        is as many as are given, else 100. `nfe` is the number of network passes, `guidance` the scale w, 1 for none;
-        they, seed and solver are the run's own unless given. Sample i depends on seed, class and i alone. `noise`
-        (n, *shape of the data) is what samples begin with instead, and a `generator` draws a seed. `size`, "320x192",
-        width x height, is one of the buckets that the run was trained on; None: the square.
+        `labels` are classes, taken in turn (None: all of them): an int is a class's number, a text its name, or its
+        number where no class has that name. Or give `prompts`, texts, of a run that was trained on captions, and the
+        image file `source` that they edit, of a run that was trained on edits. `count` is as many as are given, else
+        100. `nfe` is the number of network passes, `guidance` the scale w, 1 for none; they, seed and solver are the
+        run's own unless given. Sample i depends on seed, class and i alone. `noise` (n, *shape of the data) is what
+        samples begin with instead, and a `generator` draws a seed. `size`, "320x192", width x height, is one of the
+        buckets that the run was trained on; None: the square.
 
             output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, 2)
             output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points
@@ -261,8 +262,8 @@ class TrainedRun:
             label_list = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else labels
             chosen = []
             for label in label_list:
-                name = label if isinstance(label, str) else str(_integer("a label", label, None))
-                chosen.append(conditions.index(name))
+                number = conditions.index(label) if isinstance(label, str) else _integer("a label", label, None)
+                chosen.append(number)
         if chosen == []:
             raise UserError("labels is empty: name at least one, or leave it out for all of them")
         if noise is not None:
@@ -533,13 +534,13 @@ def train(
     same ones; but images that are learned in latents are kept in files (docs/library.md). A callback is f(state,
     record), called after every step, or `dumo.training.loop.Every(n, f)`; it ends the training by `raise dumo.Stop`,
     and what it returns does not matter. `minutes` is how long to train, of images or of a run. `out` is the run's
-    folder, runs/NAME unless given. Where that holds a run, the one that is asked for is compared with it, and goes on,
-    from the checkpoint of `step` if that is given. `accept`: with other fields or data than it was trained by, which
-    are noted. `verify`: hash every image first, and compare with what the run was trained on. `bar` shows the progress,
-    on stderr unless given. `track`: tensorboard, wandb or trackio gets the log as it grows. `trust_code`: run the code
-    that a file or folder names, as an object or `changes` need not say. Raises UserError as `recipe` does, and where
-    the folder holds another run; `dumo.runtime.signals.Stopped`, with the call to make, where there is too little time
-    to encode the photos.
+    folder; None: that of the run that `source` names, else runs/NAME. Where that holds a run, the one that is asked for
+    is compared with it, and goes on, from the checkpoint of `step` if that is given. `accept`: with other fields or
+    data than it was trained by, which are noted. `verify`: hash every image first, and compare with what the run was
+    trained on. `bar` shows the progress, on stderr unless given. `track`: tensorboard, wandb or trackio gets the log as
+    it grows. `trust_code`: run the code that a file or folder names, as an object or `changes` need not say. Raises
+    UserError as `recipe` does, and where the folder holds another run; `dumo.runtime.signals.Stopped`, with the call to
+    make, where there is too little time to encode the photos.
     """
     folder = None if out is None else _path(out, "out")
     if not isinstance(source, str | Path | Run | None):

@@ -26,7 +26,6 @@ from dumo.config.source import (
     choose,
     folder_of_images,
     read,
-    read_file,
     root_of_encoded_images,
     settings_of_images,
 )
@@ -80,10 +79,12 @@ def compose(
     """The run to train and its folder: the run that `source` names, with the given parts instead of its own.
 
     Without a source the parts choose one: for images a run is proposed, as by `dumo train FOLDER`; for points it is the
-    recipe moons; for an objective alone its recipe on digits, if there is one. `folder` None: runs/NAME.
+    recipe moons; for an objective alone its recipe on digits, if there is one. `folder` None: that of
+    the run that `source` names, else runs/NAME.
 
-    Where `folder` holds a run, what is asked for is compared with it when it is opened, as on the command line. Only a
-    run that was proposed is the folder's own, with the parts and changes: it would be proposed otherwise now.
+    Where `folder` holds a run, what is asked for is compared with it when it is opened, as on the command line. A run
+    that was proposed, or that `source` names, is the folder's own, with the parts and changes: it would be proposed
+    otherwise now.
 
     `minutes` are those of a run that is proposed, or those for which the run of a folder goes on.
 
@@ -108,16 +109,13 @@ def compose(
     }
     parts = {name: part for name, part in plain_parts.items() if part is not None}
     about = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
-    memory = _images_in_memory(parts)
-    if chosen and chosen.kind == "run" and memory and _has_latents_of(read(chosen.word).tree, memory):
-        del parts["data"]  # the run has them
     if folder is None:
         folder = _default_folder(chosen, parts, images_place)
     is_own_run = chosen is not None and chosen.kind == "run" and chosen.folder == folder
     if is_own_run and not parts:
         return Composed(None, changes, folder, minutes)
 
-    # the run that they are put into
+    # the run that they are put into: the one that was named, the one that goes on, or that of a recipe
     recipe = ""
     base_source: str | Path
     if chosen:
@@ -126,43 +124,49 @@ def compose(
         recipe = IMAGES_RECIPE if images_place else _base_recipe(parts)
         base_source = f"{SHIPPED_PREFIX}{recipe}"
     is_proposed = recipe == IMAGES_RECIPE
-    if is_proposed and memory:
-        del parts["data"]  # the proposal says how they are learned
+    goes_on = is_own_run
+    if is_proposed and (folder / RUN_FILE).is_file():
+        goes_on = True
+        base_source = folder / RUN_FILE
     if minutes is not None and not (is_proposed or is_own_run):
         raise UserError(f"minutes are {MINUTES_FIX}")
-    base_text = read(base_source)
-    base_run = load(base_text)
+    base = read(base_source)
+
+    # images in memory: a proposal says how they are learned, and a run may have their latents
+    memory = _images_in_memory(parts)
+    if memory and ((is_proposed and not goes_on) or _has_latents_of(base.tree, memory)):
+        del parts["data"]
+    elif memory and goes_on and root_of_encoded_images(base.tree) is not None:
+        raise UserError(
+            f"{base.name} is a run on other images than these: give the same, or begin a new run on these, with "
+            f"another {option('out', 'DIR')}"
+        )
 
     # all fields to set in it: those of the parts, then the changes
-    fields = _part_fields(parts, base_run)
-    if isinstance(net, nn.Module):
+    fields = _part_fields(parts, base.tree)
+    if isinstance(net, nn.Module) and not goes_on:
         fields |= _MODULE_FIELDS
-    if fields or memory:
+    if (fields or memory) and not goes_on:
         fields["about"] = about
     all_changes = [*(f"{field}={yaml_text(value)}" for field, value in fields.items()), *changes]
-    if chosen and not parts:
-        all_changes = [*chosen.settings, *all_changes]
 
     # the run of the folder, a proposed one, or the one that was named
-    has_run = (folder / RUN_FILE).is_file()
-    if is_proposed and has_run:
-        text = read_file(folder / RUN_FILE)
+    if goes_on and is_proposed:
         if minutes is not None:
             log_line = line_printer(bar)
             log_line(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
-        if memory:
-            all_changes = [*_settings_of_memory(text, memory), *all_changes]
-        return Composed(None, settings_of_images(text.tree, all_changes, images_place), folder, text=text)
+        return Composed(None, settings_of_images(base.tree, all_changes, images_place), folder, text=base)
+    if goes_on:
+        return Composed(None, all_changes, folder, minutes, base)
     if is_proposed:
         proposed = proposal.propose(memory or images_place, all_changes, minutes=minutes, device=device, bar=bar)
         if proposed.draft.space and "net" not in parts:  # a net of the user's reads pixels
             log_line = line_printer(bar)
             log_line(f"learned as {proposed.draft.space}")
         return Composed(proposed.run, all_changes, folder)
-    if is_own_run and has_run:
-        return Composed(None, all_changes, folder, minutes, base_text)
-    run = load(base_text, all_changes) if all_changes else base_run
-    return Composed(run, all_changes, folder)
+    if chosen and not parts:
+        all_changes = [*chosen.settings, *all_changes]
+    return Composed(load(base, all_changes), all_changes, folder)
 
 
 def _is_path(data: object) -> bool:
@@ -237,21 +241,6 @@ def _has_latents_of(tree: Fields, images: Memory) -> bool:
     return root is not None and root.name == Path(place_in_memory(images)).name
 
 
-def _settings_of_memory(text: RunText, images: Memory) -> list[str]:
-    """Settings, each a.b=c, by which a run learns images in memory. Raises UserError where it learns latents of others.
-
-    A run in pixels compares them itself.
-    """
-    if _has_latents_of(text.tree, images):
-        return []
-    if root_of_encoded_images(text.tree) is not None:
-        raise UserError(
-            f"{text.name} is a run on other images than these: give the same, or begin a new run on these, with "
-            f"another {option('out', 'DIR')}"
-        )
-    return [f"data={yaml_text(images)}"]
-
-
 def _objective_recipe(data: str, objective: Fields) -> str:
     """The name that a recipe of this objective on toy data has; there may be none."""
     return f"{data}-{objective['kind']}".replace("_", "-")
@@ -260,11 +249,11 @@ def _objective_recipe(data: str, objective: Fields) -> str:
 def _default_folder(chosen: ChosenSource | None, parts: Fields, images_place: str | None) -> Path:
     """The folder runs/NAME, where no folder is given: by the place of images, the source, or an objective's recipe.
 
-    Raises UserError where none of these gives a name.
+    A run's folder is its own. Raises UserError where none of these gives a name.
     """
     if images_place is not None:
         return folder_of_images(images_place)
-    if chosen and not parts:
+    if chosen and (chosen.kind == "run" or not parts):
         return chosen.folder
     if chosen is None and parts.keys() == {"objective"}:
         recipe = _base_recipe(parts)
@@ -273,15 +262,19 @@ def _default_folder(chosen: ChosenSource | None, parts: Fields, images_place: st
     raise UserError('a run of your own parts needs a folder: say out="runs/NAME"')
 
 
-def _part_fields(parts: Fields, run: Run) -> Fields:
-    """The fields to set in a run so that it has these parts.
+def _part_fields(parts: Fields, tree: Fields) -> Fields:
+    """The fields to set in the run of a tree so that it has these parts.
 
     Other data bring the protocol that judges them, and another objective brings a solver. A part given by the name of
     the run's own kind changes nothing. An objective given by name alone is as its recipe on digits has it, unguided,
     where there is one.
     """
-    fields = {name: part for name, part in parts.items() if part != {"kind": getattr(run, name).kind}}
-    if "data" in fields and fields["data"]["kind"] != run.data.kind:
+    kinds: dict[str, object] = {}
+    for name in parts:
+        part = tree.get(name)
+        kinds[name] = part.get("kind") if isinstance(part, dict) else None
+    fields = {name: part for name, part in parts.items() if part != {"kind": kinds[name]}}
+    if "data" in fields and fields["data"]["kind"] != kinds["data"]:
         recipe = IMAGES_RECIPE if _are_images(fields["data"]) else "moons"
         fields["evaluate"] = load_recipe(recipe).evaluate.model_dump(mode="json")
     if "objective" in fields:

@@ -200,6 +200,7 @@ def train(
     from dumo.config.load import load
     from dumo.report.sheet import Sheets
     from dumo.run.job import open_job
+    from dumo.run.judge import missing_to_judge
     from dumo.run.train import train_job
 
     run: Run | None = None  # the folder's own
@@ -246,8 +247,8 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
-    err.print("next:  " + "    ".join(_next_commands(run, folder)), soft_wrap=True)
-    missing = _missing_of_protocol(run)
+    missing = missing_to_judge(run, job.data.size)
+    err.print("next:  " + "    ".join(_next_commands(run, folder, can_judge=not missing)), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
@@ -261,13 +262,8 @@ def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:
     return hint
 
 
-def _missing_of_protocol(run: "Run") -> str | None:
-    """What this machine lacks to judge the run by its protocol, in words; None: nothing."""
-    return getattr(run.evaluate.protocol, "missing", None)
-
-
-def _next_commands(run: "Run", folder: Path) -> list[str]:
-    """The commands to type once a run is trained, in order of use."""
+def _next_commands(run: "Run", folder: Path, *, can_judge: bool) -> list[str]:
+    """The commands to type once a run is trained, in order of use; `can_judge`: nothing is missing to judge it."""
     from dumo.nets import is_pretrained
 
     program = "dumo"
@@ -276,7 +272,7 @@ def _next_commands(run: "Run", folder: Path) -> list[str]:
     if python_path and has_own_class:  # else Python would not find the class
         program = f"PYTHONPATH={shell_path(python_path)} dumo"
     commands = [f"{program} sample {shell_path(folder)}"]
-    if not _missing_of_protocol(run):
+    if can_judge:
         commands.append(f"{program} evaluate {shell_path(folder)}")
     commands.append(f"{program} report {shell_path(folder)}")
     if is_pretrained(run.net):

@@ -88,7 +88,7 @@ class Conditions:
         return split_caption(names[c])[0]
 
     def index(self, text: str) -> int:
-        """The number of the class or caption with this name or number. Raises UserError if there is none."""
+        """The number of the class or caption with this name, else this number. Raises UserError if there is none."""
         from dumo.config.label import label_index
 
         return label_index(text, self.names, self.count, are_captions=self.captions is not None)

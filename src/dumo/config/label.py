@@ -6,6 +6,7 @@ of a run alone, and import no torch. `dumo.config.conditions` knows the data, an
 
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import normalize
 
 from dumo.config.suggestion import nearest
 from dumo.error import UserError
@@ -16,8 +17,10 @@ TOY_CLASSES = {"digits": 10, "moons": 0}  # by kind of data: those whose classes
 
 
 def label_index(text: str, names: Sequence[str], count: int, *, are_captions: bool = False) -> int:
-    """The number of the class, or caption, with this name or number. Raises UserError if there is none."""
-    label = text.strip()
+    """The number of the class, or caption, with this name, else this number. Raises UserError if there is none."""
+    # macOS names folders in form D of Unicode, a letter and its accent apart; keyboards write form C
+    label = normalize("NFC", text.strip())
+    names = [normalize("NFC", name) for name in names]
     if label in names:
         return names.index(label)
     word = brief(label)
@@ -27,7 +30,7 @@ def label_index(text: str, names: Sequence[str], count: int, *, are_captions: bo
         raise UserError(f"there is no label '{word}': this run has no classes, so give no labels")
     hint = ""
     if names and not are_captions and not word.isdecimal():
-        hint = f" {nearest(word, [*names])};"
+        hint = f" {nearest(word, names)};"
     fix = "; give another caption as a prompt" if are_captions else ""
     raise UserError(f"there is no label '{word}':{hint} labels run from 0 to {count - 1}{fix}")
 

@@ -179,7 +179,7 @@ def settings_of_images(tree: dict[str, Any], texts: Sequence[str], place: str | 
     data = tree.get("data")
     is_of_latents = isinstance(data, dict) and data.get("kind") == "latents"
     images_field = "data.images" if is_of_latents else "data"
-    changes = [] if place is None else [f"{images_field}.root={place}"]
+    changes = [] if place is None else [f"{images_field}.root={yaml_text(place)}"]
     for text in texts:
         words = re.split("[.=]", text, maxsplit=2)  # data, the field, what follows
         if text.startswith("data.") and words[1] not in _LATENTS_FIELDS:

@@ -36,11 +36,12 @@ from dumo.evaluation.frechet import PIXEL_SIDE, pixel_frechet
 from dumo.evaluation.mmd import pick_rows
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores
-from dumo.evaluation.shipped import MIN_PHOTOS
+from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.evaluation.wholeset import collect
 from dumo.io import digest
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.io.source import Data, Finite
+from dumo.runtime.door import settings
 from dumo.runtime.random import noise, stream
 from dumo.types import Sample, UserError
 
@@ -58,7 +59,10 @@ Indices = Int64[Tensor, " _"]
 
 
 def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
-    """Read the data, on the CPU whatever the device is. Raises `UserError` for fewer than `MIN_PHOTOS` images."""
+    """Read the data, on the CPU whatever the device is.
+
+    Raises `UserError` for fewer than `MIN_PHOTOS` images, and where no sample is of one of their classes.
+    """
     data = context.data()
     batches: list[MeasuredImages] = []
     classes: list[Tensor] = []
@@ -73,6 +77,13 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     real = MeasuredImages(torch.cat([batch.rows for batch in batches]), batches[0].channels)
     real_c = torch.cat(classes)
     sample_c = protocol.classes_of(context)
+    missing_classes = sorted({*real_c.tolist()} - {*sample_c.tolist()})
+    if missing_classes:
+        more_samples = settings(f"evaluate.protocol.samples={SAMPLES_PER_CLASS * context.classes}")
+        raise UserError(
+            f"protocol {KIND}: no sample is of class {missing_classes[0]}: judge more than {len(sample_c)}, as by "
+            f"{more_samples}, in training by evaluate.few"
+        )
     facts = {
         "features": f"{cifar10.width} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
         "features_sha256": cifar10.sha256,
@@ -266,16 +277,14 @@ class PhotosEvaluator:
 
 
 def indices_of_classes(wanted_c: Classes, c: Classes, generator: Generator) -> Indices:
-    """Random indices i (n,) with c[i] equal to the classes `wanted_c` (n,).
+    """Random indices i (n,) with c[i] equal to the classes `wanted_c` (n,), each of which c has.
 
-    An index comes twice only where a class is wanted more often than c has it. Raises `UserError` where c has none.
+    An index comes twice only where a class is wanted more often than c has it.
     """
     indices = torch.empty_like(wanted_c)
     for k in wanted_c.unique():
         candidates = (c == k).nonzero()[:, 0]
         positions = (wanted_c == k).nonzero()[:, 0]
-        if not len(candidates):
-            raise UserError(f"protocol {KIND}: no sample is of class {int(k)}: judge more samples than classes")
         order = torch.randperm(len(candidates), generator=generator)
         indices[positions] = candidates[order[torch.arange(len(positions)) % len(candidates)]]
     return indices

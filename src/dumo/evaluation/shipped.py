@@ -18,6 +18,7 @@ ShippedKind = Literal["cifar10-features", "digits", "photos", "toy"]
 MIN_CIFAR10 = 1000  # images that cifar10-features judges at least, and compares with
 MIN_DIGITS = 500  # images that digits judges at least
 MIN_PHOTOS = 20  # images of the data, and samples, that photos judges at least: ours
+SAMPLES_PER_CLASS = 2  # that photos is given where classes are many: `class_mmd` is over pairs
 MIN_POINTS = 2  # that toy judges at least: MMD^2 is over pairs
 
 

@@ -10,6 +10,7 @@ kept, and `has_caches` says whether latents may be there.
 """
 
 import glob
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from dumo.config.change import yaml_text
 from dumo.config.source import IMAGES_LATENTS_RECIPE, folder_of_images
 from dumo.data import Images, Memory
 from dumo.data.origin import cache_name
@@ -27,7 +29,6 @@ from dumo.encoders.codec import LoadedCodec
 from dumo.io.picture import decibels, from_uint8
 from dumo.io.read import brief
 from dumo.io.trained import LATENTS_FOLDER
-from dumo.runtime import shell_path
 from dumo.runtime.door import option, settings
 from dumo.runtime.stopwatch import Stopwatch
 from dumo.runtime.text import duration_text
@@ -118,8 +119,8 @@ def _by_recipe(place: str | None) -> str:
     """How images at a place are learned in latents though they are not proposed so; "" of images in memory."""
     if place is None:
         return ""
-    root = shell_path(place)
-    return f"; in latents all the same by  dumo encode {IMAGES_LATENTS_RECIPE} --set data.images.root={root}"
+    field = shlex.quote(f"data.images.root={yaml_text(place)}")
+    return f"; in latents all the same by  dumo encode {IMAGES_LATENTS_RECIPE} --set {field}"
 
 
 def reason_by_time(prepare_seconds: float, training_seconds: float | None) -> str:

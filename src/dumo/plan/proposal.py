@@ -23,6 +23,7 @@ from dumo.config.source import IMAGES_RECIPE, PROPOSED_KEY
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Data, Images, Memory, is_latents
+from dumo.evaluation.shipped import SAMPLES_PER_CLASS
 from dumo.io.read import brief
 from dumo.plan import machine, plan, rehearsal
 from dumo.plan.findings import caption_findings
@@ -167,13 +168,15 @@ def propose(
             step_seconds *= 1 + validation["share"]
         tick(1, "")
 
-    # how long to train, and about how many steps that is
+    # how long to train, about how many steps that is, and by how many samples it is judged
     fields: dict[str, Any] = {}
     steps = run.train.steps
     if minutes is not None:
         seconds_for_steps = SECONDS_PER_MINUTE * minutes - draft.prepare_seconds
         steps = max(1, int(seconds_for_steps / (SLACK * step_seconds)))
         fields |= {"train.minutes": minutes, "train.steps": steps}
+    if run.data.labels > run.evaluate.protocol.total:  # some classes would have no sample
+        fields["evaluate.protocol.samples"] = SAMPLES_PER_CLASS * run.data.labels
     if run.train.schedule.warmup > steps // WARMUP_SHARE:
         fields["train.schedule.warmup"] = steps // WARMUP_SHARE
     run = resolve(draft.run(fields, sets))
@@ -189,7 +192,10 @@ def _images_at(place: str | None, sets: Sequence[str]) -> Images:
 
     Raises UserError for data of another kind.
     """
-    tree = {"data": load_recipe(IMAGES_RECIPE, [f"data.root={place}"] if place else []).data.model_dump(mode="json")}
+    fields = load_recipe(IMAGES_RECIPE).data.model_dump(mode="json")
+    if place:
+        fields["root"] = place
+    tree = {"data": fields}
     override(tree, [text for text in sets if text.startswith("data")])
     data = parse(_ImagesOnly, tree).data
     if not isinstance(data, Images):

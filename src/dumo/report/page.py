@@ -42,6 +42,7 @@ from dumo.report.reconstruction import Reconstruction, reconstruct
 from dumo.report.runchart import page_charts
 from dumo.report.strip import StripMoment, draw_strip
 from dumo.report.verdict import reach_verdict
+from dumo.run.judge import missing_to_judge
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -233,7 +234,8 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         yaml=dump(run),
         versions=software_versions(),
         # how good it is
-        verdict=reach_verdict(opened, _typed_name(opened), parts.evaluation, proximity),
+        verdict=reach_verdict(opened, _typed_name(opened), parts.evaluation, proximity, parts.size),
+        missing_to_judge=missing_to_judge(run, parts.size),
         shipped=shipped,
         others=others,
         # functions and words

@@ -21,6 +21,7 @@ from dumo.config.word import STATES
 from dumo.report.judgement import Judgement
 from dumo.report.proximity import Proximity
 from dumo.report.score import decisive_comparison, duration, error, number
+from dumo.run.judge import missing_to_judge
 from dumo.run.speed import seconds_between
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path
@@ -54,10 +55,17 @@ class Verdict:
     is_good: bool = False
 
 
-def reach_verdict(opened: RunFolder, name: str, evaluation: Judgement | None, proximity: Proximity | None) -> Verdict:
+def reach_verdict(
+    opened: RunFolder,
+    name: str,
+    evaluation: Judgement | None,
+    proximity: Proximity | None,
+    num_images: int | None = None,
+) -> Verdict:
     """The verdict on a run. `name` is what a user types for it: its folder, or its name.
 
-    An evaluation of other weights does not count.
+    `num_images` are those of its data; None: they never end, or are not here. An evaluation of other weights does not
+    count.
     """
     run = opened.run
     step = opened.step
@@ -83,7 +91,7 @@ def reach_verdict(opened: RunFolder, name: str, evaluation: Judgement | None, pr
         return Verdict(quality.head, quality.reason, _suggest_uses(name), quality.is_good)
     if quality.head:
         return Verdict(quality.head, quality.reason, [_suggest_more_training(opened, name)])
-    if evaluation is None and run.evaluate.protocol.missing is None:
+    if evaluation is None and missing_to_judge(run, num_images) is None:
         return Verdict("Trained, and not judged yet", "", [_suggest_evaluation(run.evaluate, name)])
     return Verdict("Trained", "", _suggest_uses(name))
 

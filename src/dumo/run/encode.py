@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dumo.config.change import override
+from dumo.config.change import override, yaml_text
 from dumo.config.load import load, parse
 from dumo.config.source import RunText, choose
 from dumo.config.spec import Run
@@ -146,7 +146,7 @@ def _work_of_recipe(source: str, text: RunText | None, settings: Sequence[str]) 
 def options_as_settings(out: str | None, codec: str | None, side: int | None, count: int | None) -> list[str]:
     """The options of `dumo encode` as settings of a recipe: FIELD=VALUE, as --set takes them."""
     fields = {"data.root": out, "data.codec.kind": codec, "data.images.side": side, "data.images.count": count}
-    return [f"{field}={value}" for field, value in fields.items() if value is not None]
+    return [f"{field}={yaml_text(value)}" for field, value in fields.items() if value is not None]
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 `evaluator_of` is the entrance, for training and `dumo evaluate`; `sample_conditions` gives the conditions by which the
 samples are made that it judges. Others open the data alone, by `reference_data`, check by `require_likelihood` that a
-run has a likelihood, or show a bar of their own by `bar_while_reading`.
+run has a likelihood, ask `missing_to_judge` whether a run can be judged, or show a bar of their own by
+`bar_while_reading`.
 
 Modules that only some protocols need are imported where they are needed.
 """
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown_data, squares
 from dumo.config.parts import Evaluation
+from dumo.config.spec import Run
 from dumo.data import Data, is_images, is_latents
 from dumo.evaluation import Context, is_of_likelihood
 from dumo.evaluation.protocol import Evaluator
+from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.io.source import DataSource
 from dumo.run.sampler import Sampler
 from dumo.runtime import signals, threads
+from dumo.runtime.door import settings
 from dumo.runtime.progress import Bar, Tick
 from dumo.types import UserError
 
@@ -58,6 +62,21 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
             stored=stored,
         )
         return evaluation.protocol.evaluator(context)
+
+
+def missing_to_judge(run: Run, num_images: int | None) -> str | None:
+    """What is missing to judge a run by its protocol, in words: a file, a field or images; None: nothing.
+
+    `num_images` are those of its data; None: they never end, or are not here.
+    """
+    protocol = run.evaluate.protocol
+    if protocol.kind != "photos":
+        return protocol.missing
+    if num_images is not None and num_images < MIN_PHOTOS:
+        return f"{MIN_PHOTOS} images or more"
+    if run.data.labels > protocol.total:
+        return settings(f"evaluate.protocol.samples={SAMPLES_PER_CLASS * run.data.labels}")
+    return None
 
 
 def _has_images_here(data: Data) -> bool:

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 import dumo
 from dumo.cli.api import TrainedRun
 from dumo.cli.compose import Composed, compose
-from dumo.data import Digits, Moons
+from dumo.config import source
+from dumo.config.source import RunText, read_file
+from dumo.data import Digits, Memory, Moons
 from dumo.data import memory as of_data
 from dumo.flow.guide import Guide
 from dumo.nets import module as of_nets
 from dumo.objectives import FlowMatching, MeanFlow
+from dumo.plan.photolatents import place_in_memory
 from dumo.runtime import signals
 from dumo.runtime.progress import no_bar
 from dumo.training.loop import Every
@@ -75,6 +78,10 @@ def test_an_array_and_a_module_make_a_run_that_goes_on(tmp_path: Path, monkeypat
         opened.evaluate(nfe=1)
     longer = train(tmp_path, data=(COLOURS, CLASSES), net=Net(3 * 16 * 16, 3), changes={"train.steps": 4})
     assert longer.step == 4
+    with_its_data = dumo.train(tmp_path / "run", {"train.steps": 5}, data=(COLOURS, CLASSES), device="cpu")
+    assert (with_its_data.folder, with_its_data.step) == (tmp_path / "run", 5)
+    with pytest.raises(dumo.UserError, match=r"not those that it was trained on .* give another folder with out="):
+        dumo.train(tmp_path / "run", data=(COLOURS[::-1].copy(), CLASSES), device="cpu")
 
 
 @pytest.mark.slow
@@ -138,6 +145,27 @@ def test_the_folder_of_a_run_is_read_where_it_is_opened(tmp_path: Path) -> None:
     assert composed == Composed(None, ["train.steps=3"], tmp_path)
     composed = compose(tmp_path, [], None, objective=None, data=None, **settings | {"minutes": 30})
     assert composed == Composed(None, [], tmp_path, 30)
+
+
+def test_a_run_on_latents_is_read_once_and_knows_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = place_in_memory(Memory.of(COLOURS))
+    text = f"format: 2\ndata: {{kind: latents, images: {{root: {place}}}}}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    files_read: list[Path] = []
+
+    def read_and_note(file: Path) -> RunText:
+        files_read.append(file)
+        return read_file(file)
+
+    monkeypatch.setattr(source, "read_file", read_and_note)
+    settings: dict[str, Any] = {"objective": None, "net": None, "minutes": None, "device": "cpu", "bar": no_bar}
+    for word, folder in ((str(tmp_path), None), (None, tmp_path)):
+        composed = compose(word, ["train.steps=3"], folder, data=COLOURS, **settings)
+        assert (composed.run, composed.changes, composed.folder) == (None, ["train.steps=3"], tmp_path)
+        assert composed.text == read_file(tmp_path / "run.yaml")
+        with pytest.raises(dumo.UserError, match="is a run on other images than these"):
+            compose(word, [], folder, data=COLOURS[::-1].copy(), **settings)
+    assert files_read == [tmp_path / "run.yaml"] * 4
 
 
 def test_a_recipe_is_compared_with_the_run_in_its_folder_as_on_the_command_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import dumo
 from dumo.cli.api import TrainedRun
+from dumo.data import Memory
 from dumo.flow.path import Linear
 
 
@@ -84,6 +85,17 @@ def test_numbers_of_numpy_and_torch_are_numbers(run: TrainedRun) -> None:
     x = run.sample([3, 3], seed=2, nfe=1)
     assert torch.equal(x, run.sample(np.int64(3), count=np.int64(2), seed=torch.tensor(2), nfe=np.uint8(1)))
     assert torch.equal(x, run.sample(torch.tensor([3, 3]), seed=np.int32(2), nfe=1))
+
+
+def test_an_int_is_the_number_of_a_class_and_a_text_its_name(run: TrainedRun) -> None:
+    names = tuple(str(number) for number in range(1, 11))
+    data = Memory(name="numbered", shape=(1, 8, 8), classes=10, names=names, digest="")
+    spec = run.spec.model_copy(update={"data": data})
+    numbered = TrainedRun(replace(run.opened, run=spec))
+    x = numbered.sample([0, 1, np.int64(9)], nfe=1)
+    assert torch.equal(x, run.sample([0, 1, 9], nfe=1))
+    assert torch.equal(x, numbered.sample(["1", "2", "10"], nfe=1))
+    assert torch.equal(x[:1], numbered.sample("0", nfe=1)), "a number, where no name fits"
 
 
 NOISE = torch.zeros(2, 1, 8, 8)

@@ -181,6 +181,13 @@ def test_a_label_has_the_name_that_the_files_of_a_trained_run_gave_it(found: str
         label.require_labels("cats", tree)
 
 
+@pytest.mark.parametrize(("name", "typed"), [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
+def test_a_name_is_found_in_either_form_of_unicode(name: str, typed: str) -> None:
+    assert label.label_index(typed, ["bar", name], 2) == 1
+    with pytest.raises(UserError, match="did you mean 'caf\u00e9'"):
+        label.label_index(f"{typed}s", ["bar", name], 2)
+
+
 def test_toy_classes_are_those_of_the_specs() -> None:
     toys = [kind for kind, place in data.MEMBERS.items() if place.startswith("dumo.data.toy:")]
     assert {name: load_recipe(name).data.classes for name in toys} == label.TOY_CLASSES

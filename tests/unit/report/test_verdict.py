@@ -15,6 +15,7 @@ from dumo.config.load import load
 from dumo.report.proximity import Proximity
 from dumo.report.verdict import FAR_FROM_NEAREST, Verdict, reach_verdict
 from dumo.run.index import Index
+from dumo.run.judge import missing_to_judge
 from dumo.run.weights import RunFolder
 from dumo.training.deadline import Timing
 from dumo.training.manifest import Checkpoint, Manifest
@@ -187,6 +188,25 @@ def test_what_nobody_judged_is_to_be_judged(tmp_path: Path) -> None:
     assert reach_verdict(run_folder(tmp_path, 5000), NAME, stale, None) == verdict
     no_baseline = reach_verdict(run_folder(tmp_path, 5000), NAME, evaluation(None), proximity(1.0))
     assert (no_baseline.head, no_baseline.is_good) == ("Trained", False)
+
+
+@pytest.mark.parametrize(
+    ("classes", "num_images", "missing"),
+    [
+        (2, 19, "20 images or more"),
+        (501, 900, '{"evaluate.protocol.samples": 1002}'),
+        (500, 900, None),
+        (2, None, None),
+    ],
+)
+def test_what_cannot_be_judged_is_not_to_be_judged(
+    tmp_path: Path, classes: int, num_images: int | None, missing: str | None
+) -> None:
+    run = load("my-images", ["data.root=photos", f"data.classes={classes}", "train.steps=50"])
+    assert (missing or "") in (missing_to_judge(run, num_images) or "")
+    opened = replace(run_folder(tmp_path, 50), run=run)
+    verdict = reach_verdict(opened, NAME, None, None, num_images)
+    assert verdict.head == ("Trained" if missing else "Trained, and not judged yet")
 
 
 def test_a_run_that_comes_with_dumo_is_not_trained_further(tmp_path: Path) -> None:
