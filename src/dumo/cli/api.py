@@ -28,6 +28,7 @@ from dumo.config import recipes as shipped_recipes
 from dumo.config.change import override, yaml_text
 from dumo.config.load import load as load_run
 from dumo.config.load import parse
+from dumo.config.place import EVALUATION_FILE
 from dumo.config.spec import Run
 from dumo.config.trust import trusting
 from dumo.encoders.codec import LoadedCodec
@@ -493,11 +494,25 @@ def recipes() -> list[dict[str, str | None]]:
 def compare(runs: Sequence[str | Path | TrainedRun], *, anyway: bool = False) -> dict[str, Any]:
     """The evaluations of several runs side by side: `rows`, the scores of `perfect` samplers, and what `differs`.
 
-    `runs` are runs, their folders, or files of evaluations; each was judged by `evaluate`. Raises UserError where one
-    was not, or they were measured otherwise; with `anyway` what differs has columns instead.
+    `runs` are runs, their folders, or files of evaluations; each was judged by `evaluate`. A run that was loaded with
+    other weights or settings is compared by its own evaluation. Raises UserError where one was not judged, or they were
+    measured otherwise; with `anyway` what differs has columns instead.
     """
-    places = [str(run.folder if isinstance(run, TrainedRun) else run) for run in runs]
-    return comparison.compare(places, anyway=anyway)
+    sources = [_evaluation_source(run) if isinstance(run, TrainedRun) else str(run) for run in runs]
+    return comparison.compare(sources, anyway=anyway)
+
+
+def _evaluation_source(run: TrainedRun) -> str:
+    """The run's folder, or, where it was loaded otherwise than its spec says, the file of its own evaluation.
+
+    Raises UserError where that is missing.
+    """
+    file = evaluation.report_path(run.opened)
+    if file.name == EVALUATION_FILE:
+        return str(run.folder)
+    if not file.is_file():
+        raise UserError(f"{file} is not there: call evaluate() of this run first")
+    return str(file)
 
 
 @with_known_arguments

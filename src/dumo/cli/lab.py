@@ -48,7 +48,8 @@ def reproduce(
         str,
         typer.Option(
             callback=one_of("scale", "smoke", "laptop", "paper"),
-            help="smoke (a minute or two), laptop (up to an hour) or paper (its own size, on GPUs).",
+            help="smoke (a minute or two), laptop (ten minutes to three hours on two cores) or paper (its own size, on "
+            "GPUs).",
         ),
     ] = "laptop",
     folder: Annotated[

@@ -131,7 +131,7 @@ class Album:
         chosen_rows = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
         return self._read_readable(chosen_rows)
 
-    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def rows(self, rows: slice | Numbers) -> tuple[Tensor, Tensor]:
         """Some rows in their own order, with their classes, not mirrored; without images that cannot be read."""
         return self._read_readable(torch.arange(self.size)[rows])
 

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
-from dumo.evaluation.wholeset import Reference, collect
+from dumo.evaluation.wholeset import Reference, choose_rows, collect
 from dumo.flow.likelihood import signs
 from dumo.runtime import limits
 from dumo.runtime.random import keyed_normal
@@ -63,7 +63,8 @@ class LikelihoodProtocol(Protocol):
                 f"protocol {self.name} judges by {total} samples, here are {len(reference.x)}: set "
                 f"evaluate.protocol.samples={len(reference.x)} or fewer"
             )
-        x = reference.x[:total]
+        rows = choose_rows(len(reference.x), total, self.kind, "rows")
+        x = reference.x[rows]
         levels = self.levels
         if levels is None and x.ndim > 2:
             levels = 256
@@ -79,7 +80,7 @@ class LikelihoodProtocol(Protocol):
         }
         if levels:
             x = dequantise(x, levels, seed)
-        return LikelihoodEvaluator(protocol=self, x=x, c=reference.c[:total], levels=levels, seed=seed, facts=facts)
+        return LikelihoodEvaluator(protocol=self, x=x, c=reference.c[rows], levels=levels, seed=seed, facts=facts)
 
 
 @dataclass(frozen=True)

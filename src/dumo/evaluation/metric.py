@@ -28,6 +28,8 @@ class Metric:
     # over two deviations worse than a perfect sampler's, this score alone says that samples are not like the data
     can_reject: bool = False
     needs_many_images: bool = False  # with few, nobody can say what a perfect sampler would have
+    # NAME_sd is the spread over subsets or splits of the samples; it is no standard error, so nothing is ranked by it
+    sd_is_spread: bool = False
 
 
 # in the order in which a verdict names them
@@ -51,8 +53,8 @@ METRICS: Mapping[str, Metric] = {
     # by Inception's features
     "fid": Metric(needs_many_images=True),
     "sfid": Metric(),
-    "kid": Metric(needs_many_images=True),
-    "is": Metric("higher"),
+    "kid": Metric(needs_many_images=True, sd_is_spread=True),
+    "is": Metric("higher", sd_is_spread=True),
     # by the neighbours of features
     "precision": Metric("higher"),  # in no summary, for noise has a high one
     "recall": Metric("higher", in_summary=True),

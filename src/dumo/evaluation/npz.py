@@ -26,6 +26,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.io.picture import from_uint8
@@ -93,12 +94,20 @@ class NpzImages:
         """All images in [-1, 1], with their classes (n,); the arguments, which choose among other data, do nothing."""
         return self.rows(slice(None))
 
-    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Some images in [-1, 1], with their classes, all 0 where there are none. Raises UserError for damage."""
-        numbers = range(len(self))[rows]
+    def rows(self, rows: slice | Int64[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        """Some images in [-1, 1], with their classes, all 0 where there are none. Raises UserError for damage.
+
+        `rows` are a slice or rising numbers. All images from the first to the last of them are read at once.
+        """
+        numbers = torch.arange(len(self))[rows]
         c = torch.zeros(len(self), dtype=torch.long) if self.c is None else self.c
-        pixels = self.pixels(numbers.start, numbers.stop)[:: numbers.step]
-        return from_uint8(pixels), c[rows]
+        if len(numbers) == 0:
+            return from_uint8(self.pixels(0, 0)), c[numbers]
+        first = int(numbers[0])
+        pixels = self.pixels(first, int(numbers[-1]) + 1)
+        if len(numbers) < len(pixels):  # else a copy would take as much memory again
+            pixels = pixels[numbers - first]
+        return from_uint8(pixels), c[numbers]
 
     def pixels(self, first: int, stop: int) -> Tensor:
         """The images `first` to `stop` - 1, uint8 (n, 3, height, width).

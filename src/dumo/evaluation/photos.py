@@ -13,8 +13,8 @@ The features are those of the shipped classifier of CIFAR-10, on images reduced 
 no number is an FID, or to be compared with one. Pixels and copies are judged without a network. With few images every
 number is rough: `baselines` says what a perfect sampler would have, by comparing images with others of the data.
 
-Images are judged as a file holds them, clamped to [-1, 1] and rounded to 8 bits. At most `MAX_IMAGES` are read: every
-k-th of a set that is read in pieces, the first ones of any other.
+Images are judged as a file holds them, clamped to [-1, 1] and rounded to 8 bits. Of more than `MAX_IMAGES` a random
+choice is judged, always the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ from dumo.evaluation.mmd import pick_rows
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores
 from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
-from dumo.evaluation.wholeset import collect
+from dumo.evaluation.wholeset import choose_rows, collect
 from dumo.io import digest
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.io.source import Data, Finite
@@ -108,18 +108,20 @@ def _read_images(data: Data, seed: int, tick: ImageTick) -> Iterator[tuple[Sampl
     """
     if not isinstance(data, Finite):
         x, c = data.reference(MAX_IMAGES, seed)
-        yield x[:MAX_IMAGES], c[:MAX_IMAGES]
-        tick(len(x), len(x))
+        rows = choose_rows(len(x), MAX_IMAGES, KIND, "rows")
+        yield x[rows], c[rows]
+        tick(len(rows), len(rows))
         return
-    step = -(-len(data) // MAX_IMAGES)
-    for first in range(0, len(data), PIECE * step):
-        stop = first + PIECE * step
-        x, c = data.rows(slice(first, stop, step))
+    rows = choose_rows(len(data), MAX_IMAGES, KIND, "rows")
+    num_read = 0
+    for piece in rows.split(PIECE):
+        x, c = data.rows(piece)
         if x.dtype == torch.uint8:
             x = from_uint8(x)
         if len(x):
             yield x, c
-        tick(min(stop, len(data)), len(data))
+        num_read += len(piece)
+        tick(num_read, len(rows))
 
 
 @dataclass(frozen=True)

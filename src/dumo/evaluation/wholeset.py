@@ -7,7 +7,7 @@
    measure.
 
 Protocols with another reference make a `WholeSetEvaluator` of it; those with evaluators of their own use `Reference`
-and `collect` alone.
+and `collect` alone, and `choose_rows`, where they compare with a part of the data.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from dumo.evaluation.statistics import order_of
 from dumo.io import digest
 from dumo.io.source import Data, HeldOutSplit
 from dumo.runtime import dist
+from dumo.runtime.random import stream
 from dumo.types import Cond, Sample, UserError
 
 TrainedSamples = Float[Tensor, "_ *_"]  # of the shape of a reference's, but another number of them
@@ -129,6 +130,16 @@ class WholeSetEvaluator(Generic[R]):
     def baselines(self) -> dict[str, Scores]:
         """The scores of a perfect sampler and of noise, as the measure has them."""
         return self.measure_baselines(self.reference, self.sample_c)
+
+
+def choose_rows(num_rows: int, count: int, *key: int | str) -> Int64[Tensor, " _"]:
+    """The numbers of `count` of `num_rows` rows, or of all where there are no more, in their order.
+
+    They are chosen at random, keyed by `key`: in many sets the first rows, or every k-th, are of some classes only.
+    """
+    if num_rows <= count:
+        return torch.arange(num_rows)
+    return torch.randperm(num_rows, generator=stream(*key))[:count].sort().values
 
 
 def collect(samples: NumberedSamples, total: int) -> Tensor:

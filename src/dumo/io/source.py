@@ -80,8 +80,11 @@ class Finite(Protocol):
 
     def __len__(self) -> int: ...
 
-    def rows(self, rows: slice, /) -> tuple[Tensor, Tensor]:
-        """The images at these places, uint8 or in [-1, 1], with their classes; fewer where some cannot be read."""
+    def rows(self, rows: slice | Int64[Tensor, " n"], /) -> tuple[Tensor, Tensor]:
+        """The images at these places, a slice or rising numbers, with their classes; fewer where some cannot be read.
+
+        They are uint8 or in [-1, 1].
+        """
         ...
 
 

@@ -28,12 +28,12 @@ from pydantic import Field, field_validator
 from dumo.config import recipes, trust
 from dumo.config.load import load_recipe, parse
 from dumo.config.suggestion import require_known
-from dumo.evaluation.metric import higher_is_better
+from dumo.evaluation.metric import higher_is_better, metric
 from dumo.io.read import brief, read_text
 from dumo.io.yaml import parse_mapping
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Arm, Cell, Cost, Plan, Scale, plan_names, slug
-from dumo.lab.ranking import ArmScore, PairedDifference, best_arms, paired_difference
+from dumo.lab.ranking import ArmScore, PairedDifference, is_level, paired_difference
 from dumo.lab.table import average_by_arm, error_of_mean, group_by_arm, main_score, rows_of_all_passes
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
@@ -248,19 +248,19 @@ def _compare_at(nfe: int, arm_scores: Mapping[str, Mapping[int, ArmScore]]) -> d
             scores_at_nfe[arm] = score_by_nfe[nfe]
     best_arm = min(scores_at_nfe, key=lambda arm: scores_at_nfe[arm].mean)
     best_score = scores_at_nfe[best_arm]
-    are_best = best_arms(list(scores_at_nfe.values()))
 
     comparisons: dict[str, _Comparison] = {}
-    for (arm, arm_score), is_best in zip(scores_at_nfe.items(), are_best, strict=True):
+    for arm, arm_score in scores_at_nfe.items():
         difference = None
         if arm != best_arm:
             difference = paired_difference(arm_score.by_seed, best_score.by_seed)
-        comparisons[arm] = _Comparison(is_best, difference)
+        comparisons[arm] = _Comparison(is_level(arm_score, best_score), difference)
     return comparisons
 
 
 def _arm_scores(results: Sequence[Result], score: str) -> dict[str, dict[int, ArmScore]]:
     """The scores of each arm, by its name and the NFE."""
+    has_errors = not metric(score).sd_is_spread
     scores: dict[str, dict[int, ArmScore]] = {}
     for results_of_arm in group_by_arm(results):
         score_by_nfe = scores.setdefault(results_of_arm[0].cell.labels["objective"], {})
@@ -270,6 +270,7 @@ def _arm_scores(results: Sequence[Result], score: str) -> dict[str, dict[int, Ar
             values_and_errors: list[tuple[float, float]] = []
             for result, row in zip(results_of_arm, rows_at_nfe, strict=True):
                 by_seed[str(result.cell.spec.train.seed)] = row[score]
-                values_and_errors.append((row[score], row.get(f"{score}_sd") or 0.0))
+                error = row.get(f"{score}_sd") if has_errors else None
+                values_and_errors.append((row[score], error or 0.0))
             score_by_nfe[rows_at_nfe[0]["nfe"]] = ArmScore(by_seed, error_of_mean(values_and_errors))
     return scores

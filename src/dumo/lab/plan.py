@@ -45,7 +45,7 @@ from dumo.types import Spec, UserError
 
 _PLANS_FOLDER = files("dumo.lab") / "plans"
 _SETS_FILE = "sets.yaml"  # in that folder: settings that several plans share, by name
-SCALES = ("smoke", "laptop", "paper")  # a minute; this machine's cores within an hour; the paper's size, on GPUs
+SCALES = ("smoke", "laptop", "paper")  # a minute; ten minutes to three hours of two cores; the paper's size, on GPUs
 
 _counts: dict[str, float] = {}  # what `Cost` has counted in this process, by all that it depends on
 

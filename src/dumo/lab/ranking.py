@@ -8,7 +8,8 @@ their difference, which scatters less than either. Of n common seeds with differ
 of the true one in 95 of 100 cases (Student 1908): the quantile is 12.7 for two seeds, 4.3 for three, 2.8 for five.
 Arms with fewer than two seeds in common are compared by their standard errors, as `dumo compare` does.
 
-`best_arms` and `failed_seeds` are the entrances; docs/tables.py marks its tables by them.
+`best_arms` and `failed_seeds` are the entrances; docs/tables.py marks its tables by them. A plan of the user's own
+(`dumo.lab.ownplan`) marks all arms that are level with the best, by `is_level`, and shows the differences next to them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ scores. `group_by_arm`, `rows_of_all_passes` and `error_of_mean` are the steps, 
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
-from dumo.evaluation.metric import headline_score
+from dumo.evaluation.metric import headline_score, metric
 from dumo.lab.cell import Result, Row
 
 
@@ -52,7 +52,8 @@ def _average_rows(rows: Sequence[Row]) -> Row:
     """The means over the rows of several seeds, which have one number of passes and one solver.
 
     The main score comes first, then `fd` where that is another, both with their standard deviations; `error` is the
-    standard error of the main score's mean. Other scores follow, None where a seed has none, and the number of seeds.
+    standard error of the main score's mean, where each row has an error. Other scores follow, None where a seed has
+    none, and the number of seeds.
     """
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
     main = leading_score(names)
@@ -62,7 +63,8 @@ def _average_rows(rows: Sequence[Row]) -> Row:
         values = [row[name] for row in rows]
         averages[name] = fmean(values)
         averages[f"{name}_sd"] = stdev(values) if len(values) > 1 else None
-    if all(f"{main}_sd" in row for row in rows):
+    has_errors = all(f"{main}_sd" in row for row in rows)
+    if has_errors and not metric(main).sd_is_spread:
         averages["error"] = error_of_mean([(row[main], row[f"{main}_sd"]) for row in rows])
     for name in names:
         if name not in with_deviation:

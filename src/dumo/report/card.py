@@ -1,7 +1,8 @@
 """A report card: all that the numbers of an evaluation depend on; and reports as they are read back.
 
 To write, `make_card` makes the card of a run that is judged. `judging_settings` is the part of it that a spec alone
-decides, with `labels_text`, `contrast_passes` and `contrast_solver`.
+decides, with `labels_text`, `contrast_passes` and `contrast_solver`; `protocol_settings` says what the protocol's name
+does not.
 
 To read, `read_report` reads a report with its card, and `validate_report` checks one that is read already: the file may
 have been edited, or be of somebody else. What the scores in it say is in `dumo.report.score`.
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from dumo.config.conditions import Conditions
 from dumo.config.parts import Evaluation
+from dumo.config.place import EVALUATION_FILE, OTHER_EVALUATIONS
+from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.data.caption import CaptionFiles
 from dumo.evaluation import LikelihoodProtocol, MetricProtocol
@@ -162,6 +165,18 @@ def judging_settings(sampler: Sampler, evaluation: Evaluation) -> Card:
     }
 
 
+def protocol_settings(run: Run) -> Card:
+    """What a run is judged by that its protocol's name leaves out: the split, and fields that are not as by default.
+
+    A model or a reference is named as the user typed it, by an absolute path's last part.
+    """
+    evaluation = as_given(run).evaluate
+    settings = evaluation.protocol.model_dump(mode="json", exclude={"kind", "samples"}, exclude_defaults=True)
+    if evaluation.split is not None:
+        settings["split"] = evaluation.split
+    return settings
+
+
 def contrast_passes(sampler: Sampler, evaluation: Evaluation) -> list[int]:
     """The numbers of passes of the contrast; [] where there is none."""
     if isinstance(evaluation.protocol, LikelihoodProtocol):
@@ -203,12 +218,16 @@ def read_report(path: Path, *, images: bool = False) -> dict[str, Any]:
 
     Raises UserError where there is none, or it is damaged.
     """
-    fix = f"run dumo evaluate {shell_path(path.parent)} first"
+    fix = "name a run's folder, or a file that dumo evaluate wrote"
+    if path.name == EVALUATION_FILE or path.match(OTHER_EVALUATIONS):
+        fix = f"run dumo evaluate {shell_path(path.parent)} first"
     report = read_json(path, fix)
     if not isinstance(report, dict) or report.get("card") is None:
         raise UserError(f"{path} has no report card: {fix}")
     if images and "images" in report:
         return validate_report(report, path, "judge the images again, dumo evaluate --images", _ImagesReport)
     report = validate_report(report, path, fix)
-    report["card"].setdefault("precision", "fp32")  # of a report from before it could be another
+    # of a report from before these fields
+    report["card"].setdefault("precision", "fp32")
+    report["card"].setdefault("protocol_settings", {})
     return report

@@ -202,7 +202,7 @@ def _varied_settings(cards: Sequence[Card]) -> list[str]:
 
 def _perfect_scores(report: Report) -> Row:
     """The scores, with errors, that a perfect sampler would have, by name; {} where they are not known."""
-    scores: Row = dict(score.baselines_by_name(report).get("perfect", {}))
+    scores: Row = dict(score.perfect_sampler(score.baselines_by_name(report)) or {})
     return {name: value for name, value in scores.items() if value is not None}
 
 

@@ -10,7 +10,7 @@
 `current_report` reads it back, unless judging again would give something new.
 
 Others also call `score_passes` (`dumo.lab`), `with_judging_options` (`dumo.report.benchmark`), `complete_report` and
-`write_report` (`dumo.report.images`).
+`write_report` (`dumo.report.images`), and `report_path`, which says where the report of a run is (`dumo.compare`).
 
 What is written lies in the run's folder, or for a run that comes with dumo in a folder of its name. evaluation.json is
 the run as its own spec has it judged, at whatever numbers of passes: it collects their rows. Judged in another way, or
@@ -41,7 +41,7 @@ from dumo.io.file import check_writable, sweep
 from dumo.io.guard import locked
 from dumo.io.read import null_nonfinite, write_json
 from dumo.report import score
-from dumo.report.card import Card, Row, contrast_solver, judging_settings, make_card, read_report
+from dumo.report.card import Card, Row, contrast_solver, judging_settings, make_card, protocol_settings, read_report
 from dumo.report.name import Fields, changed_parts, flatten
 from dumo.report.sample import solver_of
 from dumo.run.judge import evaluator_of, sample_conditions
@@ -109,7 +109,7 @@ def _judge(opened: RunFolder, bar: Bar, metrics: Mapping[str, OwnMetric]) -> tup
             raise UserError(f"protocol {protocol.kind} makes no samples, so it takes no metrics of your own")
         evaluator = OwnMetricsEvaluator(evaluator, metrics)
     c = sample_conditions(run.data, run.evaluate)
-    path = opened.output_folder / _file_name(opened)
+    path = report_path(opened)
     solver = run.sample.solver
     other_solver = contrast_solver(protocol)
     head: dict[str, Any] = {
@@ -127,7 +127,7 @@ def _judge(opened: RunFolder, bar: Bar, metrics: Mapping[str, OwnMetric]) -> tup
         results=[score_passes(sampler, evaluator, solver, n, c, seed, bar) for n in settings["nfe"]],
         contrast=[score_passes(sampler, evaluator, other_solver, n, c, seed, bar) for n in settings["contrast"]],
         baselines=evaluator.baselines(),
-        card=make_card(opened, evaluator.facts, len(c)),
+        card=make_card(opened, evaluator.facts, len(c)) | {"protocol_settings": protocol_settings(run)},
     )
     return path, report
 
@@ -216,6 +216,7 @@ def current_report(opened: RunFolder) -> dict[str, Any] | None:
         "step": opened.step,
         "weights": opened.weights,
         "protocol": opened.run.evaluate.protocol.name,
+        "protocol_settings": protocol_settings(opened.run),
         **judging_settings(opened.sampler, opened.run.evaluate),
     }
     wanted_passes = {field: wanted_card.pop(field) for field in PASSES_FIELDS.values()}
@@ -229,12 +230,13 @@ def current_report(opened: RunFolder) -> dict[str, Any] | None:
     return _with_rows(report, rows, wanted_passes)
 
 
-def _file_name(opened: RunFolder) -> str:
-    """The name of a report: evaluation.json, or, where options differ from the run's spec, with these in it."""
+def report_path(opened: RunFolder) -> Path:
+    """Where the report of a run belongs: evaluation.json, or, where options differ from its spec, a name with these."""
     run_as_saved = opened.run_as_saved
     saved_fields = _judging_fields(run_as_saved.sample, run_as_saved.evaluate)
     opened_fields = _judging_fields(opened.run.sample, opened.run.evaluate)
-    return "-".join(["evaluation", *changed_parts(opened, saved_fields, opened_fields)]) + ".json"
+    parts = ["evaluation", *changed_parts(opened, saved_fields, opened_fields)]
+    return opened.output_folder / f"{'-'.join(parts)}.json"
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -295,8 +297,8 @@ def _rows_by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
 
 
 def _card_text(report: dict[str, Any]) -> str:
-    """The card as text, without its passes and the path of the weights, whose hash it has."""
-    left_out = (*PASSES_FIELDS.values(), "weights")
+    """The card as text, without its passes, the weights' path, whose hash it has, and settings that its facts tell."""
+    left_out = (*PASSES_FIELDS.values(), "weights", "protocol_settings")
     compared_card = {field: value for field, value in report["card"].items() if field not in left_out}
     return json.dumps(null_nonfinite(compared_card), sort_keys=True)
 

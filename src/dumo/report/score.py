@@ -108,7 +108,7 @@ def select_scores(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
 # Better and worse
 
 
-def _perfect_sampler(baselines: Mapping[str, Any]) -> Scores | None:
+def perfect_sampler(baselines: Mapping[str, Any]) -> Scores | None:
     """What a perfect sampler would have, of the baselines of an evaluation; None where it does not say."""
     return baselines.get("perfect") or baselines.get("null")
 
@@ -126,7 +126,7 @@ def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) ->
 
     None where no baseline tells, or more of the first score is better.
     """
-    perfect = _perfect_sampler(baselines)
+    perfect = perfect_sampler(baselines)
     noise = baselines.get("noise")
     scores = _best_scores(rows)
     if not perfect or not scores or higher_is_better(next(iter(scores))):
@@ -215,7 +215,7 @@ def state_sentence(evaluation: Mapping[str, Any]) -> str | None:
     state_name = evaluation.get("state")
     scores = _best_scores(evaluation["results"])
     baselines = evaluation["baselines"]
-    perfect = _perfect_sampler(baselines)
+    perfect = perfect_sampler(baselines)
     noise = baselines.get("noise")
     if state_name is None or not scores or not perfect:
         return None
@@ -242,7 +242,7 @@ def decisive_comparison(evaluation: Mapping[str, Any]) -> str:
     sampler's scores, or no scores.
     """
     scores = _best_scores(evaluation["results"])
-    perfect = _perfect_sampler(evaluation["baselines"])
+    perfect = perfect_sampler(evaluation["baselines"])
     if not scores or not perfect:
         return ""
     first = first_score(scores)
@@ -250,7 +250,7 @@ def decisive_comparison(evaluation: Mapping[str, Any]) -> str:
     name = evaluation["columns"][0]
     if name not in scores or (worse and name not in worse):
         name = (worse or [first])[0]
-    perfect_by_name = _perfect_sampler(baselines_by_name(evaluation))  # with the first score by its name
+    perfect_by_name = perfect_sampler(baselines_by_name(evaluation))  # with the first score by its name
     assert perfect_by_name is not None, "its name is the same"
     perfect_text = score_text(perfect_by_name, name)
     return f"{word(MERITS, name).title} is {number(scores[name])}, of a perfect sampler {perfect_text}"
@@ -259,10 +259,13 @@ def decisive_comparison(evaluation: Mapping[str, Any]) -> str:
 def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     """The rows, each with `best`: whether its score `lead` is the least at its number of passes, or level with that.
 
-    Rows that lack the score or its error are not best. Where all rows do, or more is better, no row gets `best`.
+    Rows that lack the score or its error are not best. No row gets `best` where all rows do, where more is better, and
+    where the error is no standard error, as of a KID.
     """
+    if higher_is_better(lead) or metric(lead).sd_is_spread:
+        return list(rows)
     comparable = [row for row in rows if row.get(lead) is not None and error(row, lead) is not None]
-    if not comparable or higher_is_better(lead):
+    if not comparable:
         return list(rows)
     best_ids: set[int] = set()  # the identities of the rows
     for nfe in {row.get("nfe") for row in comparable}:

@@ -2,6 +2,7 @@
 
 import json
 import pkgutil
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ import torch
 import dumo
 from dumo.cli.api import TrainedRun
 from dumo.config.load import load
+from dumo.io import trained
+from dumo.report.evaluate import report_path
 from dumo.report.sample import DEFAULT_COUNT
 from dumo.types import Reads, UserError
 from e2e.shell import call
@@ -158,6 +161,20 @@ def test_runs_are_compared_as_by_the_command(digits: TrainedRun) -> None:
     assert rows == call("compare", digits.folder, "--json").json["rows"]
     with pytest.raises(dumo.UserError, match="nowhere"):
         dumo.compare(["nowhere"])
+
+
+@pytest.mark.slow
+def test_a_run_opened_otherwise_is_compared_by_its_own_evaluation(digits: TrainedRun, tmp_path: Path) -> None:
+    folder = shutil.copytree(digits.folder, tmp_path / "run")
+    run = dumo.load(folder, device="cpu")
+    other = dumo.load(folder, weights=run.opened.checkpoint.path / "net.safetensors", device="cpu")
+    known_report = trained.folder("digits-trained") / "evaluation.json"
+    shutil.copy(known_report, report_path(run.opened))
+    with pytest.raises(dumo.UserError, match=r"evaluation-net-\w+\.json is not there: call evaluate\(\) of this run"):
+        dumo.compare([run, other])
+    shutil.copy(known_report, report_path(other.opened))
+    names = [row["run"] for row in dumo.compare([run, other])["rows"]]
+    assert {*names} == {str(folder), str(report_path(other.opened))}
 
 
 @pytest.mark.slow

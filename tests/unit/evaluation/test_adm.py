@@ -65,6 +65,9 @@ def test_any_stretch_is_read(tmp_path: Path, compress: bool, monkeypatch: pytest
         x, c = images.rows(rows)
         assert np.array_equal(to_rows(x).numpy(), IMAGES[rows])
         assert c.tolist() == labels[rows].tolist()
+    x, c = images.rows(torch.tensor([1, 4, 8]))
+    assert np.array_equal(to_rows(x).numpy(), IMAGES[[1, 4, 8]])
+    assert c.tolist() == [1, 4, 8]
     assert npz.NpzImages(written(tmp_path / "b.npz")).rows(slice(3))[1].tolist() == [0, 0, 0]
 
 

@@ -60,6 +60,15 @@ def test_it_is_of_what_was_held_out() -> None:
     assert evaluator.facts["reference"] == "360 samples of the data, never trained on"
 
 
+def test_some_of_sorted_data_are_of_all_classes() -> None:
+    x, c = LEVELS.repeat(25, 1, 1, 1), torch.arange(10).repeat_interleave(10)
+    protocol = LikelihoodProtocol(samples=50, levels=17)
+    first, again = (protocol.evaluator(Context(lambda: TensorData(x, c))) for _ in range(2))
+    assert first.c.unique().tolist() == list(range(10))
+    assert torch.equal(first.c, first.c.sort().values)  # in the order of the data
+    assert torch.equal(first.c, again.c)
+
+
 def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(UserError, match=r"here are 4: set evaluate.protocol.samples=4"):
         LikelihoodProtocol(samples=5).evaluator(Context(lambda: TensorData(LEVELS, torch.arange(4))))

@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d, pad
 
 from dumo.data import Digits
 from dumo.encoders.classifier import cifar10
-from dumo.evaluation import Context, ShippedProtocol
+from dumo.evaluation import Context, ShippedProtocol, photos
 from dumo.evaluation.baseline import random_parts
 from dumo.evaluation.measures import baselines_digits, score_digits
 from dumo.evaluation.photos import MAX_IMAGES, PhotosEvaluator, indices_of_classes
@@ -135,7 +135,7 @@ class Large:
     def __len__(self) -> int:
         return self.size
 
-    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def rows(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         some = torch.arange(self.size)[rows]
         self.asked.append(len(some))
         return some.view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / self.size, some * 0
@@ -162,10 +162,30 @@ class PartlyUnreadable(Large):
 
     num_unreadable: int = 64
 
-    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def rows(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         x, c = super().rows(rows)
         is_read = torch.arange(self.size)[rows] >= self.num_unreadable
         return x[is_read], c[is_read]
+
+
+@dataclass(frozen=True)
+class InTurn(Large):
+    """Images whose classes take turns."""
+
+    def rows(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        x, _ = super().rows(rows)
+        return x, torch.arange(self.size)[rows] % 10
+
+
+@pytest.mark.parametrize("is_read_in_pieces", [True, False], ids=["in turn", "sorted"])
+def test_some_images_of_a_set_are_of_all_classes(is_read_in_pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of the classes is: every second image would be of every second class, the first of few."""
+    monkeypatch.setattr(photos, "MAX_IMAGES", 100)
+    data = InTurn(200, []) if is_read_in_pieces else TensorData(drawn(200, "real", 8), torch.arange(200) // 20)
+    evaluator = PROTOCOL.evaluator(Context(lambda: data, 10))
+    assert isinstance(evaluator, PhotosEvaluator)
+    assert len(evaluator.real_c) == 100
+    assert evaluator.real_c.unique().tolist() == list(range(10))
 
 
 def test_progress_is_told_also_where_no_image_of_a_piece_can_be_read() -> None:

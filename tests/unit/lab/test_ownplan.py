@@ -146,6 +146,22 @@ def test_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:
     assert [*a][:5] == ["objective", "steps", "F_per_step", "nfe", "best"]
 
 
+def test_an_arm_near_zero_is_best_and_so_is_what_is_level_with_it(tmp_path: Path) -> None:
+    """An unbiased distance may be 0, and its error then is above it."""
+    distances = {"a": (0.02, -0.01, 0.0), "b": (0.03, 0.01, -0.01), "c": (1.0, 1.1, 1.2)}
+    results = [result(arm, seed, x) for arm, values in distances.items() for seed, x in enumerate(values)]
+    rows = paired_table(plan(tmp_path, f"budget: 800F{ARMS}"), results)
+    assert [row["best"] for row in rows] == ["*", "*", ""]
+
+
+def test_arms_of_one_seed_are_level_by_standard_errors_alone(tmp_path: Path) -> None:
+    """The deviation of a kernel distance over subsets is none."""
+    for score, marks in (("mmd", ["*", "*"]), ("kid", ["*", ""])):
+        results = [result("a", 0, 1.0, score), result("b", 0, 1.01, score)]
+        rows = paired_table(plan(tmp_path, f"budget: 800F{ARMS}"), results)
+        assert [row["best"] for row in rows] == marks
+
+
 def test_arms_are_not_ranked_by_a_score_of_which_more_is_better(tmp_path: Path) -> None:
     results = [result(arm, seed, 20.0 + seed, "clip_score") for arm in "ab" for seed in range(3)]
     for row in paired_table(plan(tmp_path, f"budget: 800F{ARMS}"), results):

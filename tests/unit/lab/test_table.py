@@ -65,6 +65,13 @@ def test_a_table_is_means_over_seeds() -> None:
     assert table.main_score({"mmd": 1, "mmd_sd": 2, "class_mmd": 3, "class_mmd_sd": 4}) == "class_mmd"
 
 
+def test_a_spread_over_subsets_is_no_error_of_a_table() -> None:
+    scores = {"nfe": 1, "solver": "s", "kid": 1.0, "kid_sd": 9.0}
+    (averages,) = table.average_by_arm([result({"arm": "a"}, seed, [scores]) for seed in range(2)])
+    assert (averages["kid"], averages["kid_sd"]) == (1, 0)
+    assert "error" not in averages
+
+
 def test_markdown() -> None:
     rows = [{"a": 1, "b": 0.123456, "c": None}, {"a": 20, "b": 1e-9, "c": "x"}]
     lines = table.markdown("T", rows).splitlines()

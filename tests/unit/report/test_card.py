@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dumo.report.card import validate_report
+from dumo.config.load import load
+from dumo.report.card import protocol_settings, validate_report
 from dumo.report.compare import compare, differing_fields, require_comparable, shorten_hashes
 from dumo.report.score import mark_best
 from dumo.types import UserError
@@ -88,6 +89,12 @@ def test_a_table_says_what_a_perfect_sampler_would_have(tmp_path: Path) -> None:
     found = {"perfect": {"mean": 1.5, "sd": 0.1, "kid": None}, "noise": {"mean": 90.0, "sd": 1.0}}
     other.write_text(json.dumps(json.loads(other.read_text()) | {"baselines": found}))
     assert compare([one, str(other)])["perfect"] == {str(other): {"fid": 1.5, "fid_sd": 0.1}}
+
+
+def test_of_points_a_perfect_sampler_has_an_older_name(tmp_path: Path) -> None:
+    file = Path(written(tmp_path / "a")) / "evaluation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"baselines": {"null": {"mean": 1.5, "sd": 0.1}}}))
+    assert compare([str(file)])["perfect"] == {str(file): {"fid": 1.5, "fid_sd": 0.1}}
 
 
 def test_a_table_marks_the_best_by_classes_where_all_runs_have_them(tmp_path: Path) -> None:
@@ -185,3 +192,19 @@ def test_what_is_level_with_the_best_of_its_passes_is_marked() -> None:
     ]
     assert [row["best"] for row in mark_best(rows, "mmd")] == [True, True, False, True, False]
     assert mark_best([{"nfe": 1, "fd": 1.0}], "fd") == [{"nfe": 1, "fd": 1.0}]
+    by_subsets = [{"nfe": 1, "kid": 1.0, "kid_sd": 0.5}]
+    assert mark_best(by_subsets, "kid") == by_subsets  # a spread over subsets is no standard error
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ([], {}),
+        (["evaluate.protocol.samples=500"], {}),  # which the protocol's name has
+        (["evaluate.split=test"], {"split": "test"}),
+        (["evaluate.protocol={kind: likelihood, levels: 17, probes: 0}"], {"levels": 17, "probes": 0}),
+        (["evaluate.protocol={kind: dinov2, model: /here/dinov2-large}"], {"model": "dinov2-large"}),
+    ],
+)
+def test_a_card_says_what_the_name_of_a_protocol_does_not(words: list[str], settings: dict[str, Any]) -> None:
+    assert protocol_settings(load("digits", words)) == settings

@@ -13,7 +13,7 @@ from torch import nn
 from dumo.config.load import load
 from dumo.report.card import contrast_passes, read_report
 from dumo.report.compare import compare
-from dumo.report.evaluate import current_report, evaluate
+from dumo.report.evaluate import current_report, evaluate, report_path
 from dumo.run.sampler import sampler_of
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
@@ -182,6 +182,29 @@ def test_what_stands_is_known_to_be_what_is_asked(folder: Path) -> None:
     assert current_report(open_folder(folder)) is None
 
 
+@pytest.mark.slow
+def test_what_is_judged_against_another_split_is_something_new(folder: Path) -> None:
+    report = evaluate(open_folder(folder), nfe=[1])
+    assert "protocol_settings" in report["card"]
+    assert current_report(open_folder(folder, "evaluate.nfe=[1]")) == report
+    assert current_report(open_folder(folder, "evaluate.nfe=[1]", "evaluate.split=test")) is None
+    older = {**report, "card": {name: value for name, value in report["card"].items() if name != "protocol_settings"}}
+    (folder / "evaluation.json").write_text(json.dumps(older))
+    assert current_report(open_folder(folder, "evaluate.nfe=[1]")) == report
+    assert current_report(open_folder(folder, "evaluate.nfe=[1]", "evaluate.split=test")) is None
+
+
+@pytest.mark.parametrize("own_solver", ["restart", "hermite"])
+def test_settings_of_a_solver_have_the_files_that_the_page_compares(own_solver: str, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text(encoding="utf-8")
+    _, setting, _ = next(line for line in page.splitlines() if "sample.solver" in line and "$m" in line).split('"')
+    pattern = page.partition("dumo compare runs/photos/")[2].partition("`")[0]
+    train(tiny("moons", f"sample.solver={{kind: {own_solver}}}", "train.steps=2"), tmp_path / "run")
+    path = report_path(open_folder(tmp_path / "run", setting.replace("$m", "0.3")))
+    assert path.match(pattern)
+    assert not report_path(open_folder(tmp_path / "run")).match(pattern)
+
+
 def test_v_stands_beside_at_the_passes_that_are_wanted() -> None:
     for recipe, words, passes in (
         ("moons", [], [1, 2]),
@@ -198,6 +221,13 @@ def test_the_work_is_watched(folder: Path) -> None:
     seen = Seen()
     evaluate(open_folder(folder), bar=seen)
     assert seen.titles == [(f"sampling, {kind} at {n}", 40) for kind in ("restart", "euler") for n in (1, 2)]
+
+
+def test_a_file_that_is_no_report_is_told_what_one_is(tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"notes\.json has no report card: name a run's folder, or a file that dumo"):
+        read_report(path)
 
 
 def test_no_report_is_read_without_a_card(tmp_path: Path) -> None:
