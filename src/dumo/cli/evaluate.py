@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dumo.cli import precheck
-from dumo.cli.option import TRACKERS, AsJson, Device, Nfe, Seed, Set, SolverName, Weights, one_of, parse_integers
+from dumo.cli.option import (
+    TRACKERS,
+    AsJson,
+    Device,
+    Nfe,
+    Seed,
+    Set,
+    SolverName,
+    Weights,
+    one_of,
+    parse_file,
+    parse_integers,
+)
 from dumo.cli.terminal import err, out, show_table
 from dumo.runtime.progress import bar
 
@@ -31,7 +43,13 @@ def log(
     last: Annotated[int, typer.Option(min=1, help="How many rows of each run, the latest.")] = _DEFAULT_LAST,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of all these runs in one picture.")] = False,
     file: Annotated[
-        Path | None, typer.Option("--out", help="The picture. Default: log.png in the run's folder; of several, here.")
+        Path | None,
+        typer.Option(
+            "--out",
+            parser=parse_file,
+            metavar="FILE",
+            help="The picture. Default: log.png in the run's folder; of several, here.",
+        ),
     ] = None,
     to: Annotated[
         str | None,
@@ -203,7 +221,13 @@ def evaluate(
         ),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--out", help="With --images: the report. Default: PLACE.evaluation.json, here.")
+        Path | None,
+        typer.Option(
+            "--out",
+            parser=parse_file,
+            metavar="FILE",
+            help="With --images: the report. Default: PLACE.evaluation.json, here.",
+        ),
     ] = None,
     all_scores: Annotated[
         bool, typer.Option("--all", help="Print all scores. Without it: the distance that leads, recall and copies.")

@@ -196,6 +196,14 @@ def parse_path(text: str) -> Path:
     return Path(text)
 
 
+def parse_file(text: str) -> Path:
+    """A file to write, which need not be there. Raises BadParameter for a folder, or no path."""
+    file = parse_path(text)
+    if file.is_dir():
+        raise typer.BadParameter(f"{text} is a folder: name a file, which need not be there")
+    return file
+
+
 def parse_folder(text: str) -> Path:
     """A folder to write into, which need not be there. Raises BadParameter for a file, or no path."""
     folder = parse_path(text)

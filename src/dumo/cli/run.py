@@ -30,6 +30,7 @@ from dumo.cli.option import (
     Weights,
     one_of,
     parse_classes,
+    parse_file,
     parse_folder,
     parse_integers,
     parse_path,
@@ -407,7 +408,7 @@ def average(
     ],
     file: Annotated[
         Path | None,
-        typer.Option("--out", parser=parse_path, metavar="FILE", help="Default: averages/ in the run's folder."),
+        typer.Option("--out", parser=parse_file, metavar="FILE", help="Default: averages/ in the run's folder."),
     ] = None,
 ) -> None:
     """Average the weights that a run kept, by another width.

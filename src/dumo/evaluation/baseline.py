@@ -2,8 +2,7 @@
 
 `perfect_sampler_scores` gives them for a protocol that measures `mmd`, `class_mmd` and `fd`. For any other squared
 distance, `measure_null_distance` compares random parts of the data with each other and returns a `NullDistance`, whose
-`scaled_to` gives the expected score at the protocol's own numbers of samples and real images. `random_parts` serves
-protocols that compare parts of the data themselves.
+`scaled_to` gives the expected score at the protocol's own numbers of samples and real images.
 
 Kernel distances have no bias: a perfect sampler's are 0 in the mean, and only their spread is computed.
 """
@@ -15,8 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 
-from dumo.evaluation.by_class import perfect_class_mmd
-from dumo.evaluation.class_mmd import gaussian_mmd_null_sd
+from dumo.evaluation.by_class import perfect_mmd_scores
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.evaluation.protocol import Scores
@@ -101,26 +99,22 @@ def perfect_sampler_scores(
     real: Float[Tensor, "m f"],
     *,
     width: float,
+    sample_c: Int64[Tensor, " n"],
     real_c: Cond,
-    num_samples: int,
-    sample_c: Int64[Tensor, " n"] | None = None,
     kernel_rows: Int64[Tensor, " k"] | None = None,
 ) -> Scores:
-    """The scores of a perfect sampler that makes `num_samples` images, each with its sd.
+    """The scores of a perfect sampler that makes images of the classes `sample_c`, each with its sd.
 
-    They are `mmd`, as `mean` and `sd`; `class_mmd`, if `sample_c` is given and samples are judged by class; and `fd`,
-    if there are rows enough to estimate it. `real` are features of the data in classes `real_c` (m,), `width` is that
-    of the Gaussian kernel. Kernel distances compare with the rows `kernel_rows`; None: with all.
+    They are `mmd`, as `mean` and `sd`; `class_mmd`, if samples are judged by class; and `fd`, if there are rows enough
+    to estimate it. `real` are features of the data in classes `real_c` (m,), `width` is that of the Gaussian kernel.
+    Kernel distances compare with the rows `kernel_rows`; None: with all.
     """
     kernel_real = real
     kernel_real_c = real_c
     if kernel_rows is not None:
         kernel_real = real[kernel_rows]
         kernel_real_c = real_c[kernel_rows]
-    # evaluation.json calls the leading score of a baseline `mean` and `sd`, and any other NAME and NAME_sd
-    scores = {"mean": 0.0, "sd": gaussian_mmd_null_sd(num_samples, kernel_real, width, kernel_real_c)}
-    if sample_c is not None:
-        scores |= perfect_class_mmd(kernel_real, width=width, sample_c=sample_c, real_c=kernel_real_c)
+    scores = perfect_mmd_scores(kernel_real, width=width, sample_c=sample_c, real_c=kernel_real_c)
 
     def distance(a: Tensor, b: Tensor) -> float:
         return frechet_distance(Moments.of(real[a]), Moments.of(real[b]))
@@ -128,7 +122,7 @@ def perfect_sampler_scores(
     min_part_rows = MIN_ROWS_PER_FEATURE * real.shape[1]
     null_frechet = measure_null_distance(real_c, distance, kind=kind, min_part_rows=min_part_rows)
     if null_frechet:
-        scores["fd"], scores["fd_sd"] = null_frechet.scaled_to(num_samples, len(real))
+        scores["fd"], scores["fd_sd"] = null_frechet.scaled_to(len(sample_c), len(real))
     return scores
 
 

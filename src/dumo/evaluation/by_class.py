@@ -1,6 +1,6 @@
 """Kernel distances of samples that have classes: `mmd` over all rows, and `class_mmd` within each class.
 
-`mmd_scores` measures samples, `noise_class_mmd` noise in their place, and `perfect_class_mmd` says what a perfect
+`mmd_scores` measures samples, `noise_class_mmd` noise in their place, and `perfect_mmd_scores` says what a perfect
 sampler, which draws new real images, would have. `class_facts` tells a report which classes do not count.
 
 Samples are judged by class if their classes differ and at least one class has two rows or more on both sides, because
@@ -12,7 +12,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dumo.evaluation.class_mmd import class_mmd, class_mmd_null_sd, class_shares, gaussian_mmd, shared_classes
+from dumo.evaluation.class_mmd import (
+    class_mmd,
+    class_mmd_null_sd,
+    class_shares,
+    gaussian_mmd,
+    gaussian_mmd_null_sd,
+    shared_classes,
+)
 from dumo.evaluation.metric import CLASS_MMD
 from dumo.evaluation.protocol import Scores
 
@@ -54,11 +61,20 @@ def noise_class_mmd(
     return {CLASS_MMD: sum(share * distance for share, distance in zip(shares, distances, strict=True))}
 
 
-def perfect_class_mmd(real: RealFeatures, *, width: float, sample_c: SampleClasses, real_c: RealClasses) -> Scores:
-    """`class_mmd` and `class_mmd_sd` expected from a perfect sampler; {} where samples are not judged by class."""
+def perfect_mmd_scores(real: RealFeatures, *, width: float, sample_c: SampleClasses, real_c: RealClasses) -> Scores:
+    """The scores of `mmd_scores` expected from a perfect sampler, and their sd.
+
+    As in any baseline of evaluation.json, `mmd` and its sd, which come first, are called `mean` and `sd`.
+    """
     if not _is_judged_by_class(sample_c, real_c):
-        return {}
-    return {CLASS_MMD: 0.0, f"{CLASS_MMD}_sd": class_mmd_null_sd(sample_c, real, width, real_c)}
+        sd = gaussian_mmd_null_sd(torch.zeros_like(sample_c), real, width, torch.zeros_like(real_c))
+        return {"mean": 0.0, "sd": sd}
+    return {
+        "mean": 0.0,
+        "sd": gaussian_mmd_null_sd(sample_c, real, width, real_c),
+        CLASS_MMD: 0.0,
+        f"{CLASS_MMD}_sd": class_mmd_null_sd(sample_c, real, width, real_c),
+    }
 
 
 def class_facts(sample_c: SampleClasses, real_c: RealClasses) -> dict[str, str]:

@@ -1,13 +1,14 @@
 """MMD^2 by a Gaussian kernel, times 1000, with its standard error, between samples and data that have classes or none.
 
 - `gaussian_mmd` compares samples with the data as a whole.
-- `class_mmd` compares them class by class: the mean of the classes' MMD^2, over the classes with two rows or more on
-  both sides (`shared_classes`), weighed by their shares of the data (`class_shares`).
+- `class_mmd` compares them class by class: the mean of the classes' MMD^2, weighed by their shares of the data
+  (`class_shares`).
 - `gaussian_mmd_null_sd` and `class_mmd_null_sd` are the sd of each where samples have the distribution of the data.
 
 In every function `fake` are samples x, n_c of them in class c, `real` are data y, m_c in class c, `width` is the
-kernel's, and `sample_c`, `real_c` are the classes. p_c is the share of class c in the data. Times 1000 is as in
-Jayasumana et al. 2024 (CMMD). `dumo.evaluation.mmd` has MMD^2 without classes, and says what it is.
+kernel's, and `sample_c`, `real_c` are the classes. Only classes with two rows or more on both sides count
+(`shared_classes`), and p_c is the share of class c in the data of these. Times 1000 is as in Jayasumana et al. 2024
+(CMMD). `dumo.evaluation.mmd` has MMD^2 without classes, and says what it is.
 
 **As a whole.** P = sum_c p_c P_c is compared with Q = sum_c p_c Q_c. Pairs are averaged within each class, or pair of
 classes, and weighed by p. So the estimate has no bias, also for stratified samples (their classes cycled, not drawn),
@@ -59,12 +60,14 @@ def gaussian_mmd(
     sample_c: Cond | None = None,
     real_c: RealClasses | None = None,
 ) -> Estimate:
-    """MMD^2 times 1000 of all rows, weighed by the shares of the classes in the data.
+    """MMD^2 times 1000 of the rows in `shared_classes`, weighed by the shares of the classes in the data.
 
-    Without classes, and where a class of the data has fewer than two rows on a side, all rows are of one class. Each
-    side needs 2 rows or more.
+    Without classes, and where none is shared, all rows are of one class. Each side needs 2 rows or more.
     """
-    fake_one_hot, real_one_hot, shares = _one_hot_classes(sample_c, len(fake), real_c, len(real))
+    if sample_c is None or real_c is None:
+        sample_c = torch.zeros(len(fake), dtype=torch.long)
+        real_c = torch.zeros(len(real), dtype=torch.long)
+    fake_one_hot, real_one_hot, shares = _one_hot_classes(sample_c, real_c)
     centre = real.double().mean(0)
     x = (fake.double() - centre) / width
     y = (real.double() - centre) / width
@@ -76,25 +79,28 @@ def gaussian_mmd(
     return Estimate(SCALE * (fake_mean + real_mean), SCALE * (fake_variance + real_variance) ** 0.5)
 
 
-def gaussian_mmd_null_sd(
-    num_samples: int, real: RealFeatures, width: float, real_c: RealClasses | None = None
-) -> float:
-    """The sd of `gaussian_mmd` for `num_samples` samples that have the distribution of the data.
+def gaussian_mmd_null_sd(sample_c: SampleClasses, real: RealFeatures, width: float, real_c: RealClasses) -> float:
+    """The sd of `gaussian_mmd` for samples that have the distribution of the data in each class.
 
-    Its variance is 2 (1/n + 1/m)^2 E k(y, y')^2 of the kernel less its means over each row and column (Gretton et al.
-    2012, Theorem 12). Where there are classes, the means are over the rows of a class (ours). The outer mean is over
-    the pairs of evenly spaced rows of the data, `MAX_NULL_ROWS` at most.
+    In one class its variance is 2 (1/n + 1/m)^2 E k(y, y')^2 of the kernel less its means over each row and column
+    (Gretton et al. 2012, Theorem 12). In several classes (ours) the means are over the rows of a class, and a row of
+    class c has the weight p_c (1/n_c + 1/m_c), which is 1/n + 1/m where samples have the shares of the data. The outer
+    mean is over the pairs of evenly spaced rows of the data, `MAX_NULL_ROWS` at most.
     """
-    stride = -(-len(real) // MAX_NULL_ROWS)
-    y = (real[::stride].double() - real.double().mean(0)) / width
-    y_c = None if real_c is None else real_c[::stride]
-    one_hot, _, _ = _one_hot_classes(y_c, len(y), y_c, len(y))
-    # the kernel less its class means, over rows and columns
-    subtract_class_means = (torch.eye(len(y)) - one_hot / one_hot.sum(0) @ one_hot.T).to(y)
+    fake_one_hot, real_one_hot, shares = _one_hot_classes(sample_c, real_c)
+    class_weights = shares * (1 / fake_one_hot.sum(0) + 1 / real_one_hot.sum(0))
+    counted_rows = real_one_hot.any(1).nonzero()[:, 0]
+    rows = counted_rows[:: -(-len(counted_rows) // MAX_NULL_ROWS)]
+    y = (real[rows].double() - real.double().mean(0)) / width
+    one_hot = real_one_hot[rows]
+    row_weights = (one_hot @ class_weights).to(y)
+    # the kernel less its class means, over rows and columns; few rows may have none of a class
+    counts = one_hot.sum(0).clamp(min=1)
+    subtract_class_means = (torch.eye(len(y)) - one_hot / counts @ one_hot.T).to(y)
     kernel = subtract_class_means @ (-torch.cdist(y, y).square() / 2).exp() @ subtract_class_means
-    sum_over_pairs = kernel.square().sum() - kernel.diagonal().square().sum()
-    mean_square = sum_over_pairs.item() / (len(y) * (len(y) - 1))
-    return SCALE * (1 / num_samples + 1 / len(real)) * (2 * mean_square) ** 0.5
+    squares = kernel.square() * row_weights * row_weights[:, None]
+    mean_square = (squares.sum() - squares.trace()).item() / (len(y) * (len(y) - 1))
+    return SCALE * (2 * mean_square) ** 0.5
 
 
 def _mean_and_variance(
@@ -119,23 +125,21 @@ def _mean_and_variance(
 
 
 def _one_hot_classes(
-    sample_c: Tensor | None, num_samples: int, real_c: Tensor | None, num_real: int
+    sample_c: SampleClasses, real_c: RealClasses
 ) -> tuple[Float64[Tensor, "n k"], Float64[Tensor, "m k"], Float64[Tensor, " k"]]:
-    """The classes of the samples and of the data, one-hot, (n, k) and (m, k), and the classes' shares of the data (k,).
+    """The `shared_classes` of samples and data, one-hot, (n, k) and (m, k), and the classes' shares of the data (k,).
 
-    Without classes, and where a class of the data has fewer than two rows on a side, and so no pair, all are of one
-    class.
+    Rows of other classes have no 1, and so no weight. Where no class is shared, all rows are of one class.
     """
-    if sample_c is None or real_c is None:
-        sample_c = torch.zeros(num_samples, dtype=torch.long)
-        real_c = torch.zeros(num_real, dtype=torch.long)
-    classes = real_c.cpu().unique()
-    fake_one_hot = (sample_c.cpu()[:, None] == classes).double()
-    real_one_hot = (real_c.cpu()[:, None] == classes).double()
-    if (fake_one_hot.sum(0) < 2).any() or (real_one_hot.sum(0) < 2).any():
-        fake_one_hot = torch.ones(num_samples, 1, dtype=torch.float64)
-        real_one_hot = torch.ones(num_real, 1, dtype=torch.float64)
-    return fake_one_hot, real_one_hot, real_one_hot.mean(0)
+    classes = torch.tensor(shared_classes(sample_c, real_c))
+    if len(classes) == 0:
+        fake_one_hot = torch.ones(len(sample_c), 1, dtype=torch.float64)
+        real_one_hot = torch.ones(len(real_c), 1, dtype=torch.float64)
+    else:
+        fake_one_hot = (sample_c.cpu()[:, None] == classes).double()
+        real_one_hot = (real_c.cpu()[:, None] == classes).double()
+    counts = real_one_hot.sum(0)
+    return fake_one_hot, real_one_hot, counts / counts.sum()
 
 
 def _kernel_sums(

@@ -147,8 +147,9 @@ class FeatureEvaluator:
         Classes do not count, because they weigh little among so different images.
         """
         rows = self.real.features.to(self.device)
-        same_class = torch.zeros(len(rows), dtype=torch.long)
-        perfect = perfect_sampler_scores(self.kind, rows, width=self.width, real_c=same_class, num_samples=self.total)
+        sample_c = torch.zeros(self.total, dtype=torch.long)
+        real_c = torch.zeros(len(rows), dtype=torch.long)
+        perfect = perfect_sampler_scores(self.kind, rows, width=self.width, sample_c=sample_c, real_c=real_c)
         return {"perfect": perfect}
 
 

@@ -140,9 +140,8 @@ def _baselines_of_features(real: Real, real_c: Classes, sample_c: Classes) -> di
         CIFAR10_KIND,
         real,
         width=CIFAR10_WIDTH,
-        real_c=real_c,
-        num_samples=num_samples,
         sample_c=sample_c,
+        real_c=real_c,
         kernel_rows=kernel_rows,
     )
     perfect |= _perfect_auc("auc_features", num_samples=num_samples, num_real=min(num_samples, len(real)))
@@ -223,9 +222,7 @@ def baselines_digits(reference: Reference, sample_c: Cond) -> dict[str, Scores]:
     x = reference.x
     real_c = reference.c.cpu()
     real = digits.features(x)
-    perfect = perfect_sampler_scores(
-        DIGITS_KIND, real, width=DIGITS_WIDTH, real_c=real_c, num_samples=num_samples, sample_c=sample_c
-    )
+    perfect = perfect_sampler_scores(DIGITS_KIND, real, width=DIGITS_WIDTH, sample_c=sample_c, real_c=real_c)
     if "fd" in perfect:
         perfect["fd_grey"] = perfect["fd"]
         perfect["fd_grey_sd"] = perfect["fd_sd"]

@@ -27,13 +27,10 @@ from torch import Generator, Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dumo.encoders.classifier import cifar10
-from dumo.evaluation.baseline import random_parts
-from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd, perfect_class_mmd
-from dumo.evaluation.class_mmd import gaussian_mmd_null_sd
-from dumo.evaluation.copy import THUMB_SIDE, nearest_images
+from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd, perfect_mmd_scores
+from dumo.evaluation.copy import THUMB_SIDE, Thumbs, nearest_images
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import PIXEL_SIDE, pixel_frechet
-from dumo.evaluation.mmd import pick_rows
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores
 from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
@@ -48,6 +45,7 @@ from dumo.types import Sample, UserError
 KIND = "photos"
 PIECE = 64  # images that are read at a time: ours
 MAX_IMAGES = 5000  # of the data that are judged by: ours
+MIN_COMPARED = MIN_PHOTOS // 2  # images on either side of a comparison, which there always are without classes
 MAX_COMPARED = 1000  # images on either side of a comparison: ours
 SPLITS = 10  # random choices of images over which scores are averaged: ours
 WIDTH = 16.0  # of the kernel: two images of CIFAR-10 are 15.9 apart, at the median
@@ -64,10 +62,14 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     Raises `UserError` for fewer than `MIN_PHOTOS` images, and where no sample is of one of their classes.
     """
     data = context.data()
+    trained = context.trained() if context.trained else None  # None: the data themselves were trained on
+    tick = context.tick or _no_tick
+    num_data = data.size or 0
+    num_trained = 0 if trained is None else trained.size or 0
     batches: list[MeasuredImages] = []
     classes: list[Tensor] = []
     shape: tuple[int, ...] = ()
-    for x, c in _read_images(data, context.seed, context.tick or _no_tick):
+    for x, c in _read_images(data, context.seed, _part_of(tick, after=num_trained)):
         shape = tuple(x.shape[1:])
         batches.append(MeasuredImages.of(x))
         classes.append(c)
@@ -88,17 +90,36 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
         "features": f"{cifar10.width} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
         "features_sha256": cifar10.sha256,
         "rounding": "0 to 255",
-        "reference": f"{num_images:,} of {data.size or 0:,} images of the data",
+        "reference": f"{num_images:,} of {num_data:,} images of the data",
         "reference_sha256": digest.of_tensor(real.rows),
     }
     if num_images < FEW_IMAGES:
         facts["spread"] = f"rough: with {num_images} images the baseline itself varies, see its sd"
     facts |= class_facts(sample_c, real_c)
-    return PhotosEvaluator(sample_c=sample_c, real=real, real_c=real_c, shape=shape, facts=facts)
+    trained_thumbs = None
+    if trained is not None:
+        thumbs = [_thumbs_of(x) for x, _ in _read_images(trained, context.seed, _part_of(tick, before=num_data))]
+        trained_thumbs = torch.cat(thumbs)
+        facts["reference"] += ", held out, never trained on"
+        facts["copies"] = f"of {len(trained_thumbs):,} of {num_trained:,} images that were trained on"
+    return PhotosEvaluator(
+        sample_c=sample_c,
+        real=real,
+        real_c=real_c,
+        matched=MatchedClasses.of(sample_c, real_c),
+        trained_thumbs=trained_thumbs,
+        shape=shape,
+        facts=facts,
+    )
 
 
 def _no_tick(done: int, total: int) -> None:
     """Show no progress."""
+
+
+def _part_of(tick: ImageTick, *, before: int = 0, after: int = 0) -> ImageTick:
+    """The tick of one reading of several: `before` images were read ahead of it, and `after` are read later."""
+    return lambda done, total: tick(before + done, before + total + after)
 
 
 def _read_images(data: Data, seed: int, tick: ImageTick) -> Iterator[tuple[Sample, Classes]]:
@@ -139,9 +160,7 @@ class MeasuredImages:
         """Measure images x (n, 1 or 3, h, w), rounded to 8 bits. Raises UserError for samples of other shapes."""
         colours = from_uint8(to_uint8(x.cpu()))  # 3 channels, equal ones of a grey image
         features = cifar10.features(adaptive_avg_pool2d(colours, (CLASSIFIER_SIDE, CLASSIFIER_SIDE)))
-        channels = x.shape[1]
-        thumbs = adaptive_avg_pool2d(colours[:, :channels], (THUMB_SIDE, THUMB_SIDE))
-        return cls(torch.cat([features, thumbs.flatten(1)], 1), channels)
+        return cls(torch.cat([features, _thumbs_of(x).flatten(1)], 1), x.shape[1])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -161,38 +180,73 @@ class MeasuredImages:
         return self.rows[:, cifar10.width :].view(len(self), self.channels, THUMB_SIDE, THUMB_SIDE)
 
 
+def _thumbs_of(x: Sample) -> Thumbs:
+    """Thumbnails (n, c, THUMB_SIDE, THUMB_SIDE) of images x (n, c, h, w) of 1 or 3 channels, rounded to 8 bits."""
+    colours = from_uint8(to_uint8(x.cpu()))[:, : x.shape[1]]
+    return adaptive_avg_pool2d(colours, (THUMB_SIDE, THUMB_SIDE))
+
+
+@dataclass(frozen=True)
+class MatchedClasses:
+    """The classes by which equal numbers of samples and images are compared.
+
+    A comparison has each class as often as there are samples of it, and for half of its images at most, since a perfect
+    sampler is measured by images that are compared with others. So none comes twice: samples that lie on each other
+    cover no space, and recall falls.
+    """
+
+    sample_c: Classes
+    real_c: Classes
+    compared_c: Classes  # of the images on either side of a comparison, in random order
+
+    @classmethod
+    def of(cls, sample_c: Classes, real_c: Classes) -> "MatchedClasses":
+        """Match these classes; all are of one class where else fewer than `MIN_COMPARED` images were left."""
+        num_classes = int(torch.cat([sample_c, real_c]).max()) + 1
+        sample_counts = sample_c.bincount(minlength=num_classes)
+        real_counts = real_c.bincount(minlength=num_classes)
+        counts = torch.minimum(sample_counts, real_counts // 2)
+        if num_classes > 1 and counts.sum() < MIN_COMPARED:
+            return cls.of(torch.zeros_like(sample_c), torch.zeros_like(real_c))
+        compared_c = torch.arange(num_classes).repeat_interleave(counts)
+        order = torch.randperm(len(compared_c), generator=stream(KIND, "compared"))
+        return cls(sample_c, real_c, compared_c[order[:MAX_COMPARED]])
+
+
 Pair = tuple[MeasuredImages, MeasuredImages]  # equally many samples and images that are compared
 
 
 @dataclass(frozen=True)
 class PhotosEvaluator:
-    """Scores samples against the images of the data."""
+    """Scores samples against the images of the data, and finds copies of those that were trained on."""
 
     sample_c: Classes
     real: MeasuredImages  # the images of the data
     real_c: Classes
+    matched: MatchedClasses
+    trained_thumbs: Thumbs | None  # of the images that were trained on; None: these are `real`
     shape: tuple[int, ...]  # of an image, (channels, height, width)
     facts: dict[str, str]
 
     @property
     def num_compared(self) -> int:
-        """How many images are on either side of a comparison: at most half of the data, for two halves are compared."""
-        return min(len(self.real) // 2, len(self.sample_c), MAX_COMPARED)
+        """How many images are on either side of a comparison."""
+        return len(self.matched.compared_c)
 
     def score(self, samples: NumberedSamples) -> Scores:
         """`mmd` and `class_mmd` with their standard errors, `pixel_fd`, `precision`, `recall`, and `copies`.
 
-        `copies` is the share of samples that are copies of an image, mirrored or not (`NearestImages.is_copy`).
+        `copies` is the share of samples that are copies of an image that was trained on, mirrored or not
+        (`NearestImages.is_copy`).
         Every rank must call it. Raises `UserError` where samples are missing.
         """
         batches = ((index, MeasuredImages.of(x).rows) for index, x in samples)
         fake = MeasuredImages(collect(batches, len(self.sample_c)), self.real.channels)
         pairs: list[Pair] = []
         for k in range(SPLITS):
-            real_indices = self._random_indices(k)
             draws = stream(KIND, "samples", k)
-            fake_indices = indices_of_classes(self.real_c[real_indices], self.sample_c, draws)
-            pairs.append((fake.select(fake_indices), self.real.select(real_indices)))
+            fake_indices = indices_of_classes(self.matched.compared_c, self.matched.sample_c, draws)
+            pairs.append((fake.select(fake_indices), self.real.select(self._random_indices(k))))
         scores = self._kernel_distances(fake, self.sample_c)  # first `mmd`: the first score is the one that counts
         scores |= self._mean_scores(pairs)
         scores["copies"] = self._share_of_copies(fake)
@@ -210,17 +264,16 @@ class PhotosEvaluator:
         pairs: list[Pair] = []
         for k in range(SPLITS):
             draws = stream(KIND, "parts", k)
-            parts = random_parts(self.real_c, len(self.real) // self.num_compared, draws)  # disjoint, two or more
-            a = pick_rows(parts[0], self.num_compared, draws)
-            b = pick_rows(parts[1], self.num_compared, draws)
+            both_sides = indices_of_classes(self.matched.compared_c.repeat(2), self.matched.real_c, draws)
+            a, b = both_sides.chunk(2)
             pairs.append((self.real.select(a), self.real.select(b)))
         copies = self._share_of_copies(self.real, are_real=True)
-        # of the difference of two binomial shares with this mean, of the images and of the samples (ours)
-        copies_variance = copies * (1 - copies) * (1 / len(self.real) + 1 / len(self.sample_c))
+        # of the difference of two binomial shares, of the images and of the samples (ours)
+        num_real = len(self.real)
+        p = (copies * num_real + 1) / (num_real + 2)  # Laplace's estimate, which is never 0
+        copies_variance = p * (1 - p) * (1 / num_real + 1 / len(self.sample_c))
         return {
-            "mean": 0.0,  # `mmd` has no bias
-            "sd": gaussian_mmd_null_sd(len(self.sample_c), self.real.features, WIDTH, self.real_c),
-            **perfect_class_mmd(self.real.features, width=WIDTH, sample_c=self.sample_c, real_c=self.real_c),
+            **perfect_mmd_scores(self.real.features, width=WIDTH, sample_c=self.sample_c, real_c=self.real_c),
             **self._mean_scores(pairs),
             "copies": copies,
             "copies_sd": copies_variance**0.5,
@@ -248,7 +301,7 @@ class PhotosEvaluator:
 
     def _random_indices(self, k: int) -> Indices:
         """The indices (num_compared,) of the images that the k-th split compares with samples."""
-        return torch.randperm(len(self.real), generator=stream(KIND, "halves", k))[: self.num_compared]
+        return indices_of_classes(self.matched.compared_c, self.matched.real_c, stream(KIND, "halves", k))
 
     def _mean_scores(self, pairs: Sequence[Pair]) -> Scores:
         """`pixel_fd`, `precision` and `recall`, in the mean over pairs of samples and images."""
@@ -269,24 +322,26 @@ class PhotosEvaluator:
         return scores
 
     def _share_of_copies(self, fake: MeasuredImages, *, are_real: bool = False) -> float:
-        """The share of samples that are copies of images.
+        """The share of samples that are copies of images that were trained on.
 
-        `are_real`: `fake` are the images themselves, and a copy is one that has a double among the others.
+        `are_real`: `fake` are the images `real`. Where these were trained on, a copy is one that has a double among the
+        others.
         """
-        left_out = torch.arange(len(fake)) if are_real else None
-        nearest = nearest_images(self.real.thumbs, fake.thumbs, left_out=left_out)
+        trained_thumbs = self.trained_thumbs
+        left_out = None
+        if trained_thumbs is None:
+            trained_thumbs = self.real.thumbs
+            left_out = torch.arange(len(fake)) if are_real else None
+        nearest = nearest_images(trained_thumbs, fake.thumbs, left_out=left_out)
         return nearest.is_copy.double().mean().item()
 
 
 def indices_of_classes(wanted_c: Classes, c: Classes, generator: Generator) -> Indices:
-    """Random indices i (n,) with c[i] equal to the classes `wanted_c` (n,), each of which c has.
-
-    An index comes twice only where a class is wanted more often than c has it.
-    """
+    """Random indices i (n,), none twice, with c[i] equal to the classes `wanted_c` (n,), which c has as often."""
     indices = torch.empty_like(wanted_c)
     for k in wanted_c.unique():
         candidates = (c == k).nonzero()[:, 0]
         positions = (wanted_c == k).nonzero()[:, 0]
         order = torch.randperm(len(candidates), generator=generator)
-        indices[positions] = candidates[order[torch.arange(len(positions)) % len(candidates)]]
+        indices[positions] = candidates[order[: len(positions)]]
     return indices

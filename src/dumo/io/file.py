@@ -75,14 +75,15 @@ def _error_of(path: Path, error: BaseException, temp_path: Path) -> OSError | No
 def commit(temp_path: Path, path: Path, *, durable: bool = False) -> None:
     """Rename what was written at `temp_path` to `path`, in place of what is there. `durable`: once it is on the disk.
 
-    The umask then decides who may read the files: those of safetensors are private to their owner at first.
+    The umask then decides who may read the files: those of safetensors are private to their owner at first. Raises
+    IsADirectoryError where a file would take the place of a folder.
     """
     for part in (*temp_path.rglob("*"), temp_path):
         if part.stat().st_mode & 0o777 == _PRIVATE_MODE:
             part.chmod(0o666 & ~_umask())
         if durable:
             flush(part)
-    if path.is_dir():
+    if path.is_dir() and temp_path.is_dir():
         _replace_folder(temp_path, path)
     else:
         temp_path.replace(path)

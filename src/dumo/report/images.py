@@ -45,6 +45,7 @@ from dumo.runtime.progress import Bar, Tick, line_printer, no_bar
 from dumo.types import Spec, UserError
 
 DEFAULT_KIND = "photos"  # the protocol that needs no download: ours
+CLASSES_KINDS = ("photos", "cifar10-features")  # of the protocols that compare with --against by class
 KINDS = sorted(  # the protocols that judge images without captions
     {*get_args(InceptionKind), *get_args(ShippedKind), *get_args(vision.FeatureKind)} - {"toy"}
 )
@@ -96,7 +97,7 @@ def judge(
     if missing:
         raise UserError(f"protocol {protocol.kind} needs {missing}")
 
-    # what they are compared with; the labels are left out where the reference has other classes
+    # what they are compared with; no labels where classes are compared, and the reference has others or none
     labels_of_images = image_set.labels if num_judged_classes else None
     reference = _find_reference(protocol, tree, against, image_set, labels_of_images)
     labels = reference.labels
@@ -246,8 +247,8 @@ def _find_reference(
 ) -> _ImagesReference:
     """What `image_set`, whose classes are `labels`, is compared with.
 
-    The protocol `photos` judges by class only where images and reference have the same classes. Raises UserError where
-    --against is missing, or names images of another size.
+    Protocols of `CLASSES_KINDS` judge by class only where images and reference have the same classes. Raises UserError
+    where --against is missing, or names images of another size.
     """
     if protocol.kind == "digits":
         return _ImagesReference(Digits().originals(), Digits().model_dump(mode="json"), labels)
@@ -255,7 +256,7 @@ def _find_reference(
         return _ImagesReference(None, None, labels)
     if against is None:
         raise UserError(f"protocol {protocol.kind} compares with real images: say where, --against FOLDER or FILE.npz")
-    by_shared_classes = protocol.kind == DEFAULT_KIND
+    by_shared_classes = protocol.kind in CLASSES_KINDS
     place = user_path(against, "--against")
     if place.suffix == ".npz" and not tree["data"]:
         return _npz_reference(place, image_set, labels, by_shared_classes=by_shared_classes)

@@ -52,8 +52,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
             stored = None
         context = Context(
             data=partial(reference_data, data, evaluation.split),
-            # only where samples are judged against another split than the run was trained on
-            trained=data.originals if evaluation.split else None,
+            trained=trained_data(data, evaluation.split),
             classes=data.labels,
             seed=evaluation.seed,
             device=sampler.device,
@@ -117,6 +116,15 @@ def reference_data(data: Data, split: str | None) -> DataSource:
         return split_images.with_facts().originals()
     except UserError as error:
         raise UserError(f"{error}; or evaluate.split={split}, the images that samples are judged against") from error
+
+
+def trained_data(data: Data, split: str | None) -> Callable[[], DataSource] | None:
+    """What opens the data of the training, where samples are judged against a split that was held out; else None."""
+    images = shown_data(data)
+    is_trained_on = is_images(images) and images.split == split
+    if split is None or is_trained_on:
+        return None
+    return data.originals
 
 
 def require_likelihood(sampler: Sampler) -> None:

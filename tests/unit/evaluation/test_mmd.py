@@ -53,7 +53,6 @@ def test_gaussian_mmd_is_by_class_the_mean_over_pairs() -> None:
             whole += p[i] * p[j] * (mean(a, b) + mean(e, f) - mean(a, f) - mean(b, e))
     assert gaussian_mmd(x, y, 2.0, c, d).value == pytest.approx(1000 * whole, rel=1e-9)
     assert gaussian_mmd(x, y, 2.0).value == pytest.approx(1000 * mmd2(x, y, [2.0]), rel=1e-9)
-    assert gaussian_mmd(x, y, 2.0, c, torch.tensor([1, 1, 0, 1, 1, 1])).value == gaussian_mmd(x, y, 2.0).value
 
 
 def test_gaussian_mmd_of_two_normal_laws() -> None:
@@ -79,7 +78,9 @@ def test_the_deviation_of_no_difference_is_that_of_draws() -> None:
     """With samples that have the shares of the reference, with classes and without."""
     d = torch.arange(400) % 3
     for c in (torch.arange(300) % 3, None):
-        known = gaussian_mmd_null_sd(300, mixture(d, "known"), 3.0, None if c is None else d)
+        one_class = torch.zeros(400, dtype=torch.long)
+        classes = (one_class[:300], one_class) if c is None else (c, d)
+        known = gaussian_mmd_null_sd(classes[0], mixture(d, "known"), 3.0, classes[1])
         values = list[float]()
         for i in range(100):
             own = (
@@ -90,6 +91,15 @@ def test_the_deviation_of_no_difference_is_that_of_draws() -> None:
             x, y = mixture(own[0], (i, 2)), mixture(own[1], (i, 3))
             values.append(gaussian_mmd(x, y, 3.0, *(own if c is not None else ())).value)
         assert known == pytest.approx(stdev(values), rel=0.25)
+
+
+def test_the_deviation_of_no_difference_where_samples_have_other_shares() -> None:
+    """Samples in turn of two classes, which are nine tenths and a tenth of the data."""
+    c = torch.arange(60) % 2
+    d = (torch.arange(200) % 10 == 0).long()
+    known = gaussian_mmd_null_sd(c, mixture(d, "known"), 3.0, d)
+    values = [gaussian_mmd(mixture(c, (i, 4)), mixture(d, (i, 5)), 3.0, c, d).value for i in range(150)]
+    assert known == pytest.approx(stdev(values), rel=0.2)
 
 
 @pytest.mark.nightly
@@ -129,7 +139,7 @@ def test_class_mmd_alone_sees_labels_of_other_classes() -> None:
     c, d = torch.arange(300) % 3, torch.arange(600) % 3
     x, y = mixture(c, "samples"), mixture(d, "reference")
     scores = mmd_scores(x, y, width=3.0, sample_c=(c + 1) % 3, real_c=d)
-    assert scores["mmd"] < 2 * gaussian_mmd_null_sd(300, y, 3.0, d)
+    assert scores["mmd"] < 2 * gaussian_mmd_null_sd(c, y, 3.0, d)
     assert scores["class_mmd"] > 100 * class_mmd_null_sd(c, y, 3.0, d)
     assert scores["class_mmd"] > 10 * scores["class_mmd_sd"]
 
@@ -150,6 +160,9 @@ def test_a_class_with_one_image_on_a_side_is_left_out_and_said() -> None:
     x, y = torch.randn(7, 4, generator=stream("x")), torch.randn(9, 4, generator=stream("y"))
     assert shared_classes(c, d) == [0, 1]
     assert class_mmd(x, y, 2.0, c, d) == class_mmd(x[:5], y[:5], 2.0, c[:5], d[:5])
+    assert gaussian_mmd(x, y, 2.0, c, d) == pytest.approx(tuple(gaussian_mmd(x[:5], y[:5], 2.0, c[:5], d[:5])))
+    assert gaussian_mmd(x[:3], y, 2.0, torch.tensor([0, 1, 2]), d) == gaussian_mmd(x[:3], y, 2.0)  # none is left
+    assert gaussian_mmd_null_sd(c, y, 2.0, d) == pytest.approx(gaussian_mmd_null_sd(c[:5], y[:5], 2.0, d[:5]))
     assert class_facts(c, d) == {"class_mmd": "2 of 5 classes: 3 have fewer than 2 images on a side, and do not count"}
     assert class_facts(c[:5], d[:5]) == class_facts(torch.zeros(5, dtype=torch.long), d) == {}
     assert "class_mmd" not in mmd_scores(x[:3], y, width=2.0, sample_c=torch.tensor([0, 1, 2]), real_c=d)

@@ -91,6 +91,46 @@ def test_copies_are_told(own: PhotosEvaluator, turn: "type[Tensor]") -> None:
     assert scores(own, torch.cat([copied, drawn(30, "fresh")]))["copies"] == 0.5
 
 
+def test_copies_are_of_images_that_were_trained_on() -> None:
+    """Half of the samples are, and a tenth of the images that were held out."""
+    trained, held = drawn(40, "trained", side=8), drawn(60, "held", side=8)
+    held[:6] = trained[34:]
+    one_class = torch.zeros(60, dtype=torch.long)
+    context = Context(lambda: TensorData(held, one_class), trained=lambda: TensorData(trained, one_class[:40]))
+    evaluator = PROTOCOL.evaluator(context)
+    assert isinstance(evaluator, PhotosEvaluator)
+    assert scores(evaluator, torch.cat([trained[:30], drawn(30, "fresh", side=8)]))["copies"] == 0.5
+    assert evaluator.baselines()["perfect"]["copies"] == 0.1
+    assert "held out, never trained on" in evaluator.facts["reference"]
+
+
+def test_one_copy_by_chance_is_within_the_spread() -> None:
+    perfect = opened(drawn(60, "real", side=8)).baselines()["perfect"]
+    assert perfect["copies"] == 0
+    assert 1 / 60 < 2 * perfect["copies_sd"] < 4 / 60
+
+
+def in_classes(c: Tensor, key: str) -> Tensor:
+    """Small images, each class of a lightness of its own."""
+    return 0.3 * drawn(len(c), key, side=8) + (0.3 * c - 0.6)[:, None, None, None]
+
+
+def test_recall_is_as_perfect_where_a_class_has_far_more_images_than_samples() -> None:
+    real_c = torch.cat([torch.zeros(220), torch.arange(80) % 4 + 1]).long()
+    protocol = ShippedProtocol(kind="photos", samples=100)
+    evaluator = opened(in_classes(real_c, "real"), real_c, protocol)
+    found = scores(evaluator, in_classes(protocol.labels(5), "fresh"))
+    perfect = evaluator.baselines()["perfect"]
+    assert found["recall"] == pytest.approx(perfect["recall"], abs=0.1)
+    assert found["pixel_fd"] == pytest.approx(perfect["pixel_fd"], rel=0.3)
+
+
+def test_where_each_class_has_one_image_classes_are_not_matched() -> None:
+    evaluator = opened(drawn(61, "real", side=8), torch.arange(61), ShippedProtocol(kind="photos", samples=122))
+    found = scores(evaluator, drawn(122, "fresh", side=8))
+    assert found["recall"] > 0.5
+
+
 @pytest.mark.slow
 def test_samples_are_compared_with_images_of_their_classes() -> None:
     """Classes come in turn; a set that has one of them nine times in ten must not count for a difference."""
@@ -102,9 +142,9 @@ def test_samples_are_compared_with_images_of_their_classes() -> None:
     fresh[dark] = -fresh[dark].abs()
     perfect = evaluator.baselines()["perfect"]
     assert abs(scores(evaluator, fresh)["mmd"] - perfect["mean"]) < 3 * perfect["sd"]
-    rows = indices_of_classes(torch.tensor([1, 1, 0, 1]), torch.tensor([0, 1, 0, 1]), stream("alike"))
-    assert torch.tensor([0, 1, 0, 1])[rows].tolist() == [1, 1, 0, 1]
-    assert set(rows[[0, 1]].tolist()) == {1, 3}  # each once before one is taken again
+    rows = indices_of_classes(torch.tensor([1, 0, 1]), torch.tensor([0, 1, 0, 1]), stream("alike"))
+    assert torch.tensor([0, 1, 0, 1])[rows].tolist() == [1, 0, 1]
+    assert set(rows[[0, 2]].tolist()) == {1, 3}  # each once
 
 
 @pytest.mark.slow

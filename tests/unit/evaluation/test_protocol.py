@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.data import Digits
+from dumo.data import Digits, Images
 from dumo.encoders.classifier import digits
 from dumo.evaluation import Context, ShippedProtocol, measures
 from dumo.evaluation.class_mmd import gaussian_mmd
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet
 from dumo.evaluation.wholeset import Reference
+from dumo.run.judge import trained_data
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -145,6 +146,13 @@ def test_samples_are_judged_against_what_was_held_out(split: Reference) -> None:
     assert abs(score["mmd"]) < 4 * perfect["sd"]
     assert score["nearest"] == pytest.approx(1, abs=3 * perfect["nearest_sd"])
     assert measures.score_digits(split.trained[:600], torch.arange(600) % 10, split)["nearest"] == 0
+
+
+def test_only_another_split_is_held_out() -> None:
+    images = Images(root="photos", side=8, split="train", classes=0)
+    assert trained_data(images, "test") == images.originals
+    assert trained_data(images, "train") is None
+    assert trained_data(images, None) is None
 
 
 def test_of_five_folds_all_digits_are_held_out_but_two() -> None:

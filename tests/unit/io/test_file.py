@@ -64,6 +64,17 @@ def test_a_folder_stays_where_the_new_one_cannot_take_its_name(tmp_path: Path, m
     assert [*tmp_path.iterdir()] == [path]
 
 
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    kept = tmp_path / "results" / "kept"
+    kept.parent.mkdir()
+    kept.write_text("old")
+    with pytest.raises(IsADirectoryError) as caught:
+        file.write(kept.parent, b"new")
+    assert caught.value.filename == str(kept.parent)
+    assert kept.read_text() == "old"
+    assert [*tmp_path.iterdir()] == [kept.parent]
+
+
 def test_writers_have_places_of_their_own(tmp_path: Path) -> None:
     with file.atomic_write(tmp_path / "a") as first, file.atomic_write(tmp_path / "a", writer=0) as second:
         assert str(os.getpid()) in first.name

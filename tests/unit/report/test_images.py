@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from PIL import Image
 from dumo.data import Digits
 from dumo.data.pixel import Unreadable
 from dumo.encoders import inception
-from dumo.evaluation import ShippedProtocol
+from dumo.evaluation import Context, ShippedProtocol
 from dumo.evaluation import images as by_inception
+from dumo.evaluation.protocol import NumberedSamples, Scores
 from dumo.evaluation.reference import PIECE, STANDARDS, hash_images
 from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
@@ -158,6 +160,40 @@ def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
     again = judge("made", against="real.npz", out=Path("again.json"))
     assert again["results"] == reports[0]["results"]
     assert again["card"]["reference_sha256"] == reports[0]["card"]["reference_sha256"]
+
+
+def test_features_of_cifar10_are_compared_by_class_where_both_sides_have_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else neither has classes: a reference without them would be all of class 0."""
+    contexts: list[Context] = []
+
+    class Judged:
+        facts: ClassVar = {}
+
+        def score(self, samples: NumberedSamples) -> Scores:
+            return {"mmd": 0.0}
+
+        def baselines(self) -> dict[str, Scores]:
+            return {}
+
+    def evaluator(protocol: ShippedProtocol, context: Context) -> Judged:
+        contexts.append(context)
+        return Judged()
+
+    monkeypatch.setattr(ShippedProtocol, "evaluator", evaluator)
+    x = torch.from_numpy(DRAWS.integers(0, 256, (1000, 32, 32, 3), dtype=np.uint8))
+    c = torch.arange(1000) % 10
+    write_adm(Path("made.npz"), x, c)
+    write_adm(Path("fewer.npz"), x, c % 5)
+    np.savez("flat.npz", x.numpy())
+    reports = [judge("made.npz", "cifar10-features", against=f"{name}.npz") for name in ("made", "fewer", "flat")]
+    labels = [report["card"]["labels"] for report in reports]
+    assert labels == ["10 classes of the images", "none", "none"]
+    assert [context.classes for context in contexts] == [10, 0, 0]
+    assert [context.c is None for context in contexts] == [False, True, True]
+    real_classes = [int(context.data().reference(1000, 0)[1].max()) for context in contexts]
+    assert real_classes == [9, 0, 0]
 
 
 @pytest.mark.nightly
