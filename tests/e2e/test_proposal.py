@@ -159,13 +159,13 @@ def test_a_table_of_captions_is_read(here: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_minutes_are_a_deadline_and_about_so_many_steps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
+    monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 5.0)
     found = proposal.propose("photos", minutes=10, device="cpu")
     steps = found.run.train.steps
     assert (found.run.train.minutes, found.seconds) == (10, 600)
-    assert dict(found.lines())["time"].startswith("10:00, then it ends, with as many steps as it made; 0.5 s a step")
+    assert dict(found.lines())["time"].startswith("10:00, then it ends, with as many steps as it made; 5 s a step")
     assert dict(found.lines())["steps"].startswith(f"about {steps:,} of 32 images: each image about ")
-    assert steps == pytest.approx(600 / (0.5 * proposal.SLACK), rel=0.05)
+    assert steps == pytest.approx(600 / (5.0 * proposal.SLACK), rel=0.05)
     assert found.run.train.schedule.model_dump()["warmup"] == steps // proposal.WARMUP_SHARE
     assert proposal.propose("photos", device="cpu").seconds == 60 * proposal.DEFAULT_MINUTES
     by_steps = proposal.propose("photos", ["train.steps=7", "data.side=16"], device="cpu")
@@ -174,6 +174,19 @@ def test_minutes_are_a_deadline_and_about_so_many_steps(photos: Path, monkeypatc
     assert dict(found.lines())["images"].startswith("13 in 2 classes")
     by_setting = proposal.propose("photos", ["train.minutes=10"], device="cpu")
     assert (by_setting.run.train.minutes, by_setting.run.train.steps) == (10, steps)
+
+
+def test_few_images_are_learned_before_the_time_is_over(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More steps copy them, and in time training breaks (docs/log.md)."""
+    monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.1)
+    found = proposal.propose("photos", minutes=10, device="cpu")
+    assert found.run.train.steps == 610  # 1,500 times 13 images, by 32
+    assert found.run.train.minutes == pytest.approx(610 * 0.1 * proposal.SLACK / 60, abs=0.1)
+    assert found.seconds == 60 * found.run.train.minutes
+    assert "All 10 minutes by " in dict(found.lines())["ends early"]
+    longer = proposal.propose("photos", ["train.minutes=10"], device="cpu")
+    assert longer.run.train.minutes == 10
+    assert "ends early" not in dict(longer.lines())
 
 
 @pytest.mark.parametrize("length", ["train.steps=5", "train.minutes=3"])

@@ -4,7 +4,8 @@
 
 1. drafts a run that fits the images and the machine (`dumo.plan.photodraft`),
 2. times a step of it,
-3. sets how long it trains (`train.minutes`), and about how many steps that is.
+3. sets how long it trains (`train.minutes`), and about how many steps that is: less than the time there is, where
+   images are so few that they are learned before.
 
 On a CPU a run ends by the clock, unless the user says otherwise. What is proposed is set in the run like any other
 field, and `resolved.proposed` of its run.yaml says which fields those are.
@@ -12,6 +13,7 @@ field, and `resolved.proposed` of its run.yaml says which fields those are.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -38,8 +40,8 @@ from dumo.runtime.device import choose_device
 from dumo.runtime.door import option, settings
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.stopwatch import WARM_UP
-from dumo.runtime.text import duration_text
-from dumo.training.deadline import SECONDS_PER_MINUTE, minutes_to_prepare
+from dumo.runtime.text import duration_text, minutes_text, minutes_to_type
+from dumo.training.deadline import ENOUGH_VISITS, SECONDS_PER_MINUTE, minutes_to_prepare
 from dumo.types import Spec, UserError
 
 DEFAULT_MINUTES = 6.0  # of a training on a CPU, unless another time is asked for: ours
@@ -63,6 +65,7 @@ class Proposal:
     draft: Draft
     machine: str
     step_seconds: float  # with what validation adds to a step
+    minutes: float | None  # that there are; None: it ends by its steps
 
     @property
     def lacks_time(self) -> bool:
@@ -112,6 +115,12 @@ class Proposal:
             yield "time", f"{duration_text(self.seconds)}, then it ends, with as many steps as it made; {measured}"
         else:
             yield "time", f"{duration_text(self.seconds)}, by {measured}"
+        if self.minutes is not None and run.train.minutes is not None and run.train.minutes < self.minutes:
+            yield (
+                "ends early",
+                f"each image was seen {ENOUGH_VISITS:,} times by then: more steps copy images, and in time training "
+                f"breaks. All {minutes_text(self.minutes)} by {settings(f'train.minutes={self.minutes:g}')}",
+            )
         if self.lacks_time:
             yield (
                 "too short",
@@ -174,7 +183,13 @@ def propose(
     if minutes is not None:
         seconds_for_steps = SECONDS_PER_MINUTE * minutes - draft.prepare_seconds
         steps = max(1, int(seconds_for_steps / (SLACK * step_seconds)))
-        fields |= {"train.minutes": minutes, "train.steps": steps}
+        train_minutes = minutes
+        enough_steps = ceil(ENOUGH_VISITS * draft.images.count / run.train.batch)
+        if steps > enough_steps and not _says_minutes(sets):
+            steps = enough_steps
+            seconds = draft.prepare_seconds + steps * SLACK * step_seconds
+            train_minutes = min(minutes, minutes_to_type(seconds / SECONDS_PER_MINUTE))
+        fields |= {"train.minutes": train_minutes, "train.steps": steps}
     if run.data.labels > run.evaluate.protocol.total:  # some classes would have no sample
         fields["evaluate.protocol.samples"] = SAMPLES_PER_CLASS * run.data.labels
     if run.train.schedule.warmup > steps // WARMUP_SHARE:
@@ -184,7 +199,7 @@ def propose(
     for field in ("data", "data.images.root" if is_latents(run.data) else "data.root"):  # as the user has them
         proposed.pop(field, None)
     run = run.model_copy(update={"resolved": run.resolved | {PROPOSED_KEY: proposed}})
-    return Proposal(run, draft, machine.hardware(torch_device).text, step_seconds)
+    return Proposal(run, draft, machine.hardware(torch_device).text, step_seconds, minutes)
 
 
 def _images_at(place: str | None, sets: Sequence[str]) -> Images:
@@ -220,6 +235,11 @@ def _minutes_to_train(minutes: float | None, sets: Sequence[str], device: torch.
     if minutes is None and device.type == "cpu":
         return DEFAULT_MINUTES
     return minutes
+
+
+def _says_minutes(sets: Sequence[str]) -> bool:
+    """Whether the user's own changes say after how many minutes a run ends."""
+    return any(text.startswith("train.minutes=") for text in sets)
 
 
 def _step_seconds(run: Run, device: torch.device) -> float:

@@ -15,9 +15,11 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
+from dumo.config.conditions import shown_data
 from dumo.config.parts import Evaluation
 from dumo.config.source import PROPOSED_KEY
 from dumo.config.word import STATES
+from dumo.data import is_images
 from dumo.report.judgement import Judgement
 from dumo.report.proximity import Proximity
 from dumo.report.score import decisive_comparison, duration, error, number
@@ -26,7 +28,7 @@ from dumo.run.speed import seconds_between
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path
 from dumo.runtime.text import minutes_text, minutes_to_type
-from dumo.training.deadline import SECONDS_PER_MINUTE, Timing
+from dumo.training.deadline import ENOUGH_VISITS, SECONDS_PER_MINUTE, Timing
 
 # The distance of samples to their nearest images over that of real images, beyond which samples are not like the data:
 # on digits it is 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000.
@@ -90,6 +92,9 @@ def reach_verdict(
     if quality.is_good or (quality.head and opened.is_shipped):
         return Verdict(quality.head, quality.reason, _suggest_uses(name), quality.is_good)
     if quality.head:
+        images = shown_data(run.data)
+        if is_images(images) and num_images is not None and step * run.train.batch >= ENOUGH_VISITS * num_images:
+            return Verdict(quality.head, quality.reason, [_suggest_more_images(images.root, name)])
         return Verdict(quality.head, quality.reason, [_suggest_more_training(opened, name)])
     if evaluation is None and missing_to_judge(run, num_images) is None:
         return Verdict("Trained, and not judged yet", "", [_suggest_evaluation(run.evaluate, name)])
@@ -191,6 +196,12 @@ def _suggest_more_training(opened: RunFolder, name: str) -> NextStep:
     if seconds is not None:
         effect += f", in about {duration(seconds)}"
     return NextStep(f"dumo train {name} --set train.steps={2 * opened.step}", effect)
+
+
+def _suggest_more_images(place: str, name: str) -> NextStep:
+    """A new run on more images, in place of one that saw each of its images often enough."""
+    effect = f"trains on the images that are there then: add some first. Each was seen {ENOUGH_VISITS:,} times or more"
+    return NextStep(f"dumo train {shell_path(place)} --out {name}-more", effect)
 
 
 def _more_minutes(seconds: float) -> int:

@@ -44,6 +44,8 @@ FIRST_SAVE_SHARE = 0.1  # after it a command saves for the first time
 PLANNED_PREPARATION_SHARE = 0.5  # a plan lets data take this long to be prepared
 MAX_PREPARATION_SHARE = 0.75  # data may take this long, on a machine that is slower than planned
 _UNKNOWN_SHARE = 0.1  # a kind of work is taken to need this long until it has been timed
+# times that an image is seen
+ENOUGH_VISITS = 1500  # after them 60 photos gain nothing more, and in time training breaks: measured (docs/log.md)
 # kinds of work
 SAVE = "save"  # write a checkpoint
 JUDGE = "judge"  # score samples

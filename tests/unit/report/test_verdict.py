@@ -76,6 +76,15 @@ def test_a_run_that_was_proposed_for_minutes_gets_minutes(tmp_path: Path, step: 
     assert texts(verdict) == [f"dumo train runs/photos --minutes {minutes} goes on for {minutes:,} minutes"]
 
 
+def test_images_that_were_seen_often_enough_need_others_not_time(tmp_path: Path) -> None:
+    run = load("my-images", ["data.root=my photos", "train.batch=64", "train.steps=1000"])
+    opened = replace(run_folder(tmp_path, 1000), run=run)
+    (step,) = texts(reach_verdict(opened, NAME, evaluation("far"), None, num_images=42))  # 64 of 42, a thousand times
+    assert step.startswith("dumo train 'my photos' --out runs/photos-more trains on the images that are there then")
+    (step,) = texts(reach_verdict(opened, NAME, evaluation("far"), None, num_images=43))
+    assert "goes on for 1,000 more steps" in step
+
+
 def test_a_run_that_is_stopped_goes_on_to_its_end(tmp_path: Path) -> None:
     verdict = reach_verdict(run_folder(tmp_path, 20), NAME, None, proximity(4.1))
     assert verdict.head == "Not yet like the data, and stopped at step 20 of 5,000"
