@@ -256,6 +256,18 @@ def test_a_skipped_step_is_shown(here: Path) -> None:
     refused("log", "run", "--plot", named=("run: nothing is logged yet",))
 
 
+def test_of_several_words_those_of_no_run_are_passed_over(here: Path) -> None:
+    """As `runs/*` names the latents of photos, too. What is not there at all is a mistake."""
+    for name in ("a", "latents"):
+        Path("runs", name).mkdir(parents=True)
+    Path("runs/a/metrics.jsonl").write_text('{"step": 5, "loss": 0.5, "grad_norm": 1, "lr": 0.1}\n')
+    Path("runs/notes.txt").touch()
+    words = ("log", "runs/a", "runs/latents", "runs/notes.txt")
+    assert list(call(*words, "--json").json["runs"]) == ["runs/a"]
+    refused("log", *words[2:], named=("runs/latents has no metrics.jsonl",))
+    refused("log", "runs/a", "runs/b", named=("runs/b has no metrics.jsonl",))
+
+
 @pytest.mark.nightly
 def test_a_plan_for_ranks(here: Path) -> None:
     words = ("dry", "digits-flow-matching", "--set", "net.width=32", "--set", "net.depth=1", "--ranks", 2)

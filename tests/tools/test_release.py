@@ -16,7 +16,7 @@ PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+|\./\.github
 
 PICTURE = "The page of dumo demo"  # of README.md
 
-CHANGE = "### New\n\n- [This](docs/this.md)."
+CHANGE = "### New\n\n- [This](docs/photos.md)."
 CHANGES = f"""# Changelog
 
 ## [Unreleased]
@@ -90,7 +90,7 @@ def test_what_is_released_has_a_date_and_addresses(tmp_path: Path) -> None:
     before = (tmp_path / "README.md").read_text(encoding="utf-8")
     release.stamp("1.2.3", "someone/dumo", tmp_path)
     assert re.search(r"^## \[1\.2\.3\] - \d{4}-\d\d-\d\d$", (tmp_path / "CHANGELOG.md").read_text(), re.MULTILINE)
-    shown = "### New\n\n- [This](https://github.com/someone/dumo/blob/v1.2.3/docs/this.md)."
+    shown = "### New\n\n- [This](https://github.com/someone/dumo/blob/v1.2.3/docs/photos.md)."
     assert release.notes("1.2.3", tmp_path) == shown  # on the page of a release, where no file lies next to it
 
     after = (tmp_path / "README.md").read_text(encoding="utf-8")

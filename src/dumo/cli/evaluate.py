@@ -69,7 +69,7 @@ def log(
     Nothing is sent but by --to, and there only where that tool is set to send it: tensorboard and trackio keep it on
     this machine, and so does wandb with WANDB_MODE=offline.
     """
-    precheck.require_logged(runs)
+    runs = precheck.require_logged(runs)
     if (plot and to) or (as_json and (plot or to)):
         raise typer.BadParameter("--plot, --to and --json: give one of them")
     if follow and not to:

@@ -117,13 +117,22 @@ def require_evaluated(words: Sequence[str]) -> None:
         require_evaluation(shipped.find(word))
 
 
-def require_logged(words: Sequence[str]) -> None:
-    """Raise UserError unless each word names the folder of a run that has a log."""
-    from dumo.config.place import require_log
+def require_logged(words: Sequence[str]) -> list[str]:
+    """Return the words that name the folder of a run. Raises UserError where one of them has no log.
+
+    Of several words, as a shell makes of runs/*, those are passed over that lead to something else, such as latents.
+    Where all do, and where nothing is there, UserError is raised.
+    """
+    from dumo.config.place import is_no_run, require_log
     from dumo.run import shipped
 
-    for word in words:
-        require_log(shipped.find(word))
+    folders = {word: shipped.find(word) for word in words}
+    runs = [word for word, folder in folders.items() if not is_no_run(folder)]
+    if len(words) == 1 or not runs:
+        runs = [*words]
+    for word in runs:
+        require_log(folders[word])
+    return runs
 
 
 def _checked_tree(

@@ -419,7 +419,9 @@ def average(
     """
     text = precheck.read_run(run_folder, None)
 
+    from dumo.config.load import run_of
     from dumo.run.average import average
+    from dumo.run.judge import missing_to_judge
     from dumo.runtime import dist
 
     dist.require_one_process("dumo average")
@@ -432,7 +434,13 @@ def average(
     )
     out.print(str(averaged.file), soft_wrap=True)
     arguments = f"{shell_path(run_folder)} --weights {shell_path(averaged.file)}"
-    err.print(f"next:  dumo sample {arguments}    dumo evaluate {arguments}", soft_wrap=True)
+    next_commands = [f"dumo sample {arguments}"]
+    missing = missing_to_judge(run_of(text), num_images=None)  # images are not opened for it
+    if not missing:
+        next_commands.append(f"dumo evaluate {arguments}")
+    err.print("next:  " + "    ".join(next_commands), soft_wrap=True)
+    if missing:
+        err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
 
 def grid(

@@ -30,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dumo.error import UserError
-from dumo.runtime import signals
+from dumo.runtime import door, signals
 from dumo.runtime.progress import print_line
 from dumo.runtime.text import escape_controls, escape_line
 
@@ -103,17 +103,10 @@ def _resume_command() -> str:
             next(typed_words, None)  # its value
         elif word.partition("=")[0] not in _done_options:
             words.append(word)
-    command = shlex.join([*_program(), *words])
+    command = shlex.join([*door.program_words(), *words])
     if words != sys.argv[1:]:
         return f"what is left goes on by:  {command}"
     return f"the same command goes on from what is kept:  {command}"
-
-
-def _program() -> list[str]:
-    """The words of a command line with which this program was started: dumo, or torchrun with its ranks."""
-    if "WORLD_SIZE" not in os.environ:
-        return ["dumo"]
-    return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "dumo"]
 
 
 def reopen_streams() -> None:

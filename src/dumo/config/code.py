@@ -1,7 +1,7 @@
 """Classes from outside (`module:Class`) in a run. It resumes only with the code that it began with.
 
 `is_from_outside` says whether a part is of such a class, `has_own_net` and `has_own_parts` whether the user wrote the
-net, or the net or the loss.
+net, or the net or the loss, and `names_code` whether a run takes consent.
 
 `codes_of` hashes what a spec uses, for `resolved` in run.yaml; `require_same_code` compares with it later.
 """
@@ -30,6 +30,12 @@ def has_own_net(run: RunParts) -> bool:
 def has_own_parts(run: RunParts) -> bool:
     """Whether the net or the loss is a user's own."""
     return has_own_net(run) or is_from_outside(run.objective)
+
+
+def names_code(run: RunParts) -> bool:
+    """Whether training a run takes consent (`dumo.config.trust`): for a class from outside, or a teacher's function."""
+    has_own_class = any(True for _ in codes_of(run))
+    return has_own_class or (run.teacher is not None and run.teacher.kind == "python")
 
 
 def codes_of(part: object) -> Iterator[tuple[str, str | None]]:

@@ -2,7 +2,7 @@
 
 - `require_run_folder`, `require_images`, `require_evaluation` and `require_log` raise UserError where something else
   lies there. The message says what that is, what to type, and which runs have names close to the one that was typed.
-- `find_content`, `find_run_file`, `is_image` and `is_table` answer without raising.
+- `find_content`, `find_run_file`, `is_no_run`, `is_image` and `is_table` answer without raising.
 - `list_sources` and `list_run_folders` list what a mistyped name is compared with.
 
 Commands call these before they import torch, so this file imports no torch: a wrong name is answered at once.
@@ -84,8 +84,9 @@ def require_images(source: str | Path) -> None:
 def find_content(folder: Path, *, images: bool) -> Content | None:
     """What a folder holds: "run" where it has a run.yaml, "images" where a file at any depth may hold images.
 
-    Files are known by their suffix. Links to folders are followed, each folder is visited once, and the search ends at
-    the first image. `images=False` looks for a run alone, without a search. None: neither is there.
+    Files are known by their suffix. Hidden ones are left out, and below `folder` what dumo itself put there, as where
+    images are opened (`dumo.data.store.walk_files`). Links to folders are followed, each folder is visited once, and
+    the search ends at the first image. `images=False` looks for a run alone, without a search. None: neither is there.
     """
     if (folder / RUN_FILE).is_file():
         return "run"
@@ -97,10 +98,15 @@ def find_content(folder: Path, *, images: bool) -> Content | None:
         if real_parent in visited:  # a link led back to it
             subfolders.clear()
             continue
+        is_below_folder = bool(visited)
         visited.add(real_parent)
+        if is_below_folder and trained.holds_own_images(parent, {*subfolders, *names}):
+            subfolders.clear()
+            continue
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             path = Path(name)
-            if is_image(path) or is_table(path):
+            if not name.startswith(".") and (is_image(path) or is_table(path)):
                 return "images"
     return None
 
@@ -186,6 +192,12 @@ def require_evaluation(source: str | Path) -> None:
         return
     if not any(path.glob(OTHER_EVALUATIONS)):
         raise UserError(f"{source} has no {EVALUATION_FILE}: run dumo evaluate {shell_path(source)} first")
+
+
+def is_no_run(path: Path) -> bool:
+    """Whether something is at a path that has neither a run's settings nor its log. False where nothing is there."""
+    names = (RUN_FILE, LOG_FILE)
+    return os.path.exists(path) and not any(os.path.isfile(path / name) for name in names)
 
 
 def require_log(folder: Path) -> None:

@@ -89,13 +89,22 @@ class CacheIndex(CachePlan, TableIndex):
         return f"{rows:,} images{unread} as {shape} in {self.dtype}"
 
     def binding(self) -> dict[str, Any]:
-        """The fields that must be equal in two indices of one cache.
+        """The fields that say what was encoded, and how.
 
         The codec's fields are among them, each as `codec.name`, without the place of its weights: their hash is.
         """
         fields = super().binding()
         codec = _without_places(fields.pop("codec"))
         return fields | {f"codec.{name}": value for name, value in codec.items()}
+
+    def compared_inputs(self) -> dict[str, Any]:
+        """The fields that must be equal in two indices of one cache: all but the words for the images' place.
+
+        Their names and hashes say which images they are, wherever they lie.
+        """
+        fields = self.binding()
+        del fields["source"]
+        return fields
 
 
 def split_column(name: str) -> tuple[str, str]:

@@ -108,7 +108,7 @@ def encode(
 def _finished_shards(out: Path, index: CacheIndex, rank: int, world: int) -> list[int]:
     """The numbers of a rank's shards that a folder has already; [] where it has none, or another cache."""
     cached = read_index(out)
-    if cached is None or cached.binding() != index.binding():
+    if cached is None or cached.compared_inputs() != index.compared_inputs():
         return []
     return [number for number in table.written_shards(out, cached) if number % world == rank]
 

@@ -73,7 +73,7 @@ def has_cache(folder: Path, index: CacheIndex) -> bool:
     if cached is None:
         return False
     with_these_images = cached.model_copy(update={"fingerprint": index.fingerprint, "rows": index.rows})
-    return with_these_images.binding() == index.binding()
+    return with_these_images.compared_inputs() == index.compared_inputs()
 
 
 def require_origin(folder: Path, hashes: Hashes, *, max_bytes: int) -> None:

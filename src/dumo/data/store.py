@@ -28,7 +28,7 @@ from dumo.io import digest
 from dumo.io.content import Hashes
 from dumo.io.inventory import FileState, ItemFiles, state_of
 from dumo.io.read import first_few
-from dumo.io.trained import LATENTS_FOLDER, RUN_FILE
+from dumo.io.trained import holds_own_images
 from dumo.types import UserError
 
 # Names of the parts of a data set, as they stand in names of folders and files.
@@ -164,8 +164,8 @@ class FirstImages:
 def walk_files(root: Path) -> dict[str, FileState]:
     """All files under a folder, or the one file `root`, with their states.
 
-    They come in the order of their names. Hidden files are left out, and below `root` folders of runs and runs/latents,
-    where dumo puts images of its own. Links are followed; a link to nowhere has size -1. Raises UserError where
+    They come in the order of their names. Hidden files are left out, and below `root` the folders that dumo puts images
+    of its own into (`holds_own_images`). Links are followed; a link to nowhere has size -1. Raises UserError where
     there is nothing, or a link leads to a folder above it.
     """
     if root.is_dir():
@@ -252,8 +252,8 @@ def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[st
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
     is_below_root = bool(above)
-    if is_below_root and any(entry.name == RUN_FILE for entry in visible):
-        return  # images in a run's folder are its samples
+    if is_below_root and holds_own_images(folder, {entry.name for entry in visible}):
+        return
     for entry in sorted(visible, key=attrgetter("name")):
         try:
             entry_stat = os.stat(entry.path)
@@ -261,8 +261,7 @@ def _walk_folder(folder: str, above: frozenset[tuple[int, int]], states: dict[st
             states[entry.path] = (-1, 0, 0)
             continue
         if stat.S_ISDIR(entry_stat.st_mode):
-            if not entry.path.endswith(f"{os.sep}{LATENTS_FOLDER}"):
-                _walk_folder(entry.path, above | {identity}, states)
+            _walk_folder(entry.path, above | {identity}, states)
         else:
             states[entry.path] = state_of(entry_stat)
 

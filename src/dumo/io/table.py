@@ -137,8 +137,12 @@ class TableIndex(Spec):
         return f"{self.rows:,} rows"
 
     def binding(self) -> dict[str, Any]:
-        """The inputs of the rows, as plain values: a table is resumed only where they are equal."""
+        """The inputs of the rows, as plain values."""
         return self.model_dump(mode="json", exclude={"inputs": True, "shards": True})
+
+    def compared_inputs(self) -> dict[str, Any]:
+        """The inputs by which two indices are compared: a table is resumed only where they are equal."""
+        return self.binding()
 
     def inputs_digest(self) -> str:
         """The SHA-256 of `binding`."""
@@ -302,11 +306,12 @@ def make_shards(
     extra_files: Mapping[str, bytes] | None = None,
     tick: Tick = lambda done, note: None,
 ) -> MakeResult:
-    """Make this rank's shards that are missing or damaged.
+    """Make this rank's shards that are missing, damaged, or were made of other rows of the source.
 
     make_shard: takes the number of a shard and a callback, and returns the shard's columns, first one with an entry for
         each row. It calls back with the number of rows of the source that it has read so far.
-    source_hash: is called after it with the same number, and returns a hash of what these rows were made of.
+    source_hash: takes the number of a shard that is there, or was just made, and returns a hash of what these rows are
+        made of; "": unknown.
     extra_files: more files of the folder, their bytes by name.
     tick: is called with the number of the source's rows that this rank has read, and a note.
 
@@ -327,7 +332,8 @@ def make_shards(
             file = written[number].file
             fault = written[number].fault(folder, deep=True)
             if fault is None:
-                is_intact = True
+                # rows that could not be read when it was made may have been mended
+                is_intact = written[number].source_hash in ("", source_hash(number))
             elif index.is_repairable or not (folder / file).exists():
                 damaged.append(f"{file} {fault}")
                 note = f"{file} {fault}, made again"
@@ -366,7 +372,7 @@ def _claim(folder: Path, index: TableIndex, rank: int) -> None:
     """
     existing = read_index(folder, type(index))
     has_shards = existing is not None and (existing.shards or any(folder.glob("shard-*.json")))
-    if existing is not None and (has_shards or existing.binding() == index.binding()):
+    if existing is not None and (has_shards or existing.compared_inputs() == index.compared_inputs()):
         _require_same_inputs(folder, index, existing)
         return
     is_in_use = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
@@ -391,7 +397,7 @@ def differences_text(stored: Mapping[str, Any], wanted: Mapping[str, Any], wante
 
 def _require_same_inputs(folder: Path, index: TableIndex, existing: TableIndex) -> None:
     """Raise UserError, with all inputs that differ, where the rows of the existing table were made of others."""
-    differences = differences_text(existing.binding(), index.binding(), "now")
+    differences = differences_text(existing.compared_inputs(), index.compared_inputs(), "now")
     if differences:
         raise UserError(
             f"{folder} holds another {index.noun}:\n  {differences}\nGive another folder (data.root, of texts "

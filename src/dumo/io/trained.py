@@ -1,9 +1,12 @@
 """Where runs lie; and trained runs that come with dumo: their names, and the folder of each, which is only read.
 
-`names` and `folder` say what there is. `path_in` takes a place such as dumo:cifar10-trained/taef2.safetensors, a file
-of such a run wherever dumo is installed. `dumo.run.shipped` opens them; `tools/ship.py` makes them.
+`holds_own_images` says which folders are left out where images of the user's are sought. `names` and `folder` say what
+there is of trained runs. `path_in` takes a place such as dumo:cifar10-trained/taef2.safetensors, a file of such a run
+wherever dumo is installed. `dumo.run.shipped` opens them; `tools/ship.py` makes them.
 """
 
+import os
+from collections.abc import Collection
 from pathlib import Path
 
 RUN_FILE = "run.yaml"  # in a run's folder: the run's settings
@@ -11,6 +14,14 @@ RUNS_FOLDER = "runs"  # in the working folder: the runs, unless --out names anot
 LATENTS_FOLDER = f"{RUNS_FOLDER}/latents"  # the latents of proposed runs, and images in memory that are encoded to them
 FOLDER = Path(__file__).parents[1] / "trained"
 SHIPPED_PREFIX = "dumo:"  # before a recipe's or trained run's name: the one that dumo ships, whatever lies here
+
+
+def holds_own_images(folder: str, names: Collection[str]) -> bool:
+    """Whether dumo itself put the images into a folder, in which these names are: samples of a run, or runs/latents.
+
+    Who looks for images of the user's in a folder above leaves it out.
+    """
+    return RUN_FILE in names or folder.endswith(f"{os.sep}{LATENTS_FOLDER}")
 
 
 def names() -> list[str]:

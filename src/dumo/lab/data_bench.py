@@ -23,7 +23,8 @@ from dumo.config.load import load, parse
 from dumo.config.source import RunText, choose
 from dumo.data import Data, Latents
 from dumo.data.album import Album
-from dumo.io.source import DataSource
+from dumo.data.caption import Captioned
+from dumo.io.source import Bucketed, DataSource
 from dumo.lab.plan import Cost
 from dumo.plan import machine
 from dumo.run.resolve import data_with_facts, open_source, resolve
@@ -103,7 +104,8 @@ def measure(
     needed = benchmark.batch / step_seconds if step_seconds else None
 
     # how fast the data give them
-    decodes = isinstance(source, Album) and source.decoded is None
+    albums = _albums_of(source)
+    decodes = any(album.decoded is None for album in albums)
     thread_counts: Sequence[int | None] = [None]  # where nothing is decoded, threads do not matter
     if decodes:
         thread_counts = threads or powers_of_two(os.cpu_count() or 1)
@@ -111,15 +113,16 @@ def measure(
     rows: list[dict[str, Any]] = []
     with bar("reading", len(thread_counts) * steps_per_count) as tick:
         for i, num_threads in enumerate(thread_counts):
-            if isinstance(source, Album) and num_threads:
-                source.use_threads(num_threads)
+            for album in albums:
+                if num_threads:
+                    album.use_threads(num_threads)
             steps = range(i * steps_per_count, (i + 1) * steps_per_count)
             rate = images_per_second(source, benchmark.batch, steps, torch_device, tick)
             must_wait = None if needed is None else rate < needed
             rows.append({"threads": num_threads, "images_per_second": rate, "waits": must_wait})
     return {
         "data": benchmark.data.model_dump(mode="json"),
-        "kind": _kind_text(benchmark.data, source),
+        "kind": _kind_text(benchmark.data, albums),
         "images": source.size,
         "shape": list(benchmark.data.shape),
         "batch": benchmark.batch,
@@ -166,11 +169,27 @@ def powers_of_two(limit: int) -> list[int]:
     return [*(power for power in powers if power < limit), limit]
 
 
-def _kind_text(data: Data, source: DataSource) -> str:
-    """How a batch is made, in words."""
-    if isinstance(source, Album):
-        store = type(source.store).__name__.lower()
-        if source.decoded is None:
+def _albums_of(source: DataSource) -> list[Album]:
+    """The albums that a source reads, which may have captions or be in buckets; []: it reads none."""
+    match source:
+        case Album():
+            return [source]
+        case Captioned():
+            return _albums_of(source.source)
+        case Bucketed():
+            albums: list[Album] = []
+            for part in source.parts:
+                albums += _albums_of(part)
+            return albums
+        case _:
+            return []
+
+
+def _kind_text(data: Data, albums: Sequence[Album]) -> str:
+    """How a batch is made, in words. `albums` are those of the source."""
+    if albums:
+        store = type(albums[0].store).__name__.lower()
+        if albums[0].decoded is None:
             return f"{store}, decoded at every visit"
         return f"{store}, decoded once, in memory"
     if isinstance(data, Latents):

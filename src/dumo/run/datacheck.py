@@ -64,7 +64,7 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if verify:
         hashes.forget()
-        agreement.gather_results(lambda: hashes.hash(range(local_rank, len(hashes), local_world_size)))
+        agreement.gather_results(lambda: hashes.hash(range(local_rank, len(hashes), local_world_size)), is_long=True)
     if last is None or not (last.path / DATA).is_file():
         return None
 
@@ -84,7 +84,7 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
         problem_of_image = f"is not what it was when {folder} was trained on it: put it back as it was, {_way_out()}"
         hashes.expect(trained_hashes, problem_of_image)
         suspects = hashes.suspects()
-        agreement.gather_results(lambda: hashes.hash(suspects[local_rank::local_world_size]))
+        agreement.gather_results(lambda: hashes.hash(suspects[local_rank::local_world_size]), is_long=True)
         mismatches_by_rank = agreement.gather_results(hashes.mismatches)
         changed = np.unique(np.concatenate(mismatches_by_rank))
         if len(changed):
@@ -118,7 +118,7 @@ def _compare_cache_with_images(source: object, *, verify: bool) -> None:
         else:
             origin.require(ORIGIN_SECONDS)
 
-    agreement.gather_results(compare)
+    agreement.gather_results(compare, is_long=True)  # one rank of a machine hashes all images
 
 
 def changed_data_error(folder: Path, problem: str) -> UserError:

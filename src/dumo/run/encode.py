@@ -176,8 +176,8 @@ def encode(
 ) -> EncodeResult:
     """Make this rank's shards of the cache, with mirrored images where data are flipped.
 
-    `store` and `dtype` are fields of the `CachePlan`; None: its defaults. `shard_rows` None: a cache that is begun
-    keeps its own, and a new one takes `new_shard_rows`. `verify`: all images are hashed first, whatever is noted of
+    `store`, `dtype` and `shard_rows` are fields of the `CachePlan`. None: a cache that is begun keeps its own; a new
+    one takes the plan's defaults, and `new_shard_rows`. `verify`: all images are hashed first, whatever is noted of
     them. Raises UserError where the images or the codec cannot be opened, a field of the plan is refused, or the folder
     holds something else, or a cache of other images.
     """
@@ -188,12 +188,14 @@ def encode(
     if verify:
         image_rows.hashes.forget()
         image_rows.hashes.hash(range(len(image_rows)))
-    if shard_rows is None:
-        existing_index = cache.read_index(data.folder)
-        shard_rows = existing_index.shard_rows if existing_index else new_shard_rows
+    existing_index = cache.read_index(data.folder)
+    if existing_index:
+        store = store or existing_index.store
+        dtype = dtype or existing_index.dtype
+        new_shard_rows = existing_index.shard_rows
     is_captioned = isinstance(data.captions, CaptionFiles)
     plan_fields: dict[str, Any] = {
-        "shard_rows": shard_rows,
+        "shard_rows": new_shard_rows if shard_rows is None else shard_rows,
         "source": " ".join(word for word in (images.root, images.split) if word),
         "fingerprint": image_rows.hashes.fingerprint(),
         "resolution": images.side,

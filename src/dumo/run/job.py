@@ -30,6 +30,7 @@ from torch import nn
 
 from dumo.config import trust
 from dumo.config.check import check_ranks
+from dumo.config.code import names_code
 from dumo.config.source import RUN_FILE, RunText, is_root_proposed
 from dumo.config.spec import Run
 from dumo.data import Data, is_latents
@@ -51,14 +52,14 @@ from dumo.run.summary import may_take_a_day
 from dumo.run.weights import begin_or_resume
 from dumo.runtime import dist, stopwatch, threads
 from dumo.runtime.device import choose_device, known_peak_tflops
-from dumo.runtime.door import option, settings, train_call
+from dumo.runtime.door import naming_code, option, settings, train_call
 from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.text import minutes_text, minutes_to_type
 from dumo.training import agreement
 from dumo.training.deadline import SECONDS_PER_MINUTE, PreparationTime, Timing, begin_timing
 from dumo.training.layout import share_of
-from dumo.training.manifest import Checkpoint
+from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.step import Record
@@ -136,12 +137,12 @@ def open_job(
 
     - `run`: what to train; None: the run of the folder, with `changes` (`a.b=c`)
     - `text`: of the folder's run.yaml, where it has been read; one of another file counts for nothing
-    - `step`: resume from the checkpoint of this step, not from the last one
+    - `step`: resume from the checkpoint of this step, not from the last one; a restart takes the last one
     - `tell`: called with lines for the user, on rank 0
     - `accept`: resume though data or fields have changed, and note what has
     - `verify`: hash all images first
     - `sheets`: draws the strip, and the sheets of `train.sheets` (`dumo.report.sheet.Sheets`); None: nobody does
-    - `minutes`: train the run of the folder for so long from its checkpoint on (`train.minutes`)
+    - `minutes`: train the run of the folder for so long from its checkpoint on (`train.minutes`); a restart adds none
     - `began`: from when its time counts, by `stopwatch.wall_clock`, if it ends by the clock; None: from now on
     - `bar`: shows how far images are encoded
 
@@ -154,6 +155,16 @@ def open_job(
     is_main = rank == 0
     if not is_main or tell is None:
         tell = ignore_line
+    restart = dist.restart_text()
+    if restart:
+        for name, value in (("from", step), ("minutes", minutes)):
+            if value is not None:
+                tell(
+                    f"{restart}: a restart goes on from the last checkpoint, and {option(name, value)} is not obeyed "
+                    "a second time"
+                )
+        step = None
+        minutes = None  # run.yaml has the sum
     with ExitStack() as stack:
         # 1. lock and read
         if is_main:
@@ -167,6 +178,7 @@ def open_job(
             run = index.run(fields)
         if run.train.minutes is not None and index.recorded_run:
             run = _with_steps_made(run, index.recorded_run.run.train, index.folder, changes)
+        stack.enter_context(naming_code(names_code(run)))
 
         # 2. resolve
         run_before = index.recorded_run.run if index.recorded_run else None
@@ -194,6 +206,7 @@ def open_job(
             net_outline = outline(run)
 
         # 4. choose the checkpoint
+        _require_same_checkpoints(index.checkpoints)
         chosen = index.checkpoints.latest(together=True) if step is None else index.checkpoints.of_step(step)
         timing_before = chosen.manifest.timing if chosen else None
         if minutes is not None and timing_before:
@@ -321,8 +334,9 @@ def _with_minutes_after(run: Run, timing: Timing, minutes: float) -> Run:
 
 def _require_time_left(train: Train, timing: Timing, folder: Path) -> None:
     """Raise UserError where a run is to end by the clock, and after fewer minutes than were trained at `timing`."""
-    minutes_done = timing.seconds / SECONDS_PER_MINUTE
-    if train.minutes is not None and train.minutes < minutes_done:
+    # in seconds: a run that has ended has as many as its minutes make, and these divided may be a little more minutes
+    if train.minutes is not None and SECONDS_PER_MINUTE * train.minutes < timing.seconds:
+        minutes_done = timing.seconds / SECONDS_PER_MINUTE
         raise UserError(
             f"train.minutes={train.minutes:.4g}, but {folder} has already trained {minutes_text(minutes_done)}: give "
             f"another folder with {option('out')}, or go on with it for longer:  "
@@ -361,6 +375,18 @@ def open_data(data: Data) -> DataSource:
         sizes_text = ", ".join(f"{size:,}" for size in sizes if size is not None)
         raise UserError(f"the ranks see different data, by rank {sizes_text} rows: give all of them the same files")
     return source
+
+
+def _require_same_checkpoints(checkpoints: Checkpoints) -> None:
+    """Raise UserError, on all ranks, where one sees other checkpoints than rank 0. Every rank must call it."""
+    steps_by_rank = agreement.gather_results(lambda: [*checkpoints.by_step()])
+    steps_texts = [", ".join(map(str, steps)) or "none" for steps in steps_by_rank]
+    for rank, steps_text in enumerate(steps_texts):
+        if steps_text != steps_texts[0]:
+            raise UserError(
+                f"{checkpoints.folder}: rank 0 sees checkpoints of steps {steps_texts[0]}, and rank {rank} of steps "
+                f"{steps_text}: train in a folder on a file system that all ranks share"
+            )
 
 
 def _require_fit(run: Run, net_outline: nn.Module, device: torch.device, sheets: MakeSheets | None) -> None:

@@ -7,13 +7,11 @@ checkpoint, where they are due. A line is shown at once for a skipped step, and 
 """
 
 import gc
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from shlex import join
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -319,19 +317,14 @@ def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int)
     """How to resume from the last good checkpoint up to a step, or else from the start, at half the rate."""
     good_step = checkpoints.last_good(step)
     place = "from the start" if good_step is None else "from its last good checkpoint"
-    command = _command_at_rates(folder, good_step, half_rates(train.optimizer))
+    out: str | None = None
+    if good_step is None and checkpoints.by_step():  # from which this folder would go on
+        out = "DIR"
+    command = _command_at_rates(folder, good_step, half_rates(train.optimizer), out)
     return f"To go on {place} at half the rate:  {command}"
 
 
-def _command_at_rates(folder: Path, step: int | None, rates: Mapping[str, float]) -> str:
-    """The call that goes on at these rates, from the checkpoint of `step`; None: as the folder stands."""
+def _command_at_rates(folder: Path, step: int | None, rates: Mapping[str, float], out: str | None = None) -> str:
+    """The call that goes on at these rates, from the checkpoint of `step`; None: as the folder stands, or in `out`."""
     fields = [f"train.optimizer.{name}={rate:g}" for name, rate in rates.items()]
-    return train_call(folder, fields, step=step, program=join(_program_words()))
-
-
-def _program_words() -> list[str]:
-    """How this program was started, in words for a shell."""
-    if dist.world() == 1:
-        return ["dumo"]
-    ranks_per_node = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return ["torchrun", "--nproc-per-node", ranks_per_node, "-m", "dumo"]
+    return train_call(folder, fields, step=step, out=out)

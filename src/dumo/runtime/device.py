@@ -29,15 +29,17 @@ _MIN_SECONDS = 1e-9  # of a product, in case that a clock is too coarse to see i
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name. 'auto' is the GPU (each rank's own, as `dist` has set it), else the CPU.
+    """The device of this name. 'auto' is the GPU (each rank's own, before they meet, too), else the CPU.
 
     Raises UserError for a device that is not there, and for a GPU by number where there are several ranks.
     """
-    world_size = dist.world()
-    if world_size > 1 and ":" in name:
-        raise UserError(
-            f"device '{name}' is one for all {world_size} ranks: use auto, which gives each its own, or cpu"
-        )
+    _, world_size = dist.torchrun_rank_and_world()
+    if world_size > 1:
+        if ":" in name:
+            raise UserError(
+                f"device '{name}' is one for all {world_size} ranks: use auto, which gives each its own, or cpu"
+            )
+        dist.take_own_gpu()  # `dist.join` would do so, but the memory of the device is asked for before
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

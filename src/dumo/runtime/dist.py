@@ -7,8 +7,9 @@ rank must call them. `new_group` serves a second thread. `shorten_timeouts` is c
 
 Without torch.distributed there is one rank, number 0, and every collective returns its own tensor.
 
-`torchrun_rank_and_world` reads the numbers before `join`, too. `require_one_process` and `require_distributed_torch`
-refuse what cannot run here. Which device a rank computes on: `dumo.runtime.device`.
+`torchrun_rank_and_world` reads the numbers before `join`, too, and `restart_text` says whether torchrun or Slurm has
+started these processes before. `require_one_process` and `require_distributed_torch` refuse what cannot run here. Which
+device a rank computes on: `dumo.runtime.device`.
 """
 
 import math
@@ -43,6 +44,8 @@ POLL_INTERVAL = 0.01  # seconds between looks for the other ranks while they mee
 _MAX_RANKS = 1_000_000  # more is a typing error
 _TIMEOUT_MARGIN = 1.5  # of a collective over DUMO_TIMEOUT, so that the heartbeat, which knows who is gone, ends first
 _UNSET_HINT = "Start by torchrun, which sets it, or unset it"
+# count how often torchrun has started all ranks again, and Slurm has requeued the job
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 _COMMUNICATION_ERROR = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in torch's errors where it cannot reach other ranks
 
 has_joined = False  # whether this process ever met others; read by `dumo.cli.terminal`
@@ -158,6 +161,18 @@ def torchrun_rank_and_world() -> tuple[int, int]:
     return own_rank, world_size
 
 
+def restart_text() -> str:
+    """The variable by which torchrun or Slurm says that this is a restart, NAME=COUNT; "": it is a first start.
+
+    Raises UserError where a count is no whole number.
+    """
+    for name in _RESTART_COUNTS:
+        count = _environment_integer(name, 0)
+        if count > 0:
+            return f"{name}={count}"
+    return ""
+
+
 def _environment_integer(name: str, default: int, *, low: int = 0, high: int | None = None) -> int:
     """A whole number from the environment. Raises UserError if it is not one, or outside [low, high]."""
     text = os.environ.get(name, str(default))
@@ -201,8 +216,8 @@ def require_distributed_torch(what: str) -> None:
 def join() -> Generator[None, None, None]:
     """Work together, while inside, with the other processes that torchrun started; without torchrun do nothing.
 
-    Each rank gets a GPU of its own if there are enough. Backends: nccl for CUDA tensors, gloo for CPU tensors; gloo for
-    all where ranks share a GPU, which nccl rejects.
+    Each rank gets a GPU of its own if there are enough (`take_own_gpu`). Backends: nccl for CUDA tensors, gloo for CPU
+    tensors; gloo for all where ranks share a GPU, which nccl rejects.
 
     Raises UserError below torch `MIN_TORCH`, and where torchrun's variables are incomplete or invalid; `Lost` where
     another rank is gone. A rank that gives no sign for DUMO_TIMEOUT seconds ends this process, with a line.
@@ -215,7 +230,8 @@ def join() -> Generator[None, None, None]:
     from dumo.runtime.heartbeat import Peers
 
     require_distributed_torch(f"work on {world_size} ranks")
-    backend = _choose_gpu_and_backend()
+    take_own_gpu()
+    backend = _choose_backend()
     timeout = _timeout_seconds()
     with signals.default_handlers():  # there is nothing to save yet
         store, own_rank = _rendezvous()
@@ -239,14 +255,18 @@ def join() -> Generator[None, None, None]:
         torch.distributed.destroy_process_group()
 
 
-def _choose_gpu_and_backend() -> str:
-    """Make a GPU current, if there is one, and return the backend. Raises UserError for invalid variables."""
+def take_own_gpu() -> None:
+    """Make this rank's GPU the current one, if there is a GPU. Raises UserError for invalid variables."""
     num_gpus = torch.cuda.device_count()
     local_rank = _environment_integer("LOCAL_RANK", 0)
-    local_world_size = _environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
     if num_gpus:
         torch.cuda.set_device(local_rank % num_gpus)
-    has_own_gpu = num_gpus >= local_world_size
+
+
+def _choose_backend() -> str:
+    """The backend, by whether each rank of this machine has a GPU. Raises UserError for invalid variables."""
+    local_world_size = _environment_integer("LOCAL_WORLD_SIZE", 1, low=1)
+    has_own_gpu = torch.cuda.device_count() >= local_world_size
     return "cpu:gloo,cuda:nccl" if has_own_gpu else "gloo"
 
 

@@ -1,9 +1,11 @@
 """How dumo was entered, by the command line or from Python, and what options are called there.
 
 A message that names an option asks this file for its words: `option` for one, `settings` for fields of a run,
-`train_call` for going on with a run. The command line enters `command_line`; everybody else is Python.
+`train_call` for going on with a run. The command line enters `command_line`; everybody else is Python. Who trains a run
+enters `naming_code`. `program_words` says how dumo was started.
 """
 
+import os
 import shlex
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from dumo.runtime import shell_path
 
 _PYTHON_NAMES = {"from": "step"}  # the one argument of Python that is not called as the option is
 at_command_line = False  # whether `command_line` is entered
+_trains_own_code = False  # whether the run that is trained names code of the user's: see `naming_code`
 
 
 @contextmanager
@@ -25,6 +28,25 @@ def command_line() -> Generator[None, None, None]:
         yield
     finally:
         at_command_line = before
+
+
+@contextmanager
+def naming_code(yes: bool) -> Generator[None, None, None]:
+    """Inside, a run is trained that names code which runs only after consent, if `yes`: `train_call` gives it."""
+    global _trains_own_code
+    before = _trains_own_code
+    _trains_own_code = yes
+    try:
+        yield
+    finally:
+        _trains_own_code = before
+
+
+def program_words() -> list[str]:
+    """How this program was started, in words for a shell: dumo, or torchrun with the ranks of this machine."""
+    if "WORLD_SIZE" not in os.environ:
+        return ["dumo"]
+    return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "dumo"]
 
 
 def option(name: str, value: str | float | None = None) -> str:
@@ -58,14 +80,19 @@ def train_call(
     step: int | None = None,
     minutes: float | None = None,
     accept: bool = False,
-    program: str = "dumo",
+    out: str | None = None,
 ) -> str:
     """How to go on with the run in a folder: with these fields (`a.b=c`), from the checkpoint of a step, for minutes.
 
-    `program` is how dumo is started in a shell. Modules and arrays that Python gave are left to the reader.
+    With `out`, how to begin a new run of its settings in that folder.
+    Modules and arrays that Python gave are left to the reader.
     """
     if at_command_line:
-        words = [program, "train", shell_path(folder)]
+        words = [shlex.join(program_words()), "train", shell_path(folder)]
+        if out is not None:
+            words.append(option("out", out))
+        if _trains_own_code:
+            words.append(option("trust-code", True))
         if accept:
             words.append(option("accept", True))
         if step is not None:
@@ -78,12 +105,16 @@ def train_call(
     arguments = [f'"{folder}"']
     if texts:
         arguments.append(_python_fields(texts))
+    if out is not None:
+        arguments.append(option("out", out))
     if step is not None:
         arguments.append(f"step={step}")
     if minutes is not None:
         arguments.append(f"minutes={minutes:g}")
     if accept:
         arguments.append(option("accept", True))
+    if _trains_own_code:
+        arguments.append(option("trust-code", True))
     return f"dumo.train({', '.join(arguments)})"
 
 

@@ -8,10 +8,11 @@ JSON has no NaN and no infinity: they are written as null, such as the mean loss
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dumo.io import file
 from dumo.io.guard import require_in_place
@@ -23,10 +24,23 @@ Row = dict[str, Any]
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one line; it is with the operating system on return. Raises UserError as `require_in_place`."""
+    """Append one line, and cut off a torn one before it; it is with the operating system on return.
+
+    Raises UserError as `require_in_place`.
+    """
     require_in_place(path)
-    with path.open("a") as lines:
-        lines.write(to_line(row))
+    with path.open("a+b") as lines:
+        _drop_torn_line(lines)
+        lines.write(to_line(row).encode())
+
+
+def _drop_torn_line(lines: BinaryIO) -> None:
+    """Cut off what follows the last line's end, which a training leaves that is killed while it writes."""
+    size = lines.seek(0, os.SEEK_END)
+    lines.seek(max(0, size - 1))
+    if lines.read() not in (b"", b"\n"):
+        lines.seek(0)
+        lines.truncate(lines.read().rfind(b"\n") + 1)
 
 
 def flush(path: Path) -> None:

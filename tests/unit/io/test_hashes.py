@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -193,3 +194,27 @@ def test_ranks_that_read_other_contents_are_named(tmp_path: Path, monkeypatch: p
     found.expected = None
     with pytest.raises(UserError, match=r"01\.png is another on another rank"):
         datacheck.tensors_to_save(found)
+
+
+def test_ranks_wait_for_one_that_hashes_images_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As --verify does, of the images of latents on one rank of a machine alone."""
+    as_folder(tmp_path)
+    waits: list[bool] = []
+
+    def gather_results(work: Callable[[], object], *, is_long: bool = False) -> list[object]:
+        waits.append(is_long)
+        return [work()]
+
+    class Source:
+        hashes = opened(tmp_path)
+
+        class Origin:
+            def verify(self) -> None: ...
+
+            def require(self, wait: float = 0.0) -> None: ...
+
+        origin = Origin()
+
+    monkeypatch.setattr("dumo.training.agreement.gather_results", gather_results)
+    datacheck.verify_data(Source(), tmp_path, None, accept=False, verify=True)
+    assert waits == [True, True]

@@ -288,6 +288,18 @@ def test_each_number_of_threads_has_a_line(tmp_path: Path) -> None:
     assert kept["rows"][0]["waits"] is None
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [["data.captions={kind: templates, templates: ['a {}']}"], ["data.crop=adm", "data.buckets.step=8"]],
+)
+def test_images_with_captions_or_in_buckets_are_decoded_too(fields: list[str], tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    benchmark = data_bench.benchmark_of(str(tmp_path), ["data.memory=0", *fields], batch=2, side=8)
+    report = data_bench.measure(benchmark, threads=[1, 2], batches=1, device="cpu")
+    assert report["kind"] == "folder, decoded at every visit"
+    assert [row["threads"] for row in report["rows"]] == [1, 2]
+
+
 def test_a_recipe_is_read_at_its_own_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     report = data_bench.measure(

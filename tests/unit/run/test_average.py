@@ -12,12 +12,14 @@ from dumo.config.difference import identity
 from dumo.config.spec import Run
 from dumo.io import digest
 from dumo.io.weights import load as load_weights
+from dumo.run import judge
 from dumo.run.average import Profile, average, fit_profile, overlap, weighted_sum
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.training import checkpoint
 from dumo.training.ema import exponent
 from dumo.types import UserError
+from e2e.shell import call
 from unit.run import known
 
 KEPT = ["train.ema=[{kind: power, std: 0.05}, {kind: power, std: 0.1}]", "train.snapshots=4", "train.save_every=100"]
@@ -112,6 +114,19 @@ def test_one_that_was_kept_comes_back(run: Path) -> None:
     assert made.file == run / "averages/std-0.05.safetensors"
     there = load_weights(run / "snapshots/ema-std-0.05/step-00000024.safetensors")
     assert all(torch.allclose(x, there[name], rtol=1e-6, atol=1e-7) for name, x in load_weights(made.file).items())
+
+
+def test_the_command_says_to_judge_what_can_be_judged(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("average", run, "--std", 0.05, "--out", tmp_path / "new.safetensors")
+    assert f"    dumo evaluate {run} --weights" in call(*words).err
+    monkeypatch.setattr(judge, "missing_to_judge", lambda run, num_images: "reference statistics")
+    done = call(*words)
+    assert done.err.splitlines()[-2:] == [
+        f"next:  dumo sample {run} --weights {tmp_path}/new.safetensors",
+        "dumo evaluate needs reference statistics",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,22 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
     assert rates[end.step] < 0.2 * peak
 
 
+def test_a_restart_adds_no_minutes(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that Slurm requeues has the words that it had, and ends when it was to end."""
+    folder = tmp_path / "run"
+    _, _, state = train(folder, clock, tiny("moons", *TIMED))
+    clock.last = state.step + 5
+    with pytest.raises(signals.Stopped):
+        train(folder, clock, minutes=0.5)
+    signals.received_signal = clock.last = None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    told, _, end = train(folder, clock, minutes=0.5)
+    assert told[0].startswith("SLURM_RESTART_COUNT=2: a restart")
+    assert written(folder)["minutes"] == 1.5
+    assert end.timing is not None
+    assert end.timing.seconds == 90
+
+
 @pytest.mark.parametrize("name", ["state.json", "net.safetensors"])
 def test_minutes_are_added_to_those_of_the_checkpoint_that_is_resumed(name: str, clock: Clock, tmp_path: Path) -> None:
     """The last one is damaged, so it is the one before."""
@@ -156,6 +172,14 @@ def test_fewer_minutes_than_were_trained_are_refused(clock: Clock, tmp_path: Pat
     )
     assert known.bits(folder) == bits
     assert written(folder)["minutes"] == 1.5
+
+
+def test_a_run_that_has_ended_is_not_refused_by_a_rounding(clock: Clock, tmp_path: Path) -> None:
+    minutes = 0.54
+    assert 60 * minutes / 60 > minutes
+    run = tiny("moons", *TIMED, f"train.minutes={minutes}")
+    steps = [train(tmp_path / "run", clock, run)[2].step for _ in range(2)]
+    assert steps[0] == steps[1]
 
 
 def test_a_command_whose_time_goes_by_before_its_first_step_says_so(clock: Clock, tmp_path: Path) -> None:

@@ -23,14 +23,14 @@ from dumo.io import digest
 from dumo.run import datanote
 from dumo.run import folder as folders
 from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, NO_CHECKPOINT_MARK
-from dumo.run.journal import Journal, burst_text
+from dumo.run.journal import Journal, burst_text, resume_hint
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.runtime import door, signals
 from dumo.training import burst as bursts
 from dumo.training import checkpoint, log, loop, manifest
 from dumo.training.burst import BURST_STEPS
-from dumo.training.manifest import Checkpoints
+from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.saver import Saver
 from dumo.training.schedule import WSD, Cosine
 from dumo.training.spec import Train
@@ -280,6 +280,20 @@ def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> Non
     assert noted(tmp_path / "run") == []  # nothing was made at the other rate
 
 
+def test_where_no_checkpoint_is_good_it_begins_again_in_another_folder(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent)
+    monkeypatch.setattr(Checkpoint, "is_good", lambda self: False)
+    with door.command_line():
+        hint = resume_hint(tiny().train, Path("run"), Checkpoints(run / "checkpoints"), 8)
+    command = "dumo train run --out DIR --set train.optimizer.lr=0.0005"
+    assert hint == f"To go on from the start at half the rate:  {command}"
+    done = call(*shlex.split(command)[1:])
+    assert done.code == 0
+    assert "steps 0 to 8" in done.err
+
+
 def test_from_an_earlier_step(run: Path) -> None:
     told = list[str]()
     train(tiny("train.clip=1"), run, step=4, tell=told.append)
@@ -296,6 +310,19 @@ def test_from_an_earlier_step(run: Path) -> None:
     assert [(one.step, one.was, one.now) for one in noted(run)] == [(4, None, 3.0)]
     train(tiny(), run, step=2)  # as it always was
     assert noted(run) == []
+
+
+def test_a_restart_does_not_go_back_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun, and Slurm, type the same words again after a crash."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    train(tiny("train.steps=6"), run, step=4)
+    assert steps(run) == [2, 4, 6]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    told = list[str]()
+    train(tiny(), run, step=4, tell=told.append)
+    assert "TORCHELASTIC_RESTART_COUNT=1: a restart goes on from the last checkpoint, and step=4 is not" in told[0]
+    assert not any("is removed" in line for line in told)
+    assert steps(run) == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("step", [0, 3, 10])

@@ -131,6 +131,19 @@ def test_ranks_that_see_different_data_are_refused(monkeypatch: pytest.MonkeyPat
         open_data(load("digits").data)
 
 
+def test_ranks_that_see_different_checkpoints_are_refused(moons: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would go on from a step of its own, and no collective would say so."""
+
+    def gather_results(work: Callable[[], object], *, is_long: bool = False) -> list[object]:
+        result = work()
+        return [result, [] if isinstance(result, list) else result]
+
+    monkeypatch.setattr(agreement, "gather_results", gather_results)
+    refusal = "checkpoints: rank 0 sees checkpoints of steps 4, 6, and rank 1 of steps none: train in a folder"
+    with pytest.raises(UserError, match=refusal), job.open_job(moons.folder, tiny(), device="cpu"):
+        pass
+
+
 @pytest.mark.slow
 def test_what_is_opened_is_the_first_average(moons: RunFolder) -> None:
     last = latest(moons.folder / "checkpoints")

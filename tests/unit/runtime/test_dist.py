@@ -40,3 +40,17 @@ def test_odd_numbers_of_ranks_are_refused(told: dict[str, str], said: str, monke
 def test_devices_that_are_not_here_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="is not available: use auto or cpu"):
         choose_device(name)
+
+
+def test_before_ranks_meet_each_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run takes is compared with that GPU's memory, before anything is sent."""
+    chosen: list[int] = []
+    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert choose_device("auto") == torch.device("cuda")
+    assert chosen == [2]
+    with pytest.raises(UserError, match="device 'cuda:1' is one for all 3 ranks: use auto"):
+        choose_device("cuda:1")

@@ -40,12 +40,21 @@ def test_a_setting_can_be_typed(text: str, shell: str, python: str) -> None:
         assert door.settings(text) == shell
 
 
-def test_going_on_can_be_typed() -> None:
+def test_going_on_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path("runs/a b")
     assert door.train_call(folder, ["train.steps=3"], step=4) == 'dumo.train("runs/a b", {"train.steps": 3}, step=4)'
     assert door.train_call(folder, minutes=0.5) == 'dumo.train("runs/a b", minutes=0.5)'
     assert door.train_call(folder, accept=True) == 'dumo.train("runs/a b", accept=True)'
+    assert door.train_call(folder, ["a=3"], out="DIR") == 'dumo.train("runs/a b", {"a": 3}, out="DIR")'
     with door.command_line():
         assert door.train_call(folder, ["a=3"], step=4) == "dumo train 'runs/a b' --from 4 --set a=3"
         assert door.train_call(folder, minutes=30) == "dumo train 'runs/a b' --minutes 30"
-        assert door.train_call(folder, accept=True, program="torchrun") == "torchrun train 'runs/a b' --accept"
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        words = "torchrun --nproc-per-node 2 -m dumo train 'runs/a b'"
+        assert door.train_call(folder, accept=True) == f"{words} --accept"
+        with door.naming_code(True):
+            assert door.train_call(folder) == f"{words} --trust-code"
+        assert door.train_call(folder) == words
+    with door.naming_code(True):
+        assert door.train_call(folder, step=4) == 'dumo.train("runs/a b", step=4, trust_code=True)'

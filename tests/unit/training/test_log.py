@@ -55,6 +55,20 @@ def test_a_whole_last_line_is_kept_without_its_newline(tmp_path: Path) -> None:
     assert read_log(path) == [*rows, {"step": 3}]
 
 
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3, "loss": 1', "\0\0\0"])
+def test_a_row_takes_the_place_of_a_torn_one(tmp_path: Path, torn: str) -> None:
+    """Also in speed.jsonl, which is never rewound."""
+    path = tmp_path / "speed.jsonl"
+    path.write_text(torn)
+    append(path, {"step": 1})
+    assert read_log(path) == [{"step": 1}]
+    with path.open("a") as file:
+        file.write(torn)
+    append(path, {"step": 2})
+    append(path, {"step": 3})
+    assert read_log(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
 @pytest.mark.parametrize("second", [b'{"step": 2', b'{"step": 2, "a": "\xff"}'])
 def test_a_broken_line_inside_is_named(tmp_path: Path, second: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
