@@ -425,7 +425,8 @@ def open_store(root: Path, *, split: str | None = None, label: str | None = "lab
     Raises NoImagesError where no file may hold images; UserError where there are no images, or several ways to take
     what is there.
     """
-    if image_folder(root) == Path():  # "." or a bare name, where a file's path does not begin with its folder
+    # "." or a bare name, where a file's path does not begin with its folder
+    if root.exists() and image_folder(root) == Path():
         root = root.absolute()
     files = walk_files(root)
     files_by_format = _files_by_format(files)
