@@ -166,13 +166,16 @@ def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_ru
 
 
 @pytest.mark.nightly
-def test_the_hint_brings_a_local_model_to_where_a_loras_card_opens_it(tuned: Case, tmp_path: Path) -> None:
+def test_the_hint_brings_a_local_model_to_where_the_card_of_a_part_opens_it(tuned: Case, tmp_path: Path) -> None:
+    """Of a LoRA, and of a folder without the pipeline's other parts; by the name that the run has for it."""
     run, source = on_a_copy_of_its_pipeline(tuned, tmp_path)
+    source.symlink_to(source.rename(tmp_path / "models"))
     (tmp_path / "away").mkdir()
     for place, linked in ((tmp_path, False), (tmp_path / "away", True)):
-        done = must(call("export", run, place / "again", "--to", "lora"))
-        assert (f" && ln -s {source}  " in done.err) == linked
-        assert "then run the Python in again/README.md" in done.err
+        for name, *words in (("again", "--to", "lora"), ("bare", "--parts", "none")):
+            done = must(call("export", run, place / name, *words))
+            assert (f" && ln -s {source}  " in done.err) == linked
+            assert f"then run the Python in {name}/README.md" in done.err
 
 
 @pytest.mark.nightly
@@ -296,13 +299,17 @@ def test_half_precision_is_rounded_once(sd3: Case) -> None:
 
 @pytest.mark.slow
 def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
-    """Run at times of ours, which its own scheduler would shift."""
+    """By the card's own call, run at times of ours, which its own scheduler would shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    pipe = sd3.pipeline(sd3.export("velocity", "--head", "v"))
+    pipe = sd3.pipeline(out := sd3.export("velocity", "--head", "v"))
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    image = sd3.pipeline_latent(pipe, 1, sigmas=[1, 0.75, 0.5, 0.25], latents=z)
+    [text] = re.findall(r"^image = (pipe\(.*\))\.images", (out / "README.md").read_text("utf-8"), re.M)
+    call_of_card = ast.parse(text, mode="eval").body
+    assert isinstance(call_of_card, ast.Call)
+    arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call_of_card.keywords}
+    image = pipe(**arguments, sigmas=[1, 0.75, 0.5, 0.25], latents=z, output_type="latent").images
     sampler = sd3.opened.sampler
     c = conditions_of_prompts(sampler, [PROMPT])
     ours = integrate(sampler.reads, sampler.flow.path, Euler(), c, 4, lambda _: z)[1]

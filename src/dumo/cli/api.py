@@ -39,7 +39,7 @@ from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
 from dumo.report import page
 from dumo.report.feed import live_feed
-from dumo.report.sample import DEFAULT_COUNT, guide_of, repeat_conditions, size_of, solver_of
+from dumo.report.sample import DEFAULT_COUNT, guide_of, repeat_conditions, require_count, size_of, solver_of
 from dumo.report.sheet import Sheets
 from dumo.run.job import open_job
 from dumo.run.prompt import conditions_of_prompts
@@ -274,11 +274,7 @@ class TrainedRun:
             count = len(noise)
         if count is None:
             count = len(chosen) if chosen else DEFAULT_COUNT
-        if chosen and count < len(chosen):
-            noun = "prompts" if prompts is not None else "labels"
-            raise UserError(
-                f"count = {count} samples leave out some of {len(chosen)} {noun}: raise count, or give fewer"
-            )
+        require_count(count, chosen or (), "labels" if prompts is None else "prompts")
         if prompts is not None:
             return repeat_conditions(torch.tensor(chosen), count)
         return conditions.in_turn(count, chosen)
@@ -353,11 +349,8 @@ class TrainedRun:
         write.require_vacant(place)
         if push is not None:
             hub.require_uploadable(push, parts)
-        other_weights: str | None = None  # than those that the folder opens with
-        if self.opened.file != self.opened.folder / self.opened.weights:
-            other_weights = str(self.opened.file)
         with low_memory_heap():
-            opened = open_run(self.folder, weights=other_weights, device="cpu")
+            opened = open_run(self.folder, self.opened.overrides, weights=self.opened.given_weights, device="cpu")
             passes = _integers("nfe", nfe)
             write.export(opened, place, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
         if push is not None:

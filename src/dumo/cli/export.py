@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dumo.cli import precheck
-from dumo.cli.option import Folder, Weights, one_of, parse_integers, parse_path
+from dumo.cli.option import Folder, Set, Weights, one_of, parse_integers, parse_path
 from dumo.cli.terminal import err, out
 from dumo.runtime import shell_path
 
@@ -78,6 +78,7 @@ def export(
             "Default: both in one LoRA, to load onto the stock model.",
         ),
     ] = False,
+    set_: Set = None,
     weights: Weights = None,
     push: Annotated[
         str | None,
@@ -88,7 +89,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a run for diffusers, ComfyUI or the Hub."""
-    text = precheck.read_run(run_folder, None)
+    text = precheck.read_run(run_folder, set_)
 
     from dumo.export import hub, write
     from dumo.run.weights import open_run
@@ -104,7 +105,7 @@ def export(
         hub.require_uploadable(push, parts)
     passes = parse_integers(nfe, "--nfe") or ()
     with low_memory_heap():
-        opened = open_run(run_folder, text=text, weights=weights, device="cpu")
+        opened = open_run(run_folder, set_ or [], text=text, weights=weights, device="cpu")
         exported = write.export(
             opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
         )
@@ -112,7 +113,7 @@ def export(
     if push is not None:
         out.print(hub.push(exported, push), soft_wrap=True)
     elif exported.is_dir():  # with a model card
-        err.print(f"next:  {_next_command(opened.run, exported.resolve(), to, alone)}", soft_wrap=True)
+        err.print(f"next:  {_next_command(opened.run, exported.resolve(), to, parts, alone)}", soft_wrap=True)
 
 
 def _default_target(run_folder: str, to: str) -> Path:
@@ -124,11 +125,11 @@ def _default_target(run_folder: str, to: str) -> Path:
     return folder.with_name(f"{folder.name}-{to}{ending}")
 
 
-def _next_command(run: "Run", exported: Path, to: str, alone: bool) -> str:
+def _next_command(run: "Run", exported: Path, to: str, parts: str, alone: bool) -> str:
     """What to type to try an exported folder: where to go, and the model card whose Python to run there.
 
     The Python opens what the export is loaded onto by its name, next to the export. Where that is missing, commands
-    bring it: the export of the few-step run, or a link to the model of a LoRA.
+    bring it: the export of the few-step run, or a link to the pipeline of a LoRA, or of a model without other parts.
     """
     from dumo.export.card import FEW_STEPS
 
@@ -138,7 +139,7 @@ def _next_command(run: "Run", exported: Path, to: str, alone: bool) -> str:
         few_steps_export = parent / FEW_STEPS
         if not few_steps_export.exists():
             commands.insert(0, f"dumo export {shell_path(run.start.source)} {shell_path(few_steps_export)}")
-    elif to == "lora":
+    elif to == "lora" or parts == "none":
         model_folder = _nameless_model_folder(run.pipeline)
         if model_folder is not None and not (parent / model_folder.name).exists():
             commands.append(f"ln -s {shell_path(model_folder)}")
@@ -147,10 +148,7 @@ def _next_command(run: "Run", exported: Path, to: str, alone: bool) -> str:
 
 
 def _nameless_model_folder(pipeline: "Pipeline | None") -> Path | None:
-    """The folder of a pipeline that is known by no name on the hub, so the card opens a folder; None: there is none.
-
-    A card takes the name of a published model, or of the repository that the pipeline notes.
-    """
+    """The folder of a pipeline that notes no name on the hub, so the card opens a folder; None: there is none."""
     if pipeline is None or pipeline.is_published or pipeline.repository:
         return None
-    return pipeline.folder.resolve()
+    return pipeline.folder.absolute()  # of a link its own name, which is the one on the card

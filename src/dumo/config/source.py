@@ -41,6 +41,7 @@ from dumo.io import trained
 from dumo.io.read import brief, read_text, user_path
 from dumo.io.trained import SHIPPED_PREFIX as SHIPPED_PREFIX
 from dumo.io.yaml import parse_mapping
+from dumo.runtime.door import shell_settings
 
 # keys of a run.yaml, besides the fields of a run
 FORMAT_KEY = "format"  # the first one
@@ -449,7 +450,8 @@ def _fetch_hint(name: str) -> str:
 
 def _pipeline_fix(folder: str, recipe: str = _DEFAULT_TUNING_RECIPE) -> str:
     """How a recipe is given the folder of a pipeline, in words."""
-    return f"dumo encode {recipe} --set pipeline={folder}, then dumo train {recipe} --set pipeline={folder}"
+    setting = shell_settings(f"pipeline={yaml_text(folder)}")
+    return f"dumo encode {recipe} {setting}, then dumo train {recipe} {setting}"
 
 
 def _recipe_of_pipeline(name: str) -> str:
@@ -461,16 +463,42 @@ def _recipe_of_pipeline(name: str) -> str:
     return ""
 
 
-def encode_command(root: str, count: int | None) -> str:
+def encode_command(root: str, count: int | None, side: int, pipeline: str = "") -> str:
     """The command that makes the cache of latents at a place, of the first `count` images (None: of all).
 
-    It has the name of the recipe of dumo's whose cache lies there, where there is one.
+    It has the name of the recipe of dumo's whose cache lies there, where there is one. It then sets the source of the
+    pipeline ("": there is none) and the side of the images, where these are not the recipe's.
     """
+    from dumo.io.hub import PUBLISHED
+
     recipe = _recipe_of_cache(root)
     recipe_word = f" {recipe}" if recipe else ""
+    command = f"dumo encode{recipe_word}"
     if count:
-        return f"dumo encode{recipe_word} --count {count}"
-    return f"dumo encode{recipe_word}"
+        command = f"dumo encode{recipe_word} --count {count}"
+    settings: list[str] = []
+    if recipe and pipeline in PUBLISHED:  # a name without weights
+        settings.append("pipeline=$PRETRAINED")
+    elif recipe and pipeline and _said_by_recipe(recipe, "pipeline", "source") is not None:
+        settings.append(f"pipeline={yaml_text(pipeline)}")
+    if recipe and _said_by_recipe(recipe, "data", "images", "side") not in (None, side):
+        settings.append(f"data.images.side={side}")
+    if settings:
+        command += f" {shell_settings(*settings)}"
+    return command
+
+
+def _said_by_recipe(recipe: str, *names: str) -> object:
+    """The value of a field that a recipe says, itself or in the recipes that it is based on; None: they say nothing."""
+    while recipe in recipes.names():
+        tree = _parse_recipe(recipe)
+        value: object = tree
+        for name in names:
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+        recipe = str(tree.get("base"))
+    return None
 
 
 def _recipe_of_cache(root: str) -> str | None:

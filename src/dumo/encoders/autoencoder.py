@@ -89,10 +89,11 @@ class VaeKind(NamedTuple):
     is_gaussian: bool = False  # the encoder gives a Gaussian per pixel
     takes_videos: bool = False  # (b, c, frames, h, w): an image is one frame
     has_patch_norm: bool = False  # a net learns patches of 2 x 2 of its latent, normalized by numbers in the weights
+    default_scale: float | None = None  # diffusers' own, for configs from before they had one; None: there are none
 
 
 KINDS = {  # of the autoencoders of pipelines, by their class in diffusers
-    "AutoencoderKL": VaeKind(is_gaussian=True),
+    "AutoencoderKL": VaeKind(is_gaussian=True, default_scale=0.18215),
     "AutoencoderDC": VaeKind(),
     "AutoencoderKLQwenImage": VaeKind(is_gaussian=True, takes_videos=True),
     "AutoencoderKLWan": VaeKind(is_gaussian=True, takes_videos=True),
@@ -149,12 +150,23 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
         """The shape, shift and scale of latents by the config. Raises UserError where the config says none."""
         with explain_foreign_errors(f"{self.weights} says no sizes, shift or scale of latents", HINT):
             channels, factor = _latent_size(self.config)
-            if KINDS[self.class_name].has_patch_norm:  # which takes the place of shift and scale
+            kind = KINDS[self.class_name]
+            if kind.has_patch_norm:  # which takes the place of shift and scale
                 return PublishedCodec(self.weights, channels=4 * channels, factor=2 * factor, scale=1.0)
             shift_and_scale = _shift_and_scale(self.config)
-            scale = _float_or_floats(shift_and_scale.get("scale", 1.0))
-            shift = _float_or_floats(shift_and_scale.get("shift", 0.0))
-            return PublishedCodec(self.weights, channels=channels, factor=factor, scale=scale, shift=shift)
+            scale = shift_and_scale.get("scale", kind.default_scale)
+            if scale is None:
+                raise UserError(
+                    f"{pipelines.FIELD}: {self.weights}/{CONFIG} says no shift and scale of latents (scaling_factor, "
+                    f"or latents_mean and latents_std) of a {self.class_name}: put the published config back"
+                )
+            return PublishedCodec(
+                self.weights,
+                channels=channels,
+                factor=factor,
+                scale=_float_or_floats(scale),
+                shift=_float_or_floats(shift_and_scale.get("shift", 0.0)),
+            )
 
     def facts(self) -> dict[str, Any]:
         """Return what the codec computes, by the config, wherever its weights are."""
@@ -296,7 +308,8 @@ def _float_or_floats(value: float | list[float]) -> float | tuple[float, ...]:
 def _latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
     """Return the channels of a latent by an autoencoder's config, and its factor: image pixels for each of its own."""
     if "z_dim" in config:  # of videos: each entry is a block that halves the sides, and maybe the time
-        return config["z_dim"], 2 ** len(config["temperal_downsample"])
+        halvings = len(config["temperal_downsample"])
+        return config["z_dim"], config.get("scale_factor_spatial") or 2**halvings  # more where it cuts patches first
     blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
     return config["latent_channels"], 2 ** (len(blocks) - 1)  # all blocks but the last halve the sides
 

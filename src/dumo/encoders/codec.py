@@ -190,14 +190,22 @@ class LoadedCodec:
     def encode(self, images: Images) -> Moments:
         """Encode images in [-1, 1] to x, or to the moments of x, near mean 0 and deviation 1.
 
-        Raises UserError where height or width does not divide by the codec's factor.
+        Raises UserError where height or width does not divide by the codec's factor, or what the net makes is not of
+        the shape that the codec says.
         """
         height, width = images.shape[2:]
-        self.codec.shape(height, width)  # raises
+        channels, *sides = self.codec.shape(height, width)  # raises
+        shape = (2 * channels if self.codec.is_gaussian else channels, *sides)
         images_at_once = max(1, PIXELS_AT_ONCE // (height * width))
         encoded: list[Tensor] = []
         for part in images.split(images_at_once):
             raw = self.net.encode(part.to(self.device, torch.float32))
+            if raw.shape[1:] != shape:
+                raise UserError(
+                    f"{self.codec.label}: {self.codec.weights} makes latents of shape {tuple(raw.shape[1:])} of images "
+                    f"of {width} x {height} pixels, and its config says {shape}: put its published config back, or "
+                    "take another autoencoder"
+                )
             encoded.append(self.codec.normalise(raw).contiguous())
         return torch.cat(encoded)
 

@@ -32,6 +32,7 @@ from dumo.io import digest, hub
 from dumo.io.hub import INDEX, PUBLISHED, SCHEDULER, SMALL, TRANSFORMER, UNET, VAE, published_config
 from dumo.io.read import read_settings, read_text, user_path
 from dumo.io.yaml import parse_yaml
+from dumo.runtime import shell_path
 from dumo.runtime.door import settings
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
 
@@ -161,32 +162,50 @@ class Pipeline(Spec):
         return UNET if class_name.startswith("UNet") else TRANSFORMER
 
     def download_command(self, part: str = "") -> str:
-        """Return the command that downloads what dumo reads of the whole pipeline, or of one part of it."""
-        folder = "DIR" if self.is_published else self.source
+        """Return the command that downloads what dumo reads of the whole pipeline, or of one part of it.
+
+        A part other than the model may be that of a published pipeline whose model has this one's config. The text then
+        says so at its end.
+        """
+        folder = "DIR" if self.is_published else shell_path(self.folder)
         repository = self.repository or "REPOSITORY"
         if not part:
             return hub.pipeline_command(repository, folder, third_encoder="text_encoder_3" not in self.without)
         parts_on_hub = [part]
+        note = ""
         if part == TRANSFORMER:
             parts_on_hub = hub.model_parts(repository)
-        return hub.download_command(repository, parts_on_hub, [INDEX], folder)
+        elif not self.repository:
+            lookalike = self._find_lookalike()
+            if lookalike:
+                repository = lookalike
+                note = " (if the model was made from that one, whose config it has)"
+        other_files = [] if self.index else [INDEX]
+        return hub.download_command(repository, parts_on_hub, other_files, folder) + note
 
     @property
     def repository(self) -> str:
-        """The pipeline's name on the Hugging Face hub, by the config of its model or by its index; "": not known."""
-        if self.is_published:
-            return str(published_config(self.source).get("_name_or_path", ""))
-        folder = self._find_part(TRANSFORMER)
-        if folder is not None:
-            model_hash = _config_hash(read_settings(folder / CONFIG, HINT))
-            for name in reversed(PUBLISHED):
-                known_index = published_config(name)
-                # the config alone does not tell: Kontext's is FLUX.1-dev's
-                has_known_class = self.class_name in ("", known_index["_class_name"])
-                if has_known_class and _config_hash(known_index[TRANSFORMER]) == model_hash:
-                    return str(known_index["_name_or_path"])
+        """The pipeline's name on the Hugging Face hub, as its index notes it; "": not known.
+
+        The model's config does not tell, for models that were tuned from this one have it, too.
+        """
         noted_name = str(self.index.get("_name_or_path", ""))
         return noted_name if re.fullmatch(r"[\w.-]+/[\w.-]+", noted_name) else ""
+
+    def _find_lookalike(self) -> str:
+        """Return the repository of a published pipeline whose model has this config, as far as dumo knows it, or ""."""
+        folder = self._find_part(TRANSFORMER)
+        if folder is None:
+            return ""
+        config = read_settings(folder / CONFIG, HINT)
+        for name in PUBLISHED:
+            known_index = published_config(name)
+            # the config alone does not tell: Kontext's is FLUX.1-dev's
+            has_known_class = self.class_name in ("", known_index["_class_name"])
+            known_config = known_index[TRANSFORMER]
+            if has_known_class and all(config.get(key, value) == value for key, value in known_config.items()):
+                return str(known_index["_name_or_path"])
+        return ""
 
     # --- what a run notes when it begins ---
 

@@ -95,7 +95,7 @@ class Provenance:
 
     @classmethod
     def of(cls, opened: RunFolder) -> "Provenance":
-        """Of an opened run. An evaluation of other weights is left out."""
+        """Of an opened run. An evaluation of other weights, or of what is sampled otherwise now, is left out."""
         run = opened.run
         baked = dict[str, float]()
         target_scale = GuidanceScale.of(run.objective.needs).scale
@@ -108,6 +108,8 @@ class Provenance:
         except UserError:
             report = None
         if report and report["card"].get("weights_sha256") != opened.sha256:
+            report = None
+        if run.sample != opened.run_as_saved.sample:
             report = None
         return cls(
             about=run.about,
@@ -214,17 +216,24 @@ def _is_guided(stock: StockPipeline, sampler: Sampler) -> bool:
 def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple[str, str]]:
     """The arguments of each call of the pipeline as text, and a comment on it."""
     condition = _image_arguments(exported, stock)
-    if exported.head == "v":
-        return [(", ".join(condition), "")]
+    embedded = exported.net.guidance
+    scale = exported.sampler.spec.guide.scale
+    if exported.head == "v":  # at the times of the pipeline's own
+        guidance = stock.guidance_arguments(embedded=embedded, scale=scale)
+        return [(", ".join([*condition, *_keywords(guidance)]), "")]
     calls: list[tuple[str, str]] = []
     for passes in exported.nfe or _PASS_COMMENTS:
         times = exported.pipeline_times(passes)
-        keywords = stock.arguments(times, embedded=exported.net.guidance, scale=exported.sampler.spec.guide.scale)
-        arguments = [*condition, *(f"{key}={value}" for key, value in keywords.items())]
+        arguments = [*condition, *_keywords(stock.arguments(times, embedded=embedded, scale=scale))]
         if stock.seeds_scheduler or exported.makes_hops:
             arguments.append("generator=torch.Generator().manual_seed(0)")
         calls.append((", ".join(arguments), _PASS_COMMENTS.get(passes, str(passes))))
     return calls
+
+
+def _keywords(arguments: Mapping[str, Any]) -> list[str]:
+    """The keyword arguments of a call as text."""
+    return [f"{name}={value}" for name, value in arguments.items()]
 
 
 def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:

@@ -45,10 +45,10 @@ class StockPipeline:
     vllm_class: str = ""  # the class of vLLM-Omni that makes the same jumps; "": none does
 
     def arguments(self, times: Sequence[float], *, embedded: float | None = None, scale: float = 1.0) -> dict[str, Any]:
-        """The keyword arguments for passes that begin at `times`, guided by `scale`; 1 is no guidance.
+        """The keyword arguments for passes that begin at `times`, guided as `guidance_arguments` says.
 
-        `embedded` is the guidance number that the net itself takes. A pipeline without an argument for times is given
-        their number, and its scheduler has them (`dumo.export.shipped.jumps`).
+        A pipeline without an argument for times is given their number, and its scheduler has them
+        (`dumo.export.shipped.jumps`).
         """
         values = {"sigmas": times, "timesteps": times}
         if not self.indexed_times:
@@ -56,6 +56,14 @@ class StockPipeline:
         arguments: dict[str, Any] = {name: values[name] for name in self.time_arguments}
         if not arguments:
             arguments["num_inference_steps"] = len(times)
+        return arguments | self.guidance_arguments(embedded=embedded, scale=scale)
+
+    def guidance_arguments(self, *, embedded: float | None = None, scale: float = 1.0) -> dict[str, float]:
+        """The keyword arguments for guidance by `scale`; 1 is no guidance. Without them a pipeline takes its default.
+
+        `embedded` is the guidance number that the net itself takes.
+        """
+        arguments: dict[str, float] = {}
         if self.guide_argument:
             arguments[self.guide_argument] = self.unguided_scale + scale - 1
         if embedded is not None:

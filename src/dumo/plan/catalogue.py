@@ -40,14 +40,15 @@ class Item:
     what: str  # a description
     source: str  # an official address
     get: tuple[str, ...]  # the commands that fetch it
-    places: tuple[str, ...]  # files or folders that recipes read; may hold $NAMES of environment variables
+    # Files or folders that recipes read, which may hold $NAMES of environment variables. "A or B": one of them will do.
+    places: tuple[str, ...]
     layout: str  # how its files must lie
     mark: str = ""  # texts, with | between them: a recipe that contains one needs the item
 
 
 @dataclass(frozen=True)
 class PlaceState:
-    """A file or folder of an item, as it is here and now."""
+    """A file or folder of an item, or one of several, as it is here and now."""
 
     place: str
     state: str  # there; or why it is not
@@ -90,7 +91,11 @@ CATALOGUE = (
             f"{install_command('pretrained')} && export PRETRAINED=DIR   # and one of",
             *(Pipeline(source=name).download_command().replace("DIR", "$PRETRAINED") for name in PUBLISHED),
         ),
-        places=("$PRETRAINED/model_index.json", "$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
+        places=(
+            "$PRETRAINED/model_index.json",
+            "$PRETRAINED/transformer/config.json or $PRETRAINED/unet/config.json",
+            "$PRETRAINED/vae/config.json",
+        ),
         layout="a pipeline as diffusers saves it: a folder for each of its parts; to train: --set pipeline=$PRETRAINED",
         mark="$PRETRAINED|kind: diffusers",
     ),
@@ -206,7 +211,10 @@ def find(name: str) -> Item:
 
 def describe(item: Item) -> DescribedItem:
     """Look for an item's places, and for the recipes that need it."""
-    places = [PlaceState(place, _state_of(place)) for place in item.places]
+    places: list[PlaceState] = []
+    for place in item.places:
+        states = [_state_of(alternative) for alternative in place.split(" or ")]
+        places.append(PlaceState(place, "there" if "there" in states else states[0]))
     return DescribedItem(item, list(recipes_needing(item)), places)
 
 

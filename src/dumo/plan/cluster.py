@@ -324,8 +324,18 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = ignor
     ranks_text = "1 rank" if ranks == 1 else f"{ranks} ranks"
     raise UserError(
         f"no layout keeps within {bytes_text(limit, 1024)} on each of {ranks_text}: the least is "
-        f"{trials.least_peak_text()}. Take more ranks, larger GPUs, or a smaller net"
+        f"{trials.least_peak_text()}. Take more ranks, larger GPUs, or a smaller net; or set what is not tried: "
+        f"{', '.join(_untried_settings(spec))}"
     )
+
+
+def _untried_settings(spec: Run) -> Iterator[str]:
+    """Yield what takes less memory, too, but changes what is trained, so that a user is to choose it."""
+    if spec.net.lora:
+        yield f"net.lora.rank below {spec.net.lora.rank}"
+    yield "train.optimizer.kind=adamw8bit"
+    yield "train.weights=bfloat16 (with adamw8bit and train.precision=bf16)"
+    yield "train.ema=[]"
 
 
 class _LayoutTrials:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dumo.config.change import yaml_text
 from dumo.config.place import RUNS_FOLDER
 from dumo.config.source import folder_of_images
 from dumo.data import Images
@@ -64,7 +65,7 @@ def choose_captions(images: Images, store: Store, sets: Sequence[str], *, on_a_c
 def caption_hint(error: NoCaptionsError) -> str:
     """A line on what may be captions, and how to have it read; "" where there is nothing of the kind."""
     if error.columns:
-        name_column = settings(f"data.captions={{kind: files, name: {error.columns[0]}}}")
+        name_column = settings(f"data.captions={yaml_text({'kind': 'files', 'name': error.columns[0]})}")
         return f"none read; of the columns {', '.join(error.columns)} one may be named, as by {name_column}"
     if error.tables:
         table = first_sorted(error.tables)

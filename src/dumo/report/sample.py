@@ -7,8 +7,9 @@
 3. decides the conditions, and the names of files by what is not as the run has it (`sampling_changes`),
 4. makes the samples of each number of passes, and writes them (`write_samples`).
 
-What others call: `solver_of`, `guide_of` and `size_of` read one option of a user; `repeat_conditions` repeats
-conditions; `draw_sheet` lays out samples; `data_points` are the data behind a scatter.
+What others call: `solver_of`, `guide_of` and `size_of` read one option of a user; `require_count` checks a number of
+samples; `repeat_conditions` repeats conditions; `draw_sheet` lays out samples; `data_points` are the data behind a
+scatter.
 """
 
 import csv
@@ -54,6 +55,14 @@ MAX_TEXT_LETTERS = 40  # of a user's text that a message quotes: ours
 def repeat_conditions(c: Tensor, count: int) -> Tensor:
     """The conditions c (n,) in turn, again and again: (count,)."""
     return c[torch.arange(count) % len(c)]
+
+
+def require_count(count: int, conditions: Sequence[object], noun: str) -> None:
+    """Raise UserError where `count` samples leave out some of the conditions that a user gave, `noun`."""
+    if count < len(conditions):
+        raise UserError(
+            f"count = {count} samples leave out some of {len(conditions)} {noun}: raise count, or give fewer"
+        )
 
 
 def solver_of(spec: Sampling, name: str | None) -> Solver:
@@ -148,6 +157,8 @@ def sample_to_files(
     A file's name says the solver, the passes, and what is not as the run has it. Raises UserError, before anything is
     written, for an option that the run cannot do, and OSError where nothing can be written.
     """
+    require_count(count, prompts, "prompts")
+    require_count(count, only or (), "labels")
     files.check_writable(folder)
     files.sweep(folder)
     sampler = with_sampling_options(opened.sampler, nfe=nfe, seed=seed, solver=solver, size=size)

@@ -43,6 +43,7 @@ from dumo.types import Spec, UserError
 
 if TYPE_CHECKING:
     from dumo.config.teacher import Teacher
+    from dumo.data import Latents
     from dumo.nets.table import TableTexts
 
 S = TypeVar("S", bound=Spec)
@@ -173,8 +174,16 @@ def _titles_of(data: Data) -> tuple[str, ...]:
 def open_source(data: Data) -> DataSource:
     """The data as a source of rows. Raises UserError as their `open`; of missing latents with the command to type."""
     if is_latents(data):
-        return data.open(encode_command(data.root, data.images.count))
+        return data.open(command_of_latents(data))
     return data.open()
+
+
+def command_of_latents(data: "Latents") -> str:
+    """The command that makes the cache of these latents."""
+    pipeline = ""
+    if data.codec.kind == "pipeline":
+        pipeline = data.codec.pipeline.source
+    return encode_command(data.root, data.images.count, data.images.side, pipeline)
 
 
 def data_with_facts(data: Data) -> Data:

@@ -72,6 +72,8 @@ class RunFolder:
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(Path()))  # the last one that is whole
     listed_sha256: str | None = None  # what the checkpoint lists for the file; None: it lists none
     deferred_weights: Deferred = field(default_factory=Deferred)  # reads the weights of a net opened without `fill`
+    overrides: tuple[str, ...] = ()  # what was set to look at it, each a.b=c
+    given_weights: str | None = None  # what `open_run` was given in place of the last checkpoint's; None: nothing
     own_output: Path | None = None  # where commands write, of a run that comes with dumo; None: into its folder
 
     @property
@@ -165,7 +167,8 @@ def open_run(
         steps_before = list(index.checkpoints.by_step())
         try:
             opened = _open_weights(run, index, weights, choose_device(device), fill=fill)
-            return opened if output == folder else replace(opened, own_output=output)
+            own_output = None if output == folder else output
+            return replace(opened, overrides=tuple(overrides), own_output=own_output)
         except (UserError, OSError):
             steps_now = list(index.checkpoints.by_step())
             if steps_now == steps_before:  # else a training has removed what was read
@@ -228,6 +231,7 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
         checkpoint=last,
         listed_sha256=listed.sha256 if listed else None,
         deferred_weights=deferred_weights,
+        given_weights=weights,
     )
 
 

@@ -69,8 +69,13 @@ def option(name: str, value: str | float | None = None) -> str:
 def settings(*texts: str) -> str:
     """Fields of a run, each `a.b=c` with YAML after the sign: `--set a.b=c`, or `changes={"a.b": c}`."""
     if at_command_line:
-        return " ".join(f"--set {shlex.quote(text)}" for text in texts)
+        return shell_settings(*texts)
     return f"changes={_python_fields(texts)}"
+
+
+def shell_settings(*texts: str) -> str:
+    """Fields of a run as `settings` takes them, for a command that is typed in a shell whichever door was taken."""
+    return " ".join(f"--set {shlex.quote(text)}" for text in texts)
 
 
 def train_call(

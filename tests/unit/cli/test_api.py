@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dumo
 from dumo.cli.api import TrainedRun
 from dumo.config.load import load
-from dumo.io import trained
+from dumo.io import digest, trained
 from dumo.report.evaluate import report_path
-from dumo.report.sample import DEFAULT_COUNT
+from dumo.report.sample import DEFAULT_COUNT, sample_to_files
 from dumo.types import Reads, UserError
 from e2e.shell import call
 from e2e.test_start import HEAVY
@@ -125,6 +126,16 @@ def test_samples_by_default(digits: TrainedRun) -> None:
     assert not torch.equal(same, digits.sample(labels=7, count=2, solver="euler"))
 
 
+def test_a_count_that_leaves_some_out_is_refused_by_either_door(digits: TrainedRun, tmp_path: Path) -> None:
+    said = "count = 1 samples leave out some of 2 labels: raise count, or give fewer"
+    with pytest.raises(dumo.UserError, match=said):
+        digits.sample([3, 5], count=1)
+    done = call("sample", digits.folder, "--labels", "3,5", "--count", 1, "--out", tmp_path / "samples")
+    assert (done.code, said in done.err, (tmp_path / "samples").exists()) == (2, True, False)
+    with pytest.raises(dumo.UserError, match="count = 1 samples leave out some of 2 prompts"):
+        sample_to_files(digits.opened, tmp_path / "samples", count=1, prompts=["a dog", "a cat"])
+
+
 def test_classes_have_the_names_that_labels_take(digits: TrainedRun, moons: TrainedRun) -> None:
     assert digits.classes == tuple("0123456789")
     assert moons.classes == ()
@@ -188,6 +199,23 @@ def test_a_run_is_exported_as_by_the_command(digits: TrainedRun, tmp_path: Path)
         assert (made / file).read_bytes() == (tmp_path / "shell" / file).read_bytes()
     with pytest.raises(dumo.UserError, match="exists already: remove it"):
         digits.export(made)
+
+
+def test_the_weights_that_were_given_are_exported(digits: TrainedRun, tmp_path: Path) -> None:
+    file = tmp_path / "doubled.safetensors"
+    save_file({name: 2 * x for name, x in load_file(digits.opened.file).items()}, file)
+    out = dumo.load(digits.folder, weights=file, device="cpu").export(tmp_path / "out")
+    assert json.loads((out / "dumo.json").read_text("utf-8"))["weights_sha256"] == digest.of_file(file)
+
+
+def test_an_export_has_what_is_set_by_either_door(digits: TrainedRun, tmp_path: Path) -> None:
+    """And no evaluation that was of what the run has."""
+    digits.evaluate(nfe=1)
+    dumo.load(digits.folder, {"sample.solver.m": 0.25}, device="cpu").export(tmp_path / "python")
+    assert call("export", digits.folder, tmp_path / "shell", "--set", "sample.solver.m=0.25").code == 0
+    for out in (tmp_path / "python", tmp_path / "shell"):
+        assert json.loads((out / "dumo.json").read_text("utf-8"))["run"]["sample"]["solver"]["m"] == 0.25
+        assert "What it measured" not in (out / "README.md").read_text("utf-8")
 
 
 ALIASES: dict[str, Wrong] = {

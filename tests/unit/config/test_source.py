@@ -1,10 +1,14 @@
 """What a word of the command line is taken for, and how `dumo train` says so."""
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dumo.config.change import override
 from dumo.config.source import choose, encode_command, read
+from dumo.types import UserError
 
 
 def test_what_a_word_is_taken_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +26,18 @@ def test_what_a_word_is_taken_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert choose("cats").meaning == "the images in cats"
 
 
+def test_the_folder_of_a_pipeline_is_typed_in_quotes(tmp_path: Path) -> None:
+    folder = tmp_path / "my model: sd3"
+    folder.mkdir()
+    (folder / "model_index.json").touch()
+    with pytest.raises(UserError) as raised:
+        choose(str(folder))
+    typed = str(raised.value).partition("dumo encode ")[2].partition(", then")[0]
+    tree: dict[str, Any] = {}
+    override(tree, shlex.split(typed)[2:])
+    assert tree == {"pipeline": {"source": str(folder)}}
+
+
 def test_a_word_is_read_where_it_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python hands on a path as it was typed, which no shell has expanded; one that is a `Path` means itself."""
     monkeypatch.chdir(tmp_path)
@@ -36,8 +52,18 @@ def test_a_word_is_read_where_it_was_found(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_command_that_makes_a_cache() -> None:
     """It names the recipe whose cache lies at the place, also below another folder."""
-    assert encode_command("runs/latents/cifar10-taef2", None) == "dumo encode cifar10-latents"
-    assert (
-        encode_command("/here/runs/latents/sdxl-1024", 3) == "dumo encode sdxl-lora --count 3"
-    )  # its kind is its base's
-    assert encode_command("latents/cifar10-taef2", None) == "dumo encode"
+    assert encode_command("runs/latents/cifar10-taef2", None, 32) == "dumo encode cifar10-latents"
+    # its kind is its base's
+    assert encode_command("/here/runs/latents/sdxl-1024", 3, 1024) == "dumo encode sdxl-lora --count 3"
+    assert encode_command("latents/cifar10-taef2", None, 32) == "dumo encode"
+
+
+def test_the_command_that_makes_a_cache_names_the_pipeline() -> None:
+    """A recipe has its name alone; the size where it is another; neither where both are those of a few-step run."""
+    command = "dumo encode sd3-lora --set 'pipeline=$PRETRAINED'"
+    assert encode_command("runs/latents/sd3-512", None, 512, "sd3-medium") == command
+    command = "dumo encode sd3-lora --set 'pipeline=/my models/sd3' --set data.images.side=768"
+    assert encode_command("runs/latents/sd3-512", None, 768, "/my models/sd3") == command
+    command = "dumo encode sdxl-lora --set pipeline=/sdxl"
+    assert encode_command("runs/latents/sdxl-1024", None, 1024, "/sdxl") == command
+    assert encode_command("runs/latents/personal", None, 512, "/sd3") == "dumo encode personal"

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -213,6 +214,38 @@ def test_qwen_vae_gives_the_latent_of_the_stock_pipeline(tmp_path: Path) -> None
         theirs = net.decode(x.unsqueeze(2) / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
         torch.testing.assert_close(codec.decode(x), theirs)
     torch.testing.assert_close(codec.decode(x)[:1], codec.decode(x[:1]))  # a row is a video, and no frame of one
+
+
+def test_a_config_from_before_it_had_a_scale_has_that_of_diffusers(tmp_path: Path) -> None:
+    """So have exports. Of a class that has no usual one it is refused."""
+    from diffusers import AutoencoderKL
+
+    config = vae_of(tmp_path / "vae") / CONFIG
+    fields = json.loads(config.read_text())
+    del fields["scaling_factor"]
+    config.write_text(json.dumps(fields))
+    assert of(tmp_path).published.scale == AutoencoderKL.from_config(fields).config.scaling_factor == 0.18215
+    config.write_text('{"_class_name": "AutoencoderDC", "latent_channels": 32, "encoder_block_out_channels": [4, 4]}')
+    with pytest.raises(UserError, match=r"vae/config.json says no shift and scale .* of a AutoencoderDC: put"):
+        _ = of(tmp_path).published
+
+
+def test_an_autoencoder_that_cuts_patches_first_has_the_factor_of_its_config(tmp_path: Path) -> None:
+    """Wan 2.2's 5 B. A factor that is not that of the weights is refused before anything is kept."""
+    from diffusers import AutoencoderKLWan
+
+    statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    patches = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+    filled(AutoencoderKLWan(base_dim=4, z_dim=4, num_res_blocks=1, **statistics, **patches)).save_pretrained(
+        tmp_path / "vae"
+    )
+    assert of(tmp_path).shape(32) == (4, 2, 2)
+    assert of(tmp_path).open().encode(images(32)).shape == (2, 8, 2, 2)
+    config = tmp_path / "vae" / CONFIG
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"scale_factor_spatial": 8}))
+    with pytest.raises(UserError, match=r"makes latents of shape \(8, 2, 2\) .* says \(8, 4, 4\): put"):
+        of(tmp_path).open().encode(images(32))
 
 
 def other(file: Path) -> None:

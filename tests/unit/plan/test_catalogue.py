@@ -60,6 +60,19 @@ def test_what_stands_there_is_looked_at(tmp_path: Path, monkeypatch: pytest.Monk
     ]
 
 
+@pytest.mark.parametrize("model", ["transformer", "unet"])
+def test_a_pipeline_has_its_model_in_either_folder(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue, "recipes_needing", lambda item: iter(()))  # seconds
+    monkeypatch.setenv("PRETRAINED", str(tmp_path))
+    (tmp_path / "vae").mkdir()
+    for name in ("model_index.json", "vae/config.json"):
+        (tmp_path / name).touch()
+    assert describe(find("pretrained")).is_there is False
+    (tmp_path / model).mkdir()
+    (tmp_path / model / "config.json").touch()
+    assert describe(find("pretrained")).is_there
+
+
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     one = call("data", "cifar10")
     monkeypatch.setattr(catalogue, "recipes_needing", lambda item: iter(()))  # seconds
