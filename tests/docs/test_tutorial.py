@@ -11,11 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Generator, Tensor
 
 from docs.page import blocks, lines
 from docs.turn import tier
+from dumo.flow import times
 from dumo.lab.plan import read_plan
+from dumo.objectives import DuMo
+from dumo.types import Spec
 from e2e.shell import TINY, call, sets
 from forked import ENVIRONMENT
 
@@ -50,6 +55,22 @@ def photos(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
         for i in range(12):
             Image.fromarray(g.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+
+
+def test_a_law_of_t_alone_is_of_the_class_that_the_page_names() -> None:
+    page = (PAGES / "own-objective.md").read_text(encoding="utf-8")
+    named = re.search(r"To draw t alone, [^|]*subclass `(\w+)` of `dumo\.flow\.times`", page)
+    assert named
+    base: type[Spec] = getattr(times, named[1])
+
+    def one(self: Spec, n: int, g: Generator) -> Tensor:
+        return torch.full((n,), 0.5)
+
+    law = type("Half", (base,), {"one": one})
+    own = type("Own", (DuMo,), {"__annotations__": {"times": law}, "times": law()})
+    t, r = own().times(3, Generator())
+    assert (t.tolist(), r.tolist()) == ([0.5] * 3, [0.0] * 3)
+    assert not own().times.climbs
 
 
 @tier("photos")

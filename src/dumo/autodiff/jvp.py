@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
-from dumo.autodiff.dual import Dual, NoRule, pair, primal, teach_others
+from dumo.autodiff.dual import Dual, pair, primal, teach_others
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
@@ -44,17 +44,21 @@ def jvp(
     pass and has no gradient; where the output does not move it is zero. Both have the structure of fn's output.
 
     Where an operation has no tangent, two passes are made, and a line of the log says so: fn as it is, and
-    `torch.func.jvp` without gradients. Both draw the same random numbers, of torch's generator on the CPU, as the plain
-    call; buffers of a module change once. Raises UserError where arguments do not fit, and where that fails, too.
+    `torch.func.jvp` without gradients. Both draw the same random numbers as the plain call, of torch's generators of
+    the CPU and of the GPUs of primals; buffers of a module change once. Raises UserError where arguments do not fit,
+    and where that fails, too.
     """
     _require_arguments(primals, tangents)
     teach_others()
-    before = _CallState.of(fn)
+    before = _CallState.of(fn, primals)
     directions = [None if d is None else d.detach().to(p, copy=True) for p, d in zip(primals, tangents, strict=True)]
     try:
         operands = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
         out = fn(*operands, **kwargs)
-    except (NoRule, TypeError, AttributeError, RuntimeError) as error:  # also of code that asks for a Tensor
+    except (TypeError, AttributeError, AssertionError, ValueError, RuntimeError) as error:
+        # Code that asks for a Tensor raises any of them. A lack of tangents is a RuntimeError, too (`NoRule`).
+        if isinstance(error, UserError) and not isinstance(error, RuntimeError):
+            raise
         before.restore()
         return _two_passes(fn, primals, directions, kwargs, before, error)
     for leaf in tree_flatten(out)[0]:
@@ -84,22 +88,27 @@ def _require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | No
 
 @dataclass(frozen=True)
 class _CallState:
-    """What a call of fn may change: torch's generator on the CPU, and the buffers of a module."""
+    """What a call of fn may change: torch's generators of the CPU and of the primals' GPUs, and a module's buffers."""
 
     fn: object
     random_state: Tensor
+    cuda_states: dict[torch.device, Tensor]
     buffers: list[Tensor]
 
     @classmethod
-    def of(cls, fn: object) -> "_CallState":
+    def of(cls, fn: object, primals: Sequence[Tensor]) -> "_CallState":
         """Copy the present state."""
+        gpus = {p.device for p in primals if torch.is_tensor(p) and p.is_cuda}
+        cuda_states = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
         buffers = [buffer.clone() for buffer in fn.buffers()] if isinstance(fn, nn.Module) else []
-        return cls(fn, torch.get_rng_state(), buffers)
+        return cls(fn, torch.get_rng_state(), cuda_states, buffers)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Write the copied state back."""
         torch.set_rng_state(self.random_state)
+        for gpu, state in self.cuda_states.items():
+            torch.cuda.set_rng_state(state, gpu)
         if isinstance(self.fn, nn.Module):
             for buffer, value in zip(self.fn.buffers(), self.buffers, strict=True):
                 buffer.copy_(value)
@@ -128,7 +137,7 @@ def _two_passes(
     """
     points = [p if d is None else p.detach().clone() for p, d in zip(primals, directions, strict=True)]
     value = fn(*primals, **kwargs)  # raises what is no matter of tangents, and may write to primals
-    after = _CallState.of(fn)
+    after = _CallState.of(fn, primals)
     inner = fn.module if isinstance(fn, DistributedDataParallel) else fn  # torch.func.jvp does not pass the wrapper
     leaves, spec = tree_flatten(value)
     moving_places = [i for i, d in enumerate(directions) if d is not None]

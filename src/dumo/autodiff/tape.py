@@ -74,7 +74,7 @@ def detach_saved(saved: Iterable[object]) -> tuple[Sequence[object], int | None]
         if isinstance(x, Tensor):
             x = x.detach()  # which shares the count
             if writes is not None:
-                writes += x._version
+                writes += _num_writes(x)
         detached.append(x)
     return detached, writes
 
@@ -124,12 +124,17 @@ def is_complete(ends: Iterable[Later]) -> bool:
             if isinstance(x, Tensor):
                 if x.numel() and not x.untyped_storage().size():
                     return False
-                writes += x._version
+                writes += _num_writes(x)
         if later.writes is not None and writes != later.writes:
             name = getattr(later.push, "__name__", "")
             raise WrittenTo(name.lstrip("_").removeprefix("push_"))
         stack.extend(operand for operand in later.operands if isinstance(operand, Later))
     return True
+
+
+def _num_writes(x: Tensor) -> int:
+    """How often a tensor was written to. One of torch.inference_mode does not count, and gives 0."""
+    return 0 if x.is_inference() else x._version
 
 
 def fit_to_primal(t: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ says in advance whether a request for guidance would be refused.
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from dumo.config import need
 from dumo.config.conditions import shown_data
@@ -19,6 +19,7 @@ from dumo.config.need import IMF_SCALE, may_have_classes
 from dumo.config.parts import Evaluation, RunParts
 from dumo.data import Data, is_latents
 from dumo.flow import solver
+from dumo.flow.fit import GuidanceRefusal, first_stage_problem, guidance_refusal
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.precision import require_precision
 from dumo.flow.times import Jumps, Pair
@@ -27,8 +28,8 @@ from dumo.objectives import Objective
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 from dumo.training.step import split_into_passes
-from dumo.types import FromTeacher, TimeLaw, UserError
 from dumo.types import Objective as AnyObjective
+from dumo.types import TimeLaw, UserError
 
 if TYPE_CHECKING:
     from dumo.config.teacher import Start, Teacher
@@ -52,8 +53,7 @@ def check(run: RunParts) -> None:
         check_guidance(run.sample.guide, data, objective, run.training_guidance)
     if run.teacher:
         require(_teacher_faults(run.teacher, objective, data, train))
-    if objective.needs.ref == 1:
-        require(_start_faults(run.start, objective, train))
+    require(_start_faults(run.start, objective, train))
     if net.lora and net.lora.subject:
         require(_subject_faults(run))
     if is_latents(data) and data.prior:
@@ -176,13 +176,6 @@ def _one_kind_message(train: Train, times: TimeLaw, ranks: int, rows: int, *, mo
     )
 
 
-class GuidanceRefusal(NamedTuple):
-    """Why a net cannot be guided when it is sampled, in a clause, and what else to do; "": nothing."""
-
-    reason: str
-    instead: str
-
-
 def why_unguided(
     data: Data, objective: AnyObjective, trained: GuidanceScale, source: str = ""
 ) -> GuidanceRefusal | None:
@@ -194,18 +187,8 @@ def why_unguided(
     train = f"train {source}" if source else "train"
     if not may_have_classes(data):
         return GuidanceRefusal(f"data '{data.kind}' has no classes to guide by", "")
-    if trained.active:
-        return GuidanceRefusal(trained.reason(model), f"or {train} with {trained.off}")
-    if not objective.drop:
-        return GuidanceRefusal(
-            f"{model} never learned without a label, since objective.drop = 0", f"or {train} with objective.drop=0.1"
-        )
-    if objective.needs.knobs:
-        of_source = f" of {source}" if source else ""
-        return GuidanceRefusal(
-            f"the knobs of objective '{objective.kind}' guide {model} already", f"and sample.knobs{of_source}"
-        )
-    return None
+    knobs = f"sample.knobs of {source}" if source else "sample.knobs"
+    return guidance_refusal(objective, trained, set_knobs=knobs, model=model, train=train)
 
 
 def check_guidance(
@@ -260,10 +243,10 @@ def _start_faults(start: "Start | None", objective: Objective, train: Train) -> 
 
     train.ref=1 is a decay of 1: the average of the weights that never moves.
     """
-    if not (start and train.ref == 1):
+    problem = first_stage_problem(objective)
+    if problem and not (start and train.ref == 1):
         yield (
-            f"objective '{objective.kind}' with low learns from the net that training begins with: set start.source to "
-            "a run of all times, train.ref=1, and in train.ema {decay: 1} as the last"
+            f"{problem}: set start.source to a run of all times, train.ref=1, and in train.ema {{decay: 1}} as the last"
         )
 
 
@@ -282,7 +265,8 @@ def _prior_faults(prior_share: float, teacher: "Teacher | None", objective: Obje
 
     `prior_share` is that share, in (0, 1).
     """
-    if not teacher or teacher.pairs or objective.needs.teacher != FromTeacher():
+    needs = objective.needs.teacher
+    if not teacher or teacher.pairs or needs.velocity != "may" or needs.points:
         yield (
             "data.prior has images for the teacher to answer by its velocity: set teacher={kind: base}, and an "
             "objective that may learn from one, objective.kind=dumo; or data.prior=null"

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
+from dumo.flow.fit import climb_problem, path_problem, teacher_problem
 from dumo.flow.guide import GuidanceScale, Guide
 from dumo.nets.precondition import PRECONDITIONED_HEADS
 from dumo.objectives import Objective
@@ -84,14 +85,12 @@ def _size_faults(run: RunParts, buckets: str) -> Iterator[str]:
 
 def _formula_faults(objective: Objective, path: str) -> Iterator[str]:
     """The objective must have formulas for this kind of path, and for jumps up to the noise if its times make some."""
-    formulas = objective.needs.formulas
-    if path not in formulas.paths:
-        yield f"objective '{objective.kind}' has its formulas for path {_quoted(formulas.paths)}, not '{path}'"
-    if objective.times.climbs and not formulas.climbs:
-        yield (
-            f"objective.times.both_ways makes jumps up to the noise, for which objective '{objective.kind}' has no "
-            "formulas: set objective.times.both_ways=false, or take objective.kind=f2d2 or meanflow"
-        )
+    wrong_path = path_problem(objective, path)
+    if wrong_path:
+        yield f"{wrong_path}: set path.kind={objective.needs.formulas.paths[0]}"
+    wrong_jumps = climb_problem(objective)
+    if wrong_jumps:
+        yield wrong_jumps
 
 
 def _precondition_faults(run: RunParts) -> Iterator[str]:
@@ -146,11 +145,9 @@ def _teacher_faults(run: RunParts) -> Iterator[str]:
         )
     if not needs.points and needs.velocity == "must" and not gives_velocity:
         yield _missing_teacher(objective, "velocity", pairs="null")
-    if gives_velocity and needs.velocity == "no":
-        yield (
-            f"objective '{objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
-            "teacher.pairs, or teacher=null"
-        )
+    problem = teacher_problem(objective)
+    if gives_velocity and problem:
+        yield f"{problem}: set teacher.pairs, or teacher=null"
 
 
 def _missing_teacher(objective: Objective, subject: str, *, pairs: str) -> str:

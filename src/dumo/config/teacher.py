@@ -21,7 +21,7 @@ from dumo.flow.guide import CFG
 from dumo.flow.solver import Heun
 from dumo.objectives import Objective
 from dumo.runtime.limits import SAMPLES
-from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec
+from dumo.types import MAYBE_PLACE, PINNED, QUIET, FromTeacher, Spec
 
 OF_VELOCITY = ("dumo", "meanflow", "facm", "flow_matching")  # some objectives that learn a velocity, for messages
 
@@ -61,6 +61,10 @@ class Teacher(Spec):
         if self.kind == "base" and (self.source or self.pairs):
             raise ValueError("base is the net in training: leave teacher.source and teacher.pairs out")
         return self
+
+    def gives_velocity(self, needs: FromTeacher) -> bool:
+        """Whether a loss of these needs is given the teacher's velocity in training, also next to its pairs."""
+        return not self.pairs or (needs.points > 0 and needs.velocity != "no")
 
 
 class Start(Spec):

@@ -6,7 +6,8 @@ its rows do not mix.
 
 `LoopFlow.check` calls, in this order:
 
-1. before any pass: `require_teacher`, `require_whole_groups` and `require_parameters`;
+1. before any pass: `require_formulas`, `require_teacher`, `require_first_stage`, `require_whole_groups` and
+   `require_parameters`;
 2. on the first `rows_to_try` rows: `try_pass`, `require_pure_net` (up to `max_pass_difference`),
    `require_finite_heads` of the outputs of `try_pass`, and `require_rows_apart`.
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from dumo.flow.fit import climb_problem, first_stage_problem, path_problem, teacher_problem
 from dumo.flow.passes import Passes
 from dumo.flow.precision import Precision, precision_of
 from dumo.flow.signature import call_example
@@ -240,7 +242,7 @@ def _likely_fix(error: Exception, passes: Passes, b: Noised) -> str:
 
 
 def require_teacher(objective: Objective, *, has_teacher: bool) -> None:
-    """Raise UserError where an objective lacks the teacher that it learns from."""
+    """Raise UserError where an objective lacks the teacher that it learns from, or learns nothing of the one it has."""
     if objective.needs.teacher.points:
         raise UserError(
             f"objective '{objective.kind}' learns from whole trajectories of a teacher, which dumo train makes: take "
@@ -251,6 +253,26 @@ def require_teacher(objective: Objective, *, has_teacher: bool) -> None:
             f"objective '{objective.kind}' learns from a teacher's velocity: give dumo.Flow(teacher=...), a flow that "
             "was trained, or a function of (x_t, t, c, v_t)"
         )
+    problem = teacher_problem(objective)
+    if has_teacher and problem:
+        raise UserError(f"{problem}: leave out teacher=")
+
+
+def require_formulas(objective: Objective, path: str) -> None:
+    """Raise UserError where an objective has no formulas for this kind of path, or for the jumps that it draws."""
+    wrong_path = path_problem(objective, path)
+    if wrong_path:
+        raise UserError(f"{wrong_path}: give dumo.Flow(path=...) another of dumo.flow.path")
+    wrong_jumps = climb_problem(objective)
+    if wrong_jumps:
+        raise UserError(wrong_jumps)
+
+
+def require_first_stage(objective: Objective, *, has_ref: bool) -> None:
+    """Raise UserError where an objective lacks the net of a first stage, which is its theta^-."""
+    problem = first_stage_problem(objective)
+    if problem and not has_ref:
+        raise UserError(f"{problem}: give dumo.Flow(ref=...) a copy of it, which stays as it is")
 
 
 def require_whole_groups(objective: Objective, rows: int) -> None:
@@ -258,7 +280,8 @@ def require_whole_groups(objective: Objective, rows: int) -> None:
     group = _group_size(objective)
     if rows % group:
         raise UserError(
-            f"{rows} rows, and {group} belong together in objective '{objective.kind}': give a multiple of {group}"
+            f"{rows} rows, and {group} belong together in objective '{objective.kind}': give a multiple of {group}; a "
+            "DataLoader leaves out a smaller last batch by drop_last=True"
         )
 
 

@@ -185,6 +185,7 @@ def add_noise(
     teacher: Taught | None = None,
     coupling: Coupling | None = None,
     between: Trail | None = None,
+    ask_at_x_t: bool = True,
 ) -> Noised:
     """The record of data x (b, ...) of conditions c (b, ...), by draws of as many rows; on the device of x.
 
@@ -194,6 +195,7 @@ def add_noise(
     teacher: what it makes of (x_t, t, c, v_t) takes the place of v_t, on the rows `draws.taught`.
     coupling: which noise goes with which data; None: as drawn.
     between: the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
+    ask_at_x_t: whether the teacher is asked for v_t; else it is asked by the loss alone (`FromTeacher.at_x_t`).
     """
     # draws to the device; times stay exact where the data are bf16
     device = x.device
@@ -246,7 +248,7 @@ def add_noise(
     )
     if trail is not None:
         b = replace(b, x_t=b.on(t))
-    if teacher:
+    if teacher and ask_at_x_t:
         b = replace(b, v_t=b.velocity(b.x_t, t, v_t))
     return b
 
@@ -283,4 +285,5 @@ def draw(
     if rows.stop > batch:
         raise ValueError(f"rows {first} to {rows.stop} are not of a batch of {batch}")
     draws = make_draws(objective, x.shape[1:], seed=seed, step=step, batch=batch, rows=rows, z=z is None)
-    return add_noise(draws, path, x, c, null, progress=progress, z=z, teacher=teacher)
+    ask_at_x_t = objective.needs.teacher.at_x_t
+    return add_noise(draws, path, x, c, null, progress=progress, z=z, teacher=teacher, ask_at_x_t=ask_at_x_t)

@@ -130,6 +130,7 @@ class Flow(nn.Module):
             teacher=teacher or self.teacher,
             coupling=self.coupling,
             between=between,
+            ask_at_x_t=self.objective.needs.teacher.at_x_t,
         )
 
     def terms(self, b: Noised, keys: dropout.Keys, loss: Loss | None = None, *, keep: bool = True) -> Terms:

@@ -20,7 +20,7 @@ trials of a user's net (`dumo.run.contract`).
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,7 +69,7 @@ def sample_batches(
     indices: Sequence[int] | None = None,
     batch: int = BATCH,
     device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
+    precision: Precision | None = "fp32",
     z: Sample | None = None,
 ) -> Iterator[Batch]:
     """Images, one per row of c, a batch at a time.
@@ -84,7 +84,7 @@ def sample_batches(
     indices: the numbers of the images, one per row of c; None: 0, 1, ...
     batch: images made at a time, at most.
     device: of the net.
-    precision: of the passes; what a solver makes of them is in float32.
+    precision: of the passes; None: as the caller's autocast has it. What a solver makes of them is in float32.
     z: noise to begin with, (n, *shape); None: that of the images' numbers, as is all noise that a solver adds later.
 
     Raises UserError if the solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than
@@ -244,15 +244,20 @@ def counting_passes(net: nn.Module) -> Generator[list[int], None, None]:
 
 
 @contextmanager
-def in_precision(net: nn.Module, precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
-    """Inside, the net's passes are in a precision, and return float32, in which solvers and guidance compute."""
+def in_precision(
+    net: nn.Module, precision: Precision | None, device: torch.device | str
+) -> Generator[None, None, None]:
+    """Inside, the net's passes are in a precision, and return float32, in which solvers and guidance compute.
+
+    precision: None: that of the caller.
+    """
 
     def widen(_: nn.Module, __: object, heads: Heads) -> Heads:
         return tuple(head.float() if head.dtype == torch.bfloat16 else head for head in heads)
 
     hook = net.register_forward_hook(widen)
     try:
-        with using(precision, device):
+        with using(precision, device) if precision else nullcontext():
             yield
     finally:
         hook.remove()

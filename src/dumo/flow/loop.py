@@ -32,6 +32,8 @@ from dumo.flow import dropout, generate
 from dumo.flow.check import (
     max_pass_difference,
     require_finite_heads,
+    require_first_stage,
+    require_formulas,
     require_parameters,
     require_pure_net,
     require_rows_apart,
@@ -54,8 +56,8 @@ from dumo.flow.condition import (
 from dumo.flow.derivative import choose_slope, copy_without_zero_layers
 from dumo.flow.draw import Coupling
 from dumo.flow.flow import Flow, require_terms
-from dumo.flow.guide import CFG
-from dumo.flow.null import guidance_of, without_drop
+from dumo.flow.guide import CFG, GuidanceScale
+from dumo.flow.null import guidance_of, require_guidable, without_drop
 from dumo.flow.passes import Passes
 from dumo.flow.path import Diffusion, FlowPath, Linear, Trig
 from dumo.flow.precision import Precision, using
@@ -63,13 +65,15 @@ from dumo.flow.ranks import largest_of_ranks, on_every_rank
 from dumo.flow.reading import reading, taught_readings, teacher_velocity
 from dumo.flow.signature import CustomCall, Signature
 from dumo.flow.slope import Slope, slope_of
-from dumo.flow.solver import Solver, best_solver
+from dumo.flow.solver import Solver, best_solver, solver_of
 from dumo.flow.state import FlowState
 from dumo.runtime import dist
 from dumo.runtime.random import generator_states, seeded_generators, stream
 from dumo.types import (
     Cond,
     Frozen,
+    Heads,
+    Net,
     Noised,
     Objective,
     Reads,
@@ -132,7 +136,7 @@ class LoopFlow(Flow):
         _require_settings(net, classes=classes, time_scale=time_scale, shard=shard, path=path)
         if not classes and null is None:  # nothing stands for a dropped condition
             objective = without_drop(objective)
-        teacher_flow = _teacher_flow(teacher, classes)
+        teacher_flow = _teacher_flow(teacher, objective, classes, path or Linear())
         if teacher_flow is not None:
             teacher = teacher_flow.teaching()
         super().__init__(
@@ -150,6 +154,10 @@ class LoopFlow(Flow):
             guide=guide,
         )
         self.null = null
+        self.training_guidance = GuidanceScale.of(objective.needs)
+        if teacher_flow is not None and teacher_flow.guide.active:
+            self.training_guidance = GuidanceScale(teacher_flow.guide.scale, "teacher", "a teacher without guide=")
+        self._require_guidable(self.guide)
         self.time_scale = time_scale
         self.own_call = call
         self.shard = shard
@@ -157,13 +165,14 @@ class LoopFlow(Flow):
         self.teach_conditions = teacher_flow.teaching if teacher_flow else None
 
         self.step = 0  # losses so far
-        self.rows = 0  # of a rank's batch
+        self.rows = 0  # of a rank's batch, the largest in training so far
         self.shape: tuple[int, ...] | None = None  # of a row
         self.last: Terms | None = None  # of the last loss, detached: its parts say more than the loss
         self.has_named_slope = "slope" in getattr(objective, "model_fields_set", ("slope",))
         self.chosen_slope: Slope | None = None  # where the objective names none
         self.slope_reason = ""  # how du/dt is taken, and why
         self.is_checked = False
+        self.is_checked_in_training = False  # in evaluation a network does not show what it draws and changes
         self.is_check_of_copy = False  # whether the check worked on a copy of the network
         self.net_draws = False  # whether the network draws random numbers
         self.condition_names: tuple[str, ...] = ()  # of conditions that are no labels
@@ -190,14 +199,17 @@ class LoopFlow(Flow):
         progress: the share of the training that is done, for objectives that change with it.
         z: noise that goes with x, of its shape; None: drawn.
 
-        Every rank must make the first call, which makes `check`. Raises UserError for what cannot be trained on.
+        Every rank must make the first call, and the first in training mode: these make `check`, and the ranks agree on
+        how many rows each has. Raises UserError for what cannot be trained on.
         """
         # what can be wrong
         is_second_check = self.step == _SECOND_CHECK_STEP and not self.is_check_of_copy
-        if not self.is_checked or is_second_check:
+        is_checked = self.is_checked_in_training if self.training else self.is_checked
+        if not is_checked or is_second_check:
             self.check(x, c)
         else:
             require_batch(x, c, self.classes, self.shape, self.call, null=self.null)
+            require_whole_groups(self.objective, len(x))
         if not 0 <= progress <= 1:
             raise UserError(f"progress = {progress:g}: give the share of the training that is done, from 0 to 1")
         if z is not None and z.shape != x.shape:
@@ -205,7 +217,10 @@ class LoopFlow(Flow):
 
         # the record of this step
         self.shape = self.shape or tuple(x.shape[1:])
-        self.rows = max(self.rows, len(x))  # a smaller last batch keeps its rank's rows
+        is_counted = step is None and self.training
+        if is_counted:
+            rows = len(x) if self.rows else int(largest_of_ranks(len(x)))
+            self.rows = max(self.rows, rows)  # a smaller last batch keeps its rank's rows
         at_step = self.step if step is None else step
         b, keys = self._record(x, c, at_step, progress=progress, z=z)
 
@@ -218,7 +233,7 @@ class LoopFlow(Flow):
         with masks, seeded_generators(key, x.device), self._in_precision(x):  # a loss of yours may draw
             returned = self.objective.loss(passes, ref, b)
             terms = require_terms(returned, len(x), self.objective.kind)
-        if step is None and self.training:
+        if is_counted:
             self.step += 1
         self.last = terms.detach()
         return terms.loss.mean()
@@ -251,6 +266,11 @@ class LoopFlow(Flow):
         reads = taught_readings(self.objective)
         ends_at_data = not bool(s.any()) if isinstance(s, Tensor) else s == 0
         if reads.flow_map is None and ends_at_data:
+            if bool((torch.as_tensor(t) < reads.lowest).any()):
+                raise UserError(
+                    f"objective '{self.objective.kind}' teaches jumps to the data from t = {reads.lowest:g} up alone: "
+                    "give such a t, or train with 'dumo'"
+                )
             return self._read("endpoint", x, c, t)
         if reads.flow_map is None:
             raise UserError(
@@ -288,7 +308,7 @@ class LoopFlow(Flow):
         *,
         nfe: int = 1,
         seed: int = 0,
-        solver: Solver | None = None,
+        solver: Solver | str | None = None,
         guidance: float | None = None,
         shape: Sequence[int] | None = None,
     ) -> Tensor:
@@ -296,7 +316,7 @@ class LoopFlow(Flow):
 
         c: how many, of the classes in turn; or a condition for each.
         nfe: passes of each sample through the network.
-        solver: None takes the best for few passes.
+        solver: or its name, such as "heun"; None takes the best for few passes.
         guidance: the scale w of classifier-free guidance, for plain targets; None: the flow's own.
         shape: of a sample; None: that of the data, known after the first loss.
 
@@ -307,11 +327,24 @@ class LoopFlow(Flow):
             raise UserError("the shape of the data is not known before the first loss: give flow.sample(shape=...)")
         table, index = self._sample_conditions(c)
         passes = self._passes(table, None)
-        guide = self.guide if guidance is None else guidance_of(self.objective, guidance)
+        guide = self.guide
+        if guidance is not None:
+            guide = guidance_of(guidance)
+            self._require_guidable(guide)
         reads = self._reads(passes, guide)
-        if solver is None:
-            solver = best_solver(reads)
-        batches = self.batches(reads, solver, index, net=passes, nfe=nfe, seed=seed, shape=shape)
+        solver = best_solver(reads) if solver is None else solver_of(solver)
+        batches = generate.sample_batches(
+            passes,
+            reads,
+            self.path,
+            solver,
+            index,
+            nfe=nfe,
+            seed=seed,
+            shape=shape,
+            device=self.device,
+            precision=self.precision,
+        )
         samples = generate.join_batches(batches)
         for part in self.net.modules():
             if isinstance(part, FSDPModule):  # whose root stays whole after a pass that has no backward pass
@@ -329,18 +362,19 @@ class LoopFlow(Flow):
 
     # ------------------------------------------------------------------------------------------------------ the check
 
+    @torch.inference_mode(False)  # the slope is chosen for training, also where validation comes first
     def check(self, x: Tensor, c: Condition = None) -> str:
         """Try the network and the loss on a few rows, once, and say how du/dt is taken, and why.
 
-        Weights, buffers and generators stay as they are. Under torch.distributed every rank must call it. Raises
-        UserError, with the way out, for outputs that the objective does not need, rows that mix, buffers that a pass
-        changes, random numbers of unknown source, a loss that is not a number for each row, a wrong derivative.
+        Weights, buffers and generators stay as they are, and gradients are recorded, whatever the caller's mode. Under
+        torch.distributed every rank must call it. Raises UserError, with the way out, for outputs that the objective
+        does not need, rows that mix, buffers that a pass changes, random numbers of unknown source, a loss that is not
+        a number for each row, a wrong derivative.
         """
         on_every_rank(lambda: self._require(x, c))
-        self.rows = max(self.rows, int(largest_of_ranks(len(x))))
         num_tried = rows_to_try(self.objective)
-        x = x[:num_tried]
-        c = map_tensors(c, lambda rows: rows[:num_tried])
+        x = x[:num_tried].clone()  # tensors of torch.inference_mode become plain ones
+        c = map_tensors(c, lambda rows: rows[:num_tried].clone())
         b, keys = on_every_rank(lambda: self._record(x, c, self.step))
         needs = self.objective.needs
         passes = self._passes(c, self._key(self.step))
@@ -363,6 +397,7 @@ class LoopFlow(Flow):
                 self._take_slope(probe, replace(b, moving=None))
         self.condition_names = tuple(table_of(c, self.null, self.call).rows) if is_table(c) else ()
         self.is_checked = True
+        self.is_checked_in_training = self.is_checked_in_training or self.training
         return self.slope_reason or "this objective takes no du/dt"
 
     def _require(self, x: Tensor, c: Condition) -> None:
@@ -370,7 +405,9 @@ class LoopFlow(Flow):
         require_batch(x, c, self.classes, self.shape, self.call, null=self.null, reads_values=True)
         if isinstance(self.call, Signature):
             self.call.require(self.objective.needs, classes=bool(self.classes))
+        require_formulas(self.objective, self.path.kind)
         require_teacher(self.objective, has_teacher=self.teacher is not None)
+        require_first_stage(self.objective, has_ref=self.ref is not None)
         require_whole_groups(self.objective, len(x))
         require_parameters(self.net)
 
@@ -399,9 +436,9 @@ class LoopFlow(Flow):
     ) -> tuple[Noised, dropout.Keys]:
         """The record of this rank's rows x at a step, and their keys of dropout."""
         rank, ranks = self.shard or (dist.rank(), dist.world())
-        first = rank * self.rows
-        rows = slice(first, first + len(x))
         rows_of_rank = max(self.rows, len(x))
+        first = rank * rows_of_rank
+        rows = slice(first, first + len(x))
         batch = max(ranks * rows_of_rank, rows.stop)
         draws = self.make_draws(at_step, x.shape[1:], batch=batch, rows=rows, z=z is None)
         index = self._condition_index(len(x), c, x.device)
@@ -450,7 +487,7 @@ class LoopFlow(Flow):
     def _reads(self, passes: Passes, guide: CFG, knobs: Mapping[str, float] | None = None) -> Reads:
         """What these passes tell a solver, with this guidance and these knobs (None: the flow's own)."""
         null = passes.table.drop_rows if passes.table else self.classes
-        return guide(reading(self.objective, passes, knobs or self.knobs), null)
+        return guide(reading(self.objective, _in_weights_dtype(passes), knobs or self.knobs), null)
 
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
         """The reading `name` of x at these times, (b, ...), in evaluation mode. Raises as `_taught_reading`."""
@@ -469,6 +506,11 @@ class LoopFlow(Flow):
             fix = "flow.jump" if name == "velocity" else "flow.velocity"
             raise UserError(f"objective '{self.objective.kind}' never teaches the {name.replace('_', ' ')}: ask {fix}")
         return read
+
+    def _require_guidable(self, guide: CFG) -> None:
+        """Raise UserError where this flow is not to be guided so while it is sampled."""
+        has_null = bool(self.classes) or self.null is not None
+        require_guidable(guide, self.objective, self.training_guidance, has_null=has_null)
 
     def _sample_conditions(self, c: int | Sequence[int] | Condition) -> tuple[Condition, Cond]:
         """The conditions of samples, and what an objective gets as c (n,).
@@ -531,7 +573,7 @@ def _require_settings(net: object, *, classes: object, time_scale: float, shard:
         raise UserError(f"shard = {shard}: give (rank, ranks) of the data, with 0 <= rank < ranks")
 
 
-def _teacher_flow(teacher: object, classes: int) -> LoopFlow | None:
+def _teacher_flow(teacher: object, objective: Objective, classes: int, path: FlowPath) -> LoopFlow | None:
     """The flow that is the teacher, out of its wrappers; None for a function. Raises UserError if it cannot teach."""
     if teacher is None:
         return None
@@ -550,7 +592,31 @@ def _teacher_flow(teacher: object, classes: int) -> LoopFlow | None:
         )
     if flow.classes and flow.classes != classes:
         raise UserError(f"teacher has classes = {flow.classes}, and this flow {classes}: give both the same labels")
+    if (flow.path.kind, flow.path.sd) != (path.kind, path.sd):
+        raise UserError(
+            f"teacher has path '{flow.path.kind}' of sd {flow.path.sd:g}, and this flow '{path.kind}' of sd "
+            f"{path.sd:g}: give both the same path="
+        )
+    is_guided = GuidanceScale.of(objective.needs).active or bool(objective.needs.knobs)
+    if flow.guide.active and is_guided:
+        raise UserError(
+            f"objective '{objective.kind}' would guide what the teacher's guide= of scale {flow.guide.scale:g} has "
+            "guided: give a teacher without guide="
+        )
     return flow
+
+
+def _in_weights_dtype(passes: Passes) -> Net:
+    """The passes on x in the floating-point type of the network's weights; what they return is in that of x."""
+    weights = (p for p in unwrap(passes.net).parameters() if p.is_floating_point())
+    weight = next(weights, None)
+    if weight is None or weight.dtype == torch.float32:
+        return passes
+
+    def net(x: Sample, c: Cond, /, **inputs: Time) -> Heads:
+        return tuple(head.to(x.dtype) for head in passes(x.to(weight.dtype), c, **inputs))
+
+    return net
 
 
 def _row_times(time: Moment, x: Sample) -> Time:

@@ -1,6 +1,6 @@
 """What an objective does where a network has no null, which stands for no condition.
 
-`without_drop` is for training, `guidance_of` for sampling.
+`without_drop` is for training, `guidance_of` and `require_guidable` for sampling.
 
 Dropped conditions and guidance go together: guidance needs what the network makes of no condition, and a network learns
 that from dropped ones. Where nothing stands for no condition, none is dropped and nothing guides.
@@ -8,6 +8,7 @@ that from dropped ones. Where nothing stands for no condition, none is dropped a
 
 from typing import Any
 
+from dumo.flow.fit import guidance_refusal
 from dumo.flow.guide import CFG, GuidanceScale, Guide
 from dumo.runtime.limits import FACTOR
 from dumo.types import Objective, UserError
@@ -27,23 +28,26 @@ def without_drop(objective: Objective) -> Objective:
     return objective.model_copy(update=changed)
 
 
-def guidance_of(objective: Objective, scale: float) -> CFG:
-    """Guidance of this scale while sampling; 1 is none.
-
-    Raises UserError where no condition was dropped in training, or the objective has guided its target itself.
-    """
+def guidance_of(scale: float) -> CFG:
+    """Guidance of this scale while sampling; 1 is none. Raises UserError for what is no scale."""
     if not 0 < scale <= FACTOR:
         raise UserError(f"guidance = {scale:g}: give a scale above 0, of which 1 is no guidance")
-    if scale == 1:
-        return CFG()
-    in_training = GuidanceScale.of(objective.needs)
-    if in_training.active:
-        raise UserError(
-            f"guidance = {scale:g}: {in_training.reason()}: leave guidance out, or train with {in_training.off}"
-        )
-    if not objective.drop:
-        raise UserError(
-            f"guidance = {scale:g} needs what the network makes of no condition, and none was dropped in training: "
-            "leave it out, or train with classes= or null="
-        )
     return CFG(scale=scale)
+
+
+def require_guidable(guide: CFG, objective: Objective, trained: GuidanceScale, *, has_null: bool) -> None:
+    """Raise UserError where a flow's network is not to be guided so while it is sampled.
+
+    trained: how its target was guided in training.
+    has_null: whether something stands for no condition.
+    """
+    if not guide.active:
+        return
+    if not has_null:
+        raise UserError(
+            f"guidance = {guide.scale:g} needs what the network makes of no condition, and none was dropped in "
+            "training: leave it out, or train with classes= or null="
+        )
+    refusal = guidance_refusal(objective, trained, set_knobs="give dumo.Flow(knobs=...)")
+    if refusal:
+        raise UserError(f"guidance = {guide.scale:g}: {refusal.reason}: leave guidance out, {refusal.instead}")

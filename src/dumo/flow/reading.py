@@ -22,21 +22,21 @@ from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Taught, Time,
 
 
 def taught_readings(objective: Objective) -> Reads:
-    """The readings that an objective will teach. They are of no net: which of them are None is what counts.
-
-    Where the objective has no rule for jumps (`hops`), and its times never end before the data, only jumps to the data
-    are taught.
-    """
-    reads = objective.read(nn.Identity())
-    if reads.flow_map and reads.hops is None and not objective.times.between:
-        return replace(reads, hops=lambda t, s: s == 0)
-    return reads
+    """The readings that an objective will teach. They are of no net: which of them are None is what counts."""
+    return _with_hops(objective, objective.read(nn.Identity()))
 
 
 def reading(objective: Objective, net: Net, knobs: Mapping[str, float] | None = None) -> Reads:
     """The readings of a net that an objective has trained. `knobs`: values by name instead of the objective's own."""
     knobs = {**objective.needs.knobs, **(knobs or {})}
-    return objective.read(bind_knobs(net, **knobs) if knobs else net)
+    return _with_hops(objective, objective.read(bind_knobs(net, **knobs) if knobs else net))
+
+
+def _with_hops(objective: Objective, reads: Reads) -> Reads:
+    """The readings with a rule for jumps (`hops`), where the objective has none and its times end at the data alone."""
+    if reads.flow_map and reads.hops is None and not objective.times.between:
+        return replace(reads, hops=lambda t, s: s == 0)
+    return reads
 
 
 def bind_knobs(net: Net, **knobs: float) -> Net:

@@ -13,11 +13,11 @@ A solver is asked for a number of passes through the net (nfe), not of steps. Wh
 
 The order of events:
 
-1. `best_solver` picks a solver by what an objective teaches, where nobody names one.
+1. `solver_of` takes the one that somebody names, else `best_solver` picks one by what an objective teaches.
 2. Before any work, `check` refuses a reading that was never taught, and an nfe that cannot be made; `can_make` answers
    that question without raising.
-3. A solver, called, makes samples. It takes its reading by `taught_reading`, its number of steps by `num_steps`, and
-   its times by `uniform_times` or `jump_times`, as tensors by `times_per_row`.
+3. A solver, called, makes samples, and refuses what `check` refuses. It takes its reading by `taught_reading`, its
+   number of steps by `num_steps`, and its times by `uniform_times` or `jump_times`, as tensors by `times_per_row`.
 
 `Solver` is the union of the specs; one of a user's own derives from `dumo.types.outside.SolverSpec`.
 """
@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from math import log2
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import Field, model_validator
 
@@ -151,6 +151,7 @@ class Restart(Spec):
 
     def __call__(self, reads: Reads, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        check(self, reads, nfe)
         endpoint = taught_reading(self, reads)
         times = path.nearest_net_times(self.times(num_steps(self, nfe)))
         t, *later_times = times_per_row(times, x)
@@ -216,6 +217,15 @@ FAMILY = SpecFamily(
 Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | SolverSpec, FAMILY]
 
 
+def solver_of(solver: Solver | str) -> Solver:
+    """A solver by its name, with its defaults; one that is built as it is. Raises UserError for an unknown name."""
+    if not isinstance(solver, str):
+        return solver
+    if solver not in FAMILY.names:
+        raise UserError(f"there is no solver '{solver}': use {_join_choices([*FAMILY.names])}")
+    return cast("Solver", FAMILY.load(solver)())
+
+
 def _last(xs: Iterable[Sample]) -> Sample:
     """The last of some samples; it holds one at a time."""
     return deque(xs, maxlen=1).pop()
@@ -264,9 +274,12 @@ def check(solver: Solver, reads: Reads, *nfes: int) -> None:
         if isinstance(solver, Hop):
             _require_taught_jumps(solver, reads, nfe)
         if not _stays_where_taught(solver, reads, nfe):
+            fix = "nfe = 1"
+            if reads.lowest < 1:
+                fix += f" or 2, with m = {reads.lowest:g}"
             raise UserError(
                 f"solver '{solver.kind}' of nfe = {nfe} goes below t = {reads.lowest:g}, where the endpoint was never "
-                f"taught: ask for nfe = 1 or 2, with m = {reads.lowest:g}"
+                f"taught: ask for {fix}"
             )
 
 

@@ -217,12 +217,14 @@ class Cost:
 
         return self._count_once("units", count_units)
 
-    def _teacher_passes(self) -> int:
-        """Passes of the teacher in a step; 0 where it makes all its pairs before."""
-        teacher = self.run.teacher
-        if teacher is None or teacher.pairs:
-            return 0
-        return 1 if teacher.guide.scale == 1 else 2
+    def _teacher_passes(self) -> float:
+        """Passes of the teacher in a step: as many as the loss asks for, with guidance twice as many."""
+        run = self.run
+        teacher = run.teacher
+        if teacher is None or not teacher.gives_velocity(run.objective.needs.teacher):
+            return 0.0
+        passes = cost.teacher_passes(outline(run), run.objective, run.path, run.data.shape)
+        return 2 * passes if teacher.guide.active else passes
 
     @property
     def flops(self) -> float:

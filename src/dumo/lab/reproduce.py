@@ -5,9 +5,10 @@
 1. reads the plan, by its name or from a user's file (`dumo.lab.ownplan`), and its `View`: the functions that make and
    show its results (`VIEWS`; the default is `View()`, of a user's file `_OWN_VIEW`);
 2. runs the cells of the plan: trains and measures them (`dumo.lab.cell`), or takes the results of finished ones;
-3. makes the table, then charts of the table alone (`write_charts`, which tests also call on stored tables), then
-   pictures that need the trained nets;
-4. writes table.md and results.json, with their origin: the command, the date, the machine, the commit.
+3. makes the table, and writes table.md and results.json, with their origin: the command, the date, the machine, the
+   commit;
+4. writes charts of the table alone (`write_charts`, which tests also call on stored tables), then pictures that need
+   the trained nets, and names them in results.json.
 
 A new plan needs a line in `VIEWS` only where the default view does not fit. The functions of special views are in
 `dumo.lab.paper` and `dumo.lab.fig4b`, for the paper's figures and tables, and `dumo.lab.ours`, for plans of our own.
@@ -68,8 +69,9 @@ def _no_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 
 
 def _draw_samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Write a picture of samples of all arms, and return its path. A plan with `samples: false` has none."""
-    if not plan.samples:
+    """Write a picture of samples of all arms, and return its path; of points, or without `Plan.samples`, none."""
+    makes_images = all(result.trained.sampler.is_image for result in results)
+    if not plan.samples or not makes_images:
         return []
     path = folder / f"{plan.name}-samples.png"
     picture.write_picture(path, arm_picture.sample_sheets(results))
@@ -131,9 +133,8 @@ def reproduce(
     results = view.run_cells(cells, folder / "cells", jobs=jobs, device=device, bar=bar)
 
     table = view.make_table(plan, results)
-    charts = write_charts(plan, view, table, folder)
-    pictures = view.draw_pictures(plan, results, folder)
-    files = [*charts, *pictures, folder / "table.md", folder / "results.json"]
+    table_file = folder / "table.md"
+    results_file = folder / "results.json"
     report = {
         "name": name,
         "scale": scale,
@@ -141,10 +142,16 @@ def reproduce(
         "origin": _origin(command, device, results),
         "table": table,
         "cells": [{"cell": result.cell.name, **result.report} for result in results],
-        "files": [str(path) for path in files],
+        "files": [str(table_file), str(results_file)],
     }
-    file.write(folder / "table.md", markdown(plan.title, table).encode())
-    write_json(folder / "results.json", report)
+    # the numbers before the pictures: what took hours must not be lost where a picture fails
+    file.write(table_file, markdown(plan.title, table).encode())
+    write_json(results_file, report)
+
+    charts = write_charts(plan, view, table, folder)
+    pictures = view.draw_pictures(plan, results, folder)
+    report["files"] = [str(path) for path in (*charts, *pictures, table_file, results_file)]
+    write_json(results_file, report)
     return report
 
 

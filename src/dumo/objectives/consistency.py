@@ -42,6 +42,7 @@ from dumo.runtime.limits import FACTOR, STEPS, require_order
 from dumo.types import (
     STRAIGHT,
     Formulas,
+    FromTeacher,
     Frozen,
     Needs,
     Net,
@@ -167,7 +168,9 @@ class Consistency(Spec):
             ref = 0.99  # CM's goes from 0.9 to 0.9986; ours
         has_no_noise_level = not self.weighted and self.discretization.kind == "equal"  # none of the linear path's
         formulas = STRAIGHT if has_no_noise_level else Formulas(unit=True)
-        return Needs(inputs=("t",), heads=("u",), amplifies=self.gain, formulas=formulas, ref=ref)
+        keeps_t = not self.low and self.discretization.kind == "ratio"  # else v_t is taken anew, at another t
+        teacher = FromTeacher(at_x_t=keeps_t)
+        return Needs(inputs=("t",), heads=("u",), amplifies=self.gain, formulas=formulas, teacher=teacher, ref=ref)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without. A row at t = r, which is at t = 0 or 1 only, weighs nothing.

@@ -79,7 +79,7 @@ class FreeFlow(Spec):
             inputs=("t", "r"),
             heads=("u", "w"),
             laws={"r": Uniform(), "w.z": Noise(), "w.t": noisy},
-            teacher=FromTeacher("must"),
+            teacher=FromTeacher("must", at_x_t=False),
             group=GROUP,
         )
 

@@ -3,6 +3,7 @@
     forward_flops    of one pass, for a row
     step_cost        of a training step, for a row: operations, and forward units; what its passes show on the way
     forward_units    the units alone
+    teacher_passes   how often a step asks a teacher for a row's velocity, which the others do not count
     exact_rows       the rows of the smallest batch that can be counted exactly
     count_flops      of any work
     count_by_depth   any count of a net, by its first few blocks
@@ -40,7 +41,7 @@ from dumo.flow.slope import DualSlope, Way
 from dumo.nets import is_dualized
 from dumo.runtime.random import stream
 from dumo.training.frozen import copy_net
-from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, frozen
+from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, Taught, Time, frozen
 from dumo.types.outside import name_of
 
 _NO_GUIDANCE = Guide()
@@ -149,6 +150,29 @@ def step_cost(
     return StepCost(units, units * one_pass.flops, one_pass.flops, one_pass.heads, way)
 
 
+def teacher_passes(net: nn.Module, objective: Objective, path: FlowPath, shape: Sequence[int]) -> float:
+    """How often a training step asks a teacher for the velocity of a row, as a mean over the parts of the training."""
+    rows = exact_rows(objective)
+    passes = 0.0
+    for progress, share in objective.needs.phases:
+        teacher = _CountingTeacher()
+        b = replace(_draw_on_meta(objective, path, rows, shape, teacher), progress=progress)
+        step_function(*meta_copies(net, "self"), objective, b)()
+        passes += share * teacher.rows / rows
+    return passes
+
+
+class _CountingTeacher:
+    """A teacher that returns v_t, and counts the rows that it is asked for."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def __call__(self, x_t: Sample, t: Time, c: Cond, v_t: Sample) -> Sample:
+        self.rows += len(t)
+        return v_t
+
+
 class _NotedSlope(DualSlope):
     """A dual slope that goes the ways of another, `slope`, and notes each of them."""
 
@@ -205,10 +229,12 @@ def meta_copies(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
     return net, frozen(net) if ref == "self" else Frozen(copy_net(net))
 
 
-def _draw_on_meta(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> Noised:
+def _draw_on_meta(
+    objective: Objective, path: FlowPath, rows: int, shape: Sequence[int], teacher: Taught = path_velocity
+) -> Noised:
     """A noised batch on the meta device. What depends on a row's place alone has its values."""
     x, c = _meta_batch(rows, shape)
-    return draw(objective, path, x, c, c, seed=0, step=0, teacher=path_velocity)
+    return draw(objective, path, x, c, c, seed=0, step=0, teacher=teacher)
 
 
 def phases(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> list[tuple[Noised, float]]:

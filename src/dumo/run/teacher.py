@@ -123,9 +123,7 @@ def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device)
         case "base":
             sha256 = str(state.frozen)
             reads = base_flow(teacher, run, state.net).readings(teacher.guide)
-    needs = run.objective.needs.teacher
-    learns_velocity = not teacher.pairs or (needs.points and needs.velocity != "no")
-    velocity = teacher_velocity(reads) if learns_velocity else None
+    velocity = teacher_velocity(reads) if teacher.gives_velocity(run.objective.needs.teacher) else None
     return LoadedTeacher(teacher, reads, velocity, {"source": teacher.source or teacher.kind, "sha256": sha256})
 
 

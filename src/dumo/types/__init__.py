@@ -168,6 +168,7 @@ class FromTeacher(NamedTuple):
 
     velocity: Literal["may", "must", "no"] = "may"  # may: a teacher's can replace v_t; must: the loss asks for it
     points: int = 0  # steps of its trajectories, whose ends the loss learns from; 0: of none
+    at_x_t: bool = True  # whether the loss reads v_t; else no teacher is asked for it
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ class Noised:
     t: Time
     r: Time
     x_t: Sample
-    v_t: Sample  # dx_t/dt: given (x, z), or the teacher's
+    v_t: Sample  # dx_t/dt: given (x, z), or the teacher's where `FromTeacher.at_x_t`
 
     # conditions
     c: Cond  # on the rows whose condition was dropped: null

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import einops
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dumo
+from dumo.autodiff import jvp
 from dumo.types import UserError
 
 PAGE = runpy.run_path(str(Path(__file__).parents[3] / "docs/jvp.py"))  # whose nets are those of its table
@@ -147,7 +149,18 @@ def asks_for_a_tensor(x: Tensor) -> Tensor:
     return x.sin()
 
 
-@pytest.mark.parametrize("fn", [in_place, asks_for_a_tensor])
+def asserts_a_tensor(x: Tensor) -> Tensor:
+    assert isinstance(x, Tensor)
+    return x.sin()
+
+
+def wants_the_value_of_a_tensor(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise ValueError(x)
+    return x.sin()
+
+
+@pytest.mark.parametrize("fn", [in_place, asks_for_a_tensor, asserts_a_tensor, wants_the_value_of_a_tensor])
 def test_where_one_pass_does_not_do_two_are_made_and_said(
     fn: Callable[[Tensor], Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,6 +213,18 @@ def test_two_passes_are_of_one_draw_and_change_buffers_once() -> None:
     net.calls.zero_()
     torch.manual_seed(3)
     torch.testing.assert_close(net(x + v), u + du, rtol=1e-4, atol=1e-5)  # linear but for its mask
+
+
+def test_two_passes_are_of_one_draw_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here its generator is a number, which a draw moves on."""
+    states = {torch.device("cuda:1"): 5}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, gpu: states.update({gpu: state}))
+    x = Mock(spec=Tensor, is_cuda=True, device=torch.device("cuda:1"))
+    before = jvp._CallState.of(torch.sin, (x, torch.zeros(1)))
+    states[x.device] += 1
+    before.restore()
+    assert states == {x.device: 5}
 
 
 def writes_to_its_input(x: Tensor) -> Tensor:

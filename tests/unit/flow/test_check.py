@@ -15,10 +15,12 @@ import dumo
 from contract.own import Numbers, Perceptron, Text, UNet, waves
 from dumo.flow import condition, derivative
 from dumo.flow.condition import require_data
+from dumo.flow.guide import CFG
 from dumo.flow.loop import LoopFlow as Flow
 from dumo.flow.passes import Passes
+from dumo.flow.path import Linear, Trig
 from dumo.flow.signature import Signature
-from dumo.objectives import DuMo, FlowMatching
+from dumo.objectives import DuMo, FlowMatching, ImprovedMeanFlow
 from dumo.types import Frozen, Needs, Net, Noised, Terms, UserError, mean_square
 
 TWO = Needs(heads=("v", "u"))
@@ -198,15 +200,24 @@ def learns(
     return lambda: dumo.Flow(build(), objective, **settings)(x, c)
 
 
-def after(do: Callable[[Any], object], classes: int = 0) -> Callable[[], object]:
+def after(
+    do: Callable[[Any], object],
+    classes: int = 0,
+    build: Callable[[int], nn.Module] = points,
+    objective: Any = "dumo",  # noqa: ANN401
+) -> Callable[[], object]:
     """Something with a flow that has had a first loss."""
 
     def first_loss_then() -> object:
-        flow = dumo.Flow(points(classes), classes=classes)
+        flow = dumo.Flow(build(classes), objective, classes=classes)
         flow(X, LABELS if classes else None)
         return do(flow)
 
     return first_loss_then
+
+
+def guided_teacher() -> Flow:
+    return dumo.Flow(points(3), "flow_matching", classes=3, guide=CFG(scale=2))
 
 
 NO_MODULE: Any = None
@@ -311,7 +322,12 @@ MISTAKES = {
     "other data": Mistake(after(lambda flow: flow(IMAGES)), "x has shape (8, 1, 8, 8): give rows of shape (2,)"),
     "a group": Mistake(
         learns(lambda: Perceptron(ONE_HEAD), X[:6], objective="imm"),
-        "6 rows, and 4 belong together in objective 'imm': give a multiple of 4",
+        "6 rows, and 4 belong together in objective 'imm': give a multiple of 4; ",
+        "a DataLoader leaves out a smaller last batch by drop_last=True",
+    ),
+    "a group of a last batch": Mistake(
+        after(lambda flow: flow(X[:6]), build=lambda classes: Perceptron(ONE_HEAD), objective="imm"),
+        "6 rows, and 4 belong together in objective 'imm': give a multiple of 4; ",
     ),
     "noise": Mistake(
         after(lambda flow: flow(X, z=torch.zeros(8, 3))), "z has shape (8, 3), x (8, 2): give noise of the shape of x"
@@ -373,6 +389,30 @@ MISTAKES = {
     "no teacher": Mistake(
         learns(points, objective="pi_flow"), "objective 'pi_flow' learns from a teacher's velocity: give"
     ),
+    "a teacher in vain": Mistake(
+        learns(lambda: Perceptron(ONE_HEAD), objective="imm", teacher=lambda x, t, c, v: v),
+        "objective 'imm' learns from no velocity, so a teacher's says nothing to it: leave out teacher=",
+    ),
+    "a teacher of another path": Mistake(
+        lambda: dumo.Flow(points(), teacher=dumo.Flow(points(), path=Linear(sd=0.5))),
+        "teacher has path 'linear' of sd 0.5, and this flow 'linear' of sd 1: give both the same path=",
+    ),
+    "a path without formulas": Mistake(
+        learns(lambda: Perceptron(Needs(heads=("u",))), objective="consistency", path=Trig()),
+        "objective 'consistency' has its formulas for path 'linear', not 'trig'",
+        "give dumo.Flow(path=...) another of dumo.flow.path",
+    ),
+    "no first stage": Mistake(
+        learns(lambda: Perceptron(Needs(heads=("u",))), objective={"kind": "consistency", "low": 0.6}),
+        "objective 'consistency' with low learns from the net that training begins with",
+        "give dumo.Flow(ref=...) a copy of it, which stays as it is",
+    ),
+    "a precision": Mistake(
+        learns(lambda: Perceptron(Needs(heads=("u",))), objective="consistency", precision="bf16"),
+        "objective 'consistency' needs precision fp32, not torch.bfloat16 autocast: it multiplies the rounding of the "
+        "net without bound. Use fp32 (of a run train.precision=fp32, of a loop of your own "
+        "dumo.Flow(precision='fp32')), a longer step, or",
+    ),
     "a shard": Mistake(lambda: dumo.Flow(points(), shard=(2, 2)), "shard = (2, 2): give (rank, ranks) of the data"),
     "a scale": Mistake(lambda: dumo.Flow(points(), time_scale=0.0), "time_scale = 0: give what times"),
     "a path": Mistake(
@@ -393,6 +433,31 @@ MISTAKES = {
         after(lambda flow: flow.sample(4, guidance=2.0), 3),
         "guidance = 2: this model was trained at guidance scale 2.22; the scale is part of its weights",
     ),
+    "guided twice, always": Mistake(
+        lambda: dumo.Flow(points(3), classes=3, guide=CFG(scale=2)),
+        "guidance = 2: this model was trained at guidance scale 2.22; the scale is part of its weights",
+    ),
+    "guided twice, by knobs": Mistake(
+        after(
+            lambda flow: flow.sample(4, guidance=2.0),
+            3,
+            build=lambda classes: Perceptron(ImprovedMeanFlow().needs, classes),
+            objective="imf",
+        ),
+        "guidance = 2: the knobs of objective 'imf' guide this model already",
+        "leave guidance out, and give dumo.Flow(knobs=...)",
+    ),
+    "guided twice, by a teacher": Mistake(
+        lambda: dumo.Flow(points(3), classes=3, teacher=guided_teacher()),
+        "objective 'dumo' would guide what the teacher's guide= of scale 2 has guided: give a teacher without guide=",
+    ),
+    "guided twice, after a teacher": Mistake(
+        lambda: dumo.Flow(points(3), "flow_matching", classes=3, teacher=guided_teacher()).sample(
+            4, guidance=2.0, shape=(2,)
+        ),
+        "guidance = 2: this model was trained at guidance scale 2;",
+        "or train with a teacher without guide=",
+    ),
     "nothing to guide by": Mistake(
         after(lambda flow: flow.sample(4, guidance=2.0)),
         "guidance = 2 needs what the network makes of no condition",
@@ -400,6 +465,10 @@ MISTAKES = {
     ),
     "labels of none": Mistake(after(lambda flow: flow.sample([0, 1])), "label 0 is out of range: this model has"),
     "none": Mistake(after(lambda flow: flow.sample(None)), "flow.sample(None): give how many samples"),
+    "no solver": Mistake(
+        after(lambda flow: flow.sample(4, solver="huen")),
+        "there is no solver 'huen': use euler, heun, restart, hop or hermite",
+    ),
     "no passes": Mistake(after(lambda flow: flow.sample(4, nfe=0)), "nfe = 0 is no number of passes"),
 }  # fmt: skip
 
@@ -413,6 +482,20 @@ def test_a_mistake_is_one_line_that_says_the_way_out(name: str) -> None:
     assert mistake.line in line
     assert line.endswith(mistake.way)
     assert "\n" not in line
+
+
+def test_a_check_in_evaluation_is_made_again_in_training() -> None:
+    flow = dumo.Flow(UNet(norm="batch")).eval()
+    flow(IMAGES)
+    flow.train()
+    with pytest.raises(UserError, match=r"changes its buffer 'norm\.running_mean'"):
+        flow(IMAGES)
+
+    flow = dumo.Flow(UNet(dropout=0.3)).eval()
+    flow(IMAGES)
+    assert not flow.net_draws
+    flow.train()(IMAGES)
+    assert flow.net_draws
 
 
 def test_generators_stay_where_a_check_refuses() -> None:

@@ -5,13 +5,15 @@ from itertools import permutations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dumo.flow.draw import Coupling, Noise, add_noise, draw, make_draws
+from dumo.flow.flow import Flow
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
-from dumo.objectives import DuMo, FlowMatching, ImprovedMeanFlow, MeanFlow
+from dumo.objectives import Consistency, DuMo, FlowMatching, FreeFlow, ImprovedMeanFlow, MeanFlow
+from dumo.objectives.consistency import Equal
 from dumo.runtime.random import random_row_mask, stream
 from dumo.types import Needs, Noised, Objective
 
@@ -216,3 +218,26 @@ def test_a_teacher_answers_its_share_of_the_rows_alone() -> None:
     guided = plain.kept & ~draws.taught
     torch.testing.assert_close(v_star[guided], b.v_t[guided] + 0.5 * (3 + 1))
     assert torch.equal(v_star[~guided], b.v_t[~guided])
+
+
+@pytest.mark.parametrize(
+    ("objective", "times"),
+    [
+        (FlowMatching(), 1),
+        (FreeFlow(), 0),  # which asks at places of its own
+        (Consistency(), 1),
+        (Consistency(discretization=Equal(count=9)), 0),  # which takes v_t at the end of its step
+    ],
+)
+def test_a_teacher_is_asked_for_v_t_where_the_loss_reads_it(objective: Objective, times: int) -> None:
+    asked: list[Tensor] = []
+
+    def teacher(x_t: Tensor, t: Tensor, c: Tensor, v_t: Tensor) -> Tensor:
+        asked.append(t)
+        return v_t
+
+    flow = Flow(nn.Identity(), objective, teacher=teacher)
+    x = torch.zeros(8, 2)
+    flow.add_noise(flow.make_draws(0, x.shape[1:], batch=8), x, torch.zeros(8, dtype=torch.long))
+    draw(objective, Linear(), x, torch.zeros(8, dtype=torch.long), 0, seed=0, step=0, teacher=teacher)
+    assert len(asked) == 2 * times

@@ -16,11 +16,13 @@ import dumo
 from contract.case import members, randomise
 from contract.own import Encoder, Numbers, Patches, Perceptron, Text, UNet
 from dumo.flow.condition import Condition
-from dumo.flow.draw import draw
+from dumo.flow.draw import draw, path_velocity
 from dumo.flow.loop import LoopFlow as Flow
 from dumo.flow.path import Linear, Trig
+from dumo.flow.solver import Heun
+from dumo.flow.times import Jumps
 from dumo.nets import DiT
-from dumo.objectives import MEMBERS, Objective
+from dumo.objectives import MEMBERS, DuMoAny, Objective
 from dumo.types import Frozen, Needs, UserError
 from tiers import tiered
 
@@ -203,8 +205,10 @@ def test_every_objective_learns_and_samples(kind: str) -> None:
         if must:
             with pytest.raises(UserError, match="learns from a teacher's velocity"):
                 flow(points(), labels)
-        if must or classes:
-            flow = flow_of(kind, classes, teacher=teacher if classes else flow_of("flow_matching", 0))
+        if must or (classes and flow.objective.needs.teacher.velocity != "no"):
+            of_classes = teacher if classes else flow_of("flow_matching", 0)
+            is_same_path = flow.path == teacher.path
+            flow = flow_of(kind, classes, teacher=of_classes if is_same_path else path_velocity)
         for _ in range(2):
             loss = flow(points(), labels)
             loss.backward()
@@ -342,6 +346,36 @@ def test_a_smaller_last_batch_keeps_the_rows_of_its_rank() -> None:
     assert torch.allclose(ratio[:, 0], ratio[:, 1])  # both are t
 
 
+def test_a_larger_batch_of_validation_changes_no_later_step() -> None:
+    case = CASES["points"]
+    larger, labels = case.x.repeat(2, 1), LABELS.repeat(2)
+    alone, validated = case.flow(shard=(1, 2)), case.flow(shard=(1, 2))
+    validated.eval()(larger, labels)
+    first = validated.train()(case.x, case.c)
+    validated(larger, labels, step=0)
+    second = validated(case.x, case.c)
+    assert [first, second] == [alone(case.x, case.c) for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", ["points", "in place", "text"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_validation_without_gradients_may_come_first(name: str, mode: Callable[[], Any]) -> None:
+    """It is what it is with gradients, and du/dt is taken as without it."""
+    case = CASES[name]
+    first, later = case.flow(), case.flow()
+    first.eval()
+    with mode():
+        x = case.x.clone()
+        before = first(x, case.c, step=3)
+    first.train()(case.x, case.c)
+    later(case.x, case.c)
+    assert first.chosen_slope == later.chosen_slope
+    later.eval()
+    torch.testing.assert_close(before, later(case.x, case.c, step=3).detach())
+    with mode():
+        torch.testing.assert_close(later(x, case.c, step=3), before)
+
+
 def test_a_condition_is_dropped_to_its_null() -> None:
     seen: list[Tensor] = []
     null = torch.full((3,), 7.0)
@@ -438,6 +472,64 @@ def test_guidance_leads_away_from_the_null() -> None:
     assert not torch.allclose(guided, plain, atol=1e-3)
     with pytest.raises(UserError, match="guidance = -1: give a scale above 0"):
         flow.sample(2, guidance=-1.0)
+
+
+def test_what_was_never_taught_is_refused() -> None:
+    one_pass = flow_of("tbsm", 0)
+    with pytest.raises(UserError, match="goes below t = 1, where the endpoint was never taught: ask for nfe = 1"):
+        one_pass.sample(4, nfe=2, shape=(2,))
+    for t in (0.5, torch.tensor(0.5)):
+        with pytest.raises(UserError, match="objective 'tbsm' teaches jumps to the data from t = 1 up alone"):
+            one_pass.jump(points(), t)
+    assert one_pass.jump(points(), 1.0).isfinite().all()
+    to_data = dumo.Flow(Perceptron(DuMoAny().needs), DuMoAny(times=Jumps(data_ratio=1)))
+    with pytest.raises(UserError, match=r"solver 'hop' of nfe = 2 .* makes jumps that this objective never teaches"):
+        to_data.sample(4, nfe=2, shape=(2,))
+
+
+class CastsTime(nn.Module):
+    """Takes times, which are in float32 also beside shorter data, in the type of x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        return self.layers(torch.cat([x, t[:, None].to(x.dtype)], 1)).chunk(2, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_type_are_trained_and_read(dtype: torch.dtype) -> None:
+    flow = dumo.Flow(CastsTime().to(dtype))
+    flow(points().to(dtype)).backward()
+    exact = dumo.Flow(CastsTime())
+    exact.load_state_dict(flow.state_dict())
+    samples = flow.sample(4, nfe=2)
+    assert samples.dtype == torch.float32
+    torch.testing.assert_close(samples, exact.sample(4, nfe=2), rtol=0.05, atol=0.05)
+    assert flow.velocity(points(), 0.5).dtype == torch.float32
+    torch.testing.assert_close(flow.jump(points(), 0.5), exact.jump(points(), 0.5), rtol=0.05, atol=0.05)
+
+
+def test_samples_are_in_the_precision_of_the_caller_or_of_the_flow() -> None:
+    flow = CASES["points"].flow(precision="bf16")
+    flow(points(), LABELS)
+    low = flow.sample(4)
+    flow.precision = None
+    plain = flow.sample(4)
+    assert not torch.equal(plain, low)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flow.sample(4), low)
+    flow.precision = "fp32"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flow.sample(4), plain)
+
+
+def test_a_solver_may_be_named() -> None:
+    flow = CASES["points"].flow()
+    flow(points(), LABELS)
+    assert torch.equal(flow.sample(4, nfe=2, solver="heun"), flow.sample(4, nfe=2, solver=Heun()))
 
 
 def test_an_average_is_read_and_the_flow_stays() -> None:

@@ -1,5 +1,6 @@
 """A plan of the user's own: arms of equal compute, refusals before anything is trained, differences seed by seed."""
 
+import json
 from math import sqrt
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +9,11 @@ from typing import Any, cast
 import pytest
 
 from dumo.config import trust
+from dumo.lab import arm_picture
 from dumo.lab.cell import Result
 from dumo.lab.ownplan import paired_table, read_file, require_fair
 from dumo.lab.plan import Cell, Cost, Plan
+from dumo.lab.reproduce import reproduce
 from dumo.types import UserError
 
 ARMS = """
@@ -67,6 +70,38 @@ def test_at_the_scale_of_a_smoke_test(tmp_path: Path) -> None:
     assert [(cell.spec.train.steps, cell.spec.train.seed) for cell in made[:1]] == [(20, 0)]
     assert len(made) == 2
     assert made[0].spec.evaluate.protocol.samples == 1000  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def reproduced(tmp_path: Path) -> dict[str, Any]:
+    """The results of a file of two arms on points, trained for a moment."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("""
+budget: 800F
+cost: operations
+set: [net.width=8, net.depth=1, train.batch=4, "evaluate.nfe=[1]", "evaluate.contrast=[]"]
+arms:
+  - {objective: DuMo, recipe: moons, set: [evaluate.protocol.samples=20]}
+  - {objective: MeanFlow, recipe: moons-meanflow, set: [evaluate.protocol.samples=20]}
+""")
+    return reproduce(str(file), "smoke", tmp_path / "out", device="cpu")
+
+
+def test_arms_on_points_have_a_table_and_a_chart(tmp_path: Path) -> None:
+    results = reproduced(tmp_path)
+    assert [Path(name).name for name in results["files"]] == ["mine.png", "table.md", "results.json"]
+    assert json.loads((tmp_path / "out/results.json").read_text()) == results
+    assert all(Path(name).is_file() for name in results["files"])
+
+
+def test_the_table_is_there_where_a_picture_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(title: str, rows: object) -> None:
+        raise UserError("no room for a picture")
+
+    monkeypatch.setattr(arm_picture, "ranking_chart", fail)
+    with pytest.raises(UserError, match="no room for a picture"):
+        reproduced(tmp_path)
+    assert "DuMo" in (tmp_path / "out/table.md").read_text()
+    assert json.loads((tmp_path / "out/results.json").read_text())["table"]
 
 
 def test_a_setting_may_hold_the_seed(tmp_path: Path) -> None:

@@ -156,6 +156,25 @@ def test_a_teacher_that_is_an_average_counts() -> None:
     assert taught.units > alone.units
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "passes"),
+    [
+        ("digits-pi-flow", [], 3),  # at the source and at two places of the policy
+        ("digits-freeflow", [], 2),  # on the way from noise, and at its samples
+        ("digits-freeflow", ["teacher.guide.scale=2"], 4),
+        ("digits-cmt", [], 1),  # next to the pairs
+        ("digits-cmt", ["objective.of=meanflow"], 0),
+        ("digits-ayf", ["teacher.source=flow"], 1),
+        ("digits-twinflow", ["teacher.source=flow"], 2),  # at x_t, and at noise
+        ("digits-ect", ["teacher.source=flow", "objective.discretization={kind: equal, count: 9}"], 1),  # LCM
+    ],
+)
+def test_a_teacher_costs_as_many_passes_as_the_loss_asks_for(name: str, settings: list[str], passes: float) -> None:
+    run = load(name, ["net.width=8", "net.depth=1", *settings])
+    alone = run.model_copy(update={"teacher": None})
+    assert Cost(run).units - Cost(alone).units == pytest.approx(passes)
+
+
 def test_the_zoo_has_every_objective_that_begins_from_nothing() -> None:
     without = {"digits-guided", "digits-words", "digits-likelihood", "digits-match", "digits-critic"}  # no siblings
     found = {name for name in recipes.names() if name.partition("-")[0] == "digits"} - without

@@ -260,7 +260,8 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     real = max((memory.follow_bytes(lambda at=at: step(net, at)) for at in every), key=lambda found: found.peak)
     counted = memory.step_bytes(net, objective, Linear(), shape, rows=rows)
     assert real.preexisting == counted.preexisting
-    assert real.peak == pytest.approx(counted.peak, rel=3e-3)  # a fake tensor of x's size lives longer
+    assert real.peak <= counted.peak
+    assert real.peak == pytest.approx(counted.peak, abs=2 * x.nbytes)  # fake tensors of x's size live longer, up to two
     once, units = rows * forward_flops(one, objective, shape), 0.0  # of bytes a single block would be too small a part
     for at, (_, share) in zip(every, objective.needs.phases, strict=True):
         units += share * count_flops(lambda at=at: step(one, at)) / once

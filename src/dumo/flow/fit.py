@@ -1,0 +1,81 @@
+"""What does not fit an objective: rules that `dumo train`, `dumo sample` and `dumo.Flow` share.
+
+Each function returns what is wrong as the first clause of a message, or None. The caller adds the way out, in the words
+of its own settings.
+
+    path_problem          the kind of path
+    climb_problem         jumps up to the noise; with the way out, which is a field of the objective
+    teacher_problem       a teacher's velocity, of which the objective learns nothing
+    first_stage_problem   theta^- that must be the net of a first stage
+    guidance_refusal      guidance while sampling
+"""
+
+from typing import NamedTuple
+
+from dumo.flow.guide import GuidanceScale
+from dumo.types import Objective
+
+
+def path_problem(objective: Objective, path: str) -> str | None:
+    """The objective has no formulas for this kind of path."""
+    paths = objective.needs.formulas.paths
+    if path in paths:
+        return None
+    names = " or ".join(f"'{name}'" for name in paths)
+    return f"objective '{objective.kind}' has its formulas for path {names}, not '{path}'"
+
+
+def climb_problem(objective: Objective) -> str | None:
+    """The objective's times make jumps up to the noise, and it has no formulas for them."""
+    if not objective.times.climbs or objective.needs.formulas.climbs:
+        return None
+    return (
+        f"objective.times.both_ways makes jumps up to the noise, for which objective '{objective.kind}' has no "
+        "formulas: set objective.times.both_ways=false, or take objective.kind=f2d2 or meanflow"
+    )
+
+
+def teacher_problem(objective: Objective) -> str | None:
+    """The objective learns nothing of the velocity that a teacher gives."""
+    if objective.needs.teacher.velocity != "no":
+        return None
+    return f"objective '{objective.kind}' learns from no velocity, so a teacher's says nothing to it"
+
+
+def first_stage_problem(objective: Objective) -> str | None:
+    """Theta^- must be the net that training begins with, which nobody has named."""
+    if objective.needs.ref != 1:
+        return None
+    return f"objective '{objective.kind}' with low learns from the net that training begins with"
+
+
+class GuidanceRefusal(NamedTuple):
+    """Why a net cannot be guided when it is sampled, in a clause, and what else to do; "": nothing."""
+
+    reason: str
+    instead: str
+
+
+def guidance_refusal(
+    objective: Objective,
+    trained: GuidanceScale,
+    *,
+    set_knobs: str,
+    model: str = "this model",
+    train: str = "train",
+) -> GuidanceRefusal | None:
+    """Why a net is not guided when it is sampled: it was guided in training, or has no null condition.
+
+    trained: how its target was guided in training.
+    set_knobs: how the caller sets knobs.
+    model, train: the net, and the command that trains it, for the message.
+    """
+    if trained.active:
+        return GuidanceRefusal(trained.reason(model), f"or {train} with {trained.off}")
+    if not objective.drop:
+        return GuidanceRefusal(
+            f"{model} never learned without a label, since objective.drop = 0", f"or {train} with objective.drop=0.1"
+        )
+    if objective.needs.knobs:
+        return GuidanceRefusal(f"the knobs of objective '{objective.kind}' guide {model} already", f"and {set_knobs}")
+    return None
