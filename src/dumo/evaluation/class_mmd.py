@@ -62,7 +62,8 @@ def gaussian_mmd(
 ) -> Estimate:
     """MMD^2 times 1000 of the rows in `shared_classes`, weighed by the shares of the classes in the data.
 
-    Without classes, and where none is shared, all rows are of one class. Each side needs 2 rows or more.
+    Without classes, where none is shared, and where one of the data has no sample, all rows are of one class. Each side
+    needs 2 rows or more.
     """
     if sample_c is None or real_c is None:
         sample_c = torch.zeros(len(fake), dtype=torch.long)
@@ -129,10 +130,12 @@ def _one_hot_classes(
 ) -> tuple[Float64[Tensor, "n k"], Float64[Tensor, "m k"], Float64[Tensor, " k"]]:
     """The `shared_classes` of samples and data, one-hot, (n, k) and (m, k), and the classes' shares of the data (k,).
 
-    Rows of other classes have no 1, and so no weight. Where no class is shared, all rows are of one class.
+    Rows of other classes have no 1, and so no weight. All rows are of one class where no class is shared, and where one
+    of the data has no sample: its images are lost, which counts.
     """
     classes = torch.tensor(shared_classes(sample_c, real_c))
-    if len(classes) == 0:
+    lost_classes = {*real_c.tolist()} - {*sample_c.tolist()}
+    if len(classes) == 0 or lost_classes:
         fake_one_hot = torch.ones(len(sample_c), 1, dtype=torch.float64)
         real_one_hot = torch.ones(len(real_c), 1, dtype=torch.float64)
     else:

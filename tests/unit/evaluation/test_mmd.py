@@ -155,13 +155,14 @@ def test_class_mmd_is_the_same_whatever_classes_are_called() -> None:
 
 
 def test_a_class_with_one_image_on_a_side_is_left_out_and_said() -> None:
-    c = torch.tensor([0, 0, 1, 1, 1, 2, 4])
+    c = torch.tensor([0, 0, 1, 1, 1, 2, 3, 4])
     d = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3])
-    x, y = torch.randn(7, 4, generator=stream("x")), torch.randn(9, 4, generator=stream("y"))
+    x, y = torch.randn(8, 4, generator=stream("x")), torch.randn(9, 4, generator=stream("y"))
     assert shared_classes(c, d) == [0, 1]
     assert class_mmd(x, y, 2.0, c, d) == class_mmd(x[:5], y[:5], 2.0, c[:5], d[:5])
     assert gaussian_mmd(x, y, 2.0, c, d) == pytest.approx(tuple(gaussian_mmd(x[:5], y[:5], 2.0, c[:5], d[:5])))
     assert gaussian_mmd(x[:3], y, 2.0, torch.tensor([0, 1, 2]), d) == gaussian_mmd(x[:3], y, 2.0)  # none is left
+    assert gaussian_mmd(x[:5], y, 2.0, c[:5], d) == gaussian_mmd(x[:5], y, 2.0)  # two classes are lost, and seen
     assert gaussian_mmd_null_sd(c, y, 2.0, d) == pytest.approx(gaussian_mmd_null_sd(c[:5], y[:5], 2.0, d[:5]))
     assert class_facts(c, d) == {"class_mmd": "2 of 5 classes: 3 have fewer than 2 images on a side, and do not count"}
     assert class_facts(c[:5], d[:5]) == class_facts(torch.zeros(5, dtype=torch.long), d) == {}
