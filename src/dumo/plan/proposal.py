@@ -4,10 +4,10 @@
 
 1. drafts a run that fits the images and the machine (`dumo.plan.photodraft`),
 2. times a step of it,
-3. sets how long it trains (`train.minutes`), and about how many steps that is: less than the time there is, where
-   images are so few that they are learned before.
+3. sets how long it trains (`train.minutes`), and about how many steps that is; where images are so few that they are
+   learned in half the time, it sets the steps alone.
 
-On a CPU a run ends by the clock, unless the user says otherwise. What is proposed is set in the run like any other
+On a CPU a run ends by the clock, unless the user says otherwise, or images are so few. What is proposed is set in the run like any other
 field, and `resolved.proposed` of its run.yaml says which fields those are.
 """
 
@@ -40,7 +40,7 @@ from dumo.runtime.device import choose_device
 from dumo.runtime.door import option, settings
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.stopwatch import WARM_UP
-from dumo.runtime.text import duration_text, minutes_text, minutes_to_type
+from dumo.runtime.text import duration_text, minutes_text
 from dumo.training.deadline import ENOUGH_VISITS, SECONDS_PER_MINUTE, minutes_to_prepare
 from dumo.types import Spec, UserError
 
@@ -65,7 +65,7 @@ class Proposal:
     draft: Draft
     machine: str
     step_seconds: float  # with what validation adds to a step
-    minutes: float | None  # that there are; None: it ends by its steps
+    minutes: float | None  # that there are; None: nobody said any
 
     @property
     def lacks_time(self) -> bool:
@@ -115,11 +115,11 @@ class Proposal:
             yield "time", f"{duration_text(self.seconds)}, then it ends, with as many steps as it made; {measured}"
         else:
             yield "time", f"{duration_text(self.seconds)}, by {measured}"
-        if self.minutes is not None and run.train.minutes is not None and run.train.minutes < self.minutes:
+        if self.minutes is not None and not ends_by_clock:
             yield (
                 "ends early",
-                f"each image was seen {ENOUGH_VISITS:,} times by then: more steps copy images, and in time training "
-                f"breaks. All {minutes_text(self.minutes)} by {settings(f'train.minutes={self.minutes:g}')}",
+                f"before {minutes_text(self.minutes)}: more steps on so few images copy them, and in time training "
+                f"breaks. All the time by {settings(f'train.minutes={self.minutes:g}')}",
             )
         if self.lacks_time:
             yield (
@@ -183,13 +183,13 @@ def propose(
     if minutes is not None:
         seconds_for_steps = SECONDS_PER_MINUTE * minutes - draft.prepare_seconds
         steps = max(1, int(seconds_for_steps / (SLACK * step_seconds)))
-        train_minutes = minutes
         enough_steps = ceil(ENOUGH_VISITS * draft.images.count / run.train.batch)
-        if steps > enough_steps and not _says_minutes(sets):
+        # half of the time to spare: on a machine that becomes slower it is over within the minutes, too
+        if steps >= 2 * enough_steps and not _says_minutes(sets):
             steps = enough_steps
-            seconds = draft.prepare_seconds + steps * SLACK * step_seconds
-            train_minutes = min(minutes, minutes_to_type(seconds / SECONDS_PER_MINUTE))
-        fields |= {"train.minutes": train_minutes, "train.steps": steps}
+            fields |= {"train.steps": steps}
+        else:
+            fields |= {"train.minutes": minutes, "train.steps": steps}
     if run.data.labels > run.evaluate.protocol.total:  # some classes would have no sample
         fields["evaluate.protocol.samples"] = SAMPLES_PER_CLASS * run.data.labels
     if run.train.schedule.warmup > steps // WARMUP_SHARE:
