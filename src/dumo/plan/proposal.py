@@ -7,8 +7,8 @@
 3. sets how long it trains (`train.minutes`), and about how many steps that is; where images are so few that they are
    learned in half the time, it sets the steps alone.
 
-On a CPU a run ends by the clock, unless the user says otherwise, or images are so few. What is proposed is set in the run like any other
-field, and `resolved.proposed` of its run.yaml says which fields those are.
+On a CPU a run ends by the clock, unless the user says otherwise, or images are so few. What is proposed is set in the
+run like any other field, and `resolved.proposed` of its run.yaml says which fields those are.
 """
 
 from collections.abc import Iterator, Sequence
