@@ -179,7 +179,7 @@ def do_work(setting: Setting, work: str) -> NoReturn:
         begin_phase(work)
         checkpoints = Checkpoints(setting.run_folder / "checkpoints")
         state, last_checkpoint = begin_or_resume(
-            run, checkpoints, torch.device("cpu"), checkpoints.latest(together=True)
+            run, checkpoints, torch.device("cpu"), checkpoints.latest(together=True), or_before=True
         )
         if work == "resume":
             assert last_checkpoint is not None, "`--work start` saves one"

@@ -163,6 +163,9 @@ def compose(
         if proposed.draft.space and "net" not in parts:  # a net of the user's reads pixels
             log_line = line_printer(bar)
             log_line(f"learned as {proposed.draft.space}")
+        if proposed.early_end:
+            log_line = line_printer(bar)
+            log_line(f"ends early, {proposed.early_end}")
         return Composed(proposed.run, all_changes, folder)
     if chosen and not parts:
         all_changes = [*chosen.settings, *all_changes]

@@ -65,9 +65,14 @@ def encode(
         int | None, typer.Option(min=1, max=ROWS, help="Encode the first images alone. Default: all.")
     ] = None,
     store: Annotated[
-        str | None, typer.Option(help="moments (default), drawn from anew at every visit, or samples, half the size.")
+        str | None,
+        typer.Option(
+            help="moments, drawn from at every visit, or samples, half as large. Default: the cache's, or moments."
+        ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float16 (default), bfloat16 or float32.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16 or float32. Default: the cache's, else float16.")
+    ] = None,
     shard_rows: Annotated[
         int | None, typer.Option(min=1, help="Images to a shard: what a stop may lose. Default: 1024.")
     ] = None,
@@ -383,12 +388,13 @@ def sample(
             )
         else:
             texts = [row.text for row in read_prompts(prompts)] if prompts else prompt or []
+            classes = parse_classes(labels, opened.sampler.conditions)
             files = sample_to_files(
                 opened,
                 folder,
                 form=form,
-                count=count or len(texts) or DEFAULT_COUNT,
-                only=parse_classes(labels, opened.sampler.conditions),
+                count=count or len(texts) or max(DEFAULT_COUNT, len(classes or ())),
+                only=classes,
                 prompts=texts,
                 source=source,
                 nfe=passes,

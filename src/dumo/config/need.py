@@ -86,7 +86,9 @@ def _size_faults(run: RunParts, buckets: str) -> Iterator[str]:
 def _formula_faults(objective: Objective, path: str) -> Iterator[str]:
     """The objective must have formulas for this kind of path, and for jumps up to the noise if its times make some."""
     wrong_path = path_problem(objective, path)
-    if wrong_path:
+    if wrong_path and path == "diffusion":  # of a pretrained net, which knows no other
+        yield f"{wrong_path}: take another objective, such as objective.kind=dumo"
+    elif wrong_path:
         yield f"{wrong_path}: set path.kind={objective.needs.formulas.paths[0]}"
     wrong_jumps = climb_problem(objective)
     if wrong_jumps:

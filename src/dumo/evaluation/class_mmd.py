@@ -92,11 +92,13 @@ def gaussian_mmd_null_sd(sample_c: SampleClasses, real: RealFeatures, width: flo
     class_weights = shares * (1 / fake_one_hot.sum(0) + 1 / real_one_hot.sum(0))
     counted_rows = real_one_hot.any(1).nonzero()[:, 0]
     rows = counted_rows[:: -(-len(counted_rows) // MAX_NULL_ROWS)]
+    rows = rows[(real_one_hot[rows] @ real_one_hot[rows].sum(0)) >= 2]  # a row alone in its class is its mean
     y = (real[rows].double() - real.double().mean(0)) / width
     one_hot = real_one_hot[rows]
-    row_weights = (one_hot @ class_weights).to(y)
-    # the kernel less its class means, over rows and columns; few rows may have none of a class
-    counts = one_hot.sum(0).clamp(min=1)
+    counts = one_hot.sum(0).clamp(min=1)  # few rows may have none of a class
+    # A row is in the mean of its class, which takes 1 / n of the variance of what is left.
+    row_weights = (one_hot @ (class_weights * counts / (counts - 1).clamp(min=1))).to(y)
+    # the kernel less its class means, over rows and columns
     subtract_class_means = (torch.eye(len(y)) - one_hot / counts @ one_hot.T).to(y)
     kernel = subtract_class_means @ (-torch.cdist(y, y).square() / 2).exp() @ subtract_class_means
     squares = kernel.square() * row_weights * row_weights[:, None]

@@ -66,10 +66,12 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     tick = context.tick or _no_tick
     num_data = data.size or 0
     num_trained = 0 if trained is None else trained.size or 0
+    reads_before = min(num_data, MAX_IMAGES)
+    reads_after = min(num_trained, MAX_IMAGES)
     batches: list[MeasuredImages] = []
     classes: list[Tensor] = []
     shape: tuple[int, ...] = ()
-    for x, c in _read_images(data, context.seed, _part_of(tick, after=num_trained)):
+    for x, c in _read_images(data, context.seed, _part_of(tick, after=reads_after)):
         shape = tuple(x.shape[1:])
         batches.append(MeasuredImages.of(x))
         classes.append(c)
@@ -81,10 +83,12 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     sample_c = protocol.classes_of(context)
     missing_classes = sorted({*real_c.tolist()} - {*sample_c.tolist()})
     if missing_classes:
+        problem = f"protocol {KIND}: no sample is of class {missing_classes[0]}"
+        if context.c is not None:
+            raise UserError(f"{problem}: add some, or leave the class out of the images to compare with")
         more_samples = settings(f"evaluate.protocol.samples={SAMPLES_PER_CLASS * context.classes}")
         raise UserError(
-            f"protocol {KIND}: no sample is of class {missing_classes[0]}: judge more than {len(sample_c)}, as by "
-            f"{more_samples}, in training by evaluate.few"
+            f"{problem}: judge more than {len(sample_c)}, as by {more_samples}, in training by as much of evaluate.few"
         )
     facts = {
         "features": f"{cifar10.width} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
@@ -98,9 +102,8 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     facts |= class_facts(sample_c, real_c)
     trained_thumbs = None
     if trained is not None:
-        thumbs = [_thumbs_of(x) for x, _ in _read_images(trained, context.seed, _part_of(tick, before=num_data))]
+        thumbs = [_thumbs_of(x) for x, _ in _read_images(trained, context.seed, _part_of(tick, before=reads_before))]
         trained_thumbs = torch.cat(thumbs)
-        facts["reference"] += ", held out, never trained on"
         facts["copies"] = f"of {len(trained_thumbs):,} of {num_trained:,} images that were trained on"
     return PhotosEvaluator(
         sample_c=sample_c,

@@ -276,8 +276,9 @@ def draw(
     """The record of x (b, ...), which is rows `first : first + b` of a step's batch of `batch` rows (None: all of it).
 
     `null` is what a dropped label becomes, a row each, or one class index for all (`data.classes` of our data).
-    `z` is noise that belongs to x, as a teacher paired them; None: drawn. What a `teacher` makes of
-    (x_t, t, c, v_t) takes the place of v_t. Raises ValueError where the batch ends before these rows do.
+    `z` is noise that belongs to x, as a teacher paired them; None: drawn. What a `teacher` makes of (x_t, t, c, v_t)
+    takes the place of v_t, where the objective needs it (`FromTeacher.at_x_t`). Raises ValueError where the batch ends
+    before these rows do.
     """
     if batch is None:
         batch = len(x)

@@ -181,7 +181,6 @@ class Flow(nn.Module):
         solver: Solver,
         c: Cond,
         *,
-        net: nn.Module | None = None,
         nfe: int,
         seed: int,
         shape: Sequence[int],
@@ -191,14 +190,13 @@ class Flow(nn.Module):
     ) -> "Iterator[Batch]":
         """Samples of this shape, one per row of c, by a reading of the network, a batch at a time.
 
-        `net` is what the reading calls, where that is not the network itself; the other arguments are those of
-        `generate.sample_batches`. Raises UserError if the solver cannot serve the reading or nfe, and Stopped after a
-        signal.
+        The arguments are those of `generate.sample_batches`. Raises UserError if the solver cannot serve the reading or
+        nfe, and Stopped after a signal.
         """
         from dumo.flow import generate  # training needs none of it
 
         return generate.sample_batches(
-            net or self.net,
+            self.net,
             reads,
             self.path,
             solver,

@@ -166,6 +166,7 @@ class LoopFlow(Flow):
 
         self.step = 0  # losses so far
         self.rows = 0  # of a rank's batch, the largest in training so far
+        self.first_rows = 0  # of the largest rank's batch in the first call, until one in training is counted
         self.shape: tuple[int, ...] | None = None  # of a row
         self.last: Terms | None = None  # of the last loss, detached: its parts say more than the loss
         self.has_named_slope = "slope" in getattr(objective, "model_fields_set", ("slope",))
@@ -372,6 +373,7 @@ class LoopFlow(Flow):
         a number for each row, a wrong derivative.
         """
         on_every_rank(lambda: self._require(x, c))
+        self.first_rows = int(largest_of_ranks(len(x)))
         num_tried = rows_to_try(self.objective)
         x = x[:num_tried].clone()  # tensors of torch.inference_mode become plain ones
         c = map_tensors(c, lambda rows: rows[:num_tried].clone())
@@ -436,7 +438,7 @@ class LoopFlow(Flow):
     ) -> tuple[Noised, dropout.Keys]:
         """The record of this rank's rows x at a step, and their keys of dropout."""
         rank, ranks = self.shard or (dist.rank(), dist.world())
-        rows_of_rank = max(self.rows, len(x))
+        rows_of_rank = max(self.rows or self.first_rows, len(x))
         first = rank * rows_of_rank
         rows = slice(first, first + len(x))
         batch = max(ranks * rows_of_rank, rows.stop)

@@ -306,7 +306,7 @@ def make_shards(
     extra_files: Mapping[str, bytes] | None = None,
     tick: Tick = lambda done, note: None,
 ) -> MakeResult:
-    """Make this rank's shards that are missing, damaged, or were made of other rows of the source.
+    """Make this rank's shards that are missing or damaged.
 
     make_shard: takes the number of a shard and a callback, and returns the shard's columns, first one with an entry for
         each row. It calls back with the number of rows of the source that it has read so far.
@@ -332,8 +332,7 @@ def make_shards(
             file = written[number].file
             fault = written[number].fault(folder, deep=True)
             if fault is None:
-                # rows that could not be read when it was made may have been mended
-                is_intact = written[number].source_hash in ("", source_hash(number))
+                is_intact = True
             elif index.is_repairable or not (folder / file).exists():
                 damaged.append(f"{file} {fault}")
                 note = f"{file} {fault}, made again"

@@ -21,7 +21,8 @@ def holds_own_images(folder: str, names: Collection[str]) -> bool:
 
     Who looks for images of the user's in a folder above leaves it out.
     """
-    return RUN_FILE in names or folder.endswith(f"{os.sep}{LATENTS_FOLDER}")
+    is_latents_folder = os.path.abspath(folder).endswith(f"{os.sep}{LATENTS_FOLDER}")
+    return RUN_FILE in names or is_latents_folder
 
 
 def names() -> list[str]:

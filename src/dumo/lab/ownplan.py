@@ -210,16 +210,18 @@ def paired_table(plan: Plan, results: list[Result]) -> list[Row]:
 
     `best` is * for the best arm and those level with it. `behind` is the mean difference from the best arm, seed by
     seed, and `margin` what such a difference may be by chance; both None for the best arm, and with fewer than two
-    seeds. Where more is better, as in `dumo compare`, no arm is ranked.
+    seeds. As in `dumo compare`, no arm is ranked where more is better, or where one seed has no error.
     """
     rows = average_by_arm(results)
     score = main_score(rows[0])
+    has_one_seed = len({result.cell.spec.train.seed for result in results}) == 1
+    can_rank = not higher_is_better(score) and not (has_one_seed and metric(score).sd_is_spread)
     arm_scores = _arm_scores(results, score)
     table: list[Row] = []
     for row in rows:
         is_best = False
         difference = None
-        if not higher_is_better(score):
+        if can_rank:
             comparison = _compare_at(row["nfe"], arm_scores)[row["objective"]]
             is_best = comparison.is_best
             difference = comparison.difference

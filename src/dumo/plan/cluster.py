@@ -322,20 +322,24 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = ignor
         if fewer_rows and trials.fits(fewer_rows[-1]):  # else none of them fits
             return next(candidate for candidate in fewer_rows if trials.fits(candidate))
     ranks_text = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    untried = ", ".join(_untried_settings(spec))
     raise UserError(
         f"no layout keeps within {bytes_text(limit, 1024)} on each of {ranks_text}: the least is "
-        f"{trials.least_peak_text()}. Take more ranks, larger GPUs, or a smaller net; or set what is not tried: "
-        f"{', '.join(_untried_settings(spec))}"
+        f"{trials.least_peak_text()}. Take more ranks, larger GPUs, or a smaller net"
+        + (f"; or set what is not tried: {untried}" if untried else "")
     )
 
 
 def _untried_settings(spec: Run) -> Iterator[str]:
     """Yield what takes less memory, too, but changes what is trained, so that a user is to choose it."""
-    if spec.net.lora:
+    if spec.net.lora and spec.net.lora.rank > 1:
         yield f"net.lora.rank below {spec.net.lora.rank}"
-    yield "train.optimizer.kind=adamw8bit"
-    yield "train.weights=bfloat16 (with adamw8bit and train.precision=bf16)"
-    yield "train.ema=[]"
+    if spec.train.optimizer.kind != "adamw8bit":
+        yield "train.optimizer.kind=adamw8bit"
+    if spec.train.weights != "bfloat16":
+        yield "train.weights=bfloat16 (with adamw8bit and train.precision=bf16)"
+    if spec.train.ema:
+        yield "train.ema=[]"
 
 
 class _LayoutTrials:

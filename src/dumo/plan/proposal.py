@@ -47,6 +47,7 @@ from dumo.types import Spec, UserError
 DEFAULT_MINUTES = 6.0  # of a training on a CPU, unless another time is asked for: ours
 _TIMED_STEPS = 8  # ours
 _FEW_IMAGES = 200  # of fewer the plan says what they can give: ours
+_FEWEST_STEPS = 500  # of a training, however few images there are: ours
 WARMUP_SHARE = 10  # one in this many steps warms up, at most as many as the recipe says: ours
 SLACK = 1.1  # the time of a training, with logs, probes, sheets and checkpoints, over that of its steps: ours, measured
 
@@ -83,6 +84,17 @@ class Proposal:
         return self.draft.prepare_seconds + SLACK * self.run.train.steps * self.step_seconds
 
     @property
+    def early_end(self) -> str:
+        """Why it ends before the minutes that there are, and what trains for all of them; "": it does not."""
+        if self.minutes is None or self.run.train.minutes is not None:
+            return ""
+        all_minutes = settings(f"train.minutes={self.minutes:g}")
+        return (
+            f"before {minutes_text(self.minutes)}: more steps on so few images copy them, and in time training breaks. "
+            f"All the time by {all_minutes}, in place of {option('minutes')}"
+        )
+
+    @property
     def _seconds_to_first_step(self) -> float:
         """Seconds until it has made a step."""
         return self.draft.prepare_seconds + SLACK * self.step_seconds
@@ -115,12 +127,8 @@ class Proposal:
             yield "time", f"{duration_text(self.seconds)}, then it ends, with as many steps as it made; {measured}"
         else:
             yield "time", f"{duration_text(self.seconds)}, by {measured}"
-        if self.minutes is not None and not ends_by_clock:
-            yield (
-                "ends early",
-                f"before {minutes_text(self.minutes)}: more steps on so few images copy them, and in time training "
-                f"breaks. All the time by {settings(f'train.minutes={self.minutes:g}')}",
-            )
+        if self.early_end:
+            yield "ends early", self.early_end
         if self.lacks_time:
             yield (
                 "too short",
@@ -156,7 +164,8 @@ def propose(
     Raises UserError where there are no images, a field is wrong, minutes and `sets` both say how long, or torchrun
     started several processes.
     """
-    dist.require_one_process("planning a run on images")  # each would time a step, and propose another run
+    # each would time a step, and propose another run
+    dist.require_one_process("planning a run on images")
     torch_device = choose_device(device)
     minutes = _minutes_to_train(minutes, sets, torch_device)
 
@@ -183,7 +192,7 @@ def propose(
     if minutes is not None:
         seconds_for_steps = SECONDS_PER_MINUTE * minutes - draft.prepare_seconds
         steps = max(1, int(seconds_for_steps / (SLACK * step_seconds)))
-        enough_steps = ceil(ENOUGH_VISITS * draft.images.count / run.train.batch)
+        enough_steps = max(ceil(ENOUGH_VISITS * draft.images.count / run.train.batch), _FEWEST_STEPS)
         # half of the time to spare: on a machine that becomes slower it is over within the minutes, too
         if steps >= 2 * enough_steps and not _says_minutes(sets):
             steps = enough_steps
@@ -191,12 +200,16 @@ def propose(
         else:
             fields |= {"train.minutes": minutes, "train.steps": steps}
     if run.data.labels > run.evaluate.protocol.total:  # some classes would have no sample
-        fields["evaluate.protocol.samples"] = SAMPLES_PER_CLASS * run.data.labels
+        enough_samples = SAMPLES_PER_CLASS * run.data.labels
+        fields |= {"evaluate.protocol.samples": enough_samples, "evaluate.few": enough_samples}
     if run.train.schedule.warmup > steps // WARMUP_SHARE:
         fields["train.schedule.warmup"] = steps // WARMUP_SHARE
     run = resolve(draft.run(fields, sets))
     proposed = draft.fields | fields
-    for field in ("data", "data.images.root" if is_latents(run.data) else "data.root"):  # as the user has them
+    fields_of_user = ["data", "data.images.root" if is_latents(run.data) else "data.root"]
+    if any(text.startswith("data.root=") for text in sets):
+        fields_of_user.append("data.root")
+    for field in fields_of_user:
         proposed.pop(field, None)
     run = run.model_copy(update={"resolved": run.resolved | {PROPOSED_KEY: proposed}})
     return Proposal(run, draft, machine.hardware(torch_device).text, step_seconds, minutes)

@@ -93,7 +93,8 @@ def reach_verdict(
         return Verdict(quality.head, quality.reason, _suggest_uses(name), quality.is_good)
     if quality.head:
         images = shown_data(run.data)
-        if is_images(images) and num_images is not None and step * run.train.batch >= ENOUGH_VISITS * num_images:
+        visits = step * run.train.batch / num_images if num_images else 0.0
+        if is_images(images) and PROPOSED_KEY in run.resolved and visits >= ENOUGH_VISITS:
             return Verdict(quality.head, quality.reason, [_suggest_more_images(images.root, name)])
         return Verdict(quality.head, quality.reason, [_suggest_more_training(opened, name)])
     if evaluation is None and missing_to_judge(run, num_images) is None:

@@ -161,7 +161,7 @@ def open_job(
             if value is not None:
                 tell(
                     f"{restart}: a restart goes on from the last checkpoint, and {option(name, value)} is not obeyed "
-                    "a second time"
+                    f"a second time: unset {restart.partition('=')[0]} where it never was"
                 )
         step = None
         minutes = None  # run.yaml has the sum

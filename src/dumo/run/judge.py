@@ -25,7 +25,7 @@ from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.io.source import DataSource
 from dumo.run.sampler import Sampler
 from dumo.runtime import signals, threads
-from dumo.runtime.door import settings
+from dumo.runtime.door import shell_settings
 from dumo.runtime.progress import Bar, Tick
 from dumo.types import UserError
 
@@ -71,10 +71,10 @@ def missing_to_judge(run: Run, num_images: int | None) -> str | None:
     protocol = run.evaluate.protocol
     if protocol.kind != "photos":
         return protocol.missing
-    if num_images is not None and num_images < MIN_PHOTOS:
+    if run.evaluate.split is None and num_images is not None and num_images < MIN_PHOTOS:
         return f"{MIN_PHOTOS} images or more"
     if run.data.labels > protocol.total:
-        return settings(f"evaluate.protocol.samples={SAMPLES_PER_CLASS * run.data.labels}")
+        return shell_settings(f"evaluate.protocol.samples={SAMPLES_PER_CLASS * run.data.labels}")
     return None
 
 
@@ -121,7 +121,7 @@ def reference_data(data: Data, split: str | None) -> DataSource:
 def trained_data(data: Data, split: str | None) -> Callable[[], DataSource] | None:
     """What opens the data of the training, where samples are judged against a split that was held out; else None."""
     images = shown_data(data)
-    is_trained_on = is_images(images) and images.split == split
+    is_trained_on = is_images(images) and images.split == split and images.count is None
     if split is None or is_trained_on:
         return None
     return data.originals

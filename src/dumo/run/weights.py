@@ -352,7 +352,7 @@ def _load_few_step_run(run: RunParts, net: nn.Module, deferred_weights: Deferred
 
 @low_memory_heap()
 def begin_or_resume(
-    run: Run, checkpoints: Checkpoints, device: torch.device, chosen: Checkpoint | None, *, or_before: bool = True
+    run: Run, checkpoints: Checkpoints, device: torch.device, chosen: Checkpoint | None, *, or_before: bool
 ) -> tuple[State, Checkpoint | None]:
     """The state that a run resumes from, and its checkpoint: the `chosen` one, which the caller knows to be whole.
 

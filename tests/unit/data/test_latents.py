@@ -242,22 +242,6 @@ def test_a_cache_is_repaired_from_where_the_images_are_now_as_it_was_made(
         encode.encode(moved, dtype="float16")
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot be read")
-def test_an_image_that_was_mended_is_encoded(latents: Maker, images: Path, tmp_path: Path) -> None:
-    shutil.copytree(images, tmp_path / "images")
-    file = tmp_path / "images" / "cow" / f"{COUNT - 1:02}.png"
-    picture = file.read_bytes()
-    file.write_bytes(b"no image")
-    data = latents(tmp_path / "images", tmp_path / "cache", on_bad="skip")
-    encode.encode(data, shard_rows=5)
-    assert [shard.rows for shard in data.cache().index.shards] == [5, 5, 1]
-    file.write_bytes(picture)
-    made = [encode.encode(data).make_result.made for _ in range(2)]
-    assert made == [1, 0]
-    assert [shard.rows for shard in data.cache().index.shards] == [5, 5, 2]
-    OriginThread(data.folder, data.images).verify()
-
-
 def test_images_that_cannot_be_opened_any_more_are_refused(images: Path, cached: Latents, tmp_path: Path) -> None:
     """As with one that is in no class; a folder without images is where a disk is not mounted."""
     shutil.copytree(images, tmp_path / "images")

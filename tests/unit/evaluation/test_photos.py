@@ -101,7 +101,7 @@ def test_copies_are_of_images_that_were_trained_on() -> None:
     assert isinstance(evaluator, PhotosEvaluator)
     assert scores(evaluator, torch.cat([trained[:30], drawn(30, "fresh", side=8)]))["copies"] == 0.5
     assert evaluator.baselines()["perfect"]["copies"] == 0.1
-    assert "held out, never trained on" in evaluator.facts["reference"]
+    assert "images that were trained on" in evaluator.facts["copies"]
 
 
 def test_one_copy_by_chance_is_within_the_spread() -> None:
