@@ -79,8 +79,8 @@ def compose(
     """The run to train and its folder: the run that `source` names, with the given parts instead of its own.
 
     Without a source the parts choose one: for images a run is proposed, as by `dumo train FOLDER`; for points it is the
-    recipe moons; for an objective alone its recipe on digits, if there is one. `folder` None: that of
-    the run that `source` names, else runs/NAME.
+    recipe moons; for an objective alone its recipe on digits, if there is one. `folder` None: that of the run that
+    `source` names, else runs/NAME.
 
     Where `folder` holds a run, what is asked for is compared with it when it is opened, as on the command line. A run
     that was proposed, or that `source` names, is the folder's own, with the parts and changes: it would be proposed
@@ -160,11 +160,10 @@ def compose(
         return Composed(None, all_changes, folder, minutes, base)
     if is_proposed:
         proposed = proposal.propose(memory or images_place, all_changes, minutes=minutes, device=device, bar=bar)
+        log_line = line_printer(bar)
         if proposed.draft.space and "net" not in parts:  # a net of the user's reads pixels
-            log_line = line_printer(bar)
             log_line(f"learned as {proposed.draft.space}")
         if proposed.early_end:
-            log_line = line_printer(bar)
             log_line(f"ends early, {proposed.early_end}")
         return Composed(proposed.run, all_changes, folder)
     if chosen and not parts:

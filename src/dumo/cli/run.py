@@ -71,10 +71,10 @@ def encode(
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16 or float32. Default: the cache's, else float16.")
+        str | None, typer.Option(help="float16, bfloat16 or float32. Default: the cache's, or float16.")
     ] = None,
     shard_rows: Annotated[
-        int | None, typer.Option(min=1, help="Images to a shard: what a stop may lose. Default: 1024.")
+        int | None, typer.Option(min=1, help="Images to a shard: what a stop may lose. Default: the cache's, or 1024.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=ROWS, help="Images, or captions, that are encoded at a time.")] = 32,
     part: Annotated[
@@ -254,9 +254,7 @@ def train(
         soft_wrap=True,
     )
     missing = missing_to_judge(run, job.data.size)
-    err.print("next:  " + "    ".join(_next_commands(run, folder, can_judge=not missing)), soft_wrap=True)
-    if missing:
-        err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
+    _print_next(_next_commands(run, folder, can_judge=not missing), missing)
 
 
 def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:
@@ -289,6 +287,13 @@ def _next_commands(run: "Run", folder: Path, *, can_judge: bool) -> list[str]:
     if has_own_class:
         commands = [f"{command} --trust-code" for command in commands]
     return commands
+
+
+def _print_next(commands: Sequence[str], missing: str | None) -> None:
+    """Print the commands to type next, and what is missing to judge the run; None: nothing."""
+    err.print("next:  " + "    ".join(commands), soft_wrap=True)
+    if missing:
+        err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
 
 def _propose_run(place: str, overrides: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
@@ -444,9 +449,7 @@ def average(
     missing = missing_to_judge(run_of(text), num_images=None)  # images are not opened for it
     if not missing:
         next_commands.append(f"dumo evaluate {arguments}")
-    err.print("next:  " + "    ".join(next_commands), soft_wrap=True)
-    if missing:
-        err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
+    _print_next(next_commands, missing)
 
 
 def grid(

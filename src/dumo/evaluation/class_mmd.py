@@ -136,8 +136,7 @@ def _one_hot_classes(
     of the data has no sample: its images are lost, which counts.
     """
     classes = torch.tensor(shared_classes(sample_c, real_c))
-    lost_classes = {*real_c.tolist()} - {*sample_c.tolist()}
-    if len(classes) == 0 or lost_classes:
+    if len(classes) == 0 or lost_classes(sample_c, real_c):
         fake_one_hot = torch.ones(len(sample_c), 1, dtype=torch.float64)
         real_one_hot = torch.ones(len(real_c), 1, dtype=torch.float64)
     else:
@@ -203,6 +202,11 @@ def shared_classes(sample_c: SampleClasses, real_c: RealClasses) -> list[int]:
     real_counts = real_c.cpu().bincount(minlength=len(sample_counts))
     is_shared = torch.minimum(sample_counts, real_counts[: len(sample_counts)]) >= 2
     return is_shared.nonzero()[:, 0].tolist()
+
+
+def lost_classes(sample_c: SampleClasses, real_c: RealClasses) -> list[int]:
+    """The classes of the data of which there is no sample."""
+    return sorted({*real_c.tolist()} - {*sample_c.tolist()})
 
 
 def class_shares(real_c: RealClasses, classes: Sequence[int]) -> list[float]:

@@ -28,6 +28,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd, perfect_mmd_scores
+from dumo.evaluation.class_mmd import lost_classes
 from dumo.evaluation.copy import THUMB_SIDE, Thumbs, nearest_images
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import PIXEL_SIDE, pixel_frechet
@@ -81,9 +82,9 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     real = MeasuredImages(torch.cat([batch.rows for batch in batches]), batches[0].channels)
     real_c = torch.cat(classes)
     sample_c = protocol.classes_of(context)
-    missing_classes = sorted({*real_c.tolist()} - {*sample_c.tolist()})
-    if missing_classes:
-        problem = f"protocol {KIND}: no sample is of class {missing_classes[0]}"
+    lost = lost_classes(sample_c, real_c)
+    if lost:
+        problem = f"protocol {KIND}: no sample is of class {lost[0]}"
         if context.c is not None:
             raise UserError(f"{problem}: add some, or leave the class out of the images to compare with")
         more_samples = settings(f"evaluate.protocol.samples={SAMPLES_PER_CLASS * context.classes}")

@@ -310,8 +310,7 @@ def make_shards(
 
     make_shard: takes the number of a shard and a callback, and returns the shard's columns, first one with an entry for
         each row. It calls back with the number of rows of the source that it has read so far.
-    source_hash: takes the number of a shard that is there, or was just made, and returns a hash of what these rows are
-        made of; "": unknown.
+    source_hash: is called after it with the same number, and returns a hash of what these rows were made of.
     extra_files: more files of the folder, their bytes by name.
     tick: is called with the number of the source's rows that this rank has read, and a note.
 

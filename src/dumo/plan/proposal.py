@@ -194,7 +194,7 @@ def propose(
         steps = max(1, int(seconds_for_steps / (SLACK * step_seconds)))
         enough_steps = max(ceil(ENOUGH_VISITS * draft.images.count / run.train.batch), _FEWEST_STEPS)
         # half of the time to spare: on a machine that becomes slower it is over within the minutes, too
-        if steps >= 2 * enough_steps and not _says_minutes(sets):
+        if steps >= 2 * enough_steps and not _says(sets, "train.minutes"):
             steps = enough_steps
             fields |= {"train.steps": steps}
         else:
@@ -207,7 +207,7 @@ def propose(
     run = resolve(draft.run(fields, sets))
     proposed = draft.fields | fields
     fields_of_user = ["data", "data.images.root" if is_latents(run.data) else "data.root"]
-    if any(text.startswith("data.root=") for text in sets):
+    if _says(sets, "data.root"):
         fields_of_user.append("data.root")
     for field in fields_of_user:
         proposed.pop(field, None)
@@ -250,9 +250,9 @@ def _minutes_to_train(minutes: float | None, sets: Sequence[str], device: torch.
     return minutes
 
 
-def _says_minutes(sets: Sequence[str]) -> bool:
-    """Whether the user's own changes say after how many minutes a run ends."""
-    return any(text.startswith("train.minutes=") for text in sets)
+def _says(sets: Sequence[str], field: str) -> bool:
+    """Whether the user's own changes set a field."""
+    return any(text.partition("=")[0] == field for text in sets)
 
 
 def _step_seconds(run: Run, device: torch.device) -> float:
