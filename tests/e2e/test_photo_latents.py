@@ -17,6 +17,7 @@ import dumo
 from dumo.config.load import load
 from dumo.config.source import settings_of_images
 from dumo.data import cache
+from dumo.data.album import MAX_THREADS
 from dumo.data.pixel import ToSquare
 from dumo.data.store import Store
 from dumo.plan import photodraft, photolatents, proposal
@@ -164,7 +165,7 @@ def test_images_are_decoded_before_they_are_encoded(photos: Path, monkeypatch: p
     look_at = photodraft.look_at
 
     def look_slowly(store: Store, to_pixels: ToSquare, bar: Bar) -> ImagesFound:
-        return replace(look_at(store, to_pixels, bar), image_seconds=3.0 * torch.get_num_threads())
+        return replace(look_at(store, to_pixels, bar), image_seconds=3.0 * MAX_THREADS)
 
     monkeypatch.setattr(photodraft, "look_at", look_slowly)
     trial = photolatents.AutoencoderTrial(decibels=25.0, encode_seconds=0.5)

@@ -220,4 +220,4 @@ def test_the_first_rank_waits_for_the_whole_cache(here: Path) -> None:
     words = ("encode", "images", "cache", "--codec", "taef2", "--side", "16", "--shard-rows", "2")
     words += tuple(sets("data.codec.weights=taef2.safetensors"))
     done, _ = together(2, *words, cwd=here)
-    assert done.out.splitlines()[0] == "cache: 9 images as (32, 2, 2) in float16, 3 shards made now"
+    assert done.out.splitlines()[0] == "cache: 9 images as (32, 2, 2) in float16, no classes, 3 shards made now"

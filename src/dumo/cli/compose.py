@@ -33,10 +33,11 @@ from dumo.config.spec import Run
 from dumo.data import Memory
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
+from dumo.io.read import first_few
 from dumo.nets import ModuleSpec
 from dumo.plan import proposal
 from dumo.plan.photolatents import place_in_memory
-from dumo.runtime.door import option, train_call
+from dumo.runtime.door import option, settings, train_call
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
@@ -181,12 +182,33 @@ def _plain_part(name: str, part: object) -> Fields | None:
     if part is None:
         return None
     if isinstance(part, Mapping):
-        return dict(part)
+        fields = dict(part)
+        _require_kind(name, fields)
+        return fields
     if isinstance(part, str):
         return {"kind": part}
     if isinstance(part, Spec):
         return part.model_dump(mode="json")
     raise UserError(f"{name} is a {type(part).__name__}: give the name of a kind, or a spec (docs/library.md)")
+
+
+def _require_kind(name: str, fields: Fields) -> None:
+    """Raise UserError, with the way out, for a mapping without a kind: several data sets by name, or fields alone."""
+    if "kind" in fields:
+        return
+    keys = [str(key) for key in fields]
+    if fields and all(_has_rows(value) for value in fields.values()):
+        raise UserError(
+            f"{name} has {first_few(keys)}, each with rows: give one of them, as {name}=DATA[{keys[0]!r}], or a pair "
+            "(array, labels)"
+        )
+    change = settings(f"{name}.{keys[0] if keys else 'kind'}=...")
+    raise UserError(f'{name} is a dict without "kind": add it, or set fields alone by {change}')
+
+
+def _has_rows(value: object) -> bool:
+    """Whether a value is a data set or an array, by what it offers."""
+    return not isinstance(value, str) and hasattr(value, "__len__") and hasattr(value, "__getitem__")
 
 
 def plain_net(net: object) -> Fields | None:

@@ -207,7 +207,8 @@ def data(
     batch: Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: the recipe's, or 256.")] = None,
     side: Annotated[int | None, typer.Option(min=1, help="Pixels of a folder's images. Default: 256.")] = None,
     threads: Annotated[
-        str | None, typer.Option("--threads", help="Threads that decode, e.g. 1,4. Default: 1, 2, 4 ... all cores.")
+        str | None,
+        typer.Option("--threads", help="Threads that decode, e.g. 1,4. Default: 1, 2, 4 ... all cores, up to 16."),
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Batches for each number of threads.")] = 20,
     step_seconds: Annotated[

@@ -76,7 +76,14 @@ def encode(
     shard_rows: Annotated[
         int | None, typer.Option(min=1, help="Images to a shard: what a stop may lose. Default: the cache's, or 1024.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, max=ROWS, help="Images, or captions, that are encoded at a time.")] = 32,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=ROWS,
+            help="Images, or captions, that are encoded at a time; of images no more pixels than 16 x 256 x 256.",
+        ),
+    ] = 32,
     part: Annotated[
         str | None, typer.Option(metavar="K/N", help="Make part K of N, from 0. Default: as torchrun says.")
     ] = None,
@@ -95,6 +102,7 @@ def encode(
 
     from dumo.config.source import choose
     from dumo.data import is_latents
+    from dumo.encoders.codec import images_at_once
     from dumo.run import encode
     from dumo.runtime import dist
 
@@ -102,7 +110,11 @@ def encode(
     latents = None
     texts = None
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
-    with memory_hint(f"set --batch lower (now {batch})"), ranks:
+    hint = f"set --batch lower (now {batch})"
+    if is_latents(work.data):
+        at_once = images_at_once(work.data.images.side, work.data.images.side)
+        hint = f"set --batch lower (now {batch}, and of images at most {at_once} at a time)"
+    with memory_hint(hint), ranks:
         rank, world = encode.parse_part(part)
         if is_latents(work.data):
             latents = encode.encode(

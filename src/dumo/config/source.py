@@ -6,8 +6,8 @@
 2. `read` gives the plain values that a source says, over its bases; `read_file` and `parse_text` do so for a file and
    its text. `dumo.config.load` makes a run of them.
 
-Three questions about a run stand apart: `file_state` tells whether its file was written again, `is_root_proposed`
-whether its folder of latents was proposed, and `encode_command` what makes the latents.
+Two questions about a run stand apart: `file_state` tells whether its file was written again, and `is_root_proposed`
+whether its folder of latents was proposed.
 
 A run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none. Of a run that
 was moved with its latents, `read_file` says where these are now.
@@ -237,7 +237,7 @@ def read(source: str | Path) -> RunText:
     recipe = _recipe_of(source)
     if recipe is not None:
         name = f"recipe {recipe}"
-        return RunText(_merge_over_base(deepcopy(_parse_recipe(recipe)), name, None), name)
+        return RunText(_merge_over_base(deepcopy(parse_recipe(recipe)), name, None), name)
     trained_name = trained_name_of(source)
     if trained_name is not None:
         return read_file(trained.folder(trained_name) / RUN_FILE)
@@ -386,7 +386,7 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
     if isinstance(base, str):
         recipe = base.removeprefix(SHIPPED_PREFIX)
         if recipe in recipes.names():  # whatever lies next to the file
-            return deepcopy(_parse_recipe(recipe)), f"recipe {recipe}", None
+            return deepcopy(parse_recipe(recipe)), f"recipe {recipe}", None
         base_file = find_run_file(file.parent / user_path(base, "base")) if file else None
         if base_file:
             tree, _ = _parse_file(_yaml_text(base_file), base_file)
@@ -422,7 +422,7 @@ def _take_changed(tree: dict[str, Any], name: str) -> list[RecordedChange]:
 
 
 @cache
-def _parse_recipe(name: str) -> dict[str, Any]:
+def parse_recipe(name: str) -> dict[str, Any]:
     """The tree of a shipped recipe, which no caller may change, since it is kept: take a copy to do so."""
     return _parse_mapping(recipes.text(name), f"recipe {name}")
 
@@ -457,60 +457,10 @@ def _pipeline_fix(folder: str, recipe: str = _DEFAULT_TUNING_RECIPE) -> str:
 def _recipe_of_pipeline(name: str) -> str:
     """The first recipe that tunes a published pipeline; "": none names it."""
     for recipe in recipes.names():
-        pipeline = _parse_recipe(recipe).get("pipeline")
+        pipeline = parse_recipe(recipe).get("pipeline")
         if isinstance(pipeline, dict) and pipeline.get("source") == name:
             return recipe
     return ""
-
-
-def encode_command(root: str, count: int | None, side: int, pipeline: str = "") -> str:
-    """The command that makes the cache of latents at a place, of the first `count` images (None: of all).
-
-    It has the name of the recipe of dumo's whose cache lies there, where there is one. It then sets the source of the
-    pipeline ("": there is none) and the side of the images, where these are not the recipe's.
-    """
-    from dumo.io.hub import PUBLISHED
-
-    recipe = _recipe_of_cache(root)
-    recipe_word = f" {recipe}" if recipe else ""
-    command = f"dumo encode{recipe_word}"
-    if count:
-        command = f"dumo encode{recipe_word} --count {count}"
-    settings: list[str] = []
-    if recipe and pipeline in PUBLISHED:  # a name without weights
-        settings.append("pipeline=$PRETRAINED")
-    elif recipe and pipeline and _said_by_recipe(recipe, "pipeline", "source") is not None:
-        settings.append(f"pipeline={yaml_text(pipeline)}")
-    if recipe and _said_by_recipe(recipe, "data", "images", "side") not in (None, side):
-        settings.append(f"data.images.side={side}")
-    if settings:
-        command += f" {shell_settings(*settings)}"
-    return command
-
-
-def _said_by_recipe(recipe: str, *names: str) -> object:
-    """The value of a field that a recipe says, itself or in the recipes that it is based on; None: they say nothing."""
-    while recipe in recipes.names():
-        tree = _parse_recipe(recipe)
-        value: object = tree
-        for name in names:
-            value = value.get(name) if isinstance(value, dict) else None
-        if value is not None:
-            return value
-        recipe = str(tree.get("base"))
-    return None
-
-
-def _recipe_of_cache(root: str) -> str | None:
-    """The first of dumo's recipes whose cache of latents lies at a place, or at its path below the folder of a run."""
-    for recipe in recipes.names():
-        if Path(root).name not in recipes.text(recipe):  # to parse all takes long
-            continue
-        recipe_root = _parse_recipe(recipe).get("data", {}).get("root", "")
-        is_cache = recipe_root.startswith(f"{RUNS_FOLDER}/")  # else a place of the user's images
-        if is_cache and Path(root).match(recipe_root):
-            return recipe
-    return None
 
 
 def _hint(name: str) -> str:

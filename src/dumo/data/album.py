@@ -11,6 +11,7 @@ through all once. For a batch it
 
 import os
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from threading import Lock, Semaphore
@@ -25,6 +26,7 @@ from dumo.data.store import Store, store_hashes
 from dumo.io.content import Hashes
 from dumo.io.picture import from_uint8
 from dumo.io.source import mirrored_rows, rows_of
+from dumo.io.suffix import UNREADABLE_SUFFIXES
 from dumo.runtime import signals
 from dumo.runtime.progress import Tick, delayed_bar
 from dumo.runtime.random import stream
@@ -233,7 +235,7 @@ class Album:
             data = self.store.read(number)
             into[:] = self.to_pixels(data)
         except (OSError, ValueError) as error:
-            message = f"{self.store.path(number)} {unreadable_reason(error)}"
+            message = unreadable_text(self.store.path(number), error)
             if not self.skip:
                 raise UserError(f"{message}: {UNREADABLE_FIX}") from error
             self.unreadable[number] = message
@@ -261,16 +263,22 @@ class Album:
     def _require_any_readable(self) -> None:
         """Raise UserError where no image can be read."""
         if len(self.unreadable) == self.full_size:
-            raise UserError(
-                f"none of the {self.full_size} images can be read; the first: {self.unreadable[min(self.unreadable)]}"
-            )
+            raise UserError(f"none of the {self.full_size} images can be read{first_unreadable(self.unreadable)}")
 
 
-def unreadable_reason(error: Exception) -> str:
-    """Why an image cannot be read, for a message after its path."""
+def unreadable_text(path: str, error: Exception) -> str:
+    """Which image cannot be read, and why; with a way out for the formats of telephones."""
+    reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
     if isinstance(error, Unreadable):
-        return str(error)
-    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        reason = str(error)
+    if os.path.splitext(path)[1].lower() in UNREADABLE_SUFFIXES:
+        reason += "; convert it to JPEG or PNG"
+    return f"{path} {reason}"
+
+
+def first_unreadable(unreadable: Mapping[int, str]) -> str:
+    """The end of a message that no image can be read: the first of them, and why; "" where that is not known."""
+    return f"; the first: {unreadable[min(unreadable)]}" if unreadable else ""
 
 
 def _all_but(n: int, bad: list[int]) -> Bool[Tensor, " n"]:

@@ -4,8 +4,9 @@
 
 1. `find_buckets` reads the sizes of images from their headers, and returns the bucket of each (`BucketedRows`);
 2. `albums` makes a source of each bucket's images;
-3. `open` does both for all images, and makes a source whose batches are of one bucket each (`dumo.io.source.Bucketed`).
-   `measure_crops` says what is cut off (`Crops`), and makes no source.
+3. `open` does both for all images, without buckets of which no image can be decoded, and makes a source whose batches
+   are of one bucket each (`dumo.io.source.Bucketed`). `measure_crops` says what is cut off (`Crops`), and makes no
+   source.
 
 An image goes to the bucket of the nearest ratio (`nearest_size`). It is brought to the least size that covers the
 bucket's, and the overhang is cut off, half on each side (`cropped_share`). In a bucket of ratio b, an image of ratio a
@@ -15,7 +16,7 @@ loses the share 1 - min(a / b, b / a), so the nearest ratio is the least loss.
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Annotated
@@ -25,7 +26,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from dumo.data.album import MAX_THREADS, UNREADABLE_FIX, Album, unreadable_reason
+from dumo.data.album import MAX_THREADS, UNREADABLE_FIX, Album, first_unreadable, unreadable_text
 from dumo.data.pixel import MAX_ASPECT_RATIO, Crop, Size, ToRectangle, covering_size, upright_size
 from dumo.data.store import Store, store_hashes
 from dumo.io.read import first_few
@@ -160,6 +161,7 @@ class BucketedStore:
         self.sizes = buckets.sizes(side)
         self.hashes = store_hashes(store)
         self.names = store.labels.names if store.labels else ()
+        self.unreadable: dict[int, str] = {}  # why an image cannot be read, by its number in the store
 
     def __len__(self) -> int:
         return len(self.store)
@@ -217,14 +219,45 @@ class BucketedStore:
         Raises UserError as `find_buckets`, and where none can be read.
         """
         bucketed = self.find_buckets(range(len(self)))
+        if self.skip:
+            bucketed = self._without_unreadable_buckets(bucketed)
         albums = self.albums(bucketed, memory)
         if not albums:
-            raise UserError(f"none of the {len(self)} images can be read; the first: {self.store.path(0)}")
+            raise UserError(f"none of the {len(self)} images can be read{first_unreadable(self.unreadable)}")
         return Bucketed(
             parts=[*albums.values()],
             shapes=[(3, *self.sizes[k]) for k in albums],
             about=str(self._crops_of(bucketed)),
         )
+
+    def _without_unreadable_buckets(self, bucketed: BucketedRows) -> BucketedRows:
+        """The buckets of a range, without those of which no image can be decoded, whatever their headers say.
+
+        Warns of their images.
+        """
+        bucket_index = bucketed.bucket_index.clone()
+        for k in bucket_index[bucket_index != _UNREADABLE].unique().tolist():
+            images = [bucketed.rows[i] for i in (bucket_index == k).nonzero().flatten().tolist()]
+            height, width = self.sizes[k]
+            to_pixels = ToRectangle(height, width, self.crop)
+            if any(self._is_decodable(i, to_pixels) for i in images):
+                continue
+            bucket_index[bucket_index == k] = _UNREADABLE
+            warnings.warn(
+                f"none of the {len(images)} images in the bucket {width} x {height} can be read, and it is left out; "
+                f"the first: {self.unreadable[images[0]]}",
+                stacklevel=3,
+            )
+        return replace(bucketed, bucket_index=bucket_index)
+
+    def _is_decodable(self, i: int, to_pixels: ToRectangle) -> bool:
+        """Whether image i can be read and decoded; why not is kept."""
+        try:
+            to_pixels(self.store.read(i))
+        except (OSError, ValueError) as error:
+            self.unreadable[i] = unreadable_text(self.store.path(i), error)
+            return False
+        return True
 
     def _crops_of(self, bucketed: BucketedRows) -> Crops:
         """What the buckets leave of the images of a range that can be read."""
@@ -251,12 +284,16 @@ class BucketedStore:
 
         Raises UserError where it cannot be read and is not skipped.
         """
+        data: bytes | None = None
+        size: Size | None = None
         try:
             data = self.store.read(i)
             size = upright_size(data)
         except (OSError, ValueError) as error:
-            if self.skip:
-                return None
-            raise UserError(f"{self.store.path(i)} {unreadable_reason(error)}: {UNREADABLE_FIX}") from error
-        self.hashes.check_item(i, data)
+            message = unreadable_text(self.store.path(i), error)
+            if not self.skip:
+                raise UserError(f"{message}: {UNREADABLE_FIX}") from error
+            self.unreadable[i] = message
+        if data is not None:
+            self.hashes.check_item(i, data)
         return size

@@ -86,7 +86,10 @@ class CacheIndex(CachePlan, TableIndex):
         rows = sum(shard.rows for shard in self.shards)
         unread = f" ({self.rows - rows} could not be read)" if rows < self.rows else ""
         shape = f"latents of {len(self.sizes)} buckets" if self.sizes else self.columns["x"].shape
-        return f"{rows:,} images{unread} as {shape} in {self.dtype}"
+        text = f"{rows:,} images{unread} as {shape} in {self.dtype}"
+        if self.captioned:
+            return text
+        return f"{text}, {self.classes:,} classes" if self.classes else f"{text}, no classes"
 
     def binding(self) -> dict[str, Any]:
         """The fields that say what was encoded, and how.

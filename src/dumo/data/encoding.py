@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dumo.data.album import HASH_COLUMN, Album
+from dumo.data.album import HASH_COLUMN, Album, first_unreadable
 from dumo.data.bucket import BucketedRows, BucketedStore
 from dumo.data.cache import (
     CAPTIONS,
@@ -211,14 +211,22 @@ class _ShardEncoder:
         return columns_by_batch
 
     def _require_any_readable(self) -> None:
-        """Raise UserError where no image of the source can be read. Reads images until one can."""
+        """Raise UserError, with the reason, where no image of the source can be read. Reads images until one can."""
+        unreadable: dict[int, str] = {}
         for batch_rows in self._split_into_batches(range(len(self.source))):
             for _, images_of_size, rows in self._split_by_size(batch_rows, self._find_buckets(batch_rows)):
                 images, _ = images_of_size.rows(slice(rows.start, rows.stop))
                 if len(images):
                     return
+                if isinstance(images_of_size, Album) and not unreadable:
+                    unreadable = images_of_size.unreadable
+        if isinstance(self.source, BucketedStore):
+            unreadable = unreadable | self.source.unreadable
         where = f" in {self.index.source}" if self.index.source else ""
-        raise UserError(f"none of the {len(self.source)} images{where} can be read: mend them, or give other images")
+        raise UserError(
+            f"none of the {len(self.source)} images{where} can be read: mend them, or give other images"
+            f"{first_unreadable(unreadable)}"
+        )
 
     def _split_into_batches(self, rows: range) -> Iterator[range]:
         """Yield rows of the source in batches, each where no signal has come."""

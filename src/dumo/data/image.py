@@ -9,11 +9,12 @@
    cut off, `all_captions` and `caption_texts`, `source_images` which captions edit, `unlabelled_store` and `hashes`.
 
 `open_store` looks what lies under a root and opens the store. `errors_of_latents` renames fields in the errors of
-images that are a part of latents.
+images that are a part of latents, by `with_fields_of_latents`.
 """
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from dumo.data.bucket import BucketedStore, Buckets, Crops
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
 from dumo.data.edit import edit_rows, source_hash
 from dumo.data.metadata import TABLES, image_folder
-from dumo.data.parquet import Parquet
+from dumo.data.parquet import Parquet, holds_images
 from dumo.data.pixel import Crop, Size, ToSquare
 from dumo.data.store import FirstImages, Folder, Store, choose_shards, first_sorted, store_hashes, walk_files
 from dumo.data.tar import Tar
@@ -214,7 +215,11 @@ class Images(Spec):
 
     def _count_classes(self, root: Path) -> dict[str, Any]:
         """The fields `classes` and `names` of the images there are; templates count a class for each caption."""
-        labels = self._store(root, self.label).labels
+        store = self._store(root, self.label)
+        labels = store.labels
+        tables = _tables_of(store)
+        if labels is None and tables is not None:
+            self._say_without_labels(root, tables)
         per_class = 1
         if isinstance(self.captions, Templates):
             if labels is None:
@@ -223,6 +228,21 @@ class Images(Spec):
         if labels is None:
             return {"classes": self.classes, "names": ()}
         return {"classes": self.classes or per_class * labels.count, "names": labels.names}
+
+    def _say_without_labels(self, root: Path, tables: Parquet) -> None:
+        """Raise UserError where tables lack a column of classes that was named; else warn if they may have another."""
+        if self.label != type(self).model_fields["label"].default:
+            raise UserError(
+                f"{root} has no column '{self.label}' (it has {', '.join(tables.column_names())}): set data.label, or "
+                "data.labelled=false"
+            )
+        whole_numbers = tables.integer_column_names()
+        if whole_numbers:
+            warnings.warn(
+                f"{root} has no column '{self.label}', so its images have no classes. Whole numbers are in "
+                f"{', '.join(whole_numbers)}: set `label` of the images to one of these, or labelled=false",
+                stacklevel=2,
+            )
 
     def _count_captions(self, root: Path, files: CaptionFiles) -> dict[str, Any]:
         """The fields `classes`, `names` and `captions`, with the captions there are and their digest."""
@@ -391,8 +411,9 @@ class Images(Spec):
             return
         if store.labels is None:
             reason = ""
-            if isinstance(store, Parquet):
-                reason = f" (no column '{self.label}' among {', '.join(store.column_names())})"
+            tables = _tables_of(store)
+            if tables is not None:
+                reason = f" (no column '{self.label}' among {', '.join(tables.column_names())})"
             raise UserError(f"{root} has no labels{reason}, data.classes says {self.classes}: set data.classes=0")
         if self.names and store.labels.names != self.names:
             changes: list[str] = []
@@ -437,7 +458,10 @@ def open_store(root: Path, *, split: str | None = None, label: str | None = "lab
         )
     if len(files_by_format) > 1:
         formats = " and ".join(files_by_format)
-        raise UserError(f"{root} holds {formats} side by side: set data.root to a folder of one of them")
+        raise UserError(
+            f"{root} holds {formats} side by side: set data.root to a folder of one of them, or move the others "
+            "elsewhere"
+        )
     ((format_name, states),) = files_by_format.items()
     store: Store
     if format_name == "folder":
@@ -452,7 +476,11 @@ def open_store(root: Path, *, split: str | None = None, label: str | None = "lab
 
 
 def _files_by_format(files: Mapping[str, FileState]) -> dict[str, dict[str, FileState]]:
-    """The files that hold images, with their states, as a "folder", "parquet" or "tar"; other files are left out."""
+    """The files that hold images, with their states, as a "folder", "parquet" or "tar"; other files are left out.
+
+    Next to image files or archives, these are tables without a column of bytes, as of captions. Raises UserError for a
+    table that is not whole.
+    """
     by_format: dict[str, dict[str, FileState]] = {"folder": {}, "parquet": {}, "tar": {}}
     for file, state in files.items():
         ending = os.path.splitext(file)[1].lower()
@@ -460,10 +488,18 @@ def _files_by_format(files: Mapping[str, FileState]) -> dict[str, dict[str, File
             by_format["folder"][file] = state
         elif ending in _FORMAT_OF_SUFFIX:
             by_format[_FORMAT_OF_SUFFIX[ending]][file] = state
-    if by_format["folder"]:  # metadata.parquet is then a table of captions
+    if by_format["folder"] or by_format["tar"]:
         tables = by_format["parquet"]
-        by_format["parquet"] = {file: state for file, state in tables.items() if Path(file).name not in TABLES}
+        by_format["parquet"] = {
+            file: state for file, state in tables.items() if Path(file).name not in TABLES and holds_images(file)
+        }
     return {name: states for name, states in by_format.items() if states}
+
+
+def _tables_of(store: Store) -> Parquet | None:
+    """The tables that a store reads its images from; None: it reads other files."""
+    whole_store = store.store if isinstance(store, FirstImages) else store
+    return whole_store if isinstance(whole_store, Parquet) else None
 
 
 @contextmanager
@@ -472,4 +508,9 @@ def errors_of_latents() -> Generator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(_FIELDS_OF_IMAGES.sub("data.images.", str(error))) from error
+        raise UserError(with_fields_of_latents(str(error))) from error
+
+
+def with_fields_of_latents(message: str) -> str:
+    """A message on images, with the fields named by where a run of latents has them."""
+    return _FIELDS_OF_IMAGES.sub("data.images.", message)

@@ -19,10 +19,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dumo.data.pixel import Unreadable, to_rgb
 from dumo.io import digest
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
@@ -36,6 +38,7 @@ _ROWS_READ_TWICE = 16  # to see whether they change: a flip with p = 1/2 is miss
 QUIET_SECONDS = 3.0  # of reading, before a line says how long it takes: ours
 _IMAGE_KEYS = ("image", "img", "pixel_values")  # of a row of Hugging Face datasets
 _LABEL_KEYS = ("label", "labels", "fine_label")  # of a row of Hugging Face datasets
+_GREY_MODES = ("1", "L")  # of PIL, whose pictures keep one channel; those of "F" hold numbers, which are taken as given
 SOURCES: dict[str, TensorData] = {}  # what this process was given, by digest
 
 
@@ -261,6 +264,8 @@ def _to_tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
     """An array, picture or list of numbers as a tensor. Raises UserError, with `name`, for what holds no numbers."""
     if isinstance(values, Tensor):
         return values
+    if isinstance(values, Image.Image) and values.mode != "F":
+        values = _to_colours(values, name)
     try:
         array = values if isinstance(values, np.ndarray) else np.array(values)
     except ValueError as error:  # lists of several lengths
@@ -274,6 +279,20 @@ def _to_tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
             f"{name} is an array of dtype {array.dtype}, which torch cannot hold: give uint8 colours, or finite floats "
             "in [-1, 1]"
         ) from error
+
+
+def _to_colours(picture: Image.Image, name: str) -> Image.Image:
+    """A picture upright in grey or RGB, as one looks at it. Raises UserError, with `name`, where its range is unknown.
+
+    Pixels of a palette are numbers of its colours, and pictures in CMYK, or with transparency, have four channels.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in _GREY_MODES:
+        return picture.convert("L")
+    try:
+        return to_rgb(picture)
+    except Unreadable as error:
+        raise UserError(f"{name} {error}") from error
 
 
 def _to_samples(x: Tensor | np.ndarray) -> Tensor:

@@ -24,7 +24,7 @@ import warnings
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
@@ -62,6 +62,8 @@ class Scan:
     members: Int64[Tensor, "4 n"]
     names: UInt8[Tensor, " m"]  # of all images, one after the other
     problem: str = ""  # with the labels, for a message; "": there is none
+    num_left_out: int = 0  # members that end like images after several dots
+    left_out: str = ""  # the name of the first of these
 
     def __len__(self) -> int:
         return self.members.shape[1]
@@ -84,7 +86,7 @@ class Scan:
 
     def copy(self) -> "Scan":
         """A copy in memory, not mapped."""
-        return Scan(self.members.clone(), self.names.clone(), self.problem)
+        return replace(self, members=self.members.clone(), names=self.names.clone())
 
 
 class Tar:
@@ -102,6 +104,7 @@ class Tar:
                 mapped = _noted_scan(file)
                 self.scans.append(mapped if k < _MAX_MAPPED else mapped.copy())
                 tick(k + 1, "")
+        self._warn_of_left_out()
         num_images = [len(scan) for scan in self.scans]
         self.image_ends = list(accumulate(num_images))  # by archive: the number of the first image after it
         self.item_files = ItemFiles.of(archives, states_of(archives), num_images)
@@ -154,6 +157,18 @@ class Tar:
         """The number of the archive that has image i, and the number of the image there."""
         k = bisect_right(self.image_ends, i)
         return k, i - (self.image_ends[k - 1] if k else 0)
+
+    def _warn_of_left_out(self) -> None:
+        """Warn of members that end like images and are none, in one line."""
+        num_left_out = sum(scan.num_left_out for scan in self.scans)
+        if not num_left_out:
+            return
+        first = next(scan.left_out for scan in self.scans if scan.num_left_out)
+        warnings.warn(
+            f"{num_left_out:,} members of tar archives are left out, such as {first}: in webdataset the ending of a "
+            "name begins at its first dot, and these are no endings of images; rename them to have one dot",
+            stacklevel=3,
+        )
 
     def _labels(self) -> Labels | None:
         """The classes; None where no image has one. Raises UserError where only some have one, or it is no number."""
@@ -236,15 +251,16 @@ def _read_note(place: Path, state: str) -> Scan | None:
     if noted is None:
         return None
     tensors, text = noted
-    noted_state, problem = json.loads(text)
-    if noted_state != state:
+    noted_state, *facts = json.loads(text)
+    if noted_state != state or len(facts) != 3:  # an earlier dumo noted one fact
         return None
-    return Scan(tensors["members"], tensors["names"], problem)
+    return Scan(tensors["members"], tensors["names"], *facts)
 
 
 def _write_note(place: Path, scan: Scan, state: str) -> None:
     """Note the scan of an archive in a state. Raises OSError."""
-    note.write(place, {"members": scan.members, "names": scan.names}, json.dumps([state, scan.problem]))
+    facts = [state, scan.problem, scan.num_left_out, scan.left_out]
+    note.write(place, {"members": scan.members, "names": scan.names}, json.dumps(facts))
 
 
 def scan_archive(file: str) -> Scan:
@@ -255,7 +271,13 @@ def scan_archive(file: str) -> Scan:
     keys: list[str] = []
     class_of_key: dict[str, int] = {}
     problem = ""
+    num_left_out = 0
+    left_out = ""
     for info, content in _iterate_members(file, ("cls",), _MAX_CLASS_BYTES):
+        if content is None and f".{_ending(info.name).lower()}" not in IMAGE_SUFFIXES:
+            num_left_out += 1
+            left_out = left_out or info.name
+            continue
         if content is None:  # an image
             starts.append(info.offset_data)
             sizes.append(info.size)
@@ -270,14 +292,16 @@ def scan_archive(file: str) -> Scan:
     classes = [class_of_key.get(key, _UNLABELLED) for key in keys]
     name_ends = list(accumulate(map(len, names)))
     members = torch.tensor([starts, sizes, classes, name_ends], dtype=torch.int64)
-    return Scan(members, torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy()), problem)
+    packed_names = torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy())
+    return Scan(members, packed_names, problem, num_left_out, left_out)
 
 
 def _iterate_members(
     file: str, suffixes: Sequence[str], max_bytes: int
 ) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Yield the images of an archive with None, and members with an ending in `suffixes` with their content.
+    """Yield members that end like images with None, and members with an ending in `suffixes` with their content.
 
+    A member ends like an image by its last dot; it is one if no dot stands before (`_ending`).
     At most `max_bytes` of a content are read. Raises UserError where the archive does not end as tar ends it.
     """
     try:
@@ -287,10 +311,11 @@ def _iterate_members(
                 setattr(archive, "members", [])  # noqa: B010
                 if info.size < 0 or info.issparse():
                     raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: {_FETCH_AGAIN}")
-                stem, _, suffix = PurePosixPath(info.name).name.partition(".")
-                if not info.isfile() or not stem:
+                path = PurePosixPath(info.name)
+                suffix = _ending(info.name)
+                if not info.isfile() or path.name.startswith("."):
                     continue
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                if path.suffix.lower() in IMAGE_SUFFIXES:
                     yield info, None
                 elif suffix in suffixes:
                     content = archive.extractfile(info)
@@ -305,7 +330,7 @@ def _iterate_members(
 def _iterate_texts(file: str, endings: Sequence[str]) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     """The members of an archive with these endings. Raises UserError for one of more than _MAX_TEXT_BYTES bytes."""
     for info, content in _iterate_members(file, endings, _MAX_TEXT_BYTES):
-        if content is None:  # an image
+        if content is None:  # like an image
             continue
         if info.size > _MAX_TEXT_BYTES:
             raise UserError(
@@ -336,6 +361,11 @@ def _require_whole_end(file: str, end: int) -> None:
         f"{file} holds {num_zeros} zeros from byte {end} on, more than tar writes at its end: a part of it is missing; "
         f"{_FETCH_AGAIN}"
     )
+
+
+def _ending(name: str) -> str:
+    """What follows the first dot in a member's name, as webdataset has it: "png", and "seg.png" of another part."""
+    return PurePosixPath(name).name.partition(".")[2]
 
 
 def _sample_key(name: str) -> str:

@@ -36,6 +36,11 @@ FIELD = "data.codec.weights"  # the field of a run, for messages
 PIXELS_AT_ONCE = 2**20  # of images that go through the net together: 16 images of 256 x 256 (ours)
 
 
+def images_at_once(height: int, width: int) -> int:
+    """The number of images of this size that go through an autoencoder together, at most."""
+    return max(1, PIXELS_AT_ONCE // (height * width))
+
+
 class PublishedCodec(NamedTuple):
     """What an autoencoder was published with."""
 
@@ -196,9 +201,8 @@ class LoadedCodec:
         height, width = images.shape[2:]
         channels, *sides = self.codec.shape(height, width)  # raises
         shape = (2 * channels if self.codec.is_gaussian else channels, *sides)
-        images_at_once = max(1, PIXELS_AT_ONCE // (height * width))
         encoded: list[Tensor] = []
-        for part in images.split(images_at_once):
+        for part in images.split(images_at_once(height, width)):
             raw = self.net.encode(part.to(self.device, torch.float32))
             if raw.shape[1:] != shape:
                 raise UserError(
@@ -213,9 +217,9 @@ class LoadedCodec:
     def decode(self, x: Latent) -> Images:
         """Decode x, near mean 0 and deviation 1, to images, which are clamped to [-1, 1]."""
         height, width = x.shape[2:]
-        latents_at_once = max(1, PIXELS_AT_ONCE // (self.codec.factor**2 * height * width))
+        factor = self.codec.factor
         decoded: list[Tensor] = []
-        for part in x.split(latents_at_once):
+        for part in x.split(images_at_once(factor * height, factor * width)):
             raw = self.codec.restore(part.to(self.device, torch.float32))
             decoded.append(self.net.decode(raw).clamp(-1, 1))
         return torch.cat(decoded)

@@ -15,6 +15,7 @@ _READABLE_SUFFIXES = {
     ".pgm",
     ".pbm",
 }
+UNREADABLE_SUFFIXES = {".avif", ".heic", ".heif"}  # of telephones' formats
 # What is taken for an image by its name. Telephones' formats cannot be read, but errors then name such files.
-IMAGE_SUFFIXES = _READABLE_SUFFIXES | {".avif", ".heic", ".heif"}
+IMAGE_SUFFIXES = _READABLE_SUFFIXES | UNREADABLE_SUFFIXES
 TABLE_SUFFIXES = (".parquet", ".tar")  # of files that hold images

@@ -9,8 +9,8 @@ A table is a folder:
 `make_shards` writes it. Each rank
 
 1. claims the folder: it writes index.json into an empty one, or compares its inputs with those there;
-2. makes its shards that are missing or damaged, each with its .json. Rank k of n makes the shards k, k + n, ...; the
-   ranks need not run at once;
+2. makes its shards that are missing or damaged, or that left out rows of a source that is another now, each with its
+   .json. Rank k of n makes the shards k, k + n, ...; the ranks need not run at once;
 3. if all ranks' shards are there, lists them in index.json and removes their .json files.
 
 What is in a shard depends on the inputs and its number alone, and every file is written whole or not at all: so it does
@@ -306,11 +306,11 @@ def make_shards(
     extra_files: Mapping[str, bytes] | None = None,
     tick: Tick = lambda done, note: None,
 ) -> MakeResult:
-    """Make this rank's shards that are missing or damaged.
+    """Make this rank's shards that are missing or damaged, and those that left out rows of a source that has changed.
 
     make_shard: takes the number of a shard and a callback, and returns the shard's columns, first one with an entry for
         each row. It calls back with the number of rows of the source that it has read so far.
-    source_hash: is called after it with the same number, and returns a hash of what these rows were made of.
+    source_hash: is called with the number of a shard that was made, and returns a hash of what its rows were made of.
     extra_files: more files of the folder, their bytes by name.
     tick: is called with the number of the source's rows that this rank has read, and a note.
 
@@ -328,8 +328,12 @@ def make_shards(
         note = _stem(number)
         is_intact = False
         if number in written:
-            file = written[number].file
-            fault = written[number].fault(folder, deep=True)
+            shard = written[number]
+            file = shard.file
+            fault = shard.fault(folder, deep=True)
+            lacks_rows = shard.rows < len(index.span(number))
+            if fault is None and lacks_rows and shard.source_hash != source_hash(number):
+                fault = "left out rows whose source has changed"
             if fault is None:
                 is_intact = True
             elif index.is_repairable or not (folder / file).exists():

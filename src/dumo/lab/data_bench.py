@@ -22,7 +22,7 @@ from dumo.config.change import override
 from dumo.config.load import load, parse
 from dumo.config.source import RunText, choose
 from dumo.data import Data, Latents
-from dumo.data.album import Album
+from dumo.data.album import MAX_THREADS, Album
 from dumo.data.caption import Captioned
 from dumo.io.source import Bucketed, DataSource
 from dumo.lab.plan import Cost
@@ -90,9 +90,9 @@ def measure(
 ) -> dict[str, Any]:
     """Measure images per second by the number of threads that decode; return the report.
 
-    `threads` None: 1, 2, 4 ... all cores. Each number of threads reads `batches` batches. `step_seconds` is the time of
-    a training step; None: counted, where the run and the GPU's peak are known. Raises UserError as opening the data
-    does.
+    `threads` None: 1, 2, 4 ... as many as training uses. Each number of threads reads `batches` batches.
+    `step_seconds` is the time of a training step; None: counted, where the run and the GPU's peak are known. Raises
+    UserError as opening the data does.
     """
     torch_device = choose_device(device)
     source = open_source(benchmark.data)
@@ -108,7 +108,7 @@ def measure(
     decodes = any(album.decoded is None for album in albums)
     thread_counts: Sequence[int | None] = [None]  # where nothing is decoded, threads do not matter
     if decodes:
-        thread_counts = threads or powers_of_two(os.cpu_count() or 1)
+        thread_counts = threads or powers_of_two(MAX_THREADS)
     steps_per_count = WARM_UP_BATCHES + batches
     rows: list[dict[str, Any]] = []
     with bar("reading", len(thread_counts) * steps_per_count) as tick:

@@ -25,6 +25,7 @@ from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, settings_of
 from dumo.config.spec import Run
 from dumo.data import Images, Memory, cache, is_latents
 from dumo.data.archive import PngImages, write_archive
+from dumo.data.image import GIGABYTE
 from dumo.data.memory import RereadData
 from dumo.data.pixel import ToSquare
 from dumo.plan import photolatents
@@ -53,7 +54,8 @@ class Draft:
     images: ImagesFound
     recipe: str = IMAGES_RECIPE
     fields: dict[str, Any] = field(default_factory=dict)
-    prepare_seconds: float = 0.0  # until all images are decoded, and encoded where they are
+    prepare_seconds: float = 0.0  # until all images are decoded, if they fit in memory, and encoded where they are
+    load_seconds: float = 0.0  # to decode an image, where that is done at each visit
     captions: str = ""  # a line on captions that exist and are not read, and why; "" where there are none
     space: str = ""  # a line on whether they are learned in latents or pixels, and why; "" where it is not chosen
 
@@ -103,7 +105,7 @@ def draft_of_files(
     except UserError as error:
         raise UserError(f"{images.root} is taken for a place of images, for it has no {RUN_FILE}: {error}") from error
     images_found = look_at(store, ToSquare(images.side, images.crop), bar)
-    pixels_draft = _pixels_draft(images_found, place, device)
+    pixels_draft = _pixels_draft(images_found, images, place, device, sets)
 
     # captions, which a net in pixels reads
     captions = choose_captions(images, store, sets, on_a_cpu=on_a_cpu)
@@ -132,12 +134,20 @@ def _machine_fields(device: torch.device, side: int) -> dict[str, Any]:
     return {**_CPU_FIELDS, "net": {**_CPU_NET, "attend": [side // 4]}}
 
 
-def _pixels_draft(images_found: ImagesFound, place: str | None, device: torch.device) -> Draft:
-    """The recipe and fields for images that are learned in pixels."""
+def _pixels_draft(
+    images_found: ImagesFound, images: Images, place: str | None, device: torch.device, sets: Sequence[str]
+) -> Draft:
+    """The recipe and fields for images that are learned in pixels.
+
+    The arguments but `images_found` are those of `draft_of_files`.
+    """
     side = _side_in_pixels(images_found.side, _MAX_SIDES.get(device.type, _MAX_SIDES["cuda"]))
     fields: dict[str, Any] = {"data.root": place} if place else {}
     fields |= {"data.side": side, **_machine_fields(device, side)}
-    return Draft(images_found, IMAGES_RECIPE, fields, prepare_seconds=images_found.decode_seconds)
+    trained_side = images.side if photolatents.is_side_set(sets) else side
+    if images_found.count * 3 * trained_side**2 <= images.memory * GIGABYTE:  # else decoded at each visit
+        return Draft(images_found, IMAGES_RECIPE, fields, prepare_seconds=images_found.decode_seconds)
+    return Draft(images_found, IMAGES_RECIPE, fields, load_seconds=images_found.load_seconds)
 
 
 def _side_in_pixels(shorter_side: float, max_side: int) -> int:

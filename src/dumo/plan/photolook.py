@@ -10,7 +10,8 @@ from statistics import median
 
 import torch
 
-from dumo.data.pixel import ToSquare, Unreadable, short_side
+from dumo.data.album import MAX_THREADS, unreadable_text
+from dumo.data.pixel import ToSquare, short_side
 from dumo.data.store import EncodedImages
 from dumo.runtime.progress import Bar
 from dumo.runtime.stopwatch import Stopwatch
@@ -32,9 +33,14 @@ class ImagesFound:
     decodable: Sequence[bytes] = ()  # the files of a few images that could be decoded
 
     @property
+    def load_seconds(self) -> float:
+        """Seconds for an image, where as many are decoded at once as in training."""
+        return self.image_seconds / MAX_THREADS
+
+    @property
     def decode_seconds(self) -> float:
-        """Seconds until all of them are decoded, with the threads there are now."""
-        return self.count * self.image_seconds / torch.get_num_threads()
+        """Seconds until all of them are decoded."""
+        return self.count * self.load_seconds
 
 
 def look_at(store: EncodedImages, to_pixels: ToSquare, bar: Bar) -> ImagesFound:
@@ -45,6 +51,7 @@ def look_at(store: EncodedImages, to_pixels: ToSquare, bar: Bar) -> ImagesFound:
     seconds_by_image: list[float] = []
     decodable: list[bytes] = []
     bad = 0
+    first_bad = ""
     with bar("looking at images", len(indices)) as tick:
         for num_looked_at, i in enumerate(indices, start=1):
             try:
@@ -53,11 +60,12 @@ def look_at(store: EncodedImages, to_pixels: ToSquare, bar: Bar) -> ImagesFound:
                 if len(decodable) * len(indices) < _MAX_DECODED * num_looked_at:  # is due by now
                     seconds_by_image.append(watch.seconds(partial(to_pixels, data)))
                     decodable.append(data)
-            except (OSError, ValueError, Unreadable):
+            except (OSError, ValueError) as error:
                 bad += 1
+                first_bad = first_bad or unreadable_text(store.path(i), error)
             tick(num_looked_at, "")
     if not decodable:
-        raise UserError(f"none of the {bad} images that were looked at can be read: the first is {store.path(0)}")
+        raise UserError(f"none of the {bad} images that were looked at can be read; the first: {first_bad}")
     return ImagesFound(
         count=len(store),
         headers=len(indices),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dumo.config.encodecommand import encode_command
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.data.cache import CachePlan, read_index
@@ -28,7 +29,6 @@ from dumo.nets.table import EmbeddedTexts, PipelineTexts
 from dumo.plan.host import host_bytes
 from dumo.run import cost, memory
 from dumo.run.net import num_parameters, outline
-from dumo.run.resolve import command_of_latents
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.runtime.text import bytes_text, minutes_text, nfe_text, number_text
@@ -277,7 +277,7 @@ def missing_data(data: Data) -> str | None:
     try:
         path = user_path(root, "data.root")
         if isinstance(data, Latents):
-            data.cache(command_of_latents(data))  # whose rows are read when they are taken
+            data.cache(encode_command(data))  # whose rows are read when they are taken
     except UserError as error:
         return "; ".join(line.strip() for line in str(error).splitlines())
     if not path.exists():

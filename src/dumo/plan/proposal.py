@@ -65,7 +65,7 @@ class Proposal:
     run: Run
     draft: Draft
     machine: str
-    step_seconds: float  # with what validation adds to a step
+    step_seconds: float  # with what validation adds to a step, and its images take to decode
     minutes: float | None  # that there are; None: nobody said any
 
     @property
@@ -184,6 +184,7 @@ def propose(
         step_seconds = _step_seconds(run, torch_device)
         if validation:
             step_seconds *= 1 + validation["share"]
+        step_seconds = max(step_seconds, run.train.batch * draft.load_seconds)  # images are decoded meanwhile
         tick(1, "")
 
     # how long to train, about how many steps that is, and by how many samples it is judged

@@ -36,7 +36,7 @@ from dumo.nets import Net
 from dumo.nets.table import PipelineTexts, TableTexts
 from dumo.nets.text import LearnedTexts
 from dumo.run.prompt import open_source_images
-from dumo.run.resolve import resolve
+from dumo.run.resolve import data_with_facts, resolve
 from dumo.runtime import dist, signals, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.limits import ROWS
@@ -67,10 +67,10 @@ class EncodeResult:
         return index if index and index.shards else None
 
     def lines(self) -> Iterator[str]:
-        """What was done, in lines: what was damaged, and what is in the folder."""
+        """What was done, in lines: what was made again and why, and what is in the folder."""
         made = self.make_result.made
         for damaged in self.make_result.damaged:
-            yield f"was damaged and is made again: {damaged}"
+            yield f"made again: {damaged}"
         index = self.read_index()
         if index is None:
             yield f"{self.folder}: {made} shards made, {self.make_result.missing} are still to be made by others"
@@ -126,7 +126,7 @@ def _work_of_images(root: str, settings: Sequence[str]) -> EncodingWork:
     """What to encode of a folder of images: their latents, and mirrored ones, too."""
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": root, "flip": True}}}
     override(tree, settings)
-    return EncodingWork(parse(_LatentsOnly, tree).data.with_facts())
+    return EncodingWork(data_with_facts(parse(_LatentsOnly, tree).data))
 
 
 def _work_of_recipe(source: str, text: RunText | None, settings: Sequence[str]) -> EncodingWork:

@@ -25,9 +25,10 @@ from dumo.config.check import check
 from dumo.config.code import codes_of
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.difference import differences
+from dumo.config.encodecommand import encode_command
 from dumo.config.load import load, parse
 from dumo.config.need import ways_to_captions
-from dumo.config.source import CODE_KEY, RUN_FILE, TYPED_KEY, encode_command
+from dumo.config.source import CODE_KEY, RUN_FILE, TYPED_KEY
 from dumo.config.spec import Run
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.path import Diffusion
@@ -43,7 +44,6 @@ from dumo.types import Spec, UserError
 
 if TYPE_CHECKING:
     from dumo.config.teacher import Teacher
-    from dumo.data import Latents
     from dumo.nets.table import TableTexts
 
 S = TypeVar("S", bound=Spec)
@@ -174,16 +174,8 @@ def _titles_of(data: Data) -> tuple[str, ...]:
 def open_source(data: Data) -> DataSource:
     """The data as a source of rows. Raises UserError as their `open`; of missing latents with the command to type."""
     if is_latents(data):
-        return data.open(command_of_latents(data))
+        return data.open(encode_command(data))
     return data.open()
-
-
-def command_of_latents(data: "Latents") -> str:
-    """The command that makes the cache of these latents."""
-    pipeline = ""
-    if data.codec.kind == "pipeline":
-        pipeline = data.codec.pipeline.source
-    return encode_command(data.root, data.images.count, data.images.side, pipeline)
 
 
 def data_with_facts(data: Data) -> Data:
@@ -196,8 +188,12 @@ def data_with_facts(data: Data) -> Data:
     try:
         return data.with_facts()
     except UserError as error:
-        images_field = "data.images" if is_latents(data) else "data"
-        raise type(error)(f"{images_field}: {error}") from error
+        message = f"data: {error}"
+        if is_latents(data):
+            from dumo.data.image import with_fields_of_latents
+
+            message = f"data.images: {with_fields_of_latents(str(error))}"
+        raise type(error)(message) from error
 
 
 def _require_captions(data: Data, texts: "TableTexts") -> None:

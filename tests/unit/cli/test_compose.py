@@ -268,6 +268,13 @@ def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
         ({"data": "nowhere"}, "there is no folder or file nowhere"),
         ({"data": 3}, "data is a builtins:int"),
         ({"source": 3}, "data is a builtins:int"),
+        (
+            {"data": {"train": COLOURS, "test": COLOURS}},
+            r"data has train, test, .* give one of them, as data=DATA\['train",
+        ),
+        ({"source": {"train": COLOURS}}, "data has train, each with rows"),
+        ({"objective": {"beta": 0.5}}, r'objective is a dict without "kind": .* changes=\{"objective\.beta": \.\.\.\}'),
+        ({"data": {}}, 'data is a dict without "kind"'),
         ({"source": COLOURS, "data": COLOURS}, "data are given twice: as numpy:ndarray, and by data="),
         (
             {"source": "moons", "minutes": 3},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dumo.config.change import override
-from dumo.config.source import choose, encode_command, read
+from dumo.config.source import choose, read
 from dumo.types import UserError
 
 
@@ -48,22 +48,3 @@ def test_a_word_is_read_where_it_was_found(tmp_path: Path, monkeypatch: pytest.M
         assert choose(word).kind == "file"
         assert read(word).tree["about"] == "mine"
     assert read(Path("$HOME.yaml")).tree["about"] == "$HOME"
-
-
-def test_the_command_that_makes_a_cache() -> None:
-    """It names the recipe whose cache lies at the place, also below another folder."""
-    assert encode_command("runs/latents/cifar10-taef2", None, 32) == "dumo encode cifar10-latents"
-    # its kind is its base's
-    assert encode_command("/here/runs/latents/sdxl-1024", 3, 1024) == "dumo encode sdxl-lora --count 3"
-    assert encode_command("latents/cifar10-taef2", None, 32) == "dumo encode"
-
-
-def test_the_command_that_makes_a_cache_names_the_pipeline() -> None:
-    """A recipe has its name alone; the size where it is another; neither where both are those of a few-step run."""
-    command = "dumo encode sd3-lora --set 'pipeline=$PRETRAINED'"
-    assert encode_command("runs/latents/sd3-512", None, 512, "sd3-medium") == command
-    command = "dumo encode sd3-lora --set 'pipeline=/my models/sd3' --set data.images.side=768"
-    assert encode_command("runs/latents/sd3-512", None, 768, "/my models/sd3") == command
-    command = "dumo encode sdxl-lora --set pipeline=/sdxl"
-    assert encode_command("runs/latents/sdxl-1024", None, 1024, "/sdxl") == command
-    assert encode_command("runs/latents/personal", None, 512, "/sd3") == "dumo encode personal"

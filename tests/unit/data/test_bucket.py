@@ -205,6 +205,26 @@ def test_an_image_that_cannot_be_read_is_in_no_bucket(tmp_path: Path) -> None:
     assert 0 not in seen
 
 
+@pytest.mark.parametrize("memory", [2.0, 0.0])
+def test_a_bucket_of_which_no_image_can_be_decoded_is_left_out(memory: float, tmp_path: Path) -> None:
+    """Its only one has a whole header; without a bucket that is left, it says why."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "whole.png")
+    Image.effect_noise((64, 32), 90).save(half := tmp_path / "half.jpg")
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
+    images = Images(root=str(tmp_path), side=32, buckets=Buckets(step=8), on_bad="skip", memory=memory, classes=0)
+    with pytest.warns(
+        UserWarning, match=r"none of the 1 images in the bucket 40 x 24 can be read, .*half\.jpg cannot be"
+    ):
+        source = images.open()
+    assert source.batch(0, 4, 0)[0].shape == (4, 3, 32, 32)
+    (tmp_path / "whole.png").unlink()
+    with (
+        pytest.warns(UserWarning, match="it is left out"),
+        pytest.raises(UserError, match=r"none of the 1 images can be read; .*half\.jpg cannot"),
+    ):
+        images.open()
+
+
 def latents(root: Path, cache: Path, **fields: object) -> Latents:
     images = spec(root, **fields).model_dump(mode="json")
     weights = cache.parent / "taef2.safetensors"

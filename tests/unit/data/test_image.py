@@ -327,6 +327,30 @@ WRONG: dict[str, Wrong] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_a_table_of_texts_beside_images_holds_none(form: str, tmp_path: Path) -> None:
+    """As img2dataset writes it next to each archive, and as captions lie in a folder."""
+    STORES[form](tmp_path)
+    one_table(tmp_path, url=["a", "b"], caption=["an ant", "a bee"])
+    assert spec(tmp_path).open().size == COUNT
+    one_table(tmp_path, image=TWO)
+    assert "side by side: set data.root to a folder of one of them, or move the others" in refused(tmp_path)
+
+
+def test_a_missing_column_of_classes_is_said(tmp_path: Path) -> None:
+    one_table(tmp_path, image=TWO, fine_label=[0, 1])
+    text = refused(tmp_path, label="fine_lable", count=1)
+    assert "has no column 'fine_lable' (it has image, fine_label): set data.label, or data.labelled=false" in text
+    with pytest.warns(
+        UserWarning, match=r"no column 'label', so its images have no classes\. Whole numbers are in fine"
+    ):
+        assert spec(tmp_path).classes == 0
+    assert spec(tmp_path, label="fine_label").classes == 2
+    assert spec(tmp_path, labelled=False).classes == 0
+    one_table(tmp_path, image=TWO, text=["a", "b"])
+    assert spec(tmp_path).classes == 0
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_wrong_is_named(name: str, tmp_path: Path) -> None:
     make, fields, parts = WRONG[name]

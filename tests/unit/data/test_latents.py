@@ -123,6 +123,54 @@ def test_a_folder_of_images_with_options_is_enough(images: Path, tmp_path: Path)
         encode.encoding_work(str(images), out=None, codec="taef2", side=8)
 
 
+def test_fields_of_the_images_are_named_where_latents_have_them(images: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(images, tmp_path / "d" / split)
+    root = str(tmp_path / "d")
+    with pytest.raises(UserError, match=r"choose one with data\.images\.split"):
+        encode.encoding_work(root, out=str(tmp_path / "out"), codec="taef2", side=SIDE)
+    with pytest.raises(UserError, match=r"choose one with data\.images\.split"):
+        encode.encoding_work("my-images-256", [f"data.images.root={root}"], out=None, codec=None, side=None)
+
+
+@pytest.mark.parametrize("buckets", [None, {"step": 8}])
+def test_images_of_which_none_can_be_read_are_refused_with_the_reason(
+    latents: Maker, buckets: object, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/IMG_1.heic").write_bytes(b"ftypheic")
+    data = latents(tmp_path / "photos", tmp_path / "out", on_bad="skip", buckets=buckets, crop="adm")
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(UserError, match=r"the first: .*1\.heic is no image .*; convert it to"),
+    ):
+        encode.encode(data)
+
+
+@pytest.mark.parametrize("buckets", [None, {"step": 8}])
+def test_an_image_that_is_mended_gets_into_the_cache(latents: Maker, buckets: object, tmp_path: Path) -> None:
+    """What is left out as before is not encoded again."""
+    as_folder(tmp_path / "photos")
+    mended, stays = tmp_path / "photos/ant/02.png", tmp_path / "photos/cow/11.png"
+    whole = mended.read_bytes()
+    for file in (mended, stays):
+        file.write_bytes(b"no image")
+
+    def encoded() -> tuple[int, int]:
+        data = latents(tmp_path / "photos", tmp_path / "out", on_bad="skip", buckets=buckets, crop="adm")
+        result = encode.encode(data, shard_rows=5, dtype="float32")
+        index = result.read_index()
+        assert index
+        return result.make_result.made, sum(shard.rows for shard in index.shards)
+
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert encoded() == (3, COUNT - 2)
+    assert encoded() == (0, COUNT - 2)
+    mended.write_bytes(whole)
+    assert encoded() == (1, COUNT - 1)
+    assert encoded() == (0, COUNT - 1)
+
+
 # --- captions: those of the images, kept beside them
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dumo.data import Memory
@@ -96,6 +96,27 @@ def test_colours_lie_from_minus_one_to_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("picture", "first"),
+    [
+        (image(255).quantize(), [1, -1, 1]),
+        (image(255).convert("CMYK"), [1, -1, 1]),
+        (Image.new("LA", (6, 4), (0, 0)), [1, 1, 1]),
+        (Image.new("I;16", (6, 4), 65535), [1, 1, 1]),
+        (Image.new("1", (6, 4), 1), [1]),
+        (Image.new("L", (6, 4), 255), [1]),
+    ],
+)
+def test_pictures_of_any_mode_are_read_as_they_look(picture: Image.Image, first: list[float]) -> None:
+    assert Memory.of(Rows(picture)).open().x[0, :, 0, 0].tolist() == first
+
+
+def test_pictures_are_turned_upright() -> None:
+    picture = image(0)
+    picture.getexif()[ExifTags.Base.Orientation] = 6
+    assert Memory.of(Rows(picture)).shape == (3, 6, 4)
+
+
+@pytest.mark.parametrize(
     ("data", "said"),
     [
         (3, "builtins:int: give a folder"),
@@ -115,6 +136,7 @@ def test_colours_lie_from_minus_one_to_one() -> None:
         (np.array([["a", "b"]]), "data is an array of dtype <U1"),
         (Rows([[1.0, 2.0], [3.0], [4.0]]), "row 0 of the data is no array"),
         (Rows("ab"), "row 0 of the data is an array of dtype <U2"),
+        (Rows(Image.new("I", (6, 4), 70000)), "row 0 of the data has grey levels outside"),
         (Rows(image(0), image(0, (8, 8))), "row 1 of the data has shape"),
         (Rows((image(0), 1), image(0)), "all or none have a label"),
         (Rows({"text": "a"}), "a row of the data has text: none is image"),

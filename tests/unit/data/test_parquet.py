@@ -1,6 +1,10 @@
 """Row groups are kept up to so many bytes; of a larger one a row is read with little memory; damage is named."""
 
+import os
+import resource
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Barrier
 
@@ -72,6 +76,60 @@ def test_threads_do_not_read_a_group_twice(files: list[str], read: list[int]) ->
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(wrong, range(4))) == [[]] * 4
     assert len(read) == 4
+
+
+def test_a_group_too_large_to_keep_is_read_once_in_order(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by threads that are a little behind; only a row further back starts again."""
+    batches = 0
+    real = pq.ParquetFile.iter_batches
+
+    def counted(*given: object, **named: object) -> Iterator[object]:
+        nonlocal batches
+        for batch in real(*given, **named):  # pyright: ignore[reportArgumentType]
+            batches += 1
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    source = Parquet(files, label=None, cache_bytes=1000)
+    for i in range(2 * ROWS):
+        late = max(i - BATCH_ROWS, i // GROUP * GROUP)
+        assert source.read(i) == image(i)
+        assert source.read(late) == image(late)
+    per_group = -(-GROUP // BATCH_ROWS)
+    assert batches == 4 * per_group
+    assert source.read(2 * ROWS - GROUP) == image(2 * ROWS - GROUP)
+    assert batches == 4 * per_group + 1
+
+
+def test_tables_are_more_than_the_files_that_may_be_open(files: list[str], tmp_path: Path) -> None:
+    many = [str(tmp_path / f"link-{k:03}.parquet") for k in range(300)]
+    for file in many:
+        os.link(files[0], file)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 200, hard))
+        source = Parquet(many, label=None, cache_bytes=1)
+        for k in range(300):
+            assert source.read(k * ROWS + 7) == image(7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_too_many_open_files_are_no_damage(files: list[str]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    Parquet(files, label=None)  # what it imports is loaded
+    handles: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 2, hard))
+        with suppress(OSError):
+            while True:
+                handles.append(os.open(files[0], os.O_RDONLY))
+        with pytest.raises(OSError, match="Too many open files"):
+            Parquet(files, label=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for handle in handles:
+            os.close(handle)
 
 
 @pytest.mark.parametrize("kept", [2**30, 1000])

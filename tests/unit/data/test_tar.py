@@ -134,6 +134,19 @@ def test_an_index_that_cannot_be_written_stops_nothing(files: list[str], monkeyp
         assert numbers(Tar(files, labelled=True)) == list(range(30))
 
 
+def test_members_that_end_like_images_are_not_left_out_silently(tmp_path: Path) -> None:
+    """Also where the archive was looked through before."""
+    archive(
+        tmp_path / "a.tar", {"a/1.png": b"1", "a/Shot at 10.30.12.png": b"2", "a/1.seg.PNG": b"3", "a/.b.png": b"4"}
+    )
+    for _ in range(2):
+        with pytest.warns(
+            UserWarning, match=r"2 members of tar archives are left out, such as a/Shot at 10\.30\.12\.png"
+        ):
+            source = Tar([str(tmp_path / "a.tar")], labelled=True)
+        assert len(source) == 1
+
+
 END = EACH * 4 * BLOCK  # ten images and ten labels, each a header and a block
 
 

@@ -157,6 +157,7 @@ def test_a_few_images_pass_at_a_time(vae: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(codecs, "PIXELS_AT_ONCE", 3 * 16 * 16)
     torch.testing.assert_close(opened.encode(x), whole)
     assert seen == [3, 3, 1]
+    assert [codecs.images_at_once(*size) for size in ((16, 16), (24, 16), (64, 64))] == [3, 2, 1]
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(0.18215, 0.0), (1.5305, 0.0609)])

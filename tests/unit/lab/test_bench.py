@@ -1,5 +1,6 @@
 """The benches of a step, of sampling and of data: every slope has a row, errors are right, a refusal is a row."""
 
+import os
 import weakref
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from contract.case import members
 from dumo.config.load import load
 from dumo.config.spec import Run
+from dumo.data.album import MAX_THREADS
 from dumo.flow.draw import draw
 from dumo.flow.slope import Along, JvpSlope, Slope
 from dumo.flow.solver import Euler, Heun, Hop, Restart
@@ -298,6 +300,15 @@ def test_images_with_captions_or_in_buckets_are_decoded_too(fields: list[str], t
     report = data_bench.measure(benchmark, threads=[1, 2], batches=1, device="cpu")
     assert report["kind"] == "folder, decoded at every visit"
     assert [row["threads"] for row in report["rows"]] == [1, 2]
+
+
+def test_no_more_threads_are_measured_than_training_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_folder(tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    report = data_bench.measure(
+        data_bench.benchmark_of(str(tmp_path), ["data.memory=0"], batch=2, side=8), batches=1, device="cpu"
+    )
+    assert max(row["threads"] for row in report["rows"]) == MAX_THREADS
 
 
 def test_a_recipe_is_read_at_its_own_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

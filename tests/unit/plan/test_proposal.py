@@ -1,12 +1,22 @@
-"""What a proposal says of texts next to images that are not read as captions."""
+"""What a proposal says of texts next to images that are not read as captions, and of the time that images take."""
 
 import shlex
+from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 from dumo.config.change import override
 from dumo.data.annotation import NoCaptionsError
-from dumo.plan import photocaptions
+from dumo.data.image import Images
+from dumo.data.pixel import ToSquare
+from dumo.data.store import Folder, walk_files
+from dumo.plan import photocaptions, photodraft
+from dumo.plan.photolook import ImagesFound, look_at
 from dumo.runtime import door
+from dumo.runtime.progress import no_bar
+from dumo.types import UserError
 
 
 def test_a_table_of_another_name_keeps_its_kind() -> None:
@@ -23,3 +33,29 @@ def test_a_column_of_any_name_may_be_typed() -> None:
         tree: dict[str, Any] = {}
         override(tree, [setting])
         assert (option, tree) == ("--set", {"data": {"captions": {"kind": "files", "name": column}}})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_images_that_do_not_fit_in_memory_are_decoded_at_each_visit(device: str) -> None:
+    """So they take no time before the first step, and a step takes the time of its images."""
+
+    def draft(count: int, *sets: str, memory: float = 2.0) -> photodraft.Draft:
+        found = ImagesFound(count, headers=256, bad=0, side=300, image_seconds=0.004)
+        images = Images(root="photos", side=300, memory=memory)
+        return photodraft._pixels_draft(found, images, "photos", torch.device(device), sets)
+
+    many = draft(2_000_000)
+    assert many.prepare_seconds == 0
+    assert many.load_seconds > 0
+    few = draft(1000)
+    assert few.prepare_seconds == pytest.approx(1000 * many.load_seconds)
+    assert few.load_seconds == 0
+    assert draft(2_000_000, memory=30.0).load_seconds == 0
+    assert draft(10_000, "data.side=300").load_seconds > 0
+
+
+def test_images_that_cannot_be_read_are_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"ftypheic")
+    store = Folder(tmp_path, walk_files(tmp_path), split=None, labelled=False)
+    with pytest.raises(UserError, match=r"the first: .*IMG_1\.HEIC is no image of .*; convert it to JPEG or PNG"):
+        look_at(store, ToSquare(32, "adm"), no_bar)

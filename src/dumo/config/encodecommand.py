@@ -1,0 +1,139 @@
+"""The command that makes a cache of latents, for the message that there is none.
+
+`encode_command` names the recipe of dumo's whose cache lies at the place, else the folder of images. It then sets what
+these latents have otherwise than that would make: the pipeline, and fields of the images and the codec.
+"""
+
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dumo.config import recipes
+from dumo.config.change import yaml_text
+from dumo.config.load import load_recipe
+from dumo.config.place import RUNS_FOLDER
+from dumo.config.source import parse_recipe
+from dumo.data import is_latents
+from dumo.error import UserError
+from dumo.io.read import user_path
+from dumo.runtime.door import shell_settings
+
+if TYPE_CHECKING:
+    from dumo.data import Latents
+
+_PLACES = ("root", "weights")  # fields of images and codecs that say where something lies
+# fields of images that have an option, that files tell, or that change no latent
+_OTHER_FIELDS = {"kind", "count", "classes", "names", "titles", "memory"}
+
+
+def encode_command(data: "Latents") -> str:
+    """The command that makes the cache of these latents.
+
+    It has no settings where the codec is a pipeline's and no recipe is known.
+    """
+    recipe = _recipe_of_cache(data.root)
+    settings: list[str] = []
+    if recipe:
+        words = ["dumo", "encode", recipe]
+        settings += _pipeline_settings(data, recipe)
+        with_recipe = load_recipe(recipe).data
+        assert is_latents(with_recipe), "its cache is one of latents"
+        settings += _settings_over(data, with_recipe)
+    elif data.codec.kind == "pipeline":
+        words = ["dumo", "encode"]
+    else:
+        side = str(data.images.side)
+        words = ["dumo", "encode", data.images.root, data.root, "--codec", data.codec.kind, "--side", side]
+        images = type(data.images)(root=data.images.root, side=data.images.side, flip=True)
+        settings += _settings_over(data, data.model_copy(update={"images": images, "codec": type(data.codec)()}))
+    if data.images.count:
+        words += ["--count", str(data.images.count)]
+    command = shlex.join(words)
+    return f"{command} {shell_settings(*settings)}" if settings else command
+
+
+def _recipe_of_cache(root: str) -> str | None:
+    """The first of dumo's recipes whose cache of latents lies at a place, or at its path below the folder of a run."""
+    for recipe in recipes.names():
+        if Path(root).name not in recipes.text(recipe):  # to parse all takes long
+            continue
+        data = parse_recipe(recipe).get("data", {})
+        recipe_root = data.get("root", "")
+        is_in_runs = recipe_root.startswith(f"{RUNS_FOLDER}/")
+        is_same_place = (is_in_runs and Path(root).match(recipe_root)) or _is_same_place(recipe_root, root)
+        if is_same_place and data.get("kind") != "images":  # where the root is of images
+            return recipe
+    return None
+
+
+def _pipeline_settings(data: "Latents", recipe: str) -> Iterator[str]:
+    """The pipeline of the codec as a setting, where the recipe has one of its own."""
+    from dumo.io.hub import PUBLISHED
+
+    if data.codec.kind != "pipeline":
+        return
+    source = data.codec.pipeline.source
+    if source in PUBLISHED:  # a name without weights
+        yield "pipeline=$PRETRAINED"
+    elif _says_pipeline(recipe):
+        yield f"pipeline={yaml_text(source)}"
+
+
+def _says_pipeline(recipe: str) -> bool:
+    """Whether a recipe names a pipeline, itself or in the recipes that it is based on."""
+    while recipe in recipes.names():
+        tree = parse_recipe(recipe)
+        if "source" in (tree.get("pipeline") or {}):
+            return True
+        recipe = str(tree.get("base"))
+    return False
+
+
+def _settings_over(data: "Latents", base: "Latents") -> Iterator[str]:
+    """What latents have otherwise than others, the base, as settings of these."""
+    if not _is_same_place(data.root, base.root):
+        yield f"data.root={yaml_text(data.root)}"
+    yield from _changed_fields("data.images", _image_fields(data), _image_fields(base))
+    if data.images.names is not None and base.images.names is not None and data.classes != base.classes:
+        yield f"data.images.classes={data.classes}"
+    if data.codec.kind == base.codec.kind:
+        yield from _changed_fields("data.codec", _codec_fields(data), _codec_fields(base))
+    else:
+        yield f"data.codec={yaml_text(_codec_fields(data))}"
+
+
+def _changed_fields(name: str, fields: dict[str, Any], base: dict[str, Any]) -> Iterator[str]:
+    """The fields of a part that differ from those of another, as settings."""
+    for field in {**fields, **base}:
+        value = fields.get(field)
+        base_value = base.get(field)
+        is_same = value == base_value
+        if field in _PLACES:
+            is_same = _is_same_place(str(value), str(base_value))
+        if not is_same:
+            yield f"{name}.{field}={yaml_text(value)}"
+
+
+def _image_fields(data: "Latents") -> dict[str, Any]:
+    """The fields of the images that say how they are encoded, as plain values."""
+    fields = data.images.model_dump(mode="json")
+    for name in _OTHER_FIELDS:
+        fields.pop(name, None)
+    if data.captions:
+        fields["captions"].pop("digest", None)  # which files tell, too
+    return fields
+
+
+def _codec_fields(data: "Latents") -> dict[str, Any]:
+    """The fields of the codec, without the hash of its weights, as plain values."""
+    return data.codec.model_dump(mode="json", exclude={"sha256"})
+
+
+def _is_same_place(one: str, other: str) -> bool:
+    """Whether two texts say the same place, with the values of variables."""
+    try:
+        return os.path.abspath(user_path(one, "")) == os.path.abspath(user_path(other, ""))
+    except UserError:  # a variable is not set
+        return one == other
