@@ -10,17 +10,18 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dumo
 from contract.own import Encoder, Perceptron, UNet
 from dumo.flow.loop import LoopFlow as Flow
+from dumo.objectives import MeanFlow
 from dumo.types import Needs, UserError
 from meeting import meeting
 
-ROWS, CLASSES = 8, 3
+CLASSES = 3
 STEPS = 2  # so that what a step leaves behind is seen
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -59,9 +60,12 @@ def replicated_and_compiled(net: nn.Module) -> nn.Module:
 
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "perceptron": (lambda: Perceptron(Needs(heads=("v", "u")), CLASSES), (2,)),
+    "two times": (lambda: Perceptron(MeanFlow().needs, CLASSES), (2,)),
     "unet": (lambda: UNet(CLASSES), (1, 8, 8)),
     "encoder": (lambda: Encoder(0.0), (1, 8, 8)),
 }
+OBJECTIVES = {"two times": "meanflow"}  # of other nets dumo
+ROWS = {"two times": 4}  # of other nets 8; of these, one has r < t, on the first rank
 OF_NET: dict[str, Wrap] = {
     "plain": plain,
     "replicated": DistributedDataParallel,
@@ -71,7 +75,12 @@ OF_NET: dict[str, Wrap] = {
     "replicated and compiled": replicated_and_compiled,
 }
 OF_FLOW: dict[str, Wrap] = {"plain": plain, "replicated": DistributedDataParallel}
-FEW = [("perceptron", "plain", "replicated"), ("unet", "replicated", "plain"), ("encoder", "resharded", "plain")]
+FEW = [
+    ("perceptron", "plain", "replicated"),
+    ("unet", "replicated", "plain"),
+    ("encoder", "resharded", "plain"),
+    ("two times", "resharded", "plain"),
+]
 ALL = [
     (net, of_net, of_flow)
     for net in NETS
@@ -82,11 +91,13 @@ ALL = [
 CASES = {"few": FEW, "all": ALL}
 
 
-def data(shape: tuple[int, ...], rank: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """This rank's rows of the one batch."""
-    x = torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(3))
-    labels = torch.arange(ROWS) % CLASSES
-    share = ROWS // ranks
+def data(name: str, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """This rank's rows of the one batch for a network."""
+    _, shape = NETS[name]
+    rows = ROWS.get(name, 8)
+    x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(rows) % CLASSES
+    share = rows // ranks
     mine = slice(rank * share, (rank + 1) * share)
     return x[mine], labels[mine]
 
@@ -108,18 +119,19 @@ def gradient(flow: Flow, called: nn.Module, x: Tensor, c: Tensor | None) -> tupl
 
 def compare(name: str, of_net: str, of_flow: str, rank: int) -> Gradient:
     """One network in these wrappers."""
-    build, shape = NETS[name]
+    build, _ = NETS[name]
+    objective = OBJECTIVES.get(name, "dumo")
     torch.manual_seed(0)
     net = build()
     classes = 0 if name == "encoder" else CLASSES
-    alone = dumo.Flow(copy.deepcopy(net), classes=classes, shard=(0, 1))
-    x, labels = data(shape, 0, 1)
+    alone = dumo.Flow(copy.deepcopy(net), objective, classes=classes, shard=(0, 1))
+    x, labels = data(name, 0, 1)
     # The check is of all ranks, so this one is made on both.
     _, expected = gradient(alone, alone, x, labels if classes else None)
 
-    flow = dumo.Flow(OF_NET[of_net](net), classes=classes)
+    flow = dumo.Flow(OF_NET[of_net](net), objective, classes=classes)
     called = OF_FLOW[of_flow](flow)
-    x, labels = data(shape, rank, 2)
+    x, labels = data(name, rank, 2)
     loss, found = gradient(flow, called, x, labels if classes else None)
     if of_flow == "plain" and of_net in ("plain", "compiled"):  # nobody takes the mean
         torch.distributed.all_reduce(found)
@@ -152,7 +164,7 @@ class Mixes(AsksForTensors):
 
 def refusals(rank: int) -> dict[str, str]:
     """What each mistake of rank 1 alone says here."""
-    x, labels = data((2,), rank, 2)
+    x, labels = data("perceptron", rank, 2)
     wrong = rank == 1
     perceptron = NETS["perceptron"][0]
     detached = AsksForTensors(asks=wrong)
@@ -172,6 +184,9 @@ def refusals(rank: int) -> dict[str, str]:
     given = dumo.Flow(AsksForTensors(asks=wrong), {"kind": "dumo", "slope": {"kind": "dual"}})
     attempt("given slope", given, x)
     sharded_flow = dumo.Flow(resharded(perceptron()), classes=CLASSES)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    in_half = fully_shard(NETS["two times"][0](), mp_policy=policy)
+    attempt("in half", dumo.Flow(in_half, "rcgm", classes=CLASSES), x, labels)
     attempt("sharded", sharded_flow, x * float("nan") if wrong else x, labels)
     return said
 

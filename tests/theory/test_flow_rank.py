@@ -50,5 +50,7 @@ def test_what_one_rank_is_refused_all_are_with_a_line(tmp_path: Path) -> None:
         assert "not dual" in mistaken_elsewhere[name]
     assert mistaken["slope"].startswith("none: jvp")
     assert mistaken_elsewhere["slope"].startswith("none: jvp")
+    for refused in (mistaken, mistaken_elsewhere):
+        assert "objective 'rcgm' needs precision fp32, not weights in bfloat16" in refused["in half"]
     assert mistaken["given slope"].startswith("no du/dt")
     assert mistaken_elsewhere["given slope"].startswith("no du/dt")

@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_any, tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import general
+from dumo.autodiff.general import NoRecordedRule
 from dumo.autodiff.general import NoRule as NoRule
 from dumo.autodiff.tape import Later, detach_saved, fit_to_primal
 from dumo.types import Array
@@ -203,7 +204,7 @@ def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     leaves, spec = tree_flatten((args, kwargs))
     dual_places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Dual))
     if any(leaves[i].recorded for i in dual_places):  # torch's own gradient of such a tangent is wrong for some norms
-        raise NoRule(f"{name}, in a loss that holds the derivative itself")
+        raise NoRecordedRule(name)
     primals = [primal(x) for x in leaves]
     primal_args, primal_kwargs = tree_unflatten(primals, spec)
     state_before = general.side_effects(primals)

@@ -53,6 +53,17 @@ class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
         )
 
 
+class NoRecordedRule(NoRule):
+    """The same in a loss that differentiates through the derivative, which no other slope takes."""
+
+    def __str__(self) -> str:
+        """The name and the way out."""
+        return (
+            f"this loss differentiates through a derivative, for which '{self.args[0]}', which this net uses, has no "
+            "rule: use another operation, or objective 'meanflow'"
+        )
+
+
 @dataclass(frozen=True)
 class OperationCall:
     """A call of an operation without its operands, and one of the results that it returns."""

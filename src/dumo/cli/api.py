@@ -124,8 +124,8 @@ class TrainedRun:
     def reading(self) -> Reads:
         """What a solver calls, on the run's device; None for what the objective does not teach.
 
-        `velocity(x_t, t, c)` is dx_t/dt, `endpoint(x_t, t, c)` is x_0, `flow_map(x_t, t, s, c)` is x_s. Knobs and
-        guidance are those of `spec.sample`; gradients are recorded.
+        `velocity(x_t, t, c)` is dx_t/dt, `endpoint(x_t, t, c)` is x_0, `flow_map(x_t, t, s, c)` is x_s, all in units
+        of `spec.path.sd`. Knobs and guidance are those of `spec.sample`; gradients are recorded.
         """
         return self.opened.sampler.reads
 

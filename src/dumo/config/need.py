@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.parts import RunParts
 from dumo.data import Data, has_images, is_images, is_latents
-from dumo.flow.fit import climb_problem, path_problem, teacher_problem
+from dumo.flow.fit import climb_problem, guide_problem, path_problem, teacher_problem
 from dumo.flow.guide import GuidanceScale, Guide
 from dumo.nets.precondition import PRECONDITIONED_HEADS
 from dumo.objectives import Objective
@@ -84,15 +84,15 @@ def _size_faults(run: RunParts, buckets: str) -> Iterator[str]:
 
 
 def _formula_faults(objective: Objective, path: str) -> Iterator[str]:
-    """The objective must have formulas for this kind of path, and for jumps up to the noise if its times make some."""
+    """The objective must have formulas for this kind of path, and its times must serve it."""
     wrong_path = path_problem(objective, path)
     if wrong_path and path == "diffusion":  # of a pretrained net, which knows no other
         yield f"{wrong_path}: take another objective, such as objective.kind=dumo"
     elif wrong_path:
         yield f"{wrong_path}: set path.kind={objective.needs.formulas.paths[0]}"
-    wrong_jumps = climb_problem(objective)
-    if wrong_jumps:
-        yield wrong_jumps
+    wrong_times = climb_problem(objective) or guide_problem(objective)
+    if wrong_times:
+        yield wrong_times
 
 
 def _precondition_faults(run: RunParts) -> Iterator[str]:

@@ -6,8 +6,8 @@ its rows do not mix.
 
 `LoopFlow.check` calls, in this order:
 
-1. before any pass: `require_formulas`, `require_teacher`, `require_first_stage`, `require_whole_groups` and
-   `require_parameters`;
+1. before any pass: `require_formulas`, `require_teacher`, `require_first_stage`, `require_whole_groups`,
+   `require_parameters` and `require_precise_weights`;
 2. on the first `rows_to_try` rows: `try_pass`, `require_pure_net` (up to `max_pass_difference`),
    `require_finite_heads` of the outputs of `try_pass`, and `require_rows_apart`.
 
@@ -21,11 +21,12 @@ from math import lcm
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 
-from dumo.flow.fit import climb_problem, first_stage_problem, path_problem, teacher_problem
+from dumo.flow.fit import climb_problem, first_stage_problem, guide_problem, path_problem, teacher_problem
 from dumo.flow.passes import Passes
-from dumo.flow.precision import Precision, precision_of
+from dumo.flow.precision import HALVES, Precision, precision_of, require_precision
 from dumo.flow.signature import call_example
 from dumo.types import Heads, Needs, Noised, Objective, Sample, Time, UserError, unwrap
 from dumo.types.outside import name_of
@@ -259,13 +260,13 @@ def require_teacher(objective: Objective, *, has_teacher: bool) -> None:
 
 
 def require_formulas(objective: Objective, path: str) -> None:
-    """Raise UserError where an objective has no formulas for this kind of path, or for the jumps that it draws."""
+    """Raise UserError where an objective has no formulas for this kind of path, or its times do not serve it."""
     wrong_path = path_problem(objective, path)
     if wrong_path:
         raise UserError(f"{wrong_path}: give dumo.Flow(path=...) another of dumo.flow.path")
-    wrong_jumps = climb_problem(objective)
-    if wrong_jumps:
-        raise UserError(wrong_jumps)
+    wrong_times = climb_problem(objective) or guide_problem(objective)
+    if wrong_times:
+        raise UserError(wrong_times)
 
 
 def require_first_stage(objective: Objective, *, has_ref: bool) -> None:
@@ -293,6 +294,19 @@ def require_parameters(net: nn.Module) -> None:
             f"no parameter of {type(unwrap(net)).__name__} is trained: call net.requires_grad_(), or make the flow of "
             "a network that learns"
         )
+
+
+def require_precise_weights(objective: Objective, net: nn.Module) -> None:
+    """Raise UserError where a network computes with weights of 16 bits, too coarse for what the objective amplifies."""
+    dtypes = [p.dtype for p in net.parameters()]
+    for part in net.modules():
+        if isinstance(part, FSDPModule):
+            state = part._get_fsdp_state()  # noqa: SLF001, there is no public way to the policy
+            dtypes.append(state._mp_policy.param_dtype)  # noqa: SLF001
+    for dtype in dtypes:
+        if dtype in HALVES:
+            weights = f"weights in {str(dtype).removeprefix('torch.')}"
+            require_precision(weights, objective.needs.amplifies, objective.kind)
 
 
 def short_text(error: BaseException) -> str:

@@ -5,6 +5,7 @@ of its own settings.
 
     path_problem          the kind of path
     climb_problem         jumps up to the noise; with the way out, which is a field of the objective
+    guide_problem         a guide by a velocity that is never taught; with the way out, as above
     teacher_problem       a teacher's velocity, of which the objective learns nothing
     first_stage_problem   theta^- that must be the net of a first stage
     guidance_refusal      guidance while sampling
@@ -12,7 +13,8 @@ of its own settings.
 
 from typing import NamedTuple
 
-from dumo.flow.guide import GuidanceScale
+from dumo.flow.guide import GuidanceScale, Guide
+from dumo.flow.reading import taught_readings
 from dumo.types import Objective
 
 
@@ -32,6 +34,19 @@ def climb_problem(objective: Objective) -> str | None:
     return (
         f"objective.times.both_ways makes jumps up to the noise, for which objective '{objective.kind}' has no "
         "formulas: set objective.times.both_ways=false, or take objective.kind=f2d2 or meanflow"
+    )
+
+
+def guide_problem(objective: Objective) -> str | None:
+    """The objective is guided by the net's velocity, and its times never teach it."""
+    guide = objective.needs.guide
+    reads_velocity = isinstance(guide, Guide) and guide.active and "r" in objective.needs.inputs
+    is_taught = objective.times.teaches_velocity or taught_readings(objective).velocity is not None
+    if not reads_velocity or is_taught:
+        return None
+    return (
+        f"objective.guide reads the velocity of objective '{objective.kind}' at r = t, and all of objective.times have "
+        f"r = 0: set objective.times.kind=pair or jumps, or {GuidanceScale().off}"
     )
 
 

@@ -35,6 +35,7 @@ from dumo.flow.check import (
     require_first_stage,
     require_formulas,
     require_parameters,
+    require_precise_weights,
     require_pure_net,
     require_rows_apart,
     require_teacher,
@@ -82,6 +83,7 @@ from dumo.types import (
     Terms,
     Time,
     UserError,
+    lift,
     unwrap,
 )
 from dumo.types.rows import to_device
@@ -91,6 +93,7 @@ Moment = Tensor | float | int  # a time for all rows, or one for each
 
 # The step at which a network that was not copied is checked once more, for its layers of zeros are trained then: ours
 _SECOND_CHECK_STEP = 100
+_ROUNDING = 1e-6  # of times that a caller added up: ours
 
 
 class LoopFlow(Flow):
@@ -101,7 +104,7 @@ class LoopFlow(Flow):
     - `classes`: labels are 0 to classes - 1, and `classes` itself means none.
     - `null`: what stands for a dropped condition, a row, or a dict of rows. Without classes and null nothing is dropped
       or guided.
-    - `time_scale` multiplies each time on its way to the network.
+    - `time_scale` multiplies the times t and r on their way to the network.
     - `shard`: (rank, ranks) of the data; None: those of torch.distributed.
     - `ref`: theta^-, an average of the weights that you keep; None: the weights in training.
     - `teacher`: a flow, or a function of (x_t, t, c, v_t), whose velocity takes the place of the data's, on a share
@@ -175,6 +178,7 @@ class LoopFlow(Flow):
         self.is_checked = False
         self.is_checked_in_training = False  # in evaluation a network does not show what it draws and changes
         self.is_check_of_copy = False  # whether the check worked on a copy of the network
+        self.is_warned_of_progress = False  # that an objective which changes in training is not told how far it is
         self.net_draws = False  # whether the network draws random numbers
         self.condition_names: tuple[str, ...] = ()  # of conditions that are no labels
 
@@ -190,14 +194,15 @@ class LoopFlow(Flow):
         c: Condition = None,
         *,
         step: int | None = None,
-        progress: float = 0.0,
+        progress: float | None = None,
         z: Tensor | None = None,
     ) -> Tensor:
         """The mean loss of data x (b, ...), floats near [-1, 1], of conditions c.
 
         c: None, class numbers (b,), numbers (b, ...), or a dict of tensors by the names of the network's forward.
         step: which random numbers are drawn; None: as many as losses so far, which are counted in training mode.
-        progress: the share of the training that is done, for objectives that change with it.
+        progress: the share of the training that is done, for objectives that change with it; None: they stay as at the
+            start, which a warning says.
         z: noise that goes with x, of its shape; None: drawn.
 
         Every rank must make the first call, and the first in training mode: these make `check`, and the ranks agree on
@@ -211,6 +216,9 @@ class LoopFlow(Flow):
         else:
             require_batch(x, c, self.classes, self.shape, self.call, null=self.null)
             require_whole_groups(self.objective, len(x))
+        if progress is None:
+            progress = 0.0
+            self._warn_of_missing_progress()
         if not 0 <= progress <= 1:
             raise UserError(f"progress = {progress:g}: give the share of the training that is done, from 0 to 1")
         if z is not None and z.shape != x.shape:
@@ -258,12 +266,18 @@ class LoopFlow(Flow):
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Moment, c: Condition = None) -> Sample:
-        """dx_t/dt at x_t = x and t, one pass. Raises UserError where the objective never taught it."""
+        """dx_t/dt at x_t = x and t, one pass, x_t in units of `path.sd`.
+
+        Raises UserError where the objective never taught it.
+        """
         return self._read("velocity", x, c, t)
 
     @torch.no_grad()
     def jump(self, x: Tensor, t: Moment, s: Moment = 0.0, c: Condition = None) -> Sample:
-        """x_s of the trajectory through x at t, one pass; s = 0 is data. Raises UserError where it was never taught."""
+        """x_s of the trajectory through x_t = x at t, one pass; s = 0 is data, in the data's own unit.
+
+        At times above 0, x_t and x_s are in units of `path.sd`. Raises UserError where the jump was never taught.
+        """
         reads = taught_readings(self.objective)
         ends_at_data = not bool(s.any()) if isinstance(s, Tensor) else s == 0
         if reads.flow_map is None and ends_at_data:
@@ -272,20 +286,22 @@ class LoopFlow(Flow):
                     f"objective '{self.objective.kind}' teaches jumps to the data from t = {reads.lowest:g} up alone: "
                     "give such a t, or train with 'dumo'"
                 )
-            return self._read("endpoint", x, c, t)
+            return self.path.sd * self._read("endpoint", x, c, t)
         if reads.flow_map is None:
             raise UserError(
                 f"objective '{self.objective.kind}' teaches no jump that ends at s = {s}: give s=0, or train with "
                 "'dumo_any' or 'meanflow'"
             )
-        if isinstance(t, Tensor) or isinstance(s, Tensor):  # which jumps are taught is known of numbers alone
-            return self._read("flow_map", x, c, t, s)
-        if reads.hops and not reads.hops(t, s):
+        # which jumps are taught is known of numbers alone
+        are_numbers = not isinstance(t, Tensor) and not isinstance(s, Tensor)
+        if are_numbers and reads.hops and not reads.hops(t, s):
             raise UserError(
                 f"objective '{self.objective.kind}' teaches no jump from t = {t:g} to s = {s:g}: ask "
                 "flow.sample, which makes those that it teaches, or train with 'dumo_any' or 'meanflow'"
             )
-        return self._read("flow_map", x, c, t, s)
+        x_s = self._read("flow_map", x, c, t, s)
+        is_data = lift(_row_times(s, x) == 0, x_s)
+        return torch.where(is_data, self.path.sd * x_s, x_s)
 
     def teaching(self, given: Condition = None) -> Taught:
         """The velocity that a pupil learns from this flow, of (x_t, t, c, v_t).
@@ -412,6 +428,19 @@ class LoopFlow(Flow):
         require_first_stage(self.objective, has_ref=self.ref is not None)
         require_whole_groups(self.objective, len(x))
         require_parameters(self.net)
+        require_precise_weights(self.objective, self.net)
+
+    def _warn_of_missing_progress(self) -> None:
+        """Say once, in training, that an objective which changes with progress stays as at the start."""
+        if not self.training or not self.objective.needs.scheduled or self.is_warned_of_progress:
+            return
+        self.is_warned_of_progress = True
+        if dist.is_main():
+            log.warning(
+                "dumo: objective '%s' changes in training, and stays as at the start without progress: give flow(x, c, "
+                "progress=step / steps)",
+                self.objective.kind,
+            )
 
     def _take_slope(self, probe: Passes, b: Noised) -> None:
         """Choose how du/dt is taken, or try the slope that the objective names. Raises UserError where none serves."""
@@ -451,9 +480,21 @@ class LoopFlow(Flow):
             if self.teach_conditions:
                 teacher = self.teach_conditions(c)
         b = self.add_noise(draws, x, index, null=null, z=z, progress=progress, teacher=teacher)
-        if self.net_draws:  # a pass of some rows would draw for them what it did not draw for all
+        # a pass of some rows would draw for them what it did not draw for all
+        if self.net_draws or self._ranks_differ(len(x), rows_of_rank, ranks):
             b = replace(b, moving=None)
         return b, to_device(draws.keys, x.device)
+
+    def _ranks_differ(self, rows: int, rows_of_rank: int, ranks: int) -> bool:
+        """Whether some rank's `rows` all have r = t, or all r < t, and another's do not: these make other passes.
+
+        rows_of_rank: the places of the batch that each rank has; a smaller batch takes the first of them.
+        """
+        moving = self.objective.times.moving(ranks * rows_of_rank)
+        if moving is None:
+            return False
+        kinds = {frozenset(moving[first : first + rows]) for first in range(0, len(moving), rows_of_rank)}
+        return len(kinds) > 1
 
     def _in_precision(self, x: Sample) -> AbstractContextManager[None]:
         """Passes on x in the precision of this flow, if it has one."""
@@ -498,6 +539,13 @@ class LoopFlow(Flow):
         index = self._condition_index(len(x), c, x.device)
         read = self._taught_reading(name, self._passes(c, None))
         row_times = [_row_times(time, x) for time in times]
+        if name == "flow_map" and not self.objective.times.climbs:
+            t, s = row_times
+            if bool((s > t + _ROUNDING).any()):
+                raise UserError(
+                    f"objective '{self.objective.kind}' teaches no jumps up to the noise: give s up to t, or train "
+                    "with 'f2d2'"
+                )
         with generate.eval_mode(self.net), self._in_precision(x):
             return read(x, *row_times, index)
 
@@ -622,9 +670,12 @@ def _in_weights_dtype(passes: Passes) -> Net:
 
 
 def _row_times(time: Moment, x: Sample) -> Time:
-    """A time for each row of x."""
+    """A time for each row of x. Raises UserError for another number of times, and for times outside [0, 1]."""
     if not isinstance(time, Tensor):
-        return torch.full((len(x),), float(time), device=x.device)
+        time = torch.tensor(float(time))
     if time.shape not in ((), (1,), (len(x),)):
         raise UserError(f"a time of shape {tuple(time.shape)} for {len(x)} rows: give a number, or one for each row")
+    is_inside = (time > -_ROUNDING) & (time < 1 + _ROUNDING)
+    if not is_inside.all():
+        raise UserError(f"a time of {time[~is_inside][0]:g}: times run from 0, data, to 1, noise")
     return time.to(x.device).expand(len(x))

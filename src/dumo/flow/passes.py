@@ -10,7 +10,7 @@ weight of guidance; and gauges, which are further outputs (b,), such as a log-va
 
 The order of events of a pass, `Passes.forward`:
 
-1. times and knobs are multiplied by `time_scale`;
+1. t and r are multiplied by `time_scale`;
 2. torch's generators begin at the step's key (`dumo.runtime.random.seeded_generators`);
 3. the network is called by the names of its `Signature`, with the conditions of the rows;
 4. `heads_of` makes a tuple of what it returned, and refuses anything else.
@@ -39,7 +39,7 @@ class Passes(nn.Module):
     needs: the objective's, which name times and heads.
     call: how the network is called: by the names of its forward, by a user's function, or (None) as dumo's own.
     labelled: whether it gets class numbers.
-    time_scale: multiplies each time and knob on its way to the network.
+    time_scale: multiplies t and r on their way to the network.
     table: the conditions whose rows c numbers; None: c are class numbers.
     key: seeds torch's generators in every pass, so all passes draw the same; None: the generators go on. In
         torch.compile they go on, too, because it cannot trace their seeding.
@@ -83,12 +83,12 @@ class Passes(nn.Module):
         Raises UserError where the network returned anything else.
         """
         net = self.net if torch.is_grad_enabled() else unwrap(self.net)
-        times = {name: value * self.time_scale for name, value in inputs.items()}
+        inputs = {name: value * self.time_scale if name in ("t", "r") else value for name, value in inputs.items()}
         generators: AbstractContextManager[None] = nullcontext()
         if self.key is not None and not torch.compiler.is_compiling():
             generators = seeded_generators(self.key, primal(x).device)
         with generators:
-            returned = self._call(net, x, c, times)
+            returned = self._call(net, x, c, inputs)
         return heads_of(returned, x, self.needs, type(unwrap(self.net)).__name__)
 
     @property
@@ -105,14 +105,14 @@ class Passes(nn.Module):
             arguments.append(self.call.condition)
         return f"net(x, {', '.join(f'{name}=' for name in arguments)})"
 
-    def _call(self, net: nn.Module, x: Array, c: Cond, times: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _call(self, net: nn.Module, x: Array, c: Cond, inputs: dict[str, Any]) -> Any:  # noqa: ANN401
         """What the network returns for x (b, ...), c (b,) and times and knobs (b,) by name."""
         if self.call is None:
-            return net(x, c, **times)
+            return net(x, c, **inputs)
         if isinstance(self.call, Signature):
-            return net(x, **self.call.rename_inputs(times), **self._named_conditions(c, self.call))
-        times_in_order = [times[name] for name in self.needs.names]
-        return self.call(net, x, *times_in_order, self._condition_as_given(c))
+            return net(x, **self.call.rename_inputs(inputs), **self._named_conditions(c, self.call))
+        inputs_in_order = [inputs[name] for name in self.needs.names]
+        return self.call(net, x, *inputs_in_order, self._condition_as_given(c))
 
     def _named_conditions(self, c: Cond, signature: Signature) -> dict[str, Tensor]:
         """The conditions of rows c (b,) by the names of the network's arguments; {} where it gets none."""

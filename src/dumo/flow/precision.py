@@ -118,8 +118,8 @@ def require_precision(precision: str, gain: float, kind: str) -> None:
         times = "without bound" if isinf(gain) else f"by up to {gain:g}"
         raise UserError(
             f"objective '{kind}' needs precision fp32, not {precision}: it multiplies the rounding of the net {times}. "
-            "Use fp32 (of a run train.precision=fp32, of a loop of your own dumo.Flow(precision='fp32')), a longer "
-            "step, or objective 'meanflow' with slope 'dual'"
+            "Use fp32 (of a run train.precision=fp32, of a loop of your own weights in float32 and "
+            "dumo.Flow(precision='fp32')), a longer step, or objective 'meanflow' with slope 'dual'"
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dumo.autodiff.dual import primal
-from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Taught, Time, UserError, lift
+from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Taught, Time, TimeLaw, UserError, lift
 
 
 def taught_readings(objective: Objective) -> Reads:
@@ -68,14 +68,20 @@ def jump_to_data(net: Net, head: int = 0) -> Callable[[Sample, Time, Cond], Samp
     return lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[head]
 
 
-def mean_velocity(net: Net, head: int = 0) -> Reads:
-    """Read the mean velocity u(x_t, t, r): x_r = x_t - (t - r) u, and v = u at r = t (MeanFlow, Eq. 12)."""
+def mean_velocity(net: Net, head: int = 0, times: TimeLaw | None = None) -> Reads:
+    """Read the mean velocity u(x_t, t, r): x_r = x_t - (t - r) u, and v = u at r = t (MeanFlow, Eq. 12).
+
+    times: those that u was trained at, which may never teach the velocity; None: it is taught.
+    """
 
     def flow_map(x: Sample, t: Time, s: Time, c: Cond) -> Sample:
         return x - lift(t - s, x) * net(x, c, t=t, r=s)[head]
 
+    def velocity(x: Sample, t: Time, c: Cond) -> Sample:
+        return net(x, c, t=t, r=t)[head]
+
     return Reads(
-        velocity=lambda x, t, c: net(x, c, t=t, r=t)[head],
+        velocity=velocity if times is None or times.teaches_velocity else None,
         endpoint=lambda x, t, c: flow_map(x, t, 0 * t, c),
         flow_map=flow_map,
     )

@@ -51,7 +51,7 @@ def uniform_times(n: int, start: float = 1.0) -> list[float]:
 
 def jump_times(n: int, m: float = 0.5, start: float = 1.0) -> list[float]:
     """The n times of jumps to the data, falling from `start`; of two, the second is m, with 0 < m < start. Ours."""
-    return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]
+    return [m if 2 * k == n else start * (m / start) ** log2(n / (n - k)) for k in range(n)]
 
 
 def times_per_row(times: Sequence[float], like: Sample) -> list[Time]:

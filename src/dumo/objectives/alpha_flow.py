@@ -62,6 +62,7 @@ class AlphaFlow(Spec):
             heads=("u",),
             slope=self.slope,
             guide=self.guide,
+            scheduled=True,
             amplifies=self.gain,
             phases=self.phases,
         )
@@ -129,4 +130,4 @@ class AlphaFlow(Spec):
 
     def read(self, net: Net) -> Reads:
         """Read the one head as the mean velocity from t to r."""
-        return mean_velocity(net)
+        return mean_velocity(net, times=self.times)

@@ -29,7 +29,7 @@ one-step sampling asks. Below, D is that of the first stage, which training begi
 """
 
 from math import ceil, inf, log, log2
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -71,6 +71,11 @@ class Ratio(Spec):
     q: float = Field(default=2.0, gt=1, le=FACTOR)  # with stages = 1, 256: their quick run
     stages: int = Field(default=8, ge=1, le=STEPS)  # 200,000 steps, the next stage after 25,000 (`run_ecm.sh`)
 
+    @property
+    def changes(self) -> bool:
+        """Whether r changes with the training's progress."""
+        return self.stages > 1
+
     def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
         """Return t and r; r < t, but r = t at t = 0, and at t = 1 unless r = 0."""
         stage = min(int(progress * self.stages), self.stages - 1)
@@ -98,6 +103,11 @@ class KarrasGrid(Spec):
         require_order(first=self.first, last=self.last)
         return self
 
+    @property
+    def changes(self) -> bool:
+        """Whether steps change with the training's progress."""
+        return self.first != self.last
+
     def steps(self, progress: float) -> int:
         """How many steps there are from the highest level to the lowest."""
         if self.growth == "root":
@@ -123,6 +133,7 @@ class Equal(Spec):
     """
 
     kind: Literal["equal"] = "equal"
+    changes: ClassVar[bool] = False  # with the training's progress
     count: int = Field(ge=1, le=STEPS)
 
     def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
@@ -170,7 +181,15 @@ class Consistency(Spec):
         formulas = STRAIGHT if has_no_noise_level else Formulas(unit=True)
         keeps_t = not self.low and self.discretization.kind == "ratio"  # else v_t is taken anew, at another t
         teacher = FromTeacher(at_x_t=keeps_t)
-        return Needs(inputs=("t",), heads=("u",), amplifies=self.gain, formulas=formulas, teacher=teacher, ref=ref)
+        return Needs(
+            inputs=("t",),
+            heads=("u",),
+            formulas=formulas,
+            teacher=teacher,
+            ref=ref,
+            scheduled=self.discretization.changes,
+            amplifies=self.gain,
+        )
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without. A row at t = r, which is at t = 0 or 1 only, weighs nothing.

@@ -20,7 +20,7 @@ from math import log
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dumo.flow import dropout
 from dumo.flow.reading import mean_velocity
@@ -40,6 +40,14 @@ class ImprovedMeanFlow(Spec):
     drop: float = Field(default=0.1, ge=0, le=1)  # as MeanFlow
     w: float | None = Field(default=8.0, gt=1)  # the largest w drawn; its code. None: no guidance, and no knobs
     slope: Slope = JvpSlope()  # its code
+
+    @model_validator(mode="after")
+    def _require_rows_at_rest(self) -> "ImprovedMeanFlow":
+        if not self.times.teaches_velocity:
+            raise ValueError(
+                "du/dt is along the net's velocity, which is learned at r = t: use times.kind=pair or jumps"
+            )
+        return self
 
     @property
     def needs(self) -> Needs:

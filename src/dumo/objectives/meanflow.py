@@ -55,7 +55,14 @@ class MeanFlow(Spec):
     def needs(self) -> Needs:
         """The inputs and heads of the net, and what else the loss needs."""
         formulas = STRAIGHT._replace(climbs=True)
-        return Needs(inputs=("t", "r"), heads=("u",), formulas=formulas, slope=self.slope, guide=self.guide)
+        return Needs(
+            inputs=("t", "r"),
+            heads=("u",),
+            formulas=formulas,
+            slope=self.slope,
+            guide=self.guide,
+            scheduled=self.grown is not None,
+        )
 
     @model_validator(mode="after")
     def _require_one_weight(self) -> "MeanFlow":
@@ -79,4 +86,4 @@ class MeanFlow(Spec):
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times (Eq. 12)."""
-        return mean_velocity(net)
+        return mean_velocity(net, times=self.times)

@@ -127,7 +127,7 @@ class PiFlow(Spec):
             with torch.no_grad():
                 x = policy.roll(x, s, to)
                 s = to
-                data_v = b.path.at(b.x, b.z, s)[1]  # for a teacher that is mixed with it
+                data_v = b.path.at(b.x, b.z, s)[1]  # for a teacher that reads it
                 v = b.teacher(x, s, b.c, data_v)
             parts[name] = mean_square(policy.velocity(x, s) - v)  # (4)
         return Terms(torch.stack([*parts.values()]).mean(0), parts)

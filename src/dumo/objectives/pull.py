@@ -43,7 +43,7 @@ class Pull(Spec, ABC):
         """The inputs and heads of the net, and what else the loss needs."""
         phases = ((0.0, self.after), (self.after, 1 - self.after))
         phases = tuple((progress, share) for progress, share in phases if share > 0)
-        return Needs(heads=("v", "u", *self.own_heads), slope=self.slope, phases=phases)
+        return Needs(heads=("v", "u", *self.own_heads), slope=self.slope, scheduled=self.after > 0, phases=phases)
 
     def moves_samples(self, b: Noised) -> bool:
         """Whether samples move in this step, by the training's progress."""

@@ -90,4 +90,4 @@ class RCGM(Spec):
 
     def read(self, net: Net) -> Reads:
         """Read the one head as the mean velocity from t to r."""
-        return mean_velocity(net)
+        return mean_velocity(net, times=self.times)

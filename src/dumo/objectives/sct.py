@@ -49,7 +49,10 @@ class SCT(Spec):
         """The inputs and heads of the net, and what else the loss needs."""
         gauges = ("log_variance",) if self.weigh else ()
         formulas = Formulas(paths=("trig",), unit=True)
-        return Needs(inputs=("t",), heads=("f",), gauges=gauges, formulas=formulas, slope=self.slope)
+        scheduled = self.warmup > 0
+        return Needs(
+            inputs=("t",), heads=("f",), gauges=gauges, formulas=formulas, slope=self.slope, scheduled=scheduled
+        )
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Its Alg. 1."""

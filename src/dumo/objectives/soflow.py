@@ -63,7 +63,8 @@ class SoFlow(Spec):
     @property
     def needs(self) -> Needs:
         """The inputs and heads of the net, and what else the loss needs."""
-        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, amplifies=self.gain)
+        scheduled = self.first != self.last
+        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, scheduled=scheduled, amplifies=self.gain)
 
     def ratio(self, progress: float) -> float:
         """(t - l) / (t - r) at `progress`, a share of the training: exponential from `first` to `last`.
@@ -108,4 +109,4 @@ class SoFlow(Spec):
 
     def read(self, net: Net) -> Reads:
         """Read the one head as the mean velocity from t to r."""
-        return mean_velocity(net)
+        return mean_velocity(net, times=self.times)

@@ -20,10 +20,11 @@ import torch
 
 from dumo.flow.draw import Noise
 from dumo.flow.precision import require_precise_passes
+from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share, descent_error
 from dumo.flow.times import Uniform
 from dumo.objectives.rcgm import RCGM
-from dumo.types import Frozen, Needs, Net, Noised, Sample, Terms, frozen, mean_square
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Terms, frozen, mean_square
 
 
 class TwinFlow(RCGM):
@@ -68,6 +69,10 @@ class TwinFlow(RCGM):
         }
         loss = torch.stack([*parts.values()]).sum(0)
         return Terms(loss, parts, {"clipped_share": clipped_share(unclipped_error, self.clip)})
+
+    def read(self, net: Net) -> Reads:
+        """Read the one head as `RCGM` does, also at r = t, where every row learns the velocity."""
+        return mean_velocity(net)
 
     def _velocity_gap(self, net: Frozen, b: Noised) -> Sample:
         """G: the twin's velocity less the net's, of samples diffused to t."""

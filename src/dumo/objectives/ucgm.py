@@ -41,7 +41,7 @@ QUARTER = 1.57  # pi / 2 as the authors round it: so the weight is not quite 0 a
 class UCGM(Spec):
     """One head of one time. Defaults: `configs/training_few_steps/in1k256_tit_xl_sdvae.yaml`, less its teacher.
 
-    That guides there, going past it by 2: the run's `teacher`, with mix = 2.
+    That guides there, going past it by 2; dumo's `teacher` is not extrapolated.
     """
 
     clip: ClassVar[float] = 1.0  # bound of e, at ratio > 0: `training_step`

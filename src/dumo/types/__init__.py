@@ -135,6 +135,11 @@ class TimeLaw(Spec, ABC):
         return True
 
     @property
+    def teaches_velocity(self) -> bool:
+        """Whether a mean velocity is learned at r = t, where it is the velocity: not if every row has r = 0."""
+        return self.between or self.moving_share < 1
+
+    @property
     def climbs(self) -> bool:
         """Whether some rows have r > t: jumps towards the noise."""
         return False
@@ -191,6 +196,7 @@ class Needs:
     teacher: FromTeacher = FromTeacher()  # noqa: RUF009, a tuple
     group: int = 1  # the number of neighbouring rows that meet in the loss
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
+    scheduled: bool = False  # it changes with `Noised.progress`
     amplifies: float = 0.0  # by how much the rounding of the net is multiplied, at most (`dumo.flow.precision`)
 
     # what steps cost: pairs (progress, share of the training), in each of which steps cost as one at that progress

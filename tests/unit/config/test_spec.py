@@ -33,11 +33,14 @@ def test_a_solver_needs_what_the_objective_teaches(objective: str, reading: str,
                 load("digits", words)
 
 
-@pytest.mark.parametrize("times", ["{kind: uniform}", "{kind: jumps, data_ratio: 1}"])
-def test_jumps_in_turn_need_jumps_that_end_before_the_data(times: str) -> None:
-    words = ["objective.kind=meanflow", "sample.solver.kind=hop", f"objective.times={times}", "sample.nfe=[1]"]
+@pytest.mark.parametrize(
+    ("times", "fix"), [("{kind: uniform}", "nfe = 1$"), ("{kind: jumps, data_ratio: 1}", "nfe = 1, or use euler")]
+)
+def test_jumps_in_turn_need_jumps_that_end_before_the_data(times: str, fix: str) -> None:
+    unguided = ["objective.kind=meanflow", "objective.guide={}", f"objective.times={times}"]
+    words = [*unguided, "sample.solver.kind=hop", "sample.nfe=[1]"]
     assert load("digits", [*words, "evaluate.nfe=[1]"]).sample.nfe == (1,)
-    with pytest.raises(UserError, match=r"nfe = 2 .* never teaches: ask for nfe = 1, or use euler"):
+    with pytest.raises(UserError, match=f"nfe = 2 .* never teaches: ask for {fix}"):
         load("digits", [*words, "evaluate.nfe=[2]"])
     load("digits", [*words, "objective.times={kind: jumps, data_ratio: .5}", "evaluate.nfe=[2]"])
 
@@ -67,6 +70,8 @@ CAPTIONS, READ = (
 )
 PAIRS = ["teacher.source=somewhere", "teacher.pairs.count=100"]
 IN_BF16 = ["train.precision=bf16", "objective.slope.kind=central", "net.time_scale=1"]
+TO_DATA = "objective.times={kind: beta}"
+GUIDED_MEAN = ["objective.guide.zeta=0.5", "objective.drop=0.1", "sample.nfe=[1]", "evaluate.nfe=[1]"]
 CLIMBING = "objective.times={kind: jumps, both_ways: true}"
 PLANE = ["data.kind=moons", "net.kind=mlp", "evaluate.protocol.kind=toy"]
 EDM = "net.precondition=edm"
@@ -93,6 +98,8 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
             *("digits-meanflow", ["train.micro_batch=4"], "train.micro_batch=3"),  # of 2 and 3, some without r < t
             r"train.micro_batch = 3 on 1 rank has a pass of 3 rows without .* r < t .*: raise train.batch or",
         ),
+        ("digits-meanflow", GUIDED_MEAN, TO_DATA, "objective.guide reads the velocity .* at r = t, and all of"),
+        ("digits-imf", [], TO_DATA, "du/dt is along the net's velocity, which is learned at r = t: use times"),
         ("digits-meanflow", [CLIMBING], "objective.kind=alpha_flow", "both_ways makes jumps up to the noise"),
         ("digits-pi-flow", [], "objective.early.low=-3", "early.low: .*greater than or equal to 0"),
         ("digits-ict", [], "objective.discretization.first=1e9", "discretization"),

@@ -20,7 +20,7 @@ from dumo.flow.loop import LoopFlow as Flow
 from dumo.flow.passes import Passes
 from dumo.flow.path import Linear, Trig
 from dumo.flow.signature import Signature
-from dumo.objectives import DuMo, FlowMatching, ImprovedMeanFlow
+from dumo.objectives import DuMo, FlowMatching, ImprovedMeanFlow, MeanFlow
 from dumo.types import Frozen, Needs, Net, Noised, Terms, UserError, mean_square
 
 TWO = Needs(heads=("v", "u"))
@@ -47,6 +47,28 @@ class Around(nn.Module):
 
     def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
         return self.net(x, t)
+
+
+class InHalf(nn.Module):
+    """It casts what it gets to bf16, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return self.layer(torch.cat([x, t[:, None], r[:, None]], 1).bfloat16()).float()
+
+
+class HasSelu(nn.Module):
+    """An operation that has torch's own derivative, and no rule of dumo's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return nn.functional.selu(self.layer(torch.cat([x, t[:, None], r[:, None]], 1)))
 
 
 class MixesRows(Around):
@@ -411,7 +433,25 @@ MISTAKES = {
         learns(lambda: Perceptron(Needs(heads=("u",))), objective="consistency", precision="bf16"),
         "objective 'consistency' needs precision fp32, not torch.bfloat16 autocast: it multiplies the rounding of the "
         "net without bound. Use fp32 (of a run train.precision=fp32, of a loop of your own "
-        "dumo.Flow(precision='fp32')), a longer step, or",
+        "weights in float32 and dumo.Flow(precision='fp32')), a longer step, or",
+    ),
+    "weights of 16 bits": Mistake(
+        learns(InHalf, objective="rcgm"), "objective 'rcgm' needs precision fp32, not weights in bfloat16: it"
+    ),
+    "no gradient of a derivative": Mistake(
+        learns(HasSelu, objective="lsd"),
+        "this loss differentiates through a derivative, for which 'selu', which this net uses, has no rule",
+        "use another operation, or objective 'meanflow'",
+    ),
+    "a guide by what is not taught": Mistake(
+        learns(
+            lambda: Perceptron(ONE_HEAD, 3),
+            c=LABELS,
+            classes=3,
+            objective={"kind": "meanflow", "times": {"kind": "beta"}},
+        ),
+        "objective.guide reads the velocity of objective 'meanflow' at r = t, and all of objective.times have r = 0",
+        "or objective.guide.omega=1 and objective.guide.zeta=0",
     ),
     "a shard": Mistake(lambda: dumo.Flow(points(), shard=(2, 2)), "shard = (2, 2): give (rank, ranks) of the data"),
     "a scale": Mistake(lambda: dumo.Flow(points(), time_scale=0.0), "time_scale = 0: give what times"),
@@ -424,6 +464,16 @@ MISTAKES = {
     "a jump": Mistake(
         after(lambda flow: flow.jump(X, 1.0, 0.5)),
         "objective 'dumo' teaches no jump that ends at s = 0.5: give s=0, or train with 'dumo_any' or 'meanflow'",
+    ),
+    "a jump up": Mistake(
+        after(lambda flow: flow.jump(X, 0.3, 0.7), build=lambda _: Perceptron(MeanFlow().needs), objective="meanflow"),
+        "objective 'meanflow' teaches no jumps up to the noise: give s up to t",
+    ),
+    "a time above 1": Mistake(
+        after(lambda flow: flow.velocity(X, 500)), "a time of 500: times run from 0, data, to 1, noise"
+    ),
+    "a time below 0": Mistake(
+        after(lambda flow: flow.velocity(X, torch.linspace(-0.5, 1, 8))), "a time of -0.5: times run from 0"
     ),
     "times": Mistake(after(lambda flow: flow.velocity(X, torch.ones(3))), "a time of shape (3,) for 8 rows: give"),
     "no label": Mistake(after(lambda flow: flow.velocity(X, 0.5), 3), "classes = 3, and no labels: give c"),

@@ -23,6 +23,7 @@ from dumo.flow.solver import Heun
 from dumo.flow.times import Jumps
 from dumo.nets import DiT
 from dumo.objectives import MEMBERS, DuMoAny, Objective
+from dumo.runtime.random import noise
 from dumo.types import Frozen, Needs, UserError
 from tiers import tiered
 
@@ -410,6 +411,25 @@ def test_what_has_no_null_stays_where_the_rest_is_dropped() -> None:
     torch.testing.assert_close(flow.sample(others, nfe=2, guidance=2.0)[1:], guided[1:])
 
 
+@pytest.mark.parametrize("kind", ["alpha_flow", "consistency", "match"])
+def test_an_objective_that_changes_in_training_asks_for_progress_once(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    flow = flow_of(kind, 0)
+    flow(points(), progress=0.3)
+    flow.eval()(points())
+    assert "progress" not in caplog.text
+    for _ in range(2):
+        flow.train()(points())
+    line = f"dumo: objective '{kind}' changes in training, and stays as at the start without progress: give flow(x, c, "
+    assert caplog.messages.count(line + "progress=step / steps)") == 1
+
+
+def test_an_objective_that_stays_asks_for_no_progress(caplog: pytest.LogCaptureFixture) -> None:
+    flow_of("dumo", 0)(points())
+    assert "progress" not in caplog.text
+
+
 # --------------------------------------------------------------------------------------------------------- what is read
 
 
@@ -444,6 +464,21 @@ def test_velocity_and_jump_are_those_of_the_heads_in_evaluation() -> None:
     assert torch.equal(flow.jump(x, t, torch.zeros(ROWS), c), flow.jump(x, t, 0, c))
     assert torch.equal(flow.velocity(x, 0.5, c), flow.velocity(x, torch.tensor(0.5), c))
     assert not flow.velocity(x, t, c).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["dumo", "meanflow"])
+@pytest.mark.parametrize("sd", [1.0, 0.5])
+def test_a_jump_to_the_data_is_in_units_of_the_data(kind: str, sd: float) -> None:
+    flow = flow_of(kind, CLASSES)
+    flow.path = Linear(sd=sd)
+    samples = flow.sample(LABELS, nfe=1, shape=(2,))
+    z = noise(0, range(ROWS), 0, (2,))
+    torch.testing.assert_close(flow.jump(z, 1.0, c=LABELS), samples)
+    torch.testing.assert_close(flow.jump(z, torch.ones(ROWS), torch.zeros(ROWS), LABELS), samples)
+
+
+def test_a_jump_goes_up_where_that_is_taught() -> None:
+    assert flow_of("f2d2", 0).jump(points(), 0.3, 0.7).isfinite().all()
 
 
 def test_what_is_read_drops_nothing() -> None:

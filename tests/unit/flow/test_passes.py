@@ -17,7 +17,7 @@ from dumo.types import Needs, UserError, unwrap
 
 X = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([0.1, 0.2, 0.3, 0.4])
-R = torch.zeros(4)
+R = torch.tensor([0.0, 0.1, 0.2, 0.3])
 C = torch.tensor([0, 1, 2, 0])
 TWO = Needs(inputs=("t", "r"), heads=("v", "u"))
 
@@ -65,8 +65,21 @@ def test_times_and_class_go_by_the_names_of_forward(build: Callable[[], Told]) -
     passes(X, C, t=T, r=R)
     assert torch.equal(net.given["x"], X)
     assert torch.equal(net.given["t"], 10 * T)
-    assert torch.equal(net.given["s"], R)
+    assert torch.equal(net.given["s"], 10 * R)
     assert torch.equal(net.given["y"], C)
+
+
+def test_a_scale_of_time_leaves_steps_and_knobs_as_they_are() -> None:
+    seen: list[Tensor] = []
+
+    def call(net: nn.Module, x: Tensor, t: Tensor, k: Tensor, w: Tensor, c: object) -> Tensor:
+        seen.extend((t, k, w))
+        return x
+
+    needs = Needs(inputs=("t", "k"), knobs={"w": 2.0})
+    Passes(nn.Module(), needs, call, labelled=False, time_scale=1000.0)(X, C, t=T, k=R + 7, w=R + 2)
+    for value, expected in zip(seen, (1000 * T, R + 7, R + 2), strict=True):
+        assert torch.equal(value, expected)
 
 
 def test_who_is_not_labelled_gets_no_class() -> None:

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from dumo.config.load import load
-from dumo.flow.reading import bind_knobs, head_of
-from dumo.types import Heads
+from dumo.flow.reading import bind_knobs, head_of, taught_readings
+from dumo.flow.times import Beta, Jumps, Pair
+from dumo.objectives import RCGM, AlphaFlow, DuMoAny, MeanFlow, Objective, SoFlow, TwinFlow
+from dumo.types import Heads, TimeLaw
 
 
 def test_bind_sets_knobs_and_leaves_inputs() -> None:
@@ -38,3 +40,19 @@ def test_bind_sets_knobs_and_leaves_inputs() -> None:
 )
 def test_source_is_the_head_that_a_reading_reads(recipe: str, reading: str, head: str) -> None:
     assert head_of(load(recipe).objective, reading) == head  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("objective", [AlphaFlow, MeanFlow, RCGM, SoFlow])
+def test_a_mean_velocity_is_no_velocity_where_all_jumps_end_at_the_data(objective: type[Objective]) -> None:
+    def is_taught(times: TimeLaw) -> bool:
+        return taught_readings(objective(times=times)).velocity is not None
+
+    assert not is_taught(Beta())
+    assert not is_taught(Jumps(velocity_ratio=0, data_ratio=1))
+    assert is_taught(Jumps(data_ratio=1))
+    assert is_taught(Pair(velocity_ratio=0))
+
+
+def test_a_velocity_that_is_learned_on_every_row_is_taught_at_any_times() -> None:
+    assert taught_readings(DuMoAny(times=Beta())).velocity is not None
+    assert taught_readings(TwinFlow(times=Beta())).velocity is not None
