@@ -316,15 +316,18 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 
 
-@pytest.mark.nightly
-def test_the_card_says_what_was_tuned(tuned: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The licence of the folder, and its name where it is known."""
+@pytest.mark.slow
+def test_the_card_says_what_was_tuned(tuned: Case, tmp_path: Path) -> None:
+    """The folder: a model that was tuned from another keeps that one's name in its files, and a LoRA fits its own."""
     run, source = on_a_copy_of_its_pipeline(tuned, tmp_path)
-    (source / "README.md").write_text("---\nlicense: other\nlicense_name: sai-nc\n---\n# SD3\n")
-    monkeypatch.setattr("dumo.encoders.pipeline.Pipeline.repository", "owner/model")
+    index = json.loads((source / INDEX).read_text())
+    (source / INDEX).write_text(json.dumps(index | {"_name_or_path": "owner/model"}))
     assert call("export", run, tmp_path / "out", "--to", "lora").code == 0
-    head = (tmp_path / "out" / "README.md").read_text().split("---")[1]
-    assert 'base_model: "owner/model"\nbase_model_relation: "adapter"\n' in head
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'from_pretrained("{source.name}", ' in card
+    assert f"| tuned from | {source.name}, " in card
+    assert "base_model" not in card
+    assert f"The files of `{source.name}` name `owner/model` as their origin" in card
 
 
 @pytest.mark.slow
@@ -416,7 +419,9 @@ def test_refusals_are_lines_and_leave_nothing(sd3: Case, trained: dict[str, Path
         ((run, sd3.folder / "out"), "exists already"),
         ((run, out, "--to", "onnx"), "no --to 'onnx'; valid: diffusers"),
         ((run, out, "--to", "lora"), "all weights were tuned"),
-        ((run, out, "--to", "comfyui"), "all weights were tuned"),
+        ((run, here / "out.safetensors", "--to", "comfyui"), "all weights were tuned"),
+        ((run, here, "--to", "comfyui"), "is a folder, and --to comfyui writes a file"),
+        ((run, out, "--to", "lora", "--parts", "link"), "leave --parts out"),
         ((run, out, "--head", "w"), "only u and v can be exported"),
         ((run, out, "--parts", "move"), "no --parts 'move'"),
         ((run, out, "--dtype", "int4"), "no --dtype 'int4'"),

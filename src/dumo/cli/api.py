@@ -346,7 +346,8 @@ class TrainedRun:
 
         dist.require_one_process("an export")
         place = _path(out, "out")
-        write.require_vacant(place)
+        write.require_options(to, parts, dtype)
+        write.require_vacant(place, to)
         if push is not None:
             hub.require_uploadable(push, parts)
         with low_memory_heap():

@@ -21,10 +21,6 @@ from dumo.runtime import shell_path
 
 if TYPE_CHECKING:
     from dumo.config.spec import Run
-    from dumo.encoders.pipeline import Pipeline
-
-
-_FILE_FORMS = ("comfyui", "safetensors")  # of what is written: one file, no folder
 
 
 def export(
@@ -100,7 +96,8 @@ def export(
     if target is None:
         target = _default_target(run_folder, to)
     write.require_diffusers()
-    write.require_vacant(target)
+    write.require_options(to, parts, dtype)
+    write.require_vacant(target, to)
     if push is not None:
         hub.require_uploadable(push, parts)
     passes = parse_integers(nfe, "--nfe") or ()
@@ -118,10 +115,11 @@ def export(
 
 def _default_target(run_folder: str, to: str) -> Path:
     """Where an export goes: next to the run, by its name and the form, such as digits-trained-diffusers."""
+    from dumo.export.write import FILE_FORMS
     from dumo.run import shipped
 
     folder = shipped.output_folder(run_folder)
-    ending = ".safetensors" if to in _FILE_FORMS else ""
+    ending = ".safetensors" if to in FILE_FORMS else ""
     return folder.with_name(f"{folder.name}-{to}{ending}")
 
 
@@ -139,16 +137,9 @@ def _next_command(run: "Run", exported: Path, to: str, parts: str, alone: bool) 
         few_steps_export = parent / FEW_STEPS
         if not few_steps_export.exists():
             commands.insert(0, f"dumo export {shell_path(run.start.source)} {shell_path(few_steps_export)}")
-    elif to == "lora" or parts == "none":
-        model_folder = _nameless_model_folder(run.pipeline)
-        if model_folder is not None and not (parent / model_folder.name).exists():
+    elif (to == "lora" or parts == "none") and run.pipeline is not None and not run.pipeline.is_published:
+        model_folder = run.pipeline.folder.absolute()  # of a link its own name, which is the one on the card
+        if not (parent / model_folder.name).exists():
             commands.append(f"ln -s {shell_path(model_folder)}")
     card = Path(exported.name) / "README.md"
     return f"{' && '.join(commands)}    then run the Python in {shell_path(card)}"
-
-
-def _nameless_model_folder(pipeline: "Pipeline | None") -> Path | None:
-    """The folder of a pipeline that notes no name on the hub, so the card opens a folder; None: there is none."""
-    if pipeline is None or pipeline.is_published or pipeline.repository:
-        return None
-    return pipeline.folder.absolute()  # of a link its own name, which is the one on the card

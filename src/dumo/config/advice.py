@@ -17,6 +17,7 @@ from dumo.training.ema import Ema
 from dumo.training.spec import Train
 
 _MAX_SIDE_RATIO = 2.0  # of an image's side to the pipeline's, either way, about which nothing is said: ours
+_MAX_DIFFUSION_SIDE_RATIO = 1.4  # of a diffusion, such as Stable Diffusion 2.1, of 768 pixels, at 512: ours
 _MAX_SD_RATIO = 1.2  # of the data's standard deviation to that of the path, either way: ours
 
 
@@ -27,7 +28,8 @@ def advice(run: RunParts, sd: float | None = None) -> list[str]:
     """
     lines: list[str] = []
     if is_pretrained(run.net) and run.net.side:
-        lines += _size_advice(run.net.side, run.shown_shape)
+        max_ratio = _MAX_DIFFUSION_SIDE_RATIO if run.path.kind == "diffusion" else _MAX_SIDE_RATIO
+        lines += _size_advice(run.net.side, run.shown_shape, max_ratio)
     decay = run.objective.needs.ref
     if decay is not None and run.train.ref == "self":
         lines.append(_reference_advice(run.objective.kind, decay, run.train))
@@ -36,12 +38,12 @@ def advice(run: RunParts, sd: float | None = None) -> list[str]:
     return lines
 
 
-def _size_advice(side: int, pixels: Sequence[int]) -> list[str]:
+def _size_advice(side: int, pixels: Sequence[int], max_ratio: float) -> list[str]:
     """A line where a pretrained model is tuned on images far larger or smaller than its pipeline makes, else [].
 
     `side` is that of the pipeline's default image, `pixels` the shape of an image: channels, height, width.
     """
-    if 1 / _MAX_SIDE_RATIO <= pixels[1] / side <= _MAX_SIDE_RATIO:
+    if 1 / max_ratio <= pixels[1] / side <= max_ratio:
         return []
     return [
         f"the pipeline makes images of {side} x {side} pixels by default, and this run has {pixels[1]} x {pixels[2]}. "

@@ -8,6 +8,9 @@ from dumo.runtime.door import option, settings
 
 _ROWS = "images of a step, of all ranks together"
 _STEPS = "steps: epochs times images over train.batch"
+# Where data.kind is latents, data.root is the folder that dumo encode writes, and images have a part of their own.
+_ROOT = "or data.images.root in a recipe of latents"
+_PIXELS = "pixels; or data.images.side in a recipe of latents"
 # What other trainers (diffusers, accelerate, lightning, EDM, torchtitan) call it: what to write here, and its unit.
 FOREIGN: dict[str, tuple[str, str]] = {
     "adam_beta1": ("train.optimizer.betas", "[beta1, beta2]"),
@@ -18,13 +21,13 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "arch": ("net.kind", ""),
     "batch_size": ("train.batch", _ROWS),
     "cfg_scale": ("sample.guide.scale", "1 is none"),
-    "center_crop": ("data.crop", "adm, bicubic or none"),
+    "center_crop": ("data.crop", "adm, bicubic or none; or data.images.crop in a recipe of latents"),
     "checkpointing_steps": ("train.save_every", "steps"),
     "checkpoints_total_limit": ("train.keep", ""),
-    "data_dir": ("data.root", ""),
-    "data_path": ("data.root", ""),
-    "dataset": ("data.root", "and data.kind=images"),
-    "dataset_name": ("data.root", "a folder or file on this machine"),
+    "data_dir": ("data.root", _ROOT),
+    "data_path": ("data.root", _ROOT),
+    "dataset": ("data.root", f"and data.kind=images; {_ROOT}"),
+    "dataset_name": ("data.root", f"a folder or file on this machine; {_ROOT}"),
     "ema_decay": ("train.ema", "[{decay: 0.9999}]"),
     "epochs": ("train.steps", _STEPS),
     "grad_clip": ("train.clip", "the norm of all gradients"),
@@ -32,8 +35,8 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "gradient_checkpointing": ("net.checkpoint", ""),
     "gradient_clip_val": ("train.clip", "the norm of all gradients"),
     "guidance_scale": ("sample.guide.scale", "1 is none"),
-    "image_size": ("data.side", "pixels"),
-    "img_resolution": ("data.side", "pixels"),
+    "image_size": ("data.side", _PIXELS),
+    "img_resolution": ("data.side", _PIXELS),
     "learning_rate": ("train.optimizer.lr", "of a step, however many images it has"),
     "lora_rank": ("net.lora.rank", ""),
     "lr": ("train.optimizer.lr", "of a step, however many images it has"),
@@ -49,14 +52,14 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "output_dir": ("out", "of dumo train: the run's folder"),
     "per_device_train_batch_size": ("train.batch", _ROWS),
     "pretrained_model_name_or_path": ("pipeline", "with net.kind=diffusers"),
-    "random_flip": ("data.flip", ""),
+    "random_flip": ("data.flip", "or data.images.flip in a recipe of latents"),
     "rank": ("net.lora.rank", ""),
     "report_to": ("dumo log RUN --to", "tensorboard, wandb or trackio, in another terminal"),
-    "resolution": ("data.side", "pixels"),
+    "resolution": ("data.side", _PIXELS),
     "resume_from_checkpoint": ("the same command again", "which goes on where it stopped"),
     "steps": ("train.steps", "of the optimizer"),
     "train_batch_size": ("train.batch", _ROWS),
-    "train_data_dir": ("data.root", ""),
+    "train_data_dir": ("data.root", _ROOT),
     "use_8bit_adam": ("train.optimizer.kind", "adamw8bit"),
     "use_ema": ("train.ema", "[{decay: 0.9999}]"),
     "warmup_steps": ("train.schedule.warmup", "steps"),

@@ -172,7 +172,10 @@ def _add_text_files(
             images_of_text[text_name].append(_path_below(absolute_folder, image))
             captions = pairing.captions[i]
             if not is_filled(captions):
-                pairing.captions[i] = _captions_by_line(read_text(folder / text_name, CAPTION_FIX)) or captions or ()
+                lines = _captions_by_line(read_text(folder / text_name, CAPTION_FIX))
+                if len(lines) > 1:
+                    pairing.multiline[text_name] = None
+                pairing.captions[i] = lines or captions or ()
             elif (folder / text_name).read_bytes().strip():
                 pairing.unread.append(text_name)
     # a text that belongs to an image of another split lacks nothing
@@ -225,7 +228,10 @@ def _pair_members(store: Tar, name: str) -> Pairing:
                 continue
             where = f"the .{ending} of {store.path(i)}"
             if not is_filled(captions):
-                captions = _captions_by_line(decode_utf8(by_ending[ending], where, CAPTION_FIX)) or captions or ()
+                lines = _captions_by_line(decode_utf8(by_ending[ending], where, CAPTION_FIX))
+                if len(lines) > 1:
+                    pairing.multiline[where] = None
+                captions = lines or captions or ()
             elif by_ending[ending].strip():
                 pairing.unread.append(where)
         if columns and not is_filled(captions):

@@ -80,6 +80,7 @@ class Pairing:
     num_texts: int = 0  # files of text, in all
     orphan_texts: list[Orphan] = field(default_factory=list[Orphan])
     unread: list[str] = field(default_factory=list[str])  # files of text whose image has a caption elsewhere
+    multiline: dict[str, None] = field(default_factory=dict[str, None])  # files of text with several captions
     shared: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # by file of text, its several images
 
     def add_texts(self, images_of_text: Mapping[str, list[str]], orphan_names: Sequence[str]) -> None:
@@ -130,7 +131,7 @@ class Pairing:
             )
 
     def warn(self, root: Path) -> None:
-        """Warn, once in this process, of images without captions, orphans, and files of text unread or shared."""
+        """Warn, once in this process, of images without captions, of orphans, and of how files of text are read."""
         lines: list[str] = []  # of the message, one for each kind
         if self.orphan_rows:
             lines.append(self._orphan_row_line())
@@ -144,6 +145,9 @@ class Pairing:
             texts = f"{_count(len(self.unread), 'file')} of text"
             names = first_few(self.unread, repr)
             lines.append(f"{texts} not read, as the image has a caption in a table, or in a .txt: {names}")
+        if self.multiline:
+            texts = f"{_count(len(self.multiline), 'file')} of text"
+            lines.append(f"{texts} with several lines, each of which is a caption: {first_few(self.multiline, repr)}")
         if self.shared:
             example, images = next(iter(self.shared.items()))
             texts = f"{_count(len(self.shared), 'file')} of text"

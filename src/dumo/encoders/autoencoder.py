@@ -281,10 +281,12 @@ def _require_variant(codec: CodecSpec, config: Mapping[str, Any], folder: Path) 
 def _shift_and_scale(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
     """Return the shift and scale of latents by an autoencoder's config; {} where it has none.
 
-    Each is one number, or a list of one per channel.
+    Each is one number, or a list of one per channel. Deviations are in units of a scaling factor, where there is one,
+    as in the pipelines of Stable Diffusion XL.
     """
     if config.get("latents_mean") and config.get("latents_std"):
-        return {"shift": config["latents_mean"], "scale": [1 / sd for sd in config["latents_std"]]}
+        factor = config.get("scaling_factor", 1.0)
+        return {"shift": config["latents_mean"], "scale": [factor / sd for sd in config["latents_std"]]}
     if "scaling_factor" in config:
         return {"shift": config.get("shift_factor") or 0.0, "scale": config["scaling_factor"]}
     return {}

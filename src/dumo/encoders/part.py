@@ -131,9 +131,9 @@ def require_weights(folder: Path, name: str, field: str, hint: str) -> PartWeigh
             raise UserError(f"{field}: {folder} lacks {missing[0]}, which {candidate.index.name} lists: {hint}")
     for pickle in PICKLES[name]:
         if (folder / pickle).is_file():
-            weights_pickle = folder / PICKLES[name][0]
-            # tied weights of transformers are no safetensors as they stand, so no command converts them
-            raise UserError(weights.pickle_refusal(weights_pickle, hint="", convert=name == DIFFUSERS))
+            # tied weights of transformers are no safetensors as they stand, and an index lists more pickles
+            converts = name == DIFFUSERS and pickle.endswith(".bin")
+            raise UserError(weights.pickle_refusal(folder / pickle, hint, converts))
     variants = " or ".join(f".{variant}" for variant in VARIANTS if variant)
     raise UserError(
         f"{field}: {folder} has no weights ({name}{SUFFIX}, in one file or in shards, plain or {variants}): {hint}"

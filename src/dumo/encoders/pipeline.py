@@ -57,7 +57,8 @@ class Pipeline(Spec):
     source: str = Field(json_schema_extra=_SOURCE_SCHEMA)
     # Text encoders that are left out though the folder may have them, as by diffusers' text_encoder_3=None.
     without: tuple[OptionalPart, ...] = Field(default=(), exclude_if=lambda names: not names)
-    # Whether it is distilled to few steps; None: not known, for its class and config are those of its base.
+    # Whether it is distilled to few steps, for cards and `doctor`; None: not known, for its class and config are those
+    # of its base.
     distilled: bool | None = Field(default=None, json_schema_extra=QUIET)
     # The class, the licence and the hashes of the parts, by name, as they were when the run began.
     facts: dict[str, str] | None = Field(default=None, exclude_if=lambda facts: facts is None, json_schema_extra=PINNED)
@@ -185,12 +186,13 @@ class Pipeline(Spec):
 
     @property
     def repository(self) -> str:
-        """The pipeline's name on the Hugging Face hub, as its index notes it; "": not known.
+        """The name on the Hugging Face hub that its index notes as its origin; "": not known.
 
-        The model's config does not tell, for models that were tuned from this one have it, too.
+        Other parts may come from there, but not the model: diffusers keeps this name in what was tuned from it. Its
+        config does not tell, for tuned models have it, too.
         """
         noted_name = str(self.index.get("_name_or_path", ""))
-        return noted_name if re.fullmatch(r"[\w.-]+/[\w.-]+", noted_name) else ""
+        return noted_name if hub.is_hub_name(noted_name) else ""
 
     def _find_lookalike(self) -> str:
         """Return the repository of a published pipeline whose model has this config, as far as dumo knows it, or ""."""
@@ -210,14 +212,19 @@ class Pipeline(Spec):
     # --- what a run notes when it begins ---
 
     def with_facts(self) -> "Pipeline":
-        """Return the pipeline with its facts. It stays as it is if it has them, or its folder or a part is missing."""
+        """Return the pipeline with the facts of the parts that are there, up to the first that is missing.
+
+        It stays as it is if it has facts, or no folder.
+        """
         if self.is_published or self.facts is not None:
             return self
+        facts: dict[str, str] = {}
         try:
-            facts = dict(self._read_facts())
+            for name, value in self._read_facts():
+                facts[name] = value
         except UserError:  # raised again where the part is used
-            return self
-        return self.model_copy(update={"facts": facts})
+            pass
+        return self.model_copy(update={"facts": facts}) if facts else self
 
     def verify(self) -> None:
         """Compare all parts but the model's weights with the facts. Raises UserError where one has changed."""
@@ -279,7 +286,7 @@ class Pipeline(Spec):
         names = " ".join((Path(self.source).name, self.repository, self.class_name, scheduler))
         few_step_name = _FEW_STEP_NAMES.search(names)
         if few_step_name:
-            return f"distilled, by its name ({few_step_name[0]}): if so, set {FIELD}.distilled=true"
+            return f"distilled, by its name ({few_step_name[0]}): if so, take its base; {FIELD}.distilled notes it"
         return f"not known whether it is distilled to few steps ({FIELD}.distilled)"
 
     # --- text encoders and tokenizers ---

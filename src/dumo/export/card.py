@@ -173,7 +173,7 @@ def tuned_card(
         head=exported.head,
         head_text=_HEAD_TEXTS[solver_kind],
         tag="image-to-image" if stock.takes_image else "text-to-image",
-        hub_metadata=_hub_metadata(exported, adapter=index is None),
+        hub_metadata=license_metadata(exported.spec.pipeline.facts or {}),
     )
 
 
@@ -195,18 +195,15 @@ def _image_counts(data: Data) -> dict[Size, int]:
     return dict(sorted(crops.counts.items(), key=lambda entry: -entry[1]))
 
 
-def _hub_metadata(exported: ExportedModel, *, adapter: bool) -> dict[str, str]:
-    """The YAML head of a card, as a hub reads it: base model and licence. Values are written as JSON."""
-    pipeline = exported.spec.pipeline
-    metadata = dict[str, Any]()
-    if pipeline.repository:
-        metadata["base_model"] = pipeline.repository
-        metadata["base_model_relation"] = "adapter" if adapter else "finetune"
-    facts = pipeline.facts or {}
-    for key in LICENSE:
-        if key in facts:
-            metadata[key] = facts[key]
-    return {key: json.dumps(value) for key, value in metadata.items()}
+def license_metadata(facts: Mapping[str, str]) -> dict[str, str]:
+    """The licence of a pipeline with these facts for the YAML head of a card, as a hub reads it, with values in JSON.
+
+    A link to a file of the base's repository is left out, for the export does not have that file.
+    """
+    metadata = {key: json.dumps(facts[key]) for key in LICENSE if key in facts}
+    if "://" not in facts.get("license_link", ""):
+        metadata.pop("license_link", None)
+    return metadata
 
 
 def _is_guided(stock: StockPipeline, sampler: Sampler) -> bool:

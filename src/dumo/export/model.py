@@ -173,8 +173,8 @@ class ExportedModel:
 
     @property
     def base_name(self) -> str:
-        """The name of the tuned model: its repository on the Hub, or its folder's name."""
-        return self.spec.pipeline.repository or Path(self.spec.pipeline.source).name
+        """The name of the tuned model: its folder's, for a repository that it notes may be that of an ancestor."""
+        return Path(self.spec.pipeline.source).name
 
     @property
     def class_embeddings(self) -> dict[str, Tensor]:

@@ -26,7 +26,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dumo.data import Latents
-from dumo.encoders import Taef2
+from dumo.encoders import PipelineVae, Taef2
+from dumo.encoders.autoencoder import KINDS
 from dumo.export import card, textencoder
 from dumo.export.model import Head
 from dumo.export.scheduler import SHIPPED
@@ -106,6 +107,11 @@ def _require_known_run(sampler: Sampler, spec: DiT | UNet) -> None:
             raise UserError(f"its net takes {name}, {fix}")
     if guide.active:
         raise UserError(f"sample.guide.scale is {guide.scale:g}, {fix}")
+    data = sampler.data
+    if isinstance(data, Latents) and isinstance(data.codec, PipelineVae):
+        vae_kind = KINDS[data.codec.class_name]
+        if vae_kind.takes_videos or vae_kind.has_patch_norm:
+            raise UserError(f"data.codec is an {data.codec.class_name}, {fix}")
 
 
 def _shipped_solver(sampler: Sampler, head: Head) -> ShippedSolver:

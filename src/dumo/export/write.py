@@ -6,8 +6,8 @@
    pipeline (`_write_pipeline`).
 3. Next to the weights in a folder, it notes the run in dumo.json (`_note_run`).
 
-Callers also ask `require_diffusers` and `require_vacant`, to refuse before they open the run. The folder of a pipeline,
-for `DiffusionPipeline.from_pretrained(OUT)`:
+Callers also ask `require_diffusers`, `require_options` and `require_vacant`, to refuse before they open the run. The
+folder of a pipeline, for `DiffusionPipeline.from_pretrained(OUT)`:
 
 transformer/       the model, with one head instead of its last layer
 scheduler/         of a flow map, one that adds fresh noise between two passes; of a velocity, the source's own
@@ -49,6 +49,7 @@ from dumo.types import Objective, UserError
 Form = Literal["diffusers", "lora", "comfyui", "safetensors"]
 Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
+FILE_FORMS = ("comfyui", "safetensors")  # one file, no folder
 PARTS: tuple[Parts, ...] = get_args(Parts)
 SECOND_TRANSFORMER = "transformer_2"  # a part of a pipeline that has two models
 ORIGIN = "dumo.json"  # the file that notes the run
@@ -78,13 +79,13 @@ def export(
     program runs what the run has; OSError where nothing can be written. Then nothing is written.
     """
     require_diffusers()
-    _require_known_options(to, parts, dtype)
+    require_options(to, parts, dtype)
     if alone and not (opened.run.has_subject and to in ("lora", "comfyui")):
         raise UserError(
             f"{option('alone', True)} leaves out a few-step run's adapters, of a run on top of one (net.lora.subject): "
             f"give {option('to', 'lora')} or comfyui, and such a run"
         )
-    require_vacant(out)
+    require_vacant(out, to)
     sampler = opened.sampler
     spec = opened.run.net
     provenance = card.Provenance.of(opened)
@@ -105,7 +106,7 @@ def export(
         )
     files.sweep(out.parent, is_users=True)  # a killed export's may be tens of GB
     with files.atomic_write(out) as temporary:
-        if exported is not None and to in ("comfyui", "safetensors"):
+        if exported is not None and to in FILE_FORMS:
             _write_file(exported, provenance, temporary, to=to, dtype=dtype)
             return out
         temporary.mkdir()
@@ -129,11 +130,16 @@ def require_diffusers() -> None:
         raise UserError(f"an export needs diffusers: {install_command('diffusers')}")
 
 
-def _require_known_options(to: str, parts: str, dtype: str) -> None:
-    """Raise UserError for a form, a treatment of parts or a dtype that there is not."""
+def require_options(to: str, parts: str, dtype: str) -> None:
+    """Raise UserError for a form, a treatment of parts or a dtype that there is not, or parts of a form without any."""
     require_known(option("to"), to, FORMS)
     require_known(option("parts"), parts, PARTS)
     require_known(option("dtype"), dtype, DTYPES)
+    if parts != "copy" and to != "diffusers":
+        raise UserError(
+            f"{option('parts', parts)} is for {option('to', 'diffusers')}, and {option('to', to)} writes no other "
+            f"parts: leave {option('parts')} out"
+        )
 
 
 def _net_with_uncoded_base(opened: RunFolder) -> nn.Module:
@@ -150,8 +156,17 @@ def _net_with_uncoded_base(opened: RunFolder) -> nn.Module:
     return net.eval()
 
 
-def require_vacant(out: Path) -> None:
-    """Raise UserError unless `out` is missing or an empty folder."""
+def require_vacant(out: Path, to: str) -> None:
+    """Raise UserError unless `out` is missing, or an empty folder for a form that is a folder.
+
+    A file must have the ending by which programs find weights.
+    """
+    if to in FILE_FORMS:
+        if out.is_dir():
+            example = out / "dumo.safetensors"
+            raise UserError(f"{out} is a folder, and {option('to', to)} writes a file: name one in it, {example}")
+        if out.suffix != ".safetensors":
+            raise UserError(f"{out} has not the ending of {option('to', to)}: name it {out}.safetensors")
     is_empty_folder = out.is_dir() and not any(out.iterdir())
     if out.is_symlink() or (out.exists() and not is_empty_folder):
         raise UserError(f"{out} exists already: remove it, or give another place")
@@ -242,7 +257,7 @@ def _write_pipeline(
 
 
 def read_index(source: Path) -> dict[str, Any]:
-    """The model_index.json of a pipeline, without what servers read of its passes, for ours are others.
+    """The model_index.json of a pipeline, without its name, and what servers read of its passes, for ours are others.
 
     Raises UserError for a file that is no such index, and for a pipeline of two transformers.
     """
@@ -252,7 +267,8 @@ def read_index(source: Path) -> dict[str, Any]:
             f"{source} is no pipeline of one transformer: {TAKE_ANOTHER}; or, of two, {SECOND_TRANSFORMER} was not "
             f"tuned and would make some of the passes: take {option('to', 'safetensors')}"
         )
-    return {key: entry for key, entry in index.items() if not key.startswith("dmd2_") and key != IGNORED_KEY}
+    left_out = ("_name_or_path", IGNORED_KEY)
+    return {key: entry for key, entry in index.items() if not key.startswith("dmd2_") and key not in left_out}
 
 
 def other_parts(index: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,9 @@
 """Names on the Hugging Face hub: what dumo knows of published pipelines, and the commands that fetch them.
 
-`fetch_hint` answers a name on the hub where a folder is wanted. `pipeline_command` brings what dumo reads of a whole
-pipeline, `download_command` some parts of it, and `model_parts` are those of its model. `published_name` says whether
-dumo knows a repository, and `published_config` has the configs of a pipeline that it knows. Nothing here asks the hub,
-and nothing imports torch.
+`is_hub_name` tells a name on the hub from a place, and `fetch_hint` answers one where a folder is wanted.
+`pipeline_command` brings what dumo reads of a whole pipeline, `download_command` some parts of it, and `model_parts`
+are those of its model. `published_name` says whether dumo knows a repository, and `published_config` has the configs of
+a pipeline that it knows. Nothing here asks the hub, and nothing imports torch.
 """
 
 import json
@@ -47,12 +47,14 @@ def published_name(repository: str) -> str:
     return ""
 
 
-def fetch_hint(name: str) -> str:
-    """What a name on the hub is, and the command that fetches it; "": it is no such name.
+def is_hub_name(name: str) -> bool:
+    """Whether it is OWNER/NAME, and OWNER is no folder here."""
+    return bool(_HUB_NAME.fullmatch(name)) and not Path(name).parent.exists()
 
-    OWNER/NAME is a name on the hub unless OWNER is a folder here.
-    """
-    if not _HUB_NAME.fullmatch(name) or Path(name).parent.exists():
+
+def fetch_hint(name: str) -> str:
+    """What a name on the hub is, and the command that fetches it; "": it is no such name."""
+    if not is_hub_name(name):
         return ""
     command = pipeline_command(name, Path(name).name)
     if published_name(name):

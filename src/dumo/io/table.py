@@ -379,7 +379,10 @@ def _claim(folder: Path, index: TableIndex, rank: int) -> None:
         return
     is_in_use = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if is_in_use and not (folder / FILE).exists():  # not where another rank has begun meanwhile
-        raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder, or remove this one")
+        raise UserError(
+            f"{folder} is not empty and holds no {FILE}, so it is no {index.noun}: give a new folder "
+            "(data.root, of texts net.texts.root); images are read from data.images.root"
+        )
     claimed = index.model_copy(update={"inputs": index.inputs_digest()})
     files.write(folder / FILE, _dump(claimed), writer=rank, durable=True)
 

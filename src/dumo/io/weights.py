@@ -10,6 +10,8 @@ No pickle is read, for opening one can run any code: `conversion` is what a user
 message that says so.
 """
 
+import json
+import shlex
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,23 +164,26 @@ def compare(
         raise UserError(f"{file}: {mismatches[0]}{count}: {way_out}")
 
 
-def conversion(file: str, out: str) -> str:
+def conversion(file: Path, out: Path) -> str:
     """The command that a user runs, once, to make the safetensors file `out` of the pickle `file`."""
-    return (
-        'python -c "import torch, safetensors.torch as s; '
-        f"s.save_file(torch.load('{file}', weights_only=True), '{out}', dict(format='pt'))\""
+    source = json.dumps(str(file), ensure_ascii=False)
+    target = json.dumps(str(out), ensure_ascii=False)
+    code = (
+        "import torch, safetensors.torch as s; "
+        f's.save_file(torch.load({source}, weights_only=True), {target}, dict(format="pt"))'
     )
+    return f"python -c {shlex.quote(code)}"
 
 
 def pickle_refusal(file: Path, hint: str, convert: bool) -> str:
     """Why a pickle is refused, and, if `convert`, how to convert it; `hint` comes last."""
     lines = [f"{file}: dumo reads no pickle, which can run code."]
     if convert:
-        out = file.with_suffix(".safetensors").name
-        if out == file.name:  # a pickle by its bytes alone
-            out = f"new-{out}"
+        out = file.with_suffix(".safetensors")
+        if out == file:  # a pickle by its bytes alone
+            out = file.with_name(f"new-{file.name}")
         lines[0] += " Convert it once, where you trust it:"
-        lines.append(f"  {conversion(file.name, out)}")
+        lines.append(f"  {conversion(file, out)}")
     if hint:
         lines.append(hint)
     return "\n".join(lines)

@@ -9,7 +9,7 @@ distance of their embeddings, which are pooled ones or else the mean of the toke
 
     accuracy    where images or classes have several captions: how often the nearest other caption is of the same one
     gap         the distance to the nearest other caption over the mean distance, the median of all
-    twins       captions with the embedding of another: the net cannot tell them apart
+    twins       captions with the embedding of another, and its tokens' mean: the net cannot tell them apart
 
 A pretrained net is called with the weights that training starts from, at several times, on random numbers in place of
 images: does it compute what the published model does, and can the derivative of its velocity be regressed on?
@@ -30,7 +30,7 @@ from dumo.data.caption import Templates
 from dumo.encoders.texttable import EncodedTexts
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.nets.table import EmbeddedTexts
+from dumo.nets.table import EmbeddedTexts, PipelineTexts
 from dumo.nets.text import DrawnTexts, drawn_if_missing
 from dumo.plan.machine import Finding, ok_or_warning
 from dumo.runtime.random import random_batch, stream
@@ -113,7 +113,9 @@ def text_findings(net: Net, data: Data, seed: int) -> list[Finding]:
     if separability is None:
         return []
     way = ""
-    if separability.is_low:
+    if separability.is_low and isinstance(texts, PipelineTexts):  # whose encoders are those of the pipeline
+        way = "write captions that say more of how the images differ"
+    elif separability.is_low:
         way = "take an encoder that tells these captions apart, such as a larger one, or one of language"
     return [ok_or_warning("texts", str(separability), way)]
 
@@ -147,13 +149,24 @@ class Separability:
         return text
 
 
-def measure_separability(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | None = None) -> Separability:
-    """The separability of n >= 2 embeddings x; `group` has the image or class of each caption, None if not known."""
-    distances = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    mean = distances.sum() / (len(x) * (len(x) - 1))
-    nearest, neighbour = distances.fill_diagonal_(torch.inf).min(1)  # of other captions
-    gap = float(nearest.median() / mean)
-    twins = int((nearest <= _TWIN_DISTANCE * mean).sum())
+def measure_separability(
+    x: Float[Tensor, "n d"],
+    group: Int64[Tensor, " n"] | None = None,
+    token_means: Float[Tensor, "n e"] | None = None,
+) -> Separability:
+    """The separability of n >= 2 embeddings x.
+
+    group: the image or class of each caption; None: not known.
+    token_means: of the tokens that the net reads beside pooled embeddings x. They may be of another encoder, which
+        reads on where that of x has cut a caption off.
+    """
+    distances = _relative_distances(x)
+    nearest, neighbour = distances.min(1)
+    gap = float(nearest.median())
+    are_twins = distances <= _TWIN_DISTANCE
+    if token_means is not None:
+        are_twins &= _relative_distances(token_means) <= _TWIN_DISTANCE
+    twins = int(are_twins.any(1).sum())
     if group is None:
         return Separability(len(x), gap, twins, None, None)
     siblings = group.bincount()[group] - 1  # other captions of the same image or class
@@ -165,24 +178,39 @@ def measure_separability(x: Float[Tensor, "n d"], group: Int64[Tensor, " n"] | N
     return Separability(len(x), gap, twins, float(accuracy), float(chance))
 
 
+def _relative_distances(x: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
+    """The distances of embeddings over their mean, inf of each to itself; where all embeddings are equal, 0."""
+    distances = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    mean = distances.sum() / (len(x) * (len(x) - 1))
+    if mean > 0:
+        distances /= mean
+    return distances.fill_diagonal_(torch.inf)
+
+
 def _measure_table(table: EncodedTexts, data: Data, seed: int) -> Separability | None:
     """The separability of up to MAX_COMPARED captions of a table, drawn by key; None of fewer than two."""
     order = torch.randperm(data.classes, generator=stream(seed, "separability"))
     rows = order[:MAX_COMPARED].sort().values
     if len(rows) < 2:
         return None
-    return measure_separability(_embeddings(table, rows.tolist()), _groups(data)[rows])
+    pooled, token_means = _embeddings(table, rows.tolist())
+    group = _groups(data)[rows]
+    if pooled is None:
+        return measure_separability(token_means, group)
+    return measure_separability(pooled, group, token_means)
 
 
-def _embeddings(table: EncodedTexts, rows: Sequence[int]) -> Float[Tensor, "n d"]:
-    """The pooled embedding of each of these rows of a table, or, where it has none, the mean of its tokens."""
-    embeddings: list[Tensor] = []
+def _embeddings(table: EncodedTexts, rows: Sequence[int]) -> tuple[Float[Tensor, "n d"] | None, Float[Tensor, "n e"]]:
+    """The pooled embeddings of these rows of a table, None where it has none, and the means of their tokens."""
+    all_pooled: list[Tensor] = []
+    token_means: list[Tensor] = []
     for i in range(0, len(rows), _ROWS_AT_A_TIME):
         tokens, mask, pooled = table.read_rows(rows[i : i + _ROWS_AT_A_TIME])
         is_token = mask[..., None]
-        mean = (tokens.double() * is_token).sum(1) / is_token.sum(1)
-        embeddings.append(mean if pooled is None else pooled.double())
-    return torch.cat(embeddings).float()
+        token_means.append((tokens.double() * is_token).sum(1) / is_token.sum(1))
+        if pooled is not None:
+            all_pooled.append(pooled.double())
+    return torch.cat(all_pooled).float() if all_pooled else None, torch.cat(token_means).float()
 
 
 def _groups(data: Data) -> Int64[Tensor, " n"]:

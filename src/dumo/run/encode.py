@@ -22,12 +22,14 @@ from typing import Any
 
 from dumo.config.change import override, yaml_text
 from dumo.config.load import load, parse
+from dumo.config.parts import with_pipeline
 from dumo.config.source import RunText, choose
 from dumo.config.spec import Run
 from dumo.data import Data, Latents, cache, encoding
 from dumo.data.caption import CaptionFiles
 from dumo.data.image import errors_of_latents
 from dumo.encoders import texttable
+from dumo.encoders.pipeline import Pipeline
 from dumo.io import table
 from dumo.io.guard import locked
 from dumo.io.read import brief
@@ -48,9 +50,10 @@ _SHARD_ROWS = 1024  # images or captions to a shard: ours
 
 
 class _LatentsOnly(Spec):
-    """The part of a run that is needed to encode a folder of images."""
+    """The parts of a run that are needed to encode a folder of images."""
 
     data: Latents
+    pipeline: Pipeline | None = None  # of the codec
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def _work_of_images(root: str, settings: Sequence[str]) -> EncodingWork:
     """What to encode of a folder of images: their latents, and mirrored ones, too."""
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": root, "flip": True}}}
     override(tree, settings)
-    return EncodingWork(data_with_facts(parse(_LatentsOnly, tree).data))
+    spec = parse(_LatentsOnly, tree)
+    return EncodingWork(data_with_facts(with_pipeline(spec.data, spec.pipeline)))
 
 
 def _work_of_recipe(source: str, text: RunText | None, settings: Sequence[str]) -> EncodingWork:

@@ -33,6 +33,14 @@ def test_a_size_far_from_the_pipelines_is_mentioned() -> None:
     assert not advice(load("sd3-lora", ways(line)))
 
 
+def test_a_diffusion_at_two_thirds_of_its_size_is_mentioned() -> None:
+    """As Stable Diffusion 2.1, of 768 pixels, would be at the 512 of sd15-lora."""
+    assert not advice(load("sd15-lora"))
+    (line,) = advice(load("sd15-lora", ["data.images.side=768"]))
+    assert "512 x 512 pixels by default, and this run has 768 x 768" in line
+    assert not advice(load("sd3-lora", ["data.images.side=768"]))
+
+
 @pytest.mark.parametrize("kind", AVERAGED)
 def test_an_average_that_the_source_takes_is_missed_until_it_is_set(kind: str) -> None:
     (line,) = advice(load("digits", AVERAGED[kind]))

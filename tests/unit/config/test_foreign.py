@@ -25,6 +25,16 @@ def test_the_field_that_is_named_exists(name: str) -> None:
         part = getattr(part, step)
 
 
+@pytest.mark.parametrize("name", [name for name, (field, _) in FOREIGN.items() if field.startswith("data.")])
+def test_the_field_of_images_in_latents_is_named_too(name: str) -> None:
+    """There data.root is the folder of latents, in which nobody's photos belong."""
+    field = FOREIGN[name][0].replace("data.", "data.images.")
+    with pytest.raises(dumo.UserError, match=f"{name}: unknown key; here it is .*{field} in a recipe of latents"):
+        load("sdxl-lora", [f"{name}=photos"])
+    images = load("sdxl-lora").data.images  # pyright: ignore
+    assert field.rpartition(".")[2] in type(images).model_fields
+
+
 def test_a_foreign_name_is_answered_with_ours() -> None:
     assert ours("train-batch-size") == "here it is train.batch (images of a step, of all ranks together)"
     assert ours("stps") is None
@@ -42,7 +52,7 @@ def test_a_foreign_name_is_answered_with_ours() -> None:
     [
         ("--learning_rate 1e-4", "--learning_rate: here it is --set train.optimizer.lr=... (of a step"),
         ("--train-batch-size 8", "--train-batch-size: here it is --set train.batch=... (images of a step"),
-        ("--resolution=64", "--resolution: here it is --set data.side=... (pixels)"),
+        ("--resolution=64", "--resolution: here it is --set data.side=... (pixels; or data.images.side in"),
         ("--output_dir x", "--output_dir: here it is --out (of dumo train"),
         ("--max_train_steps 9", "--set train.steps=... (of the optimizer)"),
         ("--report_to wandb", "here it is dumo log RUN --to (tensorboard, wandb"),

@@ -217,6 +217,18 @@ def test_qwen_vae_gives_the_latent_of_the_stock_pipeline(tmp_path: Path) -> None
     torch.testing.assert_close(codec.decode(x)[:1], codec.decode(x[:1]))  # a row is a video, and no frame of one
 
 
+def test_a_mean_and_a_scaling_factor_are_both_read(tmp_path: Path) -> None:
+    """As `StableDiffusionXLPipeline` does with Playground's: z * std / scaling_factor + mean."""
+    statistics = {"latents_mean": [1.0, 0.0, -1.0, 2.0], "latents_std": [8.0, 4.0, 2.0, 1.0]}
+    vae_of(tmp_path / "vae", scaling_factor=0.5, **statistics)
+    codec = of(tmp_path).open()
+    z = torch.randn(1, 4, 2, 2)
+    mean, std = (torch.tensor(statistics[f"latents_{name}"]).view(4, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        theirs = codec.net.net.decode(z * std / 0.5 + mean).sample.clamp(-1, 1)  # pyright: ignore
+    torch.testing.assert_close(codec.decode(z), theirs)
+
+
 def test_a_config_from_before_it_had_a_scale_has_that_of_diffusers(tmp_path: Path) -> None:
     """So have exports. Of a class that has no usual one it is refused."""
     from diffusers import AutoencoderKL

@@ -92,10 +92,15 @@ def test_an_index_names_files_of_its_folder(tmp_path: Path) -> None:
 def test_what_has_no_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^net: .* has no weights \(model.safetensors, .*fp16 or .bf16\): fix"):
         require_weights(tmp_path, TRANSFORMERS, "net", "fix")
-    for name, pickle in ((TRANSFORMERS, "pytorch_model.bin"), (DIFFUSERS, "diffusion_pytorch_model.bin.index.json")):
+    for name, pickle, converts in (
+        (TRANSFORMERS, "pytorch_model.bin", False),
+        (DIFFUSERS, "diffusion_pytorch_model.bin.index.json", False),
+        (DIFFUSERS, "diffusion_pytorch_model.bin", True),
+    ):
         (tmp_path / pickle).write_text("")
-        with pytest.raises(UserError, match="dumo reads no pickle"):
+        with pytest.raises(UserError, match=rf"^{tmp_path}/{pickle}: dumo reads no pickle[\s\S]*\nfix$") as caught:
             require_weights(tmp_path, name, "net", "fix")
+        assert ("torch.load(" in str(caught.value)) == converts
 
 
 def test_shards_are_one_model_and_one_hash(tmp_path: Path) -> None:

@@ -39,6 +39,21 @@ def test_a_run_notes_each_part_and_hands_the_folder_to_who_reads_it(folder: Path
     assert load(str(tmp_path)) == began
 
 
+def test_a_run_notes_the_parts_that_are_there(tmp_path: Path) -> None:
+    """As where the text encoders were left out of a download, for the captions are encoded already."""
+    index = {"_class_name": "FluxPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for part in (TRANSFORMER, VAE):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text("{}")
+    began = Pipeline(source=str(tmp_path)).with_facts()
+    assert (began.facts or {}).keys() == {"class", TRANSFORMER, VAE}
+    (tmp_path / VAE / "config.json").write_text('{"scaling_factor": 2}')
+    with pytest.raises(UserError, match="has another vae"):
+        began.config(VAE)
+    assert Pipeline(source=str(tmp_path / "nowhere")).with_facts().facts is None
+
+
 def test_who_needs_a_pipeline_says_so() -> None:
     with pytest.raises(UserError, match="pipeline is missing: pipeline=DIR"):
         _ = Pretrained(texts=Codes()).pipeline
@@ -84,6 +99,14 @@ def test_a_config_names_no_model_but_where_other_parts_may_be(name: str, tmp_pat
     index.write_text('{"_name_or_path": "owner/model"}')
     assert pipeline.repository == "owner/model"
     assert pipeline.download_command(VAE).startswith("hf download owner/model ")
+
+
+@pytest.mark.parametrize("noted", ["./sd15-mine", "../sd15", "outputs/sd15", "sd15", "/data/sd15"])
+def test_a_place_in_an_index_is_no_name_on_the_hub(noted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps({"_name_or_path": noted}))
+    assert Pipeline(source=str(tmp_path)).repository == ""
 
 
 def test_what_is_not_in_the_config_is_hinted_or_unknown(folder: Path, tmp_path: Path) -> None:

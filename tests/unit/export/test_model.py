@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dumo.config.load import load
+from dumo.export.card import license_metadata
 from dumo.export.lora import change_as_product
 from dumo.export.model import INDEX, ExportedModel, require_pipeline, stored_dtype
 from dumo.export.scheduler import CONFIG, check_scheduler, restart_for_scheduler, write_flow_map_scheduler
 from dumo.export.stock import PIPELINE_BY_MODEL
-from dumo.export.write import read_index, require_own_autoencoder, require_vacant
+from dumo.export.write import read_index, require_options, require_own_autoencoder, require_vacant
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.solver import Hermite, Hop, Restart, jump_times
 from dumo.nets.family import FAMILIES, FLUX2
@@ -182,21 +183,49 @@ def test_a_pipeline_of_two_transformers_is_refused(tmp_path: Path) -> None:
     index: dict[str, Any] = {"transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]}
     (tmp_path / INDEX).write_text(json.dumps(index), encoding="utf-8")
     of_others = {"dmd2_config": {}, "dmd2_denoising_timesteps": [999], "_use_default_values": {}}
+    of_others["_name_or_path"] = "owner/model"
     (tmp_path / INDEX).write_text(json.dumps(index | of_others), encoding="utf-8")
-    assert read_index(tmp_path) == index  # what a server would read of another model's passes stays behind
+    assert read_index(tmp_path) == index  # what is said of another model's passes, and its name, stay behind
     (tmp_path / INDEX).write_text(json.dumps(index | {"transformer_2": index["transformer"]}), encoding="utf-8")
     with pytest.raises(UserError, match="was not tuned"):
         read_index(tmp_path)
 
 
+def test_a_licence_is_linked_where_the_link_leads_somewhere() -> None:
+    facts = {"class": "FluxPipeline", "license": "other", "license_name": "mine", "license_link": "LICENSE.md"}
+    licence = {"license": '"other"', "license_name": '"mine"'}
+    assert license_metadata(facts) == licence
+    facts["license_link"] = "https://a.org/LICENSE.md"
+    assert license_metadata(facts) == licence | {"license_link": '"https://a.org/LICENSE.md"'}
+
+
 def test_only_an_empty_place_is_vacant(tmp_path: Path) -> None:
-    require_vacant(tmp_path)
-    require_vacant(tmp_path / "new")
+    require_vacant(tmp_path, "diffusers")
+    require_vacant(tmp_path / "new", "lora")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "file").touch()
     for place in (tmp_path, tmp_path / "link", tmp_path / "file"):
         with pytest.raises(UserError, match="exists already"):
-            require_vacant(place)
+            require_vacant(place, "diffusers")
+
+
+@pytest.mark.parametrize("to", ["comfyui", "safetensors"])
+def test_a_file_is_named_and_no_folder(to: str, tmp_path: Path) -> None:
+    require_vacant(tmp_path / "new.safetensors", to)
+    with pytest.raises(UserError, match=rf"{tmp_path} is a folder, .*: name one in it, {tmp_path}/dumo\.safetensors$"):
+        require_vacant(tmp_path, to)
+    with pytest.raises(UserError, match=r"name it .*/fox\.safetensors$"):
+        require_vacant(tmp_path / "fox", to)
+    (tmp_path / "old.safetensors").touch()
+    with pytest.raises(UserError, match="exists already"):
+        require_vacant(tmp_path / "old.safetensors", to)
+
+
+def test_parts_are_those_of_a_whole_pipeline() -> None:
+    require_options("diffusers", "link", "float32")
+    for to in ("lora", "comfyui", "safetensors"):
+        with pytest.raises(UserError, match=r'parts="link" is for to="diffusers", .*: leave parts= out'):
+            require_options(to, "link", "float32")
 
 
 @pytest.mark.parametrize(("wide", "high", "bias"), [(3, 5, True), (5, 3, True), (4, 4, False)])

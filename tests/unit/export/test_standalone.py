@@ -24,7 +24,8 @@ from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.data.caption import CaptionFiles
 from dumo.data.image import Images
-from dumo.encoders import SdVae, Taef2
+from dumo.encoders import PipelineVae, SdVae, Taef2
+from dumo.encoders.pipeline import Pipeline
 from dumo.encoders.texttable import encode
 from dumo.export.card import label_list
 from dumo.export.write import export
@@ -39,6 +40,7 @@ from dumo.run.prompt import conditions_of_prompts
 from dumo.run.weights import RunFolder, build, open_run
 from dumo.runtime.random import noise, stream
 from dumo.types import UserError
+from pipelines import PIPELINES
 from unit.encoders.test_codec import vae_of
 from unit.nets.given import Given
 
@@ -130,6 +132,20 @@ def test_the_decoder_is_inside(kind: str, pipeline: Opener, tmp_path: Path) -> N
     opened = drawn(run.model_copy(update={"data": data}), tmp_path)
     pipe = pipeline(export(opened, tmp_path / "out"))
     assert [off(opened, pipe, n, output_type="pt") for n in (1, 2)] == pytest.approx([0, 0], abs=4e-6)
+
+
+@pytest.mark.parametrize("family", ["Qwen-Image", "Flux2"])
+def test_a_decoder_that_is_called_otherwise_is_refused(family: str, tmp_path: Path) -> None:
+    """Of videos, or of normalized patches."""
+    vae = PIPELINES[family].vae()
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    images = Images(root="", side=64, classes=10, names=tuple("abcdefghij"))
+    pipeline = Pipeline(source=str(tmp_path / "pipeline"))
+    data = Latents(root=str(tmp_path), images=images, codec=PipelineVae().within(pipeline))
+    run = drawn(load("digits", SMALL).model_copy(update={"data": data}), tmp_path)
+    with pytest.raises(UserError, match=f"^data.codec is an {type(vae).__name__}, .*: sample it by dumo sample"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_generator_draws_all_noise(pipeline: Opener, tmp_path: Path) -> None:

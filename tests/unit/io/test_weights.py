@@ -1,6 +1,7 @@
 """Weights are read of safetensors only, whole, and the ones that were meant."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,21 @@ def test_no_pickle(tmp_path: Path, name: str, zipped: bool) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="dumo reads no pickle") as caught:
         load(tmp_path / name)
-    assert conversion(name, "new-w.safetensors" if name == "w.safetensors" else "w.safetensors") in str(caught.value)
+    out = tmp_path / ("new-w.safetensors" if name == "w.safetensors" else "w.safetensors")
+    assert conversion(tmp_path / name, out) in str(caught.value)
 
 
-def test_the_line_that_converts_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save({"w": torch.arange(3.0)}, tmp_path / "w.pth")
-    monkeypatch.chdir(tmp_path)
+def test_the_line_that_converts_works(tmp_path: Path) -> None:
+    """From any folder, and for any name of the file's own."""
+    folder = tmp_path / "it's $HOME"
+    folder.mkdir()
+    torch.save({"w": torch.arange(3.0)}, folder / "w.pth")
     with pytest.raises(UserError) as caught:
-        load(tmp_path / "w.pth")
-    exec(str(caught.value).splitlines()[-1].strip().removeprefix('python -c "').removesuffix('"'))
-    assert torch.equal(load(Path("w.safetensors"))["w"], torch.arange(3.0))
+        load(folder / "w.pth")
+    python, option, code = shlex.split(str(caught.value).splitlines()[-1])
+    assert (python, option) == ("python", "-c")
+    exec(code)
+    assert torch.equal(load(folder / "w.safetensors")["w"], torch.arange(3.0))
 
 
 @pytest.mark.parametrize("size", [0x0280, 0x4B50])  # these headers begin with the bytes of a pickle, and of a zip

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,23 @@ from dumo.training.compile import compile_blocks
 from dumo.training.frozen import digest
 from dumo.types import Frozen, Heads, Needs, Noised, UserError
 from forked import python
+from pipelines import PIPELINES
 from tiers import tiered
-from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, NOISE, SHAPE, VU, Saved, asked, batch, built, of, saved
+from transformers_saved import (
+    CLASSES,
+    IMAGES,
+    MASKED,
+    NO_LOWPASS,
+    NOISE,
+    SHAPE,
+    VU,
+    Saved,
+    asked,
+    batch,
+    built,
+    of,
+    saved,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning"),  # diffusers', of its Chroma
@@ -43,6 +59,24 @@ LORA, RESTS, DRAWN = Lora(rank=4), Lora(rank=4, frozen="bfloat16"), {"weights": 
 QUICK = ("sd3", "flux", "sana-masked", "qwen", "z-image")
 SOME = tiered(IMAGES, now=QUICK[:3], ci=QUICK)
 EVERY = tiered(IMAGES, now=QUICK)
+
+
+FAMILIES_PAGE = Path(__file__).parents[3] / "docs/families.md"
+ROW = re.compile(r"^\| `(\w+Pipeline)` \|[^|]*\| `([\w-]+)`(?: with `([^`]*)`)?", re.MULTILINE)
+ROWS = ROW.findall(FAMILIES_PAGE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("class_name", "recipe", "settings"), ROWS, ids=[row[0] for row in ROWS])
+def test_the_recipe_that_the_page_names_builds_the_model(
+    folder: Saved, class_name: str, recipe: str, settings: str
+) -> None:
+    (name, *_) = [row.tiny for row in PIPELINES.values() if row.pipeline == class_name]
+    if f"{name}-masked" in MASKED:  # as captions are
+        name += "-masked"
+    run = load(recipe, settings.split())
+    fields = {field: getattr(run.net, field) for field in ("lora", "lowpass", "checkpoint", "guidance")}
+    assert built(folder(name), run.objective.needs, **fields).heads
 
 
 def with_limit(spec: Pretrained, name: str) -> Pretrained:

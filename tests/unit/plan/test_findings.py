@@ -59,6 +59,18 @@ def test_one_caption_each_is_judged_by_the_gap_and_twins_always() -> None:
     assert close.is_low
 
 
+def test_captions_that_one_of_two_encoders_tells_apart_are_no_twins() -> None:
+    """CLIP cuts captions off behind 77 tokens, where T5 reads on."""
+    pooled, _ = placed(1.0)
+    tokens = pooled.flip(1)
+    pooled[3] = pooled[17]
+    assert measure_separability(pooled, token_means=tokens).twins == 0
+    tokens[3] = tokens[17]
+    assert measure_separability(pooled, token_means=tokens).twins == 2
+    equal = torch.ones(4, 2)
+    assert measure_separability(equal, token_means=equal).twins == 4
+
+
 def captioned(root: Path) -> Data:
     """Images with captions in files."""
     data = f"data={{kind: images, root: {root}, side: {SIDE}, captions: {{kind: files}}}}"
