@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from dumo.error import NotFiniteError
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.wholeset import Reference, choose_rows, collect
 from dumo.flow.likelihood import signs
@@ -117,7 +118,9 @@ class LikelihoodEvaluator:
         nats = collect(samples, len(self.x)).double()
         d = prod(self.x.shape[1:])
         if not nats.isfinite().all():
-            raise UserError("some likelihoods are not finite numbers: ask for more passes, or train with a lower rate")
+            raise NotFiniteError(
+                "some likelihoods are not finite numbers: ask for more passes, or train with a lower rate"
+            )
         bits = -nats / (d * log(2))
         if self.levels:
             bits = bits + log2(self.levels / 2)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from dumo.error import NotFiniteError
 from dumo.evaluation.by_class import class_facts
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.statistics import order_of
@@ -124,7 +125,9 @@ class WholeSetEvaluator(Generic[R]):
         """
         x = collect(samples, len(self.sample_c))
         if not x.isfinite().all():
-            raise UserError("some samples are not finite numbers: train again with a lower rate, or clip the gradient")
+            raise NotFiniteError(
+                "some samples are not finite numbers: train again with a lower rate, or clip the gradient"
+            )
         return self.measure(x, self.sample_c, self.reference)
 
     def baselines(self) -> dict[str, Scores]:

@@ -37,16 +37,17 @@ def sample_sheets(results: Sequence[Result]) -> Image.Image:
         row = first.report["results"][0]  # of the fewest passes
         value = row[lead]
         arm = next(iter(first.cell.labels.values()))
-        sheets.append((value, f"{arm}, {score.number(value)}", _sheet(first, row["nfe"])))
+        sheets.append((value, f"{arm}, {score.number(value)}", _sheet(first)))
     sheets.sort(key=lambda entry: entry[0])
     merit = word(MERITS, lead)
     note = f"One pass of each (its fewest), seed 0. The number: {merit.title}; {merit.better}."
     return picture.named_blocks({title: sheet for _, title, sheet in sheets}, note=note)
 
 
-def _sheet(result: Result, nfe: int) -> Image.Image:
-    """Two rows of samples in `nfe` passes: a class to a column, with its name; at least ten columns."""
+def _sheet(result: Result) -> Image.Image:
+    """Two rows of samples in the fewest passes: a class to a column, with its name; at least ten columns."""
     run = result.trained.run
+    nfe = result.report["card"]["nfe"][0]  # as asked for: the passes of a row count those of guidance, too
     columns = max(run.data.labels, 10)
     c = run.conditions.in_turn(columns)
     samples = result.trained.sampler.sample(c.repeat(2), nfe=nfe)

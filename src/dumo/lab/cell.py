@@ -7,9 +7,10 @@ another cell of its plan, or be taught by one: then its spec has the other's nam
 
 1. takes the cells whose sources are done (`sources`), and puts folders in place of names (`with_folders`);
 2. makes the caches and tables of tokens that several cells read;
-3. finishes each cell (`finish`), side by side with several jobs.
+3. finishes each cell (`finish`), side by side with several jobs. One that diverges leaves the others alone.
 
-At the end it refuses cells that were not measured alike. `dumo.lab.table` makes tables of the results.
+At the end it refuses cells that were not measured alike, and raises `CellsDiverged` where some have diverged.
+`dumo.lab.table` makes tables of the results.
 """
 
 import os
@@ -20,8 +21,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from dumo.config.source import RUN_FILE, read_file
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import Pipeline
+from dumo.error import NotFiniteError
 from dumo.lab import worker
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
@@ -36,9 +39,11 @@ from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import Bar, no_bar
+from dumo.training.state import Diverged
 from dumo.types import Objective, UserError
 
 Row = dict[str, Any]  # of a table or a report, by column
+_NOT_OF_TRAINING = {"about", "sample", "evaluate"}  # parts of a run that may change once it is trained
 
 
 @dataclass(frozen=True)
@@ -50,20 +55,37 @@ class Result:
     report: dict[str, Any]
 
 
+class CellsDiverged(Diverged):
+    """Some cells of a plan have diverged, and the others are finished."""
+
+    def __init__(self, messages: dict[str, str], results: list[Result]) -> None:
+        """`messages` say what happened, by the cell's name; `results` are those of the other cells."""
+        lines = [f"{name}: {message}" for name, message in messages.items()]
+        super().__init__("\n".join([*lines, "The others are finished."]))
+        self.messages = messages
+        self.results = results
+
+
 def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Result]:
     """Train and measure all cells, `jobs` at a time, each in a process of its own with its share of the cores.
 
     A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does, and
-    for cells of one protocol and fold that were not measured alike.
+    for cells of one protocol and fold that were not measured alike; CellsDiverged, once the others are finished.
     """
     results_by_name: dict[str, Result] = {}
+    diverged: dict[str, str] = {}  # messages by name
     names = {cell.name for cell in cells}
-    while len(results_by_name) < len(names):
+    while len(results_by_name) + len(diverged) < len(names):
         # the cells whose sources are done
         ready: list[Cell] = []
         for cell in cells:
-            if cell.name not in results_by_name and sources(cell, names) <= results_by_name.keys():
+            is_open = cell.name not in results_by_name and cell.name not in diverged
+            if is_open and sources(cell, names) <= results_by_name.keys():
                 ready.append(with_folders(cell, results_by_name, folder.parent))
+        if diverged and not ready:
+            for name in names - results_by_name.keys() - diverged.keys():
+                diverged[name] = "it begins from a cell that has diverged"
+            break
         assert ready, [name for name in names if name not in results_by_name]
 
         # caches and tables of tokens, which several of them may read
@@ -76,17 +98,24 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
 
         # train and measure; here `finish` only reads what other processes have finished
         if jobs > 1:
-            _finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
+            diverged |= _finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
         for cell in ready:
-            results_by_name[cell.name] = finish(cell, folder, device=device, bar=bar)
+            if cell.name in diverged:
+                continue
+            try:
+                results_by_name[cell.name] = finish(cell, folder, device=device, bar=bar)
+            except (Diverged, NotFiniteError) as error:
+                diverged[cell.name] = str(error)
 
     # cells of one table must be measured alike
-    results = [results_by_name[cell.name] for cell in cells]
+    results = [results_by_name[cell.name] for cell in cells if cell.name in results_by_name]
     cards_by_measure: dict[tuple[str, str | None, int], dict[str, Any]] = {}
     for result in results:
         cards_by_measure.setdefault(_measure_of(result), {})[result.cell.name] = result.report["card"]
     for cards in cards_by_measure.values():
         compare.require_comparable(cards)
+    if diverged:
+        raise CellsDiverged(diverged, results)
     return results
 
 
@@ -96,37 +125,61 @@ def _measure_of(result: Result) -> tuple[str, str | None, int]:
     return spec.evaluate.protocol.kind, spec.evaluate.split, getattr(spec.data, "fold", 0)
 
 
-def _finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> None:
-    """Finish cells in processes of their own.
+def _finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> dict[str, str]:
+    """Finish cells in processes of their own. Returns messages of those that diverged, by name.
 
     Where a process is killed, the other cells are finished all the same; then `Lost` is raised, with the names of those
     that were lost.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     lost: list[str] = []
+    diverged: dict[str, str] = {}
     with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
         work = partial(finish, cells_folder=folder, device=device, bar=no_bar)
         finished = worker.run_side_by_side(work, cells, jobs=jobs, threads=threads)
         for num_done, (cell, error) in enumerate(finished, 1):
-            if error:
+            if isinstance(error, Lost):
                 lost.append(f"{cell.name}: {error}")
+            elif error:
+                diverged[cell.name] = str(error)
             tick(num_done, cell.name)
     if lost:
         raise Lost(
             f"{'; '.join(lost)}; the others are finished. Start the same command again, with fewer --jobs where memory "
             "is short"
         )
+    return diverged
 
 
 def finish(cell: Cell, cells_folder: Path, *, device: str, bar: Bar) -> Result:
-    """Train and measure a cell, in its folder below `cells_folder`. What is done there already is not done again."""
-    training_spec = cell.spec.model_dump_json(exclude={"about", "sample", "evaluate"})
-    training_hash = blake2b(training_spec.encode(), digest_size=4).hexdigest()
+    """Train and measure a cell, in its folder below `cells_folder`. What is done there already is not done again.
+
+    Raises Diverged, NotFiniteError where its samples are not finite, and UserError where somebody has trained it on
+    with other settings.
+    """
+    training_spec = cell.spec.model_dump_json(exclude=_NOT_OF_TRAINING)
+    training_hash = blake2b(f"{training_spec}{cell.code or ''}".encode(), digest_size=4).hexdigest()
     folder = cells_folder / f"{cell.name}-{training_hash}"
-    train(cell.spec, folder, device=device, bar=bar, sheets=Sheets)
+    _require_unchanged(folder)
+    try:
+        train(cell.spec, folder, device=device, bar=bar, sheets=Sheets)
+    except Diverged as error:
+        raise Diverged(str(error.__cause__ or error)) from error  # no command: another rate would be another cell
     trained = open_run(folder, device=device)
     report = current_report(trained) or evaluate(trained, bar=bar)
     return Result(cell, trained, report)
+
+
+def _require_unchanged(folder: Path) -> None:
+    """Raise UserError where the run in a cell's folder was trained on with other settings than the cell's."""
+    if not (folder / RUN_FILE).is_file():
+        return
+    for change in read_file(folder / RUN_FILE).changed:
+        if change.field.split(".")[0] not in _NOT_OF_TRAINING:
+            raise UserError(
+                f"{folder} was trained on with another {change.field}, so it is no longer a run of this plan: move it "
+                "away, and it is trained anew"
+            )
 
 
 def sources(cell: Cell, names: Collection[str]) -> set[str]:

@@ -12,13 +12,13 @@ counts passes of sampling.
 
 `is_file_name` tells a file from the name of a plan that dumo brings. `dumo.lab.reproduce` calls the other entrances in
 this order: `read_file` reads the file as a `Plan`, the type of dumo's own plans. `require_fair` refuses runs that would
-not be compared at equal compute, before any is trained. `paired_table` makes the table, in which arms are compared seed
-by seed (`dumo.lab.ranking`).
+not be compared at equal compute and by one measure, before any is trained. `paired_table` makes the table, in which
+arms are compared seed by seed (`dumo.lab.ranking`), and `with_failed_seeds` adds the seeds that it leaves out.
 """
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,9 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from dumo.config import recipes, trust
+from dumo.config.change import yaml_text
 from dumo.config.load import load_recipe, parse
+from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.evaluation.metric import higher_is_better, metric
 from dumo.io.read import brief, read_text
@@ -42,8 +44,8 @@ _SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 2**20  # of a file: ours
 _MAX_PASS_RATIO = 1.1  # of the operations of two arms' passes: ours; a head or an input more is within it
 _SMOKE_STEPS = 20  # of the first arm at the scale `smoke`: ours
-# The least that cifar10-features judges. It takes the place of the plan's `set`, and not of an arm's.
-_SMOKE_SETTINGS = ("evaluate.protocol.samples=1000",)
+# Fields of a run that the file itself says, by its key that does.
+_OWNERS = {"train.steps": "budget", "train.minutes": "budget", "train.seed": "seeds"}
 _PASSES_PATTERN = re.compile(r"(\d[\d,]*(?:\.\d+)?) ?F")  # 8100F, 8,100 F
 _STEPS_PATTERN = re.compile(r"(\d[\d,]*) steps of ([\w-]+)")  # 2000 steps of digits
 
@@ -69,8 +71,11 @@ class OwnPlan(Spec):
     @field_validator("budget")
     @classmethod
     def _require_budget(cls, budget: str) -> str:
-        if not (_PASSES_PATTERN.fullmatch(budget) or _STEPS_PATTERN.fullmatch(budget)):
+        amount = _PASSES_PATTERN.fullmatch(budget) or _STEPS_PATTERN.fullmatch(budget)
+        if amount is None:
             raise ValueError(f"{brief(budget)} is no budget: write 8100F, or 2000 steps of digits")
+        if float(amount[1].replace(",", "")) == 0:
+            raise ValueError(f"{budget} trains nothing: write more, such as 8100F, or 2000 steps of digits")
         return budget
 
     @field_validator("seeds")
@@ -104,10 +109,15 @@ class OwnPlan(Spec):
         return settings
 
     def require_settings(self, file_name: str) -> None:
-        """Raise UserError for a setting that is not FIELD=VALUE."""
+        """Raise UserError for a setting that is not FIELD=VALUE, and for one that the file's budget or seeds give."""
         for setting in self.all_settings():
-            if "=" not in setting:
+            field, sign, _ = setting.partition("=")
+            if not sign:
                 raise UserError(f"{file_name}: set: {brief(setting)} is no setting: write FIELD=VALUE, as after --set")
+            if field in _OWNERS:
+                raise UserError(f"{file_name}: set: {brief(setting)}: leave it out, for `{_OWNERS[field]}` says it")
+            if field == "train":
+                raise UserError(f"{file_name}: set: {brief(setting)}: write its fields one by one, as train.batch=64")
 
     def budget_in_passes(self) -> float | None:
         """The budget in forward passes (F); None where it is in operations."""
@@ -169,7 +179,7 @@ def read_file(name: str) -> Plan:
         passes=own.budget_in_passes(),
         operations=own.budget_in_operations(),
     )
-    smoke = Scale(seeds=own.seeds[:1], cost=own.cost, steps=_SMOKE_STEPS, set=_SMOKE_SETTINGS)
+    smoke = Scale(seeds=own.seeds[:1], cost=own.cost, steps=_SMOKE_STEPS, few_samples=True)
     arms: list[Arm] = []
     for arm in own.arms:
         arms.append(Arm(labels={"objective": arm.objective}, recipe=arm.recipe, set=arm.set))
@@ -181,6 +191,7 @@ def read_file(name: str) -> Plan:
         arms=tuple(arms),
         set=own.set,
         samples=True,  # a picture shows what each arm makes in one pass
+        follows_code=True,  # who compares an objective also mends it
         no_paper="a file of yours has the size that it says",  # the reason in the message for --scale paper
     )
 
@@ -188,8 +199,10 @@ def read_file(name: str) -> Plan:
 def require_fair(cells: Sequence[Cell], cost: str) -> None:
     """Raise UserError where the budget does not pay for a step of a run, or runs would not be compared fairly.
 
-    They would not where `cost` counts passes, and a pass of one run costs over _MAX_PASS_RATIO times that of another.
+    They would not where two of one seed are measured otherwise; nor where `cost` counts passes, and a pass of one run
+    costs over _MAX_PASS_RATIO times that of another.
     """
+    _require_one_measure(cells)
     operations_by_name: dict[str, float] = {}
     for cell in cells:
         if cell.spec.train.steps < 1:
@@ -205,17 +218,57 @@ def require_fair(cells: Sequence[Cell], cost: str) -> None:
         )
 
 
+def _require_one_measure(cells: Sequence[Cell]) -> None:
+    """Raise UserError where two runs of one seed are measured otherwise, with the field in which they differ."""
+    first_by_seed: dict[int, Cell] = {}
+    for cell in cells:
+        first = first_by_seed.setdefault(cell.spec.train.seed, cell)
+        measure_of_first = _measure_of(first.spec)
+        for field, value in _measure_of(cell.spec).items():
+            if value != measure_of_first[field]:
+                raise UserError(
+                    f"{field} is {measure_of_first[field]} in {first.name} and {value} in {cell.name}, which one table "
+                    "cannot compare: set it in `set` of all arms, or take recipes that agree"
+                )
+
+
+def _measure_of(spec: Run) -> dict[str, str]:
+    """What a run is measured by, as YAML: by whom, against which data, and whether by class."""
+    return {
+        "evaluate.protocol": yaml_text(spec.evaluate.protocol),
+        "evaluate.split": yaml_text(spec.evaluate.split),
+        "evaluate.seed": yaml_text(spec.evaluate.seed),
+        "data.held": yaml_text(getattr(spec.data, "held", 0)),
+        "data.fold": yaml_text(getattr(spec.data, "fold", 0)),
+        "data.classes": yaml_text(spec.data.classes),
+    }
+
+
+def with_failed_seeds(table: Sequence[Row], cells: Sequence[Cell], failed: Collection[str]) -> list[Row]:
+    """The table with a column `failed`: the seeds of each arm whose runs failed, which its means leave out.
+
+    `failed` are the names of their cells.
+    """
+    seeds_by_arm: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.name in failed:
+            seeds_by_arm.setdefault(cell.labels["objective"], []).append(str(cell.spec.train.seed))
+    return [row | {"failed": ", ".join(seeds_by_arm.get(row["objective"], []))} for row in table]
+
+
 def paired_table(plan: Plan, results: list[Result]) -> list[Row]:
     """A row for each arm and NFE: means over seeds, and how the arm compares with the best one.
 
     `best` is * for the best arm and those level with it. `behind` is the mean difference from the best arm, seed by
     seed, and `margin` what such a difference may be by chance; both None for the best arm, and with fewer than two
-    seeds. As in `dumo compare`, no arm is ranked where more is better, or where one seed has no error.
+    seeds. As in `dumo compare`, no arm is ranked where more is better, or where an arm has one seed, without an error.
     """
     rows = average_by_arm(results)
     score = main_score(rows[0])
-    has_one_seed = len({result.cell.spec.train.seed for result in results}) == 1
-    can_rank = not higher_is_better(score) and not (has_one_seed and metric(score).sd_is_spread)
+    has_one_seed = any(len(results_of_arm) == 1 for results_of_arm in group_by_arm(results))
+    rows_of_runs = [row for result in results for row in rows_of_all_passes(result.report)]
+    has_errors = all(f"{score}_sd" in row for row in rows_of_runs) and not metric(score).sd_is_spread
+    can_rank = not higher_is_better(score) and (has_errors or not has_one_seed)
     arm_scores = _arm_scores(results, score)
     table: list[Row] = []
     for row in rows:

@@ -34,14 +34,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from dumo.config.change import yaml_text
 from dumo.config.load import load_recipe
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.io.yaml import parse_yaml
+from dumo.objectives import FAMILY
 from dumo.run import cost
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
+from dumo.types.outside import code_hash, import_class
 
 _PLANS_FOLDER = files("dumo.lab") / "plans"
 _SETS_FILE = "sets.yaml"  # in that folder: settings that several plans share, by name
@@ -111,6 +114,7 @@ class Scale(Spec):
     passes: float | None = None  # what each arm may cost, in forward passes of the first arm; None: by its steps
     operations: float | None = None  # what each arm may cost, in floating-point operations; needs cost: operations
     cost: Literal["passes", "operations", "steps"] = "steps"  # what is equal: see `Budget`
+    few_samples: bool = False  # whether cells are judged by as few samples as a run in training
 
 
 class Plan(Spec):
@@ -125,6 +129,7 @@ class Plan(Spec):
     set: Settings = ()
     steps_of: str | None = None  # the recipe whose steps set the budget; None: the first arm's
     samples: bool = False  # whether a picture shows what arms make in one pass
+    follows_code: bool = False  # whether cells are trained anew where the code of their objective has changed
     why: dict[str, str] = Field(default={})  # by arm: why it is far from the first
     no_paper: str = ""  # why there is no scale `paper`
 
@@ -164,7 +169,12 @@ class Plan(Spec):
 
         def load_run(seed: int | None) -> Run:
             values = {**scale.values, **axis_values, "seed": seed}  # of $names in settings
-            return resolve(load_recipe(recipe, [Template(setting).safe_substitute(values) for setting in settings]))
+            filled_settings = [Template(setting).safe_substitute(values) for setting in settings]
+            run = resolve(load_recipe(recipe, [*guidance_settings(recipe, filled_settings), *filled_settings]))
+            if not scale.few_samples:
+                return run
+            evaluation = run.evaluate.model_copy(update={"protocol": run.evaluate.validation.protocol})
+            return run.model_copy(update={"evaluate": evaluation})
 
         # steps and columns, by the first seed's run
         seeds = arm.seeds or scale.seeds or (None,)
@@ -176,7 +186,7 @@ class Plan(Spec):
             labels["F_per_step"] = round(Cost(run).units, 2)
         name = arm.name or _cell_name(labels, axis_values)
 
-        depends_on_seed = any("$seed" in setting for setting in settings)
+        depends_on_seed = any("seed" in Template(setting).get_identifiers() for setting in settings)
         for seed in seeds:
             if depends_on_seed:
                 run = load_run(seed)
@@ -191,6 +201,7 @@ class Plan(Spec):
                 labels=labels,
                 weights=weights,
                 cut=arm.cut,
+                code=code_hash(run.objective) if self.follows_code else None,
             )
 
 
@@ -290,7 +301,8 @@ class Budget:
             arm_steps = None if self.is_smoke else arm.steps
             steps = arm_steps or self.scale.steps or recipe_steps
             self.total = round(self.factor * steps) * step_cost
-        return round((arm.share * self.total - run_cost.pair_units) / step_cost)
+        pair_cost = run_cost.pair_units * step_cost / run_cost.units
+        return round((arm.share * self.total - pair_cost) / step_cost)
 
     def _step_cost(self, run_cost: Cost) -> float:
         """What a step costs, in the scale's measure."""
@@ -306,6 +318,7 @@ class Cell:
     labels: dict[str, Any]  # its columns in the table
     weights: str | None = None  # as `Arm.weights`, of this seed
     cut: float | None = None  # as `Arm.cut`
+    code: str | None = None  # a hash of the code of its objective; None: the plan does not follow that
 
 
 # ------------------------------------------------------------------------------------- names, settings and reading
@@ -358,6 +371,34 @@ def training_settings(recipe: str, host: str) -> tuple[str, ...]:
     if host_tree["net"].get("precondition", precondition) != precondition:
         parts["net.precondition"] = precondition
     return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
+
+
+def guidance_settings(recipe: str, settings: Sequence[str]) -> list[str]:
+    """The settings that keep a recipe's dropped labels and guidance where `settings` give it another objective.
+
+    Else it would have the defaults of its kind, and differ from other arms in more than its loss.
+    """
+    kind = ""
+    for setting in settings:
+        field, _, value = setting.partition("=")
+        if field == "objective.kind":
+            kind = value.strip(" '\"")
+    if ":" in kind:
+        objective_class = import_class(kind)
+    elif kind in FAMILY.names:
+        objective_class = FAMILY.load(kind)
+    else:  # no other one, or an unknown one, which loading refuses
+        return []
+    recipe_objective = load_recipe(recipe).objective
+    assert isinstance(recipe_objective, Spec)
+    fields = objective_class.model_fields
+    recipe_fields = type(recipe_objective).model_fields
+    kept: list[str] = []
+    for name in ("drop", "guide"):
+        in_both = name in fields and name in recipe_fields
+        if in_both and fields[name].annotation == recipe_fields[name].annotation:
+            kept.append(f"objective.{name}={yaml_text(getattr(recipe_objective, name))}")
+    return kept
 
 
 @cache

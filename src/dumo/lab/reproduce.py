@@ -30,6 +30,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from dumo.config.code import names_code
 from dumo.io import file, picture
 from dumo.io.read import write_json
 from dumo.lab import arm_picture, cell, fig4b, ours, ownplan, paper
@@ -117,9 +118,9 @@ def reproduce(
 
     `name` is that of a plan, or a user's file. `folder` None is runs/reproduce/NAME-SCALE. `device` is as
     `--device` names it. Raises UserError for an unknown name, a scale that the plan does not have, and a file of the
-    user's as `ownplan.read_file` and `ownplan.require_fair`.
+    user's as `ownplan.read_file` and `ownplan.require_fair`; CellsDiverged where no table can be made of what is left.
     """
-    command = _command(name, scale, folder, jobs, device)  # before `folder` gets its default
+    typed_folder = folder
     is_own = ownplan.is_file_name(name)
     plan = ownplan.read_file(name) if is_own else read_plan(name)
     view = _OWN_VIEW if is_own else VIEWS.get(name, View())
@@ -130,9 +131,19 @@ def reproduce(
     cells = list(plan.cells(scale))
     if is_own:
         ownplan.require_fair(cells, plan.get_scale(scale).cost)
-    results = view.run_cells(cells, folder / "cells", jobs=jobs, device=device, bar=bar)
+    failed: dict[str, str] = {}
+    try:
+        results = view.run_cells(cells, folder / "cells", jobs=jobs, device=device, bar=bar)
+    except cell.CellsDiverged as error:
+        if not (is_own and error.results):  # the tables of dumo's plans take all cells
+            raise
+        results = error.results
+        failed = error.messages
 
     table = view.make_table(plan, results)
+    if failed:
+        table = ownplan.with_failed_seeds(table, cells, failed)
+    command = _command(name, scale, typed_folder, jobs, device, cells)
     table_file = folder / "table.md"
     results_file = folder / "results.json"
     report = {
@@ -141,6 +152,7 @@ def reproduce(
         "title": plan.title,
         "origin": _origin(command, device, results),
         "table": table,
+        "failed": failed,
         "cells": [{"cell": result.cell.name, **result.report} for result in results],
         "files": [str(table_file), str(results_file)],
     }
@@ -165,7 +177,7 @@ def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list
     return paths
 
 
-def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str) -> str:
+def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str, cells: Sequence[Cell]) -> str:
     """The command that makes the results again. Options are left out where they are the default."""
     command = f"dumo reproduce {shell_path(name)} --scale {scale}"
     if folder is not None:
@@ -174,6 +186,8 @@ def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str)
         command += f" --jobs {jobs}"
     if device != "auto":
         command += f" --device {device}"
+    if any(names_code(planned_cell.spec) for planned_cell in cells):
+        command += " --trust-code"
     return command
 
 

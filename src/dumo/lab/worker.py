@@ -1,9 +1,9 @@
-"""Do pieces of work in processes of their own, several at a time. A process that is killed loses one piece alone.
+"""Do pieces of work in processes of their own, several at a time. One that diverges, or is killed, fails alone.
 
 `run_side_by_side` is the entrance. In this order it
 
 1. starts as many processes (`Worker`) as may run at a time, and sends each a piece;
-2. waits for reports, yields each piece that is done or lost, and sends that worker the next piece, or a new worker
+2. waits for reports, yields each piece that is done or failed, and sends that worker the next piece, or a new worker
    where one was killed;
 3. ends and joins all processes, also after an error or a signal.
 
@@ -24,10 +24,13 @@ from typing import TypeVar
 
 import torch
 
-from dumo.runtime import signals
+from dumo.error import NotFiniteError
+from dumo.runtime import door, signals
 from dumo.runtime.heartbeat import Lost
+from dumo.training.state import Diverged
 
 T = TypeVar("T")
+Failure = Lost | Diverged | NotFiniteError  # of one piece, which says nothing of the others
 POLL_SECONDS = 0.2  # between two looks for a signal: ours
 process_context = get_context("spawn")  # a fork would copy threads and locks of torch
 
@@ -36,9 +39,10 @@ class Worker:
     """A process that does one piece of work after another."""
 
     def __init__(self, work: Callable[[T], object], threads: int) -> None:
-        """Start the process, which gives torch this number of threads."""
+        """Start the process, which gives torch this number of threads. Its messages name options as this one's do."""
         self.pipe, worker_end = process_context.Pipe()
-        self.process = process_context.Process(target=serve, args=(work, worker_end, threads))
+        arguments = (work, worker_end, threads, door.at_command_line)
+        self.process = process_context.Process(target=serve, args=arguments)
         with _safe_path():
             self.process.start()
         worker_end.close()  # so that the pipe ends with the process
@@ -89,9 +93,13 @@ def _exit_text(code: int) -> str:
     return text
 
 
-def serve(work: Callable[[T], object], pipe: Connection, threads: int) -> None:
-    """Do each piece that comes through the pipe, and report (error or None, trace), until it ends or a signal comes."""
+def serve(work: Callable[[T], object], pipe: Connection, threads: int, at_command_line: bool) -> None:
+    """Do each piece that comes through the pipe, and report (error or None, trace), until it ends or a signal comes.
+
+    `at_command_line` says whether messages name options as one types them in a shell.
+    """
     torch.set_num_threads(threads)
+    door.at_command_line = at_command_line
     with suppress(EOFError, OSError, KeyboardInterrupt), signals.listening(child=True):
         while signals.poll() is None:
             if not pipe.poll(POLL_SECONDS):
@@ -106,8 +114,8 @@ def serve(work: Callable[[T], object], pipe: Connection, threads: int) -> None:
 
 def run_side_by_side(
     work: Callable[[T], object], pieces: Sequence[T], *, jobs: int, threads: int
-) -> Iterator[tuple[T, Lost | None]]:
-    """Do `work` of each piece, `jobs` at a time; yield each when it is done, or lost because its process was killed.
+) -> Iterator[tuple[T, Failure | None]]:
+    """Do `work` of each piece, `jobs` at a time; yield each when it is done, or has failed alone.
 
     Raises any other error of a piece, and Stopped after a signal, once the other processes have been ended.
     `work` and the pieces go to other processes, so they must be picklable.
@@ -126,9 +134,9 @@ def run_side_by_side(
             for worker in ready_workers:
                 error = worker.receive()
                 piece = worker.piece
-                if error is not None and not isinstance(error, Lost):
+                if error is not None and not isinstance(error, Failure):
                     raise error
-                if error is None and waiting_pieces:
+                if waiting_pieces and not isinstance(error, Lost):
                     worker.send(waiting_pieces.pop())
                 else:  # there is no more work, or the process was killed
                     workers.remove(worker)

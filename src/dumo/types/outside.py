@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field
 from torch import nn
 
-from dumo.types import Cond, Frozen, Needs, Net, Noised, Path, Reads, Sample, Spec, Terms, UserError
+from dumo.types import Cond, Frozen, Needs, Net, Noised, Objective, Path, Reads, Sample, Spec, Terms, UserError
 
 TAG = "module:Class"  # the choice of a union that stands for all classes from outside
 
@@ -65,7 +65,7 @@ def import_class(name: str) -> type[Spec]:
     return cls
 
 
-def code_hash(spec: Spec) -> str | None:
+def code_hash(spec: Spec | Objective) -> str | None:
     """The first 16 digits of the SHA-256 of the code of a spec's module, without comments and layout.
 
     In a notebook it is of the class alone. It does not cover what the module imports. None where there is no source.

@@ -18,8 +18,10 @@ from dumo.lab import cell, fig4b, reproduce
 from dumo.lab.cell import Result, finish, sources
 from dumo.lab.plan import Cell, Cost, Plan, read_plan
 from dumo.report.evaluate import evaluate
+from dumo.run.train import train
 from dumo.runtime.progress import no_bar
 from dumo.training import loop
+from dumo.training.state import Diverged
 from dumo.types import UserError
 from unit.data.spy import spied
 
@@ -132,6 +134,40 @@ def test_what_is_measured_otherwise_is_measured_again(tmp_path: Path, steps: lis
     assert len(steps) == 4
     assert finished(tmp_path, "net.width=9").trained.folder != first.trained.folder
     assert len(steps) == 8
+
+
+def test_a_cell_that_was_trained_on_with_other_settings_is_refused(tmp_path: Path) -> None:
+    """As by the command that a diverged run prints: it is no longer the run of its arm."""
+    first = finished(tmp_path)
+    changed = first.trained.run.train.model_copy(update={"steps": 6, "clip": 0.5})
+    train(first.trained.run.model_copy(update={"train": changed}), first.trained.folder, device="cpu", accept=True)
+    with pytest.raises(UserError, match=r"was trained on with another train\.\w+, so it is no longer"):
+        finished(tmp_path)
+
+
+def test_cells_after_one_that_diverges_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that begin from it are not."""
+    first, second = two().cells("smoke")
+    start = SimpleNamespace(source="a-0")
+    third = replace(first, name="c-0", spec=cast(Any, SimpleNamespace(start=start, teacher=None, data=None)))
+
+    def finish(one: Cell, folder: Path, **_: object) -> Result:
+        if one.name == "a-0":
+            raise Diverged("step 3 diverged")
+        return Result(one, cast(Any, None), {"card": {}})
+
+    monkeypatch.setattr(cell, "finish", finish)
+    with pytest.raises(cell.CellsDiverged, match="a-0: step 3 diverged\n") as raised:
+        cell.finish_all([first, second, third], tmp_path, jobs=1, device="cpu", bar=no_bar)
+    assert [one.cell.name for one in raised.value.results] == ["b-0"]
+    assert [*raised.value.messages] == ["a-0", "c-0"]
+
+
+def test_a_cell_is_trained_anew_where_its_code_is_another(tmp_path: Path, steps: list[int]) -> None:
+    planned = replace(next(iter(two().cells("smoke"))), code="1")
+    for code in ("1", "1", "2"):
+        finish(replace(planned, code=code), tmp_path, device="cpu", bar=no_bar)
+    assert steps == [*range(4), *range(4)]
 
 
 @pytest.mark.slow

@@ -10,11 +10,13 @@ import pytest
 
 from dumo.config import trust
 from dumo.lab import arm_picture
+from dumo.lab import reproduce as reproduce_module
 from dumo.lab.cell import Result
 from dumo.lab.ownplan import paired_table, read_file, require_fair
 from dumo.lab.plan import Cell, Cost, Plan
 from dumo.lab.reproduce import reproduce
 from dumo.types import UserError
+from dumo.types.outside import code_hash
 
 ARMS = """
 arms:
@@ -33,6 +35,13 @@ def plan(tmp_path: Path, text: str) -> Plan:
 def cells(tmp_path: Path, text: str, scale: str = "laptop") -> list[Cell]:
     """The runs of a file of this text."""
     return list(plan(tmp_path, text).cells(scale))
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step costs 3 F: counting takes long."""
+    monkeypatch.setattr(Cost, "units", 3.0)
+    monkeypatch.setattr(Cost, "flops", 1.0)
 
 
 def test_arms_get_the_steps_that_the_budget_pays_for(tmp_path: Path) -> None:
@@ -69,19 +78,28 @@ def test_at_the_scale_of_a_smoke_test(tmp_path: Path) -> None:
     made = cells(tmp_path, f"budget: 800F{ARMS}", "smoke")
     assert [(cell.spec.train.steps, cell.spec.train.seed) for cell in made[:1]] == [(20, 0)]
     assert len(made) == 2
-    assert made[0].spec.evaluate.protocol.samples == 1000  # pyright: ignore[reportAttributeAccessIssue]
+    assert made[0].spec.evaluate.protocol.total == 500
 
 
-def reproduced(tmp_path: Path) -> dict[str, Any]:
-    """The results of a file of two arms on points, trained for a moment."""
+@pytest.mark.usefixtures("free")
+def test_a_smoke_test_is_judged_by_few_samples_whatever_judges(tmp_path: Path) -> None:
+    """FID takes over 2048 samples, so a moment's training is judged by KID."""
+    made = cells(tmp_path, f"budget: 800F{ARMS}".replace("moons-meanflow", "cifar10"), "smoke")
+    protocol = made[1].spec.evaluate.protocol.model_dump()
+    assert (protocol["samples"], protocol["frechet"]) == (1000, False)
+
+
+def reproduced(tmp_path: Path, *more: str) -> dict[str, Any]:
+    """The results of a file of two arms on points, trained for a moment; `more` are settings of the second."""
     file = tmp_path / "mine.yaml"
-    file.write_text("""
+    settings = ", ".join(["evaluate.protocol.samples=20", *more])
+    file.write_text(f"""
 budget: 800F
 cost: operations
 set: [net.width=8, net.depth=1, train.batch=4, "evaluate.nfe=[1]", "evaluate.contrast=[]"]
 arms:
-  - {objective: DuMo, recipe: moons, set: [evaluate.protocol.samples=20]}
-  - {objective: MeanFlow, recipe: moons-meanflow, set: [evaluate.protocol.samples=20]}
+  - {{objective: DuMo, recipe: moons, set: [evaluate.protocol.samples=20]}}
+  - {{objective: MeanFlow, recipe: moons-meanflow, set: [{settings}]}}
 """)
     return reproduce(str(file), "smoke", tmp_path / "out", device="cpu")
 
@@ -91,6 +109,34 @@ def test_arms_on_points_have_a_table_and_a_chart(tmp_path: Path) -> None:
     assert [Path(name).name for name in results["files"]] == ["mine.png", "table.md", "results.json"]
     assert json.loads((tmp_path / "out/results.json").read_text()) == results
     assert all(Path(name).is_file() for name in results["files"])
+
+
+def test_a_seed_that_diverges_leaves_the_table_of_the_others(tmp_path: Path) -> None:
+    results = reproduced(tmp_path, "train.optimizer.lr=1e6", "train.max_skips=1")
+    assert [(row["objective"], row["failed"]) for row in results["table"]] == [("DuMo", "")]
+    assert "diverged" in results["failed"]["meanflow-0"]
+    assert "dumo" not in results["failed"]["meanflow-0"]  # no command that would make another cell of it
+
+
+@pytest.mark.usefixtures("free")
+def test_the_command_of_results_agrees_to_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_own_loss.py").write_text("""
+from typing import Literal
+
+from dumo.objectives import FlowMatching
+
+
+class Mine(FlowMatching):
+    kind: Literal["my_own_loss:Mine"] = "my_own_loss:Mine"
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = f"budget: 80F\nseeds: [0]{ARMS}".replace("train.clip=2.0", "objective.kind=my_own_loss:Mine")
+    with trust.trusting():
+        dumo, mine = cells(tmp_path, text.replace("moons-meanflow", "moons-flow-matching"))
+    assert mine.spec.objective.drop == dumo.spec.objective.drop == 0.0
+    command = reproduce_module._command("mine.yaml", "laptop", None, 1, "auto", [dumo, mine])
+    assert command == "dumo reproduce mine.yaml --scale laptop --trust-code"
+    assert "trust" not in reproduce_module._command("mine.yaml", "laptop", None, 1, "auto", [dumo])
 
 
 def test_the_table_is_there_where_a_picture_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,15 +150,55 @@ def test_the_table_is_there_where_a_picture_fails(tmp_path: Path, monkeypatch: p
     assert json.loads((tmp_path / "out/results.json").read_text())["table"]
 
 
+@pytest.mark.usefixtures("free")
+def test_an_objective_that_was_mended_is_trained_anew(tmp_path: Path) -> None:
+    """Its cells are in folders named after its code."""
+    made = cells(tmp_path, f"budget: 80F\nseeds: [0]{ARMS}")
+    assert [cell.code for cell in made] == [code_hash(cell.spec.objective) for cell in made]
+    assert made[0].code != made[1].code
+
+
 def test_a_setting_may_hold_the_seed(tmp_path: Path) -> None:
     made = cells(tmp_path, f"budget: 80F\nset: [evaluate.seed=$seed]{ARMS}")
     assert [cell.spec.evaluate.seed for cell in made] == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.usefixtures("free")
+def test_each_seed_has_its_own_setting_in_braces_too(tmp_path: Path) -> None:
+    made = cells(tmp_path, f"budget: 80F\nset: ['evaluate.seed=${{seed}}']{ARMS}")
+    assert [cell.spec.evaluate.seed for cell in made] == [0, 1, 2, 0, 1, 2]
+
+
+def of_kind(kind: str, *more: str) -> str:
+    """Two arms of one recipe, the other by another objective."""
+    settings = ", ".join([f"objective.kind={kind}", *more])
+    return ARMS.replace("recipe: moons-meanflow, set: [train.clip=2.0]", f"recipe: moons, set: [{settings}]")
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize("kind", ["meanflow", "dumo_any", "imm"])
+def test_another_objective_keeps_the_dropped_labels_and_the_guidance_of_its_recipe(tmp_path: Path, kind: str) -> None:
+    """imm has no field `guide`."""
+    dumo, other = cells(tmp_path, f"budget: 80F\nseeds: [0]{of_kind(kind)}")
+    assert other.spec.objective.kind == kind
+    kept, brought = (cell.spec.objective.model_dump(include={"drop", "guide"}) for cell in (dumo, other))
+    assert brought == {name: kept[name] for name in brought}
+
+
+@pytest.mark.usefixtures("free")
+def test_an_arm_may_have_its_own_dropped_labels(tmp_path: Path) -> None:
+    arms = of_kind("meanflow", "objective.guide.zeta=0.2")
+    for cell in cells(tmp_path, f"budget: 80F\nseeds: [0]\nset: [data.labelled=true, objective.drop=0.3]{arms}"):
+        assert cell.spec.objective.drop == 0.3
+    assert cell.spec.objective.needs.guide.zeta == 0.2
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (f"budget: 800{ARMS}", "budget"),
+        (f"budget: 0F{ARMS}", "0F trains nothing"),
+        (f"budget: 0 steps of moons{ARMS}", "0 steps of moons trains nothing"),
         (f"budget: plenty{ARMS}", "is no budget: write 8100F"),
         (f"budget: 20 steps of moon{ARMS}", "no recipe 'moon'; did you mean 'moons'"),
         (f"budget: 800F{ARMS}".replace("recipe: moons}", "recipe: mons}"), "no recipe 'mons'; did you mean 'moons'"),
@@ -120,6 +206,13 @@ def test_a_setting_may_hold_the_seed(tmp_path: Path) -> None:
         (f"budget: 800F\nseeds: [0, -1]{ARMS}", "-1 is negative"),
         (f"budget: 800F{ARMS}".replace("MeanFlow", "'+'"), "mine.yaml: objective + has no letter or digit"),
         (f"budget: 800F\nset: [small]{ARMS}", "mine.yaml: set: small is no setting: write FIELD=VALUE"),
+        (
+            f"budget: 800F\nset: [train.steps=9]{ARMS}",
+            "mine.yaml: set: train.steps=9: leave it out",
+        ),
+        (f"budget: 800F\nset: [train.minutes=5]{ARMS}", "train.minutes=5: leave it out, for `budget` says it"),
+        (f"budget: 800F{ARMS}".replace("train.clip=2.0", "train.seed=9"), "leave it out, for `seeds` says it"),
+        (f"budget: 800F\nset: ['train={{steps: 9}}']{ARMS}", "write its fields one by one"),
         (f"budget: 800F{ARMS}".replace("MeanFlow", "dumo"), "mine.yaml: objective 'dumo' is there twice"),
         (f"budget: 800F\nsed: [a=b]{ARMS}", "sed"),
         ("budget: 800F\narms: [{objective: DuMo, recipe: moons}]", "arms"),
@@ -160,11 +253,40 @@ def test_passes_of_other_sizes_are_refused(tmp_path: Path) -> None:
         require_fair(none, "passes")
 
 
-def result(arm: str, seed: int, distance: float, score: str = "mmd") -> Result:
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize(
+    ("recipe", "setting", "said"),
+    [
+        ("digits", "data.held=359", "data.held is 0 in dumo-0 and 359 in meanflow-0"),
+        ("digits", "evaluate.protocol.samples=600", "evaluate.protocol is {kind: digits, samples: 2000} in dumo-0"),
+        ("moons", "evaluate.seed=1", "evaluate.seed is 0 in dumo-0 and 1 in meanflow-0"),
+        ("cifar10-latents", "evaluate.split=null", "evaluate.split is test in dumo-0 and null in meanflow-0"),
+        ("moons", "data.labelled=true", "data.classes is 0 in dumo-0 and 2 in meanflow-0"),
+    ],
+)
+def test_arms_that_are_measured_otherwise_are_refused(tmp_path: Path, recipe: str, setting: str, said: str) -> None:
+    """Before they are trained."""
+    arms = ARMS.replace("moons-meanflow", recipe).replace("moons}", f"{recipe}}}").replace("train.clip=2.0", setting)
+    other = cells(tmp_path, f"budget: 800F\nseeds: [0]{arms}")
+    with pytest.raises(UserError) as refused:
+        require_fair(other, "passes")
+    assert said in str(refused.value)
+
+
+@pytest.mark.usefixtures("free")
+def test_a_fold_may_differ_by_seed(tmp_path: Path) -> None:
+    text = f"budget: 800F\nset: [data.held=359, data.fold=$seed]{ARMS}"
+    require_fair(cells(tmp_path, text.replace("moons", "digits")), "passes")
+
+
+def result(arm: str, seed: int, distance: float, score: str = "mmd", error: float | None = 0.01) -> Result:
     """A measured run of one pass."""
     labels = {"objective": arm, "steps": 10, "F_per_step": 3.0}
     spec = SimpleNamespace(train=SimpleNamespace(seed=seed))
-    report = {"results": [{"nfe": 1, "solver": "hop", score: distance, f"{score}_sd": 0.01}], "contrast": []}
+    row = {"nfe": 1, "solver": "hop", score: distance}
+    if error is not None:
+        row[f"{score}_sd"] = error
+    report = {"results": [row], "contrast": []}
     return Result(cast(Cell, SimpleNamespace(name=f"{arm}-{seed}", spec=spec, labels=labels)), cast(Any, None), report)
 
 
@@ -195,6 +317,15 @@ def test_arms_of_one_seed_are_level_by_standard_errors_alone(tmp_path: Path) -> 
         results = [result("a", 0, 1.0, score), result("b", 0, 1.01, score)]
         rows = paired_table(plan(tmp_path, f"budget: 800F{ARMS}"), results)
         assert [row["best"] for row in rows] == marks
+
+
+def test_arms_of_one_seed_are_not_ranked_without_errors(tmp_path: Path) -> None:
+    """Nobody can say what is level with the best."""
+    results = [result("a", 0, 1.0, "fid", None), result("b", 0, 1.01, "fid", None)]
+    rows = paired_table(plan(tmp_path, f"budget: 800F{ARMS}"), results)
+    assert [row["best"] for row in rows] == ["", ""]
+    more_seeds = [result(arm, 1, 1.1, "fid", None) for arm in "ab"]
+    assert any(row["best"] for row in paired_table(plan(tmp_path, f"budget: 800F{ARMS}"), results + more_seeds))
 
 
 def test_arms_are_not_ranked_by_a_score_of_which_more_is_better(tmp_path: Path) -> None:

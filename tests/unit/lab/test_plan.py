@@ -129,6 +129,22 @@ def test_an_arm_with_steps_of_its_own_begins_a_budget() -> None:
     assert [cell.spec.train.steps for cell in found] == [100, 50, 40, 40]
 
 
+@pytest.mark.parametrize("cost", ["passes", "operations"])
+def test_a_teachers_pairs_are_paid_from_the_budget(monkeypatch: pytest.MonkeyPatch, cost: str) -> None:
+    """By their passes, of which a step takes three, of a hundred operations each."""
+    monkeypatch.setattr(Cost, "units", 3.0)
+    monkeypatch.setattr(Cost, "operations", 300.0)
+    arms = [
+        {"labels": {"objective": "a"}, "recipe": "digits", "steps": 10_000},
+        {"labels": {"objective": "b"}, "recipe": "digits-cmt"},
+    ]
+    plan = small(columns=["objective"], set=[], scales={"laptop": {"seeds": [0], "cost": cost}}, arms=arms)
+    _, taught = plan.cells("laptop")
+    pair_units = Cost(taught.spec).pair_units
+    assert pair_units
+    assert taught.spec.train.steps == round(10_000 - pair_units / 3)
+
+
 def test_a_mistake_in_a_plan_is_found() -> None:
     with pytest.raises(KeyError, match="musli"):
         small(set=["musli"])

@@ -170,10 +170,20 @@ def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in the passes that were asked for: with guidance a row counts twice as many."""
     seen: list[Any] = []
+    passes: list[int] = []
+
+    def sample(sampler: Sampler, c: Cond, nfe: int) -> Samples:
+        passes.append(nfe)
+        return Samples(torch.zeros(len(c), 1, 8, 8), nfe)
+
     monkeypatch.setattr(arm_picture.picture, "named_blocks", lambda blocks, note: seen.append((list(blocks), note)))
-    monkeypatch.setattr(Sampler, "sample", lambda sampler, c, nfe: Samples(torch.zeros(len(c), 1, 8, 8), nfe))
-    arm_picture.sample_sheets([result({"arm": name}, 0, [row(1, far)]) for name, far in (("x", 3.0), ("y", 2.0))])
+    monkeypatch.setattr(Sampler, "sample", sample)
+    card = {"nfe": [1]}
+    results = [result({"arm": name}, 0, [row(2, far)], card=card) for name, far in (("x", 3.0), ("y", 2.0))]
+    arm_picture.sample_sheets(results)
+    assert passes == [1, 1]
     ((names, note),) = seen
     assert names == ["y, 2.00", "x, 3.00"]
     assert "lower is better; not FID" in note

@@ -5,14 +5,17 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import trap
+from dumo.config.change import override
 from dumo.lab import worker as workers
-from dumo.runtime import signals
+from dumo.runtime import door, signals
 from dumo.runtime.heartbeat import Lost
+from dumo.training.state import Diverged
 from dumo.types import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -43,6 +46,8 @@ def work(name: str) -> None:
     if name.isupper():
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(60)
+    if name == "diverged":
+        raise Diverged("step 3 diverged")
     if name == "wrong":
         raise UserError("this is wrong")
     if name == "defect":
@@ -70,6 +75,20 @@ def test_a_killed_process_is_known_by_its_work_and_the_others_go_on() -> None:
     assert str(lost) == "its process was ended by SIGKILL, as where memory is used up"
     assert done == dict.fromkeys("abcd")
     assert nobody_is_left()
+
+
+def test_one_that_diverges_leaves_the_others(tmp_path: Path) -> None:
+    done = dict(workers.run_side_by_side(work, ["a", "diverged", "b", "c"], jobs=2, threads=1))
+    assert str(done.pop("diverged")) == "step 3 diverged"
+    assert done == dict.fromkeys("abc")
+    assert nobody_is_left()
+
+
+def test_messages_name_options_as_they_were_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a process that starts afresh."""
+    monkeypatch.undo()  # the forks
+    with door.command_line(), pytest.raises(UserError, match=r"write --set train\.steps=2000"):
+        list(workers.run_side_by_side(partial(override, {}), [["small"]], jobs=1, threads=1))
 
 
 def long_work(folder: Path) -> Callable[[str], None]:
