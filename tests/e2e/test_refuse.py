@@ -275,6 +275,7 @@ REFUSED = [  # of the recipes' runs, where a word names one
     ("log moons --follow", ("--follow goes with --to",)),
     ("log moons --plot --json", ("give one of them",)),
     ("log moons --out a.png", ("--out goes with --plot",)),
+    ("log moons --last 50 --plot", ("--last is for rows that are printed",)),
     ("demo nothing --port 0", ("no run's folder",)),
     ("reproduce fgi3", ("'fgi3'", "'fig3'")),
     ("reproduce xyzzy", ("'xyzzy'", "best, best-latents, best-pixels, fair, fig3")),

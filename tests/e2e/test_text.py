@@ -14,6 +14,8 @@ import dumo
 import encoders
 from dumo.config import recipes
 from dumo.io.weights import load
+from dumo.report.name import name_part
+from dumo.report.sample import sample_to_files
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from e2e.shell import call
 
@@ -94,6 +96,20 @@ def test_a_long_prompt_is_cut_with_a_warning(home: Path, tmp_path: Path) -> None
     assert done.code == 0
     assert "more than 40 tokens, and cut there" in done.err
     assert len(os.listdir(tmp_path)) == 1
+
+
+def test_other_prompts_and_other_images_that_are_edited_are_other_files(home: Path, tmp_path: Path) -> None:
+    opened = dumo.load(home / "run").opened
+    files: set[Path] = set()
+    for text in ("a dog", "a dog!", "\N{DOG}", "\N{CAT}"):
+        files.update(sample_to_files(opened, tmp_path, count=1, nfe=[1], prompts=[text]))
+    assert len(files) == 4
+    assert name_part("source", "1.png", b"of one folder") != name_part("source", "1.png", b"of another")
+
+
+@pytest.mark.slow
+def test_a_page_shows_a_prompt_that_is_given_alone(home: Path) -> None:
+    assert "a red seven" in dumo.load(home / "run").report(prompts="a red seven").read_text()
 
 
 def test_a_run_of_classes_reads_no_prompts(trained: dict[str, Path]) -> None:

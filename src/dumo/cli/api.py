@@ -33,13 +33,14 @@ from dumo.config.spec import Run
 from dumo.config.trust import trusting
 from dumo.encoders.codec import LoadedCodec
 from dumo.evaluation.own import OwnMetric
+from dumo.flow.solver import Solver
 from dumo.io import picture
 from dumo.io.read import brief, user_path
 from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
 from dumo.report import page
 from dumo.report.feed import live_feed
-from dumo.report.sample import DEFAULT_COUNT, guide_of, repeat_conditions, require_count, size_of, solver_of
+from dumo.report.sample import DEFAULT_COUNT, chosen_solver, guide_of, repeat_conditions, require_count, size_of
 from dumo.report.sheet import Sheets
 from dumo.run.job import open_job
 from dumo.run.prompt import conditions_of_prompts
@@ -67,7 +68,7 @@ class SampleOptions(TypedDict, total=False):
     source: str | Path | None
     nfe: SupportsIndex | None
     seed: SupportsIndex | None
-    solver: str | None
+    solver: Solver | str | None
     guidance: float | None
     noise: Tensor | None
     generator: Generator | None
@@ -169,7 +170,7 @@ class TrainedRun:
         source: str | Path | None = None,
         nfe: SupportsIndex | None = None,
         seed: SupportsIndex | None = None,
-        solver: str | None = None,
+        solver: Solver | str | None = None,
         guidance: float | None = None,
         noise: Tensor | None = None,
         generator: Generator | None = None,
@@ -187,7 +188,7 @@ class TrainedRun:
         samples begin with instead, and a `generator` draws a seed. `size`, "320x192", width x height, is one of the
         buckets that the run was trained on; None: the square.
 
-            output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, 2)
+            output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, d)
             output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points
             output="pil"    a list of PIL images
 
@@ -220,7 +221,7 @@ class TrainedRun:
                 c,
                 nfe=num_passes,
                 seed=seed,
-                solver=solver_of(self.spec.sample, solver),
+                solver=chosen_solver(self.spec.sample, solver),
                 guide=guide,
                 z=None if noise is None else noise.float().cpu(),
                 bar=bar,
@@ -253,6 +254,8 @@ class TrainedRun:
         """
         if prompts is not None and labels is not None:
             raise UserError("prompts and labels are two ways to say what to make: give one of them")
+        if source is not None and prompts is None:
+            raise UserError("source is edited by a text: give prompts, too")
         conditions = self.spec.conditions
         chosen: list[int] | None = None  # the conditions to take in turn; None: all
         if prompts is not None:
@@ -303,7 +306,7 @@ class TrainedRun:
         nfe: SupportsIndex | Sequence[SupportsIndex] | None = None,
         *,
         seed: SupportsIndex | None = None,
-        solver: str | None = None,
+        solver: Solver | str | None = None,
         metrics: Mapping[str, OwnMetric] | None = None,
         bar: Bar = no_bar,
     ) -> dict[str, Any]:
@@ -351,7 +354,9 @@ class TrainedRun:
         if push is not None:
             hub.require_uploadable(push, parts)
         with low_memory_heap():
-            opened = open_run(self.folder, self.opened.overrides, weights=self.opened.given_weights, device="cpu")
+            opened = open_run(
+                self.opened.source, self.opened.overrides, weights=self.opened.given_weights, device="cpu"
+            )
             passes = _integers("nfe", nfe)
             write.export(opened, place, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
         if push is not None:
@@ -383,9 +388,10 @@ class TrainedRun:
         return f"<table>{rows}</table>"
 
     @with_known_arguments
-    def report(self, *, prompts: Sequence[str] = (), bar: Bar = no_bar) -> Path:
+    def report(self, *, prompts: str | Sequence[str] = (), bar: Bar = no_bar) -> Path:
         """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
-        return page.write(self.opened, bar, prompts)[-1]
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        return page.write(self.opened, bar, texts)[-1]
 
 
 def _integer(name: str, value: object, least: int | None = 0) -> int:
@@ -503,7 +509,7 @@ def _evaluation_source(run: TrainedRun) -> str:
     """
     file = evaluation.report_path(run.opened)
     if file.name == EVALUATION_FILE:
-        return str(run.folder)
+        return str(run.opened.source)
     if not file.is_file():
         raise UserError(f"{file} is not there: call evaluate() of this run first")
     return str(file)

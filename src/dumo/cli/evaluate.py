@@ -27,6 +27,7 @@ from dumo.cli.option import (
     parse_integers,
 )
 from dumo.cli.terminal import err, out, show_table
+from dumo.runtime.door import shell_settings
 from dumo.runtime.progress import bar
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def log(
         list[str],
         typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/*, or digits-trained."),
     ],
-    last: Annotated[int, typer.Option(min=1, help="How many rows of each run, the latest.")] = _DEFAULT_LAST,
+    last: Annotated[
+        int | None, typer.Option(min=1, help=f"How many rows of each run, the latest. Default: {_DEFAULT_LAST}.")
+    ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of all these runs in one picture.")] = False,
     file: Annotated[
         Path | None,
@@ -76,12 +79,14 @@ def log(
         raise typer.BadParameter("--follow goes with --to")
     if file and not plot:
         raise typer.BadParameter("--out goes with --plot")
+    if last and (plot or to):
+        raise typer.BadParameter("--last is for rows that are printed: --plot and --to take all")
     if to:
         _send_rows(runs, to, follow=follow)
     elif plot:
         _draw_curves(runs, file)
     else:
-        _show_log(runs, last, as_json=as_json)
+        _show_log(runs, last or _DEFAULT_LAST, as_json=as_json)
 
 
 def _read_logs(runs: list[str]) -> "dict[str, list[Row]]":
@@ -259,8 +264,13 @@ def evaluate(
             all_scores=all_scores,
         )
         return
-    if run_folder is None or protocol or against or file:
+    if run_folder is None:
         raise typer.BadParameter("name a run's folder; or, with --protocol, --against and --out, images by --images")
+    if protocol:
+        setting = shell_settings(f"evaluate.protocol.kind={protocol}")
+        raise typer.BadParameter(f"--protocol is for --images; of a run: {setting}")
+    if against or file:
+        raise typer.BadParameter("--against and --out are for --images: a run is compared with its own data")
 
     from dumo.report import evaluate
     from dumo.run.weights import open_run

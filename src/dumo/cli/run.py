@@ -4,7 +4,6 @@ Each reads what its words name (`dumo.cli.precheck`), checks its options, opens 
 work, prints the paths of what was written on stdout, and says on stderr what to type next.
 """
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -280,25 +279,19 @@ def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:
 
 def _next_commands(run: "Run", folder: Path, *, can_judge: bool) -> list[str]:
     """The commands to type once a run is trained, in order of use; `can_judge`: nothing is missing to judge it."""
+    from dumo.config.code import shell_command
     from dumo.nets import is_pretrained
 
-    program = "dumo"
-    python_path = os.environ.get("PYTHONPATH")
-    has_own_class = any(":" in part.kind for part in (run.objective, run.net, run.data))
-    if python_path and has_own_class:  # else Python would not find the class
-        program = f"PYTHONPATH={shell_path(python_path)} dumo"
-    commands = [f"{program} sample {shell_path(folder)}"]
+    commands = [f"dumo sample {shell_path(folder)}"]
     if can_judge:
-        commands.append(f"{program} evaluate {shell_path(folder)}")
-    commands.append(f"{program} report {shell_path(folder)}")
+        commands.append(f"dumo evaluate {shell_path(folder)}")
+    commands.append(f"dumo report {shell_path(folder)}")
     if is_pretrained(run.net):
         from dumo.export.stock import export_forms
 
         for form in export_forms(run.net):
-            commands.append(f"{program} export {shell_path(folder)} {shell_path(f'{folder}-{form}')} --to {form}")
-    if has_own_class:
-        commands = [f"{command} --trust-code" for command in commands]
-    return commands
+            commands.append(f"dumo export {shell_path(folder)} {shell_path(f'{folder}-{form}')} --to {form}")
+    return [shell_command(run, command) for command in commands]
 
 
 def _print_next(commands: Sequence[str], missing: str | None) -> None:
@@ -442,6 +435,7 @@ def average(
     """
     text = precheck.read_run(run_folder, None)
 
+    from dumo.config.code import shell_command
     from dumo.config.load import run_of
     from dumo.run.average import average
     from dumo.run.judge import missing_to_judge
@@ -458,10 +452,11 @@ def average(
     out.print(str(averaged.file), soft_wrap=True)
     arguments = f"{shell_path(run_folder)} --weights {shell_path(averaged.file)}"
     next_commands = [f"dumo sample {arguments}"]
-    missing = missing_to_judge(run_of(text), num_images=None)  # images are not opened for it
+    run = run_of(text)
+    missing = missing_to_judge(run, num_images=None)  # images are not opened for it
     if not missing:
         next_commands.append(f"dumo evaluate {arguments}")
-    _print_next(next_commands, missing)
+    _print_next([shell_command(run, command) for command in next_commands], missing)
 
 
 def grid(

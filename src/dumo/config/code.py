@@ -3,9 +3,12 @@
 `is_from_outside` says whether a part is of such a class, `has_own_net` and `has_own_parts` whether the user wrote the
 net, or the net or the loss, and `names_code` whether a run takes consent.
 
+`shell_command` adds to a command on a run what its classes need.
+
 `codes_of` hashes what a spec uses, for `resolved` in run.yaml; `require_same_code` compares with it later.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from pydantic import JsonValue
 
 from dumo.config.parts import RunParts
 from dumo.config.source import CODE_KEY
+from dumo.runtime import shell_path
 from dumo.types import Spec, UserError
 from dumo.types.outside import TAG, code_hash, kind_of
 
@@ -36,6 +40,16 @@ def names_code(run: RunParts) -> bool:
     """Whether training a run takes consent (`dumo.config.trust`): for a class from outside, or a teacher's function."""
     has_own_class = any(True for _ in codes_of(run))
     return has_own_class or (run.teacher is not None and run.teacher.kind == "python")
+
+
+def shell_command(run: RunParts, command: str) -> str:
+    """A command on a run, as one types it. Where the run has a class from outside, Python finds it, and may run it."""
+    if not any(True for _ in codes_of(run)):
+        return command
+    python_path = os.environ.get("PYTHONPATH")
+    if python_path:
+        command = f"PYTHONPATH={shell_path(python_path)} {command}"
+    return f"{command} --trust-code"
 
 
 def codes_of(part: object) -> Iterator[tuple[str, str | None]]:

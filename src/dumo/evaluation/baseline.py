@@ -2,7 +2,8 @@
 
 `perfect_sampler_scores` gives them for a protocol that measures `mmd`, `class_mmd` and `fd`. For any other squared
 distance, `measure_null_distance` compares random parts of the data with each other and returns a `NullDistance`, whose
-`scaled_to` gives the expected score at the protocol's own numbers of samples and real images.
+`scaled_to` gives the expected score at the protocol's own numbers of samples and real images. `subset_scale` is for a
+distance that is a mean over random subsets, as a KID is.
 
 Kernel distances have no bias: a perfect sampler's are 0 in the mean, and only their spread is computed.
 """
@@ -26,8 +27,33 @@ PART_PAIRS = 60  # pairs of parts that are compared; their spread is then known 
 MIN_ROWS_PER_FEATURE = 2.5  # of a Fréchet distance: Chong & Forsyth begin at 5,000 rows for 2,048 features
 
 
+Scale = Callable[[int, int], float]  # of a distance between n and m rows of one distribution
+
+
+def full_scale(n: int, m: int) -> float:
+    """The scale of a squared distance between all of n and m rows."""
+    return 1 / n + 1 / m
+
+
+def subset_scale(num_subsets: int, subset_rows: int) -> Scale:
+    """The scale of the mean of a kernel distance over random subsets of `subset_rows` rows of either side.
+
+    Given all rows, the subsets are independent, and the expected distance of each is that of all rows. So the variance
+    of their mean is, by the law of total variance,
+
+        var(all rows) + (var(one subset) - var(all rows)) / num_subsets
+    """
+
+    def scale(n: int, m: int) -> float:
+        of_all = full_scale(n, m)
+        of_subset = full_scale(subset_rows, subset_rows)
+        return (of_all**2 + (of_subset**2 - of_all**2) / num_subsets) ** 0.5
+
+    return scale
+
+
 class NullDistance(NamedTuple):
-    """The squared distance of two independent samples of one distribution, of n and m rows, over 1/n + 1/m.
+    """The squared distance of two independent samples of one distribution, of n and m rows, over its scale.
 
     The mean and the sd of this ratio depend on neither n nor m (`measure_null_distance`).
     """
@@ -35,23 +61,10 @@ class NullDistance(NamedTuple):
     mean: float
     sd: float
 
-    def scaled_to(
-        self, num_samples: int, num_real: int, *, num_subsets: int = 1, subset_rows: int | None = None
-    ) -> tuple[float, float]:
-        """The mean and the sd of the distance between `num_samples` and `num_real` rows.
-
-        With `subset_rows` the score is a mean over `num_subsets` random subsets of this many rows of either side, as a
-        KID is. Given all rows, the subsets are independent, and the expected distance of each is that of all rows. So
-        the variance of their mean is, by the law of total variance,
-
-            var(all rows) + (var(one subset) - var(all rows)) / num_subsets
-        """
-        full_scale = 1 / num_samples + 1 / num_real
-        if subset_rows is None:
-            return self.mean * full_scale, self.sd * full_scale
-        subset_scale = 2 / subset_rows
-        error_scale = (full_scale**2 + (subset_scale**2 - full_scale**2) / num_subsets) ** 0.5
-        return self.mean * full_scale, self.sd * error_scale
+    def scaled_to(self, num_samples: int, num_real: int, scale: Scale = full_scale) -> tuple[float, float]:
+        """The mean and the sd of the distance, of this scale, between `num_samples` and `num_real` rows."""
+        size = scale(num_samples, num_real)
+        return self.mean * size, self.sd * size
 
 
 def measure_null_distance(
@@ -61,11 +74,13 @@ def measure_null_distance(
     kind: str,
     min_part_rows: float,
     pairs: int = PART_PAIRS,
+    scale: Scale = full_scale,
 ) -> NullDistance | None:
     """Compare disjoint random parts of the data, large ones and ones half as large, with each other.
 
-    `real_c` (m,) are the classes of the data, and `distance` takes the row numbers of two parts. At least `pairs` pairs
-    are compared. Draws are keyed by `kind`. Returns None if the small parts would have fewer than `min_part_rows` rows.
+    `real_c` (m,) are the classes of the data, and `distance`, of this `scale`, takes the row numbers of two parts. At
+    least `pairs` pairs are compared. Draws are keyed by `kind`. Returns None if the small parts would have fewer than
+    `min_part_rows` rows.
 
     Why the ratio depends on neither number of rows (ours; measured on digits from 128 rows to 898): moments of n rows
     are off by an error that falls as 1 / sqrt(n), and distances are squares of such errors, so
@@ -89,7 +104,7 @@ def measure_null_distance(
         for num_parts in (num_large_parts, num_small_parts):
             parts = random_parts(real_c, num_parts, stream(kind, "parts", num_parts, i))
             for a, b in zip(parts[::2], parts[1::2], strict=False):  # the last of an odd number has no partner
-                ratios.append(distance(a, b) / (1 / len(a) + 1 / len(b)))
+                ratios.append(distance(a, b) / scale(len(a), len(b)))
     mean, sd = mean_sd(ratios)
     return NullDistance(mean, sd)
 

@@ -86,13 +86,11 @@ def gaussian_mmd_null_sd(sample_c: SampleClasses, real: RealFeatures, width: flo
     In one class its variance is 2 (1/n + 1/m)^2 E k(y, y')^2 of the kernel less its means over each row and column
     (Gretton et al. 2012, Theorem 12). In several classes (ours) the means are over the rows of a class, and a row of
     class c has the weight p_c (1/n_c + 1/m_c), which is 1/n + 1/m where samples have the shares of the data. The outer
-    mean is over the pairs of evenly spaced rows of the data, `MAX_NULL_ROWS` at most.
+    mean is over the pairs of some rows of the data (`_choose_null_rows`).
     """
     fake_one_hot, real_one_hot, shares = _one_hot_classes(sample_c, real_c)
     class_weights = shares * (1 / fake_one_hot.sum(0) + 1 / real_one_hot.sum(0))
-    counted_rows = real_one_hot.any(1).nonzero()[:, 0]
-    rows = counted_rows[:: -(-len(counted_rows) // MAX_NULL_ROWS)]
-    rows = rows[(real_one_hot[rows] @ real_one_hot[rows].sum(0)) >= 2]  # a row alone in its class is its mean
+    rows = _choose_null_rows(real_one_hot)
     y = (real[rows].double() - real.double().mean(0)) / width
     one_hot = real_one_hot[rows]
     counts = one_hot.sum(0).clamp(min=1)  # few rows may have none of a class
@@ -104,6 +102,21 @@ def gaussian_mmd_null_sd(sample_c: SampleClasses, real: RealFeatures, width: flo
     squares = kernel.square() * row_weights * row_weights[:, None]
     mean_square = (squares.sum() - squares.trace()).item() / (len(y) * (len(y) - 1))
     return SCALE * (2 * mean_square) ** 0.5
+
+
+def _choose_null_rows(real_one_hot: Float64[Tensor, "m k"]) -> Int64[Tensor, " n"]:
+    """The numbers of evenly spaced rows with a class, about `MAX_NULL_ROWS` at most, in the shares of the classes.
+
+    Of a class that would keep less than two, all rows are taken or none. A row alone in its class is left out.
+    """
+    counted_rows = real_one_hot.any(1).nonzero()[:, 0]
+    stride = -(-len(counted_rows) // MAX_NULL_ROWS)
+    is_small = real_one_hot.sum(0) < 2 * stride
+    small_classes = is_small.nonzero()[:, 0]
+    of_small_class = real_one_hot[counted_rows][:, is_small].any(1)
+    of_whole_class = real_one_hot[counted_rows][:, small_classes[::stride]].any(1)
+    rows = torch.cat([counted_rows[~of_small_class][::stride], counted_rows[of_whole_class]])
+    return rows[(real_one_hot[rows] @ real_one_hot[rows].sum(0)) >= 2]
 
 
 def _mean_and_variance(

@@ -21,7 +21,7 @@ from torch import Tensor
 from dumo.encoders import clip
 from dumo.encoders.clip import Clip
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
-from dumo.evaluation.wholeset import collect
+from dumo.evaluation.wholeset import choose_rows, collect
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.types import PLACE, Cond, UserError
@@ -66,7 +66,8 @@ class ClipProtocol(Protocol):
         assert context.captions, "a run without captions is refused"
         data, sample_c, texts = context.captions()
         model = clip.load(user_path(self.model, MODEL_FIELD), MODEL_FIELD, context.device)
-        x, c_of_x = data.reference(MAX_REAL, context.seed)  # a finite data set may give more than are asked for
+        x, c_of_x = data.reference(MAX_REAL, context.seed)
+        rows = choose_rows(len(x), MAX_REAL, self.kind, "rows")  # a finite data set may give more than are asked for
         config = model.model.config.vision_config
         facts = {
             "features": f"CLIP {config.hidden_size} wide, patches of {config.patch_size}, {model.side} pixels",
@@ -79,8 +80,8 @@ class ClipProtocol(Protocol):
             encoder=model,
             c=sample_c,
             texts=tuple(texts),
-            real_x=x[:MAX_REAL],
-            real_c=c_of_x[:MAX_REAL],
+            real_x=x[rows],
+            real_c=c_of_x[rows],
             facts=facts,
         )
 

@@ -31,7 +31,7 @@ from dumo.evaluation.images import SUBSETS, split_batches
 from dumo.evaluation.mmd import kid
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.reference import Standard, load_or_compute
-from dumo.evaluation.statistics import Statistics, gather, statistics_of
+from dumo.evaluation.statistics import Statistics, float64_device, gather, statistics_of
 from dumo.io.read import user_path
 from dumo.io.source import Finite
 from dumo.runtime import version
@@ -100,7 +100,7 @@ class FeatureProtocol(Protocol):
             real=real,
             width=width,
             facts=facts,
-            device=context.device,
+            device=float64_device(context.device),
         )
 
 

@@ -22,13 +22,20 @@ from torch import Tensor
 from dumo.encoders import inception
 from dumo.encoders.inception import SIZE, WIDTH
 from dumo.evaluation import reference
-from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, NullDistance, measure_null_distance
+from dumo.evaluation.baseline import (
+    MIN_ROWS_PER_FEATURE,
+    NullDistance,
+    Scale,
+    full_scale,
+    measure_null_distance,
+    subset_scale,
+)
 from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.evaluation.mmd import kid
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, Evaluator, NumberedSamples, Protocol, Scores
 from dumo.evaluation.reference import PIECE, STANDARDS, InceptionKind, Standard, load_or_compute
-from dumo.evaluation.statistics import Batch, Extractor, Statistics, gather, statistics_of
+from dumo.evaluation.statistics import Batch, Extractor, Statistics, float64_device, gather, statistics_of
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.io.source import Finite
@@ -109,8 +116,8 @@ class ImageProtocol(Protocol):
         """The evaluator that compares samples with ADM's file where the name says so, else with all images of the data.
 
         The reference's statistics are cached (`load_or_compute`). Every rank must call this. Raises `UserError` for
-        missing or wrong weights, a file that is not the reference meant, and for more or fewer images than the name
-        says.
+        missing or wrong weights, a file that is not the reference meant, for more or fewer images than the name says,
+        and for too few.
         """
         standard = self.standard
         extractor = inception.load(None, context.device)
@@ -125,6 +132,7 @@ class ImageProtocol(Protocol):
             "rounding": "0 to 255",
         }
         real = load_or_compute({"protocol": self.kind, "dumo": version(), **facts}, count_reference)
+        self._require_enough_images(real)
         return ImageEvaluator(
             name=self.kind,
             standard=standard,
@@ -133,8 +141,24 @@ class ImageProtocol(Protocol):
             extractor=extractor,
             real=real,
             facts=facts,
-            device=context.device,
+            device=float64_device(context.device),
         )
+
+    def _require_enough_images(self, real: Statistics) -> None:
+        """Raise `UserError` where the data are too few for the scores, or the samples for KID."""
+        num_features = len(real.pool.mean)
+        if self.frechet and real.pool.count <= num_features:
+            raise UserError(
+                f"the data have {real.pool.count:,} images, and a Fréchet distance needs more than {num_features:,}: "
+                "set evaluate.protocol.frechet=false, and go by kid"
+            )
+        subset_size = self.standard.subset
+        num_real = len(real.features)
+        if not self.frechet and min(self.total, num_real) < subset_size:
+            raise UserError(
+                f"kid is over subsets of {subset_size:,} images, here are {self.total:,} samples and {num_real:,} "
+                "images of the data: give more, or choose protocol photos"
+            )
 
     def _adm_reference(self, extractor: Extractor, context: Context) -> tuple[dict[str, str], Callable[[], Statistics]]:
         """What a report says of ADM's file, and a function that computes its statistics.
@@ -236,19 +260,25 @@ class ImageEvaluator:
             mean, _ = kid(rows[a], rows[b], subsets=SUBSETS, subset_size=subset_size, generator=draws)
             return mean
 
-        null_kid = self._measure_null_distance(kid_of_rows, float(subset_size))
+        scale = subset_scale(SUBSETS, subset_size)
+        null_kid = self._measure_null_distance(kid_of_rows, float(subset_size), scale)
         if null_kid is None:
             return {}
-        mean, sd = null_kid.scaled_to(self.total, len(rows), num_subsets=SUBSETS, subset_rows=subset_size)
-        return {"perfect": {"mean": mean, "sd": sd}}
+        _, sd = null_kid.scaled_to(self.total, len(rows), scale)
+        return {"perfect": {"mean": 0.0, "sd": sd}}  # a kernel distance has no bias
 
     def _measure_null_distance(
-        self, distance: Callable[[Tensor, Tensor], float], min_part_rows: float
+        self, distance: Callable[[Tensor, Tensor], float], min_part_rows: float, scale: Scale = full_scale
     ) -> NullDistance | None:
         """Compare parts of the reference. Classes do not count, because they weigh little among 2,048 features."""
         same_class = torch.zeros(len(self.real.features), dtype=torch.long)
         return measure_null_distance(
-            same_class, distance, kind=self.name, min_part_rows=min_part_rows, pairs=INCEPTION_PART_PAIRS
+            same_class,
+            distance,
+            kind=self.name,
+            min_part_rows=min_part_rows,
+            pairs=INCEPTION_PART_PAIRS,
+            scale=scale,
         )
 
 

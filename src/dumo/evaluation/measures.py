@@ -36,13 +36,14 @@ from dumo.evaluation.protocol import Context, Evaluator, Protocol, Scores
 from dumo.evaluation.shipped import MIN_CIFAR10, MIN_DIGITS
 from dumo.evaluation.stored import StoredFeatures
 from dumo.evaluation.two_sample import auc_sd, two_sample_auc
-from dumo.evaluation.wholeset import Reference, WholeSetEvaluator, make_opener
+from dumo.evaluation.wholeset import Reference, WholeSetEvaluator, choose_rows, make_opener
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.runtime.random import noise, stream
 from dumo.types import Cond, Sample, UserError
 
 CIFAR10_KIND = "cifar10-features"  # the protocols' names, which key their draws
 DIGITS_KIND = "digits"
+TOY_KIND = "toy"
 DIGITS_WIDTH = 8.0  # of the kernel: two digits are 8.0 apart, at the median
 TOY_WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels, in sd of the data: ours
 MAX_REAL = 10_000  # real images that kernels and neighbours take at most: ours
@@ -253,23 +254,25 @@ def _round_to_grey_levels(x: Sample) -> Sample:
 def score_toy(x: Sample, c: Cond, reference: Reference) -> Scores:
     """The score `mmd2` of points x (n, d), unbiased MMD^2 in the points' own space; the classes c are not read.
 
-    The kernels are Gaussian, of `TOY_WIDTHS` sd of the data. Raises `UserError` unless the reference has n points.
+    The kernels are Gaussian, of `TOY_WIDTHS` sd of the data. A finite reference is compared with by at most `MAX_REAL`
+    of its points; raises `UserError` where one without end has other than n.
     """
-    if len(reference.x) != len(x):  # the baseline is of as many points on both sides
-        raise UserError(
-            f"protocol toy compares {len(x)} points with as many, here are {len(reference.x)}: draw as many"
-        )
-    return {"mmd2": mmd2(x.cpu(), reference.x.cpu(), _toy_widths(reference.x))}
+    real = reference.x.cpu()
+    if reference.redraw is None:
+        real = real[choose_rows(len(real), MAX_REAL, TOY_KIND)]
+    elif len(real) != len(x):  # the baseline is of as many points on both sides
+        raise UserError(f"protocol toy compares {len(x)} points with as many, here are {len(real)}: draw as many")
+    return {"mmd2": mmd2(x.cpu(), real, _toy_widths(reference.x))}
 
 
 def baselines_toy(reference: Reference, sample_c: Cond) -> dict[str, Scores]:
     """The baseline `null`: mean and sd of `mmd2` between independent draws of n points of the data.
 
     `sample_c` (n,) are the classes of the points, of which the number alone counts. `null` is what `perfect` is
-    elsewhere, under the name that files have. Raises `UserError` where the reference cannot be drawn anew.
+    elsewhere, under the name that files have. {} where the reference cannot be drawn anew.
     """
     if reference.redraw is None:
-        raise UserError("protocol toy needs a data set that can be drawn anew: choose another protocol")
+        return {}
     mean, sd = null_spread(reference.redraw, _toy_widths(reference.x), len(sample_c))
     return {"null": {"mean": mean, "sd": sd}}
 

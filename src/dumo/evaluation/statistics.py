@@ -94,9 +94,10 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
     image_numbers: list[Tensor] = []
     for batch_numbers, pixels in batches:
         extracted = extractor(pixels)
-        pool = _to_float64_device(extracted.pool)
-        logits = _to_float64_device(extracted.logits)
-        spatial_moments = Moments.of(_to_float64_device(extracted.spatial))
+        device = float64_device(extracted.pool.device)
+        pool = extracted.pool.to(device)
+        logits = extracted.logits.to(device)
+        spatial_moments = Moments.of(extracted.spatial.to(device))
         pool_moments = Moments.of(pool)
         inception_score = InceptionScore.of(logits, batch_numbers, size=split_size, splits=num_splits)
         if sums is None:
@@ -111,9 +112,10 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
     return _to_cpu(Statistics(*sums, torch.cat(features), torch.cat(image_numbers)))
 
 
-def _to_float64_device(x: Tensor) -> Tensor:
-    """Move a tensor to a device that has float64: it stays on a GPU of CUDA, and goes to the CPU from any other."""
-    return x if x.is_cuda else x.cpu()
+def float64_device(device: torch.device | str) -> torch.device:
+    """The device itself if it is a GPU of CUDA, which has float64; the CPU for any other."""
+    device = torch.device(device)
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _to_cpu(statistics: Statistics) -> Statistics:

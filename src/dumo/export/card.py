@@ -38,7 +38,7 @@ from dumo.export.stock import StockPipeline
 from dumo.export.textencoder import ShippedTextEncoder
 from dumo.flow.guide import GuidanceScale
 from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
-from dumo.report.card import read_report
+from dumo.report.card import is_card_of, read_report
 from dumo.run.resolve import as_given, without_path
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -107,10 +107,7 @@ class Provenance:
             report = read_report(opened.folder / EVALUATION_FILE)
         except UserError:
             report = None
-        if report and report["card"].get("weights_sha256") != opened.sha256:
-            report = None
-        own_fields = {"nfe", "seed"}  # an evaluation has its own
-        if run.sample.model_dump(exclude=own_fields) != opened.run_as_saved.sample.model_dump(exclude=own_fields):
+        if report and not is_card_of(report["card"], opened):
             report = None
         return cls(
             about=run.about,

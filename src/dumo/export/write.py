@@ -98,6 +98,8 @@ def export(
         model_dtype = "float32" if to in ("lora", "comfyui") else dtype
         exported = choose_exported_model(sampler, spec, chosen_head, tuple(nfe), model_dtype)
         exported = replace(exported, subject_only=alone)
+    elif nfe:
+        raise UserError(f"an export of dumo's own net makes any number of passes: leave out {option('nfe')}")
     path = sampler.flow.path
     if path != Linear() and not isinstance(path, Diffusion):
         raise UserError(

@@ -30,7 +30,7 @@ from dumo.types import Sample, UserError
 
 Pixels = UInt8[Tensor, "n 3 h w"]
 PixelRows = UInt8[Tensor, "n h w 3"]  # as files hold them
-Points = Float[Tensor, "_ 2"]
+Points = Float[Tensor, "_ d"]
 
 # In pixels, but for the last. All ours
 MIN_READABLE_HEIGHT = 64  # a smaller image is enlarged to at least this height
@@ -168,10 +168,14 @@ def _cut(line: str, width: float, text_font: ImageFont.FreeTypeFont) -> str:
 def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> Image.Image:
     """A panel of `side` inches for each title of `samples`: real points grey, samples red, as in the paper's Fig. 3.
 
-    The frame is that of the real points with a tenth around it; samples farther off are not shown.
+    The frame is that of the real points with a tenth around it; samples farther off are not shown. Of points of more
+    than two numbers the first two are drawn. Raises UserError for points of one number.
     """
     from matplotlib.figure import Figure  # slow to import
 
+    if real.shape[1] < 2:
+        raise UserError("points of one number have no scatter: write their samples as npz, or give points of two")
+    real = real[:, :2]
     title_lines = 1 + max(title.count("\n") for title in samples)
     size = (side * len(samples), side + 0.3 * title_lines)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
@@ -183,7 +187,7 @@ def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> I
     panels = figure.subplots(1, len(samples), squeeze=False)[0]
     for axes, (title, x) in zip(panels, samples.items(), strict=True):
         axes.scatter(*real.T.numpy(), s=6, color="0.8", linewidths=0)
-        axes.scatter(*x.T.numpy(), s=2, color="red", linewidths=0)
+        axes.scatter(*x[:, :2].T.numpy(), s=2, color="red", linewidths=0)
         axes.set(title=title, xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
     return from_figure(figure)
 
@@ -346,8 +350,8 @@ def write_adm(path: Path, pixels: PixelRows, c: Int[Tensor, " n"]) -> None:
     _write_arrays(path, pixels.numpy(), c.numpy())
 
 
-def write_points(path: Path, points: Float[Tensor, "n 2"], c: Int[Tensor, " n"]) -> None:
-    """Write points: arr_0 float (n, 2), arr_1 int64 labels (n,). Raises OSError."""
+def write_points(path: Path, points: Float[Tensor, "n d"], c: Int[Tensor, " n"]) -> None:
+    """Write points: arr_0 float (n, d), arr_1 int64 labels (n,). Raises OSError."""
     _write_arrays(path, points.numpy(), c.numpy())
 
 

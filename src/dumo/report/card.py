@@ -4,6 +4,8 @@ To write, `make_card` makes the card of a run that is judged. `judging_settings`
 decides, with `labels_text`, `contrast_passes` and `contrast_solver`; `protocol_settings` says what the protocol's name
 does not.
 
+`is_card_of` says whether a card is of what a run samples now.
+
 To read, `read_report` reads a report with its card, and `validate_report` checks one that is read already: the file may
 have been edited, or be of somebody else. What the scores in it say is in `dumo.report.score`.
 """
@@ -148,21 +150,35 @@ def labels_text(data: Data, evaluation: Evaluation) -> str:
 
 def judging_settings(sampler: Sampler, evaluation: Evaluation) -> Card:
     """The fields of a card that say how samples are made and judged, as the spec alone decides."""
-    objective = sampler.flow.objective
-    spec = sampler.spec
     fields: Card = {}
-    if objective.kind == "drift":
+    if sampler.flow.objective.kind == "drift":
         fields["trained_on"] = SAMPLE_SPACE  # its loss compares them with data, so their distances are no judges of it
     return fields | {
         "labels": labels_text(sampler.data, evaluation),  # elsewhere labels are often drawn at random
-        "solver": spec.solver.model_dump(mode="json"),
-        "guide": spec.guide.model_dump(mode="json"),
-        "knobs": {**objective.needs.knobs, **spec.knobs},
-        "precision": sampler.precision,
+        **_sampling_settings(sampler),
         "nfe": sorted(set(evaluation.nfe)),
         "contrast": contrast_passes(sampler, evaluation),
         "seed": evaluation.seed,
     }
+
+
+def _sampling_settings(sampler: Sampler) -> Card:
+    """The fields of a card that say how samples of a given number of passes are made."""
+    spec = sampler.spec
+    return {
+        "solver": spec.solver.model_dump(mode="json"),
+        "guide": spec.guide.model_dump(mode="json"),
+        "knobs": {**sampler.flow.objective.needs.knobs, **spec.knobs},
+        "precision": sampler.precision,
+    }
+
+
+def is_card_of(card: Mapping[str, Any], opened: RunFolder) -> bool:
+    """Whether a card is of the weights of an opened run, sampled as it samples now."""
+    for field, value in _sampling_settings(opened.sampler).items():
+        if card.get(field) != value:
+            return False
+    return card.get("weights_sha256") == opened.sha256
 
 
 def protocol_settings(run: Run) -> Card:

@@ -41,9 +41,18 @@ from dumo.io.file import check_writable, sweep
 from dumo.io.guard import locked
 from dumo.io.read import null_nonfinite, write_json
 from dumo.report import score
-from dumo.report.card import Card, Row, contrast_solver, judging_settings, make_card, protocol_settings, read_report
+from dumo.report.card import (
+    Card,
+    Row,
+    contrast_solver,
+    is_card_of,
+    judging_settings,
+    make_card,
+    protocol_settings,
+    read_report,
+)
 from dumo.report.name import Fields, changed_parts, flatten
-from dumo.report.sample import solver_of
+from dumo.report.sample import chosen_solver
 from dumo.run.judge import evaluator_of, sample_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -61,7 +70,7 @@ def evaluate(
     *,
     nfe: Sequence[int] | None = None,
     seed: int | None = None,
-    solver: str | None = None,
+    solver: Solver | str | None = None,
     metrics: Mapping[str, OwnMetric] | None = None,
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
@@ -155,14 +164,14 @@ def complete_report(
 
 
 def with_judging_options(
-    opened: RunFolder, *, nfe: Sequence[int] | None, seed: int | None, solver: str | None = None
+    opened: RunFolder, *, nfe: Sequence[int] | None, seed: int | None, solver: Solver | str | None = None
 ) -> RunFolder:
     """The run as it is to be judged; None leaves what the run has.
 
     Raises UserError for passes or a solver out of reach.
     """
     run = opened.run
-    solver_spec = solver_of(run.sample, solver)
+    solver_spec = chosen_solver(run.sample, solver)
     passes = tuple(nfe or run.evaluate.nfe)
     if seed is None:
         seed = run.evaluate.seed
@@ -212,9 +221,9 @@ def current_report(opened: RunFolder) -> dict[str, Any] | None:
         report = read_report(opened.find_output(EVALUATION_FILE))
     except UserError:
         return None
+    if not is_card_of(report["card"], opened):
+        return None
     wanted_card: dict[str, Any] = {
-        "step": opened.step,
-        "weights": opened.weights,
         "protocol": opened.run.evaluate.protocol.name,
         "protocol_settings": protocol_settings(opened.run),
         **judging_settings(opened.sampler, opened.run.evaluate),

@@ -12,7 +12,6 @@ What the scores themselves say is in `dumo.report.score`, which also says what a
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
-from pathlib import Path
 from typing import Any
 
 from dumo.config.place import EVALUATION_FILE
@@ -21,7 +20,7 @@ from dumo.data import Data
 from dumo.evaluation import MetricProtocol
 from dumo.evaluation.metric import CLASS_MMD
 from dumo.io.read import read_json
-from dumo.report.card import Row, validate_report
+from dumo.report.card import Row, is_card_of, validate_report
 from dumo.report.score import (
     ERROR_SUFFIX,
     error,
@@ -33,6 +32,7 @@ from dumo.report.score import (
     summary_names,
     trained_on_names,
 )
+from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path
 
 SHIPPED_RESULTS = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # names of results, by protocol
@@ -42,10 +42,10 @@ Judgement = dict[str, Any]  # an evaluation with what a page says of it, as `rea
 ResultRow = tuple[str, int, list[str]]  # the solver, the number of passes, the scores as text
 
 
-def read_judgement(folder: Path, step: int, weights: str) -> Judgement | None:
+def read_judgement(opened: RunFolder) -> Judgement | None:
     """The evaluation that `dumo evaluate` wrote into a run's folder, with what a page says of it; None without one.
 
-    - `fresh`: whether it is of this step and these weights
+    - `fresh`: whether it is of these weights, sampled as the run samples now
     - `columns`: its scores, the one that leads first; `summary`: some of them; `words`: what they are called
     - `sentence`: on where the run stands; `left_out`: which classes do not count, if any
     - `biased`: the scores that the run was trained on
@@ -53,10 +53,10 @@ def read_judgement(folder: Path, step: int, weights: str) -> Judgement | None:
 
     Raises UserError if the file is damaged.
     """
-    path = folder / EVALUATION_FILE
+    path = opened.find_output(EVALUATION_FILE)
     if not path.is_file():
         return None
-    fix = f"run dumo evaluate {shell_path(folder)} again"
+    fix = f"run dumo evaluate {shell_path(path.parent)} again"
     evaluation = validate_report(read_json(path, fix), path, fix)
     card = evaluation.get("card") or {}
     first_row = evaluation["results"][0]
@@ -71,30 +71,26 @@ def read_judgement(folder: Path, step: int, weights: str) -> Judgement | None:
         "summary": summary_names(columns),
         "sentence": state_sentence(evaluation),
         "left_out": card.get(CLASS_MMD),
-        "fresh": _is_of_weights(evaluation, step, weights),
+        "fresh": is_card_of(card, opened),
         "words": words,
         "biased": biased_columns,
         "baseline": _first_baseline(evaluation, columns[0]),
     }
 
 
-def _is_of_weights(evaluation: Mapping[str, Any], step: int, weights: str) -> bool:
-    """Whether an evaluation is of this step and this file of weights."""
-    return (evaluation["step"], evaluation["weights"]) == (step, weights)
-
-
-def read_benchmarks(folder: Path, step: int, weights: str) -> list[Judgement]:
-    """The evaluations of these weights by BENCHMARK_NAMES, each with its `columns`, their `words`, and its `rows`.
+def read_benchmarks(opened: RunFolder) -> list[Judgement]:
+    """The evaluations by BENCHMARK_NAMES of what the run samples now, each with its `columns`, `words` and `rows`.
 
     Raises UserError where a file is damaged.
     """
+    folder = opened.output_folder
     judgements: list[Judgement] = []
     for path in sorted(folder.glob("evaluation-*.json")):
         if path.name.split("-")[1] not in BENCHMARK_NAMES:
             continue
         fix = f"remove it, or run dumo evaluate {shell_path(folder)} again"
         evaluation = validate_report(read_json(path, fix), path, fix)
-        if _is_of_weights(evaluation, step, weights):
+        if is_card_of(evaluation.get("card") or {}, opened):
             columns = score_names(evaluation["results"][0])
             rows = table_rows(evaluation, columns)
             judgements.append({**evaluation, "columns": columns, "words": merits(columns), "rows": rows})

@@ -40,10 +40,15 @@ def changed_parts(opened: RunFolder, before: Fields, after: Fields) -> list[str]
     return parts
 
 
-def name_part(field: str, value: object) -> str:
-    """A field and its value as a part of a name: seed3, heun, labels3-5. A long value is cut, and ends in a hash."""
+def name_part(field: str, value: object, content: bytes | None = None) -> str:
+    """A field and its value as a part of a name: seed3, heun, labels3-5. A long value is cut, and ends in a hash.
+
+    So does a value of which the name does not hold all: `content` is then what is hashed.
+    """
     name = "" if field.endswith(".kind") else field.split(".")[-1]
     text = re.sub(r"[^\w.]+", "-", str(value)).strip("-")
-    if len(text) > MAX_VALUE_LENGTH:
-        text = f"{text[: MAX_VALUE_LENGTH - 7]}-{digest.of_bytes(text.encode())[:6]}"
+    if content is None and len(text) > MAX_VALUE_LENGTH:
+        content = text.encode()
+    if content is not None:
+        text = f"{text[: MAX_VALUE_LENGTH - 7]}-{digest.of_bytes(content)[:6]}"
     return name + text

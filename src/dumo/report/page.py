@@ -14,6 +14,7 @@ report.html.j2. `num_data_rows` also says how many images of the data the demo r
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -24,9 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.config import recipes, word
+from dumo.config.code import shell_command
 from dumo.config.conditions import shown_data, squares
 from dumo.config.load import dump
-from dumo.config.place import EVALUATION_FILE, LOG_FILE
+from dumo.config.place import LOG_FILE
+from dumo.config.spec import Run
 from dumo.data import Images, Latents
 from dumo.evaluation.copy import THUMB_SIDE
 from dumo.evaluation.neighbours import Real
@@ -109,7 +112,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     # what is on disk: the log, the evaluation, the data
     logged_rows = log.read_log(opened.folder / LOG_FILE)
     rows = [row for row in logged_rows if "skipped" not in row]  # a skipped step has no numbers
-    evaluation = judgement.read_judgement(opened.find_output(EVALUATION_FILE).parent, opened.step, opened.weights)
+    evaluation = judgement.read_judgement(opened)
     data = _read_data(opened)
 
     # samples
@@ -159,7 +162,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         charts=page_charts(rows) if len(rows) > 1 else (),
         late_losses=late_losses(rows),
         evaluation=evaluation,
-        benchmarks=judgement.read_benchmarks(folder, opened.step, opened.weights),
+        benchmarks=judgement.read_benchmarks(opened),
     )
     html = render(opened, parts)
     paths: list[Path] = []
@@ -217,7 +220,7 @@ def render(opened: RunFolder, parts: PageParts) -> str:
     if results:
         others = judgement.objectives_table(results, parts.evaluation, opened.step, facts.forward_units_per_step)
     proximity = parts.neighbours.proximity if parts.neighbours else None
-    template = _template_environment().get_template("report.html.j2")
+    template = _template_environment(run).get_template("report.html.j2")
     return template.render(
         # the run
         run=run,
@@ -231,6 +234,7 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         method=word.method(run.objective),
         names=_class_names(sampler),
         data_name=_data_name(sampler),
+        is_shipped=opened.is_shipped,
         yaml=dump(run),
         versions=software_versions(),
         # how good it is
@@ -251,11 +255,11 @@ def render(opened: RunFolder, parts: PageParts) -> str:
 
 def _typed_name(opened: RunFolder) -> str:
     """The run as a user types it after a command: its folder, or the name by which it comes with dumo."""
-    return opened.folder.name if opened.is_shipped else shell_path(opened.folder)
+    return str(opened.source) if opened.is_shipped else shell_path(opened.folder)
 
 
-def _template_environment() -> jinja2.Environment:
-    """The environment that finds the page's template, with its filters. What is put into a page is escaped."""
+def _template_environment(run: Run) -> jinja2.Environment:
+    """The environment that finds the template of a run's page, with its filters. What is put into a page is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.report", "."),
         autoescape=True,
@@ -270,6 +274,7 @@ def _template_environment() -> jinja2.Environment:
         large=score.abbreviate,
         embed=picture.embed,
         sentence=_sentence,
+        typed=partial(shell_command, run),
     )
     return environment
 

@@ -7,12 +7,13 @@
 3. decides the conditions, and the names of files by what is not as the run has it (`sampling_changes`),
 4. makes the samples of each number of passes, and writes them (`write_samples`).
 
-What others call: `solver_of`, `guide_of` and `size_of` read one option of a user; `require_count` checks a number of
-samples; `repeat_conditions` repeats conditions; `draw_sheet` lays out samples; `data_points` are the data behind a
+What others call: `chosen_solver`, `guide_of` and `size_of` read one option of a user; `require_count` checks a number
+of samples; `repeat_conditions` repeats conditions; `draw_sheet` lays out samples; `data_points` are the data behind a
 scatter.
 """
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -65,14 +66,16 @@ def require_count(count: int, conditions: Sequence[object], noun: str) -> None:
         )
 
 
-def solver_of(spec: Sampling, name: str | None) -> Solver:
-    """The solver of this name with its defaults, or the spec's own if the name is None or its own.
+def chosen_solver(spec: Sampling, solver: Solver | str | None) -> Solver:
+    """The spec's own solver if `solver` is None or its name; of another name that with its defaults; else `solver`.
 
     Raises UserError for an unknown name.
     """
-    if name in (None, spec.solver.kind):
+    if solver in (None, spec.solver.kind):
         return spec.solver
-    return parse(Sampling, {"solver": {"kind": name}}).solver
+    if not isinstance(solver, str):
+        return solver
+    return parse(Sampling, {"solver": {"kind": solver}}).solver
 
 
 def guide_of(sampler: Sampler, training_guidance: GuidanceScale, scale: object) -> CFG:
@@ -97,14 +100,14 @@ def with_sampling_options(
     *,
     nfe: Sequence[int] | None,
     seed: int | None,
-    solver: str | None,
+    solver: Solver | str | None,
     size: str | None = None,
 ) -> Sampler:
     """The sampler with what a user asked for; None leaves what the run has.
 
     Raises UserError for passes, a solver or a size that the net cannot make.
     """
-    solver_spec = solver_of(sampler.spec, solver)
+    solver_spec = chosen_solver(sampler.spec, solver)
     passes = tuple(nfe or sampler.spec.nfe)
     check(solver_spec, sampler.taught, *passes)
     if seed is None:
@@ -144,7 +147,7 @@ def sample_to_files(
     source: Path | None = None,
     nfe: Sequence[int] | None = None,
     seed: int | None = None,
-    solver: str | None = None,
+    solver: Solver | str | None = None,
     size: str | None = None,
     bar: Bar = no_bar,
 ) -> list[Path]:
@@ -179,9 +182,9 @@ def sample_to_files(
     if only:
         name_parts.append(name_part("labels", only))
     if prompts:
-        name_parts.append(name_part("prompts", list(prompts)))
+        name_parts.append(name_part("prompts", list(prompts), json.dumps(list(prompts)).encode()))
     if source:
-        name_parts.append(name_part("source", source.name))
+        name_parts.append(name_part("source", source.name, source.read_bytes()))
     if size:
         name_parts.append(name_part("size", size))
     default_count = len(prompts) or DEFAULT_COUNT
@@ -247,7 +250,7 @@ def draw_sheet(x: Sample, c: Tensor, conditions: Conditions, names: Sequence[str
 
 
 def data_points(data: Data, seed: int) -> picture.Points:
-    """DATA_POINTS points (n, 2) of the data, to stand behind a scatter of samples, chosen by `seed`."""
+    """DATA_POINTS points (n, d) of the data, to stand behind a scatter of samples, chosen by `seed`."""
     points, _ = data.originals().reference(DATA_POINTS, seed)
     return points
 

@@ -18,12 +18,16 @@ from typing import NamedTuple
 from dumo.config.conditions import shown_data
 from dumo.config.parts import Evaluation
 from dumo.config.source import PROPOSED_KEY
+from dumo.config.spec import Run
 from dumo.config.word import STATES
 from dumo.data import is_images
+from dumo.flow.path import Linear
+from dumo.nets import is_pretrained
 from dumo.report.judgement import Judgement
 from dumo.report.proximity import Proximity
 from dumo.report.score import decisive_comparison, duration, error, number
 from dumo.run.judge import missing_to_judge
+from dumo.run.prompt import edits_images
 from dumo.run.speed import seconds_between
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path
@@ -66,8 +70,8 @@ def reach_verdict(
 ) -> Verdict:
     """The verdict on a run. `name` is what a user types for it: its folder, or its name.
 
-    `num_images` are those of its data; None: they never end, or are not here. An evaluation of other weights does not
-    count.
+    `num_images` are those of its data; None: they never end, or are not here. An evaluation of other weights, or
+    of what is sampled otherwise now, does not count.
     """
     run = opened.run
     step = opened.step
@@ -90,7 +94,7 @@ def reach_verdict(
         head = f"{quality.head}, and {stopped}" if quality.head else stopped.capitalize()
         return Verdict(head, quality.reason, [_suggest_training(name, effect)])
     if quality.is_good or (quality.head and opened.is_shipped):
-        return Verdict(quality.head, quality.reason, _suggest_uses(name), quality.is_good)
+        return Verdict(quality.head, quality.reason, _suggest_uses(run, name), quality.is_good)
     if quality.head:
         images = shown_data(run.data)
         visits = step * run.train.batch / num_images if num_images else 0.0
@@ -99,7 +103,7 @@ def reach_verdict(
         return Verdict(quality.head, quality.reason, [_suggest_more_training(opened, name)])
     if evaluation is None and missing_to_judge(run, num_images) is None:
         return Verdict("Trained, and not judged yet", "", [_suggest_evaluation(run.evaluate, name)])
-    return Verdict("Trained", "", _suggest_uses(name))
+    return Verdict("Trained", "", _suggest_uses(run, name))
 
 
 class _Quality(NamedTuple):
@@ -241,10 +245,25 @@ def _suggest_less_training(opened: RunFolder, name: str) -> NextStep:
     return NextStep(command, f"{effect}; more photos help more")
 
 
-def _suggest_uses(name: str) -> list[NextStep]:
-    """What to do with a run that is good."""
-    return [
-        NextStep(f"dumo sample {name} --count {GOOD_COUNT}", f"makes {GOOD_COUNT} more"),
-        NextStep(f"dumo demo {name}", "is a page to play with"),
-        NextStep(f"dumo export {name}", "writes files for other programs"),
-    ]
+def _suggest_uses(run: Run, name: str) -> list[NextStep]:
+    """What to do with a run that is good, as far as it can be shown on a page and exported."""
+    steps = [NextStep(f"dumo sample {name} --count {GOOD_COUNT}", f"makes {GOOD_COUNT} more")]
+    if not edits_images(run.data):
+        steps.append(NextStep(f"dumo demo {name}", "is a page to play with"))
+    if _can_export(run):
+        steps.append(NextStep(f"dumo export {name}", "writes files for other programs"))
+    return steps
+
+
+def _can_export(run: Run) -> bool:
+    """Whether `dumo export` takes a run, as far as its spec tells: it has a head and a net that others can use."""
+    needs = run.objective.needs
+    has_head = bool({"u", "v"} & {*needs.heads})
+    has_known_path = run.path == Linear() or run.path.kind == "diffusion"
+    if not (has_head and has_known_path):
+        return False
+    if is_pretrained(run.net):
+        return True
+    if run.net.kind not in ("dit", "unet") or run.sample.guide.active:
+        return False
+    return {*needs.names} <= {"t", "r"} and getattr(run.net, "precondition", None) != "data"

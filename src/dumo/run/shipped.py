@@ -7,7 +7,7 @@ in half precision. `find` says which folder a name means, `output_folder` where 
 
 from pathlib import Path
 
-from dumo.config.source import trained_name_of
+from dumo.config.source import RUN_FILE, trained_name_of
 from dumo.io import trained
 from dumo.io.read import user_path
 
@@ -25,10 +25,12 @@ def find(source: str | Path) -> Path:
 def output_folder(source: str | Path) -> Path:
     """The folder that commands write into: a run's own, and for a run that comes with dumo NAME, in the current one.
 
-    Raises as `find`.
+    Where ./NAME holds a run of the user's, it is dumo-NAME. Raises as `find`.
     """
     name = trained_name_of(source)
-    return _path(source) if name is None else Path(name)
+    if name is None:
+        return _path(source)
+    return Path(f"dumo-{name}" if (Path(name) / RUN_FILE).is_file() else name)
 
 
 def _path(source: str | Path) -> Path:

@@ -22,7 +22,7 @@ from dumo.config.difference import Difference, difference_lines, differences
 from dumo.config.history import RecordedRun
 from dumo.config.parts import RunParts
 from dumo.config.place import require_run_folder
-from dumo.config.source import RunText
+from dumo.config.source import SHIPPED_PREFIX, RunText
 from dumo.config.spec import Run
 from dumo.data import is_images
 from dumo.flow.path import FlowPath
@@ -85,6 +85,14 @@ class RunFolder:
     def is_shipped(self) -> bool:
         """Whether the run comes with dumo."""
         return self.own_output is not None
+
+    @property
+    def source(self) -> str | Path:
+        """What opens this run again: its folder, or the name by which it comes with dumo."""
+        if not self.is_shipped:
+            return self.folder
+        name = self.folder.name
+        return name if self.output_folder == Path(name) else f"{SHIPPED_PREFIX}{name}"  # else ./NAME is another run
 
     @property
     def output_folder(self) -> Path:

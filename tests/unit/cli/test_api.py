@@ -199,6 +199,8 @@ def test_a_run_is_exported_as_by_the_command(digits: TrainedRun, tmp_path: Path)
         assert (made / file).read_bytes() == (tmp_path / "shell" / file).read_bytes()
     with pytest.raises(dumo.UserError, match="exists already: remove it"):
         digits.export(made)
+    with pytest.raises(dumo.UserError, match="own net makes any number of passes: leave out nfe="):
+        digits.export(tmp_path / "passes", nfe=2)
 
 
 def test_the_weights_that_were_given_are_exported(digits: TrainedRun, tmp_path: Path) -> None:
@@ -297,6 +299,14 @@ def test_a_run_is_judged_and_reported(digits: TrainedRun) -> None:
     assert page.is_file()
 
 
+@pytest.mark.slow
+def test_points_of_ones_own_are_judged_and_reported(tmp_path: Path) -> None:
+    changes = {"net.width": 16, "net.depth": 1, "train.batch": 8, "train.steps": 2, "evaluate.protocol.samples": 60}
+    run = dumo.train(data=np.random.default_rng(0).normal(size=(50, 3)), changes=changes, out=tmp_path / "run")
+    assert run.evaluate(nfe=1)["baselines"] == {}
+    assert run.report().is_file()
+
+
 def made(run: TrainedRun, *c: int) -> torch.Tensor:
     """Samples of these conditions by number, which the front door does not check."""
     return run.opened.sampler.sample(torch.tensor(c), nfe=1).x
@@ -316,6 +326,7 @@ WRONG: dict[str, Wrong] = {
     "label -1 is out of range": lambda d, m: d.sample(-1),
     "no classes": lambda d, m: m.sample([0]),
     "labels is empty": lambda d, m: d.sample([]),
+    "source is edited by a text: give prompts": lambda d, m: d.sample(source="x.png"),
     "count = 0: it is 1 or more": lambda d, m: d.sample(count=0),
     "nfe = 0": lambda d, m: d.sample(nfe=0),
     "there is no 'hoop'; did you mean 'hop'": lambda d, m: d.sample(solver="hoop"),

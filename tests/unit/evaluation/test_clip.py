@@ -129,6 +129,15 @@ def test_real_images_stand_beside_it_with_their_captions_and_with_others(folder:
     assert state([{"clip_score": 0.0}], baselines) is None  # more is better, so it is not at the data
 
 
+def test_some_of_many_real_images_are_not_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dumo.evaluation.clip.MAX_REAL", 8)
+    evaluator = judge(folder)
+    numbers = [next(i for i, image in enumerate(images(20)) if image.equal(real)) for real in evaluator.real_x]
+    assert len(numbers) == 8
+    assert max(numbers) > 8
+    assert evaluator.real_c.tolist() == [i % 4 for i in numbers]
+
+
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [

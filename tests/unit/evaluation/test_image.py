@@ -237,6 +237,24 @@ def test_data_is_counted_once_and_anew_when_anything_changes(tmp_path: Path, pee
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
+@pytest.mark.usefixtures("peephole")
+def test_too_few_images_are_refused_before_any_sample() -> None:
+    with pytest.raises(
+        UserError, match=r"the data have 6 images, .* more than 6: set evaluate\.protocol\.frechet=false"
+    ):
+        opened(FOLDER, images(WIDTH))
+    for total, num_real in ((N, 99), (99, N)):
+        with pytest.raises(UserError, match=rf"subsets of 100 images, here are {total} samples and {num_real} images"):
+            opened(ImageProtocol(kind="folder", samples=total, frechet=False), images(num_real))
+
+
+@pytest.mark.usefixtures("peephole")
+def test_a_device_without_float64_leaves_kernels_to_the_cpu() -> None:
+    of = FOLDER.evaluator(Context(lambda: Album(images(N)), device="mps"))
+    assert isinstance(of, ImageEvaluator)
+    assert of.device == torch.device("cpu")
+
+
 def test_where_nothing_can_be_kept_the_numbers_stand(
     tmp_path: Path, peephole: Peephole, monkeypatch: pytest.MonkeyPatch
 ) -> None:

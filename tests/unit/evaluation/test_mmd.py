@@ -102,6 +102,15 @@ def test_the_deviation_of_no_difference_where_samples_have_other_shares() -> Non
     assert known == pytest.approx(stdev(values), rel=0.2)
 
 
+@pytest.mark.parametrize("large", [0, 200], ids=["small classes", "and a large one"])
+def test_the_deviation_of_no_difference_by_some_of_many_classes(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    d = torch.cat([torch.arange(400) // 2, torch.full((large,), 200)])
+    y = torch.randn(len(d), 4, generator=stream("many classes"))
+    by_all = gaussian_mmd_null_sd(d, y, 3.0, d)
+    monkeypatch.setattr("dumo.evaluation.class_mmd.MAX_NULL_ROWS", 150)
+    assert gaussian_mmd_null_sd(d, y, 3.0, d) == pytest.approx(by_all, rel=0.1)
+
+
 @pytest.mark.nightly
 def test_class_mmd_is_the_mean_of_classes_without_bias_and_knows_its_error() -> None:
     """Of normal laws that are 2, 1 and 0 apart, in classes of shares that samples do not have."""

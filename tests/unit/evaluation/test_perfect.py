@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from dumo.evaluation import mmd
-from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, NullDistance, measure_null_distance, random_parts
+from dumo.evaluation.baseline import (
+    MIN_ROWS_PER_FEATURE,
+    NullDistance,
+    measure_null_distance,
+    random_parts,
+    subset_scale,
+)
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.evaluation.mmd import kid
@@ -82,11 +88,32 @@ def test_kernel_distances_in_subsets() -> None:
         return kid(x, y, subsets=4, subset_size=100, generator=draws)[0]
 
     assert abs(null.mean) < 3 * null.sd / 60**0.5
-    of_subsets = null.scaled_to(N, M, num_subsets=4, subset_rows=100)
+    of_subsets = 0.0, null.scaled_to(N, M, subset_scale(4, 100))[1]
     for distance, (null_mean, null_sd) in ((kernel_distance, null.scaled_to(N, M)), (by_subsets, of_subsets)):
         mean, sd = scored(distance)
         assert null_mean == pytest.approx(mean, abs=0.3 * sd)
         assert null_sd == pytest.approx(sd, rel=0.35)
+
+
+@pytest.mark.slow
+def test_subsets_that_are_small_beside_the_parts_do_not_widen_the_spread() -> None:
+    """A distance over subsets of 24 scatters fifty times as far as one of all rows of a part of 1,200."""
+    draws = stream("small subsets")
+
+    def by_subsets(x: Tensor, y: Tensor) -> float:
+        return kid(x, y, subsets=25, subset_size=24, generator=draws)[0]
+
+    real = rows(2400, "real")
+    null = measure_null_distance(
+        torch.zeros(2400),
+        lambda a, b: by_subsets(real[a], real[b]),
+        kind="test",
+        min_part_rows=24.0,
+        scale=subset_scale(25, 24),
+    )
+    assert null is not None
+    _, sd = scored(by_subsets)
+    assert null.scaled_to(N, M, subset_scale(25, 24))[1] == pytest.approx(sd, rel=0.25)
 
 
 @pytest.mark.nightly

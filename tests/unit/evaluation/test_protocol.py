@@ -177,6 +177,14 @@ def test_scores_repeat(data: Reference, good: dict[str, float]) -> None:
     assert measures.score_toy(points(1), toy().c, toy()) == measures.score_toy(points(1), toy().c, toy())
 
 
+def test_points_of_ones_own_are_compared_with_any_number_of_samples() -> None:
+    """They cannot be drawn anew, so there is no null to stand beside."""
+    own = Reference(points(0, 50), torch.zeros(50, dtype=torch.long))
+    near = measures.score_toy(points(1), toy().c, own)["mmd2"]
+    assert near < measures.score_toy(points(1) + 0.5, toy().c, own)["mmd2"]
+    assert measures.baselines_toy(own, toy().c) == {}
+
+
 def test_toy_widths_are_in_sd_of_the_data() -> None:
     """So points in another unit, or another place, have the same score."""
     metres, feet = toy(), Reference(3.28 * toy().x + 5, toy().c)
@@ -192,6 +200,4 @@ def test_samples_that_do_not_fit_are_refused(data: Reference) -> None:
     with pytest.raises(UserError, match="not finite"):
         evaluator.score([(every, x / 0)])
     with pytest.raises(UserError, match="compares 400 points with as many, here are 399: draw as many"):
-        measures.score_toy(points(1), toy().c, Reference(points(0, 399), toy().c[1:]))
-    with pytest.raises(UserError, match="can be drawn anew"):
-        measures.baselines_toy(Reference(points(0), toy().c), toy().c)
+        measures.score_toy(points(1), toy().c, Reference(points(0, 399), toy().c[1:], points))

@@ -77,6 +77,10 @@ def test_scatter_has_grey_truth_below_red_samples_in_panels() -> None:
     assert grey[:, first].sum() > 500
     assert grey[:, second].sum() > grey[:, first].sum()
     assert np.nonzero(red)[1].max() < 0.5 * width / 2
+    deep = torch.cat([truth, torch.zeros(500, 1)], 1)
+    assert scatter(deep, {"": deep}).tobytes() == scatter(truth, {"": truth}).tobytes()
+    with pytest.raises(UserError, match="points of one number have no scatter"):
+        scatter(truth[:, :1], {"": truth[:, :1]})
 
 
 def test_titles_stand_above_columns_or_images() -> None:

@@ -3,9 +3,12 @@
 import json
 import math
 import re
+import shlex
 from base64 import b64decode
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -16,14 +19,16 @@ import pytest
 import torch
 from PIL import Image
 
+from docs.test_command import check
 from dumo.config import word
 from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.io import picture
+from dumo.io import picture, trained
 from dumo.objectives import Critic
 from dumo.report import chart, curve, judgement
 from dumo.report import page as report
+from dumo.report.card import make_card
 from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.index import Index
 from dumo.run.train import train
@@ -106,12 +111,13 @@ def decode(address: str) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(b64decode(data, validate=True))))
 
 
-def make(folder: Path, recipe: str, overrides: list[str], evaluation: object = None) -> Path:
+def make(folder: Path, recipe: str, overrides: list[str], evaluation: dict[str, Any] | None = None) -> Path:
     """Train a tiny run and write its report."""
     train(load(recipe, overrides), folder)
+    opened = open_run(str(folder))
     if evaluation:
-        (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    report.write(open_run(str(folder)))
+        (folder / "evaluation.json").write_text(json.dumps({**evaluation, "card": make_card(opened, {}, 2000)}))
+    report.write(opened)
     return folder
 
 
@@ -152,7 +158,7 @@ def page_of(folder: Path) -> Page:
 
 def rendered(opened: RunFolder) -> Page:
     """The words of a page, without its pictures."""
-    evaluation = judgement.read_judgement(opened.folder, opened.step, opened.weights)
+    evaluation = judgement.read_judgement(opened)
     return Page(report.render(opened, report.PageParts(size=1797, evaluation=evaluation)))
 
 
@@ -220,14 +226,14 @@ def test_lead_and_figures_are_facts(digits: Path) -> None:
 
 @pytest.mark.nightly
 def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Path) -> None:
-    opened = open_run(str(digits))
-    moved = RunFolder(opened.run, Index.read(tmp_path), opened.net, opened.step, opened.weights)
+    moved = replace(open_run(str(digits)), index=Index.read(tmp_path))
+    card = make_card(moved, {}, 2000)
     for perfect, said in (
         ({"mean": 0.0, "sd": 0.027, "fd": 0.0475, "fd_sd": 0.008}, "a perfect sampler 0.000 ± 0.027"),
         (None, "A perfect sampler: too few images to tell."),
     ):
         baselines = {"perfect": perfect} if perfect else {}
-        (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, "baselines": baselines}))
+        (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, "baselines": baselines, "card": card}))
         words = " ".join(rendered(moved).words.split())
         assert said in words
         assert ("a perfect sampler 0.000 ± 0.027 0.0475 ± 0.0080" in words) == bool(perfect)
@@ -267,6 +273,32 @@ def test_the_size_is_that_of_the_run() -> None:
         above, _, _ = page.words.partition("All there is to know")
         assert "images of 32 × 32 pixels" in above
         assert not re.search(r"\b(64|256)\b", above)
+
+
+def commands(opened: RunFolder) -> list[str]:
+    """What a page proposes to type, all of which dumo must take."""
+    html = report.render(opened, report.PageParts())
+    block = html.partition('<pre id="commands">')[2].partition("</pre>")[0]
+    lines = [unescape(line.partition("<span>")[0].strip()) for line in block.splitlines()]
+    for line in lines:
+        words = shlex.split(line)
+        check(words[words.index("dumo") + 1 :])
+    return lines
+
+
+@pytest.mark.slow
+def test_a_page_proposes_what_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that comes with dumo has no run.yaml here; one of the user's classes needs Python to find and run them."""
+    digits = untrained("digits")
+    name = "digits-trained"
+    came_with_dumo = replace(digits, index=Index.read(trained.folder(name)), own_output=Path(name))
+    assert commands(came_with_dumo)[-1] == f"dumo train {name} --set start=null --out runs/again"
+    points = replace(digits, run=load("moons"))
+    assert commands(points)[-1] == "dumo train runs/untrained/run.yaml --out runs/again"
+    monkeypatch.setenv("PYTHONPATH", "my code")
+    for command in commands(untrained("digits", "objective={kind: contract.outside:Outside}")):
+        assert command.startswith("PYTHONPATH='my code' dumo ")
+        assert command.endswith(" --trust-code")
 
 
 @pytest.mark.slow
@@ -386,15 +418,22 @@ def test_what_is_put_in_is_escaped(digits: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"step": 10}, {"weights": "other.safetensors"}])
-def test_figures_of_other_weights_are_not_shown(tmp_path: Path, digits: Path, change: dict[str, object]) -> None:
+def test_figures_of_other_weights_or_samples_are_not_shown(tmp_path: Path, digits: Path) -> None:
+    """Of one file of weights, at one step: `--from` trains it again, and `sample` may be edited or set."""
     opened = open_run(str(digits))
-    moved = RunFolder(opened.run, Index.read(tmp_path), opened.net, opened.step, opened.weights)
-    (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, **change}))
-    words = rendered(moved).words
-    assert "2.35" not in words
-    assert f"The last evaluation is of step {(EVALUATION | change)['step']}" in words
-    assert f"dumo evaluate {tmp_path}" in words
+    moved = replace(opened, index=Index.read(tmp_path))
+    for name in ("evaluation.json", "evaluation-clip-score.json"):
+        (tmp_path / name).write_text(json.dumps({**EVALUATION, "card": make_card(opened, {}, 2000)}))
+    assert "2.35" in rendered(moved).words
+    assert len(judgement.read_benchmarks(moved)) == 1
+    trained_again = replace(moved, listed_sha256="0" * 64)
+    sampled_otherwise = replace(open_run(str(digits), ["sample.solver.m=0.25"]), index=Index.read(tmp_path))
+    for other in (trained_again, sampled_otherwise):
+        words = rendered(other).words
+        assert "2.35" not in words
+        assert "The last evaluation is of step 20, of other weights than these, or of samples" in words
+        assert f"dumo evaluate {tmp_path}" in words
+        assert judgement.read_benchmarks(other) == []
 
 
 def test_a_damaged_evaluation_is_named(tmp_path: Path, digits: Path) -> None:

@@ -20,9 +20,11 @@ from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import with_column_names
 from dumo.objectives import Objective
 from dumo.report import judgement, page, score
-from dumo.report.card import judging_settings
+from dumo.report.card import judging_settings, make_card
 from dumo.report.curve import moving_average
+from dumo.run.index import Index
 from dumo.run.sampler import sampler_of
+from dumo.run.weights import RunFolder
 from dumo.types import Sample
 
 PERFECT = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
@@ -88,16 +90,16 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     """The baseline beside the number that leads is of that number, and the run stands in no table by the others."""
     row = {"nfe": 1, "solver": "restart", "mmd": 0.5, "auc": 0.7}
     card = {
-        "solver": {},
-        "codec": None,
         "features": "dumo's classifier of digits",
         "trained_on": "classifier of digits",
     }
     told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": PERFECT}
     pages: list[judgement.Judgement] = []
+    opened = RunFolder(load("digits"), Index.read(tmp_path), nn.Linear(1, 1), 1, "w", listed_sha256="0" * 64)
+    card |= make_card(opened, {}, 2000)
     for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
         (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))
-        found = judgement.read_judgement(tmp_path, 1, "w")
+        found = judgement.read_judgement(opened)
         assert found is not None
         pages.append(found)
     marked, plain = pages

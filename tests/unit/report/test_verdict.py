@@ -188,6 +188,24 @@ def test_a_run_that_is_good_is_used(tmp_path: Path) -> None:
     assert commands == ["dumo sample", "dumo demo", "dumo export"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "fields", "is_exported"),
+    [
+        ("digits", (), True),
+        ("digits", ("sample.guide.scale=2", "objective.drop=0.1"), False),  # the exported code guides nothing
+        ("digits", ("net.precondition=data",), False),
+        ("digits-sct", (), False),  # its head is f
+        ("moons", (), False),  # nobody else knows the net
+    ],
+)
+def test_a_run_that_cannot_be_exported_is_not_to_be(
+    recipe: str, fields: tuple[str, ...], is_exported: bool, tmp_path: Path
+) -> None:
+    opened = replace(run_folder(tmp_path, 5000), run=load(recipe, ["train.steps=5000", *fields]))
+    verdict = reach_verdict(opened, NAME, evaluation("like the data", 1.0), None)
+    assert ("dumo export runs/photos" in [step.command for step in verdict.next_steps]) == is_exported
+
+
 def test_what_nobody_judged_is_to_be_judged(tmp_path: Path) -> None:
     verdict = reach_verdict(run_folder(tmp_path, 5000), NAME, None, proximity(0.99 * FAR_FROM_NEAREST))
     assert verdict.head == "Trained, and not judged yet"

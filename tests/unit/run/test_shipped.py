@@ -123,7 +123,13 @@ def test_another_run_of_this_name_is_not_taken_for_it(here: Path) -> None:
         open_run(NAME, device="cpu")
     assert open_run(f"./{NAME}", device="cpu").folder == open_run(Path(NAME), device="cpu").folder == Path(NAME)
     assert shell_path(Path(NAME)) == f"./{NAME}"
-    assert open_run(f"dumo:{NAME}", device="cpu").folder == trained.folder(NAME)
+    ours = dumo.load(f"dumo:{NAME}", device="cpu")
+    assert ours.opened.folder == trained.folder(NAME)
+    assert ours.folder == Path(f"dumo-{NAME}")  # what is written leaves the other run as it is
+    (here / NAME / EVALUATION_FILE).unlink()
+    assert dumo.compare([ours])["rows"]
+    (here / NAME / RUN_FILE).write_text("")
+    assert ours.export("out").is_dir()
     (here / NAME / "run.yaml").unlink()
     assert shipped.find(NAME) == shipped.find(Path(NAME)) == trained.folder(NAME)
 

@@ -22,7 +22,7 @@ from dumo.flow.solver import Heun, Restart
 from dumo.io.source import TensorData
 from dumo.io.weights import load as load_weights
 from dumo.nets.table import TableTexts
-from dumo.report.sample import solver_of
+from dumo.report.sample import chosen_solver
 from dumo.run import cost, encode, job
 from dumo.run.job import Job, open_data
 from dumo.run.net import outline
@@ -157,11 +157,12 @@ def test_what_is_opened_is_the_first_average(moons: RunFolder) -> None:
 
 def test_solvers_by_name() -> None:
     sample = tiny("moons", "sample.solver.m=0.25").sample
-    assert solver_of(sample, None) == solver_of(sample, "restart") == Restart(m=0.25)
-    assert solver_of(sample, "heun") == Heun()
+    assert chosen_solver(sample, None) == chosen_solver(sample, "restart") == Restart(m=0.25)
+    assert chosen_solver(sample, "heun") == Heun()
+    assert chosen_solver(sample, Restart(m=0.3)) == Restart(m=0.3)
     for name in ("hoop", "", "Euler"):
         with pytest.raises(UserError, match="there is no"):
-            solver_of(sample, name)
+            chosen_solver(sample, name)
 
 
 @pytest.mark.slow
