@@ -20,8 +20,11 @@ set -euo pipefail                    # stop at the first error, and at a variabl
 # SITE: the environment in which dumo is installed, on a file system that all nodes see.
 source /shared/dumo/.venv/bin/activate
 
-# The data, and what comes of it, on that file system too. Without a network on the nodes, fetch before.
-export IMAGENET=/shared/imagenet DUMO_LATENTS=/shared/latents DUMO_DATA=/shared/data
+# SITE: the data, and what comes of it, on that file system too, where you have not set a variable yourself.
+# Without a network on the nodes, fetch before.
+export IMAGENET=${IMAGENET:-/shared/imagenet}
+export DUMO_LATENTS=${DUMO_LATENTS:-/shared/latents}
+export DUMO_DATA=${DUMO_DATA:-/shared/data}
 
 # torchrun sets it to 1 where nobody did: with little else on the cores, a few threads per process do no harm.
 export OMP_NUM_THREADS=4
@@ -42,7 +45,8 @@ again() {                            # the time is nearly up: the ranks save, th
 }
 trap again USR1
 
-# srun starts one torchrun on each node, and --kill-on-bad-exit ends all as soon as one has failed for good.
+# srun starts one torchrun on each node, and --kill-on-bad-exit ends all as soon as one has failed for good. Since
+# Slurm 22.05 it takes one core, not those of the task, unless it is told.
 #   --nnodes          how many torchruns meet
 #   --nproc-per-node  processes on each: gpu is as many as it has GPUs
 #   --rdzv-backend    c10d: they meet by a store that torchrun itself opens, on the node that the endpoint names
@@ -51,7 +55,7 @@ trap again USR1
 #   --signals-to-handle  these reach the ranks, which save and leave; USR1 would kill torchrun otherwise
 #   --shutdown-timeout   seconds that they have for it; less than the 120 above
 # In the background, and then waited for: a shell hears a signal only between its commands, or while it waits.
-srun --kill-on-bad-exit=1 torchrun \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node gpu \
     --rdzv-backend c10d \

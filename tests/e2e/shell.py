@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +73,29 @@ def together(n: int, *words: object, cwd: Path) -> list[Done]:
     They are told what torchrun tells its ranks, and meet in a store of this process, as in torchrun's.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    told |= {"WORLD_SIZE": f"{n}", "LOCAL_WORLD_SIZE": f"{n}", **ENVIRONMENT}
-    started = [start(*words, cwd=cwd, env=told | {"RANK": f"{k}", "LOCAL_RANK": f"{k}"}) for k in range(n)]
+    started = ranks([words] * n, store, cwd=cwd)
     return [Done(0, *texts) for texts in outputs(started, PATIENCE)]
+
+
+def apart(commands: Sequence[Sequence[object]], *, cwd: Path, counts: Sequence[int] = ()) -> list[Done]:
+    """What each rank said of a command of its own, and how it ended; `counts`: how often torchrun restarted each."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return [finish(rank) for rank in ranks(commands, store, cwd=cwd, counts=counts)]
+
+
+def ranks(
+    commands: Sequence[Sequence[object]], store: TCPStore, *, cwd: Path, counts: Sequence[int] = ()
+) -> list[Program]:
+    """A rank for each command, told what torchrun tells it: that they meet in this store."""
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    told |= {"WORLD_SIZE": f"{len(commands)}", "LOCAL_WORLD_SIZE": f"{len(commands)}", **ENVIRONMENT}
+    started: list[Program] = []
+    for k, words in enumerate(commands):
+        mine = told | {"RANK": f"{k}", "LOCAL_RANK": f"{k}"}
+        if counts:
+            mine |= {"TORCHELASTIC_RESTART_COUNT": f"{counts[k]}", "DUMO_TIMEOUT": "20"}
+        started.append(start(*words, cwd=cwd, env=mine))
+    return started
 
 
 def finish(process: Running) -> Done:

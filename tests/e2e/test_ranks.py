@@ -6,6 +6,7 @@ what torchrun would tell them (`together`).
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image, ImageChops
 
 from autoencoder import taef2
 from dumo.io.weights import load, title
-from e2e.shell import TINY, Done, call, sets, together, tree
+from e2e.shell import TINY, Done, apart, call, sets, together, tree
 from forked import ENVIRONMENT
 from reliability.process import is_alive, worker_pids
 
@@ -144,6 +145,18 @@ def test_ranks_that_are_asked_to_stop_save_their_step_and_go_on_from_it(run: Pat
 
 
 @pytest.mark.nightly
+def test_a_restart_that_one_agent_does_not_count_goes_back_on_no_rank(run: Path, here: Path) -> None:
+    """A node that comes anew counts from 0, and the one that was there goes on counting."""
+    shutil.copytree(run, here / "back")
+    words = ("train", "back", "--from", "10")
+    for counts in ((0, 0), (0, 1), (1, 0)):
+        done = apart([words, words], cwd=here, counts=counts)
+        assert [one.code for one in done] == [0, 0], done
+        assert ("what came after it is removed" in done[0].err) == (counts == (0, 0)), done
+        same(here / "back" / LAST, run / LAST)
+
+
+@pytest.mark.nightly
 def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
     words = [*TINY, *OFTEN, *sets("train.steps=10", "train.sheets=10")]
     together(2, "train", "digits", "--out", "parts", *words, cwd=here)
@@ -209,6 +222,16 @@ def test_what_does_not_fit_is_said_once(words: tuple[str, ...], said: str, here:
     assert "exitcode: 2" in done.err.replace("exitcode  :", "exitcode:")
     assert done.code == 1  # torchrun's own, whatever its workers' is
     assert tree(here) == before
+
+
+@pytest.mark.slow
+def test_ranks_that_are_asked_for_different_runs_are_refused(here: Path) -> None:
+    words = ("train", "digits", "--out", "run", *TINY)
+    done = apart([words, (*words, *sets("train.optimizer.lr=0.5"))], cwd=here)
+    assert [one.code for one in done] == [2, 2], done
+    assert "train.optimizer.lr is 0.5 on rank 1, and " in done[0].err
+    assert " on rank 0: type the same command on every node" in done[0].err
+    assert not (here / "run").exists()
 
 
 @pytest.mark.nightly

@@ -321,7 +321,7 @@ def _less_memory_hint(train: "Train", net: "Net") -> str:
     """A hint, for an error: what to set so that a run trains in less memory."""
     rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
     hint = f"set train.micro_batch lower, the rows of a pass (now {rows} of a rank's of train.batch={train.batch})"
-    if net.checkpoint is False:
+    if net.checkpoint not in (None, True):
         hint += ", or net.checkpoint=true in a new run"
     return hint
 

@@ -94,7 +94,7 @@ def _acknowledge(number: int) -> None:
 
 def _resume_command() -> str:
     """A line's end that says how to go on after a stop."""
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun on several nodes: their commands are not known
+    if door.is_on_several_nodes():
         return "the same torchrun on every node goes on from what is kept"
     words: list[str] = []
     typed_words = iter(sys.argv[1:])

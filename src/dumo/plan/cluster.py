@@ -308,7 +308,7 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = ignor
     trials = _LayoutTrials(spec, ranks, limit, tell)
     try:
         with_fields(spec, {"net.checkpoint": True})  # raises where blocks would forget a mask
-        can_checkpoint = spec.net.checkpoint is False
+        can_checkpoint = spec.net.checkpoint is not True
     except UserError:
         can_checkpoint = False
     min_rows = 1 if isinstance(spec.net, Pretrained) else _MIN_ROWS
@@ -403,7 +403,7 @@ def _least_bytes(train: Train, ranks: int, held: HeldBytes) -> int:
 def _layout_fields(train: Train, ranks: int, *, can_checkpoint: bool) -> Iterator[Fields]:
     """Yield the fields to set for each layout, without rows at a time: none, and then those that take less memory.
 
-    `can_checkpoint`: blocks could be computed again in the backward pass, and are not yet.
+    `can_checkpoint`: blocks could be computed again in the backward pass, and not all of them are yet.
     """
     share = share_of(train.share, ranks)
     shardings = [(shards, train.reshard) for shards in range(share, ranks + 1) if ranks % shards == 0]

@@ -169,7 +169,8 @@ def sample_to_files(
     forms = FORMS if sampler.is_image else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
-    sample_bytes = netbytes.row_bytes(count, sampler.pixels)
+    copies = 3 if dist.world() == 1 else 5  # while they are gathered and sorted, by ranks of one machine
+    sample_bytes = copies * netbytes.row_bytes(count, sampler.pixels)
     fix = "ask for fewer, and for others with another --seed"
     require_memory(sample_bytes, f"{count:,} samples take", fix)
     if prompts:

@@ -107,7 +107,7 @@ class Sheets:
             self._try_to_write(lambda: samples, state, file)
 
     def sample(self, state: State, nfe: int, count: int) -> Sample:
-        """The first `count` samples (count, *shape), not decoded, on the CPU of every rank. Every rank must call it."""
+        """The first `count` samples (count, *shape), not decoded, on the CPU of rank 0. Every rank must call it."""
         run = self.run
         net = state.sampled_net
         indices = rank_indices(count)  # of this rank's images

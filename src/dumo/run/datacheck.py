@@ -73,7 +73,7 @@ def verify_data(source: object, folder: Path, last: Checkpoint | None, *, accept
 
     tensors = agreement.on_each_rank(lambda: load(last.path / DATA))
     trained_names = content.unpack_names(tensors["names"].numpy().tobytes())
-    trained_hashes = tensors["hashes"].numpy()
+    trained_hashes = tensors["hashes"].numpy().copy()  # else the checkpoint's file stays mapped
     trained_labels_digest = tensors["labels"].numpy().tobytes().hex()
     problem = ""
     if trained_names != hashes.names:

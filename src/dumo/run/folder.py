@@ -38,10 +38,11 @@ from dumo.types import UserError
 # names in a run's folder
 LOCK_FILE = ".training.lock"  # present, and locked, while a process trains here
 NO_CHECKPOINT_MARK = ".unsaved"  # empty: training has begun, and no checkpoint is written yet
+OBEYED_FILE = ".obeyed"  # what was last asked for that is to be obeyed once (`dumo.run.request`)
 CHECKPOINT_MARK = ".saved"  # empty: a checkpoint was written; if none is there now, it was lost
 _CHECKPOINTS_FOLDER = "checkpoints"
 BEST_FOLDER = "best"  # the weights of the best score
-_WRITTEN_FILES = (RUN_FILE, "data.json", LOG_FILE)  # training writes them, at the top of the folder
+_WRITTEN_FILES = (RUN_FILE, "data.json", LOG_FILE, OBEYED_FILE)  # training writes them, at the top of the folder
 
 
 @contextmanager

@@ -6,7 +6,8 @@ all ranks have read the folder, `run.train` calls `History.write`. It
 1. takes back what came after the step from which training goes on
 2. compares the log with what the checkpoint lists
 3. writes run.yaml, with the changes noted, and data.json
-4. says what has changed
+4. notes what was asked for and is obeyed by this
+5. says what has changed
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from dumo.run.folder import (
 )
 from dumo.run.index import Index
 from dumo.run.provenance import run_before_step
+from dumo.run.request import Request
 from dumo.runtime.device import software_versions
 from dumo.training import log, manifest
 from dumo.training.manifest import Checkpoint
@@ -93,11 +95,13 @@ class History:
             has_other_data=change is not None,
         )
 
-    def write(self, *, goes_back: bool) -> Iterator[str]:
+    def write(self, request: Request | None) -> Iterator[str]:
         """Bring the folder to `step`: rewind it, note run and data. Yields lines for the user.
 
-        The log after the step is always moved aside; with `goes_back`, later checkpoints and milestones are removed.
+        The log after the step is always moved aside. Where the `request` is to go back, later checkpoints and
+        milestones are removed. None: nothing is asked for that was not obeyed before.
         """
+        goes_back = request is not None and request.step is not None
         folder = self.index.folder
         log_file = folder / LOG_FILE
 
@@ -147,6 +151,8 @@ class History:
         data_note = datanote.update(
             folder, self.index.data_note, self.source, self.fingerprint, anew=self.has_other_data
         )
+        if request:
+            request.note()
 
         yield from self._change_lines()
         yield from advice(self.run, data_note.sd)

@@ -2,9 +2,10 @@
 
 `open_job` is the entrance; `train_more_hint` is a line for a run that has ended. Every rank goes through the steps:
 
-1. lock the folder (rank 0), and read what it holds into an `Index`
+1. meet the other ranks, lock the folder (rank 0), read what it holds into an `Index`, and compare what the ranks are
+   asked for
 2. resolve the run: write out what files and machine say of it; rank 0 makes missing tokens of captions
-3. check that it fits the machine, its ranks and the folder; the ranks meet
+3. check that it fits the machine, its ranks and the folder
 4. choose the checkpoint to resume from, the last one that is whole
 5. rank 0 encodes the photos of a proposed run (`run.proposedcache`); open the data, and examine the derivative against
    float64
@@ -46,6 +47,7 @@ from dumo.run.folder import (
 from dumo.run.history import History
 from dumo.run.index import Index
 from dumo.run.net import outline, require_room_to_train
+from dumo.run.request import Request, require_same_request
 from dumo.run.resolve import open_source, resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.summary import may_take_a_day
@@ -102,7 +104,7 @@ class Job:
     data: DataSource
     state: State  # in which training begins
     resumed_from: Checkpoint | None  # None: a fresh start
-    goes_back: bool  # whether it resumes from a step that was asked for: later checkpoints are removed
+    request: Request | None  # what was asked for; None: it was obeyed before
     history: History | None  # what has changed since the folder was written; None except on rank 0
     teacher: "LoadedTeacher | None"
     best_folder: "BestFolder | None"  # None: the run is not judged as it trains
@@ -137,7 +139,7 @@ def open_job(
 
     - `run`: what to train; None: the run of the folder, with `changes` (`a.b=c`)
     - `text`: of the folder's run.yaml, where it has been read; one of another file counts for nothing
-    - `step`: resume from the checkpoint of this step, not from the last one; a restart takes the last one
+    - `step`: resume from the checkpoint of this step, not from the last one; a restart that has done so takes that
     - `tell`: called with lines for the user, on rank 0
     - `accept`: resume though data or fields have changed, and note what has
     - `verify`: hash all images first
@@ -147,28 +149,23 @@ def open_job(
     - `bar`: shows how far images are encoded
 
     Raises UserError if the run does not fit the machine or its ranks, another process trains in the folder or it holds
-    another run, data or fields have changed, or the derivative fails its examination.
+    another run, ranks are asked for different ones, data or fields have changed, or the derivative fails its
+    examination.
     """
     if began is None:
         began = stopwatch.wall_clock()
-    rank, _ = dist.torchrun_rank_and_world()
-    is_main = rank == 0
-    if not is_main or tell is None:
-        tell = ignore_line
-    restart = dist.restart_text()
-    if restart:
-        for name, value in (("from", step), ("minutes", minutes)):
-            if value is not None:
-                tell(
-                    f"{restart}: a restart goes on from the last checkpoint, and {option(name, value)} is not obeyed "
-                    f"a second time: unset {restart.partition('=')[0]} where it never was"
-                )
-        step = None
-        minutes = None  # run.yaml has the sum
     with ExitStack() as stack:
-        # 1. lock and read
-        if is_main:
-            stack.enter_context(locked_run_folder(folder))
+        # 1. meet, lock and read
+        stack.enter_context(dist.join())
+        if not dist.is_main() or tell is None:
+            tell = ignore_line
+        agreement.on_main_rank(lambda: stack.enter_context(locked_run_folder(folder)))
+        request = Request(folder, step, minutes, tuple(changes))
+        was_obeyed = request.was_obeyed()
+        if was_obeyed:
+            tell(request.obeyed_line())
+            step = None
+            minutes = None  # run.yaml has the sum
         index = Index.read(folder, text)
         if run is None:
             trust.accept(changes)
@@ -178,6 +175,7 @@ def open_job(
             run = index.run(fields)
         if run.train.minutes is not None and index.recorded_run:
             run = _with_steps_made(run, index.recorded_run.run.train, index.folder, changes)
+        require_same_request(request, run)
         stack.enter_context(naming_code(names_code(run)))
 
         # 2. resolve
@@ -186,24 +184,21 @@ def open_job(
         torch_device = choose_device(device)
         net_outline = outline(run)
         _require_fit(run, net_outline, torch_device, sheets)
-        reads_tokens = is_learned_texts(run.net.texts)
-        if reads_tokens and is_main:
+        if is_learned_texts(run.net.texts):
             from dumo.run.encode import make_tokens
 
-            make_tokens(run)
+            agreement.on_main_rank(partial(make_tokens, run), is_long=True)
             run = resolve_remaining(run)
+            net_outline = outline(run)
         run = with_hashes(run, run_before)
 
         # 3. check it against the folder
-        if is_main:
+        def check_folder() -> None:
             require_resumable(run, index, step, accept=accept)
             remove_half_written(folder)
             stack.enter_context(guard_run_folder(folder))
-        stack.enter_context(dist.join())  # from here ranks talk to one another
-        if reads_tokens and not is_main:
-            run = resolve_remaining(run)  # rank 0 has made the tokens by now
-        if reads_tokens:
-            net_outline = outline(run)
+
+        agreement.on_main_rank(check_folder)
 
         # 4. choose the checkpoint
         _require_same_checkpoints(index.checkpoints)
@@ -216,7 +211,7 @@ def open_job(
 
         # 5. encode photos, open the data, and examine the derivative
         refusals = stack.enter_context(ExitStack())  # what to do where the run is refused before it trains
-        if is_main and index.text is None:
+        if dist.is_main() and index.text is None:
             refusals.push(partial(_remove_if_refused, folder / RUN_FILE))
         _make_proposed_cache(run, index, chosen, began, device, tell, bar)
         data = open_data(run.data)
@@ -259,7 +254,7 @@ def open_job(
             data=data,
             state=state,
             resumed_from=checkpoint,
-            goes_back=step is not None,
+            request=None if was_obeyed else request,
             history=history,
             teacher=teacher,
             best_folder=best_folder,

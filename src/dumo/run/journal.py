@@ -244,17 +244,19 @@ class Journal:
             self.tell(f"warning: {self.folder / RUN_FILE} was removed during training, and is written again")
 
     def examine(self, state: State) -> None:
-        """Raise UserError if the slope is not the derivative at the weights in training.
+        """Raise UserError if the objective has a slope, and it is not the derivative at the weights in training.
 
         Where the device has no room for the weights in training and their copies, nothing is examined, and `tell` is
         called with a line. The examination of two blocks, before the first step, then has to do.
         """
+        if self.run.objective.needs.slope is None:
+            return
         net_outline = outline(self.run)
         copies_bytes = weight_bytes(net_outline) + float64.copied_bytes(net_outline)
         if dist.world() > 1:
             copies_bytes += weight_bytes(net_outline)  # ranks may share them: each examines them in one piece
         device_bytes = agreement.on_main_rank(lambda: total_memory(self.device))
-        if self.run.objective.needs.slope and copies_bytes > device_bytes:
+        if copies_bytes > device_bytes:
             self.tell(
                 f"the slope is not examined on the weights in training: copies of them take {bytes_text(copies_bytes)} "
                 f"of memory, and {self.device} has {bytes_text(device_bytes)}"

@@ -1,7 +1,8 @@
 """A trained net with all that its samples depend on: `Sampler`. `sampler_of` makes it of a run and a net.
 
 `Sampler.batches` makes a rank's share of the samples, batch by batch, through the net's `Flow`, and decodes them;
-`Sampler.sample` gathers those of all ranks. Sample i depends on the seed, i and its condition, not on ranks or batches.
+`Sampler.sample` gathers those of all ranks on rank 0. Sample i depends on the seed, i and its condition, not on ranks
+or batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -170,7 +171,7 @@ class Sampler:
     ) -> generate.Samples:
         """One sample per condition, decoded, image i always from stream (seed, i). Takes and raises as `batches`.
 
-        Several ranks share the work, each must call it, and all of them get all samples.
+        Several ranks share the work, and each must call it. Rank 0 gets all samples, the others none: x (0, *pixels).
         """
         solver = solver or self.spec.solver
         own_batches: list[generate.Batch] = []
@@ -212,14 +213,16 @@ def rank_indices(count: int) -> range:
 
 
 def gather_samples(own_batches: Sequence[generate.Batch], pixels: Sequence[int]) -> generate.Samples:
-    """What all ranks made, in the order of their numbers; some may have made none. Every rank must call it.
+    """What all ranks made, on rank 0, in the order of their numbers; some may have made none. The others get no rows.
 
-    `pixels` is the shape of a sample.
+    Every rank must call it. `pixels` is the shape of a sample.
     """
-    index = torch.cat([torch.zeros(0, dtype=torch.long), *(batch.index for batch in own_batches)])
-    x = torch.cat([torch.zeros(0, *pixels), *(batch.x for batch in own_batches)])
+    no_index = torch.zeros(0, dtype=torch.long)
+    no_x = torch.zeros(0, *pixels)
+    index = torch.cat([no_index, *(batch.index for batch in own_batches)])
+    x = torch.cat([no_x, *(batch.x for batch in own_batches)])
     passes = torch.tensor([batch.nfe for batch in own_batches], dtype=torch.long)
-    index = torch.cat(dist.all_gather_ragged(index))
-    x = torch.cat(dist.all_gather_ragged(x))
+    index = torch.cat([no_index, *dist.gather_ragged(index)])
+    x = torch.cat([no_x, *dist.gather_ragged(x)])
     passes = torch.cat(dist.all_gather_ragged(passes))
     return generate.Samples(x[index.argsort()], int(passes.unique().item()))

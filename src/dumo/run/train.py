@@ -31,6 +31,7 @@ from dumo.nets import is_dualized
 from dumo.run.job import Job, MakeSheets, Sheets, open_job, train_more_hint
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
+from dumo.run.request import note_end
 from dumo.run.summary import misfits, training_summary
 from dumo.runtime import dist, stopwatch, threads
 from dumo.runtime.door import train_call
@@ -108,7 +109,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     history = job.history  # None except on rank 0
 
     def write_history() -> list[str]:
-        return [*history.write(goes_back=job.goes_back)] if history else []
+        return [*history.write(job.request)] if history else []
 
     for line in agreement.on_each_rank(write_history):
         job.tell(line)
@@ -201,6 +202,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
         last_good_step = state.step - state.skips
         hint = agreement.on_main_rank(lambda: resume_hint(run.train, folder, job.index.checkpoints, last_good_step))
         raise Diverged(f"{error} {hint}") from error
+    agreement.on_main_rank(lambda: note_end(folder))
     if countdown and countdown.late_seconds is not None:
         job.tell(_late_text(folder, countdown.late_seconds))
     if job.best_folder:

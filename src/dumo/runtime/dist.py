@@ -2,14 +2,15 @@
 
 Inside `join` the processes that torchrun started work together: they meet at a store, watch one another's heartbeat
 (`dumo.runtime.heartbeat`) and make a process group, which ends with it. `rank`, `world` and `is_main` number them.
-`mean`, `all_reduce_max`, `all_gather_ragged`, `num_synced_calls`, `barrier` and `wait_for_all` are collectives: every
-rank must call them. `new_group` serves a second thread. `shorten_timeouts` is called once the first step is done.
+`mean`, `all_reduce_max`, `all_gather_ragged`, `gather_ragged`, `num_synced_calls`, `barrier` and `wait_for_all` are
+collectives: every rank must call them. `new_group` serves a second thread. `shorten_timeouts` is called once the first
+step is done.
 
 Without torch.distributed there is one rank, number 0, and every collective returns its own tensor.
 
-`torchrun_rank_and_world` reads the numbers before `join`, too, and `restart_text` says whether torchrun or Slurm has
-started these processes before. `require_one_process` and `require_distributed_torch` refuse what cannot run here. Which
-device a rank computes on: `dumo.runtime.device`.
+`torchrun_rank_and_world` reads the numbers before `join`, too. `is_started_by_torchrun` and `is_restart` say who
+started these processes, and whether again. `require_one_process` and `require_distributed_torch` refuse what cannot run
+here. Which device a rank computes on: `dumo.runtime.device`.
 """
 
 import math
@@ -44,7 +45,7 @@ POLL_INTERVAL = 0.01  # seconds between looks for the other ranks while they mee
 _MAX_RANKS = 1_000_000  # more is a typing error
 _TIMEOUT_MARGIN = 1.5  # of a collective over DUMO_TIMEOUT, so that the heartbeat, which knows who is gone, ends first
 _UNSET_HINT = "Start by torchrun, which sets it, or unset it"
-# count how often torchrun has started all ranks again, and Slurm has requeued the job
+# count how often the torchrun of this node has started its ranks again, and Slurm has requeued the job
 _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 _COMMUNICATION_ERROR = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in torch's errors where it cannot reach other ranks
 
@@ -113,15 +114,34 @@ def all_gather_ragged(x: Tensor) -> list[Tensor]:
     """
     if world() == 1:
         return [x.cpu()]
+    padded, lengths = _pad_to_longest(x)
+    parts = [torch.empty_like(padded) for _ in lengths]
+    torch.distributed.all_gather(parts, padded)
+    return [part[:n] for part, n in zip(parts, lengths, strict=True)]
+
+
+def gather_ragged(x: Tensor) -> list[Tensor]:
+    """As `all_gather_ragged`, but on rank 0 alone; [] on the others, which need no memory for it."""
+    if world() == 1:
+        return [x.cpu()]
+    padded, lengths = _pad_to_longest(x)
+    if not is_main():
+        torch.distributed.gather(padded)
+        return []
+    parts = [torch.empty_like(padded) for _ in lengths]
+    torch.distributed.gather(padded, parts)
+    return [part[:n] for part, n in zip(parts, lengths, strict=True)]
+
+
+def _pad_to_longest(x: Tensor) -> tuple[Tensor, list[int]]:
+    """x (n, *d) on the CPU with as many rows as that of the rank with the most; and n by rank. Waits for all ranks."""
     wait_for_all()
     local = x.detach().cpu().contiguous()
     lengths = [torch.tensor(0) for _ in range(world())]
     torch.distributed.all_gather(lengths, torch.tensor(len(x)))
     longest = max(int(n) for n in lengths)
     padded = torch.cat([local, local.new_zeros(longest - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in lengths]
-    torch.distributed.all_gather(parts, padded)
-    return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
+    return padded, [int(n) for n in lengths]
 
 
 def wait_for_all() -> None:
@@ -161,16 +181,17 @@ def torchrun_rank_and_world() -> tuple[int, int]:
     return own_rank, world_size
 
 
-def restart_text() -> str:
-    """The variable by which torchrun or Slurm says that this is a restart, NAME=COUNT; "": it is a first start.
+def is_started_by_torchrun() -> bool:
+    """Whether torchrun has started this process, as one of one or several ranks."""
+    return "WORLD_SIZE" in os.environ
+
+
+def is_restart() -> bool:
+    """Whether torchrun or Slurm says that it has started this process again. torchrun does not count all restarts.
 
     Raises UserError where a count is no whole number.
     """
-    for name in _RESTART_COUNTS:
-        count = _environment_integer(name, 0)
-        if count > 0:
-            return f"{name}={count}"
-    return ""
+    return any(_environment_integer(name, 0) > 0 for name in _RESTART_COUNTS)
 
 
 def _environment_integer(name: str, default: int, *, low: int = 0, high: int | None = None) -> int:

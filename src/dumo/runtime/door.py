@@ -42,10 +42,20 @@ def naming_code(yes: bool) -> Generator[None, None, None]:
         _trains_own_code = before
 
 
+def is_on_several_nodes() -> bool:
+    """Whether torchrun started this process on several nodes, whose commands are not known."""
+    return os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+
+
 def program_words() -> list[str]:
-    """How this program was started, in words for a shell: dumo, or torchrun with the ranks of this machine."""
+    """How this program was started, in words for a shell: dumo, or torchrun with the ranks of this machine.
+
+    On several nodes, what follows the options of torchrun.
+    """
     if "WORLD_SIZE" not in os.environ:
         return ["dumo"]
+    if is_on_several_nodes():
+        return ["-m", "dumo"]
     return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "dumo"]
 
 
@@ -106,7 +116,8 @@ def train_call(
             words.append(option("minutes", f"{minutes:g}"))
         if texts:
             words.append(settings(*texts))
-        return " ".join(words)
+        command = " ".join(words)
+        return f"on every node, after the options of torchrun:  {command}" if is_on_several_nodes() else command
     arguments = [f'"{folder}"']
     if texts:
         arguments.append(_python_fields(texts))

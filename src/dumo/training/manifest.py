@@ -14,7 +14,6 @@ makes a new `Checkpoints`.
 
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
@@ -23,6 +22,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError
 
 from dumo.io import digest
+from dumo.io import file as files
 from dumo.io.file import temp_path_for
 from dumo.io.weights import title
 from dumo.runtime import dist
@@ -416,12 +416,13 @@ def weight_folders(run: Path) -> list[Path]:
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; it is hidden first, so that half of one never looks like one.
 
+    Of a file that some process has mapped, NFS keeps a part, and with it the hidden folder, until the next start.
     Of a symbolic link the link alone goes: the checkpoint that it leads to is kept elsewhere.
     """
     if checkpoint.is_symlink():
         checkpoint.unlink()
     else:
-        shutil.rmtree(checkpoint.rename(temp_path_for(checkpoint)))
+        files.remove(checkpoint.rename(temp_path_for(checkpoint)))
 
 
 def rewind(folder: Path, step: int) -> list[int]:

@@ -188,6 +188,13 @@ def test_a_base_of_fewer_bits_is_the_last_way_and_of_a_lora_alone() -> None:
     assert names == ["", "as it is", "train.micro_batch=1", *coded, "", "as it is", "train.micro_batch=1"]
 
 
+def test_all_blocks_are_computed_again_where_every_second_one_is() -> None:
+    tried: list[str] = []
+    with pytest.raises(UserError, match="no layout keeps within 1 KiB"):
+        cluster.fit(small("net.checkpoint=2"), 1, 1024, tried.append)
+    assert any(line.startswith("net.checkpoint=true") for line in tried)
+
+
 def test_where_none_fits_all_are_tried_in_order() -> None:
     """None of these is counted: weights alone are too much."""
     tried: list[str] = []

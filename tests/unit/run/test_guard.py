@@ -22,13 +22,13 @@ from dumo.flow.flow import Flow
 from dumo.io import digest
 from dumo.run import datanote
 from dumo.run import folder as folders
-from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, NO_CHECKPOINT_MARK
+from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, NO_CHECKPOINT_MARK, OBEYED_FILE
 from dumo.run.journal import Journal, burst_text, resume_hint
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.runtime import door, signals
 from dumo.training import burst as bursts
-from dumo.training import checkpoint, log, loop, manifest
+from dumo.training import checkpoint, layout, log, loop, manifest
 from dumo.training.burst import BURST_STEPS
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.saver import Saver
@@ -312,17 +312,43 @@ def test_from_an_earlier_step(run: Path) -> None:
     assert noted(run) == []
 
 
-def test_a_restart_does_not_go_back_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun, and Slurm, type the same words again after a crash."""
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    train(tiny("train.steps=6"), run, step=4)
-    assert steps(run) == [2, 4, 6]
+def test_a_restart_does_not_go_back_again(run: Path, fate: Fate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun types the same words again after a crash, and may not count it."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+    def go_back() -> list[str]:
+        told = list[str]()
+        train(tiny(), run, step=4, tell=told.append)
+        return [line for line in told if "is removed" in line or "has obeyed" in line]
+
+    fate.comes(last=7)
+    with pytest.raises(signals.Stopped):
+        go_back()
+    fate.comes()
+    obeyed = f"{run} has obeyed step=4 already, and goes on from its last checkpoint: to obey it again, remove "
+    assert go_back() == [f"{obeyed}{run / OBEYED_FILE}"]
+    assert steps(run) == [2, 4, 6, 7, 8]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # a rank died after the end
+    assert go_back()[0].startswith(obeyed)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # the same words once more, after it
+    assert "steps 6, 7, 8" in go_back()[0]
+
+
+def test_a_restart_obeys_what_the_first_start_did_not_come_to(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    killed = patch.object(manifest, "rewind", side_effect=RuntimeError("killed"))
+    with killed, pytest.raises(RuntimeError, match="killed"):
+        train(tiny(), run, step=4)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     told = list[str]()
     train(tiny(), run, step=4, tell=told.append)
-    assert "TORCHELASTIC_RESTART_COUNT=1: a restart goes on from the last checkpoint, and step=4 is not" in told[0]
-    assert not any("is removed" in line for line in told)
-    assert steps(run) == [2, 4, 6, 8]
+    assert any("steps 6, 8" in line for line in told)
+
+
+def test_weights_are_not_gathered_where_there_is_no_slope_to_examine(tmp_path: Path) -> None:
+    with patch.object(layout, "gather_net", side_effect=AssertionError):
+        train(tiny(name="moons-flow-matching"), tmp_path / "run")
+    assert steps(tmp_path / "run") == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("step", [0, 3, 10])

@@ -56,5 +56,8 @@ def test_going_on_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
         with door.naming_code(True):
             assert door.train_call(folder) == f"{words} --trust-code"
         assert door.train_call(folder) == words
+        monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # nodes
+        every_node = "on every node, after the options of torchrun:  -m dumo train 'runs/a b'"
+        assert door.train_call(folder, step=4) == f"{every_node} --from 4"
     with door.naming_code(True):
         assert door.train_call(folder, step=4) == 'dumo.train("runs/a b", step=4, trust_code=True)'

@@ -1,6 +1,8 @@
 """A checkpoint that is not as its list says is named, passed over, and replaced, in files or in shards."""
 
+import errno
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -150,6 +152,22 @@ def test_a_damaged_step_is_replaced(folder: Path) -> None:
     assert fault(last) is None
     assert {path.name for path in last.iterdir()} == {"state.json", *(f"{name}.safetensors" for name in NAMES)}
     assert [path.name for path in sorted(folder.iterdir())] == ["step-00000002", "step-00000003"]
+
+
+def test_an_old_step_that_is_held_open_is_out_of_sight(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS keeps a file that a process has mapped, and with it the folder."""
+    remove_folder = os.rmdir
+
+    def rmdir(path: str | Path, *, dir_fd: int | None = None) -> None:
+        if Path(path).name.startswith(".step-"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove_folder(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    state = trained(SPEC)
+    state.step = 4
+    save(folder, state, 1)
+    assert [*Checkpoints(folder).by_step()] == [4]
 
 
 @pytest.mark.parametrize("harm", HARMS)
