@@ -21,7 +21,6 @@ from math import lcm
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 
 from dumo.flow.fit import climb_problem, first_stage_problem, guide_problem, path_problem, teacher_problem
@@ -298,7 +297,9 @@ def require_parameters(net: nn.Module) -> None:
 
 def require_precise_weights(objective: Objective, net: nn.Module) -> None:
     """Raise UserError where a network computes with weights of 16 bits, too coarse for what the objective amplifies."""
-    dtypes = [p.dtype for p in net.parameters()]
+    from torch.distributed.fsdp import FSDPModule  # slow to import
+
+    dtypes: list[torch.dtype | None] = [p.dtype for p in net.parameters()]
     for part in net.modules():
         if isinstance(part, FSDPModule):
             state = part._get_fsdp_state()  # noqa: SLF001, there is no public way to the policy

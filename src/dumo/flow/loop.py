@@ -292,9 +292,8 @@ class LoopFlow(Flow):
                 f"objective '{self.objective.kind}' teaches no jump that ends at s = {s}: give s=0, or train with "
                 "'dumo_any' or 'meanflow'"
             )
-        # which jumps are taught is known of numbers alone
-        are_numbers = not isinstance(t, Tensor) and not isinstance(s, Tensor)
-        if are_numbers and reads.hops and not reads.hops(t, s):
+        # of tensors it is not known which jumps are taught
+        if not isinstance(t, Tensor) and not isinstance(s, Tensor) and reads.hops and not reads.hops(t, s):
             raise UserError(
                 f"objective '{self.objective.kind}' teaches no jump from t = {t:g} to s = {s:g}: ask "
                 "flow.sample, which makes those that it teaches, or train with 'dumo_any' or 'meanflow'"

@@ -1,5 +1,7 @@
 """Knobs, set; and which head a reading reads. That it lands where the flow does is in tests/theory."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,8 +9,8 @@ from torch import Tensor
 from dumo.config.load import load
 from dumo.flow.reading import bind_knobs, head_of, taught_readings
 from dumo.flow.times import Beta, Jumps, Pair
-from dumo.objectives import RCGM, AlphaFlow, DuMoAny, MeanFlow, Objective, SoFlow, TwinFlow
-from dumo.types import Heads, TimeLaw
+from dumo.objectives import RCGM, AlphaFlow, DuMoAny, MeanFlow, SoFlow, TwinFlow
+from dumo.types import Heads, Objective, TimeLaw
 
 
 def test_bind_sets_knobs_and_leaves_inputs() -> None:
@@ -43,7 +45,7 @@ def test_source_is_the_head_that_a_reading_reads(recipe: str, reading: str, head
 
 
 @pytest.mark.parametrize("objective", [AlphaFlow, MeanFlow, RCGM, SoFlow])
-def test_a_mean_velocity_is_no_velocity_where_all_jumps_end_at_the_data(objective: type[Objective]) -> None:
+def test_a_mean_velocity_is_no_velocity_where_all_jumps_end_at_the_data(objective: Callable[..., Objective]) -> None:
     def is_taught(times: TimeLaw) -> bool:
         return taught_readings(objective(times=times)).velocity is not None
 
