@@ -19,6 +19,7 @@ import encoders
 from autoencoder import taef2
 from dumo.config.difference import identity
 from dumo.config.load import load, parse
+from dumo.config.parts import with_pipeline
 from dumo.config.recipes import names
 from dumo.config.spec import Run
 from dumo.data import Latents
@@ -141,8 +142,8 @@ def test_a_decoder_that_is_called_otherwise_is_refused(family: str, tmp_path: Pa
     vae.save_pretrained(tmp_path / "pipeline" / "vae")
     images = Images(root="", side=64, classes=10, names=tuple("abcdefghij"))
     pipeline = Pipeline(source=str(tmp_path / "pipeline"))
-    data = Latents(root=str(tmp_path), images=images, codec=PipelineVae().within(pipeline))
-    run = drawn(load("digits", SMALL).model_copy(update={"data": data}), tmp_path)
+    data = with_pipeline(Latents(root=str(tmp_path), images=images, codec=PipelineVae()), pipeline)
+    run = drawn(load("digits", SMALL).model_copy(update={"data": data, "pipeline": pipeline}), tmp_path)
     with pytest.raises(UserError, match=f"^data.codec is an {type(vae).__name__}, .*: sample it by dumo sample"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
