@@ -46,7 +46,7 @@ again() {                            # the time is nearly up: the ranks save, th
 trap again USR1
 
 # srun starts one torchrun on each node, and --kill-on-bad-exit ends all as soon as one has failed for good. Since
-# Slurm 22.05 it takes one core, not those of the task, unless it is told.
+# Slurm 22.05 it takes one core, not those of the task, unless it is asked.
 #   --nnodes          how many torchruns meet
 #   --nproc-per-node  processes on each: gpu is as many as it has GPUs
 #   --rdzv-backend    c10d: they meet by a store that torchrun itself opens, on the node that the endpoint names

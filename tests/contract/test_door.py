@@ -16,6 +16,8 @@ COMMAND = re.compile(r"\b(dumo \w+|hf \w+|tensorboard) .*$", re.DOTALL)  # is ty
 COMMANDS_ALONE = (
     "cli",
     "lab",
+    "config/code.py",  # words of commands on a run
+    "config/encodecommand.py",  # words of `dumo encode`
     "encoders/part.py",  # words of `hf download`
     "plan/catalogue.py",
     "report/benchmark.py",

@@ -231,9 +231,22 @@ def read_evaluation(file: Path) -> None:
     """Compare an evaluation with itself, and put it into the words of a page."""
     compare([str(file)])
     run = load("moons", ["train.steps=20"])
-    weights = "net.safetensors"
-    opened = cast(Any, SimpleNamespace(folder=file.parent, step=20, weights=weights, run=run, is_shipped=True))
-    evaluation = judgement.read_judgement(opened.folder, opened.step, opened.weights)
+    flow = SimpleNamespace(objective=run.objective)
+    sampler = SimpleNamespace(spec=run.sample, flow=flow, precision="fp32")
+    opened = cast(
+        Any,
+        SimpleNamespace(
+            folder=file.parent,
+            find_output=file.parent.joinpath,
+            step=20,
+            weights="net.safetensors",
+            sha256="0" * 64,
+            run=run,
+            sampler=sampler,
+            is_shipped=True,
+        ),
+    )
+    evaluation = judgement.read_judgement(opened)
     if evaluation:
         judgement.table_rows(evaluation, evaluation["columns"])
         judgement.baseline_rows(evaluation, evaluation["columns"])

@@ -178,7 +178,7 @@ class LoopFlow(Flow):
         self.is_checked = False
         self.is_checked_in_training = False  # in evaluation a network does not show what it draws and changes
         self.is_check_of_copy = False  # whether the check worked on a copy of the network
-        self.is_warned_of_progress = False  # that an objective which changes in training is not told how far it is
+        self.is_warned_of_progress = False  # that the objective changes in training, and no progress is given
         self.net_draws = False  # whether the network draws random numbers
         self.condition_names: tuple[str, ...] = ()  # of conditions that are no labels
 

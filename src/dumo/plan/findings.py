@@ -157,7 +157,7 @@ def measure_separability(
     """The separability of n >= 2 embeddings x.
 
     group: the image or class of each caption; None: not known.
-    token_means: of the tokens that the net reads beside pooled embeddings x. They may be of another encoder, which
+    token_means: of the tokens that the net reads next to pooled embeddings x. They may be of another encoder, which
         reads on where that of x has cut a caption off.
     """
     distances = _relative_distances(x)

@@ -193,12 +193,12 @@ def open_job(
         run = with_hashes(run, run_before)
 
         # 3. check it against the folder
-        def check_folder() -> None:
+        def check_folder(run: Run) -> None:
             require_resumable(run, index, step, accept=accept)
             remove_half_written(folder)
             stack.enter_context(guard_run_folder(folder))
 
-        agreement.on_main_rank(check_folder)
+        agreement.on_main_rank(partial(check_folder, run))
 
         # 4. choose the checkpoint
         _require_same_checkpoints(index.checkpoints)

@@ -1,6 +1,6 @@
 """What a command asks of a training: the same on all ranks, and obeyed once.
 
-A `Request` goes back to a step, or trains for so many minutes more. torchrun starts all ranks again with the words of
+A `Request` goes back to a step, or trains for some minutes more. torchrun starts all ranks again with the words of
 the first start, and so does Slurm with those of a job. So the run's folder has a note of what was obeyed last.
 
 1. `require_same_request` compares what the ranks were asked for.

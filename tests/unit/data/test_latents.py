@@ -170,6 +170,8 @@ def test_an_image_that_is_mended_gets_into_the_cache(latents: Maker, buckets: ob
     mended.write_bytes(whole)
     assert encoded() == (1, COUNT - 1)
     assert encoded() == (0, COUNT - 1)
+
+
 def test_a_folder_of_images_is_encoded_by_a_pipelines_codec(images: Path, tmp_path: Path) -> None:
     """Which a setting names."""
     options: dict[str, Any] = {"out": str(tmp_path / "out"), "codec": "pipeline", "side": 64}

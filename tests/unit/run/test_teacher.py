@@ -114,7 +114,7 @@ def test_pairs_that_changed_are_refused(
 def test_pairs_of_older_versions_are_refused(tmp_path: Path) -> None:
     run = tiny("moons", *SHIFT, "teacher.pairs.count=6")
     (tmp_path / "00000000.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"holds no index\.json: give another folder, or remove this one"):
+    with pytest.raises(UserError, match=r"holds no index\.json, so it is no .*: give a new folder"):
         pairs_of(run, shift(run, CPU), tmp_path)
 
 
