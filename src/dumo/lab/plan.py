@@ -39,12 +39,11 @@ from dumo.config.load import load_recipe
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.io.yaml import parse_yaml
-from dumo.objectives import FAMILY
 from dumo.run import cost
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
-from dumo.types.outside import code_hash, import_class
+from dumo.types.outside import code_hash
 
 _PLANS_FOLDER = files("dumo.lab") / "plans"
 _SETS_FILE = "sets.yaml"  # in that folder: settings that several plans share, by name
@@ -378,20 +377,13 @@ def guidance_settings(recipe: str, settings: Sequence[str]) -> list[str]:
 
     Else it would have the defaults of its kind, and differ from other arms in more than its loss.
     """
-    kind = ""
-    for setting in settings:
-        field, _, value = setting.partition("=")
-        if field == "objective.kind":
-            kind = value.strip(" '\"")
-    if ":" in kind:
-        objective_class = import_class(kind)
-    elif kind in FAMILY.names:
-        objective_class = FAMILY.load(kind)
-    else:  # no other one, or an unknown one, which loading refuses
-        return []
     recipe_objective = load_recipe(recipe).objective
+    objective = load_recipe(recipe, settings).objective
     assert isinstance(recipe_objective, Spec)
-    fields = objective_class.model_fields
+    assert isinstance(objective, Spec)
+    if type(objective) is type(recipe_objective):
+        return []
+    fields = type(objective).model_fields
     recipe_fields = type(recipe_objective).model_fields
     kept: list[str] = []
     for name in ("drop", "guide"):
