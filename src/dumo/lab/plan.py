@@ -36,6 +36,7 @@ from pydantic import BeforeValidator, Field
 
 from dumo.config.change import yaml_text
 from dumo.config.load import load_recipe
+from dumo.config.objective import objective_of
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.io.yaml import parse_yaml
@@ -377,13 +378,18 @@ def guidance_settings(recipe: str, settings: Sequence[str]) -> list[str]:
 
     Else it would have the defaults of its kind, and differ from other arms in more than its loss.
     """
-    recipe_objective = load_recipe(recipe).objective
-    objective = load_recipe(recipe, settings).objective
-    assert isinstance(recipe_objective, Spec)
-    assert isinstance(objective, Spec)
-    if type(objective) is type(recipe_objective):
+    kind = None
+    for setting in settings:
+        field, _, value = setting.partition("=")
+        if field == "objective.kind":
+            kind = value.strip(" '\"")
+    if kind is None:
         return []
-    fields = type(objective).model_fields
+    recipe_objective = load_recipe(recipe).objective
+    objective_class = type(objective_of(kind))
+    assert isinstance(recipe_objective, Spec)
+    assert issubclass(objective_class, Spec)
+    fields = objective_class.model_fields
     recipe_fields = type(recipe_objective).model_fields
     kept: list[str] = []
     for name in ("drop", "guide"):
