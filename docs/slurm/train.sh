@@ -55,7 +55,7 @@ trap again USR1
 #   --signals-to-handle  these reach the ranks, which save and leave; USR1 would kill torchrun otherwise
 #   --shutdown-timeout   seconds that they have for it; less than the 120 above
 # In the background, and then waited for: a shell hears a signal only between its commands, or while it waits.
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 torchrun \
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node gpu \
     --rdzv-backend c10d \

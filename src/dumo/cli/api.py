@@ -186,7 +186,8 @@ class TrainedRun:
         100. `nfe` is the number of network passes, `guidance` the scale w, 1 for none; they, seed and solver are the
         run's own unless given. Sample i depends on seed, class and i alone. `noise` (n, *shape of the data) is what
         samples begin with instead, and a `generator` draws a seed. `size`, "320x192", width x height, is one of the
-        buckets that the run was trained on; None: the square.
+        buckets that the run was trained on; None: the square. Where ranks work together, each must call it, and rank 0
+        alone gets the samples.
 
             output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, d)
             output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points

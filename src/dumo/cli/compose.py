@@ -197,9 +197,9 @@ def _require_kind(name: str, fields: Fields) -> None:
     if "kind" in fields:
         return
     keys = [str(key) for key in fields]
-    if fields and all(_has_rows(value) for value in fields.values()):
+    if name == "data" and fields and all(_has_rows(value) for value in fields.values()):
         raise UserError(
-            f"{name} has {first_few(keys)}, each with rows: give one of them, as {name}=DATA[{keys[0]!r}], or a pair "
+            f"data has {first_few(keys)}, each with rows: give one of them, as data=DATA[{keys[0]!r}], or a pair "
             "(array, labels)"
         )
     change = settings(f"{name}.{keys[0] if keys else 'kind'}=...")
@@ -208,7 +208,7 @@ def _require_kind(name: str, fields: Fields) -> None:
 
 def _has_rows(value: object) -> bool:
     """Whether a value is a data set or an array, by what it offers."""
-    return not isinstance(value, str) and hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    return not isinstance(value, str | Mapping) and hasattr(value, "__len__") and hasattr(value, "__getitem__")
 
 
 def plain_net(net: object) -> Fields | None:

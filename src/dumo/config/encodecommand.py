@@ -15,7 +15,8 @@ from dumo.config.change import yaml_text
 from dumo.config.load import load_recipe
 from dumo.config.place import RUNS_FOLDER
 from dumo.config.source import parse_recipe
-from dumo.data import is_latents
+from dumo.data import Data, is_latents
+from dumo.data.caption import Templates
 from dumo.error import UserError
 from dumo.io.read import user_path
 from dumo.runtime.door import shell_settings
@@ -38,9 +39,9 @@ def encode_command(data: "Latents") -> str:
     if recipe:
         words = ["dumo", "encode", recipe]
         settings += _pipeline_settings(data, recipe)
-        with_recipe = load_recipe(recipe).data
-        assert is_latents(with_recipe), "its cache is one of latents"
-        settings += _settings_over(data, with_recipe)
+        with_recipe = _data_of_recipe(recipe)
+        if is_latents(with_recipe):
+            settings += _settings_over(data, with_recipe)
     elif data.codec.kind == "pipeline":
         words = ["dumo", "encode"]
     else:
@@ -66,6 +67,14 @@ def _recipe_of_cache(root: str) -> str | None:
         if is_same_place and data.get("kind") != "images":  # where the root is of images
             return recipe
     return None
+
+
+def _data_of_recipe(recipe: str) -> Data | None:
+    """The data of a recipe; None where a variable names its base, and nothing lies there."""
+    try:
+        return load_recipe(recipe).data
+    except UserError:
+        return None
 
 
 def _pipeline_settings(data: "Latents", recipe: str) -> Iterator[str]:
@@ -96,7 +105,9 @@ def _settings_over(data: "Latents", base: "Latents") -> Iterator[str]:
     if not _is_same_place(data.root, base.root):
         yield f"data.root={yaml_text(data.root)}"
     yield from _changed_fields("data.images", _image_fields(data), _image_fields(base))
-    if data.images.names is not None and base.images.names is not None and data.classes != base.classes:
+    has_no_classes = data.images.names == () and not data.captions
+    both_named = data.images.names is not None and base.images.names is not None
+    if (has_no_classes or both_named) and data.classes != base.classes:
         yield f"data.images.classes={data.classes}"
     if data.codec.kind == base.codec.kind:
         yield from _changed_fields("data.codec", _codec_fields(data), _codec_fields(base))
@@ -121,7 +132,9 @@ def _image_fields(data: "Latents") -> dict[str, Any]:
     fields = data.images.model_dump(mode="json")
     for name in _OTHER_FIELDS:
         fields.pop(name, None)
-    if data.captions:
+    if isinstance(data.captions, Templates):
+        fields.pop("captions")  # a cache is by class
+    elif data.captions:
         fields["captions"].pop("digest", None)  # which files tell, too
     return fields
 

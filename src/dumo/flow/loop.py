@@ -94,6 +94,7 @@ Moment = Tensor | float | int  # a time for all rows, or one for each
 # The step at which a network that was not copied is checked once more, for its layers of zeros are trained then: ours
 _SECOND_CHECK_STEP = 100
 _ROUNDING = 1e-6  # of times that a caller added up: ours
+_OVERSHOOT = 0.25  # past the ends, of adaptive solvers of an ODE, which then interpolate: ours
 
 
 class LoopFlow(Flow):
@@ -279,7 +280,7 @@ class LoopFlow(Flow):
         At times above 0, x_t and x_s are in units of `path.sd`. Raises UserError where the jump was never taught.
         """
         reads = taught_readings(self.objective)
-        ends_at_data = not bool(s.any()) if isinstance(s, Tensor) else s == 0
+        ends_at_data = bool((torch.as_tensor(s).abs() < _ROUNDING).all())
         if reads.flow_map is None and ends_at_data:
             if bool((torch.as_tensor(t) < reads.lowest).any()):
                 raise UserError(
@@ -299,7 +300,7 @@ class LoopFlow(Flow):
                 "flow.sample, which makes those that it teaches, or train with 'dumo_any' or 'meanflow'"
             )
         x_s = self._read("flow_map", x, c, t, s)
-        is_data = lift(_row_times(s, x) == 0, x_s)
+        is_data = lift(_row_times(s, x, _ROUNDING).abs() < _ROUNDING, x_s)
         return torch.where(is_data, self.path.sd * x_s, x_s)
 
     def teaching(self, given: Condition = None) -> Taught:
@@ -537,7 +538,8 @@ class LoopFlow(Flow):
         require_conditions(c, len(x), self.classes, self.call, self.null)
         index = self._condition_index(len(x), c, x.device)
         read = self._taught_reading(name, self._passes(c, None))
-        row_times = [_row_times(time, x) for time in times]
+        margin = _OVERSHOOT if name == "velocity" else _ROUNDING
+        row_times = [_row_times(time, x, margin) for time in times]
         if name == "flow_map" and not self.objective.times.climbs:
             t, s = row_times
             if bool((s > t + _ROUNDING).any()):
@@ -668,13 +670,13 @@ def _in_weights_dtype(passes: Passes) -> Net:
     return net
 
 
-def _row_times(time: Moment, x: Sample) -> Time:
-    """A time for each row of x. Raises UserError for another number of times, and for times outside [0, 1]."""
+def _row_times(time: Moment, x: Sample, margin: float) -> Time:
+    """A time for each row of x. Raises UserError for another number of times, and for times past [0, 1] by `margin`."""
     if not isinstance(time, Tensor):
         time = torch.tensor(float(time))
     if time.shape not in ((), (1,), (len(x),)):
         raise UserError(f"a time of shape {tuple(time.shape)} for {len(x)} rows: give a number, or one for each row")
-    is_inside = (time > -_ROUNDING) & (time < 1 + _ROUNDING)
+    is_inside = (time > -margin) & (time < 1 + margin)
     if not is_inside.all():
         raise UserError(f"a time of {time[~is_inside][0]:g}: times run from 0, data, to 1, noise")
     return time.to(x.device).expand(len(x))

@@ -226,9 +226,12 @@ def _require_one_measure(cells: Sequence[Cell]) -> None:
         measure_of_first = _measure_of(first.spec)
         for field, value in _measure_of(cell.spec).items():
             if value != measure_of_first[field]:
+                way_out = "take recipes that agree"
+                if field != "data.classes":  # which no setting says
+                    way_out = f"set it in `set` of all arms, or {way_out}"
                 raise UserError(
                     f"{field} is {measure_of_first[field]} in {first.name} and {value} in {cell.name}, which one table "
-                    "cannot compare: set it in `set` of all arms, or take recipes that agree"
+                    f"cannot compare: {way_out}"
                 )
 
 

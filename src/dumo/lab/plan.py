@@ -35,6 +35,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from dumo.config.change import yaml_text
+from dumo.config.code import codes_of
 from dumo.config.load import load_recipe
 from dumo.config.objective import objective_of
 from dumo.config.spec import Run
@@ -201,7 +202,7 @@ class Plan(Spec):
                 labels=labels,
                 weights=weights,
                 cut=arm.cut,
-                code=code_hash(run.objective) if self.follows_code else None,
+                code=_code_of(run) if self.follows_code else None,
             )
 
 
@@ -371,6 +372,11 @@ def training_settings(recipe: str, host: str) -> tuple[str, ...]:
     if host_tree["net"].get("precondition", precondition) != precondition:
         parts["net.precondition"] = precondition
     return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
+
+
+def _code_of(run: Run) -> str:
+    """What a run's results hang on of its code, as text: of its objective, and of each class from outside."""
+    return yaml_text({"objective": code_hash(run.objective), **dict(codes_of(run))})
 
 
 def guidance_settings(recipe: str, settings: Sequence[str]) -> list[str]:

@@ -53,10 +53,15 @@ class Request:
         is_restart = any(agreement.gather_results(dist.is_restart))
 
         def is_noted() -> bool:
-            if not (self.is_to_obey_once and (is_restart or dist.is_started_by_torchrun())):
+            if not self.is_to_obey_once:
                 return False
             note = _read_note(self.folder)
-            return note == self._note(has_ended=False) or (is_restart and note == self._note(has_ended=True))
+            if is_restart:  # its words are those of the first start; an unseeded net has other numbers, though
+                return note is not None and (note["from"], note["minutes"]) == (self.step, self.minutes)
+            if dist.is_started_by_torchrun() and note == self._note(has_ended=False):
+                return True
+            (self.folder / OBEYED_FILE).unlink(missing_ok=True)  # no restart may take it for a note of this request
+            return False
 
         return agreement.on_main_rank(is_noted)
 

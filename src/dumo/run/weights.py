@@ -89,10 +89,7 @@ class RunFolder:
     @property
     def source(self) -> str | Path:
         """What opens this run again: its folder, or the name by which it comes with dumo."""
-        if not self.is_shipped:
-            return self.folder
-        name = self.folder.name
-        return name if self.output_folder == Path(name) else f"{SHIPPED_PREFIX}{name}"  # else ./NAME is another run
+        return f"{SHIPPED_PREFIX}{self.folder.name}" if self.is_shipped else self.folder
 
     @property
     def output_folder(self) -> Path:

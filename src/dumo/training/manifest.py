@@ -416,7 +416,7 @@ def weight_folders(run: Path) -> list[Path]:
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; it is hidden first, so that half of one never looks like one.
 
-    Of a file that some process has mapped, NFS keeps a part, and with it the hidden folder, until the next start.
+    Of a file that some process has mapped, NFS keeps a part, and with it the hidden folder, until a later save.
     Of a symbolic link the link alone goes: the checkpoint that it leads to is kept elsewhere.
     """
     if checkpoint.is_symlink():

@@ -154,7 +154,7 @@ def test_the_table_is_there_where_a_picture_fails(tmp_path: Path, monkeypatch: p
 def test_an_objective_that_was_mended_is_trained_anew(tmp_path: Path) -> None:
     """Its cells are in folders named after its code."""
     made = cells(tmp_path, f"budget: 80F\nseeds: [0]{ARMS}")
-    assert [cell.code for cell in made] == [code_hash(cell.spec.objective) for cell in made]
+    assert all(code_hash(cell.spec.objective) in cell.code for cell in made)
     assert made[0].code != made[1].code
 
 
