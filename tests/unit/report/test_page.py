@@ -292,7 +292,7 @@ def test_a_page_proposes_what_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> N
     digits = untrained("digits")
     name = "digits-trained"
     came_with_dumo = replace(digits, index=Index.read(trained.folder(name)), own_output=Path(name))
-    assert commands(came_with_dumo)[-1] == f"dumo train {name} --set start=null --out runs/again"
+    assert commands(came_with_dumo)[-1] == f"dumo train dumo:{name} --set start=null --out runs/again"
     points = replace(digits, run=load("moons"))
     assert commands(points)[-1] == "dumo train runs/untrained/run.yaml --out runs/again"
     monkeypatch.setenv("PYTHONPATH", "my code")
