@@ -202,7 +202,8 @@ def _require_kind(name: str, fields: Fields) -> None:
             f"data has {first_few(keys)}, each with rows: give one of them, as data=DATA[{keys[0]!r}], or a pair "
             "(array, labels)"
         )
-    change = settings(f"{name}.{keys[0] if keys else 'kind'}=...")
+    field = keys[0] if keys else "kind"
+    change = settings(f"{name}.{field}=...")
     raise UserError(f'{name} is a dict without "kind": add it, or set fields alone by {change}')
 
 

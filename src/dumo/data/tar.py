@@ -271,10 +271,10 @@ def scan_archive(file: str) -> Scan:
     keys: list[str] = []
     class_of_key: dict[str, int] = {}
     problem = ""
-    others: list[tuple[str, str]] = []  # keys and names of members that end like images, and are none
+    keys_and_names: list[tuple[str, str]] = []  # of members that end like images, and are none
     for info, content in _iterate_members(file, ("cls",), _MAX_CLASS_BYTES):
         if content is None and f".{_ending(info.name).lower()}" not in IMAGE_SUFFIXES:
-            others.append((_sample_key(info.name), info.name))
+            keys_and_names.append((_sample_key(info.name), info.name))
             continue
         if content is None:  # an image
             starts.append(info.offset_data)
@@ -289,7 +289,8 @@ def scan_archive(file: str) -> Scan:
                 problem = f"{file} member {info.name} holds no class number: {content[:20]!r}"
     classes = [class_of_key.get(key, _UNLABELLED) for key in keys]
     keys_with_image = set(keys)
-    left_out = [name for key, name in others if key not in keys_with_image]  # not a mask that goes with its image
+    # a mask that goes with its image is not missed
+    left_out = [name for key, name in keys_and_names if key not in keys_with_image]
     name_ends = list(accumulate(map(len, names)))
     members = torch.tensor([starts, sizes, classes, name_ends], dtype=torch.int64)
     packed_names = torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy())

@@ -75,18 +75,14 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     results_by_name: dict[str, Result] = {}
     diverged: dict[str, str] = {}  # messages by name
     names = {cell.name for cell in cells}
-    while len(results_by_name) + len(diverged) < len(names):
+    waiting = list(cells)
+    while True:
         # the cells whose sources are done
-        ready: list[Cell] = []
-        for cell in cells:
-            is_open = cell.name not in results_by_name and cell.name not in diverged
-            if is_open and sources(cell, names) <= results_by_name.keys():
-                ready.append(with_folders(cell, results_by_name, folder.parent))
-        if diverged and not ready:
-            for name in names - results_by_name.keys() - diverged.keys():
-                diverged[name] = "it begins from a cell that has diverged"
+        next_cells = [cell for cell in waiting if sources(cell, names) <= results_by_name.keys()]
+        if not next_cells:
             break
-        assert ready, [name for name in names if name not in results_by_name]
+        waiting = [cell for cell in waiting if cell not in next_cells]
+        ready = [with_folders(cell, results_by_name, folder.parent) for cell in next_cells]
 
         # caches and tables of tokens, which several of them may read
         for data in dict.fromkeys(cell.spec.data for cell in ready):
@@ -106,6 +102,9 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
                 results_by_name[cell.name] = finish(cell, folder, device=device, bar=bar)
             except (Diverged, NotFiniteError) as error:
                 diverged[cell.name] = str(error)
+    assert diverged or not waiting, [cell.name for cell in waiting]
+    for cell in waiting:
+        diverged[cell.name] = "it begins from a cell that has diverged"
 
     # cells of one table must be measured alike
     results = [results_by_name[cell.name] for cell in cells if cell.name in results_by_name]

@@ -319,7 +319,7 @@ class Cell:
     labels: dict[str, Any]  # its columns in the table
     weights: str | None = None  # as `Arm.weights`, of this seed
     cut: float | None = None  # as `Arm.cut`
-    code: str | None = None  # a hash of the code of its objective; None: the plan does not follow that
+    code: str | None = None  # hashes of the code that it runs (`_code_of`); None: the plan does not follow that
 
 
 # ------------------------------------------------------------------------------------- names, settings and reading
@@ -397,12 +397,12 @@ def guidance_settings(recipe: str, settings: Sequence[str]) -> list[str]:
     assert issubclass(objective_class, Spec)
     fields = objective_class.model_fields
     recipe_fields = type(recipe_objective).model_fields
-    kept: list[str] = []
+    kept_settings: list[str] = []
     for name in ("drop", "guide"):
         in_both = name in fields and name in recipe_fields
         if in_both and fields[name].annotation == recipe_fields[name].annotation:
-            kept.append(f"objective.{name}={yaml_text(getattr(recipe_objective, name))}")
-    return kept
+            kept_settings.append(f"objective.{name}={yaml_text(getattr(recipe_objective, name))}")
+    return kept_settings
 
 
 @cache
