@@ -35,24 +35,49 @@ def encode_command(data: "Latents") -> str:
     It has no settings where the codec is a pipeline's and no recipe is known.
     """
     recipe = _recipe_of_cache(data.root)
-    settings: list[str] = []
-    if recipe:
+    if recipe is not None:
         words = ["dumo", "encode", recipe]
-        settings += _pipeline_settings(data, recipe)
-        with_recipe = _data_of_recipe(recipe)
-        if is_latents(with_recipe):
-            settings += _settings_over(data, with_recipe)
+        settings = _settings_over_recipe(data, recipe)
     elif data.codec.kind == "pipeline":
         words = ["dumo", "encode"]
+        settings = []
     else:
-        side = str(data.images.side)
-        words = ["dumo", "encode", data.images.root, data.root, "--codec", data.codec.kind, "--side", side]
-        images = type(data.images)(root=data.images.root, side=data.images.side, flip=True)
-        settings += _settings_over(data, data.model_copy(update={"images": images, "codec": type(data.codec)()}))
+        words = _words_with_folder(data)
+        settings = _settings_over_folder(data)
     if data.images.count:
         words += ["--count", str(data.images.count)]
     command = shlex.join(words)
     return f"{command} {shell_settings(*settings)}" if settings else command
+
+
+def _settings_over_recipe(data: "Latents", recipe: str) -> list[str]:
+    """What these latents have otherwise than the recipe's."""
+    settings = [*_pipeline_settings(data, recipe)]
+    recipe_data = _data_of_recipe(recipe)
+    if is_latents(recipe_data):
+        settings += _settings_over(data, recipe_data)
+    return settings
+
+
+def _words_with_folder(data: "Latents") -> list[str]:
+    """The command that encodes a folder of images: its words, and the options that it has for these latents."""
+    return [
+        "dumo",
+        "encode",
+        data.images.root,
+        data.root,
+        "--codec",
+        data.codec.kind,
+        "--side",
+        str(data.images.side),
+    ]
+
+
+def _settings_over_folder(data: "Latents") -> list[str]:
+    """What these latents have otherwise than that command makes without settings."""
+    images = type(data.images)(root=data.images.root, side=data.images.side, flip=True)
+    made_without_settings = data.model_copy(update={"images": images, "codec": type(data.codec)()})
+    return [*_settings_over(data, made_without_settings)]
 
 
 def _recipe_of_cache(root: str) -> str | None:
