@@ -10,6 +10,7 @@ which times steps instead of training, has a file of its own, `dumo.lab.fig4b`. 
 from collections.abc import Iterator, Mapping
 from math import log
 from pathlib import Path
+from statistics import fmean, stdev
 
 from PIL import Image
 
@@ -18,7 +19,7 @@ from dumo.flow import generate
 from dumo.io import picture
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Plan
-from dumo.lab.table import average_by_arm, main_score
+from dumo.lab.table import average_by_arm, group_by_arm, main_score
 from dumo.plan.plan import far_share
 from dumo.report import chart, evaluate, gallery
 from dumo.run.judge import evaluator_of
@@ -35,25 +36,31 @@ def far_column(result: Result) -> Row:
 
 
 def fig3_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per cell: MMD^2 of one-step samples, and its deviation between two draws of the data."""
+    """A row per arm: MMD^2 of one-step samples over its seeds, and its deviation between two draws of the data."""
     rows: list[Row] = []
-    for result in results:
-        report = result.report
+    for results_of_arm in group_by_arm(results):
+        first = results_of_arm[0]
+        distances = [result.report["results"][0]["mmd2"] for result in results_of_arm]
         rows.append(
             {
-                **result.cell.labels,
-                "mmd2": report["results"][0]["mmd2"],
-                "null_sd": report["baselines"]["null"]["sd"],
+                **first.cell.labels,
+                "mmd2": fmean(distances),
+                "mmd2_sd": stdev(distances) if len(distances) > 1 else None,
+                "null_sd": first.report["baselines"]["null"]["sd"],
+                "seeds": len(distances),
             }
         )
     return rows
 
 
 def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Write fig3.png, a panel per cell as in the paper: the data in grey, one-step samples in red; and a legend."""
+    """Write fig3.png, a panel per arm as in the paper: the data in grey, one-step samples in red; and a legend.
+
+    Samples are of the arm's first seed.
+    """
     real, _ = results[0].trained.run.data.open().reference(4000, 0)
     panels: dict[str, Image.Image] = {}
-    for result in results:
+    for result, *_ in group_by_arm(results):
         ratio = result.cell.labels["velocity_ratio"]
         mmd2 = result.report["results"][0]["mmd2"]
         title = "DuMo" if ratio is None else f"MeanFlow, velocity ratio {ratio:g}"
