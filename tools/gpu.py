@@ -15,8 +15,8 @@ order of events:
 4. Back in `main`, the rows go into results.json and are printed as a table.
 
 It runs in a clone with nothing installed but torch, numpy, safetensors, pyarrow and what `import dumo` needs; int8 also
-needs diffusers, peft and bitsandbytes. Parts import what they need when they run: a library that is missing fails one
-part alone.
+needs diffusers, peft and bitsandbytes, commands bitsandbytes. Parts import what they need when they run: a library that
+is missing fails one part alone.
 """
 
 import argparse
@@ -51,6 +51,8 @@ Row = dict[str, Any]
 LATENTS = (4, 32, 32)  # of ImageNet at 256 pixels, by SD-VAE
 BATCH = 64  # rows of a pass of XL/2, as the recipes have them
 TINY_NET = ["net.width=32", "net.depth=2", "net.attention=2"]
+# Weights and moments in few bits, as recipe qwen-image has them.
+IN_16_BITS = ["train.optimizer.kind=adamw8bit", "train.weights=bfloat16", "train.precision=bf16", "train.ema=[]"]
 TINY_LATENTS = (4, 8, 8)
 TINY_BATCH = 4
 KERNELS: dict[str, SDPBackend | None] = {  # of attention, by the names that rows have
@@ -545,6 +547,8 @@ def command_line(setting: Setting) -> Iterator[Row]:
         if not setting.smoke:
             options += _set_options(["train.compile=blocks", "train.precision=bf16"])
             yield _command_row("train", "dumo-best", "--out", f"{folder}/compiled", *device, *options)
+        in_16_bits = setting.fields(f"train.steps={2 * steps}", f"train.probe_every={steps}", *IN_16_BITS)
+        yield _command_row("train", "digits", "--out", f"{folder}/in-16-bits", *device, *_set_options(in_16_bits))
         yield _command_row("evaluate", run, "--nfe", "1", *device)
         yield _command_row("report", run, *device)
         difference = _sample_difference(run, setting.device)

@@ -201,7 +201,8 @@ class LoopFlow(Flow):
         """The mean loss of data x (b, ...), floats near [-1, 1], of conditions c.
 
         c: None, class numbers (b,), numbers (b, ...), or a dict of tensors by the names of the network's forward.
-        step: which random numbers are drawn; None: as many as losses so far, which are counted in training mode.
+        step: which random numbers are drawn, in evaluation mode the same whatever was trained; None: as many as losses
+            so far, which are counted in training mode.
         progress: the share of the training that is done, for objectives that change with it; None: they stay as at the
             start, which a warning says.
         z: noise that goes with x, of its shape; None: drawn.
@@ -232,7 +233,8 @@ class LoopFlow(Flow):
             rows = len(x) if self.rows else int(largest_of_ranks(len(x)))
             self.rows = max(self.rows, rows)  # a smaller last batch keeps its rank's rows
         at_step = self.step if step is None else step
-        b, keys = self._record(x, c, at_step, progress=progress, z=z)
+        is_validation = step is not None and not self.training
+        b, keys = self._record(x, c, at_step, progress=progress, z=z, is_validation=is_validation)
 
         # the objective's loss
         key = self._key(at_step) if self.training else None
@@ -463,11 +465,23 @@ class LoopFlow(Flow):
     # -------------------------------------------------------------------------------------------- what a batch becomes
 
     def _record(
-        self, x: Sample, c: Condition, at_step: int, *, progress: float = 0.0, z: Sample | None = None
+        self,
+        x: Sample,
+        c: Condition,
+        at_step: int,
+        *,
+        progress: float = 0.0,
+        z: Sample | None = None,
+        is_validation: bool = False,
     ) -> tuple[Noised, dropout.Keys]:
-        """The record of this rank's rows x at a step, and their keys of dropout."""
+        """The record of this rank's rows x at a step, and their keys of dropout.
+
+        is_validation: draw as if these rows, and as many on each other rank, were the batch, whatever was trained.
+        """
         rank, ranks = self.shard or (dist.rank(), dist.world())
-        rows_of_rank = max(self.rows or self.first_rows, len(x))
+        rows_of_rank = len(x)
+        if not is_validation:
+            rows_of_rank = max(self.rows or self.first_rows, rows_of_rank)
         first = rank * rows_of_rank
         rows = slice(first, first + len(x))
         batch = max(ranks * rows_of_rank, rows.stop)

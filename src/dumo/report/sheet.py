@@ -109,23 +109,21 @@ class Sheets:
     def sample(self, state: State, nfe: int, count: int) -> Sample:
         """The first `count` samples (count, *shape), not decoded, on the CPU of rank 0. Every rank must call it."""
         run = self.run
-        net = state.sampled_net
+        sampler = sampler_of(run, state.sampled_net)
         indices = rank_indices(count)  # of this rank's images
         with _without_compiling(run):
-            rank_batches = generate.sample_batches(
-                net,
-                sampler_of(run, net).reads,
-                run.path,
+            rank_batches = sampler.flow.batches(
+                sampler.reads,
                 run.sample.solver,
                 self.c[torch.tensor(indices) % count],
                 nfe=nfe,
                 seed=run.sample.seed,
                 shape=run.data.shape,
                 indices=indices,
-                device=next(net.parameters()).device,
+                batch=sampler.rows,
             )
             batches = list(rank_batches)
-        layout.release(net)
+        layout.release(sampler.net)
         return gather_samples(batches, run.data.shape).x[:count]
 
     def _try_to_write(self, make_samples: Callable[[], Sample], state: State, file: Path) -> None:

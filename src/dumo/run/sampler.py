@@ -25,6 +25,7 @@ from dumo.flow.reading import taught_readings
 from dumo.flow.solver import Solver
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
+from dumo.training.spec import Train
 from dumo.types import Reads, Sample, UserError
 
 if TYPE_CHECKING:
@@ -198,9 +199,13 @@ class Sampler:
 
 def sampler_of(run: RunParts, net: nn.Module) -> Sampler:
     """A run's net with all that its samples depend on, made with no more rows at a time than it was trained with."""
-    max_rows = min(generate.BATCH, run.train.micro_batch or run.train.batch)
     flow = Flow(net, run.objective, path=run.path, classes=run.data.classes, precision=run.precision)
-    return Sampler(flow, run.data, run.sample, max_rows)
+    return Sampler(flow, run.data, run.sample, max_rows_per_pass(run.train))
+
+
+def max_rows_per_pass(train: Train) -> int:
+    """How many rows a pass that makes samples takes, at most: no more than one in training."""
+    return min(generate.BATCH, train.micro_batch or train.batch)
 
 
 def rank_indices(count: int) -> range:

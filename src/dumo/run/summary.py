@@ -135,13 +135,16 @@ def may_take_a_day(train: Train, net: nn.Module, shape: Sequence[int]) -> bool:
     return flops > _HOURS_PER_DAY * SECONDS_PER_HOUR * _MIN_FLOPS_PER_SECOND
 
 
-def misfits(train: Train, operations: float | None, device: torch.device, step: int = 0) -> Iterator[str]:
+def misfits(run: Run, operations: float | None, device: torch.device, step: int = 0) -> Iterator[str]:
     """Yield a line for each reason why a run does not fit this machine, with the setting that does.
 
     `operations` are the floating-point operations, on this device, of the steps after `step`; None: they are few.
     """
+    train = run.train
+    lora = run.net.lora
+    has_bfloat16_weights = train.weights == "bfloat16" or (lora is not None and lora.frozen == "bfloat16")
     cpu_values: dict[str, str] = {}  # by the fields of `train` whose values are for a GPU
-    if train.precision == "bf16":
+    if train.precision == "bf16" and not has_bfloat16_weights:  # which take no other precision
         cpu_values["precision"] = "fp32"
     if train.compile != "none":
         cpu_values["compile"] = "none"

@@ -37,6 +37,7 @@ from dumo.io import digest, table, weights
 from dumo.io.read import read_json, write_json
 from dumo.io.source import DataSource, TensorData
 from dumo.io.table import Column, TableIndex
+from dumo.run.sampler import max_rows_per_pass
 from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
 from dumo.runtime.door import settings
@@ -92,19 +93,19 @@ class LoadedTeacher:
             write_json(folder / FILE, self.record)
 
     def training_source(
-        self, source: DataSource, points: int, path: FlowPath, data: Data, folder: Path, device: torch.device, bar: Bar
+        self, source: DataSource, run: Run, folder: Path, device: torch.device, bar: Bar
     ) -> "DataSource | TeacherPairs":
         """Write teacher.json, and return what to train on: the run's own source, or the teacher's pairs, made now.
 
-        `points` is how many of a trajectory the objective learns from. Every rank must call it. Raises UserError as
-        `make_pairs` does.
+        Every rank must call it. Raises UserError as `make_pairs` does.
         """
         self.write_record(folder)
         pairs = self.spec.pairs
         if pairs is None:
             return source
-        index = PairsIndex.of(pairs, points, path, data, self.record["sha256"])
-        return make_pairs(index, self.reads, folder / _PAIRS_FOLDER, device, bar)
+        points = run.objective.needs.teacher.points
+        index = PairsIndex.of(pairs, points, run.path, run.data, self.record["sha256"])
+        return make_pairs(index, self.reads, folder / _PAIRS_FOLDER, device, bar, rows=max_rows_per_pass(run.train))
 
 
 def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> LoadedTeacher:
@@ -326,7 +327,10 @@ class PairsIndex(TableIndex):
 
     @classmethod
     def of(cls, pairs: Pairs, points: int, path: FlowPath, data: Data, teacher_sha256: str) -> "PairsIndex":
-        """The index of pairs of such data on this path, by a teacher of this hash."""
+        """The index of pairs of such data on this path, by a teacher of this hash.
+
+        `points` is how many of a trajectory the objective learns from.
+        """
         shape = data.shape
         columns = {
             "x": Column(dtype="float32", shape=shape),
@@ -347,8 +351,10 @@ class PairsIndex(TableIndex):
         )
 
 
-def make_pairs(index: PairsIndex, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> TeacherPairs:
-    """Pairs that the teacher's flow joins. Those missing in `folder` are made now, shard by shard.
+def make_pairs(
+    index: PairsIndex, reads: Reads, folder: Path, device: torch.device, bar: Bar, *, rows: int = generate.BATCH
+) -> TeacherPairs:
+    """Pairs that the teacher's flow joins. Those missing in `folder` are made now, shard by shard, `rows` at a time.
 
     Rank k of n makes the shards k, k + n, k + 2 n ...; every rank must call it, and has all pairs. Raises, on every
     rank, UserError where the pairs are others or have changed, or the teacher's answers are not finite, which are not
@@ -361,7 +367,11 @@ def make_pairs(index: PairsIndex, reads: Reads, folder: Path, device: torch.devi
     def make_shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
         signals.check()
         numbers = index.span(number)
-        tensors = _solve_pairs(index, reads, c[list(numbers)], numbers, device)
+        pieces: list[dict[str, Tensor]] = []
+        for start in range(0, len(numbers), rows):
+            piece = numbers[start : start + rows]
+            pieces.append(_solve_pairs(index, reads, c[list(piece)], piece, device))
+        tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in index.columns}
         not_finite = [k for k, x in zip(numbers, tensors["x"], strict=True) if not x.isfinite().all()]
         if not_finite:
             raise UserError(

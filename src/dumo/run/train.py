@@ -117,9 +117,8 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     # 3. make a teacher's pairs
     source: DataSource | TeacherPairs = job.data
     if job.teacher:
-        points = run.objective.needs.teacher.points
         with threads.fewer_when_busy(job.device, job.tell):
-            source = job.teacher.training_source(job.data, points, run.path, run.data, folder, job.device, bar)
+            source = job.teacher.training_source(job.data, run, folder, job.device, bar)
 
     # 4. open the journal
     step_threads = _step_threads_of(job)
@@ -234,7 +233,7 @@ def _lines_before(job: Job) -> list[str]:
     if job.step_flops is not None and state.timing is None:
         images_per_rank = (run.train.steps - state.step) * run.train.batch / dist.world()
         operations_left = images_per_rank * job.step_flops
-    lines += misfits(run.train, operations_left, job.device, state.step)
+    lines += misfits(run, operations_left, job.device, state.step)
     if is_dualized(state.net) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
     if state.is_over(run.train):

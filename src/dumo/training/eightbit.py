@@ -87,12 +87,15 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         state = self.state[p]
         weight = local_tensor(p.detach())
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0)  # on the CPU, where reading it waits for no GPU
             for key in _state_keys(p):
                 state[key] = torch.zeros_like(self.empty_state(key, p))
+        step = state["step"].clone()  # before this update; `adamw` adds 1 to it
+        state["step"] += 1
         if not weight.numel():  # a parameter with fewer rows than ranks
-            state["step"] += 1
             return
+        if p.is_cuda:  # a fused kernel reads it there
+            step = step.to(p.device)
         exp_avg = _float_moment(state, "exp_avg")
         exp_avg_sq = _float_moment(state, "exp_avg_sq")
         new_weight = weight.float()  # the weight itself if it is in float32
@@ -103,7 +106,7 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
             [exp_avg],
             [exp_avg_sq],
             [],
-            [state["step"]],
+            [step],
             foreach=False,
             fused=p.is_cuda,
             amsgrad=False,

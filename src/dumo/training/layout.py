@@ -144,6 +144,11 @@ def _to_bfloat16(x: Tensor) -> Tensor:
     return x.bfloat16() if isinstance(x, nn.Parameter) and x.requires_grad else x
 
 
+def trains_in_16_bits(net: nn.Module) -> bool:
+    """Whether a net has trained weights of 16 bits, so that its passes need autocast."""
+    return any(p.requires_grad and p.dtype in HALVES for p in net.parameters())
+
+
 def _meta_copy(net: nn.Module) -> nn.Module:
     """A copy of a net on the meta device, without values."""
     copies: dict[int, Tensor] = {}
@@ -192,8 +197,7 @@ def gather_net(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn
     That is the net itself, unless it is sharded or trained in bf16; then `build`, which takes a device, makes a net
     that gets the trained weights. Every rank must call it.
     """
-    trains_in_half = any(p.requires_grad and p.dtype in HALVES for p in net.parameters())
-    if not _sharded_modules(net) and not trains_in_half:
+    if not _sharded_modules(net) and not trains_in_16_bits(net):
         return unwrap(net)
     whole_net = build(next(net.parameters()).device)
     weights = whole_net.state_dict()

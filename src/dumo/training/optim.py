@@ -110,12 +110,21 @@ class Muon(Spec):
         return self.time_lr or self.adamw_lr or self.lr
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of a net's trained weights. Raises UserError if its blocks have no matrix."""
+        """The optimizer of a net's trained weights.
+
+        Raises UserError if its blocks have no matrix, or `time_lr` is given and no embedder of times is known.
+        """
         num_stacked = block_matrices(net)
         if not num_stacked:
             raise UserError(
                 "optimizer.kind=muon needs matrices in a net's blocks, and this net trains none: set "
                 "optimizer.kind=adamw"
+            )
+        time_embedders = time_embedder_parameters(net)
+        if self.time_lr and not time_embedders:
+            raise UserError(
+                f"train.optimizer.time_lr={self.time_lr:g} is for modules with embeds_times = True, and this net "
+                "trains none: set train.optimizer.time_lr=null, or mark the module that embeds its times"
             )
         params_by_stack: dict[int, list[nn.Parameter]] = {count: [] for count in sorted({*num_stacked.values()})}
         for p, count in num_stacked.items():
@@ -123,7 +132,7 @@ class Muon(Spec):
         other_parameters = [p for p in _trained_parameters(net) if p not in num_stacked]
         adamw = None
         if other_parameters:
-            adamw = self._adamw(other_parameters, time_embedder_parameters(net))
+            adamw = self._adamw(other_parameters, time_embedders)
             for group in adamw.param_groups:
                 group["ratio"] = group["lr"] / self.lr  # which the schedule keeps (`dumo.training.step`)
         return MuonOptimizer(params_by_stack, adamw, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)

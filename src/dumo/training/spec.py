@@ -115,8 +115,11 @@ class Train(Spec):
 
     @property
     def copies(self) -> float:
-        """How many numbers of 4 bytes are kept per trained weight, at least: gradient, moments, averages."""
-        gradient = 0.5 if self.weights == "bfloat16" else 1.0
+        """How many numbers of 4 bytes are kept per trained weight, at least, besides 4 bytes of the weight itself.
+
+        These are gradient, moments and averages. In bfloat16 weight and gradient take 4 bytes together.
+        """
+        gradient = 0.0 if self.weights == "bfloat16" else 1.0
         return gradient + self.optimizer.moments + len(self.ema)
 
     def is_probe_due(self, step: int) -> bool:

@@ -357,6 +357,15 @@ def test_a_larger_batch_of_validation_changes_no_later_step() -> None:
     assert [first, second] == [alone(case.x, case.c) for _ in range(2)]
 
 
+def test_validation_at_a_step_draws_the_same_before_and_after_training() -> None:
+    case = CASES["points"]
+    flow = case.flow(shard=(1, 2)).eval()
+    x, labels = case.x[:4], LABELS[:4]
+    before = flow(x, labels, step=0)
+    flow.train()(case.x, case.c)
+    torch.testing.assert_close(flow.eval()(x, labels, step=0), before)
+
+
 @pytest.mark.parametrize("name", ["points", "in place", "text"])
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_validation_without_gradients_may_come_first(name: str, mode: Callable[[], Any]) -> None:

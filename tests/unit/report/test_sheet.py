@@ -13,11 +13,12 @@ from dumo.io import file as files
 from dumo.report import sheet
 from dumo.report.sample import sample_to_files
 from dumo.report.sheet import Sheets
+from dumo.run.net import draw_net
 from dumo.run.train import train as train_run
 from dumo.run.weights import open_run
 from dumo.runtime import signals
 from dumo.training import loop
-from dumo.training.state import State
+from dumo.training.state import State, begin
 from dumo.types import UserError
 from e2e.shell import tree
 from unit.run import known
@@ -96,6 +97,15 @@ def test_what_goes_wrong_with_a_sheet_is_told_and_ends_nothing(tmp_path: Path, m
     told: list[str] = []
     assert train(tiny("moons", "[4]", "sample.nfe=[1]"), tmp_path / "run", tell=told.append).step == 6
     assert told[-1] == "warning: no sheet step-00000004-nfe1: [Errno 28] No space left on device"
+
+
+def test_a_pass_has_as_many_rows_as_in_training(tmp_path: Path) -> None:
+    run = tiny("moons", "[2]", "train.micro_batch=2")
+    state = begin(draw_net(run), run.train)
+    rows: list[int] = []
+    state.sampled_net.register_forward_hook(lambda net, inputs, heads: rows.append(len(inputs[0])))
+    assert len(Sheets(run, tmp_path, print).sample(state, nfe=1, count=7)) == 7
+    assert rows == [2, 2, 2, 1]
 
 
 def test_a_codec_that_is_not_there_is_refused_before_the_first_step(tmp_path: Path) -> None:

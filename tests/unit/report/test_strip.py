@@ -107,6 +107,15 @@ def test_what_a_stop_leaves_out_is_drawn_when_the_run_goes_on(tmp_path: Path) ->
     assert file.read_bytes() == before
 
 
+def test_a_net_in_16_bits_has_one(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    fields = ("train.weights=bfloat16", "train.optimizer.kind=adamw8bit", "train.precision=bf16", "train.ema=[]")
+    told: list[str] = []
+    train(tiny("digits", *fields, "train.steps=8"), tmp_path, tell=told.append)
+    assert [path.name for path in (tmp_path / "strip").iterdir()] == ["step-00000008-nfe1-seed0.safetensors"]
+    assert not [line for line in told if line.startswith("warning: no sheet")]
+
+
 def test_points_have_none(tmp_path: Path) -> None:
     train(tiny("moons"), tmp_path)
     assert not (tmp_path / "strip").exists()

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from math import ceil
+from typing import Literal
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from dumo.run import cost, memory, netbytes
 from dumo.run.memory import HeldBytes, StepBytes, TrainingBytes, follow_bytes
 from dumo.run.storages import LiveStorages, WatchedBlock
+from dumo.training.optim import AdamW8bit
+from dumo.training.spec import Train
 
 N = 1000  # numbers of a tensor, four bytes each
 
@@ -61,6 +64,16 @@ def test_the_least_is_of_all_that_is_kept_and_copies_of_what_is_trained() -> Non
     assert netbytes.weight_bytes(net) == netbytes.least_bytes(net) == kept
     assert netbytes.least_bytes(net, 2.5) == kept + 2.5 * 4 * 3 * 4
     assert netbytes.row_bytes(5, (3, 2)) == 4 * 5 * 6
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_the_least_is_no_more_than_a_training_holds(weights: Literal["float32", "bfloat16"]) -> None:
+    pytest.importorskip("bitsandbytes")
+    train = Train(steps=1, batch=1, optimizer=AdamW8bit(), weights=weights, precision="bf16")
+    net = nn.Linear(256, 256, device="meta")
+    least = netbytes.least_bytes(net, train.copies)  # first, for the other gives the net its types in training
+    held = memory.held_bytes(net, train).total
+    assert 0.95 * held < least <= held
 
 
 def test_a_checkpoint_lacks_a_frozen_weight_once_though_two_modules_share_it() -> None:

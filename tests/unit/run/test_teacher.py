@@ -202,6 +202,23 @@ def test_pairs_are_joined_by_the_teachers_flow(tmp_path: Path) -> None:
     assert files[0].stat().st_mtime_ns == first
 
 
+def test_pairs_are_made_with_as_many_rows_at_a_time_as_training_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    def counted(run: Run, device: torch.device) -> Reads:
+        def velocity(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            rows.append(len(x))
+            return x
+
+        return Reads(velocity=velocity)
+
+    monkeypatch.setattr("unit.run.known.shift", counted)
+    train(tiny("moons", *SHIFT, "teacher.pairs.count=18", "train.batch=16", "train.micro_batch=8"), tmp_path)
+    assert set(rows) == {2, 8}  # two are left at the end
+
+
 class Ranks(threading.local):
     """Two ranks in threads, that meet where they agree."""
 
@@ -239,9 +256,10 @@ def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[tea
             return reads.velocity(x, t, c)
 
         try:
-            return teacher.make_pairs(index_of(run), Reads(velocity=noted), folder, CPU, no_bar), made
+            pairs = teacher.make_pairs(index_of(run), Reads(velocity=noted), folder, CPU, no_bar, rows=1024)
         except (UserError, OSError) as error:
             return str(error), made
+        return pairs, made
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(work, range(2)))

@@ -248,6 +248,17 @@ def test_embedders_of_times_have_a_rate_of_their_own(recipe: str, more: list[str
     assert sorted([*own, *others]) == sorted(names.values())
 
 
+def test_a_rate_of_embedders_needs_one_that_is_marked() -> None:
+    class Embedder(nn.Linear):
+        embeds_times = True
+
+    net = Block()
+    with pytest.raises(UserError, match=r"^train\.optimizer\.time_lr=0\.0001 is for .*time_lr=null, or mark the"):
+        Muon(time_lr=1e-4)(net)
+    net.head = Embedder(16, 3)
+    assert [group["lr"] for group in Muon(time_lr=1e-4)(net).param_groups] == [1e-3, 1e-3, 1e-4]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_rate_of_its_embedders(tmp_path: Path) -> None:
     """What the optimizer has in memory goes by the names of weights, not by their group."""
