@@ -93,6 +93,6 @@ def test_some_rows_know_their_own_times_on_the_host() -> None:
     drawn = draw(DuMo(drop=0.5), Linear(), x, c, c, seed=0, step=0)
     b = replace(drawn, t=drawn.t.to("meta"), host=(drawn.t, drawn.kept))
     for rows in (slice(2, 5), [6, 1]):
-        known = b[rows].known
-        assert known is not None
-        assert all(torch.equal(mine, whole[rows]) for mine, whole in zip(known, (drawn.t, drawn.kept), strict=True))
+        on_host = b[rows].on_host
+        assert on_host is not None
+        assert all(torch.equal(mine, whole[rows]) for mine, whole in zip(on_host, (drawn.t, drawn.kept), strict=True))

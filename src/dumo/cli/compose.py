@@ -37,7 +37,7 @@ from dumo.io.read import first_few
 from dumo.nets import ModuleSpec
 from dumo.plan import proposal
 from dumo.plan.photolatents import place_in_memory
-from dumo.runtime.door import option, settings, train_call
+from dumo.runtime.door import goes_on_line, option, settings
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
@@ -109,67 +109,95 @@ def compose(
         "data": None if images_place else plain_data(data, bar),
     }
     parts = {name: part for name, part in plain_parts.items() if part is not None}
-    about = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
     if folder is None:
         folder = _default_folder(chosen, parts, images_place)
-    is_own_run = chosen is not None and chosen.kind == "run" and chosen.folder == folder
-    if is_own_run and not parts:
-        return Composed(None, changes, folder, minutes)
 
-    # the run that they are put into: the one that was named, the one that goes on, or that of a recipe
+    # the folder's own run, with the parts and changes
+    if chosen is not None and chosen.kind == "run" and chosen.folder == folder:
+        if not parts:
+            return Composed(None, changes, folder, minutes)
+        own_run = read(chosen.word)
+        return Composed(None, _changes_of_own_run(parts, own_run, changes), folder, minutes, own_run)
+
+    # what was named, else the recipe that suits the parts
     recipe = ""
-    base_source: str | Path
-    if chosen:
-        base_source = chosen.word
-    else:
+    if chosen is None:
         recipe = IMAGES_RECIPE if images_place else _base_recipe(parts)
-        base_source = f"{SHIPPED_PREFIX}{recipe}"
-    is_proposed = recipe == IMAGES_RECIPE
-    goes_on = is_own_run
-    if is_proposed and (folder / RUN_FILE).is_file():
-        goes_on = True
-        base_source = folder / RUN_FILE
-    if minutes is not None and not (is_proposed or is_own_run):
-        raise UserError(f"minutes are {MINUTES_FIX}")
-    base = read(base_source)
+    base_source = chosen.word if chosen else f"{SHIPPED_PREFIX}{recipe}"
 
-    # images in memory: a proposal says how they are learned, and a run may have their latents
+    # a recipe, a file or another run, with the parts in place of its own
+    if recipe != IMAGES_RECIPE:
+        if minutes is not None:
+            raise UserError(f"minutes are {MINUTES_FIX}")
+        base = read(base_source)
+        memory = _images_in_memory(parts)
+        has_data = memory is not None and _has_latents_of(base.tree, memory)
+        all_changes = _changes_of_new_run(parts, base, net, changes, has_data=has_data)
+        if chosen and not parts:
+            all_changes = [*chosen.settings, *all_changes]
+        return Composed(load(base, all_changes), all_changes, folder)
+
+    # the run that was proposed for these images goes on
+    log_line = line_printer(bar)
+    if (folder / RUN_FILE).is_file():
+        own_run = read(folder / RUN_FILE)
+        all_changes = _changes_of_own_run(parts, own_run, changes)
+        if minutes is not None:
+            log_line(goes_on_line(folder, minutes))
+        return Composed(None, settings_of_images(own_run.tree, all_changes, images_place), folder, text=own_run)
+
+    # a run is proposed for these images; of those in memory, the proposal says how they are learned
     memory = _images_in_memory(parts)
-    if memory and ((is_proposed and not goes_on) or _has_latents_of(base.tree, memory)):
-        del parts["data"]
-    elif memory and goes_on and root_of_encoded_images(base.tree) is not None:
+    all_changes = _changes_of_new_run(parts, read(base_source), net, changes, has_data=memory is not None)
+    proposed = proposal.propose(memory or images_place, all_changes, minutes=minutes, device=device, bar=bar)
+    if proposed.draft.space and "net" not in parts:  # a net of the user's reads pixels
+        log_line(f"learned as {proposed.draft.space}")
+    if proposed.early_end:
+        log_line(f"ends early, {proposed.early_end}")
+    return Composed(proposed.run, all_changes, folder)
+
+
+def _changes_of_own_run(parts: Fields, own_run: RunText, changes: Sequence[str]) -> list[str]:
+    """The changes of a folder's run that give it these parts, then `changes`. Raises UserError for other images."""
+    memory = _images_in_memory(parts)
+    if memory and _has_latents_of(own_run.tree, memory):
+        parts = _without_data(parts)
+    elif memory and root_of_encoded_images(own_run.tree) is not None:
         raise UserError(
-            f"{base.name} is a run on other images than these: give the same, or begin a new run on these, with "
+            f"{own_run.name} is a run on other images than these: give the same, or begin a new run on these, with "
             f"another {option('out', 'DIR')}"
         )
+    return [*_as_settings(_part_fields(parts, own_run.tree)), *changes]
 
-    # all fields to set in it: those of the parts, then the changes
-    fields = _part_fields(parts, base.tree)
-    if isinstance(net, nn.Module) and not goes_on:
+
+def _changes_of_new_run(
+    parts: Fields,
+    base: RunText,
+    net: object,
+    changes: Sequence[str],
+    *,
+    has_data: bool,
+) -> list[str]:
+    """The changes of a base that make a new run with these parts, then `changes`.
+
+    `net` is that of the parts as it was given; with `has_data`, the run learns the data of the parts anyway.
+    """
+    fields = _part_fields(_without_data(parts) if has_data else parts, base.tree)
+    if isinstance(net, nn.Module):
         fields |= _MODULE_FIELDS
-    if (fields or memory) and not goes_on:
-        fields["about"] = about
-    all_changes = [*(f"{field}={yaml_text(value)}" for field, value in fields.items()), *changes]
+    if fields or _images_in_memory(parts):
+        fields["about"] = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
+    return [*_as_settings(fields), *changes]
 
-    # the run of the folder, a proposed one, or the one that was named
-    if goes_on and is_proposed:
-        if minutes is not None:
-            log_line = line_printer(bar)
-            log_line(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
-        return Composed(None, settings_of_images(base.tree, all_changes, images_place), folder, text=base)
-    if goes_on:
-        return Composed(None, all_changes, folder, minutes, base)
-    if is_proposed:
-        proposed = proposal.propose(memory or images_place, all_changes, minutes=minutes, device=device, bar=bar)
-        log_line = line_printer(bar)
-        if proposed.draft.space and "net" not in parts:  # a net of the user's reads pixels
-            log_line(f"learned as {proposed.draft.space}")
-        if proposed.early_end:
-            log_line(f"ends early, {proposed.early_end}")
-        return Composed(proposed.run, all_changes, folder)
-    if chosen and not parts:
-        all_changes = [*chosen.settings, *all_changes]
-    return Composed(load(base, all_changes), all_changes, folder)
+
+def _without_data(parts: Fields) -> Fields:
+    """The parts but for their data."""
+    return {name: part for name, part in parts.items() if name != "data"}
+
+
+def _as_settings(fields: Fields) -> list[str]:
+    """Fields as settings, each a.b=c."""
+    return [f"{field}={yaml_text(value)}" for field, value in fields.items()]
 
 
 def _is_path(data: object) -> bool:

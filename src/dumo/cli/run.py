@@ -36,7 +36,7 @@ from dumo.cli.option import (
 )
 from dumo.cli.terminal import drop_from_resume, err, memory_hint, out, show_lines
 from dumo.runtime import shell_path
-from dumo.runtime.door import settings, train_call
+from dumo.runtime.door import goes_on_line, settings, train_call
 from dumo.runtime.limits import MINUTES, ROWS
 from dumo.runtime.progress import bar, no_bar, print_line
 
@@ -224,7 +224,7 @@ def train(
     more_minutes = minutes if goes_on else None
     if are_images and text is not None:
         if minutes:
-            print_line(f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}")
+            print_line(goes_on_line(folder, minutes))
         changes = settings_of_images(text.tree, changes, source)
     elif text is None:
         run = _propose_run(source, changes, minutes, device, ask=not yes)

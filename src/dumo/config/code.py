@@ -38,18 +38,22 @@ def has_own_parts(run: RunParts) -> bool:
 
 def names_code(run: RunParts) -> bool:
     """Whether training a run takes consent (`dumo.config.trust`): for a class from outside, or a teacher's function."""
-    has_own_class = any(True for _ in codes_of(run))
-    return has_own_class or (run.teacher is not None and run.teacher.kind == "python")
+    return _has_own_class(run) or (run.teacher is not None and run.teacher.kind == "python")
 
 
 def shell_command(run: RunParts, command: str) -> str:
     """A command on a run, as one types it. Where the run has a class from outside, Python finds it, and may run it."""
-    if not any(True for _ in codes_of(run)):
+    if not _has_own_class(run):
         return command
     python_path = os.environ.get("PYTHONPATH")
     if python_path:
         command = f"PYTHONPATH={shell_path(python_path)} {command}"
     return f"{command} --trust-code"
+
+
+def _has_own_class(run: RunParts) -> bool:
+    """Whether a run has a class from outside, at any depth."""
+    return any(True for _ in codes_of(run))
 
 
 def codes_of(part: object) -> Iterator[tuple[str, str | None]]:

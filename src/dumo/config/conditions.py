@@ -49,7 +49,8 @@ class Conditions:
     @property
     def are_known(self) -> bool:
         """Whether it is known how many there are; False before they are counted in the data."""
-        return bool(self.count) or shown_data(self.data).names is not None
+        data = shown_data(self.data)
+        return bool(self.count) or not is_images(data) or data.is_counted
 
     @property
     def captions(self) -> "Captioning | None":

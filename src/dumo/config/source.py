@@ -182,12 +182,18 @@ def settings_of_images(tree: dict[str, Any], texts: Sequence[str], place: str | 
     images_field = "data.images" if is_of_latents else "data"
     changes = [] if place is None else [f"{images_field}.root={yaml_text(place)}"]
     for text in texts:
-        words = re.split("[.=]", text, maxsplit=2)  # data, the field, what follows
-        if text.startswith("data.") and words[1] not in _LATENTS_FIELDS:
+        if _is_of_images(text):
             changes.append(f"{images_field}.{text.removeprefix('data.')}")
         else:
             changes.append(text)
     return changes
+
+
+def _is_of_images(setting: str) -> bool:
+    """Whether a setting, a.b=c, is of a field that `data.images` has in a run of latents."""
+    path, _, _ = setting.partition("=")
+    names = path.split(".")
+    return names[0] == "data" and len(names) > 1 and names[1] not in _LATENTS_FIELDS
 
 
 def _recipe_of(source: str | Path) -> str | None:
@@ -377,17 +383,18 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
     ${NAME:-recipe}, as a shell reads it: what lies where the variable says, from here, or the recipe where it is unset.
     """
     word = base if isinstance(base, str) else yaml_text(base)
+    folder = file.parent if file else None  # in which its path begins; None: that of a recipe is no path
     variable = _BASE_VARIABLE.fullmatch(word)
     if variable:
         word = os.environ.get(variable[1]) or variable[2]
         base = word
-        file = Path(RUN_FILE)  # any file here, in the working folder
+        folder = Path()  # the working folder
         name = f"{name}: ${variable[1]}"
     if isinstance(base, str):
         recipe = base.removeprefix(SHIPPED_PREFIX)
         if recipe in recipes.names():  # whatever lies next to the file
             return deepcopy(parse_recipe(recipe)), f"recipe {recipe}", None
-        base_file = find_run_file(file.parent / user_path(base, "base")) if file else None
+        base_file = find_run_file(folder / user_path(base, "base")) if folder is not None else None
         if base_file:
             tree, _ = _parse_file(_yaml_text(base_file), base_file)
             tree.pop(RESOLVED_KEY, None)  # of that run's files

@@ -39,11 +39,10 @@ from dumo.io.inventory import FileState
 from dumo.io.read import user_path
 from dumo.io.source import Bucketed
 from dumo.io.suffix import IMAGE_SUFFIXES
-from dumo.runtime.limits import CLASSES, GIGABYTES, PIXELS, ROWS
+from dumo.runtime.limits import CLASSES, GIGABYTE, GIGABYTES, PIXELS, ROWS
 from dumo.types import FREE, PLACE, Spec, UserError
 
 _FORMAT_OF_SUFFIX = {".parquet": "parquet", ".tar": "tar"}  # and a folder, of the suffixes of images
-GIGABYTE = 1e9  # bytes
 _OFF_VALUES = {"flip": "false", "buckets": "null", "augment": "null"}  # by which a field leaves images as they are
 
 
@@ -77,7 +76,7 @@ class Images(Spec):
     captions: Captioning | None = Field(default=None, exclude_if=lambda captions: captions is None)  # for classes
     # 0: none; not given: those that are there. With captions: how many there are of them.
     classes: int = Field(default=None, ge=0, le=CLASSES, validate_default=True)
-    names: tuple[str, ...] | None = None  # of the classes; (): they have none; None: not looked up yet
+    names: tuple[str, ...] | None = None  # of the classes; (): they have none; None: not counted yet
     # Where only the number of classes is given: what the files call them. People read it, the training does not.
     titles: tuple[str, ...] = Field(default=(), exclude_if=lambda titles: not titles, json_schema_extra=FREE)
 
@@ -95,6 +94,11 @@ class Images(Spec):
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes of samples that are trained on: one for each bucket, or one."""
         return tuple((3, *size) for size in self.sizes) or (self.shape,)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is known how many classes or captions there are; False before they are counted in the files."""
+        return self.names is not None
 
     @property
     def labels(self) -> int:
@@ -173,7 +177,7 @@ class Images(Spec):
         root = self._root()
         if root is None:
             return self
-        if self.names is not None:
+        if self.is_counted:
             titles = self._find_titles(root)
             return self.model_copy(update={"titles": titles}) if titles else self
         if isinstance(self.captions, CaptionFiles):
@@ -265,7 +269,7 @@ class Images(Spec):
         fields = dump(self)
         if not self.names:
             fields.pop("names", None)
-        if self.names is None:
+        if not self.is_counted:
             fields["classes"] = self.classes or None
         return fields
 
@@ -403,7 +407,7 @@ class Images(Spec):
 
     def _require_classes(self, root: Path, store: Store) -> None:
         """Raise UserError for other classes than expected. Where classes have no names, the last may lack images."""
-        if self.names is None:
+        if not self.is_counted:
             raise UserError(
                 f"{root} was not there when the run was opened, so nobody counted its classes: open it again"
             )

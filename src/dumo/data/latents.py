@@ -28,7 +28,7 @@ from dumo.data.album import Album
 from dumo.data.bucket import BucketedStore, Crops
 from dumo.data.cache import CAPTIONS, ENCODE, CacheIndex, measure_crops, open_cache, read_captions, read_index
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
-from dumo.data.image import GIGABYTE, Images, errors_of_latents
+from dumo.data.image import Images, errors_of_latents
 from dumo.data.origin import expect_origin, read_names, require_origin
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
@@ -39,7 +39,7 @@ from dumo.io.read import user_path
 from dumo.io.source import Bucketed, mirrored_rows, rows_of
 from dumo.io.table import ShardTable
 from dumo.runtime import signals
-from dumo.runtime.limits import GIGABYTES
+from dumo.runtime.limits import GIGABYTE, GIGABYTES
 from dumo.runtime.random import random_row_mask, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
@@ -107,7 +107,7 @@ class Latents(Spec):
     def with_facts(self) -> "Latents":
         """The spec with the classes or captions that its images have, or the cache, where the images are not here."""
         images = self.images.with_facts()
-        if images.names is None:
+        if not images.is_counted:
             contents = self._cache_contents()
             if contents is not None:
                 images = self._images_as_cached(contents)
@@ -224,7 +224,8 @@ class OriginThread:
         self.images = images
         self.errors: list[Exception] = []  # of the thread
         self.thread = Thread(target=self._compare, name="origin", daemon=True)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        self.compares = os.environ.get("LOCAL_RANK", "0") == "0"  # whether this process is the one that does
+        if self.compares:
             self.thread.start()
 
     def require(self, wait: float = 0.0) -> None:
@@ -236,7 +237,7 @@ class OriginThread:
 
     def verify(self) -> None:
         """Read and hash all images anew, and wait for it. Raises UserError where they are others."""
-        if self.thread.ident:
+        if self.compares:
             self.thread.join()
             self._compare(verify=True)
         self.require()
@@ -285,11 +286,11 @@ class LatentSource:
         self.cache_rows = torch.arange(len(cache))  # rows of the cache that this source has
         self.prior: PriorRows | None = None  # None: all rows are alike
 
-    def _bucket(self, suffix: str) -> "LatentSource":
-        """The source of the rows of one bucket, by the end of its columns' names."""
+    def _bucket(self, suffix: str, membership: str) -> "LatentSource":
+        """The source of the rows of one bucket, by the end of its columns' names and the column of its rows."""
         bucket = copy(self)
         bucket.suffix = suffix
-        bucket.cache_rows = self._read_column(f"in{suffix}").nonzero().flatten()
+        bucket.cache_rows = self._read_column(membership).nonzero().flatten()
         return bucket
 
     def _read_column(self, name: str) -> Tensor:
@@ -325,7 +326,7 @@ class LatentSource:
         buckets: list[LatentSource] = []
         shapes: list[tuple[int, ...]] = []
         for size in contents.sizes:
-            bucket = self._bucket(contents.column_suffix(size))
+            bucket = self._bucket(contents.column_suffix(size), contents.membership_column(size))
             if bucket.size:
                 buckets.append(bucket)
                 shapes.append(self.codec.shape(*size))

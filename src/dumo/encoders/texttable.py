@@ -20,7 +20,6 @@ The entrances:
 """
 
 import json
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -289,8 +288,9 @@ class EncodedTexts:
     def lengths(self) -> tuple[int, ...]:
         """The number of tokens of each row, without padding."""
         lengths: list[int] = []
+        read_shard = self._shard_reader
         for number in range(self.index.num_shards):
-            shard, _ = self._read_shard(number)
+            shard, _ = read_shard(number)
             lengths += shard["lengths"].tolist()
         return tuple(lengths)
 
@@ -309,17 +309,14 @@ class EncodedTexts:
         return table.ShardTable(self.folder, self.index)
 
     def _find_row(self, row: int) -> tuple[Shard, list[int], int]:
-        """Return the shard that has a row, where each of its rows ends in `tokens`, and the row's index in the shard.
-
-        The index is negative, counted from the shard's end.
-        """
-        shard_ends = self._table.ends
-        shard_number = bisect_right(shard_ends, row)
-        shard, token_ends = self._read_shard(shard_number)
-        return shard, token_ends, row - shard_ends[shard_number]
+        """Return the shard that has a row, where each of its rows ends in `tokens`, and the row's number in it."""
+        read_shard = self._shard_reader
+        shard_number, row_in_shard = self._table.locate(row)
+        shard, token_ends = read_shard(shard_number)
+        return shard, token_ends, row_in_shard
 
     @cached_property
-    def _read_shard(self) -> Callable[[int], tuple[Shard, list[int]]]:
+    def _shard_reader(self) -> Callable[[int], tuple[Shard, list[int]]]:
         """A function that maps a shard into memory by its number, and says where each of its rows ends in `tokens`.
 
         Each table keeps its last MAX_MAPPED shards.

@@ -198,12 +198,12 @@ def require_rows_apart(net: nn.Module, b: Noised, needs: Needs) -> None:
 
 def rows_to_try(objective: Objective) -> int:
     """How many rows the check tries: a few, in whole groups of those that belong together, of which two at least."""
-    group = _group_size(objective)
+    group = group_size(objective)
     min_groups = 2 if group > 1 else 1
     return max(_TRIED_ROWS // group, min_groups) * group
 
 
-def _group_size(objective: Objective) -> int:
+def group_size(objective: Objective) -> int:
     """How many neighbouring rows belong together: whole groups of the objective's and of its times'."""
     return lcm(objective.times.group, objective.needs.group)
 
@@ -277,7 +277,7 @@ def require_first_stage(objective: Objective, *, has_ref: bool) -> None:
 
 def require_whole_groups(objective: Objective, rows: int) -> None:
     """Raise UserError where a batch of `rows` rows splits a group of rows that belong together."""
-    group = _group_size(objective)
+    group = group_size(objective)
     if rows % group:
         raise UserError(
             f"{rows} rows, and {group} belong together in objective '{objective.kind}': give a multiple of {group}; a "

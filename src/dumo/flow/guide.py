@@ -106,10 +106,10 @@ class Guide(Spec):
         """
         if torch.compiler.is_compiling():
             return None
-        known = b.known
-        if known is None:
+        on_host = b.on_host
+        if on_host is None:
             return None
-        t, kept = known  # on the CPU, so that no pass waits for a device to say how many rows it has
+        t, kept = on_host  # so that no pass waits for a device to say how many rows it has
         numbers = (kept & self.inside(t)).nonzero().flatten()
         if len(numbers) == len(b.t):
             return None

@@ -211,7 +211,8 @@ class LoopFlow(Flow):
         how many rows each has. Raises UserError for what cannot be trained on.
         """
         # what can be wrong
-        is_second_check = self.step == _SECOND_CHECK_STEP and not self.is_check_of_copy
+        is_counted = step is None and self.training
+        is_second_check = is_counted and self.step == _SECOND_CHECK_STEP and not self.is_check_of_copy
         is_checked = self.is_checked_in_training if self.training else self.is_checked
         if not is_checked or is_second_check:
             self.check(x, c)
@@ -228,7 +229,6 @@ class LoopFlow(Flow):
 
         # the record of this step
         self.shape = self.shape or tuple(x.shape[1:])
-        is_counted = step is None and self.training
         if is_counted:
             rows = len(x) if self.rows else int(largest_of_ranks(len(x)))
             self.rows = max(self.rows, rows)  # a smaller last batch keeps its rank's rows

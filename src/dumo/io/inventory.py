@@ -47,10 +47,6 @@ _SAVE_COST_FACTOR = 100  # times what a save takes: the least time between two. 
 # The status of a file, in the order in which it counts where notes in several places differ.
 SAME, CHANGED, COPIED, UNKNOWN = range(4)
 
-# In place of the size of a file in `_align`
-_NOT_NOTED = -1  # the note does not list it
-_OTHER_COUNT = -2  # it had another number of items
-
 # By which a file is known again: its size in bytes, the time of its last change in ns, its inode.
 FileState = tuple[int, int, int]
 FileStates = NDArray[np.int64]  # (k, 3), a row for each file
@@ -178,31 +174,35 @@ def _look_up(files: ItemFiles, sha256: HashRows, *, trust_copies: bool) -> NDArr
         noted = note.read(place)
         if noted is None:
             continue
-        noted_states, noted_hashes = _align(files, noted)
-        equal = noted_states == files.states
-        is_same = equal.all(1)
-        is_copied = equal[:, :2].all(1)  # in size and time
-        is_unknown = noted_states[:, 0] == _NOT_NOTED
-        status_in_note = np.select([is_same, is_copied, is_unknown], [SAME, COPIED, UNKNOWN], CHANGED)
+        aligned = _align(files, noted)
+        is_equal = aligned.states == files.states
+        is_same = aligned.has_all_items & is_equal.all(1)
+        is_copied = aligned.has_all_items & is_equal[:, :2].all(1)  # in size and time
+        status_in_note = np.select([is_same, is_copied, ~aligned.is_listed], [SAME, COPIED, UNKNOWN], CHANGED)
         status = np.minimum(status, status_in_note)
 
         # the hashes of items that no earlier note had
         is_trusted = is_same | is_copied if trust_copies else is_same
         is_taken = np.repeat(is_trusted, files.counts)  # by item
         if is_taken.all() and not sha256.any():  # mostly so, and faster
-            sha256[:] = noted_hashes
+            sha256[:] = aligned.hashes
         else:
             is_taken &= ~sha256.any(1)
-            sha256[is_taken] = noted_hashes[is_taken]
+            sha256[is_taken] = aligned.hashes[is_taken]
     return status
 
 
-def _align(files: ItemFiles, noted: note.Note) -> tuple[FileStates, HashRows]:
-    """What a note says of these files: their states (k, 3), and the hashes of their items (n, 32).
+class _AlignedNote(NamedTuple):
+    """What a note says of some files, in their order."""
 
-    In place of the size stands _NOT_NOTED for a file that is not in the note, and _OTHER_COUNT for a file that had
-    another number of items. The hashes of both are zeros.
-    """
+    is_listed: NDArray[np.bool_]  # (k,), whether it lists the file
+    has_all_items: NDArray[np.bool_]  # (k,), whether it lists the file with as many items as it has now
+    states: FileStates  # (k, 3); of a file that is not listed, any
+    hashes: HashRows  # (n, 32), zeros for the items of files without all items
+
+
+def _align(files: ItemFiles, noted: note.Note) -> _AlignedNote:
+    """What a note says of these files."""
     tensors, _ = noted
     noted_names = tensors["names"].numpy().tobytes()
     noted_states = tensors["states"].numpy()
@@ -215,10 +215,8 @@ def _align(files: ItemFiles, noted: note.Note) -> tuple[FileStates, HashRows]:
     else:
         place_of_name = {name: i for i, name in enumerate(split_names(noted_names))}
         place_in_note = np.array([place_of_name.get(name, -1) for name in split_names(files.names)])
-    is_noted = place_in_note >= 0
-    has_all_items = is_noted & (noted_counts[place_in_note] == files.counts)
-    states = np.where(is_noted[:, None], noted_states[place_in_note], _NOT_NOTED)
-    states[is_noted & ~has_all_items, 0] = _OTHER_COUNT
+    is_listed = place_in_note >= 0
+    has_all_items = is_listed & (noted_counts[place_in_note] == files.counts)
 
     # items: those of a file are neighbours here and in the note, so their numbers there are those here plus a shift
     first_item = np.cumsum(files.counts) - files.counts
@@ -227,7 +225,7 @@ def _align(files: ItemFiles, noted: note.Note) -> tuple[FileStates, HashRows]:
     is_known = np.repeat(has_all_items, files.counts)
     noted_items = np.where(is_known, np.arange(len(is_known)) + shifts, 0)
     hashes = np.where(is_known[:, None], noted_hashes[noted_items], np.uint8(0))
-    return states, hashes
+    return _AlignedNote(is_listed, has_all_items, noted_states[place_in_note], hashes)
 
 
 def _merge(files: ItemFiles, known: HashRows, noted: note.Note | None) -> dict[str, Tensor]:
@@ -237,16 +235,16 @@ def _merge(files: ItemFiles, known: HashRows, noted: note.Note | None) -> dict[s
     counts = files.counts
     hashes = known
     if noted is not None:
-        noted_states, noted_hashes = _align(files, noted)
-        is_same = (noted_states == files.states).all(1)
+        aligned = _align(files, noted)
+        is_same = aligned.has_all_items & (aligned.states == files.states).all(1)
         is_hashed = np.zeros(len(files.paths), bool)  # by file: whether any of its items is
         is_hashed[files.file_of_item[known.any(1)]] = True
 
         # a file that changed stays noted as it was, until it is hashed as it is
-        keeps_noted = ~is_same & ~is_hashed & (noted_states[:, 0] >= 0)
-        states = np.where(keeps_noted[:, None], noted_states, states)
+        keeps_noted = ~is_same & ~is_hashed & aligned.has_all_items
+        states = np.where(keeps_noted[:, None], aligned.states, states)
         takes_noted = np.repeat(is_same | keeps_noted, counts)[:, None] & ~known.any(1, keepdims=True)
-        hashes = np.where(takes_noted, noted_hashes, known)
+        hashes = np.where(takes_noted, aligned.hashes, known)
 
         other_files = _other_files(files, noted)
         if other_files is not None:

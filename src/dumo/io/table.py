@@ -170,7 +170,7 @@ class ShardTable:
     memory: float = 0.0  # bytes; a table of at most this size is read into memory, a larger one is mapped
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self.first_rows[-1]
 
     def take(
         self,
@@ -186,14 +186,14 @@ class ShardTable:
         """
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
             raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
+        load_bytes = self._bytes_loader
         layout = self.index.columns[column]
         entry_bytes = np.empty((len(rows), prod(layout.shape) * layout.torch_dtype.itemsize), np.uint8)
         from_other = [False] * len(rows) if takes_other is None else takes_other.tolist()
         for i, (row, is_other) in enumerate(zip(rows.tolist(), from_other, strict=True)):
-            number = bisect_right(self.ends, row)
-            columns = self._load_bytes(number)
-            row_from_end = row - self.ends[number]  # negative: counted from the shard's end
-            entry = self._first_entry(columns, layout.lengths, row_from_end) if layout.lengths else row_from_end
+            number, row_in_shard = self.locate(row)
+            columns = load_bytes(number)
+            entry = self._first_entry(columns, layout.lengths, row_in_shard) if layout.lengths else row_in_shard
             name = other_column if is_other else column
             entry_bytes[i] = columns[name][entry]
         return torch.from_numpy(entry_bytes).view(layout.torch_dtype).view(-1, *layout.shape)
@@ -207,13 +207,18 @@ class ShardTable:
         """A digest of all shards' rows and checksums."""
         return digest.short(*(f"{shard.rows} {shard.sha256}" for shard in self.index.shards))
 
-    @cached_property
-    def ends(self) -> list[int]:
-        """By shard, the number of the first row after it."""
-        return list(accumulate(shard.rows for shard in self.index.shards))
+    def locate(self, row: int) -> tuple[int, int]:
+        """The number of the shard that has a row, and the number of the row in it."""
+        number = bisect_right(self.first_rows, row) - 1
+        return number, row - self.first_rows[number]
 
     @cached_property
-    def _load_bytes(self) -> Callable[[int], dict[str, ColumnBytes]]:
+    def first_rows(self) -> list[int]:
+        """By shard, the number of its first row; at the end, the number of all rows."""
+        return list(accumulate((shard.rows for shard in self.index.shards), initial=0))
+
+    @cached_property
+    def _bytes_loader(self) -> Callable[[int], dict[str, ColumnBytes]]:
         """A function from a shard's number to its columns. It keeps what it loaded."""
         is_mapped = sum(shard.size for shard in self.index.shards) > self.memory
 

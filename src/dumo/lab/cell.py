@@ -108,18 +108,18 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
 
     # cells of one table must be measured alike
     results = [results_by_name[cell.name] for cell in cells if cell.name in results_by_name]
-    cards_by_measure: dict[tuple[str, str | None, int], dict[str, Any]] = {}
+    cards_by_key: dict[tuple[str, str | None, int], dict[str, Any]] = {}
     for result in results:
-        cards_by_measure.setdefault(_measure_of(result), {})[result.cell.name] = result.report["card"]
-    for cards in cards_by_measure.values():
+        cards_by_key.setdefault(_comparison_key(result), {})[result.cell.name] = result.report["card"]
+    for cards in cards_by_key.values():
         compare.require_comparable(cards)
     if diverged:
         raise CellsDiverged(diverged, results)
     return results
 
 
-def _measure_of(result: Result) -> tuple[str, str | None, int]:
-    """What a cell is measured by: its protocol, and the split and fold of the data that are the reference."""
+def _comparison_key(result: Result) -> tuple[str, str | None, int]:
+    """What cells that are compared have in common: protocol, and the split and fold of the data of the reference."""
     spec = result.cell.spec
     return spec.evaluate.protocol.kind, spec.evaluate.split, getattr(spec.data, "fold", 0)
 

@@ -223,20 +223,20 @@ def _require_one_measure(cells: Sequence[Cell]) -> None:
     first_by_seed: dict[int, Cell] = {}
     for cell in cells:
         first = first_by_seed.setdefault(cell.spec.train.seed, cell)
-        measure_of_first = _measure_of(first.spec)
-        for field, value in _measure_of(cell.spec).items():
-            if value != measure_of_first[field]:
+        fields_of_first = _measuring_fields(first.spec)
+        for field, value in _measuring_fields(cell.spec).items():
+            if value != fields_of_first[field]:
                 way_out = "take recipes that agree"
                 if field != "data.classes":  # which no setting says
                     way_out = f"set it in `set` of all arms, or {way_out}"
                 raise UserError(
-                    f"{field} is {measure_of_first[field]} in {first.name} and {value} in {cell.name}, which one table "
+                    f"{field} is {fields_of_first[field]} in {first.name} and {value} in {cell.name}, which one table "
                     f"cannot compare: {way_out}"
                 )
 
 
-def _measure_of(spec: Run) -> dict[str, str]:
-    """What a run is measured by, as YAML: by whom, against which data, and whether by class."""
+def _measuring_fields(spec: Run) -> dict[str, str]:
+    """The fields that say by what a run is measured, as YAML: by whom, against which data, and whether by class."""
     return {
         "evaluate.protocol": yaml_text(spec.evaluate.protocol),
         "evaluate.split": yaml_text(spec.evaluate.split),

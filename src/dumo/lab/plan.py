@@ -280,7 +280,7 @@ class Budget:
     """
 
     def __init__(self, plan: Plan, scale: Scale, *, factor: float, is_smoke: bool) -> None:
-        """`factor` multiplies the budget. At the scale `smoke` arms do not set it anew."""
+        """`factor` multiplies the budget. With `is_smoke` an arm that sets it anew does so with the scale's steps."""
         self.scale = scale
         self.factor = factor
         self.is_smoke = is_smoke
@@ -294,16 +294,23 @@ class Budget:
         if self.scale.cost == "steps":
             return self.scale.steps or recipe_steps
         step_cost = self._step_cost(run_cost)
-        if self.scale.operations and not self.total:
-            self.total = self.factor * self.scale.operations
-        if self.scale.passes and not self.total:
-            self.total = self.factor * self.scale.passes * step_cost / run_cost.units
         if arm.steps or not self.total:
-            arm_steps = None if self.is_smoke else arm.steps
-            steps = arm_steps or self.scale.steps or recipe_steps
-            self.total = round(self.factor * steps) * step_cost
+            self.total = self._total_by(run_cost, recipe_steps, arm)
         pair_cost = run_cost.pair_units * step_cost / run_cost.units
         return round((arm.share * self.total - pair_cost) / step_cost)
+
+    def _total_by(self, run_cost: Cost, recipe_steps: int, arm: Arm) -> float:
+        """The budget that an arm sets, which is the first one or has steps of its own."""
+        step_cost = self._step_cost(run_cost)
+        if not arm.steps:
+            if self.scale.operations:
+                return self.factor * self.scale.operations
+            if self.scale.passes:
+                return self.factor * self.scale.passes * step_cost / run_cost.units
+        steps = self.scale.steps or recipe_steps
+        if arm.steps and not self.is_smoke:
+            steps = arm.steps
+        return round(self.factor * steps) * step_cost
 
     def _step_cost(self, run_cost: Cost) -> float:
         """What a step costs, in the scale's measure."""

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
@@ -307,21 +307,25 @@ def with_times(
     """Yield the rows with their times in forward passes of the plain step, and their bytes over those of `central`.
 
     `attempts` are the rows with their steps, `seconds` (steps, rounds) the times of all steps that are not None. The
-    plain step comes first of each precision. `seconds_at_peak`: what a forward pass of the batch would take at the
+    plain step of each precision has one. `seconds_at_peak`: what a forward pass of the batch would take at the
     GPU's peak.
     """
     central_bytes = {row.precision: row.bytes for row, _ in attempts if row.slope == "central"}
-    unit_seconds = seconds[0]  # of a forward pass, (rounds,): set by the plain step of each precision
-    seconds_of_steps = iter(seconds)
-    for row, step in attempts:
+    timed_attempts = [number for number, (_, step) in enumerate(attempts) if step]
+    seconds_of_attempt = dict(zip(timed_attempts, seconds.unbind(), strict=True))  # (rounds,), by the attempt's number
+    unit_seconds: dict[Precision, Tensor] = {}  # of a forward pass, (rounds,)
+    for number, (row, _) in enumerate(attempts):
+        if row.slope == PLAIN:
+            units = round(row.units_counted or _PLAIN_UNITS)  # 4 with checkpointing
+            unit_seconds[row.precision] = seconds_of_attempt[number] / units
+
+    for number, (row, _) in enumerate(attempts):
         central = central_bytes.get(row.precision)
         if row.bytes and central:
             row = replace(row, bytes_over_central=row.bytes / central)
-        if step:
-            step_seconds = next(seconds_of_steps)
-            if row.slope == PLAIN:
-                unit_seconds = step_seconds / round(row.units_counted or _PLAIN_UNITS)  # 4 with checkpointing
-            low, median, high = quartiles(step_seconds / unit_seconds)
+        if number in seconds_of_attempt:
+            step_seconds = seconds_of_attempt[number]
+            low, median, high = quartiles(step_seconds / unit_seconds[row.precision])
             median_seconds = step_seconds.median().item()
             share_of_peak = None
             if seconds_at_peak and row.units_counted:
@@ -352,7 +356,14 @@ class PlainStep(Spec):
     def needs(self) -> Needs:
         """The net of the other objective."""
         needs: Needs = self.of.needs
-        return Needs(needs.inputs, needs.heads, needs.gauges, needs.knobs, needs.own, formulas=needs.formulas)
+        return Needs(
+            inputs=needs.inputs,
+            heads=needs.heads,
+            gauges=needs.gauges,
+            knobs=needs.knobs,
+            own=needs.own,
+            formulas=needs.formulas,
+        )
 
     @property
     def times(self) -> TimeLaw:

@@ -31,7 +31,7 @@ from dumo.io.deferred import Deferred
 from dumo.nets import adapter, lowpass
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import require_inputs
-from dumo.nets.family import UNET, Config, Family, Inputs, pack_latents, unpack_latents
+from dumo.nets.family import Config, Family, Inputs, is_unet, pack_latents, unpack_latents
 from dumo.nets.gap import FixedTimes, GapEmbedder, fit_fixed_times
 from dumo.nets.heads import (
     HeadLayer,
@@ -216,12 +216,17 @@ class Dualized(nn.Module):
         return blocks
 
     @property
+    def is_unet(self) -> bool:
+        """Whether the model is a UNet."""
+        return is_unet(self.config)
+
+    @property
     def regions(self) -> list[nn.Module]:
         """The modules that are compiled one by one: the blocks, or the transformers in a UNet's blocks.
 
         A UNet's blocks are too deep to trace.
         """
-        if type(self.model).__name__ != UNET:
+        if not self.is_unet:
             return self.blocks
         compiled_classes = self.model._repeated_blocks  # the names of the classes that diffusers' own compiling takes
         transformers = [part for part in self.model.modules() if type(part).__name__ in compiled_classes]

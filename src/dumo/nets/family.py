@@ -578,6 +578,11 @@ def class_of(config: Config) -> str:
     return model_class
 
 
+def is_unet(config: Config) -> bool:
+    """Return whether a model is a UNet."""
+    return class_of(config) == UNET
+
+
 def _closest_family(config: Config, pipeline: str) -> Family | None:
     """Return the family that fits a model best, which may be of another pipeline; None: no family has its class.
 

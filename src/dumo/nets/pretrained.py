@@ -27,7 +27,7 @@ from dumo.io.read import explain_foreign_errors
 from dumo.nets.adapter import Lora
 from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marked
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import MAX_FREQUENCY, Family, find_family
+from dumo.nets.family import MAX_FREQUENCY, Family, find_family, is_unet
 from dumo.nets.precondition import Precondition
 from dumo.nets.route import Route
 from dumo.nets.rows import Codes, Texts, make_codes
@@ -187,7 +187,7 @@ class Pretrained(PipelineSpec):
                 f"{FIELD} has a {kind}, which forgets the mask of its texts in blocks that are computed again: set "
                 "net.checkpoint=false"
             )
-        if self.checkpoint > 1 and kind.startswith("UNet"):
+        if self.checkpoint > 1 and is_unet(model.config):
             raise UserError(
                 f"net.checkpoint = {self.checkpoint} leaves blocks out, and of a UNet all are computed again or none: "
                 "set net.checkpoint=true"
@@ -208,8 +208,9 @@ class Pretrained(PipelineSpec):
                     f"{FIELD} has a {family.pipeline}, which edits images, and codes edit none: take captions"
                 )
             return make_codes(classes, config[family.text_width], family.pooled_width(config))
+        source_shape = shape if family.edits_images else ()
         with not_deferred():  # tables are files, which are mapped
-            return self.texts.build(classes, shape) if family.edits_images else self.texts.build(classes)
+            return self.texts.build(classes, source_shape)
 
     def _require_fit(self, family: Family, config: Config, needs: Needs) -> None:
         """Raise UserError where the fields or the objective do not fit the model."""
@@ -220,7 +221,7 @@ class Pretrained(PipelineSpec):
             raise UserError(f"{subject} that embeds its guidance: set net.guidance, such as 3.5 (FLUX.1-dev)")
         if self.guidance is not None and not embeds_guidance:
             raise UserError(f"{subject} that embeds no guidance: set net.guidance=null")
-        if self.lora and self.lora.convolutions and not kind.startswith("UNet"):
+        if self.lora and self.lora.convolutions and not is_unet(config):
             raise UserError(f"{subject}, and adapters of convolutions are for UNets: set net.lora.convolutions=false")
         if self.lowpass and not family.time_embedder:
             raise UserError(

@@ -36,11 +36,9 @@ from dumo.nets.family import Family, find_family
 from dumo.nets.live import OnlineTexts
 from dumo.nets.mapped import MappedRows
 from dumo.nets.rows import Rows, TextReader, TextRows, Texts, TextSizes
-from dumo.runtime.limits import CHANNELS, GIGABYTES
+from dumo.runtime.limits import CHANNELS, GIGABYTE, GIGABYTES
 from dumo.runtime.text import bytes_text
 from dumo.types import FREE, MACHINE, PINNED, PLACE, Spec, UserError
-
-GIGABYTE = 1e9  # bytes
 
 
 class TableTexts(Spec):

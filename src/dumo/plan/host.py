@@ -28,12 +28,12 @@ from dumo.autodiff.float64 import copied_bytes
 from dumo.nets.adapter import adapters
 from dumo.run.memory import HeldBytes
 from dumo.run.net import num_parameters
+from dumo.runtime.limits import GIGABYTE
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
 
 DEVICES = ("GPU", "CPU")  # that a run may be trained on
 PROCESS = 430 * 10**6  # bytes that a process takes before it trains, measured: docs/guarantees.md
-GB = 1e9  # bytes
 _FLOAT32_BYTES = 4
 _MAX_RANKS_PER_NODE = 8  # ours
 
@@ -139,6 +139,6 @@ def _process_bytes(
 def line(bytes_by_device: HostBytes, device: str) -> tuple[str, str]:
     """A line of a plan, a name and a text, on the host of a device. `bytes_by_device` is what `host_bytes` returns."""
     phases = bytes_by_device[device]
-    process = ", ".join(f"{phase} {size / GB:.1f}" for phase, size in phases["process"].items())
+    process = ", ".join(f"{phase} {size / GIGABYTE:.1f}" for phase, size in phases["process"].items())
     node = max(phases["node"].values())
-    return f"host of a {device}", f"GB of a process: {process}; {node / GB:.1f} of a node"
+    return f"host of a {device}", f"GB of a process: {process}; {node / GIGABYTE:.1f} of a node"

@@ -25,7 +25,6 @@ from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, settings_of
 from dumo.config.spec import Run
 from dumo.data import Images, Memory, cache, is_latents
 from dumo.data.archive import PngImages, write_archive
-from dumo.data.image import GIGABYTE
 from dumo.data.memory import RereadData
 from dumo.data.pixel import ToSquare
 from dumo.plan import photolatents
@@ -33,6 +32,7 @@ from dumo.plan.photocaptions import choose_captions
 from dumo.plan.photolook import ImagesFound, look_at
 from dumo.runtime import threads
 from dumo.runtime.door import settings
+from dumo.runtime.limits import GIGABYTE
 from dumo.runtime.progress import Bar, ignore_line
 from dumo.types import UserError
 

@@ -30,6 +30,7 @@ from dumo.plan.host import host_bytes
 from dumo.run import cost, memory
 from dumo.run.net import num_parameters, outline
 from dumo.runtime import dist
+from dumo.runtime.limits import GIGABYTE
 from dumo.runtime.random import stream
 from dumo.runtime.text import bytes_text, minutes_text, nfe_text, number_text
 from dumo.training.deadline import SECONDS_PER_MINUTE
@@ -38,7 +39,6 @@ from dumo.training.step import split_into_passes
 from dumo.types import Objective, UserError
 
 _GPU_BYTES = 80 * 2**30  # of an A100 or H100
-GB = 1e9  # bytes
 FAR = 0.9  # t - r of rows where one-step sampling is taught: ours
 _FAR_DRAWS = 1_000_000  # of times, to measure the share of such rows: ours
 Line = tuple[str, str]  # a name, and a text
@@ -247,7 +247,7 @@ def _text_rows(texts: EmbeddedTexts, data: Data) -> dict[str, Any]:
     bytes_per_caption = texts.memory_bytes(0, source)
     most = None
     if pipeline_texts is not None and not edits_images:
-        most = max(0, int(pipeline_texts.budget * GB / bytes_per_caption) - 1)
+        most = max(0, int(pipeline_texts.budget * GIGABYTE / bytes_per_caption) - 1)
     return {
         "captions": captions,
         "bytes_per_caption": bytes_per_caption,
@@ -317,10 +317,11 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     if alone:
         held_bytes = facts["memory"]
         part_names = [name for name in held_bytes if name not in ("rows", "total")]
-        parts = ", ".join(f"{name} {held_bytes[name] / GB:.2f}" for name in part_names)
+        parts = ", ".join(f"{name} {held_bytes[name] / GIGABYTE:.2f}" for name in part_names)
         yield "work", f"{number_text(facts['flops'] / 1e15)} PFLOP, two to a multiply-add"
-        yield "memory", f"{held_bytes['total'] / GB:.2f} GB at most, {held_bytes['rows']} rows at a time: {parts}"
-        yield "checkpoints", f"{facts['checkpoint']['bytes'] / GB:.2f} GB each, copied in host memory to be written"
+        yield "memory", f"{held_bytes['total'] / GIGABYTE:.2f} GB at most, {held_bytes['rows']} rows at a time: {parts}"
+        checkpoint_gigabytes = facts["checkpoint"]["bytes"] / GIGABYTE
+        yield "checkpoints", f"{checkpoint_gigabytes:.2f} GB each, copied in host memory to be written"
     judged = facts["validation"]
     if judged:
         samples = f"{judged['samples']:,} samples in {nfe_text(judged['nfe'])} every {judged['every']:,} steps"
@@ -329,7 +330,7 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     if cached:
         storage = f"{cached['bytes_per_image'] / 1e3:,.1f} kB an image"
         if cached["bytes"]:
-            storage += f", {cached['bytes'] / GB:,.1f} GB of {cached['images']:,} images"
+            storage += f", {cached['bytes'] / GIGABYTE:,.1f} GB of {cached['images']:,} images"
         yield "cache", storage
     if facts["texts"]:
         yield "texts", _caption_text(facts["texts"])
@@ -353,10 +354,10 @@ def _caption_text(texts: Mapping[str, Any]) -> str:
     """What the rows of captions take, and whether a table holds them, or encoders make them in training."""
     text = f"{texts['bytes_per_caption'] / 1e3:,.1f} kB a caption at most"
     if texts["bytes"]:
-        text += f", {texts['bytes'] / GB:,.1f} GB of {texts['captions']:,} captions"
+        text += f", {texts['bytes'] / GIGABYTE:,.1f} GB of {texts['captions']:,} captions"
     encoders = "encoders"
     if texts["encoders"]:
-        encoders += f" of {texts['encoders'] / GB:,.1f} GB"
+        encoders += f" of {texts['encoders'] / GIGABYTE:,.1f} GB"
     if texts["live"]:
         return f"{text}: more than net.texts.budget, so {encoders} run in training"
     text += ": in a table"
@@ -408,7 +409,7 @@ def rehearsal_lines(step: Mapping[str, Any], train: Train) -> Iterator[Line]:
     seconds = f"{step['pass_seconds']:.3g} s for these rows, {step['update_seconds']:.3g} s to update"
     yield "took", f"{seconds}; loss {step['loss']:.4g}, gradient norm {step['grad_norm']:.4g}"
     yield "a sample", f"{step['sample_seconds']:.3g} s in {nfe_text(step['sample_nfe'])}, not decoded"
-    yield "peak", f"{step['peak_bytes'] / GB:.2f} GB with {step['rows']} rows at a time"
+    yield "peak", f"{step['peak_bytes'] / GIGABYTE:.2f} GB with {step['rows']} rows at a time"
     yield (
         "a batch",
         f"{number_text(step['step_seconds'])} s for {train.batch:,}: {number_text(step['images_per_second'])} images/s",

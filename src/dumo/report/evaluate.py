@@ -18,7 +18,7 @@ of other weights, it is another file, named after what differs; of an earlier st
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads
 from dumo.runtime.device import software_versions
-from dumo.runtime.progress import Bar, Tick, line_printer, no_bar
+from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import UserError
 
 PATH_FIELDS = ("protocol.reference", "protocol.model")  # no part of a file's name: the card has their files' hashes
@@ -194,25 +194,21 @@ def score_passes(
     else:
         work = "sampling"
         batches = sampler.batches(c, nfe=nfe, seed=seed, solver=solver)
-    counted_passes = set[int]()
-    with bar(f"{work}, {solver.kind} at {nfe}", len(c)) as tick:
-        scores = evaluator.score(_count_passes(batches, counted_passes, len(c), tick))
-    return {"nfe": counted_passes.pop(), "solver": solver.kind, **scores}
+    total = len(c)  # samples of all ranks
+    passes_of_batches: list[int] = []  # the same of each
+    with bar(f"{work}, {solver.kind} at {nfe}", total) as tick:
 
+        def indexed_samples() -> Iterator[tuple[Tensor, Tensor]]:
+            """The indices and samples of each batch of this rank, which moves the bar."""
+            done = 0
+            for batch in batches:
+                done += len(batch.index) * dist.world()
+                tick(min(done, total), "")
+                passes_of_batches.append(batch.nfe)
+                yield batch.index, batch.x
 
-def _count_passes(
-    batches: Iterable[Batch], counted_passes: set[int], total: int, tick: Tick
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The indices and samples of each batch of this rank. Each adds its passes to `counted_passes`, and moves the bar.
-
-    `total` is the number of samples of all ranks.
-    """
-    done = 0
-    for batch in batches:
-        done += len(batch.index) * dist.world()
-        tick(min(done, total), "")
-        counted_passes.add(batch.nfe)
-        yield batch.index, batch.x
+        scores = evaluator.score(indexed_samples())
+    return {"nfe": passes_of_batches[0], "solver": solver.kind, **scores}
 
 
 def current_report(opened: RunFolder) -> dict[str, Any] | None:

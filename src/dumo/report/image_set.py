@@ -22,11 +22,12 @@ from torch import Tensor
 from dumo.config.source import RUN_FILE
 from dumo.data import pixel
 from dumo.data.album import Album
-from dumo.data.image import GIGABYTE, open_store
+from dumo.data.image import open_store
 from dumo.data.store import Labels, Store
 from dumo.evaluation.npz import NpzImages
 from dumo.evaluation.reference import PIECE
 from dumo.runtime import dist, shell_path, signals
+from dumo.runtime.limits import GIGABYTE
 from dumo.runtime.random import stream
 from dumo.types import UserError
 

@@ -289,27 +289,26 @@ def count_by_depth(net: M, count: Callable[[M], int], *, check: bool = False) ->
     if sum(lengths) <= MAX_BLOCKS_RUN or max(lengths) <= num_first:
         return count(net)
 
-    def count_with(num_more: Sequence[int]) -> int:
-        """The count with the first blocks of each stretch: `num_first` of it, and this many more."""
-        num_blocks = [min(n, num_first + k) for n, k in zip(lengths, num_more, strict=True)]
-        return count(cut(net, num_blocks))
-
-    first_count = count_with([0] * len(lengths))
+    first = [num_first] * len(lengths)  # blocks of each stretch; `cut` takes all of a stretch that has fewer
+    first_count = count(cut(net, first))
     added_by_stretch = [0] * len(lengths)  # what one block more of each stretch adds
     added_by_kind: dict[object, int] = {}  # the same, by what stretches that add alike have in common
-    for i, (stretch, n) in enumerate(zip(net_stretches, lengths, strict=True)):
-        if n > num_first:
-            place = i if stretch.level is None else f"level {stretch.level}"
-            kind = (place, _kind(stretch.blocks[0]))
-            if kind not in added_by_kind:
-                one_more = [int(i == j) for j in range(len(lengths))]
-                added_by_kind[kind] = count_with(one_more) - first_count
-            added_by_stretch[i] = added_by_kind[kind]
+    for i, stretch in enumerate(net_stretches):
+        if lengths[i] <= num_first:
+            continue
+        place = ("stretch", i) if stretch.level is None else ("level", stretch.level)
+        kind = (place, _kind(stretch.blocks[0]))
+        if kind not in added_by_kind:
+            one_more = [*first]
+            one_more[i] += 1
+            added_by_kind[kind] = count(cut(net, one_more)) - first_count
+        added_by_stretch[i] = added_by_kind[kind]
     pairs = list(zip(lengths, added_by_stretch, strict=True))
     if check:
         added_by_two = sum(min(n - num_first, 2) * added for n, added in pairs)
         all_add = all(added for n, added in pairs if n > num_first)
-        if not all_add or count_with([2] * len(lengths)) != first_count + added_by_two:
+        two_more = [num_first + 2] * len(lengths)
+        if not all_add or count(cut(net, two_more)) != first_count + added_by_two:
             return count(net)
     return first_count + sum((n - num_first) * added for n, added in pairs)
 
@@ -382,8 +381,8 @@ def stretches(net: nn.Module) -> list[Stretch]:
         blocks = getattr(net, "blocks", None)
         if isinstance(blocks, nn.ModuleList):
             lists["blocks"] = blocks
-            kinds_but_routed = {_kind(block)[1:] for block in [*blocks][:-1]}
-            if len(kinds_but_routed) > 1:
+            unrouted_kinds = {_unrouted_kind(block) for block in [*blocks][:-1]}
+            if len(unrouted_kinds) > 1:
                 return []
     stretches_in_order: list[Stretch] = []
     for path, part in lists.items():
@@ -394,7 +393,7 @@ def stretches(net: nn.Module) -> list[Stretch]:
 
 def is_unet(net: nn.Module) -> bool:
     """Whether a net is a UNet of diffusers."""
-    return is_dualized(net) and net.family.last_layer == "conv_out"
+    return is_dualized(net) and net.is_unet
 
 
 def _trains_time(unet: nn.Module) -> bool:
@@ -421,11 +420,16 @@ def _stretches_of_unet(net: nn.Module) -> list[Stretch]:
 
 
 def _kind(block: nn.Module) -> tuple[object, ...]:
-    """What blocks that cost alike have in common: whether they are routed or computed again, class and shapes."""
+    """What blocks that cost alike have in common: whether they are routed, and `_unrouted_kind`."""
     is_routed = getattr(block, "is_routed", False)
+    return is_routed, *_unrouted_kind(block)
+
+
+def _unrouted_kind(block: nn.Module) -> tuple[object, ...]:
+    """What blocks that cost alike, but for routing, have in common: class, shapes, whether they are computed again."""
     is_recomputed = getattr(block, "is_recomputed", False)
     shapes = ((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
-    return is_routed, type(block), is_recomputed, *shapes
+    return type(block), is_recomputed, *shapes
 
 
 def count_flops(work: Callable[[], object]) -> int:

@@ -122,7 +122,7 @@ class Index:
             return self.recorded_run.run
         return run_of(self.text, overrides)
 
-    def run_of(self, checkpoint: Checkpoint) -> CheckpointRun | None:
+    def checkpoint_run(self, checkpoint: Checkpoint) -> CheckpointRun | None:
         """The run that a checkpoint holds, as `CheckpointRun.read`."""
         if checkpoint.path not in self._runs:
             self._runs[checkpoint.path] = CheckpointRun.read(checkpoint)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -209,43 +208,45 @@ def open_job(
         elif timing_before:
             _require_time_left(run.train, timing_before, folder)
 
-        # 5. encode photos, open the data, and examine the derivative
-        refusals = stack.enter_context(ExitStack())  # what to do where the run is refused before it trains
-        if dist.is_main() and index.text is None:
-            refusals.push(partial(_remove_if_refused, folder / RUN_FILE))
-        _make_proposed_cache(run, index, chosen, began, device, tell, bar)
-        data = open_data(run.data)
-        with threads.fewer_when_busy(torch_device, ignore_line):
-            examination.examine(run, torch_device).require()
-        step_flops = None
-        if known_peak_tflops(torch_device) or may_take_a_day(run.train, net_outline, run.data.shape):
-            from dumo.run import cost
+        try:
+            # 5. encode photos, open the data, and examine the derivative
+            _make_proposed_cache(run, index, chosen, began, device, tell, bar)
+            data = open_data(run.data)
+            with threads.fewer_when_busy(torch_device, ignore_line):
+                examination.examine(run, torch_device).require()
+            step_flops = None
+            if known_peak_tflops(torch_device) or may_take_a_day(run.train, net_outline, run.data.shape):
+                from dumo.run import cost
 
-            step_cost = cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
-            step_flops = step_cost.flops
-        meter = Meter(run.train, folder, torch_device, step_flops)
-        drawn_sheets = sheets(run, folder, tell) if sheets else None
+                step_cost = cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
+                step_flops = step_cost.flops
+            meter = Meter(run.train, folder, torch_device, step_flops)
+            drawn_sheets = sheets(run, folder, tell) if sheets else None
 
-        # 6. begin the state, and open what reads it
-        state, checkpoint = begin_or_resume(run, index.checkpoints, torch_device, chosen, or_before=step is None)
-        factor_before = run.train.factor(state.step, state.timing) if checkpoint else None
-        state.timing = begin_timing(run.train.minutes, state.timing, factor_before)
-        best_folder = None
-        validation = None
-        if run.evaluate.every:
-            best_folder, validation = _open_validation(run, index, state, tell, meter)
-        teacher = _load_teacher(run, run.teacher, state, torch_device) if run.teacher else None
+            # 6. begin the state, and open what reads it
+            state, checkpoint = begin_or_resume(run, index.checkpoints, torch_device, chosen, or_before=step is None)
+            factor_before = run.train.factor(state.step, state.timing) if checkpoint else None
+            state.timing = begin_timing(run.train.minutes, state.timing, factor_before)
+            best_folder = None
+            validation = None
+            if run.evaluate.every:
+                best_folder, validation = _open_validation(run, index, state, tell, meter)
+            teacher = _load_teacher(run, run.teacher, state, torch_device) if run.teacher else None
 
-        # 7. compare with what the folder holds
-        changed_data = datacheck.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
+            # 7. compare with what the folder holds
+            changed_data = datacheck.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
 
-        def compare_history() -> History | None:
-            if not dist.is_main():
-                return None
-            return History.of(run, index, data, state.step, checkpoint, accept=accept, change=changed_data)
+            def compare_history() -> History | None:
+                if not dist.is_main():
+                    return None
+                return History.of(run, index, data, state.step, checkpoint, accept=accept, change=changed_data)
 
-        history = agreement.on_each_rank(compare_history)
-        refusals.pop_all()
+            history = agreement.on_each_rank(compare_history)
+        except UserError:
+            # the folder is free for what is typed instead; a run that was stopped, or failed, stays and may be resumed
+            if dist.is_main() and index.text is None:
+                (folder / RUN_FILE).unlink(missing_ok=True)
+            raise
         yield Job(
             run=run,
             index=index,
@@ -265,17 +266,6 @@ def open_job(
             step_flops=step_flops,
             began=began,
         )
-
-
-def _remove_if_refused(
-    run_file: Path, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-) -> None:
-    """Remove the run.yaml of a run that was refused, so that the folder is free for what is typed instead.
-
-    The last three are those of an exit from a context. After a stop or a failure the run stays, and may be resumed.
-    """
-    if isinstance(error, UserError):
-        run_file.unlink(missing_ok=True)
 
 
 def train_more_hint(folder: Path, train: Train) -> str:

@@ -81,11 +81,6 @@ class Journal:
         return "" if self.changes is None else dump(self.run, self.changes)
 
     @property
-    def first_saved_step(self) -> int:
-        """The first step that is saved by its number: up to it weights are examined before they are saved."""
-        return self.run.train.first_saved_step
-
-    @property
     def hooks(self) -> tuple[loop.Every, ...]:
         """What the loop calls after each step, in this order: log, milestones, checkpoints."""
         return loop.Every(1, self.log_step), loop.Every(1, self.write_milestone), loop.Every(1, self.save_if_due)
@@ -112,7 +107,7 @@ class Journal:
         for signal_number in agreement.gather_results(signals.poll):
             if signal_number:
                 raise signals.Stopped(signal_number)
-        if 0 < state.step <= self.first_saved_step:
+        if 0 < state.step <= self.run.train.first_saved_step:
             self.examine(state)
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
             self.write_milestone(state)
@@ -186,20 +181,24 @@ class Journal:
     def save_if_due(self, state: State, record: Record) -> None:
         """Save a checkpoint where one is due by step or clock, where the run is asked to stop, and at the end.
 
-        Up to the first one the weights are examined before, but not where somebody waits for the run to stop.
+        Up to the first one by step (`Train.first_saved_step`) the weights are examined before, but not where somebody
+        waits for the run to stop.
         """
+        train = self.run.train
+        is_due = record.due or state.step % train.save_every == 0
+        is_last = state.is_over(train)
         is_asked_to_stop = record.received_signal is not None
-        is_last = state.is_over(self.run.train)
-        if is_asked_to_stop or record.due or state.step % self.first_saved_step == 0 or is_last:
+        if not (is_due or is_last or is_asked_to_stop):
+            return
+        self.saver.wait()
+        skips_examination = self.countdown is not None and self.is_examined  # once is enough where time is short
+        if state.step <= train.first_saved_step and not is_asked_to_stop and not skips_examination:
+            self.examine(state)
+        if is_last:
+            self.note_steps(state)
+        self.save(state)
+        if is_asked_to_stop or is_last:
             self.saver.wait()
-            skips_examination = self.countdown is not None and self.is_examined  # once is enough where time is short
-            if state.step <= self.first_saved_step and not is_asked_to_stop and not skips_examination:
-                self.examine(state)
-            if is_last:
-                self.note_steps(state)
-            self.save(state)
-            if is_asked_to_stop or is_last:
-                self.saver.wait()
 
     def save(self, state: State) -> None:
         """Save a checkpoint of this step in a thread, after the log up to it; training goes on meanwhile."""

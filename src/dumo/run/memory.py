@@ -8,7 +8,7 @@
 
 `training_bytes` counts all of them. The first four stay between steps (`held_bytes`), the last is `activation_bytes`.
 `checkpoint_bytes` says what is written of them. `step_bytes` counts a step for a benchmark, where `allocated_bytes`
-asks a GPU's allocator; `follow_bytes` counts any work. `average_tensors` are what the averages hold besides the net.
+asks a GPU's allocator. `average_tensors` are what the averages hold besides the net.
 
 An outline is a net on the meta device: it has shapes and dtypes, and no values. `held_bytes` begins a training on one,
 which takes minutes of 20 B weights. `dumo.run.netbytes` bounds that from below, at once.
@@ -212,13 +212,6 @@ def allocated_bytes(work: Callable[[], object], device: torch.device) -> StepByt
     preexisting = torch.cuda.memory_allocated(device)
     work()
     return StepBytes(preexisting, torch.cuda.max_memory_allocated(device) - preexisting)
-
-
-def follow_bytes(work: Callable[[], object]) -> StepBytes:
-    """Bytes of all tensors that some work uses, on whatever device they are, fake ones too."""
-    with LiveStorages() as live:
-        work()
-    return StepBytes(live.preexisting, live.peak)
 
 
 def _activation_peak(

@@ -31,7 +31,7 @@ def require_own_checkpoint(run: Run, index: Index, checkpoint: Checkpoint, place
 
     `run` is the run that is opened, `place` the part of the checkpoint that is shown.
     """
-    trained_run = index.run_of(checkpoint)
+    trained_run = index.checkpoint_run(checkpoint)
     if trained_run is None:
         return
     recorded_run = RecordedRun(run, index.past)
@@ -132,7 +132,7 @@ def _last_readable_run(index: Index, step: int | None) -> CheckpointRun | None:
         if step not in (None, checkpoint_step):
             continue
         with suppress(UserError):  # who begins there looks at the whole of it
-            return index.run_of(checkpoint)
+            return index.checkpoint_run(checkpoint)
     return None
 
 
@@ -144,7 +144,7 @@ def run_before_step(index: Index, checkpoint: Checkpoint | None) -> RecordedRun 
     recorded_run = index.recorded_run
     if recorded_run is None:
         return None
-    trained_run = index.run_of(checkpoint) if checkpoint else None
+    trained_run = index.checkpoint_run(checkpoint) if checkpoint else None
     if trained_run is None:
         return recorded_run
     later_changes_of_data = [

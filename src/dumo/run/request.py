@@ -40,30 +40,38 @@ class Request:
     changes: tuple[str, ...]  # of fields, each a.b=c
 
     @property
-    def is_to_obey_once(self) -> bool:
+    def is_one_time(self) -> bool:
         """Whether to do it again would do something else."""
         return self.step is not None or self.minutes is not None
 
     def was_obeyed(self) -> bool:
         """Whether a start before this one, with the same words, has obeyed it. Every rank must call it.
 
-        The counts of restarts do not say so alone: torchrun has one for each node, which leaves some restarts out, and
-        a start may die before it obeys. After the end of the training they tell a restart from a new command.
+        If not, the note of an earlier request goes. The counts of restarts do not say so alone: torchrun has one for
+        each node, which leaves some restarts out, and a start may die before it obeys. After the end of the training
+        they tell a restart from a new command.
         """
         is_restart = any(agreement.gather_results(dist.is_restart))
 
-        def is_noted() -> bool:
-            if not self.is_to_obey_once:
+        def find_or_remove_note() -> bool:
+            if not self.is_one_time:
                 return False
-            note = _read_note(self.folder)
-            if is_restart:  # its words are those of the first start; an unseeded net has other numbers, though
-                return note is not None and (note["from"], note["minutes"]) == (self.step, self.minutes)
-            if dist.is_started_by_torchrun() and note == self._note(has_ended=False):
-                return True
-            (self.folder / OBEYED_FILE).unlink(missing_ok=True)  # no restart may take it for a note of this request
-            return False
+            is_noted = self._is_noted(is_restart=is_restart)
+            if not is_noted and not is_restart:  # no restart may take the note for one of this request
+                self._remove_note()
+            return is_noted
 
-        return agreement.on_main_rank(is_noted)
+        return agreement.on_main_rank(find_or_remove_note)
+
+    def _is_noted(self, *, is_restart: bool) -> bool:
+        """Whether the note in the folder is of this request."""
+        note = _read_note(self.folder)
+        if is_restart:  # its words are those of the first start; an unseeded net has other numbers, though
+            return note is not None and (note["from"], note["minutes"]) == (self.step, self.minutes)
+        return dist.is_started_by_torchrun() and note == self._note(has_ended=False)
+
+    def _remove_note(self) -> None:
+        (self.folder / OBEYED_FILE).unlink(missing_ok=True)
 
     def obeyed_line(self) -> str:
         """A line for a user who asks for it again."""
@@ -78,10 +86,10 @@ class Request:
 
     def note(self) -> None:
         """Note in the folder that it is obeyed. One that may be obeyed again removes the note of the one before."""
-        if self.is_to_obey_once:
+        if self.is_one_time:
             write_json(self.folder / OBEYED_FILE, self._note(has_ended=False))
         else:
-            (self.folder / OBEYED_FILE).unlink(missing_ok=True)
+            self._remove_note()
 
     def _note(self, *, has_ended: bool) -> dict[str, Any]:
         return {"from": self.step, "minutes": self.minutes, "changes": [*self.changes], "has_ended": has_ended}

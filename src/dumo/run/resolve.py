@@ -13,9 +13,9 @@ in place of absolute paths.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
 from pydantic import JsonValue
 from pydantic.config import JsonDict
@@ -226,22 +226,23 @@ def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
     if before:
         places_before = dict(places(before))
         words_before = paths_as_typed(before.resolved)
+    absolute_places: dict[str, str] = {}
     given_words: dict[str, JsonValue] = {}
-
-    def absolute_place(field: str, text: str, extra: JsonDict) -> str:
+    for field, text, extra in _places(run):
         words = text
+        place = text
         is_unchanged = field in places_before and text in (places_before[field], words_before.get(field))
         if is_unchanged:
             words = words_before.get(field, text)
-            text = places_before[field]
+            place = places_before[field]
         names = cast(list[str], extra.get("names", ()))  # words that are no place
-        if text not in names:
-            text = absolute_path(text, maybe=extra["where"] == "maybe")
-        if words != text:
+        if place not in names:
+            place = absolute_path(place, maybe=extra["where"] == "maybe")
+        if words != place:
             given_words[field] = words
-        return text
+        absolute_places[field] = place
 
-    placed_run = _map_places(run, absolute_place)
+    placed_run = _with_places(run, absolute_places)
     resolved = _without_given(run.resolved)
     if given_words:
         resolved[TYPED_KEY] = given_words
@@ -266,11 +267,8 @@ def _without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 def as_given(run: Run) -> Run:
     """The run with its places in the words that they were given in; of an absolute path the last part alone."""
     words = paths_as_typed(run.resolved)
-
-    def words_of_place(field: str, text: str, _: JsonDict) -> str:
-        return without_path(words.get(field, text))
-
-    run_as_given = _map_places(run, words_of_place)
+    texts = {field: without_path(words.get(field, text)) for field, text, _ in _places(run)}
+    run_as_given = _with_places(run, texts)
     return run_as_given.model_copy(update={"resolved": _without_given(run.resolved)})
 
 
@@ -281,29 +279,29 @@ def without_path(place: str) -> str:
 
 def places(spec: Spec) -> list[tuple[str, str]]:
     """The fields that say where something lies, and what they say."""
-    texts_by_field: list[tuple[str, str]] = []
-
-    def note(field: str, text: str, _: JsonDict) -> str:
-        texts_by_field.append((field, text))
-        return text
-
-    _map_places(spec, note)
-    return texts_by_field
+    return [(field, text) for field, text, _ in _places(spec)]
 
 
-def _map_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str = "") -> S:
-    """The spec with each of its places, at any depth, replaced by what `change` returns.
-
-    `change` is called with the dotted field, its text, and its `json_schema_extra`.
-    """
-    changes: dict[str, object] = {}
+def _places(part: Spec, prefix: str = "") -> Iterator[tuple[str, str, JsonDict]]:
+    """Yield each of a spec's places, at any depth: the dotted field, its text, and its `json_schema_extra`."""
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
         extra = field.json_schema_extra
         if isinstance(value, Spec):
-            new_value: object = _map_places(value, change, f"{prefix}{name}.")
+            yield from _places(value, f"{prefix}{name}.")
         elif isinstance(value, str) and isinstance(extra, dict) and "where" in extra:
-            new_value = change(f"{prefix}{name}", value, extra)
+            yield f"{prefix}{name}", value, extra
+
+
+def _with_places(part: S, texts: Mapping[str, str], prefix: str = "") -> S:
+    """The spec with these texts in its places, by dotted field."""
+    changes: dict[str, object] = {}
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        if isinstance(value, Spec):
+            new_value: object = _with_places(value, texts, f"{prefix}{name}.")
+        elif f"{prefix}{name}" in texts:
+            new_value = texts[f"{prefix}{name}"]
         else:
             continue
         if new_value != value:
@@ -335,14 +333,14 @@ def with_hashes(run: Run, before: Run | None = None) -> Run:
     """
     pins_before = _pins(before) if before else {}
     new_pins: dict[str, Pin] = {}
-    for field, (known_pin, find_pin) in _pins(run).items():
-        if known_pin is not None:
+    for field, pin_field in _pins(run).items():
+        if pin_field.known is not None:
             continue
         pin: Pin = None
         if field in pins_before:
-            pin, _ = pins_before[field]
+            pin = pins_before[field].known
         if not pin:
-            pin = find_pin()
+            pin = pin_field.take()
         if pin:
             new_pins[field] = pin
     if not new_pins:
@@ -352,12 +350,19 @@ def with_hashes(run: Run, before: Run | None = None) -> Run:
     return parse(Run, tree | {"resolved": run.resolved | new_pins})
 
 
-def _pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
-    """For each field that a run has for a hash: its value, and a function that takes the hash now.
+class _PinField(NamedTuple):
+    """A field for a hash."""
+
+    known: Pin  # its value
+    take: Callable[[], Pin]  # takes the hash now
+
+
+def _pins(run: Run) -> dict[str, _PinField]:
+    """The fields that a run has for hashes, by their dotted paths.
 
     The hash of a codec that is not on this machine is read from the cache of latents.
     """
-    pins_by_field: dict[str, tuple[Pin, Callable[[], Pin]]] = {}
+    pins_by_field: dict[str, _PinField] = {}
     data = run.data
     if is_latents(data) and data.codec.kind != "pipeline":
         from dumo.data.cache import read_index
@@ -369,10 +374,10 @@ def _pins(run: Run) -> dict[str, tuple[Pin, Callable[[], Pin]]]:
                 return codec_hash
             return cache.weights
 
-        pins_by_field["data.codec.sha256"] = (data.codec.sha256, find_codec_hash)
+        pins_by_field["data.codec.sha256"] = _PinField(data.codec.sha256, find_codec_hash)
     pipeline = run.pipeline
     if pipeline:
-        pins_by_field["pipeline.facts"] = (pipeline.facts, lambda: pipeline.with_facts().facts)
+        pins_by_field["pipeline.facts"] = _PinField(pipeline.facts, lambda: pipeline.with_facts().facts)
     if run.start and run.has_subject:
-        pins_by_field["start.sha256"] = (run.start.sha256, lambda: few_step_run(run).sha256)
+        pins_by_field["start.sha256"] = _PinField(run.start.sha256, lambda: few_step_run(run).sha256)
     return pins_by_field

@@ -134,6 +134,11 @@ def train_call(
     return f"dumo.train({', '.join(arguments)})"
 
 
+def goes_on_line(folder: Path, minutes: float) -> str:
+    """What to say where minutes were given to propose a run, and the folder holds one already, which goes on."""
+    return f"{folder} goes on as it began. For more time:  {train_call(folder, minutes=minutes)}"
+
+
 def _python_fields(texts: Sequence[str]) -> str:
     """Texts `a.b=c` as a dict of Python."""
     items: list[str] = []

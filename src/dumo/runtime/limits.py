@@ -17,6 +17,8 @@ SAMPLES = 10**8  # made at once, or by a teacher: its labels alone take 0.8 GB
 STEPS = 10**9  # of a training: one in a millisecond takes 11 days
 TOKENS = 2**15  # of a text: the longest that text encoders read
 
+GIGABYTE = 1e9  # bytes: the unit of fields of memory
+
 
 def require_order(**ends: float) -> None:
     """Raise ValueError where the first of two numbers is above the second: `require_order(low=2, high=1)`."""

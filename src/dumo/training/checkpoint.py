@@ -158,7 +158,7 @@ def save_weights(folder: Path, state: State, module: nn.Module, kind: str, run: 
     The file says, under a checksum, its kind, its step, the identity of its run, `run`, and `facts`. Replaces an older
     one. Every rank must call it. Raises UserError on all ranks if the disk is full; the older file then stays.
     """
-    target = folder / f"step-{state.step:08d}.safetensors"
+    target = folder / f"{manifest.folder_of(state.step)}.safetensors"
     named = frozen.trained_state_dict(state.net, module)
     size = sum(tensor.nbytes for tensor in named.values())
     with _path_to_write(target, kind, state.step, size) as temp_path:
@@ -233,8 +233,10 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
 
 def _tensors_of(state: State) -> dict[str, dict[str, Tensor]]:
     """All tensors of a checkpoint that this rank holds, by part and name."""
-    net, *averages = _weights_of(state).items()
-    return dict([net, ("optimizer", flat_optimizer_state(state)), *averages])  # in this order: the first shards the net
+    # before the optimizer: a state dict puts the shards of a gathered net in place, and the optimizer knows only these
+    weights_by_part = _weights_of(state)
+    tensors = {"net": weights_by_part.pop("net"), "optimizer": flat_optimizer_state(state)}
+    return tensors | weights_by_part
 
 
 def _weights_of(state: State) -> dict[str, dict[str, Tensor]]:

@@ -179,26 +179,27 @@ class Countdown:
     def read(self, step: int) -> Timing:
         """Read the clock after `step` steps and return the timing; it is over if there is no time for another step."""
         seconds = self.seconds()
-        elapsed = 0.0
-        if self.last_seconds is not None:  # what came before the first reading was no step
-            elapsed = seconds - self.last_seconds
-            self.step_seconds.append(elapsed)
+        previous = seconds  # of the last reading; what came before the first one was no step
+        if self.last_seconds is not None:
+            previous = self.last_seconds
+            self.step_seconds.append(seconds - previous)
+        elapsed = seconds - previous
         step_seconds = median(self.step_seconds or [0.0])
         seconds_for_steps = self.timing.promised_seconds - self.work_seconds.get(SAVE, 0.0)
 
-        # whether this step, the next one and what is due after each would take too long
+        # whether this step, the next one and what is due after each would end late
         work_seconds = 0.0
         for coming_step in (step + 1, step + 2):
             work_seconds += sum(map(self._seconds_of, self.work_after(coming_step)))
-        left = seconds_for_steps - step_seconds - (seconds - elapsed)
         would_end_late = seconds + 2 * step_seconds + work_seconds > seconds_for_steps
-        if would_end_late or elapsed >= left:
+        left_before = seconds_for_steps - step_seconds - previous  # what was left for steps at the last reading
+        if would_end_late or elapsed >= left_before:
             if self.last_seconds is None:
                 self.late_seconds = seconds - self.timing.seconds
             self.timing = self.timing.at_end()
             return self.timing
 
-        share = self.timing.share + (1 - self.timing.share) * elapsed / left
+        share = self.timing.share + (1 - self.timing.share) * elapsed / left_before
         self.last_seconds = seconds
         self.timing = self.timing.model_copy(update={"seconds": seconds, "share": share})
         return self.timing

@@ -19,12 +19,12 @@ widths can be made of snapshots of such averages (`dumo.run.average`).
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Discriminator, Field, Tag
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dumo.flow.precision import HALVES, to_float32
@@ -90,8 +90,25 @@ def exponent(std: float) -> float:
 
 
 TensorTable = Literal["_parameters", "_buffers"]  # attributes of a module
-TensorSlot = tuple[dict[str, Any], str]  # such a table of a module, and a name in it
-SlotPair = tuple[TensorSlot, TensorSlot]  # of the average, and of the net
+
+
+class _Slot(NamedTuple):
+    """The place of a tensor in a module. It stays where sharding replaces the tensor."""
+
+    table: dict[str, Any]  # a `TensorTable` of the module
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor that is there now."""
+        return self.table[self.name]
+
+
+class _SlotPair(NamedTuple):
+    """The places of a tensor of a net and of its average."""
+
+    average: _Slot
+    net: _Slot
 
 
 class MovingAverage:
@@ -105,23 +122,23 @@ class MovingAverage:
         self.spec = spec
         self.module = copy_net(net).requires_grad_(False).eval()
         self._paired_net: nn.Module | None = None
-        self._parameters: list[SlotPair] = []
-        self._buffers: list[SlotPair] = []
+        self._parameters: list[_SlotPair] = []
+        self._buffers: list[_SlotPair] = []
 
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
         """Move towards the net, in place; n counts updates from 1. Buffers are copied, not averaged."""
         self._pair_with(net)
-        averages = [table[name] for (table, name), _ in self._parameters]
-        weights = [table[name] for _, (table, name) in self._parameters]
+        averages = [pair.average.tensor for pair in self._parameters]
+        weights = [pair.net.tensor for pair in self._parameters]
         move = get_ema_multi_avg_fn(self.spec(n))
         if any(weight.dtype in HALVES for weight in weights):  # one by one, so that few are in float32 at a time
             for average, weight in zip(averages, weights, strict=True):
                 move([average], [to_float32(weight)], n)
         else:
             move(averages, weights, n)
-        for (table, name), (net_table, net_name) in self._buffers:
-            table[name].copy_(net_table[net_name])
+        for pair in self._buffers:
+            pair.average.tensor.copy_(pair.net.tensor)
 
     def _pair_with(self, net: nn.Module) -> None:
         """Look up parameters and buffers in both nets, once: that takes longer than a small update.
@@ -134,23 +151,21 @@ class MovingAverage:
             self._buffers = _unshared_slots(self.module, net, "_buffers")
 
 
-def _unshared_slots(copy: nn.Module, net: nn.Module, kind: TensorTable) -> list[SlotPair]:
+def _unshared_slots(copy: nn.Module, net: nn.Module, kind: TensorTable) -> list[_SlotPair]:
     """The slots, in a copy and in the net, of the tensors that the two do not share."""
-    pairs: list[SlotPair] = []
+    pairs: list[_SlotPair] = []
     for copy_slot, net_slot in zip(_slots(copy, kind), _slots(net, kind), strict=True):
-        copy_table, copy_name = copy_slot
-        net_table, net_name = net_slot
-        if copy_table[copy_name] is not net_table[net_name]:
-            pairs.append((copy_slot, net_slot))
+        if copy_slot.tensor is not net_slot.tensor:
+            pairs.append(_SlotPair(copy_slot, net_slot))
     return pairs
 
 
-def _slots(net: nn.Module, kind: TensorTable) -> list[TensorSlot]:
+def _slots(net: nn.Module, kind: TensorTable) -> list[_Slot]:
     """The slots of a net's parameters or buffers, in order; a tensor in two places counts once."""
-    by_tensor: dict[int, TensorSlot] = {}
+    by_tensor: dict[int, _Slot] = {}
     for module in net.modules():
         table: dict[str, Any] = getattr(module, kind)
         for name, tensor in table.items():
             if tensor is not None:
-                by_tensor.setdefault(id(tensor), (table, name))
+                by_tensor.setdefault(id(tensor), _Slot(table, name))
     return list(by_tensor.values())

@@ -50,6 +50,10 @@ class Unseen(UserError):  # noqa: N818, it says what cannot be seen
         return cls(f"{place} cannot be read ({error.strerror}): mount its disk, or make it readable, and start again")
 
 
+class Damaged(UserError):  # noqa: N818, as Unseen
+    """A file of a checkpoint is missing or damaged: the message says which, and what is wrong."""
+
+
 class FileEntry(BaseModel):
     """The entry of a file in a list: its size and SHA-256."""
 
@@ -111,7 +115,7 @@ def write(checkpoint: Path, manifest: Manifest) -> None:
 
 
 def read(checkpoint: Path) -> Manifest:
-    """Read a checkpoint's `state.json`. Raises UserError if it is missing or damaged, Unseen if it cannot be read."""
+    """Read a checkpoint's `state.json`. Raises Damaged if it is missing or damaged, Unseen if it cannot be read."""
     file = checkpoint / NAME
     try:
         manifest = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
@@ -119,7 +123,7 @@ def read(checkpoint: Path) -> Manifest:
             raise ValueError("its own checksum is another")
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise UserError(f"{file} is missing or damaged ({reason})") from error
+        raise Damaged(f"{file} is missing or damaged ({reason})") from error
     except OSError as error:
         raise Unseen.of(file, error) from error
     return manifest
@@ -136,14 +140,14 @@ class Checkpoint:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The content of `state.json`. Raises UserError if it is missing or damaged, Unseen if it cannot be read."""
+        """The content of `state.json`. Raises Damaged if it is missing or damaged, Unseen if it cannot be read."""
         return read(self.path)
 
     @cached_property
     def run_text(self) -> str | None:
         """The run as YAML; None in a checkpoint from before they held one.
 
-        Raises UserError if the file is missing or damaged, Unseen if it cannot be read.
+        Raises Damaged if the file is missing or damaged, Unseen if it cannot be read.
         """
         entry = self.manifest.files.get(RUN)
         if entry is None:
@@ -152,13 +156,13 @@ class Checkpoint:
         try:
             content = file.read_bytes()
         except FileNotFoundError as error:
-            raise UserError(f"{file} is missing") from error
+            raise Damaged(f"{file} is missing") from error
         except OSError as error:
             raise Unseen.of(file, error) from error
         if len(content) != entry.bytes:
-            raise UserError(f"{file} has {len(content):,} bytes, not {entry.bytes:,}")
+            raise Damaged(f"{file} has {len(content):,} bytes, not {entry.bytes:,}")
         if digest.of_bytes(content) != entry.sha256:
-            raise UserError(f"{file} is damaged: its SHA-256 is not the one in {NAME}")
+            raise Damaged(f"{file} is damaged: its SHA-256 is not the one in {NAME}")
         return content.decode()
 
     def fault(self, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
@@ -189,9 +193,7 @@ class Checkpoint:
         """What is wrong, naming the file. Of the files of `parts`, only the `share` of their sorted names is hashed."""
         try:
             manifest = self.manifest
-        except Unseen:
-            raise
-        except UserError as error:
+        except Damaged as error:
             return str(error)
         if self.value_fault:
             return self.value_fault
@@ -225,9 +227,7 @@ def _fault_of_contents(checkpoint: Checkpoint, names: Iterable[str]) -> str | No
         if name == RUN:
             try:
                 _ = checkpoint.run_text
-            except Unseen:
-                raise
-            except UserError as error:
+            except Damaged as error:
                 return str(error)
             continue
         file = checkpoint.path / name
@@ -253,9 +253,7 @@ def fault_of_part(place: Path) -> str | None:
     checkpoint = Checkpoint(folder)
     try:
         entries = checkpoint.manifest.files
-    except Unseen:
-        raise
-    except UserError as error:
+    except Damaged as error:
         return str(error)
     part = title(place)
     entries = {name: entry for name, entry in entries.items() if _part(name) == part}

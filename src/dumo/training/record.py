@@ -1,10 +1,10 @@
-"""What a step measures, reduced over ranks in one table of numbers.
+"""What a step measures, reduced over ranks at once.
 
 A step calls `measure`, which returns its `Record`. If a number in it is not finite, the step calls `skip_reason`, and
 if the step is probed, `probe_net`.
 
-The table is reduced once and copied from the device once, the only point where a step waits for its device. It holds
-sums and counts by time, the gradient norm and a few flags, so all ranks decide alike: a loss that is not finite on one
+All numbers are reduced once and copied from the device once, the only point where a step waits for its device. They are
+sums and counts by time, gradient norms and a few flags, so all ranks decide alike: a loss that is not finite on one
 rank is not finite in the sum.
 
 Some steps are probed: do the parts of the loss pull the net the same way, and do its heads agree? A step of length h
@@ -16,9 +16,9 @@ velocity is how far its two readings are from one flow.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 import torch
@@ -120,39 +120,51 @@ def measure(
 
     `norm` is the gradient norm, on the device; `due` and `timing` count on rank 0 alone, whose clock decides.
     """
-    signal_here = signals.poll()
-    flags = [signal_here == number for number in signals.SIGNALS]
-    flags.append(due and dist.is_main())
-    flags.append(timing is not None and timing.is_over and dist.is_main())
-    times_here = [timing.seconds, timing.share] if timing and dist.is_main() else []
     columns = _columns_of(terms)
+    bins = (t * _BINS).long().clamp(0, _BINS - 1)
     squares_here = local_squares([*state.module_parameters.values()])
-    table_here = _table_of(t, [*columns.values()], squares_here, norm, flags, times_here)
-    *sums_by_bin, counts, squares, last_row = dist.mean(table_here).tolist()
-    sums = dict(zip(columns, sums_by_bin, strict=True))
-    means = {name: sum(row) / sum(counts) for name, row in sums.items()}
-    grad_norm = last_row[0]
+    is_over_here = timing is not None and timing.is_over and dist.is_main()
+    times_here = [timing.seconds, timing.share] if timing and dist.is_main() else [0.0, 0.0]
+    signal_here = signals.poll()
+    means = _mean_over_ranks(
+        {
+            "sums": torch.stack([_sums_by_bin(bins, column.to(t)) for column in columns.values()]),
+            "counts": _sums_by_bin(bins, torch.ones_like(t)),
+            "squares": torch.stack(squares_here) if squares_here else t.new_zeros(len(state.module_parameters)),
+            "signals": _filled(t, [signal_here == number for number in signals.SIGNALS]),
+            "flags": _filled(t, [due and dist.is_main(), is_over_here]),
+            "clock": _filled(t, times_here),
+            "norm": norm.reshape(1),
+        },
+        like=t,
+    )
+    counts = means["counts"]
+    sums: dict[str, list[float]] = {}
+    for place, name in enumerate(columns):
+        sums[name] = means["sums"][place * _BINS : (place + 1) * _BINS]
+    column_means = {name: sum(row) / sum(counts) for name, row in sums.items()}
 
     # what ranks decide together: signals, a checkpoint that is due, the clock
-    first_time = 1 + len(flags)
-    *signal_flags, due_flag, over_flag = last_row[1:first_time]
-    signals_received = [number for number, flag in zip(signals.SIGNALS, signal_flags, strict=True) if flag]
+    signals_received = [number for number, flag in zip(signals.SIGNALS, means["signals"], strict=True) if flag]
+    due_flag, over_flag = means["flags"]
     if timing and over_flag > 0:
         timing = timing.at_end()
     elif timing:
         # the mean over ranks of what rank 0 alone wrote
-        seconds, share = (value * dist.world() for value in last_row[first_time : first_time + 2])
+        seconds, share = (value * dist.world() for value in means["clock"])
         timing = timing.model_copy(update={"seconds": seconds, "share": share})
     return Record(
         step=state.step + 1,
         images=state.images + images,
-        loss=means["loss"],
-        parts={name: means[name] for name in terms.parts},
-        notes={name: means[name] for name in terms.notes},
+        loss=column_means["loss"],
+        parts={name: column_means[name] for name in terms.parts},
+        notes={name: column_means[name] for name in terms.notes},
         bins={name: _means_by_bin(row, counts) for name, row in sums.items()},
         counts=[round(n * dist.world()) for n in counts],
-        grad_norm=grad_norm,
-        grad_norms={name: math.sqrt(square) for name, square in zip(state.module_parameters, squares, strict=False)},
+        grad_norm=means["norm"][0],
+        grad_norms={
+            name: math.sqrt(square) for name, square in zip(state.module_parameters, means["squares"], strict=True)
+        },
         lr=lr,
         received_signal=signals_received[0] if signals_received else None,
         due=due_flag > 0,
@@ -160,32 +172,25 @@ def measure(
     )
 
 
-def _table_of(
-    t: Time,
-    columns: Sequence[PerSample],
-    squares: Sequence[Tensor],
-    norm: Tensor,
-    flags: Sequence[bool],
-    times: Sequence[float],
-) -> Tensor:
-    """This rank's part of a record, of shape (columns + 3, _BINS), on t's device.
+def _mean_over_ranks(parts: Mapping[str, Tensor], like: Tensor) -> dict[str, list[float]]:
+    """The mean over ranks of each tensor, flat, by name: one reduction, and one copy from the device of `like`."""
+    flat = torch.cat([part.to(like).flatten() for part in parts.values()])
+    numbers = iter(dist.mean(flat).tolist())
+    return {name: list(islice(numbers, part.numel())) for name, part in parts.items()}
 
-    A row for each column has its sums by bin of t. Then come the number of batch rows by bin, and the squared norms by
-    module. The last row has the gradient norm, the flags, and the times of a `Timing`.
-    """
-    bins = (t * _BINS).long().clamp(0, _BINS - 1)
-    table = t.new_zeros(len(columns) + 3, _BINS)
-    for row, column in zip(table, [*columns, torch.ones_like(t)], strict=False):
-        row.index_add_(0, bins, column.to(t))
-    for place, square in enumerate(squares):
-        table[-2, place] = square
-    table[-1, 0] = norm
-    for place, flag in enumerate(flags, 1):
-        if flag:  # else it is 0 already
-            table[-1, place] = 1
-    for place, value in enumerate(times, 1 + len(flags)):
-        table[-1, place] = value
-    return table
+
+def _sums_by_bin(bins: Tensor, column: PerSample) -> Tensor:
+    """The sum of the rows of each bin, of shape (_BINS,). `bins` has the bin of each row."""
+    return column.new_zeros(_BINS).index_add_(0, bins, column)
+
+
+def _filled(t: Time, values: Sequence[float | bool]) -> Tensor:
+    """Numbers of the host on t's device, put in one by one: a copy would wait for the device."""
+    row = t.new_zeros(len(values))
+    for place, value in enumerate(values):
+        if value:  # else it is 0 already
+            row[place] = value
+    return row
 
 
 def _means_by_bin(sums: Sequence[float], counts: Sequence[float]) -> list[float]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from dumo.flow.check import group_size
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow, Loss
 from dumo.flow.path import FlowPath
@@ -72,7 +73,7 @@ def flow_of(
 
 def rows_kept_together(spec: Train, objective: Objective) -> int:
     """How many neighbouring rows share times, noise or targets: no pass may part them."""
-    return lcm(objective.times.group, objective.needs.group, spec.coupling.group if spec.coupling else 1)
+    return lcm(group_size(objective), spec.coupling.group if spec.coupling else 1)
 
 
 def split_into_passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:

@@ -253,7 +253,7 @@ class Noised:
     taught: Rows | None = None  # the rows that the teacher answers; None: all, if there is one
 
     @property
-    def known(self) -> tuple[Time, Rows] | None:
+    def on_host(self) -> tuple[Time, Rows] | None:
         """t and kept on the CPU, which can be read without waiting for a device; None: they are on a device alone."""
         if type(self.t) is Tensor and self.t.device.type == "cpu":
             return self.t, self.kept

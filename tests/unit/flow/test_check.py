@@ -681,7 +681,10 @@ def test_a_network_that_cannot_be_copied_is_checked_as_it_is_and_once_more() -> 
     flow.__dict__["check"] = lambda *given: checks.append(flow.step) or own_check(*given)
     flow(X)
     flow.step = 99
-    for _ in range(3):
+    flow(X)
+    flow.eval()(X)
+    flow.train()
+    for _ in range(2):
         flow(X)
     assert checks == [0, 100]
 

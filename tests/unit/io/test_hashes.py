@@ -125,6 +125,18 @@ def test_what_changed_is_told_apart(tmp_path: Path) -> None:
     assert again.mismatches().tolist() == [2]  # it was noted as it is
 
 
+def test_a_broken_link_is_noted_as_any_file(tmp_path: Path) -> None:
+    """Once it leads to an image, it has changed."""
+    as_folder(root := tmp_path / "images")
+    link = min(root.rglob("*.png"))
+    image = link.rename(tmp_path / "image.png")
+    link.symlink_to(tmp_path / "other.png")
+    whole(root)
+    assert opened(root).status[0] == inventory.SAME
+    image.rename(tmp_path / "other.png")
+    assert opened(root).status[0] == inventory.CHANGED
+
+
 def test_another_content_is_refused_each_time_it_is_read(tmp_path: Path) -> None:
     as_folder(tmp_path)
     before = whole(tmp_path).sha256.copy()

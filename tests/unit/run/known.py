@@ -17,6 +17,8 @@ from dumo.config.source import RecordedChange, read
 from dumo.config.spec import Run
 from dumo.run.folder import require_free, require_resumable
 from dumo.run.index import Index
+from dumo.run.memory import StepBytes
+from dumo.run.storages import LiveStorages
 from dumo.runtime.progress import Tick
 from dumo.training import checkpoint
 from dumo.types import Cond, Reads, Sample, Time, lift
@@ -31,6 +33,13 @@ TINY = (
     "train.schedule.kind=constant",
     "train.probe_every=0",
 )
+
+
+def follow_bytes(work: Callable[[], object]) -> StepBytes:
+    """Bytes of all tensors that some work uses, on whatever device they are, fake ones too."""
+    with LiveStorages() as live:
+        work()
+    return StepBytes(live.preexisting, live.peak)
 
 
 def tiny(name: str = "moons", *more: str) -> Run:

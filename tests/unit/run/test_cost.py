@@ -33,6 +33,7 @@ from dumo.run.cost import (
 )
 from dumo.types import Heads, Needs, Noised, Objective, frozen
 from tiers import tiered
+from unit.run.known import follow_bytes
 
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)
 SHAPE = (4, 32, 32)
@@ -257,7 +258,7 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     step(net, b)  # tables that torch fills once
     net.zero_grad()
     every = [replace(b, progress=progress) for progress, _ in objective.needs.phases]
-    real = max((memory.follow_bytes(lambda at=at: step(net, at)) for at in every), key=lambda found: found.peak)
+    real = max((follow_bytes(lambda at=at: step(net, at)) for at in every), key=lambda found: found.peak)
     counted = memory.step_bytes(net, objective, Linear(), shape, rows=rows)
     assert real.preexisting == counted.preexisting
     assert real.peak <= counted.peak

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from dumo.run import cost, memory, netbytes
-from dumo.run.memory import HeldBytes, StepBytes, TrainingBytes, follow_bytes
+from dumo.run.memory import HeldBytes, StepBytes, TrainingBytes
 from dumo.run.storages import LiveStorages, WatchedBlock
 from dumo.training.optim import AdamW8bit
 from dumo.training.spec import Train
+from unit.run.known import follow_bytes
 
 N = 1000  # numbers of a tensor, four bytes each
 

@@ -170,14 +170,14 @@ def test_steps_after_a_skipped_one_do_not_depend_on_it() -> None:
     assert many.count > MAX_LISTED_ROWS == len(many.rows)
 
 
-@pytest.mark.parametrize("place", [(0, 3), (-1, 0)])
-def test_a_number_of_another_rank_skips_the_step_here(place: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", [3, -1])
+def test_a_number_of_another_rank_skips_the_step_here(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its loss, or the norm that it has: what is agreed is a mean over ranks."""
 
-    def mean(table: Tensor) -> Tensor:
-        other = table.clone()
+    def mean(numbers: Tensor) -> Tensor:
+        other = numbers.clone()
         other[place] = math.nan
-        return (table + other) / 2
+        return (numbers + other) / 2
 
     state = trained()
     before = tensors(state)
@@ -203,7 +203,7 @@ class Waits(TorchFunctionMode):
 
 @pytest.mark.parametrize("more", [{}, {"clip": 1.0, "micro_batch": 3}])
 def test_a_step_waits_for_its_device_once(more: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """For one table; what is drawn on the host is no matter of it."""
+    """For its record; what is drawn on the host is no matter of it."""
     state, spec = fresh(), Train.model_validate({"steps": STEPS, "batch": 12} | more)
     state.optimizer = torch.optim.SGD(state.net.parameters(), lr=1.0)  # others keep their step on the host
     drawn = {rows.start: noised()[rows] for rows in passes_of_rank(spec, Toy())}
