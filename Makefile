@@ -9,6 +9,8 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test slow shuffled lowest check docs pictures notebooks mutants audit clean
 .DEFAULT_GOAL := help
+# An environment whose making failed has Python, but no pip: it is made anew.
+.DELETE_ON_ERROR:
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +20,7 @@ demo: $(BIN)/.installed ## train DuMo-Any on handwritten digits and write runs/d
 	$(BIN)/dumo sample runs/dumo-best
 	$(BIN)/dumo evaluate runs/dumo-best --nfe 1,2
 	$(BIN)/dumo report runs/dumo-best
+	@echo '. $(BIN)/activate  puts dumo on the path'
 
 test: $(BIN)/.developed ## run the tests; with SLOW=1 slow ones, too, as continuous integration does
 	$(PYTEST) -m "not nightly$(if $(SLOW),, and not slow)"
@@ -64,10 +67,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing into $(VENV)'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
 $(BIN)/.developed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing into $(VENV)'
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(BIN)/.installed
 

@@ -53,7 +53,7 @@ def stamp(version: str, repository: str, root: Path = ROOT) -> None:
     """Write what only a release knows: its date, and the address that the pages of PyPI and of the release lead to.
 
     `repository` is OWNER/NAME on GitHub. CHANGELOG.md gets today's date, it and README.md addresses instead of paths,
-    and pyproject.toml the repository's.
+    and pyproject.toml the repository's. pip installs by name what README.md installs from a clone.
     """
     address = f"https://github.com/{repository}"
     raw_address = f"https://raw.githubusercontent.com/{repository}"
@@ -71,6 +71,7 @@ def stamp(version: str, repository: str, root: Path = ROOT) -> None:
     readme = root / "README.md"
     text = readme.read_text(encoding="utf-8").replace(" REPOSITORY is this page's address.", "")
     text = RELATIVE_LINK.sub(with_address, text).replace("REPOSITORY", address)
+    text = text.replace("pip install .\n", "pip install dumo\n").replace("pip install '.[", "pip install 'dumo[")
     readme.write_text(text, encoding="utf-8")
 
     project = root / "pyproject.toml"

@@ -8,11 +8,15 @@ import re
 import runpy
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from nbclient import NotebookClient
+from PIL import ExifTags, Image, ImageOps
 
 from docs.test_tutorial import photos
 from forked import ENVIRONMENT
@@ -59,6 +63,24 @@ def test_a_notebook_opens_in_colab(file: Path) -> None:
 
 def test_the_notebooks_are_small() -> None:
     assert sum(file.stat().st_size for file in FILES) <= MAX_BYTES
+
+
+def test_photos_are_compared_upright_and_cut_to_a_square(tmp_path: Path) -> None:
+    book: nbformat.NotebookNode = nbformat.read(FOLDER / "own-photos.ipynb", as_version=4)
+    code = {cell.id: cell.source for cell in book.cells}
+    with pytest.raises(AssertionError, match="upload your photos"):
+        exec(code["own-photos-3"], {"photos": str(tmp_path)})
+
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:4, 8:16] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3  # upside down
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    run = SimpleNamespace(sample=lambda **options: torch.zeros(1, 3, 8, 8), pil=lambda images: images)
+    names = {"run": run, "show": lambda rows: None, "files": [tmp_path / "photo.png"]}
+    names |= {"Image": Image, "ImageOps": ImageOps}
+    exec(code["own-photos-9"], names)
+    assert [row.mean() for row in names["array"][0]] == [0] * 4 + [255] * 4
 
 
 @pytest.mark.nightly

@@ -36,6 +36,16 @@ def test_the_last_user_is_not_root_and_nothing_is_kept() -> None:
     assert [sent(name) for name in (".git", "runs", ".venv", "src")] == [False, False, False, True]
 
 
+def test_any_user_can_write_next_to_what_is_mounted(tmp_path: Path) -> None:
+    page = (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    above = {f"{tmp_path}{Path(place).parent}" for place in re.findall(r'-v "[^"]*:(/tmp/[^"]+)"', page)}
+    assert above
+    for command in re.findall(r"install --directory --mode \S+ /tmp\S*", DOCKERFILE):
+        finished("bash", "-c", command.replace("/tmp", f"{tmp_path}/tmp"), cwd=tmp_path)
+    for folder in above:
+        assert Path(folder).stat().st_mode & 0o777 == 0o777
+
+
 @pytest.mark.nightly
 def test_what_is_copied_installs(tmp_path: Path) -> None:
     for words in of("COPY"):

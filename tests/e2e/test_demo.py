@@ -374,7 +374,6 @@ def test_a_person_plays_with_a_run(trained: dict[str, Path]) -> None:
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.nightly
 def test_of_points_there_is_a_scatter_alone(trained: dict[str, Path]) -> None:
     with served(trained["moons"]) as (url, _):
         parts = json.loads(urllib.request.urlopen(f"{url}/config").read())["components"]

@@ -118,7 +118,7 @@ def test_captions_that_are_not_read_are_said(
     photos: Path, monkeypatch: pytest.MonkeyPatch, field: str, said: str
 ) -> None:
     monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.5)
-    monkeypatch.setattr(photocaptions, "installed_version", lambda name: None)
+    monkeypatch.setattr(photocaptions, "package_problem", lambda package, extra: package)
     monkeypatch.setattr(photocaptions, "install_command", lambda extra: "pip install transformers")
     rows = [{"file_name": str(file.relative_to(photos)), "text": ""} for file in sorted(photos.rglob("*.*g"))]
     rows[1]["text"] = "a cat"
@@ -127,11 +127,11 @@ def test_captions_that_are_not_read_are_said(
         found = proposal.propose("photos", [field], device="cpu")
     assert " ".join(dict(found.lines())["captions"].split()) == said
     assert (found.run.net.kind, found.run.data.classes) == ("unet", 2)
-    with pytest.raises(UserError, match=r"photos has 1 captions: pip install transformers .*data.captions"):
+    with pytest.raises(UserError, match=r"photos has 1 captions, .* needs transformers: pip install .*data.captions"):
         proposal.propose("photos", ["train.steps=3"], device="cpu")
     (photos / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": ')
     assert "captions" not in dict(proposal.propose("photos", ["data.captions=null"], device="cpu").lines())
-    monkeypatch.setattr(photocaptions, "installed_version", lambda name: "5.0")
+    monkeypatch.setattr(photocaptions, "package_problem", lambda package, extra: "")
     with pytest.raises(UserError, match=r"line 1 is not JSON.*data\.captions"):
         proposal.propose("photos", [], device="cpu")
 

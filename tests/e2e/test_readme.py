@@ -26,6 +26,7 @@ MORE = {
     "python -m venv .venv": "",
     "python -m pytest": "--version",
     "touch .venv/bin/": "",
+    "echo ": "",
     "pip install": "",
     "dumo train dumo-best": f"{SMALL} --set train.batch=32",  # its coupling takes 32 rows
     "dumo train digits-meanflow": SMALL,

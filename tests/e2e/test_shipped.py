@@ -9,8 +9,7 @@ from typing import NamedTuple, NoReturn
 
 import pytest
 
-from dumo import cli
-from dumo.export import write
+from dumo import cli, runtime
 from dumo.io import trained
 from e2e.shell import call, finish, sets, start, wait
 from forked import ENVIRONMENT
@@ -126,7 +125,7 @@ def test_an_export_needs_no_place(alone: Path, name: str) -> None:
 
 def test_an_export_without_diffusers_says_how_to_install_it(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after `pip install .`, which brings none."""
-    monkeypatch.setattr(write, "installed_version", lambda package: package != "diffusers")
+    monkeypatch.setattr(runtime, "installed_version", lambda package: None)
     done = call("export", DIGITS)
     assert done.code == 2
     assert re.search("an export needs diffusers: .*install .*diffusers", done.err), done.err

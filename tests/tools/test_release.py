@@ -101,6 +101,7 @@ def test_what_is_released_has_a_date_and_addresses(tmp_path: Path) -> None:
     assert f"![{PICTURE}](https://raw.githubusercontent.com/someone/dumo/v1.2.3/docs/demo.png)" in after
     assert "git clone https://github.com/someone/dumo dumo" in after
     assert "REPOSITORY" not in after
+    assert re.findall(r"pip install \S+", after) == ["pip install dumo", "pip install 'dumo[demo]'"]
     python = re.compile(r"^```python\n.*?^```$", re.DOTALL | re.MULTILINE)
     assert python.findall(after) == python.findall(before)
     urls = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
@@ -122,6 +123,16 @@ def test_a_workflow_runs_known_code_with_few_rights(file: Path) -> None:
     assert [line for line in shell(flow).splitlines() if "${{" in line] == []
     for script in re.findall(r"(?:tools|\.ci)/[\w.]+", shell(flow)):
         assert (release.ROOT / script).is_file(), script
+
+
+def test_the_systems_and_pythons_that_are_promised_are_tried_at_night() -> None:
+    project = tomllib.loads((release.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    flow = yaml.safe_load((release.ROOT / ".github/workflows/nightly.yml").read_text(encoding="utf-8"))
+    matrix = flow["jobs"]["run"]["strategy"]["matrix"]
+    newest = max(re.findall(r"Python :: 3\.(\d+)", " ".join(project["classifiers"])), key=int)
+    assert f"3.{newest}" in [row["python"] for row in matrix["include"]]
+    assert "Operating System :: MacOS" in project["classifiers"]
+    assert any(row["system"].startswith("macos") for row in matrix["include"])
 
 
 def test_a_release_is_a_button_and_ends_with_what_it_tested() -> None:

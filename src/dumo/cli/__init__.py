@@ -19,6 +19,7 @@ import typer
 from dumo import runtime
 from dumo.cli.command import Entry, LazyGroup
 from dumo.cli.terminal import err, explain, plain_warnings, reopen_streams, silenced_other_ranks
+from dumo.error import UserError
 from dumo.runtime import door
 
 _PREFLIGHT = "dumo.cli.preflight"
@@ -52,7 +53,7 @@ class Program(LazyGroup):
         "log": Entry("dumo.cli.evaluate", LOOK, "dumo log runs/digits --plot"),
         "export": Entry("dumo.cli.export", SHARE, "dumo export runs/digits digits-diffusers"),
         "reproduce": Entry("dumo.cli.lab", RESEARCH, "dumo reproduce fig3 --scale smoke"),
-        "average": Entry("dumo.cli.run", RESEARCH, "dumo average runs/digits --std 0.12"),
+        "average": Entry("dumo.cli.run", RESEARCH, "dumo average runs/cifar10-overnight --std 0.08"),
     }
 
 
@@ -114,6 +115,8 @@ def run_command() -> int:
     """Run the command, print the line of an error that is known, and return the exit code. Raises other errors."""
     code = 0
     try:
+        if sys.platform == "win32":
+            raise UserError("dumo needs Linux, macOS or WSL 2, not Windows itself: type wsl --install, and go on there")
         try:
             with door.command_line(), plain_warnings():
                 app()

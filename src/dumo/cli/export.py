@@ -10,6 +10,7 @@
 """
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +19,7 @@ from dumo.cli import precheck
 from dumo.cli.option import Folder, Set, Weights, one_of, parse_integers, parse_path
 from dumo.cli.terminal import err, out
 from dumo.runtime import shell_path
+from dumo.runtime.door import program
 
 if TYPE_CHECKING:
     from dumo.config.spec import Run
@@ -136,7 +138,8 @@ def _next_command(run: "Run", exported: Path, to: str, parts: str, alone: bool) 
     if alone and run.start is not None:
         few_steps_export = parent / FEW_STEPS
         if not few_steps_export.exists():
-            commands.insert(0, f"dumo export {shell_path(run.start.source)} {shell_path(few_steps_export)}")
+            arguments = f"{shell_path(run.start.source)} {shell_path(few_steps_export)}"
+            commands.insert(0, f"{quote(program())} export {arguments}")
     elif (to == "lora" or parts == "none") and run.pipeline is not None and not run.pipeline.is_published:
         model_folder = run.pipeline.folder.absolute()  # of a link its own name, which is the one on the card
         if not (parent / model_folder.name).exists():

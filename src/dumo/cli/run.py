@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from shlex import join
+from shlex import join, quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,7 +36,7 @@ from dumo.cli.option import (
 )
 from dumo.cli.terminal import drop_from_resume, err, memory_hint, out, show_lines
 from dumo.runtime import shell_path
-from dumo.runtime.door import goes_on_line, settings, train_call
+from dumo.runtime.door import goes_on_line, program, settings, train_call
 from dumo.runtime.limits import MINUTES, ROWS
 from dumo.runtime.progress import bar, no_bar, print_line
 
@@ -149,7 +149,7 @@ def encode(
         for line in result.lines():
             out.print(line, soft_wrap=True)
     if all(result.read_index() for result in results) and choose(source).kind == "recipe":
-        command = ["dumo", "train", source]
+        command = [program(), "train", source]
         for field in (*encode.options_as_settings(folder, codec, side, count), *(set_ or [])):
             command += ["--set", field]
         err.print(f"next:  {join(command)}", soft_wrap=True)
@@ -282,15 +282,16 @@ def _next_commands(run: "Run", folder: Path, *, can_judge: bool) -> list[str]:
     from dumo.config.code import shell_command
     from dumo.nets import is_pretrained
 
-    commands = [f"dumo sample {shell_path(folder)}"]
+    dumo = quote(program())
+    commands = [f"{dumo} sample {shell_path(folder)}"]
     if can_judge:
-        commands.append(f"dumo evaluate {shell_path(folder)}")
-    commands.append(f"dumo report {shell_path(folder)}")
+        commands.append(f"{dumo} evaluate {shell_path(folder)}")
+    commands.append(f"{dumo} report {shell_path(folder)}")
     if is_pretrained(run.net):
         from dumo.export.stock import export_forms
 
         for form in export_forms(run.net):
-            commands.append(f"dumo export {shell_path(folder)} {shell_path(f'{folder}-{form}')} --to {form}")
+            commands.append(f"{dumo} export {shell_path(folder)} {shell_path(f'{folder}-{form}')} --to {form}")
     return [shell_command(run, command) for command in commands]
 
 
@@ -451,11 +452,12 @@ def average(
     )
     out.print(str(averaged.file), soft_wrap=True)
     arguments = f"{shell_path(run_folder)} --weights {shell_path(averaged.file)}"
-    next_commands = [f"dumo sample {arguments}"]
+    dumo = quote(program())
+    next_commands = [f"{dumo} sample {arguments}"]
     run = run_of(text)
     missing = missing_to_judge(run, num_images=None)  # images are not opened for it
     if not missing:
-        next_commands.append(f"dumo evaluate {arguments}")
+        next_commands.append(f"{dumo} evaluate {arguments}")
     _print_next([shell_command(run, command) for command in next_commands], missing)
 
 

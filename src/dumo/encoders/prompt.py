@@ -30,8 +30,8 @@ from dumo.encoders.pipeline import HINT, SCHEDULER, TRANSFORMER, OptionalPart, P
 from dumo.encoders.text import Embeddings
 from dumo.encoders.transformers_library import import_transformers, quietly
 from dumo.io.read import explain_foreign_errors
-from dumo.runtime import import_bitsandbytes, install_command
-from dumo.types import PLACE, Spec, UserError
+from dumo.runtime import import_bitsandbytes, import_extra
+from dumo.types import PLACE, Spec
 
 _COLUMNS = ("tokens", "mask", "pooled")  # what is kept of the outputs of encode_prompt
 
@@ -73,10 +73,7 @@ class PromptReaderSpec(Spec):
     def _load(self, folder: Pipeline) -> tuple[Any, Any]:
         """Load the pipeline, with its transformer on the meta device. Returns its class and the pipeline."""
         import_bitsandbytes()
-        try:
-            import diffusers  # slow to import, and an extra
-        except ImportError as error:
-            raise UserError(f"net.texts needs diffusers: {install_command('pretrained')}") from error
+        diffusers = import_extra("diffusers", "pretrained", "net.texts")
         import_transformers("net.texts")  # diffusers would fail without it, with another message
         config = folder.config(TRANSFORMER)
         problem = f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load"

@@ -17,25 +17,14 @@ import torch
 
 from dumo.encoders.part import TRANSFORMERS, require_weights
 from dumo.io import read
-from dumo.runtime import install_command
-from dumo.types import UserError
+from dumo.runtime import import_extra
 
 CONFIG = "config.json"  # the name of a model's settings in its folder
 
 
 def import_transformers(field: str) -> Any:  # noqa: ANN401, a module
-    """Import the library transformers, which is slow to import and an extra.
-
-    Raises UserError, which names the `field` of a run that needs it, where it is missing or cannot be imported.
-    """
-    try:
-        return import_module("transformers")
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":  # it is there, and something that it needs is not
-            raise UserError(f"{field} needs transformers, whose import failed: {error}") from error
-        raise UserError(f"{field} needs transformers: {install_command('text')}") from error
-    except ImportError as error:
-        raise UserError(f"{field} needs transformers, whose import failed: {error}") from error
+    """Import the library transformers for a `field` of a run. Raises UserError as `import_extra`."""
+    return import_extra("transformers", "text", field)
 
 
 def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a model of transformers

@@ -7,9 +7,9 @@ A protocol of images gets its reference in three steps:
 2. `load_or_compute` looks in the cache for the statistics that belong to these facts.
 3. Where there are none, it calls `adm_statistics` or `data_statistics`, and writes what they return to the cache.
 
-The cache is a folder that may be emptied at any time. A file's name is a hash of its key (the data's pixels, the
-network's weights, the protocol), which the file itself repeats. So statistics of changed data, and damaged files, are
-computed anew. Images are read batch by batch, every rank its share of them, and none is held in memory.
+The cache (`dumo.io.read.cache_folder`) may be emptied at any time. A file's name is a hash of its key (the data's
+pixels, the network's weights, the protocol), which the file itself repeats. So statistics of changed data, and damaged
+files, are computed anew. Images are read batch by batch, every rank its share of them, and none is held in memory.
 
 ADM's file (Dhariwal & Nichol 2021), an .npz, is read as it is published (`read_adm`): mean and covariance of the
 features of a whole training set, `mu`, `sigma` for the FID and `mu_s`, `sigma_s` for the sFID, and some of its images,
@@ -21,7 +21,6 @@ batches of any images, and `PIECE`.
 """
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -51,14 +50,13 @@ from dumo.evaluation.statistics import (
 from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.picture import to_uint8
-from dumo.io.read import user_path
+from dumo.io.read import cache_folder
 from dumo.io.source import Finite
 from dumo.runtime import dist
 from dumo.types import UserError
 
 InceptionKind = Literal["adm-imagenet256-50k", "adm-imagenet512-50k", "cifar10-train50k", "folder"]
 
-CACHE_VARIABLE = "DUMO_CACHE"  # the environment variable that names the cache's folder
 PIECE = 64  # images that are read, and put through the network, at a time: ours
 IMAGENET_TRAIN_IMAGES = 1_281_167  # in the training set of ImageNet-1k, of which ADM's files have the moments
 
@@ -120,7 +118,7 @@ def load_or_compute(key: Mapping[str, str], compute: Callable[[], Statistics]) -
     the cache cannot be written.
     """
     key_hash = digest.of_bytes(json.dumps(dict(key), sort_keys=True).encode())[:16]
-    path = _cache_folder() / f"statistics-{key_hash}.safetensors"
+    path = cache_folder() / f"statistics-{key_hash}.safetensors"
     loaded_statistics = load_statistics(path, key)
     rank_flags = dist.all_gather_ragged(torch.tensor([loaded_statistics is not None]))
     is_loaded_on_all = all(bool(flag) for flag in rank_flags)
@@ -135,11 +133,6 @@ def load_or_compute(key: Mapping[str, str], compute: Callable[[], Statistics]) -
     except (OSError, SafetensorError) as error:  # the statistics are good all the same
         warnings.warn(f"{path} cannot be written ({error}), so the data is counted again next time", stacklevel=2)
     return statistics
-
-
-def _cache_folder() -> Path:
-    """The folder that `CACHE_VARIABLE` names, else ~/.cache/dumo."""
-    return user_path(os.environ.get(CACHE_VARIABLE) or "~/.cache/dumo", CACHE_VARIABLE)
 
 
 def open_adm_file(path: Path, name: str, standard: Standard) -> AdmReference:

@@ -41,7 +41,7 @@ from dumo.io.read import brief, read_settings, write_json
 from dumo.io.weights import unshared
 from dumo.nets import DiT, Pretrained, UNet
 from dumo.run.weights import RunFolder, build
-from dumo.runtime import install_command, installed_version
+from dumo.runtime import require_package
 from dumo.runtime.door import option
 from dumo.training.frozen import trained_state_dict
 from dumo.types import Objective, UserError
@@ -127,9 +127,8 @@ def export(
 
 
 def require_diffusers() -> None:
-    """Raise UserError where diffusers is missing, which makes the samples that an export is compared by."""
-    if not installed_version("diffusers"):
-        raise UserError(f"an export needs diffusers: {install_command('diffusers')}")
+    """Raise UserError without diffusers, which makes the samples that an export is compared by."""
+    require_package("diffusers", "diffusers", "an export")
 
 
 def require_options(to: str, parts: str, dtype: str) -> None:

@@ -144,8 +144,8 @@ def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
     finite = first.isfinite() & second.isfinite()
     if not torch.allclose(first[~finite], second[~finite], rtol=0.0, atol=0.0, equal_nan=True):
         return False
-    values = first[finite].double()
-    difference = torch.linalg.vector_norm(second[finite].double() - values)
+    values = first[finite].cpu().double()  # MPS has no float64
+    difference = torch.linalg.vector_norm(second[finite].cpu().double() - values)
     return bool(difference <= max_difference * torch.linalg.vector_norm(values))
 
 

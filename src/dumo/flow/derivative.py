@@ -202,10 +202,10 @@ def _error_limit(slope: Slope, b: Noised) -> float:
 def _exact_derivative(net: Passes, b: Noised, inputs: Mapping[str, Time], *, is_copy: bool) -> tuple[Heads, float]:
     """What `_differences` returns: of a copy in float64 where the network can, else in its own precision."""
     if is_copy:
-        inputs_in_float64 = {name: values.double() for name, values in inputs.items()}
         try:
+            inputs_in_float64 = {name: values.double() for name, values in inputs.items()}
             return _differences(_net_in_float64(net), _record_in_float64(b), inputs_in_float64)
-        except RuntimeError:  # a network that names float32 itself
+        except (RuntimeError, TypeError):  # a network that names float32 itself; MPS, which has no float64
             pass
     return _differences(net, b, inputs)
 

@@ -9,14 +9,16 @@ A note is a safetensors file of tensors and a text, with their SHA-256. What is 
 import json
 import os
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors.torch
 from torch import Tensor
 
+from dumo.error import UserError
 from dumo.io import digest, guard, weights
 from dumo.io import file as files
+from dumo.io.read import cache_folder
 
 _KEY = "note"  # of the one entry in the file's metadata: two would come in any order
 
@@ -26,10 +28,13 @@ Note = tuple[dict[str, Tensor], str]
 def places_for(folder: Path, name: str) -> list[Path]:
     """The places of a note on the files of a folder, the best first: to look for it, and to write it.
 
-    The first is next to the files; `name` hides it. The other is in `dumo` below $XDG_CACHE_HOME, or ~/.cache, by a
-    hash of the folder's path.
+    The first is next to the files; `name` hides it. The other is in the cache (`dumo.io.read.cache_folder`), by a hash
+    of the folder's path; there is none where the user has no home.
     """
-    return [folder / name, _cache_folder() / digest.short(str(folder.resolve())) / name.removeprefix(".")]
+    places = [folder / name]
+    with suppress(UserError):
+        places.append(cache_folder() / digest.short(str(folder.resolve())) / name.removeprefix("."))
+    return places
 
 
 def read(place: Path) -> Note | None:
@@ -76,8 +81,3 @@ def locked(place: Path) -> Generator[None]:
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.short(text, digest.of_tensors(tensors))
-
-
-def _cache_folder() -> Path:
-    """The folder of this user's notes, which need not exist. Raises RuntimeError where the user has no home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dumo"

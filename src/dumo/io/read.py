@@ -1,6 +1,6 @@
 """Reading what users name: paths, texts and JSON. What is not as it should be raises UserError, with the fix.
 
-- Paths: `user_path` expands one.
+- Paths: `user_path` expands one, and `cache_folder` is that of what can be computed again.
 - Texts: `read_text`, `text_lines` and `decode_utf8` read UTF-8. `is_unicode` and `is_text_list` test values,
   `_encoding_fault` says where bytes are not UTF-8.
 - JSON: `read_json`, `read_settings` and `parse_json` read it, `write_json` writes it. JSON has no NaN and no infinity:
@@ -29,6 +29,7 @@ _LAYER_COUNT = re.compile("layer|depth|num_.*block")  # matches the keys of conf
 # Ours: a long evaluation has thousands of bytes, the names of 20,000 classes half a million.
 MAX_FILE_BYTES = 2**26
 FEW = 3  # items that a message names: ours
+CACHE_VARIABLE = "DUMO_CACHE"  # the environment variable that names the cache's folder
 
 
 def user_path(text: str, field: str) -> Path:
@@ -51,6 +52,15 @@ def user_path(text: str, field: str) -> Path:
         return Path(expanded).expanduser()
     except RuntimeError as error:  # HOME is not set, and the user has no entry, or is not known
         raise UserError(f"{field} is {text}, and no such home is known: write the whole path, or set HOME") from error
+
+
+def cache_folder() -> Path:
+    """The folder that `CACHE_VARIABLE` names, else `dumo` below $XDG_CACHE_HOME or ~/.cache. It need not exist.
+
+    It may be emptied at any time. Raises UserError as `user_path`.
+    """
+    above = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return user_path(os.environ.get(CACHE_VARIABLE) or f"{above}/dumo", CACHE_VARIABLE)
 
 
 def brief(text: object, max_length: int = 200) -> str:

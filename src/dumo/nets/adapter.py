@@ -24,9 +24,9 @@ from pydantic import Field
 from torch import nn
 
 from dumo.nets.lowbit import Coding, quantise, store_in_bf16
-from dumo.runtime import import_bitsandbytes, install_command
+from dumo.runtime import import_bitsandbytes, import_extra
 from dumo.runtime.limits import CHANNELS
-from dumo.types import QUIET, Spec, UserError
+from dumo.types import QUIET, Spec
 
 # The names of adapters in peft, and so in the names of their parameters.
 FEW_STEP = "default"  # of the few-step run
@@ -57,13 +57,10 @@ def adapt(
     """Add adapters to the layers of a model's blocks, in place, and freeze everything else.
 
     Layers at or below the paths `unused` get none, nor do those at or below `trained`, which stay in float32. Raises
-    UserError where peft is missing, or bitsandbytes for codes.
+    UserError without peft, and without bitsandbytes for codes.
     """
     import_bitsandbytes()
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(f"net.lora needs peft: {install_command('pretrained')}") from error
+    peft = import_extra("peft", "pretrained", "net.lora")
     excluded = tuple(f"{path}." for path in (*unused, *trained))
     paths = [path for path in _target_paths(model, blocks, lora) if not f"{path}.".startswith(excluded)]
     ranks = {FEW_STEP: lora.rank}

@@ -29,8 +29,8 @@ from dumo.flow.precision import to_float32
 from dumo.io import digest
 from dumo.io.deferred import apply_later
 from dumo.nets.heads import bias_or_none
-from dumo.runtime import import_bitsandbytes, install_command
-from dumo.types import Array, UserError
+from dumo.runtime import import_bitsandbytes, require_package
+from dumo.types import Array
 
 Coding = Literal["int8", "nf4"]
 BLOCK = 64  # weights that share a scale in nf4 (QLoRA)
@@ -173,10 +173,10 @@ def quantise(model: nn.Module, blocks: Sequence[nn.Module], excluded: Sequence[s
     """Code the linear layers of a model's blocks, in place, one after another, and put all else in float32.
 
     Layers at or below the paths `excluded` are not coded; nor are, for nf4, layers whose number of weights is no
-    multiple of `BLOCK`. Raises UserError where bitsandbytes is missing.
+    multiple of `BLOCK`. Raises UserError without bitsandbytes.
     """
-    if not import_bitsandbytes():
-        raise UserError(f"net.lora.frozen = {coding} needs bitsandbytes: {install_command('quantised')}")
+    require_package("bitsandbytes", "quantised", f"net.lora.frozen = {coding}")
+    import_bitsandbytes()
     layers_of_blocks = {id(layer) for block in blocks for layer in block.modules()}
 
     def code_layer(layer: nn.Linear) -> CodedLinear | None:

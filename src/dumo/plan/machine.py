@@ -7,7 +7,6 @@ also serve `dumo.plan.findings`.
 
 import os
 import platform
-import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -16,11 +15,12 @@ from functools import partial
 from typing import Literal
 
 import torch
+from packaging.requirements import Requirement
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from dumo import runtime
-from dumo.runtime import dist, install_command, installed_version
+from dumo.runtime import dist, install_command, installed_version, package_problem
 from dumo.runtime.device import software_versions, total_memory
 
 KERNELS = {  # of attention, by the name that is shown
@@ -153,9 +153,9 @@ def extra_findings() -> list[Finding]:
     """What each extra of dumo lacks of its optional packages."""
     findings: list[Finding] = []
     for extra, requirements in runtime.packages_by_extra().items():
-        packages = [re.split(r"[^\w.-]", requirement)[0] for requirement in requirements]
-        missing = ", ".join(package for package in packages if not installed_version(package))
-        text = f"lacks {missing}: {install_command(extra)}" if missing else "installed"
+        problems = [package_problem(Requirement(requirement).name, extra) for requirement in requirements]
+        lacking = ", ".join(filter(None, problems))
+        text = f"lacks {lacking}: {install_command(extra)}" if lacking else "installed"
         findings.append(Finding(f"extra {extra}", "ok", text))
     return findings
 

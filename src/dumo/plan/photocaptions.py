@@ -21,7 +21,7 @@ from dumo.data.metadata import table_names
 from dumo.data.store import Store, first_sorted
 from dumo.encoders.caption import Captions
 from dumo.io.read import brief, user_path
-from dumo.runtime import install_command, installed_version
+from dumo.runtime import install_command, package_problem
 from dumo.runtime.door import settings
 from dumo.types import UserError
 
@@ -43,7 +43,7 @@ class CaptionChoice:
 def choose_captions(images: Images, store: Store, sets: Sequence[str], *, on_a_cpu: bool) -> CaptionChoice:
     """Decide whether a net reads the captions of images. `store` has their files, `sets` are the user's own changes.
 
-    Raises UserError where captions that would be read are damaged, or the package that reads them is not installed.
+    Raises UserError where captions that would be read are damaged, or their package is missing or of another version.
     """
     reason_not_to_read = _reason_not_to_read(images, sets)
     try:
@@ -54,10 +54,11 @@ def choose_captions(images: Images, store: Store, sets: Sequence[str], *, on_a_c
         return CaptionChoice()
     if reason_not_to_read:
         return CaptionChoice(line=f"{len(captions):,} found, not used: {reason_not_to_read}")
-    if not installed_version("transformers"):
+    problem = package_problem("transformers", "text")
+    if problem:
         raise UserError(
-            f"{images.root} has {len(captions):,} captions: {install_command('text')}  to train on them, or leave "
-            f"them out by {settings('data.captions=null')}"
+            f"{images.root} has {len(captions):,} captions, and to train on them needs {problem}: "
+            f"{install_command('text')}  or leave them out by {settings('data.captions=null')}"
         )
     return CaptionChoice(_caption_fields(images.root, captions, on_a_cpu=on_a_cpu))
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -40,7 +39,7 @@ from dumo.report.chart import Chart
 from dumo.report.gallery import TAUGHT_BY_LETTER
 from dumo.report.live import InteractiveRun
 from dumo.report.runchart import validation_charts
-from dumo.runtime import install_command, signals
+from dumo.runtime import import_extra, signals
 from dumo.runtime.signals import Stopped
 from dumo.training.log import read_log
 from dumo.types import UserError
@@ -306,14 +305,11 @@ def error_html(error: Exception, explain: Explain) -> str:
 def offline_gradio() -> Generator[None, None, None]:
     """Import Gradio so that it reports nothing to its makers; at the end, remove the files that it made.
 
-    Raises UserError where it is not installed.
+    Raises UserError as `import_extra`.
     """
     with TemporaryDirectory(prefix="dumo-demo-") as folder:
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder, HF_HUB_OFFLINE="1")
-        try:
-            import_module("gradio")  # it reads the variables when it is imported
-        except ImportError as error:
-            raise UserError(f"dumo demo needs Gradio ({error}): {install_command('demo')}") from error
+        import_extra("gradio", "demo", "dumo demo")  # it reads the variables when it is imported
         yield
 
 

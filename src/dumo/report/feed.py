@@ -34,7 +34,7 @@ from dumo.io.guard import locked
 from dumo.io.read import read_json
 from dumo.report.tracker import TRACKERS, Tracker, numbers_by_name
 from dumo.run.speed import log_with_speeds
-from dumo.runtime import dist, install_command, installed_version, shell_path, signals
+from dumo.runtime import dist, require_package, shell_path, signals
 from dumo.training.loop import Every
 from dumo.training.record import Record
 from dumo.training.state import State
@@ -184,8 +184,7 @@ class TrackerProcess:
     def __init__(self, folder: Path, tracker_name: str, log_line: Callable[[str], object]) -> None:
         """Start nothing yet. Raises UserError where the tracker is unknown, or not installed."""
         require_known("tracker", tracker_name, TRACKERS)
-        if not installed_version(tracker_name):
-            raise UserError(f"tracker {tracker_name} needs the package {tracker_name}: {install_command(tracker_name)}")
+        require_package(tracker_name, tracker_name, f"tracker {tracker_name}")
         self.folder = folder
         self.tracker_name = tracker_name
         self.log_line = log_line

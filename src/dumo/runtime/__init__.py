@@ -2,9 +2,9 @@
 
 Touches signals, threads and groups of ranks. Knows no file and no run.
 
-This file is about what is installed: `version` and `installed_version` of packages, `packages_by_extra` and
-`install_command` for messages, `import_bitsandbytes`. `shell_path` writes a path for a command line. Importing it
-imports no torch.
+This file is about what is installed: `version` and `installed_version` of packages; `import_extra`, `require_package`
+and `package_problem` of optional ones; `packages_by_extra` and `install_command` for messages; `import_bitsandbytes`.
+`shell_path` writes a path for a command line. Importing it imports no torch.
 """
 
 import logging
@@ -12,8 +12,11 @@ import re
 import shlex
 import shutil
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
+
+from dumo.error import UserError
 
 PACKAGE = Path(__file__).parents[1]  # the folder of dumo itself
 
@@ -43,6 +46,39 @@ def installed_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def import_extra(package: str, extra: str, subject: str) -> Any:  # noqa: ANN401, a module
+    """Import a package of an extra of dumo, which may be slow.
+
+    Raises UserError, which begins with `subject`, as `require_package` does, and where the import fails.
+    """
+    require_package(package, extra, subject)
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise UserError(f"{subject} needs {package}, whose import failed: {error}") from error
+
+
+def require_package(package: str, extra: str, subject: str) -> None:
+    """Raise UserError, which begins with `subject`, where a package of an extra is missing, or of another version."""
+    problem = package_problem(package, extra)
+    if problem:
+        raise UserError(f"{subject} needs {problem}: {install_command(extra)}")
+
+
+def package_problem(package: str, extra: str) -> str:
+    """What to install of an extra's package, as a message names it; "" where a version that fits is there."""
+    from packaging.requirements import Requirement  # slow to import
+
+    version = installed_version(package)
+    if version is None:
+        return package
+    for text in packages_by_extra().get(extra, []):
+        requirement = Requirement(text)
+        if requirement.name == package and not requirement.specifier.contains(version, prereleases=True):
+            return f"{package}{requirement.specifier} ({version} is installed)"
+    return ""
 
 
 def packages_by_extra() -> dict[str, list[str]]:

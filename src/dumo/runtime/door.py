@@ -2,11 +2,13 @@
 
 A message that names an option asks this file for its words: `option` for one, `settings` for fields of a run,
 `train_call` for going on with a run. The command line enters `command_line`; everybody else is Python. Who trains a run
-enters `naming_code`. `program_words` says how dumo was started.
+enters `naming_code`. `program` is what starts dumo in a shell, and `program_words` say how it was started.
 """
 
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,13 +49,22 @@ def is_on_several_nodes() -> bool:
     return os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
 
 
+def program() -> str:
+    """What starts dumo in a shell: its name, or this script's path where a shell finds no dumo by it, or another."""
+    script = Path(sys.argv[0])
+    if script.name != "dumo" or not script.is_file():  # Python, or `python -m dumo`
+        return "dumo"
+    on_path = shutil.which("dumo")
+    return "dumo" if on_path and script.samefile(on_path) else sys.argv[0]
+
+
 def program_words() -> list[str]:
     """How this program was started, in words for a shell: dumo, or torchrun with the ranks of this machine.
 
     On several nodes, what follows the options of torchrun.
     """
     if "WORLD_SIZE" not in os.environ:
-        return ["dumo"]
+        return [program()]
     if is_on_several_nodes():
         return ["-m", "dumo"]
     return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "dumo"]

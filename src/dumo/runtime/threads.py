@@ -19,6 +19,8 @@ MKL_NUM_THREADS or torch.set_num_threads.
 
 import ctypes
 import os
+import platform
+import subprocess
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ from dumo.runtime import dist
 from dumo.runtime.stopwatch import Clock, Stopwatch, wall_clock
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_SYSCTL = "/usr/sbin/sysctl"  # of macOS
 _HOW_TO_SET = f"{VARIABLES[0]}=N sets another"
 
 # Of StepThreads; all are ours.
@@ -80,14 +83,24 @@ def _threads_by_default() -> int | None:
 def was_set_in_python() -> bool:
     """Whether torch.set_num_threads was called in this process.
 
-    torch does not say. But it then tells MKL to keep to the number; without MKL, a number other than that of cores was
-    set.
+    torch does not say. But it then tells MKL to keep to the number; without MKL, a number other than torch's own choice
+    was set.
     """
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         return not library.mkl_serv_get_dynamic()
     except (OSError, AttributeError):
-        return torch.get_num_threads() != cores()
+        return torch.get_num_threads() != _cores_that_torch_uses()
+
+
+def _cores_that_torch_uses() -> int:
+    """The number of cores that torch makes a thread for: all, but on Apple silicon the fast ones alone."""
+    if (platform.system(), platform.machine()) == ("Darwin", "arm64"):
+        command = [_SYSCTL, "-n", "hw.perflevel0.physicalcpu"]
+        fast_cores = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        if fast_cores.isdecimal() and int(fast_cores) > 1:
+            return int(fast_cores)
+    return cores()
 
 
 def cores() -> int:

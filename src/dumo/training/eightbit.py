@@ -22,10 +22,9 @@ from torch.optim.adamw import adamw
 
 from dumo.flow.precision import HALVES, round_stochastically
 from dumo.io.deferred import is_fake
-from dumo.runtime import import_bitsandbytes, install_command
+from dumo.runtime import import_bitsandbytes, require_package
 from dumo.runtime.random import random_uint32
 from dumo.training.layout import empty_rows_like, local_tensor, offset_on_rank
-from dumo.types import UserError
 
 BLOCK = 256  # numbers to a scale: bitsandbytes'; Dettmers et al.'s is 2048
 _MIN_PARAMETER_SIZE = 4096  # numbers of a parameter whose moments take 8 bits: bitsandbytes'
@@ -39,9 +38,9 @@ def has_8bit_moments(p: Tensor) -> bool:
 
 
 def _require() -> None:
-    """Raise UserError where bitsandbytes is missing."""
-    if not import_bitsandbytes():
-        raise UserError(f"optimizer 'adamw8bit' needs bitsandbytes: {install_command('quantised')}")
+    """Import bitsandbytes. Raises UserError without it."""
+    require_package("bitsandbytes", "quantised", "optimizer 'adamw8bit'")
+    import_bitsandbytes()
     for signed in _MOMENTS.values():
         _code_values(signed)
 
@@ -59,7 +58,7 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
     """AdamW with moments of 8 bits; parameters in bf16 are rounded at random, keyed by `seed`."""
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], **options: object) -> None:
-        """`options` are lr, betas, eps and weight_decay. Raises UserError where bitsandbytes is missing."""
+        """`options` are lr, betas, eps and weight_decay. Raises UserError without bitsandbytes."""
         _require()
         self.seed = 0  # `dumo.training.state.begin` sets the run's
         self.names = {p: name for name, p in named_parameters}

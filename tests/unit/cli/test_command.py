@@ -14,6 +14,7 @@ from dumo import cli
 from dumo.cli import command, preflight, terminal
 from dumo.cli.foreign import FOREIGN_COMMANDS, FOREIGN_OPTIONS
 from dumo.config import outline, recipes
+from dumo.config.load import load
 from dumo.config.place import EVALUATION_FILE, LOG_FILE
 from dumo.export import write
 from dumo.io import trained
@@ -77,7 +78,7 @@ def test_the_words_of_others_lead_to_words_of_ours() -> None:
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with the runs that examples name."""
     monkeypatch.chdir(tmp_path)
-    for name in ("digits", "digits-meanflow"):
+    for name in ("digits", "digits-meanflow", "cifar10-overnight"):
         run = shutil.copytree(trained.folder("digits-trained"), tmp_path / "runs" / name)
         for file in (EVALUATION_FILE, LOG_FILE):
             (run / file).touch()
@@ -105,6 +106,18 @@ def test_help_begins_with_an_example_that_is_taken(
     assert begun == [name.split()[-1]]
     lines = [line.strip() for line in call(*name.split(), "--help").out.splitlines() if line.strip()]
     assert lines[1] == f"Example:  {ENTRIES[name].example}"
+
+
+def test_the_run_in_the_example_of_average_keeps_snapshots() -> None:
+    _, _, folder, *_ = shlex.split(ENTRIES["average"].example)
+    assert load(Path(folder).name).train.snapshots
+
+
+def test_windows_is_told_where_dumo_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    done = call("recipes")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: dumo needs Linux, macOS or WSL 2, ")
 
 
 def test_help_is_a_map(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autoencoder import filled, taef2
+from dumo import runtime
 from dumo.encoders import Codec, DcAe, PipelineVae, SdVae, Taef2
 from dumo.encoders import codec as codecs
 from dumo.encoders.autoencoder import CONFIG
@@ -376,7 +376,7 @@ def test_hub_is_asked_for_what_is_no_folder(
 
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setattr(runtime, "installed_version", lambda name: None)
     with pytest.raises(UserError, match=r"codec sd-vae sd needs diffusers: .*pip install .*'diffusers<"):
         SdVae().open()
 

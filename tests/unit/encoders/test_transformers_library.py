@@ -1,16 +1,14 @@
 """The library transformers where it is missing, and where it is there and broken."""
 
-import sys
-
 import pytest
 
-from dumo.encoders import transformers_library
+from dumo import runtime
 from dumo.encoders.transformers_library import import_transformers
 from dumo.types import UserError
 
 
 def test_a_missing_library_is_answered_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(runtime, "installed_version", lambda name: None)
     with pytest.raises(UserError, match=r"^net\.texts needs transformers: .*install"):
         import_transformers("net.texts")
 
@@ -22,6 +20,6 @@ def test_a_library_that_is_broken_is_not_to_be_installed(error: ImportError, mon
     def fail(name: str) -> None:
         raise error
 
-    monkeypatch.setattr(transformers_library, "import_module", fail)
+    monkeypatch.setattr(runtime, "import_module", fail)
     with pytest.raises(UserError, match=f"^net.texts needs transformers, whose import failed: {error}$"):
         import_transformers("net.texts")

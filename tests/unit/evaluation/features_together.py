@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dumo.evaluation.reference import CACHE_VARIABLE
+from dumo.io.read import CACHE_VARIABLE
 from dumo.report.images import judge
 from meeting import meeting
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from dumo.encoders import vision
 from dumo.encoders.vision import FeatureKind, ImageEncoder
-from dumo.evaluation import Context, FeatureProtocol, reference
+from dumo.evaluation import Context, FeatureProtocol
 from dumo.evaluation.features import FeatureEvaluator
 from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.io.picture import from_uint8
+from dumo.io.read import CACHE_VARIABLE
 from dumo.report.images import judge
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -44,7 +45,7 @@ class Endless:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing is kept beyond a test."""
-    monkeypatch.setenv(reference.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 

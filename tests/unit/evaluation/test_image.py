@@ -24,6 +24,7 @@ from dumo.evaluation.reference import (
 )
 from dumo.evaluation.statistics import Extractor, Statistics
 from dumo.io.picture import to_uint8
+from dumo.io.read import CACHE_VARIABLE
 from dumo.io.source import Finite
 from dumo.types import UserError
 from golden import inception as recipe
@@ -176,7 +177,7 @@ def peephole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Peephole:
     """A small network in Inception's place, and an empty cache."""
     net = Peephole()
     monkeypatch.setattr(inception, "load", lambda path, device: net)
-    monkeypatch.setenv(reference.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return net
 
 
@@ -259,10 +260,10 @@ def test_where_nothing_can_be_kept_the_numbers_stand(
     tmp_path: Path, peephole: Peephole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(reference.CACHE_VARIABLE, str(tmp_path / "file/folder"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file/folder"))
     with pytest.warns(UserWarning, match="cannot be written .* counted again next time"):
         opened(FOLDER, images(N))
-    monkeypatch.setenv(reference.CACHE_VARIABLE, "$NOWHERE/cache")
+    monkeypatch.setenv(CACHE_VARIABLE, "$NOWHERE/cache")
     with pytest.raises(UserError, match="NOWHERE is not set"):
         opened(FOLDER, images(N))
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import dumo
 from contract.own import Numbers, Perceptron, Text, UNet, waves
-from dumo.flow import condition, derivative
+from dumo.flow import condition, derivative, loop
+from dumo.flow.check import MAX_DIFFERENCE
 from dumo.flow.condition import require_data
 from dumo.flow.guide import CFG
 from dumo.flow.loop import LoopFlow as Flow
@@ -712,6 +713,26 @@ def test_a_slope_that_was_chosen_is_tried_first() -> None:
     other = dumo.Flow(points())
     other.chosen_slope = first.chosen_slope
     assert other.check(X).startswith("jvp")
+
+
+def test_a_device_without_float64_is_checked_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MPS, where only what was copied to the CPU can be float64."""
+    to_cpu, to_float64 = Tensor.cpu, Tensor.double
+
+    def copy_to_cpu(x: Tensor) -> Tensor:
+        copied = to_cpu(x).clone()
+        copied.is_on_cpu = True
+        return copied
+
+    def cast_on_cpu(x: Tensor) -> Tensor:
+        if not hasattr(x, "is_on_cpu"):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return to_float64(x)
+
+    monkeypatch.setattr(Tensor, "cpu", copy_to_cpu)
+    monkeypatch.setattr(Tensor, "double", cast_on_cpu)
+    monkeypatch.setattr(loop, "max_pass_difference", lambda x: MAX_DIFFERENCE["fp32"])
+    assert dumo.Flow(points()).check(X).startswith("dual, ")
 
 
 def test_each_and_rows_of_conditions() -> None:

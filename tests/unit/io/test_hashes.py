@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -162,18 +163,33 @@ def test_a_damaged_note_is_no_note(damage: bytes | None, tmp_path: Path) -> None
     assert not any(opened(tmp_path).pending)
 
 
-def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "DUMO_CACHE"])
+def test_a_folder_that_may_not_be_written(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     as_folder(root := tmp_path / "images")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(variable, str(tmp_path / "home"))
     writable = note.is_writable
     monkeypatch.setattr(note, "is_writable", lambda place: root not in place.parents and writable(place))
     whole(root)
     assert not (root / NOTE_NAME).exists()
+    assert list((tmp_path / "home").rglob(NOTE_NAME.removeprefix(".")))
     assert not any(opened(root).pending)
     monkeypatch.setattr("dumo.io.note.is_writable", lambda place: False)
     os.utime(next(root.rglob("*.png")))
     assert sum(whole(root).pending) == 0
     assert sum(opened(root).pending) == 1
+
+
+def test_a_user_without_a_home_has_the_note_next_to_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(user: int) -> NoReturn:
+        raise KeyError(user)
+
+    as_folder(tmp_path)
+    for variable in ("DUMO_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    whole(tmp_path)
+    assert not any(opened(tmp_path).pending)
+    assert (tmp_path / NOTE_NAME).exists()
 
 
 def test_names_of_any_bytes() -> None:

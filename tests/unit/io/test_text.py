@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.io.read import MAX_FILE_BYTES, brief, parse_json, read_json, read_text, text_lines, user_path
+from dumo.io.read import MAX_FILE_BYTES, brief, cache_folder, parse_json, read_json, read_text, text_lines, user_path
 from dumo.types import UserError
 from fuzz.judge import limits
 
@@ -70,6 +70,17 @@ def test_a_long_text_is_cut() -> None:
     assert brief("x" * 200) == "x" * 200
     assert brief("x" * 201) == "x" * 200 + "…"
     assert brief([1, 2], 3) == "[1,…"
+
+
+def test_the_cache_is_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for variable in ("DUMO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert cache_folder() == Path("/home/somebody/.cache/dumo")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert cache_folder() == Path("/caches/dumo")
+    monkeypatch.setenv("DUMO_CACHE", "~/mine")
+    assert cache_folder() == Path("/home/somebody/mine")
 
 
 @pytest.mark.parametrize(

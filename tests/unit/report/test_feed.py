@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 
 import trap
+from dumo import runtime
 from dumo.config.load import dump, load
 from dumo.io.guard import locked
 from dumo.report import feed as feeds
@@ -139,8 +140,8 @@ def test_no_module_of_the_working_folder_is_imported(tmp_path: Path, monkeypatch
 def test_what_is_no_tracker_is_refused_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"tracker 'wanddb'.*wandb"), live_feed(tmp_path, "wanddb", print):
         pass
-    monkeypatch.setattr(feeds, "installed_version", lambda name: None)
-    with pytest.raises(UserError, match=r"tracker wandb needs the package wandb: .*install"):
+    monkeypatch.setattr(runtime, "installed_version", lambda name: None)
+    with pytest.raises(UserError, match=r"tracker wandb needs wandb: .*install"):
         feeds.TrackerProcess(tmp_path, "wandb", print)
 
 

@@ -61,3 +61,17 @@ def test_going_on_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert door.train_call(folder, step=4) == f"{every_node} --from 4"
     with door.naming_code(True):
         assert door.train_call(folder, step=4) == 'dumo.train("runs/a b", step=4, trust_code=True)'
+
+
+def test_a_script_that_the_shell_does_not_find_is_named_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, other = tmp_path / "our own/dumo", tmp_path / "other/dumo"
+    for script in (ours, other):
+        script.parent.mkdir()
+        script.touch(0o755)
+    monkeypatch.setattr("sys.argv", [str(ours)])
+    for folders, word in ((ours.parent, "dumo"), (other.parent, f"'{ours}'"), (tmp_path, f"'{ours}'")):
+        monkeypatch.setenv("PATH", str(folders))
+        with door.command_line():
+            assert door.train_call(Path("a")) == f"{word} train a"

@@ -1,10 +1,13 @@
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 
+import numpy
 import pytest
 
 from dumo import runtime
+from dumo.types import UserError
 
 
 @pytest.mark.nightly
@@ -23,6 +26,13 @@ def test_the_line_is_for_this_environment(monkeypatch: pytest.MonkeyPatch) -> No
     assert runtime.install_command("text").startswith(f"{python} -m pip install 'transformers<")
     monkeypatch.setattr(runtime, "installed_version", lambda name: None)
     assert runtime.install_command("text").startswith(f"uv pip install --python {python} 'transformers<")
+
+
+def test_a_version_that_an_extra_does_not_allow_is_as_one_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "requires", lambda name: ["numpy<99,>=98; extra == 'old'", "numpy; extra == 'new'"])
+    with pytest.raises(UserError, match=rf"^net needs numpy<99,>=98 \({numpy.__version__} is installed\): .*install"):
+        runtime.import_extra("numpy", "old", "net")
+    assert runtime.import_extra("numpy", "new", "net") is numpy
 
 
 def test_every_extra_of_the_project_has_packages() -> None:

@@ -1,10 +1,12 @@
 """How many threads work takes: by what its parts took, on a clock of the test's own."""
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +256,19 @@ def test_a_number_set_in_python_is_a_users_own() -> None:
     if threads.cores() == 1:
         pytest.skip("there is nothing to choose")
     assert told == ["True", "False", "True", "False", "True", "False"]
+
+
+def test_on_apple_silicon_torch_takes_the_fast_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text('#!/bin/sh\ntest "$*" = "-n hw.perflevel0.physicalcpu" && echo 17\n')
+    sysctl.chmod(0o755)
+    monkeypatch.setattr(threads, "_SYSCTL", str(sysctl))
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))  # no MKL lies next to it
+    for number in (17, threads.cores()):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        assert threads.was_set_in_python() == (number != 17)
 
 
 def test_busy_machines_get_fewer_threads(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

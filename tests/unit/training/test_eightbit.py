@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dumo import runtime
 from dumo.flow.path import Linear
 from dumo.flow.precision import round_stochastically
 from dumo.flow.slope import DualSlope
@@ -173,7 +174,7 @@ def test_what_does_not_round_is_refused() -> None:
 
 
 def test_without_bitsandbytes_there_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eightbit, "import_bitsandbytes", lambda: False)
+    monkeypatch.setattr(runtime, "installed_version", lambda package: None)
     with pytest.raises(UserError, match=r"^optimizer 'adamw8bit' needs bitsandbytes: .*install .*"):
         AdamW8bit()(net())
 
