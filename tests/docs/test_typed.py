@@ -138,12 +138,14 @@ def test_gpus(here: Path) -> None:
 @tier("evaluation")
 def test_evaluation(here: Path) -> None:
     small = sets("net.width=8", "train.batch=8", "train.steps=5", "data.side=16", "evaluate.protocol.samples=60")
+    small += sets("sample.solver.m=0.3")  # as of photos that are learned at 64 x 64
     for caption in here.rglob("*.txt"):
         caption.unlink()
     assert call("train", "photos", "--yes", *small).code == 0
     made = call("sample", "runs/photos", "--nfe", "1", "--count", "60", "--format", "npz", "--out", "made").out
     Path(made.strip()).rename("samples.npz")
     typed("evaluation", [], **{"50000": "8"})
+    assert len(list(Path("runs/photos").glob("evaluation-*m0*.json"))) == 3  # one for each m of the page
 
 
 @tier("trained")

@@ -72,7 +72,7 @@ def test_from_images_to_a_table(here: Path, peephole: Peephole) -> None:
         assert "a perfect sampler: too few images to tell" in done.out  # 120, and subsets have 100
     assert peephole.seen == 5 * COUNT  # the data once, of each run 1 pass by both solvers
     a, b = (json.loads(Path(name, "evaluation.json").read_text()) for name in ("a", "b"))
-    assert set(a["results"][0]) == {"nfe", "solver", "kid", "kid_sd", "is", "is_sd", "precision", "recall"}
+    assert set(a["results"][0]) == {"nfe", "solver", "kid", "kid_sd", "is", "precision", "recall"}
     assert a["card"]["protocol"] == f"folder ({COUNT} samples, no Fréchet distances)"
     assert a["card"]["reference"] == f"{COUNT} images of the data"
     assert a["card"]["reference_sha256"] == b["card"]["reference_sha256"]

@@ -214,15 +214,16 @@ def evaluate(
         typer.Option(
             metavar="NAME",
             help="With --images: photos (default; from 20 images on), cifar10-features, digits; by Inception's "
-            "features folder, cifar10-train50k, adm-imagenet256-50k, adm-imagenet512-50k.",
+            "features folder, cifar10-train50k, adm-imagenet256-50k, adm-imagenet512-50k; by a model of yours, --set "
+            "evaluate.protocol.model=DIR, dinov2, cmmd.",
         ),
     ] = None,
     against: Annotated[
         str | None,
         typer.Option(
             metavar="PLACE",
-            help="With --images: the real images to compare with, brought to the size of the others as in training; "
-            "of adm-* ADM's file.",
+            help="With --images: the real images to compare with: a folder, brought to the size of the others as in "
+            "training, if that is square; an .npz of that size; of adm-* ADM's file.",
         ),
     ] = None,
     file: Annotated[
@@ -231,7 +232,8 @@ def evaluate(
             "--out",
             parser=parse_file,
             metavar="FILE",
-            help="With --images: the report. Default: PLACE.evaluation.json, here.",
+            help="With --images: the report. Default, here: PLACE.evaluation.json; by another protocol than photos "
+            "PLACE.NAME.evaluation.json.",
         ),
     ] = None,
     all_scores: Annotated[

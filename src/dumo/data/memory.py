@@ -50,7 +50,7 @@ class RereadData(TensorData):
     with generators of its own, so a resumed run meets other draws.
     """
 
-    rows: Any = None  # the data set; rows[i] is its row i
+    data_set: Any = None  # data_set[i] is its row i
     lock: Lock = field(default_factory=Lock)  # batches are made by several threads, and data sets may not allow that
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -59,7 +59,7 @@ class RereadData(TensorData):
         tensors: list[Tensor] = []
         with self.lock:
             for i in numbers.tolist():
-                tensors.append(_read_sample(self.rows, i))
+                tensors.append(_read_sample(self.data_set, i))
         shapes = {tuple(tensor.shape) for tensor in tensors}
         x = torch.empty(0)  # of no sample's shape
         if len(shapes) == 1:
@@ -106,7 +106,7 @@ class Memory(Spec):
         source = TensorData(x, c)
         is_data_set = raw_x is not data and not isinstance(data, tuple)
         if is_data_set and _gives_other_samples(data, raw_x):
-            source = RereadData(x, c, rows=data)
+            source = RereadData(x, c, data_set=data)
             log_line = line_printer(bar)
             log_line(
                 f"{name_of(type(data))} gives other samples at each read, as augmentation does: training reads rows "

@@ -22,6 +22,10 @@ from dumo.evaluation.class_mmd import (
 )
 from dumo.evaluation.metric import CLASS_MMD
 from dumo.evaluation.protocol import Scores
+from dumo.io import digest
+from dumo.io.read import first_few
+
+MAX_NAMED = 10  # classes that a report names: ours
 
 SampleFeatures = Float[Tensor, "n f"]
 RealFeatures = Float[Tensor, "m f"]
@@ -78,16 +82,20 @@ def perfect_mmd_scores(real: RealFeatures, *, width: float, sample_c: SampleClas
 
 
 def class_facts(sample_c: SampleClasses, real_c: RealClasses) -> dict[str, str]:
-    """A report's fact about the classes that `class_mmd` leaves out; {} where it leaves out none."""
+    """A report's fact about which classes `class_mmd` leaves out; {} where it leaves out none."""
     if not _has_classes(sample_c):
         return {}
-    num_classes = len(torch.cat([sample_c.cpu(), real_c.cpu()]).unique())
-    num_shared = len(shared_classes(sample_c, real_c))
-    if num_shared == num_classes:
+    classes = {*sample_c.tolist(), *real_c.tolist()}
+    shared = shared_classes(sample_c, real_c)
+    left_out = sorted(classes - {*shared})
+    if not left_out:
         return {}
+    names = first_few(left_out, max_items=MAX_NAMED)
+    if len(left_out) > MAX_NAMED:
+        names += f" (hash {digest.short(*map(str, left_out))})"  # cards of other classes differ
     return {
-        CLASS_MMD: f"{num_shared} of {num_classes} classes: {num_classes - num_shared} have fewer than 2 images on a "
-        "side, and do not count"
+        CLASS_MMD: f"over {len(shared)} of {len(classes)} classes, without {names}, which have fewer than 2 images on "
+        "a side"
     }
 
 

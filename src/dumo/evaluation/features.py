@@ -27,13 +27,13 @@ from dumo.evaluation import reference
 from dumo.evaluation.baseline import perfect_sampler_scores
 from dumo.evaluation.class_mmd import gaussian_mmd
 from dumo.evaluation.frechet import frechet_distance
-from dumo.evaluation.images import SUBSETS, split_batches
+from dumo.evaluation.images import SUBSETS, kid_text, split_batches
 from dumo.evaluation.mmd import kid
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.reference import Standard, load_or_compute
 from dumo.evaluation.statistics import Statistics, float64_device, gather, statistics_of
 from dumo.io.read import user_path
-from dumo.io.source import Finite
+from dumo.io.source import Finite, HeldOutSplit
 from dumo.runtime import version
 from dumo.runtime.random import stream
 from dumo.types import PLACE, UserError
@@ -83,9 +83,14 @@ class FeatureProtocol(Protocol):
             raise UserError(f"protocol {self.kind} needs {self.missing}")
         encoder = vision.load(user_path(self.model, MODEL_FIELD), self.kind, MODEL_FIELD, context.device)
         data = context.data()
+        if isinstance(data, HeldOutSplit):
+            data = data.held_out
         if not isinstance(data, Finite):
-            raise UserError(f"protocol {self.kind} goes through images in files, here are none: choose another")
-        facts = encoder.facts | reference.data_facts(data, self.kind, FEATURE_STANDARDS[self.kind])
+            raise UserError(
+                f"protocol {self.kind} goes through all images of a data set, and this has none: choose another"
+            )
+        standard = FEATURE_STANDARDS[self.kind]
+        facts = encoder.facts | reference.data_facts(data, self.kind, standard, context.split)
         statistics_key = {"protocol": self.kind, "dumo": version(), **facts}
         real = load_or_compute(statistics_key, partial(reference.data_statistics, encoder, data, context.tick))
         has_pairs = len(real.features) >= 2
@@ -93,12 +98,16 @@ class FeatureProtocol(Protocol):
         if width == 0:  # as it also is between equal images
             raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")
         facts["kernel"] = f"Gaussian of width {width:g}, unbiased, times 1000"
+        subset_size = min(standard.subset, self.total, len(real.features))
+        if self.kind == "dinov2":
+            facts["kid"] = kid_text(subset_size)
         return FeatureEvaluator(
             kind=self.kind,
             total=self.total,
             encoder=encoder,
             real=real,
             width=width,
+            subset_size=subset_size,
             facts=facts,
             device=float64_device(context.device),
         )
@@ -113,6 +122,7 @@ class FeatureEvaluator:
     encoder: ImageEncoder  # extracts features
     real: Statistics  # of the data
     width: float  # of the kernel
+    subset_size: int  # images in each subset of `kid`
     facts: dict[str, str]  # for the report's card
     device: torch.device | str = "cpu"  # where kernels are summed
 
@@ -136,7 +146,7 @@ class FeatureEvaluator:
                 fake_rows,
                 real_rows,
                 subsets=SUBSETS,
-                subset_size=min(FEATURE_STANDARDS[self.kind].subset, len(fake_rows), len(real_rows)),
+                subset_size=self.subset_size,
                 generator=stream(self.kind, "kid"),
             )
         return scores

@@ -7,8 +7,9 @@ counting them (`dumo.evaluation.reference`), and returns an `ImageEvaluator`. Th
 Which number a paper calls FID depends on the network, the resize before it, how colours are rounded, how many images,
 of which classes, against which statistics. A name fixes all of it (`STANDARDS`); what may be changed shows in the name.
 Fixed for all: the TF-2015 Inception, TensorFlow's resize without antialiasing, colours rounded to the nearest of 0 ..
-255, classes in turn (i mod classes), Inception Score in splits of 5000 by number and without the last layer's bias,
-3 neighbours. So `adm-*` are ADM's own definitions; ADM rounds distances of neighbours to half precision, we do not.
+255, classes in turn (i mod classes), Inception Score in full splits of 5000 by number and without the last layer's
+bias, 3 neighbours. So `adm-*` are ADM's own definitions; ADM rounds distances of neighbours to half precision, we do
+not.
 """
 
 from collections.abc import Callable, Iterator
@@ -132,6 +133,7 @@ class ImageProtocol(Protocol):
             "rounding": "0 to 255",
         }
         real = load_or_compute({"protocol": self.kind, "dumo": version(), **facts}, count_reference)
+        facts["kid"] = kid_text(standard.subset)
         self._require_enough_images(real)
         return ImageEvaluator(
             name=self.kind,
@@ -184,7 +186,7 @@ class ImageProtocol(Protocol):
         data = context.data()
         if not isinstance(data, Finite):
             raise UserError(f"protocol {self.kind} goes through all images of a data set, and this has none")
-        facts = reference.data_facts(data, self.kind, self.standard)
+        facts = reference.data_facts(data, self.kind, self.standard, context.split)
         return facts, partial(reference.data_statistics, extractor, data, context.tick)
 
     @model_validator(mode="after")
@@ -210,7 +212,8 @@ class ImageEvaluator:
     def score(self, samples: NumberedSamples) -> Scores:
         """`fid`, `sfid` (squared, as is the custom), `kid`, `is`, both with `_sd`, `precision` and `recall`.
 
-        Raises `UserError` where samples are missing, come twice, or are no images, and where they are too few.
+        Of one split `is` has no `_sd`. Raises `UserError` where samples are missing, come twice, or are no images, and
+        where they are too few.
         """
         return self.compare(self.statistics(samples))
 
@@ -236,7 +239,9 @@ class ImageEvaluator:
             subset_size=self.standard.subset,
             generator=stream(self.name, "kid"),
         )
-        scores["is"], scores["is_sd"] = fake.inception_score.value()
+        scores["is"], spread = fake.inception_score.value()
+        if spread is not None:
+            scores["is_sd"] = spread
         scores["precision"], scores["recall"] = precision_recall(real_rows, fake_rows)
         return scores
 
@@ -280,6 +285,11 @@ class ImageEvaluator:
             pairs=INCEPTION_PART_PAIRS,
             scale=scale,
         )
+
+
+def kid_text(subset_size: int) -> str:
+    """What a report says of `kid` and `kid_sd`."""
+    return f"mean and spread over {SUBSETS} subsets of {subset_size} images"
 
 
 def split_batches(samples: NumberedSamples) -> Iterator[Batch]:

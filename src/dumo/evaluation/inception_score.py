@@ -5,7 +5,8 @@ Of one split, with the classifier's p(y | x) of each image x (Salimans et al. 20
     exp mean_x KL(p(y | x) || p(y)) = exp(H[p(y)] - mean_x H[p(y | x)])
 
 It goes from 1, where all answers are alike, to the number of classes. It needs three sums: how many images, their
-p(y | x), and their entropies. A split of fewer images scores less: its size is part of the measure.
+p(y | x), and their entropies. A split of fewer images scores less: its size is part of the measure, and a last split
+that is smaller does not count.
 
 `InceptionScore.of` computes the sums of a batch, `+` merges them, and `value` is the score.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class InceptionScore:
-    """The sums of s splits over k classes; splits without images do not count."""
+    """The sums of s splits over k classes; only the splits that have the most images count."""
 
     count: Float64[Tensor, " s"]  # images
     entropy: Float64[Tensor, " s"]  # sum of H[p(y | x)], in nats
@@ -41,13 +42,14 @@ class InceptionScore:
         """The sums over both sets of images."""
         return InceptionScore(self.count + other.count, self.entropy + other.entropy, self.mass + other.mass)
 
-    def value(self) -> tuple[float, float]:
-        """The mean of the score over the splits, and its sd over them as a whole population (over n, not n - 1).
+    def value(self) -> tuple[float, float | None]:
+        """The mean of the score over the full splits, and its sd over them as a whole population (over n, not n - 1).
 
-        At least one split must have images.
+        The sd is None where only one split counts. At least one split must have images.
         """
-        has_images = self.count > 0
-        count = self.count[has_images]
-        marginal_entropy = torch.special.entr(self.mass[has_images] / count[:, None]).sum(1)
-        scores = (marginal_entropy - self.entropy[has_images] / count).exp()
-        return scores.mean().item(), scores.std(correction=0).item()
+        is_full = self.count == self.count.max()
+        count = self.count[is_full]
+        marginal_entropy = torch.special.entr(self.mass[is_full] / count[:, None]).sum(1)
+        scores = (marginal_entropy - self.entropy[is_full] / count).exp()
+        sd = scores.std(correction=0).item() if len(scores) > 1 else None
+        return scores.mean().item(), sd

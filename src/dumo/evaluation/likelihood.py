@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 
 from dumo.error import NotFiniteError
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores, name_of_data
 from dumo.evaluation.wholeset import Reference, choose_rows, collect
 from dumo.flow.likelihood import signs
 from dumo.runtime import limits
@@ -69,7 +69,7 @@ class LikelihoodProtocol(Protocol):
         levels = self.levels
         if levels is None and x.ndim > 2:
             levels = 256
-        reference_text = f"{total:,} samples of the data"
+        reference_text = f"{total:,} samples of {name_of_data(context.split)}"
         if reference.trained is not None:
             reference_text += ", never trained on"
         directions = f"{self.probes} random signs" if self.probes else "all axes"

@@ -14,7 +14,7 @@ no number is an FID, or to be compared with one. Pixels and copies are judged wi
 number is rough: `baselines` says what a perfect sampler would have, by comparing images with others of the data.
 
 Images are judged as a file holds them, clamped to [-1, 1] and rounded to 8 bits. Of more than `MAX_IMAGES` a random
-choice is judged, always the same.
+choice is looked at, always the same: copies of the others are not seen, which the facts say.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ from dumo.evaluation.copy import THUMB_SIDE, Thumbs, nearest_images
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import PIXEL_SIDE, pixel_frechet
 from dumo.evaluation.neighbours import precision_recall
-from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores
+from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores, name_of_data
 from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.evaluation.wholeset import choose_rows, collect
 from dumo.io import digest
@@ -95,7 +95,7 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
         "features": f"{cifar10.width} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
         "features_sha256": cifar10.sha256,
         "rounding": "0 to 255",
-        "reference": f"{num_images:,} of {num_data:,} images of the data",
+        "reference": f"{num_images:,} of {num_data:,} images of {name_of_data(context.split)}",
         "reference_sha256": digest.of_tensor(real.rows),
     }
     if num_images < FEW_IMAGES:
@@ -105,7 +105,9 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     if trained is not None:
         thumbs = [_thumbs_of(x) for x, _ in _read_images(trained, context.seed, _part_of(tick, before=reads_before))]
         trained_thumbs = torch.cat(thumbs)
-        facts["copies"] = f"of {len(trained_thumbs):,} of {num_trained:,} images that were trained on"
+        facts["copies"] = f"looked for among {len(trained_thumbs):,} of {num_trained:,} images that were trained on"
+    elif num_images < num_data:
+        facts["copies"] = f"looked for among {num_images:,} of {num_data:,} images of {name_of_data(context.split)}"
     return PhotosEvaluator(
         sample_c=sample_c,
         real=real,

@@ -74,6 +74,7 @@ class Context:
     c: Cond | None = None  # the class (total,) of each sample, where others made the samples; None: `Protocol.labels`
     trained: Callable[[], Data] | None = None  # opens what was trained on, where `data` was held out of it
     stored: Path | None = None  # a file of features of the data (`dumo.evaluation.stored`), read in place of the data
+    split: str | None = None  # of the images, that `data` opens; None: that of the training
 
 
 class Protocol(Spec, ABC):
@@ -135,6 +136,11 @@ class Protocol(Spec, ABC):
         if context.c is not None:
             return context.c
         return self.labels(context.classes)
+
+
+def name_of_data(split: str | None) -> str:
+    """What samples are compared with, in words: "the data", or "split test"."""
+    return "the data" if split is None else f"split {split}"
 
 
 def protocol_name(kind: str, *deviations: str) -> str:

@@ -36,7 +36,7 @@ from torch import Tensor
 from dumo.encoders.inception import SPATIAL_WIDTH, WIDTH
 from dumo.evaluation.frechet import Moments
 from dumo.evaluation.npz import NpzImages, read_array
-from dumo.evaluation.protocol import ImageTick
+from dumo.evaluation.protocol import ImageTick, name_of_data
 from dumo.evaluation.statistics import (
     Batch,
     Extractor,
@@ -53,6 +53,7 @@ from dumo.io.picture import to_uint8
 from dumo.io.read import cache_folder
 from dumo.io.source import Finite
 from dumo.runtime import dist
+from dumo.runtime.door import settings
 from dumo.types import UserError
 
 InceptionKind = Literal["adm-imagenet256-50k", "adm-imagenet512-50k", "cifar10-train50k", "folder"]
@@ -171,17 +172,20 @@ def _adm_batches(file: AdmReference) -> Iterator[Batch]:
             yield piece * PIECE + torch.arange(len(x)), x
 
 
-def data_facts(data: Finite, name: str, standard: Standard) -> dict[str, str]:
+def data_facts(data: Finite, name: str, standard: Standard, split: str | None = None) -> dict[str, str]:
     """What a report says of a run's data: how many images there are, and a hash of their pixels in their order.
 
-    Every rank must call it. Raises `UserError` where the protocol called `name` compares with another number of images.
+    `split` is the one that they are of; None: that of the training. Every rank must call it. Raises `UserError` where
+    the protocol called `name` compares with another number of images.
     """
     total, sha256 = hash_images(_data_batches(data))
     if standard.reference_images not in (None, total):
-        raise UserError(
-            f"protocol {name} compares with {standard.reference_images} images, here are {total}: give them all, once"
-        )
-    return {"reference": f"{total:,} images of the data", "reference_sha256": sha256}
+        problem = f"protocol {name} compares with {standard.reference_images} images, here are {total}"
+        if split is not None:
+            own_images = settings("evaluate.split=null")
+            raise UserError(f"{problem} of split {split}: compare with those of the training, {own_images}")
+        raise UserError(f"{problem}: give them all, once")
+    return {"reference": f"{total:,} images of {name_of_data(split)}", "reference_sha256": sha256}
 
 
 def data_statistics(extractor: Extractor, data: Finite, tick: ImageTick | None = None) -> Statistics:

@@ -126,6 +126,13 @@ class TensorData:
         """All samples, whatever n, seed and i are."""
         return self.x, self.c
 
+    def __len__(self) -> int:
+        return self.size
+
+    def rows(self, rows: slice | Int64[Tensor, " n"]) -> tuple[Tensor, Tensor]:
+        """The samples and classes at these places, as `Finite` has it."""
+        return self.x[rows], self.c[rows]
+
     def fingerprint(self) -> str:
         """A digest of all samples and classes."""
         return digest.short(digest.of_tensor(self.x), digest.of_tensor(self.c))

@@ -9,11 +9,13 @@
    measure;
 4. mark the best rows of each number of passes.
 
-Two evaluations are measured alike if the fields MEASURE_FIELDS of their cards are equal, and, where a reference has no
-hash, the data. What made the samples (the weights, the solver and its settings) may differ, because it is what is
-compared. The codec counts as part of the measure: another codec shows other pixels for the same latent.
+Two evaluations are measured alike if the fields MEASURE_FIELDS of their cards are equal; where a reference has no hash,
+the data; and by CLIP score, the captions of the samples. What made the samples (the weights, the solver and its
+settings) may differ, because it is what is compared. The codec counts as part of the measure: another codec shows other
+pixels for the same latent.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +43,14 @@ MEASURE_FIELDS = (
     "reference_sha256",
     "resize",
     "rounding",
+    "colours",
+    CLASS_MMD,
+    "kid",
     "codec",
     "seed",
 )
 RUN_ONLY_FIELDS = ("codec", "seed")  # unknown, and not compared, where others made the images
+SPLIT_NAME = re.compile(r"\bsplit .+")  # in the words of a reference (`name_of_data`)
 SHA256_DIGITS = 64
 SHOWN_DIGITS = 8  # of a SHA-256 in a table: ours
 
@@ -88,8 +94,8 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
 
     - `rows`: the scores of all evaluations, with `best` where a row is among the best of its number of passes, by
       `class_mmd` where all have it. A row is named by its source; images that others made are named by their place,
-      and have neither step nor passes. After the rows of the run's own solver follow those of its contrast: the same
-      weights sampled by Euler's method.
+      and have neither step nor passes, so their rivals are all rows. After the rows of the run's own solver follow
+      those of its contrast: the same weights sampled by Euler's method.
     - `perfect`: by source, the scores that a perfect sampler would have, as far as they are known
     - `differs`: by field of the measure that differs, its value for each source
 
@@ -232,12 +238,16 @@ def _is_made_by_others(card: Card) -> bool:
 
 
 def _measure(card: Card) -> Card:
-    """The fields of a card that say how samples were measured, and the data where the reference has no hash."""
+    """The fields of a card that say how samples were measured, as the top of this file has them."""
     measure: Card = {field: card[field] for field in MEASURE_FIELDS if field in card}
+    if str(card.get("protocol")).startswith("clip-score"):
+        measure["labels"] = card.get("labels")  # which captions the samples have
     codec = measure.get("codec")
     if codec:
         measure["codec"] = f"{codec['kind']} {codec['sha256']}"
-    if "reference_sha256" not in measure:
+    if "reference_sha256" in measure:  # which says more of the images than the name of their split
+        measure["reference"] = SPLIT_NAME.sub("the data", str(card.get("reference")))
+    else:
         measure["data"] = card.get("data")
     return measure
 

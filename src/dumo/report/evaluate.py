@@ -18,7 +18,7 @@ of other weights, it is another file, named after what differs; of an earlier st
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, threads
 from dumo.runtime.device import software_versions
-from dumo.runtime.progress import Bar, line_printer, no_bar
+from dumo.runtime.progress import Bar, ignore_line, line_printer, no_bar
 from dumo.types import UserError
 
 PATH_FIELDS = ("protocol.reference", "protocol.model")  # no part of a file's name: the card has their files' hashes
@@ -92,7 +92,7 @@ def evaluate(
     with threads.fewer_when_busy(opened.device, line_printer(bar)):
         path, report = _judge(opened, bar, metrics or {})
     if dist.is_main():
-        write_report(path, _without_scores(report, metrics or {}))
+        write_report(path, _without_scores(report, metrics or {}), line_printer(bar))
     return report
 
 
@@ -244,11 +244,11 @@ def report_path(opened: RunFolder) -> Path:
     return opened.output_folder / f"{'-'.join(parts)}.json"
 
 
-def write_report(path: Path, report: dict[str, Any]) -> None:
+def write_report(path: Path, report: dict[str, Any], log_line: Callable[[str], None] = ignore_line) -> None:
     """Write a report with the rows of other passes that the file has, if all else on their cards is the same.
 
-    If not, the earlier report is put aside, under its step and, of this step, a part of its card's hash. Images that
-    others made have neither steps nor passes.
+    If not, the earlier report is put aside, under its step and, of this step, a part of its card's hash, and `log_line`
+    is called with where it is. Images that others made have neither steps nor passes.
     """
     with locked(path.with_name(f".{path.name}.lock")):  # others may judge the same run at other passes
         try:
@@ -267,8 +267,10 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
             earlier_stem += f"-step{earlier_step}"
         if earlier_step == report.get("step"):
             earlier_stem += f"-{digest.of_bytes(_card_text(earlier).encode())[:6]}"
-        path.replace(path.with_name(f"{earlier_stem}.json"))
+        earlier_path = path.with_name(f"{earlier_stem}.json")
+        path.replace(earlier_path)
         write_json(path, report)
+    log_line(f"{path} was there, of other weights or measured otherwise: it is now {earlier_path}")
 
 
 def _merge_rows(earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

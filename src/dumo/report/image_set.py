@@ -4,10 +4,10 @@
 `have_same_classes` compares the classes of two sets; `require_path` refuses a path where nothing is.
 
 Images are read as the field's evaluators read them (pytorch-fid, torch-fidelity and clean-fid: `Image.convert("RGB")`):
-grey becomes three equal channels, and of 16-bit colours pillow gives the high byte. Two things differ: 16-bit grey is
-rounded to 8 bits, as protocols round samples, where the evaluators clip it, almost all to white; and transparency lies
-over white. No image is resized or cropped, because the way it is done moves a FID (Parmar et al. 2022, arXiv
-2104.11222): all must have one size.
+grey becomes three equal channels, and of 16-bit colours pillow gives the high byte. Three things differ: images are
+turned as their EXIF tag says; 16-bit grey is rounded to 8 bits, as protocols round samples, where the evaluators clip
+it, almost all to white; and transparency lies over white. No image is resized or cropped, because the way it is done
+moves a FID (Parmar et al. 2022, arXiv 2104.11222): all must have one size.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -66,6 +66,7 @@ class ImageSet:
     labels: Labels | None  # None where they have no classes
     name: Callable[[int], str]  # of the image in a row, for messages
     option: str  # of the command line, that names these images, for messages
+    label_problem: str = ""  # why their classes cannot be read; "": they can, or there are none
 
     def batches(self, total: int, channels: int) -> Iterator[Batch]:
         """This rank's share of `total` images, at most all: sample indices (n,), and images in [-1, 1].
@@ -119,8 +120,9 @@ def have_same_classes(a: Labels | None, b: Labels | None) -> bool:
 def open_images(place: Path, option: str) -> ImageSet:
     """The images of a folder, .npz, table or archive, which the command line's `option` names.
 
-    Classes are left out where they cannot be read. An .npz does not say how many classes there are: they are counted up
-    to the largest number in it. Raises UserError where there are no images, or the first is unreadable.
+    Classes are left out where they cannot be read (`ImageSet.label_problem`). An .npz does not say how many there are:
+    they are counted up to the largest number in it. Raises UserError where there are no images, or the first is
+    unreadable.
     """
     require_path(place, option)
     if (place / RUN_FILE).is_file():
@@ -139,14 +141,21 @@ def open_images(place: Path, option: str) -> ImageSet:
             option=option,
         )
     with _errors_by_option(option):
-        store = _open_store(place)
+        store, label_problem = _open_store(place)
         try:
             width, height = pixel.load_upright(store.read(0)).size
         except (OSError, ValueError) as error:
             raise UserError(f"{store.path(0)} {error}: mend or remove it") from error
         to_pixels = SameSize(height=height, width=width, crop="none", first_name=store.path(0))
         source = Album(store, to_pixels, flip=False, skip=False, memory=_MEMORY_BYTES)
-    return ImageSet(source=source, shape=to_pixels.shape, labels=store.labels, name=store.path, option=option)
+    return ImageSet(
+        source=source,
+        shape=to_pixels.shape,
+        labels=store.labels,
+        name=store.path,
+        option=option,
+        label_problem=label_problem,
+    )
 
 
 def require_path(place: Path, option: str) -> None:
@@ -155,12 +164,13 @@ def require_path(place: Path, option: str) -> None:
         raise UserError(f"there is no folder or file {place}: say with {option} where the images are")
 
 
-def _open_store(place: Path) -> Store:
-    """The images of a folder or table, with their classes; without them where the classes cannot be read."""
+def _open_store(place: Path) -> tuple[Store, str]:
+    """The images of a folder or table, with their classes, and ""; where these cannot be read without, and why."""
     try:
-        return open_store(place)
-    except UserError:
-        return open_store(place, label=None)
+        return open_store(place), ""
+    except UserError as error:
+        problem, _, _ = str(error).partition(": ")  # the rest says what to set in a run
+        return open_store(place, label=None), problem
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from dumo.evaluation.reference import InceptionKind, hash_images, with_progress
 from dumo.evaluation.shipped import ShippedKind
 from dumo.io.file import check_writable
 from dumo.io.picture import to_uint8
-from dumo.io.read import user_path
+from dumo.io.read import first_few, user_path
 from dumo.io.source import Data
 from dumo.report.card import Card
 from dumo.report.evaluate import complete_report, write_report
@@ -78,18 +78,18 @@ def judge(
 
     `images` is a folder or a file of images to judge, `against` one of real images to compare them with. `fields` are
     changes to a run's fields as --set gives them, such as "evaluate.protocol.samples=1000". `out` is the report's file;
-    its default is named after `images` and lies in the working folder.
+    its default is named after `images`, and after a protocol other than `DEFAULT_KIND`, and lies in the working folder.
 
     All images are judged. Where their number is not the protocol's own, its name in the report says so. Several ranks
     share the work, and the first one writes. Raises UserError, and writes nothing, where there are no images or none
     that the protocol can judge, and where the reference is missing or does not fit.
     """
     place = user_path(images, "--images")
-    path = out or Path(f"{place.resolve().name}.evaluation.json")
+    tree = _settings_tree(kind, against, fields)
+    path = out or _default_path(place, tree["evaluate"]["protocol"]["kind"])
     check_writable(path.parent)
 
     # the images, and the protocol that judges them
-    tree = _settings_tree(kind, against, fields)
     image_set = open_images(place, "--images")
     protocol = _protocol_for(tree, image_set, str(place))
     channels, num_judged_classes = judged_channels_and_classes(protocol, image_set, str(place))
@@ -97,11 +97,15 @@ def judge(
     if missing:
         raise UserError(f"protocol {protocol.kind} needs {missing}")
 
-    # what they are compared with; no labels where classes are compared, and the reference has others or none
+    # what they are compared with
     labels_of_images = image_set.labels if num_judged_classes else None
     reference = _find_reference(protocol, tree, against, image_set, labels_of_images)
     labels = reference.labels
     num_classes = labels.count if labels else 0
+    if labels:
+        labels_text = f"{num_classes} classes of the images"
+    else:
+        labels_text = _unlabelled_text(images, against or "", image_set, num_judged_classes, reference.other_labels)
 
     # the hash of the images
     total = protocol.total
@@ -127,7 +131,7 @@ def judge(
         **evaluator.facts,
         "images": f"{total:,} of {len(image_set.source):,} images in {place}",
         "images_sha256": sha256,
-        "labels": f"{num_classes} classes of the images" if num_classes else "none",
+        "labels": labels_text,
         "data": reference.spec,
         "device": torch_device.type,
         "versions": software_versions(),
@@ -135,8 +139,14 @@ def judge(
     head = {"images": str(place), "file": str(path), "protocol": protocol.name, "samples": total}
     report = complete_report(head, results=[scores], contrast=[], baselines=evaluator.baselines(), card=card)
     if dist.is_main():
-        write_report(path, report)
+        write_report(path, report, line_printer(bar))
     return report
+
+
+def _default_path(place: Path, kind: str) -> Path:
+    """Where the report of images belongs: a file in the working folder for each protocol."""
+    protocol_part = "" if kind == DEFAULT_KIND else f".{kind}"
+    return Path(f"{place.resolve().name}{protocol_part}.evaluation.json")
 
 
 def _update_bar(tick: Tick) -> ImageTick:
@@ -235,6 +245,7 @@ class _ImagesReference:
     data: Data | None  # None where the protocol reads a file of its own
     spec: Card | None  # the data as the report's card describes them; None where `data` is
     labels: Labels | None  # of the images that are judged; None where they are judged without classes
+    other_labels: Labels | None = None  # of the reference, where images are judged without classes because of them
 
     def open(self) -> Data:
         """The data. A protocol that reads a file of its own never calls this."""
@@ -273,9 +284,30 @@ def _find_reference(
     if by_shared_classes:
         reference_labels = Labels(torch.empty(0), spec.labels, spec.names or ())
         if not have_same_classes(labels, reference_labels):
-            labels = None
             spec = _reference_images(tree, {**data_fields, "labelled": False, "classes": 0})
+            return _ImagesReference(spec.originals(), spec.model_dump(mode="json"), None, reference_labels)
     return _ImagesReference(spec.originals(), spec.model_dump(mode="json"), labels)
+
+
+def _unlabelled_text(
+    images: str, against: str, image_set: ImageSet, num_judged_classes: int, other_labels: Labels | None
+) -> str:
+    """What a card says of the classes of images that are judged without: "none", and why where there are some."""
+    if image_set.label_problem:
+        return f"none: {image_set.label_problem}"
+    if image_set.labels and not num_judged_classes:
+        return f"none: the protocol does not judge {image_set.labels.count} classes"
+    if image_set.labels or (other_labels and other_labels.count):
+        image_classes = f"{Path(images).resolve().name} has {_classes_text(image_set.labels)}"
+        return f"none: {image_classes}, {Path(against).resolve().name} has {_classes_text(other_labels)}"
+    return "none"
+
+
+def _classes_text(labels: Labels | None) -> str:
+    """The first classes by name, or by number where they have none."""
+    if labels is None or labels.count == 0:
+        return "no classes"
+    return first_few(labels.names or range(labels.count))
 
 
 def _npz_reference(
@@ -293,11 +325,10 @@ def _npz_reference(
             f"{place} has images of {reference_width} x {reference_height} pixels, and those that are judged {width} x "
             f"{height}: give a reference of that size, or a folder of images"
         )
-    source = reference_set.source
+    spec = {"root": str(place)}
     if by_shared_classes and not have_same_classes(labels, reference_set.labels):
-        labels = None
-        source = NpzImages(place, with_classes=False)
-    return _ImagesReference(source, {"root": str(place)}, labels)
+        return _ImagesReference(NpzImages(place, with_classes=False), spec, None, reference_set.labels)
+    return _ImagesReference(reference_set.source, spec, labels)
 
 
 def _reference_images(tree: dict[str, Any], data: dict[str, Any]) -> Images:

@@ -18,11 +18,11 @@ from dumo.config.place import EVALUATION_FILE
 from dumo.config.word import BASELINES, MERITS, Word, merits, word
 from dumo.data import Data
 from dumo.evaluation import MetricProtocol
-from dumo.evaluation.metric import CLASS_MMD
 from dumo.io.read import read_json
 from dumo.report.card import Row, is_card_of, validate_report
 from dumo.report.score import (
     ERROR_SUFFIX,
+    card_notes,
     error,
     first_score,
     score_names,
@@ -47,7 +47,7 @@ def read_judgement(opened: RunFolder) -> Judgement | None:
 
     - `fresh`: whether it is of these weights, sampled as the run samples now
     - `columns`: its scores, the one that leads first; `summary`: some of them; `words`: what they are called
-    - `sentence`: on where the run stands; `left_out`: which classes do not count, if any
+    - `sentence`: on where the run stands; `notes`: on how it was measured (`card_notes`)
     - `biased`: the scores that the run was trained on
     - `baseline`: the first baseline
 
@@ -70,7 +70,7 @@ def read_judgement(opened: RunFolder) -> Judgement | None:
         "columns": columns,
         "summary": summary_names(columns),
         "sentence": state_sentence(evaluation),
-        "left_out": card.get(CLASS_MMD),
+        "notes": card_notes(card),
         "fresh": is_card_of(card, opened),
         "words": words,
         "biased": biased_columns,

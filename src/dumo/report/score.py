@@ -6,8 +6,8 @@ In the order of this file:
 2. Better and worse: `state`, `state_sentence` and `decisive_comparison` compare the best row with baselines,
    `mark_best` rows with one another.
 3. Baselines, such as noise: `baselines_by_name`, and `has_too_few_images` to have one.
-4. As text: `number`, `spread`, `abbreviate`, `duration` and `score_text`; for the terminal `terminal_lines` and
-   `terminal_text`.
+4. As text: `number`, `spread`, `abbreviate`, `duration` and `score_text`; `card_notes`; for the terminal
+   `terminal_lines` and `terminal_text`.
 
 A row is a dictionary: `nfe`, `solver`, the scores by name, and the error of each as NAME_sd. The template of the page,
 report.html.j2, calls this file by the name `score`.
@@ -29,6 +29,7 @@ from dumo.report.card import Card, Row
 ERROR_SUFFIX = "_sd"  # of a name whose value is the error of a score: mmd_sd
 ROW_LABELS = ("nfe", "solver")  # the fields of a row that are no scores
 NUM_SPLITS = "splits"  # the field of a baseline with the number of distances that it is the mean of
+NOTED_FIELDS = ("reference", CLASS_MMD, "copies", "kid")  # of a card: with what scores compare, and what of
 
 # Where a run stands. All are ours.
 UNTRAINED_SHARE = 1 / 2  # of the distance of noise, from which a run counts as untrained
@@ -182,22 +183,29 @@ def _lacks_classes(scores: Scores, noise: Scores) -> bool:
     return scores[CLASS_MMD] > FAR_SHARE * noise[CLASS_MMD]
 
 
-def _worse_scores(scores: Scores, perfect: Scores) -> list[str]:
-    """The names of scores that are over two deviations worse than a perfect sampler's, as far as those are known.
+def _rejecting_scores(scores: Scores, perfect: Scores) -> list[str]:
+    """The names of scores that can say alone that samples are not like the data (`Metric.can_reject`).
 
-    Only scores count that can say alone that samples are not like the data (`Metric.can_reject`).
+    Only scores count whose deviation for a perfect sampler is known.
     """
-    worse: list[str] = []
+    names: list[str] = []
     for name, score_metric in METRICS.items():
-        deviation = error(perfect, name)
-        if not score_metric.can_reject or name not in scores or deviation is None:
-            continue
+        if score_metric.can_reject and name in scores and error(perfect, name) is not None:
+            names.append(name)
+    return names
+
+
+def _worse_scores(scores: Scores, perfect: Scores) -> list[str]:
+    """The names among `_rejecting_scores` of scores that are over two deviations worse than a perfect sampler's."""
+    worse: list[str] = []
+    for name in _rejecting_scores(scores, perfect):
         excess = scores[name] - perfect[name]
-        if score_metric.better == "higher":
+        better = metric(name).better
+        if better == "higher":
             excess = -excess
-        elif score_metric.better == "equal":
+        elif better == "equal":
             excess = abs(excess)
-        if excess > 2 * deviation:
+        if excess > 2 * perfect[name + ERROR_SUFFIX]:
             worse.append(name)
     return worse
 
@@ -221,7 +229,8 @@ def state_sentence(evaluation: Mapping[str, Any]) -> str | None:
         return None
     lead = first_score(scores)
     if state_name == "like the data":
-        return "Like the data: no score is over two deviations worse than a perfect sampler's."
+        names = ", ".join(dict.fromkeys([lead, *_rejecting_scores(scores, perfect)]))
+        return f"Like the data by {names}: at most two deviations worse than a perfect sampler's."
     if state_name == "untrained" and noise:
         return f"{STATES[state_name]}: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
     if state_name == "far" and noise and not _is_far(scores[lead], noise) and _lacks_classes(scores, noise):
@@ -259,8 +268,9 @@ def decisive_comparison(evaluation: Mapping[str, Any]) -> str:
 def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     """The rows, each with `best`: whether its score `lead` is the least at its number of passes, or level with that.
 
-    Rows that lack the score or its error are not best. No row gets `best` where all rows do, where more is better, and
-    where the error is no standard error, as of a KID.
+    Rows without a number of passes, as of images that others made, are compared with all rows. Rows that lack the score
+    or its error are not best. No row gets `best` where all rows do, where more is better, and where the error is no
+    standard error, as of a KID.
     """
     if higher_is_better(lead) or metric(lead).sd_is_spread:
         return list(rows)
@@ -269,9 +279,11 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
         return list(rows)
     best_ids: set[int] = set()  # the identities of the rows
     for nfe in {row.get("nfe") for row in comparable}:
-        rivals = [row for row in comparable if row.get("nfe") == nfe]
+        rivals = [row for row in comparable if nfe is None or row.get("nfe") == nfe]
         ties = ties_with_least([Estimate(row[lead], row[lead + ERROR_SUFFIX]) for row in rivals])
-        best_ids |= {id(row) for row, is_tied in zip(rivals, ties, strict=True) if is_tied}
+        for row, is_tied in zip(rivals, ties, strict=True):
+            if is_tied and row.get("nfe") == nfe:
+                best_ids.add(id(row))
     return [row | {"best": id(row) in best_ids} for row in rows]
 
 
@@ -354,8 +366,14 @@ def score_text(row: Mapping[str, Any], name: str) -> str:
     return spread(row.get(name), error(row, name))
 
 
+def card_notes(card: Card) -> dict[str, str]:
+    """What a reader of the scores should know of how they were measured, by the field of the card that says it."""
+    fields = [*NOTED_FIELDS, "labels"] if "images" in card else NOTED_FIELDS  # a run's labels are its protocol's
+    return {field: card[field] for field in fields if field in card}
+
+
 def terminal_lines(evaluation: Mapping[str, Any], columns: Sequence[str] | None) -> Iterator[str]:
-    """What the terminal says below the table of an evaluation: baselines, what does not count, the verdict.
+    """What the terminal says below the table of an evaluation: baselines, what does not count, notes, the verdict.
 
     `columns` are the scores of the baselines that are shown; None: all.
     """
@@ -370,8 +388,8 @@ def terminal_lines(evaluation: Mapping[str, Any], columns: Sequence[str] | None)
     biased_names = trained_on_names(first_row, card)
     if biased_names:
         yield f"no judges of this run, which was trained on what they are by: {', '.join(biased_names)}"
-    if CLASS_MMD in card:
-        yield f"{CLASS_MMD}: over {card[CLASS_MMD]}"
+    for field, text in card_notes(card).items():
+        yield f"{field}: {text}"
     sentence = state_sentence(evaluation)
     if sentence:
         yield sentence

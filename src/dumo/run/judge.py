@@ -59,6 +59,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
             tick=tick,
             captions=open_captions,
             stored=stored,
+            split=evaluation.split,
         )
         return evaluation.protocol.evaluator(context)
 

@@ -1,5 +1,6 @@
 """The tables of commands: what is checked before torch is imported is what the work behind it knows, and help works."""
 
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ from dumo.export import write
 from dumo.io import trained
 from dumo.lab import plan
 from dumo.plan import catalogue
-from dumo.report import benchmark, tracker
+from dumo.report import benchmark, images, tracker
 from dumo.report import sample as report_sample
 from dumo.types import UserError
 from e2e.shell import call
@@ -56,6 +57,11 @@ def test_an_option_takes_what_the_work_knows(name: str, word: str, known: Iterab
         assert parameter.callback(context, parameter, value) == value
     with pytest.raises(UserError, match=r"there is no .*'xyzzy'; valid: " + ", ".join(known)):
         parameter.callback(context, parameter, "xyzzy")
+
+
+def test_help_names_every_protocol_of_images() -> None:
+    help_text = parameters_of("evaluate")["--protocol"].help
+    assert {*images.KINDS} <= {*re.findall(r"[\w-]+", help_text)}
 
 
 def test_the_words_of_others_lead_to_words_of_ours() -> None:

@@ -20,6 +20,7 @@ from dumo.evaluation.features import FeatureEvaluator
 from dumo.evaluation.frechet import Moments, frechet_distance
 from dumo.io.picture import from_uint8
 from dumo.io.read import CACHE_VARIABLE
+from dumo.io.source import HeldOutSplit, TensorData
 from dumo.report.images import judge
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -193,6 +194,8 @@ def test_a_frechet_distance_needs_more_images(kind: FeatureKind, folders: dict[F
     assert more["fd"] == pytest.approx(wanted, rel=1e-4)
     assert "fd" not in scored(opened(folders[kind], kind, data[:width], samples=40), images(40))
     assert ("kid" in more) == (kind == "dinov2")
+    few_facts = opened(folders[kind], kind, data, samples=width).facts
+    assert few_facts.get("kid", "").endswith(f"of {width} images") == (kind == "dinov2")
 
 
 @pytest.mark.nightly
@@ -244,6 +247,13 @@ def test_another_folder_is_refused_with_a_line(
         opened(tmp_path / "model", "dinov2", images(4))
 
 
+def test_images_in_memory_are_a_reference_and_those_held_out_where_some_are(folders: dict[FeatureKind, Path]) -> None:
+    x, one_class = from_uint8(images(30)), torch.zeros(30, dtype=torch.long)
+    split = HeldOutSplit.of(TensorData(x, one_class), torch.arange(10))
+    facts = FeatureProtocol(kind="cmmd", model=str(folders["cmmd"])).evaluator(Context(lambda: split)).facts
+    assert facts == opened(folders["cmmd"], "cmmd", images(30)[:10]).facts
+
+
 @each_kind
 def test_what_is_missing_is_said(kind: FeatureKind, folders: dict[FeatureKind, Path]) -> None:
     protocol = FeatureProtocol(kind=kind)
@@ -252,7 +262,7 @@ def test_what_is_missing_is_said(kind: FeatureKind, folders: dict[FeatureKind, P
         protocol.evaluator(Context(lambda: Album(images(4))))
     with pytest.raises(UserError, match="needs different real images, two or more"):
         opened(folders[kind], kind, images(1).expand(1 if kind == "cmmd" else 3, -1, -1, -1))
-    with pytest.raises(UserError, match="goes through images in files"):
+    with pytest.raises(UserError, match="goes through all images of a data set"):
         FeatureProtocol(kind=kind, model=str(folders[kind])).evaluator(Context(Endless))
     with pytest.raises(UserError, match="judges images, not samples of shape"):
         protocol.check((4, 32, 32))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dumo.data.memory import Memory
 from dumo.encoders import inception
 from dumo.evaluation import Context, reference
 from dumo.evaluation.frechet import Moments, frechet_distance
@@ -70,7 +71,7 @@ def test_the_numbers_are_those_of_their_definitions() -> None:
     scores = of.score(made(fake))
     assert of.score(made(fake)) == scores
     assert of.score(made(fake, 9)) == pytest.approx(scores, rel=1e-9)
-    assert list(scores) == ["fid", "sfid", "kid", "kid_sd", "is", "is_sd", "precision", "recall"]
+    assert list(scores) == ["fid", "sfid", "kid", "kid_sd", "is", "precision", "recall"]
     for name, part in (("fid", "pool"), ("sfid", "spatial")):
         wanted = frechet_distance(*(Moments.of(getattr(extractor(x), part)) for x in (fake, data)))
         assert scores[name] == pytest.approx(wanted, rel=1e-9)
@@ -105,7 +106,7 @@ def test_few_images_have_no_frechet_distance_but_may_go_without() -> None:
             of.compare(statistics)
     without = ImageProtocol(kind="folder", samples=N, frechet=False)
     scores = evaluator(many, without).score(made(images(N)))
-    assert list(scores) == ["kid", "kid_sd", "is", "is_sd", "precision", "recall"]
+    assert list(scores) == ["kid", "kid_sd", "is", "precision", "recall"]
     with pytest.raises(UserError, match="subsets of 100 rows do not fit"):
         evaluator(few, without).score(made(images(N)))
 
@@ -193,6 +194,9 @@ def test_another_reference_is_refused(tmp_path: Path, tiny: ImageProtocol, peeph
         opened(ImageProtocol(kind=tiny.kind, reference=path), images(12))
     with pytest.raises(UserError, match="compares with 12 images, here are 11: give them all"):
         opened(ImageProtocol(kind="cifar10-train50k"), images(11))
+    context = Context(lambda: Album(images(11)), split="test")
+    with pytest.raises(UserError, match=r"here are 11 of split test: compare with .*\{\"evaluate\.split\": None\}"):
+        ImageProtocol(kind="cifar10-train50k").evaluator(context)
     with pytest.raises(UserError, match="goes through all images of a data set"):
         FOLDER.evaluator(Context(lambda: NoAlbum()))
 
@@ -208,14 +212,25 @@ class NoAlbum:
 
 def test_facts_name_features_and_reference_by_hash(tmp_path: Path, tiny: ImageProtocol, peephole: Peephole) -> None:
     facts = opened(FOLDER, images(N)).facts
-    assert set(facts) == {"features", "features_sha256", "reference", "reference_sha256", "resize", "rounding"}
+    fields = {"features", "features_sha256", "reference", "reference_sha256", "resize", "rounding", "kid"}
+    assert set(facts) == fields
+    assert facts["kid"] == "mean and spread over 100 subsets of 100 images"
     assert (facts["reference"], len(facts["reference_sha256"])) == (f"{N} images of the data", 64)
+    of_split = FOLDER.evaluator(Context(lambda: Album(images(N)), split="test")).facts
+    assert of_split["reference"] == f"{N} images of split test"
     assert opened(FOLDER, images(N, "others")).facts["reference_sha256"] != facts["reference_sha256"]
     path = filed(tmp_path / "a.npz")
     with_file = opened(ImageProtocol(kind=tiny.kind, reference=str(path)), images(1)).facts
     assert (with_file["reference"], with_file["features_sha256"]) == ("a.npz", facts["features_sha256"])
     peephole.scale += 1
     assert opened(FOLDER, images(N)).facts["features_sha256"] != facts["features_sha256"]
+
+
+@pytest.mark.usefixtures("peephole")
+def test_an_array_is_gone_through_as_files_are() -> None:
+    data = Memory.of(images(N))
+    facts = FOLDER.evaluator(Context(data.originals)).facts
+    assert facts == opened(FOLDER, images(N)).facts
 
 
 def test_data_is_counted_once_and_anew_when_anything_changes(tmp_path: Path, peephole: Peephole) -> None:

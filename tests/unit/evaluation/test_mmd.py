@@ -173,7 +173,12 @@ def test_a_class_with_one_image_on_a_side_is_left_out_and_said() -> None:
     assert gaussian_mmd(x[:3], y, 2.0, torch.tensor([0, 1, 2]), d) == gaussian_mmd(x[:3], y, 2.0)  # none is left
     assert gaussian_mmd(x[:5], y, 2.0, c[:5], d) == gaussian_mmd(x[:5], y, 2.0)  # two classes are lost, and seen
     assert gaussian_mmd_null_sd(c, y, 2.0, d) == pytest.approx(gaussian_mmd_null_sd(c[:5], y[:5], 2.0, d[:5]))
-    assert class_facts(c, d) == {"class_mmd": "2 of 5 classes: 3 have fewer than 2 images on a side, and do not count"}
+    assert class_facts(c, d) == {
+        "class_mmd": "over 2 of 5 classes, without 2, 3, 4, which have fewer than 2 images on a side"
+    }
+    every = torch.arange(40).repeat(2)
+    without_11, without_12 = (class_facts(every[(every > 10) & (every != k)], every) for k in (11, 12))
+    assert without_11 != without_12  # twelve classes each, the first ten alike
     assert class_facts(c[:5], d[:5]) == class_facts(torch.zeros(5, dtype=torch.long), d) == {}
     assert "class_mmd" not in mmd_scores(x[:3], y, width=2.0, sample_c=torch.tensor([0, 1, 2]), real_c=d)
 

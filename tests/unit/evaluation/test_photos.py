@@ -101,7 +101,17 @@ def test_copies_are_of_images_that_were_trained_on() -> None:
     assert isinstance(evaluator, PhotosEvaluator)
     assert scores(evaluator, torch.cat([trained[:30], drawn(30, "fresh", side=8)]))["copies"] == 0.5
     assert evaluator.baselines()["perfect"]["copies"] == 0.1
-    assert "images that were trained on" in evaluator.facts["copies"]
+    assert evaluator.facts["copies"] == "looked for among 40 of 40 images that were trained on"
+
+
+def test_a_report_says_that_copies_of_some_images_are_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "copies" not in opened(drawn(60, "real", side=8)).facts
+    monkeypatch.setattr(photos, "MAX_IMAGES", 40)
+    evaluator = opened(drawn(60, "real", side=8))
+    assert evaluator.facts["copies"] == "looked for among 40 of 60 images of the data"
+    _, evaluation = said_of(evaluator, drawn(60, "fresh", side=8))
+    evaluation["card"] = evaluator.facts
+    assert "copies: looked for among 40 of 60 images of the data" in score.terminal_lines(evaluation, None)
 
 
 def test_one_copy_by_chance_is_within_the_spread() -> None:
@@ -367,6 +377,10 @@ def test_states_without_noise() -> None:
         assert state([{"nfe": 1, "fd": 0.4, "accuracy": accuracy}], read) == said
     judged = {"results": [{"nfe": 1, "fd": 0.41, "auc": 0.53}], "baselines": real, "state": "near"}
     assert score.state_sentence(judged) == "Near the data, but not like them: worse than a perfect sampler by fd, auc."
+    judged |= {"results": [{"nfe": 1, "fd": 0.4, "auc": 0.5, "kid": 9.0}], "state": "like the data"}
+    assert score.state_sentence(judged) == (
+        "Like the data by fd, auc: at most two deviations worse than a perfect sampler's."
+    )
     found = {0.3: 0.9, 3.0: 0.5, 9.0: 0.5, 12.0: 0.01}
     told = [state([{"nfe": 1, "fd": fd, "precision": precision}], real) for fd, precision in found.items()]
     assert told == ["like the data", "near", "far", "untrained"]

@@ -1,12 +1,16 @@
 """Protocols see what is wrong with samples, say how large nothing is, and refuse what they cannot judge."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dumo.config.load import load
 from dumo.data import Digits, Images
 from dumo.encoders.classifier import digits
 from dumo.evaluation import Context, ShippedProtocol, measures
@@ -14,7 +18,9 @@ from dumo.evaluation.class_mmd import gaussian_mmd
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet
 from dumo.evaluation.wholeset import Reference
-from dumo.run.judge import trained_data
+from dumo.run.judge import evaluator_of, trained_data
+from dumo.run.sampler import sampler_of
+from dumo.runtime.progress import no_bar
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -153,6 +159,18 @@ def test_only_another_split_is_held_out() -> None:
     assert trained_data(images, "test") == images.originals
     assert trained_data(images, "train") is None
     assert trained_data(images, None) is None
+
+
+def test_a_report_says_which_split_samples_are_compared_with(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        file = tmp_path / ("train", "test")[i % 2] / f"{i}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(file)
+    data = [f"data.root={tmp_path}", "data.side=8", "data.split=train", "data.classes=0"]
+    run = load("my-images", [*data, "evaluate.split=test", "evaluate.protocol={kind: photos, samples: 20}"])
+    evaluator = evaluator_of(sampler_of(run, nn.Identity()), run.evaluate, no_bar)
+    assert evaluator.facts["reference"] == "20 of 20 images of split test"
 
 
 def test_of_five_folds_all_digits_are_held_out_but_two() -> None:

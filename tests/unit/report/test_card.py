@@ -45,7 +45,7 @@ def written(folder: Path, fid: float = 2.0, **changes: object) -> str:
 FIELDS = ("protocol", "samples", "features", "features_sha256", "reference", "reference_sha256")
 
 
-@pytest.mark.parametrize("field", [*FIELDS, "resize", "rounding", "codec", "seed"])
+@pytest.mark.parametrize("field", [*FIELDS, "resize", "rounding", "colours", "class_mmd", "kid", "codec", "seed"])
 def test_every_measure_that_differs_is_refused_and_named(field: str) -> None:
     value = {"kind": "taef2", "sha256": "e" * 64} if field == "codec" else "another"
     other = CARD | {field: value}
@@ -57,6 +57,20 @@ def test_every_measure_that_differs_is_refused_and_named(field: str) -> None:
 @pytest.mark.parametrize("field", ["weights", "weights_sha256", "step", "ema", "solver", "data"])
 def test_what_is_compared_may_differ(field: str) -> None:
     require_comparable({"a": CARD, "b": CARD | {field: "another"}})
+
+
+def test_captions_of_samples_are_a_part_of_how_well_images_fit_them() -> None:
+    card = CARD | {"protocol": "clip-score (10 samples)", "labels": "captions of images, from end to end"}
+    other = card | {"labels": "i mod 2, by held templates in turn"}
+    assert list(differing_fields({"a": card, "b": other})) == ["labels"]
+    require_comparable({"a": CARD | {"labels": "none"}, "b": CARD | {"labels": "i mod 2"}})
+
+
+def test_the_same_images_are_one_reference_by_any_split() -> None:
+    """Of a run, and of images that are compared with the folder of that split."""
+    run = CARD | {"reference": "50,000 images of split test"}
+    require_comparable({"run": run, "images": CARD})
+    assert list(differing_fields({"run": run | {"reference_sha256": "e" * 64}, "images": CARD})) == ["reference_sha256"]
 
 
 def test_a_codec_is_known_by_its_weights() -> None:
@@ -191,6 +205,9 @@ def test_what_is_level_with_the_best_of_its_passes_is_marked() -> None:
         {"run": "e", "nfe": 2, "mmd": None, "mmd_sd": None},
     ]
     assert [row["best"] for row in mark_best(rows, "mmd")] == [True, True, False, True, False]
+    others = [{"mmd": 50.0, "mmd_sd": 0.1}, {"nfe": 1, "mmd": 5.0, "mmd_sd": 0.1}]  # images, whose passes are not known
+    assert [row["best"] for row in mark_best(others, "mmd")] == [False, True]
+    assert [row["best"] for row in mark_best([{"mmd": 1.1, "mmd_sd": 0.1}, *rows], "mmd")][:2] == [True, True]
     assert mark_best([{"nfe": 1, "fd": 1.0}], "fd") == [{"nfe": 1, "fd": 1.0}]
     by_subsets = [{"nfe": 1, "kid": 1.0, "kid_sd": 0.5}]
     assert mark_best(by_subsets, "kid") == by_subsets  # a spread over subsets is no standard error

@@ -21,10 +21,12 @@ from dumo.evaluation.protocol import NumberedSamples, Scores
 from dumo.evaluation.reference import PIECE, STANDARDS, hash_images
 from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
+from dumo.report import score
 from dumo.report.compare import compare, require_comparable
 from dumo.report.image_set import ImageSet, SameSize, open_images
 from dumo.report.images import judge, judged_channels_and_classes
 from dumo.runtime import dist
+from dumo.runtime.progress import log_bar
 from dumo.types import UserError
 from forked import main_of
 from golden import inception as recipe
@@ -136,7 +138,8 @@ def test_all_are_judged_or_a_choice_and_the_name_says_it() -> None:
     assert [json.loads(path.read_text())["protocol"] for path in aside] == ["photos (30 samples)"]
 
     Path("real/class 1").rename("real/dogs")  # other classes than the images': both are taken without
-    assert judge("made", against="real", out=Path("o.json"))["card"]["labels"] == "none"
+    labels = judge("made", against="real", out=Path("o.json"))["card"]["labels"]
+    assert labels == "none: made has class 0, class 1, real has class 0, dogs"
 
 
 @pytest.mark.nightly
@@ -153,7 +156,11 @@ def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
     reports = [judge(place, against="real") for place in ("made", "made.npz", "bare.npz")]
     assert len({report["card"]["images_sha256"] for report in reports}) == 1
     assert reports[0]["results"] == reports[1]["results"] != reports[2]["results"]
-    assert [report["card"]["labels"] for report in reports] == ["2 classes of the images"] * 2 + ["none"]
+    assert [report["card"]["labels"] for report in reports] == [
+        "2 classes of the images",
+        "2 classes of the images",
+        "none: bare.npz has no classes, real has class 0, class 1",
+    ]
     # a reference of the same size as a file of pixels: what it is compared with is the same
     x, _ = pixels(open_images(real, "--against"))
     write_adm(Path("real.npz"), to_rows(x / 127.5 - 1), labels.c)
@@ -188,8 +195,13 @@ def test_features_of_cifar10_are_compared_by_class_where_both_sides_have_the_sam
     write_adm(Path("fewer.npz"), x, c % 5)
     np.savez("flat.npz", x.numpy())
     reports = [judge("made.npz", "cifar10-features", against=f"{name}.npz") for name in ("made", "fewer", "flat")]
+    assert reports[0]["file"] == "made.npz.cifar10-features.evaluation.json"  # next to that of photos
     labels = [report["card"]["labels"] for report in reports]
-    assert labels == ["10 classes of the images", "none", "none"]
+    assert labels == [
+        "10 classes of the images",
+        "none: made.npz has 0, 1, 2 and 7 more, fewer.npz has 0, 1, 2 and 2 more",
+        "none: made.npz has 0, 1, 2 and 7 more, flat.npz has no classes",
+    ]
     assert [context.classes for context in contexts] == [10, 0, 0]
     assert [context.c is None for context in contexts] == [False, True, True]
     real_classes = [int(context.data().reference(1000, 0)[1].max()) for context in contexts]
@@ -260,6 +272,24 @@ def test_stands_in_one_table_with_runs_that_were_judged_alike(here: Path) -> Non
         UserError, match=r"made\.evaluation\.json is damaged, results\.0\.kid: .* dumo evaluate --images"
     ):
         compare(["run", "made.evaluation.json"])
+
+
+def test_a_report_says_which_classes_cannot_be_read() -> None:
+    write("mixed", 20)
+    write("mixed/cats", 1)
+    write("real", 20)
+    report = judge("mixed", against="real")
+    [line] = [line for line in score.terminal_lines(report, None) if line.startswith("labels: ")]
+    assert line.startswith("labels: none: mixed holds images both in folders (cats) and outside them")
+
+
+def test_an_earlier_report_is_put_aside_and_a_line_says_where(capsys: pytest.CaptureFixture[str]) -> None:
+    write("made", 21)
+    write("real", 20)
+    for samples in (21, 20):
+        judge("made", against="real", fields=[f"evaluate.protocol.samples={samples}"], bar=log_bar)
+    [earlier] = Path().glob("made.evaluation-*.json")
+    assert f"measured otherwise: it is now {earlier}" in capsys.readouterr().err
 
 
 @pytest.mark.nightly

@@ -135,6 +135,11 @@ def test_every_figure_of_ours_has_words() -> None:
     assert word.word(word.MERITS, "some_other") == word.Word("some other")
 
 
+def test_the_terminal_names_the_reference_below_the_scores() -> None:
+    card = {"reference": "20 images of split test", "reference_sha256": "a" * 64, "protocol": "folder"}
+    assert "reference: 20 images of split test" in score.terminal_lines(judged() | {"card": card}, None)
+
+
 def test_a_baseline_stands_under_what_it_is_of() -> None:
     assert judgement.baseline_cells(judged(), "perfect", judged()["columns"]) == [
         "0.20 ± 0.10",
