@@ -13,9 +13,12 @@ import yaml
 import dumo
 import encoders
 from dumo.config import recipes
+from dumo.data import Digits
+from dumo.data.caption import Templates
 from dumo.io.weights import load
 from dumo.report.name import name_part
-from dumo.report.sample import sample_to_files
+from dumo.report.sample import sample_to_files, write_samples
+from dumo.run.encode import encoding_work
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from e2e.shell import call
 
@@ -34,7 +37,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree["train"] |= {"steps": 2, "batch": 8}
     (home / "words.yaml").write_text(yaml.safe_dump(tree))
     assert refused("train", home / "words.yaml", "--out", home / "run") == (
-        f"error: {home / 'texts'} holds no texts (it has no index.json): make it, dumo encode RECIPE\n"
+        f"error: {home / 'texts'} holds no texts (it has no index.json): "
+        "make it, dumo encode with this recipe and its settings\n"
     )
     assert not (home / "run").exists()
     done = call("encode", home / "words.yaml")
@@ -98,6 +102,15 @@ def test_a_long_prompt_is_cut_with_a_warning(home: Path, tmp_path: Path) -> None
     assert len(os.listdir(tmp_path)) == 1
 
 
+def test_an_image_of_no_caption_has_a_blank_one_in_the_table_of_samples(tmp_path: Path) -> None:
+    """As in the data, where it means that the image shall have none."""
+    data = Digits(captions=Templates(templates=("a {}",)))
+    c = torch.tensor([7, 10])
+    write_samples(torch.zeros(2, 1, 8, 8), c, tmp_path, "images", data, 0, ["a seven", "no caption"])
+    lines = (tmp_path / "metadata.csv").read_text().splitlines()
+    assert lines == ["file_name,text", "000000.png,a seven", "000001.png,"]
+
+
 def test_other_prompts_and_other_images_that_are_edited_are_other_files(home: Path, tmp_path: Path) -> None:
     opened = dumo.load(home / "run").opened
     files: set[Path] = set()
@@ -115,6 +128,15 @@ def test_a_page_shows_a_prompt_that_is_given_alone(home: Path) -> None:
 def test_a_run_of_classes_reads_no_prompts(trained: dict[str, Path]) -> None:
     with pytest.raises(dumo.UserError, match="trained without captions"):
         dumo.load(trained["digits"]).sample(prompts=["seven"])
+
+
+def test_an_encoder_that_is_missing_is_named_before_anything_is_encoded(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "t5", tmp_path / "t5")
+    (tmp_path / "t5" / "tokenizer_config.json").unlink()
+    for folder, says in (("t5", "holds no tokenizer"), ("nowhere", "is no folder")):
+        source = f"net.texts.encoder.source={tmp_path / folder}"
+        with pytest.raises(dumo.UserError, match=says):
+            encoding_work(str(home / "words.yaml"), [source], out=None, codec=None, side=None)
 
 
 def test_a_table_of_other_captions_or_otherwise_encoded_is_refused(home: Path, tmp_path: Path) -> None:
@@ -164,3 +186,12 @@ def test_rows_on_disk_train_the_same_net_and_no_compiler_follows_them(home: Path
     assert all(torch.equal(held[name], looked_up[name]) for name in held)
     said = refused("train", recipe, "--out", tmp_path / "other", *disk, "--set", "train.compile=loss")
     assert "set train.compile=blocks, or raise net.texts.memory" in said
+
+
+@pytest.mark.slow
+def test_the_hint_brings_the_text_encoder_to_where_the_card_opens_it(home: Path, tmp_path: Path) -> None:
+    done = call("export", home / "run", tmp_path / "away" / "bare", "--parts", "none")
+    assert done.code == 0, done.err
+    assert f"next:  cd {tmp_path / 'away'} && ln -s {home / 't5'}    then run the Python in bare/README.md" in done.err
+    done = call("export", home / "run", home / "bare", "--parts", "none")
+    assert f"next:  cd {home}    then run the Python in bare/README.md" in done.err

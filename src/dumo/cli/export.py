@@ -129,7 +129,7 @@ def _next_command(run: "Run", exported: Path, to: str, parts: str, alone: bool) 
     """What to type to try an exported folder: where to go, and the model card whose Python to run there.
 
     The Python opens what the export is loaded onto by its name, next to the export. Where that is missing, commands
-    bring it: the export of the few-step run, or a link to the pipeline of a LoRA, or of a model without other parts.
+    bring it: the export of the few-step run, or a link to what `_folder_to_open` says.
     """
     from dumo.export.card import FEW_STEPS
 
@@ -140,9 +140,27 @@ def _next_command(run: "Run", exported: Path, to: str, parts: str, alone: bool) 
         if not few_steps_export.exists():
             arguments = f"{shell_path(run.start.source)} {shell_path(few_steps_export)}"
             commands.insert(0, f"{quote(program())} export {arguments}")
-    elif (to == "lora" or parts == "none") and run.pipeline is not None and not run.pipeline.is_published:
-        model_folder = run.pipeline.folder.absolute()  # of a link its own name, which is the one on the card
-        if not (parent / model_folder.name).exists():
-            commands.append(f"ln -s {shell_path(model_folder)}")
+    else:
+        folder = _folder_to_open(run, to, parts)
+        if folder is not None and not (parent / folder.name).exists():
+            commands.append(f"ln -s {shell_path(folder)}")
     card = Path(exported.name) / "README.md"
     return f"{' && '.join(commands)}    then run the Python in {shell_path(card)}"
+
+
+def _folder_to_open(run: "Run", to: str, parts: str) -> Path | None:
+    """What the card of an export opens next to it, besides the export; None where that is nothing.
+
+    It is the pipeline of a LoRA, or of a model without other parts; or the text encoder that dumo's own net is without.
+    """
+    from dumo.nets import is_pretrained
+
+    if to != "lora" and parts != "none":
+        return None
+    folder: Path | None = None
+    if is_pretrained(run.net):
+        if run.pipeline is not None and not run.pipeline.is_published:
+            folder = run.pipeline.folder
+    elif run.net.texts is not None and run.net.texts.kind == "table":
+        folder = run.net.texts.encoder.find_folder().common_folder
+    return folder.absolute() if folder else None  # of a link its own name, which is the one on the card

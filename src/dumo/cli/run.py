@@ -42,9 +42,7 @@ from dumo.runtime.progress import bar, no_bar, print_line
 
 if TYPE_CHECKING:
     from dumo.config.spec import Run
-    from dumo.nets import Net
     from dumo.training.loop import Every
-    from dumo.training.spec import Train
 
 _BENCHMARKS = ("geneval", "dpg")  # whose layouts `dumo.report.benchmark` has
 _FORMATS = ("grid", "images", "npz", *_BENCHMARKS)  # what dumo sample writes
@@ -257,7 +255,7 @@ def train(
             print_line(f"source: {chosen.meaning}")
         run = job.run
         drop_from_resume("--minutes", "--from")  # typed again they would give time, and take the run back, once more
-        with memory_hint(_less_memory_hint(run.train, run.net)):
+        with memory_hint(_less_memory_hint(run)):
             state = train_job(job, bar, hooks)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
@@ -318,11 +316,17 @@ def _propose_run(place: str, overrides: list[str], minutes: float | None, device
     return proposed_run.run
 
 
-def _less_memory_hint(train: "Train", net: "Net") -> str:
+def _less_memory_hint(run: "Run") -> str:
     """A hint, for an error: what to set so that a run trains in less memory."""
+    from dumo.nets.textfamily import has_embeddings
+
+    train = run.train
+    texts = run.net.texts
     rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
     hint = f"set train.micro_batch lower, the rows of a pass (now {rows} of a rank's of train.batch={train.batch})"
-    if net.checkpoint not in (None, True):
+    if has_embeddings(texts) and not texts.is_mapped(run.data.classes):
+        hint += ", or net.texts.memory=0, which keeps captions on the host"
+    if run.net.checkpoint not in (None, True):
         hint += ", or net.checkpoint=true in a new run"
     return hint
 

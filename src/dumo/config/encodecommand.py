@@ -1,12 +1,17 @@
-"""The command that makes a cache of latents, for the message that there is none.
+"""The commands that make what a run reads and `dumo encode` makes, for messages that it is missing.
 
-`encode_command` names the recipe of dumo's whose cache lies at the place, else the folder of images. It then sets what
-these latents have otherwise than that would make: the pipeline, and fields of the images and the codec.
+`encode_command` is that of a cache of latents. It names the recipe of dumo's whose cache lies at the place, else the
+folder of images. It then sets what these latents have otherwise than that would make: the pipeline, and fields of the
+images and the codec.
+
+`encode_texts_command` is that of a table of texts. It sets what the texts have otherwise than the recipe, too.
+`naming_encode_command` puts it into the error of a table that is missing.
 """
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +24,19 @@ from dumo.data import Data, is_latents
 from dumo.data.caption import Templates
 from dumo.error import UserError
 from dumo.io.read import user_path
+from dumo.nets.textfamily import has_table
 from dumo.runtime.door import shell_settings
 
 if TYPE_CHECKING:
+    from dumo.config.spec import Run
     from dumo.data import Latents
+    from dumo.nets.table import TableTexts
 
-_PLACES = ("root", "weights")  # fields of images and codecs that say where something lies
+_PLACES = ("root", "weights", "source")  # fields of images, codecs and texts that say where something lies
 # fields of images that have an option, that files tell, or that change no latent
 _OTHER_FIELDS = {"kind", "count", "classes", "names", "titles", "memory"}
+# fields of texts that change no table
+_OTHER_TEXT_FIELDS = {"identity", "memory"}
 
 
 def encode_command(data: "Latents") -> str:
@@ -50,12 +60,57 @@ def encode_command(data: "Latents") -> str:
     return f"{command} {shell_settings(*settings)}" if settings else command
 
 
+def encode_texts_command(data: Data, texts: "TableTexts", *, in_other_folder: bool = False) -> str:
+    """The command that makes the table of these data's captions, and their latents where those are missing, too.
+
+    It is in words where no recipe of dumo's has its cache at the place of the latents, and texts of this kind.
+    `in_other_folder`: the table is made in a folder DIR.
+    """
+    if in_other_folder:
+        texts = texts.model_copy(update={"root": "DIR"})
+    if is_latents(data):
+        recipe = _recipe_of_cache(data.root)
+        recipe_run = _run_of_recipe(recipe) if recipe else None
+        recipe_texts = recipe_run.net.texts if recipe_run else None
+        if has_table(recipe_texts) and recipe_texts.kind == texts.kind:
+            settings = [*_text_settings(texts, recipe_texts)]
+            command = encode_command(data)
+            return f"{command} {shell_settings(*settings)}" if settings else command
+    command = "dumo encode with this recipe and its settings"
+    return f"{command}, and --set net.texts.root=DIR" if in_other_folder else command
+
+
+@contextmanager
+def naming_encode_command(data: Data, texts: object) -> Generator[None, None, None]:
+    """Put the whole command that makes a table of texts into the error inside that there is none."""
+    if not has_table(texts):
+        yield
+        return
+    from dumo.encoders.texttable import NoTableError
+
+    try:
+        yield
+    except NoTableError as error:
+        command = encode_texts_command(data, texts, in_other_folder=error.is_occupied)
+        raise UserError(f"{error.text}, {command}") from error
+
+
+def _text_settings(texts: "TableTexts", recipe_texts: "TableTexts") -> Iterator[str]:
+    """What texts have otherwise than the recipe's, of what their table depends on."""
+    fields = texts.model_dump(mode="json", exclude=_OTHER_TEXT_FIELDS)
+    recipe_fields = recipe_texts.model_dump(mode="json", exclude=_OTHER_TEXT_FIELDS)
+    encoder = fields.pop("encoder", {})
+    recipe_encoder = recipe_fields.pop("encoder", {})
+    yield from _changed_fields("net.texts", fields, recipe_fields)
+    yield from _changed_fields("net.texts.encoder", encoder, recipe_encoder)
+
+
 def _settings_over_recipe(data: "Latents", recipe: str) -> list[str]:
     """What these latents have otherwise than the recipe's."""
     settings = [*_pipeline_settings(data, recipe)]
-    recipe_data = _data_of_recipe(recipe)
-    if is_latents(recipe_data):
-        settings += _settings_over(data, recipe_data)
+    recipe_run = _run_of_recipe(recipe)
+    if recipe_run is not None and is_latents(recipe_run.data):
+        settings += _settings_over(data, recipe_run.data)
     return settings
 
 
@@ -94,10 +149,10 @@ def _recipe_of_cache(root: str) -> str | None:
     return None
 
 
-def _data_of_recipe(recipe: str) -> Data | None:
-    """The data of a recipe; None where a variable names its base, and nothing lies there."""
+def _run_of_recipe(recipe: str) -> "Run | None":
+    """The run of a recipe; None where a variable names its base, and nothing lies there."""
     try:
-        return load_recipe(recipe).data
+        return load_recipe(recipe)
     except UserError:
         return None
 

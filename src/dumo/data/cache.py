@@ -141,7 +141,7 @@ def open_cache(
     cache of at most `max_bytes` is read into memory, not mapped. `command` makes the cache. Raises UserError where
     there is no cache, it is unfinished, a shard is missing or of another size, or it differs from what is asked.
     """
-    missing = f"is no cache (it has no {table.FILE}): make it with {command}"
+    missing = UserError(f"{folder} is no cache (it has no {table.FILE}): make it with {command}")
     index = table.read_finished_index(folder, CacheIndex, missing)
     differences = [*_plan_differences(index, plan_fields or {}), *_codec_differences(index, codec)]
     if differences:

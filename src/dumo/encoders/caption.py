@@ -27,6 +27,7 @@ from dumo.types import UserError
 # Stands between a text and the hash of the image that it edits: ASCII's group separator, which no text holds (ours).
 _EDIT_SEPARATOR = "\x1d"
 _PROMPTS_HINT = "give a .txt with a prompt on each line, a .jsonl whose lines have a prompt, or a folder of .txt files"
+_TABLE_SUFFIXES = (".json", ".csv", ".tsv", ".parquet")  # of files that hold no prompt on each line
 
 
 def edit_caption(text: str, sha256: str) -> str:
@@ -44,8 +45,8 @@ def split_caption(caption: str) -> tuple[str, str]:
 class Captions:
     """The distinct captions of n images, and the numbers of each image's own captions.
 
-    Caption k is `texts[k]`, and the number `len(texts)` means no caption. A blank caption counts as none. Each image
-    has at least one number.
+    Caption k is `texts[k]`, and the number `len(texts)` means no caption. Blank captions are left out. Each
+    image has at least one number.
     """
 
     texts: tuple[str, ...]  # distinct, none blank
@@ -59,12 +60,11 @@ class Captions:
         ids: list[int] = []
         ends: list[int] = []
         for captions in captions_by_image:
-            for caption in captions or [""]:
-                text = caption.strip()
-                if text:
-                    ids.append(number_of_text.setdefault(text, len(number_of_text)))
-                else:
-                    ids.append(-1)  # no caption; its number is known once all texts are
+            texts = [text for text in map(str.strip, captions) if text]
+            for text in texts:
+                ids.append(number_of_text.setdefault(text, len(number_of_text)))
+            if not texts:
+                ids.append(-1)  # no caption; its number is known once all texts are
             ends.append(len(ids))
         no_caption = len(number_of_text)
         id_tensor = torch.tensor(ids, dtype=torch.long)
@@ -116,14 +116,18 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read the prompts of a file or folder, in order. Blank lines are left out.
 
-    Raises UserError where there are none, a file of a folder is empty, or a line of JSON has no prompt.
+    Raises UserError where there are none, the file is a table, a file of a folder is empty, or a line of JSON has no
+    prompt.
     """
+    suffix = path.suffix.lower()
     if path.is_dir():
         prompts = _read_folder(path)
     elif not path.exists():
         raise UserError(f"there are no prompts {path}: {_PROMPTS_HINT}")
-    elif path.suffix == ".jsonl":
+    elif suffix == ".jsonl":
         prompts = _read_json_lines(path)
+    elif suffix in _TABLE_SUFFIXES:  # whose lines would be read as texts
+        raise UserError(f"{path} is no file of prompts: {_PROMPTS_HINT}")
     else:
         prompts = [Prompt(_line_name(i), line.strip(), line) for i, line in enumerate(_nonblank_lines(path))]
     if not prompts:
@@ -134,7 +138,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _read_folder(folder: Path) -> list[Prompt]:
     """Read a prompt from each .txt file of a folder, by the order of names. Raises UserError for an empty file."""
     prompts: list[Prompt] = []
-    for file in sorted(folder.glob("*.txt")):
+    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() == ".txt"):
         content = read_text(file, _PROMPTS_HINT)
         text = " ".join(content.split())
         if not text:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, require_weights
-from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer
+from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer, warn_of_cuts
 from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.io.picture import Pixels
 from dumo.io.read import explain_foreign_errors, read_settings
@@ -60,6 +60,8 @@ class Clip:
     @torch.no_grad()
     def cosines(self, pixels: Pixels, texts: Sequence[str]) -> Float[Tensor, " n"]:
         """Return the cosine of each image and its text, in float32 on the CPU. Warns of texts that are cut."""
+        if texts:
+            warn_of_cuts(self.tokenizer.cut_texts(texts), self.tokenizer.length)
         batches = list[Tensor]()
         for first in range(0, len(texts), _IMAGES_PER_BATCH):
             batch = slice(first, first + _IMAGES_PER_BATCH)

@@ -15,8 +15,10 @@ no text. It is called
 
 import copy
 import inspect
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -64,11 +66,27 @@ class PromptReaderSpec(Spec):
             pipe=pipe,
             arguments=encode_prompt_arguments(pipeline_class),
             sha256=sha256,
+            num_tokenizers=sum(name.startswith("tokenizer") for name in folder.text_parts),
             encoders=encoders,
             device=torch.device("cpu"),
         )
         reader.to(torch.device(device))
         return reader
+
+    def require_tokenizers(self) -> None:
+        """Raise UserError where a tokenizer is missing or cannot be loaded; nothing for a published name."""
+        folder = Pipeline(source=self.source, without=self.without)
+        if folder.is_published:
+            return
+        transformers = import_transformers("net.texts")
+        for part in folder.text_parts:
+            library, class_name = folder.index[part]
+            if not part.startswith("tokenizer") or library != "transformers":
+                continue
+            problem = f"pipeline: {self.source} has no {part} that transformers can load"
+            with explain_foreign_errors(problem, HINT), quietly():
+                tokenizer_class = getattr(transformers, class_name)
+                tokenizer_class.from_pretrained(folder.folder / part, local_files_only=True, trust_remote_code=False)
 
     def _load(self, folder: Pipeline) -> tuple[Any, Any]:
         """Load the pipeline, with its transformer on the meta device. Returns its class and the pipeline."""
@@ -124,6 +142,7 @@ class PromptReader:
     pipe: Any  # of diffusers
     arguments: dict[str, Any]  # of encode_prompt, besides the prompt and the device
     sha256: str  # of encoders and tokenizers
+    num_tokenizers: int
     encoders: Sequence[nn.Module]
     device: torch.device
 
@@ -138,11 +157,20 @@ class PromptReader:
     def __call__(self, texts: Sequence[str]) -> Embeddings:
         """Return the embeddings of texts, on the CPU, padded with zeros to the longest of them.
 
-        The empty text is what the pipeline takes for no negative prompt. Raises UserError where the pipeline fails.
+        The empty text is what the pipeline takes for no negative prompt. A text counts as cut where each tokenizer of
+        the pipeline cuts it. Raises UserError where the pipeline fails.
         """
-        with explain_foreign_errors(f"net.texts: the pipeline in {self.spec.source} fails", HINT):
-            rows = [self.read_row(text) for text in texts]
-            return _stack_rows(rows, keeps_padding=self.spec.padded)
+        rows: list[dict[str, Tensor]] = []
+        cut_texts: list[str] = []
+        problem = f"net.texts: the pipeline in {self.spec.source} fails"
+        with explain_foreign_errors(problem, HINT), quietly():
+            for text in texts:
+                with _diffusers_messages() as messages:
+                    rows.append(self.read_row(text))
+                num_cuts = sum("truncated" in message for message in messages)  # one by each tokenizer that cuts
+                if num_cuts >= max(1, self.num_tokenizers):
+                    cut_texts.append(text)
+            return _stack_rows(rows, cut_texts, keeps_padding=self.spec.padded)
 
     def read_row(self, text: str) -> dict[str, Tensor]:
         """Return what the transformer gets for a text: tokens (l, d), the mask (l,), pooled (p,), if it takes them."""
@@ -169,6 +197,31 @@ class PromptReader:
         return {*inspect.signature(self.pipe.encode_prompt).parameters}
 
 
+class _MessageList(logging.Handler):
+    """Keeps the messages that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def _diffusers_messages() -> Generator[list[str], None, None]:
+    """What diffusers logs inside the block goes to this list, and is not shown."""
+    logger = logging.getLogger("diffusers")
+    handlers = logger.handlers
+    message_list = _MessageList()
+    logger.handlers = [message_list]
+    try:
+        yield message_list.messages
+    finally:
+        logger.handlers = handlers
+
+
 def encode_prompt_arguments(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN401, a class of diffusers
     """Return what the `__call__` of a pipeline passes to `encode_prompt`, if it is given a prompt alone."""
     call_parameters = inspect.signature(pipeline_class.__call__).parameters
@@ -181,8 +234,8 @@ def encode_prompt_arguments(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN
     return arguments
 
 
-def _stack_rows(rows: Sequence[dict[str, Tensor]], *, keeps_padding: bool) -> Embeddings:
-    """Stack rows into a batch (b, l, d), with zeros behind each row's tokens.
+def _stack_rows(rows: Sequence[dict[str, Tensor]], cut_texts: Sequence[str], *, keeps_padding: bool) -> Embeddings:
+    """Stack rows into a batch (b, l, d), with zeros behind each row's tokens; `cut_texts` are those that were cut.
 
     Unless `keeps_padding`, tokens behind the last that a row's mask keeps are left out.
     """
@@ -199,4 +252,4 @@ def _stack_rows(rows: Sequence[dict[str, Tensor]], *, keeps_padding: bool) -> Em
     tokens = [pad(row["tokens"][:n], (0, 0, 0, longest - n)) for row, n in zip(rows, lengths, strict=True)]
     padded_masks = [pad(mask[:n], (0, longest - n)) for mask, n in zip(masks, lengths, strict=True)]
     pooled = torch.stack([row["pooled"] for row in rows]) if "pooled" in rows[0] else None
-    return Embeddings(torch.stack(tokens), torch.stack(padded_masks), pooled)
+    return Embeddings(torch.stack(tokens), torch.stack(padded_masks), pooled, tuple(cut_texts))

@@ -26,6 +26,7 @@ from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, PartWeights, req
 from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer
 from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.flow.precision import Precision, using
+from dumo.io import hub
 from dumo.io.read import explain_foreign_errors, read_settings, user_path
 from dumo.runtime.limits import TOKENS
 from dumo.types import PLACE, Spec, UserError
@@ -52,6 +53,7 @@ class Embeddings:
     tokens: Shaped[Tensor, "b l *d"]
     mask: Bool[Tensor, "b l"]  # False on padding
     pooled: Float[Tensor, "b p"] | None  # an embedding of each whole text
+    cut_texts: tuple[str, ...] = ()  # those of the texts that are longer than the encoder reads
 
 
 class TextEncoder(Spec):
@@ -86,6 +88,9 @@ class TextEncoder(Spec):
         """
         source_folder = user_path(self.source, _FIELD)
         if not source_folder.is_dir():
+            hub_hint = hub.text_encoder_hint(self.source)
+            if hub_hint:
+                raise UserError(f"{_FIELD}: {hub_hint}")
             raise UserError(f"{_FIELD}: {self.source} is no folder: {_HINT}")
         folder = source_folder
         if not (folder / CONFIG).is_file():
@@ -98,19 +103,37 @@ class TextEncoder(Spec):
         """The name of the encoder's architecture. Raises UserError as `find_folder`, and where config.json has none."""
         return self.find_folder().model_type
 
+    def require_tokenizers(self) -> None:
+        """Raise UserError as `find_folder`, where the tokenizer cannot be loaded, and where `skip` cuts the text."""
+        self._load_tokenizer(self.find_folder())
+
     def open(self, device: torch.device | str = "cpu") -> "EncoderModel":
         """Load the encoder onto a device.
 
-        Raises UserError as `find_folder`, for damaged weights, and where transformers cannot load them.
+        Raises UserError as `require_tokenizers`, for damaged weights, and where transformers cannot load them.
         """
         folder = self.find_folder()
         folder.weights.require_undamaged()  # before transformers reads them
-        # a text is cut behind its `length` tokens and those that are skipped
-        tokenizer = load_tokenizer(folder.tokenizer_path, self.length + self.skip, self.template)
+        tokenizer = self._load_tokenizer(folder)
         model = load_model(folder.path, folder.class_name(pooled=self.pooled), "net.texts", _HINT)
         return EncoderModel(
             spec=self, folder=folder, tokenizer=tokenizer, model=model.to(device), device=torch.device(device)
         )
+
+    def _load_tokenizer(self, folder: "EncoderFolder") -> LoadedTokenizer:
+        """Load the tokenizer. A text is cut behind its `length` tokens and those that are skipped.
+
+        Raises UserError where it is missing or cannot be loaded, and where `skip` takes tokens of the text.
+        """
+        tokenizer = load_tokenizer(folder.tokenizer_path, self.length + self.skip, self.template)
+        if self.skip:
+            tokens_before_text = tokenizer.count_tokens_before_text()
+            if self.skip > tokens_before_text:
+                raise UserError(
+                    f"net.texts.encoder.skip={self.skip} cuts tokens of the text: {tokens_before_text} stand before "
+                    f"it. Set it to {tokens_before_text} at most"
+                )
+        return tokenizer
 
 
 @dataclass(frozen=True)
@@ -155,8 +178,13 @@ class EncoderFolder:
             return self.path
         return self.path.with_name(self.path.name.replace("text_encoder", "tokenizer"))
 
+    @property
+    def common_folder(self) -> Path:
+        """The folder with the encoder and its tokenizer: the encoder's, or that of the pipeline around both."""
+        return self.path if self.path == self.tokenizer_path else self.path.parent
 
-@dataclass(frozen=True)
+
+@dataclass
 class EncoderModel:
     """A text encoder with its weights and its tokenizer."""
 
@@ -171,6 +199,12 @@ class EncoderModel:
         """The hash of the weights, in hexadecimal."""
         return self.folder.weights.sha256()
 
+    def to(self, device: torch.device) -> None:
+        """Move the model to a device."""
+        if device != self.device:
+            self.model.to(device)
+            self.device = device
+
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Embeddings:
         """Return the embeddings of texts, in float32 on the CPU.
@@ -178,8 +212,8 @@ class EncoderModel:
         All are padded to the tokens of the longest text, or to the spec's `length` if its `pad` is set. The spec's
         `skip` first tokens are left out.
 
-        Warns where texts are cut. Raises UserError where `skip` leaves no token of a text, and where the encoder has
-        no such `layer`, or no embedding of a whole text.
+        Raises UserError where `skip` leaves no token of a text, and where the encoder has no such `layer`, or no
+        embedding of a whole text.
         """
         spec = self.spec
         token_ids, padding_mask = self.tokenizer(texts, fills_length=spec.pad)
@@ -203,7 +237,7 @@ class EncoderModel:
         if not bool(kept_mask.any(1).all()):
             raise UserError(f"net.texts.encoder.skip={spec.skip} leaves nothing of a short text: set it lower")
         pooled = self._pooled(output) if spec.pooled else None
-        return Embeddings(kept_tokens, kept_mask, pooled)
+        return Embeddings(kept_tokens, kept_mask, pooled, self.tokenizer.cut_texts(texts))
 
     def _hidden_states(self, output: Any) -> Float[Tensor, "b l d"]:  # noqa: ANN401, an output of transformers
         """The states of the spec's `layer`. Raises UserError where there are fewer layers."""

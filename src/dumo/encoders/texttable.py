@@ -20,6 +20,7 @@ The entrances:
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -49,6 +50,19 @@ LoadedEncoder = EncoderModel | PromptReader | LoadedTokenizer  # what opening an
 # tokens or ids; the mask, False on padding; pooled embeddings, or None
 PaddedRows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
 Shard = dict[str, Tensor]  # columns by name
+
+
+class NoTableError(UserError):
+    """A folder has no table of the data's captions."""
+
+    def __init__(self, text: str, *, is_occupied: bool = False) -> None:
+        """`text` ends where the command follows that makes one: who knows the data puts it there.
+
+        `is_occupied`: the folder has a table of other captions, so that another one is needed.
+        """
+        super().__init__(f"{text}, dumo encode")
+        self.text = text
+        self.is_occupied = is_occupied
 
 
 class TextTableIndex(TableIndex):
@@ -208,17 +222,17 @@ class EncodedTexts:
         return self
 
     def require(self, encoder: EncoderSpec, num_captions: int, identity: str | None = None) -> None:
-        """Raise UserError where the table has another number of captions, or was made by another encoder.
+        """Raise NoTableError for another number of captions, and UserError for a table by another encoder.
 
         `identity` is the index's that a run noted when it began, and says which captions they are, too. None: the run
         begins, and `dumo.run.resolve` compares the captions with those of the data.
         """
         index = self.index
         if index.num_captions != num_captions:
-            raise UserError(
+            raise NoTableError(
                 f"net.texts.root: {self.folder} holds {index.num_captions:,} captions, and the data have "
-                f"{num_captions:,}: make one of these data in another folder, dumo encode RECIPE --set "
-                "net.texts.root=DIR"
+                f"{num_captions:,}: make one of these data in another folder",
+                is_occupied=True,
             )
         differences = table.differences_text(_encoder_fields(index.encoder), _encoder_fields(encoder), "asked")
         if differences:
@@ -331,8 +345,11 @@ class EncodedTexts:
 
 
 def open_table(folder: Path) -> EncodedTexts:
-    """Open the table of a folder. Raises UserError where there is none, it is unfinished, or a shard has changed."""
-    missing = f"holds no texts (it has no {FILE}): make it, dumo encode RECIPE"
+    """Open the table of a folder.
+
+    Raises NoTableError where there is none, and UserError where it is unfinished, or a shard has changed.
+    """
+    missing = NoTableError(f"{folder} holds no texts (it has no {FILE}): make it")
     return EncodedTexts(folder, table.read_finished_index(folder, TextTableIndex, missing))
 
 
@@ -359,7 +376,7 @@ def encode(
 ) -> MakeResult:
     """Make the shards of this rank that are missing or damaged, of a table of captions in the folder `out`.
 
-    Texts are encoded `batch` at a time; another batch may change the last bits. Warns where texts are cut. Raises
+    Texts are encoded `batch` at a time; another batch may change the last bits. Warns once where texts are cut. Raises
     UserError where there are no captions, an embedding is too large for the dtype, and as opening the encoder does;
     Stopped after a signal; and as `dumo.io.table.make_shards`.
     """
@@ -373,15 +390,21 @@ def encode(
     texts = [*captions, ""]
     has_masks = "mask" in index.columns
     dtypes = {name: column.torch_dtype for name, column in index.columns.items()}
+    num_encoded = 0
+    num_cut = 0
 
     def encode_shard(number: int, report: Callable[[int], None]) -> Shard:
         """Return the columns of a shard. `report` is called with the number of rows that are done."""
+        nonlocal num_encoded, num_cut
         rows = index.span(number)
         batches: list[Shard] = []
         for first in rows[::batch]:
             signals.check()
             batch_texts = texts[first : min(first + batch, rows.stop)]
-            columns = to_columns(_encode_texts(encoder, batch_texts), keeps_padding=has_masks)
+            embeddings = _encode_texts(encoder, batch_texts)
+            num_encoded += len(batch_texts) - batch_texts.count("")
+            num_cut += len(embeddings.cut_texts)
+            columns = to_columns(embeddings, keeps_padding=has_masks)
             if sources:
                 columns["source"] = sources.latents_of(batch_texts)
             batches.append(columns)
@@ -389,9 +412,25 @@ def encode(
         return to_stored_types(table.concatenate(batches), dtypes)
 
     lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
-    return table.make_shards(
+    make_result = table.make_shards(
         out, index, encode_shard, rank=rank, world=world, extra_files={CAPTIONS: lines.encode()}, tick=tick
     )
+    _warn_of_cuts(spec, num_cut, num_encoded)
+    return make_result
+
+
+def _warn_of_cuts(spec: EncoderSpec, num_cut: int, num_captions: int) -> None:
+    """Warn of captions that are cut, if there are any, with the field that says where."""
+    if not num_cut:
+        return
+    match spec:
+        case TextEncoder():
+            place_and_fix = f"at {spec.length} tokens: raise net.texts.encoder.length"
+        case ByteTokenizer():
+            place_and_fix = f"at {spec.length} tokens: raise net.texts.tokenizer.length"
+        case PromptReaderSpec():
+            place_and_fix = "where the pipeline cuts texts: write shorter ones"
+    warnings.warn(f"{num_cut:,} of {num_captions:,} captions are cut {place_and_fix}", stacklevel=3)
 
 
 def to_columns(rows: Embeddings, *, keeps_padding: bool) -> Shard:
@@ -432,7 +471,7 @@ def _encode_texts(encoder: LoadedEncoder, captions: Sequence[str]) -> Embeddings
     if not isinstance(encoder, LoadedTokenizer):
         return encoder(texts)
     ids, mask = encoder(texts, fills_length=False)
-    return Embeddings(ids, mask, None)
+    return Embeddings(ids, mask, None, encoder.cut_texts(texts))
 
 
 def _read_captions(folder: Path, expected_digest: str) -> tuple[str, ...]:

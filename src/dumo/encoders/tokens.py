@@ -1,12 +1,14 @@
 """Texts as tokens: bytes, which need no file, or as the tokenizer of a folder cuts them.
 
 `ByteTokenizer.open` loads the tokenizer of bytes, and `load_tokenizer` that of a folder. Either gives a
-`LoadedTokenizer`, which turns texts into ids of tokens when it is called.
+`LoadedTokenizer`, which turns texts into ids of tokens when it is called. Its `cut_texts` says which texts it cuts, and
+`warn_of_cuts` warns of them.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,15 +59,14 @@ class LoadedTokenizer:
     ) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"]]:
         """Return the ids of tokens (b, l) of b texts, and a mask (b, l) that is False on padding.
 
-        l is `length` if `fills_length`, else the number of tokens of the longest of these texts.
+        l is `length` if `fills_length`, else the number of tokens of the longest text. Longer texts are cut at
+        `length` tokens, without a warning.
 
-        Warns where texts are cut. Raises UserError for a text without any token.
+        Raises UserError for a text without any token.
         """
-        templated_texts = [self.template.replace("{}", text) for text in texts]
         with explain_foreign_errors("net.texts: the tokenizer fails", HINT):
-            lengths = [len(ids) for ids in self.library_tokenizer(templated_texts, verbose=False)["input_ids"]]
             encoded = self.library_tokenizer(
-                templated_texts,
+                self._fill_template(texts),
                 truncation=True,
                 max_length=self.length,
                 padding="max_length" if fills_length else "longest",
@@ -74,20 +75,41 @@ class LoadedTokenizer:
             )
             ids = encoded["input_ids"]
             mask = encoded["attention_mask"].bool()
-        self._warn_of_cuts(texts, lengths)
         if not bool(mask.any(1).all()):
-            raise UserError("net.texts: a text has no token, not even one of its end: choose another tokenizer")
+            raise UserError(
+                "net.texts: a text has no token, not even one of its end: set net.texts.encoder.template with words "
+                "around {}, such as 'an image: {}.', and skip to leave the first of them out"
+            )
         return ids, mask
 
-    def _warn_of_cuts(self, texts: Sequence[str], lengths: Sequence[int]) -> None:
-        """Warn of the texts that are cut, given how many tokens each text has before that."""
-        cut_texts = [text for text, length in zip(texts, lengths, strict=True) if length > self.length]
-        if not cut_texts:
-            return
-        subject = f"'{brief(cut_texts[0], 60)}'"
-        if len(cut_texts) > 1:
-            subject += f" and {len(cut_texts) - 1} more"
-        warnings.warn(f"{subject}: more than {self.length} tokens, and cut there", stacklevel=3)
+    def cut_texts(self, texts: Sequence[str]) -> tuple[str, ...]:
+        """Return those of the texts that a call cuts, because they have more than `length` tokens."""
+        ids_by_text = zip(texts, self._ids_without_cut(texts), strict=True)
+        return tuple(text for text, ids in ids_by_text if len(ids) > self.length)
+
+    def count_tokens_before_text(self) -> int:
+        """Count the tokens before a text, of the template and of the beginning: they are the same for all texts."""
+        pairs = zip(*self._ids_without_cut(["a", "b"]), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _ids_without_cut(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of the tokens of each text, all of them."""
+        with explain_foreign_errors("net.texts: the tokenizer fails", HINT):
+            return self.library_tokenizer(self._fill_template(texts), verbose=False)["input_ids"]
+
+    def _fill_template(self, texts: Sequence[str]) -> list[str]:
+        """The texts with the words of the template around them."""
+        return [self.template.replace("{}", text) for text in texts]
+
+
+def warn_of_cuts(cut_texts: Sequence[str], length: int) -> None:
+    """Warn of texts that are cut behind `length` tokens, if there are any."""
+    if not cut_texts:
+        return
+    subject = f"'{brief(cut_texts[0], 60)}'"
+    if len(cut_texts) > 1:
+        subject += f" and {len(cut_texts) - 1} more"
+    warnings.warn(f"{subject}: more than {length} tokens, and cut there", stacklevel=3)
 
 
 def load_tokenizer(folder: Path, length: int, template: str = "{}") -> LoadedTokenizer:

@@ -54,9 +54,7 @@ class ShippedTextEncoder:
     @property
     def source(self) -> str:
         """The folder's name, of a published encoder or of the pipeline that has it; "": it was trained with the net."""
-        if self.folder is None:
-            return ""
-        return self.folder.path.parent.name if self.subfolder else self.folder.path.name
+        return self.folder.common_folder.name if self.folder else ""
 
     @property
     def subfolder(self) -> str:

@@ -1,9 +1,9 @@
 """Names on the Hugging Face hub: what dumo knows of published pipelines, and the commands that fetch them.
 
-`is_hub_name` tells a name on the hub from a place, and `fetch_hint` answers one where a folder is wanted.
-`pipeline_command` brings what dumo reads of a whole pipeline, `download_command` some parts of it, and `model_parts`
-are those of its model. `published_name` says whether dumo knows a repository, and `published_config` has the configs of
-a pipeline that it knows. Nothing here asks the hub, and nothing imports torch.
+`is_hub_name` tells a name on the hub from a place; `fetch_hint` and `text_encoder_hint` answer one where a folder is
+wanted. `pipeline_command` brings what dumo reads of a whole pipeline, `download_command` some parts of it, and
+`model_parts` are those of its model. `published_name` says whether dumo knows a repository, and `published_config` has
+the configs of a pipeline that it knows. Nothing here asks the hub, and nothing imports torch.
 """
 
 import json
@@ -31,6 +31,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
 SUFFIX = ".safetensors"
 # Variants, which have a second dot in their names. Patterns of fnmatch, in which * matches / and dots, too.
 EXCLUDED = (f"*.*{SUFFIX}", "*.index.*.json")
+_TEXT_ENCODER_FILES = ("*.json", f"*{SUFFIX}", "*.model", "merges.txt")  # and those of its tokenizer
 
 
 @lru_cache
@@ -63,6 +64,21 @@ def fetch_hint(name: str) -> str:
         f"{name} is no folder here. If it is a model on the Hugging Face hub, fetch what dumo reads of it, {command} "
         "(leave --exclude out if the repository has only variants, such as fp16 files)"
     )
+
+
+def text_encoder_hint(name: str) -> str:
+    """What a name on the hub is, and the command that fetches a text encoder and its tokenizer; "": it is no such name.
+
+    A repository of a pipeline that dumo knows has them in folders; another is taken for one that holds them alone.
+    """
+    if not is_hub_name(name):
+        return ""
+    folder = Path(name).name
+    if published_name(name):
+        command = download_command(name, ["text_encoder", "tokenizer"], [], folder)
+    else:
+        command = download_command(name, [], _TEXT_ENCODER_FILES, folder)
+    return f"{name} is no folder here. If it is a model on the Hugging Face hub, fetch what dumo reads of it, {command}"
 
 
 def pipeline_command(repository: str, folder: str, *, third_encoder: bool = True) -> str:

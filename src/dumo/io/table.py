@@ -261,15 +261,15 @@ def read_index(folder: Path, kind: type[K]) -> K | None:
     return index
 
 
-def read_finished_index(folder: Path, kind: type[K], missing: str) -> K:
+def read_finished_index(folder: Path, kind: type[K], missing: UserError) -> K:
     """The index of a finished table.
 
-    Raises UserError where there is no table, in the words of `missing`; where it is unfinished; and where a shard is
-    missing or has another size.
+    Raises `missing` where there is no table, and UserError where it is unfinished, or a shard is missing or has another
+    size.
     """
     index = read_index(folder, kind)
     if index is None:
-        raise UserError(f"{folder} {missing}")
+        raise missing
     if not index.shards:
         raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it resumes where it stopped")
     require_intact(folder, index)

@@ -11,6 +11,7 @@ A row has the bits of a table's, so whatever surrounds the caller must not reach
   another kernel. On one GPU both would take turns anyhow.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dumo.encoders.prompt import PromptReaderSpec
 from dumo.encoders.texttable import to_columns, to_stored_types
 from dumo.flow.precision import product_precision
+from dumo.io.read import brief
 from dumo.nets.rows import SourceLatents, TextRows, Texts, TextSizes
 from dumo.types import Cond, UserError
 
@@ -47,6 +49,7 @@ class TextEncoders:
         self.max_rows = max_rows
         self.thread = ThreadPoolExecutor(1, "texts", torch.set_num_threads, (torch.get_num_threads(),))
         self.rows = OrderedDict[str, StoredRow]()  # by text, the most recently used at the end
+        self.has_warned = False  # that a text is cut
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TextEncoders":
         """Return itself: a net and its averages share the encoders."""
@@ -74,9 +77,16 @@ class TextEncoders:
         return rows
 
     def _encode(self, text: str) -> StoredRow:
-        """Make one row. Raises UserError where an encoder fails, or its values are not finite."""
+        """Make one row, and warn once where a text is cut.
+
+        Raises UserError where an encoder fails, or its values are not finite.
+        """
         spec = self.reader.spec
-        row = to_columns(self.reader([text]), keeps_padding=spec.padded)
+        embeddings = self.reader([text])
+        if embeddings.cut_texts and not self.has_warned:
+            self.has_warned = True
+            warnings.warn(f"'{brief(text, 60)}': cut where the pipeline cuts texts; others may be, too", stacklevel=2)
+        row = to_columns(embeddings, keeps_padding=spec.padded)
         del row["lengths"]
         if "pooled" in row:
             row["pooled"] = row["pooled"][0]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dumo.encoders.texttable import EncodedTexts
-from dumo.nets.rows import ReaderOpener, Rows, SourceLatents, TextRows, Texts, TextSizes, pad_tokens
+from dumo.nets.rows import Rows, SourceLatents, TextReader, TextRows, Texts, TextSizes, pad_tokens
 from dumo.types import Cond
 
 
@@ -41,12 +41,12 @@ class MappedRows(Texts):
 
     like: Tensor  # an empty buffer, which moves with the net: rows get its device and dtype
 
-    def __init__(self, table: EncodedTexts, sizes: TextSizes, open_reader: ReaderOpener) -> None:
-        """Take an open table; no row is read yet. `open_reader` opens the reader of prompts on a device."""
+    def __init__(self, table: EncodedTexts, sizes: TextSizes, reader: TextReader) -> None:
+        """Take an open table; no row is read yet. `reader` makes rows of prompts."""
         super().__init__()
         self.register_buffer("like", torch.empty(0), persistent=False)
         self.table = table
-        self.open_reader = open_reader
+        self.reader = reader
         self.width = sizes.width
         self.length = table.longest
         self.pooled_width = sizes.pooled_width
@@ -103,12 +103,11 @@ class MappedRows(Texts):
         """
         if self.prompt_rows is None:
             tokens, mask, pooled = self.table.read_rows([])  # none, of the right shapes
-            read = self.open_reader(self.like.device)
             self.prompt_rows = Rows(
                 tokens,
                 mask if self.has_mask else None,
                 pooled,
-                open_reader=lambda _: read,  # `Rows` opens it at each `append`: it stays open here
+                reader=lambda texts, _: self.reader(texts, self.like.device),  # these rows are on the host
                 source=self.table.read_sources([]),
             )
         first = len(self.table) + self.prompt_rows.append(texts, source)

@@ -26,8 +26,7 @@ Tokens = Float[Tensor, "b l d"]
 # tokens; a mask, True where there is a token (None: everywhere); the pooled embedding (None: the model takes none)
 TextRows = tuple[Tokens, Bool[Tensor, "b l"] | None, Float[Tensor, "b p"] | None]
 SourceLatents = Float[Tensor, "b c h w"]  # latents of images that texts edit
-TextReader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
-ReaderOpener = Callable[[torch.device], TextReader]  # opens a reader on a device
+TextReader = Callable[[Sequence[str], torch.device], TextRows]  # makes rows of texts on a device
 
 _NO_ENCODER = "this net was trained on rows whose encoder is not known, so it reads no prompts: give labels"
 
@@ -107,7 +106,7 @@ class Rows(Texts):
         tokens: Tensor,
         mask: Tensor | None,
         pooled: Tensor | None,
-        open_reader: ReaderOpener | None = None,
+        reader: TextReader | None = None,
         source: Tensor | None = None,
     ) -> None:
         """Hold a row for each class or caption, and the last for none.
@@ -115,7 +114,7 @@ class Rows(Texts):
         tokens: (n, l, d).
         mask: (n, l), True where there is a token; None: everywhere.
         pooled: (n, p); None: the model takes none.
-        open_reader: opens the reader of prompts on a device; None: prompts cannot be read.
+        reader: makes rows of prompts; None: prompts cannot be read.
         source: (n, c, h, w), the latents of images that texts edit; None: they edit none.
         """
         super().__init__()
@@ -127,7 +126,7 @@ class Rows(Texts):
         self.length = tokens.shape[1]
         self.has_mask = mask is not None
         self.pooled_width = 0 if pooled is None else pooled.shape[1]
-        self.open_reader = open_reader
+        self.reader = reader
         self._length_without_prompts = self.length
         self._count_tokens()
 
@@ -155,16 +154,15 @@ class Rows(Texts):
         """Read texts, add their rows behind all others, and return the first one's number.
 
         `source` (b, c, h, w): an image for each text, where rows edit images. Raises UserError where there is no
-        reader, it cannot be opened, or `source` is missing or superfluous.
+        reader, its encoder cannot be opened, or `source` is missing or superfluous.
         """
-        if self.open_reader is None:
+        if self.reader is None:
             raise UserError(_NO_ENCODER)
         if self.source is not None and source is None:
             raise UserError("these rows edit images, and the prompts have none: give an image for each prompt")
         if self.source is None and source is not None:
             raise UserError("these rows edit no images, and the prompts have some: leave the images out")
-        read = self.open_reader(self.tokens.device)
-        tokens, mask, pooled = read(texts)
+        tokens, mask, pooled = self.reader(texts, self.tokens.device)
         if mask is None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
 

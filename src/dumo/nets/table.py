@@ -16,7 +16,6 @@ of tokens. `EmbeddedTexts` is the base of those whose table has embeddings. The 
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -27,18 +26,20 @@ from pydantic import Field, model_validator
 from dumo.encoders import texttable
 from dumo.encoders.caption import split_caption
 from dumo.encoders.pipeline import TRANSFORMER, PipelineSpec
-from dumo.encoders.prompt import PromptReaderSpec
-from dumo.encoders.text import TextEncoder
+from dumo.encoders.prompt import PromptReader, PromptReaderSpec
+from dumo.encoders.text import EncoderModel, TextEncoder
 from dumo.encoders.texttable import EncodedTexts, TextTableIndex
-from dumo.encoders.tokens import ByteTokenizer
+from dumo.encoders.tokens import ByteTokenizer, warn_of_cuts
 from dumo.io.read import user_path
 from dumo.nets.family import Family, find_family
 from dumo.nets.live import OnlineTexts
 from dumo.nets.mapped import MappedRows
-from dumo.nets.rows import Rows, TextReader, TextRows, Texts, TextSizes
+from dumo.nets.rows import Rows, TextRows, Texts, TextSizes, pad_tokens
 from dumo.runtime.limits import CHANNELS, GIGABYTE, GIGABYTES
 from dumo.runtime.text import bytes_text
 from dumo.types import FREE, MACHINE, PINNED, PLACE, Spec, UserError
+
+_TEXTS_PER_BATCH = 32  # prompts that are encoded at a time: ours
 
 
 class TableTexts(Spec):
@@ -141,16 +142,16 @@ class EmbeddedTexts(TableTexts):
                 f"net.texts.root: {self.root} has {_source_text(table.index.source_shape)}, and the model takes "
                 f"{_source_text(source_shape)}: encode into another folder"
             )
-        open_reader = partial(self._open_reader, table)
+        reader = RowReader(self.reader_spec, table.index, self.sizes.length)
         if self.is_mapped(captions, source_shape):
-            return MappedRows(table, self.sizes, open_reader)
+            return MappedRows(table, self.sizes, reader)
         tokens, mask, pooled = table.read_rows()
         sources = table.read_sources()
         return Rows(
             tokens.to(device),
             mask.to(device) if self.sizes.has_mask else None,
             None if pooled is None else pooled.to(device),
-            open_reader=open_reader,
+            reader=reader,
             source=None if sources is None else sources.to(device),
         )
 
@@ -165,26 +166,54 @@ class EmbeddedTexts(TableTexts):
             source=torch.empty(num_rows, *source_shape, dtype=sizes.dtype) if source_shape else None,
         )
 
-    def _open_reader(self, table: EncodedTexts, device: torch.device) -> TextReader:
-        """Open the encoder on a device, to read prompts into rows as the table has them.
 
-        Raises UserError for an encoder of other weights, or another tokenizer, than the table's.
+class RowReader:
+    """Makes rows of prompts as a table has them, by the encoder that made the table.
+
+    The encoder is opened at the first call, and lies on the host between calls.
+    """
+
+    def __init__(self, spec: TextEncoder | PromptReaderSpec, index: TextTableIndex, length: int) -> None:
+        """`index` is the table's, and `length` the tokens at which the encoder cuts texts, for a warning."""
+        self.spec = spec
+        self.index = index
+        self.length = length
+        self.encoder: EncoderModel | PromptReader | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RowReader":
+        """Return itself: a net and its averages share the encoder."""
+        return self
+
+    def __call__(self, texts: Sequence[str], device: torch.device) -> TextRows:
+        """Encode texts on a device, and return their rows, on the CPU. Warns where texts are cut.
+
+        Raises UserError where the encoder cannot be opened, or is not that of the table.
         """
-        spec = self.reader_spec
-        read = spec.open(device)
-        table.index.require_encoder(read, spec.source)
-        dtype = table.index.dtype
-        keeps_padding = "mask" in table.index.columns
+        encoder = self._opened_encoder()
+        texts = [split_caption(text)[0] for text in texts]
+        encoder.to(device)
+        try:
+            batches = [encoder(texts[i : i + _TEXTS_PER_BATCH]) for i in range(0, len(texts), _TEXTS_PER_BATCH)]
+        finally:
+            encoder.to(torch.device("cpu"))
+        warn_of_cuts([text for batch in batches for text in batch.cut_texts], self.length)
 
-        def read_rows(texts: Sequence[str]) -> TextRows:
-            embeddings = read([split_caption(text)[0] for text in texts])
-            tokens = embeddings.tokens
-            if not keeps_padding:
-                tokens = tokens * embeddings.mask[..., None]
-            pooled = None if embeddings.pooled is None else embeddings.pooled.to(dtype)
-            return tokens.to(dtype), embeddings.mask, pooled
+        dtype = self.index.dtype
+        longest = max(batch.tokens.shape[1] for batch in batches)
+        mask = torch.cat([pad_tokens(batch.mask, longest) for batch in batches])
+        tokens = torch.cat([pad_tokens(batch.tokens, longest) for batch in batches])
+        if "mask" not in self.index.columns:  # else padding is read, too
+            tokens = tokens * mask[..., None]
+        pooled = [batch.pooled.to(dtype) for batch in batches if batch.pooled is not None]
+        return tokens.to(dtype), mask, torch.cat(pooled) if pooled else None
 
-        return read_rows
+    def _opened_encoder(self) -> EncoderModel | PromptReader:
+        """The encoder, which the first call opens. Raises UserError for other weights, or another tokenizer."""
+        if self.encoder is None:
+            encoder = self.spec.open()
+            self.index.require_encoder(encoder, self.spec.source)
+            self.encoder = encoder
+        return self.encoder
 
 
 class TextTable(EmbeddedTexts):

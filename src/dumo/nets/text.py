@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.encoders.tokens import NUM_BYTE_IDS, SPACE_ID, ByteTokenizer
+from dumo.encoders.tokens import NUM_BYTE_IDS, SPACE_ID, ByteTokenizer, warn_of_cuts
 from dumo.encoders.transformers_library import import_transformers
 from dumo.flow import dropout
 from dumo.io.table import FILE
@@ -100,9 +100,14 @@ class TokenTexts(Texts):
         return mask & kept_words.gather(1, _word_of_token(ids)) | is_last
 
     def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
-        """Add the ids of texts, and return the row of the first. Raises UserError as `ByteTokenizer.open`."""
+        """Add the ids of texts, and return the row of the first. Warns where texts are cut.
+
+        Raises UserError as `ByteTokenizer.open`.
+        """
         first_row = len(self.ids)
-        ids, mask = self.tokenizer.open()(texts)
+        tokenizer = self.tokenizer.open()
+        ids, mask = tokenizer(texts)
+        warn_of_cuts(tokenizer.cut_texts(texts), tokenizer.length)
         self.ids = torch.cat([self.ids, ids.to(self.ids)])
         self.mask = torch.cat([self.mask, mask.to(self.mask)])
         return first_row

@@ -43,6 +43,7 @@ from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
+from dumo.nets.textfamily import has_embeddings
 from dumo.plan import plan
 from dumo.plan.host import host_bytes
 from dumo.run import cost, memory
@@ -107,7 +108,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     flops = units * cost.forward_flops(net, objective, shape) * train.steps * train.batch
     held = memory.held_bytes(net, train)
     step = count_step(outline(spec), objective, path, shape, train, ranks)
-    parts = {**step.memory, "encoders": plan.encoder_bytes(spec.net, spec.data.classes)}
+    parts = step.memory | plan.text_bytes(spec.net, spec.data.classes)
     peak = sum(parts.values())
     checkpoint = memory.checkpoint_bytes(net, held, ranks)
     bytes_by_device = host_bytes(
@@ -331,7 +332,7 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = ignor
 
 
 def _untried_settings(spec: Run) -> Iterator[str]:
-    """Yield what takes less memory, too, but changes what is trained, so that a user is to choose it."""
+    """Yield what takes less memory, too, but changes what is trained, or its speed, so that a user is to choose it."""
     if spec.net.lora and spec.net.lora.rank > 1:
         yield f"net.lora.rank below {spec.net.lora.rank}"
     if spec.train.optimizer.kind != "adamw8bit":
@@ -340,6 +341,8 @@ def _untried_settings(spec: Run) -> Iterator[str]:
         yield "train.weights=bfloat16 (with adamw8bit and train.precision=bf16)"
     if spec.train.ema:
         yield "train.ema=[]"
+    if has_embeddings(spec.net.texts) and not spec.net.texts.is_mapped(spec.data.classes):
+        yield "net.texts.memory=0 (captions stay on the host)"
 
 
 class _LayoutTrials:
@@ -354,7 +357,7 @@ class _LayoutTrials:
         self.peaks: dict[str, int] = {}  # bytes, by the name of the layout
         self.counted: set[str] = set()  # names of layouts whose whole step was counted; other peaks are lower bounds
         self.held_by_lora: dict[str, HeldBytes] = {}  # layouts differ in the bits of the base under a LoRA
-        self.encoders = plan.encoder_bytes(spec.net, spec.data.classes)
+        self.texts = sum(plan.text_bytes(spec.net, spec.data.classes).values())  # bytes, the same in all layouts
 
     def fits(self, fields: Fields) -> bool:
         """Whether the layout with these fields set keeps within the limit. A step is counted once, where it might."""
@@ -364,11 +367,11 @@ class _LayoutTrials:
             lora = str(run.net.lora)
             if lora not in self.held_by_lora:
                 self.held_by_lora[lora] = memory.held_bytes(outline(run), run.train)
-            self.peaks[name] = _least_bytes(run.train, self.ranks, self.held_by_lora[lora]) + self.encoders
+            self.peaks[name] = _least_bytes(run.train, self.ranks, self.held_by_lora[lora]) + self.texts
             if self.peaks[name] <= self.limit:
                 self.counted.add(name)
                 step = count_step(outline(run), run.objective, run.path, run.data.shape, run.train, self.ranks)
-                self.peaks[name] = sum(step.memory.values()) + self.encoders
+                self.peaks[name] = sum(step.memory.values()) + self.texts
             self.tell(f"{name}: {self._peak_text(name)}")
         return self.peaks[name] <= self.limit
 

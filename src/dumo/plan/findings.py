@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dumo.autodiff.dual import pair, primal, tangent
 from dumo.config.conditions import Conditions
+from dumo.config.encodecommand import encode_texts_command, naming_encode_command
 from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.encoders.texttable import EncodedTexts
@@ -105,9 +106,12 @@ def text_findings(net: Net, data: Data, seed: int) -> list[Finding]:
     if texts.is_online(data.classes):
         return [Finding("texts", "ok", "encoded in training, without a table")]
     if isinstance(drawn_if_missing(texts), DrawnTexts):
-        return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE makes the table that the net reads")]
+        way = f"make the table that the net reads, {encode_texts_command(data, texts)}"
+        return [Finding("texts", "warning", "not encoded yet", way)]
     try:
-        separability = _measure_table(texts.open_table(data.classes), data, seed)
+        with naming_encode_command(data, texts):
+            table = texts.open_table(data.classes)
+        separability = _measure_table(table, data, seed)
     except UserError as error:
         return [Finding("texts", "failing", "not there, or not those of this run", str(error))]
     if separability is None:

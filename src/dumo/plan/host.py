@@ -18,8 +18,8 @@ rank holds its share of the weights w, of the gradients, of the optimizer's memo
 On a GPU the training lies in the GPU's memory. The host then takes the largest tensor and the copy of a checkpoint.
 PROCESS is on top: Python, torch, diffusers, peft. A mapped base counts as if it were read.
 
-Not counted: rows of texts (`net.texts.memory`), images in memory (`data.memory`), a milestone, which rank 0 writes in
-one piece, and the activations of an examination, of two rows.
+Not counted: rows of texts that stay on the host (`net.texts.memory`), images in memory (`data.memory`), a milestone,
+which rank 0 writes in one piece, and the activations of an examination, of two rows.
 """
 
 from torch import nn

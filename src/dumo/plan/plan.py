@@ -2,7 +2,7 @@
 
 `show` counts what a run is (`RunFacts`), `plan` that and what it takes; both are what --json prints. `lines`,
 `rank_lines` and `rehearsal_lines` say facts in lines: of a plan, of a plan for ranks (`dumo.plan.cluster`), and of a
-rehearsal (`dumo.plan.rehearsal`). `most_rows`, `encoder_bytes`, `validation` and `far_share` are single facts that
+rehearsal (`dumo.plan.rehearsal`). `most_rows`, `text_bytes`, `validation` and `far_share` are single facts that
 others need.
 
 Of memory (`dumo.run.memory`) the sum is an upper bound: weights, gradients, optimizer and averages stay, and on top
@@ -123,10 +123,9 @@ def plan(spec: Run) -> dict[str, Any]:
     training = memory.training_bytes(net, spec.objective, spec.path, shape, train, rows)
     total = training.total
     parts = training.parts
-    encoders = encoder_bytes(spec.net, spec.data.classes)
-    if encoders:
-        parts["encoders"] = encoders
-        total += encoders
+    bytes_by_text_part = text_bytes(spec.net, spec.data.classes)
+    parts |= bytes_by_text_part
+    total += sum(bytes_by_text_part.values())
     checkpoint = memory.checkpoint_bytes(net, training.held)
     bytes_by_device = host_bytes(
         net,
@@ -258,15 +257,19 @@ def _text_rows(texts: EmbeddedTexts, data: Data) -> dict[str, Any]:
     }
 
 
-def encoder_bytes(net: Net, captions: int) -> int:
-    """The bytes of the encoders that each rank holds, if this number of captions is encoded in training.
+def text_bytes(net: Net, captions: int) -> dict[str, int]:
+    """The bytes that texts take on each rank and the net's outline does not have, by part; without parts of 0.
 
-    0 where none are held, or it is not known.
+    - `encoders`: of the encoders, if this number of captions is encoded in training, and their size is known
+    - `texts`: of rows on the device, at most, if the number of captions is not known yet, 0; else the outline has them
     """
     texts = net.texts
-    if not (isinstance(texts, PipelineTexts) and texts.is_online(captions)):
-        return 0
-    return texts.encoder_bytes or 0
+    parts: dict[str, int] = {}
+    if isinstance(texts, PipelineTexts) and texts.is_online(captions) and texts.encoder_bytes:
+        parts["encoders"] = texts.encoder_bytes
+    if isinstance(texts, EmbeddedTexts) and not captions and not texts.is_mapped(captions):
+        parts["texts"] = int(texts.memory * GB)
+    return parts
 
 
 def missing_data(data: Data) -> str | None:

@@ -75,7 +75,7 @@ class _GenEval(Layout):
     def require_fit(self, prompts: Sequence[Prompt], source: Path) -> None:
         """Raise UserError unless `source` is a .jsonl, each line of which has a tag."""
         fix = "give GenEval's prompts/evaluation_metadata.jsonl"
-        if source.suffix != ".jsonl":
+        if source.suffix.lower() != ".jsonl":
             raise UserError(f"{source}: is no .jsonl: {fix}")
         for number, prompt in enumerate(prompts, 1):
             if not isinstance(json.loads(prompt.line).get("tag"), str):

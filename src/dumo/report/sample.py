@@ -262,8 +262,8 @@ def write_samples(
     """Write samples x (n, *pixels) of the conditions c (n,) as one file or folder, and return its path.
 
     `stem` is the path without its ending, `form` one of FORMS. `names` are those of the conditions, if not those of the
-    data. Next to single images of captions lies a table of them, which `data.images.captions` reads. Points are drawn
-    before some of the data, chosen by `seed`.
+    data. Next to single images of captions lies a table of them, blank for no caption, which `data.images.captions`
+    reads. Points are drawn before some of the data, chosen by `seed`.
     """
     are_points = len(shown_data(data).shape) == 1
     conditions = Conditions(data)
@@ -271,7 +271,8 @@ def write_samples(
         case "images":
             picture.write_singles(stem, picture.to_rows(x))
             if names and conditions.captions:
-                _write_captions(stem, names)
+                captions = ["" if k == conditions.count else name for k, name in zip(c.tolist(), names, strict=True)]
+                _write_captions(stem, captions)
             return stem
         case "npz":
             path = stem.with_name(f"{stem.name}.npz")

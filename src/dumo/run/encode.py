@@ -35,7 +35,7 @@ from dumo.io.guard import locked
 from dumo.io.read import brief
 from dumo.io.table import MakeResult, TableIndex
 from dumo.nets import Net
-from dumo.nets.table import PipelineTexts, TableTexts
+from dumo.nets.table import EmbeddedTexts, PipelineTexts, TableTexts
 from dumo.nets.text import LearnedTexts
 from dumo.run.prompt import open_source_images
 from dumo.run.resolve import data_with_facts, resolve
@@ -105,7 +105,7 @@ def encoding_work(
 
     `text` is that of the recipe or run, where it has been read.
     Raises UserError where the recipe trains on neither latents nor a table of texts, an option is missing, or the
-    pipeline lacks a text encoder.
+    text encoder or its tokenizer is missing.
     """
     settings = [*options_as_settings(out, codec, side, count), *overrides]
     if choose(source).kind == "images":
@@ -142,8 +142,10 @@ def _work_of_recipe(source: str, text: RunText | None, settings: Sequence[str]) 
             f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
             "nothing to encode"
         )
-    if isinstance(texts, PipelineTexts):
-        texts.pipeline.require_text_files()  # now, as images may take hours, and captions come after them
+    if isinstance(texts, EmbeddedTexts):  # now, as images may take hours, and captions come after them
+        if isinstance(texts, PipelineTexts):
+            texts.pipeline.require_text_files()
+        texts.reader_spec.require_tokenizers()
     return EncodingWork(run.data, texts)
 
 

@@ -25,7 +25,7 @@ from dumo.config.check import check
 from dumo.config.code import codes_of
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.difference import differences
-from dumo.config.encodecommand import encode_command
+from dumo.config.encodecommand import encode_command, encode_texts_command
 from dumo.config.load import load, parse
 from dumo.config.need import ways_to_captions
 from dumo.config.source import CODE_KEY, RUN_FILE, TYPED_KEY
@@ -211,7 +211,8 @@ def _require_captions(data: Data, texts: "TableTexts") -> None:
     if table_digest not in (None, data_digest):
         raise UserError(
             f"net.texts.root: {texts.folder} is of other captions (digest {table_digest}) than the data's "
-            f"({data_digest}): encode these into another folder, dumo encode RECIPE --set net.texts.root=DIR"
+            f"({data_digest}): encode these into another folder, "
+            f"{encode_texts_command(data, texts, in_other_folder=True)}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The command that makes a cache, typed, makes that cache."""
+"""The command that makes a cache or a table of texts, typed, makes that one."""
 
 import shlex
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from dumo.config import recipes
-from dumo.config.encodecommand import encode_command
+from dumo.config.encodecommand import encode_command, encode_texts_command
 from dumo.config.load import load_recipe
 from dumo.config.source import parse_recipe
 from dumo.data import Latents, is_latents
+from dumo.nets.textfamily import has_table
 from dumo.run.encode import encoding_work
 from unit.data.animals import as_folder
 
@@ -87,3 +88,28 @@ def test_it_names_the_pipeline() -> None:
     assert encode_command(with_pipeline(latents("sdxl-lora"), "/sdxl")) == command
     assert encode_command(with_pipeline(latents("personal"), "/sd3")) == "dumo encode personal"
     assert encode_command(latents("sd3-lora", "data.root=elsewhere")) == "dumo encode"
+
+
+def test_a_table_of_texts_is_made_by_the_recipe_and_what_differs_from_it() -> None:
+    changes = ["net.texts.root=my texts", "net.texts.encoder.length=77", "net.texts.width=768", "net.texts.memory=0"]
+    plain, changed = load_recipe("text-256"), load_recipe("text-256", changes)
+    assert has_table(plain.net.texts)
+    assert has_table(changed.net.texts)
+    assert encode_texts_command(plain.data, plain.net.texts) == "dumo encode text-256"
+    words, settings = typed(encode_texts_command(changed.data, changed.net.texts))
+    assert words == ["dumo", "encode", "text-256"]
+    assert load_recipe("text-256", [*settings, "net.texts.memory=0"]).net.texts == changed.net.texts
+    elsewhere = encode_texts_command(plain.data, plain.net.texts, in_other_folder=True)
+    assert elsewhere == "dumo encode text-256 --set net.texts.root=DIR"
+    tuned = load_recipe("sd3-lora")
+    assert has_table(tuned.net.texts)
+    assert encode_texts_command(tuned.data, tuned.net.texts) == "dumo encode sd3-lora --set 'pipeline=$PRETRAINED'"
+
+
+def test_a_table_of_no_recipes_texts_is_made_by_the_settings_that_are_there() -> None:
+    pixels, texts = load_recipe("digits").data, load_recipe("text-256").net.texts
+    assert has_table(texts)
+    assert encode_texts_command(pixels, texts) == "dumo encode with this recipe and its settings"
+    assert encode_texts_command(load_recipe("sd3-lora").data, texts, in_other_folder=True) == (
+        "dumo encode with this recipe and its settings, and --set net.texts.root=DIR"
+    )

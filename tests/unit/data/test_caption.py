@@ -1,11 +1,14 @@
 """Captions in the place of classes: numbered as they say, drawn evenly, and never one that is held out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
 
 from dumo.config.load import load
 from dumo.data import Digits
+from dumo.data.cache import dump_captions, read_captions
 from dumo.data.caption import Templates
 from dumo.data.toy import DIGIT_NAMES
 from dumo.encoders.caption import Captions
@@ -90,15 +93,23 @@ def test_none_held_out_is_a_line() -> None:
 
 # --- those of each image
 
-WRITTEN = [["a cat", "an animal"], ["a dog", "an animal"], [], ["  "], [" a cat "]]
+WRITTEN = [["a cat", "an animal"], ["a dog", "an animal"], [], ["  "], [" a cat ", ""]]
 
 
-def test_a_text_has_one_number_and_nothing_or_blanks_are_no_caption() -> None:
+def test_a_text_has_one_number_and_blanks_count_where_there_is_no_text() -> None:
     captions = Captions.from_images(WRITTEN)
     assert captions.texts == ("a cat", "an animal", "a dog")
     assert captions.ids.tolist() == [0, 1, 2, 1, 3, 3, 0]
     assert captions.counts.tolist() == [2, 2, 1, 1, 1]
     assert captions.first_of(torch.tensor([1, 2, 3, 4, 0])).tolist() == [2, 3, 3, 0, 0]
+
+
+def test_a_cache_gives_the_numbers_of_the_images_captions(tmp_path: Path) -> None:
+    captions = Captions.from_images(WRITTEN)
+    (tmp_path / "captions.jsonl").write_bytes(dump_captions(captions))
+    cached = read_captions(tmp_path / "captions.jsonl")
+    assert torch.equal(cached.ids, captions.ids)
+    assert torch.equal(cached.ends, captions.ends)
 
 
 def test_an_image_gets_each_of_its_captions_equally_often_and_no_other() -> None:

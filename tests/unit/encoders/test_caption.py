@@ -29,3 +29,14 @@ def test_what_is_no_prompt_is_refused_with_its_line(tmp_path: Path, line: str, t
     (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a cat"}}\n{line}\n')
     with pytest.raises(UserError, match=f"a.jsonl line 2 .*{told}"):
         read_prompts(tmp_path / "a.jsonl")
+
+
+def test_a_table_is_refused_and_endings_are_read_in_either_case(tmp_path: Path) -> None:
+    for name in ("a.json", "a.csv", "a.tsv", "a.PARQUET"):
+        (tmp_path / name).write_text("prompt\na cat\n")
+        with pytest.raises(UserError, match=f"{name} is no file of prompts: give a .txt"):
+            read_prompts(tmp_path / name)
+    (tmp_path / "a.JSONL").write_text('{"prompt": "a dog"}\n')
+    (tmp_path / "b.TXT").write_text("a cat\n")
+    assert [prompt.text for prompt in read_prompts(tmp_path / "a.JSONL")] == ["a dog"]
+    assert [prompt.text for prompt in read_prompts(tmp_path)] == ["a cat"]

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import io
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tiers import tiered
 pytestmark = [  # diffusers', of its own code
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.* captions are cut:UserWarning"),  # LONG
 ]
 SHORT, LONG = (
     "a red fox in the snow",
@@ -227,3 +230,28 @@ def test_a_change_of_an_encoder_changes_the_hash(place: Path, tmp_path: Path) ->
     assert before == pipeline.texts_hash()
     (tmp_path / "sd3" / "tokenizer_2" / "tokenizer_config.json").write_text("{}")
     assert copied.texts_hash() != before
+
+
+def test_texts_that_all_tokenizers_cut_are_counted_and_nothing_else_is_shown(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = texts(saved(place, "SD3"), tmp_path / "texts")
+    shown = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("diffusers").handlers[0], "stream", shown)
+    middle = "a fox, " * 20  # more than CLIP reads, less than T5
+    with pytest.warns(UserWarning, match="captions are cut") as warned:
+        encode([SHORT, middle, LONG], spec.reader_spec, spec.folder)
+    cuts = [str(warning.message) for warning in warned if warning.category is UserWarning]
+    assert cuts == ["1 of 3 captions are cut where the pipeline cuts texts: write shorter ones"]
+    assert shown.getvalue() == ""
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named_before_images_are_encoded(place: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copied = Pipeline(source=str(shutil.copytree(saved(place, "SD3").folder, tmp_path / "sd3")))
+    spec = texts(copied, tmp_path / "texts").reader_spec
+    spec.require_tokenizers()
+    (tmp_path / "sd3" / "tokenizer_2" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="has no tokenizer_2 that transformers can load"):
+        spec.require_tokenizers()

@@ -16,6 +16,7 @@ import encoders
 from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import encode, open_table
 from dumo.encoders.tokens import ByteTokenizer
+from dumo.io import hub
 from dumo.types import UserError
 from unit.encoders.toy import contents
 
@@ -58,14 +59,35 @@ def test_the_first_tokens_of_a_template_are_left_out(t5: Path) -> None:
     rest = TextEncoder(source=str(t5), template="say: {}!", skip=5).open()(TEXTS)
     assert torch.equal(rest.tokens, whole.tokens[:, 5:])
     assert rest.mask.sum(1).tolist() == [len(text) + 2 for text in TEXTS]
-    with pytest.raises(UserError, match="skip=7 leaves nothing"):
-        TextEncoder(source=str(t5), template="say: {}!", skip=7).open()(TEXTS)
+    for pad in (False, True):
+        with pytest.raises(UserError, match="skip=7 cuts tokens of the text: 5 stand before it"):
+            TextEncoder(source=str(t5), template="say: {}!", skip=7, pad=pad).open()
 
 
-def test_a_long_text_is_cut_with_a_warning(t5: Path) -> None:
-    read = TextEncoder(source=str(t5), length=10).open()
-    with pytest.warns(UserWarning, match="'a blue car of a cat': more than 10 tokens, and cut there"):
-        assert int(read(TEXTS).mask[2].sum()) == 10
+def test_a_tokenizer_without_special_tokens_needs_words_around_a_text(tmp_path: Path) -> None:
+    folder = encoders.clip(tmp_path / "clip")
+    file = folder.with_name("tokenizer") / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["post_processor"] = None
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"set net\.texts\.encoder\.template with words around {}"):
+        TextEncoder(source=str(folder), length=12).open()(TEXTS)
+    with pytest.raises(UserError, match="skip=2 leaves nothing of a short text"):
+        TextEncoder(source=str(folder), length=12, template="photo of {}", skip=2).open()(TEXTS)
+    around = TextEncoder(source=str(folder), length=12, template="photo of {} cat", skip=2).open()(TEXTS)
+    assert around.mask.sum(1).tolist() == [4, 1, 7]
+
+
+def test_long_texts_are_cut_and_a_table_says_once_how_many(t5: Path, tmp_path: Path) -> None:
+    spec = TextEncoder(source=str(t5), length=10)
+    embeddings = spec.open()(TEXTS)
+    assert int(embeddings.mask[2].sum()) == 10
+    assert embeddings.cut_texts == (TEXTS[2],)
+    with pytest.warns(UserWarning, match="captions are cut") as warned:
+        encode(CAPTIONS, spec, tmp_path / "table", batch=1)
+    assert [str(warning.message) for warning in warned] == [
+        "4 of 7 captions are cut at 10 tokens: raise net.texts.encoder.length"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +127,16 @@ def test_what_an_encoder_lacks_is_refused(t5: Path) -> None:
         TextEncoder(source=str(t5 / "nowhere")).open()
     with pytest.raises(ValueError, match=r"holds \{\} once"):
         TextEncoder(source=str(t5), template="a text")
+
+
+def test_a_name_on_the_hub_is_answered_by_the_command_that_fetches_it() -> None:
+    alone = r"hf download openai/clip --include '\*\.json' .*--include merges\.txt .* --local-dir clip$"
+    with pytest.raises(UserError, match=alone):
+        TextEncoder(source="openai/clip").find_folder()
+    repository = str(hub.published_config("qwen-image")["_name_or_path"])
+    within = rf"hf download {repository} --include 'text_encoder/\*\.json' .*'tokenizer/\*'"
+    with pytest.raises(UserError, match=within):
+        TextEncoder(source=repository).find_folder()
 
 
 # --- a table

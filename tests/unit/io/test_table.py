@@ -25,7 +25,7 @@ def test_entries_before_a_row_are_counted_in_the_type_of_the_lengths(tmp_path: P
     columns = {"lengths": Column(dtype=dtype), "x": Column(dtype="float32", lengths="lengths")}
     index = TableIndex(columns=columns, rows=len(LENGTHS), shard_rows=len(LENGTHS))
     assert table.make_shards(tmp_path, index, make_shard).missing == 0
-    finished = ShardTable(tmp_path, table.read_finished_index(tmp_path, TableIndex, "is no table"))
+    finished = ShardTable(tmp_path, table.read_finished_index(tmp_path, TableIndex, UserError("is no table")))
     assert finished.take(torch.tensor([4, 1]), "x").tolist() == [70_301, 300]
 
 
@@ -35,7 +35,7 @@ def test_the_hash_of_the_source_keeps_its_key_in_the_files(tmp_path: Path) -> No
         tmp_path, index, lambda *_: {"x": torch.zeros(1, dtype=torch.uint8)}, source_hash=lambda number: f"h{number}"
     )
     assert '"of": "h0"' in (tmp_path / table.FILE).read_text()
-    (shard,) = table.read_finished_index(tmp_path, TableIndex, "is no table").shards
+    (shard,) = table.read_finished_index(tmp_path, TableIndex, UserError("is no table")).shards
     assert shard.source_hash == "h0"
 
 

@@ -1,11 +1,18 @@
 """Laws of rows of text by number."""
 
+import copy
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import encoders
+from dumo.encoders.text import EncoderModel, TextEncoder
+from dumo.encoders.texttable import encode
 from dumo.nets.rows import Rows, TextRows
+from dumo.nets.table import TextTable
 from dumo.types import UserError
 
 
@@ -19,7 +26,7 @@ def test_a_caption_edits_its_own_image() -> None:
     assert Rows(torch.zeros(4, 5, 8), None, None).sources(c) is None
 
 
-def read_words(texts: Sequence[str]) -> TextRows:
+def read_words(texts: Sequence[str], device: torch.device) -> TextRows:
     """A token of ones for each word, padded to the longest text."""
     lengths = torch.tensor([len(text.split()) for text in texts])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -27,7 +34,7 @@ def read_words(texts: Sequence[str]) -> TextRows:
 
 
 def test_rows_are_as_short_again_once_a_long_prompt_is_forgotten() -> None:
-    rows = Rows(torch.ones(3, 2, 4), torch.ones(3, 2, dtype=torch.bool), None, lambda _: read_words)
+    rows = Rows(torch.ones(3, 2, 4), torch.ones(3, 2, dtype=torch.bool), None, read_words)
     first = rows.append(["a", "a long prompt of six words", "one of four words"])
     assert rows(torch.tensor([first]))[0].shape == (1, 6, 4)
     rows.keep(first, [first, first + 2])
@@ -40,7 +47,7 @@ def test_rows_are_as_short_again_once_a_long_prompt_is_forgotten() -> None:
 
 def test_every_prompt_edits_an_image_or_none_does() -> None:
     source = torch.zeros(3, 2, 3, 3)
-    editing = Rows(torch.ones(3, 2, 4), None, None, lambda _: read_words, source)
+    editing = Rows(torch.ones(3, 2, 4), None, None, read_words, source)
     with pytest.raises(UserError, match="give an image for each prompt"):
         editing.append(["a"])
     first = editing.append(["a"], source[:1] + 1)
@@ -48,14 +55,45 @@ def test_every_prompt_edits_an_image_or_none_does() -> None:
     assert edited is not None
     assert edited.eq(1).all()
     with pytest.raises(UserError, match="leave the images out"):
-        Rows(torch.ones(3, 2, 4), None, None, lambda _: read_words).append(["a"], source[:1])
+        Rows(torch.ones(3, 2, 4), None, None, read_words).append(["a"], source[:1])
 
 
 def test_without_a_mask_of_a_prompt_all_its_tokens_are_there() -> None:
-    def read_unmasked(texts: Sequence[str]) -> TextRows:
-        tokens, _, _ = read_words(texts)
+    def read_unmasked(texts: Sequence[str], device: torch.device) -> TextRows:
+        tokens, _, _ = read_words(texts, device)
         return tokens, None, None
 
-    rows = Rows(torch.ones(3, 2, 4), torch.ones(3, 2, dtype=torch.bool), None, lambda _: read_unmasked)
+    rows = Rows(torch.ones(3, 2, 4), torch.ones(3, 2, dtype=torch.bool), None, read_unmasked)
     first = rows.append(["three words here"])
     assert rows.lengths(torch.tensor([0, first])) == (2, 3)
+
+
+@pytest.mark.parametrize("memory", [4, 0], ids=["in memory", "on the disk"])
+def test_prompts_are_encoded_some_at_a_time_by_an_encoder_that_stays_open(
+    memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = TextEncoder(source=str(encoders.t5(tmp_path / "t5")), length=24, dtype="float32")
+    encode(["a red car", "a cat"], encoder, tmp_path / "texts")
+    spec = TextTable(root=str(tmp_path / "texts"), encoder=encoder, width=encoders.WIDTH, memory=memory)
+    rows = spec.build(2)
+    batch_sizes: list[int] = []
+    open_encoder = TextEncoder.open
+
+    def open_counted(spec: TextEncoder, device: torch.device | str = "cpu") -> EncoderModel:
+        opened = open_encoder(spec, device)
+
+        def count(module: torch.nn.Module, args: object, inputs: dict[str, Any]) -> None:
+            batch_sizes.append(len(inputs["input_ids"]))
+
+        opened.model.register_forward_pre_hook(count, with_kwargs=True)
+        batch_sizes.append(0)
+        return opened
+
+    monkeypatch.setattr(TextEncoder, "open", open_counted)
+    prompts = [f"{n} red cats" for n in range(100)]
+    first = rows.append(prompts)
+    assert batch_sizes == [0, 32, 32, 32, 4]
+    again = [copy.deepcopy(rows).append([prompts[0]]), *(rows.append([prompt]) for prompt in prompts[::33])]
+    assert batch_sizes[5:] == [1] * 5  # without opening it again
+    for number, prompt_number in zip(range(first, first + 100, 33), again[1:], strict=True):
+        torch.testing.assert_close(rows(torch.tensor([number]))[0], rows(torch.tensor([prompt_number]))[0])

@@ -1,5 +1,6 @@
 """A plan for ranks says what those ranks would hold and send, and is made by one process."""
 
+import re
 from dataclasses import asdict
 
 import pytest
@@ -207,3 +208,11 @@ def test_where_none_fits_all_are_tried_in_order() -> None:
     reshard = f"{share} train.reshard=true"
     ways = [checkpoint, share, f"{checkpoint} {share}", reshard, f"{checkpoint} {reshard}"]
     assert layouts == ["as it is", "train.micro_batch=8", *ways]
+
+
+def test_captions_may_stay_on_the_host() -> None:
+    """Which is said, and not tried."""
+    words = ["net.width=16", "net.depth=1", "net.attention=2"]
+    for on_device, hint in (("1", "net.texts.memory=0 (captions stay on the host)"), ("0", "train.ema=[]")):
+        with pytest.raises(UserError, match=rf"{re.escape(hint)}$"):
+            cluster.fit(load("text-256", [*words, f"net.texts.memory={on_device}"]), 1, 1024)

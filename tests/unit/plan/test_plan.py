@@ -135,6 +135,15 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert dict(lines(facts)).keys() >= {"parameters", "memory", "data"}
 
 
+def test_captions_that_are_not_known_yet_count_as_what_may_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "activation_bytes", lambda *_, **__: 0)
+    monkeypatch.setattr(cost, "step_cost", cost_of_one_pass)
+    on_device, on_host = (plan(load("text-256", [*TINY, f"net.texts.memory={gb}"]))["memory"] for gb in (1.5, 0))
+    assert on_device.pop("texts") == 1.5e9
+    assert on_device.pop("total") == on_host.pop("total") + 1.5e9
+    assert on_device == on_host
+
+
 @pytest.mark.nightly
 def test_what_validation_adds_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "step_cost", lambda *_, **__: cost.StepCost(units=5.0, flops=10.0, pass_flops=2.0))

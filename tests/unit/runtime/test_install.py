@@ -23,9 +23,11 @@ def test_the_line_runs_as_it_is_typed(extra: str) -> None:
 def test_the_line_is_for_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.shutil, "which", lambda name: None)  # another environment is active
     python = shlex.quote(sys.executable)
-    assert runtime.install_command("text").startswith(f"{python} -m pip install 'transformers<")
+    assert runtime.install_command("text").startswith(f"{python} -m pip install ")
     monkeypatch.setattr(runtime, "installed_version", lambda name: None)
-    assert runtime.install_command("text").startswith(f"uv pip install --python {python} 'transformers<")
+    command = runtime.install_command("text")
+    assert command.startswith(f"uv pip install --python {python} ")
+    assert "'transformers<" in command
 
 
 def test_a_version_that_an_extra_does_not_allow_is_as_one_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
