@@ -56,7 +56,7 @@ def reproduce(
         Path | None,
         typer.Option("--out", parser=parse_folder, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each with its share of the cores.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, which share cores and GPUs.")] = 1,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

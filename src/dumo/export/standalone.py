@@ -100,8 +100,9 @@ def _require_known_run(sampler: Sampler, spec: DiT | UNet) -> None:
     fix = "which the exported code does not know: sample it by dumo sample"
     needs = sampler.flow.objective.needs
     guide = sampler.spec.guide
-    if spec.precondition == "data":
-        raise UserError(f"net.precondition is data, {fix}")
+    known_preconditions = ("none", "edm") if isinstance(spec, DiT) else ("none",)
+    if spec.precondition not in known_preconditions:
+        raise UserError(f"net.precondition is {spec.precondition}, {fix}")
     for name in needs.names:
         if name not in _KNOWN_TIMES:
             raise UserError(f"its net takes {name}, {fix}")

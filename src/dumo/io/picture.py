@@ -95,7 +95,7 @@ def sheet(
     written above the columns, or, where there are as many as images, above each image. With `clear`, and no titles,
     gaps and empty cells are transparent, for a page may be dark.
     """
-    scale = scale or -(-MIN_READABLE_HEIGHT // pixels.shape[1])
+    scale = scale or readable_scale(pixels.shape[1])
     cells = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     if clear:
         opaque = torch.full_like(cells[..., :1], 255)
@@ -112,6 +112,11 @@ def sheet(
             space = head.new_full((gap, *head.shape[1:]), 255)
             page = torch.cat([head, space, _tiled(cells, columns, gap)])
     return Image.fromarray(page.numpy())
+
+
+def readable_scale(height: int) -> int:
+    """The least scale at which an image of this height is readable."""
+    return -(-MIN_READABLE_HEIGHT // height)
 
 
 def _tiled(
@@ -268,8 +273,12 @@ def with_column_names(picture: Image.Image, names: Sequence[str]) -> Image.Image
 
 
 def named_blocks(blocks: Mapping[str, Image.Image], across: int = 3, note: str = "") -> Image.Image:
-    """Pictures of one size on white, `across` to a row, the name of each above it; a note below them all."""
-    width, height = next(iter(blocks.values())).size
+    """Pictures on white, `across` to a row, the name of each above it; a note below them all.
+
+    Each has room for the largest picture.
+    """
+    width = max(picture.width for picture in blocks.values())
+    height = max(picture.height for picture in blocks.values())
     font_size = max(22, width // 30)
     name_font = font(font_size)
     top = font_size * (2 + max(name.count("\n") for name in blocks))

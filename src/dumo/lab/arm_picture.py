@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from PIL import Image
 
 from dumo.config.word import MERITS, word
@@ -10,6 +11,8 @@ from dumo.lab.cell import Result, Row
 from dumo.lab.table import group_by_arm, leading_score, main_score
 from dumo.report import chart, score
 from dumo.runtime.text import nfe_text
+
+_COLUMNS = 10  # of a sheet of samples: ours
 
 
 def ranking_chart(title: str, rows: Sequence[Row]) -> Image.Image:
@@ -29,7 +32,7 @@ def ranking_chart(title: str, rows: Sequence[Row]) -> Image.Image:
 def sample_sheets(results: Sequence[Result]) -> Image.Image:
     """A sheet of samples per arm, below its score, the best arm first.
 
-    Samples are of the arm's first seed in its fewest passes, two of each class.
+    Samples are of the arm's first seed in its fewest passes, two of each class, or of ten of the classes.
     """
     lead = leading_score(score.score_names(results[0].report["results"][0]))
     sheets: list[tuple[float, str, Image.Image]] = []  # score, title, picture
@@ -45,11 +48,12 @@ def sample_sheets(results: Sequence[Result]) -> Image.Image:
 
 
 def _sheet(result: Result) -> Image.Image:
-    """Two rows of samples in the fewest passes: a class to a column, with its name; at least ten columns."""
+    """Two rows of samples in the fewest passes: a class to a column, with its name. Of many classes every n-th one."""
     run = result.trained.run
     nfe = result.report["card"]["nfe"][0]  # as asked for: the passes of a row count those of guidance, too
-    columns = max(run.data.labels, 10)
-    c = run.conditions.in_turn(columns)
+    num_classes = max(run.data.labels, 1)
+    labels = torch.arange(_COLUMNS) * max(num_classes, _COLUMNS) // _COLUMNS % num_classes
+    c = run.conditions.of_labels(labels)
     samples = result.trained.sampler.sample(c.repeat(2), nfe=nfe)
     names = [run.conditions.name(k) for k in c.tolist()[: run.data.labels]]
-    return picture.with_column_names(picture.sheet(picture.to_rows(samples.x), columns), names)
+    return picture.with_column_names(picture.sheet(picture.to_rows(samples.x), _COLUMNS), names)

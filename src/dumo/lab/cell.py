@@ -3,7 +3,7 @@
 A finished cell is not run again, a stopped one resumes, one with another recipe starts anew. A cell may begin from
 another cell of its plan, or be taught by one: then its spec has the other's name in place of a folder.
 
-`finish_all` makes all cells of a plan, in rounds. In each round it
+`finish_all` makes all cells of a plan, if all can be judged, in rounds. In each round it
 
 1. takes the cells whose sources are done (`sources`), and puts folders in place of names (`with_folders`);
 2. makes the caches and tables of tokens that several cells read;
@@ -21,6 +21,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dumo.config.source import RUN_FILE, read_file
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import Pipeline
@@ -34,6 +36,7 @@ from dumo.report import compare
 from dumo.report.evaluate import current_report, evaluate
 from dumo.report.sheet import Sheets
 from dumo.run import encode
+from dumo.run.judge import missing_to_judge
 from dumo.run.resolve import resolve
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
@@ -69,9 +72,15 @@ class CellsDiverged(Diverged):
 def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Result]:
     """Train and measure all cells, `jobs` at a time, each in a process of its own with its share of the cores.
 
-    A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does, and
-    for cells of one protocol and fold that were not measured alike; CellsDiverged, once the others are finished.
+    A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does,
+    before any work for a cell that could not be judged, and for cells of one protocol and fold that were not measured
+    alike; CellsDiverged, once the others are finished.
     """
+    for cell in cells:
+        missing = missing_to_judge(cell.spec, num_images=None)  # images are not opened for it
+        if missing:
+            protocol = cell.spec.evaluate.protocol
+            raise UserError(f"{cell.name} cannot be judged: protocol {protocol.kind} needs {missing}")
     results_by_name: dict[str, Result] = {}
     diverged: dict[str, str] = {}  # messages by name
     names = {cell.name for cell in cells}
@@ -127,15 +136,17 @@ def _comparison_key(result: Result) -> tuple[str, str | None, int]:
 def _finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> dict[str, str]:
     """Finish cells in processes of their own. Returns messages of those that diverged, by name.
 
+    Device `auto` spreads them over all GPUs.
     Where a process is killed, the other cells are finished all the same; then `Lost` is raised, with the names of those
     that were lost.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    num_gpus = torch.cuda.device_count() if device == "auto" else 0
     lost: list[str] = []
     diverged: dict[str, str] = {}
     with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
         work = partial(finish, cells_folder=folder, device=device, bar=no_bar)
-        finished = worker.run_side_by_side(work, cells, jobs=jobs, threads=threads)
+        finished = worker.run_side_by_side(work, cells, jobs=jobs, threads=threads, num_gpus=num_gpus)
         for num_done, (cell, error) in enumerate(finished, 1):
             if isinstance(error, Lost):
                 lost.append(f"{cell.name}: {error}")

@@ -13,12 +13,12 @@ counts passes of sampling.
 `is_file_name` tells a file from the name of a plan that dumo brings. `dumo.lab.reproduce` calls the other entrances in
 this order: `read_file` reads the file as a `Plan`, the type of dumo's own plans. `require_fair` refuses runs that would
 not be compared at equal compute and by one measure, before any is trained. `paired_table` makes the table, in which
-arms are compared seed by seed (`dumo.lab.ranking`), and `with_failed_seeds` adds the seeds that it leaves out.
+arms are compared seed by seed (`dumo.lab.ranking`).
 """
 
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -245,18 +245,6 @@ def _measuring_fields(spec: Run) -> dict[str, str]:
         "data.fold": yaml_text(getattr(spec.data, "fold", 0)),
         "data.classes": yaml_text(spec.data.classes),
     }
-
-
-def with_failed_seeds(table: Sequence[Row], cells: Sequence[Cell], failed: Collection[str]) -> list[Row]:
-    """The table with a column `failed`: the seeds of each arm whose runs failed, which its means leave out.
-
-    `failed` are the names of their cells.
-    """
-    seeds_by_arm: dict[str, list[str]] = {}
-    for cell in cells:
-        if cell.name in failed:
-            seeds_by_arm.setdefault(cell.labels["objective"], []).append(str(cell.spec.train.seed))
-    return [row | {"failed": ", ".join(seeds_by_arm.get(row["objective"], []))} for row in table]
 
 
 def paired_table(plan: Plan, results: list[Result]) -> list[Row]:

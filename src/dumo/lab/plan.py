@@ -361,10 +361,13 @@ def training_settings(recipe: str, host: str) -> tuple[str, ...]:
     """The settings by which the recipe `host` trains as `recipe` does.
 
     They are the objective, the path, the preconditioning, theta^- and the solver of `recipe`. Data, net and training
-    stay the host's; so do dropped labels and guidance, if both objectives have them.
+    stay the host's; so do dropped labels and guidance, if both objectives have them. A net that cannot have the
+    preconditioning is refused as these settings are loaded.
     """
-    host_tree = load_recipe(host).model_dump(mode="json")
-    recipe_tree = load_recipe(recipe).model_dump(mode="json")
+    host_run = load_recipe(host)
+    recipe_run = load_recipe(recipe)
+    host_tree = host_run.model_dump(mode="json")
+    recipe_tree = recipe_run.model_dump(mode="json")
     objective = recipe_tree["objective"]
     for name in ("drop", "guide"):
         if name in objective and name in host_tree["objective"]:
@@ -375,9 +378,8 @@ def training_settings(recipe: str, host: str) -> tuple[str, ...]:
         "train.ref": recipe_tree["train"]["ref"],
         "sample.solver": recipe_tree["sample"]["solver"],
     }
-    precondition = recipe_tree["net"].get("precondition", "none")
-    if host_tree["net"].get("precondition", precondition) != precondition:
-        parts["net.precondition"] = precondition
+    if host_run.net.precondition != recipe_run.net.precondition:
+        parts["net.precondition"] = recipe_run.net.precondition
     return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
 
 

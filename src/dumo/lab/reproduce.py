@@ -4,7 +4,8 @@
 
 1. reads the plan, by its name or from a user's file (`dumo.lab.ownplan`), and its `View`: the functions that make and
    show its results (`VIEWS`; the default is `View()`, of a user's file `_OWN_VIEW`);
-2. runs the cells of the plan: trains and measures them (`dumo.lab.cell`), or takes the results of finished ones;
+2. runs the cells of the plan: trains and measures them (`dumo.lab.cell`), or takes the results of finished ones. Where
+   some diverge, it goes on with the others, unless the view needs all;
 3. makes the table, and writes table.md and results.json, with their origin: the command, the date, the machine, the
    commit;
 4. writes charts of the table alone (`write_charts`, which tests also call on stored tables), then pictures that need
@@ -36,7 +37,7 @@ from dumo.io.read import write_json
 from dumo.lab import arm_picture, cell, fig4b, ours, ownplan, paper
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Cell, Plan, read_plan
-from dumo.lab.table import average_by_arm, markdown
+from dumo.lab.table import average_by_arm, markdown, with_failed_seeds
 from dumo.run.speed import seconds_between
 from dumo.runtime import shell_path
 from dumo.runtime.device import choose_device, software_versions
@@ -88,12 +89,14 @@ class View:
     make_charts: Callable[[Plan, list[Row]], dict[str, Image.Image]] = _ranking_chart  # of the table, by file name
     # Writes pictures that need the trained nets into the folder; returns their paths.
     draw_pictures: Callable[[Plan, list[Result], Path], list[Path]] = _draw_samples
+    # Whether rows or pictures compare with certain cells, so that nothing can be made where one has diverged.
+    needs_all_cells: bool = False
 
 
 VIEWS = {  # by the name of the plan
-    "best": View(make_table=ours.best_table, make_charts=ours.best_charts),
-    "best-latents": View(make_table=ours.best_table, make_charts=ours.best_charts),
-    "best-pixels": View(make_table=ours.best_table, make_charts=_no_charts),
+    "best": View(make_table=ours.best_table, make_charts=ours.best_charts, needs_all_cells=True),
+    "best-latents": View(make_table=ours.best_table, make_charts=ours.best_charts, needs_all_cells=True),
+    "best-pixels": View(make_table=ours.best_table, make_charts=_no_charts, needs_all_cells=True),
     "fair": View(make_table=ours.fair_table, make_charts=ours.fair_charts),
     "fig3": View(make_table=paper.fig3_table, make_charts=_no_charts, draw_pictures=paper.fig3_draw),
     "fig4a": View(make_charts=paper.fig4a_charts),
@@ -101,12 +104,16 @@ VIEWS = {  # by the name of the plan
     "fig4c": View(make_table=paper.fig4c_table, make_charts=paper.fig4c_charts),
     "fig5": View(make_table=paper.fig5_table, make_charts=_no_charts, draw_pictures=paper.fig5_draw),
     "flow-first": View(make_charts=_no_charts),
-    "pretrained": View(make_charts=_no_charts, draw_pictures=ours.pretrained_draw),
-    "scaling": View(make_table=ours.scaling_table, make_charts=partial(ours.best_charts, passes=(1, 2, 4, 50))),
+    "pretrained": View(make_charts=_no_charts, draw_pictures=ours.pretrained_draw, needs_all_cells=True),
+    "scaling": View(
+        make_table=ours.scaling_table,
+        make_charts=partial(ours.best_charts, passes=(1, 2, 4, 50)),
+        needs_all_cells=True,
+    ),
     "two-times": View(make_charts=_no_charts),
     "unet": View(make_charts=_no_charts),
     "words": View(make_table=ours.words_table, make_charts=_no_charts, draw_pictures=ours.words_draw),
-    "zoo": View(make_table=paper.zoo_table),
+    "zoo": View(make_table=paper.zoo_table, needs_all_cells=True),
 }
 _OWN_VIEW = View(make_table=ownplan.paired_table)  # of a user's file
 
@@ -135,14 +142,14 @@ def reproduce(
     try:
         results = view.run_cells(cells, folder / "cells", jobs=jobs, device=device, bar=bar)
     except cell.CellsDiverged as error:
-        if not (is_own and error.results):  # the tables of dumo's plans take all cells
+        if view.needs_all_cells or not error.results:
             raise
         results = error.results
         failed = error.messages
 
     table = view.make_table(plan, results)
     if failed:
-        table = ownplan.with_failed_seeds(table, cells, failed)
+        table = with_failed_seeds(table, plan.columns, cells, failed)
     command = _command(name, scale, typed_folder, jobs, device, cells)
     table_file = folder / "table.md"
     results_file = folder / "results.json"

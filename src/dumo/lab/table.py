@@ -1,15 +1,18 @@
 """Tables of the results of cells: a row per arm and number of passes, with means and deviations over seeds.
 
-`average_by_arm` makes a table of results, `from_cells` makes it again of the cells stored in a results.json, and
-`markdown` writes it. `main_score` is the score that a table leads with; `leading_score` chooses it among the names of
-scores. `group_by_arm`, `rows_of_all_passes` and `error_of_mean` are the steps, for tables of other forms.
+`average_by_arm` makes a table of results, `with_failed_seeds` adds the seeds that it leaves out, `from_cells` makes it
+again of the cells stored in a results.json, and `markdown` writes it. `main_score` is the score that a table leads
+with; `leading_score` chooses it among the names of scores. `group_by_arm`, `rows_of_all_passes` and `error_of_mean` are
+the steps, for tables of other forms.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 from dumo.evaluation.metric import headline_score, metric
 from dumo.lab.cell import Result, Row
+from dumo.lab.plan import Cell
 
 
 def group_by_arm(results: Sequence[Result]) -> list[list[Result]]:
@@ -101,6 +104,25 @@ def from_cells(stored: Row) -> list[Row]:
             by_seed = dict(zip(cells, rows_of_passes, strict=True))
             rows.append({**_average_rows(rows_of_passes), "by_seed": by_seed, "protocol": protocol})
     return [stored_row | row for stored_row, row in zip(stored["table"], rows, strict=True)]
+
+
+def with_failed_seeds(
+    table: Sequence[Row], columns: Sequence[str], cells: Sequence[Cell], failed: Collection[str]
+) -> list[Row]:
+    """The table with a column `failed`: the seeds of each arm whose runs failed, which its means leave out.
+
+    `columns` are the plan's, by which arms differ, and `failed` the names of the cells. An arm of which no seed is left
+    has no row.
+    """
+
+    def arm_of(labels: Row) -> tuple[Any, ...]:
+        return tuple(labels[name] for name in columns)
+
+    seeds_by_arm: dict[tuple[Any, ...], list[str]] = {}
+    for cell in cells:
+        if cell.name in failed:
+            seeds_by_arm.setdefault(arm_of(cell.labels), []).append(str(cell.spec.train.seed))
+    return [row | {"failed": ", ".join(seeds_by_arm.get(arm_of(row), []))} for row in table]
 
 
 def main_score(row: Row) -> str:

@@ -38,10 +38,14 @@ process_context = get_context("spawn")  # a fork would copy threads and locks of
 class Worker:
     """A process that does one piece of work after another."""
 
-    def __init__(self, work: Callable[[T], object], threads: int) -> None:
-        """Start the process, which gives torch this number of threads. Its messages name options as this one's do."""
+    def __init__(self, work: Callable[[T], object], threads: int, gpu: int | None = None) -> None:
+        """Start the process, which gives torch this number of threads, and makes this GPU the current one.
+
+        Its messages name options as this one's do.
+        """
+        self.gpu = gpu
         self.pipe, worker_end = process_context.Pipe()
-        arguments = (work, worker_end, threads, door.at_command_line)
+        arguments = (work, worker_end, threads, gpu, door.at_command_line)
         self.process = process_context.Process(target=serve, args=arguments)
         with _safe_path():
             self.process.start()
@@ -93,12 +97,15 @@ def _exit_text(code: int) -> str:
     return text
 
 
-def serve(work: Callable[[T], object], pipe: Connection, threads: int, at_command_line: bool) -> None:
+def serve(work: Callable[[T], object], pipe: Connection, threads: int, gpu: int | None, at_command_line: bool) -> None:
     """Do each piece that comes through the pipe, and report (error or None, trace), until it ends or a signal comes.
 
-    `at_command_line` says whether messages name options as one types them in a shell.
+    `gpu` is the number of the GPU that device `auto` means; None: torch's first. `at_command_line` says whether
+    messages name options as one types them in a shell.
     """
     torch.set_num_threads(threads)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     door.at_command_line = at_command_line
     with suppress(EOFError, OSError, KeyboardInterrupt), signals.listening(child=True):
         while signals.poll() is None:
@@ -113,9 +120,11 @@ def serve(work: Callable[[T], object], pipe: Connection, threads: int, at_comman
 
 
 def run_side_by_side(
-    work: Callable[[T], object], pieces: Sequence[T], *, jobs: int, threads: int
+    work: Callable[[T], object], pieces: Sequence[T], *, jobs: int, threads: int, num_gpus: int = 0
 ) -> Iterator[tuple[T, Failure | None]]:
     """Do `work` of each piece, `jobs` at a time; yield each when it is done, or has failed alone.
+
+    Processes are spread over the first `num_gpus` GPUs; 0: none is made a process's own.
 
     Raises any other error of a piece, and Stopped after a signal, once the other processes have been ended.
     `work` and the pieces go to other processes, so they must be picklable.
@@ -125,7 +134,9 @@ def run_side_by_side(
     try:
         while waiting_pieces or workers:
             while waiting_pieces and len(workers) < jobs:
-                worker = Worker(work, threads)
+                gpus_in_use = [worker.gpu for worker in workers]
+                gpu = min(range(num_gpus), key=gpus_in_use.count, default=None)
+                worker = Worker(work, threads, gpu)
                 workers.append(worker)
                 worker.send(waiting_pieces.pop())
             signals.check()

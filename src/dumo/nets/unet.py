@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from dumo.flow import dropout
 from dumo.flow.dropout import Keys, drop
 from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, label_table, side_of
-from dumo.nets.precondition import Precondition
+from dumo.nets.precondition import Precondition, apply_precondition
 from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR
-from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
+from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 EPS = 1e-6  # added to the variance in group norms (Song et al.)
 _EMBED_RATIO = 4  # the width of the embedding over that of the net (Song et al.)
@@ -37,7 +37,6 @@ class UNet(Spec):
     """A U-Net by its sizes; the defaults are EDM's for CIFAR-10. Attention has one head, as there."""
 
     kind: Literal["unet"] = "unet"
-    precondition: ClassVar[Precondition] = "none"
     # Every net's spec has these three, and callers ask for them; a U-Net reads no texts, and has no adapters and no
     # activation checkpointing.
     texts: ClassVar[None] = None
@@ -53,6 +52,8 @@ class UNet(Spec):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # EDM: 0.13 for CIFAR-10
     augment: int = Field(default=0, ge=0, le=CHANNELS)  # numbers that describe an augmentation; EDM has 9
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
+    # Scales what layers read and give; linear path only. EDM's own is edm.
+    precondition: Precondition = Field(default="none", json_schema_extra=QUIET)
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "UNetModule":
         """Make a net with the inputs, heads and gauges of `needs` for square images of `shape`; 0 classes: no label.
@@ -247,6 +248,7 @@ class UNetModule(nn.Module):
         self.heads = nn.ModuleDict({name: UNetHead(last_channels, channels) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.dropout = spec.dropout
+        self.precondition: Precondition = spec.precondition
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
@@ -256,6 +258,7 @@ class UNetModule(nn.Module):
         that the needs do not name.
         """
         shared_inputs, head_embeddings = self.own(**inputs)
+        x, to_output = apply_precondition(self.precondition, x, shared_inputs["t"])
         condition = F.silu(self.scalars(self._wave_offset(x, c), **shared_inputs))
         keys = None
         if self.training and self.dropout:
@@ -269,7 +272,7 @@ class UNetModule(nn.Module):
             h = block(h, condition, block_keys)
             if block_spec.keeps_output:
                 skips.append(h)
-        outputs = [head(h, head_embeddings.get(name)) for name, head in self.heads.items()]
+        outputs = [to_output(head(h, head_embeddings.get(name))) for name, head in self.heads.items()]
         if self.gauges is not None:
             outputs += self.gauges(**shared_inputs)
         return tuple(outputs)

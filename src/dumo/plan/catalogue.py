@@ -29,6 +29,7 @@ CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text
 PARQUET = "{}-00000-of-00001.parquet"  # the file of a split of CIFAR-10
 _SD_VAE = SdVae().weights
 _DC_AE = DcAe().weights
+_ADM_URLS = [standard.url for standard in STANDARDS.values() if standard.url]
 _EXPORT_DATA = "export DUMO_DATA=${DUMO_DATA:-$PWD/data}   # a folder here, if it is not set"
 
 
@@ -194,9 +195,9 @@ CATALOGUE = (
         name="adm",
         what="ADM's reference statistics of ImageNet, which a FID at 256 or 512 is measured against",
         source="https://github.com/openai/guided-diffusion/tree/main/evaluations",
-        get=tuple(f"curl -LO {standard.url}" for standard in STANDARDS.values() if standard.url),
-        places=(),
-        layout="a file that you name: --set evaluate.protocol.reference=VIRTUAL_imagenet256_labeled.npz",
+        get=(*(f"curl -LO {url}" for url in _ADM_URLS), "export DUMO_ADM=$PWD"),
+        places=tuple(f"$DUMO_ADM/{Path(url).name}" for url in _ADM_URLS),
+        layout="the files as they are published: one of 256 pixels a side, one of 512",
         mark="kind: adm-",
     ),
 )

@@ -29,6 +29,7 @@ from dumo.report.sample import data_points
 from dumo.run.provenance import require_own_file
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, load_net
+from dumo.runtime.door import option
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.training import checkpoint
 from dumo.types import UserError
@@ -36,6 +37,7 @@ from dumo.types import UserError
 PASSES = (1, 2, 4, 8, 16, 50)  # of trajectories: ours
 DEFAULT_COUNT = 8  # rows of trajectories, or images of a class: ours
 NUM_POINTS = 2000  # samples of a scatter: ours
+MAX_GRID_PIXELS = 2 * 10**8  # of the images of a class grid: ours; programs may refuse to show more
 PANEL_GAP = 18  # pixels between panels, and between the blocks of a class grid: ours
 TAUGHT_BY_LETTER = {"u": "jumps", "v": "velocity"}  # what a sampling mode follows, by its letter
 
@@ -205,8 +207,8 @@ def class_grids(
     - `steps`: of the training; (): the last checkpoint; None: that and every milestone
     - `letters`: of sampling modes; None: u if it is taught, else v
 
-    Raises UserError, before any work, for a step, mode, class or nfe that the run does not have, and where there are no
-    classes of images.
+    Raises UserError, before any work, for a step, mode, class or nfe that the run does not have, where there are no
+    classes of images, and for a picture of more than MAX_GRID_PIXELS.
     """
     sampler = opened.sampler
     files = milestone_files(opened.folder, opened.step, (opened.step,) if steps == () else steps)
@@ -218,6 +220,14 @@ def class_grids(
     chosen_classes = range(data.classes)
     if classes is not None:
         chosen_classes = labels_in_turn(len(classes), data.classes, classes).tolist()
+    _, height, width = sampler.pixels
+    num_pixels = len(chosen_classes) * count * height * width * picture.readable_scale(height) ** 2
+    if num_pixels > MAX_GRID_PIXELS:
+        raise UserError(
+            f"a picture of {len(chosen_classes):,} classes, {count:,} images each, has {num_pixels / 1e6:,.0f} million "
+            f"pixels, more than {MAX_GRID_PIXELS / 1e6:,.0f}: choose classes, as by {option('classes', '1,207,250')}, "
+            f"or lower {option('count')}"
+        )
     grids: dict[tuple[SamplingMode, int, int], Image.Image] = {}
     with bar("sampling class grids", len(files) * len(modes) * sum(passes)) as tick:
         tick_more = _tick_by_piece(tick)

@@ -299,7 +299,21 @@ def test_what_is_not_there_is_told_before_anybody_asks_and_before_the_data_is_op
     (tmp_path / "weights").touch()
     monkeypatch.setenv(inception.VARIABLE, str(tmp_path / "weights"))
     assert FOLDER.missing is None
-    assert "ADM's reference" in str(ImageProtocol(kind="adm-imagenet256-50k").missing)
+
+
+def test_adms_file_is_missing_until_it_is_where_the_protocol_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").touch()
+    monkeypatch.setenv(inception.VARIABLE, str(tmp_path / "weights"))
+    monkeypatch.delenv("DUMO_ADM", raising=False)
+    assert "in evaluate.protocol.reference: see dumo data adm" in str(ImageProtocol(kind="adm-imagenet256-50k").missing)
+    named = ImageProtocol(kind="adm-imagenet256-50k", reference="$DUMO_ADM/256.npz")
+    assert named.missing == "ADM's reference, $DUMO_ADM/256.npz: see dumo data adm"
+    monkeypatch.setenv("DUMO_ADM", str(tmp_path))
+    assert named.missing == "ADM's reference, $DUMO_ADM/256.npz: see dumo data adm"
+    (tmp_path / "256.npz").touch()
+    assert named.missing is None
 
 
 @pytest.mark.nightly

@@ -462,6 +462,12 @@ def test_what_the_code_does_not_know_is_refused(recipe: str, field: str, named: 
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_preconditioned_unet_is_refused(tmp_path: Path) -> None:
+    unet = "net={kind: unet, width: 16, multipliers: [1], depth: 1, precondition: edm}"
+    with pytest.raises(UserError, match=r"net\.precondition is edm, which the exported code"):
+        export(drawn(load("digits", [unet]), tmp_path), tmp_path / "out")
+
+
 def test_other_code_than_dumos_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dumo.export.shipped import dumo_dit
 

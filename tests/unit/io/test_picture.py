@@ -10,7 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from dumo.io.picture import TITLE_SIZE, scatter, sheet, to_rows, write_adm, write_picture, write_points, write_singles
+from dumo.io.picture import (
+    TITLE_SIZE,
+    named_blocks,
+    scatter,
+    sheet,
+    to_rows,
+    write_adm,
+    write_picture,
+    write_points,
+    write_singles,
+)
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -53,6 +63,12 @@ def test_sheet_shows_every_pixel_of_every_image_in_its_place() -> None:
                 assert (page[top + h, left + w] == pixels[i, h // 2, w // 2].numpy()).all()
                 seen[top + h, left + w] = True
     assert (page[~seen] == 255).all()  # gaps, and the missing sixth
+
+
+def test_blocks_of_two_sizes_are_shown_whole() -> None:
+    small, large = (Image.new("RGB", (side, side), "red") for side in (40, 80))
+    page = np.asarray(named_blocks({"small": small, "large": large}, across=1))
+    assert (page == (255, 0, 0)).all(-1).sum() == 40**2 + 80**2
 
 
 @pytest.mark.parametrize(("size", "scale"), [(8, 8), (28, 3), (64, 1), (256, 1)])

@@ -149,7 +149,8 @@ def test_cells_after_one_that_diverges_are_finished(tmp_path: Path, monkeypatch:
     """Those that begin from it are not."""
     first, second = two().cells("smoke")
     start = SimpleNamespace(source="a-0")
-    third = replace(first, name="c-0", spec=cast(Any, SimpleNamespace(start=start, teacher=None, data=None)))
+    spec = SimpleNamespace(start=start, teacher=None, data=None, evaluate=first.spec.evaluate)
+    third = replace(first, name="c-0", spec=cast(Any, spec))
 
     def finish(one: Cell, folder: Path, **_: object) -> Result:
         if one.name == "a-0":
@@ -161,6 +162,36 @@ def test_cells_after_one_that_diverges_are_finished(tmp_path: Path, monkeypatch:
         cell.finish_all([first, second, third], tmp_path, jobs=1, device="cpu", bar=no_bar)
     assert [one.cell.name for one in raised.value.results] == ["b-0"]
     assert [*raised.value.messages] == ["a-0", "c-0"]
+
+
+@pytest.mark.parametrize("needs_all_cells", [False, True])
+def test_a_point_that_diverges_leaves_the_table_of_the_others(
+    needs_all_cells: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a table compares with that point. Columns may have any names."""
+    view = reproduce.View(make_charts=lambda plan, table: {}, needs_all_cells=needs_all_cells)
+    monkeypatch.setitem(reproduce.VIEWS, "two", view)
+    monkeypatch.setattr(reproduce, "read_plan", lambda name: two("train.optimizer.lr=1e6", "train.max_skips=1"))
+    if needs_all_cells:
+        with pytest.raises(cell.CellsDiverged, match="b-0: "):
+            reproduce.reproduce("two", "smoke", tmp_path, device="cpu")
+        return
+    report = reproduce.reproduce("two", "smoke", tmp_path, device="cpu")
+    assert [(row["arm"], row["failed"]) for row in report["table"]] == [("a", "")]
+    assert "diverged" in report["failed"]["b-0"]
+
+
+def test_nothing_is_trained_where_a_cell_could_not_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of ADM's file, whose variable is not set; Inception is there."""
+    weights = tmp_path / "inception.safetensors"
+    weights.touch()
+    monkeypatch.setenv("DUMO_INCEPTION", str(weights))
+    monkeypatch.delenv("DUMO_ADM", raising=False)
+    first, second = two().cells("smoke")
+    cells = [first, replace(second, spec=load("imagenet256-xl2"))]
+    with pytest.raises(UserError, match=r"b-0 cannot be judged: .* ADM's reference, \$DUMO_ADM/VIRTUAL_imagenet256"):
+        cell.finish_all(cells, tmp_path / "cells", jobs=1, device="cpu", bar=no_bar)
+    assert not (tmp_path / "cells").exists()
 
 
 def test_a_cell_is_trained_anew_where_its_code_is_another(tmp_path: Path, steps: list[int]) -> None:
@@ -247,13 +278,13 @@ def test_a_cell_may_begin_from_a_folder_of_its_seed(tmp_path: Path) -> None:
     [
         ("fig4b", "paper", 1, "needs a GPU"),
         ("fig4b", "smoke", 2, "leave out --jobs"),
-        ("fig4a", "paper", 1, r"data.root is .*, but DUMO_\w+ is not set"),
+        ("fig4a", "paper", 1, "cannot be judged: .* needs the weights of Inception"),
     ],
 )
 def test_what_cannot_be_timed_or_read(
     name: str, scale: str, jobs: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for variable in ("DUMO_LATENTS", "IMAGENET", "DUMO_DATA"):
+    for variable in ("DUMO_LATENTS", "IMAGENET", "DUMO_DATA", "DUMO_INCEPTION"):
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UserError, match=words):
         reproduce.reproduce(name, scale, tmp_path / "out", jobs=jobs, device="cpu")

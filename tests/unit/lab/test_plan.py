@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from itertools import islice
 from typing import get_type_hints
 
 import pytest
@@ -165,6 +166,18 @@ def test_an_objective_is_taken_onto_another_recipe() -> None:
     assert spec.net.model_copy(update={"precondition": "none"}) == host.net
 
 
+def test_a_precondition_goes_along_to_any_net_that_can_have_it() -> None:
+    assert load("cifar10", training_settings("digits-ect", "cifar10")).net.precondition == "edm"
+    with pytest.raises(UserError, match=r"net\.precondition"):
+        load("moons", training_settings("digits-ect", "moons"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("free")
+def test_the_papers_batches_go_through_one_gpu_in_parts() -> None:
+    assert {cell.spec.train.micro_batch for cell in cells_of("tab2", "paper")} == {128}
+
+
 @pytest.mark.slow
 def test_a_teacher_that_is_an_average_counts() -> None:
     """As a pass of its own."""
@@ -219,6 +232,14 @@ def test_the_fair_ablation_varies_one_thing_at_a_time() -> None:
         tree = one.spec.objective.model_dump()
         assert (tree.get("power", 0), tree["drop"], tree["guide"]["zeta"]) == (0, 0, 0)
     assert meanflow.spec.objective == recipe("digits-meanflow").objective
+
+
+@pytest.mark.slow
+def test_the_papers_steps_make_as_many_passes_as_it_says() -> None:
+    """DuMo three without gradients, MeanFlow four; one with gradients is three."""
+    _, dumo, meanflow, _ = islice(read_plan("fig4b").cells("paper"), 4)
+    assert Cost(dumo.spec).units == pytest.approx(3 + 3, abs=1e-2)
+    assert Cost(meanflow.spec).units == pytest.approx(3 + 4, abs=1e-2)
 
 
 @pytest.mark.usefixtures("free")

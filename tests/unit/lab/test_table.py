@@ -1,5 +1,6 @@
 """Tables are means over seeds; curves are read off rightly; charts have the best on top."""
 
+from collections.abc import Sequence
 from math import exp, log
 from pathlib import Path
 from statistics import stdev
@@ -70,6 +71,14 @@ def test_a_spread_over_subsets_is_no_error_of_a_table() -> None:
     (averages,) = table.average_by_arm([result({"arm": "a"}, seed, [scores]) for seed in range(2)])
     assert (averages["kid"], averages["kid_sd"]) == (1, 0)
     assert "error" not in averages
+
+
+def test_seeds_that_failed_are_named_by_their_arm() -> None:
+    """Which is told by all columns of the plan."""
+    cells = [result({"arm": "x", "at": at}, seed, []).cell for at in (0.1, 0.2) for seed in (0, 1)]
+    rows = [{"arm": "x", "at": at, "nfe": 1} for at in (0.1, 0.2)]
+    named = table.with_failed_seeds(rows, ["arm", "at"], cells, ["x-0.2-0", "x-0.2-1"])
+    assert [row["failed"] for row in named] == ["", "0, 1"]
 
 
 def test_markdown() -> None:
@@ -187,6 +196,25 @@ def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatc
     ((names, note),) = seen
     assert names == ["y, 2.00", "x, 3.00"]
     assert "lower is better; not FID" in note
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [("imagenet256-xl2", range(0, 1000, 100)), ("digits", range(10)), ("cifar10", [0] * 10)],
+)
+def test_a_sheet_has_ten_columns_of_however_many_classes(
+    source: str, shown: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_of: list[int] = []
+
+    def sample(sampler: Sampler, c: Cond, nfe: int) -> Samples:
+        made_of.extend(c.tolist())
+        return Samples(torch.zeros(len(c), 3, 64, 64), nfe)
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    sheet = arm_picture._sheet(result({"arm": "x"}, 0, [row(1, 1.0)], source, card={"nfe": [1]}))
+    assert made_of == [*shown, *shown]
+    assert sheet.width == 10 * 66 - 2
 
 
 @pytest.mark.nightly

@@ -77,6 +77,21 @@ def test_a_killed_process_is_known_by_its_work_and_the_others_go_on() -> None:
     assert nobody_is_left()
 
 
+@pytest.mark.parametrize(("num_gpus", "chosen"), [(0, [[], [], []]), (2, [[0], [0], [1]])])
+def test_processes_are_spread_over_the_gpus(
+    num_gpus: int, chosen: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time; this machine may have no GPU."""
+    set_gpus: list[int] = []
+    monkeypatch.setattr(workers.torch.cuda, "set_device", set_gpus.append)
+
+    def note(name: str) -> None:
+        (tmp_path / name).write_text(str(set_gpus))
+
+    list(workers.run_side_by_side(note, ["a", "b", "c"], jobs=3, threads=1, num_gpus=num_gpus))
+    assert sorted(file.read_text() for file in tmp_path.iterdir()) == [str(gpus) for gpus in chosen]
+
+
 def test_one_that_diverges_leaves_the_others(tmp_path: Path) -> None:
     done = dict(workers.run_side_by_side(work, ["a", "diverged", "b", "c"], jobs=2, threads=1))
     assert str(done.pop("diverged")) == "step 3 diverged"

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dumo.config.load import load
 from dumo.flow.slope import DualSlope, JvpSlope
-from dumo.nets import DiT
+from dumo.nets import DiT, UNet
 from dumo.types import Frozen, Needs, UserError, lift
 from unit.nets.given import drawn, points
 
@@ -15,9 +15,10 @@ SHAPE = (2, 4, 4)
 NEEDS = Needs(inputs=("t", "r"), heads=("v", "u"), gauges=("doubt",))
 DIT = DiT(patch=2, width=16, depth=2, attention=2)
 EDM = DIT.model_copy(update={"precondition": "edm"})
+UNET = UNet(width=8, multipliers=(1, 2), depth=1, attend=(2,))
 
 
-def built(net: DiT) -> nn.Module:
+def built(net: DiT | UNet) -> nn.Module:
     return drawn(net, NEEDS, SHAPE, 3)
 
 
@@ -27,10 +28,11 @@ def at(n: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, c, t, t / 2
 
 
-def test_a_net_is_that_of_edm() -> None:
+@pytest.mark.parametrize("net", [DIT, UNET], ids=["dit", "unet"])
+def test_a_net_is_that_of_edm(net: DiT | UNet) -> None:
     """D = c_skip y + c_out F(c_in y) of EDM's Tab. 1, with F the net as it is without, at times that nobody scales."""
     x, c, t, r = at()
-    model, plain = built(EDM), built(DIT)
+    model, plain = built(net.model_copy(update={"precondition": "edm"})), built(net)
     plain.load_state_dict(model.state_dict())
     for sd in (1.0, 0.5):  # sigma and y in units of the data's deviation
         sigma = lift(sd * t / (1 - t), x)

@@ -11,7 +11,16 @@ from dumo.plan.catalogue import CATALOGUE, describe, find, recipes_needing
 from e2e.shell import call, refused
 from recipe import recipe
 
-VARIABLES = ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED", "FEW_STEPS")
+VARIABLES = (
+    "DUMO_DATA",
+    "DUMO_LATENTS",
+    "IMAGENET",
+    "MY_IMAGES",
+    "DUMO_INCEPTION",
+    "DUMO_ADM",
+    "PRETRAINED",
+    "FEW_STEPS",
+)
 
 
 @pytest.fixture(autouse=True)

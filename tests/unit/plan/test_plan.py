@@ -32,6 +32,7 @@ from dumo.types import Objective, UserError
 from e2e.shell import call, refused, sets
 from recipe import recipe
 from tiers import tiered
+from unit.plan.test_catalogue import VARIABLES
 from unit.run.adapted import freeze
 
 CPU = torch.device("cpu")
@@ -68,7 +69,7 @@ TABLE_3 = {
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No folder is named, and none is here: recipes must do without."""
     monkeypatch.chdir(tmp_path)
-    for name in ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED", "FEW_STEPS"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
