@@ -54,6 +54,30 @@ def test_code_that_changed_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
             go_on()
 
 
+@pytest.mark.slow
+def test_a_new_run_of_an_old_runs_settings_begins_with_the_code_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = dumo.train("digits", RUN, out=tmp_path / "old", device="cpu")
+    monkeypatch.setattr("dumo.config.code.code_hash", lambda spec: "other")
+    dumo.train(old.spec, out=tmp_path / "new", device="cpu")
+    codes = dumo.load(tmp_path / "new").spec.resolved["code"]
+    assert isinstance(codes, dict)
+    assert all(code == "other" for code in codes.values())
+
+
+@pytest.mark.slow
+def test_a_class_that_comes_later_is_known_from_then_on(tmp_path: Path) -> None:
+    solver = {"sample.solver": RUN["sample.solver"]}
+    folder = tmp_path / "run"
+    dumo.train("digits", RUN | {"sample.solver": {"kind": "hop"}}, out=folder, device="cpu")
+    assert len(dumo.load(folder, solver).sample(labels=[0], seed=0)) == 1
+    dumo.train(folder, solver | {"train.steps": 5}, device="cpu")
+    codes = dumo.load(folder).spec.resolved["code"]
+    assert isinstance(codes, dict)
+    assert "contract.outside:Once" in codes
+
+
 @pytest.mark.parametrize(
     ("text", "same"),
     [

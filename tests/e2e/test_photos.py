@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import warnings
 from pathlib import Path
@@ -115,6 +116,15 @@ def test_labels_by_name(run: Path) -> None:
     refused("sample", run, "--labels", "fsh", named=("label 'fsh'", "did you mean 'fish'"), run=run)
     refused("sample", run, "--labels", "4", named=("there is no label '4'", "0 to 3"), run=run)
     refused("grid", run, "--labels", "fsh", named=("did you mean 'fish'",), run=run)
+
+
+@pytest.mark.slow
+def test_the_settings_of_a_run_are_those_of_a_new_one_on_other_classes(photos: Path, run: Path, tmp_path: Path) -> None:
+    for name in CLASSES[2:]:
+        shutil.copytree(photos / name, tmp_path / "others" / name)
+    done, told = said("train", run, "--out", "new", *sets(f"data.root={tmp_path / 'others'}"))
+    assert done.code == 0, done
+    assert "30 images in 2 classes: fish, zoo birds" in told
 
 
 @pytest.mark.slow

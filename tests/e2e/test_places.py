@@ -102,6 +102,18 @@ def test_a_moved_run_says_what_it_misses(home: Path) -> None:
 
 
 @pytest.mark.nightly
+def test_a_project_that_was_moved_takes_the_command_that_it_took(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "there").mkdir()
+    for name in ("run", "cache", "models", "images", "recipe.yml"):
+        (home / name).rename(home / "there" / name)
+    monkeypatch.chdir(home / "there")
+    monkeypatch.setenv("PRETRAINED", str(home / "there/models"))
+    assert (done := call("train", "recipe.yml", "--out", "run", *sets("train.steps=3"))).code == 0, done
+    data = load("run").data
+    assert (data.root, data.images.root) == (str(home / "there/cache"), str(home / "there/images"))  # pyright: ignore
+
+
+@pytest.mark.nightly
 def test_images_that_were_moved_are_those_that_were_trained_on(home: Path) -> None:
     """Of images without a cache: their place is free, what they are is not."""
     fields = sets("data={kind: images, root: images, side: 16, crop: none}", "net.patch=8")

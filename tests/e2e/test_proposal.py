@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import pty
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +21,7 @@ from dumo.plan import photocaptions, proposal
 from dumo.runtime import door
 from dumo.types import UserError
 from e2e.shell import call, sets
+from forked import ENVIRONMENT
 from tiers import tiered
 
 pytestmark = pytest.mark.filterwarnings("default:.* cannot be read:UserWarning")
@@ -218,6 +222,28 @@ def test_it_asks_on_a_terminal(photos: Path, monkeypatch: pytest.MonkeyPatch, an
     assert done.code == code, done
     assert "train? [Y/n]" in done.err
     assert Path("runs/photos").exists() == (code == 0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_the_question_ends_it(photos: Path) -> None:
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may ignore it
+    program += "from dumo.plan import proposal; proposal._step_seconds = lambda run, here: 0.5\n"
+    program += "from dumo.cli import main; main()"
+    command = [sys.executable, "-c", program, "train", photos.name, "--device", "cpu", *QUICK, *sets("train.steps=1")]
+    terminal, its_end = pty.openpty()
+    running = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, env=ENVIRONMENT)
+    os.close(its_end)
+    told = b""
+    while b"train?" not in told:
+        told += os.read(terminal, 1000)
+    try:
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=10) == -signal.SIGINT
+    finally:
+        running.kill()
+        running.wait()
+        os.close(terminal)
+    assert not Path("runs").exists()
 
 
 @pytest.mark.slow

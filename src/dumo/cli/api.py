@@ -573,7 +573,7 @@ def train(
             has_other_parts = any(part is not None for part in (objective, data, net))
             if folder is None or has_other_parts:
                 raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
-            composed = Composed(recipe(source, changes), (), folder)
+            composed = Composed(recipe(source, changes), _settings(changes), folder)
         else:
             composed = compose(
                 source,

@@ -28,6 +28,7 @@ from dumo.config.source import (
     read,
     root_of_encoded_images,
     settings_of_images,
+    without_resolved,
 )
 from dumo.config.spec import Run
 from dumo.data import Memory
@@ -135,7 +136,7 @@ def compose(
         all_changes = _changes_of_new_run(parts, base, net, changes, has_data=has_data)
         if chosen and not parts:
             all_changes = [*chosen.settings, *all_changes]
-        return Composed(load(base, all_changes), all_changes, folder)
+        return Composed(load(without_resolved(base), all_changes), all_changes, folder)
 
     # the run that was proposed for these images goes on
     log_line = line_printer(bar)

@@ -35,7 +35,7 @@ from dumo.cli.option import (
     parse_path,
 )
 from dumo.cli.terminal import drop_from_resume, err, memory_hint, out, show_lines
-from dumo.runtime import shell_path
+from dumo.runtime import shell_path, signals
 from dumo.runtime.door import goes_on_line, program, settings, train_call
 from dumo.runtime.limits import MINUTES, ROWS
 from dumo.runtime.progress import bar, no_bar, print_line
@@ -199,7 +199,7 @@ def train(
     """
     chosen, text = precheck.read_source_to_train(source, folder, set_)
 
-    from dumo.config.source import RUN_FILE, settings_of_images
+    from dumo.config.source import RUN_FILE, settings_of_images, without_resolved
 
     # what to train, and where
     changes = set_ or []
@@ -228,7 +228,7 @@ def train(
         run = _propose_run(source, changes, minutes, device, ask=not yes)
         began = time.perf_counter()
     elif not goes_on:
-        run = load(text, [*chosen.settings, *changes])
+        run = load(without_resolved(text), [*chosen.settings, *changes])
 
     opened = open_job(
         folder,
@@ -254,7 +254,7 @@ def train(
         if chosen.kind != "recipe":  # a path may hold several things
             print_line(f"source: {chosen.meaning}")
         run = job.run
-        drop_from_resume("--minutes", "--from")  # typed again they would give time, and take the run back, once more
+        drop_from_resume("--minutes", "--from")  # they are obeyed: run.yaml has the time, and the run went back
         with memory_hint(_less_memory_hint(run)):
             state = train_job(job, bar, hooks)
     err.print(
@@ -311,8 +311,11 @@ def _propose_run(place: str, overrides: list[str], minutes: float | None, device
     show_lines(proposed_run.lines())
     if ask and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")
-    if ask and not typer.confirm("train?", default=True, err=True):
-        raise typer.Exit(1)
+    if ask:
+        with signals.default_handlers():  # Ctrl-C ends it there
+            agrees = typer.confirm("train?", default=True, err=True)
+        if not agrees:
+            raise typer.Exit(1)
     return proposed_run.run
 
 

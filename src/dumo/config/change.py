@@ -5,10 +5,10 @@ Both keep one rule: a part with another `kind` begins with that kind's defaults;
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import yaml
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from dumo.error import UserError
 from dumo.io.read import brief
@@ -17,6 +17,8 @@ from dumo.runtime.door import settings
 
 FieldPath = tuple[str, ...]  # the names in a dotted path
 SHORTHANDS: dict[FieldPath, str] = {("pipeline",): "source"}  # parts that a text stands for: the field that it sets
+# lists whose items need not say their kind: what it is then
+DEFAULT_KINDS: dict[FieldPath, str] = {("train", "ema"): "exponential"}
 
 
 def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict[str, Any]:
@@ -60,8 +62,19 @@ def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
 
 
 def yaml_text(value: object) -> str:
-    """A value as YAML, on one line."""
-    return dump_yaml(to_jsonable_python(value), flow=True, width=10_000).removesuffix("...\n").strip()
+    """A value as YAML, on one line; numbers of NumPy and torch are written as those of Python.
+
+    Raises PydanticSerializationError for a value that YAML does not have.
+    """
+    plain_value = to_jsonable_python(value, fallback=_plain_numbers)
+    return dump_yaml(plain_value, flow=True, width=10_000).removesuffix("...\n").strip()
+
+
+def _plain_numbers(value: object) -> object:
+    """A number or an array of NumPy or torch as numbers of Python. Raises PydanticSerializationError for all else."""
+    if isinstance(value, type) or not hasattr(value, "tolist"):
+        raise PydanticSerializationError(f"{brief(repr(value))} is no value of YAML")
+    return cast(Any, value).tolist()
 
 
 def _order(path: FieldPath) -> tuple[int, bool]:
@@ -69,9 +82,9 @@ def _order(path: FieldPath) -> tuple[int, bool]:
     return len(path), path[-1] != "kind"
 
 
-def _has_other_kind(part: dict[str, Any], kind: object) -> bool:
-    """Whether `kind` is given, and the part has a kind that is another."""
-    return kind is not None and part.get("kind", kind) != kind
+def _has_other_kind(part: dict[str, Any], kind: object, default: str | None = None) -> bool:
+    """Whether `kind` is given, and the part has a kind that is another; `default` is that of a part that says none."""
+    return kind is not None and part.get("kind", default or kind) != kind
 
 
 def _split(text: str) -> tuple[FieldPath, object]:
@@ -95,7 +108,7 @@ def _put(tree: dict[str, Any], path: FieldPath, value: object) -> None:
     if isinstance(node, list):
         node[_list_index(node, last, ".".join(path))] = value
         return
-    if last == "kind" and _has_other_kind(node, value):
+    if last == "kind" and _has_other_kind(node, value, DEFAULT_KINDS.get(path[:-2])):
         node.clear()
     node[last] = value
 

@@ -71,13 +71,13 @@ def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
 def require_same_code(spec: Spec, resolved: Mapping[str, JsonValue], folder: Path) -> None:
     """Raise UserError where the code of a class from outside has changed since the run in `folder` began.
 
-    `resolved` has the hashes of that time under `code`; without them nothing is compared.
+    `resolved` has the hashes of that time under `code`. A class that has none there came later, and is not compared.
     """
     hash_by_name = resolved.get(CODE_KEY)
     if not isinstance(hash_by_name, dict):
         return
     for name, hash_now in codes_of(spec):
-        if hash_by_name.get(name) != hash_now:
+        if name in hash_by_name and hash_by_name[name] != hash_now:
             raise UserError(
                 f"{name} is not the code that {folder} was trained with: bring that back, or train in another folder"
             )

@@ -115,11 +115,15 @@ def dump(run: Run, changed: Sequence[RecordedChange] = (), *, short: bool = Fals
         written[CHANGED_KEY] = [change.model_dump(mode="json", exclude_defaults=True) for change in changed]
     tree = summary(run) if short else run.model_dump(mode="json")
     resolved = tree.pop(RESOLVED_KEY, {})
-    for field in resolved:  # written under `resolved` alone
+    for field, value in [*resolved.items()]:
         *parents, name = field.split(".")
         part = _part_at(tree, parents)
-        if part is not None:
-            part.pop(name, None)
+        if part is None or name not in part:
+            continue
+        if part[name] in (None, value):  # written under `resolved` alone
+            del part[name]
+        else:  # set since it was found
+            del resolved[field]
     written |= tree
     if resolved and not short:
         written[RESOLVED_KEY] = resolved

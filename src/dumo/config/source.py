@@ -4,7 +4,8 @@
    or images; `trained_name_of` asks for a trained run alone. `folder_of_images` and `settings_of_images` are for
    images.
 2. `read` gives the plain values that a source says, over its bases; `read_file` and `parse_text` do so for a file and
-   its text. `dumo.config.load` makes a run of them.
+   its text. `dumo.config.load` makes a run of them. For a new run of an old run's settings, `without_resolved` leaves
+   out what was found on the old one's files.
 
 Two questions about a run stand apart: `file_state` tells whether its file was written again, and `is_root_proposed`
 whether its folder of latents was proposed.
@@ -332,6 +333,18 @@ def file_state(file: Path) -> FileState | None:
         return None
     about = file.stat()
     return about.st_ino, about.st_mtime_ns, about.st_size
+
+
+def without_resolved(text: RunText) -> RunText:
+    """The text of a run without what was found on its files, for a new run of its settings.
+
+    That it was proposed is kept: a cache of latents that was proposed with it may still have to be made.
+    """
+    tree = dict(text.tree)
+    resolved = tree.pop(RESOLVED_KEY, None)
+    if isinstance(resolved, dict) and PROPOSED_KEY in resolved:
+        tree[RESOLVED_KEY] = {PROPOSED_KEY: resolved[PROPOSED_KEY]}
+    return replace(text, tree=tree)
 
 
 def parse_text(text: str, file: Path) -> RunText:

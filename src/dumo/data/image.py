@@ -149,6 +149,8 @@ class Images(Spec):
             raise UserError("captions are of all images, and count takes the first ones: set count=null")
         if self.names and len(self.names) != self.labels:
             raise UserError(f"names has {len(self.names)} names for classes={self.labels}: remove names")
+        if self.titles and self.names is not None and len(self.titles) != self.labels:
+            raise UserError(f"titles has {len(self.titles)} names for classes={self.labels}: remove titles")
         if self.labelled is False and self.labels:
             raise UserError(f"classes={self.classes} needs labels: remove labelled=false, or set classes=0")
         if self.augment and self.classes:

@@ -191,7 +191,8 @@ def _latents_draft_of_memory(
     # as images of a file that is not written yet
     place = photolatents.place_in_memory(data)
     fields: dict[str, Any] = {"data.root": place, "data.classes": data.classes}
-    if len(data.names) == data.classes:
+    sets_classes = any(text.startswith("data.classes=") for text in sets)
+    if len(data.names) == data.classes and not sets_classes:
         fields["data.titles"] = list(data.names)
     settings_of_data = [f"{name}={yaml_text(value)}" for name, value in fields.items()]
     settings_of_data += [text for text in sets if text.startswith("data.")]

@@ -7,6 +7,7 @@ name. `name_part` writes one field as a part.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 from dumo.config.parts import Sampling
@@ -34,8 +35,10 @@ def flatten(tree: dict[str, Fields]) -> Fields:
 def changed_parts(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
     """The parts of a name: fields whose value changed, and the weights if they are not those that the run shows."""
     parts = [name_part(field, value) for field, value in after.items() if before.get(field) != value]
-    default_weights = part_path(opened.checkpoint.path, sampled_part(opened.run.train))
-    if opened.file.resolve() != default_weights.resolve():
+    default_weights: Path | None = None
+    if opened.checkpoint:
+        default_weights = part_path(opened.checkpoint.path, sampled_part(opened.run.train)).resolve()
+    if opened.file.resolve() != default_weights:
         parts.append(f"{title(opened.file)}-{sha256(opened.file)[:6]}")
     return parts
 

@@ -166,7 +166,7 @@ def _describe_stop(opened: RunFolder) -> tuple[str, str] | None:
         return f"stopped at step {opened.step:,} of {train.steps:,}", effect
     if opened.is_shipped:
         return None
-    timing = opened.checkpoint.manifest.timing
+    timing = opened.checkpoint.manifest.timing if opened.checkpoint else None
     is_given_more = timing is None or timing.minutes != train.minutes  # since that checkpoint
     if timing and timing.is_over and not is_given_more:
         return None

@@ -4,10 +4,11 @@
 `remove_older` after each checkpoint; `describe` is what is said at the end. `find_best` reads.
 
 A file of weights says its score, and by which protocol and nfe it was measured: scores that were measured otherwise are
-not compared. On resume, `run.history` drops weights newer than the checkpoint, so files from before it must stay.
+not compared. On resume, `run.history` drops weights newer than the checkpoint, so files from before it must stay: one
+for each checkpoint from which a run may resume.
 """
 
-from collections.abc import Set
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -88,16 +89,20 @@ class BestFolder:
         score = {"protocol": protocol, "nfe": nfe, "name": metric, "value": value}
         checkpoint.save_weights(self.folder, state, state.sampled_net, KIND, identity(self.run), **{_SCORE: score})
 
-    def remove_older(self, step: int) -> None:
-        """Remove all weights up to `step` but the last, once the checkpoint of that step is written.
+    def remove_older(self, checkpoint_steps: Collection[int]) -> None:
+        """Remove weights that no resumed run asks for, once a checkpoint is written.
 
-        A resumed run begins at that checkpoint or later, so it asks for nothing older. Newer weights stay: a resumed
-        run removes them.
+        A run resumes from one of the checkpoints, of these steps, and asks for the last weights up to that step. Those
+        newer than the last checkpoint stay: a resumed run removes them.
         """
         files = manifest.paths_by_step(self.folder, ".safetensors")
-        up_to_step = [path for file_step, path in files.items() if file_step <= step]
-        for path in up_to_step[:-1]:
-            path.unlink()
+        kept_steps = {step for step in files if step > max(checkpoint_steps)}
+        for checkpoint_step in checkpoint_steps:
+            steps_up_to_checkpoint = [step for step in files if step <= checkpoint_step]
+            kept_steps.update(steps_up_to_checkpoint[-1:])
+        for step, path in files.items():
+            if step not in kept_steps:
+                path.unlink()
 
     def describe(self) -> str | None:
         """Which weights are the best, in a line; None: the run keeps none. Raises UserError as `find_best`."""

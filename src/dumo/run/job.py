@@ -172,14 +172,16 @@ def open_job(
             if minutes is not None:
                 fields.append(f"train.minutes={minutes:g}")  # those before it are added below
             run = index.run(fields)
-        if run.train.minutes is not None and index.recorded_run:
-            run = _with_steps_made(run, index.recorded_run.run.train, index.folder, changes)
+        if run.train.minutes is not None:
+            _require_no_steps(run.train.minutes, index, changes)
+            if index.recorded_run:
+                run = _with_steps_made(run, index.recorded_run.run.train)
         require_same_request(request, run)
         stack.enter_context(naming_code(names_code(run)))
 
         # 2. resolve
         run_before = index.recorded_run.run if index.recorded_run else None
-        run = resolve(with_absolute_paths(run, run_before))
+        run = resolve(with_absolute_paths(run, run_before, tell))
         torch_device = choose_device(device)
         net_outline = outline(run)
         _require_fit(run, net_outline, torch_device, sheets)
@@ -226,7 +228,7 @@ def open_job(
             # 6. begin the state, and open what reads it
             state, checkpoint = begin_or_resume(run, index.checkpoints, torch_device, chosen, or_before=step is None)
             factor_before = run.train.factor(state.step, state.timing) if checkpoint else None
-            state.timing = begin_timing(run.train.minutes, state.timing, factor_before)
+            state.timing = begin_timing(run.train.minutes, state.timing, factor_before, state.progress(run.train))
             best_folder = None
             validation = None
             if run.evaluate.every:
@@ -329,20 +331,27 @@ def _require_time_left(train: Train, timing: Timing, folder: Path) -> None:
         )
 
 
-def _with_steps_made(run: Run, train_before: Train, folder: Path, changes: Sequence[str]) -> Run:
-    """A run that ends by the clock, with the number of steps in its folder if that run ended by the clock, too.
+def _require_no_steps(minutes: float, index: Index, changes: Sequence[str]) -> None:
+    """Raise UserError where `changes` set `train.steps` of a run that ends after `minutes`, whatever its steps.
 
-    That number is what the run has made, not what it is to make. `train_before` is how the run of the folder is
-    trained. Raises UserError where `changes` set `train.steps` and not `train.minutes`. Where they set both, as in the
-    command that began the run, the command may be typed again.
+    Where they set `train.minutes`, too, as in the command that began the run, the command may be typed again.
     """
     sets_steps = any(text.startswith("train.steps=") for text in changes)
     sets_minutes = any(text.startswith("train.minutes=") for text in changes)
-    if sets_steps and not sets_minutes:
-        raise UserError(
-            f"{folder} ends after train.minutes={run.train.minutes:.4g}, whatever its steps: give it more by "
-            f"{option('minutes')}, or steps by {settings('train.minutes=null', 'train.steps=N')}"
-        )
+    if not sets_steps or sets_minutes:
+        return
+    fix = f"steps by {settings('train.minutes=null', 'train.steps=N')}"
+    if index.recorded_run:
+        fix = f"more by {option('minutes')}, or {fix}"
+    raise UserError(f"{index.folder} ends after train.minutes={minutes:.4g}, whatever its steps: give it {fix}")
+
+
+def _with_steps_made(run: Run, train_before: Train) -> Run:
+    """A run that ends by the clock, with the number of steps in its folder if that run ended by the clock, too.
+
+    That number is what the run has made, not what it is to make. `train_before` is how the run of the folder is
+    trained.
+    """
     if train_before.minutes is None:
         return run
     train = run.train.model_copy(update={"steps": train_before.steps})

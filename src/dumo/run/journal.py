@@ -205,7 +205,6 @@ class Journal:
         self.saver.wait()  # its memory is filled anew
         began = self.countdown.seconds() if self.countdown else 0.0
         log_file = self.folder / LOG_FILE
-        step = state.step
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
         step_threads = self.threads.number if self.threads else None
         notes = checkpoint.CheckpointNotes(self.run_text, datacheck.tensors_to_save(self.hashes), logged, step_threads)
@@ -218,7 +217,7 @@ class Journal:
             agreement.on_main_rank(lambda: mark_checkpoint_written(self.folder))
             best_folder = self.best_folder
             if best_folder:
-                agreement.on_main_rank(lambda: best_folder.remove_older(step))
+                agreement.on_main_rank(lambda: best_folder.remove_older(self.checkpoints.by_step()))
             if self.countdown:
                 self.countdown.note(SAVE, began)
 

@@ -1,7 +1,8 @@
 """What a command asks of a training: the same on all ranks, and obeyed once.
 
 A `Request` goes back to a step, or trains for some minutes more. torchrun starts all ranks again with the words of
-the first start, and so does Slurm with those of a job. So the run's folder has a note of what was obeyed last.
+the first start, and so does Slurm with those of a job; a person types the same command again. So the run's folder has a
+note of what was obeyed last.
 
 1. `require_same_request` compares what the ranks were asked for.
 2. `Request.was_obeyed` asks whether a start before this one has done it.
@@ -68,7 +69,7 @@ class Request:
         note = _read_note(self.folder)
         if is_restart:  # its words are those of the first start; an unseeded net has other numbers, though
             return note is not None and (note["from"], note["minutes"]) == (self.step, self.minutes)
-        return dist.is_started_by_torchrun() and note == self._note(has_ended=False)
+        return note == self._note(has_ended=False)
 
     def _remove_note(self) -> None:
         (self.folder / OBEYED_FILE).unlink(missing_ok=True)

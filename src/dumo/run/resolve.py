@@ -40,6 +40,8 @@ from dumo.nets import Net, is_pretrained
 from dumo.nets.textfamily import has_table
 from dumo.run.mismatch import check_built
 from dumo.run.weights import few_step_run
+from dumo.runtime.door import settings
+from dumo.runtime.progress import ignore_line
 from dumo.types import Spec, UserError
 
 if TYPE_CHECKING:
@@ -85,10 +87,12 @@ def resolve_remaining(run: Run) -> Run:
     if data is not run.data or net is not run.net or path is not run.path:
         resolved_run = run.model_copy(update={"data": data, "net": net, "path": path})
         facts = _new_facts(run, resolved_run)
-    if CODE_KEY not in run.resolved:
-        codes = dict(codes_of(run))
-        if codes:
-            facts[CODE_KEY] = codes
+    known_codes = run.resolved.get(CODE_KEY)
+    if not isinstance(known_codes, dict):
+        known_codes = {}
+    codes = {**dict(codes_of(run)), **known_codes}
+    if codes != known_codes:
+        facts[CODE_KEY] = codes
     if not facts:
         return run
     check(resolved_run)
@@ -216,11 +220,15 @@ def _require_captions(data: Data, texts: "TableTexts") -> None:
         )
 
 
-def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
+def with_absolute_paths(run: Run, before: Run | None = None, log_line: Callable[[str], None] = ignore_line) -> Run:
     """The run with absolute paths in fields that say where something lies; the words given for them go to `resolved`.
 
     `before` is the run of the folder in which it goes on: a place in the same words as there is where it was when that
-    run began, whatever variables and the working directory say now. What does not exist, and may be a name, stays.
+    run began, whatever variables and the working directory say now. If nothing is there any more, it is where the words
+    lead now; if both places exist, `log_line` is called with a line. What does not exist, and may be a name, stays.
+
+    Without `before` the run begins here, with the code of now: hashes of the code of another run, whose settings it
+    has, are left out.
     """
     places_before: dict[str, str] = {}
     words_before: dict[str, str] = {}
@@ -231,20 +239,26 @@ def with_absolute_paths(run: Run, before: Run | None = None) -> Run:
     given_words: dict[str, JsonValue] = {}
     for field, text, extra in _places(run):
         words = text
-        place = text
+        place = _absolute_place(text, extra)
         is_unchanged = field in places_before and text in (places_before[field], words_before.get(field))
         if is_unchanged:
             words = words_before.get(field, text)
-            place = places_before[field]
-        names = cast(list[str], extra.get("names", ()))  # words that are no place
-        if place not in names:
-            place = absolute_path(place, maybe=extra["where"] == "maybe")
+            place_before = _absolute_place(places_before[field], extra)
+            exists_here = os.path.exists(place)
+            exists_there = os.path.exists(place_before)
+            if exists_here and exists_there and not os.path.samefile(place, place_before):
+                change = settings(f"{field}={yaml_text(place)}")
+                log_line(f"{field} is {place_before}, as when this run began. To take {place}:  {change}")
+            if exists_there or not exists_here:
+                place = place_before
         if words != place:
             given_words[field] = words
         absolute_places[field] = place
 
     placed_run = _with_places(run, absolute_places)
     resolved = _without_given(run.resolved)
+    if before is None:
+        resolved.pop(CODE_KEY, None)
     if given_words:
         resolved[TYPED_KEY] = given_words
     if placed_run is run and resolved == run.resolved:
@@ -258,6 +272,14 @@ def paths_as_typed(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
     if not isinstance(words, dict):
         return {}
     return {field: str(text) for field, text in words.items()}
+
+
+def _absolute_place(place: str, extra: JsonDict) -> str:
+    """The absolute path of a place, of a field with this `json_schema_extra`; words that are no place as they are."""
+    names = cast(list[str], extra.get("names", ()))
+    if place in names:
+        return place
+    return absolute_path(place, maybe=extra["where"] == "maybe")
 
 
 def _without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:

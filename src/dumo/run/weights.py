@@ -31,15 +31,16 @@ from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, is_dualized, is_pretrained
 from dumo.run import datanote
+from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.index import Index
 from dumo.run.net import deferred_net, draw_net, require_room
 from dumo.run.provenance import require_own_checkpoint, require_own_weights
 from dumo.runtime import dist, shell_path
 from dumo.runtime.device import choose_device
-from dumo.runtime.door import settings
+from dumo.runtime.door import option, settings
 from dumo.runtime.heap import low_memory_heap
 from dumo.training import checkpoint, frozen, manifest
-from dumo.training.manifest import Checkpoint, Checkpoints
+from dumo.training.manifest import Checkpoint, Checkpoints, FileEntry
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
@@ -69,7 +70,7 @@ class RunFolder:
     step: int
     weights: str  # the file or folder of shards they came from, relative to the run's folder where it lies inside
     file: Path = Path()  # that file or folder
-    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(Path()))  # the last one that is whole
+    checkpoint: Checkpoint | None = None  # the last one that is whole; None: there is none, and other weights are taken
     listed_sha256: str | None = None  # what the checkpoint lists for the file; None: it lists none
     deferred_weights: Deferred = field(default_factory=Deferred)  # reads the weights of a net opened without `fill`
     overrides: tuple[str, ...] = ()  # what was set to look at it, each a.b=c
@@ -155,7 +156,7 @@ def open_run(
     `text` is that of run.yaml, where it has been read. `weights` is a file, or a folder of shards, to take in place of
     the last checkpoint's sampled weights. Where a training removes the checkpoint while it is read, a newer one is
     taken. Without `fill` no weight is read yet: `RunFolder.deferred_weights` does it. Raises UserError where `source`
-    is no run's folder, or has no checkpoint that is whole.
+    is no run's folder, or has no checkpoint that is whole, unless `weights` are given.
     """
     from dumo.run import shipped
 
@@ -207,11 +208,13 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
     folder = index.folder
     hashed_parts = {sampled_part(run.train)} if weights is None else ()
     last = index.checkpoints.latest(hashed_parts)
-    if last is None:
-        raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {shell_path(folder)}")
+    listed: FileEntry | None = None
     if weights is None:
+        if last is None:
+            raise _no_checkpoint_error(folder)
         file = checkpoint.part_path(last.path, sampled_part(run.train))
         file_name = str(file.relative_to(folder))
+        listed = last.manifest.files.get(file.name)
         require_own_checkpoint(run, index, last, last.path)
     else:
         file = Path(weights)
@@ -223,9 +226,17 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
 
     # load it, and compare with what the checkpoint lists
     net, deferred_weights = load_net(run, file, device if fill else None)
-    frozen.require(frozen.digest(net, deferred_weights.materialize), last.manifest.frozen, folder)
-    listed = last.manifest.files.get(file.name) if weights is None else None
-    step = last.manifest.step if weights is None else checkpoint.step_of(file, last.manifest.step)
+    frozen_digest = frozen.digest(net, deferred_weights.materialize)
+    last_step = 0
+    if last:
+        frozen.require(frozen_digest, last.manifest.frozen, folder)
+        last_step = last.manifest.step
+    elif frozen_digest is not None:
+        raise UserError(
+            f"{folder} has no checkpoint, which would say on which frozen weights {file} was trained: restore "
+            f"{index.checkpoints.folder}"
+        )
+    step = last_step if weights is None else checkpoint.step_of(file, last_step)
     return RunFolder(
         run=run,
         index=index,
@@ -238,6 +249,16 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
         deferred_weights=deferred_weights,
         given_weights=weights,
     )
+
+
+def _no_checkpoint_error(folder: Path) -> UserError:
+    """The error of a run's folder without a checkpoint."""
+    if (folder / CHECKPOINT_MARK).exists():
+        return UserError(
+            f"{folder} had checkpoints, and has none now: mount their disk or restore them, or take other weights, as "
+            f"of milestones/ or best/, by {option('weights')}"
+        )
+    return UserError(f"{folder} has no checkpoint yet: train it first, dumo train {shell_path(folder)}")
 
 
 def sampled_part(train: Train) -> str:
@@ -351,6 +372,7 @@ def _load_few_step_run(run: RunParts, net: nn.Module, deferred_weights: Deferred
     assert is_pretrained(source_spec)
     assert is_pretrained(spec)
     if source_spec.lora and spec.lora and source_spec.lora.frozen == spec.lora.frozen:
+        assert source.checkpoint, "it was opened with the weights of its checkpoint"
         frozen_digest = frozen.digest(net, deferred_weights.materialize, without=source_weights)
         frozen.require(frozen_digest, source.checkpoint.manifest.frozen, source.folder)
 

@@ -8,9 +8,9 @@ step is done.
 
 Without torch.distributed there is one rank, number 0, and every collective returns its own tensor.
 
-`torchrun_rank_and_world` reads the numbers before `join`, too. `is_started_by_torchrun` and `is_restart` say who
-started these processes, and whether again. `require_one_process` and `require_distributed_torch` refuse what cannot run
-here. Which device a rank computes on: `dumo.runtime.device`.
+`torchrun_rank_and_world` reads the numbers before `join`, too. `is_restart` says whether these processes were started
+again. `require_one_process` and `require_distributed_torch` refuse what cannot run here. Which device a rank computes
+on: `dumo.runtime.device`.
 """
 
 import math
@@ -179,11 +179,6 @@ def torchrun_rank_and_world() -> tuple[int, int]:
     world_size = _environment_integer("WORLD_SIZE", 1, low=1, high=_MAX_RANKS)
     own_rank = _environment_integer("RANK", 0, high=world_size - 1)
     return own_rank, world_size
-
-
-def is_started_by_torchrun() -> bool:
-    """Whether torchrun has started this process, as one of one or several ranks."""
-    return "WORLD_SIZE" in os.environ
 
 
 def is_restart() -> bool:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from math import ceil
 from statistics import median
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from dumo.runtime.stopwatch import Clock, wall_clock
 from dumo.training.schedule import LearningRateSchedule
@@ -61,6 +61,8 @@ class Timing(BaseModel):
     seconds: float = 0.0  # of these that are over, up to the last step
     share: float = 0.0  # of the stretch that is over, in [0, 1]; 1: the run has ended
     start: float | None = None  # the factor of the rate where the stretch began; None: the run began with it
+    # How much of the training was over, by its steps, when the run was first given minutes.
+    progress_before: float = Field(default=0.0, exclude_if=lambda progress: progress == 0)
 
     @property
     def promised_seconds(self) -> float:
@@ -80,7 +82,8 @@ class Timing(BaseModel):
     @property
     def progress(self) -> float:
         """How much of the whole training is over, in [0, 1]."""
-        return min(1.0, self.seconds / self.promised_seconds)
+        share_of_time = min(1.0, self.seconds / self.promised_seconds)
+        return self.progress_before + (1 - self.progress_before) * share_of_time
 
     def at_end(self) -> "Timing":
         """The timing of the run when it ends: what the last checkpoint takes counts as over, too."""
@@ -95,19 +98,22 @@ class Timing(BaseModel):
         return rise * schedule.model_copy(update={"warmup": 0})(share_of_fall * steps, steps)
 
 
-def begin_timing(minutes: float | None, timing: Timing | None, factor: float | None) -> Timing | None:
+def begin_timing(
+    minutes: float | None, timing: Timing | None, factor: float | None, progress: float = 0.0
+) -> Timing | None:
     """The timing of a run that is opened to train for these minutes in all; None where its steps are fixed.
 
     `timing` is its checkpoint's, and `factor` the factor of the rate there; each is None without a checkpoint. The
-    stretch of the checkpoint continues, unless the run has been given other minutes since.
+    stretch of the checkpoint continues, unless the run has been given other minutes since. `progress` is how much of
+    its steps is over, where the checkpoint has no timing.
     """
     if minutes is None:
         return None
     if timing is None:
-        return Timing(minutes=minutes, start=factor)
+        return Timing(minutes=minutes, start=factor, progress_before=min(1.0, progress))
     if timing.minutes == minutes:
         return timing
-    return Timing(minutes=minutes, seconds=timing.seconds, start=factor)
+    return Timing(minutes=minutes, seconds=timing.seconds, start=factor, progress_before=timing.progress_before)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dumo.training.layout import full_tensor, shard_like
 Matrices = Float[Tensor, "matrices rows columns"]
 
 STACK_KEY = "parts"  # in a group: the number of matrices stacked in each parameter. State dicts of users have it.
+MOMENTUM_KEY = "momentum_buffer"  # in the state of a matrix: its momentum, and nothing else is there
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c: Jordan et al.'s
 _ITERATIONS = 5  # Newton-Schulz iterations: Jordan et al.'s
 _EPS = 1e-7  # the least norm that is divided by: Jordan et al.'s
@@ -99,8 +100,8 @@ class MuonOptimizer(torch.optim.Optimizer):
         state = self.state[p]
         momentum = group["momentum"]
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        momentum_buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+            state[MOMENTUM_KEY] = torch.zeros_like(p)
+        momentum_buffer = state[MOMENTUM_KEY].lerp_(grad, 1 - momentum)
         direction = full_tensor(grad.lerp(momentum_buffer, momentum))  # Nesterov's
         if direction.is_cuda:
             direction = direction.bfloat16()  # the iterations are stable in it (Jordan et al.)

@@ -28,6 +28,7 @@ from dumo.training import frozen, layout
 from dumo.training.burst import GradientNorms, parameters_by_module
 from dumo.training.deadline import Timing
 from dumo.training.ema import AverageKey, MovingAverage
+from dumo.training.muon import MOMENTUM_KEY, STACK_KEY
 from dumo.training.optim import has_8bit_codes
 from dumo.training.spec import Train
 from dumo.types import UserError
@@ -151,7 +152,7 @@ def flat_optimizer_state(state: State) -> dict[str, Tensor]:
 def empty_optimizer_state(place: Path, state: State, fix: str) -> dict[str, Tensor]:
     """Empty tensors for the optimizer's state in a file or a folder of shards, each laid out as its parameter.
 
-    Raises UserError as `load` and `compare`; `fix` ends their messages.
+    Raises UserError as `load` and `compare`, also where another optimizer wrote it; `fix` ends their messages.
     """
     saved = outline(place)
     parameters = dict(state.net.named_parameters())
@@ -166,6 +167,8 @@ def empty_optimizer_state(place: Path, state: State, fix: str) -> dict[str, Tens
             if name in names_in_group:
                 saved_keys.add(key)
                 saved_names.add(name)
+        if STACK_KEY in group:  # of matrices that Muon moves, whatever optimizer wrote the file
+            saved_keys = {MOMENTUM_KEY}
         for key, name in product(saved_keys, saved_names):
             templates[f"{key}.{name}"] = _state_template(state.optimizer, key, parameters[name])
     compare(place, saved, templates, "the run", fix)

@@ -93,6 +93,12 @@ def test_a_recipe_is_changed_by_values(digits: TrainedRun) -> None:
     assert again == digits.spec.model_copy(update={"train": digits.spec.train.model_copy(update={"steps": 3})})
 
 
+@pytest.mark.parametrize("plain", [np.int64, np.float32, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_numbers(plain: Callable[[int], Any]) -> None:
+    assert dumo.recipe("moons", {"train.optimizer.lr": plain(1)}).train.optimizer.lr == 1
+    assert dumo.recipe("moons", {"sample.nfe": np.arange(1, 3)}).sample.nfe == (1, 2)
+
+
 @pytest.mark.slow
 def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun, tmp_path: Path) -> None:
     def made(run: TrainedRun, count: int, *words: str) -> np.ndarray:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dumo.config.change import merge, override
+from dumo.config.change import DEFAULT_KINDS, merge, override
 from dumo.config.load import load
+from dumo.training.ema import Ema
 from dumo.types import UserError
 
 BASE = yaml.safe_load("""
@@ -96,6 +97,13 @@ def test_no_override_is_lost_to_a_kind() -> None:
     assert (objective.kind, objective.drop) == ("several", 0)
     assert objective.needs.guide is not None
     assert objective.needs.guide.scale == 1
+
+
+def test_another_kind_of_an_item_that_says_none_drops_its_fields() -> None:
+    found = overridden("train.ema.0.kind=power", "train.ema.0.std=0.05", "train.ema.1.kind=exponential")
+    assert isinstance(found, dict)
+    assert found["train"]["ema"] == [{"kind": "power", "std": 0.05}, {"decay": 0.99, "kind": "exponential"}]
+    assert Ema(decay=0.9).kind == DEFAULT_KINDS["train", "ema"]
 
 
 def test_the_last_of_two_for_one_field_holds() -> None:

@@ -499,6 +499,16 @@ def test_where_the_number_of_classes_is_given_tables_say_what_they_are_called(tm
     assert parse_text(dump(resolved), Path("run.yaml")).tree["resolved"]["data.images.titles"] == [*CLASSES]
     assert not [*differences(run, resolved)]
     assert identity(run) == identity(resolved)
+    text = parse_text(dump(resolved), Path("run.yaml"))
+    mine = load(text, ["data.images.titles=[ape, bat, cat]"])
+    assert load(parse_text(dump(mine), Path("run.yaml"))) == mine.model_copy(update={"resolved": {}})
+
+
+def test_titles_are_of_as_many_classes_as_there_are(tmp_path: Path) -> None:
+    as_parquet(tmp_path)
+    assert "titles has 3 names for classes=0" in refused(tmp_path, classes=0, labelled=False, titles=CLASSES)
+    assert "titles has 2 names for classes=3" in refused(tmp_path, titles=CLASSES[:2])
+    assert spec(tmp_path, classes=3, titles=("ape", "bat", "cat")).titles == ("ape", "bat", "cat")
 
 
 def test_where_there_are_no_classes_or_no_data_yet_no_names_are_written(

@@ -1,5 +1,6 @@
 """A run that trains an adapter: what it keeps, what it refuses to go on from, and its own base as its teacher."""
 
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,10 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         open_run(str(tmp_path / "run"), device="cpu")
     with pytest.raises(UserError, match="step-00000004 was trained on other frozen weights"):
         train(tiny("moons", *more, "train.steps=6"), tmp_path / "run")
+
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(UserError, match="no checkpoint, which would say on which frozen weights"):
+        open_run(str(tmp_path / "run"), weights=str(tmp_path / "run/milestones/step-00000002.safetensors"))
 
 
 @pytest.mark.slow

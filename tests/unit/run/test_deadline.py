@@ -225,6 +225,15 @@ def test_minutes_and_steps_are_not_both_given_to_a_run(clock: Clock, tmp_path: P
         train(folder, clock, None, "train.steps=100", minutes=0.5)
 
 
+def test_steps_of_a_new_run_that_ends_by_the_clock_are_refused(clock: Clock, tmp_path: Path) -> None:
+    """As of the settings of another run, which has minutes."""
+    folder = tmp_path / "run"
+    changes = ("train.steps=100",)
+    with pytest.raises(UserError, match=r"ends after train\.minutes=1, whatever its steps: give it steps by changes="):
+        train(folder, clock, tiny("moons", *TIMED, *changes), *changes)
+    assert not folder.exists()
+
+
 def test_a_run_of_steps_goes_on_for_minutes_and_for_steps_again(clock: Clock, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(folder, clock, tiny("moons", "train.log_every=1"))
@@ -235,6 +244,8 @@ def test_a_run_of_steps_goes_on_for_minutes_and_for_steps_again(clock: Clock, tm
     began = clock.now
     _, _, state = train(folder, clock, minutes=0.5)
     assert clock.now - began == pytest.approx(30, abs=2 * PACE)
+    assert state.timing is not None
+    assert state.timing.progress_before == 1
     steps = state.step
     with pytest.raises(UserError, match=r"ends after train\.minutes=0\.5, whatever its steps: give it more by"):
         train(folder, clock, None, f"train.steps={steps + 2}")

@@ -313,8 +313,7 @@ def test_from_an_earlier_step(run: Path) -> None:
 
 
 def test_a_restart_does_not_go_back_again(run: Path, fate: Fate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun types the same words again after a crash, and may not count it."""
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    """The same words come again after a crash: from a person, or from torchrun, which may not count it."""
 
     def go_back() -> list[str]:
         told = list[str]()
@@ -328,6 +327,7 @@ def test_a_restart_does_not_go_back_again(run: Path, fate: Fate, monkeypatch: py
     obeyed = f"{run} has obeyed step=4 already, and goes on from its last checkpoint: to obey it again, remove "
     assert go_back() == [f"{obeyed}{run / OBEYED_FILE}"]
     assert steps(run) == [2, 4, 6, 7, 8]
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # a rank died after the end
     assert go_back()[0].startswith(obeyed)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # the same words once more, after it

@@ -108,6 +108,19 @@ def test_an_opened_milestone_says_its_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_milestone_is_opened_where_the_checkpoints_are_gone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny(2, "[1]"), run)
+    shutil.rmtree(run / "checkpoints")
+    file = run / "milestones/step-00000001.safetensors"
+    opened = open_run(str(run), weights=str(file))
+    assert (opened.step, opened.checkpoint) == (1, None)
+    assert all(torch.equal(value, opened.net.state_dict()[name]) for name, value in load_weights(file).items())
+    with pytest.raises(UserError, match=r"run had checkpoints, and has none now: .* by weights="):
+        open_run(str(run))
+
+
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_what_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tiny(2, "[0, 1]"), tmp_path / "run")
     before = kept(tmp_path / "run")

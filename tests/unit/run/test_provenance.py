@@ -218,6 +218,15 @@ def test_a_run_that_is_asked_for_may_be_accepted(run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_state_of_another_optimizer_is_refused_before_anything_is_written(run: Path) -> None:
+    before = (run / RUN_FILE).read_bytes()
+    asked = load(str(run), ["train.optimizer.kind=muon", "train.steps=6"])
+    with pytest.raises(UserError, match=r"optimizer\.safetensors: exp_avg\.\S+ is .* in the file"):
+        train(asked, run, accept=True)
+    assert (run / RUN_FILE).read_bytes() == before
+
+
+@pytest.mark.slow
 def test_a_checkpoint_from_before_is_not_compared(run: Path) -> None:
     for place in (run / "checkpoints").iterdir():
         (place / manifest.RUN).unlink()

@@ -71,6 +71,26 @@ def test_the_words_that_a_run_began_with_mean_what_they_meant(tmp_path: Path, mo
     assert with_absolute_paths(images(there), before) == began
 
 
+def test_where_nothing_is_at_the_old_place_the_words_lead_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a project that was moved; where it was copied, a line says which of both is taken."""
+    os.makedirs("there/one")
+    os.mkdir("one")
+    before = with_absolute_paths(images("one"))
+    monkeypatch.chdir("there")
+    here = str(tmp_path / "there/one")
+    told: list[str] = []
+    assert with_absolute_paths(images("one"), before, told.append) == before
+    assert told == [
+        f'data.root is {tmp_path / "one"}, as when this run began. To take {here}:  changes={{"data.root": "{here}"}}'
+    ]
+    os.rmdir(tmp_path / "one")
+    moved = with_absolute_paths(images("one"), before, told.append)
+    assert (moved.data.root, paths_as_typed(moved.resolved)) == (here, {"data.root": "one"})  # pyright: ignore
+    assert len(told) == 1
+
+
 def test_names_are_no_places(tmp_path: Path) -> None:
     """Of models that are known by name, and of functions; a folder of that name changes nothing for the first."""
     os.mkdir(PUBLISHED[0])

@@ -221,10 +221,24 @@ def test_the_best_before_a_checkpoint_stays_until_a_later_one_stands(tmp_path: P
     best.mkdir()
     for step in (2, 3, 4, 6):
         (best / f"step-{step:08d}.safetensors").touch()
-    best_folder.remove_older(3)
+    best_folder.remove_older([3])
     assert [path.name[11:13] for path in sorted(best.iterdir())] == ["03", "04", "06"]
-    best_folder.remove_older(6)
+    best_folder.remove_older([3, 6])
+    assert [path.name[11:13] for path in sorted(best.iterdir())] == ["03", "06"]
+    best_folder.remove_older([6])
     assert [path.name[11:13] for path in sorted(best.iterdir())] == ["06"]
+
+
+@pytest.mark.slow
+def test_the_best_of_each_checkpoint_is_there_when_a_run_goes_back_to_it(
+    tmp_path: Path, scored: Callable[..., None]
+) -> None:
+    run = tiny("train.keep=2", "train.save_every=3")
+    scored(1.0, 2.0, 0.5)
+    train(run, tmp_path / "run")
+    scored(3.0, 4.0)  # steps 4 and 6, again
+    train(run, tmp_path / "run", step=3)
+    assert [*kept(tmp_path / "run")] == ["step-00000002.safetensors"]
 
 
 def test_what_cannot_be_judged_is_said_and_ends_nothing(tmp_path: Path, scored: Callable[..., None]) -> None:

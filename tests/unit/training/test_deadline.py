@@ -296,6 +296,19 @@ def test_the_clock_is_part_of_a_checkpoint() -> None:
     assert about.checksum() != about.model_copy(update={"timing": Timing(minutes=3)}).checksum()
 
 
+@pytest.mark.parametrize("progress", [0.25, 1.0])
+def test_minutes_after_steps_go_on_from_the_progress_of_the_steps(progress: float) -> None:
+    """What is scheduled over the training, as an objective's alpha, does not begin again."""
+    timing = begin_timing(2, None, 0.0, progress)
+    assert timing is not None
+    assert timing.progress == progress
+    assert timing.model_copy(update={"seconds": 60}).progress == (1 + progress) / 2
+    more = begin_timing(3, timing.at_end(), 0.0)
+    assert more is not None
+    assert more.progress == pytest.approx(progress + (1 - progress) * 2 / 3)
+    assert "progress_before" not in Timing(minutes=2).model_dump_json()
+
+
 @pytest.mark.parametrize("minutes", [0, -1, float("inf"), float("nan"), 1e7])
 def test_minutes_are_some(minutes: float) -> None:
     with pytest.raises(ValidationError):
