@@ -268,7 +268,7 @@ def text_bytes(net: Net, captions: int) -> dict[str, int]:
     if isinstance(texts, PipelineTexts) and texts.is_online(captions) and texts.encoder_bytes:
         parts["encoders"] = texts.encoder_bytes
     if isinstance(texts, EmbeddedTexts) and not captions and not texts.is_mapped(captions):
-        parts["texts"] = int(texts.memory * GB)
+        parts["texts"] = int(texts.memory * GIGABYTE)
     return parts
 
 
