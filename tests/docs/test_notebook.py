@@ -22,7 +22,7 @@ from docs.test_tutorial import photos
 from forked import ENVIRONMENT
 
 FOLDER = Path(__file__).parents[2] / "docs/notebooks"
-NET = {"net.width": 8, "train.batch": 8, "train.steps": 3, "evaluate.protocol.samples": 32}
+NET = {"net.width": 8, "train.batch": 8, "evaluate.protocol.samples": 32}
 FEW: dict[str, dict[str, Any]] = {
     "digits": {"steps": 20, "samples": 500},
     "own-objective": {"steps": 20, "samples": 500},
