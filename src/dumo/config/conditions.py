@@ -35,6 +35,11 @@ def squares(data: Data) -> Data:
     return data
 
 
+def spread_evenly(count: int, total: int) -> Int64[Tensor, " count"]:
+    """`count` numbers spread evenly over 0 .. `total` - 1, or all of these in turn where `count` is larger."""
+    return torch.arange(count) * max(total, count) // count % total
+
+
 @dataclass(frozen=True)
 class Conditions:
     """The conditions of a data set, numbered from 0 to `count` - 1. Number `count` means no condition."""
@@ -112,8 +117,7 @@ class Conditions:
         captions = self.data.all_captions()
         num_images = len(captions.ends)
         n = len(labels)
-        images = torch.arange(n) * max(num_images, n) // n % num_images
-        return captions.draw(images, "conditions", batch=n)
+        return captions.draw(spread_evenly(n, num_images), "conditions", batch=n)
 
     def in_turn(self, count: int, only: Sequence[int] | None = None) -> Int64[Tensor, " n"]:
         """The conditions (count,) of `count` samples: those of `only` in turn, or without it of all classes in turn.

@@ -61,7 +61,7 @@ class Clip:
     def cosines(self, pixels: Pixels, texts: Sequence[str]) -> Float[Tensor, " n"]:
         """Return the cosine of each image and its text, in float32 on the CPU. Warns of texts that are cut."""
         if texts:
-            warn_of_cuts(self.tokenizer.cut_texts(texts), self.tokenizer.length)
+            warn_of_cuts(self.tokenizer.cut_texts(texts), f"at {self.tokenizer.length} tokens")
         batches = list[Tensor]()
         for first in range(0, len(texts), _IMAGES_PER_BATCH):
             batch = slice(first, first + _IMAGES_PER_BATCH)

@@ -105,12 +105,20 @@ class TextEncoder(Spec):
 
     def require_tokenizers(self) -> None:
         """Raise UserError as `find_folder`, where the tokenizer cannot be loaded, and where `skip` cuts the text."""
-        self._load_tokenizer(self.find_folder())
+        tokenizer = self._load_tokenizer(self.find_folder())
+        if self.skip:
+            tokens_before_text = tokenizer.count_tokens_before_text()
+            if self.skip > tokens_before_text:
+                raise UserError(
+                    f"net.texts.encoder.skip={self.skip} cuts tokens of the text: {tokens_before_text} stand before "
+                    f"it. Set it to {tokens_before_text} at most"
+                )
 
     def open(self, device: torch.device | str = "cpu") -> "EncoderModel":
-        """Load the encoder onto a device.
+        """Load the encoder onto a device. A `skip` that cuts the text is no error: tables were made with some.
 
-        Raises UserError as `require_tokenizers`, for damaged weights, and where transformers cannot load them.
+        Raises UserError as `find_folder`, where the tokenizer cannot be loaded, for damaged weights, and where
+        transformers cannot load them.
         """
         folder = self.find_folder()
         folder.weights.require_undamaged()  # before transformers reads them
@@ -123,17 +131,9 @@ class TextEncoder(Spec):
     def _load_tokenizer(self, folder: "EncoderFolder") -> LoadedTokenizer:
         """Load the tokenizer. A text is cut behind its `length` tokens and those that are skipped.
 
-        Raises UserError where it is missing or cannot be loaded, and where `skip` takes tokens of the text.
+        Raises UserError where it is missing or cannot be loaded.
         """
-        tokenizer = load_tokenizer(folder.tokenizer_path, self.length + self.skip, self.template)
-        if self.skip:
-            tokens_before_text = tokenizer.count_tokens_before_text()
-            if self.skip > tokens_before_text:
-                raise UserError(
-                    f"net.texts.encoder.skip={self.skip} cuts tokens of the text: {tokens_before_text} stand before "
-                    f"it. Set it to {tokens_before_text} at most"
-                )
-        return tokenizer
+        return load_tokenizer(folder.tokenizer_path, self.length + self.skip, self.template)
 
 
 @dataclass(frozen=True)

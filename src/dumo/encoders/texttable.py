@@ -425,12 +425,19 @@ def _warn_of_cuts(spec: EncoderSpec, num_cut: int, num_captions: int) -> None:
         return
     match spec:
         case TextEncoder():
-            place_and_fix = f"at {spec.length} tokens: raise net.texts.encoder.length"
+            fix = "raise net.texts.encoder.length"
         case ByteTokenizer():
-            place_and_fix = f"at {spec.length} tokens: raise net.texts.tokenizer.length"
+            fix = "raise net.texts.tokenizer.length"
         case PromptReaderSpec():
-            place_and_fix = "where the pipeline cuts texts: write shorter ones"
-    warnings.warn(f"{num_cut:,} of {num_captions:,} captions are cut {place_and_fix}", stacklevel=3)
+            fix = "write shorter ones"
+    warnings.warn(f"{num_cut:,} of {num_captions:,} captions are cut {cut_place(spec)}: {fix}", stacklevel=3)
+
+
+def cut_place(spec: EncoderSpec) -> str:
+    """Where an encoder cuts texts, in words. The tokenizers of a pipeline may each cut elsewhere."""
+    if isinstance(spec, PromptReaderSpec):
+        return "where the pipeline cuts texts"
+    return f"at {spec.length} tokens"
 
 
 def to_columns(rows: Embeddings, *, keeps_padding: bool) -> Shard:

@@ -102,14 +102,14 @@ class LoadedTokenizer:
         return [self.template.replace("{}", text) for text in texts]
 
 
-def warn_of_cuts(cut_texts: Sequence[str], length: int) -> None:
-    """Warn of texts that are cut behind `length` tokens, if there are any."""
+def warn_of_cuts(cut_texts: Sequence[str], place: str) -> None:
+    """Warn of texts that are cut, if there are any. `place` says where, such as "at 77 tokens"."""
     if not cut_texts:
         return
     subject = f"'{brief(cut_texts[0], 60)}'"
     if len(cut_texts) > 1:
         subject += f" and {len(cut_texts) - 1} more"
-    warnings.warn(f"{subject}: more than {length} tokens, and cut there", stacklevel=3)
+    warnings.warn(f"{subject}: cut {place}", stacklevel=3)
 
 
 def load_tokenizer(folder: Path, length: int, template: str = "{}") -> LoadedTokenizer:

@@ -75,7 +75,7 @@ class LikelihoodProtocol(Protocol):
         directions = f"{self.probes} random signs" if self.probes else "all axes"
         noise = f"uniform noise on {levels} levels" if levels else "as they are"
         facts = {
-            **reference.facts(seed),
+            **reference.facts(seed, context.split),
             "reference": reference_text,
             "features": f"none: log density, div v by {directions}; {noise}",
         }

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dumo.error import NotFiniteError
 from dumo.evaluation.by_class import class_facts
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
+from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores, name_of_data
 from dumo.evaluation.statistics import order_of
 from dumo.io import digest
 from dumo.io.source import Data, HeldOutSplit
@@ -62,11 +62,17 @@ class Reference:
 
         return cls(x, c, redraw=redraw, trained=trained_x)
 
-    def facts(self, seed: int) -> dict[str, str]:
-        """What a report says of the reference. Draws differ in their last bits between machines, so have no hash."""
+    def facts(self, seed: int, split: str | None) -> dict[str, str]:
+        """What a report says of the reference, which is of this split of the data.
+
+        Draws differ in their last bits between machines, so have no hash.
+        """
         if self.redraw:
             return {"reference": f"{len(self.x):,} draws of seed {seed}"}
-        which = "of the data" if self.trained is None else "held out, never trained on"
+        which = f"of {name_of_data(split)}"
+        if self.trained is not None:
+            which = "held out" if split is None else which
+            which += ", never trained on"
         return {"reference": f"{len(self.x):,} samples {which}", "reference_sha256": digest.of_tensor(self.x)}
 
 
@@ -94,7 +100,7 @@ def make_opener(
         trained = context.trained() if context.trained else None
         reference = Reference.of(context.data(), protocol.total, context.seed, trained)
         sample_c = protocol.classes_of(context)
-        facts = describe_features() | reference.facts(context.seed)
+        facts = describe_features() | reference.facts(context.seed, context.split)
         if by_class:
             facts |= class_facts(sample_c, reference.c)
         return WholeSetEvaluator(

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
 
+from dumo.config.conditions import spread_evenly
 from dumo.config.word import MERITS, word
 from dumo.io import picture
 from dumo.lab.cell import Result, Row
@@ -51,9 +51,7 @@ def _sheet(result: Result) -> Image.Image:
     """Two rows of samples in the fewest passes: a class to a column, with its name. Of many classes every n-th one."""
     run = result.trained.run
     nfe = result.report["card"]["nfe"][0]  # as asked for: the passes of a row count those of guidance, too
-    num_classes = max(run.data.labels, 1)
-    labels = torch.arange(_COLUMNS) * max(num_classes, _COLUMNS) // _COLUMNS % num_classes
-    c = run.conditions.of_labels(labels)
+    c = run.conditions.of_labels(spread_evenly(_COLUMNS, max(run.data.labels, 1)))
     samples = result.trained.sampler.sample(c.repeat(2), nfe=nfe)
     names = [run.conditions.name(k) for k in c.tolist()[: run.data.labels]]
     return picture.with_column_names(picture.sheet(picture.to_rows(samples.x), _COLUMNS), names)

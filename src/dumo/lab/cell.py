@@ -13,6 +13,7 @@ At the end it refuses cells that were not measured alike, and raises `CellsDiver
 `dumo.lab.table` makes tables of the results.
 """
 
+import glob
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from dumo.config.place import EVALUATION_FILE
 from dumo.config.source import RUN_FILE, read_file
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import Pipeline
@@ -47,6 +49,7 @@ from dumo.types import Objective, UserError
 
 Row = dict[str, Any]  # of a table or a report, by column
 _NOT_OF_TRAINING = {"about", "sample", "evaluate"}  # parts of a run that may change once it is trained
+_HASH_BYTES = 4  # of what trains a cell, in the name of its folder: ours
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,12 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     """Train and measure all cells, `jobs` at a time, each in a process of its own with its share of the cores.
 
     A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does,
-    before any work for a cell that could not be judged, and for cells of one protocol and fold that were not measured
-    alike; CellsDiverged, once the others are finished.
+    before any work for a cell that could not be judged and was not yet, and for cells of one protocol and fold that
+    were not measured alike; CellsDiverged, once the others are finished.
     """
     for cell in cells:
+        if _is_judged(cell, folder):
+            continue
         missing = missing_to_judge(cell.spec, num_images=None)  # images are not opened for it
         if missing:
             protocol = cell.spec.evaluate.protocol
@@ -127,6 +132,12 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     return results
 
 
+def _is_judged(cell: Cell, cells_folder: Path) -> bool:
+    """Whether a run of a cell was judged, with any recipe: its own is known only once its sources are done."""
+    any_hash = "?" * 2 * _HASH_BYTES
+    return any(cells_folder.glob(f"{glob.escape(cell.name)}-{any_hash}/{EVALUATION_FILE}"))
+
+
 def _comparison_key(result: Result) -> tuple[str, str | None, int]:
     """What cells that are compared have in common: protocol, and the split and fold of the data of the reference."""
     spec = result.cell.spec
@@ -168,7 +179,7 @@ def finish(cell: Cell, cells_folder: Path, *, device: str, bar: Bar) -> Result:
     with other settings.
     """
     training_spec = cell.spec.model_dump_json(exclude=_NOT_OF_TRAINING)
-    training_hash = blake2b(f"{training_spec}{cell.code or ''}".encode(), digest_size=4).hexdigest()
+    training_hash = blake2b(f"{training_spec}{cell.code or ''}".encode(), digest_size=_HASH_BYTES).hexdigest()
     folder = cells_folder / f"{cell.name}-{training_hash}"
     _require_unchanged(folder)
     try:

@@ -164,7 +164,8 @@ def reproduce(
         "files": [str(table_file), str(results_file)],
     }
     # the numbers before the pictures: what took hours must not be lost where a picture fails
-    file.write(table_file, markdown(plan.title, table).encode())
+    failures = [f"\n{name} has failed: {message}\n" for name, message in failed.items()]
+    file.write(table_file, (markdown(plan.title, table) + "".join(failures)).encode())
     write_json(results_file, report)
 
     charts = write_charts(plan, view, table, folder)

@@ -112,7 +112,7 @@ def with_failed_seeds(
     """The table with a column `failed`: the seeds of each arm whose runs failed, which its means leave out.
 
     `columns` are the plan's, by which arms differ, and `failed` the names of the cells. An arm of which no seed is left
-    has no row.
+    has no row; where only such arms have failed, there is no column.
     """
 
     def arm_of(labels: Row) -> tuple[Any, ...]:
@@ -122,7 +122,10 @@ def with_failed_seeds(
     for cell in cells:
         if cell.name in failed:
             seeds_by_arm.setdefault(arm_of(cell.labels), []).append(str(cell.spec.train.seed))
-    return [row | {"failed": ", ".join(seeds_by_arm.get(arm_of(row), []))} for row in table]
+    failed_seeds = [", ".join(seeds_by_arm.get(arm_of(row), [])) for row in table]
+    if not any(failed_seeds):
+        return list(table)
+    return [row | {"failed": seeds} for row, seeds in zip(table, failed_seeds, strict=True)]
 
 
 def main_score(row: Row) -> str:

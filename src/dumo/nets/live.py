@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from dumo.encoders.prompt import PromptReaderSpec
-from dumo.encoders.texttable import to_columns, to_stored_types
+from dumo.encoders.texttable import cut_place, to_columns, to_stored_types
 from dumo.flow.precision import product_precision
 from dumo.io.read import brief
 from dumo.nets.rows import SourceLatents, TextRows, Texts, TextSizes
@@ -85,7 +85,7 @@ class TextEncoders:
         embeddings = self.reader([text])
         if embeddings.cut_texts and not self.has_warned:
             self.has_warned = True
-            warnings.warn(f"'{brief(text, 60)}': cut where the pipeline cuts texts; others may be, too", stacklevel=2)
+            warnings.warn(f"'{brief(text, 60)}': cut {cut_place(spec)}; others may be, too", stacklevel=2)
         row = to_columns(embeddings, keeps_padding=spec.padded)
         del row["lengths"]
         if "pooled" in row:

@@ -208,9 +208,10 @@ class Pretrained(PipelineSpec):
                     f"{FIELD} has a {family.pipeline}, which edits images, and codes edit none: take captions"
                 )
             return make_codes(classes, config[family.text_width], family.pooled_width(config))
-        source_shape = shape if family.edits_images else ()
         with not_deferred():  # tables are files, which are mapped
-            return self.texts.build(classes, source_shape)
+            if family.edits_images:
+                return self.texts.build(classes, shape)
+            return self.texts.build(classes)
 
     def _require_fit(self, family: Family, config: Config, needs: Needs) -> None:
         """Raise UserError where the fields or the objective do not fit the model."""

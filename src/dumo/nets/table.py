@@ -142,7 +142,7 @@ class EmbeddedTexts(TableTexts):
                 f"net.texts.root: {self.root} has {_source_text(table.index.source_shape)}, and the model takes "
                 f"{_source_text(source_shape)}: encode into another folder"
             )
-        reader = RowReader(self.reader_spec, table.index, self.sizes.length)
+        reader = RowReader(self.reader_spec, table.index)
         if self.is_mapped(captions, source_shape):
             return MappedRows(table, self.sizes, reader)
         tokens, mask, pooled = table.read_rows()
@@ -173,11 +173,10 @@ class RowReader:
     The encoder is opened at the first call, and lies on the host between calls.
     """
 
-    def __init__(self, spec: TextEncoder | PromptReaderSpec, index: TextTableIndex, length: int) -> None:
-        """`index` is the table's, and `length` the tokens at which the encoder cuts texts, for a warning."""
+    def __init__(self, spec: TextEncoder | PromptReaderSpec, index: TextTableIndex) -> None:
+        """`index` is the table's."""
         self.spec = spec
         self.index = index
-        self.length = length
         self.encoder: EncoderModel | PromptReader | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowReader":
@@ -196,7 +195,7 @@ class RowReader:
             batches = [encoder(texts[i : i + _TEXTS_PER_BATCH]) for i in range(0, len(texts), _TEXTS_PER_BATCH)]
         finally:
             encoder.to(torch.device("cpu"))
-        warn_of_cuts([text for batch in batches for text in batch.cut_texts], self.length)
+        warn_of_cuts([text for batch in batches for text in batch.cut_texts], texttable.cut_place(self.spec))
 
         dtype = self.index.dtype
         longest = max(batch.tokens.shape[1] for batch in batches)

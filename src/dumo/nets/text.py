@@ -107,7 +107,7 @@ class TokenTexts(Texts):
         first_row = len(self.ids)
         tokenizer = self.tokenizer.open()
         ids, mask = tokenizer(texts)
-        warn_of_cuts(tokenizer.cut_texts(texts), tokenizer.length)
+        warn_of_cuts(tokenizer.cut_texts(texts), f"at {tokenizer.length} tokens")
         self.ids = torch.cat([self.ids, ids.to(self.ids)])
         self.mask = torch.cat([self.mask, mask.to(self.mask)])
         return first_row

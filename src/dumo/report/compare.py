@@ -45,12 +45,12 @@ MEASURE_FIELDS = (
     "rounding",
     "colours",
     CLASS_MMD,
-    "kid",
     "codec",
     "seed",
 )
 RUN_ONLY_FIELDS = ("codec", "seed")  # unknown, and not compared, where others made the images
-SPLIT_NAME = re.compile(r"\bsplit .+")  # in the words of a reference (`name_of_data`)
+LEFT_OUT = "over "  # begins the words about classes that are left out (`class_facts`)
+SPLIT_NAME = re.compile(r"\bsplit [^,]+")  # in the words of a reference (`name_of_data`)
 SHA256_DIGITS = 64
 SHOWN_DIGITS = 8  # of a SHA-256 in a table: ours
 
@@ -66,6 +66,8 @@ def differing_fields(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
     differences: dict[str, dict[str, Any]] = {}
     for field in fields:
         compared_measures = run_measures if field in RUN_ONLY_FIELDS else measures
+        if field == CLASS_MMD:
+            compared_measures = {source: measure for source, measure in measures.items() if _tells_classes(measure)}
         values = [measure.get(field) for measure in compared_measures.values()]
         if any(value != values[0] for value in values):
             differences[field] = {source: measure.get(field) for source, measure in measures.items()}
@@ -235,6 +237,11 @@ def _sources_by_value(values: Mapping[str, Any]) -> str:
 def _is_made_by_others(card: Card) -> bool:
     """Whether an evaluation is of images that others made (`dumo evaluate --images`), not of a run's samples."""
     return "images" in card
+
+
+def _tells_classes(measure: Card) -> bool:
+    """Whether a card tells which classes count: all, or those that it names. Older ones only have their number."""
+    return str(measure.get(CLASS_MMD, LEFT_OUT)).startswith(LEFT_OUT)
 
 
 def _measure(card: Card) -> Card:

@@ -244,6 +244,8 @@ def test_texts_that_all_tokenizers_cut_are_counted_and_nothing_else_is_shown(
     cuts = [str(warning.message) for warning in warned if warning.category is UserWarning]
     assert cuts == ["1 of 3 captions are cut where the pipeline cuts texts: write shorter ones"]
     assert shown.getvalue() == ""
+    with pytest.warns(UserWarning, match=r"'a long story.*': cut where the pipeline cuts texts$"):
+        spec.build(3).append([LONG])
 
 
 def test_a_tokenizer_that_cannot_be_read_is_named_before_images_are_encoded(place: Path, tmp_path: Path) -> None:

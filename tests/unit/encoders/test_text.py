@@ -59,9 +59,15 @@ def test_the_first_tokens_of_a_template_are_left_out(t5: Path) -> None:
     rest = TextEncoder(source=str(t5), template="say: {}!", skip=5).open()(TEXTS)
     assert torch.equal(rest.tokens, whole.tokens[:, 5:])
     assert rest.mask.sum(1).tolist() == [len(text) + 2 for text in TEXTS]
+
+
+def test_a_skip_that_cuts_the_text_is_refused_before_a_table_is_made_and_still_read(t5: Path) -> None:
+    """Tables were made with such a skip, and their runs read prompts by it."""
     for pad in (False, True):
+        spec = TextEncoder(source=str(t5), template="say: {}!", skip=7, pad=pad)
         with pytest.raises(UserError, match="skip=7 cuts tokens of the text: 5 stand before it"):
-            TextEncoder(source=str(t5), template="say: {}!", skip=7, pad=pad).open()
+            spec.require_tokenizers()
+        assert spec.open()(["a red car"]).mask.any()
 
 
 def test_a_tokenizer_without_special_tokens_needs_words_around_a_text(tmp_path: Path) -> None:

@@ -68,6 +68,14 @@ def test_an_evaluator_scores_as_its_protocol_does() -> None:
     assert "reference_sha256" not in evaluator.facts
 
 
+def test_the_split_of_a_reference_is_named() -> None:
+    x, c = torch.zeros(3, 2), torch.zeros(3, dtype=torch.long)
+    assert Reference(x, c).facts(0, "train")["reference"] == "3 samples of split train"
+    held_out = Reference(x, c, trained=x)
+    assert held_out.facts(0, "test")["reference"] == "3 samples of split test, never trained on"
+    assert held_out.facts(0, None)["reference"] == "3 samples held out, never trained on"
+
+
 def test_a_finite_reference_is_known_by_its_hash_and_features_by_theirs() -> None:
     data = Digits().originals()
     facts = ShippedProtocol(kind="digits", samples=500).evaluator(Context(lambda: data)).facts

@@ -144,7 +144,7 @@ def test_a_perfect_sampler_of_digits(data: Reference, perfect: dict[str, float])
 def test_samples_are_judged_against_what_was_held_out(split: Reference) -> None:
     """New digits have what a perfect sampler has, at its sizes; training images are copies."""
     assert split.trained is not None
-    assert "never trained on" in split.facts(0)["reference"]
+    assert "never trained on" in split.facts(0, None)["reference"]
     assert (len(split.x), len(split.trained)) == (359, 1797 - 359)
     part = Reference(split.x[::2], split.c[::2], trained=split.trained)
     new, c = split.x[1::2].repeat(3, 1, 1, 1), split.c[1::2].repeat(3)

@@ -177,7 +177,8 @@ def test_a_point_that_diverges_leaves_the_table_of_the_others(
             reproduce.reproduce("two", "smoke", tmp_path, device="cpu")
         return
     report = reproduce.reproduce("two", "smoke", tmp_path, device="cpu")
-    assert [(row["arm"], row["failed"]) for row in report["table"]] == [("a", "")]
+    assert [(row["arm"], "failed" in row) for row in report["table"]] == [("a", False)]
+    assert "\nb-0 has failed: " in (tmp_path / "table.md").read_text()
     assert "diverged" in report["failed"]["b-0"]
 
 
@@ -192,6 +193,18 @@ def test_nothing_is_trained_where_a_cell_could_not_be_judged(tmp_path: Path, mon
     with pytest.raises(UserError, match=r"b-0 cannot be judged: .* ADM's reference, \$DUMO_ADM/VIRTUAL_imagenet256"):
         cell.finish_all(cells, tmp_path / "cells", jobs=1, device="cpu", bar=no_bar)
     assert not (tmp_path / "cells").exists()
+
+
+def test_a_finished_plan_needs_nothing_to_judge_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table is made again on a machine without weights of Inception."""
+    cells = list(two().cells("smoke"))
+    made = cell.finish_all(cells, tmp_path, jobs=1, device="cpu", bar=no_bar)
+    monkeypatch.setattr(cell, "missing_to_judge", lambda run, num_images: "the weights of Inception")
+    again = cell.finish_all(cells, tmp_path, jobs=1, device="cpu", bar=no_bar)
+    assert [result.report for result in again] == [result.report for result in made]
+    (made[1].trained.folder / "evaluation.json").unlink()
+    with pytest.raises(UserError, match="b-0 cannot be judged"):
+        cell.finish_all(cells, tmp_path, jobs=1, device="cpu", bar=no_bar)
 
 
 def test_a_cell_is_trained_anew_where_its_code_is_another(tmp_path: Path, steps: list[int]) -> None:
