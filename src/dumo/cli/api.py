@@ -26,9 +26,10 @@ from dumo.cli.compose import MINUTES_FIX, Composed, compose, plain_data, plain_n
 from dumo.cli.keyword import with_known_arguments
 from dumo.config import recipes as shipped_recipes
 from dumo.config.change import override, yaml_text
+from dumo.config.load import RUN_FILE, dump, parse
 from dumo.config.load import load as load_run
-from dumo.config.load import parse
 from dumo.config.place import EVALUATION_FILE
+from dumo.config.source import parse_text, without_resolved
 from dumo.config.spec import Run
 from dumo.config.trust import trusting
 from dumo.encoders.codec import LoadedCodec
@@ -44,12 +45,14 @@ from dumo.report.sample import DEFAULT_COUNT, chosen_solver, guide_of, repeat_co
 from dumo.report.sheet import Sheets
 from dumo.run.job import open_job
 from dumo.run.prompt import conditions_of_prompts
+from dumo.run.request import note_end
 from dumo.run.train import train_job
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import dist, threads
 from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import Bar, bar, line_printer, no_bar, print_line
+from dumo.training import agreement
 from dumo.training.loop import Every
 from dumo.types import Reads, Sample, Spec
 from dumo.types import UserError as UserError
@@ -573,7 +576,9 @@ def train(
             has_other_parts = any(part is not None for part in (objective, data, net))
             if folder is None or has_other_parts:
                 raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
-            composed = Composed(recipe(source, changes), _settings(changes), folder)
+            own_text = parse_text(dump(source), folder / RUN_FILE)
+            settings = _settings(changes)
+            composed = Composed(load_run(without_resolved(own_text), settings), settings, folder)
         else:
             composed = compose(
                 source,
@@ -605,9 +610,10 @@ def train(
         with (
             live_feed(composed.folder, track, print_line) as tracker_hooks,
             opened as job,  # before the hooks: a stop while it is opened is no callback's
-            stoppable_hooks(callbacks) as hooks,
         ):
-            train_job(job, bar, [*hooks, *tracker_hooks])
+            with stoppable_hooks(callbacks) as hooks:
+                train_job(job, bar, [*hooks, *tracker_hooks])
+            agreement.on_main_rank(lambda: note_end(composed.folder))  # a callback may have ended it
         return load(composed.folder, device=device)
 
 

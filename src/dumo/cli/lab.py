@@ -107,16 +107,15 @@ def step(
     """
     text = precheck.read_source(source, set_)
 
-    from dumo.config.load import load
     from dumo.lab import step_bench
-    from dumo.run.resolve import resolve
+    from dumo.run.resolve import load_resolved
 
     _begin_bench(threads)
     overrides = [*(set_ or [])]
     if batch:
         overrides.append(f"train.batch={batch}")
     report = step_bench.measure(
-        resolve(load(text, overrides)),
+        load_resolved(text, overrides),
         slopes=slope.split(",") if slope else None,
         precisions=precision.split(","),
         shape=parse_integers(shape, "--shape"),
@@ -177,13 +176,12 @@ def sample(
     """
     text = precheck.read_source(source, set_)
 
-    from dumo.config.load import load
     from dumo.lab import sample_bench
-    from dumo.run.resolve import resolve
+    from dumo.run.resolve import load_resolved
 
     _begin_bench(threads)
     report = sample_bench.measure(
-        resolve(load(text, set_ or [])),
+        load_resolved(text, set_ or []),
         nfes=parse_integers(nfe, "--nfe") or (),
         precisions=precision.split(","),
         shape=parse_integers(shape, "--shape"),

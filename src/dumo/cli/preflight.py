@@ -113,10 +113,9 @@ def _show_item(described: "DescribedItem") -> None:
 def _load_with_advice(text: "RunText", overrides: list[str] | None) -> "Run":
     """Load and resolve a run, and say on stderr where it departs from its sources. Raises UserError as `load`."""
     from dumo.config.advice import advice
-    from dumo.config.load import load
-    from dumo.run.resolve import resolve
+    from dumo.run.resolve import load_resolved
 
-    run = resolve(load(text, overrides or []))
+    run = load_resolved(text, overrides or [])
     for line in advice(run):
         print_line(line)
     return run

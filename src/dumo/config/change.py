@@ -72,9 +72,12 @@ def yaml_text(value: object) -> str:
 
 def _plain_numbers(value: object) -> object:
     """A number or an array of NumPy or torch as numbers of Python. Raises PydanticSerializationError for all else."""
-    if isinstance(value, type) or not hasattr(value, "tolist"):
+    plain_value = value
+    if hasattr(value, "tolist") and not isinstance(value, type):
+        plain_value = cast(Any, value).tolist()
+    if type(plain_value) is type(value):  # nothing was made plain; a long double stays one
         raise PydanticSerializationError(f"{brief(repr(value))} is no value of YAML")
-    return cast(Any, value).tolist()
+    return plain_value
 
 
 def _order(path: FieldPath) -> tuple[int, bool]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dumo.config.change import override
-from dumo.config.load import load, parse
+from dumo.config.load import parse
 from dumo.config.source import RunText, choose
 from dumo.data import Data, Latents
 from dumo.data.album import MAX_THREADS, Album
@@ -27,7 +27,7 @@ from dumo.data.caption import Captioned
 from dumo.io.source import Bucketed, DataSource
 from dumo.lab.plan import Cost
 from dumo.plan import machine
-from dumo.run.resolve import data_with_facts, open_source, resolve
+from dumo.run.resolve import data_with_facts, load_resolved, open_source
 from dumo.runtime import signals
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, Tick, no_bar
@@ -72,7 +72,7 @@ def benchmark_of(
     if choose(source).kind != "images":
         if side is not None:
             raise UserError("--side is for a folder of images: of a recipe, set data.side")
-        run = resolve(load(text or source, overrides))
+        run = load_resolved(text or source, overrides)
         return DataBenchmark(run.data, batch or run.train.batch, Cost(run))
     tree: dict[str, Any] = {"data": {"kind": "images", "root": source, "side": side or 256, "flip": True}}
     override(tree, overrides)

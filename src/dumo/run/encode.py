@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dumo.config.change import override, yaml_text
-from dumo.config.load import load, parse
+from dumo.config.load import parse
 from dumo.config.parts import with_pipeline
 from dumo.config.source import RunText, choose
 from dumo.config.spec import Run
@@ -38,7 +38,7 @@ from dumo.nets import Net
 from dumo.nets.table import EmbeddedTexts, PipelineTexts, TableTexts
 from dumo.nets.text import LearnedTexts
 from dumo.run.prompt import open_source_images
-from dumo.run.resolve import data_with_facts, resolve
+from dumo.run.resolve import data_with_facts, load_resolved
 from dumo.runtime import dist, signals, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.limits import ROWS
@@ -135,7 +135,7 @@ def _work_of_images(root: str, settings: Sequence[str]) -> EncodingWork:
 
 def _work_of_recipe(source: str, text: RunText | None, settings: Sequence[str]) -> EncodingWork:
     """What to encode for a recipe, a file or a run. Raises UserError where there is nothing."""
-    run = resolve(load(text or source, settings))
+    run = load_resolved(text or source, settings)
     texts = _text_table_spec(run.net)
     if not isinstance(run.data, Latents) and texts is None:
         raise UserError(

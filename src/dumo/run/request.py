@@ -7,7 +7,8 @@ note of what was obeyed last.
 1. `require_same_request` compares what the ranks were asked for.
 2. `Request.was_obeyed` asks whether a start before this one has done it.
 3. `run.history` calls `Request.note`, once it has.
-4. `run.train` calls `note_end` after the last step: from then on the same words are a new request.
+4. `run.train` calls `note_end` after the last step, or where training diverged, and `dumo.train` where a callback ended
+   it: from then on the same words are a new request.
 """
 
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ in place of absolute paths.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 
@@ -28,7 +28,7 @@ from dumo.config.difference import differences
 from dumo.config.encodecommand import encode_command, encode_texts_command
 from dumo.config.load import load, parse
 from dumo.config.need import ways_to_captions
-from dumo.config.source import CODE_KEY, RUN_FILE, TYPED_KEY
+from dumo.config.source import CODE_KEY, RUN_FILE, TYPED_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.path import Diffusion
@@ -50,6 +50,17 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Spec)
 Pin = str | dict[str, str] | None  # the hash of a file, or the facts of a pipeline; None: not known
+
+
+def load_resolved(source: str | RunText, changes: Sequence[str] = ()) -> Run:
+    """Load a run with these changes, each a.b=c, and resolve it, for work that does not train it.
+
+    Where they are of its data, what was found on its old data is left out. Raises UserError as `load` and `resolve`.
+    """
+    text = source if isinstance(source, RunText) else read(source)
+    if any(change.partition("=")[0].split(".")[0] == "data" for change in changes):
+        text = without_resolved(text)
+    return resolve(load(text, changes))
 
 
 def resolve(run: Run) -> Run:
@@ -225,10 +236,8 @@ def with_absolute_paths(run: Run, before: Run | None = None, log_line: Callable[
 
     `before` is the run of the folder in which it goes on: a place in the same words as there is where it was when that
     run began, whatever variables and the working directory say now. If nothing is there any more, it is where the words
-    lead now; if both places exist, `log_line` is called with a line. What does not exist, and may be a name, stays.
-
-    Without `before` the run begins here, with the code of now: hashes of the code of another run, whose settings it
-    has, are left out.
+    lead now; if both places exist, and the words were given again, `log_line` is called with a line. What does not
+    exist, and may be a name, stays.
     """
     places_before: dict[str, str] = {}
     words_before: dict[str, str] = {}
@@ -239,14 +248,16 @@ def with_absolute_paths(run: Run, before: Run | None = None, log_line: Callable[
     given_words: dict[str, JsonValue] = {}
     for field, text, extra in _places(run):
         words = text
-        place = _absolute_place(text, extra)
         is_unchanged = field in places_before and text in (places_before[field], words_before.get(field))
         if is_unchanged:
             words = words_before.get(field, text)
+        place = _absolute_place(words, extra)
+        if is_unchanged:
+            is_typed = text != places_before[field]  # not as run.yaml has it
             place_before = _absolute_place(places_before[field], extra)
             exists_here = os.path.exists(place)
             exists_there = os.path.exists(place_before)
-            if exists_here and exists_there and not os.path.samefile(place, place_before):
+            if is_typed and exists_here and exists_there and not os.path.samefile(place, place_before):
                 change = settings(f"{field}={yaml_text(place)}")
                 log_line(f"{field} is {place_before}, as when this run began. To take {place}:  {change}")
             if exists_there or not exists_here:
@@ -257,8 +268,6 @@ def with_absolute_paths(run: Run, before: Run | None = None, log_line: Callable[
 
     placed_run = _with_places(run, absolute_places)
     resolved = _without_given(run.resolved)
-    if before is None:
-        resolved.pop(CODE_KEY, None)
     if given_words:
         resolved[TYPED_KEY] = given_words
     if placed_run is run and resolved == run.resolved:

@@ -200,6 +200,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     except Diverged as error:
         last_good_step = state.step - state.skips
         hint = agreement.on_main_rank(lambda: resume_hint(run.train, folder, job.index.checkpoints, last_good_step))
+        agreement.on_main_rank(lambda: note_end(folder))
         raise Diverged(f"{error} {hint}") from error
     agreement.on_main_rank(lambda: note_end(folder))
     if countdown and countdown.late_seconds is not None:

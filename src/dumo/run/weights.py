@@ -35,9 +35,9 @@ from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.index import Index
 from dumo.run.net import deferred_net, draw_net, require_room
 from dumo.run.provenance import require_own_checkpoint, require_own_weights
-from dumo.runtime import dist, shell_path
+from dumo.runtime import dist
 from dumo.runtime.device import choose_device
-from dumo.runtime.door import option, settings
+from dumo.runtime.door import option, settings, train_call
 from dumo.runtime.heap import low_memory_heap
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.manifest import Checkpoint, Checkpoints, FileEntry
@@ -258,7 +258,7 @@ def _no_checkpoint_error(folder: Path) -> UserError:
             f"{folder} had checkpoints, and has none now: mount their disk or restore them, or take other weights, as "
             f"of milestones/ or best/, by {option('weights')}"
         )
-    return UserError(f"{folder} has no checkpoint yet: train it first, dumo train {shell_path(folder)}")
+    return UserError(f"{folder} has no checkpoint yet: train it first, {train_call(folder)}")
 
 
 def sampled_part(train: Train) -> str:

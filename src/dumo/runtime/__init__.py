@@ -112,15 +112,15 @@ def install_command(extra: str) -> str:
     return f"{tool} {shlex.join(packages_by_extra().get(extra, [extra]))}"
 
 
-def import_bitsandbytes() -> bool:
-    """Import bitsandbytes without its search for kernels on a hub. Returns whether it is installed.
+def import_bitsandbytes() -> None:
+    """Import bitsandbytes without its search for kernels on a hub, where it is installed.
 
     The search needs the network. bitsandbytes makes it where the package `kernels` is installed, else logs an error:
     so that package is hidden, and the log is quiet, while it is imported. Call this before diffusers or peft
     are imported, which import it.
     """
     if not installed_version("bitsandbytes"):
-        return False
+        return
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -133,4 +133,3 @@ def import_bitsandbytes() -> bool:
         del sys.modules["kernels"]
         if kernels_before is not None:
             sys.modules["kernels"] = kernels_before
-    return True

@@ -99,6 +99,12 @@ def test_numbers_of_numpy_and_torch_are_numbers(plain: Callable[[int], Any]) -> 
     assert dumo.recipe("moons", {"sample.nfe": np.arange(1, 3)}).sample.nfe == (1, 2)
 
 
+@pytest.mark.parametrize("value", [np.longdouble(1), np.array([1], dtype=np.longdouble)])
+def test_numbers_that_python_does_not_have_are_refused(value: object) -> None:
+    with pytest.raises(dumo.UserError, match=r"^train\.optimizer\.lr: .* is no number, text, list or dict"):
+        dumo.recipe("moons", {"train.optimizer.lr": value})
+
+
 @pytest.mark.slow
 def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun, tmp_path: Path) -> None:
     def made(run: TrainedRun, count: int, *words: str) -> np.ndarray:

@@ -259,6 +259,43 @@ def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
     assert signals.received_signal is None
 
 
+@pytest.mark.slow
+def test_a_training_that_a_callback_ended_goes_back_again(tmp_path: Path) -> None:
+    def stop(state: State, record: Record) -> None:
+        if state.step == 5:
+            raise dumo.Stop
+
+    small = {
+        "net.width": 16,
+        "net.depth": 1,
+        "train.batch": 8,
+        "train.steps": 9,
+        "train.save_every": 2,
+        "train.keep": 9,
+    }
+    train(tmp_path, source="moons", changes=small)
+    steps: list[int] = []
+    note = Every(1, lambda state, record: steps.append(state.step))
+    for _ in range(2):
+        train(tmp_path, source="moons", changes=small, step=2, callbacks=[note, stop])
+    assert steps == [3, 4, 5, 6] * 2
+
+
+@pytest.mark.slow
+def test_a_spec_of_a_run_is_trained_on_other_images(tmp_path: Path) -> None:
+    for name, classes in (("a", 2), ("b", 3)):
+        for i in range(24):
+            folder = tmp_path / name / str(i % classes)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(COLOURS[i].transpose(1, 2, 0)).save(folder / f"{i}.png")
+    fields = {"data": {"kind": "images", "root": str(tmp_path / "a"), "side": 16}, "train.steps": 1}
+    fields["evaluate.protocol"] = {"kind": "photos", "samples": 24}
+    old = dumo.train("digits", fields, out=tmp_path / "old", device="cpu")
+    assert old.spec.conditions.count == 2
+    new = dumo.train(old.spec, {"data.root": str(tmp_path / "b")}, out=tmp_path / "new", device="cpu")
+    assert new.spec.conditions.count == 3
+
+
 @pytest.mark.parametrize(
     ("parts", "said"),
     [

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 import dumo
-from dumo.config.load import RUN_FILE
+from dumo.config.load import RUN_FILE, dump
 from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
 from dumo.flow.flow import Flow
@@ -343,6 +343,24 @@ def test_a_restart_obeys_what_the_first_start_did_not_come_to(run: Path, monkeyp
     told = list[str]()
     train(tiny(), run, step=4, tell=told.append)
     assert any("steps 6, 8" in line for line in told)
+
+
+def test_after_a_training_that_diverged_the_same_words_go_back_again(run: Path, fate: Fate) -> None:
+    longer = tiny("train.steps=12")
+    fate.comes(spoilt=range(7, 11))
+    with pytest.raises(Diverged):
+        train(longer, run, step=4)
+    fate.comes()
+    told = list[str]()
+    train(longer, run, step=4, tell=told.append)
+    assert any("is removed" in line for line in told)
+    assert not any("has obeyed" in line for line in told)
+
+
+def test_a_run_without_a_checkpoint_is_trained_first(tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).write_text(dump(tiny()))
+    with pytest.raises(UserError, match=r"has no checkpoint yet: train it first, dumo\.train\("):
+        dumo.load(tmp_path)
 
 
 def test_weights_are_not_gathered_where_there_is_no_slope_to_examine(tmp_path: Path) -> None:

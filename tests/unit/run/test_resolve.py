@@ -1,9 +1,11 @@
 """Places are whole once a run begins, and stay where they were; what lies there has a hash."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dumo.config.load import RUN_FILE, dump, load
 from dumo.config.spec import Run
@@ -11,9 +13,11 @@ from dumo.io.hub import PUBLISHED
 from dumo.run.resolve import (
     absolute_path,
     as_given,
+    load_resolved,
     open_source,
     paths_as_typed,
     places,
+    resolve,
     with_absolute_paths,
     with_hashes,
 )
@@ -89,6 +93,37 @@ def test_where_nothing_is_at_the_old_place_the_words_lead_from_here(
     moved = with_absolute_paths(images("one"), before, told.append)
     assert (moved.data.root, paths_as_typed(moved.resolved)) == (here, {"data.root": "one"})  # pyright: ignore
     assert len(told) == 1
+
+
+def test_a_run_of_a_project_that_was_moved_finds_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own text has absolute places; the words that were typed once lead from here."""
+    os.makedirs("there/one")
+    os.mkdir("one")
+    before = with_absolute_paths(images("one"))
+    monkeypatch.chdir("there")
+    told: list[str] = []
+    assert with_absolute_paths(before, before, told.append) == before
+    assert not told, "nothing was typed"
+    os.rmdir(tmp_path / "one")
+    moved = with_absolute_paths(before, before)
+    assert dict(places(moved))["data.root"] == str(tmp_path / "there/one")
+    assert paths_as_typed(moved.resolved) == {"data.root": "one"}
+
+
+@pytest.mark.parametrize("root", ["data.root", "data"])
+def test_a_run_of_other_data_has_their_classes(root: str, tmp_path: Path) -> None:
+    """As `dumo dry RUN --set data.root=b` loads it; of its own data what was found stays, also where they are gone."""
+    for name, classes in (("a", 2), ("b", 3)):
+        for i in range(classes):
+            (tmp_path / name / str(i)).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / str(i) / "0.png")
+    fields = "kind: images, side: 8"
+    run = with_absolute_paths(load("digits", [f"data={{{fields}, root: a}}", IMAGES]))
+    (tmp_path / RUN_FILE).write_text(dump(resolve(run)))
+    change = "data.root=b" if root == "data.root" else f"data={{{fields}, root: b}}"
+    assert load_resolved(str(tmp_path), [change]).conditions.count == 3
+    shutil.rmtree("a")
+    assert load_resolved(str(tmp_path), ["train.steps=3"]).conditions.count == 2
 
 
 def test_names_are_no_places(tmp_path: Path) -> None:
