@@ -253,6 +253,27 @@ def fair(results: Row) -> Iterator[str]:
         yield line([*arm, *(cells.get(n, ["", ""])[k] for k in (0, 1) for n in ("two", "one"))])
 
 
+def shares(results: Row) -> Iterator[str]:
+    """Each objective's distance at one NFE by its share on the velocity, with the standard error."""
+    is_moons = results["name"] == "fig3"
+    share = "velocity_ratio" if is_moons else "share_on_velocity"
+    found: dict[str, dict[float | None, str]] = {}
+    for row in results["table"]:
+        if is_moons:
+            mean, error = 1000 * row["mmd2"], 1000 * row["mmd2_sd"] / row["seeds"] ** 0.5
+        else:
+            mean, error = row["class_mmd"], row["error"]
+        found.setdefault(row["objective"], {})[row[share]] = f"{mean:.1f}&nbsp;±&nbsp;{error:.1f}"
+    columns = sorted({column for cells in found.values() for column in cells if column is not None})
+    if any(None in cells for cells in found.values()):
+        columns.append(None)
+    title = "MMD² · 10³" if is_moons else "kernel distance by class · 10³"
+    yield line([title, *("none" if column is None else f"{column:g}" for column in columns)])
+    yield "|" + "---|" * (1 + len(columns))
+    for objective, cells in found.items():
+        yield line([objective, *(cells.get(column, "") for column in columns)])
+
+
 def kills(results: Row) -> Iterator[str]:
     """What came of the kills, by place and ranks."""
     yield line(["killed while", "one process: kills/starts", "two ranks"])
@@ -300,6 +321,8 @@ TABLES = {
     "flow-first": ("flow-first", by_budget),
     "words": ("words", words),
     "fair": ("fair", fair),
+    "fig3": ("fig3", shares),
+    "fig4a": ("fig4a", shares),
     "stages": ("stages", arms),
     "stages-latents": ("stages-latents", arms),
     "two-times": ("two-times", tested),
