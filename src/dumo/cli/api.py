@@ -267,9 +267,8 @@ class TrainedRun:
             source_file = None if source is None else _path(source, "source")
             chosen = conditions_of_prompts(self.opened.sampler, texts, source_file).tolist()
         elif labels is not None:
-            label_list = [labels] if isinstance(labels, str) or not isinstance(labels, Iterable) else labels
             chosen = []
-            for label in label_list:
+            for label in _as_several(labels):
                 number = conditions.index(label) if isinstance(label, str) else _integer("a label", label, None)
                 chosen.append(number)
         if chosen == []:
@@ -424,7 +423,15 @@ def _minutes(minutes: object) -> float:
 
 def _integers(name: str, values: SupportsIndex | Iterable[SupportsIndex]) -> list[int]:
     """Whole numbers from one or several. Raises UserError as `_integer`."""
-    return [_integer(name, value) for value in (values if isinstance(values, Iterable) else [values])]
+    return [_integer(name, value) for value in _as_several(values)]
+
+
+def _as_several(values: Any) -> Iterable[Any]:  # noqa: ANN401, one of what it holds, or many
+    """Several values as they are, and one as the only one of a list: a text, too, and a tensor of one number."""
+    is_one_number = getattr(values, "ndim", None) == 0  # iterable by its class, though it cannot be iterated over
+    if isinstance(values, str) or is_one_number or not isinstance(values, Iterable):
+        return [values]
+    return values
 
 
 def _path(path: str | Path, argument: str) -> Path:

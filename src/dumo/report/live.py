@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from dumo.config.check import why_unguided
+from dumo.config.code import names_code
 from dumo.config.conditions import shown_data
 from dumo.config.source import RunText, trained_name_of
+from dumo.config.spec import Run
 from dumo.data import Images
 from dumo.evaluation.neighbours import nearest_other
 from dumo.flow.generate import counting_passes, eval_mode, in_precision, integrate
@@ -218,7 +220,7 @@ def open_runs(
     runs: list[InteractiveRun] = []
     for folder, name, text in zip(folders, short_names(places), texts or [None] * len(folders), strict=True):
         opened = open_run(folder, overrides, text=text, weights=weights, device=device)
-        run = InteractiveRun(opened, name, _load_call(folder, overrides, weights, device), limit)
+        run = InteractiveRun(opened, name, _load_call(opened.run, folder, overrides, weights, device), limit)
         if edits_images(run.sampler.data):
             raise UserError(f"{folder} edits images, which the page has no field for: dumo sample --source FILE")
         if runs:
@@ -238,7 +240,7 @@ def short_names(places: Sequence[Path]) -> list[str]:
     raise AssertionError("the paths are different")
 
 
-def _load_call(folder: str, overrides: Sequence[str], weights: str | None, device: str) -> str:
+def _load_call(run: Run, folder: str, overrides: Sequence[str], weights: str | None, device: str) -> str:
     """The Python that opens the run of a folder with these options: dumo.load(...).
 
     A run that comes with dumo has the word it was given by, another its whole path, which is read in any folder.
@@ -255,6 +257,8 @@ def _load_call(folder: str, overrides: Sequence[str], weights: str | None, devic
         arguments.append(f"weights={str(Path(weights).resolve())!r}")
     if device != "auto":
         arguments.append(f"device={device!r}")
+    if names_code(run):
+        arguments.append("trust_code=True")
     return f"dumo.load({', '.join(arguments)})"
 
 

@@ -136,6 +136,8 @@ def test_samples_by_default(digits: TrainedRun) -> None:
     assert torch.equal(digits.sample(count=3), digits.sample(torch.arange(3)))
     assert len(made(digits, 10)) == 1  # no class is a condition by its number, one past the last, as the net has it
     assert not torch.equal(same, digits.sample(labels=7, count=2, solver="euler"))
+    for seven in (torch.tensor(7), np.array(7), np.int64(7)):  # a number out of a tensor or an array
+        assert torch.equal(same, digits.sample(labels=seven, count=2))
 
 
 def test_a_count_that_leaves_some_out_is_refused_by_either_door(digits: TrainedRun, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.cli.terminal import explain
+from dumo.config.conditions import Conditions
 from dumo.config.load import load
 from dumo.io import picture
-from dumo.report import answer, live
+from dumo.report import answer, demo, live
 from dumo.report.answer import PASSES, Answer, AnswerCell, AnswerRow, answer_runs, noises_between
 from dumo.report.demo import answers_html, error_html, guidance_html, validation_html, write_downloads
 from dumo.report.live import InteractiveRun, open_runs, require_fit, short_names
@@ -252,6 +253,11 @@ def test_the_script_opens_a_run_that_comes_with_dumo_by_the_word_that_was_given(
     assert "digits-trained-{i:06d}.png" in found.script
 
 
+def test_the_script_of_a_users_class_lets_its_code_run() -> None:
+    run = load("digits", ["objective={kind: contract.outside:Outside}"])
+    assert live._load_call(run, "runs/mine", [], None, "auto").endswith("/runs/mine', trust_code=True)")
+
+
 def test_what_cannot_be_guided_says_why(digits: InteractiveRun, free: InteractiveRun, tmp_path: Path) -> None:
     """On the page in advance; and where it is tried, as `run.sample` does."""
     guided_run = trained(tmp_path / "guided", "digits-guided")
@@ -364,6 +370,15 @@ def test_images_that_are_all_equally_far_apart_lie_so_far_from_the_nearest(
     other = replace(digits)
     monkeypatch.setitem(other.__dict__, "data", (torch.eye(12).view(12, 1, 3, 4), 12))
     assert other.spacing == pytest.approx(2**0.5)
+
+
+def test_a_field_for_prompts_is_empty_where_captions_are_not_here(
+    words: InteractiveRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = words.sampler.conditions.words
+    assert demo._condition_field(words).value == captions[0]
+    monkeypatch.setattr(Conditions, "names", ())
+    assert demo._condition_field(words).value == ""
 
 
 def test_a_run_of_captions_takes_prompts(words: InteractiveRun) -> None:
