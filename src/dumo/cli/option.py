@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dumo.config import recipes
+from dumo.config.label import split_labels
 from dumo.error import UserError
 from dumo.io import trained
 from dumo.runtime.limits import PASSES
@@ -216,7 +217,7 @@ def parse_classes(text: str | None, conditions: "Conditions") -> list[int] | Non
     """'cats,2' as the numbers of these classes; None stays None. Raises UserError for a name that is no class."""
     if text is None:
         return None
-    return [conditions.index(label) for label in text.split(",")]
+    return [conditions.index(label) for label in split_labels(text, conditions.names)]
 
 
 def parse_integers(text: str | None, option: str) -> list[int] | None:

@@ -182,6 +182,8 @@ def plain_warnings() -> Generator[None, None, None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
+        # pillow's, of a photo of over 89 million pixels, which is read all the same
+        warnings.filterwarnings("ignore", "Image size .* could be decompression bomb", RuntimeWarning)
         # torch's, of RMS norms in bf16: it says that they take the slower of two ways.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
         yield

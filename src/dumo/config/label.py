@@ -1,7 +1,8 @@
 """The number of the class that a person asks for by name or number.
 
-`label_index` is for who knows the classes. `require_labels` and `require_captions` are for who has the plain values
-of a run alone, and import no torch. `dumo.config.conditions` knows the data, and captions, too.
+`label_index` is for who knows the classes, and `split_labels` parts several labels. `require_labels` and
+`require_captions` are for who has the plain values of a run alone, and import no torch. `dumo.config.conditions` knows
+the data, and captions, too.
 """
 
 from collections.abc import Sequence
@@ -35,6 +36,22 @@ def label_index(text: str, names: Sequence[str], count: int, *, are_captions: bo
     raise UserError(f"there is no label '{word}':{hint} labels run from 0 to {count - 1}{fix}")
 
 
+def split_labels(text: str, names: Sequence[str]) -> list[str]:
+    """The labels in a text with commas between them. A name may have commas, too: the longest that fits is taken."""
+    known_names = {normalize("NFC", name) for name in names}
+    max_parts = 1 + max((name.count(",") for name in names), default=0)
+    parts = text.split(",")
+    labels: list[str] = []
+    while parts:
+        for num_parts in range(min(max_parts, len(parts)), 0, -1):
+            label = ",".join(parts[:num_parts])
+            if num_parts == 1 or normalize("NFC", label.strip()) in known_names:
+                labels.append(label)
+                parts = parts[num_parts:]
+                break
+    return labels
+
+
 def require_labels(text: str, tree: dict[str, Any]) -> None:
     """Raise UserError for labels, with commas between them, that no class of a run has.
 
@@ -43,7 +60,7 @@ def require_labels(text: str, tree: dict[str, Any]) -> None:
     classes = _classes_of(tree)
     if classes is not None:
         count, names = classes
-        for label in text.split(","):
+        for label in split_labels(text, names):
             label_index(label, names, count)
 
 

@@ -30,12 +30,13 @@ from dumo.io.suffix import UNREADABLE_SUFFIXES
 from dumo.runtime import signals
 from dumo.runtime.progress import Tick, delayed_bar
 from dumo.runtime.random import stream
+from dumo.runtime.threads import cores
 from dumo.types import UserError
 
 HASH_COLUMN = "sha256"  # in a cache of latents: the column of the images' hashes
 _MAX_CHUNK_IMAGES = 32  # that a thread decodes in one go: ours
 _CHUNKS_PER_THREAD = 4  # of a batch, at least, so that no thread waits long for another: ours
-MAX_THREADS = min(16, os.cpu_count() or 1)  # that decode at once: ours
+MAX_THREADS = min(16, cores())  # that decode at once: ours
 _MAX_NAMED = 3  # unreadable images that a warning names: ours
 UNREADABLE_FIX = "mend or remove it, or leave such images out with data.on_bad=skip"
 

@@ -159,6 +159,8 @@ def _open_image(data: bytes) -> Generator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise Unreadable(f"is no image of a known format ({', '.join(_FORMATS)})") from error
+    except Image.DecompressionBombError as error:
+        raise Unreadable("has more than 178 million pixels: make it smaller first") from error
     except Exception as error:  # a broken file may raise anything in pillow's readers
         raise Unreadable(f"cannot be read as an image: {error}") from error
 

@@ -20,7 +20,6 @@ set back, is noticed only where all hashes are forgotten first (`forget`).
 """
 
 import hashlib
-import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +35,7 @@ from dumo.io.inventory import CHANGED, COPIED, HashRows, Inventory, ItemFiles, j
 from dumo.io.read import first_few
 from dumo.runtime import signals
 from dumo.runtime.progress import delayed_bar
+from dumo.runtime.threads import cores
 from dumo.types import UserError
 
 _CHUNK_ITEMS = 64  # that a thread hashes in one task: ours
@@ -87,7 +87,7 @@ class Hashes(Inventory):
                 except (OSError, ValueError):  # decoding it will raise, with a better message
                     continue
 
-        pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="hash")
+        pool = ThreadPoolExecutor(min(MAX_THREADS, cores()), thread_name_prefix="hash")
         try:
             with delayed_bar("hashing images", len(pending_items)) as tick:
                 for begin in range(0, len(pending_items), _WINDOW_ITEMS):

@@ -181,6 +181,15 @@ def test_a_label_has_the_name_that_the_files_of_a_trained_run_gave_it(found: str
         label.require_labels("cats", tree)
 
 
+def test_a_name_with_commas_is_one_label() -> None:
+    names = ["Paris, France", "Rome", "Paris"]
+    assert label.split_labels("Paris, France,Rome,Paris,1", names) == ["Paris, France", "Rome", "Paris", "1"]
+    tree = {"data": {"kind": "images", "classes": 3, "names": names}}
+    label.require_labels("Rome,Paris, France", tree)
+    with pytest.raises(UserError, match="there is no label 'France'"):
+        label.require_labels("Rome,France", tree)
+
+
 @pytest.mark.parametrize(("name", "typed"), [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
 def test_a_name_is_found_in_either_form_of_unicode(name: str, typed: str) -> None:
     assert label.label_index(typed, ["bar", name], 2) == 1
