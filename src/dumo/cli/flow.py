@@ -15,7 +15,10 @@ from dumo.types import Objective
 
 
 class Flow(LoopFlow):
-    """As `dumo.flow.loop.LoopFlow`; the objective may be a name, "dumo", or a dict, {"kind": "meanflow", ...}."""
+    """A [LoopFlow][dumo.flow.loop.LoopFlow], which has all arguments and methods.
+
+    The objective may be a name, "dumo", or a dict, {"kind": "meanflow", ...}.
+    """
 
     def __init__(
         self,

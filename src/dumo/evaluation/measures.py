@@ -6,12 +6,13 @@ evaluator (`dumo.evaluation.wholeset`) that waits for all samples, then calls th
 
 | protocol         | features            | judged as files hold them | leading score  | least samples |
 |------------------|---------------------|---------------------------|----------------|---------------|
-| cifar10-features | dumo's classifier   | yes: 256 levels           | `mmd`          | `MIN_CIFAR10` |
-| digits           | dumo's classifier   | most scores: 17 levels    | `mmd`          | `MIN_DIGITS`  |
+| cifar10-features | dumo's classifier   | yes: 256 levels           | `class_mmd`    | `MIN_CIFAR10` |
+| digits           | dumo's classifier   | most scores: 17 levels    | `class_mmd`    | `MIN_DIGITS`  |
 | toy              | none: the points    | no                        | `mmd2`         | `MIN_POINTS`  |
 
-`mmd` and `mmd2` have no bias: a perfect sampler's are 0 in the mean, whatever the numbers of samples and real images. A
-Fréchet distance to few images is larger than to many, so every score stands next to what a perfect sampler would have.
+Without classes `mmd` leads. None of the three has a bias: a perfect sampler's are 0 in the mean, whatever the numbers of
+samples and real images. A Fréchet distance to few images is larger than to many, so every score stands next to what a
+perfect sampler would have.
 No number is an FID: distances are in features of dumo's own classifiers, and compare with no published number.
 
 Draws are keyed by the protocol's name, so the same samples and data have the same scores.

@@ -253,7 +253,7 @@ class PhotosEvaluator:
             draws = stream(KIND, "samples", k)
             fake_indices = indices_of_classes(self.matched.compared_c, self.matched.sample_c, draws)
             pairs.append((fake.select(fake_indices), self.real.select(self._random_indices(k))))
-        scores = self._kernel_distances(fake, self.sample_c)  # first `mmd`: the first score is the one that counts
+        scores = self._kernel_distances(fake, self.sample_c)
         scores |= self._mean_scores(pairs)
         scores["copies"] = self._share_of_copies(fake)
         return scores

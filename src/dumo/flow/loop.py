@@ -106,7 +106,10 @@ class LoopFlow(Flow):
     - `null`: what stands for a dropped condition, a row, or a dict of rows. Without classes and null nothing is dropped
       or guided.
     - `time_scale` multiplies the times t and r on their way to the network.
+    - `seed`: of all draws: times, noise, dropped conditions. The same seed and step draw the same.
     - `shard`: (rank, ranks) of the data; None: those of torch.distributed.
+    - `path`: from data to noise; None: the straight line.
+    - `coupling`: which noise meets which data, by optimal transport in groups of rows; None: any.
     - `ref`: theta^-, an average of the weights that you keep; None: the weights in training.
     - `teacher`: a flow, or a function of (x_t, t, c, v_t), whose velocity takes the place of the data's, on a share
       `prior` of the rows (None: on all).
