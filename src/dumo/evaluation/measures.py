@@ -10,7 +10,7 @@ evaluator (`dumo.evaluation.wholeset`) that waits for all samples, then calls th
 | digits           | dumo's classifier   | most scores: 17 levels    | `class_mmd`    | `MIN_DIGITS`  |
 | toy              | none: the points    | no                        | `mmd2`         | `MIN_POINTS`  |
 
-Without classes `mmd` leads. None of the three has a bias: a perfect sampler's are 0 in the mean, whatever the numbers of
+Without classes `mmd` leads. None of the three has a bias: a perfect sampler has 0 in the mean, whatever the numbers of
 samples and real images. A Fréchet distance to few images is larger than to many, so every score stands next to what a
 perfect sampler would have.
 No number is an FID: distances are in features of dumo's own classifiers, and compare with no published number.
