@@ -181,6 +181,15 @@ def test_reference_gets_no_gradient(objective: Objective, net: Net) -> None:
 
 
 @each
+def test_targets_are_of_the_reference(objective: Objective, net: Net) -> None:
+    """Passes without gradients are of theta^-, but for two of TwinFlow's: its velocity gap is of the weights as now."""
+    model, ref = Counted(built(objective, net)), Counted(built(objective, net))
+    objective.loss(model, Frozen(ref), replace(record(objective), moving=None))
+    assert model.still == (2 if objective.kind == "twinflow" else 0)
+    assert ref.graded == 0
+
+
+@each
 def test_loss_serves_data_without_classes(objective: Objective, net: Net) -> None:
     model = built(objective, net, classes=0)
     b = replace(record(objective), c=torch.zeros(N, dtype=torch.long), null=torch.zeros(N, dtype=torch.long))

@@ -23,6 +23,7 @@ from dumo.objectives import DuMo, Objective
 from dumo.run.cost import forward_units
 from dumo.run.examination import example_point, slope_errors
 from dumo.types import Frozen, Spec
+from tiers import tiered
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs/objectives"
@@ -78,19 +79,11 @@ def test_every_objective_has_a_row_and_a_section() -> None:
     assert table().keys() == sections().keys() == {kind(cls) for cls in OBJECTIVES}
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("cls", OBJECTIVES, ids=kind)
+@pytest.mark.parametrize("cls", tiered(OBJECTIVES, now=[c for c in OBJECTIVES if kind(c) in ("imm", "dumo")], id=kind))
 def test_a_step_costs_what_the_table_says(cls: type[Spec]) -> None:
+    """Each night all are counted; else one without a slope, and one with."""
     for number, guided in zip(told(kind(cls)), (False, True), strict=True):
         assert counted(cls, guided=guided) == (number and pytest.approx(number, abs=0.015))
-
-
-@pytest.mark.nightly
-def test_two_steps_cost_what_the_table_says() -> None:
-    """Each night all are counted; here one without a slope, and one with."""
-    for cls in OBJECTIVES:
-        if kind(cls) in ("imm", "dumo"):
-            assert counted(cls, guided=False) == pytest.approx(told(kind(cls))[0], abs=0.015)
 
 
 @pytest.mark.parametrize("name", sorted(kind(cls) for cls in OBJECTIVES))

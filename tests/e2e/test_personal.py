@@ -17,6 +17,7 @@ from dumo.flow.draw import PRIOR, add_noise, make_draws
 from dumo.flow.guide import Guide
 from dumo.flow.reading import reading, teacher_velocity
 from dumo.run.folder import write_run_file
+from dumo.run.net import flow_in_training
 from dumo.run.weights import open_run
 from dumo.runtime.random import random_row_mask
 from dumo.training import checkpoint
@@ -61,7 +62,9 @@ def personal(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Person
     monkeypatch.setenv("FEW_STEPS", str(case.few))
     monkeypatch.setenv("MY_IMAGES", str(mine))
     must(call("encode", "personal", *case.words()))
-    must(call("train", "personal", *case.words(), *LR, "--out", case.run))
+    with patch("dumo.run.train.flow_in_training", wraps=flow_in_training) as flow:
+        must(call("train", "personal", *case.words(), *LR, "--out", case.run))
+    assert {made.kwargs["prior"] for made in flow.call_args_list} == {0.5}
     return case
 
 

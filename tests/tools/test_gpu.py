@@ -10,21 +10,14 @@ import pytest
 import torch
 
 import gpu
+from tiers import tiered
 
 SMOKE = gpu.Setting(torch.device("cpu"), smoke=True)
 BY_COMMANDS = ("memory", "commands", "overnight")  # of `dumo`: they run in a smoke run alone
-BRIEF = ("xl2", "sample")
+IN_PROCESS = [name for name in gpu.PARTS if name not in BY_COMMANDS]
 
 
-IN_PROCESS = [  # all but two are left to `make slow`
-    pytest.param(name, marks=[] if name in BRIEF else [pytest.mark.nightly])
-    for name in gpu.PARTS
-    if name not in BY_COMMANDS
-]
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", IN_PROCESS)
+@pytest.mark.parametrize("name", tiered(IN_PROCESS, now=["sample"], ci=["xl2"]))
 def test_a_part_gives_rows(name: str) -> None:
     rows = list(gpu.PARTS[name].rows(SMOKE))
     assert rows

@@ -134,6 +134,26 @@ def test_baselines_take_the_rows_that_samples_are_compared_with(
     assert known["sd"] == pytest.approx(found["mmd_sd"], rel=1e-9)
 
 
+@pytest.mark.slow
+def test_samples_are_compared_with_images_of_their_classes(blobs: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with some of the reference, whose classes come in any order; a class is a colour here."""
+    monkeypatch.setattr(protocol, "MAX_REAL", 400)
+    c = torch.randint(10, (1000,), generator=stream("classes"))
+    colours = torch.randn(10, 3, 1, 1, generator=stream("colours"))
+    coloured = Reference((blobs.x / 2 + colours[c] / 2).clamp(-1, 1), c)
+    x, c = coloured.x[:300], c[:300]
+    sd = baselines(coloured, c)["perfect"]["class_mmd_sd"]
+    assert abs(score(x, c, coloured)["class_mmd"]) < 4 * sd
+    assert score(x, (c + 1) % 10, coloured)["class_mmd"] > 20 * sd
+
+
+@pytest.mark.slow
+def test_copies_of_three_images_are_precise_and_recall_few(blobs: Reference) -> None:
+    copies = score(blobs.x[:3].repeat(334, 1, 1, 1)[:1000], QUICK.labels(0), blobs)
+    assert copies["precision"] == 1
+    assert copies["recall"] < 0.1
+
+
 def test_images_are_judged_as_a_file_holds_them(blobs: Reference) -> None:
     """A quarter of a level either way, and light beyond black and white, change nothing."""
     x = blobs.x[:50]

@@ -23,7 +23,7 @@ from dumo.evaluation.reference import (
     data_statistics,
     open_adm_file,
 )
-from dumo.evaluation.statistics import Extractor, Statistics
+from dumo.evaluation.statistics import SPLIT_SIZE, Extractor, Statistics
 from dumo.io.picture import to_uint8
 from dumo.io.read import CACHE_VARIABLE
 from dumo.io.source import Finite
@@ -62,6 +62,8 @@ def test_names_lock_what_the_papers_do() -> None:
         ("cifar10-train50k", 50_000, 32, 10, 50_000),
         ("folder", 10_000, None, None, None),
     ]
+    assert [v.subset for v in STANDARDS.values()] == [1000, 1000, 1000, 100]
+    assert SPLIT_SIZE == 5000
 
 
 def test_the_numbers_are_those_of_their_definitions() -> None:
@@ -80,6 +82,17 @@ def test_the_numbers_are_those_of_their_definitions() -> None:
     assert abs(scores["kid"]) < 3 * scores["kid_sd"]
     assert 0.5 < scores["precision"] <= 1
     assert 0.5 < scores["recall"] <= 1
+
+
+def test_the_inception_score_is_of_full_splits_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the batches; the last twenty of 120 images are no split of fifty."""
+    fake = images(N, "made")
+    of = evaluator(counted(images(150, "data")))
+    monkeypatch.setattr("dumo.evaluation.statistics.SPLIT_SIZE", 50)
+    scores = of.score(made(fake, 7))
+    splits = torch.tensor([counted(fake[rows]).inception_score.value()[0] for rows in (slice(50), slice(50, 100))])
+    assert scores["is"] == pytest.approx(splits.mean().item(), rel=1e-6)
+    assert scores["is_sd"] == pytest.approx(splits.std(correction=0).item(), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -120,12 +133,18 @@ def replaced(statistics: Statistics, moments: Statistics) -> Statistics:
 def test_new_images_are_as_far_as_a_perfect_sampler() -> None:
     """Of parts of one law; of too few images there is none."""
     real = counted(images(400))
-    perfect = evaluator(real).baselines()["perfect"]
+    perfect, fewer = (
+        evaluator(real, ImageProtocol(kind="folder", samples=n)).baselines()["perfect"] for n in (N, N // 2)
+    )
+    new = evaluator(real).score(made(images(N, "new")))["fid"]
     far = evaluator(real).score(made(images(N) // 2))["fid"]
+    assert abs(new - perfect["mean"]) < 4 * perfect["sd"]
     assert 0 < perfect["mean"] < far / 10
+    assert fewer["mean"] / perfect["mean"] == pytest.approx((2 / N + 1 / 400) / (1 / N + 1 / 400), rel=1e-9)
     without = ImageProtocol(kind="folder", samples=N, frechet=False)
-    sd = evaluator(real, without).score(made(images(N)))["kid_sd"]
-    assert abs(evaluator(real, without).baselines()["perfect"]["mean"]) < sd
+    perfect = evaluator(real, without).baselines()["perfect"]
+    kid = evaluator(real, without).score(made(images(N, "new")))["kid"]
+    assert abs(kid - perfect["mean"]) < 4 * perfect["sd"]
     assert evaluator(counted(images(399)), without).baselines() == {}
     assert evaluator(counted(images(59))).baselines() == {}
 

@@ -162,15 +162,17 @@ def test_only_another_split_is_held_out() -> None:
 
 
 def test_a_report_says_which_split_samples_are_compared_with(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    """All of it, however few images of another are trained on; copies are looked for among the latter."""
+    pixels = np.random.default_rng(0).integers(0, 256, (49, 8, 8, 3), dtype=np.uint8)
     for i, image in enumerate(pixels):
-        file = tmp_path / ("train", "test")[i % 2] / f"{i}.png"
+        file = tmp_path / ("test" if i < 24 else "train") / f"{i}.png"
         file.parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(file)
-    data = [f"data.root={tmp_path}", "data.side=8", "data.split=train", "data.classes=0"]
+    data = [f"data.root={tmp_path}", "data.side=8", "data.split=train", "data.classes=0", "data.count=21"]
     run = load("my-images", [*data, "evaluate.split=test", "evaluate.protocol={kind: photos, samples: 20}"])
     evaluator = evaluator_of(sampler_of(run, nn.Identity()), run.evaluate, no_bar)
-    assert evaluator.facts["reference"] == "20 of 20 images of split test"
+    assert evaluator.facts["reference"] == "24 of 24 images of split test"
+    assert evaluator.facts["copies"] == "looked for among 21 of 21 images that were trained on"
 
 
 def test_of_five_folds_all_digits_are_held_out_but_two() -> None:

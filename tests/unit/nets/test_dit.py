@@ -199,6 +199,15 @@ def test_blocks_start_as_nothing(options: dict[str, Any]) -> None:
         assert block.down.weight.any()
 
 
+def test_linear_layers_start_as_xavier_draws_them() -> None:
+    net = DiT(width=128, depth=1).build(V, (3, 4, 4), 0)
+    (block,) = net.blocks
+    assert isinstance(block, Block)
+    for layer in (net.embed, block.qkv, block.up, block.down):
+        assert layer.weight.std().item() == pytest.approx((2 / sum(layer.weight.shape)) ** 0.5, rel=0.05)
+        assert not layer.bias.any()
+
+
 @pytest.mark.parametrize("modern", [False, True])
 def test_a_shuffled_picture_is_another(modern: bool) -> None:
     """By waves, or by rotary positions."""

@@ -18,6 +18,7 @@ from dumo.nets.dit import DiT, Transformer
 from dumo.nets.rows import Texts
 from dumo.nets.table import TextTable
 from dumo.nets.text import LearnedTexts, TokenTexts
+from dumo.nets.textblock import TextEmbedder
 from dumo.types import Frozen, Needs, UserError
 from unit.nets.given import drawn, points
 
@@ -51,6 +52,12 @@ def test_rows_in_memory_and_on_disk_are_the_same_before_and_after_prompts(spec: 
     behind = torch.tensor([5, 0, 4])
     for one, other in zip(held(behind), looked_up(behind), strict=True):
         assert one is other is None or torch.equal(one, other)
+
+
+def test_the_layer_of_tokens_starts_as_xavier_draws_it(spec: TextTable) -> None:
+    token = TextEmbedder(spec.build(len(CAPTIONS)), 256).token
+    assert token.weight.std().item() == pytest.approx((2 / (encoders.WIDTH + 256)) ** 0.5, rel=0.1)
+    assert not token.bias.any()
 
 
 @pytest.mark.parametrize("memory", [0.0, 1.0])

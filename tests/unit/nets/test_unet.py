@@ -1,6 +1,6 @@
 """The U-Net: its size, its plan, its blocks, its condition, its dropout, its slopes."""
 
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 import pytest
@@ -126,8 +126,10 @@ def test_blocks_start_as_their_skips() -> None:
     assert isinstance(first, ResidualBlock)
     assert first.attends
     assert torch.allclose(first(h, e), h / 2, rtol=1e-6)
-    assert first.conv_1.weight.any()
-    assert first.qkv.weight.any()
+    for layer, gain in ((first.conv_1, 1), (first.qkv, sqrt(0.2))):  # Xavier's, with EDM's gain
+        out_channels, in_channels, *kernel = layer.weight.shape
+        sd = gain * sqrt(2 / ((out_channels + in_channels) * prod(kernel)))
+        assert layer.weight.std().item() == pytest.approx(sd, rel=0.2)
 
 
 def test_augmentation_is_a_condition() -> None:

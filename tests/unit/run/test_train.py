@@ -167,18 +167,18 @@ def test_solvers_by_name() -> None:
 
 @pytest.mark.slow
 def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ahead of its step, by a thread that is gone when training ends."""
-    calls: list[tuple[int, int]] = []
+    """Of the run's seed, ahead of its step, by a thread that is gone when training ends."""
+    calls: list[tuple[int, int, int]] = []
     batch = TensorData.batch
 
     def noted(table: TensorData, step: int, size: int, seed: int, *rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append((step, size))
+        calls.append((step, size, seed))
         return batch(table, step, size, seed, *rows)
 
     monkeypatch.setattr(TensorData, "batch", noted)
-    run = tiny("digits", "train.steps=5", "train.micro_batch=2")
+    run = tiny("digits", "train.steps=5", "train.micro_batch=2", "train.seed=3")
     train(run, tmp_path / "run", device="cpu")
-    assert sorted(step for step, size in calls if size == 8) == list(range(5))
+    assert sorted(call for call in calls if call[1] == 8) == [(step, 8, 3) for step in range(5)]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("ahead", "decode", "audit"))]
 
 

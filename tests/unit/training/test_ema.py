@@ -92,6 +92,16 @@ def test_a_copy_without_gradients() -> None:
     assert net.training
 
 
+def test_the_average_of_bfloat16_weights_is_in_float32() -> None:
+    net = nn.Linear(4, 4)
+    average = MovingAverage(Ema(decay=0.5, ramp=False), net)
+    start = net.weight.detach().clone()
+    net.bfloat16().weight.data += 1
+    average.update(net, 1)
+    expected = start.lerp(net.weight.detach().float(), 0.5)
+    torch.testing.assert_close(average.module.get_parameter("weight"), expected)
+
+
 def test_a_parameter_that_is_put_in_the_place_of_another_is_averaged() -> None:
     """As sharding does it, and loading."""
     net = Small()

@@ -8,8 +8,10 @@ import torch
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
-from dumo.flow.draw import draw
+from dumo.flow.draw import PRIOR, Coupling, draw, path_velocity
 from dumo.flow.path import Linear
+from dumo.runtime.random import keyed_normal, random_row_mask
+from dumo.training.ema import Ema, PowerEma
 from dumo.training.optim import AdamW
 from dumo.training.record import MAX_LISTED_ROWS, Record, Skipped
 from dumo.training.spec import Train
@@ -266,3 +268,42 @@ def test_reference_is_the_net_or_a_moving_average() -> None:
     before = tensors(state)
     step(state, ref=0.9)
     assert not torch.equal(averaged.reference.module.get_parameter("last.bias"), before["0.9.last.bias"])
+
+
+def test_the_flow_has_what_the_spec_says() -> None:
+    """Its seed, its coupling, and the share of rows that the teacher answers."""
+    x, c = batches()(0)
+    spec = Train(steps=STEPS, batch=12, seed=3)
+    plain = flow_of(fresh(), spec, Toy(), Linear(), CLASSES)
+    draws = plain.make_draws(0, (2,), batch=12)
+    noise = keyed_normal(3, 0, "z", rows=range(12), shape=(2,))
+    assert torch.equal(plain.add_noise(draws, x, c).z, noise.to(x))
+
+    coupling = Coupling(group=6)
+    coupled = flow_of(fresh(), spec.model_copy(update={"coupling": coupling}), Toy(), Linear(), CLASSES)
+    z = coupled.add_noise(draws, x, c).z
+    assert torch.equal(z, coupling(x, noise.to(x), c))
+    assert not torch.equal(z, noise.to(x))
+
+    taught = flow_of(fresh(), spec, Toy(), Linear(), CLASSES, teacher=path_velocity, prior=0.5)
+    draws = taught.make_draws(0, (2,), batch=12)
+    assert torch.equal(draws.taught, random_row_mask(3, 0, PRIOR, 12, 0.5))
+
+
+@pytest.mark.parametrize("average", [Ema(decay=0.99), PowerEma(std=0.1)])
+def test_update_n_of_an_average_is_that_of_step_n(average: Ema | PowerEma) -> None:
+    state = begin(Small(), Train(steps=STEPS, batch=12, ema=(average,)))
+    expected = state.net.get_parameter("last.bias").detach().clone()
+    for n in range(1, 5):
+        step(state, ema=(average,))
+        expected.lerp_(state.net.get_parameter("last.bias").detach(), 1 - average(n))
+    found = state.averages[average.key].module.get_parameter("last.bias")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_the_trend_is_that_of_the_parts() -> None:
+    """A loss that is weighted by its own size says nothing of the error."""
+    state, weighted = fresh(), toy(lambda terms, b: Terms(terms.loss / terms.loss.detach(), terms.parts))
+    record = step(state, weighted)
+    assert record.loss == pytest.approx(1)
+    assert state.trend.level == pytest.approx(sum(record.parts.values()))
