@@ -89,13 +89,22 @@ def test_genevals_evaluator_finds_four_images_of_each_prompt(run: Path, images: 
 
 
 @pytest.mark.slow
-def test_what_stands_is_kept_and_what_is_missing_made_again_equal(run: Path, prompts: Path, images: Path) -> None:
+def test_what_stands_is_kept_and_what_is_missing_made_again_equal(
+    run: Path, prompts: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also half a file that a killed one left: the evaluator must not see it."""
     kept, gone = images / "00000" / "samples" / "0000.png", images / "00001" / "samples" / "0003.png"
     before, was = kept.stat().st_mtime_ns, pixels(gone)
     gone.unlink()
     half = gone.with_name(".0003.png.old.tmp")
     half.write_bytes(b"half")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr("dumo.report.benchmark._images_by_prompt", stop)
+        assert "stopped; the same command goes on from what is kept" in sample(run, prompts, images.parent).err
     done = sample(run, prompts, images.parent)
     assert done.code == 0, done
     assert "4 of 4" in done.err

@@ -82,6 +82,16 @@ def test_an_image_that_changed_is_another_caption(case: Case, tmp_path: Path, he
     refused("encode", "sd3-lora", *words, named=("1.png is missing", "captions.source"))
 
 
+def test_prompts_alone_edit_no_image(case: Case, here: Path) -> None:
+    (here / "prompts.txt").write_text(PROMPT)
+    done = refused("report", case.run, "--prompts", here / "prompts.txt", named=("edits images", "leave --prompts out"))
+    assert "--source" not in done.err
+    (here / "prompts").mkdir()
+    (here / "prompts/1.txt").write_text(PROMPT)
+    words = ("--format", "dpg", "--prompts", here / "prompts")
+    refused("sample", case.run, *words, named=("edits images", "give --prompt and --source"))
+
+
 def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
     words = [*case.fields, *SHORT, *FULL, f"net.texts.root={here / 'texts'}"]
     for field, named in {
@@ -90,7 +100,7 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
         "objective.guide.zeta=0.8": ("objective.guide guides away", "zeta=0"),
         "data.images.flip=true": ("set flip=false",),
         "data.images.captions.source=null": ("captions.source", "FluxKontextPipeline"),
-        "data.images.captions.source=before": ("no row with 'before' in metadata.csv", "outside data.root"),
+        "data.images.captions.source=before": ("no row with 'before' in metadata.csv", "outside data.images.root"),
     }.items():
         refused("encode", "sd3-lora", *sets(*words, field), named=named)
     refused("dry", "sd3-lora", *sets(*ALONE), named=("objective.drop leaves", "or captions.source=null"))

@@ -232,6 +232,18 @@ def test_passes_that_a_stock_model_cannot_tell_apart_are_refused(sd3: Case, here
     assert line.startswith("cannot sample")
 
 
+@pytest.mark.nightly
+def test_a_head_that_the_run_does_not_sample_by_is_refused(here: Path, tmp_path: Path) -> None:
+    """Of three heads, m jumps from time to time; v is read at r = 0, and a stock model's velocity is at r = t."""
+    three = "objective={kind: several, slope: {kind: dual}, guide: {zeta: 0}}"
+    case = Case.of("SD3", tmp_path, *FULL, three, "sample.solver={kind: hop}")
+    refused("export", case.run, here / "out", named=("jumps by head m", "--set sample.solver.kind=restart"))
+    refused("export", case.run, here / "out", "--head", "v", named=("at another r than t", "leave --head out"))
+    must(call("train", case.run, *sets("sample.solver={kind: restart}")))
+    case = replace(case)  # which samples otherwise
+    assert max(case.image_errors(case.export("out"), nfe=(1, 2))) < LIMITS["full"]
+
+
 @pytest.mark.parametrize("name", tiered(PIPELINES, ci=["SD3"]))
 def test_which_generator_draws_the_noise_between_passes(
     name: str, sd3: Case, tiny_runs: TinyRuns, tmp_path: Path

@@ -95,7 +95,8 @@ def test_interrupts(
     monkeypatch.setattr(slow, stop)
     done = call(*words)
     assert (done.code, done.out) == (130, "")
-    assert done.err == f"stopped; the same command goes on from what is kept:  dumo {shlex.join(words)}\n"
+    outcome = "begins anew" if words[0] == "evaluate" else "goes on from what is kept"
+    assert done.err == f"stopped; the same command {outcome}:  dumo {shlex.join(words)}\n"
 
 
 @pytest.mark.parametrize("words", [["--minutes", "0.5"], ["--minutes=0.5", "--from", "20"], ["--from=20"]])
@@ -140,7 +141,7 @@ def test_a_signal_ends_work_between_its_pieces(
     done = call(*words)
     assert (done.code, done.out) == (128 + number, "")
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-    assert done.err == f"stopped{by}; the same command goes on from what is kept:  dumo {shlex.join(words)}\n"
+    assert done.err == f"stopped{by}; the same command begins anew:  dumo {shlex.join(words)}\n"
     assert tree(here) == before
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import dumo
 import encoders
 from dumo.config import recipes
 from dumo.data import Digits
 from dumo.data.caption import Templates
+from dumo.io import picture
 from dumo.io.weights import load
 from dumo.report.name import name_part
 from dumo.report.sample import sample_to_files, write_samples
@@ -106,9 +108,29 @@ def test_an_image_of_no_caption_has_a_blank_one_in_the_table_of_samples(tmp_path
     """As in the data, where it means that the image shall have none."""
     data = Digits(captions=Templates(templates=("a {}",)))
     c = torch.tensor([7, 10])
-    write_samples(torch.zeros(2, 1, 8, 8), c, tmp_path, "images", data, 0, ["a seven", "no caption"])
+    write_samples(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), c, tmp_path, "images", data, 0, ["a seven", "no caption"])
     lines = (tmp_path / "metadata.csv").read_text().splitlines()
     assert lines == ["file_name,text", "000000.png,a seven", "000001.png,"]
+
+
+def test_a_folder_of_images_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
+    write = picture.write_picture
+
+    def write_two(path: Path, image: Image.Image) -> None:
+        if path.name == "000002.png":
+            raise KeyboardInterrupt
+        write(path, image)
+
+    monkeypatch.setattr(picture, "write_picture", write_two)
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(rows, torch.arange(3), tmp_path / "images", "images", Digits(), 0)
+    assert not any(tmp_path.iterdir())
+    write_samples(rows[:2], torch.arange(2), tmp_path / "images", "images", Digits(), 0)
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(255 - rows, torch.arange(3), tmp_path / "images", "images", Digits(), 0)
+    images = [Image.open(path) for path in sorted(tmp_path.rglob("*.png"))]
+    assert [image.getpixel((0, 0)) for image in images] == 2 * [(0, 0, 0)]
 
 
 def test_other_prompts_and_other_images_that_are_edited_are_other_files(home: Path, tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ class Program(LazyGroup):
         "sample": Entry("dumo.cli.run", MAKE, "dumo sample digits-trained --nfe 1"),
         "demo": Entry("dumo.cli.demo", MAKE, "dumo demo cifar10-trained"),
         "recipes": Entry(_PREFLIGHT, TRAIN, "dumo recipes", keeps_work=False),
-        "train": Entry("dumo.cli.run", TRAIN, "dumo train digits --set train.steps=500"),
-        "encode": Entry("dumo.cli.run", TRAIN, "dumo encode cifar10-latents"),
+        "train": Entry("dumo.cli.run", TRAIN, "dumo train digits --set train.steps=500", resumes=True),
+        "encode": Entry("dumo.cli.run", TRAIN, "dumo encode cifar10-latents", resumes=True),
         "data": Entry(_PREFLIGHT, TRAIN, "dumo data cifar10", keeps_work=False),
         "show": Entry(_PREFLIGHT, BEFORE, "dumo show digits", keeps_work=False),
         "dry": Entry(_PREFLIGHT, BEFORE, "dumo dry imagenet256-xl2 --ranks 8 --fit 80GiB", keeps_work=False),
@@ -52,7 +52,7 @@ class Program(LazyGroup):
         "grid": Entry("dumo.cli.run", LOOK, "dumo grid digits-trained --nfe 1,2,4"),
         "log": Entry("dumo.cli.evaluate", LOOK, "dumo log runs/digits --plot"),
         "export": Entry("dumo.cli.export", SHARE, "dumo export runs/digits digits-diffusers"),
-        "reproduce": Entry("dumo.cli.lab", RESEARCH, "dumo reproduce fig3 --scale smoke"),
+        "reproduce": Entry("dumo.cli.lab", RESEARCH, "dumo reproduce fig3 --scale smoke", resumes=True),
         "average": Entry("dumo.cli.run", RESEARCH, "dumo average runs/cifar10-overnight --std 0.08"),
     }
 

@@ -41,7 +41,15 @@ from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
 from dumo.report import page
 from dumo.report.feed import live_feed
-from dumo.report.sample import DEFAULT_COUNT, chosen_solver, guide_of, repeat_conditions, require_count, size_of
+from dumo.report.sample import (
+    DEFAULT_COUNT,
+    chosen_solver,
+    guide_of,
+    repeat_conditions,
+    require_count,
+    require_sample_memory,
+    size_of,
+)
 from dumo.report.sheet import Sheets
 from dumo.run.job import open_job
 from dumo.run.prompt import conditions_of_prompts
@@ -212,6 +220,7 @@ class TrainedRun:
         c = self._conditions(
             labels=labels, count=count, prompts=prompts, source=source, noise=noise, shape=sampler.shape
         )
+        require_sample_memory(len(c), torch.zeros(1, *sampler.pixels), copies=3)  # while they become `output`
         guide = None  # the run's own
         if guidance is not None:
             guide = guide_of(sampler, self.spec.training_guidance, guidance)

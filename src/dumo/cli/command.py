@@ -27,7 +27,8 @@ class Entry(NamedTuple):
     module: str  # where the command's function has its name
     panel: str | None = None  # the heading in help under which it stands
     example: str = ""  # a command line that works, with which its help begins
-    keeps_work: bool = True  # whether a signal waits for a piece of work that is kept; else it ends the command at once
+    keeps_work: bool = True  # whether a signal waits for a piece of work; else it ends the command at once
+    resumes: bool = False  # whether the command, typed again after a signal, goes on from what is kept
 
 
 class Command(TyperCommand):
@@ -129,7 +130,8 @@ class LazyGroup(TyperGroup):
     def _import_command(self, name: str) -> Any:  # noqa: ANN401, a command of typer
         """Make the command of a function, which is imported."""
         entry = self.entries[name]
-        function = stoppable(getattr(import_module(entry.module), name), keeps_work=entry.keeps_work)
+        command = getattr(import_module(entry.module), name)
+        function = stoppable(command, keeps_work=entry.keeps_work, resumes=entry.resumes)
         text = cleandoc(function.__doc__ or "")
         program = typer.Typer(add_completion=False, rich_markup_mode="rich")  # typer makes commands of a program only
         add_command = program.command(

@@ -34,7 +34,7 @@ from dumo.cli.option import (
     parse_integers,
     parse_path,
 )
-from dumo.cli.terminal import drop_from_resume, err, memory_hint, out, show_lines
+from dumo.cli.terminal import drop_from_resume, err, keep_pieces, memory_hint, out, show_lines
 from dumo.runtime import shell_path, signals
 from dumo.runtime.door import goes_on_line, program, settings, train_call
 from dumo.runtime.limits import MINUTES, ROWS
@@ -401,6 +401,7 @@ def sample(
         progress = bar if dist.is_main() else no_bar
         folder = folder or opened.output_folder / "samples"
         if prompts and form in LAYOUTS:
+            keep_pieces()
             files = make_images(
                 opened, LAYOUTS[form], prompts, folder, nfe=passes, seed=seed, solver=solver, bar=progress
             )
@@ -484,7 +485,8 @@ def grid(
         int | None, typer.Option(min=1, help="Rows, or images of a class. Default: 8; of points, 2000.")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Classes of the rows, by name or number, e.g. cats or 3,5. Default: all.")
+        str | None,
+        typer.Option(help="Classes of the rows, by name or number, e.g. cats or 3,5. Default: all in turn."),
     ] = None,
     classes: Annotated[
         str | None,

@@ -4,7 +4,8 @@ Around every command, in this order: `reopen_streams` before anything is written
 `plain_warnings`, and `stoppable` for signals. `explain` gives an error's line and exit code.
 
 For commands: `out` and `err` to write on, `show_lines` and `show_table`; `memory_hint`, which says how the work would
-take less memory; and `drop_from_resume`, which leaves options out of the command that goes on after a stop.
+take less memory; `keep_pieces`, of work that goes on after a stop; and `drop_from_resume`, which leaves options out of
+the command that does so.
 """
 
 import errno
@@ -56,18 +57,21 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allo
 _MISSING_MEMORY = re.compile(r"allocate ([\d.]+ \w+)")
 MEMORY_FIX = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
 _done_options: set[str] = set()  # of the command that runs: see `drop_from_resume`
+_resumes = False  # whether the command that runs, typed again after a stop, goes on from what is kept
 
 
-def stoppable(command: Callable[..., None], *, keeps_work: bool) -> Callable[..., None]:
+def stoppable(command: Callable[..., None], *, keeps_work: bool, resumes: bool = False) -> Callable[..., None]:
     """Wrap a command: a signal ends it with a line on how to go on, and exit code 128 + the signal (130: Ctrl-C).
 
-    `keeps_work`: the command works in pieces, which it keeps. It then stops between two of them, and a second signal
-    ends it where it is. Else the first one does.
+    `keeps_work`: the command works in pieces. It then stops between two of them, and a second signal ends it where it
+    is. Else the first one does. `resumes`: typed again, it goes on from the pieces that are kept; else it begins anew.
     """
 
     @wraps(command)
     def run(*words: object, **options: object) -> None:
+        global _resumes
         _done_options.clear()
+        _resumes = resumes
         try:
             with signals.listening(_acknowledge) if keeps_work else nullcontext():
                 command(*words, **options)
@@ -86,6 +90,12 @@ def drop_from_resume(*options: str) -> None:
     _done_options.update(options)
 
 
+def keep_pieces() -> None:
+    """Note that this command, typed again after a stop, goes on from what is kept, though others of its name do not."""
+    global _resumes
+    _resumes = True
+
+
 def _acknowledge(number: int) -> None:
     """Tell the person who pressed Ctrl-C that it was heard; print cannot, it may be in the middle of another line."""
     if number == signal.SIGINT and sys.stderr.isatty():
@@ -93,9 +103,10 @@ def _acknowledge(number: int) -> None:
 
 
 def _resume_command() -> str:
-    """A line's end that says how to go on after a stop."""
+    """A line's end that says how to go on after a stop, or to begin anew."""
+    outcome = "goes on from what is kept" if _resumes else "begins anew"
     if door.is_on_several_nodes():
-        return "the same torchrun on every node goes on from what is kept"
+        return f"the same torchrun on every node {outcome}"
     words: list[str] = []
     typed_words = iter(sys.argv[1:])
     for word in typed_words:
@@ -106,7 +117,7 @@ def _resume_command() -> str:
     command = shlex.join([*door.program_words(), *words])
     if words != sys.argv[1:]:
         return f"what is left goes on by:  {command}"
-    return f"the same command goes on from what is kept:  {command}"
+    return f"the same command {outcome}:  {command}"
 
 
 def reopen_streams() -> None:

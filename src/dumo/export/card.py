@@ -217,7 +217,8 @@ def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple
         guidance = stock.guidance_arguments(embedded=embedded, scale=scale)
         return [(", ".join([*condition, *_keywords(guidance)]), "")]
     calls: list[tuple[str, str]] = []
-    for passes in exported.nfe or _PASS_COMMENTS:
+    reachable = [n for n in _PASS_COMMENTS if can_make(exported.solver, exported.sampler.taught, n)]
+    for passes in exported.nfe or reachable:
         times = exported.pipeline_times(passes)
         arguments = [*condition, *_keywords(stock.arguments(times, embedded=embedded, scale=scale))]
         if stock.seeds_scheduler or exported.makes_hops:

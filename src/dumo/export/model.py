@@ -29,14 +29,15 @@ from dumo.encoders.pipeline import weights_name
 from dumo.export.scheduler import restart_for_scheduler
 from dumo.export.stock import TRAIN_TIMESTEPS, StockPipeline, find_stock_pipeline
 from dumo.flow.path import Diffusion
+from dumo.flow.reading import head_of, reading
 from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.gap import FixedTimes
 from dumo.nets.rows import Codes
 from dumo.run.sampler import Sampler
-from dumo.runtime.door import option
-from dumo.types import UserError
+from dumo.runtime.door import option, settings
+from dumo.types import Cond, Heads, Objective, Sample, Time, UserError
 
 DTYPES = ("float32", "bfloat16", "float16")  # in which weights are written
 INDEX = "model_index.json"  # lists the components of a pipeline
@@ -212,8 +213,8 @@ class ExportedModel:
 def choose_exported_model(sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...], dtype: str) -> ExportedModel:
     """Take one head of a run's net for export. A net of two times is fixed for `nfe` passes; (): the default.
 
-    Raises UserError for a net that no stock program knows, and where `nfe` is given but the head makes any number of
-    passes, or cannot make these.
+    Raises UserError for a net that no stock program knows, a head that the run does not sample by, or reads at other
+    times, and where `nfe` is given but the head makes any number of passes, or cannot make these.
     """
     if not isinstance(spec, Pretrained) or not isinstance(sampler.net, Dualized):
         raise UserError(
@@ -230,6 +231,11 @@ def choose_exported_model(sampler: Sampler, spec: Net, head: Head, nfe: tuple[in
         raise UserError(
             f"this net knows one time, so what is exported makes any number of passes: leave {option('nfe')} out"
         )
+    if head == "v" and net.gap is not None and not _reads_velocity_at_rest(sampler.flow.objective):
+        raise UserError(
+            f"objective '{sampler.flow.objective.kind}' reads its velocity at another r than t, at which it is "
+            f"exported: leave {option('head')} out"
+        )
     if net.gap is None or head == "v":
         return ExportedModel(sampler=sampler, spec=spec, net=net, head=head, dtype=dtype)
     if net.diffusion and isinstance(solver, Hop):
@@ -237,12 +243,34 @@ def choose_exported_model(sampler: Sampler, spec: Net, head: Head, nfe: tuple[in
             "sample.solver is hop, and no stock scheduler makes such steps of a model of a diffusion at given times: "
             "set kind: restart there, in the run's run.yaml"
         )
+    if isinstance(solver, Hop):
+        hop_head = head_of(sampler.flow.objective, "flow_map")
+        if hop_head != head:
+            raise UserError(
+                f"this run jumps by head {hop_head}, and what is exported is {head}: "
+                f"set {settings('sample.solver.kind=restart')}"
+            )
     if not nfe:
         nfe = _DEFAULT_HOPS if isinstance(solver, Hop) else _DEFAULT_PASSES
     for n in nfe:
         num_steps(solver, n)  # raises where the solver does not make n passes
     distinct_nfe = tuple(sorted(set(nfe)))
     return ExportedModel(sampler=sampler, spec=spec, net=net, head=head, nfe=distinct_nfe, dtype=dtype)
+
+
+def _reads_velocity_at_rest(objective: Objective) -> bool:
+    """Whether an objective reads its velocity at r = t, as it is exported, of a net that is given r."""
+    t = torch.ones(1)
+    ends: list[Tensor] = []
+
+    def net(x: Sample, c: Cond, /, **inputs: Time) -> Heads:
+        ends.append(inputs["r"])
+        return (x,) * len(objective.needs.heads)
+
+    read_velocity = reading(objective, net).velocity
+    assert read_velocity is not None, "it has a head v"
+    read_velocity(torch.zeros(1, 1), t, torch.zeros(1, dtype=torch.long))
+    return all(torch.equal(r, t) for r in ends)
 
 
 def require_pipeline(exported: ExportedModel, *, lora: bool = False) -> StockPipeline:

@@ -22,6 +22,7 @@ from typing import Any
 from dumo.encoders.pipeline import has_component
 from dumo.export.model import ExportedModel
 from dumo.export.stock import TRAIN_TIMESTEPS
+from dumo.flow.solver import can_make
 
 VLLM_KEY = "dmd2_config"  # in model_index.json: the block that vLLM-Omni reads
 IGNORED_KEY = "_use_default_values"  # in model_index.json: names keys that diffusers ignores without a warning
@@ -49,6 +50,8 @@ def reason_not_servable(exported: ExportedModel, index: Mapping[str, Any]) -> st
         return "vLLM-Omni steps by jumps to the data, and this run was exported for solver hop"
     if exported.nfe and NUM_STEPS not in exported.nfe:
         return f"vLLM-Omni takes {NUM_STEPS} steps, and this run was exported for nfe={_listed(exported.nfe)}"
+    if not can_make(exported.solver, exported.sampler.taught, NUM_STEPS):
+        return f"vLLM-Omni takes {NUM_STEPS} steps, and this run was not taught the times of so many"
     guide = exported.sampler.spec.guide
     if guide.active:
         return f"vLLM-Omni guides no few-step model, and this run is sampled with guidance, of scale {guide.scale:g}"

@@ -120,7 +120,7 @@ def make_samples(
     yield Answer(
         [AnswerRow("", cells, columns=columns)],
         f"{images}, {nfe_text(samples.nfe)} each, {_seconds_text(samples.seconds)} for all.",
-        draw_sheet(samples.x, c, conditions, condition_names),
+        draw_sheet(picture.to_rows(samples.x), c, conditions, condition_names),
         _script(run, mode, condition=condition, seed=seed, guidance=guidance, count=count, nfe=nfe),
     )
 

@@ -37,10 +37,11 @@ from dumo.io.read import brief, null_nonfinite, read_json, write_json
 from dumo.report import evaluate
 from dumo.report.card import Card, make_card
 from dumo.report.sample import sampling_changes, with_sampling_options
-from dumo.run.prompt import conditions_of_prompts
+from dumo.run.prompt import conditions_of_prompts, edits_images
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import dist, signals
+from dumo.runtime.door import option
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
 
@@ -151,6 +152,11 @@ def make_images(
     prompts = read_prompts(source)
     layout.require_fit(prompts, source)
     sampler = with_sampling_options(opened.sampler, nfe=nfe, seed=seed, solver=solver)
+    if edits_images(sampler.data):
+        raise UserError(
+            f"this run edits images, and {layout.name} has prompts alone: give {option('prompt')} and "
+            f"{option('source')} instead"
+        )
     c = conditions_of_prompts(sampler, [prompt.text for prompt in prompts]).repeat_interleave(IMAGES_PER_PROMPT)
     solver_kind = sampler.spec.solver.kind
     name_parts = [source.stem, *sampling_changes(opened, sampler.spec)]

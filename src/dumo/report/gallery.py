@@ -25,7 +25,7 @@ from dumo.flow.generate import join_batches, labels_in_turn
 from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, can_make, check
 from dumo.io import picture
-from dumo.report.sample import data_points
+from dumo.report.sample import data_points, require_count
 from dumo.run.provenance import require_own_file
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, load_net
@@ -118,7 +118,7 @@ def trajectories(
 
     - `nfe`: numbers of passes; None: those of `PASSES` that all modes can make
     - `steps`: of the training; None: every milestone and the last checkpoint
-    - `count`: rows, or points of a scatter; None: DEFAULT_COUNT, or NUM_POINTS
+    - `count`: rows, or points of a scatter; None: DEFAULT_COUNT, or NUM_POINTS, and a row for each of `only`
     - `only`: the classes of the rows, in turn; None: all
     - `letters`: of sampling modes; None: u and v, as far as they are taught
 
@@ -129,7 +129,11 @@ def trajectories(
     modes = choose_modes(sampler, letters, nfe)
     passes = nfe or reachable_passes(PASSES, sampler, modes)
     default_count = DEFAULT_COUNT if sampler.is_image else NUM_POINTS
-    c = sampler.conditions.in_turn(count or default_count, only)
+    chosen = only or ()
+    if count is None:
+        count = max(default_count, len(chosen))
+    require_count(count, chosen, "labels")
+    c = sampler.conditions.in_turn(count, only)
     background = None if sampler.is_image else data_points(sampler.data, sampler.spec.seed)
     panels: dict[SamplingMode, dict[int, Image.Image]] = {mode: {} for mode in modes}
     with bar("sampling trajectories", len(files) * len(modes) * sum(passes)) as tick:

@@ -46,11 +46,12 @@ from dumo.report.runchart import page_charts
 from dumo.report.strip import StripMoment, draw_strip
 from dumo.report.verdict import reach_verdict
 from dumo.run.judge import missing_to_judge
-from dumo.run.prompt import conditions_of_prompts, names_of_conditions
+from dumo.run.prompt import conditions_of_prompts, edits_images, names_of_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path, threads
 from dumo.runtime.device import software_versions
+from dumo.runtime.door import option
 from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.training import log
 from dumo.types import Sample, UserError
@@ -462,6 +463,8 @@ def _prompt_sheet(sampler: Sampler, prompts: Sequence[str], bar: Bar) -> PromptS
     """
     conditions = sampler.conditions
     if prompts:
+        if edits_images(sampler.data):
+            raise UserError(f"this run edits images, and a report takes prompts alone: leave {option('prompts')} out")
         c = conditions_of_prompts(sampler, prompts)
     elif conditions.captions is not None and sampler.is_image:
         c = conditions.in_turn(NUM_CAPTIONS)

@@ -36,16 +36,16 @@ from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.solver import Solver, check
 from dumo.io import file as files
 from dumo.io import picture
+from dumo.io.picture import PixelRows, Points
 from dumo.io.read import brief
 from dumo.report.name import changed_parts, name_part, sampling_fields
-from dumo.run import netbytes
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
-from dumo.runtime import dist, threads
+from dumo.runtime import dist, door, threads
 from dumo.runtime.device import require_memory
 from dumo.runtime.progress import Bar, line_printer, no_bar
-from dumo.types import Sample, UserError
+from dumo.types import UserError
 
 DEFAULT_COUNT = 100  # samples, if no other number is asked for: ours
 FORMS = ("grid", "images", "npz")  # of what is written: one picture, a file for each sample, an archive
@@ -64,6 +64,14 @@ def require_count(count: int, conditions: Sequence[object], noun: str) -> None:
         raise UserError(
             f"count = {count} samples leave out some of {len(conditions)} {noun}: raise count, or give fewer"
         )
+
+
+def require_sample_memory(count: int, sample: Tensor, copies: int) -> None:
+    """Raise UserError where the machine cannot hold so many copies of `count` samples, each as large as `sample`."""
+    if dist.world() > 1:
+        copies = 5  # by ranks of one machine, while they are gathered and sorted
+    fix = f"ask for fewer, and for others with another {door.option('seed')}"
+    require_memory(copies * count * sample.nbytes, f"{count:,} samples take", fix)
 
 
 def chosen_solver(spec: Sampling, solver: Solver | str | None) -> Solver:
@@ -169,10 +177,7 @@ def sample_to_files(
     forms = FORMS if sampler.is_image else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
-    copies = 3 if dist.world() == 1 else 5  # while they are gathered and sorted, by ranks of one machine
-    sample_bytes = copies * netbytes.row_bytes(count, sampler.pixels)
-    fix = "ask for fewer, and for others with another --seed"
-    require_memory(sample_bytes, f"{count:,} samples take", fix)
+    require_sample_memory(count, sampler.to_file_rows(torch.zeros(1, *sampler.pixels)), copies=2)  # batches, and joined
     if prompts:
         c = repeat_conditions(conditions_of_prompts(sampler, prompts, source), count)
     else:
@@ -195,12 +200,12 @@ def sample_to_files(
     written: list[Path] = []
     with threads.fewer_when_busy(sampler.device, line_printer(bar)):
         for passes in sampler.spec.nfe:
-            samples = sampler.sample(c, nfe=passes, bar=bar)
-            if not dist.is_main():
-                continue
-            stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{passes}", *name_parts])
-            condition_names = names_of_conditions(sampler, c)
-            written.append(write_samples(samples.x, c, stem, form, sampler.data, sampler.spec.seed, condition_names))
+            rows = sampler.file_rows(c, nfe=passes, bar=bar)
+            if dist.is_main():
+                stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{passes}", *name_parts])
+                condition_names = names_of_conditions(sampler, c)
+                written.append(write_samples(rows, c, stem, form, sampler.data, sampler.spec.seed, condition_names))
+            del rows  # makes room for the next
     return written
 
 
@@ -241,13 +246,10 @@ def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None
     return _SheetLayout(columns, names[:columns] if in_turn else names)
 
 
-def draw_sheet(x: Sample, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> Image.Image:
-    """Images x (n, channels, h, w) of the conditions c (n,) as a sheet with titles.
-
-    Raises UserError where they are no images, or no finite numbers.
-    """
+def draw_sheet(pixels: PixelRows, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> Image.Image:
+    """Images of the conditions c (n,) as a sheet with titles."""
     layout = _sheet_layout(c, conditions, names)
-    return picture.sheet(picture.to_rows(x), layout.columns, titles=layout.titles)
+    return picture.sheet(pixels, layout.columns, titles=layout.titles)
 
 
 def data_points(data: Data, seed: int) -> picture.Points:
@@ -257,36 +259,46 @@ def data_points(data: Data, seed: int) -> picture.Points:
 
 
 def write_samples(
-    x: Sample, c: Tensor, stem: Path, form: str, data: Data, seed: int, names: Sequence[str] | None = None
+    rows: PixelRows | Points,
+    c: Tensor,
+    stem: Path,
+    form: str,
+    data: Data,
+    seed: int,
+    names: Sequence[str] | None = None,
 ) -> Path:
-    """Write samples x (n, *pixels) of the conditions c (n,) as one file or folder, and return its path.
+    """Write samples of the conditions c (n,) as one file or folder, and return its path.
 
-    `stem` is the path without its ending, `form` one of FORMS. `names` are those of the conditions, if not those of the
-    data. Next to single images of captions lies a table of them, blank for no caption, which `data.images.captions`
-    reads. Points are drawn before some of the data, chosen by `seed`.
+    `rows` are as `Sampler.to_file_rows` makes them. `stem` is the path without its ending, `form` one of FORMS. `names`
+    are those of the conditions, if not those of the data. Next to single images of captions lies a table of them, blank
+    for no caption, which `data.images.captions` reads. Points are drawn before some of the data, chosen by `seed`.
     """
     are_points = len(shown_data(data).shape) == 1
     conditions = Conditions(data)
     match form:
         case "images":
-            picture.write_singles(stem, picture.to_rows(x))
+            captions: list[str] = []
             if names and conditions.captions:
                 captions = ["" if k == conditions.count else name for k, name in zip(c.tolist(), names, strict=True)]
-                _write_captions(stem, captions)
+            with files.atomic_write(stem) as folder:
+                folder.mkdir()
+                picture.write_singles(folder, rows)
+                if captions:
+                    _write_captions(folder, captions)
             return stem
         case "npz":
             path = stem.with_name(f"{stem.name}.npz")
             if are_points:
-                picture.write_points(path, x, c)
+                picture.write_points(path, rows, c)
             else:
-                picture.write_adm(path, picture.to_rows(x), c)
+                picture.write_adm(path, rows, c)
             return path
         case _:
             path = stem.with_name(f"{stem.name}.png")
             if are_points:
-                image = picture.scatter(data_points(data, seed), {stem.name: x})
+                image = picture.scatter(data_points(data, seed), {stem.name: rows})
             else:
-                image = draw_sheet(x, c, conditions, names)
+                image = draw_sheet(rows, c, conditions, names)
             picture.write_picture(path, image)
             return path
 

@@ -136,8 +136,9 @@ class Sheets:
                 return
             from dumo.report.sample import write_samples
 
-            pixels = sampler_of(run, state.sampled_net).decode(x)
-            write_samples(pixels, self.c, file.with_suffix(""), "grid", run.data, run.sample.seed)
+            sampler = sampler_of(run, state.sampled_net)
+            rows = sampler.to_file_rows(sampler.decode(x))
+            write_samples(rows, self.c, file.with_suffix(""), "grid", run.data, run.sample.seed)
         except Exception as error:  # memory, disk, weights that have diverged
             self.log_line(f"warning: no sheet {file.stem}: {error}")
 

@@ -1,11 +1,11 @@
 """A trained net with all that its samples depend on: `Sampler`. `sampler_of` makes it of a run and a net.
 
 `Sampler.batches` makes a rank's share of the samples, batch by batch, through the net's `Flow`, and decodes them;
-`Sampler.sample` gathers those of all ranks on rank 0. Sample i depends on the seed, i and its condition, not on ranks
-or batches.
+`Sampler.sample` gathers those of all ranks on rank 0, and `Sampler.file_rows` as files hold them. Sample i depends on
+the seed, i and its condition, not on ranks or batches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -23,6 +23,8 @@ from dumo.flow.guide import CFG
 from dumo.flow.precision import Precision
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import Solver
+from dumo.io import picture
+from dumo.io.picture import PixelRows, Points
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training.spec import Train
@@ -175,14 +177,30 @@ class Sampler:
         Several ranks share the work, and each must call it. Rank 0 gets all samples, the others none: x (0, *pixels).
         """
         solver = solver or self.spec.solver
-        own_batches: list[generate.Batch] = []
-        num_done = 0  # by all ranks, if the others are as far
-        with bar(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
-            for batch in self.batches(c, nfe=nfe, seed=seed, solver=solver, guide=guide, z=z):
-                own_batches.append(batch)
-                num_done += len(batch.x) * dist.world()
-                tick(min(num_done, len(c)), "")
+        batches = self.batches(c, nfe=nfe, seed=seed, solver=solver, guide=guide, z=z)
+        own_batches = list(_with_progress(batches, bar, f"sampling, {solver.kind} at {nfe}", len(c)))
         return gather_samples(own_batches, self.pixels)
+
+    def file_rows(self, c: Int64[Tensor, " n"], *, nfe: int, bar: Bar = no_bar) -> PixelRows | Points:
+        """One sample per condition by the sampler's own spec, as `to_file_rows`, gathered as `sample` does.
+
+        Of images no more than a batch is held as floats. Raises UserError as `batches` and `to_file_rows`.
+        """
+        no_rows = self.to_file_rows(torch.zeros(0, *self.pixels))
+        batches = self.batches(c, nfe=nfe)
+        indices: list[Tensor] = []
+        rows: list[Tensor] = []
+        for batch in _with_progress(batches, bar, f"sampling, {self.spec.solver.kind} at {nfe}", len(c)):
+            indices.append(batch.index)
+            rows.append(self.to_file_rows(batch.x))
+        return _gather_in_order(indices, rows, no_rows)
+
+    def to_file_rows(self, x: Decoded) -> PixelRows | Points:
+        """Samples as files hold them: images as colours (n, h, w, 3), points as they are.
+
+        Raises UserError for what has no colour.
+        """
+        return x if len(self.pixels) == 1 else picture.to_rows(x)
 
     def _require_known(self, c: Int64[Tensor, " n"]) -> None:
         """Raise UserError for a condition that is no class, not the number that stands for none, and no prompt."""
@@ -217,17 +235,35 @@ def rank_indices(count: int) -> range:
     return range(dist.rank(), rounds * dist.world(), dist.world())
 
 
+def _with_progress(batches: Iterable[generate.Batch], bar: Bar, label: str, count: int) -> Iterator[generate.Batch]:
+    """Yield this rank's batches, and show how many of the `count` samples are done, if the other ranks are as far."""
+    num_done = 0
+    with bar(label, count) as tick:
+        for batch in batches:
+            yield batch
+            num_done += len(batch.x) * dist.world()
+            tick(min(num_done, count), "")
+
+
 def gather_samples(own_batches: Sequence[generate.Batch], pixels: Sequence[int]) -> generate.Samples:
     """What all ranks made, on rank 0, in the order of their numbers; some may have made none. The others get no rows.
 
     Every rank must call it. `pixels` is the shape of a sample.
     """
-    no_index = torch.zeros(0, dtype=torch.long)
-    no_x = torch.zeros(0, *pixels)
-    index = torch.cat([no_index, *(batch.index for batch in own_batches)])
-    x = torch.cat([no_x, *(batch.x for batch in own_batches)])
+    indices = [batch.index for batch in own_batches]
+    x = _gather_in_order(indices, [batch.x for batch in own_batches], torch.zeros(0, *pixels))
     passes = torch.tensor([batch.nfe for batch in own_batches], dtype=torch.long)
-    index = torch.cat([no_index, *dist.gather_ragged(index)])
-    x = torch.cat([no_x, *dist.gather_ragged(x)])
     passes = torch.cat(dist.all_gather_ragged(passes))
-    return generate.Samples(x[index.argsort()], int(passes.unique().item()))
+    return generate.Samples(x, int(passes.unique().item()))
+
+
+def _gather_in_order(own_indices: Sequence[Tensor], own_rows: Sequence[Tensor], no_rows: Tensor) -> Tensor:
+    """The rows of all ranks' batches on rank 0, in the order of their numbers; `no_rows` (0, ...) on the others."""
+    rows = torch.cat([no_rows, *own_rows])
+    if dist.world() == 1:
+        return rows  # its numbers rise; a sorted copy would take as much memory again
+    no_index = torch.zeros(0, dtype=torch.long)
+    index = torch.cat([no_index, *own_indices])
+    index = torch.cat([no_index, *dist.gather_ragged(index)])
+    rows = torch.cat([no_rows, *dist.gather_ragged(rows)])
+    return rows[index.argsort()]

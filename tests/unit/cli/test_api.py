@@ -150,6 +150,21 @@ def test_a_count_that_leaves_some_out_is_refused_by_either_door(digits: TrainedR
         sample_to_files(digits.opened, tmp_path / "samples", count=1, prompts=["a dog", "a cat"])
 
 
+@pytest.mark.parametrize("form", ["images", "npz"])
+def test_samples_of_files_take_the_memory_of_their_colours(
+    form: str, digits: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 20
+    image_bytes = 3 * 8 * 8
+    monkeypatch.setattr("dumo.runtime.device.total_memory", lambda device: 2 * count * image_bytes)
+    [path] = sample_to_files(digits.opened, tmp_path, form=form, count=count, nfe=[1])
+    assert path.exists()
+    with pytest.raises(dumo.UserError, match=f"{count + 1} samples take .* with another seed=$"):
+        sample_to_files(digits.opened, tmp_path, form=form, count=count + 1, nfe=[1])
+    with pytest.raises(dumo.UserError, match="1,000 samples take"):
+        digits.sample(count=1000, nfe=1)
+
+
 def test_classes_have_the_names_that_labels_take(digits: TrainedRun, moons: TrainedRun) -> None:
     assert digits.classes == tuple("0123456789")
     assert moons.classes == ()

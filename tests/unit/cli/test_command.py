@@ -97,7 +97,7 @@ def test_help_begins_with_an_example_that_is_taken(
     """It is parsed, and what it names is looked up; then the command would begin."""
     begun: list[str] = []
 
-    def record(function: Callable[..., None], *, keeps_work: bool) -> Callable[..., None]:
+    def record(function: Callable[..., None], *, keeps_work: bool, resumes: bool) -> Callable[..., None]:
         @wraps(function)
         def begin(*words: object, **options: object) -> None:
             begun.append(function.__name__)

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dumo.config.load import load
-from dumo.export.card import license_metadata
+from dumo.config.parts import Sampling
+from dumo.export.card import _pipeline_calls, license_metadata
 from dumo.export.lora import change_as_product
 from dumo.export.model import INDEX, ExportedModel, require_pipeline, stored_dtype
 from dumo.export.scheduler import CONFIG, check_scheduler, restart_for_scheduler, write_flow_map_scheduler
@@ -77,6 +78,18 @@ def test_a_hop_ends_where_the_next_begins() -> None:
     assert two.pass_intervals == [(1.0, 0.5), (0.5, 0.0)]
     with pytest.raises(UserError, match=r"the one from t = 1 goes to r = 0 and to r = 0\.5"):
         _ = replace(two, nfe=(1, 2)).pass_intervals
+
+
+def test_a_card_has_no_call_whose_times_were_not_taught() -> None:
+    sampler: Any = SimpleNamespace(
+        spec=Sampling(solver=Restart(m=0.7)), flow=SimpleNamespace(path=Linear()), data=None, shape=(4, 8, 8)
+    )
+    net: Any = SimpleNamespace(guidance=None)
+    spec: Any = SimpleNamespace(texts=None, pipeline=SimpleNamespace(is_published=True))
+    for lowest, passes in ((0.0, ["one pass", "two", "four"]), (0.7, ["one pass", "two"])):
+        sampler.taught = Reads(lowest=lowest)
+        calls = _pipeline_calls(ExportedModel(sampler, spec, net, "u"), PIPELINE_BY_MODEL["SD3Transformer2DModel"])
+        assert [comment for _, comment in calls] == passes
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

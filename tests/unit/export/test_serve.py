@@ -10,9 +10,10 @@ import torch
 from dumo.export.serve import VLLM_KEY, reason_not_servable, vllm_index_entries
 from dumo.export.stock import PIPELINE_BY_MODEL
 from dumo.flow.solver import Restart
+from dumo.types import Reads
 
 
-def exported(*, guided: bool = False, absent_parts: tuple[str, ...] = (), **other: object) -> Any:  # noqa: ANN401, a stand-in for ExportedModel
+def exported(*, guided: bool = False, lowest: float = 0.0, absent_parts: tuple[str, ...] = (), **other: object) -> Any:  # noqa: ANN401, a stand-in for ExportedModel
     """A flow map of FLUX, as far as a server asks, with some facts that are other ones."""
     facts = {
         "stock": PIPELINE_BY_MODEL["FluxTransformer2DModel"],
@@ -22,7 +23,9 @@ def exported(*, guided: bool = False, absent_parts: tuple[str, ...] = (), **othe
         "nfe": (),
         "makes_hops": False,
         "class_embeddings": {},
-        "sampler": SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(active=guided, scale=2.0))),
+        "sampler": SimpleNamespace(
+            spec=SimpleNamespace(guide=SimpleNamespace(active=guided, scale=2.0)), taught=Reads(lowest=lowest)
+        ),
         "spec": SimpleNamespace(pipeline=SimpleNamespace(absent_parts=absent_parts)),
         "net": SimpleNamespace(guidance=None),
     }
@@ -37,6 +40,7 @@ def exported(*, guided: bool = False, absent_parts: tuple[str, ...] = (), **othe
         ({"head": "v"}, "is a velocity"),
         ({"nfe": (1, 4)}, "takes 2 steps, and this run was exported for nfe=1, 4"),
         ({"nfe": (2,), "makes_hops": True}, "for solver hop"),
+        ({"lowest": 1.0}, "was not taught the times"),
         ({"guided": True}, "with guidance, of scale 2"),
         ({"class_embeddings": {"tokens": torch.zeros(1)}}, "reads prompts"),
         ({"absent_parts": ("text_encoder_2", "tokenizer_2")}, "has no text_encoder_2, tokenizer_2"),

@@ -151,9 +151,15 @@ def test_heun_where_it_can_and_euler_elsewhere() -> None:
     assert [v.solver_for(n) for n in (1, 2, 3, 50)] == [Euler(), Heun(), Euler(), Heun()]
 
 
+def test_all_labels_that_are_asked_for_have_a_row(digits: RunFolder) -> None:
+    [panels] = gallery.trajectories(digits, nfe=(1,), steps=[12], only=range(10), letters=["u"]).values()
+    [eight] = gallery.trajectories(digits, nfe=(1,), steps=[12], letters=["u"]).values()
+    assert panels[12].height > eight[12].height
+
+
 @pytest.mark.slow
 def test_nothing_is_made_of_what_cannot_be(digits: RunFolder, moons: RunFolder) -> None:
-    for wrong in ({"nfe": [1, 0]}, {"steps": [5]}, {"only": [10]}, {"letters": ["x"]}):
+    for wrong in ({"nfe": [1, 0]}, {"steps": [5]}, {"only": [10]}, {"only": [7, 4], "count": 1}, {"letters": ["x"]}):
         with pytest.raises(UserError):
             gallery.trajectories(digits, **wrong)
     for one, classes in ((digits, [3, 10]), (moons, None), (moons, [0])):
