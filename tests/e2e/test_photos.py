@@ -105,6 +105,27 @@ def test_the_hints_work_when_typed(run: Path, photos: Path) -> None:
     assert (run / "report.html").stat().st_size > 10_000
 
 
+def test_photos_that_are_gone_or_others_are_not_taken_for_those_of_the_training(run: Path, photos: Path) -> None:
+    """Neither does the page count them, nor is the run judged by them."""
+    page = run / "report.html"
+    without_data = "Without the data of the training, which are not here"
+    moved = photos.rename(photos.with_name("moved"))
+    assert said("report", run)[0].code == 0
+    assert without_data in page.read_text()
+    moved.rename(photos)
+
+    added = photos / "cats/added.png"
+    shutil.copy(photos / "cats/IMG_0003.png", added)
+    judged, _ = said("evaluate", run)
+    assert (judged.code, "has other images than" in judged.err) == (2, True), judged
+    assert said("report", run)[0].code == 0
+    assert without_data in page.read_text()
+    assert "it saw each of them" not in page.read_text()
+    added.unlink()
+    assert said("report", run)[0].code == 0
+    assert without_data not in page.read_text()
+
+
 @pytest.mark.slow
 def test_labels_by_name(run: Path) -> None:
     by_name = call("sample", run, "--labels", "fish,cats", "--count", 8, "--out", "a", "--format", "npz").out

@@ -18,6 +18,7 @@ from pyarrow.parquet import read_table, write_table
 
 from dumo.config.load import load
 from dumo.plan import photocaptions, proposal
+from dumo.report import feed
 from dumo.runtime import door
 from dumo.types import UserError
 from e2e.shell import call, sets
@@ -61,6 +62,27 @@ def test_a_folder_is_enough(photos: Path) -> None:
     copied = call("show", "runs/photos", "--yaml")
     Path("mine.yaml").write_text(copied.out)
     assert load("mine.yaml").train.steps == 4
+
+
+def test_what_cannot_be_written_or_tracked_is_refused_before_the_plan(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*_: object, **__: object) -> None:
+        raise AssertionError("it is planned")
+
+    monkeypatch.setattr(proposal, "propose", plan)
+    Path("results").mkdir()
+    Path("results/notes.txt").touch()
+    occupied = call("train", "photos", "--yes", "--out", "results")
+    assert (occupied.code, "results" in occupied.err) == (2, True), occupied
+    monkeypatch.setattr(feed, "require_package", refuse_package)
+    untracked = call("train", "photos", "--yes", "--track", "wandb")
+    assert (untracked.code, "tracker wandb needs" in untracked.err) == (2, True), untracked
+    assert not Path("runs").exists()
+
+
+def refuse_package(package: str, extra: str, subject: str) -> None:
+    raise UserError(f"{subject} needs {package}")
 
 
 @pytest.mark.slow
@@ -108,6 +130,12 @@ def test_captions_are_read(photos: Path) -> None:
     assert run.net.texts.tokenizer.length == len("a cat, number 0") + 1
     assert call("sample", "runs/photos", "--prompt", "a dog", "--nfe", "1").code == 0
     assert call("train", "photos", *sets("train.steps=3")).code == 0
+
+    # moved with its texts, it finds them
+    Path("runs").rename("big")
+    assert call("sample", "big/photos", "--prompt", "a dog", "--nfe", "1").code == 0
+    assert call("train", "big/photos", *sets("train.steps=4")).code == 0
+    assert not Path("runs").exists()
 
 
 @pytest.mark.slow

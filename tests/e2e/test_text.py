@@ -40,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "words.yaml").write_text(yaml.safe_dump(tree))
     assert refused("train", home / "words.yaml", "--out", home / "run") == (
         f"error: {home / 'texts'} holds no texts (it has no index.json): "
-        "make it, dumo encode with this recipe and its settings\n"
+        "make it, dumo encode with this recipe and its settings, or say where they are by --set net.texts.root=DIR\n"
     )
     assert not (home / "run").exists()
     done = call("encode", home / "words.yaml")

@@ -225,6 +225,7 @@ def train(
             print_line(goes_on_line(folder, minutes))
         changes = settings_of_images(text.tree, changes, source)
     elif text is None:
+        _require_place_and_tracker(folder, track)  # before a plan that takes long
         run = _propose_run(source, changes, minutes, device, ask=not yes)
         began = time.perf_counter()
     elif not goes_on:
@@ -264,6 +265,19 @@ def train(
     )
     missing = missing_to_judge(run, job.data.size)
     _print_next(_next_commands(run, folder, can_judge=not missing), missing)
+
+
+def _require_place_and_tracker(folder: Path, tracker: str | None) -> None:
+    """Raise UserError or OSError where no new run can be written to a folder, or a tracker is not installed."""
+    from dumo.io import file
+    from dumo.run.folder import require_free
+
+    require_free(folder)
+    file.check_writable(folder)
+    if tracker is not None:
+        from dumo.report.feed import require_tracker
+
+        require_tracker(tracker)
 
 
 def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:

@@ -25,7 +25,7 @@ from dumo.data.caption import Templates
 from dumo.error import UserError
 from dumo.io.read import user_path
 from dumo.nets.textfamily import has_table
-from dumo.runtime.door import shell_settings
+from dumo.runtime.door import settings, shell_settings
 
 if TYPE_CHECKING:
     from dumo.config.spec import Run
@@ -92,7 +92,10 @@ def naming_encode_command(data: Data, texts: object) -> Generator[None, None, No
         yield
     except NoTableError as error:
         command = encode_texts_command(data, texts, in_other_folder=error.is_occupied)
-        raise UserError(f"{error.text}, {command}") from error
+        message = f"{error.text}, {command}"
+        if not error.is_occupied:
+            message += f", or say where they are by {settings('net.texts.root=DIR')}"
+        raise UserError(message) from error
 
 
 def _text_settings(texts: "TableTexts", recipe_texts: "TableTexts") -> Iterator[str]:

@@ -11,7 +11,7 @@ Two questions about a run stand apart: `file_state` tells whether its file was w
 whether its folder of latents was proposed.
 
 A run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none. Of a run that
-was moved with its latents, `read_file` says where these are now.
+was moved with its latents or texts, `read_file` says where these are now.
 """
 
 import os
@@ -30,6 +30,7 @@ from dumo.config.change import merge, yaml_text
 from dumo.config.place import RUN_FILE as RUN_FILE
 from dumo.config.place import (
     RUNS_FOLDER,
+    TEXTS_FOLDER,
     find_content,
     find_run_file,
     is_image,
@@ -170,7 +171,9 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
 
 def folder_of_images(place: str | Path) -> Path:
     """The folder runs/NAME to train in, by the name of the folder or file of images."""
-    return Path(RUNS_FOLDER) / user_path(str(place), "the images").resolve().stem
+    path = user_path(str(place), "the images").resolve()
+    name = path.stem if path.is_file() else path.name  # of a folder a dot is no suffix
+    return Path(RUNS_FOLDER) / name
 
 
 def settings_of_images(tree: dict[str, Any], texts: Sequence[str], place: str | None = None) -> list[str]:
@@ -272,11 +275,13 @@ def read(source: str | Path) -> RunText:
 
 
 def read_file(file: Path) -> RunText:
-    """What a YAML file says, over its bases; in a run.yaml, with the latents next to it. Raises UserError."""
+    """What a YAML file says, over its bases; in a run.yaml, with the latents and texts next to it. Raises UserError."""
     state = file_state(file)  # before it is read: what is written meanwhile makes it another one
     text = parse_text(_yaml_text(file), file)
     if file.name == RUN_FILE:
-        _follow_moved_latents(text.tree, file.absolute().parent)
+        folder = file.absolute().parent
+        _follow_moved_latents(text.tree, folder)
+        _follow_moved_texts(text.tree, folder)
     return replace(text, state=state)
 
 
@@ -302,6 +307,19 @@ def _follow_moved_latents(tree: dict[str, Any], folder: Path) -> None:
         images_root = root_of_encoded_images(tree)
         if images_root is not None and images_root.parent == noted.parent:
             data["images"]["root"] = str(next_to_run.with_name(images_root.name))
+
+
+def _follow_moved_texts(tree: dict[str, Any], folder: Path) -> None:
+    """Set `net.texts.root` in the tree of the run in `folder`, where the run was moved together with texts/NAME."""
+    net = tree.get("net")
+    texts = net.get("texts") if isinstance(net, dict) else None
+    if not isinstance(texts, dict) or not isinstance(texts.get("root"), str):
+        return
+    noted = Path(texts["root"])
+    next_to_run = folder.parent / TEXTS_FOLDER / noted.name
+    is_next_to_runs = noted.is_absolute() and noted.parent.name == TEXTS_FOLDER
+    if is_next_to_runs and not noted.is_dir() and next_to_run.is_dir():
+        texts["root"] = str(next_to_run)
 
 
 def root_of_encoded_images(tree: Mapping[str, Any]) -> Path | None:

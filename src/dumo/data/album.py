@@ -113,7 +113,7 @@ class Album:
         """
         drawn_rows = rows_of(step, batch_size, size=self.size, seed=seed, rows=rows)
         pixels, c = self._read_with_replacements(drawn_rows)
-        self._warn_of_unreadable()
+        self.warn_of_unreadable("left out, in a batch replaced by the next", min_growth=2)
         if self.flip:
             flipped = mirrored_rows(step, batch_size, seed, rows)[:, None, None, None]
             pixels = torch.where(flipped, pixels.flip(-1), pixels)
@@ -149,6 +149,12 @@ class Album:
         ]
         return {"image": torch.tensor(readable), HASH_COLUMN: torch.from_numpy(self.hashes.sha256[readable])}
 
+    def readable_labels(self) -> Numbers | None:
+        """The classes of the images that can be read; None where that is all, or not known yet, or each is a class."""
+        if self.decoded is None or not self.unreadable or not self.has_classes:
+            return None
+        return self._classes(self.store_numbers(torch.arange(self.size)))
+
     def fingerprint(self) -> str:
         """The store's fingerprint."""
         return self.store.fingerprint()
@@ -159,7 +165,7 @@ class Album:
         if self.decoded is not None:
             return from_uint8(self.decoded[rows]), self._classes(numbers)
         pixels, bad = self._decode(numbers)
-        self._warn_of_unreadable()
+        self.warn_of_unreadable(min_growth=2)
         good = _all_but(len(numbers), bad)
         return from_uint8(pixels[good]), self._classes(numbers[good])
 
@@ -201,7 +207,7 @@ class Album:
             pixels = pixels[good]
             self.numbers_in_store = numbers[good]
         self.decoded = pixels
-        self._warn_of_unreadable()
+        self.warn_of_unreadable()
 
     def _decode(self, numbers: Numbers, tick: Tick = lambda done, note: None) -> tuple[Pixels, list[int]]:
         """The pixels of images, by their numbers in the store, and the indices of those that cannot be read."""
@@ -244,15 +250,19 @@ class Album:
             self.hashes.check_item(number, data)
         return number not in self.unreadable
 
-    def _warn_of_unreadable(self) -> None:
-        """Warn of images that could not be read since the last warning, in one line."""
+    def warn_of_unreadable(self, fate: str = "left out", *, min_growth: int = 1) -> None:
+        """Warn of images that could not be read since the last warning, in one line, with what becomes of them.
+
+        Nothing is said until they are `min_growth` times as many as at that warning, so that batches give few lines.
+        """
         with self._warning_lock:
             num_bad = len(self.unreadable)
+            if num_bad < min_growth * self.num_warned:
+                return
             unreported = sorted(list(self.unreadable)[self.num_warned : num_bad])
             self.num_warned = num_bad
         if not unreported:
             return
-        fate = "left out" if self.decoded is not None else "left out, in a batch replaced by the next"
         examples = "; ".join(self.unreadable[number] for number in unreported[:_MAX_NAMED])
         if len(unreported) > _MAX_NAMED:
             examples += "; ..."

@@ -98,6 +98,8 @@ def encode(
         extra_files=other_files,
         tick=tick,
     )
+    if isinstance(source, Album):
+        source.warn_of_unreadable()
     if image_hashes:
         image_hashes.save()
         if has_cache(out, index):  # another rank may have read other images meanwhile

@@ -337,6 +337,12 @@ class LatentSource:
         """The number of rows."""
         return len(self.cache_rows)
 
+    def readable_labels(self) -> Tensor | None:
+        """The classes of the images that could be read; None where those were all."""
+        if len(self.cache) == self.cache.index.rows:
+            return None
+        return self._read_column("labels")
+
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Some rows of a step's batch: latents (b, *shape) and classes (b,).
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dumo.config.change import yaml_text
-from dumo.config.place import RUNS_FOLDER
+from dumo.config.place import RUNS_FOLDER, TEXTS_FOLDER
 from dumo.config.source import folder_of_images
 from dumo.data import Images
 from dumo.data.annotation import NoCaptionsError, captions_of
@@ -106,7 +106,7 @@ def _caption_fields(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[s
     """The fields of a net that reads these captions, which are of the images at `place`."""
     longest = max(len(text.encode()) for text in captions.texts)
     length = min(_MAX_CAPTION_BYTES, longest + 1)  # with the end's token
-    root = Path(RUNS_FOLDER) / "texts" / f"{folder_of_images(place).name}-{captions.digest()}"
+    root = Path(RUNS_FOLDER) / TEXTS_FOLDER / f"{folder_of_images(place).name}-{captions.digest()}"
     texts = {**_CAPTION_ENCODER, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
     fields: dict[str, Any] = {"data.captions": {"kind": "files"}}
     if on_a_cpu:

@@ -143,8 +143,8 @@ def _pixels_draft(
     """
     side = _side_in_pixels(images_found.side, _MAX_SIDES.get(device.type, _MAX_SIDES["cuda"]))
     fields: dict[str, Any] = {"data.root": place} if place else {}
-    fields |= {"data.side": side, **_machine_fields(device, side)}
     trained_side = images.side if photolatents.is_side_set(sets) else side
+    fields |= {"data.side": side, **_machine_fields(device, trained_side)}
     if images_found.count * 3 * trained_side**2 <= images.memory * GIGABYTE:  # else decoded at each visit
         return Draft(images_found, IMAGES_RECIPE, fields, prepare_seconds=images_found.decode_seconds)
     return Draft(images_found, IMAGES_RECIPE, fields, load_seconds=images_found.load_seconds)
@@ -241,7 +241,7 @@ def _latents_draft(encodable: _Encodable, sets: Sequence[str], training_seconds:
         return reason
 
     # whether there is time to encode them, unless that is done
-    encode_seconds = images_found.count * trial.encode_seconds * (2 if images.flip else 1)
+    encode_seconds = images_found.readable * trial.encode_seconds * (2 if images.flip else 1)
     prepare_seconds = images_found.decode_seconds + encode_seconds
     reason = photolatents.reason_by_time(prepare_seconds, training_seconds)
     if reason and not photolatents.has_caches(encodable.place):

@@ -33,6 +33,13 @@ class ImagesFound:
     decodable: Sequence[bytes] = ()  # the files of a few images that could be decoded
 
     @property
+    def readable(self) -> int:
+        """About how many of all images can be read; exact where every header was read."""
+        if not self.headers:
+            return self.count
+        return max(1, round(self.count * (self.headers - self.bad) / self.headers))
+
+    @property
     def load_seconds(self) -> float:
         """Seconds for an image, where as many are decoded at once as in training."""
         return self.image_seconds / MAX_THREADS
@@ -40,7 +47,7 @@ class ImagesFound:
     @property
     def decode_seconds(self) -> float:
         """Seconds until all of them are decoded."""
-        return self.count * self.load_seconds
+        return self.readable * self.load_seconds
 
 
 def look_at(store: EncodedImages, to_pixels: ToSquare, bar: Bar) -> ImagesFound:

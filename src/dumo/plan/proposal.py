@@ -109,8 +109,8 @@ class Proposal:
             yield "captions", f"{captions}; the net reads them, {settings('data.captions=null')} leaves them out"
         elif self.draft.captions:
             yield "captions", self.draft.captions
-        if images.count < _FEW_IMAGES:
-            yield "few", f"{images.count:,} images: expect their colours and textures, and in time copies of them"
+        if images.readable < _FEW_IMAGES:
+            yield "few", f"{images.readable:,} images: expect their colours and textures, and in time copies of them"
         yield "machine", self.machine
         yield "size", f"{' x '.join(map(str, run.shown_shape[1:]))} pixels (data.side)"
         if self.draft.space:
@@ -118,7 +118,7 @@ class Proposal:
         yield "network", f"{run.net.kind}, {num_parameters(outline(run)):,} parameters"
         yield "objective", str(method(run.objective))
         yield "precision", f"{run.train.precision}, compile {run.train.compile}"
-        epochs = run.train.steps * run.train.batch / images.count
+        epochs = run.train.steps * run.train.batch / images.readable
         ends_by_clock = run.train.minutes is not None
         about = "about " if ends_by_clock else ""
         yield "steps", f"{about}{run.train.steps:,} of {run.train.batch} images: each image {about}{epochs:,.0f} times"
@@ -193,7 +193,7 @@ def propose(
     if minutes is not None:
         seconds_for_steps = SECONDS_PER_MINUTE * minutes - draft.prepare_seconds
         steps = max(1, int(seconds_for_steps / (SLACK * step_seconds)))
-        enough_steps = max(ceil(ENOUGH_VISITS * draft.images.count / run.train.batch), _FEWEST_STEPS)
+        enough_steps = max(ceil(ENOUGH_VISITS * draft.images.readable / run.train.batch), _FEWEST_STEPS)
         # half of the time to spare: on a machine that becomes slower it is over within the minutes, too
         if steps >= 2 * enough_steps and not _says(sets, "train.minutes"):
             steps = enough_steps

@@ -55,7 +55,7 @@ from dumo.report.name import Fields, changed_parts, flatten
 from dumo.report.sample import chosen_solver
 from dumo.run.judge import evaluator_of, sample_conditions
 from dumo.run.sampler import Sampler
-from dumo.run.weights import RunFolder
+from dumo.run.weights import RunFolder, require_trained_images
 from dumo.runtime import dist, threads
 from dumo.runtime.device import software_versions
 from dumo.runtime.progress import Bar, ignore_line, line_printer, no_bar
@@ -111,6 +111,7 @@ def _judge(opened: RunFolder, bar: Bar, metrics: Mapping[str, OwnMetric]) -> tup
     protocol = run.evaluate.protocol
     seed = run.evaluate.seed
     settings = judging_settings(sampler, run.evaluate)
+    require_trained_images(opened)
     evaluator = evaluator_of(sampler, run.evaluate, bar, _stored_reference(opened))
     if metrics:
         dist.require_one_process("a metric of your own")

@@ -174,6 +174,12 @@ def follow() -> None:
         sys.exit(str(error))
 
 
+def require_tracker(name: str) -> None:
+    """Raise UserError where a tracker is unknown, or not installed."""
+    require_known("tracker", name, TRACKERS)
+    require_package(name, name, f"tracker {name}")
+
+
 class TrackerProcess:
     """A process that sends the log of a run to a tracker as it trains.
 
@@ -183,8 +189,7 @@ class TrackerProcess:
 
     def __init__(self, folder: Path, tracker_name: str, log_line: Callable[[str], object]) -> None:
         """Start nothing yet. Raises UserError where the tracker is unknown, or not installed."""
-        require_known("tracker", tracker_name, TRACKERS)
-        require_package(tracker_name, tracker_name, f"tracker {tracker_name}")
+        require_tracker(tracker_name)
         self.folder = folder
         self.tracker_name = tracker_name
         self.log_line = log_line

@@ -30,7 +30,7 @@ from dumo.config.conditions import shown_data, squares
 from dumo.config.load import dump
 from dumo.config.place import LOG_FILE
 from dumo.config.spec import Run
-from dumo.data import Images, Latents
+from dumo.data import Images, Latents, is_images
 from dumo.evaluation.copy import THUMB_SIDE
 from dumo.evaluation.neighbours import Real
 from dumo.flow.generate import labels_in_turn
@@ -48,7 +48,7 @@ from dumo.report.verdict import reach_verdict
 from dumo.run.judge import missing_to_judge
 from dumo.run.prompt import conditions_of_prompts, edits_images, names_of_conditions
 from dumo.run.sampler import Sampler
-from dumo.run.weights import RunFolder
+from dumo.run.weights import RunFolder, require_trained_images
 from dumo.runtime import shell_path, threads
 from dumo.runtime.device import software_versions
 from dumo.runtime.door import option
@@ -187,22 +187,33 @@ class _DataRows:
 
 
 def _read_data(opened: RunFolder) -> _DataRows:
-    """Some samples of the data, as images are shown; of a run that comes with dumo none, where the data are not here.
+    """Some samples of the data, as images are shown; none where the images are not here, or not those of the training.
 
-    Raises UserError where the data of another run cannot be read.
+    Raises UserError where data that are here cannot be read.
     """
     sampler = opened.sampler
     data_spec = squares(opened.run.data)
     try:
+        require_trained_images(opened)
+    except UserError as error:
+        return _no_rows(error)
+    try:
         data = data_spec.open()
     except UserError as error:
-        if not opened.is_shipped:
+        images = shown_data(opened.run.data)
+        are_elsewhere = is_images(images) and not images.is_here
+        if not are_elsewhere and not opened.is_shipped:
             raise
-        return _DataRows(x=None, c=torch.zeros(0, dtype=torch.long), size=None, missing=str(error))
+        return _no_rows(error)
     x, c = data.reference(num_data_rows(sampler), sampler.spec.seed)
     if isinstance(data_spec, Latents):
         x = sampler.decode(x)
     return _DataRows(x, c, data.size)
+
+
+def _no_rows(error: UserError) -> _DataRows:
+    """What there is of data that cannot be shown, for the reason that the error says."""
+    return _DataRows(x=None, c=torch.zeros(0, dtype=torch.long), size=None, missing=str(error))
 
 
 def num_data_rows(sampler: Sampler) -> int:

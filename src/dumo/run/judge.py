@@ -50,8 +50,11 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
             require_likelihood(sampler)
         if stored is not None and _has_images_here(data):
             stored = None
+        open_reference = partial(reference_data, data, evaluation.split)
+        if evaluation.protocol.kind == "photos" and evaluation.split is None:
+            open_reference = partial(_originals_for_photos, data)
         context = Context(
-            data=partial(reference_data, data, evaluation.split),
+            data=open_reference,
             trained=trained_data(data, evaluation.split),
             classes=data.labels,
             seed=evaluation.seed,
@@ -117,6 +120,21 @@ def reference_data(data: Data, split: str | None) -> DataSource:
         return split_images.with_facts().originals()
     except UserError as error:
         raise UserError(f"{error}; or evaluate.split={split}, the images that samples are judged against") from error
+
+
+def _originals_for_photos(data: Data) -> DataSource:
+    """The images of the data for protocol photos, which decodes no others than it reads where it reads some of them."""
+    from dumo.evaluation.photos import MAX_IMAGES
+
+    as_read = {"memory": 0.0}
+    if is_latents(data):
+        undecoded = data.model_copy(update={"images": data.images.model_copy(update=as_read)})
+    elif is_images(data):
+        undecoded = data.model_copy(update=as_read)
+    else:
+        return data.originals()
+    album = undecoded.originals()
+    return album if album.size > MAX_IMAGES else data.originals()
 
 
 def trained_data(data: Data, split: str | None) -> Callable[[], DataSource] | None:

@@ -1,7 +1,8 @@
 """The lines that a training shows before its first step.
 
-`training_summary` says what is trained on what; `misfits` warns of what does not fit this machine, each time with the
-setting that does. Only a run that `may_take_a_day` needs its operations counted for that.
+`training_summary` says what is trained on what, and `empty_classes_line` which classes lack images. `misfits` warns of
+what does not fit this machine, each time with the setting that does. Only a run that `may_take_a_day` needs its
+operations counted for that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dumo.config.conditions import Conditions
 from dumo.config.spec import Run
+from dumo.data import Data
+from dumo.data.album import Album
+from dumo.data.latents import LatentSource
 from dumo.flow.slope import CentralSlope, DualSlope
+from dumo.io.read import first_few
 from dumo.run.net import num_parameters
 from dumo.runtime import dist
 from dumo.runtime.device import operations_per_second
@@ -26,6 +32,23 @@ from dumo.types import UserError
 _HOURS_PER_DAY = 24.0
 MAX_UNITS = 10  # forward passes that a step costs at most: ours
 _MIN_FLOPS_PER_SECOND = 1e10  # floating-point operations that any machine makes: ours
+
+
+def empty_classes_line(data: Data, source: object) -> str:
+    """A line that names the classes of which `source` has no image that can be read; "" where that is not so."""
+    if not isinstance(source, Album | LatentSource) or Conditions(data).captions:
+        return ""
+    labels = source.readable_labels()
+    if labels is None:
+        return ""
+    counts = labels.bincount(minlength=data.labels).tolist()
+    empty_classes = [c for c in range(data.labels) if not counts[c]]
+    if not empty_classes:
+        return ""
+    return (
+        f"no image can be read of class {first_few(empty_classes, Conditions(data).name)}, whose samples will mean "
+        "nothing: convert its images (HEIC to JPEG), or remove its folder, and begin a new run"
+    )
 
 
 def training_summary(

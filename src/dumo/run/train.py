@@ -32,7 +32,7 @@ from dumo.run.job import Job, MakeSheets, Sheets, open_job, train_more_hint
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.request import note_end
-from dumo.run.summary import misfits, training_summary
+from dumo.run.summary import empty_classes_line, misfits, training_summary
 from dumo.runtime import dist, stopwatch, threads
 from dumo.runtime.door import train_call
 from dumo.runtime.limits import STEPS
@@ -229,6 +229,9 @@ def _lines_before(job: Job) -> list[str]:
     ]
     if isinstance(job.data, Bucketed):
         lines.append(f"images are in {job.data.about}")
+    empty_classes = empty_classes_line(run.data, job.data)
+    if empty_classes:
+        lines.append(empty_classes)
     lines.append(f"objective: {method(run.objective)}")
     operations_left = None
     if job.step_flops is not None and state.timing is None:

@@ -191,15 +191,32 @@ def _require_trained(index: Index, run: Run) -> None:
             f"{index.folder} is already trained, so these fields cannot be changed here:\n  "
             + "\n  ".join(differing_fields)
         )
-    if is_images(run.data) and run.data != trained_run.data:
-        undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})  # its images are not looked at
-        trained_fingerprint = index.data_note.fingerprint if index.data_note else None
-        fingerprint = undecoded.open().fingerprint()
-        if trained_fingerprint not in (None, fingerprint):
-            raise UserError(
-                f"data.root: {run.data.root} has other images than {index.folder} was trained on (fingerprint "
-                f"{fingerprint}, and {trained_fingerprint} in {datanote.FILE}): say where those are"
-            )
+    if run.data != trained_run.data:
+        _require_trained_images(index, run)
+
+
+def require_trained_images(opened: RunFolder) -> None:
+    """Raise UserError where the images of a run in pixels are others than it was trained on, by names and sizes.
+
+    Images that are not here, and those of a run that comes with dumo, are not looked at.
+    """
+    images = opened.run.data
+    if is_images(images) and images.is_here and not opened.is_shipped:
+        _require_trained_images(opened.index, opened.run)
+
+
+def _require_trained_images(index: Index, run: Run) -> None:
+    """Raise UserError where the run's data are images, and others than those that its folder notes."""
+    if not is_images(run.data):
+        return
+    undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})  # its images are not looked at
+    trained_fingerprint = index.data_note.fingerprint if index.data_note else None
+    fingerprint = undecoded.open().fingerprint()
+    if trained_fingerprint not in (None, fingerprint):
+        raise UserError(
+            f"data.root: {run.data.root} has other images than {index.folder} was trained on (fingerprint "
+            f"{fingerprint}, and {trained_fingerprint} in {datanote.FILE}): put those back, or say where they are"
+        )
 
 
 def _open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool) -> RunFolder:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dumo.config.change import override
-from dumo.config.source import choose, read
+from dumo.config.source import choose, folder_of_images, read
 from dumo.types import UserError
 
 
@@ -48,3 +48,32 @@ def test_a_word_is_read_where_it_was_found(tmp_path: Path, monkeypatch: pytest.M
         assert choose(word).kind == "file"
         assert read(word).tree["about"] == "mine"
     assert read(Path("$HOME.yaml")).tree["about"] == "$HOME"
+
+
+def test_texts_that_were_moved_with_a_run_are_found_next_to_it(tmp_path: Path) -> None:
+    """A table that is where the run says stays, and so does a place of another name than training gives."""
+
+    def texts_of_run(noted: Path) -> Path:
+        file = tmp_path / "big/photos/run.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"format: 2\nnet: {{kind: dit, texts: {{kind: learned, root: {noted}}}}}\n")
+        return Path(read(file).tree["net"]["texts"]["root"])
+
+    noted = tmp_path / "runs/texts/photos-1"
+    assert texts_of_run(noted) == noted
+    next_to_run = tmp_path / "big/texts/photos-1"
+    next_to_run.mkdir(parents=True)
+    assert texts_of_run(noted) == next_to_run
+    of_user = tmp_path / "mine/photos-1"
+    assert texts_of_run(of_user) == of_user
+    noted.mkdir(parents=True)
+    assert texts_of_run(noted) == noted
+
+
+def test_a_run_of_images_has_the_whole_name_of_their_folder(tmp_path: Path) -> None:
+    """Of a file it has no suffix."""
+    album = tmp_path / "2024.05 Paris"
+    album.mkdir()
+    (tmp_path / "a.parquet").touch()
+    assert folder_of_images(album) == Path("runs/2024.05 Paris")
+    assert folder_of_images(tmp_path / "a.parquet") == Path("runs/a")

@@ -1,8 +1,10 @@
 """A user's own images: found by looking, the same from every kind of store, and refused with a reason."""
 
 import os
+import runpy
 import shutil
 import tarfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,15 +13,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from dumo.config.conditions import Conditions
 from dumo.config.difference import differences, identity
 from dumo.config.load import dump, load
 from dumo.config.source import parse_text
-from dumo.data import Images
+from dumo.data import Images, album
+from dumo.data.album import Album
 from dumo.data.augment import Edm
+from dumo.evaluation import photos
 from dumo.io.source import DataSource
+from dumo.run import judge
 from dumo.run.resolve import resolve
+from dumo.run.summary import empty_classes_line
 from dumo.types import UserError
 from unit.data.animals import (
     CLASSES,
@@ -441,6 +448,24 @@ def test_read_on_demand_the_next_image_takes_the_place(tmp_path: Path) -> None:
         assert torch.equal(c, d)
 
 
+def test_a_pass_in_batches_warns_a_few_times(tmp_path: Path) -> None:
+    """However many cannot be read; the last line has them all."""
+    draws = torch.Generator().manual_seed(0)
+    for i in range(96):
+        (tmp_path / f"{i:02}.png").write_bytes(b"no")
+    for i in torch.randperm(96, generator=draws)[:36].tolist():
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i:02}.png")
+    images = spec(tmp_path, memory=0.0, on_bad="skip", labelled=False, classes=0).rows()
+    assert isinstance(images, Album)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for start in range(0, 96, 4):
+            images.rows(slice(start, start + 4))
+        images.warn_of_unreadable()
+    assert len(caught) <= 8
+    assert str(caught[-1].message).startswith("60 of 96 images cannot be read and are left out: ")
+
+
 @pytest.mark.parametrize("memory", [2.0, 0.0])
 def test_no_readable_image_is_an_error(memory: float, tmp_path: Path) -> None:
     for i in range(3):
@@ -564,3 +589,29 @@ def test_imagenet_sample_is_in_order_and_cropped_already() -> None:
     every = cropped.store.labels
     assert every is not None
     assert torch.equal(every.c, torch.arange(1000))
+
+
+def test_a_class_of_which_no_image_can_be_read_is_named(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    images = spec(tmp_path, on_bad="skip").with_facts()
+    assert empty_classes_line(images, images.open()) == ""
+    spoiled = images.names[1]
+    for file in (tmp_path / spoiled).iterdir():
+        file.write_bytes(b"no")
+    with pytest.warns(UserWarning, match="cannot be read"):
+        source = images.open()
+    assert f"no image can be read of class {spoiled}, " in empty_classes_line(images, source)
+
+
+def test_no_more_images_are_decoded_at_once_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    assert runpy.run_path(album.__file__)["MAX_THREADS"] == 1
+
+
+def test_images_are_not_all_decoded_where_some_are_judged_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_folder(tmp_path)
+    for most, is_decoded in ((COUNT, True), (COUNT - 1, False)):
+        monkeypatch.setattr(photos, "MAX_IMAGES", most)
+        source = judge._originals_for_photos(spec(tmp_path))
+        assert isinstance(source, Album)
+        assert (source.decoded is not None) == is_decoded

@@ -14,6 +14,7 @@ from dumo.data import Latents
 from dumo.data.cache import CAPTIONS as FILE
 from dumo.data.latents import OriginThread
 from dumo.run import encode
+from dumo.run.summary import empty_classes_line
 from dumo.runtime import threads
 from dumo.types import UserError
 from unit.data.animals import COUNT, SIDE, as_folder
@@ -146,6 +147,19 @@ def test_images_of_which_none_can_be_read_are_refused_with_the_reason(
         pytest.raises(UserError, match=r"the first: .*1\.heic is no image .*; convert it to"),
     ):
         encode.encode(data)
+
+
+def test_a_class_of_which_no_image_could_be_encoded_is_named(
+    latents: Maker, images: Path, cached: Latents, tmp_path: Path
+) -> None:
+    shutil.copytree(images, tmp_path / "photos")
+    for file in (tmp_path / "photos/cow").iterdir():
+        file.write_bytes(b"no image")
+    data = latents(tmp_path / "photos", tmp_path / "cache", on_bad="skip")
+    with pytest.warns(UserWarning, match="cannot be read and are left out"):
+        encode.encode(data)
+    assert "no image can be read of class cow, " in empty_classes_line(data, data.open(""))
+    assert empty_classes_line(cached, cached.open("")) == ""
 
 
 @pytest.mark.parametrize("buckets", [None, {"step": 8}])

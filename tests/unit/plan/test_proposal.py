@@ -59,3 +59,19 @@ def test_images_that_cannot_be_read_are_refused_with_the_reason(tmp_path: Path) 
     store = Folder(tmp_path, walk_files(tmp_path), split=None, labelled=False)
     with pytest.raises(UserError, match=r"the first: .*IMG_1\.HEIC is no image of .*; convert it to JPEG or PNG"):
         look_at(store, ToSquare(32, "adm"), no_bar)
+
+
+def test_images_that_cannot_be_read_are_not_counted_on() -> None:
+    """They take no time, and no image is visited in their place."""
+    all_looked_at = ImagesFound(count=240, headers=240, bad=200, side=64, image_seconds=0.1)
+    assert all_looked_at.readable == 40
+    assert all_looked_at.decode_seconds == pytest.approx(40 * all_looked_at.load_seconds)
+    assert ImagesFound(count=1024, headers=256, bad=64, side=64).readable == 768
+    assert ImagesFound(count=10, headers=0, bad=0, side=64).readable == 10
+
+
+def test_attention_is_where_the_side_that_is_trained_on_has_it() -> None:
+    found = ImagesFound(100, headers=100, bad=0, side=300)
+    images = Images(root="photos", side=56)
+    draft = photodraft._pixels_draft(found, images, "photos", torch.device("cpu"), ["data.side=56"])
+    assert draft.fields["net"]["attend"] == [14]
