@@ -138,26 +138,13 @@ def _two_passes(
     points = [p if d is None else p.detach().clone() for p, d in zip(primals, directions, strict=True)]
     value = fn(*primals, **kwargs)  # raises what is no matter of tangents, and may write to primals
     after = _CallState.of(fn, primals)
-    inner = fn.module if isinstance(fn, DistributedDataParallel) else fn  # torch.func.jvp does not pass the wrapper
     leaves, spec = tree_flatten(value)
-    moving_places = [i for i, d in enumerate(directions) if d is not None]
     tensor_places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-
-    def tensor_outputs(*moving: Tensor) -> tuple[Tensor, ...]:
-        operands = list(points)
-        for i, x in zip(moving_places, moving, strict=True):
-            operands[i] = x.clone()  # it may be written to
-        results = tree_flatten(inner(*operands, **kwargs))[0]
-        return tuple(results[i] for i in tensor_places)
-
-    moving_points = tuple(points[i] for i in moving_places)
-    moving_directions = tuple(d for d in directions if d is not None)
     name = getattr(fn, "__name__", type(fn).__name__)
     refusal = f"{name} has no derivative: {_first_line(one_pass_error)}; and"
     before.restore()
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            repeated_values, derivatives = torch.func.jvp(tensor_outputs, moving_points, moving_directions)[:2]
+        repeated_values, derivatives = _tensors_and_derivatives(fn, points, directions, kwargs, tensor_places)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as two_pass_error:
         raise UserError(f"{refusal} by torch.func.jvp: {_first_line(two_pass_error)}") from two_pass_error
     finally:
@@ -173,6 +160,31 @@ def _two_passes(
     for i, derivative in zip(tensor_places, derivatives, strict=True):
         derivative_leaves[i] = derivative
     return value, tree_unflatten(derivative_leaves, spec)
+
+
+def _tensors_and_derivatives(
+    fn: Callable[..., Any],
+    points: Sequence[Tensor],
+    directions: Sequence[Tensor | None],
+    kwargs: dict[str, Any],
+    tensor_places: Sequence[int],
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The tensors at `tensor_places` among the leaves that fn returns, and their derivatives, by torch.func.jvp."""
+    inner = fn.module if isinstance(fn, DistributedDataParallel) else fn  # torch.func.jvp does not pass the wrapper
+    moving_places = [i for i, d in enumerate(directions) if d is not None]
+
+    def tensor_outputs(*moving: Tensor) -> tuple[Tensor, ...]:
+        operands = list(points)
+        for i, x in zip(moving_places, moving, strict=True):
+            operands[i] = x.clone()  # it may be written to
+        leaves, _ = tree_flatten(inner(*operands, **kwargs))
+        return tuple(leaves[i] for i in tensor_places)
+
+    moving_points = tuple(points[i] for i in moving_places)
+    moving_directions = tuple(d for d in directions if d is not None)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        values, derivatives = torch.func.jvp(tensor_outputs, moving_points, moving_directions)[:2]
+    return values, derivatives
 
 
 def _differs(value: Tensor, repeated_value: Tensor) -> bool:

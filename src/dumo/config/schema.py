@@ -29,11 +29,17 @@ def outline_text() -> str:
     """The text of outline.json (`dumo.config.outline`), with a line for the hash and for each part of a run."""
     tree = _prune(_loosen(Run.model_json_schema()))
     parts = tree.pop(outline.DEFINITIONS)
-    lines = [f"{json.dumps(name)}: {json.dumps(part)}" for name, part in sorted(parts.items())]
-    definitions = ",\n".join(lines)
-    fields = json.dumps(tree).removesuffix("}")
-    hash_line = f'"{outline.HASH_KEY}": {json.dumps(declarations_hash(outline.PACKAGE))}'
-    return f'{fields},\n{hash_line},\n"{outline.DEFINITIONS}": {{\n{definitions}\n}}}}\n'
+    fields = ", ".join(_json_entry(name, value) for name, value in tree.items())
+    hash_entry = _json_entry(outline.HASH_KEY, declarations_hash(outline.PACKAGE))
+    part_entries = ",\n".join(_json_entry(name, part) for name, part in sorted(parts.items()))
+    definitions = f'"{outline.DEFINITIONS}": {{\n{part_entries}\n}}'
+    entries = ",\n".join([fields, hash_entry, definitions])
+    return f"{{{entries}}}\n"
+
+
+def _json_entry(name: str, value: object) -> str:
+    """An entry of a JSON object, on one line."""
+    return f"{json.dumps(name)}: {json.dumps(value)}"
 
 
 def _loosen(part: object) -> object:

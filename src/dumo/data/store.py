@@ -137,7 +137,7 @@ class FirstImages:
         """Take the first `count` images of a store, which has that number or more."""
         self.store = store
         self.count = count
-        self.labels = store.labels and replace(store.labels, c=store.labels.c[:count])
+        self.labels = None if store.labels is None else replace(store.labels, c=store.labels.c[:count])
         # the files that these images lie in; of the last one, its first items alone
         files = store.item_files
         num_files = int(files.file_of_item[count - 1]) + 1

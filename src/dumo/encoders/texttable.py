@@ -56,7 +56,7 @@ class NoTableError(UserError):
     """A folder has no table of the data's captions."""
 
     def __init__(self, text: str, *, is_occupied: bool = False) -> None:
-        """`text` ends where the command follows that makes one: who knows the data puts it there.
+        """`text` must end where the command that makes a table follows. A caller that knows the data appends it.
 
         `is_occupied`: the folder has a table of other captions, so that another one is needed.
         """

@@ -110,13 +110,20 @@ def _choose_null_rows(real_one_hot: Float64[Tensor, "m k"]) -> Int64[Tensor, " n
     Of a class that would keep less than two, all rows are taken or none. A row alone in its class is left out.
     """
     counted_rows = real_one_hot.any(1).nonzero()[:, 0]
-    stride = -(-len(counted_rows) // MAX_NULL_ROWS)
+    stride = -(-len(counted_rows) // MAX_NULL_ROWS)  # rounded up
+
+    # a stride would leave less than two rows of a small class: every stride-th of these classes is taken whole
     is_small = real_one_hot.sum(0) < 2 * stride
-    small_classes = is_small.nonzero()[:, 0]
-    of_small_class = real_one_hot[counted_rows][:, is_small].any(1)
-    of_whole_class = real_one_hot[counted_rows][:, small_classes[::stride]].any(1)
-    rows = torch.cat([counted_rows[~of_small_class][::stride], counted_rows[of_whole_class]])
-    return rows[(real_one_hot[rows] @ real_one_hot[rows].sum(0)) >= 2]
+    whole_classes = is_small.nonzero()[:, 0][::stride]
+    counted_one_hot = real_one_hot[counted_rows]
+    of_small_class = counted_one_hot[:, is_small].any(1)
+    of_whole_class = counted_one_hot[:, whole_classes].any(1)
+    strided_rows = counted_rows[~of_small_class][::stride]
+    rows = torch.cat([strided_rows, counted_rows[of_whole_class]])
+
+    one_hot = real_one_hot[rows]
+    num_in_own_class = one_hot @ one_hot.sum(0)
+    return rows[num_in_own_class >= 2]
 
 
 def _mean_and_variance(

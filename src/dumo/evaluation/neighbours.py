@@ -84,7 +84,8 @@ def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
         # measure the candidates, which are nearest by their estimates
         rows = block.rows
         candidates = block.gaps.topk(num_candidates, largest=False)
-        distances, order = pair_distances(rows[:, None], centres[candidates.indices])[:, 0].topk(k, largest=False)
+        candidate_distances = pair_distances(rows[:, None], centres[candidates.indices])[:, 0]
+        distances, order = candidate_distances.topk(k, largest=False)
         indices = candidates.indices.gather(1, order)
 
         # measure all where one that is no candidate may be nearer
@@ -102,7 +103,8 @@ def _share(x: Tensor, centres: Tensor, radii: Tensor) -> float:
     for block in _estimate_gaps(x, centres, radii):
         is_inside = block.gaps.amin(1) < -block.max_error
         undecided = (~is_inside).nonzero().flatten()
-        row, centre = (~(block.gaps[undecided] > block.max_error)).nonzero(as_tuple=True)  # NaN, too, is open
+        is_outside = block.gaps[undecided] > block.max_error  # False of NaN: such a pair is measured, too
+        row, centre = (~is_outside).nonzero(as_tuple=True)
         for i, j in zip(undecided[row].split(MAX_PAIRS), centre.split(MAX_PAIRS), strict=True):
             is_in_ball = pair_distances(block.rows[i, None], centres[j, None]).flatten() <= radii[j]
             is_inside[i[is_in_ball]] = True

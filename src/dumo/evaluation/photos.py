@@ -69,28 +69,10 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     num_trained = 0 if trained is None else trained.size or 0
     reads_before = min(num_data, MAX_IMAGES)
     reads_after = min(num_trained, MAX_IMAGES)
-    batches: list[MeasuredImages] = []
-    classes: list[Tensor] = []
-    shape: tuple[int, ...] = ()
-    for x, c in _read_images(data, context.seed, _part_of(tick, after=reads_after)):
-        shape = tuple(x.shape[1:])
-        batches.append(MeasuredImages.of(x))
-        classes.append(c)
-    num_images = sum(len(c) for c in classes)
-    if num_images < MIN_PHOTOS:
-        raise UserError(f"protocol {KIND} needs {MIN_PHOTOS} images or more, here are {num_images}: add some")
-    real = MeasuredImages(torch.cat([batch.rows for batch in batches]), batches[0].channels)
-    real_c = torch.cat(classes)
+    real, real_c, shape = _measure_images(data, context.seed, _part_of(tick, after=reads_after))
+    num_images = len(real)
     sample_c = protocol.classes_of(context)
-    lost = lost_classes(sample_c, real_c)
-    if lost:
-        problem = f"protocol {KIND}: no sample is of class {lost[0]}"
-        if context.c is not None:
-            raise UserError(f"{problem}: add some, or leave the class out of the images to compare with")
-        more_samples = settings(f"evaluate.protocol.samples={SAMPLES_PER_CLASS * context.classes}")
-        raise UserError(
-            f"{problem}: judge more than {len(sample_c)}, as by {more_samples}, in training by as much of evaluate.few"
-        )
+    _require_all_classes(sample_c, real_c, context)
     facts = {
         "features": f"{cifar10.width} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
         "features_sha256": cifar10.sha256,
@@ -116,6 +98,39 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
         trained_thumbs=trained_thumbs,
         shape=shape,
         facts=facts,
+    )
+
+
+def _measure_images(data: Data, seed: int, tick: ImageTick) -> tuple["MeasuredImages", Classes, tuple[int, ...]]:
+    """The images to judge by, measured, with their classes and the shape of one.
+
+    Raises UserError for fewer than `MIN_PHOTOS`.
+    """
+    batches: list[MeasuredImages] = []
+    classes: list[Tensor] = []
+    shape: tuple[int, ...] = ()
+    for x, c in _read_images(data, seed, tick):
+        shape = tuple(x.shape[1:])
+        batches.append(MeasuredImages.of(x))
+        classes.append(c)
+    num_images = sum(len(c) for c in classes)
+    if num_images < MIN_PHOTOS:
+        raise UserError(f"protocol {KIND} needs {MIN_PHOTOS} images or more, here are {num_images}: add some")
+    rows = torch.cat([batch.rows for batch in batches])
+    return MeasuredImages(rows, batches[0].channels), torch.cat(classes), shape
+
+
+def _require_all_classes(sample_c: Classes, real_c: Classes, context: Context) -> None:
+    """Raise UserError where no sample is of one of the classes of the data."""
+    lost = lost_classes(sample_c, real_c)
+    if not lost:
+        return
+    problem = f"protocol {KIND}: no sample is of class {lost[0]}"
+    if context.c is not None:
+        raise UserError(f"{problem}: add some, or leave the class out of the images to compare with")
+    more_samples = settings(f"evaluate.protocol.samples={SAMPLES_PER_CLASS * context.classes}")
+    raise UserError(
+        f"{problem}: judge more than {len(sample_c)}, as by {more_samples}, in training by as much of evaluate.few"
     )
 
 

@@ -51,7 +51,7 @@ def reason_not_servable(exported: ExportedModel, index: Mapping[str, Any]) -> st
     if exported.nfe and NUM_STEPS not in exported.nfe:
         return f"vLLM-Omni takes {NUM_STEPS} steps, and this run was exported for nfe={_listed(exported.nfe)}"
     if not can_make(exported.solver, exported.sampler.taught, NUM_STEPS):
-        return f"vLLM-Omni takes {NUM_STEPS} steps, and this run was not taught the times of so many"
+        return f"vLLM-Omni takes {NUM_STEPS} steps, and this run was not taught their times"
     guide = exported.sampler.spec.guide
     if guide.active:
         return f"vLLM-Omni guides no few-step model, and this run is sampled with guidance, of scale {guide.scale:g}"

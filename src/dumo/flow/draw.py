@@ -113,7 +113,8 @@ class Draws:
 
     def __getitem__(self, rows: slice) -> "Draws":
         """The draws of some of the rows."""
-        return replace(self._map_tensors(lambda v: v[rows]), moving=self.moving and self.moving[rows])
+        moving = None if self.moving is None else self.moving[rows]
+        return replace(self._map_tensors(lambda v: v[rows]), moving=moving)
 
     def pin(self) -> "Draws":
         """A copy in pinned memory, from which a GPU reads while the CPU goes on."""
@@ -168,7 +169,7 @@ def make_draws(
         kept=kept[rows],
         keys=dropout.keys(seed, step, batch)[rows],
         laws=laws,
-        moving=moving and moving[rows],
+        moving=None if moving is None else moving[rows],
         taught=taught,
     )
 

@@ -128,9 +128,10 @@ def keep_mask(keys: Keys, shape: Sequence[int], p: float) -> Bool[Tensor, "b ...
 
 @torch.no_grad()
 def hashes(keys: Keys, n: int) -> Int[Tensor, "b n"]:
-    """A number of 32 bits for each of n places of a row, (b, n) in int32. No two of a row are equal.
+    """A number of 32 bits for each of n places of a row, (b, n) in int32.
 
-    For every step is a bijection of the numbers of 32 bits: `_mix`, the product with an odd number, the sum.
+    No two of a row are equal, since each step is a bijection of the numbers of 32 bits: `_mix`, the product with an odd
+    number, the sum.
     """
     step, start = _mix(keys).unsqueeze(-1).unbind(1)
     places = torch.arange(n, dtype=torch.int32, device=keys.device)

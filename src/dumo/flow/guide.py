@@ -196,10 +196,10 @@ class CFG(Spec):
         if not self.active:
             return reads
         return Reads(
-            velocity=reads.velocity and self._guided(reads.velocity, null),
-            endpoint=reads.endpoint and self._guided(reads.endpoint, null),
-            flow_map=reads.flow_map and self._guided(reads.flow_map, null),
-            both=reads.both and self._guided(reads.both, null),
+            velocity=self._guided(reads.velocity, null),
+            endpoint=self._guided(reads.endpoint, null),
+            flow_map=self._guided(reads.flow_map, null),
+            both=self._guided(reads.both, null),
             hops=reads.hops,
             lowest=reads.lowest,
         )
@@ -208,8 +208,13 @@ class CFG(Spec):
         """Which rows are guided, by the times t (b,) where the net is read."""
         return self.interval.holds(t)
 
-    def _guided(self, read: Callable[..., Any], null: int | Callable[[Cond], Cond]) -> Callable[..., Any]:
-        """The guided form of a reading of (x, t, c) or (x, t, s, c), which returns a sample or a pair of them."""
+    def _guided(self, read: Callable[..., Any] | None, null: int | Callable[[Cond], Cond]) -> Callable[..., Any] | None:
+        """The guided form of a reading of (x, t, c) or (x, t, s, c), which returns a sample or a pair of them.
+
+        None: the reading was never taught.
+        """
+        if read is None:
+            return None
 
         def guided_read(*inputs: Tensor) -> Any:  # noqa: ANN401, as the reading
             x, t, *_, c = inputs

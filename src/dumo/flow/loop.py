@@ -587,20 +587,19 @@ class LoopFlow(Flow):
         """
         if c is None or isinstance(c, str | float):
             raise UserError(f"flow.sample({c!r}): give how many samples, or a condition for each")
-        if isinstance(c, Tensor) and (not c.ndim or not is_table(c)):
-            c = c.tolist()
-        if isinstance(c, Tensor | Mapping):
+        if isinstance(c, Mapping) or (isinstance(c, Tensor) and c.ndim > 0 and is_table(c)):
             require_conditions(c, num_rows(c), self.classes, self.call, self.null)
-            c = map_tensors(c, lambda rows: rows.to(self.device))
-            return c, torch.arange(num_rows(c))
+            table = map_tensors(c, lambda rows: rows.to(self.device))
+            return table, torch.arange(num_rows(table))
         if self.condition_names:
             raise UserError(
                 f"this flow learned of conditions {', '.join(self.condition_names)}: give flow.sample(c) a row of them "
                 "for each sample"
             )
-        if isinstance(c, int):
-            return None, generate.labels_in_turn(c, self.classes)
-        labels = [int(k) for k in c]
+        count_or_labels = c.tolist() if isinstance(c, Tensor) else c
+        if isinstance(count_or_labels, int):
+            return None, generate.labels_in_turn(count_or_labels, self.classes)
+        labels = [int(label) for label in count_or_labels]
         return None, generate.labels_in_turn(len(labels), self.classes, labels)
 
     # ------------------------------------------------------------------------------------------------- what is kept

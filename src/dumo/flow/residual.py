@@ -64,7 +64,7 @@ def cosine_distance(u: Sample, w: Sample) -> PerSample:
 def _direction(a: Sample) -> Sample:
     """a (b, channels, ...) over its length along the channels, which SMALL floors smoothly: sqrt(length^2 + SMALL^2).
 
-    For a head that starts at zero has no direction, and would get gradients of 1e8.
+    Without the floor, a head that starts at zero would have no direction, and gradients of 1e8.
     """
     return a / (a.square().sum(1, keepdim=True) + SMALL**2).sqrt()
 

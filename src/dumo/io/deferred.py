@@ -164,12 +164,16 @@ class Deferred(TorchDispatchMode):
         if kwargs.get("generator") is not None or "out" in kwargs:
             raise RuntimeError(f"{func} on weights that are not made yet draws by a generator of its own, or has out=")
         refs = tree_map(self._ref, (args, kwargs))
+
+        # what it draws from
         generator_state = None
         if torch.Tag.nondeterministic_seeded in func.tags:
             generator_state = torch.get_rng_state()
             func(*tree_map(_blank, args), **tree_map(_blank, kwargs))  # the generator advances
         output = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
         number = self._next_number()
+
+        # what it writes to
         written = _written_tensors(func, args)
         if written:
             for x in written:
@@ -177,6 +181,8 @@ class Deferred(TorchDispatchMode):
                     raise RuntimeError(f"{func} changes numbers by weights that are not made yet")
                 self._add(x, Operation(number, func, *refs, generator_state=generator_state))
             return written[0] if isinstance(output, Tensor) else output
+
+        # what it returns anew
         for i, x in enumerate(tree_leaves(output)):
             if isinstance(x, Tensor) and _storage_key(x) not in self._operations:  # else it is a view
                 self._add(x, Operation(number, func, *refs, output_index=i, generator_state=generator_state))

@@ -41,8 +41,8 @@ def locked(
         try:
             yield
         finally:
-            # Remove the file while it is locked: who waits for it sees that it is gone, and makes it again. Where the
-            # folder was moved away, another process may have its own lock file there.
+            # Remove the file while it is locked: a process that waits for it then sees that it is gone, and makes a
+            # new one. Where the folder was moved away, another process may have its own lock file there.
             with suppress(OSError):  # it is gone, or its disk is
                 if os.path.samestat(lock_stat, path.stat()):
                     path.unlink()

@@ -132,9 +132,9 @@ def _outline_of(folder: Path, name: str, storage: object) -> Tensor:
     """A tensor of the shape that its parts fill. Raises UserError where they do not."""
     assert isinstance(storage, TensorStorageMetadata), "safetensors holds nothing else"
     parts = sorted(storage.chunks, key=lambda part: part.offsets)
-    is_outside = any(min(part.offsets, default=0) < 0 for part in parts)
+    is_outside = any(offset < 0 for part in parts for offset in part.offsets)
     is_complete = sum(math.prod(part.sizes) for part in parts) == math.prod(storage.size)
-    if is_outside or not is_complete or any(itertools.starmap(_overlap, itertools.pairwise(parts))):
+    if is_outside or not is_complete or any(_overlap(a, b) for a, b in itertools.pairwise(parts)):
         raise UserError(f"{folder} lacks a part of {name}, or has it twice: take another copy, with all its shards")
     return torch.empty(storage.size, dtype=storage.properties.dtype, device="meta")
 

@@ -331,22 +331,14 @@ def make_shards(
     damaged: list[str] = []  # a line for each file that is made again
     for number in range(rank, index.num_shards, world):
         note = _stem(number)
-        is_intact = False
-        if number in written:
-            shard = written[number]
-            file = shard.file
-            fault = shard.fault(folder, deep=True)
-            lacks_rows = shard.rows < len(index.span(number))
-            if fault is None and lacks_rows and shard.source_hash != source_hash(number):
-                fault = "left out rows whose source has changed"
-            if fault is None:
-                is_intact = True
-            elif index.is_repairable or not (folder / file).exists():
-                damaged.append(f"{file} {fault}")
-                note = f"{file} {fault}, made again"
-            else:
-                raise UserError(f"{folder}: {file} {fault}: {index.remake_hint}")
-        if not is_intact:
+        shard = written.get(number)
+        fault = None if shard is None else _shard_fault(folder, index, number, shard, source_hash)
+        if shard is not None and fault is not None:
+            if not index.is_repairable and (folder / shard.file).exists():
+                raise UserError(f"{folder}: {shard.file} {fault}: {index.remake_hint}")
+            damaged.append(f"{shard.file} {fault}")
+            note = f"{shard.file} {fault}, made again"
+        if shard is None or fault is not None:
             tensors = make_shard(number, _progress_of_shard(tick, rows_done, note))
             _claim(folder, index, rank)  # again: an empty folder may have been claimed for other inputs meanwhile
             _store_shard(folder, number, tensors, rank, source_hash(number))
@@ -357,6 +349,19 @@ def make_shards(
         files.write(folder / name, data, writer=rank, durable=True)
     missing = _finish(folder, index, rank)
     return MakeResult(num_made, tuple(damaged), missing)
+
+
+def _shard_fault(
+    folder: Path, index: TableIndex, number: int, shard: Shard, source_hash: Callable[[int], str]
+) -> str | None:
+    """Why a shard that was written is made again, in words that follow its name; None: it is kept."""
+    fault = shard.fault(folder, deep=True)
+    if fault is not None:
+        return fault
+    lacks_rows = shard.rows < len(index.span(number))
+    if lacks_rows and shard.source_hash != source_hash(number):
+        return "left out rows whose source has changed"
+    return None
 
 
 def _progress_of_shard(tick: Tick, rows_before: int, note: str) -> Callable[[int], None]:
@@ -373,15 +378,14 @@ def _progress_of_shard(tick: Tick, rows_before: int, note: str) -> Callable[[int
 
 
 def _claim(folder: Path, index: TableIndex, rank: int) -> None:
-    """Write an index into an empty folder, or resume a table of equal inputs. Raises UserError for other folders.
-
-    A table that was stopped before a shard was made may have any inputs: its index is written anew.
-    """
+    """Write an index into an empty folder, or resume a table of equal inputs. Raises UserError for other folders."""
     existing = read_index(folder, type(index))
-    has_shards = existing is not None and (existing.shards or any(folder.glob("shard-*.json")))
-    if existing is not None and (has_shards or existing.compared_inputs() == index.compared_inputs()):
-        _require_same_inputs(folder, index, existing)
-        return
+    if existing is not None:
+        has_shards = bool(existing.shards) or any(folder.glob("shard-*.json"))
+        # a table that was stopped before a shard was made may have any inputs: its index is written anew
+        if has_shards or existing.compared_inputs() == index.compared_inputs():
+            _require_same_inputs(folder, index, existing)
+            return
     is_in_use = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if is_in_use and not (folder / FILE).exists():  # not where another rank has begun meanwhile
         raise UserError(

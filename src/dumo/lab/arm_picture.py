@@ -23,8 +23,8 @@ def ranking_chart(title: str, rows: Sequence[Row]) -> Image.Image:
     score_name = main_score(rows[0])
     lines: dict[str, dict[str, chart.Dot]] = {}
     for row in sorted(rows, key=lambda row: (row["nfe"], row[score_name])):
-        arm = str(next(iter(row.values())))
-        lines.setdefault(arm, {})[nfe_text(row["nfe"])] = chart.Dot(row[score_name], score.error(row, score_name))
+        dots_of_arm = lines.setdefault(score.row_name(row), {})
+        dots_of_arm[nfe_text(row["nfe"])] = chart.Dot(row[score_name], score.error(row, score_name))
     passes = sorted({row["nfe"] for row in rows})
     return chart.dots(title, chart.score_label(score_name), lines, [nfe_text(nfe) for nfe in passes])
 

@@ -80,12 +80,8 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     were not measured alike; CellsDiverged, once the others are finished.
     """
     for cell in cells:
-        if _is_judged(cell, folder):
-            continue
-        missing = missing_to_judge(cell.spec, num_images=None)  # images are not opened for it
-        if missing:
-            protocol = cell.spec.evaluate.protocol
-            raise UserError(f"{cell.name} cannot be judged: protocol {protocol.kind} needs {missing}")
+        if not _is_judged(cell, folder):
+            _require_judgeable(cell)
     results_by_name: dict[str, Result] = {}
     diverged: dict[str, str] = {}  # messages by name
     names = {cell.name for cell in cells}
@@ -96,15 +92,9 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
         if not next_cells:
             break
         waiting = [cell for cell in waiting if cell not in next_cells]
-        ready = [with_folders(cell, results_by_name, folder.parent) for cell in next_cells]
-
-        # caches and tables of tokens, which several of them may read
-        for data in dict.fromkeys(cell.spec.data for cell in ready):
-            if isinstance(data, Latents):
-                encode.ensure_cache(data, device=device, bar=bar)
-        for cell in ready:
-            encode.make_tokens(cell.spec)
-        ready = [replace(cell, spec=resolve(cell.spec)) for cell in ready]
+        cells_in_place = [with_folders(cell, results_by_name, folder.parent) for cell in next_cells]
+        _make_shared_files(cells_in_place, device=device, bar=bar)
+        ready = [replace(cell, spec=resolve(cell.spec)) for cell in cells_in_place]
 
         # train and measure; here `finish` only reads what other processes have finished
         if jobs > 1:
@@ -120,13 +110,8 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     for cell in waiting:
         diverged[cell.name] = "it begins from a cell that has diverged"
 
-    # cells of one table must be measured alike
     results = [results_by_name[cell.name] for cell in cells if cell.name in results_by_name]
-    cards_by_key: dict[tuple[str, str | None, int], dict[str, Any]] = {}
-    for result in results:
-        cards_by_key.setdefault(_comparison_key(result), {})[result.cell.name] = result.report["card"]
-    for cards in cards_by_key.values():
-        compare.require_comparable(cards)
+    _require_measured_alike(results)
     if diverged:
         raise CellsDiverged(diverged, results)
     return results
@@ -136,6 +121,32 @@ def _is_judged(cell: Cell, cells_folder: Path) -> bool:
     """Whether a run of a cell was judged, with any recipe: its own is known only once its sources are done."""
     any_hash = "?" * 2 * _HASH_BYTES
     return any(cells_folder.glob(f"{glob.escape(cell.name)}-{any_hash}/{EVALUATION_FILE}"))
+
+
+def _require_judgeable(cell: Cell) -> None:
+    """Raise UserError where something is missing that a cell's protocol needs. Images are not opened for it."""
+    missing = missing_to_judge(cell.spec, num_images=None)
+    if missing:
+        protocol = cell.spec.evaluate.protocol
+        raise UserError(f"{cell.name} cannot be judged: protocol {protocol.kind} needs {missing}")
+
+
+def _make_shared_files(cells: Sequence[Cell], *, device: str, bar: Bar) -> None:
+    """Make the caches and tables of tokens that are not made yet, and that several cells may read."""
+    for data in dict.fromkeys(cell.spec.data for cell in cells):
+        if isinstance(data, Latents):
+            encode.ensure_cache(data, device=device, bar=bar)
+    for cell in cells:
+        encode.make_tokens(cell.spec)
+
+
+def _require_measured_alike(results: Sequence[Result]) -> None:
+    """Raise UserError where results that stand in one table were measured in different ways."""
+    cards_by_key: dict[tuple[str, str | None, int], dict[str, Any]] = {}
+    for result in results:
+        cards_by_key.setdefault(_comparison_key(result), {})[result.cell.name] = result.report["card"]
+    for cards in cards_by_key.values():
+        compare.require_comparable(cards)
 
 
 def _comparison_key(result: Result) -> tuple[str, str | None, int]:

@@ -120,13 +120,7 @@ class Dualized(nn.Module):
 
         # time
         max_frequency = family.max_frequency(self.config)
-        self.lowpass_fits: tuple[LowpassFit, ...] = ()
-        if lowpass_limit is not None:
-            fits: list[LowpassFit] = []
-            for path in embedder_paths:
-                embedder = model.get_submodule(path).requires_grad_(True)
-                fits.append(lowpass.cut(embedder, max_frequency, lowpass_limit))
-            self.lowpass_fits = tuple(fits)
+        self.lowpass_fits = self._cut_quick_waves(embedder_paths, max_frequency, lowpass_limit)
         self.time_names = ("t", "r") if gap else ("t",)
         self.gap_path = embedder_paths[0] if gap else ""  # of the embedder that the gap's embedding is added to
         self.gap = GapEmbedder(self._time_embedder, max_frequency) if gap else None
@@ -139,6 +133,18 @@ class Dualized(nn.Module):
             self.lowpass_fits = ()
             for name, p in self.named_parameters():
                 p.requires_grad_(f".{adapter.SUBJECT}." in name)
+
+    def _cut_quick_waves(
+        self, embedder_paths: Sequence[str], max_frequency: float, limit: float | None
+    ) -> tuple[LowpassFit, ...]:
+        """Cut the waves of time above `limit` in each embedder, which is then trained; None: none are cut."""
+        if limit is None:
+            return ()
+        fits: list[LowpassFit] = []
+        for path in embedder_paths:
+            embedder = self.model.get_submodule(path).requires_grad_(True)
+            fits.append(lowpass.cut(embedder, max_frequency, limit))
+        return tuple(fits)
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x (b, channels, h, w), for rows c (b,) of the texts.

@@ -61,13 +61,17 @@ def differing_fields(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
     `cards` are by source, and so are the values.
     """
     measures = {source: _measure(card) for source, card in cards.items()}
-    run_measures = {source: measure for source, measure in measures.items() if not _is_made_by_others(cards[source])}
+    measures_of_runs = {name: measure for name, measure in measures.items() if not _is_made_by_others(cards[name])}
+    measures_with_classes = {name: measure for name, measure in measures.items() if _tells_classes(measure)}
     fields = dict.fromkeys(field for measure in measures.values() for field in measure)
     differences: dict[str, dict[str, Any]] = {}
     for field in fields:
-        compared_measures = run_measures if field in RUN_ONLY_FIELDS else measures
-        if field == CLASS_MMD:
-            compared_measures = {source: measure for source, measure in measures.items() if _tells_classes(measure)}
+        if field in RUN_ONLY_FIELDS:
+            compared_measures = measures_of_runs
+        elif field == CLASS_MMD:
+            compared_measures = measures_with_classes
+        else:
+            compared_measures = measures
         values = [measure.get(field) for measure in compared_measures.values()]
         if any(value != values[0] for value in values):
             differences[field] = {source: measure.get(field) for source, measure in measures.items()}

@@ -25,6 +25,7 @@ from dumo.report.score import (
     card_notes,
     error,
     first_score,
+    row_name,
     score_names,
     score_text,
     spread,
@@ -174,7 +175,7 @@ def objectives_table(results: Row, evaluation: Judgement | None, step: int, cost
     lead = next(name for name in MERITS if name in table[0])
     by_objective: dict[str, Row] = {}
     for row in table:
-        name = str(next(iter(row.values())))
+        name = row_name(row)
         velocity_ratio = row.get("velocity_ratio")
         if velocity_ratio is not None:
             name += f", velocity ratio {velocity_ratio:g}"

@@ -265,6 +265,12 @@ def decisive_comparison(evaluation: Mapping[str, Any]) -> str:
     return f"{word(MERITS, name).title} is {number(scores[name])}, of a perfect sampler {perfect_text}"
 
 
+def row_name(row: Row) -> str:
+    """What a row of a table is of, as an arm or an objective: the value of its first column."""
+    first_column = next(iter(row))
+    return str(row[first_column])
+
+
 def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     """The rows, each with `best`: whether its score `lead` is the least at its number of passes, or level with that.
 
@@ -274,17 +280,19 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     """
     if higher_is_better(lead) or metric(lead).sd_is_spread:
         return list(rows)
-    comparable = [row for row in rows if row.get(lead) is not None and error(row, lead) is not None]
+    comparable = [i for i, row in enumerate(rows) if row.get(lead) is not None and error(row, lead) is not None]
     if not comparable:
         return list(rows)
-    best_ids: set[int] = set()  # the identities of the rows
-    for nfe in {row.get("nfe") for row in comparable}:
-        rivals = [row for row in comparable if nfe is None or row.get("nfe") == nfe]
-        ties = ties_with_least([Estimate(row[lead], row[lead + ERROR_SUFFIX]) for row in rivals])
-        for row, is_tied in zip(rivals, ties, strict=True):
-            if is_tied and row.get("nfe") == nfe:
-                best_ids.add(id(row))
-    return [row | {"best": id(row) in best_ids} for row in rows]
+    is_best = [False] * len(rows)
+    for nfe in {rows[i].get("nfe") for i in comparable}:
+        rivals = comparable
+        if nfe is not None:
+            rivals = [i for i in comparable if rows[i].get("nfe") == nfe]
+        ties = ties_with_least([Estimate(rows[i][lead], rows[i][lead + ERROR_SUFFIX]) for i in rivals])
+        for i, is_tied in zip(rivals, ties, strict=True):
+            if rows[i].get("nfe") == nfe:  # a rival with another number is marked among its own
+                is_best[i] = is_tied
+    return [row | {"best": best} for row, best in zip(rows, is_best, strict=True)]
 
 
 # Baselines

@@ -274,8 +274,8 @@ def count_by_depth(net: M, count: Callable[[M], int], *, check: bool = False) ->
     """Count something of a net by `count`: of all of it, or, where it is deep, by its first few blocks.
 
     A deep net is counted with one block of each stretch, and again with one more of it, and the rest is added in
-    proportion. Stretches of a UNet whose blocks are alike, on one level, add alike: one of them is counted with one
-    more, most often than none.
+    proportion. Stretches of a UNet on one level whose blocks are alike add the same for each block, so only one of
+    these is counted again with one more. Most UNets are first counted without any block.
 
     `check`: for counts, as of bytes, in which the ends of a net may outweigh a few blocks. Then the first count has two
     blocks of each stretch, and the whole net is counted unless two more blocks of every stretch add twice what one more

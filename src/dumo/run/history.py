@@ -106,9 +106,8 @@ class History:
         log_file = folder / LOG_FILE
 
         # take back what came after the step
-        has_log = log_file.exists()
         undone_rows = 0
-        if has_log and (goes_back or self.step == 0):
+        if log_file.exists() and (goes_back or self.step == 0):
             undone_rows = sum(row["step"] > self.step for row in log.read_log(log_file))
         if self.step == 0 and undone_rows:
             yield (
@@ -116,31 +115,17 @@ class History:
                 f"kept in {log.undone_rows_path(log_file)}"
             )
         if goes_back:
-            removed_steps: set[int] = set()
-            for place in manifest.weight_folders(folder):
-                removed_steps.update(manifest.rewind(place, self.step))
-            if removed_steps:
-                steps_text = ", ".join(f"{step:,}" for step in sorted(removed_steps))
-                yield (
-                    f"going on from step {self.step:,}: what came after it is removed, the checkpoints and milestones "
-                    f"of steps {steps_text}"
-                )
+            yield from self._remove_later_weights()
             if undone_rows:
                 yield f"{undone_rows:,} rows of the log after it are kept in {log.undone_rows_path(log_file)}"
-        rows = log.rewind(log_file, self.step) if has_log else []
-        if self.step > 0:
-            manifest.rewind(folder / BEST_FOLDER, self.step)
-        else:
-            best_aside = set_best_aside(folder)
-            if best_aside:
-                yield f"the best weights of before it starts again are kept in {best_aside}"
+        rows = log.rewind(log_file, self.step)
+        yield from self._take_back_best_weights()
 
         # compare the log with what the checkpoint lists
         if self.listed_log is not None and self.listed_log != log.entry_of(log_file):
             yield f"{log_file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
-        if rows:
-            for first, last in log.gaps(rows, self.run.train.log_every):
-                yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
+        for first, last in log.gaps(rows, self.run.train.log_every):
+            yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
 
         # note the run and its data
         write_run_file(self.run, folder, self.changes)
@@ -156,6 +141,28 @@ class History:
 
         yield from self._change_lines()
         yield from advice(self.run, data_note.sd)
+
+    def _remove_later_weights(self) -> Iterator[str]:
+        """Remove the checkpoints and milestones after the step. Yields a line if there were any."""
+        removed_steps: set[int] = set()
+        for place in manifest.weight_folders(self.index.folder):
+            removed_steps.update(manifest.rewind(place, self.step))
+        if removed_steps:
+            steps_text = ", ".join(f"{step:,}" for step in sorted(removed_steps))
+            yield (
+                f"going on from step {self.step:,}: what came after it is removed, the checkpoints and milestones of "
+                f"steps {steps_text}"
+            )
+
+    def _take_back_best_weights(self) -> Iterator[str]:
+        """Remove the best weights after the step; from step 0 on, set all aside, and yield a line if there were any."""
+        folder = self.index.folder
+        if self.step > 0:
+            manifest.rewind(folder / BEST_FOLDER, self.step)
+            return
+        best_aside = set_best_aside(folder)
+        if best_aside:
+            yield f"the best weights of before it starts again are kept in {best_aside}"
 
     def _change_lines(self) -> Iterator[str]:
         """Yield a line for each thing that is another one from `step` on: fields, rates, versions of packages."""

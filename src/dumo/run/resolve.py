@@ -247,21 +247,16 @@ def with_absolute_paths(run: Run, before: Run | None = None, log_line: Callable[
     absolute_places: dict[str, str] = {}
     given_words: dict[str, JsonValue] = {}
     for field, text, extra in _places(run):
-        words = text
         is_unchanged = field in places_before and text in (places_before[field], words_before.get(field))
         if is_unchanged:
             words = words_before.get(field, text)
-        place = _absolute_place(words, extra)
-        if is_unchanged:
-            is_typed = text != places_before[field]  # not as run.yaml has it
+            place_now = _absolute_place(words, extra)
             place_before = _absolute_place(places_before[field], extra)
-            exists_here = os.path.exists(place)
-            exists_there = os.path.exists(place_before)
-            if is_typed and exists_here and exists_there and not os.path.samefile(place, place_before):
-                change = settings(f"{field}={yaml_text(place)}")
-                log_line(f"{field} is {place_before}, as when this run began. To take {place}:  {change}")
-            if exists_there or not exists_here:
-                place = place_before
+            was_typed_again = text != places_before[field]  # not taken from run.yaml
+            place = _place_as_before(field, place_now, place_before, log_line if was_typed_again else ignore_line)
+        else:
+            words = text
+            place = _absolute_place(words, extra)
         if words != place:
             given_words[field] = words
         absolute_places[field] = place
@@ -273,6 +268,21 @@ def with_absolute_paths(run: Run, before: Run | None = None, log_line: Callable[
     if placed_run is run and resolved == run.resolved:
         return run
     return placed_run.model_copy(update={"resolved": resolved})
+
+
+def _place_as_before(field: str, place_now: str, place_before: str, log_line: Callable[[str], None]) -> str:
+    """Where a field's place was when the run began; if nothing is there any more, where its words lead now.
+
+    `log_line` is called with a line where both exist and differ.
+    """
+    exists_now = os.path.exists(place_now)
+    exists_before = os.path.exists(place_before)
+    if exists_now and not exists_before:
+        return place_now
+    if exists_now and not os.path.samefile(place_now, place_before):
+        change = settings(f"{field}={yaml_text(place_now)}")
+        log_line(f"{field} is {place_before}, as when this run began. To take {place_now}:  {change}")
+    return place_before
 
 
 def paths_as_typed(resolved: Mapping[str, JsonValue]) -> dict[str, str]:

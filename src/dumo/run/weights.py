@@ -55,9 +55,9 @@ _OPTIONAL_PREFIXES = ("heads.", "gauges.", "scalars.", "own.", "gap.")
 # Weights of heads: a subject's run must have those of its few-step run.
 _HEAD_PREFIXES = ("heads.", "gap.")
 # Fields of a net that leave it the same function.
-_SAME_FUNCTION_FIELDS = ("net.checkpoint:", "net.dropout:", "net.route:", "net.route.share:", "net.texts.drop:")
+_SAME_FUNCTION_FIELDS = ("net.checkpoint", "net.dropout", "net.route", "net.route.share", "net.texts.drop")
 # Fields of a net in which a subject's run may differ from its few-step run.
-_SUBJECT_FIELDS = ("net.lora.subject:", "net.lora.frozen:", "net.texts.identity:")
+_SUBJECT_FIELDS = ("net.lora.subject", "net.lora.frozen", "net.texts.identity")
 
 
 @dataclass(frozen=True)
@@ -490,11 +490,11 @@ def _open_source_weights(start: "Start", net: Net, path: FlowPath) -> tuple[dict
 
 
 def _require_net(source: Run, start: "Start", net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:
-    """Raise UserError where a run has another net or path, but for fields that begin as one of `free_fields`."""
+    """Raise UserError where a run has another net or path, in other fields than `free_fields`."""
     if "r" not in source.objective.needs.names:  # no block of its net reads r, whatever net.late says
-        free_fields = (*free_fields, "net.late:")
+        free_fields = (*free_fields, "net.late")
     all_differences = [*_part_differences("net", source.net, net), *_part_differences("path", source.path, path)]
-    mismatches = [difference for difference in all_differences if not str(difference).startswith(free_fields)]
+    mismatches = [difference for difference in all_differences if difference.field not in free_fields]
     if mismatches:
         lines = "; ".join(map(str, mismatches))
         if any(difference.field in ("net", "path") for difference in mismatches):  # another kind, maybe of other data

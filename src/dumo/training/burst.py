@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from dumo.training.layout import local_tensor, shard_count
 
 # our own choices, from no paper
-MAX_MODULES = 10  # of more, the smallest are taken together
-REST = "rest"  # the name of the modules that are taken together
+MAX_MODULES = 10  # if a net has more, the smallest are counted as one, `REST`
+REST = "rest"
 WINDOW = 50  # steps whose norms are kept: the default of `train.log_every`
 WARMUP_STEPS = 100  # steps before the first warning
 BURST_STEPS = 4  # steps in a row, for one batch alone may be far off

@@ -2,9 +2,9 @@
 
 `AdamW8bitOptimizer` is the optimizer; `_require` asks for bitsandbytes. A step is torch's, in float32, on one
 parameter's moments at a time. Between steps bitsandbytes keeps them as codes, and a scale to each block of 256 numbers:
-plain tensors, sharded as their parameter, so checkpoints, layouts and counts treat them as any other. A block lies
-within a row of a matrix, and ranks share a matrix by rows: so blocks, and what is rounded, are those of one process. A
-parameter of other rows, or of fewer than 4096 numbers, has its moments in float32.
+plain tensors, sharded as their parameter, so checkpoints, layouts and counts treat them as any other. A block never
+crosses a row of a matrix, and ranks split a matrix by rows, so blocks and rounding are the same as on one process. The
+moments of a vector, of a matrix whose rows are not whole blocks, and of fewer than 4096 numbers stay in float32.
 
 A weight in bf16 has 8 significant bits, and most steps are less than half of the last one: rounded to the nearest, the
 weight would not move. Rounded up or down at random, so that the mean is exact, it moves on average as a weight in

@@ -17,7 +17,7 @@ rest of dumo rarely needs to know: parameters are `DTensor`s, which optimizers, 
 """
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from math import prod
 from typing import TYPE_CHECKING, cast
@@ -93,30 +93,51 @@ def shard(
     for average in averages:  # else an average would keep the unsharded frozen weights alive
         share_frozen(average, _meta_copy(net))
     deferred = {name: p for name, p in net.named_parameters() if p in weights}
-
-    def make_shard(name: str, like: Tensor) -> Tensor:
-        shard = torch.empty_like(like, device=mesh.device_type)
-        if restored and deferred[name].requires_grad:
-            return shard
-        return shard.copy_(shard_like(weights.materialize(deferred[name]), shard))
-
-    _shard_blocks(net, mesh, reshard=reshard)
-    replace_parameters(net, deferred, make_shard)
-
-    net_parameters = dict(net.named_parameters())
+    _shard_net(net, mesh, deferred, weights, reshard=reshard, restored=restored)
     deferred_and_trained = [name for name, p in deferred.items() if p.requires_grad]
-
-    def copy_shard(name: str, like: Tensor) -> Tensor:
-        shard = torch.empty_like(like, device=mesh.device_type)
-        return shard if restored else shard.copy_(net_parameters[name])
-
     for average in averages:
-        _shard_blocks(average, mesh, reshard=True)
-        replace_parameters(average, deferred_and_trained, copy_shard)
+        _shard_average(average, net, mesh, deferred_and_trained, restored=restored)
     if in_bfloat16:
         _convert(net, _to_bfloat16)
     for average in averages:  # fully_shard takes what it finds there at the first pass
         share_frozen(average, net)
+
+
+def _shard_net(
+    net: nn.Module,
+    mesh: "DeviceMesh",
+    deferred: Mapping[str, Tensor],
+    weights: Deferred,
+    *,
+    reshard: bool,
+    restored: bool,
+) -> None:
+    """Shard a net, and make this rank's part of each deferred weight; `restored`: those that are trained stay empty."""
+
+    def make_part(name: str, like: Tensor) -> Tensor:
+        part = torch.empty_like(like, device=mesh.device_type)
+        if restored and deferred[name].requires_grad:
+            return part
+        return part.copy_(shard_like(weights.materialize(deferred[name]), part))
+
+    _shard_blocks(net, mesh, reshard=reshard)
+    replace_parameters(net, deferred, make_part)
+
+
+def _shard_average(
+    average: nn.Module, net: nn.Module, mesh: "DeviceMesh", names: Collection[str], *, restored: bool
+) -> None:
+    """Shard an average of a sharded net; parameters of these names begin as the net's, or empty if `restored`."""
+    net_parameters = dict(net.named_parameters())
+
+    def copy_part(name: str, like: Tensor) -> Tensor:
+        part = torch.empty_like(like, device=mesh.device_type)
+        if restored:
+            return part
+        return part.copy_(net_parameters[name])
+
+    _shard_blocks(average, mesh, reshard=True)
+    replace_parameters(average, names, copy_part)
 
 
 def _shard_blocks(module: nn.Module, mesh: "DeviceMesh", *, reshard: bool) -> None:

@@ -88,8 +88,8 @@ def is_weighted(loss: float | None, parts: Mapping[str, float | None]) -> bool:
 def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
     """The pairs of steps between which rows are lost, where rows are logged at multiples of `every`.
 
-    `every` may have changed during the run, so only a distance between rows that is larger than the one before it and
-    the one after it is a gap. Before the first row is step 0. Two gaps of one length in a row are missed.
+    A distance between two rows is a gap if it is larger than `every`, and, since `every` may have changed during the
+    run, than the distances before and after it. So two equal gaps in a row are not found. Step 0 counts as a row.
     """
     steps = [0, *(row["step"] for row in rows if row["step"] % every == 0)]
     distances = [after - before for before, after in pairwise(steps)]

@@ -8,8 +8,8 @@
 - Removing: `Checkpoints.drop` keeps the newest checkpoints, and the last one from before the loss diverged. `rewind`
   removes what comes after a step.
 
-A `Checkpoint` reads its list once and remembers what it has hashed. Who may have seen another process write in a folder
-makes a new `Checkpoints`.
+A `Checkpoint` reads its list once and remembers what it has hashed. Make a new `Checkpoints` where another process may
+have written to the folder since.
 """
 
 import os

@@ -126,9 +126,10 @@ def measure(
     is_over_here = timing is not None and timing.is_over and dist.is_main()
     times_here = [timing.seconds, timing.share] if timing and dist.is_main() else [0.0, 0.0]
     signal_here = signals.poll()
+    sums_here = {f"sums of {name}": _sums_by_bin(bins, column.to(t)) for name, column in columns.items()}
     means = _mean_over_ranks(
         {
-            "sums": torch.stack([_sums_by_bin(bins, column.to(t)) for column in columns.values()]),
+            **sums_here,
             "counts": _sums_by_bin(bins, torch.ones_like(t)),
             "squares": torch.stack(squares_here) if squares_here else t.new_zeros(len(state.module_parameters)),
             "signals": _filled(t, [signal_here == number for number in signals.SIGNALS]),
@@ -139,9 +140,7 @@ def measure(
         like=t,
     )
     counts = means["counts"]
-    sums: dict[str, list[float]] = {}
-    for place, name in enumerate(columns):
-        sums[name] = means["sums"][place * _BINS : (place + 1) * _BINS]
+    sums = {name: means[f"sums of {name}"] for name in columns}
     column_means = {name: sum(row) / sum(counts) for name, row in sums.items()}
 
     # what ranks decide together: signals, a checkpoint that is due, the clock
@@ -207,9 +206,9 @@ def skip_reason(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
     """The rows, of all ranks, that make a record not finite. Every rank must call it."""
     times_by_rank = dist.all_gather_ragged(t)
     times = torch.cat(times_by_rank)
-    ranks: list[int] = []
+    rank_of_row: list[int] = []
     for rank, times_of_rank in enumerate(times_by_rank):
-        ranks += [rank] * len(times_of_rank)
+        rank_of_row += [rank] * len(times_of_rank)
 
     # which columns are not finite, and in which rows
     broken: dict[str, Tensor] = {}
@@ -217,7 +216,7 @@ def skip_reason(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
         is_broken = ~torch.cat(dist.all_gather_ragged(column)).isfinite()
         if is_broken.any():
             broken[name] = is_broken
-    labels: list[int | None] = [None] * len(ranks)
+    labels: list[int | None] = [None] * len(times)
     if c.ndim == 1:
         labels = torch.cat(dist.all_gather_ragged(c)).tolist()
 
@@ -229,9 +228,10 @@ def skip_reason(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
         what = "the mean loss" if math.isfinite(record.grad_norm) else "the gradient norm"
         places = torch.arange(len(times))
         listed = []
-    rows: list[BatchRow] = [
-        {"t": times[place].item(), "class": labels[place], "place": place, "rank": ranks[place]} for place in listed
-    ]
+    rows: list[BatchRow] = []
+    for place in listed:
+        t_of_row = times[place].item()
+        rows.append({"t": t_of_row, "class": labels[place], "place": place, "rank": rank_of_row[place]})
     earliest = times[places].min().item()
     latest = times[places].max().item()
     return Skipped(what, len(places), len(times), (earliest, latest), rows)

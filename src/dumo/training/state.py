@@ -6,10 +6,10 @@ restores it, the optimizer's part by `flat_optimizer_state` and `by_parameter_in
 The trend of the error is part of it. A loss may be weighted by its own size, and is then constant or of any sign; its
 parts are mean squares. Their sum over a batch is the error e of a step, and the level a running geometric mean of it,
 
-    log level_n = d log level_{n-1} + (1 - d) log e_n,        d = 0.95, ours: about twenty steps,
+    log level_n = d log level_{n-1} + (1 - d) log e_n,        d = 0.95, ours: about twenty steps.
 
-which one batch that is a thousand times worse multiplies by 1.4 only. A run that learns ends below where it began, so
-a level far above the lowest means that it diverged, though every number is finite.
+A single batch that is a thousand times worse multiplies the level by only 1.4. A run that learns ends below where it
+began, so a level far above the lowest means that it diverged, though every number is finite.
 """
 
 from dataclasses import dataclass, field
