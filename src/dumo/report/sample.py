@@ -67,7 +67,7 @@ def require_count(count: int, conditions: Sequence[object], noun: str) -> None:
 
 
 def require_sample_memory(count: int, sample: Tensor, copies: int) -> None:
-    """Raise UserError where the machine cannot hold `copies` of each of `count` samples that are as large as `sample`."""
+    """Raise UserError where the machine cannot hold `copies` of each of `count` samples as large as `sample`."""
     if dist.world() > 1:
         copies = 5  # by ranks of one machine, while they are gathered and sorted
     fix = f"ask for fewer, and for others with another {door.option('seed')}"
