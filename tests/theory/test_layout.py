@@ -11,7 +11,11 @@ from dumo.config.load import load
 from forked import main_of
 from meeting import outputs
 
-OTHERS = ("digits-words", "digits-drift")  # tested elsewhere; a variant of it has groups of 8, not of 256
+OTHERS = (
+    "digits-words",  # tested elsewhere
+    "digits-drift",  # a variant of it has groups of 8, not of 256
+    "digits-pi-flow",  # among the variants, with a teacher, which it needs
+)
 DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name not in OTHERS]
 VARIANTS = [
     "digits+objective.slope.kind=dual",
@@ -19,6 +23,7 @@ VARIANTS = [
     "digits+objective.slope.kind=dual+train.precision=bf16",
     "digits+train.coupling={group: 16}+data.held=360",
     "digits+teacher",
+    "digits-pi-flow+teacher+train.clip=100",
     "digits-meanflow+pairs",
     "digits-three-heads+train.clip=100+objective.times={kind: jumps}",
     "digits+net.depth=3+net.modern=true+net.magnitude=preserved",
