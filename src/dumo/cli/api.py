@@ -40,7 +40,7 @@ from dumo.io.read import brief, user_path
 from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
 from dumo.report import page
-from dumo.report.feed import live_feed
+from dumo.report.feed import live_feed, require_tracker
 from dumo.report.sample import (
     DEFAULT_COUNT,
     chosen_solver,
@@ -596,6 +596,8 @@ def train(
             settings = _settings(changes)
             composed = Composed(load_run(without_resolved(own_text), settings), settings, folder)
         else:
+            if track is not None:
+                require_tracker(track)
             composed = compose(
                 source,
                 _settings(changes),

@@ -26,7 +26,7 @@ from dumo.cli.option import (
     parse_file,
     parse_integers,
 )
-from dumo.cli.terminal import err, out, show_table
+from dumo.cli.terminal import err, keep_pieces, out, show_table
 from dumo.runtime.door import shell_settings
 from dumo.runtime.progress import bar
 
@@ -184,6 +184,7 @@ def _send_rows(runs: list[str], to: str, *, follow: bool) -> None:
     from dumo.report.feed import feed, poll_forever
     from dumo.types import UserError
 
+    keep_pieces()  # rows that were sent are not sent again
     for run in runs:
         if trained_name_of(run) is not None:
             raise UserError(f"{run} comes with dumo, and its log is done: print it with dumo log {run} --json")

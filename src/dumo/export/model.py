@@ -236,6 +236,11 @@ def choose_exported_model(sampler: Sampler, spec: Net, head: Head, nfe: tuple[in
             f"objective '{sampler.flow.objective.kind}' reads its velocity at another r than t, at which it is "
             f"exported: leave {option('head')} out"
         )
+    if head == "v" and sampler.taught.velocity and head_of(sampler.flow.objective, "velocity") != head:
+        raise UserError(
+            f"objective '{sampler.flow.objective.kind}' reads its velocity by another head than v: leave "
+            f"{option('head')} out"
+        )
     if net.gap is None or head == "v":
         return ExportedModel(sampler=sampler, spec=spec, net=net, head=head, dtype=dtype)
     if net.diffusion and isinstance(solver, Hop):

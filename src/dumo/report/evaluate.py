@@ -111,7 +111,8 @@ def _judge(opened: RunFolder, bar: Bar, metrics: Mapping[str, OwnMetric]) -> tup
     protocol = run.evaluate.protocol
     seed = run.evaluate.seed
     settings = judging_settings(sampler, run.evaluate)
-    require_trained_images(opened)
+    if getattr(protocol, "reference", None) is None:  # with a reference no image of the data is opened
+        require_trained_images(opened)
     evaluator = evaluator_of(sampler, run.evaluate, bar, _stored_reference(opened))
     if metrics:
         dist.require_one_process("a metric of your own")

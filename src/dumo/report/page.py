@@ -232,6 +232,11 @@ def render(opened: RunFolder, parts: PageParts) -> str:
     if results:
         others = judgement.objectives_table(results, parts.evaluation, opened.step, facts.forward_units_per_step)
     proximity = parts.neighbours.proximity if parts.neighbours else None
+    missing = missing_to_judge(run, parts.size)
+    has_reference = opened.is_shipped or getattr(run.evaluate.protocol, "reference", None) is not None
+    has_data = has_reference or not parts.missing
+    if not has_data:
+        missing = "the images of the training"
     template = _template_environment(run).get_template("report.html.j2")
     return template.render(
         # the run
@@ -250,8 +255,8 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         yaml=dump(run),
         versions=software_versions(),
         # how good it is
-        verdict=reach_verdict(opened, _typed_name(opened), parts.evaluation, proximity, parts.size),
-        missing_to_judge=missing_to_judge(run, parts.size),
+        verdict=reach_verdict(opened, _typed_name(opened), parts.evaluation, proximity, parts.size, has_data=has_data),
+        missing_to_judge=missing,
         shipped=shipped,
         others=others,
         # functions and words
@@ -478,7 +483,10 @@ def _prompt_sheet(sampler: Sampler, prompts: Sequence[str], bar: Bar) -> PromptS
             raise UserError(f"this run edits images, and a report takes prompts alone: leave {option('prompts')} out")
         c = conditions_of_prompts(sampler, prompts)
     elif conditions.captions is not None and sampler.is_image:
-        c = conditions.in_turn(NUM_CAPTIONS)
+        try:
+            c = conditions.in_turn(NUM_CAPTIONS)
+        except UserError:  # the captions lie with the images, which are not here, or others
+            return None
     else:
         return None
     reachable = [n for n in PROMPT_PASSES if can_make(sampler.spec.solver, sampler.taught, n)]

@@ -69,7 +69,7 @@ def require_count(count: int, conditions: Sequence[object], noun: str) -> None:
 def require_sample_memory(count: int, sample: Tensor, copies: int) -> None:
     """Raise UserError where the machine cannot hold `copies` of each of `count` samples as large as `sample`."""
     if dist.world() > 1:
-        copies = 5  # by ranks of one machine, while they are gathered and sorted
+        copies = max(copies, 5)  # by ranks of one machine, while they are gathered and sorted
     fix = f"ask for fewer, and for others with another {door.option('seed')}"
     require_memory(copies * count * sample.nbytes, f"{count:,} samples take", fix)
 
@@ -177,7 +177,10 @@ def sample_to_files(
     forms = FORMS if sampler.is_image else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
-    require_sample_memory(count, sampler.to_file_rows(torch.zeros(1, *sampler.pixels)), copies=2)  # batches, and joined
+    copies = 2  # batches, and joined
+    if form == "grid" and sampler.is_image:
+        copies += 4 * picture.readable_scale(sampler.pixels[1]) ** 2  # enlarged, on a sheet
+    require_sample_memory(count, sampler.to_file_rows(torch.zeros(1, *sampler.pixels)), copies)
     if prompts:
         c = repeat_conditions(conditions_of_prompts(sampler, prompts, source), count)
     else:

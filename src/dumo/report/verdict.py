@@ -67,10 +67,13 @@ def reach_verdict(
     evaluation: Judgement | None,
     proximity: Proximity | None,
     num_images: int | None = None,
+    *,
+    has_data: bool = True,
 ) -> Verdict:
     """The verdict on a run. `name` is what a user types for it: its folder, or its name.
 
-    `num_images` are those of its data; None: they never end, or are not here. An evaluation of other weights, or
+    `num_images` are those of its data; None: they never end, or are not here. `has_data`: what an evaluation compares
+    with is here. An evaluation of other weights, or
     of what is sampled otherwise now, does not count.
     """
     run = opened.run
@@ -101,7 +104,7 @@ def reach_verdict(
         if is_images(images) and PROPOSED_KEY in run.resolved and visits >= ENOUGH_VISITS:
             return Verdict(quality.head, quality.reason, [_suggest_more_images(images.root, name)])
         return Verdict(quality.head, quality.reason, [_suggest_more_training(opened, name)])
-    if evaluation is None and missing_to_judge(run, num_images) is None:
+    if evaluation is None and has_data and missing_to_judge(run, num_images) is None:
         return Verdict("Trained, and not judged yet", "", [_suggest_evaluation(run.evaluate, name)])
     return Verdict("Trained", "", _suggest_uses(run, name))
 

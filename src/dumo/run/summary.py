@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dumo.config.conditions import Conditions
+from dumo.config.conditions import Conditions, shown_data
 from dumo.config.spec import Run
-from dumo.data import Data
+from dumo.data import Data, is_images
 from dumo.data.album import Album
 from dumo.data.latents import LatentSource
 from dumo.flow.slope import CentralSlope, DualSlope
@@ -39,7 +39,9 @@ def empty_classes_line(data: Data, source: object) -> str:
     if not isinstance(source, Album | LatentSource) or Conditions(data).captions:
         return ""
     labels = source.readable_labels()
-    if labels is None:
+    images = shown_data(data)
+    takes_part = is_images(images) and images.count is not None  # the classes that are left out can be read
+    if labels is None or takes_part:
         return ""
     counts = labels.bincount(minlength=data.labels).tolist()
     empty_classes = [c for c in range(data.labels) if not counts[c]]
