@@ -601,6 +601,8 @@ def test_a_class_of_which_no_image_can_be_read_is_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="cannot be read"):
         source = images.open()
     assert f"no image can be read of class {spoiled}, " in empty_classes_line(images, source)
+    first_few = images.model_copy(update={"count": 1})  # the other classes are left out, not spoiled
+    assert empty_classes_line(first_few, first_few.open()) == ""
 
 
 def test_no_more_images_are_decoded_at_once_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
