@@ -20,7 +20,7 @@ sharded module, which takes Duals and returns Duals, needs to know no more than 
 
 Entrances: `pair` makes a Dual, `primal` and `tangent` take it apart. Rules use `rule`, `carry`, `differentiate` and
 `refuse_inplace`. `primal_only` is for what recomputes a checkpoint. `teach_others`, called before a pass, makes
-`torch.is_tensor` and einops accept Duals.
+`torch.is_tensor`, einops and torch's checkpoint accept Duals.
 """
 
 import sys
@@ -384,8 +384,11 @@ def refuse_inplace(name: str, inplace: bool) -> None:
 
 
 def teach_others() -> None:
-    """Make torch.is_tensor return True for a Dual, and einops take one. Later calls look for einops alone."""
+    """Make torch.is_tensor, checkpoints and einops take Duals. Later calls look for einops alone."""
+    if torch.compiler.is_compiling():
+        return
     _teach_is_tensor()
+    _teach_checkpoint()
     if "einops" in sys.modules:
         _define_einops_backend()
 
@@ -398,6 +401,18 @@ def _teach_is_tensor() -> None:
     """
     is_tensor = torch.is_tensor
     torch.is_tensor = lambda obj: isinstance(obj, Dual) or is_tensor(obj)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _teach_checkpoint() -> None:
+    """Make torch's checkpoint keep the generator of a Dual's GPU from now on, so that both passes drop the same."""
+    from torch.utils import checkpoint
+
+    def of_primals(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: function(*tree_map(primal, args))
+
+    checkpoint.get_device_states = of_primals(checkpoint.get_device_states)
+    checkpoint._infer_device_type = of_primals(checkpoint._infer_device_type)
 
 
 @cache

@@ -10,7 +10,8 @@ compiler cannot follow this.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -62,6 +63,28 @@ class NoRecordedRule(NoRule):
             f"this loss differentiates through a derivative, for which '{self.args[0]}', which this net uses, has no "
             "rule: use another operation, or objective 'meanflow'"
         )
+
+
+class NoRuleOfAnySlope(NoRule):
+    """The same where a derivative is taken by dual numbers, whatever the slope."""
+
+    def __str__(self) -> str:
+        """The name and the way out."""
+        return (
+            f"a derivative that is taken by dual numbers, whatever the slope, has no tangent for '{self.args[0]}', "
+            "which this net uses: use another operation (x = x + y for x += y), or objective 'meanflow'"
+        )
+
+
+@contextmanager
+def whatever_the_slope() -> Generator[None, None, None]:
+    """Around a dual pass that no slope makes: NoRule does not propose another slope."""
+    try:
+        yield
+    except NoRecordedRule:
+        raise
+    except NoRule as error:
+        raise NoRuleOfAnySlope(*error.args) from error
 
 
 @dataclass(frozen=True)

@@ -227,10 +227,12 @@ def try_pass(passes: Passes, b: Noised, needs: Needs) -> Heads:
 
 
 def _likely_fix(error: Exception, passes: Passes, b: Noised) -> str:
-    """The fix for a pass that failed, by what is most often wrong: memory, dtypes, the number of classes, shapes."""
+    """The fix for a pass that failed, by what is most often wrong: memory, devices, dtypes, classes, shapes."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"It has no room on {b.x_t.device}: give a smaller network, or a device of more memory"
     weight = next(iter(unwrap(passes.net).parameters()), b.x_t)
+    if weight.device != b.x_t.device:
+        return f"x is on {b.x_t.device}, and the network's weights on {weight.device}: give x.to('{weight.device}')"
     if weight.dtype != b.x_t.dtype and not torch.is_autocast_enabled(b.x_t.device.type):
         return f"x is {b.x_t.dtype}, and the network's weights {weight.dtype}: give x.to({weight.dtype})"
     if isinstance(error, IndexError) and passes.labelled:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from math import isfinite
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from dumo.flow.conditiontable import ConditionTable
@@ -85,6 +86,7 @@ def require_batch(
     """
     require_data(x, shape)
     if reads_values:
+        x = x.detach()
         largest = float(x.abs().max())
         if not isfinite(largest):
             raise UserError("x is not finite everywhere: look at the data")
@@ -94,7 +96,7 @@ def require_batch(
                 f"x lies between {float(x.min()):.3g} and {float(x.max()):.3g}: data lie near [-1, 1], or have "
                 "deviation 1: scale them"
             )
-    require_conditions(c, len(x), classes, call, null, reads_values=reads_values, is_data=True)
+    require_conditions(c, len(x), classes, call, null, device=x.device, reads_values=reads_values, is_data=True)
 
 
 def require_data(x: object, shape: tuple[int, ...] | None = None) -> None:
@@ -118,12 +120,14 @@ def require_conditions(
     call: CustomCall | Signature | None,
     null: Null,
     *,
+    device: torch.device | None = None,
     reads_values: bool = False,
     is_data: bool = False,
 ) -> None:
     """Raise UserError unless c has a condition for each of `rows` rows that these settings allow.
 
     classes, call, null: as in `require_batch`.
+    device: of x; None: conditions are moved there.
     reads_values: whether to check labels on a GPU, which must be waited for; those on a CPU always are.
     is_data: whether the conditions are those of data, where no label may be the one that means none.
     """
@@ -135,19 +139,21 @@ def require_conditions(
         return
     by_name = c if isinstance(c, Mapping) else {"c": c}
     for name, value in by_name.items():
-        _require_rows(name, value, rows)
+        _require_rows(name, value, rows, device)
     if is_table(c):
         _require_table(c, classes, call, null)
     else:
         _require_labels(cast(Tensor, c), classes, null, reads_values=reads_values, is_data=is_data)
 
 
-def _require_rows(name: str, value: object, rows: int) -> None:
-    """Raise UserError unless a condition is a tensor of this many rows."""
+def _require_rows(name: str, value: object, rows: int, device: torch.device | None) -> None:
+    """Raise UserError unless a condition is a tensor of this many rows, on this device (None: on any)."""
     if not isinstance(value, Tensor):
         raise UserError(f"condition '{name}' is a {type(value).__name__}: give a tensor with a row for each of x")
     if not value.ndim or len(value) != rows:
         raise UserError(f"condition '{name}' has shape {tuple(value.shape)}: give one row for each of {rows}")
+    if device is not None and value.device != device:
+        raise UserError(f"condition '{name}' is on {value.device}, and x on {device}: give both on the same device")
 
 
 def _require_labels(labels: Tensor, classes: int, null: Null, *, reads_values: bool, is_data: bool) -> None:

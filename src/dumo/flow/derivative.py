@@ -16,6 +16,7 @@ their order and shape: heads (rows, ...), then gauges (rows,).
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isfinite
@@ -30,7 +31,7 @@ from torch.nn.parameter import is_lazy
 
 from dumo.flow.check import inputs_of, short_text
 from dumo.flow.passes import Passes
-from dumo.flow.precision import precision_of
+from dumo.flow.precision import HALVES, precision_of
 from dumo.flow.ranks import largest_of_ranks
 from dumo.flow.slope import MAX_SLOPE_ERROR, CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.types import Frozen, Heads, Needs, Noised, Time, UserError, lift, mean_square, unwrap
@@ -58,7 +59,7 @@ class SlopeChoice:
 
     slope: Slope
     reason: str  # the slope's name, its error, and why those before it were not taken
-    steepness: float  # the root mean square of t du/dt over that of v, a ratio
+    steepness: float  # the root mean square of t du/dt over that of v, a ratio; 0 where it is not known
     is_fallback: bool  # whether another slope was tried first, and did not serve
 
     def warnings(self, time_scale: float, *, again: bool) -> Iterator[str]:
@@ -91,7 +92,7 @@ def copy_without_zero_layers(net: Passes) -> Passes | None:
     with torch.no_grad():
         for p in module.parameters():
             # drawn for every parameter, so that its noise does not depend on which others are zero
-            noise = torch.randn(p.shape, generator=generator).to(p)
+            noise = torch.randn(p.shape, generator=generator, device="cpu").to(p)
             if not p.any():
                 std = 0.1 if p.ndim < 2 else p[0].numel() ** -0.5
                 p.add_(noise * std)
@@ -136,12 +137,13 @@ def choose_slope(
     inputs = inputs_of(b, needs)
     exact, gap = _exact_derivative(net, b, inputs, is_copy=is_copy)
     is_uncertain = largest_of_ranks(gap) > MAX_SLOPE_ERROR  # passes round so much that no two differences agree
+    steepness = _steepness(exact, b) if gap < inf else 0.0  # not known
     failures: list[str] = []  # why each slope so far was not taken
     for slope in _candidates(named_slope, chosen_before):
         attempt = _try_slope(slope, net, b, inputs, exact, is_uncertain=is_uncertain)
         if attempt.serves:
             reason = "; ".join([attempt.text, *dict.fromkeys(failures)])
-            return SlopeChoice(slope, reason, _steepness(exact, b), is_fallback=bool(failures))
+            return SlopeChoice(slope, reason, steepness, is_fallback=bool(failures))
         failures.append(attempt.text)
     fix = " Leave out the slope, and one that serves is taken" if named_slope else ""
     raise UserError(f"no du/dt of {type(unwrap(net.net)).__name__}: {'; '.join(dict.fromkeys(failures))}.{fix}")
@@ -200,14 +202,22 @@ def _error_limit(slope: Slope, b: Noised) -> float:
 
 
 def _exact_derivative(net: Passes, b: Noised, inputs: Mapping[str, Time], *, is_copy: bool) -> tuple[Heads, float]:
-    """What `_differences` returns: of a copy in float64 where the network can, else in its own precision."""
+    """What `_differences` returns: of a copy in float64 where the network can, else in its own precision.
+
+    Where it runs under the caller's autocast alone, or x has 16 bits, the uncertainty is infinite: x ± h v is then x
+    itself, and differences agree on what is wrong.
+    """
     if is_copy:
         try:
             inputs_in_float64 = {name: values.double() for name, values in inputs.items()}
             return _differences(_net_in_float64(net), _record_in_float64(b), inputs_in_float64)
         except (RuntimeError, TypeError):  # a network that names float32 itself; MPS, which has no float64
             pass
-    return _differences(net, b, inputs)
+    try:
+        derivatives, gap = _differences(net, b, inputs)
+    except Exception:  # whatever a network raises that asks for autocast, or for another kernel of attention
+        return _differences(net, b, inputs, as_called=True)[0], inf
+    return derivatives, inf if b.x_t.dtype in HALVES else gap
 
 
 def _net_in_float64(net: Passes) -> Passes:
@@ -225,17 +235,20 @@ def _record_in_float64(b: Noised) -> Noised:
 
 
 @torch.no_grad()
-def _differences(net: Passes, b: Noised, inputs: Mapping[str, Time]) -> tuple[Heads, float]:
+def _differences(net: Passes, b: Noised, inputs: Mapping[str, Time], *, as_called: bool = False) -> tuple[Heads, float]:
     """The derivative of each head along the velocity, and how uncertain it is: a relative error, of the worst head.
 
     The derivatives are central differences with several half-steps. One of one half-step would agree with a central
     slope of the same, right or wrong. So the one is taken that agrees best with the next longer one, and the
     uncertainty is the relative error between these two. Where passes round to bf16, no two may agree.
+
+    as_called: whether passes are under the caller's autocast, with any kernel of attention; else they are in the types
+    of x and the weights, with that of math.
     """
     velocity = b.v_t.to(b.x_t)
     half_steps = _EXACT_HALF_STEPS_IN_FLOAT64 if b.x_t.dtype == torch.float64 else _EXACT_HALF_STEPS
     derivatives_by_half_step: list[Heads] = []
-    with torch.autocast(b.x_t.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+    with nullcontext() if as_called else _in_own_precision(b.x_t.device.type):
         for h in half_steps:
             behind = net(b.x_t - h * velocity, b.c, **{**inputs, "t": inputs["t"] - h})
             ahead = net(b.x_t + h * velocity, b.c, **{**inputs, "t": inputs["t"] + h})
@@ -249,6 +262,13 @@ def _differences(net: Passes, b: Noised, inputs: Mapping[str, Time]) -> tuple[He
         best.append(differences[1 + gaps.index(least_gap)])
         worst_gap = max(worst_gap, least_gap)
     return tuple(best), worst_gap
+
+
+@contextmanager
+def _in_own_precision(device_type: str) -> Iterator[None]:
+    """Inside, passes are in the types of x and the weights, and attention rounds least."""
+    with torch.autocast(device_type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _slope_error(slope: Slope, net: Passes, b: Noised, inputs: Mapping[str, Time], exact: Heads) -> float:

@@ -153,25 +153,26 @@ def make_draws(
     prior: the share of the batch that a teacher answers; None: it answers all.
     """
     row_numbers = range(batch)[rows]
-    t, r = objective.times(batch, stream(seed, step, "times"))
-    kept = torch.rand(batch, generator=stream(seed, step, "kept")) >= objective.drop
-    moving = objective.times.moving(batch)
-    laws: dict[str, Tensor] = {}
-    for name, law in objective.needs.laws.items():
-        laws[name] = law.rows((seed, step, "law", name), row_numbers, batch, shape)
-    taught = None
-    if prior is not None:
-        taught = random_row_mask(seed, step, PRIOR, batch, prior)[rows]
-    return Draws(
-        t=t[rows],
-        r=r[rows],
-        z=keyed_normal(seed, step, "z", rows=row_numbers, shape=shape) if z else None,
-        kept=kept[rows],
-        keys=dropout.keys(seed, step, batch)[rows],
-        laws=laws,
-        moving=None if moving is None else moving[rows],
-        taught=taught,
-    )
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        t, r = objective.times(batch, stream(seed, step, "times"))
+        kept = torch.rand(batch, generator=stream(seed, step, "kept")) >= objective.drop
+        moving = objective.times.moving(batch)
+        laws: dict[str, Tensor] = {}
+        for name, law in objective.needs.laws.items():
+            laws[name] = law.rows((seed, step, "law", name), row_numbers, batch, shape)
+        taught = None
+        if prior is not None:
+            taught = random_row_mask(seed, step, PRIOR, batch, prior)[rows]
+        return Draws(
+            t=t[rows],
+            r=r[rows],
+            z=keyed_normal(seed, step, "z", rows=row_numbers, shape=shape) if z else None,
+            kept=kept[rows],
+            keys=dropout.keys(seed, step, batch)[rows],
+            laws=laws,
+            moving=None if moving is None else moving[rows],
+            taught=taught,
+        )
 
 
 def add_noise(

@@ -26,7 +26,8 @@ from math import log, pi, prod
 import torch
 
 from dumo.autodiff import rule as rule  # its import registers the rules of torch's operations for Duals
-from dumo.autodiff.dual import pair, primal
+from dumo.autodiff.dual import pair, primal, teach_others
+from dumo.autodiff.general import whatever_the_slope
 from dumo.flow.linearize import tangent_or_zeros
 from dumo.flow.path import FlowPath
 from dumo.flow.solver import Euler, Heun, Hop, Solver, num_steps, taught_reading, times_per_row, uniform_times
@@ -112,7 +113,9 @@ def diagonal(velocity: Velocity, x: Sample, t: Time, c: Cond, e: Sample) -> tupl
 
     For random signs e (b, ...) the second estimates the diagonal of J = dv/dx.
     """
-    v = velocity(pair(x, e), t, c)
+    teach_others()
+    with whatever_the_slope():
+        v = velocity(pair(x, e), t, c)
     return primal(v), e * tangent_or_zeros(v)
 
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from dumo.autodiff import dual, tape
 from dumo.autodiff import rule as rule  # its import registers the rules of torch's operations for Duals
-from dumo.autodiff.dual import pair, primal
+from dumo.autodiff.dual import pair, primal, teach_others
+from dumo.autodiff.general import whatever_the_slope
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
 from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Time
@@ -166,6 +167,7 @@ def heads_and_end_derivatives(
     backward pass where derivatives are recorded. Not by `torch.func.jvp`: reverse-mode around that is silently wrong
     through `F.layer_norm` (torch 2.13, pytorch #196700), and kernels of fused attention differentiate once.
     """
+    teach_others()
 
     def moving_pass(rows: _RowIndex) -> Heads:
         r_moving = r[rows]
@@ -175,7 +177,8 @@ def heads_and_end_derivatives(
     def resting_pass(rows: _RowIndex) -> Heads:
         return net(x[rows], c[rows], r=r[rows], **_rows_of_each(inputs, rows))
 
-    return _heads_and_derivatives(moving_pass, resting_pass, moving, x)
+    with whatever_the_slope():
+        return _heads_and_derivatives(moving_pass, resting_pass, moving, x)
 
 
 def _heads_and_derivatives(

@@ -22,7 +22,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from math import isfinite
-from typing import Any, cast
+from numbers import Integral
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,7 @@ class LoopFlow(Flow):
         guide: CFG | None = None,
     ) -> None:
         _require_settings(net, classes=classes, time_scale=time_scale, shard=shard, path=path)
+        _require_choices(precision, guide, knobs, objective)
         if not classes and null is None:  # nothing stands for a dropped condition
             objective = without_drop(objective)
         teacher_flow = _teacher_flow(teacher, objective, classes, path or Linear())
@@ -214,6 +216,11 @@ class LoopFlow(Flow):
         how many rows each has. Raises UserError for what cannot be trained on.
         """
         # what can be wrong
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise UserError(
+                "x carries gradients, so the loss would train what made it: give x.detach(), or encode under "
+                "torch.no_grad()"
+            )
         is_counted = step is None and self.training
         is_second_check = is_counted and self.step == _SECOND_CHECK_STEP and not self.is_check_of_copy
         is_checked = self.is_checked_in_training if self.training else self.is_checked
@@ -347,6 +354,8 @@ class LoopFlow(Flow):
         shape = shape or self.shape
         if shape is None:
             raise UserError("the shape of the data is not known before the first loss: give flow.sample(shape=...)")
+        if isinstance(c, Integral):  # of numpy, too
+            c = int(c)
         table, index = self._sample_conditions(c)
         passes = self._passes(table, None)
         guide = self.guide
@@ -396,7 +405,7 @@ class LoopFlow(Flow):
         on_every_rank(lambda: self._require(x, c))
         self.first_rows = int(largest_of_ranks(len(x)))
         num_tried = rows_to_try(self.objective)
-        x = x[:num_tried].clone()  # tensors of torch.inference_mode become plain ones
+        x = x[:num_tried].detach().clone()  # tensors of torch.inference_mode become plain ones
         c = map_tensors(c, lambda rows: rows[:num_tried].clone())
         b, keys = on_every_rank(lambda: self._record(x, c, self.step))
         needs = self.objective.needs
@@ -428,6 +437,12 @@ class LoopFlow(Flow):
         require_batch(x, c, self.classes, self.shape, self.call, null=self.null, reads_values=True)
         if isinstance(self.call, Signature):
             self.call.require(self.objective.needs, classes=bool(self.classes))
+        if is_table(c) and (self.coupling or self.objective.kind == "drift"):
+            subject = "coupling=" if self.coupling else f"objective '{self.objective.kind}'"
+            fix = "leave out coupling=" if self.coupling else "take another objective"
+            raise UserError(
+                f"{subject} compares rows of one label, and c is no label: give labels and classes=, or {fix}"
+            )
         require_formulas(self.objective, self.path.kind)
         require_teacher(self.objective, has_teacher=self.teacher is not None)
         require_first_stage(self.objective, has_ref=self.ref is not None)
@@ -552,7 +567,7 @@ class LoopFlow(Flow):
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
         """The reading `name` of x at these times, (b, ...), in evaluation mode. Raises as `_taught_reading`."""
         require_data(x, self.shape)
-        require_conditions(c, len(x), self.classes, self.call, self.null)
+        require_conditions(c, len(x), self.classes, self.call, self.null, device=x.device)
         index = self._condition_index(len(x), c, x.device)
         read = self._taught_reading(name, self._passes(c, None))
         margin = _OVERSHOOT if name == "velocity" else _ROUNDING
@@ -638,6 +653,20 @@ def _require_settings(net: object, *, classes: object, time_scale: float, shard:
     is_shard = isinstance(shard, tuple) and len(shard) == 2 and 0 <= shard[0] < shard[1]
     if shard is not None and not is_shard:
         raise UserError(f"shard = {shard}: give (rank, ranks) of the data, with 0 <= rank < ranks")
+
+
+def _require_choices(precision: object, guide: object, knobs: Mapping[str, float] | None, objective: Objective) -> None:
+    """Raise UserError for a precision, a guidance and knobs of `LoopFlow` that are none of those there are."""
+    if precision is not None and precision not in get_args(Precision):
+        raise UserError(
+            f"precision = {precision!r}: give 'fp32', 'tf32' or 'bf16', or leave it out for the caller's autocast"
+        )
+    if guide is not None and not isinstance(guide, CFG):
+        raise UserError(f"guide = {guide!r}: give dumo.flow.guide.CFG(scale=2), or flow.sample(guidance=2)")
+    for name in knobs or {}:
+        if name not in objective.needs.knobs:
+            knob_names = ", ".join(objective.needs.knobs) or "none"
+            raise UserError(f"objective '{objective.kind}' has no knob '{name}': its knobs are {knob_names}")
 
 
 def _teacher_flow(teacher: object, objective: Objective, classes: int, path: FlowPath) -> LoopFlow | None:

@@ -32,6 +32,7 @@ from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
 from pydantic import Field
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.autodiff.dual import teach_others
@@ -194,8 +195,7 @@ class DualSlope(BaseSlope):
 
         It is exact in any precision, so it refuses none.
         """
-        if not torch.compiler.is_compiling():
-            teach_others()  # einops and torch.is_tensor to take Duals
+        teach_others()
         way = self.way(net, ref, known=toward is not None, moving=moving)
         if way.name == "tape":
             return linearize_by_tape(self.derivatives, net, ref, x, c, t=t, **inputs)
@@ -216,13 +216,22 @@ class DualSlope(BaseSlope):
             return Way("ride", "the direction is known before the pass")
         if moving is not None:
             return Way("pass", "the direction is known after the pass, and some rows need no derivative")
-        if any(getattr(m, "gradient_checkpointing", False) for m in ref.module.modules()):
+        if any(_checkpoints(part) for part in ref.module.modules()):
             return Way("pass", "checkpointing lets the activations go")
         return Way("tape", "the direction is known after the pass")
 
     def derivatives(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **inputs: Time) -> Heads:
         """The derivative of each of ref's heads along w, by one dual pass."""
         return tuple(tangent_or_zeros(head) for head in dual_pass(ref, x, c, w, t=t, **inputs))
+
+
+def _checkpoints(part: nn.Module) -> bool:
+    """Whether a part of a network says that it lets activations go: as diffusers, as timm, as torch's wrapper."""
+    return (
+        getattr(part, "gradient_checkpointing", False)
+        or getattr(part, "grad_checkpointing", False)
+        or hasattr(part, "checkpoint_fn")
+    )
 
 
 Slope = Annotated[CentralSlope | DualSlope | JvpSlope, Field(discriminator="kind", json_schema_extra=CHANGES)]

@@ -218,9 +218,11 @@ Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | SolverSpec, FAMILY]
 
 
 def solver_of(solver: Solver | str) -> Solver:
-    """A solver by its name, with its defaults; one that is built as it is. Raises UserError for an unknown name."""
-    if not isinstance(solver, str):
+    """A solver by its name, with its defaults; one that is built as it is. Raises UserError for anything else."""
+    if isinstance(solver, Spec):
         return solver
+    if not isinstance(solver, str):
+        raise UserError(f"solver = {solver!r}: give a name, such as 'heun', or one of dumo.flow.solver, such as Heun()")
     if solver not in FAMILY.names:
         raise UserError(f"there is no solver '{solver}': use {_join_choices([*FAMILY.names])}")
     return cast("Solver", FAMILY.load(solver)())

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dumo.autodiff.dual import pair, primal
+from dumo.autodiff.dual import pair, primal, teach_others
 from dumo.flow import dropout
 from dumo.flow.draw import Noise
 from dumo.flow.linearize import tangent_or_zeros
@@ -86,6 +86,7 @@ class Critic(Pull):
 
         Both are taken on one row in EVERY, which stands for its neighbours.
         """
+        teach_others()
         quarter = b[::EVERY]
         x_moving = pair(x[::EVERY], quarter.drawn["d.e"].to(x), recorded=True)
         with dropout.rows(range(0, len(x), EVERY)):

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import checkpoint
 
 import dumo.autodiff.rule  # noqa: F401, the operations of a Dual
-from dumo.autodiff.dual import Dual, carry, pair, primal, primal_only, tangent
+from dumo.autodiff.dual import Dual, carry, pair, primal, primal_only, tangent, teach_others
 from dumo.autodiff.tape import Later, WrittenTo, is_complete, play
 from dumo.types import Array
 
@@ -295,3 +296,11 @@ def test_a_dual_is_walked_row_by_row(f: Callable[[Array], Array], late: bool) ->
     y, t = along(f, p, d, late)
     assert torch.equal(y, f(p))
     assert torch.equal(t, f(d))
+
+
+def test_a_checkpoint_sees_the_device_of_a_dual() -> None:
+    teach_others()
+    x = torch.empty(1, device="meta")
+    assert checkpoint._infer_device_type(pair(x, None)) == "meta"
+    assert checkpoint._infer_device_type(x, None) == "meta"
+    assert checkpoint.get_device_states(pair(torch.empty(1), None)) == ([], [])

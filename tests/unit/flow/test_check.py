@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 import dumo
 from contract.own import Numbers, Perceptron, Text, UNet, waves
+from dumo.autodiff.dual import Dual
 from dumo.flow import condition, derivative, loop
-from dumo.flow.check import MAX_DIFFERENCE
+from dumo.flow.check import MAX_DIFFERENCE, try_pass
 from dumo.flow.condition import require_data
+from dumo.flow.draw import Coupling
 from dumo.flow.guide import CFG
 from dumo.flow.loop import LoopFlow as Flow
 from dumo.flow.passes import Passes
 from dumo.flow.path import Linear, Trig
 from dumo.flow.signature import Signature
-from dumo.objectives import DuMo, FlowMatching, ImprovedMeanFlow, MeanFlow
+from dumo.objectives import F2D2, DuMo, FlowMatching, FreeFlow, ImprovedMeanFlow, MeanFlow
 from dumo.types import Frozen, Needs, Net, Noised, Terms, UserError, mean_square
 
 TWO = Needs(heads=("v", "u"))
@@ -154,6 +156,33 @@ class Dict(Around):
     def changed(self, x: Tensor, t: Tensor) -> Any:  # noqa: ANN401
         v, u = self.net(x, t)
         return {"v": v, "u": u}
+
+
+class AddsInPlace(Perceptron):
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor | None = None, y: Tensor | None = None, **knobs: Tensor
+    ) -> tuple[Tensor, ...]:
+        end = 1 * (t if r is None else r)
+        end += 0.1 * x.sum(1)
+        return super().forward(x, t, end, y, **knobs)
+
+
+class JoinsLate(nn.Module):
+    """It takes x and times apart, in the types in which they come, or x in 16 bits."""
+
+    def __init__(self, *, casts: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into = nn.Linear(2, 16)
+        self.time = nn.Linear(16, 16)
+        self.out = nn.Linear(16, 4)
+        self.casts = casts
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        if self.casts:
+            x = x.bfloat16()
+        h = self.into(x) + self.time(waves(t).to(x.dtype))
+        return self.out(nn.functional.silu(h)).to(x.dtype).chunk(2, 1)
 
 
 class Fails(Around):
@@ -340,6 +369,11 @@ MISTAKES = {
     "bytes": Mistake(learns(points, X.byte()), "x is torch.uint8: give floats near [-1, 1], of bytes x / 127.5 - 1"),
     "0 to 255": Mistake(learns(points, 127.5 * (X + 1)), "x lies between ", "scale them"),
     "not a number": Mistake(learns(points, X * float("nan")), "x is not finite everywhere: look at the data"),
+    "data with gradients": Mistake(
+        learns(points, X.clone().requires_grad_()),
+        "x carries gradients, so the loss would train what made it",
+        "give x.detach(), or encode under torch.no_grad()",
+    ),
     "no rows": Mistake(learns(points, X[:0]), "x has shape (0, 2), and so no data"),
     "no axis": Mistake(learns(points, X[:, 0]), "x has shape (8,): give rows, (b, ...)"),
     "other data": Mistake(after(lambda flow: flow(IMAGES)), "x has shape (8, 1, 8, 8): give rows of shape (2,)"),
@@ -461,6 +495,38 @@ MISTAKES = {
         "path is 'trig': give one of dumo.flow.path, such as Trig(), or leave it out",
     ),
     "classes": Mistake(lambda: dumo.Flow(points(), classes=-1), "classes = -1: give how many labels there are"),
+    "a precision of another library": Mistake(
+        lambda: dumo.Flow(points(), precision=cast(Any, "fp16")),
+        "precision = 'fp16': give 'fp32', 'tf32' or 'bf16', or leave it out for the caller's autocast",
+    ),
+    "a guide that is a number": Mistake(
+        lambda: dumo.Flow(points(3), "flow_matching", classes=3, guide=cast(Any, 2.0)),
+        "guide = 2.0: give dumo.flow.guide.CFG(scale=2), or flow.sample(guidance=2)",
+    ),
+    "a knob": Mistake(
+        lambda: dumo.Flow(Perceptron(ImprovedMeanFlow().needs, 3), "imf", classes=3, knobs={"scale": 2}),
+        "objective 'imf' has no knob 'scale': its knobs are w, low, high",
+    ),
+    "a drift of what is no label": Mistake(
+        learns(Numbers, c=NUMBERS, objective={"kind": "drift", "size": 4}, null=torch.zeros(3)),
+        "objective 'drift' compares rows of one label, and c is no label: give labels and classes=, or take another",
+    ),
+    "a coupling of what is no label": Mistake(
+        learns(Numbers, c=NUMBERS, null=torch.zeros(3), coupling=Coupling(group=8)),
+        "coupling= compares rows of one label, and c is no label: give labels and classes=, or leave out coupling=",
+    ),
+    "labels on another device": Mistake(
+        learns(lambda: points(3), c=LABELS.to("meta"), classes=3),
+        "condition 'c' is on meta, and x on cpu: give both on the same device",
+    ),
+    "a derivative by dual numbers alone": Mistake(
+        learns(lambda: AddsInPlace(F2D2().needs), objective="f2d2"),
+        "whatever the slope, has no tangent for 'add_, in place', which this net uses: use another operation",
+    ),
+    "no other derivative": Mistake(
+        lambda: dumo.Flow(AddsInPlace(FreeFlow().needs), "freeflow", teacher=lambda x, t, c, v: v)(X),
+        "whatever the slope, has no tangent for 'Tensor.__iadd__', which this net uses: use another operation",
+    ),
     # what is read
     "a jump": Mistake(
         after(lambda flow: flow.jump(X, 1.0, 0.5)),
@@ -519,6 +585,10 @@ MISTAKES = {
     "no solver": Mistake(
         after(lambda flow: flow.sample(4, solver="huen")),
         "there is no solver 'huen': use euler, heun, restart, hop or hermite",
+    ),
+    "a solver in a dict": Mistake(
+        after(lambda flow: flow.sample(4, solver=cast(Any, {"kind": "euler"}))),
+        "solver = {'kind': 'euler'}: give a name, such as 'heun', or one of dumo.flow.solver, such as Heun()",
     ),
     "no passes": Mistake(after(lambda flow: flow.sample(4, nfe=0)), "nfe = 0 is no number of passes"),
 }  # fmt: skip
@@ -595,6 +665,28 @@ def test_rows_that_a_zero_layer_hides_are_seen_to_mix_at_the_second_check() -> N
         flow(X)
 
 
+def test_data_with_gradients_are_read_where_none_are_taken() -> None:
+    flow = dumo.Flow(points())
+    x = X.clone().requires_grad_()
+    with torch.no_grad():
+        assert flow(x).isfinite()
+    assert flow(x.detach()).isfinite()
+    assert flow.velocity(x, 0.5).isfinite().all()
+
+
+def test_a_number_of_numpy_says_how_many_samples() -> None:
+    flow = dumo.Flow(points())
+    assert torch.equal(flow.sample(np.int64(2), shape=(2,)), flow.sample(2, shape=(2,)))
+
+
+def test_a_network_on_another_device_is_said() -> None:
+    flow = dumo.Flow(points())
+    passes, b = flow.passes(X)
+    flow.net.to("meta")
+    with pytest.raises(UserError, match=r"x is on cpu, and the network's weights on meta: give x\.to\('meta'\)"):
+        try_pass(passes, b, TWO)
+
+
 def test_what_is_no_tensor_is_said() -> None:
     with pytest.raises(UserError, match="x is a ndarray: give a tensor"):
         require_data(X.numpy())
@@ -630,6 +722,32 @@ def test_another_way_is_found_and_said(caplog: pytest.LogCaptureFixture) -> None
     assert "not dual" in flow.slope_reason
     assert f"dumo: du/dt by {flow.slope_reason}" in caplog.messages
     assert flow.slope_reason in repr(flow)
+
+
+@pytest.mark.parametrize("case", ["latents of 16 bits", "weights of 16 bits", "casts inside"])
+def test_du_dt_is_not_compared_where_differences_cannot_be_taken(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case != "casts inside":
+        monkeypatch.setattr(derivative, "_MAX_COPIED_PARAMETERS", 0)
+    net = JoinsLate(casts=case == "casts inside")
+    x = X if case == "casts inside" else X.bfloat16()
+    if case == "weights of 16 bits":
+        net = net.bfloat16()
+    flow = dumo.Flow(net)
+    with torch.autocast("cpu", torch.bfloat16, enabled=case != "weights of 16 bits"):
+        assert flow(x).isfinite()
+    assert flow.slope_reason.startswith("dual, not compared")
+
+
+def test_a_network_that_needs_autocast_and_has_no_slope_is_refused() -> None:
+    class DetachesLate(JoinsLate):
+        def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+            if isinstance(x, Dual):
+                raise TypeError("not me")
+            return super().forward(x, torch.from_numpy(t.detach().numpy()))
+
+    flow = dumo.Flow(DetachesLate(casts=True))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match=r"no du/dt of .*not dual: .*not jvp: "):
+        flow(X)
 
 
 @pytest.mark.parametrize("build", [DetachesTime, FloatsTime])

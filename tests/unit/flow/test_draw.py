@@ -241,3 +241,15 @@ def test_a_teacher_is_asked_for_v_t_where_the_loss_reads_it(objective: Objective
     flow.add_noise(flow.make_draws(0, x.shape[1:], batch=8), x, torch.zeros(8, dtype=torch.long))
     draw(objective, Linear(), x, torch.zeros(8, dtype=torch.long), 0, seed=0, step=0, teacher=teacher)
     assert len(asked) == 2 * times
+
+
+def test_draws_are_made_on_the_cpu_whatever_the_default_device() -> None:
+    expected = make_draws(DuMo(), (2,), seed=0, step=0, batch=4, prior=0.5)
+    torch.set_default_device("meta")
+    try:
+        draws = make_draws(DuMo(), (2,), seed=0, step=0, batch=4, prior=0.5)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(draws.t, expected.t)
+    assert torch.equal(draws.kept, expected.kept)
+    assert torch.equal(draws.keys, expected.keys)

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 import dumo
 from contract.case import members, randomise
 from contract.own import Encoder, Numbers, Patches, Perceptron, Text, UNet
+from dumo.autodiff import dual
 from dumo.flow.condition import Condition
 from dumo.flow.draw import draw, path_velocity
 from dumo.flow.loop import LoopFlow as Flow
@@ -190,6 +191,29 @@ def flow_of(kind: str, classes: int, **settings: Any) -> Flow:  # noqa: ANN401
     path = Trig() if needs.formulas.paths == ("trig",) else Linear()
     torch.manual_seed(0)
     return dumo.Flow(Perceptron(needs, classes), objective_of(kind), classes=classes, path=path, **settings)
+
+
+class AsksForTensors(Perceptron):
+    def forward(
+        self, x: Tensor, t: Tensor, r: Tensor | None = None, y: Tensor | None = None, **knobs: Tensor
+    ) -> tuple[Tensor, ...]:
+        assert torch.is_tensor(x)
+        assert r is None or torch.is_tensor(r)
+        return super().forward(x, t, r, y, **knobs)
+
+
+@pytest.mark.parametrize("kind", ["lsd", "freeflow", "f2d2", "critic"])
+def test_others_take_duals_whatever_the_slope(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "is_tensor", lambda value: isinstance(value, Tensor))  # as in a new process
+    dual._teach_is_tensor.cache_clear()
+    teacher = flow_of("flow_matching", 0)
+    needs = flow_of(kind, 0).objective.needs
+    settings = {"teacher": teacher} if needs.teacher.velocity == "must" else {}
+    objective: dict[str, Any] = {"kind": kind}
+    if needs.slope is not None:
+        objective["slope"] = {"kind": "central"}
+    assert dumo.Flow(AsksForTensors(needs), objective, **settings)(points()).isfinite()
+    dual._teach_is_tensor.cache_clear()
 
 
 @pytest.mark.parametrize("kind", tiered(KINDS, now=QUICK))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from dumo.flow.slope import CentralSlope, JvpSlope
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
 from dumo.types import Frozen, Heads, UserError
 
 
@@ -59,3 +60,14 @@ def test_the_step_that_a_refusal_names_is_served(scale: float) -> None:
         CentralSlope(h=0.1).check("fp32", scale)
     named = str(refused.value).split("h <= ")[1].split(",")[0]
     CentralSlope(h=float(named)).check("fp32", scale)
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "grad_checkpointing", "wrapper"])
+def test_where_activations_are_let_go_the_dual_pass_is_its_own(name: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 3))
+    assert DualSlope().way(net, Frozen(net), known=False).name == "tape"
+    if name == "wrapper":
+        net[0] = checkpoint_wrapper(net[0])
+    else:
+        setattr(net[0], name, True)
+    assert DualSlope().way(net, Frozen(net), known=False).name == "pass"
