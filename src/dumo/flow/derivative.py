@@ -15,7 +15,7 @@ their order and shape: heads (rows, ...), then gauges (rows,).
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -265,7 +265,7 @@ def _differences(net: Passes, b: Noised, inputs: Mapping[str, Time], *, as_calle
 
 
 @contextmanager
-def _in_own_precision(device_type: str) -> Iterator[None]:
+def _in_own_precision(device_type: str) -> Generator[None, None, None]:
     """Inside, passes are in the types of x and the weights, and attention rounds least."""
     with torch.autocast(device_type, enabled=False), sdpa_kernel(SDPBackend.MATH):
         yield

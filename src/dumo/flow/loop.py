@@ -216,11 +216,6 @@ class LoopFlow(Flow):
         how many rows each has. Raises UserError for what cannot be trained on.
         """
         # what can be wrong
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
-            raise UserError(
-                "x carries gradients, so the loss would train what made it: give x.detach(), or encode under "
-                "torch.no_grad()"
-            )
         is_counted = step is None and self.training
         is_second_check = is_counted and self.step == _SECOND_CHECK_STEP and not self.is_check_of_copy
         is_checked = self.is_checked_in_training if self.training else self.is_checked
@@ -229,6 +224,11 @@ class LoopFlow(Flow):
         else:
             require_batch(x, c, self.classes, self.shape, self.call, null=self.null)
             require_whole_groups(self.objective, len(x))
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UserError(
+                "x carries gradients, so the loss would train what made it: give x.detach(), or encode under "
+                "torch.no_grad()"
+            )
         if progress is None:
             progress = 0.0
             self._warn_of_missing_progress()

@@ -217,10 +217,10 @@ FAMILY = SpecFamily(
 Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | SolverSpec, FAMILY]
 
 
-def solver_of(solver: Solver | str) -> Solver:
+def solver_of(solver: object) -> Solver:
     """A solver by its name, with its defaults; one that is built as it is. Raises UserError for anything else."""
     if isinstance(solver, Spec):
-        return solver
+        return cast("Solver", solver)
     if not isinstance(solver, str):
         raise UserError(f"solver = {solver!r}: give a name, such as 'heun', or one of dumo.flow.solver, such as Heun()")
     if solver not in FAMILY.names:
