@@ -40,7 +40,7 @@ def exported(*, guided: bool = False, lowest: float = 0.0, absent_parts: tuple[s
         ({"head": "v"}, "is a velocity"),
         ({"nfe": (1, 4)}, "takes 2 steps, and this run was exported for nfe=1, 4"),
         ({"nfe": (2,), "makes_hops": True}, "for solver hop"),
-        ({"lowest": 1.0}, "was not taught the times"),
+        ({"lowest": 1.0}, "was not taught their times"),
         ({"guided": True}, "with guidance, of scale 2"),
         ({"class_embeddings": {"tokens": torch.zeros(1)}}, "reads prompts"),
         ({"absent_parts": ("text_encoder_2", "tokenizer_2")}, "has no text_encoder_2, tokenizer_2"),
