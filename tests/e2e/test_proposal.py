@@ -212,7 +212,8 @@ def test_few_images_are_learned_before_the_time_is_over(photos: Path, monkeypatc
     """More steps copy them, and in time training breaks (docs/log.md)."""
     monkeypatch.setattr(proposal, "_step_seconds", lambda run, here: 0.1)
     found = proposal.propose("photos", minutes=10, device="cpu")
-    assert (found.run.train.steps, found.run.train.minutes) == (563, None)  # 1,500 times 12 images, by 32: one of 13 cannot be read
+    # 1,500 times 12 images, by 32: one of the 13 cannot be read
+    assert (found.run.train.steps, found.run.train.minutes) == (563, None)
     assert found.seconds < 600 / 2
     assert dict(found.lines())["ends early"].startswith("before 10 minutes: more steps on so few images copy them")
     longer = proposal.propose("photos", ["train.minutes=10"], device="cpu")
