@@ -34,12 +34,11 @@ from dumo.config.spec import Run
 from dumo.data import Memory
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
-from dumo.io.file import check_writable
 from dumo.io.read import first_few
 from dumo.nets import ModuleSpec
 from dumo.plan import proposal
 from dumo.plan.photolatents import place_in_memory
-from dumo.run.folder import require_free
+from dumo.run.folder import require_place
 from dumo.runtime.door import goes_on_line, option, settings
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
@@ -149,8 +148,7 @@ def compose(
             log_line(goes_on_line(folder, minutes))
         return Composed(None, settings_of_images(own_run.tree, all_changes, images_place), folder, text=own_run)
 
-    require_free(folder)
-    check_writable(folder)
+    require_place(folder)
 
     # a run is proposed for these images; of those in memory, the proposal says how they are learned
     memory = _images_in_memory(parts)

@@ -269,11 +269,9 @@ def train(
 
 def _require_place_and_tracker(folder: Path, tracker: str | None) -> None:
     """Raise UserError or OSError where no new run can be written to a folder, or a tracker is not installed."""
-    from dumo.io import file
-    from dumo.run.folder import require_free
+    from dumo.run.folder import require_place
 
-    require_free(folder)
-    file.check_writable(folder)
+    require_place(folder)
     if tracker is not None:
         from dumo.report.feed import require_tracker
 

@@ -74,6 +74,11 @@ class ImageProtocol(Protocol):
         return self.standard.samples
 
     @property
+    def reads_data(self) -> bool:
+        """Whether samples are compared with images of the data; else with ADM's file."""
+        return not self.standard.url
+
+    @property
     def missing(self) -> str | None:
         """What must be fetched before anything can be judged here; None: nothing."""
         return self.missing_files("in evaluate.protocol.reference")
@@ -86,7 +91,7 @@ class ImageProtocol(Protocol):
         file = inception.weights_path()
         if not file or not file.is_file():
             return "the weights of Inception: dumo data inception says how to get them"
-        if not self.standard.url:
+        if self.reads_data:
             return None
         if self.reference is None:
             return f"ADM's reference, named {reference_option}: see dumo data adm"
@@ -128,10 +133,10 @@ class ImageProtocol(Protocol):
         """
         standard = self.standard
         extractor = inception.load(None, context.device)
-        if standard.url:
-            reference_facts, count_reference = self._adm_reference(extractor, context)
-        else:
+        if self.reads_data:
             reference_facts, count_reference = self._data_reference(extractor, context)
+        else:
+            reference_facts, count_reference = self._adm_reference(extractor, context)
         facts = {
             **inception.facts(extractor.state_dict(), extractor.origin),
             **reference_facts,

@@ -12,8 +12,8 @@ evaluator (`dumo.evaluation.wholeset`) that waits for all samples, then calls th
 
 Without classes `mmd` leads. None of the three has a bias: a perfect sampler has 0 in the mean, whatever the numbers of
 samples and real images. A Fréchet distance to few images is larger than to many, so every score stands next to what a
-perfect sampler would have.
-No number is an FID: distances are in features of dumo's own classifiers, and compare with no published number.
+perfect sampler would have. No number is an FID: distances are in features of dumo's own classifiers, and compare with
+no published number.
 
 Draws are keyed by the protocol's name, so the same samples and data have the same scores.
 """

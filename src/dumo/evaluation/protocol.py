@@ -121,6 +121,11 @@ class Protocol(Spec, ABC):
         """Which file or field is missing, so that nothing can be judged here; None: nothing is."""
         return None
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether samples are compared with images of the data; else with a file."""
+        return True
+
     def check(self, shape: Sequence[int], classes: int = 0) -> None:
         """Raise UserError if samples of this decoded shape, in this number of classes, cannot be judged."""
         problem = self.why_unfit(tuple(shape), classes)

@@ -155,7 +155,7 @@ def make_draws(
     row_numbers = range(batch)[rows]
     with torch.device("cpu"):  # whatever torch.set_default_device says
         t, r = objective.times(batch, stream(seed, step, "times"))
-        kept = torch.rand(batch, generator=stream(seed, step, "kept")) >= objective.drop
+        is_condition_kept = torch.rand(batch, generator=stream(seed, step, "kept")) >= objective.drop
         moving = objective.times.moving(batch)
         laws: dict[str, Tensor] = {}
         for name, law in objective.needs.laws.items():
@@ -167,7 +167,7 @@ def make_draws(
             t=t[rows],
             r=r[rows],
             z=keyed_normal(seed, step, "z", rows=row_numbers, shape=shape) if z else None,
-            kept=kept[rows],
+            kept=is_condition_kept[rows],
             keys=dropout.keys(seed, step, batch)[rows],
             laws=laws,
             moving=None if moving is None else moving[rows],

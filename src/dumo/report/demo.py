@@ -150,7 +150,7 @@ def _condition_field(run: InteractiveRun) -> "gr.Dropdown | gr.Textbox":
 
     conditions = run.sampler.conditions
     if conditions.captions:
-        first_caption = conditions.words[0] if conditions.words else ""  # "": those of its data are not here
+        first_caption = next(iter(conditions.words), "")  # "": those of its data are not here
         return gr.Textbox(first_caption, label="prompt", lines=1, scale=3)
     if 0 < conditions.count <= MAX_LISTED_CLASSES:
         names = [conditions.name(c) for c in range(conditions.count)]

@@ -111,7 +111,7 @@ def _judge(opened: RunFolder, bar: Bar, metrics: Mapping[str, OwnMetric]) -> tup
     protocol = run.evaluate.protocol
     seed = run.evaluate.seed
     settings = judging_settings(sampler, run.evaluate)
-    if getattr(protocol, "reference", None) is None:  # with a reference no image of the data is opened
+    if protocol.reads_data:
         require_trained_images(opened)
     evaluator = evaluator_of(sampler, run.evaluate, bar, _stored_reference(opened))
     if metrics:

@@ -233,8 +233,8 @@ def render(opened: RunFolder, parts: PageParts) -> str:
         others = judgement.objectives_table(results, parts.evaluation, opened.step, facts.forward_units_per_step)
     proximity = parts.neighbours.proximity if parts.neighbours else None
     missing = missing_to_judge(run, parts.size)
-    has_reference = opened.is_shipped or getattr(run.evaluate.protocol, "reference", None) is not None
-    has_data = has_reference or not parts.missing
+    needs_data = run.evaluate.protocol.reads_data and not opened.is_shipped
+    has_data = not parts.missing or not needs_data
     if not has_data:
         missing = "the images of the training"
     template = _template_environment(run).get_template("report.html.j2")

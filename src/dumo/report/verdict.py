@@ -73,8 +73,7 @@ def reach_verdict(
     """The verdict on a run. `name` is what a user types for it: its folder, or its name.
 
     `num_images` are those of its data; None: they never end, or are not here. `has_data`: what an evaluation compares
-    with is here. An evaluation of other weights, or
-    of what is sampled otherwise now, does not count.
+    with is here. An evaluation of other weights, or of what is sampled otherwise now, does not count.
     """
     run = opened.run
     step = opened.step

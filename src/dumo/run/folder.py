@@ -95,6 +95,12 @@ def require_free(folder: Path) -> None:
             raise UserError(f"{folder} is not empty and holds no {RUN_FILE}: give another folder with {option('out')}")
 
 
+def require_place(folder: Path) -> None:
+    """Raise UserError or OSError where no new run can be written to a folder; nothing is written."""
+    require_free(folder)
+    files.check_writable(folder)
+
+
 def require_resumable(run: Run, index: Index, step: int | None = None, *, accept: bool = False) -> None:
     """Raise UserError unless `run` can be trained in its folder: from the start, or on from a checkpoint there.
 

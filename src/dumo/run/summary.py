@@ -40,8 +40,8 @@ def empty_classes_line(data: Data, source: object) -> str:
         return ""
     labels = source.readable_labels()
     images = shown_data(data)
-    takes_part = is_images(images) and images.count is not None  # the classes that are left out can be read
-    if labels is None or takes_part:
+    is_cut = is_images(images) and images.count is not None  # images that are left out may be of the other classes
+    if labels is None or is_cut:
         return ""
     counts = labels.bincount(minlength=data.labels).tolist()
     empty_classes = [c for c in range(data.labels) if not counts[c]]
