@@ -360,9 +360,9 @@ def slug(text: str) -> str:
 def training_settings(recipe: str, host: str) -> tuple[str, ...]:
     """The settings by which the recipe `host` trains as `recipe` does.
 
-    They are the objective, the path, the preconditioning, theta^- and the solver of `recipe`. Data, net and training
-    stay the host's; so do dropped labels and guidance, if both objectives have them. A net that cannot have the
-    preconditioning is refused as these settings are loaded.
+    They are the objective, the path, the preconditioning, theta^- and the solver of `recipe`. Data, their standard
+    deviation, net and training stay the host's; so do dropped labels and guidance, if both objectives have them. A net
+    that cannot have the preconditioning is refused as these settings are loaded.
     """
     host_run = load_recipe(host)
     recipe_run = load_recipe(recipe)
@@ -372,9 +372,12 @@ def training_settings(recipe: str, host: str) -> tuple[str, ...]:
     for name in ("drop", "guide"):
         if name in objective and name in host_tree["objective"]:
             objective[name] = host_tree["objective"][name]
+    path = recipe_tree["path"]
+    if "sd" in type(recipe_run.path).model_fields:
+        path["sd"] = host_run.path.sd
     parts = {
         "objective": objective,
-        "path": recipe_tree["path"],
+        "path": path,
         "train.ref": recipe_tree["train"]["ref"],
         "sample.solver": recipe_tree["sample"]["solver"],
     }

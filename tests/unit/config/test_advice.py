@@ -68,8 +68,8 @@ def test_of_others_nothing_is_said(sets: list[str], sd: float | None) -> None:
 @pytest.mark.parametrize(
     ("recipe", "sets", "who"),
     [
-        ("digits-ict", [], "objective 'consistency' and net.precondition 'edm'"),
-        ("digits-ict", ["net.precondition=none"], "objective 'consistency' are"),
+        ("digits-ict", ["path.sd=1"], "objective 'consistency' and net.precondition 'edm'"),
+        ("digits-ict", ["path.sd=1", "net.precondition=none"], "objective 'consistency' are"),
         ("digits-sct", [], "objective 'sct'"),
         ("digits", ["net.precondition=edm"], "of net.precondition 'edm'"),
     ],

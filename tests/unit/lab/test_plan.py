@@ -166,6 +166,12 @@ def test_an_objective_is_taken_onto_another_recipe() -> None:
     assert spec.net.model_copy(update={"precondition": "none"}) == host.net
 
 
+def test_the_deviation_of_the_data_stays_the_hosts() -> None:
+    assert recipe("digits-ect").path.sd == 0.75
+    assert load("cifar10-latents", training_settings("digits-ect", "cifar10-latents")).path.sd == 1
+    assert load("digits-ect", training_settings("digits-sct", "digits-ect")).path.sd == 0.75
+
+
 def test_a_precondition_goes_along_to_any_net_that_can_have_it() -> None:
     assert load("cifar10", training_settings("digits-ect", "cifar10")).net.precondition == "edm"
     with pytest.raises(UserError, match=r"net\.precondition"):
