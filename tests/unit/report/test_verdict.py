@@ -61,7 +61,7 @@ def texts(verdict: Verdict) -> list[str]:
 def test_a_run_that_is_not_like_the_data_goes_on(tmp_path: Path) -> None:
     verdict = reach_verdict(run_folder(tmp_path, 5000), NAME, evaluation("far"), proximity(1.0))
     assert verdict.head == "Not yet like the data"
-    assert verdict.reason == "class-conditional distance · 10³ is 168, of a perfect sampler 0.0 ± 1.3"
+    assert verdict.reason == "kernel distance by class · 10³ is 168, of a perfect sampler 0.0 ± 1.3"
     assert texts(verdict) == [
         "dumo train runs/photos --set train.steps=10000 goes on for 5,000 more steps, in about 42 min"
     ]
