@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from dumo.autodiff.dual import pair, primal, tangent
+from dumo.autodiff.dual import pair, primal, tangent, teach_others
 from dumo.config.conditions import Conditions
 from dumo.config.encodecommand import encode_texts_command, naming_encode_command
 from dumo.data import Data, Images, Latents
@@ -263,6 +263,7 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
     findings = [
         Finding("pipeline", "ok", f"{pipeline.class_name or 'a transformer alone'}, {pipeline.distillation_text}")
     ]
+    teach_others()
     with torch.no_grad():
         v = net(x, c, t=t, **other_times)[head]
         dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)), **other_times)[head]  # along v itself
