@@ -75,13 +75,16 @@ class Command(TyperCommand):
         "": there is no such setting among the words.
         """
         options_with_value = {name for parameter in self.params if _takes_value(parameter) for name in parameter.opts}
-        for option, word, next_word in zip(["", *words], words, [*words[1:], ""], strict=False):
+        for i, word in enumerate(words):
             if word.startswith("-"):
                 continue
-            if option == _SET:
-                if "=" not in word and next_word and not next_word.startswith("-"):
-                    return f"{_SET} {word}: write it as a.b=c, {_SET} {word}={next_word}"
-            elif "=" in word and option not in options_with_value:
+            word_before = words[i - 1] if i > 0 else ""
+            word_after = words[i + 1] if i + 1 < len(words) else ""
+            if word_before == _SET:
+                is_value_after = word_after != "" and not word_after.startswith("-")
+                if "=" not in word and is_value_after:
+                    return f"{_SET} {word}: write it as a.b=c, {_SET} {word}={word_after}"
+            elif "=" in word and word_before not in options_with_value:
                 return f"{word} is no argument: to set a field write {_SET} {word}"
         return ""
 

@@ -272,9 +272,14 @@ def _base_recipe(parts: Fields) -> str:
         raise UserError('nothing to train: give a recipe, such as "digits", or data=, objective= or net=')
     data = parts.get("data", {"kind": _TOYS[0]})
     if data["kind"] not in _TOYS:
-        return IMAGES_RECIPE if _are_images(data) else "moons"
+        return _recipe_of_data(data)
     objective_recipe = _objective_recipe(data["kind"], parts.get("objective", {"kind": ""}))
     return objective_recipe if objective_recipe in recipes.names() else data["kind"]
+
+
+def _recipe_of_data(data: Fields) -> str:
+    """The recipe for data of this kind that are no toy: that of images, or that of points."""
+    return IMAGES_RECIPE if _are_images(data) else "moons"
 
 
 def _are_images(data: Fields) -> bool:
@@ -326,18 +331,31 @@ def _part_fields(parts: Fields, tree: Fields) -> Fields:
     the run's own kind changes nothing. An objective given by name alone is as its recipe on digits has it, unguided,
     where there is one.
     """
-    kinds: dict[str, object] = {}
-    for name in parts:
-        part = tree.get(name)
-        kinds[name] = part.get("kind") if isinstance(part, dict) else None
-    fields = {name: part for name, part in parts.items() if part != {"kind": kinds[name]}}
-    if "data" in fields and fields["data"]["kind"] != kinds["data"]:
-        recipe = IMAGES_RECIPE if _are_images(fields["data"]) else "moons"
+    fields: Fields = {}
+    for name, part in parts.items():
+        is_own_kind_by_name = part == {"kind": _kind_in(tree, name)}
+        if not is_own_kind_by_name:
+            fields[name] = part
+    if "data" in fields and fields["data"]["kind"] != _kind_in(tree, "data"):
+        recipe = _recipe_of_data(fields["data"])
         fields["evaluate"] = load_recipe(recipe).evaluate.model_dump(mode="json")
     if "objective" in fields:
-        objective_recipe = _objective_recipe(_TOYS[0], fields["objective"])
-        if fields["objective"].keys() == {"kind"} and objective_recipe in recipes.names():
-            fields["objective"] = load_recipe(objective_recipe).model_dump(mode="json")["objective"]
+        fields["objective"] = _objective_fields(fields["objective"])
         solver = best_solver(taught_readings(objective_of(fields["objective"])))
         fields["sample.solver"] = {"kind": solver.kind}
     return fields
+
+
+def _kind_in(tree: Fields, name: str) -> object:
+    """The kind of the part of this name in a run's tree; None: the run has no such part, or it says no kind."""
+    part = tree.get(name)
+    return part.get("kind") if isinstance(part, dict) else None
+
+
+def _objective_fields(objective: Fields) -> Fields:
+    """The fields of an objective: if it is given by name alone, those of its recipe on digits, if there is one."""
+    recipe = _objective_recipe(_TOYS[0], objective)
+    is_name_alone = objective.keys() == {"kind"}
+    if is_name_alone and recipe in recipes.names():
+        return load_recipe(recipe).model_dump(mode="json")["objective"]
+    return objective

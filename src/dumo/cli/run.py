@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from shlex import join, quote
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -42,6 +42,8 @@ from dumo.runtime.progress import bar, no_bar, print_line
 
 if TYPE_CHECKING:
     from dumo.config.spec import Run
+    from dumo.data import Data
+    from dumo.run.encode import EncodeResult
     from dumo.training.loop import Every
 
 _BENCHMARKS = ("geneval", "dpg")  # whose layouts `dumo.report.benchmark` has
@@ -99,22 +101,16 @@ def encode(
 
     from dumo.config.source import choose
     from dumo.data import is_latents
-    from dumo.encoders.codec import images_at_once
-    from dumo.run import encode
+    from dumo.run import encode as encoding
     from dumo.runtime import dist
 
-    work = encode.encoding_work(source, set_ or [], text=text, out=folder, codec=codec, side=side, count=count)
-    latents = None
-    texts = None
+    work = encoding.encoding_work(source, set_ or [], text=text, out=folder, codec=codec, side=side, count=count)
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
-    hint = f"set --batch lower (now {batch})"
-    if is_latents(work.data):
-        at_once = images_at_once(work.data.images.side, work.data.images.side)
-        hint = f"set --batch lower (now {batch}, and of images at most {at_once} at a time)"
-    with memory_hint(hint), ranks:
-        rank, world = encode.parse_part(part)
+    results: list[EncodeResult] = []
+    with memory_hint(_smaller_batch_hint(batch, work.data)), ranks:
+        rank, world = encoding.parse_part(part)
         if is_latents(work.data):
-            latents = encode.encode(
+            latents = encoding.encode(
                 work.data,
                 batch=batch,
                 rank=rank,
@@ -126,11 +122,12 @@ def encode(
                 device=device,
                 bar=bar,
             )
-        no_table = encode.reason_without_text_table(work.data, work.texts) if work.texts else ""
+            results.append(latents)
+        no_table = encoding.reason_without_text_table(work.data, work.texts) if work.texts else ""
         if no_table:
             print_line(no_table)
         elif work.texts:
-            texts = encode.encode_texts(
+            texts = encoding.encode_texts(
                 work.data,
                 work.texts,
                 batch=batch,
@@ -140,17 +137,35 @@ def encode(
                 device=device,
                 bar=bar,
             )
+            results.append(texts)
 
     # what was made, and what to type next
-    results = [result for result in (latents, texts) if result is not None]
     for result in results:
         for line in result.lines():
             out.print(line, soft_wrap=True)
-    if all(result.read_index() for result in results) and choose(source).kind == "recipe":
-        command = [program(), "train", source]
-        for field in (*encode.options_as_settings(folder, codec, side, count), *(set_ or [])):
-            command += ["--set", field]
-        err.print(f"next:  {join(command)}", soft_wrap=True)
+    is_complete = all(result.read_index() for result in results)
+    if is_complete and choose(source).kind == "recipe":
+        options = encoding.options_as_settings(folder, codec, side, count)
+        _print_train_command(source, [*options, *(set_ or [])])
+
+
+def _smaller_batch_hint(batch: int, data: "Data") -> str:
+    """A hint, for an error: what to set so that encoding takes less memory."""
+    from dumo.data import is_latents
+    from dumo.encoders.codec import images_at_once
+
+    if not is_latents(data):
+        return f"set --batch lower (now {batch})"
+    at_once = images_at_once(data.images.side, data.images.side)
+    return f"set --batch lower (now {batch}, and of images at most {at_once} at a time)"
+
+
+def _print_train_command(recipe: str, changes: Sequence[str]) -> None:
+    """Print how to train a recipe with these changes, each a.b=c, as what to type next."""
+    command = [program(), "train", recipe]
+    for change in changes:
+        command += ["--set", change]
+    err.print(f"next:  {join(command)}", soft_wrap=True)
 
 
 def train(
@@ -204,12 +219,13 @@ def train(
     # what to train, and where
     changes = set_ or []
     are_images = chosen.kind == "images"
-    folder = folder or chosen.folder
-    goes_on = chosen.kind == "run" and chosen.folder == folder
+    run_folder = folder or chosen.folder
+    goes_on = chosen.kind == "run" and chosen.folder == run_folder
     if yes and not are_images:
         raise typer.BadParameter("--yes is for a folder of images: of all else nothing is asked")
     if minutes and not (are_images or goes_on):
-        raise typer.BadParameter(_minutes_hint(minutes, folder, has_run=(folder / RUN_FILE).is_file()))
+        has_run = (run_folder / RUN_FILE).is_file()
+        raise typer.BadParameter(_minutes_hint(minutes, run_folder, has_run=has_run))
     began = time.perf_counter()  # `stopwatch.wall_clock`: the time of a run that goes on counts from here
 
     from dumo.config.load import load
@@ -218,21 +234,21 @@ def train(
     from dumo.run.judge import missing_to_judge
     from dumo.run.train import train_job
 
-    run: Run | None = None  # the folder's own
-    more_minutes = minutes if goes_on else None
-    if are_images and text is not None:
-        if minutes:
-            print_line(goes_on_line(folder, minutes))
-        changes = settings_of_images(text.tree, changes, source)
-    elif text is None:
-        _require_place_and_tracker(folder, track)  # before a plan that takes long
+    # the run to begin; None: that of the folder goes on, with `changes`
+    run: Run | None = None
+    if text is None:  # images that have no run yet
+        _require_place_and_tracker(run_folder, track)  # before a plan that takes long
         run = _propose_run(source, changes, minutes, device, ask=not yes)
         began = time.perf_counter()
+    elif are_images:  # images whose run goes on
+        if minutes:
+            print_line(goes_on_line(run_folder, minutes))
+        changes = settings_of_images(text.tree, changes, source)
     elif not goes_on:
         run = load(without_resolved(text), [*chosen.settings, *changes])
 
     opened = open_job(
-        folder,
+        run_folder,
         run,
         text=text,
         changes=changes,
@@ -242,29 +258,32 @@ def train(
         accept=accept,
         verify=verify,
         sheets=Sheets,
-        minutes=more_minutes,
+        minutes=minutes if goes_on else None,
         began=began,
         bar=bar,
     )
-    tracking: AbstractContextManager[Sequence[Every]] = nullcontext(())  # the hooks that send its log to a tracker
-    if track is not None:
-        from dumo.report.feed import live_feed
-
-        tracking = live_feed(folder, track, print_line)
-    with tracking as hooks, opened as job:
+    with _tracking(run_folder, track) as hooks, opened as job:
         if chosen.kind != "recipe":  # a path may hold several things
             print_line(f"source: {chosen.meaning}")
-        run = job.run
         drop_from_resume("--minutes", "--from")  # they are obeyed: run.yaml has the time, and the run went back
-        with memory_hint(_less_memory_hint(run)):
+        with memory_hint(_less_memory_hint(job.run)):
             state = train_job(job, bar, hooks)
     err.print(
-        f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
+        f"trained {state.step:,} steps on {state.images:,} images: {run_folder}/checkpoints",
         highlight=False,
         soft_wrap=True,
     )
-    missing = missing_to_judge(run, job.data.size)
-    _print_next(_next_commands(run, folder, can_judge=not missing), missing)
+    missing = missing_to_judge(job.run, job.data.size)
+    _print_next(_next_commands(job.run, run_folder, can_judge=not missing), missing)
+
+
+def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:
+    """Why --minutes is refused of a recipe or a file, with what to type; `has_run`: its folder holds a run."""
+    hint = "--minutes is for a folder of images, or to go on with a run's folder; of a recipe set train.steps, "
+    hint += f"or by the clock:  {settings(f'train.minutes={minutes:g}')}"
+    if has_run:
+        hint += f". To go on with its run:  {train_call(folder, minutes=minutes)}"
+    return hint
 
 
 def _require_place_and_tracker(folder: Path, tracker: str | None) -> None:
@@ -278,12 +297,46 @@ def _require_place_and_tracker(folder: Path, tracker: str | None) -> None:
         require_tracker(tracker)
 
 
-def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:
-    """Why --minutes is refused of a recipe or a file, with what to type; `has_run`: its folder holds a run."""
-    hint = "--minutes is for a folder of images, or to go on with a run's folder; of a recipe set train.steps, "
-    hint += f"or by the clock:  {settings(f'train.minutes={minutes:g}')}"
-    if has_run:
-        hint += f". To go on with its run:  {train_call(folder, minutes=minutes)}"
+def _propose_run(place: str, overrides: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
+    """Propose a run for the images at `place`, and return it once the user agrees.
+
+    Raises BadParameter without a terminal to `ask` on, Exit where the answer is no, UserError where no run fits.
+    """
+    from dumo.plan import proposal
+
+    proposed_run = proposal.propose(place, overrides, minutes=minutes, device=device, bar=bar)
+    show_lines(proposed_run.lines())
+    if ask and not sys.stdin.isatty():
+        raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")
+    if ask:
+        with signals.default_handlers():  # Ctrl-C ends it there
+            agrees = typer.confirm("train?", default=True, err=True)
+        if not agrees:
+            raise typer.Exit(1)
+    return proposed_run.run
+
+
+def _tracking(folder: Path, tracker: str | None) -> "AbstractContextManager[Sequence[Every]]":
+    """Send the log of a run to a tracker, if there is one, while inside; it gives the hooks to train with."""
+    if tracker is None:
+        return nullcontext(())
+    from dumo.report.feed import live_feed
+
+    return live_feed(folder, tracker, print_line)
+
+
+def _less_memory_hint(run: "Run") -> str:
+    """A hint, for an error: what to set so that a run trains in less memory."""
+    from dumo.nets.textfamily import has_embeddings
+
+    train = run.train
+    texts = run.net.texts
+    rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
+    hint = f"set train.micro_batch lower, the rows of a pass (now {rows} of a rank's of train.batch={train.batch})"
+    if has_embeddings(texts) and not texts.is_mapped(run.data.classes):
+        hint += ", or net.texts.memory=0, which keeps captions on the host"
+    if run.net.checkpoint not in (None, True):
+        hint += ", or net.checkpoint=true in a new run"
     return hint
 
 
@@ -310,40 +363,6 @@ def _print_next(commands: Sequence[str], missing: str | None) -> None:
     err.print("next:  " + "    ".join(commands), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
-
-
-def _propose_run(place: str, overrides: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
-    """Propose a run for the images at `place`, and return it once the user agrees.
-
-    Raises BadParameter without a terminal to `ask` on, Exit where the answer is no, UserError where no run fits.
-    """
-    from dumo.plan import proposal
-
-    proposed_run = proposal.propose(place, overrides, minutes=minutes, device=device, bar=bar)
-    show_lines(proposed_run.lines())
-    if ask and not sys.stdin.isatty():
-        raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")
-    if ask:
-        with signals.default_handlers():  # Ctrl-C ends it there
-            agrees = typer.confirm("train?", default=True, err=True)
-        if not agrees:
-            raise typer.Exit(1)
-    return proposed_run.run
-
-
-def _less_memory_hint(run: "Run") -> str:
-    """A hint, for an error: what to set so that a run trains in less memory."""
-    from dumo.nets.textfamily import has_embeddings
-
-    train = run.train
-    texts = run.net.texts
-    rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
-    hint = f"set train.micro_batch lower, the rows of a pass (now {rows} of a rank's of train.batch={train.batch})"
-    if has_embeddings(texts) and not texts.is_mapped(run.data.classes):
-        hint += ", or net.texts.memory=0, which keeps captions on the host"
-    if run.net.checkpoint not in (None, True):
-        hint += ", or net.checkpoint=true in a new run"
-    return hint
 
 
 def sample(
@@ -530,25 +549,38 @@ def grid(
 
     dist.require_one_process("dumo grid")
     opened = open_run(run_folder, set_ or [], text=text, device=device)
-    options: dict[str, Any] = {"seed": seed, "bar": bar}  # without those whose default a picture knows
-    if reading is not None:
-        options["letters"] = reading.split(",")
-    if nfe is not None:
-        options["nfe"] = parse_integers(nfe, "--nfe")
-    if steps is not None:
-        options["steps"] = None if steps == "all" else parse_integers(steps, "--steps")
-    if count is not None:
-        options["count"] = count
-    folder = folder or opened.output_folder / "grids"
-    file.check_writable(folder)
+    passes = parse_integers(nfe, "--nfe")
+    chosen_steps = None if steps == "all" else parse_integers(steps, "--steps")
+    letters = None if reading is None else reading.split(",")
+    grids_folder = folder or opened.output_folder / "grids"
+    file.check_writable(grids_folder)
     with threads.fewer_when_busy(opened.device, print_line):
         if classes is not None:
             only = None if classes == "all" else parse_classes(classes, opened.sampler.conditions)
-            files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **options))
+            grids = gallery.class_grids(
+                opened,
+                only,
+                nfe=passes,
+                steps=() if steps is None else chosen_steps,  # (): the last
+                count=count or gallery.DEFAULT_COUNT,
+                letters=letters,
+                seed=seed,
+                bar=bar,
+            )
+            files = gallery.write_class_grids(grids_folder, grids)
         else:
             only = parse_classes(labels, opened.sampler.conditions)
-            panels = gallery.trajectories(opened, only=only, **options)
-            files = gallery.write_trajectories(folder, panels)
+            panels = gallery.trajectories(
+                opened,
+                nfe=passes,
+                steps=chosen_steps,  # None: all
+                count=count,
+                only=only,
+                letters=letters,
+                seed=seed,
+                bar=bar,
+            )
+            files = gallery.write_trajectories(grids_folder, panels)
     for path in files:
         out.print(str(path), soft_wrap=True)
 

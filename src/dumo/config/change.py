@@ -1,7 +1,7 @@
 """Change a run's tree of plain values: a file's changes to its base (`merge`), and --set (`override`; ADR 0002).
 
 Both keep one rule: a part with another `kind` begins with that kind's defaults; fields of the old kind are dropped.
-`yaml_text` is a value as one would type it after the `=`.
+`field_of` and `sets_field` tell which field a setting is of; `yaml_text` is a value as one would type it after the `=`.
 """
 
 from collections.abc import Sequence
@@ -59,6 +59,16 @@ def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
                     f"{'.'.join(parent)}=null takes away what {'.'.join(path)} is a part of: leave out one of them"
                 )
         _put(tree, path, values[path])
+
+
+def field_of(setting: str) -> str:
+    """The dotted path of the field that a setting, a.b=c, sets."""
+    return setting.partition("=")[0]
+
+
+def sets_field(settings: Sequence[str], field: str) -> bool:
+    """Whether one of these settings, each a.b=c, sets this field itself, and not a field of it."""
+    return any(field_of(setting) == field for setting in settings)
 
 
 def yaml_text(value: object) -> str:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dumo.config import recipes
-from dumo.config.change import merge, yaml_text
+from dumo.config.change import field_of, merge, yaml_text
 from dumo.config.place import RUN_FILE as RUN_FILE
 from dumo.config.place import (
     RUNS_FOLDER,
@@ -195,8 +195,7 @@ def settings_of_images(tree: dict[str, Any], texts: Sequence[str], place: str | 
 
 def _is_of_images(setting: str) -> bool:
     """Whether a setting, a.b=c, is of a field that `data.images` has in a run of latents."""
-    path, _, _ = setting.partition("=")
-    names = path.split(".")
+    names = field_of(setting).split(".")
     return names[0] == "data" and len(names) > 1 and names[1] not in _LATENTS_FIELDS
 
 

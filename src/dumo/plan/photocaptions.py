@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dumo.config.change import yaml_text
+from dumo.config.change import field_of, yaml_text
 from dumo.config.place import RUNS_FOLDER, TEXTS_FOLDER
 from dumo.config.source import folder_of_images
 from dumo.data import Images
@@ -95,7 +95,7 @@ def _reason_not_to_read(images: Images, sets: Sequence[str]) -> str:
     """Which of the user's changes `sets` keeps a run from reading the captions of its images; "" where none does."""
     reads_captions = isinstance(images.captions, CaptionFiles)
     for text in sets:
-        chooses_net = text.partition("=")[0] in ("net", "net.kind")
+        chooses_net = field_of(text) in ("net", "net.kind")
         chooses_captions = text.startswith("data.captions") and not reads_captions
         if chooses_net or chooses_captions:
             return f"{settings(brief(text))} says what the net reads"

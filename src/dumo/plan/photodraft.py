@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dumo.config.change import override, yaml_text
+from dumo.config.change import override, sets_field, yaml_text
 from dumo.config.load import RUN_FILE, load_recipe, parse
 from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, settings_of_images
 from dumo.config.spec import Run
@@ -143,7 +143,7 @@ def _pixels_draft(
     """
     side = _side_in_pixels(images_found.side, _MAX_SIDES.get(device.type, _MAX_SIDES["cuda"]))
     fields: dict[str, Any] = {"data.root": place} if place else {}
-    trained_side = images.side if photolatents.is_side_set(sets) else side
+    trained_side = images.side if sets_field(sets, "data.side") else side
     fields |= {"data.side": side, **_machine_fields(device, trained_side)}
     if images_found.count * 3 * trained_side**2 <= images.memory * GIGABYTE:  # else decoded at each visit
         return Draft(images_found, IMAGES_RECIPE, fields, prepare_seconds=images_found.decode_seconds)
@@ -191,8 +191,7 @@ def _latents_draft_of_memory(
     # as images of a file that is not written yet
     place = photolatents.place_in_memory(data)
     fields: dict[str, Any] = {"data.root": place, "data.classes": data.classes}
-    sets_classes = any(text.startswith("data.classes=") for text in sets)
-    if len(data.names) == data.classes and not sets_classes:
+    if len(data.names) == data.classes and not sets_field(sets, "data.classes"):
         fields["data.titles"] = list(data.names)
     settings_of_data = [f"{name}={yaml_text(value)}" for name, value in fields.items()]
     settings_of_data += [text for text in sets if text.startswith("data.")]
@@ -220,7 +219,7 @@ def _latents_draft(encodable: _Encodable, sets: Sequence[str], training_seconds:
     latents = load_recipe(IMAGES_LATENTS_RECIPE).data
     assert is_latents(latents)
     side = images.side
-    if not photolatents.is_side_set(sets) and images.crop != "none":
+    if not sets_field(sets, "data.side") and images.crop != "none":
         side = photolatents.side_of_latents(images_found.side, latents.images.side)
     reason = photolatents.reason_by_side(images_found.side)
     if reason:

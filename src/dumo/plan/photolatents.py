@@ -21,7 +21,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from dumo.config.change import yaml_text
+from dumo.config.change import sets_field, yaml_text
 from dumo.config.source import IMAGES_LATENTS_RECIPE, folder_of_images
 from dumo.data import Images, Memory
 from dumo.data.origin import cache_name
@@ -70,17 +70,12 @@ def reason_by_settings(images: Images, sets: Sequence[str]) -> str:
     """Which of the user's settings `sets` latents do not allow; "" where they allow all."""
     if images.captions is not None:
         return f"captions of classes are read there; {settings('data.captions=null')} leaves them out"
-    if is_side_set(sets) and (images.side % PIXELS_PER_LATENT or images.side < _MIN_SIDE_ENCODED):
+    if sets_field(sets, "data.side") and (images.side % PIXELS_PER_LATENT or images.side < _MIN_SIDE_ENCODED):
         return (
             f"data.side={images.side}, and latents take multiples of {PIXELS_PER_LATENT} from {_MIN_SIDE_ENCODED} on: "
             f"{settings(f'data.side={_MIN_SIDE_ENCODED}')} allows them"
         )
     return ""
-
-
-def is_side_set(sets: Sequence[str]) -> bool:
-    """Whether the user says how large the images are to be."""
-    return any(text.startswith("data.side=") for text in sets)
 
 
 def reason_by_side(shorter_side: float) -> str:

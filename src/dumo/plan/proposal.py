@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dumo.config.change import override
+from dumo.config.change import field_of, override, sets_field
 from dumo.config.code import has_own_parts
 from dumo.config.load import load_recipe, parse
 from dumo.config.source import IMAGES_RECIPE, PROPOSED_KEY
@@ -195,7 +195,7 @@ def propose(
         steps = max(1, int(seconds_for_steps / (SLACK * step_seconds)))
         enough_steps = max(ceil(ENOUGH_VISITS * draft.images.readable / run.train.batch), _FEWEST_STEPS)
         # half of the time to spare: on a machine that becomes slower it is over within the minutes, too
-        if steps >= 2 * enough_steps and not _says(sets, "train.minutes"):
+        if steps >= 2 * enough_steps and not sets_field(sets, "train.minutes"):
             steps = enough_steps
             fields |= {"train.steps": steps}
         else:
@@ -208,7 +208,7 @@ def propose(
     run = resolve(draft.run(fields, sets))
     proposed = draft.fields | fields
     fields_of_user = ["data", "data.images.root" if is_latents(run.data) else "data.root"]
-    if _says(sets, "data.root"):
+    if sets_field(sets, "data.root"):
         fields_of_user.append("data.root")
     for field in fields_of_user:
         proposed.pop(field, None)
@@ -238,7 +238,7 @@ def _minutes_to_train(minutes: float | None, sets: Sequence[str], device: torch.
     `minutes` are those that were asked for, apart from the user's own changes `sets`. Raises UserError where both say
     how long it trains.
     """
-    lengths = [text for text in sets if text.partition("=")[0] in ("train.steps", "train.minutes")]
+    lengths = [text for text in sets if field_of(text) in ("train.steps", "train.minutes")]
     if lengths and minutes is not None:
         raise UserError(
             f"{option('minutes', minutes)} and {settings(*map(brief, lengths))} both say how long to train: "
@@ -249,11 +249,6 @@ def _minutes_to_train(minutes: float | None, sets: Sequence[str], device: torch.
     if minutes is None and device.type == "cpu":
         return DEFAULT_MINUTES
     return minutes
-
-
-def _says(sets: Sequence[str], field: str) -> bool:
-    """Whether the user's own changes set a field."""
-    return any(text.partition("=")[0] == field for text in sets)
 
 
 def _step_seconds(run: Run, device: torch.device) -> float:

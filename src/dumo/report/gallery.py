@@ -284,7 +284,7 @@ def write_trajectories(folder: Path, panels: Panels) -> list[Path]:
             path = folder / f"{mode.letter}-step-{step:08d}.png"
             pictures[path] = join_panels({mode.name: {step: image}})
     pictures[folder / "trajectories.png"] = join_panels({mode.name: row for mode, row in panels.items()})
-    return _write_pictures(pictures)
+    return write_pictures(pictures)
 
 
 def write_class_grids(folder: Path, grids: ClassGrids) -> list[Path]:
@@ -292,10 +292,10 @@ def write_class_grids(folder: Path, grids: ClassGrids) -> list[Path]:
     pictures: dict[Path, Image.Image] = {}
     for (mode, step, n), image in grids.items():
         pictures[folder / f"classes-{mode.letter}-nfe{n}-step-{step:08d}.png"] = image
-    return _write_pictures(pictures)
+    return write_pictures(pictures)
 
 
-def _write_pictures(pictures: Mapping[Path, Image.Image]) -> list[Path]:
+def write_pictures(pictures: Mapping[Path, Image.Image]) -> list[Path]:
     """Write each picture into its file; return the paths."""
     for path, image in pictures.items():
         picture.write_picture(path, image)

@@ -39,7 +39,7 @@ from dumo.io import file, picture
 from dumo.plan.plan import show
 from dumo.report import judgement, score
 from dumo.report.chart import Chart
-from dumo.report.gallery import PASSES, reachable_passes, sampling_modes
+from dumo.report.gallery import PASSES, reachable_passes, sampling_modes, write_pictures
 from dumo.report.proximity import Proximity, measure_proximity
 from dumo.report.reconstruction import Reconstruction, reconstruct
 from dumo.report.runchart import page_charts
@@ -62,6 +62,7 @@ POINTS = 2000  # samples of a scatter, and rows that are read of data that are n
 MAX_DATA_PIXELS = 2**24  # of images that are read of the data, 256 of 256 x 256: ours
 SHEET = "sheet"  # the name of the samples by the run's own solver
 PROMPT_PASSES = (1, 2, 4)  # of a sheet of prompts, as far as the solver can make them: ours
+_LATE_FROM = 0.75  # of the steps of a training, where its late losses begin: ours
 NUM_CAPTIONS = 9  # captions that are shown where no prompts are given: ours
 
 Pictures = Mapping[int, Image.Image]  # by number of passes
@@ -121,35 +122,17 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         prompt_sheet = _prompt_sheet(sampler, prompts, bar)
         samples = make_samples(sampler, bar)
 
-    # pictures
-    drawings: dict[str, dict[int, Image.Image]] = {}
-    for name, samples_by_passes in samples.items():
-        drawings[name] = {n: draw_samples(sampler, x, data.x) for n, x in samples_by_passes.items()}
-    sheets = drawings.pop(SHEET)
-    trajectories = drawings  # what is left
-    names = _class_names(sampler)
-    pictures = {f"nfe{n}": picture.with_column_names(sheet, names) for n, sheet in sheets.items()}
-    pictures["trajectories"] = join_trajectories(sampler, trajectories)
+    # what the page shows
+    def draw(samples_by_passes: Mapping[int, Sample]) -> dict[int, Image.Image]:
+        return {n: draw_samples(sampler, x, data.x) for n, x in samples_by_passes.items()}
+
+    sheets = draw(samples[SHEET])
+    trajectories = {name: draw(by_passes) for name, by_passes in samples.items() if name != SHEET}
     data_sheet = None
     neighbours = None
     if sampler.is_image and data.x is not None and data.size is not None:
         data_sheet = draw_samples(sampler, arrange_by_class(sampler, data.x, data.c), data.x)
         neighbours = draw_nearest(sampler, samples[SHEET][min(sheets)], data.x)
-        pictures["data"] = picture.with_column_names(data_sheet, names)
-        pictures["nearest"] = picture.labelled_grid({"sample": [neighbours.samples], "nearest": [neighbours.nearest]})
-    strip = draw_strip(opened)
-    if strip:
-        images_by_noise = zip(*(moment.images for moment in strip), strict=True)
-        rows_of_strip = [("", list(images)) for images in images_by_noise]
-        pictures["strip"] = picture.labelled_grid(rows_of_strip, [f"{moment.step:,}" for moment in strip])
-    reconstruction = reconstruct(sampler)
-    if reconstruction:
-        rows_of_codec = {"photo": [reconstruction.originals], "decoded": [reconstruction.decoded]}
-        pictures["reconstruction"] = picture.labelled_grid(rows_of_codec)
-    if prompt_sheet:
-        pictures["prompts"] = prompt_sheet.picture()
-
-    # the page
     parts = PageParts(
         size=data.size,
         missing=data.missing,
@@ -157,23 +140,22 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         data=data_sheet,
         prompt_sheet=prompt_sheet,
         trajectories=trajectories,
-        strip=strip,
+        strip=draw_strip(opened),
         neighbours=neighbours,
-        reconstruction=reconstruction,
+        reconstruction=reconstruct(sampler),
         charts=page_charts(rows) if len(rows) > 1 else (),
         late_losses=late_losses(rows),
         evaluation=evaluation,
         benchmarks=judgement.read_benchmarks(opened),
     )
+
+    # the page, and its pictures alone
+    pictures = _pictures(sampler, parts)
     html = render(opened, parts)
-    paths: list[Path] = []
-    for name, image in pictures.items():
-        path = picture_folder / f"{name}.png"
-        picture.write_picture(path, image)
-        paths.append(path)
+    picture_paths = write_pictures({picture_folder / f"{name}.png": image for name, image in pictures.items()})
     page_path = folder / "report.html"
     file.write(page_path, html.encode())
-    return [*paths, page_path]
+    return [*picture_paths, page_path]
 
 
 @dataclass(frozen=True)
@@ -214,6 +196,28 @@ def _read_data(opened: RunFolder) -> _DataRows:
 def _no_rows(error: UserError) -> _DataRows:
     """What there is of data that cannot be shown, for the reason that the error says."""
     return _DataRows(x=None, c=torch.zeros(0, dtype=torch.long), size=None, missing=str(error))
+
+
+def _pictures(sampler: Sampler, parts: PageParts) -> dict[str, Image.Image]:
+    """The pictures of a page, with names in them, by the name of their file."""
+    names = _class_names(sampler)
+    pictures = {f"nfe{n}": picture.with_column_names(sheet, names) for n, sheet in parts.sheets.items()}
+    pictures["trajectories"] = join_trajectories(sampler, parts.trajectories)
+    if parts.data is not None:
+        pictures["data"] = picture.with_column_names(parts.data, names)
+    if parts.neighbours:
+        rows_of_neighbours = {"sample": [parts.neighbours.samples], "nearest": [parts.neighbours.nearest]}
+        pictures["nearest"] = picture.labelled_grid(rows_of_neighbours)
+    if parts.strip:
+        images_by_noise = zip(*(moment.images for moment in parts.strip), strict=True)
+        rows_of_strip = [("", list(images)) for images in images_by_noise]
+        pictures["strip"] = picture.labelled_grid(rows_of_strip, [f"{moment.step:,}" for moment in parts.strip])
+    if parts.reconstruction:
+        rows_of_codec = {"photo": [parts.reconstruction.originals], "decoded": [parts.reconstruction.decoded]}
+        pictures["reconstruction"] = picture.labelled_grid(rows_of_codec)
+    if parts.prompt_sheet:
+        pictures["prompts"] = parts.prompt_sheet.picture()
+    return pictures
 
 
 def num_data_rows(sampler: Sampler) -> int:
@@ -438,7 +442,9 @@ def draw_nearest(sampler: Sampler, x: Sample, real: Real) -> NearestPictures:
 
 
 def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
-    """The mean loss, and each of its parts, by bin of t, over the last quarter of the training; None of no such log.
+    """The mean loss, and each of its parts, by bin of t, over the last quarter of the training.
+
+    None: the log has no bins.
 
     Every sample of the logged batches counts alike. Returns the step of the `first` row of the log that counts, how
     many are `logged`, the samples in each bin as `counts`, and the means by part as `bins`.
@@ -446,17 +452,21 @@ def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
     rows_with_bins = [row for row in rows if "bins" in row]  # of a log that was not kept there is the last loss alone
     if not rows_with_bins:
         return None
-    late_rows = [row for row in rows_with_bins if row["step"] > 0.75 * rows_with_bins[-1]["step"]]
+    last_step = rows_with_bins[-1]["step"]
+    late_rows = [row for row in rows_with_bins if row["step"] > _LATE_FROM * last_step]
     counts = torch.tensor([row["counts"] for row in late_rows], dtype=torch.float64)
-    total_counts = counts.sum(0)
-    bins: dict[str, list[float]] = {}
-    for part in late_rows[0]["bins"]:
-        values = [[value or 0.0 for value in row["bins"][part]] for row in late_rows]  # null of an empty bin
-        means = torch.tensor(values, dtype=torch.float64)
-        bins[part] = ((means * counts).sum(0) / total_counts).tolist()
-    if bins["loss"] in [values for part, values in bins.items() if part != "loss"]:
-        del bins["loss"]  # it has one part alone, and is that
-    return {"first": late_rows[0]["step"], "logged": len(late_rows), "counts": total_counts.tolist(), "bins": bins}
+    bins = {part: _mean_by_bin(part, late_rows, counts) for part in late_rows[0]["bins"]}
+    is_of_one_part = any(part != "loss" and means == bins["loss"] for part, means in bins.items())
+    if is_of_one_part:  # which is the loss
+        del bins["loss"]
+    return {"first": late_rows[0]["step"], "logged": len(late_rows), "counts": counts.sum(0).tolist(), "bins": bins}
+
+
+def _mean_by_bin(part: str, rows: Sequence[log.Row], counts: Tensor) -> list[float]:
+    """The mean of a part of the loss by bin of t; `counts` (rows, bins) are the samples of each row in each bin."""
+    means_by_row = [[mean or 0.0 for mean in row["bins"][part]] for row in rows]  # an empty bin has null
+    means = torch.tensor(means_by_row, dtype=torch.float64)
+    return ((means * counts).sum(0) / counts.sum(0)).tolist()
 
 
 @dataclass(frozen=True)

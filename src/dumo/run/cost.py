@@ -18,7 +18,7 @@ a count is affine in the length of each stretch of such blocks: the first few gi
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cache
 from itertools import groupby
@@ -113,41 +113,65 @@ def step_cost(
     expected share of the rows that need them. Where steps cost more in one part of the training than in another
     (`phases` of the objective), the counts are means. Raises UserError where the loss is not one number per row.
     """
-    rows = rows or exact_rows(objective)
     one_pass = _pass_cost(net, objective, shape)
-
-    def units_at(objective: Objective, b: Noised) -> float:
-        def count(net: nn.Module) -> int:
-            net, theta = meta_copies(net, ref)
-            return count_flops(step_function(net, theta, objective, b))
-
-        return count_by_depth(net, count) / (rows * one_pass.flops)
-
-    def mean_units(objective: Objective) -> tuple[float, Way | None]:
-        """The mean units of a step, and the way of its dual slope in the first part of the training."""
-        units = 0.0
-        ways: list[Way | None] = []
-        for b, share in phases(objective, path, rows, shape):
-            slope = objective.needs.slope
-            if isinstance(slope, DualSlope):
-                slope = _NotedSlope(slope=slope)
-                units += share * units_at(objective.model_copy(update={"slope": slope}), b)
-                ways.append(slope.ways[-1] if slope.ways else None)
-            else:
-                units += share * units_at(objective, b)
-                ways.append(None)
-        return units, ways[0]
-
+    num_rows = rows or exact_rows(objective)
+    counter = _StepCounter(net, path, shape, num_rows, ref, one_pass.flops)
     guide = objective.needs.guide
     if isinstance(guide, Guide) and guide.active:
-        unguided, _ = mean_units(objective.model_copy(update={"guide": _NO_GUIDANCE}))
-        guided, way = mean_units(objective)
-        t, _ = objective.times(TIMES, stream("cost"))
-        guided_share = (1 - objective.drop) * guide.inside(t).double().mean().item()  # label kept, time in the interval
+        unguided, _ = counter.mean_units(objective.model_copy(update={"guide": _NO_GUIDANCE}))
+        guided, way = counter.mean_units(objective)
+        guided_share = _guided_share(objective, guide)
         units = unguided + guided_share * (guided - unguided)
     else:
-        units, way = mean_units(objective)
+        units, way = counter.mean_units(objective)
     return StepCost(units, units * one_pass.flops, one_pass.flops, one_pass.heads, way)
+
+
+def _guided_share(objective: Objective, guide: Guide) -> float:
+    """The expected share of the rows that need the passes of guidance: label kept, and time in the interval."""
+    t, _ = objective.times(TIMES, stream("cost"))
+    return (1 - objective.drop) * guide.inside(t).double().mean().item()
+
+
+@dataclass(frozen=True)
+class _StepCounter:
+    """Counts the forward units of training steps of a net."""
+
+    net: nn.Module
+    path: FlowPath
+    shape: Sequence[int]  # of a row
+    rows: int  # of a step
+    ref: Theta
+    pass_flops: float  # floating-point operations of one pass forward, for a row
+
+    def mean_units(self, objective: Objective) -> tuple[float, Way | None]:
+        """The mean over the parts of the training, and the way of the dual slope in the first part."""
+        mean = 0.0
+        way_by_part: list[Way | None] = []
+        for b, share in phases(objective, self.path, self.rows, self.shape):
+            units, way = self._units_and_way(objective, b)
+            mean += share * units
+            way_by_part.append(way)
+        return mean, way_by_part[0]
+
+    def _units_and_way(self, objective: Objective, b: Noised) -> tuple[float, Way | None]:
+        """The units of a step on a batch, and the way of its dual slope; None: it takes none."""
+        slope = objective.needs.slope
+        if not isinstance(slope, DualSlope):
+            return self._units(objective, b), None
+        noted_slope = _NotedSlope(slope=slope)
+        units = self._units(objective.model_copy(update={"slope": noted_slope}), b)
+        last_way = noted_slope.ways[-1] if noted_slope.ways else None
+        return units, last_way
+
+    def _units(self, objective: Objective, b: Noised) -> float:
+        """The units of a step on a batch."""
+
+        def count(net: nn.Module) -> int:
+            meta_net, theta = meta_copies(net, self.ref)
+            return count_flops(step_function(meta_net, theta, objective, b))
+
+        return count_by_depth(self.net, count) / (self.rows * self.pass_flops)
 
 
 def teacher_passes(net: nn.Module, objective: Objective, path: FlowPath, shape: Sequence[int]) -> float:

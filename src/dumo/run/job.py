@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from dumo.config import trust
+from dumo.config.change import sets_field
 from dumo.config.check import check_ranks
 from dumo.config.code import names_code
 from dumo.config.source import RUN_FILE, RunText, is_root_proposed
@@ -67,7 +68,6 @@ from dumo.training.step import Record
 from dumo.types import UserError
 
 if TYPE_CHECKING:
-    from dumo.config.teacher import Teacher
     from dumo.run.best import BestFolder
     from dumo.run.teacher import LoadedTeacher
     from dumo.run.validation import Validation
@@ -151,89 +151,58 @@ def open_job(
     another run, ranks are asked for different ones, data or fields have changed, or the derivative fails its
     examination.
     """
-    if began is None:
-        began = stopwatch.wall_clock()
+    time_began = stopwatch.wall_clock() if began is None else began
     with ExitStack() as stack:
         # 1. meet, lock and read
         stack.enter_context(dist.join())
-        if not dist.is_main() or tell is None:
-            tell = ignore_line
+        tell_on_main = ignore_line if tell is None or not dist.is_main() else tell
         agreement.on_main_rank(lambda: stack.enter_context(locked_run_folder(folder)))
         request = Request(folder, step, minutes, tuple(changes))
         was_obeyed = request.was_obeyed()
         if was_obeyed:
-            tell(request.obeyed_line())
-            step = None
-            minutes = None  # run.yaml has the sum
+            tell_on_main(request.obeyed_line())
+        from_step = None if was_obeyed else step
+        more_minutes = None if was_obeyed else minutes  # run.yaml has the sum
         index = Index.read(folder, text)
-        if run is None:
-            trust.accept(changes)
-            fields = list(changes)
-            if minutes is not None:
-                fields.append(f"train.minutes={minutes:g}")  # those before it are added below
-            run = index.run(fields)
-        if run.train.minutes is not None:
-            _require_no_steps(run.train.minutes, index, changes)
-            if index.recorded_run:
-                run = _with_steps_made(run, index.recorded_run.run.train)
-        require_same_request(request, run)
-        stack.enter_context(naming_code(names_code(run)))
+        requested_run = _requested_run(run, index, changes, more_minutes)
+        require_same_request(request, requested_run)
+        stack.enter_context(naming_code(names_code(requested_run)))
 
-        # 2. resolve
+        # 2. resolve, and check that it fits the machine
         run_before = index.recorded_run.run if index.recorded_run else None
-        run = resolve(with_absolute_paths(run, run_before, tell))
+        resolved_run = resolve(with_absolute_paths(requested_run, run_before, tell_on_main))
         torch_device = choose_device(device)
-        net_outline = outline(run)
-        _require_fit(run, net_outline, torch_device, sheets)
-        if is_learned_texts(run.net.texts):
-            from dumo.run.encode import make_tokens
-
-            agreement.on_main_rank(partial(make_tokens, run), is_long=True)
-            run = resolve_remaining(run)
-            net_outline = outline(run)
-        run = with_hashes(run, run_before)
+        complete_run, net_outline = _complete(resolved_run, run_before, torch_device, sheets)
 
         # 3. check it against the folder
-        def check_folder(run: Run) -> None:
-            require_resumable(run, index, step, accept=accept)
+        def check_folder() -> None:
+            require_resumable(complete_run, index, from_step, accept=accept)
             remove_half_written(folder)
             stack.enter_context(guard_run_folder(folder))
 
-        agreement.on_main_rank(partial(check_folder, run))
+        agreement.on_main_rank(check_folder)
 
         # 4. choose the checkpoint
-        _require_same_checkpoints(index.checkpoints)
-        chosen = index.checkpoints.latest(together=True) if step is None else index.checkpoints.of_step(step)
-        timing_before = chosen.manifest.timing if chosen else None
-        if minutes is not None and timing_before:
-            run = _with_minutes_after(run, timing_before, minutes)
-        elif timing_before:
-            _require_time_left(run.train, timing_before, folder)
+        chosen = _choose_checkpoint(index.checkpoints, from_step)
+        run_to_train = _with_time_after(complete_run, folder, chosen, more_minutes)
 
-        try:
+        with _freeing_folder_if_refused(index):
             # 5. encode photos, open the data, and examine the derivative
-            _make_proposed_cache(run, index, chosen, began, device, tell, bar)
-            data = open_data(run.data)
+            _make_proposed_cache(run_to_train, index, chosen, time_began, device, tell_on_main, bar)
+            data = open_data(run_to_train.data)
             with threads.fewer_when_busy(torch_device, ignore_line):
-                examination.examine(run, torch_device).require()
-            step_flops = None
-            if known_peak_tflops(torch_device) or may_take_a_day(run.train, net_outline, run.data.shape):
-                from dumo.run import cost
-
-                step_cost = cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
-                step_flops = step_cost.flops
-            meter = Meter(run.train, folder, torch_device, step_flops)
-            drawn_sheets = sheets(run, folder, tell) if sheets else None
+                examination.examine(run_to_train, torch_device).require()
+            step_flops = _step_flops(run_to_train, net_outline, torch_device)
+            meter = Meter(run_to_train.train, folder, torch_device, step_flops)
+            drawn_sheets = sheets(run_to_train, folder, tell_on_main) if sheets else None
 
             # 6. begin the state, and open what reads it
-            state, checkpoint = begin_or_resume(run, index.checkpoints, torch_device, chosen, or_before=step is None)
-            factor_before = run.train.factor(state.step, state.timing) if checkpoint else None
-            state.timing = begin_timing(run.train.minutes, state.timing, factor_before, state.progress(run.train))
-            best_folder = None
-            validation = None
-            if run.evaluate.every:
-                best_folder, validation = _open_validation(run, index, state, tell, meter)
-            teacher = _load_teacher(run, run.teacher, state, torch_device) if run.teacher else None
+            state, checkpoint = begin_or_resume(
+                run_to_train, index.checkpoints, torch_device, chosen, or_before=from_step is None
+            )
+            state.timing = _begin_timing(run_to_train.train, state, checkpoint)
+            best_folder, validation = _open_validation(run_to_train, index, state, tell_on_main, meter)
+            teacher = _load_teacher(run_to_train, state, torch_device)
 
             # 7. compare with what the folder holds
             changed_data = datacheck.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
@@ -241,19 +210,14 @@ def open_job(
             def compare_history() -> History | None:
                 if not dist.is_main():
                     return None
-                return History.of(run, index, data, state.step, checkpoint, accept=accept, change=changed_data)
+                return History.of(run_to_train, index, data, state.step, checkpoint, accept=accept, change=changed_data)
 
             history = agreement.on_each_rank(compare_history)
-        except UserError:
-            # the folder is free for what is typed instead; a run that was stopped, or failed, stays and may be resumed
-            if dist.is_main() and index.text is None:
-                (folder / RUN_FILE).unlink(missing_ok=True)
-            raise
         yield Job(
-            run=run,
+            run=run_to_train,
             index=index,
             device=torch_device,
-            tell=tell,
+            tell=tell_on_main,
             data=data,
             state=state,
             resumed_from=checkpoint,
@@ -266,7 +230,7 @@ def open_job(
             meter=meter,
             net_outline=net_outline,
             step_flops=step_flops,
-            began=began,
+            began=time_began,
         )
 
 
@@ -280,6 +244,159 @@ def train_more_hint(folder: Path, train: Train) -> str:
         f"{folder} has trained its {train.steps:,} steps. For more:  {more_steps}  or by the clock:  "
         f"{train_call(folder, minutes=_MORE_MINUTES)}"
     )
+
+
+def _requested_run(run: Run | None, index: Index, changes: Sequence[str], minutes: float | None) -> Run:
+    """The run that is asked for: `run`, or else that of the folder with `changes`, to train for `minutes` more.
+
+    Raises UserError where it ends by the clock, and `changes` set its steps.
+    """
+    requested_run = _run_of_folder(index, changes, minutes) if run is None else run
+    if requested_run.train.minutes is None:
+        return requested_run
+    _require_no_steps(requested_run.train.minutes, index, changes)
+    if index.recorded_run is None:
+        return requested_run
+    return _with_steps_made(requested_run, index.recorded_run.run.train)
+
+
+def _run_of_folder(index: Index, changes: Sequence[str], minutes: float | None) -> Run:
+    """The run of a folder with `changes`, to train for `minutes`, to which `_with_time_after` adds those before."""
+    trust.accept(changes)
+    fields = list(changes)
+    if minutes is not None:
+        fields.append(f"train.minutes={minutes:g}")
+    return index.run(fields)
+
+
+def _require_no_steps(minutes: float, index: Index, changes: Sequence[str]) -> None:
+    """Raise UserError where `changes` set `train.steps` of a run that ends after `minutes`, whatever its steps.
+
+    Where they set `train.minutes`, too, as in the command that began the run, the command may be typed again.
+    """
+    sets_steps = sets_field(changes, "train.steps")
+    sets_minutes = sets_field(changes, "train.minutes")
+    if not sets_steps or sets_minutes:
+        return
+    fix = f"steps by {settings('train.minutes=null', 'train.steps=N')}"
+    if index.recorded_run:
+        fix = f"more by {option('minutes')}, or {fix}"
+    raise UserError(f"{index.folder} ends after train.minutes={minutes:.4g}, whatever its steps: give it {fix}")
+
+
+def _with_steps_made(run: Run, train_before: Train) -> Run:
+    """A run that ends by the clock, with the number of steps in its folder if that run ended by the clock, too.
+
+    That number is what the run has made, not what it is to make. `train_before` is how the run of the folder is
+    trained.
+    """
+    if train_before.minutes is None:
+        return run
+    train = run.train.model_copy(update={"steps": train_before.steps})
+    return run.model_copy(update={"train": train})
+
+
+def _complete(
+    run: Run, run_before: Run | None, device: torch.device, sheets: MakeSheets | None
+) -> tuple[Run, nn.Module]:
+    """A resolved run with its hashes, its tokens of captions made, and the outline of its net.
+
+    `run_before` is the run of the folder. Every rank must call it. Raises UserError where the run does not fit.
+    """
+    net_outline = outline(run)
+    _require_fit(run, net_outline, device, sheets)
+    if not is_learned_texts(run.net.texts):
+        return with_hashes(run, run_before), net_outline
+    from dumo.run.encode import make_tokens
+
+    agreement.on_main_rank(partial(make_tokens, run), is_long=True)
+    run_with_tokens = resolve_remaining(run)
+    net_with_tokens = outline(run_with_tokens)
+    return with_hashes(run_with_tokens, run_before), net_with_tokens
+
+
+def _require_fit(run: Run, net_outline: nn.Module, device: torch.device, sheets: MakeSheets | None) -> None:
+    """Raise UserError where the device has no room for a run, its ranks cannot share it, or no sheets can be drawn."""
+    if run.train.sheets and sheets is None:
+        raise UserError(
+            f"train.sheets={run.train.sheets}, and nothing draws them: call dumo.train, or hand "
+            "sheets=dumo.report.sheet.Sheets, or set train.sheets=[]"
+        )
+    _, ranks = dist.torchrun_rank_and_world()
+    rows_per_rank = ceil(run.train.batch / ranks)
+    share = share_of(run.train.share, ranks)
+    require_room_to_train(run, device, net_outline, rows=rows_per_rank, share=share)
+    check_ranks(run.train, run.objective, ranks)
+
+
+def _choose_checkpoint(checkpoints: Checkpoints, step: int | None) -> Checkpoint | None:
+    """The checkpoint of this step; with None the last one that is whole, if there is any. Every rank must call it.
+
+    Raises UserError, on all ranks, where one sees other checkpoints than rank 0; and where none is whole.
+    """
+    _require_same_checkpoints(checkpoints)
+    if step is None:
+        return checkpoints.latest(together=True)
+    return checkpoints.of_step(step)
+
+
+def _require_same_checkpoints(checkpoints: Checkpoints) -> None:
+    """Raise UserError, on all ranks, where one sees other checkpoints than rank 0. Every rank must call it."""
+    steps_by_rank = agreement.gather_results(lambda: [*checkpoints.by_step()])
+    steps_texts = [", ".join(map(str, steps)) or "none" for steps in steps_by_rank]
+    for rank, steps_text in enumerate(steps_texts):
+        if steps_text != steps_texts[0]:
+            raise UserError(
+                f"{checkpoints.folder}: rank 0 sees checkpoints of steps {steps_texts[0]}, and rank {rank} of steps "
+                f"{steps_text}: train in a folder on a file system that all ranks share"
+            )
+
+
+def _with_time_after(run: Run, folder: Path, checkpoint: Checkpoint | None, minutes: float | None) -> Run:
+    """The run, to train for `minutes` more than at its checkpoint; with None as it is.
+
+    Raises UserError where it is to end before its checkpoint does.
+    """
+    timing = checkpoint.manifest.timing if checkpoint else None
+    if timing is None:
+        return run
+    if minutes is None:
+        _require_time_left(run.train, timing, folder)
+        return run
+    return _with_minutes_after(run, timing, minutes)
+
+
+def _with_minutes_after(run: Run, timing: Timing, minutes: float) -> Run:
+    """The run, to train for `minutes` more than at `timing`, and for MINUTES in all at most, as a run may."""
+    total_minutes = min(timing.seconds / SECONDS_PER_MINUTE + minutes, MINUTES)
+    train = run.train.model_copy(update={"minutes": total_minutes})
+    return run.model_copy(update={"train": train})
+
+
+def _require_time_left(train: Train, timing: Timing, folder: Path) -> None:
+    """Raise UserError where a run is to end by the clock, and after fewer minutes than were trained at `timing`."""
+    # in seconds: a run that has ended has as many as its minutes make, and these divided may be a little more minutes
+    if train.minutes is not None and SECONDS_PER_MINUTE * train.minutes < timing.seconds:
+        minutes_done = timing.seconds / SECONDS_PER_MINUTE
+        raise UserError(
+            f"train.minutes={train.minutes:.4g}, but {folder} has already trained {minutes_text(minutes_done)}: give "
+            f"another folder with {option('out')}, or go on with it for longer:  "
+            f"{train_call(folder, minutes=_MORE_MINUTES)}"
+        )
+
+
+@contextmanager
+def _freeing_folder_if_refused(index: Index) -> Generator[None, None, None]:
+    """Inside, a UserError leaves a new folder free for what is typed instead: its run.yaml goes.
+
+    A run that was there before stays, and so does one that was stopped, or failed: it may be resumed.
+    """
+    try:
+        yield
+    except UserError:
+        if dist.is_main() and index.text is None:
+            (index.folder / RUN_FILE).unlink(missing_ok=True)
+        raise
 
 
 def _make_proposed_cache(
@@ -312,52 +429,6 @@ def _make_proposed_cache(
     agreement.on_main_rank(make_cache, is_long=True)
 
 
-def _with_minutes_after(run: Run, timing: Timing, minutes: float) -> Run:
-    """The run, to train for `minutes` more than at `timing`, and for MINUTES in all at most, as a run may."""
-    total_minutes = min(timing.seconds / SECONDS_PER_MINUTE + minutes, MINUTES)
-    train = run.train.model_copy(update={"minutes": total_minutes})
-    return run.model_copy(update={"train": train})
-
-
-def _require_time_left(train: Train, timing: Timing, folder: Path) -> None:
-    """Raise UserError where a run is to end by the clock, and after fewer minutes than were trained at `timing`."""
-    # in seconds: a run that has ended has as many as its minutes make, and these divided may be a little more minutes
-    if train.minutes is not None and SECONDS_PER_MINUTE * train.minutes < timing.seconds:
-        minutes_done = timing.seconds / SECONDS_PER_MINUTE
-        raise UserError(
-            f"train.minutes={train.minutes:.4g}, but {folder} has already trained {minutes_text(minutes_done)}: give "
-            f"another folder with {option('out')}, or go on with it for longer:  "
-            f"{train_call(folder, minutes=_MORE_MINUTES)}"
-        )
-
-
-def _require_no_steps(minutes: float, index: Index, changes: Sequence[str]) -> None:
-    """Raise UserError where `changes` set `train.steps` of a run that ends after `minutes`, whatever its steps.
-
-    Where they set `train.minutes`, too, as in the command that began the run, the command may be typed again.
-    """
-    sets_steps = any(text.startswith("train.steps=") for text in changes)
-    sets_minutes = any(text.startswith("train.minutes=") for text in changes)
-    if not sets_steps or sets_minutes:
-        return
-    fix = f"steps by {settings('train.minutes=null', 'train.steps=N')}"
-    if index.recorded_run:
-        fix = f"more by {option('minutes')}, or {fix}"
-    raise UserError(f"{index.folder} ends after train.minutes={minutes:.4g}, whatever its steps: give it {fix}")
-
-
-def _with_steps_made(run: Run, train_before: Train) -> Run:
-    """A run that ends by the clock, with the number of steps in its folder if that run ended by the clock, too.
-
-    That number is what the run has made, not what it is to make. `train_before` is how the run of the folder is
-    trained.
-    """
-    if train_before.minutes is None:
-        return run
-    train = run.train.model_copy(update={"steps": train_before.steps})
-    return run.model_copy(update={"train": train})
-
-
 def open_data(data: Data) -> DataSource:
     """The data, opened on every rank.
 
@@ -371,36 +442,30 @@ def open_data(data: Data) -> DataSource:
     return source
 
 
-def _require_same_checkpoints(checkpoints: Checkpoints) -> None:
-    """Raise UserError, on all ranks, where one sees other checkpoints than rank 0. Every rank must call it."""
-    steps_by_rank = agreement.gather_results(lambda: [*checkpoints.by_step()])
-    steps_texts = [", ".join(map(str, steps)) or "none" for steps in steps_by_rank]
-    for rank, steps_text in enumerate(steps_texts):
-        if steps_text != steps_texts[0]:
-            raise UserError(
-                f"{checkpoints.folder}: rank 0 sees checkpoints of steps {steps_texts[0]}, and rank {rank} of steps "
-                f"{steps_text}: train in a folder on a file system that all ranks share"
-            )
+def _step_flops(run: Run, net_outline: nn.Module, device: torch.device) -> float | None:
+    """The operations of a step, for one image; None: they are not counted, since the run is short."""
+    if not known_peak_tflops(device) and not may_take_a_day(run.train, net_outline, run.data.shape):
+        return None
+    from dumo.run import cost
+
+    return cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref).flops
 
 
-def _require_fit(run: Run, net_outline: nn.Module, device: torch.device, sheets: MakeSheets | None) -> None:
-    """Raise UserError where the device has no room for a run, its ranks cannot share it, or no sheets can be drawn."""
-    if run.train.sheets and sheets is None:
-        raise UserError(
-            f"train.sheets={run.train.sheets}, and nothing draws them: call dumo.train, or hand "
-            "sheets=dumo.report.sheet.Sheets, or set train.sheets=[]"
-        )
-    _, ranks = dist.torchrun_rank_and_world()
-    rows_per_rank = ceil(run.train.batch / ranks)
-    share = share_of(run.train.share, ranks)
-    require_room_to_train(run, device, net_outline, rows=rows_per_rank, share=share)
-    check_ranks(run.train, run.objective, ranks)
+def _begin_timing(train: Train, state: State, checkpoint: Checkpoint | None) -> Timing | None:
+    """The timing in which a state begins to train, which is fresh or of a checkpoint; None: its steps are fixed."""
+    factor_before = train.factor(state.step, state.timing) if checkpoint else None
+    return begin_timing(train.minutes, state.timing, factor_before, state.progress(train))
 
 
 def _open_validation(
     run: Run, index: Index, state: State, tell: Tell, meter: Meter
-) -> "tuple[BestFolder, Validation | None]":
-    """The folder of the best weights, and what judges the run as it trains, as `Validation.open`."""
+) -> "tuple[BestFolder | None, Validation | None]":
+    """The folder of the best weights, and what judges the run as it trains, as `Validation.open`.
+
+    Both are None of a run that is not judged as it trains.
+    """
+    if not run.evaluate.every:
+        return None, None
     from dumo.run.best import BestFolder
     from dumo.run.validation import Validation
 
@@ -412,8 +477,11 @@ def _open_validation(
     return best_folder, validation
 
 
-def _load_teacher(run: Run, spec: "Teacher", state: State, device: torch.device) -> "LoadedTeacher":
-    """The run's teacher. Raises UserError, on all ranks, where it cannot be opened."""
+def _load_teacher(run: Run, state: State, device: torch.device) -> "LoadedTeacher | None":
+    """The run's teacher, if it has one. Raises UserError, on all ranks, where it cannot be opened."""
+    spec = run.teacher
+    if spec is None:
+        return None
     from dumo.run.teacher import open_teacher
 
     return agreement.on_each_rank(lambda: open_teacher(spec, run, state, device))

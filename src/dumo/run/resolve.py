@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
 from pydantic import JsonValue
 from pydantic.config import JsonDict
 
-from dumo.config.change import override, yaml_text
+from dumo.config.change import field_of, override, yaml_text
 from dumo.config.check import check
 from dumo.config.code import codes_of
 from dumo.config.conditions import Conditions, shown_data
@@ -58,7 +58,7 @@ def load_resolved(source: str | RunText, changes: Sequence[str] = ()) -> Run:
     Where they are of its data, what was found on its old data is left out. Raises UserError as `load` and `resolve`.
     """
     text = source if isinstance(source, RunText) else read(source)
-    if any(change.partition("=")[0].split(".")[0] == "data" for change in changes):
+    if any(field_of(change).split(".")[0] == "data" for change in changes):
         text = without_resolved(text)
     return resolve(load(text, changes))
 

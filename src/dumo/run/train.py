@@ -15,7 +15,7 @@ strip/, best/, grids/, samples/, evaluation.json, report.html with its pictures 
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,8 +95,7 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     run = job.run
     state = job.state
     folder = job.index.folder
-    if not dist.is_main():
-        bar = no_bar
+    main_bar = bar if dist.is_main() else no_bar
 
     # 1. say what is trained
     for line in _lines_before(job):
@@ -106,84 +105,45 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     if job.teacher:
         job.teacher.require_same(folder)
     dist.barrier()
-    history = job.history  # None except on rank 0
-
-    def write_history() -> list[str]:
-        return [*history.write(job.request)] if history else []
-
-    for line in agreement.on_each_rank(write_history):
+    for line in agreement.on_each_rank(lambda: _write_history(job)):
         job.tell(line)
 
     # 3. make a teacher's pairs
-    source: DataSource | TeacherPairs = job.data
-    if job.teacher:
-        with threads.fewer_when_busy(job.device, job.tell):
-            source = job.teacher.training_source(job.data, run, folder, job.device, bar)
+    source = _training_source(job, main_bar)
 
     # 4. open the journal
     step_threads = _step_threads_of(job)
     countdown = _countdown_of(job, state.timing) if state.timing else None
-    journal = Journal(
-        run=run,
-        folder=folder,
-        device=job.device,
-        checkpoints=job.index.checkpoints,
-        source=source,
-        tell=job.tell,
-        hashes=hashes_of(job.data),
-        changes=history.changes if history else None,
-        countdown=countdown,
-        best_folder=job.best_folder,
-        validation=job.validation,
-        threads=step_threads,
-    )
+    journal = _journal_of(job, source, countdown, step_threads)
     journal.open(state)
     if job.sheets:
         job.sheets.draw_missing(state)
 
     # what a step takes, and what is called after it
-    prior = run.data.prior if is_latents(run.data) else None
-    teacher_velocity = job.teacher.velocity if job.teacher else None
-
-    def flow_for(state: State) -> Flow:
-        return flow_in_training(run, state, teacher=teacher_velocity, prior=prior)
-
+    flow_for = partial(
+        flow_in_training,
+        run,
+        teacher=job.teacher.velocity if job.teacher else None,
+        prior=run.data.prior if is_latents(run.data) else None,
+    )
     flow = flow_for(state)
-    first_bar_text = "the first step"
-    if run.train.compile != "none":
-        first_bar_text += ", compiled first"
-    if state.is_over(run.train):
-        first_bar_text = "no step is left"
     run_hooks = list(journal.hooks)
     if job.sheets:
         draw_sheets = _timed_drawing(job.sheets, run.train, countdown) if countdown else job.sheets.draw
         run_hooks.append(loop.Every(1, draw_sheets))
-
-    # what the bar counts: steps, or seconds
-    total = run.train.steps
-    if state.timing:
-        total = round(state.timing.promised_seconds)
-        bar = bar_of_seconds(bar)
-
-    def units_done() -> int:
-        return round(state.timing.seconds) if state.timing else state.step
-
-    def bar_text(record: Record) -> str:
-        text = job.meter.note(record)
-        return f"step {record.step:,}, {text}" if state.timing else text
 
     try:
         with (
             step_threads,
             journal.saver,
             _prefetched(run, source, flow, job.device) as (batch_at, draws_at),
-            bar(f"training {folder.name}", total) as tick,
+            _progress(job, main_bar) as show_text,
         ):
-            tick(units_done(), first_bar_text)
+            show_text(_first_text(run.train, state))
             job.meter.begin(state.step)
             all_hooks = [
                 loop.Every(1, lambda state, record: step_threads.end()),
-                loop.Every(1, lambda state, record: tick(units_done(), bar_text(record))),
+                loop.Every(1, lambda state, record: show_text(_step_text(job, record))),
                 *run_hooks,
                 *hooks,
                 loop.Every(1, lambda state, record: step_threads.begin()),
@@ -198,17 +158,11 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             read_clock = countdown.read if countdown else None
             loop.train(state, flow, batch_at, run.train, all_hooks, journal.is_save_due, draws_at, read_clock)
     except Diverged as error:
-        last_good_step = state.step - state.skips
-        hint = agreement.on_main_rank(lambda: resume_hint(run.train, folder, job.index.checkpoints, last_good_step))
+        hinted_error = _with_resume_hint(error, job)
         agreement.on_main_rank(lambda: note_end(folder))
-        raise Diverged(f"{error} {hint}") from error
+        raise hinted_error from error
     agreement.on_main_rank(lambda: note_end(folder))
-    if countdown and countdown.late_seconds is not None:
-        job.tell(_late_text(folder, countdown.late_seconds))
-    if job.best_folder:
-        best_line = agreement.on_main_rank(job.best_folder.describe)
-        if best_line:
-            job.tell(best_line)
+    _tell_end(job, countdown)
     return state
 
 
@@ -245,37 +199,19 @@ def _lines_before(job: Job) -> list[str]:
     return lines
 
 
-def _late_text(folder: Path, late_seconds: float) -> str:
-    """A line for a run that ends by the clock, and whose time was over before its first step."""
-    more = train_call(folder, minutes=minutes_to_prepare(late_seconds))
-    return (
-        f"it took {duration_text(late_seconds)} to begin, and no time was left for steps: it made one, and "
-        f"skipped the rest of its learning rate's schedule. With enough time:  {more}"
-    )
+def _write_history(job: Job) -> list[str]:
+    """Note in the folder what is trained, on rank 0. Returns lines that say what has changed there."""
+    if job.history is None:  # on the other ranks
+        return []
+    return [*job.history.write(job.request)]
 
 
-def _countdown_of(job: Job, timing: Timing) -> Countdown:
-    """The clock of a job that ends by it."""
-
-    def work_after(step: int) -> Iterator[str]:
-        if job.validation and step % job.validation.every == 0:
-            yield JUDGE
-        if job.sheets and job.run.train.is_sheet_due(step):
-            yield DRAW
-
-    return Countdown(timing, job.began, stopwatch.wall_clock, work_after)
-
-
-def _timed_drawing(sheets: Sheets, train: Train, countdown: Countdown) -> Callable[[State, Record], None]:
-    """The hook that draws sheets, and notes how long they take, in a run that ends by the clock."""
-
-    def draw(state: State, record: Record) -> None:
-        began = countdown.seconds()
-        sheets.draw(state, record)
-        if train.is_sheet_due(state.step):
-            countdown.note(DRAW, began)
-
-    return draw
+def _training_source(job: Job, bar: Bar) -> "DataSource | TeacherPairs":
+    """What training reads: the data, or a teacher's pairs, which are made if they are missing."""
+    if job.teacher is None:
+        return job.data
+    with threads.fewer_when_busy(job.device, job.tell):
+        return job.teacher.training_source(job.data, job.run, job.index.folder, job.device, bar)
 
 
 def _step_threads_of(job: Job) -> StepThreads:
@@ -292,23 +228,48 @@ def _step_threads_of(job: Job) -> StepThreads:
     return StepThreads(job.device, job.tell, fixed=fixed, recorded=recorded, step=manifest.step)
 
 
-def _trial_step(
-    train: Train, state: State, flow_for: Callable[[State], Flow], source: "DataSource | TeacherPairs"
-) -> Callable[[], object]:
-    """A function that makes the next step of a training on a copy of its state; its first call makes the copy."""
+def _countdown_of(job: Job, timing: Timing) -> Countdown:
+    """The clock of a job that ends by it."""
 
-    @cache
-    def copied() -> tuple[State, Flow]:
-        trial = begin_state(frozen.copy_net(state.net), train)
-        trial.step = state.step
-        return trial, flow_for(trial)
+    def work_after(step: int) -> Iterator[str]:
+        if job.validation and step % job.validation.every == 0:
+            yield JUDGE
+        if job.sheets and job.run.train.is_sheet_due(step):
+            yield DRAW
 
-    def try_step() -> None:
-        trial, flow = copied()
-        batch = source.batch(state.step, train.batch, train.seed, span(passes_of_rank(train, flow.objective)))
-        train_step(trial, flow, batch, train)
+    return Countdown(timing, job.began, stopwatch.wall_clock, work_after)
 
-    return try_step
+
+def _journal_of(
+    job: Job, source: "DataSource | TeacherPairs", countdown: Countdown | None, step_threads: StepThreads
+) -> Journal:
+    """The journal of a job. `countdown` is its clock, if it ends by it."""
+    return Journal(
+        run=job.run,
+        folder=job.index.folder,
+        device=job.device,
+        checkpoints=job.index.checkpoints,
+        source=source,
+        tell=job.tell,
+        hashes=hashes_of(job.data),
+        changes=job.history.changes if job.history else None,
+        countdown=countdown,
+        best_folder=job.best_folder,
+        validation=job.validation,
+        threads=step_threads,
+    )
+
+
+def _timed_drawing(sheets: Sheets, train: Train, countdown: Countdown) -> Callable[[State, Record], None]:
+    """The hook that draws sheets, and notes how long they take, in a run that ends by the clock."""
+
+    def draw(state: State, record: Record) -> None:
+        began = countdown.seconds()
+        sheets.draw(state, record)
+        if train.is_sheet_due(state.step):
+            countdown.note(DRAW, began)
+
+    return draw
 
 
 @contextmanager
@@ -345,3 +306,83 @@ def _prefetched(
             return [to_device(part, device) for part in batches(step)]
 
         yield batch_at, draws_at
+
+
+@contextmanager
+def _progress(job: Job, bar: Bar) -> Generator[Callable[[str], None], None, None]:
+    """A bar that counts steps, or seconds of a run that ends by the clock. Yields what shows a text on it."""
+    state = job.state
+    units_bar = bar
+    total = job.run.train.steps
+    if state.timing:
+        units_bar = bar_of_seconds(bar)
+        total = round(state.timing.promised_seconds)
+    with units_bar(f"training {job.index.folder.name}", total) as tick:
+
+        def show_text(text: str) -> None:
+            units_done = round(state.timing.seconds) if state.timing else state.step
+            tick(units_done, text)
+
+        yield show_text
+
+
+def _first_text(train: Train, state: State) -> str:
+    """What the bar says before the first step."""
+    if state.is_over(train):
+        return "no step is left"
+    if train.compile != "none":
+        return "the first step, compiled first"
+    return "the first step"
+
+
+def _step_text(job: Job, record: Record) -> str:
+    """What the bar says after a step, which the job's meter notes."""
+    text = job.meter.note(record)
+    return f"step {record.step:,}, {text}" if job.state.timing else text
+
+
+def _trial_step(
+    train: Train, state: State, flow_for: Callable[[State], Flow], source: "DataSource | TeacherPairs"
+) -> Callable[[], object]:
+    """A function that makes the next step of a training on a copy of its state; its first call makes the copy."""
+
+    @cache
+    def copied() -> tuple[State, Flow]:
+        trial = begin_state(frozen.copy_net(state.net), train)
+        trial.step = state.step
+        return trial, flow_for(trial)
+
+    def try_step() -> None:
+        trial, flow = copied()
+        batch = source.batch(state.step, train.batch, train.seed, span(passes_of_rank(train, flow.objective)))
+        train_step(trial, flow, batch, train)
+
+    return try_step
+
+
+def _with_resume_hint(error: Diverged, job: Job) -> Diverged:
+    """The error of a training that diverged, with what to type then. Every rank must call it."""
+    last_good_step = job.state.step - job.state.skips
+    hint = agreement.on_main_rank(
+        lambda: resume_hint(job.run.train, job.index.folder, job.index.checkpoints, last_good_step)
+    )
+    return Diverged(f"{error} {hint}")
+
+
+def _tell_end(job: Job, countdown: Countdown | None) -> None:
+    """Say whether time ran out before the first step, and which weights were best. Every rank must call it."""
+    if countdown and countdown.late_seconds is not None:
+        job.tell(_late_text(job.index.folder, countdown.late_seconds))
+    if job.best_folder:
+        best_line = agreement.on_main_rank(job.best_folder.describe)
+        if best_line:
+            job.tell(best_line)
+
+
+def _late_text(folder: Path, late_seconds: float) -> str:
+    """A line for a run that ends by the clock, and whose time was over before its first step."""
+    more = train_call(folder, minutes=minutes_to_prepare(late_seconds))
+    return (
+        f"it took {duration_text(late_seconds)} to begin, and no time was left for steps: it made one, and "
+        f"skipped the rest of its learning rate's schedule. With enough time:  {more}"
+    )
