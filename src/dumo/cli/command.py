@@ -80,11 +80,11 @@ class Command(TyperCommand):
                 continue
             word_before = words[i - 1] if i > 0 else ""
             word_after = words[i + 1] if i + 1 < len(words) else ""
-            if word_before == _SET:
-                is_value_after = word_after != "" and not word_after.startswith("-")
-                if "=" not in word and is_value_after:
-                    return f"{_SET} {word}: write it as a.b=c, {_SET} {word}={word_after}"
-            elif "=" in word and word_before not in options_with_value:
+            is_after_set = word_before == _SET
+            is_value_after = word_after != "" and not word_after.startswith("-")
+            if is_after_set and "=" not in word and is_value_after:  # --set train.steps 100
+                return f"{_SET} {word}: write it as a.b=c, {_SET} {word}={word_after}"
+            if not is_after_set and "=" in word and word_before not in options_with_value:  # train.steps=100
                 return f"{word} is no argument: to set a field write {_SET} {word}"
         return ""
 

@@ -278,7 +278,7 @@ def _base_recipe(parts: Fields) -> str:
 
 
 def _recipe_of_data(data: Fields) -> str:
-    """The recipe for data of this kind that are no toy: that of images, or that of points."""
+    """The recipe whose settings suit data of this shape: that of images, or moons, that of points."""
     return IMAGES_RECIPE if _are_images(data) else "moons"
 
 

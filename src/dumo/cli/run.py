@@ -244,7 +244,9 @@ def train(
         if minutes:
             print_line(goes_on_line(run_folder, minutes))
         changes = settings_of_images(text.tree, changes, source)
-    elif not goes_on:
+    elif goes_on:
+        pass
+    else:  # a recipe, a file, or the settings of another run
         run = load(without_resolved(text), [*chosen.settings, *changes])
 
     opened = open_job(
@@ -550,7 +552,11 @@ def grid(
     dist.require_one_process("dumo grid")
     opened = open_run(run_folder, set_ or [], text=text, device=device)
     passes = parse_integers(nfe, "--nfe")
-    chosen_steps = None if steps == "all" else parse_integers(steps, "--steps")
+    chosen_steps: Sequence[int] | None = None  # all
+    if steps is None and classes is not None:
+        chosen_steps = ()  # the last
+    elif steps is not None and steps != "all":
+        chosen_steps = parse_integers(steps, "--steps")
     letters = None if reading is None else reading.split(",")
     grids_folder = folder or opened.output_folder / "grids"
     file.check_writable(grids_folder)
@@ -561,7 +567,7 @@ def grid(
                 opened,
                 only,
                 nfe=passes,
-                steps=() if steps is None else chosen_steps,  # (): the last
+                steps=chosen_steps,
                 count=count or gallery.DEFAULT_COUNT,
                 letters=letters,
                 seed=seed,
@@ -573,7 +579,7 @@ def grid(
             panels = gallery.trajectories(
                 opened,
                 nfe=passes,
-                steps=chosen_steps,  # None: all
+                steps=chosen_steps,
                 count=count,
                 only=only,
                 letters=letters,

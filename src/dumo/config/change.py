@@ -66,9 +66,9 @@ def field_of(setting: str) -> str:
     return setting.partition("=")[0]
 
 
-def sets_field(settings: Sequence[str], field: str) -> bool:
-    """Whether one of these settings, each a.b=c, sets this field itself, and not a field of it."""
-    return any(field_of(setting) == field for setting in settings)
+def sets_field(texts: Sequence[str], field: str) -> bool:
+    """Whether one of these settings, each a.b=c, sets exactly this field: data=... does not set data.side."""
+    return any(field_of(text) == field for text in texts)
 
 
 def yaml_text(value: object) -> str:

@@ -115,6 +115,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     logged_rows = log.read_log(opened.folder / LOG_FILE)
     rows = [row for row in logged_rows if "skipped" not in row]  # a skipped step has no numbers
     evaluation = judgement.read_judgement(opened)
+    benchmarks = judgement.read_benchmarks(opened)
     data = _read_data(opened)
 
     # samples
@@ -133,6 +134,8 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     if sampler.is_image and data.x is not None and data.size is not None:
         data_sheet = draw_samples(sampler, arrange_by_class(sampler, data.x, data.c), data.x)
         neighbours = draw_nearest(sampler, samples[SHEET][min(sheets)], data.x)
+    strip = draw_strip(opened)
+    reconstruction = reconstruct(sampler)
     parts = PageParts(
         size=data.size,
         missing=data.missing,
@@ -140,13 +143,13 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         data=data_sheet,
         prompt_sheet=prompt_sheet,
         trajectories=trajectories,
-        strip=draw_strip(opened),
+        strip=strip,
         neighbours=neighbours,
-        reconstruction=reconstruct(sampler),
+        reconstruction=reconstruction,
         charts=page_charts(rows) if len(rows) > 1 else (),
         late_losses=late_losses(rows),
         evaluation=evaluation,
-        benchmarks=judgement.read_benchmarks(opened),
+        benchmarks=benchmarks,
     )
 
     # the page, and its pictures alone
@@ -456,8 +459,8 @@ def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
     late_rows = [row for row in rows_with_bins if row["step"] > _LATE_FROM * last_step]
     counts = torch.tensor([row["counts"] for row in late_rows], dtype=torch.float64)
     bins = {part: _mean_by_bin(part, late_rows, counts) for part in late_rows[0]["bins"]}
-    is_of_one_part = any(part != "loss" and means == bins["loss"] for part, means in bins.items())
-    if is_of_one_part:  # which is the loss
+    other_parts = [means for part, means in bins.items() if part != "loss"]
+    if bins["loss"] in other_parts:  # the loss has one part alone
         del bins["loss"]
     return {"first": late_rows[0]["step"], "logged": len(late_rows), "counts": counts.sum(0).tolist(), "bins": bins}
 

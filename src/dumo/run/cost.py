@@ -114,8 +114,9 @@ def step_cost(
     (`phases` of the objective), the counts are means. Raises UserError where the loss is not one number per row.
     """
     one_pass = _pass_cost(net, objective, shape)
-    num_rows = rows or exact_rows(objective)
-    counter = _StepCounter(net, path, shape, num_rows, ref, one_pass.flops)
+    counter = _StepCounter(
+        net=net, path=path, shape=shape, rows=rows or exact_rows(objective), ref=ref, pass_flops=one_pass.flops
+    )
     guide = objective.needs.guide
     if isinstance(guide, Guide) and guide.active:
         unguided, _ = counter.mean_units(objective.model_copy(update={"guide": _NO_GUIDANCE}))
@@ -145,7 +146,7 @@ class _StepCounter:
     pass_flops: float  # floating-point operations of one pass forward, for a row
 
     def mean_units(self, objective: Objective) -> tuple[float, Way | None]:
-        """The mean over the parts of the training, and the way of the dual slope in the first part."""
+        """The units of a step, a mean over the parts of the training; and the way of the dual slope in the first."""
         mean = 0.0
         way_by_part: list[Way | None] = []
         for b, share in phases(objective, self.path, self.rows, self.shape):
@@ -155,7 +156,7 @@ class _StepCounter:
         return mean, way_by_part[0]
 
     def _units_and_way(self, objective: Objective, b: Noised) -> tuple[float, Way | None]:
-        """The units of a step on a batch, and the way of its dual slope; None: it takes none."""
+        """The units of a step on a batch, and the way of its dual slope; None: it takes no dual slope."""
         slope = objective.needs.slope
         if not isinstance(slope, DualSlope):
             return self._units(objective, b), None

@@ -4,8 +4,9 @@
 
 1. meet the other ranks, lock the folder (rank 0), read what it holds into an `Index`, and compare what the ranks are
    asked for
-2. resolve the run: write out what files and machine say of it; rank 0 makes missing tokens of captions
-3. check that it fits the machine, its ranks and the folder
+2. resolve the run: write out what files and machine say of it; check that it fits the machine and its ranks; rank 0
+   makes missing tokens of captions
+3. check it against the folder
 4. choose the checkpoint to resume from, the last one that is whole
 5. rank 0 encodes the photos of a proposed run (`run.proposedcache`); open the data, and examine the derivative against
    float64
@@ -172,7 +173,7 @@ def open_job(
         run_before = index.recorded_run.run if index.recorded_run else None
         resolved_run = resolve(with_absolute_paths(requested_run, run_before, tell_on_main))
         torch_device = choose_device(device)
-        complete_run, net_outline = _complete(resolved_run, run_before, torch_device, sheets)
+        complete_run, net_outline = _fit_and_complete(resolved_run, run_before, torch_device, sheets)
 
         # 3. check it against the folder
         def check_folder() -> None:
@@ -296,12 +297,13 @@ def _with_steps_made(run: Run, train_before: Train) -> Run:
     return run.model_copy(update={"train": train})
 
 
-def _complete(
+def _fit_and_complete(
     run: Run, run_before: Run | None, device: torch.device, sheets: MakeSheets | None
 ) -> tuple[Run, nn.Module]:
-    """A resolved run with its hashes, its tokens of captions made, and the outline of its net.
+    """Check that a resolved run fits, make its missing tokens of captions, and add its hashes.
 
-    `run_before` is the run of the folder. Every rank must call it. Raises UserError where the run does not fit.
+    `run_before` is the run of the folder. Returns the run with the outline of its net. Every rank must call it. Raises
+    UserError where the run does not fit.
     """
     net_outline = outline(run)
     _require_fit(run, net_outline, device, sheets)
@@ -330,9 +332,10 @@ def _require_fit(run: Run, net_outline: nn.Module, device: torch.device, sheets:
 
 
 def _choose_checkpoint(checkpoints: Checkpoints, step: int | None) -> Checkpoint | None:
-    """The checkpoint of this step; with None the last one that is whole, if there is any. Every rank must call it.
+    """The checkpoint of this step, by default the last one that is whole; None: there is no checkpoint.
 
-    Raises UserError, on all ranks, where one sees other checkpoints than rank 0; and where none is whole.
+    Every rank must call it. Raises UserError, on all ranks, where one sees other checkpoints than rank 0; and where the
+    one of this step, or every one, is damaged.
     """
     _require_same_checkpoints(checkpoints)
     if step is None:
@@ -358,7 +361,7 @@ def _with_time_after(run: Run, folder: Path, checkpoint: Checkpoint | None, minu
     Raises UserError where it is to end before its checkpoint does.
     """
     timing = checkpoint.manifest.timing if checkpoint else None
-    if timing is None:
+    if timing is None:  # no time was trained by the clock, so `minutes` are all that the run has
         return run
     if minutes is None:
         _require_time_left(run.train, timing, folder)
@@ -452,7 +455,10 @@ def _step_flops(run: Run, net_outline: nn.Module, device: torch.device) -> float
 
 
 def _begin_timing(train: Train, state: State, checkpoint: Checkpoint | None) -> Timing | None:
-    """The timing in which a state begins to train, which is fresh or of a checkpoint; None: its steps are fixed."""
+    """How far a run that ends by the clock is when training begins; None: it ends by its steps.
+
+    Without a checkpoint the state is fresh.
+    """
     factor_before = train.factor(state.step, state.timing) if checkpoint else None
     return begin_timing(train.minutes, state.timing, factor_before, state.progress(train))
 

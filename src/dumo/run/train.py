@@ -119,14 +119,13 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     if job.sheets:
         job.sheets.draw_missing(state)
 
-    # what a step takes, and what is called after it
-    flow_for = partial(
-        flow_in_training,
-        run,
-        teacher=job.teacher.velocity if job.teacher else None,
-        prior=run.data.prior if is_latents(run.data) else None,
-    )
+    # what a step takes
+    teacher_velocity = job.teacher.velocity if job.teacher else None
+    prior = run.data.prior if is_latents(run.data) else None
+    flow_for = partial(flow_in_training, run, teacher=teacher_velocity, prior=prior)
     flow = flow_for(state)
+
+    # what is called after it
     run_hooks = list(journal.hooks)
     if job.sheets:
         draw_sheets = _timed_drawing(job.sheets, run.train, countdown) if countdown else job.sheets.draw
@@ -137,13 +136,13 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             step_threads,
             journal.saver,
             _prefetched(run, source, flow, job.device) as (batch_at, draws_at),
-            _progress(job, main_bar) as show_text,
+            _progress(job, main_bar) as show_progress,
         ):
-            show_text(_first_text(run.train, state))
+            show_progress(_first_text(run.train, state))
             job.meter.begin(state.step)
             all_hooks = [
                 loop.Every(1, lambda state, record: step_threads.end()),
-                loop.Every(1, lambda state, record: show_text(_step_text(job, record))),
+                loop.Every(1, lambda state, record: show_progress(_note_step(job, record))),
                 *run_hooks,
                 *hooks,
                 loop.Every(1, lambda state, record: step_threads.begin()),
@@ -158,9 +157,9 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
             read_clock = countdown.read if countdown else None
             loop.train(state, flow, batch_at, run.train, all_hooks, journal.is_save_due, draws_at, read_clock)
     except Diverged as error:
-        hinted_error = _with_resume_hint(error, job)
+        hint = _resume_hint_of(job)
         agreement.on_main_rank(lambda: note_end(folder))
-        raise hinted_error from error
+        raise Diverged(f"{error} {hint}") from error  # without a name, which would hold the job by its traceback
     agreement.on_main_rank(lambda: note_end(folder))
     _tell_end(job, countdown)
     return state
@@ -310,7 +309,10 @@ def _prefetched(
 
 @contextmanager
 def _progress(job: Job, bar: Bar) -> Generator[Callable[[str], None], None, None]:
-    """A bar that counts steps, or seconds of a run that ends by the clock. Yields what shows a text on it."""
+    """A bar that counts steps, or seconds of a run that ends by the clock. Yields what moves it.
+
+    That is a function which moves the bar to where the run is, and shows a text on it.
+    """
     state = job.state
     units_bar = bar
     total = job.run.train.steps
@@ -319,11 +321,11 @@ def _progress(job: Job, bar: Bar) -> Generator[Callable[[str], None], None, None
         total = round(state.timing.promised_seconds)
     with units_bar(f"training {job.index.folder.name}", total) as tick:
 
-        def show_text(text: str) -> None:
+        def show_progress(text: str) -> None:
             units_done = round(state.timing.seconds) if state.timing else state.step
             tick(units_done, text)
 
-        yield show_text
+        yield show_progress
 
 
 def _first_text(train: Train, state: State) -> str:
@@ -335,8 +337,8 @@ def _first_text(train: Train, state: State) -> str:
     return "the first step"
 
 
-def _step_text(job: Job, record: Record) -> str:
-    """What the bar says after a step, which the job's meter notes."""
+def _note_step(job: Job, record: Record) -> str:
+    """Measure a step, which may add a row to speed.jsonl. Returns what the bar says after it."""
     text = job.meter.note(record)
     return f"step {record.step:,}, {text}" if job.state.timing else text
 
@@ -360,13 +362,12 @@ def _trial_step(
     return try_step
 
 
-def _with_resume_hint(error: Diverged, job: Job) -> Diverged:
-    """The error of a training that diverged, with what to type then. Every rank must call it."""
+def _resume_hint_of(job: Job) -> str:
+    """What to type where a job diverged. Every rank must call it."""
     last_good_step = job.state.step - job.state.skips
-    hint = agreement.on_main_rank(
+    return agreement.on_main_rank(
         lambda: resume_hint(job.run.train, job.index.folder, job.index.checkpoints, last_good_step)
     )
-    return Diverged(f"{error} {hint}")
 
 
 def _tell_end(job: Job, countdown: Countdown | None) -> None:
