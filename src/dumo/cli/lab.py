@@ -39,9 +39,8 @@ def reproduce(
         str,
         typer.Argument(
             callback=_check_plan,
-            help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-pixels, fair, "
-            "flow-first, latents, lowpass, pretrained, routed, scaling, stages, stages-latents, two-times, unet, "
-            "words; or a YAML file of your own.",
+            help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, fair, flow-first, "
+            "latents, lowpass, pretrained, scaling, stages, stages-latents, two-times, unet, words; or a YAML file of your own.",
         ),
     ],
     scale: Annotated[

@@ -95,8 +95,6 @@ class View:
 
 VIEWS = {  # by the name of the plan
     "best": View(make_table=ours.best_table, make_charts=ours.best_charts, needs_all_cells=True),
-    "best-latents": View(make_table=ours.best_table, make_charts=ours.best_charts, needs_all_cells=True),
-    "best-pixels": View(make_table=ours.best_table, make_charts=_no_charts, needs_all_cells=True),
     "fair": View(make_table=ours.fair_table, make_charts=ours.fair_charts),
     "fig3": View(make_table=paper.fig3_table, make_charts=_no_charts, draw_pictures=paper.fig3_draw),
     "fig4a": View(make_charts=paper.fig4a_charts),
