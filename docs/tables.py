@@ -317,7 +317,6 @@ TABLES = {
     "zoo": ("zoo", arms),
     "front": ("best", front),
     "best": ("best", best),
-    "best-latents": ("best-latents", arms),
     "scaling": ("scaling", scaling),
     "flow-first": ("flow-first", by_budget),
     "words": ("words", words),

@@ -241,9 +241,15 @@ def _pipeline_settings(sampler: Sampler, solver: ShippedSolver) -> Json:
     """The fields of the shipped pipeline's `__init__`: solver, its times, and the latents' shift and scale."""
     settings = _solver_settings(solver)
     data = sampler.data
+    scale: float | tuple[float, ...] = 1.0
     if isinstance(data, Latents):
         settings["shift"] = data.codec.published.shift
-        settings["scale"] = data.codec.published.scale
+        scale = data.codec.published.scale
+    sd = sampler.flow.path.sd  # the net learned x / sd
+    if isinstance(scale, tuple):
+        settings["scale"] = [of_channel / sd for of_channel in scale]
+    else:
+        settings["scale"] = scale / sd
     return settings
 
 

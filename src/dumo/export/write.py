@@ -101,7 +101,9 @@ def export(
     elif nfe:
         raise UserError(f"an export of dumo's own net makes any number of passes: leave out {option('nfe')}")
     path = sampler.flow.path
-    if path != Linear() and not isinstance(path, Diffusion):
+    is_stock_path = path == Linear() or isinstance(path, Diffusion)
+    is_path_of_own_net = exported is None and isinstance(path, Linear)  # its pipeline multiplies by sd
+    if not (is_stock_path or is_path_of_own_net):
         raise UserError(
             f"stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is {path.kind} with sd "
             f"{path.sd:g}: train with path.kind=linear and path.sd=1, or sample it by dumo sample"

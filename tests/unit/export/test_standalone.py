@@ -181,7 +181,7 @@ REFUSED = {
 EARLY = [  # those that pages recommend, and one of each option of a net
     "digits",
     "dumo-best",
-    "dumo-best-latents",  # Hermite
+    "dumo-best-latents",
     "cifar10-overnight",
     "cifar10-small",  # a U-Net
     "my-images",
@@ -285,7 +285,7 @@ def card_pixels(run: RunFolder, n: int, card: str) -> np.ndarray:
     draws = [torch.randn(len(labels), *run.run.data.shape, generator=g) for _ in range(n)]
     with torch.no_grad():
         x = solver(sampler.reads, sampler.flow.path, draws[0], labels, n, draws.__getitem__)
-    return to_rows(sampler.decode(x)).numpy()
+    return to_rows(sampler.decode(sampler.flow.path.sd * x)).numpy()
 
 
 @pytest.mark.parametrize(
