@@ -135,7 +135,7 @@ def test_on_paired_folds_the_front_table_has_one_winner_at_one_nfe() -> None:
 @pytest.mark.parametrize(
     ("row", "count"),
     [
-        ("|[iCT](", "1 of 3"),
+        ("|[sCT](", "1 of 3"),
         ("|[DuMo + Shortcut](", ""),
     ],
 )
