@@ -238,7 +238,7 @@ def _write_decoder(sampler: Sampler, folder: Path) -> list[str | None]:
 
 
 def _pipeline_settings(sampler: Sampler, solver: ShippedSolver) -> Json:
-    """The fields of the shipped pipeline's `__init__`: solver, its times, and the latents' shift and scale."""
+    """The fields of the shipped pipeline's `__init__`: solver, its times, and shift and scale of what is learned."""
     settings = _solver_settings(solver)
     data = sampler.data
     scale: float | tuple[float, ...] = 1.0

@@ -467,7 +467,9 @@ def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
 
 def _mean_by_bin(part: str, rows: Sequence[log.Row], counts: Tensor) -> list[float]:
     """The mean of a part of the loss by bin of t; `counts` (rows, bins) are the samples of each row in each bin."""
-    means_by_row = [[mean or 0.0 for mean in row["bins"][part]] for row in rows]  # an empty bin has null
+    means_by_row: list[list[float]] = []
+    for row in rows:
+        means_by_row.append([mean or 0.0 for mean in row["bins"][part]])  # an empty bin has null
     means = torch.tensor(means_by_row, dtype=torch.float64)
     return ((means * counts).sum(0) / counts.sum(0)).tolist()
 

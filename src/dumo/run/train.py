@@ -382,8 +382,8 @@ def _tell_end(job: Job, countdown: Countdown | None) -> None:
 
 def _late_text(folder: Path, late_seconds: float) -> str:
     """A line for a run that ends by the clock, and whose time was over before its first step."""
-    more = train_call(folder, minutes=minutes_to_prepare(late_seconds))
+    command_with_time = train_call(folder, minutes=minutes_to_prepare(late_seconds))
     return (
         f"it took {duration_text(late_seconds)} to begin, and no time was left for steps: it made one, and "
-        f"skipped the rest of its learning rate's schedule. With enough time:  {more}"
+        f"skipped the rest of its learning rate's schedule. With enough time:  {command_with_time}"
     )
