@@ -224,8 +224,7 @@ def sources(cell: Cell, names: Collection[str]) -> set[str]:
 def with_folders(cell: Cell, results_by_name: Mapping[str, Result], parent: Path) -> Cell:
     """The cell with folders in place of the names of cells that have results.
 
-    A model that a cell begins from by `Cell.weights` is saved in a folder below `parent`. Raises UserError where
-    `Cell.weights` is no cell and no folder.
+    A model that a cell begins from by `Cell.weights` is saved in a folder below `parent`.
     """
     parts: dict[str, Any] = {}
     for name in ("start", "teacher"):
@@ -234,18 +233,9 @@ def with_folders(cell: Cell, results_by_name: Mapping[str, Result], parent: Path
         if source is not None:
             parts[name] = part.model_copy(update={"source": str(source.trained.folder)})
     if cell.weights:
-        source = results_by_name.get(cell.weights)
-        folder = _save_model(source, parent, cell.cut) if source else _existing_folder(cell.weights)
+        folder = _save_model(results_by_name[cell.weights], parent, cell.cut)
         parts["pipeline"] = Pipeline(source=str(folder))
     return replace(cell, spec=cell.spec.model_copy(update=parts))
-
-
-def _existing_folder(folder: str) -> Path:
-    """A folder of diffusers that no cell makes. Raises UserError where it is missing."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"{folder} is missing, which this plan begins from: its YAML says how to make it")
-    return path
 
 
 def _save_model(result: Result, parent: Path, cut: float | None) -> Path:

@@ -96,8 +96,7 @@ class Arm(Spec):
     steps: int | None = None  # sets the budget anew: the arms after it cost as much as these steps. None: it does not
     share: float = 1.0  # of the budget
     only: dict[str, list[Any]] = Field(default={})  # the scales, or values of an outer axis, at which there is this arm
-    # The net to begin from, as diffusers saves it: a cell's name, or a folder; may have $seed.
-    weights: str | None = None
+    weights: str | None = None  # the cell from whose net it begins, as diffusers saves that
     # Rad, of the low-pass that is fitted to that net (`dumo.nets.lowpass`); None: there is none.
     cut: float | None = None
 
@@ -193,14 +192,11 @@ class Plan(Spec):
                 run = load_run(seed)
             run_seed = run.train.seed if seed is None else seed
             train = run.train.model_copy(update={"steps": steps, "seed": run_seed})
-            weights = None
-            if arm.weights is not None:
-                weights = Template(arm.weights).safe_substitute(seed=run_seed)
             yield Cell(
                 name=f"{name}-{run_seed}",
                 spec=run.model_copy(update={"train": train}),
                 labels=labels,
-                weights=weights,
+                weights=arm.weights,
                 cut=arm.cut,
                 code=_code_of(run) if self.follows_code else None,
             )
@@ -324,7 +320,7 @@ class Cell:
     name: str  # ARM-SEED
     spec: Run
     labels: dict[str, Any]  # its columns in the table
-    weights: str | None = None  # as `Arm.weights`, of this seed
+    weights: str | None = None  # as `Arm.weights`
     cut: float | None = None  # as `Arm.cut`
     code: str | None = None  # hashes of the code that it runs (`_code_of`); None: the plan does not follow that
 

@@ -7,7 +7,7 @@
 2. runs the cells of the plan: trains and measures them (`dumo.lab.cell`), or takes the results of finished ones. Where
    some diverge, it goes on with the others, unless the view needs all;
 3. makes the table, and writes table.md and results.json, with their origin: the command, the date, the machine, the
-   commit;
+   commit, and for plans of dumo with fingerprints of the objectives (`dumo.lab.fingerprint`);
 4. writes charts of the table alone (`write_charts`, which tests also call on stored tables), then pictures that need
    the trained nets, and names them in results.json.
 
@@ -36,6 +36,7 @@ from dumo.io import file, picture
 from dumo.io.read import write_json
 from dumo.lab import arm_picture, cell, fig4b, ours, ownplan, paper
 from dumo.lab.cell import Result, Row
+from dumo.lab.fingerprint import fingerprint
 from dumo.lab.plan import Cell, Plan, read_plan
 from dumo.lab.table import average_by_arm, markdown, with_failed_seeds
 from dumo.run.speed import seconds_between
@@ -109,7 +110,6 @@ VIEWS = {  # by the name of the plan
         needs_all_cells=True,
     ),
     "two-times": View(make_charts=_no_charts),
-    "unet": View(make_charts=_no_charts),
     "words": View(make_table=ours.words_table, make_charts=_no_charts, draw_pictures=ours.words_draw),
     "zoo": View(make_table=paper.zoo_table, needs_all_cells=True),
 }
@@ -158,7 +158,7 @@ def reproduce(
         "origin": _origin(command, device, results),
         "table": table,
         "failed": failed,
-        "cells": [{"cell": result.cell.name, **result.report} for result in results],
+        "cells": [_cell_record(result, is_own=is_own) for result in results],
         "files": [str(table_file), str(results_file)],
     }
     # the numbers before the pictures: what took hours must not be lost where a picture fails
@@ -171,6 +171,17 @@ def reproduce(
     report["files"] = [str(path) for path in (*charts, *pictures, table_file, results_file)]
     write_json(results_file, report)
     return report
+
+
+def _cell_record(result: Result, *, is_own: bool) -> Row:
+    """What results.json holds of a cell: its report, and the fingerprint of the objective that trained it.
+
+    A cell of a user's file (`is_own`) has none: its objective may not fit the small net of fingerprints.
+    """
+    record: Row = {"cell": result.cell.name}
+    if not is_own:
+        record["fingerprint"] = fingerprint(result.cell.spec)
+    return record | result.report
 
 
 def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list[Path]:

@@ -8,7 +8,6 @@ from typing import get_type_hints
 import pytest
 import torch
 
-import measured
 from dumo.cli.lab import reproduce
 from dumo.config import recipes
 from dumo.config.load import load
@@ -252,13 +251,3 @@ def test_the_papers_steps_make_as_many_passes_as_it_says() -> None:
 def test_settings_are_compared_by_other_seeds_than_chose_them() -> None:
     """Seed 0 did."""
     assert 0 not in {cell.spec.train.seed for cell in cells_of("best", "laptop")}
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("free")
-@pytest.mark.parametrize("name", measured.names())
-def test_results_are_of_the_plan(name: str) -> None:
-    """Every arm on a laptop is in what was measured."""
-    column = read_plan(name).columns[0]
-    found = {row[column] for row in measured.results(name)["table"]}
-    assert {cell.labels[column] for cell in cells_of(name, "laptop")} <= found
