@@ -3,11 +3,19 @@
     python docs/tables.py
 
 A table stands between `<!-- table: zoo -->` and `<!-- end -->`. A test holds the pages to what this writes.
+
+The order of events for a page (`with_tables`):
+
+1. A place in the page names a table. `TABLES` has the file of its results, and the function that makes a `Table`.
+2. That function groups the rows of the file by arm (`group_by_arm`), and writes their scores with errors, the best bold
+   (`score_cells`), and how many seeds failed (`failed_counts`).
+3. `Table.lines` writes the table, and `origin_text` the line below it: command, time, machine and commit.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,317 +26,400 @@ from dumo.lab.table import from_cells, main_score
 
 DOCS = Path(__file__).parent
 MODELS = DOCS.parent / "src/dumo/trained"
-TRAINED = ("mmd", "class_mmd")  # the scores that lead
 SHIPPED = DOCS.parent / "src/dumo/recipes/results"  # which reports show, too
-MEASURED = (SHIPPED, DOCS / "results", DOCS.parent / "tools", MODELS)
+RESULT_FOLDERS = (SHIPPED, DOCS / "results", DOCS.parent / "tools", MODELS)
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)", re.DOTALL)
-Row = dict[str, Any]
+SCORES = ("fd", "fd_grey", "mmd", "class_mmd")
+TRAINED_SCORES = ("mmd", "class_mmd")  # of the models that come with dumo
+SCORE_TITLES = {"class_mmd": "kernel distance by class · 10³", "mmd": "kernel distance · 10³"}  # others: FD
+FRONT_NAMES = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "the paper's recipe": "DuMo, the paper's recipe"}
+Row = dict[str, Any]  # of results: means over the seeds of an arm, at one number of passes
+Arm = list[Row]  # the rows of an arm, by number of passes
 
 
-def grouped(results: Row, *keys: str) -> list[list[Row]]:
-    """The rows that agree in these keys, one for each number of passes, in their order, with all spreads."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for stored, row in zip(results["table"], from_cells(results), strict=True):
-        for score in ("fd", "fd_grey", "mmd", "class_mmd"):
-            assert abs((stored.get(score) or 0) - (row.get(score) or 0)) < 1e-9, stored
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return [*found.values()]
+# --------------------------------------------------------------------------------------------------- tables, as text
 
 
-def at_budget(results: Row, budget: float) -> list[list[Row]]:
-    """The rows of each arm at a budget."""
-    return [own for own in grouped(results, "arm", "budget") if own[0]["budget"] == budget]
+@dataclass
+class Table:
+    """A table of a page."""
+
+    head: list[str]
+    rows: list[list[str]] = field(default_factory=list[list[str]])
+    failed: list[str] = field(default_factory=list[str])  # by row, how many seeds failed, as "1 of 3"; "": none
+
+    def add(self, *cells: str, failed: str = "") -> None:
+        """Add a row."""
+        self.rows.append([*cells])
+        self.failed.append(failed)
+
+    def lines(self) -> Iterator[str]:
+        """The lines of Markdown, with a last column of failed seeds where there are any."""
+        has_failures = any(self.failed)
+        head = [*self.head, "failed seeds"] if has_failures else self.head
+        yield _line(head)
+        yield "|" + "---|" * len(head)
+        for cells, failed in zip(self.rows, self.failed, strict=True):
+            yield _line([*cells, failed] if has_failures else cells)
 
 
-def by_arm(results: Row) -> list[list[Row]]:
-    """The rows of each arm, by its first column; the nearest in its fewest passes first."""
-    found = grouped(results, next(iter(results["table"][0])))
-    score = main_score(found[0][0])
-    return sorted(found, key=lambda own: (own[0]["nfe"], own[0][score]))
-
-
-def spread(rows: list[Row], *keys: str, digits: int = 2) -> list[str]:
-    """Mean and standard deviation over the seeds, if there are several, of each key in each row: they do not break."""
-    found: list[str] = []
-    for key in keys:
-        for row in rows:
-            sd = row[f"{key}_sd"]
-            found.append(f"{row[key]:.{digits}f}" + ("" if sd is None else f"&nbsp;±&nbsp;{sd:.{digits}f}"))
-    return found
-
-
-def judged(arms: list[list[Row]], passes: tuple[int, ...]) -> list[list[str]]:
-    """Of each arm the main score by number of passes, with its error; bold the best (`dumo.lab.ranking`).
-
-    Of results from before errors were known the spread over seeds, and nothing bold.
-    """
-    score = main_score(arms[0][0])
-    digits = 1 if score == "fd" else 2
-    columns: list[list[str]] = []
-    for nfe in passes:
-        rows = [next((row for row in own if row["nfe"] == nfe), None) for own in arms]
-        if "error" in arms[0][0]:
-            columns.append(ranked(rows, score, digits))
-        else:
-            columns.append([spread([row], score, digits=digits)[0] if row else "" for row in rows])
-    return [list(cells) for cells in zip(*columns, strict=True)]
-
-
-def ranked(rows: list[Row | None], score: str, digits: int) -> list[str]:
-    """A column: the score of each arm at one number of passes, bold the best; empty where it was not measured."""
-    measured = {arm: row for arm, row in enumerate(rows) if row is not None}
-    cells = [""] * len(rows)
-    if not measured:
-        return cells
-    best = best_arms([ArmScore(by_seed(row, score), row["error"]) for row in measured.values()])
-    for (arm, row), is_best in zip(measured.items(), best, strict=True):
-        number = f"{row[score]:.{digits}f}&nbsp;±&nbsp;{row['error']:.{digits}f}".replace("-", "−")
-        cells[arm] = f"**{number}**" if is_best else number
-    return cells
-
-
-def by_seed(row: Row, score: str) -> dict[str, float]:
-    """A score of each seed of a row; without those that lack it."""
-    return {seed: cell[score] for seed, cell in row["by_seed"].items() if cell.get(score) is not None}
-
-
-def failures(arms: list[list[Row]]) -> list[str]:
-    """How many seeds of each arm failed at one NFE, as "1 of 3"; empty where none did, or one NFE was not measured."""
-    counts: list[str] = []
-    for own in arms:
-        row = own[0]
-        score = main_score(row)
-        failed = list[str]()
-        if row["nfe"] == 1:
-            accuracies = by_seed(row, "accuracy") if row["protocol"].startswith("cifar10") else {}
-            failed = failed_seeds(by_seed(row, score), accuracies)
-        counts.append(f"{len(failed)} of {row['seeds']}" if failed else "")
-    return counts
-
-
-def score_title(row: Row) -> str:
-    """What a column of a row's main score is called."""
-    return {"class_mmd": "kernel distance by class · 10³", "mmd": "kernel distance · 10³"}.get(main_score(row), "FD")
-
-
-def with_failures(table: list[list[str]], counts: list[str]) -> Iterator[str]:
-    """The lines of a table, its head first, with a last column of failed seeds where there are any."""
-    head, *rows = table
-    if any(counts):
-        head = [*head, "failed seeds"]
-        rows = [[*cells, count] for cells, count in zip(rows, counts, strict=True)]
-    yield line(head)
-    yield "|" + "---|" * len(head)
-    yield from map(line, rows)
-
-
-def line(cells: list[str]) -> str:
-    """A row of a table."""
+def _line(cells: Sequence[str]) -> str:
+    """A row of a table as Markdown."""
     return f"|{'|'.join(cells)}|"
 
 
-def arms(results: Row) -> Iterator[str]:
-    """Every arm: what a step costs, its main score at 1, 2 and 4 NFE, and its recall at one."""
-    every, first = by_arm(results), next(iter(results["table"][0].values()))
-    arms = read_plan(results["name"]).arms
-    kinds = {arm.labels["objective"]: load(arm.recipe).objective.kind for arm in arms if "objective" in arm.labels}
-    title = score_title(every[0][0])
-    table = [["", "F", f"{title}, 1 NFE", "2", "4", "recall"]]
-    for own, cells in zip(every, judged(every, (1, 2, 4)), strict=True):
-        one, name = own[0], next(iter(own[0].values()))
-        shown = f"[{name}](objectives/details.md#{kinds[name]})" if name in kinds else name
-        costs = [f"**{shown}**" if name == first else shown, f"{one['F_per_step']:.2f}"]
-        table.append([*costs, *cells, f"{one['recall']:.2f}" if one["nfe"] == 1 else ""])
-    yield from with_failures(table, failures(every))
+def with_error(value: float, error: float | None, digits: int = 2) -> str:
+    """A number and its error, which no line break parts; None: no error is known."""
+    if error is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f}&nbsp;±&nbsp;{error:.{digits}f}"
 
 
-def tested(results: Row) -> Iterator[str]:
-    """Every arm at its best rate, on test images: what a step costs, its main score at 1, 2 and 4 NFE."""
-    every = grouped(results, "objective", "judged on")
-    every = sorted((own for own in every if own[0]["judged on"] == "test images"), key=lambda own: own[0]["mmd"])
-    table = [["", "rate", "F", "kernel distance · 10³, 1 NFE", "2", "4"]]
-    for own, cells in zip(every, judged(every, (1, 2, 4)), strict=True):
-        table.append([own[0]["objective"], f"{own[0]['rate']}", f"{own[0]['F_per_step']:.2f}", *cells])
-    yield from with_failures(table, failures(every))
+def with_minus(text: str) -> str:
+    """A text with a minus sign in place of each hyphen."""
+    return text.replace("-", "−")
 
 
-def front(results: Row) -> Iterator[str]:
-    """Five of the arms at a budget of 1, the nearest in one pass first; and what a perfect sampler would have."""
-    table = [["", "1 NFE", "2", "4", "50"]]
-    names = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "the paper's recipe": "DuMo, the paper's recipe"}
-    every = [own for own in at_budget(results, 1) if own[0]["arm"][0] != "+"]
-    every.sort(key=lambda own: own[0][main_score(own[0])])
-    counts = failures(every)
-    for own, cells in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
-        arm = str(own[0]["arm"])
-        table.append([names.get(arm, arm), *cells])
-    is_by_class = main_score(every[0][0]) == "class_mmd"
-    sds = [cell["baselines"]["perfect"]["class_mmd_sd" if is_by_class else "sd"] for cell in results["cells"]]
-    mean_square = sum(sd**2 for sd in sds) / len(sds)
-    error = (mean_square / every[0][0]["seeds"]) ** 0.5  # of a mean over folds
-    table.append(["*a perfect sampler*", *[f"0.00&nbsp;±&nbsp;{error:.2f}"] * 4])
-    counts.append("")
-    yield from with_failures(table, counts)
+# ---------------------------------------------------------------------------------------------------- arms and scores
 
 
-def best(results: Row) -> Iterator[str]:
-    """Arms at the largest budget, by number of passes; the best bold."""
-    largest = max(row["budget"] for row in results["table"])
-    every = at_budget(results, largest)
-    title = score_title(every[0][0])
-    table = [["", f"{title}, 1 NFE", "2", "4", "50", "recall"]]
-    for own, scores in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
-        table.append([own[0]["arm"], *scores, f"{own[0]['recall']:.2f}"])
-    yield from with_failures(table, failures(every))
+def group_by_arm(results: Row, *columns: str) -> list[Arm]:
+    """The arms of results, in their order. Rows that agree in these columns are of one arm."""
+    arms: dict[tuple[Any, ...], Arm] = {}
+    for stored_row, row in zip(results["table"], from_cells(results), strict=True):
+        for score in SCORES:
+            assert abs((stored_row.get(score) or 0) - (row.get(score) or 0)) < 1e-9, stored_row
+        arms.setdefault(tuple(row[column] for column in columns), []).append(row)
+    return list(arms.values())
 
 
-def scaling(results: Row) -> Iterator[str]:
-    """Every arm at 1, 2, 4 and 50 NFE: the main score by budget, and the power of the budget by which it changes."""
-    budgets = sorted({row["budget"] for row in results["table"]})
-    table = [["", "NFE", *(f"budget {n}" for n in budgets), "power"]]
-    found: dict[tuple[str, int], dict[float, str]] = {}  # by budget; at 0 the slope
-    for budget in budgets:
-        every = at_budget(results, budget)
-        for own, cells in zip(every, judged(every, (1, 2, 4, 50)), strict=True):
-            for row, cell in zip(own, cells, strict=True):
-                slope = f"{row['slope']:.2f}&nbsp;±&nbsp;{row['slope_error']:.2f}".replace("-", "−")
-                found.setdefault((row["arm"], row["nfe"]), {0: slope})[budget] = cell
-    failed = failures_by_budget(results, budgets)
-    counts: list[str] = []
-    for (arm, n), cells in found.items():
-        table.append([arm if n == 1 else "", f"{n}", *(cells.get(b, "") for b in (*budgets, 0))])
-        counts.append(failed[arm] if n == 1 else "")
-    yield from with_failures(table, counts)
+def arms_at_budget(results: Row, budget: float) -> list[Arm]:
+    """The arms at one budget."""
+    return [arm for arm in group_by_arm(results, "arm", "budget") if arm[0]["budget"] == budget]
 
 
-def failures_by_budget(results: Row, budgets: list[float]) -> dict[str, str]:
-    """Of each arm its failed seeds at each budget, as "1 of 3 at 10"."""
-    found: dict[str, list[str]] = {}
-    for budget in budgets:
-        every = at_budget(results, budget)
-        for own, count in zip(every, failures(every), strict=True):
-            of_arm = found.setdefault(own[0]["arm"], [])
+def budgets_of(results: Row) -> list[float]:
+    """The budgets of results, from the least on."""
+    return sorted({row["budget"] for row in results["table"]})
+
+
+def score_title(arm: Arm) -> str:
+    """What a column of an arm's main score is called."""
+    return SCORE_TITLES.get(main_score(arm[0]), "FD")
+
+
+def score_cells(arms: Sequence[Arm], passes: Sequence[int]) -> list[list[str]]:
+    """The main score of each arm at these numbers of passes, with its error; the best is bold (`dumo.lab.ranking`).
+
+    Of results from before errors were known, the spread over seeds, and nothing is bold.
+    """
+    columns = [_score_column(arms, nfe) for nfe in passes]
+    return [list(cells) for cells in zip(*columns, strict=True)]
+
+
+def _score_column(arms: Sequence[Arm], nfe: int) -> list[str]:
+    """The main score of each arm at one number of passes; empty where it was not measured."""
+    score = main_score(arms[0][0])
+    digits = 1 if score == "fd" else 2
+    has_errors = "error" in arms[0][0]
+    rows: dict[int, Row] = {}  # by the number of the arm
+    for number, arm in enumerate(arms):
+        for row in arm:
+            if row["nfe"] == nfe:
+                rows[number] = row
+
+    cells = [""] * len(arms)
+    if not has_errors:
+        for number, row in rows.items():
+            cells[number] = with_error(row[score], row[f"{score}_sd"], digits)
+        return cells
+    best = best_arms([ArmScore(score_by_seed(row, score), row["error"]) for row in rows.values()])
+    for (number, row), is_best in zip(rows.items(), best, strict=True):
+        cell = with_minus(with_error(row[score], row["error"], digits))
+        cells[number] = f"**{cell}**" if is_best else cell
+    return cells
+
+
+def score_by_seed(row: Row, score: str) -> dict[str, float]:
+    """A score of each seed of a row, without those that lack it."""
+    scores: dict[str, float] = {}
+    for seed, cell in row["by_seed"].items():
+        if cell.get(score) is not None:
+            scores[seed] = cell[score]
+    return scores
+
+
+def failed_counts(arms: Sequence[Arm]) -> list[str]:
+    """How many seeds of each arm failed at one NFE, as "1 of 3"; empty where none did, or one NFE was not measured."""
+    return [_failed_count(arm[0]) for arm in arms]
+
+
+def _failed_count(row: Row) -> str:
+    """How many seeds of an arm's first row failed, as `failed_counts` says."""
+    if row["nfe"] != 1:
+        return ""
+    judges_classes = row["protocol"].startswith("cifar10")
+    accuracies = score_by_seed(row, "accuracy") if judges_classes else {}
+    failed = failed_seeds(score_by_seed(row, main_score(row)), accuracies)
+    return f"{len(failed)} of {row['seeds']}" if failed else ""
+
+
+def failed_counts_by_arm(results: Row) -> dict[str, str]:
+    """The failed seeds of each arm at all budgets, as "1 of 3 at 10"."""
+    counts: dict[str, list[str]] = {}
+    for budget in budgets_of(results):
+        arms = arms_at_budget(results, budget)
+        for arm, count in zip(arms, failed_counts(arms), strict=True):
+            counts_of_arm = counts.setdefault(arm[0]["arm"], [])
             if count:
-                of_arm.append(f"{count} at {budget:g}")
-    return {arm: ", ".join(counts) for arm, counts in found.items()}
+                counts_of_arm.append(f"{count} at {budget:g}")
+    return {name: ", ".join(counts_of_arm) for name, counts_of_arm in counts.items()}
 
 
-def by_budget(results: Row) -> Iterator[str]:
-    """Every arm that ends with DuMo, by budget and number of passes; the best bold."""
-    budgets, passes = sorted({row["budget"] for row in results["table"]}), (1, 2, 4)
-    head = ["", *(f"budget {budget}, {n} NFE" if n == 1 else f"{n}" for budget in budgets for n in passes)]
-    found: dict[str, list[str]] = {}
+# ------------------------------------------------------------------------------------------------ a table of a plan
+
+
+def ranked_table(results: Row) -> Table:
+    """Every arm, the nearest at its fewest passes first: a step's cost, the score at 1, 2 and 4 NFE, recall at one."""
+    name_column = next(iter(results["table"][0]))
+    first_name = results["table"][0][name_column]
+    arms = group_by_arm(results, name_column)
+    score = main_score(arms[0][0])
+    arms.sort(key=lambda arm: (arm[0]["nfe"], arm[0][score]))
+    links = _links_to_objectives(results["name"])
+
+    table = Table(["", "F", f"{score_title(arms[0])}, 1 NFE", "2", "4", "recall"])
+    for arm, scores, failed in zip(arms, score_cells(arms, (1, 2, 4)), failed_counts(arms), strict=True):
+        row = arm[0]
+        name = str(links.get(row[name_column], row[name_column]))
+        if row[name_column] == first_name:
+            name = f"**{name}**"
+        recall = f"{row['recall']:.2f}" if row["nfe"] == 1 else ""
+        table.add(name, f"{row['F_per_step']:.2f}", *scores, recall, failed=failed)
+    return table
+
+
+def _links_to_objectives(plan: str) -> dict[str, str]:
+    """Links to the sections of the objectives that a plan's arms are named after, by the arm's name."""
+    links: dict[str, str] = {}
+    for arm in read_plan(plan).arms:
+        name = arm.labels.get("objective")
+        if name is not None:
+            links[name] = f"[{name}](objectives/details.md#{load(arm.recipe).objective.kind})"
+    return links
+
+
+def two_times_table(results: Row) -> Table:
+    """Every arm at its best rate, on test images, the nearest first: a step's cost and the score at 1, 2 and 4 NFE."""
+    arms = [arm for arm in group_by_arm(results, "objective", "judged on") if arm[0]["judged on"] == "test images"]
+    arms.sort(key=lambda arm: arm[0]["mmd"])
+    table = Table(["", "rate", "F", f"{SCORE_TITLES['mmd']}, 1 NFE", "2", "4"])
+    for arm, scores, failed in zip(arms, score_cells(arms, (1, 2, 4)), failed_counts(arms), strict=True):
+        row = arm[0]
+        table.add(row["objective"], f"{row['rate']}", f"{row['F_per_step']:.2f}", *scores, failed=failed)
+    return table
+
+
+def front_table(results: Row) -> Table:
+    """The arms of `best` that are no steps on the way, at a budget of 1, and what a perfect sampler would have."""
+    arms = [arm for arm in arms_at_budget(results, 1) if not arm[0]["arm"].startswith("+")]
+    score = main_score(arms[0][0])
+    arms.sort(key=lambda arm: arm[0][score])
+    table = Table(["", "1 NFE", "2", "4", "50"])
+    for arm, scores, failed in zip(arms, score_cells(arms, (1, 2, 4, 50)), failed_counts(arms), strict=True):
+        name = str(arm[0]["arm"])
+        table.add(FRONT_NAMES.get(name, name), *scores, failed=failed)
+
+    deviation = "class_mmd_sd" if score == "class_mmd" else "sd"
+    variances = [cell["baselines"]["perfect"][deviation] ** 2 for cell in results["cells"]]
+    mean_variance = sum(variances) / len(variances)
+    error = (mean_variance / arms[0][0]["seeds"]) ** 0.5  # of a mean over folds
+    table.add("*a perfect sampler*", *[with_error(0, error)] * 4)
+    return table
+
+
+def best_table(results: Row) -> Table:
+    """The arms at the largest budget, in the plan's order: the score by number of passes, and recall."""
+    arms = arms_at_budget(results, budgets_of(results)[-1])
+    table = Table(["", f"{score_title(arms[0])}, 1 NFE", "2", "4", "50", "recall"])
+    for arm, scores, failed in zip(arms, score_cells(arms, (1, 2, 4, 50)), failed_counts(arms), strict=True):
+        table.add(arm[0]["arm"], *scores, f"{arm[0]['recall']:.2f}", failed=failed)
+    return table
+
+
+def scaling_table(results: Row) -> Table:
+    """Every arm at 1, 2, 4 and 50 NFE: the score by budget, and the power of the budget by which it changes."""
+    budgets = budgets_of(results)
+    scores_by_arm: dict[tuple[str, int], dict[float, str]] = {}  # by arm and passes, then by budget
+    powers: dict[tuple[str, int], str] = {}
     for budget in budgets:
-        every = [own for own in at_budget(results, budget) if "DuMo" in own[0]["arm"]]
-        for own, cells in zip(every, judged(every, passes), strict=True):
-            found.setdefault(own[0]["arm"], []).extend(cells)
-    failed = failures_by_budget(results, budgets)
-    rows = [[arm, *cells] for arm, cells in found.items()]
-    yield from with_failures([head, *rows], [failed[arm] for arm in found])
+        arms = arms_at_budget(results, budget)
+        for arm, scores in zip(arms, score_cells(arms, (1, 2, 4, 50)), strict=True):
+            for row, score in zip(arm, scores, strict=True):
+                key = row["arm"], row["nfe"]
+                scores_by_arm.setdefault(key, {})[budget] = score
+                powers[key] = with_minus(with_error(row["slope"], row["slope_error"]))
+
+    failed = failed_counts_by_arm(results)
+    table = Table(["", "NFE", *(f"budget {budget}" for budget in budgets), "power"])
+    for (name, nfe), scores in scores_by_arm.items():
+        is_first = nfe == 1
+        cells = [scores.get(budget, "") for budget in budgets]
+        table.add(
+            name if is_first else "", str(nfe), *cells, powers[name, nfe], failed=failed[name] if is_first else ""
+        )
+    return table
 
 
-def words(results: Row) -> Iterator[str]:
+def flow_first_table(results: Row) -> Table:
+    """Every arm that ends with DuMo: the score by budget and number of passes."""
+    passes = (1, 2, 4)
+    head = [""]
+    scores_by_arm: dict[str, list[str]] = {}
+    for budget in budgets_of(results):
+        head += [f"budget {budget}, 1 NFE", "2", "4"]
+        arms = [arm for arm in arms_at_budget(results, budget) if "DuMo" in arm[0]["arm"]]
+        for arm, scores in zip(arms, score_cells(arms, passes), strict=True):
+            scores_by_arm.setdefault(arm[0]["arm"], []).extend(scores)
+    failed = failed_counts_by_arm(results)
+    table = Table(head)
+    for name, scores in scores_by_arm.items():
+        table.add(name, *scores, failed=failed[name])
+    return table
+
+
+def words_table(results: Row) -> Table:
     """By words and by classes: distances, and those within a class by captions that were trained on and held out."""
-    every = grouped(results, "data", "condition")
-    table = [["", "by", "steps", "MFLOP per NFE", "FD, 1 NFE", "2", "recall", "class FD", "held out"]]
-    for own in every:
-        row, key = own[0], "fd" if own[0].get("fd_grey") is None else "fd_grey"
-        cells = [row["data"], row["condition"], f"{row['steps']:,}", f"{row['MFLOP_per_pass']:.1f}"]
-        apart = [f"{row[k]:.2f}" if row[k] else "" for k in ("recall", "class_fd", "class_fd_held")]
-        table.append([*cells, *spread(own, key), *apart])
-    yield from with_failures(table, failures(every))
+    arms = group_by_arm(results, "data", "condition")
+    table = Table(["", "by", "steps", "MFLOP per NFE", "FD, 1 NFE", "2", "recall", "class FD", "held out"])
+    for arm, failed in zip(arms, failed_counts(arms), strict=True):
+        row = arm[0]
+        score = "fd" if row.get("fd_grey") is None else "fd_grey"
+        distances = [with_error(of_passes[score], of_passes[f"{score}_sd"]) for of_passes in arm]
+        shares = [f"{row[name]:.2f}" if row[name] else "" for name in ("recall", "class_fd", "class_fd_held")]
+        costs = [f"{row['steps']:,}", f"{row['MFLOP_per_pass']:.1f}"]
+        table.add(row["data"], row["condition"], *costs, *distances, *shares, failed=failed)
+    return table
 
 
-def fair(results: Row) -> Iterator[str]:
-    """Two heads and one, under the same timestep distributions: the main score at one and two NFE; the best bold."""
-    heads = [f"{n}, {k}" for k in ("1 NFE", "2") for n in ("two heads", "one head")]
-    yield line(["timesteps", "jumps", "on", "far, %", *heads])
-    yield "|" + "---|" * 8
-    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    every = grouped(results, "law", "jumps", "rows", "heads", "metric")
-    for own, cells in zip(every, judged(every, (1, 2)), strict=True):
-        row = own[0]
-        on = row["rows"] + (", MeanFlow's metric" if row["metric"] != "l2" else "")
-        far = f"{100 * row['far']:.1f}" if row["far"] > 1e-4 else f"{100 * row['far']:.4f}"
-        found.setdefault((row["law"], row["jumps"], on, far), {})[row["heads"]] = cells
-    for arm, cells in found.items():
-        yield line([*arm, *(cells.get(n, ["", ""])[k] for k in (0, 1) for n in ("two", "one"))])
+def fair_table(results: Row) -> Table:
+    """Two heads and one, under the same timestep distributions: the score at one and two NFE."""
+    arms = group_by_arm(results, "law", "jumps", "rows", "heads", "metric")
+    scores_by_times: dict[tuple[str, ...], dict[str, list[str]]] = {}  # then by heads
+    for arm, scores in zip(arms, score_cells(arms, (1, 2)), strict=True):
+        row = arm[0]
+        rows_that_jump = row["rows"]
+        if row["metric"] != "l2":
+            rows_that_jump += ", MeanFlow's metric"
+        far = 100 * row["far"]
+        far_text = f"{far:.1f}" if far > 0.01 else f"{far:.4f}"
+        times = row["law"], row["jumps"], rows_that_jump, far_text
+        scores_by_times.setdefault(times, {})[row["heads"]] = scores
+
+    columns = ["two heads, 1 NFE", "one head, 1 NFE", "two heads, 2", "one head, 2"]
+    table = Table(["timesteps", "jumps", "on", "far, %", *columns])
+    for times, scores_by_heads in scores_by_times.items():
+        two_heads = scores_by_heads.get("two", ["", ""])
+        one_head = scores_by_heads.get("one", ["", ""])
+        table.add(*times, two_heads[0], one_head[0], two_heads[1], one_head[1])
+    return table
 
 
-def shares(results: Row) -> Iterator[str]:
+def shares_table(results: Row) -> Table:
     """Each objective's distance at one NFE by its share on the velocity, with the standard error."""
     is_moons = results["name"] == "fig3"
-    share = "velocity_ratio" if is_moons else "share_on_velocity"
-    found: dict[str, dict[float | None, str]] = {}
+    share_column = "velocity_ratio" if is_moons else "share_on_velocity"
+    distances: dict[str, dict[float | None, str]] = {}  # by objective, then by share
     for row in results["table"]:
         if is_moons:
-            mean, error = 1000 * row["mmd2"], 1000 * row["mmd2_sd"] / row["seeds"] ** 0.5
+            distance = 1000 * row["mmd2"]
+            error = 1000 * row["mmd2_sd"] / row["seeds"] ** 0.5
         else:
-            mean, error = row["class_mmd"], row["error"]
-        found.setdefault(row["objective"], {})[row[share]] = f"{mean:.1f}&nbsp;±&nbsp;{error:.1f}"
-    columns = sorted({column for cells in found.values() for column in cells if column is not None})
-    if any(None in cells for cells in found.values()):
-        columns.append(None)
-    title = "MMD² · 10³" if is_moons else "kernel distance by class · 10³"
-    yield line([title, *("none" if column is None else f"{column:g}" for column in columns)])
-    yield "|" + "---|" * (1 + len(columns))
-    for objective, cells in found.items():
-        yield line([objective, *(cells.get(column, "") for column in columns)])
+            distance = row["class_mmd"]
+            error = row["error"]
+        distances.setdefault(row["objective"], {})[row[share_column]] = with_error(distance, error, 1)
+
+    shares: set[float | None] = set()
+    for distances_by_share in distances.values():
+        shares.update(distances_by_share)
+    columns = sorted(shares, key=lambda share: (share is None, share))  # None last
+    title = "MMD² · 10³" if is_moons else SCORE_TITLES["class_mmd"]
+    table = Table([title, *("none" if share is None else f"{share:g}" for share in columns)])
+    for objective, distances_by_share in distances.items():
+        table.add(objective, *(distances_by_share.get(share, "") for share in columns))
+    return table
 
 
-def kills(results: Row) -> Iterator[str]:
+# --------------------------------------------------------------------------------------------------- other tables
+
+
+def kills_table(results: Row) -> Table:
     """What came of the kills, by place and ranks."""
-    yield line(["killed while", "one process: kills/starts", "two ranks"])
-    yield "|" + "---|" * 3
-    found: dict[str, list[str]] = {}
+    cells_by_place: dict[str, list[str]] = {}
     for row in results["rows"]:
-        end = f", {len(row['differs'])} numbers differ" if row["differs"] else ""
-        found.setdefault(row["place"], []).append(f"{row['hits']}/{row['starts']}{end}")
-    yield from (line([place, *cells]) for place, cells in found.items())
+        cell = f"{row['hits']}/{row['starts']}"
+        if row["differs"]:
+            cell += f", {len(row['differs'])} numbers differ"
+        cells_by_place.setdefault(row["place"], []).append(cell)
+    table = Table(["killed while", "one process: kills/starts", "two ranks"])
+    for place, cells in cells_by_place.items():
+        table.add(place, *cells)
+    return table
 
 
-def memory(results: Row) -> Iterator[str]:
-    """Host memory by mode and ranks: measured, and counted."""
+def memory_table(results: Row) -> Table:
+    """Host memory by mode and ranks, in GB: measured, and counted."""
     phases = ["start", "first step", "save", "step", "resume", "export"]
-    yield line(["trained", "ranks", *phases])
-    yield "|" + "---|" * (2 + len(phases))
-    for mode, found in results.items():
-        for ranks, row in found["ranks"].items():
-            cells = [f"{row[name]['measured'] / 1e9:.2f}/{row[name]['dry'] / 1e9:.2f}" for name in phases]
-            yield line([mode, ranks, *cells])
+    table = Table(["trained", "ranks", *phases])
+    for mode, rows_of_mode in results.items():
+        for ranks, row in rows_of_mode["ranks"].items():
+            cells: list[str] = []
+            for phase in phases:
+                measured = row[phase]["measured"] / 1e9
+                counted = row[phase]["dry"] / 1e9
+                cells.append(f"{measured:.2f}/{counted:.2f}")
+            table.add(mode, ranks, *cells)
+    return table
 
 
-def trained(_: Row) -> Iterator[str]:
-    """The models that come with dumo, each with a perfect sampler: the scores of `TRAINED`, by number of passes."""
-    yield line(["model", "NFE", *(f"`{name}`" for name in TRAINED), "`recall`", "`accuracy`"])
-    yield "|" + "---|" * (4 + len(TRAINED))
+def trained_table(_: Row) -> Table:
+    """The models that come with dumo, each with a perfect sampler: `TRAINED_SCORES` by number of passes."""
+    table = Table(["model", "NFE", *(f"`{name}`" for name in TRAINED_SCORES), "`recall`", "`accuracy`"])
     for file in sorted(MODELS.glob("*/evaluation.json")):
         report = json.loads(file.read_text(encoding="utf-8"))
         for row in report["results"]:
-            cells = [*spread([row], *TRAINED), f"{row['recall']:.2f}", f"{row['accuracy']:.3f}"]
-            yield line([f"`{report['run']}`", str(row["nfe"]), *cells])
+            scores = [with_error(row[name], row[f"{name}_sd"]) for name in TRAINED_SCORES]
+            shares = [f"{row['recall']:.2f}", f"{row['accuracy']:.3f}"]
+            table.add(f"`{report['run']}`", str(row["nfe"]), *scores, *shares)
         perfect = report["baselines"]["perfect"]
-        lead = spread([{"mmd": perfect["mean"], "mmd_sd": perfect["sd"]} | perfect], *TRAINED)
-        yield line(["*a perfect sampler*", "", *lead, "", spread([perfect], "accuracy", digits=3)[0]])
+        scores = [
+            with_error(perfect["mean"], perfect["sd"]),
+            with_error(perfect["class_mmd"], perfect["class_mmd_sd"]),
+        ]
+        accuracy = with_error(perfect["accuracy"], perfect["accuracy_sd"], 3)
+        table.add("*a perfect sampler*", "", *scores, "", accuracy)
+    return table
 
 
-TABLES = {
-    "trained": ("evaluation", trained),
-    "zoo": ("zoo", arms),
-    "front": ("best", front),
-    "best": ("best", best),
-    "scaling": ("scaling", scaling),
-    "flow-first": ("flow-first", by_budget),
-    "words": ("words", words),
-    "fair": ("fair", fair),
-    "fig3": ("fig3", shares),
-    "fig4a": ("fig4a", shares),
-    "stages": ("stages", arms),
-    "stages-latents": ("stages-latents", arms),
-    "two-times": ("two-times", tested),
-    "kills": ("kill", kills),
-    "memory": ("memory", memory),
-}  # by name: the file, and what is made of it
+# ------------------------------------------------------------------------------------------------ tables into pages
+
+TABLES = {  # by the table's name: the file of its results, and what makes a table of them
+    "trained": ("evaluation", trained_table),
+    "zoo": ("zoo", ranked_table),
+    "front": ("best", front_table),
+    "best": ("best", best_table),
+    "scaling": ("scaling", scaling_table),
+    "flow-first": ("flow-first", flow_first_table),
+    "words": ("words", words_table),
+    "fair": ("fair", fair_table),
+    "fig3": ("fig3", shares_table),
+    "fig4a": ("fig4a", shares_table),
+    "stages": ("stages", ranked_table),
+    "stages-latents": ("stages-latents", ranked_table),
+    "two-times": ("two-times", two_times_table),
+    "kills": ("kill", kills_table),
+    "memory": ("memory", memory_table),
+}
 
 
 def origin_text(origin: Row) -> str:
@@ -337,24 +428,32 @@ def origin_text(origin: Row) -> str:
     return f"*`{origin['command']}`: {hours}; commit {origin['commit']}, {origin['date']}.*"
 
 
-def written(page: str) -> str:
+def read_results(file_name: str) -> Row:
+    """The results in the file of this name, without its suffix, the first of those in `RESULT_FOLDERS`."""
+    paths: list[Path] = []
+    for folder in RESULT_FOLDERS:
+        paths += folder.glob(f"**/{file_name}.json")
+    return json.loads(min(paths).read_text(encoding="utf-8"))
+
+
+def with_tables(page: str) -> str:
     """A page with its tables as the files have them."""
 
-    def write(place: re.Match[str]) -> str:
-        file, table = TABLES[place["name"]]
-        found = sorted(place for folder in MEASURED for place in folder.glob(f"**/{file}.json"))
-        results = json.loads(found[0].read_text(encoding="utf-8"))
-        parts = [place["begin"], "\n".join(table(results))]
+    def text_of(place: re.Match[str]) -> str:
+        file_name, make_table = TABLES[place["name"]]
+        results = read_results(file_name)
+        parts = [place["begin"], "\n".join(make_table(results).lines())]
         if results.get("origin", {}).get("commit"):
             parts.append(origin_text(results["origin"]))
         return "\n\n".join([*parts, place["end"]])
 
-    return PLACE.sub(write, page)
+    return PLACE.sub(text_of, page)
 
 
 if __name__ == "__main__":
     for path in [DOCS.parent / "README.md", *DOCS.rglob("*.md")]:
         page = path.read_text(encoding="utf-8")
-        if (new := written(page)) != page:
-            path.write_text(new, encoding="utf-8")
+        new_page = with_tables(page)
+        if new_page != page:
+            path.write_text(new_page, encoding="utf-8")
             print(path)
