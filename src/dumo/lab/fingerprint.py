@@ -1,6 +1,6 @@
 """The fingerprint of a run's objective: its loss and gradient on one small net and batch, the same for every run.
 
-`dumo reproduce` stores it beside what it measured. Where the code of today gives another, a table is older than the
+`dumo reproduce` stores it with what it measured. Where the code of today gives another, a table is older than the
 objective that it shows, and is to be measured again.
 """
 
