@@ -2,7 +2,7 @@
 
     python docs/tables.py
 
-A table stands between `<!-- table: zoo -->` and `<!-- end -->`. A test holds the pages to what this writes.
+A table stands between `<!-- table: zoo -->` and `<!-- end -->`. A test fails if a page differs from this output.
 
 The order of events for a page (`with_tables`):
 
@@ -33,8 +33,9 @@ SCORES = ("fd", "fd_grey", "mmd", "class_mmd")
 TRAINED_SCORES = ("mmd", "class_mmd")  # of the models that come with dumo
 SCORE_TITLES = {"class_mmd": "kernel distance by class · 10³", "mmd": "kernel distance · 10³"}  # others: FD
 FRONT_NAMES = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "the paper's recipe": "DuMo, the paper's recipe"}
-Row = dict[str, Any]  # of results: means over the seeds of an arm, at one number of passes
-Arm = list[Row]  # the rows of an arm, by number of passes
+Results = dict[str, Any]  # a file of results
+Row = dict[str, Any]  # of its table: means over the seeds of an arm, at one number of passes
+ArmRows = list[Row]  # the rows of an arm, by number of passes
 
 
 # --------------------------------------------------------------------------------------------------- tables, as text
@@ -83,9 +84,9 @@ def with_minus(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------- arms and scores
 
 
-def group_by_arm(results: Row, *columns: str) -> list[Arm]:
+def group_by_arm(results: Results, *columns: str) -> list[ArmRows]:
     """The arms of results, in their order. Rows that agree in these columns are of one arm."""
-    arms: dict[tuple[Any, ...], Arm] = {}
+    arms: dict[tuple[Any, ...], ArmRows] = {}
     for stored_row, row in zip(results["table"], from_cells(results), strict=True):
         for score in SCORES:
             assert abs((stored_row.get(score) or 0) - (row.get(score) or 0)) < 1e-9, stored_row
@@ -93,22 +94,22 @@ def group_by_arm(results: Row, *columns: str) -> list[Arm]:
     return list(arms.values())
 
 
-def arms_at_budget(results: Row, budget: float) -> list[Arm]:
+def arms_at_budget(results: Results, budget: float) -> list[ArmRows]:
     """The arms at one budget."""
     return [arm for arm in group_by_arm(results, "arm", "budget") if arm[0]["budget"] == budget]
 
 
-def budgets_of(results: Row) -> list[float]:
+def budgets_of(results: Results) -> list[float]:
     """The budgets of results, from the least on."""
     return sorted({row["budget"] for row in results["table"]})
 
 
-def score_title(arm: Arm) -> str:
+def score_title(arm: ArmRows) -> str:
     """What a column of an arm's main score is called."""
     return SCORE_TITLES.get(main_score(arm[0]), "FD")
 
 
-def score_cells(arms: Sequence[Arm], passes: Sequence[int]) -> list[list[str]]:
+def score_cells(arms: Sequence[ArmRows], passes: Sequence[int]) -> list[list[str]]:
     """The main score of each arm at these numbers of passes, with its error; the best is bold (`dumo.lab.ranking`).
 
     Of results from before errors were known, the spread over seeds, and nothing is bold.
@@ -117,7 +118,7 @@ def score_cells(arms: Sequence[Arm], passes: Sequence[int]) -> list[list[str]]:
     return [list(cells) for cells in zip(*columns, strict=True)]
 
 
-def _score_column(arms: Sequence[Arm], nfe: int) -> list[str]:
+def _score_column(arms: Sequence[ArmRows], nfe: int) -> list[str]:
     """The main score of each arm at one number of passes; empty where it was not measured."""
     score = main_score(arms[0][0])
     digits = 1 if score == "fd" else 2
@@ -149,7 +150,7 @@ def score_by_seed(row: Row, score: str) -> dict[str, float]:
     return scores
 
 
-def failed_counts(arms: Sequence[Arm]) -> list[str]:
+def failed_counts(arms: Sequence[ArmRows]) -> list[str]:
     """How many seeds of each arm failed at one NFE, as "1 of 3"; empty where none did, or one NFE was not measured."""
     return [_failed_count(arm[0]) for arm in arms]
 
@@ -164,7 +165,7 @@ def _failed_count(row: Row) -> str:
     return f"{len(failed)} of {row['seeds']}" if failed else ""
 
 
-def failed_counts_by_arm(results: Row) -> dict[str, str]:
+def failed_counts_by_arm(results: Results) -> dict[str, str]:
     """The failed seeds of each arm at all budgets, as "1 of 3 at 10"."""
     counts: dict[str, list[str]] = {}
     for budget in budgets_of(results):
@@ -179,7 +180,7 @@ def failed_counts_by_arm(results: Row) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ a table of a plan
 
 
-def ranked_table(results: Row) -> Table:
+def ranked_table(results: Results) -> Table:
     """Every arm, the nearest at its fewest passes first: a step's cost, the score at 1, 2 and 4 NFE, recall at one."""
     name_column = next(iter(results["table"][0]))
     first_name = results["table"][0][name_column]
@@ -209,7 +210,7 @@ def _links_to_objectives(plan: str) -> dict[str, str]:
     return links
 
 
-def two_times_table(results: Row) -> Table:
+def two_times_table(results: Results) -> Table:
     """Every arm at its best rate, on test images, the nearest first: a step's cost and the score at 1, 2 and 4 NFE."""
     arms = [arm for arm in group_by_arm(results, "objective", "judged on") if arm[0]["judged on"] == "test images"]
     arms.sort(key=lambda arm: arm[0]["mmd"])
@@ -220,8 +221,8 @@ def two_times_table(results: Row) -> Table:
     return table
 
 
-def front_table(results: Row) -> Table:
-    """The arms of `best` that are no steps on the way, at a budget of 1, and what a perfect sampler would have."""
+def front_table(results: Results) -> Table:
+    """The arms of `best` but ablations, named + ..., at a budget of 1; and what a perfect sampler would have."""
     arms = [arm for arm in arms_at_budget(results, 1) if not arm[0]["arm"].startswith("+")]
     score = main_score(arms[0][0])
     arms.sort(key=lambda arm: arm[0][score])
@@ -238,7 +239,7 @@ def front_table(results: Row) -> Table:
     return table
 
 
-def best_table(results: Row) -> Table:
+def best_table(results: Results) -> Table:
     """The arms at the largest budget, in the plan's order: the score by number of passes, and recall."""
     arms = arms_at_budget(results, budgets_of(results)[-1])
     table = Table(["", f"{score_title(arms[0])}, 1 NFE", "2", "4", "50", "recall"])
@@ -247,7 +248,7 @@ def best_table(results: Row) -> Table:
     return table
 
 
-def scaling_table(results: Row) -> Table:
+def scaling_table(results: Results) -> Table:
     """Every arm at 1, 2, 4 and 50 NFE: the score by budget, and the power of the budget by which it changes."""
     budgets = budgets_of(results)
     scores_by_arm: dict[tuple[str, int], dict[float, str]] = {}  # by arm and passes, then by budget
@@ -271,7 +272,7 @@ def scaling_table(results: Row) -> Table:
     return table
 
 
-def flow_first_table(results: Row) -> Table:
+def flow_first_table(results: Results) -> Table:
     """Every arm that ends with DuMo: the score by budget and number of passes."""
     passes = (1, 2, 4)
     head = [""]
@@ -288,7 +289,7 @@ def flow_first_table(results: Row) -> Table:
     return table
 
 
-def words_table(results: Row) -> Table:
+def words_table(results: Results) -> Table:
     """By words and by classes: distances, and those within a class by captions that were trained on and held out."""
     arms = group_by_arm(results, "data", "condition")
     table = Table(["", "by", "steps", "MFLOP per NFE", "FD, 1 NFE", "2", "recall", "class FD", "held out"])
@@ -296,13 +297,14 @@ def words_table(results: Row) -> Table:
         row = arm[0]
         score = "fd" if row.get("fd_grey") is None else "fd_grey"
         distances = [with_error(of_passes[score], of_passes[f"{score}_sd"]) for of_passes in arm]
-        shares = [f"{row[name]:.2f}" if row[name] else "" for name in ("recall", "class_fd", "class_fd_held")]
+        more_scores = [row["recall"], row["class_fd"], row["class_fd_held"]]
+        more_cells = ["" if score is None else f"{score:.2f}" for score in more_scores]
         costs = [f"{row['steps']:,}", f"{row['MFLOP_per_pass']:.1f}"]
-        table.add(row["data"], row["condition"], *costs, *distances, *shares, failed=failed)
+        table.add(row["data"], row["condition"], *costs, *distances, *more_cells, failed=failed)
     return table
 
 
-def fair_table(results: Row) -> Table:
+def fair_table(results: Results) -> Table:
     """Two heads and one, under the same timestep distributions: the score at one and two NFE."""
     arms = group_by_arm(results, "law", "jumps", "rows", "heads", "metric")
     scores_by_times: dict[tuple[str, ...], dict[str, list[str]]] = {}  # then by heads
@@ -325,7 +327,7 @@ def fair_table(results: Row) -> Table:
     return table
 
 
-def shares_table(results: Row) -> Table:
+def shares_table(results: Results) -> Table:
     """Each objective's distance at one NFE by its share on the velocity, with the standard error."""
     is_moons = results["name"] == "fig3"
     share_column = "velocity_ratio" if is_moons else "share_on_velocity"
@@ -353,7 +355,7 @@ def shares_table(results: Row) -> Table:
 # --------------------------------------------------------------------------------------------------- other tables
 
 
-def kills_table(results: Row) -> Table:
+def kills_table(results: Results) -> Table:
     """What came of the kills, by place and ranks."""
     cells_by_place: dict[str, list[str]] = {}
     for row in results["rows"]:
@@ -367,7 +369,7 @@ def kills_table(results: Row) -> Table:
     return table
 
 
-def memory_table(results: Row) -> Table:
+def memory_table(results: Results) -> Table:
     """Host memory by mode and ranks, in GB: measured, and counted."""
     phases = ["start", "first step", "save", "step", "resume", "export"]
     table = Table(["trained", "ranks", *phases])
@@ -382,7 +384,7 @@ def memory_table(results: Row) -> Table:
     return table
 
 
-def trained_table(_: Row) -> Table:
+def trained_table(_: Results) -> Table:
     """The models that come with dumo, each with a perfect sampler: `TRAINED_SCORES` by number of passes."""
     table = Table(["model", "NFE", *(f"`{name}`" for name in TRAINED_SCORES), "`recall`", "`accuracy`"])
     for file in sorted(MODELS.glob("*/evaluation.json")):
@@ -428,12 +430,12 @@ def origin_text(origin: Row) -> str:
     return f"*`{origin['command']}`: {hours}; commit {origin['commit']}, {origin['date']}.*"
 
 
-def read_results(file_name: str) -> Row:
-    """The results in the file of this name, without its suffix, the first of those in `RESULT_FOLDERS`."""
-    paths: list[Path] = []
+def read_results(file_name: str) -> Results:
+    """The results in the file of this name, given without its suffix."""
     for folder in RESULT_FOLDERS:
-        paths += folder.glob(f"**/{file_name}.json")
-    return json.loads(min(paths).read_text(encoding="utf-8"))
+        for path in sorted(folder.glob(f"**/{file_name}.json")):
+            return json.loads(path.read_text(encoding="utf-8"))
+    raise FileNotFoundError(f"{file_name}.json is in none of {RESULT_FOLDERS}")
 
 
 def with_tables(page: str) -> str:

@@ -30,6 +30,7 @@ from dumo.data import Data, Latents
 from dumo.encoders.pipeline import Pipeline
 from dumo.error import NotFiniteError
 from dumo.lab import worker
+from dumo.lab.origin import Origin, origin_of
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
@@ -59,6 +60,7 @@ class Result:
     cell: Cell
     trained: RunFolder
     report: dict[str, Any]
+    origin: Origin | None = None  # None: of a user's plan, or of a cell that trains nothing
 
 
 class CellsDiverged(Diverged):
@@ -75,9 +77,9 @@ class CellsDiverged(Diverged):
 def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Result]:
     """Train and measure all cells, `jobs` at a time, each in a process of its own with its share of the cores.
 
-    A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does,
-    before any work for a cell that could not be judged and was not yet, and for cells of one protocol and fold that
-    were not measured alike; CellsDiverged, once the others are finished.
+    Small nets train fastest on one core each, so several cells run side by side. Raises UserError as `finish` does;
+    before any training, where a cell has no evaluation yet and cannot be evaluated; and for cells of one protocol and
+    fold that were not evaluated alike. Raises CellsDiverged once the others are finished.
     """
     for cell in cells:
         if not _is_judged(cell, folder):
@@ -108,7 +110,7 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
                 diverged[cell.name] = str(error)
     assert diverged or not waiting, [cell.name for cell in waiting]
     for cell in waiting:
-        diverged[cell.name] = "it begins from a cell that has diverged"
+        diverged[cell.name] = "it needs a cell that has diverged"
 
     results = [results_by_name[cell.name] for cell in cells if cell.name in results_by_name]
     _require_measured_alike(results)
@@ -186,30 +188,33 @@ def _finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str
 def finish(cell: Cell, cells_folder: Path, *, device: str, bar: Bar) -> Result:
     """Train and measure a cell, in its folder below `cells_folder`. What is done there already is not done again.
 
-    Raises Diverged, NotFiniteError where its samples are not finite, and UserError where somebody has trained it on
-    with other settings.
+    Raises Diverged, NotFiniteError where its samples are not finite, and UserError where the run in the folder was
+    continued with other settings, or trained by another objective (`origin_of`).
     """
     training_spec = cell.spec.model_dump_json(exclude=_NOT_OF_TRAINING)
     training_hash = blake2b(f"{training_spec}{cell.code or ''}".encode(), digest_size=_HASH_BYTES).hexdigest()
     folder = cells_folder / f"{cell.name}-{training_hash}"
     _require_unchanged(folder)
+    # the name of a user's cell has a hash of the objective's code; that may not fit the small net of fingerprints
+    origin = origin_of(cell, folder) if cell.code is None else None
     try:
         train(cell.spec, folder, device=device, bar=bar, sheets=Sheets)
     except Diverged as error:
-        raise Diverged(str(error.__cause__ or error)) from error  # no command: another rate would be another cell
+        # without the hint to lower the rate, which would make another cell
+        raise Diverged(str(error.__cause__ or error)) from error
     trained = open_run(folder, device=device)
     report = current_report(trained) or evaluate(trained, bar=bar)
-    return Result(cell, trained, report)
+    return Result(cell, trained, report, origin)
 
 
 def _require_unchanged(folder: Path) -> None:
-    """Raise UserError where the run in a cell's folder was trained on with other settings than the cell's."""
+    """Raise UserError where the run in a cell's folder was continued with other settings than the cell's."""
     if not (folder / RUN_FILE).is_file():
         return
     for change in read_file(folder / RUN_FILE).changed:
         if change.field.split(".")[0] not in _NOT_OF_TRAINING:
             raise UserError(
-                f"{folder} was trained on with another {change.field}, so it is no longer a run of this plan: move it "
+                f"{folder} was continued with another {change.field}, so it is no longer a run of this plan: move it "
                 "away, and it is trained anew"
             )
 
@@ -243,7 +248,7 @@ def _save_model(result: Result, parent: Path, cut: float | None) -> Path:
 
     `cut` is the limit, in rad, of a low-pass that is fitted to the model's time embedder; None: there is none.
     """
-    name = result.cell.name
+    name = result.trained.folder.name  # has a hash of what trained it
     if cut is not None:
         name += f"-{cut:g}"
     folder = parent / name

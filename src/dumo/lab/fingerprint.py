@@ -1,8 +1,10 @@
-"""The fingerprint of a run's objective: its loss and gradient on one small net and batch, the same for every run.
+"""The fingerprint of a run's objective: its loss and gradient on a small net and a batch that hardly depend on the run.
 
-`dumo reproduce` stores it with what it measured. Where the code of today gives another, a table is older than the
-objective that it shows, and is to be measured again.
+`dumo reproduce` stores it with what a plan of dumo's measured. Where the code of today gives another fingerprint, a
+table is older than the objective that it shows, and must be measured again.
 """
+
+from math import ceil
 
 import torch
 from torch import nn
@@ -20,19 +22,20 @@ _NET = DiT(patch=2, width=16, depth=1, attention=2)
 _SHAPE = (1, 4, 4)
 _CLASSES = 3
 _MIN_ROWS = 16
-_AVERAGE_SCALE = 0.9  # of weights that stand for an average of the net's
+_AVERAGE_SCALE = 0.9  # theta^- of a run with an average: the weights of the net times this
 _PROGRESS = (0.0, 0.5, 0.9)  # of the training, where the loss is taken
 
 
 def fingerprint(run: Run) -> dict[str, float]:
-    """`loss` and `gradient`: the mean loss of a run's objective over three batches, and its gradient's norm.
+    """`loss` and `gradient`: the mean loss of a run's objective over three draws of noise, and its gradient's norm.
 
-    The batches are from the beginning to the end of a training. Both numbers depend on the objective, its times and
-    guidance, the path and theta^-, and on nothing else of the run. They are the same on every machine to 1e-5.
+    The draws are at three points of a training, for objectives that change with it. Both numbers depend on the
+    objective, its times and guidance, on the path, and on whether theta^- is an average: on nothing else of the run.
+    They are the same on every machine to 1e-5, because times are drawn in float32.
     """
     objective = run.objective
     rows_together = exact_rows(objective)
-    rows = -(-_MIN_ROWS // rows_together) * rows_together  # the least multiple that is no less than _MIN_ROWS
+    rows = ceil(_MIN_ROWS / rows_together) * rows_together
     x = torch.randn(rows, *_SHAPE, generator=stream("fingerprint", "x"), dtype=torch.float64)
     c = torch.arange(rows) % _CLASSES
     net = _small_net(objective.needs)

@@ -61,7 +61,7 @@ _SCORES = (
 
 
 def fair_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per combination and number of passes."""
+    """A row per arm and number of passes."""
     return average_by_arm(results, far_column)
 
 
@@ -157,13 +157,12 @@ def pretrained_draw(plan: Plan, results: list[Result], folder: Path) -> list[Pat
     """
     paths: list[Path] = []
     for first, *_ in group_by_arm(results):  # a picture each, for each arm has milestones of its own
-        arm_name, _, _ = first.cell.name.rpartition("-")
-        path = folder / f"pretrained-{arm_name}.png"
+        path = folder / f"pretrained-{first.cell.arm}.png"
         panels_by_mode = {mode.name: panels for mode, panels in gallery.trajectories(first.trained).items()}
         picture.write_picture(path, gallery.join_panels(panels_by_mode))
         paths.append(path)
     path = folder / "pretrained-stock.png"
-    picture.write_picture(path, sample_by_diffusers(results[1], folder / "exported"))
+    picture.write_picture(path, sample_by_diffusers(results[1], folder / f"exported-{results[1].trained.folder.name}"))
     return [*paths, path]
 
 
@@ -261,7 +260,8 @@ def even_budget(points: Curve, distance: float) -> float | None:
 def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
     """The table of `best_table`, with two columns more: `slope` and its standard error, `slope_error`.
 
-    The slope is the power of the budget that the distance grows with, the mean over the seeds of two budgets or more.
+    The slope is p where the distance is proportional to budget^p, fitted to each seed and averaged. Seeds with one
+    budget are left out.
     """
     rows = best_table(plan, results)
     score = main_score(rows[0])

@@ -44,7 +44,7 @@ _SUFFIXES = (".yaml", ".yml")
 MAX_BYTES = 2**20  # of a file: ours
 _MAX_PASS_RATIO = 1.1  # of the operations of two arms' passes: ours; a head or an input more is within it
 _SMOKE_STEPS = 20  # of the first arm at the scale `smoke`: ours
-# Fields of a run that the file itself says, by its key that does.
+# Fields of a run that `set` may not give, and the key of the file that gives each.
 _OWNERS = {"train.steps": "budget", "train.minutes": "budget", "train.seed": "seeds"}
 _PASSES_PATTERN = re.compile(r"(\d[\d,]*(?:\.\d+)?) ?F")  # 8100F, 8,100 F
 _STEPS_PATTERN = re.compile(r"(\d[\d,]*) steps of ([\w-]+)")  # 2000 steps of digits
@@ -252,7 +252,7 @@ def paired_table(plan: Plan, results: list[Result]) -> list[Row]:
 
     `best` is * for the best arm and those level with it. `behind` is the mean difference from the best arm, seed by
     seed, and `margin` what such a difference may be by chance; both None for the best arm, and with fewer than two
-    seeds. As in `dumo compare`, no arm is ranked where more is better, or where an arm has one seed, without an error.
+    seeds. No arm is ranked if a higher score is better, or if an arm has one seed and its score no standard error.
     """
     rows = average_by_arm(results)
     score = main_score(rows[0])

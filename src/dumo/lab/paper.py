@@ -36,7 +36,7 @@ def far_column(result: Result) -> Row:
 
 
 def fig3_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per arm: MMD^2 of one-step samples over its seeds, and its deviation between two draws of the data."""
+    """A row per arm: MMD^2 of one-step samples over its seeds, and the deviation of MMD^2 between two draws of data."""
     rows: list[Row] = []
     for results_of_arm in group_by_arm(results):
         first = results_of_arm[0]

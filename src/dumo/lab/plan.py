@@ -18,8 +18,8 @@ of the arm's axes, it
 3. gives a `Cell` for each seed.
 
 Equal cost means equal counted passes, in forward units, or equal operations, where nets differ: steps times the `Cost`
-of a step. An objective that needs more passes a step gets fewer steps. At the paper's size arms have equal steps, as
-there.
+of a step. An objective that needs more passes a step gets fewer steps. At the paper's size each recipe has the steps of
+its paper.
 """
 
 import json
@@ -105,12 +105,12 @@ class Scale(Spec):
     """How large a plan is made."""
 
     set: Settings = ()
-    vary: Axes = Field(default={})  # outer axes: all arms for each value; `budget` multiplies the steps
+    vary: Axes = Field(default={})  # outer axes: all arms for each value; `budget` multiplies what arms may cost
     values: dict[str, Any] = Field(default={})  # of $names in settings
     recipes: dict[str, str] = Field(default={})  # by a recipe of the arms, the one that takes its place here
     arms: tuple[Arm, ...] = ()  # (): the plan's
     seeds: tuple[int, ...] | None = None  # None: each recipe's own
-    steps: int | None = None  # of the first arm; None: its recipe's
+    steps: int | None = None  # of the first arm, with `cost: steps` of every arm; None: the recipe's
     passes: float | None = None  # what each arm may cost, in forward passes of the first arm; None: by its steps
     operations: float | None = None  # what each arm may cost, in floating-point operations; needs cost: operations
     cost: Literal["passes", "operations", "steps"] = "steps"  # what is equal: see `Budget`
@@ -272,7 +272,7 @@ class Budget:
 
     It is set once, by the first of these that there is: the recipe `Plan.steps_of`, `Scale.operations`, the passes
     `Scale.passes`, the first arm's steps. An arm with `Arm.steps` sets it anew. With `Scale.cost` "steps" there is no
-    budget: all arms have equal steps.
+    budget: arms have `Scale.steps`, or their recipes' steps.
     """
 
     def __init__(self, plan: Plan, scale: Scale, *, factor: float, is_smoke: bool) -> None:
@@ -324,8 +324,19 @@ class Cell:
     cut: float | None = None  # as `Arm.cut`
     code: str | None = None  # hashes of the code that it runs (`_code_of`); None: the plan does not follow that
 
+    @property
+    def arm(self) -> str:
+        """Its name without the seed, which it shares with the cells of the same arm and axes."""
+        return arm_of(self.name)
+
 
 # ------------------------------------------------------------------------------------- names, settings and reading
+
+
+def arm_of(cell_name: str) -> str:
+    """The name of a cell without its seed."""
+    arm, _, _ = cell_name.rpartition("-")
+    return arm
 
 
 def _combinations(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator[tuple[dict[str, Any], list[str]]]:
@@ -383,14 +394,14 @@ def training_settings(recipe: str, host: str) -> tuple[str, ...]:
 
 
 def _code_of(run: Run) -> str:
-    """What a run's results hang on of its code, as text: of its objective, and of each class from outside."""
+    """Hashes of the code that a run's results depend on, as text: of its objective, and of each class from outside."""
     return yaml_text({"objective": code_hash(run.objective), **dict(codes_of(run))})
 
 
 def guidance_settings(recipe: str, settings: Sequence[str]) -> list[str]:
     """The settings that keep a recipe's dropped labels and guidance where `settings` give it another objective.
 
-    Else it would have the defaults of its kind, and differ from other arms in more than its loss.
+    Without them the objective would have the defaults of its kind, and differ from other arms in more than its loss.
     """
     kind = None
     for setting in settings:
@@ -431,8 +442,8 @@ def plan_names() -> list[str]:
 def read_plan(name: str) -> Plan:
     """Read a plan.
 
-    The arms of the plan that it names in `arms_of` follow its own, without those that have the labels of one of its
-    own. Raises UserError where there is no plan of this name.
+    The arms of the plan that it names in `arms_of` follow its own, except those whose labels equal the labels of one of
+    its own. Raises UserError where there is no plan of this name.
     """
     require_known("figure or table", name, plan_names())
     tree = parse_yaml((_PLANS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))

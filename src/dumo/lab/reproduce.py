@@ -7,7 +7,7 @@
 2. runs the cells of the plan: trains and measures them (`dumo.lab.cell`), or takes the results of finished ones. Where
    some diverge, it goes on with the others, unless the view needs all;
 3. makes the table, and writes table.md and results.json, with their origin: the command, the date, the machine, the
-   commit, and for plans of dumo with fingerprints of the objectives (`dumo.lab.fingerprint`);
+   commit, and the fingerprints of objectives (`dumo.lab.origin`);
 4. writes charts of the table alone (`write_charts`, which tests also call on stored tables), then pictures that need
    the trained nets, and names them in results.json.
 
@@ -18,8 +18,6 @@ A new plan needs a line in `VIEWS` only where the default view does not fit. The
 
 import os
 import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,9 +32,8 @@ from PIL import Image
 from dumo.config.code import names_code
 from dumo.io import file, picture
 from dumo.io.read import write_json
-from dumo.lab import arm_picture, cell, fig4b, ours, ownplan, paper
+from dumo.lab import arm_picture, cell, fig4b, origin, ours, ownplan, paper
 from dumo.lab.cell import Result, Row
-from dumo.lab.fingerprint import fingerprint
 from dumo.lab.plan import Cell, Plan, read_plan
 from dumo.lab.table import average_by_arm, markdown, with_failed_seeds
 from dumo.run.speed import seconds_between
@@ -44,8 +41,6 @@ from dumo.runtime import shell_path
 from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.text import SECONDS_PER_HOUR
-
-HERE = Path(__file__).parent
 
 
 class RunCells(Protocol):
@@ -122,8 +117,9 @@ def reproduce(
     """Run a plan, `jobs` cells at a time; write results.json, table.md and its pictures; return results.json's content.
 
     `name` is that of a plan, or a user's file. `folder` None is runs/reproduce/NAME-SCALE. `device` is as
-    `--device` names it. Raises UserError for an unknown name, a scale that the plan does not have, and a file of the
-    user's as `ownplan.read_file` and `ownplan.require_fair`; CellsDiverged where no table can be made of what is left.
+    `--device` names it. Raises UserError for an unknown name, a scale that the plan does not have, and for a user's
+    file whatever `ownplan.read_file` and `ownplan.require_fair` raise; CellsDiverged where no table can be made of what
+    is left.
     """
     typed_folder = folder
     is_own = ownplan.is_file_name(name)
@@ -158,7 +154,7 @@ def reproduce(
         "origin": _origin(command, device, results),
         "table": table,
         "failed": failed,
-        "cells": [_cell_record(result, is_own=is_own) for result in results],
+        "cells": [_cell_record(result) for result in results],
         "files": [str(table_file), str(results_file)],
     }
     # the numbers before the pictures: what took hours must not be lost where a picture fails
@@ -173,14 +169,11 @@ def reproduce(
     return report
 
 
-def _cell_record(result: Result, *, is_own: bool) -> Row:
-    """What results.json holds of a cell: its report, and the fingerprint of the objective that trained it.
-
-    A cell of a user's file (`is_own`) has none: its objective may not fit the small net of fingerprints.
-    """
+def _cell_record(result: Result) -> Row:
+    """What results.json holds of a cell: its report, and the fingerprint of the objective that trained it."""
     record: Row = {"cell": result.cell.name}
-    if not is_own:
-        record["fingerprint"] = fingerprint(result.cell.spec)
+    if result.origin:
+        record["fingerprint"] = result.origin.fingerprint
     return record | result.report
 
 
@@ -195,7 +188,7 @@ def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list
 
 
 def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str, cells: Sequence[Cell]) -> str:
-    """The command that makes the results again. Options are left out where they are the default."""
+    """The command that makes the results again. Options but --scale are left out where they are the default."""
     command = f"dumo reproduce {shell_path(name)} --scale {scale}"
     if folder is not None:
         command += f" --out {shell_path(folder)}"
@@ -211,8 +204,10 @@ def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str,
 def _origin(command: str, device: str, results: Sequence[Result]) -> dict[str, Any]:
     """How results were made, on which day (UTC) they were finished, and on what; `device` as `--device` names it.
 
-    `training_hours` are those of all cells, one after another, without judging them; unmeasured steps count nothing.
+    `commit` has all commits by which cells were trained. `training_hours` are those of all cells, one after another,
+    without judging them; unmeasured steps count nothing.
     """
+    commits = [result.origin.commit for result in results if result.origin and result.origin.commit]
     seconds = [seconds_between(result.trained.folder, 0, result.trained.step) or 0.0 for result in results]
     return {
         "command": command,
@@ -221,17 +216,6 @@ def _origin(command: str, device: str, results: Sequence[Result]) -> dict[str, A
         "threads": torch.get_num_threads(),
         "device": choose_device(device).type,
         "versions": software_versions(),
-        "commit": _commit(),
+        "commit": ", ".join(dict.fromkeys(commits)) or origin.commit(),
         "training_hours": round(fsum(seconds) / SECONDS_PER_HOUR, 2),
     }
-
-
-def _commit() -> str | None:
-    """The commit of dumo that runs, where git tracks its files; None where it was installed without them."""
-    if shutil.which("git") is None:
-        return None
-    git = ["git", "-C", str(HERE)]
-    is_tracked = subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True)
-    if is_tracked.returncode:
-        return None
-    return subprocess.run([*git, "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True).stdout.strip()

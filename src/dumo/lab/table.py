@@ -12,15 +12,14 @@ from typing import Any
 
 from dumo.evaluation.metric import headline_score, metric
 from dumo.lab.cell import Result, Row
-from dumo.lab.plan import Cell
+from dumo.lab.plan import Cell, arm_of
 
 
 def group_by_arm(results: Sequence[Result]) -> list[list[Result]]:
     """The results of each arm, which differ in their seed alone."""
     arms: dict[str, list[Result]] = {}
     for result in results:
-        arm, _, _ = result.cell.name.rpartition("-")
-        arms.setdefault(arm, []).append(result)
+        arms.setdefault(result.cell.arm, []).append(result)
     return list(arms.values())
 
 
@@ -42,7 +41,7 @@ def average_by_arm(results: Sequence[Result], more_columns: Callable[[Result], R
 
 
 def rows_of_all_passes(report: Row) -> list[Row]:
-    """The rows of a report, one for each number of passes; by Euler's method where the run's solver has none."""
+    """The rows of a report, one for each number of passes: by the run's solver, or, where that was not run, Euler's."""
     rows = list(report["results"])
     passes = {row["nfe"] for row in rows}
     for row in report["contrast"]:  # by Euler's method
@@ -88,13 +87,14 @@ def error_of_mean(points: Sequence[tuple[float, float]]) -> float:
 
 
 def from_cells(stored: Row) -> list[Row]:
-    """Make the table of results.json again from its stored cells, because older tables lack some deviations.
+    """Make the table of results.json again from its stored cells, with two columns more.
 
-    Two columns are added: `by_seed`, the row of each cell by its seed, and `protocol`, what judged them.
+    They are `by_seed`, the row of each cell by its seed, and `protocol`, what judged them.
     """
     cells_by_arm: dict[str, dict[str, Row]] = {}
     for cell in stored["cells"]:
-        arm, _, seed = cell["cell"].rpartition("-")
+        arm = arm_of(cell["cell"])
+        seed = cell["cell"].removeprefix(f"{arm}-")
         cells_by_arm.setdefault(arm, {})[seed] = cell
     rows: list[Row] = []
     for cells in cells_by_arm.values():
@@ -129,7 +129,7 @@ def with_failed_seeds(
 
 
 def main_score(row: Row) -> str:
-    """The main score of an averaged row, also of one from before `mmd` was measured; None is no score."""
+    """The main score of an averaged row. Scores that are None do not count; old rows lead with `fd_grey`."""
     measured = [key for key, value in row.items() if value is not None]
     return leading_score([key for key in measured if f"{key}_sd" in row or key == "fd_grey"])
 

@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 
 from dumo.config.load import load
-from dumo.lab import cell, fig4b, reproduce
+from dumo.lab import cell, fig4b, origin, reproduce
 from dumo.lab.cell import Result, finish, sources
 from dumo.lab.plan import Cell, Cost, Plan, read_plan
+from dumo.objectives import DuMo
 from dumo.report.evaluate import evaluate
 from dumo.run.train import train
 from dumo.runtime.progress import no_bar
 from dumo.training import loop
 from dumo.training.state import Diverged
-from dumo.types import UserError
+from dumo.types import Terms, UserError
 from unit.data.spy import spied
 
 TINY = ["net.width=8", "net.depth=1", "train.batch=4", "train.save_every=2", "evaluate.protocol.samples=20"]
@@ -96,12 +97,37 @@ def test_results_name_their_commit_and_the_hours_of_training(
     cell_result = finished(tmp_path)
     speed = {"step": 1, "steps_per_second": 1 / 3600}
     (cell_result.trained.folder / "speed.jsonl").write_text(json.dumps(speed) + "\n")
-    origin = reproduce._origin("a command", "cpu", [cell_result, cell_result])
-    assert origin["training_hours"] == 2 * cell_result.trained.step
+    found = reproduce._origin("a command", "cpu", [cell_result, cell_result])
+    assert found["training_hours"] == 2 * cell_result.trained.step
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert origin["commit"] == (head.stdout[:8] or None)
-    monkeypatch.setattr(reproduce, "HERE", tmp_path)
-    assert reproduce._origin("a command", "cpu", [])["commit"] is None
+    assert (found["commit"] or "").removesuffix("-dirty") == head.stdout[:8]
+    monkeypatch.setattr(origin, "__file__", str(tmp_path / "origin.py"))
+    assert origin.commit() is None
+
+
+@pytest.mark.usefixtures("steps")
+def test_commits_are_those_of_the_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the day on which a table is made of finished cells."""
+    monkeypatch.setattr(origin, "commit", lambda: "then")
+    first = finished(tmp_path)
+    monkeypatch.setattr(origin, "commit", lambda: "now")
+    assert finished(tmp_path).origin == first.origin
+    other = finished(tmp_path, "net.width=9")
+    assert reproduce._origin("a command", "cpu", [first, first, other])["commit"] == "then, now"
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_run_of_another_objective_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else old numbers would stand in a table as those of the objective of today."""
+    folder = finished(tmp_path).trained.folder
+    plain = DuMo.loss
+    monkeypatch.setattr(DuMo, "loss", lambda self, net, ref, b: Terms(0.9 * plain(self, net, ref, b).loss))
+    with pytest.raises(UserError, match="was trained by an older objective of dumo's: move it and its run away"):
+        finished(tmp_path)
+    monkeypatch.undo()
+    folder.with_name(f"{folder.name}.json").unlink()
+    with pytest.raises(UserError, match="move it and its run away"):
+        finished(tmp_path)
 
 
 def test_what_is_finished_is_kept_and_what_was_stopped_goes_on(tmp_path: Path, steps: list[int]) -> None:
@@ -271,18 +297,6 @@ def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPat
     assert sorted(made) == sorted(names)
     last = cast(Any, next(one.cell.spec for one in done if one.cell.labels["stages"].endswith("CMT, then DuMo")))
     assert last.start.source == str(tmp_path / "start-1")
-
-
-def test_a_cell_may_begin_from_a_folder_of_its_seed(tmp_path: Path) -> None:
-    plan = two()
-    arms = tuple(arm.model_copy(update={"weights": f"{tmp_path}/net-$seed"}) for arm in plan.arms)
-    one = next(plan.model_copy(update={"arms": arms}).cells("smoke"))
-    with pytest.raises(UserError, match="net-0 is missing"):
-        cell.with_folders(one, {}, tmp_path)
-    (tmp_path / "net-0").mkdir()
-    begun = cell.with_folders(one, {}, tmp_path).spec.pipeline
-    assert begun
-    assert begun.source == str(tmp_path / "net-0")
 
 
 @pytest.mark.nightly
