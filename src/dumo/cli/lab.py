@@ -75,8 +75,8 @@ def reproduce(
         print(json.dumps(results))
         return
     show_table(results["title"], results["table"])
-    for name, message in results["failed"].items():
-        out.print(f"{name} has failed: {message}", soft_wrap=True)
+    for name, message in results["diverged"].items():
+        out.print(f"{name}: {message}", soft_wrap=True)
     for file in results["files"]:
         out.print(file, soft_wrap=True)
 

@@ -35,7 +35,7 @@ from dumo.io.read import write_json
 from dumo.lab import arm_picture, cell, fig4b, origin, ours, ownplan, paper
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Cell, Plan, read_plan
-from dumo.lab.table import average_by_arm, markdown, with_failed_seeds
+from dumo.lab.table import average_by_arm, markdown, with_diverged_seeds
 from dumo.run.speed import seconds_between
 from dumo.runtime import shell_path
 from dumo.runtime.device import choose_device, software_versions
@@ -132,18 +132,18 @@ def reproduce(
     cells = list(plan.cells(scale))
     if is_own:
         ownplan.require_fair(cells, plan.get_scale(scale).cost)
-    failed: dict[str, str] = {}
+    diverged: dict[str, str] = {}  # what happened, by the name of the cell
     try:
         results = view.run_cells(cells, folder / "cells", jobs=jobs, device=device, bar=bar)
     except cell.CellsDiverged as error:
         if view.needs_all_cells or not error.results:
             raise
         results = error.results
-        failed = error.messages
+        diverged = error.messages
 
     table = view.make_table(plan, results)
-    if failed:
-        table = with_failed_seeds(table, plan.columns, cells, failed)
+    if diverged:
+        table = with_diverged_seeds(table, plan.columns, cells, diverged)
     command = _command(name, scale, typed_folder, jobs, device, cells)
     table_file = folder / "table.md"
     results_file = folder / "results.json"
@@ -153,13 +153,13 @@ def reproduce(
         "title": plan.title,
         "origin": _origin(command, device, results),
         "table": table,
-        "failed": failed,
+        "diverged": diverged,
         "cells": [_cell_record(result) for result in results],
         "files": [str(table_file), str(results_file)],
     }
     # the numbers before the pictures: what took hours must not be lost where a picture fails
-    failures = [f"\n{name} has failed: {message}\n" for name, message in failed.items()]
-    file.write(table_file, (markdown(plan.title, table) + "".join(failures)).encode())
+    messages = [f"\n{cell_name}: {message}\n" for cell_name, message in diverged.items()]
+    file.write(table_file, (markdown(plan.title, table) + "".join(messages)).encode())
     write_json(results_file, report)
 
     charts = write_charts(plan, view, table, folder)

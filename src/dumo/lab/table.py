@@ -1,7 +1,7 @@
 """Tables of the results of cells: a row per arm and number of passes, with means and deviations over seeds.
 
-`average_by_arm` makes a table of results, `with_failed_seeds` adds the seeds that it leaves out, `from_cells` makes it
-again of the cells stored in a results.json, and `markdown` writes it. `main_score` is the score that a table leads
+`average_by_arm` makes a table of results, `with_diverged_seeds` adds the seeds that it leaves out, `from_cells` makes
+it again of the cells stored in a results.json, and `markdown` writes it. `main_score` is the score that a table leads
 with; `leading_score` chooses it among the names of scores. `group_by_arm`, `rows_of_all_passes` and `error_of_mean` are
 the steps, for tables of other forms.
 """
@@ -106,13 +106,13 @@ def from_cells(stored: Row) -> list[Row]:
     return [stored_row | row for stored_row, row in zip(stored["table"], rows, strict=True)]
 
 
-def with_failed_seeds(
-    table: Sequence[Row], columns: Sequence[str], cells: Sequence[Cell], failed: Collection[str]
+def with_diverged_seeds(
+    table: Sequence[Row], columns: Sequence[str], cells: Sequence[Cell], diverged: Collection[str]
 ) -> list[Row]:
-    """The table with a column `failed`: the seeds of each arm whose runs failed, which its means leave out.
+    """The table with a column `diverged`: the seeds of each arm whose runs diverged, which its means leave out.
 
-    `columns` are the plan's, by which arms differ, and `failed` the names of the cells. An arm of which no seed is left
-    has no row; where only such arms have failed, there is no column.
+    `columns` are the plan's, by which arms differ, and `diverged` the names of the cells. An arm of which no seed is
+    left has no row; where there are no other arms with such seeds, there is no column.
     """
 
     def arm_of(labels: Row) -> tuple[Any, ...]:
@@ -120,12 +120,12 @@ def with_failed_seeds(
 
     seeds_by_arm: dict[tuple[Any, ...], list[str]] = {}
     for cell in cells:
-        if cell.name in failed:
+        if cell.name in diverged:
             seeds_by_arm.setdefault(arm_of(cell.labels), []).append(str(cell.spec.train.seed))
-    failed_seeds = [", ".join(seeds_by_arm.get(arm_of(row), [])) for row in table]
-    if not any(failed_seeds):
+    diverged_seeds = [", ".join(seeds_by_arm.get(arm_of(row), [])) for row in table]
+    if not any(diverged_seeds):
         return list(table)
-    return [row | {"failed": seeds} for row, seeds in zip(table, failed_seeds, strict=True)]
+    return [row | {"diverged": seeds} for row, seeds in zip(table, diverged_seeds, strict=True)]
 
 
 def main_score(row: Row) -> str:

@@ -114,8 +114,8 @@ def test_arms_on_points_have_a_table_and_a_chart(tmp_path: Path) -> None:
 def test_a_seed_that_diverges_leaves_the_table_of_the_others(tmp_path: Path) -> None:
     results = reproduced(tmp_path, "train.optimizer.lr=1e6", "train.max_skips=1")
     assert [(row["objective"], "failed" in row) for row in results["table"]] == [("DuMo", False)]
-    assert "diverged" in results["failed"]["meanflow-0"]
-    assert "dumo" not in results["failed"]["meanflow-0"]  # no command that would make another cell of it
+    assert "diverged" in results["diverged"]["meanflow-0"]
+    assert "dumo" not in results["diverged"]["meanflow-0"]  # no command that would make another cell of it
 
 
 @pytest.mark.usefixtures("free")
@@ -287,7 +287,9 @@ def result(arm: str, seed: int, distance: float, score: str = "mmd", error: floa
     if error is not None:
         row[f"{score}_sd"] = error
     report = {"results": [row], "contrast": []}
-    return Result(cast(Cell, SimpleNamespace(name=f"{arm}-{seed}", spec=spec, labels=labels)), cast(Any, None), report)
+    return Result(
+        cast(Cell, SimpleNamespace(name=f"{arm}-{seed}", arm=arm, spec=spec, labels=labels)), cast(Any, None), report
+    )
 
 
 def test_arms_are_compared_seed_by_seed(tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ def test_seeds_that_failed_are_named_by_their_arm() -> None:
     """Which is told by all columns of the plan."""
     cells = [result({"arm": "x", "at": at}, seed, []).cell for at in (0.1, 0.2) for seed in (0, 1)]
     rows = [{"arm": "x", "at": at, "nfe": 1} for at in (0.1, 0.2)]
-    named = table.with_failed_seeds(rows, ["arm", "at"], cells, ["x-0.2-0", "x-0.2-1"])
-    assert [row["failed"] for row in named] == ["", "0, 1"]
+    named = table.with_diverged_seeds(rows, ["arm", "at"], cells, ["x-0.2-0", "x-0.2-1"])
+    assert [row["diverged"] for row in named] == ["", "0, 1"]
 
 
 def test_markdown() -> None:
