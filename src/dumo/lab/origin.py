@@ -34,14 +34,14 @@ def origin_of(cell: Cell, folder: Path) -> Origin:
     Raises UserError where the run was trained by another objective than the cell's of today, and where it has no note.
     """
     file = folder.with_name(f"{folder.name}.json")
-    way_out = "move it and its run away, and the cell is trained anew"
+    way_out = f"move {folder} away, and the cell is trained anew"
     if not (folder / RUN_FILE).is_file():
         today = Origin(commit=commit(), date=datetime.now(UTC).date().isoformat(), fingerprint=fingerprint(cell.spec))
         write_json(file, today.model_dump())
         return today
     noted = parse(Origin, read_json(file, way_out), str(file))
     if not equal_fingerprints(noted.fingerprint, fingerprint(cell.spec)):
-        raise UserError(f"{folder} was trained by an older objective of dumo's: {way_out}")
+        raise UserError(f"{folder} was trained by another version of its objective: {way_out}")
     return noted
 
 
