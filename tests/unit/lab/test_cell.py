@@ -122,7 +122,7 @@ def test_a_run_of_another_objective_is_refused(tmp_path: Path, monkeypatch: pyte
     folder = finished(tmp_path).trained.folder
     plain = DuMo.loss
     monkeypatch.setattr(DuMo, "loss", lambda self, net, ref, b: Terms(0.9 * plain(self, net, ref, b).loss))
-    with pytest.raises(UserError, match=r"another version of its objective: move .* away, and the cell is trained anew"):
+    with pytest.raises(UserError, match=r"another version of its objective: move .* away"):
         finished(tmp_path)
     monkeypatch.undo()
     folder.with_name(f"{folder.name}.json").unlink()
