@@ -7,7 +7,7 @@ PINNED := tests/tools/test_supply.py::test_all_that_is_installed_is_pinned_and_h
 # One process has all tests of a file, which share what they prepare.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test slow shuffled lowest check docs pictures notebooks mutants audit clean
+.PHONY: help demo test slow shuffled lowest check docs measured pictures notebooks mutants audit clean
 .DEFAULT_GOAL := help
 # An environment whose making failed has Python, but no pip: it is made anew.
 .DELETE_ON_ERROR:
@@ -46,6 +46,9 @@ docs: $(BIN)/.developed ## write llms.txt and AGENTS.md, build the documentation
 	$(BIN)/python docs/agents.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python tests/docs/page.py
+
+measured: $(BIN)/.developed ## measure again what the pages show, write its tables and draw its charts (some nine hours of two cores); needs DUMO_DATA
+	$(BIN)/python docs/measure.py
 
 pictures: $(BIN)/.developed ## draw the pictures of the pages from the shipped models and measured numbers; needs DUMO_DATA and Chromium
 	$(BIN)/python docs/pictures.py

@@ -1,0 +1,69 @@
+"""Measure again what the pages show: `make measured`, some nine hours of two cores, with $DUMO_DATA/cifar10.
+
+    python docs/measure.py [NAME ...]    # plans of `dumo reproduce`; none: all whose results are kept
+
+For each plan, one after another, it
+
+1. runs `dumo reproduce NAME --scale laptop --jobs 2`, which goes on where an earlier run of it was stopped;
+2. keeps its results.json where that of the plan is kept, and those of its pictures that the pages show (`keep`).
+
+Then it writes the tables (`docs/tables.py`) and draws the charts (`docs/pictures.py`). Sentences that have numbers of a
+table are to be read again by a person.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+RESULT_FOLDERS = (DOCS / "results", DOCS.parent / "src/dumo/recipes/results")  # reports show those of the second, too
+RUNS = Path("runs/reproduce")
+
+
+def kept_results() -> dict[str, Path]:
+    """The files of all results that are kept, by the name of their plan."""
+    files: dict[str, Path] = {}
+    for folder in RESULT_FOLDERS:
+        for path in sorted(folder.glob("*.json")):
+            files[path.stem] = path
+    return files
+
+
+def measure(name: str) -> None:
+    """Train and measure all cells of a plan. What it prints is shown."""
+    command = [sys.executable, "-P", "-m", "dumo", "reproduce", name, "--scale", "laptop", "--jobs", "2"]
+    subprocess.run(command, check=True)
+
+
+def keep(made: Path, file: Path, pages: Path) -> list[Path]:
+    """Copy the results in the folder `made` to `file`, and pictures that the folder `pages` has by the same names.
+
+    Returns the copies.
+    """
+    results = made / "results.json"
+    copies = [file]
+    shutil.copyfile(results, file)
+    for name in json.loads(results.read_text(encoding="utf-8"))["files"]:
+        picture = made / Path(name).name
+        shown = pages / picture.name
+        if picture.suffix == ".png" and shown.is_file():
+            shutil.copyfile(picture, shown)
+            copies.append(shown)
+    return copies
+
+
+def main(names: list[str]) -> None:
+    """Measure these plans again; none: all whose results are kept."""
+    files = kept_results()
+    for name in names or files:
+        measure(name)
+        for copy in keep(RUNS / f"{name}-laptop", files.get(name, RESULT_FOLDERS[0] / f"{name}.json"), DOCS):
+            print(copy)
+    subprocess.run([sys.executable, DOCS / "tables.py"], check=True)
+    subprocess.run([sys.executable, DOCS / "pictures.py", "charts"], check=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
