@@ -147,10 +147,17 @@ def read_results(opened: RunFolder) -> list[dict[str, float]]:
 
 
 def copy_autoencoder(weights: str, folder: Path) -> str:
-    """Copy an autoencoder's file of weights and its licence into a folder. Returns the name of the file there."""
+    """Copy an autoencoder's file of weights and its licence into a folder. Returns the name of the file there.
+
+    The autoencoder may be that of the model that is shipped now, next to which its licence has this name, too.
+    """
     file = user_path(weights, FIELD)
+    licence_name = f"LICENSE.{file.stem}"
+    licence = file.with_name(licence_name)
+    if not licence.is_file():
+        licence = file.with_name("LICENSE")
     shutil.copyfile(file, folder / file.name)
-    shutil.copyfile(file.parent / "LICENSE", folder / f"LICENSE.{file.stem}")
+    shutil.copyfile(licence, folder / licence_name)
     return file.name
 
 
