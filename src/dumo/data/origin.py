@@ -137,9 +137,9 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, reads_later: bool)
 def _cached_hashes(
     folder: Path, cached: CacheIndex, shards: Mapping[int, Shard], hashes: Hashes, *, reads_later: bool
 ) -> HashRows:
-    """The hashes (n, 32) of the images that shards were made of, where these are or may be other images than are here.
+    """The hashes (n, 32), by the cache, of the images of shards whose images may have changed; zeros for all others.
 
-    They are zeros for all other images. `reads_later`: also of images whose hash is not known yet.
+    `reads_later`: also of shards with images whose hash is not known yet.
     """
     cached_hashes = np.zeros_like(hashes.sha256)
     for number, shard in shards.items():

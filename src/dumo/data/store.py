@@ -19,7 +19,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,9 +140,10 @@ class FirstImages:
         # the files that these images lie in; of the last one, its first items alone
         files = store.item_files
         num_files = int(files.file_of_item[count - 1]) + 1
-        counts = files.counts[:num_files].tolist()
-        counts[-1] -= sum(counts) - count
-        self.item_files = ItemFiles(files.paths[:num_files], files.states[:num_files], np.array(counts, np.int64))
+        counts = files.counts[:num_files].copy()
+        num_left_out = int(counts.sum()) - count
+        counts[-1] -= num_left_out
+        self.item_files = ItemFiles(files.paths[:num_files], files.states[:num_files], counts, num_left_out)
 
     def __len__(self) -> int:
         return self.count

@@ -11,7 +11,8 @@ some files:
        UNKNOWN     noted by nobody on this machine
 
 2. `add` takes the hash of an item that was read.
-3. `save_if_due` and `save` add the new hashes to the note, which other processes may write, too.
+3. `save_if_due` and `save` add the new hashes to the note, which other processes may write, too. A file that changed
+   stays noted as it was until all its items are hashed: else those that are not would pass for unchanged.
 
 `state_of` and `states_of` tell by what a file is known again; `ItemFiles` says which items lie in which files;
 `join_names` and `split_names` pack names.
@@ -70,6 +71,7 @@ class ItemFiles:
     paths: Sequence[str]
     states: FileStates
     counts: NDArray[np.int64]  # (k,), items in each
+    num_left_out: int = 0  # items of the last file that come after these, and are not among them
 
     @classmethod
     def of(cls, paths: Sequence[str], states: Sequence[FileState], counts: Sequence[int] | None = None) -> "ItemFiles":
@@ -94,6 +96,15 @@ class ItemFiles:
         """The number of each item's file, (n,)."""
         return np.repeat(np.arange(len(self.paths)), self.counts)
 
+    @cached_property
+    def whole(self) -> "ItemFiles":
+        """The same files with all their items."""
+        if not self.num_left_out:
+            return self
+        counts = self.counts.copy()
+        counts[-1] += self.num_left_out
+        return ItemFiles(self.paths, self.states, counts)
+
 
 class Inventory:
     """The hashes of the items of some files: those that were noted, and those that are added as items are read."""
@@ -101,8 +112,9 @@ class Inventory:
     def __init__(self, files: ItemFiles, *, trust_copies: bool = False) -> None:
         """Look up the notes on files that are the SAME; `trust_copies`: also on those that are COPIED."""
         self.files = files
-        self.sha256: HashRows = np.zeros((int(files.counts.sum()), HASH_BYTES), np.uint8)
-        self.status = _look_up(files, self.sha256, trust_copies=trust_copies)  # (k,)
+        noted_hashes: HashRows = np.zeros((int(files.whole.counts.sum()), HASH_BYTES), np.uint8)
+        self.status = _look_up(files.whole, noted_hashes, trust_copies=trust_copies)  # (k,)
+        self.sha256: HashRows = noted_hashes[: int(files.counts.sum())]
         self.pending = bytearray((~self.sha256.any(1)).astype(np.uint8).tobytes())  # 1: the item is not hashed yet
         self._num_unsaved = 0
         self._saved_at = time.monotonic()
@@ -148,7 +160,8 @@ class Inventory:
             place = note.best_place(note.places_for(Path(self.files.folder), NOTE_NAME))
             if place is not None:
                 with suppress(OSError), note.locked(place):
-                    merged = _merge(self.files, self.known_hashes(), note.read(place))
+                    known = np.pad(self.known_hashes(), ((0, self.files.num_left_out), (0, 0)))
+                    merged = _merge(self.files.whole, known, note.read(place))
                     note.write(place, merged, "")
             self._saved_at = time.monotonic()
             self._save_interval = max(_SAVE_SECONDS, _SAVE_COST_FACTOR * (self._saved_at - began))
@@ -237,13 +250,14 @@ def _merge(files: ItemFiles, known: HashRows, noted: note.Note | None) -> dict[s
     if noted is not None:
         aligned = _align(files, noted)
         is_same = aligned.has_all_items & (aligned.states == files.states).all(1)
-        is_hashed = np.zeros(len(files.paths), bool)  # by file: whether any of its items is
-        is_hashed[files.file_of_item[known.any(1)]] = True
+        is_known = known.any(1)  # by item
+        is_hashed = np.ones(len(files.paths), bool)  # by file: whether all of its items are
+        is_hashed[files.file_of_item[~is_known]] = False
 
-        # a file that changed stays noted as it was, until it is hashed as it is
+        # keep the old entry of a changed file until its new content is hashed
         keeps_noted = ~is_same & ~is_hashed & aligned.has_all_items
         states = np.where(keeps_noted[:, None], aligned.states, states)
-        takes_noted = np.repeat(is_same | keeps_noted, counts)[:, None] & ~known.any(1, keepdims=True)
+        takes_noted = (np.repeat(keeps_noted, counts) | (np.repeat(is_same, counts) & ~is_known))[:, None]
         hashes = np.where(takes_noted, aligned.hashes, known)
 
         other_files = _other_files(files, noted)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dumo.data.image import open_store
+from dumo.data.store import FirstImages, store_hashes
 from dumo.io import content, inventory, note
 from dumo.io.content import Hashes
 from dumo.io.inventory import NOTE_NAME
@@ -98,6 +99,42 @@ def test_splits_share_a_note(tmp_path: Path) -> None:
     found.hash(range(len(found)))
     kept.rename(tmp_path / "test.tar")
     assert all(opened(tmp_path, "test").pending)
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_the_first_items_and_all_share_a_note(form: str, tmp_path: Path) -> None:
+    """What is hashed of a part is known of the whole, and a part takes nothing away."""
+
+    def first(count: int) -> Hashes:
+        return store_hashes(FirstImages(open_store(tmp_path), count))
+
+    STORES[form](tmp_path)
+    first(3).hash(range(3))
+    found = opened(tmp_path)
+    assert [i for i in range(COUNT) if not found.pending[i]] == [0, 1, 2]
+    assert found.status.tolist()[0] == inventory.SAME
+    sha256 = whole(tmp_path).sha256
+    found = first(9)
+    assert not any(found.pending)
+    found.forget()
+    found.hash(range(9))
+    assert (opened(tmp_path).sha256 == sha256).all()
+
+
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_an_archive_that_changed_is_suspected_until_all_its_items_are_hashed(form: str, tmp_path: Path) -> None:
+    STORES[form](tmp_path)
+    before = whole(tmp_path)
+    os.utime(before.files.paths[0])
+    opened(tmp_path).hash([0])
+    found = opened(tmp_path)
+    assert found.status.tolist() == [inventory.CHANGED, inventory.SAME]
+    found.expect(before.sha256, "is another")
+    assert found.suspects().tolist() == list(range(before.files.counts[0]))
+    found.hash(found.suspects())
+    again = opened(tmp_path)
+    assert again.status.tolist() == [inventory.SAME, inventory.SAME]
+    assert not any(again.pending)
 
 
 def test_what_changed_is_told_apart(tmp_path: Path) -> None:
