@@ -256,8 +256,9 @@ def _text_endings(name: str) -> tuple[str, ...]:
 
 
 def _captions_by_line(text: str) -> ImageCaptions:
-    """A caption for each line of a text that is not blank."""
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    """A caption for each line of a text that is not blank. A line ends with "\\n" or "\\r\\n" alone."""
+    lines = [line.strip() for line in text.split("\n")]
+    return tuple(line for line in lines if line)
 
 
 def _text_keys(rows: Iterable[TableRow]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ Three things that share the text of a caption:
   text files.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ from dumo.io.read import is_unicode, parse_json, read_text
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
-# Stands between a text and the hash of the image that it edits: ASCII's group separator, which no text holds (ours).
+# Stands between a text and the hash of the image that it edits: ASCII's group separator (ours). Texts may hold it, too.
 _EDIT_SEPARATOR = "\x1d"
+_SHA256 = re.compile("[0-9a-f]{64}")
 _PROMPTS_HINT = "give a .txt with a prompt on each line, a .jsonl whose lines have a prompt, or a folder of .txt files"
 _TABLE_SUFFIXES = (".json", ".csv", ".tsv", ".parquet")  # of files that hold no prompt on each line
 
@@ -36,9 +38,14 @@ def edit_caption(text: str, sha256: str) -> str:
 
 
 def split_caption(caption: str) -> tuple[str, str]:
-    """Return the text of a caption, and the SHA-256 of the image that it edits; "" if it edits none."""
-    text, _, sha256 = caption.partition(_EDIT_SEPARATOR)
-    return text, sha256
+    """Return the text of a caption, and the SHA-256 of the image that it edits; "" if it edits none.
+
+    A caption edits an image if it ends with the separator and a SHA-256.
+    """
+    text, separator, sha256 = caption.rpartition(_EDIT_SEPARATOR)
+    if separator and _SHA256.fullmatch(sha256):
+        return text, sha256
+    return caption, ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class Captions:
 class Prompt:
     """A text to make images of, and a name for the files of its images."""
 
-    name: str  # of the prompt's own file without its ending, or the number of its line, from 00000
+    name: str  # of its own file without the ending, or its number among the lines that are not blank, from 00000
     text: str
     line: str  # as the file has it
 
@@ -129,7 +136,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     elif suffix in _TABLE_SUFFIXES:  # whose lines would be read as texts
         raise UserError(f"{path} is no file of prompts: {_PROMPTS_HINT}")
     else:
-        prompts = [Prompt(_line_name(i), line.strip(), line) for i, line in enumerate(_nonblank_lines(path))]
+        lines = _nonblank_lines(path).values()
+        prompts = [Prompt(_line_name(i), line.strip(), line) for i, line in enumerate(lines)]
     if not prompts:
         raise UserError(f"{path} has no prompts: {_PROMPTS_HINT}")
     return prompts
@@ -150,8 +158,8 @@ def _read_folder(folder: Path) -> list[Prompt]:
 def _read_json_lines(file: Path) -> list[Prompt]:
     """Read a prompt from each line of JSON. Raises UserError for a line that has none, or is no JSON."""
     prompts: list[Prompt] = []
-    for i, line in enumerate(_nonblank_lines(file)):
-        where = f"{file} line {i + 1}"
+    for i, (number, line) in enumerate(_nonblank_lines(file).items()):
+        where = f"{file} line {number}"
         row = parse_json(line, where, _PROMPTS_HINT)
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
@@ -162,11 +170,12 @@ def _read_json_lines(file: Path) -> list[Prompt]:
     return prompts
 
 
-def _nonblank_lines(file: Path) -> list[str]:
-    """Return the lines of a file, without those that are blank."""
-    return [line for line in read_text(file, _PROMPTS_HINT).split("\n") if line.strip()]
+def _nonblank_lines(file: Path) -> dict[int, str]:
+    """Return the lines of a file that are not blank, by their number among all lines, from 1."""
+    lines = read_text(file, _PROMPTS_HINT).split("\n")
+    return {number: line for number, line in enumerate(lines, start=1) if line.strip()}
 
 
 def _line_name(i: int) -> str:
-    """Return the name of the prompt on line i: 00000 for the first."""
+    """Return the name of the prompt on line i of those that are not blank: 00000 for the first."""
     return f"{i:05d}"

@@ -303,6 +303,13 @@ def test_half_a_character_is_refused_with_its_place(tmp_path: Path) -> None:
     assert "member 0003.png: the caption 'a" in told
 
 
+@pytest.mark.parametrize("way", ["txt", "tar txt"])
+def test_a_caption_ends_with_a_newline_alone(tmp_path: Path, way: str) -> None:
+    """Not with what Unicode or ASCII knows as other ends of lines."""
+    encoded(tmp_path, way, "a\u2028b\x85c\x0cd\r\n".encode())
+    assert spec(tmp_path, **FILES).caption_texts()[3] == "a\u2028b\x85c\x0cd"
+
+
 def as_rows(root: Path, text: str) -> Path:
     as_folder(root)
     (root / "metadata.csv").write_bytes(text.encode())

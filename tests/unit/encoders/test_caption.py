@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.encoders.caption import read_prompts
+from dumo.encoders.caption import edit_caption, read_prompts, split_caption
 from dumo.types import UserError
 
 
@@ -26,9 +26,24 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path, name: str, tex
     ],
 )
 def test_what_is_no_prompt_is_refused_with_its_line(tmp_path: Path, line: str, told: str) -> None:
-    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a cat"}}\n{line}\n')
-    with pytest.raises(UserError, match=f"a.jsonl line 2 .*{told}"):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a cat"}}\n\n{line}\n')
+    with pytest.raises(UserError, match=f"a.jsonl line 3 .*{told}"):
         read_prompts(tmp_path / "a.jsonl")
+
+
+def test_prompts_are_numbered_without_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\na cat\n \na dog\n")
+    assert [(prompt.name, prompt.text) for prompt in read_prompts(tmp_path / "a.txt")] == [
+        ("00000", "a cat"),
+        ("00001", "a dog"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["make it red", "two\x1dparts", f"two\x1d{'a' * 63}"])
+def test_a_caption_edits_an_image_if_it_ends_with_a_hash(text: str) -> None:
+    """Whatever the text holds, nothing of it is lost."""
+    assert split_caption(text) == (text, "")
+    assert split_caption(edit_caption(text, "a" * 64)) == (text, "a" * 64)
 
 
 def test_a_table_is_refused_and_endings_are_read_in_either_case(tmp_path: Path) -> None:
