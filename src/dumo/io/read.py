@@ -25,7 +25,8 @@ from dumo.io import file, trained
 from dumo.runtime.limits import BLOCKS
 from dumo.runtime.signals import Stopped
 
-_LAYER_COUNT = re.compile("layer|depth|num_.*block")  # matches the keys of configs that say how many layers there are
+# Matches the keys of configs that say how many layers there are; not vocab_size_per_layer_input, of Gemma 3n.
+_LAYER_COUNT = re.compile("layers|layer$|depths?(_|$)|num_.*block")
 # Ours: a long evaluation has thousands of bytes, the names of 20,000 classes half a million.
 MAX_FILE_BYTES = 2**26
 FEW = 3  # items that a message names: ours

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from dumo.io.read import MAX_FILE_BYTES, brief, cache_folder, parse_json, read_json, read_text, text_lines, user_path
+from dumo.io.read import (
+    MAX_FILE_BYTES,
+    brief,
+    cache_folder,
+    parse_json,
+    read_json,
+    read_settings,
+    read_text,
+    text_lines,
+    user_path,
+    write_json,
+)
 from dumo.types import UserError
 from fuzz.judge import limits
 
@@ -59,6 +70,18 @@ def test_what_is_no_json_is_none_in_a_line_either(text: str) -> None:
     with pytest.raises(UserError, match=r"^a.jsonl line 3 is not JSON \(.*\): way out$"):
         parse_json(text, "a.jsonl line 3", "way out")
     assert parse_json("[1e308, -2.5, 10]", "", "") == [1e308, -2.5, 10]
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "layers_per_block", "depth", "num_res_blocks"])
+def test_a_config_with_more_layers_than_any_net_is_refused(tmp_path: Path, key: str) -> None:
+    """Whatever else is counted by layer may be large."""
+    file = tmp_path / "config.json"
+    settings = {"text_config": {"vocab_size_per_layer_input": 262_144, key: 1000}}
+    write_json(file, settings)
+    assert read_settings(file, "way out") == settings
+    write_json(file, {"text_config": {key: 1001}})
+    with pytest.raises(UserError, match=f"{key} is above 1,000, which no net has: way out"):
+        read_settings(file, "way out")
 
 
 def test_numbers_that_are_not_finite_become_null_where_asked() -> None:
