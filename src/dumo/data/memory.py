@@ -87,7 +87,9 @@ class Memory(Spec):
     shape: tuple[int, ...]  # of a sample
     classes: int = Field(ge=0)
     names: tuple[str, ...] = ()  # of the classes
-    digest: str = Field(json_schema_extra=FREE)  # of all samples; training resumes with the same alone (data.json)
+    # Of all samples: training resumes with the same alone (data.json). Where rows are others at each read, of what does
+    # not change (`RereadData.fingerprint`): two such data sets may share it, and `open` then gives the one read last.
+    digest: str = Field(json_schema_extra=FREE)
     captions: ClassVar[None] = None
     augment: ClassVar[None] = None
 
@@ -261,9 +263,12 @@ def _first_of(row: dict[Any, Any], keys: tuple[str, ...]) -> Any:  # noqa: ANN40
 
 
 def _to_tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
-    """An array, picture or list of numbers as a tensor. Raises UserError, with `name`, for what holds no numbers."""
+    """An array, picture or list of numbers as a tensor on the CPU.
+
+    Raises UserError, with `name`, for what holds no numbers.
+    """
     if isinstance(values, Tensor):
-        return values
+        return values.cpu()
     if isinstance(values, Image.Image) and values.mode != "F":
         values = _to_colours(values, name)
     try:
@@ -341,7 +346,7 @@ def _to_labels(labels: Any, n: int) -> Tensor:  # noqa: ANN401
         return torch.zeros(n, dtype=torch.long)
     rule = f"labels are whole numbers from 0, one for each of {n} samples"
     try:
-        values = np.asarray(labels)
+        values = np.asarray(_to_cpu(labels))
     except ValueError as error:  # lists of several lengths
         raise UserError(rule) from error
     if values.dtype.kind not in "iu":
@@ -349,3 +354,12 @@ def _to_labels(labels: Any, n: int) -> Tensor:  # noqa: ANN401
     if values.shape != (n,) or values.min() < 0:
         raise UserError(rule)
     return torch.from_numpy(values.astype(np.int64))
+
+
+def _to_cpu(labels: Any) -> Any:  # noqa: ANN401
+    """Labels with their tensors on the CPU, one tensor or some in a list: NumPy reads no others."""
+    if isinstance(labels, Tensor):
+        return labels.cpu()
+    if isinstance(labels, list | tuple):
+        return [_to_cpu(label) for label in labels]
+    return labels

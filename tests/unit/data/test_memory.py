@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -54,6 +55,16 @@ class Feature:
     names = ("cat", "dog")
 
 
+class OnGpu(torch.Tensor):
+    """As a tensor of a GPU: NumPy does not read it."""
+
+    def __array__(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *_: object, **__: object) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
 def image(level: int, size: tuple[int, int] = (6, 4)) -> Image.Image:
     return Image.new("RGB", size, (level, 0, 255))
 
@@ -85,6 +96,22 @@ def test_data_are_read(data: object, shape: tuple[int, ...], classes: int, names
     assert table.x.is_contiguous()
     assert table.fingerprint() == spec.digest
     assert table is spec.originals()
+
+
+ON_GPU = FLOATS.as_subclass(OnGpu)
+LABELS_ON_GPU = torch.tensor([1, 0]).as_subclass(OnGpu)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [(ON_GPU, LABELS_ON_GPU), Rows((ON_GPU[0], LABELS_ON_GPU[0]), (ON_GPU[1], LABELS_ON_GPU[1]))],
+    ids=["tensors", "rows"],
+)
+def test_tensors_of_a_gpu_are_brought_to_the_cpu(data: object) -> None:
+    source = Memory.of(data).open()
+    assert type(source.x) is torch.Tensor
+    assert torch.equal(source.x, FLOATS)
+    assert source.c.tolist() == [1, 0]
 
 
 def test_colours_lie_from_minus_one_to_one() -> None:
