@@ -4,7 +4,8 @@ So a file that has its name is whole, whenever the process stops. A `durable` on
 
 The order of events of a write:
 
-1. `check_writable` and `free_bytes` ask whether it can be written. `sweep` removes what killed writers left.
+1. `check_writable` and `free_bytes` ask whether it can be written. `sweep` removes what killed writers left, and puts
+   back what they had put aside.
 2. `write` writes the bytes of a file; `atomic_write` yields a path for whatever else writes. Both refuse a folder that
    was moved meanwhile (`dumo.io.guard`). Code that writes longer than a `with` can last takes `temp_path_for` and, at
    the end, `commit`.
@@ -14,6 +15,7 @@ The order of events of a write:
 """
 
 import errno
+import glob
 import os
 import platform
 import re
@@ -31,7 +33,9 @@ _PRIVATE_MODE = 0o600  # of files that safetensors makes
 _ABANDONED_SECONDS = 86_400.0  # a day, after which another machine's temporary file is swept: ours
 _REPLACED_WRITER = "old"  # in place of a writer's id, in the name of a folder that is being replaced
 _being_written: set[Path] = set()  # temporary paths that threads of this process are writing now
-_TEMP_NAME = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<replaced>{_REPLACED_WRITER}))\.tmp")
+_TEMP_NAME = re.compile(
+    rf"\.(?P<name>.+)\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<replaced>{_REPLACED_WRITER}))\.tmp"
+)
 
 
 @contextmanager
@@ -128,6 +132,7 @@ def check_writable(folder: Path) -> None:
 def sweep(folder: Path, *, is_users: bool = False) -> None:
     """Remove the temporary files in a folder whose writers have stopped; call it before writing there.
 
+    A folder that was put aside by a writer that was killed, before the new one had its name, gets its name back.
     Temporary files of another machine go when they are a day old, for nobody here knows whether their writers run.
     `is_users`: the folder is the user's, where a file called `.X.old.tmp` may be theirs; False: dumo made it.
     """
@@ -136,7 +141,23 @@ def sweep(folder: Path, *, is_users: bool = False) -> None:
             continue
         with suppress(OSError):  # another process sweeps, too
             if _is_abandoned(temp_path):
-                remove(temp_path)
+                _restore_or_remove(temp_path)
+
+
+def _restore_or_remove(temp_path: Path) -> None:
+    """Remove what is abandoned; but a folder that was put aside is put back, where nothing has its name.
+
+    It stays aside while another process writes a folder of that name.
+    """
+    name = _TEMP_NAME.fullmatch(temp_path.name)
+    assert name is not None, "what is abandoned has such a name"
+    path = temp_path.with_name(name["name"])
+    if not name["replaced"] or not temp_path.is_dir() or os.path.lexists(path):
+        remove(temp_path)
+        return
+    new_folders = temp_path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    if all(_is_abandoned(new_folder) for new_folder in new_folders):
+        temp_path.rename(path)
 
 
 def _is_abandoned(temp_path: Path) -> bool:

@@ -133,6 +133,26 @@ def test_what_is_left_of_the_dead_is_swept(tmp_path: Path) -> None:
     file.sweep(tmp_path / "not there")
 
 
+def test_a_folder_that_was_put_aside_is_put_back_where_none_took_its_name(tmp_path: Path) -> None:
+    aside = tmp_path / ".folder.old.tmp"
+    aside.mkdir()
+    (aside / "file").write_text("old")
+    here = file.machine_id()
+    of_a_running_process = tmp_path / f".folder.{here}-{os.getppid()}.tmp"
+    of_a_running_process.mkdir()
+    file.sweep(tmp_path)
+    assert {*tmp_path.iterdir()} == {aside, of_a_running_process}
+
+    of_a_running_process.rename(tmp_path / f".folder.{here}-{2**22 + 1}.tmp")  # more than a process may be
+    file.sweep(tmp_path)
+    assert [*tmp_path.iterdir()] == [tmp_path / "folder"]
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+
+    aside.mkdir()
+    file.sweep(tmp_path)
+    assert [*tmp_path.iterdir()] == [tmp_path / "folder"]
+
+
 def test_what_another_thread_writes_now_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with file.atomic_write(tmp_path / "a") as half:
         half.write_text("whole")
