@@ -12,6 +12,7 @@ While training reads, two threads look whether it may: `dumo.io.audit`, whether 
 """
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
@@ -44,6 +45,8 @@ from dumo.runtime.random import random_row_mask, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
 _PRIOR_FOLDER = PRIOR  # the name of a folder of images that a teacher made, next to those of the subject
+# In the name of an image, on disk or in an archive: `/prior/1.png`, `/a.tar member prior/1.png`.
+_IN_PRIOR_FOLDER = re.compile(f"(/| member ){_PRIOR_FOLDER}/")
 ORIGIN_SECONDS = 10.0  # that training waits for `OriginThread` before it begins: ours
 
 
@@ -236,7 +239,10 @@ class OriginThread:
             raise self.errors[0]
 
     def verify(self) -> None:
-        """Read and hash all images anew, and wait for it. Raises UserError where they are others."""
+        """Read and hash all images anew, and wait for it. Raises UserError where they are others.
+
+        An image that cannot be read is not compared.
+        """
         if self.compares:
             self.thread.join()
             self._compare(verify=True)
@@ -307,7 +313,8 @@ class LatentSource:
         if packed_names:
             names = split_names(packed_names)
             images = self._read_column("image").tolist()
-            is_prior = torch.tensor([f"/{_PRIOR_FOLDER}/" in names[image] for image in images], dtype=torch.bool)
+            is_in_folder = [bool(_IN_PRIOR_FOLDER.search(names[image])) for image in images]
+            is_prior = torch.tensor(is_in_folder, dtype=torch.bool)
         if is_prior.all() or not is_prior.any():
             how_many = "none"
             if len(is_prior) and is_prior.all():

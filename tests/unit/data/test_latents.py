@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from autoencoder import taef2
 from dumo.data import Latents
 from dumo.data.cache import CAPTIONS as FILE
-from dumo.data.latents import OriginThread
+from dumo.data.latents import LatentSource, OriginThread
 from dumo.run import encode
 from dumo.run.summary import empty_classes_line
 from dumo.runtime import threads
 from dumo.types import UserError
-from unit.data.animals import COUNT, SIDE, as_folder
+from unit.data.animals import COUNT, SIDE, archive, as_folder, picture
 from unit.data.test_annotation import FILES, TEXTS, TOLD, as_lines
 from unit.encoders.toy import contents
 
@@ -65,6 +65,25 @@ def test_encoding_looks_at_the_machine_between_its_batches(
     index = made.read_index()
     assert index is not None
     assert len(asked) > index.rows / 2
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_what_a_teacher_made_is_known_by_its_folder(latents: Maker, tmp_path: Path, form: str) -> None:
+    """On disk, or in an archive."""
+    root = tmp_path / "images"
+    pictures = {f"{'prior' if i < 3 else 'mine'}/{i:02}.png": picture(i) for i in range(COUNT)}
+    if form == "tar":
+        archive(root / "all.tar", pictures)
+    else:
+        for name, data in pictures.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(data)
+    made = latents(root, tmp_path / "cache", labelled=False)
+    encode.encode(made, dtype="float32")
+    source = made.model_copy(update={"prior": 0.5}).open()
+    assert isinstance(source, LatentSource)
+    assert source.prior is not None
+    assert (len(source.prior.prior), len(source.prior.other)) == (3, COUNT - 3)
 
 
 def unmirrored(data: Latents) -> Latents:
