@@ -206,10 +206,10 @@ class Images(Spec):
     def _find_titles(self, root: Path) -> tuple[str, ...]:
         """What tables of parquet call the classes, where only their number is given; () where they do not say.
 
-        Nothing else is looked at: to walk folders of a million images takes minutes.
+        Only tables in the root and its folder `data` count: to walk folders of a million images takes minutes.
         """
         is_number_given = self.labels > 0 and not (self.names or self.titles or self.captions)
-        if not is_number_given or not any(root.glob("*.parquet")):
+        if not is_number_given or not (any(root.glob("*.parquet")) or any(root.glob("data/*.parquet"))):
             return ()
         try:
             labels = self._store(root, self.label).labels

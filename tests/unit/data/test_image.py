@@ -515,6 +515,8 @@ def test_where_the_number_of_classes_is_given_tables_say_what_they_are_called(tm
     assert Conditions(images).index("bee") == 1
     assert Images.model_validate(images.model_dump(mode="json")) == images
     assert spec(tmp_path / "here", classes=4).titles == ()  # they say what three are called
+    as_parquet(tmp_path / "there" / "data")
+    assert spec(tmp_path / "there", classes=3).titles == CLASSES
     as_folder(tmp_path / "folder")
     assert spec(tmp_path / "folder", classes=3).titles == ()  # not looked at: it may have a million files
     fields = [f"data.images.root={tmp_path / 'here'}", "data.images.classes=3", "evaluate.protocol={kind: photos}"]
