@@ -122,7 +122,7 @@ def read_index(folder: Path) -> CacheIndex | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a cache is there, and no shard of it is missing. Raises UserError if its index is damaged."""
+    """Whether a cache is there, and its index.json lists its shards. Raises UserError if the index is damaged."""
     index = read_index(folder)
     return index is not None and bool(index.shards)
 

@@ -4,9 +4,9 @@
 then converted to 8-bit RGB (`to_rgb`), then resized and cropped (`crop_middle`). `upright_size` and `short_side` read
 only the header, where that is enough. `covering_size` says to which size an image is brought before it is cropped.
 
-Every file becomes 8-bit RGB, upright, as one looks at it: transparency lies over white, 16 bits are rounded to
-8, of an animation the first frame is taken, and the camera's rotation (EXIF) is carried out. Colour profiles are not
-read, as in ADM and the references that were computed with it.
+Every file becomes 8-bit RGB, upright, as one looks at it: transparency lies over white, grey of 16 bits is rounded to
+8 (of colours of 16 bits pillow reads the upper 8), of an animation the first frame is taken, and the camera's rotation
+(EXIF) is carried out. Colour profiles are not read, as in ADM and the references that were computed with it.
 """
 
 from collections.abc import Generator

@@ -3,7 +3,7 @@
 The model is in a folder of the user's own, as transformers saves a CLIPModel. `load` checks the folder and reads model,
 tokenizer and colours into a `Clip`. `Clip.cosines` preprocesses images, tokenizes texts, and compares their embeddings.
 
-Preprocessing is fixed here, as in the published code, whatever else is installed: Pillow brings the shorter side to the
+Preprocessing is fixed here, as transformers has it, whatever else is installed: Pillow brings the shorter side to the
 model's, bicubic, the middle is cut out, and colours are centred and scaled.
 
 `read_config`, `read_colours`, `to_inputs` and the colours of OpenAI's CLIP are also for `dumo.encoders.vision`.
@@ -78,7 +78,7 @@ class Clip:
         return torch.cat([torch.zeros(0), *batches])
 
     def _resize_and_crop(self, image: Image.Image) -> Image.Image:
-        """Resize the shorter side of an image to `side` pixels, then cut out the middle `side` by `side`."""
+        """Resize the shorter side of an image to `side` pixels, then cut out the middle, rounding as transformers."""
         side = self.side
         width, height = (side * length // min(image.size) for length in image.size)
         left = (width - side) // 2

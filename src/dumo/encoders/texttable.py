@@ -3,9 +3,9 @@
 Row k is of caption k of captions.jsonl, which has a string of JSON per line. The last row is of the empty text, which
 stands for no caption. A shard has these columns, with the tokens of all its rows one after the other:
 
-    tokens     embeddings (m, d), without padding; ids (m,) where the encoder is trained with the net
+    tokens     embeddings (m, d); ids (m,) where the encoder is trained with the net
     lengths    the number of tokens of each row
-    mask       which tokens are no padding (m,); only of a pipeline that reads padding, too
+    mask       which tokens are no padding (m,); only of a pipeline that reads padding, too. Without it, none is stored
     pooled     an embedding (p,) of each whole text, where the encoder makes one
     source     the latent (c, h, w) of the image that a caption edits, zeros for none; only where captions edit images
 
@@ -300,7 +300,7 @@ class EncodedTexts:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """The number of tokens of each row, without padding."""
+        """The number of stored tokens of each row: without padding, but of a pipeline that reads padding with it."""
         lengths: list[int] = []
         read_shard = self._shard_reader
         for number in range(self.index.num_shards):

@@ -1,6 +1,7 @@
 """Notes on a user's files: what was found out about them once, so that the next start need not look again.
 
-A note is a safetensors file of tensors and a text, with their SHA-256. What is not as it was written counts as no note.
+A note is a safetensors file of tensors and a text, with the first 64 bits of their SHA-256. What is not as it was
+written counts as no note.
 
 1. `places_for` says where the note on a folder may lie, and `best_place` at which of these it can be written.
 2. `locked` keeps other processes out while one reads the note (`read`) and writes it anew (`write`).
@@ -43,8 +44,8 @@ def read(place: Path) -> Note | None:
         return None
     try:
         tensors, about = weights.read(place)
-        sha256, text = json.loads(about[_KEY])
-        return (tensors, text) if sha256 == _digest(tensors, text) else None
+        noted_digest, text = json.loads(about[_KEY])
+        return (tensors, text) if noted_digest == _digest(tensors, text) else None
     except Exception:  # a damaged file may raise anything in its readers
         return None
 

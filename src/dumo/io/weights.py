@@ -1,7 +1,7 @@
 """Weights in a safetensors file, or in a folder of shards that ranks wrote (`dumo.io.shards`).
 
-- Reading: `load` maps tensors into memory, `read` metadata, too; `outline` gives names, shapes and dtypes, and
-  `read_metadata` no tensors at all. `open_safetensors` is below them.
+- Reading: `load` gives tensors, those of one file mapped into memory, `read` metadata, too; `outline` gives names,
+  shapes and dtypes, and `read_metadata` no tensors at all. `open_safetensors` is below them.
 - Loading into a net: `compare` refuses the weights of another net, then `fill` copies them into tensors.
 - Writing: `unshared` prepares tensors for safetensors.
 - `sha256` is the checksum of either, `title` its name.
@@ -59,7 +59,10 @@ def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str,
 
 
 def load(place: Path) -> dict[str, Tensor]:
-    """The tensors of a file or a folder of shards by name, mapped. Raises UserError where it is damaged."""
+    """The tensors of a file, mapped into memory, or of a folder of shards, by name.
+
+    Raises UserError where it is damaged.
+    """
     if place.is_dir():
         from dumo.io import shards  # slow to import
 
