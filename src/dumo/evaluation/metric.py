@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 CLASS_MMD = "class_mmd"  # leads where both sides have classes
+CLASSES_SHA256 = "classes_sha256"  # on a card: of the classes of the reference, where samples are judged by class
 SAMPLE_SPACE = "numbers"  # `trained_on` on a card, where a loss compares the numbers of samples themselves
 
 
@@ -90,9 +91,9 @@ def headline_score(scores: Collection[str], card: Mapping[str, Any] | None = Non
 def is_trained_on(score: str, card: Mapping[str, Any]) -> bool:
     """Whether a score measures what the run of this card was trained on, and so cannot judge it.
 
-    A card has two texts. `trained_on` is what the loss compared: SAMPLE_SPACE, the name of features, or "" for neither.
-    `features` describes the features of the protocol, and has their name in it. A loss on samples concerns the scores
-    in sample space, a loss on features those by the same features.
+    A card has two texts. `trained_on` is what the loss compared: SAMPLE_SPACE, or, on cards of an older dumo, the name
+    of features; "" for neither. `features` describes the features of the protocol, and has their name in it. A loss on
+    samples concerns the scores in sample space, a loss on features those by the same features.
     """
     loss_space = card.get("trained_on", "")
     if not loss_space:

@@ -32,6 +32,7 @@ from dumo.evaluation.class_mmd import lost_classes
 from dumo.evaluation.copy import THUMB_SIDE, Thumbs, nearest_images
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import PIXEL_SIDE, pixel_frechet
+from dumo.evaluation.metric import CLASSES_SHA256
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores, name_of_data
 from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
@@ -69,7 +70,7 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     num_trained = 0 if trained is None else trained.size or 0
     reads_before = min(num_data, MAX_IMAGES)
     reads_after = min(num_trained, MAX_IMAGES)
-    real, real_c, shape = _measure_images(data, context.seed, _part_of(tick, after=reads_after))
+    real, real_c, shape, pixels_sha256 = _measure_images(data, context.seed, _part_of(tick, after=reads_after))
     num_images = len(real)
     sample_c = protocol.classes_of(context)
     _require_all_classes(sample_c, real_c, context)
@@ -78,8 +79,10 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
         "features_sha256": cifar10.sha256,
         "rounding": "0 to 255",
         "reference": f"{num_images:,} of {num_data:,} images of {name_of_data(context.split)}",
-        "reference_sha256": digest.of_tensor(real.rows),
+        "reference_sha256": pixels_sha256,
     }
+    if len(sample_c.unique()) > 1:
+        facts[CLASSES_SHA256] = digest.of_tensor(real_c)
     if num_images < FEW_IMAGES:
         facts["spread"] = f"rough: with {num_images} images the baseline itself varies, see its sd"
     facts |= class_facts(sample_c, real_c)
@@ -101,23 +104,28 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     )
 
 
-def _measure_images(data: Data, seed: int, tick: ImageTick) -> tuple["MeasuredImages", Classes, tuple[int, ...]]:
-    """The images to judge by, measured, with their classes and the shape of one.
+def _measure_images(data: Data, seed: int, tick: ImageTick) -> tuple["MeasuredImages", Classes, tuple[int, ...], str]:
+    """The images to judge by, measured, with their classes, the shape of one, and the SHA-256 of their pixels.
 
-    Raises UserError for fewer than `MIN_PHOTOS`.
+    Pixels are hashed as a file holds them, in 8 bits: features differ in their last bits between machines. Raises
+    UserError for fewer than `MIN_PHOTOS` images.
     """
     batches: list[MeasuredImages] = []
     classes: list[Tensor] = []
+    image_hashes: list[str] = []
     shape: tuple[int, ...] = ()
     for x, c in _read_images(data, seed, tick):
         shape = tuple(x.shape[1:])
         batches.append(MeasuredImages.of(x))
         classes.append(c)
+        pixels = to_uint8(x.cpu())[:, : x.shape[1]]
+        image_hashes += [digest.of_tensor(image) for image in pixels]
     num_images = sum(len(c) for c in classes)
     if num_images < MIN_PHOTOS:
         raise UserError(f"protocol {KIND} needs {MIN_PHOTOS} images or more, here are {num_images}: add some")
     rows = torch.cat([batch.rows for batch in batches])
-    return MeasuredImages(rows, batches[0].channels), torch.cat(classes), shape
+    pixels_sha256 = digest.of_bytes("".join(image_hashes).encode())
+    return MeasuredImages(rows, batches[0].channels), torch.cat(classes), shape, pixels_sha256
 
 
 def _require_all_classes(sample_c: Classes, real_c: Classes, context: Context) -> None:
@@ -170,7 +178,7 @@ def _read_images(data: Data, seed: int, tick: ImageTick) -> Iterator[tuple[Sampl
 class MeasuredImages:
     """What the scores need of n images: their features, and a thumbnail of each.
 
-    Both lie in one row per image, so that ranks can gather them, and a hash covers them.
+    Both lie in one row per image, so that ranks can gather them.
     """
 
     rows: Float[Tensor, "n _"]  # the features, then the flattened thumbnail
@@ -211,9 +219,9 @@ def _thumbs_of(x: Sample) -> Thumbs:
 class MatchedClasses:
     """The classes by which equal numbers of samples and images are compared.
 
-    A comparison has each class as often as there are samples of it, and for half of its images at most, since a perfect
-    sampler is measured by images that are compared with others. So none comes twice: samples that lie on each other
-    cover no space, and recall falls.
+    Each class is compared as often as it has samples, but with at most half of its images: the perfect sampler is
+    measured by comparing images with others. No image is drawn twice, since samples on top of each other cover no space
+    and lower recall.
     """
 
     sample_c: Classes

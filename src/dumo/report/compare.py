@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from dumo.config.place import EVALUATION_FILE, OTHER_EVALUATIONS, require_evaluation
-from dumo.evaluation.metric import CLASS_MMD
+from dumo.evaluation.metric import CLASS_MMD, CLASSES_SHA256
 from dumo.report import score
 from dumo.report.card import Card, Row, read_report
 from dumo.run import shipped
@@ -41,6 +41,7 @@ MEASURE_FIELDS = (
     "features_sha256",
     "reference",
     "reference_sha256",
+    CLASSES_SHA256,
     "resize",
     "rounding",
     "colours",
@@ -70,6 +71,8 @@ def differing_fields(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
             compared_measures = measures_of_runs
         elif field == CLASS_MMD:
             compared_measures = measures_with_classes
+        elif field == CLASSES_SHA256:  # others were judged without classes, or are older
+            compared_measures = {name: measure for name, measure in measures.items() if field in measure}
         else:
             compared_measures = measures
         values = [measure.get(field) for measure in compared_measures.values()]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from dumo.data import Digits
-from dumo.encoders.classifier import cifar10
+from dumo.encoders.classifier import ShippedClassifier, cifar10
 from dumo.evaluation import Context, ShippedProtocol, photos
 from dumo.evaluation.baseline import random_parts
 from dumo.evaluation.measures import baselines_digits, score_digits
@@ -21,6 +21,7 @@ from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
 from dumo.report import judgement, score
+from dumo.report.compare import require_comparable
 from dumo.report.score import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -243,6 +244,27 @@ def test_progress_is_told_also_where_no_image_of_a_piece_can_be_read() -> None:
     context = Context(lambda: PartlyUnreadable(100, []), tick=lambda done, total: ticks.append((done, total)))
     assert "36 of 100 images" in PROTOCOL.evaluator(context).facts["reference"]
     assert ticks == [(64, 100), (100, 100)]
+
+
+def test_a_reference_is_known_by_its_pixels_whatever_a_machine_makes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = drawn(60, "real", side=8)
+    here = opened(x)
+    features = ShippedClassifier.features
+    monkeypatch.setattr(ShippedClassifier, "features", lambda net, images: features(net, images) * (1 + 1e-6))
+    there = opened(x)
+    assert not torch.equal(here.real.rows, there.real.rows)
+    require_comparable({"here": here.facts, "there": there.facts})
+    grey, colours = (opened(x[:, :1].expand(-1, channels, -1, -1)).facts for channels in (1, 3))
+    others = [opened(x.flip(0)).facts, grey, colours]
+    assert len({facts["reference_sha256"] for facts in (here.facts, *others)}) == 4
+
+
+def test_other_classes_of_the_same_images_are_another_reference_where_samples_have_classes() -> None:
+    x = drawn(60, "real", side=8)
+    fine, coarse, none = (opened(x, torch.arange(60) % count).facts for count in (6, 3, 1))
+    with pytest.raises(UserError, match="  classes_sha256: "):
+        require_comparable({"fine": fine, "coarse": coarse})
+    require_comparable({"fine": fine, "none": none})
 
 
 def test_what_it_does_not_judge() -> None:

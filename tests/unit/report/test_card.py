@@ -67,6 +67,12 @@ def test_an_evaluation_from_before_its_measure_was_put_in_other_words_is_compare
     assert list(differing_fields({"new": new, "other": other})) == ["class_mmd"]
 
 
+def test_classes_of_the_reference_are_compared_where_both_sides_name_them() -> None:
+    fine, coarse = (CARD | {"classes_sha256": digit * 64} for digit in "01")
+    assert list(differing_fields({"fine": fine, "coarse": coarse})) == ["classes_sha256"]
+    require_comparable({"fine": fine, "without classes": CARD})
+
+
 def test_captions_of_samples_are_a_part_of_how_well_images_fit_them() -> None:
     card = CARD | {"protocol": "clip-score (10 samples)", "labels": "captions of images, from end to end"}
     other = card | {"labels": "i mod 2, by held templates in turn"}
