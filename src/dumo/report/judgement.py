@@ -14,6 +14,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
+from dumo.config.conditions import shown_data
 from dumo.config.place import EVALUATION_FILE
 from dumo.config.word import BASELINES, MERITS, Word, merits, word
 from dumo.data import Data
@@ -36,7 +37,11 @@ from dumo.report.score import (
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path
 
-SHIPPED_RESULTS = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # names of results, by protocol
+SHIPPED_RESULTS = {  # names of results, by the kind of the protocol and of the data as they are shown
+    ("digits", "digits"): "zoo",
+    ("toy", "moons"): "fig3",
+    ("cifar10-features", "images"): "latents",
+}
 BENCHMARK_NAMES = ("clip",)  # in the names of the evaluations, besides the run's own, that a page shows
 
 Judgement = dict[str, Any]  # an evaluation with what a page says of it, as `read_judgement` returns it
@@ -152,10 +157,8 @@ def words_of(evaluation: Judgement, columns: Iterable[str]) -> list[Word]:
 
 
 def shipped_results(protocol: MetricProtocol, data: Data) -> str | None:
-    """The name of the packaged results by this protocol on this data; None where there are none."""
-    if protocol.kind == "toy" and data.kind != "moons":
-        return None
-    return SHIPPED_RESULTS.get(protocol.kind)
+    """The name of the packaged results by this protocol on data of this kind; None where there are none."""
+    return SHIPPED_RESULTS.get((protocol.kind, shown_data(data).kind))
 
 
 def objectives_table(results: Row, evaluation: Judgement | None, step: int, cost: float) -> Row:
@@ -222,7 +225,20 @@ def _is_judged_as(evaluation: Judgement, cell: Row, lead: str) -> bool:
         and evaluation["protocol"] == cell.get("protocol")
         and lead in evaluation["results"][0]
         and lead not in evaluation["biased"]
+        and _has_reference_of(evaluation, cell)
     )
+
+
+def _has_reference_of(evaluation: Judgement, cell: Row) -> bool:
+    """Whether a run was compared with the images that a cell was, where the cell's are from files.
+
+    Of digits the cells hold some out, and a run need not: the page says so (`unseen`).
+    """
+    cell_card = cell.get("card") or {}
+    if cell_card.get("data", {}).get("kind") != "images":
+        return True
+    card = evaluation.get("card") or {}
+    return card.get("reference_sha256") == cell_card["reference_sha256"]
 
 
 def _num_held_out(evaluation: Mapping[str, Any]) -> int:

@@ -275,8 +275,8 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     """The rows, each with `best`: whether its score `lead` is the least at its number of passes, or level with that.
 
     Rows without a number of passes, as of images that others made, are compared with all rows. Rows that lack the score
-    or its error are not best. No row gets `best` where all rows do, where more is better, and where the error is no
-    standard error, as of a KID.
+    or its error are not best. The field `best` is left out where no row has the score with its error, where more is
+    better, and where the error is a spread.
     """
     if higher_is_better(lead) or metric(lead).sd_is_spread:
         return list(rows)

@@ -114,6 +114,15 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     assert not judgement.objectives_table(results, marked | {"protocol": protocol}, 1, 4.0)["alike"]
 
 
+def test_a_run_stands_among_results_on_files_only_if_judged_against_the_same_images() -> None:
+    results = recipes.results("latents")
+    assert results is not None
+    judged_alike = results["cells"][0] | {"fresh": True, "biased": []}
+    trained_images = {**judged_alike, "card": judged_alike["card"] | {"reference_sha256": "0" * 64}}
+    assert judgement.objectives_table(results, judged_alike, 1, 4.0)["alike"]
+    assert not judgement.objectives_table(results, trained_images, 1, 4.0)["alike"]
+
+
 def test_every_metric_has_words() -> None:
     assert METRICS.keys() == word.MERITS.keys()
 
@@ -153,8 +162,9 @@ def test_a_baseline_stands_under_what_it_is_of() -> None:
         judgement.baseline_cells(judged(), "perfect", judged()["columns"]),
     )
     assert [score.has_too_few_images(one) for one in (judged(), judged() | {"baselines": {}})] == [False, True]
-    for recipe, name in (("moons", "fig3"), ("digits", "zoo")):
+    for recipe, name in (("moons", "fig3"), ("digits", "zoo"), ("cifar10-latents", "latents")):
         assert judgement.shipped_results(load(recipe).evaluate.protocol, load(recipe).data) == name
+    assert judgement.shipped_results(load("digits").evaluate.protocol, load("cifar10-small").data) is None
 
 
 @pytest.mark.parametrize(
