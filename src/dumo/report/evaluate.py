@@ -7,7 +7,7 @@
    card.
 3. `write_report` writes the report, with the rows of other passes that the file has.
 
-`current_report` reads it back, unless judging again would give something new.
+`current_report` reads it back, where it is of the same weights and settings, and lacks no passes.
 
 Others also call `score_passes` (`dumo.lab`), `with_judging_options` (`dumo.report.benchmark`), `complete_report` and
 `write_report` (`dumo.report.images`), and `report_path`, which says where the report of a run is (`dumo.compare`).
@@ -17,6 +17,7 @@ the run as its own spec has it judged, at whatever numbers of passes: it collect
 of other weights, it is another file, named after what differs; of an earlier step it is kept under that step.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -214,7 +215,10 @@ def score_passes(
 
 
 def current_report(opened: RunFolder) -> dict[str, Any] | None:
-    """The report of the run, if evaluating it again would give the same; None where it would give something new."""
+    """The report in the run's folder, if it is of these weights and settings, and has all passes; else None.
+
+    Whether the data, the features and the versions are the same as then is not looked at.
+    """
     try:
         report = read_report(opened.find_output(EVALUATION_FILE))
     except UserError:
@@ -250,7 +254,8 @@ def write_report(path: Path, report: dict[str, Any], log_line: Callable[[str], N
     """Write a report with the rows of other passes that the file has, if all else on their cards is the same.
 
     If not, the earlier report is put aside, under its step and, of this step, a part of its card's hash, and `log_line`
-    is called with where it is. Images that others made have neither steps nor passes.
+    is called with where it is. A file that has that name already stays, unless it is the same. Images that others made
+    have neither steps nor passes.
     """
     with locked(path.with_name(f".{path.name}.lock")):  # others may judge the same run at other passes
         try:
@@ -269,10 +274,24 @@ def write_report(path: Path, report: dict[str, Any], log_line: Callable[[str], N
             earlier_stem += f"-step{earlier_step}"
         if earlier_step == report.get("step"):
             earlier_stem += f"-{digest.of_bytes(_card_text(earlier).encode())[:6]}"
-        earlier_path = path.with_name(f"{earlier_stem}.json")
+        earlier_path = _path_aside(path, earlier_stem)
         path.replace(earlier_path)
         write_json(path, report)
     log_line(f"{path} was there, of other weights or measured otherwise: it is now {earlier_path}")
+
+
+def _path_aside(path: Path, stem: str) -> Path:
+    """Where a file goes to be kept under another name: `stem`.json, or the first of `stem`-2.json, ... that is free.
+
+    A file with the same content counts as free.
+    """
+    content = path.read_bytes()
+    for number in itertools.count(1):
+        suffix = "" if number == 1 else f"-{number}"
+        aside = path.with_name(f"{stem}{suffix}.json")
+        if not aside.exists() or (aside.is_file() and aside.read_bytes() == content):
+            return aside
+    raise AssertionError("some name is free")
 
 
 def _merge_rows(earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:

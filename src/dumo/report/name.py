@@ -50,6 +50,8 @@ def name_part(field: str, value: object, content: bytes | None = None) -> str:
     """
     name = "" if field.endswith(".kind") else field.split(".")[-1]
     text = re.sub(r"[^\w.]+", "-", str(value)).strip("-")
+    if isinstance(value, int | float) and value < 0:
+        text = f"-{text}"  # its sign went with the separators
     if content is None and len(text) > MAX_VALUE_LENGTH:
         content = text.encode()
     if content is not None:

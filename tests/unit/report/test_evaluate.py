@@ -13,7 +13,8 @@ from torch import nn
 from dumo.config.load import load
 from dumo.report.card import contrast_passes, read_report
 from dumo.report.compare import compare
-from dumo.report.evaluate import current_report, evaluate, report_path
+from dumo.report.evaluate import current_report, evaluate, report_path, write_report
+from dumo.report.name import name_part
 from dumo.run.sampler import sampler_of
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
@@ -160,6 +161,26 @@ def test_rows_of_another_card_are_put_aside(folder: Path) -> None:
     assert read_report(aside) == before
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [(4, "cpu", 1), (4, "cpu", 2), (4, "cuda", 1), (4, "cpu", 4), (4, "cuda", 1)],
+        [(4, "cpu", 1), (5, "cpu", 1), (4, "cuda", 1), (5, "cpu", 1)],
+    ],
+    ids=["one step", "back at an earlier step"],
+)
+def test_a_report_that_was_put_aside_is_never_written_over(asked: list[tuple[int, str, int]], tmp_path: Path) -> None:
+    for step, device, passes in asked:
+        card = {"solver": {}, "codec": None, "nfe": [passes], "contrast": [], "step": step, "device": device}
+        rows = {"results": [{"nfe": passes, "solver": "restart", "fd": 1.0}], "contrast": []}
+        write_report(tmp_path / "evaluation.json", {"step": step, "card": card, "baselines": {}, **rows})
+    kept: set[tuple[int, str, int]] = set()
+    for name in files(tmp_path):
+        report = read_report(tmp_path / name)
+        kept |= {(report["step"], report["card"]["device"], row["nfe"]) for row in report["results"]}
+    assert kept == {*asked}
+
+
 @pytest.mark.nightly
 def test_two_evaluations_at_once_lose_no_row(folder: Path) -> None:
     """Between reading what stands and writing, nobody else writes."""
@@ -203,6 +224,10 @@ def test_settings_of_a_solver_have_the_files_that_the_page_compares(own_solver: 
     path = report_path(open_folder(tmp_path / "run", setting.replace("$m", "0.3")))
     assert path.match(pattern)
     assert not report_path(open_folder(tmp_path / "run")).match(pattern)
+
+
+def test_a_name_has_the_sign_of_a_number() -> None:
+    assert [name_part("knobs.a", value) for value in (-1, 1, -0.5)] == ["a-1", "a1", "a-0.5"]
 
 
 def test_v_stands_beside_at_the_passes_that_are_wanted() -> None:
