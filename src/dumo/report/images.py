@@ -25,6 +25,7 @@ from dumo.config.load import parse
 from dumo.config.suggestion import require_known
 from dumo.data import Digits, Images
 from dumo.data.store import Labels
+from dumo.data.toy import DIGIT_NAMES
 from dumo.encoders import vision
 from dumo.evaluation import Context, ImageProtocol, MetricProtocol
 from dumo.evaluation.npz import NpzImages
@@ -46,6 +47,7 @@ from dumo.types import Spec, UserError
 
 DEFAULT_KIND = "photos"  # the protocol that needs no download: ours
 CLASSES_KINDS = ("photos", "cifar10-features")  # of the protocols that compare with --against by class
+DIGIT_NUMERALS = tuple("0123456789")
 KINDS = sorted(  # the protocols that judge images without captions
     {*get_args(InceptionKind), *get_args(ShippedKind), *get_args(vision.FeatureKind)} - {"toy"}
 )
@@ -259,10 +261,10 @@ def _find_reference(
     """What `image_set`, whose classes are `labels`, is compared with.
 
     Protocols of `CLASSES_KINDS` judge by class only where images and reference have the same classes. Raises UserError
-    where --against is missing, or names images of another size.
+    where --against is missing, or names images of another size, and where protocol digits has classes of other names.
     """
     if protocol.kind == "digits":
-        return _ImagesReference(Digits().originals(), Digits().model_dump(mode="json"), labels)
+        return _ImagesReference(Digits().originals(), Digits().model_dump(mode="json"), _digits_of(labels))
     if isinstance(protocol, ImageProtocol) and protocol.standard.url:
         return _ImagesReference(None, None, labels)
     if against is None:
@@ -287,6 +289,23 @@ def _find_reference(
             spec = _reference_images(tree, {**data_fields, "labelled": False, "classes": 0})
             return _ImagesReference(spec.originals(), spec.model_dump(mode="json"), None, reference_labels)
     return _ImagesReference(spec.originals(), spec.model_dump(mode="json"), labels)
+
+
+def _digits_of(labels: Labels | None) -> Labels | None:
+    """Labels whose numbers are the digits that the classes are named after, as 7 or seven; numbers alone stay.
+
+    Raises UserError for other names, since classes are numbered in the order of their names, which says no digit.
+    """
+    if labels is None or not labels.names:
+        return labels
+    for digit_names in (DIGIT_NUMERALS, DIGIT_NAMES):
+        if {*labels.names} == {*digit_names}:
+            digit_by_class = torch.tensor([digit_names.index(name) for name in labels.names])
+            return Labels(digit_by_class[labels.c], labels.count, digit_names)
+    raise UserError(
+        f"protocol digits judges which digit an image is, and the classes here are {first_few(labels.names)}: name "
+        "them 0 to 9, or put all images into one folder, to judge them without classes"
+    )
 
 
 def _unlabelled_text(

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from dumo.data import Digits
 from dumo.data.pixel import Unreadable
+from dumo.data.toy import DIGIT_NAMES
 from dumo.encoders import inception
 from dumo.evaluation import Context, ShippedProtocol
 from dumo.evaluation import images as by_inception
@@ -169,10 +171,9 @@ def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
     assert again["card"]["reference_sha256"] == reports[0]["card"]["reference_sha256"]
 
 
-def test_features_of_cifar10_are_compared_by_class_where_both_sides_have_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Else neither has classes: a reference without them would be all of class 0."""
+@pytest.fixture
+def contexts(monkeypatch: pytest.MonkeyPatch) -> list[Context]:
+    """What protocols were given to judge by; nothing is judged."""
     contexts: list[Context] = []
 
     class Judged:
@@ -189,6 +190,11 @@ def test_features_of_cifar10_are_compared_by_class_where_both_sides_have_the_sam
         return Judged()
 
     monkeypatch.setattr(ShippedProtocol, "evaluator", evaluator)
+    return contexts
+
+
+def test_features_of_cifar10_are_compared_by_class_where_both_sides_have_the_same(contexts: list[Context]) -> None:
+    """Else neither has classes: a reference without them would be all of class 0."""
     x = torch.from_numpy(DRAWS.integers(0, 256, (1000, 32, 32, 3), dtype=np.uint8))
     c = torch.arange(1000) % 10
     write_adm(Path("made.npz"), x, c)
@@ -219,6 +225,33 @@ def test_digits_are_grey_and_have_an_accuracy_only_with_classes() -> None:
     found = open_images(Path("two.npz"), "--images")
     assert judged_channels_and_classes(ShippedProtocol(kind="digits"), found, "two.npz") == (1, 0)
     assert "accuracy" not in judge("two.npz", "digits")["results"][0]
+
+
+def write_digits(names: Sequence[str]) -> None:
+    """A folder `digits` of 500 black images, 50 in a folder of each of these names."""
+    image = io.BytesIO()
+    Image.new("L", (8, 8)).save(image, "PNG")
+    for name in names:
+        (folder := Path("digits", name)).mkdir(parents=True)
+        for i in range(50):
+            (folder / f"{i}.png").write_bytes(image.getvalue())
+
+
+@pytest.mark.parametrize("names", [tuple("0123456789"), DIGIT_NAMES], ids=["0", "zero"])
+def test_a_digit_is_known_by_the_name_of_its_folder(names: tuple[str, ...], contexts: list[Context]) -> None:
+    """Classes are numbered in the order of their names, where eight is the first."""
+    write_digits(names)
+    judge("digits", "digits")
+    (context,) = contexts
+    assert context.c is not None
+    assert context.c.tolist() == [names.index(name) for name in sorted(names) for _ in range(50)]
+
+
+def test_a_folder_that_names_no_digit_is_refused(contexts: list[Context]) -> None:
+    write_digits([*"012345678", "nine"])
+    with pytest.raises(UserError, match=r"the classes here are 0, 1, 2 .* name them 0 to 9"):
+        judge("digits", "digits")
+    assert not contexts
 
 
 def test_colour_is_no_grey() -> None:
