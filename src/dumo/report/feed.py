@@ -82,10 +82,11 @@ class Feed:
         return len(new_rows)
 
     def _write_sent(self) -> None:
-        """Write into tracked.json what this tracker was sent."""
-        sent_by_tracker = _read_sent(self.folder)
-        sent_by_tracker[self.tracker_name] = {"key": self.tracker_run_id, "step": self.last_step}
-        file.write(self.folder / FILE, json.dumps(sent_by_tracker, indent=2).encode(), writer="")
+        """Write into tracked.json what this tracker was sent. Other trackers' feeds write it, too."""
+        with locked(self.folder / f".{FILE}.lock"):
+            sent_by_tracker = _read_sent(self.folder)
+            sent_by_tracker[self.tracker_name] = {"key": self.tracker_run_id, "step": self.last_step}
+            file.write(self.folder / FILE, json.dumps(sent_by_tracker, indent=2).encode(), writer="")
 
     def close(self) -> None:
         """Close the tracker, which first keeps what it was sent. `send` opens it again."""

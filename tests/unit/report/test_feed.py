@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -98,6 +99,23 @@ def test_a_run_that_was_stopped_goes_to_the_same_run_of_the_tracker(run: Path, s
     (run / "tracked.json").unlink()
     assert feed([run], "kept") == {run: 6}
     assert len(sent) == 2
+
+
+def test_trackers_that_are_sent_rows_at_once_are_all_noted(
+    run: Path, sent: Sent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tracker.TRACKERS, "other", tracker.TRACKERS["kept"])
+    both = [Feed(run, "kept"), Feed(run, "other")]
+    write = feeds.file.write
+
+    def write_slowly(path: Path, data: bytes, *, writer: str) -> None:
+        time.sleep(0.2)
+        write(path, data, writer=writer)
+
+    monkeypatch.setattr(feeds.file, "write", write_slowly)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(Feed.send, both))
+    assert json.loads((run / "tracked.json").read_text()).keys() == {"kept", "other"}
 
 
 @pytest.mark.nightly
