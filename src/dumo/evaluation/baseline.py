@@ -117,12 +117,13 @@ def perfect_sampler_scores(
     sample_c: Int64[Tensor, " n"],
     real_c: Cond,
     kernel_rows: Int64[Tensor, " k"] | None = None,
+    with_frechet: bool = True,
 ) -> Scores:
     """The scores of a perfect sampler that makes images of the classes `sample_c`, each with its sd.
 
     They are `mmd`, as `mean` and `sd`; `class_mmd`, if samples are judged by class; and `fd`, if there are rows enough
-    to estimate it. `real` are features of the data in classes `real_c` (m,), `width` is that of the Gaussian kernel.
-    Kernel distances compare with the rows `kernel_rows`; None: with all.
+    to estimate it, and never where `with_frechet` is false. `real` are features of the data in classes `real_c` (m,),
+    `width` is that of the Gaussian kernel. Kernel distances compare with the rows `kernel_rows`; None: with all.
     """
     kernel_real = real
     kernel_real_c = real_c
@@ -130,6 +131,8 @@ def perfect_sampler_scores(
         kernel_real = real[kernel_rows]
         kernel_real_c = real_c[kernel_rows]
     scores = perfect_mmd_scores(kernel_real, width=width, sample_c=sample_c, real_c=kernel_real_c)
+    if not with_frechet:
+        return scores
 
     def distance(a: Tensor, b: Tensor) -> float:
         return frechet_distance(Moments.of(real[a]), Moments.of(real[b]))

@@ -139,7 +139,7 @@ class FeatureEvaluator:
         real_rows = self.real.features.to(self.device)
         mmd = gaussian_mmd(fake_rows, real_rows, self.width)
         scores: Scores = {"mmd": mmd.value, "mmd_sd": mmd.error}
-        if min(len(fake_rows), len(real_rows)) > fake_rows.shape[1]:
+        if self._has_frechet:
             scores["fd"] = frechet_distance(fake.pool, self.real.pool)
         if self.kind == "dinov2":
             scores["kid"], scores["kid_sd"] = kid(
@@ -151,15 +151,29 @@ class FeatureEvaluator:
             )
         return scores
 
-    def baselines(self) -> dict[str, Scores]:
-        """`perfect`: the `mmd` of a perfect sampler, of new real images, and its `fd` where there are enough images.
+    @property
+    def _has_frechet(self) -> bool:
+        """Whether there are more images than features on both sides."""
+        num_real, num_features = self.real.features.shape
+        return min(self.total, num_real) > num_features
 
-        Classes do not count, because they weigh little among so different images.
+    def baselines(self) -> dict[str, Scores]:
+        """`perfect`: the `mmd` of a perfect sampler, of new real images, and its `fd` where samples have one.
+
+        Nor has it one where there are too few real images to compare halves of them. Classes do not count, because they
+        weigh little among so different images.
         """
         rows = self.real.features.to(self.device)
         sample_c = torch.zeros(self.total, dtype=torch.long)
         real_c = torch.zeros(len(rows), dtype=torch.long)
-        perfect = perfect_sampler_scores(self.kind, rows, width=self.width, sample_c=sample_c, real_c=real_c)
+        perfect = perfect_sampler_scores(
+            self.kind,
+            rows,
+            width=self.width,
+            sample_c=sample_c,
+            real_c=real_c,
+            with_frechet=self._has_frechet,
+        )
         return {"perfect": perfect}
 
 

@@ -194,6 +194,12 @@ def test_a_frechet_distance_needs_more_images(kind: FeatureKind, folders: dict[F
     assert more["fd"] == pytest.approx(wanted, rel=1e-4)
     assert "fd" not in scored(opened(folders[kind], kind, data[:width], samples=40), images(40))
     assert ("kid" in more) == (kind == "dinov2")
+    many = images(300, "real")
+    perfect_of_few, perfect_of_more = (
+        opened(folders[kind], kind, many, samples=n).baselines()["perfect"] for n in (width, width + 1)
+    )
+    assert perfect_of_few.keys() == perfect_of_more.keys() - {"fd", "fd_sd"}
+    assert "fd" in perfect_of_more
     few_facts = opened(folders[kind], kind, data, samples=width).facts
     assert few_facts.get("kid", "").endswith(f"of {width} images") == (kind == "dinov2")
 
