@@ -203,7 +203,9 @@ def _data_batches(data: Finite) -> Iterator[Batch]:
     batch_size = min(PIECE, images_per_rank)  # so every rank has a share of few images
     for first in range(dist.rank() * batch_size, len(data), dist.world() * batch_size):
         x, _ = data.rows(slice(first, first + batch_size))
-        pixels = to_uint8(x)
+        if x.dtype != torch.uint8:
+            x = to_uint8(x)
+        pixels = x.expand(-1, 3, -1, -1)  # grey in all three
         yield torch.arange(first, first + len(pixels)), pixels
 
 

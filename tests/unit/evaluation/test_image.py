@@ -163,6 +163,21 @@ def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_known_by_hash()
     assert isinstance(Album(data), Finite)
 
 
+class Bytes(Album):
+    """The same images, not as numbers in [-1, 1]."""
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        x, c = super().rows(rows)
+        return to_uint8(x)[:, : x.shape[1]], c
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_may_come_as_bytes(channels: int) -> None:
+    data = images(70)[:, :channels]
+    facts, of_bytes = (data_facts(album, "folder", STANDARDS["folder"]) for album in (Album(data), Bytes(data)))
+    assert facts == of_bytes
+
+
 def filed(path: Path, size: int = 4) -> Path:
     """A reference file of 12 images whose moments are no one's."""
     pool, spatial = {"mu": np.arange(WIDTH) + 0.5, "sigma": 3 * np.eye(WIDTH)}, {"mu_s": np.ones(NARROW)}
