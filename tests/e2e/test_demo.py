@@ -226,7 +226,7 @@ def test_two_runs_that_do_not_fit_are_refused(trained: dict[str, Path], here: Pa
     digits = trained["digits"]
     for words, said in {
         (trained["moons"],): ("moons does not fit next to digits", "data: moons, not digits"),
-        (digits,): ("both runs are",),
+        (digits,): ("both folders are the same run",),
         (here / "none",): ("no run's folder",),
         (trained["digits-meanflow"], "--weights", "a.safetensors"): ("--weights are of one run",),
     }.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import browser
+from dumo.io import picture
 from dumo.report import page as report
 from e2e.shell import call
 
@@ -19,7 +20,8 @@ def pages(trained: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     folder, found = tmp_path_factory.mktemp("pages"), dict[str, Path]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "PASSES", (1, 2, 4))
-        patch.setattr(report, "POINTS", 200)
+        patch.setattr(report, "MAX_DATA_ROWS", 200)
+        patch.setattr(picture, "SCATTER_POINTS", 200)
         for name in RUNS:
             shutil.copytree(trained[name], folder / name)
             if name == "digits":

@@ -32,6 +32,8 @@ Pixels = UInt8[Tensor, "n 3 h w"]
 PixelRows = UInt8[Tensor, "n h w 3"]  # as files hold them
 Points = Float[Tensor, "_ d"]
 
+SCATTER_POINTS = 2000  # samples of a scatter: ours
+
 # In pixels, but for the last. All ours
 MIN_READABLE_HEIGHT = 64  # a smaller image is enlarged to at least this height
 TITLE_SIZE = 12  # of the font of a title above an image

@@ -22,7 +22,7 @@ from dumo.flow.guide import CFG
 from dumo.flow.solver import Fresh
 from dumo.io import picture
 from dumo.io.read import brief
-from dumo.report.gallery import NUM_POINTS, TAUGHT_BY_LETTER, SamplingMode, solver_title
+from dumo.report.gallery import TAUGHT_BY_LETTER, SamplingMode, solver_title
 from dumo.report.live import InteractiveRun
 from dumo.report.sample import draw_sheet
 from dumo.run.prompt import names_of_conditions
@@ -161,7 +161,7 @@ def compare_passes(run: InteractiveRun, condition: str, seed_text: str, guidance
     condition, seed or guidance that the run does not have.
     """
     deadline = time.monotonic() + run.limit
-    count = 1 if run.sampler.is_image else NUM_POINTS
+    count = 1 if run.sampler.is_image else picture.SCATTER_POINTS
     c = run.conditions(condition, count)
     noises = run.noises(parse_seed(seed_text), count)
     guide = run.guide(guidance)

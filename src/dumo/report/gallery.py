@@ -36,7 +36,6 @@ from dumo.types import UserError
 
 PASSES = (1, 2, 4, 8, 16, 50)  # of trajectories: ours
 DEFAULT_COUNT = 8  # rows of trajectories, or images of a class: ours
-NUM_POINTS = 2000  # samples of a scatter: ours
 MAX_GRID_PIXELS = 2 * 10**8  # of the images of a class grid: ours; programs may refuse to show more
 PANEL_GAP = 18  # pixels between panels, and between the blocks of a class grid: ours
 TAUGHT_BY_LETTER = {"u": "jumps", "v": "velocity"}  # what a sampling mode follows, by its letter
@@ -118,7 +117,7 @@ def trajectories(
 
     - `nfe`: numbers of passes; None: those of `PASSES` that all modes can make
     - `steps`: of the training; None: every milestone and the last checkpoint
-    - `count`: rows, or points of a scatter; None: DEFAULT_COUNT, or NUM_POINTS, and a row for each of `only`
+    - `count`: rows, or points of a scatter; None: DEFAULT_COUNT, or SCATTER_POINTS, and a row for each of `only`
     - `only`: the classes of the rows, in turn; None: all
     - `letters`: of sampling modes; None: u and v, as far as they are taught
 
@@ -128,7 +127,7 @@ def trajectories(
     files = milestone_files(opened.folder, opened.step, steps)
     modes = choose_modes(sampler, letters, nfe)
     passes = nfe or reachable_passes(PASSES, sampler, modes)
-    default_count = DEFAULT_COUNT if sampler.is_image else NUM_POINTS
+    default_count = DEFAULT_COUNT if sampler.is_image else picture.SCATTER_POINTS
     chosen = only or ()
     if count is None:
         count = max(default_count, len(chosen))

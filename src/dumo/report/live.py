@@ -216,7 +216,7 @@ def open_runs(
     if weights and len(places) > 1:
         raise UserError("--weights are of one run: give one run, or two folders without --weights")
     if len(set(places)) < len(places):
-        raise UserError(f"both runs are {folders[0]}: give one run, or two folders without --weights")
+        raise UserError(f"both folders are the same run, {folders[0]}: give one, or two different ones")
     runs: list[InteractiveRun] = []
     for folder, name, text in zip(folders, short_names(places), texts or [None] * len(folders), strict=True):
         opened = open_run(folder, overrides, text=text, weights=weights, device=device)

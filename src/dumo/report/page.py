@@ -58,7 +58,7 @@ from dumo.types import Sample, UserError
 
 ROWS = 8  # of a sheet of images: ours
 COLUMNS = 10  # of a sheet of images, at most one class each: ours
-POINTS = 2000  # samples of a scatter, and rows that are read of data that are not in memory: ours
+MAX_DATA_ROWS = 2000  # that are read of data that are not in memory: ours
 MAX_DATA_PIXELS = 2**24  # of images that are read of the data, 256 of 256 x 256: ours
 SHEET = "sheet"  # the name of the samples by the run's own solver
 PROMPT_PASSES = (1, 2, 4)  # of a sheet of prompts, as far as the solver can make them: ours
@@ -225,7 +225,7 @@ def _pictures(sampler: Sampler, parts: PageParts) -> dict[str, Image.Image]:
 
 def num_data_rows(sampler: Sampler) -> int:
     """The number of samples that are read of data that are not in memory: fewer, the more pixels each has."""
-    return min(POINTS, MAX_DATA_PIXELS // prod(sampler.pixels[1:]))
+    return min(MAX_DATA_ROWS, MAX_DATA_PIXELS // prod(sampler.pixels[1:]))
 
 
 def render(opened: RunFolder, parts: PageParts) -> str:
@@ -360,7 +360,7 @@ def _sampling_jobs(sampler: Sampler) -> list[_SamplingJob]:
         row_c = sheet_c[: _num_columns(sampler)]
     else:
         classes = range(min(sampler.data.classes, COLUMNS))
-        sheet_c = labels_in_turn(POINTS, sampler.data.classes, classes or None)
+        sheet_c = labels_in_turn(picture.SCATTER_POINTS, sampler.data.classes, classes or None)
         row_c = sheet_c
     jobs = [_SamplingJob(SHEET, sampler.spec.solver, n, sheet_c) for n in sampler.spec.nfe]
     modes = sampling_modes(sampler).values()
@@ -445,14 +445,13 @@ def draw_nearest(sampler: Sampler, x: Sample, real: Real) -> NearestPictures:
 
 
 def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
-    """The mean loss, and each of its parts, by bin of t, over the last quarter of the training.
-
-    None: the log has no bins.
+    """The mean loss, and each of its parts, by bin of t, over the last quarter of the training; None without bins.
 
     Every sample of the logged batches counts alike. Returns the step of the `first` row of the log that counts, how
     many are `logged`, the samples in each bin as `counts`, and the means by part as `bins`.
     """
-    rows_with_bins = [row for row in rows if "bins" in row]  # of a log that was not kept there is the last loss alone
+    # a run that comes with dumo has a log of one row, with the last loss and no bins
+    rows_with_bins = [row for row in rows if "bins" in row]
     if not rows_with_bins:
         return None
     last_step = rows_with_bins[-1]["step"]
@@ -460,7 +459,7 @@ def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
     counts = torch.tensor([row["counts"] for row in late_rows], dtype=torch.float64)
     bins = {part: _mean_by_bin(part, late_rows, counts) for part in late_rows[0]["bins"]}
     other_parts = [means for part, means in bins.items() if part != "loss"]
-    if bins["loss"] in other_parts:  # the loss has one part alone
+    if str(bins["loss"]) in map(str, other_parts):  # the loss has one part alone; as text NaN is equal to itself
         del bins["loss"]
     return {"first": late_rows[0]["step"], "logged": len(late_rows), "counts": counts.sum(0).tolist(), "bins": bins}
 

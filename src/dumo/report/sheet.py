@@ -27,6 +27,7 @@ from dumo.config.spec import Run
 from dumo.data import is_latents
 from dumo.flow import generate
 from dumo.io import file as files
+from dumo.io.picture import SCATTER_POINTS
 from dumo.run.sampler import gather_samples, rank_indices, sampler_of
 from dumo.runtime import dist, signals
 from dumo.training import agreement, layout
@@ -35,7 +36,6 @@ from dumo.training.step import Record
 from dumo.types import Sample
 
 SHEET_COUNT = 64  # images on a sheet: ours
-NUM_POINTS = 2000  # samples of a scatter: ours
 STRIP_FOLDER = "strip"  # the folder, in that of a run
 STRIP_COUNT = 6  # samples of each moment of the strip: ours
 FIRST_STRIP_STEP = 8  # of the strip: what a net makes before is noise. Ours
@@ -188,7 +188,7 @@ def sheet_conditions(conditions: Conditions) -> Tensor:
     All classes or captions in turn; where there are more of them than samples, evenly spaced ones.
     """
     is_image = len(shown_data(conditions.data).shape) == 3
-    num_samples = SHEET_COUNT if is_image else NUM_POINTS
+    num_samples = SHEET_COUNT if is_image else SCATTER_POINTS
     num_classes = conditions.data.labels
     spaced_classes = None
     if num_classes > num_samples:

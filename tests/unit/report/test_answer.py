@@ -335,7 +335,7 @@ def test_runs_are_called_by_what_tells_them_apart(digits: InteractiveRun) -> Non
     assert short_names([Path("/runs/a"), Path("/b")]) == ["a", "b"]
     assert short_names([Path("/x/one/a"), Path("/x/two/a"), Path("/a")]) == ["one-a", "two-a", "/-a"]
     folder = digits.opened.folder
-    with pytest.raises(UserError, match="both runs are"):
+    with pytest.raises(UserError, match="both folders are the same run"):
         open_runs([str(folder), f"{folder}/../{folder.name}"], limit=60)
     with pytest.raises(UserError, match="--weights are of one run"):
         open_runs([str(folder), "other"], weights="w.safetensors", limit=60)

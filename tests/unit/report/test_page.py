@@ -132,7 +132,8 @@ def _quick() -> Generator[None, None, None]:
     """Fewer passes, points and dots than a report has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "PASSES", (1, 2, 7))
-        patch.setattr(report, "POINTS", 100)
+        patch.setattr(report, "MAX_DATA_ROWS", 100)
+        patch.setattr(picture, "SCATTER_POINTS", 100)
         patch.setattr(chart, "PAGE_DPI", 40)
         yield
 
@@ -485,6 +486,13 @@ def test_late_loss_counts_rows_of_the_last_quarter() -> None:
     assert found["bins"]["v"][:2] == [2.0, 2.0]
     assert math.isnan(found["bins"]["loss"][2])
     assert report.late_losses([]) is None
+
+
+def test_a_loss_of_one_part_is_shown_once_also_where_a_bin_is_empty() -> None:
+    means = [2.0, None]
+    found = report.late_losses([{"step": 1, "counts": [3, 0], "bins": {"loss": means, "v": means}}])
+    assert found is not None
+    assert found["bins"].keys() == {"v"}
 
 
 def test_first_samples_stand_next_to_their_nearest_images(digits: Path) -> None:
