@@ -47,7 +47,7 @@ DIGITS_KIND = "digits"
 TOY_KIND = "toy"
 DIGITS_WIDTH = 8.0  # of the kernel: two digits are 8.0 apart, at the median
 TOY_WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels, in sd of the data: ours
-MAX_REAL = 10_000  # real images that kernels and neighbours take at most: ours
+MAX_REAL = 10_000  # real images, or points, that kernels and the unit of `nearest` take at most: ours
 CIFAR10_SHAPE = (3, 32, 32)  # of an image
 MAX_CACHED = 2  # references whose features are kept for this process: ours
 
