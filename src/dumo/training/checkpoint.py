@@ -20,7 +20,7 @@ and `state.json` lists its files and their hashes (`dumo.training.manifest`).
 """
 
 import json
-from collections.abc import Callable, Generator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -76,10 +76,10 @@ def copy(state: State, notes: CheckpointNotes, memory: HostMemory) -> Checkpoint
     """Copy what a checkpoint holds to host memory, reusing the buffers in `memory` and keeping new ones there.
 
     All ranks together take one copy of it. Every rank must call it. Raises Diverged, on all ranks, if a value is not
-    finite.
+    finite (`first_not_finite`).
     """
     tensors = _tensors_of(state)
-    bad_tensor = first_not_finite(tensors)
+    bad_tensor = first_not_finite(tensors, _buffer_names(state.net))
     if bad_tensor:
         raise Diverged(f"step {state.step}: {bad_tensor} is not finite, so no checkpoint is written of it.")
     size = sum(tensor.nbytes for tensor in notes.data.values())
@@ -188,7 +188,7 @@ def restore_last_finite(
     """
     while True:
         restore(checkpoint, state)
-        bad_tensor = first_not_finite(_tensors_of(state))
+        bad_tensor = first_not_finite(_tensors_of(state), _buffer_names(state.net))
         if bad_tensor is None:
             return checkpoint
         if not or_before:
@@ -247,10 +247,16 @@ def _weights_of(state: State) -> dict[str, dict[str, Tensor]]:
     return by_part
 
 
-def first_not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+def _buffer_names(net: nn.Module) -> set[str]:
+    """The names of the buffers of a net, and so of its averages."""
+    return {name for name, _ in net.named_buffers(remove_duplicate=False)}
+
+
+def first_not_finite(tensors: Mapping[str, Mapping[str, Tensor]], buffers: Collection[str] = ()) -> str | None:
     """Return the part and name of the first tensor with a value that is not finite; None if all are finite.
 
-    Synchronizes each device once. Every rank must call it, and gets the same answer.
+    Of `buffers`, by name, only NaN counts: a mask may be infinite by design, and running statistics that break become
+    NaN. Synchronizes each device once. Every rank must call it, and gets the same answer.
     """
     flags_by_device: dict[torch.device, dict[str, Tensor]] = {}
     for part, named in tensors.items():
@@ -258,7 +264,8 @@ def first_not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
             x = layout.local_tensor(tensor.detach())
             if x.is_floating_point() and x.numel():
                 ends = torch.stack(torch.aminmax(x))  # NaN if one is; nine times as fast as isfinite
-                flags_by_device.setdefault(x.device, {})[f"{part}: {name}"] = ends.isfinite().all()
+                is_sound = ~ends.isnan() if name in buffers else ends.isfinite()
+                flags_by_device.setdefault(x.device, {})[f"{part}: {name}"] = is_sound.all()
 
     def first_on_this_rank() -> str | None:
         for flags in flags_by_device.values():

@@ -202,6 +202,26 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, part: str) -> None:
     assert [*tmp_path.iterdir()] == [whole]
 
 
+def masked(value: float) -> State:
+    """A state whose net has a buffer with this value above its diagonal."""
+    net = Small()
+    net.register_buffer("mask", torch.full((3, 3), value).triu(1))
+    return begin(net, SPEC)
+
+
+def test_a_buffer_may_be_infinite(tmp_path: Path) -> None:
+    """As a mask of attention is."""
+    old, new = masked(-torch.inf), masked(0.0)
+    target = save(tmp_path, old, 1)
+    assert restore_last_finite(target, new) == target
+    assert same(tensors(old), tensors(new))
+
+
+def test_a_buffer_that_is_no_number_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="step 0: net: mask is not finite"):
+        save(tmp_path, masked(torch.nan), 1)
+
+
 def test_what_is_loaded_is_finite(tmp_path: Path) -> None:
     """Else the checkpoint before it is taken, and it is replaced when its step comes again."""
     state = trained()
