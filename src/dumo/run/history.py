@@ -12,6 +12,7 @@ all ranks have read the folder, `run.train` calls `History.write`. It
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dumo.config.advice import advice
 from dumo.config.change import yaml_text
@@ -98,8 +99,8 @@ class History:
     def write(self, request: Request | None) -> Iterator[str]:
         """Bring the folder to `step`: rewind it, note run and data. Yields lines for the user.
 
-        The log after the step is always moved aside. Where the `request` is to go back, later checkpoints and
-        milestones are removed. None: nothing is asked for that was not obeyed before.
+        The log after the step is always moved aside, and weights after it are removed: checkpoints only where the
+        `request` is to go back. None: nothing is asked for that was not obeyed before.
         """
         goes_back = request is not None and request.step is not None
         folder = self.index.folder
@@ -114,10 +115,9 @@ class History:
                 f"{folder} has no checkpoint, so it starts again from step 0; {undone_rows:,} rows of its log are "
                 f"kept in {log.undone_rows_path(log_file)}"
             )
-        if goes_back:
-            yield from self._remove_later_weights()
-            if undone_rows:
-                yield f"{undone_rows:,} rows of the log after it are kept in {log.undone_rows_path(log_file)}"
+        yield from self._remove_later_weights(goes_back=goes_back)
+        if goes_back and undone_rows:
+            yield f"{undone_rows:,} rows of the log after it are kept in {log.undone_rows_path(log_file)}"
         rows = log.rewind(log_file, self.step)
         yield from self._take_back_best_weights()
 
@@ -142,17 +142,23 @@ class History:
         yield from self._change_lines()
         yield from advice(self.run, data_note.sd)
 
-    def _remove_later_weights(self) -> Iterator[str]:
-        """Remove the checkpoints and milestones after the step. Yields a line if there were any."""
+    def _remove_later_weights(self, *, goes_back: bool) -> Iterator[str]:
+        """Remove the weights after the step: the steps that follow may lead elsewhere. Yields a line if there were any.
+
+        Where the run does not go back, the checkpoints after the step are damaged: they stay, since they may be mended,
+        until a new one of their step replaces them. The best weights are then left to `_take_back_best_weights`.
+        """
+        folder = self.index.folder
+        places_to_keep: set[Path] = set()
+        if not goes_back:
+            places_to_keep = {self.index.checkpoints.folder, folder / BEST_FOLDER}
         removed_steps: set[int] = set()
-        for place in manifest.weight_folders(self.index.folder):
-            removed_steps.update(manifest.rewind(place, self.step))
+        for place in manifest.weight_folders(folder):
+            if place not in places_to_keep:
+                removed_steps.update(manifest.rewind(place, self.step))
         if removed_steps:
             steps_text = ", ".join(f"{step:,}" for step in sorted(removed_steps))
-            yield (
-                f"going on from step {self.step:,}: what came after it is removed, the checkpoints and milestones of "
-                f"steps {steps_text}"
-            )
+            yield f"going on from step {self.step:,}: what came after it is removed, the weights of steps {steps_text}"
 
     def _take_back_best_weights(self) -> Iterator[str]:
         """Remove the best weights after the step; from step 0 on, set all aside, and yield a line if there were any."""

@@ -11,9 +11,10 @@
   `tensor_readers`, `facts_of` and `step_of` read such a file, or a part of a checkpoint (`part_path`).
 
 One process writes a file for each part. Several ranks write folders of shards instead: net/, ema-<decay>/ ...,
-optimizer/ (`dumo.io.shards`). A milestone, the weights that are sampled after a step, is never removed. No file has
-frozen weights: `state.json` has their digest (`dumo.training.frozen`). `spec.yaml` is the run that was trained up to
-here, as text; a milestone's metadata have a hash of it.
+optimizer/ (`dumo.io.shards`). Milestones, the weights that are sampled after a step, all stay, unless the run goes on
+from a step before them. No file has frozen weights: `state.json` has their digest (`dumo.training.frozen`). `spec.yaml`
+is the run that was trained up to here, as text; a milestone's metadata have a hash of those of its fields that may not
+change (`dumo.config.difference.identity`).
 
 Each is written to a hidden path, flushed to the disk, then renamed: so whatever is named `step-...` was once whole,
 and `state.json` lists its files and their hashes (`dumo.training.manifest`).

@@ -407,7 +407,7 @@ def folder_of(step: int) -> str:
 
 def weight_folders(run: Path) -> list[Path]:
     """The folders of a run that hold weights by step: checkpoints, milestones, the best, snapshots of each average."""
-    snapshots = sorted((run / "snapshots").glob("*"))
+    snapshots = sorted(place for place in (run / "snapshots").glob("*") if not place.is_file())
     return [run / "checkpoints", run / "milestones", run / "best", *snapshots]
 
 

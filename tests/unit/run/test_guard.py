@@ -164,7 +164,7 @@ def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monke
     fate.comes()
     done = call(*shlex.split(command)[1:])
     assert done.code == 0
-    assert "removed, the checkpoints and milestones of steps 10\n3 rows of the log after it are kept in" in done.err
+    assert "removed, the weights of steps 10\n3 rows of the log after it are kept in" in done.err
     assert "from step 8 on train.optimizer.lr is 0.0005, and was 0.001" in done.err
     assert [row["step"] for row in log.read_log(run / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
     assert call("train", "run").code == 0  # as it is now
@@ -297,7 +297,7 @@ def test_where_no_checkpoint_is_good_it_begins_again_in_another_folder(
 def test_from_an_earlier_step(run: Path) -> None:
     told = list[str]()
     train(tiny("train.clip=1"), run, step=4, tell=told.append)
-    assert "what came after it is removed, the checkpoints and milestones of steps 6, 8" in told[2]
+    assert "what came after it is removed, the weights of steps 6, 8" in told[2]
     assert steps(run) == [2, 4, 6, 8]
     assert noted(run) == [RecordedChange(step=4, field="train.clip", was=None, now=1.0)]
     assert open_run(str(run)).run.train.clip == 1.0
