@@ -13,9 +13,9 @@
 6. begin the state: as drawn, of the checkpoint, or of `start`
 7. compare data and run with what the folder holds
 
-Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those tokens and latents, and the
-run.yaml of a run whose photos it encodes, which goes again if the run is refused; and it removes what a training that
-was killed left half-written.
+Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those tokens and latents, the
+run.yaml of a run whose photos it encodes, which goes again if the run is refused, and a mark in the note of what was
+obeyed (`Request.was_obeyed`); and it removes what a training that was killed left half-written.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -158,7 +158,7 @@ def open_job(
         stack.enter_context(dist.join())
         tell_on_main = ignore_line if tell is None or not dist.is_main() else tell
         agreement.on_main_rank(lambda: stack.enter_context(locked_run_folder(folder)))
-        request = Request(folder, step, minutes, tuple(changes))
+        request = Request(folder, step, minutes, tuple(changes), accept=accept, verify=verify)
         was_obeyed = request.was_obeyed()
         if was_obeyed:
             tell_on_main(request.obeyed_line())
@@ -262,7 +262,10 @@ def _requested_run(run: Run | None, index: Index, changes: Sequence[str], minute
 
 
 def _run_of_folder(index: Index, changes: Sequence[str], minutes: float | None) -> Run:
-    """The run of a folder with `changes`, to train for `minutes`, to which `_with_time_after` adds those before."""
+    """The folder's run with `changes`.
+
+    `minutes` replaces train.minutes; `_with_time_after` later adds the minutes already trained.
+    """
     trust.accept(changes)
     fields = list(changes)
     if minutes is not None:

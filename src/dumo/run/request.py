@@ -30,6 +30,7 @@ from dumo.training import agreement
 from dumo.types import UserError
 
 _WAY_OUT = "remove it, and what is asked for is obeyed"
+_OF_LAST_COMMAND = "of_last_command"  # key of a note: whether the last start that is no restart asked for the same
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Request:
     step: int | None  # that of the checkpoint from which to go on; None: the last one
     minutes: float | None  # to train for, from the checkpoint on
     changes: tuple[str, ...]  # of fields, each a.b=c
+    accept: bool = False  # other fields or data than it was trained by
+    verify: bool = False  # hash all images first
 
     @property
     def is_one_time(self) -> bool:
@@ -49,31 +52,24 @@ class Request:
     def was_obeyed(self) -> bool:
         """Whether a start before this one, with the same words, has obeyed it. Every rank must call it.
 
-        If not, the note of an earlier request goes. The counts of restarts do not say so alone: torchrun has one for
-        each node, which leaves some restarts out, and a start may die before it obeys. After the end of the training
-        they tell a restart from a new command.
+        Restart counters alone cannot tell: torchrun misses some restarts, and a start may die before it obeys. So the
+        note decides; the counters only tell a restart from the same words typed anew after the training ended.
         """
         is_restart = any(agreement.gather_results(dist.is_restart))
 
-        def find_or_remove_note() -> bool:
-            if not self.is_one_time:
+        def find_note() -> bool:
+            note = _read_note(self.folder) if self.is_one_time else None
+            if note is None:
                 return False
-            is_noted = self._is_noted(is_restart=is_restart)
-            if not is_noted and not is_restart:  # no restart may take the note for one of this request
-                self._remove_note()
+            if is_restart:  # its words are those of the first start; an unseeded net has other numbers, though
+                numbers = (note["from"], note["minutes"])
+                return note.get(_OF_LAST_COMMAND, True) and numbers == (self.step, self.minutes)
+            is_noted = note == {**note, **self._note(has_ended=False)}
+            # A note of another request stays, since this one may be refused; no restart may take it for one of this.
+            write_json(self.folder / OBEYED_FILE, {**note, _OF_LAST_COMMAND: is_noted})
             return is_noted
 
-        return agreement.on_main_rank(find_or_remove_note)
-
-    def _is_noted(self, *, is_restart: bool) -> bool:
-        """Whether the note in the folder is of this request."""
-        note = _read_note(self.folder)
-        if is_restart:  # its words are those of the first start; an unseeded net has other numbers, though
-            return note is not None and (note["from"], note["minutes"]) == (self.step, self.minutes)
-        return note == self._note(has_ended=False)
-
-    def _remove_note(self) -> None:
-        (self.folder / OBEYED_FILE).unlink(missing_ok=True)
+        return agreement.on_main_rank(find_note)
 
     def obeyed_line(self) -> str:
         """A line for a user who asks for it again."""
@@ -91,7 +87,7 @@ class Request:
         if self.is_one_time:
             write_json(self.folder / OBEYED_FILE, self._note(has_ended=False))
         else:
-            self._remove_note()
+            (self.folder / OBEYED_FILE).unlink(missing_ok=True)
 
     def _note(self, *, has_ended: bool) -> dict[str, Any]:
         return {"from": self.step, "minutes": self.minutes, "changes": [*self.changes], "has_ended": has_ended}
@@ -117,7 +113,12 @@ def require_same_request(request: Request, run: Run) -> None:
     """
 
     def requested_values() -> dict[str, object]:
-        values: dict[str, object] = {option("from"): request.step, option("minutes"): request.minutes}
+        values: dict[str, object] = {
+            option("from"): request.step,
+            option("minutes"): request.minutes,
+            option("accept"): request.accept,
+            option("verify"): request.verify,
+        }
         values.update(_values_of(run.model_copy(update={"resolved": {}})))
         return values
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from unittest.mock import patch
@@ -23,12 +24,14 @@ from dumo.io import digest
 from dumo.run import datanote
 from dumo.run import folder as folders
 from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, NO_CHECKPOINT_MARK, OBEYED_FILE
+from dumo.run.job import open_job
 from dumo.run.journal import Journal, burst_text, resume_hint
-from dumo.run.train import train
+from dumo.run.request import Request, require_same_request
+from dumo.run.train import train, train_job
 from dumo.run.weights import open_run
 from dumo.runtime import door, signals
 from dumo.training import burst as bursts
-from dumo.training import checkpoint, layout, log, loop, manifest
+from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.burst import BURST_STEPS
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.saver import Saver
@@ -335,6 +338,7 @@ def test_a_restart_does_not_go_back_again(run: Path, fate: Fate, monkeypatch: py
 
 
 def test_a_restart_obeys_what_the_first_start_did_not_come_to(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tiny(), run, step=4)  # of the same words, which have their end
     monkeypatch.setenv("WORLD_SIZE", "1")
     killed = patch.object(manifest, "rewind", side_effect=RuntimeError("killed"))
     with killed, pytest.raises(RuntimeError, match="killed"):
@@ -343,6 +347,38 @@ def test_a_restart_obeys_what_the_first_start_did_not_come_to(run: Path, monkeyp
     told = list[str]()
     train(tiny(), run, step=4, tell=told.append)
     assert any("steps 6, 8" in line for line in told)
+
+
+def test_a_refused_command_leaves_the_note_of_what_was_obeyed(run: Path, fate: Fate) -> None:
+    def go_back(*changes: str) -> list[str]:
+        told = list[str]()
+        with open_job(run, changes=changes, step=4, tell=told.append) as job:
+            train_job(job)
+        return told
+
+    fate.comes(last=7)
+    with pytest.raises(signals.Stopped):
+        go_back()
+    fate.comes()
+    with pytest.raises(UserError, match="holds another run"):
+        go_back("train.batch=16")
+    assert go_back()[0].startswith(f"{run} has obeyed step=4 already")
+    assert steps(run) == [2, 4, 6, 7, 8]
+
+
+@pytest.mark.parametrize("name", ["accept", "verify"])
+def test_ranks_are_asked_for_the_same(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[object] = []  # of one rank after the other
+
+    def gather(work: Callable[[], object]) -> list[object]:
+        gathered.append(work())
+        return gathered
+
+    monkeypatch.setattr(agreement, "gather_results", gather)
+    request = Request(run, None, None, ())
+    require_same_request(request, tiny())
+    with pytest.raises(UserError, match=f"{name}=? is true on rank 1, and false on rank 0: type the same command"):
+        require_same_request(replace(request, **{name: True}), tiny())
 
 
 def test_after_a_training_that_diverged_the_same_words_go_back_again(run: Path, fate: Fate) -> None:
