@@ -133,9 +133,9 @@ class History:
             mark_no_checkpoint_yet(folder)
         else:
             mark_checkpoint_written(folder)
-        data_note = datanote.update(
-            folder, self.index.data_note, self.source, self.fingerprint, anew=self.has_other_data
-        )
+        # at step 0 data.json may be of a start that was killed, and of images that have changed since
+        measures_anew = self.has_other_data or self.step == 0
+        data_note = datanote.update(folder, self.index.data_note, self.source, self.fingerprint, anew=measures_anew)
         if request:
             request.note()
 

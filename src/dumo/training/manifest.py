@@ -346,9 +346,20 @@ class Checkpoints:
         return checkpoint
 
     def last_good(self, step: int) -> int | None:
-        """The step of the last checkpoint up to `step` that is good (`Checkpoint.is_good`); None if there is none."""
+        """The step of the last checkpoint up to `step` that is good (`Checkpoint.is_good`); None if there is none.
+
+        One that is removed meanwhile, as by the thread that saves, is passed over.
+        """
         for checkpoint_step, checkpoint in reversed(self.by_step().items()):
-            if checkpoint_step <= step and checkpoint.is_good():
+            if checkpoint_step > step:
+                continue
+            try:
+                is_good = checkpoint.is_good()
+            except Unseen:
+                if os.path.lexists(checkpoint.path):
+                    raise
+                continue
+            if is_good:
                 return checkpoint_step
         return None
 

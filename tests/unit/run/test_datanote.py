@@ -1,5 +1,6 @@
 """The deviation of the data: of all numbers together, measured once, on the card, and in units of it no more."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def test_it_is_measured_once(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
     with pytest.raises(UserError, match="delete it"):
         read(tmp_path)
+
+
+def test_a_run_that_begins_again_measures_anew(tmp_path: Path) -> None:
+    """Its images may have changed, and have the same names and sizes."""
+    train(tiny(), tmp_path)
+    note = read(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    update(tmp_path, note, TensorData(torch.tensor([[-9.0], [9.0]]), torch.zeros(2, dtype=torch.long)), anew=True)
+    assert read(tmp_path) != note
+    train(tiny(), tmp_path)
+    assert read(tmp_path) == note
 
 
 @pytest.mark.nightly

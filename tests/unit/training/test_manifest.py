@@ -179,6 +179,19 @@ def test_a_damaged_step_does_not_count_as_kept(folder: Path, harm: str) -> None:
         assert [path.name for path in sorted(folder.iterdir())] == [f"step-0000000{n}" for n in stand]
 
 
+def test_the_last_good_one_is_found_while_another_is_removed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the thread that saves, after the folder was listed."""
+    walk = os.walk
+
+    def walk_late(place: Path, **more: Callable[[OSError], None]) -> object:
+        if place.name == "step-00000003":
+            manifest.remove(place)
+        return walk(place, **more)
+
+    monkeypatch.setattr(os, "walk", walk_late)
+    assert Checkpoints(folder).last_good(3) == 2
+
+
 def test_a_checkpoint_is_read_to_the_end_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To count those that are kept: at every save, all would be too many."""
     read: list[Path] = []
