@@ -302,9 +302,9 @@ def count_by_depth(net: M, count: Callable[[M], int], *, check: bool = False) ->
     proportion. Stretches of a UNet on one level whose blocks are alike add the same for each block, so only one of
     these is counted again with one more. Most UNets are first counted without any block.
 
-    `check`: for counts, as of bytes, in which the ends of a net may outweigh a few blocks. Then the first count has two
-    blocks of each stretch, and the whole net is counted unless two more blocks of every stretch add twice what one more
-    of each adds.
+    `check`: start from two blocks per stretch, and also count with two more in every stretch. If that is not linear, or
+    some stretch adds nothing, count the whole net. It is for counts, as of bytes, in which the ends of a net may
+    outweigh a few blocks.
     """
     net_stretches = stretches(net)
     lengths = [len(stretch.blocks) for stretch in net_stretches]

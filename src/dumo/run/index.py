@@ -53,7 +53,10 @@ class CheckpointRun(RecordedRun):
         return cls(run_of(run_text), run_text.changed, checkpoint.path.name, checkpoint.manifest.step)
 
     def differences_from(self, recorded_run: RecordedRun) -> list[Difference]:
-        """The differences of a run.yaml from this run with the changes that run.yaml notes since its step."""
+        """Return where run.yaml still differs, once the changes that it lists from the step on are applied to this run.
+
+        Accepted later changes of what the weights compute come first.
+        """
         changes_since = [change for change in recorded_run.past if change.step >= self.step]
         return [
             *later_changes_of_function(recorded_run.past, self.step),

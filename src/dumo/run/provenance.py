@@ -2,7 +2,8 @@
 
 A checkpoint has the run as it was up to its step, with what had changed by then; run.yaml may have been edited since. A
 field that makes another function, training or sample must be the same in both, or be noted as changed at that step or
-later. Files of weights alone have a hash of their run (`dumo.config.difference.identity`).
+later. Files of weights alone have a hash of those fields of their run that may not change
+(`dumo.config.difference.identity`).
 
 Training calls `require_same_run` before it resumes, and `run_before_step` for what has changed since. Who reads a run's
 weights calls `require_own_checkpoint` or `require_own_weights`, and `require_own_file` for a file of weights alone that

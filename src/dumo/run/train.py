@@ -9,8 +9,10 @@
 5. choose the number of threads on a CPU, by steps on a copy
 6. train (`training.loop`), with batches and random numbers made ahead
 
-A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, checkpoints/, milestones/, sheets/,
-strip/, best/, grids/, samples/, evaluation.json, report.html with its pictures in report/.
+A run is a folder. Training writes run.yaml (complete), data.json, metrics.jsonl, metrics.cut.jsonl (its rows that were
+undone), speed.jsonl, checkpoints/, milestones/, snapshots/, best/, sheets/, strip/; with a teacher teacher.json, and
+pairs/ where it teaches by pairs; and hidden files (`dumo.run.folder`). Other commands write what they make there, such
+as averages/, grids/, samples/, evaluation.json, tracked.json, report.html with its pictures in report/.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence

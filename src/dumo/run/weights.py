@@ -154,9 +154,10 @@ def open_run(
     """Open a run's folder, or by name a run that comes with dumo, to sample or judge it.
 
     `text` is that of run.yaml, where it has been read. `weights` is a file, or a folder of shards, to take in place of
-    the last checkpoint's sampled weights. Where a training removes the checkpoint while it is read, a newer one is
-    taken. Without `fill` no weight is read yet: `RunFolder.deferred_weights` does it. Raises UserError where `source`
-    is no run's folder, or has no checkpoint that is whole, unless `weights` are given.
+    the last checkpoint's sampled weights. Where reading fails, and a training has written or removed checkpoints
+    meanwhile, the last one of now is taken. Without `fill`, `RunFolder.deferred_weights` reads weights later, but
+    those of a user's own net are read at once. Raises UserError where `source` is no run's folder, or has no checkpoint
+    that is whole, unless `weights` are given.
     """
     from dumo.run import shipped
 

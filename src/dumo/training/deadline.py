@@ -7,8 +7,8 @@ events in a command, on rank 0, whose clock counts for all ranks:
 2. Data may be prepared for a part of the time (`PreparationTime`).
 3. `Countdown.read` makes the next `Timing` before each step.
 4. Other work is timed by `Countdown.note`: checkpoints, scores, sheets of samples. The first checkpoint comes early
-   (FIRST_SAVE_SHARE), so that it is known how long one takes. Time is left for the last checkpoint, and for a score and
-   a sheet that are due. If a kind of work has not been timed yet, _UNKNOWN_SHARE is left for it.
+   (FIRST_SAVE_SHARE), so that it is known how long one takes: from then on time is left for the last one. Time is also
+   left for a score and a sheet that are due, _UNKNOWN_SHARE if none of its kind has been timed yet.
 
 The clock of a command runs from where it is typed, or its plan is accepted, to its last line. Only checkpoints note the
 time: if a run is stopped before its first one, the next command has all of the minutes.
@@ -157,7 +157,7 @@ class Countdown:
     ) -> None:
         """Continue from a timing, by a clock that read `began` seconds when the command began.
 
-        `work_after(step)` returns the kinds of work that are due after a step: SAVE, JUDGE, DRAW.
+        `work_after(step)` returns the kinds of work that are due after a step: JUDGE, DRAW.
         """
         self.timing = timing
         self.clock = clock
@@ -191,6 +191,7 @@ class Countdown:
             self.step_seconds.append(seconds - previous)
         elapsed = seconds - previous
         step_seconds = median(self.step_seconds or [0.0])
+        # for the last checkpoint nothing is left until the first one is written
         seconds_for_steps = self.timing.promised_seconds - self.work_seconds.get(SAVE, 0.0)
 
         # whether this step, the next one and what is due after each would end late

@@ -15,6 +15,9 @@ After update n the weights w_k, k <= n, weigh the integral from k - 1 to k of it
 
 and the start weighs nothing: that is the recursion with d_n = (1 - 1/n)^(gamma + 1). After training, averages of other
 widths can be made of snapshots of such averages (`dumo.run.average`).
+
+In a run n is the step. A step that is skipped counts, and makes no update, so after skipped ones the weights differ a
+little from these; where the first step is skipped, the start weighs something.
 """
 
 from collections.abc import Mapping
@@ -127,7 +130,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
-        """Move towards the net, in place; n counts updates from 1. Buffers are copied, not averaged."""
+        """Move towards the net, in place; n counts steps from 1, skipped ones too. Buffers are copied, not averaged."""
         self._pair_with(net)
         averages = [pair.average.tensor for pair in self._parameters]
         weights = [pair.net.tensor for pair in self._parameters]

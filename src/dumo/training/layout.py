@@ -12,8 +12,9 @@ The order of events:
 3. A weight is read as a whole (`full_tensor`) or as this rank's part (`local_tensor`). `gather_net` makes a net in one
    piece, for sampling.
 
-One process has no mesh, leaves its net unchanged, and never imports torch's sharding, which is slow to import. The
-rest of dumo rarely needs to know: parameters are `DTensor`s, which optimizers, averages and clipping take as tensors.
+One process has no mesh, and never imports torch's sharding, which is slow to import; its net stays as it is, but for
+weights that are to be trained in bf16. The rest of dumo rarely needs to know: sharded parameters are `DTensor`s, which
+optimizers, averages and clipping take as tensors.
 """
 
 import warnings

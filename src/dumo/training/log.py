@@ -89,7 +89,8 @@ def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
     """The pairs of steps between which rows are lost, where rows are logged at multiples of `every`.
 
     A distance between two rows is a gap if it is larger than `every`, and, since `every` may have changed during the
-    run, than the distances before and after it. So two equal gaps in a row are not found. Step 0 counts as a row.
+    run, than the distances before and after it. So two equal gaps in a row are not found, nor one before the first row:
+    the distance from step 0 to it is only compared with.
     """
     steps = [0, *(row["step"] for row in rows if row["step"] % every == 0)]
     distances = [after - before for before, after in pairwise(steps)]

@@ -240,8 +240,9 @@ def skip_reason(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
 def probe_net(net: nn.Module, reads: Reads, parts: Iterable[str], b: Noised, loss: Callable[[], Terms]) -> Probe | None:
     """Probe a net on these rows, whose loss is `loss()`; None if there is nothing to compare.
 
-    Each of two or more parts costs a loss and a backward pass, the drift three passes. Weights and buffers stay,
-    gradients are dropped. Every rank must call it; the result is over all ranks' rows.
+    Each of two or more parts costs a loss and a backward pass, the drift three passes. Weights and buffers stay.
+    Gradients are dropped, but stay where there are fewer than two parts. Every rank must call it; the result is over
+    all ranks' rows.
     """
     saved_buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     norms, cosines = compare_gradients(net, parts, loss)
