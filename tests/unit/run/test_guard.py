@@ -30,8 +30,8 @@ from dumo.run.request import Request, require_same_request
 from dumo.run.train import train, train_job
 from dumo.run.weights import open_run
 from dumo.runtime import door, signals
-from dumo.training import burst as bursts
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
+from dumo.training import burst as bursts
 from dumo.training.burst import BURST_STEPS
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.saver import Saver
