@@ -183,10 +183,10 @@ def test_the_last_good_one_is_found_while_another_is_removed(folder: Path, monke
     """As by the thread that saves, after the folder was listed."""
     walk = os.walk
 
-    def walk_late(place: Path, **more: Callable[[OSError], None]) -> object:
+    def walk_late(place: Path, onerror: Callable[[OSError], None]) -> object:
         if place.name == "step-00000003":
             manifest.remove(place)
-        return walk(place, **more)
+        return walk(place, onerror=onerror)
 
     monkeypatch.setattr(os, "walk", walk_late)
     assert Checkpoints(folder).last_good(3) == 2
