@@ -31,7 +31,9 @@ def test_schedule() -> None:
     assert all(a >= b for a, b in pairwise(some))
     assert min(a for a in some if a) > 0.005
     assert max(a for a in some if a < 1) < 0.995
-    assert AlphaFlow(begin=0.5, end=0.5).alpha(0.6) == 0.0
+    at_once = AlphaFlow(begin=0.5, end=0.5)
+    assert [at_once.alpha(p) for p in (0.4, 0.5, 0.6)] == [1.0, 0.0, 0.0]
+    assert AlphaFlow(begin=0, end=0).alpha(0.0) == 0.0
     with pytest.raises(ValueError, match="begin"):
         AlphaFlow(begin=0.6, end=0.5)
 
@@ -95,7 +97,9 @@ def test_passes_follow_the_training_and_nothing_else(progress: float, graded: in
     assert torch.allclose(step(o, net, b).loss, step(o, net, replace(b, moving=None)).loss, rtol=1e-8)
 
 
-@pytest.mark.parametrize("fields", [{}, {"begin": 0.0, "end": 1.0}, {"begin": 1.0, "end": 1.0}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"begin": 0.0, "end": 1.0}, {"begin": 0.0, "end": 0.0}, {"begin": 1.0, "end": 1.0}]
+)
 def test_phases_are_where_steps_cost_alike(fields: dict[str, float]) -> None:
     """By counting alpha = 1, between and 0 at ten thousand times of the training."""
     objective = AlphaFlow(**fields)

@@ -82,13 +82,13 @@ class AlphaFlow(Spec):
         return self
 
     def alpha(self, progress: float) -> float:
-        """1 - sigmoid from `begin` to `end`, 1 before and 0 after, snapped at both ends (`get_ratio`)."""
+        """1 - sigmoid from `begin` to `end`, 1 before and 0 from `end` on, snapped at both ends (`get_ratio`)."""
         if progress < self.begin:
             return 1.0
-        if progress > self.end:
+        if progress >= self.end:  # also at begin = end, so that 0 for both is MeanFlow from the first step on
             return 0.0
         middle = (self.begin + self.end) / 2
-        width = max(self.end - self.begin, 1e-9)
+        width = self.end - self.begin
         alpha = 0.5 - 0.5 * tanh(self.gamma * (progress - middle) / width / 2)  # 1 - sigmoid, without overflow
         if alpha < self.snap:
             return 0.0
