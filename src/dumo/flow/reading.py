@@ -6,7 +6,8 @@ The order of events:
 2. Of a trained net, `reading` fixes the knobs (`bind_knobs`) and lets the objective read it.
 3. A solver calls the readings, or `teacher_velocity` makes a teacher of them.
 
-Objectives build their readings of `jump_to_data` and `mean_velocity`. `head_of` names the heads behind a reading.
+Objectives build their readings of `jump_to_data`, `velocity_and_jump` and `mean_velocity`. `head_of` names the heads
+behind a reading.
 """
 
 from collections.abc import Callable, Mapping
@@ -68,17 +69,28 @@ def jump_to_data(net: Net, head: int = 0) -> Callable[[Sample, Time, Cond], Samp
     return lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[head]
 
 
-def mean_velocity(net: Net, head: int = 0, times: TimeLaw | None = None) -> Reads:
+def velocity_and_jump(net: Net) -> Reads:
+    """Read the first two heads, v and the mean velocity u down to the data: each by a pass, or both by one."""
+
+    def both(x: Sample, t: Time, c: Cond) -> tuple[Sample, Sample]:
+        v, u = net(x, c, t=t)[:2]
+        return v, x - lift(t, x) * u
+
+    return Reads(velocity=lambda x, t, c: net(x, c, t=t)[0], endpoint=jump_to_data(net, head=1), both=both)
+
+
+def mean_velocity(net: Net, head: int = 0, times: TimeLaw | None = None, velocity_head: int | None = None) -> Reads:
     """Read the mean velocity u(x_t, t, r): x_r = x_t - (t - r) u, and v = u at r = t (MeanFlow, Eq. 12).
 
     times: those that u was trained at, which may never teach the velocity; None: it is taught.
+    velocity_head: the head that is the velocity; None: u at r = t is.
     """
 
     def flow_map(x: Sample, t: Time, s: Time, c: Cond) -> Sample:
         return x - lift(t - s, x) * net(x, c, t=t, r=s)[head]
 
     def velocity(x: Sample, t: Time, c: Cond) -> Sample:
-        return net(x, c, t=t, r=t)[head]
+        return net(x, c, t=t, r=t)[head if velocity_head is None else velocity_head]
 
     return Reads(
         velocity=velocity if times is None or times.teaches_velocity else None,

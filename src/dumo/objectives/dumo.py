@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 
 from dumo.flow.guide import Guide
-from dumo.flow.reading import jump_to_data
+from dumo.flow.reading import velocity_and_jump
 from dumo.flow.residual import clipped_share, head_gap
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
-from dumo.types import STRAIGHT, Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
 
 
 class DuMo(Spec):
@@ -51,9 +51,4 @@ class DuMo(Spec):
 
     def read(self, net: Net) -> Reads:
         """The v head is the slope of the path; the u head jumps to the data, x_0 = x_t - t u (Eq. 6)."""
-
-        def both(x: Sample, t: Time, c: Cond) -> tuple[Sample, Sample]:
-            v, u = net(x, c, t=t)
-            return v, x - lift(t, x) * u
-
-        return Reads(velocity=lambda x, t, c: net(x, c, t=t)[0], endpoint=jump_to_data(net, head=1), both=both)
+        return velocity_and_jump(net)

@@ -1,14 +1,16 @@
 """DuMo-Any (ours): DuMo whose flow map ends at any time r, where that of the paper ends at the data.
 
-DuMo's u jumps from t to the data alone. Here the output layer of u also gets the time r at which the jump ends: u is
-the mean velocity between both times, u(x_t, t, r) = (x_t - x_r) / (t - r). With r at rest, (t - r) u = x_t - x_r, so
+DuMo's u jumps from t to the data alone. Here u also gets the time r at which the jump ends: it is the mean
+velocity between both times, u(x_t, t, r) = (x_t - x_r) / (t - r). With r at rest, (t - r) u = x_t - x_r, so
 
     u + (t - r) du/dt = v        so        u* = v* - (t - r) du/dt        (MeanFlow, Eq. 6 and 11)
 
-At r = 0 this is DuMo's u. The trunk and the v head never see r.
+At r = 0 this is DuMo's u.
+
+On dumo's own nets only the output layer of u gets r: the trunk and the v head never see it. A pretrained model
+(`net.kind=diffusers`) gets r in its embedding of time, a network of a user's as an argument, so there all may see r.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -56,4 +58,4 @@ class DuMoAny(Spec):
 
     def read(self, net: Net) -> Reads:
         """The v head is the slope of the path; the u head jumps from t to any r (MeanFlow, Eq. 12)."""
-        return replace(mean_velocity(net, head=1), velocity=lambda x, t, c: net(x, c, t=t, r=t)[0])
+        return mean_velocity(net, head=1, velocity_head=0)

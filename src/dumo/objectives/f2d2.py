@@ -100,4 +100,4 @@ class F2D2(Spec):
             _, u, g = net(x, c, t=t, r=s)
             return x + lift(s - t, x) * u, (s - t) * g.flatten(1).sum(1)
 
-        return replace(mean_velocity(net, head=1), velocity=lambda x, t, c: net(x, c, t=t, r=t)[0], climb=climb)
+        return replace(mean_velocity(net, head=1, velocity_head=0), climb=climb)

@@ -13,14 +13,13 @@ target has no Jacobian. It has no noise either: v_t enters at r = t alone, by fl
 Unlike DuMo and MeanFlow, which differentiate where a jump starts, this differentiates where it ends. TVM (Zhou et al.
 2025, arXiv 2511.19797) has the same equation, with other times, weights and guidance.
 
-With `two_heads` (ours) v is DuMo's head, which learns (3) on every row, and u learns (2). Only the output layer of u
-gets r, so no derivative goes through the trunk.
+With `two_heads` (ours) v is DuMo's head, which learns (3) on every row, and u learns (2). On dumo's own nets only the
+output layer of u gets r, so no derivative goes through the trunk; other nets may show r to all of their layers.
 
 Read: `lsd_term` in copies of the authors' code, and lucidrains' port, which agree (the authors' repository was not
 available). Theirs sums squares, and may divide them by a variance that it learns of t and r; ours does neither.
 """
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -85,5 +84,5 @@ class LSD(Spec):
     def read(self, net: Net) -> Reads:
         """The velocity is u at r = t, or the head v; u jumps from t to any r."""
         if self.two_heads:
-            return replace(mean_velocity(net, head=1), velocity=lambda x, t, c: net(x, c, t=t, r=t)[0])
+            return mean_velocity(net, head=1, velocity_head=0)
         return mean_velocity(net)

@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from dumo.flow.reading import jump_to_data
+from dumo.flow.reading import velocity_and_jump
 from dumo.flow.residual import clipped_share
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
@@ -76,5 +76,5 @@ class Pull(Spec, ABC):
         return Terms(loss + pull.loss, parts, notes)
 
     def read(self, net: Net) -> Reads:
-        """The v head is the slope of the path; the u head jumps to the data."""
-        return Reads(velocity=lambda x, t, c: net(x, c, t=t)[0], endpoint=jump_to_data(net, head=1))
+        """As DuMo: the v head is the slope of the path, the u head jumps to the data."""
+        return velocity_and_jump(net)

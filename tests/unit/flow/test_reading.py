@@ -33,6 +33,7 @@ def test_bind_sets_knobs_and_leaves_inputs() -> None:
     [
         ("digits", "velocity", "v"),
         ("digits", "endpoint", "u"),
+        *((recipe, "both", "v and u") for recipe in ("digits", "digits-critic", "digits-drift", "digits-match")),
         ("digits-imf", "flow_map", "u"),
         ("digits-shortcut", "velocity", "u"),
         ("digits-sct", "endpoint", "f"),
