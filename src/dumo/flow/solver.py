@@ -317,12 +317,25 @@ def _require_taught_jumps(solver: Hop, reads: Reads, nfe: int) -> None:
     fix = "start = 1"
     if possible:
         fix = f"nfe = {_join_choices([str(n) for n in possible])}"
+    other_solvers: list[str] = []
+    if _can_restart(reads, nfe):
+        other_solvers.append("restart")
     if reads.velocity is not None:
-        fix += ", or use euler"
+        other_solvers.append("euler")
+    if other_solvers:
+        fix += f", or use {_join_choices(other_solvers)}"
     raise UserError(
         f"solver 'hop' of nfe = {nfe} from t = {solver.start:g} makes jumps that this objective never teaches: ask "
         f"for {fix}"
     )
+
+
+def _can_restart(reads: Reads, nfe: int) -> bool:
+    """Whether Restart, with its defaults, makes nfe passes by jumps to the data that were taught."""
+    restart = Restart()
+    if reads.endpoint is None or not can_make(restart, reads, nfe):
+        return False
+    return reads.hops is None or all(reads.hops(t, 0.0) for t in restart.times(nfe))
 
 
 def _join_choices(names: list[str]) -> str:

@@ -34,7 +34,11 @@ def test_a_solver_needs_what_the_objective_teaches(objective: str, reading: str,
 
 
 @pytest.mark.parametrize(
-    ("times", "fix"), [("{kind: uniform}", "nfe = 1$"), ("{kind: jumps, data_ratio: 1}", "nfe = 1, or use euler")]
+    ("times", "fix"),
+    [
+        ("{kind: uniform}", "nfe = 1, or use restart$"),
+        ("{kind: jumps, data_ratio: 1}", "nfe = 1, or use restart or euler$"),
+    ],
 )
 def test_jumps_in_turn_need_jumps_that_end_before_the_data(times: str, fix: str) -> None:
     unguided = ["objective.kind=meanflow", "objective.guide={}", f"objective.times={times}"]

@@ -212,6 +212,18 @@ def test_condition_reaches_the_net() -> None:
         (Restart(), Reads(endpoint=endpoint, lowest=1.0), 2, "goes below t = 1, .* never taught: ask for nfe = 1$"),
         (Restart(), Reads(endpoint=endpoint, lowest=0.6), 4, "never taught: ask for nfe = 1 or 2, with m = 0.6$"),
         (Hop(), Reads(flow_map=flow_map, hops=lambda t, s: s == 0), 2, "never teaches: ask for nfe = 1$"),
+        (
+            Hop(),
+            Reads(endpoint=endpoint, flow_map=flow_map, hops=lambda t, s: s == 0),
+            2,
+            "never teaches: ask for nfe = 1, or use restart$",
+        ),
+        (
+            Hop(),
+            Reads(endpoint=endpoint, flow_map=flow_map, hops=lambda t, s: t == 1 and s == 0),
+            2,
+            "never teaches: ask for nfe = 1$",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_refused(solver: Solver, reads: Reads, nfe: int, says: str) -> None:
