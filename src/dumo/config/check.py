@@ -19,7 +19,7 @@ from dumo.config.need import IMF_SCALE, may_have_classes
 from dumo.config.parts import Evaluation, RunParts
 from dumo.data import Data, is_latents
 from dumo.flow import solver
-from dumo.flow.fit import GuidanceRefusal, first_stage_problem, guidance_refusal
+from dumo.flow.fit import GuidanceRefusal, first_stage_problem, guidance_refusal, picks_some_rows, prior_problem
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.precision import require_precision
 from dumo.flow.times import Jumps, Pair
@@ -265,12 +265,10 @@ def _prior_faults(prior_share: float, teacher: "Teacher | None", objective: Obje
 
     `prior_share` is that share, in (0, 1).
     """
-    needs = objective.needs.teacher
-    if not teacher or teacher.pairs or needs.velocity != "may" or needs.points:
+    if not teacher or teacher.pairs or prior_problem(objective):
         yield (
             "data.prior has images for the teacher to answer by its velocity: set teacher={kind: base}, and an "
             "objective that may learn from one, objective.kind=dumo; or data.prior=null"
         )
-    num_prior_rows = round(prior_share * train.batch)
-    if num_prior_rows in (0, train.batch):
+    if not picks_some_rows(prior_share, train.batch):
         yield f"data.prior = {prior_share:g} of train.batch = {train.batch} is no row, or all of them: change one"

@@ -6,8 +6,8 @@ its rows do not mix.
 
 `LoopFlow.check` calls, in this order:
 
-1. before any pass: `require_formulas`, `require_teacher`, `require_first_stage`, `require_whole_groups`,
-   `require_parameters` and `require_precise_weights`;
+1. before any pass: `require_formulas`, `require_teacher`, `require_prior`, `require_some_rows`, `require_first_stage`,
+   `require_whole_groups`, `require_parameters` and `require_precise_weights`;
 2. on the first `rows_to_try` rows: `try_pass`, `require_pure_net` (up to `max_pass_difference`),
    `require_finite_heads` of the outputs of `try_pass`, and `require_rows_apart`.
 
@@ -23,7 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dumo.flow.fit import climb_problem, first_stage_problem, guide_problem, path_problem, teacher_problem
+from dumo.flow.fit import (
+    climb_problem,
+    first_stage_problem,
+    guide_problem,
+    path_problem,
+    picks_some_rows,
+    prior_problem,
+    teacher_problem,
+)
 from dumo.flow.passes import Passes
 from dumo.flow.precision import HALVES, Precision, precision_of, require_precision
 from dumo.flow.signature import call_example
@@ -258,6 +266,30 @@ def require_teacher(objective: Objective, *, has_teacher: bool) -> None:
     problem = teacher_problem(objective)
     if has_teacher and problem:
         raise UserError(f"{problem}: leave out teacher=")
+
+
+def require_prior(prior: float, objective: Objective, *, has_teacher: bool) -> None:
+    """Raise UserError where no teacher can answer this share `prior` of the rows, and the data the others."""
+    if not 0 < prior < 1:
+        raise UserError(
+            f"prior = {prior:g}: give a share of the rows, above 0 and below 1, or leave it out: a teacher answers all"
+        )
+    if not has_teacher:
+        raise UserError(
+            f"prior = {prior:g} is the share of the rows that a teacher answers, and there is no teacher: give "
+            "dumo.Flow(teacher=...), or leave out prior="
+        )
+    problem = prior_problem(objective)
+    if problem:
+        raise UserError(f"{problem}: leave out prior=, or take another objective, such as 'dumo'")
+
+
+def require_some_rows(prior: float, batch: int) -> None:
+    """Raise UserError where the share `prior` of a batch of `batch` rows is no row, or all of them."""
+    if not picks_some_rows(prior, batch):
+        raise UserError(
+            f"prior = {prior:g} of a batch of {batch} rows is no row, or all of them: give another share, or more rows"
+        )
 
 
 def require_formulas(objective: Objective, path: str) -> None:

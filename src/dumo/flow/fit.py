@@ -1,12 +1,14 @@
 """What does not fit an objective: rules that `dumo train`, `dumo sample` and `dumo.Flow` share.
 
 Each function returns what is wrong as the first clause of a message, or None. The caller adds the way out, in the words
-of its own settings.
+of its own settings. `picks_some_rows` answers by a truth value.
 
     path_problem          the kind of path
     climb_problem         jumps up to the noise; with the way out, which is a field of the objective
     guide_problem         a guide by a velocity that is never taught; with the way out, as above
     teacher_problem       a teacher's velocity, of which the objective learns nothing
+    prior_problem         a teacher's velocity on some of the rows alone
+    picks_some_rows       whether a share of a batch is some of its rows
     first_stage_problem   theta^- that must be the net of a first stage
     guidance_refusal      guidance while sampling
 """
@@ -55,6 +57,19 @@ def teacher_problem(objective: Objective) -> str | None:
     if objective.needs.teacher.velocity != "no":
         return None
     return f"objective '{objective.kind}' learns from no velocity, so a teacher's says nothing to it"
+
+
+def prior_problem(objective: Objective) -> str | None:
+    """A teacher's velocity cannot answer some of the rows, and the data the others."""
+    needs = objective.needs.teacher
+    if needs.velocity == "may" and not needs.points:
+        return None
+    return f"objective '{objective.kind}' cannot learn from a teacher on some rows, and from the data on the others"
+
+
+def picks_some_rows(share: float, batch: int) -> bool:
+    """Whether this share of a batch, rounded to a row, is some of its rows, neither none nor all."""
+    return 0 < round(share * batch) < batch
 
 
 def first_stage_problem(objective: Objective) -> str | None:

@@ -37,8 +37,10 @@ from dumo.flow.check import (
     require_formulas,
     require_parameters,
     require_precise_weights,
+    require_prior,
     require_pure_net,
     require_rows_apart,
+    require_some_rows,
     require_teacher,
     require_whole_groups,
     rows_to_try,
@@ -111,9 +113,10 @@ class LoopFlow(Flow):
     - `shard`: (rank, ranks) of the data; None: those of torch.distributed.
     - `path`: from data to noise; None: the straight line.
     - `coupling`: which noise meets which data, by optimal transport in groups of rows; None: any.
-    - `ref`: theta^-, an average of the weights that you keep; None: the weights in training.
+    - `ref`: theta^-, an average of the weights that you keep. Each loss puts it into evaluation mode, where it drops
+      and routes nothing. None: the weights in training.
     - `teacher`: a flow, or a function of (x_t, t, c, v_t), whose velocity takes the place of the data's, on a share
-      `prior` of the rows (None: on all).
+      `prior` of the rows, between 0 and 1 (None: on all).
     - `precision`: of passes; None: as the caller's autocast has it.
     - `knobs`: values by name, for readings; None: the objective's own.
     - `guide`: guidance while sampling; None: none.
@@ -249,8 +252,7 @@ class LoopFlow(Flow):
         # the objective's loss
         key = self._key(at_step) if self.training else None
         passes = self._passes(c, key)
-        ref_passes = passes if self.ref is None else passes.with_net(self.ref.module)
-        ref = Frozen(ref_passes)
+        ref = Frozen(self._reference_passes(passes))
         masks = dropout.using(keys if self.training else None)
         with masks, seeded_generators(key, x.device), self._in_precision(x):  # a loss of yours may draw
             returned = self.objective.loss(passes, ref, b)
@@ -437,7 +439,7 @@ class LoopFlow(Flow):
         require_batch(x, c, self.classes, self.shape, self.call, null=self.null, reads_values=True)
         if isinstance(self.call, Signature):
             self.call.require(self.objective.needs, classes=bool(self.classes))
-        if is_table(c) and (self.coupling or self.objective.kind == "drift"):
+        if is_table(c) and (self.coupling or self.objective.needs.compares_rows):
             subject = "coupling=" if self.coupling else f"objective '{self.objective.kind}'"
             fix = "leave out coupling=" if self.coupling else "take another objective"
             raise UserError(
@@ -445,6 +447,11 @@ class LoopFlow(Flow):
             )
         require_formulas(self.objective, self.path.kind)
         require_teacher(self.objective, has_teacher=self.teacher is not None)
+        if self.prior is not None:
+            require_prior(self.prior, self.objective, has_teacher=self.teacher is not None)
+            if self.training:  # a validation may have few rows
+                _, ranks = self.shard or (dist.rank(), dist.world())
+                require_some_rows(self.prior, ranks * len(x))
         require_first_stage(self.objective, has_ref=self.ref is not None)
         require_whole_groups(self.objective, len(x))
         require_parameters(self.net)
@@ -518,7 +525,7 @@ class LoopFlow(Flow):
         return b, to_device(draws.keys, x.device)
 
     def _ranks_differ(self, rows: int, rows_of_rank: int, ranks: int) -> bool:
-        """Whether some rank's `rows` all have r = t, or all r < t, and another's do not: these make other passes.
+        """Whether some rank's `rows` all have r = t, or all r != t, and another's do not: these make other passes.
 
         rows_of_rank: the places of the batch that each rank has; a smaller batch takes the first of them.
         """
@@ -551,6 +558,16 @@ class LoopFlow(Flow):
             table=table_of(c, self.null, self.call) if is_table(c) else None,
             key=key,
         )
+
+    def _reference_passes(self, passes: Passes) -> Passes:
+        """Passes of theta^-: of the average given as `ref`, in evaluation mode, else of the weights in training."""
+        if self.ref is None:
+            return passes
+        average = self.ref.module
+        is_net_itself = unwrap(average) is unwrap(self.net)  # in training, so it stays in its mode
+        if average.training and not is_net_itself:
+            average.eval()
+        return passes.with_net(average)
 
     def _key(self, at_step: int) -> int:
         """The key of the random numbers that the network draws itself, at a step on this rank."""

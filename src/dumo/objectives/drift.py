@@ -57,8 +57,8 @@ class Drift(Pull):
 
     @property
     def needs(self) -> Needs:
-        """The needs of `Pull`, and the rows that belong together."""
-        return replace(super().needs, group=self.size)
+        """The needs of `Pull`, and the rows that belong together, whose samples are compared with their data."""
+        return replace(super().needs, group=self.size, compares_rows=True)
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
         """The drift towards the data. It makes no pass of the net; the note `force` tells how far samples are off."""

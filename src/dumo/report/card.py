@@ -151,7 +151,7 @@ def labels_text(data: Data, evaluation: Evaluation) -> str:
 def judging_settings(sampler: Sampler, evaluation: Evaluation) -> Card:
     """The fields of a card that say how samples are made and judged, as the spec alone decides."""
     fields: Card = {}
-    if sampler.flow.objective.kind == "drift":
+    if sampler.flow.objective.needs.compares_rows:
         fields["trained_on"] = SAMPLE_SPACE  # its loss compares them with data, so their distances are no judges of it
     return fields | {
         "labels": labels_text(sampler.data, evaluation),  # elsewhere labels are often drawn at random

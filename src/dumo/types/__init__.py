@@ -121,12 +121,12 @@ class TimeLaw(Spec, ABC):
         return 1
 
     def moving(self, n: int) -> tuple[bool, ...] | None:
-        """Which of the first n rows may have r < t, by place in the batch alone; others have r = t. None: all may."""
+        """Which of the first n rows may have r != t, by place in the batch alone; others have r = t. None: all may."""
         return None
 
     @property
     def moving_share(self) -> float:
-        """The share of rows that may have r < t (`moving`), in [0, 1]."""
+        """The share of rows that may have r != t (`moving`), in [0, 1]."""
         return 1.0
 
     @property
@@ -195,6 +195,7 @@ class Needs:
     guide: Spec | float | None = None  # what guides v*: the field `guide`, of `dumo.flow.guide`, or the field `scale`
     teacher: FromTeacher = FromTeacher()  # noqa: RUF009, a tuple
     group: int = 1  # the number of neighbouring rows that meet in the loss
+    compares_rows: bool = False  # it compares samples with data of the same label, by their distances
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     scheduled: bool = False  # it changes with `Noised.progress`
     amplifies: float = 0.0  # by how much the rounding of the net is multiplied, at most (`dumo.flow.precision`)
@@ -244,7 +245,7 @@ class Noised:
     kept: Rows  # the rows to guide: the condition was not dropped, and the teacher, guided itself, does not answer them
 
     # what some objectives need
-    moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
+    moving: tuple[bool, ...] | None = None  # the rows that may have r != t, fixed by place; None: all
     drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by name, what `Needs.laws` drew
     progress: float = 0.0  # the share of the training that is done, in [0, 1]
     teacher: Taught | None = None  # gives another velocity instead of v_t
@@ -262,7 +263,7 @@ class Noised:
     def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "Noised":
         """The same rows at another time s, (b,) or one number, with other data x and noise z if given.
 
-        Any of the rows may have r < t then.
+        Any of the rows may have r != t then.
         """
         host = None
         if not isinstance(s, Tensor):
@@ -295,7 +296,7 @@ class Noised:
 
     @property
     def rows_by_step(self) -> tuple[list[int], list[int]]:
-        """The places of the rows that may have r < t, and of those that may have r = t; all and all if not known."""
+        """The places of the rows that may have r != t, and of those that may have r = t; all and all if not known."""
         if self.moving is None:
             return list(range(len(self.t))), list(range(len(self.t)))
         return split_by_step(self.moving)

@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import pytest
@@ -17,13 +17,13 @@ from dumo.autodiff.dual import Dual
 from dumo.flow import condition, derivative, loop
 from dumo.flow.check import MAX_DIFFERENCE, try_pass
 from dumo.flow.condition import require_data
-from dumo.flow.draw import Coupling
+from dumo.flow.draw import Coupling, path_velocity
 from dumo.flow.guide import CFG
 from dumo.flow.loop import LoopFlow as Flow
 from dumo.flow.passes import Passes
 from dumo.flow.path import Linear, Trig
 from dumo.flow.signature import Signature
-from dumo.objectives import F2D2, DuMo, FlowMatching, FreeFlow, ImprovedMeanFlow, MeanFlow
+from dumo.objectives import F2D2, Drift, DuMo, FlowMatching, FreeFlow, ImprovedMeanFlow, MeanFlow
 from dumo.types import Frozen, Needs, Net, Noised, Terms, UserError, mean_square
 
 TWO = Needs(heads=("v", "u"))
@@ -214,6 +214,12 @@ class Own(FlowMatching):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Any:  # noqa: ANN401, not always terms
         return type(self).how(super().loss(net, ref, b), ref, b)
+
+
+class Drifts(Drift):
+    """A drift of somebody's."""
+
+    kind: Literal["drifts"] = "drifts"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def loses(how: Callable[[Terms, Frozen, Noised], Any]) -> Flow:
@@ -450,6 +456,28 @@ MISTAKES = {
         learns(lambda: Perceptron(ONE_HEAD), objective="imm", teacher=lambda x, t, c, v: v),
         "objective 'imm' learns from no velocity, so a teacher's says nothing to it: leave out teacher=",
     ),
+    "a share without a teacher": Mistake(
+        learns(points, prior=0.5),
+        "prior = 0.5 is the share of the rows that a teacher answers, and there is no teacher: give",
+        "give dumo.Flow(teacher=...), or leave out prior=",
+    ),
+    "a share below 0": Mistake(
+        learns(points, prior=-0.1, teacher=path_velocity),
+        "prior = -0.1: give a share of the rows, above 0 and below 1, or leave it out",
+    ),
+    "a share of all rows": Mistake(
+        learns(points, prior=1.0, teacher=path_velocity),
+        "prior = 1: give a share of the rows, above 0 and below 1, or leave it out",
+    ),
+    "a share of no row": Mistake(
+        learns(points, prior=0.05, teacher=path_velocity),
+        "prior = 0.05 of a batch of 8 rows is no row, or all of them: give another share, or more rows",
+    ),
+    "a share for who asks the teacher alone": Mistake(
+        learns(points, objective="pi_flow", prior=0.5, teacher=path_velocity),
+        "objective 'pi_flow' cannot learn from a teacher on some rows, and from the data on the others",
+        "leave out prior=, or take another objective, such as 'dumo'",
+    ),
     "a teacher of another path": Mistake(
         lambda: dumo.Flow(points(), teacher=dumo.Flow(points(), path=Linear(sd=0.5))),
         "teacher has path 'linear' of sd 0.5, and this flow 'linear' of sd 1: give both the same path=",
@@ -510,6 +538,10 @@ MISTAKES = {
     "a drift of what is no label": Mistake(
         learns(Numbers, c=NUMBERS, objective={"kind": "drift", "size": 4}, null=torch.zeros(3)),
         "objective 'drift' compares rows of one label, and c is no label: give labels and classes=, or take another",
+    ),
+    "a drift by another name": Mistake(
+        learns(Numbers, c=NUMBERS, objective=Drifts(size=4), null=torch.zeros(3)),
+        "objective 'drifts' compares rows of one label, and c is no label: give labels and classes=, or take another",
     ),
     "a coupling of what is no label": Mistake(
         learns(Numbers, c=NUMBERS, null=torch.zeros(3), coupling=Coupling(group=8)),
@@ -617,6 +649,14 @@ def test_a_check_in_evaluation_is_made_again_in_training() -> None:
     assert not flow.net_draws
     flow.train()(IMAGES)
     assert flow.net_draws
+
+
+def test_a_share_of_no_row_is_for_validation() -> None:
+    flow = dumo.Flow(points(), teacher=path_velocity, prior=0.5).eval()
+    flow(X[:1])
+    with pytest.raises(UserError, match=r"prior = 0\.5 of a batch of 1 rows is no row"):
+        flow.train()(X[:1])
+    flow(X)
 
 
 def test_generators_stay_where_a_check_refuses() -> None:

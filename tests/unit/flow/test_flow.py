@@ -613,6 +613,25 @@ def test_an_average_is_read_and_the_flow_stays() -> None:
     assert flow.net is not average
 
 
+def test_an_average_as_theta_drops_nothing() -> None:
+    """An AveragedModel begins in training mode; a network that is its own theta^- stays in it."""
+    case = CASES["dropout"]
+    losses: list[Tensor] = []
+    for average in (AveragedModel(case.flow().net), AveragedModel(case.flow().net).eval()):
+        flow = case.flow(ref=average)
+        losses.append(flow(case.x, case.c))
+        assert not any(part.training for part in average.modules())
+        assert flow.net.training
+    assert torch.equal(*losses)
+
+    plain = case.flow()
+    of_itself = dumo.Flow(plain.net, ref=plain.net, **case.settings)
+    loss = of_itself(case.x, case.c)
+    assert of_itself.net.training
+    assert torch.equal(loss, plain(case.x, case.c))
+    assert not torch.equal(loss, losses[0])
+
+
 @pytest.mark.slow
 def test_a_compiled_network_is_the_same() -> None:
     case = CASES["points"]
