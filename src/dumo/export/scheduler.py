@@ -44,7 +44,8 @@ _TIMESTEP_SCALING = 1e4  # c above, so that c_skip is .25 / 1e8 at index 1: ours
 def restart_for_scheduler(solver: Solver) -> Restart:
     """Return the Restart that a scheduler imitates: the solver itself, or the default for a solver without jumps.
 
-    Raises UserError for Hermite, whose noise between two passes no scheduler adds.
+    Raises UserError for Hermite, which reads u and v of one pass and keeps the old noise: stock schedulers get u alone,
+    and add fresh noise.
     """
     if isinstance(solver, Hermite):
         raise UserError(

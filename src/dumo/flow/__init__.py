@@ -5,5 +5,5 @@
 - Samples: `reading` says what a trained net tells a `solver`, and `generate` runs it in batches.
 - For one net, all of it together: `flow`; in a training loop of a user's, `loop`, which is `dumo.Flow`.
 
-Touches tensors, and no file. Knows no net, no data and no objective by name.
+Touches tensors, and no file. Knows no net and no data; of objectives it knows names, in messages alone.
 """

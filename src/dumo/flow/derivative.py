@@ -238,9 +238,9 @@ def _record_in_float64(b: Noised) -> Noised:
 def _differences(net: Passes, b: Noised, inputs: Mapping[str, Time], *, as_called: bool = False) -> tuple[Heads, float]:
     """The derivative of each head along the velocity, and how uncertain it is: a relative error, of the worst head.
 
-    The derivatives are central differences with several half-steps. One of one half-step would agree with a central
-    slope of the same, right or wrong. So the one is taken that agrees best with the next longer one, and the
-    uncertainty is the relative error between these two. Where passes round to bf16, no two may agree.
+    The derivatives are central differences with half-steps h. A difference of the same h as a central slope would agree
+    with it even if both are wrong. So several h are tried, and the one is taken that agrees best with its longer
+    neighbour. The uncertainty is the relative error between these two. Where passes round to bf16, no two may agree.
 
     as_called: whether passes are under the caller's autocast, with any kernel of attention; else they are in the types
     of x and the weights, with that of math.

@@ -108,7 +108,7 @@ class Draws:
     kept: Rows  # the rows whose condition is not dropped
     keys: dropout.Keys  # of the masks of dropout
     laws: Mapping[str, Tensor]  # the objective's further laws, by name
-    moving: tuple[bool, ...] | None  # the rows that may have r < t, fixed by place; None: all
+    moving: tuple[bool, ...] | None  # the rows that may have r != t, fixed by place; None: all
     taught: Rows | None = None  # the rows that a teacher answers; None: all, if there is one
 
     def __getitem__(self, rows: slice) -> "Draws":

@@ -3,7 +3,7 @@
 `without_drop` is for training, `guidance_of` and `require_guidable` for sampling.
 
 Dropped conditions and guidance go together: guidance needs what the network makes of no condition, and a network learns
-that from dropped ones. Where nothing stands for no condition, none is dropped and nothing guides.
+that from dropped ones. Where nothing stands for no condition, none is dropped, and no guidance has an effect.
 """
 
 from typing import Any
@@ -15,7 +15,10 @@ from dumo.types import Objective, UserError
 
 
 def without_drop(objective: Objective) -> Objective:
-    """A copy of the objective that drops no condition and guides its target by none."""
+    """A copy of the objective that drops no condition and guides its target by none.
+
+    iMF keeps its knobs, but they guide nowhere: where V(null) is V(c), its v* settles at the unguided velocity.
+    """
     fields = dict(objective)
     changed: dict[str, Any] = {}
     if fields.get("drop"):

@@ -111,8 +111,9 @@ def require_precise_passes(noised: Noised, gain: float, kind: str) -> None:
 def require_precision(precision: str, gain: float, kind: str) -> None:
     """Raise UserError where passes of this precision are too coarse for objective `kind`.
 
-    `gain` is by how much the objective multiplies the rounding of the net, at most; infinite: without bound. Below fp32
-    a gain above MAX_GAIN is refused.
+    `gain` is by how much the objective multiplies the rounding of the net, at most, at any time of the training;
+    infinite: without bound. Below fp32 a gain above MAX_GAIN is refused, also where it is reached for a while only:
+    alpha-Flow's while alpha is strictly between 0 and 1.
     """
     if gain > MAX_GAIN and precision != "fp32":
         times = "without bound" if isinf(gain) else f"by up to {gain:g}"

@@ -1,6 +1,6 @@
-"""Laws from which the times (t, r) of a batch's rows are drawn, r <= t, or one number for each row.
+"""Laws from which the times (t, r) of a batch's rows are drawn, r <= t but for `both_ways`, or a number for each.
 
-1. `dumo.flow.draw` asks `moving`, which says without drawing which rows may have r < t. Kinds of rows are chosen by
+1. `dumo.flow.draw` asks `moving`, which says without drawing which rows may have r != t. Kinds of rows are chosen by
    their place in the batch, so that every rank and step has as many of each.
 2. It calls the law with the number of rows n and a generator. The law returns t and r, (n,) each.
 
@@ -231,12 +231,12 @@ class Jumps(TimeLaw):
         return t, r
 
     def moving(self, n: int) -> tuple[bool, ...]:
-        """Which of the first n rows may have r < t; all others have r = t."""
+        """Which of the first n rows may have r != t; all others have r = t."""
         return tuple(not rests for rests in spread_evenly(n, self.velocity_ratio))
 
     @property
     def moving_share(self) -> float:
-        """The share of rows that may have r < t: all but `velocity_ratio`."""
+        """The share of rows that may have r != t: all but `velocity_ratio`."""
         return 1 - self.velocity_ratio
 
     @property

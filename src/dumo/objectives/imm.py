@@ -14,8 +14,8 @@ Unlike DuMo, nothing is regressed, and no velocity enters. The pairs j = k, 1 of
 and z, which is on average nearer to the mean than y: at the exact flow they leave a pull of O(1 / M). Of Gaussian data
 it shrinks with the gap t - q; of skewed data it does not.
 
-Rows of a group have labels of their own, the same for y and y'. Then all pairs j, k of different labels only match what
-is made of all labels together; it is the pairs j = k, and those of one label, that match each by itself.
+Rows of a group have labels of their own, the same for y and y'. Pairs of rows with different labels match only the
+mixture of all labels. A single label is matched by the pairs of that label and by j = k.
 """
 
 from typing import ClassVar, Literal

@@ -57,7 +57,8 @@ class Match(Pull):
             if self.alpha is None:
                 loss = loss + WEIGHT * mean_square(descent_error(u, gap))
             else:
-                # A pass that moves samples; what its weights learn, the terms of the first pass unlearn.
+                # The second pass has the same values; subtracting the first pass's loss cancels its gradient by the
+                # weights and leaves the one by the samples.
                 x_moved, aim = b.path.at(b.z - u, z, t)
                 v_moved, _, w_moved = net(x_moved, b.c, t=t)
                 moved = sid_loss(w_moved, v_moved, aim, self.alpha) - sid_loss(w, v, w_star, self.alpha)

@@ -6,8 +6,8 @@
                                              (m_1 + m_2) / 2          (4)  for `shortcut`
 
 with m_1 and m_2 the mean velocities of theta^- over both halves of [r, t]. One slope along v* gives the derivatives of
-all heads. Only the output layer of m gets r, so v and u mean what they do in DuMo: for any r their losses are DuMo's to
-the bit.
+all heads. On dumo's own nets only the output layer of m gets r, so v and u mean what they do in DuMo: for any r their
+losses are DuMo's to the bit. Other nets may show r to all heads: then v and u are read at r = 0.
 """
 
 from typing import Literal

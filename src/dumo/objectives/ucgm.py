@@ -16,8 +16,8 @@ Unlike DuMo: the authors put a bound on e, a gain that grows with t, a Huber los
     F - u* = 4 t / sin(pi t / 2) clip(e)        at ratio 0: e                                 (4)
     loss = cos(pi t / 2) huber(F - u*)                                                        (5)
 
-Where v* given x_t is skewed these move the fixed point (docs/objectives/details.md). Each may be left out;
-without all of them the loss is the mean square of e.
+Where v* given x_t is skewed these move the fixed point (docs/objectives/details.md). Bound and gain hold at ratio > 0,
+the weight at every ratio. The Huber loss has the c `soft`: at 0 it is the root of the mean square.
 
 At ratio 1 F is taken at t, where the authors' code has the mean of its values at t - h and t + h.
 """
