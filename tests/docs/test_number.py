@@ -125,13 +125,6 @@ def test_no_bold_number_is_worse_known_than_to_a_quarter() -> None:
         assert float(error) <= 0.25 * float(value) + 0.007, (value, error)  # both are rounded
 
 
-def test_on_paired_folds_the_front_table_has_one_winner_at_one_nfe() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (table,) = re.findall(r"<!-- table: front -->(.*?)<!-- end -->", readme, re.DOTALL)
-    first_cells = [row.split("|")[2] for row in table.strip().splitlines()[2:]]
-    assert [cell[:2] == "**" for cell in first_cells] == [True, False, False, False, False, False]
-
-
 @pytest.mark.parametrize(
     ("row", "count"),
     [
