@@ -167,7 +167,7 @@ def test_a_cell_that_was_trained_on_with_other_settings_is_refused(tmp_path: Pat
     first = finished(tmp_path)
     changed = first.trained.run.train.model_copy(update={"steps": 6, "clip": 0.5})
     train(first.trained.run.model_copy(update={"train": changed}), first.trained.folder, device="cpu", accept=True)
-    with pytest.raises(UserError, match=r"was trained on with another train\.\w+, so it is no longer"):
+    with pytest.raises(UserError, match=r"was continued with another train\.\w+, so it is no longer"):
         finished(tmp_path)
 
 
