@@ -1,12 +1,11 @@
-"""What made the results of a cell: the commit of dumo, the day, and the fingerprint of the objective that trained it.
+"""What made the results of a cell: the commit of dumo, and the fingerprint of the objective that trained it.
 
 `origin_of` notes this in a file next to the run as its training begins, and reads it where the run is there already. So
-results of runs from several days say so, and a run that another objective trained is refused.
+results name the commits of their trainings, and a run that another objective trained is refused.
 """
 
 import shutil
 import subprocess
-from datetime import UTC, datetime
 from math import isclose
 from pathlib import Path
 
@@ -24,7 +23,6 @@ class Origin(Spec):
     """What made the results of a cell."""
 
     commit: str | None  # of dumo; with "-dirty" where files were changed. None: dumo was installed without git
-    date: str  # UTC, on which the training began
     fingerprint: dict[str, float]  # of the objective
 
 
@@ -36,7 +34,7 @@ def origin_of(cell: Cell, folder: Path) -> Origin:
     file = folder.with_name(f"{folder.name}.json")
     way_out = f"move {folder} away, and the cell is trained anew"
     if not (folder / RUN_FILE).is_file():
-        today = Origin(commit=commit(), date=datetime.now(UTC).date().isoformat(), fingerprint=fingerprint(cell.spec))
+        today = Origin(commit=commit(), fingerprint=fingerprint(cell.spec))
         write_json(file, today.model_dump())
         return today
     noted = parse(Origin, read_json(file, way_out), str(file))
@@ -56,9 +54,9 @@ def commit() -> str | None:
     """The commit of dumo that runs, as `Origin.commit`."""
     if shutil.which("git") is None:
         return None
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    is_tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True)
+    module = Path(__file__)
+    git = ["git", "-C", str(module.parent)]
+    is_tracked = subprocess.run([*git, "ls-files", "--error-unmatch", module.name], capture_output=True)
     if is_tracked.returncode:
         return None
     describe = [*git, "describe", "--always", "--dirty", "--abbrev=8", "--exclude=*"]

@@ -299,10 +299,10 @@ def fit_power_law(points: Curve) -> tuple[float, float]:
 def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) -> dict[str, Image.Image]:
     """Distance against budget, a chart per number of passes; a dashed line is the first arm at a budget of 1.
 
-    The table's first arm is DuMo untuned, its second ours. Arms whose name begins with + are left out.
+    The table's first arm is DuMo untuned, its second DuMo tuned. Arms whose name begins with + are left out.
     """
     arms = list(dict.fromkeys(row["arm"] for row in table if not row["arm"].startswith("+")))
-    untuned, ours, *rivals = arms
+    untuned, tuned, *rivals = arms
     x_label = f"counted operations, over those of {plan.get_scale('laptop').steps:,} steps of {untuned}"
     charts: dict[str, Image.Image] = {}
     for nfe in passes:
@@ -310,7 +310,7 @@ def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) ->
             f"What a budget buys, {nfe_text(nfe)}",
             x_label,
             chart.score_label(main_score(table[0])),
-            {name: _curve(table, name, nfe) for name in (ours, *sorted(rivals), untuned)},
+            {name: _curve(table, name, nfe) for name in (tuned, *sorted(rivals), untuned)},
             log_x=True,
             level=chart.Level(_first_distance(table, nfe), f"{untuned} at 1"),
         )

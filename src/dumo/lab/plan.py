@@ -327,16 +327,11 @@ class Cell:
     @property
     def arm(self) -> str:
         """Its name without the seed, which it shares with the cells of the same arm and axes."""
-        return arm_of(self.name)
+        arm, _, _ = self.name.rpartition("-")
+        return arm
 
 
 # ------------------------------------------------------------------------------------- names, settings and reading
-
-
-def arm_of(cell_name: str) -> str:
-    """The name of a cell without its seed."""
-    arm, _, _ = cell_name.rpartition("-")
-    return arm
 
 
 def _combinations(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator[tuple[dict[str, Any], list[str]]]:

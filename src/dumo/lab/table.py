@@ -12,7 +12,7 @@ from typing import Any
 
 from dumo.evaluation.metric import headline_score, metric
 from dumo.lab.cell import Result, Row
-from dumo.lab.plan import Cell, arm_of
+from dumo.lab.plan import Cell
 
 
 def group_by_arm(results: Sequence[Result]) -> list[list[Result]]:
@@ -93,8 +93,7 @@ def from_cells(stored: Row) -> list[Row]:
     """
     cells_by_arm: dict[str, dict[str, Row]] = {}
     for cell in stored["cells"]:
-        arm = arm_of(cell["cell"])
-        seed = cell["cell"].removeprefix(f"{arm}-")
+        arm, _, seed = cell["cell"].rpartition("-")
         cells_by_arm.setdefault(arm, {})[seed] = cell
     rows: list[Row] = []
     for cells in cells_by_arm.values():
