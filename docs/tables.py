@@ -181,7 +181,12 @@ def failed_counts_by_arm(results: Results) -> dict[str, str]:
 
 
 def ranked_table(results: Results) -> Table:
-    """Every arm, the nearest at its fewest passes first: a step's cost, the score at 1, 2 and 4 NFE, recall at one."""
+    """Every arm, the nearest at its fewest passes first: a step's cost, the score at 1, 2 and 4 NFE, recall at one.
+
+    Without a column for passes that no arm was measured at.
+    """
+    measured = {row["nfe"] for row in results["table"]}
+    passes = [nfe for nfe in (1, 2, 4) if nfe in measured]
     name_column = next(iter(results["table"][0]))
     first_name = results["table"][0][name_column]
     arms = group_by_arm(results, name_column)
@@ -189,8 +194,9 @@ def ranked_table(results: Results) -> Table:
     arms.sort(key=lambda arm: (arm[0]["nfe"], arm[0][score]))
     links = _links_to_objectives(results["name"])
 
-    table = Table(["", "F", f"{score_title(arms[0])}, 1 NFE", "2", "4", "recall"])
-    for arm, scores, failed in zip(arms, score_cells(arms, (1, 2, 4)), failed_counts(arms), strict=True):
+    more_columns = [str(nfe) for nfe in passes[1:]]
+    table = Table(["", "F", f"{score_title(arms[0])}, {passes[0]} NFE", *more_columns, "recall"])
+    for arm, scores, failed in zip(arms, score_cells(arms, passes), failed_counts(arms), strict=True):
         row = arm[0]
         name = str(links.get(row[name_column], row[name_column]))
         if row[name_column] == first_name:
@@ -208,17 +214,6 @@ def _links_to_objectives(plan: str) -> dict[str, str]:
         if name is not None:
             links[name] = f"[{name}](objectives/details.md#{load(arm.recipe).objective.kind})"
     return links
-
-
-def two_times_table(results: Results) -> Table:
-    """Every arm at its best rate, on test images, the nearest first: a step's cost and the score at 1, 2 and 4 NFE."""
-    arms = [arm for arm in group_by_arm(results, "objective", "judged on") if arm[0]["judged on"] == "test images"]
-    arms.sort(key=lambda arm: arm[0]["mmd"])
-    table = Table(["", "rate", "F", f"{SCORE_TITLES['mmd']}, 1 NFE", "2", "4"])
-    for arm, scores, failed in zip(arms, score_cells(arms, (1, 2, 4)), failed_counts(arms), strict=True):
-        row = arm[0]
-        table.add(row["objective"], f"{row['rate']}", f"{row['F_per_step']:.2f}", *scores, failed=failed)
-    return table
 
 
 def front_table(results: Results) -> Table:
@@ -418,7 +413,8 @@ TABLES = {  # by the table's name: the file of its results, and what makes a tab
     "fig4a": ("fig4a", shares_table),
     "stages": ("stages", ranked_table),
     "stages-latents": ("stages-latents", ranked_table),
-    "two-times": ("two-times", two_times_table),
+    "pretrained": ("pretrained", ranked_table),
+    "lowpass": ("lowpass", ranked_table),
     "kills": ("kill", kills_table),
     "memory": ("memory", memory_table),
 }

@@ -40,7 +40,7 @@ def reproduce(
         typer.Argument(
             callback=_check_plan,
             help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, fair, flow-first, "
-            "latents, lowpass, pretrained, scaling, stages, stages-latents, two-times, words; "
+            "latents, lowpass, pretrained, scaling, stages, stages-latents, words; "
             "or a YAML file of your own.",
         ),
     ],

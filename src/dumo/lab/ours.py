@@ -151,19 +151,18 @@ def words_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
 
 def pretrained_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Write trajectories of the first seed of each arm, before, during and after its training (as Figs. 5 and 6).
+    """Write two pictures of the first arm that was tuned, `results[1]`.
 
-    The last picture is what diffusers' own pipeline makes of the first arm that was tuned, `results[1]`.
+    One has trajectories before, during and after its training (as Figs. 5 and 6), one what diffusers' own pipeline makes.
     """
-    paths: list[Path] = []
-    for first, *_ in group_by_arm(results):  # a picture each, for each arm has milestones of its own
-        path = folder / f"pretrained-{first.cell.arm}.png"
-        panels_by_mode = {mode.name: panels for mode, panels in gallery.trajectories(first.trained).items()}
-        picture.write_picture(path, gallery.join_panels(panels_by_mode))
-        paths.append(path)
-    path = folder / "pretrained-stock.png"
-    picture.write_picture(path, sample_by_diffusers(results[1], folder / f"exported-{results[1].trained.folder.name}"))
-    return [*paths, path]
+    tuned = results[1]
+    grid_path = folder / "pretrained-grid.png"
+    panels_by_mode = {mode.name: panels for mode, panels in gallery.trajectories(tuned.trained).items()}
+    picture.write_picture(grid_path, gallery.join_panels(panels_by_mode))
+    stock_path = folder / "pretrained-stock.png"
+    stock_images = sample_by_diffusers(tuned, folder / f"exported-{tuned.trained.folder.name}")
+    picture.write_picture(stock_path, stock_images)
+    return [grid_path, stock_path]
 
 
 def sample_by_diffusers(result: Result, folder: Path) -> Image.Image:

@@ -104,7 +104,6 @@ VIEWS = {  # by the name of the plan
         make_charts=partial(ours.best_charts, passes=(1, 2, 4, 50)),
         needs_all_cells=True,
     ),
-    "two-times": View(make_charts=_no_charts),
     "words": View(make_table=ours.words_table, make_charts=_no_charts, draw_pictures=ours.words_draw),
     "zoo": View(make_table=paper.zoo_table, needs_all_cells=True),
 }
