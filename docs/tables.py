@@ -29,9 +29,9 @@ MODELS = DOCS.parent / "src/dumo/trained"
 SHIPPED = DOCS.parent / "src/dumo/recipes/results"  # which reports show, too
 RESULT_FOLDERS = (SHIPPED, DOCS / "results", DOCS.parent / "tools", MODELS)
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)", re.DOTALL)
-SCORES = ("fd", "fd_grey", "mmd", "class_mmd")
+SCORES = ("fd", "mmd", "class_mmd")
 TRAINED_SCORES = ("mmd", "class_mmd")  # of the models that come with dumo
-SCORE_TITLES = {"class_mmd": "kernel distance by class · 10³", "mmd": "kernel distance · 10³"}  # others: FD
+SCORE_TITLES = {"class_mmd": "kernel distance by class · 10³", "mmd": "kernel distance · 10³"}
 FRONT_NAMES = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "DuMo, untuned": "DuMo, untuned (`digits`)"}
 Results = dict[str, Any]  # a file of results
 Row = dict[str, Any]  # of its table: means over the seeds of an arm, at one number of passes
@@ -106,14 +106,11 @@ def budgets_of(results: Results) -> list[float]:
 
 def score_title(arm: ArmRows) -> str:
     """What a column of an arm's main score is called."""
-    return SCORE_TITLES.get(main_score(arm[0]), "FD")
+    return SCORE_TITLES[main_score(arm[0])]
 
 
 def score_cells(arms: Sequence[ArmRows], passes: Sequence[int]) -> list[list[str]]:
-    """The main score of each arm at these numbers of passes, with its error; the best is bold (`dumo.lab.ranking`).
-
-    Of results from before errors were known, the spread over seeds, and nothing is bold.
-    """
+    """The main score of each arm at these numbers of passes, with its error; the best is bold (`dumo.lab.ranking`)."""
     columns = [_score_column(arms, nfe) for nfe in passes]
     return [list(cells) for cells in zip(*columns, strict=True)]
 
@@ -121,8 +118,6 @@ def score_cells(arms: Sequence[ArmRows], passes: Sequence[int]) -> list[list[str
 def _score_column(arms: Sequence[ArmRows], nfe: int) -> list[str]:
     """The main score of each arm at one number of passes; empty where it was not measured."""
     score = main_score(arms[0][0])
-    digits = 1 if score == "fd" else 2
-    has_errors = "error" in arms[0][0]
     rows: dict[int, Row] = {}  # by the number of the arm
     for number, arm in enumerate(arms):
         for row in arm:
@@ -130,13 +125,9 @@ def _score_column(arms: Sequence[ArmRows], nfe: int) -> list[str]:
                 rows[number] = row
 
     cells = [""] * len(arms)
-    if not has_errors:
-        for number, row in rows.items():
-            cells[number] = with_error(row[score], row[f"{score}_sd"], digits)
-        return cells
     best = best_arms([ArmScore(score_by_seed(row, score), row["error"]) for row in rows.values()])
     for (number, row), is_best in zip(rows.items(), best, strict=True):
-        cell = with_minus(with_error(row[score], row["error"], digits))
+        cell = with_minus(with_error(row[score], row["error"]))
         cells[number] = f"**{cell}**" if is_best else cell
     return cells
 
@@ -285,17 +276,20 @@ def flow_first_table(results: Results) -> Table:
 
 
 def words_table(results: Results) -> Table:
-    """By words and by classes: distances, and those within a class by captions that were trained on and held out."""
+    """By words and by classes: the score at one and two NFE, and FDs within a class by captions seen and held out."""
     arms = group_by_arm(results, "data", "condition")
-    table = Table(["", "by", "steps", "MFLOP per NFE", "FD, 1 NFE", "2", "recall", "class FD", "held out"])
-    for arm, failed in zip(arms, failed_counts(arms), strict=True):
-        row = arm[0]
-        score = "fd" if row.get("fd_grey") is None else "fd_grey"
-        distances = [with_error(of_passes[score], of_passes[f"{score}_sd"]) for of_passes in arm]
-        more_scores = [row["recall"], row["class_fd"], row["class_fd_held"]]
-        more_cells = ["" if score is None else f"{score:.2f}" for score in more_scores]
-        costs = [f"{row['steps']:,}", f"{row['MFLOP_per_pass']:.1f}"]
-        table.add(row["data"], row["condition"], *costs, *distances, *more_cells, failed=failed)
+    columns = ["steps", "MFLOP per NFE", f"{score_title(arms[0])}, 1 NFE", "2", "recall", "class FD", "held out"]
+    table = Table(["", "by", *columns])
+    for data in dict.fromkeys(arm[0]["data"] for arm in arms):
+        arms_of_data = [arm for arm in arms if arm[0]["data"] == data]
+        scores_of_data = score_cells(arms_of_data, (1, 2))
+        for arm, scores, failed in zip(arms_of_data, scores_of_data, failed_counts(arms_of_data), strict=True):
+            row = arm[0]
+            costs = [f"{row['steps']:,}", f"{row['MFLOP_per_pass']:.1f}"]
+            held_out = row["class_fd_held"]  # None: by classes
+            held_out_text = "" if held_out is None else f"{held_out:.2f}"
+            more_scores = [f"{row['recall']:.2f}", f"{row['class_fd']:.2f}", held_out_text]
+            table.add(data, row["condition"], *costs, *scores, *more_scores, failed=failed)
     return table
 
 

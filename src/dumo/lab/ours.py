@@ -52,8 +52,6 @@ _SCORES = (
     "error",
     "fd",
     "fd_sd",
-    "fd_grey",
-    "fd_grey_sd",
     "precision",
     "recall",
     "accuracy",
@@ -153,7 +151,8 @@ def words_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 def pretrained_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     """Write two pictures of the first arm that was tuned, `results[1]`.
 
-    One has trajectories before, during and after its training (as Figs. 5 and 6), one what diffusers' own pipeline makes.
+    One has trajectories before, during and after its training (as Figs. 5 and 6). The other is what diffusers' own
+    pipeline makes of it.
     """
     tuned = results[1]
     grid_path = folder / "pretrained-grid.png"

@@ -128,17 +128,13 @@ def with_diverged_seeds(
 
 
 def main_score(row: Row) -> str:
-    """The main score of an averaged row. Scores that are None do not count; old rows lead with `fd_grey`."""
-    measured = [key for key, value in row.items() if value is not None]
-    return leading_score([key for key in measured if f"{key}_sd" in row or key == "fd_grey"])
+    """The main score of an averaged row. Scores that are None do not count."""
+    return leading_score([key for key, value in row.items() if value is not None and f"{key}_sd" in row])
 
 
 def leading_score(scores: Sequence[str]) -> str:
-    """The main score: by class where it was measured so, as in `dumo compare`; else the protocol's own.
-
-    Older results of digits lead with `fd_grey`.
-    """
-    for name in ("class_mmd", "mmd", "fd_grey"):
+    """The main score: by class where it was measured so, as in `dumo compare`; else the protocol's own."""
+    for name in ("class_mmd", "mmd"):
         if name in scores:
             return name
     return headline_score(scores)

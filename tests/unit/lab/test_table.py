@@ -36,7 +36,7 @@ def result(
 
 def row(nfe: int, distance: float, **more: float | None) -> dict[str, Any]:
     """A row of a report."""
-    return {"nfe": nfe, "solver": "s", "fd_grey": distance, "fd": distance / 2, "kid": 1.0, "kid_sd": 9.0, **more}
+    return {"nfe": nfe, "solver": "s", "mmd": distance, "fd": distance / 2, "kid": 1.0, "kid_sd": 9.0, **more}
 
 
 def test_a_table_is_means_over_seeds() -> None:
@@ -47,19 +47,19 @@ def test_a_table_is_means_over_seeds() -> None:
         for seed in (0, 2)
     ]
     first, second, third, _ = table.average_by_arm(done)
-    keys = ["arm", "nfe", "solver", "fd_grey", "fd_grey_sd", "fd", "fd_sd", "kid", "seeds"]  # kid_sd is of another kind
+    keys = ["arm", "nfe", "solver", "mmd", "mmd_sd", "fd", "fd_sd", "kid", "seeds"]  # kid_sd is of another kind
     assert list(first) == keys
     lacking = table.average_by_arm(
         [result({"arm": "a"}, seed, [row(1, 2.0, auc=auc)]) for seed, auc in enumerate((0.5, None))]
     )
     assert lacking[0]["auc"] is None  # a score that one cell has not
-    assert (first["fd_grey"], first["fd_grey_sd"], first["fd"], first["seeds"]) == (2, pytest.approx(2**0.5), 1, 2)
-    assert (second["nfe"], second["fd_grey_sd"], third["arm"], third["fd_grey"]) == (2, 0, "b", 6)
-    assert table.average_by_arm(done[:1])[0]["fd_grey_sd"] is None
+    assert (first["mmd"], first["mmd_sd"], first["fd"], first["seeds"]) == (2, pytest.approx(2**0.5), 1, 2)
+    assert (second["nfe"], second["mmd_sd"], third["arm"], third["mmd"]) == (2, 0, "b", 6)
+    assert table.average_by_arm(done[:1])[0]["mmd_sd"] is None
     report = {"results": [row(1, 1.0), row(2, 2.0)], "contrast": [row(2, 7.0), row(50, 3.0)]}
     by_passes = table.rows_of_all_passes(report)
-    assert [one["fd_grey"] for one in by_passes] == [1.0, 2.0, 3.0]  # Euler's where there is no other
-    assert table.main_score(first) == table.main_score({"fd": 1, "fd_sd": 2, "fd_grey": 3}) == "fd_grey"
+    assert [one["mmd"] for one in by_passes] == [1.0, 2.0, 3.0]  # Euler's where there is no other
+    assert table.main_score(first) == "mmd"
     assert table.main_score({"fd": 1, "fd_sd": 2, "kid": 3}) == "fd"
     assert table.main_score({"mmd": 1, "mmd_sd": 2, "fd": 1, "fd_sd": 2}) == "mmd"
     assert table.main_score({"class_mmd": None, "class_mmd_sd": None, "mmd": 1, "mmd_sd": 2}) == "mmd"
@@ -140,7 +140,7 @@ def test_budgets_are_compared_with_the_first_arm() -> None:
 
 def test_the_power_by_which_distances_fall_has_an_error_by_seeds() -> None:
     """Of seed 0 by the root of the budget, of seed 1 in proportion to it; in two passes not at all."""
-    exact = {"fd_grey_sd": 0.0}
+    exact = {"mmd_sd": 0.0}
     done = [
         result({"arm": "a", "budget": budget}, seed, [row(1, 5 / budget**power, **exact), row(2, 7.0, **exact)])
         for budget in (1, 3, 10)
@@ -195,7 +195,7 @@ def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatc
     assert passes == [1, 1]
     ((names, note),) = seen
     assert names == ["y, 2.00", "x, 3.00"]
-    assert "lower is better; not FID" in note
+    assert "kernel distance · 10³; lower is better" in note
 
 
 @pytest.mark.parametrize(
