@@ -47,7 +47,7 @@ docs: $(BIN)/.developed ## write llms.txt and AGENTS.md, build the documentation
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python tests/docs/page.py
 
-measured: $(BIN)/.developed ## measure again what the pages show, write its tables and draw its charts (some nine hours of two cores); needs DUMO_DATA
+measured: $(BIN)/.developed ## measure again what the pages show, and write its tables (half a day of two cores); needs DUMO_DATA
 	$(BIN)/python docs/measure.py
 
 pictures: $(BIN)/.developed ## draw the pictures of the pages from the shipped models and measured numbers; needs DUMO_DATA and Chromium

@@ -1,4 +1,4 @@
-"""Measure again what the pages show: `make measured`, some nine hours of two cores, with $DUMO_DATA/cifar10.
+"""Measure again what the pages show: `make measured`, half a day of two cores, with $DUMO_DATA/cifar10.
 
     python docs/measure.py [NAME ...]    # plans of `dumo reproduce`; none: all whose results are kept
 
@@ -7,8 +7,7 @@ For each plan, one after another, it
 1. runs `dumo reproduce NAME --scale laptop --jobs 2`, which goes on where an earlier run of it was stopped;
 2. keeps its results.json where that of the plan is kept, and those of its pictures that the pages show (`keep`).
 
-Then it writes the tables (`docs/tables.py`) and draws the charts (`docs/pictures.py`). Sentences that have numbers of a
-table are to be read again by a person.
+Then it writes the tables (`docs/tables.py`). Sentences that have numbers of a table are to be read again by a person.
 """
 
 import json
@@ -62,7 +61,6 @@ def main(names: list[str]) -> None:
         for copy in keep(RUNS / f"{name}-laptop", files.get(name, RESULT_FOLDERS[0] / f"{name}.json"), DOCS):
             print(copy)
     subprocess.run([sys.executable, DOCS / "tables.py"], check=True)
-    subprocess.run([sys.executable, DOCS / "pictures.py", "charts"], check=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from dumo.flow.generate import labels_in_turn
 from dumo.io import picture
 from dumo.lab.plan import read_plan
 from dumo.lab.reproduce import VIEWS, View
-from dumo.lab.table import from_cells
 from dumo.run.judge import reference_data
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.text import nfe_text
@@ -157,10 +156,8 @@ def draw_charts() -> None:
     """
     for plan in CHARTED:
         results = read_results(plan)
-        # the table of `fair` was written before tables had deviations: its cells have them
-        table = from_cells(results) if plan == "fair" else results["table"]
         view = VIEWS.get(plan, View())
-        charts = view.make_charts(read_plan(plan), table)
+        charts = view.make_charts(read_plan(plan), results["table"])
         for name, chart in charts.items():
             path = DOCS / f"{name}.png"
             if path.exists():

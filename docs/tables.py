@@ -172,14 +172,13 @@ def failed_counts_by_arm(results: Results) -> dict[str, str]:
 
 
 def ranked_table(results: Results) -> Table:
-    """Every arm, the nearest at its fewest passes first: a step's cost, the score at 1, 2 and 4 NFE, recall at one.
+    """Every arm, the best at its fewest passes first: F, the score at 1, 2 and 4 NFE, and recall at one.
 
-    Without a column for passes that no arm was measured at.
+    NFE that no arm has get no column.
     """
     measured = {row["nfe"] for row in results["table"]}
     passes = [nfe for nfe in (1, 2, 4) if nfe in measured]
     name_column = next(iter(results["table"][0]))
-    first_name = results["table"][0][name_column]
     arms = group_by_arm(results, name_column)
     score = main_score(arms[0][0])
     arms.sort(key=lambda arm: (arm[0]["nfe"], arm[0][score]))
@@ -190,8 +189,6 @@ def ranked_table(results: Results) -> Table:
     for arm, scores, failed in zip(arms, score_cells(arms, passes), failed_counts(arms), strict=True):
         row = arm[0]
         name = str(links.get(row[name_column], row[name_column]))
-        if row[name_column] == first_name:
-            name = f"**{name}**"
         recall = f"{row['recall']:.2f}" if row["nfe"] == 1 else ""
         table.add(name, f"{row['F_per_step']:.2f}", *scores, recall, failed=failed)
     return table
@@ -208,7 +205,7 @@ def _links_to_objectives(plan: str) -> dict[str, str]:
 
 
 def front_table(results: Results) -> Table:
-    """The arms of `best` but ablations, named + ..., at a budget of 1; and what a perfect sampler would have."""
+    """The arms of `best` at a budget of 1, without ablations (their names begin with +), and a perfect sampler."""
     arms = [arm for arm in arms_at_budget(results, 1) if not arm[0]["arm"].startswith("+")]
     score = main_score(arms[0][0])
     arms.sort(key=lambda arm: arm[0][score])
@@ -217,8 +214,7 @@ def front_table(results: Results) -> Table:
         name = str(arm[0]["arm"])
         table.add(FRONT_NAMES.get(name, name), *scores, failed=failed)
 
-    deviation = "class_mmd_sd" if score == "class_mmd" else "sd"
-    variances = [cell["baselines"]["perfect"][deviation] ** 2 for cell in results["cells"]]
+    variances = [cell["baselines"]["perfect"]["class_mmd_sd"] ** 2 for cell in results["cells"]]
     mean_variance = sum(variances) / len(variances)
     error = (mean_variance / arms[0][0]["seeds"]) ** 0.5  # of a mean over folds
     table.add("*a perfect sampler*", *[with_error(0, error)] * 4)
@@ -235,7 +231,7 @@ def best_table(results: Results) -> Table:
 
 
 def scaling_table(results: Results) -> Table:
-    """Every arm at 1, 2, 4 and 50 NFE: the score by budget, and the power of the budget by which it changes."""
+    """Every arm at 1, 2, 4 and 50 NFE: the score at each budget, and p where the score is as budget^p."""
     budgets = budgets_of(results)
     scores_by_arm: dict[tuple[str, int], dict[float, str]] = {}  # by arm and passes, then by budget
     powers: dict[tuple[str, int], str] = {}
@@ -395,7 +391,7 @@ def trained_table(_: Results) -> Table:
 # ------------------------------------------------------------------------------------------------ tables into pages
 
 TABLES = {  # by the table's name: the file of its results, and what makes a table of them
-    "trained": ("evaluation", trained_table),
+    "trained": ("evaluation", trained_table),  # which reads the files of all models itself
     "zoo": ("zoo", ranked_table),
     "front": ("best", front_table),
     "best": ("best", best_table),

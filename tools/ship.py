@@ -37,7 +37,7 @@ from dumo.io.file import atomic_write
 from dumo.io.read import user_path
 from dumo.io.trained import SHIPPED_PREFIX
 from dumo.io.trained import folder as trained_folder
-from dumo.lab.table import leading_score
+from dumo.lab.table import main_score_of_names
 from dumo.run.judge import reference_data
 from dumo.run.resolve import as_given, resolve
 from dumo.run.weights import RunFolder, open_run
@@ -175,7 +175,7 @@ def card_text(opened: RunFolder, name: str, results: list[dict[str, float]], *, 
 
     `sha256` is that of the weights in float16.
     """
-    score = leading_score([*results[0]])
+    score = main_score_of_names([*results[0]])
     scores = [f"`{score}` {row[score]:.3g} at {row['nfe']} NFE" for row in results]
     return CARD.format(
         name=name,

@@ -8,7 +8,7 @@ from dumo.config.conditions import spread_evenly
 from dumo.config.word import MERITS, word
 from dumo.io import picture
 from dumo.lab.cell import Result, Row
-from dumo.lab.table import group_by_arm, leading_score, main_score
+from dumo.lab.table import group_by_arm, main_score, main_score_of_names
 from dumo.report import chart, score
 from dumo.runtime.text import nfe_text
 
@@ -34,7 +34,7 @@ def sample_sheets(results: Sequence[Result]) -> Image.Image:
 
     Samples are of the arm's first seed in its fewest passes, two of each class, or of ten of the classes.
     """
-    lead = leading_score(score.score_names(results[0].report["results"][0]))
+    lead = main_score_of_names(score.score_names(results[0].report["results"][0]))
     sheets: list[tuple[float, str, Image.Image]] = []  # score, title, picture
     for first, *_ in group_by_arm(results):
         row = first.report["results"][0]  # of the fewest passes

@@ -1,4 +1,4 @@
-"""The fingerprint of a run's objective: its loss and gradient on a small net and a batch that hardly depend on the run.
+"""The fingerprint of a run's objective: its loss and gradient on a small net and a batch, the same for all runs.
 
 `dumo reproduce` stores it with what a plan of dumo's measured. Where the code of today gives another fingerprint, a
 table is older than the objective that it shows, and must be measured again.
@@ -31,23 +31,23 @@ def fingerprint(run: Run) -> dict[str, float]:
 
     The draws are at three points of a training, for objectives that change with it. Both numbers depend on the
     objective, its times and guidance, on the path, and on whether theta^- is an average: on nothing else of the run.
-    They are the same on every machine to 1e-5, because times are drawn in float32.
+    Two machines agree to 1e-5 alone, because times are drawn in float32.
     """
     objective = run.objective
-    rows_together = exact_rows(objective)
-    rows = ceil(_MIN_ROWS / rows_together) * rows_together
+    row_multiple = exact_rows(objective)
+    rows = ceil(_MIN_ROWS / row_multiple) * row_multiple
     x = torch.randn(rows, *_SHAPE, generator=stream("fingerprint", "x"), dtype=torch.float64)
     c = torch.arange(rows) % _CLASSES
     net = _small_net(objective.needs)
     ref = frozen(net) if run.train.ref == "self" else frozen(_small_net(objective.needs, scale=_AVERAGE_SCALE))
-    loss_sum = 0.0
+    mean_loss = 0.0
     for step, progress in enumerate(_PROGRESS):
         record = draw(objective, run.path, x, c, _CLASSES, seed=0, step=step, progress=progress, teacher=path_velocity)
         loss = objective.loss(net, ref, record).loss.mean() / len(_PROGRESS)
         loss.backward()
-        loss_sum += loss.item()
+        mean_loss += loss.item()
     gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
-    return {"loss": loss_sum, "gradient": nn.utils.get_total_norm(gradients).item()}
+    return {"loss": mean_loss, "gradient": nn.utils.get_total_norm(gradients).item()}
 
 
 def _small_net(needs: Needs, scale: float = 1.0) -> nn.Module:

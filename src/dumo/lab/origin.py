@@ -22,7 +22,7 @@ _MAX_DIFFERENCE = 1e-5  # of equal fingerprints on two machines, over the value:
 class Origin(Spec):
     """What made the results of a cell."""
 
-    commit: str | None  # of dumo; with "-dirty" where files were changed. None: dumo was installed without git
+    commit: str | None  # of dumo; with "-dirty" where its code was changed. None: dumo was installed without git
     fingerprint: dict[str, float]  # of the objective
 
 
@@ -59,5 +59,7 @@ def commit() -> str | None:
     is_tracked = subprocess.run([*git, "ls-files", "--error-unmatch", module.name], capture_output=True)
     if is_tracked.returncode:
         return None
-    describe = [*git, "describe", "--always", "--dirty", "--abbrev=8", "--exclude=*"]
-    return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run([*git, "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True).stdout.strip()
+    code = [":(top)src/dumo/*.py", ":(top)src/dumo/*.yaml"]  # not results and pages, which measuring writes
+    is_changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode != 0
+    return f"{head}-dirty" if is_changed else head

@@ -9,8 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from itertools import pairwise
-from math import exp, fsum, hypot, log
+from math import fsum, hypot, log
 from pathlib import Path
 from statistics import fmean, linear_regression
 from typing import Any
@@ -35,13 +34,14 @@ from dumo.run.sampler import Sampler
 from dumo.runtime.random import noise
 from dumo.runtime.text import nfe_text
 
-FEATURES = {"digits": digits.features, "cifar10-features": features_of}  # by the kind of the protocol
+_FEATURES = {"digits": digits.features, "cifar10-features": features_of}  # by the kind of the protocol
+_MAX_IMAGES = 50_000  # by whose features classes are judged: all of CIFAR-10
 _MAX_SAMPLES = 4000  # that a class FD takes in all, 400 of each of 10 classes: ours
 Curve = Sequence[tuple[float, float, float | None]]  # points: budget, distance, and the deviation of the distance
 # the names of heads and metric in the charts of `fair`
 _TWO_HEADS = "two heads"
 _ADAPTIVE = "one head, MeanFlow's metric"
-ONE_HEAD = "one head"
+_ONE_HEAD = "one head"
 # the columns of `words` that averages give
 _SCORES = (
     "nfe",
@@ -59,7 +59,7 @@ _SCORES = (
 
 
 def fair_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per arm and number of passes."""
+    """The averages, with a column more: the share of far jumps."""
     return average_by_arm(results, far_column)
 
 
@@ -74,7 +74,7 @@ def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
             line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
             points.setdefault(line, {})[_heads_name(row)] = chart.Dot(row[score], row.get(f"{score}_sd"))
         title = f"Two heads and one at the same times and cost, {nfe_text(nfe)}"
-        names = [_TWO_HEADS, _ADAPTIVE, ONE_HEAD]
+        names = [_TWO_HEADS, _ADAPTIVE, _ONE_HEAD]
         charts[f"fair-nfe{nfe}"] = chart.dots(title, chart.score_label(score), points, names)
     return charts
 
@@ -83,7 +83,7 @@ def _heads_name(row: Row) -> str:
     """What a chart calls the heads and the metric of a row."""
     if row["heads"] == "two":
         return _TWO_HEADS
-    return _ADAPTIVE if row["metric"] == "adaptive" else ONE_HEAD
+    return _ADAPTIVE if row["metric"] == "adaptive" else _ONE_HEAD
 
 
 def words_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -96,7 +96,7 @@ def words_table(plan: Plan, results: list[Result]) -> list[Row]:
     for seeds in group_by_arm(results):
         first = seeds[0]
         run = first.trained.run
-        real_moments = class_moments(run.data, run.evaluate.protocol.kind, run.train.batch)
+        real_moments = class_moments(run.data, run.evaluate.protocol.kind)
         class_fds: dict[str, float | None] = {"class_fd": _mean_class_fd(seeds, run.evaluate, real_moments)}
         class_fds["class_fd_held"] = None
         if run.conditions.captions is not None:
@@ -125,15 +125,15 @@ def class_fd(sampler: Sampler, spec: Evaluation, real_moments: Sequence[Moments]
     classes = sampler.data.labels
     c = labels_in_turn(min(_MAX_SAMPLES, 2 * len(spec.protocol.labels(classes))), classes)
     samples = sampler.sample(sampler.conditions.of_labels(c, held_out=held), nfe=1, seed=spec.seed).x
-    features = FEATURES[spec.protocol.kind](samples)
+    features = _FEATURES[spec.protocol.kind](samples)
     distances = [frechet_distance(Moments.of(features[c == k]), moments) for k, moments in enumerate(real_moments)]
     return fmean(distances)
 
 
-def class_moments(data: Data, kind: str, count: int) -> list[Moments]:
-    """The moments of each class over `count` samples of the data, in the features of the protocol `kind`."""
-    x, c = data.originals().reference(count, 0)
-    features = FEATURES[kind](x)
+def class_moments(data: Data, kind: str) -> list[Moments]:
+    """The moments of each class of the data, in the features of the protocol `kind`."""
+    x, c = data.originals().reference(_MAX_IMAGES, 0)
+    features = _FEATURES[kind](x)
     return [Moments.of(features[c == k]) for k in range(data.labels)]
 
 
@@ -149,12 +149,12 @@ def words_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
 
 def pretrained_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Write two pictures of the first arm that was tuned, `results[1]`.
+    """Write two pictures of the arm `full`, the base tuned by DuMo, of its first seed.
 
     One has trajectories before, during and after its training (as Figs. 5 and 6). The other is what diffusers' own
     pipeline makes of it.
     """
-    tuned = results[1]
+    tuned = next(result for result in results if result.cell.arm == "full")
     grid_path = folder / "pretrained-grid.png"
     panels_by_mode = {mode.name: panels for mode, panels in gallery.trajectories(tuned.trained).items()}
     picture.write_picture(grid_path, gallery.join_panels(panels_by_mode))
@@ -217,22 +217,6 @@ def _open_stock_pipeline(folder: Path) -> Any:  # noqa: ANN401, a pipeline of di
     return pipe
 
 
-def best_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """What a budget buys: a row per arm, budget and number of passes.
-
-    `even_at` is the budget at which an arm is as near to the data in one pass as the first arm is at a budget of 1. It
-    is interpolated between the arm's budgets, linearly in logarithms; None outside them.
-    """
-    rows = average_by_arm(results)
-    table: list[Row] = []
-    for row in rows:
-        even_at = None
-        if row["nfe"] == 1:
-            even_at = even_budget(_curve(rows, row["arm"]), _first_distance(rows))
-        table.append(row | {"even_at": even_at})
-    return table
-
-
 def _curve(rows: Sequence[Row], name: str, nfe: int = 1) -> list[chart.CurvePoint]:
     """The curve of the arm `name` at one number of passes: budget, distance and its deviation, by budget."""
     score = main_score(rows[0])
@@ -245,23 +229,13 @@ def _first_distance(rows: Sequence[Row], nfe: int = 1) -> float:
     return next(y for budget, y, _ in _curve(rows, rows[0]["arm"], nfe) if budget == 1)
 
 
-def even_budget(points: Curve, distance: float) -> float | None:
-    """The budget at which a falling curve reaches this distance, linearly in logarithms; None where it does not."""
-    for (budget_a, distance_a, _), (budget_b, distance_b, _) in pairwise(points):
-        if distance_b <= distance <= distance_a and distance_b < distance_a:
-            fall = log(distance_a / distance)
-            whole_fall = log(distance_a / distance_b)
-            return exp(log(budget_a) + log(budget_b / budget_a) * fall / whole_fall)
-    return None
-
-
 def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """The table of `best_table`, with two columns more: `slope` and its standard error, `slope_error`.
+    """The averages, with two columns more: `slope` and its standard error, `slope_error`.
 
     The slope is p where the distance is proportional to budget^p, fitted to each seed and averaged. Seeds with one
-    budget are left out.
+    budget are left out; None where all are.
     """
-    rows = best_table(plan, results)
+    rows = average_by_arm(results)
     score = main_score(rows[0])
     curves: dict[tuple[str, int], dict[int, list[chart.CurvePoint]]] = {}  # by arm and number of passes, then by seed
     for result in results:
@@ -275,8 +249,12 @@ def scaling_table(plan: Plan, results: list[Result]) -> list[Row]:
     for row in rows:
         curves_of_seeds = curves[row["arm"], row["nfe"]].values()
         slopes = [fit_power_law(points) for points in curves_of_seeds if len(points) > 1]
-        slope = fmean(value for value, _ in slopes)
-        table.append(row | {"slope": slope, "slope_error": error_of_mean(slopes)})
+        slope = None
+        slope_error = None
+        if slopes:
+            slope = fmean(value for value, _ in slopes)
+            slope_error = error_of_mean(slopes)
+        table.append(row | {"slope": slope, "slope_error": slope_error})
     return table
 
 

@@ -26,7 +26,6 @@ from math import fsum
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from PIL import Image
 
 from dumo.config.code import names_code
@@ -90,7 +89,7 @@ class View:
 
 
 VIEWS = {  # by the name of the plan
-    "best": View(make_table=ours.best_table, make_charts=ours.best_charts, needs_all_cells=True),
+    "best": View(make_charts=ours.best_charts, needs_all_cells=True),
     "fair": View(make_table=ours.fair_table, make_charts=ours.fair_charts),
     "fig3": View(make_table=paper.fig3_table, make_charts=_no_charts, draw_pictures=paper.fig3_draw),
     "fig4a": View(make_charts=paper.fig4a_charts),
@@ -201,10 +200,10 @@ def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str,
 
 
 def _origin(command: str, device: str, results: Sequence[Result]) -> dict[str, Any]:
-    """How results were made, on which day (UTC) they were finished, and on what; `device` as `--device` names it.
+    """How results were made, on what, and on which day (UTC) their table was; `device` as `--device` names it.
 
     `commit` has all commits by which cells were trained. `training_hours` are those of all cells, one after another,
-    without judging them; unmeasured steps count nothing.
+    without judging them; steps without a recorded time count as zero.
     """
     commits = [result.origin.commit for result in results if result.origin and result.origin.commit]
     seconds = [seconds_between(result.trained.folder, 0, result.trained.step) or 0.0 for result in results]
@@ -212,7 +211,6 @@ def _origin(command: str, device: str, results: Sequence[Result]) -> dict[str, A
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
         "device": choose_device(device).type,
         "versions": software_versions(),
         "commit": ", ".join(dict.fromkeys(commits)) or origin.commit(),

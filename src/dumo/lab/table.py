@@ -2,8 +2,8 @@
 
 `average_by_arm` makes a table of results, `with_diverged_seeds` adds the seeds that it leaves out, `from_cells` makes
 it again of the cells stored in a results.json, and `markdown` writes it. `main_score` is the score that a table leads
-with; `leading_score` chooses it among the names of scores. `group_by_arm`, `rows_of_all_passes` and `error_of_mean` are
-the steps, for tables of other forms.
+with; `main_score_of_names` chooses it among names. `group_by_arm`, `rows_of_all_passes` and `error_of_mean` are the
+steps, for tables of other forms.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -58,7 +58,7 @@ def _average_rows(rows: Sequence[Row]) -> Row:
     none, and the number of seeds.
     """
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
-    main = leading_score(names)
+    main = main_score_of_names(names)
     with_deviation = [name for name in dict.fromkeys((main, "fd")) if name in names]
     averages: Row = {"nfe": rows[0]["nfe"], "solver": rows[0]["solver"]}
     for name in with_deviation:
@@ -110,8 +110,8 @@ def with_diverged_seeds(
 ) -> list[Row]:
     """The table with a column `diverged`: the seeds of each arm whose runs diverged, which its means leave out.
 
-    `columns` are the plan's, by which arms differ, and `diverged` the names of the cells. An arm of which no seed is
-    left has no row; where there are no other arms with such seeds, there is no column.
+    `columns` are the plan's, by which arms differ, and `diverged` the names of the cells. An arm without a
+    finished seed has no row. Where no row has such seeds, there is no column.
     """
 
     def arm_of(labels: Row) -> tuple[Any, ...]:
@@ -129,11 +129,11 @@ def with_diverged_seeds(
 
 def main_score(row: Row) -> str:
     """The main score of an averaged row. Scores that are None do not count."""
-    return leading_score([key for key, value in row.items() if value is not None and f"{key}_sd" in row])
+    return main_score_of_names([key for key, value in row.items() if value is not None and f"{key}_sd" in row])
 
 
-def leading_score(scores: Sequence[str]) -> str:
-    """The main score: by class where it was measured so, as in `dumo compare`; else the protocol's own."""
+def main_score_of_names(scores: Sequence[str]) -> str:
+    """The main score among these names: `class_mmd`, else `mmd`, else the protocol's (`headline_score`)."""
     for name in ("class_mmd", "mmd"):
         if name in scores:
             return name

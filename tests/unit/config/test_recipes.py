@@ -170,7 +170,7 @@ def test_results_say_where_they_come_from() -> None:
         assert results["scale"] in plan.SCALES
         assert results["scale"] != "smoke"
         assert results["origin"]["command"].startswith(f"dumo reproduce {name} --scale {results['scale']}")
-        assert {"date", "machine", "device", "threads", "versions"} <= results["origin"].keys()
+        assert {"date", "machine", "device", "versions"} <= results["origin"].keys()
         assert results["table"]
         assert len({tuple(row) for row in results["table"]}) == 1
         assert results["cells"]
