@@ -105,6 +105,29 @@ def test_results_name_their_commit_and_the_hours_of_training(
     assert origin.commit() is None
 
 
+def test_a_commit_is_dirty_where_code_or_plans_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where results did, which `make measured` writes between two plans."""
+    code, plan, results = files = [
+        tmp_path / name for name in ("src/dumo/lab/origin.py", "src/dumo/lab/plans/a.yaml", "docs/results/a.json")
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *arguments], check=True)
+    monkeypatch.setattr(origin, "__file__", str(code))
+    clean = origin.commit()
+    assert clean is not None
+    assert not clean.endswith("-dirty")
+    results.write_text("2")
+    assert origin.commit() == clean
+    for file in (code, plan):
+        file.write_text("2")
+        assert origin.commit() == f"{clean}-dirty"
+        file.write_text("1")
+
+
 @pytest.mark.usefixtures("steps")
 def test_commits_are_those_of_the_trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that of the day on which a table is made of finished cells."""
