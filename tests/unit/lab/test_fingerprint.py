@@ -15,10 +15,6 @@ from tiers import tiered
 
 NOT_MEASURED_AGAIN = {  # and why
     "latents": "measured before fingerprints were stored",
-    "lowpass": "measured before fingerprints were stored",
-    "pretrained": "measured before fingerprints were stored",
-    "stages": "ECT and TCM have the deviation of the digits now",
-    "two-times": "measured before fingerprints were stored",
     "words": "measured before fingerprints were stored",
 }
 
