@@ -159,13 +159,13 @@ def _read_json_lines(file: Path) -> list[Prompt]:
     """Read a prompt from each line of JSON. Raises UserError for a line that has none, or is no JSON."""
     prompts: list[Prompt] = []
     for i, (number, line) in enumerate(_nonblank_lines(file).items()):
-        where = f"{file} line {number}"
-        row = parse_json(line, where, _PROMPTS_HINT)
+        line_place = f"{file} line {number}"
+        row = parse_json(line, line_place, _PROMPTS_HINT)
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where} has no prompt, as {{'prompt': 'a photo of a bench'}}: {_PROMPTS_HINT}")
+            raise UserError(f"{line_place} has no prompt, as {{'prompt': 'a photo of a bench'}}: {_PROMPTS_HINT}")
         if not is_unicode(text):
-            raise UserError(f"{where} has a prompt with half a character, a lone surrogate: {_PROMPTS_HINT}")
+            raise UserError(f"{line_place} has a prompt with half a character, a lone surrogate: {_PROMPTS_HINT}")
         prompts.append(Prompt(_line_name(i), text.strip(), line))
     return prompts
 

@@ -160,8 +160,8 @@ class Inventory:
             place = note.best_place(note.places_for(Path(self.files.folder), NOTE_NAME))
             if place is not None:
                 with suppress(OSError), note.locked(place):
-                    known = np.pad(self.known_hashes(), ((0, self.files.num_left_out), (0, 0)))
-                    merged = _merge(self.files.whole, known, note.read(place))
+                    hashes_of_all = np.pad(self.known_hashes(), ((0, self.files.num_left_out), (0, 0)))
+                    merged = _merge(self.files.whole, hashes_of_all, note.read(place))
                     note.write(place, merged, "")
             self._saved_at = time.monotonic()
             self._save_interval = max(_SAVE_SECONDS, _SAVE_COST_FACTOR * (self._saved_at - began))

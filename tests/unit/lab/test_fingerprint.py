@@ -13,11 +13,20 @@ from dumo.lab.origin import equal_fingerprints
 from dumo.lab.plan import Cell, Cost, read_plan
 from tiers import tiered
 
-NOT_MEASURED_AGAIN = {  # and why
-    "latents": "measured before fingerprints were stored",
+# tables that are older, and why
+OTHER_OBJECTIVES = {name: "measured before fingerprints were stored" for name in ("latents", "words")}
+OTHER_STEPS = {
     "stages-latents": "passes of FreeFlow's teacher were counted otherwise",
-    "words": "measured before fingerprints were stored",
+    "words": "cells had other names",
 }
+
+
+def require_none(cells: list[str], name: str, known: dict[str, str]) -> None:
+    """Fail where cells of the plan `name` are older and nobody knows, and where it is still listed as `known`."""
+    if name in known:
+        assert cells, f"{name} was measured again: take it out"
+        pytest.xfail(known[name])
+    assert not cells
 
 
 @cache
@@ -36,9 +45,7 @@ def test_tables_are_not_older_than_their_objectives(name: str, monkeypatch: pyte
     monkeypatch.setattr(Cost, "operations", 3.0)
     stored = {cell["cell"]: cell for cell in measured.results(name)["cells"]}
     older = [cell.name for cell in first_cells(name) if is_outdated(stored.get(cell.name), cell)]
-    if older and name in NOT_MEASURED_AGAIN:
-        pytest.xfail(NOT_MEASURED_AGAIN[name])
-    assert not older
+    require_none(older, name, OTHER_OBJECTIVES)
 
 
 def is_outdated(stored: dict[str, Any] | None, cell: Cell) -> bool:
@@ -55,9 +62,7 @@ def test_arms_had_the_steps_that_their_cost_allows(name: str) -> None:
     stored = {cell["cell"]: cell["step"] for cell in measured.results(name)["cells"]}
     steps = {cell.name: cell.spec.train.steps for cell in read_plan(name).cells("laptop")}
     others = [cell for cell in steps if stored.get(cell) != steps[cell]]
-    if others and name in NOT_MEASURED_AGAIN:
-        pytest.xfail(NOT_MEASURED_AGAIN[name])
-    assert not others
+    require_none(others, name, OTHER_STEPS)
 
 
 GUIDED = "objective.guide.zeta=0.4"
