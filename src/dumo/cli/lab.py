@@ -48,7 +48,7 @@ def reproduce(
         str,
         typer.Option(
             callback=one_of("scale", "smoke", "laptop", "paper"),
-            help="smoke (a minute or two), laptop (ten minutes to three hours on two cores) or paper (its own size, on "
+            help="smoke (a few minutes), laptop (ten minutes to three hours on two cores) or paper (its own size, on "
             "GPUs).",
         ),
     ] = "laptop",
