@@ -402,6 +402,7 @@ TABLES = {  # by the table's name: the file of its results, and what makes a tab
     "fig3": ("fig3", shares_table),
     "fig4a": ("fig4a", shares_table),
     "pretrained": ("pretrained", ranked_table),
+    "latents": ("latents", ranked_table),
     "stages": ("stages", ranked_table),
     "stages-latents": ("stages-latents", ranked_table),
     "lowpass": ("lowpass", ranked_table),
