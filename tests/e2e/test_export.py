@@ -20,7 +20,7 @@ from comfyui import loaded, native
 from dumo.config.place import EVALUATION_FILE
 from dumo.export import lora, write
 from dumo.export.card import PROMPT
-from dumo.export.model import INDEX
+from dumo.export.model import INDEX, ExportedModel
 from dumo.export.serve import VLLM_KEY
 from dumo.flow.generate import integrate
 from dumo.flow.solver import Euler
@@ -366,6 +366,19 @@ def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
     pushed = write.export(case.opened, tmp_path / "pushed", name="owner/name", parts="none") / "README.md"
     assert 'load_file(snapshot_download("owner/name") + "/codes.safetensors")' in pushed.read_text("utf-8")
     assert max(case.errors_over_limits("full", out, c=torch.tensor([0]))) < 1
+
+
+@pytest.mark.nightly
+def test_the_card_of_a_lora_with_codes_for_a_model_alone_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tuned model came without a pipeline around it, and its card builds one."""
+    case = Case.of("SD3", tmp_path, *LORA, *CODES)
+    shutil.copytree(case.source / "transformer", tmp_path / "my-transformer")
+    monkeypatch.setattr(ExportedModel, "source_folder", None)
+    monkeypatch.setattr(ExportedModel, "base_name", "my-transformer")
+    out = write.export(case.opened, tmp_path / "out", to="lora")
+    code = (out / "README.md").read_text("utf-8").split("```py\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.nightly

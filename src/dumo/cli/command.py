@@ -50,13 +50,13 @@ class Command(TyperCommand):
         has_set = any(_SET in parameter.opts for parameter in self.params)
         if hasattr(error, "possibilities"):  # typer's NoSuchOption, which it does not show to others
             option = str(getattr(error, "option_name", ""))
-            hint = self._option_hint(option, has_set=has_set) or f"{command_path} --help lists all"
+            hint = self._option_hint(option) or f"{command_path} --help lists all"
             return f"there is no option {option}: {hint}"
         if has_set and "unexpected extra argument" in str(getattr(error, "message", "")):
             return self._setting_hint(words)
         return ""
 
-    def _option_hint(self, option: str, *, has_set: bool) -> str | None:
+    def _option_hint(self, option: str) -> str | None:
         """What was meant by an option that the command does not have; None or "": not known."""
         from dumo.cli.foreign import near_option, our_option
         from dumo.config.suggestion import nearest_option
@@ -64,9 +64,9 @@ class Command(TyperCommand):
         command = self.name or ""
         options = [name for parameter in self.params for name in parameter.opts if name.startswith("-")]
         return (
-            our_option(command, option, has_set=has_set)
+            our_option(command, option, options)
             or nearest_option(option, options)
-            or near_option(command, option, has_set=has_set)
+            or near_option(command, option, options)
         )
 
     def _setting_hint(self, words: Sequence[str]) -> str:

@@ -91,7 +91,7 @@ def export(
 
     from dumo.export import hub, write
     from dumo.run.weights import open_run
-    from dumo.runtime import dist
+    from dumo.runtime import dist, signals
     from dumo.runtime.heap import low_memory_heap
 
     dist.require_one_process("dumo export")
@@ -110,6 +110,7 @@ def export(
         )
     out.print(str(exported), soft_wrap=True)
     if push is not None:
+        signals.check()
         out.print(hub.push(exported, push), soft_wrap=True)
     elif exported.is_dir():  # with a model card
         err.print(f"next:  {_next_command(opened.run, exported.resolve(), to, parts, alone)}", soft_wrap=True)
@@ -121,6 +122,8 @@ def _default_target(run_folder: str, to: str) -> Path:
     from dumo.run import shipped
 
     folder = shipped.output_folder(run_folder)
+    if folder.name in ("", ".."):  # a run that is named by . or ..
+        folder = folder.resolve()
     ending = ".safetensors" if to in FILE_FORMS else ""
     return folder.with_name(f"{folder.name}-{to}{ending}")
 

@@ -4,6 +4,7 @@
 of a run that other trainers name otherwise are in `dumo.config.foreign`. Imports no torch.
 """
 
+from collections.abc import Collection
 from difflib import get_close_matches
 
 from dumo.config.foreign import FOREIGN, foreign_hint, foreign_key, ours
@@ -29,8 +30,8 @@ FOREIGN_OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "sample": {
         "batch_size": ("--count", "how many samples; they are made in batches that fit"),
         "cfg": ("--set sample.guide.scale=...", "1 is none"),
-        "checkpoint": ("--weights", "a safetensors file; without it the run's last average"),
-        "ckpt": ("--weights", "a safetensors file; without it the run's last average"),
+        "checkpoint": ("--weights", "a safetensors file; without it the first average of the run's last checkpoint"),
+        "ckpt": ("--weights", "a safetensors file; without it the first average of the run's last checkpoint"),
         "class": ("--labels", "by name or number, e.g. 3,5"),
         "class_labels": ("--labels", "by name or number, e.g. 3,5"),
         "classes": ("--labels", "by name or number, e.g. 3,5"),
@@ -59,7 +60,7 @@ FOREIGN_OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "demo": {"share": ("an ssh tunnel, which dumo demo prints", "the page is for this machine alone")},
     "export": {"format": ("--to", "diffusers, lora, comfyui or safetensors"), "output": ("dumo export RUN OUT", "")},
 }
-_ANY_COMMAND = {  # of every command that has a device
+_DEVICES = {  # of every command that has a device
     "cpu": ("--device cpu", ""),
     "cuda": ("--device cuda", ""),
     "gpu": ("--device cuda", "without it the GPU is taken where there is one"),
@@ -101,18 +102,18 @@ FOREIGN_COMMANDS = {
 }
 
 
-def our_option(command: str, name: str, *, has_set: bool) -> str | None:
+def our_option(command: str, name: str, own_options: Collection[str]) -> str | None:
     """What to type for an option of another program, which begins with -; None for a name that none has.
 
-    `has_set`: the command takes --set, so that an option may be a field.
+    `own_options` are the command's. With --set an option may be a field, and with --device it may be a device.
     """
     key = foreign_key(name)
     options = FOREIGN_OPTIONS.get(command, {})
     if key in options:
         return foreign_hint(*options[key])
-    if key in _ANY_COMMAND:
-        return foreign_hint(*_ANY_COMMAND[key])
-    if not has_set:
+    if key in _DEVICES and "--device" in own_options:
+        return foreign_hint(*_DEVICES[key])
+    if "--set" not in own_options:
         return None
     if key not in FOREIGN:
         paths = paths_of(key)
@@ -122,13 +123,13 @@ def our_option(command: str, name: str, *, has_set: bool) -> str | None:
     return ours(name, as_option=True)
 
 
-def near_option(command: str, name: str, *, has_set: bool) -> str | None:
+def near_option(command: str, name: str, own_options: Collection[str]) -> str | None:
     """As `our_option`, for an option whose name is near to one that `our_option` knows."""
-    known = [*FOREIGN_OPTIONS.get(command, {}), *_ANY_COMMAND]
-    if has_set:
+    known = [*FOREIGN_OPTIONS.get(command, {}), *_DEVICES]
+    if "--set" in own_options:
         known += [*FOREIGN, *field_names()]
     near_names = get_close_matches(foreign_key(name), known, n=1, cutoff=0.8)
-    return our_option(command, near_names[0], has_set=has_set) if near_names else None
+    return our_option(command, near_names[0], own_options) if near_names else None
 
 
 def our_command(name: str) -> str | None:

@@ -147,7 +147,8 @@ Device = Annotated[
     str, typer.Option(callback=_check_device, help="auto (the GPU where there is one), cpu, cuda, cuda:1 ...")
 ]
 Weights = Annotated[
-    str | None, typer.Option("--weights", help="Other weights than the run's first average: a safetensors file.")
+    str | None,
+    typer.Option("--weights", help="A safetensors file, for the first average of the run's last checkpoint."),
 ]
 Verify = Annotated[
     bool,

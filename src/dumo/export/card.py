@@ -168,6 +168,7 @@ def tuned_card(
         reason_not_servable=reason_not_servable(exported, parts),
         is_lora=index is None,
         head=exported.head,
+        reads_velocity=exported.head == "v",
         head_text=_HEAD_TEXTS[solver_kind],
         tag="image-to-image" if stock.takes_image else "text-to-image",
         hub_metadata=license_metadata(exported.spec.pipeline.facts or {}),
@@ -284,6 +285,7 @@ def own_card(
         has_encoder=has_encoder,
         condition_argument=_condition_argument(sampler),
         labels=label_list(sampler),
+        reads_velocity=isinstance(solver, Euler),
         head_text=_HEAD_TEXTS[solver.kind],
         tag="text-to-image" if encoder else "unconditional-image-generation",
         hub_metadata={},
@@ -313,9 +315,11 @@ def label_list(sampler: Sampler) -> str:
     return ", ".join(f"{k} {_escape_markup(name)}" for k, name in enumerate(names))
 
 
-def _render(template: str, sampler: Sampler, provenance: Provenance, name: str, **values: object) -> str:
+def _render(
+    template: str, sampler: Sampler, provenance: Provenance, name: str, *, reads_velocity: bool, **values: object
+) -> str:
     """The card by a template in `cards`, filled with these values and those that all cards have."""
-    rows = provenance.report["results"] if provenance.report else [{}]
+    rows = _rows_of_head(provenance.report, reads_velocity=reads_velocity) if provenance.report else []
     return (
         _templates()
         .get_template(f"{template}.md.j2")
@@ -323,12 +327,21 @@ def _render(template: str, sampler: Sampler, provenance: Provenance, name: str, 
             sampler=sampler,
             provenance=provenance,
             name=name,
-            scores=[key for key in rows[0] if key not in ("nfe", "solver")],
+            reads_velocity=reads_velocity,
+            rows=rows,
+            scores=[key for key in rows[0] if key not in ("nfe", "solver")] if rows else [],
             codes_file=CODES,
             method=method(sampler.flow.objective),
             **values,
         )
     )
+
+
+def _rows_of_head(report: Mapping[str, Any], *, reads_velocity: bool) -> list[Any]:
+    """The rows of an evaluation whose solver reads the exported head: the velocity, or the flow map."""
+    velocity_solvers = ("euler", "heun")
+    rows = [*report["results"], *report["contrast"]]
+    return [row for row in rows if (row["solver"] in velocity_solvers) == reads_velocity]
 
 
 @cache

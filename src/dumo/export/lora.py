@@ -24,9 +24,11 @@ file for ComfyUI. Both go through the adapters, then through the layers that wer
 To add a class of models that ComfyUI knows, add a row to `COMFYUI`.
 """
 
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -71,7 +73,8 @@ def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name:
     weights: dict[str, Tensor] = {}
     for weight_name, tensor in diffusers_tensors(exported).items():
         weights[f"{exported.component_name}.{weight_name}"] = tensor.to(getattr(torch, dtype))
-    safetensors.torch.save_file(weights, out / FILE, _METADATA)
+    metadata = _METADATA | {"lora_adapter_metadata": json.dumps(adapter_config(weights))}
+    safetensors.torch.save_file(weights, out / FILE, metadata)
     if exported.head == "u" and not exported.subject_only:  # the few-step run's export has one
         write_flow_map_scheduler(
             out / SCHEDULER,
@@ -139,6 +142,32 @@ def diffusers_tensors(exported: ExportedModel) -> dict[str, Tensor]:
         if has_bias:
             weights[f"{path}.lora_B.bias"] = bias.detach().contiguous()
     return weights
+
+
+def adapter_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of peft's `LoraConfig`, after the name of the component, with which diffusers loads these tensors.
+
+    Each layer's alpha is its rank, so that its product is added as it is. Without these fields diffusers takes the most
+    frequent rank as alpha of all layers, up to 0.36 at least.
+    """
+    ranks: dict[str, int] = {}  # by the layer's name, with the component's before it
+    for name, tensor in weights.items():
+        layer, _, end = name.rpartition(".lora_A.")
+        if end == "weight":
+            ranks[layer] = len(tensor)
+    component = next(iter(ranks)).partition(".")[0]
+    rank_by_path = {layer.removeprefix(f"{component}."): rank for layer, rank in ranks.items()}
+    [(frequent_rank, _)] = Counter(ranks.values()).most_common(1)
+    other_ranks = {path: rank for path, rank in rank_by_path.items() if rank != frequent_rank}
+    fields: dict[str, Any] = {
+        "r": frequent_rank,
+        "lora_alpha": frequent_rank,
+        "rank_pattern": other_ranks,
+        "alpha_pattern": other_ranks,
+        "target_modules": sorted(rank_by_path),
+        "lora_bias": any(name.endswith(".lora_B.bias") for name in weights),
+    }
+    return {f"{component}.{name}": value for name, value in fields.items()}
 
 
 Layer = nn.Linear | nn.Conv2d

@@ -179,7 +179,10 @@ class ExportedModel:
 
     @property
     def class_embeddings(self) -> dict[str, Tensor]:
-        """The trained embeddings of classes, (classes + 1, ...) each, by name; {} where it was tuned on texts."""
+        """What the model reads for classes, (classes + 1, ...) each, by name; {} where it was tuned on texts.
+
+        The rows were drawn before the training, and stay.
+        """
         if not isinstance(self.spec.texts, Codes):
             return {}
         return {name: rows.contiguous() for name, rows in self.net.texts.named_buffers()}

@@ -20,6 +20,7 @@ dumo.json          the run, and the SHA-256 of the weights that this was made of
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from dumo.io.read import brief, read_settings, write_json
 from dumo.io.weights import unshared
 from dumo.nets import DiT, Pretrained, UNet
 from dumo.run.weights import RunFolder, build
-from dumo.runtime import require_package
+from dumo.runtime import require_package, signals
 from dumo.runtime.door import option
 from dumo.training.frozen import trained_state_dict
 from dumo.types import Objective, UserError
@@ -162,8 +163,10 @@ def _net_with_uncoded_base(opened: RunFolder) -> nn.Module:
 def require_vacant(out: Path, to: str) -> None:
     """Raise UserError unless `out` is missing, or an empty folder for a form that is a folder.
 
-    A file must have the ending by which programs find weights.
+    A file must have the ending by which programs find weights. A folder needs a name: it replaces what has this name.
     """
+    if out.name in ("", ".."):
+        raise UserError(f"{out} is no name for an export: name a folder in it, such as {out / 'few-steps'}")
     if to in FILE_FORMS:
         if out.is_dir():
             example = out / "dumo.safetensors"
@@ -196,6 +199,12 @@ def _write_file(exported: ExportedModel, provenance: card.Provenance, file: Path
         weights = lora.comfyui_tensors(exported, dtype=dtype)
     else:
         weights = unshared(exported.build_model().state_dict())
+        if exported.class_embeddings:
+            warnings.warn(
+                f"{file.name} has the weights alone, without what the model reads for classes: "
+                f"{option('to', 'diffusers')} writes that, too, where a stock pipeline runs the model",
+                stacklevel=2,
+            )
     safetensors.torch.save_file(weights, file, metadata=card.header_metadata(exported, provenance))
 
 
@@ -293,7 +302,22 @@ def _copy_part(part: Path, destination: Path, parts: Parts) -> None:
     if parts == "link":
         destination.symlink_to(part.resolve(), target_is_directory=True)
     else:
-        shutil.copytree(part, destination)
+        _copy_files(part, destination)
+
+
+def _copy_files(source: Path, destination: Path) -> None:
+    """Copy all files of a folder. Raises the first OSError: `shutil.copytree` goes on, and raises all of them as one.
+
+    Raises Stopped between two files once a stop is asked for.
+    """
+    destination.mkdir()
+    for file in sorted(source.rglob("*")):
+        signals.check()
+        copy = destination / file.relative_to(source)
+        if file.is_dir():
+            copy.mkdir()
+        else:
+            shutil.copyfile(file, copy)
 
 
 def require_own_autoencoder(data: Data) -> None:

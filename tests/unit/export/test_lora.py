@@ -10,7 +10,7 @@ import torch
 import transformers_tiny as tiny
 from comfyui import loaded, native
 from dumo.encoders.pipeline import Pipeline
-from dumo.export.lora import COMFYUI, comfyui_tensors, diffusers_tensors
+from dumo.export.lora import COMFYUI, adapter_config, comfyui_tensors, diffusers_tensors
 from dumo.export.model import ExportedModel
 from dumo.export.stock import PIPELINE_BY_MODEL
 from dumo.io.hub import published_config
@@ -44,6 +44,21 @@ def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
     read = spec.model_copy(update={"texts": PipelineTexts(root="texts")})  # as is one that was tuned on captions
     return before, ExportedModel(sampler, read.within(Pipeline(source="sd3-digits")), net, "u")
+
+
+def test_every_layer_of_a_lora_is_added_as_it_is() -> None:
+    """Adapters and whole layers have other ranks; diffusers scales each by its alpha over its rank."""
+    _, exported = tuned("sd3")
+    weights = {f"transformer.{name}": tensor for name, tensor in diffusers_tensors(exported).items()}
+    config = adapter_config(weights)
+    ranks = {name.split(".lora_A.")[0]: len(x) for name, x in weights.items() if ".lora_A." in name}
+    assert len(set(ranks.values())) > 1
+    for layer, rank in ranks.items():
+        path = layer.removeprefix("transformer.")
+        assert path in config["transformer.target_modules"]
+        for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            assert config[f"transformer.{pattern}"].get(path, config[f"transformer.{field}"]) == rank
+    assert config["transformer.lora_bias"]
 
 
 @pytest.mark.filterwarnings("ignore:.*FluxPosEmbed", "ignore:.*merge")

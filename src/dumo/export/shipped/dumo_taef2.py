@@ -10,6 +10,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 
@@ -53,6 +54,7 @@ class DumoTaef2(ModelMixin, ConfigMixin):
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
         self.decoder = nn.Sequential(*layers, Block(width), nn.Conv2d(width, 3, 3, padding=1))
 
+    @apply_forward_hook  # so that offloading brings the weights to the GPU
     def decode(self, latents: Tensor) -> DecoderOutput:
         """Decode latents (b, channels, h, w) to images (b, 3, 8 h, 8 w), about in [-1, 1]."""
         return DecoderOutput(sample=self.decoder(latents) * 2 - 1)
