@@ -39,7 +39,7 @@ _HAS_TRITON = find_spec("triton") is not None and torch.version.cuda is not None
 _MAX_HEAD_SIZE = 256  # of the Triton kernel: rows fit into shared memory
 _MIN_CAPABILITY = 8  # major compute capability of GPUs whose tensor cores take bf16
 
-Queries = Float[Tensor, "*b n d"]
+Queries = Float[Tensor, "*q n d"]  # of the batch *b, or one for all of it; keys and values, too
 Keys = Float[Tensor, "*g m d"]  # as many heads as the queries, or fewer: one for several
 Values = Float[Tensor, "*g m e"]
 Mixed = Float[Tensor, "*b n e"]
@@ -67,7 +67,8 @@ def attend(
         if torch.is_autocast_enabled("cuda") and q.dtype != torch.float64:
             q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
         has_padding = q.shape[-1] % 8 != 0  # torch pads such heads for flash attention
-        if not has_padding and aten._fused_sdp_choice(q, k, v, scale=scale) == FLASH:
+        is_broadcast = not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+        if not (has_padding or is_broadcast) and aten._fused_sdp_choice(q, k, v, scale=scale) == FLASH:
             o, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
             return o, lse
     o = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
@@ -96,12 +97,12 @@ def tangent(
         return torch.zeros_like(o)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     with _without_autocast(o.device.type):
-        q = q.to(o.dtype)
-        k = _per_query_head(k, q, o.dtype)
-        v = _per_query_head(v, q, o.dtype)
-        dq = dq if dq is None else dq.to(o.dtype)
-        dk = dk if dk is None else _per_query_head(dk, q, o.dtype)
-        dv = dv if dv is None else _per_query_head(dv, q, o.dtype)
+        q = _for_each_output(q, o, o.dtype)
+        k = _for_each_output(k, o, o.dtype)
+        v = _for_each_output(v, o, o.dtype)
+        dq = dq if dq is None else _for_each_output(dq, o, o.dtype)
+        dk = dk if dk is None else _for_each_output(dk, o, o.dtype)
+        dv = dv if dv is None else _for_each_output(dv, o, o.dtype)
         if mask is None and not causal and _has_kernel(q, v):
             from dumo.autodiff.kernel import attention_tangent
 
@@ -128,17 +129,17 @@ def recorded_tangent(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     exact = torch.promote_types(o.dtype, torch.float32)
     with _without_autocast(o.device.type):
-        q = q.to(exact)
-        k = _per_query_head(k, q, exact)
-        v = _per_query_head(v, q, exact)
+        q = _for_each_output(q, o, exact)
+        k = _for_each_output(k, o, exact)
+        v = _for_each_output(v, o, exact)
         exact_o = o.to(exact)
         p = _weights(factor * q @ k.mT, _visible_keys(mask, causal, slice(None), o, k))
-        out = torch.zeros_like(exact_o) if dv is None else p @ _per_query_head(dv, q, exact)
+        out = torch.zeros_like(exact_o) if dv is None else p @ _for_each_output(dv, o, exact)
         score_tangents: list[Tensor] = []  # without their factor, the scale
         if dq is not None:
-            score_tangents.append(dq.to(exact) @ k.mT)
+            score_tangents.append(_for_each_output(dq, o, exact) @ k.mT)
         if dk is not None:
-            score_tangents.append(q @ _per_query_head(dk, q, exact).mT)
+            score_tangents.append(q @ _for_each_output(dk, o, exact).mT)
         for ds in score_tangents:
             h = factor * p * ds
             out = out + h @ v - h.sum(-1, keepdim=True) * exact_o
@@ -194,12 +195,18 @@ def _tangent_of_chunk(
     return _sum_of_products([*output_terms, (h.to(v.dtype), v)]) - h.sum(-1, keepdim=True) * o
 
 
-def _per_query_head(x: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values in this dtype, repeated until there is a head for each head of the queries."""
+def _for_each_output(x: Tensor, o: Tensor, dtype: torch.dtype) -> Tensor:
+    """Queries, keys or values in this dtype, with the batch and the heads of the output o.
+
+    A head that several heads of queries share is repeated; what is given once for a batch is expanded.
+    """
     x = x.to(dtype)
-    if x.shape[:-2] == q.shape[:-2]:
+    batch = o.shape[:-2]
+    if x.shape[:-2] == batch:
         return x
-    return x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+    if x.ndim > 2 and x.shape[-3] not in (1, batch[-1]):
+        x = x.repeat_interleave(batch[-1] // x.shape[-3], -3)
+    return x.expand(*batch, -1, -1)
 
 
 def _visible_keys(mask: Mask | None, causal: bool, rows: slice, o: Tensor, k: Tensor) -> Mask | None:

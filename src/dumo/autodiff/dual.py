@@ -57,6 +57,7 @@ _REFUSED_OPERATORS = (
     "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor delitem bool int float array "
     "invert floordiv rfloordiv and rand or ror xor rxor"
 )
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 _OPERATORS_WITHOUT_RULE = ("pos", "mod", "rmod", "rmatmul")  # Python asks the class for them, not `__getattr__`
 
 METHOD_NAMES: dict[_Operation, list[str]] = {}  # the names that Tensor knows a function by
@@ -74,6 +75,7 @@ class _ThreadState(threading.local):
 
 
 _state = _ThreadState()
+_APPLY_CODE = torch.autograd.Function.apply.__func__.__code__  # of the call of a custom autograd.Function
 
 
 @dataclass(eq=False, repr=False)  # a dataclass, because sharded modules look for tensors inside those
@@ -84,6 +86,7 @@ class Dual:
     t: Tensor | Later | None  # the tangent; None: the Dual rests
     is_view: bool = False  # of another Dual, which would have to see what is assigned to this one
     recorded: bool = False  # autograd records the tangent, too, for a loss that holds the derivative itself
+    under_grad: bool = False  # autograd recorded what made it, or the pass that it is of
 
     shape = property(lambda self: self.p.shape)
     dtype = property(lambda self: self.p.dtype)
@@ -136,8 +139,7 @@ class Dual:
             raise NoRule(f"Tensor.{name}, which loses the tangent")
         method = getattr(Tensor, name)
         if callable(method):
-            call = differentiate if has_tangent else _call_on_primals
-            return partial(call, method, self)
+            return partial(_call_method, method, self)
         value = getattr(self.p, name)
         if has_tangent and isinstance(value, Tensor):
             return differentiate(attrgetter(name), self)
@@ -155,6 +157,9 @@ class Dual:
         kwargs = dict(kwargs) if kwargs else {}
         if "input" in kwargs:  # rules name their first operand otherwise
             args = (kwargs.pop("input"), *args)
+        for numpy_name, torch_name in _NUMPY_NAMES.items():  # which torch takes, too
+            if numpy_name in kwargs:
+                kwargs[torch_name] = kwargs.pop(numpy_name)
         name = getattr(function, "__name__", str(function))
         out = kwargs.pop("out", None)
         if out is not None:
@@ -172,6 +177,11 @@ class Dual:
             args = (args[0], *map(primal, args[1:]))
             kwargs = {name: primal(x) for name, x in kwargs.items()}
         return RULES[key](*args, **kwargs)
+
+
+def _call_method(method: Callable[..., Any], *args: Any, **kwargs: Any) -> object:  # noqa: ANN401, torch's results
+    """Call a method of Tensor as torch would: any operand may move, also where the first one rests."""
+    return Dual.__torch_function__(method, (), args, kwargs)
 
 
 def _call_on_primals(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, torch's results
@@ -261,7 +271,7 @@ def pair(p: Tensor, t: Tensor | Later | None, *, recorded: bool = False) -> Arra
     `recorded`: autograd records its tangent, and those that follow from it, as it does primals. A loss that holds the
     derivative itself needs that.
     """
-    return cast(Array, Dual(p, t, recorded=recorded))
+    return cast(Array, Dual(p, t, recorded=recorded, under_grad=torch.is_grad_enabled()))
 
 
 def primal(x: Any) -> Any:  # noqa: ANN401, numbers and None pass through
@@ -288,14 +298,14 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     has_tangent = False
     is_later = False
     recorded = False
+    under_grad = has_grad
     for x in operands:  # every operation of every net comes by: one loop, no generators
         if not isinstance(x, Dual) or x.t is None:
             tangents.append(None)
             continue
-        if not has_grad and x.p.requires_grad:
-            raise NoRule(
-                "a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients"
-            )
+        if not has_grad:
+            _require_gradients_kept(x, saved)
+            under_grad = under_grad or x.under_grad
         has_tangent = True
         tangents.append(_in_dtype_of(x.p, x.t))
         is_later = is_later or isinstance(x.t, Later)
@@ -304,11 +314,33 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
         return p
     if is_later:
         saved_tensors, writes = detach_saved(saved)
-        return pair(p, Later(p.shape, p.dtype, push, tuple(tangents), saved_tensors, writes))
-    if not has_grad or recorded:
-        return pair(p, fit_to_primal(push(*tangents, *saved), p.shape, p.dtype), recorded=recorded)
-    with torch.no_grad():
-        return pair(p, fit_to_primal(push(*tangents, *saved), p.shape, p.dtype))
+        t: Tensor | Later = Later(p.shape, p.dtype, push, tuple(tangents), saved_tensors, writes)
+    elif not has_grad or recorded:
+        t = fit_to_primal(push(*tangents, *saved), p.shape, p.dtype)
+    else:
+        with torch.no_grad():
+            t = fit_to_primal(push(*tangents, *saved), p.shape, p.dtype)
+    return cast(Array, Dual(p, t, recorded=recorded and not is_later, under_grad=under_grad))
+
+
+def _require_gradients_kept(x: Dual, saved: Iterable[object]) -> None:
+    """Raise NoRule where no gradients are recorded, but those of the Dual, or of what it meets, would be lost."""
+    loses_own = x.p.requires_grad
+    meets_weights = any(isinstance(y, Tensor) and y.requires_grad for y in saved)
+    if loses_own or (meets_weights and x.under_grad and _is_in_autograd_function()):
+        raise NoRule("a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients")
+
+
+def _is_in_autograd_function() -> bool:
+    """Whether the caller is part of a custom autograd.Function. A Dual that it returns is no tensor to autograd."""
+    if torch.compiler.is_compiling():
+        return False  # a compiler does not follow such a Function
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _APPLY_CODE:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
@@ -370,11 +402,23 @@ def rule(*functions: _Operation) -> Callable[[Rule], Rule]:
             RULES[function] = tangent_rule
             if has_dual_parameter:
                 FIRST_OPERAND_ONLY.add(function)
+            method = _method_of_rule(function, tangent_rule) if has_dual_parameter else tangent_rule
             for name in METHOD_NAMES.get(function, ()):
-                setattr(Dual, name, tangent_rule)
+                setattr(Dual, name, method)
         return tangent_rule
 
     return register
+
+
+def _method_of_rule(function: _Operation, tangent_rule: Rule) -> Callable[..., Any]:
+    """A rule as a method of Dual, where the rule lets the first operand alone move."""
+
+    def method(self: Dual, *others: object, **named: object) -> Any:  # noqa: ANN401, as Tensor's
+        if _has_no_dual(others) and _has_no_dual(named.values()):
+            return tangent_rule(self, *others, **named)
+        return _call_method(cast(Callable[..., Any], function), self, *others, **named)
+
+    return method
 
 
 def refuse_inplace(name: str, inplace: bool) -> None:

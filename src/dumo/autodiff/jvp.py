@@ -15,6 +15,7 @@ tangent that a target does not need. `jvp`, the entrance, goes like this:
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
-from dumo.autodiff.dual import Dual, pair, primal, teach_others
+from dumo.autodiff.dual import Dual, NoRule, pair, primal, teach_others
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
@@ -45,13 +46,14 @@ def jvp(
 
     Where an operation has no tangent, two passes are made, and a line of the log says so: fn as it is, and
     `torch.func.jvp` without gradients. Both draw the same random numbers as the plain call, of torch's generators of
-    the CPU and of the GPUs of primals; buffers of a module change once. Raises UserError where arguments do not fit,
+    the CPU and of the GPUs of primals; buffers change once where fn is a module or its method. Raises UserError where arguments do not fit,
     and where that fails, too.
     """
     _require_arguments(primals, tangents)
     teach_others()
     before = _CallState.of(fn, primals)
     directions = [None if d is None else d.detach().to(p, copy=True) for p, d in zip(primals, tangents, strict=True)]
+    reason = ""
     try:
         operands = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
         out = fn(*operands, **kwargs)
@@ -59,8 +61,10 @@ def jvp(
         # Code that asks for a Tensor raises any of them. A lack of tangents is a RuntimeError, too (`NoRule`).
         if isinstance(error, UserError) and not isinstance(error, RuntimeError):
             raise
+        reason = _first_line(error)  # not the error, which holds what the pass has made
+    if reason:
         before.restore()
-        return _two_passes(fn, primals, directions, kwargs, before, error)
+        return _two_passes(fn, primals, directions, kwargs, before, reason)
     for leaf in tree_flatten(out)[0]:
         if not isinstance(leaf, _OutputLeaf):
             raise UserError(f"dumo.jvp: the function returned a {type(leaf).__name__}: return tensors, tuples or dicts")
@@ -90,7 +94,7 @@ def _require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | No
 class _CallState:
     """What a call of fn may change: torch's generators of the CPU and of the primals' GPUs, and a module's buffers."""
 
-    fn: object
+    module: object  # fn, or that whose method fn is
     random_state: Tensor
     cuda_states: dict[torch.device, Tensor]
     buffers: list[Tensor]
@@ -100,8 +104,9 @@ class _CallState:
         """Copy the present state."""
         gpus = {p.device for p in primals if torch.is_tensor(p) and p.is_cuda}
         cuda_states = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
-        buffers = [buffer.clone() for buffer in fn.buffers()] if isinstance(fn, nn.Module) else []
-        return cls(fn, torch.get_rng_state(), cuda_states, buffers)
+        module = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)  # whose method fn is
+        buffers = [buffer.clone() for buffer in module.buffers()] if isinstance(module, nn.Module) else []
+        return cls(module, torch.get_rng_state(), cuda_states, buffers)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -109,15 +114,16 @@ class _CallState:
         torch.set_rng_state(self.random_state)
         for gpu, state in self.cuda_states.items():
             torch.cuda.set_rng_state(state, gpu)
-        if isinstance(self.fn, nn.Module):
-            for buffer, value in zip(self.fn.buffers(), self.buffers, strict=True):
+        if isinstance(self.module, nn.Module):
+            for buffer, value in zip(self.module.buffers(), self.buffers, strict=True):
                 buffer.copy_(value)
 
 
 def _tangent_or_zeros(x: object) -> object:
     """The tangent of an output; zeros of a tensor that does not move; anything else as it is."""
-    if isinstance(x, Dual) and x.t is not None:
-        return x.t
+    if isinstance(x, Dual) and isinstance(x.t, Tensor):
+        is_expanded = 0 in x.t.stride()  # numbers that share their place, so nobody could write to them
+        return x.t.clone(memory_format=torch.contiguous_format) if is_expanded else x.t
     if isinstance(x, Tensor | Dual):
         return torch.zeros_like(primal(x))
     return x
@@ -129,9 +135,9 @@ def _two_passes(
     directions: Sequence[Tensor | None],
     kwargs: dict[str, Any],
     before: _CallState,
-    one_pass_error: Exception,
+    reason: str,
 ) -> tuple[Any, Any]:
-    """The value by the plain call, the derivative by torch.func.jvp. `one_pass_error`: why one pass did not do.
+    """The value by the plain call, the derivative by torch.func.jvp. `reason`: why one pass did not do.
 
     Raises UserError where torch.func.jvp fails, or draws other random numbers than the plain call.
     """
@@ -141,7 +147,7 @@ def _two_passes(
     leaves, spec = tree_flatten(value)
     tensor_places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     name = getattr(fn, "__name__", type(fn).__name__)
-    refusal = f"{name} has no derivative: {_first_line(one_pass_error)}; and"
+    refusal = f"{name} has no derivative: {reason}; and"
     before.restore()
     try:
         repeated_values, derivatives = _tensors_and_derivatives(fn, points, directions, kwargs, tensor_places)
@@ -155,7 +161,7 @@ def _two_passes(
                 f"{refusal} torch.func.jvp draws other random numbers, as it lays tensors out in another way: "
                 "leave out the dropout, or let it follow contiguous()"
             )
-    log.warning("dumo.jvp makes two passes of %s: %s", name, _first_line(one_pass_error))
+    _warn_once(f"dumo.jvp makes two passes of {name}: {reason}")
     derivative_leaves = list(leaves)
     for i, derivative in zip(tensor_places, derivatives, strict=True):
         derivative_leaves[i] = derivative
@@ -194,5 +200,14 @@ def _differs(value: Tensor, repeated_value: Tensor) -> bool:
     return bool((repeated_value - value).norm() > _MAX_ROUNDING * value.norm())
 
 
+@cache
+def _warn_once(message: str) -> None:
+    """Log a warning, unless this process has: the next step of a training would say the same."""
+    log.warning(message)
+
+
 def _first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    if isinstance(error, NoRule):
+        return f"no tangent for {error.args[0]}"
     return str(error).partition("\n")[0] or type(error).__name__

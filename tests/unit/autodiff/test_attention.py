@@ -116,6 +116,21 @@ def test_several_queries_share_a_key(kind: str) -> None:
     assert torch.allclose(out, tangent(q, k, v, dq, dk, dv, o, lse, mask=mask, causal=causal), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("small", ["q", "k and v"])
+def test_operands_of_one_row_serve_the_whole_batch(small: str) -> None:
+    """Learned queries are given once for all rows: as if each row had a copy."""
+    q, k, v, dq, dk, dv = (torch.cat([y, y.roll(1, 2)]) for y in draw(20, 12, 8, 8, heads=2))
+    if small == "q":
+        q, dq = q[:1], dq[:1]
+    else:
+        k, v, dk, dv = k[:1], v[:1], dk[:1], dv[:1]
+    o, lse = attend(q, k, v)
+    exact = derivative((q, k, v), (dq, dk, dv), 8**-0.5)
+    assert len(exact) > 1
+    assert torch.allclose(tangent(q, k, v, dq, dk, dv, o, lse), exact, rtol=0, atol=1e-12)
+    assert torch.allclose(recorded_tangent(q, k, v, dq, dk, dv, o), exact, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("std", [1, 3, 6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scores_of_halves_are_exact(dtype: torch.dtype, std: int) -> None:

@@ -2,10 +2,12 @@
 
 import logging
 import runpy
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import einops
@@ -372,3 +374,128 @@ def test_mistakes_have_a_line() -> None:
             dumo.jvp(fn, primals, tangents)  # pyright: ignore[reportArgumentType]
     with pytest.raises(RuntimeError, match="size"):  # what is wrong without tangents, too, stays as it is
         dumo.jvp(lambda x: x + torch.ones(3), (x,), (v,))
+
+
+MOVED_INTO_WHAT_RESTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # methods of a tensor of zeros, which rests
+    "index_add_": lambda o, x: o.index_add_(0, torch.arange(4), x),
+    "index_add": lambda o, x: o.index_add(0, torch.arange(4), x),
+    "scatter_add": lambda o, x: o.scatter_add(1, torch.zeros(4, 8, 4, dtype=torch.long), x),
+    "scatter_": lambda o, x: o.scatter_(1, torch.zeros(4, 1, 4, dtype=torch.long), x),
+    "index_put": lambda o, x: o.index_put((torch.arange(4),), x),
+    "copy_": lambda o, x: o.copy_(x),
+    "add_": lambda o, x: o.add_(x),
+    "masked_scatter": lambda o, x: o.masked_scatter(torch.ones_like(x) > 0, x),
+    "maximum": lambda o, x: o.maximum(x),
+    "addcdiv": lambda o, x: o.addcdiv(x, 1 + x * x),
+    "atan2": lambda o, x: (o + 1).atan2(x),
+}
+
+
+@pytest.mark.parametrize("name", MOVED_INTO_WHAT_RESTS)
+def test_what_moves_into_a_tensor_that_rests_is_seen(name: str) -> None:
+    """A mixture of experts adds rows to zeros."""
+    x, _, v = (y.double() for y in point())
+
+    def net(x: Tensor) -> Tensor:
+        return MOVED_INTO_WHAT_RESTS[name](torch.zeros_like(x), x.sin()).square()
+
+    value, exact = torch.func.jvp(net, (x,), (v,))
+    u, du = dumo.jvp(net, (x,), (v,))
+    assert torch.equal(u, value)
+    assert exact.any()
+    assert torch.allclose(du, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda x: x.masked_fill(x > 1, x.mean()),
+        lambda x: x.new_full((2,), x.mean()),
+        lambda x: x.masked_fill(mask=x > 1, value=x.mean()),
+    ],
+)
+def test_a_method_takes_other_operands_that_move(net: Callable[[Tensor], Tensor]) -> None:
+    x, _, v = (y.double() for y in point())
+    value, exact = torch.func.jvp(lambda x: net(x).square(), (x,), (v,))
+    u, du = dumo.jvp(lambda x: net(x).square(), (x,), (v,))
+    assert (type(u), type(du)) == (Tensor, Tensor)
+    assert torch.equal(u, value)
+    assert torch.allclose(du, exact, rtol=0, atol=1e-12)
+
+
+class Product(torch.autograd.Function):
+    """A product as a user's own function, which saves what it needs otherwise."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return x * 2 * w
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ANN401, torch's
+        ctx.slope = 3 * torch.ones(3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # noqa: ANN401, torch's
+        return None, grad * ctx.slope
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dw: Tensor | None) -> Tensor:  # noqa: ANN401, torch's
+        return dx * 2
+
+
+def test_weights_of_a_function_in_the_first_layer_keep_their_gradients() -> None:
+    """Its first operand needs no gradient, and its weights do."""
+    w = torch.ones(3, requires_grad=True)
+    u, _ = dumo.jvp(lambda x: Product.apply(x, w), (torch.ones(3),), (torch.ones(3),))
+    u.sum().backward()
+    assert w.grad is not None
+    assert w.grad.tolist() == [3, 3, 3]
+
+
+def test_a_frozen_part_without_gradients_moves(caplog: pytest.LogCaptureFixture) -> None:
+    """In a block without gradients, weights that could have some lose none."""
+    layer = nn.Linear(4, 4)
+
+    def net(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return layer(x)
+
+    x, _, v = point()
+    with caplog.at_level(logging.WARNING, "dumo"):
+        _, du = dumo.jvp(net, (x,), (v,))
+    assert caplog.text == ""  # in one pass
+    assert torch.allclose(du, v @ layer.weight.mT)
+
+
+def test_two_passes_are_said_once_and_hold_nothing_of_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    made: list[weakref.ref[Any]] = []  # in each pass
+
+    def net(x: Tensor) -> Tensor:
+        assert not made or made[0]() is None
+        y = x.sin()
+        made.append(weakref.ref(y))
+        y += x
+        return y
+
+    x, _, v = point()
+    with caplog.at_level(logging.WARNING, "dumo"):
+        for _ in range(3):
+            made.clear()
+            dumo.jvp(net, (x,), (v,))
+    (message,) = caplog.messages
+    assert message.startswith("dumo.jvp makes two passes of net: no tangent for ")
+    assert "slope" not in message
+
+
+def test_a_derivative_that_is_the_same_everywhere_can_be_written_to() -> None:
+    t = torch.rand(4)
+    _, du = dumo.jvp(lambda x, t: x + t.view(-1, 1, 1), (point()[0], t), (None, torch.ones(4)))
+    assert torch.equal(du.mul_(2), torch.full((4, 8, 4), 2.0))
+
+
+def test_axis_is_another_word_for_dim(caplog: pytest.LogCaptureFixture) -> None:
+    x, _, v = point()
+    with caplog.at_level(logging.WARNING, "dumo"):
+        _, du = dumo.jvp(lambda x: torch.cat([x, x.mean(axis=1, keepdims=True)], axis=1), (x,), (v,))
+    assert caplog.text == ""  # in one pass
+    assert torch.equal(du, torch.cat([v, v.mean(1, keepdim=True)], 1))
