@@ -44,10 +44,10 @@ def jvp(
     The value and its gradient are those of the plain call, to the bit. The derivative is exact in the precision of the
     pass and has no gradient; where the output does not move it is zero. Both have the structure of fn's output.
 
-    Where an operation has no tangent, two passes are made, and a line of the log says so: fn as it is, and
-    `torch.func.jvp` without gradients. Both draw the same random numbers as the plain call, of torch's generators of
-    the CPU and of the GPUs of primals; buffers change once where fn is a module or its method. Raises UserError where arguments do not fit,
-    and where that fails, too.
+    Where an operation has no tangent, two passes are made, and the first time a line of the log says so: fn as it is,
+    and `torch.func.jvp` without gradients. Both draw the same random numbers as the plain call, of torch's generators
+    of the CPU and of the GPUs of primals; buffers change once where fn is a module or its method. Raises UserError
+    where arguments do not fit, and where that fails, too.
     """
     _require_arguments(primals, tangents)
     teach_others()

@@ -11,7 +11,7 @@ Where the direction is known only after the pass, it goes like this:
 A `Later` refers to all that it needs, so nobody holds a list: the tape is what its ends refer to.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Union, cast
 
@@ -75,8 +75,19 @@ def detach_saved(saved: Iterable[object]) -> tuple[Sequence[object], int | None]
             x = x.detach()  # which shares the count
             if writes is not None:
                 writes += _num_writes(x)
+        elif writes is not None and isinstance(x, tuple | list | dict):
+            writes += sum(map(_num_writes, _tensors_in(x)))  # indices and masks, which have no gradient
         detached.append(x)
     return detached, writes
+
+
+def _tensors_in(x: object) -> Iterator[Tensor]:
+    """The tensors among an argument, and in tuples, lists and dicts of arguments."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, tuple | list | dict):
+        for item in x.values() if isinstance(x, dict) else x:
+            yield from _tensors_in(item)
 
 
 def play(ends: Iterable[Later]) -> None:
@@ -120,11 +131,10 @@ def is_complete(ends: Iterable[Later]) -> bool:
             continue
         visited.add(id(later))
         writes = 0
-        for x in later.saved:
-            if isinstance(x, Tensor):
-                if x.numel() and not x.untyped_storage().size():
-                    return False
-                writes += _num_writes(x)
+        for x in _tensors_in(later.saved):
+            if x.numel() and not x.untyped_storage().size():
+                return False
+            writes += _num_writes(x)
         if later.writes is not None and writes != later.writes:
             name = getattr(later.push, "__name__", "")
             raise WrittenTo(name.lstrip("_").removeprefix("push_"))

@@ -95,7 +95,7 @@ def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
     if config.get("model_type") != "clip" or "vision_config" not in config:
         raise UserError(f"{field}: {folder} holds no CLIPModel, of images and texts: {HINT}")
     model = load_model(folder, "CLIPModel", field, HINT).to(device)
-    tokenizer = load_tokenizer(folder, model.config.text_config.max_position_embeddings)
+    tokenizer = load_tokenizer(folder, model.config.text_config.max_position_embeddings, field=field)
     side = model.config.vision_config.image_size
     mean, deviation = read_colours(folder, (COLOUR_MEAN, COLOUR_DEVIATION), HINT)
     return Clip(folder=folder, model=model, tokenizer=tokenizer, side=side, mean=mean, deviation=deviation)

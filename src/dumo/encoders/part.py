@@ -68,8 +68,8 @@ class PartWeights:
         """A model of diffusers or transformers with these weights, and its library's report of how they fit.
 
         The library finds the files by itself. By the same variant and safetensors alone it takes those of `files`, for
-        NAME is its own and it, too, prefers one file to shards. Raises what the library does. Pickles and the network
-        are never used.
+        NAME is its own, and `_candidates` prefers what it prefers. Raises what the library does. Pickles and the
+        network are never used.
         """
         return model_class.from_pretrained(
             self.files[0].parent,
@@ -144,10 +144,10 @@ def _candidates(folder: Path, name: str) -> Iterator[PartWeights]:
     """The weights that may be in a folder, in order of preference; their files may be missing, an index is not."""
     for variant in VARIANTS:
         infix = f".{variant}" if variant else ""
-        yield PartWeights((folder / f"{name}{infix}{SUFFIX}",), variant)
+        one_file = PartWeights((folder / f"{name}{infix}{SUFFIX}",), variant)
         index = folder / f"{name}{SUFFIX}.index{infix}.json"
-        if index.is_file():
-            yield PartWeights(_listed_files(index), variant, index)
+        shards = [PartWeights(_listed_files(index), variant, index)] if index.is_file() else []
+        yield from [*shards, one_file] if name == DIFFUSERS else [one_file, *shards]  # as their libraries do
 
 
 def _listed_files(index: Path) -> tuple[Path, ...]:

@@ -41,6 +41,7 @@ FIELD = "pipeline"  # of a run, for messages
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"  # of a text encoder that can write, too
 SCHEDULER_CONFIG = "scheduler_config.json"
+SECOND_TRANSFORMER = "transformer_2"  # of a pipeline that has two models
 _SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HINT = f"{FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
 TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # names of parts that read prompts

@@ -30,6 +30,7 @@ from torch.nn.functional import pad
 
 from dumo.encoders.pipeline import HINT, SCHEDULER, TRANSFORMER, OptionalPart, Pipeline, component_names
 from dumo.encoders.text import Embeddings
+from dumo.encoders.tokens import require_vocabulary
 from dumo.encoders.transformers_library import import_transformers, quietly
 from dumo.io.read import explain_foreign_errors
 from dumo.runtime import import_bitsandbytes, import_extra
@@ -74,7 +75,7 @@ class PromptReaderSpec(Spec):
         return reader
 
     def require_tokenizers(self) -> None:
-        """Raise UserError where a tokenizer is missing or cannot be loaded; nothing for a published name."""
+        """Raise UserError where a tokenizer is missing, not whole or cannot be loaded; nothing for a published name."""
         folder = Pipeline(source=self.source, without=self.without)
         if folder.is_published:
             return
@@ -86,7 +87,11 @@ class PromptReaderSpec(Spec):
             problem = f"pipeline: {self.source} has no {part} that transformers can load"
             with explain_foreign_errors(problem, HINT), quietly():
                 tokenizer_class = getattr(transformers, class_name)
-                tokenizer_class.from_pretrained(folder.folder / part, local_files_only=True, trust_remote_code=False)
+                loaded = tokenizer_class.from_pretrained(
+                    folder.folder / part, local_files_only=True, trust_remote_code=False
+                )
+                tokenizer = getattr(loaded, "tokenizer", loaded)  # of a processor of texts and images
+                require_vocabulary(tokenizer, problem)
 
     def _load(self, folder: Pipeline) -> tuple[Any, Any]:
         """Load the pipeline, with its transformer on the meta device. Returns its class and the pipeline."""
@@ -158,7 +163,8 @@ class PromptReader:
         """Return the embeddings of texts, on the CPU, padded with zeros to the longest of them.
 
         The empty text is what the pipeline takes for no negative prompt. A text counts as cut where each tokenizer of
-        the pipeline cuts it. Raises UserError where the pipeline fails.
+        the pipeline says so; those of SANA, Qwen-Image, Z-Image, FLUX.2, Chroma, PRX and Wan cut without a word. Raises
+        UserError where the pipeline fails.
         """
         rows: list[dict[str, Tensor]] = []
         cut_texts: list[str] = []

@@ -90,6 +90,17 @@ _FILE_KINDS = (
         "FluxTransformer2DModel",
     ),
     _FileKind(("transformer_blocks.0.img_mod.",), "Qwen/Qwen-Image", "QwenImageTransformer2DModel"),
+    # in diffusers' names: 38 blocks, a second attention, neither
+    _FileKind(
+        ("transformer_blocks.37.norm1_context.linear.", "pos_embed.proj.", "time_text_embed."),
+        "stabilityai/stable-diffusion-3.5-large",
+        "SD3Transformer2DModel",
+    ),
+    _FileKind(
+        ("transformer_blocks.0.attn2.", "transformer_blocks.0.norm1_context.linear.", "pos_embed.proj."),
+        "stabilityai/stable-diffusion-3.5-medium",
+        "SD3Transformer2DModel",
+    ),
     _FileKind(
         ("transformer_blocks.0.norm1_context.linear.", "pos_embed.proj.", "time_text_embed."),
         "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -108,6 +119,10 @@ _FILE_KINDS = (
     # 40 blocks: Wan 14B; 30 blocks: Wan 1.3B
     _FileKind(("head.modulation", "blocks.39."), "Wan-AI/Wan2.1-T2V-14B-Diffusers", "WanTransformer3DModel"),
     _FileKind(("head.modulation",), "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "WanTransformer3DModel"),
+)
+_OTHER_MODELS = (  # which dumo does not know, with the marks of one that it knows
+    ("head.modulation", "img_emb."),  # Wan that begins with an image
+    ("double_blocks.", "txt_in.individual_token_refiner."),  # HunyuanVideo
 )
 _FOLDER = "DIR"  # in the commands: the folder that the user makes
 _MODEL_FOLDER = "transformer"
@@ -137,6 +152,9 @@ def unpack_hint(file: Path) -> str:
 
 def _kind_of(names: Collection[str]) -> _FileKind | None:
     """The kind of a file by the names of its tensors; None: none of _FILE_KINDS."""
+    for marks in _OTHER_MODELS:
+        if all(_has_mark(names, mark) for mark in marks):
+            return None
     for kind in _FILE_KINDS:
         if all(_has_mark(names, mark) for mark in kind.marks):
             return kind

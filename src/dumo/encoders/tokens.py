@@ -26,6 +26,7 @@ from dumo.types import Spec, UserError
 NUM_BYTE_IDS = 259
 SPACE_ID = 35  # of byte 32
 HINT = "name a folder with tokenizer_config.json and its files, as transformers saves a tokenizer"
+_DIFFERENT_TEXTS = [*"aeiost7"]  # of one letter each, of which a tokenizer knows one at least: ours
 # The files that transformers saves a tokenizer in: vocabulary, merges, special tokens, normalizer and settings.
 _FILE_PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "*.model")
 
@@ -112,17 +113,31 @@ def warn_of_cuts(cut_texts: Sequence[str], place: str) -> None:
     warnings.warn(f"{subject}: cut {place}", stacklevel=3)
 
 
-def load_tokenizer(folder: Path, length: int, template: str = "{}") -> LoadedTokenizer:
-    """Load the tokenizer of a folder. Raises UserError where there is none, or transformers is missing."""
-    tokenizer_class = import_transformers("net.texts").AutoTokenizer
+def load_tokenizer(folder: Path, length: int, template: str = "{}", *, field: str = "net.texts") -> LoadedTokenizer:
+    """Load the tokenizer of a folder, which a run names in `field`.
+
+    Raises UserError where there is none, its vocabulary is missing, or transformers is.
+    """
+    tokenizer_class = import_transformers(field).AutoTokenizer
     config = folder / "tokenizer_config.json"
     if not config.is_file():
-        raise UserError(f"net.texts: {folder} holds no tokenizer, {config.name} is missing: {HINT}")
-    with explain_foreign_errors(f"net.texts: {folder} holds no tokenizer that can be read", HINT):
+        raise UserError(f"{field}: {folder} holds no tokenizer, {config.name} is missing: {HINT}")
+    with explain_foreign_errors(f"{field}: {folder} holds no tokenizer that can be read", HINT):
         tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        require_vocabulary(tokenizer, f"{field}: {folder} holds no whole tokenizer")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return LoadedTokenizer(tokenizer, _files_hash(folder), length, template)
+
+
+def require_vocabulary(tokenizer: Any, problem: str) -> None:  # noqa: ANN401, of transformers
+    """Raise UserError, which begins with `problem`, for a tokenizer that gives the same tokens for all texts.
+
+    transformers makes one of a folder whose file of the vocabulary is missing.
+    """
+    all_ids = tokenizer(_DIFFERENT_TEXTS, verbose=False)["input_ids"]
+    if len({tuple(ids) for ids in all_ids}) == 1:
+        raise UserError(f"{problem}, for it tells no texts apart, as without its vocabulary: {HINT}")
 
 
 def _files_hash(folder: Path) -> str:

@@ -31,7 +31,7 @@ from torch import nn
 
 from dumo.config.suggestion import require_known
 from dumo.data import Data, Latents
-from dumo.encoders.pipeline import TRANSFORMER, UNET, has_component
+from dumo.encoders.pipeline import SECOND_TRANSFORMER, TRANSFORMER, UNET, has_component
 from dumo.export import card, lora, standalone
 from dumo.export.model import DTYPES, INDEX, ExportedModel, Head, choose_exported_model, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler, write_velocity_scheduler
@@ -52,7 +52,6 @@ Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
 FILE_FORMS = ("comfyui", "safetensors")  # one file, no folder
 PARTS: tuple[Parts, ...] = get_args(Parts)
-SECOND_TRANSFORMER = "transformer_2"  # a part of a pipeline that has two models
 ORIGIN = "dumo.json"  # the file that notes the run
 TAKE_ANOTHER = "take another copy of the pipeline"  # the end of messages
 

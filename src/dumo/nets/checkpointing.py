@@ -31,7 +31,8 @@ def run_as_marked(block: nn.Module, *inputs: Array | None) -> Array:
 
     diffusers' `enable_gradient_checkpointing` takes this function.
     """
-    is_recomputed = bool(getattr(block, "is_recomputed", True))
+    module = getattr(block, "__self__", block)  # PRX gives the method __call__ of a block
+    is_recomputed = bool(getattr(module, "is_recomputed", True))
     if not is_recomputed or not torch.is_grad_enabled():
         return block(*inputs)
     is_recorded = any(isinstance(x, Dual) and x.recorded for x in inputs)

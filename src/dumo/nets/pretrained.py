@@ -13,6 +13,7 @@ for exports. `model_weights` finds the files of a pipeline's weights.
 """
 
 import warnings
+from math import inf
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -20,14 +21,25 @@ from pydantic import Field
 from torch import nn
 
 from dumo.encoders.part import DIFFUSERS, PartWeights, first_unfit_key, require_weights
-from dumo.encoders.pipeline import CONFIG, FIELD, HINT, TRANSFORMER, VAE, Config, Pipeline, PipelineSpec
+from dumo.encoders.pipeline import (
+    CONFIG,
+    FIELD,
+    HINT,
+    SECOND_TRANSFORMER,
+    TRANSFORMER,
+    VAE,
+    Config,
+    Pipeline,
+    PipelineSpec,
+    has_component,
+)
 from dumo.encoders.transformers_library import quietly
 from dumo.io.deferred import not_deferred, read_later
 from dumo.io.read import explain_foreign_errors
 from dumo.nets.adapter import Lora
 from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marked
 from dumo.nets.dualized import Dualized
-from dumo.nets.family import MAX_FREQUENCY, Family, find_family, is_unet
+from dumo.nets.family import Family, find_family, is_unet
 from dumo.nets.precondition import Precondition
 from dumo.nets.route import Route
 from dumo.nets.rows import Codes, Texts, make_codes
@@ -74,7 +86,7 @@ class Pretrained(PipelineSpec):
     @property
     def time_scale(self) -> float:
         """The quickest wave of time that the net may read, in radians per unit of t."""
-        frequency = self.lowpass or MAX_FREQUENCY
+        frequency = min(self.lowpass or inf, self.family.max_frequency(self.pipeline.config(TRANSFORMER)))
         diffusion = self.diffusion
         if diffusion is None:
             return frequency
@@ -128,6 +140,11 @@ class Pretrained(PipelineSpec):
         Raises UserError where the model, its weights, the data or the objective do not fit one another.
         """
         _require_known(needs)
+        if has_component(self.pipeline.index.get(SECOND_TRANSFORMER)):
+            raise UserError(
+                f"{FIELD}: {self.pipeline.source} has two transformers, each for some of the times t, and one alone "
+                "would be tuned: take a pipeline of one, such as Wan 2.1"
+            )
         if len(shape) != 3:
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
         config = self.pipeline.config(TRANSFORMER)

@@ -186,7 +186,8 @@ class RowReader:
     def __call__(self, texts: Sequence[str], device: torch.device) -> TextRows:
         """Encode texts on a device, and return their rows, on the CPU. Warns where texts are cut.
 
-        Raises UserError where the encoder cannot be opened, or is not that of the table.
+        Raises UserError where the encoder cannot be opened, is not that of the table, or gives numbers that the type of
+        the table cannot hold.
         """
         encoder = self._opened_encoder()
         texts = [split_caption(text)[0] for text in texts]
@@ -197,14 +198,17 @@ class RowReader:
             encoder.to(torch.device("cpu"))
         warn_of_cuts([text for batch in batches for text in batch.cut_texts], texttable.cut_place(self.spec))
 
-        dtype = self.index.dtype
         longest = max(batch.tokens.shape[1] for batch in batches)
         mask = torch.cat([pad_tokens(batch.mask, longest) for batch in batches])
         tokens = torch.cat([pad_tokens(batch.tokens, longest) for batch in batches])
         if "mask" not in self.index.columns:  # else padding is read, too
             tokens = tokens * mask[..., None]
-        pooled = [batch.pooled.to(dtype) for batch in batches if batch.pooled is not None]
-        return tokens.to(dtype), mask, torch.cat(pooled) if pooled else None
+        columns = {"tokens": tokens}
+        pooled = [batch.pooled for batch in batches if batch.pooled is not None]
+        if pooled:
+            columns["pooled"] = torch.cat(pooled)
+        stored = texttable.to_stored_types(columns, dict.fromkeys(columns, self.index.dtype))
+        return stored["tokens"], mask, stored.get("pooled")
 
     def _opened_encoder(self) -> EncoderModel | PromptReader:
         """The encoder, which the first call opens. Raises UserError for other weights, or another tokenizer."""

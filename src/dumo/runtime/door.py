@@ -5,6 +5,7 @@ A message that names an option asks this file for its words: `option` for one, `
 enters `naming_code`. `program` is what starts dumo in a shell, and `program_words` say how it was started.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -163,10 +164,12 @@ def _python_value(text: str) -> str:
     """A value of YAML as Python writes it; `...`, which stands for any, stays."""
     if text == "...":
         return text
-    try:
-        return f"{float(text):g}" if not text.isdecimal() else text
-    except ValueError:
-        import yaml
+    for number in (int, float):  # which read 1e-3, too; YAML does not
+        try:
+            return repr(number(text))
+        except ValueError:
+            continue
+    import yaml
 
-        value = yaml.safe_load(text)
-        return f'"{value}"' if isinstance(value, str) else repr(value)
+    value = yaml.safe_load(text)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -210,6 +210,16 @@ def test_what_was_written_to_is_not_played(f: Callable[[Array, Tensor], Array]) 
         is_complete([y.t])
 
 
+@pytest.mark.parametrize("f", [lambda x, i: x[i], lambda x, i: x[:, i], lambda x, i: x.index_select(1, i)])
+def test_an_index_that_was_written_to_is_not_played(f: Callable[[Array, Tensor], Array]) -> None:
+    i, x = torch.arange(4), later(torch.randn(4, 4))
+    y = f(x, i)
+    assert is_complete([y.t])
+    i.zero_()
+    with pytest.raises(WrittenTo, match="written in place to a tensor"):
+        is_complete([y.t])
+
+
 # Assignment.
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -80,6 +81,19 @@ def test_plain_weights_are_taken_before_a_variant_if_they_are_complete(tmp_path:
     assert names_and_variant(tmp_path) == (SHARDS, None)
     write(tmp_path, *PLAIN)
     assert names_and_variant(tmp_path) == (PLAIN, None)
+
+
+def test_of_one_file_and_shards_the_hash_is_of_what_diffusers_opens(tmp_path: Path) -> None:
+    """As where one file was saved next to older shards: diffusers takes the shards."""
+    model = AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, layers_per_block=1)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    weights = {name: torch.full_like(x, 7) for name, x in model.state_dict().items()}
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    found = require_weights(tmp_path, DIFFUSERS, "net", "fix")
+    assert len(found.files) > 1
+    opened, _ = found.build_model(AutoencoderKL)
+    for name, x in opened.state_dict().items():
+        assert torch.equal(x, found.load()[name])
 
 
 def test_an_index_names_files_of_its_folder(tmp_path: Path) -> None:

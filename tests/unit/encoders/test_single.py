@@ -65,6 +65,9 @@ def test_the_command_reaches_python_whatever_the_file_is_called(name: str, tenso
     assert str(file) in strings
 
 
+SD3 = ("transformer_blocks.0.norm1_context.linear.bias", "pos_embed.proj.bias", "time_text_embed.a.bias")
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [
@@ -77,6 +80,11 @@ def test_the_command_reaches_python_whatever_the_file_is_called(name: str, tenso
         (["double_stream_modulation_img.lin.weight", "single_blocks.47.linear1.weight"], "FLUX.2-dev"),
         (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "stable-diffusion-3-medium-diffusers"),
         (["joint_blocks.37.x_block.mlp.fc1.weight"], "stable-diffusion-3.5-large"),
+        ([*SD3, "transformer_blocks.0.attn.to_q.weight"], "stable-diffusion-3-medium-diffusers"),
+        ([*SD3, "transformer_blocks.0.attn2.to_q.weight"], "stable-diffusion-3.5-medium"),
+        ([*SD3, "transformer_blocks.37.norm1_context.linear.bias"], "stable-diffusion-3.5-large"),
+        (["double_blocks.0.a", "guidance_in.b", "txt_in.individual_token_refiner.c"], "no model that dumo knows"),
+        (["head.modulation", "img_emb.proj.0.weight"], "no model that dumo knows"),
         (["transformer_blocks.0.img_mod.1.weight"], "Qwen/Qwen-Image"),
         (["cap_pad_token", "cap_embedder.0.weight"], "Tongyi-MAI/Z-Image"),
         (["cap_embedder.0.weight"], "Lumina-Image-2.0"),

@@ -15,7 +15,7 @@ import torch
 import encoders
 from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import encode, open_table
-from dumo.encoders.tokens import ByteTokenizer
+from dumo.encoders.tokens import ByteTokenizer, load_tokenizer
 from dumo.io import hub
 from dumo.types import UserError
 from unit.encoders.toy import contents
@@ -110,6 +110,14 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path, file: str, damage: Callab
     damage(encoders.t5(tmp_path / "t5") / file)
     with pytest.raises(UserError, match=says):
         TextEncoder(source=str(tmp_path / "t5")).open()
+
+
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", "T5Tokenizer", "GemmaTokenizerFast"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(kind: str, tmp_path: Path) -> None:
+    """As after a download that was broken off: transformers makes one that knows no word."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    with pytest.raises(UserError, match=r"^evaluate\.protocol\.model: .*, for it tells no texts apart"):
+        load_tokenizer(tmp_path, 8, field="evaluate.protocol.model")
 
 
 def test_a_config_without_an_architecture_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.io.deferred import Deferred
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
+from dumo.nets.checkpointing import mark_recomputed, run_as_marked
 from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import HalfLinear
 from dumo.nets.rows import Codes
@@ -353,6 +354,42 @@ def test_weights_may_be_in_several_files(folder: Saved, tmp_path: Path) -> None:
     assert len([*(tmp_path / "transformer").glob("*.safetensors")]) > 1
     of_a_pipeline = built(folder("sd3").within(Pipeline(source=str(tmp_path))))
     assert torch.equal(of_a_pipeline(x, c, t=t)[0], net(x, c, t=t)[0])
+
+
+def test_one_of_two_transformers_is_refused_before_it_is_trained(folder: Saved, tmp_path: Path) -> None:
+    """Each of Wan 2.2's makes some of the passes."""
+    tiny.TINY["wan"].model().save_pretrained(tmp_path / "transformer")
+    part = ["diffusers", "WanTransformer3DModel"]
+    index = {"_class_name": "WanPipeline", "transformer": part, "transformer_2": part}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="has two transformers"):
+        built(folder("wan").within(Pipeline(source=str(tmp_path))))
+
+
+@pytest.mark.parametrize(("lowpass", "scale"), [(10.0, 1.0), (None, 1.0), (0.5, 0.5)])
+def test_a_model_without_quick_waves_has_the_scale_of_its_own(
+    folder: Saved, lowpass: float | None, scale: float
+) -> None:
+    """Lumina 2 reads waves of up to 1 rad."""
+    assert folder("lumina2").model_copy(update={"lowpass": lowpass}).time_scale == scale
+
+
+def test_every_other_block_is_recomputed_where_a_model_hands_over_methods() -> None:
+    """As PRX does."""
+    calls: list[int] = []
+
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(0)
+            return x.sin()
+
+    blocks = [Block() for _ in range(4)]
+    mark_recomputed(blocks, 2)
+    x = torch.ones(2, requires_grad=True)
+    for block in blocks:
+        x = run_as_marked(block.__call__, x)
+    x.sum().backward()
+    assert len(calls) == 4 + 2
 
 
 def test_what_the_objective_asks_beyond_is_refused(folder: Saved) -> None:
