@@ -12,6 +12,7 @@ import platform
 import resource
 import sys
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,10 @@ _TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}
 _SIDE_ON_CPU = 1024
 _SIDE_ON_GPU = 8192
 _NUM_TIMED_PRODUCTS = 4  # the fastest counts: ours
+CONTAINER_LIMITS = (  # the files in which a container, as of Docker, reads how much memory it may take
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),  # of older systems
+)
 _MIN_SECONDS = 1e-9  # of a product, in case that a clock is too coarse to see it
 
 
@@ -51,11 +56,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has, free or not; of any device but a GPU, those of the machine."""
+    """Bytes of memory that a device has, free or not; of any device but a GPU, those of the machine or container."""
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         return total
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in CONTAINER_LIMITS:
+        try:
+            limit = file.read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if limit.isdecimal():  # else "max"
+            total = min(total, int(limit))
+    return total
 
 
 def require_memory(size: int, what: str, fix: str, device: torch.device | str = "cpu") -> None:

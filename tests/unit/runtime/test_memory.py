@@ -15,9 +15,21 @@ from dumo.types import UserError
 CPU = torch.device("cpu")
 
 
-def test_memory_is_that_of_the_machine() -> None:
+def test_memory_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dumo.runtime.device.CONTAINER_LIMITS", ())
     (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:")]
     assert total_memory(CPU) == 1024 * int(line.split()[1])
+
+
+@pytest.mark.parametrize(("limit", "bytes_"), [("2000000000\n", 2_000_000_000), ("max\n", None), (f"{2**63}", None)])
+def test_a_container_has_what_it_may_take(
+    limit: str, bytes_: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr("dumo.runtime.device.CONTAINER_LIMITS", ())
+    whole = total_memory(CPU)
+    monkeypatch.setattr("dumo.runtime.device.CONTAINER_LIMITS", (tmp_path / "missing", tmp_path / "memory.max"))
+    assert total_memory(CPU) == (bytes_ or whole)
 
 
 def test_as_much_as_there_is_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

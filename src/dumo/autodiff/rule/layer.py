@@ -1,6 +1,7 @@
 """Rules of layers: linear ones, activations, dropout, norms, attention (`dumo.autodiff.rule` says how rules are made).
 
-Norms compute in float32 at least, and so do their pushes.
+Norms compute in float32 at least, and so do their pushes, save a layer norm of halves on a CPU: torch gives its
+statistics in halves there.
 """
 
 from collections.abc import Callable, Sequence
