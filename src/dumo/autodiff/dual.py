@@ -334,7 +334,7 @@ def _require_gradients_kept(x: Dual, saved: Iterable[object]) -> None:
 def _is_in_autograd_function() -> bool:
     """Whether the caller is part of a custom autograd.Function. A Dual that it returns is no tensor to autograd."""
     if torch.compiler.is_compiling():
-        return False  # a compiler does not follow such a Function
+        return False  # a compiler follows no frames, so that nobody can know
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is _APPLY_CODE:

@@ -13,6 +13,7 @@ tangent that a target does not need. `jvp`, the entrance, goes like this:
 """
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.dual import Dual, NoRule, pair, primal, teach_others
+from dumo.autodiff.tape import Later
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
@@ -120,8 +122,13 @@ class _CallState:
 
 
 def _tangent_or_zeros(x: object) -> object:
-    """The tangent of an output; zeros of a tensor that does not move; anything else as it is."""
-    if isinstance(x, Dual) and isinstance(x.t, Tensor):
+    """The tangent of an output; zeros of a tensor that does not move; anything else as it is.
+
+    Raises UserError for a tangent that is not known yet.
+    """
+    if isinstance(x, Dual) and isinstance(x.t, Later):
+        raise UserError("the function moves with a pass around dumo.jvp: dumo.jvp does not nest, take torch.func.jvp")
+    if isinstance(x, Dual) and x.t is not None:
         is_expanded = 0 in x.t.stride()  # numbers that share their place, so nobody could write to them
         return x.t.clone(memory_format=torch.contiguous_format) if is_expanded else x.t
     if isinstance(x, Tensor | Dual):
@@ -210,4 +217,5 @@ def _first_line(error: Exception) -> str:
     """What an error says, in a line."""
     if isinstance(error, NoRule):
         return f"no tangent for {error.args[0]}"
-    return str(error).partition("\n")[0] or type(error).__name__
+    line = str(error).partition("\n")[0] or type(error).__name__
+    return re.sub(r" at 0x[0-9a-f]+", "", line)  # which is another in every call

@@ -148,7 +148,7 @@ Device = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", help="A safetensors file, for the first average of the run's last checkpoint."),
+    typer.Option("--weights", help="A safetensors file, in place of the first average of the run's last checkpoint."),
 ]
 Verify = Annotated[
     bool,

@@ -8,7 +8,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ from dumo.types import Spec, UserError
 NUM_BYTE_IDS = 259
 SPACE_ID = 35  # of byte 32
 HINT = "name a folder with tokenizer_config.json and its files, as transformers saves a tokenizer"
-_DIFFERENT_TEXTS = [*"aeiost7"]  # of one letter each, of which a tokenizer knows one at least: ours
+_LETTERS = "aeiost7"  # which a tokenizer of a vocabulary tells apart, or else words of its own: ours
+_NUM_OWN_WORDS = 20  # which are tried: ours
 # The files that transformers saves a tokenizer in: vocabulary, merges, special tokens, normalizer and settings.
 _FILE_PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "*.model")
 
@@ -135,7 +136,9 @@ def require_vocabulary(tokenizer: Any, problem: str) -> None:  # noqa: ANN401, o
 
     transformers makes one of a folder whose file of the vocabulary is missing.
     """
-    all_ids = tokenizer(_DIFFERENT_TEXTS, verbose=False)["input_ids"]
+    own_tokens = (token.strip("▁Ġ# ") for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens)
+    own_words = [*islice(filter(None, own_tokens), _NUM_OWN_WORDS)]
+    all_ids = tokenizer([*_LETTERS, *own_words], verbose=False)["input_ids"]
     if len({tuple(ids) for ids in all_ids}) == 1:
         raise UserError(f"{problem}, for it tells no texts apart, as without its vocabulary: {HINT}")
 

@@ -25,6 +25,7 @@ To add a class of models that ComfyUI knows, add a row to `COMFYUI`.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -158,7 +159,8 @@ def adapter_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     component = next(iter(ranks)).partition(".")[0]
     rank_by_path = {layer.removeprefix(f"{component}."): rank for layer, rank in ranks.items()}
     [(frequent_rank, _)] = Counter(ranks.values()).most_common(1)
-    other_ranks = {path: rank for path, rank in rank_by_path.items() if rank != frequent_rank}
+    # by patterns, which peft looks for at the end of a layer's path unless they begin with ^
+    other_ranks = {f"^{re.escape(path)}": rank for path, rank in rank_by_path.items() if rank != frequent_rank}
     fields: dict[str, Any] = {
         "r": frequent_rank,
         "lora_alpha": frequent_rank,

@@ -19,6 +19,7 @@ dumo.json          the run, and the SHA-256 of the weights that this was made of
 """
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -309,14 +310,12 @@ def _copy_files(source: Path, destination: Path) -> None:
 
     Raises Stopped between two files once a stop is asked for.
     """
-    destination.mkdir()
-    for file in sorted(source.rglob("*")):
-        signals.check()
-        copy = destination / file.relative_to(source)
-        if file.is_dir():
-            copy.mkdir()
-        else:
-            shutil.copyfile(file, copy)
+    for folder, _, names in os.walk(source, followlinks=True):
+        copied_folder = destination / Path(folder).relative_to(source)
+        copied_folder.mkdir()
+        for name in names:
+            signals.check()
+            shutil.copyfile(Path(folder, name), copied_folder / name)
 
 
 def require_own_autoencoder(data: Data) -> None:

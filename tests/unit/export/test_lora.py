@@ -1,5 +1,6 @@
 """A LoRA as one file: what ComfyUI makes of it is the model that dumo exports."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -46,19 +47,27 @@ def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[
     return before, ExportedModel(sampler, read.within(Pipeline(source="sd3-digits")), net, "u")
 
 
-def test_every_layer_of_a_lora_is_added_as_it_is() -> None:
-    """Adapters and whole layers have other ranks; diffusers scales each by its alpha over its rank."""
-    _, exported = tuned("sd3")
-    weights = {f"transformer.{name}": tensor for name, tensor in diffusers_tensors(exported).items()}
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed", "ignore:.*merg")
+@pytest.mark.parametrize("name", [*NAMES, "sdxl"])
+def test_diffusers_adds_every_layer_as_it_is(name: str) -> None:
+    """Adapters and whole layers have other ranks, and Flux's last layer is called as one of each block."""
+    if name == "sdxl":
+        before, exported = of_unet(tiny.TINY["sdxl"].model(), SDXL, convolutions=True)
+    else:
+        before, exported = tuned(name)
+    component = exported.component_name
+    weights = {f"{component}.{path}": tensor for path, tensor in diffusers_tensors(exported).items()}
     config = adapter_config(weights)
-    ranks = {name.split(".lora_A.")[0]: len(x) for name, x in weights.items() if ".lora_A." in name}
-    assert len(set(ranks.values())) > 1
-    for layer, rank in ranks.items():
-        path = layer.removeprefix("transformer.")
-        assert path in config["transformer.target_modules"]
-        for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-            assert config[f"transformer.{pattern}"].get(path, config[f"transformer.{field}"]) == rank
-    assert config["transformer.lora_bias"]
+    assert config[f"{component}.rank_pattern"]
+    model: Any = tiny.TINY[name].model()
+    model.load_state_dict(before)
+    model.load_lora_adapter(weights, prefix=component, metadata=json.loads(json.dumps(config)))
+    after = exported.build_model().state_dict()
+    loaded_layers = {path: module for path, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert len(loaded_layers) == len(config[f"{component}.target_modules"])
+    for path, layer in loaded_layers.items():
+        weight = layer.base_layer.weight + layer.get_delta_weight("default_0")
+        torch.testing.assert_close(weight, after[f"{path}.weight"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*FluxPosEmbed", "ignore:.*merge")
