@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 import dumo
 from dumo.autodiff import jvp
+from dumo.autodiff.dual import pair
+from dumo.autodiff.tape import Later
 from dumo.types import UserError
 
 PAGE = runpy.run_path(str(Path(__file__).parents[3] / "docs/jvp.py"))  # whose nets are those of its table
@@ -499,3 +501,23 @@ def test_axis_is_another_word_for_dim(caplog: pytest.LogCaptureFixture) -> None:
         _, du = dumo.jvp(lambda x: torch.cat([x, x.mean(axis=1, keepdims=True)], axis=1), (x,), (v,))
     assert caplog.text == ""  # in one pass
     assert torch.equal(du, torch.cat([v, v.mean(1, keepdim=True)], 1))
+
+
+def test_a_function_that_moves_with_a_pass_around_it_is_refused() -> None:
+    """The direction of that pass is not known yet: zeros would be silently wrong."""
+    x = torch.ones(3)
+    around = pair(x, Later(x.shape, x.dtype))
+    with pytest.raises(UserError, match="does not nest"):
+        dumo.jvp(lambda y: y * around, (x,), (x,))
+
+
+def test_an_error_that_shows_an_address_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    def asks_for_a_tensor(x: Tensor) -> Tensor:
+        assert isinstance(x, Tensor), f"no tensor but {x}"
+        return x.sin()
+
+    x, _, v = point()
+    with caplog.at_level(logging.WARNING, "dumo"):
+        for _ in range(2):
+            dumo.jvp(asks_for_a_tensor, (x,), (v,))
+    assert len(caplog.messages) == 1
