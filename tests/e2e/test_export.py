@@ -372,9 +372,7 @@ def test_the_card_of_a_run_with_codes_runs(name: str, tmp_path: Path) -> None:
 def test_the_card_of_a_lora_with_codes_for_a_model_alone_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tuned model came without a pipeline around it, and its card builds one."""
     case = Case.of("SD3", tmp_path, *LORA, *CODES)
-    shutil.copytree(case.source / "transformer", tmp_path / "my-transformer")
     monkeypatch.setattr(ExportedModel, "source_folder", None)
-    monkeypatch.setattr(ExportedModel, "base_name", "my-transformer")
     out = write.export(case.opened, tmp_path / "out", to="lora")
     code = (out / "README.md").read_text("utf-8").split("```py\n")[1].split("```")[0]
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, check=False)

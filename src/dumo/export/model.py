@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.encoders.part import DIFFUSERS, find_weights
-from dumo.encoders.pipeline import weights_name
+from dumo.encoders.pipeline import TRANSFORMER, weights_name
 from dumo.export.scheduler import restart_for_scheduler
 from dumo.export.stock import TRAIN_TIMESTEPS, StockPipeline, find_stock_pipeline
 from dumo.flow.path import Diffusion
@@ -176,6 +176,13 @@ class ExportedModel:
     def base_name(self) -> str:
         """The name of the tuned model: its folder's, for a repository that it notes may be that of an ancestor."""
         return Path(self.spec.pipeline.source).name
+
+    @property
+    def base_subfolder(self) -> str:
+        """The folder of the tuned model inside the folder `base_name`; "": it is that folder itself."""
+        pipeline = self.spec.pipeline
+        part_folder = pipeline.part_folder(TRANSFORMER)
+        return "" if part_folder == pipeline.folder else part_folder.relative_to(pipeline.folder).as_posix()
 
     @property
     def class_embeddings(self) -> dict[str, Tensor]:
