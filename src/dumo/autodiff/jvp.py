@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
-from dumo.autodiff.dual import Dual, NoRule, pair, primal, teach_others
+from dumo.autodiff.dual import Dual, NoRule, pair, primal, tangent, teach_others
 from dumo.autodiff.tape import Later
 from dumo.types import UserError
 
@@ -55,15 +55,8 @@ def jvp(
     teach_others()
     before = _CallState.of(fn, primals)
     directions = [None if d is None else d.detach().to(p, copy=True) for p, d in zip(primals, tangents, strict=True)]
-    reason = ""
-    try:
-        operands = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
-        out = fn(*operands, **kwargs)
-    except (TypeError, AttributeError, AssertionError, ValueError, RuntimeError) as error:
-        # Code that asks for a Tensor raises any of them. A lack of tangents is a RuntimeError, too (`NoRule`).
-        if isinstance(error, UserError) and not isinstance(error, RuntimeError):
-            raise
-        reason = _first_line(error)  # not the error, which holds what the pass has made
+    operands = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
+    out, reason = _call_on_duals(fn, operands, kwargs)
     if reason:
         before.restore()
         return _two_passes(fn, primals, directions, kwargs, before, reason)
@@ -71,6 +64,20 @@ def jvp(
         if not isinstance(leaf, _OutputLeaf):
             raise UserError(f"dumo.jvp: the function returned a {type(leaf).__name__}: return tensors, tuples or dicts")
     return tree_map(primal, out), tree_map(_tangent_or_zeros, out)
+
+
+def _call_on_duals(fn: Callable[..., Any], operands: Sequence[Tensor], kwargs: dict[str, Any]) -> tuple[Any, str]:
+    """What fn returns, and ""; where it does not take Duals, None and why. Raises UserError as fn does.
+
+    Not the error itself: it holds what the pass has made, while two others are made.
+    """
+    try:
+        return fn(*operands, **kwargs), ""
+    except (TypeError, AttributeError, AssertionError, ValueError, RuntimeError) as error:
+        # Code that asks for a Tensor raises any of them. A lack of tangents is a RuntimeError, too (`NoRule`).
+        if isinstance(error, UserError) and not isinstance(error, RuntimeError):
+            raise
+        return None, _first_line(error)
 
 
 def _require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> None:
@@ -126,11 +133,12 @@ def _tangent_or_zeros(x: object) -> object:
 
     Raises UserError for a tangent that is not known yet.
     """
-    if isinstance(x, Dual) and isinstance(x.t, Later):
+    t = tangent(x)
+    if isinstance(t, Later):
         raise UserError("the function moves with a pass around dumo.jvp: dumo.jvp does not nest, take torch.func.jvp")
-    if isinstance(x, Dual) and x.t is not None:
-        is_expanded = 0 in x.t.stride()  # numbers that share their place, so nobody could write to them
-        return x.t.clone(memory_format=torch.contiguous_format) if is_expanded else x.t
+    if t is not None:
+        is_expanded = 0 in t.stride()  # numbers that share their place, so nobody could write to them
+        return t.clone(memory_format=torch.contiguous_format) if is_expanded else t
     if isinstance(x, Tensor | Dual):
         return torch.zeros_like(primal(x))
     return x
