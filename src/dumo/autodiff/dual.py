@@ -326,9 +326,13 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
 def _require_gradients_kept(x: Dual, saved: Iterable[object]) -> None:
     """Raise NoRule where no gradients are recorded, but those of the Dual, or of what it meets, would be lost."""
     loses_own = x.p.requires_grad
-    meets_weights = any(isinstance(y, Tensor) and y.requires_grad for y in saved)
-    if loses_own or (meets_weights and x.under_grad and _is_in_autograd_function()):
+    if loses_own or (x.under_grad and _have_gradients(saved) and _is_in_autograd_function()):
         raise NoRule("a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients")
+
+
+def _have_gradients(operands: Iterable[object]) -> bool:
+    """Whether one of the operands is a tensor that wants a gradient, such as a weight."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in operands)
 
 
 def _is_in_autograd_function() -> bool:

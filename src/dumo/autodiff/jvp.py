@@ -8,7 +8,7 @@ block, DistributedDataParallel or a compiled module in ways that these do not ta
 tangent that a target does not need. `jvp`, the entrance, goes like this:
 
 1. Check the arguments, and remember what a call changes: random state and buffers (`_CallState`).
-2. Call fn on Duals: the tangent rides on the pass that is made anyway (`dumo.autodiff.dual`).
+2. Call fn on Duals (`_call_on_duals`): the tangent rides on the pass that is made anyway (`dumo.autodiff.dual`).
 3. Where fn fails on Duals, restore the state and make two passes (`_two_passes`): fn as it is, and `torch.func.jvp`.
 """
 

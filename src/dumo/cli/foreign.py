@@ -125,10 +125,10 @@ def our_option(command: str, name: str, own_options: Collection[str]) -> str | N
 
 def near_option(command: str, name: str, own_options: Collection[str]) -> str | None:
     """As `our_option`, for an option whose name is near to one that `our_option` knows."""
-    known = [*FOREIGN_OPTIONS.get(command, {}), *_DEVICES]
+    foreign_names = [*FOREIGN_OPTIONS.get(command, {}), *_DEVICES]
     if "--set" in own_options:
-        known += [*FOREIGN, *field_names()]
-    near_names = get_close_matches(foreign_key(name), known, n=1, cutoff=0.8)
+        foreign_names += [*FOREIGN, *field_names()]
+    near_names = get_close_matches(foreign_key(name), foreign_names, n=1, cutoff=0.8)
     return our_option(command, near_names[0], own_options) if near_names else None
 
 

@@ -71,10 +71,12 @@ def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name:
     Raises UserError where the run tuned all weights, the class takes no LoRA, or a part of another kind was trained.
     """
     stock = require_pipeline(exported, lora=True)
+    tensors = diffusers_tensors(exported)
     weights: dict[str, Tensor] = {}
-    for weight_name, tensor in diffusers_tensors(exported).items():
+    for weight_name, tensor in tensors.items():
         weights[f"{exported.component_name}.{weight_name}"] = tensor.to(getattr(torch, dtype))
-    metadata = _METADATA | {"lora_adapter_metadata": json.dumps(adapter_config(weights))}
+    config = adapter_config(tensors, exported.component_name)
+    metadata = _METADATA | {"lora_adapter_metadata": json.dumps(config)}
     safetensors.torch.save_file(weights, out / FILE, metadata)
     if exported.head == "u" and not exported.subject_only:  # the few-step run's export has one
         write_flow_map_scheduler(
@@ -145,20 +147,20 @@ def diffusers_tensors(exported: ExportedModel) -> dict[str, Tensor]:
     return weights
 
 
-def adapter_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of peft's `LoraConfig`, after the name of the component, with which diffusers loads these tensors.
+def adapter_config(tensors: Mapping[str, Tensor], component: str) -> dict[str, Any]:
+    """The fields of peft's `LoraConfig`, after the name of the component, with which diffusers loads a LoRA.
+
+    `tensors` are those of `diffusers_tensors`.
 
     Each layer's alpha is its rank, so that its product is added as it is. Without these fields diffusers takes the most
     frequent rank as alpha of all layers, up to 0.36 at least.
     """
-    ranks: dict[str, int] = {}  # by the layer's name, with the component's before it
-    for name, tensor in weights.items():
-        layer, _, end = name.rpartition(".lora_A.")
+    rank_by_path: dict[str, int] = {}  # by the layer's path in the model
+    for name, tensor in tensors.items():
+        path, _, end = name.rpartition(".lora_A.")
         if end == "weight":
-            ranks[layer] = len(tensor)
-    component = next(iter(ranks)).partition(".")[0]
-    rank_by_path = {layer.removeprefix(f"{component}."): rank for layer, rank in ranks.items()}
-    [(frequent_rank, _)] = Counter(ranks.values()).most_common(1)
+            rank_by_path[path] = len(tensor)
+    [(frequent_rank, _)] = Counter(rank_by_path.values()).most_common(1)
     # by patterns, which peft looks for at the end of a layer's path unless they begin with ^
     other_ranks = {f"^{re.escape(path)}": rank for path, rank in rank_by_path.items() if rank != frequent_rank}
     fields: dict[str, Any] = {
@@ -167,7 +169,7 @@ def adapter_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
         "target_modules": sorted(rank_by_path),
-        "lora_bias": any(name.endswith(".lora_B.bias") for name in weights),
+        "lora_bias": any(name.endswith(".lora_B.bias") for name in tensors),
     }
     return {f"{component}.{name}": value for name, value in fields.items()}
 

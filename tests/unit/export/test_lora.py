@@ -56,8 +56,9 @@ def test_diffusers_adds_every_layer_as_it_is(name: str) -> None:
     else:
         before, exported = tuned(name)
     component = exported.component_name
-    weights = {f"{component}.{path}": tensor for path, tensor in diffusers_tensors(exported).items()}
-    config = adapter_config(weights)
+    tensors = diffusers_tensors(exported)
+    weights = {f"{component}.{path}": tensor for path, tensor in tensors.items()}
+    config = adapter_config(tensors, component)
     assert config[f"{component}.rank_pattern"]
     model: Any = tiny.TINY[name].model()
     model.load_state_dict(before)
