@@ -29,7 +29,7 @@ MODELS = DOCS.parent / "src/dumo/trained"
 SHIPPED = DOCS.parent / "src/dumo/recipes/results"  # which reports show, too
 RESULT_FOLDERS = (SHIPPED, DOCS / "results", DOCS.parent / "tools", MODELS)
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)", re.DOTALL)
-SCORES = ("fd", "fd_grey", "mmd", "class_mmd")
+SCORES = ("fd", "mmd", "class_mmd")
 TRAINED_SCORES = ("mmd", "class_mmd")  # of the models that come with dumo
 SCORE_TITLES = {"class_mmd": "kernel distance by class · 10³"}
 FRONT_NAMES = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "DuMo, untuned": "DuMo, untuned (`digits`)"}
@@ -272,17 +272,20 @@ def flow_first_table(results: Results) -> Table:
 
 
 def words_table(results: Results) -> Table:
-    """By words and by classes: distances, and those within a class by captions that were trained on and held out."""
+    """By words and by classes: the score at one and two NFE, and FDs within a class by captions seen and held out."""
     arms = group_by_arm(results, "data", "condition")
-    table = Table(["", "by", "steps", "MFLOP per NFE", "FD, 1 NFE", "2", "recall", "class FD", "held out"])
-    for arm, failed in zip(arms, failed_counts(arms), strict=True):
-        row = arm[0]
-        score = "fd" if row.get("fd_grey") is None else "fd_grey"
-        distances = [with_error(of_passes[score], of_passes[f"{score}_sd"]) for of_passes in arm]
-        more_scores = [row["recall"], row["class_fd"], row["class_fd_held"]]
-        more_cells = ["" if score is None else f"{score:.2f}" for score in more_scores]
-        costs = [f"{row['steps']:,}", f"{row['MFLOP_per_pass']:.1f}"]
-        table.add(row["data"], row["condition"], *costs, *distances, *more_cells, failed=failed)
+    columns = ["steps", "MFLOP per NFE", f"{score_title(arms[0])}, 1 NFE", "2", "recall", "class FD", "held out"]
+    table = Table(["", "by", *columns])
+    for data in dict.fromkeys(arm[0]["data"] for arm in arms):
+        arms_of_data = [arm for arm in arms if arm[0]["data"] == data]
+        scores_of_data = score_cells(arms_of_data, (1, 2))
+        for arm, scores, failed in zip(arms_of_data, scores_of_data, failed_counts(arms_of_data), strict=True):
+            row = arm[0]
+            costs = [f"{row['steps']:,}", f"{row['MFLOP_per_pass']:.1f}"]
+            held_out = row["class_fd_held"]  # None: by classes
+            held_out_text = "" if held_out is None else f"{held_out:.2f}"
+            more_scores = [f"{row['recall']:.2f}", f"{row['class_fd']:.2f}", held_out_text]
+            table.add(data, row["condition"], *costs, *scores, *more_scores, failed=failed)
     return table
 
 

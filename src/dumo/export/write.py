@@ -40,7 +40,7 @@ from dumo.export.serve import IGNORED_KEY, reason_not_servable, vllm_index_entri
 from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
 from dumo.io.read import brief, read_settings, write_json
-from dumo.io.weights import unshared
+from dumo.io.weights import PICKLES, unshared
 from dumo.nets import DiT, Pretrained, UNet
 from dumo.run.weights import RunFolder, build
 from dumo.runtime import require_package, signals
@@ -306,14 +306,19 @@ def _copy_part(part: Path, destination: Path, parts: Parts) -> None:
 
 
 def _copy_files(source: Path, destination: Path) -> None:
-    """Copy all files of a folder. Raises the first OSError: `shutil.copytree` goes on, and raises all of them as one.
+    """Copy the files of a folder, but for pickles next to safetensors, which hold the same weights.
 
-    Raises Stopped between two files once a stop is asked for.
+    Raises the first OSError: `shutil.copytree` goes on, and raises all of them as one. Raises Stopped between two files
+    once a stop is asked for.
     """
     for folder, _, names in os.walk(source, followlinks=True):
         copied_folder = destination / Path(folder).relative_to(source)
         copied_folder.mkdir()
+        has_safetensors = any(name.endswith(".safetensors") for name in names)
         for name in names:
+            is_pickle = name.removesuffix(".index.json").endswith(PICKLES)
+            if is_pickle and has_safetensors:
+                continue
             signals.check()
             shutil.copyfile(Path(folder, name), copied_folder / name)
 
