@@ -64,11 +64,12 @@ def attend(
     """
     sees_all_keys = mask is None and not causal
     if q.is_cuda and sees_all_keys and not grouped and not torch.compiler.is_compiling():
+        # flash attention below is called without autocast's help
         if torch.is_autocast_enabled("cuda") and q.dtype != torch.float64:
             q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
         has_padding = q.shape[-1] % 8 != 0  # torch pads such heads for flash attention
-        is_broadcast = not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
-        if not (has_padding or is_broadcast) and aten._fused_sdp_choice(q, k, v, scale=scale) == FLASH:
+        same_batch = q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+        if same_batch and not has_padding and aten._fused_sdp_choice(q, k, v, scale=scale) == FLASH:
             o, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
             return o, lse
     o = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
@@ -241,8 +242,10 @@ def _sum_of_products(pairs: Sequence[tuple[Tensor, Tensor]], scale: float = 1.0)
         if a.dtype in _HALF_DTYPES:
             product = torch.bmm(a, b, out_dtype=torch.float32).mul_(scale)
             total = total.add_(product) if i else product
-        else:  # beta = 0: the first total is not read
-            total = torch.baddbmm(total, a, b, beta=int(i > 0), alpha=scale, out=total if i else None)
+        elif i == 0:
+            total = torch.baddbmm(total, a, b, beta=0, alpha=scale)  # beta = 0: the total is not read
+        else:
+            total.baddbmm_(a, b, alpha=scale)
     return total
 
 

@@ -86,7 +86,7 @@ class Dual:
     t: Tensor | Later | None  # the tangent; None: the Dual rests
     is_view: bool = False  # of another Dual, which would have to see what is assigned to this one
     recorded: bool = False  # autograd records the tangent, too, for a loss that holds the derivative itself
-    under_grad: bool = False  # autograd recorded what made it, or the pass that it is of
+    under_grad: bool = False  # gradients were recorded when it was made, or something that it was made of
 
     shape = property(lambda self: self.p.shape)
     dtype = property(lambda self: self.p.dtype)
@@ -326,7 +326,8 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
 def _require_gradients_kept(x: Dual, saved: Iterable[object]) -> None:
     """Raise NoRule where no gradients are recorded, but those of the Dual, or of what it meets, would be lost."""
     loses_own = x.p.requires_grad
-    if loses_own or (x.under_grad and _have_gradients(saved) and _is_in_autograd_function()):
+    loses_others = x.under_grad and _have_gradients(saved) and _is_in_autograd_function()
+    if loses_own or loses_others:
         raise NoRule("a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients")
 
 
@@ -418,7 +419,7 @@ def _method_of_rule(function: _Operation, tangent_rule: Rule) -> Callable[..., A
     """A rule as a method of Dual, where the rule lets the first operand alone move."""
 
     def method(self: Dual, *others: object, **named: object) -> Any:  # noqa: ANN401, as Tensor's
-        if _has_no_dual(others) and _has_no_dual(named.values()):
+        if _has_no_dual(others) and _has_no_dual(named.values()) and _NUMPY_NAMES.keys().isdisjoint(named):
             return tangent_rule(self, *others, **named)
         return _call_method(cast(Callable[..., Any], function), self, *others, **named)
 

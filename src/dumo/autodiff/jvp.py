@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.dual import Dual, NoRule, pair, primal, tangent, teach_others
-from dumo.autodiff.tape import Later
+from dumo.autodiff.tape import Later, num_writes
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
@@ -49,7 +49,7 @@ def jvp(
     Where an operation has no tangent, two passes are made, and the first time a line of the log says so: fn as it is,
     and `torch.func.jvp` without gradients. Both draw the same random numbers as the plain call, of torch's generators
     of the CPU and of the GPUs of primals; buffers change once where fn is a module or its method. Raises UserError
-    where arguments do not fit, and where that fails, too.
+    where arguments do not fit, and where torch.func.jvp fails, too.
     """
     _require_arguments(primals, tangents)
     teach_others()
@@ -57,7 +57,7 @@ def jvp(
     directions = [None if d is None else d.detach().to(p, copy=True) for p, d in zip(primals, tangents, strict=True)]
     operands = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
     out, reason = _call_on_duals(fn, operands, kwargs)
-    if reason:
+    if reason is not None:
         before.restore()
         return _two_passes(fn, primals, directions, kwargs, before, reason)
     for leaf in tree_flatten(out)[0]:
@@ -66,13 +66,15 @@ def jvp(
     return tree_map(primal, out), tree_map(_tangent_or_zeros, out)
 
 
-def _call_on_duals(fn: Callable[..., Any], operands: Sequence[Tensor], kwargs: dict[str, Any]) -> tuple[Any, str]:
-    """What fn returns, and ""; where it does not take Duals, None and why. Raises UserError as fn does.
+def _call_on_duals(
+    fn: Callable[..., Any], operands: Sequence[Tensor], kwargs: dict[str, Any]
+) -> tuple[Any, str | None]:
+    """What fn returns, and None; or, where it does not take Duals, None and why. Raises UserError as fn does.
 
-    Not the error itself: it holds what the pass has made, while two others are made.
+    Why is a text. The error itself would keep all tensors of this pass in memory while two others are made.
     """
     try:
-        return fn(*operands, **kwargs), ""
+        return fn(*operands, **kwargs), None
     except (TypeError, AttributeError, AssertionError, ValueError, RuntimeError) as error:
         # Code that asks for a Tensor raises any of them. A lack of tangents is a RuntimeError, too (`NoRule`).
         if isinstance(error, UserError) and not isinstance(error, RuntimeError):
@@ -95,37 +97,75 @@ def _require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | No
             continue
         if not torch.is_tensor(p) or not p.is_floating_point():
             raise UserError(f"primal {i} is no tensor of floats, so it cannot move: give None as its tangent")
+        if not torch.is_tensor(d):
+            raise UserError(f"tangent {i} is a {type(d).__name__}: give a tensor like primal {i}, or None if it rests")
         if d.shape != p.shape:
             raise UserError(f"primal {i} has shape {tuple(p.shape)}, its tangent {tuple(d.shape)}: they move together")
+
+
+@dataclass(frozen=True)
+class _SavedBuffer:
+    """A buffer of a module, and what it held."""
+
+    module: nn.Module
+    name: str
+    buffer: Tensor
+    writes: int  # how often it had been written to
+    value: Tensor  # a copy
 
 
 @dataclass(frozen=True)
 class _CallState:
     """What a call of fn may change: torch's generators of the CPU and of the primals' GPUs, and a module's buffers."""
 
-    module: object  # fn, or that whose method fn is
     random_state: Tensor
     cuda_states: dict[torch.device, Tensor]
-    buffers: list[Tensor]
+    modules: list[nn.Module]
+    saved_buffers: list[_SavedBuffer]
 
     @classmethod
     def of(cls, fn: object, primals: Sequence[Tensor]) -> "_CallState":
         """Copy the present state."""
         gpus = {p.device for p in primals if torch.is_tensor(p) and p.is_cuda}
         cuda_states = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
-        module = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)  # whose method fn is
-        buffers = [buffer.clone() for buffer in module.buffers()] if isinstance(module, nn.Module) else []
-        return cls(module, torch.get_rng_state(), cuda_states, buffers)
+        root = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)  # whose method fn is
+        modules = list(root.modules()) if isinstance(root, nn.Module) else []
+        saved_buffers: list[_SavedBuffer] = []
+        for module in modules:
+            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+                saved_buffers.append(_SavedBuffer(module, name, buffer, num_writes(buffer), buffer.clone()))
+        return cls(torch.get_rng_state(), cuda_states, modules, saved_buffers)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write the copied state back."""
+        """Bring the state back. A buffer is written to only where it has changed, for gradients may need it."""
+        self._restore_generators()
+        self._unregister_new_buffers()
+        for saved in self.saved_buffers:
+            setattr(saved.module, saved.name, saved.buffer)
+            if saved.buffer.is_inference() or num_writes(saved.buffer) != saved.writes:
+                saved.buffer.copy_(saved.value)
+
+    def restore_as_copies(self) -> None:
+        """Bring the state back with copies in place of the buffers, so that a call does not write to these."""
+        self._restore_generators()
+        self._unregister_new_buffers()
+        for saved in self.saved_buffers:
+            setattr(saved.module, saved.name, saved.value)
+
+    def _restore_generators(self) -> None:
+        """Bring torch's generators back."""
         torch.set_rng_state(self.random_state)
         for gpu, state in self.cuda_states.items():
             torch.cuda.set_rng_state(state, gpu)
-        if isinstance(self.module, nn.Module):
-            for buffer, value in zip(self.module.buffers(), self.buffers, strict=True):
-                buffer.copy_(value)
+
+    def _unregister_new_buffers(self) -> None:
+        """Take out buffers that a call has registered."""
+        places = {(saved.module, saved.name) for saved in self.saved_buffers}
+        for module in self.modules:
+            for name, _ in [*module.named_buffers(recurse=False)]:
+                if (module, name) not in places:
+                    delattr(module, name)
 
 
 def _tangent_or_zeros(x: object) -> object:
@@ -163,7 +203,7 @@ def _two_passes(
     tensor_places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     name = getattr(fn, "__name__", type(fn).__name__)
     refusal = f"{name} has no derivative: {reason}; and"
-    before.restore()
+    before.restore_as_copies()
     try:
         repeated_values, derivatives = _tensors_and_derivatives(fn, points, directions, kwargs, tensor_places)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as two_pass_error:

@@ -65,6 +65,7 @@ _DEVICES = {  # of every command that has a device
     "cuda": ("--device cuda", ""),
     "gpu": ("--device cuda", "without it the GPU is taken where there is one"),
 }
+# Values of --device in other programs: what to type here.
 FOREIGN_DEVICES = {"gpu": "cuda", "metal": "mps", "nvidia": "cuda", "tpu": "xla"}
 # Commands of other programs: what to type here.
 FOREIGN_COMMANDS = {
@@ -103,7 +104,7 @@ FOREIGN_COMMANDS = {
 
 
 def our_option(command: str, name: str, own_options: Collection[str]) -> str | None:
-    """What to type for an option of another program, which begins with -; None for a name that none has.
+    """What to type for an option of another program, which begins with -; None where no program is known to have it.
 
     `own_options` are the command's. With --set an option may be a field, and with --device it may be a device.
     """
@@ -115,17 +116,19 @@ def our_option(command: str, name: str, own_options: Collection[str]) -> str | N
         return foreign_hint(*_DEVICES[key])
     if "--set" not in own_options:
         return None
-    if key not in FOREIGN:
-        paths = paths_of(key)
-        own_paths = [path for path in paths if path.startswith(f"{command}.")]  # train.seed of dumo train
-        settings = [f"--set {path}=..." for path in own_paths or paths]
-        return foreign_hint(" or ".join(settings)) if settings else None
-    return ours(name, as_option=True)
+    if key in FOREIGN:
+        return ours(name, as_option=True)
+    paths = paths_of(key)
+    own_paths = [path for path in paths if path.startswith(f"{command}.")]  # train.seed of dumo train
+    settings = [f"--set {path}=..." for path in own_paths or paths]
+    return foreign_hint(" or ".join(settings)) if settings else None
 
 
 def near_option(command: str, name: str, own_options: Collection[str]) -> str | None:
     """As `our_option`, for an option whose name is near to one that `our_option` knows."""
-    foreign_names = [*FOREIGN_OPTIONS.get(command, {}), *_DEVICES]
+    foreign_names = [*FOREIGN_OPTIONS.get(command, {})]
+    if "--device" in own_options:
+        foreign_names += _DEVICES
     if "--set" in own_options:
         foreign_names += [*FOREIGN, *field_names()]
     near_names = get_close_matches(foreign_key(name), foreign_names, n=1, cutoff=0.8)
@@ -133,6 +136,6 @@ def near_option(command: str, name: str, own_options: Collection[str]) -> str | 
 
 
 def our_command(name: str) -> str | None:
-    """What to type for a command, or an option without one, of another program; None for a name that none has."""
+    """What to type for a command, or an option without one, of another program; None where none is known to have it."""
     command = FOREIGN_COMMANDS.get(name) or FOREIGN_COMMANDS.get(name.lower())
     return command and f"here it is {command}"

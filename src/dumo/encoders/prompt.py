@@ -91,7 +91,7 @@ class PromptReaderSpec(Spec):
                     folder.folder / part, local_files_only=True, trust_remote_code=False
                 )
                 tokenizer = getattr(loaded, "tokenizer", loaded)  # of a processor of texts and images
-                require_vocabulary(tokenizer, problem)
+                require_vocabulary(tokenizer, f"pipeline: {part} of {self.source} is not whole", HINT)
 
     def _load(self, folder: Pipeline) -> tuple[Any, Any]:
         """Load the pipeline, with its transformer on the meta device. Returns its class and the pipeline."""

@@ -26,8 +26,8 @@ from dumo.types import Spec, UserError
 NUM_BYTE_IDS = 259
 SPACE_ID = 35  # of byte 32
 HINT = "name a folder with tokenizer_config.json and its files, as transformers saves a tokenizer"
-_LETTERS = "aeiost7"  # which a tokenizer of a vocabulary tells apart, or else words of its own: ours
-_NUM_OWN_WORDS = 20  # which are tried: ours
+_LETTERS = "aeiost7"  # texts that every whole tokenizer of a Latin script tells apart: ours
+_NUM_OWN_WORDS = 20  # words of a vocabulary, which are tried where letters do not do: ours
 # The files that transformers saves a tokenizer in: vocabulary, merges, special tokens, normalizer and settings.
 _FILE_PATTERNS = ("*token*.json", "vocab.*", "merges.txt", "*.model")
 
@@ -91,7 +91,9 @@ class LoadedTokenizer:
 
     def count_tokens_before_text(self) -> int:
         """Count the tokens before a text, of the template and of the beginning: they are the same for all texts."""
-        pairs = zip(*self._ids_without_cut(["a", "b"]), strict=False)
+        two_texts = _two_distinct_texts(self.library_tokenizer)
+        assert two_texts is not None, "`require_vocabulary` has been asked"
+        pairs = zip(*self._ids_without_cut(two_texts), strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def _ids_without_cut(self, texts: Sequence[str]) -> list[list[int]]:
@@ -131,23 +133,36 @@ def load_tokenizer(folder: Path, length: int, template: str = "{}", *, field: st
         return LoadedTokenizer(tokenizer, _files_hash(folder), length, template)
 
 
-def require_vocabulary(tokenizer: Any, problem: str) -> None:  # noqa: ANN401, of transformers
-    """Raise UserError, which begins with `problem`, for a tokenizer that gives the same tokens for all texts.
+def require_vocabulary(tokenizer: Any, problem: str, hint: str = HINT) -> None:  # noqa: ANN401, of transformers
+    """Raise UserError, from `problem` to `hint`, for a tokenizer that gives the same tokens for all texts.
 
     transformers makes one of a folder whose file of the vocabulary is missing.
     """
-    if _tells_apart(tokenizer, [*_LETTERS]):
-        return
-    own_tokens = (token.strip("▁Ġ# ") for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens)
-    own_words = [*islice(filter(None, own_tokens), _NUM_OWN_WORDS)]
-    if not _tells_apart(tokenizer, [*_LETTERS, *own_words]):
-        raise UserError(f"{problem}, for it tells no texts apart, as without its vocabulary: {HINT}")
+    if _two_distinct_texts(tokenizer) is None:
+        raise UserError(f"{problem}, for it tells no texts apart, as without its vocabulary: {hint}")
 
 
-def _tells_apart(tokenizer: Any, texts: list[str]) -> bool:  # noqa: ANN401, of transformers
-    """Whether two of the texts have other tokens."""
-    all_ids = tokenizer(texts, verbose=False)["input_ids"]
-    return len({tuple(ids) for ids in all_ids}) > 1
+def _two_distinct_texts(tokenizer: Any) -> tuple[str, str] | None:  # noqa: ANN401, of transformers
+    """Two texts that the tokenizer tells apart: letters, or else words of its vocabulary; None: there are none."""
+    letters = [*_LETTERS]
+    distinct_letters = _first_distinct(tokenizer, letters)
+    return distinct_letters or _first_distinct(tokenizer, letters + _own_words(tokenizer))
+
+
+def _first_distinct(tokenizer: Any, texts: list[str]) -> tuple[str, str] | None:  # noqa: ANN401, of transformers
+    """The first of the texts, and the next one that has other tokens; None: all have the same."""
+    first_ids, *other_ids = tokenizer(texts, verbose=False)["input_ids"]
+    for text, ids in zip(texts[1:], other_ids, strict=True):
+        if ids != first_ids:
+            return texts[0], text
+    return None
+
+
+def _own_words(tokenizer: Any) -> list[str]:  # noqa: ANN401, of transformers
+    """Some words of a tokenizer's vocabulary, without the marks of their beginning or middle."""
+    special_tokens = {*tokenizer.all_special_tokens}
+    words = (token.strip("▁Ġ# ") for token in tokenizer.get_vocab() if token not in special_tokens)
+    return list(islice(filter(None, words), _NUM_OWN_WORDS))
 
 
 def _files_hash(folder: Path) -> str:

@@ -64,6 +64,17 @@ COMFYUI: dict[str, dict[str, str]] = {  # by class of diffusers: ComfyUI's own n
 }
 _KOHYA_PREFIX = "lora_unet_"  # of names that kohya's scripts gave to layers of UNets, which A1111 reads, too
 
+Layer = nn.Linear | nn.Conv2d
+
+
+class LayerProduct(NamedTuple):
+    """The change of a layer: the product B A, which is applied to the layer's input, and a bias."""
+
+    path: str  # of the layer in the model
+    a: Tensor
+    b: Tensor
+    bias: Tensor  # c above; zeros where the layer's bias has not changed
+
 
 def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
     """Write the LoRA, its scheduler and its card into the empty folder `out`, which will be called `name`.
@@ -153,7 +164,7 @@ def adapter_config(tensors: Mapping[str, Tensor], component: str) -> dict[str, A
     `tensors` are those of `diffusers_tensors`.
 
     Each layer's alpha is its rank, so that its product is added as it is. Without these fields diffusers takes the most
-    frequent rank as alpha of all layers, up to 0.36 at least.
+    frequent rank as alpha of all layers, as of 0.36.
     """
     rank_by_path: dict[str, int] = {}  # by the layer's path in the model
     for name, tensor in tensors.items():
@@ -172,18 +183,6 @@ def adapter_config(tensors: Mapping[str, Tensor], component: str) -> dict[str, A
         "lora_bias": any(name.endswith(".lora_B.bias") for name in tensors),
     }
     return {f"{component}.{name}": value for name, value in fields.items()}
-
-
-Layer = nn.Linear | nn.Conv2d
-
-
-class LayerProduct(NamedTuple):
-    """The change of a layer: the product B A, which is applied to the layer's input, and a bias."""
-
-    path: str  # of the layer in the model
-    a: Tensor
-    b: Tensor
-    bias: Tensor  # c above; zeros where the layer's bias has not changed
 
 
 def _adapter_products(exported: ExportedModel) -> Iterator[LayerProduct]:

@@ -54,6 +54,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 FILE_FORMS = ("comfyui", "safetensors")  # one file, no folder
 PARTS: tuple[Parts, ...] = get_args(Parts)
 ORIGIN = "dumo.json"  # the file that notes the run
+# Beginnings of entries of an index: where the pipeline came from, and what servers read of its passes.
+_LEFT_OUT = ("_name_or_path", IGNORED_KEY, "dmd2_")
 TAKE_ANOTHER = "take another copy of the pipeline"  # the end of messages
 
 
@@ -166,7 +168,8 @@ def require_vacant(out: Path, to: str) -> None:
     A file must have the ending by which programs find weights. A folder needs a name: it replaces what has this name.
     """
     if out.name in ("", ".."):
-        raise UserError(f"{out} is no name for an export: name a folder in it, such as {out / 'few-steps'}")
+        kind, example = ("file", "dumo.safetensors") if to in FILE_FORMS else ("folder", "few-steps")
+        raise UserError(f"{out} is no name for an export: name a {kind} in it, such as {out / example}")
     if to in FILE_FORMS:
         if out.is_dir():
             example = out / "dumo.safetensors"
@@ -201,7 +204,7 @@ def _write_file(exported: ExportedModel, provenance: card.Provenance, file: Path
         weights = unshared(exported.build_model().state_dict())
         if exported.class_embeddings:
             warnings.warn(
-                f"{file.name} has the weights alone, without what the model reads for classes: "
+                f"the file has the weights alone, without what the model reads for classes: "
                 f"{option('to', 'diffusers')} writes that, too, where a stock pipeline runs the model",
                 stacklevel=2,
             )
@@ -269,7 +272,7 @@ def _write_pipeline(
 
 
 def read_index(source: Path) -> dict[str, Any]:
-    """The model_index.json of a pipeline, without its name, and what servers read of its passes, for ours are others.
+    """The model_index.json of a pipeline, without the entries that say what ours is not (`_LEFT_OUT`).
 
     Raises UserError for a file that is no such index, and for a pipeline of two transformers.
     """
@@ -279,8 +282,7 @@ def read_index(source: Path) -> dict[str, Any]:
             f"{source} is no pipeline of one transformer: {TAKE_ANOTHER}; or, of two, {SECOND_TRANSFORMER} was not "
             f"tuned and would make some of the passes: take {option('to', 'safetensors')}"
         )
-    left_out = ("_name_or_path", IGNORED_KEY)
-    return {key: entry for key, entry in index.items() if not key.startswith("dmd2_") and key not in left_out}
+    return {key: entry for key, entry in index.items() if not key.startswith(_LEFT_OUT)}
 
 
 def other_parts(index: Mapping[str, Any]) -> list[str]:
@@ -311,7 +313,7 @@ def _copy_files(source: Path, destination: Path) -> None:
     Raises the first OSError: `shutil.copytree` goes on, and raises all of them as one. Raises Stopped between two files
     once a stop is asked for.
     """
-    for folder, _, names in os.walk(source, followlinks=True):
+    for folder, _, names in os.walk(source, followlinks=True, onerror=_raise_error):
         copied_folder = destination / Path(folder).relative_to(source)
         copied_folder.mkdir()
         has_safetensors = any(name.endswith(".safetensors") for name in names)
@@ -321,6 +323,11 @@ def _copy_files(source: Path, destination: Path) -> None:
                 continue
             signals.check()
             shutil.copyfile(Path(folder, name), copied_folder / name)
+
+
+def _raise_error(error: OSError) -> None:
+    """Raise the error of a folder that cannot be listed, which `os.walk` would skip."""
+    raise error
 
 
 def require_own_autoencoder(data: Data) -> None:

@@ -279,7 +279,8 @@ def best_charts(plan: Plan, table: list[Row], passes: Sequence[int] = (1, 2)) ->
     """
     arms = list(dict.fromkeys(row["arm"] for row in table if not row["arm"].startswith("+")))
     untuned, tuned, *rivals = arms
-    x_label = f"counted operations, over those of {plan.get_scale('laptop').steps:,} steps of {untuned}"
+    unit_steps = next(row["steps"] for row in table if row["arm"] == untuned and row["budget"] == 1)
+    x_label = f"counted operations, over those of {unit_steps:,} steps of {untuned}"
     charts: dict[str, Image.Image] = {}
     for nfe in passes:
         charts[f"{plan.name}-nfe{nfe}"] = chart.curves(

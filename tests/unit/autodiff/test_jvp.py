@@ -1,5 +1,6 @@
 """dumo.jvp in the settings that people train in: exact, the value and its gradients those of the plain pass."""
 
+import copy
 import logging
 import runpy
 import weakref
@@ -499,8 +500,10 @@ def test_axis_is_another_word_for_dim(caplog: pytest.LogCaptureFixture) -> None:
     x, _, v = point()
     with caplog.at_level(logging.WARNING, "dumo"):
         _, du = dumo.jvp(lambda x: torch.cat([x, x.mean(axis=1, keepdims=True)], axis=1), (x,), (v,))
+        _, ds = dumo.jvp(lambda x: x.softmax(axis=1), (x,), (v,))
     assert caplog.text == ""  # in one pass
     assert torch.equal(du, torch.cat([v, v.mean(1, keepdim=True)], 1))
+    torch.testing.assert_close(ds, torch.func.jvp(lambda x: x.softmax(1), (x,), (v,))[1])
 
 
 def test_a_function_that_moves_with_a_pass_around_it_is_refused() -> None:
@@ -521,3 +524,41 @@ def test_an_error_that_shows_an_address_is_said_once(caplog: pytest.LogCaptureFi
         for _ in range(2):
             dumo.jvp(asks_for_a_tensor, (x,), (v,))
     assert len(caplog.messages) == 1
+
+
+class Turning(nn.Module):
+    """Multiplies by a buffer, makes another one in its first call, and writes in place."""
+
+    turn: Tensor
+    sign: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("turn", torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "sign"):
+            self.register_buffer("sign", -torch.ones(4))
+        h = self.layer(x) * self.turn * self.sign
+        h += 1
+        return h * h
+
+
+def test_two_passes_leave_alone_the_buffers_that_gradients_need() -> None:
+    torch.manual_seed(0)
+    net, (x, _, v) = Turning(), point()
+    twin = copy.deepcopy(net)
+    earlier = net.layer(x) * net.turn  # whose gradient needs the buffer, too
+    u, du = dumo.jvp(net, (x,), (v,))
+    (u.sum() + earlier.sum()).backward()
+    (twin(x).sum() + (twin.layer(x) * twin.turn).sum()).backward()
+    assert torch.equal(net.layer.weight.grad, twin.layer.weight.grad)
+    assert torch.equal(net.sign, twin.sign)
+    torch.testing.assert_close(du, torch.func.jvp(twin, (x,), (v,))[1])
+
+
+def test_a_tangent_is_a_tensor() -> None:
+    x, _, _ = point()
+    with pytest.raises(UserError, match="tangent 0 is a float: give a tensor like primal 0, or None if it rests"):
+        dumo.jvp(torch.sin, (x,), (1.0,))  # pyright: ignore[reportArgumentType]

@@ -120,6 +120,19 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(kind: str, tmp_path: Path
         load_tokenizer(tmp_path, 8, field="evaluate.protocol.model")
 
 
+def test_tokens_before_a_text_are_counted_by_words_of_the_vocabulary(tmp_path: Path) -> None:
+    """Where letters are unknown to it: they would all have the same tokens, to the end."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {"[UNK]": 0, "[END]": 1, "猫": 2, "狗": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$0 [END]", special_tokens=[("[END]", 1)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[END]")
+    fast.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, 8).count_tokens_before_text() == 0
+
+
 def test_a_config_without_an_architecture_is_refused(tmp_path: Path) -> None:
     """Rather than called None in the table's index."""
     config_file = encoders.t5(tmp_path / "t5") / "config.json"

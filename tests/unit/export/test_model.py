@@ -21,7 +21,7 @@ from dumo.export.lora import change_as_product
 from dumo.export.model import INDEX, ExportedModel, require_pipeline, stored_dtype
 from dumo.export.scheduler import CONFIG, check_scheduler, restart_for_scheduler, write_flow_map_scheduler
 from dumo.export.stock import PIPELINE_BY_MODEL
-from dumo.export.write import read_index, require_options, require_own_autoencoder, require_vacant
+from dumo.export.write import _copy_files, read_index, require_options, require_own_autoencoder, require_vacant
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.solver import Hermite, Hop, Restart, jump_times
 from dumo.nets.family import FAMILIES, FLUX2
@@ -227,11 +227,19 @@ def test_a_file_is_named_and_no_folder(to: str, tmp_path: Path) -> None:
     require_vacant(tmp_path / "new.safetensors", to)
     with pytest.raises(UserError, match=rf"{tmp_path} is a folder, .*: name one in it, {tmp_path}/dumo\.safetensors$"):
         require_vacant(tmp_path, to)
+    with pytest.raises(UserError, match=r"name a file in it, such as dumo\.safetensors$"):
+        require_vacant(Path(), to)
     with pytest.raises(UserError, match=r"name it .*/fox\.safetensors$"):
         require_vacant(tmp_path / "fox", to)
     (tmp_path / "old.safetensors").touch()
     with pytest.raises(UserError, match="exists already"):
         require_vacant(tmp_path / "old.safetensors", to)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
+    """An export without it would not be whole."""
+    with pytest.raises(FileNotFoundError):
+        _copy_files(tmp_path / "gone", tmp_path / "out")
 
 
 def test_parts_are_those_of_a_whole_pipeline() -> None:
