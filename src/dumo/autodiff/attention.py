@@ -245,7 +245,7 @@ def _sum_of_products(pairs: Sequence[tuple[Tensor, Tensor]], scale: float = 1.0)
         elif i == 0:
             total = torch.baddbmm(total, a, b, beta=0, alpha=scale)  # beta = 0: the total is not read
         else:
-            total.baddbmm_(a, b, alpha=scale)
+            torch.baddbmm(total, a, b, alpha=scale, out=total)  # counters of operations do not know baddbmm_
     return total
 
 

@@ -75,7 +75,6 @@ class _ThreadState(threading.local):
 
 
 _state = _ThreadState()
-_APPLY_CODE = torch.autograd.Function.apply.__func__.__code__  # of the call of a custom autograd.Function
 
 
 @dataclass(eq=False, repr=False)  # a dataclass, because sharded modules look for tensors inside those
@@ -339,13 +338,9 @@ def _have_gradients(operands: Iterable[object]) -> bool:
 def _is_in_autograd_function() -> bool:
     """Whether the caller is part of a custom autograd.Function. A Dual that it returns is no tensor to autograd."""
     if torch.compiler.is_compiling():
-        return False  # a compiler follows no frames, so that nobody can know
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is _APPLY_CODE:
-            return True
-        frame = frame.f_back
-    return False
+        return False  # a compiler does not ask torch for its state, so that nobody can know
+    # autograd turns forward gradients off around a Function; no_grad leaves them on
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
 @contextmanager

@@ -195,6 +195,8 @@ def plain_warnings() -> Generator[None, None, None]:
         warnings.showwarning = show
         # pillow's, of a photo of over 89 million pixels, which is read all the same
         warnings.filterwarnings("ignore", "Image size .* could be decompression bomb", RuntimeWarning)
+        # torch's, of its own code, on the first torch.func.jvp
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
         # torch's, of RMS norms in bf16: it says that they take the slower of two ways.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
         yield
