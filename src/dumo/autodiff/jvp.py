@@ -139,25 +139,14 @@ class _CallState:
     @torch.no_grad()
     def restore(self) -> None:
         """Bring the state back. A buffer is written to only where it has changed, for gradients may need it."""
-        self._restore_generators()
-        self._unregister_new_buffers()
-        for saved in self.saved_buffers:
-            setattr(saved.module, saved.name, saved.buffer)
-            if saved.buffer.is_inference() or num_writes(saved.buffer) != saved.writes:
-                saved.buffer.copy_(saved.value)
-
-    def restore_as_copies(self) -> None:
-        """Bring the state back with copies in place of the buffers, so that a call does not write to these."""
-        self._restore_generators()
-        self._unregister_new_buffers()
-        for saved in self.saved_buffers:
-            setattr(saved.module, saved.name, saved.value)
-
-    def _restore_generators(self) -> None:
-        """Bring torch's generators back."""
         torch.set_rng_state(self.random_state)
         for gpu, state in self.cuda_states.items():
             torch.cuda.set_rng_state(state, gpu)
+        self._unregister_new_buffers()
+        for saved in self.saved_buffers:
+            setattr(saved.module, saved.name, saved.buffer)
+            if torch.is_inference_mode_enabled() or num_writes(saved.buffer) != saved.writes:
+                saved.buffer.copy_(saved.value)
 
     def _unregister_new_buffers(self) -> None:
         """Take out buffers that a call has registered."""
@@ -203,7 +192,7 @@ def _two_passes(
     tensor_places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     name = getattr(fn, "__name__", type(fn).__name__)
     refusal = f"{name} has no derivative: {reason}; and"
-    before.restore_as_copies()
+    before.restore()
     try:
         repeated_values, derivatives = _tensors_and_derivatives(fn, points, directions, kwargs, tensor_places)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as two_pass_error:
