@@ -30,17 +30,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import attrgetter
+from types import CodeType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_any, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_any, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dumo.autodiff import general
 from dumo.autodiff.general import NoRecordedRule
 from dumo.autodiff.general import NoRule as NoRule
 from dumo.autodiff.tape import Later, detach_saved, fit_to_primal
-from dumo.types import Array
+from dumo.types import Array, UserError
 
 Rule = Callable[..., Any]
 _Operation = Callable[..., Any] | str  # a function of torch; its name where a compiler hands over another object for it
@@ -204,8 +205,10 @@ def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     """Call a function of torch by torch's own derivative of it, which is exact (`dumo.autodiff.general`).
 
     Some operands move. Raises NoRule where torch has no derivative, where the function writes to an operand or draws
-    random numbers, and where a loss holds the derivative itself.
+    random numbers, and where a loss holds the derivative itself; UserError for a scripted module.
     """
+    if isinstance(function, torch._C.ScriptMethod):  # torch's derivative of it is zero
+        raise UserError("a module of torch.jit.script has no derivative: take it as it was before it was scripted")
     reason = general.reason_without_tangent(function, args, kwargs)
     if reason:
         raise NoRule(reason)
@@ -303,7 +306,7 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
             tangents.append(None)
             continue
         if not has_grad:
-            _require_gradients_kept(x, saved)
+            _require_gradients_kept(x)
             under_grad = under_grad or x.under_grad
         has_tangent = True
         tangents.append(_in_dtype_of(x.p, x.t))
@@ -322,25 +325,38 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     return cast(Array, Dual(p, t, recorded=recorded and not is_later, under_grad=under_grad))
 
 
-def _require_gradients_kept(x: Dual, saved: Iterable[object]) -> None:
+def _require_gradients_kept(x: Dual) -> None:
     """Raise NoRule where no gradients are recorded, but those of the Dual, or of what it meets, would be lost."""
     loses_own = x.p.requires_grad
-    loses_others = x.under_grad and _have_gradients(saved) and _is_in_autograd_function()
-    if loses_own or loses_others:
+    if loses_own or (x.under_grad and _is_in_function_of_gradients()):
         raise NoRule("a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients")
 
 
-def _have_gradients(operands: Iterable[object]) -> bool:
-    """Whether one of the operands is a tensor that wants a gradient, such as a weight."""
-    return any(isinstance(x, Tensor) and x.requires_grad for x in operands)
+def _is_in_function_of_gradients() -> bool:
+    """Whether this is part of a custom autograd.Function that was given tensors with gradients, such as weights.
 
-
-def _is_in_autograd_function() -> bool:
-    """Whether the caller is part of a custom autograd.Function. A Dual that it returns is no tensor to autograd."""
+    A Dual that it returns is no tensor to autograd, so their gradients would be lost.
+    """
     if torch.compiler.is_compiling():
-        return False  # a compiler does not ask torch for its state, so that nobody can know
-    # autograd turns forward gradients off around a Function; no_grad leaves them on
-    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+        return False  # a compiler follows no frames, so that nobody can know
+    frame = sys._getframe()
+    while frame is not None:
+        if _is_forward_of_function(frame.f_code):
+            return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(list(frame.f_locals.values())))
+        frame = frame.f_back
+    return False
+
+
+@cache
+def _is_forward_of_function(code: CodeType) -> bool:
+    """Whether this is the code of the `forward` of a custom autograd.Function. One is defined before it runs."""
+    stack = torch.autograd.Function.__subclasses__()
+    while stack:
+        function = stack.pop()
+        if getattr(function.forward, "__code__", None) is code:
+            return True
+        stack += function.__subclasses__()
+    return False
 
 
 @contextmanager

@@ -14,7 +14,7 @@ tangent that a target does not need. `jvp`, the entrance, goes like this:
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.dual import Dual, NoRule, pair, primal, tangent, teach_others
-from dumo.autodiff.tape import Later, num_writes
+from dumo.autodiff.tape import Later
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
@@ -104,14 +105,21 @@ def _require_arguments(primals: Sequence[Tensor], tangents: Sequence[Tensor | No
 
 
 @dataclass(frozen=True)
-class _SavedBuffer:
-    """A buffer of a module, and what it held."""
+class _Registry:
+    """The buffers that a module has registered."""
 
     module: nn.Module
-    name: str
-    buffer: Tensor
-    writes: int  # how often it had been written to
-    value: Tensor  # a copy
+    buffers: dict[str, Tensor | None]  # by name
+    temporary: set[str]  # the names that a state dict leaves out
+
+    def restore(self, copies: Mapping[int, Tensor]) -> None:
+        """Register these buffers and no others, or, in place of those that have one, their copies by id."""
+        for name in self.buffers:
+            self.module.__dict__.pop(name, None)  # an attribute that a call has set after it deleted the buffer
+        self.module._buffers.clear()
+        self.module._buffers.update({name: copies.get(id(buffer), buffer) for name, buffer in self.buffers.items()})
+        self.module._non_persistent_buffers_set.clear()
+        self.module._non_persistent_buffers_set.update(self.temporary)
 
 
 @dataclass(frozen=True)
@@ -120,8 +128,9 @@ class _CallState:
 
     random_state: Tensor
     cuda_states: dict[torch.device, Tensor]
-    modules: list[nn.Module]
-    saved_buffers: list[_SavedBuffer]
+    registries: list[_Registry]
+    buffers: list[Tensor]
+    values: list[Tensor]  # what the buffers held
 
     @classmethod
     def of(cls, fn: object, primals: Sequence[Tensor]) -> "_CallState":
@@ -129,32 +138,36 @@ class _CallState:
         gpus = {p.device for p in primals if torch.is_tensor(p) and p.is_cuda}
         cuda_states = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
         root = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)  # whose method fn is
-        modules = list(root.modules()) if isinstance(root, nn.Module) else []
-        saved_buffers: list[_SavedBuffer] = []
-        for module in modules:
-            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-                saved_buffers.append(_SavedBuffer(module, name, buffer, num_writes(buffer), buffer.clone()))
-        return cls(torch.get_rng_state(), cuda_states, modules, saved_buffers)
+        registries: list[_Registry] = []
+        for module in root.modules() if isinstance(root, nn.Module) else ():
+            if not isinstance(module, torch.jit.ScriptModule):  # which keeps its buffers to itself
+                registry = _Registry(module, dict(module._buffers), set(module._non_persistent_buffers_set))
+                registries.append(registry)
+        found = {id(b): b for registry in registries for b in registry.buffers.values() if b is not None}
+        buffers = [b for b in found.values() if not is_lazy(b)]
+        return cls(torch.get_rng_state(), cuda_states, registries, buffers, [b.clone() for b in buffers])
 
     @torch.no_grad()
     def restore(self) -> None:
         """Bring the state back. A buffer is written to only where it has changed, for gradients may need it."""
+        self.restore_generators()
+        for registry in self.registries:
+            registry.restore({})
+        for buffer, value in zip(self.buffers, self.values, strict=True):
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+    def restore_generators(self) -> None:
+        """Bring the states of torch's generators back."""
         torch.set_rng_state(self.random_state)
         for gpu, state in self.cuda_states.items():
             torch.cuda.set_rng_state(state, gpu)
-        self._unregister_new_buffers()
-        for saved in self.saved_buffers:
-            setattr(saved.module, saved.name, saved.buffer)
-            if torch.is_inference_mode_enabled() or num_writes(saved.buffer) != saved.writes:
-                saved.buffer.copy_(saved.value)
 
-    def _unregister_new_buffers(self) -> None:
-        """Take out buffers that a call has registered."""
-        places = {(saved.module, saved.name) for saved in self.saved_buffers}
-        for module in self.modules:
-            for name, _ in [*module.named_buffers(recurse=False)]:
-                if (module, name) not in places:
-                    delattr(module, name)
+    def register_copies(self) -> None:
+        """Register new copies of what the buffers held: what a call writes to."""
+        copies = {id(b): value.clone() for b, value in zip(self.buffers, self.values, strict=True)}
+        for registry in self.registries:
+            registry.restore(copies)
 
 
 def _tangent_or_zeros(x: object) -> object:
@@ -192,9 +205,9 @@ def _two_passes(
     tensor_places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     name = getattr(fn, "__name__", type(fn).__name__)
     refusal = f"{name} has no derivative: {reason}; and"
-    before.restore()
+    before.restore_generators()
     try:
-        repeated_values, derivatives = _tensors_and_derivatives(fn, points, directions, kwargs, tensor_places)
+        repeated_values, derivatives = _tensors_and_derivatives(fn, points, directions, kwargs, before, tensor_places)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as two_pass_error:
         raise UserError(f"{refusal} by torch.func.jvp: {_first_line(two_pass_error)}") from two_pass_error
     finally:
@@ -217,6 +230,7 @@ def _tensors_and_derivatives(
     points: Sequence[Tensor],
     directions: Sequence[Tensor | None],
     kwargs: dict[str, Any],
+    before: _CallState,
     tensor_places: Sequence[int],
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The tensors at `tensor_places` among the leaves that fn returns, and their derivatives, by torch.func.jvp."""
@@ -227,6 +241,7 @@ def _tensors_and_derivatives(
         operands = list(points)
         for i, x in zip(moving_places, moving, strict=True):
             operands[i] = x.clone()  # it may be written to
+        before.register_copies()  # in here, for a function that is differentiated may write to what it has made
         leaves, _ = tree_flatten(inner(*operands, **kwargs))
         return tuple(leaves[i] for i in tensor_places)
 

@@ -74,9 +74,9 @@ def detach_saved(saved: Iterable[object]) -> tuple[Sequence[object], int | None]
         if isinstance(x, Tensor):
             x = x.detach()  # which shares the count
             if writes is not None:
-                writes += num_writes(x)
+                writes += _num_writes(x)
         elif writes is not None and isinstance(x, tuple | list | dict):
-            writes += sum(map(num_writes, _tensors_in(x)))  # indices and masks, which have no gradient
+            writes += sum(map(_num_writes, _tensors_in(x)))  # indices and masks, which have no gradient
         detached.append(x)
     return detached, writes
 
@@ -134,7 +134,7 @@ def is_complete(ends: Iterable[Later]) -> bool:
         for x in _tensors_in(later.saved):
             if x.numel() and not x.untyped_storage().size():
                 return False
-            writes += num_writes(x)
+            writes += _num_writes(x)
         if later.writes is not None and writes != later.writes:
             name = getattr(later.push, "__name__", "")
             raise WrittenTo(name.lstrip("_").removeprefix("push_"))
@@ -142,7 +142,7 @@ def is_complete(ends: Iterable[Later]) -> bool:
     return True
 
 
-def num_writes(x: Tensor) -> int:
+def _num_writes(x: Tensor) -> int:
     """How often a tensor was written to. One of torch.inference_mode does not count, and gives 0."""
     return 0 if x.is_inference() else x._version
 

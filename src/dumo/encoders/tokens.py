@@ -91,10 +91,9 @@ class LoadedTokenizer:
 
     def count_tokens_before_text(self) -> int:
         """Count the tokens before a text, of the template and of the beginning: they are the same for all texts."""
-        two_texts = _two_distinct_texts(self.library_tokenizer)
-        assert two_texts is not None, "`require_vocabulary` has been asked"
-        pairs = zip(*self._ids_without_cut(two_texts), strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        texts = [*_LETTERS, *_own_words(self.library_tokenizer)]
+        places = zip(*self._ids_without_cut(texts), strict=False)  # the first tokens of all texts, the second ones, ...
+        return sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, places))
 
     def _ids_without_cut(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of the tokens of each text, all of them."""
@@ -138,24 +137,15 @@ def require_vocabulary(tokenizer: Any, problem: str, hint: str = HINT) -> None: 
 
     transformers makes one of a folder whose file of the vocabulary is missing.
     """
-    if _two_distinct_texts(tokenizer) is None:
+    letters = [*_LETTERS]
+    if not (_tells_apart(tokenizer, letters) or _tells_apart(tokenizer, letters + _own_words(tokenizer))):
         raise UserError(f"{problem}, for it tells no texts apart, as without its vocabulary: {hint}")
 
 
-def _two_distinct_texts(tokenizer: Any) -> tuple[str, str] | None:  # noqa: ANN401, of transformers
-    """Two texts that the tokenizer tells apart: letters, or else words of its vocabulary; None: there are none."""
-    letters = [*_LETTERS]
-    distinct_letters = _first_distinct(tokenizer, letters)
-    return distinct_letters or _first_distinct(tokenizer, letters + _own_words(tokenizer))
-
-
-def _first_distinct(tokenizer: Any, texts: list[str]) -> tuple[str, str] | None:  # noqa: ANN401, of transformers
-    """The first of the texts, and the next one that has other tokens; None: all have the same."""
+def _tells_apart(tokenizer: Any, texts: list[str]) -> bool:  # noqa: ANN401, of transformers
+    """Whether two of the texts have other tokens."""
     first_ids, *other_ids = tokenizer(texts, verbose=False)["input_ids"]
-    for text, ids in zip(texts[1:], other_ids, strict=True):
-        if ids != first_ids:
-            return texts[0], text
-    return None
+    return any(ids != first_ids for ids in other_ids)
 
 
 def _own_words(tokenizer: Any) -> list[str]:  # noqa: ANN401, of transformers

@@ -308,7 +308,7 @@ def _copy_part(part: Path, destination: Path, parts: Parts) -> None:
 
 
 def _copy_files(source: Path, destination: Path) -> None:
-    """Copy the files of a folder, but for pickles next to safetensors, which hold the same weights.
+    """Copy the files of a folder, but for a pickle next to safetensors of its name, which hold the same weights.
 
     Raises the first OSError: `shutil.copytree` goes on, and raises all of them as one. Raises Stopped between two files
     once a stop is asked for.
@@ -316,10 +316,10 @@ def _copy_files(source: Path, destination: Path) -> None:
     for folder, _, names in os.walk(source, followlinks=True, onerror=_raise_error):
         copied_folder = destination / Path(folder).relative_to(source)
         copied_folder.mkdir()
-        has_safetensors = any(name.endswith(".safetensors") for name in names)
         for name in names:
-            is_pickle = name.removesuffix(".index.json").endswith(PICKLES)
-            if is_pickle and has_safetensors:
+            stem, ending = os.path.splitext(name)
+            twins = (f"{stem}.safetensors", f"{stem.removeprefix('pytorch_')}.safetensors")
+            if ending in PICKLES and not {*twins}.isdisjoint(names):
                 continue
             signals.check()
             shutil.copyfile(Path(folder, name), copied_folder / name)

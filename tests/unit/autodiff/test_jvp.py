@@ -3,6 +3,7 @@
 import copy
 import logging
 import runpy
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -455,6 +456,45 @@ def test_weights_of_a_function_in_the_first_layer_keep_their_gradients() -> None
     assert w.grad.tolist() == [3, 3, 3]
 
 
+class Growing(torch.autograd.Function):
+    """A product with weights that it first makes others of."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor) -> Tensor:
+        return x * w.exp()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ANN401, torch's
+        ctx.factor = inputs[1].exp()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # noqa: ANN401, torch's
+        return None, grad * ctx.factor
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dw: Tensor | None) -> Tensor:  # noqa: ANN401, torch's
+        return dx * ctx.factor
+
+
+def test_weights_that_a_function_makes_others_of_keep_their_gradients() -> None:
+    w = torch.ones(3, requires_grad=True)
+    u, du = dumo.jvp(lambda x: Growing.apply(x, w), (torch.ones(3),), (torch.ones(3),))
+    u.sum().backward()
+    assert w.grad is not None
+    assert torch.equal(w.grad, w.detach().exp())
+    assert torch.equal(du, w.detach().exp())
+
+
+def test_a_scripted_module_is_refused() -> None:
+    """Torch's derivative of it is zero, without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of its own
+        net = torch.jit.script(nn.Linear(4, 4))
+    x, _, v = point()
+    with pytest.raises(UserError, match=r"a module of torch.jit.script has no derivative"):
+        dumo.jvp(net, (x,), (v,))
+
+
 def test_a_frozen_part_without_gradients_moves(caplog: pytest.LogCaptureFixture) -> None:
     """In a block without gradients, weights that could have some lose none."""
     layer = nn.Linear(4, 4)
@@ -530,17 +570,21 @@ class Turning(nn.Module):
     """Multiplies by a buffer, counts its calls in one that the first call registers, and writes in place."""
 
     turn: Tensor
-    calls: Tensor
+    calls: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
         self.register_buffer("turn", torch.rand(4))
+        self.register_buffer("calls", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not hasattr(self, "calls"):
-            self.register_buffer("calls", torch.zeros(()))
+        if self.calls is None:
+            self.calls = torch.zeros(())
+        if not hasattr(self, "twice"):
+            self.register_buffer("twice", torch.zeros(()))
         self.calls = self.calls + 1
+        self.twice = self.twice + 2
         h = self.layer(x) * self.turn * self.calls
         h += 1
         return h * h
@@ -553,11 +597,31 @@ def test_two_passes_leave_alone_the_buffers_that_gradients_need() -> None:
     earlier = net.layer(x) * net.turn  # whose gradient needs the buffer, too
     u, du = dumo.jvp(net, (x,), (v,))
     (u.sum() + earlier.sum()).backward()
-    (twin(x).sum() + (twin.layer(x) * twin.turn).sum()).backward()
+    plain = twin(x)
+    (plain.sum() + (twin.layer(x) * twin.turn).sum()).backward()
+    assert torch.equal(u, plain)
     assert torch.equal(net.layer.weight.grad, twin.layer.weight.grad)
-    assert net.calls == twin.calls == 1
-    twin.calls.zero_()
+    assert {name: b.tolist() for name, b in net.named_buffers()} == {n: b.tolist() for n, b in twin.named_buffers()}
+    assert net.state_dict().keys() == twin.state_dict().keys()
+    twin.calls = None
     torch.testing.assert_close(du, torch.func.jvp(twin, (x,), (v,))[1])
+
+
+def test_two_passes_move_running_means_once() -> None:
+    """Of a norm over the batch, which writes to them in a way that torch does not count."""
+    torch.manual_seed(0)
+    net, x, v = nn.BatchNorm1d(4), torch.randn(8, 4), torch.randn(8, 4)
+    twin = copy.deepcopy(net)
+    u, du = dumo.jvp(net, (x,), (v,))
+    u.square().sum().backward()
+    plain = twin(x)
+    plain.square().sum().backward()
+    assert torch.equal(u, plain)
+    assert torch.equal(net.weight.grad, twin.weight.grad)
+    for buffer, plain_buffer in zip(net.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(buffer, plain_buffer)
+    exact = torch.func.jvp(lambda x: F.batch_norm(x, None, None, twin.weight, twin.bias, training=True), (x,), (v,))[1]
+    torch.testing.assert_close(du, exact)
 
 
 def test_a_tangent_is_a_tensor() -> None:
