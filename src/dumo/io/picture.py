@@ -44,7 +44,7 @@ _CAPTION_SIZE = 14  # of the font of a caption below a picture
 _CAPTION_MARGIN = 18  # between captions
 _MIN_CAPTION_WIDTH = 240  # room for its words
 _MAX_EMBEDDED_WIDTH = 1600  # of a picture in a page: enough for a sheet at twice its size
-_MAX_TITLE_LINES = 3  # of a title above an image
+_MAX_LINES = 3  # of a title above an image, or a note below several
 
 
 def to_uint8(x: Sample) -> Pixels:
@@ -154,11 +154,11 @@ def _title_strips(texts: Sequence[str], width: int) -> UInt8[Tensor, "n height w
 
 
 def _wrapped(text: str, width: int, text_font: ImageFont.FreeTypeFont) -> list[str]:
-    """The lines of a text that is broken at `width` pixels: _MAX_TITLE_LINES at most, and longer ones cut."""
+    """The lines of a text that is broken at `width` pixels: _MAX_LINES at most, and longer ones cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and len(lines) < _MAX_TITLE_LINES and text_font.getlength(longer) > width:
+        if lines[-1] and len(lines) < _MAX_LINES and text_font.getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
@@ -289,10 +289,12 @@ def named_blocks(blocks: Mapping[str, Image.Image], across: int = 3, note: str =
     rows = -(-len(blocks) // across)
     note_top = rows * block_height - _BLOCK_GAP
     page_width = across * (width + _BLOCK_GAP) - _BLOCK_GAP
-    page_height = note_top + 2 * font_size if note else note_top
+    note_lines = _wrapped(note, page_width, name_font) if note else []
+    page_height = note_top + 2 * font_size * len(note_lines)
     page = Image.new("RGB", (page_width, page_height), "white")
     pen = ImageDraw.Draw(page)
-    pen.text((0, note_top + font_size), note, "black", name_font, anchor="lm")
+    for i, line in enumerate(note_lines):
+        pen.text((0, note_top + font_size * (2 * i + 1)), line, "black", name_font, anchor="lm")
     for i, (name, picture) in enumerate(blocks.items()):
         row, column = divmod(i, across)
         x = column * (width + _BLOCK_GAP)

@@ -71,6 +71,15 @@ def test_blocks_of_two_sizes_are_shown_whole() -> None:
     assert (page == (255, 0, 0)).all(-1).sum() == 40**2 + 80**2
 
 
+def test_a_note_that_is_wider_than_the_pictures_has_several_lines() -> None:
+    blocks = {"one": Image.new("RGB", (400, 40), "red")}
+    without, short, long = (named_blocks(blocks, note=note) for note in ("", "a note", "a note of many words " * 4))
+    line = short.height - without.height
+    assert long.height - without.height == 3 * line
+    last_columns = np.asarray(long)[:, -3:]
+    assert (last_columns[without.height :] == 255).all()
+
+
 @pytest.mark.parametrize(("size", "scale"), [(8, 8), (28, 3), (64, 1), (256, 1)])
 def test_small_images_are_enlarged(size: int, scale: int) -> None:
     page = sheet(torch.zeros(1, size, size, 3, dtype=torch.uint8), columns=1)

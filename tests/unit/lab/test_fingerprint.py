@@ -14,10 +14,9 @@ from dumo.lab.plan import Cell, Cost, read_plan
 from tiers import tiered
 
 # tables that are older, and why
-OTHER_OBJECTIVES = {name: "measured before fingerprints were stored" for name in ("words",)}
+OTHER_OBJECTIVES: dict[str, str] = {}
 OTHER_STEPS = {
     "stages-latents": "passes of FreeFlow's teacher were counted otherwise",
-    "words": "cells had other names",
 }
 
 
