@@ -430,7 +430,8 @@ def _method_of_rule(function: _Operation, tangent_rule: Rule) -> Callable[..., A
     """A rule as a method of Dual, where the rule lets the first operand alone move."""
 
     def method(self: Dual, *others: object, **named: object) -> Any:  # noqa: ANN401, as Tensor's
-        if _has_no_dual(others) and _has_no_dual(named.values()) and _NUMPY_NAMES.keys().isdisjoint(named):
+        has_torch_names = "axis" not in named and "keepdims" not in named
+        if has_torch_names and _has_no_dual(others) and _has_no_dual(named.values()):
             return tangent_rule(self, *others, **named)
         return _call_method(cast(Callable[..., Any], function), self, *others, **named)
 
