@@ -31,7 +31,7 @@ from dumo.runtime.text import nfe_text
 
 DOCS = Path(__file__).parent
 RESULTS = (DOCS / "results", DOCS.parent / "src/dumo/recipes/results")
-CHARTED = ("best", "fair", "fig4a", "fig4c", "scaling", "stages", "zoo")
+CHARTED = ("best", "fair", "fig4a", "fig4c", "scaling", "stages", "stages-latents", "zoo")
 NUM_CLASSES = 10  # of digits and of CIFAR-10
 DIGITS = tuple("0123456789")
 CIFAR = ("airplane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

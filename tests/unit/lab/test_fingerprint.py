@@ -13,20 +13,6 @@ from dumo.lab.origin import equal_fingerprints
 from dumo.lab.plan import Cell, Cost, read_plan
 from tiers import tiered
 
-# tables that are older, and why
-OTHER_OBJECTIVES: dict[str, str] = {}
-OTHER_STEPS = {
-    "stages-latents": "passes of FreeFlow's teacher were counted otherwise",
-}
-
-
-def require_none(cells: list[str], name: str, known: dict[str, str]) -> None:
-    """Fail where cells of the plan `name` are older and nobody knows, and where it is still listed as `known`."""
-    if name in known:
-        assert cells, f"{name} was measured again: take it out"
-        pytest.xfail(known[name])
-    assert not cells
-
 
 @cache
 def first_cells(name: str) -> list[Cell]:
@@ -44,7 +30,7 @@ def test_tables_are_not_older_than_their_objectives(name: str, monkeypatch: pyte
     monkeypatch.setattr(Cost, "operations", 3.0)
     stored = {cell["cell"]: cell for cell in measured.results(name)["cells"]}
     older = [cell.name for cell in first_cells(name) if is_outdated(stored.get(cell.name), cell)]
-    require_none(older, name, OTHER_OBJECTIVES)
+    assert not older
 
 
 def is_outdated(stored: dict[str, Any] | None, cell: Cell) -> bool:
@@ -61,7 +47,7 @@ def test_arms_had_the_steps_that_their_cost_allows(name: str) -> None:
     stored = {cell["cell"]: cell["step"] for cell in measured.results(name)["cells"]}
     steps = {cell.name: cell.spec.train.steps for cell in read_plan(name).cells("laptop")}
     others = [cell for cell in steps if stored.get(cell) != steps[cell]]
-    require_none(others, name, OTHER_STEPS)
+    assert not others
 
 
 GUIDED = "objective.guide.zeta=0.4"
