@@ -382,6 +382,14 @@ def _has_no_dual(operands: Iterable[object]) -> bool:
     return True
 
 
+def _has_no_numpy_name(named: dict[str, object]) -> bool:
+    """Whether none of the arguments is named as numpy names it."""
+    for name in _NUMPY_NAMES:  # noqa: SIM110, as above
+        if name in named:
+            return False
+    return True
+
+
 def _tree_has_tangent(operands: object) -> bool:
     """Whether an operand moves, or anything inside lists and dicts of operands."""
     return tree_any(_has_tangent, operands)
@@ -430,8 +438,7 @@ def _method_of_rule(function: _Operation, tangent_rule: Rule) -> Callable[..., A
     """A rule as a method of Dual, where the rule lets the first operand alone move."""
 
     def method(self: Dual, *others: object, **named: object) -> Any:  # noqa: ANN401, as Tensor's
-        has_torch_names = "axis" not in named and "keepdims" not in named
-        if has_torch_names and _has_no_dual(others) and _has_no_dual(named.values()):
+        if _has_no_numpy_name(named) and _has_no_dual(others) and _has_no_dual(named.values()):
             return tangent_rule(self, *others, **named)
         return _call_method(cast(Callable[..., Any], function), self, *others, **named)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -112,6 +113,11 @@ class _Registry:
     buffers: dict[str, Tensor | None]  # by name
     temporary: set[str]  # the names that a state dict leaves out
 
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Registry":
+        """The registry of a module as it is now."""
+        return cls(module, dict(module._buffers), set(module._non_persistent_buffers_set))
+
     def restore(self, copies: Mapping[int, Tensor]) -> None:
         """Register these buffers and no others, or, in place of those that have one, their copies by id."""
         for name in self.buffers:
@@ -139,13 +145,12 @@ class _CallState:
         cuda_states = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
         root = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)  # whose method fn is
         registries: list[_Registry] = []
-        for module in root.modules() if isinstance(root, nn.Module) else ():
-            if not isinstance(module, torch.jit.ScriptModule):  # which keeps its buffers to itself
-                registry = _Registry(module, dict(module._buffers), set(module._non_persistent_buffers_set))
-                registries.append(registry)
-        found = {id(b): b for registry in registries for b in registry.buffers.values() if b is not None}
-        buffers = [b for b in found.values() if not is_lazy(b)]
-        return cls(torch.get_rng_state(), cuda_states, registries, buffers, [b.clone() for b in buffers])
+        buffers: list[Tensor] = []
+        if isinstance(root, nn.Module):
+            # a scripted module keeps its registry to itself
+            registries = [_Registry.of(module) for module in root.modules() if not isinstance(module, ScriptModule)]
+            buffers = [buffer for buffer in root.buffers() if not is_lazy(buffer)]
+        return cls(torch.get_rng_state(), cuda_states, registries, buffers, [buffer.clone() for buffer in buffers])
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -204,7 +204,7 @@ def _write_file(exported: ExportedModel, provenance: card.Provenance, file: Path
         weights = unshared(exported.build_model().state_dict())
         if exported.class_embeddings:
             warnings.warn(
-                f"the file has the weights alone, without what the model reads for classes: "
+                "the file has the weights alone, without what the model reads for classes: "
                 f"{option('to', 'diffusers')} writes that, too, where a stock pipeline runs the model",
                 stacklevel=2,
             )
