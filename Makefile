@@ -34,13 +34,12 @@ shuffled: $(BIN)/.developed ## run what continuous integration runs, in a random
 lowest: $(LOWEST)/bin/.lowest ## run the tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 	PYTEST_ADDOPTS='-W default::DeprecationWarning --deselect $(PINNED)' $(MAKE) test VENV=$(LOWEST)
 
-check: $(BIN)/.developed ## lint, formatting, types, imports; then a mirror of how the code reads, which refuses nothing
+check: $(BIN)/.developed ## lint, formatting, types, imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python tools/circles.py
-	$(BIN)/python tools/mirror.py
 
 docs: $(BIN)/.developed ## write llms.txt and AGENTS.md, build the documentation: open site/index.html; count words, pages, and commands that tests run
 	$(BIN)/python docs/agents.py

@@ -16,7 +16,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 AT_THE_ROOT = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-SECTIONS = ("Commands", "Architecture", "Style", "Plain English", "Tests")  # of CONTRIBUTING.md
+SECTIONS = ("Commands", "Architecture", "Style", "Writing", "Tests")  # of CONTRIBUTING.md
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 NOT_PROSE = re.compile(r"[#|<!$>]|:::|    ")  # how lines begin that are no sentences
 
