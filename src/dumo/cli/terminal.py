@@ -31,6 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dumo.error import UserError
+from dumo.io.read import brief
 from dumo.runtime import door, signals
 from dumo.runtime.progress import print_line
 from dumo.runtime.text import escape_controls, escape_line
@@ -55,6 +56,7 @@ _RANK_0_SECONDS = 5.0  # that a failed rank waits, so that rank 0 may print the 
 _MAX_RANK_LINES = 30  # of its output that it prints after that, the end of a traceback: ours
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
 _MISSING_MEMORY = re.compile(r"allocate ([\d.]+ \w+)")
+_HUB_PACKAGES = {"huggingface_hub", "httpx", "httpx2"}
 MEMORY_FIX = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
 _done_options: set[str] = set()  # of the command that runs: see `drop_from_resume`
 _resumes = False  # whether the command that runs, typed again after a stop, goes on from what is kept
@@ -203,38 +205,66 @@ def plain_warnings() -> Generator[None, None, None]:
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """What to say of an error, in a line, and the exit code: 2 for what the user can mend, 1 for all else.
+    """Return what to print for an error and the exit code, or None if it is a bug, which shows its traceback.
 
-    None where it is a defect, of which the traceback is wanted.
+    Exit code 2 is for what the user gave: UserError, values that pydantic refuses, bad YAML, files that cannot be read
+    or written (a full disk, too), and what the Hugging Face Hub refuses. Exit code 1 is for a machine or a run that
+    failed: out of memory, divergence, a lost rank.
+
+    The classes of errors are looked up among the imported modules, so that explaining an error imports none of them.
     """
+    # Out of memory comes first because the operating system's is an OSError.
     if _is_out_of_memory(error):
-        message = "out of memory"
         amount = _MISSING_MEMORY.search(str(error))
-        if amount:
-            message += f" at {amount[1]} more"
+        message = f"out of memory at {amount[1]} more" if amount else "out of memory"
         hints = getattr(error, "__notes__", [MEMORY_FIX])
         return f"{message}: {'; '.join(hints)}", 1
-    if isinstance(error, OSError):  # a full disk, a folder that may not be written to
-        message = f"{error.filename or 'writing'}: {error.strerror or error}"
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            message += ": raise the limit (ulimit -n)"
-        elif error.errno == errno.ENOTDIR:
-            message += ": a file stands where a folder is wanted, give another folder"
-        return escape_line(message), 2
-    if not isinstance(error, ValueError | RuntimeError):  # what dumo's own errors derive from
-        return None
+    if _is_a(error, "dumo.training.state", "Diverged") or _is_a(error, "dumo.runtime.heartbeat", "Lost"):
+        return str(error), 1
+
     if isinstance(error, UserError):
         return str(error), 2
-    from dumo.runtime.heartbeat import Lost
-    from dumo.training.state import Diverged
-
-    if isinstance(error, Diverged | Lost):
-        return str(error), 1
+    if _is_a(error, "pydantic", "ValidationError"):
+        return _validation_line(error), 2
+    if _is_a(error, "yaml", "YAMLError"):
+        return _one_line(str(error)), 2
+    if isinstance(error, OSError) and error.strerror:
+        return escape_line(f"{error.filename or 'writing'}: {error.strerror}"), 2
+    if isinstance(error, OSError) or _is_of_the_hub(error):
+        return _one_line(str(error)), 2
     return None
 
 
+def _is_a(error: BaseException, module: str, name: str) -> bool:
+    """Return whether an error is of this class. A class whose module was not imported cannot have been raised."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(error, kind)
+
+
+def _is_of_the_hub(error: BaseException) -> bool:
+    """Return whether the client of the Hugging Face Hub, or the HTTP library below it, defines the error's class.
+
+    These classes share no base class. Without a network the HTTP library's own errors are raised.
+    """
+    return any(kind.__module__.partition(".")[0] in _HUB_PACKAGES for kind in type(error).__mro__)
+
+
+def _validation_line(error: Any) -> str:  # noqa: ANN401, pydantic is not imported
+    """Return every field that pydantic refused, with its rule and the value, in one line."""
+    problems: list[str] = []
+    for problem in error.errors(include_url=False, include_context=False):
+        field = ".".join(map(str, problem["loc"])) or error.title
+        problems.append(f"{field}: {problem['msg']}, got {brief(repr(problem['input']))}")
+    return _one_line("; ".join(problems))
+
+
+def _one_line(text: str) -> str:
+    """Return a text of several lines as one line, its control characters spelt out."""
+    return escape_line(" ".join(text.split()))
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, of the machine or of a GPU."""
+    """Return whether an error says that there is no memory left, on the host or on a GPU."""
     match error:
         case OSError():
             return error.errno == errno.ENOMEM

@@ -4,10 +4,18 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from huggingface_hub import errors
+from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
+from pydantic import BaseModel, ConfigDict
 
 from dumo.cli.run import _less_memory_hint
 from dumo.cli.terminal import MEMORY_FIX, err, explain, memory_hint, out, show_lines, show_table, stoppable
@@ -54,26 +62,72 @@ def test_wherever_they_come_out(capsys: pytest.CaptureFixture[str], monkeypatch:
 CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB, 1.00 GiB of it free."
 
 
+# The client of the Hub calls httpx or httpx2, depending on its version.
+http: Any = import_module(errors.HTTPError.__module__)
+
+
+class Steps(BaseModel):
+    """A model with a field that is refused below."""
+
+    model_config = ConfigDict(extra="forbid")
+    steps: int = 1
+
+
+def raised(call: Callable[[], object]) -> Exception:
+    """The error that a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def hub_response(code: int, name: str) -> object:
+    """An answer of the Hub that refuses a repository."""
+    request = http.Request("GET", "https://huggingface.co/api/models/a/b")
+    return http.Response(code, headers={"X-Error-Code": name}, request=request)
+
+
 @pytest.mark.parametrize(
     ("error", "line", "code"),
     [
         (UserError("a\nb"), "a\nb", 2),
-        (Diverged("step 3"), "step 3", 1),
-        (Lost("rank 1 is gone"), "rank 1 is gone", 1),
+        (raised(lambda: Steps.model_validate({"steps": "x"})), "steps: Input should be a valid integer,", 2),
+        (raised(lambda: Steps.model_validate({"setps": 3})), "setps: Extra inputs are not permitted, got 3", 2),
+        (raised(lambda: yaml.safe_load("a: b: c")), "mapping values are not allowed here in", 2),
+        (raised(lambda: Path("not/there").read_text()), "not/there: No such file or directory", 2),
         (PermissionError(errno.EACCES, "Permission denied", "a\nb"), r"a\nb: Permission denied", 2),
         (OSError(errno.ENOSPC, "No space left on device"), "writing: No space left on device", 2),
-        (OSError(errno.EMFILE, "Too many open files", "x"), "x: Too many open files: raise the limit (ulimit -n)", 2),
+        (OSError(errno.ENOSPC, "No space left on device", "run/x"), "run/x: No space left on device", 2),
+        (OSError("a/b is no model\nSee the Hub."), "a/b is no model See the Hub.", 2),
+        (
+            raised(lambda: hf_raise_for_status(hub_response(403, "GatedRepo"))),
+            "403 Client Error. Cannot access",
+            2,
+        ),
+        (raised(lambda: hf_raise_for_status(hub_response(404, "RepoNotFound"))), "404 Client Error. Repository Not", 2),
+        (raised(lambda: hf_raise_for_status(hub_response(500, ""))), "Server error '500 Internal Server Error'", 2),
+        (raised(lambda: validate_repo_id("a/b/c")), "Repo id must be in the form", 2),
+        (errors.OfflineModeIsEnabled("offline mode is enabled"), "offline mode is enabled", 2),
+        (errors.RemoteEntryNotFoundError("no such file", response=hub_response(404, "")), "no such file", 2),
+        (http.ConnectError("[Errno -2] Name or service not known"), "[Errno -2] Name or service not known", 2),
+        (Diverged("step 3"), "step 3", 1),
+        (Lost("rank 1 is gone"), "rank 1 is gone", 1),
         (torch.OutOfMemoryError(CUDA), f"out of memory at 2.50 GiB more: {MEMORY_FIX}", 1),
         (RuntimeError(f"rank 1: OutOfMemoryError: {CUDA}"), f"out of memory at 2.50 GiB more: {MEMORY_FIX}", 1),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), f"out of memory: {MEMORY_FIX}", 1),
     ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
-def test_lines(error: Exception, line: str, code: int) -> None:
-    assert explain(error) == (line, code)
+def test_an_error_is_explained_in_one_line(error: Exception, line: str, code: int) -> None:
+    message, exit_code = explain(error) or ("", 0)
+    assert message.startswith(line)
+    assert message.count("\n") == line.count("\n")
+    assert exit_code == code
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), KeyError("x")])
-def test_a_defect_is_none(error: Exception) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), KeyError("x"), TypeError("x")])
+def test_any_other_error_is_a_bug(error: Exception) -> None:
     assert explain(error) is None
 
 
