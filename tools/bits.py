@@ -10,13 +10,15 @@ The order of events of a recording (`record_all`):
 2. In a scratch folder, pictures are written, and models of other libraries with random weights.
 3. A process is forked for each recipe. There `record_recipe` trains the recipe by the command line, made small as
    bits.toml says, and makes samples by the Python API. Recipes that others begin with or learn from come first.
-4. The records are printed as JSON. A record has hashes of weights, averages and samples, and of all that was logged,
-   step by step.
+   Some recipes are recorded in other ways, too, such as digits@ranks: resumed from a checkpoint, in micro-batches, on
+   two ranks, and with validation, sample sheets and milestones.
+4. The records are printed as JSON. A record has hashes of weights, averages, the optimizer's moments and samples, and
+   of all that was logged, step by step.
 
 `compare` prints where two records differ. Names of parameters and of files do not count.
 
 Bits are those of one kind of CPU and one version of torch, so record both trees on the same. Data are
-$DUMO_DATA/cifar10. bits.json is the record of commit 3943e1d4, of my-images-64 that of 75cf10ce.
+$DUMO_DATA/cifar10. bits.json is the record of commit 0a489642.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -43,9 +46,10 @@ if TYPE_CHECKING:
 
 MAX_PROCESSES = 2  # at a time: ours
 NUM_SAMPLES = 4  # of a recipe: ours
-NOT_FIELDS = ("after", "encode")  # keys of the table that are no fields of a recipe
+NOT_FIELDS = ("after", "encode", "resume_from", "ranks")  # keys of the table that are no fields of a recipe
 WEIGHTS_PATTERN = "net*.safetensors"  # of a checkpoint's files; those of averages have other names
-OTHER_PATTERNS = ("optimizer*.safetensors", "data.safetensors")  # neither weights nor averages
+OPTIMIZER_PATTERN = "optimizer*.safetensors"
+DATA_FILE = "data.safetensors"  # of a checkpoint: what identifies the images
 # Imported once, before processes are forked; the second where recipes need models of other libraries.
 MODULES = ("dumo.cli.api", "dumo.cli", "torch._dynamo", "scipy.stats")
 MODEL_MODULES = (
@@ -76,13 +80,14 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Fields:
 
 
 def _recipe_fields(table: Mapping[str, Any], name: str) -> Fields:
-    """The fields of a recipe in bits.toml, `table`: those of all sections that have a pattern of its name.
+    """The fields of RECIPE or RECIPE@WAY in bits.toml, `table`: those of all sections that have a pattern of its name.
 
     Later sections come over earlier ones.
     """
+    recipe = name.partition("@")[0]
     fields: Fields = {}
     for patterns, section in table.items():
-        if any(fnmatchcase(name, pattern) for pattern in patterns.split()):
+        if any(fnmatchcase(name, pattern) or fnmatchcase(recipe, pattern) for pattern in patterns.split()):
             fields |= _flatten(section)
     for key, value in fields.items():
         if isinstance(value, str):
@@ -140,14 +145,21 @@ def _run_dumo(*words: str) -> None:
             raise RuntimeError(f"dumo {words[0]} ended with {end.code}") from None
 
 
+def _run_dumo_on_ranks(ranks: int, *words: str) -> None:
+    """`torchrun ... -m dumo WORDS`, by the tree that is recorded. Raises CalledProcessError where it ends badly."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    subprocess.run([*command, "-m", "dumo", *words], check=True, env=os.environ | {"PYTHONPATH": sys.path[0]})
+
+
 def record_recipe(name: str, fields: Fields) -> Record:
-    """Train a recipe in this folder and sample it; return its record."""
+    """Train a recipe in this folder and sample it; return its record. `name`: RECIPE, or RECIPE@WAY."""
     from safetensors.torch import load_file
 
     import dumo
 
     # train
     run = Path("runs") / name
+    recipe = name.partition("@")[0]
     settings: list[str] = []
     for key, value in fields.items():
         if key not in NOT_FIELDS:
@@ -158,16 +170,27 @@ def record_recipe(name: str, fields: Fields) -> Record:
         options += ["--set", setting]
     options += ["--device", "cpu"]
     if fields.get("encode"):
-        _run_dumo("encode", name, *options)
-    _run_dumo("train", name, "--out", str(run), *options)
+        _run_dumo("encode", recipe, *options)
+    training = ["train", recipe, "--out", str(run), *options]
+    if "ranks" in fields:
+        _run_dumo_on_ranks(fields["ranks"], *training)
+    else:
+        _run_dumo(*training)
+    if "resume_from" in fields:
+        _run_dumo(*training, "--from", str(fields["resume_from"]))
 
     # hash
     weights: list[str] = []
     averages: list[str] = []
+    moments: list[str] = []
     for file in (run / "checkpoints").rglob("*.safetensors"):
-        if any(file.match(pattern) for pattern in OTHER_PATTERNS):
+        if file.name == DATA_FILE:
             continue
-        hashes = weights if file.match(WEIGHTS_PATTERN) else averages
+        hashes = averages
+        if file.match(WEIGHTS_PATTERN):
+            hashes = weights
+        elif file.match(OPTIMIZER_PATTERN):
+            hashes = moments
         hashes.append(_tensors_hash(*load_file(file).values()))
     trained = dumo.load(run, device="cpu")
     samples: dict[str, str] = {}
@@ -177,6 +200,7 @@ def record_recipe(name: str, fields: Fields) -> Record:
         "set": settings,
         "weights": sorted(weights),
         "averages": sorted(averages),
+        "moments": sorted(moments),
         "samples": samples,
         "log": _log_hashes(run / "metrics.jsonl"),
     }
@@ -196,8 +220,10 @@ def _build_model(name: str, fields: Fields) -> Record:
     is_transformers = package == "transformers"
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**config)) if is_transformers else model_class(**config)
-    for p in model.parameters():  # none stays zero, or nothing would pass
-        p.data = p.data + torch.randn(p.shape) / (10 if p.ndim == 1 else p[0].numel() ** 0.5)
+    if isinstance(model, torch.nn.Module):  # a scheduler has no parameters
+        # no parameter stays zero, or nothing would pass through it
+        for p in model.parameters():
+            p.data = p.data + torch.randn(p.shape) / (10 if p.ndim == 1 else p[0].numel() ** 0.5)
     model.save_pretrained(folder)
     if is_transformers:  # its tokenizer reads bytes, and needs no file of others
         import_module(package).ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
@@ -264,11 +290,14 @@ def _processor_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _recipe_names(patterns: Sequence[str]) -> list[str]:
-    """The packaged recipes with one of these patterns, or all. Ends the program for a pattern that no recipe has."""
+def _names_to_record(ways: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The packaged recipes, and `ways` (RECIPE@WAY), with one of these patterns, or all.
+
+    Ends the program for a pattern that nothing has.
+    """
     from dumo.config import recipes
 
-    names = recipes.names()
+    names = [*recipes.names(), *ways]
     if not patterns:
         return names
     unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
@@ -288,7 +317,7 @@ def record_all(source: Path, patterns: Sequence[str]) -> Record:
     torch.set_num_threads(1)
     # what to record, and what that needs
     table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    names = _recipe_names(patterns)
+    names = _names_to_record(table["ways"], patterns)
     recipes = {name: _recipe_fields(table, name) for name in names}
     first_recipes: dict[str, Fields] = {}  # those that others begin with or learn from
     for fields in recipes.values():
@@ -325,7 +354,7 @@ def _differences(old: Record, new: Record) -> list[str]:
     if errors:
         return errors
 
-    parts = [part for part in ("weights", "averages", "samples") if old[part] != new[part]]
+    parts = [part for part in ("weights", "averages", "moments", "samples") if old[part] != new[part]]
     old_log = {name: hashes.split() for name, hashes in old["log"].items()}
     new_log = {name: hashes.split() for name, hashes in new["log"].items()}
     for name in old_log | new_log:  # columns
