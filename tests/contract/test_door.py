@@ -21,7 +21,6 @@ COMMANDS_ALONE = (
     "encoders/part.py",  # words of `hf download`
     "plan/catalogue.py",
     "report/benchmark.py",
-    "report/feed.py",
     "report/gallery.py",
     "report/image_set.py",
     "report/images.py",

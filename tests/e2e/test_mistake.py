@@ -61,7 +61,7 @@ MISTAKES = {
     "sample digits-trained --solver ddim": "there is no --solver 'ddim'; valid: euler, heun",
     "sample digits-trained --format png": "valid: grid, images, npz",
     "export digits-trained out --to onnx": "valid: diffusers, lora, comfyui, safetensors",
-    "log runs/digits-trained --to tensorbord": "did you mean 'tensorboard'?",
+    "train digits --track tensorbord": "did you mean 'tensorboard'?",
     # sources
     "train": "Missing argument",
     "train dgits": "there is no recipe, file or run's folder 'dgits'; did you mean 'digits'",
@@ -86,12 +86,10 @@ MISTAKES = {
     "evaluate runs/nothing": "runs/nothing is no run's folder (it is not there): train one first",
     "evaluate --images photos --against photos --out empty": "empty is a folder: name a file",
     "evaluate --images photos --against photos --out .": ". is a folder: name a file",
-    "log runs/digits-trained --plot --out empty": "empty is a folder: name a file",
     "average runs/digits-trained --std 0.1 --out empty": "empty is a folder: name a file",
     "evaluate photos": "judge them, dumo evaluate --images photos",
     "compare nothing other": "there is no run's folder or evaluation nothing",
     "compare texts": "texts has no evaluation.json: run dumo evaluate texts first",
-    "log nothing": "nothing has no metrics.jsonl: give a run's folder",
     "report nothing": "nothing is no run's folder",
     # commands
     "generate digits-trained": "there is no command 'generate': here it is dumo sample",

@@ -18,7 +18,7 @@ from pyarrow.parquet import read_table, write_table
 
 from dumo.config.load import load
 from dumo.plan import photocaptions, proposal
-from dumo.report import feed
+from dumo.report import tracker
 from dumo.runtime import door
 from dumo.types import UserError
 from e2e.shell import call, sets
@@ -75,7 +75,7 @@ def test_what_cannot_be_written_or_tracked_is_refused_before_the_plan(
     Path("results/notes.txt").touch()
     occupied = call("train", "photos", "--yes", "--out", "results")
     assert (occupied.code, "results" in occupied.err) == (2, True), occupied
-    monkeypatch.setattr(feed, "require_package", refuse_package)
+    monkeypatch.setattr(tracker, "require_package", refuse_package)
     untracked = call("train", "photos", "--yes", "--track", "wandb")
     assert (untracked.code, "tracker wandb needs" in untracked.err) == (2, True), untracked
     assert not Path("runs").exists()

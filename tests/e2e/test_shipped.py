@@ -34,8 +34,6 @@ CASES = {
     "show": Case("show {name}", out="parameters"),
     "dry": Case("dry {name}", out="memory"),
     "doctor": Case("doctor {name}", out="self-test"),
-    "log": Case("log {name}", out="{name}"),
-    "log plot": Case("log {name} --plot", files=("{name}/log.png",)),
     "sample": Case("sample {name} --labels {label} --count 2 --nfe 1", files=(r"{name}/samples/.*\.png",)),
     "grid": Case("grid {name} --nfe 1 --count 1", files=(r"{name}/grids/[\w-]+\.png",)),
     "average": Case("average {name} --std 0.1", refused="{name} has no snapshots .* dumo brings only the weights"),
@@ -87,7 +85,7 @@ def test_every_command_that_takes_a_run_has_a_case() -> None:
     ("name", "command"),
     tiered(
         [(name, command) for name in (DIGITS, CIFAR10) for command in CASES],
-        now=[(CIFAR10, command) for command in ("log", "sample", "compare", "encode", "average")],
+        now=[(CIFAR10, command) for command in ("sample", "compare", "encode", "average")],
         ci=[(CIFAR10, "show"), (CIFAR10, "grid"), (CIFAR10, "train")],
         id=lambda case: "-".join(case),
     ),

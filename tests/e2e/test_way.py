@@ -1,4 +1,4 @@
-"""The whole way: train, sample, evaluate, report, log, each with a run's folder and hardly another flag."""
+"""The whole way: train, sample, evaluate, report, each with a run's folder and hardly another flag."""
 
 import json
 import re
@@ -224,48 +224,10 @@ def test_a_run_is_sampled_at_any_scale(here: Path) -> None:
     refused("sample", run, *sets("objective.guide.zeta=0.44"), named=("objective.guide.zeta", "0.44"), lines=None)
 
 
-def test_the_last_rows_of_runs(trained: dict[str, Path]) -> None:
-    done = call("log", trained["digits"], trained["moons"], "--last", 2)
-    assert done.code == 0, done
-    for word in ("loss", "gradient norm", "learning rate", "images/s", str(trained["digits"]), " 15 ", " 20 "):
-        assert word in done.out
-    assert " 10 " not in done.out
-    rows = call("log", trained["digits"], "--json").json["runs"][str(trained["digits"])]
-    assert [row["step"] for row in rows] == [5, 10, 15, 20]
-    assert {"loss", "parts", "grad_norm", "lr", "speed"} <= rows[-1].keys()
-
-
-@pytest.mark.nightly
-def test_curves_of_one_run_and_of_several(here: Path, trained: dict[str, Path]) -> None:
-    shutil.copytree(trained["digits"], "one")
-    assert call("log", "one", "--plot").out == "one/log.png\n"
-    assert call("log", "one", trained["moons"], "--plot").out == "log.png\n"
-    assert call("log", "one", "--plot", "--out", "a/b.png").out == "a/b.png\n"
-    assert Image.open("one/log.png").tobytes() == Image.open("a/b.png").tobytes()
-
-
-def test_a_skipped_step_is_shown(here: Path) -> None:
-    Path("run").mkdir()
-    skipped = '{"step": 7, "loss": null, "grad_norm": null, "lr": 0.1, "skipped": {"count": 3, "rows": []}}\n'
-    Path("run/metrics.jsonl").write_text('{"step": 5, "loss": 0.5, "grad_norm": 1, "lr": 0.1}\n' + skipped)
-    out = call("log", "run").out
-    assert "skipped for" in out
-    assert "3 rows" in out
-    Path("run/metrics.jsonl").write_text("")
-    assert call("log", "run").out == "run: nothing is logged yet\n"
-    refused("log", "run", "--plot", named=("run: nothing is logged yet",))
-
-
-def test_of_several_words_those_of_no_run_are_passed_over(here: Path) -> None:
-    """As `runs/*` names the latents of photos, too. What is not there at all is a mistake."""
-    for name in ("a", "latents"):
-        Path("runs", name).mkdir(parents=True)
-    Path("runs/a/metrics.jsonl").write_text('{"step": 5, "loss": 0.5, "grad_norm": 1, "lr": 0.1}\n')
-    Path("runs/notes.txt").touch()
-    words = ("log", "runs/a", "runs/latents", "runs/notes.txt")
-    assert list(call(*words, "--json").json["runs"]) == ["runs/a"]
-    refused("log", *words[2:], named=("runs/latents has no metrics.jsonl",))
-    refused("log", "runs/a", "runs/b", named=("runs/b has no metrics.jsonl",))
+def test_logs_of_several_runs_in_one_figure(here: Path, trained: dict[str, Path]) -> None:
+    assert call("report", trained["digits"], trained["moons"]).out == "log.png\n"
+    assert call("report", trained["digits"], trained["moons"], "--out", "a/b.png").out == "a/b.png\n"
+    assert Image.open("log.png").tobytes() == Image.open("a/b.png").tobytes()
 
 
 @pytest.mark.nightly

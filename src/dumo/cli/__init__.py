@@ -50,7 +50,6 @@ class Program(LazyGroup):
         "compare": Entry("dumo.cli.evaluate", JUDGE, "dumo compare runs/digits runs/digits-meanflow"),
         "report": Entry("dumo.cli.run", LOOK, "dumo report runs/digits"),
         "grid": Entry("dumo.cli.run", LOOK, "dumo grid digits-trained --nfe 1,2,4"),
-        "log": Entry("dumo.cli.evaluate", LOOK, "dumo log runs/digits --plot"),
         "export": Entry("dumo.cli.export", SHARE, "dumo export runs/digits digits-diffusers"),
         "reproduce": Entry("dumo.cli.lab", RESEARCH, "dumo reproduce fig3 --scale smoke", resumes=True),
         "average": Entry("dumo.cli.run", RESEARCH, "dumo average runs/cifar10-overnight --std 0.08"),

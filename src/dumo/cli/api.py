@@ -40,7 +40,6 @@ from dumo.io.read import brief, user_path
 from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
 from dumo.report import page
-from dumo.report.feed import live_feed, require_tracker
 from dumo.report.sample import (
     DEFAULT_COUNT,
     chosen_solver,
@@ -51,6 +50,7 @@ from dumo.report.sample import (
     size_of,
 )
 from dumo.report.sheet import Sheets
+from dumo.report.tracker import open_tracker, require_tracker
 from dumo.run.job import open_job
 from dumo.run.prompt import conditions_of_prompts
 from dumo.run.request import note_end
@@ -572,8 +572,8 @@ def train(
     folder; None: that of the run that `source` names, else runs/NAME. Where that holds a run, the one that is asked for
     is compared with it, and goes on, from the checkpoint of `step` if that is given. `accept`: with other fields or
     data than it was trained by, which are noted. `verify`: hash every image first, and compare with what the run was
-    trained on. `bar` shows the progress, on stderr unless given. `track`: tensorboard, wandb or trackio gets the log as
-    it grows. `trust_code`: run the code that a file or folder names, as an object or `changes` need not say. Raises
+    trained on. `bar` shows the progress, on stderr unless given. `track`: tensorboard, wandb or trackio gets the rows
+    of the log. `trust_code`: run the code that a file or folder names, as an object or `changes` need not say. Raises
     UserError as `recipe` does, and where the folder holds another run; `dumo.runtime.signals.Stopped`, with the call to
     make, where there is too little time to encode the photos.
     """
@@ -626,11 +626,11 @@ def train(
             bar=bar,
         )
         with (
-            live_feed(composed.folder, track, print_line) as tracker_hooks,
             opened as job,  # before the hooks: a stop while it is opened is no callback's
+            open_tracker(track, composed.folder, job.run, job.state.step) as send_row,
         ):
             with stoppable_hooks(callbacks) as hooks:
-                train_job(job, bar, [*hooks, *tracker_hooks])
+                train_job(job, bar, hooks, send_row)
             agreement.on_main_rank(lambda: note_end(composed.folder))  # a callback may have ended it
         return load(composed.folder, device=device)
 

@@ -1,20 +1,16 @@
-"""Commands on runs that train or have trained: `log`, `evaluate` and `compare`.
+"""Commands that score: `evaluate` scores a run or images that others made, `compare` sets scores side by side.
 
-Each looks up what its words name (`dumo.cli.precheck`), checks its options, calls what does the work, in
-`dumo.report`, and prints what comes back: `log` rows or curves of logs, or how many rows a tracker was sent; `evaluate`
-scores, of a run or of images that others made; `compare` a table. Tables go to stdout, as does --json. Imports that
-take long stand in the functions that need them.
+Tables go to stdout, as does --json. Slow imports are in the functions that need them.
 """
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dumo.cli import precheck
 from dumo.cli.option import (
-    TRACKERS,
     AsJson,
     Device,
     Nfe,
@@ -22,174 +18,12 @@ from dumo.cli.option import (
     Set,
     SolverName,
     Weights,
-    one_of,
     parse_file,
     parse_integers,
 )
-from dumo.cli.terminal import err, keep_pieces, out, show_table
+from dumo.cli.terminal import out, show_table
 from dumo.runtime.door import shell_settings
 from dumo.runtime.progress import bar
-
-if TYPE_CHECKING:
-    from dumo.training.log import Row
-
-_DEFAULT_LAST = 10  # rows of a run in the table of a log. Ours
-
-
-def log(
-    runs: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/*, or digits-trained."),
-    ],
-    last: Annotated[
-        int | None, typer.Option(min=1, help=f"How many rows of each run, the latest. Default: {_DEFAULT_LAST}.")
-    ] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw the curves of all these runs in one picture.")] = False,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            parser=parse_file,
-            metavar="FILE",
-            help="The picture. Default: log.png in the run's folder; of several, here.",
-        ),
-    ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TRACKER",
-            callback=one_of("tracker", *TRACKERS),
-            help="Send new rows to tensorboard, wandb or trackio.",
-        ),
-    ] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="With --to: go on as the runs do, until Ctrl-C.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """See how runs train: rows, curves, or in a tracker.
-
-    It prints the last rows of their logs; with --plot it draws their curves; with --to a tracker shows them.
-
-    Nothing is sent but by --to, and there only where that tool is set to send it: tensorboard and trackio keep it on
-    this machine, and so does wandb with WANDB_MODE=offline.
-    """
-    runs = precheck.require_logged(runs)
-    if (plot and to) or (as_json and (plot or to)):
-        raise typer.BadParameter("--plot, --to and --json: give one of them")
-    if follow and not to:
-        raise typer.BadParameter("--follow goes with --to")
-    if file and not plot:
-        raise typer.BadParameter("--out goes with --plot")
-    if last and (plot or to):
-        raise typer.BadParameter("--last is for rows that are printed: --plot and --to take all")
-    if to:
-        _send_rows(runs, to, follow=follow)
-    elif plot:
-        _draw_curves(runs, file)
-    else:
-        _show_log(runs, last or _DEFAULT_LAST, as_json=as_json)
-
-
-def _read_logs(runs: list[str]) -> "dict[str, list[Row]]":
-    """The rows of each run's log, by what was typed for the run. Raises UserError where there is no log."""
-    from dumo.run import shipped
-    from dumo.run.speed import log_with_speeds
-
-    return {run: log_with_speeds(shipped.find(run)) for run in runs}
-
-
-def _show_log(runs: list[str], last: int, *, as_json: bool) -> None:
-    """Print the `last` rows of each run's log."""
-    rows_by_run = {run: rows[-last:] for run, rows in _read_logs(runs).items()}
-    if as_json:
-        print(json.dumps({"runs": rows_by_run}))
-        return
-    for name, rows in rows_by_run.items():
-        if rows:
-            show_table(name, _log_cells(rows))
-        else:
-            out.print(f"{name}: nothing is logged yet", soft_wrap=True)
-
-
-def _log_cells(rows: "list[Row]") -> list[dict[str, Any]]:
-    """Rows of a log as rows of a table, by column.
-
-    Parts of the loss are columns only where they are not the loss itself. A skipped step shows how many rows were to
-    blame.
-    """
-    from dumo.report.score import is_error
-    from dumo.training.log import is_weighted
-
-    parts: dict[str, None] = {}  # a set in order
-    scores: dict[str, None] = {}
-    for row in rows:
-        row_parts = row.get("parts", {})
-        if is_weighted(row.get("loss"), row_parts):
-            parts |= dict.fromkeys(row_parts)
-        scores |= dict.fromkeys(name for name in row.get("val", {}) if not is_error(name))
-    any_skipped = any(row.get("skipped") for row in rows)
-    any_timed = any("speed" in row for row in rows)
-
-    def cell(value: float | None) -> str:
-        return "" if value is None else f"{value:.4g}"
-
-    table_rows: list[dict[str, Any]] = []
-    for row in rows:
-        cell_by_column = {"step": f"{row['step']:,}", "loss": cell(row.get("loss"))}
-        for part in parts:
-            cell_by_column[part] = cell(row.get("parts", {}).get(part))
-        cell_by_column["gradient norm"] = cell(row.get("grad_norm"))
-        cell_by_column["learning rate"] = cell(row.get("lr"))
-        for name in scores:
-            cell_by_column[f"val/{name}"] = cell(row.get("val", {}).get(name))
-        if any_timed:
-            cell_by_column["images/s"] = cell(row.get("speed", {}).get("images_per_second"))
-        if any_skipped:
-            cell_by_column["skipped for"] = _skipped_text(row)
-        table_rows.append(cell_by_column)
-    return table_rows
-
-
-def _skipped_text(row: "Row") -> str:
-    """How many of a skipped step's rows were not finite; empty for a step that was not skipped."""
-    reason = row.get("skipped")
-    if isinstance(reason, dict) and "count" in reason:
-        return f"{reason['count']:,} rows"
-    return "yes" if reason else ""
-
-
-def _draw_curves(runs: list[str], file: Path | None) -> None:
-    """Draw the curves of these runs into a PNG, and print its path. Raises UserError where nothing is logged yet."""
-    from dumo.io.picture import write_picture
-    from dumo.report.figure import comparison_picture
-    from dumo.run import shipped
-    from dumo.types import UserError
-
-    rows_by_run = _read_logs(runs)
-    for name, rows in rows_by_run.items():
-        if not rows:
-            raise UserError(f"{name}: nothing is logged yet, so there is no curve")
-    if file is None:
-        folder = shipped.output_folder(runs[0]) if len(runs) == 1 else Path()
-        file = folder / "log.png"
-    write_picture(file, comparison_picture(rows_by_run))
-    out.print(str(file), soft_wrap=True)
-
-
-def _send_rows(runs: list[str], to: str, *, follow: bool) -> None:
-    """Send a tracker the rows that it does not have yet, and say on stderr how many. `follow`: go on until Ctrl-C.
-
-    Raises UserError for a run that comes with dumo, in whose folder nothing can be noted.
-    """
-    from dumo.config.source import trained_name_of
-    from dumo.report.feed import feed, poll_forever
-    from dumo.types import UserError
-
-    keep_pieces()  # rows that were sent are not sent again
-    for run in runs:
-        if trained_name_of(run) is not None:
-            raise UserError(f"{run} comes with dumo, and its log is done: print it with dumo log {run} --json")
-    for run, rows in feed([Path(run) for run in runs], to, poll_forever if follow else None).items():
-        err.print(f"{run}: {rows:,} rows sent to {to}", soft_wrap=True)
 
 
 def evaluate(

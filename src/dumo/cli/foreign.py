@@ -89,7 +89,6 @@ FOREIGN_COMMANDS = {
     "models": "dumo recipes",
     "new": "dumo show digits --yaml > my.yaml",
     "plan": "dumo dry",
-    "plot": "dumo log RUN",
     "push": "dumo export RUN OUT --push OWNER/NAME",
     "resume": "dumo train RUN",
     "run": "dumo train",

@@ -5,7 +5,7 @@ A command calls one of these first:
 - `read_run` is for a trained run, `read_source` for settings, `read_source_to_train` for settings or images to train,
   and `read_source_unless_images` for settings or images to encode or time. They return the text that they read
   (`RunText`), which the command hands on, so that no file is read twice.
-- `require_plan`, `require_evaluated` and `require_logged` look without reading.
+- `require_plan` and `require_evaluated` look without reading.
 
 What is read is checked as far as that takes no torch: the names and types of the settings there and of --set
 (`dumo.config.fault`). Callers from Python get the same messages, from the functions that these call.
@@ -115,24 +115,6 @@ def require_evaluated(words: Sequence[str]) -> None:
 
     for word in words:
         require_evaluation(shipped.find(word))
-
-
-def require_logged(words: Sequence[str]) -> list[str]:
-    """Return the words that name the folder of a run. Raises UserError where one of them has no log.
-
-    Of several words, as a shell makes of runs/*, those are passed over that lead to something else, such as latents.
-    Where all do, and where nothing is there, UserError is raised.
-    """
-    from dumo.config.place import is_no_run, require_log
-    from dumo.run import shipped
-
-    folders = {word: shipped.find(word) for word in words}
-    runs = [word for word, folder in folders.items() if not is_no_run(folder)]
-    if len(words) == 1 or not runs:
-        runs = [*words]
-    for word in runs:
-        require_log(folders[word])
-    return runs
 
 
 def _checked_tree(

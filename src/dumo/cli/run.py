@@ -7,7 +7,7 @@ work, prints the paths of what was written on stdout, and says on stderr what to
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from shlex import join, quote
 from typing import TYPE_CHECKING, Annotated
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from dumo.config.spec import Run
     from dumo.data import Data
     from dumo.run.encode import EncodeResult
-    from dumo.training.loop import Every
 
 _BENCHMARKS = ("geneval", "dpg")  # whose layouts `dumo.report.benchmark` has
 _FORMATS = ("grid", "images", "npz", *_BENCHMARKS)  # what dumo sample writes
@@ -210,7 +209,7 @@ def train(
     before it starts. It ends when its --minutes are over; dumo train runs/NAME --minutes 30 goes on for 30 more.
 
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
-    With --track a process of its own sends the log to a tracker, and what goes wrong there stops nothing here.
+    --track also sends each row of the log to a tracker.
     """
     chosen, text = precheck.read_source_to_train(source, folder, set_)
 
@@ -230,14 +229,19 @@ def train(
 
     from dumo.config.load import load
     from dumo.report.sheet import Sheets
+    from dumo.report.tracker import open_tracker, require_tracker
+    from dumo.run.folder import require_place
     from dumo.run.job import open_job
     from dumo.run.judge import missing_to_judge
     from dumo.run.train import train_job
 
+    if track:
+        require_tracker(track)
+
     # the run to begin; None: that of the folder goes on, with `changes`
     run: Run | None = None
     if text is None:  # images that have no run yet
-        _require_place_and_tracker(run_folder, track)  # before a plan that takes long
+        require_place(run_folder)
         run = _propose_run(source, changes, minutes, device, ask=not yes)
         began = time.perf_counter()
     elif are_images:  # images whose run goes on
@@ -264,12 +268,12 @@ def train(
         began=began,
         bar=bar,
     )
-    with _tracking(run_folder, track) as hooks, opened as job:
+    with opened as job, open_tracker(track, run_folder, job.run, job.state.step) as send_row:
         if chosen.kind != "recipe":  # a path may hold several things
             print_line(f"source: {chosen.meaning}")
         drop_from_resume("--minutes", "--from")  # they are obeyed: run.yaml has the time, and the run went back
         with memory_hint(_less_memory_hint(job.run)):
-            state = train_job(job, bar, hooks)
+            state = train_job(job, bar, send_row=send_row)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {run_folder}/checkpoints",
         highlight=False,
@@ -286,17 +290,6 @@ def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:
     if has_run:
         hint += f". To go on with its run:  {train_call(folder, minutes=minutes)}"
     return hint
-
-
-def _require_place_and_tracker(folder: Path, tracker: str | None) -> None:
-    """Raise UserError or OSError where no new run can be written to a folder, or a tracker is not installed."""
-    from dumo.run.folder import require_place
-
-    require_place(folder)
-    if tracker is not None:
-        from dumo.report.feed import require_tracker
-
-        require_tracker(tracker)
 
 
 def _propose_run(place: str, overrides: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
@@ -316,15 +309,6 @@ def _propose_run(place: str, overrides: list[str], minutes: float | None, device
         if not agrees:
             raise typer.Exit(1)
     return proposed_run.run
-
-
-def _tracking(folder: Path, tracker: str | None) -> "AbstractContextManager[Sequence[Every]]":
-    """Send the log of a run to a tracker, if there is one, while inside; it gives the hooks to train with."""
-    if tracker is None:
-        return nullcontext(())
-    from dumo.report.feed import live_feed
-
-    return live_feed(folder, tracker, print_line)
 
 
 def _less_memory_hint(run: "Run") -> str:
@@ -591,13 +575,35 @@ def grid(
         out.print(str(path), soft_wrap=True)
 
 
-def report(run_folder: Folder, prompts: Prompts = None, device: Device = "auto") -> None:
-    """Write one page on a run: samples, losses, scores.
+def report(
+    run_folders: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/digits, or digits-trained.")
+    ],
+    prompts: Prompts = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", parser=parse_file, metavar="FILE", help="The figure of several runs. Default: log.png."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Write a page on a run, or draw logs of several.
 
-    It is report.html in the run's folder, and has trajectories, neighbours and figures, too.
-
-    Of a run of captions also what it makes of --prompts, or of captions of its data, in 1, 2 and 4 passes.
+    The page, report.html in the run's folder, shows samples, trajectories, nearest training images, curves of the log
+    and scores. A run with captions is sampled with --prompts, or with captions of its data.
     """
+    if len(run_folders) > 1:
+        from dumo.io.picture import write_picture
+        from dumo.report.figure import draw_logs
+        from dumo.run import shipped
+        from dumo.run.speed import log_with_speeds
+
+        file = file or Path("log.png")
+        write_picture(file, draw_logs({run: log_with_speeds(shipped.find(run)) for run in run_folders}))
+        out.print(str(file), soft_wrap=True)
+        return
+    if file:
+        raise typer.BadParameter("--out is for the figure of several runs: the page of a run is in its folder")
+    [run_folder] = run_folders
     text = precheck.read_run(run_folder, None)
 
     from dumo.encoders.caption import read_prompts
@@ -607,5 +613,5 @@ def report(run_folder: Folder, prompts: Prompts = None, device: Device = "auto")
 
     dist.require_one_process("dumo report")
     texts = [row.text for row in read_prompts(prompts)] if prompts else []
-    for file in page.write(open_run(run_folder, text=text, device=device), bar, texts):
-        out.print(str(file), soft_wrap=True)
+    for path in page.write(open_run(run_folder, text=text, device=device), bar, texts):
+        out.print(str(path), soft_wrap=True)

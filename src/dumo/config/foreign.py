@@ -54,7 +54,6 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "pretrained_model_name_or_path": ("pipeline", "with net.kind=diffusers"),
     "random_flip": ("data.flip", "or data.images.flip in a recipe of latents"),
     "rank": ("net.lora.rank", ""),
-    "report_to": ("dumo log RUN --to", "tensorboard, wandb or trackio, in another terminal"),
     "resolution": ("data.side", _PIXELS),
     "resume_from_checkpoint": ("the same command again", "which goes on where it stopped"),
     "steps": ("train.steps", "of the optimizer"),

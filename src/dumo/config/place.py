@@ -2,7 +2,7 @@
 
 - `require_run_folder`, `require_images`, `require_evaluation` and `require_log` raise UserError where something else
   lies there. The message says what that is, what to type, and which runs have names close to the one that was typed.
-- `find_content`, `find_run_file`, `is_no_run`, `is_image` and `is_table` answer without raising.
+- `find_content`, `find_run_file`, `is_image` and `is_table` answer without raising.
 - `list_sources` and `list_run_folders` list what a mistyped name is compared with.
 
 Commands call these before they import torch, so this file imports no torch: a wrong name is answered at once.
@@ -193,12 +193,6 @@ def require_evaluation(source: str | Path) -> None:
         return
     if not any(path.glob(OTHER_EVALUATIONS)):
         raise UserError(f"{source} has no {EVALUATION_FILE}: run dumo evaluate {shell_path(source)} first")
-
-
-def is_no_run(path: Path) -> bool:
-    """Whether something is at a path that has neither a run's settings nor its log. False where nothing is there."""
-    names = (RUN_FILE, LOG_FILE)
-    return os.path.exists(path) and not any(os.path.isfile(path / name) for name in names)
 
 
 def require_log(folder: Path) -> None:

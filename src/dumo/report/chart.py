@@ -1,21 +1,15 @@
-"""Charts: curves, points with errors, heat maps and bars, and the one place that sets their style and colours.
+"""Charts of the results of plans: curves, points with error bars, heat maps and bars, as pictures on white.
 
-`in_both_inks` draws a chart of a page twice, for a light and a dark page, with a transparent background; the page picks
-one. `curves`, `heat_map`, `dots` and `bars` are pictures of their own, on white; `score_label` names their axes.
-`dumo.report.runchart` and `dumo.report.figure` (the logs of runs) and `dumo.lab` (tables of many runs) choose what is
-drawn, and draw in their own axes with `log_unless_narrow` and `log_ticks`.
+`score_label` names their axes, and `log_unless_narrow` chooses between a linear and a logarithmic scale.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from math import isfinite
 from textwrap import fill
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
@@ -24,17 +18,6 @@ from PIL import Image
 from dumo.config.word import MERITS, word
 from dumo.io import picture
 
-LIGHT_INK = "#23262b"  # on a light page
-DARK_INK = "#dedbd4"  # on a dark page
-INK_SETTINGS = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")  # of matplotlib
-PAGE_STYLE: dict[Any, Any] = {  # settings of matplotlib
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "font.size": 8,
-}
-PAGE_SIZE = (3.7, 2.4)  # inches
-PAGE_DPI = 200  # twice what a screen needs
 PICTURE_DPI = 150
 COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470", "#c2577f", "#2a9d9d")  # of names, in turn
 MARKS = "*osDv^PX"  # of names, in turn; DuMo, which comes first, has green stars, as in the paper
@@ -63,32 +46,6 @@ class Level(NamedTuple):
 
     height: float
     name: str  # in the legend
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart of a page, drawn twice."""
-
-    title: str
-    alt: str  # a description for those who cannot see it
-    light: Image.Image  # for a light page
-    dark: Image.Image  # for a dark page
-
-
-def in_both_inks(title: str, alt: str, draw: Callable[[Axes], None]) -> Chart:
-    """The chart that `draw` draws into a pair of axes, in the ink of a light and of a dark page."""
-    return Chart(title, alt, light=_draw_in_ink(LIGHT_INK, draw), dark=_draw_in_ink(DARK_INK, draw))
-
-
-def _draw_in_ink(ink: str, draw: Callable[[Axes], None]) -> Image.Image:
-    """The picture that `draw` draws into a pair of axes, in one ink on a transparent background."""
-    style: dict[Any, Any] = dict.fromkeys(INK_SETTINGS, ink)
-    style["axes.prop_cycle"] = f"cycler('color', ['{ink}'])"
-    style["axes.facecolor"] = "none"
-    with rc_context(PAGE_STYLE | style):
-        figure = Figure(PAGE_SIZE, dpi=PAGE_DPI, facecolor="none", layout="constrained")
-        draw(figure.subplots())
-        return picture.from_figure(figure)
 
 
 def score_label(score: str) -> str:

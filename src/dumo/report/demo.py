@@ -18,7 +18,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,18 +30,14 @@ from zipfile import ZipFile
 import jinja2
 import torch
 
-from dumo.config.place import LOG_FILE
 from dumo.io import picture
 from dumo.report import answer
 from dumo.report.address import guard, url
 from dumo.report.answer import Answer, AnswerFunction, answer_runs
-from dumo.report.chart import Chart
 from dumo.report.gallery import TAUGHT_BY_LETTER
 from dumo.report.live import InteractiveRun
-from dumo.report.runchart import validation_charts
 from dumo.runtime import import_extra, signals
 from dumo.runtime.signals import Stopped
-from dumo.training.log import read_log
 from dumo.types import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +86,7 @@ def build_page(runs: Sequence[InteractiveRun], explain: Explain) -> "gr.Blocks":
         with gr.Row():
             for shown_run in runs:
                 title = f"<h1>{html.escape(shown_run.name)}</h1><p>{html.escape(_run_line(shown_run))}</p>"
-                gr.HTML(title + validation_html(shown_run))
+                gr.HTML(title)
         with gr.Row():
             seed = seed_field(f"{first_run.sampler.spec.seed}", label="seed")
             shared_fields = [_condition_field(first_run), seed, _guidance_field(runs)]
@@ -123,21 +119,6 @@ def _run_line(run: InteractiveRun) -> str:
     if opened.device.type == "cuda":
         device_name = torch.cuda.get_device_name(opened.device)
     return f"{opened.run.about}. Step {opened.step:,}, {parameters:,} parameters, on {device_name}."
-
-
-def validation_html(run: InteractiveRun) -> str:
-    """HTML of the run's validation charts, folded away; "" where its log has none, or is damaged."""
-    charts: list[Chart] = []
-    with suppress(UserError):  # a damaged log is no reason not to play
-        charts += validation_charts(read_log(run.opened.folder / LOG_FILE))
-    if not charts:
-        return ""
-    pictures = "".join(
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{picture.embed(chart.dark)}">'
-        f'<img src="{picture.embed(chart.light)}" alt="{html.escape(chart.alt)}" width="370"></picture>'
-        for chart in charts
-    )
-    return f"<details><summary>as it trained</summary>{pictures}</details>"
 
 
 def _condition_field(run: InteractiveRun) -> "gr.Dropdown | gr.Textbox":

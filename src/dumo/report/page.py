@@ -38,11 +38,10 @@ from dumo.flow.solver import Solver, can_make
 from dumo.io import file, picture
 from dumo.plan.plan import show
 from dumo.report import judgement, score
-from dumo.report.chart import Chart
+from dumo.report.figure import Panel, draw_panels
 from dumo.report.gallery import PASSES, reachable_passes, sampling_modes, write_pictures
 from dumo.report.proximity import Proximity, measure_proximity
 from dumo.report.reconstruction import Reconstruction, reconstruct
-from dumo.report.runchart import page_charts
 from dumo.report.strip import StripMoment, draw_strip
 from dumo.report.verdict import reach_verdict
 from dumo.run.judge import missing_to_judge
@@ -91,7 +90,7 @@ class PageParts:
     strip: Sequence[StripMoment] = ()
     neighbours: NearestPictures | None = None
     reconstruction: Reconstruction | None = None
-    charts: Sequence[Chart] = ()  # of the log
+    charts: Sequence[Panel] = ()  # of the log
     late_losses: Mapping[str, Any] | None = None  # by bin of t, as the function `late_losses` returns them
     evaluation: judgement.Judgement | None = None  # the run's own evaluation
     benchmarks: Sequence[judgement.Judgement] = ()  # other evaluations
@@ -146,7 +145,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         strip=strip,
         neighbours=neighbours,
         reconstruction=reconstruction,
-        charts=page_charts(rows) if len(rows) > 1 else (),
+        charts=draw_panels(rows),
         late_losses=late_losses(rows),
         evaluation=evaluation,
         benchmarks=benchmarks,

@@ -71,6 +71,8 @@ class Journal:
     has_saved: bool = False  # whether a checkpoint was saved
     best_folder: "BestFolder | None" = None
     validation: "Validation | None" = None
+    # Called with each row of the log, such as by a tracker.
+    send_row: Callable[[log.Row], object] | None = None
     threads: StepThreads | None = None  # of the steps; None: nobody chooses
     last_saved: float = field(default_factory=time.monotonic)  # seconds: when the last checkpoint was taken
     saver: Saver = field(default_factory=Saver)
@@ -145,6 +147,8 @@ class Journal:
                     message += ": " + "; ".join(map(_row_text, blamed_rows[:3]))
                 self.tell(message)
             log.append(self.folder / LOG_FILE, row)
+            if self.send_row:
+                self.send_row(row)
 
     def judge(self, state: State) -> "Scores":
         """The scores of this step; {} where none are due. Every rank must call it."""

@@ -85,6 +85,13 @@ class Meter:
         loss = _loss_text(record)
         return f"{loss}, {self.last}" if self.last else loss
 
+    def add_speed(self, row: log.Row) -> log.Row:
+        """Add the speed of a row's step to the row, if it was measured."""
+        if self.last is None or self.last.step != row["step"]:
+            return row
+        speed = asdict(self.last)
+        return {**row, "speed": {name: speed[name] for name in speed if name not in ("step", "at")}}
+
     def _measure(self, step: int) -> Speed:
         """The speed of the steps up to this one since the last call, or since `begin`."""
         now = self.clock()

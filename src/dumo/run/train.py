@@ -12,7 +12,8 @@
 A run is a folder. Training writes run.yaml (complete), data.json, metrics.jsonl, metrics.cut.jsonl (its rows that were
 undone), speed.jsonl, checkpoints/, milestones/, snapshots/, best/, sheets/, strip/; with a teacher teacher.json, and
 pairs/ where it teaches by pairs; and hidden files (`dumo.run.folder`). Other commands write what they make there, such
-as averages/, grids/, samples/, evaluation.json, tracked.json, report.html with its pictures in report/.
+as averages/, grids/, samples/, evaluation.json, tracker-id, report.html with its
+pictures in report/.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -41,7 +42,7 @@ from dumo.runtime.limits import STEPS
 from dumo.runtime.progress import Bar, bar_of_seconds, no_bar
 from dumo.runtime.text import duration_text
 from dumo.runtime.threads import StepThreads
-from dumo.training import agreement, frozen, loop
+from dumo.training import agreement, frozen, log, loop
 from dumo.training.deadline import DRAW, JUDGE, Countdown, Timing, minutes_to_prepare
 from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
 from dumo.training.record import Record
@@ -87,10 +88,16 @@ def train(
         return train_job(job, bar, hooks)
 
 
-def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> State:
+def train_job(
+    job: Job,
+    bar: Bar = no_bar,
+    hooks: Sequence[loop.Every] = (),
+    send_row: Callable[[log.Row], object] | None = None,
+) -> State:
     """Train an opened run to the last of `train.steps`, or until its time is over. Returns the state at the end.
 
     Every rank must call it; rank 0 alone writes and shows progress. `hooks` are called after dumo's own, on every rank.
+    `send_row` is called on rank 0 with each row of the log, and its speed.
     Raises Diverged if the loss is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it;
     UserError if the slope fails its examination on the weights that would be saved first, or the disk is full.
     """
@@ -117,6 +124,8 @@ def train_job(job: Job, bar: Bar = no_bar, hooks: Sequence[loop.Every] = ()) -> 
     step_threads = _step_threads_of(job)
     countdown = _countdown_of(job, state.timing) if state.timing else None
     journal = _journal_of(job, source, countdown, step_threads)
+    if send_row:
+        journal.send_row = lambda row: send_row(job.meter.add_speed(row))
     journal.open(state)
     if job.sheets:
         job.sheets.draw_missing(state)

@@ -47,7 +47,6 @@ def parameters_of(name: str) -> dict[str, Any]:
         ("reproduce", "name", plan.plan_names()),
         ("reproduce", "--scale", plan.SCALES),
         ("train", "--track", tracker.TRACKERS),
-        ("log", "--to", tracker.TRACKERS),
     ],
 )
 def test_an_option_takes_what_the_work_knows(name: str, word: str, known: Iterable[str]) -> None:

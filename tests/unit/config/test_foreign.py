@@ -55,7 +55,6 @@ def test_a_foreign_name_is_answered_with_ours() -> None:
         ("--resolution=64", "--resolution: here it is --set data.side=... (pixels; or data.images.side in"),
         ("--output_dir x", "--output_dir: here it is --out (of dumo train"),
         ("--max_train_steps 9", "--set train.steps=... (of the optimizer)"),
-        ("--report_to wandb", "here it is dumo log RUN --to (tensorboard, wandb"),
         ("--num-train-epochs 3", "--set train.steps=... (steps: epochs times images over train.batch)"),
         ("--mixed_precision bf16", "--set train.precision=... (bf16, tf32 or fp32)"),
         ("--gradient_accumulation_steps 4", "--set train.micro_batch=... (rows of a pass, not a number"),

@@ -18,13 +18,11 @@ from dumo.config.load import load
 from dumo.io import picture
 from dumo.report import answer, demo, live
 from dumo.report.answer import PASSES, Answer, AnswerCell, AnswerRow, answer_runs, noises_between
-from dumo.report.demo import answers_html, error_html, guidance_html, validation_html, write_downloads
+from dumo.report.demo import answers_html, error_html, guidance_html, write_downloads
 from dumo.report.live import InteractiveRun, open_runs, require_fit, short_names
-from dumo.run.index import Index
 from dumo.run.train import train
 from dumo.runtime.random import stream
 from dumo.runtime.signals import Stopped
-from dumo.training import log
 from dumo.types import UserError
 
 NONSENSE = ["", " ", "abc", "-1", "1.5", "1e9", "٣", "nan", "9" * 19, "9" * 10_000, "<script>alert(1)</script>", "0\0"]
@@ -407,15 +405,3 @@ def test_of_prompts_the_last_ones_are_kept(words: InteractiveRun, monkeypatch: p
     assert [*texts.prompts] == ["c", "a", "d"]
     assert len(texts.ids) == words.sampler.conditions.count + 1 + 3
     assert all(torch.equal(made(text), before[text]) for text in "abcd")
-
-
-def test_how_a_run_was_judged_as_it_trained_is_folded_away(digits: InteractiveRun, tmp_path: Path) -> None:
-    one = replace(digits, opened=replace(digits.opened, index=Index.read(tmp_path)))
-    assert validation_html(one) == ""
-    for step in (5, 10):
-        log.append(tmp_path / "metrics.jsonl", {"step": step, "val": {"mmd": 0.5, "mmd_sd": 0.25}})
-    shown = validation_html(one)
-    assert shown.count("<img") == 1
-    assert 'alt="Points: mmd is 0.5 at step 5 and 0.5 at step 10."' in shown
-    (tmp_path / "metrics.jsonl").write_text("{\n{}\n")
-    assert validation_html(one) == ""

@@ -26,7 +26,7 @@ from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.io import picture, trained
 from dumo.objectives import Critic
-from dumo.report import chart, curve, judgement
+from dumo.report import figure, judgement
 from dumo.report import page as report
 from dumo.report.card import make_card
 from dumo.run.folder import CHECKPOINT_MARK
@@ -34,11 +34,10 @@ from dumo.run.index import Index
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, build, open_run
 from dumo.runtime.progress import Tick, no_bar
-from dumo.training import log
 from dumo.types import UserError
 
 SMALL = ["train.batch=8", "train.save_every=20", "train.steps=20", "train.schedule.kind=constant", "train.log_every=4"]
-DIGITS = [*SMALL, "train.optimizer.lr=0.02", "net.depth=1", "net.width=8", "net.attention=2", "train.probe_every=8"]
+DIGITS = [*SMALL, "train.optimizer.lr=0.02", "net.depth=1", "net.width=8", "net.attention=2"]
 DIGITS += ["sample.nfe=[1,2]"]
 VOID = ("meta", "link", "img", "source", "br", "col")
 
@@ -86,7 +85,7 @@ class Page(HTMLParser):
         self.tags.add(tag)
         if tag == "section":
             self.sections.append(of["id"])
-        if tag in ("img", "source"):
+        if tag == "img":
             self.pictures.append(of)
         if tag not in VOID:
             self.open.append(tag)
@@ -134,7 +133,7 @@ def _quick() -> Generator[None, None, None]:
         patch.setattr(report, "PASSES", (1, 2, 7))
         patch.setattr(report, "MAX_DATA_ROWS", 100)
         patch.setattr(picture, "SCATTER_POINTS", 100)
-        patch.setattr(chart, "PAGE_DPI", 40)
+        patch.setattr(figure, "PANEL_DPI", 40)
         yield
 
 
@@ -175,8 +174,8 @@ def test_what_every_page_has(folder: Path) -> None:
     page = Page(text)
     assert len(page.pictures) > 9
     for of in page.pictures:
-        assert decode(of.get("src") or of["srcset"]).size > 0
-        assert "srcset" in of or len(of["alt"]) > 10  # words for who cannot see it
+        assert decode(of["src"]).size > 0
+        assert len(of["alt"]) > 10  # words for who cannot see it
     assert {path.stem for path in (folder / "report").iterdir()} == {"nfe1", "nfe2", "trajectories"} | (
         set() if points else {"data", "nearest"}
     )
@@ -357,19 +356,12 @@ def test_points_are_scattered(moons: Path) -> None:
     assert ((np.ptp(rgb, axis=-1) == 0) & (rgb[..., 0] > 150) & (rgb[..., 0] < 230)).sum() > 200  # grey: truth
 
 
-WATCHED = ("Gap between the heads", "Residuals beyond ±1", "Cosine of v and u", "Drift of the endpoint")
+WATCHED = ("Gap between the heads", "Residuals beyond ±1")
 
 
-def test_charts_are_drawn_for_light_and_dark_and_explained(digits: Path) -> None:
-    page = page_of(digits)
-    dark = [of for of in page.pictures if "srcset" in of]
-    assert [of["media"] for of in dark] == ["screen and (prefers-color-scheme: dark)"] * 10
-    inks = {address: decode(address) for of in page.pictures for address in [of.get("srcset")] if address}
-    for pixels in inks.values():
-        assert pixels[0, 0, 3] == 0  # no ground of its own
-    assert all(title in page.words for title in ("Training loss", "Learning rate", "Loss of v by time", "Loss of u by"))
-    words = page.words
-    assert all(title in words for title in WATCHED)
+def test_charts_are_explained(digits: Path) -> None:
+    words = page_of(digits).words
+    assert all(title in words for title in ("Loss", "Gradient norm", "Learning rate", *WATCHED))
     assert "t loss v u residuals beyond ±1 gap between the heads rows 0.0 – 0.1" in " ".join(words.split())
     assert all(f"{title.lower()}:" in words.lower() for title in WATCHED)
 
@@ -386,29 +378,6 @@ def test_notes_of_pulls_have_words_of_their_own() -> None:
     notes = critic.pull(lambda x, c, **_: (x, x, x), b, x).notes
     assert notes
     assert all(word.watched(name).meaning for name in notes)
-
-
-def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without notes and probes, and where it was resumed by a version that has them."""
-    monkeypatch.setattr(chart, "_draw_in_ink", lambda ink, draw: Image.new("RGB", (1, 1)))  # titles alone are looked at
-    new = log.read_log(digits / "metrics.jsonl")
-    old = [
-        {k: v for k, v in row.items() if k not in ("notes", "probe", "grad_norms", "grad_peaks", "time_slope")}
-        for row in new
-    ]
-    old = [row | {"bins": {part: row["bins"][part] for part in ("loss", "v", "u")}} for row in old]
-    assert len(report.page_charts(new)) == 10
-    assert len(report.page_charts(old)) == 4
-    once = report.page_charts([*old[:3], *new[3:]])  # probed
-    assert [chart.title for chart in once][5:] == ["clipped_share", "head_gap", curve.TIME_SLOPE]
-    found = report.late_losses([*old[:4], new[4] | {"step": 17}])
-    assert found is not None
-    assert [*found["bins"]] == ["loss", "v", "u"]
-    never = {"notes": {"clipped_share": None}, "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1}}
-    assert [chart.title for chart in report.page_charts([row | never for row in new])][5:] == [
-        "drift",
-        curve.TIME_SLOPE,
-    ]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from dumo.io.picture import with_column_names
 from dumo.objectives import Objective
 from dumo.report import judgement, page, score
 from dumo.report.card import judging_settings, make_card
-from dumo.report.curve import moving_average
+from dumo.report.figure import moving_average
 from dumo.run.index import Index
 from dumo.run.sampler import sampler_of
 from dumo.run.weights import RunFolder
