@@ -120,7 +120,7 @@ def test_what_is_no_such_class_is_refused(kind: str, said: str) -> None:
 
 
 def test_a_field_of_a_class_from_outside_is_refused_by_its_path() -> None:
-    with pytest.raises(dumo.UserError, match=r"^objective\.drop: input should be less than or equal to 1; got 2"):
+    with pytest.raises(dumo.UserError, match=r"^objective\.drop: Input should be less than or equal to 1; got 2"):
         dumo.recipe("digits", {"objective": {"kind": "contract.outside:Outside", "drop": 2}})
 
 

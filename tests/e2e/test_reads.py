@@ -1,6 +1,6 @@
 """What a command opens of a run's folder: run.yaml, and each checkpoint's list and run, no more than once.
 
-Words are looked up before a command begins (`dumo.cli.precheck`), and what was read then is not read again.
+What was read is handed on.
 """
 
 import os

@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by
 was over before its photos were encoded). Progress goes to stderr, answers to stdout.
 
 The order of events: typer reads the first word, `LazyGroup` imports that command's module, its function runs under
-`stoppable`, reads what its words name (`precheck`), and `run_command` explains an error. torch is imported inside the
+`stoppable`, and `run_command` explains an error. torch is imported inside the
 commands, so that help and mistakes are answered at once.
 
 This subpackage alone touches the terminal; the work of a command is done by the subpackages below it.

@@ -14,7 +14,6 @@ from torch import nn
 
 from dumo.config import recipes
 from dumo.config.change import yaml_text
-from dumo.config.label import TOY_CLASSES
 from dumo.config.load import RUN_FILE, load, load_recipe, parse
 from dumo.config.objective import objective_of
 from dumo.config.parts import StandaloneParts
@@ -47,7 +46,7 @@ from dumo.types import Spec, UserError
 MINUTES_FIX = "for images, or to go on with a run's folder: set train.steps or train.minutes in changes"
 
 Fields = dict[str, Any]  # by dotted path, as plain values
-_TOYS = (*TOY_CLASSES,)  # kinds of data after which recipes are named, digits first
+_TOYS = ("digits", "moons")  # kinds of data after which recipes are named, digits first
 # How a module of the user's is trained: ours. Its blocks are not known, which Muon would update and torch compile; the
 # rates are those of moons.
 _MODULE_FIELDS: Fields = {

@@ -1,14 +1,13 @@
 """`dumo demo`: serve a page to play with runs.
 
-`demo` is the command. It reads the runs' settings (`dumo.cli.precheck`), opens the port and imports Gradio, because all
-these fail at once, then opens the runs (`dumo.report.live`), and serves the page (`dumo.report.demo`) until a signal.
+`demo` is the command. It opens the port and imports Gradio, because these fail at once, then
+opens the runs (`dumo.report.live`), and serves the page (`dumo.report.demo`) until a signal.
 """
 
 from typing import Annotated
 
 import typer
 
-from dumo.cli import precheck
 from dumo.cli.option import Device, Folder, Set, Weights
 from dumo.cli.terminal import err, explain, out
 
@@ -33,7 +32,6 @@ def demo(
     digits-trained, which comes with dumo.
     """
     folders = [run_folder] if other is None else [run_folder, other]
-    texts = [precheck.read_run(folder, set_) for folder in folders]
 
     from dumo.report.address import open_listener, tunnel_text
     from dumo.report.demo import build_page, offline_gradio, serve
@@ -43,7 +41,7 @@ def demo(
     dist.require_one_process("dumo demo")
 
     with open_listener(port) as listener, offline_gradio():
-        runs = open_runs(folders, set_ or [], texts=texts, weights=weights, device=device, limit=limit)
+        runs = open_runs(folders, set_ or [], weights=weights, device=device, limit=limit)
 
         def print_address(url: str) -> None:
             out.print(url, soft_wrap=True)

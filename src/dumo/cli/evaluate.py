@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from dumo.cli import precheck
 from dumo.cli.option import (
     AsJson,
     Device,
@@ -85,7 +84,6 @@ def evaluate(
     those of runs that the same protocol judged: dumo evaluate --images samples.npz --against photos.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
-    text = None if run_folder is None else precheck.read_run(run_folder, set_)
     if images is not None:
         run_options = (run_folder, nfe, seed, solver, weights)
         if any(option is not None for option in run_options):
@@ -116,7 +114,7 @@ def evaluate(
 
     with dist.join():
         is_main = dist.is_main()
-        opened = open_run(run_folder, set_ or [], text=text, weights=weights, device=device)
+        opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         report = evaluate.evaluate(
             opened,
             nfe=parse_integers(nfe, "--nfe"),
@@ -193,8 +191,6 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set scores of runs side by side, a table for each protocol."""
-    precheck.require_evaluated(run_folders)
-
     from dumo.report.compare import compare_by_protocol
 
     reports = compare_by_protocol(run_folders, anyway=anyway)

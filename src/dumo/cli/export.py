@@ -2,11 +2,10 @@
 
 `export` is the command. In this order it
 
-1. reads the run's settings (`dumo.cli.precheck`);
-2. checks what needs no run: the target and the hub's repository; typer has checked --to, --parts and --dtype;
-3. opens the run on the CPU, and writes it (`dumo.export.write`), which checks what depends on the run: --head, --nfe
+1. checks what needs no run: the target and the hub's repository; typer has checked --to, --parts and --dtype;
+2. opens the run on the CPU, and writes it (`dumo.export.write`), which checks what depends on the run: --head, --nfe
    and --alone;
-4. uploads what was written (`dumo.export.hub`), or says what to type next.
+3. uploads what was written (`dumo.export.hub`), or says what to type next.
 """
 
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo.cli import precheck
 from dumo.cli.option import Folder, Set, Weights, one_of, parse_integers, parse_path
 from dumo.cli.terminal import err, out
 from dumo.runtime import shell_path
@@ -87,8 +85,6 @@ def export(
     ] = None,
 ) -> None:
     """Write a run for diffusers, ComfyUI or the Hub."""
-    text = precheck.read_run(run_folder, set_)
-
     from dumo.export import hub, write
     from dumo.run.weights import open_run
     from dumo.runtime import dist, signals
@@ -104,7 +100,7 @@ def export(
         hub.require_uploadable(push, parts)
     passes = parse_integers(nfe, "--nfe") or ()
     with low_memory_heap():
-        opened = open_run(run_folder, set_ or [], text=text, weights=weights, device="cpu")
+        opened = open_run(run_folder, set_ or [], weights=weights, device="cpu")
         exported = write.export(
             opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
         )

@@ -8,7 +8,6 @@ from collections.abc import Collection
 from difflib import get_close_matches
 
 from dumo.config.foreign import FOREIGN, foreign_hint, foreign_key, ours
-from dumo.config.outline import field_names, paths_of
 
 # By command, what other programs call its options: what to type here, and its unit.
 FOREIGN_OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
@@ -115,12 +114,7 @@ def our_option(command: str, name: str, own_options: Collection[str]) -> str | N
         return foreign_hint(*_DEVICES[key])
     if "--set" not in own_options:
         return None
-    if key in FOREIGN:
-        return ours(name, as_option=True)
-    paths = paths_of(key)
-    own_paths = [path for path in paths if path.startswith(f"{command}.")]  # train.seed of dumo train
-    settings = [f"--set {path}=..." for path in own_paths or paths]
-    return foreign_hint(" or ".join(settings)) if settings else None
+    return ours(name, as_option=True) if key in FOREIGN else None
 
 
 def near_option(command: str, name: str, own_options: Collection[str]) -> str | None:
@@ -129,7 +123,7 @@ def near_option(command: str, name: str, own_options: Collection[str]) -> str | 
     if "--device" in own_options:
         foreign_names += _DEVICES
     if "--set" in own_options:
-        foreign_names += [*FOREIGN, *field_names()]
+        foreign_names += FOREIGN
     near_names = get_close_matches(foreign_key(name), foreign_names, n=1, cutoff=0.8)
     return our_option(command, near_names[0], own_options) if near_names else None
 

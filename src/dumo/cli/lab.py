@@ -1,6 +1,6 @@
 """Commands of the lab: `reproduce` makes a figure or table again; `step`, `sample` and `data` are `dumo bench`.
 
-Each looks up what its words name (`dumo.cli.precheck`), checks its options, calls its namesake in `dumo.lab`, and
+Each checks its options, calls its namesake in `dumo.lab`, and
 prints the report as a table, or as JSON.
 """
 
@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 
-from dumo.cli import precheck
 from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_folder, parse_integers
 from dumo.cli.terminal import out, show_table
 from dumo.runtime.limits import ROWS
@@ -64,8 +63,6 @@ def reproduce(
 
     Picture, table and results.json. Finished cells are kept, a stopped one goes on.
     """
-    precheck.require_plan(name)
-
     from dumo.lab.reproduce import reproduce
     from dumo.runtime import dist
 
@@ -105,8 +102,6 @@ def step(
 
     F is a forward pass; by time it is a third of the plain flow-matching step in the same precision.
     """
-    text = precheck.read_source(source, set_)
-
     from dumo.lab import step_bench
     from dumo.run.resolve import load_resolved
 
@@ -115,7 +110,7 @@ def step(
     if batch:
         overrides.append(f"train.batch={batch}")
     report = step_bench.measure(
-        load_resolved(text, overrides),
+        load_resolved(source, overrides),
         slopes=slope.split(",") if slope else None,
         precisions=precision.split(","),
         shape=parse_integers(shape, "--shape"),
@@ -174,14 +169,12 @@ def sample(
 
     The weights are random.
     """
-    text = precheck.read_source(source, set_)
-
     from dumo.lab import sample_bench
     from dumo.run.resolve import load_resolved
 
     _begin_bench(threads)
     report = sample_bench.measure(
-        load_resolved(text, set_ or []),
+        load_resolved(source, set_ or []),
         nfes=parse_integers(nfe, "--nfe") or (),
         precisions=precision.split(","),
         shape=parse_integers(shape, "--shape"),
@@ -222,8 +215,6 @@ def data(
 
     And compare with what a training step takes.
     """
-    text = precheck.read_source_unless_images(source, set_)
-
     from dumo.lab import data_bench
 
     _begin_bench(None)
@@ -231,7 +222,7 @@ def data(
     if counts and min(counts) < 1:
         raise typer.BadParameter("is at least 1", param_hint="--threads")
     report = data_bench.measure(
-        data_bench.benchmark_of(source, set_ or [], text=text, batch=batch, side=side),
+        data_bench.benchmark_of(source, set_ or [], batch=batch, side=side),
         threads=counts,
         batches=batches,
         step_seconds=step_seconds,

@@ -75,16 +75,6 @@ def _check_passes(text: str | None) -> str | None:
     return text
 
 
-def _check_solver(name: str | None) -> str | None:
-    """Check --solver, a solver's name or module:Class. Returns the name; raises UserError where no solver has it."""
-    if name is not None and ":" not in name:
-        from dumo.config.outline import kinds_at
-        from dumo.config.suggestion import require_known
-
-        require_known("--solver", name, kinds_at("sample.solver"))
-    return name
-
-
 def _check_device(name: str) -> str:
     """Check the kind of --device, the part before a colon. Returns the name.
 
@@ -135,7 +125,6 @@ SolverName = Annotated[
     str | None,
     typer.Option(
         "--solver",
-        callback=_check_solver,
         help="euler, heun (velocity), restart (endpoint), hop (flow map), hermite (both heads).",
     ),
 ]

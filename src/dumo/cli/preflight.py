@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from dumo.cli import precheck
 from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_bytes
 from dumo.cli.terminal import PlainConsole, out, show_lines
 from dumo.config import recipes as shipped_recipes
@@ -24,7 +23,6 @@ from dumo.runtime.text import minutes_text
 
 if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
-    from dumo.config.source import RunText
     from dumo.config.spec import Run
     from dumo.plan.catalogue import DescribedItem
     from dumo.plan.plan import RunFacts
@@ -110,12 +108,12 @@ def _show_item(described: "DescribedItem") -> None:
         out.print(f"  {title:10} {text}", soft_wrap=True)
 
 
-def _load_with_advice(text: "RunText", overrides: list[str] | None) -> "Run":
+def _load_with_advice(source: str, overrides: list[str] | None) -> "Run":
     """Load and resolve a run, and say on stderr where it departs from its sources. Raises UserError as `load`."""
     from dumo.config.advice import advice
     from dumo.run.resolve import load_resolved
 
-    run = load_resolved(text, overrides or [])
+    run = load_resolved(source, overrides or [])
     for line in advice(run):
         print_line(line)
     return run
@@ -137,12 +135,10 @@ def show(
     """
     if as_yaml and as_json:
         raise typer.BadParameter("--yaml and --json: give one of them")
-    text = precheck.read_source(source, set_)
-
     from dumo.config.load import dump, summary
     from dumo.plan.plan import show
 
-    run = _load_with_advice(text, set_)
+    run = _load_with_advice(source, set_)
     if as_yaml:
         print(_comment(" ".join(["dumo show", shell_path(source), *_set_options(set_)])))
         print(dump(run, short=not all_fields), end="")
@@ -241,14 +237,12 @@ def dry(
         raise typer.BadParameter(
             f"{share} ranks hold a copy between them: give as many by --ranks", param_hint="--share"
         )
-    text = precheck.read_source(source, set_)
-
     from dumo.plan import plan, rehearsal
 
     overrides = [*(set_ or [])]
     if share:
         overrides.append(f"train.share={share}")
-    run = _load_with_advice(text, overrides)
+    run = _load_with_advice(source, overrides)
     facts = plan.plan(run)
     rank_plan = None
     if ranks or share or fit or tflops:
@@ -342,11 +336,9 @@ def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto",
     It says what is installed and which device there is, and compares the run's du/dt with float64. Exit code 1 where
     it fails.
     """
-    text = precheck.read_source(source, set_)
-
     from dumo.plan import doctor
 
-    run = _load_with_advice(text, set_)
+    run = _load_with_advice(source, set_)
     diagnosis = doctor.diagnose(run, device)
     if as_json:
         print(json.dumps(diagnosis.to_json()))

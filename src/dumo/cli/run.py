@@ -1,7 +1,7 @@
 """Commands that make things: `encode`, `train`, `sample`, `average`, `grid` and `report`, in the order of use.
 
-Each reads what its words name (`dumo.cli.precheck`), checks its options, opens a recipe or a run, calls what does the
-work, prints the paths of what was written on stdout, and says on stderr what to type next.
+Each checks its options, opens a recipe or a run, calls what does the work, prints the paths of what was written on
+stdout, and says on stderr what to type next.
 """
 
 import sys
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo.cli import precheck
 from dumo.cli.option import (
     TRACKERS,
     Device,
@@ -96,14 +95,12 @@ def encode(
     Started again, it goes on where it stopped. Both flips are kept where the data are flipped. A shard that is damaged
     is named and made again; one of other images than are here is refused. Under torchrun the ranks share the work.
     """
-    text = precheck.read_source_unless_images(source, set_)
-
     from dumo.config.source import choose
     from dumo.data import is_latents
     from dumo.run import encode as encoding
     from dumo.runtime import dist
 
-    work = encoding.encoding_work(source, set_ or [], text=text, out=folder, codec=codec, side=side, count=count)
+    work = encoding.encoding_work(source, set_ or [], out=folder, codec=codec, side=side, count=count)
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
     results: list[EncodeResult] = []
     with memory_hint(_smaller_batch_hint(batch, work.data)), ranks:
@@ -211,11 +208,10 @@ def train(
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     --track also sends each row of the log to a tracker.
     """
-    chosen, text = precheck.read_source_to_train(source, folder, set_)
+    from dumo.config.source import RUN_FILE, choose, read, settings_of_images, without_resolved
 
-    from dumo.config.source import RUN_FILE, settings_of_images, without_resolved
-
-    # what to train, and where
+    # Decide what to train, and where.
+    chosen = choose(source, folder)
     changes = set_ or []
     are_images = chosen.kind == "images"
     run_folder = folder or chosen.folder
@@ -225,6 +221,11 @@ def train(
     if minutes and not (are_images or goes_on):
         has_run = (run_folder / RUN_FILE).is_file()
         raise typer.BadParameter(_minutes_hint(minutes, run_folder, has_run=has_run))
+    text = None  # images that have no run yet
+    if not are_images:
+        text = read(str(chosen.word))
+    elif (run_folder / RUN_FILE).is_file():
+        text = read(run_folder)
     began = time.perf_counter()  # `stopwatch.wall_clock`: the time of a run that goes on counts from here
 
     from dumo.config.load import load
@@ -396,7 +397,6 @@ def sample(
 
     Under torchrun the ranks share the work.
     """
-    text = precheck.read_run(run_folder, set_, labels=labels, prompt=prompt)
     if sum(map(bool, (labels, prompt, prompts))) > 1:
         raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
     if source and not (prompt or prompts):
@@ -413,7 +413,7 @@ def sample(
     from dumo.runtime import dist
 
     with dist.join():
-        opened = open_run(run_folder, set_ or [], text=text, weights=weights, device=device)
+        opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         passes = parse_integers(nfe, "--nfe")
         progress = bar if dist.is_main() else no_bar
         folder = folder or opened.output_folder / "samples"
@@ -459,16 +459,15 @@ def average(
 
     They are averages by a power (EDM2), of train.ema; which one is best is known after training alone.
     """
-    text = precheck.read_run(run_folder, None)
-
     from dumo.config.code import shell_command
-    from dumo.config.load import run_of
+    from dumo.config.load import load
+    from dumo.run import shipped
     from dumo.run.average import average
     from dumo.run.judge import missing_to_judge
     from dumo.runtime import dist
 
     dist.require_one_process("dumo average")
-    averaged = average(run_folder, std, file, text=text)
+    averaged = average(run_folder, std, file)
     err.print(
         f"the average of width {std:g} after step {averaged.step:,}, from {averaged.count} snapshots, "
         f"{averaged.error:.1%} off",
@@ -479,7 +478,7 @@ def average(
     arguments = f"{shell_path(run_folder)} --weights {shell_path(averaged.file)}"
     dumo = quote(program())
     next_commands = [f"{dumo} sample {arguments}"]
-    run = run_of(text)
+    run = load(shipped.find(run_folder))
     missing = missing_to_judge(run, num_images=None)  # images are not opened for it
     if not missing:
         next_commands.append(f"{dumo} evaluate {arguments}")
@@ -524,7 +523,6 @@ def grid(
 
     All are from the same noise, after each milestone (Figs. 5 and 6).
     """
-    text = precheck.read_run(run_folder, set_, labels=labels or classes)
     if labels and classes:
         raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
 
@@ -534,7 +532,7 @@ def grid(
     from dumo.runtime import dist, threads
 
     dist.require_one_process("dumo grid")
-    opened = open_run(run_folder, set_ or [], text=text, device=device)
+    opened = open_run(run_folder, set_ or [], device=device)
     passes = parse_integers(nfe, "--nfe")
     chosen_steps: Sequence[int] | None = None  # all
     if steps is None and classes is not None:
@@ -604,7 +602,6 @@ def report(
     if file:
         raise typer.BadParameter("--out is for the figure of several runs: the page of a run is in its folder")
     [run_folder] = run_folders
-    text = precheck.read_run(run_folder, None)
 
     from dumo.encoders.caption import read_prompts
     from dumo.report import page
@@ -613,5 +610,5 @@ def report(
 
     dist.require_one_process("dumo report")
     texts = [row.text for row in read_prompts(prompts)] if prompts else []
-    for path in page.write(open_run(run_folder, text=text, device=device), bar, texts):
+    for path in page.write(open_run(run_folder, device=device), bar, texts):
         out.print(str(path), soft_wrap=True)

@@ -1,20 +1,14 @@
-"""The number of the class that a person asks for by name or number.
+"""Find the number of a class that a person names by its name or number, and split several such labels.
 
-`label_index` is for who knows the classes, and `split_labels` parts several labels. `require_labels` and
-`require_captions` are for who has the plain values of a run alone, and import no torch. `dumo.config.conditions` knows
-the data, and captions, too.
+`dumo.config.conditions` calls these with the classes or captions of a run.
 """
 
 from collections.abc import Sequence
-from typing import Any
 from unicodedata import normalize
 
 from dumo.config.suggestion import nearest
 from dumo.error import UserError
 from dumo.io.read import brief
-from dumo.runtime.door import option
-
-TOY_CLASSES = {"digits": 10, "moons": 0}  # by kind of data: those whose classes no run.yaml counts
 
 
 def label_index(text: str, names: Sequence[str], count: int, *, are_captions: bool = False) -> int:
@@ -50,48 +44,3 @@ def split_labels(text: str, names: Sequence[str]) -> list[str]:
                 parts = parts[num_parts:]
                 break
     return labels
-
-
-def require_labels(text: str, tree: dict[str, Any]) -> None:
-    """Raise UserError for labels, with commas between them, that no class of a run has.
-
-    `tree` has the run's plain values. Where these do not say its classes, nothing is raised.
-    """
-    classes = _classes_of(tree)
-    if classes is not None:
-        count, names = classes
-        for label in split_labels(text, names):
-            label_index(label, names, count)
-
-
-def require_captions(tree: dict[str, Any]) -> None:
-    """Raise UserError where the plain values of a run say that it was trained on classes: it reads no prompts."""
-    classes = _classes_of(tree)
-    if classes is not None:
-        raise UserError(no_prompts(classes[0]))
-
-
-def no_prompts(count: int) -> str:
-    """The message that refuses prompts for a run with this number of classes, and without captions."""
-    fix = f"give classes ({option('labels')})" if count else "leave them out, or train a run with captions"
-    return f"this run was trained without captions, so it reads no prompts: {fix}"
-
-
-def _classes_of(tree: dict[str, Any]) -> tuple[int, Sequence[str]] | None:
-    """The number of classes of a run, and their names if they have some; None: captions, or it does not say them."""
-    data = tree.get("data")
-    path = "data"
-    if isinstance(data, dict) and isinstance(data.get("images"), dict):  # latents
-        data = data["images"]
-        path = "data.images"
-    if not isinstance(data, dict) or data.get("captions"):
-        return None
-    resolved = tree.get("resolved")
-    resolved_fields = resolved if isinstance(resolved, dict) else {}
-    count = data.get("classes") or resolved_fields.get(f"{path}.classes")
-    if not count:
-        count = TOY_CLASSES.get(str(data.get("kind")))
-    names: Sequence[str] = ()
-    for field in ("names", "titles"):  # as `Conditions.names` takes them
-        names = names or data.get(field) or resolved_fields.get(f"{path}.{field}") or ()
-    return (count, names) if isinstance(count, int) else None

@@ -78,9 +78,9 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
         raise UserError(f"a field's name has half a character, which is no text: {error}") from error
     except ValidationError as error:
         from dumo.config.error import explain
-        from dumo.config.line import lines_of
 
-        raise UserError(lines_of(explain(error, spec), name)) from error
+        prefix = f"{name}: " if Path(name).suffix else ""
+        raise UserError("\n".join(prefix + line for line in explain(error, spec))) from error
 
 
 def _fill(tree: dict[str, Any], resolved: dict[str, Any]) -> None:

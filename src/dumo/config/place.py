@@ -1,11 +1,8 @@
 """What lies at a path that a user named: a run's folder, images, an evaluation or a log.
 
-- `require_run_folder`, `require_images`, `require_evaluation` and `require_log` raise UserError where something else
-  lies there. The message says what that is, what to type, and which runs have names close to the one that was typed.
+- `require_run_folder`, `require_evaluation` and `require_log` raise UserError where something else lies there.
 - `find_content`, `find_run_file`, `is_image` and `is_table` answer without raising.
 - `list_sources` and `list_run_folders` list what a mistyped name is compared with.
-
-Commands call these before they import torch, so this file imports no torch: a wrong name is answered at once.
 """
 
 import errno
@@ -17,7 +14,7 @@ from typing import Literal
 from dumo.config import recipes
 from dumo.error import UserError
 from dumo.io import trained
-from dumo.io.read import brief, user_path
+from dumo.io.read import brief
 from dumo.io.trained import RUN_FILE as RUN_FILE
 from dumo.io.trained import RUNS_FOLDER as RUNS_FOLDER
 from dumo.runtime import shell_path
@@ -65,21 +62,6 @@ def _explain_no_run(source: str, folder: Path) -> tuple[str, str]:
         fix = f"train on them first, dumo train {typed_path}, judge them, dumo evaluate --images {typed_path}"
         return f"it holds images, and no {RUN_FILE}", fix
     return f"it has no {RUN_FILE}", train_first
-
-
-def require_images(source: str | Path) -> None:
-    """Raise UserError where `source` is a folder with neither images nor a run in it.
-
-    Anything else passes: a run's folder, a file, a path where nothing is. Who opens the source refuses those.
-    """
-    folder = user_path(str(source), "the source")
-    if _is_impossible(folder) or not folder.is_dir():
-        return
-    if find_content(folder, images=True) is None:
-        raise UserError(
-            f"{source} has neither a {RUN_FILE} nor images, at any depth: give a folder with image files (.jpg, .png, "
-            f".webp ...), *.parquet or *.tar, a run's folder, a recipe or a YAML file"
-        )
 
 
 def find_content(folder: Path, *, images: bool) -> Content | None:

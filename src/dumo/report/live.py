@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dumo.config.check import why_unguided
 from dumo.config.code import names_code
 from dumo.config.conditions import shown_data
-from dumo.config.source import RunText, trained_name_of
+from dumo.config.source import trained_name_of
 from dumo.config.spec import Run
 from dumo.data import Images
 from dumo.evaluation.neighbours import nearest_other
@@ -202,14 +202,13 @@ def open_runs(
     folders: Sequence[str],
     overrides: Sequence[str] = (),
     *,
-    texts: Sequence[RunText] | None = None,
     weights: str | None = None,
     device: str = "auto",
     limit: float,
 ) -> list[InteractiveRun]:
     """Open runs that are shown next to each other, and sample each once. `overrides` are changes as --set takes them.
 
-    `texts` are those of their run.yaml, where they have been read. Raises UserError where a folder is no run's or comes
+    Raises UserError where a folder is no run's or comes
     twice, `weights` might be of either run, a run edits images, or runs do not fit (`require_fit`).
     """
     places = [shipped.find(folder).resolve() for folder in folders]
@@ -218,8 +217,8 @@ def open_runs(
     if len(set(places)) < len(places):
         raise UserError(f"both folders are the same run, {folders[0]}: give one, or two different ones")
     runs: list[InteractiveRun] = []
-    for folder, name, text in zip(folders, short_names(places), texts or [None] * len(folders), strict=True):
-        opened = open_run(folder, overrides, text=text, weights=weights, device=device)
+    for folder, name in zip(folders, short_names(places), strict=True):
+        opened = open_run(folder, overrides, weights=weights, device=device)
         run = InteractiveRun(opened, name, _load_call(opened.run, folder, overrides, weights, device), limit)
         if edits_images(run.sampler.data):
             raise UserError(f"{folder} edits images, which the page has no field for: dumo sample --source FILE")

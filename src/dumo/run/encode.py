@@ -23,7 +23,7 @@ from typing import Any
 from dumo.config.change import override, yaml_text
 from dumo.config.load import parse
 from dumo.config.parts import with_pipeline
-from dumo.config.source import RunText, choose
+from dumo.config.source import choose
 from dumo.config.spec import Run
 from dumo.data import Data, Latents, cache, encoding
 from dumo.data.caption import CaptionFiles
@@ -95,7 +95,6 @@ def encoding_work(
     source: str,
     overrides: Sequence[str] = (),
     *,
-    text: RunText | None = None,
     out: str | None,
     codec: str | None,
     side: int | None,
@@ -103,7 +102,6 @@ def encoding_work(
 ) -> EncodingWork:
     """What to encode, and into which folders: as a recipe says, or a folder of images and options.
 
-    `text` is that of the recipe or run, where it has been read.
     Raises UserError where the recipe trains on neither latents nor a table of texts, an option is missing, or the
     text encoder or its tokenizer is missing.
     """
@@ -111,7 +109,7 @@ def encoding_work(
     if choose(source).kind == "images":
         _require_image_options(source, out, codec, side)
         return _work_of_images(source, settings)
-    return _work_of_recipe(source, text, settings)
+    return _work_of_recipe(source, settings)
 
 
 def _require_image_options(source: str, out: str | None, codec: str | None, side: int | None) -> None:
@@ -133,9 +131,9 @@ def _work_of_images(root: str, settings: Sequence[str]) -> EncodingWork:
     return EncodingWork(data_with_facts(with_pipeline(spec.data, spec.pipeline)))
 
 
-def _work_of_recipe(source: str, text: RunText | None, settings: Sequence[str]) -> EncodingWork:
+def _work_of_recipe(source: str, settings: Sequence[str]) -> EncodingWork:
     """What to encode for a recipe, a file or a run. Raises UserError where there is nothing."""
-    run = load_resolved(text or source, settings)
+    run = load_resolved(source, settings)
     texts = _text_table_spec(run.net)
     if not isinstance(run.data, Latents) and texts is None:
         raise UserError(

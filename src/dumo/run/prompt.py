@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from dumo.config.label import no_prompts
 from dumo.data import Data, Latents
 from dumo.data.edit import source_hash
 from dumo.data.pixel import ToSquare, Unreadable
@@ -68,7 +67,8 @@ def conditions_of_prompts(sampler: Sampler, prompts: Sequence[str], source: Path
         raise UserError("a prompt is empty: say what the image shows, or leave the prompt out")
     texts = sampler.texts
     if texts is None or sampler.conditions.captions is None:
-        raise UserError(no_prompts(sampler.conditions.count))
+        fix = f"give classes ({option('labels')})" if sampler.conditions.count else "leave them out"
+        raise UserError(f"this run was trained without captions, so it reads no prompts: {fix}")
     captions = _as_captions(sampler, prompts, source)
 
     # prompts that are used again count as the last used

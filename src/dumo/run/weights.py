@@ -22,7 +22,7 @@ from dumo.config.difference import Difference, difference_lines, differences
 from dumo.config.history import RecordedRun
 from dumo.config.parts import RunParts
 from dumo.config.place import require_run_folder
-from dumo.config.source import SHIPPED_PREFIX, RunText
+from dumo.config.source import SHIPPED_PREFIX
 from dumo.config.spec import Run
 from dumo.data import is_images
 from dumo.flow.path import FlowPath
@@ -146,14 +146,13 @@ def open_run(
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
-    text: RunText | None = None,
     weights: str | None = None,
     device: str = "auto",
     fill: bool = True,
 ) -> RunFolder:
     """Open a run's folder, or by name a run that comes with dumo, to sample or judge it.
 
-    `text` is that of run.yaml, where it has been read. `weights` is a file, or a folder of shards, to take in place of
+    `weights` is a file, or a folder of shards, to take in place of
     the last checkpoint's sampled weights. Where reading fails, and a training has written or removed checkpoints
     meanwhile, the last one of now is taken. Without `fill`, `RunFolder.deferred_weights` reads weights later, but
     those of a user's own net are read at once. Raises UserError where `source` is no run's folder, or has no checkpoint
@@ -165,7 +164,7 @@ def open_run(
     require_run_folder(source, folder)
     output = shipped.output_folder(source)
     trust.accept(overrides)
-    index = Index.read(folder, text)
+    index = Index.read(folder)
     run = index.run(overrides)
     require_same_code(run, run.resolved, folder)
     if overrides:

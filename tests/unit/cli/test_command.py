@@ -14,7 +14,7 @@ import typer
 from dumo import cli
 from dumo.cli import command, preflight, terminal
 from dumo.cli.foreign import FOREIGN_COMMANDS, FOREIGN_OPTIONS
-from dumo.config import outline, recipes
+from dumo.config import recipes
 from dumo.config.load import load
 from dumo.config.place import EVALUATION_FILE, LOG_FILE
 from dumo.export import write
@@ -39,7 +39,6 @@ def parameters_of(name: str) -> dict[str, Any]:
     ("name", "word", "known"),
     [
         ("sample", "--format", [*report_sample.FORMS, *benchmark.LAYOUTS]),
-        ("sample", "--solver", outline.kinds_at("sample.solver")),
         ("export", "--to", write.FORMS),
         ("export", "--parts", write.PARTS),
         ("export", "--dtype", write.DTYPES),
@@ -74,9 +73,6 @@ def test_the_words_of_others_lead_to_words_of_ours() -> None:
             assert f"--{other.replace('_', '-')}" not in own, "it would never be asked for"
             if meant.startswith("--"):
                 assert meant.split()[0] in own
-            if meant.startswith("--set "):
-                part, field, *_ = meant.removeprefix("--set ").partition("=")[0].split(".")
-                assert f"{part}.{field}" in outline.paths_of(field)
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_other_data_or_another_layout_are_another_run(tmp_path: Path) -> None:
         (Net(700, 3), "raised RuntimeError"),
         (nn.ReLU(), "has no parameter to train"),
         (3, "net is a int: give the name of a kind"),
-        ("dti", r"net\.kind: there is no 'dti'; did you mean 'dit'"),
+        ("dti", r"net\.kind: unknown kind 'dti'; did you mean 'dit'"),
     ],
 )
 def test_a_net_that_does_not_fit_is_refused_before_anything_is_written(net: object, said: str, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_a_spec_of_a_run_is_trained_on_other_images(tmp_path: Path) -> None:
     ("parts", "said"),
     [
         ({}, "nothing to train: give a recipe"),
-        ({"objective": "mean flow"}, r"objective\.kind: there is no 'mean flow'; did you mean 'meanflow'"),
+        ({"objective": "mean flow"}, r"objective\.kind: unknown kind 'mean flow'; did you mean 'meanflow'"),
         ({"objective": 3}, "objective is a int"),
         ({"data": "nowhere"}, "there is no folder or file nowhere"),
         ({"data": 3}, "data is a builtins:int"),

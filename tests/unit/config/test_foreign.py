@@ -3,8 +3,7 @@
 import pytest
 from pydantic import BaseModel
 
-import dumo
-from dumo.config.foreign import FOREIGN, ours
+from dumo.config.foreign import FOREIGN
 from dumo.config.load import load
 from e2e.shell import call
 
@@ -23,28 +22,6 @@ def test_the_field_that_is_named_exists(name: str) -> None:
         assert isinstance(part, BaseModel)
         assert step in type(part).model_fields, field
         part = getattr(part, step)
-
-
-@pytest.mark.parametrize("name", [name for name, (field, _) in FOREIGN.items() if field.startswith("data.")])
-def test_the_field_of_images_in_latents_is_named_too(name: str) -> None:
-    """There data.root is the folder of latents, in which nobody's photos belong."""
-    field = FOREIGN[name][0].replace("data.", "data.images.")
-    with pytest.raises(dumo.UserError, match=f"{name}: unknown key; here it is .*{field} in a recipe of latents"):
-        load("sdxl-lora", [f"{name}=photos"])
-    images = load("sdxl-lora").data.images  # pyright: ignore
-    assert field.rpartition(".")[2] in type(images).model_fields
-
-
-def test_a_foreign_name_is_answered_with_ours() -> None:
-    assert ours("train-batch-size") == "here it is train.batch (images of a step, of all ranks together)"
-    assert ours("stps") is None
-    for field, said in (
-        ("learning_rate", "learning_rate: unknown key; here it is train.optimizer.lr"),
-        ("train.max_grad_norm", r"train\.max_grad_norm: unknown key; here it is train\.clip"),
-        ("train.stps", "train.stps: unknown key; did you mean 'steps'"),
-    ):
-        with pytest.raises(dumo.UserError, match=said):
-            dumo.recipe("digits", {field: 1})
 
 
 @pytest.mark.parametrize(
@@ -67,17 +44,3 @@ def test_a_foreign_option_is_answered_with_ours(words: str, said: str) -> None:
     assert done.code == 2
     assert said in done.err
     assert done.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "way"),
-    [
-        ("objective", "meanflow", "; write objective.kind=meanflow"),
-        ("train.optimizer", "adam", "; write train.optimizer.kind=adam"),
-        ("train", "digits", ""),
-        ("sample.knobs", "x", ""),
-    ],
-)
-def test_a_bare_kind_is_answered_with_its_field(field: str, value: str, way: str) -> None:
-    with pytest.raises(dumo.UserError, match=f"^{field}: input should be a mapping .*; got '{value}'{way}$"):
-        dumo.recipe("digits", {field: value})

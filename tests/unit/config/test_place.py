@@ -37,7 +37,6 @@ def test_names_that_are_too_long_are_refused_as_others_are(monkeypatch: pytest.M
         place.require_evaluation(TOO_LONG)
     with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
         place.require_log(path)
-    place.require_images(TOO_LONG)
 
 
 def test_a_folder_that_may_not_be_looked_into_spoils_no_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -77,8 +76,6 @@ def test_images_are_those_that_are_opened(file: str, tmp_path: Path, monkeypatch
         assert place.find_content(root, images=True) is None
         with pytest.raises(NoImagesError):
             open_store(root)
-        with pytest.raises(UserError, match="nor images, at any depth"):
-            place.require_images(root)
     if not Path(file).name.startswith("."):
         assert place.find_content((tmp_path / file).parent, images=True) == "images"
 

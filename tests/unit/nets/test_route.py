@@ -239,5 +239,5 @@ def test_it_has_no_weights() -> None:
 
 def test_a_fused_route_of_an_older_run_is_refused() -> None:
     """SPRINT's fusion layer has left."""
-    with pytest.raises(UserError, match=r"net\.route\.kind: input should be 'tread'; got 'sprint'"):
+    with pytest.raises(UserError, match=r"net\.route\.kind: Input should be 'tread'; got 'sprint'"):
         load("cifar10-routed", ["net.route.kind=sprint"])

@@ -388,7 +388,7 @@ WRONG: list[tuple[str, dict[str, object], str]] = [
     ("mixed", {}, r"mixed/big\.png is 9 x 9 pixels, and mixed/000\.png is 8 x 8: images are judged at one size, none"),
     ("broken", {}, r"broken/zz\.png .*: mend or remove it$"),
     ("bad", {}, r"bad/000\.png is no image of a known format .*: mend or remove it$"),
-    ("made", {"kind": "cifar10"}, r"evaluate\.protocol\.kind: there is no 'cifar10'; did you mean 'cifar10-train50k'"),
+    ("made", {"kind": "cifar10"}, r"evaluate\.protocol\.kind: unknown kind 'cifar10'; did you mean 'cifar10-train50k'"),
     ("made", {"kind": "toy"}, r"there is no protocol of images 'toy'; valid: adm-imagenet256-50k, "),
     ("made", {"kind": "cifar10-features"}, r"made has 24 images: .* judges 1000 samples or more"),
     ("made", {"kind": "folder"}, r"of 8 x 8 pixels, such as made/000\.png: protocol folder takes a Fréchet distance"),
