@@ -104,7 +104,7 @@ def test_what_stands_is_kept_and_what_is_missing_made_again_equal(
 
     with monkeypatch.context() as stopped:
         stopped.setattr("dumo.report.benchmark._images_by_prompt", stop)
-        assert "stopped; the same command goes on from what is kept" in sample(run, prompts, images.parent).err
+        assert "stopped; the same command resumes" in sample(run, prompts, images.parent).err
     done = sample(run, prompts, images.parent)
     assert done.code == 0, done
     assert "4 of 4" in done.err

@@ -1,29 +1,24 @@
-"""The command line: `main` runs a command, and leaves with its exit code. `Program` and `Bench` list the commands.
+"""The command line: the commands of `dumo` and `dumo bench`, and `main`, which runs one and exits with its exit code.
 
 Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by signal n (130: Ctrl-C; 142: its time
 was over before its photos were encoded). Progress goes to stderr, answers to stdout.
 
-The order of events: typer reads the first word, `LazyGroup` imports that command's module, its function runs under
-`stoppable`, and `run_command` explains an error. torch is imported inside the
-commands, so that help and mistakes are answered at once.
-
-This subpackage alone touches the terminal; the work of a command is done by the subpackages below it.
+A module here has the commands of its name. It checks options, calls the package that does the work, and prints what
+comes back; only this package touches the terminal. torch is imported inside the commands, so that help is fast.
 """
 
 import sys
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from dumo import runtime
-from dumo.cli.command import Entry, LazyGroup
-from dumo.cli.terminal import err, explain, plain_warnings, reopen_streams, silenced_other_ranks
+from dumo.cli import average, compare, demo, encode, evaluate, export, lab, preflight, report, sample, train
+from dumo.cli.terminal import err, explain, plain_warnings, reopen_streams, silenced_other_ranks, stoppable
 from dumo.error import UserError
 from dumo.runtime import door
 
-_PREFLIGHT = "dumo.cli.preflight"
-# The headings of help
+# The headings of help.
 MAKE = "Make images"
 TRAIN = "Train"
 BEFORE = "Before you train"
@@ -32,43 +27,8 @@ LOOK = "Look"
 SHARE = "Share"
 RESEARCH = "Research"
 
-
-class Program(LazyGroup):
-    """The commands of `dumo`, by what a person wants."""
-
-    entries: ClassVar[Mapping[str, Entry]] = {
-        "sample": Entry("dumo.cli.run", MAKE, "dumo sample digits-trained --nfe 1"),
-        "demo": Entry("dumo.cli.demo", MAKE, "dumo demo cifar10-trained"),
-        "recipes": Entry(_PREFLIGHT, TRAIN, "dumo recipes", keeps_work=False),
-        "train": Entry("dumo.cli.run", TRAIN, "dumo train digits --set train.steps=500", resumes=True),
-        "encode": Entry("dumo.cli.run", TRAIN, "dumo encode cifar10-latents", resumes=True),
-        "data": Entry(_PREFLIGHT, TRAIN, "dumo data cifar10", keeps_work=False),
-        "show": Entry(_PREFLIGHT, BEFORE, "dumo show digits", keeps_work=False),
-        "dry": Entry(_PREFLIGHT, BEFORE, "dumo dry imagenet256-xl2 --ranks 8 --fit 80GiB", keeps_work=False),
-        "doctor": Entry(_PREFLIGHT, BEFORE, "dumo doctor digits", keeps_work=False),
-        "evaluate": Entry("dumo.cli.evaluate", JUDGE, "dumo evaluate runs/digits"),
-        "compare": Entry("dumo.cli.evaluate", JUDGE, "dumo compare runs/digits runs/digits-meanflow"),
-        "report": Entry("dumo.cli.run", LOOK, "dumo report runs/digits"),
-        "grid": Entry("dumo.cli.run", LOOK, "dumo grid digits-trained --nfe 1,2,4"),
-        "export": Entry("dumo.cli.export", SHARE, "dumo export runs/digits digits-diffusers"),
-        "reproduce": Entry("dumo.cli.lab", RESEARCH, "dumo reproduce fig3 --scale smoke", resumes=True),
-        "average": Entry("dumo.cli.run", RESEARCH, "dumo average runs/cifar10-overnight --std 0.08"),
-    }
-
-
-class Bench(LazyGroup):
-    """The commands of `dumo bench`."""
-
-    entries: ClassVar[Mapping[str, Entry]] = {
-        "step": Entry("dumo.cli.lab", example="dumo bench step digits --slope dual"),
-        "sample": Entry("dumo.cli.lab", example="dumo bench sample digits --nfe 1,2"),
-        "data": Entry("dumo.cli.lab", example="dumo bench data digits"),
-    }
-
-
 app = typer.Typer(
     name="dumo",
-    cls=Program,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -77,18 +37,32 @@ app = typer.Typer(
     "Then  dumo sample runs/digits,  dumo evaluate runs/digits,  dumo report runs/digits.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-benches = typer.Typer(
-    cls=Bench,
-    no_args_is_help=True,
-    help="Example:  dumo bench step digits\n\nTime steps, sampling and reading data on this machine.",
-)
-app.add_typer(
-    benches, name="bench", rich_help_panel=RESEARCH, short_help="Time steps, sampling and reading data on this machine."
-)
+app.command(rich_help_panel=MAKE)(stoppable(sample.sample))
+app.command(rich_help_panel=MAKE)(stoppable(demo.demo))
+app.command(rich_help_panel=TRAIN)(stoppable(preflight.recipes, between_pieces=False))
+app.command(rich_help_panel=TRAIN)(stoppable(train.train))
+app.command(rich_help_panel=TRAIN)(stoppable(encode.encode))
+app.command(rich_help_panel=TRAIN)(stoppable(preflight.data, between_pieces=False))
+app.command(rich_help_panel=BEFORE)(stoppable(preflight.show, between_pieces=False))
+app.command(rich_help_panel=BEFORE)(stoppable(preflight.dry, between_pieces=False))
+app.command(rich_help_panel=BEFORE)(stoppable(preflight.doctor, between_pieces=False))
+app.command(rich_help_panel=JUDGE)(stoppable(evaluate.evaluate))
+app.command(rich_help_panel=JUDGE)(stoppable(compare.compare))
+app.command(rich_help_panel=LOOK)(stoppable(report.report))
+app.command(rich_help_panel=LOOK)(stoppable(sample.grid))
+app.command(rich_help_panel=SHARE)(stoppable(export.export))
+app.command(rich_help_panel=RESEARCH)(stoppable(lab.reproduce))
+app.command(rich_help_panel=RESEARCH)(stoppable(average.average))
+
+benches = typer.Typer(no_args_is_help=True, help="Time steps, sampling and reading data on this machine.")
+benches.command()(stoppable(lab.step))
+benches.command()(stoppable(lab.sample))
+benches.command()(stoppable(lab.data))
+app.add_typer(benches, name="bench", rich_help_panel=RESEARCH)
 
 
 def show_version(version: bool) -> None:
-    """Print the version and leave, where --version is given."""
+    """Print the version and exit, if --version is given."""
     if version:
         print(f"dumo {runtime.version()}")
         raise typer.Exit
@@ -104,23 +78,24 @@ def options(
 
 
 def main() -> NoReturn:
-    """Run the command line, and turn every failure into a plain line and an exit code."""
+    """Run the command line, and turn every failure into one line and an exit code."""
     reopen_streams()
     with silenced_other_ranks() as leave:
         leave(run_command())
 
 
 def run_command() -> int:
-    """Run the command, print the line of an error that is known, and return the exit code. Raises other errors."""
+    """Run the command and return its exit code. Print the line of an error that is known, and raise any other."""
     code = 0
     try:
         if sys.platform == "win32":
-            raise UserError("dumo needs Linux, macOS or WSL 2, not Windows itself: type wsl --install, and go on there")
+            raise UserError("dumo needs Linux, macOS or WSL 2, not Windows itself: run wsl --install, and use it there")
         try:
             with door.command_line(), plain_warnings():
                 app()
-        except SystemExit as end:  # typer's, always
+        except SystemExit as end:  # typer always ends by one
             code = end.code if isinstance(end.code, int) else 1
+        # A full disk, or a reader that has closed the pipe, is an error here and not at exit, where it would be lost.
         sys.stdout.flush()
     except Exception as error:
         explained = explain(error)

@@ -1,7 +1,7 @@
 """The front door from Python: `import dumo`, then `dumo.train`, `load`, `recipe`, `recipes` and `compare`.
 
 Each does what the command of its name does, with Python's values instead of flags; arguments are called as the options
-are. What is wrong raises `UserError`, and an argument that there is not a TypeError with the one that there is.
+are. What is wrong raises `UserError`.
 `train` and `load` return a `TrainedRun`; `recipe` returns the spec of a run, trained or not.
 """
 
@@ -23,7 +23,6 @@ from typing_extensions import Unpack
 
 from dumo.cli.callback import Callback, stoppable_hooks
 from dumo.cli.compose import MINUTES_FIX, Composed, compose, plain_data, plain_net
-from dumo.cli.keyword import with_known_arguments
 from dumo.config import recipes as shipped_recipes
 from dumo.config.change import override, yaml_text
 from dumo.config.load import RUN_FILE, dump, parse
@@ -171,7 +170,6 @@ class TrainedRun:
         **options: Unpack[SampleOptions],
     ) -> list[Image.Image]: ...
 
-    @with_known_arguments
     def sample(
         self,
         labels: Labels | None = None,
@@ -312,7 +310,6 @@ class TrainedRun:
             return [image.convert("L") for image in pictures]
         return pictures
 
-    @with_known_arguments
     def evaluate(
         self,
         nfe: SupportsIndex | Sequence[SupportsIndex] | None = None,
@@ -334,7 +331,6 @@ class TrainedRun:
             seed = _integer("seed", seed)
         return evaluation.evaluate(self.opened, nfe=nfe, seed=seed, solver=solver, metrics=metrics, bar=bar)
 
-    @with_known_arguments
     def export(
         self,
         out: str | Path,
@@ -399,7 +395,6 @@ class TrainedRun:
         rows = "".join(f"<tr><th>{name}</th><td>{escape(str(fact))}</td></tr>" for name, fact in facts.items())
         return f"<table>{rows}</table>"
 
-    @with_known_arguments
     def report(self, *, prompts: str | Sequence[str] = (), bar: Bar = no_bar) -> Path:
         """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
         texts = [prompts] if isinstance(prompts, str) else prompts
@@ -462,7 +457,6 @@ def _require_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
         raise UserError(f"noise is a tensor (n, {', '.join(map(str, shape))}) of finite numbers; got {got}")
 
 
-@with_known_arguments
 def load(
     folder: str | Path,
     changes: Changes | None = None,
@@ -490,7 +484,6 @@ def load(
         return TrainedRun(open_run(folder, _settings(changes), weights=file, device=str(device)))
 
 
-@with_known_arguments
 def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_code: bool = False) -> Run:
     """The complete run of a recipe's name, a YAML file or a run's folder, with these fields changed.
 
@@ -510,7 +503,6 @@ def recipes() -> list[dict[str, str | None]]:
     return shipped_recipes.rows()
 
 
-@with_known_arguments
 def compare(runs: Sequence[str | Path | TrainedRun], *, anyway: bool = False) -> dict[str, Any]:
     """The evaluations of several runs side by side: `rows`, the scores of `perfect` samplers, and what `differs`.
 
@@ -535,7 +527,6 @@ def _evaluation_source(run: TrainedRun) -> str:
     return str(file)
 
 
-@with_known_arguments
 def train(
     source: str | Path | Run | Any = None,  # noqa: ANN401, a notebook's data
     changes: Changes | None = None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dumo.cli.option import Device, Folder, Set, Weights
+from dumo.cli.option import Device, Folder, Set, TrustCode, Weights
 from dumo.cli.terminal import err, explain, out
 
 
@@ -23,6 +23,7 @@ def demo(
     set_: Set = None,
     weights: Weights = None,
     device: Device = "auto",
+    trust_code: TrustCode = False,
 ) -> None:
     """Play with a run in the browser, or with two.
 
@@ -30,6 +31,8 @@ def demo(
 
     This machine alone can reach it; elsewhere, open it by the ssh command that is printed. Without a run it takes
     digits-trained, which comes with dumo.
+
+    Example:  dumo demo cifar10-trained
     """
     folders = [run_folder] if other is None else [run_folder, other]
 

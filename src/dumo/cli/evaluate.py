@@ -1,4 +1,4 @@
-"""Commands that score: `evaluate` scores a run or images that others made, `compare` sets scores side by side.
+"""The command `evaluate`: score a trained run, or images that others made.
 
 Tables go to stdout, as does --json. Slow imports are in the functions that need them.
 """
@@ -16,6 +16,7 @@ from dumo.cli.option import (
     Seed,
     Set,
     SolverName,
+    TrustCode,
     Weights,
     parse_file,
     parse_integers,
@@ -75,6 +76,7 @@ def evaluate(
     ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Score a trained run, or images that others made.
 
@@ -83,6 +85,8 @@ def evaluate(
     With --images: judge what another repository, a stock pipeline or a GAN made; dumo compare takes the report next to
     those of runs that the same protocol judged: dumo evaluate --images samples.npz --against photos.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
+
+    Example:  dumo evaluate runs/digits
     """
     if images is not None:
         run_options = (run_folder, nfe, seed, solver, weights)
@@ -178,46 +182,3 @@ def _show_report(report: dict[str, Any], *, as_json: bool, all_scores: bool) -> 
     for line in score.terminal_lines(report, columns):
         out.print(line, soft_wrap=True)
     out.print(report["file"], soft_wrap=True)
-
-
-def compare(
-    run_folders: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN...", help="Folders of runs that were evaluated, or single evaluations."),
-    ],
-    anyway: Annotated[
-        bool, typer.Option("--anyway", help="Print the table though they were measured otherwise, and say how.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Set scores of runs side by side, a table for each protocol."""
-    from dumo.report.compare import compare_by_protocol
-
-    reports = compare_by_protocol(run_folders, anyway=anyway)
-    if as_json:
-        first_report, *others = reports.values()
-        print(json.dumps({"tables": reports} if others else first_report))
-        return
-    for kind, report in reports.items():
-        if len(reports) > 1:
-            out.print(f"protocol {kind}", soft_wrap=True)
-        _show_comparison(report)
-
-
-def _show_comparison(report: dict[str, Any]) -> None:
-    """Print a table of evaluations, a perfect sampler's scores, and what was measured otherwise."""
-    from dumo.report import score
-
-    rows: list[dict[str, Any]] = []
-    for row in report["rows"]:
-        cell_by_column = {key: "" if value is None else value for key, value in row.items()}
-        if "best" in row:
-            cell_by_column["best"] = "*" if row["best"] else ""
-        rows.append(cell_by_column)
-    show_table("* the best of its passes, and what is level with it" if "best" in rows[0] else "", rows)
-    perfect_scores = dict.fromkeys(score.terminal_text(perfect) for perfect in report["perfect"].values())
-    for text in perfect_scores:
-        out.print(f"{score.TERMINAL_BASELINES['perfect']}: {text}", soft_wrap=True)
-    for field, value_by_run in report["differs"].items():
-        values = "; ".join(f"{value} in {name}" for name, value in value_by_run.items())
-        out.print(f"measured otherwise, {field}: {values}", soft_wrap=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo.cli.option import Folder, Set, Weights, one_of, parse_integers, parse_path
+from dumo.cli.option import Folder, Set, TrustCode, Weights, one_of, parse_integers, parse_path
 from dumo.cli.terminal import err, out
 from dumo.runtime import shell_path
 from dumo.runtime.door import program
@@ -83,8 +83,12 @@ def export(
             help="Upload it to this repository of the Hugging Face Hub, too: private where it is new. Needs a token.",
         ),
     ] = None,
+    trust_code: TrustCode = False,
 ) -> None:
-    """Write a run for diffusers, ComfyUI or the Hub."""
+    """Write a run for diffusers, ComfyUI or the Hub.
+
+    Example:  dumo export runs/digits digits-diffusers
+    """
     from dumo.export import hub, write
     from dumo.run.weights import open_run
     from dumo.runtime import dist, signals

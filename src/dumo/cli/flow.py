@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from dumo.cli.keyword import with_known_arguments
 from dumo.config.objective import objective_of
 from dumo.flow.loop import LoopFlow
 from dumo.types import Objective
@@ -27,5 +26,3 @@ class Flow(LoopFlow):
         **settings: Any,  # noqa: ANN401, of `dumo.flow.loop.LoopFlow`
     ) -> None:
         super().__init__(net, objective_of(objective), **settings)
-
-    sample = with_known_arguments(LoopFlow.sample)

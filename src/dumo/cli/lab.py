@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_folder, parse_integers
-from dumo.cli.terminal import out, show_table
+from dumo.cli.option import AsJson, Device, Set, Source, TrustCode, one_of, parse_folder, parse_integers
+from dumo.cli.terminal import out, resume_hint, show_table
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar
 
@@ -58,16 +58,20 @@ def reproduce(
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, which share cores and GPUs.")] = 1,
     device: Device = "auto",
     as_json: AsJson = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Make a figure or table again, or that of your own plan.
 
     Picture, table and results.json. Finished cells are kept, a stopped one goes on.
+
+    Example:  dumo reproduce fig3 --scale smoke
     """
     from dumo.lab.reproduce import reproduce
     from dumo.runtime import dist
 
     dist.require_one_process("dumo reproduce")
-    results = reproduce(name, scale, folder, jobs=jobs, device=device, bar=bar)
+    with resume_hint():
+        results = reproduce(name, scale, folder, jobs=jobs, device=device, bar=bar)
     if as_json:
         print(json.dumps(results))
         return
@@ -95,12 +99,15 @@ def step(
     threads: Threads = None,
     device: Device = "auto",
     as_json: AsJson = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Measure a training step: operations, time, bytes, error.
 
     Of every way to take du/dt (slope), with the error of it.
 
     F is a forward pass; by time it is a third of the plain flow-matching step in the same precision.
+
+    Example:  dumo bench step digits --slope dual
     """
     from dumo.lab import step_bench
     from dumo.run.resolve import load_resolved
@@ -164,10 +171,13 @@ def sample(
     threads: Threads = None,
     device: Device = "auto",
     as_json: AsJson = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Measure images per second by number of passes.
 
     The weights are random.
+
+    Example:  dumo bench sample digits --nfe 1,2
     """
     from dumo.lab import sample_bench
     from dumo.run.resolve import load_resolved
@@ -210,10 +220,13 @@ def data(
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Measure images per second that data give, by threads.
 
     And compare with what a training step takes.
+
+    Example:  dumo bench data digits
     """
     from dumo.lab import data_bench
 

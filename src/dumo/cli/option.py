@@ -1,17 +1,14 @@
-"""What several commands share: types of options, `with_trust_code`, and parsers of option values.
+"""Options that several commands share, and parsers of option values.
 
-- Types (`Source`, `Set`, `Nfe` ...): an annotation by one gives a command that argument or option, with its help, and
-  the check of its value, made before the command begins. `one_of` makes such a check for the options of one command.
-- `with_trust_code` adds --trust-code to a command.
-- Parsers (`parse_...`) make values of texts. They raise typer's BadParameter, or UserError.
+A type (`Source`, `Set`, `Nfe` ...) gives a command that argument or option, with its help and the check of its value.
+`one_of` makes such a check for an option of one command. A parser (`parse_...`) turns text into a value, and raises
+typer's BadParameter or UserError.
 """
 
 import re
 from collections.abc import Callable
-from functools import wraps
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,9 +22,6 @@ if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
 
 
-# A command reads runs, whose files may name code, or trains some, if its function has a parameter with one of these
-# names.
-_RUN_PARAMETERS = {"source", "run_folder", "run_folders", "runs", "device"}
 _FEW_NAMES = 6  # a message lists all valid names up to this number: ours
 TRACKERS = ("tensorboard", "wandb", "trackio")  # of `dumo.report.tracker`
 # kinds that --device takes; torch knows which of them are on this machine
@@ -82,12 +76,16 @@ def _check_device(name: str) -> str:
     """
     kind = name.partition(":")[0]
     if kind not in DEVICES:
-        from dumo.cli.foreign import FOREIGN_DEVICES
-
-        dumo_name = FOREIGN_DEVICES.get(kind.lower())
-        hint = f"here it is {dumo_name}" if dumo_name else "use auto, cpu or cuda"
-        raise UserError(f"there is no device '{name}': {hint}")
+        raise UserError(f"there is no device '{name}': use auto, cpu or cuda")
     return name
+
+
+def _trust_code(context: typer.Context, trust_code: bool) -> bool:
+    """Trust the code that runs name until the command ends, so that no command has to pass its consent on."""
+    from dumo.config.trust import trusting
+
+    context.with_resource(trusting(trust_code))
+    return trust_code
 
 
 Source = Annotated[
@@ -148,33 +146,13 @@ Verify = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Run the code that the file or folder of a run names (module:Class).")
+    bool,
+    typer.Option(
+        "--trust-code",
+        callback=_trust_code,
+        help="Run the code that the file or folder of a run names (module:Class).",
+    ),
 ]
-
-
-def with_trust_code(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, with --trust-code where it reads or trains runs (`dumo.config.trust`).
-
-    The names of its parameters tell (`_RUN_PARAMETERS`): a command that renames them loses the option.
-    """
-    command_signature = signature(command)
-    parameters = command_signature.parameters
-    if not _RUN_PARAMETERS & parameters.keys():
-        return command
-
-    @wraps(command)
-    def trusting_command(*args: object, trust_code: bool = False, **options: Any) -> None:  # noqa: ANN401, the command's
-        from dumo.config.trust import trusting
-
-        with trusting(trust_code):
-            command(*args, **options)
-
-    # typer reads the options from here
-    flag = Parameter("trust_code", Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
-    new_signature = command_signature.replace(parameters=[*parameters.values(), flag])
-    trusting_command.__signature__ = new_signature  # pyright: ignore[reportAttributeAccessIssue]
-    trusting_command.__annotations__ = {**command.__annotations__, flag.name: TrustCode}
-    return trusting_command
 
 
 def parse_path(text: str) -> Path:

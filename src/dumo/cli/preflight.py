@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from dumo.cli.option import AsJson, Device, Set, Source, one_of, parse_bytes
+from dumo.cli.option import AsJson, Device, Set, Source, TrustCode, one_of, parse_bytes
 from dumo.cli.terminal import PlainConsole, out, show_lines
 from dumo.config import recipes as shipped_recipes
 from dumo.runtime import shell_path
@@ -37,7 +37,10 @@ def recipes(
     as_json: AsJson = False,
     as_schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:
-    """List what can be trained by name."""
+    """List what can be trained by name.
+
+    Example:  dumo recipes
+    """
     if as_schema:
         from dumo.config.schema import schema
 
@@ -69,7 +72,10 @@ def data(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List data and models to fetch, how, and what is here."""
+    """List data and models to fetch, how, and what is here.
+
+    Example:  dumo data cifar10
+    """
     from dumo.plan import catalogue
 
     if name is not None:
@@ -125,6 +131,7 @@ def show(
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the run alone: a file for dumo train.")] = False,
     all_fields: Annotated[bool, typer.Option("--all", help="Every field, as run.yaml has it.")] = False,
     as_json: AsJson = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Print all settings of a run, its size and cost of a step.
 
@@ -132,6 +139,8 @@ def show(
 
     Fields of the machine and parts that are empty are left out where they stand at their defaults. All but the spec is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
+
+    Example:  dumo show digits
     """
     if as_yaml and as_json:
         raise typer.BadParameter("--yaml and --json: give one of them")
@@ -224,6 +233,7 @@ def dry(
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Count the memory, time and GPUs that training takes.
 
@@ -231,6 +241,8 @@ def dry(
 
     With --ranks: the memory of each of these GPUs, what they send one another, hours. With --fit: what to set so
     that they do.
+
+    Example:  dumo dry imagenet256-xl2 --ranks 8 --fit 80GiB
     """
     limit = parse_bytes(fit, "--fit") if fit else None
     if share and share > (ranks or 1):
@@ -330,11 +342,19 @@ def _gpu_lines(gpus: int | None, source: str, overrides: list[str] | None) -> li
     return [("GPUs", f"one of 80 GiB is too small; to look for a layout on {gpus}:  {' '.join(command)}")]
 
 
-def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto", as_json: AsJson = False) -> None:
+def doctor(
+    source: Source = "digits",
+    set_: Set = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    trust_code: TrustCode = False,
+) -> None:
     """Test whether this machine computes a run right.
 
     It says what is installed and which device there is, and compares the run's du/dt with float64. Exit code 1 where
     it fails.
+
+    Example:  dumo doctor digits
     """
     from dumo.plan import doctor
 

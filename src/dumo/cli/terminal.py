@@ -1,18 +1,15 @@
-"""What the terminal shows: answers on stdout; errors, warnings and how to go on on stderr; and exit codes.
+"""What the terminal shows: answers on stdout, everything else on stderr, and the exit codes.
 
-Around every command, in this order: `reopen_streams` before anything is written, `silenced_other_ranks` for torchrun,
-`plain_warnings`, and `stoppable` for signals. `explain` gives an error's line and exit code.
-
-For commands: `out` and `err` to write on, `show_lines` and `show_table`; `memory_hint`, which says how the work would
-take less memory; `keep_pieces`, of work that goes on after a stop; and `drop_from_resume`, which leaves options out of
-the command that does so.
+`dumo.cli.run_command` runs a command inside `reopen_streams`, `silenced_other_ranks` (under torchrun) and
+`plain_warnings`, and prints what `explain` says of an error. `stoppable` handles signals of a command. Commands print
+with `out`, `err`, `show_lines` and `show_table`, and add what helps to an error or a stop by `memory_hint` and
+`resume_hint`.
 """
 
 import errno
 import faulthandler
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -32,7 +29,7 @@ from rich.text import Text
 
 from dumo.error import UserError
 from dumo.io.read import brief
-from dumo.runtime import door, signals
+from dumo.runtime import signals
 from dumo.runtime.progress import print_line
 from dumo.runtime.text import escape_controls, escape_line
 
@@ -58,68 +55,44 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allo
 _MISSING_MEMORY = re.compile(r"allocate ([\d.]+ \w+)")
 _HUB_PACKAGES = {"huggingface_hub", "httpx", "httpx2"}
 MEMORY_FIX = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
-_done_options: set[str] = set()  # of the command that runs: see `drop_from_resume`
-_resumes = False  # whether the command that runs, typed again after a stop, goes on from what is kept
 
 
-def stoppable(command: Callable[..., None], *, keeps_work: bool, resumes: bool = False) -> Callable[..., None]:
-    """Wrap a command: a signal ends it with a line on how to go on, and exit code 128 + the signal (130: Ctrl-C).
+def stoppable(command: Callable[..., None], *, between_pieces: bool = True) -> Callable[..., None]:
+    """Wrap a command so that a signal ends it with one line and the exit code 128 + the signal (130: Ctrl-C).
 
-    `keeps_work`: the command works in pieces. It then stops between two of them, and a second signal ends it where it
-    is. Else the first one does. `resumes`: typed again, it goes on from the pieces that are kept; else it begins anew.
+    `between_pieces`: the command stops between two pieces of its work, and a second signal ends it at once. Without it
+    the first signal ends it at once.
     """
 
     @wraps(command)
     def run(*words: object, **options: object) -> None:
-        global _resumes
-        _done_options.clear()
-        _resumes = resumes
         try:
-            with signals.listening(_acknowledge) if keeps_work else nullcontext():
+            with signals.listening(_acknowledge) if between_pieces else nullcontext():
                 command(*words, **options)
         except signals.Stopped as stopped:
-            print_line(f"{stopped}; {_resume_command()}")
+            print_line("; ".join([str(stopped), *getattr(stopped, "__notes__", [])]))
             raise typer.Exit(_STOPPED + stopped.number) from None
-        except KeyboardInterrupt:
-            print_line(f"stopped; {_resume_command()}" if keeps_work else "stopped")
+        except KeyboardInterrupt as interrupt:
+            print_line("; ".join(["stopped", *getattr(interrupt, "__notes__", [])]))
             raise typer.Exit(_STOPPED + signal.SIGINT) from None
 
     return run
 
 
-def drop_from_resume(*options: str) -> None:
-    """Leave these options, each of one value, out of the command that goes on after a stop: what they say is done."""
-    _done_options.update(options)
-
-
-def keep_pieces() -> None:
-    """Note that this command, typed again after a stop, goes on from what is kept, though others of its name do not."""
-    global _resumes
-    _resumes = True
+@contextmanager
+def resume_hint(hint: str = "the same command resumes") -> Generator[None, None, None]:
+    """Say in the line of a command that a signal ends how to resume the work inside."""
+    try:
+        yield
+    except (signals.Stopped, KeyboardInterrupt) as stop:
+        stop.add_note(hint)
+        raise
 
 
 def _acknowledge(number: int) -> None:
     """Tell the person who pressed Ctrl-C that it was heard; print cannot, it may be in the middle of another line."""
     if number == signal.SIGINT and sys.stderr.isatty():
         os.write(2, b"\nstopping when this piece is done; Ctrl-C again: at once\n")
-
-
-def _resume_command() -> str:
-    """A line's end that says how to go on after a stop, or to begin anew."""
-    outcome = "goes on from what is kept" if _resumes else "begins anew"
-    if door.is_on_several_nodes():
-        return f"the same torchrun on every node {outcome}"
-    words: list[str] = []
-    typed_words = iter(sys.argv[1:])
-    for word in typed_words:
-        if word in _done_options:
-            next(typed_words, None)  # its value
-        elif word.partition("=")[0] not in _done_options:
-            words.append(word)
-    command = shlex.join([*door.program_words(), *words])
-    if words != sys.argv[1:]:
-        return f"what is left goes on by:  {command}"
-    return f"the same command {outcome}:  {command}"
 
 
 def reopen_streams() -> None:

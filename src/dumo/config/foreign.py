@@ -1,6 +1,6 @@
 """Names that other trainers give to what dumo has under another name, or in another unit.
 
-`ours` answers a field of a run. Options and commands of other programs are for `dumo.cli.foreign`, names that are
+`ours` answers a field of a run. Names that are
 merely spelt otherwise for `dumo.config.suggestion`. Imports no torch.
 """
 

@@ -60,7 +60,7 @@ def test_import_waits_for_torch() -> None:
 
 def test_no_room_shadows_a_name() -> None:
     rooms = [module.name for module in pkgutil.walk_packages(dumo.__path__, "dumo.")]
-    assert {"dumo.cli.api", "dumo.cli.run", "dumo.run.train"} <= {*rooms}
+    assert {"dumo.cli.api", "dumo.cli.train", "dumo.run.train"} <= {*rooms}
     assert not {f"dumo.{name}" for name in dumo.__all__} & {*rooms}
     for name in rooms:
         if not name.endswith("__main__"):  # which is a command
@@ -247,30 +247,6 @@ def test_an_export_has_what_is_set_by_either_door(digits: TrainedRun, tmp_path: 
     for out in (tmp_path / "python", tmp_path / "shell"):
         assert json.loads((out / "dumo.json").read_text("utf-8"))["run"]["sample"]["solver"]["m"] == 0.25
         assert "What it measured" not in (out / "README.md").read_text("utf-8")
-
-
-ALIASES: dict[str, Wrong] = {
-    r"sample\(\) has no argument 'num_inference_steps': here it is nfe$": lambda d, m: d.sample(num_inference_steps=1),
-    "'guidance_scale': here it is guidance$": lambda d, m: d.sample(guidance_scale=2),
-    "'steps': here it is nfe$": lambda d, m: d.sample(steps=2),
-    "'classes': here it is labels$": lambda d, m: d.sample(classes=[3]),
-    "'n': here it is count$": lambda d, m: d.sample(n=3),
-    r"'sed': did you mean 'seed'\?$": lambda d, m: d.sample(sed=3),
-    r"train\(\) has no argument 'learning_rate': here it is changes={\"train.optimizer.lr\": ...} \(of a step": (
-        lambda d, m: dumo.train("digits", learning_rate=1e-3)
-    ),
-    r"'steps': here it is changes={\"train.steps\": ...}": lambda d, m: dumo.train("digits", steps=3),
-    "'output_dir': here it is out$": lambda d, m: dumo.train("digits", output_dir="x"),
-    r"load\(\) has no argument 'devise': did you mean 'device'\?": lambda d, m: dumo.load(d.folder, devise="cpu"),
-    "evaluate.. has no argument 'steps': here it is nfe": lambda d, m: d.evaluate(steps=3),
-    r"sample\(\) has no argument 'n': here it is c$": lambda d, m: dumo.Flow(d.net).sample(n=3),
-}
-
-
-@pytest.mark.parametrize("said", ALIASES)
-def test_an_argument_of_another_library_is_answered_with_ours(said: str, digits: TrainedRun, moons: TrainedRun) -> None:
-    with pytest.raises(TypeError, match=said):
-        ALIASES[said](digits, moons)
 
 
 def test_messages_are_in_the_words_of_the_door(digits: TrainedRun) -> None:

@@ -17,8 +17,8 @@ from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from pydantic import BaseModel, ConfigDict
 
-from dumo.cli.run import _less_memory_hint
 from dumo.cli.terminal import MEMORY_FIX, err, explain, memory_hint, out, show_lines, show_table, stoppable
+from dumo.cli.train import _less_memory_hint
 from dumo.config.load import load
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import bar, print_line
@@ -152,9 +152,9 @@ def test_captions_that_stay_on_the_device_could_stay_on_the_host() -> None:
         assert "net.texts.memory" not in _less_memory_hint(run)
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_what_keeps_nothing_leaves_signals_to_the_system(keeps: bool) -> None:
-    """So the first of them ends it; work that keeps something hears it."""
+@pytest.mark.parametrize("between_pieces", [True, False])
+def test_a_signal_is_noted_by_commands_that_stop_between_pieces(between_pieces: bool) -> None:
+    """Other commands leave it to the system, so that the first signal ends them."""
     before, found = signal.getsignal(signal.SIGTERM), []
-    stoppable(lambda: found.append(signal.getsignal(signal.SIGTERM)), keeps_work=keeps)()
-    assert (found[0] is not before) == keeps
+    stoppable(lambda: found.append(signal.getsignal(signal.SIGTERM)), between_pieces=between_pieces)()
+    assert (found[0] is not before) == between_pieces

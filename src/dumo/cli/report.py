@@ -1,0 +1,54 @@
+"""The command `report`: write one page on a run, or draw the logs of several."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dumo.cli.option import Device, Prompts, TrustCode, parse_file
+from dumo.cli.terminal import out
+from dumo.runtime.progress import bar
+
+
+def report(
+    run_folders: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs, such as runs/digits, or digits-trained.")
+    ],
+    prompts: Prompts = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", parser=parse_file, metavar="FILE", help="The figure of several runs. Default: log.png."),
+    ] = None,
+    device: Device = "auto",
+    trust_code: TrustCode = False,
+) -> None:
+    """Write a page on a run, or draw logs of several.
+
+    The page, report.html in the run's folder, shows samples, trajectories, nearest training images, curves of the log
+    and scores. A run with captions is sampled with --prompts, or with captions of its data.
+
+    Example:  dumo report runs/digits
+    """
+    if len(run_folders) > 1:
+        from dumo.io.picture import write_picture
+        from dumo.report.figure import draw_logs
+        from dumo.run import shipped
+        from dumo.run.speed import log_with_speeds
+
+        file = file or Path("log.png")
+        write_picture(file, draw_logs({run: log_with_speeds(shipped.find(run)) for run in run_folders}))
+        out.print(str(file), soft_wrap=True)
+        return
+    if file:
+        raise typer.BadParameter("--out is for the figure of several runs: the page of a run is in its folder")
+    [run_folder] = run_folders
+
+    from dumo.encoders.caption import read_prompts
+    from dumo.report import page
+    from dumo.run.weights import open_run
+    from dumo.runtime import dist
+
+    dist.require_one_process("dumo report")
+    texts = [row.text for row in read_prompts(prompts)] if prompts else []
+    for path in page.write(open_run(run_folder, device=device), bar, texts):
+        out.print(str(path), soft_wrap=True)
