@@ -24,11 +24,9 @@ from torch import Tensor
 from dumo.encoders import vision
 from dumo.encoders.vision import FEATURE_MODELS, FeatureKind, ImageEncoder
 from dumo.evaluation import reference
-from dumo.evaluation.baseline import perfect_sampler_scores
-from dumo.evaluation.class_mmd import gaussian_mmd
 from dumo.evaluation.frechet import frechet_distance
 from dumo.evaluation.images import SUBSETS, kid_text, split_batches
-from dumo.evaluation.mmd import kid
+from dumo.evaluation.mmd import gaussian_mmd, kid, perfect_sampler_scores
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.reference import Standard, load_or_compute
 from dumo.evaluation.statistics import Statistics, float64_device, gather, statistics_of

@@ -23,16 +23,16 @@ from torch import Tensor
 from dumo.encoders import inception
 from dumo.encoders.inception import SIZE, WIDTH
 from dumo.evaluation import reference
-from dumo.evaluation.baseline import (
+from dumo.evaluation.frechet import Moments, frechet_distance
+from dumo.evaluation.mmd import (
     MIN_ROWS_PER_FEATURE,
     NullDistance,
     Scale,
     full_scale,
+    kid,
     measure_null_distance,
     subset_scale,
 )
-from dumo.evaluation.frechet import Moments, frechet_distance
-from dumo.evaluation.mmd import kid
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, Evaluator, NumberedSamples, Protocol, Scores
 from dumo.evaluation.reference import PIECE, STANDARDS, InceptionKind, Standard, load_or_compute

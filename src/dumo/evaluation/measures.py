@@ -26,11 +26,18 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from dumo.encoders.classifier import IMAGES_AT_ONCE, ShippedClassifier, cifar10, digits
-from dumo.evaluation.baseline import MIN_ROWS_PER_FEATURE, measure_null_distance, perfect_sampler_scores
-from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd
-from dumo.evaluation.class_mmd import gaussian_mmd
 from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet
-from dumo.evaluation.mmd import mmd2, null_spread
+from dumo.evaluation.mmd import (
+    MIN_ROWS_PER_FEATURE,
+    class_facts,
+    gaussian_mmd,
+    measure_null_distance,
+    mmd2,
+    mmd_scores,
+    noise_class_mmd,
+    null_spread,
+    perfect_sampler_scores,
+)
 from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
 from dumo.evaluation.photos import WIDTH as CIFAR10_WIDTH  # the kernel's: it sees the same features
 from dumo.evaluation.protocol import Context, Evaluator, Protocol, Scores

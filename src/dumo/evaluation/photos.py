@@ -27,12 +27,11 @@ from torch import Generator, Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from dumo.encoders.classifier import cifar10
-from dumo.evaluation.by_class import class_facts, mmd_scores, noise_class_mmd, perfect_mmd_scores
-from dumo.evaluation.class_mmd import lost_classes
 from dumo.evaluation.copy import THUMB_SIDE, Thumbs, nearest_images
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import PIXEL_SIDE, pixel_frechet
 from dumo.evaluation.metric import CLASSES_SHA256
+from dumo.evaluation.mmd import class_facts, lost_classes, mmd_scores, noise_class_mmd, perfect_mmd_scores
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores, name_of_data
 from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dumo.error import NotFiniteError
-from dumo.evaluation.by_class import class_facts
+from dumo.evaluation.mmd import class_facts
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores, name_of_data
 from dumo.evaluation.statistics import order_of
 from dumo.io import digest

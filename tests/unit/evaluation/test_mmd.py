@@ -7,10 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.evaluation.by_class import class_facts, mmd_scores
-from dumo.evaluation.class_mmd import class_mmd, class_mmd_null_sd, gaussian_mmd, gaussian_mmd_null_sd, shared_classes
 from dumo.evaluation.estimate import Estimate, ties_with_least
-from dumo.evaluation.mmd import mmd2
+from dumo.evaluation.mmd import (
+    class_facts,
+    class_mmd,
+    class_mmd_null_sd,
+    gaussian_mmd,
+    gaussian_mmd_null_sd,
+    mmd2,
+    mmd_scores,
+    shared_classes,
+)
 from dumo.runtime.random import stream
 
 MEANS = 2.0 * torch.randn(3, 4, generator=stream("means"))
@@ -107,7 +114,7 @@ def test_the_deviation_of_no_difference_by_some_of_many_classes(large: int, monk
     d = torch.cat([torch.arange(400) // 2, torch.full((large,), 200)])
     y = torch.randn(len(d), 4, generator=stream("many classes"))
     by_all = gaussian_mmd_null_sd(d, y, 3.0, d)
-    monkeypatch.setattr("dumo.evaluation.class_mmd.MAX_NULL_ROWS", 150)
+    monkeypatch.setattr("dumo.evaluation.mmd.MAX_NULL_ROWS", 150)
     assert gaussian_mmd_null_sd(d, y, 3.0, d) == pytest.approx(by_all, rel=0.1)
 
 

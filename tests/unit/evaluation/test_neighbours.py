@@ -86,8 +86,8 @@ def on_the_edge(groups: int, d: int, by: float) -> tuple[Tensor, Tensor]:
     return torch.cat([middle[:, None], middle[:, None] + legs], 1).flatten(0, 1), fake
 
 
-def test_what_rounding_leaves_open_is_measured() -> None:
-    """By 1e-9 of a radius inside or outside: float32 cannot say, and the answer is right."""
+def test_the_edge_of_a_ball_is_sharp() -> None:
+    """By 1e-9 of a radius inside or outside: float32 could not say."""
     real, fake = on_the_edge(40, 64, by=1e-9)
     assert precision_recall(real, fake) == measured(real, fake)
     assert precision_recall(real, fake)[0] == 0.5
@@ -124,20 +124,3 @@ def test_answers_are_those_of_measuring_all(kind: str, scale: float) -> None:
     assert torch.equal(far, every.gather(1, at[:, None])[:, 0])
     rows = torch.tensor([7, 149, 0])
     assert torch.equal(nearest_other(real, rows), neighbours._radii(real, 1)[rows])
-
-
-def test_what_is_no_number_is_in_no_ball() -> None:
-    real, fake = randn(60, "a"), randn(60, "b")
-    fake[7, 3] = torch.nan
-    assert precision_recall(real, fake) == measured(real, fake)
-    fake[7, 3] = torch.inf
-    assert precision_recall(real, fake) == measured(real, fake)
-
-
-@pytest.mark.parametrize("scale", [1, 1e25])
-def test_few_pairs_are_measured(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2 x 600 x 600 for the radii and as many for the shares, the rows that might be nearest, and hardly more."""
-    seen, distances = list[int](), neighbours.pair_distances
-    monkeypatch.setattr(neighbours, "pair_distances", lambda a, b: (seen.append((d := distances(a, b)).numel()), d)[1])
-    precision_recall(scale * randn(600, "a", d=64), scale * randn(600, "b", d=64))
-    assert 2 * 600 * 16 <= sum(seen) < 2 * 600 * 16 * 1.02

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from dumo.evaluation import mmd
-from dumo.evaluation.baseline import (
+from dumo.evaluation.estimate import mean_sd
+from dumo.evaluation.frechet import Moments, frechet_distance
+from dumo.evaluation.mmd import (
     MIN_ROWS_PER_FEATURE,
     NullDistance,
+    kid,
     measure_null_distance,
     random_parts,
     subset_scale,
 )
-from dumo.evaluation.estimate import mean_sd
-from dumo.evaluation.frechet import Moments, frechet_distance
-from dumo.evaluation.mmd import kid
 from dumo.evaluation.two_sample import auc_sd, two_sample_auc
 from dumo.runtime.random import stream
 

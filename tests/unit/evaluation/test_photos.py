@@ -14,8 +14,8 @@ from torch.nn.functional import avg_pool2d, pad
 from dumo.data import Digits
 from dumo.encoders.classifier import ShippedClassifier, cifar10
 from dumo.evaluation import Context, ShippedProtocol, photos
-from dumo.evaluation.baseline import random_parts
 from dumo.evaluation.measures import baselines_digits, score_digits
+from dumo.evaluation.mmd import random_parts
 from dumo.evaluation.photos import MAX_IMAGES, PhotosEvaluator, indices_of_classes
 from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import from_uint8

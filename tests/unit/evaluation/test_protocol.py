@@ -14,9 +14,9 @@ from dumo.config.load import load
 from dumo.data import Digits, Images
 from dumo.encoders.classifier import digits
 from dumo.evaluation import Context, ShippedProtocol, measures
-from dumo.evaluation.class_mmd import gaussian_mmd
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet
+from dumo.evaluation.mmd import gaussian_mmd
 from dumo.evaluation.wholeset import Reference
 from dumo.run.judge import evaluator_of, trained_data
 from dumo.run.sampler import sampler_of
