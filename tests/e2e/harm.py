@@ -483,7 +483,7 @@ def of_checkpoints() -> Iterator[Harm]:
     yield Harm("snapshot of an average", "two steps swapped", swap, average, (snapshot,))
     swap = swapped(snapshot, "runs/averaged/snapshots/ema-std-0.05/step-00000003.safetensors")
     yield Harm("snapshot of an average", "two widths swapped", swap, average, ("step-00000003", "its std is"))
-    grid = ("grid", "runs/digits", "--nfe", "1", "--count", "2")
+    grid = ("sample", "runs/digits", "--checkpoints", "all", "--nfe", "1", "--count", "2")
     later = taken(milestone, "runs/digits/milestones/step-00000004.safetensors")
     yield Harm("milestone", "another step's", later, grid, (milestone, "its step is 4"))
 

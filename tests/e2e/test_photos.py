@@ -133,10 +133,8 @@ def test_labels_by_name(run: Path) -> None:
     one, other = (np.load(text.strip()) for text in (by_name, by_number))
     assert one["arr_1"].tolist() == [2, 0] * 4
     assert np.array_equal(one["arr_0"], other["arr_0"])
-    assert call("grid", run, "--classes", "zoo birds", "--out", "c", "--count", 4).code == 0
     refused("sample", run, "--labels", "fsh", named=("label 'fsh'", "did you mean 'fish'"), run=run)
     refused("sample", run, "--labels", "4", named=("there is no label '4'", "0 to 3"), run=run)
-    refused("grid", run, "--labels", "fsh", named=("did you mean 'fish'",), run=run)
 
 
 @pytest.mark.slow

@@ -36,7 +36,9 @@ CASES = {
     "dry": Case("dry {name}", out="memory"),
     "doctor": Case("doctor {name}", out="self-test"),
     "sample": Case("sample {name} --labels {label} --count 2 --nfe 1", files=(r"{name}/samples/.*\.png",)),
-    "grid": Case("grid {name} --nfe 1 --count 1", files=(r"{name}/grids/[\w-]+\.png",)),
+    "sample checkpoints": Case(
+        "sample {name} --checkpoints all --nfe 1 --count 1", files=(r"{name}/samples/[\w-]+\.png",)
+    ),
     "average": Case("average {name} --std 0.1", refused="{name} has no snapshots .* dumo brings only the weights"),
     "compare": Case("compare {name} dumo:{name}", out="perfect sampler"),
     "evaluate": Case("evaluate {name} --nfe 1 {few}", files=(r"{name}/evaluation-.*\.json",)),
@@ -89,7 +91,7 @@ def test_every_command_that_takes_a_run_has_a_case() -> None:
     tiered(
         [(name, command) for name in (DIGITS, CIFAR10) for command in CASES],
         now=[(CIFAR10, command) for command in ("sample", "compare", "encode", "average")],
-        ci=[(CIFAR10, "show"), (CIFAR10, "grid"), (CIFAR10, "train")],
+        ci=[(CIFAR10, "show"), (CIFAR10, "sample checkpoints"), (CIFAR10, "train")],
         id=lambda case: "-".join(case),
     ),
 )

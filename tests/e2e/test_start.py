@@ -62,7 +62,7 @@ def test_help_names_every_command() -> None:
     done = call("--help")
     assert (done.code, done.err) == (0, "")
     assert call("--version").out == f"dumo {metadata.version('dumo')}\n"
-    for command in ("recipes", "show", "dry", "train", "sample", "evaluate", "compare", "reproduce", "report", "grid"):
+    for command in ("recipes", "show", "dry", "train", "sample", "evaluate", "compare", "reproduce", "report"):
         assert f" {command} " in done.out
         one = call(command, "--help")
         assert one.code == 0

@@ -43,7 +43,7 @@ def test_one_process_trains_in_a_folder(here: Path) -> None:
     assert there == [".saved", "checkpoints", "data.json", "metrics.jsonl", "run.yaml", "speed.jsonl"]
 
 
-@pytest.mark.parametrize("words", [["grid", "R"], ["report", "R"], ["reproduce", "fig3"], ["bench", "step"]])
+@pytest.mark.parametrize("words", [["sample", "R", "--checkpoints", "all"], ["report", "R"], ["reproduce", "fig3"], ["bench", "step"]])
 def test_work_that_ranks_do_not_share_is_refused(
     words: list[str], here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_stopped_training_is_resumed_by_its_folder(
         (["sample", "run", "--out", "new"], signal.SIGUSR1),
         (["evaluate", "run", "--nfe", "1"], signal.SIGTERM),
         (["report", "run"], signal.SIGHUP),
-        (["grid", "run", "--out", "new"], signal.SIGINT),
+        (["sample", "run", "--checkpoints", "all"], signal.SIGINT),
     ],
 )
 def test_a_signal_ends_work_between_its_pieces(
@@ -149,7 +149,6 @@ def test_a_signal_ends_work_between_its_pieces(
         (["sample", "run", "--out", "shut/new"], "shut/new"),
         (["evaluate", "run", "--nfe", "1"], "run"),
         (["report", "run"], "run"),
-        (["grid", "run", "--out", "shut/new"], "shut/new"),
     ],
 )
 def test_a_folder_that_is_shut_is_found_before_the_work(

@@ -49,7 +49,6 @@ app.command(rich_help_panel=BEFORE)(stoppable(preflight.doctor, between_pieces=F
 app.command(rich_help_panel=JUDGE)(stoppable(evaluate.evaluate))
 app.command(rich_help_panel=JUDGE)(stoppable(compare.compare))
 app.command(rich_help_panel=LOOK)(stoppable(report.report))
-app.command(rich_help_panel=LOOK)(stoppable(sample.grid))
 app.command(rich_help_panel=SHARE)(stoppable(export.export))
 app.command(rich_help_panel=RESEARCH)(stoppable(lab.reproduce))
 app.command(rich_help_panel=RESEARCH)(stoppable(average.average))

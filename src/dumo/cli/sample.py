@@ -1,8 +1,7 @@
-"""The commands `sample` and `grid`: make images with a trained run."""
+"""The command `sample`: make images with a trained run, or draw how samples changed during its training."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,24 +15,20 @@ from dumo.cli.option import (
     SolverName,
     TrustCode,
     Weights,
-    one_of,
     parse_classes,
-    parse_folder,
     parse_integers,
-    parse_path,
 )
 from dumo.cli.terminal import out, resume_hint
-from dumo.runtime.progress import bar, no_bar, print_line
+from dumo.runtime.progress import bar, no_bar
 
-_BENCHMARKS = ("geneval", "dpg")  # whose layouts `dumo.report.benchmark` has
-_FORMATS = ("grid", "images", "npz", *_BENCHMARKS)  # what dumo sample writes
+_BENCHMARKS = ("geneval", "dpg")
 
 
 def sample(
     run_folder: Folder,
     nfe: Nfe = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="How many samples. Default: 100, or one of each prompt.")
+        int | None, typer.Option(min=1, help="Number of samples. Default: 100, or one for each prompt.")
     ] = None,
     labels: Annotated[
         str | None, typer.Option(help="Classes by name or number, e.g. cats,dogs or 3,5. Default: all in turn.")
@@ -44,27 +39,35 @@ def sample(
     ] = None,
     prompts: Prompts = None,
     source: Annotated[
-        Path | None,
-        typer.Option(parser=parse_path, metavar="FILE", help="The image that a prompt edits, of a run that edits."),
+        Path | None, typer.Option(metavar="FILE", help="The image that a prompt edits, for a run that edits images.")
     ] = None,
     seed: Seed = None,
     solver: SolverName = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="WIDTHxHEIGHT", help="Pixels, of a run on buckets: one of them. Default: the square."),
+        typer.Option(
+            metavar="WIDTHxHEIGHT", help="One of the sizes of a run trained on several. Default: the square."
+        ),
+    ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Draw the same noise by NFE after each of these steps (train.milestones and the last), e.g. 1000,5000 "
+            "or all.",
+        ),
     ] = None,
     form: Annotated[
-        str,
+        Literal["grid", "images", "npz", "geneval", "dpg"],
         typer.Option(
             "--format",
-            callback=one_of("--format", *_FORMATS),
-            help="grid (one PNG), images (a PNG each), npz (ADM's layout); geneval or dpg: as these benchmarks read "
-            "images of their --prompts, four of each.",
+            help="grid (one PNG), images (a PNG each), npz (ADM's layout); geneval or dpg: four images of each of "
+            "--prompts, as these benchmarks read them.",
         ),
     ] = "grid",
     folder: Annotated[
         Path | None,
-        typer.Option("--out", parser=parse_folder, metavar="FOLDER", help="Default: samples/ in the run's folder."),
+        typer.Option("--out", file_okay=False, metavar="FOLDER", help="Default: samples/ in the run's folder."),
     ] = None,
     set_: Set = None,
     weights: Weights = None,
@@ -77,34 +80,46 @@ def sample(
 
     Example:  dumo sample digits-trained --nfe 1
     """
+    # Refuse options that would otherwise be ignored.
     if sum(map(bool, (labels, prompt, prompts))) > 1:
-        raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
+        raise typer.BadParameter("--labels, --prompt and --prompts exclude each other: give one of them")
     if source and not (prompt or prompts):
         raise typer.BadParameter("--source is edited by a text: give --prompt, too")
     if form in _BENCHMARKS and (count or size or source or not prompts):
         raise typer.BadParameter(
-            f"--format {form} makes 4 square images of each of --prompts: give these; no --count, --size, --source"
+            f"--format {form} makes 4 square images of each of --prompts: give these, and no --count, --size or --source"
         )
+    if checkpoints and (prompt or prompts or solver or size or weights or form != "grid"):
+        raise typer.BadParameter("--checkpoints only takes --nfe, --count, --labels, --seed and --out")
 
     from dumo.encoders.caption import read_prompts
+    from dumo.report import gallery
     from dumo.report.benchmark import LAYOUTS, make_images
     from dumo.report.sample import DEFAULT_COUNT, sample_to_files
     from dumo.run.weights import open_run
     from dumo.runtime import dist
 
+    if checkpoints:
+        dist.require_one_process("dumo sample --checkpoints")
     with dist.join():
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
-        passes = parse_integers(nfe, "--nfe")
-        progress = bar if dist.is_main() else no_bar
         folder = folder or opened.output_folder / "samples"
-        if prompts and form in LAYOUTS:
+        passes = parse_integers(nfe, "--nfe")
+        classes = parse_classes(labels, opened.sampler.conditions)
+        progress = bar if dist.is_main() else no_bar
+        if checkpoints:
+            steps = None if checkpoints == "all" else parse_integers(checkpoints, "--checkpoints")
+            panels = gallery.trajectories(
+                opened, nfe=passes, steps=steps, count=count, only=classes, seed=seed, bar=progress
+            )
+            files = gallery.write_trajectories(folder, panels)
+        elif prompts and form in LAYOUTS:
             with resume_hint():
                 files = make_images(
                     opened, LAYOUTS[form], prompts, folder, nfe=passes, seed=seed, solver=solver, bar=progress
                 )
         else:
             texts = [row.text for row in read_prompts(prompts)] if prompts else prompt or []
-            classes = parse_classes(labels, opened.sampler.conditions)
             files = sample_to_files(
                 opened,
                 folder,
@@ -121,94 +136,3 @@ def sample(
             )
     for file in files:
         out.print(str(file), soft_wrap=True)
-
-
-def grid(
-    run_folder: Folder,
-    nfe: Annotated[
-        str | None,
-        typer.Option(
-            "--nfe", help="Passes. Default: those of 1,2,4,8,16,50 that the solver can make; of --classes, 1."
-        ),
-    ] = None,
-    steps: Annotated[
-        str | None,
-        typer.Option(help="Milestones (train.milestones) and the last step, or all. Default: all; of --classes, last."),
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Rows, or images of a class. Default: 8; of points, 2000.")
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(help="Classes of the rows, by name or number, e.g. cats or 3,5. Default: all in turn."),
-    ] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(help="Class grids instead of trajectories, of these classes, e.g. cats or 3,5, or all."),
-    ] = None,
-    reading: Annotated[
-        str | None, typer.Option(help="u (jumps) and v (Heun). Default: both, if taught; of --classes, the first.")
-    ] = None,
-    seed: Seed = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option("--out", parser=parse_folder, metavar="FOLDER", help="Default: grids/ in the run's folder."),
-    ] = None,
-    set_: Set = None,
-    device: Device = "auto",
-    trust_code: TrustCode = False,
-) -> None:
-    """Draw samples by passes and by training step, or by class.
-
-    All are from the same noise, after each milestone (Figs. 5 and 6).
-
-    Example:  dumo grid digits-trained --nfe 1,2,4
-    """
-    if labels and classes:
-        raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
-
-    from dumo.io import file
-    from dumo.report import gallery
-    from dumo.run.weights import open_run
-    from dumo.runtime import dist, threads
-
-    dist.require_one_process("dumo grid")
-    opened = open_run(run_folder, set_ or [], device=device)
-    passes = parse_integers(nfe, "--nfe")
-    chosen_steps: Sequence[int] | None = None  # all
-    if steps is None and classes is not None:
-        chosen_steps = ()  # the last
-    elif steps is not None and steps != "all":
-        chosen_steps = parse_integers(steps, "--steps")
-    letters = None if reading is None else reading.split(",")
-    grids_folder = folder or opened.output_folder / "grids"
-    file.check_writable(grids_folder)
-    with threads.fewer_when_busy(opened.device, print_line):
-        if classes is not None:
-            only = None if classes == "all" else parse_classes(classes, opened.sampler.conditions)
-            grids = gallery.class_grids(
-                opened,
-                only,
-                nfe=passes,
-                steps=chosen_steps,
-                count=count or gallery.DEFAULT_COUNT,
-                letters=letters,
-                seed=seed,
-                bar=bar,
-            )
-            files = gallery.write_class_grids(grids_folder, grids)
-        else:
-            only = parse_classes(labels, opened.sampler.conditions)
-            panels = gallery.trajectories(
-                opened,
-                nfe=passes,
-                steps=chosen_steps,
-                count=count,
-                only=only,
-                letters=letters,
-                seed=seed,
-                bar=bar,
-            )
-            files = gallery.write_trajectories(grids_folder, panels)
-    for path in files:
-        out.print(str(path), soft_wrap=True)
