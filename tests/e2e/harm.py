@@ -27,7 +27,9 @@ from torch import Tensor
 import encoders
 from autoencoder import taef2
 from dumo.config import recipes
+from dumo.data import Latents
 from dumo.io import digest, weights
+from dumo.run import encode
 from e2e.shell import Done, call, files, sets
 
 COUNT, SHARD = 24, 8  # images, and those in a shard
@@ -82,7 +84,7 @@ def furnish() -> None:
     begin("paired", "data={kind: digits}", "teacher={source: runs/digits, pairs: {count: 64}}", "train.batch=16")
     begin("repaired", "data={kind: digits}", "teacher={source: runs/teacher, pairs: {count: 64}}", "train.batch=16")
     for name in ("large", "strange"):
-        done("encode", name, f"latents/{name}", "--codec", "taef2", "--side", 32, "--shard-rows", SHARD, *CODEC)
+        encode_images(name)
     images = "{root: large, side: 32, flip: true}"
     latents = (
         f"{{kind: latents, root: latents/large, images: {images}, codec: {{kind: taef2, weights: taef2.safetensors}}}}"
@@ -91,7 +93,14 @@ def furnish() -> None:
     words()
 
 
-CODEC = sets("data.codec.weights=taef2.safetensors")
+CODEC = ["data.codec.weights=taef2.safetensors"]
+
+
+def encode_images(name: str, rank: int = 0, world: int = 1) -> None:
+    """Encode a folder of images to latents, in shards of a few."""
+    work = encode.encoding_work(name, CODEC, out=f"latents/{name}", codec="taef2", side=32)
+    assert isinstance(work.data, Latents)
+    encode.encode(work.data, shard_rows=SHARD, rank=rank, world=world)
 
 
 def begin(name: str, *fields: str) -> None:
@@ -107,7 +116,9 @@ def words() -> None:
     tree["data"] = {"kind": "digits", "captions": {"kind": "templates", "templates": ["{}", "the digit {n}"]}}
     tree["net"] = {"kind": "dit", "patch": 4, "width": 16, "depth": 1, "attention": 2, "texts": texts}
     Path("words.yaml").write_text(yaml.safe_dump(tree))
-    done("encode", "words.yaml", "--shard-rows", SHARD)
+    work = encode.encoding_work("words.yaml", out=None, codec=None, side=None)
+    assert work.texts
+    encode.encode_texts(work.data, work.texts, shard_rows=SHARD)
     done("train", "words.yaml", "--out", "runs/words", *sets("train.steps=4", "train.batch=8", "train.save_every=2"))
 
 
@@ -375,28 +386,17 @@ def of_latents() -> Iterator[Harm]:
     strange = "latents/strange/shard-00000.safetensors"
     yield Harm("latents", "a shard of other images", taken(shard, strange), train("latents"), ("shard-00000",))
     yield Harm("latents", "a cache of other images", taken("latents/large", "latents/strange"), train("latents"), ("",))
-    encode = (
-        "encode",
-        "large",
-        "latents/large",
-        "--codec",
-        "taef2",
-        "--side",
-        "32",
-        "--shard-rows",
-        f"{SHARD}",
-        *CODEC,
-    )
+    encode_again = ("encode", "large", "latents/large", "--codec", "taef2", "--side", "32", *sets(*CODEC))
     repaint = lambda: paint("large", 1, 32)  # noqa: E731
-    for words in (encode, train("latents"), evaluate("latents")):
+    for words in (encode_again, train("latents"), evaluate("latents")):
         yield Harm("latents", "their images replaced at equal size", repaint, words, ("large",))
 
     def half() -> None:
         shutil.rmtree("latents/large")
-        done(*encode, "--part", "0/2")
+        encode_images("large", rank=0, world=2)
         paint("large", 1, 32)
 
-    yield Harm("latents", "half made of other images", half, (*encode, "--part", "1/2"), ("large",))
+    yield Harm("latents", "half made of other images", half, encode_again, ("large",))
     yield Harm(
         "latents", "another autoencoder's", tensors("taef2.safetensors", scaled), train("latents"), harmless=True
     )

@@ -51,7 +51,7 @@ def test_the_whole_way(home: Path) -> None:
     run = home / "run"
     refused("train", home / "run.yml", "--out", run, named=("data.root", "dumo encode"))
     assert not run.exists()
-    made = call("encode", home / "run.yml", "--shard-rows", 16)
+    made = call("encode", home / "run.yml")
     assert (made.code, "60 images" in made.out) == (0, True)
     assert call("train", home / "run.yml", "--out", run).code == 0
     sampled = call("sample", run, "--nfe", 1, "--count", 3, "--format", "images")

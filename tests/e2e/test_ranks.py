@@ -18,7 +18,9 @@ import torch
 from PIL import Image, ImageChops
 
 from autoencoder import taef2
+from dumo.data import Latents
 from dumo.io.weights import load, title
+from dumo.run import encode
 from e2e.shell import TINY, Done, apart, call, sets, together, tree
 from forked import ENVIRONMENT
 from reliability.process import is_alive, worker_pids
@@ -240,7 +242,11 @@ def test_the_first_rank_waits_for_the_whole_cache(here: Path) -> None:
     for i in range(9):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(here / f"images/{i}.png")
     taef2(here / "taef2.safetensors")
-    words = ("encode", "images", "cache", "--codec", "taef2", "--side", "16", "--shard-rows", "2")
-    words += tuple(sets("data.codec.weights=taef2.safetensors"))
+    codec = "data.codec.weights=taef2.safetensors"
+    # Make the last of five shards, after which the command keeps their size.
+    data = encode.encoding_work("images", [codec], out="cache", codec="taef2", side=16).data
+    assert isinstance(data, Latents)
+    encode.encode(data, shard_rows=2, rank=4, world=5)
+    words = ("encode", "images", "cache", "--codec", "taef2", "--side", "16", *sets(codec))
     done, _ = together(2, *words, cwd=here)
-    assert done.out.splitlines()[0] == "cache: 9 images as (32, 2, 2) in float16, no classes, 3 shards made now"
+    assert done.out.splitlines()[0] == "cache: 9 images as (32, 2, 2) in float16, no classes, 2 shards made now"

@@ -43,7 +43,9 @@ def test_one_process_trains_in_a_folder(here: Path) -> None:
     assert there == [".saved", "checkpoints", "data.json", "metrics.jsonl", "run.yaml", "speed.jsonl"]
 
 
-@pytest.mark.parametrize("words", [["sample", "R", "--checkpoints", "all"], ["report", "R"], ["reproduce", "fig3"], ["bench", "step"]])
+@pytest.mark.parametrize(
+    "words", [["sample", "R", "--checkpoints", "all"], ["report", "R"], ["reproduce", "fig3"], ["bench", "step"]]
+)
 def test_work_that_ranks_do_not_share_is_refused(
     words: list[str], here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ CACHE_FIELDS = [
     *sets("data.memory=0"),  # so that a training reads from the disk
 ]
 SMALL_NET = sets("net.width=32", "net.depth=1", "train.batch=16", "train.log_every=1", "train.save_every=10")
-ENCODE = ("encode", "cifar10-latents", *CACHE_FIELDS, "--shard-rows", "8")
+ENCODE = ("encode", "cifar10-latents", *CACHE_FIELDS)
 TRAIN_ON_LATENTS = (
     *("train", "cifar10-latents", "--out", "run", *SMALL_NET, *CACHE_FIELDS),
     *sets("train.steps=400"),
@@ -58,7 +58,7 @@ WRITING_COMMANDS = (
     ("report", "run"),
     (
         *("encode", f"{INPUTS}/images", "disk/cache", "--codec", "taef2"),
-        *("--side", "32", "--shard-rows", "8", *CODEC_WEIGHTS),
+        *("--side", "32", *CODEC_WEIGHTS),
     ),
 )
 
@@ -318,7 +318,7 @@ def _shard_gone(folder: Path, result: CaseResult) -> None:
     """A shard of latents vanishes while a training runs; then it is started again without the shard."""
     result.check_recovery(ENCODE, folder)
     training = _start_training(TRAIN_ON_LATENTS, folder)
-    (folder / "cache/shard-00003.safetensors").unlink()
+    (folder / "cache/shard-00000.safetensors").unlink()
     result.check_exit(training, folder, 0, 1, 2)
     _encode_broken_shard(folder, result)
 
@@ -327,7 +327,7 @@ def _shard_cut_short(folder: Path, result: CaseResult) -> None:
     """A mapped shard is cut short while a training runs: reading on ends the process by SIGBUS."""
     result.check_recovery(ENCODE, folder)
     training = _start_training(TRAIN_ON_LATENTS, folder)
-    os.truncate(folder / "cache/shard-00003.safetensors", 100)
+    os.truncate(folder / "cache/shard-00000.safetensors", 100)
     exit_code = process.wait_for_exit(training)
     result.exit_codes.append(exit_code)
     if exit_code not in (1, 2, -signal.SIGBUS):
@@ -338,7 +338,7 @@ def _shard_cut_short(folder: Path, result: CaseResult) -> None:
 def _encode_broken_shard(folder: Path, result: CaseResult) -> None:
     """The next training names the shard that broke; once that is encoded again, the training comes to its end."""
     train_on = ("train", "run", *sets("train.steps=420"))
-    result.check_refusal(train_on, folder, subject="shard-00003")
+    result.check_refusal(train_on, folder, subject="shard-00000")
     result.check_recovery(ENCODE, folder)
     result.check_recovery(TRAIN_ON_LATENTS, folder)
     result.compare_with_undisturbed(folder, TRAIN_ON_LATENTS)

@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,9 @@ import numpy as np
 from PIL import Image
 
 from autoencoder import taef2
+from dumo.data import Latents
 from dumo.io import digest, weights
+from dumo.run import encode
 from dumo.run.folder import CHECKPOINT_MARK
 from e2e.shell import TINY, sets
 from reliability import process
@@ -78,8 +80,7 @@ def workloads() -> dict[str, Workload]:
         f"train.steps={NUM_SAVES * STEPS_PER_SAVE}",
         f"train.save_every={STEPS_PER_SAVE}",
     )
-    encode = ("encode", f"{INPUTS}/images", "cache", "--codec", "taef2")
-    encode_options = ("--side", str(IMAGE_SIDE), "--shard-rows", str(SHARD_ROWS))
+    encode = ("encode", f"{INPUTS}/images", "cache", "--codec", "taef2", "--side", str(IMAGE_SIDE))
     codec_weights = sets(f"data.codec.weights={INPUTS}/taef2.safetensors")
     teacher_fields = sets("train.steps=10", f"teacher.source={INPUTS}/digits", "teacher.pairs.count=6144")
     all_workloads = [
@@ -103,7 +104,7 @@ def workloads() -> dict[str, Workload]:
         ),
         Workload(
             name="encoding",
-            words=(*encode, *encode_options, *codec_weights),
+            words=(*encode, *codec_weights),
             num_units=NUM_SHARDS,
             unit_seconds=0.2,
             count_units=_count_shards,
@@ -149,7 +150,7 @@ def prepared_folder() -> Generator[Path, None, None]:
 
 
 def write_inputs(inputs: Path, trained_run: Path) -> None:
-    """Fill the folder `inputs`: images of noise, the weights of an autoencoder, and a copy of a trained run."""
+    """Fill `inputs`: images of noise, the weights of an autoencoder, a cache without shards, a copy of a run."""
     images = inputs / "images"
     images.mkdir(parents=True)
     shape = (SHARD_ROWS * NUM_SHARDS, IMAGE_SIDE, IMAGE_SIDE, 3)
@@ -159,12 +160,22 @@ def write_inputs(inputs: Path, trained_run: Path) -> None:
     shutil.copytree(trained_run, inputs / "digits")
     taef2(inputs / "taef2.safetensors")
 
+    # Begin a cache whose shards have few images. `dumo encode` resumes it and keeps their number.
+    with chdir(inputs.parent):
+        codec_weights = f"data.codec.weights={INPUTS}/taef2.safetensors"
+        work = encode.encoding_work(
+            f"{INPUTS}/images", [codec_weights], out=f"{INPUTS}/cache", codec="taef2", side=IMAGE_SIDE
+        )
+        assert isinstance(work.data, Latents)
+        encode.encode(work.data, shard_rows=SHARD_ROWS, rank=NUM_SHARDS, world=NUM_SHARDS + 1)
+
 
 def new_work_folder(folder: Path, inputs: Path) -> Path:
     """Make the folder in which a command works: with a link to the inputs, and a run of its own to evaluate."""
     folder.mkdir(parents=True)
     (folder / INPUTS).symlink_to(inputs)
     shutil.copytree(inputs / "digits", folder / "judged")
+    shutil.copytree(inputs / "cache", folder / "cache")
     return folder
 
 

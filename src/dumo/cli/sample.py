@@ -45,9 +45,7 @@ def sample(
     solver: SolverName = None,
     size: Annotated[
         str | None,
-        typer.Option(
-            metavar="WIDTHxHEIGHT", help="One of the sizes of a run trained on several. Default: the square."
-        ),
+        typer.Option(metavar="WIDTHxHEIGHT", help="One of the sizes of a run trained on several. Default: the square."),
     ] = None,
     checkpoints: Annotated[
         str | None,
@@ -87,7 +85,7 @@ def sample(
         raise typer.BadParameter("--source is edited by a text: give --prompt, too")
     if form in _BENCHMARKS and (count or size or source or not prompts):
         raise typer.BadParameter(
-            f"--format {form} makes 4 square images of each of --prompts: give these, and no --count, --size or --source"
+            f"--format {form} makes 4 square images of each of --prompts, and takes no --count, --size or --source"
         )
     if checkpoints and (prompt or prompts or solver or size or weights or form != "grid"):
         raise typer.BadParameter("--checkpoints only takes --nfe, --count, --labels, --seed and --out")

@@ -3,7 +3,7 @@
 For `dumo encode`, in this order:
 
 1. `encoding_work` says what a recipe, or a folder of images with options, has to encode; `options_as_settings` writes
-   the options as settings, and `parse_part` says which part of the work this process does.
+   the options as settings.
 2. `encode` makes the cache.
 3. `encode_texts` makes the table, unless `reason_without_text_table` says why there is none. `captions` are its texts.
 
@@ -32,20 +32,18 @@ from dumo.encoders import texttable
 from dumo.encoders.pipeline import Pipeline
 from dumo.io import table
 from dumo.io.guard import locked
-from dumo.io.read import brief
 from dumo.io.table import MakeResult, TableIndex
 from dumo.nets import Net
 from dumo.nets.table import EmbeddedTexts, PipelineTexts, TableTexts
 from dumo.nets.text import LearnedTexts
 from dumo.run.prompt import open_source_images
 from dumo.run.resolve import data_with_facts, load_resolved
-from dumo.runtime import dist, signals, threads
+from dumo.runtime import signals, threads
 from dumo.runtime.device import choose_device
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import Spec, UserError
 
-_MAX_PART_CHARACTERS = 40  # of --part: ours
 _SHARD_ROWS = 1024  # images or captions to a shard: ours
 
 
@@ -151,17 +149,6 @@ def options_as_settings(out: str | None, codec: str | None, side: int | None, co
     """The options of `dumo encode` as settings of a recipe: FIELD=VALUE, as --set takes them."""
     fields = {"data.root": out, "data.codec.kind": codec, "data.images.side": side, "data.images.count": count}
     return [f"{field}={yaml_text(value)}" for field, value in fields.items() if value is not None]
-
-
-def parse_part(text: str | None) -> tuple[int, int]:
-    """'2/8' as (2, 8); None: this process's rank and how many there are, as torchrun says. Raises UserError."""
-    if text is None:
-        return dist.torchrun_rank_and_world()
-    k, _, n = text.partition("/")
-    is_part = len(text) <= _MAX_PART_CHARACTERS and k.isdecimal() and n.isdecimal() and int(k) < int(n)
-    if not is_part:
-        raise UserError(f"--part {brief(text)}: write K/N with K from 0 to N - 1, such as 0/8")
-    return int(k), int(n)
 
 
 def encode(

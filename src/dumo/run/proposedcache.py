@@ -131,7 +131,7 @@ def _stopped_in_wait(time: PreparationTime, run_folder: Path) -> signals.Stopped
 def _finished_rows(folder: Path) -> list[range]:
     """The numbers of the photos in each finished shard of a cache. A damaged shard is not finished: it is made again.
 
-    They need not be the first ones: `dumo encode --part` leaves gaps.
+    They need not be the first ones: another rank, or damage, leaves gaps.
     """
     contents = cache.read_index(folder)
     if contents is None:

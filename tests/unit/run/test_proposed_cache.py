@@ -232,7 +232,7 @@ def test_what_is_left_to_encode_does_not_shorten_the_run(run: Run) -> None:
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize("damage", ["missing", "changed"])
 def test_kept_shards_may_lie_after_those_that_are_missing(run: Run, damage: str) -> None:
-    """As after `dumo encode --part`, or where one is damaged: what is encoded now is timed by what is encoded now."""
+    """As after a rank that was killed, or where one is damaged: what is encoded now is timed by what is encoded now."""
     encode.encode(run.data, device="cpu", rank=2, world=3, shard_rows=1)
     if damage == "changed":
         encode.encode(run.data, device="cpu", rank=0, world=3)
