@@ -547,7 +547,7 @@ def command_line(setting: Setting) -> Iterator[Row]:
         if not setting.smoke:
             options += _set_options(["train.compile=blocks", "train.precision=bf16"])
             yield _command_row("train", "dumo-best", "--out", f"{folder}/compiled", *device, *options)
-        in_16_bits = setting.fields(f"train.steps={2 * steps}", f"train.probe_every={steps}", *IN_16_BITS)
+        in_16_bits = setting.fields(f"train.steps={2 * steps}", *IN_16_BITS)
         yield _command_row("train", "digits", "--out", f"{folder}/in-16-bits", *device, *_set_options(in_16_bits))
         yield _command_row("evaluate", run, "--nfe", "1", *device)
         yield _command_row("report", run, *device)

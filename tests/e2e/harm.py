@@ -74,12 +74,6 @@ def furnish() -> None:
     for name in ("photos", "others", "tars", "tables"):
         begin(name, f"data={{kind: images, root: {name}, side: 8, crop: none}}")
     begin("digits", "data={kind: digits}", "evaluate.protocol={kind: digits, samples: 500}")
-    begin(
-        "averaged",
-        "data={kind: digits}",
-        "train.snapshots=1",
-        "train.ema=[{kind: power, std: 0.05}, {kind: power, std: 0.1}]",
-    )
     begin("teacher", "data={kind: digits}", "train.seed=1")
     begin("paired", "data={kind: digits}", "teacher={source: runs/digits, pairs: {count: 64}}", "train.batch=16")
     begin("repaired", "data={kind: digits}", "teacher={source: runs/teacher, pairs: {count: 64}}", "train.batch=16")
@@ -475,14 +469,6 @@ def of_checkpoints() -> Iterator[Harm]:
         yield Harm("milestone", how.__name__, tensors(milestone, how), shown, (milestone,))
     alien = taken(milestone, "runs/teacher/milestones/step-00000002.safetensors")
     yield Harm("milestone", "another run's", alien, shown, (milestone,))
-    snapshot = "runs/averaged/snapshots/ema-std-0.1/step-00000003.safetensors"
-    average = ("average", "runs/averaged", "--std", "0.1", "--out", "made.safetensors")
-    for how in (rolled, scaled, zeroed):
-        yield Harm("snapshot of an average", how.__name__, tensors(snapshot, how), average, (snapshot,))
-    swap = swapped(snapshot, "runs/averaged/snapshots/ema-std-0.1/step-00000004.safetensors")
-    yield Harm("snapshot of an average", "two steps swapped", swap, average, (snapshot,))
-    swap = swapped(snapshot, "runs/averaged/snapshots/ema-std-0.05/step-00000003.safetensors")
-    yield Harm("snapshot of an average", "two widths swapped", swap, average, ("step-00000003", "its std is"))
     grid = ("sample", "runs/digits", "--checkpoints", "all", "--nfe", "1", "--count", "2")
     later = taken(milestone, "runs/digits/milestones/step-00000004.safetensors")
     yield Harm("milestone", "another step's", later, grid, (milestone, "its step is 4"))

@@ -25,7 +25,7 @@ from e2e.shell import TINY, Done, apart, call, sets, together, tree
 from forked import ENVIRONMENT
 from reliability.process import is_alive, worker_pids
 
-OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "train.probe_every=0", "evaluate.every=10")
+OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "evaluate.every=10")
 SPLIT = sets("train.micro_batch=8")  # of 16 rows: as two ranks take them
 LAST = "checkpoints/step-00000020"
 LATE = """# dumo, with steps that take at least a fifth of a second: between two of them there is time for a signal

@@ -39,7 +39,6 @@ CASES = {
     "sample checkpoints": Case(
         "sample {name} --checkpoints all --nfe 1 --count 1", files=(r"{name}/samples/[\w-]+\.png",)
     ),
-    "average": Case("average {name} --std 0.1", refused="{name} has no snapshots .* dumo brings only the weights"),
     "compare": Case("compare {name} dumo:{name}", out="perfect sampler"),
     "evaluate": Case("evaluate {name} --nfe 1 {few}", files=(r"{name}/evaluation-.*\.json",)),
     "report": Case("report {name}", files=(r"{name}/report\.html", r"{name}/report/\w+\.png")),

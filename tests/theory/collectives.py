@@ -44,7 +44,7 @@ class Sent(TorchDispatchMode):
 
 def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dict[str, object]:
     """One step of the digits recipe, guided; of two blocks where shards are few, and so hardly padded."""
-    guided = ["objective.guide.zeta=0.5", f"objective.slope.kind={slope}", "train.probe_every=0"]
+    guided = ["objective.guide.zeta=0.5", f"objective.slope.kind={slope}"]
     cut = [f"train.share={share}", f"train.reshard={reshard}", f"train.micro_batch={micro_batch or 'null'}"]
     spec = load("digits", [*guided, *cut, f"train.batch={BATCH}", f"net.depth={2 if share < 64 else 4}"])
     net = build(spec)

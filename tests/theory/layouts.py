@@ -62,7 +62,7 @@ def opened(data: Data) -> DataSource:
 
 
 def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[float], list[float]]:
-    """All numbers of a run after so many steps, each in one piece; losses; gradient norms by module and time slope."""
+    """All numbers of a run after so many steps, each in one piece; losses; gradient norms and time slope."""
     if dist.world() == 1:
         state = begin(build(run), run.train)
     else:  # as `dumo train` begins
@@ -79,7 +79,7 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
             batch.append(keyed_normal("pairs", step, rows=range(rows.start, rows.stop), shape=run.data.shape))
         record = train_step(state, flow, batch, run.train)
         losses.append(record.loss)
-        norms += record.grad_norms.values()
+        norms.append(record.grad_norm)
     assert all(hasattr(p, "full_tensor") for p in state.net.parameters()) == (dist.world() > 1)  # none is left gathered
     norms.append(slope_in_time(state) or 0.0)
     assert len(set(agreement.gather_results(lambda: repr(norms)))) == 1  # all ranks log the same

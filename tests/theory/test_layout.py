@@ -19,7 +19,7 @@ OTHERS = (
 DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name not in OTHERS]
 VARIANTS = [
     "digits+objective.slope.kind=dual",
-    "digits+train.probe_every=1+train.optimizer.kind=muon",
+    "digits+train.optimizer.kind=muon",
     "digits+objective.slope.kind=dual+train.precision=bf16",
     "digits+train.coupling={group: 16}+data.held=360",
     "digits+teacher",
@@ -45,7 +45,7 @@ def run(ranks: int, cases: list[str], folder: Path) -> list[dict[str, Any]]:
 
 
 AVERAGE = "digits-cm+train.clip=100+train.batch=8+once"
-MUON = "moons+train.probe_every=1+train.optimizer.kind=muon+train.batch=8+net.depth=2+once"
+MUON = "moons+train.optimizer.kind=muon+train.batch=8+net.depth=2+once"
 CASE_NAMES = {AVERAGE: "average", MUON: "muon"}
 
 

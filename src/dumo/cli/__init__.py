@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dumo import runtime
-from dumo.cli import average, compare, demo, encode, evaluate, export, lab, preflight, report, sample, train
+from dumo.cli import compare, demo, encode, evaluate, export, lab, preflight, report, sample, train
 from dumo.cli.terminal import err, explain, plain_warnings, reopen_streams, silenced_other_ranks, stoppable
 from dumo.error import UserError
 from dumo.runtime import door
@@ -51,7 +51,6 @@ app.command(rich_help_panel=JUDGE)(stoppable(compare.compare))
 app.command(rich_help_panel=LOOK)(stoppable(report.report))
 app.command(rich_help_panel=SHARE)(stoppable(export.export))
 app.command(rich_help_panel=RESEARCH)(stoppable(lab.reproduce))
-app.command(rich_help_panel=RESEARCH)(stoppable(average.average))
 
 benches = typer.Typer(no_args_is_help=True, help="Time steps, sampling and reading data on this machine.")
 benches.command()(stoppable(lab.step))

@@ -96,7 +96,6 @@ def _prepare_step(spec: Run, device: torch.device) -> Callable[[], object]:
             "schedule": _ZeroRate(),
             "micro_batch": None,
             "clip": None,
-            "probe_every": 0,
         }
     )
     rows = train.batch

@@ -2,13 +2,13 @@
 
 `run.train` makes it once `dumo.run.history` has brought the folder to the step from which training goes on. It calls
 `Journal.open` before the first step, and the loop calls `Journal.hooks` after each: log, then milestone, then
-checkpoint, where they are due. A line is shown at once for a skipped step, and for a burst, with what to type then
-(`burst_text`). `resume_hint` is for a training that has diverged.
+checkpoint, where they are due. A line is shown at once for a skipped step. `resume_hint` is for a training that has
+diverged.
 """
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,10 +36,9 @@ from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.text import bytes_text
 from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop
-from dumo.training.burst import BURST_STEPS, WINDOW
 from dumo.training.deadline import FIRST_SAVE_SHARE, JUDGE, SAVE, SECONDS_PER_MINUTE, Countdown
 from dumo.training.manifest import Checkpoints
-from dumo.training.optim import Muon, half_rates, time_embedder_parameters
+from dumo.training.optim import half_rates
 from dumo.training.record import Record, Skipped
 from dumo.training.saver import Saver
 from dumo.training.spec import Train
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
     from dumo.run.best import BestFolder
     from dumo.run.teacher import TeacherPairs
     from dumo.run.validation import Scores, Validation
-
-_CALMING_DIVISOR = 8  # the rate of an embedder of times over this ended every burst that we measured (docs/log.md)
 
 
 @dataclass
@@ -121,19 +118,15 @@ class Journal:
     def log_step(self, state: State, record: Record) -> None:
         """Judge the run where that is due, and add a row to the log where one is.
 
-        A row is due every `log_every` steps, and at a step that was probed, judged or skipped, or at which a burst
-        begins. `tell` is called with a line on a skipped step, and on a burst.
+        A row is due every `log_every` steps, and at a step that was judged or skipped. `tell` is called with a line on
+        a skipped step.
         """
         scores = self.judge(state)
         scheduled = state.step % self.run.train.log_every == 0
         time_slope = slope_in_time(state) if scheduled else None
         if not dist.is_main():
             return
-        if record.burst:
-            module_name = next(iter(record.burst))
-            is_embedder = time_embedder_parameters(state.net).issuperset(state.module_parameters[module_name])
-            self.tell(burst_text(self.run.train, self.folder, self.checkpoints, record, is_embedder=is_embedder))
-        if scheduled or record.skipped or record.burst or record.probe or scores:
+        if scheduled or record.skipped or scores:
             row = record.row()
             if time_slope is not None:
                 row["time_slope"] = time_slope
@@ -174,13 +167,9 @@ class Journal:
         return rows
 
     def write_milestone(self, state: State, record: Record | None = None) -> None:
-        """Write the sampled weights at a milestone, and averages by a power where a snapshot is due."""
+        """Write the sampled weights at a milestone."""
         if state.step in self.run.train.milestones:
             checkpoint.save_milestone(self.folder / "milestones", state, identity(self.run))
-        if self.run.train.is_snapshot_due(state.step, is_last=state.is_over(self.run.train)):
-            from dumo.run import average
-
-            average.save_snapshots(self.folder, state, identity(self.run))
 
     def save_if_due(self, state: State, record: Record) -> None:
         """Save a checkpoint where one is due by step or clock, where the run is asked to stop, and at the end.
@@ -292,31 +281,6 @@ def slope_in_time(state: State) -> float | None:
     return None
 
 
-def burst_text(train: Train, folder: Path, checkpoints: Checkpoints, record: Record, *, is_embedder: bool) -> str:
-    """The warning that a burst begins: in which module, and what to type before it breaks the training.
-
-    `is_embedder`: whether that module is an embedder of times.
-    """
-    name, factor = next(iter(record.burst.items()))
-    warning = (
-        f"warning: step {record.step:,}: the gradient norm of {name} is {record.grad_norms[name]:.3g}, {factor:.2g} "
-        f"times its median of the last {WINDOW} steps: the training may break here."
-    )
-    step = checkpoints.last_good(record.step - BURST_STEPS)
-    if step is None:
-        return f"{warning} No checkpoint is older: if u or v grow, stop it, and begin another run at a lower rate"
-    if is_embedder and isinstance(train.optimizer, Muon):
-        lower_rate = "an eighth of its rate"
-        rates = {"time_lr": train.optimizer.embedders_lr / _CALMING_DIVISOR}
-    else:
-        lower_rate = "half the rate"
-        rates = half_rates(train.optimizer)
-    return (
-        f"{warning} If the loss's parts grow, stop it, and go on from step {step:,} at {lower_rate}:  "
-        f"{_command_at_rates(folder, step, rates)}"
-    )
-
-
 def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int) -> str:
     """How to resume from the last good checkpoint up to a step, or else from the start, at half the rate."""
     good_step = checkpoints.last_good(step)
@@ -324,11 +288,5 @@ def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int)
     out: str | None = None
     if good_step is None and checkpoints.by_step():  # from which this folder would go on
         out = "DIR"
-    command = _command_at_rates(folder, good_step, half_rates(train.optimizer), out)
-    return f"To go on {place} at half the rate:  {command}"
-
-
-def _command_at_rates(folder: Path, step: int | None, rates: Mapping[str, float], out: str | None = None) -> str:
-    """The call that goes on at these rates, from the checkpoint of `step`; None: as the folder stands, or in `out`."""
-    fields = [f"train.optimizer.{name}={rate:g}" for name, rate in rates.items()]
-    return train_call(folder, fields, step=step, out=out)
+    fields = [f"train.optimizer.{name}={rate:g}" for name, rate in half_rates(train.optimizer).items()]
+    return f"To go on {place} at half the rate:  {train_call(folder, fields, step=good_step, out=out)}"

@@ -91,7 +91,6 @@ def copy(state: State, notes: CheckpointNotes, memory: HostMemory) -> Checkpoint
         images=state.images,
         skips=state.skips,
         trend=state.trend,
-        gradients=state.gradients,
         ranks=dist.world(),
         versions=software_versions(),
         frozen=state.frozen,
@@ -228,7 +227,6 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
     state.images = saved.images
     state.skips = saved.skips
     state.trend = saved.trend
-    state.gradients = saved.gradients
     state.timing = saved.timing
 
 

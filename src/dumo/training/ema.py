@@ -13,8 +13,7 @@ After update n the weights w_k, k <= n, weigh the integral from k - 1 to k of it
 
     p(tau) = (gamma + 1) tau^gamma / n^(gamma + 1),   0 <= tau <= n,
 
-and the start weighs nothing: that is the recursion with d_n = (1 - 1/n)^(gamma + 1). After training, averages of other
-widths can be made of snapshots of such averages (`dumo.run.average`).
+and the start weighs nothing: that is the recursion with d_n = (1 - 1/n)^(gamma + 1).
 
 In a run n is the step. A step that is skipped counts, and makes no update, so after skipped ones the weights differ a
 little from these; where the first step is skipped, the start weighs something.

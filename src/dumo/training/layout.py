@@ -238,11 +238,6 @@ def local_tensor(x: Tensor) -> Tensor:
     return cast("DTensor", x).to_local() if hasattr(x, "to_local") else x
 
 
-def shard_count(x: Tensor) -> int:
-    """The number of ranks that hold one replica of a tensor between them; 1 if it is in one piece."""
-    return cast("DTensor", x).device_mesh.shape[-1] if hasattr(x, "to_local") else 1
-
-
 def offset_on_rank(x: Tensor) -> int:
     """The number, in the whole of a tensor, of the first number on this rank; ranks share it by rows."""
     if not hasattr(x, "to_local"):

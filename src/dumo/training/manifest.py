@@ -28,7 +28,6 @@ from dumo.io.weights import title
 from dumo.runtime import dist
 from dumo.runtime.door import option, train_call
 from dumo.training.agreement import gather_results
-from dumo.training.burst import GradientNorms
 from dumo.training.deadline import Timing
 from dumo.training.state import FAR, Trend
 from dumo.types import UserError
@@ -73,7 +72,6 @@ class Manifest(BaseModel):
     images: int
     skips: int = 0  # skipped steps in a row, up to this one
     trend: Trend = Trend()  # of the error up to this step
-    gradients: GradientNorms = GradientNorms()  # their norms by module, of the last steps up to this one
     ranks: int = 1  # that wrote it
     versions: dict[str, str] = {}
     frozen: str | None = None  # the digest of the frozen weights, which no file holds; None: there are none
@@ -92,8 +90,6 @@ class Manifest(BaseModel):
         excluded = {"sum"}
         if self.threads is None:
             excluded |= {"threads", "cores"}
-        if not self.gradients.norms:
-            excluded |= {"gradients"}
         return digest.short(self.model_dump_json(exclude=excluded))
 
 
@@ -417,9 +413,8 @@ def folder_of(step: int) -> str:
 
 
 def weight_folders(run: Path) -> list[Path]:
-    """The folders of a run that hold weights by step: checkpoints, milestones, the best, snapshots of each average."""
-    snapshots = sorted(place for place in (run / "snapshots").glob("*") if not place.is_file())
-    return [run / "checkpoints", run / "milestones", run / "best", *snapshots]
+    """The folders of a run that hold weights by step: checkpoints, milestones and the best weights."""
+    return [run / "checkpoints", run / "milestones", run / "best"]
 
 
 def remove(checkpoint: Path) -> None:

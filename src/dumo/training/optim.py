@@ -104,11 +104,6 @@ class Muon(Spec):
     betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)  # AdamW's, as is eps
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
 
-    @property
-    def embedders_lr(self) -> float:
-        """The rate of the embedders of times."""
-        return self.time_lr or self.adamw_lr or self.lr
-
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of a net's trained weights.
 

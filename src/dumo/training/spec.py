@@ -11,7 +11,7 @@ from dumo.flow.draw import Coupling
 from dumo.flow.precision import Precision
 from dumo.runtime.limits import MINUTES, ROWS, STEPS
 from dumo.training.deadline import Timing
-from dumo.training.ema import Average, Ema, PowerEma
+from dumo.training.ema import Average, Ema
 from dumo.training.optim import AdamW, Optimizer
 from dumo.training.schedule import Constant, LearningRateSchedule
 from dumo.types import CHANGES, FREE, MACHINE, QUIET, Spec
@@ -61,7 +61,6 @@ class Train(Spec):
     precision: Precision = Field(default="fp32", json_schema_extra=CHANGES)
     seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)
     log_every: int = Field(default=50, ge=1, json_schema_extra=MACHINE)  # steps
-    probe_every: int = Field(default=250, ge=0, json_schema_extra=MACHINE)  # steps; 0: never
     # Steps after which samples are drawn into sheets/; a number n: after every n-th.
     sheets: PositiveInt | tuple[PositiveInt, ...] = Field(default=(), json_schema_extra=MACHINE)
     save_every: int = Field(default=1000, ge=1, json_schema_extra=MACHINE)  # steps
@@ -71,8 +70,6 @@ class Train(Spec):
     # Training stops after this many steps in a row whose loss or gradient is not finite.
     max_skips: int = Field(default=3, ge=1, json_schema_extra=MACHINE)
     milestones: tuple[NonNegativeInt, ...] = Field(default=(), json_schema_extra=MACHINE)  # steps whose weights stay
-    # Averages by a power are written after every n-th step and the last; `dumo average` makes other widths of them.
-    snapshots: int | None = Field(default=None, ge=1, json_schema_extra=MACHINE)
 
     @model_validator(mode="after")
     def _require_fit(self) -> "Train":
@@ -81,8 +78,6 @@ class Train(Spec):
             raise ValueError(f"ema has an average twice: {keys}")
         if self.ref != "self" and self.ref not in keys:
             raise ValueError(f"ref is the average of decay {self.ref}, but ema has {keys or 'none'}")
-        if self.snapshots and not any(isinstance(ema, PowerEma) for ema in self.ema):
-            raise ValueError("snapshots are of averages by a power, and ema has none: add {kind: power, std: 0.05}")
         if self.weights == "bfloat16" and (self.optimizer.kind != "adamw8bit" or self.precision != "bf16"):
             raise ValueError(
                 "weights in bfloat16 need optimizer.kind adamw8bit and precision bf16: set both, or weights float32"
@@ -121,16 +116,6 @@ class Train(Spec):
         """
         gradient = 0.0 if self.weights == "bfloat16" else 1.0
         return gradient + self.optimizer.moments + len(self.ema)
-
-    def is_probe_due(self, step: int) -> bool:
-        """Whether the update after `step` done ones is probed."""
-        return self.probe_every > 0 and (step + 1) % self.probe_every == 0
-
-    def is_snapshot_due(self, step: int, *, is_last: bool) -> bool:
-        """Whether averages by a power are written after this step; `is_last`: no step is left."""
-        if not self.snapshots or not step:
-            return False
-        return step % self.snapshots == 0 or is_last
 
     def is_sheet_due(self, step: int) -> bool:
         """Whether samples are drawn after this step."""

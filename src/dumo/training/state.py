@@ -13,7 +13,6 @@ began, so a level far above the lowest means that it diverged, though every numb
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
 from math import exp, isfinite, log
 from pathlib import Path
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
-from dumo.training.burst import GradientNorms, parameters_by_module
 from dumo.training.deadline import Timing
 from dumo.training.ema import AverageKey, MovingAverage
 from dumo.training.muon import MOMENTUM_KEY, STACK_KEY
@@ -77,7 +75,6 @@ class State:
     images: int = 0  # images seen, repeats counted
     skips: int = 0  # skipped steps in a row, up to now
     trend: Trend = field(default_factory=Trend)  # of the error, over steps that were applied
-    gradients: GradientNorms = field(default_factory=GradientNorms)  # their norms by module, of steps that were applied
     frozen: str | None = None  # the digest of the frozen weights (`dumo.training.frozen`); None: there are none
     timing: Timing | None = None  # how far it is by the clock; None: it ends by its steps
 
@@ -88,11 +85,6 @@ class State:
     def progress(self, train: Train) -> float:
         """How much of the training is over, in [0, 1]."""
         return self.step / train.steps if self.timing is None else self.timing.progress
-
-    @cached_property
-    def module_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters by top module (`burst.parameters_by_module`)."""
-        return parameters_by_module(self.net)
 
     @property
     def sampled_net(self) -> nn.Module:

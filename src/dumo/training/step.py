@@ -6,7 +6,6 @@ The order of a step:
 2. `measure` reduces what was measured over ranks. A step whose loss or gradient is not finite is skipped on all ranks
    (`dumo.training.record`). Else gradients are clipped.
 3. `advance` counts the step and updates weights and averages.
-4. Some steps are probed.
 
 The caller makes ahead what a step takes: `flow_of` joins net and objective, `draws_of` draws random numbers, and
 `passes_of_rank` says which rows of the batch this rank takes.
@@ -17,7 +16,7 @@ gradient of its sum over the batch size, and ranks are added up after the last. 
 two ranks equal one rank with two passes, to the bit.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from math import ceil, lcm
@@ -32,9 +31,8 @@ from dumo.flow.flow import Flow, Loss
 from dumo.flow.path import FlowPath
 from dumo.runtime import dist
 from dumo.training import layout
-from dumo.training.burst import new_bursts
 from dumo.training.deadline import Timing
-from dumo.training.record import Probe, Record, measure, probe_net, skip_reason
+from dumo.training.record import Record, measure, skip_reason
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.types import Noised, Objective, Taught, Terms, Time, UserError
@@ -157,18 +155,14 @@ def train_step(
     t = torch.cat(times)
     terms = _join_terms(terms_by_pass)
     lr = spec.rate(state.step, state.timing)
-    is_probed = spec.is_probe_due(state.step)
     record = measure(state, t, terms, layout.full_tensor(norm), images=spec.batch, lr=lr, due=due, timing=timing)
     if not record.is_finite:
         record = replace(record, skipped=skip_reason(record, t, micro_batches.c, terms))
     elif spec.clip is not None:
         clip_grads_with_norm_(parameters, spec.clip, norm)
-    record = _note_gradients(state, record)
 
     # the update
     advance(state, record)
-    if is_probed and not record.skipped:
-        record = replace(record, probe=micro_batches.probe(terms.parts))
     return record
 
 
@@ -223,14 +217,6 @@ class MicroBatches:
         """The loss of these rows, in the run's precision, with their dropout masks."""
         return self.flow.terms(b, self.keys[self.local_rows(rows)], self.loss, keep=self.keep_casts)
 
-    def probe(self, parts: Iterable[str]) -> Probe | None:
-        """Probe the net as it is now on the last micro-batch."""
-        rows = self.row_slices[-1]
-        b = self.draw(rows)
-        probe = probe_net(self.flow.net, self.flow.reads, parts, b, lambda: self.loss_of(b, rows))
-        layout.release(self.flow.net)
-        return probe
-
 
 def draws_of(flow: Flow, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:
     """This rank's random numbers for the step after `step` done ones, for samples of this shape."""
@@ -251,18 +237,6 @@ def _join_terms(terms: Sequence[Terms]) -> Terms:
         {name: torch.cat([part.parts[name] for part in terms]) for name in first.parts},
         {name: torch.cat([part.notes[name] for part in terms]) for name in first.notes},
     )
-
-
-def _note_gradients(state: State, record: Record) -> Record:
-    """Add a record's gradient norms to the state's window, and return the record with their peaks and new bursts.
-
-    The record of a skipped step is returned unchanged, and its norms are not added.
-    """
-    if record.skipped:
-        return record
-    before = state.gradients
-    state.gradients = before.with_step(record.grad_norms)
-    return replace(record, grad_peaks=state.gradients.peaks(), burst=new_bursts(before, state.gradients))
 
 
 def advance(state: State, record: Record) -> None:

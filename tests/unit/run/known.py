@@ -31,7 +31,6 @@ TINY = (
     "train.steps=4",
     "train.save_every=2",
     "train.schedule.kind=constant",
-    "train.probe_every=0",
 )
 
 

@@ -25,16 +25,13 @@ from dumo.run import datanote
 from dumo.run import folder as folders
 from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, NO_CHECKPOINT_MARK, OBEYED_FILE
 from dumo.run.job import open_job
-from dumo.run.journal import Journal, burst_text, resume_hint
+from dumo.run.journal import Journal, resume_hint
 from dumo.run.request import Request, require_same_request
 from dumo.run.train import train, train_job
 from dumo.run.weights import open_run
 from dumo.runtime import door, signals
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
-from dumo.training import burst as bursts
-from dumo.training.burst import BURST_STEPS
 from dumo.training.manifest import Checkpoint, Checkpoints
-from dumo.training.saver import Saver
 from dumo.training.schedule import WSD, Cosine
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
@@ -178,98 +175,6 @@ def test_a_runs_folder_and_the_same_as_out_typed_again_goes_on(run: Path) -> Non
     for _ in range(2):
         assert call("train", run, "--out", run, "--set", "train.steps=9").code == 0
     assert steps(run)[-1] == 9
-
-
-BURST = range(32, 40)  # steps at which the gradient of the time embedder is a hundred times as large
-LONG = ("train.steps=42", "train.save_every=10", "train.log_every=20", "train.batch=64")
-
-
-def burst(state: State, *rest: object, **more: object) -> Record:
-    """As `train_step`."""
-    scale = 100.0 if state.step + 1 in BURST else 1.0
-    handles = [
-        p.register_hook(lambda gradient: scale * gradient)
-        for name, p in state.net.named_parameters()
-        if name.startswith("scalars")
-    ]
-    try:
-        return train_step(state, *rest, **more)  # pyright: ignore
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@pytest.mark.slow
-def test_a_burst_of_one_module_is_told_once_and_what_is_typed_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However the run was stopped, log, checkpoints and message are the same."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "train_step", burst)
-    monkeypatch.setattr(bursts, "WINDOW", 12)
-    monkeypatch.setattr(bursts, "WARMUP_STEPS", 20)
-    monkeypatch.setattr(door, "at_command_line", True)
-    monkeypatch.setattr(Saver, "start", lambda _, work: work())  # a checkpoint is there before the next step
-    told: list[str] = []
-    train(tiny(*LONG), Path("run"), tell=told.append)
-    (warning,) = [line for line in told if line.startswith("warning: step")]
-    first = BURST[0] + BURST_STEPS - 1
-    assert warning.startswith(f"warning: step {first}: the gradient norm of scalars is ")
-    assert "times its median of the last 50 steps" in warning
-    rows = {row["step"]: row for row in log.read_log(Path("run/metrics.jsonl"))}
-    assert [*rows] == [20, first, 40]
-    assert list(rows[first]["burst"]) == ["scalars"]
-    assert rows[40]["grad_peaks"]["scalars"] > 10 * rows[40]["grad_norms"]["scalars"]
-    assert rows[40]["time_slope"] > 0
-
-    def stopped(state: State, *rest: object, **more: object) -> Record:
-        if state.step + 1 == first - 1:
-            monkeypatch.setattr(signals, "received_signal", signal.SIGTERM)
-        return burst(state, *rest, **more)
-
-    monkeypatch.setattr(loop, "train_step", stopped)
-    monkeypatch.setattr(signals, "received_signal", None)
-    again: list[str] = []
-    with pytest.raises(signals.Stopped):
-        train(tiny(*LONG), Path("again"))
-    monkeypatch.setattr(loop, "train_step", burst)
-    monkeypatch.setattr(signals, "received_signal", None)
-    train(tiny(*LONG), Path("again"), tell=again.append)
-    assert known.bits(Path("again")) == known.bits(Path("run"))
-    assert warning.replace(" run ", " again ") in again
-
-    command = warning.partition("at half the rate:  ")[2]
-    assert command == "dumo train run --from 30 --set train.optimizer.lr=0.0005"
-    done = call(*shlex.split(command)[1:])
-    assert done.code == 0
-    assert "going on from step 30" in done.err
-
-
-def test_a_burst_before_the_first_checkpoint_has_no_way_back(tmp_path: Path) -> None:
-    record = Record(30, 240, 1.0, {}, {}, {}, [], 1.0, 1e-3, grad_norms={"blocks": 2.0}, burst={"blocks": 4.0})
-    text = burst_text(tiny().train, tmp_path, Checkpoints(tmp_path), record, is_embedder=False)
-    assert "the gradient norm of blocks is 2, 4 times its median" in text
-    assert text.endswith("begin another run at a lower rate")
-
-
-MUON = ["train.optimizer={kind: muon, adamw_lr: 0.008}"]
-
-
-@pytest.mark.parametrize(
-    ("embeds", "words", "rates"),
-    [
-        (True, "at an eighth of its rate", '{"train.optimizer.time_lr": 0.001}'),
-        (False, "at half the rate", '{"train.optimizer.lr": 0.0005, "train.optimizer.adamw_lr": 0.004}'),
-    ],
-)
-def test_a_burst_of_the_embedder_asks_for_less_of_its_own_rate(
-    embeds: bool, words: str, rates: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Checkpoints, "last_good", lambda self, step: 20)
-    record = Record(30, 240, 1.0, {}, {}, {}, [], 1.0, 1e-3, grad_norms={"scalars": 2.0}, burst={"scalars": 4.0})
-    text = burst_text(tiny(*MUON).train, tmp_path, Checkpoints(tmp_path), record, is_embedder=embeds)
-    assert f"go on from step 20 {words}:  " in text
-    assert text.endswith(f"{rates}, step=20)")
 
 
 def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> None:

@@ -258,7 +258,6 @@ def test_blocks_that_are_told_r_late_begin_as_a_velocity_that_knows_none(tmp_pat
         "net.attention=2",
         "train.batch=4",
         "train.steps=1",
-        "train.probe_every=0",
     )
     train(load("digits-flow-matching", [*small]), tmp_path / "fm")
     asked = [*small, "train.optimizer.lr=1e-12", f"start.source={tmp_path / 'fm'}"]

@@ -30,7 +30,7 @@ from dumo.run.summary import training_summary
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime.progress import no_bar
-from dumo.training import agreement, log
+from dumo.training import agreement
 from dumo.types import UserError
 from tiers import tiered
 from unit.run import known
@@ -102,22 +102,6 @@ def test_training_is_watched_and_logged(tmp_path: Path) -> None:
     assert load(str(tmp_path / "run")) == tiny()
     train(tiny("moons", "train.steps=8"), tmp_path / "run", bar=seen)
     assert seen.ticks[7:] == [6, 7, 8]
-
-
-@pytest.mark.nightly
-def test_a_probe_is_logged_whenever_it_is_made(tmp_path: Path) -> None:
-    """Of a run that is stopped and resumed, as of one that is not."""
-    run = tiny("moons", "train.probe_every=4")
-    train(run, tmp_path / "whole")
-    rows = log.read_log(tmp_path / "whole/metrics.jsonl")
-    assert [row["step"] for row in rows] == [3, 4, 6]
-    assert [row["probe"] is not None for row in rows] == [False, True, False]
-    assert rows[1]["probe"]["cosines"].keys() == {"v,u"}
-    assert rows[0]["notes"].keys() == {"clipped_share", "head_gap"}
-    train(tiny("moons", "train.probe_every=4", "train.steps=3"), tmp_path / "run")
-    train(tiny("moons", "train.probe_every=4"), tmp_path / "run")
-    train(tiny("moons", "train.probe_every=4"), tmp_path / "again")
-    assert log.read_log(tmp_path / "run/metrics.jsonl") == log.read_log(tmp_path / "again/metrics.jsonl")
 
 
 def test_ranks_that_see_different_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +237,7 @@ def test_a_table_that_was_begun_keeps_the_size_of_its_shards(tmp_path: Path) -> 
 def test_the_recipe_trains_on_its_data(tmp_path: Path) -> None:
     """On the test images, which are fewer, with a net of a few layers, and makes images in one pass."""
     small = ["net.width=8", "net.depth=1", "net.multipliers=[1]", "net.attend=[1]", "train.batch=4", "train.steps=2"]
-    few = ["data.split=test", "data.memory=0", "train.log_every=1", "train.probe_every=0"]
+    few = ["data.split=test", "data.memory=0", "train.log_every=1"]
     train(load("cifar10", [*small, *few]), tmp_path, device="cpu")
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["images"] for record in records] == [4, 8]

@@ -9,18 +9,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dumo import runtime
-from dumo.flow.path import Linear
 from dumo.flow.precision import round_stochastically
-from dumo.flow.slope import DualSlope
-from dumo.nets import DiT
-from dumo.objectives import DuMo
 from dumo.runtime.random import philox, random_uint32, stream
 from dumo.training import eightbit
 from dumo.training.eightbit import BLOCK, AdamW8bitOptimizer, has_8bit_moments
 from dumo.training.optim import AdamW, AdamW8bit
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import flow_of, train_step
 from dumo.types import UserError
 from unit.training.by_path import restore, save
 from unit.training.toy import same, tensors
@@ -143,18 +138,6 @@ def test_it_goes_on_bit_for_bit(weights: str, tmp_path: Path) -> None:
     assert same(tensors(moved(second, 2)), tensors(straight))
     kinds = {x.dtype for x in second.net.parameters()}, {x.dtype for x in second.sampled_net.parameters()}
     assert kinds == ({getattr(torch, weights)}, {torch.float32})
-
-
-def test_a_probe_in_16_bits_has_no_drift() -> None:
-    """A difference over so short a time would be of rounding."""
-    objective = DuMo(slope=DualSlope())
-    spec = HALF.model_copy(update={"batch": 8, "probe_every": 1})
-    state = begin(DiT(width=16, depth=1, attention=2, patch=2).build(objective.needs, (1, 4, 4), 2), spec)
-    batch = torch.randn(8, 1, 4, 4, generator=stream("half")), torch.arange(8) % 2
-    probe = train_step(state, flow_of(state, spec, objective, Linear(), 2), batch, spec).probe
-    assert probe
-    assert probe.cosines.keys() == {"v,u"}
-    assert probe.drift is None
 
 
 def test_the_seed_rounds() -> None:

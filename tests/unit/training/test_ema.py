@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from dumo.training.ema import Ema, MovingAverage, PowerEma, exponent
-from dumo.training.spec import Train
 from unit.training.toy import Small
 
 
@@ -46,15 +45,6 @@ def test_a_power_has_its_width_however_long_it_runs(std: float) -> None:
 def test_exponents_are_those_of_the_paper() -> None:
     """EDM2, Sec. 3.1."""
     assert (exponent(0.05), exponent(0.1)) == pytest.approx((16.97, 6.94), abs=0.005)
-
-
-def test_snapshots_are_of_averages_by_a_power() -> None:
-    power = PowerEma(std=0.1)
-    spec = Train(steps=10, batch=1, ema=(power,), snapshots=4)
-    assert [step for step in range(11) if spec.is_snapshot_due(step, is_last=step == 10)] == [4, 8, 10]
-    assert not any(Train(steps=10, batch=1, ema=(power,)).is_snapshot_due(step, is_last=False) for step in range(11))
-    with pytest.raises(ValidationError, match="kind: power"):
-        Train(steps=10, batch=1, snapshots=4)
 
 
 def start_left(spec: Ema, updates: int) -> float:

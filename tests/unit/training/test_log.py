@@ -84,7 +84,7 @@ def test_a_broken_line_inside_is_named(tmp_path: Path, second: bytes) -> None:
     [
         ([10, 20, 30, 40], 10, []),
         ([10, 20, 50, 60], 10, [(20, 50)]),
-        ([10, 20, 25, 50, 60, 90], 10, [(20, 50), (60, 90)]),  # with a row of a probe
+        ([10, 20, 25, 50, 60, 90], 10, [(20, 50), (60, 90)]),  # with a row between
         ([50, 100, 150, 160, 170], 10, []),  # logged more often since
         ([10, 20, 30, 80, 130], 50, []),  # and less often
         ([100, 200, 250, 300], 50, []),  # more often since the third row

@@ -139,8 +139,8 @@ def test_asked_to_stop_it_ends_after_that_step(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_drawn_ahead_is_what_a_step_draws_and_nothing_is_drawn_twice() -> None:
-    """Of a batch in pieces, with a probe: the noise of each row once a step, whoever draws it."""
-    spec = Train(steps=3, batch=12, micro_batch=4, ema=(), probe_every=1)
+    """Of a batch in pieces: the noise of each row once a step, whoever draws it."""
+    spec = Train(steps=3, batch=12, micro_batch=4, ema=())
     own, given = (begin(Small(), spec) for _ in range(2))
     with counting() as drawn:
         run(own, spec)

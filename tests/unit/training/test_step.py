@@ -51,11 +51,6 @@ def test_the_gradient_of_the_mean_loss() -> None:
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-14)
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in twin.parameters() if p.grad is not None))
     assert record.grad_norm == pytest.approx(norm, rel=1e-12)
-    squares = {name: p.grad.square().sum().item() for name, p in twin.named_parameters() if p.grad is not None}
-    by_module = {part: sum(x for name, x in squares.items() if name.startswith(part)) for part in record.grad_norms}
-    assert record.grad_norms == pytest.approx({name: math.sqrt(x) for name, x in by_module.items()}, rel=1e-6)
-    assert set(record.grad_norms) == {"first", "last", "label"}
-    assert math.hypot(*record.grad_norms.values()) == pytest.approx(norm, rel=1e-6)
     assert record.loss == pytest.approx(terms.loss.mean().item(), rel=1e-12)
     assert record.parts == pytest.approx({name: part.mean().item() for name, part in terms.parts.items()}, rel=1e-12)
     assert record.row().keys().isdisjoint({"received_signal", "due", "skipped"})
@@ -143,10 +138,10 @@ def untouched(before: dict[str, Tensor], state: State) -> bool:
 def test_what_is_not_finite_is_counted_and_not_applied(how: str) -> None:
     state = trained()
     before, lr, trend = tensors(state), state.optimizer.param_groups[0]["lr"], state.trend
-    record = step(state, Broken(how=how), lr=0.5, clip=1.0, probe_every=4)
+    record = step(state, Broken(how=how), lr=0.5, clip=1.0)
     assert untouched(before, state)
     assert (state.step, state.images, state.optimizer.param_groups[0]["lr"]) == (4, 48, lr)
-    assert (state.skips, state.trend, record.probe) == (1, trend, None)
+    assert (state.skips, state.trend) == (1, trend)
 
     t, (_, c) = noised(at=3).t, batches()(3)
     places = {"loss": t > 0.6, "part": (t > 0.6) | (t < 0.2), "gradient": t >= 0}[how].nonzero().flatten().tolist()
