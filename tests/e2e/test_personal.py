@@ -11,12 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dumo.config.load import load
 from dumo.export import lora
 from dumo.flow.draw import PRIOR, add_noise, make_draws
 from dumo.flow.guide import Guide
 from dumo.flow.reading import reading, teacher_velocity
-from dumo.run.folder import write_run_file
 from dumo.run.net import flow_in_training
 from dumo.run.weights import open_run
 from dumo.runtime.random import random_row_mask
@@ -210,22 +208,3 @@ def test_another_few_step_run_is_refused(sd3: Personal, here: Path, monkeypatch:
     refused("train", "personal", *words, *sets("start=null"), named=("net.lora.subject", "set start="))
     refused("export", sd3.few, "out", "--to", "lora", "--alone", named=("--alone", "net.lora.subject"))
     refused("export", sd3.run, "out", "--alone", named=("--alone", "--to lora"))
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("objective", ["ucgm", "consistency"])
-def test_a_few_step_run_that_learned_jumps_alone_teaches_no_velocity(
-    objective: str, sd3: Personal, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is refused before anything is written, for its own objective, whatever the subject's is."""
-    few, words = here / objective, [*sd3.words(), *LR]
-    few.mkdir()
-    write_run_file(load(str(sd3.few), [f"objective={{kind: {objective}}}"]), few)
-    monkeypatch.setenv("FEW_STEPS", str(few))
-    monkeypatch.setenv("MY_IMAGES", str(sd3.folder / "mine"))
-    said = (f"the run {few} has no velocity to teach", f"objective '{objective}'", "data.prior=null teacher=null")
-    refused("dry", "personal", *words, named=said)
-    refused("train", "personal", *words, "--out", "new", named=said)
-    refused("train", "personal", *words, *sets("objective={kind: facm}"), "--out", "new", named=said)
-    assert [*here.iterdir()] == [few]
-    must(call("show", "personal", *words, *sets("data.prior=null", "teacher=null")))

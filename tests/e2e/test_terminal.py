@@ -177,7 +177,7 @@ def test_what_is_printed_of_a_name_with_a_dash_can_be_typed(here: Path) -> None:
     assert [one[:2] for one in words] == [["sample", "./-x"], ["evaluate", "./-x"], ["report", "./-x"]]
     assert call(*words[0], "--count", "1", "--nfe", "1").code == 0
     shutil.rmtree("-x/checkpoints")
-    refused("sample", "./-x", named=("-x had checkpoints, and has none now",))
+    refused("sample", "./-x", named=("-x has no checkpoint",))
 
 
 @pytest.mark.nightly

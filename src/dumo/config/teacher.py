@@ -19,11 +19,8 @@ from pydantic import Field, model_validator
 
 from dumo.flow.guide import CFG
 from dumo.flow.solver import Heun
-from dumo.objectives import Objective
 from dumo.runtime.limits import SAMPLES
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, FromTeacher, Spec
-
-OF_VELOCITY = ("dumo", "meanflow", "facm", "flow_matching")  # some objectives that learn a velocity, for messages
 
 
 class Pairs(Spec):
@@ -79,11 +76,3 @@ class Start(Spec):
     heads: dict[str, str] = Field(default_factory=dict[str, str])
     # A hash of the source's weights, where they stay part of the net under `net.lora.subject`; found when a run begins.
     sha256: str | None = Field(default=None, exclude_if=lambda known: known is None, json_schema_extra=PINNED)
-
-
-def no_velocity(field: str, run: str, objective: Objective) -> str:
-    """The message that refuses `run` as a teacher, given in `field`: its `objective` has no reading of a velocity."""
-    return (
-        f"{field}: the run {run} has no velocity to teach, because its objective '{objective.kind}' learns jumps "
-        f"alone: take a run of an objective that learns a velocity, such as {', '.join(OF_VELOCITY)}"
-    )

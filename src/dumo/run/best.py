@@ -14,14 +14,12 @@ from math import isfinite
 from pathlib import Path
 
 from dumo.config.difference import identity
-from dumo.config.place import LOG_FILE
 from dumo.config.spec import Run
 from dumo.evaluation.metric import higher_is_better
 from dumo.run.folder import BEST_FOLDER
 from dumo.run.provenance import require_own_file
-from dumo.training import agreement, checkpoint, log, manifest
+from dumo.training import agreement, checkpoint, manifest
 from dumo.training.state import State
-from dumo.types import UserError
 
 KIND = "best weights"  # what the file of weights says it is
 _SCORE = "score"  # the name of the score among the facts in the file
@@ -49,13 +47,12 @@ class BestFolder:
         """
         self.run = run
         self.folder = run_folder / BEST_FOLDER
-        self.log_file = run_folder / LOG_FILE
         self.identities = {*identities, identity(run)}
 
     def find_best(self, max_step: int | None = None) -> BestWeights | None:
-        """The newest weights, up to step `max_step`; None: there are none, or they do not say their score.
+        """The newest weights, up to step `max_step`; None if there are none.
 
-        Raises UserError where the file is not what this run wrote there.
+        Raises UserError if the file is not what this run wrote there.
         """
         files = manifest.paths_by_step(self.folder, ".safetensors")
         steps = [step for step in files if max_step is None or step <= max_step]
@@ -64,14 +61,8 @@ class BestFolder:
         step = steps[-1]
         file = files[step]
         require_own_file(file, self.identities, KIND, step)
-        facts = checkpoint.facts_of(file)
-        score = facts.get(_SCORE)
-        if not score:
-            return None
-        best = BestWeights(file, step, score["name"], score["value"], score["protocol"], score["nfe"])
-        if checkpoint.FACTS_SUM not in facts:
-            self._require_logged(best)
-        return best
+        score = checkpoint.facts_of(file)[_SCORE]
+        return BestWeights(file, step, score["name"], score["value"], score["protocol"], score["nfe"])
 
     def save_if_best(self, state: State, *, metric: str, value: float, protocol: str, nfe: int) -> None:
         """Write the sampled weights if their score is finite and the best of those that were measured alike.
@@ -112,13 +103,3 @@ class BestFolder:
         if best is None:
             return None
         return f"the best {best.metric} in training, {best.value:.4g}, is of step {best.step:,}: {best.file}"
-
-    def _require_logged(self, best: BestWeights) -> None:
-        """Raise UserError unless the log has the score: that of an older file is under no checksum."""
-        for row in log.read_log(self.log_file):
-            if row["step"] == best.step and row.get("val", {}).get(best.metric) == best.value:
-                return
-        raise UserError(
-            f"{best.file} says that its {best.metric} is {best.value}, and {LOG_FILE} has no such row of step "
-            f"{best.step}: put back the one that this run kept, or remove it"
-        )

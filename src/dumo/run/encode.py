@@ -40,7 +40,6 @@ from dumo.run.prompt import open_source_images
 from dumo.run.resolve import data_with_facts, load_resolved
 from dumo.runtime import signals, threads
 from dumo.runtime.device import choose_device
-from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import Spec, UserError
 
@@ -105,20 +104,8 @@ def encoding_work(
     """
     settings = [*options_as_settings(out, codec, side, count), *overrides]
     if choose(source).kind == "images":
-        _require_image_options(source, out, codec, side)
         return _work_of_images(source, settings)
     return _work_of_recipe(source, settings)
-
-
-def _require_image_options(source: str, out: str | None, codec: str | None, side: int | None) -> None:
-    """Raise UserError where one of the options is missing that a folder of images needs, as no recipe gives it."""
-    options = {"OUT": out, "--codec": codec, "--side": side}
-    missing = [name for name, value in options.items() if value is None]
-    if missing:
-        raise UserError(
-            f"a folder of images needs {', '.join(options)}, and {', '.join(missing)} is missing: dumo encode {source} "
-            "OUT --codec taef2 --side 256"
-        )
 
 
 def _work_of_images(root: str, settings: Sequence[str]) -> EncodingWork:
@@ -302,8 +289,6 @@ def encode_texts(
     if shard_rows is None:
         existing_index = texttable.read_index(spec.folder)
         shard_rows = existing_index.shard_rows if existing_index else _SHARD_ROWS
-    if shard_rows > ROWS:
-        raise UserError(f"shard_rows = {shard_rows:,}: a shard has at most {ROWS:,} rows, set it lower")
     num_rows = table.rows_of_rank(len(texts) + 1, shard_rows, rank, world)  # the empty text, too
     with threads.fewer_when_busy(torch_device, line_printer(bar)), bar("encoding captions", num_rows) as tick:
         make_result = texttable.encode(

@@ -1,20 +1,11 @@
-"""A run's folder while it is trained: locked, refused where it holds another run, guarded, and marked.
+"""A run's folder while it is trained: locked, refused if it holds another run, guarded, and marked.
 
-`run.job` calls, in this order:
-
-1. `locked_run_folder`, which asks `require_free` whether the folder is a run's, or may become one.
-2. `require_resumable`, `remove_half_written` and `guard_run_folder`, which also guards what `is_on_other_disk`.
-
-`run.history` then calls:
-
-3. before the first step `set_best_aside`, `write_run_file`, and one of the two marks.
-
-The journal then calls:
-
-4. at each checkpoint `restore_run_file` and `mark_checkpoint_written`.
+`locked_run_folder` keeps other trainings out, `require_resumable` refuses another run, `remove_half_written` cleans up
+after a kill, and `guard_run_folder` refuses writes once the folder was moved. `run.job` calls them in this order.
+`run.history` calls `set_best_aside`, `write_run_file` and one of `mark_no_checkpoint_yet` and
+`mark_checkpoint_written` before the first step; the journal marks each checkpoint that it has written.
 """
 
-import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -31,13 +22,10 @@ from dumo.run.index import Index
 from dumo.run.provenance import require_same_run
 from dumo.runtime.door import option
 from dumo.training import manifest
-from dumo.training.log import read_log
-from dumo.training.spec import Train
 from dumo.types import UserError
 
 # names in a run's folder
 LOCK_FILE = ".training.lock"  # present, and locked, while a process trains here
-NO_CHECKPOINT_MARK = ".unsaved"  # empty: training has begun, and no checkpoint is written yet
 OBEYED_FILE = ".obeyed"  # what was last asked for that is to be obeyed once (`dumo.run.request`)
 CHECKPOINT_MARK = ".saved"  # empty: a checkpoint was written; if none is there now, it was lost
 _CHECKPOINTS_FOLDER = "checkpoints"
@@ -50,9 +38,8 @@ def locked_run_folder(folder: Path) -> Generator[None, None, None]:
     """Make a run's folder, if it is missing, and keep every other training out of it.
 
     A folder that was made and is empty at the end is removed. Raises UserError where another process trains there, and,
-    before anything is written, where the folder may not become a run's (`require_free`) or its name is not UTF-8.
+    before anything is written, where the folder may not become a run's (`require_free`).
     """
-    _require_utf8(folder)
     require_free(folder)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,29 +53,9 @@ def locked_run_folder(folder: Path) -> Generator[None, None, None]:
                 new_folder.rmdir()
 
 
-def _require_utf8(folder: Path) -> None:
-    """Raise UserError where a folder's name is not valid UTF-8: safetensors opens no file there."""
-    name = str(folder)
-    if name != name.encode(errors="replace").decode():
-        raise UserError(
-            f"{folder}: the folder's name is not valid UTF-8, and safetensors cannot open files in it: give another "
-            f"with {option('out')}"
-        )
-
-
 def require_free(folder: Path) -> None:
-    """Raise UserError unless a path is a run's folder, an empty folder, or free. Leftovers of a kill do not count."""
-    if (folder / RUN_FILE).exists():
-        return
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give another path with {option('out')}")
-    if manifest.paths_by_step(folder / _CHECKPOINTS_FOLDER):
-        raise UserError(
-            f"{folder / RUN_FILE} was removed: restore it (each checkpoint that is left holds a copy, "
-            f"{_CHECKPOINTS_FOLDER}/step-*/{manifest.RUN}), then start again; or give another folder with "
-            f"{option('out')}"
-        )
-    if not folder.is_dir():
+    """Raise UserError for a folder of other files than a run's. Leftovers of a kill do not count."""
+    if (folder / RUN_FILE).exists() or not folder.is_dir():
         return
     for path in folder.iterdir():
         if path.name != LOCK_FILE and not _is_half_written(path):
@@ -111,10 +78,8 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
     folder = index.folder
     checkpoints = index.checkpoints.by_step()
     if step is not None and step not in checkpoints:
-        problem = f"{option('from', step)}: {folder} has no checkpoint of that step"
-        if not checkpoints:
-            raise UserError(f"{problem}: it has none")
-        raise UserError(f"{problem}: it has those of step {', '.join(map(str, checkpoints))}")
+        existing = ", ".join(map(str, checkpoints)) or "none"
+        raise UserError(f"{option('from', step)}: {folder} has no checkpoint of that step; its checkpoints: {existing}")
     steps_done = max(checkpoints, default=0) if step is None else step
     ends_by_steps = run.train.minutes is None
     if ends_by_steps and steps_done > run.train.steps:
@@ -123,35 +88,21 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
             f"{steps_done} or more"
         )
     if index.recorded_run and not checkpoints:
-        _require_no_lost_checkpoint(folder, index.recorded_run.run.train)
+        _require_no_lost_checkpoint(folder)
     require_same_run(index, run, step, accept=accept)
 
 
-def _require_no_lost_checkpoint(folder: Path, train: Train) -> None:
-    """Raise UserError where a run without checkpoints had some, which would be trained again.
+def _require_no_lost_checkpoint(folder: Path) -> None:
+    """Raise UserError if a run without checkpoints had some: it would be trained again from the start.
 
-    The marks in the folder tell. Where the log is gone, too, the user has cleared the run, and it may begin anew. Runs
-    older than the marks have lost a checkpoint where the log reaches past train.first_saved_step.
+    If the log is gone, too, the user has cleared the run, and it may begin anew.
     """
-    log_file = folder / LOG_FILE
-    if not log_file.exists():
-        return
     checkpoints_folder = folder / _CHECKPOINTS_FOLDER
-    if (folder / CHECKPOINT_MARK).exists():
+    if (folder / LOG_FILE).exists() and (folder / CHECKPOINT_MARK).exists():
         raise UserError(
             f"{folder} had checkpoints, and {checkpoints_folder} has none: mount its disk or restore "
             f"{checkpoints_folder}. To train from the start give another folder with {option('out')}, or move {folder} "
             "away"
-        )
-    if (folder / NO_CHECKPOINT_MARK).exists():
-        return
-    last_step = max((row["step"] for row in read_log(log_file)), default=0)
-    # Not the step itself: its row is logged first, and a kill may come before its checkpoint is written.
-    if last_step > train.first_saved_step:
-        raise UserError(
-            f"{log_file} reaches step {last_step}, and {checkpoints_folder} has no checkpoint: mount its disk or "
-            f"restore {checkpoints_folder}. To train from the start give another folder with {option('out')}, or move "
-            f"{log_file} away"
         )
 
 
@@ -221,45 +172,17 @@ def write_run_file(run: Run, folder: Path, changed: Sequence[RecordedChange] = (
 
 
 def mark_no_checkpoint_yet(folder: Path) -> None:
-    """Mark, before the first step, that the run has no checkpoint yet.
-
-    Raises UserError where the folder is no longer in its place (`require_in_place`).
-    """
-    mark = folder / NO_CHECKPOINT_MARK
-    old_mark = folder / CHECKPOINT_MARK
-    require_in_place(mark)
-    if old_mark.exists():  # of a run whose log and checkpoints were removed: it would be missed after a kill
-        old_mark.replace(mark)
-    else:
-        mark.touch()
-    files.flush(folder)
-
-
-def restore_run_file(folder: Path, text: str) -> bool:
-    """Write run.yaml again, as `text`, where it was removed during training. Returns whether it was.
-
-    Raises UserError where the folder is no longer in its place (`require_in_place`).
-    """
-    file = folder / RUN_FILE
-    require_in_place(file)
-    if file.is_file():
-        return False
-    files.write(file, text.encode(), durable=True)
-    return True
+    """Remove, before the first step, the mark of a run whose log and checkpoints were removed."""
+    (folder / CHECKPOINT_MARK).unlink(missing_ok=True)
 
 
 def mark_checkpoint_written(folder: Path) -> None:
     """Mark that the run has a checkpoint: from now on one that is not there was lost.
 
-    Raises UserError where the folder is no longer in its place (`require_in_place`).
+    Raises UserError if the folder is no longer in its place (`require_in_place`).
     """
     mark = folder / CHECKPOINT_MARK
-    old_mark = folder / NO_CHECKPOINT_MARK
     require_in_place(mark)
-    if old_mark.exists():
-        old_mark.replace(mark)
-    elif mark.exists():
-        return
-    else:  # the run is older than the marks
+    if not mark.exists():
         mark.touch()
-    files.flush(folder)
+        files.flush(folder)

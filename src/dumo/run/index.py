@@ -6,7 +6,6 @@ the same, and no file is read twice. An index is of one moment: after waiting fo
 a new one.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,6 @@ from dumo.config.source import RUN_FILE, RecordedChange, RunText, file_state, pa
 from dumo.config.spec import Run
 from dumo.run import datanote
 from dumo.run.datanote import DataNote
-from dumo.runtime import dist
 from dumo.training import manifest
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.types import UserError
@@ -35,21 +33,9 @@ class CheckpointRun(RecordedRun):
     step: int
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint) -> "CheckpointRun | None":
-        """The run of a checkpoint; None, with a warning, if it was written before checkpoints held their run.
-
-        Raises UserError if it is damaged.
-        """
-        text = checkpoint.run_text
-        if text is None:
-            if dist.is_main():
-                warnings.warn(
-                    f"{checkpoint.path} was written before checkpoints held their run: {RUN_FILE} is not compared with "
-                    "it",
-                    stacklevel=2,
-                )
-            return None
-        run_text = parse_text(text, checkpoint.path / manifest.RUN)
+    def read(cls, checkpoint: Checkpoint) -> "CheckpointRun":
+        """The run of a checkpoint. Raises UserError if it is damaged."""
+        run_text = parse_text(checkpoint.run_text, checkpoint.path / manifest.RUN)
         return cls(run_of(run_text), run_text.changed, checkpoint.path.name, checkpoint.manifest.step)
 
     def differences_from(self, recorded_run: RecordedRun) -> list[Difference]:
@@ -91,7 +77,7 @@ class Index:
     folder: Path
     text: RunText | None  # of run.yaml; None: there is none
     checkpoints: Checkpoints
-    _runs: dict[Path, CheckpointRun | None] = field(default_factory=dict)
+    _runs: dict[Path, CheckpointRun] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, text: RunText | None = None) -> "Index":
@@ -125,7 +111,7 @@ class Index:
             return self.recorded_run.run
         return run_of(self.text, overrides)
 
-    def checkpoint_run(self, checkpoint: Checkpoint) -> CheckpointRun | None:
+    def checkpoint_run(self, checkpoint: Checkpoint) -> CheckpointRun:
         """The run that a checkpoint holds, as `CheckpointRun.read`."""
         if checkpoint.path not in self._runs:
             self._runs[checkpoint.path] = CheckpointRun.read(checkpoint)

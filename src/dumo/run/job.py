@@ -51,7 +51,6 @@ from dumo.run.net import outline, require_room_to_train
 from dumo.run.request import Request, require_same_request
 from dumo.run.resolve import open_source, resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
-from dumo.run.summary import may_take_a_day
 from dumo.run.weights import begin_or_resume
 from dumo.runtime import dist, stopwatch, threads
 from dumo.runtime.device import choose_device, known_peak_tflops
@@ -112,7 +111,6 @@ class Job:
     sheets: Sheets | None  # None: no sheets are drawn
     meter: Meter
     net_outline: nn.Module  # the net on the meta device, without values
-    step_flops: float | None  # operations of a step, for one image; None: not counted, since the run is short
     began: float  # seconds, by `stopwatch.wall_clock`: from when its time counts, if it ends by the clock
 
 
@@ -193,8 +191,9 @@ def open_job(
             data = open_data(run_to_train.data)
             with threads.fewer_when_busy(torch_device, ignore_line):
                 examination.examine(run_to_train, torch_device).require()
-            step_flops = _step_flops(run_to_train, net_outline, torch_device)
-            meter = Meter(run_to_train.train, folder, torch_device, step_flops)
+            meter = Meter(
+                run_to_train.train, folder, torch_device, _step_flops(run_to_train, net_outline, torch_device)
+            )
             drawn_sheets = sheets(run_to_train, folder, tell_on_main) if sheets else None
 
             # 6. begin the state, and open what reads it
@@ -230,7 +229,6 @@ def open_job(
             sheets=drawn_sheets,
             meter=meter,
             net_outline=net_outline,
-            step_flops=step_flops,
             began=time_began,
         )
 
@@ -449,8 +447,8 @@ def open_data(data: Data) -> DataSource:
 
 
 def _step_flops(run: Run, net_outline: nn.Module, device: torch.device) -> float | None:
-    """The operations of a step, for one image; None: they are not counted, since the run is short."""
-    if not known_peak_tflops(device) and not may_take_a_day(run.train, net_outline, run.data.shape):
+    """The operations of a step, for one image; None for a device whose peak is not known."""
+    if not known_peak_tflops(device):
         return None
     from dumo.run import cost
 

@@ -18,14 +18,14 @@ import torch
 
 from dumo.autodiff import float64
 from dumo.config.difference import identity
-from dumo.config.load import RUN_FILE, dump
+from dumo.config.load import dump
 from dumo.config.place import LOG_FILE
 from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
 from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
 from dumo.run import datacheck, examination
-from dumo.run.folder import mark_checkpoint_written, restore_run_file, write_run_file
+from dumo.run.folder import mark_checkpoint_written, write_run_file
 from dumo.run.net import outline
 from dumo.run.netbytes import weight_bytes
 from dumo.run.weights import build
@@ -204,7 +204,6 @@ class Journal:
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:
-            agreement.on_main_rank(self.restore_run_file)
             agreement.on_main_rank(lambda: log.flush(log_file))
             checkpoint.save_copy(self.checkpoints, copy, self.run.train.keep)
             agreement.on_main_rank(lambda: mark_checkpoint_written(self.folder))
@@ -225,14 +224,6 @@ class Journal:
             return
         self.run = self.run.model_copy(update={"train": train.model_copy(update={"steps": state.step})})
         agreement.on_main_rank(lambda: write_run_file(self.run, self.folder, self.changes or ()))
-
-    def restore_run_file(self) -> None:
-        """Write run.yaml again where it was removed, with a warning: a checkpoint is of no use without it.
-
-        Raises UserError where the run's folder is no longer in its place.
-        """
-        if restore_run_file(self.folder, self.run_text):
-            self.tell(f"warning: {self.folder / RUN_FILE} was removed during training, and is written again")
 
     def examine(self, state: State) -> None:
         """Raise UserError if the objective has a slope, and it is not the derivative at the weights in training.

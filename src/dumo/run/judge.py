@@ -116,10 +116,7 @@ def reference_data(data: Data, split: str | None) -> DataSource:
     if not is_images(images):
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
     split_images = images.model_copy(update={"split": split, "count": None})
-    try:
-        return split_images.with_facts().originals()
-    except UserError as error:
-        raise UserError(f"{error}; or evaluate.split={split}, the images that samples are judged against") from error
+    return split_images.with_facts().originals()
 
 
 def _originals_for_photos(data: Data) -> DataSource:

@@ -58,11 +58,9 @@ def edits_images(data: Data) -> bool:
 def conditions_of_prompts(sampler: Sampler, prompts: Sequence[str], source: Path | None = None) -> Int64[Tensor, " b"]:
     """The condition of each prompt, its number, by which to sample. Warns where a prompt is cut.
 
-    `source` is the image that the prompts edit. Raises UserError where there are no prompts, or a blank one, the run
-    reads no texts, or its encoder is missing, or another than the run was trained with.
+    `source` is the image that the prompts edit. Raises UserError for a blank prompt, and where the run reads no texts,
+    or its encoder is missing, or another than the run was trained with.
     """
-    if not prompts:
-        raise UserError("there are no prompts: give one at least")
     if any(not text.strip() for text in prompts):
         raise UserError("a prompt is empty: say what the image shows, or leave the prompt out")
     texts = sampler.texts
@@ -94,8 +92,7 @@ def conditions_of_prompts(sampler: Sampler, prompts: Sequence[str], source: Path
 def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) -> list[str]:
     """The prompts as captions: where the run was trained on such, captions that edit the image in `source`.
 
-    Raises UserError where the run edits images and there is no source, where it edits none and there is one, and where
-    there is no such file.
+    Raises UserError if the run edits images and there is no source, or edits none and there is one.
     """
     if edits_images(sampler.data) and source is None:
         raise UserError(f"this run edits images: say which, {option('source', 'FILE')}")
@@ -103,8 +100,6 @@ def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) 
         return [text.strip() for text in prompts]
     if not edits_images(sampler.data):
         raise UserError(f"this run edits none: leave out {option('source')}")
-    if not source.is_file():
-        raise UserError(f"{option('source', str(source))}: there is no such file")
     sha256 = source_hash(source)
     return [edit_caption(text, sha256) for text in prompts]
 

@@ -33,8 +33,6 @@ def require_own_checkpoint(run: Run, index: Index, checkpoint: Checkpoint, place
     `run` is the run that is opened, `place` the part of the checkpoint that is shown.
     """
     trained_run = index.checkpoint_run(checkpoint)
-    if trained_run is None:
-        return
     recorded_run = RecordedRun(run, index.past)
     lines = trained_run.lines(trained_run.differences_from(recorded_run), recorded_run)
     _require_no_differences(index.folder, place, lines)
@@ -80,22 +78,19 @@ def _require_no_differences(folder: Path, place: Path, lines: list[str]) -> None
 def require_own_file(file: Path, identities: Set[str], kind: str, step: int, **facts: object) -> None:
     """Raise UserError where a file of weights alone is of another run, or is not what its place in the folder says.
 
-    `identities` are those of the run (`RecordedRun.identities`). A file from before a fact was written down lacks it,
-    and is not refused for that.
+    `identities` are those of the run (`RecordedRun.identities`).
     """
     facts_in_file = facts_of(file)
-    owner = facts_in_file.get("run")
-    if owner is not None and owner not in identities:
+    if facts_in_file.get("run") not in identities:
         raise UserError(
             f"{file} has weights of another run than {RUN_FILE} says: put back those that this run kept, or remove them"
         )
     facts_in_file["step"] = step_of(file, step)
     expected = {"kind": kind, "step": step, **facts}
     for name, value in expected.items():
-        if facts_in_file.get(name, value) != value:
-            raise UserError(
-                f"{file} says that its {name} is {facts_in_file[name]}, not {value}: put each file back in its place"
-            )
+        stated = facts_in_file.get(name)
+        if stated != value:
+            raise UserError(f"{file} says that its {name} is {stated}, not {value}: put each file back in its place")
 
 
 def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) -> None:
@@ -138,16 +133,13 @@ def _last_readable_run(index: Index, step: int | None) -> CheckpointRun | None:
 
 
 def run_before_step(index: Index, checkpoint: Checkpoint | None) -> RecordedRun | None:
-    """The run that the steps up to a checkpoint were of, and what had changed in it; None: none was written down.
-
-    The checkpoint says so; one from before they did leaves it to run.yaml.
-    """
+    """The run that the steps up to a checkpoint were of, and what had changed in it; None: none was written down."""
     recorded_run = index.recorded_run
     if recorded_run is None:
         return None
-    trained_run = index.checkpoint_run(checkpoint) if checkpoint else None
-    if trained_run is None:
+    if checkpoint is None:
         return recorded_run
+    trained_run = index.checkpoint_run(checkpoint)
     later_changes_of_data = [
         change for change in recorded_run.past if change.is_of_data and change.step >= trained_run.step
     ]

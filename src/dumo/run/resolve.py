@@ -27,12 +27,10 @@ from dumo.config.conditions import Conditions, shown_data
 from dumo.config.difference import differences
 from dumo.config.encodecommand import encode_command, encode_texts_command
 from dumo.config.load import load, parse
-from dumo.config.need import ways_to_captions
-from dumo.config.source import CODE_KEY, RUN_FILE, TYPED_KEY, RunText, read, without_resolved
+from dumo.config.source import CODE_KEY, TYPED_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
 from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.path import Diffusion
-from dumo.flow.reading import taught_readings
 from dumo.io import digest, trained
 from dumo.io.read import user_path
 from dumo.io.source import DataSource
@@ -45,7 +43,6 @@ from dumo.runtime.progress import ignore_line
 from dumo.types import Spec, UserError
 
 if TYPE_CHECKING:
-    from dumo.config.teacher import Teacher
     from dumo.nets.table import TableTexts
 
 S = TypeVar("S", bound=Spec)
@@ -82,13 +79,11 @@ def resolve_remaining(run: Run) -> Run:
 
     Raises UserError as `resolve`.
     """
-    if run.teacher:
-        _require_velocity_to_teach(run, run.teacher)
     data = run.data
     net = run.net
     path = run.path
     if has_images(data):
-        data = _resolve_data(run)
+        data = data_with_facts(data)
     if has_table(net.texts):
         net = _resolve_text_table(net, net.texts, data)
     if isinstance(path, Diffusion) and path.schedule is None and is_pretrained(net) and net.diffusion:
@@ -109,23 +104,6 @@ def resolve_remaining(run: Run) -> Run:
     check(resolved_run)
     check_built(resolved_run)
     return resolved_run.model_copy(update={"resolved": run.resolved | facts})
-
-
-def _resolve_data(run: Run) -> Data:
-    """The run's data with what their files say of them.
-
-    Raises UserError as `data_with_facts`, with a fix where a pipeline's texts lack captions.
-    """
-    texts = run.net.texts
-    if texts is None or texts.kind != "pipeline":
-        return data_with_facts(run.data)
-
-    from dumo.data.annotation import NoCaptionsError
-
-    try:
-        return data_with_facts(run.data)
-    except NoCaptionsError as error:
-        raise UserError(f"{error}. {ways_to_captions(run.data)}") from error
 
 
 def _resolve_text_table(net: Net, texts: "TableTexts", data: Data) -> Net:
@@ -152,32 +130,6 @@ def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
     if isinstance(path, Diffusion) and path.schedule and path != run.path:
         facts["path.schedule"] = path.schedule.model_dump(mode="json")
     return facts
-
-
-def _require_velocity_to_teach(run: Run, teacher: "Teacher") -> None:
-    """Raise UserError where the teacher is a run whose objective has no velocity to learn from.
-
-    It is the run of `teacher.source`, or the few-step run under a subject's adapters. A folder that is missing is
-    skipped here, and refused where the run is opened.
-    """
-    other_fix = ""
-    if teacher.kind == "run":
-        field = "teacher.source"
-        source = teacher.source
-    elif teacher.kind == "base" and run.start and run.has_subject:
-        field = "teacher.kind=base"
-        source = run.start.source
-        other_fix = "; or learn from the photographs alone, data.prior=null teacher=null"
-    else:
-        return
-    folder = absolute_path(source, maybe=True)
-    if not Path(folder, RUN_FILE).is_file():
-        return
-    objective = load(folder).objective
-    if taught_readings(objective).velocity is None:
-        from dumo.config.teacher import no_velocity
-
-        raise UserError(no_velocity(field, folder, objective) + other_fix)
 
 
 def _titles_of(data: Data) -> tuple[str, ...]:

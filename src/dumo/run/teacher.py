@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from dumo.config import trust
 from dumo.config.check import check_guidance
 from dumo.config.load import load
-from dumo.config.source import RUN_FILE
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
 from dumo.data import Data, is_latents
@@ -40,7 +39,6 @@ from dumo.io.table import Column, TableIndex
 from dumo.run.sampler import max_rows_per_pass
 from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
-from dumo.runtime.door import settings
 from dumo.runtime.progress import Bar, print_line
 from dumo.runtime.random import noise
 from dumo.training import agreement
@@ -190,11 +188,6 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
 
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
-    if not Path(teacher.source, RUN_FILE).is_file():
-        raise UserError(
-            f"teacher.source: {teacher.source} is no run's folder (it has no {RUN_FILE}): train one there, or say "
-            f"where it is with {settings('teacher.source=...')}"
-        )
     opened = open_run(teacher.source, device=str(device))
     teacher_run = opened.run
     _require_same_data(teacher, _facts(teacher_run.data, teacher_run.path), _facts(data, path))
@@ -242,9 +235,7 @@ def _require_same_data(teacher: Teacher, teacher_facts: Mapping[str, object], ru
 def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, str]:
     """Call the user's function; return its readings, tried on two rows, and the SHA-256 of its source code.
 
-    What the function calls is not in the hash.
-
-    Raises UserError where it cannot be imported, fails, or has no velocity of the shape of x.
+    What the function calls is not in the hash. Raises UserError if its velocity has another shape than x.
     """
     module, _, name = teacher.source.partition(":")
     trust.require(trust.named_teachers({"kind": teacher.kind, "source": teacher.source}), "teacher.source of this run")
@@ -254,23 +245,18 @@ def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tup
     t = torch.full((2,), 0.5, device=device)
     c = torch.tensor([0, run.data.classes], device=device)  # the null class, too
     with _importable(Path.cwd()):
-        try:
-            function = getattr(importlib.import_module(module), name)
-            reads = cast(Reads, function(run, device))
-            user_velocity = reads.velocity
-            if user_velocity is None:
-                raise TypeError("the dumo.types.Reads that it returned has velocity=None")
-            with torch.no_grad():
-                v = user_velocity(x, t, c)
-            if v.shape != x.shape:
-                raise TypeError(f"the velocity of x of shape {tuple(x.shape)} has shape {tuple(v.shape)}")
-            source_code = inspect.getsource(function)
-        except Exception as error:
-            problem = " ".join(f"{type(error).__name__}: {error}".split())
+        function = getattr(importlib.import_module(module), name)
+        reads = cast(Reads, function(run, device))
+        if reads.velocity is None:
+            raise UserError(f"teacher.source = {teacher.source}: the Reads that it returned has velocity=None: set it")
+        with torch.no_grad():
+            v = reads.velocity(x, t, c)
+        if v.shape != x.shape:
             raise UserError(
-                f"teacher.source = {teacher.source}: {problem}. Give module:function, importable from here, that takes "
-                "(run, device) and returns a dumo.types.Reads, whose velocity takes (x, t, c)"
-            ) from error
+                f"teacher.source = {teacher.source}: the velocity of x of shape {tuple(x.shape)} has shape "
+                f"{tuple(v.shape)}: return one of the shape of x"
+            )
+        source_code = inspect.getsource(function)
     return reads, digest.of_bytes(source_code.encode())
 
 

@@ -35,7 +35,7 @@ from dumo.run.job import Job, MakeSheets, Sheets, open_job, train_more_hint
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.request import note_end
-from dumo.run.summary import empty_classes_line, misfits, training_summary
+from dumo.run.summary import empty_classes_line, training_summary
 from dumo.runtime import dist, stopwatch, threads
 from dumo.runtime.door import train_call
 from dumo.runtime.limits import STEPS
@@ -177,7 +177,7 @@ def train_job(
 
 
 def _lines_before(job: Job) -> list[str]:
-    """The lines that say what is trained on what, and what does not fit this machine. Every rank must call it."""
+    """The lines that say what is trained on what. Every rank must call it."""
     run = job.run
     state = job.state
     lines = [
@@ -197,11 +197,6 @@ def _lines_before(job: Job) -> list[str]:
     if empty_classes:
         lines.append(empty_classes)
     lines.append(f"objective: {method(run.objective)}")
-    operations_left = None
-    if job.step_flops is not None and state.timing is None:
-        images_per_rank = (run.train.steps - state.step) * run.train.batch / dist.world()
-        operations_left = images_per_rank * job.step_flops
-    lines += misfits(run, operations_left, job.device, state.step)
     if is_dualized(state.net) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
     if state.is_over(run.train):

@@ -64,8 +64,8 @@ class Validation:
         `log_line` is called with a line for each score, `exclude_seconds` with the seconds that it took, which are no
         time of training. Every rank must call it.
 
-        Raises UserError where the protocol or the codec cannot be opened, with how to train without them, and where the
-        best weights of the folder up to this step are not what this run wrote.
+        Raises UserError if the protocol or the codec cannot be opened, or the best weights of the folder up to this
+        step are not what this run wrote.
         """
         every = run.evaluate.every
         if state.is_over(run.train):
@@ -77,12 +77,9 @@ class Validation:
 
         settings = run.evaluate.validation
         sampler = sampler_of(run, state.sampled_net)
-        try:
-            conditions = agreement.on_each_rank(lambda: sample_conditions(run.data, settings))
-            evaluator = agreement.on_each_rank(lambda: evaluator_of(sampler, settings, no_bar))
-            agreement.on_each_rank(lambda: sampler.codec)  # loaded now, because its weights may be missing
-        except UserError as error:
-            raise UserError(f"evaluate.every = {every}: {error}; or train without it, evaluate.every=0") from error
+        conditions = agreement.on_each_rank(lambda: sample_conditions(run.data, settings))
+        evaluator = agreement.on_each_rank(lambda: evaluator_of(sampler, settings, no_bar))
+        agreement.on_each_rank(lambda: sampler.codec)  # loaded now, because its weights may be missing
         agreement.on_main_rank(lambda: best_folder.find_best(state.step))
         return cls(
             run,

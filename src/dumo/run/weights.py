@@ -31,7 +31,6 @@ from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, is_dualized, is_pretrained
 from dumo.run import datanote
-from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.index import Index
 from dumo.run.net import deferred_net, draw_net, require_room
 from dumo.run.provenance import require_own_checkpoint, require_own_weights
@@ -228,7 +227,10 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
     listed: FileEntry | None = None
     if weights is None:
         if last is None:
-            raise _no_checkpoint_error(folder)
+            raise UserError(
+                f"{folder} has no checkpoint: train it, {train_call(folder)}, or take other weights by "
+                f"{option('weights')}"
+            )
         file = checkpoint.part_path(last.path, sampled_part(run.train))
         file_name = str(file.relative_to(folder))
         listed = last.manifest.files.get(file.name)
@@ -266,16 +268,6 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
         deferred_weights=deferred_weights,
         given_weights=weights,
     )
-
-
-def _no_checkpoint_error(folder: Path) -> UserError:
-    """The error of a run's folder without a checkpoint."""
-    if (folder / CHECKPOINT_MARK).exists():
-        return UserError(
-            f"{folder} had checkpoints, and has none now: mount their disk or restore them, or take other weights, as "
-            f"of milestones/ or best/, by {option('weights')}"
-        )
-    return UserError(f"{folder} has no checkpoint yet: train it first, {train_call(folder)}")
 
 
 def sampled_part(train: Train) -> str:
@@ -463,10 +455,8 @@ def _require_source_heads(start: "Start", source_weights: Mapping[str, Tensor]) 
     for source_head in start.heads.values():
         if any(name.startswith(f"heads.{source_head}.") for name in source_weights):
             continue
-        if not source_heads:
-            raise UserError(f"start.heads: {start.source} has no head '{source_head}', it has none")
         raise UserError(
-            f"start.heads: {start.source} has no head '{source_head}', its heads are {', '.join(source_heads)}"
+            f"start.heads: {start.source} has no head '{source_head}'; its heads: {', '.join(source_heads) or 'none'}"
         )
 
 

@@ -3,7 +3,7 @@
 - `choose_device` turns a name into a device.
 - `total_memory` gives the bytes of memory that a device has, and `require_memory` refuses what exceeds them.
 - `peak_bytes` gives the most bytes that this process has held so far.
-- `known_peak_tflops` looks a GPU's speed up; `operations_per_second` measures a device's.
+- `known_peak_tflops` looks up the speed of a GPU.
 - `software_versions` gives the versions that reports and checkpoints note.
 """
 
@@ -11,26 +11,19 @@ import os
 import platform
 import resource
 import sys
-from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 from dumo.runtime import dist, version
-from dumo.runtime.stopwatch import Stopwatch
 from dumo.types import UserError
 
 # dense bf16 TFLOP/s by a part of the GPU's name (NVIDIA's data sheets, SXM)
 _TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}
-# rows of the square matrix whose product is timed, enough for the device's own speed to show: ours
-_SIDE_ON_CPU = 1024
-_SIDE_ON_GPU = 8192
-_NUM_TIMED_PRODUCTS = 4  # the fastest counts: ours
 CONTAINER_LIMITS = (  # the files in which a container, as of Docker, reads how much memory it may take
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),  # of older systems
 )
-_MIN_SECONDS = 1e-9  # of a product, in case that a clock is too coarse to see it
 
 
 def choose_device(name: str) -> torch.device:
@@ -93,21 +86,6 @@ def known_peak_tflops(device: torch.device) -> float | None:
         if part in name:
             return peak
     return None
-
-
-@cache
-def operations_per_second(device: torch.device) -> float:
-    """Measure a product of square matrices, in floating-point operations a second: in bf16 on a GPU, else in float32.
-
-    It is measured once in a process.
-    """
-    on_gpu = device.type == "cuda"
-    side = _SIDE_ON_GPU if on_gpu else _SIDE_ON_CPU
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    x = torch.ones(side, side, device=device, dtype=dtype)
-    seconds = Stopwatch(device).time_rounds([partial(torch.mm, x, x)], _NUM_TIMED_PRODUCTS, warm_up=0)
-    num_operations = 2 * side**3
-    return num_operations / max(seconds.min().item(), _MIN_SECONDS)
 
 
 def peak_bytes(device: torch.device) -> int:

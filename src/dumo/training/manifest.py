@@ -140,15 +140,15 @@ class Checkpoint:
         return read(self.path)
 
     @cached_property
-    def run_text(self) -> str | None:
-        """The run as YAML; None in a checkpoint from before they held one.
+    def run_text(self) -> str:
+        """The run as YAML.
 
         Raises Damaged if the file is missing or damaged, Unseen if it cannot be read.
         """
         entry = self.manifest.files.get(RUN)
-        if entry is None:
-            return None
         file = self.path / RUN
+        if entry is None:
+            raise Damaged(f"{file} is not listed in {NAME}")
         try:
             content = file.read_bytes()
         except FileNotFoundError as error:

@@ -120,32 +120,12 @@ def mute(run: Run, device: torch.device) -> Reads:
     return Reads()
 
 
-def wrong(run: Run, device: torch.device) -> int:
-    """No reading at all."""
-    return 7
-
-
 CPU = torch.device("cpu")  # no function
-
-
-def line_of_one(run: Run) -> Reads:
-    """It takes no device."""
-    return Reads()
-
-
-def failing(run: Run, device: torch.device) -> Reads:
-    """It has an error."""
-    raise KeyError("x")
 
 
 def flat(run: Run, device: torch.device) -> Reads:
     """One number per row, which would be broadcast to the shape of x."""
     return Reads(velocity=lambda x, t, c: x.flatten(1)[:, :1])
-
-
-def untimed(run: Run, device: torch.device) -> Reads:
-    """Its velocity takes no time."""
-    return Reads(velocity=lambda x, c: x)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def nan(run: Run, device: torch.device) -> Reads:

@@ -28,7 +28,7 @@ def test_it_is_measured_once(tmp_path: Path) -> None:
     assert read(tmp_path) == first
     assert update(tmp_path, first, TensorData(9 * x, torch.zeros(2, dtype=torch.long))) == first == read(tmp_path)
     (tmp_path / FILE).write_text("{")
-    with pytest.raises(UserError, match="delete it"):
+    with pytest.raises(UserError):
         read(tmp_path)
 
 
@@ -53,11 +53,3 @@ def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
     *_, line = told
     assert f'changes={{"path.sd": {read(tmp_path / "narrow").sd:.2g}}}' in line
     assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.3
-
-
-@pytest.mark.slow
-def test_a_teacher_of_another_deviation_is_refused(tmp_path: Path) -> None:
-    train(tiny(), tmp_path / "run")
-    taught = {"source": str(tmp_path / "run")}
-    with pytest.raises(UserError, match=r"path\.sd is 1\.0 there, 0\.5 here"):
-        train(tiny("moons", "path.sd=0.5", f"teacher={taught}"), tmp_path / "pupil")

