@@ -1,11 +1,8 @@
-"""The command `evaluate`: score a trained run, or images that others made.
-
-Tables go to stdout, as does --json. Slow imports are in the functions that need them.
-"""
+"""The command `evaluate`: score a trained run, or images that others made."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,12 +15,10 @@ from dumo.cli.option import (
     SolverName,
     TrustCode,
     Weights,
-    parse_file,
     parse_integers,
 )
 from dumo.cli.terminal import out, show_table
-from dumo.runtime.door import shell_settings
-from dumo.runtime.progress import bar
+from dumo.runtime.progress import bar, no_bar
 
 
 def evaluate(
@@ -65,7 +60,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--out",
-            parser=parse_file,
+            dir_okay=False,
             metavar="FILE",
             help="With --images: the report. Default, here: PLACE.evaluation.json; by another protocol than photos "
             "PLACE.NAME.evaluation.json.",
@@ -80,7 +75,7 @@ def evaluate(
 ) -> None:
     """Score a trained run, or images that others made.
 
-    A run is judged by its protocol, next to what a perfect sampler would have: new real images.
+    A run is judged by its protocol, next to the score of a perfect sampler, which is that of new real images.
 
     With --images: judge what another repository, a stock pipeline or a GAN made; dumo compare takes the report next to
     those of runs that the same protocol judged: dumo evaluate --images samples.npz --against photos.
@@ -88,94 +83,49 @@ def evaluate(
 
     Example:  dumo evaluate runs/digits
     """
-    if images is not None:
-        run_options = (run_folder, nfe, seed, solver, weights)
-        if any(option is not None for option in run_options):
-            raise typer.BadParameter("images are made already: --images goes with --protocol, --against, --set, --out")
-        _judge_images(
-            images,
-            protocol=protocol,
-            against=against,
-            fields=set_ or [],
-            file=file,
-            device=device,
-            as_json=as_json,
-            all_scores=all_scores,
+    # Refuse options of the other use, which would otherwise be ignored.
+    if images is not None and any((run_folder, nfe, seed is not None, solver, weights)):
+        raise typer.BadParameter("--images judges what others made: leave out RUN, --nfe, --seed, --solver, --weights")
+    if images is None and (protocol or against or file):
+        raise typer.BadParameter(
+            "--protocol, --against and --out are for --images: a run is judged as --set evaluate.protocol.kind=... says"
         )
-        return
-    if run_folder is None:
-        raise typer.BadParameter("name a run's folder; or, with --protocol, --against and --out, images by --images")
-    if protocol:
-        setting = shell_settings(f"evaluate.protocol.kind={protocol}")
-        raise typer.BadParameter(f"--protocol is for --images; of a run: {setting}")
-    if against or file:
-        raise typer.BadParameter("--against and --out are for --images: a run is compared with its own data")
 
-    from dumo.report import evaluate
+    from dumo.report import evaluate, score
+    from dumo.report import images as image_report
     from dumo.run.weights import open_run
     from dumo.runtime import dist
-    from dumo.runtime.progress import no_bar
 
     with dist.join():
         is_main = dist.is_main()
-        opened = open_run(run_folder, set_ or [], weights=weights, device=device)
-        report = evaluate.evaluate(
-            opened,
-            nfe=parse_integers(nfe, "--nfe"),
-            seed=seed,
-            solver=solver,
-            bar=bar if is_main else no_bar,
-        )
-    if is_main:
-        _show_report(report, as_json=as_json, all_scores=all_scores)
-
-
-def _judge_images(
-    images: str,
-    *,
-    protocol: str | None,
-    against: str | None,
-    fields: list[str],
-    file: Path | None,
-    device: str,
-    as_json: bool,
-    all_scores: bool,
-) -> None:
-    """Judge images that others made, and print the scores. The arguments are the options of `evaluate`."""
-    from dumo.report import images as image_report
-    from dumo.runtime import dist
-    from dumo.runtime.progress import no_bar
-
-    with dist.join():
-        is_main = dist.is_main()
-        report = image_report.judge(
-            images,
-            protocol or image_report.DEFAULT_KIND,
-            against=against,
-            fields=fields,
-            out=file,
-            device=device,
-            bar=bar if is_main else no_bar,
-        )
-    if is_main:
-        _show_report(report, as_json=as_json, all_scores=all_scores)
-
-
-def _show_report(report: dict[str, Any], *, as_json: bool, all_scores: bool) -> None:
-    """Print an evaluation: a table of scores, the baselines, the verdict, and the report's file.
-
-    Without `all_scores` the table has the scores of the summary alone.
-    """
-    from dumo.report import score
-
+        progress = bar if is_main else no_bar
+        if images is not None:
+            report = image_report.judge(
+                images,
+                protocol or image_report.DEFAULT_KIND,
+                against=against,
+                fields=set_ or [],
+                out=file,
+                device=device,
+                bar=progress,
+            )
+        elif run_folder is not None:
+            opened = open_run(run_folder, set_ or [], weights=weights, device=device)
+            passes = parse_integers(nfe, "--nfe")
+            report = evaluate.evaluate(opened, nfe=passes, seed=seed, solver=solver, bar=progress)
+        else:
+            raise typer.BadParameter("name a run's folder, or images by --images")
+    if not is_main:
+        return
     if as_json:
         print(json.dumps(report))
         return
+
+    # Print the scores as a table, then the baselines, the verdict, and the report's file.
     rows = [*report["results"], *report["contrast"]]
     columns = None
     if not all_scores:
-        names = score.score_names(rows[0], report.get("card") or {})
-        columns = score.summary_names(names)
+        columns = score.summary_names(score.score_names(rows[0], report.get("card") or {}))
         rows = [score.select_scores(row, columns) for row in rows]
     judged = report["images"] if "images" in report else f"{report['run']} at step {report['step']:,}"
     show_table(f"{judged}, protocol {report['protocol']}", rows)

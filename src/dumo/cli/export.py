@@ -10,11 +10,11 @@
 
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dumo.cli.option import Folder, Set, TrustCode, Weights, one_of, parse_integers, parse_path
+from dumo.cli.option import Folder, Set, TrustCode, Weights, parse_integers
 from dumo.cli.terminal import err, out
 from dumo.runtime import shell_path
 from dumo.runtime.door import program
@@ -29,16 +29,14 @@ def export(
         Path | None,
         typer.Argument(
             metavar="[OUT]",
-            parser=parse_path,
             help="The folder to write, or for comfyui and safetensors the file. It must not exist yet. Default: next "
             "to the run, here for a run that dumo brings, by its name and --to.",
         ),
     ] = None,
     to: Annotated[
-        str,
+        Literal["diffusers", "lora", "comfyui", "safetensors"],
         typer.Option(
             "--to",
-            callback=one_of("--to", "diffusers", "lora", "comfyui", "safetensors"),
             help="diffusers (a folder for from_pretrained), lora (one for load_lora_weights), comfyui (a LoRA as one "
             "file) or safetensors (all weights as one).",
         ),
@@ -47,17 +45,14 @@ def export(
         str | None, typer.Option(help="u, which jumps, or v, an ordinary flow model. Default: u, if taught.")
     ] = None,
     parts: Annotated[
-        str,
+        Literal["copy", "link", "none"],
         typer.Option(
-            callback=one_of("--parts", "copy", "link", "none"),
             help="The source's other parts (text encoders, decoder ...): copy, link or none.",
         ),
     ] = "copy",
     dtype: Annotated[
-        str,
-        typer.Option(
-            callback=one_of("--dtype", "float32", "bfloat16", "float16"), help="float32, bfloat16 or float16."
-        ),
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Precision of the weights that are written."),
     ] = "float32",
     nfe: Annotated[
         str | None,

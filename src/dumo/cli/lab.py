@@ -5,19 +5,16 @@ prints the report as a table, or as JSON.
 """
 
 import json
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Set, Source, TrustCode, one_of, parse_folder, parse_integers
+from dumo.cli.option import AsJson, Device, Set, Source, TrustCode, parse_integers
 from dumo.cli.terminal import out, resume_hint, show_table
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar
 
-_PLAN_FILES = [file.name for file in (files("dumo") / "lab" / "plans").iterdir()]
-PLANS = sorted(name.removesuffix(".yaml") for name in _PLAN_FILES if name != "sets.yaml")
 Shape = Annotated[
     str | None, typer.Option(help="Shape of a sample, e.g. 4,32,32, of random numbers. Default: the data's.")
 ]
@@ -26,34 +23,25 @@ Rounds = Annotated[int, typer.Option(min=1, help="Times that each variant is run
 Threads = Annotated[int | None, typer.Option(min=1, max=4096, help="Threads on a CPU. Default: torch's own choice.")]
 
 
-def _check_plan(name: str) -> str | None:
-    """The name of a plan of dumo's, or of a YAML file. Raises UserError for a name that is neither."""
-    if name.endswith((".yaml", ".yml")):
-        return name
-    return one_of("figure or table", *PLANS)(name)
-
-
 def reproduce(
     name: Annotated[
         str,
         typer.Argument(
-            callback=_check_plan,
             help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, fair, flow-first, "
             "latents, lowpass, pretrained, scaling, stages, stages-latents, words; "
             "or a YAML file of your own.",
         ),
     ],
     scale: Annotated[
-        str,
+        Literal["smoke", "laptop", "paper"],
         typer.Option(
-            callback=one_of("scale", "smoke", "laptop", "paper"),
             help="smoke (a few minutes), laptop (ten minutes to three hours on two cores) or paper (its own size, on "
             "GPUs).",
         ),
     ] = "laptop",
     folder: Annotated[
         Path | None,
-        typer.Option("--out", parser=parse_folder, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE."),
+        typer.Option("--out", file_okay=False, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, which share cores and GPUs.")] = 1,
     device: Device = "auto",

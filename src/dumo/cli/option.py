@@ -16,16 +16,12 @@ from dumo.config import recipes
 from dumo.config.label import split_labels
 from dumo.error import UserError
 from dumo.io import trained
-from dumo.runtime.limits import PASSES
 
 if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
 
 
 _FEW_NAMES = 6  # a message lists all valid names up to this number: ours
-TRACKERS = ("tensorboard", "wandb", "trackio")  # of `dumo.report.tracker`
-# kinds that --device takes; torch knows which of them are on this machine
-DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "meta", "xla")
 
 
 def _complete_source(text: str) -> list[str]:
@@ -56,28 +52,6 @@ def one_of(option: str, *names: str) -> Callable[[str | None], str | None]:
         raise UserError(f"there is no {option} '{value}'; {hint}")
 
     return check
-
-
-def _check_passes(text: str | None) -> str | None:
-    """Check --nfe, numbers of passes from 1 to PASSES. Returns the text as typed.
-
-    Raises BadParameter for what is no list of whole numbers, UserError for 0 or too many.
-    """
-    for passes in parse_integers(text, "--nfe") or ():
-        if not 1 <= passes <= PASSES:
-            raise UserError(f"nfe = {passes} is no number of passes for a sample: ask for 1 to {PASSES:,}")
-    return text
-
-
-def _check_device(name: str) -> str:
-    """Check the kind of --device, the part before a colon. Returns the name.
-
-    Raises UserError for a kind that torch does not have.
-    """
-    kind = name.partition(":")[0]
-    if kind not in DEVICES:
-        raise UserError(f"there is no device '{name}': use auto, cpu or cuda")
-    return name
 
 
 def _trust_code(context: typer.Context, trust_code: bool) -> bool:
@@ -116,7 +90,7 @@ Set = Annotated[
 ]
 Nfe = Annotated[
     str | None,
-    typer.Option("--nfe", callback=_check_passes, help="Passes through the net, e.g. 1,2,4. Default: the run's own."),
+    typer.Option("--nfe", help="Passes through the net, e.g. 1,2,4. Default: the run's own."),
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling noise. Default: the run's own.")]
 SolverName = Annotated[
@@ -130,9 +104,7 @@ Prompts = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Prompts: a .txt, one a line; a .jsonl with a prompt a line; a folder of .txt."),
 ]
-Device = Annotated[
-    str, typer.Option(callback=_check_device, help="auto (the GPU where there is one), cpu, cuda, cuda:1 ...")
-]
+Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda, cuda:1 ...")]
 Weights = Annotated[
     str | None,
     typer.Option("--weights", help="A safetensors file, in place of the first average of the run's last checkpoint."),
@@ -153,32 +125,6 @@ TrustCode = Annotated[
         help="Run the code that the file or folder of a run names (module:Class).",
     ),
 ]
-
-
-def parse_path(text: str) -> Path:
-    """A file or folder, which need not be there.
-
-    Raises BadParameter for an empty name, which `Path` would take for the current folder, and for a null byte.
-    """
-    if not text or "\0" in text:
-        raise typer.BadParameter(f"{text!r} is no path: name a file or folder")
-    return Path(text)
-
-
-def parse_file(text: str) -> Path:
-    """A file to write, which need not be there. Raises BadParameter for a folder, or no path."""
-    file = parse_path(text)
-    if file.is_dir():
-        raise typer.BadParameter(f"{text} is a folder: name a file, which need not be there")
-    return file
-
-
-def parse_folder(text: str) -> Path:
-    """A folder to write into, which need not be there. Raises BadParameter for a file, or no path."""
-    folder = parse_path(text)
-    if folder.is_file():
-        raise typer.BadParameter(f"{text} is a file: name a folder, which need not be there")
-    return folder
 
 
 def parse_classes(text: str | None, conditions: "Conditions") -> list[int] | None:

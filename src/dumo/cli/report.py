@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dumo.cli.option import Device, Prompts, TrustCode, parse_file
+from dumo.cli.option import Device, Prompts, TrustCode
 from dumo.cli.terminal import out
 from dumo.runtime.progress import bar
 
@@ -17,7 +17,7 @@ def report(
     prompts: Prompts = None,
     file: Annotated[
         Path | None,
-        typer.Option("--out", parser=parse_file, metavar="FILE", help="The figure of several runs. Default: log.png."),
+        typer.Option("--out", dir_okay=False, metavar="FILE", help="The figure of several runs. Default: log.png."),
     ] = None,
     device: Device = "auto",
     trust_code: TrustCode = False,

@@ -2,14 +2,13 @@
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dumo.cli.option import TRACKERS, Device, Set, SourceOrImages, TrustCode, Verify, one_of, parse_folder
+from dumo.cli.option import Device, Set, SourceOrImages, TrustCode, Verify
 from dumo.cli.terminal import err, memory_hint, resume_hint, show_lines
 from dumo.runtime import shell_path, signals
 from dumo.runtime.door import goes_on_line, program, settings, train_call
@@ -24,43 +23,38 @@ def train(
     source: SourceOrImages,
     folder: Annotated[
         Path | None,
-        typer.Option("--out", parser=parse_folder, metavar="FOLDER", help="The run's folder. Default: runs/NAME."),
+        typer.Option("--out", file_okay=False, metavar="FOLDER", help="The run's folder. Default: runs/NAME."),
     ] = None,
     step: Annotated[
         int | None,
-        typer.Option("--from", metavar="STEP", min=0, help="Go on from the checkpoint of this step; later ones go."),
+        typer.Option("--from", metavar="STEP", min=0, help="Resume at the checkpoint of this step; delete later ones."),
     ] = None,
     accept: Annotated[
-        bool, typer.Option("--accept", help="Go on with other fields or data than it was trained by, and note them.")
+        bool, typer.Option("--accept", help="Resume with fields or data that have changed since, and record them.")
     ] = False,
     verify: Verify = False,
     minutes: Annotated[
         float | None,
         typer.Option(
-            min=0.1, max=MINUTES, help="How long to train on images, or go on with a run. Default: 6 on a CPU."
+            min=0.1, max=MINUTES, help="How long to train on images, or to continue a run. Default: 6 on a CPU."
         ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Of a folder of images: do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Train on a folder of images without asking.")] = False,
     track: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TRACKER",
-            callback=one_of("tracker", *TRACKERS),
-            help="Send rows of the log as it trains: tensorboard, wandb, trackio.",
-        ),
+        Literal["tensorboard", "wandb", "trackio"] | None, typer.Option(help="Send the rows of the log to a tracker.")
     ] = None,
     set_: Set = None,
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
-    """Train a recipe or your images; again, and it goes on.
+    """Train a recipe or your images, or resume a run.
 
-    A recipe or a run's folder goes on where it stopped: resuming is starting again.
+    Run the same command again to resume.
 
-    digits-trained or cifar10-trained, which dumo brings, begin a new run of their settings with their weights.
+    digits-trained and cifar10-trained, which ship with dumo, begin a new run with their settings and weights.
 
     Given a folder of images, look at them and at this machine, measure a step, propose a run that fits both, and ask
-    before it starts. It ends when its --minutes are over; dumo train runs/NAME --minutes 30 goes on for 30 more.
+    before it starts. It ends when its --minutes are over; dumo train runs/NAME --minutes 30 continues for 30 more.
 
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     --track also sends each row of the log to a tracker.
@@ -75,19 +69,20 @@ def train(
     are_images = chosen.kind == "images"
     run_folder = folder or chosen.folder
     goes_on = chosen.kind == "run" and chosen.folder == run_folder
-    if yes and not are_images:
-        raise typer.BadParameter("--yes is for a folder of images: of all else nothing is asked")
     if minutes and not (are_images or goes_on):
-        has_run = (run_folder / RUN_FILE).is_file()
-        raise typer.BadParameter(_minutes_hint(minutes, run_folder, has_run=has_run))
+        setting = settings(f"train.minutes={minutes:g}")
+        raise typer.BadParameter(f"--minutes is for a folder of images or a run's folder: give {setting} instead")
     text = None  # images that have no run yet
     if not are_images:
         text = read(str(chosen.word))
     elif (run_folder / RUN_FILE).is_file():
         text = read(run_folder)
-    began = time.perf_counter()  # `stopwatch.wall_clock`: the time of a run that goes on counts from here
+    # The time of a resumed run counts from here.
+    began = time.perf_counter()
 
+    from dumo.config.code import shell_command
     from dumo.config.load import load
+    from dumo.nets import is_pretrained
     from dumo.report.sheet import Sheets
     from dumo.report.tracker import open_tracker, require_tracker
     from dumo.run.folder import require_place
@@ -98,7 +93,7 @@ def train(
     if track:
         require_tracker(track)
 
-    # the run to begin; None: that of the folder goes on, with `changes`
+    # Prepare the run to begin. It stays None if the run in the folder is resumed, with `changes`.
     run: Run | None = None
     if text is None:  # images that have no run yet
         require_place(run_folder)
@@ -129,28 +124,33 @@ def train(
         bar=bar,
     )
     with opened as job, open_tracker(track, run_folder, job.run, job.state.step) as send_row:
-        if chosen.kind != "recipe":  # a path may hold several things
+        # A path may be taken for a file, a run or images, so print which it was.
+        if chosen.kind != "recipe":
             print_line(f"source: {chosen.meaning}")
+        less_memory = f"set train.micro_batch below {job.run.train.micro_batch or job.run.train.batch}"
+        if job.run.net.checkpoint is False:
+            less_memory += ", or net.checkpoint=true in a new run"
         # The run is resumed by its folder: --minutes typed again would add time, and --from would go back again.
         resume = f"resume with:  {train_call(run_folder)}"
-        with memory_hint(_less_memory_hint(job.run)), resume_hint(resume):
+        with memory_hint(less_memory), resume_hint(resume):
             state = train_job(job, bar, send_row=send_row)
-    err.print(
-        f"trained {state.step:,} steps on {state.images:,} images: {run_folder}/checkpoints",
-        highlight=False,
-        soft_wrap=True,
-    )
+
+    # Print what was trained, and the commands to type next.
+    err.print(f"trained {state.step:,} steps on {state.images:,} images: {run_folder}/checkpoints", soft_wrap=True)
+    folder_word = shell_path(run_folder)
     missing = missing_to_judge(job.run, job.data.size)
-    print_next(_next_commands(job.run, run_folder, can_judge=not missing), missing)
+    commands = [f"sample {folder_word}", f"report {folder_word}"]
+    if not missing:
+        commands.insert(1, f"evaluate {folder_word}")
+    if is_pretrained(job.run.net):
+        from dumo.export.stock import export_forms
 
-
-def _minutes_hint(minutes: float, folder: Path, *, has_run: bool) -> str:
-    """Why --minutes is refused of a recipe or a file, with what to type; `has_run`: its folder holds a run."""
-    hint = "--minutes is for a folder of images, or to go on with a run's folder; of a recipe set train.steps, "
-    hint += f"or by the clock:  {settings(f'train.minutes={minutes:g}')}"
-    if has_run:
-        hint += f". To go on with its run:  {train_call(folder, minutes=minutes)}"
-    return hint
+        for form in export_forms(job.run.net):
+            commands.append(f"export {folder_word} {shell_path(f'{run_folder}-{form}')} --to {form}")
+    lines = [shell_command(job.run, f"{quote(program())} {command}") for command in commands]
+    err.print("next:  " + "    ".join(lines), soft_wrap=True)
+    if missing:
+        err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
 
 def _propose_run(place: str, overrides: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
@@ -170,43 +170,3 @@ def _propose_run(place: str, overrides: list[str], minutes: float | None, device
         if not agrees:
             raise typer.Exit(1)
     return proposed_run.run
-
-
-def _less_memory_hint(run: "Run") -> str:
-    """A hint, for an error: what to set so that a run trains in less memory."""
-    from dumo.nets.textfamily import has_embeddings
-
-    train = run.train
-    texts = run.net.texts
-    rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
-    hint = f"set train.micro_batch lower, the rows of a pass (now {rows} of a rank's of train.batch={train.batch})"
-    if has_embeddings(texts) and not texts.is_mapped(run.data.classes):
-        hint += ", or net.texts.memory=0, which keeps captions on the host"
-    if run.net.checkpoint not in (None, True):
-        hint += ", or net.checkpoint=true in a new run"
-    return hint
-
-
-def _next_commands(run: "Run", folder: Path, *, can_judge: bool) -> list[str]:
-    """The commands to type once a run is trained, in order of use; `can_judge`: nothing is missing to judge it."""
-    from dumo.config.code import shell_command
-    from dumo.nets import is_pretrained
-
-    dumo = quote(program())
-    commands = [f"{dumo} sample {shell_path(folder)}"]
-    if can_judge:
-        commands.append(f"{dumo} evaluate {shell_path(folder)}")
-    commands.append(f"{dumo} report {shell_path(folder)}")
-    if is_pretrained(run.net):
-        from dumo.export.stock import export_forms
-
-        for form in export_forms(run.net):
-            commands.append(f"{dumo} export {shell_path(folder)} {shell_path(f'{folder}-{form}')} --to {form}")
-    return [shell_command(run, command) for command in commands]
-
-
-def print_next(commands: Sequence[str], missing: str | None) -> None:
-    """Print the commands to type next, and what is missing to judge the run; None: nothing."""
-    err.print("next:  " + "    ".join(commands), soft_wrap=True)
-    if missing:
-        err.print(f"dumo evaluate needs {missing}", soft_wrap=True)

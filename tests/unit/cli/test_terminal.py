@@ -18,8 +18,6 @@ from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from pydantic import BaseModel, ConfigDict
 
 from dumo.cli.terminal import MEMORY_FIX, err, explain, memory_hint, out, show_lines, show_table, stoppable
-from dumo.cli.train import _less_memory_hint
-from dumo.config.load import load
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import bar, print_line
 from dumo.runtime.text import escape_controls, escape_line
@@ -144,12 +142,6 @@ def test_too_little_memory_is_known_on_this_machine_and_has_a_way_out() -> None:
     with pytest.raises(RuntimeError) as other, memory_hint("lower train.micro_batch"):
         raise RuntimeError(os.strerror(errno.EIO))
     assert not hasattr(other.value, "__notes__")
-
-
-def test_captions_that_stay_on_the_device_could_stay_on_the_host() -> None:
-    assert "or net.texts.memory=0" in _less_memory_hint(load("text-256"))
-    for run in (load("text-256", ["net.texts.memory=0"]), load("digits")):
-        assert "net.texts.memory" not in _less_memory_hint(run)
 
 
 @pytest.mark.parametrize("between_pieces", [True, False])
