@@ -113,23 +113,6 @@ def test_samples_in_a_file_are_judged_as_their_run_and_stand_in_its_table(here: 
     ]
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (("a", "--images", "b"), "images are made already"),
-        (("--images", "b", "--nfe", "1"), "images are made already"),
-        (("--protocol", "photos"), "name a run's folder"),
-        (("a", "--protocol", "cmmd"), "--protocol is for --images; of a run: --set evaluate.protocol.kind=cmmd"),
-        (("a", "--against", "b"), "--against and --out are for --images: a run is compared with its own data"),
-        ((), "name a run's folder"),
-        (("--images", "nothing"), "there is no folder or file nothing: say with --images where the images are"),
-        (("--images", "a", "--against", "b"), "a is a run's folder: use `dumo evaluate a`"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(words: tuple[str, ...], named: str, here: Path) -> None:
-    refused("evaluate", *words, named=(named,))
-
-
 @pytest.mark.slow
 def test_weights_that_are_not_inceptions(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing to compare without them."""

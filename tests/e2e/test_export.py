@@ -449,14 +449,11 @@ def test_refusals_are_lines_and_leave_nothing(sd3: Case, trained: dict[str, Path
     run, out = sd3.run, here / "out"
     for words, said in (
         ((run, sd3.folder / "out"), "exists already"),
-        ((run, out, "--to", "onnx"), "no --to 'onnx'; valid: diffusers"),
         ((run, out, "--to", "lora"), "all weights were tuned"),
         ((run, here / "out.safetensors", "--to", "comfyui"), "all weights were tuned"),
         ((run, here, "--to", "comfyui"), "is a folder, and --to comfyui writes a file"),
         ((run, out, "--to", "lora", "--parts", "link"), "leave --parts out"),
         ((run, out, "--head", "w"), "only u and v can be exported"),
-        ((run, out, "--parts", "move"), "no --parts 'move'"),
-        ((run, out, "--dtype", "int4"), "no --dtype 'int4'"),
         ((trained["moons"], out), "net 'mlp'"),
         ((trained["digits"], out, "--to", "lora"), "of kind dit or unet --to diffusers"),
         ((here, out), "no run's folder"),

@@ -288,8 +288,6 @@ def test_what_cannot_be_proposed_is_said(photos: Path, monkeypatch: pytest.Monke
             "empty has neither a run.yaml nor images, at any depth: give a folder with image files",
         ),
         (("train", "bad", "--yes"), "none of the 1 images that were looked at can be read"),
-        (("train", "digits", "--minutes", "3"), "--minutes is for a folder of images, or to go on with a run's folder"),
-        (("train", "digits", "--yes"), "--yes is for a folder of images: of all else nothing is asked"),
         (("train", "photos", "--yes", *sets("net.widht=3")), "net.widht: unknown key; did you mean 'width'"),
     ):
         done = call(*words)

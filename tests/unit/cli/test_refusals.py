@@ -37,6 +37,8 @@ REFUSALS = [
     ("train dgits", "'dgits'", 2),
     ("train broken.yaml", "broken.yaml", 2),
     ("sample nothing", "nothing", 2),
+    ("evaluate --images nothing", "nothing", 2),
+    ("export digits-trained out --to onnx", "'onnx'", 2),
     ("compare nothing other", "nothing", 2),
     ("evaluate", "--images", 2),
     ("train", "source", 2),
