@@ -17,7 +17,6 @@ COMMANDS_ALONE = (
     "cli",
     "lab",
     "config/code.py",  # words of commands on a run
-    "config/encodecommand.py",  # words of `dumo encode`
     "encoders/part.py",  # words of `hf download`
     "plan/catalogue.py",
     "report/benchmark.py",

@@ -42,7 +42,6 @@ from dumo.types import Spec, UserError
 
 LATENT_COLUMNS = ("x", "flipped")
 CAPTIONS = "captions.jsonl"  # a file in a cache
-ENCODE = "dumo encode"  # makes a cache; who knows the recipe names it, too
 _CAPTIONS_FIX = "remove it, and dumo encode writes it from the images"  # the end of messages
 _WEIGHTS_FIELDS = ("weights", "sha256")  # fields of a codec that say where its weights are, not what it does
 
@@ -133,15 +132,16 @@ def open_cache(
     plan_fields: Mapping[str, object] | None = None,
     *,
     max_bytes: float = 0.0,
-    command: str = ENCODE,
 ) -> ShardTable:
     """Open a cache to read it as the data of a codec.
 
     `plan_fields` are fields of the `CachePlan` and the values that they must have; None as a value: any will do. A
-    cache of at most `max_bytes` is read into memory, not mapped. `command` makes the cache. Raises UserError where
-    there is no cache, it is unfinished, a shard is missing or of another size, or it differs from what is asked.
+    cache of at most `max_bytes` is read into memory, not mapped. Raises UserError where there is no cache,
+    it is unfinished, a shard is missing or of another size, or it differs from what is asked.
     """
-    missing = UserError(f"{folder} is no cache (it has no {table.FILE}): make it with {command}")
+    missing = UserError(
+        f"{folder} is no cache (it has no {table.FILE}): make it with dumo encode RECIPE, and the same overrides"
+    )
     index = table.read_finished_index(folder, CacheIndex, missing)
     differences = [*_plan_differences(index, plan_fields or {}), *_codec_differences(index, codec)]
     if differences:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dumo.data.album import Album
 from dumo.data.bucket import BucketedStore, Crops
-from dumo.data.cache import CAPTIONS, ENCODE, CacheIndex, measure_crops, open_cache, read_captions, read_index
+from dumo.data.cache import CAPTIONS, CacheIndex, measure_crops, open_cache, read_captions, read_index
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
 from dumo.data.image import Images, errors_of_latents
 from dumo.data.origin import expect_origin, read_names, require_origin
@@ -166,9 +166,9 @@ class Latents(Spec):
         """The text of each caption, by its number; () where there are none. Raises UserError where they changed."""
         return cached_captions(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
-    def open(self, command: str = ENCODE) -> "LatentSource | Bucketed | Captioned":
-        """The cache as a source; `command` makes it. Raises UserError as `cache` does, and for other captions."""
-        cache = self.cache(command)
+    def open(self) -> "LatentSource | Bucketed | Captioned":
+        """The cache as a source. Raises UserError as `cache` does, and for other captions."""
+        cache = self.cache()
         source = LatentSource(cache, self.codec, OriginThread(self.folder, self.images), flip=self.images.flip)
         if self.prior:
             source.take_prior_share(self.prior)
@@ -191,12 +191,8 @@ class Latents(Spec):
         with errors_of_latents():
             return self.images.crops()
 
-    def cache(self, command: str = ENCODE) -> ShardTable:
-        """The rows of the cache.
-
-        Raises UserError where there is none, and names the `command` that makes it; and where it is of other images or
-        of another codec.
-        """
+    def cache(self) -> ShardTable:
+        """The rows of the cache. Raises UserError if there is none, or it is of other images or another codec."""
         images = self.images
         has_caption_files = isinstance(self.captions, CaptionFiles)
         plan_fields = {
@@ -210,7 +206,7 @@ class Latents(Spec):
             "flips": images.flip,
         }
         try:
-            return open_cache(self.folder, self.codec, plan_fields, max_bytes=self.memory * GIGABYTE, command=command)
+            return open_cache(self.folder, self.codec, plan_fields, max_bytes=self.memory * GIGABYTE)
         except UserError as error:
             raise UserError(f"data.root: {error}") from error
 

@@ -52,19 +52,6 @@ PaddedRows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, 
 Shard = dict[str, Tensor]  # columns by name
 
 
-class NoTableError(UserError):
-    """A folder has no table of the data's captions."""
-
-    def __init__(self, text: str, *, is_occupied: bool = False) -> None:
-        """`text` must end where the command that makes a table follows. A caller that knows the data appends it.
-
-        `is_occupied`: the folder has a table of other captions, so that another one is needed.
-        """
-        super().__init__(f"{text}, dumo encode")
-        self.text = text
-        self.is_occupied = is_occupied
-
-
 class TextTableIndex(TableIndex):
     """What index.json says of a table of texts."""
 
@@ -222,17 +209,16 @@ class EncodedTexts:
         return self
 
     def require(self, encoder: EncoderSpec, num_captions: int, identity: str | None = None) -> None:
-        """Raise NoTableError for another number of captions, and UserError for a table by another encoder.
+        """Raise UserError for another number of captions, or a table by another encoder.
 
         `identity` is the index's that a run noted when it began, and says which captions they are, too. None: the run
         begins, and `dumo.run.resolve` compares the captions with those of the data.
         """
         index = self.index
         if index.num_captions != num_captions:
-            raise NoTableError(
+            raise UserError(
                 f"net.texts.root: {self.folder} holds {index.num_captions:,} captions, and the data have "
-                f"{num_captions:,}: make one of these data in another folder",
-                is_occupied=True,
+                f"{num_captions:,}: encode these into another folder, by dumo encode RECIPE and net.texts.root=DIR"
             )
         differences = table.differences_text(_encoder_fields(index.encoder), _encoder_fields(encoder), "asked")
         if differences:
@@ -347,9 +333,11 @@ class EncodedTexts:
 def open_table(folder: Path) -> EncodedTexts:
     """Open the table of a folder.
 
-    Raises NoTableError where there is none, and UserError where it is unfinished, or a shard has changed.
+    Raises UserError where there is none, it is unfinished, or a shard has changed.
     """
-    missing = NoTableError(f"{folder} holds no texts (it has no {FILE}): make it")
+    missing = UserError(
+        f"{folder} holds no texts (it has no {FILE}): make it with dumo encode RECIPE, and the same overrides"
+    )
     return EncodedTexts(folder, table.read_finished_index(folder, TextTableIndex, missing))
 
 

@@ -27,7 +27,7 @@ from dumo.data.caption import Captioned
 from dumo.io.source import Bucketed, DataSource
 from dumo.lab.plan import Cost
 from dumo.plan import machine
-from dumo.run.resolve import data_with_facts, load_resolved, open_source
+from dumo.run.resolve import data_with_facts, load_resolved
 from dumo.runtime import signals
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, Tick, no_bar
@@ -95,7 +95,7 @@ def measure(
     UserError as opening the data does.
     """
     torch_device = choose_device(device)
-    source = open_source(benchmark.data)
+    source = benchmark.data.open()
 
     # how fast a training step needs images
     origin = "given"

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from dumo.autodiff.dual import pair, primal, tangent, teach_others
 from dumo.config.conditions import Conditions
-from dumo.config.encodecommand import encode_texts_command, naming_encode_command
 from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.encoders.texttable import EncodedTexts
@@ -106,11 +105,9 @@ def text_findings(net: Net, data: Data, seed: int) -> list[Finding]:
     if texts.is_online(data.classes):
         return [Finding("texts", "ok", "encoded in training, without a table")]
     if isinstance(drawn_if_missing(texts), DrawnTexts):
-        way = f"make the table that the net reads, {encode_texts_command(data, texts)}"
-        return [Finding("texts", "warning", "not encoded yet", way)]
+        return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE, and the same overrides")]
     try:
-        with naming_encode_command(data, texts):
-            table = texts.open_table(data.classes)
+        table = texts.open_table(data.classes)
         separability = _measure_table(table, data, seed)
     except UserError as error:
         return [Finding("texts", "failing", "not there, or not those of this run", str(error))]

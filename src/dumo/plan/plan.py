@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from dumo.config.encodecommand import encode_command
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.data.cache import CachePlan, read_index
@@ -280,7 +279,7 @@ def missing_data(data: Data) -> str | None:
     try:
         path = user_path(root, "data.root")
         if isinstance(data, Latents):
-            data.cache(encode_command(data))  # whose rows are read when they are taken
+            data.cache()  # whose rows are read when they are taken
     except UserError as error:
         return "; ".join(line.strip() for line in str(error).splitlines())
     if not path.exists():

@@ -49,7 +49,7 @@ from dumo.run.history import History
 from dumo.run.index import Index
 from dumo.run.net import outline, require_room_to_train
 from dumo.run.request import Request, require_same_request
-from dumo.run.resolve import open_source, resolve, resolve_remaining, with_absolute_paths, with_hashes
+from dumo.run.resolve import resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.weights import begin_or_resume
 from dumo.runtime import dist, stopwatch, threads
@@ -438,7 +438,7 @@ def open_data(data: Data) -> DataSource:
 
     Raises UserError on all ranks where one cannot open them, or where ranks see different numbers of rows.
     """
-    source = agreement.on_each_rank(lambda: open_source(data))
+    source = agreement.on_each_rank(data.open)
     sizes = agreement.gather_results(lambda: source.size)
     if len(set(sizes)) > 1:
         sizes_text = ", ".join(f"{size:,}" for size in sizes if size is not None)

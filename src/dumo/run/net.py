@@ -10,7 +10,6 @@ whether it has room to train it. `flow_in_training` is the net with its objectiv
 import torch
 from torch import nn
 
-from dumo.config.encodecommand import naming_encode_command
 from dumo.config.parts import RunParts
 from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
@@ -47,9 +46,9 @@ def outline(run: RunParts, *, short: bool = False) -> nn.Module:
 def draw_net(run: RunParts) -> nn.Module:
     """The net at step 0 on the CPU, its weights keyed by the run's seed, or those of its pipeline.
 
-    Raises UserError as building a net does; where a table of texts is missing, with the command that makes it.
+    Raises UserError as building a net does, also where a table of texts is missing.
     """
-    with torch.random.fork_rng(devices=[]), naming_encode_command(run.data, run.net.texts):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
         net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
     if run.net.texts:

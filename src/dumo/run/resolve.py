@@ -25,7 +25,6 @@ from dumo.config.check import check
 from dumo.config.code import codes_of
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.difference import differences
-from dumo.config.encodecommand import encode_command, encode_texts_command
 from dumo.config.load import load, parse
 from dumo.config.source import CODE_KEY, TYPED_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
@@ -33,7 +32,6 @@ from dumo.data import Data, has_images, is_images, is_latents
 from dumo.flow.path import Diffusion
 from dumo.io import digest, trained
 from dumo.io.read import user_path
-from dumo.io.source import DataSource
 from dumo.nets import Net, is_pretrained
 from dumo.nets.textfamily import has_table
 from dumo.run.mismatch import check_built
@@ -138,13 +136,6 @@ def _titles_of(data: Data) -> tuple[str, ...]:
     return images.titles if is_images(images) else ()
 
 
-def open_source(data: Data) -> DataSource:
-    """The data as a source of rows. Raises UserError as their `open`; of missing latents with the command to type."""
-    if is_latents(data):
-        return data.open(encode_command(data))
-    return data.open()
-
-
 def data_with_facts(data: Data) -> Data:
     """The data with what their files say of them: classes, names, captions.
 
@@ -178,8 +169,7 @@ def _require_captions(data: Data, texts: "TableTexts") -> None:
     if table_digest not in (None, data_digest):
         raise UserError(
             f"net.texts.root: {texts.folder} is of other captions (digest {table_digest}) than the data's "
-            f"({data_digest}): encode these into another folder, "
-            f"{encode_texts_command(data, texts, in_other_folder=True)}"
+            f"({data_digest}): encode these into another folder, by dumo encode RECIPE and net.texts.root=DIR"
         )
 
 

@@ -346,7 +346,5 @@ def test_images_that_cannot_be_opened_any_more_are_refused(images: Path, cached:
 
 def test_a_missing_cache_names_the_command(latents: Maker, images: Path, tmp_path: Path) -> None:
     missing = latents(images, tmp_path / "none")
-    with pytest.raises(UserError, match=r"make it with dumo encode$"):
+    with pytest.raises(UserError, match="dumo encode"):
         missing.cache()
-    with pytest.raises(UserError, match=r"make it with dumo encode digits-latents --count 3$"):
-        missing.open("dumo encode digits-latents --count 3")

@@ -14,14 +14,12 @@ from dumo.run.resolve import (
     absolute_path,
     as_given,
     load_resolved,
-    open_source,
     paths_as_typed,
     places,
     resolve,
     with_absolute_paths,
     with_hashes,
 )
-from dumo.types import UserError
 
 LATENTS = {"data.root", "data.images.root", "data.codec.weights"}
 IMAGES = "evaluate.protocol={kind: photos, samples: 24}"
@@ -164,8 +162,3 @@ def test_a_pin_is_taken_from_the_run_that_it_goes_on_as(tmp_path: Path) -> None:
     assert with_hashes(run).data.codec.sha256 != sha256  # pyright: ignore
     file.unlink()
     assert with_hashes(run) == run  # nothing is there
-
-
-def test_a_missing_cache_names_the_recipe_to_encode() -> None:
-    with pytest.raises(UserError):
-        open_source(load("cifar10-latents").data)
