@@ -14,9 +14,7 @@ from torch import nn
 
 from dumo.config import recipes
 from dumo.config.change import yaml_text
-from dumo.config.load import RUN_FILE, load, load_recipe, parse
-from dumo.config.objective import objective_of
-from dumo.config.parts import StandaloneParts
+from dumo.config.load import RUN_FILE, load, load_recipe, objective_of, parse
 from dumo.config.source import (
     IMAGES_RECIPE,
     SHIPPED_PREFIX,
@@ -29,7 +27,7 @@ from dumo.config.source import (
     settings_of_images,
     without_resolved,
 )
-from dumo.config.spec import Run
+from dumo.config.spec import Run, StandaloneParts
 from dumo.data import Memory
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dumo.config.objective import objective_of
+from dumo.config.load import objective_of
 from dumo.flow.loop import LoopFlow
 from dumo.types import Objective
 

@@ -116,7 +116,7 @@ def _show_item(described: "DescribedItem") -> None:
 
 def _load_with_advice(source: str, overrides: list[str] | None) -> "Run":
     """Load and resolve a run, and say on stderr where it departs from its sources. Raises UserError as `load`."""
-    from dumo.config.advice import advice
+    from dumo.config.fit import advice
     from dumo.run.resolve import load_resolved
 
     run = load_resolved(source, overrides or [])

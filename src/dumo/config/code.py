@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from dumo.config.parts import RunParts
 from dumo.config.source import CODE_KEY
+from dumo.config.spec import Run
 from dumo.runtime import shell_path
 from dumo.types import Spec, UserError
 from dumo.types.outside import TAG, code_hash, kind_of
@@ -26,22 +26,22 @@ def is_from_outside(part: object) -> bool:
     return kind_of(part) == TAG
 
 
-def has_own_net(run: RunParts) -> bool:
+def has_own_net(run: Run) -> bool:
     """Whether the net is a module of Python, or of a class from outside."""
     return run.net.kind == "module" or is_from_outside(run.net)
 
 
-def has_own_parts(run: RunParts) -> bool:
+def has_own_parts(run: Run) -> bool:
     """Whether the net or the loss is a user's own."""
     return has_own_net(run) or is_from_outside(run.objective)
 
 
-def names_code(run: RunParts) -> bool:
+def names_code(run: Run) -> bool:
     """Whether training a run takes consent (`dumo.config.trust`): for a class from outside, or a teacher's function."""
     return _has_own_class(run) or (run.teacher is not None and run.teacher.kind == "python")
 
 
-def shell_command(run: RunParts, command: str) -> str:
+def shell_command(run: Run, command: str) -> str:
     """A command on a run, as one types it. Where the run has a class from outside, Python finds it, and may run it."""
     if not _has_own_class(run):
         return command
@@ -51,7 +51,7 @@ def shell_command(run: RunParts, command: str) -> str:
     return f"{command} --trust-code"
 
 
-def _has_own_class(run: RunParts) -> bool:
+def _has_own_class(run: Run) -> bool:
     """Whether a run has a class from outside, at any depth."""
     return any(True for _ in codes_of(run))
 

@@ -1,7 +1,7 @@
 """Which fields of two specs differ, and a hash of the fields that may not change.
 
 - `differences` yields a `Difference` for each field, and `difference_lines` a line of text. Both leave out free fields,
-  and hashes that an older dumo did not take (`dumo.config.mark`).
+  and hashes that an older dumo did not take (marks of `dumo.types`).
 - `identity` is the hash. It leaves out fields at their defaults, and all that may change: free fields, those whose
   changes run.yaml lists, and paths.
 """
@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from dumo.config.change import yaml_text
-from dumo.config.mark import default_of, marks_of
 from dumo.io import digest
+from dumo.types import marks_of
 
 _MARKS_LEFT_OUT_OF_IDENTITY = {"free", "changes", "where"}
 
@@ -81,7 +81,9 @@ def _identity_fields(part: BaseModel) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
-        if marks_of(field).keys() & _MARKS_LEFT_OUT_OF_IDENTITY or value == default_of(field):
+        if marks_of(field).keys() & _MARKS_LEFT_OUT_OF_IDENTITY or value == field.get_default(
+            call_default_factory=True
+        ):
             continue
         if isinstance(value, BaseModel):
             tree[name] = _identity_fields(value)

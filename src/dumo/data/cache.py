@@ -136,8 +136,8 @@ def open_cache(
     """Open a cache to read it as the data of a codec.
 
     `plan_fields` are fields of the `CachePlan` and the values that they must have; None as a value: any will do. A
-    cache of at most `max_bytes` is read into memory, not mapped. Raises UserError where there is no cache,
-    it is unfinished, a shard is missing or of another size, or it differs from what is asked.
+    cache of at most `max_bytes` is read into memory, not mapped. Raises UserError if there is no cache, it
+    is unfinished, a shard is missing or of another size, or it differs from what is asked.
     """
     missing = UserError(
         f"{folder} is no cache (it has no {table.FILE}): make it with dumo encode RECIPE, and the same overrides"

@@ -3,7 +3,7 @@
 A run names one folder, as `Pipeline`, and takes everything from there: the model that it tunes, the autoencoder with
 its numbers, the text encoders, the scheduler. The order of events:
 
-1. `dumo.config.parts.with_pipeline` hands the pipeline to those parts of a run that read it, each a `PipelineSpec`.
+1. `dumo.config.spec.with_pipeline` hands the pipeline to those parts of a run that read it, each a `PipelineSpec`.
 2. `Pipeline.with_facts` notes a hash of each part when the run begins. From then on `require_fact`, `config` and
    `verify` refuse other parts, so a run never decodes, reads prompts or is exported with the parts of another.
 3. `config`, `part_folder` and `weights` open a part. The files of weights are chosen in `dumo.encoders.part`. Of text
@@ -388,7 +388,7 @@ class Pipeline(Spec):
 
 
 class PipelineSpec(Spec):
-    """A part of a run that reads its pipeline, which the run hands over (`dumo.config.parts`)."""
+    """A part of a run that reads its pipeline, which the run hands over (`dumo.config.spec`)."""
 
     _pipeline: Pipeline | None = PrivateAttr(default=None)
 

@@ -63,7 +63,8 @@ class ClipProtocol(Protocol):
         """
         if self.model is None:
             raise UserError(f"protocol {self.kind} needs {self.missing}")
-        assert context.captions, "a run without captions is refused"
+        if context.captions is None:
+            raise UserError(f"protocol {self.kind} compares images with captions, and the data have none")
         data, sample_c, texts = context.captions()
         model = clip.load(user_path(self.model, MODEL_FIELD), MODEL_FIELD, context.device)
         x, c_of_x = data.reference(MAX_REAL, context.seed)

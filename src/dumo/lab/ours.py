@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dumo.config.parts import Evaluation
+from dumo.config.spec import Evaluation
 from dumo.data import Data
 from dumo.encoders.classifier import digits
 from dumo.evaluation.frechet import Moments, frechet_distance

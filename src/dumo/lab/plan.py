@@ -36,8 +36,7 @@ from pydantic import BeforeValidator, Field
 
 from dumo.config.change import yaml_text
 from dumo.config.code import codes_of
-from dumo.config.load import load_recipe
-from dumo.config.objective import objective_of
+from dumo.config.load import load_recipe, objective_of
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.io.yaml import parse_yaml

@@ -289,7 +289,6 @@ class Family:
 
     # blocks
     unused_layers: str = ""  # pattern of paths, LAST for the last block: layers that do not reach the output
-    compiles: bool = True  # torch.compile takes its blocks with a derivative that rides on the pass
     keeps_mask_when_checkpointed: bool = True  # it passes the mask to blocks that are computed again, too
     routes: bool = False  # its blocks, in lists alone, take and give text and image as `dumo.nets.route` does
 
@@ -473,7 +472,6 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         time_embedder="time_in",
         last_layer="final_layer.linear",
         default_side=lambda config: 512,
-        compiles=False,
     ),
     "WanTransformer3DModel": Family(
         arguments=wan_arguments,

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dumo.config.change import override, yaml_text
-from dumo.config.check import check_ranks
+from dumo.config.fit import check_ranks
 from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.flow.linearize import Moving

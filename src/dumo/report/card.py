@@ -17,9 +17,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from dumo.config.conditions import Conditions
-from dumo.config.parts import Evaluation
 from dumo.config.place import EVALUATION_FILE, OTHER_EVALUATIONS
-from dumo.config.spec import Run
+from dumo.config.spec import Evaluation, Run
 from dumo.data import Data
 from dumo.data.caption import CaptionFiles
 from dumo.evaluation import LikelihoodProtocol, MetricProtocol

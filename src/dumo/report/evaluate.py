@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo.config.parts import Evaluation, Sampling
 from dumo.config.place import EVALUATION_FILE
+from dumo.config.spec import Evaluation, Sampling
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.own import OwnMetric, OwnMetricsEvaluator
 from dumo.evaluation.protocol import Evaluator, Scores

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dumo.config.check import why_unguided
 from dumo.config.code import names_code
 from dumo.config.conditions import shown_data
+from dumo.config.fit import why_unguided
 from dumo.config.source import trained_name_of
 from dumo.config.spec import Run
 from dumo.data import Images

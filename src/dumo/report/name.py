@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dumo.config.parts import Sampling
+from dumo.config.spec import Sampling
 from dumo.io import digest
 from dumo.io.weights import sha256, title
 from dumo.run.weights import RunFolder, sampled_part

@@ -23,10 +23,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dumo.config.check import check_guidance
 from dumo.config.conditions import Conditions, shown_data
+from dumo.config.fit import check_guidance
 from dumo.config.load import parse
-from dumo.config.parts import Sampling
+from dumo.config.spec import Sampling
 from dumo.config.suggestion import require_known
 from dumo.data import Data, is_images
 from dumo.data.column import CAPTION_NAMES

@@ -22,8 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown_data
-from dumo.config.parts import Sampling
-from dumo.config.spec import Run
+from dumo.config.spec import Run, Sampling
 from dumo.data import is_latents
 from dumo.flow import generate
 from dumo.io import file as files

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dumo.config.conditions import shown_data
-from dumo.config.parts import Evaluation
 from dumo.config.source import PROPOSED_KEY
-from dumo.config.spec import Run
+from dumo.config.spec import Evaluation, Run
 from dumo.config.word import STATES
 from dumo.data import is_images
 from dumo.flow.path import Linear

@@ -22,9 +22,8 @@ from typing import Any
 
 from dumo.config.change import override, yaml_text
 from dumo.config.load import parse
-from dumo.config.parts import with_pipeline
 from dumo.config.source import choose
-from dumo.config.spec import Run
+from dumo.config.spec import Run, with_pipeline
 from dumo.data import Data, Latents, cache, encoding
 from dumo.data.caption import CaptionFiles
 from dumo.data.image import errors_of_latents

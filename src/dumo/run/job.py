@@ -31,8 +31,8 @@ from torch import nn
 
 from dumo.config import trust
 from dumo.config.change import sets_field
-from dumo.config.check import check_ranks
 from dumo.config.code import names_code
+from dumo.config.fit import check_ranks
 from dumo.config.source import RUN_FILE, RunText, is_root_proposed
 from dumo.config.spec import Run
 from dumo.data import Data, is_latents

@@ -16,8 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown_data, squares
-from dumo.config.parts import Evaluation
-from dumo.config.spec import Run
+from dumo.config.spec import Evaluation, Run
 from dumo.data import Data, is_images, is_latents
 from dumo.evaluation import Context, is_of_likelihood
 from dumo.evaluation.protocol import Evaluator

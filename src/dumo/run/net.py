@@ -10,7 +10,7 @@ whether it has room to train it. `flow_in_training` is the net with its objectiv
 import torch
 from torch import nn
 
-from dumo.config.parts import RunParts
+from dumo.config.spec import Run
 from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
 from dumo.nets import is_dualized, is_pretrained
@@ -23,7 +23,7 @@ from dumo.types import Taught
 from dumo.types.outside import NetSpec
 
 
-def flow_in_training(run: RunParts, state: State, *, teacher: Taught | None = None, prior: float | None = None) -> Flow:
+def flow_in_training(run: Run, state: State, *, teacher: Taught | None = None, prior: float | None = None) -> Flow:
     """The net of a state with the run's objective, as it is trained.
 
     `teacher` replaces the data's velocity, for the share `prior` of a batch's rows (None: for all).
@@ -31,7 +31,7 @@ def flow_in_training(run: RunParts, state: State, *, teacher: Taught | None = No
     return flow_of(state, run.train, run.objective, run.path, run.data.classes, teacher=teacher, prior=prior)
 
 
-def outline(run: RunParts, *, short: bool = False) -> nn.Module:
+def outline(run: Run, *, short: bool = False) -> nn.Module:
     """The net on the meta device, without values. Raises UserError if it does not fit the data.
 
     `short`: only the first blocks of a pretrained net, which takes long.
@@ -43,7 +43,7 @@ def outline(run: RunParts, *, short: bool = False) -> nn.Module:
         return spec.build(run.objective.needs, run.data.shape, run.data.classes)
 
 
-def draw_net(run: RunParts) -> nn.Module:
+def draw_net(run: Run) -> nn.Module:
     """The net at step 0 on the CPU, its weights keyed by the run's seed, or those of its pipeline.
 
     Raises UserError as building a net does, also where a table of texts is missing.
@@ -60,7 +60,7 @@ def draw_net(run: RunParts) -> nn.Module:
     return net
 
 
-def deferred_net(run: RunParts) -> tuple[nn.Module, Deferred]:
+def deferred_net(run: Run) -> tuple[nn.Module, Deferred]:
     """The net at step 0 without weights, and what draws these one by one. A user's own net comes with its weights."""
     deferred_weights = Deferred()
     if isinstance(run.net, NetSpec):
@@ -82,13 +82,13 @@ def num_parameters(net: nn.Module) -> int:
     return total
 
 
-def require_room(run: RunParts, device: torch.device | str) -> None:
+def require_room(run: Run, device: torch.device | str) -> None:
     """Raise UserError if a device has too little memory for the net's weights."""
     require_memory(least_bytes(outline(run)), "the net takes", "take a smaller net (net.width, net.depth)", device)
 
 
 def require_room_to_train(
-    run: RunParts, device: torch.device | str, net_outline: nn.Module, *, rows: int, share: int = 1
+    run: Run, device: torch.device | str, net_outline: nn.Module, *, rows: int, share: int = 1
 ) -> None:
     """Raise UserError if a device has too little memory to train the net with `rows` rows at a time.
 

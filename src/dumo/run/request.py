@@ -20,14 +20,13 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from dumo.config.change import yaml_text
-from dumo.config.mark import marks_of
 from dumo.config.spec import Run
 from dumo.io.read import read_json, write_json
 from dumo.run.folder import OBEYED_FILE
 from dumo.runtime import dist
 from dumo.runtime.door import option
 from dumo.training import agreement
-from dumo.types import UserError
+from dumo.types import UserError, marks_of
 
 _WAY_OUT = "remove it, and what is asked for is obeyed"
 _OF_LAST_COMMAND = "of_last_command"  # key of a note: whether the last start that is no restart asked for the same

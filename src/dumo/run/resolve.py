@@ -21,10 +21,10 @@ from pydantic import JsonValue
 from pydantic.config import JsonDict
 
 from dumo.config.change import field_of, override, yaml_text
-from dumo.config.check import check
 from dumo.config.code import codes_of
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.difference import differences
+from dumo.config.fit import check, ways_to_captions
 from dumo.config.load import load, parse
 from dumo.config.source import CODE_KEY, TYPED_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
@@ -34,7 +34,7 @@ from dumo.io import digest, trained
 from dumo.io.read import user_path
 from dumo.nets import Net, is_pretrained
 from dumo.nets.textfamily import has_table
-from dumo.run.mismatch import check_built
+from dumo.run.fit import check_built
 from dumo.run.weights import few_step_run
 from dumo.runtime.door import settings
 from dumo.runtime.progress import ignore_line

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dumo.config.conditions import Conditions, shown_data
-from dumo.config.parts import RunParts, Sampling
+from dumo.config.spec import Run, Sampling
 from dumo.data import Data, is_latents
 from dumo.flow import generate
 from dumo.flow.flow import Flow
@@ -215,7 +215,7 @@ class Sampler:
         raise UserError(f"{problem}: these data have none, so c is 0")
 
 
-def sampler_of(run: RunParts, net: nn.Module) -> Sampler:
+def sampler_of(run: Run, net: nn.Module) -> Sampler:
     """A run's net with all that its samples depend on, made with no more rows at a time than it was trained with."""
     flow = Flow(net, run.objective, path=run.path, classes=run.data.classes, precision=run.precision)
     return Sampler(flow, run.data, run.sample, max_rows_per_pass(run.train))

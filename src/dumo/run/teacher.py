@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.config import trust
-from dumo.config.check import check_guidance
+from dumo.config.fit import check_guidance
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher

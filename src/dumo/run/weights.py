@@ -20,7 +20,6 @@ from dumo.config.change import yaml_text
 from dumo.config.code import require_same_code
 from dumo.config.difference import Difference, difference_lines, differences
 from dumo.config.history import RecordedRun
-from dumo.config.parts import RunParts
 from dumo.config.place import require_run_folder
 from dumo.config.source import SHIPPED_PREFIX
 from dumo.config.spec import Run
@@ -314,7 +313,7 @@ def _load_state(net: nn.Module, deferred_weights: Deferred, loaders: Mapping[str
             weight.copy_(load_tensor())
 
 
-def build(run: RunParts, device: torch.device | str = "cpu") -> nn.Module:
+def build(run: Run, device: torch.device | str = "cpu") -> nn.Module:
     """The net at step 0, its weights keyed by the run's seed: the same on every device.
 
     Raises UserError, before it is made, if the device has less memory than that.
@@ -323,7 +322,7 @@ def build(run: RunParts, device: torch.device | str = "cpu") -> nn.Module:
     return draw_on_device(run, device)
 
 
-def draw_on_device(run: RunParts, device: torch.device | str) -> nn.Module:
+def draw_on_device(run: Run, device: torch.device | str) -> nn.Module:
     """The net as `build` makes it, for a caller that knows that the device has room for it."""
     if torch.device(device).type == "cpu" and not run.has_subject:
         return draw_net(run)
@@ -331,7 +330,7 @@ def draw_on_device(run: RunParts, device: torch.device | str) -> nn.Module:
     return deferred_weights.fill(net, device)
 
 
-def build_deferred(run: RunParts) -> tuple[nn.Module, Deferred]:
+def build_deferred(run: Run) -> tuple[nn.Module, Deferred]:
     """The net at step 0 on the CPU, without weights, and what makes these one by one.
 
     A user's own net has its weights. Raises UserError as `few_step_run`.
@@ -342,7 +341,7 @@ def build_deferred(run: RunParts) -> tuple[nn.Module, Deferred]:
     return net, deferred_weights
 
 
-def few_step_run(run: RunParts) -> RunFolder:
+def few_step_run(run: Run) -> RunFolder:
     """The few-step run under adapters for a subject, its weights not read yet.
 
     Raises UserError where it is none, has another net, or other weights than when the subject's run began.
@@ -359,7 +358,7 @@ def few_step_run(run: RunParts) -> RunFolder:
     return source
 
 
-def _load_few_step_run(run: RunParts, net: nn.Module, deferred_weights: Deferred) -> None:
+def _load_few_step_run(run: Run, net: nn.Module, deferred_weights: Deferred) -> None:
     """Load what the few-step run trained into a net (`net.lora.subject`); it is read when the net is made.
 
     Raises UserError as `few_step_run`, and where that run has other heads, or tuned other weights than the net has.

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BaseModel, ConfigDict
 from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 from torch import Generator, Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -61,6 +62,11 @@ PLACE: JsonDict = FREE | WHERE  # a path, which may change
 MAYBE_PLACE: JsonDict = FREE | {"where": "maybe"}  # a path if something lies there, else a name, which stays as it is
 # - fields that dumo fills in itself
 PINNED: JsonDict = {"pinned": True}  # a hash, taken when the run began; None in runs of an older dumo
+
+
+def marks_of(field: FieldInfo) -> Mapping[str, Any]:
+    """A field's marks by name; empty if it has none."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 class Spec(BaseModel):

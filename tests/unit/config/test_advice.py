@@ -4,8 +4,8 @@ import ast
 
 import pytest
 
-from dumo.config.advice import advice
 from dumo.config.change import yaml_text
+from dumo.config.fit import advice
 from dumo.config.load import load
 
 HOP = "sample.solver.kind=hop"

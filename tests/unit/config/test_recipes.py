@@ -11,7 +11,7 @@ import yaml
 
 import measured
 from dumo.config import recipes
-from dumo.config.advice import advice
+from dumo.config.fit import advice
 from dumo.config.load import dump, load, summary
 from dumo.config.source import FORMAT_KEY, read
 from dumo.io.hub import PUBLISHED

@@ -177,8 +177,8 @@ def test_a_class_of_which_no_image_could_be_encoded_is_named(
     data = latents(tmp_path / "photos", tmp_path / "cache", on_bad="skip")
     with pytest.warns(UserWarning, match="cannot be read and are left out"):
         encode.encode(data)
-    assert "no image can be read of class cow, " in empty_classes_line(data, data.open(""))
-    assert empty_classes_line(cached, cached.open("")) == ""
+    assert "no image can be read of class cow, " in empty_classes_line(data, data.open())
+    assert empty_classes_line(cached, cached.open()) == ""
 
 
 @pytest.mark.parametrize("buckets", [None, {"step": 8}])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dumo.config.load import dump, load
-from dumo.config.parts import with_pipeline
+from dumo.config.spec import with_pipeline
 from dumo.encoders import PipelineVae
 from dumo.encoders.pipeline import Pipeline
 from dumo.io.hub import PUBLISHED, TRANSFORMER, VAE, published_config

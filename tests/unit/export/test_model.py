@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dumo.config.load import load
-from dumo.config.parts import Sampling
+from dumo.config.spec import Sampling
 from dumo.export.card import _pipeline_calls, license_metadata
 from dumo.export.lora import change_as_product
 from dumo.export.model import INDEX, ExportedModel, require_pipeline, stored_dtype

@@ -19,9 +19,8 @@ import encoders
 from autoencoder import taef2
 from dumo.config.difference import identity
 from dumo.config.load import load, parse
-from dumo.config.parts import with_pipeline
 from dumo.config.recipes import names
-from dumo.config.spec import Run
+from dumo.config.spec import Run, with_pipeline
 from dumo.data import Latents
 from dumo.data.caption import CaptionFiles
 from dumo.data.image import Images

@@ -441,7 +441,7 @@ MISTAKES = {
     "text left out": Mistake(learns(Text, IMAGES), "Text failed on x (4, 1, 8, 8)", "c: net(...))"),
     # settings
     "a kind that is none": Mistake(learns(points, objective="dumoo"), "objective.kind: unknown kind 'dumoo'"),
-    "a class": Mistake(learns(points, objective=DuMo), "DuMo is a class: give an objective, DuMo()"),
+    "a class": Mistake(learns(points, objective=DuMo), "the objective is DuMo: give its name"),
     "a teacher that is none": Mistake(
         lambda: dumo.Flow(points(), teacher=points()), "teacher is a Perceptron: give a dumo.Flow that was trained"
     ),

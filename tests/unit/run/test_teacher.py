@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dumo.config.check import check_guidance
+from dumo.config.fit import check_guidance
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.config.teacher import Teacher
