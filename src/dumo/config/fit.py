@@ -283,9 +283,10 @@ def check_ranks(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
     number of ranks; and `train.compile=loss` takes one rank.
     """
     times = objective.times
+    passes_by_rank = split_into_passes(train, objective, ranks)
     moving = times.moving(train.batch)
     if moving is not None and 0 < times.moving_share < 1:
-        for rows in chain.from_iterable(split_into_passes(train, objective, ranks)):
+        for rows in chain.from_iterable(passes_by_rank):
             kinds = set(moving[rows])
             if len(kinds) > 1:
                 continue

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dumo.config.fit import check_ranks
 from dumo.config.load import load
 from dumo.run.resolve import resolve
 from dumo.types import UserError
@@ -90,3 +91,105 @@ def test_every_mistake_has_a_line() -> None:
         "train.batch",
         "net.kind",
     }
+
+
+HEUN = ["sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[4]"]
+TAUGHT = ["teacher.source=x", "objective.drop=0.1", "teacher.guide.scale=2"]
+UNLABELLED = ["data.images.labelled=false", "data.images.classes=0", "objective.drop=0", "objective.guide.zeta=0"]
+CAPTIONS = 'data.captions={kind: templates, templates: ["{}"]}'
+READ = "net.texts={kind: learned, root: runs/texts/here}"
+PAIRS = ["teacher.source=somewhere", "teacher.pairs.count=100"]
+IN_BF16 = ["train.precision=bf16", "objective.slope.kind=central", "net.time_scale=1"]
+TO_DATA = "objective.times={kind: beta}"
+GUIDED_MEAN = ["objective.guide.zeta=0.5", "objective.drop=0.1", "sample.nfe=[1]", "evaluate.nfe=[1]"]
+CLIMBING = "objective.times={kind: jumps, both_ways: true}"
+PLANE = ["data.kind=moons", "net.kind=mlp", "evaluate.protocol.kind=toy"]
+EDM = "net.precondition=edm"
+GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
+KNOBS = ["objective.drop=0.1", "objective.w=8.0"]
+
+# A recipe, fields that it takes, a field more that does not fit these, and what the message names.
+MISFITS = [
+    ("digits", HEUN, "sample.nfe=[2, 3]", "nfe = 3"),
+    ("digits", HEUN, "evaluate.nfe=[2, 3]", "nfe = 3"),
+    ("digits-shortcut", PLANE, "objective.scale=2", "objective.scale"),
+    ("moons", ["objective.drop=0.5"], "objective.guide.zeta=0.5", "objective.guide"),
+    ("moons-flow-matching", GUIDED[:1], "objective.kind=imf", "objective.w"),
+    ("digits-shortcut", [GUIDED[0], "objective.scale=2"], GUIDED[1], "sample.guide.scale"),
+    ("moons", [], "sample.guide.scale=2", "sample.guide.scale"),
+    ("digits", GUIDED, "objective.drop=0", "objective.drop"),
+    ("digits-guided", [], "sample.guide.scale=2", "sample.guide.scale"),
+    ("digits", GUIDED, "objective.guide.zeta=0.44", "guidance scale 1.79"),
+    ("digits-imf", KNOBS, "sample.guide.scale=2", "sample.knobs"),
+    ("digits-imf", [], "sample.knobs.w=4", "sample.knobs.w"),
+    ("digits", [], "sample.knobs.w=4", "sample.knobs.w"),
+    ("digits-imf", KNOBS, "sample.knobs.weight=4", "sample.knobs.weight"),
+    ("digits-meanflow", ["train.batch=8"], "train.batch=1", "r = t"),
+    ("digits-meanflow", ["train.micro_batch=4"], "train.micro_batch=3", "train.micro_batch"),
+    ("digits-shortcut", ["train.batch=32"], "train.batch=4", "train.batch"),
+    ("digits-imm", ["train.batch=48"], "train.batch=6", "train.batch"),
+    ("digits", ["train.coupling.group=16"], "train.coupling.group=12", "train.batch"),
+    ("digits-imm", PAIRS, "train.coupling.group=4", "train.coupling"),
+    ("digits-meanflow", GUIDED_MEAN, TO_DATA, "objective.guide"),
+    ("digits-imf", [], TO_DATA, "du/dt"),
+    ("digits-meanflow", [CLIMBING], "objective.kind=alpha_flow", "objective.times.both_ways"),
+    ("digits-pi-flow", [], "objective.early.low=-3", "early.low"),
+    ("digits-ict", [], "objective.discretization.first=1e9", "discretization"),
+    ("digits-facm", [], EDM, "net.precondition"),
+    ("digits-twinflow", [], EDM, "net.precondition"),
+    ("digits-imm", [], PAIRS[0], "teacher"),
+    ("digits-guided", TAUGHT[:2], TAUGHT[2], "teacher.guide"),
+    ("moons", TAUGHT[:2], TAUGHT[2], "teacher.guide.scale"),
+    ("digits", TAUGHT, GUIDED[1], "sample.guide.scale"),
+    ("digits-imf", TAUGHT, "objective.w=8.0", "objective.w"),
+    ("cifar10", [], "net.augment=9", "net.augment"),
+    ("cifar10", [], "data.augment.yflip=true", "net.augment"),
+    ("cifar10", [], "data.augment=null", "net.augment"),
+    ("cifar10", [], "objective.drop=0.1", "objective.drop"),
+    ("cifar10", [], "net={kind: dit, width: 8, attention: 1}", "net.augment"),
+    ("cifar10-latents", UNLABELLED, "data.images.augment={kind: edm}", "data.images.augment"),
+    ("digits", [], CAPTIONS, "data.captions"),
+    ("digits", [], READ, "net.texts"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "fits", "more", "named"), MISFITS)
+def test_what_does_not_fit_is_refused_and_what_does_is_not(recipe: str, fits: list[str], more: str, named: str) -> None:
+    load(recipe, fits)
+    with pytest.raises(UserError) as refused:
+        load(recipe, [*fits, more])
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fits", "more", "named"),
+    [
+        ("digits-ucgm", IN_BF16[1:], IN_BF16[0], "central"),
+        ("digits", [IN_BF16[2], "objective.slope={kind: central, h: 0.05}"], "objective.slope.h=0.06", "central"),
+        ("digits", [], "net.patch=3", "net.patch 3"),
+    ],
+)
+def test_what_takes_a_net_is_refused_when_a_run_is_opened(recipe: str, fits: list[str], more: str, named: str) -> None:
+    resolve(load(recipe, fits))
+    run = load(recipe, [*fits, more])
+    with pytest.raises(UserError) as refused:
+        resolve(run)
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "ranks", "named"),
+    [
+        ("digits", ["train.batch=16"], 17, "train.batch"),
+        ("digits-meanflow", ["train.batch=32"], 16, "r < t"),
+        ("digits-meanflow", ["train.batch=20", "train.micro_batch=7"], 6, "train.micro_batch"),
+        ("digits-imm", ["train.batch=32"], 9, "train.batch"),
+        ("digits", ["train.share=4"], 6, "train.share"),
+        ("digits", ["train.compile=loss"], 2, "train.compile"),
+    ],
+)
+def test_what_so_many_ranks_cannot_train_is_refused(recipe: str, fields: list[str], ranks: int, named: str) -> None:
+    run = load(recipe, fields)
+    with pytest.raises(UserError) as refused:
+        check_ranks(run.train, run.objective, ranks)
+    assert named in str(refused.value)

@@ -128,7 +128,7 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
     assert all(p.grad is None for p in net.parameters())
 
 
-@pytest.mark.parametrize("fields", [[], ["teacher.source=here"], ["teacher.pairs.count=4"], ["teacher.kind=run"]])
+@pytest.mark.parametrize("fields", [["teacher.source=here"], ["teacher.pairs.count=4"], ["teacher.kind=run"]])
 def test_what_has_no_base_is_refused(fields: list[str]) -> None:
     with pytest.raises(UserError):
         resolve(load("moons", [*TINY, BASE, *fields]))
