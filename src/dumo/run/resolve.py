@@ -24,7 +24,7 @@ from dumo.config.change import field_of, override, yaml_text
 from dumo.config.code import codes_of
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.difference import differences
-from dumo.config.fit import check, ways_to_captions
+from dumo.config.fit import check
 from dumo.config.load import load, parse
 from dumo.config.source import CODE_KEY, TYPED_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
