@@ -343,22 +343,21 @@ class TrainedRun:
         alone: bool = False,
         push: str | None = None,
     ) -> Path:
-        """Write the network as stock programs take it, as `dumo export`, to `out`, which must not exist; return it.
+        """Write the run for `dumo.load` or stock programs, as `dumo export`, to `out`, which must not exist; return it.
 
-            to="diffusers"      a folder for DiffusionPipeline.from_pretrained
+            to="diffusers"      a folder for dumo.load (a network of dumo's own) and DiffusionPipeline.from_pretrained
             to="lora"           a folder for load_lora_weights
             to="comfyui"        a LoRA as one file
             to="safetensors"    all weights as one file
 
         `head`, `parts`, `dtype`, `nfe` and `alone` as `dumo.export.write.export`. `push`, OWNER/NAME, uploads it to the
-        Hugging Face Hub, too. Raises UserError where no stock program runs what the run has, or nothing is uploaded.
+        Hugging Face Hub, too. Raises UserError if no stock program samples as the run does.
         """
         from dumo.export import hub, write  # slow to import
 
         dist.require_one_process("an export")
         place = _path(out, "out")
-        write.require_options(to, parts, dtype)
-        write.require_vacant(place, to)
+        write.require_vacant(place)
         if push is not None:
             hub.require_uploadable(push, parts)
         with low_memory_heap():

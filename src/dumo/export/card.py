@@ -1,14 +1,10 @@
-"""The model card next to an export, README.md: how to call it, what made it, and what it measured.
+"""The model card next to an export, README.md: how to load it, what made it, and what it measured.
 
-The entrances, in the order of use:
+`Provenance.of` collects what an export says of its run: on its card, in dumo.json (`Provenance.facts`) and in the header
+of a file of weights (`header_metadata`). `tuned_card` returns the card of a tuned pretrained model, `own_card` that of
+a run with a network of its own. Both fill the one template in `cards`; huggingface_hub writes the YAML head.
 
-1. `Provenance.of` takes from an opened run what an export says of it: on its card, in dumo.json (`Provenance.facts`)
-   and in the header of a file of weights (`header_metadata`).
-2. `tuned_card` makes the text of the card of a pretrained model that was tuned, `own_card` that of a net of dumo's own.
-   Each works out what its template in `cards` shows, and `_render` fills the template.
-
-A user's texts are escaped by the templates' filters: `plain` (`_escape_markup`), `code` (`_as_code`) and `literal`
-(`_python_literal`).
+Texts of users pass through the template's filters `plain`, `code` and `literal`, which escape them.
 """
 
 import json
@@ -21,7 +17,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import jinja2
+from huggingface_hub import EvalResult, ModelCardData
 
+from dumo.config.code import names_code
 from dumo.config.conditions import shown_data
 from dumo.config.difference import identity
 from dumo.config.place import EVALUATION_FILE
@@ -30,53 +28,61 @@ from dumo.config.word import method
 from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.data.pixel import Size
-from dumo.encoders.pipeline import LICENSE
+from dumo.encoders.pipeline import LICENSE, has_component
 from dumo.export.model import ExportedModel
 from dumo.export.scheduler import EULER, JUMP_SCHEDULER, LCM
-from dumo.export.serve import has_other_parts, reason_not_servable
 from dumo.export.stock import StockPipeline
-from dumo.export.textencoder import ShippedTextEncoder
 from dumo.flow.guide import GuidanceScale
-from dumo.flow.solver import Euler, Hermite, Hop, Restart, can_make
+from dumo.flow.solver import can_make
+from dumo.io.trained import SHIPPED_PREFIX
 from dumo.report.card import is_card_of, read_report
-from dumo.run.resolve import as_given, without_path
+from dumo.run.resolve import as_given, places, without_path
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
-from dumo.runtime import shell_path, version
+from dumo.runtime import version
 from dumo.runtime.text import escape_line
 from dumo.types import UserError
 
-PROMPT = "a red fox in the snow"  # in the code of a card
-CODES = "codes.safetensors"  # the file of the embeddings of classes, of a model that was tuned on them
-FEW_STEPS = "few-steps"  # the folder of a few-step run's export, as docs/pretrained.md calls it
-# what Markdown would read as marks; an underscore inside a word is none
+# The prompt in the code of a card.
+PROMPT = "a red fox in the snow"
+# The file of the embeddings of classes, for a model that was tuned on them.
+CODES = "codes.safetensors"
+# The folder of a few-step run's export, as docs/pretrained.md calls it.
+FEW_STEPS = "few-steps"
+# What Markdown reads as markup. An underscore inside a word is not markup.
 _MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")
-_PASS_COMMENTS = {1: "one pass", 2: "two", 4: "four"}  # of the calls of a card, by their numbers of passes
-_HEAD_TEXTS = {  # what is exported, by the solver that reads it
-    "restart": "u, the flow map: a pass jumps to the data",
-    "hop": "u, the flow map: a pass jumps to the next time",
-    "hermite": "u, the flow map, and v: the last pass jumps to the data, others follow a parabola of both",
-    "euler": "v, the velocity of the flow",
-}
+# The calls on a card: their comments by the number of passes.
+_PASS_COMMENTS = {1: "one pass", 2: "two", 4: "four"}
 
 
 @dataclass(frozen=True)
 class Provenance:
     """Which run, checkpoint and evaluation an export is of."""
 
-    about: str  # the run in one line
-    step: int
-    batch: int  # images of a step
-    weights: str  # the name of their file
-    sha256: str  # of the weights
-    baked: Mapping[str, float]  # scales of guidance in the weights, by what guided
-    report: Mapping[str, Any] | None  # the evaluation of these weights
     run: Run
-    version: str = version()  # of dumo
+    step: int
+    # The name and the SHA-256 of the file of weights.
+    weights: str
+    sha256: str
+    # The scales of guidance that was distilled into the weights, by what was guided.
+    baked: Mapping[str, float]
+    # The evaluation of these weights; None if there is none.
+    report: Mapping[str, Any] | None
+    version: str = version()
+
+    @property
+    def about(self) -> str:
+        """The run in one line."""
+        return self.run.about
+
+    @property
+    def batch(self) -> int:
+        """Images per training step."""
+        return self.run.train.batch
 
     @property
     def facts(self) -> dict[str, str]:
-        """The origin of an export for programs, in dumo.json and a file's header; the run has its paths as typed."""
+        """The origin of an export, for programs: in dumo.json and in a file's header, with paths as they were typed."""
         return {
             "dumo": self.version,
             "step": str(self.step),
@@ -88,14 +94,14 @@ class Provenance:
 
     @property
     def few_step_name(self) -> str:
-        """The name of the few-step run on top of which adapters were trained; "": there is none."""
+        """The name of the few-step run on top of which adapters were trained; "" if there is none."""
         if self.run.start and self.run.has_subject:
             return Path(self.run.start.source).name
         return ""
 
     @classmethod
     def of(cls, opened: RunFolder) -> "Provenance":
-        """Of an opened run. An evaluation of other weights, or of what is sampled otherwise now, is left out."""
+        """Return that of an opened run. An evaluation of other weights or other sampling settings is left out."""
         run = opened.run
         baked = dict[str, float]()
         target_scale = GuidanceScale.of(run.objective.needs).scale
@@ -103,21 +109,17 @@ class Provenance:
             baked["its target"] = target_scale
         if run.teacher and run.teacher.guide.scale != 1:
             baked["its teacher"] = run.teacher.guide.scale
-        try:
-            report = read_report(opened.folder / EVALUATION_FILE)
-        except UserError:
-            report = None
+        file = opened.find_output(EVALUATION_FILE)
+        report = read_report(file) if file.is_file() else None
         if report and not is_card_of(report["card"], opened):
             report = None
         return cls(
-            about=run.about,
+            run=run,
             step=opened.step,
-            batch=run.train.batch,
             weights=without_path(opened.weights),
             sha256=opened.sha256,
             baked=baked,
             report=report,
-            run=run,
         )
 
 
@@ -128,31 +130,40 @@ def tuned_card(
     name: str,
     index: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card of a pretrained model that was tuned: a folder called `name` that `from_pretrained` opens, or a LoRA.
+    """The card of a tuned pretrained model: a folder called `name` that `from_pretrained` opens, or a LoRA.
 
-    `index` is the folder's model_index.json; None: it holds a LoRA. A folder may have two parts alone, which replace
-    another pipeline's.
+    `index` is the folder's model_index.json; None for a LoRA. A folder may consist of the model and its scheduler
+    alone, which then replace those of another pipeline.
     """
+    # Show the call for the most frequent of several image sizes.
     sizes = _image_counts(exported.sampler.data)
     if sizes:
         most_frequent = next(iter(sizes))
         exported = replace(exported, sampler=replace(exported.sampler, size=most_frequent))
     sampler = exported.sampler
-    parts = index or {}
+
+    # Find out which parts of which pipeline the code of the card opens.
     source_parts = [*stock.parts]
-    if index is None and not exported.subject_only:  # else dumo wrote the model
+    if index is None and not exported.subject_only:
         source_parts.append(exported.component_name)
+    parts = index or {}
+    num_parts = sum(has_component(entry) for entry in parts.values())
     scheduler = parts.get("scheduler", ["diffusers", LCM if exported.net.diffusion else EULER])
-    solver_kind = "restart"
-    if exported.head == "v":
-        solver_kind = "euler"
+
+    # Show the scores of the exported head alone: those of solvers of the velocity, or of the flow map.
+    reads_velocity = exported.head == "v"
+    rows = [row for row in _score_rows(provenance) if (row["solver"] in ("euler", "heun")) == reads_velocity]
+    if reads_velocity:
+        head_text = "v, the velocity of the flow"
     elif exported.makes_hops:
-        solver_kind = "hop"
-    return _render(
-        "tuned",
+        head_text = "u, the flow map: a pass jumps to the next time"
+    else:
+        head_text = "u, the flow map: a pass jumps to the data"
+    body = _render(
         sampler,
         provenance,
         name,
+        rows=rows,
         sizes=sizes,
         exported=exported,
         stock=stock,
@@ -163,22 +174,27 @@ def tuned_card(
         has_own_scheduler=scheduler == JUMP_SCHEDULER,
         absent_arguments="".join(f", {part}=None" for part in exported.spec.pipeline.absent_parts),
         few_steps_folder=FEW_STEPS,
-        has_other_parts=has_other_parts(parts),
+        # Every exported folder has two parts, the model and its scheduler.
+        has_other_parts=num_parts > 2,
         variant=exported.weights_variant(source_parts),
-        reason_not_servable=reason_not_servable(exported, parts),
         is_lora=index is None,
         head=exported.head,
-        reads_velocity=exported.head == "v",
-        head_text=_HEAD_TEXTS[solver_kind],
-        tag="image-to-image" if stock.takes_image else "text-to-image",
-        hub_metadata=license_metadata(exported.spec.pipeline.facts or {}),
+        head_text=head_text,
+        codes_file=CODES,
     )
+    metadata = {
+        "library_name": "diffusers",
+        "pipeline_tag": "image-to-image" if stock.takes_image else "text-to-image",
+        "tags": ["dumo"] if reads_velocity else ["dumo", "few-step"],
+        **license_metadata(exported.spec.pipeline.facts or {}),
+    }
+    return _with_head(body, metadata, name, provenance, rows)
 
 
 def _image_counts(data: Data) -> dict[Size, int]:
-    """How many images a run on buckets has of each size, most first; {} without buckets.
+    """How many images a run on buckets has of each size, most frequent first; {} without buckets.
 
-    Where the images are not there to be counted, it is 0 of every size, of the nearest to a square first.
+    If the images cannot be counted here, it is 0 of every size, the nearest to a square first.
     """
     images = shown_data(data)
     if not isinstance(images, Images) or not images.buckets:
@@ -194,18 +210,18 @@ def _image_counts(data: Data) -> dict[Size, int]:
 
 
 def license_metadata(facts: Mapping[str, str]) -> dict[str, str]:
-    """The licence of a pipeline with these facts for the YAML head of a card, as a hub reads it, with values in JSON.
+    """The licence of a pipeline with these facts, for the YAML head of a card.
 
     A link to a file of the base's repository is left out, for the export does not have that file.
     """
-    metadata = {key: json.dumps(facts[key]) for key in LICENSE if key in facts}
+    metadata = {key: facts[key] for key in LICENSE if key in facts}
     if "://" not in facts.get("license_link", ""):
         metadata.pop("license_link", None)
     return metadata
 
 
 def _is_guided(stock: StockPipeline, sampler: Sampler) -> bool:
-    """Whether the pipeline's own argument guides the samples."""
+    """Whether samples are guided by an argument of the pipeline."""
     return sampler.spec.guide.scale != 1 and stock.guide_argument is not None
 
 
@@ -214,7 +230,8 @@ def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple
     condition = _image_arguments(exported, stock)
     embedded = exported.net.guidance
     scale = exported.sampler.spec.guide.scale
-    if exported.head == "v":  # at the times of the pipeline's own
+    # A velocity is sampled at the pipeline's own times.
+    if exported.head == "v":
         guidance = stock.guidance_arguments(embedded=embedded, scale=scale)
         return [(", ".join([*condition, *_keywords(guidance)]), "")]
     calls: list[tuple[str, str]] = []
@@ -248,100 +265,129 @@ def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]
         if stock.guided_by_negative and _is_guided(stock, sampler):
             arguments.append('negative_prompt=""')
     arguments += [f"height={height}", f"width={width}", *stock.extra_arguments]
-    if exported.source_folder is None:  # then there is no decoder
+    # A model that came alone has no decoder.
+    if exported.source_folder is None:
         arguments.append('output_type="latent"')
     return arguments
 
 
-def own_card(
-    sampler: Sampler,
-    provenance: Provenance,
-    kind: str,
-    name: str,
-    solver: Restart | Hop | Hermite | Euler,
-    encoder: ShippedTextEncoder | None,
-    *,
-    has_encoder: bool,
-) -> str:
-    """The card of a folder called `name` with a net of dumo's own, of this kind, and the code that runs it.
-
-    `solver` makes the passes. The code calls it for the numbers of passes that it can make. `encoder` reads prompts;
-    None: the net reads labels. `has_encoder`: it is in the folder.
-    """
-    comment_by_passes = {50: "Euler steps"}
-    if not isinstance(solver, Euler):
-        comment_by_passes = {n: comment for n, comment in _PASS_COMMENTS.items() if can_make(solver, sampler.taught, n)}
-    return _render(
-        "own",
+def own_card(opened: RunFolder, provenance: Provenance, name: str, dtype: str) -> str:
+    """The card of a run with a network of its own: a folder called `name`, its weights in `dtype`."""
+    sampler = opened.sampler
+    run = opened.run
+    trusts_code = names_code(run)
+    arguments = _condition_argument(sampler)
+    pipeline_arguments = arguments.replace("labels=", "class_labels=").replace("prompts=", "prompt=")
+    if not sampler.conditions.count:
+        pipeline_arguments = "class_labels=None"
+    rows = _score_rows(provenance)
+    body = _render(
         sampler,
         provenance,
         name,
-        sizes=_image_counts(sampler.data),
-        kind=kind,
-        parameters=sum(p.numel() for p in sampler.net.parameters()),
-        passes=comment_by_passes,
-        solver=solver,
-        encoder=encoder,
-        has_encoder=has_encoder,
-        condition_argument=_condition_argument(sampler),
+        rows=rows,
+        sizes=_image_counts(run.data),
+        exported=None,
+        arguments=arguments,
+        pipeline_arguments=pipeline_arguments,
+        nfe=sampler.spec.nfe[0],
+        trusts_code=trusts_code,
+        opens_as_pipeline=sampler.is_image and not trusts_code,
+        places=_places_to_sample(run),
         labels=label_list(sampler),
-        reads_velocity=isinstance(solver, Euler),
-        head_text=_HEAD_TEXTS[solver.kind],
-        tag="text-to-image" if encoder else "unconditional-image-generation",
-        hub_metadata={},
+        parameters=sum(p.numel() for p in opened.net.parameters()),
+        stored_dtype=dtype,
     )
+    metadata: dict[str, Any] = {"library_name": "dumo", "tags": ["dumo"]}
+    if sampler.is_image:
+        reads_texts = sampler.conditions.captions is not None
+        metadata["pipeline_tag"] = "text-to-image" if reads_texts else "unconditional-image-generation"
+    return _with_head(body, metadata, name, provenance, rows)
 
 
 def _condition_argument(sampler: Sampler) -> str:
-    """The argument that asks for two images: labels of classes, or captions by templates; else one, of a prompt."""
+    """The argument of `sample` that asks for two images: of two classes, of captions, or of nothing."""
     conditions = sampler.conditions
+    if not conditions.count:
+        return "count=2"
     numbers = [0, conditions.count // 2]
     if conditions.captions is None:
-        return f"class_labels={numbers}"
+        return f"labels={numbers}"
     prompts = [PROMPT]
-    if isinstance(conditions.captions, Templates):  # captions of images are their owner's, and may be private
+    # Captions of images may be private, those of templates are not.
+    if isinstance(conditions.captions, Templates):
         prompts = [conditions.names[k] for k in numbers]
-    return f"prompt=[{', '.join(map(_python_literal, prompts))}]"
+    return f"prompts=[{', '.join(map(_python_literal, prompts))}]"
+
+
+def _places_to_sample(run: Run) -> list[tuple[str, str]]:
+    """The fields by which a run names autoencoders and text encoders outside of dumo, and what they say."""
+    return [
+        (field, place)
+        for field, place in places(as_given(run))
+        if field.startswith(("data.codec.", "net.texts.")) and place and not place.startswith(SHIPPED_PREFIX)
+    ]
 
 
 def label_list(sampler: Sampler) -> str:
-    """The labels of classes, with their names where they have some: "0 to 9", or "0 airplane, 1 automobile"."""
+    """The labels of classes, with their names if they have some: "0 to 9", or "0 airplane, 1 automobile"."""
     count = sampler.conditions.count
     names = sampler.conditions.names
     if not count:
-        return "0: there are no classes"
+        return "none: there are no classes"
     if not names or names == tuple(map(str, range(count))):
         return f"0 to {count - 1}"
     return ", ".join(f"{k} {_escape_markup(name)}" for k, name in enumerate(names))
 
 
-def _render(
-    template: str, sampler: Sampler, provenance: Provenance, name: str, *, reads_velocity: bool, **values: object
-) -> str:
-    """The card by a template in `cards`, filled with these values and those that all cards have."""
-    rows = _rows_of_head(provenance.report, reads_velocity=reads_velocity) if provenance.report else []
+def _render(sampler: Sampler, provenance: Provenance, name: str, *, rows: list[Any], **values: object) -> str:
+    """The body of a card: the template filled with these values and those that all cards have."""
     return (
         _templates()
-        .get_template(f"{template}.md.j2")
+        .get_template("card.md.j2")
         .render(
             sampler=sampler,
             provenance=provenance,
             name=name,
-            reads_velocity=reads_velocity,
             rows=rows,
-            scores=[key for key in rows[0] if key not in ("nfe", "solver")] if rows else [],
-            codes_file=CODES,
+            scores=_score_names(rows),
             method=method(sampler.flow.objective),
             **values,
         )
     )
 
 
-def _rows_of_head(report: Mapping[str, Any], *, reads_velocity: bool) -> list[Any]:
-    """The rows of an evaluation whose solver reads the exported head: the velocity, or the flow map."""
-    velocity_solvers = ("euler", "heun")
-    rows = [*report["results"], *report["contrast"]]
-    return [row for row in rows if (row["solver"] in velocity_solvers) == reads_velocity]
+def _with_head(body: str, metadata: dict[str, Any], name: str, provenance: Provenance, rows: list[Any]) -> str:
+    """The card with its YAML head, in which the Hub finds the main score of each row."""
+    results: list[EvalResult] = []
+    for row in rows:
+        # The first score is the one that the protocol is about.
+        score = _score_names(rows)[0]
+        if row[score] is not None:
+            results.append(
+                EvalResult(
+                    task_type=metadata.get("pipeline_tag", "other"),
+                    dataset_type=provenance.run.data.kind,
+                    dataset_name=provenance.run.data.kind,
+                    metric_type=score,
+                    metric_name=f"{score}, {row['nfe']} NFE, {row['solver']}",
+                    metric_value=row[score],
+                )
+            )
+    if results:
+        metadata = {**metadata, "model_name": name, "eval_results": results}
+    return f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n{body}"
+
+
+def _score_rows(provenance: Provenance) -> list[Any]:
+    """The rows of the evaluation of these weights; [] if there is none."""
+    report = provenance.report
+    return [*report["results"], *report["contrast"]] if report else []
+
+
+def _score_names(rows: list[Any]) -> list[str]:
+    """The names of the scores in the rows of an evaluation."""
+    return [key for key in rows[0] if key not in ("nfe", "solver")] if rows else []
 
 
 @cache
@@ -355,7 +401,7 @@ def _templates() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     cast(dict[str, Any], templates.filters).update(
-        form=format, plain=_escape_markup, code=_as_code, literal=_python_literal, shell_path=shell_path
+        form=format, plain=_escape_markup, code=_as_code, literal=_python_literal
     )
     return templates
 

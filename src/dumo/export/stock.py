@@ -42,7 +42,6 @@ class StockPipeline:
     image_at: str = "images[0]"  # where its result has the image
     # other programs
     loads_lora: bool = True  # it has load_lora_weights
-    vllm_class: str = ""  # the class of vLLM-Omni that makes the same jumps; "": none does
 
     def arguments(self, times: Sequence[float], *, embedded: float | None = None, scale: float = 1.0) -> dict[str, Any]:
         """The keyword arguments for passes that begin at `times`, guided as `guidance_arguments` says.
@@ -87,7 +86,6 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
         "FluxPipeline",
         guide_argument="true_cfg_scale",
         guided_by_negative=True,
-        vllm_class="FluxDMD2Pipeline",
     ),
     "Flux2Transformer2DModel": StockPipeline("Flux2Pipeline", guide_argument=None),
     "ChromaTransformer2DModel": StockPipeline("ChromaPipeline", mask_argument="prompt_attention_mask"),
@@ -104,7 +102,6 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
         guided_by_negative=True,
         rescales_guidance=True,
         mask_argument="prompt_embeds_mask",
-        vllm_class="QwenImageDMD2Pipeline",
     ),
     "ZImageTransformer2DModel": StockPipeline("ZImagePipeline", unguided_scale=0.0, lists_embeddings=True),
     "Lumina2Transformer2DModel": StockPipeline(

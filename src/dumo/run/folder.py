@@ -87,6 +87,11 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
             f"train.steps={run.train.steps}, but {folder} has already trained {steps_done} steps: set train.steps to "
             f"{steps_done} or more"
         )
+    if index.exported_weights and not checkpoints:
+        raise UserError(
+            f"{folder} is an export, which has no optimizer state to resume from: begin a new run from its weights with "
+            f"start.source={folder}"
+        )
     if index.recorded_run and not checkpoints:
         _require_no_lost_checkpoint(folder)
     require_same_run(index, run, step, accept=accept)

@@ -22,6 +22,8 @@ from dumo.training import manifest
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.types import UserError
 
+# The weights of an exported run (`dumo.export.own`), which has no checkpoints.
+EXPORTED_WEIGHTS = "model.safetensors"
 _FUNCTION_PARTS = ("data", "net", "objective", "path")  # of a run: they say which function its weights make
 
 
@@ -97,6 +99,12 @@ class Index:
     def recorded_run(self) -> RecordedRun | None:
         """The run of run.yaml, and what had changed in it. Raises UserError where it is no run."""
         return RecordedRun.from_text(self.text) if self.text else None
+
+    @property
+    def exported_weights(self) -> Path | None:
+        """The weights of an exported run; None if the folder is not an export."""
+        file = self.folder / EXPORTED_WEIGHTS
+        return file if file.is_file() else None
 
     @property
     def past(self) -> Sequence[RecordedChange]:

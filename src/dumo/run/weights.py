@@ -218,18 +218,23 @@ def _require_trained_images(index: Index, run: Run) -> None:
 
 
 def _open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool) -> RunFolder:
-    """The run with the weights of its last checkpoint, or of the file `weights`. Raises as `open_run`."""
+    """The run with the weights of its last checkpoint, of its export, or of the file `weights`. Raises as `open_run`."""
     # find the file
     folder = index.folder
     hashed_parts = {sampled_part(run.train)} if weights is None else ()
     last = index.checkpoints.latest(hashed_parts)
     listed: FileEntry | None = None
-    if weights is None:
-        if last is None:
+    if weights is None and last is None:
+        if index.exported_weights is None:
             raise UserError(
                 f"{folder} has no checkpoint: train it, {train_call(folder)}, or take other weights by "
                 f"{option('weights')}"
             )
+        file = index.exported_weights
+        file_name = file.name
+        require_own_weights(run, index, file)
+    elif weights is None:
+        assert last
         file = checkpoint.part_path(last.path, sampled_part(run.train))
         file_name = str(file.relative_to(folder))
         listed = last.manifest.files.get(file.name)
@@ -254,7 +259,7 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
             f"{folder} has no checkpoint, which would say on which frozen weights {file} was trained: restore "
             f"{index.checkpoints.folder}"
         )
-    step = last_step if weights is None else checkpoint.step_of(file, last_step)
+    step = last_step if weights is None and last else checkpoint.step_of(file, last_step)
     return RunFolder(
         run=run,
         index=index,

@@ -1,0 +1,48 @@
+"""Export a run of dumo's own network, or of a user's, as a folder that `dumo.load` opens.
+
+run.yaml            the run, without paths of this machine
+model.safetensors   the weights that it samples with
+data.json           the standard deviation and fingerprint of its data, if the run has recorded them
+README.md           the model card
+pipeline.py         with model_index.json: opens the folder as a pipeline of diffusers, which calls dumo
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from dumo.config.difference import identity
+from dumo.config.load import RUN_FILE, dump
+from dumo.export import card
+from dumo.io.read import write_json
+from dumo.io.weights import unshared
+from dumo.run import datanote
+from dumo.run.index import EXPORTED_WEIGHTS
+from dumo.run.resolve import as_given
+from dumo.run.weights import RunFolder
+from dumo.training import checkpoint
+from dumo.training.frozen import trained_state_dict
+
+_PIPELINE = Path(__file__).parent / "shipped" / "pipeline.py"
+
+
+def write(opened: RunFolder, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
+    """Write the run into the empty folder `out`, which will be called `name`; weights are rounded to `dtype`."""
+    # Write the run, and the weights that its samples are made with.
+    run = as_given(opened.run)
+    (out / RUN_FILE).write_text(dump(run), encoding="utf-8")
+    weights = unshared(trained_state_dict(opened.net))
+    for weight_name, weight in weights.items():
+        if weight.is_floating_point():
+            weights[weight_name] = weight.to(getattr(torch, dtype))
+    checkpoint.write_weights(out / EXPORTED_WEIGHTS, weights, kind="export", step=opened.step, run=identity(run))
+    data_note = opened.folder / datanote.FILE
+    if data_note.is_file():
+        shutil.copy(data_note, out)
+
+    # Write what a reader and diffusers need to open it.
+    shutil.copy(_PIPELINE, out)
+    write_json(out / "model_index.json", {"_class_name": [_PIPELINE.stem, "DumoPipeline"]})
+    text = card.own_card(opened, provenance, name, dtype)
+    (out / "README.md").write_text(text, encoding="utf-8")
