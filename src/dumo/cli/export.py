@@ -33,7 +33,7 @@ def export(
     ] = "diffusers",
     head: Annotated[
         str | None,
-        typer.Option(help="Of a pretrained model: u, which jumps, or v, an ordinary flow model. Default: u, if taught."),
+        typer.Option(help="Of a pretrained model: u, which jumps, or v, an ordinary flow. Default: u, if taught."),
     ] = None,
     parts: Annotated[
         Literal["copy", "link", "none"],

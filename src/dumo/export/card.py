@@ -1,8 +1,8 @@
 """The model card next to an export, README.md: how to load it, what made it, and what it measured.
 
-`Provenance.of` collects what an export says of its run: on its card, in dumo.json (`Provenance.facts`) and in the header
-of a file of weights (`header_metadata`). `tuned_card` returns the card of a tuned pretrained model, `own_card` that of
-a run with a network of its own. Both fill the one template in `cards`; huggingface_hub writes the YAML head.
+`Provenance.of` collects what an export says of its run: on its card, in dumo.json (`Provenance.facts`) and in the
+header of a file of weights (`header_metadata`). `tuned_card` returns the card of a tuned pretrained model, `own_card`
+that of a run with a network of its own. Both fill the one template in `cards`; huggingface_hub writes the YAML head.
 
 Texts of users pass through the template's filters `plain`, `code` and `literal`, which escape them.
 """

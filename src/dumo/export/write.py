@@ -95,7 +95,7 @@ def export(
         exported = _exported_model(opened, to, head=head, nfe=nfe, dtype=dtype, alone=alone)
     elif to != "diffusers" or head is not None or nfe:
         raise UserError(
-            f"net.kind is {opened.run.net.kind}, which is exported whole, with all its heads, for any number of passes: "
+            f"net.kind is {opened.run.net.kind}, which is exported whole, with all heads and for any number of passes: "
             "leave out to, head and nfe"
         )
 

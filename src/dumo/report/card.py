@@ -28,7 +28,7 @@ from dumo.io.read import brief, read_json
 from dumo.io.weights import title
 from dumo.run.resolve import as_given
 from dumo.run.sampler import Sampler
-from dumo.run.weights import RunFolder
+from dumo.run.weights import RunFolder, sampled_part
 from dumo.runtime import shell_path
 from dumo.runtime.device import software_versions
 from dumo.types import UserError
@@ -120,16 +120,17 @@ def make_card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card
         "weights": opened.weights,
         "weights_sha256": opened.sha256,
         "step": opened.step,
-        "ema": _ema_decay(opened.file),
+        "ema": _ema_decay(opened),
         **judging_settings(opened.sampler, run.evaluate),
         "device": opened.device.type,
         "versions": software_versions(),
     }
 
 
-def _ema_decay(weights: Path) -> float | None:
-    """The decay of the average in a file of weights, by the file's title; None: it is no average, or not known."""
-    _, prefix, decay = title(weights).partition("ema-")
+def _ema_decay(opened: RunFolder) -> float | None:
+    """The decay of the average that the weights are, by its part of a checkpoint; None: no average, or not known."""
+    part = title(opened.file) if opened.given_weights else sampled_part(opened.run.train)
+    _, prefix, decay = part.partition("ema-")
     is_number = decay.replace(".", "", 1).isdecimal()
     return float(decay) if prefix and is_number else None
 

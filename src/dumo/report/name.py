@@ -7,7 +7,6 @@ name. `name_part` writes one field as a part.
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 from dumo.config.spec import Sampling
@@ -35,10 +34,10 @@ def flatten(tree: dict[str, Fields]) -> Fields:
 def changed_parts(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
     """The parts of a name: fields whose value changed, and the weights if they are not those that the run shows."""
     parts = [name_part(field, value) for field, value in after.items() if before.get(field) != value]
-    default_weights: Path | None = None
+    default_weights = opened.index.exported_weights
     if opened.checkpoint:
-        default_weights = part_path(opened.checkpoint.path, sampled_part(opened.run.train)).resolve()
-    if opened.file.resolve() != default_weights:
+        default_weights = part_path(opened.checkpoint.path, sampled_part(opened.run.train))
+    if default_weights is None or not opened.file.samefile(default_weights):
         parts.append(f"{title(opened.file)}-{sha256(opened.file)[:6]}")
     return parts
 

@@ -89,8 +89,8 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
         )
     if index.exported_weights and not checkpoints:
         raise UserError(
-            f"{folder} is an export, which has no optimizer state to resume from: begin a new run from its weights with "
-            f"start.source={folder}"
+            f"{folder} is an export, which has no optimizer state to resume from: begin a new run from its weights "
+            f"with start.source={folder}"
         )
     if index.recorded_run and not checkpoints:
         _require_no_lost_checkpoint(folder)

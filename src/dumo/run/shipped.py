@@ -1,8 +1,7 @@
 """Trained runs that come with dumo: something to sample and judge before anything is trained.
 
-Each is a run's folder in `dumo/trained`, which is only read: its checkpoint has nothing but the weights that are shown,
-in half precision. `find` says which folder a name means, `output_folder` where commands write what is made of it.
-`tools/ship.py` makes such a folder.
+Each is an exported run in half precision (`dumo.export.own`), in `dumo/trained`, and is only read. `find` says which
+folder a name means, `output_folder` where commands write their output. `tools/ship.py` makes such a folder.
 """
 
 from pathlib import Path

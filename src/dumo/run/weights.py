@@ -218,7 +218,7 @@ def _require_trained_images(index: Index, run: Run) -> None:
 
 
 def _open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool) -> RunFolder:
-    """The run with the weights of its last checkpoint, of its export, or of the file `weights`. Raises as `open_run`."""
+    """The run with the weights of its last checkpoint or export, or of the file `weights`. Raises as `open_run`."""
     # find the file
     folder = index.folder
     hashed_parts = {sampled_part(run.train)} if weights is None else ()

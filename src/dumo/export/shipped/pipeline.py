@@ -6,10 +6,11 @@ dumo must be installed. It opens the folder at the first call, on a GPU if there
 from pathlib import Path
 from typing import Any
 
-import dumo
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from huggingface_hub import snapshot_download
+
+import dumo
 
 
 class DumoPipeline(DiffusionPipeline):
