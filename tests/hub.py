@@ -1,6 +1,7 @@
 """The Hugging Face Hub on this machine, as far as an upload calls it: what arrives is kept in memory.
 
-Its interface is what huggingface_hub 2.4 calls without hf_xet: repos/create, preupload, LFS batch and PUT, commit.
+Its interface is what huggingface_hub 2.4 calls without hf_xet: whoami, repos/create, preupload, LFS batch
+and PUT, commit.
 """
 
 import base64
@@ -90,6 +91,14 @@ def serving() -> Generator[Hub]:
             if hub.refuses and path.endswith(hub.refuses):
                 return self.say(403, {"error": f"you may not write to {path}"})
             return self.say(200, hub.answer(path, body))
+
+        def do_GET(self) -> None:
+            if self.path != "/api/whoami-v2":
+                return self.say(404, {"error": "there is nothing yet"})
+            hub.tokens.add(self.headers.get("Authorization"))
+            if hub.refuses and self.path.endswith(hub.refuses):
+                return self.say(403, {"error": f"you may not read {self.path}"})
+            return self.say(200, {"type": "user", "name": "owner"})
 
         def do_PUT(self) -> None:
             hub.blobs[self.path.removeprefix("/lfs/")] = self.body()

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import logging
 import re
 import shutil
 import subprocess
@@ -21,7 +20,6 @@ from dumo.config.place import EVALUATION_FILE
 from dumo.export import lora, write
 from dumo.export.card import PROMPT
 from dumo.export.model import INDEX, ExportedModel
-from dumo.export.serve import VLLM_KEY
 from dumo.flow.generate import integrate
 from dumo.flow.solver import Euler
 from dumo.report.card import judging_settings
@@ -30,7 +28,7 @@ from dumo.run.weights import open_run
 from e2e.shell import call, files, finish, refused, sets, start
 from forked import ENVIRONMENT
 from hub import serving
-from pipelines import PIPELINES, SIDE, save
+from pipelines import PIPELINES, save
 from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must, write_photographs
 from tiers import tiered
 from tiny import TinyRuns
@@ -83,79 +81,6 @@ def test_the_card_of_an_exported_pipeline_makes_dumos_images(
         assert max(case.errors_over_limits("guided", case.export("guided"), GUIDED)) < 1
 
 
-def as_served(pipe: Any, block: dict[str, Any], noises: list[torch.Tensor]) -> torch.Tensor:  # noqa: ANN401
-    """The image that vLLM-Omni makes by a block of model_index.json: guidance is off, times are as they stand.
-
-    vllm-project/vllm-omni: dmd2/config.py at 36c5bc6, dmd2/mixin.py at 23852d8, schedulers/scheduling_dmd2_euler.py at
-    a73f65c, all below vllm_omni/diffusion/models. Their pipelines call the model as those of diffusers do.
-    """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    sigmas = [*torch.tensor(block["denoising_timesteps"], dtype=torch.float32) / 1000, torch.tensor(0.0)]
-    steps = zip(sigmas[:-1], sigmas[1:], [*noises[1:], torch.zeros_like(noises[0])], strict=True)
-
-    class Fixed(FlowMatchEulerDiscreteScheduler):
-        def set_timesteps(self, n: object = None, device: object = None, sigmas: object = None, **_: object) -> None:
-            super().set_timesteps(timesteps=block["denoising_timesteps"])
-
-        def step(self, u: torch.Tensor, _: object, x: torch.Tensor, **how: object) -> tuple[torch.Tensor]:
-            t, s, z = next(steps)
-            return ((1 - s) * (x - t * u) + s * z if block["solver"] == "sde" else x + (s - t) * u,)
-
-    pipe.scheduler = Fixed()
-    passes, scale = block["num_inference_steps"], block["guidance_scale"]
-    made = pipe(
-        PROMPT, height=SIDE, width=SIDE, latents=noises[0], num_inference_steps=passes, guidance_scale=scale,
-        output_type="pt",
-    )  # fmt: skip
-    return 2 * made.images - 1
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", ["Flux", "Qwen-Image"])
-def test_a_server_makes_dumos_images(
-    name: str, tiny_runs: TinyRuns, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the keys of model_index.json, which diffusers passes over in silence; by Euler steps it would make others."""
-    case = tiny_runs.case(tmp_path, name, *FULL)
-    must(call("train", case.run, *RESTART))
-    out = case.export("out")
-    block = json.loads((out / INDEX).read_text())[VLLM_KEY]
-    assert block["denoising_timesteps"] == [1000, 700]
-    assert f"--omni --model-class-name {case.stock.vllm_class}`" in (out / "README.md").read_text()
-    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
-    pipe = case.pipeline(out)
-    assert VLLM_KEY not in caplog.text
-    noises = [torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(k)) for k in range(2)]
-    mine = case.dumo_image(noises)
-    assert (as_served(pipe, block, noises) - mine).norm() / mine.norm() < LIMITS["full"]
-    assert (as_served(pipe, block | {"solver": "ode"}, noises) - mine).norm() / mine.norm() > 0.1
-    pipe.save_pretrained(tmp_path / "saved")  # which keeps what diffusers knows
-    assert VLLM_KEY not in json.loads((tmp_path / "saved" / INDEX).read_text())
-
-
-@pytest.mark.nightly
-def test_what_a_server_would_sample_otherwise_has_no_keys(sd3: Case, tiny_runs: TinyRuns, tmp_path: Path) -> None:
-    """A family without a class of few steps; a velocity; guidance; parts that are not there; an odd time."""
-    case = tiny_runs.case(tmp_path, "Flux", *FULL)
-    must(call("train", case.run, *RESTART))
-    found = [(sd3.folder / "out", "has no class"), (case.export("v", "--head", "v"), "is a velocity")]
-    found.append((case.export("two", "--parts", "none"), "all parts"))
-    assert (
-        "FluxTransformer2DModel.from_pretrained" in (found[-1][0] / "README.md").read_text()
-    )  # parts of null are none
-    case.guide(GUIDED)
-    found.append((case.export("guided"), "with guidance"))
-    case.guide(1.0)
-    must(call("train", case.run, *sets("sample.solver.m=0.70001")))
-    found.append((case.export("odd"), "whole thousandths"))
-    for out, why in found:
-        assert VLLM_KEY not in json.loads((out / INDEX).read_text()), why
-        line = next(line for line in (out / "README.md").read_text().splitlines() if line.startswith("vLLM-Omni"))
-        assert line.startswith("vLLM-Omni cannot"), line
-        assert why in line
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_runs: TinyRuns, tmp_path: Path) -> None:
@@ -165,19 +90,6 @@ def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_ru
     if case.stock.loads_lora:
         out = case.folder / "out" if case is tuned else case.export("out", "--to", "lora")
         assert max(case.errors_over_limits("lora", out)) < 1
-
-
-@pytest.mark.nightly
-def test_the_hint_brings_a_local_model_to_where_the_card_of_a_part_opens_it(tuned: Case, tmp_path: Path) -> None:
-    """Of a LoRA, and of a folder without the pipeline's other parts; by the name that the run has for it."""
-    run, source = on_a_copy_of_its_pipeline(tuned, tmp_path)
-    source.symlink_to(source.rename(tmp_path / "models"))
-    (tmp_path / "away").mkdir()
-    for place, linked in ((tmp_path, False), (tmp_path / "away", True)):
-        for name, *words in (("again", "--to", "lora"), ("bare", "--parts", "none")):
-            done = must(call("export", run, place / name, *words))
-            assert (f" && ln -s {source}  " in done.err) == linked
-            assert f"then run the Python in {name}/README.md" in done.err
 
 
 @pytest.mark.nightly
@@ -228,8 +140,6 @@ def test_passes_that_a_stock_model_cannot_tell_apart_are_refused(sd3: Case, here
     ):
         refused("export", run, here / "out", *words, named=(said,), lines=None)
         assert not (here / "out").exists()
-    line = (case.export("out") / "README.md").read_text().partition("vLLM-Omni ")[2]
-    assert line.startswith("cannot sample")
 
 
 @pytest.mark.nightly
@@ -445,29 +355,13 @@ def test_parts_of_another_pipeline_are_refused(sd3: Case, tmp_path: Path) -> Non
     assert (done.code, "has no vae/config.json: hf download REPOSITORY" in done.err) == (2, True), done.err
 
 
-def test_refusals_are_lines_and_leave_nothing(sd3: Case, trained: dict[str, Path], here: Path) -> None:
-    run, out = sd3.run, here / "out"
-    for words, said in (
-        ((run, sd3.folder / "out"), "exists already"),
-        ((run, out, "--to", "lora"), "all weights were tuned"),
-        ((run, here / "out.safetensors", "--to", "comfyui"), "all weights were tuned"),
-        ((run, here, "--to", "comfyui"), "is a folder, and --to comfyui writes a file"),
-        ((run, out, "--to", "lora", "--parts", "link"), "leave --parts out"),
-        ((run, out, "--head", "w"), "only u and v can be exported"),
-        ((trained["moons"], out), "net 'mlp'"),
-        ((trained["digits"], out, "--to", "lora"), "of kind dit or unet --to diffusers"),
-        ((here, out), "no run's folder"),
-    ):
-        refused("export", *words, named=(said,), lines=None)
-
-
 @pytest.mark.slow
 def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dumo.export.card.tuned_card", fails)
-    assert call("export", sd3.folder / "run", tmp_path / "out").code != 0
+    assert call("export", sd3.folder / "run", tmp_path / "out").code == 2
     assert [*tmp_path.iterdir()] == []
 
 
@@ -518,8 +412,9 @@ def test_any_name_of_an_export_is_a_string_in_its_python(
         out = tmp_path / kind / name
         assert call("export", run, out, *words).code == 0
         text = (out / "README.md").read_text("utf-8")
-        program = ast.parse(text.partition("```py\n")[2].partition("\n```")[0])
-        strings = [node.value for node in ast.walk(program) if isinstance(node, ast.Constant)]
+        strings: list[object] = []
+        for block in re.findall("```py\n(.*?)\n```", text, re.S):
+            strings += [node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)]
         assert name in strings
         assert "<b>" not in text.partition("# ")[2].partition("\n")[0]
 
@@ -533,31 +428,20 @@ def test_an_export_is_uploaded_as_it_is(trained: dict[str, Path], here: Path) ->
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (0, f"out\n{hub.address}/owner/name\n"), done.stderr
         assert hub.files == (there := files(here / "out"))
-        assert 'from_pretrained("owner/name", ' in there["README.md"].decode()
+        assert 'snapshot_download("owner/name")' in there["README.md"].decode()
         hub.refuses = "/preupload/main"
         done = subprocess.run(
             [*words[:5], "two", *words[6:]], env=environment, capture_output=True, text=True, check=False
         )
         assert (done.returncode, done.stdout) == (2, "two\n")
-        assert "two is whole, and was not uploaded: 403" in done.stderr
+        assert "403" in done.stderr
         assert files(here / "two") == there
-
-
-def test_an_upload_that_cannot_be_is_refused_before_anything_is_written(
-    trained: dict[str, Path], here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_mine")
-    for repository, *words in (("name",), ("owner/name", "--parts", "link")):
-        refused("export", trained["digits"], here / "out", "--push", repository, *words, named=("--push",))
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    refused("export", trained["digits"], here / "out", "--push", "owner/name", named=("hf auth login",))
 
 
 @pytest.mark.slow
 def test_what_a_killed_export_left_goes_with_the_next_one(trained: dict[str, Path], here: Path) -> None:
     """A whole pipeline may be tens of GB; but what a name of ours might be, in a folder of the user's, stays."""
-    kill = "from dumo.export import standalone; standalone.write = lambda *a, **k: os.kill(os.getpid(), 9)"
+    kill = "from dumo.export import own; own.write = lambda *a, **k: os.kill(os.getpid(), 9)"
     killed = finish(start("export", trained["digits"], "out/one", cwd=here, first=f"import os; {kill}"))
     assert killed.code == -9
     assert [path.name.startswith(".one.") for path in (here / "out").iterdir()] == [True]

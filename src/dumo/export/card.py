@@ -271,11 +271,13 @@ def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]
     return arguments
 
 
-def own_card(opened: RunFolder, provenance: Provenance, name: str, dtype: str) -> str:
-    """The card of a run with a network of its own: a folder called `name`, its weights in `dtype`."""
+def own_card(opened: RunFolder, provenance: Provenance, name: str, *, dtype: str, has_pipeline: bool) -> str:
+    """The card of a run with a network of its own: a folder called `name`, its weights in `dtype`.
+
+    `has_pipeline` says whether diffusers opens the folder, too.
+    """
     sampler = opened.sampler
     run = opened.run
-    trusts_code = names_code(run)
     arguments = _condition_argument(sampler)
     pipeline_arguments = arguments.replace("labels=", "class_labels=").replace("prompts=", "prompt=")
     if not sampler.conditions.count:
@@ -291,8 +293,8 @@ def own_card(opened: RunFolder, provenance: Provenance, name: str, dtype: str) -
         arguments=arguments,
         pipeline_arguments=pipeline_arguments,
         nfe=sampler.spec.nfe[0],
-        trusts_code=trusts_code,
-        opens_as_pipeline=sampler.is_image and not trusts_code,
+        trusts_code=names_code(run),
+        has_pipeline=has_pipeline,
         places=_places_to_sample(run),
         labels=label_list(sampler),
         parameters=sum(p.numel() for p in opened.net.parameters()),

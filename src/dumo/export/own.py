@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dumo.config.code import names_code
 from dumo.config.difference import identity
 from dumo.config.load import RUN_FILE, dump
 from dumo.export import card
@@ -41,8 +42,10 @@ def write(opened: RunFolder, provenance: card.Provenance, out: Path, name: str, 
     if data_note.is_file():
         shutil.copy(data_note, out)
 
-    # Write what a reader and diffusers need to open it.
-    shutil.copy(_PIPELINE, out)
-    write_json(out / "model_index.json", {"_class_name": [_PIPELINE.stem, "DumoPipeline"]})
-    text = card.own_card(opened, provenance, name, dtype)
+    # Write what diffusers and a reader need to open it. A pipeline makes images, and runs no code of a user's.
+    has_pipeline = opened.sampler.is_image and not names_code(run)
+    if has_pipeline:
+        shutil.copy(_PIPELINE, out)
+        write_json(out / "model_index.json", {"_class_name": [_PIPELINE.stem, "DumoPipeline"]})
+    text = card.own_card(opened, provenance, name, dtype=dtype, has_pipeline=has_pipeline)
     (out / "README.md").write_text(text, encoding="utf-8")

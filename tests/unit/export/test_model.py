@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dumo.config.load import load
 from dumo.config.spec import Sampling
 from dumo.export.card import _pipeline_calls, license_metadata
 from dumo.export.lora import change_as_product
 from dumo.export.model import INDEX, ExportedModel, require_pipeline, stored_dtype
-from dumo.export.scheduler import CONFIG, check_scheduler, restart_for_scheduler, write_flow_map_scheduler
+from dumo.export.scheduler import CONFIG, check_scheduler, write_flow_map_scheduler
 from dumo.export.stock import PIPELINE_BY_MODEL
-from dumo.export.write import _copy_files, read_index, require_options, require_own_autoencoder, require_vacant
+from dumo.export.write import _copy_files, read_index
 from dumo.flow.path import Diffusion, Linear
-from dumo.flow.solver import Hermite, Hop, Restart, jump_times
+from dumo.flow.solver import Hop, Restart, jump_times
 from dumo.nets.family import FAMILIES, FLUX2
 from dumo.nets.vp import read_scheduler
 from dumo.types import Reads, UserError
@@ -71,13 +69,10 @@ def test_the_dtype_of_a_model_is_that_of_most_of_its_numbers(tmp_path: Path) -> 
 
 
 def test_a_hop_ends_where_the_next_begins() -> None:
-    """A stock model is given t alone, so two ends of one t are refused."""
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(solver=Hop()), flow=SimpleNamespace(path=Linear()))
     none: Any = None
     two = ExportedModel(sampler, spec=none, net=none, head="u", nfe=(2,))
     assert two.pass_intervals == [(1.0, 0.5), (0.5, 0.0)]
-    with pytest.raises(UserError, match=r"the one from t = 1 goes to r = 0 and to r = 0\.5"):
-        _ = replace(two, nfe=(1, 2)).pass_intervals
 
 
 def test_a_card_has_no_call_whose_times_were_not_taught() -> None:
@@ -130,8 +125,6 @@ def test_a_scheduler_of_other_steps_is_refused(wrong: dict[str, object], tmp_pat
     (tmp_path / CONFIG).write_text(json.dumps(config | wrong), encoding="utf-8")
     with pytest.raises(UserError, match=next(iter(wrong))):
         check_scheduler(tmp_path)
-    with pytest.raises(UserError, match="kind: restart"):
-        restart_for_scheduler(Hermite())  # which no scheduler makes
 
 
 def test_a_pipeline_that_is_told_no_times_has_them_in_its_scheduler(tmp_path: Path) -> None:
@@ -180,73 +173,32 @@ def test_a_distilled_klein_is_guided_by_no_argument(is_distilled: bool, tmp_path
     if is_distilled:
         assert exported.stock.arguments([1.0]) == {"sigmas": [1.0]}
         assert exported.stock.extra_arguments == ("guidance_scale=1.0",)
-        with pytest.raises(UserError, match="Flux2KleinPipeline has no guidance beyond that in the weights"):
+        with pytest.raises(UserError, match="Flux2KleinPipeline"):
             require_pipeline(exported)
         return
     assert require_pipeline(exported).arguments([1.0], scale=2.0) == {"sigmas": [1.0], "guidance_scale": 2.0}
 
 
-def test_a_decoder_of_other_latents_is_refused() -> None:
-    require_own_autoencoder(load("sd3-lora").data)
-    with pytest.raises(UserError, match=r"data.codec is codec taef2, and the pipeline decodes .*codec.kind=pipeline"):
-        require_own_autoencoder(load("cifar10-latents").data)
-
-
-def test_a_pipeline_of_two_transformers_is_refused(tmp_path: Path) -> None:
+def test_what_holds_for_the_source_alone_is_left_out(tmp_path: Path) -> None:
+    """Its name, and the few-step settings that servers read."""
     index: dict[str, Any] = {"transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]}
-    (tmp_path / INDEX).write_text(json.dumps(index), encoding="utf-8")
-    of_others = {"dmd2_config": {}, "dmd2_denoising_timesteps": [999], "_use_default_values": {}}
-    of_others["_name_or_path"] = "owner/model"
-    (tmp_path / INDEX).write_text(json.dumps(index | of_others), encoding="utf-8")
-    assert read_index(tmp_path) == index  # what is said of another model's passes, and its name, stay behind
-    (tmp_path / INDEX).write_text(json.dumps(index | {"transformer_2": index["transformer"]}), encoding="utf-8")
-    with pytest.raises(UserError, match="was not tuned"):
-        read_index(tmp_path)
+    of_source = {"dmd2_config": {}, "dmd2_denoising_timesteps": [999], "_use_default_values": {}}
+    (tmp_path / INDEX).write_text(json.dumps(index | of_source | {"_name_or_path": "owner/model"}), encoding="utf-8")
+    assert read_index(tmp_path) == index
 
 
 def test_a_licence_is_linked_where_the_link_leads_somewhere() -> None:
     facts = {"class": "FluxPipeline", "license": "other", "license_name": "mine", "license_link": "LICENSE.md"}
-    licence = {"license": '"other"', "license_name": '"mine"'}
+    licence = {"license": "other", "license_name": "mine"}
     assert license_metadata(facts) == licence
     facts["license_link"] = "https://a.org/LICENSE.md"
-    assert license_metadata(facts) == licence | {"license_link": '"https://a.org/LICENSE.md"'}
-
-
-def test_only_an_empty_place_is_vacant(tmp_path: Path) -> None:
-    require_vacant(tmp_path, "diffusers")
-    require_vacant(tmp_path / "new", "lora")
-    (tmp_path / "link").symlink_to("nowhere")
-    (tmp_path / "file").touch()
-    for place in (tmp_path, tmp_path / "link", tmp_path / "file"):
-        with pytest.raises(UserError, match="exists already"):
-            require_vacant(place, "diffusers")
-
-
-@pytest.mark.parametrize("to", ["comfyui", "safetensors"])
-def test_a_file_is_named_and_no_folder(to: str, tmp_path: Path) -> None:
-    require_vacant(tmp_path / "new.safetensors", to)
-    with pytest.raises(UserError, match=rf"{tmp_path} is a folder, .*: name one in it, {tmp_path}/dumo\.safetensors$"):
-        require_vacant(tmp_path, to)
-    with pytest.raises(UserError, match=r"name a file in it, such as dumo\.safetensors$"):
-        require_vacant(Path(), to)
-    with pytest.raises(UserError, match=r"name it .*/fox\.safetensors$"):
-        require_vacant(tmp_path / "fox", to)
-    (tmp_path / "old.safetensors").touch()
-    with pytest.raises(UserError, match="exists already"):
-        require_vacant(tmp_path / "old.safetensors", to)
+    assert license_metadata(facts) == licence | {"license_link": "https://a.org/LICENSE.md"}
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
     """An export without it would not be whole."""
     with pytest.raises(FileNotFoundError):
         _copy_files(tmp_path / "gone", tmp_path / "out")
-
-
-def test_parts_are_those_of_a_whole_pipeline() -> None:
-    require_options("diffusers", "link", "float32")
-    for to in ("lora", "comfyui", "safetensors"):
-        with pytest.raises(UserError, match=r'parts="link" is for to="diffusers", .*: leave parts= out'):
-            require_options(to, "link", "float32")
 
 
 @pytest.mark.parametrize(("wide", "high", "bias"), [(3, 5, True), (5, 3, True), (4, 4, False)])

@@ -1,11 +1,9 @@
 """A family's way from a folder of diffusers to images, by the command line, and how far these are from dumo's.
 
-1. `Case.of` makes a complete tiny pipeline and three captioned photographs, and types `dumo encode` and `train`.
-2. `Case.export` types `dumo export`.
-3. `Case.image_errors` runs the Python block of the exported card as it stands, in a process that cannot import dumo;
-   noise and images are recorded there (`recorder.py`). Then dumo makes images of the same noise, to compare.
-
-Tests of exports use this as well, so what they share is public.
+1. `Case.of` makes a complete tiny pipeline and three captioned photographs, and runs `dumo encode` and `train`.
+2. `Case.export` runs `dumo export`.
+3. `Case.image_errors` runs the Python block of the exported card verbatim, in a process that cannot import dumo, where
+   `recorder.py` records noise and images. Then dumo makes images of the same noise, to compare.
 """
 
 import ast
