@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dumo.cli.option import Folder, Set, Weights, parse_integers
+from dumo.cli.option import Folder, Set, TrustCode, Weights, parse_integers
 from dumo.cli.terminal import err, out
 
 
@@ -66,8 +66,12 @@ def export(
             help="Also upload it to this repository of the Hugging Face Hub; a new one is private. Needs a token.",
         ),
     ] = None,
+    trust_code: TrustCode = False,
 ) -> None:
-    """Write a run for dumo.load, diffusers, ComfyUI or the Hub."""
+    """Write a run for dumo.load, diffusers, ComfyUI or the Hub.
+
+    Example:  dumo export runs/digits digits-export
+    """
     from dumo.export import hub, write
     from dumo.run.weights import open_run
     from dumo.runtime import dist, signals

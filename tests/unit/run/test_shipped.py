@@ -15,6 +15,7 @@ from dumo.io import digest, trained
 from dumo.io.read import user_path
 from dumo.report import card, evaluate
 from dumo.run import resolve, shipped
+from dumo.run.index import EXPORTED_WEIGHTS
 from dumo.run.weights import open_run
 from dumo.runtime import shell_path
 from dumo.runtime.progress import no_bar
@@ -39,7 +40,7 @@ def test_there_are_those_with_a_limit() -> None:
 def test_small_and_as_its_card_says(name: str) -> None:
     files = [path for path in trained.folder(name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < MEGABYTES[name] * 1e6
-    (weights,) = (path for path in files if path.match("checkpoints/*/*.safetensors"))
+    weights = trained.folder(name) / EXPORTED_WEIGHTS
     assert {x.dtype for x in load_file(weights).values()} == {torch.float16}
     card = (trained.folder(name) / "README.md").read_text()
     assert re.findall(r"SHA-256 (\w+)", card) == [digest.of_file(weights)]
@@ -145,7 +146,7 @@ def test_a_copy_that_an_earlier_dumo_made_is_a_run(here: Path) -> None:
 @pytest.mark.slow
 def test_a_damaged_copy_is_refused(here: Path) -> None:
     shutil.copytree(trained.folder(NAME), here / "run")
-    (file,) = (here / "run").glob("checkpoints/*/*.safetensors")
+    file = here / "run" / EXPORTED_WEIGHTS
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

@@ -18,6 +18,7 @@ from dumo.run import resolve
 from dumo.run.index import EXPORTED_WEIGHTS, Index
 from dumo.run.weights import RunFolder, build, open_run
 from dumo.runtime.progress import no_bar
+from dumo.types import UserError
 
 NAME = "digits-trained"
 
@@ -109,6 +110,21 @@ def test_a_new_run_begins_with_an_export(here: Path) -> None:
     run = dumo.train(trained.folder(NAME) / RUN_FILE, {**changes, "start.source": "out"}, out="new", bar=no_bar)
     for name, weight in dumo.load(NAME, device="cpu").net.state_dict().items():
         assert torch.cosine_similarity(run.net.state_dict()[name].flatten(), weight.flatten(), 0) > 0.999, name
+
+
+def test_an_export_is_not_resumed(here: Path) -> None:
+    export(open_run(NAME, device="cpu"), here / "out")
+    with pytest.raises(UserError, match=r"start\.source=out"):
+        dumo.train("./out", bar=no_bar)
+
+
+def test_weights_of_another_run_are_refused(here: Path) -> None:
+    """Two networks of one shape."""
+    for name, recipe in (("one", "digits-flow-matching"), ("other", "digits-meanflow")):
+        export(initialized(recipe, here), here / name)
+    (here / "other" / EXPORTED_WEIGHTS).replace(here / "one" / EXPORTED_WEIGHTS)
+    with pytest.raises(UserError, match="another run"):
+        dumo.load("one")
 
 
 def test_a_card_names_what_a_run_reads_from_elsewhere(here: Path) -> None:
