@@ -81,8 +81,7 @@ def test_the_card_of_an_exported_pipeline_makes_dumos_images(
         assert max(case.errors_over_limits("guided", case.export("guided"), GUIDED)) < 1
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", tiered(PIPELINES, ci=["SD3"]))
 def test_the_card_of_adapters_makes_dumos_images(name: str, tuned: Case, tiny_runs: TinyRuns, tmp_path: Path) -> None:
     """Merged into a pipeline's folder, and as a LoRA on the untouched one."""
     case = tuned if name == "SD3" else tiny_runs.case(tmp_path, name, *LORA)
@@ -102,8 +101,7 @@ def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) ->
     assert max(case.errors_over_limits("lora", out)) < 1
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", ["SD3", "Flux", "Z-Image", "SD1"])
+@pytest.mark.parametrize("name", tiered(["SD3", "Flux", "Z-Image", "SD1"], ci=["SD3"]))
 def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> None:
     """By jumps to the data, one list of 1, 2 and 4 passes; by jumps from time to time, a list for each number.
 
