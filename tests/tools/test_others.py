@@ -2,8 +2,6 @@
 
 import pytest
 
-from dumo.export import write
-from dumo.types import UserError
 from fuzz.folder import ModelFolder, folder_trials, model_folders
 from fuzz.judge import try_all
 
@@ -33,9 +31,3 @@ def test_folders_of_others(kind: ModelFolder) -> None:
     assert not tally.faults
     assert tally.ends.total() >= 4 + len(KNOWN[kind.name]) - 1
     assert tally.ends["refused"] > len(KNOWN[kind.name]) / 2
-
-
-def test_a_part_of_a_pipeline_is_no_path() -> None:
-    """Copied, it would be written outside of the export."""
-    with pytest.raises(UserError, match=r"'\.\./x', which is no folder"):
-        write.other_parts({"../x": ["diffusers", "A"]})
