@@ -37,7 +37,7 @@ EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's
     "LearnedTexts": ("identity",),
     "PipelineTexts": ("identity", "memory", "budget"),
     "SdVae": ("variant",),  # of older runs and caches: there is one
-    # minutes: a folder of images is proposed with it (`dumo.plan.proposal`)
+    # minutes: a folder of images is proposed with it (`dumo.plan.photos`)
     "Train": (
         "minutes",
         "seed",

@@ -49,12 +49,12 @@ def typed(name: str) -> Iterator[str]:
 
 
 def photos(folder: Path) -> None:
-    """Cats and dogs, of noise."""
+    """Cats and dogs, of noise, and small enough to be learned in pixels."""
     g = np.random.default_rng(0)
     for name in ("cats", "dogs"):
         (folder / name).mkdir(parents=True)
         for i in range(12):
-            Image.fromarray(g.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
+            Image.fromarray(g.integers(0, 256, (24, 28, 3), dtype=np.uint8)).save(folder / name / f"{i}.png")
 
 
 def test_a_law_of_t_alone_is_of_the_class_that_the_page_names() -> None:

@@ -47,10 +47,12 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_whole_way(home: Path) -> None:
-    """Each command takes what the one before has left; without a cache training says how to make it."""
+    """Each command takes what the one before has left; without a cache and images training says how to make it."""
     run = home / "run"
+    away = (home / "images").rename(home / "away")
     refused("train", home / "run.yml", "--out", run, named=("data.root", "dumo encode"))
     assert not run.exists()
+    away.rename(home / "images")
     made = call("encode", home / "run.yml")
     assert (made.code, "60 images" in made.out) == (0, True)
     assert call("train", home / "run.yml", "--out", run).code == 0

@@ -1,9 +1,15 @@
-"""Somebody's own photos in class folders, one of them broken, with no network and nothing fetched: the whole way."""
+"""Somebody's own photos, with no network and nothing fetched: by the recipe my-images, and by `dumo train FOLDER`."""
 
+import io
 import json
 import os
+import pty
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -13,8 +19,12 @@ import pytest
 import yaml
 from PIL import Image
 
+import dumo
 from dumo.config.load import load
+from dumo.plan import photos as rules
 from e2e.shell import Done, call, refused, sets
+from forked import ENVIRONMENT
+from tiers import tiered
 
 CLASSES = ("cats", "dogs", "fish", "zoo birds")
 FOR_CPU = sets("train.compile=none", "train.precision=fp32")
@@ -205,3 +215,178 @@ def test_what_an_empty_beginning_left_is_no_obstacle(photos: Path) -> None:
         bad.rename(photos / "dogs" / "broken.png")
     assert done.code == 0, done
     assert "60 images as" in done.out
+
+
+# `dumo train FOLDER`
+QUICK = sets("net.width=32", "net.depth=1", "net.route=null", "train.batch=8", "train.coupling=null")
+QUICK_PIXELS = sets("net.width=8", "net.multipliers=[1, 1]", "net.attend=[]", "train.batch=4")
+JUDGED = sets("evaluate.protocol.samples=20")
+
+
+def save(folder: Path, side: int, classes: tuple[str, ...] = ("cats", "dogs")) -> Path:
+    """Soft spots of colour, twelve images in each class; without classes, in the folder itself."""
+    for k, name in enumerate(classes or (".",)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(12):
+            spots = np.random.default_rng(12 * k + i).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+            size = (side * 4 // 3, side)
+            Image.fromarray(spots).resize(size, Image.Resampling.BICUBIC).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_photos_are_learned_in_latents_which_training_makes(here: Path) -> None:
+    photos = save(here / "photos", 48)
+    began = call("train", "photos", "--yes", "--device", "cpu", *QUICK, *JUDGED, *sets("train.steps=2"))
+    assert began.code == 0, began
+    assert "trained as  latents of taef2 at 48 x 48" in began.out
+    assert f"encoding {photos}: 24 of 24" in began.err
+    root = Path(load("runs/photos").data.root)
+    assert root.parent == here / "runs/latents"
+
+    # Again, in Python, and for another run: the cache is there.
+    again = call("train", "photos", *sets("train.steps=3", "data.on_bad=skip"))
+    assert (again.code, "encoding" in again.err) == (0, False), again
+    assert dumo.train("photos", {"train.steps": 4}, device="cpu").step == 4
+    second = call("train", "photos", "--out", "second", "--yes", *QUICK, *JUDGED, *sets("train.steps=2"))
+    assert (second.code, "encoding" in second.err) == (0, False), second
+    for words in (("sample", "--nfe", "1,2"), ("evaluate", "--nfe", "1"), ("report",)):
+        done = call(words[0], "runs/photos", *words[1:])
+        assert done.code == 0, done
+
+    # A lost cache is made again.
+    shutil.rmtree(root)
+    lost = call("train", "runs/photos", *sets("train.steps=5"))
+    assert (lost.code, "encoding" in lost.err) == (0, True), lost
+
+    # Another photo: the run refuses it, with its cache and without, and a new run has a cache of its own.
+    Image.new("RGB", (64, 48)).save(photos / "cats/3.png")
+    other = call("train", "photos", *sets("train.steps=6"))
+    assert (other.code, "cats/3.png" in other.err) == (2, True), other
+    shutil.rmtree(root)
+    without_cache = call("train", "photos", *sets("train.steps=6"))
+    assert without_cache.code == 2, without_cache
+    new = call("train", "photos", "--out", "new", "--yes", *QUICK, *JUDGED, *sets("train.steps=2"))
+    assert (new.code, "encoding" in new.err) == (0, True), new
+    assert load("new").data.root != str(root)
+
+
+@pytest.mark.slow
+def test_small_photos_are_learned_in_pixels_by_the_clock(here: Path) -> None:
+    """And a run that has ended goes on for more minutes."""
+    save(here / "photos", 12)
+    began = time.perf_counter()
+    done = call("train", "photos", "--yes", "--minutes", "0.15", "--device", "cpu", *QUICK_PIXELS)
+    assert done.code == 0, done
+    assert "trained as  pixels at 16 x 16" in done.out
+    assert "length      9 seconds" in done.out
+    assert "training photos: 0:09 of 0:09, step " in done.err
+    steps = load("runs/photos").train.steps
+    assert f"trained {steps:,} steps" in done.err
+    again = call("train", "photos", "--minutes", "0.1")
+    assert "runs/photos has trained its 9 seconds. For more:  dumo train runs/photos --minutes 0.1" in again.err
+    assert load("runs/photos").train.steps == steps
+    more = call("train", "runs/photos", "--minutes", "0.1")
+    assert more.code == 0, more
+    assert "0:06 of 0:15 are left, from step" in " ".join(more.err.split())
+    run = load("runs/photos")
+    assert run.train.minutes == 0.25
+    assert run.train.steps > steps
+    assert 9 + 6 - 2 < time.perf_counter() - began < 300  # of a machine that may be busy
+
+
+@pytest.mark.nightly
+def test_captions_are_read(here: Path) -> None:
+    photos = save(here / "photos", 48)
+    reading = sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4", "train.steps=2")
+    for i in range(12):
+        (photos / f"cats/{i}.txt").write_text(f"a cat, number {i}")
+    incomplete = call("train", "photos", "--yes", "--device", "cpu", *reading)
+    assert incomplete.code == 2
+    assert "12 of 24 images without a caption" in incomplete.err
+    assert not Path("runs").exists()
+    for file in photos.glob("dogs/*"):
+        file.with_suffix(".txt").touch()  # no caption, on purpose
+    done = call("train", "photos", "--yes", "--device", "cpu", *reading)
+    assert done.code == 0, done
+    assert "12 different captions" in " ".join(done.out.split())
+    run = load("runs/photos")
+    assert (run.data.captions.kind, run.net.kind, run.net.texts.kind) == ("files", "dit", "learned")
+    assert call("sample", "runs/photos", "--prompt", "a dog", "--nfe", "1").code == 0
+    assert call("train", "photos", *sets("train.steps=3")).code == 0
+
+    # A run that was moved with its texts finds them.
+    Path("runs").rename("big")
+    assert call("sample", "big/photos", "--prompt", "a dog", "--nfe", "1").code == 0
+    assert call("train", "big/photos", *sets("train.steps=4")).code == 0
+    assert not Path("runs").exists()
+
+
+def test_a_folder_that_is_in_use_is_refused_before_the_plan(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def propose(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("a run is proposed")
+
+    save(here / "photos", 12)
+    monkeypatch.setattr(rules, "propose", propose)
+    Path("results").mkdir()
+    Path("results/notes.txt").touch()
+    occupied = call("train", "photos", "--yes", "--out", "results")
+    assert (occupied.code, "results" in occupied.err) == (2, True), occupied
+    assert not Path("runs").exists()
+
+
+ANSWERS = [("n\n", 1), ("\n", 0), ("y\n", 0)]
+
+
+@pytest.mark.parametrize(("answer", "code"), tiered(ANSWERS, ci=ANSWERS[:1], id=repr))
+def test_it_asks_on_a_terminal(here: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    save(here / "photos", 12)
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    done = call("train", "photos", "--device", "cpu", *QUICK_PIXELS, *sets("train.steps=1"))
+    assert done.code == code, done
+    assert "train? [Y/n]" in done.err
+    assert Path("runs/photos").exists() == (code == 0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_the_question_ends_it(here: Path) -> None:
+    save(here / "photos", 12)
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may ignore it
+    program += "from dumo.cli import main; main()"
+    command = [sys.executable, "-c", program, "train", "photos", "--device", "cpu", *sets("train.steps=1")]
+    terminal, its_end = pty.openpty()
+    running = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, env=ENVIRONMENT)
+    os.close(its_end)
+    told = b""
+    while b"train?" not in told:
+        told += os.read(terminal, 1000)
+    try:
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=10) == -signal.SIGINT
+    finally:
+        running.kill()
+        running.wait()
+        os.close(terminal)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_trained_on_is_refused(here: Path) -> None:
+    save(here / "photos", 12)
+    (here / "empty").mkdir()
+    (here / "bad").mkdir()
+    (here / "bad/one.png").write_bytes(b"no image")
+    for words, name in (
+        (("photos", "--device", "cpu"), "--yes"),
+        (("empty", "--yes"), "empty"),
+        (("bad", "--yes"), "one.png"),
+        (("digits", "--minutes", "3"), "--minutes"),
+        (("photos", "--yes", *sets("net.widht=3")), "widht"),
+    ):
+        done = call("train", *words)
+        assert (done.code, name in done.err) == (2, True), done
+    assert not Path("runs").exists()

@@ -547,7 +547,7 @@ def train(
     """Train a recipe, a folder of images or parts of your own; or go on with a run where it stopped. Return the run.
 
         train("digits")                                 a recipe, a YAML file, or a run's folder: goes on from there
-        train("photos", minutes=10)                     a folder of images: net and size are proposed
+        train("photos", minutes=10)                     a folder of images: a recipe is chosen
         train("runs/photos", minutes=30)                goes on with a run for so long
         train((array, labels), out="runs/mine")         images in memory
         train("digits", objective="meanflow", out="runs/mine")
@@ -556,16 +556,14 @@ def train(
     `objective`, `data` and `net` are names of kinds, specs, or dicts as YAML has them. `data` may also be a folder, an
     array, a pair (array, labels), or a data set (`dumo.data.memory.Memory.of`); `net` a module, called as
     `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects, and going on needs the
-    same ones; but images that are learned in latents are kept in files (docs/library.md). A callback is f(state,
-    record), called after every step, or `dumo.training.loop.Every(n, f)`; it ends the training by `raise dumo.Stop`,
-    and what it returns does not matter. `minutes` is how long to train, of images or of a run. `out` is the run's
-    folder; None: that of the run that `source` names, else runs/NAME. Where that holds a run, the one that is asked for
-    is compared with it, and goes on, from the checkpoint of `step` if that is given. `accept`: with other fields or
-    data than it was trained by, which are noted. `verify`: hash every image first, and compare with what the run was
-    trained on. `bar` shows the progress, on stderr unless given. `track`: tensorboard, wandb or trackio gets the rows
-    of the log. `trust_code`: run the code that a file or folder names, as an object or `changes` need not say. Raises
-    UserError as `recipe` does, and where the folder holds another run; `dumo.runtime.signals.Stopped`, with the call to
-    make, where there is too little time to encode the photos.
+    same ones. A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`; it ends the
+    training by `raise dumo.Stop`, and what it returns does not matter. `minutes` is how long to train, of images or of
+    a run. `out` is the run's folder; None: that of the run that `source` names, else runs/NAME. Where that holds a run,
+    the one that is asked for is compared with it, and goes on, from the checkpoint of `step` if that is given.
+    `accept`: with other fields or data than it was trained by, which are noted. `verify`: hash every image first, and
+    compare with what the run was trained on. `bar` shows the progress, on stderr unless given. `track`: tensorboard,
+    wandb or trackio gets the rows of the log. `trust_code`: run the code that a file or folder names, as an object or
+    `changes` need not say. Raises UserError as `recipe` does, and where the folder holds another run.
     """
     folder = None if out is None else _path(out, "out")
     if not isinstance(source, str | Path | Run | None):

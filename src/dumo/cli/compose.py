@@ -1,8 +1,8 @@
-"""A run from the parts that a notebook has: data, a network, an objective, by name or as objects.
+"""Make the run of `dumo.train` from what a notebook has: data, a network, an objective, by name or as objects.
 
-`compose` is the entrance. In this order it decides what the source names, turns the parts into plain values, decides
-the folder, and puts the parts into the run of the source, or of the recipe that suits them. `plain_net` and
-`plain_data` also remember a module or an array, for the code that opens the run later in this process.
+`compose` is the entry point. It decides what the source names, turns the parts into plain values, decides the folder,
+and puts the parts into the run of the source, or into the recipe that suits them. `plain_net` and `plain_data` also
+remember a module or an array, for the code that opens the run later in this process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,20 +23,18 @@ from dumo.config.source import (
     choose,
     folder_of_images,
     read,
-    root_of_encoded_images,
     settings_of_images,
     without_resolved,
 )
 from dumo.config.spec import Run, StandaloneParts
-from dumo.data import Memory
+from dumo.data import Data, Memory
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
-from dumo.io.read import first_few
 from dumo.nets import ModuleSpec
-from dumo.plan import proposal
-from dumo.plan.photolatents import place_in_memory
+from dumo.plan import photos
 from dumo.run.folder import require_place
-from dumo.runtime.door import goes_on_line, option, settings
+from dumo.runtime.device import choose_device
+from dumo.runtime.door import goes_on_line
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
@@ -45,8 +43,8 @@ MINUTES_FIX = "for images, or to go on with a run's folder: set train.steps or t
 
 Fields = dict[str, Any]  # by dotted path, as plain values
 _TOYS = ("digits", "moons")  # kinds of data after which recipes are named, digits first
-# How a module of the user's is trained: ours. Its blocks are not known, which Muon would update and torch compile; the
-# rates are those of moons.
+# How a module of the user's is trained: Muon and compilation need a network whose blocks are known. The learning rate
+# is that of moons.
 _MODULE_FIELDS: Fields = {
     "train.compile": "none",
     "train.optimizer": {"kind": "adamw", "lr": 0.001, "betas": [0.9, 0.99]},
@@ -78,19 +76,17 @@ def compose(
 ) -> Composed:
     """The run to train and its folder: the run that `source` names, with the given parts instead of its own.
 
-    Without a source the parts choose one: for images a run is proposed, as by `dumo train FOLDER`; for points it is the
-    recipe moons; for an objective alone its recipe on digits, if there is one. `folder` None: that of the run that
-    `source` names, else runs/NAME.
+    Without a source the parts choose one: for images it is the recipe that `dumo.plan.photos` chooses, for points
+    moons, for anything else digits. `folder` None: that of the run that `source` names, else runs/NAME.
 
-    Where `folder` holds a run, what is asked for is compared with it when it is opened, as on the command line. A run
-    that was proposed, or that `source` names, is the folder's own, with the parts and changes: it would be proposed
-    otherwise now.
+    If `source` names the folder's own run, that run is continued, with the parts and changes; and so is the run that
+    was begun on a folder of images. Any other run is compared with the one in `folder` when it is opened, as on the
+    command line.
 
-    `minutes` are those of a run that is proposed, or those for which the run of a folder goes on.
-
-    Raises UserError where the parts do not fit, nothing gives a name, or `minutes` are given of anything else.
+    `minutes` is how long to train on images, or for how long the run of a folder goes on. Raises UserError if the
+    parts do not fit, nothing gives a name, or `minutes` are given of anything else.
     """
-    # what was named: a recipe, a file or a run (`chosen`), or a place of images
+    # Find out what was named: a recipe, a file or a run (`chosen`), or a place of images.
     chosen: ChosenSource | None = None
     images_place: str | None = None
     if source is not None:
@@ -101,7 +97,7 @@ def compose(
     elif _is_path(data):
         images_place = str(data)
 
-    # the parts, and where they are trained
+    # Make the parts plain, and choose the folder.
     plain_parts = {
         "objective": _plain_part("objective", objective),
         "net": plain_net(net),
@@ -111,93 +107,64 @@ def compose(
     if folder is None:
         folder = _default_folder(chosen, parts, images_place)
 
-    # the folder's own run, with the parts and changes
+    # Continue the folder's own run.
     if chosen is not None and chosen.kind == "run" and chosen.folder == folder:
         if not parts:
             return Composed(None, changes, folder, minutes)
         own_run = read(chosen.word)
-        return Composed(None, _changes_of_own_run(parts, own_run, changes), folder, minutes, own_run)
-
-    # what was named, else the recipe that suits the parts
-    recipe = ""
-    if chosen is None:
-        recipe = IMAGES_RECIPE if images_place else _base_recipe(parts)
-    base_source = chosen.word if chosen else f"{SHIPPED_PREFIX}{recipe}"
-
-    # a recipe, a file or another run, with the parts in place of its own
-    if recipe != IMAGES_RECIPE:
-        if minutes is not None:
-            raise UserError(f"minutes are {MINUTES_FIX}")
-        base = read(base_source)
-        memory = _images_in_memory(parts)
-        has_data = memory is not None and _has_latents_of(base.tree, memory)
-        all_changes = _changes_of_new_run(parts, base, net, changes, has_data=has_data)
-        if chosen and not parts:
-            all_changes = [*chosen.settings, *all_changes]
-        return Composed(load(without_resolved(base), all_changes), all_changes, folder)
-
-    # the run that was proposed for these images goes on
-    log_line = line_printer(bar)
-    if (folder / RUN_FILE).is_file():
+        own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *changes]
+        return Composed(None, own_changes, folder, minutes, own_run)
+    if images_place is not None and (folder / RUN_FILE).is_file():
         own_run = read(folder / RUN_FILE)
-        all_changes = _changes_of_own_run(parts, own_run, changes)
+        own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *changes]
         if minutes is not None:
+            log_line = line_printer(bar)
             log_line(goes_on_line(folder, minutes))
-        return Composed(None, settings_of_images(own_run.tree, all_changes, images_place), folder, text=own_run)
+        return Composed(None, settings_of_images(own_run.tree, own_changes, images_place), folder, text=own_run)
 
-    require_place(folder)
+    # Propose a run on a folder of images.
+    if images_place is not None:
+        require_place(folder)
+        base = read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}")
+        new_changes = _changes_of_new_run(parts, base, net, changes)
+        run = photos.propose(images_place, new_changes, minutes=minutes, device=device).run
+        return Composed(run, new_changes, folder)
 
-    # a run is proposed for these images; of those in memory, the proposal says how they are learned
-    memory = _images_in_memory(parts)
-    all_changes = _changes_of_new_run(parts, read(base_source), net, changes, has_data=memory is not None)
-    proposed = proposal.propose(memory or images_place, all_changes, minutes=minutes, device=device, bar=bar)
-    if proposed.draft.space and "net" not in parts:  # a net of the user's reads pixels
-        log_line(f"learned as {proposed.draft.space}")
-    if proposed.early_end:
-        log_line(f"ends early, {proposed.early_end}")
-    return Composed(proposed.run, all_changes, folder)
-
-
-def _changes_of_own_run(parts: Fields, own_run: RunText, changes: Sequence[str]) -> list[str]:
-    """The changes of a folder's run that give it these parts, then `changes`. Raises UserError for other images."""
-    memory = _images_in_memory(parts)
-    if memory and _has_latents_of(own_run.tree, memory):
-        parts = _without_data(parts)
-    elif memory and root_of_encoded_images(own_run.tree) is not None:
-        raise UserError(
-            f"{own_run.name} is a run on other images than these: give the same, or begin a new run on these, with "
-            f"another {option('out', 'DIR')}"
-        )
-    return [*_as_settings(_part_fields(parts, own_run.tree)), *changes]
+    # Put the parts into what was named, or into the recipe that suits them.
+    recipe = "" if chosen else _base_recipe(parts)
+    base = read(chosen.word if chosen else f"{SHIPPED_PREFIX}{recipe}")
+    new_changes = _changes_of_new_run(parts, base, net, changes)
+    if recipe == IMAGES_RECIPE:
+        on_a_cpu = choose_device(device).type == "cpu"
+        new_changes = [*_changes_of_array(parts["data"], changes, on_a_cpu=on_a_cpu, minutes=minutes), *new_changes]
+    elif minutes is not None:
+        raise UserError(f"minutes are {MINUTES_FIX}")
+    if chosen and not parts:
+        new_changes = [*chosen.settings, *new_changes]
+    return Composed(load(without_resolved(base), new_changes), new_changes, folder)
 
 
-def _changes_of_new_run(
-    parts: Fields,
-    base: RunText,
-    net: object,
-    changes: Sequence[str],
-    *,
-    has_data: bool,
-) -> list[str]:
-    """The changes of a base that make a new run with these parts, then `changes`.
-
-    `net` is that of the parts as it was given; with `has_data`, the run learns the data of the parts anyway.
-    """
-    fields = _part_fields(_without_data(parts) if has_data else parts, base.tree)
+def _changes_of_new_run(parts: Fields, base: RunText, net: object, changes: Sequence[str]) -> list[str]:
+    """The changes of a base that make a new run with these parts, then `changes`. `net` is the net as it was given."""
+    fields = _part_fields(parts, base.tree)
     if isinstance(net, nn.Module):
         fields |= _MODULE_FIELDS
-    if fields or _images_in_memory(parts):
+    if fields:
         fields["about"] = ", ".join(f"{name} {part.get('name', part['kind'])}" for name, part in parts.items())
-    return [*_as_settings(fields), *changes]
+    return [*_as_changes(fields), *changes]
 
 
-def _without_data(parts: Fields) -> Fields:
-    """The parts but for their data."""
-    return {name: part for name, part in parts.items() if name != "data"}
+def _changes_of_array(data: Fields, changes: Sequence[str], *, on_a_cpu: bool, minutes: float | None) -> list[str]:
+    """The changes of `my-images` for images in memory, which are trained on in pixels at their full size."""
+    spec = _data_spec(data)
+    fields = photos.pixel_fields(spec.shape[-1], on_a_cpu=on_a_cpu)
+    if isinstance(spec, Memory):
+        fields |= photos.length_fields(spec.open().size, changes, on_a_cpu=on_a_cpu, minutes=minutes)
+    return _as_changes(fields)
 
 
-def _as_settings(fields: Fields) -> list[str]:
-    """Fields as settings, each a.b=c."""
+def _as_changes(fields: Fields) -> list[str]:
+    """Fields as changes, each a.b=c."""
     return [f"{field}={yaml_text(value)}" for field, value in fields.items()]
 
 
@@ -211,34 +178,14 @@ def _plain_part(name: str, part: object) -> Fields | None:
     if part is None:
         return None
     if isinstance(part, Mapping):
-        fields = dict(part)
-        _require_kind(name, fields)
-        return fields
+        if "kind" not in part:
+            raise UserError(f'{name} is a dict without "kind": add it, or of several data sets give one')
+        return dict(part)
     if isinstance(part, str):
         return {"kind": part}
     if isinstance(part, Spec):
         return part.model_dump(mode="json")
     raise UserError(f"{name} is a {type(part).__name__}: give the name of a kind, or a spec (docs/library.md)")
-
-
-def _require_kind(name: str, fields: Fields) -> None:
-    """Raise UserError, with the way out, for a mapping without a kind: several data sets by name, or fields alone."""
-    if "kind" in fields:
-        return
-    keys = [str(key) for key in fields]
-    if name == "data" and fields and all(_has_rows(value) for value in fields.values()):
-        raise UserError(
-            f"data has {first_few(keys)}, each with rows: give one of them, as data=DATA[{keys[0]!r}], or a pair "
-            "(array, labels)"
-        )
-    field = keys[0] if keys else "kind"
-    change = settings(f"{name}.{field}=...")
-    raise UserError(f'{name} is a dict without "kind": add it, or set fields alone by {change}')
-
-
-def _has_rows(value: object) -> bool:
-    """Whether a value is a data set or an array, by what it offers."""
-    return not isinstance(value, str | Mapping) and hasattr(value, "__len__") and hasattr(value, "__getitem__")
 
 
 def plain_net(net: object) -> Fields | None:
@@ -270,54 +217,33 @@ def _base_recipe(parts: Fields) -> str:
     data = parts.get("data", {"kind": _TOYS[0]})
     if data["kind"] not in _TOYS:
         return _recipe_of_data(data)
-    objective_recipe = _objective_recipe(data["kind"], parts.get("objective", {"kind": ""}))
+    objective_recipe = _objective_recipe(data["kind"], parts.get("objective", {}))
     return objective_recipe if objective_recipe in recipes.names() else data["kind"]
 
 
 def _recipe_of_data(data: Fields) -> str:
     """The recipe whose settings suit data of this shape: that of images, or moons, that of points."""
-    return IMAGES_RECIPE if _are_images(data) else "moons"
+    return IMAGES_RECIPE if len(_data_spec(data).shape) == 3 else "moons"
 
 
-def _are_images(data: Fields) -> bool:
-    """Whether data are images, by the shape of a sample; else they are points."""
-    parsed = parse(StandaloneParts, {"data": data}).data
-    assert parsed is not None
-    return len(parsed.shape) == 3
-
-
-def _images_in_memory(parts: Fields) -> Memory | None:
-    """The images that Python gave; None where the data are others, or points."""
-    if "data" not in parts or not _are_images(parts["data"]):
-        return None
-    data = parse(StandaloneParts, {"data": parts["data"]}).data
-    return data if isinstance(data, Memory) else None
-
-
-def _has_latents_of(tree: Fields, images: Memory) -> bool:
-    """Whether the run of a tree learns latents of some images in memory. Their file may have moved with the run."""
-    root = root_of_encoded_images(tree)
-    return root is not None and root.name == Path(place_in_memory(images)).name
+def _data_spec(data: Fields) -> Data:
+    """The spec of data that are given as plain values."""
+    spec = parse(StandaloneParts, {"data": data}).data
+    assert spec is not None
+    return spec
 
 
 def _objective_recipe(data: str, objective: Fields) -> str:
     """The name that a recipe of this objective on toy data has; there may be none."""
-    return f"{data}-{objective['kind']}".replace("_", "-")
+    return f"{data}-{objective.get('kind')}".replace("_", "-")
 
 
 def _default_folder(chosen: ChosenSource | None, parts: Fields, images_place: str | None) -> Path:
-    """The folder runs/NAME, where no folder is given: by the place of images, the source, or an objective's recipe.
-
-    A run's folder is its own. Raises UserError where none of these gives a name.
-    """
+    """The folder runs/NAME, by the place of images or the source. Raises UserError if neither gives a name."""
     if images_place is not None:
         return folder_of_images(images_place)
     if chosen and (chosen.kind == "run" or not parts):
         return chosen.folder
-    if chosen is None and parts.keys() == {"objective"}:
-        recipe = _base_recipe(parts)
-        if recipe not in _TOYS:
-            return choose(f"{SHIPPED_PREFIX}{recipe}").folder
     raise UserError('a run of your own parts needs a folder: say out="runs/NAME"')
 
 
@@ -325,8 +251,8 @@ def _part_fields(parts: Fields, tree: Fields) -> Fields:
     """The fields to set in the run of a tree so that it has these parts.
 
     Other data bring the protocol that judges them, and another objective brings a solver. A part given by the name of
-    the run's own kind changes nothing. An objective given by name alone is as its recipe on digits has it, unguided,
-    where there is one.
+    the run's own kind changes nothing. An objective given by name alone has the fields of its recipe on digits, if
+    there is one.
     """
     fields: Fields = {}
     for name, part in parts.items():

@@ -53,8 +53,8 @@ def train(
 
     digits-trained and cifar10-trained, which ship with dumo, begin a new run with their settings and weights.
 
-    Given a folder of images, look at them and at this machine, measure a step, propose a run that fits both, and ask
-    before it starts. It ends when its --minutes are over; dumo train runs/NAME --minutes 30 continues for 30 more.
+    Given a folder of images, propose a run that suits them and this machine, and ask before it starts. It ends when its
+    --minutes are over; dumo train runs/NAME --minutes 30 continues for 30 more.
 
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     --track also sends each row of the log to a tracker.
@@ -153,15 +153,15 @@ def train(
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
 
-def _propose_run(place: str, overrides: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
+def _propose_run(place: str, changes: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
     """Propose a run for the images at `place`, and return it once the user agrees.
 
-    Raises BadParameter without a terminal to `ask` on, Exit where the answer is no, UserError where no run fits.
+    Raises BadParameter without a terminal to `ask` on, Exit if the answer is no.
     """
-    from dumo.plan import proposal
+    from dumo.plan import photos
 
-    proposed_run = proposal.propose(place, overrides, minutes=minutes, device=device, bar=bar)
-    show_lines(proposed_run.lines())
+    proposal = photos.propose(place, changes, minutes=minutes, device=device)
+    show_lines(proposal.lines())
     if ask and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")
     if ask:
@@ -169,4 +169,4 @@ def _propose_run(place: str, overrides: list[str], minutes: float | None, device
             agrees = typer.confirm("train?", default=True, err=True)
         if not agrees:
             raise typer.Exit(1)
-    return proposed_run.run
+    return proposal.run

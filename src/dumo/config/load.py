@@ -24,7 +24,6 @@ from dumo.config.source import (
     CODE_KEY,
     FORMAT,
     FORMAT_KEY,
-    PROPOSED_KEY,
     RESOLVED_KEY,
     SHIPPED_PREFIX,
     TYPED_KEY,
@@ -109,7 +108,7 @@ def _fill(tree: dict[str, Any], resolved: dict[str, Any]) -> None:
     `resolved` has these values by dotted path.
     """
     for field, value in resolved.items():
-        if field in (CODE_KEY, TYPED_KEY, PROPOSED_KEY):  # records of the run, no fields
+        if field in (CODE_KEY, TYPED_KEY):  # records of the run, no fields
             continue
         *parents, name = str(field).split(".")
         part = _part_at(tree, parents)

@@ -20,7 +20,7 @@ from dumo.io.trained import RUNS_FOLDER as RUNS_FOLDER
 from dumo.runtime import shell_path
 
 EVALUATION_FILE = "evaluation.json"  # in a run's folder: its evaluation by the settings of run.yaml
-TEXTS_FOLDER = "texts"  # next to runs: the tables of captions that are proposed with them, by name
+TEXTS_FOLDER = "texts"  # next to runs: the tables of captions of images, by name
 OTHER_EVALUATIONS = "evaluation-*.json"  # in a run's folder: its evaluations by other settings
 LOG_FILE = "metrics.jsonl"  # in a run's folder: a row for each logged step
 _MAX_LISTED_NAMES = 2000  # of a folder's names, those compared with a mistyped one: ours, so that the error comes soon

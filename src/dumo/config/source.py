@@ -7,8 +7,7 @@
    its text. `dumo.config.load` makes a run of them. For a new run of an old run's settings, `without_resolved` leaves
    out what was found on the old one's files.
 
-Two questions about a run stand apart: `file_state` tells whether its file was written again, and `is_root_proposed`
-whether its folder of latents was proposed.
+`file_state` tells whether a run's file was written again.
 
 A run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none. Of a run that
 was moved with its latents or texts, `read_file` says where these are now.
@@ -16,7 +15,7 @@ was moved with its latents or texts, `read_file` says where these are now.
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -52,16 +51,15 @@ CHANGED_KEY = "changed"  # the fields that were changed while it trained (`Recor
 RESOLVED_KEY = "resolved"  # the fields that were found when the run was opened (`dumo.run.resolve`)
 # keys in `resolved`, besides the fields
 CODE_KEY = "code"  # hashes of the code of classes from outside, by name
-PROPOSED_KEY = "proposed"  # the fields that were set by `dumo.plan.proposal`
 TYPED_KEY = "given"  # paths as the user typed them, by the fields that have them absolute
 
 _BASE_VARIABLE = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # ${NAME:-recipe}, as a shell writes it
 MAX_BYTES = 2**24  # of a file: ours; the names of 20,000 classes are half a million
 _DEFAULT_TUNING_RECIPE = "sd3-lora"  # an example, of a pipeline that no recipe names
 _SOURCE_FIX = "give a run's folder, a recipe or a YAML file"  # the fix that messages end with
-IMAGES_RECIPE = "my-images"  # what a run is proposed from for images of the user's
+IMAGES_RECIPE = "my-images"  # for images of the user's, in pixels
 GROUP_KEY = "group"  # of a recipe (`dumo.config.recipes`)
-IMAGES_LATENTS_RECIPE = "my-images-64"  # what a run is proposed from where they are learned in latents
+IMAGES_LATENTS_RECIPE = "my-images-64"  # for images of the user's, in latents
 _LATENTS_FIELDS = ("kind", "root", "images", "codec", "memory", "prior")  # fields of data.kind=latents
 _ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # suffixes
 
@@ -279,69 +277,26 @@ def read_file(file: Path) -> RunText:
     text = parse_text(_yaml_text(file), file)
     if file.name == RUN_FILE:
         folder = file.absolute().parent
-        _follow_moved_latents(text.tree, folder)
-        _follow_moved_texts(text.tree, folder)
+        _follow_moved_folder(text.tree, ["data"], Path(trained.LATENTS_FOLDER).name, folder)
+        _follow_moved_folder(text.tree, ["net", "texts"], TEXTS_FOLDER, folder)
     return replace(text, state=state)
 
 
-def _follow_moved_latents(tree: dict[str, Any], folder: Path) -> None:
-    """Set `data.root` in the tree of the run in `folder`, where the run was moved together with its latents.
+def _follow_moved_folder(tree: dict[str, Any], keys: Sequence[str], name: str, folder: Path) -> None:
+    """Set `root` in the part of a tree at `keys` if it was a folder NAME/X next to the run, and was moved with it.
 
-    `data.images.root` goes with it where it is a file next to the latents, to which images in memory were written.
-
-    A folder that the user named stays: this is for latents that were proposed with the run, in runs/latents/NAME. They
-    need not be there yet. Training makes their parent folder before it writes the run, so if that is gone, it moved.
+    `folder` is where the run is now.
     """
-    data = tree.get("data")
-    resolved = tree.get(RESOLVED_KEY)
-    if not (isinstance(data, dict) and isinstance(resolved, dict)):
+    part: Any = tree
+    for key in keys:
+        part = part.get(key) if isinstance(part, dict) else None
+    if not isinstance(part, dict) or not isinstance(part.get("root"), str):
         return
-    noted_root = data.get("root")
-    if not isinstance(noted_root, str) or not is_root_proposed(resolved, noted_root):
-        return
-    noted = Path(noted_root)
-    next_to_run = folder.parent / noted.parent.name / noted.name
-    if not noted.is_dir() and (next_to_run.is_dir() or not noted.parent.is_dir()):
-        data["root"] = str(next_to_run)
-        images_root = root_of_encoded_images(tree)
-        if images_root is not None and images_root.parent == noted.parent:
-            data["images"]["root"] = str(next_to_run.with_name(images_root.name))
-
-
-def _follow_moved_texts(tree: dict[str, Any], folder: Path) -> None:
-    """Set `net.texts.root` in the tree of the run in `folder`, where the run was moved together with texts/NAME."""
-    net = tree.get("net")
-    texts = net.get("texts") if isinstance(net, dict) else None
-    if not isinstance(texts, dict) or not isinstance(texts.get("root"), str):
-        return
-    noted = Path(texts["root"])
-    next_to_run = folder.parent / TEXTS_FOLDER / noted.name
-    is_next_to_runs = noted.is_absolute() and noted.parent.name == TEXTS_FOLDER
-    if is_next_to_runs and not noted.is_dir() and next_to_run.is_dir():
-        texts["root"] = str(next_to_run)
-
-
-def root_of_encoded_images(tree: Mapping[str, Any]) -> Path | None:
-    """Where the images are whose latents the run of this tree learns; None where it learns none."""
-    data = tree.get("data")
-    if not isinstance(data, dict) or data.get("kind") != "latents":
-        return None
-    images = data.get("images")
-    root = images.get("root") if isinstance(images, dict) else None
-    return Path(root) if isinstance(root, str) else None
-
-
-def is_root_proposed(resolved: Mapping[str, Any], root: str) -> bool:
-    """Whether `root`, the `data.root` of a run, is the folder that was proposed with the run, and not one of the user.
-
-    `resolved` is the run's. The last two parts are compared, latents/NAME-HASH: the others change where a run's paths
-    are made absolute, and where it is moved.
-    """
-    proposed = resolved.get(PROPOSED_KEY)
-    proposed_root = proposed.get("data.root") if isinstance(proposed, dict) else None
-    if not isinstance(proposed_root, str):
-        return False
-    return Path(root).parts[-2:] == Path(proposed_root).parts[-2:]
+    noted = Path(part["root"])
+    next_to_run = folder.parent / name / noted.name
+    was_next_to_runs = noted.is_absolute() and noted.parent.name == name
+    if was_next_to_runs and not noted.is_dir() and next_to_run.is_dir():
+        part["root"] = str(next_to_run)
 
 
 def file_state(file: Path) -> FileState | None:
@@ -353,14 +308,9 @@ def file_state(file: Path) -> FileState | None:
 
 
 def without_resolved(text: RunText) -> RunText:
-    """The text of a run without what was found on its files, for a new run of its settings.
-
-    That it was proposed is kept: a cache of latents that was proposed with it may still have to be made.
-    """
+    """The text of a run without what was found on its files, for a new run of its settings."""
     tree = dict(text.tree)
-    resolved = tree.pop(RESOLVED_KEY, None)
-    if isinstance(resolved, dict) and PROPOSED_KEY in resolved:
-        tree[RESOLVED_KEY] = {PROPOSED_KEY: resolved[PROPOSED_KEY]}
+    tree.pop(RESOLVED_KEY, None)
     return replace(text, tree=tree)
 
 

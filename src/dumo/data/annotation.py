@@ -53,12 +53,7 @@ from dumo.types import UserError
 
 
 class NoCaptionsError(UserError):
-    """The images have no captions. There may be texts in `columns`, or in `tables` of other names than TABLES."""
-
-    def __init__(self, message: str, columns: Sequence[str] = (), tables: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.columns = columns
-        self.tables = tables
+    """The images have no captions."""
 
 
 def captions_of(
@@ -109,9 +104,7 @@ def _no_captions_error(root: Path, store: Store, pairing: Pairing, sought: str) 
         hint = ""
     return NoCaptionsError(
         f"no captions found for the {len(store)} images of {root}: looked for {sought};{hint} or leave out "
-        "data.captions",
-        pairing.columns,
-        tables,
+        "data.captions"
     )
 
 

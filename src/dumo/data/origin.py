@@ -5,11 +5,9 @@ Both compare the names first, then hashes: those that are known, those of files 
 those of copies if these are small. `has_cache` says whether a folder has a certain cache at all, and `read_names` reads
 the names of the images that a cache was made of.
 
-`cache_name` names the cache of a proposed run after its images, NAME-KEY: other images have another key. `has_key` says
-whether a folder has the key of the images that are here, and `new_run_hint` how to go on where it has not.
+`cache_name` names a cache after its images, NAME-KEY: other images have another key.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,38 +25,20 @@ from dumo.runtime.door import option
 from dumo.types import UserError
 
 NAMES = "names.zlib"  # a file in a cache: the names of its images, compressed
-_NAME_WITH_KEY = re.compile(r".+-[0-9a-f]{16}")  # as `cache_name` makes it
 
 
 def cache_name(name: str, images: Images, weights: str) -> str:
     """NAME-KEY, for a folder with the latents of these images by a codec whose weights have the hash `weights`.
 
-    `images` are with their classes, and on this machine. Reads images whose hash is not noted.
+    The key is a hash of the images, of how they are encoded, and of the weights. `images` are with their classes, and
+    on this machine. Reads images whose hash is not noted.
     """
-    key = _key(images, weights)
-    assert key is not None, "the images are here"
-    return f"{name}-{key}"
-
-
-def has_key(folder: Path, images: Images, weights: str) -> bool:
-    """Whether a folder that `cache_name` named has the key of these images; True where they are not on this machine."""
-    key = _key(images, weights)
-    return key is None or folder.name.endswith(f"-{key}")
-
-
-def _key(images: Images, weights: str) -> str | None:
-    """A hash of the images, of how they are encoded, and of the codec's weights; None: the images are not here."""
     hashes = images.hashes()
-    if hashes is None:
-        return None
+    assert hashes is not None, "the images are here"
     hashes.hash(range(len(hashes)))
     fields = (images.side, images.crop, images.flip, images.labels, images.names, images.split, images.count)
-    return digest.short(hashes.fingerprint(), hashes.digest(range(len(hashes))), str(fields), weights)
-
-
-def new_run_hint() -> str:
-    """How to go on, of a proposed run, with images that have changed: as part of a message."""
-    return f"put the images back as they were, or begin a new run on them, with another {option('out', 'DIR')}"
+    key = digest.short(hashes.fingerprint(), hashes.digest(range(len(hashes))), str(fields), weights)
+    return f"{name}-{key}"
 
 
 def read_names(folder: Path) -> bytes:
@@ -98,9 +78,8 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, reads_later: bool)
     cached = read_index(folder)
     if cached is None:
         return
-    fix = f"put the images back as they were, or {ELSEWHERE}"
-    if _NAME_WITH_KEY.fullmatch(folder.name):  # the user did not encode it, and a new run gets a cache of its own
-        fix = new_run_hint()
+    new_run = option("out", "DIR")
+    fix = f"put the images back as they were, begin a new run on these with another {new_run}, or {ELSEWHERE}"
     if HASH_COLUMN not in cached.columns:
         raise UserError(f"{folder} does not say what is in its images, as caches of an older dumo: {ELSEWHERE}")
     shards = table.written_shards(folder, cached)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 RUN_FILE = "run.yaml"  # in a run's folder: the run's settings
 RUNS_FOLDER = "runs"  # in the working folder: the runs, unless --out names another folder
-LATENTS_FOLDER = f"{RUNS_FOLDER}/latents"  # the latents of proposed runs, and images in memory that are encoded to them
+LATENTS_FOLDER = f"{RUNS_FOLDER}/latents"  # the latents of images of the user's
 FOLDER = Path(__file__).parents[1] / "trained"
 SHIPPED_PREFIX = "dumo:"  # before a recipe's or trained run's name: the one that dumo ships, whatever lies here
 

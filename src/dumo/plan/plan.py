@@ -19,7 +19,7 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
-from dumo.data.cache import CachePlan, read_index
+from dumo.data.cache import CachePlan, is_finished, read_index
 from dumo.evaluation.reference import IMAGENET_TRAIN_IMAGES, Standard
 from dumo.io.read import user_path
 from dumo.nets import Net, Pretrained
@@ -279,6 +279,8 @@ def missing_data(data: Data) -> str | None:
     try:
         path = user_path(root, "data.root")
         if isinstance(data, Latents):
+            if data.images.is_here and not is_finished(data.folder):
+                return None  # training makes the cache
             data.cache()  # whose rows are read when they are taken
     except UserError as error:
         return "; ".join(line.strip() for line in str(error).splitlines())

@@ -1,7 +1,7 @@
 """The step that training makes, by the same loop, on random numbers; and one sample.
 
 `rehearse` is the entrance. It examines the slope, checks the memory, makes steps (`make_step`) on random numbers
-(`random_rows`), and makes a sample. `dumo.plan.proposal` and the tools time steps by `make_step` on `random_rows`.
+(`random_rows`), and makes a sample. The tools time steps by `make_step` on `random_rows`.
 
 What would stop a run stops it here: a slope that is not the derivative on this device, memory, a compiler. The time of
 passes and gradients grows with the rows, that of the update does not: from the two comes the time of the whole run at

@@ -15,11 +15,8 @@ from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
-from dumo.config.conditions import shown_data
-from dumo.config.source import PROPOSED_KEY
 from dumo.config.spec import Evaluation, Run
 from dumo.config.word import STATES
-from dumo.data import is_images
 from dumo.flow.path import Linear
 from dumo.nets import is_pretrained
 from dumo.report.judgement import Judgement
@@ -31,7 +28,7 @@ from dumo.run.speed import seconds_between
 from dumo.run.weights import RunFolder
 from dumo.runtime import shell_path
 from dumo.runtime.text import minutes_text, minutes_to_type
-from dumo.training.deadline import ENOUGH_VISITS, SECONDS_PER_MINUTE, Timing
+from dumo.training.deadline import SECONDS_PER_MINUTE, Timing
 
 # The distance of samples to their nearest images over that of real images, beyond which samples are not like the data:
 # on digits it is 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000.
@@ -97,10 +94,6 @@ def reach_verdict(
     if quality.is_good or (quality.head and opened.is_shipped):
         return Verdict(quality.head, quality.reason, _suggest_uses(run, name), quality.is_good)
     if quality.head:
-        images = shown_data(run.data)
-        visits = step * run.train.batch / num_images if num_images else 0.0
-        if is_images(images) and PROPOSED_KEY in run.resolved and visits >= ENOUGH_VISITS:
-            return Verdict(quality.head, quality.reason, [_suggest_more_images(images.root, name)])
         return Verdict(quality.head, quality.reason, [_suggest_more_training(opened, name)])
     if evaluation is None and has_data and missing_to_judge(run, num_images) is None:
         return Verdict("Trained, and not judged yet", "", [_suggest_evaluation(run.evaluate, name)])
@@ -191,23 +184,17 @@ def _suggest_training(name: str, effect: str) -> NextStep:
 def _suggest_more_training(opened: RunFolder, name: str) -> NextStep:
     """More training of a run whose training is done.
 
-    A run that was proposed, or ends by the clock, gets some more minutes; any other, as many steps again.
+    A run that ends by the clock gets some more minutes; any other, as many steps again.
     """
     run = opened.run
     seconds = seconds_between(opened.folder, 0, opened.step)
-    if PROPOSED_KEY in run.resolved or run.train.minutes is not None:
+    if run.train.minutes is not None:
         minutes = _more_minutes(seconds or 0.0)
         return NextStep(f"dumo train {name} --minutes {minutes}", f"goes on for {minutes:,} minutes")
     effect = f"goes on for {opened.step:,} more steps"
     if seconds is not None:
         effect += f", in about {duration(seconds)}"
     return NextStep(f"dumo train {name} --set train.steps={2 * opened.step}", effect)
-
-
-def _suggest_more_images(place: str, name: str) -> NextStep:
-    """A new run on more images, in place of one that saw each of its images often enough."""
-    effect = f"trains on the images that are there then: add some first. Each was seen {ENOUGH_VISITS:,} times or more"
-    return NextStep(f"dumo train {shell_path(place)} --out {name}-more", effect)
 
 
 def _more_minutes(seconds: float) -> int:

@@ -14,7 +14,7 @@ killed rank is started again, and the folder is the same to the last bit. What i
 (`dumo.io.table`).
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +146,6 @@ def encode(
     store: str | None = None,
     dtype: str | None = None,
     shard_rows: int | None = None,
-    new_shard_rows: int = _SHARD_ROWS,
     verify: bool = False,
     device: str = "auto",
     bar: Bar = no_bar,
@@ -154,9 +153,9 @@ def encode(
     """Make this rank's shards of the cache, with mirrored images where data are flipped.
 
     `store`, `dtype` and `shard_rows` are fields of the `CachePlan`. None: a cache that is begun keeps its own; a new
-    one takes the plan's defaults, and `new_shard_rows`. `verify`: all images are hashed first, whatever is noted of
-    them. Raises UserError where the images or the codec cannot be opened, a field of the plan is refused, or the folder
-    holds something else, or a cache of other images.
+    one takes the plan's defaults. `verify`: all images are hashed first, whatever is noted of them. Raises UserError
+    where the images or the codec cannot be opened, a field of the plan is refused, or the folder holds something else,
+    or a cache of other images.
     """
     torch_device = choose_device(device)
     images = data.images
@@ -169,10 +168,10 @@ def encode(
     if existing_index:
         store = store or existing_index.store
         dtype = dtype or existing_index.dtype
-        new_shard_rows = existing_index.shard_rows
+        shard_rows = shard_rows or existing_index.shard_rows
     is_captioned = isinstance(data.captions, CaptionFiles)
     plan_fields: dict[str, Any] = {
-        "shard_rows": new_shard_rows if shard_rows is None else shard_rows,
+        "shard_rows": shard_rows or _SHARD_ROWS,
         "source": " ".join(word for word in (images.root, images.split) if word),
         "fingerprint": image_rows.hashes.fingerprint(),
         "resolution": images.side,
@@ -209,35 +208,26 @@ def encode(
     return EncodeResult(data.folder, make_result, cache.CacheIndex)
 
 
-def ensure_cache(
-    data: Latents,
-    *,
-    device: str,
-    bar: Bar,
-    new_shard_rows: int = _SHARD_ROWS,
-    while_waiting: Callable[[], object] = signals.check,
-) -> None:
-    """Make the cache if it is missing, or finish one that is not whole. Raises UserError where that fails.
+def ensure_cache(data: Latents, *, device: str, bar: Bar) -> None:
+    """Make the cache if it is missing, or finish it. A finished cache, and one whose images are not here, stay as is.
 
-    Processes that start together make it once. The others wait, and call `while_waiting` again and again; what that
-    raises ends the wait.
+    Processes that start together make it once: the others wait. Raises UserError and Stopped as `encode`; finished
+    shards are kept.
     """
-    if cache.is_finished(data.folder):
+    if cache.is_finished(data.folder) or not data.images.is_here:
         return
-    with _locked_to_fill(data.folder, while_waiting):
-        if not cache.is_finished(data.folder):  # nobody made it while this process waited
-            encode(data, device=device, bar=bar, new_shard_rows=new_shard_rows)
+    with _locked_to_fill(data.folder):
+        # Another process may have made it while this one waited.
+        if not cache.is_finished(data.folder):
+            encode(data, device=device, bar=bar)
 
 
 @contextmanager
-def _locked_to_fill(folder: Path, while_waiting: Callable[[], object] = signals.check) -> Generator[None, None, None]:
-    """Hold the lock of a folder that is to be filled, a file next to it.
-
-    Waits while another process holds it, and calls `while_waiting` meanwhile, which ends the wait by raising.
-    """
+def _locked_to_fill(folder: Path) -> Generator[None, None, None]:
+    """Hold the lock of a folder that is to be filled, a file next to it. Waits while another process holds it."""
     lock = folder.with_name(f".{folder.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with locked(lock, while_waiting=while_waiting):
+    with locked(lock, while_waiting=signals.check):
         yield
 
 

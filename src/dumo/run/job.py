@@ -8,14 +8,12 @@
    makes missing tokens of captions
 3. check it against the folder
 4. choose the checkpoint to resume from, the last one that is whole
-5. rank 0 encodes the photos of a proposed run (`run.proposedcache`); open the data, and examine the derivative against
-   float64
+5. rank 0 encodes images whose latents are missing; open the data, and examine the derivative against float64
 6. begin the state: as drawn, of the checkpoint, or of `start`
 7. compare data and run with what the folder holds
 
-Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those tokens and latents, the
-run.yaml of a run whose photos it encodes, which goes again if the run is refused, and a mark in the note of what was
-obeyed (`Request.was_obeyed`); and it removes what a training that was killed left half-written.
+Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those tokens and latents, and a mark
+in the note of what was obeyed (`Request.was_obeyed`); and it removes what a training that was killed left half-written.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -33,7 +31,7 @@ from dumo.config import trust
 from dumo.config.change import sets_field
 from dumo.config.code import names_code
 from dumo.config.fit import check_ranks
-from dumo.config.source import RUN_FILE, RunText, is_root_proposed
+from dumo.config.source import RunText
 from dumo.config.spec import Run
 from dumo.data import Data, is_latents
 from dumo.io.source import DataSource
@@ -59,7 +57,7 @@ from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.text import minutes_text, minutes_to_type
 from dumo.training import agreement
-from dumo.training.deadline import SECONDS_PER_MINUTE, PreparationTime, Timing, begin_timing
+from dumo.training.deadline import SECONDS_PER_MINUTE, Timing, begin_timing
 from dumo.training.layout import share_of
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.spec import Train
@@ -185,34 +183,31 @@ def open_job(
         chosen = _choose_checkpoint(index.checkpoints, from_step)
         run_to_train = _with_time_after(complete_run, folder, chosen, more_minutes)
 
-        with _freeing_folder_if_refused(index):
-            # 5. encode photos, open the data, and examine the derivative
-            _make_proposed_cache(run_to_train, index, chosen, time_began, device, tell_on_main, bar)
-            data = open_data(run_to_train.data)
-            with threads.fewer_when_busy(torch_device, ignore_line):
-                examination.examine(run_to_train, torch_device).require()
-            meter = Meter(
-                run_to_train.train, folder, torch_device, _step_flops(run_to_train, net_outline, torch_device)
-            )
-            drawn_sheets = sheets(run_to_train, folder, tell_on_main) if sheets else None
+        # 5. encode images whose latents are missing, open the data, and examine the derivative
+        time_began += _encode_missing_latents(run_to_train.data, device, bar)
+        data = open_data(run_to_train.data)
+        with threads.fewer_when_busy(torch_device, ignore_line):
+            examination.examine(run_to_train, torch_device).require()
+        meter = Meter(run_to_train.train, folder, torch_device, _step_flops(run_to_train, net_outline, torch_device))
+        drawn_sheets = sheets(run_to_train, folder, tell_on_main) if sheets else None
 
-            # 6. begin the state, and open what reads it
-            state, checkpoint = begin_or_resume(
-                run_to_train, index.checkpoints, torch_device, chosen, or_before=from_step is None
-            )
-            state.timing = _begin_timing(run_to_train.train, state, checkpoint)
-            best_folder, validation = _open_validation(run_to_train, index, state, tell_on_main, meter)
-            teacher = _load_teacher(run_to_train, state, torch_device)
+        # 6. begin the state, and open what reads it
+        state, checkpoint = begin_or_resume(
+            run_to_train, index.checkpoints, torch_device, chosen, or_before=from_step is None
+        )
+        state.timing = _begin_timing(run_to_train.train, state, checkpoint)
+        best_folder, validation = _open_validation(run_to_train, index, state, tell_on_main, meter)
+        teacher = _load_teacher(run_to_train, state, torch_device)
 
-            # 7. compare with what the folder holds
-            changed_data = datacheck.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
+        # 7. compare with what the folder holds
+        changed_data = datacheck.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
 
-            def compare_history() -> History | None:
-                if not dist.is_main():
-                    return None
-                return History.of(run_to_train, index, data, state.step, checkpoint, accept=accept, change=changed_data)
+        def compare_history() -> History | None:
+            if not dist.is_main():
+                return None
+            return History.of(run_to_train, index, data, state.step, checkpoint, accept=accept, change=changed_data)
 
-            history = agreement.on_each_rank(compare_history)
+        history = agreement.on_each_rank(compare_history)
         yield Job(
             run=run_to_train,
             index=index,
@@ -389,48 +384,18 @@ def _require_time_left(train: Train, timing: Timing, folder: Path) -> None:
         )
 
 
-@contextmanager
-def _freeing_folder_if_refused(index: Index) -> Generator[None, None, None]:
-    """Inside, a UserError leaves a new folder free for what is typed instead: its run.yaml goes.
+def _encode_missing_latents(data: Data, device: str, bar: Bar) -> float:
+    """Make the cache of latents on rank 0 if it is missing and the images are here. Returns the seconds that it took.
 
-    A run that was there before stays, and so does one that was stopped, or failed: it may be resumed.
+    Every rank must call it. The seconds do not count as training if the run ends by the clock.
     """
-    try:
-        yield
-    except UserError:
-        if dist.is_main() and index.text is None:
-            (index.folder / RUN_FILE).unlink(missing_ok=True)
-        raise
+    if not is_latents(data):
+        return 0.0
+    from dumo.run.encode import ensure_cache
 
-
-def _make_proposed_cache(
-    run: Run, index: Index, checkpoint: Checkpoint | None, began: float, device: str, tell: Tell, bar: Bar
-) -> None:
-    """Make the run's cache on rank 0 where it was proposed with the run, unless that has ended.
-
-    Every rank must call it. `checkpoint` is the one to resume from; `began` is when the command began, by the clock.
-    """
-    data = run.data
-    if not is_latents(data) or not is_root_proposed(run.resolved, data.root):
-        return
-    from dumo.data.cache import read_index
-    from dumo.run import proposedcache
-
-    steps_done = checkpoint.manifest.step if checkpoint else 0
-    timing = begin_timing(run.train.minutes, checkpoint.manifest.timing if checkpoint else None, None)
-    has_ended = timing.is_over if timing else steps_done >= run.train.steps
-
-    def make_cache() -> None:
-        if has_ended:  # no photo is needed; where there is no cache, opening it refuses the run
-            if read_index(data.folder) is None:
-                tell(train_more_hint(index.folder, run.train))
-            return
-        time = None
-        if timing:
-            time = PreparationTime(began, timing.seconds_left, stopwatch.wall_clock)
-        proposedcache.ensure_proposed_cache(run, data, index, time=time, device=device, bar=bar)
-
-    agreement.on_main_rank(make_cache, is_long=True)
+    began = stopwatch.wall_clock()
+    agreement.on_main_rank(partial(ensure_cache, data, device=device, bar=bar), is_long=True)
+    return stopwatch.wall_clock() - began
 
 
 def open_data(data: Data) -> DataSource:

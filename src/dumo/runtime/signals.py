@@ -24,7 +24,6 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-CLOCK = getattr(signal, "SIGALRM", signal.SIGTERM)  # the number with which work stops whose time is over
 REPEAT_SECONDS = 2.0  # within which one request may come twice: ours
 TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # torchrun sets it in the environment of its ranks
 

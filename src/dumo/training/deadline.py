@@ -4,13 +4,13 @@
 events in a command, on rank 0, whose clock counts for all ranks:
 
 1. `begin_timing` makes the `Timing` when the run is opened.
-2. Data may be prepared for a part of the time (`PreparationTime`).
-3. `Countdown.read` makes the next `Timing` before each step.
-4. Other work is timed by `Countdown.note`: checkpoints, scores, sheets of samples. The first checkpoint comes early
+2. `Countdown.read` makes the next `Timing` before each step.
+3. Other work is timed by `Countdown.note`: checkpoints, scores, sheets of samples. The first checkpoint comes early
    (FIRST_SAVE_SHARE), so that it is known how long one takes: from then on time is left for the last one. Time is also
    left for a score and a sheet that are due, _UNKNOWN_SHARE if none of its kind has been timed yet.
 
-The clock of a command runs from where it is typed, or its plan is accepted, to its last line. Only checkpoints note the
+The clock of a command runs from where it is typed, or its plan is accepted, to its last line, without the time that it
+takes to encode images to latents. Only checkpoints note the
 time: if a run is stopped before its first one, the next command has all of the minutes.
 
 The learning rate follows the share s of a stretch, which grows from 0 to 1. A stretch is the time of a run that is
@@ -25,7 +25,6 @@ one within RISE_SHARE, and falls again.
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from math import ceil
 from statistics import median
 
@@ -41,11 +40,8 @@ _RECENT_STEPS = 5  # steps, whose median is how long a step takes
 RISE_SHARE = 0.05  # after it a second stretch has the full rate: measured (docs/log.md)
 FIRST_SAVE_SHARE = 0.1  # after it a command saves for the first time
 # shares of a command's time
-PLANNED_PREPARATION_SHARE = 0.5  # a plan lets data take this long to be prepared
-MAX_PREPARATION_SHARE = 0.75  # data may take this long, on a machine that is slower than planned
+_PREPARATION_SHARE = 0.5  # a command that is given enough time may take this long to begin
 _UNKNOWN_SHARE = 0.1  # a kind of work is taken to need this long until it has been timed
-# times that an image is seen
-ENOUGH_VISITS = 1500  # after them 60 photos gain nothing more, and in time training breaks: measured (docs/log.md)
 # kinds of work
 SAVE = "save"  # write a checkpoint
 JUDGE = "judge"  # score samples
@@ -116,33 +112,9 @@ def begin_timing(
     return Timing(minutes=minutes, seconds=timing.seconds, start=factor, progress_before=timing.progress_before)
 
 
-@dataclass(frozen=True)
-class PreparationTime:
-    """How long a command may prepare the data of a run that ends by the clock, so that there is time for steps."""
-
-    began: float  # seconds: what the clock read when the command began
-    seconds_left: float  # seconds of training that were left then
-    clock: Clock = wall_clock
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the command began."""
-        return self.clock() - self.began
-
-    @property
-    def minutes_left(self) -> int:
-        """Minutes of training that were left when the command began, rounded up."""
-        return ceil(self.seconds_left / SECONDS_PER_MINUTE)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no more time may be spent on the data."""
-        return self.seconds >= MAX_PREPARATION_SHARE * self.seconds_left
-
-
 def minutes_to_prepare(seconds: float) -> int:
-    """The minutes to give a command whose data take these seconds to be prepared."""
-    return ceil(seconds / (PLANNED_PREPARATION_SHARE * SECONDS_PER_MINUTE))
+    """The minutes to give a command that takes these seconds to begin."""
+    return ceil(seconds / (_PREPARATION_SHARE * SECONDS_PER_MINUTE))
 
 
 class Countdown:

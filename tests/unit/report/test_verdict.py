@@ -25,13 +25,9 @@ NAME = "runs/photos"
 PERFECT = {"perfect": {"mean": 0.0, "sd": 1.3, "copies": 0.02, "copies_sd": 0.01}}
 
 
-def run_folder(
-    folder: Path, step: int, steps: int = 5000, *, proposed: bool = False, shipped: bool = False
-) -> RunFolder:
+def run_folder(folder: Path, step: int, steps: int = 5000, *, shipped: bool = False) -> RunFolder:
     """A run at a step, whose training had two steps a second."""
     run = load("digits", [f"train.steps={steps}"])
-    if proposed:
-        run = run.model_copy(update={"resolved": {"proposed": {}}})
     (folder / "speed.jsonl").write_text(json.dumps({"step": 50, "steps_per_second": 2.0}) + "\n")
     weights = f"checkpoints/step-{step:08d}/ema-0.999.safetensors"
     own_output = folder if shipped else None
@@ -71,19 +67,10 @@ def test_a_run_that_is_not_like_the_data_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("step", "minutes"), [(100, 10), (1200, 30), (5000, 120), (100_000, 1680), (1_000_000, 16680)])
-def test_a_run_that_was_proposed_for_minutes_gets_minutes(tmp_path: Path, step: int, minutes: int) -> None:
-    verdict = reach_verdict(run_folder(tmp_path, step, step, proposed=True), NAME, evaluation("far"), None)
+def test_a_run_that_ends_by_the_clock_gets_minutes(tmp_path: Path, step: int, minutes: int) -> None:
+    opened = replace(timed_folder(tmp_path, Timing(minutes=6, seconds=360, share=1)), step=step)
+    verdict = reach_verdict(opened, NAME, evaluation("far"), None)
     assert texts(verdict) == [f"dumo train runs/photos --minutes {minutes} goes on for {minutes:,} minutes"]
-
-
-def test_images_that_were_seen_often_enough_need_others_not_time(tmp_path: Path) -> None:
-    run = load("my-images", ["data.root=my photos", "train.batch=64", "train.steps=1000"])
-    run = run.model_copy(update={"resolved": {"proposed": {}}})
-    opened = replace(run_folder(tmp_path, 1000), run=run)
-    (step,) = texts(reach_verdict(opened, NAME, evaluation("far"), None, num_images=42))  # 64 of 42, a thousand times
-    assert step.startswith("dumo train 'my photos' --out runs/photos-more trains on the images that are there then")
-    (step,) = texts(reach_verdict(opened, NAME, evaluation("far"), None, num_images=43))
-    assert step.startswith("dumo train runs/photos --minutes ")
 
 
 def test_a_run_that_is_stopped_goes_on_to_its_end(tmp_path: Path) -> None:

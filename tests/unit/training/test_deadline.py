@@ -14,7 +14,6 @@ from dumo.training.deadline import (
     JUDGE,
     SAVE,
     Countdown,
-    PreparationTime,
     Timing,
     begin_timing,
     minutes_to_prepare,
@@ -262,13 +261,7 @@ def test_a_long_run_that_is_given_more_uses_it(minutes: int) -> None:
     assert countdown.late_seconds is None
 
 
-def test_data_are_prepared_in_three_quarters_of_what_is_left() -> None:
-    clock = Clock()
-    time = PreparationTime(clock.now, Timing(minutes=2, seconds=40).seconds_left, clock)
-    clock.now += 59
-    assert not time.is_over
-    clock.now += 1
-    assert time.is_over
+def test_a_command_that_is_slow_to_begin_takes_half_of_its_minutes_for_that() -> None:
     assert [minutes_to_prepare(seconds) for seconds in (1, 30, 31, 250)] == [1, 1, 2, 9]
 
 

@@ -1,0 +1,250 @@
+"""Choose how to train on images of the user's: a recipe, a few of its fields, and how long, by simple rules.
+
+`propose` is the entry point for a folder or file of images, `pixel_fields` and `length_fields` serve images in memory.
+
+- On a GPU the recipe is `my-images`, which trains a DiT in pixels, for as many steps as it says.
+- On a CPU it is `my-images-64`, which trains a small DiT in latents of the bundled autoencoder taef2.
+- On a CPU, images that have captions, or are too small for latents, are trained on in pixels of at most 32 x 32, by
+  `my-images` with a small network. So are those of a user who chooses the network.
+- If there are captions, the network reads them.
+- On a CPU a run ends by the clock.
+
+The user's own changes are applied last.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dumo.config.change import field_of, override, sets_field, yaml_text
+from dumo.config.load import load_recipe, parse
+from dumo.config.place import RUNS_FOLDER, TEXTS_FOLDER
+from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, folder_of_images, settings_of_images
+from dumo.config.spec import Run, StandaloneParts
+from dumo.data import Images, is_latents
+from dumo.data.album import unreadable_text
+from dumo.data.annotation import NoCaptionsError, captions_of
+from dumo.data.caption import CaptionFiles
+from dumo.data.column import AUTO
+from dumo.data.origin import cache_name
+from dumo.data.pixel import short_side
+from dumo.data.store import Store
+from dumo.encoders.caption import Captions
+from dumo.io.read import user_path
+from dumo.io.trained import LATENTS_FOLDER
+from dumo.runtime.device import choose_device
+from dumo.runtime.door import settings
+from dumo.runtime.text import minutes_text
+from dumo.types import UserError
+
+_MAX_HEADERS = 256  # images whose size is read
+
+# The side, in pixels, at which images are trained on.
+_MIN_SIDE = 16
+_MAX_SIDE_OF_CPU = 32
+_MAX_SIDE_OF_GPU = 64
+_SIDE_MULTIPLE = 8  # of the latents' codec, and of networks that halve the side three times
+_MIN_SIDE_IN_LATENTS = 32  # taef2, made for 256 pixels, reaches 22 dB on photos of 32 pixels (docs/log.md)
+
+# Training on a CPU in pixels. In two minutes on 150 photos this U-Net of 0.7M parameters came nearer to them than a DiT
+# of 1.3M (docs/log.md).
+_CPU_FIELDS = {"train.batch": 32, "train.precision": "fp32", "train.compile": "none"}
+_CPU_NET = {"kind": "unet", "width": 16, "multipliers": [1, 2, 4], "depth": 1, "time_scale": 10.0}
+
+# A U-Net reads no captions, so a DiT does. The captions' encoder is that of cifar10-latents-words.
+_CPU_CAPTION_NET = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
+_CAPTION_ENCODER = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}
+_MAX_CAPTION_BYTES = 128
+
+# Guidance by class, as in dumo-best-latents. Without classes there is nothing to guide towards.
+_CLASS_FIELDS = {"objective.drop": 0.1, "objective.guide.zeta": 0.55}
+
+# How long a run trains on a CPU unless told otherwise. If there are few images it is shorter: on two cores a run sees
+# each image about 1,500 times in 7 seconds per image. Later it copies them, and may diverge (docs/log.md).
+DEFAULT_MINUTES = 6.0
+_SECONDS_PER_IMAGE = 7.0
+_FEW_IMAGES = 200
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A run for some images, and what is known of these."""
+
+    run: Run
+    count: int
+    side: int  # the shorter side in pixels, the median over some images
+    classes: int
+    captions: Captions | None
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield the proposal as lines: a name and a text."""
+        run = self.run
+        yield "images", f"{self.count:,}, {self._conditions_text()}, shorter side {self.side} pixels"
+        if self.count < _FEW_IMAGES:
+            yield "few", "expect their colours and textures; long training copies them"
+        size = " x ".join(map(str, run.shown_shape[1:]))
+        if is_latents(run.data):
+            text = f"latents of {run.data.codec.kind} at {size}; in pixels by {settings('data.kind=images')}"
+        else:
+            text = f"pixels at {size}"
+        yield "trained as", text
+        if run.train.minutes is None:
+            yield "length", f"{run.train.steps:,} steps of {run.train.batch} images"
+        elif is_latents(run.data):
+            yield "length", f"{minutes_text(run.train.minutes)}, after the images are encoded"
+        else:
+            yield "length", minutes_text(run.train.minutes)
+
+    def _conditions_text(self) -> str:
+        """What a sample can be asked for."""
+        if self.captions is not None:
+            without = settings("data.captions=null")
+            return f"{len(self.captions):,} different captions (to leave them out: {without})"
+        return f"{self.classes} classes" if self.classes else "no classes, no captions"
+
+
+def propose(place: str, changes: Sequence[str] = (), *, minutes: float | None = None, device: str = "auto") -> Proposal:
+    """Propose a run on the images at `place`, a folder or a file, for this device.
+
+    `changes`, each a.b=c, are fields of the user's. `minutes` is how long to train; None: as `changes` say, else as
+    long as the rules say. Raises UserError if there are no images that can be read, or their captions are damaged.
+    """
+    on_a_cpu = choose_device(device).type == "cpu"
+
+    # Look at the images.
+    images = _images_at(place, changes)
+    store = images.unlabelled_store()
+    side = _median_side(store)
+    chooses_net = sets_field(changes, "net") or sets_field(changes, "net.kind")
+    captions = None if chooses_net else _find_captions(images, store, changes)
+    if captions is None:
+        images = images.with_facts()
+    length = length_fields(len(store), changes, on_a_cpu=on_a_cpu, minutes=minutes)
+
+    # Choose the recipe.
+    wants_pixels = chooses_net or "data.kind=images" in changes or images.captions is not None
+    if on_a_cpu and side >= _MIN_SIDE_IN_LATENTS and captions is None and not wants_pixels:
+        recipe = IMAGES_LATENTS_RECIPE
+        fields = _latent_fields(place, images, side, changes)
+    else:
+        recipe = IMAGES_RECIPE
+        max_side = _MAX_SIDE_OF_CPU if on_a_cpu else _MAX_SIDE_OF_GPU
+        new_side = images.side if sets_field(changes, "data.side") else max(_MIN_SIDE, _round_side(side, max_side))
+        fields = {"data.root": place, "data.side": new_side, **pixel_fields(new_side, on_a_cpu=on_a_cpu)}
+        if captions is not None:
+            fields |= _caption_fields(place, captions, on_a_cpu=on_a_cpu)
+
+    # Make the run. The user's own changes are applied last.
+    tree = load_recipe(recipe, _as_changes(fields | length)).model_dump(mode="json")
+    override(tree, settings_of_images(tree, changes))
+    run = parse(Run, tree)
+    return Proposal(run, len(store), side, images.labels, captions)
+
+
+def pixel_fields(side: int, *, on_a_cpu: bool) -> dict[str, Any]:
+    """The fields of `my-images` to train on images of `side` pixels, besides their data; none on a GPU."""
+    if not on_a_cpu:
+        return {}
+    return {**_CPU_FIELDS, "net": {**_CPU_NET, "attend": [side // 4]}}
+
+
+def length_fields(count: int, changes: Sequence[str], *, on_a_cpu: bool, minutes: float | None) -> dict[str, Any]:
+    """The field that says how long to train on `count` images; none if `changes` say it, or the recipe does."""
+    if minutes is not None:
+        return {"train.minutes": minutes}
+    is_chosen = sets_field(changes, "train.steps") or sets_field(changes, "train.minutes")
+    if is_chosen or not on_a_cpu:
+        return {}
+    return {"train.minutes": min(DEFAULT_MINUTES, round(count * _SECONDS_PER_IMAGE / 60, 1))}
+
+
+def _images_at(place: str, changes: Sequence[str]) -> Images:
+    """The spec of the images at a place, by the recipe and the user's changes. Raises UserError for other data."""
+    data = load_recipe(IMAGES_RECIPE).data.model_dump(mode="json")
+    tree = {"data": data | {"root": place}}
+    # With latents data.root is the folder of the cache.
+    override(tree, [text for text in changes if text.startswith("data.") and field_of(text) != "data.root"])
+    images = parse(StandaloneParts, tree).data
+    if not isinstance(images, Images):
+        raise UserError(f"{place} holds images, and data.kind={tree['data']['kind']} reads none: leave it out")
+    return images
+
+
+def _median_side(store: Store) -> int:
+    """The shorter side in pixels, the median over some images. Raises UserError if none of these can be read."""
+    indices = sorted({round(i * (len(store) - 1) / (_MAX_HEADERS - 1)) for i in range(_MAX_HEADERS)})
+    sides: list[int] = []
+    reason = ""
+    for i in indices:
+        try:
+            sides.append(short_side(store.read(i)))
+        except (OSError, ValueError) as error:
+            reason = reason or unreadable_text(store.path(i), error)
+    if not sides:
+        raise UserError(f"none of the {len(indices)} images looked at can be read; the first: {reason}")
+    return round(median(sides))
+
+
+def _round_side(side: int, max_side: int) -> int:
+    """A side rounded down to a multiple of 8, at most `max_side`."""
+    return min(max_side, side // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
+
+
+def _find_captions(images: Images, store: Store, changes: Sequence[str]) -> Captions | None:
+    """The captions that a network is to read; None if there are none, or the user has chosen others.
+
+    Raises UserError if captions are damaged, or many images have none.
+    """
+    is_asked = isinstance(images.captions, CaptionFiles)
+    chooses_captions = any(field_of(change).startswith("data.captions") for change in changes)
+    if chooses_captions and not is_asked:
+        return None
+    name = images.captions.name if isinstance(images.captions, CaptionFiles) else AUTO
+    try:
+        texts = captions_of(user_path(images.root, "data.root"), store, name, require_pairs=True)
+    except NoCaptionsError:
+        if is_asked:
+            raise
+        return None
+    return Captions.from_images(texts)
+
+
+def _caption_fields(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
+    """The fields of a network that reads these captions, which are of the images at `place`."""
+    longest = max(len(text.encode()) for text in captions.texts)
+    length = min(_MAX_CAPTION_BYTES, longest + 1)  # with the token of the end
+    root = Path(RUNS_FOLDER) / TEXTS_FOLDER / f"{folder_of_images(place).name}-{captions.digest()}"
+    texts = {**_CAPTION_ENCODER, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
+    fields: dict[str, Any] = {"data.captions": {"kind": "files"}}
+    if on_a_cpu:
+        fields["net"] = {**_CPU_CAPTION_NET, "texts": texts}
+    else:
+        fields["net.texts"] = texts
+    return fields
+
+
+def _latent_fields(place: str, images: Images, side: int, changes: Sequence[str]) -> dict[str, Any]:
+    """The fields of `my-images-64` for the images at `place`, whose classes are counted.
+
+    The cache of latents is named after all that it depends on, so other images get another one.
+    """
+    latents = load_recipe(IMAGES_LATENTS_RECIPE).data
+    assert is_latents(latents)
+    if not sets_field(changes, "data.side"):
+        images = images.model_copy(update={"side": _round_side(side, latents.images.side)})
+    cache = cache_name(folder_of_images(place).name, images, latents.codec.digest() or "")
+    fields: dict[str, Any] = {
+        "data.root": f"{LATENTS_FOLDER}/{cache}",
+        "data.images.root": place,
+        "data.images.side": images.side,
+    }
+    if images.labels > 1:
+        fields |= _CLASS_FIELDS
+    return fields
+
+
+def _as_changes(fields: dict[str, Any]) -> list[str]:
+    """Fields as changes, each a.b=c."""
+    return [f"{field}={yaml_text(value)}" for field, value in fields.items()]
