@@ -1,28 +1,26 @@
-"""Write the tables of measured numbers into the pages, from the files that hold what was measured.
+"""Write the tables of measured numbers into the pages, from the results that `dumo reproduce` stored.
 
     python docs/tables.py
 
-A table stands between `<!-- table: zoo -->` and `<!-- end -->`. A test fails if a page differs from this output.
-
-The order of events for a page (`with_tables`):
-
-1. A place in the page names a table. `TABLES` has the file of its results, and the function that makes a `Table`.
-2. That function groups the rows of the file by arm (`group_by_arm`), and writes their scores with errors, the best bold
-   (`score_cells`), and how many seeds failed (`failed_counts`).
-3. `Table.lines` writes the table, and `origin_text` the line below it: command, time, machine and commit.
+A table stands between `<!-- table: zoo -->` and `<!-- end -->`; `with_tables` replaces what is there. A test fails if a
+page differs from this output. `TABLES` has, by the table's name, the file of its results and the function that makes a
+`Table`. Each function groups the rows of the file by arm and writes their scores with errors. Bold are the best arm and
+those not significantly worse; nothing is bold if the standard error of the best exceeds a quarter of its mean.
 """
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import fsum, hypot, log
 from pathlib import Path
+from statistics import fmean, linear_regression, median
 from typing import Any
 
 from dumo.config.load import load
 from dumo.lab.plan import read_plan
-from dumo.lab.ranking import ArmScore, best_arms, failed_seeds
-from dumo.lab.table import from_cells, main_score
+from dumo.lab.ranking import ArmScore, is_level
+from dumo.lab.table import average_rows, error_of_mean, main_score, rows_of_all_passes
 
 DOCS = Path(__file__).parent
 MODELS = DOCS.parent / "src/dumo/trained"
@@ -33,9 +31,16 @@ SCORES = ("fd", "mmd", "class_mmd")
 TRAINED_SCORES = ("mmd", "class_mmd")  # of the models that come with dumo
 SCORE_TITLES = {"class_mmd": "kernel distance by class · 10³"}
 FRONT_NAMES = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "DuMo, untuned": "DuMo, untuned (`digits`)"}
+# The largest standard error, over the mean, of an arm that may be called best.
+MAX_RELATIVE_ERROR = 0.25
+# A seed has failed if its distance is above so many times the median of its arm, or if the bundled classifier finds the
+# right class in less than this share of its samples of CIFAR-10.
+FAILED_RATIO = 1.5
+MIN_ACCURACY = 0.6
 Results = dict[str, Any]  # a file of results
 Row = dict[str, Any]  # of its table: means over the seeds of an arm, at one number of passes
 ArmRows = list[Row]  # the rows of an arm, by number of passes
+Point = tuple[float, float, float]  # budget, distance and the standard error of the distance
 
 
 # --------------------------------------------------------------------------------------------------- tables, as text
@@ -84,6 +89,25 @@ def with_minus(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------- arms and scores
 
 
+def from_cells(stored: Results) -> list[Row]:
+    """Make the table of results.json again from its stored cells, with two further columns.
+
+    `by_seed` has the row of each cell by its seed, and `protocol` what evaluated them.
+    """
+    cells_by_arm: dict[str, dict[str, Row]] = {}
+    for cell in stored["cells"]:
+        arm, _, seed = cell["cell"].rpartition("-")
+        cells_by_arm.setdefault(arm, {})[seed] = cell
+    rows: list[Row] = []
+    for cells in cells_by_arm.values():
+        protocol = next(iter(cells.values()))["protocol"]
+        rows_of_seeds = [rows_of_all_passes(cell) for cell in cells.values()]
+        for rows_of_passes in zip(*rows_of_seeds, strict=True):
+            by_seed = dict(zip(cells, rows_of_passes, strict=True))
+            rows.append({**average_rows(rows_of_passes), "by_seed": by_seed, "protocol": protocol})
+    return [stored_row | row for stored_row, row in zip(stored["table"], rows, strict=True)]
+
+
 def group_by_arm(results: Results, *columns: str) -> list[ArmRows]:
     """The arms of results, in their order. Rows that agree in these columns are of one arm."""
     arms: dict[tuple[Any, ...], ArmRows] = {}
@@ -110,7 +134,7 @@ def score_title(arm: ArmRows) -> str:
 
 
 def score_cells(arms: Sequence[ArmRows], passes: Sequence[int]) -> list[list[str]]:
-    """The main score of each arm at these numbers of passes, with its error; the best is bold (`dumo.lab.ranking`)."""
+    """The main score of each arm at these numbers of passes, with its error; the best are bold."""
     columns = [_score_column(arms, nfe) for nfe in passes]
     return [list(cells) for cells in zip(*columns, strict=True)]
 
@@ -130,6 +154,22 @@ def _score_column(arms: Sequence[ArmRows], nfe: int) -> list[str]:
         cell = with_minus(with_error(row[score], row["error"]))
         cells[number] = f"**{cell}**" if is_best else cell
     return cells
+
+
+def best_arms(arms: Sequence[ArmScore]) -> list[bool]:
+    """Whether each arm is the best one, or not significantly worse, and known to MAX_RELATIVE_ERROR.
+
+    If the best arm is not known so well, none counts as best: a worse arm with a smaller error would seem to win.
+    """
+    best = min(arms, key=lambda arm: arm.mean)
+    if not _is_precise(best):
+        return [False] * len(arms)
+    return [_is_precise(arm) and is_level(arm, best) for arm in arms]
+
+
+def _is_precise(arm: ArmScore) -> bool:
+    """Whether the standard error is within MAX_RELATIVE_ERROR of the mean."""
+    return arm.error <= MAX_RELATIVE_ERROR * arm.mean
 
 
 def score_by_seed(row: Row, score: str) -> dict[str, float]:
@@ -154,6 +194,22 @@ def _failed_count(row: Row) -> str:
     accuracies = score_by_seed(row, "accuracy") if judges_classes else {}
     failed = failed_seeds(score_by_seed(row, main_score(row)), accuracies)
     return f"{len(failed)} of {row['seeds']}" if failed else ""
+
+
+def failed_seeds(distances: Mapping[str, float], accuracies: Mapping[str, float]) -> list[str]:
+    """The seeds of an arm that have failed at one NFE, by their distances and accuracies.
+
+    `accuracies` is empty if accuracy does not count. Nor does it count if most seeds are below MIN_ACCURACY: then the
+    arm has not learned the classes yet.
+    """
+    max_distance = FAILED_RATIO * median(distances.values())
+    counts_accuracy = bool(accuracies) and median(accuracies.values()) >= MIN_ACCURACY
+    failed: list[str] = []
+    for seed, distance in distances.items():
+        is_wrong = counts_accuracy and accuracies[seed] < MIN_ACCURACY
+        if distance > max_distance or is_wrong:
+            failed.append(seed)
+    return failed
 
 
 def failed_counts_by_arm(results: Results) -> dict[str, str]:
@@ -234,15 +290,13 @@ def scaling_table(results: Results) -> Table:
     """Every arm at 1, 2, 4 and 50 NFE: the score at each budget, and p where the score is as budget^p."""
     budgets = budgets_of(results)
     scores_by_arm: dict[tuple[str, int], dict[float, str]] = {}  # by arm and passes, then by budget
-    powers: dict[tuple[str, int], str] = {}
     for budget in budgets:
         arms = arms_at_budget(results, budget)
         for arm, scores in zip(arms, score_cells(arms, (1, 2, 4, 50)), strict=True):
             for row, score in zip(arm, scores, strict=True):
-                key = row["arm"], row["nfe"]
-                scores_by_arm.setdefault(key, {})[budget] = score
-                powers[key] = with_minus(with_error(row["slope"], row["slope_error"]))
+                scores_by_arm.setdefault((row["arm"], row["nfe"]), {})[budget] = score
 
+    powers = _powers(results)
     failed = failed_counts_by_arm(results)
     table = Table(["", "NFE", *(f"budget {budget}" for budget in budgets), "power"])
     for (name, nfe), scores in scores_by_arm.items():
@@ -252,6 +306,41 @@ def scaling_table(results: Results) -> Table:
             name if is_first else "", str(nfe), *cells, powers[name, nfe], failed=failed[name] if is_first else ""
         )
     return table
+
+
+def _powers(results: Results) -> dict[tuple[str, int], str]:
+    """The power p of each arm at each number of passes, with its error: fitted to each seed, and averaged.
+
+    Seeds with one budget are left out.
+    """
+    curves: dict[tuple[str, int], dict[str, list[Point]]] = {}  # by arm and passes, then by seed
+    for row in from_cells(results):
+        score = main_score(row)
+        for seed, cell in row["by_seed"].items():
+            curves_of_arm = curves.setdefault((row["arm"], row["nfe"]), {})
+            curves_of_arm.setdefault(seed, []).append((row["budget"], cell[score], cell[f"{score}_sd"]))
+    powers: dict[tuple[str, int], str] = {}
+    for key, curves_of_arm in curves.items():
+        fits = [fit_power_law(points) for points in curves_of_arm.values() if len(points) > 1]
+        if fits:
+            powers[key] = with_minus(with_error(fmean(power for power, _ in fits), error_of_mean(fits)))
+        else:
+            powers[key] = ""
+    return powers
+
+
+def fit_power_law(points: Sequence[Point]) -> tuple[float, float]:
+    """Fit distance = a budget^p, by least squares of log distance on log budget, to (budget, distance, its error).
+
+    Returns p and its standard error, which follows from the errors of the distances.
+    """
+    x = [log(budget) for budget, _, _ in points]
+    y = [log(distance) for _, distance, _ in points]
+    mean_x = fmean(x)
+    centred = [value - mean_x for value in x]
+    errors = [a * error / distance for a, (_, distance, error) in zip(centred, points, strict=True)]
+    power_error = hypot(*errors) / fsum(a * a for a in centred)
+    return linear_regression(x, y).slope, power_error
 
 
 def flow_first_table(results: Results) -> Table:
@@ -281,12 +370,17 @@ def words_table(results: Results) -> Table:
         scores_of_data = score_cells(arms_of_data, (1, 2))
         for arm, scores, failed in zip(arms_of_data, scores_of_data, failed_counts(arms_of_data), strict=True):
             row = arm[0]
-            costs = [f"{row['steps']:,}", f"{row['MFLOP_per_pass']:.1f}"]
-            held_out = row["class_fd_held"]  # None: by classes
-            held_out_text = "" if held_out is None else f"{held_out:.2f}"
-            more_scores = [f"{row['recall']:.2f}", f"{row['class_fd']:.2f}", held_out_text]
+            # The FDs within a class were measured apart; a table that was measured again has none.
+            costs = [f"{row['steps']:,}", _optional(row, "MFLOP_per_pass", 1)]
+            more_scores = [_optional(row, name, 2) for name in ("recall", "class_fd", "class_fd_held")]
             table.add(data, row["condition"], *costs, *scores, *more_scores, failed=failed)
     return table
+
+
+def _optional(row: Row, column: str, digits: int) -> str:
+    """A number of a row; "" if the row does not have it."""
+    value = row.get(column)
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def fair_table(results: Results) -> Table:
@@ -298,8 +392,10 @@ def fair_table(results: Results) -> Table:
         rows_that_jump = row["rows"]
         if row["metric"] != "l2":
             rows_that_jump += ", MeanFlow's metric"
-        far = 100 * row["far"]
-        far_text = f"{far:.1f}" if far > 0.01 else f"{far:.4f}"
+        far_text = ""
+        if "far" in row:
+            far = 100 * row["far"]
+            far_text = f"{far:.1f}" if far > 0.01 else f"{far:.4f}"
         times = row["law"], row["jumps"], rows_that_jump, far_text
         scores_by_times.setdefault(times, {})[row["heads"]] = scores
 

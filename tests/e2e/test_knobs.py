@@ -10,7 +10,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.lab.step_bench import PlainStep, slope_error
+from dumo.lab.bench import PlainStep, slope_error
 from dumo.run.examination import examine
 from dumo.run.sampler import sampler_of
 from dumo.run.weights import build

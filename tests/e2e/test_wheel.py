@@ -2,13 +2,14 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
-import release
 from dumo.config import recipes
+from e2e.shell import TINY, sets
 from e2e.test_shipped import CASES, CIFAR10, DIGITS, FEW_SAMPLES, LABEL, WORDS, Case
 from forked import ENVIRONMENT
 from fresh import ALONE, finished, made
@@ -28,7 +29,11 @@ pytestmark = pytest.mark.nightly
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this tree, which twine finds good."""
-    return release.build(tmp_path_factory.mktemp("wheel"))
+    folder = tmp_path_factory.mktemp("wheel")
+    finished(sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=ROOT)
+    finished(sys.executable, "-P", "-m", "twine", "check", "--strict", *folder.iterdir(), cwd=ROOT)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
 def test_a_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
@@ -45,10 +50,10 @@ def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment without a network, into which pip has installed the wheel, and digits trained beside it."""
     folder = tmp_path_factory.mktemp("installed")
     venv = made(folder / "venv")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ALONE.items():
-            patch.setenv(name, value)
-        release.install(wheel, venv, folder)
+    finished(venv / "bin/python", "-P", "-m", "pip", "install", "--quiet", wheel, cwd=folder)
+    finished(venv / "bin/dumo", "train", "digits", *TINY, *sets("train.steps=20"), cwd=folder)
+    finished(venv / "bin/dumo", "sample", "runs/digits", cwd=folder)
+    finished(venv / "bin/dumo", "evaluate", "runs/digits", cwd=folder)
     return venv
 
 

@@ -58,7 +58,7 @@ def test_a_version_that_all_files_have_can_be_released(tree: Path) -> None:
     ("file", "old", "new", "said"),
     [
         ("pyproject.toml", "1.2.3", "1.2.4", "pyproject.toml has version 1.2.4, not 1.2.3"),
-        ("CITATION.cff", "1.2.3", "1.2.2", "CITATION.cff has version 1.2.2, not 1.2.3"),
+        ("CITATION.cff", "1.2.3", "1.2.2", "CITATION.cff does not have version 1.2.3"),
         ("CHANGELOG.md", CHANGE, "", "no section '## [1.2.3] - unreleased', or an empty one"),
         ("CHANGELOG.md", "[1.2.3] - unreleased", "[1.2.3]", "no section"),
         ("CHANGELOG.md", "[1.2.3] - unreleased", "[1.2.3] - soon", "no section"),
@@ -69,11 +69,6 @@ def test_a_version_that_one_lacks_cannot(tree: Path, file: str, old: str, new: s
     (tree / file).write_text(text.replace(old, new), encoding="utf-8")
     (found,) = release.faults("1.2.3", tree)
     assert said in found
-
-
-@pytest.mark.parametrize("version", ["v1.2.3", "1.2", "1.2.3; rm -rf /", ""])
-def test_what_is_no_version_is_refused(tree: Path, version: str) -> None:
-    assert any("is no version" in found for found in release.faults(version, tree))
 
 
 def test_this_tree_can_be_released() -> None:
@@ -108,9 +103,9 @@ def test_what_is_released_has_a_date_and_addresses(tmp_path: Path) -> None:
     assert urls == {"Repository": "https://github.com/someone/dumo"}
 
 
-def test_the_exit_code_says_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (release.main("check", "0.0.0"), release.main("chekc")) == (1, 2)
-    assert "pyproject.toml has version" in capsys.readouterr().out
+def test_what_is_wrong_is_returned() -> None:
+    assert "pyproject.toml has version" in (release.main("check", "0.0.0") or "")
+    assert release.main("chekc") == release.__doc__
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
@@ -156,5 +151,5 @@ def test_a_release_is_a_button_and_ends_with_what_it_tested() -> None:
         if how == "write"
     }
     assert writes == {("publish", "id-token"), ("tag", "contents")}
-    assert set(re.findall(r"release\.py (\w+)", shell(flow))) == {"check", "stamp", "build", "install", "notes"}
+    assert set(re.findall(r"release\.py (\w+)", shell(flow))) == {"check", "stamp", "notes"}
     assert "release.py" not in shell({"jobs": {"publish": jobs["publish"]}})  # what was tried is what PyPI gets

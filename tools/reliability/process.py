@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from e2e.shell import ENVIRONMENT
@@ -27,32 +27,17 @@ ORPHAN_SECONDS = 20.0  # that a worker has to end after its launcher: ours
 TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # a free port
 
 
-def start(
-    words: Sequence[str],
-    folder: Path,
-    ranks: int = 1,
-    *,
-    shell_setup: str = "",
-    wrapper: Sequence[str] = (),
-    environment: Mapping[str, str] = ENVIRONMENT,
-) -> "subprocess.Popen[bytes]":
-    """Start `dumo WORDS` in a folder, under torchrun where there are several ranks; its output goes to LOG there.
-
-    shell_setup: a shell command to run first in the same process, such as `ulimit -n 32`.
-    wrapper: the words of a program that starts another, such as `setpriv`.
-    """
+def start(words: Sequence[str], folder: Path, ranks: int = 1) -> "subprocess.Popen[bytes]":
+    """Start `dumo WORDS` in a folder, under torchrun for several ranks; its output goes to LOG there."""
     launcher: Sequence[str] = ()
     if ranks > 1:
         launcher = (*TORCHRUN, "--nproc-per-node", str(ranks))
     command = [sys.executable, "-P", *launcher, "-m", "dumo", *words]
-    if shell_setup:
-        command = ["sh", "-c", f'{shell_setup}; exec "$@"', "sh", *command]
-    command = [*wrapper, *command]
     with (folder / LOG).open("wb") as log:
         return subprocess.Popen(
             command,
             cwd=folder,
-            env=dict(environment),
+            env=dict(ENVIRONMENT),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -7,9 +7,6 @@
 2. `new_work_folder` makes an empty folder for one command, with a link to INPUTS.
 3. While the command runs, `Workload.count_units` reads from the folder how many pieces of the work are done.
 4. At its end, `Workload.fingerprint` reads what must be equal to the bit, and `temporary_files` what lies about.
-
-`fault.py` trains with the same fields (`TRAINING_FIELDS`) and `result.py` compares its trainings
-(`training_fingerprint`).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The command line: the commands of `dumo` and `dumo bench`, and `main`, which runs one and exits with its exit code.
+"""The command line: the commands of `dumo`, and `main`, which runs one and exits with its exit code.
 
 Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by signal n (130: Ctrl-C; 142: its time
 was over before its photos were encoded). Progress goes to stderr, answers to stdout.
@@ -51,12 +51,7 @@ app.command(rich_help_panel=JUDGE)(stoppable(compare.compare))
 app.command(rich_help_panel=LOOK)(stoppable(report.report))
 app.command(rich_help_panel=SHARE)(stoppable(export.export))
 app.command(rich_help_panel=RESEARCH)(stoppable(lab.reproduce))
-
-benches = typer.Typer(no_args_is_help=True, help="Time steps, sampling and reading data on this machine.")
-benches.command()(stoppable(lab.step))
-benches.command()(stoppable(lab.sample))
-benches.command()(stoppable(lab.data))
-app.add_typer(benches, name="bench", rich_help_panel=RESEARCH)
+app.command(rich_help_panel=RESEARCH)(stoppable(lab.bench))
 
 
 def show_version(version: bool) -> None:

@@ -1,7 +1,4 @@
-"""Many runs: arms at equal cost, figures, tables and times, made again.
+"""Many runs: a plan's arms trained at equal cost, figures and tables of their results, and the time of a training step.
 
-The entrances: `reproduce.reproduce` runs a plan; `step_bench.measure`, `sample_bench.measure` and `data_bench.measure`
-time steps, samples and data.
-
-Touches a folder of its own, and processes. The library does without it.
+`reproduce.reproduce` runs a plan and `bench.measure` times a step. Only the command line calls this subpackage.
 """

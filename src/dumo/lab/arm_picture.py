@@ -8,25 +8,27 @@ from dumo.config.conditions import spread_evenly
 from dumo.config.word import MERITS, word
 from dumo.io import picture
 from dumo.lab.cell import Result, Row
+from dumo.lab.plan import Plan
 from dumo.lab.table import group_by_arm, main_score, main_score_of_names
 from dumo.report import chart, score
 from dumo.runtime.text import nfe_text
 
-_COLUMNS = 10  # of a sheet of samples: ours
+# The number of columns of a sheet of samples.
+_COLUMNS = 10
 
 
-def ranking_chart(title: str, rows: Sequence[Row]) -> Image.Image:
-    """A chart of the main score of a table's rows: a line for each arm, with a mark for each number of passes.
+def ranking_chart(plan: Plan, rows: Sequence[Row]) -> Image.Image:
+    """A chart of the main score of a plan's table: a line for each arm, with a mark for each number of passes.
 
-    The best arm in the fewest passes is on top. The title stands above.
+    The best arm in the fewest passes is on top.
     """
     score_name = main_score(rows[0])
     lines: dict[str, dict[str, chart.Dot]] = {}
     for row in sorted(rows, key=lambda row: (row["nfe"], row[score_name])):
-        dots_of_arm = lines.setdefault(score.row_name(row), {})
-        dots_of_arm[nfe_text(row["nfe"])] = chart.Dot(row[score_name], score.error(row, score_name))
+        arm = ", ".join(str(row[name]) for name in plan.columns if not name.startswith("paper_"))
+        lines.setdefault(arm, {})[nfe_text(row["nfe"])] = chart.Dot(row[score_name], score.error(row, score_name))
     passes = sorted({row["nfe"] for row in rows})
-    return chart.dots(title, chart.score_label(score_name), lines, [nfe_text(nfe) for nfe in passes])
+    return chart.dots(plan.title, chart.score_label(score_name), lines, [nfe_text(nfe) for nfe in passes])
 
 
 def sample_sheets(results: Sequence[Result]) -> Image.Image:
@@ -35,10 +37,9 @@ def sample_sheets(results: Sequence[Result]) -> Image.Image:
     Samples are of the arm's first seed in its fewest passes, two of each class, or of ten of the classes.
     """
     lead = main_score_of_names(score.score_names(results[0].report["results"][0]))
-    sheets: list[tuple[float, str, Image.Image]] = []  # score, title, picture
+    sheets: list[tuple[float, str, Image.Image]] = []
     for first, *_ in group_by_arm(results):
-        row = first.report["results"][0]  # of the fewest passes
-        value = row[lead]
+        value = first.report["results"][0][lead]
         arm = next(iter(first.cell.labels.values()))
         sheets.append((value, f"{arm}, {score.number(value)}", _sheet(first)))
     sheets.sort(key=lambda entry: entry[0])
@@ -50,7 +51,8 @@ def sample_sheets(results: Sequence[Result]) -> Image.Image:
 def _sheet(result: Result) -> Image.Image:
     """Two rows of samples in the fewest passes: a class to a column, with its name. Of many classes every n-th one."""
     run = result.trained.run
-    nfe = result.report["card"]["nfe"][0]  # as asked for: the passes of a row count those of guidance, too
+    # The passes as they were asked for: those of a row also count the ones of guidance.
+    nfe = result.report["card"]["nfe"][0]
     c = run.conditions.of_labels(spread_evenly(_COLUMNS, max(run.data.labels, 1)))
     samples = result.trained.sampler.sample(c.repeat(2), nfe=nfe)
     names = [run.conditions.name(k) for k in c.tolist()[: run.data.labels]]

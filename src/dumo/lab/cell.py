@@ -1,36 +1,40 @@
-"""The cells of a plan trained and measured, each as a run in a folder named after a hash of what trains it.
+"""Train and measure the cells of a plan, each as a run in a folder of its own.
 
-A finished cell is not run again, a stopped one resumes, one with another recipe starts anew. A cell may begin from
-another cell of its plan, or be taught by one: then its spec has the other's name in place of a folder.
+`finish_all` is the entry point. It starts a process per cell, several at a time, and reads their results. In that
+process `finish` trains and evaluates one run:
 
-`finish_all` makes all cells of a plan, if all can be judged, in rounds. In each round it
+    python -m dumo.lab.cell CELL.yaml FOLDER DEVICE
 
-1. takes the cells whose sources are done (`sources`), and puts folders in place of names (`with_folders`);
-2. makes the caches and tables of tokens that several cells read;
-3. finishes each cell (`finish`), side by side with several jobs. One that diverges leaves the others alone.
-
-At the end it refuses cells that were not measured alike, and raises `CellsDiverged` where some have diverged.
-`dumo.lab.table` makes tables of the results.
+A cell that diverges, fails or is killed is reported as a failure and does not stop the others. A finished cell is not
+run again and a stopped one resumes. The folder's name ends in a hash of all settings that affect training, so a cell
+with other settings is trained in another folder. A cell may start from another cell of its plan, or be taught by one;
+its spec then has the name of that cell in place of a folder.
 """
 
-import glob
 import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dumo.config import trust
+from dumo.config.load import dump, load
 from dumo.config.place import EVALUATION_FILE
-from dumo.config.source import RUN_FILE, read_file
+from dumo.config.source import RUN_FILE
+from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.encoders.pipeline import Pipeline
 from dumo.error import NotFiniteError
-from dumo.lab import worker
-from dumo.lab.origin import Origin, origin_of
+from dumo.io import file
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
@@ -39,102 +43,226 @@ from dumo.report import compare
 from dumo.report.evaluate import current_report, evaluate
 from dumo.report.sheet import Sheets
 from dumo.run import encode
-from dumo.run.judge import missing_to_judge
 from dumo.run.resolve import resolve
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
-from dumo.runtime.heartbeat import Lost
-from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime import signals
+from dumo.runtime.progress import Bar
 from dumo.training.state import Diverged
 from dumo.types import Objective, UserError
 
-Row = dict[str, Any]  # of a table or a report, by column
-_NOT_OF_TRAINING = {"about", "sample", "evaluate"}  # parts of a run that may change once it is trained
-_HASH_BYTES = 4  # of what trains a cell, in the name of its folder: ours
+# A row of a table or a report, by column.
+Row = dict[str, Any]
+
+# The parts of a run that may change after training.
+_NOT_OF_TRAINING = {"about", "sample", "evaluate"}
+# The length of the hash in the name of a cell's folder.
+_HASH_BYTES = 4
+# How often the main process looks for signals while it waits for cells.
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Result:
-    """A cell, trained and measured."""
+    """A trained and evaluated cell."""
 
     cell: Cell
-    trained: RunFolder
+    folder: Path
     report: dict[str, Any]
-    origin: Origin | None = None  # None: of a user's plan, or of a cell that trains nothing
+    # The commit of dumo that trained it; None if dumo was installed without git.
+    commit: str | None = None
+    device: str = "auto"
+
+    @cached_property
+    def trained(self) -> RunFolder:
+        """The trained run with its weights."""
+        return open_run(self.folder, device=self.device)
 
 
-class CellsDiverged(Diverged):
-    """Some cells of a plan have diverged, and the others are finished."""
+def finish_all(
+    cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar
+) -> tuple[list[Result], dict[str, str]]:
+    """Train and evaluate all cells, `jobs` at a time; return the results, and by cell name why the others failed.
 
-    def __init__(self, messages: dict[str, str], results: list[Result]) -> None:
-        """`messages` say what happened, by the cell's name; `results` are those of the other cells."""
-        lines = [f"{name}: {message}" for name, message in messages.items()]
-        super().__init__("\n".join([*lines, "The others are finished."]))
-        self.messages = messages
-        self.results = results
-
-
-def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Result]:
-    """Train and measure all cells, `jobs` at a time, each in a process of its own with its share of the cores.
-
-    Small nets train fastest on one core each, so several cells run side by side. Raises UserError as `finish` does;
-    before any training, where a cell has no evaluation yet and cannot be evaluated; and for cells of one protocol and
-    fold that were not evaluated alike. Raises CellsDiverged once the others are finished.
+    Raises UserError if cells of one protocol, split and fold were not evaluated alike.
     """
-    for cell in cells:
-        if not _is_judged(cell, folder):
-            _require_judgeable(cell)
-    results_by_name: dict[str, Result] = {}
-    diverged: dict[str, str] = {}  # messages by name
+    results: dict[str, Result] = {}
+    failures: dict[str, str] = {}
     names = {cell.name for cell in cells}
     waiting = list(cells)
     while True:
-        # the cells whose sources are done
-        next_cells = [cell for cell in waiting if sources(cell, names) <= results_by_name.keys()]
-        if not next_cells:
+        # Take the cells whose sources are finished.
+        ready = [cell for cell in waiting if sources(cell, names) <= results.keys()]
+        if not ready:
             break
-        waiting = [cell for cell in waiting if cell not in next_cells]
-        cells_in_place = [with_folders(cell, results_by_name, folder.parent) for cell in next_cells]
-        _make_shared_files(cells_in_place, device=device, bar=bar)
-        ready = [replace(cell, spec=resolve(cell.spec)) for cell in cells_in_place]
+        waiting = [cell for cell in waiting if cell not in ready]
 
-        # train and measure; here `finish` only reads what other processes have finished
-        if jobs > 1:
-            diverged |= _finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
+        # Replace the names of sources by folders, and make the caches that several cells read.
+        ready = [with_folders(cell, results, folder.parent) for cell in ready]
+        _make_caches(ready, device=device, bar=bar)
+        ready = [replace(cell, spec=resolve(cell.spec)) for cell in ready]
+
+        # Run the cells that are not finished, then read all results.
         for cell in ready:
-            if cell.name in diverged:
+            result = read_result(cell, folder, device)
+            if result is not None:
+                results[cell.name] = result
+        unfinished = [cell for cell in ready if cell.name not in results]
+        failures |= run_in_processes(unfinished, folder, jobs=jobs, device=device, bar=bar)
+        for cell in unfinished:
+            if cell.name in failures:
                 continue
-            try:
-                results_by_name[cell.name] = finish(cell, folder, device=device, bar=bar)
-            except (Diverged, NotFiniteError) as error:
-                diverged[cell.name] = str(error)
-    assert diverged or not waiting, [cell.name for cell in waiting]
+            result = read_result(cell, folder, device)
+            if result is None:
+                raise UserError(
+                    f"{cell_folder(cell, folder)} was continued with other settings than the plan's: move it away, and "
+                    "the cell is trained again"
+                )
+            results[cell.name] = result
     for cell in waiting:
-        diverged[cell.name] = "it needs a cell that has diverged"
+        failures[cell.name] = "it starts from a cell that failed"
 
-    results = [results_by_name[cell.name] for cell in cells if cell.name in results_by_name]
-    _require_measured_alike(results)
-    if diverged:
-        raise CellsDiverged(diverged, results)
-    return results
+    in_order = [results[cell.name] for cell in cells if cell.name in results]
+    _require_measured_alike(in_order)
+    return in_order, failures
 
 
-def _is_judged(cell: Cell, cells_folder: Path) -> bool:
-    """Whether a run of a cell was judged, with any recipe: its own is known only once its sources are done."""
-    any_hash = "?" * 2 * _HASH_BYTES
-    return any(cells_folder.glob(f"{glob.escape(cell.name)}-{any_hash}/{EVALUATION_FILE}"))
+def cell_folder(cell: Cell, cells_folder: Path) -> Path:
+    """The folder of a cell's run, named after the cell and a hash of all that affects its training."""
+    training_spec = cell.spec.model_dump_json(exclude=_NOT_OF_TRAINING)
+    training_hash = blake2b(training_spec.encode(), digest_size=_HASH_BYTES).hexdigest()
+    return cells_folder / f"{cell.name}-{training_hash}"
 
 
-def _require_judgeable(cell: Cell) -> None:
-    """Raise UserError where something is missing that a cell's protocol needs. Images are not opened for it."""
-    missing = missing_to_judge(cell.spec, num_images=None)
-    if missing:
-        protocol = cell.spec.evaluate.protocol
-        raise UserError(f"{cell.name} cannot be judged: protocol {protocol.kind} needs {missing}")
+def read_result(cell: Cell, cells_folder: Path, device: str) -> Result | None:
+    """The result of a cell; None if it is not finished, or was trained or evaluated with other settings."""
+    folder = cell_folder(cell, cells_folder)
+    if not (folder / EVALUATION_FILE).is_file():
+        return None
+    trained = open_run(folder, device=device)
+    if trained.step != cell.spec.train.steps or _settings(trained.run) != _settings(cell.spec):
+        return None
+    report = current_report(trained)
+    if report is None:
+        return None
+    commit = _commit_file(folder).read_text(encoding="utf-8").strip()
+    return Result(cell, folder, report, commit or None, device)
 
 
-def _make_shared_files(cells: Sequence[Cell], *, device: str, bar: Bar) -> None:
-    """Make the caches and tables of tokens that are not made yet, and that several cells may read."""
+def _settings(run: Run) -> str:
+    """All settings of a run but its description, as text."""
+    return run.model_dump_json(exclude={"about"})
+
+
+def run_in_processes(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> dict[str, str]:
+    """Finish each cell in a process of its own, `jobs` at a time; return why some failed, by cell name.
+
+    The processes share the cores. With device `auto` they are spread over all GPUs. Raises Stopped after a signal, once
+    all processes have saved a checkpoint and ended.
+    """
+    if not cells:
+        return {}
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    num_gpus = torch.cuda.device_count() if device == "auto" else 0
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(number: int, cell: Cell) -> str | None:
+        own_device = f"cuda:{number % num_gpus}" if num_gpus > 1 else device
+        run_folder = cell_folder(cell, folder)
+        spec_file = run_folder.with_name(f"{run_folder.name}.yaml")
+        log_file = run_folder.with_name(f"{run_folder.name}.log")
+        file.write(spec_file, dump(cell.spec).encode())
+        # -P: a module in the working folder must not replace one of the same name.
+        command = [sys.executable, "-P", "-m", "dumo.lab.cell", str(spec_file), str(run_folder), own_device]
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            processes.append(process)
+            code = process.wait()
+        return _failure_text(code, log_file) if code else None
+
+    folder.mkdir(parents=True, exist_ok=True)
+    failures: dict[str, str] = {}
+    executor = ThreadPoolExecutor(jobs)
+    try:
+        names: dict[Future[str | None], str] = {}
+        for number, cell in enumerate(cells):
+            names[executor.submit(run, number, cell)] = cell.name
+        pending = set(names)
+        with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
+            while pending:
+                signals.check()
+                done, pending = wait(pending, _POLL_SECONDS, FIRST_COMPLETED)
+                for future in done:
+                    failure = future.result()
+                    if failure is not None:
+                        failures[names[future]] = failure
+                    tick(len(cells) - len(pending), names[future])
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+    return failures
+
+
+def _failure_text(code: int, log_file: Path) -> str:
+    """Why a process failed: its signal, or the last line of its log."""
+    if code < 0:
+        text = f"its process was ended by {signal.Signals(-code).name}"
+        return f"{text}, as happens when memory runs out" if code == -signal.SIGKILL else text
+    lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    last_line = lines[-1] if lines else ""
+    return f"{last_line} ({log_file})"
+
+
+def main(spec_file: str, folder: str, device: str) -> None:
+    """Finish the cell whose run is in a file, in this process. Code that the run names was agreed to by the caller."""
+    with signals.listening(child=True), trust.trusting():
+        try:
+            finish(load(Path(spec_file)), Path(folder), device=device)
+        except Diverged as error:
+            # Leave out the hint to lower the learning rate, which would make another cell.
+            sys.exit(str(error.__cause__ or error))
+        except (UserError, NotFiniteError, signals.Stopped) as error:
+            sys.exit(str(error))
+
+
+def finish(run: Run, folder: Path, *, device: str) -> None:
+    """Train a run in a folder and evaluate it. What is done there already is not done again."""
+    if not (folder / RUN_FILE).is_file():
+        file.write(_commit_file(folder), (commit() or "").encode())
+    train(run, folder, device=device, sheets=Sheets)
+    trained = open_run(folder, device=device)
+    if current_report(trained) is None:
+        evaluate(trained)
+
+
+def _commit_file(folder: Path) -> Path:
+    """The file that holds the commit which trained the run in `folder`."""
+    return folder.with_name(f"{folder.name}.commit")
+
+
+def commit() -> str | None:
+    """The commit of this dumo, ending in "-dirty" if its code was changed; None if it was installed without git."""
+    if shutil.which("git") is None:
+        return None
+    module = Path(__file__)
+    git = ["git", "-C", str(module.parent)]
+    is_tracked = subprocess.run([*git, "ls-files", "--error-unmatch", module.name], capture_output=True)
+    if is_tracked.returncode:
+        return None
+    head = subprocess.run([*git, "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True).stdout.strip()
+    # Results and pages do not count: measuring writes them.
+    code = [":(top)src/dumo/*.py", ":(top)src/dumo/*.yaml"]
+    is_changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode != 0
+    return f"{head}-dirty" if is_changed else head
+
+
+def _make_caches(cells: Sequence[Cell], *, device: str, bar: Bar) -> None:
+    """Make the caches of latents and tables of tokens that cells read and that do not exist yet."""
     for data in dict.fromkeys(cell.spec.data for cell in cells):
         if isinstance(data, Latents):
             encode.ensure_cache(data, device=device, bar=bar)
@@ -143,84 +271,22 @@ def _make_shared_files(cells: Sequence[Cell], *, device: str, bar: Bar) -> None:
 
 
 def _require_measured_alike(results: Sequence[Result]) -> None:
-    """Raise UserError where results that stand in one table were measured in different ways."""
-    cards_by_key: dict[tuple[str, str | None, int], dict[str, Any]] = {}
+    """Raise UserError if results that stand in one table were measured in different ways."""
+    cards: dict[tuple[str, str | None, int], dict[str, Any]] = {}
     for result in results:
-        cards_by_key.setdefault(_comparison_key(result), {})[result.cell.name] = result.report["card"]
-    for cards in cards_by_key.values():
-        compare.require_comparable(cards)
+        spec = result.cell.spec
+        # Cells of other protocols, splits or folds are evaluated against other images.
+        key = (spec.evaluate.protocol.kind, spec.evaluate.split, getattr(spec.data, "fold", 0))
+        cards.setdefault(key, {})[result.cell.name] = result.report["card"]
+    for cards_by_cell in cards.values():
+        compare.require_comparable(cards_by_cell)
 
 
-def _comparison_key(result: Result) -> tuple[str, str | None, int]:
-    """What cells that are compared have in common: protocol, and the split and fold of the data of the reference."""
-    spec = result.cell.spec
-    return spec.evaluate.protocol.kind, spec.evaluate.split, getattr(spec.data, "fold", 0)
-
-
-def _finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> dict[str, str]:
-    """Finish cells in processes of their own. Returns messages of those that diverged, by name.
-
-    Device `auto` spreads them over all GPUs.
-    Where a process is killed, the other cells are finished all the same; then `Lost` is raised, with the names of those
-    that were lost.
-    """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    num_gpus = torch.cuda.device_count() if device == "auto" else 0
-    lost: list[str] = []
-    diverged: dict[str, str] = {}
-    with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
-        work = partial(finish, cells_folder=folder, device=device, bar=no_bar)
-        finished = worker.run_side_by_side(work, cells, jobs=jobs, threads=threads, num_gpus=num_gpus)
-        for num_done, (cell, error) in enumerate(finished, 1):
-            if isinstance(error, Lost):
-                lost.append(f"{cell.name}: {error}")
-            elif error:
-                diverged[cell.name] = str(error)
-            tick(num_done, cell.name)
-    if lost:
-        raise Lost(
-            f"{'; '.join(lost)}; the others are finished. Start the same command again, with fewer --jobs where memory "
-            "is short"
-        )
-    return diverged
-
-
-def finish(cell: Cell, cells_folder: Path, *, device: str, bar: Bar) -> Result:
-    """Train and measure a cell, in its folder below `cells_folder`. What is done there already is not done again.
-
-    Raises Diverged, NotFiniteError where its samples are not finite, and UserError where the run in the folder was
-    continued with other settings, or trained by another objective (`origin_of`).
-    """
-    training_spec = cell.spec.model_dump_json(exclude=_NOT_OF_TRAINING)
-    training_hash = blake2b(f"{training_spec}{cell.code or ''}".encode(), digest_size=_HASH_BYTES).hexdigest()
-    folder = cells_folder / f"{cell.name}-{training_hash}"
-    _require_unchanged(folder)
-    # the name of a user's cell has a hash of the objective's code; that may not fit the small net of fingerprints
-    origin = origin_of(cell, folder) if cell.code is None else None
-    try:
-        train(cell.spec, folder, device=device, bar=bar, sheets=Sheets)
-    except Diverged as error:
-        # without the hint to lower the rate, which would make another cell
-        raise Diverged(str(error.__cause__ or error)) from error
-    trained = open_run(folder, device=device)
-    report = current_report(trained) or evaluate(trained, bar=bar)
-    return Result(cell, trained, report, origin)
-
-
-def _require_unchanged(folder: Path) -> None:
-    """Raise UserError where the run in a cell's folder was continued with other settings than the cell's."""
-    if not (folder / RUN_FILE).is_file():
-        return
-    for change in read_file(folder / RUN_FILE).changed:
-        if change.field.split(".")[0] not in _NOT_OF_TRAINING:
-            raise UserError(
-                f"{folder} was continued with another {change.field}, so it is no longer a run of this plan: move it "
-                "away, and it is trained anew"
-            )
+# ------------------------------------------------------------------------------- cells that start from other cells
 
 
 def sources(cell: Cell, names: Collection[str]) -> set[str]:
-    """The names among `names` of the cells that a cell begins from or is taught by."""
+    """The names among `names` of the cells that a cell starts from or is taught by."""
     start = getattr(cell.spec.start, "source", None)
     teacher = getattr(cell.spec.teacher, "source", None)
     return {*names} & {cell.weights, start, teacher}
@@ -229,14 +295,14 @@ def sources(cell: Cell, names: Collection[str]) -> set[str]:
 def with_folders(cell: Cell, results_by_name: Mapping[str, Result], parent: Path) -> Cell:
     """The cell with folders in place of the names of cells that have results.
 
-    A model that a cell begins from by `Cell.weights` is saved in a folder below `parent`.
+    A model that a cell starts from by `Cell.weights` is saved in a folder below `parent`.
     """
     parts: dict[str, Any] = {}
     for name in ("start", "teacher"):
         part = getattr(cell.spec, name)
         source = results_by_name.get(getattr(part, "source", ""))
         if source is not None:
-            parts[name] = part.model_copy(update={"source": str(source.trained.folder)})
+            parts[name] = part.model_copy(update={"source": str(source.folder)})
     if cell.weights:
         folder = _save_model(results_by_name[cell.weights], parent, cell.cut)
         parts["pipeline"] = Pipeline(source=str(folder))
@@ -244,11 +310,12 @@ def with_folders(cell: Cell, results_by_name: Mapping[str, Result], parent: Path
 
 
 def _save_model(result: Result, parent: Path, cut: float | None) -> Path:
-    """Save the model of a cell for diffusers, with v's head, once; return its folder, below `parent`.
+    """Save the model of a cell for diffusers, with the head of v, once; return its folder, below `parent`.
 
-    `cut` is the limit, in rad, of a low-pass that is fitted to the model's time embedder; None: there is none.
+    `cut` is the limit, in rad, of a low-pass filter that is fitted to the model's time embedding; None fits none.
     """
-    name = result.trained.folder.name  # has a hash of what trained it
+    # The name of the run's folder has a hash of what trained it.
+    name = result.folder.name
     if cut is not None:
         name += f"-{cut:g}"
     folder = parent / name
@@ -264,8 +331,12 @@ def _save_model(result: Result, parent: Path, cut: float | None) -> Path:
 
 
 def _low_pass(objective: Objective, data: Data, folder: Path, limit: float) -> Dualized:
-    """The model of a folder, its time embedder cut at `limit` rad and fitted again (`dumo.nets.lowpass`)."""
+    """The model of a folder, its time embedding filtered at `limit` rad and fitted again (`dumo.nets.lowpass`)."""
     spec = Pretrained(texts=Codes(), lowpass=limit).within(Pipeline(source=str(folder)))
     net = spec.build(objective.needs, data.shape, data.classes)
     net.refit()
     return net
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

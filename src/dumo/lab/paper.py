@@ -3,8 +3,7 @@
 Functions are named after the figure and what they make: `fig3_table`, `fig4a_charts`, `fig5_draw`. The views of
 `dumo.lab.reproduce` say which plan has which, and call them in this order: `_table` makes rows of the results,
 `_charts` draws the table, `_draw` writes pictures that need the nets. All take the plan, which few need. Figure 4b,
-which times steps instead of training, has a file of its own, `dumo.lab.fig4b`. `far_column` also serves
-`dumo.lab.ours`.
+which times steps instead of training, has a file of its own, `dumo.lab.fig4b`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -146,18 +145,20 @@ def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
 
 def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """The average rows, with each distance over that of DuMo in one pass.
+    """The average rows, with each distance over that of DuMo in one pass; None if DuMo failed.
 
     Rows of one pass that are beyond `_EXPLAINED_RATIO` times it say why.
     """
     rows = average_by_arm(results)
     score = main_score(rows[0])
-    dumo_distance = rows[0][score]  # of the first arm in one pass
+    scales = plan.scales.values()
+    first_arms = [arms[0].labels["objective"] for arms in (plan.arms, *(scale.arms for scale in scales)) if arms]
+    dumo_distances = [row[score] for row in rows if row["objective"] in first_arms and row["nfe"] == 1]
     table: list[Row] = []
     for averages in rows:
-        ratio = averages[score] / dumo_distance
+        ratio = averages[score] / dumo_distances[0] if dumo_distances else None
         why = ""
-        if averages["nfe"] == 1 and ratio > _EXPLAINED_RATIO:
+        if averages["nfe"] == 1 and ratio is not None and ratio > _EXPLAINED_RATIO:
             why = plan.why.get(averages["objective"], "not known")
         table.append(averages | {"over_dumo_1_pass": ratio, "why": why})
     return table

@@ -1,66 +1,86 @@
-"""A plan: arms and seeds, each trained and measured once, at equal cost. The folder `plans` holds them as YAML.
+"""A plan: arms and seeds, each trained and measured once, at equal cost. Plans are YAML files, dumo's own and yours.
 
     title: Share on the velocity (Fig. 4a)
-    columns: [objective, share]               # of the table; every arm gives them, or varies over them
-    set: [one-pass]                           # settings of all arms; a word without `=` is a name in sets.yaml
+    columns: [objective, share]               # of the table; each arm gives them or varies over them
+    set: [one-pass]                           # fields of all arms; a word without `=` is a name in plans/sets.yaml
     scales:
       smoke: {steps: 20, seeds: [0], cost: passes, set: [small]}
       laptop: {steps: 2000, seeds: [0, 1], cost: passes}
     arms:
       - {objective: DuMo, recipe: digits, set: [objective.beta=$share], vary: {share: [0.0, 0.1]}}
 
-The fields of `Plan`, `Scale` and `Arm` are those of the YAML. `plan_names` lists the plans, `read_plan` reads one, and
-`Plan.cells` gives its runs at a scale. For each combination of the scale's outer axes, and for each arm and combination
-of the arm's axes, it
+The fields of `Plan`, `Scale` and `Arm` are those of the YAML. `read_plan` reads a plan by its name or from a file,
+`Plan.cells` gives its runs at a scale, `require_runnable` refuses plans that are wrong, and `require_fair` those whose
+arms do not cost the same.
 
-1. puts the settings together, of plan, scale, `by`, axes and arm, and loads the recipe with them;
-2. asks the `Budget` how many steps the arm gets. The first arm sets the budget, by its steps;
+For each combination of the scale's outer axes, and for each arm and combination of the arm's axes, `Plan.cells`
+
+1. joins the settings of plan, scale, `by`, axes and arm, and loads the recipe with them;
+2. asks the `Budget` how many steps the arm gets; the first arm sets the budget, by its steps;
 3. gives a `Cell` for each seed.
 
-Equal cost means equal counted passes, in forward units, or equal operations, where nets differ: steps times the `Cost`
-of a step. An objective that needs more passes a step gets fewer steps. At the paper's size each recipe has the steps of
-its paper.
+Equal cost means as many forward passes (F), or as many floating-point operations if networks differ in size. An
+objective whose step needs more passes gets fewer steps. At the paper's size each recipe keeps the steps of the paper.
 """
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from itertools import product
+from pathlib import Path
 from string import Template
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from dumo.config import trust
 from dumo.config.change import yaml_text
-from dumo.config.code import codes_of
 from dumo.config.load import load_recipe, objective_of
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
-from dumo.io.yaml import parse_yaml
+from dumo.io.yaml import parse_mapping, parse_yaml
 from dumo.run import cost
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
-from dumo.types.outside import code_hash
 
 _PLANS_FOLDER = files("dumo.lab") / "plans"
-_SETS_FILE = "sets.yaml"  # in that folder: settings that several plans share, by name
-SCALES = ("smoke", "laptop", "paper")  # a minute; ten minutes to three hours of two cores; the paper's size, on GPUs
+# In that folder: settings that several plans share, by name.
+_SETS_FILE = "sets.yaml"
+# A few minutes; ten minutes to three hours of two cores; the paper's size, on GPUs.
+SCALES = ("smoke", "laptop", "paper")
+# The largest ratio of the costs of two passes, or steps, that counts as equal: a further head or input is within it.
+_MAX_COST_RATIO = 1.1
+# Fields that the plan itself gives, and what to write instead.
+_FIELDS_OF_PLANS = {
+    "train.steps": "steps of the scale or the arm",
+    "train.minutes": "steps of the scale or the arm",
+    "train.seed": "seeds",
+    "train": "its other fields one by one",
+}
 
-_counts: dict[str, float] = {}  # what `Cost` has counted in this process, by all that it depends on
+# What `Cost` has counted in this process, by all that it depends on.
+_counts: dict[str, float] = {}
 
 
 # ---------------------------------------------------------------------------------------------------- the YAML's fields
 
 
 def _parse_settings(value: Any) -> list[str]:  # noqa: ANN401, as YAML has it
-    """Flatten nested lists of settings and names of sets into settings `field=value`, as `--set` takes them."""
+    """Flatten nested lists of settings and names of sets into settings `field=value`."""
     if isinstance(value, str):
-        is_setting = "=" in value
-        return [value] if is_setting else _parse_settings(_named_sets()[value])
+        field, sign, _ = value.partition("=")
+        if field in _FIELDS_OF_PLANS:
+            raise ValueError(f"{value} would be overwritten by the plan: give {_FIELDS_OF_PLANS[field]}")
+        if sign:
+            return [value]
+        if value not in _named_sets():
+            raise ValueError(f"'{value}' is neither FIELD=VALUE nor a name in plans/{_SETS_FILE}")
+        return _parse_settings(_named_sets()[value])
     settings: list[str] = []
     for part in value:
         settings += _parse_settings(part)
@@ -82,38 +102,57 @@ Settings = Annotated[tuple[str, ...], BeforeValidator(_parse_settings)]
 Axes = Annotated[dict[str, dict[Any, tuple[str, ...]]], BeforeValidator(_parse_axes)]
 
 
-class Arm(Spec):
-    """One of the things that a plan compares; with `vary`, one for each combination of values."""
+class Arm(Spec, extra="allow"):
+    """One of the things that a plan compares; with `vary`, one for each combination of values.
 
-    labels: dict[str, Any]  # its columns in the table; in YAML they stand among the other fields
+    Further fields are the values of its columns in the table.
+    """
+
     recipe: str
-    by: str | None = None  # another recipe, by whose objective it is trained (`training_settings`)
+    # Another recipe, by whose objective it is trained (`training_settings`).
+    by: str | None = None
     set: Settings = ()
-    vary: Axes = Field(default={})  # its axes: the values of each, with the settings of each value
-    name: str = ""  # the beginning of its cells' names; "": its labels
-    seeds: tuple[int, ...] | None = None  # None: the scale's
-    steps: int | None = None  # sets the budget anew: the arms after it cost as much as these steps. None: it does not
-    share: float = 1.0  # of the budget
-    only: dict[str, list[Any]] = Field(default={})  # the scales, or values of an outer axis, at which there is this arm
-    weights: str | None = None  # the cell from whose net it begins, as diffusers saves that
-    # Rad, of the low-pass that is fitted to that net (`dumo.nets.lowpass`); None: there is none.
+    # Its axes: the values of each, with the settings of each value.
+    vary: Axes = Field(default={})
+    # The first part of its cells' names; the default is made of its labels.
+    name: str = ""
+    # The default is the scale's seeds.
+    seeds: tuple[int, ...] | None = None
+    # A new budget: this arm and those after it cost as much as so many steps of this one.
+    steps: int | None = None
+    # The share of the budget that it gets.
+    share: float = 1.0
+    # The scales, or values of an outer axis, at which the arm exists.
+    only: dict[str, list[Any]] = Field(default={})
+    # The cell from whose network it starts, as diffusers saves that.
+    weights: str | None = None
+    # The limit, in rad, of the low-pass filter that is fitted to that network (`dumo.nets.lowpass`).
     cut: float | None = None
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The values of its columns in the table."""
+        return dict(self.model_extra or {})
 
 
 class Scale(Spec):
     """How large a plan is made."""
 
+    # What is equal among arms: forward passes, floating-point operations (if networks differ in size), or steps.
+    cost: Literal["passes", "operations", "steps"]
     set: Settings = ()
-    vary: Axes = Field(default={})  # outer axes: all arms for each value; `budget` multiplies what arms may cost
-    values: dict[str, Any] = Field(default={})  # of $names in settings
-    recipes: dict[str, str] = Field(default={})  # by a recipe of the arms, the one that takes its place here
-    arms: tuple[Arm, ...] = ()  # (): the plan's
-    seeds: tuple[int, ...] | None = None  # None: each recipe's own
-    steps: int | None = None  # of the first arm, with `cost: steps` of every arm; None: the recipe's
-    passes: float | None = None  # what each arm may cost, in forward passes of the first arm; None: by its steps
-    operations: float | None = None  # what each arm may cost, in floating-point operations; needs cost: operations
-    cost: Literal["passes", "operations", "steps"] = "steps"  # what is equal: see `Budget`
-    few_samples: bool = False  # whether cells are judged by as few samples as a run in training
+    # Outer axes: all arms are run for each value. The values of an axis `budget` multiply the budget.
+    vary: Axes = Field(default={})
+    # Values of $names in settings.
+    values: dict[str, Any] = Field(default={})
+    # Recipes that replace those of the arms.
+    recipes: dict[str, str] = Field(default={})
+    # The default is the plan's arms.
+    arms: tuple[Arm, ...] = ()
+    # The default is each recipe's own seed.
+    seeds: tuple[int, ...] | None = None
+    # Steps of the first arm, with `cost: steps` of each arm; the default is the recipe's.
+    steps: int | None = None
 
 
 class Plan(Spec):
@@ -121,16 +160,36 @@ class Plan(Spec):
 
     name: str
     title: str
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] = ("objective",)
     scales: dict[str, Scale]
     arms: tuple[Arm, ...] = ()
-    arms_of: str | None = None  # another plan, whose arms follow
+    # Another plan, whose arms follow.
+    arms_of: str | None = None
     set: Settings = ()
-    steps_of: str | None = None  # the recipe whose steps set the budget; None: the first arm's
-    samples: bool = False  # whether a picture shows what arms make in one pass
-    follows_code: bool = False  # whether cells are trained anew where the code of their objective has changed
-    why: dict[str, str] = Field(default={})  # by arm: why it is far from the first
-    no_paper: str = ""  # why there is no scale `paper`
+    # The recipe whose steps set the budget; the default is the first arm's.
+    steps_of: str | None = None
+    # Whether to draw samples of each arm in its fewest passes.
+    samples: bool = False
+    # By arm, why it is far from the first.
+    why: dict[str, str] = Field(default={})
+    # Why there is no scale `paper`.
+    no_paper: str = ""
+
+    @model_validator(mode="after")
+    def _require_columns(self) -> "Plan":
+        """Refuse fields of arms that are neither `Arm`'s nor columns."""
+        for arm in self.all_arms():
+            for name in arm.labels:
+                if name not in self.columns:
+                    raise ValueError(f"an arm has '{name}', which is no field of an arm and not in columns")
+        return self
+
+    def all_arms(self) -> list[Arm]:
+        """The arms of the plan and of its scales."""
+        arms = list(self.arms)
+        for scale in self.scales.values():
+            arms += scale.arms
+        return arms
 
     def require_scale(self, scale: str) -> None:
         """Raise UserError for a scale that no plan has, or this one has not."""
@@ -140,7 +199,8 @@ class Plan(Spec):
     def get_scale(self, scale: str) -> Scale:
         """The scale of this name. Raises UserError for one that the plan does not have."""
         if scale not in self.scales:
-            raise UserError(f"{self.name} has no scale '{scale}': {self.no_paper}; it has {' and '.join(self.scales)}")
+            why = f": {self.no_paper}" if self.no_paper else ""
+            raise UserError(f"{self.name} has no scale '{scale}'{why}; it has {' and '.join(self.scales)}")
         return self.scales[scale]
 
     def cells(self, scale: str) -> "Iterator[Cell]":
@@ -161,7 +221,7 @@ class Plan(Spec):
         self, arm: Arm, scale: Scale, budget: "Budget", axis_values: dict[str, Any], settings: Sequence[str]
     ) -> "Iterator[Cell]":
         """The runs of one arm at one value of each axis, seed by seed; `settings` are those of axes and arm."""
-        # the settings of plan, scale, `by`, axes and arm, where a later one wins
+        # Join the settings of plan, scale, `by`, axes and arm: a later one wins.
         recipe = scale.recipes.get(arm.recipe, arm.recipe)
         settings_of_by = training_settings(arm.by, recipe) if arm.by else ()
         settings = (*self.set, *scale.set, *settings_of_by, *settings)
@@ -169,13 +229,9 @@ class Plan(Spec):
         def load_run(seed: int | None) -> Run:
             values = {**scale.values, **axis_values, "seed": seed}  # of $names in settings
             filled_settings = [Template(setting).safe_substitute(values) for setting in settings]
-            run = resolve(load_recipe(recipe, [*guidance_settings(recipe, filled_settings), *filled_settings]))
-            if not scale.few_samples:
-                return run
-            evaluation = run.evaluate.model_copy(update={"protocol": run.evaluate.validation.protocol})
-            return run.model_copy(update={"evaluate": evaluation})
+            return resolve(load_recipe(recipe, [*guidance_settings(recipe, filled_settings), *filled_settings]))
 
-        # steps and columns, by the first seed's run
+        # Find steps and columns by the first seed's run.
         seeds = arm.seeds or scale.seeds or (None,)
         run = load_run(seeds[0])
         steps = budget.steps(Cost(run), run.train.steps, arm)
@@ -190,14 +246,13 @@ class Plan(Spec):
             if depends_on_seed:
                 run = load_run(seed)
             run_seed = run.train.seed if seed is None else seed
-            train = run.train.model_copy(update={"steps": steps, "seed": run_seed})
+            train = run.train.model_copy(update={"steps": steps, "minutes": None, "seed": run_seed})
             yield Cell(
                 name=f"{name}-{run_seed}",
                 spec=run.model_copy(update={"train": train}),
                 labels=labels,
                 weights=arm.weights,
                 cut=arm.cut,
-                code=_code_of(run) if self.follows_code else None,
             )
 
 
@@ -267,11 +322,10 @@ class Cost:
 
 
 class Budget:
-    """What each arm of a plan may cost at a scale, in the scale's measure: forward units or operations.
+    """What each arm of a plan may cost at a scale, in the scale's measure: forward passes or operations.
 
-    It is set once, by the first of these that there is: the recipe `Plan.steps_of`, `Scale.operations`, the passes
-    `Scale.passes`, the first arm's steps. An arm with `Arm.steps` sets it anew. With `Scale.cost` "steps" there is no
-    budget: arms have `Scale.steps`, or their recipes' steps.
+    The recipe `Plan.steps_of` sets it by its steps, or else the first arm. An arm with `Arm.steps` sets it anew. With
+    `Scale.cost` "steps" there is no budget: arms have `Scale.steps`, or their recipes' steps.
     """
 
     def __init__(self, plan: Plan, scale: Scale, *, factor: float, is_smoke: bool) -> None:
@@ -279,7 +333,7 @@ class Budget:
         self.scale = scale
         self.factor = factor
         self.is_smoke = is_smoke
-        self.total = 0.0  # 0: not set yet
+        self.total: float | None = None
         if plan.steps_of:
             run = load_recipe(plan.steps_of, [*scale.set])
             self.total = round(factor * (scale.steps or run.train.steps)) * self._step_cost(Cost(run))
@@ -289,23 +343,13 @@ class Budget:
         if self.scale.cost == "steps":
             return self.scale.steps or recipe_steps
         step_cost = self._step_cost(run_cost)
-        if arm.steps or not self.total:
-            self.total = self._total_by(run_cost, recipe_steps, arm)
+        if arm.steps or self.total is None:
+            steps = self.scale.steps or recipe_steps
+            if arm.steps and not self.is_smoke:
+                steps = arm.steps
+            self.total = round(self.factor * steps) * step_cost
         pair_cost = run_cost.pair_units * step_cost / run_cost.units
         return round((arm.share * self.total - pair_cost) / step_cost)
-
-    def _total_by(self, run_cost: Cost, recipe_steps: int, arm: Arm) -> float:
-        """The budget that an arm sets, which is the first one or has steps of its own."""
-        step_cost = self._step_cost(run_cost)
-        if not arm.steps:
-            if self.scale.operations:
-                return self.factor * self.scale.operations
-            if self.scale.passes:
-                return self.factor * self.scale.passes * step_cost / run_cost.units
-        steps = self.scale.steps or recipe_steps
-        if arm.steps and not self.is_smoke:
-            steps = arm.steps
-        return round(self.factor * steps) * step_cost
 
     def _step_cost(self, run_cost: Cost) -> float:
         """What a step costs, in the scale's measure."""
@@ -314,14 +358,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a plan."""
+    """One run of a plan, named ARM-SEED."""
 
-    name: str  # ARM-SEED
+    name: str
     spec: Run
-    labels: dict[str, Any]  # its columns in the table
-    weights: str | None = None  # as `Arm.weights`
-    cut: float | None = None  # as `Arm.cut`
-    code: str | None = None  # hashes of the code that it runs (`_code_of`); None: the plan does not follow that
+    # Its columns in the table.
+    labels: dict[str, Any]
+    # As `Arm.weights` and `Arm.cut`.
+    weights: str | None = None
+    cut: float | None = None
 
     @property
     def arm(self) -> str:
@@ -387,11 +432,6 @@ def training_settings(recipe: str, host: str) -> tuple[str, ...]:
     return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
 
 
-def _code_of(run: Run) -> str:
-    """Hashes of the code that a run's results depend on, as text: of its objective, and of each class from outside."""
-    return yaml_text({"objective": code_hash(run.objective), **dict(codes_of(run))})
-
-
 def guidance_settings(recipe: str, settings: Sequence[str]) -> list[str]:
     """The settings that keep a recipe's dropped labels and guidance where `settings` give it another objective.
 
@@ -434,26 +474,79 @@ def plan_names() -> list[str]:
 
 
 def read_plan(name: str) -> Plan:
-    """Read a plan.
+    """Read one of dumo's plans by its name, or a plan from a YAML file.
 
     The arms of the plan that it names in `arms_of` follow its own, except those whose labels equal the labels of one of
-    its own. Raises UserError where there is no plan of this name.
+    its own. Raises UserError if there is no plan of this name, and for code that a file names and nobody agreed to run.
     """
-    require_known("figure or table", name, plan_names())
-    tree = parse_yaml((_PLANS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    tree.pop("let", None)  # anchors of YAML
-    for part in (tree, *tree["scales"].values()):
-        part["arms"] = [_with_labels(arm, tree["columns"]) for arm in part.get("arms", ())]
-    plan = Plan(name=name, **tree)
+    if is_file_name(name):
+        plan = Plan(name=Path(name).stem, **_read_mapping(Path(name).read_text(encoding="utf-8"), name))
+        _require_trust(plan, name)
+    else:
+        require_known("figure or table", name, plan_names())
+        text = (_PLANS_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+        plan = Plan(name=name, **_read_mapping(text, name))
     if plan.arms_of is None:
         return plan
-    own_labels = {tuple(arm.labels.values()) for arm in plan.arms}
-    other_arms = [arm for arm in read_plan(plan.arms_of).arms if tuple(arm.labels.values()) not in own_labels]
+    own_labels = [arm.labels for arm in plan.arms]
+    other_arms = [arm for arm in read_plan(plan.arms_of).arms if arm.labels not in own_labels]
     return plan.model_copy(update={"arms": (*plan.arms, *other_arms)})
 
 
-def _with_labels(arm: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    """An arm of the YAML, with its columns in a mapping of their own."""
-    labels = {name: arm[name] for name in columns if name in arm}
-    fields = {name: value for name, value in arm.items() if name not in columns}
-    return {"labels": labels, **fields}
+def is_file_name(name: str) -> bool:
+    """Whether a plan's name is that of a YAML file."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def _read_mapping(text: str, name: str) -> dict[str, Any]:
+    """The fields of a plan's YAML, without `let`, which holds anchors of YAML."""
+    tree = parse_mapping(text, name, "plan", "title, scales and arms, as docs/compare.md has them")
+    tree.pop("let", None)
+    return tree
+
+
+def _require_trust(plan: Plan, name: str) -> None:
+    """Raise UserError for code in the settings of a plan's file that nobody agreed to run.
+
+    Loading a recipe with settings trusts the code that they name, since a person typed them; those of a file may be
+    somebody else's.
+    """
+    settings = [*plan.set]
+    for part in (*plan.scales.values(), *plan.all_arms()):
+        settings += part.set
+        for axis in part.vary.values():
+            settings += [setting for value_settings in axis.values() for setting in value_settings]
+    for setting in settings:
+        trust.require(((code, sys.path) for code in trust.CODE_NAME.findall(setting)), name)
+
+
+def require_runnable(cells: Sequence[Cell]) -> None:
+    """Raise UserError if two cells have one name, as for a seed that is given twice, or a cell has no step."""
+    names = [cell.name for cell in cells]
+    for cell in cells:
+        if names.count(cell.name) > 1:
+            raise UserError(f"the plan has {cell.name} twice: give each arm a name and each seed of an arm once")
+        if cell.spec.train.steps < 1:
+            raise UserError(f"the budget does not pay for a step of {cell.name}: increase it")
+
+
+def require_fair(cells: Sequence[Cell], cost: str) -> None:
+    """Raise UserError if arms do not cost the same, by a plan that counts passes or steps, whose costs differ.
+
+    Costs of passes, or of steps, that differ by no more than _MAX_COST_RATIO count as equal.
+    """
+    if cost == "operations":
+        return
+    operations_by_name: dict[str, float] = {}
+    for cell in cells:
+        run_cost = Cost(cell.spec)
+        operations_of_pass = cell.spec.train.batch * run_cost.flops
+        operations_by_name[cell.name] = run_cost.operations if cost == "steps" else operations_of_pass
+    cheapest = min(operations_by_name, key=lambda name: operations_by_name[name])
+    dearest = max(operations_by_name, key=lambda name: operations_by_name[name])
+    ratio = operations_by_name[dearest] / operations_by_name[cheapest]
+    if ratio > _MAX_COST_RATIO:
+        raise UserError(
+            f"one of the {cost} of {dearest} costs {ratio:.3g} times one of {cheapest}: write cost: operations, or "
+            "make networks and batches equal"
+        )

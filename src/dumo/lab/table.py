@@ -1,18 +1,18 @@
-"""Tables of the results of cells: a row per arm and number of passes, with means and deviations over seeds.
+"""Tables of the results of cells: a row per arm and number of passes.
 
-`average_by_arm` makes a table of results, `with_diverged_seeds` adds the seeds that it leaves out, `from_cells` makes
-it again of the cells stored in a results.json, and `markdown` writes it. `main_score` is the score that a table leads
-with; `main_score_of_names` chooses it among names. `group_by_arm`, `rows_of_all_passes` and `error_of_mean` are the
-steps, for tables of other forms.
+`ranked_table` is the default table, with means over seeds and how each arm compares with the best. `with_failed_seeds`
+adds the seeds that the means leave out, and `markdown` writes a table. `average_rows`, `rows_of_all_passes` and
+`error_of_mean` also serve the tables of the pages, which docs/tables.py makes of stored results.
 """
 
 from collections.abc import Callable, Collection, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from dumo.evaluation.metric import headline_score, metric
+from dumo.evaluation.metric import headline_score, higher_is_better, metric
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Cell
+from dumo.lab.ranking import ArmScore, is_level, paired_difference
 
 
 def group_by_arm(results: Sequence[Result]) -> list[list[Result]]:
@@ -23,8 +23,63 @@ def group_by_arm(results: Sequence[Result]) -> list[list[Result]]:
     return list(arms.values())
 
 
+def ranked_table(results: Sequence[Result]) -> list[Row]:
+    """A row for each arm and number of passes: means over seeds, and how the arm compares with the best one.
+
+    `best` is * for the best arm and for those not significantly worse. `behind` is the mean difference from the best
+    arm, seed by seed, and `margin` half the width of its 95 % confidence interval; both are None for the best arm, and
+    with fewer than two seeds. Arms are compared at equal passes, protocol and budget. They are not ranked if a higher
+    score is better, or if an arm has one seed and its score no standard error.
+    """
+    table: list[Row] = []
+    # The rows that are compared with each other: the place of each in the table, and its score.
+    rivals: dict[tuple[Any, ...], list[tuple[int, ArmScore | None]]] = {}
+    for results_of_arm in group_by_arm(results):
+        cell = results_of_arm[0].cell
+        rows_by_seed = [rows_of_all_passes(result.report) for result in results_of_arm]
+        for rows in zip(*rows_by_seed, strict=True):
+            averages = average_rows(rows)
+            score = main_score(averages)
+            columns: Row = {
+                "nfe": averages["nfe"],
+                "best": "",
+                score: averages[score],
+                "behind": None,
+                "margin": None,
+            }
+            key = (averages["nfe"], cell.spec.evaluate.protocol.kind, cell.labels.get("budget"))
+            rivals.setdefault(key, []).append((len(table), _arm_score(results_of_arm, rows, score)))
+            table.append({**cell.labels, **columns, **averages})
+
+    # Mark the best of each comparison and those not significantly worse.
+    for places_and_arms in rivals.values():
+        arms = {place: arm for place, arm in places_and_arms if arm is not None}
+        if len(arms) < len(places_and_arms):
+            continue
+        best_place = min(arms, key=lambda place: arms[place].mean)
+        best = arms[best_place]
+        for place, arm in arms.items():
+            table[place]["best"] = "*" if is_level(arm, best) else ""
+            difference = paired_difference(arm.by_seed, best.by_seed)
+            if place != best_place and difference is not None:
+                table[place]["behind"] = difference.mean
+                table[place]["margin"] = difference.margin
+    return table
+
+
+def _arm_score(results: Sequence[Result], rows: Sequence[Row], score: str) -> ArmScore | None:
+    """The score of an arm, from the row of each of its results; None if it cannot be ranked by this score."""
+    has_errors = all(f"{score}_sd" in row for row in rows) and not metric(score).sd_is_spread
+    if higher_is_better(score) or (len(rows) == 1 and not has_errors):
+        return None
+    by_seed: dict[str, float] = {}
+    for result, row in zip(results, rows, strict=True):
+        by_seed[str(result.cell.spec.train.seed)] = row[score]
+    return ArmScore(by_seed, error_of_mean([(row[score], row[f"{score}_sd"] if has_errors else 0.0) for row in rows]))
+
+
 def average_by_arm(results: Sequence[Result], more_columns: Callable[[Result], Row] | None = None) -> list[Row]:
-    """A row for each arm and number of passes: the arm's labels, and means over its seeds (`_average_rows`).
+    """A row for each arm and number of passes: the arm's labels, and means over its seeds (`average_rows`).
 
     `more_columns` makes further columns from the result of the arm's first seed.
     """
@@ -35,27 +90,27 @@ def average_by_arm(results: Sequence[Result], more_columns: Callable[[Result], R
         if more_columns:
             columns |= more_columns(first)
         rows_of_seeds = [rows_of_all_passes(result.report) for result in results_of_arm]
-        for rows_of_passes in zip(*rows_of_seeds, strict=True):  # a row of each seed, of one number of passes
-            table.append(columns | _average_rows(rows_of_passes))
+        for rows_of_passes in zip(*rows_of_seeds, strict=True):
+            table.append(columns | average_rows(rows_of_passes))
     return table
 
 
 def rows_of_all_passes(report: Row) -> list[Row]:
-    """The rows of a report, one for each number of passes: by the run's solver, or, where that was not run, Euler's."""
+    """The rows of a report, one for each number of passes: by the run's solver, or by Euler's where it was not run."""
     rows = list(report["results"])
     passes = {row["nfe"] for row in rows}
-    for row in report["contrast"]:  # by Euler's method
+    for row in report["contrast"]:
         if row["nfe"] not in passes:
             rows.append(row)
     return rows
 
 
-def _average_rows(rows: Sequence[Row]) -> Row:
+def average_rows(rows: Sequence[Row]) -> Row:
     """The means over the rows of several seeds, which have one number of passes and one solver.
 
-    The main score comes first, then `fd` where that is another, both with their standard deviations; `error` is the
-    standard error of the main score's mean, where each row has an error. Other scores follow, None where a seed has
-    none, and the number of seeds.
+    The main score comes first, then `fd` if that is another one, both with their standard deviations; `error` is the
+    standard error of the main score's mean, if each row has an error. Other scores follow, None if a seed has none, and
+    the number of seeds.
     """
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
     main = main_score_of_names(names)
@@ -79,39 +134,20 @@ def _average_rows(rows: Sequence[Row]) -> Row:
 def error_of_mean(points: Sequence[tuple[float, float]]) -> float:
     """The standard error of the mean of `points`, each a value and its own standard error.
 
-    It is taken from the scatter of the values or from their errors, whichever gives more: few seeds tell little of
-    their scatter.
+    It is the larger of two estimates, from the scatter of the values and from their errors, since few seeds say little
+    about their scatter.
     """
     scatter = stdev(value for value, _ in points) if len(points) > 1 else 0.0
     return max(fmean(error**2 for _, error in points) ** 0.5, scatter) / len(points) ** 0.5
 
 
-def from_cells(stored: Row) -> list[Row]:
-    """Make the table of results.json again from its stored cells, with two columns more.
-
-    They are `by_seed`, the row of each cell by its seed, and `protocol`, what judged them.
-    """
-    cells_by_arm: dict[str, dict[str, Row]] = {}
-    for cell in stored["cells"]:
-        arm, _, seed = cell["cell"].rpartition("-")
-        cells_by_arm.setdefault(arm, {})[seed] = cell
-    rows: list[Row] = []
-    for cells in cells_by_arm.values():
-        protocol = next(iter(cells.values()))["protocol"]
-        rows_of_seeds = [rows_of_all_passes(cell) for cell in cells.values()]
-        for rows_of_passes in zip(*rows_of_seeds, strict=True):
-            by_seed = dict(zip(cells, rows_of_passes, strict=True))
-            rows.append({**_average_rows(rows_of_passes), "by_seed": by_seed, "protocol": protocol})
-    return [stored_row | row for stored_row, row in zip(stored["table"], rows, strict=True)]
-
-
-def with_diverged_seeds(
-    table: Sequence[Row], columns: Sequence[str], cells: Sequence[Cell], diverged: Collection[str]
+def with_failed_seeds(
+    table: Sequence[Row], columns: Sequence[str], cells: Sequence[Cell], failed: Collection[str]
 ) -> list[Row]:
-    """The table with a column `diverged`: the seeds of each arm whose runs diverged, which its means leave out.
+    """The table with a column `failed`: the seeds of each arm whose runs failed, which its means leave out.
 
-    `columns` are the plan's, by which arms differ, and `diverged` the names of the cells. An arm without a
-    finished seed has no row. Where no row has such seeds, there is no column.
+    `columns` are the plan's, by which arms differ, and `failed` the names of the cells. An arm without a finished seed
+    has no row.
     """
 
     def arm_of(labels: Row) -> tuple[Any, ...]:
@@ -119,12 +155,9 @@ def with_diverged_seeds(
 
     seeds_by_arm: dict[tuple[Any, ...], list[str]] = {}
     for cell in cells:
-        if cell.name in diverged:
+        if cell.name in failed:
             seeds_by_arm.setdefault(arm_of(cell.labels), []).append(str(cell.spec.train.seed))
-    diverged_seeds = [", ".join(seeds_by_arm.get(arm_of(row), [])) for row in table]
-    if not any(diverged_seeds):
-        return list(table)
-    return [row | {"diverged": seeds} for row, seeds in zip(table, diverged_seeds, strict=True)]
+    return [row | {"failed": ", ".join(seeds_by_arm.get(arm_of(row), []))} for row in table]
 
 
 def main_score(row: Row) -> str:
@@ -142,14 +175,14 @@ def main_score_of_names(scores: Sequence[str]) -> str:
 
 def markdown(title: str, table: Sequence[Row]) -> str:
     """The table as Markdown."""
-    head = list(table[0])
-    lines = [head, ["---"] * len(head)]
+    columns = list(dict.fromkeys(name for row in table for name in row))
+    lines = [columns, ["---"] * len(columns)]
     for row in table:
-        lines.append([_cell_text(value) for value in row.values()])
+        lines.append([_cell_text(row.get(name)) for name in columns])
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"# {title}\n\n{body}\n"
 
 
 def _cell_text(value: object) -> str:
-    """A value as a table shows it: a float by four digits."""
+    """A value as a table shows it: a float with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -18,7 +18,6 @@ from dumo.io.read import (
     write_json,
 )
 from dumo.types import UserError
-from fuzz.judge import limits
 
 
 def test_text_is_read(tmp_path: Path) -> None:
@@ -44,7 +43,7 @@ def test_what_is_no_text_is_refused_with_the_way_out(tmp_path: Path) -> None:
         (Path("/dev/zero"), "is no file"),
         (other, r"line 1 is not UTF-8 \(byte 0xff; iconv -f latin1 -t utf-8"),
     ):
-        with limits(5), pytest.raises(UserError, match=f"^{path} {said}.*: way out$"):
+        with pytest.raises(UserError, match=f"^{path} {said}.*: way out$"):
             read_text(path, "way out")
     with pytest.raises(UserError, match=r"67,108,865 bytes.* at most 67,108,864: way out$"):
         read_text(huge, "way out")

@@ -3,15 +3,26 @@
 import re
 from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 import torch
 
 from dumo.cli.lab import reproduce
-from dumo.config import recipes
+from dumo.config import recipes, trust
 from dumo.config.load import load
-from dumo.lab.plan import Cell, Cost, Plan, plan_names, read_plan, slug, training_settings
+from dumo.lab.plan import (
+    Cell,
+    Cost,
+    Plan,
+    plan_names,
+    read_plan,
+    require_fair,
+    require_runnable,
+    slug,
+    training_settings,
+)
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from recipe import recipe
@@ -78,11 +89,11 @@ def small(**fields: object) -> Plan:
         "title": "A test",
         "columns": ["objective", "ratio"],
         "set": ["net.width=8"],
-        "scales": {"smoke": {"seeds": [3], "steps": 5, "values": {"batch": 4}}},
+        "scales": {"smoke": {"seeds": [3], "steps": 5, "values": {"batch": 4}, "cost": "steps"}},
         "arms": [
-            {"labels": {"objective": "DuMo"}, "recipe": "moons", "set": ["one-pass", "train.batch=$batch"]},
+            {"objective": "DuMo", "recipe": "moons", "set": ["one-pass", "train.batch=$batch"]},
             {
-                "labels": {"objective": "MeanFlow"},
+                "objective": "MeanFlow",
                 "recipe": "moons-meanflow",
                 "set": ["objective.times.velocity_ratio=$ratio"],
                 "vary": {"ratio": {0.2: [], 0.4: ["net.depth=1"]}},
@@ -109,9 +120,9 @@ def test_settings_are_spelled_out() -> None:
 def test_an_outer_axis_is_all_arms_again() -> None:
     scale = {"seeds": [0, 1], "steps": 6, "vary": {"budget": {0.5: [], 1.0: [], 2.0: []}}, "cost": "steps"}
     arms = [
-        {"labels": {"objective": "a"}, "recipe": "moons"},
-        {"labels": {"objective": "b"}, "recipe": "moons-meanflow", "only": {"budget": [0.5]}},
-        {"labels": {"objective": "c"}, "recipe": "moons-flow-matching", "only": {"budget": [1.0, 2.0]}, "seeds": [0]},
+        {"objective": "a", "recipe": "moons"},
+        {"objective": "b", "recipe": "moons-meanflow", "only": {"budget": [0.5]}},
+        {"objective": "c", "recipe": "moons-flow-matching", "only": {"budget": [1.0, 2.0]}, "seeds": [0]},
     ]
     found = small(columns=["objective", "budget"], scales={"smoke": scale}, arms=arms).cells("smoke")
     names = "a-0.5-0 a-0.5-1 b-0.5-0 b-0.5-1 a-1-0 a-1-1 c-1-0 a-2-0 a-2-1 c-2-0"
@@ -121,7 +132,7 @@ def test_an_outer_axis_is_all_arms_again() -> None:
 @pytest.mark.usefixtures("free")
 def test_an_arm_with_steps_of_its_own_begins_a_budget() -> None:
     arms = [
-        {"labels": {"objective": title}, "recipe": "moons", "steps": steps, "share": share}
+        {"objective": title, "recipe": "moons", "steps": steps, "share": share}
         for title, steps, share in (("a", 100, 1.0), ("b", None, 0.5), ("c", 40, 1.0), ("d", None, 1.0))
     ]
     scale = {"seeds": [0], "cost": "passes"}
@@ -135,8 +146,8 @@ def test_a_teachers_pairs_are_paid_from_the_budget(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Cost, "units", 3.0)
     monkeypatch.setattr(Cost, "operations", 300.0)
     arms = [
-        {"labels": {"objective": "a"}, "recipe": "digits", "steps": 10_000},
-        {"labels": {"objective": "b"}, "recipe": "digits-cmt"},
+        {"objective": "a", "recipe": "digits", "steps": 10_000},
+        {"objective": "b", "recipe": "digits-cmt"},
     ]
     plan = small(columns=["objective"], set=[], scales={"laptop": {"seeds": [0], "cost": cost}}, arms=arms)
     _, taught = plan.cells("laptop")
@@ -146,10 +157,10 @@ def test_a_teachers_pairs_are_paid_from_the_budget(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_mistake_in_a_plan_is_found() -> None:
-    with pytest.raises(KeyError, match="musli"):
+    with pytest.raises(ValueError, match="musli"):
         small(set=["musli"])
     with pytest.raises(ValueError, match="recipy"):
-        small(arms=[{"labels": {}, "recipy": "moons"}])
+        small(arms=[{"recipe": "moons", "recipy": "moons"}])
     with pytest.raises(
         UserError, match=r"fig3 has no scale 'paper': the paper gives neither .*; it has smoke and laptop$"
     ):
@@ -251,3 +262,73 @@ def test_the_papers_steps_make_as_many_passes_as_it_says() -> None:
 def test_settings_are_compared_by_other_seeds_than_chose_them() -> None:
     """Seed 0 did."""
     assert 0 not in {cell.spec.train.seed for cell in cells_of("best", "laptop")}
+
+
+# --- plans of the user's own
+
+OWN = """
+title: Mine
+scales: {laptop: {steps: 200, seeds: [3, 5], cost: COST}}
+arms:
+  - {objective: DuMo, recipe: moons}
+  - {objective: MeanFlow, recipe: moons-meanflow, set: [train.clip=2.0]}
+"""
+
+
+def own_plan(tmp_path: Path, text: str = OWN, cost: str = "passes") -> Plan:
+    """The plan in a file of this text."""
+    (tmp_path / "mine.yaml").write_text(text.replace("COST", cost), encoding="utf-8")
+    return read_plan(str(tmp_path / "mine.yaml"))
+
+
+def test_a_file_holds_a_plan_as_dumos_are(tmp_path: Path) -> None:
+    cells = list(own_plan(tmp_path).cells("laptop"))
+    assert [cell.name for cell in cells] == ["dumo-3", "dumo-5", "meanflow-3", "meanflow-5"]
+    dumo, _, meanflow, _ = cells
+    total = 200 * Cost(dumo.spec).units
+    assert (dumo.spec.train.steps, meanflow.spec.train.steps) == (200, round(total / Cost(meanflow.spec).units))
+    assert (meanflow.spec.train.seed, meanflow.spec.train.clip) == (3, 2.0)
+    require_runnable(cells)
+    require_fair(cells, "operations")
+    require_fair(list(own_plan(tmp_path, OWN.replace("moons-meanflow", "moons")).cells("laptop")), "passes")
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize("kind", ["meanflow", "dumo_any", "imm"])
+def test_another_objective_keeps_the_dropped_labels_and_the_guidance_of_its_recipe(tmp_path: Path, kind: str) -> None:
+    """imm has no field `guide`."""
+    text = OWN.replace("moons-meanflow, set: [train.clip=2.0]", f"moons, set: [objective.kind={kind}]")
+    dumo, _, other, _ = own_plan(tmp_path, text).cells("laptop")
+    assert other.spec.objective.kind == kind
+    kept, brought = (cell.spec.objective.model_dump(include={"drop", "guide"}) for cell in (dumo, other))
+    assert brought == {name: kept[name] for name in brought}
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize("setting", ["evaluate.seed=$seed", "'evaluate.seed=${seed}'"])
+def test_a_setting_may_hold_the_seed(tmp_path: Path, setting: str) -> None:
+    cells = own_plan(tmp_path, f"set: [{setting}]{OWN}").cells("laptop")
+    assert [cell.spec.evaluate.seed for cell in cells] == [3, 5, 3, 5]
+
+
+@pytest.mark.usefixtures("free")
+def test_an_arm_may_have_its_own_dropped_labels(tmp_path: Path) -> None:
+    text = OWN.replace("moons-meanflow, set: [train.clip=2.0]", "moons, set: [objective.guide.zeta=0.2]")
+    *_, cell = own_plan(tmp_path, f"set: [data.labelled=true, objective.drop=0.3]{text}").cells("laptop")
+    assert cell.spec.objective.drop == 0.3
+    assert cell.spec.objective.needs.guide.zeta == 0.2
+
+
+@pytest.mark.usefixtures("free")
+def test_a_run_that_would_end_by_the_clock_has_steps(tmp_path: Path) -> None:
+    cells = own_plan(tmp_path, OWN.replace("recipe: moons}", "recipe: my-images}")).cells("laptop")
+    assert {cell.spec.train.minutes for cell in cells} == {None}
+
+
+def test_code_in_a_file_is_run_if_somebody_agreed(tmp_path: Path) -> None:
+    """A setting in a file is not one that was typed."""
+    text = OWN.replace("train.clip=2.0", "objective.kind=not_mine:Robust")
+    with pytest.raises(UserError, match="not_mine:Robust"):
+        own_plan(tmp_path, text)
+    with trust.trusting():
+        assert own_plan(tmp_path, text).arms[1].set == ("objective.kind=not_mine:Robust",)

@@ -1,20 +1,18 @@
-"""Tables are means over seeds; curves are read off rightly; charts have the best on top."""
+"""Tables are means over seeds, in which arms are compared seed by seed; charts have the best on top."""
 
 from collections.abc import Sequence
+from math import sqrt
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 
 import pytest
 import torch
 
-import measured
 from dumo.config.load import load
 from dumo.flow.generate import Samples
-from dumo.lab import arm_picture, fig4b, ours, paper, table
+from dumo.lab import arm_picture, fig4b, paper, table
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read_plan
-from dumo.lab.reproduce import VIEWS, View, write_charts
 from dumo.run.index import Index
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
@@ -30,7 +28,9 @@ def result(
     spec = load(source, [f"train.seed={seed}"])
     name = "-".join(map(str, labels.values()))
     found = {"step": 1, "results": rows, "contrast": [], **report}
-    return Result(Cell(f"{name}-{seed}", spec, labels), RunFolder(spec, Index.read(Path("x")), NET, 1, "w"), found)
+    made = Result(Cell(f"{name}-{seed}", spec, labels), Path("x"), found)
+    made.__dict__["trained"] = RunFolder(spec, Index.read(Path("x")), NET, 1, "w")
+    return made
 
 
 def row(nfe: int, distance: float, **more: float | None) -> dict[str, Any]:
@@ -72,12 +72,62 @@ def test_a_spread_over_subsets_is_no_error_of_a_table() -> None:
     assert "error" not in averages
 
 
+def scored(arm: str, seed: int, distance: float, score: str = "mmd", error: float | None = 0.01) -> Result:
+    """A cell with one score in one pass."""
+    row: dict[str, Any] = {"nfe": 1, "solver": "hop", score: distance}
+    if error is not None:
+        row[f"{score}_sd"] = error
+    return result({"objective": arm}, seed, [row])
+
+
+def test_arms_are_compared_seed_by_seed() -> None:
+    """Seeds scatter more than the arms differ: what is common to both cancels."""
+    results = [scored("a", seed, x) for seed, x in enumerate((1.0, 1.3, 1.6))]
+    results += [scored("b", seed, x) for seed, x in enumerate((1.1, 1.4, 1.73))]
+    results += [scored("c", seed, x) for seed, x in enumerate((1.2, 1.2, 1.6))]
+    a, b, c = table.ranked_table(results)
+    assert [row["best"] for row in (a, b, c)] == ["*", "", "*"]
+    assert (a["behind"], a["margin"]) == (None, None)
+    assert b["behind"] == pytest.approx(0.11)
+    assert b["margin"] == pytest.approx(4.302653 * sqrt(0.0003) / sqrt(3), rel=1e-5)  # t(0.975, 2)
+    assert [*a][:4] == ["objective", "nfe", "best", "mmd"]
+
+
+def test_an_arm_near_zero_is_best_and_so_is_what_is_level_with_it() -> None:
+    """An unbiased distance may be 0, and its error then is above it."""
+    distances = {"a": (0.02, -0.01, 0.0), "b": (0.03, 0.01, -0.01), "c": (1.0, 1.1, 1.2)}
+    results = [scored(arm, seed, x) for arm, values in distances.items() for seed, x in enumerate(values)]
+    assert [row["best"] for row in table.ranked_table(results)] == ["*", "*", ""]
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "marks"),
+    [
+        ("mmd", 0.01, ["*", "*"]),  # by standard errors
+        ("kid", 0.01, ["", ""]),  # a spread over subsets is no standard error
+        ("fid", None, ["", ""]),  # nobody can say what is level with the best
+        ("clip_score", 0.01, ["", ""]),  # higher is better
+    ],
+)
+def test_arms_of_one_seed_are_ranked_by_standard_errors_alone(
+    score: str, error: float | None, marks: list[str]
+) -> None:
+    rows = table.ranked_table([scored("a", 0, 1.0, score, error), scored("b", 0, 1.01, score, error)])
+    assert [row["best"] for row in rows] == marks
+
+
+def test_arms_are_compared_within_a_budget() -> None:
+    rows = [({"arm": arm, "budget": budget}, x) for arm, budget, x in (("a", 1, 4.0), ("b", 1, 9.0), ("a", 3, 2.0))]
+    results = [result(labels, 0, [{"nfe": 1, "solver": "hop", "mmd": x, "mmd_sd": 0.1}]) for labels, x in rows]
+    assert [row["best"] for row in table.ranked_table(results)] == ["*", "", "*"]
+
+
 def test_seeds_that_failed_are_named_by_their_arm() -> None:
     """Which is told by all columns of the plan."""
     cells = [result({"arm": "x", "at": at}, seed, []).cell for at in (0.1, 0.2) for seed in (0, 1)]
     rows = [{"arm": "x", "at": at, "nfe": 1} for at in (0.1, 0.2)]
-    named = table.with_diverged_seeds(rows, ["arm", "at"], cells, ["x-0.2-0", "x-0.2-1"])
-    assert [row["diverged"] for row in named] == ["", "0, 1"]
+    named = table.with_failed_seeds(rows, ["arm", "at"], cells, ["x-0.2-0", "x-0.2-1"])
+    assert [row["failed"] for row in named] == ["", "0, 1"]
 
 
 def test_markdown() -> None:
@@ -110,42 +160,13 @@ def test_steps_are_compared_within_rounds() -> None:
     assert (found[fig4b.DUMO]["F_by_time"], found[fig4b.DUMO]["steps_per_second"]) == (6, 0.5)
 
 
-def test_the_power_by_which_distances_fall_has_an_error_by_seeds() -> None:
-    """Of seed 0 by the root of the budget, of seed 1 in proportion to it; in two passes not at all."""
-    exact = {"mmd_sd": 0.0}
-    done = [
-        result({"arm": "a", "budget": budget}, seed, [row(1, 5 / budget**power, **exact), row(2, 7.0, **exact)])
-        for budget in (1, 3, 10)
-        for seed, power in enumerate((0.5, 1.0))
-    ]
-    done.append(result({"arm": "a", "budget": 3}, 2, [row(1, 9.0, **exact), row(2, 7.0, **exact)]))  # no curve
-    done.append(result({"arm": "b", "budget": 3}, 0, [row(1, 9.0, **exact), row(2, 7.0, **exact)]))
-    found = ours.scaling_table(read_plan("scaling"), done)
-    slopes = {(row["arm"], row["nfe"]): (row["slope"], row["slope_error"]) for row in found}
-    assert slopes["a", 1] == pytest.approx((-0.75, 0.25))
-    assert slopes["a", 2] == pytest.approx((0, 0))
-    assert slopes["b", 1] == slopes["b", 2] == (None, None)  # no seed has a curve
-
-
-def test_the_error_of_a_slope_is_its_scatter_over_points_redrawn() -> None:
-    """Points of errors of one percent and two, about a slope of -1.5."""
-    g = torch.Generator().manual_seed(0)
-    points: ours.Curve = [(x, x**-1.5, sd * x**-1.5) for x, sd in ((1, 0.01), (3, 0.02), (10, 0.01))]
-    slope, error = ours.fit_power_law(points)
-    draws = (torch.randn(3, generator=g).tolist() for _ in range(2000))
-    found = [
-        ours.fit_power_law([(x, y + sd * e, sd) for (x, y, sd), e in zip(points, es, strict=True)])[0] for es in draws
-    ]
-    assert slope == pytest.approx(-1.5)
-    assert stdev(found) == pytest.approx(error, rel=0.06)
-
-
 def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(arm_picture.chart, "dots", lambda *given: seen.append(given))
     rows = [("a", 1, 3.0), ("a", 2, 0.1), ("b", 2, 0.05), ("c", 1, 2.0), ("c", 2, 9.0)]  # b has no single pass
+    plan = read_plan("latents")
     arm_picture.ranking_chart(
-        "T", [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows]
+        plan, [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows]
     )
     ((_, x, points, names),) = seen
     assert list(points) == ["c", "a", "b"]
@@ -190,41 +211,3 @@ def test_a_sheet_has_ten_columns_of_however_many_classes(
     sheet = arm_picture._sheet(result({"arm": "x"}, 0, [row(1, 1.0)], source, card={"nfe": [1]}))
     assert made_of == [*shown, *shown]
     assert sheet.width == 10 * 66 - 2
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", ["best", "fair", "fig4a", "fig4c", "zoo"])
-def test_results_are_drawn_again(name: str, tmp_path: Path) -> None:
-    """Of the numbers as they were measured: the deviation of the main score is in the cells."""
-    found = measured.results(name)
-    for stored, again in zip(found["table"], table.from_cells(found), strict=True):
-        assert again["fd"] == pytest.approx(stored["fd"])
-        assert sum(row["fd"] for row in again["by_seed"].values()) == pytest.approx(again["seeds"] * again["fd"])
-        assert again["fd_sd"] == pytest.approx(stored["fd_sd"])
-    files = write_charts(read_plan(name), VIEWS.get(name, View()), table.from_cells(found), tmp_path)
-    assert {file.stem.partition("-nfe")[0] for file in files} == {name}
-    for file in files:
-        with arm_picture.Image.open(file) as picture:
-            assert min(picture.size) > 300
-            assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50  # not blank
-
-
-def test_a_class_that_is_confused_is_far() -> None:
-    """The class FD is near for a class's own images, and far where two classes are swapped."""
-    run = load("digits", ["data.held=360"])
-    trained = RunFolder(run, Index.read(Path("x")), NET, 1, "w")
-    real = ours.class_moments(run.data, run.evaluate.protocol.kind)
-    assert len(real) == 10
-    x, c = run.data.open().reference(1797, 0)
-
-    def as_class(swap: dict[int, int]) -> float:
-        images = {k: x[c == swap.get(k, k)] for k in range(10)}
-
-        def made(sampler: Sampler, c: Cond, nfe: int, seed: int) -> Samples:
-            return Samples(torch.stack([images[k][i % 100] for i, k in enumerate(c.tolist())]), nfe)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Sampler, "sample", made)
-            return ours.class_fd(trained.sampler, run.evaluate, real)
-
-    assert as_class({1: 7, 7: 1}) > 3 * as_class({})

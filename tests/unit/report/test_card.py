@@ -12,7 +12,7 @@ from dumo.report.card import protocol_settings, validate_report
 from dumo.report.compare import compare, differing_fields, require_comparable, shorten_hashes
 from dumo.report.score import mark_best
 from dumo.types import UserError
-from fuzz.file import EVALUATION
+from e2e.test_damaged_files import EVALUATION
 
 CARD: dict[str, Any] = {
     "protocol": "folder",

@@ -20,7 +20,7 @@ from dumo.encoders.tokens import ByteTokenizer
 from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
-from dumo.lab.step_bench import PlainStep
+from dumo.lab.bench import PlainStep
 from dumo.nets.dit import DiT
 from dumo.nets.route import Route
 from dumo.nets.text import LearnedTexts

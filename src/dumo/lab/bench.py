@@ -1,44 +1,37 @@
-"""`dumo bench step`: a training step with every slope: its operations, time, memory and error.
+"""`dumo bench`: time a training step with every slope, and count its operations, memory and error.
 
-A slope is a way to take du/dt (`dumo.flow.slope`). `measure` is the entrance. In this order it
+A slope is a way to compute du/dt (`dumo.flow.slope`). A step is the forward pass, the targets and the backward pass on
+random data, without the optimizer. The unit is F, a forward pass: a third of the plain flow-matching step of the same
+network in the same precision, or a quarter if blocks are recomputed in the backward pass (checkpointing). The error of
+a slope is relative to the derivative in float64 (`slope_error`).
 
-1. lists a row for every slope and precision (`_variants`), and first of each precision the plain step (`PlainStep`);
-2. builds the net once for all rows (`prepare`, which returns a `StepBench`);
-3. for each row judges its slope, counts operations and bytes, and makes its step (`StepBench.attempt`);
-4. times all steps in turn, and completes the rows (`with_times`).
-
-A step is the forward pass, the targets and the backward pass, without the optimizer, on random data. Its yardstick is
-the plain flow-matching step of the same net in the same precision: three forward passes (3 F), four where the blocks
-are computed again in the backward pass (checkpointing). The error of a slope is relative to the true derivative
-(`slope_error`).
+`measure` is the entry point. `prepare` and `StepBench.make_step` also serve Figure 4b (`dumo.lab.fig4b`).
 """
 
 import copy
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.flow import dropout
 from dumo.flow.draw import draw, path_velocity
-from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import null_nonfinite
 from dumo.lab import random_net
-from dumo.plan import machine
 from dumo.run import cost, examination, memory, trial_net
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import RoundTimes, Stopwatch, quartiles
 from dumo.training.compile import compile_blocks
-from dumo.training.spec import Train
 from dumo.types import (
     Frozen,
     Needs,
@@ -55,124 +48,151 @@ from dumo.types import (
     mean_square,
 )
 
-Step = Callable[[], None]  # makes one training step
+# Makes one training step.
+Step = Callable[[], None]
 
-_COMPILE_CHOICES = ("none", "blocks", "loss")  # what may be compiled
-PLAIN = "none"  # the name of the plain step in the column of slopes
-_PLAIN_UNITS = 3  # forward passes of a plain step: one, and a backward pass that costs two
-_MIN_JUDGED_ROWS = 8  # rows of a batch on which du/dt is judged, at least: ours
-_MAX_COMPILED_VARIANTS = 64  # of one block, which serves every precision, slope and number of rows: ours
-# the class of each slope, by its kind
+# What may be compiled: nothing, each block of the network, or the whole loss.
+_COMPILE_CHOICES = ("none", "blocks", "loss")
+# The name of the plain flow-matching step in the column of slopes.
+PLAIN = "none"
+# Forward passes of a plain step: one, and a backward pass that costs two.
+_PLAIN_UNITS = 3
+# du/dt is compared on at least so many rows.
+_MIN_EXAMINED_ROWS = 8
+# Compiled variants of one block, which serves every precision, slope and number of rows.
+_MAX_COMPILED_VARIANTS = 64
+# The class of each slope, by its kind.
 SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """The measures of one slope in one precision. None: not available, or not measured."""
+    """What was measured of one slope in one precision; None if it is not available."""
 
     slope: str
     precision: Precision
     compile: str
-    way: str | None = None  # how dual numbers get the tangent: tape, ride or pass
-    refused: str | None = None  # why training would not take this slope
-    units_counted: float | None = None  # operations, in forward passes F
-    units_timed: float | None = None  # time, in forward passes F: the median
-    units_low: float | None = None  # and the lower quartile
-    units_high: float | None = None  # and the upper quartile
-    milliseconds: float | None = None  # the median
+    # How dual numbers compute the tangent: tape, ride or pass.
+    way: str | None = None
+    # Why training would refuse this slope.
+    refused: str | None = None
+    # Operations in F, and the quartiles of the time in F.
+    units_counted: float | None = None
+    units_timed: float | None = None
+    units_low: float | None = None
+    units_high: float | None = None
+    # Medians.
+    milliseconds: float | None = None
     images_per_second: float | None = None
-    bytes_before: int | None = None  # in use before the step: weights, batch
-    bytes: int | None = None  # the most that the step itself has in use at one time
+    # Bytes in use before the step (weights and batch), and the most that the step itself has in use at one time.
+    bytes_before: int | None = None
+    bytes: int | None = None
     bytes_over_central: float | None = None
-    error: float | None = None  # of du/dt, relative
-    share_of_peak: float | None = None  # counted operations per second over the GPU's bf16 peak
+    # The relative error of du/dt.
+    error: float | None = None
+    # Counted operations per second over the GPU's bf16 peak.
+    share_of_peak: float | None = None
 
 
 @dataclass(frozen=True)
 class StepBench:
-    """What makes and measures the steps of all rows: the net, and how it is trained. `prepare` makes it."""
+    """A network and how it is trained, for steps with any slope. `prepare` makes it."""
 
-    path: FlowPath
-    train: Train
-    classes: int
-    shape: tuple[int, ...]  # of a sample
+    run: Run
     device: torch.device
-    compile: str  # one of _COMPILE_CHOICES
-    meta_net: nn.Module  # the net on the meta device
+    # One of _COMPILE_CHOICES.
+    compile: str
+    # The network on the meta device.
+    meta_net: nn.Module
     net: nn.Module
-    ref: Frozen  # theta^-, as in training
+    # theta^-, as in training.
+    ref: Frozen
+    # The share of the training that is done, for objectives whose loss changes with it.
+    progress: float
 
     def attempt(self, row: StepRow, objective: Objective) -> tuple[StepRow, Step | None]:
-        """The row with all measures but times, and its step.
+        """The row with its error, operations and bytes, and its step.
 
-        Where the step cannot be made, it is None, and the row's `refused` says why. Raises what a plain step raises:
+        If the step cannot be made, it is None and the row's `refused` says why. Errors of the plain step are raised:
         without it nothing can be compared.
         """
         try:
-            step = self.make_step(row, objective)
-            judged_row = self.judge(row, objective)
-            return self.count(judged_row, objective, step), step
+            step = self.make_step(objective, row.precision, row.compile)
+            examined_row = self.examine(row, objective)
+            return self.count(examined_row, objective, step), step
         except (UserError, torch.OutOfMemoryError) as error:
             if row.slope == PLAIN:
                 raise
             return replace(row, refused=str(error).splitlines()[0]), None
 
     def _draw_batch(self, objective: Objective, rows: int) -> Noised:
-        """A batch of random data and labels, with noise added as when the objective is trained."""
-        x, c = random_batch("bench", rows, self.shape, self.classes)
+        """A batch of random data and labels, with noise added as in training."""
+        data = self.run.data
+        x, c = random_batch("bench", rows, data.shape, data.classes)
         x, c = x.to(self.device), c.to(self.device)
-        return draw(objective, self.path, x, c, self.classes, seed=0, step=0, teacher=path_velocity)
+        return draw(
+            objective,
+            self.run.path,
+            x,
+            c,
+            data.classes,
+            seed=0,
+            step=0,
+            progress=self.progress,
+            teacher=path_velocity,
+        )
 
-    def make_step(self, row: StepRow, objective: Objective) -> Step:
-        """The step of a row: forward pass, targets and backward pass on one batch of random data."""
-        b = self._draw_batch(objective, self.train.batch)
+    def make_step(self, objective: Objective, precision: Precision, compile: str) -> Step:
+        """A training step without the optimizer: forward pass, targets and backward pass on one random batch."""
+        b = self._draw_batch(objective, self.run.train.batch)
         loss = objective.loss
-        if row.compile == "loss":
+        if compile == "loss":
             loss = torch.compile(objective.loss, fullgraph=True, dynamic=False)
 
         def step() -> None:
             self.net.zero_grad()
-            with product_precision(row.precision, self.device), self._compile_mode(row), self._dropout_keys(len(b.t)):
-                with autocast(row.precision, self.device):
+            with product_precision(precision, self.device), self._compile_mode(compile), self._dropout_keys(len(b.t)):
+                with autocast(precision, self.device):
                     mean = loss(self.net, self.ref, b).loss.mean()
                 mean.backward()
 
         return step
 
-    def _compile_mode(self, row: StepRow) -> AbstractContextManager[object]:
-        """Within it, compiled blocks run compiled if the row is of a compiled net, else eagerly."""
-        if row.compile == self.compile:
+    def _compile_mode(self, compile: str) -> AbstractContextManager[object]:
+        """A context in which compiled blocks run eagerly, unless the step is of a compiled network."""
+        if compile == self.compile:
             return nullcontext()
         return torch.compiler.set_stance("force_eager")
 
     def _dropout_keys(self, rows: int) -> AbstractContextManager[None]:
-        """Within it, passes of this number of rows use dropout and routing as in training."""
+        """A context in which passes of this number of rows use dropout and routing as in training."""
         return dropout.using(dropout.keys(0, 0, rows).to(self.device))
 
-    def judge(self, row: StepRow, objective: Objective) -> StepRow:
-        """The row with the error of its slope, if it has one. A compiled loss is judged as it is without compiling."""
+    def examine(self, row: StepRow, objective: Objective) -> StepRow:
+        """The row with the error of its slope. A compiled loss is examined as it is without compiling."""
         if row.slope == PLAIN:
             return row
-        row_multiple = cost.exact_rows(objective)  # the batch has a multiple of these
-        b = self._draw_batch(objective, row_multiple * max(_MIN_JUDGED_ROWS // row_multiple, 1))
-        with using(row.precision, self.device), self._compile_mode(row), self._dropout_keys(len(b.t)):
+        row_multiple = cost.exact_rows(objective)
+        b = self._draw_batch(objective, row_multiple * max(_MIN_EXAMINED_ROWS // row_multiple, 1))
+        with using(row.precision, self.device), self._compile_mode(row.compile), self._dropout_keys(len(b.t)):
             return replace(row, error=slope_error(self.net, self.ref, objective, b))
 
     def count(self, row: StepRow, objective: Objective, step: Step) -> StepRow:
-        """The row with its operations and bytes, and how dual numbers get the tangent.
+        """The row with its operations and bytes, and how dual numbers compute the tangent.
 
         Bytes are counted on a CPU; on a GPU the allocator measures them.
         """
-        rows = self.train.batch
-        ref = self.train.ref
-        step_cost = cost.step_cost(self.meta_net, objective, self.path, self.shape, rows=rows, ref=ref)
+        run = self.run
+        shape, rows, ref = run.data.shape, run.train.batch, run.train.ref
+        step_cost = cost.step_cost(self.meta_net, objective, run.path, shape, rows=rows, ref=ref)
         if self.device.type == "cuda":
-            step()  # kernels keep memory after their first call
+            # Kernels keep memory after their first call.
+            step()
             self.net.zero_grad()
             step_memory = memory.allocated_bytes(step, self.device)
         else:
             step_memory = memory.step_bytes(
-                self.meta_net, objective, self.path, self.shape, rows=rows, ref=ref, precision=row.precision
+                self.meta_net, objective, run.path, shape, rows=rows, ref=ref, precision=row.precision
             )
         return replace(
             row,
@@ -188,73 +208,70 @@ def measure(
     *,
     slopes: Sequence[str] | None = None,
     precisions: Sequence[str] = ("fp32",),
-    shape: Sequence[int] | None = None,
     compile: str = "none",
     rounds: int = 9,
-    peak_tflops: float | None = None,
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Measure each slope in each precision at the run's batch, and always the plain step, `none`; return the report.
+    """Measure each slope in each precision at the run's batch, and the plain step, `none`; return the report.
 
-    `slopes` None: all. A slope that training refuses is measured all the same where it can be, and its row says why.
+    `slopes` None takes all. A slope that training refuses is measured if possible, and its row says why it is refused.
     Raises UserError for a slope, precision or way to compile that this run or device does not have.
     """
+    # List the rows, and make the step of each.
     torch_device = choose_device(device)
-    shape = tuple(shape or run.data.shape)
-    batch = run.train.batch
     known_precisions = random_net.checked_precisions(precisions, torch_device)
     variants = list(_variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
-    bench = prepare(run, shape, torch_device, compile)
+    bench = prepare(run, torch_device, compile)
     attempts = [bench.attempt(row, objective) for row, objective in variants]
+
+    # Time all steps in turn, so that a slow minute slows all of them.
     steps = [step for _, step in attempts if step]
     seconds = Stopwatch.for_bench(torch_device).time_rounds(steps, rounds, bar=bar, title="training steps")
 
-    flops = cost.forward_flops(bench.meta_net, run.objective, shape)
-    peak = peak_tflops or known_peak_tflops(torch_device)
-    seconds_at_peak = batch * flops / (1e12 * peak) if peak else None
-    rows = with_times(attempts, seconds, batch, seconds_at_peak)
+    # Write the report.
+    batch = run.train.batch
+    flops = cost.forward_flops(bench.meta_net, run.objective, run.data.shape)
+    peak = known_peak_tflops(torch_device)
+    rows = with_times(attempts, seconds, batch, batch * flops / (1e12 * peak) if peak else None)
     return {
         "net": run.net.model_dump(),
         "objective": run.model_dump(mode="json")["objective"],
-        "shape": shape,
+        "shape": run.data.shape,
         "batch": batch,
         "parameters": sum(p.numel() for p in bench.net.parameters()),
         "forward_flops_per_image": flops,
         "rounds": rounds,
-        "machine": machine.hardware(torch_device).text,
+        "machine": device_name(torch_device),
         "threads": torch.get_num_threads(),
         "versions": software_versions(),
         "rows": [null_nonfinite(asdict(row)) for row in rows],
     }
 
 
-def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str) -> StepBench:
-    """Build the net for samples of this shape, and theta^-; with `compile` "blocks", compile the net's blocks.
+def prepare(run: Run, device: torch.device, compile: str = "none", progress: float = 0.0) -> StepBench:
+    """Build the network of a run with random weights, and theta^-; with `compile` "blocks", compile its blocks.
 
-    Raises UserError where the net does not fit the shape or the memory, or has no blocks to compile.
+    Raises UserError if the network does not fit the memory, or has no blocks to compile.
     """
     require_known("way to compile", compile, _COMPILE_CHOICES)
     needs = run.objective.needs
-    classes = run.data.classes
+    shape, classes = run.data.shape, run.data.classes
     net_with_texts = trial_net.with_random_texts_if_missing(run.net)
     net = random_net.build(net_with_texts, needs, shape, classes, device, rows=run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
         torch.compiler.config.recompile_limit = _MAX_COMPILED_VARIANTS
-        compile_blocks(net, dynamic=False)  # as training does, tape and all
+        compile_blocks(net, dynamic=False)
     meta_net = random_net.build_on_meta(run.net, needs, shape, classes)
-    return StepBench(
-        path=run.path,
-        train=run.train,
-        classes=classes,
-        shape=shape,
-        device=device,
-        compile=compile,
-        meta_net=meta_net,
-        net=net,
-        ref=ref,
-    )
+    return StepBench(run, device, compile, meta_net, net, ref, progress)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU or processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
 
 
 def _variants(
@@ -266,7 +283,7 @@ def _variants(
 ) -> Iterator[tuple[StepRow, Objective]]:
     """For each precision the plain step, then every slope: the row without measures, and the objective.
 
-    Raises UserError for an unknown slope, or any where the objective has none.
+    Raises UserError for an unknown slope, or any if the objective has none.
     """
     objective_slope = slope_of(objective)
     if slopes is not None:
@@ -278,14 +295,16 @@ def _variants(
     for name in slope_names:
         require_known("slope", name, [*SLOPES, PLAIN])
         if objective_slope is None:
-            raise UserError(f"objective '{objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed")
+            raise UserError(f"objective '{objective.kind}' has no slope: only its plain step '{PLAIN}' can be timed")
     for precision in precisions:
         yield StepRow(PLAIN, precision, compile), PlainStep(of=objective)
         for name in slope_names:
             slope = SLOPES[name]()
             if objective_slope and objective_slope.kind == name:
-                slope = objective_slope  # with the run's own settings
-            row_compile = "none" if name == "jvp" else compile  # inductor fails on jvp (torch 2.13)
+                # Keep the run's own settings.
+                slope = objective_slope
+            # Inductor fails on jvp (torch 2.13).
+            row_compile = "none" if name == "jvp" else compile
             row = StepRow(name, precision, row_compile, refused=_refusal(slope, precision, time_scale))
             if isinstance(slope, CentralSlope):
                 slope = _UncheckedSlope(h=slope.h)
@@ -293,7 +312,7 @@ def _variants(
 
 
 def _refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope
-    """Why training would not take this slope; None where it would."""
+    """Why training would refuse this slope; None if it would not."""
     try:
         slope.check(precision, time_scale)
     except UserError as error:
@@ -306,25 +325,27 @@ def with_times(
 ) -> Iterator[StepRow]:
     """Yield the rows with their times in forward passes of the plain step, and their bytes over those of `central`.
 
-    `attempts` are the rows with their steps, `seconds` (steps, rounds) the times of all steps that are not None. The
-    plain step of each precision has one. `seconds_at_peak`: what a forward pass of the batch would take at the
-    GPU's peak.
+    attempts: the rows with their steps. The plain step of each precision has one.
+    seconds: (steps, rounds), the times of all steps that are not None.
+    seconds_at_peak: what a forward pass of the batch would take at the GPU's peak.
     """
-    central_bytes = {row.precision: row.bytes for row, _ in attempts if row.slope == "central"}
-    timed_attempts = [number for number, (_, step) in enumerate(attempts) if step]
-    seconds_of_attempt = dict(zip(timed_attempts, seconds.unbind(), strict=True))  # (rounds,), by the attempt's number
-    unit_seconds: dict[Precision, Tensor] = {}  # of a forward pass, (rounds,)
+    numbers_of_steps = [number for number, (_, step) in enumerate(attempts) if step]
+    seconds_of_row = dict(zip(numbers_of_steps, seconds.unbind(), strict=True))
+    unit_seconds: dict[Precision, torch.Tensor] = {}
+    central_bytes: dict[Precision, int | None] = {}
     for number, (row, _) in enumerate(attempts):
         if row.slope == PLAIN:
-            units = round(row.units_counted or _PLAIN_UNITS)  # 4 with checkpointing
-            unit_seconds[row.precision] = seconds_of_attempt[number] / units
+            units = round(row.units_counted or _PLAIN_UNITS)
+            unit_seconds[row.precision] = seconds_of_row[number] / units
+        if row.slope == "central":
+            central_bytes[row.precision] = row.bytes
 
     for number, (row, _) in enumerate(attempts):
         central = central_bytes.get(row.precision)
         if row.bytes and central:
             row = replace(row, bytes_over_central=row.bytes / central)
-        if number in seconds_of_attempt:
-            step_seconds = seconds_of_attempt[number]
+        if number in seconds_of_row:
+            step_seconds = seconds_of_row[number]
             low, median, high = quartiles(step_seconds / unit_seconds[row.precision])
             median_seconds = step_seconds.median().item()
             share_of_peak = None
