@@ -1,7 +1,5 @@
 """What the pages have people type. Tests run the blocks that say `sh`. Those that say `bash`, which need a GPU, weights
 or hours, and commands within a sentence are only parsed.
-
-python tests/docs/page.py    # how much of each there is
 """
 
 import re
@@ -54,16 +52,3 @@ def dumos(typed: list[str]) -> list[list[str]]:
 def inline(page: Path) -> list[str]:
     """Commands in sentences and tables."""
     return INLINE.findall(page.read_text(encoding="utf-8"))
-
-
-def main() -> None:
-    """Count."""
-    words = sum(len(page.read_text(encoding="utf-8").split()) for page in ALL)
-    run = sum(len(dumos(lines(page, "sh"))) for page in PAGES)
-    parsed = sum(len(dumos(lines(page, "bash") + inline(page))) for page in PAGES)
-    python = sum(len(blocks(page, "python")) for page in PAGES)
-    print(f"{words:,} words on {len(ALL)} pages; {run} commands and {python} blocks of Python run, {parsed} parsed")
-
-
-if __name__ == "__main__":
-    main()

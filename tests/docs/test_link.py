@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")])
+PAGES = sorted(
+    [ROOT / "llms.txt", *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
+)
 CODE = re.compile(r"^ *```.*?^ *```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 
@@ -44,6 +46,14 @@ def test_a_wrong_link_is_found() -> None:
     page = ROOT / "docs/glossary.md"
     said = "[a](no.md) [b](gpus.md) [c](gpus.md#nowhere) [d](#words) [e](#wor) [f](https://x.org/y#z) `[g](h)`"
     assert wrong(page, said) == ["no.md", "gpus.md#nowhere", "#wor"]
+
+
+def test_all_pages_are_listed() -> None:
+    """But decisions and the reference, which pages of their own list."""
+    text = (ROOT / "llms.txt").read_text(encoding="utf-8")
+    pages = [page.relative_to(ROOT).as_posix() for page in PAGES if (ROOT / "docs") in page.parents]
+    elsewhere = ("docs/adr/", "docs/reference/")
+    assert [page for page in pages if not page.startswith(elsewhere) and f"]({page})" not in text] == []
 
 
 def test_code_names_pages_that_are_there() -> None:

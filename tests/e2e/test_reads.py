@@ -34,7 +34,6 @@ COMMANDS = {  # typed in a folder that holds `run`, and which of WATCHED are rea
     "train run --out other --set train.steps=1": SETTINGS,
     "show run": SETTINGS,
     "dry run": SETTINGS,
-    "bench data run --batches 1": SETTINGS,
     "log run": set[str](),
 }
 reads: Counter[Path] = Counter()  # of the files WATCHED

@@ -90,7 +90,7 @@ def digits_here(what: str, trained: dict[str, Path]) -> None:
         Image.new("RGB", (16, 16), (i, 0, 0)).save(f"digits/class/{i}.png")
 
 
-READING = (["show"], ["train", "--yes"], ["encode", "--codec", "taef2"], ["bench", "data"], ["dry"])
+READING = (["show"], ["train", "--yes"], ["encode", "--codec", "taef2"], ["dry"])
 
 
 @pytest.mark.parametrize("what", tiered(["a run", "images"], ci=["a run"]))
@@ -99,17 +99,13 @@ def test_a_folder_of_a_recipes_name_is_not_taken_for_it(what: str, here: Path, t
     digits_here(what, trained)
     both = (f"the folder here, which holds {what}", "write dumo:digits for dumo's, or ./digits for the folder")
     for first, *rest in READING:
-        words = [first, rest.pop(0), "digits"] if first == "bench" else [first, "digits", *rest]
-        refused(*words, named=both)
+        refused(first, "digits", *rest, named=both)
     assert "kind: digits" in call("show", "dumo:digits").out
-    assert call("bench", "data", "dumo:digits", "--batches", "1", "--step-seconds", "1").code == 0
     assert call("train", "dumo:digits", *TINY).code == 0
     assert Path("runs/digits/run.yaml").is_file()
     if what == "a run":
         assert call("train", "./digits").code == 0
         assert call("train", "digits", *TINY, "--out", "digits").code == 0  # the same command again
-    else:
-        assert call("bench", "data", "./digits", "--side", "16", "--batches", "1").code == 0
 
 
 @pytest.mark.nightly
@@ -120,7 +116,6 @@ def test_a_folder_of_a_recipes_name_that_holds_neither_is_no_rival(here: Path) -
     assert call("show", "digits").out == call("show", "dumo:digits").out
     assert call("train", "digits", *TINY).code == 0
     refused("encode", "digits", named=("digits trains on data 'digits', not on latents",))
-    assert call("bench", "data", "digits", "--batches", "1", "--step-seconds", "1").code == 0
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def test_one_process_trains_in_a_folder(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["sample", "R", "--checkpoints", "all"], ["report", "R"], ["reproduce", "fig3"], ["bench", "step"]]
+    "words", [["sample", "R", "--checkpoints", "all"], ["report", "R"], ["reproduce", "fig3"], ["bench"]]
 )
 def test_work_that_ranks_do_not_share_is_refused(
     words: list[str], here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -83,7 +83,7 @@ def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
     ("words", "slow"),
     [
         (["evaluate", "run", "--nfe", "1"], "dumo.report.evaluate.score_passes"),
-        (["reproduce", "fig3", "--out", "a b"], "dumo.lab.cell.finish"),
+        (["reproduce", "fig3", "--out", "a b"], "dumo.lab.cell.run_in_processes"),
     ],
 )
 def test_interrupts(

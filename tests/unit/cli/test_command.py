@@ -18,10 +18,7 @@ from dumo.report import sample as report_sample
 from e2e.shell import call
 
 PROGRAM: Any = typer.main.get_command(cli.app)
-BENCHES = PROGRAM.commands["bench"].commands
-COMMANDS = {name: command for name, command in PROGRAM.commands.items() if name != "bench"} | {
-    f"bench {name}": command for name, command in BENCHES.items()
-}
+COMMANDS = PROGRAM.commands
 
 
 def parameters_of(name: str) -> dict[str, Any]:
