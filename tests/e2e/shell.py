@@ -93,7 +93,7 @@ def ranks(
     for k, words in enumerate(commands):
         mine = told | {"RANK": f"{k}", "LOCAL_RANK": f"{k}"}
         if counts:
-            mine |= {"TORCHELASTIC_RESTART_COUNT": f"{counts[k]}", "DUMO_TIMEOUT": "20"}
+            mine |= {"TORCHELASTIC_RESTART_COUNT": f"{counts[k]}"}
         started.append(start(*words, cwd=cwd, env=mine))
     return started
 

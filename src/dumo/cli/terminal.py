@@ -182,7 +182,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 
     Exit code 2 is for what the user gave: UserError, values that pydantic refuses, bad YAML, files that cannot be read
     or written (a full disk, too), and what the Hugging Face Hub refuses. Exit code 1 is for a machine or a run that
-    failed: out of memory, divergence, a lost rank.
+    failed: out of memory, divergence.
 
     The classes of errors are looked up among the imported modules, so that explaining an error imports none of them.
     """
@@ -192,7 +192,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         message = f"out of memory at {amount[1]} more" if amount else "out of memory"
         hints = getattr(error, "__notes__", [MEMORY_FIX])
         return f"{message}: {'; '.join(hints)}", 1
-    if _is_a(error, "dumo.training.state", "Diverged") or _is_a(error, "dumo.runtime.heartbeat", "Lost"):
+    if _is_a(error, "dumo.training.state", "Diverged"):
         return str(error), 1
 
     if isinstance(error, UserError):

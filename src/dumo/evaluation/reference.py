@@ -121,7 +121,7 @@ def load_or_compute(key: Mapping[str, str], compute: Callable[[], Statistics]) -
     key_hash = digest.of_bytes(json.dumps(dict(key), sort_keys=True).encode())[:16]
     path = cache_folder() / f"statistics-{key_hash}.safetensors"
     loaded_statistics = load_statistics(path, key)
-    rank_flags = dist.all_gather_ragged(torch.tensor([loaded_statistics is not None]))
+    rank_flags = dist.all_gather(torch.tensor([loaded_statistics is not None]))
     is_loaded_on_all = all(bool(flag) for flag in rank_flags)
     if loaded_statistics is not None and is_loaded_on_all:
         return loaded_statistics
@@ -223,8 +223,8 @@ def hash_images(batches: Iterable[Batch]) -> tuple[int, str]:
             image_hashes += bytes.fromhex(sha256)
         hashes.append(torch.tensor(list(image_hashes), dtype=torch.uint8).view(-1, 32))
         numbers.append(index)
-    all_hashes = torch.cat(dist.all_gather_ragged(torch.cat(hashes)))
-    all_numbers = torch.cat(dist.all_gather_ragged(torch.cat(numbers)))
+    all_hashes = torch.cat(dist.all_gather(torch.cat(hashes)))
+    all_numbers = torch.cat(dist.all_gather(torch.cat(numbers)))
     return len(all_numbers), digest.of_bytes(all_hashes[order_of(all_numbers)].numpy().tobytes())
 
 

@@ -131,7 +131,7 @@ def gather(rank_statistics: Statistics, total: int | None = None) -> Statistics:
     """
     merged = rank_statistics
     if dist.world() > 1:
-        tensors_by_name = {name: dist.all_gather_ragged(x) for name, x in _pack(rank_statistics).items()}
+        tensors_by_name = {name: dist.all_gather(x) for name, x in _pack(rank_statistics).items()}
         statistics_by_rank: list[Statistics] = []
         for rank in range(dist.world()):
             statistics_by_rank.append(_unpack({name: tensors[rank] for name, tensors in tensors_by_name.items()}))

@@ -161,9 +161,9 @@ def collect(samples: NumberedSamples, total: int) -> Tensor:
     for index, x in samples:
         indices.append(index.cpu())
         batches.append(x.cpu())
-    batches_by_rank = torch.cat(dist.all_gather_ragged(torch.tensor([len(batches)])))
+    batches_by_rank = torch.cat(dist.all_gather(torch.tensor([len(batches)])))
     if (batches_by_rank == 0).any():  # a rank that raised alone would leave the others waiting for it
         raise UserError("there are no samples to judge: give some, at least one batch to each rank")
-    all_indices = torch.cat(dist.all_gather_ragged(torch.cat(indices)))
-    all_x = torch.cat(dist.all_gather_ragged(torch.cat(batches)))
+    all_indices = torch.cat(dist.all_gather(torch.cat(indices)))
+    all_x = torch.cat(dist.all_gather(torch.cat(batches)))
     return all_x[order_of(all_indices, total)]

@@ -223,7 +223,7 @@ def _missing_prompts(layout: Layout, image_folder: Path, prompts: Sequence[Promp
     is_complete: list[bool] = []
     for prompt in prompts:
         is_complete.append(all((image_folder / name).is_file() for name in layout.files(prompt.name)))
-    is_complete_on_main = dist.all_gather_ragged(torch.tensor(is_complete))[0]
+    is_complete_on_main = dist.all_gather(torch.tensor(is_complete))[0]
     return (~is_complete_on_main).nonzero()[:, 0].tolist()
 
 

@@ -253,7 +253,7 @@ def gather_samples(own_batches: Sequence[generate.Batch], pixels: Sequence[int])
     indices = [batch.index for batch in own_batches]
     x = _gather_in_order(indices, [batch.x for batch in own_batches], torch.zeros(0, *pixels))
     passes = torch.tensor([batch.nfe for batch in own_batches], dtype=torch.long)
-    passes = torch.cat(dist.all_gather_ragged(passes))
+    passes = torch.cat(dist.all_gather(passes))
     return generate.Samples(x, int(passes.unique().item()))
 
 
@@ -264,6 +264,6 @@ def _gather_in_order(own_indices: Sequence[Tensor], own_rows: Sequence[Tensor], 
         return rows  # its numbers rise; a sorted copy would take as much memory again
     no_index = torch.zeros(0, dtype=torch.long)
     index = torch.cat([no_index, *own_indices])
-    index = torch.cat([no_index, *dist.gather_ragged(index)])
-    rows = torch.cat([no_rows, *dist.gather_ragged(rows)])
+    index = torch.cat([no_index, *dist.gather(index)])
+    rows = torch.cat([no_rows, *dist.gather(rows)])
     return rows[index.argsort()]

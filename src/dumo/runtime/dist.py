@@ -1,10 +1,9 @@
 """Several processes that work together: ranks, their collectives, and how they meet.
 
-Inside `join` the processes that torchrun started work together: they meet at a store, watch one another's heartbeat
-(`dumo.runtime.heartbeat`) and make a process group, which ends with it. `rank`, `world` and `is_main` number them.
-`mean`, `all_reduce_max`, `all_gather_ragged`, `gather_ragged`, `num_synced_calls`, `barrier` and `wait_for_all` are
-collectives: every rank must call them. `new_group` serves a second thread. `shorten_timeouts` is called once the first
-step is done.
+Inside `join` the processes that torchrun started work together: they meet at a store and make a process group, which
+ends with it. `rank`, `world` and `is_main` number them. `mean`, `all_reduce_max`, `all_gather`, `gather`,
+`num_synced_calls`, `barrier` and `wait_for_all` are collectives: every rank must call them. `new_group` serves a second
+thread. If a rank ends, torchrun ends the others; a collective that waits longer than `TIMEOUT` fails.
 
 Without torch.distributed there is one rank, number 0, and every collective returns its own tensor.
 
@@ -13,7 +12,6 @@ again. `require_one_process` and `require_distributed_torch` refuse what cannot 
 on: `dumo.runtime.device`.
 """
 
-import math
 import os
 import re
 import time
@@ -22,12 +20,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from secrets import token_hex
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.torch_version import TorchVersion
@@ -35,22 +32,19 @@ from torch.torch_version import TorchVersion
 from dumo.runtime import install_command, signals
 from dumo.types import UserError
 
-if TYPE_CHECKING:
-    from dumo.runtime.heartbeat import Peers
-
 MIN_TORCH = "2.13"  # whose sharded weights and checkpoints were tried
-_START_TIMEOUT = 1800.0  # seconds that ranks wait for each other until a first step is done, which may compile: ours
-_DEFAULT_TIMEOUT = 600.0  # seconds, afterwards: ours
-POLL_INTERVAL = 0.01  # seconds between looks for the other ranks while they meet: ours
+# How long ranks wait for each other, to meet and in a collective: as gloo by default, and a first step may compile
+TIMEOUT = timedelta(minutes=30)
+_MEETING_INTERVAL = 0.01  # seconds between looks for the other ranks while they meet
+_WAITING_INTERVAL = 0.05  # seconds between looks in `wait_for_all`
 _MAX_RANKS = 1_000_000  # more is a typing error
-_TIMEOUT_MARGIN = 1.5  # of a collective over DUMO_TIMEOUT, so that the heartbeat, which knows who is gone, ends first
 _UNSET_HINT = "Start by torchrun, which sets it, or unset it"
 # count how often the torchrun of this node has started its ranks again, and Slurm has requeued the job
 _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-_COMMUNICATION_ERROR = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in torch's errors where it cannot reach other ranks
 
 has_joined = False  # whether this process ever met others; read by `dumo.cli.terminal`
-_current_peers: "Peers | None" = None  # the ranks of the current `join`
+_store: Store | None = None  # that the ranks of the current `join` share
+_num_waits = 0  # calls of `wait_for_all` in the current `join`
 # the process group in which this thread meets the same thread of other ranks (`dumo.training.agreement`); None: the
 # default group
 group: ContextVar[ProcessGroup | None] = ContextVar("group", default=None)
@@ -107,47 +101,43 @@ def num_synced_calls(net: nn.Module, num_rows: int) -> int:
     return num_rows
 
 
-def all_gather_ragged(x: Tensor) -> list[Tensor]:
+def all_gather(x: Tensor) -> list[Tensor]:
     """Gather x (n, *d) of every rank, in the order of ranks, on the CPU. n may differ. Every rank must call it.
 
-    A rank that comes early waits for the others without a time-out, as long as they live.
+    A rank that comes early waits for the others without a time-out.
     """
     if world() == 1:
         return [x.cpu()]
-    padded, lengths = _pad_to_longest(x)
-    parts = [torch.empty_like(padded) for _ in lengths]
-    torch.distributed.all_gather(parts, padded)
-    return [part[:n] for part, n in zip(parts, lengths, strict=True)]
+    wait_for_all()
+    parts: list[Any] = [None] * world()
+    torch.distributed.all_gather_object(parts, x.detach().cpu())
+    return parts
 
 
-def gather_ragged(x: Tensor) -> list[Tensor]:
-    """As `all_gather_ragged`, but on rank 0 alone; [] on the others, which need no memory for it."""
+def gather(x: Tensor) -> list[Tensor]:
+    """As `all_gather`, but on rank 0 alone; [] on the others, which need no memory for it."""
     if world() == 1:
         return [x.cpu()]
-    padded, lengths = _pad_to_longest(x)
-    if not is_main():
-        torch.distributed.gather(padded)
-        return []
-    parts = [torch.empty_like(padded) for _ in lengths]
-    torch.distributed.gather(padded, parts)
-    return [part[:n] for part, n in zip(parts, lengths, strict=True)]
-
-
-def _pad_to_longest(x: Tensor) -> tuple[Tensor, list[int]]:
-    """x (n, *d) on the CPU with as many rows as that of the rank with the most; and n by rank. Waits for all ranks."""
     wait_for_all()
-    local = x.detach().cpu().contiguous()
-    lengths = [torch.tensor(0) for _ in range(world())]
-    torch.distributed.all_gather(lengths, torch.tensor(len(x)))
-    longest = max(int(n) for n in lengths)
-    padded = torch.cat([local, local.new_zeros(longest - len(x), *x.shape[1:])])
-    return padded, [int(n) for n in lengths]
+    parts: list[Any] | None = [None] * world() if is_main() else None
+    torch.distributed.gather_object(x.detach().cpu(), parts)
+    return parts or []
 
 
 def wait_for_all() -> None:
-    """Wait for all ranks without a time-out, as long as they live. Every rank must call it."""
-    if _current_peers:
-        _current_peers.wait_for_all()
+    """Wait for all ranks without a time-out, for work that takes much longer on one of them. Every rank must call it.
+
+    Raises Stopped after a signal.
+    """
+    global _num_waits
+    if _store is None:
+        return
+    _num_waits += 1
+    key = f"waited/{_num_waits}"
+    _store.add(key, 1)
+    while _store.add(key, 0) < world():
+        signals.check()
+        time.sleep(_WAITING_INTERVAL)
 
 
 def barrier() -> None:
@@ -199,18 +189,6 @@ def _environment_integer(name: str, default: int, *, low: int = 0, high: int | N
     return int(text)
 
 
-def _timeout_seconds() -> float:
-    """DUMO_TIMEOUT: after this many seconds without a sign of life a rank is taken to be gone. Raises UserError."""
-    text = os.environ.get("DUMO_TIMEOUT", str(_DEFAULT_TIMEOUT))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 1 <= seconds <= 1e6:
-        raise UserError(f"DUMO_TIMEOUT={text} is no number of seconds from 1 to 1,000,000: set it so, or unset it")
-    return seconds
-
-
 def require_one_process(work: str) -> None:
     """Raise UserError if torchrun started several processes, for `work` that processes do not share."""
     _, world_size = torchrun_rank_and_world()
@@ -235,39 +213,34 @@ def join() -> Generator[None, None, None]:
     Each rank gets a GPU of its own if there are enough (`take_own_gpu`). Backends: nccl for CUDA tensors, gloo for CPU
     tensors; gloo for all where ranks share a GPU, which nccl rejects.
 
-    Raises UserError below torch `MIN_TORCH`, and where torchrun's variables are incomplete or invalid; `Lost` where
-    another rank is gone. A rank that gives no sign for DUMO_TIMEOUT seconds ends this process, with a line.
+    Raises UserError below torch `MIN_TORCH`, and where torchrun's variables are incomplete or invalid.
     """
-    global has_joined, _current_peers
+    global has_joined, _store, _num_waits
     _, world_size = torchrun_rank_and_world()
     if world_size == 1 or is_initialized():
         yield
         return
-    from dumo.runtime.heartbeat import Peers
-
     require_distributed_torch(f"work on {world_size} ranks")
     take_own_gpu()
     backend = _choose_backend()
-    timeout = _timeout_seconds()
     with signals.default_handlers():  # there is nothing to save yet
         store, own_rank = _rendezvous()
         has_joined = True
-        peers = Peers(store, own_rank, world_size, timeout)
         torch.distributed.init_process_group(
             backend,
             store=PrefixStore("group", store),
             rank=own_rank,
             world_size=world_size,
-            timeout=timedelta(seconds=max(_START_TIMEOUT, timeout)),
+            timeout=TIMEOUT,
         )
-    _current_peers = peers
+    _store = store
+    _num_waits = 0
     try:
-        with peers.watch(), report_failure(peers):
-            yield
-            peers.wait_for_all()
-            torch.distributed.barrier()  # no rank leaves while another may still ask
+        yield
+        wait_for_all()
+        torch.distributed.barrier()  # no rank leaves while another may still ask
     finally:
-        _current_peers = None
+        _store = None
         torch.distributed.destroy_process_group()
 
 
@@ -289,51 +262,17 @@ def _choose_backend() -> str:
 def _rendezvous() -> tuple[Store, int]:
     """Wait for all ranks. Returns an empty store that they share, and the number of this rank.
 
-    Raises UserError where torchrun's variables are incomplete, `Lost` where the ranks do not meet.
+    Raises UserError where torchrun's variables are incomplete.
     """
     _, world_size = torchrun_rank_and_world()
     _environment_integer("MASTER_PORT", 1, low=1, high=65535)  # refuses a text that is no port
     try:
-        store, own_rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=_START_TIMEOUT)))
+        store, own_rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
         return PrefixStore(_unique_run_id(store, own_rank, world_size), store), own_rank
     except ValueError as error:
         raise UserError(
             f"WORLD_SIZE={world_size} says {world_size} ranks: {error}. Start by torchrun, or unset it"
         ) from error
-    except torch.distributed.DistError as error:
-        from dumo.runtime.heartbeat import Lost
-
-        address = os.environ.get("MASTER_ADDR", "")
-        port = os.environ.get("MASTER_PORT", "")
-        message = " ".join(str(error).split())
-        raise Lost(
-            f"{world_size} ranks did not meet at {address}:{port}: see that all were started. ({message})"
-        ) from error
-
-
-@contextmanager
-def report_failure(peers: "Peers") -> Generator[None, None, None]:
-    """Report to the other ranks why this one fails. Raises `Lost`, with the rank to blame, if communication failed."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, RuntimeError) and _COMMUNICATION_ERROR.search(f"{type(error).__name__} {error}"):
-            signals.check()  # a stop was asked of all ranks, and the others are gone already
-            raise peers.diagnose(error) from error
-        peers.report(error)
-        raise
-
-
-def shorten_timeouts() -> None:
-    """From now on let collectives wait for about DUMO_TIMEOUT; further calls do nothing.
-
-    It is called after the first step, which may compile and for which they wait `_START_TIMEOUT`.
-    """
-    if _current_peers and not _current_peers.is_first_step_done:
-        _current_peers.is_first_step_done = True
-        timeout = timedelta(seconds=_TIMEOUT_MARGIN * _current_peers.limit)
-        for process_group in c10d._world.pg_map:  # there is no public API for this as of torch 2.13
-            c10d._set_pg_timeout(timeout, process_group)
 
 
 def _unique_run_id(store: Store, own_rank: int, world_size: int) -> str:
@@ -350,12 +289,12 @@ def _unique_run_id(store: Store, own_rank: int, world_size: int) -> str:
         store.set(f"heard/{run_id}/{own_rank}", "")
         return run_id
     run_id = token
-    deadline = time.monotonic() + _START_TIMEOUT
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
     for other in range(1, world_size):
         while not store.check([f"heard/{run_id}/{other}"]):
             other_token = store.get(f"asks/{other}").decode()  # may be a dead process's, so look again
             store.set(f"answer/{other_token}", run_id)
             if time.monotonic() > deadline:
                 raise torch.distributed.DistStoreError(f"rank {other} does not answer")
-            time.sleep(POLL_INTERVAL)
+            time.sleep(_MEETING_INTERVAL)
     return run_id

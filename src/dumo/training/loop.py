@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
 from dumo.flow.precision import product_precision
-from dumo.runtime import dist
 from dumo.runtime.signals import Stopped
 from dumo.training.deadline import Timing
 from dumo.training.record import Record, Skipped
@@ -62,7 +61,6 @@ def train(
             draws = None if draws_at is None else draws_at(step)
             timing = None if read_clock is None else read_clock(step)
             record = train_step(state, flow, batch, spec, loss, draws, due=checkpoint_due(), timing=timing)
-            dist.shorten_timeouts()
             for hook in hooks:
                 if state.step % hook.n == 0:
                     hook.f(state, record)

@@ -171,7 +171,7 @@ def _columns_of(terms: Terms) -> dict[str, PerSample]:
 
 def skip_reason(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
     """The rows, of all ranks, that make a record not finite. Every rank must call it."""
-    times_by_rank = dist.all_gather_ragged(t)
+    times_by_rank = dist.all_gather(t)
     times = torch.cat(times_by_rank)
     rank_of_row: list[int] = []
     for rank, times_of_rank in enumerate(times_by_rank):
@@ -180,12 +180,12 @@ def skip_reason(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
     # which columns are not finite, and in which rows
     broken: dict[str, Tensor] = {}
     for name, column in _columns_of(terms).items():
-        is_broken = ~torch.cat(dist.all_gather_ragged(column)).isfinite()
+        is_broken = ~torch.cat(dist.all_gather(column)).isfinite()
         if is_broken.any():
             broken[name] = is_broken
     labels: list[int | None] = [None] * len(times)
     if c.ndim == 1:
-        labels = torch.cat(dist.all_gather_ragged(c)).tolist()
+        labels = torch.cat(dist.all_gather(c)).tolist()
 
     if broken:
         what = ", ".join(broken)

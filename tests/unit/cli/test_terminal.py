@@ -18,7 +18,6 @@ from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from pydantic import BaseModel, ConfigDict
 
 from dumo.cli.terminal import MEMORY_FIX, err, explain, memory_hint, out, show_lines, show_table, stoppable
-from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import bar, print_line
 from dumo.runtime.text import escape_controls, escape_line
 from dumo.training.state import Diverged
@@ -110,7 +109,6 @@ def hub_response(code: int, name: str) -> object:
         (errors.RemoteEntryNotFoundError("no such file", response=hub_response(404, "")), "no such file", 2),
         (http.ConnectError("[Errno -2] Name or service not known"), "[Errno -2] Name or service not known", 2),
         (Diverged("step 3"), "step 3", 1),
-        (Lost("rank 1 is gone"), "rank 1 is gone", 1),
         (torch.OutOfMemoryError(CUDA), f"out of memory at 2.50 GiB more: {MEMORY_FIX}", 1),
         (RuntimeError(f"rank 1: OutOfMemoryError: {CUDA}"), f"out of memory at 2.50 GiB more: {MEMORY_FIX}", 1),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), f"out of memory: {MEMORY_FIX}", 1),
