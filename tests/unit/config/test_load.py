@@ -19,7 +19,7 @@ from dumo.types import UserError
 
 ABOUT = "\ta 'quoted' \"line\": # no comment, - ünïcödé 你好 🙂 end "
 ODD = [
-    f"about={json.dumps(ABOUT)}",
+    f"about={json.dumps(ABOUT, ensure_ascii=False)}",
     "about='yes'",
     "about='1e3'",
     "about=''",
@@ -59,7 +59,9 @@ def test_a_dump_is_complete(name: str, tmp_path: Path) -> None:
     assert next(iter(tree.items())) == (FORMAT_KEY, FORMAT)
     del tree[FORMAT_KEY]
     found = leaves(tree)
-    again = load(str(file), [f"{path}={json.dumps(value)}" for path, value in found.items()])  # each by its path
+    again = load(
+        str(file), [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in found.items()]
+    )  # each by its path
     assert again == run
     assert list(difference_lines(again, run)) == []
     assert {"train.optimizer.eps", "train.schedule.kind", "sample.solver.kind", "path.kind"} <= found.keys()

@@ -1,14 +1,13 @@
-"""What is written is read back, whatever it is; what asks for too much, or is no plain value, is refused soon."""
+"""What is written is read back, whatever it is; a key that occurs twice, and what is no plain value, is refused."""
 
 from contextlib import suppress
-from itertools import pairwise
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dumo.io.yaml import MAX_DEPTH, MAX_DIGITS, MAX_SLOW_CHARACTERS, dump_yaml, parse_yaml
+from dumo.io.yaml import dump_yaml, parse_yaml
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85\ufeff"))
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
@@ -43,7 +42,6 @@ def test_a_text_that_looks_like_another_value(text: str) -> None:
         ("1e", "1e"),
         ("0x10", 16),
         ("2024-99-99", "2024-99-99"),
-        ('"\\ud83d\\ude42"', "🙂"),
         ("\ufeffa: 1", {"a": 1}),
         ("{<<: {a: 1, b: 2}, a: 3}", {"a": 3, "b": 2}),
         ("[&a {x: 1}, *a]", [{"x": 1}, {"x": 1}]),
@@ -57,45 +55,16 @@ def test_values(text: str, value: object) -> None:
     assert parse_yaml(text) == value
 
 
-def laughs(line: str) -> str:
-    """Nine lines, each ten times the one before."""
-    return "\n".join(["a: &a {x: 1}", *(line.format(n, ",".join([f"*{o}"] * 10)) for o, n in pairwise("abcdefghi"))])
-
-
 REFUSED = [
     ("{a: 1, b: 2, a: 3}", "key a stands there twice"),
-    ("{1: a, 0x1: b}", "key 0x1 stands there twice"),
-    ("{1: a, true: b}", "key true stands there twice"),
-    ("{~: a, null: b}", "key null stands there twice"),
-    ("{=: 1, '=': 2}", "key = stands there twice"),
+    ("{~: a, b: {c: 1, c: 2}}", "key c stands there twice"),
     ("{<<: {a: 1}, <<: {b: 2}}", "key << stands there twice"),
     ("{<<: {a: 1, a: 2}}", "key a stands there twice"),
-    ("{? !!seq x : 1}", "unhashable|sequence"),
-    ("!!map x", "mapping"),
-    ("!!bool x", "neither true nor false"),
-    ("!!int x", "no number"),
-    ("!!int ''", "no number"),
-    ("!!float x", "no number"),
-    ("!!binary eA==", "binary"),
-    ("!!set {a}", "set"),
+    ("[&m {x: 1, x: 2}, *m]", "key x stands there twice"),
+    ("!!int x", "invalid literal"),
     ("!!python/object/apply:os.system [exit]", "python"),
-    ("9" * (MAX_DIGITS + 1), "a number of"),
-    ("0x" + "f" * 5000, "a number of"),
-    ("1" + ":01" * 100_000, "a number of"),
-    ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "deep"),
-    ("[" * 2000, "deep"),
-    ("{a: " * 100_000, "deep"),
-    ("- " * 100_000, "deep"),
-    (laughs("{0}: &{0} [{1}]"), "aliases"),
-    (laughs("{0}: &{0} {{<<: [{1}]}}"), "aliases"),
-    ("&a [*a]", "aliases"),
-    (f"a: &a {'x' * 10_000}\nb: [{'*a,' * 1000}]", "aliases"),
-    ("'" * (MAX_SLOW_CHARACTERS + 1), "quoted"),
-    ("a\0b", "special characters"),
-    ("\udcff", "special characters"),
-    ('"\\ud800"', "utf-16"),
-    ("\ta: b", "cannot start"),
     ("? [a]\n: b", "unhashable"),
+    ("\ta: b", "cannot start"),
     ("a\n---\nb", "single document"),
 ]
 
@@ -104,8 +73,3 @@ REFUSED = [
 def test_refused(text: str, said: str) -> None:
     with pytest.raises(yaml.YAMLError, match=said):
         parse_yaml(text)
-
-
-def test_depth_that_is_read() -> None:
-    nested = "[" * MAX_DEPTH + "]" * MAX_DEPTH
-    assert dump_yaml(parse_yaml(nested), flow=True).strip() == nested
