@@ -22,5 +22,4 @@ names: list[str | None] = [row["name"] for row in dumo.recipes()]
 rows: object = dumo.compare([run, "runs/other", Path("runs/third")])["rows"]
 
 run.sample(num_inference_steps=3)  # pyright: ignore[reportCallIssue]
-run.sample(output="jpg")  # pyright: ignore[reportCallIssue, reportArgumentType]
-wrong: int = run.sample(output="pil")  # pyright: ignore[reportAssignmentType]
+run.sample(output="jpg")  # pyright: ignore[reportArgumentType]

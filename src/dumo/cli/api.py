@@ -1,25 +1,20 @@
-"""The front door from Python: `import dumo`, then `dumo.train`, `load`, `recipe`, `recipes` and `compare`.
+"""The functions of `import dumo`: `train`, `load`, `recipe`, `recipes` and `compare`.
 
-Each does what the command of its name does, with Python's values instead of flags; arguments are called as the options
-are. What is wrong raises `UserError`.
+Each does what the command of its name does, with Python's values instead of options, whose names the arguments have.
 `train` and `load` return a `TrainedRun`; `recipe` returns the spec of a run, trained or not.
 """
 
-import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from html import escape
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex, TypedDict, get_args, overload
+from typing import Any, Literal, SupportsIndex, get_args
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic_core import PydanticSerializationError
 from torch import Generator, Tensor, nn
-from typing_extensions import Unpack
 
 from dumo.cli.callback import Callback, stoppable_hooks
 from dumo.cli.compose import MINUTES_FIX, Composed, compose, plain_data, plain_net
@@ -35,7 +30,7 @@ from dumo.encoders.codec import LoadedCodec
 from dumo.evaluation.own import OwnMetric
 from dumo.flow.solver import Solver
 from dumo.io import picture
-from dumo.io.read import brief, user_path
+from dumo.io.read import user_path
 from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
 from dumo.report import page
@@ -57,7 +52,6 @@ from dumo.run.train import train_job
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import dist, threads
 from dumo.runtime.heap import low_memory_heap
-from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import Bar, bar, line_printer, no_bar, print_line
 from dumo.training import agreement
 from dumo.training.loop import Every
@@ -69,21 +63,6 @@ Changes = Mapping[str, Any]  # dotted fields of a run and their values, e.g. {"t
 Labels = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # of classes: their numbers, or texts
 Output = Literal["pt", "np", "pil"]
 _OUTPUTS: tuple[Output, ...] = get_args(Output)
-
-
-class SampleOptions(TypedDict, total=False):
-    """The options of `TrainedRun.sample` that are the same for every output."""
-
-    prompts: str | Sequence[str] | None
-    source: str | Path | None
-    nfe: SupportsIndex | None
-    seed: SupportsIndex | None
-    solver: Solver | str | None
-    guidance: float | None
-    noise: Tensor | None
-    generator: Generator | None
-    size: str | None
-    bar: Bar
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,36 +119,6 @@ class TrainedRun:
         """
         return self.opened.sampler.reads
 
-    @overload
-    def sample(
-        self,
-        labels: Labels | None = None,
-        count: SupportsIndex | None = None,
-        *,
-        output: Literal["pt"] = "pt",
-        **options: Unpack[SampleOptions],
-    ) -> Tensor: ...
-
-    @overload
-    def sample(
-        self,
-        labels: Labels | None = None,
-        count: SupportsIndex | None = None,
-        *,
-        output: Literal["np"],
-        **options: Unpack[SampleOptions],
-    ) -> np.ndarray: ...
-
-    @overload
-    def sample(
-        self,
-        labels: Labels | None = None,
-        count: SupportsIndex | None = None,
-        *,
-        output: Literal["pil"],
-        **options: Unpack[SampleOptions],
-    ) -> list[Image.Image]: ...
-
     def sample(
         self,
         labels: Labels | None = None,
@@ -186,23 +135,23 @@ class TrainedRun:
         size: str | None = None,
         output: Output = "pt",
         bar: Bar = no_bar,
-    ) -> Tensor | np.ndarray | list[Image.Image]:
+    ) -> Any:  # noqa: ANN401, by `output`
         """Make `count` samples: images, or points.
 
         `labels` are classes, taken in turn (None: all of them): an int is a class's number, a text its name, or its
-        number where no class has that name. Or give `prompts`, texts, of a run that was trained on captions, and the
-        image file `source` that they edit, of a run that was trained on edits. `count` is as many as are given, else
-        100. `nfe` is the number of network passes, `guidance` the scale w, 1 for none; they, seed and solver are the
-        run's own unless given. Sample i depends on seed, class and i alone. `noise` (n, *shape of the data) is what
-        samples begin with instead, and a `generator` draws a seed. `size`, "320x192", width x height, is one of the
-        buckets that the run was trained on; None: the square. Where ranks work together, each must call it, and rank 0
+        number if no class has that name. Or give `prompts`, texts, to a run that was trained on captions, and the image
+        file `source` that they edit, to a run that was trained on edits. `count` is as many as are given, else 100.
+        `nfe` is the number of function evaluations, `guidance` the scale w, 1 for none; they, the seed and the solver
+        are the run's own unless given. Sample i depends on seed, class and i alone. `noise` (n, *shape of the data) is
+        what samples start from instead, and a `generator` draws a seed. `size`, "320x192", width x height, is one of
+        the buckets that the run was trained on; None: the square. Under several ranks each must call it, and rank 0
         alone gets the samples.
 
             output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, d)
             output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points
             output="pil"    a list of PIL images
 
-        Raises UserError for anything out of range or of another type, and for prompts that the run does not read.
+        Raises UserError for arguments that contradict each other or the run.
         """
         sampler = self.opened.sampler
         if size is not None:
@@ -213,25 +162,22 @@ class TrainedRun:
             if seed is not None or noise is not None:
                 raise UserError("a generator draws the seed: give it, or seed and noise")
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
-        if count is not None:
-            count = _integer("count", count, 1)
         c = self._conditions(
-            labels=labels, count=count, prompts=prompts, source=source, noise=noise, shape=sampler.shape
+            labels=labels,
+            count=None if count is None else operator.index(count),
+            prompts=prompts,
+            source=source,
+            noise=noise,
+            shape=sampler.shape,
         )
-        require_sample_memory(len(c), torch.zeros(1, *sampler.pixels), copies=3)  # while they become `output`
-        guide = None  # the run's own
-        if guidance is not None:
-            guide = guide_of(sampler, self.spec.training_guidance, guidance)
-        num_passes = self.spec.sample.nfe[0]
-        if nfe is not None:
-            num_passes = _integer("nfe", nfe, 1)
-        if seed is not None:
-            seed = _integer("seed", seed)
+        # The samples, and two copies of them while they become `output`.
+        require_sample_memory(len(c), torch.zeros(1, *sampler.pixels), copies=3)
+        guide = None if guidance is None else guide_of(sampler, self.spec.training_guidance, guidance)
         with threads.fewer_when_busy(self.device, line_printer(bar)):
             x = sampler.sample(
                 c,
-                nfe=num_passes,
-                seed=seed,
+                nfe=operator.index(self.spec.sample.nfe[0] if nfe is None else nfe),
+                seed=None if seed is None else operator.index(seed),
                 solver=chosen_solver(self.spec.sample, solver),
                 guide=guide,
                 z=None if noise is None else noise.float().cpu(),
@@ -239,15 +185,11 @@ class TrainedRun:
             ).x
         if self.makes_images:
             x = x.clamp(-1, 1)
-        match output:
-            case "pil":
-                return self.pil(x)
-            case "np" if self.makes_images:
-                return ((x.permute(0, 2, 3, 1) + 1) / 2).numpy()
-            case "np":
-                return x.numpy()
-            case "pt":
-                return x
+        if output == "pil":
+            return self.pil(x)
+        if output == "np":
+            return ((x.permute(0, 2, 3, 1) + 1) / 2).numpy() if self.makes_images else x.numpy()
+        return x
 
     def _conditions(
         self,
@@ -259,16 +201,14 @@ class TrainedRun:
         noise: Tensor | None,
         shape: tuple[int, ...],
     ) -> Tensor:
-        """The condition (n,) of every sample, the arguments of `sample`; `shape` is that of a sample.
-
-        Raises UserError for an argument that is out of range, or contradicts another.
-        """
+        """The condition (n,) of every sample, from the arguments of `sample`; `shape` is that of a sample."""
         if prompts is not None and labels is not None:
-            raise UserError("prompts and labels are two ways to say what to make: give one of them")
+            raise UserError("prompts and labels exclude each other: give one of them")
         if source is not None and prompts is None:
             raise UserError("source is edited by a text: give prompts, too")
         conditions = self.spec.conditions
-        chosen: list[int] | None = None  # the conditions to take in turn; None: all
+        # The conditions to take in turn; None takes all.
+        chosen: list[int] | None = None
         if prompts is not None:
             texts = [prompts] if isinstance(prompts, str) else prompts
             source_file = None if source is None else _path(source, "source")
@@ -276,12 +216,12 @@ class TrainedRun:
         elif labels is not None:
             chosen = []
             for label in _as_several(labels):
-                number = conditions.index(label) if isinstance(label, str) else _integer("a label", label, None)
-                chosen.append(number)
+                chosen.append(conditions.index(label) if isinstance(label, str) else operator.index(label))
         if chosen == []:
             raise UserError("labels is empty: name at least one, or leave it out for all of them")
         if noise is not None:
-            _require_noise(noise, shape)
+            if noise.shape[1:] != shape or not len(noise):
+                raise UserError(f"noise has shape {tuple(noise.shape)}: it must be (n, {', '.join(map(str, shape))})")
             if count not in (None, len(noise)):
                 raise UserError(f"count = {count}, and noise has {len(noise)} rows: leave out count")
             count = len(noise)
@@ -302,8 +242,6 @@ class TrainedRun:
         if not self.makes_images:
             kind = self.spec.data.kind
             raise UserError(f"data '{kind}' has points of shape {self.spec.shown_shape}, not images: plot them instead")
-        if not _is_tensor(images):
-            raise UserError(f"pil takes images as `sample` gives them, a tensor, not a {type(images).__name__}")
         is_grey = images.ndim == 4 and images.shape[1] == 1
         pictures = [Image.fromarray(pixels.numpy()) for pixels in picture.to_rows(images)]
         if is_grey:
@@ -314,7 +252,7 @@ class TrainedRun:
         self,
         nfe: SupportsIndex | Sequence[SupportsIndex] | None = None,
         *,
-        seed: SupportsIndex | None = None,
+        seed: int | None = None,
         solver: Solver | str | None = None,
         metrics: Mapping[str, OwnMetric] | None = None,
         bar: Bar = no_bar,
@@ -325,11 +263,8 @@ class TrainedRun:
         f(samples) of all samples of a row, images (n, channels, height, width) in [-1, 1], gives a number. They stand
         in the rows that are returned, and not in the file. Raises UserError as `sample`.
         """
-        if nfe is not None:
-            nfe = _integers("nfe", nfe)
-        if seed is not None:
-            seed = _integer("seed", seed)
-        return evaluation.evaluate(self.opened, nfe=nfe, seed=seed, solver=solver, metrics=metrics, bar=bar)
+        passes = None if nfe is None else [operator.index(n) for n in _as_several(nfe)]
+        return evaluation.evaluate(self.opened, nfe=passes, seed=seed, solver=solver, metrics=metrics, bar=bar)
 
     def export(
         self,
@@ -364,7 +299,7 @@ class TrainedRun:
             opened = open_run(
                 self.opened.source, self.opened.overrides, weights=self.opened.given_weights, device="cpu"
             )
-            passes = _integers("nfe", nfe)
+            passes = [operator.index(n) for n in _as_several(nfe)]
             write.export(opened, place, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
         if push is not None:
             hub.push(place, push)
@@ -376,57 +311,10 @@ class TrainedRun:
         parts = f"{run.objective.kind} on {run.data.kind}, net {run.net.kind}"
         return f"<dumo run {self.folder}: {parts}, step {self.step:,}, on {self.device}>"
 
-    def _repr_html_(self) -> str:
-        """A table, for a notebook."""
-        run = self.spec
-        step = f"{self.step:,}"
-        if run.train.minutes is None:  # else its steps are a guess until it has ended
-            step += f" of {run.train.steps:,}"
-        facts = {
-            "run": self.folder,
-            "about": run.about,
-            "data": f"{run.data.kind}, {' x '.join(map(str, run.shown_shape))}",
-            "network": f"{run.net.kind}, {sum(p.numel() for p in self.net.parameters()):,} parameters",
-            "objective": run.objective.kind,
-            "step": step,
-            "samples": f"{run.sample.solver.kind}, {', '.join(map(str, run.sample.nfe))} NFE",
-        }
-        rows = "".join(f"<tr><th>{name}</th><td>{escape(str(fact))}</td></tr>" for name, fact in facts.items())
-        return f"<table>{rows}</table>"
-
     def report(self, *, prompts: str | Sequence[str] = (), bar: Bar = no_bar) -> Path:
         """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
         texts = [prompts] if isinstance(prompts, str) else prompts
         return page.write(self.opened, bar, texts)[-1]
-
-
-def _integer(name: str, value: object, least: int | None = 0) -> int:
-    """A whole number, numpy's or torch's too, not below `least`. Raises UserError for anything else, and for a bool."""
-    try:
-        number = operator.index(value)  # pyright: ignore[reportArgumentType], what it raises is what is asked
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise UserError(f"{name} is a whole number; got {brief(repr(value))}")
-    if least is not None and number < least:
-        raise UserError(f"{name} = {number}: it is {least} or more")
-    return number
-
-
-def _minutes(minutes: object) -> float:
-    """The minutes of a training. Raises UserError for what is no number, or is beyond what a run may have."""
-    try:
-        number = math.nan if isinstance(minutes, bool | str) else float(minutes)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        number = math.nan
-    if not 0 < number <= MINUTES:
-        raise UserError(f"minutes are a number above 0, up to {MINUTES:,.0f}; got {brief(repr(minutes))}")
-    return number
-
-
-def _integers(name: str, values: SupportsIndex | Iterable[SupportsIndex]) -> list[int]:
-    """Whole numbers from one or several. Raises UserError as `_integer`."""
-    return [_integer(name, value) for value in _as_several(values)]
 
 
 def _as_several(values: Any) -> Iterable[Any]:  # noqa: ANN401, one of what it holds, or many
@@ -440,20 +328,6 @@ def _as_several(values: Any) -> Iterable[Any]:  # noqa: ANN401, one of what it h
 def _path(path: str | Path, argument: str) -> Path:
     """The path that an argument names; in a text ~ and $NAMES are expanded. Raises UserError for a variable not set."""
     return path if isinstance(path, Path) else user_path(path, argument)
-
-
-def _is_tensor(value: object) -> bool:
-    """Whether a value is a tensor of torch; a notebook may give an array of numpy where the types say Tensor."""
-    return isinstance(value, Tensor)
-
-
-def _require_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise UserError for noise that is no tensor (n, *shape) of finite numbers, or has no rows."""
-    has_shape = _is_tensor(noise) and noise.shape[1:] == shape
-    is_valid = has_shape and len(noise) > 0 and bool(noise.isfinite().all())
-    if not is_valid:
-        got = f"shape {tuple(noise.shape)}" if _is_tensor(noise) else brief(repr(noise))
-        raise UserError(f"noise is a tensor (n, {', '.join(map(str, shape))}) of finite numbers; got {got}")
 
 
 def load(
@@ -536,7 +410,7 @@ def train(
     callbacks: Sequence[Callback | Every] = (),
     minutes: float | None = None,
     out: str | Path | None = None,
-    step: SupportsIndex | None = None,
+    step: int | None = None,
     accept: bool = False,
     verify: bool = False,
     device: str | torch.device = "auto",
@@ -544,26 +418,33 @@ def train(
     track: str | None = None,
     trust_code: bool = False,
 ) -> TrainedRun:
-    """Train a recipe, a folder of images or parts of your own; or go on with a run where it stopped. Return the run.
+    """Train a recipe, a folder of images or parts of your own, or resume a run. Return the run.
 
-        train("digits")                                 a recipe, a YAML file, or a run's folder: goes on from there
+        train("digits")                                 a recipe, a YAML file, or a run's folder, which is resumed
         train("photos", minutes=10)                     a folder of images: a recipe is chosen
-        train("runs/photos", minutes=30)                goes on with a run for so long
+        train("runs/photos", minutes=30)                continues a run for so long
         train((array, labels), out="runs/mine")         images in memory
         train("digits", objective="meanflow", out="runs/mine")
         train(data=array, net=module, objective=Mine(), callbacks=[f], out="runs/mine")
 
     `objective`, `data` and `net` are names of kinds, specs, or dicts as YAML has them. `data` may also be a folder, an
     array, a pair (array, labels), or a data set (`dumo.data.memory.Memory.of`); `net` a module, called as
-    `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects, and going on needs the
-    same ones. A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`; it ends the
-    training by `raise dumo.Stop`, and what it returns does not matter. `minutes` is how long to train, of images or of
-    a run. `out` is the run's folder; None: that of the run that `source` names, else runs/NAME. Where that holds a run,
-    the one that is asked for is compared with it, and goes on, from the checkpoint of `step` if that is given.
-    `accept`: with other fields or data than it was trained by, which are noted. `verify`: hash every image first, and
-    compare with what the run was trained on. `bar` shows the progress, on stderr unless given. `track`: tensorboard,
-    wandb or trackio gets the rows of the log. `trust_code`: run the code that a file or folder names, as an object or
-    `changes` need not say. Raises UserError as `recipe` does, and where the folder holds another run.
+    `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects, and resuming needs the
+    same ones.
+
+    A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`. `raise dumo.Stop` in
+    it ends the training; what it returns is ignored.
+
+    - `minutes`: how long to train, for images or a run
+    - `out`: the run's folder; None: that of the run that `source` names, else runs/NAME. A run in it is compared with
+      the one that is asked for, and resumed, at the checkpoint of `step` if that is given
+    - `accept`: resume with fields or data that have changed since, and record them
+    - `verify`: hash every image first, and compare with what the run was trained on
+    - `bar`: shows the progress, on stderr by default
+    - `track`: tensorboard, wandb or trackio gets the rows of the log
+    - `trust_code`: run the code that a file or folder names; objects and `changes` do not need it
+
+    Raises UserError as `recipe` does, and if the folder holds another run.
     """
     folder = None if out is None else _path(out, "out")
     if not isinstance(source, str | Path | Run | None):
@@ -572,8 +453,6 @@ def train(
         data = source
         source = None
     with trusting(trust_code):
-        if minutes is not None:
-            minutes = _minutes(minutes)
         if isinstance(source, Run):
             if minutes is not None:
                 raise UserError(f"minutes are {MINUTES_FIX}")
@@ -597,8 +476,6 @@ def train(
                 device=str(device),
                 bar=bar,
             )
-        if step is not None:
-            step = _integer("step", step)
         opened = open_job(
             composed.folder,
             composed.run,
@@ -614,12 +491,13 @@ def train(
             bar=bar,
         )
         with (
-            opened as job,  # before the hooks: a stop while it is opened is no callback's
+            opened as job,
             open_tracker(track, composed.folder, job.run, job.state.step) as send_row,
         ):
             with stoppable_hooks(callbacks) as hooks:
                 train_job(job, bar, hooks, send_row)
-            agreement.on_main_rank(lambda: note_end(composed.folder))  # a callback may have ended it
+            # A callback may have ended the training, which run.yaml has to know.
+            agreement.on_main_rank(lambda: note_end(composed.folder))
         return load(composed.folder, device=device)
 
 

@@ -36,9 +36,6 @@ CHANGES = {
 }
 
 
-Wrong = Callable[[Any, Any], object]  # of a run of digits and one of moons
-
-
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """DuMo on digits, barely trained. Its weights are not to be written to."""
@@ -134,7 +131,9 @@ def test_samples_by_default(digits: TrainedRun) -> None:
     same = digits.sample(labels=7, count=2)
     assert torch.equal(same, digits.sample([7, 7], nfe=own.nfe[0], seed=own.seed, solver=own.solver.kind))
     assert torch.equal(digits.sample(count=3), digits.sample(torch.arange(3)))
-    assert len(made(digits, 10)) == 1  # no class is a condition by its number, one past the last, as the net has it
+    assert (
+        len(digits.opened.sampler.sample(torch.tensor([10]), nfe=1).x) == 1
+    )  # no class is a condition by its number, one past the last, as the net has it
     assert not torch.equal(same, digits.sample(labels=7, count=2, solver="euler"))
     for seven in (torch.tensor(7), np.array(7), np.int64(7)):  # a number out of a tensor or an array
         assert torch.equal(same, digits.sample(labels=seven, count=2))
@@ -252,13 +251,11 @@ def test_an_export_has_what_is_set_by_either_door(digits: TrainedRun, tmp_path: 
 def test_messages_are_in_the_words_of_the_door(digits: TrainedRun) -> None:
     with pytest.raises(dumo.UserError) as error:
         dumo.train(digits.folder, {"train.batch": 8})
-    assert "Give another folder with out=, or remove this one, or take them as they are by accept=True" in str(
-        error.value
-    )
+    for word in ("train.batch", "out=", "accept=True"):
+        assert word in str(error.value)
     said = call("train", digits.folder, "--set", "train.batch=8").err
-    assert "Give another folder with --out, or remove this one, or take them as they are by --accept" in said
-    with pytest.raises(dumo.UserError, match=r"^step=7: .* has no checkpoint of that step: it has those of step 2$"):
-        dumo.train(digits.folder, step=7)
+    for word in ("train.batch", "--out", "--accept"):
+        assert word in said
 
 
 def test_a_reading_is_the_nets(digits: TrainedRun) -> None:
@@ -310,39 +307,3 @@ def test_points_of_ones_own_are_judged_and_reported(tmp_path: Path) -> None:
     run = dumo.train(data=np.random.default_rng(0).normal(size=(50, 3)), changes=changes, out=tmp_path / "run")
     assert run.evaluate(nfe=1)["baselines"] == {}
     assert run.report().is_file()
-
-
-def made(run: TrainedRun, *c: int) -> torch.Tensor:
-    """Samples of these conditions by number, which the front door does not check."""
-    return run.opened.sampler.sample(torch.tensor(c), nfe=1).x
-
-
-WRONG: dict[str, Wrong] = {
-    r"train\.stps: unknown key; did you mean 'steps'\?": lambda d, m: dumo.recipe("digits", {"train.stps": 3}),
-    "did you mean 'digits'": lambda d, m: dumo.train("digts"),
-    r"train\.steps: <object.* is no number": lambda d, m: dumo.recipe("digits", {"train.steps": object()}),
-    r"train\.steps: Input should be a valid integer": lambda d, m: dumo.recipe(d.spec, {"train.steps": "x"}),
-    r'needs a folder: say out="runs/NAME"': lambda d, m: dumo.train(d.spec),
-    r"train\.batch: 16 there, 8 asked": lambda d, m: dumo.train(d.folder, {"train.batch": 8}),
-    "is no run's folder": lambda d, m: dumo.load("nowhere"),
-    "device 'gpu'": lambda d, m: dumo.load(d.folder, device="gpu"),
-    "label 12 is out of range: labels run from 0 to 9": lambda d, m: d.sample([3, 12]),
-    "no label '12': labels run from 0 to 9": lambda d, m: d.sample("12"),
-    "label -1 is out of range": lambda d, m: d.sample(-1),
-    "no classes": lambda d, m: m.sample([0]),
-    "labels is empty": lambda d, m: d.sample([]),
-    "source is edited by a text: give prompts": lambda d, m: d.sample(source="x.png"),
-    "count = 0: it is 1 or more": lambda d, m: d.sample(count=0),
-    "nfe = 0": lambda d, m: d.sample(nfe=0),
-    "unknown kind 'hoop'; did you mean 'hop'": lambda d, m: d.sample(solver="hoop"),
-    r"data 'moons' has points of shape \(2,\), not images": lambda d, m: m.pil(m.sample(count=2)),
-    "12 is out of range: classes run from 0 to 9, 10 is": lambda d, m: made(d, 0, 12),
-    "-1 is out of range: classes": lambda d, m: made(d, -1),
-    "1 is out of range: these data have none": lambda d, m: made(m, 1),
-}
-
-
-@pytest.mark.parametrize("said", WRONG)
-def test_what_is_wrong_is_said(said: str, digits: TrainedRun, moons: TrainedRun) -> None:
-    with pytest.raises(dumo.UserError, match=said):
-        WRONG[said](digits, moons)

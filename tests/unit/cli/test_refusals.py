@@ -1,10 +1,14 @@
-"""What the command line refuses: the words typed, the name that the message contains, and the exit code."""
+"""What the command line and `import dumo` refuse: the input, the name in the message, the exit code or exception."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+import dumo
+from dumo.cli.api import TrainedRun
 from e2e.shell import call, tree
 
 REFUSALS = [
@@ -60,3 +64,60 @@ def test_it_is_refused_and_nothing_is_written(
     assert (done.code, done.out) == (code, "")
     assert name in done.err
     assert tree(tmp_path) == before
+
+
+NOISE = torch.zeros(2, 1, 8, 8)
+# Called with digits-trained.
+API_REFUSALS: list[tuple[Callable[[TrainedRun], object], str, type[Exception]]] = [
+    # Arguments that would otherwise be ignored.
+    (lambda run: run.sample([3], prompts="a cat"), "prompts", dumo.UserError),
+    (lambda run: run.sample(source="x.png"), "source", dumo.UserError),
+    (lambda run: run.sample(generator=torch.Generator(), seed=1), "seed", dumo.UserError),
+    (lambda run: run.sample(count=3, noise=NOISE), "count", dumo.UserError),
+    (lambda run: run.sample([1, 2, 3], count=2), "labels", dumo.UserError),
+    (lambda run: run.sample([]), "labels", dumo.UserError),
+    (lambda run: dumo.train(run.spec), "out=", dumo.UserError),
+    (lambda run: dumo.train(run.spec, out="run", minutes=3), "minutes", dumo.UserError),
+    (lambda run: dumo.train([1], data=[1]), "data=", dumo.UserError),
+    # Values that torch would broadcast or wrap around.
+    (lambda run: run.sample(noise=NOISE[:, 0]), "noise", dumo.UserError),
+    (lambda run: run.sample([3, 12]), "12", dumo.UserError),
+    (lambda run: run.sample(-1), "-1", dumo.UserError),
+    (lambda run: run.opened.sampler.sample(torch.tensor([0, 12]), nfe=1), "12", dumo.UserError),
+    (lambda run: run.opened.sampler.sample(torch.tensor([-1]), nfe=1), "-1", dumo.UserError),
+    # What Python and the packages below refuse.
+    (lambda run: run.sample("12"), "'12'", dumo.UserError),
+    (lambda run: run.sample([1.5]), "float", TypeError),
+    (lambda run: run.sample(nfe=[1, 2]), "list", TypeError),
+    (lambda run: run.sample(seed="1"), "str", TypeError),
+    (lambda run: run.sample(guidance=-1), "guidance", dumo.UserError),
+    (lambda run: run.sample(output="jpg"), "'jpg'", dumo.UserError),
+    (lambda run: run.sample(num_inference_steps=1), "num_inference_steps", TypeError),
+    (lambda run: dumo.load("nowhere"), "nowhere", dumo.UserError),
+    (lambda run: dumo.load(run.folder, device="gpu"), "'gpu'", dumo.UserError),
+    (lambda run: dumo.recipe("digits", {"train.stps": 3}), "train.stps", dumo.UserError),
+    (lambda run: dumo.recipe("digits", {"train.steps": object()}), "train.steps", dumo.UserError),
+    (lambda run: dumo.recipe(run.spec, {"train.steps": "x"}), "train.steps", dumo.UserError),
+]
+
+
+@pytest.fixture(scope="module")
+def run() -> TrainedRun:
+    """A run that ships with dumo."""
+    return dumo.load("digits-trained", device="cpu")
+
+
+@pytest.mark.parametrize(("ask", "name", "exception"), API_REFUSALS)
+def test_an_argument_is_refused(
+    ask: Callable[[TrainedRun], object],
+    name: str,
+    exception: type[Exception],
+    run: TrainedRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(exception) as raised:
+        ask(run)
+    assert name in str(raised.value)
+    assert not [*tmp_path.iterdir()]

@@ -1,9 +1,7 @@
-"""What a notebook asks of a run: every argument is taken as it is meant, or refused."""
+"""What a notebook asks of a run: every argument is taken as it is meant."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -98,48 +96,11 @@ def test_an_int_is_the_number_of_a_class_and_a_text_its_name(run: TrainedRun) ->
     assert torch.equal(x[:1], numbered.sample("0", nfe=1)), "a number, where no name fits"
 
 
-NOISE = torch.zeros(2, 1, 8, 8)
-Call = Callable[[Any], object]
-WRONG: dict[str, Call] = {
-    r"seed is a whole number; got \[1, 2, 3\]": lambda r: r.sample(seed=[1, 2, 3]),
-    "seed is a whole number; got '1'": lambda r: r.sample(seed="1"),
-    "seed is a whole number; got 1.5": lambda r: r.sample(seed=1.5),
-    "seed is a whole number; got True": lambda r: r.sample(seed=True),
-    "seed = -1: it is 0 or more": lambda r: r.sample(seed=-1),
-    "seed = -2": lambda r: r.evaluate(nfe=1, seed=-2),
-    r"nfe is a whole number; got \[1, 2\]": lambda r: r.sample(nfe=[1, 2]),
-    "nfe is a whole number; got 1.5": lambda r: r.evaluate(nfe=[1, 1.5]),
-    "a label is a whole number; got 1.5": lambda r: r.sample([1.5]),
-    "count = 2 samples leave out some of 3 labels": lambda r: r.sample([1, 2, 3], count=2),
-    "output 'jpg': there is pt, np, pil": lambda r: r.sample(output="jpg"),
-    "guidance: Input should be greater than 0": lambda r: r.sample(guidance=-1),
-    "guidance: Input should be a valid number": lambda r: r.sample(guidance="much"),
-    r"noise is a tensor \(n, 1, 8, 8\) of finite numbers; got shape \(2, 8, 8\)": lambda r: r.sample(noise=NOISE[:, 0]),
-    "noise is a tensor .*; got array": lambda r: r.sample(noise=NOISE.numpy()),
-    "noise is a tensor .*got shape": lambda r: r.sample(noise=NOISE / 0),
-    "count = 3, and noise has 2 rows": lambda r: r.sample(count=3, noise=NOISE),
-    "a generator draws the seed": lambda r: r.sample(generator=torch.Generator(), seed=1),
-    "pil takes images as `sample` gives them, a tensor, not a ndarray": lambda r: r.pil(NOISE.numpy()),
-    r"samples of shape \(8, 8\) are no images": lambda r: r.pil(NOISE[:, 0]),
-}
-
-
-@pytest.mark.parametrize("said", WRONG)
-def test_a_wrong_argument_is_refused(said: str, run: TrainedRun) -> None:
-    with pytest.raises(dumo.UserError, match=said):
-        WRONG[said](run)
-
-
-def test_a_run_is_shown_in_a_line_and_in_a_table(run: TrainedRun) -> None:
+def test_a_run_is_shown_in_a_line(run: TrainedRun) -> None:
     assert repr(run) == f"<dumo run {run.folder}: dumo on digits, net dit, step 2, on cpu>"
     assert repr(run.spec) == str(run.spec) == "<dumo on digits, net dit, 2 steps>"
-    table = run._repr_html_()
-    assert "<td>2 of 2</td>" in table
-    assert "<th>objective</th><td>dumo</td>" in table
 
 
 def test_a_run_that_ends_by_the_clock_is_shown_without_the_steps_that_are_guessed(run: TrainedRun) -> None:
     train = run.spec.train.model_copy(update={"minutes": 6.0, "steps": 1})
-    timed = replace(run, opened=replace(run.opened, run=run.spec.model_copy(update={"train": train})))
-    assert str(timed.spec) == "<dumo on digits, net dit, 6 minutes>"
-    assert "<td>2</td>" in timed._repr_html_()
+    assert str(run.spec.model_copy(update={"train": train})) == "<dumo on digits, net dit, 6 minutes>"
