@@ -94,7 +94,7 @@ def test_a_moved_run_says_what_it_misses(home: Path) -> None:
     (home / "there").mkdir()
     for name in ("run", "cache", "models"):
         (home / name).rename(home / "there" / name)
-    refused("train", "there/run", *sets("train.steps=3"), named=(str(home / "cache"), "data.root"))
+    refused("train", "there/run", *sets("train.steps=3"), named=(str(home / "models"), "data.codec.weights"))
     moved = sets("data.root=there/cache", f"data.codec.weights=there/models/{WEIGHTS}", "train.steps=3")
     assert (done := call("train", "there/run", *moved)).code == 0, done
     assert load("there/run").data.root == str(home / "there/cache")  # pyright: ignore
