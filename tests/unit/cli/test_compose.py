@@ -285,9 +285,6 @@ def test_a_spec_of_a_run_is_trained_on_other_images(tmp_path: Path) -> None:
         ({"source": COLOURS, "data": COLOURS}, "data"),
         ({"source": "moons", "minutes": 3}, "minutes"),
         ({"source": "moons", "minutes": math.nan}, "minutes"),
-        ({"data": "photos", "minutes": math.inf}, "minutes"),
-        ({"data": "photos", "minutes": 0}, "minutes"),
-        ({"data": "photos", "minutes": "5"}, "minutes"),
         ({"source": dumo.recipe("moons"), "minutes": 5}, "minutes"),
     ],
 )
