@@ -15,7 +15,6 @@ import typer
 from dumo import runtime
 from dumo.cli import compare, demo, encode, evaluate, export, lab, preflight, report, sample, train
 from dumo.cli.terminal import err, explain, plain_warnings, reopen_streams, silenced_other_ranks, stoppable
-from dumo.error import UserError
 from dumo.runtime import door
 
 # The headings of help.
@@ -81,8 +80,6 @@ def run_command() -> int:
     """Run the command and return its exit code. Print the line of an error that is known, and raise any other."""
     code = 0
     try:
-        if sys.platform == "win32":
-            raise UserError("dumo needs Linux, macOS or WSL 2, not Windows itself: run wsl --install, and use it there")
         try:
             with door.command_line(), plain_warnings():
                 app()

@@ -1,12 +1,11 @@
 """The commands `reproduce`, which makes a figure or table again, and `bench`, which times a training step."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Set, Source, TrustCode
+from dumo.cli.option import Device, Set, Source, TrustCode
 from dumo.cli.terminal import out, resume_hint, show_table
 from dumo.runtime.progress import bar
 
@@ -33,7 +32,6 @@ def reproduce(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, which share cores and GPUs.")] = 1,
     device: Device = "auto",
-    as_json: AsJson = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Make a figure or table again, or that of your own plan.
@@ -48,9 +46,6 @@ def reproduce(
     dist.require_one_process("dumo reproduce")
     with resume_hint():
         results = reproduce(name, scale, folder, jobs=jobs, device=device, bar=bar)
-    if as_json:
-        print(json.dumps(results))
-        return
     show_table(results["title"], results["table"])
     for cell, message in results["failed"].items():
         out.print(f"{cell}: {message}", soft_wrap=True)
@@ -68,7 +63,6 @@ def bench(
     compile_: Annotated[str, typer.Option("--compile", help="none, blocks (each, whole) or loss.")] = "none",
     rounds: Annotated[int, typer.Option(min=1, help="Times that each step is run, in turn with the others.")] = 9,
     device: Device = "auto",
-    as_json: AsJson = False,
     trust_code: TrustCode = False,
 ) -> None:
     """Time a training step with every slope.
@@ -92,9 +86,6 @@ def bench(
         device=device,
         bar=bar,
     )
-    if as_json:
-        print(json.dumps(report))
-        return
     shape = " x ".join(map(str, report["shape"]))
     title = f"{report['parameters'] / 1e6:.4g} M parameters, {report['batch']} samples of {shape} at a time, "
     title += f"on {report['machine']}, {report['threads']} threads, {report['rounds']} rounds"

@@ -55,13 +55,6 @@ def test_help_ends_with_an_example_that_is_parsed(name: str) -> None:
         pass
 
 
-def test_windows_is_told_where_dumo_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "win32")
-    done = call("recipes")
-    assert (done.code, done.out) == (2, "")
-    assert "WSL 2" in done.err
-
-
 def test_help_is_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command has its heading, and one line of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")

@@ -171,12 +171,10 @@ def test_zeros_are_filled_and_nothing_else() -> None:
 
 
 @pytest.mark.nightly
-def test_the_command_prints_a_table_and_json() -> None:
+def test_the_command_prints_a_table() -> None:
     words = ("bench", "digits", *sets(*TINY, GUIDED), "--rounds", 1, "--device", "cpu", "--precision", "bf16")
     made = call(*words, "--slope", "central,none")
     assert made.code == 0
     assert "F by time" in made.out
     assert "central in bf16: slope 'central' needs" in made.out
-    report = call(*words, "--slope", "none", "--json").json
-    assert (report["batch"], report["shape"]) == (8, [1, 8, 8])
-    assert [row["slope"] for row in report["rows"]] == ["none"]
+    assert "8 samples of 1 x 8 x 8" in made.out
