@@ -479,7 +479,6 @@ def train(
         opened = open_job(
             composed.folder,
             composed.run,
-            text=composed.text,
             changes=composed.changes,
             device=str(device),
             tell=None if bar is no_bar else print_line,

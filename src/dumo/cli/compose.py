@@ -59,7 +59,6 @@ class Composed:
     changes: Sequence[str]  # each a.b=c
     folder: Path
     minutes: float | None = None  # for which a run goes on; None: for what is left of it
-    text: RunText | None = None  # of the folder's run.yaml, where it was read
 
 
 def compose(
@@ -120,7 +119,7 @@ def compose(
         if minutes is not None:
             log_line = line_printer(bar)
             log_line(goes_on_line(folder, minutes))
-        return Composed(None, settings_of_images(own_run.tree, own_changes, images_place), folder, text=own_run)
+        return Composed(None, settings_of_images(own_run.tree, own_changes, images_place), folder)
 
     # Propose a run on a folder of images.
     if images_place is not None:

@@ -111,7 +111,6 @@ def train(
     opened = open_job(
         run_folder,
         run,
-        text=text,
         changes=changes,
         device=device,
         tell=print_line,

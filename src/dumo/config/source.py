@@ -7,7 +7,6 @@
    its text. `dumo.config.load` makes a run of them. For a new run of an old run's settings, `without_resolved` leaves
    out what was found on the old one's files.
 
-`file_state` tells whether a run's file was written again.
 
 A run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none. Of a run that
 was moved with its latents or texts, `read_file` says where these are now.
@@ -63,8 +62,6 @@ IMAGES_LATENTS_RECIPE = "my-images-64"  # for images of the user's, in latents
 _LATENTS_FIELDS = ("kind", "root", "images", "codec", "memory", "prior")  # fields of data.kind=latents
 _ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # suffixes
 
-FileState = tuple[int, int, int]  # inode, time of change in ns, bytes
-
 
 class RecordedChange(BaseModel):
     """A change of a field while a run trained, as run.yaml lists it: the steps after `step` have the value `now`."""
@@ -90,7 +87,6 @@ class RunText:
     tree: dict[str, Any]  # plain values
     name: str  # of the source, for errors
     changed: tuple[RecordedChange, ...] = ()  # the changes while the run trained, in order
-    state: FileState | None = None  # of the file as it was read; None: of a recipe, or of a text
 
 
 @dataclass(frozen=True)
@@ -273,13 +269,12 @@ def read(source: str | Path) -> RunText:
 
 def read_file(file: Path) -> RunText:
     """What a YAML file says, over its bases; in a run.yaml, with the latents and texts next to it. Raises UserError."""
-    state = file_state(file)  # before it is read: what is written meanwhile makes it another one
     text = parse_text(_yaml_text(file), file)
     if file.name == RUN_FILE:
         folder = file.absolute().parent
         _follow_moved_folder(text.tree, ["data"], Path(trained.LATENTS_FOLDER).name, folder)
         _follow_moved_folder(text.tree, ["net", "texts"], TEXTS_FOLDER, folder)
-    return replace(text, state=state)
+    return text
 
 
 def _follow_moved_folder(tree: dict[str, Any], keys: Sequence[str], name: str, folder: Path) -> None:
@@ -297,14 +292,6 @@ def _follow_moved_folder(tree: dict[str, Any], keys: Sequence[str], name: str, f
     was_next_to_runs = noted.is_absolute() and noted.parent.name == name
     if was_next_to_runs and not noted.is_dir() and next_to_run.is_dir():
         part["root"] = str(next_to_run)
-
-
-def file_state(file: Path) -> FileState | None:
-    """What differs once a file was written again: inode, time of change (ns) and bytes. None: it is no file."""
-    if not file.is_file():
-        return None
-    about = file.stat()
-    return about.st_ino, about.st_mtime_ns, about.st_size
 
 
 def without_resolved(text: RunText) -> RunText:

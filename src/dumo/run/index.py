@@ -1,9 +1,8 @@
-"""What a run's folder holds, read once when the run is opened.
+"""What a run's folder holds, read when the run is opened.
 
-`Index.read` reads run.yaml, unless its caller has, and lists the checkpoints. The rest is read when it is first asked
-for, and then kept: each checkpoint's list and run, and data.json. Who opens a run passes its index on, so that all see
-the same, and no file is read twice. An index is of one moment: after waiting for another process that wrote there, read
-a new one.
+`Index.read` reads run.yaml and lists the checkpoints. The rest is read when it is first asked for, and then kept: each
+checkpoint's list and run, and data.json. Whoever opens a run passes its index on, so that all see the same. An index is
+of one moment: after waiting for another process that wrote there, read a new one.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from dumo.config.difference import Difference, differences
 from dumo.config.history import RecordedRun
 from dumo.config.load import run_of
-from dumo.config.source import RUN_FILE, RecordedChange, RunText, file_state, parse_text, read_file
+from dumo.config.source import RUN_FILE, RecordedChange, RunText, parse_text, read_file
 from dumo.config.spec import Run
 from dumo.run import datanote
 from dumo.run.datanote import DataNote
@@ -82,17 +81,10 @@ class Index:
     _runs: dict[Path, CheckpointRun] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, text: RunText | None = None) -> "Index":
-        """Read run.yaml, if there is one. Raises UserError where it cannot be read.
-
-        `text` is what has been read of it. It is read again where that was another file, or was written since.
-        """
+    def read(cls, folder: Path) -> "Index":
+        """Read run.yaml, if there is one. Raises UserError if it cannot be read."""
         file = folder / RUN_FILE
-        state = file_state(file)
-        if state is None:
-            text = None
-        elif text is None or text.state != state:
-            text = read_file(file)
+        text = read_file(file) if file.is_file() else None
         return cls(folder, text, Checkpoints(folder / "checkpoints"))
 
     @cached_property

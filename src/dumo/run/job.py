@@ -31,7 +31,6 @@ from dumo.config import trust
 from dumo.config.change import sets_field
 from dumo.config.code import names_code
 from dumo.config.fit import check_ranks
-from dumo.config.source import RunText
 from dumo.config.spec import Run
 from dumo.data import Data, is_latents
 from dumo.io.source import DataSource
@@ -117,7 +116,6 @@ def open_job(
     folder: Path,
     run: Run | None = None,
     *,
-    text: RunText | None = None,
     changes: Sequence[str] = (),
     device: str = "auto",
     tell: Tell | None = None,
@@ -134,7 +132,6 @@ def open_job(
     While inside, the folder is locked, and writes are refused if it was moved away.
 
     - `run`: what to train; None: the run of the folder, with `changes` (`a.b=c`)
-    - `text`: of the folder's run.yaml, where it has been read; one of another file counts for nothing
     - `step`: resume from the checkpoint of this step, not from the last one; a restart that has done so takes that
     - `tell`: called with lines for the user, on rank 0
     - `accept`: resume though data or fields have changed, and note what has
@@ -160,7 +157,7 @@ def open_job(
             tell_on_main(request.obeyed_line())
         from_step = None if was_obeyed else step
         more_minutes = None if was_obeyed else minutes  # run.yaml has the sum
-        index = Index.read(folder, text)
+        index = Index.read(folder)
         requested_run = _requested_run(run, index, changes, more_minutes)
         require_same_request(request, requested_run)
         stack.enter_context(naming_code(names_code(requested_run)))
