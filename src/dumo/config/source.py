@@ -7,7 +7,6 @@
    its text. `dumo.config.load` makes a run of them. For a new run of an old run's settings, `without_resolved` leaves
    out what was found on the old one's files.
 
-
 A run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none. Of a run that
 was moved with its latents or texts, `read_file` says where these are now.
 """

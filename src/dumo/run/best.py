@@ -1,11 +1,10 @@
-"""best/ in a run's folder: the sampled weights with the best score of the run's validation so far.
+"""The best weights of a run in training: best/ in its folder holds the sampled weights with the best validation score.
 
-`BestFolder` owns the folder. In training, `Validation` calls `save_if_best` after each score, and the journal
-`remove_older` after each checkpoint; `describe` is what is said at the end. `find_best` reads.
+`Validation` calls `BestFolder.save_if_best` after each score, and the journal calls `remove_older` after each
+checkpoint. A file states its score and how it was measured, since only scores measured alike are compared.
 
-A file of weights says its score, and by which protocol and nfe it was measured: scores that were measured otherwise are
-not compared. On resume, `run.history` drops weights newer than the checkpoint, so files from before it must stay: one
-for each checkpoint from which a run may resume.
+On resume, `run.history` drops weights that are newer than the checkpoint. So one older file is kept for each checkpoint
+from which the run may resume.
 """
 
 from collections.abc import Collection, Set
@@ -21,8 +20,9 @@ from dumo.run.provenance import require_own_file
 from dumo.training import agreement, checkpoint, manifest
 from dumo.training.state import State
 
-KIND = "best weights"  # what the file of weights says it is
-_SCORE = "score"  # the name of the score among the facts in the file
+# The kind and the name of the score in the metadata of a file of weights.
+KIND = "best weights"
+_SCORE = "score"
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,27 @@ class BestWeights:
     step: int
     metric: str
     value: float
-    protocol: str  # the name of the protocol that measured it
-    nfe: int  # of the samples that were judged
+    # The name of the protocol that measured it, and the NFE of the samples.
+    protocol: str
+    nfe: int
 
 
 class BestFolder:
     """The best weights of a run in training."""
 
     def __init__(self, run: Run, run_folder: Path, identities: Set[str] = frozenset()) -> None:
-        """Open nothing yet. `identities` are those of the run that the folder holds (`RecordedRun.identities`).
+        """`identities` are those of the run that the folder holds (`RecordedRun.identities`).
 
-        Weights that were written under one of them, or under that of `run`, are this run's own.
+        Weights that were written under one of them, or under the identity of `run`, belong to this run.
         """
         self.run = run
         self.folder = run_folder / BEST_FOLDER
         self.identities = {*identities, identity(run)}
 
     def find_best(self, max_step: int | None = None) -> BestWeights | None:
-        """The newest weights, up to step `max_step`; None if there are none.
+        """Return the newest weights up to step `max_step`, or None if there are none.
 
-        Raises UserError if the file is not what this run wrote there.
+        Raises UserError if the file is not the one that this run wrote.
         """
         files = manifest.paths_by_step(self.folder, ".safetensors")
         steps = [step for step in files if max_step is None or step <= max_step]
@@ -67,9 +68,9 @@ class BestFolder:
     def save_if_best(self, state: State, *, metric: str, value: float, protocol: str, nfe: int) -> None:
         """Write the sampled weights if their score is finite and the best of those that were measured alike.
 
-        Every rank must call it, with the same score. Raises UserError as `find_best`, and if the disk is full.
+        Every rank must call it with the same score. Raises UserError if the weights in the folder are another run's.
         """
-        # first of all, so that weights of another run are refused whatever the score is
+        # Weights of another run are refused whatever the score is, so they are read first.
         previous = agreement.on_main_rank(self.find_best)
         if not isfinite(value):
             return
@@ -81,10 +82,10 @@ class BestFolder:
         checkpoint.save_weights(self.folder, state, state.sampled_net, KIND, identity(self.run), **{_SCORE: score})
 
     def remove_older(self, checkpoint_steps: Collection[int]) -> None:
-        """Remove weights that no resumed run asks for, once a checkpoint is written.
+        """Remove weights that no resumed run needs. Called once a checkpoint is written.
 
-        A run resumes from one of the checkpoints, of these steps, and asks for the last weights up to that step. Those
-        newer than the last checkpoint stay: a resumed run removes them.
+        A run that resumes from one of the checkpoints needs the last weights up to its step. Weights newer than the
+        last checkpoint are kept; a resumed run removes them.
         """
         files = manifest.paths_by_step(self.folder, ".safetensors")
         kept_steps = {step for step in files if step > max(checkpoint_steps)}
@@ -96,7 +97,7 @@ class BestFolder:
                 path.unlink()
 
     def describe(self) -> str | None:
-        """Which weights are the best, in a line; None: the run keeps none. Raises UserError as `find_best`."""
+        """Describe the best weights in a line; None if the run keeps none."""
         if not self.run.evaluate.best:
             return None
         best = self.find_best()

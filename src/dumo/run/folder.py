@@ -24,21 +24,24 @@ from dumo.runtime.door import option
 from dumo.training import manifest
 from dumo.types import UserError
 
-# names in a run's folder
-LOCK_FILE = ".training.lock"  # present, and locked, while a process trains here
-OBEYED_FILE = ".obeyed"  # what was last asked for that is to be obeyed once (`dumo.run.request`)
-CHECKPOINT_MARK = ".saved"  # empty: a checkpoint was written; if none is there now, it was lost
-_CHECKPOINTS_FOLDER = "checkpoints"
-BEST_FOLDER = "best"  # the weights of the best score
-_WRITTEN_FILES = (RUN_FILE, "data.json", LOG_FILE, OBEYED_FILE)  # training writes them, at the top of the folder
+# Exists, and is locked, while a process trains in the folder.
+LOCK_FILE = ".training.lock"
+# The last request that must be carried out only once (`dumo.run.request`).
+OBEYED_FILE = ".obeyed"
+# An empty file: a checkpoint was written. If the folder has none now, it was lost.
+CHECKPOINT_MARK = ".saved"
+# The weights with the best validation score.
+BEST_FOLDER = "best"
+# Files that training writes at the top of the folder.
+_WRITTEN_FILES = (RUN_FILE, "data.json", LOG_FILE, OBEYED_FILE)
 
 
 @contextmanager
 def locked_run_folder(folder: Path) -> Generator[None, None, None]:
-    """Make a run's folder, if it is missing, and keep every other training out of it.
+    """Create a run's folder if it is missing, and keep every other training out of it.
 
-    A folder that was made and is empty at the end is removed. Raises UserError where another process trains there, and,
-    before anything is written, where the folder may not become a run's (`require_free`).
+    A folder that was created and is empty at the end is removed. Raises UserError if another process trains there, and,
+    before anything is written, if the folder holds files that are not a run's (`require_free`).
     """
     require_free(folder)
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -48,13 +51,14 @@ def locked_run_folder(folder: Path) -> Generator[None, None, None]:
         with locked(folder / LOCK_FILE, problem):
             yield
     finally:
-        with suppress(OSError):  # it is not empty: something was written
+        # A folder that something was written to is not empty, and stays.
+        with suppress(OSError):
             for new_folder in new_folders:
                 new_folder.rmdir()
 
 
 def require_free(folder: Path) -> None:
-    """Raise UserError for a folder of other files than a run's. Leftovers of a kill do not count."""
+    """Raise UserError for a folder of files that are not a run's. What a killed training left does not count."""
     if (folder / RUN_FILE).exists() or not folder.is_dir():
         return
     for path in folder.iterdir():
@@ -63,17 +67,19 @@ def require_free(folder: Path) -> None:
 
 
 def require_place(folder: Path) -> None:
-    """Raise UserError or OSError where no new run can be written to a folder; nothing is written."""
+    """Raise UserError or OSError if no new run can be written to a folder. Nothing is written."""
     require_free(folder)
     files.check_writable(folder)
 
 
 def require_resumable(run: Run, index: Index, step: int | None = None, *, accept: bool = False) -> None:
-    """Raise UserError unless `run` can be trained in its folder: from the start, or on from a checkpoint there.
+    """Raise UserError unless `run` can be trained in its folder, from the start or from a checkpoint there.
 
-    `index` is what the folder holds. `step` is that of the checkpoint to resume from; None: the last one. Refused are a
-    step without a checkpoint, fewer steps than are done, lost checkpoints, and another run than the folder's. `accept`:
-    fields may differ from that run's.
+    - `index`: what the folder holds.
+    - `step`: the step of the checkpoint to resume from; None takes the last checkpoint.
+    - `accept`: fields may differ from those of the folder's run.
+
+    Refused are a step without a checkpoint, fewer steps than are done, lost checkpoints, and another run.
     """
     folder = index.folder
     checkpoints = index.checkpoints.by_step()
@@ -92,23 +98,14 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
             f"{folder} is an export, which has no optimizer state to resume from: begin a new run from its weights "
             f"with start.source={folder}"
         )
-    if index.recorded_run and not checkpoints:
-        _require_no_lost_checkpoint(folder)
-    require_same_run(index, run, step, accept=accept)
-
-
-def _require_no_lost_checkpoint(folder: Path) -> None:
-    """Raise UserError if a run without checkpoints had some: it would be trained again from the start.
-
-    If the log is gone, too, the user has cleared the run, and it may begin anew.
-    """
-    checkpoints_folder = folder / _CHECKPOINTS_FOLDER
-    if (folder / LOG_FILE).exists() and (folder / CHECKPOINT_MARK).exists():
+    # If the log is gone, too, the user has cleared the run, and it may begin anew.
+    was_saved = (folder / LOG_FILE).exists() and (folder / CHECKPOINT_MARK).exists()
+    if index.recorded_run and not checkpoints and was_saved:
         raise UserError(
-            f"{folder} had checkpoints, and {checkpoints_folder} has none: mount its disk or restore "
-            f"{checkpoints_folder}. To train from the start give another folder with {option('out')}, or move {folder} "
-            "away"
+            f"{folder} had checkpoints, and {index.checkpoints.folder} has none: mount its disk or restore them; to "
+            f"train from the start, give another folder with {option('out')}"
         )
+    require_same_run(index, run, step, accept=accept)
 
 
 def remove_half_written(folder: Path) -> None:
@@ -128,9 +125,9 @@ def _is_half_written(path: Path) -> bool:
 
 @contextmanager
 def guard_run_folder(folder: Path) -> Generator[None, None, None]:
-    """While inside, refuse writes into a run's folder, or its folders on other disks, once it is moved or unmounted.
+    """Refuse writes into a run's folder, and its folders on other disks, once it was moved or unmounted.
 
-    Raises UserError where such a write was tried.
+    Raises UserError if such a write was tried.
     """
     guarded = [folder]
     for place in manifest.weight_folders(folder):
@@ -142,20 +139,21 @@ def guard_run_folder(folder: Path) -> Generator[None, None, None]:
         try:
             yield
         except (OSError, SafetensorError):
-            for path in guarded:  # one may have gone while a file was written, which is why that failed
+            # The write may have failed because a folder disappeared meanwhile.
+            for path in guarded:
                 require_in_place(path)
             raise
 
 
 def is_on_other_disk(place: Path, folder: Path) -> bool:
-    """Whether `place`, in a run's folder, is a folder on another disk than `folder` is, by a link or a mount."""
+    """Whether `place`, a folder in a run's folder, is on another disk than `folder`, through a link or a mount."""
     return place.is_dir() and place.stat().st_dev != folder.stat().st_dev
 
 
 def set_best_aside(folder: Path) -> Path | None:
-    """Move best/*.safetensors to best/cut-N, of the first free N, when a run restarts from step 0.
+    """Move best/*.safetensors to best/cut-N, with the first free N, when a run restarts from step 0.
 
-    Returns best/cut-N; None: there were no best weights.
+    Returns best/cut-N, or None if there were no best weights.
     """
     best_folder = folder / BEST_FOLDER
     weights_by_step = manifest.paths_by_step(best_folder, ".safetensors")

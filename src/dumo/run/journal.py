@@ -1,9 +1,8 @@
-"""What a run writes down as it trains: log, milestones, checkpoints. Every rank has a `Journal`.
+"""The journal of a training: it writes log, milestones and checkpoints. Every rank has a `Journal`.
 
-`run.train` makes it once `dumo.run.history` has brought the folder to the step from which training goes on. It calls
-`Journal.open` before the first step, and the loop calls `Journal.hooks` after each: log, then milestone, then
-checkpoint, where they are due. A line is shown at once for a skipped step. `resume_hint` is for a training that has
-diverged.
+`run.train` creates it once `dumo.run.history` has brought the folder to the step from which training resumes. It calls
+`Journal.open` before the first step, and the training loop calls `Journal.hooks` after each step: log, milestones, then
+checkpoints. `resume_hint` says what to type after a training that diverged.
 """
 
 import gc
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Journal:
-    """Writes log, milestones and checkpoints. Every rank has one, and must call each method alike."""
+    """Writes log, milestones and checkpoints. Every rank must call each method alike."""
 
     run: Run
     folder: Path
@@ -61,34 +60,40 @@ class Journal:
     checkpoints: Checkpoints
     source: "DataSource | TeacherPairs"
     tell: Callable[[str], None]
-    hashes: "Hashes | None" = None  # of the data
-    changes: Sequence[RecordedChange] | None = None  # of fields and data, since the run began; None except on rank 0
-    countdown: Countdown | None = None  # None: it ends by its steps
-    is_examined: bool = False  # whether the slope was examined on weights in training
-    has_saved: bool = False  # whether a checkpoint was saved
+    # Hashes of the images.
+    hashes: "Hashes | None" = None
+    # The changes of fields and data since the run began; None on ranks other than 0.
+    changes: Sequence[RecordedChange] | None = None
+    # The clock of a run that ends by it.
+    countdown: Countdown | None = None
+    # Whether du/dt was examined on weights in training, and whether a checkpoint was saved.
+    is_examined: bool = False
+    has_saved: bool = False
     best_folder: "BestFolder | None" = None
     validation: "Validation | None" = None
     # Called with each row of the log, such as by a tracker.
     send_row: Callable[[log.Row], object] | None = None
-    threads: StepThreads | None = None  # of the steps; None: nobody chooses
-    last_saved: float = field(default_factory=time.monotonic)  # seconds: when the last checkpoint was taken
+    # The number of threads of a step; None if it is not chosen.
+    threads: StepThreads | None = None
+    # When the last checkpoint was taken, in seconds of the monotonic clock.
+    last_saved: float = field(default_factory=time.monotonic)
     saver: Saver = field(default_factory=Saver)
 
     @property
     def run_text(self) -> str:
-        """The text of run.yaml, which checkpoints hold, too; "" except on rank 0."""
+        """The text of run.yaml, of which each checkpoint has a copy; "" on ranks other than 0."""
         return "" if self.changes is None else dump(self.run, self.changes)
 
     @property
     def hooks(self) -> tuple[loop.Every, ...]:
-        """What the loop calls after each step, in this order: log, milestones, checkpoints."""
+        """The hooks that the training loop calls after each step, in this order."""
         return loop.Every(1, self.log_step), loop.Every(1, self.write_milestone), loop.Every(1, self.save_if_due)
 
     def is_save_due(self) -> bool:
-        """Whether a checkpoint is due by this rank's clock, or the last one failed to be written.
+        """Whether a checkpoint is due by this rank's clock, or the last one could not be written.
 
-        A failure is of all ranks, so that of the first one brings all to where it is raised. A run that ends by the
-        clock saves its first one early, to know how long that takes.
+        All ranks share a failure, so reporting it on rank 0 brings all of them to the save that raises it. A run that
+        ends by the clock saves its first checkpoint early, to measure how long that takes.
         """
         if self.saver.has_failed:
             return True
@@ -100,8 +105,8 @@ class Journal:
     def open(self, state: State) -> None:
         """Bring the folder up to the present step, before the next one.
 
-        Examines the slope on weights that were saved unexamined, writes a missing milestone, and, if no step is left,
-        the last checkpoint. Raises Stopped if a rank was asked to stop meanwhile: there is nothing to save.
+        Examines du/dt on weights that were saved unexamined, writes a missing milestone and, if no step is left, the
+        last checkpoint. Raises Stopped if a rank received a signal meanwhile: there is nothing to save.
         """
         for signal_number in agreement.gather_results(signals.poll):
             if signal_number:
@@ -110,16 +115,17 @@ class Journal:
             self.examine(state)
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
             self.write_milestone(state)
-        if state.is_over(self.run.train):  # saving removes checkpoints beyond the `train.keep` that are kept
+        # Saving also removes checkpoints beyond the last `train.keep`.
+        if state.is_over(self.run.train):
             self.note_steps(state)
             self.save(state)
             self.saver.wait()
 
     def log_step(self, state: State, record: Record) -> None:
-        """Judge the run where that is due, and add a row to the log where one is.
+        """Evaluate the run if that is due, and add a row to the log if one is due.
 
-        A row is due every `log_every` steps, and at a step that was judged or skipped. `tell` is called with a line on
-        a skipped step.
+        A row is due every `log_every` steps, and at a step that was evaluated or skipped. `tell` is called with a line
+        for a skipped step.
         """
         scores = self.judge(state)
         scheduled = state.step % self.run.train.log_every == 0
@@ -144,7 +150,7 @@ class Journal:
                 self.send_row(row)
 
     def judge(self, state: State) -> "Scores":
-        """The scores of this step; {} where none are due. Every rank must call it."""
+        """Evaluate the samples of this step; {} if that is not due. Every rank must call it."""
         if self.validation is None or state.step % self.validation.every:
             return {}
         began = self.countdown.seconds() if self.countdown else 0.0
@@ -154,7 +160,7 @@ class Journal:
         return scores
 
     def blamed_rows(self, step: int, skipped: Skipped) -> list[dict[str, Any]]:
-        """The rows to blame for a skipped step, each with its number in the data set, not in the batch."""
+        """The rows to blame for a skipped step, with their numbers in the data set instead of the batch."""
         if not skipped.rows:
             return []
         train = self.run.train
@@ -172,10 +178,10 @@ class Journal:
             checkpoint.save_milestone(self.folder / "milestones", state, identity(self.run))
 
     def save_if_due(self, state: State, record: Record) -> None:
-        """Save a checkpoint where one is due by step or clock, where the run is asked to stop, and at the end.
+        """Save a checkpoint if one is due by step or clock, after a signal, and at the end.
 
-        Up to the first one by step (`Train.first_saved_step`) the weights are examined before, but not where somebody
-        waits for the run to stop.
+        Up to the first checkpoint that is due by its step (`Train.first_saved_step`), du/dt is examined on the weights
+        before they are saved, but not after a signal, when somebody waits for the run to stop.
         """
         train = self.run.train
         is_due = record.due or state.step % train.save_every == 0
@@ -184,7 +190,8 @@ class Journal:
         if not (is_due or is_last or is_asked_to_stop):
             return
         self.saver.wait()
-        skips_examination = self.countdown is not None and self.is_examined  # once is enough where time is short
+        # A run that ends by the clock examines du/dt only once.
+        skips_examination = self.countdown is not None and self.is_examined
         if state.step <= train.first_saved_step and not is_asked_to_stop and not skips_examination:
             self.examine(state)
         if is_last:
@@ -194,8 +201,9 @@ class Journal:
             self.saver.wait()
 
     def save(self, state: State) -> None:
-        """Save a checkpoint of this step in a thread, after the log up to it; training goes on meanwhile."""
-        self.saver.wait()  # its memory is filled anew
+        """Save a checkpoint of this step in a thread, after the log up to it, while training continues."""
+        # The thread's copy of the last checkpoint is overwritten.
+        self.saver.wait()
         began = self.countdown.seconds() if self.countdown else 0.0
         log_file = self.folder / LOG_FILE
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
@@ -218,7 +226,7 @@ class Journal:
         self.last_saved = time.monotonic()
 
     def note_steps(self, state: State) -> None:
-        """Write into run.yaml, and into the checkpoints to come, how many steps a run made that ends by the clock."""
+        """Record in run.yaml, and in later checkpoints, the number of steps of a run that ends by the clock."""
         train = self.run.train
         if state.timing is None or train.steps == state.step:
             return
@@ -226,17 +234,18 @@ class Journal:
         agreement.on_main_rank(lambda: write_run_file(self.run, self.folder, self.changes or ()))
 
     def examine(self, state: State) -> None:
-        """Raise UserError if the objective has a slope, and it is not the derivative at the weights in training.
+        """Raise UserError if the objective's du/dt is not the derivative at the weights in training.
 
-        Where the device has no room for the weights in training and their copies, nothing is examined, and `tell` is
-        called with a line. The examination of two blocks, before the first step, then has to do.
+        If the device has no room for copies of the weights, nothing is examined and `tell` is called with a line: only
+        two blocks were examined then, before the first step.
         """
         if self.run.objective.needs.slope is None:
             return
         net_outline = outline(self.run)
         copies_bytes = weight_bytes(net_outline) + float64.copied_bytes(net_outline)
         if dist.world() > 1:
-            copies_bytes += weight_bytes(net_outline)  # ranks may share them: each examines them in one piece
+            # Ranks may share the weights, but each examines all of them.
+            copies_bytes += weight_bytes(net_outline)
         device_bytes = agreement.on_main_rank(lambda: total_memory(self.device))
         if copies_bytes > device_bytes:
             self.tell(
@@ -248,12 +257,13 @@ class Journal:
             net = layout.gather_net(state.net, partial(build, self.run))
             examination.examine_weights(self.run, net, self.device).require()
             self.is_examined = True
+            # The hooks of the copy in float64 are in reference cycles, which hold the network.
             del net
-            gc.collect()  # hooks of its copy in float64 hold the net and themselves
+            gc.collect()
 
 
 def _row_text(row: dict[str, Any]) -> str:
-    """A row of a batch in words."""
+    """Describe a row of a batch."""
     parts: list[str] = []
     if row["image"] is not None:
         parts.append(f"image {row['image']}")
@@ -264,7 +274,7 @@ def _row_text(row: dict[str, Any]) -> str:
 
 
 def slope_in_time(state: State) -> float | None:
-    """The slope of the net's embedding of time (`Scalars.slope`); None if it has none. Every rank must call it."""
+    """The slope of the time embedding (`Scalars.slope`); None if there is none. Every rank must call it."""
     for module in state.net.modules():
         if isinstance(module, Scalars) and "t" in module.names:
             weights = {name: layout.full_tensor(weight.detach()) for name, weight in module.named_parameters()}
@@ -273,11 +283,10 @@ def slope_in_time(state: State) -> float | None:
 
 
 def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int) -> str:
-    """How to resume from the last good checkpoint up to a step, or else from the start, at half the rate."""
+    """Say how to resume from the last good checkpoint up to a step, or from the start, at half the learning rate."""
     good_step = checkpoints.last_good(step)
     place = "from the start" if good_step is None else "from its last good checkpoint"
-    out: str | None = None
-    if good_step is None and checkpoints.by_step():  # from which this folder would go on
-        out = "DIR"
+    # Without a good checkpoint, the folder would be resumed from a bad one, so the run starts in another folder.
+    out = "DIR" if good_step is None and checkpoints.by_step() else None
     fields = [f"train.optimizer.{name}={rate:g}" for name, rate in half_rates(train.optimizer).items()]
-    return f"To go on {place} at half the rate:  {train_call(folder, fields, step=good_step, out=out)}"
+    return f"To resume {place} at half the learning rate:  {train_call(folder, fields, step=good_step, out=out)}"

@@ -22,12 +22,13 @@ from dumo.training.layout import share_of
 
 
 def empty_classes_line(data: Data, source: object) -> str:
-    """A line that names the classes of which `source` has no image that can be read; "" where that is not so."""
+    """Return a line that names the classes without a readable image, or "" if there are none."""
     if not isinstance(source, Album | LatentSource) or Conditions(data).captions:
         return ""
     labels = source.readable_labels()
     images = shown_data(data)
-    is_cut = is_images(images) and images.count is not None  # images that are left out may be of the other classes
+    # With `data.count`, images of the other classes may have been left out on purpose.
+    is_cut = is_images(images) and images.count is not None
     if labels is None or is_cut:
         return ""
     counts = labels.bincount(minlength=data.labels).tolist()
@@ -35,8 +36,8 @@ def empty_classes_line(data: Data, source: object) -> str:
     if not empty_classes:
         return ""
     return (
-        f"no image can be read of class {first_few(empty_classes, Conditions(data).name)}, whose samples will mean "
-        "nothing: convert its images (HEIC to JPEG), or remove its folder, and begin a new run"
+        f"no image can be read of class {first_few(empty_classes, Conditions(data).name)}, whose samples will be "
+        "meaningless: convert its images (HEIC to JPEG), or remove its folder, and start a new run"
     )
 
 
@@ -50,10 +51,12 @@ def training_summary(
     device: torch.device,
     timing: Timing | None,
 ) -> str:
-    """What is trained on what, in a line.
+    """Return a line that names device, data, network, and length of a training.
 
-    `net` is on the meta device, `size` the number of rows of the data (None: they are drawn anew), `step` the number of
-    steps done, and `timing` how far it is by the clock, if it ends by that.
+    - `net`: the network on the meta device.
+    - `size`: the number of rows of the data; None if they are generated.
+    - `step`: the number of steps done.
+    - `timing`: the progress by the clock, for a run that ends by it.
     """
     unit = "images" if len(run.shown_shape) == 3 else "points"
     length_text = f"steps {step:,} to {run.train.steps:,}"
@@ -68,13 +71,13 @@ def training_summary(
 
 
 def _time_left_text(step: int, timing: Timing) -> str:
-    """For how long a run goes on that ends by the clock."""
+    """The time that is left of a run that ends by the clock."""
     promised = duration_text(timing.promised_seconds)
     return f"{duration_text(timing.seconds_left)} of {promised} are left, from step {step:,} on, each"
 
 
 def _data_text(run: Run, size: int | None, unit: str) -> str:
-    """How many rows the data have, and of which classes or captions."""
+    """The number of rows of the data, and their classes or captions."""
     conditions = run.conditions
     text = f"{size:,} {unit}" if size is not None else f"{unit} drawn anew"
     if not run.data.classes:
@@ -90,7 +93,7 @@ def _data_text(run: Run, size: int | None, unit: str) -> str:
 
 
 def _weights_text(net: nn.Module) -> str:
-    """How many parameters a net has, and how many are trained, if not all."""
+    """The number of parameters of a network, and of those that are trained if some are frozen."""
     total = num_parameters(net)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     text = f"{total:,} parameters"
@@ -98,7 +101,7 @@ def _weights_text(net: nn.Module) -> str:
 
 
 def _layout_text(share: int, device: torch.device) -> str:
-    """The device, and how the weights are split over several ranks."""
+    """The device, and how the weights are sharded over ranks."""
     device_name = str(device)
     if device.type == "cuda":
         device_name += f" ({torch.cuda.get_device_name(device)})"

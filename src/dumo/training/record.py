@@ -19,26 +19,30 @@ from dumo.training.deadline import Timing
 from dumo.training.state import State
 from dumo.types import Cond, PerSample, Terms, Time
 
-_BINS = 10  # equally wide bins of t
-MAX_LISTED_ROWS = 16  # rows of a skipped step that the log lists
+# Equally wide bins of t.
+_BINS = 10
+# Rows of a skipped step that the log lists.
+MAX_LISTED_ROWS = 16
 # Fields of a record that are not measurements, or that most steps lack.
 _UNLOGGED_FIELDS = ("received_signal", "due", "timing", "skipped")
 
-BatchRow = dict[str, float | int | None]  # t, class, place in the batch, and rank
+# t, class, place in the batch, and rank of a row.
+BatchRow = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Why a step was not applied, and the rows that are to blame: all of them if only the gradient is not finite.
+    """Why a step was not applied, and the rows that are to blame. The names of the fields are keys in the log."""
 
-    The names of the fields are keys in the log.
-    """
-
-    what: str  # loss, the names of parts or notes, or the gradient norm
+    # The names of the values that are not finite: loss, parts, notes, or the gradient norm.
+    what: str
+    # The number of rows to blame, and of all rows of the batch.
     count: int
-    of: int  # the number of rows of the batch
-    t: tuple[float, float]  # the earliest and the latest of these rows
-    rows: list[BatchRow]  # the first MAX_LISTED_ROWS of them; none if only the gradient is to blame
+    of: int
+    # The earliest and the latest t of the rows to blame.
+    t: tuple[float, float]
+    # The first MAX_LISTED_ROWS rows to blame; empty if only the gradient is not finite.
+    rows: list[BatchRow]
 
     def __str__(self) -> str:
         low, high = self.t
@@ -49,19 +53,27 @@ class Skipped:
 class Record:
     """What one step measured: means over the global batch."""
 
-    step: int  # steps done, this one included
-    images: int  # images seen, this batch included
+    # Steps done and images seen, this step included.
+    step: int
+    images: int
     loss: float
-    parts: dict[str, float]  # the loss's named parts
-    notes: dict[str, float]  # what else the objective watches
-    bins: dict[str, list[float]]  # loss, parts and notes in ten bins of t, data to noise; nan if empty
-    counts: list[int]  # rows per bin
-    grad_norm: float  # of all trained weights, before clipping
+    # Named terms of the loss, and further values that the objective reports.
+    parts: dict[str, float]
+    notes: dict[str, float]
+    # Loss, parts and notes in ten bins of t, from data to noise; nan for an empty bin. `counts` are the rows per bin.
+    bins: dict[str, list[float]]
+    counts: list[int]
+    # The norm of the gradient of all trained weights, before clipping.
+    grad_norm: float
     lr: float
-    skipped: Skipped | None = None  # why it was not applied; None: it was
-    received_signal: int | None = None  # the number of the signal that a rank got, the same on all
-    due: bool = False  # whether a checkpoint is due by rank 0's clock
-    timing: Timing | None = None  # how far it is by rank 0's clock, before this step; None: it ends by its steps
+    # Why the step was not applied; None if it was.
+    skipped: Skipped | None = None
+    # The number of a signal that any rank received; the same on all ranks.
+    received_signal: int | None = None
+    # Whether a checkpoint is due by rank 0's clock.
+    due: bool = False
+    # Progress by rank 0's clock before this step; None for a run that ends by its steps.
+    timing: Timing | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -88,10 +100,11 @@ def measure(
     due: bool = False,
     timing: Timing | None = None,
 ) -> Record:
-    """The record of the step about to be made on a batch of `images` rows. Every rank must call it.
+    """Measure the step about to be applied, on a batch of `images` rows. Every rank must call it.
 
-    `norm` is the gradient norm, on the device; `due` and `timing` count on rank 0 alone, whose clock decides.
+    `norm` is the gradient norm, on the device. `due` and `timing` are used on rank 0 only, whose clock decides.
     """
+    # Reduce everything at once: sums by bins of t, and flags of ranks.
     columns = _columns_of(terms)
     bins = (t * _BINS).long().clamp(0, _BINS - 1)
     is_over_here = timing is not None and timing.is_over and dist.is_main()
@@ -113,13 +126,13 @@ def measure(
     sums = {name: means[f"sums of {name}"] for name in columns}
     column_means = {name: sum(row) / sum(counts) for name, row in sums.items()}
 
-    # what ranks decide together: signals, a checkpoint that is due, the clock
+    # Read what all ranks decide together: signals, a checkpoint that is due, the clock.
     signals_received = [number for number, flag in zip(signals.SIGNALS, means["signals"], strict=True) if flag]
     due_flag, over_flag = means["flags"]
     if timing and over_flag > 0:
         timing = timing.at_end()
     elif timing:
-        # the mean over ranks of what rank 0 alone wrote
+        # Only rank 0 wrote its clock, and the others zeros, so the mean is multiplied by the number of ranks.
         seconds, share = (value * dist.world() for value in means["clock"])
         timing = timing.model_copy(update={"seconds": seconds, "share": share})
     return Record(
@@ -154,7 +167,7 @@ def _filled(t: Time, values: Sequence[float | bool]) -> Tensor:
     """Numbers of the host on t's device, put in one by one: a copy would wait for the device."""
     row = t.new_zeros(len(values))
     for place, value in enumerate(values):
-        if value:  # else it is 0 already
+        if value:
             row[place] = value
     return row
 
@@ -177,7 +190,7 @@ def skip_reason(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
     for rank, times_of_rank in enumerate(times_by_rank):
         rank_of_row += [rank] * len(times_of_rank)
 
-    # which columns are not finite, and in which rows
+    # Find the columns that are not finite, and their rows.
     broken: dict[str, Tensor] = {}
     for name, column in _columns_of(terms).items():
         is_broken = ~torch.cat(dist.all_gather(column)).isfinite()

@@ -158,7 +158,7 @@ def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monke
     done = call("train", "run", "--set", "train.steps=12")
     assert done.code == 1
     assert "Traceback" not in done.err
-    command = done.err.splitlines()[-1].partition("at half the rate:  ")[2]
+    command = done.err.splitlines()[-1].partition("learning rate:  ")[2]
     assert command == "dumo train run --from 8 --set train.optimizer.lr=0.0005"
     fate.comes()
     done = call(*shlex.split(command)[1:])
