@@ -85,7 +85,7 @@ def test_a_run_that_comes_with_dumo_is_read_but_once() -> None:
     with counted(shipped.FOLDER):
         done = call("sample", "digits-trained", "--nfe", 1, "--count", 2)
     assert done.code == 0, done.err
-    require_few_reads(WEIGHTS)
+    require_few_reads(SETTINGS)
 
 
 def test_python_reads_few_files(trained: dict[str, Path]) -> None:
