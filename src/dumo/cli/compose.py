@@ -112,7 +112,7 @@ def compose(
             return Composed(None, changes, folder, minutes)
         own_run = read(chosen.word)
         own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *changes]
-        return Composed(None, own_changes, folder, minutes, own_run)
+        return Composed(None, own_changes, folder, minutes)
     if images_place is not None and (folder / RUN_FILE).is_file():
         own_run = read(folder / RUN_FILE)
         own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *changes]
