@@ -1,18 +1,18 @@
 """A LoRA that `pipe.load_lora_weights(OUT)` puts on the untouched model, with all else that was trained.
 
-Adapters go as they are. The layers that were trained in full, the last one and the time embedder, go as products of
-full rank, which are exact:
+Adapters are written as they are. The layers that were trained in full, the last one and the time embedder, are written
+as products of full rank, which are exact:
 
     W' x + b' = W x + b + B (A x) + c      with  (B, A) = (1, W' - W) or (W' - W, 1), whichever is smaller,  c = b' - b.
 
-The bias c is peft's `lora_bias`, which is for all layers of a LoRA or for none, so the others have zeros. It loads and
-switches as any LoRA does; where a layer of the model has no bias, `fuse_lora` refuses it. A UNet's last layer is a
+The bias c is peft's `lora_bias`, which all layers of a LoRA have or none, so the others have zeros. It loads and
+switches as any LoRA does; `fuse_lora` refuses it if a layer of the model has no bias. A U-Net's last layer is a
 convolution.
 
 ComfyUI reads no `lora_bias`, but changes of whole layers, `X.diff` and `X.diff_b`: its file has these. It finds layers
 by the names of diffusers, and the rows of q, k and v in layers that it fuses, so adapters stay as they are.
 
-Adapters on top of a few-step run's (`net.lora.subject`) are added to those by concatenated ranks,
+Adapters on top of those of a few-step run (`net.lora.subject`) are added to them by concatenated ranks,
 
     B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2],
 
@@ -41,15 +41,16 @@ from dumo.export.model import ExportedModel, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler
 from dumo.nets.adapter import SUBJECT, adapters
 from dumo.nets.heads import bias_or_none
-from dumo.runtime.door import option
 from dumo.types import UserError
 
-FILE = "pytorch_lora_weights.safetensors"  # as diffusers looks for it
+# The file that diffusers looks for.
+FILE = "pytorch_lora_weights.safetensors"
 _METADATA = {"format": "pt"}
-# Classes whose layers ComfyUI finds by the names of diffusers, and those few that it finds by its own alone. Read in
-# `model_lora_keys_unet` of comfy/lora.py at its commit 17358c8, and the maps of comfy/utils.py at 09708ea.
+# The classes of diffusers whose layers ComfyUI finds by their names there, with ComfyUI's own names of the few layers
+# that it does not find so. Read in `model_lora_keys_unet` of comfy/lora.py at its commit 17358c8, and the maps of
+# comfy/utils.py at 09708ea.
 _FLUX2_TIME = "time_guidance_embed.timestep_embedder"
-COMFYUI: dict[str, dict[str, str]] = {  # by class of diffusers: ComfyUI's own name of a layer by diffusers' name
+COMFYUI: dict[str, dict[str, str]] = {
     "SD3Transformer2DModel": {},
     "FluxTransformer2DModel": {},
     "Flux2Transformer2DModel": {
@@ -62,7 +63,8 @@ COMFYUI: dict[str, dict[str, str]] = {  # by class of diffusers: ComfyUI's own n
     "AuraFlowTransformer2DModel": {},
     "UNet2DConditionModel": {},
 }
-_KOHYA_PREFIX = "lora_unet_"  # of names that kohya's scripts gave to layers of UNets, which A1111 reads, too
+# Begins the names that kohya's scripts give to layers of U-Nets, which A1111 reads, too.
+_KOHYA_PREFIX = "lora_unet_"
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -70,16 +72,18 @@ Layer = nn.Linear | nn.Conv2d
 class LayerProduct(NamedTuple):
     """The change of a layer: the product B A, which is applied to the layer's input, and a bias."""
 
-    path: str  # of the layer in the model
+    # The layer's path in the model.
+    path: str
     a: Tensor
     b: Tensor
-    bias: Tensor  # c above; zeros where the layer's bias has not changed
+    # c above; zeros if the layer's bias has not changed.
+    bias: Tensor
 
 
 def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
     """Write the LoRA, its scheduler and its card into the empty folder `out`, which will be called `name`.
 
-    Raises UserError where the run tuned all weights, the class takes no LoRA, or a part of another kind was trained.
+    Raises UserError if the run tuned all weights, the class takes no LoRA, or a layer of another kind was trained.
     """
     stock = require_pipeline(exported, lora=True)
     tensors = diffusers_tensors(exported)
@@ -89,7 +93,8 @@ def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name:
     config = adapter_config(tensors, exported.component_name)
     metadata = _METADATA | {"lora_adapter_metadata": json.dumps(config)}
     safetensors.torch.save_file(weights, out / FILE, metadata)
-    if exported.head == "u" and not exported.subject_only:  # the few-step run's export has one
+    # A subject alone is sampled with the scheduler of the few-step run's export.
+    if exported.head == "u" and not exported.subject_only:
         write_flow_map_scheduler(
             out / SCHEDULER,
             exported.solver,
@@ -106,18 +111,16 @@ def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name:
 def comfyui_tensors(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Tensor]:
     """The tensors of a file for ComfyUI: adapters by their factors, whole layers by their changes.
 
-    Raises UserError as `write`, and for a class whose layers ComfyUI finds by no name of diffusers.
+    Raises UserError as `write`, and for a class whose layers ComfyUI does not find by their names in diffusers.
     """
     require_pipeline(exported, lora=True)
     if exported.class_embeddings:
-        raise UserError(
-            f"this run was tuned on codes for classes, and ComfyUI reads texts: take {option('to', 'lora')}"
-        )
+        raise UserError("net.texts is codes for classes, and ComfyUI reads texts: export to lora")
     own_name_by_path = COMFYUI.get(exported.model_class)
     if own_name_by_path is None:
         raise UserError(
-            f"ComfyUI does not know the layers of a {exported.model_class} by their names in diffusers, and fuses "
-            f"some: take {option('to', 'lora')} or {option('to', 'diffusers')}, and diffusers"
+            f"ComfyUI does not know the layers of a {exported.model_class} by their names in diffusers: export to lora "
+            "or diffusers"
         )
 
     def comfyui_name(path: str) -> str:
@@ -144,7 +147,7 @@ def comfyui_tensors(exported: ExportedModel, *, dtype: str = "float32") -> dict[
 
 
 def diffusers_tensors(exported: ExportedModel) -> dict[str, Tensor]:
-    """The tensors of the LoRA by peft's names. Every layer has a bias where that of any has changed."""
+    """The tensors of the LoRA by peft's names. Every layer has a bias if that of any has changed."""
     products = list(_adapter_products(exported))
     for path, old, new in _changed_layers(exported):
         products.append(change_as_product(path, old, new))
@@ -166,13 +169,13 @@ def adapter_config(tensors: Mapping[str, Tensor], component: str) -> dict[str, A
     Each layer's alpha is its rank, so that its product is added as it is. Without these fields diffusers takes the most
     frequent rank as alpha of all layers, as of 0.36.
     """
-    rank_by_path: dict[str, int] = {}  # by the layer's path in the model
+    rank_by_path: dict[str, int] = {}
     for name, tensor in tensors.items():
         path, _, end = name.rpartition(".lora_A.")
         if end == "weight":
             rank_by_path[path] = len(tensor)
     [(frequent_rank, _)] = Counter(rank_by_path.values()).most_common(1)
-    # by patterns, which peft looks for at the end of a layer's path unless they begin with ^
+    # peft looks for a pattern at the end of a layer's path unless it begins with ^.
     other_ranks = {f"^{re.escape(path)}": rank for path, rank in rank_by_path.items() if rank != frequent_rank}
     fields: dict[str, Any] = {
         "r": frequent_rank,
@@ -186,7 +189,7 @@ def adapter_config(tensors: Mapping[str, Tensor], component: str) -> dict[str, A
 
 
 def _adapter_products(exported: ExportedModel) -> Iterator[LayerProduct]:
-    """Yield the product of each adapted layer: of two adapters both as one, or, with `subject_only`, the subject's."""
+    """Yield the product of each adapted layer: two adapters as one, or with `subject_only` that of the subject."""
     model: nn.Module = exported.net.model
     adapter_layers = {id(layer): layer for layer in adapters(model)}
     for path, module in model.named_modules():
@@ -217,7 +220,7 @@ def _changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer
             if all(torch.equal(before, after) for before, after in weights):
                 continue
             if not isinstance(old, Layer):
-                raise UserError(f"{path} was trained, and no LoRA can hold it: take {option('to', 'diffusers')}")
+                raise UserError(f"{path} was trained, and no LoRA can hold it: export to diffusers")
             assert isinstance(new, Layer)
             yield path, old, new
 

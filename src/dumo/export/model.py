@@ -1,13 +1,7 @@
-"""One head of a run's net as a model of its source's class, and the stock pipeline that runs it.
+"""One head of a pretrained model that was tuned, as a model of its class in diffusers, and the pipeline that runs it.
 
-The order of events in an export (`dumo.export.write`, `dumo.export.lora`):
-
-1. `choose_exported_model` makes an `ExportedModel` of a head, chooses its numbers of passes, and refuses nets that no
-   stock program knows.
-2. `require_pipeline` refuses what no stock pipeline of diffusers runs as the run does.
-3. `ExportedModel.build_model` makes the model with its weights; its other properties are for cards and settings.
-
-`dumo.export.stock` says how each pipeline of diffusers is called.
+An export calls `choose_exported_model`, then `require_pipeline`, which refuses what no stock pipeline samples as the
+run does, then `ExportedModel.build_model`. `dumo.export.stock` says how each pipeline is called.
 
 A mean velocity u(x_t, t, r) is exported for a list of passes, `nfe`: Restart's, where r = 0, or those of Hop, which are
 the scheduler's Euler steps, x_s = x_t - (t - s) u(x_t, t, s). One embedding of time says both times (`dumo.nets.gap`).
@@ -31,18 +25,20 @@ from dumo.export.stock import TRAIN_TIMESTEPS, StockPipeline, find_stock_pipelin
 from dumo.flow.path import Diffusion
 from dumo.flow.reading import head_of, reading
 from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
-from dumo.nets import Net, Pretrained
+from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.gap import FixedTimes
 from dumo.nets.rows import Codes
 from dumo.run.sampler import Sampler
-from dumo.runtime.door import option, settings
 from dumo.types import Cond, Heads, Objective, Sample, Time, UserError
 
-DTYPES = ("float32", "bfloat16", "float16")  # in which weights are written
-INDEX = "model_index.json"  # lists the components of a pipeline
-_DEFAULT_PASSES = (1, 2)  # for which an export is fixed where none are given: ours, as on its card
-_DEFAULT_HOPS = (2,)  # for solver hop, whose pass from t = 1 may have one end only
+# The dtypes in which weights are written.
+DTYPES = ("float32", "bfloat16", "float16")
+# Lists the components of a pipeline.
+INDEX = "model_index.json"
+# The numbers of passes to which a net of two times is fixed if none are given. A hop from t = 1 may have one end only.
+_DEFAULT_PASSES = (1, 2)
+_DEFAULT_HOPS = (2,)
 Head = Literal["u", "v"]
 
 
@@ -54,9 +50,11 @@ class ExportedModel:
     spec: Pretrained
     net: Dualized
     head: Head
-    nfe: tuple[int, ...] = ()  # the numbers of passes that it can make; (): any number, of a net of one time
+    # The numbers of passes that it can make; () for any number, of a net of one time.
+    nfe: tuple[int, ...] = ()
     dtype: str = "float32"
-    subject_only: bool = False  # without the adapters of the few-step run below it, for use on top of that run's export
+    # Leave out the adapters of the few-step run, for use on top of that run's export.
+    subject_only: bool = False
 
     @property
     def makes_hops(self) -> bool:
@@ -65,7 +63,7 @@ class ExportedModel:
 
     @property
     def pass_intervals(self) -> list[tuple[float, float]]:
-        """The times (t, r) from and to which each pass goes, t falling. Raises UserError where one t has two r."""
+        """The times (t, r) from and to which each pass goes, t falling. Raises UserError if one t has two r."""
         end_by_start: dict[float, float] = {}
         for n in sorted(self.nfe):
             starts = self.sampler.flow.path.nearest_net_times(self._start_times(n))
@@ -75,14 +73,14 @@ class ExportedModel:
                 if other_r != r:
                     raise UserError(
                         f"in {' and '.join(map(str, self.nfe))} passes of solver hop, the one from t = {t:g} goes to r "
-                        f"= {other_r:g} and to r = {r:g}, and a stock model is given t alone: give one "
-                        f"{option('nfe')}, and export each to a folder of its own"
+                        f"= {other_r:g} and to r = {r:g}, and a stock model is given t alone: export each nfe to a "
+                        "folder of its own"
                     )
         return sorted(end_by_start.items(), reverse=True)
 
     @cached_property
     def fixed_embedding(self) -> FixedTimes | None:
-        """The embedding of t that also says r; None where any number of passes is made. Raises as `pass_intervals`."""
+        """The embedding of t that also encodes r; None for any number of passes. Raises as `pass_intervals`."""
         if not self.nfe:
             return None
         t, r = zip(*self.pass_intervals, strict=True)
@@ -95,7 +93,7 @@ class ExportedModel:
 
     @property
     def time_layer(self) -> nn.Linear | None:
-        """The last layer of the embedder of time, which adds that of t - r; None of a net of one time.
+        """The last layer of the embedder of time, which adds that of t - r; None for a net of one time.
 
         Raises UserError as `pass_intervals`.
         """
@@ -105,7 +103,7 @@ class ExportedModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For dumo.json and a file's header: passes and errors of the embedding; {} for any number of passes."""
+        """The passes and errors of the embedding, for dumo.json and a file's header; {} for any number of passes."""
         if not self.fixed_embedding:
             return {}
         errors = {name: value for name, value in vars(self.fixed_embedding).items() if isinstance(value, float)}
@@ -118,14 +116,14 @@ class ExportedModel:
 
     @property
     def stock(self) -> StockPipeline | None:
-        """The pipeline of diffusers that runs the model; None where no stock pipeline does."""
+        """The pipeline of diffusers that runs the model; None if no stock pipeline does."""
         return find_stock_pipeline(self.model_class, self.spec)
 
     @property
     def solver(self) -> Restart:
-        """The solver that the scheduler imitates: the run's own, or the default where the run samples by v.
+        """The solver that the scheduler imitates: the run's own, or the default if the run samples by v.
 
-        Instead of Hop, a Restart that begins at its start. Raises UserError where no scheduler imitates the solver.
+        A Hop is replaced by a Restart that begins at its start. Raises UserError if no scheduler imitates the solver.
         """
         solver = self.sampler.spec.solver
         if self.nfe and isinstance(solver, Hop):
@@ -145,7 +143,7 @@ class ExportedModel:
 
     @property
     def source_folder(self) -> Path | None:
-        """The folder of the whole pipeline that the model came from; None where it came alone."""
+        """The folder of the whole pipeline that the model came from; None if it came alone."""
         pipeline = self.spec.pipeline
         if pipeline.is_published or not (pipeline.folder / INDEX).is_file():
             return None
@@ -153,17 +151,16 @@ class ExportedModel:
 
     @cached_property
     def opened_dtype(self) -> str:
-        """The dtype in which its card opens a pipeline: the one that was asked for, or that of the stored base model.
+        """The dtype in which the card opens a pipeline: the requested one, or that of the stored base model.
 
-        Text encoders are loaded as they are stored unless a dtype is given, and the rest in float32, so that parts
-        would not fit one another.
+        Without a dtype, diffusers loads text encoders as they are stored and the rest in float32, which do not fit.
         """
         if self.dtype != "float32" or self.source_folder is None:
             return self.dtype
         return stored_dtype(self.source_folder / self.component_name)
 
     def weights_variant(self, parts: Iterable[str]) -> str:
-        """The `variant` by which diffusers finds the weights of parts of the source; "": files of plain names."""
+        """The `variant` by which diffusers finds the weights of parts of the source; "" for files of plain names."""
         if self.source_folder is None:
             return ""
         for part in parts:
@@ -174,22 +171,19 @@ class ExportedModel:
 
     @property
     def base_name(self) -> str:
-        """The name of the tuned model: its folder's, for a repository that it notes may be that of an ancestor."""
+        """The name of the tuned model's folder. The repository that its files name may be that of an ancestor."""
         return Path(self.spec.pipeline.source).name
 
     @property
     def base_subfolder(self) -> str:
-        """The folder of the tuned model inside the folder `base_name`; "": it is that folder itself."""
+        """The folder of the tuned model inside the folder `base_name`; "" if it is that folder itself."""
         pipeline = self.spec.pipeline
         part_folder = pipeline.part_folder(TRANSFORMER)
         return "" if part_folder == pipeline.folder else part_folder.relative_to(pipeline.folder).as_posix()
 
     @property
     def class_embeddings(self) -> dict[str, Tensor]:
-        """What the model reads for classes, (classes + 1, ...) each, by name; {} where it was tuned on texts.
-
-        The rows were drawn before the training, and stay.
-        """
+        """The fixed embeddings of classes, (classes + 1, ...) each, by name; {} if it was tuned on texts."""
         if not isinstance(self.spec.texts, Codes):
             return {}
         return {name: rows.contiguous() for name, rows in self.net.texts.named_buffers()}
@@ -220,61 +214,52 @@ class ExportedModel:
         return scheduler.timesteps
 
 
-def choose_exported_model(sampler: Sampler, spec: Net, head: Head, nfe: tuple[int, ...], dtype: str) -> ExportedModel:
-    """Take one head of a run's net for export. A net of two times is fixed for `nfe` passes; (): the default.
+def choose_exported_model(
+    sampler: Sampler, spec: Pretrained, head: Head, nfe: tuple[int, ...], dtype: str
+) -> ExportedModel:
+    """Take one head of a pretrained model for export. A flow map of two times is fixed to `nfe` passes.
 
-    Raises UserError for a net that no stock program knows, a head that the run does not sample by, or reads at other
-    times, and where `nfe` is given but the head makes any number of passes, or cannot make these.
+    Everything else makes any number of passes, and `nfe` is not read. () takes the default. Raises UserError for a head
+    that the run does not sample by, or reads at other times than a stock model, and for passes that the solver cannot
+    make.
     """
-    if not isinstance(spec, Pretrained) or not isinstance(sampler.net, Dualized):
-        raise UserError(
-            f"this run trains net '{spec.kind}', for which others have no class: dumo exports nets of kind diffusers, "
-            f"and of kind dit or unet {option('to', 'diffusers')}. Its weights are a safetensors file in its checkpoint"
-        )
     net = sampler.net
+    assert isinstance(net, Dualized)
     solver = sampler.spec.solver
-    if nfe and head == "v":
-        raise UserError(
-            f"this head is a velocity, so what is exported makes any number of passes: leave {option('nfe')} out"
-        )
-    if nfe and net.gap is None:
-        raise UserError(
-            f"this net knows one time, so what is exported makes any number of passes: leave {option('nfe')} out"
-        )
     if head == "v" and net.gap is not None and not _reads_velocity_at_rest(sampler.flow.objective):
         raise UserError(
-            f"objective '{sampler.flow.objective.kind}' reads its velocity at another r than t, at which it is "
-            f"exported: leave {option('head')} out"
+            f"objective '{sampler.flow.objective.kind}' reads its velocity at another r than t, at which it would be "
+            "exported: export head u"
         )
     if head == "v" and sampler.taught.velocity and head_of(sampler.flow.objective, "velocity") != head:
         raise UserError(
-            f"objective '{sampler.flow.objective.kind}' reads its velocity by another head than v: leave "
-            f"{option('head')} out"
+            f"objective '{sampler.flow.objective.kind}' reads its velocity by another head than v: export head u"
         )
     if net.gap is None or head == "v":
         return ExportedModel(sampler=sampler, spec=spec, net=net, head=head, dtype=dtype)
     if net.diffusion and isinstance(solver, Hop):
         raise UserError(
-            "sample.solver is hop, and no stock scheduler makes such steps of a model of a diffusion at given times: "
-            "set kind: restart there, in the run's run.yaml"
+            "sample.solver is hop, and no stock scheduler makes such steps with a diffusion model: set "
+            "sample.solver.kind=restart"
         )
     if isinstance(solver, Hop):
         hop_head = head_of(sampler.flow.objective, "flow_map")
         if hop_head != head:
             raise UserError(
-                f"this run jumps by head {hop_head}, and what is exported is {head}: "
-                f"set {settings('sample.solver.kind=restart')}"
+                f"sample.solver is hop, which reads head {hop_head}, and head {head} is exported: set "
+                "sample.solver.kind=restart"
             )
     if not nfe:
         nfe = _DEFAULT_HOPS if isinstance(solver, Hop) else _DEFAULT_PASSES
     for n in nfe:
-        num_steps(solver, n)  # raises where the solver does not make n passes
+        # Raises if the solver does not make n passes.
+        num_steps(solver, n)
     distinct_nfe = tuple(sorted(set(nfe)))
     return ExportedModel(sampler=sampler, spec=spec, net=net, head=head, nfe=distinct_nfe, dtype=dtype)
 
 
 def _reads_velocity_at_rest(objective: Objective) -> bool:
-    """Whether an objective reads its velocity at r = t, as it is exported, of a net that is given r."""
+    """Whether an objective reads its velocity at r = t, as a stock model has it, from a net that takes r."""
     t = torch.ones(1)
     ends: list[Tensor] = []
 
@@ -291,38 +276,31 @@ def _reads_velocity_at_rest(objective: Objective) -> bool:
 def require_pipeline(exported: ExportedModel, *, lora: bool = False) -> StockPipeline:
     """Return the pipeline that runs the model.
 
-    Raises UserError where there is none, where it loads no `lora`, and where it guides otherwise than the run.
+    Raises UserError if there is none, if it loads no `lora`, and if it guides differently than the run.
     """
     stock = exported.stock
     if stock is None:
-        raise UserError(
-            f"no stock pipeline runs a {exported.model_class} as this run's net is called: take "
-            f"{option('to', 'safetensors')}"
-        )
+        raise UserError(f"no stock pipeline calls a {exported.model_class} as this run does: export to safetensors")
     if lora and exported.spec.lora is None:
-        raise UserError(
-            f"net.lora is null: all weights were tuned, which no LoRA holds: take {option('to', 'diffusers')}"
-        )
+        raise UserError("net.lora is null: all weights were tuned, which no LoRA holds: export to diffusers")
     scale = exported.sampler.spec.guide.scale
     if exported.head == "u" and scale != 1 and stock.rescales_guidance:
         raise UserError(
-            f"sample.guide.scale is {scale:g}, and {stock.pipeline} guides otherwise, so its images would differ. Set "
-            f"it to 1, or take {option('to', 'safetensors')}"
+            f"sample.guide.scale is {scale:g}, and {stock.pipeline} rescales what it guides, so its images would "
+            "differ: set it to 1, or export to safetensors"
         )
     if exported.head == "u" and scale != 1 and stock.guide_argument is None:
         raise UserError(
             f"sample.guide.scale is {scale:g}, and {stock.pipeline} has no guidance beyond that in the weights, so its "
-            f"images would differ. Set it to 1, or take {option('to', 'safetensors')}"
+            "images would differ: set it to 1, or export to safetensors"
         )
     if lora and not stock.loads_lora:
-        raise UserError(
-            f"no pipeline of diffusers loads a LoRA for {exported.model_class}: take {option('to', 'diffusers')}"
-        )
+        raise UserError(f"no pipeline of diffusers loads a LoRA for {exported.model_class}: export to diffusers")
     return stock
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype of most numbers of a model's weights; float32 where there are none, or none of DTYPES."""
+    """The dtype of most numbers of a model's weights; float32 if there are none, or it is none of DTYPES."""
     stored_weights = find_weights(folder, DIFFUSERS)
     if stored_weights is None:
         return "float32"
@@ -335,7 +313,8 @@ def stored_dtype(folder: Path) -> str:
 
 def _cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Copy a model, with its floating-point weights and buffers in `dtype`; the model itself stays as it is."""
-    copies: dict[int, object] = {}  # deepcopy takes these for tensors by their id, and copies the modules around them
+    # deepcopy takes these in place of the tensors of these ids, and copies the modules around them.
+    copies: dict[int, object] = {}
     for parameter in model.parameters():
         copies[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
     for buffer in model.buffers():

@@ -1,17 +1,17 @@
 """The scheduler of an exported model, by which a stock pipeline makes the passes of a run.
 
-`write_flow_map_scheduler` writes that of a flow map u, `write_velocity_scheduler` that of a velocity v. Before either,
-`restart_for_scheduler` says which of our solvers the scheduler imitates, or refuses.
+`write_flow_map_scheduler` writes that of a flow map u, `write_velocity_scheduler` that of a velocity v;
+`restart_for_scheduler` returns the solver that the scheduler imitates.
 
-A flow map u says where the data lie, x_0 = x_t - t u, so between two passes a pipeline must add fresh noise. Stock
-`FlowMatchEulerDiscreteScheduler` does with `stochastic_sampling`:
+A flow map u predicts the data, x_0 = x_t - t u, so a pipeline must add fresh noise between two passes. Stock
+`FlowMatchEulerDiscreteScheduler` does so with `stochastic_sampling`:
 
     x_s = (1 - s) (x_t - t u) + s z,
 
 which is Restart (`dumo.flow.solver`) at the times that the pipeline is given as sigmas. Without it the scheduler
 makes an Euler step along u, which keeps the old noise and is wrong from the second pass on.
 
-A net of a diffusion gives its own kind of output still, noise or v, from x_vp at whole indices. `LCMScheduler` makes
+A diffusion model still predicts noise or v, from x_vp at whole indices. `LCMScheduler` makes
 
     x_vp = a_s (c_out x_0 + c_skip x_vp) + s_s z,   x_0 = (x_vp - s_t F) / a_t (for noise),
 
@@ -19,26 +19,30 @@ the same jumps: c_skip = .25 / (.25 + (c t)^2) is below 1e-9 where its `timestep
 
 Passes of Hop are Euler steps along a mean velocity, x_s = x_t - (t - s) u(x_t, t, s).
 
-A pipeline that takes no times gets a scheduler with a class of its own, `shipped/jumps.py`, which has them.
+A pipeline that takes no times as an argument gets a scheduler of its own class, `shipped/jumps.py`, which has them.
 """
 
 import json
 from pathlib import Path
 
 from dumo.flow.solver import Hermite, Restart, Solver
-from dumo.io.read import read_settings, write_json
+from dumo.io.read import write_json
 from dumo.nets.vp import DiffusionToVelocity, scheduler_settings
 from dumo.types import UserError
 
-SCHEDULER = "scheduler"  # the folder of a pipeline's scheduler
-CONFIG = "scheduler_config.json"  # the file in it
-SHIPPED = Path(__file__).parent / "shipped"  # code that is copied into exports
-LCM = "LCMScheduler"  # the class of diffusers for the flow map of a diffusion
-EULER = "FlowMatchEulerDiscreteScheduler"  # the class of diffusers for all on the linear path
-Entry = list[str]  # of model_index.json: library or file, and class
-JUMP_SCHEDULER: Entry = ["jumps", "JumpScheduler"]  # of shipped/jumps.py, which has its times
-_SHIPPED_TIMES = "START, M = 1.0, 0.5"  # the line of shipped/jumps.py that is written with the run's times
-_TIMESTEP_SCALING = 1e4  # c above, so that c_skip is .25 / 1e8 at index 1: ours
+# The folder of a pipeline's scheduler, and the file in it.
+SCHEDULER = "scheduler"
+CONFIG = "scheduler_config.json"
+# The classes of diffusers for the flow map of a diffusion, and for everything on the linear path.
+LCM = "LCMScheduler"
+EULER = "FlowMatchEulerDiscreteScheduler"
+# An entry of model_index.json: library or file, and class.
+Entry = list[str]
+# The scheduler that has its times, and the line of its file that is replaced by the run's times.
+JUMP_SCHEDULER: Entry = ["jumps", "JumpScheduler"]
+_SHIPPED_TIMES = "START, M = 1.0, 0.5"
+# c above: c_skip is .25 / 1e8 at index 1.
+_TIMESTEP_SCALING = 1e4
 
 
 def restart_for_scheduler(solver: Solver) -> Restart:
@@ -48,10 +52,7 @@ def restart_for_scheduler(solver: Solver) -> Restart:
     and add fresh noise.
     """
     if isinstance(solver, Hermite):
-        raise UserError(
-            f"sample.solver = {solver.model_dump(mode='json')}: schedulers add fresh noise alone between two "
-            "passes. Set kind: restart there, in the run's run.yaml"
-        )
+        raise UserError("sample.solver is hermite, and stock schedulers read u alone: set sample.solver.kind=restart")
     return solver if isinstance(solver, Restart) else Restart()
 
 
@@ -65,15 +66,16 @@ def write_flow_map_scheduler(
 ) -> Entry:
     """Write the scheduler of a flow map into `folder`; return its entry in model_index.json.
 
-    For a model of a diffusion, `diffusion` has the table, and the other arguments are not read. `takes_times`: the
-    pipeline has an argument for times; if it has none, the scheduler has those of `solver`. `makes_hops`: the passes
+    For a diffusion model, `diffusion` has the table, and the other arguments are not read. `takes_times` says whether
+    the pipeline has an argument for times; otherwise the scheduler has those of `solver`. With `makes_hops` the passes
     are steps of a mean velocity, without fresh noise between them.
     """
     if diffusion:
         return _write_lcm(folder, diffusion)
     entry = _write_flow_match(folder, stochastic_sampling=not makes_hops)
+    # What was not set has the defaults of the installed diffusers.
     if not makes_hops:
-        check_scheduler(folder)  # what is not set above has the defaults of the diffusers that is installed
+        check_scheduler(folder)
     if not takes_times:
         entry = _add_times(folder, solver)
     return entry
@@ -82,7 +84,7 @@ def write_flow_map_scheduler(
 def write_velocity_scheduler(folder: Path, diffusion: DiffusionToVelocity | None) -> Entry:
     """Write the scheduler of a velocity into `folder`; return its entry in model_index.json.
 
-    It makes Euler steps, or of a model of a diffusion, whose table is in `diffusion`, the steps of DDIM.
+    It makes Euler steps, or for a diffusion model, whose table is in `diffusion`, the steps of DDIM.
     """
     if diffusion:
         return _write_ddim(folder, diffusion)
@@ -90,20 +92,19 @@ def write_velocity_scheduler(folder: Path, diffusion: DiffusionToVelocity | None
 
 
 def check_scheduler(folder: Path) -> None:
-    """Raise UserError for a scheduler under which a flow map makes no images: one of plain Euler steps, or shifted."""
-    config = read_settings(folder / CONFIG, "export the run anew")
+    """Raise UserError for a scheduler that makes wrong images of a flow map: of plain Euler steps, or shifted times."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     required = {"stochastic_sampling": True, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
     for name, value in required.items():
         if config.get(name) != value:
             raise UserError(
-                f"{folder / CONFIG}: {name} is {config.get(name)}, and a flow map needs {value}: fresh noise between "
-                "two passes, at the times as they are given. Set FlowMatchEulerDiscreteScheduler(shift=1.0, "
-                "stochastic_sampling=True)"
+                f"{EULER} of the installed diffusers has {name}={config.get(name)}, and a flow map needs {value}: "
+                "install another diffusers"
             )
 
 
 def _write_flow_match(folder: Path, *, stochastic_sampling: bool) -> Entry:
-    """Write a scheduler of Euler steps, or with `stochastic_sampling` one of jumps to the data and fresh noise."""
+    """Write a scheduler of Euler steps, or with `stochastic_sampling` of jumps to the data and fresh noise."""
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=stochastic_sampling)
@@ -112,9 +113,9 @@ def _write_flow_match(folder: Path, *, stochastic_sampling: bool) -> Entry:
 
 
 def _add_times(folder: Path, solver: Restart) -> Entry:
-    """Put the class that has its times next to the config of a scheduler in `folder`, which then names that class."""
+    """Put the class that has its times next to the config of the scheduler in `folder`, and name it there."""
     file, class_name = JUMP_SCHEDULER
-    code = (SHIPPED / f"{file}.py").read_text(encoding="utf-8")
+    code = (Path(__file__).parent / "shipped" / f"{file}.py").read_text(encoding="utf-8")
     code = code.replace(_SHIPPED_TIMES, f"START, M = {solver.start!r}, {solver.m!r}")
     (folder / f"{file}.py").write_text(code, encoding="utf-8")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

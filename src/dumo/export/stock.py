@@ -1,8 +1,8 @@
 """The stock pipelines of diffusers that run exported models, and how each is called.
 
 `find_stock_pipeline` finds the `StockPipeline` of a model: by its pipeline's class in `PIPELINE_BY_CLASS`, else by the
-model's own class in `PIPELINE_BY_MODEL`. `StockPipeline.arguments` are those of a call. `export_forms` is for the
-command line, which proposes `--to`.
+model's own class in `PIPELINE_BY_MODEL`. `StockPipeline.arguments` are those of a call. `export_forms` are the forms
+that the command line proposes.
 
 To add a model, add a row to `PIPELINE_BY_MODEL`, or to `PIPELINE_BY_CLASS` for a variant of another pipeline's model.
 """
@@ -16,32 +16,43 @@ from dumo.encoders.transformers_library import quietly
 from dumo.nets import Pretrained
 from dumo.nets.family import class_of, find_family
 
-TRAIN_TIMESTEPS = 1000  # t = 1 as schedulers and pipelines count times (their num_train_timesteps)
+# t = 1 as schedulers and pipelines count times (their num_train_timesteps).
+TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
 class StockPipeline:
     """A pipeline of diffusers that runs a class of model, and how it is called."""
 
-    pipeline: str  # its class
-    # guidance
-    guide_argument: str | None = "guidance_scale"  # guides beyond what is in the weights; None: no argument does
-    unguided_scale: float = 1.0  # the value of `guide_argument` for no guidance
-    guided_by_negative: bool = False  # it is guided only where a negative prompt is given
-    rescales_guidance: bool = False  # it brings what was guided back to the length of what was not
-    # times and noise
-    time_arguments: tuple[str, ...] = ("sigmas",)  # the arguments that hold the times; (): no argument does
-    indexed_times: bool = False  # its times are indices of a diffusion's table
-    seeds_scheduler: bool = False  # its generator draws the noise between two passes, too
-    # texts and images
-    mask_argument: str = ""  # says which tokens are real, where embeddings are not taken without it
-    lists_embeddings: bool = False  # it takes embeddings as a list, a caption each
-    takes_image: bool = False  # it takes an image, too
-    extra_arguments: tuple[str, ...] = ()  # without which it makes an image of another size, or warns
-    pixels_per_latent: int = 8  # on a side, where there is no decoder to ask
-    image_at: str = "images[0]"  # where its result has the image
-    # other programs
-    loads_lora: bool = True  # it has load_lora_weights
+    # The name of its class.
+    pipeline: str
+    # The argument that guides beyond what is in the weights; None if there is none.
+    guide_argument: str | None = "guidance_scale"
+    # The value of `guide_argument` for no guidance.
+    unguided_scale: float = 1.0
+    # Guidance runs only if negative_prompt is passed.
+    guided_by_negative: bool = False
+    # Rescales the guided prediction to the norm of the conditional one.
+    rescales_guidance: bool = False
+    # The arguments for the times of passes; () if there are none.
+    time_arguments: tuple[str, ...] = ("sigmas",)
+    # Times are indices of a diffusion's table.
+    indexed_times: bool = False
+    # The generator also draws the noise between two passes.
+    seeds_scheduler: bool = False
+    # The mask of real tokens, if embeddings are not accepted without it.
+    mask_argument: str = ""
+    # Embeddings are passed as a list, one item per caption.
+    lists_embeddings: bool = False
+    takes_image: bool = False
+    # Arguments without which it makes an image of another size, or warns.
+    extra_arguments: tuple[str, ...] = ()
+    # On a side, if there is no decoder to ask.
+    pixels_per_latent: int = 8
+    # The expression for the image in the result of a call.
+    image_at: str = "images[0]"
+    # It has load_lora_weights.
+    loads_lora: bool = True
 
     def arguments(self, times: Sequence[float], *, embedded: float | None = None, scale: float = 1.0) -> dict[str, Any]:
         """The keyword arguments for passes that begin at `times`, guided as `guidance_arguments` says.
@@ -72,9 +83,10 @@ class StockPipeline:
     @property
     def parts(self) -> list[str]:
         """The names of the pipeline's components other than model and scheduler."""
-        import diffusers  # slow to import, and an extra
+        import diffusers
 
-        with quietly():  # it would warn of image processors without torchvision, which no text needs
+        # It would warn of image processors without torchvision, which no text needs.
+        with quietly():
             pipeline_class = getattr(diffusers, self.pipeline)
         return sorted(component_names(pipeline_class) - {TRANSFORMER, UNET, "scheduler"})
 
@@ -110,7 +122,7 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
         extra_arguments=("cfg_normalization=False",),
     ),
     "AuraFlowTransformer2DModel": StockPipeline("AuraFlowPipeline", mask_argument="prompt_attention_mask"),
-    # given sigmas alone, it calls the net at other times
+    # Given sigmas alone, it calls the net at other times.
     "CogView4Transformer2DModel": StockPipeline("CogView4Pipeline", time_arguments=("sigmas", "timesteps")),
     "PRXTransformer2DModel": StockPipeline(
         "PRXPipeline",
@@ -142,7 +154,8 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
         loads_lora=False,
     ),
 }
-PIPELINE_BY_CLASS: dict[str, StockPipeline] = {  # of models whose class is another pipeline's, too
+# Pipelines of models whose class another pipeline has, too.
+PIPELINE_BY_CLASS: dict[str, StockPipeline] = {
     "StableDiffusionXLPipeline": replace(
         PIPELINE_BY_MODEL["UNet2DConditionModel"], pipeline="StableDiffusionXLPipeline"
     ),
@@ -163,7 +176,7 @@ DISTILLED_KLEIN = replace(
 
 
 def export_forms(spec: Pretrained) -> list[str]:
-    """The values of `dumo export --to` for a net: only a file of weights where no stock pipeline runs it."""
+    """The values of `dumo export --to` for a net: only a file of weights if no stock pipeline runs it."""
     stock = find_stock_pipeline(class_of(spec.pipeline.config(TRANSFORMER)), spec)
     if stock is None:
         return ["safetensors"]
@@ -173,8 +186,8 @@ def export_forms(spec: Pretrained) -> list[str]:
 
 
 def find_stock_pipeline(model_class: str, spec: Pretrained) -> StockPipeline | None:
-    """The pipeline that runs a class of model with the inputs of the net `spec`; None where no stock pipeline does."""
-    # of SANA the distilled ones alone take a guidance number, and their pipeline has another path
+    """The pipeline that runs a class of model with the inputs of the net `spec`; None if no stock pipeline does."""
+    # Only distilled SANA models take a guidance number, and their pipeline has another path.
     if model_class == "SanaTransformer2DModel" and spec.guidance is not None:
         return None
     model_family = find_family(spec.pipeline.config(TRANSFORMER), spec.pipeline.class_name)
