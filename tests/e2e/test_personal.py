@@ -206,5 +206,5 @@ def test_another_few_step_run_is_refused(sd3: Personal, here: Path, monkeypatch:
     monkeypatch.setenv("FEW_STEPS", str(sd3.few))
     refused("train", "personal", *words, *sets("net.lora.rank=3"), named=("net.lora.rank: 4 there, 3 asked",))
     refused("train", "personal", *words, *sets("start=null"), named=("net.lora.subject", "set start="))
-    refused("export", sd3.few, "out", "--to", "lora", "--alone", named=("--alone", "net.lora.subject"))
-    refused("export", sd3.run, "out", "--alone", named=("--alone", "--to lora"))
+    refused("export", sd3.few, "out", "--to", "lora", "--alone", named=("net.lora.subject",))
+    refused("export", sd3.run, "out", "--alone", named=("net.lora.subject",))
