@@ -35,7 +35,7 @@ from dumo.runtime.text import escape_controls, escape_line
 
 
 class PlainConsole(Console):
-    """A console that shows a text as it is: control characters and rich's markup are visible, and not obeyed."""
+    """A console that prints text as it is: control characters and the markup of rich are shown, not obeyed."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401, as rich has them
         super().__init__(markup=False, emoji=False, **options)
@@ -48,9 +48,11 @@ class PlainConsole(Console):
 out = PlainConsole()
 err = PlainConsole(highlight=False, stderr=True)
 
-_STOPPED = 128  # the exit code of a command that a signal ends is this and the signal's number
-_RANK_0_SECONDS = 5.0  # that a failed rank waits, so that rank 0 may print the same error first: ours
-_MAX_RANK_LINES = 30  # of its output that it prints after that, the end of a traceback: ours
+# The exit code of a command that a signal ends is this plus the signal's number.
+_STOPPED = 128
+# A failed rank waits so long for rank 0 to print the same error, then prints the last lines of its own output.
+_RANK_0_SECONDS = 5.0
+_MAX_RANK_LINES = 30
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
 _MISSING_MEMORY = re.compile(r"allocate ([\d.]+ \w+)")
 _HUB_PACKAGES = {"huggingface_hub", "httpx", "httpx2"}
@@ -90,22 +92,18 @@ def resume_hint(hint: str = "the same command resumes") -> Generator[None, None,
 
 
 def _acknowledge(number: int) -> None:
-    """Tell the person who pressed Ctrl-C that it was heard; print cannot, it may be in the middle of another line."""
+    """Tell the person who pressed Ctrl-C that it was heard. print may be interrupted in a line, so write to stderr."""
     if number == signal.SIGINT and sys.stderr.isatty():
         os.write(2, b"\nstopping when this piece is done; Ctrl-C again: at once\n")
 
 
 def reopen_streams() -> None:
-    """Open streams that the program was started without (>&-): writing to stdout then fails, stderr drops its text.
+    """Open streams that the program was started without (>&-).
 
-    Without this Python would drop answers without a word, and the next file that is opened would have the stream's
-    number.
+    Otherwise Python would drop what is printed, and a file that is opened later, such as a checkpoint, would have the
+    number of the closed stream, into which C code prints. Writing to the new stdout fails; stderr drops its text.
     """
-    streams = (
-        ("stdin", os.O_RDONLY, "r"),
-        ("stdout", os.O_RDONLY, "w"),  # writing to it fails
-        ("stderr", os.O_WRONLY, "w"),
-    )
+    streams = (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w"))
     for name, flags, mode in streams:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, closefd=False))
@@ -113,11 +111,11 @@ def reopen_streams() -> None:
 
 @contextmanager
 def silenced_other_ranks() -> Generator[Callable[[int], NoReturn], None, None]:
-    """Under torchrun, hold back what the other ranks print. Yields the function that ends the process by an exit code.
+    """Under torchrun, hold back the output of ranks above 0. Yields a function that exits the process with a code.
 
-    A rank that fails waits a little, then prints what it held back: torchrun stops all ranks as soon as one is gone, so
-    an error of all ranks is printed by rank 0 alone. Ranks that have joined skip Python's own shutdown, in which torch
-    may abort over what a sharded net leaves behind.
+    A rank that fails waits a little, then prints what it held back. torchrun stops all ranks as soon as one is gone, so
+    rank 0 alone prints an error that all ranks have. Ranks that have joined skip Python's own shutdown, in which torch
+    may abort because of what a sharded network leaves behind.
     """
     rank = _number_in_environment("RANK", 0)
     world_size = _number_in_environment("WORLD_SIZE", 1)
@@ -126,21 +124,25 @@ def silenced_other_ranks() -> Generator[Callable[[int], NoReturn], None, None]:
     held_back = StringIO()
 
     def leave(code: int) -> NoReturn:
-        if rank and 0 < code < _STOPPED:  # a signal reaches all
+        # A signal reaches all ranks, so rank 0 prints it.
+        if rank and 0 < code < _STOPPED:
             time.sleep(_RANK_0_SECONDS)
             lines = held_back.getvalue().splitlines()[-_MAX_RANK_LINES:]
             print(*(f"rank {rank}: {line}" for line in lines), sep="\n", file=stderr)
         for stream in (stdout, stderr):
             try:
                 stream.flush()
-            except OSError:  # said already; Python would say it again
+            except OSError:
+                # It was reported already, and Python would report it again at exit.
                 sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        if getattr(sys.modules.get("dumo.runtime.dist"), "has_joined", False):  # help alone does not import it
+        # `dumo --help` does not import dumo.runtime.dist.
+        if getattr(sys.modules.get("dumo.runtime.dist"), "has_joined", False):
             os._exit(code)
         sys.exit(code)
 
+    # Print where torch crashes in its own code.
     if world_size > 1:
-        faulthandler.enable(sys.__stderr__ or stderr)  # a crash in torch's own code says where
+        faulthandler.enable(sys.__stderr__ or stderr)
     if rank:
         sys.stdout = held_back
         sys.stderr = held_back
@@ -154,25 +156,25 @@ def silenced_other_ranks() -> Generator[Callable[[int], NoReturn], None, None]:
 
 
 def _number_in_environment(name: str, default: int) -> int:
-    """A number that torchrun sets; 0 for what is none, which is refused where it matters."""
+    """Return a number that torchrun sets, or 0 if it is not a number, which `dumo.runtime.dist` refuses."""
     text = os.environ.get(name, str(default))
     return int(text) if text.isdecimal() else 0
 
 
 @contextmanager
 def plain_warnings() -> Generator[None, None, None]:
-    """Warnings are plain lines on stderr, without the place in the code where they arose."""
+    """Print warnings as plain lines on stderr, without the line of code that warns."""
 
     def show(message: Warning | str, *place: object) -> None:
         print_line(f"warning: {message}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show
-        # pillow's, of a photo of over 89 million pixels, which is read all the same
+        # Pillow warns of an image of over 89 million pixels, and reads it.
         warnings.filterwarnings("ignore", "Image size .* could be decompression bomb", RuntimeWarning)
-        # torch's, of its own code, on the first torch.func.jvp
+        # torch warns of its own code on the first torch.func.jvp.
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
-        # torch's, of RMS norms in bf16: it says that they take the slower of two ways.
+        # torch warns that RMS norms in bf16 take the slower of two implementations.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
         yield
 
@@ -251,7 +253,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_hint(hint: str) -> Generator[None, None, None]:
-    """Add a hint to an error of too little memory: how the work inside would take less."""
+    """Say in the line of an out-of-memory error how the work inside would take less."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -261,7 +263,7 @@ def memory_hint(hint: str) -> Generator[None, None, None]:
 
 
 def show_lines(lines: Iterable[tuple[str, str]]) -> None:
-    """Print names and what is said of each, line by line."""
+    """Print pairs of a name and a text, a line each."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, text in lines:
         table.add_row(escape_line(name), escape_line(text))
@@ -270,7 +272,7 @@ def show_lines(lines: Iterable[tuple[str, str]]) -> None:
 
 
 def show_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows of equal keys, never narrower than its numbers: a narrow terminal wraps, but nothing is lost."""
+    """Print a table of rows of equal keys. A terminal that is too narrow wraps its lines and cuts nothing."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for key in rows[0]:
         table.add_column(escape_line(key), justify="right", no_wrap=True)
@@ -281,5 +283,5 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _cell(value: object) -> str:
-    """A value of a table as text."""
+    """Return a value of a table as text."""
     return f"{value:.4g}" if isinstance(value, float) else escape_line(str(value))

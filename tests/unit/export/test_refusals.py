@@ -82,7 +82,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "two transformers": (index_of_two_transformers, "transformer_2"),
     "a part outside of the pipeline": (lambda _: other_parts({"../vae": ["diffusers", "Vae"]}), "../vae"),
     "a repository without an owner": (lambda _: require_uploadable("name", "copy"), "OWNER/NAME"),
-    "an upload of links": (lambda _: require_uploadable("owner/name", "link"), "--parts"),
+    "an upload of links": (lambda _: require_uploadable("owner/name", "link"), "parts"),
 }
 
 
