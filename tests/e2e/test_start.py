@@ -75,11 +75,11 @@ def test_recipes_are_listed_by_purpose_with_what_they_are() -> None:
     lines = [" ".join(line.split()) for line in done.out.splitlines()]  # as grep sees them: a recipe, a line
     expected: list[str] = []
     for group, names in recipes.by_group().items():
-        expected += [group, *(f"{name} {recipes.about(name)}" for name in names)]
+        expected += [group, *(f"{name} {recipes.tree(name)['about']}" for name in names)]
     assert [line for line in lines if line][: len(expected)] == expected
     assert "dumo show NAME --yaml > my.yaml" in done.out
     assert told.json["recipes"] == [
-        {"name": name, "about": recipes.about(name), "group": group, "base": recipes.base(name)}
+        {"name": name, "about": recipes.tree(name)["about"], "group": group, "base": recipes.tree(name).get("base")}
         for group, names in recipes.by_group().items()
         for name in names
     ]

@@ -64,7 +64,7 @@ def test_ranks_may_ask_for_help(words: list[str], here: Path) -> None:
 
 def test_ranks_that_are_interrupted_say_so_once(here: Path) -> None:
     """Ctrl-C reaches all of them; the others are silent, as where all is well."""
-    stop = "from dumo.config import recipes\ndef stop(name): raise KeyboardInterrupt\nrecipes.about = stop"
+    stop = "from dumo.config import recipes\ndef stop(name): raise KeyboardInterrupt\nrecipes.tree = stop"
     told = [f"import os; os.environ |= dict(WORLD_SIZE='2', RANK='{k}')\n{stop}" for k in range(2)]
     main, other = (finish(start("recipes", cwd=here, first=first)) for first in told)
     assert (main.code, other.code, other.err) == (130, 130, "")
@@ -165,7 +165,7 @@ def test_a_folder_that_is_shut_is_found_before_the_work(
 
 def test_a_name_does_not_steer_the_terminal(here: Path) -> None:
     done = call("sample", "a\x1b[2Jb")
-    assert done.err.startswith("error: a\\x1b[2Jb is no run's folder")
+    assert done.err.startswith("error: a\\x1b[2Jb is not a run's folder")
 
 
 @pytest.mark.slow

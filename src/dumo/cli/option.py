@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
 
 
-_FEW_NAMES = 6  # a message lists all valid names up to this number: ours
-
-
 def _complete_source(text: str) -> list[str]:
     """The recipes and runs of dumo's whose names begin with `text`. Where there is none, the shell completes files."""
     return [name for name in (*recipes.names(), *trained.names()) if name.startswith(text)]
@@ -37,19 +34,13 @@ def _complete_run(text: str) -> list[str]:
 def one_of(option: str, *names: str) -> Callable[[str | None], str | None]:
     """Make a check of typer's for an option: it returns a value that is None or one of `names`.
 
-    It raises UserError for any other, with all names where they are few, else the nearest.
+    It raises UserError for any other, with all names.
     """
 
     def check(value: str | None) -> str | None:
         if value is None or value in names:
             return value
-        from dumo.config.suggestion import nearest, nearest_few
-
-        if len(names) <= _FEW_NAMES:
-            hint = f"{nearest_few(value, [*names])}valid: {', '.join(names)}"
-        else:
-            hint = nearest(value, [*names])
-        raise UserError(f"there is no {option} '{value}'; {hint}")
+        raise UserError(f"there is no {option} '{value}'; valid: {', '.join(names)}")
 
     return check
 

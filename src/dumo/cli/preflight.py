@@ -55,7 +55,7 @@ def recipes(
         table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), title=group, title_justify="left")
         table.title_style = "bold"
         for name in names:
-            table.add_row(name, shipped_recipes.about(name))
+            table.add_row(name, shipped_recipes.tree(name)["about"])
         wide.print(table)
         wide.print()
     wide.print("Look at one: dumo show NAME")

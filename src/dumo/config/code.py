@@ -8,7 +8,6 @@ net, or the net or the loss, and `names_code` whether a run takes consent.
 `codes_of` hashes what a spec uses, for `resolved` in run.yaml; `require_same_code` compares with it later.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from pydantic import JsonValue
 
 from dumo.config.source import CODE_KEY
 from dumo.config.spec import Run
-from dumo.runtime import shell_path
 from dumo.types import Spec, UserError
 from dumo.types.outside import TAG, code_hash, kind_of
 
@@ -42,13 +40,8 @@ def names_code(run: Run) -> bool:
 
 
 def shell_command(run: Run, command: str) -> str:
-    """A command on a run, as one types it. Where the run has a class from outside, Python finds it, and may run it."""
-    if not _has_own_class(run):
-        return command
-    python_path = os.environ.get("PYTHONPATH")
-    if python_path:
-        command = f"PYTHONPATH={shell_path(python_path)} {command}"
-    return f"{command} --trust-code"
+    """A command on a run, as one types it: with --trust-code if the run has a class from outside."""
+    return f"{command} --trust-code" if _has_own_class(run) else command
 
 
 def _has_own_class(run: Run) -> bool:

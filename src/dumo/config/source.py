@@ -1,14 +1,11 @@
 """Read a run's text: of a recipe, a YAML file or a run's folder, over the base that a file may name (ADR 0002).
 
-1. `choose` decides what a word of the command line means: a recipe, a file, a run, a trained run that comes with dumo,
-   or images; `trained_name_of` asks for a trained run alone. `folder_of_images` and `settings_of_images` are for
-   images.
-2. `read` gives the plain values that a source says, over its bases; `read_file` and `parse_text` do so for a file and
-   its text. `dumo.config.load` makes a run of them. For a new run of an old run's settings, `without_resolved` leaves
-   out what was found on the old one's files.
+1. `choose` decides what a word of the command line means: a recipe, a file, a run, a trained run that ships with dumo,
+   or images.
+2. `read` returns the plain values that a source says, merged over its bases. `dumo.config.load` makes a run of them.
 
-A run.yaml, which training writes complete, says its format (ADR 0003); files that people write need none. Of a run that
-was moved with its latents or texts, `read_file` says where these are now.
+A run.yaml, which training writes complete, has a format (ADR 0003); files that people write need none. If a run was
+moved together with its latents or texts, `read_file` finds these next to it.
 """
 
 import os
@@ -16,7 +13,7 @@ import re
 from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +27,8 @@ from dumo.config.place import (
     TEXTS_FOLDER,
     find_content,
     find_run_file,
-    is_image,
     is_table,
-    list_run_folders,
-    list_sources,
+    run_folders,
 )
 from dumo.error import UserError
 from dumo.io import trained
@@ -42,24 +37,26 @@ from dumo.io.trained import SHIPPED_PREFIX as SHIPPED_PREFIX
 from dumo.io.yaml import parse_mapping
 from dumo.runtime.door import shell_settings
 
-# keys of a run.yaml, besides the fields of a run
-FORMAT_KEY = "format"  # the first one
-FORMAT = 2  # the value that `dumo.config.load.dump` writes there
+# The keys of a run.yaml besides the fields of a run.
+FORMAT_KEY = "format"
+FORMAT = 2
 CHANGED_KEY = "changed"  # the fields that were changed while it trained (`RecordedChange`)
 RESOLVED_KEY = "resolved"  # the fields that were found when the run was opened (`dumo.run.resolve`)
-# keys in `resolved`, besides the fields
+# The keys in `resolved` besides the fields.
 CODE_KEY = "code"  # hashes of the code of classes from outside, by name
 TYPED_KEY = "given"  # paths as the user typed them, by the fields that have them absolute
+# The key of a recipe that names its group (`dumo.config.recipes`).
+GROUP_KEY = "group"
 
-_BASE_VARIABLE = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # ${NAME:-recipe}, as a shell writes it
-MAX_BYTES = 2**24  # of a file: ours; the names of 20,000 classes are half a million
-_DEFAULT_TUNING_RECIPE = "sd3-lora"  # an example, of a pipeline that no recipe names
-_SOURCE_FIX = "give a run's folder, a recipe or a YAML file"  # the fix that messages end with
-IMAGES_RECIPE = "my-images"  # for images of the user's, in pixels
-GROUP_KEY = "group"  # of a recipe (`dumo.config.recipes`)
-IMAGES_LATENTS_RECIPE = "my-images-64"  # for images of the user's, in latents
+# Recipes for a folder of images, in pixels and in latents.
+IMAGES_RECIPE = "my-images"
+IMAGES_LATENTS_RECIPE = "my-images-64"
+_DEFAULT_TUNING_RECIPE = "sd3-lora"  # the example for a pipeline that no recipe names
+
+_BASE_VARIABLE = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # ${NAME:-recipe}, as in a shell
+MAX_BYTES = 2**24  # of a YAML file; the names of 20,000 classes take half a million
+_SOURCE_FIX = "give a run's folder, a recipe or a YAML file"
 _LATENTS_FIELDS = ("kind", "root", "images", "codec", "memory", "prior")  # fields of data.kind=latents
-_ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # suffixes
 
 
 class RecordedChange(BaseModel):
@@ -95,23 +92,24 @@ class ChosenSource:
     kind: Literal["recipe", "file", "run", "trained", "images"]
     word: str | Path  # what to give to `read`; for images their place
     folder: Path  # the folder to train in, unless another is given
-    is_continued: bool = True  # of a run: whether it is trained in its own folder, not another one in a new folder
+    is_resumed: bool = True  # whether a run is trained in its own folder, not its settings in a new one
 
     @property
     def meaning(self) -> str:
         """What the word was taken for, in words."""
         match self.kind:
             case "recipe":
-                return f"the recipe {self._shipped_name}, which dumo brings"
+                return f"the recipe {self._shipped_name}"
             case "file":
                 return f"the settings in {self.word}"
+            case "run" if self.is_resumed:
+                return f"the run in {self.folder}, which is resumed"
             case "run":
-                if self.is_continued:
-                    return f"the run in {self.folder}, which goes on"
                 return f"the settings of the run in {self.folder}, for a new run"
             case "trained":
-                name = self._shipped_name
-                return f"the run {name}, which dumo brings: a new run in {self.folder} begins with its weights"
+                return (
+                    f"the weights and settings of the trained run {self._shipped_name}, for a new run in {self.folder}"
+                )
             case "images":
                 return f"the images in {self.word}"
 
@@ -124,16 +122,16 @@ class ChosenSource:
 
     @property
     def _shipped_name(self) -> str:
-        """The word, where it names a recipe or a trained run that dumo brings, without the prefix."""
+        """The name of a recipe or a trained run that ships with dumo, without the prefix."""
         return str(self.word).removeprefix(SHIPPED_PREFIX)
 
 
 def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     """Decide what a word is: a recipe, a YAML file, a run's folder (or its run.yaml), a trained run of dumo's, images.
 
-    `out` is the folder that was given to train in: a recipe's name means the run there, where that folder has the same
-    name, as when `train digits --out digits` is typed again. Raises UserError where ./NAME holds a run or images and
-    NAME is a recipe, too, for a variable in a path that is not set, and for the folder of a pipeline of diffusers.
+    `out` is the folder to train in, if one was given. If it has the name of a recipe and holds a run, that name means
+    the run, so that `train digits --out digits` resumes when it is typed again. Raises UserError if NAME is a recipe
+    and ./NAME holds a run or images, and for the folder of a pipeline of diffusers.
     """
     if out is not None and source in recipes.names() and out == Path(source) and (out / RUN_FILE).is_file():
         return ChosenSource("run", f"./{source}", out)
@@ -143,19 +141,15 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     trained_name = trained_name_of(source)
     if trained_name is not None:
         return ChosenSource("trained", source, Path(RUNS_FOLDER) / trained_name)
-    if not str(source):
-        raise UserError(f"the source is empty: {_SOURCE_FIX}, or a folder of images")
     path = user_path(str(source), "the source")
-    if os.path.isfile(path):  # False for a name that is too long
-        if is_table(path):
-            return ChosenSource("images", source, folder_of_images(source))
-        if path.name == RUN_FILE:
-            return ChosenSource("run", source, path.parent, is_continued=out is None or out == path.parent)
-    elif os.path.isdir(path):
-        if (path / RUN_FILE).is_file():
-            return ChosenSource("run", source, path, is_continued=out is None or out == path)
+    if path.name == RUN_FILE and path.is_file():
+        return ChosenSource("run", source, path.parent, is_resumed=out is None or out == path.parent)
+    if (path / RUN_FILE).is_file():
+        return ChosenSource("run", source, path, is_resumed=out is None or out == path)
+    if path.is_dir() or (path.is_file() and is_table(path)):
         from dumo.io.hub import INDEX
 
+        # The folder of a pipeline may hold pictures of its samples, which nobody means to train on.
         if (path / INDEX).is_file():
             raise UserError(f"{source} is the pipeline of a model, not a run or images: {_pipeline_fix(str(source))}")
         return ChosenSource("images", source, folder_of_images(source))
@@ -193,19 +187,19 @@ def _is_of_images(setting: str) -> bool:
 
 
 def _recipe_of(source: str | Path) -> str | None:
-    """The name of the recipe that a source means; None: it is a path. A `Path` that exists is always a path.
+    """The name of the recipe that a source means, or None if it is a path. A `Path` that exists is always a path.
 
-    Raises UserError where ./NAME holds a run or images: then either may be meant.
+    Raises UserError if ./NAME holds a run or images.
     """
-    if isinstance(source, Path) and os.path.exists(source):
+    if isinstance(source, Path) and source.exists():
         return None
     return _find_shipped_name(str(source), recipes.names(), images=True)
 
 
 def trained_name_of(source: str | Path) -> str | None:
-    """The name of the trained run, among those that come with dumo, that a source means; None: it is a path.
+    """The name of the trained run of dumo's that a source means, or None if it is a path.
 
-    A `Path` to the folder of a run is that folder. Raises UserError where ./NAME holds a run: then either may be meant.
+    Raises UserError if ./NAME holds a run.
     """
     if isinstance(source, Path) and (source / RUN_FILE).is_file():
         return None
@@ -213,33 +207,30 @@ def trained_name_of(source: str | Path) -> str | None:
 
 
 def _find_shipped_name(source: str, names: Collection[str], *, images: bool = False) -> str | None:
-    """The one of `names`, of what dumo ships, that a source means; None: it is a path.
+    """The name among `names` that a source means, or None if it is a path.
 
-    Raises UserError where ./NAME holds a run (with `images`, also images): then either may be meant.
+    Raises UserError if ./NAME holds a run, or with `images` also images: then the source may mean either.
     """
     name = source.removeprefix(SHIPPED_PREFIX)
     if name not in names:
         return None
-    if name == source:
-        content = find_content(Path(source), images=images)
-        if content is not None:
-            content_text = "a run" if content == "run" else "images"
-            raise UserError(
-                f"{source} may be what dumo brings by this name, or the folder here, which holds {content_text}: write "
-                f"{SHIPPED_PREFIX}{source} for dumo's, or ./{source} for the folder"
-            )
+    if name == source and find_content(Path(source), images=images) is not None:
+        raise UserError(
+            f"{source} is a name of dumo's and a folder here: write {SHIPPED_PREFIX}{source} for dumo's, or "
+            f"./{source} for the folder"
+        )
     return name
 
 
 def read(source: str | Path) -> RunText:
-    """What a source says, over its bases. Raises UserError where there is none, or it cannot be read.
+    """Read what a source says, merged over its bases. Raises UserError if there is none, or it cannot be read.
 
     In a text, ~ and $NAMES of environment variables are expanded; a `Path` is taken as it is.
     """
     recipe = _recipe_of(source)
     if recipe is not None:
         name = f"recipe {recipe}"
-        return RunText(_merge_over_base(deepcopy(parse_recipe(recipe)), name, None), name)
+        return RunText(_merge_over_base(_recipe_tree(recipe), name, None), name)
     trained_name = trained_name_of(source)
     if trained_name is not None:
         return read_file(trained.folder(trained_name) / RUN_FILE)
@@ -253,22 +244,17 @@ def read(source: str | Path) -> RunText:
 
             raise UserError(f"{unpack_hint(file)}, and give it to a recipe: {_pipeline_fix('DIR')}")
         return read_file(file)
-    if os.path.isdir(path):  # False for a name that is too long
+    if path.is_dir():
         raise UserError(f"{source} is a folder without a {RUN_FILE}: {_SOURCE_FIX}")
-    if "://" in str(source):
-        raise UserError(
-            f"{brief(source)} is an address, and dumo reads folders and files of this machine: fetch it, unpack it, "
-            "and give its folder"
-        )
-    fetch = _fetch_hint(str(source))
-    if fetch:
-        raise UserError(fetch)
+    hint = _fetch_hint(str(source))
+    if hint:
+        raise UserError(hint)
     raise UserError(f"there is no recipe, file or run's folder '{brief(source)}'; {_hint(str(source))}")
 
 
 def read_file(file: Path) -> RunText:
     """What a YAML file says, over its bases; in a run.yaml, with the latents and texts next to it. Raises UserError."""
-    text = parse_text(_yaml_text(file), file)
+    text = parse_text(_file_text(file), file)
     if file.name == RUN_FILE:
         folder = file.absolute().parent
         _follow_moved_folder(text.tree, ["data"], Path(trained.LATENTS_FOLDER).name, folder)
@@ -306,15 +292,8 @@ def parse_text(text: str, file: Path) -> RunText:
     return RunText(_merge_over_base(tree, str(file), file), str(file), tuple(changed))
 
 
-def _yaml_text(file: Path) -> str:
-    """The text of a YAML file. Raises UserError for another suffix, too many bytes, or no UTF-8."""
-    suffix = file.suffix.lower()
-    if suffix in _ARCHIVES:
-        raise UserError(f"{file} is an archive: unpack it, and give its folder")
-    if is_image(file):
-        raise UserError(f"{file} is one image: give the folder that it is in")
-    if file.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{file} is no YAML file: {_SOURCE_FIX}")
+def _file_text(file: Path) -> str:
+    """The text of a YAML file. Raises UserError for too many bytes, or no UTF-8."""
     return read_text(file, _SOURCE_FIX, MAX_BYTES)
 
 
@@ -359,10 +338,10 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
     if isinstance(base, str):
         recipe = base.removeprefix(SHIPPED_PREFIX)
         if recipe in recipes.names():  # whatever lies next to the file
-            return deepcopy(parse_recipe(recipe)), f"recipe {recipe}", None
+            return _recipe_tree(recipe), f"recipe {recipe}", None
         base_file = find_run_file(folder / user_path(base, "base")) if folder is not None else None
         if base_file:
-            tree, _ = _parse_file(_yaml_text(base_file), base_file)
+            tree, _ = _parse_file(_file_text(base_file), base_file)
             tree.pop(RESOLVED_KEY, None)  # of that run's files
             return tree, str(base_file), base_file
     raise UserError(
@@ -372,14 +351,9 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
 
 def _take_format(tree: dict[str, Any], file: Path) -> None:
     """Remove the format from the tree of a file. Raises UserError for another than ours."""
-    default = 1 if file.name == RUN_FILE and "base" not in tree else FORMAT
-    file_format = tree.pop(FORMAT_KEY, default)
+    file_format = tree.pop(FORMAT_KEY, FORMAT)
     if file_format != FORMAT:
-        raise UserError(
-            f"{file} is of format {brief(yaml_text(file_format))}, and this dumo reads {FORMAT}: take the dumo that "
-            f"wrote it, for format 1 that of 2026-11-22 (commit 9ebbef4). A {RUN_FILE} of your own begins with "
-            f"{FORMAT_KEY}: {FORMAT}"
-        )
+        raise UserError(f"{file} is of format {brief(yaml_text(file_format))}, and this dumo reads {FORMAT}")
 
 
 def _take_changed(tree: dict[str, Any], name: str) -> list[RecordedChange]:
@@ -394,10 +368,11 @@ def _take_changed(tree: dict[str, Any], name: str) -> list[RecordedChange]:
         ) from error
 
 
-@cache
-def parse_recipe(name: str) -> dict[str, Any]:
-    """The tree of a shipped recipe, which no caller may change, since it is kept: take a copy to do so."""
-    return _parse_mapping(recipes.text(name), f"recipe {name}")
+def _recipe_tree(name: str) -> dict[str, Any]:
+    """A copy of the plain values of a recipe, without its group, which is no field of a run."""
+    tree = deepcopy(recipes.tree(name))
+    del tree[GROUP_KEY]
+    return tree
 
 
 def _parse_mapping(text: str, name: str) -> dict[str, Any]:
@@ -430,7 +405,7 @@ def _pipeline_fix(folder: str, recipe: str = _DEFAULT_TUNING_RECIPE) -> str:
 def _recipe_of_pipeline(name: str) -> str:
     """The first recipe that tunes a published pipeline; "": none names it."""
     for recipe in recipes.names():
-        pipeline = parse_recipe(recipe).get("pipeline")
+        pipeline = recipes.tree(recipe).get("pipeline")
         if isinstance(pipeline, dict) and pipeline.get("source") == name:
             return recipe
     return ""
@@ -438,7 +413,7 @@ def _recipe_of_pipeline(name: str) -> str:
 
 def _hint(name: str) -> str:
     """The end of a message that there is no source of this name: what is near to it, and how to list recipes."""
-    from dumo.config.suggestion import nearest_few
-
-    valid_names = [*recipes.names(), *list_sources(Path(name).parent), *list_run_folders(Path(RUNS_FOLDER))]
-    return f"{nearest_few(name, valid_names)}`dumo recipes` lists all"
+    here = [str(path) for path in Path(name).parent.glob("*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
+    near_names = get_close_matches(name, [*recipes.names(), *here, *run_folders()], n=1)
+    hint = f"did you mean '{near_names[0]}'? " if near_names else ""
+    return f"{hint}`dumo recipes` lists all"

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from dumo.config.place import EVALUATION_FILE, OTHER_EVALUATIONS, require_evaluation
+from dumo.config.place import EVALUATION_FILE, OTHER_EVALUATIONS
 from dumo.evaluation.metric import CLASS_MMD, CLASSES_SHA256
 from dumo.report import score
 from dumo.report.card import Card, Row, read_report
@@ -276,7 +276,6 @@ def _evaluation_file(source: str) -> Path:
     shipped_folder = shipped.find(source)  # `path` itself, where the run does not come with dumo
     if shipped_folder != path and not (path / EVALUATION_FILE).is_file():
         return shipped_folder / EVALUATION_FILE
-    require_evaluation(path)
     if not path.is_dir():
         return path
     return _evaluation_in_folder(path, source)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dumo.config.place import LOG_FILE, require_log
+from dumo.config.place import LOG_FILE
 from dumo.runtime import dist
 from dumo.runtime.device import known_peak_tflops, peak_bytes
 from dumo.runtime.stopwatch import Clock, wall_clock
@@ -22,6 +22,7 @@ from dumo.runtime.text import bytes_text, number_text
 from dumo.training import log
 from dumo.training.spec import Train
 from dumo.training.step import Record
+from dumo.types import UserError
 
 FILE = "speed.jsonl"
 
@@ -130,7 +131,8 @@ def log_with_speeds(folder: Path) -> list[log.Row]:
 
     Raises UserError where there is no log, and as `log.read_log`.
     """
-    require_log(folder)
+    if not (folder / LOG_FILE).is_file():
+        raise UserError(f"{folder} has no {LOG_FILE}: give the folder of a run that has trained a while")
     speed_by_step = {row.pop("step"): row for row in log.read_log(folder / FILE)}
     rows = log.read_log(folder / LOG_FILE)
     for row in rows:

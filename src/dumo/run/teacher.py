@@ -238,7 +238,7 @@ def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tup
     What the function calls is not in the hash. Raises UserError if its velocity has another shape than x.
     """
     module, _, name = teacher.source.partition(":")
-    trust.require(trust.named_teachers({"kind": teacher.kind, "source": teacher.source}), "teacher.source of this run")
+    trust.require([teacher.source], "teacher.source of this run")
     if dist.is_main():
         print_line(f"teacher.source: this run executes {teacher.source}")
     x = noise(0, range(2), 0, run.data.shape).to(device)

@@ -1,4 +1,4 @@
-"""What a word of the command line is taken for, and how `dumo train` says so."""
+"""What a word of the command line is taken for."""
 
 import shlex
 from pathlib import Path
@@ -16,14 +16,13 @@ def test_what_a_word_is_taken_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for place in ("digits/run.yaml", "cats/a.png", "mine.yaml"):
         Path(place).parent.mkdir(exist_ok=True)
         Path(place).touch()
-    assert choose("moons").meaning == choose("dumo:moons").meaning == "the recipe moons, which dumo brings"
-    assert choose("mine.yaml").meaning == "the settings in mine.yaml"
-    assert choose("./digits").meaning == choose("digits/run.yaml").meaning == "the run in digits, which goes on"
-    assert choose("digits", Path("digits")).meaning == "the run in digits, which goes on"
-    settings = "the settings of the run in digits, for a new run"
-    assert choose("./digits", Path("again")).meaning == choose("digits/run.yaml", Path("again")).meaning == settings
-    assert choose("./digits", Path("digits")).meaning == "the run in digits, which goes on"
-    assert choose("cats").meaning == "the images in cats"
+    kinds = {word: choose(word).kind for word in ("moons", "dumo:moons", "digits-trained", "mine.yaml", "cats")}
+    assert [*kinds.values()] == ["recipe", "recipe", "trained", "file", "images"]
+    for word in ("./digits", "digits/run.yaml"):
+        assert (choose(word).kind, choose(word).is_resumed) == ("run", True)
+        assert not choose(word, Path("again")).is_resumed
+    for word in ("./digits", "digits"):
+        assert (choose(word, Path("digits")).kind, choose(word, Path("digits")).is_resumed) == ("run", True)
 
 
 def test_the_folder_of_a_pipeline_is_typed_in_quotes(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def commands(opened: RunFolder) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_page_proposes_what_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_proposes_what_can_be_typed() -> None:
     """A run that comes with dumo has no run.yaml here; one of the user's classes needs Python to find and run them."""
     digits = untrained("digits")
     name = "digits-trained"
@@ -295,9 +295,7 @@ def test_a_page_proposes_what_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> N
     assert commands(came_with_dumo)[-1] == f"dumo train dumo:{name} --set start=null --out runs/again"
     points = replace(digits, run=load("moons"))
     assert commands(points)[-1] == "dumo train runs/untrained/run.yaml --out runs/again"
-    monkeypatch.setenv("PYTHONPATH", "my code")
     for command in commands(untrained("digits", "objective={kind: contract.outside:Outside}")):
-        assert command.startswith("PYTHONPATH='my code' dumo ")
         assert command.endswith(" --trust-code")
 
 
