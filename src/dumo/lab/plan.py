@@ -25,7 +25,6 @@ objective whose step needs more passes gets fewer steps. At the paper's size eac
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -517,7 +516,7 @@ def _require_trust(plan: Plan, name: str) -> None:
         for axis in part.vary.values():
             settings += [setting for value_settings in axis.values() for setting in value_settings]
     for setting in settings:
-        trust.require(((code, sys.path) for code in trust.CODE_NAME.findall(setting)), name)
+        trust.require(trust.CODE_NAME.findall(setting), name)
 
 
 def require_runnable(cells: Sequence[Cell]) -> None:
