@@ -1,4 +1,4 @@
-"""Measure again what the pages show: `make measured`, half a day of two cores, with $DUMO_DATA/cifar10.
+"""Measure again what the pages show: half a day of two cores, with $DUMO_DATA/cifar10.
 
     python docs/measure.py [NAME ...]    # plans of `dumo reproduce`; none: all whose results are kept
 

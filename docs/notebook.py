@@ -1,4 +1,4 @@
-"""Run the notebooks as a reader would, and keep what they show: `make notebooks`, with $DUMO_DATA/imagenet-sample.
+"""Run the notebooks as a reader would, and keep what they show; needs $DUMO_DATA/imagenet-sample.
 
     python docs/notebook.py [NAME ...]    # digits, own-objective, own-photos; none: all
 

@@ -1,6 +1,6 @@
 """The notebooks run from top to bottom in a fresh kernel, with few steps instead of the many of their parameters.
 
-What they show in the repository is of the code that they have: `make notebooks` ran it.
+What they show in the repository is of the code that they have: `python docs/notebook.py` ran it.
 """
 
 import ast
@@ -43,7 +43,7 @@ def parameters(book: nbformat.NotebookNode) -> tuple[int, set[str]]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_notebook_shows_what_its_code_made(file: Path) -> None:
     book: nbformat.NotebookNode = nbformat.read(file, as_version=4)
-    assert book.metadata["dumo"]["code"] == TOOL["code_hash"](book), "the code has changed: make notebooks"
+    assert book.metadata["dumo"]["code"] == TOOL["code_hash"](book), "the code has changed: run docs/notebook.py"
     shown = [output for cell in book.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", ()) for output in shown)
     assert [output for output in shown if output.output_type == "error" or output.get("name") == "stderr"] == []

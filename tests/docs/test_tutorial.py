@@ -86,7 +86,7 @@ def test_a_comparison(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two = tuple(arm for arm in zoo.arms if arm.recipe in ("digits", "digits-meanflow"))
     monkeypatch.setattr("dumo.lab.reproduce.read_plan", lambda name: zoo.model_copy(update={"arms": two}))
     outputs = dict(zip(lines(PAGES / "compare.md", "sh"), typed("compare"), strict=False))
-    assert "class_mmd" in outputs["dumo compare runs/digits-meanflow runs/digits"]
+    assert "class_mmd" in outputs["dumo compare runs/meanflow-1 runs/dumo-1"]
 
 
 @tier("compare")
@@ -95,13 +95,14 @@ def test_a_comparison_with_an_objective_of_ones_own(here: Path, monkeypatch: pyt
     (code,) = blocks(PAGES / "compare.md", "python")
     (plan,) = blocks(PAGES / "compare.md", "yaml")
     small = "net.width=32, net.depth=1, train.batch=16, evaluate.protocol.samples=500"
-    instead = {"cifar10-latents": "digits", "1200 steps": "9 steps", "data.images.count=5000": small}
+    instead = {"cifar10-latents": "digits", "steps: 1200": "steps: 9", "data.images.count=5000": small}
     for words, small_words in instead.items():
         assert words in plan
         plan = plan.replace(words, small_words)
     (here / "mine.py").write_text(code, encoding="utf-8")
     (here / "mine.yaml").write_text(plan, encoding="utf-8")
     monkeypatch.syspath_prepend(str(here))
+    monkeypatch.setenv("PYTHONPATH", f"{here}:{ROOT / 'src'}")  # of the processes in which arms are trained
     smoke, whole = (line for line in lines(PAGES / "compare.md", "sh") if "mine.yaml" in line)
     for line, folder, runs in ((smoke, "mine-smoke", 3), (whole, "mine-laptop", 9)):
         path, program, *words = shlex.split(line, comments=True)

@@ -43,10 +43,6 @@ class Stopped(RuntimeError):  # noqa: N818, it is no error
         super().__init__(text)
         self.number = number
 
-    def __reduce__(self) -> tuple[type["Stopped"], tuple[int, str]]:
-        """How pickle makes it again in another process."""
-        return type(self), (self.number, str(self))
-
 
 def poll() -> int | None:
     """The number of the signal that asked this process to stop; None while nobody has."""
