@@ -63,7 +63,7 @@ _CLASS_FIELDS = {"objective.drop": 0.1, "objective.guide.zeta": 0.55}
 
 # How long a run trains on a CPU unless told otherwise. If there are few images it is shorter: on two cores a run sees
 # each image about 1,500 times in 7 seconds per image. Later it copies them, and may diverge (docs/log.md).
-DEFAULT_MINUTES = 6.0
+_DEFAULT_MINUTES = 6.0
 _SECONDS_PER_IMAGE = 7.0
 _FEW_IMAGES = 200
 
@@ -157,7 +157,7 @@ def length_fields(count: int, changes: Sequence[str], *, on_a_cpu: bool, minutes
     is_chosen = sets_field(changes, "train.steps") or sets_field(changes, "train.minutes")
     if is_chosen or not on_a_cpu:
         return {}
-    return {"train.minutes": min(DEFAULT_MINUTES, round(count * _SECONDS_PER_IMAGE / 60, 1))}
+    return {"train.minutes": min(_DEFAULT_MINUTES, round(count * _SECONDS_PER_IMAGE / 60, 1))}
 
 
 def _images_at(place: str, changes: Sequence[str]) -> Images:
