@@ -119,7 +119,7 @@ def _distances_by_milestone(result: Result) -> Iterator[Row]:
     c = spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.milestone_files(trained.folder, trained.step).items():
         milestone = gallery.open_milestone(trained, step, file)
-        for mode in gallery.choose_modes(milestone.sampler, None, _FIG5_PASSES):
+        for mode in gallery.choose_modes(milestone.sampler, _FIG5_PASSES):
             for nfe in _FIG5_PASSES:
                 solver = mode.solver_for(nfe)
                 scores = evaluate.score_passes(milestone.sampler, evaluator, solver, nfe, c, spec.evaluate.seed)

@@ -29,7 +29,6 @@ from dumo.report.sample import data_points, require_count
 from dumo.run.provenance import require_own_file
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, load_net
-from dumo.runtime.door import option
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.training import checkpoint
 from dumo.types import UserError
@@ -109,7 +108,6 @@ def trajectories(
     steps: Sequence[int] | None = None,
     count: int | None = None,
     only: Sequence[int] | None = None,
-    letters: Sequence[str] | None = None,
     seed: int | None = None,
     bar: Bar = no_bar,
 ) -> dict[SamplingMode, dict[int, Image.Image]]:
@@ -119,13 +117,12 @@ def trajectories(
     - `steps`: of the training; None: every milestone and the last checkpoint
     - `count`: rows, or points of a scatter; None: DEFAULT_COUNT, or SCATTER_POINTS, and a row for each of `only`
     - `only`: the classes of the rows, in turn; None: all
-    - `letters`: of sampling modes; None: u and v, as far as they are taught
 
-    Raises UserError, before any work, for a step, mode, label or nfe that the run does not have.
+    Raises UserError, before any work, for a step, label or nfe that the run does not have.
     """
     sampler = opened.sampler
     files = milestone_files(opened.folder, opened.step, steps)
-    modes = choose_modes(sampler, letters, nfe)
+    modes = choose_modes(sampler, nfe)
     passes = nfe or reachable_passes(PASSES, sampler, modes)
     default_count = DEFAULT_COUNT if sampler.is_image else picture.SCATTER_POINTS
     chosen = only or ()
@@ -199,7 +196,6 @@ def class_grids(
     nfe: Sequence[int] | None = None,
     steps: Sequence[int] | None = (),
     count: int = DEFAULT_COUNT,
-    letters: Sequence[str] | None = None,
     seed: int | None = None,
     bar: Bar = no_bar,
 ) -> dict[tuple[SamplingMode, int, int], Image.Image]:
@@ -208,18 +204,18 @@ def class_grids(
     - `classes`: None: all
     - `nfe`: numbers of passes; None: one pass, or the run's own where a mode cannot make one
     - `steps`: of the training; (): the last checkpoint; None: that and every milestone
-    - `letters`: of sampling modes; None: u if it is taught, else v
 
-    Raises UserError, before any work, for a step, mode, class or nfe that the run does not have, where there are no
+    Raises UserError, before any work, for a step, class or nfe that the run does not have, where there are no
     classes of images, and for a picture of more than MAX_GRID_PIXELS.
     """
     sampler = opened.sampler
     files = milestone_files(opened.folder, opened.step, (opened.step,) if steps == () else steps)
-    modes = choose_modes(sampler, letters or sorted(sampling_modes(sampler))[:1], nfe)
+    # By u if it is taught, else by v.
+    modes = choose_modes(sampler, nfe)[:1]
     passes = nfe or reachable_passes((1,), sampler, modes)
     data = sampler.data
     if not data.classes or not sampler.is_image:
-        raise UserError(f"data '{data.kind}' has no classes of images, so no grid of them: leave out --classes")
+        raise UserError(f"data '{data.kind}' has no classes of images, so no grid of them")
     chosen_classes = range(data.classes)
     if classes is not None:
         chosen_classes = labels_in_turn(len(classes), data.classes, classes).tolist()
@@ -228,8 +224,7 @@ def class_grids(
     if num_pixels > MAX_GRID_PIXELS:
         raise UserError(
             f"a picture of {len(chosen_classes):,} classes, {count:,} images each, has {num_pixels / 1e6:,.0f} million "
-            f"pixels, more than {MAX_GRID_PIXELS / 1e6:,.0f}: choose classes, as by {option('classes', '1,207,250')}, "
-            f"or lower {option('count')}"
+            f"pixels, more than {MAX_GRID_PIXELS / 1e6:,.0f}: choose fewer classes or images"
         )
     grids: dict[tuple[SamplingMode, int, int], Image.Image] = {}
     with bar("sampling class grids", len(files) * len(modes) * sum(passes)) as tick:
@@ -337,20 +332,12 @@ def open_milestone(opened: RunFolder, step: int, file: Path | None) -> RunFolder
     return replace(opened, net=net, step=step, weights=str(file.relative_to(opened.folder)))
 
 
-def choose_modes(sampler: Sampler, letters: Sequence[str] | None, nfe: Sequence[int] | None) -> list[SamplingMode]:
-    """The sampling modes of these letters, or, if None, all that are taught; v by Heun's steps.
+def choose_modes(sampler: Sampler, nfe: Sequence[int] | None) -> list[SamplingMode]:
+    """The sampling modes that are taught, u before v, which takes Heun's steps.
 
-    Raises UserError for a mode that is not taught, or a number of passes that one of them cannot make.
+    Raises UserError for a number of passes that one of them cannot make.
     """
-    taught_modes = sampling_modes(sampler, Heun())
-    for letter in letters or ():
-        if letter in taught_modes:
-            continue
-        reason = ""
-        if letter in TAUGHT_BY_LETTER:
-            reason = f", for objective '{sampler.flow.objective.kind}' teaches no {TAUGHT_BY_LETTER[letter]}"
-        raise UserError(f"there is no reading {letter}{reason}: use --reading {','.join(taught_modes)}")
-    modes = [taught_modes[letter] for letter in dict.fromkeys(letters or taught_modes)]
+    modes = [*sampling_modes(sampler, Heun()).values()]
     for n in nfe or ():
         for mode in modes:
             check(mode.solver_for(n), sampler.taught, n)
