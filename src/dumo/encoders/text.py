@@ -178,11 +178,6 @@ class EncoderFolder:
             return self.path
         return self.path.with_name(self.path.name.replace("text_encoder", "tokenizer"))
 
-    @property
-    def common_folder(self) -> Path:
-        """The folder with the encoder and its tokenizer: the encoder's, or that of the pipeline around both."""
-        return self.path if self.path == self.tokenizer_path else self.path.parent
-
 
 @dataclass
 class EncoderModel:

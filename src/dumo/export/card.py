@@ -278,10 +278,12 @@ def own_card(opened: RunFolder, provenance: Provenance, name: str, *, dtype: str
     """
     sampler = opened.sampler
     run = opened.run
-    arguments = _condition_argument(sampler)
-    pipeline_arguments = arguments.replace("labels=", "class_labels=").replace("prompts=", "prompt=")
-    if not sampler.conditions.count:
-        pipeline_arguments = "class_labels=None"
+    argument, value = _condition_argument(sampler)
+    pipeline_arguments = {
+        "labels": f"class_labels={value}",
+        "prompts": f"prompt={value}",
+        "count": "class_labels=None",
+    }
     rows = _score_rows(provenance)
     body = _render(
         sampler,
@@ -290,8 +292,8 @@ def own_card(opened: RunFolder, provenance: Provenance, name: str, *, dtype: str
         rows=rows,
         sizes=_image_counts(run.data),
         exported=None,
-        arguments=arguments,
-        pipeline_arguments=pipeline_arguments,
+        arguments=f"{argument}={value}",
+        pipeline_arguments=pipeline_arguments[argument],
         nfe=sampler.spec.nfe[0],
         trusts_code=names_code(run),
         has_pipeline=has_pipeline,
@@ -307,19 +309,19 @@ def own_card(opened: RunFolder, provenance: Provenance, name: str, *, dtype: str
     return _with_head(body, metadata, name, provenance, rows)
 
 
-def _condition_argument(sampler: Sampler) -> str:
-    """The argument of `sample` that asks for two images: of two classes, of captions, or of nothing."""
+def _condition_argument(sampler: Sampler) -> tuple[str, str]:
+    """The argument of `sample` that asks for images of two classes, of captions, or of nothing; and its value."""
     conditions = sampler.conditions
     if not conditions.count:
-        return "count=2"
+        return "count", "2"
     numbers = [0, conditions.count // 2]
     if conditions.captions is None:
-        return f"labels={numbers}"
+        return "labels", str(numbers)
     prompts = [PROMPT]
     # Captions of images may be private, those of templates are not.
     if isinstance(conditions.captions, Templates):
         prompts = [conditions.names[k] for k in numbers]
-    return f"prompts=[{', '.join(map(_python_literal, prompts))}]"
+    return "prompts", f"[{', '.join(map(_python_literal, prompts))}]"
 
 
 def _places_to_sample(run: Run) -> list[tuple[str, str]]:
