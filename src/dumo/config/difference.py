@@ -81,9 +81,8 @@ def _identity_fields(part: BaseModel) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
-        if marks_of(field).keys() & _MARKS_LEFT_OUT_OF_IDENTITY or value == field.get_default(
-            call_default_factory=True
-        ):
+        is_default = value == field.get_default(call_default_factory=True)
+        if is_default or marks_of(field).keys() & _MARKS_LEFT_OUT_OF_IDENTITY:
             continue
         if isinstance(value, BaseModel):
             tree[name] = _identity_fields(value)

@@ -364,7 +364,7 @@ def _take_changed(tree: dict[str, Any], name: str) -> list[RecordedChange]:
         first = error.errors()[0]
         field = ".".join(map(str, (CHANGED_KEY, *first["loc"])))
         raise UserError(
-            f"{name}: {field}: {first['msg']}: it lists step, field, was and now of each change; mend or remove it"
+            f"{name}: {field}: {first['msg']}: each change has step, field, was and now"
         ) from error
 
 

@@ -221,7 +221,7 @@ def test_what_was_changed_stands_in_run_yaml_and_is_no_field(tmp_path: Path) -> 
     assert read(tmp_path).changed == ()
     for wrong in ("3", "[{step: 1}]", "[{step: a, field: b, was: 1, now: 2}]"):
         file.write_text(f"changed: {wrong}\n" + dump(run))
-        with pytest.raises(UserError, match=r"run\.yaml: changed.*mend or remove it"):
+        with pytest.raises(UserError, match=r"run\.yaml: changed"):
             load(str(tmp_path))
 
 
