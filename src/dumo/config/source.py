@@ -363,9 +363,7 @@ def _take_changed(tree: dict[str, Any], name: str) -> list[RecordedChange]:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, (CHANGED_KEY, *first["loc"])))
-        raise UserError(
-            f"{name}: {field}: {first['msg']}: each change has step, field, was and now"
-        ) from error
+        raise UserError(f"{name}: {field}: {first['msg']}: each change has step, field, was and now") from error
 
 
 def _recipe_tree(name: str) -> dict[str, Any]:

@@ -277,36 +277,3 @@ def test_a_base_may_have_a_base(tmp_path: Path) -> None:
 def test_a_file_may_say_its_format(name: str, line: str, tmp_path: Path) -> None:
     text = f"{line}base: digits\ntrain: {{micro_batch: 8}}"
     assert load(written(tmp_path / name, text)) == load("digits", ["train.micro_batch=8"])
-
-
-@pytest.mark.parametrize("line", ["format: 1", "format: 3", "format: two", "format:"])
-def test_another_format_is_refused(line: str, tmp_path: Path) -> None:
-    text = dump(load("digits")).replace(f"format: {FORMAT}", line)
-    with pytest.raises(UserError, match="format"):
-        load(written(tmp_path / "run.yaml", text))
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("base: mine.yaml", r"base goes round in a circle: \S+mine.yaml -> \S+mine.yaml$"),
-        ("base: other.yaml", r"circle: \S+mine.yaml -> \S+other.yaml -> \S+mine.yaml$"),
-        ("base: dgits", r"base: there is no recipe 'dgits', .*did you mean 'digits'"),
-        ("base: nowhere/run.yaml", "no recipe 'nowhere/run.yaml', nor a file"),
-        ("base: $NOWHERE/a.yaml", "NOWHERE is not set"),
-        ("base: 3", "base: there is no recipe '3'"),
-        ("base: [digits, moons]", r"no recipe '\[digits, moons\]'"),
-        ("base:", "no recipe 'null'"),
-        ("base: ''", "base is empty"),
-        ("base: list.yaml", r"list\.yaml holds no run"),
-        ("base: digits\nabout: {a: 1}", r"mine\.yaml: about is DuMo on .* in the base, a value without fields"),
-        ("base: digits\ntrain: {stpes: 1}", r"mine\.yaml: train\.stpes: unknown key; did you mean 'steps'"),
-    ],
-)
-def test_a_base_that_is_none_is_refused_in_a_line(text: str, said: str, tmp_path: Path) -> None:
-    written(tmp_path / "other.yaml", "base: mine.yaml")
-    written(tmp_path / "list.yaml", "- 1")
-    mine = written(tmp_path / "mine.yaml", text)
-    with pytest.raises(UserError, match=said) as refused:
-        load(mine)
-    assert "\n" not in str(refused.value)

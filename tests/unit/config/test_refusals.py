@@ -1,7 +1,11 @@
 """What a run refuses: each row is a recipe, fields that it takes, a field more that it refuses, and what is named."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from pydantic import BaseModel
+
+from dumo.config.error import _OTHER_NAMES
 from dumo.config.fit import check_ranks
 from dumo.config.load import load
 from dumo.run.resolve import resolve
@@ -193,3 +197,48 @@ def test_what_so_many_ranks_cannot_train_is_refused(recipe: str, fields: list[st
     with pytest.raises(UserError) as refused:
         check_ranks(run.train, run.objective, ranks)
     assert named in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("base: mine.yaml", "circle"),
+        ("base: other.yaml", "other.yaml"),
+        ("base: dgits", "did you mean 'digits'"),
+        ("base: nowhere/run.yaml", "nowhere/run.yaml"),
+        ("base: $NOWHERE/a.yaml", "NOWHERE"),
+        ("base: 3", "base"),
+        ("base: [digits, moons]", "base"),
+        ("base:", "base"),
+        ("base: ''", "base"),
+        ("base: list.yaml", "list.yaml"),
+        ("base: digits\nabout: {a: 1}", "about"),
+        ("base: digits\ntrain: {stpes: 1}", "train.stpes"),
+        ("base: digits\ntrain: {steps: 1, steps: 2}", "steps"),
+        ("format: 1\nbase: digits", "format"),
+        ("format:\nbase: digits", "format"),
+        ("changed: 3\nbase: digits", "changed"),
+    ],
+)
+def test_a_file_is_refused_by_its_name(text: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("base: mine.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as refused:
+        load(str(file))
+    assert named in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# Recipes that have the parts of a field; all others are fields of digits.
+ELSEWHERE = {"net.lora.rank": "flux-lora", "data.side": "my-images", "train.schedule.warmup": "imagenet256-xl2"}
+
+
+@pytest.mark.parametrize("field", _OTHER_NAMES.values())
+def test_the_field_for_a_name_of_other_trainers_exists(field: str) -> None:
+    part: object = load(ELSEWHERE.get(field, "digits"))
+    for name in field.split("."):
+        assert isinstance(part, BaseModel)
+        assert name in type(part).model_fields
+        part = getattr(part, name)

@@ -31,7 +31,7 @@ def test_a_solver_needs_what_the_objective_teaches(objective: str, reading: str,
         if reading in READS[objective]:
             assert load("digits", words).sample.solver.kind == solver
         elif not (objective == "meanflow" and reading == "endpoint"):  # a flow map to time 0 may serve as one
-            with pytest.raises(UserError, match=f"solver '{solver}' needs {reading}"):
+            with pytest.raises(UserError, match=solver):
                 load("digits", words)
 
 
@@ -46,7 +46,7 @@ def test_jumps_in_turn_need_jumps_that_end_before_the_data(times: str, fix: str)
     unguided = ["objective.kind=meanflow", "objective.guide={}", f"objective.times={times}"]
     words = [*unguided, "sample.solver.kind=hop", "sample.nfe=[1]"]
     assert load("digits", [*words, "evaluate.nfe=[1]"]).sample.nfe == (1,)
-    with pytest.raises(UserError, match=f"nfe = 2 .* never teaches: ask for {fix}"):
+    with pytest.raises(UserError, match=fix):
         load("digits", [*words, "evaluate.nfe=[2]"])
     load("digits", [*words, "objective.times={kind: jumps, data_ratio: .5}", "evaluate.nfe=[2]"])
 
