@@ -78,8 +78,6 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_genevals_evaluator_finds_four_images_of_each_prompt(run: Path, images: Path) -> None:
     assert sorted(as_geneval_reads(images)) == sorted(4 * [one["prompt"] for one in PROMPTS])
-    card = json.loads((images.parent / f"{NAME}.json").read_text())["card"]
-    assert (card["protocol"], card["samples"], card["seed"]) == ("geneval (12 samples)", 12, 0)
     assert [(images / f"{i:05d}" / "metadata.jsonl").read_text() for i in range(3)] == LINES
     assert sorted(path.name for path in (images / "00002" / "samples").iterdir()) == [f"{j:04d}.png" for j in range(4)]
     trained = dumo.load(run)
@@ -88,45 +86,12 @@ def test_genevals_evaluator_finds_four_images_of_each_prompt(run: Path, images: 
     assert (pixels(images / "00001" / "samples" / "0002.png") == np.asarray(made[4 + 2])).all()
 
 
-@pytest.mark.slow
-def test_what_stands_is_kept_and_what_is_missing_made_again_equal(
-    run: Path, prompts: Path, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also half a file that a killed one left: the evaluator must not see it."""
-    kept, gone = images / "00000" / "samples" / "0000.png", images / "00001" / "samples" / "0003.png"
-    before, was = kept.stat().st_mtime_ns, pixels(gone)
-    gone.unlink()
-    half = gone.with_name(".0003.png.old.tmp")
-    half.write_bytes(b"half")
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as stopped:
-        stopped.setattr("dumo.report.benchmark._images_by_prompt", stop)
-        assert "stopped; the same command resumes" in sample(run, prompts, images.parent).err
-    done = sample(run, prompts, images.parent)
-    assert done.code == 0, done
-    assert "4 of 4" in done.err
-    assert (pixels(gone) == was).all()
-    assert kept.stat().st_mtime_ns == before
-    assert not half.exists()
-
-
-@pytest.mark.nightly
-def test_images_that_were_made_otherwise_are_not_mixed(run: Path, prompts: Path, images: Path) -> None:
+def test_images_are_not_mixed_with_others(run: Path, prompts: Path, images: Path) -> None:
     assert sample(run, prompts, images.parent, "--seed", "1").out.strip() == f"{images}-seed1"
-    card_file = images.with_name(f"{NAME}.json")
-    card = json.loads(card_file.read_text())
-    card_file.write_text(json.dumps({"card": card["card"] | {"trained_on": "numbers"}}))  # the run's card has none
-    assert "made otherwise (trained_on" in sample(run, prompts, images.parent).err
-    card_file.write_text(json.dumps(card))
-    prompts.write_text("\n".join(LINES[::-1]))
-    for said in ("made otherwise (reference_sha256", "says what made its images"):
-        done = sample(run, prompts, images.parent)
-        assert done.code == 2
-        assert said in done.err
-        images.with_name(f"{NAME}.json").unlink(missing_ok=True)
+    prompts.write_text(LINES[0])
+    done = sample(run, prompts, images.parent)
+    assert (done.code, NAME in done.err.replace("\n", "")) == (2, True), done
+    assert len(as_geneval_reads(images)) == 4 * len(PROMPTS)
 
 
 @pytest.mark.nightly
@@ -138,7 +103,6 @@ def test_the_report_shows_prompts_under_their_pictures(run: Path, tmp_path: Path
     asked = page[page.index('<section id="prompts">') : page.index('<section id="trajectories">')]
     assert re.findall("<figcaption>(.*)</figcaption>", asked) == ["a &#34;seven&#34; &lt;b&gt;", "the digit four"]
     assert "of 1, 2, 4 NFE" in asked
-    assert pixels(run / "report" / "prompts.png").shape[1] > 2 * 3 * 64
 
 
 @pytest.mark.slow
@@ -169,9 +133,6 @@ def test_dpgs_evaluator_cuts_the_images_out_of_one_picture(run: Path, tmp_path: 
         ("none.txt", None, "grid", "there are no prompts"),
         ("bad.jsonl", "{", "grid", "line 1 is not JSON"),
         ("bare.jsonl", '{"tag": "counting"}', "geneval", "line 1 has no prompt"),
-        ("tagless.jsonl", '{"prompt": "a cow"}', "geneval", "prompt 1 has no tag"),
-        ("plain.txt", "a cow", "geneval", "is no .jsonl"),
-        ("plain.txt", "a cow", "dpg", "is no folder"),
     ],
 )
 def test_broken_prompts_are_refused_and_nothing_is_written(

@@ -40,7 +40,6 @@ from dumo.report.sample import (
     guide_of,
     repeat_conditions,
     require_count,
-    require_sample_memory,
     size_of,
 )
 from dumo.report.sheet import Sheets
@@ -170,8 +169,6 @@ class TrainedRun:
             noise=noise,
             shape=sampler.shape,
         )
-        # The samples, and two copies of them while they become `output`.
-        require_sample_memory(len(c), torch.zeros(1, *sampler.pixels), copies=3)
         guide = None if guidance is None else guide_of(sampler, self.spec.training_guidance, guidance)
         with threads.fewer_when_busy(self.device, line_printer(bar)):
             x = sampler.sample(
@@ -314,7 +311,7 @@ class TrainedRun:
     def report(self, *, prompts: str | Sequence[str] = (), bar: Bar = no_bar) -> Path:
         """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
         texts = [prompts] if isinstance(prompts, str) else prompts
-        return page.write(self.opened, bar, texts)[-1]
+        return page.write(self.opened, bar, texts)
 
 
 def _as_several(values: Any) -> Iterable[Any]:  # noqa: ANN401, one of what it holds, or many

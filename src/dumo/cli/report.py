@@ -50,5 +50,5 @@ def report(
 
     dist.require_one_process("dumo report")
     texts = [row.text for row in read_prompts(prompts)] if prompts else []
-    for path in page.write(open_run(run_folder, device=device), bar, texts):
-        out.print(str(path), soft_wrap=True)
+    path = page.write(open_run(run_folder, device=device), bar, texts)
+    out.print(str(path), soft_wrap=True)

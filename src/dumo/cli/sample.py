@@ -18,7 +18,7 @@ from dumo.cli.option import (
     parse_classes,
     parse_integers,
 )
-from dumo.cli.terminal import out, resume_hint
+from dumo.cli.terminal import out
 from dumo.runtime.progress import bar, no_bar
 
 _BENCHMARKS = ("geneval", "dpg")
@@ -112,10 +112,7 @@ def sample(
             )
             files = gallery.write_trajectories(folder, panels)
         elif prompts and form in LAYOUTS:
-            with resume_hint():
-                files = make_images(
-                    opened, LAYOUTS[form], prompts, folder, nfe=passes, seed=seed, solver=solver, bar=progress
-                )
+            files = make_images(opened, form, prompts, folder, nfe=passes, seed=seed, solver=solver, bar=progress)
         else:
             texts = [row.text for row in read_prompts(prompts)] if prompts else prompt or []
             files = sample_to_files(

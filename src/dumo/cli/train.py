@@ -63,15 +63,20 @@ def train(
     """
     from dumo.config.source import RUN_FILE, choose, read, settings_of_images, without_resolved
 
-    # Find out what the source names, and where to train it.
+    # Decide what to train, and where.
     chosen = choose(source, folder)
     changes = set_ or []
     are_images = chosen.kind == "images"
     run_folder = folder or chosen.folder
-    is_own_run = chosen.kind == "run" and chosen.folder == run_folder
-    if minutes and not (are_images or is_own_run):
+    goes_on = chosen.kind == "run" and chosen.folder == run_folder
+    if minutes and not (are_images or goes_on):
         setting = settings(f"train.minutes={minutes:g}")
         raise typer.BadParameter(f"--minutes is for a folder of images or a run's folder: give {setting} instead")
+    text = None  # images that have no run yet
+    if not are_images:
+        text = read(str(chosen.word))
+    elif (run_folder / RUN_FILE).is_file():
+        text = read(run_folder)
     # The time of a resumed run counts from here.
     began = time.perf_counter()
 
@@ -90,17 +95,18 @@ def train(
 
     # Prepare the run to begin. It stays None if the run in the folder is resumed, with `changes`.
     run: Run | None = None
-    if are_images and (run_folder / RUN_FILE).is_file():
-        if minutes:
-            print_line(goes_on_line(run_folder, minutes))
-        changes = settings_of_images(read(run_folder).tree, changes, source)
-    elif are_images:
+    if text is None:  # images that have no run yet
         require_place(run_folder)
         run = _propose_run(source, changes, minutes, device, ask=not yes)
         began = time.perf_counter()
-    elif not is_own_run:
-        # A recipe, a file, or the settings of another run.
-        run = load(without_resolved(read(str(chosen.word))), [*chosen.settings, *changes])
+    elif are_images:  # images whose run goes on
+        if minutes:
+            print_line(goes_on_line(run_folder, minutes))
+        changes = settings_of_images(text.tree, changes, source)
+    elif goes_on:
+        pass
+    else:  # a recipe, a file, or the settings of another run
+        run = load(without_resolved(text), [*chosen.settings, *changes])
 
     opened = open_job(
         run_folder,
@@ -112,7 +118,7 @@ def train(
         accept=accept,
         verify=verify,
         sheets=Sheets,
-        minutes=minutes if is_own_run else None,
+        minutes=minutes if goes_on else None,
         began=began,
         bar=bar,
     )
@@ -158,8 +164,7 @@ def _propose_run(place: str, changes: list[str], minutes: float | None, device: 
     if ask and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")
     if ask:
-        # Ctrl-C ends the command at the question.
-        with signals.default_handlers():
+        with signals.default_handlers():  # Ctrl-C ends it there
             agrees = typer.confirm("train?", default=True, err=True)
         if not agrees:
             raise typer.Exit(1)

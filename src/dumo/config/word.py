@@ -38,7 +38,6 @@ MERITS = _words_of("merits")  # by score
 BASELINES = _words_of("baselines")  # by what is judged in place of the run
 WATCHED = _words_of("watched")  # by note of a training step
 _FD_BEFORE_ROUNDING = _words_of("before")["fd"]  # where a table has the distance after rounding to grey values, too
-STATES: dict[str, str] = _WORDS["states"]  # by verdict of an evaluation
 NETS: dict[str, str] = _WORDS["nets"]  # by kind
 HEADS: dict[str, str] = _WORDS["heads"]  # of more than DuMo's v and u
 

@@ -13,8 +13,8 @@ The order of events in a batch of `sample_batches`:
 3. `integrate` runs the solver. The net's passes are counted by a hook (`counting_passes`), not taken from the solver's
    own claim.
 
-Others use `eval_mode`, `in_precision`, `counting_passes` and `integrate` alone, too: `dumo.report.evaluate` and
-`dumo.report.live` around passes of their own, `dumo.flow.loop` and `dumo.run.teacher` the first. `training_mode` is for
+Others use `eval_mode`, `in_precision`, `counting_passes` and `integrate` alone, too: `dumo.report.evaluate`
+around passes of its own, `dumo.flow.loop` and `dumo.run.teacher` the first. `training_mode` is for
 trials of a user's net (`dumo.run.contract`).
 """
 

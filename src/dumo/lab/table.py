@@ -5,7 +5,7 @@ adds the seeds that the means leave out, and `markdown` writes a table. `average
 `error_of_mean` also serve the tables of the pages, which docs/tables.py makes of stored results.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -78,11 +78,17 @@ def _arm_score(results: Sequence[Result], rows: Sequence[Row], score: str) -> Ar
     return ArmScore(by_seed, error_of_mean([(row[score], row[f"{score}_sd"] if has_errors else 0.0) for row in rows]))
 
 
-def average_by_arm(results: Sequence[Result]) -> list[Row]:
-    """A row for each arm and number of passes: the arm's labels, and means over its seeds (`average_rows`)."""
+def average_by_arm(results: Sequence[Result], more_columns: Callable[[Result], Row] | None = None) -> list[Row]:
+    """A row for each arm and number of passes: the arm's labels, and means over its seeds (`average_rows`).
+
+    `more_columns` makes further columns from the result of the arm's first seed.
+    """
     table: list[Row] = []
     for results_of_arm in group_by_arm(results):
-        columns = results_of_arm[0].cell.labels
+        first = results_of_arm[0]
+        columns = dict(first.cell.labels)
+        if more_columns:
+            columns |= more_columns(first)
         rows_of_seeds = [rows_of_all_passes(result.report) for result in results_of_arm]
         for rows_of_passes in zip(*rows_of_seeds, strict=True):
             table.append(columns | average_rows(rows_of_passes))

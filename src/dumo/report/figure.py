@@ -131,7 +131,6 @@ def _values_by_title(row: log.Row) -> dict[str, object]:
         values.update(parts)
     values["gradient norm"] = row.get("grad_norm")
     values[LEARNING_RATE] = row.get("lr")
-    values["slope of the time embedding"] = row.get("time_slope")
     for name, value in row.get("val", {}).items():
         if not score.is_error(name):
             values[f"validation, {name}"] = value

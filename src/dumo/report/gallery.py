@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.config import word
-from dumo.flow.generate import join_batches, labels_in_turn
+from dumo.flow.generate import Samples, join_batches, labels_in_turn
 from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, can_make, check
 from dumo.io import picture
@@ -101,6 +101,13 @@ def reachable_passes(nfe: Iterable[int], sampler: Sampler, modes: Iterable[Sampl
     return reachable or list(sampler.spec.nfe)
 
 
+def sample_by_nfe(
+    sampler: Sampler, mode: SamplingMode, passes: Sequence[int], c: Tensor, seed: int | None = None
+) -> dict[int, Samples]:
+    """Sample the conditions c (n,) by one mode, from the same noise at each number of passes."""
+    return {n: sampler.sample(c, nfe=n, seed=seed, solver=mode.solver_for(n)) for n in passes}
+
+
 def trajectories(
     opened: RunFolder,
     *,
@@ -168,9 +175,8 @@ def _draw_panel(
     passes of each column, and with `note`.
     """
     columns: dict[str, list[Image.Image]] = {}
-    for n in nfe:
+    for n, samples in sample_by_nfe(sampler, mode, nfe, c, seed).items():
         solver = mode.solver_for(n)
-        samples = sampler.sample(c, nfe=n, seed=seed, solver=solver)
         title = f"NFE {samples.nfe}"
         if solver is not mode.solver:
             title += f"\n{solver_title(solver)}"

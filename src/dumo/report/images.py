@@ -1,56 +1,66 @@
-"""Images that others made, judged by a protocol: the numbers and the card that samples of a run would have.
+"""Evaluate images that others made, with the scores and the card that samples of a run would have.
 
-`judge` is the entrance; `dumo evaluate --images` calls it. In this order it
+`judge`, which `dumo evaluate --images` calls, opens the images (`open_images`), completes the protocol by their number
+and shape, finds the real images that they are compared with, hashes the images, scores them, and writes the report.
 
-1. opens the images (`dumo.report.image_set`), and completes the protocol by their number and shape;
-2. finds the real images that are the reference, or the file that the protocol has for it;
-3. hashes the pixels of the images that are judged;
-4. has the protocol score them;
-5. writes the report (`dumo.report.evaluate`).
+Images are read as the field's evaluators read them (pytorch-fid, torch-fidelity and clean-fid: `Image.convert("RGB")`):
+grey becomes three equal channels, and of 16-bit colours pillow gives the high byte. Three things differ: images are
+turned as their EXIF tag says; 16-bit grey is rounded to 8 bits, as protocols round samples, where the evaluators clip
+it, almost all to white; and transparency lies over white. No image is resized or cropped, because the way it is done
+moves a FID (Parmar et al. 2022, arXiv 2104.11222): all must have one size.
 
 The images of a reference folder are cropped and resized to the size of those that are judged, in the way of a run's
-data (`dumo.data.pixel.crop_middle`). So the same folder has the same hash as a run's reference and as a reference here,
-and both reports can stand in one table.
+data (`dumo.data.pixel.crop_middle`). So a folder has the same hash as a run's reference and as a reference here, and
+both reports can share a table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dumo.config.change import override
 from dumo.config.load import parse
 from dumo.config.suggestion import require_known
-from dumo.data import Digits, Images
+from dumo.data import Digits, Images, pixel
+from dumo.data.album import Album
+from dumo.data.image import open_store
 from dumo.data.store import Labels
-from dumo.data.toy import DIGIT_NAMES
 from dumo.encoders import vision
 from dumo.evaluation import Context, ImageProtocol, MetricProtocol
 from dumo.evaluation.npz import NpzImages
 from dumo.evaluation.protocol import ImageTick
-from dumo.evaluation.reference import InceptionKind, hash_images, with_progress
+from dumo.evaluation.reference import PIECE, InceptionKind, hash_images, with_progress
 from dumo.evaluation.shipped import ShippedKind
 from dumo.io.file import check_writable
 from dumo.io.picture import to_uint8
-from dumo.io.read import first_few, user_path
+from dumo.io.read import first_few, user_path, write_json
 from dumo.io.source import Data
 from dumo.report.card import Card
-from dumo.report.evaluate import complete_report, write_report
-from dumo.report.image_set import ImageSet, have_same_classes, open_images, require_path
 from dumo.run.judge import bar_while_reading
-from dumo.runtime import dist, threads
+from dumo.runtime import dist, signals, threads
 from dumo.runtime.device import choose_device, software_versions
+from dumo.runtime.limits import GIGABYTE
 from dumo.runtime.progress import Bar, Tick, line_printer, no_bar
+from dumo.runtime.random import stream
 from dumo.types import Spec, UserError
 
-DEFAULT_KIND = "photos"  # the protocol that needs no download: ours
-CLASSES_KINDS = ("photos", "cifar10-features")  # of the protocols that compare with --against by class
+# The protocol that needs no download.
+DEFAULT_KIND = "photos"
+# The protocols that judge by class if images and reference have the same classes.
+CLASSES_KINDS = ("photos", "cifar10-features")
 DIGIT_NUMERALS = tuple("0123456789")
-KINDS = sorted(  # the protocols that judge images without captions
-    {*get_args(InceptionKind), *get_args(ShippedKind), *get_args(vision.FeatureKind)} - {"toy"}
-)
+# The protocols that judge images without captions.
+KINDS = sorted({*get_args(InceptionKind), *get_args(ShippedKind), *get_args(vision.FeatureKind)} - {"toy"})
+# Pixels that are kept decoded, as of a run's data.
+MEMORY_BYTES = 2 * GIGABYTE
+
+# Sample indices (n,), and images (n, channels, height, width) in [-1, 1].
+Batch = tuple[Tensor, Tensor]
 
 
 class _ProtocolOnly(Spec):
@@ -64,6 +74,100 @@ class _ImagesSettings(Spec):
 
     evaluate: _ProtocolOnly
     data: Images | None = None
+
+
+@dataclass(frozen=True)
+class SameSize(pixel.ToRectangle):
+    """Bytes of an image file to RGB, if it has the size of the first image, `width` x `height`."""
+
+    first_name: str
+
+    def __call__(self, data: bytes) -> Tensor:
+        """The pixels, 0 ... 255. Raises Unreadable for no whole image, or one of another size."""
+        image = pixel.to_rgb(pixel.load_upright(data))
+        if image.size != (self.width, self.height):
+            raise pixel.Unreadable(
+                f"is {image.width} x {image.height} pixels, and {self.first_name} is {self.width} x {self.height}: "
+                "bring all images to one size, for none is resized here"
+            )
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of a folder or file."""
+
+    # Reads them by row.
+    source: Album | NpzImages
+    # 3, height, width.
+    shape: tuple[int, ...]
+    # None if they have no classes.
+    labels: Labels | None
+    # The name of the image in a row, for messages.
+    name: Callable[[int], str]
+    # Why their classes cannot be read.
+    label_problem: str = ""
+
+    def batches(self, total: int, channels: int) -> Iterator[Batch]:
+        """This rank's share of `total` images, at most all: sample indices (n,), and images in [-1, 1].
+
+        The images are (n, channels, height, width). An image's sample index is its place among the `total`. Batches
+        hold the same images however many ranks there are. Raises UserError for an image in colour if `channels` is 1,
+        and for one that is unreadable or of another size.
+        """
+        not_selected = -1
+        sample_index_by_row = torch.full((len(self.source),), not_selected)
+        sample_index_by_row[self.chosen_rows(total)] = torch.arange(total)
+
+        # Ranks take blocks of PIECE rows in turn, so that no batch depends on how many ranks there are. A rank without
+        # a block yields one empty batch, because the other ranks wait for its part.
+        num_rows = len(sample_index_by_row)
+        first_rows: Sequence[int] = range(dist.rank() * PIECE, num_rows, dist.world() * PIECE)
+        for first in first_rows or [num_rows]:
+            signals.check()
+            sample_indices = sample_index_by_row[first : first + PIECE]
+            is_selected = sample_indices != not_selected
+            x, _ = self.source.rows(slice(first, first + PIECE))
+            x = x[is_selected]
+            if channels == 1:
+                is_coloured = (x != x[:, :1]).flatten(1).any(1)
+                if is_coloured.any():
+                    row = first + int(is_selected.nonzero()[:, 0][is_coloured][0])
+                    raise UserError(f"{self.name(row)} is in colour, and this protocol judges grey images")
+            yield sample_indices[is_selected], x[:, :channels]
+
+    def chosen_rows(self, total: int) -> Tensor:
+        """The rows (total,) that are judged, in order: all, or a random choice, since files may be sorted by class."""
+        order = torch.randperm(len(self.source), generator=stream("images"))
+        return order[:total].sort().values
+
+
+def open_images(place: Path) -> ImageSet:
+    """Open the images of a folder, .npz, table or archive.
+
+    Classes are left out if they cannot be read (`ImageSet.label_problem`). An .npz does not say how many there are:
+    they are counted up to the largest number in it. Raises UserError if there are no images, or the first is
+    unreadable.
+    """
+    if place.suffix == ".npz":
+        source = NpzImages(place)
+        labels = None if source.c is None else Labels(source.c, int(source.c.max()) + 1)
+        _, height, width, _ = source.shape
+        return ImageSet(source, (3, height, width), labels, lambda row: f"image {row} of {place}")
+    problem = ""
+    try:
+        store = open_store(place)
+    except UserError as error:
+        # The rest of the message says what to set in a run.
+        problem, _, _ = str(error).partition(": ")
+        store = open_store(place, label=None)
+    try:
+        width, height = pixel.load_upright(store.read(0)).size
+    except (OSError, ValueError) as error:
+        raise UserError(f"{store.path(0)} {error}: repair or remove it") from error
+    to_pixels = SameSize(height=height, width=width, crop="none", first_name=store.path(0))
+    source = Album(store, to_pixels, flip=False, skip=False, memory=MEMORY_BYTES)
+    return ImageSet(source, to_pixels.shape, store.labels, store.path, problem)
 
 
 def judge(
@@ -80,53 +184,58 @@ def judge(
 
     `images` is a folder or a file of images to judge, `against` one of real images to compare them with. `fields` are
     changes to a run's fields as --set gives them, such as "evaluate.protocol.samples=1000". `out` is the report's file;
-    its default is named after `images`, and after a protocol other than `DEFAULT_KIND`, and lies in the working folder.
+    its default is named after `images`, and after a protocol other than `DEFAULT_KIND`, in the working folder.
 
-    All images are judged. Where their number is not the protocol's own, its name in the report says so. Several ranks
-    share the work, and the first one writes. Raises UserError, and writes nothing, where there are no images or none
-    that the protocol can judge, and where the reference is missing or does not fit.
+    All images are judged. If their number is not the protocol's own, its name in the report says so. Several ranks
+    share the work, and the first one writes. Raises UserError, and writes nothing, if there are no images or none that
+    the protocol can judge, or if the reference is missing or does not fit.
     """
     place = user_path(images, "--images")
-    tree = _settings_tree(kind, against, fields)
-    path = out or _default_path(place, tree["evaluate"]["protocol"]["kind"])
+    tree: dict[str, Any] = {"evaluate": {"protocol": {"kind": kind}}, "data": {}}
+    override(tree, fields)
+    kind = tree["evaluate"]["protocol"]["kind"]
+    require_known("protocol of images", kind, KINDS)
+    protocol_part = "" if kind == DEFAULT_KIND else f".{kind}"
+    path = out or Path(f"{place.resolve().name}{protocol_part}.evaluation.json")
     check_writable(path.parent)
 
-    # the images, and the protocol that judges them
-    image_set = open_images(place, "--images")
-    protocol = _protocol_for(tree, image_set, str(place))
-    channels, num_judged_classes = judged_channels_and_classes(protocol, image_set, str(place))
-    missing = _missing_files(protocol)
-    if missing:
-        raise UserError(f"protocol {protocol.kind} needs {missing}")
+    # Open the images, and complete the protocol.
+    image_set = open_images(place)
+    protocol = _protocol_for(tree, image_set, place, against)
+    total = protocol.total
+    channels, num_judged_classes = judged_channels_and_classes(protocol, image_set, place)
 
-    # what they are compared with
+    # Find what they are compared with.
     labels_of_images = image_set.labels if num_judged_classes else None
     reference = _find_reference(protocol, tree, against, image_set, labels_of_images)
     labels = reference.labels
-    num_classes = labels.count if labels else 0
-    if labels:
-        labels_text = f"{num_classes} classes of the images"
-    else:
-        labels_text = _unlabelled_text(images, against or "", image_set, num_judged_classes, reference.other_labels)
 
-    # the hash of the images
-    total = protocol.total
+    # Hash them.
     with bar("reading the images", total) as tick:
         batches = with_progress(image_set.batches(total, channels), total, _update_bar(tick))
         _, sha256 = hash_images((index, to_uint8(x)) for index, x in batches)
 
-    # the scores
+    # Score them.
     torch_device = choose_device(device)
     with threads.fewer_when_busy(torch_device, line_printer(bar)):
         with bar_while_reading(bar) as reading_tick:
             c = labels.c[image_set.chosen_rows(total)] if labels else None
+            num_classes = labels.count if labels else 0
             context = Context(reference.open, num_classes, device=torch_device, tick=reading_tick, c=c)
             evaluator = protocol.evaluator(context)
         with bar("judging", total) as tick:
             batches = with_progress(image_set.batches(total, channels), total, _update_bar(tick))
             scores = evaluator.score(batches)
 
-    # the report
+    # Write the report.
+    if labels:
+        labels_text = f"{labels.count} classes of the images"
+    elif image_set.label_problem:
+        labels_text = f"none: {image_set.label_problem}"
+    elif image_set.labels:
+        labels_text = "none: the protocol judges no classes, or the reference has others"
+    else:
+        labels_text = "none"
     card: Card = {
         "protocol": protocol.name,
         "samples": total,
@@ -138,17 +247,20 @@ def judge(
         "device": torch_device.type,
         "versions": software_versions(),
     }
-    head = {"images": str(place), "file": str(path), "protocol": protocol.name, "samples": total}
-    report = complete_report(head, results=[scores], contrast=[], baselines=evaluator.baselines(), card=card)
+    report: dict[str, Any] = {
+        "images": str(place),
+        "file": str(path),
+        "protocol": protocol.name,
+        "samples": total,
+        "results": [scores],
+        "contrast": [],
+        "baselines": evaluator.baselines(),
+        "card": card,
+        "versions": software_versions(),
+    }
     if dist.is_main():
-        write_report(path, report, line_printer(bar))
+        write_json(path, report)
     return report
-
-
-def _default_path(place: Path, kind: str) -> Path:
-    """Where the report of images belongs: a file in the working folder for each protocol."""
-    protocol_part = "" if kind == DEFAULT_KIND else f".{kind}"
-    return Path(f"{place.resolve().name}{protocol_part}.evaluation.json")
 
 
 def _update_bar(tick: Tick) -> ImageTick:
@@ -161,71 +273,49 @@ def _update_bar(tick: Tick) -> ImageTick:
     return update
 
 
-def _settings_tree(kind: str, against: str | None, fields: Sequence[str]) -> dict[str, Any]:
-    """The settings as a tree of `_ImagesSettings`: the protocol, changed by `fields`, and fields of the data.
+def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: Path, against: str | None) -> MetricProtocol:
+    """The protocol of the tree; it judges all images unless the tree says how many.
 
-    A protocol that compares with ADM's file gets `against` as its reference. The number of samples may still be
-    missing. Raises UserError for fields that images do not have, a protocol that does not judge images, and a reference
-    where the protocol has its own.
-    """
-    tree: dict[str, Any] = {"evaluate": {"protocol": {"kind": kind}}, "data": {}}
-    override(tree, fields)
-    unknown_fields = sorted(tree.keys() - {"evaluate", "data"})
-    if not unknown_fields and not isinstance(tree["data"], dict):
-        unknown_fields = ["data"]
-    if unknown_fields:
-        raise UserError(
-            f"--set {unknown_fields[0]}: of images set fields of evaluate.protocol, or fields of data, the reference"
-        )
-    protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
-    require_known("protocol of images", protocol.kind, KINDS)
-
-    # some protocols have a reference of their own
-    own_reference = None
-    if protocol.kind == "digits":
-        own_reference = "the digits that ship"
-    elif isinstance(protocol, ImageProtocol) and protocol.standard.url:
-        own_reference = "ADM's file, which --against names"
-        if against:
-            tree["evaluate"]["protocol"]["reference"] = against
-            against = None
-    if own_reference and (against or tree["data"]):
-        option = "--against" if against else "data"
-        raise UserError(f"protocol {protocol.kind} compares with {own_reference}: leave out {option}")
-    return tree
-
-
-def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: str) -> MetricProtocol:
-    """The protocol of the tree; unless the tree says how many samples it judges, it judges all images.
-
-    Raises UserError where there are fewer images than that, or too few for the protocol.
+    A protocol that compares with ADM's file gets `against` as its reference, in the tree, too. Raises UserError if
+    there are fewer images than it judges, if a file of the protocol is missing, and for a reference that it would
+    ignore.
     """
     count = len(image_set.source)
-    samples = tree["evaluate"]["protocol"].setdefault("samples", count)
-    try:
-        protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
-    except UserError as error:
-        raise UserError(f"{place} has {count:,} images: {error}") from error
-    if protocol.total > count:
+    tree["evaluate"]["protocol"].setdefault("samples", count)
+    protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
+    if isinstance(protocol, ImageProtocol) and protocol.standard.url:
+        ignored = bool(tree["data"])
+        if against:
+            tree["evaluate"]["protocol"]["reference"] = against
+            protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
+    else:
+        ignored = protocol.kind == "digits" and bool(against or tree["data"])
+    if ignored:
         raise UserError(
-            f"{place} has {count:,} images, evaluate.protocol.samples={samples}: set no more, or leave it out"
+            f"protocol {protocol.kind} has a reference of its own: leave out data, and for digits --against"
         )
+    if protocol.total > count:
+        raise UserError(f"{place} has {count:,} images, evaluate.protocol.samples={protocol.total}: set no more")
+    if isinstance(protocol, ImageProtocol):
+        missing = protocol.missing_files("by --against, or in evaluate.protocol.reference")
+    else:
+        missing = protocol.missing
+    if missing:
+        raise UserError(f"protocol {protocol.kind} needs {missing}")
     return protocol
 
 
-def judged_channels_and_classes(protocol: MetricProtocol, image_set: ImageSet, place: str) -> tuple[int, int]:
+def judged_channels_and_classes(protocol: MetricProtocol, image_set: ImageSet, place: Path) -> tuple[int, int]:
     """The number of channels and of classes by which the protocol can judge the images.
 
-    All 3 channels if it can, else 1; all classes if it can, else 0. Raises UserError where it judges neither 3 channels
-    nor 1 of images of this size.
+    All 3 channels if it can, otherwise 1; all classes if it can, otherwise 0. Raises UserError if it judges neither 3
+    channels nor 1 of images of this size.
     """
     num_classes = image_set.labels.count if image_set.labels else 0
     for channels in (3, 1):
         shape = (channels, *image_set.shape[1:])
-        if protocol.why_unfit(shape, 0):
-            continue
-        judges_classes = not protocol.why_unfit(shape, num_classes)
-        return channels, num_classes if judges_classes else 0
+        if not protocol.why_unfit(shape, 0):
+            return channels, 0 if protocol.why_unfit(shape, num_classes) else num_classes
     _, height, width = image_set.shape
     raise UserError(
         f"{place} has {len(image_set.source):,} images of {width} x {height} pixels, such as {image_set.name(0)}: "
@@ -233,21 +323,16 @@ def judged_channels_and_classes(protocol: MetricProtocol, image_set: ImageSet, p
     )
 
 
-def _missing_files(protocol: MetricProtocol) -> str | None:
-    """What must be fetched or named before the protocol can judge images; None: nothing."""
-    if isinstance(protocol, ImageProtocol):
-        return protocol.missing_files("by --against, or in evaluate.protocol.reference")
-    return protocol.missing
-
-
 @dataclass(frozen=True)
 class _ImagesReference:
     """What images are compared with, and the labels by which they are judged."""
 
-    data: Data | None  # None where the protocol reads a file of its own
-    spec: Card | None  # the data as the report's card describes them; None where `data` is
-    labels: Labels | None  # of the images that are judged; None where they are judged without classes
-    other_labels: Labels | None = None  # of the reference, where images are judged without classes because of them
+    # None if the protocol reads a file of its own.
+    data: Data | None
+    # The data as the card describes them; None if `data` is.
+    spec: Card | None
+    # Of the images that are judged; None if they are judged without classes.
+    labels: Labels | None
 
     def open(self) -> Data:
         """The data. A protocol that reads a file of its own never calls this."""
@@ -260,99 +345,64 @@ def _find_reference(
 ) -> _ImagesReference:
     """What `image_set`, whose classes are `labels`, is compared with.
 
-    Protocols of `CLASSES_KINDS` judge by class only where images and reference have the same classes. Raises UserError
-    where --against is missing, or names images of another size, and where protocol digits has classes of other names.
+    Protocols of `CLASSES_KINDS` judge by class only if images and reference have the same classes. Raises UserError if
+    --against is missing or names images of another size, and if the classes of protocol digits are not 0 to 9.
     """
     if protocol.kind == "digits":
-        return _ImagesReference(Digits().originals(), Digits().model_dump(mode="json"), _digits_of(labels))
+        # Classes are numbered in the order of their names, so only these names give the numbers of the digits.
+        if labels and labels.names and labels.names != DIGIT_NUMERALS:
+            raise UserError(
+                f"protocol digits needs the classes 0 to 9, got {first_few(labels.names)}: rename the folders, or put "
+                "all images into one folder to judge them without classes"
+            )
+        return _ImagesReference(Digits().originals(), Digits().model_dump(mode="json"), labels)
     if isinstance(protocol, ImageProtocol) and protocol.standard.url:
         return _ImagesReference(None, None, labels)
     if against is None:
-        raise UserError(f"protocol {protocol.kind} compares with real images: say where, --against FOLDER or FILE.npz")
+        raise UserError(f"protocol {protocol.kind} compares with real images: give --against FOLDER or FILE.npz")
     by_shared_classes = protocol.kind in CLASSES_KINDS
     place = user_path(against, "--against")
-    if place.suffix == ".npz" and not tree["data"]:
-        return _npz_reference(place, image_set, labels, by_shared_classes=by_shared_classes)
-
-    # files of images, which are read as a run's data are
     _, height, width = image_set.shape
+    if place.suffix == ".npz" and not tree["data"]:
+        reference_set = open_images(place)
+        if reference_set.shape != image_set.shape:
+            _, reference_height, reference_width = reference_set.shape
+            raise UserError(
+                f"{place} has images of {reference_width} x {reference_height} pixels, and those that are judged "
+                f"{width} x {height}: give a reference of that size, or a folder of images"
+            )
+        spec = {"root": str(place)}
+        if by_shared_classes and not have_same_classes(labels, reference_set.labels):
+            return _ImagesReference(NpzImages(place, with_classes=False), spec, None)
+        return _ImagesReference(reference_set.source, spec, labels)
+
+    # Files of images are read as a run's data are.
     if height != width:
         raise UserError(
             f"{image_set.name(0)} is {width} x {height} pixels, and a folder's images are brought to squares: give the "
             "reference as an .npz of that size"
         )
     data_fields = {"kind": "images", "root": against, "side": height, **tree["data"]}
-    spec = _reference_images(tree, data_fields)
+    images = _reference_images(tree, data_fields)
     if by_shared_classes:
-        reference_labels = Labels(torch.empty(0), spec.labels, spec.names or ())
+        reference_labels = Labels(torch.empty(0), images.labels, images.names or ())
         if not have_same_classes(labels, reference_labels):
-            spec = _reference_images(tree, {**data_fields, "labelled": False, "classes": 0})
-            return _ImagesReference(spec.originals(), spec.model_dump(mode="json"), None, reference_labels)
-    return _ImagesReference(spec.originals(), spec.model_dump(mode="json"), labels)
-
-
-def _digits_of(labels: Labels | None) -> Labels | None:
-    """Labels whose numbers are the digits that the classes are named after, as 7 or seven; numbers alone stay.
-
-    Raises UserError for other names, since classes are numbered in the order of their names, which says no digit.
-    """
-    if labels is None or not labels.names:
-        return labels
-    for digit_names in (DIGIT_NUMERALS, DIGIT_NAMES):
-        if {*labels.names} == {*digit_names}:
-            digit_by_class = torch.tensor([digit_names.index(name) for name in labels.names])
-            return Labels(digit_by_class[labels.c], labels.count, digit_names)
-    raise UserError(
-        f"protocol digits judges which digit an image is, and the classes here are {first_few(labels.names)}: name "
-        "them 0 to 9, or put all images into one folder, to judge them without classes"
-    )
-
-
-def _unlabelled_text(
-    images: str, against: str, image_set: ImageSet, num_judged_classes: int, other_labels: Labels | None
-) -> str:
-    """What a card says of the classes of images that are judged without: "none", and why where there are some."""
-    if image_set.label_problem:
-        return f"none: {image_set.label_problem}"
-    if image_set.labels and not num_judged_classes:
-        return f"none: the protocol does not judge {image_set.labels.count} classes"
-    if image_set.labels or (other_labels and other_labels.count):
-        image_classes = f"{Path(images).resolve().name} has {_classes_text(image_set.labels)}"
-        return f"none: {image_classes}, {Path(against).resolve().name} has {_classes_text(other_labels)}"
-    return "none"
-
-
-def _classes_text(labels: Labels | None) -> str:
-    """The first classes by name, or by number where they have none."""
-    if labels is None or labels.count == 0:
-        return "no classes"
-    return first_few(labels.names or range(labels.count))
-
-
-def _npz_reference(
-    place: Path, image_set: ImageSet, labels: Labels | None, *, by_shared_classes: bool
-) -> _ImagesReference:
-    """The images of an .npz as the reference; `by_shared_classes`: without classes unless both have the same.
-
-    Raises UserError where they have another size than those that are judged.
-    """
-    reference_set = open_images(place, "--against")
-    if reference_set.shape != image_set.shape:
-        _, reference_height, reference_width = reference_set.shape
-        _, height, width = image_set.shape
-        raise UserError(
-            f"{place} has images of {reference_width} x {reference_height} pixels, and those that are judged {width} x "
-            f"{height}: give a reference of that size, or a folder of images"
-        )
-    spec = {"root": str(place)}
-    if by_shared_classes and not have_same_classes(labels, reference_set.labels):
-        return _ImagesReference(NpzImages(place, with_classes=False), spec, None, reference_set.labels)
-    return _ImagesReference(reference_set.source, spec, labels)
+            images = _reference_images(tree, {**data_fields, "labelled": False, "classes": 0})
+            labels = None
+    return _ImagesReference(images.originals(), images.model_dump(mode="json"), labels)
 
 
 def _reference_images(tree: dict[str, Any], data: dict[str, Any]) -> Images:
-    """The images of a reference, opened by the fields `data`. Raises UserError for missing images or a bad field."""
-    spec = parse(_ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
-    assert spec is not None, "it is given"
-    require_path(user_path(spec.root, "--against"), "--against")
-    return spec.with_facts()
+    """The images of a reference, opened by the fields `data`."""
+    images = parse(_ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
+    assert images is not None, "it is given"
+    return images.with_facts()
+
+
+def have_same_classes(a: Labels | None, b: Labels | None) -> bool:
+    """Whether two sets have as many classes, with equal names if both have names. False if one has no classes."""
+    if a is None or b is None or a.count != b.count:
+        return False
+    if not a.names or not b.names:
+        return True
+    return a.names == b.names

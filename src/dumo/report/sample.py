@@ -1,15 +1,7 @@
 """Samples of a run: made, decoded and written, as one picture, as files, or as an archive.
 
-`sample_to_files` is the entrance. It
-
-1. takes the run's sampler with what a user asked for (`with_sampling_options`),
-2. checks that the format and the memory fit,
-3. decides the conditions, and the names of files by what is not as the run has it (`sampling_changes`),
-4. makes the samples of each number of passes, and writes them (`write_samples`).
-
-What others call: `chosen_solver`, `guide_of` and `size_of` read one option of a user; `require_count` checks a number
-of samples; `repeat_conditions` repeats conditions; `draw_sheet` lays out samples; `data_points` are the data behind a
-scatter.
+`sample_to_files` does all of it for `dumo sample`. `with_sampling_options`, `chosen_solver`, `guide_of` and `size_of`
+apply what a user asked for, `write_samples` writes samples, and `draw_sheet` lays them out.
 """
 
 import csv
@@ -27,7 +19,6 @@ from dumo.config.conditions import Conditions, shown_data
 from dumo.config.fit import check_guidance
 from dumo.config.load import parse
 from dumo.config.spec import Sampling
-from dumo.config.suggestion import require_known
 from dumo.data import Data, is_images
 from dumo.data.column import CAPTION_NAMES
 from dumo.data.metadata import TABLES
@@ -37,20 +28,19 @@ from dumo.flow.solver import Solver, check
 from dumo.io import file as files
 from dumo.io import picture
 from dumo.io.picture import PixelRows, Points
-from dumo.io.read import brief
 from dumo.report.name import changed_parts, name_part, sampling_fields
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
-from dumo.runtime import dist, door, threads
-from dumo.runtime.device import require_memory
+from dumo.runtime import dist, threads
 from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import UserError
 
-DEFAULT_COUNT = 100  # samples, if no other number is asked for: ours
-FORMS = ("grid", "images", "npz")  # of what is written: one picture, a file for each sample, an archive
-DATA_POINTS = 4000  # of the data, behind a scatter of samples: ours
-MAX_TEXT_LETTERS = 40  # of a user's text that a message quotes: ours
+DEFAULT_COUNT = 100
+# One picture, a file for each sample, or an archive.
+FORMS = ("grid", "images", "npz")
+# Points of the data behind a scatter of samples.
+DATA_POINTS = 4000
 
 
 def repeat_conditions(c: Tensor, count: int) -> Tensor:
@@ -59,19 +49,9 @@ def repeat_conditions(c: Tensor, count: int) -> Tensor:
 
 
 def require_count(count: int, conditions: Sequence[object], noun: str) -> None:
-    """Raise UserError where `count` samples leave out some of the conditions that a user gave, `noun`."""
+    """Raise UserError if `count` samples leave out some of the conditions that a user gave, `noun`."""
     if count < len(conditions):
-        raise UserError(
-            f"count = {count} samples leave out some of {len(conditions)} {noun}: raise count, or give fewer"
-        )
-
-
-def require_sample_memory(count: int, sample: Tensor, copies: int) -> None:
-    """Raise UserError where the machine cannot hold `copies` of each of `count` samples as large as `sample`."""
-    if dist.world() > 1:
-        copies = max(copies, 5)  # by ranks of one machine, while they are gathered and sorted
-    fix = f"ask for fewer, and for others with another {door.option('seed')}"
-    require_memory(copies * count * sample.nbytes, f"{count:,} samples take", fix)
+        raise UserError(f"count = {count} is less than the {len(conditions)} {noun}: raise count, or give fewer {noun}")
 
 
 def chosen_solver(spec: Sampling, solver: Solver | str | None) -> Solver:
@@ -138,10 +118,8 @@ def size_of(data: Data, text: str | None) -> Size | None:
     size_by_text = {f"{width}x{height}": (height, width) for height, width in trained_sizes}
     if text in size_by_text:
         return size_by_text[text]
-    problem = f"size {brief(text, MAX_TEXT_LETTERS)}, width x height, is none that the net was trained on"
-    if not size_by_text:
-        raise UserError(f"{problem}: data '{data.kind}' have no sizes")
-    raise UserError(f"{problem}: it is {', '.join(size_by_text)}")
+    sizes = ", ".join(size_by_text) or "none, as its data are no images"
+    raise UserError(f"the network was not trained on size {text} (width x height): choose one of its sizes, {sizes}")
 
 
 def sample_to_files(
@@ -166,27 +144,19 @@ def sample_to_files(
     - `nfe`, `seed`, `solver`, `size`: None: as the run has them
 
     A file's name says the solver, the passes, and what is not as the run has it. Raises UserError, before anything is
-    written, for an option that the run cannot do, and OSError where nothing can be written.
+    written, for an option that the run cannot use.
     """
     require_count(count, prompts, "prompts")
     require_count(count, only or (), "labels")
-    files.check_writable(folder)
-    files.sweep(folder)
     sampler = with_sampling_options(opened.sampler, nfe=nfe, seed=seed, solver=solver, size=size)
-    require_known("--format", form, FORMS)
-    forms = FORMS if sampler.is_image else ("grid", "npz")
-    if form not in forms:
-        raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
-    copies = 2  # batches, and joined
-    if form == "grid" and sampler.is_image:
-        copies += 4 * picture.readable_scale(sampler.pixels[1]) ** 2  # enlarged, on a sheet
-    require_sample_memory(count, sampler.to_file_rows(torch.zeros(1, *sampler.pixels)), copies)
+    if form == "images" and not sampler.is_image:
+        raise UserError(f"format 'images' cannot hold points of shape {sampler.pixels}: use grid or npz")
     if prompts:
         c = repeat_conditions(conditions_of_prompts(sampler, prompts, source), count)
     else:
         c = sampler.conditions.in_turn(count, only)
 
-    # the names of the files: what is not as the run has it
+    # Name the files after what is not as the run has it.
     name_parts = sampling_changes(opened, sampler.spec)
     if only:
         name_parts.append(name_part("labels", only))
@@ -208,7 +178,8 @@ def sample_to_files(
                 stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{passes}", *name_parts])
                 condition_names = names_of_conditions(sampler, c)
                 written.append(write_samples(rows, c, stem, form, sampler.data, sampler.spec.seed, condition_names))
-            del rows  # makes room for the next
+            # Free them before the next ones are made.
+            del rows
     return written
 
 
@@ -227,7 +198,8 @@ class _SheetLayout:
     """The layout of a sheet of images."""
 
     columns: int
-    titles: Sequence[str] = ()  # above the columns, or above each image
+    # Above the columns, or above each image.
+    titles: Sequence[str] = ()
 
 
 def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> _SheetLayout:

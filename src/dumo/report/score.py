@@ -1,26 +1,16 @@
-"""The scores of an evaluation: which one leads, how a value and its error are written, and what is better or worse.
+"""The scores of an evaluation: which one leads, what is better or worse, and how a value and its error are written.
 
-In the order of this file:
+A row is a dictionary: `nfe`, `solver`, the scores by name, and the standard deviation of each as NAME_sd. `verdict`
+compares the best row with the baselines, and `mark_best` compares rows with one another. The template of the page,
+report.html.j2, uses this module as `score`.
 
-1. A row's scores: `score_names`, the one that leads first; `summary_names` and `select_scores` leave some out.
-2. Better and worse: `state`, `state_sentence` and `decisive_comparison` compare the best row with baselines,
-   `mark_best` rows with one another.
-3. Baselines, such as noise: `baselines_by_name`, and `has_too_few_images` to have one.
-4. As text: `number`, `spread`, `abbreviate`, `duration` and `score_text`; `card_notes`; for the terminal
-   `terminal_lines` and `terminal_text`.
-
-A row is a dictionary: `nfe`, `solver`, the scores by name, and the error of each as NAME_sd. The template of the page,
-report.html.j2, calls this file by the name `score`.
-
-`dumo.evaluation.metric` says what the name of a score means, such as which way is better. `dumo.report.judgement` reads
-the evaluations that a page shows, and `dumo.report.card` checks files of evaluations.
+`dumo.evaluation.metric` says what the name of a score means, such as which way is better.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import floor, log10
-from typing import Any, Literal
+from typing import Any
 
-from dumo.config.word import MERITS, STATES, word
 from dumo.evaluation.estimate import Estimate, ties_with_least
 from dumo.evaluation.metric import CLASS_MMD, METRICS, headline_score, higher_is_better, is_trained_on, metric
 from dumo.evaluation.protocol import Scores
@@ -31,13 +21,15 @@ ROW_LABELS = ("nfe", "solver")  # the fields of a row that are no scores
 NUM_SPLITS = "splits"  # the field of a baseline with the number of distances that it is the mean of
 NOTED_FIELDS = ("reference", CLASS_MMD, "copies", "kid")  # of a card: with what scores compare, and what of
 
-# Where a run stands. All are ours.
-UNTRAINED_SHARE = 1 / 2  # of the distance of noise, from which a run counts as untrained
-FAR_SHARE = 1 / 20  # of the distance of noise, beyond which samples are far from the data
-FAR_TIMES = 20  # times a perfect sampler's distance, beyond which they are far, where noise was not measured
-MAX_UNTRAINED_PRECISION = 0.02  # of an untrained run, where noise was not measured
+# Distances from which samples count as untrained or as far from the data. None of them is from the literature.
+UNTRAINED_SHARE_OF_NOISE = 1 / 2
+FAR_SHARE_OF_NOISE = 1 / 20
+# Without a measured noise baseline, multiples of a perfect sampler's distance, and a precision, decide.
+FAR_TIMES_PERFECT = 20
+MAX_UNTRAINED_PRECISION = 0.02
 
-TERMINAL_BASELINES = {  # what the terminal calls a baseline, by its name in a report
+# What the terminal calls a baseline, by its name in a report.
+TERMINAL_BASELINES = {
     "perfect": "a perfect sampler",
     "null": "a perfect sampler",
     "noise": "noise",
@@ -45,8 +37,6 @@ TERMINAL_BASELINES = {  # what the terminal calls a baseline, by its name in a r
     "others": "real images with other captions",
 }
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-State = Literal["untrained", "far", "near", "like the data"]
 
 
 # The scores of a row
@@ -114,40 +104,53 @@ def perfect_sampler(baselines: Mapping[str, Any]) -> Scores | None:
     return baselines.get("perfect") or baselines.get("null")
 
 
-def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) -> State | None:
-    """Where a run stands by its best row; rows and baselines are those of an evaluation.
+def verdict(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) -> str | None:
+    """Say in one sentence how near samples are to the data, by their best row and the baselines of an evaluation.
 
-    - `like the data`: the first score is at most two deviations above a perfect sampler's, and so is each that
-      `can_reject` (`dumo.evaluation.metric`), such as `class_mmd`.
-    - `untrained`: the first score is at least half that of noise. Where `noise` is not among the baselines, it is
-      `FAR_TIMES` that of a perfect sampler, and the precision is at most `MAX_UNTRAINED_PRECISION`.
-    - `far`: the first score, or `class_mmd`, is over a twentieth of that of noise, or the first score is `FAR_TIMES`
-      that of a perfect sampler.
-    - `near`: anything else.
+    Samples are like the data if neither the first score nor any score that `can_reject` (`dumo.evaluation.metric`),
+    such as `class_mmd`, is more than two deviations worse than a perfect sampler's. Otherwise the distance of noise
+    tells near from far, or a multiple of a perfect sampler's distance if noise was not measured.
 
-    None where no baseline tells, or more of the first score is better.
+    Returns None if no baseline tells, or if more of the first score is better.
     """
     perfect = perfect_sampler(baselines)
     noise = baselines.get("noise")
     scores = _best_scores(rows)
-    if not perfect or not scores or higher_is_better(next(iter(scores))):
+    if not perfect or not scores or higher_is_better(first_score(scores)):
         return None
-    score = _first_value(scores)
-    if _is_as_perfect(score, perfect) and not _worse_scores(scores, perfect):
-        return "like the data"
+    lead = first_score(scores)
+    limit = perfect["mean"] + 2 * perfect["sd"]
+    rejecting = [name for name, kind in METRICS.items() if kind.can_reject and name in scores]
+    rejecting = [name for name in rejecting if error(perfect, name) is not None]
+    worse = [name for name in rejecting if _excess(scores, perfect, name) > 2 * perfect[name + ERROR_SUFFIX]]
+    if scores[lead] > limit:
+        worse = [lead, *worse]
+    if not worse:
+        names = ", ".join(dict.fromkeys([lead, *rejecting]))
+        return f"Like the data by {names}: at most two deviations worse than a perfect sampler's."
+
+    reason = f"worse than a perfect sampler by {', '.join(worse)}"
     if noise:
-        if score >= UNTRAINED_SHARE * noise["mean"]:
-            return "untrained"
-        return "far" if _is_far(score, noise) or _lacks_classes(scores, noise) else "near"
-    if score <= FAR_TIMES * (abs(perfect["mean"]) + 2 * perfect["sd"]):
-        return "near"
-    return "untrained" if scores.get("precision", 1.0) <= MAX_UNTRAINED_PRECISION else "far"
+        is_far = scores[lead] > FAR_SHARE_OF_NOISE * noise["mean"]
+        if scores[lead] >= UNTRAINED_SHARE_OF_NOISE * noise["mean"]:
+            return f"As good as untrained: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
+        if CLASS_MMD in noise and scores.get(CLASS_MMD, 0.0) > FAR_SHARE_OF_NOISE * noise[CLASS_MMD] and not is_far:
+            is_far = True
+            reason = (
+                f"images do not show the classes that they were asked for. {CLASS_MMD} is "
+                f"{number(scores[CLASS_MMD])}, of a perfect sampler {score_text(perfect, CLASS_MMD)}"
+            )
+    else:
+        is_far = scores[lead] > FAR_TIMES_PERFECT * (abs(perfect["mean"]) + 2 * perfect["sd"])
+        if is_far and scores.get("precision", 1.0) <= MAX_UNTRAINED_PRECISION:
+            return f"As good as untrained: {reason}."
+    return f"{'Not yet like the data' if is_far else 'Near the data, but not like them'}: {reason}."
 
 
 def _best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
-    """The scores, with errors, of the best row: {} where no row has any.
+    """The scores and errors of the row with the least `class_mmd`, or the least first score if a row has none.
 
-    It is the row with the least `class_mmd`; where some row has none, that with the least first score.
+    {} if no row has any score.
     """
     rows_of_scores: list[Scores] = []
     for row in rows:
@@ -158,111 +161,16 @@ def _best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
         return {}
     if all(CLASS_MMD in scores for scores in rows_of_scores):
         return min(rows_of_scores, key=lambda scores: scores[CLASS_MMD])
-    return min(rows_of_scores, key=_first_value)
+    return min(rows_of_scores, key=lambda scores: scores[first_score(scores)])
 
 
-def _first_value(scores: Scores) -> float:
-    """The value of the first of the scores."""
-    return next(iter(scores.values()))
-
-
-def _is_as_perfect(score: float, perfect: Scores) -> bool:
-    """Whether the first score is at most two deviations above that of a perfect sampler."""
-    return score <= perfect["mean"] + 2 * perfect["sd"]
-
-
-def _is_far(score: float, noise: Scores) -> bool:
-    """Whether the first score is over a twentieth of that of noise."""
-    return score > FAR_SHARE * noise["mean"]
-
-
-def _lacks_classes(scores: Scores, noise: Scores) -> bool:
-    """Whether `class_mmd` is over a twentieth of that of noise in place of each class; False where it is not known."""
-    if CLASS_MMD not in scores or CLASS_MMD not in noise:
-        return False
-    return scores[CLASS_MMD] > FAR_SHARE * noise[CLASS_MMD]
-
-
-def _rejecting_scores(scores: Scores, perfect: Scores) -> list[str]:
-    """The names of scores that can say alone that samples are not like the data (`Metric.can_reject`).
-
-    Only scores count whose deviation for a perfect sampler is known.
-    """
-    names: list[str] = []
-    for name, score_metric in METRICS.items():
-        if score_metric.can_reject and name in scores and error(perfect, name) is not None:
-            names.append(name)
-    return names
-
-
-def _worse_scores(scores: Scores, perfect: Scores) -> list[str]:
-    """The names among `_rejecting_scores` of scores that are over two deviations worse than a perfect sampler's."""
-    worse: list[str] = []
-    for name in _rejecting_scores(scores, perfect):
-        excess = scores[name] - perfect[name]
-        better = metric(name).better
-        if better == "higher":
-            excess = -excess
-        elif better == "equal":
-            excess = abs(excess)
-        if excess > 2 * perfect[name + ERROR_SUFFIX]:
-            worse.append(name)
-    return worse
-
-
-def _worse_with_lead(scores: Scores, lead: str, perfect: Scores) -> list[str]:
-    """The names of `_worse_scores`, after `lead`, the first score's, where that is worse than a perfect sampler's."""
-    worse = _worse_scores(scores, perfect)
-    if _is_as_perfect(scores[lead], perfect):
-        return worse
-    return [lead, *worse]
-
-
-def state_sentence(evaluation: Mapping[str, Any]) -> str | None:
-    """A sentence on where a run, or images, stand, by the `state` of their evaluation; None where it has no state."""
-    state_name = evaluation.get("state")
-    scores = _best_scores(evaluation["results"])
-    baselines = evaluation["baselines"]
-    perfect = perfect_sampler(baselines)
-    noise = baselines.get("noise")
-    if state_name is None or not scores or not perfect:
-        return None
-    lead = first_score(scores)
-    if state_name == "like the data":
-        names = ", ".join(dict.fromkeys([lead, *_rejecting_scores(scores, perfect)]))
-        return f"Like the data by {names}: at most two deviations worse than a perfect sampler's."
-    if state_name == "untrained" and noise:
-        return f"{STATES[state_name]}: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
-    if state_name == "far" and noise and not _is_far(scores[lead], noise) and _lacks_classes(scores, noise):
-        return (
-            f"{STATES[state_name]}: images do not show the classes that they were asked for. {CLASS_MMD} is "
-            f"{number(scores[CLASS_MMD])}, of a perfect sampler {score_text(perfect, CLASS_MMD)}."
-        )
-    worse = _worse_with_lead(scores, lead, perfect)
-    begin = STATES.get(str(state_name), "Near the data, but not like them")
-    return f"{begin}: worse than a perfect sampler by {', '.join(worse)}."
-
-
-def decisive_comparison(evaluation: Mapping[str, Any]) -> str:
-    """A score by which a run has its `state`, next to a perfect sampler's: "recall is 0.10, of a perfect sampler 0.98".
-
-    It is the score that leads, or, where that is as good as a perfect sampler's, the first that is worse. `evaluation`
-    has a state, and `columns` (`dumo.report.judgement`). "" where an evaluation of an older version has no perfect
-    sampler's scores, or no scores.
-    """
-    scores = _best_scores(evaluation["results"])
-    perfect = perfect_sampler(evaluation["baselines"])
-    if not scores or not perfect:
-        return ""
-    first = first_score(scores)
-    worse = _worse_with_lead(scores, first, perfect)
-    name = evaluation["columns"][0]
-    if name not in scores or (worse and name not in worse):
-        name = (worse or [first])[0]
-    perfect_by_name = perfect_sampler(baselines_by_name(evaluation))  # with the first score by its name
-    assert perfect_by_name is not None, "its name is the same"
-    perfect_text = score_text(perfect_by_name, name)
-    return f"{word(MERITS, name).title} is {number(scores[name])}, of a perfect sampler {perfect_text}"
+def _excess(scores: Scores, perfect: Scores, name: str) -> float:
+    """By how much a score is worse than a perfect sampler's."""
+    excess = scores[name] - perfect[name]
+    better = metric(name).better
+    if better == "higher":
+        return -excess
+    return abs(excess) if better == "equal" else excess
 
 
 def row_name(row: Row) -> str:
@@ -343,24 +251,6 @@ def abbreviate(value: float | int) -> str:
     return f"{number(value / 1000**power)}\u00a0{'kMGT'[power - 1]}"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: '45 s', '12 min', '3.5 h', '4 days'."""
-    minutes = seconds / 60
-    hours = minutes / 60
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if minutes < 90:
-        return f"{minutes:.0f} min"
-    if hours < 48:
-        return f"{hours:.1f} h"
-    return f"{hours / 24:.0f} days"
-
-
-def ratio(value: float) -> str:
-    """A number about 1 with two decimals; a dash for NaN."""
-    return f"{value:.2f}" if value == value else "–"
-
-
 def spread(value: float | None, deviation: float | None) -> str:
     """A number with its deviation, both to two significant digits of the deviation: 1.30 ± 0.12."""
     if value is None or not deviation or deviation < 0:
@@ -398,7 +288,7 @@ def terminal_lines(evaluation: Mapping[str, Any], columns: Sequence[str] | None)
         yield f"no judges of this run, which was trained on what they are by: {', '.join(biased_names)}"
     for field, text in card_notes(card).items():
         yield f"{field}: {text}"
-    sentence = state_sentence(evaluation)
+    sentence = verdict(evaluation["results"], evaluation["baselines"])
     if sentence:
         yield sentence
 

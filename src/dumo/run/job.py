@@ -75,7 +75,7 @@ Tell = Callable[[str], None]  # shows the user a line
 
 
 class Sheets(Protocol):
-    """Draws samples as a run trains: sheets, and the strip. Every rank has them, and calls them alike."""
+    """Draws sheets of samples as a run trains. Every rank has them, and calls them alike."""
 
     def draw_missing(self, state: State) -> None:
         """Draw what is due at the present step and missing in the folder; called once, before the first step."""
@@ -136,7 +136,7 @@ def open_job(
     - `tell`: called with lines for the user, on rank 0
     - `accept`: resume though data or fields have changed, and note what has
     - `verify`: hash all images first
-    - `sheets`: draws the strip, and the sheets of `train.sheets` (`dumo.report.sheet.Sheets`); None: nobody does
+    - `sheets`: draws the sheets of `train.sheets` (`dumo.report.sheet.Sheets`); None: nobody does
     - `minutes`: train the run of the folder for so long from its checkpoint on (`train.minutes`); a restart adds none
     - `began`: from when its time counts, by `stopwatch.wall_clock`, if it ends by the clock; None: from now on
     - `bar`: shows how far images are encoded

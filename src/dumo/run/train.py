@@ -10,10 +10,9 @@
 6. train (`training.loop`), with batches and random numbers made ahead
 
 A run is a folder. Training writes run.yaml (complete), data.json, metrics.jsonl, metrics.cut.jsonl (its rows that were
-undone), speed.jsonl, checkpoints/, milestones/, best/, sheets/, strip/; with a teacher teacher.json, and
-pairs/ where it teaches by pairs; and hidden files (`dumo.run.folder`). Other commands write what they make there, such
-as grids/, samples/, evaluation.json, tracker-id, report.html with its
-pictures in report/.
+undone), speed.jsonl, checkpoints/, milestones/, best/, sheets/; with a teacher teacher.json, and pairs/ where it
+teaches by pairs; with a tracker tracker-id; and hidden files (`dumo.run.folder`). Other commands write what they make
+there, such as samples/, evaluation.json and report.html.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence

@@ -15,7 +15,7 @@ from dumo.encoders import clip
 from dumo.evaluation import ClipProtocol, Context
 from dumo.evaluation.clip import ClipEvaluator, mean_and_error
 from dumo.io.picture import from_uint8, to_uint8
-from dumo.report.score import state
+from dumo.report.score import verdict
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from encoders import clip_as_published, clip_of_both
@@ -126,7 +126,7 @@ def test_real_images_stand_beside_it_with_their_captions_and_with_others(folder:
     assert baselines["captions"]["splits"] == 15
     assert "FID" not in str(evaluator.facts).upper()
     assert baselines["others"]["mean"] != baselines["captions"]["mean"]
-    assert state([{"clip_score": 0.0}], baselines) is None  # more is better, so it is not at the data
+    assert verdict([{"clip_score": 0.0}], baselines) is None  # more is better, so it is not at the data
 
 
 def test_some_of_many_real_images_are_not_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ from dumo.evaluation.photos import MAX_IMAGES, PhotosEvaluator, indices_of_class
 from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
-from dumo.report import judgement, score
+from dumo.report import score
 from dumo.report.compare import require_comparable
-from dumo.report.score import state
+from dumo.report.score import verdict
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -67,7 +67,9 @@ def test_fresh_images_of_the_same_law_are_as_a_perfect_sampler(own: PhotosEvalua
     assert good["pixel_fd"] == pytest.approx(perfect["pixel_fd"], rel=0.3)
     assert good["copies"] == perfect["copies"] == 0
     assert min(good["precision"], good["recall"]) > 0.7
-    assert state([{"nfe": 1, "solver": "restart", **good}], own.baselines()) in ("like the data", "near")
+    sentence = verdict([{"nfe": 1, "solver": "restart", **good}], own.baselines())
+    assert sentence is not None
+    assert sentence.startswith(("Like the data", "Near the data"))
 
 
 @pytest.mark.nightly
@@ -81,8 +83,8 @@ def test_noise_is_far_off_and_is_the_other_baseline_and_collapse_shows_in_recall
     assert found["precision"] < 0.2
     one = drawn(1, "real").expand(60, -1, -1, -1) + 0.05 * torch.randn(60, 3, 32, 32, generator=stream("one"))
     assert scores(own, one)["recall"] < 0.2
-    assert state([{"nfe": 1, **found}, {"nfe": 2, **found}], own.baselines()) == "untrained"
-    assert state([{"nfe": 1, **found}, {"nfe": 2, **good}], own.baselines()) != "untrained"
+    sentences = [verdict([{"nfe": 1, **found}, {"nfe": 2, **row}], own.baselines()) or "" for row in (found, good)]
+    assert [sentence.startswith("As good as untrained") for sentence in sentences] == [True, False]
 
 
 @pytest.mark.parametrize("turn", [lambda x: x, lambda x: x.flip(-1)], ids=["as they are", "mirrored"])
@@ -110,8 +112,8 @@ def test_a_report_says_that_copies_of_some_images_are_not_seen(monkeypatch: pyte
     monkeypatch.setattr(photos, "MAX_IMAGES", 40)
     evaluator = opened(drawn(60, "real", side=8))
     assert evaluator.facts["copies"] == "looked for among 40 of 60 images of the data"
-    _, evaluation = said_of(evaluator, drawn(60, "fresh", side=8))
-    evaluation["card"] = evaluator.facts
+    found, baselines, _ = said_of(evaluator, drawn(60, "fresh", side=8))
+    evaluation = {"results": [found], "baselines": baselines, "card": evaluator.facts}
     assert "copies: looked for among 40 of 60 images of the data" in score.terminal_lines(evaluation, None)
 
 
@@ -295,12 +297,13 @@ def folder() -> PhotosEvaluator:
     return opened(*crops("folder"), ShippedProtocol(kind="photos", samples=120))
 
 
-def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, judgement.Judgement]:
-    """The scores of samples, and their evaluation."""
+def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, dict[str, Row], str]:
+    """The scores of samples, the baselines, and the verdict."""
     found = scores(evaluator, x)
-    results = [{"nfe": 1, "solver": "restart", **found}]
     baselines = evaluator.baselines()
-    return found, {"results": results, "baselines": baselines, "state": state(results, baselines)}
+    sentence = verdict([{"nfe": 1, "solver": "restart", **found}], baselines)
+    assert sentence is not None
+    return found, baselines, sentence
 
 
 @pytest.mark.slow
@@ -310,15 +313,12 @@ def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluat
     flat = x.flatten(1)
     weights = torch.randn(120, 120, generator=stream("coloured")) / 120**0.5
     noise = (flat.mean(0) + weights @ (flat - flat.mean(0))).view_as(x)
-    found, judged = said_of(folder, noise)
-    perfect = judged["baselines"]["perfect"]
+    found, baselines, sentence = said_of(folder, noise)
+    perfect = baselines["perfect"]
     assert found["pixel_fd"] < 1.5 * perfect["pixel_fd"]
-    assert judged["state"] in ("far", "untrained")
-    summary = score.summary_names(score.score_names(judged["results"][0]))
+    summary = score.summary_names(score.score_names({"nfe": 1, **found}))
     assert summary == ["class_mmd", "recall", "copies"]
     assert found["class_mmd"] > 10 * perfect["class_mmd_sd"]
-    sentence = score.state_sentence(judged)
-    assert sentence is not None
     assert sentence.startswith(("Not yet like the data", "As good as untrained"))
 
 
@@ -326,17 +326,14 @@ def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluat
 def test_a_sampler_that_ignores_its_label_is_marked_down(folder: PhotosEvaluator) -> None:
     """The same images, which are new crops of the photos, with the classes they were asked for and without."""
     x, _ = crops("samples")
-    good, as_asked = said_of(folder, x)
-    bad, shuffled = said_of(folder, x[torch.randperm(len(x), generator=stream("shuffled"))])
-    perfect = as_asked["baselines"]["perfect"]
+    good, baselines, as_asked = said_of(folder, x)
+    bad, _, shuffled = said_of(folder, x[torch.randperm(len(x), generator=stream("shuffled"))])
+    perfect = baselines["perfect"]
     assert abs(good["class_mmd"]) < 3 * perfect["class_mmd_sd"]
     assert abs(bad["mmd"] - good["mmd"]) < 4 * perfect["sd"]
     assert bad["class_mmd"] > 8 * perfect["class_mmd_sd"]
-    assert as_asked["state"] in ("like the data", "near")
-    assert shuffled["state"] == "far"
-    sentence = score.state_sentence(shuffled)
-    assert sentence is not None
-    assert "do not show the classes that they were asked for" in sentence
+    assert as_asked.startswith(("Like the data", "Near the data"))
+    assert "do not show the classes that they were asked for" in shuffled
 
 
 @pytest.mark.slow
@@ -359,20 +356,21 @@ def test_only_new_digits_are_like_the_data(fault: str) -> None:
         d[::20] = (d[::20] + 1) % 10
     reference = Reference(x[real], c[real], trained=x[trained])
     row = {"nfe": 1, **score_digits(y, d, reference)}
-    found = state([row], baselines_digits(reference, d))
-    assert (found == "like the data") == (fault == "none"), row
+    sentence = verdict([row], baselines_digits(reference, d))
+    assert sentence is not None
+    assert sentence.startswith("Like the data") == (fault == "none"), row
 
 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([(0.1, 0.15)], "like the data"),
-        ([(0.1, 0.3)], "near"),
-        ([(0.1, 6.0)], "far"),
-        ([(0.1, 90.0)], "far"),  # all of other classes: trained all the same
-        ([(6.0, 6.0)], "far"),
-        ([(60.0, 60.0)], "untrained"),
-        ([(0.1, 6.0), (0.3, 0.3)], "near"),  # the best row is that of the best classes
+        ([(0.1, 0.15)], "Like the data"),
+        ([(0.1, 0.3)], "Near the data"),
+        ([(0.1, 6.0)], "Not yet like the data"),
+        ([(0.1, 90.0)], "Not yet like the data"),  # all of other classes: trained all the same
+        ([(6.0, 6.0)], "Not yet like the data"),
+        ([(60.0, 60.0)], "As good as untrained"),
+        ([(0.1, 6.0), (0.3, 0.3)], "Near the data"),  # the best row is that of the best classes
     ],
 )
 def test_states_by_class(rows: list[tuple[float, float]], said: str) -> None:
@@ -381,28 +379,31 @@ def test_states_by_class(rows: list[tuple[float, float]], said: str) -> None:
         "noise": {"mean": 100.0, "sd": 1.0, "class_mmd": 100.0},
     }
     results = [{"nfe": 1, "solver": "hop", "mmd": whole, "class_mmd": by_class} for whole, by_class in rows]
-    assert state(results, baselines) == said
-    sentence = score.state_sentence({"results": results, "baselines": baselines, "state": said})
+    sentence = verdict(results, baselines)
     assert sentence is not None
+    assert sentence.startswith(said)
     assert sentence.endswith(".")
-    assert ("do not show the classes" in sentence) == (said == "far" and rows[0][0] < 1)
+    assert ("do not show the classes" in sentence) == (said == "Not yet like the data" and rows[0][0] < 1)
 
 
 def test_states_without_noise() -> None:
     """Of protocols that do not measure it: by how many times, and by precision."""
     real = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.01}}
-    for auc, said in ((0.482, "like the data"), (0.518, "like the data"), (0.53, "near"), (0.47, "near")):
-        assert state([{"nfe": 1, "fd": 0.4, "auc": auc}], real) == said
-        assert state([{"nfe": 1, "fd": 0.41, "auc": auc}], real) == "near"
     read = {"perfect": {"mean": 0.2, "sd": 0.1, "accuracy": 0.98, "accuracy_sd": 0.01}}
-    for accuracy, said in ((1.0, "like the data"), (0.97, "like the data"), (0.95, "near")):
-        assert state([{"nfe": 1, "fd": 0.4, "accuracy": accuracy}], read) == said
-    judged = {"results": [{"nfe": 1, "fd": 0.41, "auc": 0.53}], "baselines": real, "state": "near"}
-    assert score.state_sentence(judged) == "Near the data, but not like them: worse than a perfect sampler by fd, auc."
-    judged |= {"results": [{"nfe": 1, "fd": 0.4, "auc": 0.5, "kid": 9.0}], "state": "like the data"}
-    assert score.state_sentence(judged) == (
-        "Like the data by fd, auc: at most two deviations worse than a perfect sampler's."
-    )
-    found = {0.3: 0.9, 3.0: 0.5, 9.0: 0.5, 12.0: 0.01}
-    told = [state([{"nfe": 1, "fd": fd, "precision": precision}], real) for fd, precision in found.items()]
-    assert told == ["like the data", "near", "far", "untrained"]
+    near = "Near the data, but not like them: worse than a perfect sampler by"
+    like = "at most two deviations worse than a perfect sampler's."
+    for baselines, row, said in (
+        (real, {"fd": 0.4, "auc": 0.482}, f"Like the data by fd, auc: {like}"),
+        (real, {"fd": 0.4, "auc": 0.518, "kid": 9.0}, f"Like the data by fd, auc: {like}"),
+        (real, {"fd": 0.4, "auc": 0.53}, f"{near} auc."),
+        (real, {"fd": 0.4, "auc": 0.47}, f"{near} auc."),
+        (real, {"fd": 0.41, "auc": 0.5}, f"{near} fd."),
+        (real, {"fd": 0.41, "auc": 0.53}, f"{near} fd, auc."),
+        (read, {"fd": 0.4, "accuracy": 1.0}, f"Like the data by fd, accuracy: {like}"),
+        (read, {"fd": 0.4, "accuracy": 0.97}, f"Like the data by fd, accuracy: {like}"),
+        (read, {"fd": 0.4, "accuracy": 0.95}, f"{near} accuracy."),
+        (real, {"fd": 9.0, "precision": 0.5}, "Not yet like the data: worse than a perfect sampler by fd."),
+        (real, {"fd": 12.0, "precision": 0.01}, "As good as untrained: worse than a perfect sampler by fd."),
+        (real, {"fd": 3.0, "precision": 0.01}, f"{near} fd."),
+    ):
+        assert verdict([{"nfe": 1, **row}], baselines) == said

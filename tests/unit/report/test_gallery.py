@@ -14,6 +14,7 @@ from dumo.report import gallery
 from dumo.run.sampler import Sampler, sampler_of
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
+from dumo.runtime import door
 from dumo.types import UserError
 from unit.run.known import Seen
 
@@ -161,7 +162,8 @@ def test_nothing_is_made_of_what_cannot_be(digits: RunFolder, moons: RunFolder) 
 def test_a_picture_that_no_program_would_open_is_refused(digits: RunFolder) -> None:
     """As all classes of ImageNet, eight images each. A digit is shown at eight times its size, 64 x 64 pixels."""
     most = gallery.MAX_GRID_PIXELS // (10 * SIDE**2)
-    with pytest.raises(UserError, match="10 classes, 4,883 images each, has 200 million pixels"):
+    message = "10 classes, 4,883 images each, has 200 million pixels.* by --classes 1,207,250, or lower --count"
+    with door.command_line(), pytest.raises(UserError, match=message):
         gallery.class_grids(digits, None, count=most + 1)
 
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 from dumo.data import Digits
 from dumo.data.pixel import Unreadable
-from dumo.data.toy import DIGIT_NAMES
 from dumo.encoders import inception
 from dumo.evaluation import Context, ShippedProtocol
 from dumo.evaluation import images as by_inception
@@ -25,10 +24,8 @@ from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
 from dumo.report import score
 from dumo.report.compare import compare, require_comparable
-from dumo.report.image_set import ImageSet, SameSize, open_images
-from dumo.report.images import judge, judged_channels_and_classes
+from dumo.report.images import ImageSet, SameSize, judge, judged_channels_and_classes, open_images
 from dumo.runtime import dist
-from dumo.runtime.progress import log_bar
 from dumo.types import UserError
 from forked import main_of
 from golden import inception as recipe
@@ -38,6 +35,7 @@ from unit.evaluation.extractor import Peephole
 from unit.report import judge_together
 
 DRAWS = np.random.default_rng(0)
+OTHER_CLASSES = "none: the protocol judges no classes, or the reference has others"
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +71,7 @@ def test_a_folder_a_table_an_archive_and_an_npz_are_one(here: Path) -> None:
     places = [here / "npz.npz", *(here / name for name in STORES)]
     for name, make in STORES.items():
         make(here / name)
-    seen = [(found, *pixels(found)) for found in (open_images(place, "--images") for place in places)]
+    seen = [(found, *pixels(found)) for found in (open_images(place) for place in places)]
     for found, x, sha256 in seen:
         assert np.array_equal(to_rows(x / 127.5 - 1).numpy(), wanted)
         assert sha256 == seen[0][2]
@@ -115,7 +113,7 @@ def test_images_are_read_as_the_fields_evaluators_do_and_grey_of_16_bits_is_roun
     found = to_pixels(encoded(Image.fromarray(levels[..., 0])))
     assert np.array_equal(found[0].numpy(), np.round(levels[..., 0] / 257).astype(np.uint8))
     assert torch.equal(found[0], found[2])
-    with pytest.raises(Unreadable, match=r"is 4 x 8 pixels, and first\.png is 8 x 8: .* none is resized"):
+    with pytest.raises(Unreadable, match=r"is 4 x 8 pixels, and first\.png is 8 x 8"):
         to_pixels(encoded(grey.crop((0, 0, 4, 8))))
 
 
@@ -136,19 +134,16 @@ def test_all_are_judged_or_a_choice_and_the_name_says_it() -> None:
     fewer = judge("made", against="real", fields=["evaluate.protocol.samples=20"])
     assert fewer["card"]["images"] == "20 of 30 images in made"
     assert fewer["card"]["images_sha256"] != report["card"]["images_sha256"]
-    aside = [path for path in Path.cwd().glob("made.evaluation-*.json")]
-    assert [json.loads(path.read_text())["protocol"] for path in aside] == ["photos (30 samples)"]
 
     Path("real/class 1").rename("real/dogs")  # other classes than the images': both are taken without
-    labels = judge("made", against="real", out=Path("o.json"))["card"]["labels"]
-    assert labels == "none: made has class 0, class 1, real has class 0, dogs"
+    assert judge("made", against="real", out=Path("o.json"))["card"]["labels"] == OTHER_CLASSES
 
 
 @pytest.mark.nightly
 def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
     """Class by class as a run is judged; the classes of an .npz have no names."""
     made, real = write("made", 30, classes=2, base=40), write("real", 30, classes=2)
-    found, labels = open_images(made, "--images"), open_images(real, "--against").labels
+    found, labels = open_images(made), open_images(real).labels
     assert labels is not None
     x, _ = pixels(found)
     write_adm(Path("made.npz"), to_rows(x / 127.5 - 1), labels.c)
@@ -161,10 +156,10 @@ def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
     assert [report["card"]["labels"] for report in reports] == [
         "2 classes of the images",
         "2 classes of the images",
-        "none: bare.npz has no classes, real has class 0, class 1",
+        "none",
     ]
     # a reference of the same size as a file of pixels: what it is compared with is the same
-    x, _ = pixels(open_images(real, "--against"))
+    x, _ = pixels(open_images(real))
     write_adm(Path("real.npz"), to_rows(x / 127.5 - 1), labels.c)
     again = judge("made", against="real.npz", out=Path("again.json"))
     assert again["results"] == reports[0]["results"]
@@ -205,8 +200,8 @@ def test_features_of_cifar10_are_compared_by_class_where_both_sides_have_the_sam
     labels = [report["card"]["labels"] for report in reports]
     assert labels == [
         "10 classes of the images",
-        "none: made.npz has 0, 1, 2 and 7 more, fewer.npz has 0, 1, 2 and 2 more",
-        "none: made.npz has 0, 1, 2 and 7 more, flat.npz has no classes",
+        OTHER_CLASSES,
+        OTHER_CLASSES,
     ]
     assert [context.classes for context in contexts] == [10, 0, 0]
     assert [context.c is None for context in contexts] == [False, True, True]
@@ -222,8 +217,8 @@ def test_digits_are_grey_and_have_an_accuracy_only_with_classes() -> None:
     assert report["results"][0]["accuracy"] > 0.98
     assert report["card"]["reference"] == "1,797 samples of the data"
     write_adm(Path("two.npz"), to_rows(table.x[:600]), table.c[:600] % 2)
-    found = open_images(Path("two.npz"), "--images")
-    assert judged_channels_and_classes(ShippedProtocol(kind="digits"), found, "two.npz") == (1, 0)
+    found = open_images(Path("two.npz"))
+    assert judged_channels_and_classes(ShippedProtocol(kind="digits"), found, Path("two.npz")) == (1, 0)
     assert "accuracy" not in judge("two.npz", "digits")["results"][0]
 
 
@@ -237,21 +232,17 @@ def write_digits(names: Sequence[str]) -> None:
             (folder / f"{i}.png").write_bytes(image.getvalue())
 
 
-@pytest.mark.parametrize("names", [tuple("0123456789"), DIGIT_NAMES], ids=["0", "zero"])
-def test_a_digit_is_known_by_the_name_of_its_folder(names: tuple[str, ...], contexts: list[Context]) -> None:
-    """Classes are numbered in the order of their names, where eight is the first."""
-    write_digits(names)
+def test_a_digit_is_known_by_the_name_of_its_folder(contexts: list[Context]) -> None:
+    """Classes are numbered in the order of their names, where eight would be the first."""
+    write_digits("0123456789")
     judge("digits", "digits")
     (context,) = contexts
     assert context.c is not None
-    assert context.c.tolist() == [names.index(name) for name in sorted(names) for _ in range(50)]
-
-
-def test_a_folder_that_names_no_digit_is_refused(contexts: list[Context]) -> None:
-    write_digits([*"012345678", "nine"])
-    with pytest.raises(UserError, match=r"the classes here are 0, 1, 2 .* name them 0 to 9"):
+    assert context.c.tolist() == [digit for digit in range(10) for _ in range(50)]
+    Path("digits/9").rename("digits/nine")
+    with pytest.raises(UserError, match="0 to 9"):
         judge("digits", "digits")
-    assert not contexts
+    assert len(contexts) == 1
 
 
 def test_colour_is_no_grey() -> None:
@@ -259,16 +250,14 @@ def test_colour_is_no_grey() -> None:
     pixels = np.repeat(DRAWS.integers(0, 256, (520, 8, 8, 1), dtype=np.uint8), 3, 3)
     pixels[77, 3, 4, 1] ^= 1
     np.savez("colour.npz", pixels)
-    with pytest.raises(
-        UserError, match=r"^image 77 of colour\.npz is in colour, and this protocol judges grey images$"
-    ):
+    with pytest.raises(UserError, match=r"^image 77 of colour\.npz is in colour"):
         judge("colour.npz", "digits")
 
 
 def test_ranks_take_pieces_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pieces, so that no batch rounds otherwise; a rank without one gives an empty one, for others wait."""
     np.savez("many.npz", DRAWS.integers(0, 256, (2 * PIECE + 5, 4, 4, 3), dtype=np.uint8))
-    found = open_images(Path("many.npz"), "--images")
+    found = open_images(Path("many.npz"))
     alone = [index.tolist() for index, _ in found.batches(99, 3)]
     assert [i for piece in alone for i in piece] == [*range(99)]
     monkeypatch.setattr(dist, "world", lambda: 4)
@@ -295,16 +284,11 @@ def test_stands_in_one_table_with_runs_that_were_judged_alike(here: Path) -> Non
 
     (here / "run").mkdir()
     rows = {"results": [{"nfe": 1, "solver": "euler", "kid": 2.0}], "contrast": []}
-    Path("run/evaluation.json").write_text(json.dumps({"step": 4, "card": run, **rows}))
+    Path("run/evaluation.json").write_text(
+        json.dumps({"step": 4, "protocol": run["protocol"], "baselines": {}, "card": run, **rows})
+    )
     found = compare(["run", "made.evaluation.json"])["rows"]
     assert [(row["run"], row["step"], row["nfe"]) for row in found] == [("run", 4, 1), ("made", None, None)]
-
-    kept = json.loads(Path("made.evaluation.json").read_text())
-    Path("made.evaluation.json").write_text(json.dumps(kept | {"results": [{"kid": "low"}]}))
-    with pytest.raises(
-        UserError, match=r"made\.evaluation\.json is damaged, results\.0\.kid: .* dumo evaluate --images"
-    ):
-        compare(["run", "made.evaluation.json"])
 
 
 def test_a_report_says_which_classes_cannot_be_read() -> None:
@@ -316,15 +300,6 @@ def test_a_report_says_which_classes_cannot_be_read() -> None:
     assert line.startswith("labels: none: mixed holds images both in folders (cats) and outside them")
 
 
-def test_an_earlier_report_is_put_aside_and_a_line_says_where(capsys: pytest.CaptureFixture[str]) -> None:
-    write("made", 21)
-    write("real", 20)
-    for samples in (21, 20):
-        judge("made", against="real", fields=[f"evaluate.protocol.samples={samples}"], bar=log_bar)
-    [earlier] = Path().glob("made.evaluation-*.json")
-    assert f"measured otherwise: it is now {earlier}" in capsys.readouterr().err
-
-
 @pytest.mark.nightly
 def test_two_ranks_are_one(here: Path) -> None:
     """Images of one piece, so that the second rank has none, and of three."""
@@ -334,7 +309,7 @@ def test_two_ranks_are_one(here: Path) -> None:
     for place in ("few", "many"):
         together = json.loads(Path(f"{place}-together.json").read_text())
         alone = json.loads(json.dumps(judge_together.judged(place)))
-        for part in ("results", "baselines", "state", "samples"):
+        for part in ("results", "baselines", "samples"):
             assert together[part] == alone[part]
         assert together["card"] == alone["card"]
 
@@ -349,7 +324,7 @@ def test_by_inception_as_a_runs_samples(frechet: bool, monkeypatch: pytest.Monke
     write("made", 30)
     write("real", 40, side=9)
     fields = [f"evaluate.protocol.frechet={str(frechet).lower()}"]
-    with pytest.raises(UserError, match="protocol folder needs the weights of Inception: dumo data inception"):
+    with pytest.raises(UserError, match="protocol folder needs the weights of Inception"):
         judge("made", "folder", against="real", fields=fields)
     net = Peephole()
     monkeypatch.setattr(inception, "load", lambda path, device: net)
@@ -358,7 +333,7 @@ def test_by_inception_as_a_runs_samples(frechet: bool, monkeypatch: pytest.Monke
     report = judge("made", "folder", against="real", fields=fields)
     assert ("fid" in report["results"][0]) == frechet
     assert report["protocol"] == "folder" + " (no Fréchet distances)" * (not frechet)
-    x, _ = pixels(open_images(Path("made"), "--images"))
+    x, _ = pixels(open_images(Path("made")))
     fake = gather(statistics_of(net, [(torch.arange(30), x)], 30), 30)
     assert report["card"]["data"]["side"] == 8  # a reference is brought to the size of what is judged
     assert report["results"][0]["is"] == pytest.approx(fake.inception_score.value()[0], rel=1e-12)
@@ -371,88 +346,8 @@ def test_features_of_a_folder_are_torch_fidelitys() -> None:
         for i, image in enumerate(recipe.images(size).permute(0, 2, 3, 1)):
             Path(f"{size}").mkdir(exist_ok=True)
             Image.fromarray(image.numpy()).save(f"{size}/{i}.png")
-        x, _ = pixels(open_images(Path(f"{size}"), "--images"))
+        x, _ = pixels(open_images(Path(f"{size}")))
         found, golden = recipe.summary(recipe.net()(x).pool), recipe.golden()[str(size)]["2048"]
         assert found["shape"] == golden["shape"]
         assert found["norm"] == pytest.approx(golden["norm"], rel=1e-4)
         torch.testing.assert_close(torch.tensor(found["slice"]), torch.tensor(golden["slice"]), rtol=1e-4, atol=1e-4)
-
-
-IMAGES = np.zeros((30, 8, 8, 3), np.uint8)
-WRONG: list[tuple[str, dict[str, object], str]] = [
-    ("none", {}, r"there is no folder or file none: say with --images where the images are"),
-    ("none.npz", {}, r"there is no folder or file none\.npz"),
-    ("empty", {}, r"no images in empty, where there are 1 files: looked for image files"),
-    ("run", {}, r"run is a run's folder: use `dumo evaluate run`"),
-    ("few", {}, r"few has 6 images: evaluate\.protocol\.samples: protocol photos judges 20 samples or more"),
-    ("mixed", {}, r"mixed/big\.png is 9 x 9 pixels, and mixed/000\.png is 8 x 8: images are judged at one size, none"),
-    ("broken", {}, r"broken/zz\.png .*: mend or remove it$"),
-    ("bad", {}, r"bad/000\.png is no image of a known format .*: mend or remove it$"),
-    ("made", {"kind": "cifar10"}, r"evaluate\.protocol\.kind: unknown kind 'cifar10'; did you mean 'cifar10-train50k'"),
-    ("made", {"kind": "toy"}, r"there is no protocol of images 'toy'; valid: adm-imagenet256-50k, "),
-    ("made", {"kind": "cifar10-features"}, r"made has 24 images: .* judges 1000 samples or more"),
-    ("made", {"kind": "folder"}, r"of 8 x 8 pixels, such as made/000\.png: protocol folder takes a Fréchet distance"),
-    (
-        "made",
-        {"kind": "adm-imagenet256-50k", "fields": ["evaluate.protocol.reference=x"]},
-        r"24 images of 8 x 8 pixels, such as made/000\.png: protocol adm-imagenet256-50k judges .* images of 256x256",
-    ),
-    ("made", {"against": None}, r"photos compares with real images: say where, --against FOLDER or FILE\.npz"),
-    ("made", {"against": "none"}, r"there is no folder or file none: say with --against where the images are"),
-    ("made", {"against": "sized.npz"}, r"sized\.npz has images of 9 x 9 pixels, and those that are judged 8 x 8"),
-    ("made", {"against": "few"}, r"protocol photos needs 20 images or more, here are 6: add some"),
-    ("wide", {}, r"wide/0\.png is 9 x 8 pixels, and a folder's images are brought to squares: give .* as an \.npz"),
-    ("made", {"kind": "digits"}, r"digits compares with the digits that ship: leave out --against"),
-    ("made", {"fields": ["train.steps=3"]}, r"--set train: of images set fields of evaluate\.protocol"),
-    ("made", {"fields": ["evaluate.seed=3"]}, r"evaluate\.seed: unknown key; valid: protocol"),
-    ("made", {"fields": ["data=3"]}, r"--set data: of images set fields of"),
-    ("made", {"fields": ["data.crop=odd"]}, r"data\.crop: "),
-    ("made", {"fields": ["evaluate.protocol.samples=25"]}, r"made has 24 images, .*evaluate\.protocol\.samples=25"),
-    ("splits", {}, r"splits holds the splits test, train: name one of them with --images"),
-    ("floats.npz", {}, r"floats\.npz: arr_0 is float64 of shape \(30, 8, 8, 3\), not images, uint8"),
-    ("objects.npz", {}, r"objects\.npz: arr_0 is object of shape \(1,\), not images"),
-    ("names.npz", {}, r"names\.npz has no arr_0, only x: it is not in ADM's layout"),
-    ("labels.npz", {}, r"labels\.npz: arr_1 is float64 of shape \(30,\), not class numbers of shape \(30,\)"),
-    ("below.npz", {}, r"below\.npz: arr_1 has the class -1: number classes from 0, or leave it out"),
-    ("text.npz", {}, r"text\.npz is no \.npz \(File is not a zip file\): fetch it again"),
-]
-
-
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that is wrong; only read."""
-    root = tmp_path_factory.mktemp("odd")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        for name, n in (("made", 24), ("real", 24), ("few", 6), ("mixed", 24), ("broken", 24), ("bad", 24)):
-            write(name, n)
-        write("splits/train", 3)
-        write("splits/test", 3)
-        for name in ("empty", "run", "wide"):
-            Path(name).mkdir()
-        Path("empty/notes.txt").touch()
-        Path("run/run.yaml").touch()
-        for i in range(24):
-            Image.new("RGB", (9, 8)).save(f"wide/{i}.png")
-        Image.new("RGB", (9, 9)).save("mixed/big.png")
-        Path("broken/zz.png").write_bytes(Path("broken/000.png").read_bytes()[:60])
-        Path("bad/000.png").write_bytes(b"no image")
-        np.savez("sized.npz", np.zeros((30, 9, 9, 3), np.uint8))
-        np.savez("floats.npz", IMAGES / 255)
-        np.savez("objects.npz", np.array([object()]))
-        np.savez("names.npz", x=IMAGES)
-        np.savez("labels.npz", IMAGES, np.zeros(30))
-        np.savez("below.npz", IMAGES, np.full(30, -1))
-        Path("text.npz").write_text("no zip")
-    return root
-
-
-@pytest.mark.parametrize(("place", "given", "said"), WRONG)
-def test_what_is_wrong_is_one_line_and_nothing_is_written(
-    place: str, given: dict[str, object], said: str, odd: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(odd)
-    with pytest.raises(UserError, match=said) as caught:
-        judge(place, **{"against": "real", **given})  # pyright: ignore[reportArgumentType]
-    assert "\n" not in str(caught.value)
-    assert not list(odd.rglob("*.evaluation.json"))

@@ -40,7 +40,7 @@ def test_jumps_stand_beside_the_flow(folder: Path) -> None:
     assert [(row["solver"], row["nfe"]) for row in report["results"]] == [("hop", 1), ("hop", 3)]
     assert [(row["solver"], row["nfe"]) for row in report["contrast"]] == [("heun", 8)]
     assert all(1.5 < row["bits"] < 3 for row in (*report["results"], *report["contrast"]))  # about N(0, I)
-    assert (report["protocol"], report["baselines"], report["state"]) == ("likelihood (300 samples)", {}, None)
+    assert (report["protocol"], report["baselines"]) == ("likelihood (300 samples)", {})
     assert (report["card"]["labels"], report["card"]["contrast"]) == ("those of the data", [4])
     assert current_report(run) is None
     euler = evaluate(opened(folder, "evaluate.protocol.probes=0"), solver="euler", nfe=[4])

@@ -93,7 +93,7 @@ def test_what_goes_wrong_with_a_sheet_is_told_and_ends_nothing(tmp_path: Path, m
     def full(*what: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dumo.report.sample.write_samples", full)
+    monkeypatch.setattr(sheet, "write_samples", full)
     told: list[str] = []
     assert train(tiny("moons", "[4]", "sample.nfe=[1]"), tmp_path / "run", tell=told.append).step == 6
     assert told[-1] == "warning: no sheet step-00000004-nfe1: [Errno 28] No space left on device"
