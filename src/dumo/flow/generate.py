@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, using
 from dumo.flow.solver import Fresh, Solver, Stepper
-from dumo.runtime import threads
 from dumo.runtime.limits import SAMPLES
 from dumo.runtime.random import noise
 from dumo.types import Array, Cond, Heads, Reads, Sample, Trail, UserError
@@ -101,7 +100,6 @@ def sample_batches(
     with ThreadPoolExecutor(1, thread_name_prefix="noise") as thread:
         prefetch = _NoisePrefetch(thread, index_batches, seed=seed, shape=shape, device=device)
         for number, start in enumerate(starts):
-            threads.check()  # sets torch's number of threads again, which depends on how busy the machine is
             batch_indices = index_batches[number]
             batch_c = c[start : start + batch].to(device)
             fresh: Fresh = partial(prefetch, number)

@@ -49,7 +49,6 @@ from torch import Tensor
 from dumo.io import digest, weights
 from dumo.io import file as files
 from dumo.io.read import read_json
-from dumo.runtime import threads
 from dumo.runtime.limits import ROWS
 from dumo.types import Spec, UserError
 
@@ -365,13 +364,9 @@ def _shard_fault(
 
 
 def _progress_of_shard(tick: Tick, rows_before: int, note: str) -> Callable[[int], None]:
-    """The callback of `make_shard`: it adds the rows of the shards before, `rows_before`, to those that were read.
-
-    It also sets the number of threads again (`dumo.runtime.threads`).
-    """
+    """The callback of `make_shard`: it adds the rows of the shards before, `rows_before`, to those that were read."""
 
     def report(rows_read: int) -> None:
-        threads.check()
         tick(rows_before + rows_read, note)
 
     return report

@@ -37,9 +37,9 @@ from dumo.nets.table import EmbeddedTexts, PipelineTexts, TableTexts
 from dumo.nets.text import LearnedTexts
 from dumo.run.prompt import open_source_images
 from dumo.run.resolve import data_with_facts, load_resolved
-from dumo.runtime import signals, threads
+from dumo.runtime import signals
 from dumo.runtime.device import choose_device
-from dumo.runtime.progress import Bar, line_printer, no_bar
+from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Spec, UserError
 
 _SHARD_ROWS = 1024  # images or captions to a shard: ours
@@ -190,7 +190,6 @@ def encode(
     plan = parse(cache.CachePlan, plan_fields)
     num_rows = table.rows_of_rank(len(image_rows), plan.shard_rows, rank, world)
     with (
-        threads.fewer_when_busy(torch_device, line_printer(bar)),
         bar(f"encoding {images.root}", num_rows) as tick,
         errors_of_latents(),
     ):
@@ -279,7 +278,7 @@ def encode_texts(
         existing_index = texttable.read_index(spec.folder)
         shard_rows = existing_index.shard_rows if existing_index else _SHARD_ROWS
     num_rows = table.rows_of_rank(len(texts) + 1, shard_rows, rank, world)  # the empty text, too
-    with threads.fewer_when_busy(torch_device, line_printer(bar)), bar("encoding captions", num_rows) as tick:
+    with bar("encoding captions", num_rows) as tick:
         make_result = texttable.encode(
             texts,
             spec.reader_spec,

@@ -49,12 +49,13 @@ from dumo.run.request import Request, require_same_request
 from dumo.run.resolve import resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.weights import begin_or_resume
-from dumo.runtime import dist, stopwatch, threads
+from dumo.runtime import dist, stopwatch
 from dumo.runtime.device import choose_device, known_peak_tflops
 from dumo.runtime.door import naming_code, option, settings, train_call
 from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.text import minutes_text, minutes_to_type
+from dumo.runtime.threads import threads_for
 from dumo.training import agreement
 from dumo.training.deadline import SECONDS_PER_MINUTE, Timing, begin_timing
 from dumo.training.layout import share_of
@@ -107,6 +108,7 @@ class Job:
     validation: "Validation | None"  # None: the run is not judged, or no step is left at which it would be
     sheets: Sheets | None  # None: no sheets are drawn
     meter: Meter
+    threads: int | None  # of torch on a CPU; None on a GPU
     net_outline: nn.Module  # the net on the meta device, without values
     began: float  # seconds, by `stopwatch.wall_clock`: from when its time counts, if it ends by the clock
 
@@ -183,8 +185,7 @@ def open_job(
         # 5. encode images whose latents are missing, open the data, and examine the derivative
         time_began += _encode_missing_latents(run_to_train.data, device, bar)
         data = open_data(run_to_train.data)
-        with threads.fewer_when_busy(torch_device, ignore_line):
-            examination.examine(run_to_train, torch_device).require()
+        examination.examine(run_to_train, torch_device).require()
         meter = Meter(run_to_train.train, folder, torch_device, _step_flops(run_to_train, net_outline, torch_device))
         drawn_sheets = sheets(run_to_train, folder, tell_on_main) if sheets else None
 
@@ -192,6 +193,9 @@ def open_job(
         state, checkpoint = begin_or_resume(
             run_to_train, index.checkpoints, torch_device, chosen, or_before=from_step is None
         )
+        # From here on the net computes, with the number of threads that its checkpoint was trained with.
+        recorded_threads = checkpoint.manifest.threads if checkpoint else None
+        threads = stack.enter_context(threads_for(state.net, torch_device, recorded_threads))
         state.timing = _begin_timing(run_to_train.train, state, checkpoint)
         best_folder, validation = _open_validation(run_to_train, index, state, tell_on_main, meter)
         teacher = _load_teacher(run_to_train, state, torch_device)
@@ -220,6 +224,7 @@ def open_job(
             validation=validation,
             sheets=drawn_sheets,
             meter=meter,
+            threads=threads,
             net_outline=net_outline,
             began=time_began,
         )

@@ -33,7 +33,6 @@ from dumo.runtime.device import total_memory
 from dumo.runtime.door import train_call
 from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.text import bytes_text
-from dumo.runtime.threads import StepThreads
 from dumo.training import agreement, checkpoint, layout, log, loop
 from dumo.training.deadline import FIRST_SAVE_SHARE, JUDGE, SAVE, SECONDS_PER_MINUTE, Countdown
 from dumo.training.manifest import Checkpoints
@@ -73,8 +72,7 @@ class Journal:
     validation: "Validation | None" = None
     # Called with each row of the log, such as by a tracker.
     send_row: Callable[[log.Row], object] | None = None
-    # The number of threads of a step; None if it is not chosen.
-    threads: StepThreads | None = None
+    threads: int | None = None  # of torch on a CPU; None on a GPU
     # When the last checkpoint was taken, in seconds of the monotonic clock.
     last_saved: float = field(default_factory=time.monotonic)
     saver: Saver = field(default_factory=Saver)
@@ -207,8 +205,7 @@ class Journal:
         began = self.countdown.seconds() if self.countdown else 0.0
         log_file = self.folder / LOG_FILE
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
-        step_threads = self.threads.number if self.threads else None
-        notes = checkpoint.CheckpointNotes(self.run_text, datacheck.tensors_to_save(self.hashes), logged, step_threads)
+        notes = checkpoint.CheckpointNotes(self.run_text, datacheck.tensors_to_save(self.hashes), logged, self.threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:

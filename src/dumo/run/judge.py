@@ -23,7 +23,7 @@ from dumo.evaluation.protocol import Evaluator
 from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.io.source import DataSource
 from dumo.run.sampler import Sampler
-from dumo.runtime import signals, threads
+from dumo.runtime import signals
 from dumo.runtime.door import shell_settings
 from dumo.runtime.progress import Bar, Tick
 from dumo.types import UserError
@@ -172,7 +172,6 @@ def bar_while_reading(bar: Bar) -> Generator[Callable[[int, int], None]]:
         def report_progress(images_read: int, total: int) -> None:
             nonlocal advance_bar
             signals.check()  # raises Stopped
-            threads.check()  # sets the number of threads again, where others keep the machine busy
             if advance_bar is None:
                 advance_bar = stack.enter_context(bar("looking at the data", total))
             advance_bar(images_read, "")

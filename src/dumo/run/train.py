@@ -6,8 +6,7 @@
 2. note it in the folder, once all ranks have read what is there (`History.write`)
 3. make a teacher's pairs, if it teaches by pairs
 4. open the journal, and make up for a milestone or a sheet that is missing
-5. choose the number of threads on a CPU, by steps on a copy
-6. train (`training.loop`), with batches and random numbers made ahead
+5. train (`training.loop`), with batches and random numbers made ahead
 
 A run is a folder. Training writes run.yaml (complete), data.json, metrics.jsonl, metrics.cut.jsonl (its rows that were
 undone), speed.jsonl, checkpoints/, milestones/, best/, sheets/; with a teacher teacher.json, and pairs/ where it
@@ -17,7 +16,6 @@ there, such as samples/, evaluation.json and report.html.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,20 +33,19 @@ from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.request import note_end
 from dumo.run.summary import empty_classes_line, training_summary
-from dumo.runtime import dist, stopwatch, threads
+from dumo.runtime import dist, stopwatch
 from dumo.runtime.door import train_call
 from dumo.runtime.limits import STEPS
 from dumo.runtime.progress import Bar, bar_of_seconds, no_bar
 from dumo.runtime.text import duration_text
-from dumo.runtime.threads import StepThreads
-from dumo.training import agreement, frozen, log, loop
+from dumo.runtime.threads import cores
+from dumo.training import agreement, log, loop
 from dumo.training.deadline import DRAW, JUDGE, Countdown, Timing, minutes_to_prepare
 from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
 from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
-from dumo.training.state import begin as begin_state
-from dumo.training.step import Batch, draws_of, passes_of_rank, span, train_step
+from dumo.training.step import Batch, draws_of, passes_of_rank, span
 from dumo.types.family import is_instance_of
 from dumo.types.rows import pin, to_device
 
@@ -120,9 +117,8 @@ def train_job(
     source = _training_source(job, main_bar)
 
     # 4. open the journal
-    step_threads = _step_threads_of(job)
     countdown = _countdown_of(job, state.timing) if state.timing else None
-    journal = _journal_of(job, source, countdown, step_threads)
+    journal = _journal_of(job, source, countdown)
     if send_row:
         journal.send_row = lambda row: send_row(job.meter.add_speed(row))
     journal.open(state)
@@ -132,8 +128,7 @@ def train_job(
     # what a step takes
     teacher_velocity = job.teacher.velocity if job.teacher else None
     prior = run.data.prior if is_latents(run.data) else None
-    flow_for = partial(flow_in_training, run, teacher=teacher_velocity, prior=prior)
-    flow = flow_for(state)
+    flow = flow_in_training(run, state, teacher=teacher_velocity, prior=prior)
 
     # what is called after it
     run_hooks = list(journal.hooks)
@@ -143,7 +138,6 @@ def train_job(
 
     try:
         with (
-            step_threads,
             journal.saver,
             _prefetched(run, source, flow, job.device) as (batch_at, draws_at),
             _progress(job, main_bar) as show_progress,
@@ -151,19 +145,12 @@ def train_job(
             show_progress(_first_text(run.train, state))
             job.meter.begin(state.step)
             all_hooks = [
-                loop.Every(1, lambda state, record: step_threads.end()),
                 loop.Every(1, lambda state, record: show_progress(_note_step(job, record))),
                 *run_hooks,
                 *hooks,
-                loop.Every(1, lambda state, record: step_threads.begin()),
             ]
 
-            # 5. choose the number of threads
-            if not state.is_over(run.train):
-                step_threads.choose(_trial_step(run.train, state, flow_for, source))
-            step_threads.begin()
-
-            # 6. train
+            # 5. train
             read_clock = countdown.read if countdown else None
             loop.train(state, flow, batch_at, run.train, all_hooks, journal.is_save_due, draws_at, read_clock)
     except Diverged as error:
@@ -196,6 +183,8 @@ def _lines_before(job: Job) -> list[str]:
     if empty_classes:
         lines.append(empty_classes)
     lines.append(f"objective: {method(run.objective)}")
+    if job.threads is not None and job.threads < cores():
+        lines.append(f"threads: {job.threads} of {cores()} cores; OMP_NUM_THREADS=N sets another number")
     if is_dualized(state.net) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
     if state.is_over(run.train):
@@ -214,22 +203,7 @@ def _training_source(job: Job, bar: Bar) -> "DataSource | TeacherPairs":
     """What training reads: the data, or a teacher's pairs, which are made if they are missing."""
     if job.teacher is None:
         return job.data
-    with threads.fewer_when_busy(job.device, job.tell):
-        return job.teacher.training_source(job.data, job.run, job.index.folder, job.device, bar)
-
-
-def _step_threads_of(job: Job) -> StepThreads:
-    """The `StepThreads` of a job, which choose the number of threads for its steps.
-
-    A resumed run keeps the checkpoint's number if this machine has as many cores. With compile there is no choice:
-    compiled code is for one number.
-    """
-    fixed = job.run.train.compile != "none"
-    if job.resumed_from is None:
-        return StepThreads(job.device, job.tell, fixed=fixed)
-    manifest = job.resumed_from.manifest
-    recorded = manifest.threads if manifest.cores == threads.cores() else None
-    return StepThreads(job.device, job.tell, fixed=fixed, recorded=recorded, step=manifest.step)
+    return job.teacher.training_source(job.data, job.run, job.index.folder, job.device, bar)
 
 
 def _countdown_of(job: Job, timing: Timing) -> Countdown:
@@ -244,9 +218,7 @@ def _countdown_of(job: Job, timing: Timing) -> Countdown:
     return Countdown(timing, job.began, stopwatch.wall_clock, work_after)
 
 
-def _journal_of(
-    job: Job, source: "DataSource | TeacherPairs", countdown: Countdown | None, step_threads: StepThreads
-) -> Journal:
+def _journal_of(job: Job, source: "DataSource | TeacherPairs", countdown: Countdown | None) -> Journal:
     """The journal of a job. `countdown` is its clock, if it ends by it."""
     return Journal(
         run=job.run,
@@ -260,7 +232,7 @@ def _journal_of(
         countdown=countdown,
         best_folder=job.best_folder,
         validation=job.validation,
-        threads=step_threads,
+        threads=job.threads,
     )
 
 
@@ -346,25 +318,6 @@ def _note_step(job: Job, record: Record) -> str:
     """Measure a step, which may add a row to speed.jsonl. Returns what the bar says after it."""
     text = job.meter.note(record)
     return f"step {record.step:,}, {text}" if job.state.timing else text
-
-
-def _trial_step(
-    train: Train, state: State, flow_for: Callable[[State], Flow], source: "DataSource | TeacherPairs"
-) -> Callable[[], object]:
-    """A function that makes the next step of a training on a copy of its state; its first call makes the copy."""
-
-    @cache
-    def copied() -> tuple[State, Flow]:
-        trial = begin_state(frozen.copy_net(state.net), train)
-        trial.step = state.step
-        return trial, flow_for(trial)
-
-    def try_step() -> None:
-        trial, flow = copied()
-        batch = source.batch(state.step, train.batch, train.seed, span(passes_of_rank(train, flow.objective)))
-        train_step(trial, flow, batch, train)
-
-    return try_step
 
 
 def _resume_hint_of(job: Job) -> str:

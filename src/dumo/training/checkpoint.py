@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from dumo.io import digest, weights
 from dumo.io import file as files
 from dumo.io.guard import require_in_place
-from dumo.runtime import dist, threads
+from dumo.runtime import dist
 from dumo.runtime.device import software_versions
 from dumo.training import agreement, frozen, layout, manifest
 from dumo.training.manifest import Checkpoint, Checkpoints, Manifest, paths_by_step
@@ -59,7 +59,7 @@ class CheckpointNotes:
     run: str = ""
     data: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the same on all ranks
     log: manifest.FileEntry | None = None  # of the main rank
-    threads: int | None = None  # of the next step on a CPU
+    threads: int | None = None  # of torch on a CPU
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,6 @@ def copy(state: State, notes: CheckpointNotes, memory: HostMemory) -> Checkpoint
         frozen=state.frozen,
         timing=state.timing,
         threads=notes.threads,
-        cores=None if notes.threads is None else threads.cores(),
         log=notes.log,
         files={},
     )

@@ -75,22 +75,15 @@ class Manifest(BaseModel):
     ranks: int = 1  # that wrote it
     versions: dict[str, str] = {}
     frozen: str | None = None  # the digest of the frozen weights, which no file holds; None: there are none
-    threads: int | None = None  # of the next step on a CPU; None: of a GPU, not chosen yet, or from before it was kept
-    cores: int | None = None  # that these threads were chosen on
+    threads: int | None = None  # of torch on a CPU, which decide how sums round; None on a GPU
     timing: Timing | None = Field(default=None, exclude_if=lambda timing: timing is None)  # None: it ends by its steps
     log: FileEntry | None = None  # the rows of the run's log up to this step, from its beginning
     files: dict[str, FileEntry]  # all but this one, by path inside the checkpoint
     sum: str | None = None  # of all other fields; None: of a checkpoint from before it was kept
 
     def checksum(self) -> str:
-        """The value that `sum` must have: a digest of all other fields.
-
-        Fields that older checkpoints lack are left out where they are empty, so the sums of these stay valid.
-        """
-        excluded = {"sum"}
-        if self.threads is None:
-            excluded |= {"threads", "cores"}
-        return digest.short(self.model_dump_json(exclude=excluded))
+        """The value that `sum` must have: a digest of all other fields."""
+        return digest.short(self.model_dump_json(exclude={"sum"}))
 
 
 def file_entries(folder: Path, files: Iterable[Path]) -> dict[str, FileEntry]:
