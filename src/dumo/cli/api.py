@@ -50,7 +50,6 @@ from dumo.run.request import note_end
 from dumo.run.train import train_job
 from dumo.run.weights import RunFolder, open_run
 from dumo.runtime import dist, threads
-from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.progress import Bar, bar, line_printer, no_bar, print_line
 from dumo.training import agreement
 from dumo.training.loop import Every
@@ -292,12 +291,9 @@ class TrainedRun:
         write.require_vacant(place)
         if push is not None:
             hub.require_uploadable(push, parts)
-        with low_memory_heap():
-            opened = open_run(
-                self.opened.source, self.opened.overrides, weights=self.opened.given_weights, device="cpu"
-            )
-            passes = [operator.index(n) for n in _as_several(nfe)]
-            write.export(opened, place, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
+        opened = open_run(self.opened.source, self.opened.overrides, weights=self.opened.given_weights, device="cpu")
+        passes = [operator.index(n) for n in _as_several(nfe)]
+        write.export(opened, place, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
         if push is not None:
             hub.push(place, push)
         return place

@@ -75,7 +75,6 @@ def export(
     from dumo.export import hub, write
     from dumo.run.weights import open_run
     from dumo.runtime import dist, signals
-    from dumo.runtime.heap import low_memory_heap
 
     # Check what needs no run.
     dist.require_one_process("dumo export")
@@ -87,11 +86,10 @@ def export(
 
     # Open the run, and write it.
     passes = parse_integers(nfe, "--nfe") or ()
-    with low_memory_heap():
-        opened = open_run(run_folder, set_ or [], weights=weights, device="cpu")
-        exported = write.export(
-            opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
-        )
+    opened = open_run(run_folder, set_ or [], weights=weights, device="cpu")
+    exported = write.export(
+        opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
+    )
     out.print(str(exported), soft_wrap=True)
 
     # Upload it.

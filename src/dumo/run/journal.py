@@ -31,7 +31,6 @@ from dumo.run.weights import build
 from dumo.runtime import dist, signals
 from dumo.runtime.device import total_memory
 from dumo.runtime.door import train_call
-from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.text import bytes_text
 from dumo.training import agreement, checkpoint, layout, log, loop
 from dumo.training.deadline import FIRST_SAVE_SHARE, JUDGE, SAVE, SECONDS_PER_MINUTE, Countdown
@@ -250,13 +249,12 @@ class Journal:
                 f"of memory, and {self.device} has {bytes_text(device_bytes)}"
             )
             return
-        with low_memory_heap():
-            net = layout.gather_net(state.net, partial(build, self.run))
-            examination.examine_weights(self.run, net, self.device).require()
-            self.is_examined = True
-            # The hooks of the copy in float64 are in reference cycles, which hold the network.
-            del net
-            gc.collect()
+        net = layout.gather_net(state.net, partial(build, self.run))
+        examination.examine_weights(self.run, net, self.device).require()
+        self.is_examined = True
+        # The hooks of the copy in float64 are in reference cycles, which hold the network.
+        del net
+        gc.collect()
 
 
 def _row_text(row: dict[str, Any]) -> str:

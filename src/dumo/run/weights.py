@@ -36,7 +36,6 @@ from dumo.run.provenance import require_own_checkpoint, require_own_weights
 from dumo.runtime import dist
 from dumo.runtime.device import choose_device
 from dumo.runtime.door import option, settings, train_call
-from dumo.runtime.heap import low_memory_heap
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.manifest import Checkpoint, Checkpoints, FileEntry
 from dumo.training.spec import Train
@@ -390,7 +389,6 @@ def _load_few_step_run(run: Run, net: nn.Module, deferred_weights: Deferred) -> 
         frozen.require(frozen_digest, source.checkpoint.manifest.frozen, source.folder)
 
 
-@low_memory_heap()
 def begin_or_resume(
     run: Run, checkpoints: Checkpoints, device: torch.device, chosen: Checkpoint | None, *, or_before: bool
 ) -> tuple[State, Checkpoint | None]:
