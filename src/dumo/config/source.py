@@ -237,12 +237,10 @@ def read(source: str | Path) -> RunText:
     path = source if isinstance(source, Path) else user_path(source, "the source")
     file = find_run_file(path)
     if file is not None:
-        from dumo.io.hub import SUFFIX
+        from dumo.io.hub import SUFFIX, one_file_hint
 
         if file.suffix == SUFFIX:
-            from dumo.encoders.singlefile import unpack_hint  # slow to import
-
-            raise UserError(f"{unpack_hint(file)}, and give it to a recipe: {_pipeline_fix('DIR')}")
+            raise UserError(f"{one_file_hint(file)}, and give it to a recipe: {_pipeline_fix('DIR')}")
         return read_file(file)
     if path.is_dir():
         raise UserError(f"{source} is a folder without a {RUN_FILE}: {_SOURCE_FIX}")

@@ -10,9 +10,9 @@ its numbers, the text encoders, the scheduler. The order of events:
    encoders and tokenizers, `text_parts` are the names and `text_files` the files; `absent_parts` are those that the
    pipeline goes without.
 
-What is no folder is refused with the command that makes one: of a name on the Hugging Face hub (`dumo.io.hub`), or of
-one file (`dumo.encoders.singlefile`). Some models are known by name without their weights (`is_published`): dumo has
-their configs, in `published`.
+A name on the Hugging Face hub is refused with the command that downloads it (`dumo.io.hub`), and a model in one file
+with the way to unpack it (`one_file_hint`). Some models are known by name without their weights (`is_published`): dumo
+has their configs, in `published`.
 """
 
 import json
@@ -29,7 +29,7 @@ from yaml import YAMLError
 from dumo.encoders import part as parts
 from dumo.encoders.part import PartWeights
 from dumo.io import digest, hub
-from dumo.io.hub import INDEX, PUBLISHED, SCHEDULER, SMALL, TRANSFORMER, UNET, VAE, published_config
+from dumo.io.hub import INDEX, PUBLISHED, SCHEDULER, SMALL, TRANSFORMER, UNET, VAE, one_file_hint, published_config
 from dumo.io.read import read_settings, read_text, user_path
 from dumo.io.yaml import parse_yaml
 from dumo.runtime import shell_path
@@ -94,9 +94,7 @@ class Pipeline(Spec):
             )
         path = user_path(self.source, FIELD)
         if path.suffix == parts.SUFFIX and path.is_file():
-            from dumo.encoders.singlefile import unpack_hint
-
-            raise UserError(f"{FIELD}: {unpack_hint(path)}, and set {FIELD}=DIR")
+            raise UserError(f"{FIELD}: {one_file_hint(path)}, and set {FIELD}=DIR")
         if not path.is_dir():
             fetch = hub.fetch_hint(self.source)
             if fetch:
@@ -164,26 +162,14 @@ class Pipeline(Spec):
         return UNET if class_name.startswith("UNet") else TRANSFORMER
 
     def download_command(self, part: str = "") -> str:
-        """Return the command that downloads what dumo reads of the whole pipeline, or of one part of it.
-
-        A part other than the model may be that of a published pipeline whose model has this one's config. The text then
-        says so at its end.
-        """
+        """Return the command that downloads what dumo reads of the whole pipeline, or of one part of it."""
         folder = "DIR" if self.is_published else shell_path(self.folder)
         repository = self.repository or "REPOSITORY"
         if not part:
             return hub.pipeline_command(repository, folder, third_encoder="text_encoder_3" not in self.without)
-        parts_on_hub = [part]
-        note = ""
-        if part == TRANSFORMER:
-            parts_on_hub = hub.model_parts(repository)
-        elif not self.repository:
-            lookalike = self._find_lookalike()
-            if lookalike:
-                repository = lookalike
-                note = " (if the model was made from that one, whose config it has)"
+        parts_on_hub = hub.model_parts(repository) if part == TRANSFORMER else [part]
         other_files = [] if self.index else [INDEX]
-        return hub.download_command(repository, parts_on_hub, other_files, folder) + note
+        return hub.download_command(repository, parts_on_hub, other_files, folder)
 
     @property
     def repository(self) -> str:
@@ -194,21 +180,6 @@ class Pipeline(Spec):
         """
         noted_name = str(self.index.get("_name_or_path", ""))
         return noted_name if hub.is_hub_name(noted_name) else ""
-
-    def _find_lookalike(self) -> str:
-        """Return the repository of a published pipeline whose model has this config, as far as dumo knows it, or ""."""
-        folder = self._find_part(TRANSFORMER)
-        if folder is None:
-            return ""
-        config = read_settings(folder / CONFIG, HINT)
-        for name in PUBLISHED:
-            known_index = published_config(name)
-            # the config alone does not tell: Kontext's is FLUX.1-dev's
-            has_known_class = self.class_name in ("", known_index["_class_name"])
-            known_config = known_index[TRANSFORMER]
-            if has_known_class and all(config.get(key, value) == value for key, value in known_config.items()):
-                return str(known_index["_name_or_path"])
-        return ""
 
     # --- what a run notes when it begins ---
 

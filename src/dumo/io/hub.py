@@ -66,6 +66,14 @@ def fetch_hint(name: str) -> str:
     )
 
 
+def one_file_hint(file: Path) -> str:
+    """What to do with a model in one safetensors file, as ComfyUI and others share them."""
+    return (
+        f"{file} is one file, without the configs and tokenizers of a pipeline: make a folder DIR of it by "
+        "PIPELINE_OR_MODEL.from_single_file(FILE).save_pretrained(DIR) of diffusers"
+    )
+
+
 def text_encoder_hint(name: str) -> str:
     """What a name on the hub is, and the command that fetches a text encoder and its tokenizer; "": it is no such name.
 

@@ -9,7 +9,7 @@ from dumo.config.load import dump, load
 from dumo.config.spec import with_pipeline
 from dumo.encoders import PipelineVae
 from dumo.encoders.pipeline import Pipeline
-from dumo.io.hub import PUBLISHED, TRANSFORMER, VAE, published_config
+from dumo.io.hub import TRANSFORMER, VAE, published_config
 from dumo.nets import Pretrained
 from dumo.nets.rows import Codes
 from dumo.run.resolve import with_hashes
@@ -76,27 +76,13 @@ def test_a_unet_is_a_model(tmp_path: Path) -> None:
     assert (pipeline.part_folder(TRANSFORMER), pipeline.model_part) == (tmp_path / "unet", "unet")
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_config_names_no_model_but_where_other_parts_may_be(name: str, tmp_path: Path) -> None:
-    """Models that were tuned from one have its config. Published folders say more than dumo knows, or less."""
-    config = published_config(name)[TRANSFORMER] | {"_diffusers_version": "0.0", "another": 1}
-    del config["in_channels"]
+def test_other_parts_come_from_the_repository_that_the_index_notes(tmp_path: Path) -> None:
     (tmp_path / TRANSFORMER).mkdir()
-    (tmp_path / TRANSFORMER / "config.json").write_text(json.dumps(config))
+    (tmp_path / TRANSFORMER / "config.json").write_text(json.dumps(published_config("flux-dev")[TRANSFORMER]))
     pipeline = Pipeline(source=str(tmp_path))
-    repository = published_config(name)["_name_or_path"]
-    assert pipeline.repository == ""
     assert pipeline.download_command(TRANSFORMER).startswith("hf download REPOSITORY ")
-    hint = pipeline.download_command(VAE)
-    assert hint.startswith(f"hf download {repository} --include model_index.json --include 'vae/*.json' ")
-    assert hint.endswith(f"--local-dir {tmp_path} (if the model was made from that one, whose config it has)")
-
-    index = tmp_path / "model_index.json"
-    index.write_text(json.dumps({"_class_name": published_config(name)["_class_name"]}))
-    assert pipeline.download_command(VAE) == hint.replace("--include model_index.json ", "")
-    index.write_text('{"_class_name": "AnotherPipeline"}')  # Kontext has the config of FLUX.1-dev
-    assert pipeline.download_command(VAE).startswith("hf download REPOSITORY ")
-    index.write_text('{"_name_or_path": "owner/model"}')
+    assert pipeline.download_command(VAE).startswith("hf download REPOSITORY --include model_index.json ")
+    (tmp_path / "model_index.json").write_text('{"_name_or_path": "owner/model"}')
     assert pipeline.repository == "owner/model"
     assert pipeline.download_command(VAE).startswith("hf download owner/model ")
 
