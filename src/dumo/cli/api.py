@@ -49,8 +49,8 @@ from dumo.run.prompt import conditions_of_prompts
 from dumo.run.request import note_end
 from dumo.run.train import train_job
 from dumo.run.weights import RunFolder, open_run
-from dumo.runtime import dist, threads
-from dumo.runtime.progress import Bar, bar, line_printer, no_bar, print_line
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, bar, no_bar, print_line
 from dumo.training import agreement
 from dumo.training.loop import Every
 from dumo.types import Reads, Sample, Spec
@@ -169,16 +169,15 @@ class TrainedRun:
             shape=sampler.shape,
         )
         guide = None if guidance is None else guide_of(sampler, self.spec.training_guidance, guidance)
-        with threads.fewer_when_busy(self.device, line_printer(bar)):
-            x = sampler.sample(
-                c,
-                nfe=operator.index(self.spec.sample.nfe[0] if nfe is None else nfe),
-                seed=None if seed is None else operator.index(seed),
-                solver=chosen_solver(self.spec.sample, solver),
-                guide=guide,
-                z=None if noise is None else noise.float().cpu(),
-                bar=bar,
-            ).x
+        x = sampler.sample(
+            c,
+            nfe=operator.index(self.spec.sample.nfe[0] if nfe is None else nfe),
+            seed=None if seed is None else operator.index(seed),
+            solver=chosen_solver(self.spec.sample, solver),
+            guide=guide,
+            z=None if noise is None else noise.float().cpu(),
+            bar=bar,
+        ).x
         if self.makes_images:
             x = x.clamp(-1, 1)
         if output == "pil":

@@ -41,9 +41,9 @@ from dumo.report.sample import chosen_solver
 from dumo.run.judge import evaluator_of, sample_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, require_trained_images
-from dumo.runtime import dist, threads
+from dumo.runtime import dist
 from dumo.runtime.device import software_versions
-from dumo.runtime.progress import Bar, line_printer, no_bar
+from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
 
 # Paths are no part of a file's name: the card has the hashes of their files.
@@ -77,25 +77,24 @@ def evaluate(
     protocol = run.evaluate.protocol
     if protocol.reads_data:
         require_trained_images(opened)
-    with threads.fewer_when_busy(opened.device, line_printer(bar)):
-        # Open the reference and whatever computes the scores.
-        evaluator = evaluator_of(sampler, run.evaluate, bar, _stored_reference(opened))
-        if metrics:
-            dist.require_one_process("a metric of your own")
-            if isinstance(evaluator, LikelihoodEvaluator):
-                raise UserError(f"protocol {protocol.kind} makes no samples, so it takes no metrics of your own")
-            evaluator = OwnMetricsEvaluator(evaluator, metrics)
+    # Open the reference and whatever computes the scores.
+    evaluator = evaluator_of(sampler, run.evaluate, bar, _stored_reference(opened))
+    if metrics:
+        dist.require_one_process("a metric of your own")
+        if isinstance(evaluator, LikelihoodEvaluator):
+            raise UserError(f"protocol {protocol.kind} makes no samples, so it takes no metrics of your own")
+        evaluator = OwnMetricsEvaluator(evaluator, metrics)
 
-        # Sample and score.
-        c = sample_conditions(run.data, run.evaluate)
-        settings = judging_settings(sampler, run.evaluate)
+    # Sample and score.
+    c = sample_conditions(run.data, run.evaluate)
+    settings = judging_settings(sampler, run.evaluate)
 
-        def score_all(solver: Solver, passes: Sequence[int]) -> list[Row]:
-            return [score_passes(sampler, evaluator, solver, n, c, run.evaluate.seed, bar) for n in passes]
+    def score_all(solver: Solver, passes: Sequence[int]) -> list[Row]:
+        return [score_passes(sampler, evaluator, solver, n, c, run.evaluate.seed, bar) for n in passes]
 
-        results = score_all(run.sample.solver, settings["nfe"])
-        contrast = score_all(contrast_solver(protocol), settings["contrast"])
-        baselines = evaluator.baselines()
+    results = score_all(run.sample.solver, settings["nfe"])
+    contrast = score_all(contrast_solver(protocol), settings["contrast"])
+    baselines = evaluator.baselines()
 
     # Write the report.
     path = report_path(opened)

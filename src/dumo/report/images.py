@@ -42,10 +42,10 @@ from dumo.io.read import first_few, user_path, write_json
 from dumo.io.source import Data
 from dumo.report.card import Card
 from dumo.run.judge import bar_while_reading
-from dumo.runtime import dist, signals, threads
+from dumo.runtime import dist, signals
 from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.limits import GIGABYTE
-from dumo.runtime.progress import Bar, Tick, line_printer, no_bar
+from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.runtime.random import stream
 from dumo.types import Spec, UserError
 
@@ -217,15 +217,14 @@ def judge(
 
     # Score them.
     torch_device = choose_device(device)
-    with threads.fewer_when_busy(torch_device, line_printer(bar)):
-        with bar_while_reading(bar) as reading_tick:
-            c = labels.c[image_set.chosen_rows(total)] if labels else None
-            num_classes = labels.count if labels else 0
-            context = Context(reference.open, num_classes, device=torch_device, tick=reading_tick, c=c)
-            evaluator = protocol.evaluator(context)
-        with bar("judging", total) as tick:
-            batches = with_progress(image_set.batches(total, channels), total, _update_bar(tick))
-            scores = evaluator.score(batches)
+    with bar_while_reading(bar) as reading_tick:
+        c = labels.c[image_set.chosen_rows(total)] if labels else None
+        num_classes = labels.count if labels else 0
+        context = Context(reference.open, num_classes, device=torch_device, tick=reading_tick, c=c)
+        evaluator = protocol.evaluator(context)
+    with bar("judging", total) as tick:
+        batches = with_progress(image_set.batches(total, channels), total, _update_bar(tick))
+        scores = evaluator.score(batches)
 
     # Write the report.
     if labels:
@@ -264,13 +263,8 @@ def judge(
 
 
 def _update_bar(tick: Tick) -> ImageTick:
-    """What to call after each batch: it adapts the number of threads to the machine's load, and moves the bar."""
-
-    def update(done: int, total: int) -> None:
-        threads.check()
-        tick(done, "")
-
-    return update
+    """What to call after each batch to move the bar."""
+    return lambda done, total: tick(done, "")
 
 
 def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: Path, against: str | None) -> MetricProtocol:

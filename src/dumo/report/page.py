@@ -36,10 +36,10 @@ from dumo.run.judge import missing_to_judge
 from dumo.run.prompt import conditions_of_prompts, edits_images, names_of_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, require_trained_images
-from dumo.runtime import shell_path, threads
+from dumo.runtime import shell_path
 from dumo.runtime.device import software_versions
 from dumo.runtime.door import option
-from dumo.runtime.progress import Bar, line_printer, no_bar
+from dumo.runtime.progress import Bar, no_bar
 from dumo.training import log
 from dumo.types import Sample, UserError
 
@@ -113,9 +113,8 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     data = _read_data(opened)
 
     # Sample.
-    with threads.fewer_when_busy(sampler.device, line_printer(bar)):
-        prompt_sheet = _prompt_sheet(sampler, prompts, bar)
-        samples, trajectories = make_samples(sampler, bar)
+    prompt_sheet = _prompt_sheet(sampler, prompts, bar)
+    samples, trajectories = make_samples(sampler, bar)
 
     # Draw the samples, and compare them with the data.
     def draw(samples_by_nfe: Mapping[int, Sample]) -> Pictures:

@@ -32,8 +32,8 @@ from dumo.report.name import changed_parts, name_part, sampling_fields
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder
-from dumo.runtime import dist, threads
-from dumo.runtime.progress import Bar, line_printer, no_bar
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
 
 DEFAULT_COUNT = 100
@@ -171,15 +171,14 @@ def sample_to_files(
         name_parts.append(name_part("count", count))
 
     written: list[Path] = []
-    with threads.fewer_when_busy(sampler.device, line_printer(bar)):
-        for passes in sampler.spec.nfe:
-            rows = sampler.file_rows(c, nfe=passes, bar=bar)
-            if dist.is_main():
-                stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{passes}", *name_parts])
-                condition_names = names_of_conditions(sampler, c)
-                written.append(write_samples(rows, c, stem, form, sampler.data, sampler.spec.seed, condition_names))
-            # Free them before the next ones are made.
-            del rows
+    for passes in sampler.spec.nfe:
+        rows = sampler.file_rows(c, nfe=passes, bar=bar)
+        if dist.is_main():
+            stem = folder / "-".join([sampler.spec.solver.kind, f"nfe{passes}", *name_parts])
+            condition_names = names_of_conditions(sampler, c)
+            written.append(write_samples(rows, c, stem, form, sampler.data, sampler.spec.seed, condition_names))
+        # Free them before the next ones are made.
+        del rows
     return written
 
 

@@ -15,7 +15,6 @@ from dumo.data.cache import CAPTIONS as FILE
 from dumo.data.latents import LatentSource, OriginThread
 from dumo.run import encode
 from dumo.run.summary import empty_classes_line
-from dumo.runtime import threads
 from dumo.types import UserError
 from unit.data.animals import COUNT, SIDE, archive, as_folder, picture
 from unit.data.test_annotation import FILES, TEXTS, TOLD, as_lines
@@ -50,21 +49,6 @@ def cached(latents: Maker, images: Path, tmp_path_factory: pytest.TempPathFactor
     data = latents(images, tmp_path_factory.mktemp("cache") / "here", flip=True)
     encode.encode(data, shard_rows=5, dtype="float32")
     return data
-
-
-def test_encoding_looks_at_the_machine_between_its_batches(
-    latents: Maker, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that gets busy meanwhile is worked on with fewer threads."""
-    asked: list[int] = []
-    monkeypatch.setattr(threads, "may_choose", lambda device: True)
-    monkeypatch.setattr(threads, "_answer", None)
-    monkeypatch.setattr(threads, "RECHECK_SECONDS", 0.0)
-    monkeypatch.setattr(threads, "max_threads_without_waiting", lambda most: asked.append(most) or 1)
-    made = encode.encode(latents(images, tmp_path), batch=2)
-    index = made.read_index()
-    assert index is not None
-    assert len(asked) > index.rows / 2
 
 
 @pytest.mark.parametrize("form", ["folder", "tar"])
