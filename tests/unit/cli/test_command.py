@@ -9,8 +9,7 @@ import pytest
 import typer
 
 from dumo import cli
-from dumo.cli import export, lab, preflight, sample, terminal, train
-from dumo.config import recipes
+from dumo.cli import export, lab, sample, terminal, train
 from dumo.export import write
 from dumo.lab import plan
 from dumo.report import benchmark, images, tracker
@@ -74,11 +73,10 @@ def test_a_wrong_word_is_answered_with_the_nearest(words: str, meant: str) -> No
     assert meant in done.err.splitlines()[-2]
 
 
-def test_brackets_of_a_text_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_brackets_of_a_text_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """They are no markup: [bold] neither vanishes nor styles the text behind it."""
-    monkeypatch.setattr(recipes, "about", lambda name: "of [bold] x [0, 1] :cat:")
-    preflight.recipes()
+    terminal.show_lines([("[bold] x", "[0, 1] :cat:")])
     terminal.show_table("[b]", [{"[red] a": "[blue] b"}])
     printed = capsys.readouterr().out
-    for text in ("of [bold] x [0, 1] :cat:", "[b]", "[red] a", "[blue] b"):
+    for text in ("[bold] x", "[0, 1] :cat:", "[b]", "[red] a", "[blue] b"):
         assert text in printed
