@@ -450,21 +450,6 @@ def kills_table(results: Results) -> Table:
     return table
 
 
-def memory_table(results: Results) -> Table:
-    """Host memory by mode and ranks, in GB: measured, and counted."""
-    phases = ["start", "first step", "save", "step", "resume", "export"]
-    table = Table(["trained", "ranks", *phases])
-    for mode, rows_of_mode in results.items():
-        for ranks, row in rows_of_mode["ranks"].items():
-            cells: list[str] = []
-            for phase in phases:
-                measured = row[phase]["measured"] / 1e9
-                counted = row[phase]["dry"] / 1e9
-                cells.append(f"{measured:.2f}/{counted:.2f}")
-            table.add(mode, ranks, *cells)
-    return table
-
-
 def trained_table(_: Results) -> Table:
     """The models that come with dumo, each with a perfect sampler: `TRAINED_SCORES` by number of passes."""
     table = Table(["model", "NFE", *(f"`{name}`" for name in TRAINED_SCORES), "`recall`", "`accuracy`"])
@@ -503,7 +488,6 @@ TABLES = {  # by the table's name: the file of its results, and what makes a tab
     "stages-latents": ("stages-latents", ranked_table),
     "lowpass": ("lowpass", ranked_table),
     "kills": ("kill", kills_table),
-    "memory": ("memory", memory_table),
 }
 
 

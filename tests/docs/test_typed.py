@@ -14,7 +14,6 @@ from docs.page import PAGES, ROOT, blocks, lines, unrolled
 from docs.test_tutorial import photos
 from docs.turn import tier
 from dumo.encoders.pipeline import Pipeline
-from dumo.plan import machine
 from e2e.shell import call, sets
 from pipelines import SIDE, save
 
@@ -31,7 +30,7 @@ MORE = {  # by recipe
     "digits-cmt": sets("teacher.pairs.count=32"),
     "photos": ["--yes", *sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4")],
 }
-PLANNED = {  # what `dumo dry` is given: published models take it minutes
+COUNTED = {  # what `dumo show --cost` is given: published models take it minutes
     **{f"{one}-lora": [f"pipeline.source=$PWD/{one}", f"data.images.side={SIDE}"] for one in ("sd3", "sdxl", "flux")},
     **{name: ["net.depth=3"] for name in ("imagenet256-xl2", "imagenet256-xl2-dual")},
 }
@@ -44,8 +43,8 @@ def typed(page: str, small: list[str], **instead: str) -> None:
         if program == "export":
             os.environ |= {name: value for name, _, value in (word.partition("=") for word in words)}
         elif program == "dumo":
-            more = [*small, *MORE.get(words[1], ())] if words[0] in ("train", "encode", "doctor") else []
-            more += sets(*map(os.path.expandvars, PLANNED.get(words[1], ()))) if words[0] == "dry" else []
+            more = [*small, *MORE.get(words[1], ())] if words[0] in ("train", "encode") or "--check" in words else []
+            more += sets(*map(os.path.expandvars, COUNTED.get(words[1], ()))) if "--cost" in words else []
             if words[0] == "train" and "--out" not in words and Path("runs", words[1]).exists():
                 more += ["--out", f"runs/{len(list(Path('runs').iterdir()))}"]  # an alternative to one before
             done = call(*(instead.get(word, word) for word in words), *more)
@@ -67,8 +66,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("PRETRAINED", "MY_IMAGES", "PWD"):
         monkeypatch.setenv(name, str(tmp_path))
-    # the real one is slow
-    monkeypatch.setattr(machine, "compiler_finding", lambda here: machine.Finding("torch.compile", "ok", "works"))
     captioned(tmp_path / "photos")
     return tmp_path
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from dumo.plan import machine
 from e2e.shell import TINY
 from tiny import TinyRuns
 
@@ -16,12 +15,6 @@ def trained(tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> di
     """A run's folder for each of `RECIPES`: to be read, not written to."""
     folder, fields = tmp_path_factory.mktemp("trained"), (*TINY[1::2], "train.log_every=5", "train.save_every=10")
     return {name: tiny_runs.copy(folder / name, name, *fields) for name in RECIPES}
-
-
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`dumo doctor` does not try torch.compile, which takes half a minute: one test of it does."""
-    monkeypatch.setattr(machine, "compiler_finding", lambda here: machine.Finding("torch.compile", "ok", "works"))
 
 
 @pytest.fixture

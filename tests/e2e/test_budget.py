@@ -96,11 +96,6 @@ def test_what_will_be_is_stated(tabled: Case) -> None:
     assert "3 captions may take" in done.err
     assert "more than net.texts.budget = 0 GB: texts are encoded in training" in done.err
     assert not (tabled.folder / "none").exists()
-    live, there = (call("dry", *words(tabled, *more), "--json").json for more in ((), ("net.texts.budget=1",)))
-    assert (live["texts"]["live"], there["texts"]["live"]) == (True, False)
-    assert live["texts"]["encoders"] == live["memory"]["encoders"] > 0
-    parts = [size for name, size in live["memory"].items() if name not in ("rows", "total")]
-    assert (sum(parts), "encoders" in there["memory"]) == (live["memory"]["total"], False)
-    alone = call("dry", *words(tabled), "--ranks", 2, "--json").json["cluster"]["memory"]
-    assert alone["encoders"] == live["memory"]["encoders"]
-    assert "encoders of 0.0 GB run in training" in " ".join(call("dry", *words(tabled)).out.split())
+    live, there = (call("show", *words(tabled, *more), "--cost", "--json") for more in ((), ("net.texts.budget=1",)))
+    (alone, *_) = must(live).json["cost"]["memory"]
+    assert alone["texts"] > must(there).json["cost"]["memory"][0]["texts"] == 0

@@ -29,7 +29,7 @@ def captioned(photos: Path, change: str, encoding: str = "utf-8") -> None:
 
 COMMANDS = [
     ("train", "photos", "--yes"),
-    *((verb, "text-256", *RECIPE) for verb in ("show", "dry", "encode", "train")),
+    *((verb, "text-256", *RECIPE) for verb in ("show", "encode", "train")),
 ]
 
 

@@ -48,14 +48,13 @@ def test_the_card_of_a_base_in_half_precision_makes_dumos_images(
 
 
 @pytest.mark.nightly
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("stored", [stored for stored in STORED if stored != "float32"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_base_in_half_precision_is_examined_and_sampled(
     name: str, stored: str, tiny_runs: TinyRuns, tmp_path: Path
 ) -> None:
     case = tiny_runs.case(tmp_path, name, *LORA, stored=stored)
-    must(call("doctor", case.run))
+    must(call("show", case.run, "--check"))
     edited = ["--source", case.image] if case.image else []
     must(call("sample", case.run, "--prompt", PROMPT, *edited, "--nfe", "1"))
 

@@ -103,9 +103,9 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
         "data.images.captions.source=before": ("no row with 'before' in metadata.csv", "outside data.images.root"),
     }.items():
         refused("encode", "sd3-lora", *sets(*words, field), named=named)
-    refused("dry", "sd3-lora", *sets(*ALONE), named=("objective.drop leaves", "or captions.source=null"))
+    refused("show", "sd3-lora", *sets(*ALONE), named=("objective.drop leaves", "or captions.source=null"))
     refused(
-        "dry",
+        "show",
         "sd3-lora",
         *sets(*EDITED, "objective.guide={omega: 1, zeta: 0}"),
         named=("is a column of images to edit", "leave it out"),

@@ -46,7 +46,7 @@ def test_a_knob_may_be_called_as_a_direction_is(slope: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["digits-three-heads", "digits-three-heads-shortcut"])
-def test_the_bench_and_the_doctor_serve_heads_with_inputs_of_their_own(name: str) -> None:
+def test_the_bench_and_the_examination_serve_heads_with_inputs_of_their_own(name: str) -> None:
     run = load(name, ["net.width=16", "net.depth=2", "train.batch=16"])
     c, x = torch.arange(16) % 10, torch.randn(16, *run.data.shape, generator=torch.Generator().manual_seed(0))
     net = randomise(build(run))

@@ -51,7 +51,7 @@ def test_sd3_goes_without_t5(how: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert "has no text_encoder_3: hf download" in done.err
         assert "--set 'pipeline.without=[text_encoder_3]'" in done.err
     must(call("encode", "sd3-lora", *case.options(*fields)))
-    must(call("doctor", "sd3-lora", *case.options(*fields)))
+    must(call("show", "sd3-lora", "--check", *case.options(*fields)))
     case.train(*fields)
     must(call("sample", case.run, "--prompt", "a dog", "--nfe", "1"))
     whole = case.export("whole")

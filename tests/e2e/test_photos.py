@@ -174,7 +174,7 @@ def test_a_run_that_needs_inception_does_not_hint_at_judging(photos: Path) -> No
     done, told = said("train", "my-images", *PIXELS[: PIXELS.index("evaluate.protocol.samples=40") - 1], *fields)
     assert done.code == 0
     assert "dumo evaluate runs" not in told
-    assert "dumo data inception" in told
+    assert "docs/data.md" in told
 
 
 @pytest.mark.nightly

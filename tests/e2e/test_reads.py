@@ -30,7 +30,7 @@ COMMANDS = {  # typed in a folder that holds `run`, and which of WATCHED are rea
     "train run --set train.steps=21": WEIGHTS,
     "train run --out other --set train.steps=1": SETTINGS,
     "show run": SETTINGS,
-    "dry run": SETTINGS,
+    "show run --cost": SETTINGS,
 }
 reads: Counter[Path] = Counter()  # of the files WATCHED
 places: list[Path] = []  # folders in which reads count

@@ -84,7 +84,7 @@ def digits_here(what: str, trained: dict[str, Path]) -> None:
         Image.new("RGB", (16, 16), (i, 0, 0)).save(f"digits/class/{i}.png")
 
 
-READING = (["show"], ["train", "--yes"], ["encode", "--codec", "taef2"], ["dry"])
+READING = (["show"], ["train", "--yes"], ["encode", "--codec", "taef2"])
 
 
 @pytest.mark.parametrize("what", tiered(["a run", "images"], ci=["a run"]))

@@ -19,7 +19,7 @@ from tiers import tiered
 DIGITS, CIFAR10 = "digits-trained", "cifar10-trained"
 FEW_SAMPLES = {DIGITS: sets("evaluate.protocol.samples=500"), CIFAR10: sets("evaluate.protocol.samples=1000")}
 LABEL = {DIGITS: "3", CIFAR10: "cat"}  # as docs/trained.md types it
-NO_RUN = {"recipes", "data", "reproduce"}  # commands that take no run
+NO_RUN = {"recipes", "reproduce"}  # commands that take no run
 
 
 class Case(NamedTuple):
@@ -33,8 +33,8 @@ class Case(NamedTuple):
 
 CASES = {
     "show": Case("show {name}", out="parameters"),
-    "dry": Case("dry {name}", out="memory"),
-    "doctor": Case("doctor {name}", out="self-test"),
+    "show --cost": Case("show {name} --cost", out="Memory"),
+    "show --check": Case("show {name} --check", out="slope"),
     "sample": Case("sample {name} --labels {label} --count 2 --nfe 1", files=(r"{name}/samples/.*\.png",)),
     "sample checkpoints": Case(
         "sample {name} --checkpoints all --nfe 1 --count 1", files=(r"{name}/samples/[\w-]+\.png",)
@@ -78,7 +78,6 @@ def test_every_command_that_takes_a_run_has_a_case() -> None:
     assert {key.split()[0] for key in CASES} | own_tests == {*program.commands} - NO_RUN
 
 
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("name", "command"),
     tiered(

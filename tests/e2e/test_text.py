@@ -171,30 +171,6 @@ def test_a_table_of_other_captions_or_otherwise_encoded_is_refused(home: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("texts", ["table", "learned"])
-def test_a_step_is_tried_before_any_caption_is_encoded(home: Path, tmp_path: Path, texts: str) -> None:
-    """On texts that are drawn; nothing is written."""
-    tree: dict[str, Any] = yaml.safe_load((home / "words.yaml").read_text())
-    tree["net"]["texts"] |= {"root": str(tmp_path / "nowhere")}
-    if texts == "learned":
-        tree["net"]["texts"] = {"kind": "learned", "root": str(tmp_path / "nowhere"), "width": 8, "depth": 1}
-    (tmp_path / "words.yaml").write_text(yaml.safe_dump(tree))
-    done = call("dry", tmp_path / "words.yaml", "--rows", 4)
-    assert done.code == 0, done.err
-    assert os.listdir(tmp_path) == ["words.yaml"]
-
-
-@pytest.mark.usefixtures("uncompiled")
-def test_doctor_compares_the_captions_or_says_that_they_are_not_there(home: Path, tmp_path: Path) -> None:
-    done = call("doctor", home / "words.yaml")
-    assert done.code == 0, done.out
-    assert "texts: 30 captions, the nearest other at" in done.out
-    done = call("doctor", home / "words.yaml", "--set", f"net.texts.root={tmp_path / 'nowhere'}")
-    assert done.code == 0, done.out
-    assert "texts: not encoded yet" in done.out
-
-
-@pytest.mark.slow
 def test_rows_on_disk_train_the_same_net(home: Path, tmp_path: Path) -> None:
     recipe, disk = home / "words.yaml", ("--set", "net.texts.memory=0")
     assert call("train", recipe, "--out", tmp_path / "run", *disk).code == 0

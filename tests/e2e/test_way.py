@@ -223,18 +223,3 @@ def test_logs_of_several_runs_in_one_figure(here: Path, trained: dict[str, Path]
     assert call("report", trained["digits"], trained["moons"]).out == "log.png\n"
     assert call("report", trained["digits"], trained["moons"], "--out", "a/b.png").out == "a/b.png\n"
     assert Image.open("log.png").tobytes() == Image.open("a/b.png").tobytes()
-
-
-@pytest.mark.nightly
-def test_a_plan_for_ranks(here: Path) -> None:
-    words = ("dry", "digits-flow-matching", "--set", "net.width=32", "--set", "net.depth=1", "--ranks", 2)
-    facts = call(*words, "--share", 2, "--tflops", 3, "--json").json["cluster"]
-    assert (facts["ranks"], facts["share"], facts["fields"], facts["tflops"]) == (2, 2, {}, 3.0)
-    done = call(*words, "--share", 2, "--fit", f"{facts['memory']['peak'] // 1024}KiB")
-    assert done.code == 0, done
-    flat = " ".join(done.out.split())
-    assert "so set --set train.micro_batch=8" in flat
-    assert "8 rows at a time, in 2 passes a step" in flat
-    assert "hours need --tflops" in flat
-    refused(*words, "--fit", "much", named=("'much' is no size such as 24GiB",), lines=None)
-    refused(*words[:-1], 3, "--share", 2, named=("train.share = 2 does not divide 3 ranks",))

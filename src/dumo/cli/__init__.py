@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dumo import runtime
-from dumo.cli import compare, demo, encode, evaluate, export, lab, preflight, report, sample, train
+from dumo.cli import compare, demo, encode, evaluate, export, lab, recipes, report, sample, show, train
 from dumo.cli.terminal import err, explain, plain_warnings, reopen_streams, silenced_other_ranks, stoppable
 from dumo.runtime import door
 
@@ -38,13 +38,10 @@ app = typer.Typer(
 )
 app.command(rich_help_panel=MAKE)(stoppable(sample.sample))
 app.command(rich_help_panel=MAKE)(stoppable(demo.demo))
-app.command(rich_help_panel=TRAIN)(stoppable(preflight.recipes, between_pieces=False))
+app.command(rich_help_panel=TRAIN)(stoppable(recipes.recipes, between_pieces=False))
 app.command(rich_help_panel=TRAIN)(stoppable(train.train))
 app.command(rich_help_panel=TRAIN)(stoppable(encode.encode))
-app.command(rich_help_panel=TRAIN)(stoppable(preflight.data, between_pieces=False))
-app.command(rich_help_panel=BEFORE)(stoppable(preflight.show, between_pieces=False))
-app.command(rich_help_panel=BEFORE)(stoppable(preflight.dry, between_pieces=False))
-app.command(rich_help_panel=BEFORE)(stoppable(preflight.doctor, between_pieces=False))
+app.command(rich_help_panel=BEFORE)(stoppable(show.show, between_pieces=False))
 app.command(rich_help_panel=JUDGE)(stoppable(evaluate.evaluate))
 app.command(rich_help_panel=JUDGE)(stoppable(compare.compare))
 app.command(rich_help_panel=LOOK)(stoppable(report.report))

@@ -5,7 +5,6 @@ A type (`Source`, `Set`, `Nfe` ...) gives a command that argument or option, wit
 typer's BadParameter or UserError.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -133,14 +132,3 @@ def parse_integers(text: str | None, option: str) -> list[int] | None:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"'{text}' is no list of whole numbers such as 1,2,4", param_hint=option) from None
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """'24GiB' as bytes: GiB is 1024^3, GB or G 1000^3. Raises BadParameter, which names the option, for no size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise typer.BadParameter(f"'{text}' is no size such as 24GiB or 80GB", param_hint=option)
-    number, letter, binary_mark = match.groups()
-    base = 1024 if binary_mark else 1000
-    power = "KMGT".index(letter.upper()) + 1
-    return int(float(number) * base**power)

@@ -15,8 +15,8 @@ antialiasing). Both are known defects, and part of the measure: with another res
 et al. 2022). Columns are interpolated before rows, and positions are rounded to float32, so the numbers are the same to
 the last bits.
 
-The weights are published as a pickle, and dumo reads none, because a pickle can run anything. `CONVERT_COMMAND` makes a
-safetensors file of it, which also notes the SHA-256 of its source.
+The weights are published as a pickle, and dumo reads none, because a pickle can run anything. A command in docs/data.md
+makes a safetensors file of it, which also notes the SHA-256 of its source.
 """
 
 import os
@@ -43,14 +43,6 @@ SPATIAL_WIDTH = 17 * 17 * PLANES  # number of features of the sFID
 VARIABLE = "DUMO_INCEPTION"  # of the environment: the path of the weights
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published file
 FILE = "pt_inception-2015-12-05-6726825d.pth"
-URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
-# makes inception.safetensors of the published file, in its folder
-CONVERT_COMMAND = (
-    'python -c "import hashlib, pathlib, torch; from safetensors.torch import save_file;'
-    f" p = '{FILE}'; w = torch.load(p, map_location='cpu', weights_only=True);"
-    " save_file({k: v.contiguous() for k, v in w.items()}, 'inception.safetensors',"
-    " {'source': p, 'sha256': hashlib.sha256(pathlib.Path(p).read_bytes()).hexdigest()})\""
-)
 
 
 class InceptionFeatures(NamedTuple):
@@ -372,4 +364,4 @@ def _require_published(net: Inception, origin: dict[str, str], weights: dict[str
 
 def _how_to_get_weights() -> str:
     """Return what to do to get the weights, for messages."""
-    return f"Fetch {URL}, run in its folder\n  {CONVERT_COMMAND}\nand set {VARIABLE} to inception.safetensors."
+    return f"Fetch and convert them as docs/data.md says, and set {VARIABLE} to inception.safetensors."

@@ -58,8 +58,8 @@ class Pipeline(Spec):
     source: str = Field(json_schema_extra=_SOURCE_SCHEMA)
     # Text encoders that are left out though the folder may have them, as by diffusers' text_encoder_3=None.
     without: tuple[OptionalPart, ...] = Field(default=(), exclude_if=lambda names: not names)
-    # Whether it is distilled to few steps, for cards and `doctor`; None: not known, for its class and config are those
-    # of its base.
+    # Whether it is distilled to few steps, for cards and `dumo show --check`; None: not known, for its class and config
+    # are those of its base.
     distilled: bool | None = Field(default=None, json_schema_extra=QUIET)
     # The class, the licence and the hashes of the parts, by name, as they were when the run began.
     facts: dict[str, str] | None = Field(default=None, exclude_if=lambda facts: facts is None, json_schema_extra=PINNED)
@@ -247,7 +247,7 @@ class Pipeline(Spec):
     def distillation_text(self) -> str:
         """In words, whether the model is distilled to few steps, as far as that is known.
 
-        `doctor` and an export's card print it.
+        `dumo show --check` and an export's card print it.
         """
         if self.distilled is not None:
             return "distilled" if self.distilled else "not distilled"

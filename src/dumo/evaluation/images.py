@@ -90,16 +90,16 @@ class ImageProtocol(Protocol):
         """
         file = inception.weights_path()
         if not file or not file.is_file():
-            return "the weights of Inception: dumo data inception says how to get them"
+            return "the weights of Inception: see docs/data.md"
         if self.reads_data:
             return None
         if self.reference is None:
-            return f"ADM's reference, named {reference_option}: see dumo data adm"
+            return f"ADM's reference, named {reference_option}: see docs/data.md"
         try:
             has_reference = user_path(self.reference, "evaluate.protocol.reference").is_file()
         except UserError:  # a variable in it is not set
             has_reference = False
-        return None if has_reference else f"ADM's reference, {self.reference}: see dumo data adm"
+        return None if has_reference else f"ADM's reference, {self.reference}: see docs/data.md"
 
     def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Why samples of this shape, in this number of classes, are not judged: "" where they are.

@@ -19,7 +19,7 @@ from dumo.io import picture
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Plan
 from dumo.lab.table import average_by_arm, group_by_arm, main_score
-from dumo.plan.plan import far_share
+from dumo.plan.facts import far_share
 from dumo.report import chart, evaluate, gallery
 from dumo.run.judge import evaluator_of
 from dumo.runtime.progress import no_bar

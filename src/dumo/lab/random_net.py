@@ -5,6 +5,7 @@ a bench is asked for.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import cast, get_args
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from dumo.config.suggestion import require_known
 from dumo.flow.precision import Precision
 from dumo.nets import Net
-from dumo.run import netbytes
+from dumo.run.memory import weight_bytes
 from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
 from dumo.types import Needs, UserError
@@ -54,7 +55,7 @@ def build(
     `build_on_meta`. Raises UserError where the net does not fit the shape, or the device lacks memory for it and `rows`
     samples.
     """
-    num_bytes = netbytes.least_bytes(build_on_meta(net, needs, shape, classes)) + netbytes.row_bytes(rows, shape)
+    num_bytes = weight_bytes(build_on_meta(net, needs, shape, classes)) + rows * prod(shape) * torch.float32.itemsize
     require_memory(
         num_bytes,
         "the net and its input take",

@@ -4,7 +4,7 @@ The routed blocks are all but the `first` and the `last` ones of `Route`, the sp
 row's tokens. The other tokens come back unchanged behind them. There are no new weights, and sampling is dense.
 
 A block costs as much as the tokens that it processes. In forward passes F, a guided exact step of XL/2 counts
-4.95 F dense, 2.88 with half of them, 1.87 with a quarter (`dumo dry imagenet256-xl2-routed`, and with
+4.95 F dense, 2.88 with half of them, 1.87 with a quarter (`dumo show imagenet256-xl2-routed`, and with
 `--set net.route.share=0.75`).
 
 The order of events:

@@ -17,19 +17,17 @@ a count is affine in the length of each stretch of such blocks: the first few gi
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from functools import cache
 from itertools import groupby
 from math import lcm, prod
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dumo.flow import dropout
 from dumo.flow.draw import draw, path_velocity
@@ -53,26 +51,12 @@ M = TypeVar("M", bound=nn.Module)
 
 def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) -> float:
     """Floating-point operations of one pass forward, per row of this shape (two per multiply-add)."""
-    return _pass_cost(net, objective, shape).flops
-
-
-class _PassCost(NamedTuple):
-    """What one pass forward costs for a row, and what it returns."""
-
-    flops: float
-    heads: tuple[torch.Size, ...]  # the shape of each output, for a row
-
-
-def _pass_cost(net: nn.Module, objective: Objective, shape: Sequence[int]) -> _PassCost:
-    """Count one pass forward, per row of this shape."""
     rows = 2
-    outputs: list[Heads] = []
 
     def count(net: nn.Module) -> int:
-        return count_flops(lambda: outputs.append(_forward_pass(net, objective, shape, rows)))
+        return count_flops(lambda: _forward_pass(net, objective, shape, rows))
 
-    pass_flops = count_by_depth(net, count) / rows
-    return _PassCost(pass_flops, tuple(head.shape[1:] for head in outputs[0]))
+    return count_by_depth(net, count) / rows
 
 
 def forward_units(
@@ -94,7 +78,6 @@ class StepCost(NamedTuple):
     units: float  # its floating-point operations over those of one pass forward
     flops: float  # its floating-point operations
     pass_flops: float  # those of one pass forward
-    heads: tuple[torch.Size, ...] = ()  # the shape of each output of the net, for a row
     way: Way | None = None  # how a dual slope takes du/dt, in the first part of the training; None: none is taken there
 
 
@@ -113,9 +96,9 @@ def step_cost(
     expected share of the rows that need them. Where steps cost more in one part of the training than in another
     (`phases` of the objective), the counts are means. Raises UserError where the loss is not one number per row.
     """
-    one_pass = _pass_cost(net, objective, shape)
+    pass_flops = forward_flops(net, objective, shape)
     counter = _StepCounter(
-        net=net, path=path, shape=shape, rows=rows or exact_rows(objective), ref=ref, pass_flops=one_pass.flops
+        net=net, path=path, shape=shape, rows=rows or exact_rows(objective), ref=ref, pass_flops=pass_flops
     )
     guide = objective.needs.guide
     if isinstance(guide, Guide) and guide.active:
@@ -125,7 +108,7 @@ def step_cost(
         units = unguided + guided_share * (guided - unguided)
     else:
         units, way = counter.mean_units(objective)
-    return StepCost(units, units * one_pass.flops, one_pass.flops, one_pass.heads, way)
+    return StepCost(units, units * pass_flops, pass_flops, way)
 
 
 def _guided_share(objective: Objective, guide: Guide) -> float:
@@ -226,26 +209,26 @@ def _forward_pass(net: nn.Module, objective: Objective, shape: Sequence[int], ro
         return copy.deepcopy(net).to("meta")(x, c, **inputs)
 
 
-def empty_cpu_batch(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> Noised:
-    """A noised batch of this many rows of a shape on the CPU, its values undefined."""
-    return empty_cpu_batch_like(_draw_on_meta(objective, path, rows, shape))
-
-
 def step_function(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
-    """A function that makes one step on a batch, forward, targets and backward: with routing, without dropout.
+    """A function that makes one step on a batch: forward pass, targets and backward pass, without dropout.
 
-    Dropout's masks cost little. The function raises UserError where the loss is not one number per row.
+    It raises UserError if the loss is not one number per row.
     """
     rows = len(b.t)
-    is_routed = any(getattr(part, "is_routed", False) for part in net.modules())
-    keys = dropout.keys(0, 0, rows).to(b.t.device) if is_routed else None
 
     def step() -> None:
-        with dropout.using(keys, drops=False):
+        with without_dropout(net, b):
             terms = require_terms(objective.loss(net, ref, b), rows, name_of(type(objective)))
             terms.loss.sum().backward()
 
     return step
+
+
+def without_dropout(net: nn.Module, b: Noised) -> AbstractContextManager[object]:
+    """A context in which passes over a batch route tokens as in training, and drop nothing: masks cost little."""
+    is_routed = any(getattr(part, "is_routed", False) for part in net.modules())
+    keys = dropout.keys(0, 0, len(b.t)).to(b.t.device) if is_routed else None
+    return dropout.using(keys, drops=False)
 
 
 def meta_copies(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
@@ -459,56 +442,26 @@ def _unrouted_kind(block: nn.Module) -> tuple[object, ...]:
 
 def count_flops(work: Callable[[], object]) -> int:
     """Floating-point operations of all matrix products and convolutions that `work` makes, on any device."""
-    from torch.utils.flop_counter import FlopCounterMode  # takes Triton along: 0.2 s
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes 0.2 s
 
     aten = torch.ops.aten
-    missing = {  # from torch's own table; that a fused backward computes the scores again is not counted
+    # What torch's table lacks. That a fused backward pass computes the scores again is not counted.
+    formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-        aten.addmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
-        aten.baddbmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
-        aten.convolution_backward: _convolution_backward_flops,  # torch's does not know of groups
+        aten.addmm_: _addmm_flops,
+        aten.baddbmm_: _addmm_flops,
+        # torch's own formula does not know of groups.
+        aten.convolution_backward: _convolution_backward_flops,
     }
-    with _FlopCounter(FlopCounterMode(display=False, custom_mapping=missing).flop_registry) as counter:
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         work()
-    return counter.flops
+    return counter.get_total_flops()
 
 
-class _FlopCounter(TorchDispatchMode):
-    """Adds up the operations of all that runs while it is entered.
-
-    As torch's FlopCounterMode, which takes a third longer: it also keeps a count for each module.
-    """
-
-    def __init__(self, formulas: Mapping[Any, Callable[..., int]]) -> None:
-        """`formulas`: by function of torch, what counts its operations from its arguments and output (`out_val`)."""
-        super().__init__()
-        self.flops = 0
-        self._formulas = formulas
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> object:
-        """Run one function of torch and count it. A function that torch defines by others is counted by those."""
-        kwargs = kwargs or {}
-        if _is_composite(func):
-            with self:
-                return func.decompose(*args, **kwargs)
-        output = func(*args, **kwargs)
-        formula = self._formulas.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=output)
-        return output
-
-
-@cache
-def _is_composite(func: OpOverload[..., Any]) -> bool:
-    """Whether torch defines a function by others."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd)
+def _addmm_flops(_out: object, a: Sequence[int], b: Sequence[int], *_: object, **__: object) -> int:
+    """Operations of a product a @ b that is added to a tensor in place. Takes shapes."""
+    return 2 * prod(a) * b[-1]
 
 
 def _convolution_backward_flops(

@@ -25,8 +25,8 @@ from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
 from dumo.run import datacheck, examination
 from dumo.run.folder import mark_checkpoint_written, write_run_file
+from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
-from dumo.run.netbytes import weight_bytes
 from dumo.run.weights import build
 from dumo.runtime import dist, signals
 from dumo.runtime.device import total_memory

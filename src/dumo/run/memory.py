@@ -1,28 +1,25 @@
-"""Bytes of a net, of its training and of one step, counted before anything is made.
+"""Bytes that training takes, counted from shapes before anything is made: between steps and in a step.
 
     weights        parameters and buffers
     gradients      of the weights that are trained
-    optimizer      its tensors, which come with its first update
-    averages       of the weights, but for what they share with the net
+    optimizer      its state, which is made by its first update
+    averages       of the weights (EMA), but for what they share with the network
     activations    the peak of a step beyond weights and gradients: what the backward pass needs, targets
 
-`training_bytes` counts all of them. The first four stay between steps (`held_bytes`), the last is `activation_bytes`.
-`checkpoint_bytes` says what is written of them. `step_bytes` counts a step for a benchmark, where `allocated_bytes`
-asks a GPU's allocator. `average_tensors` are what the averages hold besides the net.
+`held_bytes` counts the first four, which stay between steps, and `activation_bytes` the last. `step_bytes` counts a
+step for a benchmark; `allocated_bytes` measures one on a GPU. `dumo.plan.cluster` counts a step of several ranks, and
+`dumo.plan.cost` puts the parts together.
 
-An outline is a net on the meta device: it has shapes and dtypes, and no values. `held_bytes` begins a training on one,
-which takes minutes of 20 B weights. `dumo.run.netbytes` bounds that from below, at once.
-
-A step is run on fake tensors, and each storage followed from the operation that makes it until it is freed
-(`dumo.run.storages`). Fake tensors have no values either, but they say that they are on the CPU, so that the operations
-are those of a device: on meta, attention keeps all its scores, which no fused kernel does.
-
-A deep net is followed with a few of its blocks, and the others are added: `cost.count_by_depth`, of a UNet
-`_unet_peak`.
+Networks are on the meta device: they have shapes and dtypes, and no values. A step is run on fake tensors, and each
+storage is followed from the operation that makes it until it is freed (`dumo.run.storages`). Fake tensors have no
+values either, but they are on the CPU, so that the operations are those of a device: on meta, attention keeps all its
+scores, which no fused kernel does. A deep network is followed with a few of its blocks, and the others are added
+(`cost.count_by_depth`; `_unet_peak` for a U-Net of diffusers).
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
@@ -33,18 +30,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast
 from dumo.run import cost
-from dumo.run.netbytes import net_tensors, tensor_bytes, weight_bytes
 from dumo.run.storages import LiveStorages
-from dumo.training import frozen
-from dumo.training import state as training_state
+from dumo.training import frozen, layout
+from dumo.training.ema import MovingAverage
 from dumo.training.spec import Train
-from dumo.training.state import State
 from dumo.types import Noised, Objective
 
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """What training holds between steps, where each rank holds all."""
+    """What training holds between steps, if each rank holds all of it."""
 
     weights: int
     gradients: int
@@ -57,39 +52,13 @@ class HeldBytes:
         return self.weights + self.gradients + self.optimizer + self.averages
 
     def per_rank(self, num_shards: int) -> "HeldBytes":
-        """The bytes of each rank, where `num_shards` ranks hold one copy of everything between them. Rounded up."""
+        """The bytes of each rank, if `num_shards` ranks hold one copy of everything between them. Rounded up."""
         return HeldBytes(
             weights=ceil(self.weights / num_shards),
             gradients=ceil(self.gradients / num_shards),
             optimizer=ceil(self.optimizer / num_shards),
             averages=ceil(self.averages / num_shards),
         )
-
-
-@dataclass(frozen=True)
-class TrainingBytes:
-    """What training takes on each rank, where each rank holds all and steps over `rows` rows at a time."""
-
-    rows: int
-    held: HeldBytes
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """The most bytes at one time."""
-        return self.held.total + self.activations
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Bytes by what they are for: weights, gradients, optimizer, averages, activations."""
-        return {**asdict(self.held), "activations": self.activations}
-
-
-class CheckpointBytes(NamedTuple):
-    """What a checkpoint takes."""
-
-    on_disk: int
-    host_copy_per_rank: int  # in host memory, from which a thread writes it
 
 
 class StepBytes(NamedTuple):
@@ -99,34 +68,48 @@ class StepBytes(NamedTuple):
     peak: int  # of those that it makes, the most at one time
 
 
-def training_bytes(
-    net: nn.Module, objective: Objective, path: FlowPath, shape: Sequence[int], train: Train, rows: int
-) -> TrainingBytes:
-    """What training takes, with `rows` rows of a shape at a time. `net` is an outline, and changed by `held_bytes`."""
-    held = held_bytes(net, train)  # first, for the activations are those of the net's dtypes in training
-    activations = activation_bytes(net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision)
-    return TrainingBytes(rows, held, activations)
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all tensors together."""
+    return sum(x.nbytes for x in tensors)
+
+
+def weight_bytes(net: nn.Module) -> int:
+    """Bytes of a network's parameters and buffers, on any device."""
+    return tensor_bytes(_tensors(net))
 
 
 def held_bytes(net: nn.Module, train: Train) -> HeldBytes:
-    """What training holds between steps. `net` is an outline, on which a training is begun.
-
-    So its weights have the dtypes of `train.weights` afterwards.
-    """
-    state = training_state.begin(net, train)
-    averages = tensor_bytes(average_tensors(state))  # as they begin, before weights are rounded to 16 bits
+    """What training holds between steps. `net` is on the meta device, and stays as it is."""
+    net = deepcopy(net)
+    # Averages begin as copies of the weights before these are rounded to 16 bits.
+    averages = [MovingAverage(ema, net) for ema in train.ema]
+    is_trained = any(p.requires_grad for p in net.parameters())
+    num_average_bytes = tensor_bytes(average_tensors(averages, net))
+    _use_trained_dtypes(net, train)
     return HeldBytes(
         weights=weight_bytes(net),
         gradients=tensor_bytes(p for p in net.parameters() if p.requires_grad),
-        optimizer=_optimizer_bytes(state.optimizer),
-        averages=averages,
+        optimizer=_optimizer_bytes(train.optimizer(net)) if is_trained else 0,
+        averages=num_average_bytes,
     )
 
 
-def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's own tensors, which come with its first update; its parameters are on the meta device.
+def net_in_training(net: nn.Module, train: Train) -> nn.Module:
+    """A copy of a network on the meta device whose weights have the dtypes of training."""
+    copy = deepcopy(net)
+    _use_trained_dtypes(copy, train)
+    return copy
 
-    Parameters of one group, shape and dtype have alike tensors, so the first of them is updated, and counts for all.
+
+def _use_trained_dtypes(net: nn.Module, train: Train) -> None:
+    """Give the trained weights of a network their dtype in training, in place."""
+    layout.shard(net, None, reshard=False, in_bfloat16=train.weights == "bfloat16")
+
+
+def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state, which is made by its first update; its parameters are on the meta device.
+
+    Parameters of one group, shape and dtype have equal states, so the first of them is updated, and counts for all.
     """
     parameters_by_kind: dict[object, list[Tensor]] = {}
     for group_index, group in enumerate(optimizer.param_groups):
@@ -137,30 +120,29 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     optimizer.step()
     total = 0
     for parameters in parameters_by_kind.values():
-        first = parameters[0]
-        values = optimizer.state[first].values()
+        values = optimizer.state[parameters[0]].values()
         total += len(parameters) * tensor_bytes(value for value in values if isinstance(value, Tensor))
-        first.grad = None
     return total
 
 
-def average_tensors(state: State) -> list[Tensor]:
-    """The averages' tensors, but for those that they share with the net. No two averages share others."""
-    tensors_of_net = {id(x) for x in net_tensors(state.net)}
+def average_tensors(averages: Iterable[MovingAverage], net: nn.Module) -> list[Tensor]:
+    """The tensors of averages of a network, but for those that they share with it. No two averages share others."""
+    tensors_of_net = {id(x) for x in _tensors(net)}
     tensors: list[Tensor] = []
-    for average in state.averages.values():
-        tensors += [x for x in net_tensors(average.module) if id(x) not in tensors_of_net]
+    for average in averages:
+        tensors += [x for x in _tensors(average.module) if id(x) not in tensors_of_net]
     return tensors
 
 
-def checkpoint_bytes(net: nn.Module, held: HeldBytes, ranks: int = 1) -> CheckpointBytes:
-    """Bytes that `dumo.training.saver` copies and writes, over `ranks` ranks: all but gradients and frozen weights.
+def _tensors(net: nn.Module) -> tuple[Tensor, ...]:
+    """A network's parameters and buffers."""
+    return (*net.parameters(), *net.buffers())
 
-    `net` is an outline, `held` what its training holds.
-    """
+
+def checkpoint_bytes(net: nn.Module, held: HeldBytes) -> int:
+    """Bytes of a checkpoint on disk: all but gradients and frozen weights."""
     frozen_bytes = tensor_bytes(p for p in net.parameters() if not p.requires_grad)
-    on_disk = held.weights + held.optimizer + held.averages - frozen_bytes
-    return CheckpointBytes(on_disk=on_disk, host_copy_per_rank=ceil(on_disk / ranks))
+    return held.weights + held.optimizer + held.averages - frozen_bytes
 
 
 def activation_bytes(
@@ -175,8 +157,8 @@ def activation_bytes(
 ) -> int:
     """Peak bytes of a step over `rows` rows, beyond weights, gradients and batch, on a CPU.
 
-    The part of the training that takes the most counts. Deep nets are extrapolated from a few blocks. `net` is an
-    outline, and stays as it is.
+    Of the phases of a training the one that takes the most counts. `net` is on the meta device, with the dtypes of
+    training (`net_in_training`), and stays as it is.
     """
     peaks: list[int] = []
     for noised, _ in cost.phases(objective, path, rows, shape):
@@ -196,8 +178,9 @@ def step_bytes(
 ) -> StepBytes:
     """Bytes of a step over `rows` rows on a CPU: net and batch before it; activations, gradients, targets in it.
 
-    Gradients count in the step, and the whole net is followed. The part of the training that takes the most counts.
-    `net` is an outline, and stays as it is.
+    Gradients count in the step, and the whole network is followed. Of the phases of a training the one that takes the
+    most counts.
+    `net` is on the meta device, and stays as it is.
     """
     phase_bytes: list[StepBytes] = []
     for noised, _ in cost.phases(objective, path, rows, shape):

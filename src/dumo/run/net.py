@@ -4,8 +4,11 @@
 without them, with what draws each weight when it is needed. `dumo.run.weights` loads trained ones.
 
 `num_parameters` says how large a net is. `require_room` asks whether a device has room for it, `require_room_to_train`
-whether it has room to train it. `flow_in_training` is the net with its objective, as it is trained.
+whether it has room to train it; `dumo.run.memory` counts both. `flow_in_training` is the net with its objective, as it
+is trained.
 """
+
+from math import prod
 
 import torch
 from torch import nn
@@ -14,7 +17,7 @@ from dumo.config.spec import Run
 from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
 from dumo.nets import is_dualized, is_pretrained
-from dumo.run.netbytes import least_bytes, row_bytes
+from dumo.run.memory import held_bytes, weight_bytes
 from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
 from dumo.training.state import State
@@ -84,7 +87,7 @@ def num_parameters(net: nn.Module) -> int:
 
 def require_room(run: Run, device: torch.device | str) -> None:
     """Raise UserError if a device has too little memory for the net's weights."""
-    require_memory(least_bytes(outline(run)), "the net takes", "take a smaller net (net.width, net.depth)", device)
+    require_memory(weight_bytes(outline(run)), "the net takes", "take a smaller net (net.width, net.depth)", device)
 
 
 def require_room_to_train(
@@ -93,11 +96,11 @@ def require_room_to_train(
     """Raise UserError if a device has too little memory to train the net with `rows` rows at a time.
 
     `net_outline` is the net on the meta device. Weights, gradients, optimizer and averages are split into `share`
-    parts; rows count with their noise. That is the least: activations come on top (`dumo.run.memory`).
+    parts; rows count with their noise. Activations come on top (`dumo show --cost`).
     """
-    batch_bytes = 2 * row_bytes(rows, run.data.shape)  # samples and their noise
+    batch_bytes = 2 * rows * prod(run.data.shape) * torch.float32.itemsize
     require_memory(
-        least_bytes(net_outline, run.train.copies) // share + batch_bytes,
+        held_bytes(net_outline, run.train).total // share + batch_bytes,
         "weights, gradients, optimizer, averages and a batch take",
         "take a smaller net (net.width, net.depth) or batch (train.batch)",
         device,

@@ -1,7 +1,7 @@
 """Optimizers, as values of a run: the field `train.optimizer`.
 
 A spec (`AdamW`, `Adam`, `AdamW8bit`, `Muon`) holds the peak learning rate. Called with a net it builds the torch
-optimizer of the trained weights. Its `moments` are the numbers of 4 bytes that it keeps per weight, at least.
+optimizer of the trained weights.
 
 `half_rates` gives the fields to set where a training diverged; `time_embedder_parameters` the weights to which Muon may
 give a rate of their own; `has_8bit_codes` tells the optimizer of 8 bits from others.
@@ -34,7 +34,6 @@ class Adaptive(Spec, Generic[OptimizerKind]):
     """A step from two moments of the gradient. The defaults are the paper's (Sec. 4.1); eps is torch's."""
 
     torch_class: ClassVar[type[torch.optim.Adam]]
-    moments: ClassVar[float] = 2
     kind: OptimizerKind
     lr: LearningRate = Field(default=1e-4, json_schema_extra=CHANGES)
     betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)
@@ -68,7 +67,6 @@ class Adam(Adaptive[Literal["adam"]]):
 class AdamW8bit(Adaptive[Literal["adamw8bit"]]):
     """AdamW with moments of 8 bits, by bitsandbytes (`AdamW8bitOptimizer`): 2 bytes of memory to a weight, not 8."""
 
-    moments: ClassVar[float] = 0.5
     kind: Literal["adamw8bit"] = "adamw8bit"
 
     def __call__(self, net: nn.Module) -> "AdamW8bitOptimizer":
@@ -92,7 +90,6 @@ class Muon(Spec):
     two halves of a SwiGLU) are orthogonalized one by one.
     """
 
-    moments: ClassVar[float] = 1
     kind: Literal["muon"] = "muon"
     lr: LearningRate = Field(default=1e-3, json_schema_extra=CHANGES)  # of matrices, as large as AdamW's
     momentum: AdamBeta = 0.95  # Jordan et al.

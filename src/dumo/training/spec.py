@@ -108,15 +108,6 @@ class Train(Spec):
             self.schedule(step, self.steps) != self.schedule(step, steps) for step in compared_steps
         )
 
-    @property
-    def copies(self) -> float:
-        """How many numbers of 4 bytes are kept per trained weight, at least, besides 4 bytes of the weight itself.
-
-        These are gradient, moments and averages. In bfloat16 weight and gradient take 4 bytes together.
-        """
-        gradient = 0.0 if self.weights == "bfloat16" else 1.0
-        return gradient + self.optimizer.moments + len(self.ema)
-
     def is_sheet_due(self, step: int) -> bool:
         """Whether samples are drawn after this step."""
         if isinstance(self.sheets, int):

@@ -25,7 +25,7 @@ def test_a_name_on_the_hub_is_told_what_to_type(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     name = "stabilityai/stable-diffusion-xl-base-1.0"
     fetch = f"hf download {name} --include model_index.json", "--local-dir stable-diffusion-xl-base-1.0"
-    refused("dry", "sdxl-lora", *sets(f"pipeline={name}"), named=(*fetch, "set pipeline=stable-diffusion-xl-base-1.0"))
+    refused("show", "sdxl-lora", *sets(f"pipeline={name}"), named=(*fetch, "set pipeline=stable-diffusion-xl-base-1.0"))
     refused("train", name, named=(*fetch, "dumo encode sdxl-lora --set pipeline=stable-diffusion-xl-base-1.0"))
     refused("train", "owner/model", named=("If it is a model on the Hugging Face hub", "hf download owner/model"))
     (tmp_path / "owner").mkdir()

@@ -324,7 +324,7 @@ def test_what_is_not_there_is_told_before_anybody_asks_and_before_the_data_is_op
         raise AssertionError
 
     monkeypatch.delenv(inception.VARIABLE, raising=False)
-    assert "dumo data inception" in str(FOLDER.missing)
+    assert "docs/data.md" in str(FOLDER.missing)
     with pytest.raises(UserError, match="no weights of Inception for the FID: no path is given"):
         FOLDER.evaluator(Context(never))
     monkeypatch.setenv(inception.VARIABLE, "/none")
@@ -341,11 +341,11 @@ def test_adms_file_is_missing_until_it_is_where_the_protocol_looks(
     (tmp_path / "weights").touch()
     monkeypatch.setenv(inception.VARIABLE, str(tmp_path / "weights"))
     monkeypatch.delenv("DUMO_ADM", raising=False)
-    assert "in evaluate.protocol.reference: see dumo data adm" in str(ImageProtocol(kind="adm-imagenet256-50k").missing)
+    assert "in evaluate.protocol.reference: see docs/data.md" in str(ImageProtocol(kind="adm-imagenet256-50k").missing)
     named = ImageProtocol(kind="adm-imagenet256-50k", reference="$DUMO_ADM/256.npz")
-    assert named.missing == "ADM's reference, $DUMO_ADM/256.npz: see dumo data adm"
+    assert named.missing == "ADM's reference, $DUMO_ADM/256.npz: see docs/data.md"
     monkeypatch.setenv("DUMO_ADM", str(tmp_path))
-    assert named.missing == "ADM's reference, $DUMO_ADM/256.npz: see dumo data adm"
+    assert named.missing == "ADM's reference, $DUMO_ADM/256.npz: see docs/data.md"
     (tmp_path / "256.npz").touch()
     assert named.missing is None
 

@@ -21,7 +21,7 @@ from dumo.flow.guide import CFG
 from dumo.flow.path import Linear
 from dumo.flow.reading import taught_readings
 from dumo.flow.slope import DualSlope
-from dumo.run import netbytes
+from dumo.run import memory
 from dumo.run.folder import write_run_file
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
@@ -80,7 +80,7 @@ def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.Mon
     adapt(monkeypatch)
     run, lines = tiny("moons"), list[str]()
     net = outline(run)
-    whole = netbytes.weight_bytes(net) + float64.copied_bytes(net)
+    whole = memory.weight_bytes(net) + float64.copied_bytes(net)
     monkeypatch.setattr("dumo.run.journal.total_memory", lambda device: whole)
     train(run, tmp_path / "all", tell=lines.append)
     assert not any("is not examined" in line for line in lines)

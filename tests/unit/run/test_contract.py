@@ -154,7 +154,7 @@ def test_a_net_has_its_mode_again_where_a_loss_is_refused(what: str) -> None:
 
 @pytest.mark.parametrize("what", ["scalar", "dict", "column"])
 def test_a_step_of_such_a_loss_is_not_counted(what: str) -> None:
-    """As `dumo show` and `dumo dry` do before anything is trained."""
+    """As `dumo show` does before anything is trained."""
     run = dumo.recipe(
         "moons", {"objective": {"kind": Returning().kind, "what": what}, "sample.solver": {"kind": "euler"}}
     )

@@ -12,7 +12,7 @@ from contract.case import kind, members
 from dumo.autodiff import float64
 from dumo.config.spec import Run
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
-from dumo.plan import doctor
+from dumo.plan import check
 from dumo.run import examination
 from dumo.run.resolve import resolve
 from dumo.run.train import train
@@ -303,10 +303,10 @@ def test_train_stops_at_a_first_checkpoint_with_a_broken_slope(tmp_path: Path, m
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no number is null, and a slope that cannot be taken is a finding with its way out."""
-    monkeypatch.setattr(doctor, "examine_machine", lambda _: [])
-    bad = doctor.diagnose(sloped(tiny(), Skewed.model_construct(factor=float("nan"))))
+    monkeypatch.setattr(check, "_describe_environment", dict)
+    bad = check.check(sloped(tiny(), Skewed.model_construct(factor=float("nan"))))
     (line,) = bad.findings
     assert (bad.is_ok, line.state, bad.to_json()["examination"]["errors"]["u"]) == (False, "failing", None)
 
@@ -314,9 +314,9 @@ def test_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
         def __call__(self, *_: object, **__: object) -> tuple[Heads, Along]:
             raise UserError("no tangent rule for torch.special.airy_ai")
 
-    refused = doctor.diagnose(sloped(tiny(), Refusing()))
+    refused = check.check(sloped(tiny(), Refusing()))
     (line,) = refused.findings
     assert (refused.is_ok, line.state, refused.examination) == (False, "failing", None)
     assert "airy" in line.way
-    with pytest.raises(UserError):
-        doctor.diagnose(tiny(), "gpu")
+    with pytest.raises(UserError, match="device 'gpu'"):
+        check.check(tiny(), "gpu")

@@ -1,17 +1,15 @@
 """Bytes are counted as by hand, before anything is made."""
 
 from collections.abc import Collection
-from math import ceil
-from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
-from dumo.run import cost, memory, netbytes
-from dumo.run.memory import HeldBytes, StepBytes, TrainingBytes
+from dumo.run import cost, memory
+from dumo.run.memory import HeldBytes, StepBytes
 from dumo.run.storages import LiveStorages, WatchedBlock
-from dumo.training.optim import AdamW8bit
+from dumo.training.ema import Ema
 from dumo.training.spec import Train
 from unit.run.known import follow_bytes
 
@@ -58,38 +56,35 @@ def test_what_autograd_saves_counts_until_the_backward_pass_is_through() -> None
     assert peaks[7] - peaks[2] == 5 * 4 * N
 
 
-def test_the_least_is_of_all_that_is_kept_and_copies_of_what_is_trained() -> None:
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False))
+def test_what_is_held_is_counted_as_by_hand() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)).to("meta")
     net[0].bias.requires_grad_(False)
-    kept = 4 * (3 * 4 + 4 + 4 + 4) + 8  # the mean, the variance, and how many batches there were
-    assert netbytes.weight_bytes(net) == netbytes.least_bytes(net) == kept
-    assert netbytes.least_bytes(net, 2.5) == kept + 2.5 * 4 * 3 * 4
-    assert netbytes.row_bytes(5, (3, 2)) == 4 * 5 * 6
+    buffers = 4 * (4 + 4) + 8  # the mean, the variance, and how many batches there were
+    assert memory.weight_bytes(net) == 4 * (3 * 4 + 4) + buffers
+    trained = 4 * 3 * 4
+    held = memory.held_bytes(net, Train(steps=1, batch=1, ema=(Ema(decay=0.9),)))
+    assert held == HeldBytes(4 * (3 * 4 + 4) + buffers, trained, 2 * trained + 4, trained + buffers)
 
 
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
-def test_the_least_is_no_more_than_a_training_holds(weights: Literal["float32", "bfloat16"]) -> None:
-    pytest.importorskip("bitsandbytes")
-    train = Train(steps=1, batch=1, optimizer=AdamW8bit(), weights=weights, precision="bf16")
-    net = nn.Linear(256, 256, device="meta")
-    least = netbytes.least_bytes(net, train.copies)  # first, for the other gives the net its types in training
-    held = memory.held_bytes(net, train).total
-    assert 0.95 * held < least <= held
+def test_a_net_without_trained_weights_has_no_optimizer() -> None:
+    """Its training is refused later."""
+    net = nn.Linear(3, 4).to("meta").requires_grad_(False)
+    assert memory.held_bytes(net, Train(steps=1, batch=1)).optimizer == 0
 
 
 def test_a_checkpoint_lacks_a_frozen_weight_once_though_two_modules_share_it() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     net[1].weight = net[0].weight
     net[0].weight.requires_grad_(False)
-    held = HeldBytes(weights=netbytes.weight_bytes(net), gradients=0, optimizer=0, averages=0)
-    assert memory.checkpoint_bytes(net, held, 5) == (4 * (9 + 3 * 3), ceil(4 * (9 + 3 * 3) / 5))
+    held = HeldBytes(weights=memory.weight_bytes(net), gradients=0, optimizer=0, averages=0)
+    assert memory.checkpoint_bytes(net, held) == 4 * (9 + 3 * 3)
 
 
 def test_a_part_of_what_is_held() -> None:
     held = HeldBytes(weights=8, gradients=6, optimizer=12, averages=4)
     assert held.per_rank(2) == HeldBytes(4, 3, 6, 2)
     assert held.per_rank(3) == HeldBytes(3, 2, 4, 2)  # none of it is lost
-    assert TrainingBytes(1, held, 10).total == sum(TrainingBytes(1, held, 10).parts.values()) == 40
+    assert held.total == 30
 
 
 @pytest.mark.parametrize(("bytes_at_peak", "peak"), [(4, 10 + 3 * 4), (2, 99)])

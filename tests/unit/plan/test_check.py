@@ -1,4 +1,4 @@
-"""What is said of captions before training: how many there are, and whether an encoder tells them apart."""
+"""What is tested before training: the slope, captions, and a pretrained network's velocity."""
 
 from pathlib import Path
 
@@ -7,68 +7,12 @@ import torch
 
 from dumo.config.load import load
 from dumo.data import Data
-from dumo.plan.findings import TIMES, caption_findings, measure_separability, rate_finding, velocity_index
+from dumo.plan.check import TIMES, caption_findings, rate_finding, velocity_index
 from dumo.run.resolve import resolve
-from dumo.runtime.random import keyed_normal
 from unit.data.animals import SIDE, as_folder
 from unit.data.test_annotation import TOLD, as_lines, as_texts
 
 READ = "net.texts={kind: learned, root: runs/texts/here}"
-
-CLASSES, EACH = 8, 5
-
-
-def placed(spread: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions of classes around a centre each, and their classes."""
-    group = torch.arange(CLASSES).repeat_interleave(EACH)
-    centres = keyed_normal("centres", rows=range(CLASSES), shape=[16])
-    return centres[group] + spread * keyed_normal("around", rows=range(len(group)), shape=[16]), group
-
-
-def test_captions_of_a_class_lie_together_or_not() -> None:
-    near, far = measure_separability(*placed(0.1)), measure_separability(*placed(30.0))
-    assert near.accuracy == 1
-    assert not near.is_low
-    assert far.accuracy is not None
-    assert far.accuracy < 0.3
-    assert far.is_low
-    assert near.chance == far.chance == (EACH - 1) / (CLASSES * EACH - 1)
-
-
-def test_what_all_embeddings_share_says_nothing() -> None:
-    x, group = placed(0.3)
-    moved = measure_separability(5 * x.double() + 100, group)
-    here = measure_separability(x, group)
-    assert moved.accuracy == here.accuracy
-    assert abs(moved.gap - here.gap) < 1e-6
-
-
-def test_one_caption_each_is_judged_by_the_gap_and_twins_always() -> None:
-    x, _ = placed(1.0)
-    found = measure_separability(x, torch.arange(len(x)))
-    assert found.accuracy is None
-    assert not found.is_low
-    x[3] = x[17]
-    twins = measure_separability(x)
-    assert twins.twins == 2
-    assert twins.is_low
-    pairs = x.repeat_interleave(2, 0)
-    pairs[1::2] += 0.01
-    close = measure_separability(pairs[:-2])
-    assert close.gap < 0.01
-    assert close.is_low
-
-
-def test_captions_that_one_of_two_encoders_tells_apart_are_no_twins() -> None:
-    """CLIP cuts captions off behind 77 tokens, where T5 reads on."""
-    pooled, _ = placed(1.0)
-    tokens = pooled.flip(1)
-    pooled[3] = pooled[17]
-    assert measure_separability(pooled, token_means=tokens).twins == 0
-    tokens[3] = tokens[17]
-    assert measure_separability(pooled, token_means=tokens).twins == 2
-    equal = torch.ones(4, 2)
-    assert measure_separability(equal, token_means=equal).twins == 4
 
 
 def captioned(root: Path) -> Data:

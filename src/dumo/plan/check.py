@@ -1,0 +1,257 @@
+"""What `dumo show SOURCE --check` tests: the run's du/dt on this machine, its captions and its pretrained network.
+
+`check` is the entry point. It compares the slope with the derivative in float64 (`dumo.run.examination`), calls a
+pretrained network with the weights that training starts from, and counts captions and what buckets cut off. What is
+missing or damaged is a finding too.
+
+The pretrained network is called at several times on random numbers in place of images: does it compute what the
+published model does, and can the derivative of its velocity be regressed on?
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.collect_env import get_env_info
+
+from dumo.autodiff.dual import pair, primal, tangent, teach_others
+from dumo.config.conditions import Conditions
+from dumo.config.spec import Run
+from dumo.data import Data, Images, Latents
+from dumo.data.caption import Templates
+from dumo.io.read import null_nonfinite
+from dumo.nets import Net, Pretrained
+from dumo.nets.dualized import Dualized
+from dumo.run.examination import Examination, examine
+from dumo.run.net import require_room
+from dumo.run.trial_net import with_trial_net
+from dumo.run.weights import build
+from dumo.runtime import version
+from dumo.runtime.device import choose_device
+from dumo.runtime.random import random_batch
+from dumo.types import UserError, lift
+
+# If more of the images have no caption, a network learns little of words.
+_MAX_WITHOUT_CAPTION = 0.5
+# Times at which a pretrained network is called.
+TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
+# A low-pass that changes v by more than this, relative to its norm, has cut what the model uses.
+_MAX_CHANGE = 0.02
+_TEACH_AGAIN = (
+    "teach it v again, first by objective.kind=flow_matching, then from that run by start; net.lowpass=30 keeps more "
+    "waves, but v of such a network changed too quickly for DuMo on digits"
+)
+# The low-pass of the recipes' networks, in rad.
+_LOWPASS = 10.0
+# Of |t dv/dt| / |v|: in networks of digits that could be tuned it was at most 0.6, in one that could not 4.4.
+_MAX_RATE = 3.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one test."""
+
+    name: str
+    state: Literal["ok", "warning", "failing"]
+    text: str
+    way: str = ""  # what to do about a warning or a failure
+
+
+@dataclass(frozen=True)
+class Check:
+    """The results of all tests."""
+
+    environment: dict[str, str]  # software and hardware, by torch's collect_env
+    findings: list[Finding]
+    examination: Examination | None  # of the slope; None if it could not be taken
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether nothing fails."""
+        return all(finding.state != "failing" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """All results as plain values, with null for numbers that are not finite."""
+        return {
+            "ok": self.is_ok,
+            "environment": self.environment,
+            "findings": [asdict(finding) for finding in self.findings],
+            "examination": None if self.examination is None else null_nonfinite(asdict(self.examination)),
+        }
+
+
+def check(run: Run, device: str = "auto") -> Check:
+    """Test a run on this machine. Raises UserError if there is no such device."""
+    torch_device = choose_device(device)
+
+    def build_net(net: Net) -> nn.Module:
+        return build(run.model_copy(update={"net": net}), torch_device)
+
+    # Compare the slope with the derivative. An operation without a tangent rule, for one, is a finding.
+    examination = None
+    try:
+        require_room(with_trial_net(run), torch_device)
+        examination = examine(run, torch_device)
+    except UserError as error:
+        slope = Finding("slope", "failing", "refused", str(error))
+    else:
+        if examination.passed:
+            slope = Finding("slope", "ok", str(examination))
+        else:
+            slope = Finding("slope", "failing", str(examination), examination.fix)
+
+    findings = [
+        slope,
+        *weight_findings(run.net, run.data, build_net),
+        *caption_findings(run.data),
+        *bucket_findings(run.data),
+    ]
+    return Check(_describe_environment(), findings, examination)
+
+
+def _describe_environment() -> dict[str, str]:
+    """The software and hardware that a result depends on; what torch cannot find out is left out."""
+    info = get_env_info()
+    values: dict[str, str | None] = {
+        "dumo": version(),
+        "torch": info.torch_version,
+        "CUDA of torch": info.cuda_compiled_version,
+        "GPUs": info.nvidia_gpu_models,
+        "driver": info.nvidia_driver_version,
+        "python": info.python_version,
+        "system": info.os,
+        "packages": info.pip_packages,
+    }
+    return {name: " ".join(value.split()) for name, value in values.items() if value and value != "N/A"}
+
+
+def _ok_or_warning(name: str, text: str, way: str) -> Finding:
+    """A warning if there is something to do, `way`, else ok."""
+    return Finding(name, "warning" if way else "ok", text, way)
+
+
+def caption_findings(data: Data) -> list[Finding]:
+    """How many captions there are, and how many images have none; [] of data without captions, or not counted yet."""
+    conditions = Conditions(data)
+    if conditions.captions is None or not conditions.are_known:
+        return []
+    if isinstance(conditions.captions, Templates):
+        templates = conditions.captions.templates
+        held_out = conditions.captions.held
+        text = f"{data.classes:,}, of {data.labels} classes by {len(templates)} templates"
+        if held_out:
+            text += f", and {len(held_out)} that are held out of training"
+        return [Finding("captions", "ok", text)]
+    assert isinstance(data, Images | Latents)
+    try:
+        captions = data.all_captions()
+    except UserError as error:
+        return [Finding("captions", "failing", "not there, or others than the run was made with", str(error))]
+    num_images = len(captions.ends)
+    max_per_image = int(captions.counts.max())
+    # Images without a caption have the number after the last caption.
+    no_caption = len(captions)
+    without_caption = int((captions.first_of(torch.arange(num_images)) == no_caption).sum())
+    per_image = f"up to {max_per_image}" if max_per_image > 1 else "one"
+    text = f"{len(captions):,} different ones of {num_images:,} images, {per_image} each"
+    if without_caption == 1:
+        text += "; 1 image has none"
+    elif without_caption:
+        text += f"; {without_caption:,} images have none"
+    way = ""
+    if without_caption > _MAX_WITHOUT_CAPTION * num_images:
+        way = "write captions of more images, or leave out those without"
+    return [_ok_or_warning("captions", text, way)]
+
+
+def bucket_findings(data: Data) -> list[Finding]:
+    """What buckets cut off the images; [] of data without buckets."""
+    if not isinstance(data, Images | Latents):
+        return []
+    try:
+        crops = data.crops()
+    except UserError as error:
+        return [Finding("buckets", "warning", "the images are not there", str(error))]
+    return [Finding("buckets", "ok", str(crops))] if crops else []
+
+
+def weight_findings(spec: Net, data: Data, build: Callable[[Net], nn.Module]) -> list[Finding]:
+    """A pretrained network's dual pass, its low-pass, and how quickly its velocity changes; [] of other networks.
+
+    `build` makes a network of a spec, on the device on which it is tested.
+    """
+    if not (isinstance(spec, Pretrained) and spec.weights == "source"):
+        return []
+    try:
+        return _pretrained_findings(spec, data, build)
+    except UserError as error:
+        return [Finding("weights", "failing", "not there, or not to be differentiated", str(error))]
+
+
+def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) -> list[Finding]:
+    """The findings of `weight_findings`. Raises UserError if the network cannot be made or differentiated."""
+    net = build(spec).eval()
+    assert isinstance(net, Dualized)
+    net.refit()
+    device = next(net.parameters()).device
+    x, c = random_batch("pretrained", len(TIMES), data.shape, data.classes)
+    x = x.to(device)
+    c = c.to(device)
+    t = torch.tensor(TIMES, device=device)
+    other_times = dict.fromkeys(net.time_names[1:], t)
+    head = velocity_index(list(net.heads))
+    pipeline = spec.pipeline
+    findings = [
+        Finding("pipeline", "ok", f"{pipeline.class_name or 'a transformer alone'}, {pipeline.distillation_text}")
+    ]
+    teach_others()
+    with torch.no_grad():
+        v = net(x, c, t=t, **other_times)[head]
+        # The derivative along v itself.
+        dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)), **other_times)[head]
+        dv_dt = tangent(dual)
+        assert isinstance(dv_dt, Tensor)
+        if torch.equal(primal(dual), v):
+            findings.append(Finding("dual pass", "ok", "has the bits of the plain one"))
+        else:
+            findings.append(Finding("dual pass", "failing", "is not the plain one", "objective.slope.kind=jvp"))
+        if net.lowpass_fits:
+            # The model without the low-pass is this one with its adapters off, or is built again.
+            if spec.lora:
+                original_model = net.base()
+            else:
+                original_model = nullcontext(build(spec.model_copy(update={"lowpass": None})).eval())
+            with original_model as original:
+                original_v = original(x, c, t=t, **other_times)[head]
+            change = float((v - original_v).norm() / v.norm())
+            fits = "; ".join(map(str, net.lowpass_fits))
+            way = _TEACH_AGAIN if change > _MAX_CHANGE else ""
+            findings.append(_ok_or_warning("low-pass", f"{fits}; |dv| / |v| = {100 * change:.2g} %", way))
+    findings.append(rate_finding(t, v, dv_dt, spec.lowpass))
+    return findings
+
+
+def velocity_index(heads: Sequence[str]) -> int:
+    """The index of the velocity among the names of a network's heads: of v, or of the first head if there is no v.
+
+    A few-step network may have its jump u alone: then u at r = t is the velocity.
+    """
+    return heads.index("v") if "v" in heads else 0
+
+
+def rate_finding(t: Tensor, v: Tensor, dv_dt: Tensor, lowpass: float | None) -> Finding:
+    """How quickly the velocity v (n, *d) changes at the times t (n,) of TIMES, relative to its length.
+
+    `lowpass` is the network's (`net.lowpass`, in rad). If v changes too quickly, the fix is a lower one.
+    """
+    change_norms = (lift(t, v) * dv_dt).flatten(1).norm(dim=1)
+    rates: list[float] = (change_norms / v.flatten(1).norm(dim=1)).tolist()
+    text = ", ".join(f"{rate:.2g} at {time:g}" for time, rate in zip(TIMES, rates, strict=True))
+    way = ""
+    if max(rates) > _MAX_RATE:
+        lower = _LOWPASS if lowpass is None or lowpass > _LOWPASS else lowpass / 2
+        way = f"net.lowpass={lower:g}, or less: u may diverge where v changes so quickly"
+    return _ok_or_warning("|t dv/dt| / |v|", text, way)
