@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ from dumo.autodiff import attention
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.lab import bench
-from dumo.plan import rehearsal
-from dumo.plan.plan import plan
+from dumo.plan.cost import count_cost
 from dumo.run.resolve import resolve
+from dumo.run.weights import build
+from dumo.runtime.device import peak_bytes
+from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import Stopwatch
+from dumo.training.state import begin
+from dumo.training.step import flow_of, train_step
 
 Row = dict[str, Any]
 
@@ -121,16 +126,21 @@ def step_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
 
 
 def memory_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
-    """The memory of a training step with optimizer and average, planned and measured."""
+    """The memory of a training step with optimizer and average, counted and measured."""
     for checkpoint in (False, True):
         run = load_xl2(smoke, "train.compile=none", f"net.checkpoint={str(checkpoint).lower()}")
-        rows = run.train.batch
-        step = rehearsal.rehearse(run, rows, str(device))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        state = begin(build(run, device), run.train)
+        flow = flow_of(state, run.train, run.objective, run.path, run.data.classes)
+        x, c = random_batch("gpu", run.train.batch, run.data.shape, run.data.classes)
+        step = partial(train_step, state, flow, (x.to(device), c.to(device)), run.train)
+        seconds = Stopwatch(device).time_rounds([step], 1 if smoke else 3).median().item()
         yield {
             "checkpointed": checkpoint,
-            "planned GB": plan(run)["memory"]["total"] / 1e9,
-            "measured GB": step.peak_bytes / 1e9,
-            "images/s": step.images_per_second,
+            "counted GB": count_cost(run).memory[0].total / 1e9,
+            "measured GB": peak_bytes(device) / 1e9,
+            "images/s": run.train.batch / seconds,
         }
 
 

@@ -13,7 +13,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -25,8 +25,9 @@ from dumo.flow.draw import draw, path_velocity
 from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import null_nonfinite
-from dumo.lab import random_net
-from dumo.run import cost, examination, memory, trial_net
+from dumo.run import cost, examination, memory
+from dumo.run.net import outline
+from dumo.run.random_net import random_net
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch
@@ -220,7 +221,7 @@ def measure(
     """
     # List the rows, and make the step of each.
     torch_device = choose_device(device)
-    known_precisions = random_net.checked_precisions(precisions, torch_device)
+    known_precisions = _checked_precisions(precisions, torch_device)
     variants = list(_variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
     bench = prepare(run, torch_device, compile)
     attempts = [bench.attempt(row, objective) for row, objective in variants]
@@ -255,16 +256,21 @@ def prepare(run: Run, device: torch.device, compile: str = "none", progress: flo
     Raises UserError if the network does not fit the memory, or has no blocks to compile.
     """
     require_known("way to compile", compile, _COMPILE_CHOICES)
-    needs = run.objective.needs
-    shape, classes = run.data.shape, run.data.classes
-    net_with_texts = trial_net.with_random_texts_if_missing(run.net)
-    net = random_net.build(net_with_texts, needs, shape, classes, device, rows=run.train.batch)
+    net = random_net(run, device)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
         torch.compiler.config.recompile_limit = _MAX_COMPILED_VARIANTS
         compile_blocks(net, dynamic=False)
-    meta_net = random_net.build_on_meta(run.net, needs, shape, classes)
-    return StepBench(run, device, compile, meta_net, net, ref, progress)
+    return StepBench(run, device, compile, outline(run), net, ref, progress)
+
+
+def _checked_precisions(names: Sequence[str], device: torch.device) -> tuple[Precision, ...]:
+    """The precisions with these names. Raises UserError for an unknown one, or one that this device does not have."""
+    for name in names:
+        require_known("precision", name, get_args(Precision))
+        if name == "tf32" and device.type != "cuda":
+            raise UserError("precision 'tf32' needs a GPU: use fp32 or bf16")
+    return cast(tuple[Precision, ...], tuple(names))
 
 
 def device_name(device: torch.device) -> str:

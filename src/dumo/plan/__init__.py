@@ -1,4 +1,4 @@
-"""What one asks before paying for hours: what a run costs, whether it fits this machine, a run for your photos.
+"""What one asks before training: what a run is and costs, whether it is right on this machine, a run for one's photos.
 
-Touches the machine, to measure, and your images, to look. Writes nothing.
+Reads images, and computes on the device to test. Writes nothing.
 """

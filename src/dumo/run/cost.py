@@ -1,19 +1,18 @@
-"""What a step costs, counted, not timed: floating-point operations. Its bytes: `dumo.run.memory`.
+"""The floating-point operations of a training step, counted from shapes.
 
-    forward_flops    of one pass, for a row
-    step_cost        of a training step, for a row: operations, and forward units; what its passes show on the way
+    forward_flops    of a forward pass, per row
+    step_cost        of a training step, per row: operations, forward units, and how a dual slope is computed
     forward_units    the units alone
     teacher_passes   how often a step asks a teacher for a row's velocity, which the others do not count
     exact_rows       the rows of the smallest batch that can be counted exactly
     count_flops      of any work
-    count_by_depth   any count of a net, by its first few blocks
+    count_by_depth   any count of a network, by its first few blocks
 
-`dumo.run.memory` follows the same steps, by `phases`, `meta_copies`, `empty_cpu_batch_like` and `step_function`, and a
-UNet by `sample_blocks`.
+`dumo.run.memory` and `dumo.plan.cluster` count the bytes of the same steps.
 
-The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
-are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike cost alike, so
-a count is affine in the length of each stretch of such blocks: the first few give that of all.
+The unit is F, a forward pass; a backward pass is 2 F. Counts depend on shapes alone, so operations are counted on the
+meta device, without memory or arithmetic. Equal blocks cost the same, so a count is affine in the number of blocks of
+each run of equal blocks (`Stretch`), and the first few blocks give the count of all.
 """
 
 import copy
@@ -43,9 +42,12 @@ from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, Taug
 from dumo.types.outside import name_of
 
 _NO_GUIDANCE = Guide()
-TIMES = 1_000_000  # times drawn, to see how many lie in the interval of guidance: ours
-MAX_BLOCKS_RUN = 6  # a net of more is counted by a few of its blocks: ours
-Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
+# Draws of times by which the share of rows inside the interval of guidance is measured.
+TIMES = 1_000_000
+# A network with more blocks is counted by a few of them.
+MAX_BLOCKS_RUN = 6
+# theta^-: the network itself, or an average of its weights, as `Train.ref`.
+Theta = Literal["self"] | float
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -73,12 +75,12 @@ def forward_units(
 
 
 class StepCost(NamedTuple):
-    """What a training step costs for a row, an image or a point, and what the passes that were counted show."""
+    """What a training step costs per row, an image or a point."""
 
-    units: float  # its floating-point operations over those of one pass forward
-    flops: float  # its floating-point operations
-    pass_flops: float  # those of one pass forward
-    way: Way | None = None  # how a dual slope takes du/dt, in the first part of the training; None: none is taken there
+    units: float  # floating-point operations over those of a forward pass
+    flops: float  # floating-point operations
+    pass_flops: float  # those of a forward pass
+    way: Way | None = None  # how a dual slope computes du/dt in the first phase of the training; None if none is taken
 
 
 def step_cost(
@@ -90,11 +92,11 @@ def step_cost(
     rows: int | None = None,
     ref: Theta = "self",
 ) -> StepCost:
-    """Count a training step of `rows` rows of this shape: forward, targets and backward.
+    """Count a training step of `rows` rows of this shape: forward pass, targets and backward pass.
 
-    `rows` None: a batch in which every share of the rows is a whole number of them. The passes of guidance count by the
-    expected share of the rows that need them. Where steps cost more in one part of the training than in another
-    (`phases` of the objective), the counts are means. Raises UserError where the loss is not one number per row.
+    `rows` None takes the smallest batch that can be counted exactly. The passes of guidance count by the expected share
+    of the rows that need them. If the phases of a training cost differently (`Needs.phases`), the counts are means.
+    Raises UserError if the loss is not one number per row.
     """
     pass_flops = forward_flops(net, objective, shape)
     counter = _StepCounter(

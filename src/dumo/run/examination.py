@@ -32,7 +32,7 @@ from dumo.flow import dropout
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.flow.slope import MAX_SLOPE_ERROR, slope_of
-from dumo.run.trial_net import STREAM_KEY, randomly_initialized_net
+from dumo.run.random_net import random_net
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Frozen, Objective, Sample, Time, UserError
@@ -108,7 +108,7 @@ def examine(run: Run, device: torch.device) -> Examination:
     Call `require` on the result. A user's own net or loss is tried first (`dumo.run.contract`). Raises UserError where
     it breaks the contract, and where the slope cannot be taken.
     """
-    net = randomly_initialized_net(run, device)
+    net = random_net(run, device, short=True)
     if has_own_parts(run):
         from dumo.run.contract import require_contract
 
@@ -133,7 +133,7 @@ def example_point(objective: Objective, path: FlowPath, data: Data, seed: int, r
     their default values.
     """
     needs = objective.needs
-    generator = stream(seed, STREAM_KEY)
+    generator = stream(seed, "examination")
     x, z = torch.randn(2, rows, *data.shape, generator=generator).unbind()
     c = torch.randint(data.classes + 1, (rows,), generator=generator)  # the null class, too
     t = torch.linspace(0, 1, rows + 1)[1:]

@@ -9,8 +9,9 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.slope import Along, JvpSlope, Slope
-from dumo.lab import bench, random_net
+from dumo.lab import bench
 from dumo.lab.bench import PlainStep, StepRow, slope_error
+from dumo.run.random_net import random_net
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen
 from e2e.shell import call, sets
 
@@ -27,7 +28,7 @@ def tiny(name: str = "digits", *more: str) -> Run:
 
 def built(run: Run) -> nn.Module:
     """Its net for its data."""
-    return random_net.build(run.net, run.objective.needs, run.data.shape, run.data.classes, CPU)
+    return random_net(run, CPU)
 
 
 def measured(run: Run, **more: object) -> dict[tuple[str, str], dict[str, object]]:
@@ -157,17 +158,12 @@ def test_a_slow_round_slows_all_and_changes_no_ratio() -> None:
     assert [row.units_timed for row in bench.with_times(tried, seconds, 1, None)] == [4, 5, 3, 10]
 
 
-def test_zeros_are_filled_and_nothing_else() -> None:
+def test_no_weight_is_zero_and_all_are_the_same_at_every_call() -> None:
     rng = torch.random.get_rng_state()
     module, again = (built(tiny()) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), rng)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
     assert all(p.all() for p in module.parameters())
-    layer = nn.Linear(3, 2)
-    nn.init.zeros_(layer.bias)
-    weight = layer.weight.detach().clone()
-    assert torch.equal(random_net.fill_zeros(layer).weight, weight)
-    assert layer.bias.all()
 
 
 @pytest.mark.nightly

@@ -11,9 +11,10 @@ from dumo.config.load import load
 from dumo.nets import Pretrained
 from dumo.plan import facts
 from dumo.plan.facts import show
-from dumo.run import cost, trial_net
+from dumo.run import cost
 from dumo.run.cost import StepCost
 from dumo.run.net import num_parameters, outline
+from dumo.run.random_net import cut_to_two_blocks
 from e2e.shell import call, refused, sets
 from recipe import recipe
 from tiers import tiered
@@ -75,7 +76,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     if name in HEAVY:
         assert isinstance(spec.net, Pretrained)
         spec = spec.model_copy(update={"net": spec.net.short(2)})
-    examined_net = trial_net.cut_to_two_blocks(spec.net)  # before training
+    examined_net = cut_to_two_blocks(spec.net)  # before training
     assert outline(spec.model_copy(update={"net": examined_net}))
     found = show(spec)
     json.dumps(found.spec, allow_nan=False)

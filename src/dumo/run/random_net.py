@@ -1,0 +1,80 @@
+"""A run's network with random weights in all layers, to test or time it before it is trained.
+
+A fresh network is not enough: its last layers are zero, so all it computes is zero, and so are its derivatives. A
+pretrained network is built from its config, so nothing is downloaded. Texts are random if they are not encoded yet.
+"""
+
+import torch
+from torch import nn
+
+from dumo.config.spec import Run
+from dumo.nets import Net, is_pretrained
+from dumo.run.weights import build
+from dumo.runtime.random import stream
+
+# The standard deviation of what is added to biases and gains, so that gains stay near 1.
+_VECTOR_NOISE = 0.1
+# Scales the weights of a subject's adapter, which is a third summand of a layer.
+_SUBJECT_SCALE = 0.1
+
+
+def random_net(run: Run, device: torch.device, *, short: bool = False) -> nn.Module:
+    """Build the run's network with random weights by the run's seed; `short`: with at most two blocks of each kind.
+
+    Raises UserError if the device has no room for it.
+    """
+    spec = with_random_texts_if_missing(run.net)
+    if short:
+        spec = cut_to_two_blocks(spec)
+    elif is_pretrained(spec):
+        spec = spec.model_copy(update={"weights": "drawn"})
+    net = build(run.model_copy(update={"net": spec}), device)
+    subject_part = None
+    if run.net.lora:
+        from dumo.nets.adapter import SUBJECT
+
+        subject_part = f".{SUBJECT}."
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            noise = torch.randn(p.shape, generator=stream(run.train.seed, "random net", name)).to(p)
+            if subject_part and subject_part in name:
+                noise = _SUBJECT_SCALE * noise
+            if p.ndim > 1:
+                fan_in = p[0].numel()
+                p.copy_(noise / fan_in**0.5)
+            else:
+                p.copy_(p + _VECTOR_NOISE * noise)
+    return net
+
+
+def with_random_texts_if_missing(net: Net) -> Net:
+    """The spec of a network, with random texts in place of a table of texts that does not exist yet."""
+    if net.texts is None:
+        return net
+
+    from dumo.nets.text import drawn_if_missing
+
+    texts = drawn_if_missing(net.texts)
+    if texts is net.texts:
+        return net
+    return net.model_copy(update={"texts": texts})
+
+
+def cut_to_two_blocks(net: Net) -> Net:
+    """The spec of a network, with at most two blocks of each kind."""
+    if is_pretrained(net):
+        return net.short(2)
+    # A network without blocks, or a user's own, has none of these fields.
+    depth: int | None = getattr(net, "depth", None)
+    route: object = getattr(net, "route", None)
+    late: int | None = getattr(net, "late", None)
+    if depth is None:
+        return net
+    short_depth = min(2, depth)
+    update: dict[str, int | None] = {"depth": short_depth}
+    if route:
+        # It names blocks that are cut.
+        update["route"] = None
+    if late is not None:
+        update["late"] = min(late, short_depth - 1)
+    return net.model_copy(update=update)
