@@ -17,17 +17,13 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-RESULT_FOLDERS = (DOCS / "results", DOCS.parent / "src/dumo/recipes/results")  # reports show those of the second, too
+RESULTS = DOCS / "results"
 RUNS = Path("runs/reproduce")
 
 
 def kept_results() -> dict[str, Path]:
     """The files of all results that are kept, by the name of their plan."""
-    files: dict[str, Path] = {}
-    for folder in RESULT_FOLDERS:
-        for path in sorted(folder.glob("*.json")):
-            files[path.stem] = path
-    return files
+    return {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
 
 
 def measure(name: str) -> None:
@@ -58,7 +54,7 @@ def main(names: list[str]) -> None:
     files = kept_results()
     for name in names or files:
         measure(name)
-        for copy in keep(RUNS / f"{name}-laptop", files.get(name, RESULT_FOLDERS[0] / f"{name}.json"), DOCS):
+        for copy in keep(RUNS / f"{name}-laptop", files.get(name, RESULTS / f"{name}.json"), DOCS):
             print(copy)
     subprocess.run([sys.executable, DOCS / "tables.py"], check=True)
 

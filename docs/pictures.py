@@ -3,8 +3,8 @@
     python docs/pictures.py [NAME ...]    # front, charts; default: all
 
 `draw_front` draws front.png, samples of the two trained models that ship with dumo. `draw_charts` draws the charts of
-the measured numbers that are stored in docs/results and in src/dumo/recipes/results. Other pictures of the pages are
-screenshots, or show networks that are not kept.
+the measured numbers that are stored in docs/results. Other pictures of the pages are screenshots, or show networks that
+are not kept.
 """
 
 import sys

@@ -24,8 +24,7 @@ from dumo.lab.table import average_rows, error_of_mean, main_score, rows_of_all_
 
 DOCS = Path(__file__).parent
 MODELS = DOCS.parent / "src/dumo/trained"
-SHIPPED = DOCS.parent / "src/dumo/recipes/results"  # which reports show, too
-RESULT_FOLDERS = (SHIPPED, DOCS / "results", DOCS.parent / "tools", MODELS)
+RESULT_FOLDERS = (DOCS / "results", DOCS.parent / "tools", MODELS)
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)", re.DOTALL)
 SCORES = ("fd", "mmd", "class_mmd")
 TRAINED_SCORES = ("mmd", "class_mmd")  # of the models that come with dumo

@@ -1,15 +1,11 @@
-"""What `dumo reproduce` measured: results that ship, for reports show them, and those that only the pages show."""
+"""What `dumo reproduce` measured, and the pages show."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-FILES = {
-    path.stem: path
-    for folder in ("src/dumo/recipes/results", "docs/results")
-    for path in sorted((ROOT / folder).glob("*.json"))
-}
+FILES = {path.stem: path for path in sorted((ROOT / "docs/results").glob("*.json"))}
 
 
 def names() -> list[str]:

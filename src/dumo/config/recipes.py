@@ -1,10 +1,9 @@
-"""The recipes that ship with dumo, a YAML file per run, and the published results of some of them.
+"""The recipes that ship with dumo, a YAML file per run.
 
 A recipe says what it is (`about`) and belongs to a `group`, one of `GROUPS`. It may name a `base` and hold only what it
 changes of it (ADR 0002); `dumo.config.source` merges the two.
 """
 
-import json
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -59,9 +58,3 @@ def rows() -> list[dict[str, str | None]]:
             recipe = tree(name)
             recipe_rows.append({"name": name, "about": recipe["about"], "group": group, "base": recipe.get("base")})
     return recipe_rows
-
-
-def results(name: str) -> dict[str, Any] | None:
-    """The published results of a plan or recipe, as `dumo reproduce NAME` wrote them; None if there are none."""
-    file = FOLDER / "results" / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

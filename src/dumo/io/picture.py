@@ -1,21 +1,18 @@
 """Samples as pictures: the one place where numbers become colours, pictures, PNG and files. Sizes are in pixels.
 
 1. Images in [-1, 1] become eight-bit colours (`to_uint8`, and `to_rows` with the channels last); `from_uint8` is the
-   way back. `decibels` says how far two images in [-1, 1] are apart.
+   way back.
 2. Colours become pictures of PIL: all in one (`sheet`), or each its own (`singles`). Points are scattered over the data
    (`scatter`), and a figure of matplotlib is drawn (`from_figure`).
-3. Pictures are joined on a page, with texts: `labelled_grid`, `with_column_names`, `named_blocks`,
-   `captioned_pictures`.
+3. Pictures are joined on a page, with texts: `labelled_grid`, `with_column_names`, `named_blocks`.
 4. A picture becomes the bytes of a PNG (`png`), an address in a page (`embed`) or a file (`write_picture`,
    `write_singles`). Colours and points also become arrays in files, as evaluations read them (`write_adm`,
    `write_points`).
 """
 
-import textwrap
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from math import inf, log10
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +37,6 @@ TITLE_SIZE = 12  # of the font of a title above an image
 _NAME_SIZES = (16, 14, 12, 10)  # of the font of names above a sheet: the first that fits
 GAP = 6  # between the pictures of a grid
 _BLOCK_GAP = 28  # between blocks that have their names above them
-_CAPTION_SIZE = 14  # of the font of a caption below a picture
-_CAPTION_MARGIN = 18  # between captions
-_MIN_CAPTION_WIDTH = 240  # room for its words
 _MAX_EMBEDDED_WIDTH = 1600  # of a picture in a page: enough for a sheet at twice its size
 _MAX_LINES = 3  # of a title above an image, or a note below several
 
@@ -65,11 +59,6 @@ def to_uint8(x: Sample) -> Pixels:
 def from_uint8(pixels: UInt8[Tensor, "n c h w"]) -> Sample:
     """Images of colours 0 .. 255 as numbers -1 .. 1, in float32."""
     return pixels.float().div_(127.5).sub_(1)
-
-
-def decibels(mean_square: float) -> float:
-    """The peak signal-to-noise ratio of images in [-1, 1] by the mean of their squared errors; inf for 0."""
-    return 10 * log10(2**2 / mean_square) if mean_square else inf
 
 
 def to_rows(x: Sample) -> PixelRows:
@@ -301,32 +290,6 @@ def named_blocks(blocks: Mapping[str, Image.Image], across: int = 3, note: str =
         y = row * block_height
         pen.text((x, y + top / 2), name, "black", name_font, anchor="lm")
         page.paste(picture, (x, y + top))
-    return page
-
-
-def captioned_pictures(captioned: Sequence[tuple[str, Image.Image]], head: str, across: int = 3) -> Image.Image:
-    """Pictures of one size on white, `across` to a row, the caption of each below it, and a line above them all."""
-    _, first = captioned[0]
-    width = max(_MIN_CAPTION_WIDTH, first.width)
-    caption_font = font(_CAPTION_SIZE)
-    characters_per_line = max(1, int(width / caption_font.getlength("n")))
-    texts = [textwrap.fill(caption, characters_per_line) for caption, _ in captioned]
-    most_lines = max(text.count("\n") + 1 for text in texts)
-    block_height = first.height + (1 + most_lines) * (_CAPTION_SIZE + 4) + _CAPTION_MARGIN
-    rows = -(-len(texts) // across)
-    across = min(across, len(texts))
-    top = _CAPTION_SIZE + _CAPTION_MARGIN
-    page_width = across * (width + _CAPTION_MARGIN) - _CAPTION_MARGIN
-    page_height = rows * block_height + top
-    page = Image.new("RGB", (page_width, page_height), "white")
-    pen = ImageDraw.Draw(page)
-    pen.text((0, 0), head, "black", caption_font)
-    for i, ((_, picture), text) in enumerate(zip(captioned, texts, strict=True)):
-        row, column = divmod(i, across)
-        x = column * (width + _CAPTION_MARGIN)
-        y = row * block_height + top
-        page.paste(picture, (x, y))
-        pen.multiline_text((x, y + picture.height + 4), text, "black", caption_font)
     return page
 
 

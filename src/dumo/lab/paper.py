@@ -21,6 +21,7 @@ from dumo.lab.plan import Plan
 from dumo.lab.table import average_by_arm, group_by_arm, main_score
 from dumo.plan.facts import far_share
 from dumo.report import chart, evaluate, gallery
+from dumo.report.sample import sample_to_files
 from dumo.run.judge import evaluator_of
 from dumo.runtime.progress import no_bar
 
@@ -129,7 +130,7 @@ def _distances_by_milestone(result: Result) -> Iterator[Row]:
 
 
 def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Write fig5.png, trajectories of all objectives by all modes; and each objective's panels and class grids."""
+    """Write fig5.png, trajectories of all objectives by all modes; and each objective's panels and sheets by class."""
     files: list[Path] = []
     panels_by_title: dict[str, Mapping[int, Image.Image]] = {}
     for result in results:
@@ -137,9 +138,8 @@ def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
         panels = gallery.trajectories(result.trained)
         for mode, panels_by_step in panels.items():
             panels_by_title[f"{title},\n{mode.name}"] = panels_by_step
-        grids = gallery.class_grids(result.trained, None, nfe=(1, 2))
         files += gallery.write_trajectories(folder / title.lower(), panels)
-        files += gallery.write_class_grids(folder / title.lower(), grids)
+        files += sample_to_files(result.trained, folder / title.lower(), nfe=(1, 2))
     picture.write_picture(folder / "fig5.png", gallery.join_panels(panels_by_title))
     return [folder / "fig5.png", *files]
 

@@ -1,9 +1,8 @@
-"""What a run says: samples, sheets, scores and their cards, trajectories, a page of all of it, a demo.
+"""What a run says: samples, scores with their cards, curves of its log, trajectories, a page of all of it, a demo.
 
-The entrances, in the order of a run's life: `sheet.Sheets` and `feed.live_feed` as it trains; then
-`sample.sample_to_files`, `gallery.trajectories`, `benchmark.make_images`, `evaluate.evaluate`, `page.write` and
-`demo.build_page`. `compare.compare` and `figure.comparison_picture` set several runs side by side; `images.judge`
+While a run trains, `sheet.Sheets` draws samples and `tracker.open_tracker` sends its log. Of a trained run,
+`sample.sample_to_files` writes samples, `gallery.trajectories` draws them by number of passes, `benchmark.make_images`
+makes the images of a benchmark, `evaluate.evaluate` scores the run, `page.write` writes its page, and `demo.build_page`
+serves one to play with. `compare.compare` and `figure.draw_logs` set several runs side by side, and `images.judge`
 scores images that others made.
-
-Touches pictures and scores in the run's folder; a port and a tracker, if asked. Knows neither `export` nor `lab`.
 """

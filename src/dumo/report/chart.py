@@ -19,11 +19,14 @@ from dumo.config.word import MERITS, word
 from dumo.io import picture
 
 PICTURE_DPI = 150
-COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470", "#c2577f", "#2a9d9d")  # of names, in turn
-MARKS = "*osDv^PX"  # of names, in turn; DuMo, which comes first, has green stars, as in the paper
-TITLE_LETTERS_PER_INCH = 8  # of a bold title, so that it stays within its picture: measured
-LABEL_LETTERS_PER_INCH = 11  # of an axis' label: measured
-MAX_LINEAR_RATIO = 1.5  # of the ends of an axis: from here on its scale is logarithmic. Ours
+# Of names, in turn. DuMo, which comes first, has green stars, as in the paper.
+COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470", "#c2577f", "#2a9d9d")
+MARKS = "*osDv^PX"
+# Letters of a bold title and of an axis' label that fit into an inch of a picture.
+TITLE_LETTERS_PER_INCH = 8
+LABEL_LETTERS_PER_INCH = 11
+# An axis whose ends have this ratio or more gets a logarithmic scale.
+MAX_LINEAR_RATIO = 1.5
 
 
 class CurvePoint(NamedTuple):

@@ -1,9 +1,6 @@
-"""Names of files in a run's folder that say what differs from the run's own spec: restart-nfe1-seed3.
+"""Names of files in a run's folder that say what differs from the run's own config: restart-nfe1-seed3.
 
 So the files of different settings do not overwrite one another.
-
-`changed_parts` compares two sets of fields, as `sampling_fields` or `flatten` make them, and returns the parts of a
-name. `name_part` writes one field as a part.
 """
 
 import re
@@ -15,8 +12,10 @@ from dumo.io.weights import sha256, title
 from dumo.run.weights import RunFolder, sampled_part
 from dumo.training.checkpoint import part_path
 
-MAX_VALUE_LENGTH = 40  # characters of a value in a name: ours
-Fields = dict[str, Any]  # values of a spec's fields, by names such as sample.seed and solver.m
+MAX_VALUE_LENGTH = 40
+
+# Values of a config's fields, by names such as sample.seed and solver.m.
+Fields = dict[str, Any]
 
 
 def sampling_fields(spec: Sampling) -> Fields:
@@ -50,7 +49,8 @@ def name_part(field: str, value: object, content: bytes | None = None) -> str:
     name = "" if field.endswith(".kind") else field.split(".")[-1]
     text = re.sub(r"[^\w.]+", "-", str(value)).strip("-")
     if isinstance(value, int | float) and value < 0:
-        text = f"-{text}"  # its sign went with the separators
+        # Its sign was removed with the separators.
+        text = f"-{text}"
     if content is None and len(text) > MAX_VALUE_LENGTH:
         content = text.encode()
     if content is not None:

@@ -17,7 +17,8 @@ from dumo.evaluation.neighbours import Real
 from dumo.runtime.random import stream
 from dumo.types import Sample
 
-MAX_REAL = 200  # images of the data whose distance to the others is the unit: ours
+# Images of the data whose distance to the others is the unit.
+MAX_REAL = 200
 
 
 @dataclass(frozen=True)

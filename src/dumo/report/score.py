@@ -16,10 +16,14 @@ from dumo.evaluation.metric import CLASS_MMD, METRICS, headline_score, higher_is
 from dumo.evaluation.protocol import Scores
 from dumo.report.card import Card, Row
 
-ERROR_SUFFIX = "_sd"  # of a name whose value is the error of a score: mmd_sd
-ROW_LABELS = ("nfe", "solver")  # the fields of a row that are no scores
-NUM_SPLITS = "splits"  # the field of a baseline with the number of distances that it is the mean of
-NOTED_FIELDS = ("reference", CLASS_MMD, "copies", "kid")  # of a card: with what scores compare, and what of
+# mmd_sd is the standard deviation of mmd.
+ERROR_SUFFIX = "_sd"
+# The fields of a row that are no scores.
+ROW_LABELS = ("nfe", "solver")
+# The number of distances that a baseline is the mean of.
+NUM_SPLITS = "splits"
+# The fields of a card that say what samples are compared with, and how.
+NOTED_FIELDS = ("reference", CLASS_MMD, "copies", "kid")
 
 # Distances from which samples count as untrained or as far from the data. None of them is from the literature.
 UNTRAINED_SHARE_OF_NOISE = 1 / 2

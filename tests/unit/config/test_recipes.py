@@ -155,10 +155,6 @@ def test_a_pretrained_transformer_is_tuned_as_published(name: str) -> None:
     assert run["pipeline"]["source"] in PUBLISHED
 
 
-def test_an_unknown_recipe_has_no_results() -> None:
-    assert recipes.results("nothing") is None
-
-
 def test_results_say_where_they_come_from() -> None:
     for name in measured.names():
         results = measured.results(name)

@@ -14,7 +14,6 @@ from dumo.report import gallery
 from dumo.run.sampler import Sampler, sampler_of
 from dumo.run.train import train
 from dumo.run.weights import RunFolder, open_run
-from dumo.runtime import door
 from dumo.types import UserError
 from unit.run.known import Seen
 
@@ -87,7 +86,7 @@ def test_steps_differ_and_the_last_is_the_checkpoint(digits: RunFolder) -> None:
     assert not np.array_equal(shown(first, 0, 3, nfe=1), shown(middle, 0, 3, nfe=1))
     assert gallery.open_milestone(digits, 12, None) is digits
     assert list(stages(digits, [6])) == [6]
-    with pytest.raises(UserError, match=r"nothing of step 7: there is 0, 6, 12\. .*train\.milestones=\[7\]"):
+    with pytest.raises(UserError, match=r"train\.milestones=\[7\]"):
         stages(digits, [6, 7])
 
 
@@ -154,17 +153,6 @@ def test_nothing_is_made_of_what_cannot_be(digits: RunFolder, moons: RunFolder) 
     for wrong in ({"nfe": [1, 0]}, {"steps": [5]}, {"only": [10]}, {"only": [7, 4], "count": 1}):
         with pytest.raises(UserError):
             gallery.trajectories(digits, **wrong)
-    for one, classes in ((digits, [3, 10]), (moons, None), (moons, [0])):
-        with pytest.raises(UserError, match=r"out of range|no classes"):
-            gallery.class_grids(one, classes)
-
-
-def test_a_picture_that_no_program_would_open_is_refused(digits: RunFolder) -> None:
-    """As all classes of ImageNet, eight images each. A digit is shown at eight times its size, 64 x 64 pixels."""
-    most = gallery.MAX_GRID_PIXELS // (10 * SIDE**2)
-    message = "10 classes, 4,883 images each, has 200 million pixels.* by --classes 1,207,250, or lower --count"
-    with door.command_line(), pytest.raises(UserError, match=message):
-        gallery.class_grids(digits, None, count=most + 1)
 
 
 @pytest.mark.slow
@@ -173,21 +161,6 @@ def test_points_are_scattered_in_one_row(moons: RunFolder) -> None:
     for row in panels.values():
         assert row[12].width == 2 * 450 + GAP
         assert row[12].height < 600
-
-
-def test_a_block_is_the_same_whatever_else_is_drawn(digits: RunFolder) -> None:
-    """Image i of class k is number k * count + i."""
-    grids = gallery.class_grids(digits, [3, 9], nfe=(1, 2), count=4)
-    assert [(reading.letter, step, n) for reading, step, n in grids] == [("u", 12, 1), ("u", 12, 2)]
-    one, two = grids.values()
-    (alone,) = gallery.class_grids(digits, [9], count=4).values()
-    w = 2 * SIDE + 2
-    among, by_itself = (np.asarray(page)[-w - 28 :, -w:].astype(int) for page in (one, alone))  # its name above it
-    assert np.abs(among - by_itself).max() <= 1
-    assert one.width - alone.width == w + gallery.PANEL_GAP
-    assert not np.array_equal(np.asarray(one), np.asarray(two))
-    corner = np.asarray(one)[-SIDE:, -SIDE:]
-    assert np.abs(corner.astype(int) - shown(digits, 9 * 4 + 3, 9, nfe=1)).max() <= 1
 
 
 def test_files_say_what_they_are(digits: RunFolder, tmp_path: Path) -> None:
@@ -204,16 +177,10 @@ def test_files_say_what_they_are(digits: RunFolder, tmp_path: Path) -> None:
         assert joined.width >= 3 * u.width
         low = np.asarray(joined.convert("RGB").crop((joined.width - v.width, joined.height - SIDE, *joined.size)))
         assert np.array_equal(low, np.asarray(v)[-SIDE:])  # nothing is cut off
-    (file,) = gallery.write_class_grids(tmp_path, gallery.class_grids(digits, [1], count=2))
-    assert file.name == "classes-u-nfe1-step-00000012.png"
 
 
 @pytest.mark.slow
 def test_work_is_watched(digits: RunFolder) -> None:
     gallery.trajectories(digits, nfe=(1, 2), count=1, bar=(seen := Seen()))
-    assert seen.ticks == [1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18]
+    assert seen.ticks == [3, 6, 9, 12, 15, 18]
     assert {total for _, total in seen.titles} == {18}
-
-
-def test_rectangles_are_full_and_wide() -> None:
-    assert [gallery.full_columns(n) for n in (1, 2, 4, 7, 8, 10, 12, 1000)] == [1, 2, 2, 7, 4, 5, 4, 40]
