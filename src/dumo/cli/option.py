@@ -1,11 +1,9 @@
-"""Options that several commands share, and parsers of option values.
+"""Options that several commands share, and parsers of their values.
 
-A type (`Source`, `Set`, `Nfe` ...) gives a command that argument or option, with its help and the check of its value.
-`one_of` makes such a check for an option of one command. A parser (`parse_...`) turns text into a value, and raises
-typer's BadParameter or UserError.
+A type (`Source`, `Set`, `Nfe` ...) gives a command that argument or option, with its help. A parser turns text into a
+value, and raises typer's BadParameter or UserError.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +11,6 @@ import typer
 
 from dumo.config import recipes
 from dumo.config.label import split_labels
-from dumo.error import UserError
 from dumo.io import trained
 
 if TYPE_CHECKING:
@@ -21,27 +18,13 @@ if TYPE_CHECKING:
 
 
 def _complete_source(text: str) -> list[str]:
-    """The recipes and runs of dumo's whose names begin with `text`. Where there is none, the shell completes files."""
+    """Return the recipes and shipped runs whose names begin with `text`. If there is none, the shell lists files."""
     return [name for name in (*recipes.names(), *trained.names()) if name.startswith(text)]
 
 
 def _complete_run(text: str) -> list[str]:
-    """The runs of dumo's whose names begin with `text`. Where there is none, the shell completes files."""
+    """Return the shipped runs whose names begin with `text`. If there is none, the shell lists files."""
     return [name for name in trained.names() if name.startswith(text)]
-
-
-def one_of(option: str, *names: str) -> Callable[[str | None], str | None]:
-    """Make a check of typer's for an option: it returns a value that is None or one of `names`.
-
-    It raises UserError for any other, with all names.
-    """
-
-    def check(value: str | None) -> str | None:
-        if value is None or value in names:
-            return value
-        raise UserError(f"there is no {option} '{value}'; valid: {', '.join(names)}")
-
-    return check
 
 
 def _trust_code(context: typer.Context, trust_code: bool) -> bool:
@@ -55,7 +38,7 @@ def _trust_code(context: typer.Context, trust_code: bool) -> bool:
 Source = Annotated[
     str,
     typer.Argument(
-        help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a trained run of dumo's, such as "
+        help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a run that ships with dumo, such as "
         "digits-trained.",
         autocompletion=_complete_source,
     ),
@@ -70,7 +53,7 @@ SourceOrImages = Annotated[
 Folder = Annotated[
     str,
     typer.Argument(
-        help="A run's folder: runs/digits, or digits-trained or cifar10-trained, which dumo brings.",
+        help="A run's folder, such as runs/digits; or digits-trained or cifar10-trained, which ship with dumo.",
         autocompletion=_complete_run,
     ),
 ]
@@ -80,7 +63,7 @@ Set = Annotated[
 ]
 Nfe = Annotated[
     str | None,
-    typer.Option("--nfe", help="Passes through the net, e.g. 1,2,4. Default: the run's own."),
+    typer.Option("--nfe", help="Numbers of function evaluations, e.g. 1,2,4. Default: the run's own."),
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling noise. Default: the run's own.")]
 SolverName = Annotated[
@@ -94,16 +77,16 @@ Prompts = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Prompts: a .txt, one a line; a .jsonl with a prompt a line; a folder of .txt."),
 ]
-Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda, cuda:1 ...")]
+Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, cuda:1 ...")]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", help="A safetensors file, in place of the first average of the run's last checkpoint."),
+    typer.Option("--weights", help="A safetensors file. Default: the first EMA of the run's last checkpoint."),
 ]
 Verify = Annotated[
     bool,
     typer.Option(
         "--verify",
-        help="Hash every image first, and compare with what the run was trained on, or the cache made of.",
+        help="Hash every image first, and compare with those that the run was trained on or the cache was made of.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
@@ -118,17 +101,17 @@ TrustCode = Annotated[
 
 
 def parse_classes(text: str | None, conditions: "Conditions") -> list[int] | None:
-    """'cats,2' as the numbers of these classes; None stays None. Raises UserError for a name that is no class."""
+    """Return the numbers of classes such as 'cats,2', or None for None. Raises UserError for an unknown class."""
     if text is None:
         return None
     return [conditions.index(label) for label in split_labels(text, conditions.names)]
 
 
 def parse_integers(text: str | None, option: str) -> list[int] | None:
-    """'1,2,4' as [1, 2, 4]; None stays None. Raises BadParameter, which names the option, for anything else."""
+    """Return '1,2,4' as [1, 2, 4], or None for None. Raises BadParameter, which names the option, for other text."""
     if text is None:
         return None
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"'{text}' is no list of whole numbers such as 1,2,4", param_hint=option) from None
+        raise typer.BadParameter(f"'{text}' is not a list of integers such as 1,2,4", param_hint=option) from None
