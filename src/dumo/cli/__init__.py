@@ -1,7 +1,7 @@
 """The command line: the commands of `dumo`, and `main`, which runs one and exits with its exit code.
 
-Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by signal n (130: Ctrl-C; 142: its time
-was over before its photos were encoded). Progress goes to stderr, answers to stdout.
+Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by signal n (130: Ctrl-C). Progress goes
+to stderr, answers to stdout.
 
 A module here has the commands of its name. It checks options, calls the package that does the work, and prints what
 comes back; only this package touches the terminal. torch is imported inside the commands, so that help is fast.
