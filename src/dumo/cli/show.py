@@ -14,7 +14,7 @@ from dumo.cli.option import AsJson, Device, Set, Source, TrustCode
 from dumo.cli.terminal import out, show_lines, show_table
 from dumo.runtime import shell_path
 from dumo.runtime.limits import GIGABYTE
-from dumo.runtime.progress import print_line
+from dumo.runtime.progress import bar, print_line
 from dumo.runtime.text import minutes_text, number_text
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _count_cost(run: "Run", ranks: int, tflops: float | None, device: str) -> "C
     if tflops is None:
         peak = known_peak_tflops(choose_device(device))
         tflops = peak and cost.USUAL_SHARE_OF_PEAK * peak
-    return cost.count_cost(run, ranks, tflops)
+    return cost.count_cost(run, ranks, tflops, bar)
 
 
 def _print_cost(cost: "Cost") -> None:

@@ -1,7 +1,7 @@
 """The family of texts that a net may read: `Text` is the type of a spec's field, and FAMILY finds a spec by its kind.
 
-A class is imported when its kind is read, because encoders take long to import. `has_table`, `has_embeddings` and
-`is_learned_texts` say what a spec is without importing any.
+A class is imported when its kind is read, because encoders take long to import. `has_table` and `is_learned_texts` say
+what a spec is without importing any.
 """
 
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +20,7 @@ FAMILY = SpecFamily(
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-    from dumo.nets.table import EmbeddedTexts, PipelineTexts, TableTexts, TextTable
+    from dumo.nets.table import PipelineTexts, TableTexts, TextTable
     from dumo.nets.text import LearnedTexts
 
     Text = LearnedTexts | PipelineTexts | TextTable
@@ -31,11 +31,6 @@ else:
 def has_table(texts: object) -> "TypeIs[TableTexts]":
     """Whether texts lie in a table, of embeddings or of token ids."""
     return is_instance_of(texts, "dumo.nets.table:TableTexts")
-
-
-def has_embeddings(texts: object) -> "TypeIs[EmbeddedTexts]":
-    """Whether texts lie in a table of embeddings."""
-    return is_instance_of(texts, "dumo.nets.table:EmbeddedTexts")
 
 
 def is_learned_texts(texts: object) -> "TypeIs[LearnedTexts]":

@@ -7,7 +7,6 @@ a frozen base in int8 or nf4.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from dumo.config.change import override
 from dumo.config.fit import check_ranks
@@ -19,6 +18,7 @@ from dumo.run import memory
 from dumo.run.cost import step_cost
 from dumo.run.net import outline
 from dumo.runtime.limits import GIGABYTE
+from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.text import SECONDS_PER_HOUR
 from dumo.training.layout import share_of
 from dumo.training.step import rows_kept_together, split_into_passes
@@ -56,23 +56,23 @@ class Cost:
     tflops: float | None  # of each GPU, in 10^12 operations per second
     hours: float | None  # None if `tflops` is
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
 
-
-def count_cost(run: Run, ranks: int = 1, tflops: float | None = None) -> Cost:
+def count_cost(run: Run, ranks: int = 1, tflops: float | None = None, bar: Bar = no_bar) -> Cost:
     """Count what a run costs on `ranks` ranks, whose GPUs make `tflops` 10^12 operations per second each.
 
-    Raises UserError if the run cannot be divided among this many ranks.
+    For published models this can take minutes; `bar` shows the layouts that are done. Raises UserError if
+    the run cannot be divided among this many ranks.
     """
     check_ranks(run.train, run.objective, ranks)
     net = outline(run)
     step = step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     flops = step.flops * run.train.steps * run.train.batch
+    all_layouts = list(layouts(run, ranks))
     rows_of_memory: list[LayoutMemory] = []
-    for name, run_in_layout in layouts(run, ranks):
-        rows_of_memory.append(_count_memory(name, run_in_layout, ranks))
+    with bar("layouts", len(all_layouts)) as tick:
+        for name, run_in_layout in all_layouts:
+            rows_of_memory.append(_count_memory(name, run_in_layout, ranks))
+            tick(len(rows_of_memory), "")
     return Cost(
         ranks=ranks,
         memory=rows_of_memory,

@@ -1,9 +1,8 @@
-"""How long work takes on a device: `Stopwatch`, the one clock of rehearsals, benches, trials and speeds.
+"""How long work takes on a device.
 
-A GPU works on while Python continues, so `now` first waits until the device has done all work so far. `seconds` times
-one call, `repeat` calls for a while, and `time_rounds` several tasks in turn. `quartiles` sums their times up.
-
-What runs for the first time compiles, chooses kernels and fills caches: those rounds do not count.
+A GPU computes while Python continues, so `Stopwatch.now` first waits until the device has done all work so far.
+`seconds` times one call, and `time_rounds` several tasks in turn; `quartiles` summarises their times. The first rounds
+do not count, because they compile, choose kernels and fill caches.
 """
 
 import time
@@ -72,18 +71,6 @@ class Stopwatch:
                     if i >= warm_up:
                         times[j, i - warm_up] = seconds
                 tick(i + 1, "")
-        return times
-
-    def repeat(self, task: Task, duration: float) -> list[float]:
-        """Call the task again and again for `duration` seconds. Returns the seconds of each call."""
-        times: list[float] = []
-        began = self.now()
-        deadline = began + duration
-        while began < deadline:
-            task()
-            ended = self.now()
-            times.append(ended - began)
-            began = ended
         return times
 
 

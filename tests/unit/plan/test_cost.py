@@ -211,7 +211,7 @@ def test_the_memory_and_work_of_xl2() -> None:
 def test_the_command() -> None:
     words = ("show", "moons", "--cost", *sets("net.width=16"))
     told = call(*words, "--tflops", "0.5")
-    assert (told.code, told.err) == (0, "")
+    assert told.code == 0
     for word in ("operations", "hours", "1 GPU at 0.5 TFLOP/s", "checkpoints", "as is", "train.micro_batch=1", "total"):
         assert word in " ".join(told.out.split()), word
     found = call(*words, "--json").json["cost"]
