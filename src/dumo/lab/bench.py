@@ -26,7 +26,7 @@ from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import null_nonfinite
 from dumo.run import cost, examination, memory
-from dumo.run.net import outline
+from dumo.run.net import outline, require_room
 from dumo.run.random_net import random_net
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, no_bar
@@ -256,6 +256,7 @@ def prepare(run: Run, device: torch.device, compile: str = "none", progress: flo
     Raises UserError if the network does not fit the memory, or has no blocks to compile.
     """
     require_known("way to compile", compile, _COMPILE_CHOICES)
+    require_room(run, device)
     net = random_net(run, device)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":

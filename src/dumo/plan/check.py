@@ -26,6 +26,8 @@ from dumo.io.read import null_nonfinite
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.run.examination import Examination, examine
+from dumo.run.net import require_room
+from dumo.run.random_net import short_run
 from dumo.run.weights import build
 from dumo.runtime import version
 from dumo.runtime.device import choose_device
@@ -91,6 +93,7 @@ def check(run: Run, device: str = "auto") -> Check:
     # Compare the slope with the derivative. An operation without a tangent rule, for one, is a finding.
     examination = None
     try:
+        require_room(short_run(run), torch_device)
         examination = examine(run, torch_device)
     except UserError as error:
         slope = Finding("slope", "failing", "refused", str(error))

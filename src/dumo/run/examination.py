@@ -32,7 +32,7 @@ from dumo.flow import dropout
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.flow.slope import MAX_SLOPE_ERROR, slope_of
-from dumo.run.random_net import random_net
+from dumo.run.random_net import random_net, short_run
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Frozen, Objective, Sample, Time, UserError
@@ -108,7 +108,7 @@ def examine(run: Run, device: torch.device) -> Examination:
     Call `require` on the result. A user's own net or loss is tried first (`dumo.run.contract`). Raises UserError where
     it breaks the contract, and where the slope cannot be taken.
     """
-    net = random_net(run, device, short=True)
+    net = random_net(short_run(run), device)
     if has_own_parts(run):
         from dumo.run.contract import require_contract
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.nets import Net, is_pretrained
-from dumo.run.weights import build
+from dumo.run.weights import draw_on_device
 from dumo.runtime.random import stream
 
 # The standard deviation of what is added to biases and gains, so that gains stay near 1.
@@ -18,17 +18,15 @@ _VECTOR_NOISE = 0.1
 _SUBJECT_SCALE = 0.1
 
 
-def random_net(run: Run, device: torch.device, *, short: bool = False) -> nn.Module:
-    """Build the run's network with random weights by the run's seed; `short`: with at most two blocks of each kind.
+def random_net(run: Run, device: torch.device) -> nn.Module:
+    """Build the run's network with random weights by the run's seed.
 
-    Raises UserError if the device has no room for it.
+    The device must have room for it (`dumo.run.net.require_room`).
     """
     spec = with_random_texts_if_missing(run.net)
-    if short:
-        spec = cut_to_two_blocks(spec)
-    elif is_pretrained(spec):
+    if is_pretrained(spec):
         spec = spec.model_copy(update={"weights": "drawn"})
-    net = build(run.model_copy(update={"net": spec}), device)
+    net = draw_on_device(run.model_copy(update={"net": spec}), device)
     subject_part = None
     if run.net.lora:
         from dumo.nets.adapter import SUBJECT
@@ -45,6 +43,11 @@ def random_net(run: Run, device: torch.device, *, short: bool = False) -> nn.Mod
             else:
                 p.copy_(p + _VECTOR_NOISE * noise)
     return net
+
+
+def short_run(run: Run) -> Run:
+    """The run with a network of at most two blocks of each kind, for tests that take little memory and time."""
+    return run.model_copy(update={"net": cut_to_two_blocks(with_random_texts_if_missing(run.net))})
 
 
 def with_random_texts_if_missing(net: Net) -> Net:

@@ -15,7 +15,7 @@ from dumo.flow.check import MAX_DIFFERENCE, outputs_match
 from dumo.flow.precision import Precision
 from dumo.run import contract, cost
 from dumo.run.net import outline
-from dumo.run.random_net import random_net
+from dumo.run.random_net import random_net, short_run
 from dumo.types import Heads
 from unit.run.known import same
 from unit.run.returning import RETURNS, Named, Returning
@@ -145,7 +145,7 @@ def test_a_loss_that_is_no_number_per_row_or_draws_is_refused(what: str, tmp_pat
 def test_a_net_has_its_mode_again_where_a_loss_is_refused(what: str) -> None:
     objective = {"kind": Returning().kind, "what": what}
     run = dumo.recipe("moons", {"objective": objective, "sample.solver": {"kind": "euler"}, "train.batch": 8})
-    net = random_net(run, torch.device("cpu"), short=True).eval()
+    net = random_net(short_run(run), torch.device("cpu")).eval()
     next(net.children()).train()
     modes = [part.training for part in net.modules()]
     with pytest.raises(dumo.UserError):
