@@ -67,7 +67,7 @@ def test_folders_that_are_no_run(here: Path) -> None:
     (here / "empty").mkdir()
     (here / "full").mkdir()
     (here / "full/thesis.tex").write_text("years of work")
-    refused("train", "empty", named=("empty", "run.yaml"))
+    refused("train", "empty", named=("empty",))
     refused("train", "digits", "--out", "full", named=("full", "run.yaml", "--out"))
     for command in ("sample", "evaluate", "report"):
         refused(command, "empty", named=("empty", "run.yaml", "train"))

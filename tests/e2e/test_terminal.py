@@ -148,9 +148,7 @@ def test_a_signal_ends_work_between_its_pieces(
 @pytest.mark.parametrize(
     ("words", "place"),
     [
-        (["sample", "run", "--out", "shut/new"], "shut/new"),
         (["evaluate", "run", "--nfe", "1"], "run"),
-        (["report", "run"], "run"),
     ],
 )
 def test_a_folder_that_is_shut_is_found_before_the_work(

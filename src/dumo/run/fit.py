@@ -54,9 +54,11 @@ def _check_positions(data: Data, patch: int, max_patches: int) -> None:
         # In latents, a patch is several times as many pixels.
         pixels_per_patch = patch * max(shown_data(data).shape[1:]) // max(data.shape[1:])
         field = "data.images.side" if is_latents(data) else "data.side"
+        fix = f"set {field}={max_patches * pixels_per_patch} or less"
+        if max(data.shape[1:]) // patch <= max_patches:  # the longest bucket alone is too long
+            fix = f"lower {buckets_field(data)}.ratio"
         raise UserError(
-            f"pipeline has a model with positions for {max_patches} patches a side, and the images have {patches}: "
-            f"set {field}={max_patches * pixels_per_patch} or less"
+            f"pipeline has a model with positions for {max_patches} patches a side, and the images have {patches}: {fix}"
         )
 
 

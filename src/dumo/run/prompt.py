@@ -61,6 +61,8 @@ def conditions_of_prompts(sampler: Sampler, prompts: Sequence[str], source: Path
     `source` is the image that the prompts edit. Raises UserError for a blank prompt, and where the run reads no texts,
     or its encoder is missing, or another than the run was trained with.
     """
+    if not prompts:
+        raise UserError("prompts is empty: give at least one, or leave it out")
     if any(not text.strip() for text in prompts):
         raise UserError("a prompt is empty: say what the image shows, or leave the prompt out")
     texts = sampler.texts

@@ -172,7 +172,7 @@ def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monke
 def test_from_an_earlier_step(run: Path) -> None:
     told = list[str]()
     train(tiny("train.clip=1"), run, step=4, tell=told.append)
-    assert "what came after it is removed, the weights of steps 6, 8" in told[2]
+    assert "what came after it is removed, the weights of steps 6, 8" in " ".join(told)
     assert steps(run) == [2, 4, 6, 8]
     assert noted(run) == [RecordedChange(step=4, field="train.clip", was=None, now=1.0)]
     assert open_run(str(run)).run.train.clip == 1.0
