@@ -58,7 +58,8 @@ def _check_positions(data: Data, patch: int, max_patches: int) -> None:
         if max(data.shape[1:]) // patch <= max_patches:  # the longest bucket alone is too long
             fix = f"lower {buckets_field(data)}.ratio"
         raise UserError(
-            f"pipeline has a model with positions for {max_patches} patches a side, and the images have {patches}: {fix}"
+            f"pipeline has a model with positions for {max_patches} patches a side, and the images have {patches}: "
+            f"{fix}"
         )
 
 
