@@ -79,13 +79,22 @@ def train(folder: Path, net: nn.Module | None = None, objective: Any = None, **c
 
 
 @pytest.mark.parametrize(
-    "between",
-    [nn.Dropout(0.5), Functional(), Numpy(), Centred(), nn.BatchNorm1d(16)],
+    ("between", "reason"),
+    [
+        (nn.Dropout(0.5), "another mask"),
+        (Functional(), "two passes"),
+        (Numpy(), "two passes"),
+        (Centred(), "another row"),
+        (nn.BatchNorm1d(16), "buffer"),
+    ],
     ids=["Dropout", "dropout", "numpy", "rows", "BatchNorm"],
 )
 @pytest.mark.parametrize("slope", ["central", "dual"])
-def test_a_net_that_draws_or_changes_in_a_pass_is_refused(between: nn.Module, slope: str, tmp_path: Path) -> None:
-    with pytest.raises(dumo.UserError):
+def test_a_net_that_draws_or_changes_in_a_pass_is_refused(
+    between: nn.Module, reason: str, slope: str, tmp_path: Path
+) -> None:
+    """Each for its own reason: another check may refuse the same network later."""
+    with pytest.raises(dumo.UserError, match=reason):
         train(tmp_path / "run", Plain(between), **{"objective.slope": {"kind": slope}})
     assert not (tmp_path / "run").exists()
 
