@@ -46,7 +46,8 @@ def ship(run_folder: str, name: str) -> None:
     with TemporaryDirectory() as here:
         command = [sys.executable, "-m", "dumo", "evaluate", name, "--nfe", "1,2,4"]
         subprocess.run(command, cwd=here, env=environment, check=True)
-        shutil.copy(Path(here, name, EVALUATION_FILE), folder)
+        [report] = Path(here, name).glob("evaluation*.json")
+        shutil.copy(report, folder / EVALUATION_FILE)
 
 
 if __name__ == "__main__":

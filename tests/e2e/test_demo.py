@@ -92,7 +92,7 @@ def test_a_person_makes_samples_of_two_runs(here: Path) -> None:
             pictures = page.locator("button.thumbnail-item img")
             pictures.nth(7).wait_for()
             assert pictures.count() == 8
-            assert page.get_by_text("1 NFE").count() == 2
+            assert page.get_by_text("1 NFE, ").count() >= 2
             page.get_by_label("seed").fill("-1")
             assert all(address.startswith((url, "data:", "blob:")) for address in requested), requested
             assert not errors

@@ -22,7 +22,7 @@ from dumo.export.card import PROMPT
 from dumo.export.model import INDEX, ExportedModel
 from dumo.flow.generate import integrate
 from dumo.flow.solver import Euler
-from dumo.report.card import judging_settings
+from dumo.report.card import sample_settings
 from dumo.run.prompt import conditions_of_prompts
 from dumo.run.weights import open_run
 from e2e.shell import call, files, finish, refused, sets, start
@@ -375,8 +375,7 @@ def test_what_an_evaluation_says_is_text_on_the_card(trained: dict[str, Path], h
     """Its file may be somebody else's."""
     run = shutil.copytree(trained["digits"], here / "run")
     opened = open_run(run)
-    sampling = judging_settings(opened.sampler, opened.run.evaluate)
-    card = {**sampling, "codec": None, "samples": EVIL, "weights_sha256": opened.sha256}
+    card = {**sample_settings(opened), "codec": None, "samples": EVIL}
     scores = {"nfe": 1, "solver": EVIL, EVIL: 0.5, "fd_grey": 12.3}
     report = {"step": 20, "protocol": EVIL, "results": [scores], "contrast": [], "card": card}
     (run / EVALUATION_FILE).write_text(json.dumps(report), encoding="utf-8")
@@ -445,8 +444,7 @@ def test_what_a_killed_export_left_goes_with_the_next_one(trained: dict[str, Pat
 def test_the_card_says_what_was_measured_of_these_weights_alone(sd3: Case, tmp_path: Path) -> None:
     run, file = sd3.folder / "run", sd3.folder / "run" / EVALUATION_FILE
     scores: dict[str, Any] = {"nfe": 1, "solver": "restart", "fd_grey": 12.345}
-    sampling = judging_settings(sd3.opened.sampler, sd3.opened.run.evaluate)
-    card = {**sampling, "codec": None, "samples": 500}
+    card = {**sample_settings(sd3.opened), "codec": None, "samples": 500}
     for sha256, there in ((sd3.opened.sha256, True), ("0" * 64, False)):
         report = {"step": 2, "protocol": "digits", "results": [scores], "contrast": []}
         file.write_text(json.dumps({**report, "card": {**card, "weights_sha256": sha256}}), encoding="utf-8")

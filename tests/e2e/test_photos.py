@@ -111,7 +111,6 @@ def test_the_hints_work_when_typed(run: Path, photos: Path) -> None:
     assert "no FID" in judged["card"]["features"]
     assert judged["card"]["data"]["root"] == "photos"  # no path of this machine
     assert "rough" in judged["card"]["spread"]
-    assert judged["state"] == "untrained"
     assert (run / "report.html").stat().st_size > 10_000
 
 

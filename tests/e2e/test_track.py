@@ -54,5 +54,5 @@ def test_tensorboard_follows_a_run_over_a_kill(here: Path) -> None:
 
 
 def test_an_unknown_tracker_is_refused(here: Path) -> None:
-    refused("train", "digits", *TINY, "--track", "wanddb", named=("tracker", "wanddb", "wandb"))
+    refused("train", "digits", *TINY, "--track", "wanddb", named=("wanddb", "wandb"))
     assert not (here / "runs").exists()

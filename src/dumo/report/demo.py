@@ -38,6 +38,8 @@ MAX_LISTED_CLASSES = 1000
 # Encoded prompts that are kept in memory; of a T5-XXL each takes 8 MB.
 MAX_ENCODED_PROMPTS = 64
 POLL_SECONDS = 0.1
+# As many columns of pictures as fit.
+CSS = ".grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) !important; margin-top: 1.5rem; }"
 
 
 def open_demo(
@@ -95,16 +97,18 @@ def build_page(runs: Sequence[RunFolder]) -> "gr.Blocks":
                 with gr.Column():
                     parameters = sum(parameter.numel() for parameter in run.net.parameters())
                     gr.Markdown(f"### {title}\n{run.run.about}. Step {run.step:,}, {parameters:,} parameters.")
-                    galleries.append(
-                        gr.Gallery(show_label=False, columns=4, object_fit="contain", format="png", interactive=False)
+                    gallery = gr.Gallery(
+                        label=title, height="auto", object_fit="contain", format="png", interactive=False
                     )
+                    galleries.append(gallery)
 
         def make(
             condition: str, count: int, seed: int, nfe: int, letter: str, scale: float
-        ) -> Iterator[dict[Any, list[tuple[Image.Image, str]]]]:
+        ) -> Iterator[dict[Any, Any]]:
             for run, gallery in zip(runs, galleries, strict=True):
                 try:
-                    yield {gallery: sample(run, condition, count, seed, nfe, letter, scale)}
+                    pictures, note = sample(run, condition, count, seed, nfe, letter, scale)
+                    yield {gallery: gr.Gallery(pictures, label=note)}
                 except UserError as error:
                     raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
@@ -115,8 +119,8 @@ def build_page(runs: Sequence[RunFolder]) -> "gr.Blocks":
 
 def sample(
     opened: RunFolder, condition: str, count: int, seed: int, nfe: int, letter: str, scale: float
-) -> list[tuple[Image.Image, str]]:
-    """Sample a run as `dumo sample` does, and return pictures with captions; of points, one picture of many.
+) -> tuple[list[tuple[Image.Image, str]], str]:
+    """Sample a run as `dumo sample` does. Returns pictures with captions, one of many points, and what they took.
 
     `condition` is a prompt, or the name or number of a class; "" is all classes in turn. `letter` is that of a sampling
     mode (`dumo.report.gallery.sampling_modes`). Raises UserError for what the run was not taught.
@@ -140,18 +144,18 @@ def sample(
         guide = guide_of(sampler, opened.run.training_guidance, scale)
     began = time.perf_counter()
     samples = sampler.sample(c, nfe=nfe, seed=seed, solver=solver, guide=guide)
-    note = f"{samples.nfe} NFE, {time.perf_counter() - began:.2g} s for all"
+    note = f"{samples.nfe} NFE, {time.perf_counter() - began:.2g} s"
     if not sampler.is_image:
         points = data_points(sampler.data, sampler.spec.seed)
-        return [(picture.scatter(points, {"": samples.x}), note)]
+        return [(picture.scatter(points, {"": samples.x}), "")], note
     # Small images are enlarged, so that their pixels stay squares.
     factor = picture.readable_scale(samples.x.shape[-1])
     pictures: list[tuple[Image.Image, str]] = []
     for i, image in enumerate(picture.singles(samples.x)):
         size = (factor * image.width, factor * image.height)
         name = conditions.name(int(c[i])) if conditions.count and not conditions.captions else str(i)
-        pictures.append((image.resize(size, Image.Resampling.NEAREST), f"{name}; {note}" if i == 0 else name))
-    return pictures
+        pictures.append((image.resize(size, Image.Resampling.NEAREST), name))
+    return pictures, note
 
 
 def serve(blocks: "gr.Blocks", port: int | None, when_ready: Callable[[str], None]) -> None:
@@ -169,6 +173,7 @@ def serve(blocks: "gr.Blocks", port: int | None, when_ready: Callable[[str], Non
         server_port=port,
         app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES])]},
         # The browser's own fonts: Gradio's theme fetches others from the network.
+        css=CSS,
         theme=Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         prevent_thread_lock=True,
         quiet=True,

@@ -33,12 +33,11 @@ from dumo.report.figure import Panel, draw_panels
 from dumo.report.gallery import PASSES, reachable_passes, sample_by_nfe, sampling_modes
 from dumo.report.proximity import Proximity, measure_proximity
 from dumo.run.judge import missing_to_judge
-from dumo.run.prompt import conditions_of_prompts, edits_images, names_of_conditions
+from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
 from dumo.run.weights import RunFolder, require_trained_images
 from dumo.runtime import shell_path
 from dumo.runtime.device import software_versions
-from dumo.runtime.door import option
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training import log
 from dumo.types import Sample, UserError
@@ -382,8 +381,6 @@ def _prompt_sheet(sampler: Sampler, prompts: Sequence[str], bar: Bar) -> PromptS
     """
     conditions = sampler.conditions
     if prompts:
-        if edits_images(sampler.data):
-            raise UserError(f"this run edits images, and a report takes prompts alone: leave {option('prompts')} out")
         c = conditions_of_prompts(sampler, prompts)
     elif conditions.captions is not None and sampler.is_image:
         try:
