@@ -117,7 +117,7 @@ def test_the_hints_work_when_typed(run: Path, photos: Path) -> None:
 def test_photos_that_are_gone_or_others_are_not_taken_for_those_of_the_training(run: Path, photos: Path) -> None:
     """Neither does the page count them, nor is the run judged by them."""
     page = run / "report.html"
-    without_data = "Without the data of the training, which are not here"
+    without_data = "The training data could not be read"
     moved = photos.rename(photos.with_name("moved"))
     assert said("report", run)[0].code == 0
     assert without_data in page.read_text()
