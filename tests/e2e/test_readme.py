@@ -40,7 +40,7 @@ MORE = {
     "dumo recipes": "",
     "dumo show digits": "",
     "dumo reproduce fig3": "--scale smoke",
-    "dumo demo digits-trained": "--port 0",
+    "dumo demo digits-trained": "--port 7869",
 }
 FETCH = "import urllib.request as r; r.urlopen('http://x.org')"
 WHERE = "import dumo; print(dumo.__file__)"
