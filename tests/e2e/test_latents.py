@@ -1,6 +1,5 @@
 """From a folder of images to judged samples, by way of a cache: encode, train, sample, evaluate, report."""
 
-import re
 import shutil
 import warnings
 from pathlib import Path
@@ -66,7 +65,6 @@ def test_the_whole_way(home: Path) -> None:
     assert call("report", run).code == 0
     page = (run / "report.html").read_text()
     assert "nearest" in page
-    assert re.search(r"Error over these 6: -?\d+\.\d dB", page)
 
 
 @pytest.mark.parametrize(
