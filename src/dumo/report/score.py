@@ -177,12 +177,6 @@ def _excess(scores: Scores, perfect: Scores, name: str) -> float:
     return abs(excess) if better == "equal" else excess
 
 
-def row_name(row: Row) -> str:
-    """What a row of a table is of, as an arm or an objective: the value of its first column."""
-    first_column = next(iter(row))
-    return str(row[first_column])
-
-
 def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     """The rows, each with `best`: whether its score `lead` is the least at its number of passes, or level with that.
 

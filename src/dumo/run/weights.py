@@ -111,12 +111,6 @@ class RunFolder:
         return note.sd if note else None
 
     @property
-    def data_fingerprint(self) -> str | None:
-        """The fingerprint of the data that the run was trained on, if known."""
-        note = self.index.data_note
-        return note.fingerprint if note else None
-
-    @property
     def identities(self) -> set[str]:
         """The identities of the run (`RecordedRun.identities`)."""
         return RecordedRun(self.run, self.index.past).identities()
