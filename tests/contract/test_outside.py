@@ -9,9 +9,7 @@ import torch
 import dumo
 from contract import outside
 from dumo.config.load import load
-from dumo.run.job import open_job, train_more_hint
 from dumo.run.resolve import resolve
-from dumo.runtime import door
 from dumo.types.outside import code_hash
 
 RUN = {
@@ -36,13 +34,6 @@ def test_a_run_of_four_classes_from_outside_is_trained_sampled_and_judged(tmp_pa
     assert torch.equal(again.sample(labels=[0, 1], seed=3), run.sample(labels=[0, 1], seed=3))
     assert again.evaluate()["results"][0]["solver"] == "contract.outside:Once"
     assert again.report().is_file()
-
-
-def test_what_is_typed_to_go_on_trusts_its_code(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with door.command_line(), open_job(folder, dumo.recipe("digits", RUN), device="cpu") as job:
-        assert f"dumo train {folder} --trust-code --minutes 5" in train_more_hint(folder, job.run.train)
-    assert door.train_call(folder) == f'dumo.train("{folder}")'
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ import typer
 from dumo import runtime
 from dumo.cli import compare, demo, encode, evaluate, export, lab, recipes, report, sample, show, train
 from dumo.cli.terminal import err, explain, plain_warnings, reopen_streams, silenced_other_ranks, stoppable
-from dumo.runtime import door
 
 # The headings of help.
 MAKE = "Make images"
@@ -78,7 +77,7 @@ def run_command() -> int:
     code = 0
     try:
         try:
-            with door.command_line(), plain_warnings():
+            with plain_warnings():
                 app()
         except SystemExit as end:  # typer always ends by one
             code = end.code if isinstance(end.code, int) else 1

@@ -32,9 +32,8 @@ from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
 from dumo.nets import ModuleSpec
 from dumo.plan import photos
-from dumo.run.folder import require_place
+from dumo.run.folder import require_place, resumed_line
 from dumo.runtime.device import choose_device
-from dumo.runtime.door import goes_on_line
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
 
@@ -118,7 +117,7 @@ def compose(
         own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *changes]
         if minutes is not None:
             log_line = line_printer(bar)
-            log_line(goes_on_line(folder, minutes))
+            log_line(resumed_line(folder, minutes))
         return Composed(None, settings_of_images(own_run.tree, own_changes, images_place), folder)
 
     # Propose a run on a folder of images.

@@ -7,7 +7,6 @@ import typer
 
 from dumo.cli.option import Device, Set, TrustCode, Verify
 from dumo.cli.terminal import err, out, resume_hint
-from dumo.runtime.door import program
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar, print_line
 
@@ -63,7 +62,7 @@ def encode(
             out.print(line, soft_wrap=True)
     is_complete = all(result.read_index() for result in results)
     if is_complete and choose(source).kind == "recipe":
-        command = [program(), "train", source]
+        command = ["dumo", "train", source]
         for setting in [*encoding.options_as_settings(folder, codec, side, count), *(set_ or [])]:
             command += ["--set", setting]
         err.print(f"next:  {join(command)}", soft_wrap=True)

@@ -3,7 +3,6 @@
 import sys
 import time
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -11,7 +10,6 @@ import typer
 from dumo.cli.option import Device, Set, SourceOrImages, TrustCode, Verify
 from dumo.cli.terminal import err, memory_hint, resume_hint, show_lines
 from dumo.runtime import shell_path, signals
-from dumo.runtime.door import goes_on_line, program, settings, train_call
 from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import bar, print_line
 
@@ -70,8 +68,9 @@ def train(
     run_folder = folder or chosen.folder
     goes_on = chosen.kind == "run" and chosen.folder == run_folder
     if minutes and not (are_images or goes_on):
-        setting = settings(f"train.minutes={minutes:g}")
-        raise typer.BadParameter(f"--minutes is for a folder of images or a run's folder: give {setting} instead")
+        raise typer.BadParameter(
+            f"--minutes is for a folder of images or a run's folder: give --set train.minutes={minutes:g} instead"
+        )
     text = None  # images that have no run yet
     if not are_images:
         text = read(str(chosen.word))
@@ -85,7 +84,7 @@ def train(
     from dumo.nets import is_pretrained
     from dumo.report.sheet import Sheets
     from dumo.report.tracker import open_tracker, require_tracker
-    from dumo.run.folder import require_place
+    from dumo.run.folder import require_place, resumed_line
     from dumo.run.job import open_job
     from dumo.run.judge import missing_to_judge
     from dumo.run.train import train_job
@@ -101,7 +100,7 @@ def train(
         began = time.perf_counter()
     elif are_images:  # images whose run goes on
         if minutes:
-            print_line(goes_on_line(run_folder, minutes))
+            print_line(resumed_line(run_folder, minutes))
         changes = settings_of_images(text.tree, changes, source)
     elif goes_on:
         pass
@@ -130,7 +129,7 @@ def train(
         if job.run.net.checkpoint is False:
             less_memory += ", or net.checkpoint=true in a new run"
         # The run is resumed by its folder: --minutes typed again would add time, and --from would go back again.
-        resume = f"resume with:  {train_call(run_folder)}"
+        resume = f"resume with:  {shell_command(job.run, f'dumo train {shell_path(run_folder)}')}"
         with memory_hint(less_memory), resume_hint(resume):
             state = train_job(job, bar, send_row=send_row)
 
@@ -146,7 +145,7 @@ def train(
 
         for form in export_forms(job.run.net):
             commands.append(f"export {folder_word} {shell_path(f'{run_folder}-{form}')} --to {form}")
-    lines = [shell_command(job.run, f"{quote(program())} {command}") for command in commands]
+    lines = [shell_command(job.run, f"dumo {command}") for command in commands]
     err.print("next:  " + "    ".join(lines), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)

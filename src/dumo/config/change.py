@@ -13,7 +13,6 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 from dumo.error import UserError
 from dumo.io.read import brief
 from dumo.io.yaml import dump_yaml, parse_yaml
-from dumo.runtime.door import settings
 
 FieldPath = tuple[str, ...]  # the names in a dotted path
 SHORTHANDS: dict[FieldPath, str] = {("pipeline",): "source"}  # parts that a text stands for: the field that it sets
@@ -105,7 +104,7 @@ def _split(text: str) -> tuple[FieldPath, object]:
     dotted, sign, right = text.partition("=")
     if not sign or not dotted:
         typed = brief(text) or "an empty text"
-        raise UserError(f"{typed} is no field and its value: write {settings('train.steps=2000')}")
+        raise UserError(f"{typed} is no field and its value: write train.steps=2000")
     try:
         return tuple(dotted.split(".")), parse_yaml(right)
     except yaml.YAMLError as error:

@@ -8,6 +8,7 @@ checks what needs those. Only mismatches that would train or judge wrongly witho
 `advice` refuses nothing: it returns lines to print before training.
 """
 
+import shlex
 from collections.abc import Collection, Sequence
 from itertools import chain
 from math import log
@@ -35,7 +36,6 @@ from dumo.flow.times import Jumps, Pair
 from dumo.nets import Net, is_pretrained
 from dumo.nets.precondition import PRECONDITIONED_HEADS
 from dumo.objectives import Objective
-from dumo.runtime import door
 from dumo.training.ema import Ema
 from dumo.training.layout import share_of
 from dumo.training.spec import Train
@@ -390,12 +390,10 @@ def buckets_field(data: Data) -> str | None:
 def ways_to_captions(data: Data) -> str:
     """The end of a message: three ways to give a pretrained model the captions that it reads."""
     field = captions_field(data)
-    files = door.settings(f"{field}.kind=files")
-    templates = door.settings(f'{field}={{kind: templates, templates: ["a photo of a {{}}"]}}')
-    codes = door.settings(f"{field}=null", "net.texts.kind=codes")
     return (
-        f"Give them, {files}, or make them of the classes' names, {templates}; or take random codes for the classes, "
-        f"{codes}, and the model reads no prompt"
+        f"Give them by {field}.kind=files, or make them of the classes' names by "
+        f'{field}={{kind: templates, templates: ["a photo of a {{}}"]}}, or take random codes for the classes by '
+        f"{field}=null and net.texts.kind=codes, with which the model reads no prompt"
     )
 
 
@@ -428,7 +426,7 @@ def _size_advice(side: int, shape: Sequence[int], max_ratio: float) -> list[str]
         return []
     return [
         f"the pipeline makes images of {side} x {side} pixels by default, and this run has {height} x {width}. "
-        f"As the pipeline:  {door.settings(f'data.images.side={side}')}"
+        f"As the pipeline:  data.images.side={side}"
     ]
 
 
@@ -440,7 +438,7 @@ def _reference_advice(objective: str, decay: float, train: Train) -> str:
         fields.insert(0, f"train.ema={yaml_text(averages)}")
     return (
         f"objective '{objective}' takes theta^- in its source from an average of the weights, of decay "
-        f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {door.settings(*fields)}"
+        f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {shlex.join(fields)}"
     )
 
 
@@ -456,5 +454,5 @@ def _deviation_advice(objective: Objective, net: Net, path: FlowPath, sd: float)
     units = "" if path.sd == 1 else f" in units of path.sd = {path.sd:g}"
     return [
         f"the constants of {' and '.join(owners)} are for data of standard deviation 1; these data have "
-        f"{sd / path.sd:.2g}{units}. To train on them in units of it:  {door.settings(f'path.sd={sd:.2g}')}"
+        f"{sd / path.sd:.2g}{units}. To train on them in units of it:  path.sd={sd:.2g}"
     ]

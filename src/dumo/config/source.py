@@ -10,6 +10,7 @@ moved together with its latents or texts, `read_file` finds these next to it.
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -35,7 +36,6 @@ from dumo.io import trained
 from dumo.io.read import brief, read_text, user_path
 from dumo.io.trained import SHIPPED_PREFIX as SHIPPED_PREFIX
 from dumo.io.yaml import parse_mapping
-from dumo.runtime.door import shell_settings
 
 # The keys of a run.yaml besides the fields of a run.
 FORMAT_KEY = "format"
@@ -394,8 +394,8 @@ def _fetch_hint(name: str) -> str:
 
 def _pipeline_fix(folder: str, recipe: str = _DEFAULT_TUNING_RECIPE) -> str:
     """How a recipe is given the folder of a pipeline, in words."""
-    setting = shell_settings(f"pipeline={yaml_text(folder)}")
-    return f"dumo encode {recipe} {setting}, then dumo train {recipe} {setting}"
+    options = f"--set {shlex.quote(f'pipeline={yaml_text(folder)}')}"
+    return f"dumo encode {recipe} {options}, then dumo train {recipe} {options}"
 
 
 def _recipe_of_pipeline(name: str) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 from dumo.error import UserError
 from dumo.io.read import brief
-from dumo.runtime.door import option
 
 CODE_NAME = re.compile(r"[\w.]+:[\w.]+")
 trusts_all = False
@@ -44,8 +43,7 @@ def require(names: Iterable[str], source: str) -> None:
         is_imported = name.partition(":")[0] in sys.modules
         if not (trusts_all or name in accepted_names or is_imported):
             raise UserError(
-                f"{source or 'it'} runs code: {brief(name)}. Read it, and if you trust it give "
-                f"{option('trust-code', True)}"
+                f"{source or 'it'} runs code: {brief(name)}. Read it, and give --trust-code if you trust it"
             )
 
 

@@ -21,7 +21,6 @@ from dumo.io.content import Hashes, name_changes, unpack_names
 from dumo.io.inventory import HashRows
 from dumo.io.table import ELSEWHERE, Shard
 from dumo.io.weights import load
-from dumo.runtime.door import option
 from dumo.types import UserError
 
 NAMES = "names.zlib"  # a file in a cache: the names of its images, compressed
@@ -78,8 +77,7 @@ def _compare(folder: Path, hashes: Hashes, max_bytes: int, *, reads_later: bool)
     cached = read_index(folder)
     if cached is None:
         return
-    new_run = option("out", "DIR")
-    fix = f"put the images back as they were, begin a new run on these with another {new_run}, or {ELSEWHERE}"
+    fix = f"put the images back as they were, begin a new run on these with another --out, or {ELSEWHERE}"
     if HASH_COLUMN not in cached.columns:
         raise UserError(f"{folder} does not say what is in its images, as caches of an older dumo: {ELSEWHERE}")
     shards = table.written_shards(folder, cached)

@@ -24,7 +24,6 @@ from torch import Tensor
 from dumo.encoders.part import DIFFUSERS, find_weights
 from dumo.io import digest
 from dumo.io.read import user_path
-from dumo.runtime.door import settings
 from dumo.runtime.random import keyed_normal
 from dumo.types import MAYBE_PLACE, PINNED, Spec, UserError
 
@@ -107,7 +106,7 @@ class CodecSpec(Spec):
         if self.sha256 not in (None, sha256):
             raise UserError(
                 f"{FIELD}: {self.weights} has SHA-256 {sha256}, and this run has {self.sha256}: put those weights "
-                f"back, or say where they are with {settings(f'{FIELD}=...')}"
+                f"back, or set {FIELD} to where they are"
             )
 
     def facts(self) -> dict[str, Any]:

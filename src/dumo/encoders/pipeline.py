@@ -33,7 +33,6 @@ from dumo.io.hub import INDEX, PUBLISHED, SCHEDULER, SMALL, TRANSFORMER, UNET, V
 from dumo.io.read import read_settings, read_text, user_path
 from dumo.io.yaml import parse_yaml
 from dumo.runtime import shell_path
-from dumo.runtime.door import settings
 from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
 
 Config = Mapping[str, Any]  # a part's config.json
@@ -228,7 +227,7 @@ class Pipeline(Spec):
             part, _, _ = name.partition(".")
             raise UserError(
                 f"{FIELD}: {self.source} has another {part} ({described_as}) than when this run began: put "
-                f"that back, or say where the pipeline is with {settings(f'{FIELD}.source=...')}"
+                f"that back, or set {FIELD}.source to where the pipeline is"
             )
 
     @property
@@ -333,8 +332,8 @@ class Pipeline(Spec):
             return sorted(visible)
         if part in _OPTIONAL_PARTS and self._find_part(part) is None:
             raise UserError(
-                f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}; or go without it, "
-                f"{settings(f'{FIELD}.without=[{part}]')}"
+                f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}; or go without it by "
+                f"{FIELD}.without=[{part}]"
             )
         files = self.weights(part).all_files
         for name in (CONFIG, GENERATION_CONFIG):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dumo.encoders.codec import FIELD, CodecSpec, Images, Latent, LoadedCodec, Moments, PublishedCodec
 from dumo.io.read import user_path
 from dumo.io.weights import compare, load, whole_digest
-from dumo.runtime.door import settings
 
 WIDTH = 64  # channels inside the net
 TAEF2_WEIGHTS = "dumo:cifar10-trained/taef2.safetensors"  # they come with dumo
@@ -37,7 +36,7 @@ class Taef2(CodecSpec):
     def open(self, device: str | torch.device = "cpu") -> LoadedCodec:
         """Read the weights. Raises UserError where they are missing, damaged or of another net."""
         file = user_path(self.weights, FIELD)
-        fix = f"It is taef2 of github.com/madebyollin/taesd: say where you keep it, {settings(f'{FIELD}=FILE')}"
+        fix = f"It is taef2 of github.com/madebyollin/taesd: set {FIELD} to its file"
         sha256 = whole_digest(file, fix)
         self.require_hash(sha256)
         with torch.device("meta"):

@@ -39,7 +39,6 @@ from dumo.evaluation.wholeset import choose_rows, collect
 from dumo.io import digest
 from dumo.io.picture import from_uint8, to_uint8
 from dumo.io.source import Data, Finite
-from dumo.runtime.door import settings
 from dumo.runtime.random import noise, stream
 from dumo.types import Sample, UserError
 
@@ -135,7 +134,7 @@ def _require_all_classes(sample_c: Classes, real_c: Classes, context: Context) -
     problem = f"protocol {KIND}: no sample is of class {lost[0]}"
     if context.c is not None:
         raise UserError(f"{problem}: add some, or leave the class out of the images to compare with")
-    more_samples = settings(f"evaluate.protocol.samples={SAMPLES_PER_CLASS * context.classes}")
+    more_samples = f"evaluate.protocol.samples={SAMPLES_PER_CLASS * context.classes}"
     raise UserError(
         f"{problem}: judge more than {len(sample_c)}, as by {more_samples}, in training by as much of evaluate.few"
     )

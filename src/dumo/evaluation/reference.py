@@ -53,7 +53,6 @@ from dumo.io.picture import to_uint8
 from dumo.io.read import cache_folder
 from dumo.io.source import Finite
 from dumo.runtime import dist
-from dumo.runtime.door import settings
 from dumo.types import UserError
 
 InceptionKind = Literal["adm-imagenet256-50k", "adm-imagenet512-50k", "cifar10-train50k", "folder"]
@@ -182,8 +181,7 @@ def data_facts(data: Finite, name: str, standard: Standard, split: str | None = 
     if standard.reference_images not in (None, total):
         problem = f"protocol {name} compares with {standard.reference_images} images, here are {total}"
         if split is not None:
-            own_images = settings("evaluate.split=null")
-            raise UserError(f"{problem} of split {split}: compare with those of the training, {own_images}")
+            raise UserError(f"{problem} of split {split}: compare with those of the training by evaluate.split=null")
         raise UserError(f"{problem}: give them all, once")
     return {"reference": f"{total:,} images of {name_of_data(split)}", "reference_sha256": sha256}
 

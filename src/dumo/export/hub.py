@@ -4,7 +4,6 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from dumo.runtime.door import option
 from dumo.types import UserError
 
 
@@ -15,9 +14,9 @@ def require_uploadable(repository: str, parts: str) -> None:
     the client leaves out without an error. Raises the Hub's own errors.
     """
     if repository.count("/") != 1:
-        raise UserError(f"{option('push', repository)}: name the owner, too, as in OWNER/NAME")
+        raise UserError(f"--push {repository}: name the owner, too, as in OWNER/NAME")
     if parts == "link":
-        raise UserError(f"{option('push')} uploads no linked parts: give {option('parts', 'copy')} or none")
+        raise UserError("--push uploads no linked parts: give --parts copy or none")
     HfApi().whoami()
 
 

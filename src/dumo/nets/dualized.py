@@ -48,7 +48,6 @@ from dumo.nets.route import Route, blocks_with_routing
 from dumo.nets.rows import Texts
 from dumo.nets.vp import DiffusionToVelocity
 from dumo.runtime import dist
-from dumo.runtime.door import option
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 
 
@@ -325,7 +324,7 @@ class Dualized(nn.Module):
         if bias is None:
             raise UserError(
                 f"the embedding of time of a {type(self.model).__name__} has no bias, which would hold that of r = t: "
-                f"take {option('head', 'u')}, if that was taught, or sample by dumo sample"
+                "export it with --head u, if that was taught, or sample by dumo sample"
             )
         layer.bias = nn.Parameter(bias + self.gap(bias.new_zeros(1))[0], False)
         return layer

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from dumo.nets.heads import bias_or_none
 from dumo.nets.lowpass import frequencies, linear_layers, waves
-from dumo.runtime.door import option
 from dumo.types import Array, Time, UserError
 
 # The relative error of an embedding of time up to which an export counts as the trained net (ours).
@@ -120,7 +119,7 @@ def fit_fixed_times(embedder: nn.Module, x: Tensor, target: Tensor, dtype: torch
     if not is_exact:
         raise UserError(
             f"these passes are too near to one another for one embedding of time ({result}): ask for fewer by "
-            f"{option('nfe')}, or sample by dumo sample"
+            "--nfe, or sample by dumo sample"
         )
     return result
 

@@ -35,7 +35,6 @@ from dumo.encoders.caption import Captions
 from dumo.io.read import user_path
 from dumo.io.trained import LATENTS_FOLDER
 from dumo.runtime.device import choose_device
-from dumo.runtime.door import settings
 from dumo.runtime.text import minutes_text
 from dumo.types import UserError
 
@@ -86,7 +85,7 @@ class Proposal:
             yield "few", "expect their colours and textures; long training copies them"
         size = " x ".join(map(str, run.shown_shape[1:]))
         if is_latents(run.data):
-            text = f"latents of {run.data.codec.kind} at {size}; in pixels by {settings('data.kind=images')}"
+            text = f"latents of {run.data.codec.kind} at {size}; in pixels by data.kind=images"
         else:
             text = f"pixels at {size}"
         yield "trained as", text
@@ -100,8 +99,7 @@ class Proposal:
     def _conditions_text(self) -> str:
         """What a sample can be asked for."""
         if self.captions is not None:
-            without = settings("data.captions=null")
-            return f"{len(self.captions):,} different captions (to leave them out: {without})"
+            return f"{len(self.captions):,} different captions (to leave them out: data.captions=null)"
         return f"{self.classes} classes" if self.classes else "no classes, no captions"
 
 

@@ -16,7 +16,6 @@ from dumo.evaluation.metric import CLASS_MMD, CLASSES_SHA256
 from dumo.report import score
 from dumo.report.card import Card, Row, measure, read_report
 from dumo.run import shipped
-from dumo.runtime.door import option
 from dumo.types import UserError
 
 # An evaluation with its card, as `read_report` returns it.
@@ -53,7 +52,7 @@ def require_comparable(cards: Mapping[str, Card]) -> None:
     if lines:
         raise UserError(
             f"these evaluations were not measured alike, so they cannot share a table:{''.join(lines)}\nEvaluate them "
-            f"alike, or print the table with what differs: {option('anyway', True)}"
+            "alike, or give --anyway, which prints the table with what differs"
         )
 
 

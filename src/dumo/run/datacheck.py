@@ -20,7 +20,6 @@ from dumo.io.read import first_few
 from dumo.io.source import hashes_of, origin_of
 from dumo.io.weights import load
 from dumo.runtime import dist
-from dumo.runtime.door import option
 from dumo.training import agreement
 from dumo.training.checkpoint import DATA
 from dumo.training.manifest import Checkpoint
@@ -130,7 +129,7 @@ def changed_data_error(folder: Path, problem: str) -> UserError:
 
 def _way_out() -> str:
     """What else there is to do about changed data, in words."""
-    return f"give another folder with {option('out')}, or go on with the data as they are by {option('accept', True)}"
+    return "give another folder with --out, or resume with the data as they are by --accept"
 
 
 def tensors_to_save(hashes: "Hashes | None") -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from dumo.io import file as files
 from dumo.io.guard import guard_path, locked, require_in_place
 from dumo.run.index import Index
 from dumo.run.provenance import require_same_run
-from dumo.runtime.door import option
+from dumo.runtime import shell_path
 from dumo.training import manifest
 from dumo.types import UserError
 
@@ -47,7 +47,7 @@ def locked_run_folder(folder: Path) -> Generator[None, None, None]:
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        problem = f"{folder} is being trained by another process: wait for it, or give {option('out')}"
+        problem = f"{folder} is being trained by another process: wait for it, or give another folder with --out"
         with locked(folder / LOCK_FILE, problem):
             yield
     finally:
@@ -63,13 +63,19 @@ def require_free(folder: Path) -> None:
         return
     for path in folder.iterdir():
         if path.name != LOCK_FILE and not _is_half_written(path):
-            raise UserError(f"{folder} is not empty and holds no {RUN_FILE}: give another folder with {option('out')}")
+            raise UserError(f"{folder} is not empty and holds no {RUN_FILE}: give another folder with --out")
 
 
 def require_place(folder: Path) -> None:
     """Raise UserError or OSError if no new run can be written to a folder. Nothing is written."""
     require_free(folder)
     files.check_writable(folder)
+
+
+def resumed_line(folder: Path, minutes: float) -> str:
+    """Say that a folder's run is resumed, although minutes were given to propose a new one."""
+    more_time = f"dumo train {shell_path(folder)} --minutes {minutes:g}"
+    return f"{folder} is resumed as it began. For more time:  {more_time}"
 
 
 def require_resumable(run: Run, index: Index, step: int | None = None, *, accept: bool = False) -> None:
@@ -85,7 +91,7 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
     checkpoints = index.checkpoints.by_step()
     if step is not None and step not in checkpoints:
         existing = ", ".join(map(str, checkpoints)) or "none"
-        raise UserError(f"{option('from', step)}: {folder} has no checkpoint of that step; its checkpoints: {existing}")
+        raise UserError(f"--from {step}: {folder} has no checkpoint of that step; its checkpoints: {existing}")
     steps_done = max(checkpoints, default=0) if step is None else step
     ends_by_steps = run.train.minutes is None
     if ends_by_steps and steps_done > run.train.steps:
@@ -103,7 +109,7 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
     if index.recorded_run and not checkpoints and was_saved:
         raise UserError(
             f"{folder} had checkpoints, and {index.checkpoints.folder} has none: mount its disk or restore them; to "
-            f"train from the start, give another folder with {option('out')}"
+            "train from the start, give another folder with --out"
         )
     require_same_run(index, run, step, accept=accept)
 

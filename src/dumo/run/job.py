@@ -29,7 +29,6 @@ from torch import nn
 
 from dumo.config import trust
 from dumo.config.change import sets_field
-from dumo.config.code import names_code
 from dumo.config.fit import check_ranks
 from dumo.config.spec import Run
 from dumo.data import Data, is_latents
@@ -49,9 +48,8 @@ from dumo.run.request import Request, require_same_request
 from dumo.run.resolve import resolve, resolve_remaining, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.weights import begin_or_resume
-from dumo.runtime import dist, stopwatch
+from dumo.runtime import dist, shell_path, stopwatch
 from dumo.runtime.device import choose_device, known_peak_tflops
-from dumo.runtime.door import naming_code, option, settings, train_call
 from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.text import minutes_text, minutes_to_type
@@ -162,7 +160,6 @@ def open_job(
         index = Index.read(folder)
         requested_run = _requested_run(run, index, changes, more_minutes)
         require_same_request(request, requested_run)
-        stack.enter_context(naming_code(names_code(requested_run)))
 
         # 2. resolve, and check that it fits the machine
         run_before = index.recorded_run.run if index.recorded_run else None
@@ -233,12 +230,12 @@ def open_job(
 def train_more_hint(folder: Path, train: Train) -> str:
     """A line that says that a run has ended, and what to type to train it for longer."""
     if train.minutes is not None:
-        more = train_call(folder, minutes=minutes_to_type(train.minutes))
-        return f"{folder} has trained its {minutes_text(train.minutes)}. For more:  {more}"
-    more_steps = train_call(folder, [f"train.steps={2 * train.steps}"])
+        more_minutes = f"dumo train {shell_path(folder)} --minutes {minutes_to_type(train.minutes):g}"
+        return f"{folder} has trained its {minutes_text(train.minutes)}. For more:  {more_minutes}"
+    more_steps = f"dumo train {shell_path(folder)} --set train.steps={2 * train.steps}"
     return (
         f"{folder} has trained its {train.steps:,} steps. For more:  {more_steps}  or by the clock:  "
-        f"{train_call(folder, minutes=_MORE_MINUTES)}"
+        f"dumo train {shell_path(folder)} --minutes {_MORE_MINUTES:g}"
     )
 
 
@@ -277,9 +274,9 @@ def _require_no_steps(minutes: float, index: Index, changes: Sequence[str]) -> N
     sets_minutes = sets_field(changes, "train.minutes")
     if not sets_steps or sets_minutes:
         return
-    fix = f"steps by {settings('train.minutes=null', 'train.steps=N')}"
+    fix = "steps by train.minutes=null train.steps=N"
     if index.recorded_run:
-        fix = f"more by {option('minutes')}, or {fix}"
+        fix = f"more by --minutes, or {fix}"
     raise UserError(f"{index.folder} ends after train.minutes={minutes:.4g}, whatever its steps: give it {fix}")
 
 
@@ -381,8 +378,8 @@ def _require_time_left(train: Train, timing: Timing, folder: Path) -> None:
         minutes_done = timing.seconds / SECONDS_PER_MINUTE
         raise UserError(
             f"train.minutes={train.minutes:.4g}, but {folder} has already trained {minutes_text(minutes_done)}: give "
-            f"another folder with {option('out')}, or go on with it for longer:  "
-            f"{train_call(folder, minutes=_MORE_MINUTES)}"
+            f"another folder with --out, or train it for longer:  dumo train {shell_path(folder)} "
+            f"--minutes {_MORE_MINUTES:g}"
         )
 
 

@@ -28,9 +28,8 @@ from dumo.run.folder import mark_checkpoint_written, write_run_file
 from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
 from dumo.run.weights import build
-from dumo.runtime import dist, signals
+from dumo.runtime import dist, shell_path, signals
 from dumo.runtime.device import total_memory
-from dumo.runtime.door import train_call
 from dumo.runtime.text import bytes_text
 from dumo.training import agreement, checkpoint, layout, log, loop
 from dumo.training.deadline import FIRST_SAVE_SHARE, JUDGE, SAVE, SECONDS_PER_MINUTE, Countdown
@@ -282,6 +281,11 @@ def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int)
     good_step = checkpoints.last_good(step)
     place = "from the start" if good_step is None else "from its last good checkpoint"
     # Without a good checkpoint, the folder would be resumed from a bad one, so the run starts in another folder.
-    out = "DIR" if good_step is None and checkpoints.by_step() else None
-    fields = [f"train.optimizer.{name}={rate:g}" for name, rate in half_rates(train.optimizer).items()]
-    return f"To resume {place} at half the learning rate:  {train_call(folder, fields, step=good_step, out=out)}"
+    command = f"dumo train {shell_path(folder)}"
+    if good_step is not None:
+        command += f" --from {good_step}"
+    elif checkpoints.by_step():
+        command += " --out DIR"
+    for name, rate in half_rates(train.optimizer).items():
+        command += f" --set train.optimizer.{name}={rate:g}"
+    return f"To resume {place} at half the learning rate:  {command}"

@@ -24,7 +24,6 @@ from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.io.source import DataSource
 from dumo.run.sampler import Sampler
 from dumo.runtime import signals
-from dumo.runtime.door import shell_settings
 from dumo.runtime.progress import Bar, Tick
 from dumo.types import UserError
 
@@ -77,7 +76,7 @@ def missing_to_judge(run: Run, num_images: int | None) -> str | None:
     if run.evaluate.split is None and num_images is not None and num_images < MIN_PHOTOS:
         return f"{MIN_PHOTOS} images or more"
     if run.data.labels > protocol.total:
-        return shell_settings(f"evaluate.protocol.samples={SAMPLES_PER_CLASS * run.data.labels}")
+        return f"--set evaluate.protocol.samples={SAMPLES_PER_CLASS * run.data.labels}"
     return None
 
 

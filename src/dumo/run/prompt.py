@@ -21,7 +21,6 @@ from dumo.encoders.caption import edit_caption, split_caption
 from dumo.encoders.texttable import SourceImages
 from dumo.io import picture
 from dumo.run.sampler import Sampler
-from dumo.runtime.door import option
 from dumo.types import UserError
 
 
@@ -67,7 +66,7 @@ def conditions_of_prompts(sampler: Sampler, prompts: Sequence[str], source: Path
         raise UserError("a prompt is empty: say what the image shows, or leave the prompt out")
     texts = sampler.texts
     if texts is None or sampler.conditions.captions is None:
-        fix = f"give classes ({option('labels')})" if sampler.conditions.count else "leave them out"
+        fix = "give classes (--labels)" if sampler.conditions.count else "leave them out"
         raise UserError(f"this run was trained without captions, so it reads no prompts: {fix}")
     captions = _as_captions(sampler, prompts, source)
 
@@ -97,11 +96,11 @@ def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) 
     Raises UserError if the run edits images and there is no source, or edits none and there is one.
     """
     if edits_images(sampler.data) and source is None:
-        raise UserError(f"this run edits images: say which, {option('source', 'FILE')}")
+        raise UserError("this run edits images: give the one to edit by --source FILE")
     if source is None:
         return [text.strip() for text in prompts]
     if not edits_images(sampler.data):
-        raise UserError(f"this run edits none: leave out {option('source')}")
+        raise UserError("this run edits no images: leave out --source")
     sha256 = source_hash(source)
     return [edit_caption(text, sha256) for text in prompts]
 

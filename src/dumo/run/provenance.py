@@ -20,7 +20,7 @@ from dumo.config.history import RecordedRun
 from dumo.config.source import RUN_FILE
 from dumo.config.spec import Run
 from dumo.run.index import CheckpointRun, Index, later_changes_of_function
-from dumo.runtime.door import option, train_call
+from dumo.runtime import shell_path
 from dumo.training import manifest
 from dumo.training.checkpoint import facts_of, step_of
 from dumo.training.manifest import Checkpoint
@@ -71,7 +71,7 @@ def _require_no_differences(folder: Path, place: Path, lines: list[str]) -> None
     differences_text = "\n  ".join([f"{folder / RUN_FILE} is not the run that {place} was trained by:", *lines])
     raise UserError(
         f"{differences_text}\nPut these fields back. To train on with them as they are:  "
-        f"{train_call(folder, accept=True)}"
+        f"dumo train {shell_path(folder)} --accept"
     )
 
 
@@ -109,7 +109,7 @@ def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) 
     if accept:
         return
 
-    way_out = f"or take them as they are by {option('accept', True)}, which notes them in {RUN_FILE}"
+    way_out = f"or take them as they are by --accept, which notes them in {RUN_FILE}"
     if trained_run:
         edited = [difference for difference in trained_run.differences_from(recorded_run) if not difference.may_change]
         if edited:
@@ -118,7 +118,7 @@ def require_same_run(index: Index, run: Run, step: int | None, *, accept: bool) 
     requested = [difference for difference in differences(recorded_run.run, run) if not difference.may_change]
     if requested:
         lines = [f"{index.folder} holds another run:", *map(str, requested)]
-        other_folder = f"Give another folder with {option('out')}, or remove this one"
+        other_folder = "Give another folder with --out, or remove this one"
         raise UserError("\n  ".join(lines) + f"\n{other_folder}, {way_out}")
 
 

@@ -24,7 +24,6 @@ from dumo.config.spec import Run
 from dumo.io.read import read_json, write_json
 from dumo.run.folder import OBEYED_FILE
 from dumo.runtime import dist
-from dumo.runtime.door import option
 from dumo.training import agreement
 from dumo.types import UserError, marks_of
 
@@ -75,7 +74,7 @@ class Request:
         texts: list[str] = []
         for name, value in (("from", self.step), ("minutes", self.minutes)):
             if value is not None:
-                texts.append(option(name, value))
+                texts.append(f"--{name} {value:.10g}")
         return (
             f"{self.folder} has obeyed {' and '.join(texts)} already, and goes on from its last checkpoint: to obey it "
             f"again, remove {self.folder / OBEYED_FILE}"
@@ -113,10 +112,10 @@ def require_same_request(request: Request, run: Run) -> None:
 
     def requested_values() -> dict[str, object]:
         values: dict[str, object] = {
-            option("from"): request.step,
-            option("minutes"): request.minutes,
-            option("accept"): request.accept,
-            option("verify"): request.verify,
+            "--from": request.step,
+            "--minutes": request.minutes,
+            "--accept": request.accept,
+            "--verify": request.verify,
         }
         values.update(_values_of(run.model_copy(update={"resolved": {}})))
         return values

@@ -36,7 +36,6 @@ from dumo.nets import Net, is_pretrained
 from dumo.nets.textfamily import has_table
 from dumo.run.fit import check_built
 from dumo.run.weights import few_step_run
-from dumo.runtime.door import settings
 from dumo.runtime.progress import ignore_line
 from dumo.types import Spec, UserError
 
@@ -222,7 +221,7 @@ def _place_as_before(field: str, place_now: str, place_before: str, log_line: Ca
     if exists_now and not exists_before:
         return place_now
     if exists_now and not os.path.samefile(place_now, place_before):
-        change = settings(f"{field}={yaml_text(place_now)}")
+        change = f"{field}={yaml_text(place_now)}"
         log_line(f"{field} is {place_before}, as when this run began. To take {place_now}:  {change}")
     return place_before
 

@@ -33,8 +33,7 @@ from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.request import note_end
 from dumo.run.summary import empty_classes_line, training_summary
-from dumo.runtime import dist, stopwatch
-from dumo.runtime.door import train_call
+from dumo.runtime import dist, shell_path, stopwatch
 from dumo.runtime.limits import STEPS
 from dumo.runtime.progress import Bar, bar_of_seconds, no_bar
 from dumo.runtime.text import duration_text
@@ -340,7 +339,7 @@ def _tell_end(job: Job, countdown: Countdown | None) -> None:
 
 def _late_text(folder: Path, late_seconds: float) -> str:
     """A line for a run that ends by the clock, and whose time was over before its first step."""
-    command_with_time = train_call(folder, minutes=minutes_to_prepare(late_seconds))
+    command_with_time = f"dumo train {shell_path(folder)} --minutes {minutes_to_prepare(late_seconds):g}"
     return (
         f"it took {duration_text(late_seconds)} to begin, and no time was left for steps: it made one, and "
         f"skipped the rest of its learning rate's schedule. With enough time:  {command_with_time}"

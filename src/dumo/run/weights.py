@@ -6,6 +6,7 @@ without asking for room. `build_deferred` makes it without weights, which are dr
 needed (`dumo.io.deferred`).
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -33,9 +34,8 @@ from dumo.run import datanote
 from dumo.run.index import Index
 from dumo.run.net import deferred_net, draw_net, require_room
 from dumo.run.provenance import require_own_checkpoint, require_own_weights
-from dumo.runtime import dist
+from dumo.runtime import dist, shell_path
 from dumo.runtime.device import choose_device
-from dumo.runtime.door import option, settings, train_call
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.manifest import Checkpoint, Checkpoints, FileEntry
 from dumo.training.spec import Train
@@ -220,8 +220,8 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
     if weights is None and last is None:
         if index.exported_weights is None:
             raise UserError(
-                f"{folder} has no checkpoint: train it, {train_call(folder)}, or take other weights by "
-                f"{option('weights')}"
+                f"{folder} has no checkpoint: train it (dumo train {shell_path(folder)}), or take other weights by "
+                "--weights"
             )
         file = index.exported_weights
         file_name = file.name
@@ -486,11 +486,10 @@ def _require_net(source: Run, start: "Start", net: Net, path: FlowPath, free_fie
         if any(difference.field in ("net", "path") for difference in mismatches):  # another kind, maybe of other data
             fix = "take a run that has the same kind of it,"
         else:
-            fields = settings(*(f"{difference.field}={yaml_text(difference.was)}" for difference in mismatches))
+            fields = shlex.join(f"{difference.field}={yaml_text(difference.was)}" for difference in mismatches)
             fix = f"set these fields as they are there,  {fields} "
         raise UserError(
-            f"start: the nets differ, {start.source} has another {lines}: {fix} or leave its weights out by "
-            f"{settings('start=null')}"
+            f"start: the nets differ, {start.source} has another {lines}: {fix} or leave its weights out by start=null"
         )
 
 

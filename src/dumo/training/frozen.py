@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dumo.io import digest as digests
 from dumo.io.deferred import is_fake
-from dumo.runtime.door import settings
 from dumo.types import UserError
 
 
@@ -87,6 +86,6 @@ def require(now: str | None, before: str | None, whose: object) -> None:
     if now != before:
         raise UserError(
             f"{whose} was trained on other frozen weights than its net has now: put those back where its pipeline "
-            f"is, or say where they are, {settings('pipeline.source=...')}; keep net.lora.frozen as it was; or train "
-            "anew in another folder"
+            f"is, or set pipeline.source to where they are; keep net.lora.frozen as it was; or train anew in another "
+            "folder"
         )

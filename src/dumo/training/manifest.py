@@ -25,8 +25,7 @@ from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.file import temp_path_for
 from dumo.io.weights import title
-from dumo.runtime import dist
-from dumo.runtime.door import option, train_call
+from dumo.runtime import dist, shell_path
 from dumo.training.agreement import gather_results
 from dumo.training.deadline import Timing
 from dumo.training.state import FAR, Trend
@@ -322,7 +321,7 @@ class Checkpoints:
         if damaged:
             raise UserError(
                 f"{'; '.join(damaged)}: {self.folder} has no whole checkpoint. Put back the files as they were, or "
-                f"give another folder with {option('out')} to train from the start"
+                "give another folder with --out to train from the start"
             )
         return None
 
@@ -371,7 +370,7 @@ class Checkpoints:
                 warnings.warn(
                     f"{self.folder}: the loss has risen to more than {FAR:g} times its lowest, so "
                     f"{checkpoint.path.name}, from before, is kept, too. To go on from it:  "
-                    f"{train_call(self.folder.parent, step=checkpoint_step)}",
+                    f"dumo train {shell_path(self.folder.parent)} --from {checkpoint_step}",
                     stacklevel=2,
                 )
             else:

@@ -1,4 +1,4 @@
-"""The front door gives what the commands give, and says what is wrong as they do."""
+"""Python gives what the commands give, and says what is wrong as they do."""
 
 import json
 import pkgutil
@@ -140,7 +140,9 @@ def test_samples_by_default(digits: TrainedRun) -> None:
         assert torch.equal(same, digits.sample(labels=seven, count=2))
 
 
-def test_a_count_that_leaves_some_out_is_refused_by_either_door(digits: TrainedRun, tmp_path: Path) -> None:
+def test_a_count_that_leaves_some_out_is_refused_from_python_and_the_command_line(
+    digits: TrainedRun, tmp_path: Path
+) -> None:
     said = "count = 1 is less than the 2 labels"
     with pytest.raises(dumo.UserError, match=said):
         digits.sample([3, 5], count=1)
@@ -222,7 +224,7 @@ def test_the_weights_that_were_given_are_exported(digits: TrainedRun, tmp_path: 
         assert torch.equal(x, load_file(file)[name])
 
 
-def test_an_export_has_what_is_set_by_either_door(digits: TrainedRun, tmp_path: Path) -> None:
+def test_an_export_has_what_is_set_from_python_and_the_command_line(digits: TrainedRun, tmp_path: Path) -> None:
     """And no evaluation that was of what the run has."""
     digits.evaluate(nfe=1)
     dumo.load(digits.folder, {"sample.solver.m": 0.25}, device="cpu").export(tmp_path / "python")
@@ -230,16 +232,6 @@ def test_an_export_has_what_is_set_by_either_door(digits: TrainedRun, tmp_path: 
     for out in (tmp_path / "python", tmp_path / "shell"):
         assert load(str(out)).sample.solver == Restart(m=0.25)
         assert "What it measured" not in (out / "README.md").read_text("utf-8")
-
-
-def test_messages_are_in_the_words_of_the_door(digits: TrainedRun) -> None:
-    with pytest.raises(dumo.UserError) as error:
-        dumo.train(digits.folder, {"train.batch": 8})
-    for word in ("train.batch", "out=", "accept=True"):
-        assert word in str(error.value)
-    said = call("train", digits.folder, "--set", "train.batch=8").err
-    for word in ("train.batch", "--out", "--accept"):
-        assert word in said
 
 
 def test_a_reading_is_the_nets(digits: TrainedRun) -> None:

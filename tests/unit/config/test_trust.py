@@ -55,7 +55,7 @@ def taken() -> bool:
 def test_nobody_agreed(name: str) -> None:
     with trust.trusting(False):
         assert not taken()
-    with pytest.raises(dumo.UserError, match="trust_code=True"):
+    with pytest.raises(dumo.UserError, match="--trust-code"):
         dumo.recipe("theirs.yaml")
     with pytest.raises(dumo.UserError, match=name):
         load("theirs.yaml", ["about=other:Theirs"])

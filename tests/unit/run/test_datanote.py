@@ -48,8 +48,8 @@ def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
     told, edm = list[str](), ["net.precondition=edm"]
     train(tiny("digits", *edm, "path.sd=0.75"), tmp_path / "digits", tell=told.append)
     assert read(tmp_path / "digits").sd == measure(load("digits").data.open())
-    assert len(told) == 2  # what is trained on what, and by which objective
+    assert not any("path.sd" in line for line in told)
     train(tiny("digits", *edm, "path.sd=0.3"), tmp_path / "narrow", tell=told.append)
-    *_, line = told
-    assert f'changes={{"path.sd": {read(tmp_path / "narrow").sd:.2g}}}' in line
+    (line,) = [line for line in told if "path.sd" in line]
+    assert f"path.sd={read(tmp_path / 'narrow').sd:.2g}" in line
     assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.3

@@ -10,7 +10,7 @@ from dumo.config.spec import Run
 from dumo.run.folder import RUN_FILE
 from dumo.run.job import open_job
 from dumo.run.train import train_job
-from dumo.runtime import door, signals, stopwatch
+from dumo.runtime import signals, stopwatch
 from dumo.training.loop import Every
 from dumo.training.manifest import Checkpoints
 from dumo.training.record import Record
@@ -99,8 +99,7 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
 
     # there is no more to do, and it says what there is to type
     bits = known.bits(folder)
-    with door.command_line():
-        told, _, _ = train(folder, clock)
+    told, _, _ = train(folder, clock)
     assert f"{folder} has trained its 1 minute. For more:  dumo train {folder} --minutes 1" in told
     assert known.bits(folder) == bits
 
@@ -135,7 +134,7 @@ def test_a_restart_adds_no_minutes(clock: Clock, tmp_path: Path, monkeypatch: py
     signals.received_signal = clock.last = None
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     told, _, end = train(folder, clock, minutes=0.5)
-    assert told[0].startswith(f"{folder} has obeyed minutes=0.5 already")
+    assert told[0].startswith(f"{folder} has obeyed --minutes 0.5 already")
     assert written(folder)["minutes"] == 1.5
     assert end.timing is not None
     assert end.timing.seconds == 90
@@ -164,12 +163,9 @@ def test_fewer_minutes_than_were_trained_are_refused(clock: Clock, tmp_path: Pat
     train(folder, clock, run)
     train(folder, clock, minutes=0.5)
     bits = known.bits(folder)
-    with door.command_line(), pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as refused:
         train(folder, clock, run)
-    assert str(refused.value) == (
-        f"train.minutes=1, but {folder} has already trained 1.5 minutes: give another folder with --out, or go on with "
-        f"it for longer:  dumo train {folder} --minutes 5"
-    )
+    assert f"train.minutes=1, but {folder} has already trained 1.5 minutes" in str(refused.value)
     assert known.bits(folder) == bits
     assert written(folder)["minutes"] == 1.5
 
@@ -189,7 +185,7 @@ def test_a_command_whose_time_goes_by_before_its_first_step_says_so(clock: Clock
         train(folder, clock, tiny("moons", *TIMED))
     signals.received_signal = clock.last = None
     told: list[str] = []
-    with door.command_line(), open_job(folder, device="cpu", tell=told.append) as job:
+    with open_job(folder, device="cpu", tell=told.append) as job:
         clock.now += 45  # of the 37.5 seconds that are left
         state = train_job(job, hooks=[Every(1, clock.step)])
     assert state.step == 10
@@ -239,8 +235,8 @@ def test_a_run_of_steps_goes_on_for_minutes_and_for_steps_again(clock: Clock, tm
     train(folder, clock, tiny("moons", "train.log_every=1"))
     told, _, _ = train(folder, clock)
     told = [line for line in told if "For more" in line]
-    assert f'dumo.train("{folder}", {{"train.steps": 8}})' in told[-1]
-    assert f'dumo.train("{folder}", minutes=5)' in told[-1]
+    assert f"dumo train {folder} --set train.steps=8" in told[-1]
+    assert f"dumo train {folder} --minutes 5" in told[-1]
     began = clock.now
     _, _, state = train(folder, clock, minutes=0.5)
     assert clock.now - began == pytest.approx(30, abs=2 * PACE)

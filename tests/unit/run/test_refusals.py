@@ -60,7 +60,7 @@ def another_run_in_the_folder(run: Path, here: Path) -> None:
     train(tiny("moons", "net.width=9"), run)
 
 
-@refused("step=3")
+@refused("--from 3")
 def a_step_without_a_checkpoint(run: Path, here: Path) -> None:
     train(tiny(), run, step=3)
 

@@ -84,9 +84,7 @@ def test_where_nothing_is_at_the_old_place_the_words_lead_from_here(
     here = str(tmp_path / "there/one")
     told: list[str] = []
     assert with_absolute_paths(images("one"), before, told.append) == before
-    assert told == [
-        f'data.root is {tmp_path / "one"}, as when this run began. To take {here}:  changes={{"data.root": "{here}"}}'
-    ]
+    assert told == [f"data.root is {tmp_path / 'one'}, as when this run began. To take {here}:  data.root={here}"]
     os.rmdir(tmp_path / "one")
     moved = with_absolute_paths(images("one"), before, told.append)
     assert (moved.data.root, paths_as_typed(moved.resolved)) == (here, {"data.root": "one"})  # pyright: ignore
