@@ -18,7 +18,7 @@ from dumo.cli.option import (
     parse_integers,
 )
 from dumo.cli.terminal import out, show_table
-from dumo.runtime.progress import bar, no_bar
+from dumo.runtime.progress import bar
 
 
 def evaluate(
@@ -98,7 +98,6 @@ def evaluate(
 
     with dist.join():
         is_main = dist.is_main()
-        progress = bar if is_main else no_bar
         if images is not None:
             report = image_report.judge(
                 images,
@@ -107,12 +106,12 @@ def evaluate(
                 fields=set_ or [],
                 out=file,
                 device=device,
-                bar=progress,
+                bar=bar,
             )
         elif run_folder is not None:
             opened = open_run(run_folder, set_ or [], weights=weights, device=device)
             passes = parse_integers(nfe, "--nfe")
-            report = evaluate.evaluate(opened, nfe=passes, seed=seed, solver=solver, bar=progress)
+            report = evaluate.evaluate(opened, nfe=passes, seed=seed, solver=solver, bar=bar)
         else:
             raise typer.BadParameter("name a run's folder, or images by --images")
     if not is_main:

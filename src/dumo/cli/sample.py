@@ -19,7 +19,7 @@ from dumo.cli.option import (
     parse_integers,
 )
 from dumo.cli.terminal import out
-from dumo.runtime.progress import bar, no_bar
+from dumo.runtime.progress import bar
 
 _BENCHMARKS = ("geneval", "dpg")
 
@@ -104,15 +104,14 @@ def sample(
         folder = folder or opened.output_folder / "samples"
         passes = parse_integers(nfe, "--nfe")
         classes = parse_classes(labels, opened.sampler.conditions)
-        progress = bar if dist.is_main() else no_bar
         if checkpoints:
             steps = None if checkpoints == "all" else parse_integers(checkpoints, "--checkpoints")
             panels = gallery.trajectories(
-                opened, nfe=passes, steps=steps, count=count, only=classes, seed=seed, bar=progress
+                opened, nfe=passes, steps=steps, count=count, only=classes, seed=seed, bar=bar
             )
             files = gallery.write_trajectories(folder, panels)
         elif prompts and form in LAYOUTS:
-            files = make_images(opened, form, prompts, folder, nfe=passes, seed=seed, solver=solver, bar=progress)
+            files = make_images(opened, form, prompts, folder, nfe=passes, seed=seed, solver=solver, bar=bar)
         else:
             texts = [row.text for row in read_prompts(prompts)] if prompts else prompt or []
             files = sample_to_files(
@@ -127,7 +126,7 @@ def sample(
                 seed=seed,
                 solver=solver,
                 size=size,
-                bar=progress,
+                bar=bar,
             )
     for file in files:
         out.print(str(file), soft_wrap=True)

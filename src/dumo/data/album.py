@@ -28,7 +28,7 @@ from dumo.io.picture import from_uint8
 from dumo.io.source import mirrored_rows, rows_of
 from dumo.io.suffix import UNREADABLE_SUFFIXES
 from dumo.runtime import signals
-from dumo.runtime.progress import Tick, delayed_bar
+from dumo.runtime.progress import Tick, bar
 from dumo.runtime.random import stream
 from dumo.runtime.threads import cores
 from dumo.types import UserError
@@ -193,7 +193,7 @@ class Album:
 
     def _decode_all(self) -> None:
         """Decode all images into `decoded`, and leave out those that cannot be read."""
-        with delayed_bar("decoding images", self.full_size) as show:
+        with bar("decoding images", self.full_size) as show:
 
             def tick(done: int, note: str) -> None:
                 signals.check()

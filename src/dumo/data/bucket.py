@@ -33,7 +33,7 @@ from dumo.io.read import first_few
 from dumo.io.source import Bucketed
 from dumo.runtime import signals
 from dumo.runtime.limits import PIXELS
-from dumo.runtime.progress import delayed_bar
+from dumo.runtime.progress import bar
 from dumo.types import Spec, UserError
 
 _UNREADABLE = -1  # in place of a bucket's index, for an image that cannot be read
@@ -271,7 +271,7 @@ class BucketedStore:
         """
         with (
             ThreadPoolExecutor(MAX_THREADS, "sizes") as threads,
-            delayed_bar("reading the sizes of images", len(rows)) as tick,
+            bar("reading the sizes of images", len(rows)) as tick,
         ):
             for first in range(rows.start, rows.stop, _CHUNK_IMAGES):
                 signals.check()

@@ -11,8 +11,6 @@
 `Memory`, the spec, has the digest alone. `Memory.open` looks the source up, so it needs the same process.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, ClassVar, Literal
@@ -28,14 +26,12 @@ from dumo.data.pixel import Unreadable, to_rgb
 from dumo.io import digest
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
-from dumo.runtime.progress import Bar, delayed_bar, line_printer, no_bar
-from dumo.runtime.text import duration_text
+from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
 _IMAGE_CHANNELS = (1, 3)  # grey, colour
 _ROWS_READ_TWICE = 16  # to see whether they change: a flip with p = 1/2 is missed once in 65,536 times. Ours
-QUIET_SECONDS = 3.0  # of reading, before a line says how long it takes: ours
 _IMAGE_KEYS = ("image", "img", "pixel_values")  # of a row of Hugging Face datasets
 _LABEL_KEYS = ("label", "labels", "fine_label")  # of a row of Hugging Face datasets
 _GREY_MODES = ("1", "L")  # of PIL, whose pictures keep one channel; those of "F" hold numbers, which are taken as given
@@ -98,9 +94,8 @@ class Memory(Spec):
         """Read and remember an array, a pair (array, labels), or a map-style data set of samples, or of such pairs.
 
         Images are (n, channels, height, width), channels last, or grey without channels, as uint8 or floats in
-        [-1, 1]; data sets may give PIL images. Points are (n, d). A data set that takes seconds is read with a line
-        and a bar, and one whose rows change between two reads is read again at each visit, which a line says. Raises
-        UserError for anything else.
+        [-1, 1]; data sets may give PIL images. Points are (n, d). A data set whose rows change between two reads is
+        read again at each visit, which a line says. Raises UserError for anything else.
         """
         raw_x, raw_labels, names = _read(data, bar)
         x = _to_samples(raw_x)
@@ -153,8 +148,7 @@ def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN
     total = len(data)
     tensors: list[Tensor] = []
     labels: list[Any] = []
-    log_duration = _duration_logger(total, line_printer(bar))
-    with delayed_bar("reading the data", total, after=QUIET_SECONDS, inner=bar) as tick:
+    with bar("reading the data", total) as tick:
         for i in range(total):  # not every data set ends by itself
             sample, label = _sample_and_label(data[i])
             tensors.append(_to_tensor(sample, f"row {i} of the data"))
@@ -166,7 +160,6 @@ def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN
                     f"row {i} of the data has shape {tuple(tensors[i].shape)}, row 0 {tuple(tensors[0].shape)}, and "
                     "all or none have a label: bring all to one size, or give a folder of images"
                 )
-            log_duration(i + 1)
             tick(i + 1, "")
     has_labels = labels[0] is not None
     return torch.stack(tensors), labels if has_labels else None, _class_names(data)
@@ -196,26 +189,6 @@ def _require_rows(data: Any) -> None:  # noqa: ANN401
         raise UserError(
             f"data is a {name}: give a folder, an array, a pair (array, labels), or a data set with a length and rows"
         )
-
-
-def _duration_logger(total: int, log_line: Callable[[str], None]) -> Callable[[int], None]:
-    """A function to call with the number of rows read so far: after QUIET_SECONDS it logs once how long the rest takes.
-
-    A bar in a log file writes its first line only after a minute.
-    """
-    began = time.monotonic()
-    is_logged = False
-
-    def log_duration(done: int) -> None:
-        nonlocal is_logged
-        seconds = time.monotonic() - began
-        if is_logged or seconds < QUIET_SECONDS:
-            return
-        is_logged = True
-        left = duration_text(seconds / done * (total - done))
-        log_line(f"reading the data into memory: {done:,} of {total:,} rows, {left} left")
-
-    return log_duration
 
 
 def _gives_other_samples(data_set: Any, x: Tensor) -> bool:  # noqa: ANN401

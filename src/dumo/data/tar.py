@@ -40,7 +40,7 @@ from dumo.io import digest, note
 from dumo.io.inventory import ItemFiles, states_of
 from dumo.io.suffix import IMAGE_SUFFIXES
 from dumo.runtime import signals
-from dumo.runtime.progress import delayed_bar
+from dumo.runtime.progress import bar
 from dumo.types import UserError
 
 # Sizes of tar's records, in bytes: 20 blocks by default, else, on request, a power of two of them, up to a MiB.
@@ -98,7 +98,7 @@ class Tar:
     def __init__(self, archives: Sequence[str], *, labelled: bool) -> None:
         self.files = archives
         self.scans: list[Scan] = []
-        with delayed_bar("looking through tar archives", len(archives)) as tick:
+        with bar("looking through tar archives", len(archives)) as tick:
             for k, file in enumerate(archives):
                 signals.check()
                 mapped = _noted_scan(file)
@@ -144,7 +144,7 @@ class Tar:
         """
         member_texts = MemberTexts()
         endings = (*suffixes, *(suffix.upper() for suffix in suffixes))  # `TXT` is reported as an orphan
-        with delayed_bar("looking for captions in tar archives", len(self.files)) as tick:
+        with bar("looking for captions in tar archives", len(self.files)) as tick:
             for k, (file, scan) in enumerate(zip(self.files, self.scans, strict=True), 1):
                 signals.check()
                 images = [scan.name(i) for i in range(len(scan))]

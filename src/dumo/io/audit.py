@@ -23,7 +23,7 @@ from threading import Event, Thread
 from dumo.io.inventory import FileState, Inventory, ItemFiles, state_of
 from dumo.io.table import REMAKE, Shard
 from dumo.runtime import signals
-from dumo.runtime.progress import delayed_bar
+from dumo.runtime.progress import bar
 from dumo.types import UserError
 
 AT_ONCE_BYTES = 2 * 10**9  # bytes that are read before the first batch, at most: ours
@@ -58,7 +58,7 @@ class Audit:
                 unread_shards[number] = shards[number]
         self.thread: Thread | None = None
         if sum(shard.size for shard in unread_shards.values()) <= AT_ONCE_BYTES:
-            with delayed_bar("comparing the cache with its checksums", len(unread_shards)) as tick:
+            with bar("comparing the cache with its checksums", len(unread_shards)) as tick:
 
                 def note_progress(done: int) -> None:
                     signals.check()

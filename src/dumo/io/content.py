@@ -34,7 +34,7 @@ from dumo.io import digest
 from dumo.io.inventory import CHANGED, COPIED, HashRows, Inventory, ItemFiles, join_names, split_names
 from dumo.io.read import first_few
 from dumo.runtime import signals
-from dumo.runtime.progress import delayed_bar
+from dumo.runtime.progress import bar
 from dumo.runtime.threads import cores
 from dumo.types import UserError
 
@@ -89,7 +89,7 @@ class Hashes(Inventory):
 
         pool = ThreadPoolExecutor(min(MAX_THREADS, cores()), thread_name_prefix="hash")
         try:
-            with delayed_bar("hashing images", len(pending_items)) as tick:
+            with bar("hashing images", len(pending_items)) as tick:
                 for begin in range(0, len(pending_items), _WINDOW_ITEMS):
                     signals.check()
                     end = min(begin + _WINDOW_ITEMS, len(pending_items))

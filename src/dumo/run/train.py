@@ -35,7 +35,7 @@ from dumo.run.request import note_end
 from dumo.run.summary import empty_classes_line, training_summary
 from dumo.runtime import dist, shell_path, stopwatch
 from dumo.runtime.limits import STEPS
-from dumo.runtime.progress import Bar, bar_of_seconds, no_bar
+from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.text import duration_text
 from dumo.runtime.threads import cores
 from dumo.training import agreement, log, loop
@@ -290,12 +290,12 @@ def _progress(job: Job, bar: Bar) -> Generator[Callable[[str], None], None, None
     That is a function which moves the bar to where the run is, and shows a text on it.
     """
     state = job.state
-    units_bar = bar
+    title = f"training {job.index.folder.name}"
     total = job.run.train.steps
     if state.timing:
-        units_bar = bar_of_seconds(bar)
+        title += " (seconds)"
         total = round(state.timing.promised_seconds)
-    with units_bar(f"training {job.index.folder.name}", total) as tick:
+    with bar(title, total) as tick:
 
         def show_progress(text: str) -> None:
             units_done = round(state.timing.seconds) if state.timing else state.step

@@ -1,7 +1,5 @@
 """Rows that Python gives are read as what they are, or refused with what would do."""
 
-import re
-import time
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -209,21 +207,6 @@ def test_a_batch_of_rows_that_change_is_checked() -> None:
     object.__setattr__(source, "data_set", Rows(*[(FLOATS[0, :, :4], 0)] * 30))
     with pytest.raises(UserError, match=r"have shape \(3, 4, 8\), and gave \(3, 8, 8\)"):
         source.batch(0, 4, 0)
-
-
-def test_slow_reading_is_told(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    class Slow(Rows):
-        def __getitem__(self, i: int) -> torch.Tensor:
-            time.sleep(0.002)
-            return FLOATS[i % 2]
-
-    monkeypatch.setattr(module, "QUIET_SECONDS", 0.01)
-    Memory.of(Slow(*range(20)), bar)
-    lines = capfd.readouterr().err
-    assert "reading the data into memory: " in lines
-    assert re.search(r" of 20 rows, \d:\d\d left\n", lines)
-    Memory.of(Slow(*range(20)))
-    assert not capfd.readouterr().err, "nothing is shown without a bar"
 
 
 def test_rows_that_this_process_was_not_given_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
     told, seen, state = train(folder, clock)
     assert clock.now - began == pytest.approx(60, abs=2 * PACE)
     assert "of 1:00 are left, from step 9 on, each of 4 points" in told[0]
-    assert seen.titles[-1] == ("training run", 60)
+    assert seen.titles[-1] == ("training run (seconds)", 60)
     assert seen.ticks[-1] == 60
 
     # its steps are those that it made

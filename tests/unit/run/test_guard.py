@@ -199,7 +199,7 @@ def test_a_restart_does_not_go_back_again(run: Path, fate: Fate, monkeypatch: py
     with pytest.raises(signals.Stopped):
         go_back()
     fate.comes()
-    obeyed = f"{run} has obeyed step=4 already, and goes on from its last checkpoint: to obey it again, remove "
+    obeyed = f"{run} has obeyed --from 4 already, and goes on from its last checkpoint: to obey it again, remove "
     assert go_back() == [f"{obeyed}{run / OBEYED_FILE}"]
     assert steps(run) == [2, 4, 6, 7, 8]
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -234,7 +234,7 @@ def test_a_refused_command_leaves_the_note_of_what_was_obeyed(run: Path, fate: F
     fate.comes()
     with pytest.raises(UserError):
         go_back("train.batch=16")
-    assert go_back()[0].startswith(f"{run} has obeyed step=4 already")
+    assert go_back()[0].startswith(f"{run} has obeyed --from 4 already")
     assert steps(run) == [2, 4, 6, 7, 8]
 
 
@@ -537,7 +537,7 @@ def test_the_last_good_checkpoint_stays(run: Path) -> None:
         place = run / f"checkpoints/step-0000000{n}"
         astray = manifest.read(place).model_copy(update={"trend": manifest.Trend(level=30.0, lowest=1.0)})
         manifest.write(place, astray)
-    words = r"more than 10 times its lowest, so step-00000004.*dumo\.train\(\S+run., step=4\)"
+    words = r"more than 10 times its lowest, so step-00000004.*dumo train \S+run --from 4"
     with pytest.warns(UserWarning, match=words):
         train(tiny("train.keep=1", "train.optimizer.lr=1e-9", "train.steps=9"), run)
     assert steps(run) == [4, 9]
