@@ -13,7 +13,7 @@ from dumo.flow.slope import DualSlope, Slope
 from dumo.nets import Net
 from dumo.objectives import Drift, DuMo, Objective
 from dumo.types import Frozen, Noised, Spec, Terms
-from dumo.types.family import members as members
+from dumo.types.outside import members as members
 
 # What a net has of these is set so.
 SMALL = {"width": 16, "depth": 2, "attention": 2, "patch": 2, "multipliers": (1, 2), "attend": (2,)}

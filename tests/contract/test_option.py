@@ -23,8 +23,7 @@ from dumo.data import Memory
 from dumo.nets import ModuleSpec
 from dumo.objectives import Objective
 from dumo.types import PINNED, Spec
-from dumo.types.family import SpecFamily, members
-from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec
+from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec, members
 from recipe import recipe
 
 OBJECTIVES = members(Objective)
@@ -84,9 +83,6 @@ def classes() -> tuple[type[BaseModel], ...]:
             for field in annotation.model_fields.values():
                 if field.json_schema_extra != PINNED:
                     walk(field.rebuild_annotation())
-        if isinstance(annotation, SpecFamily):
-            for member in annotation.members():
-                walk(member)
         for part in get_args(annotation):
             walk(part)
 

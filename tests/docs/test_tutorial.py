@@ -128,17 +128,17 @@ def test_an_objective(here: Path) -> None:
     for name in ("src", "tests"):
         shutil.copytree(ROOT / name, here / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", here)
-    code, row, line = blocks(PAGES / "own-objective.md", "python")
+    code, line, member = blocks(PAGES / "own-objective.md", "python")
     room = here / "src/dumo/objectives"
     listed = (room / "__init__.py").read_text(encoding="utf-8")
     wrong = {"AnyStep": "AnyWrong", "any_step": "any_wrong", "v_star - lift": "v_star + lift"}
     for twin in ({}, wrong):
-        own = [code, row, line]
+        own = [code, line, member]
         for old, new in twin.items():
             own = [text.replace(old, new) for text in own]
         (room / f"{twin.get('any_step', 'any_step')}.py").write_text(own[0], encoding="utf-8")
-        for place, text in (('    "consistency"', own[1]), ("    from dumo.objectives.consistency", own[2])):
-            listed = listed.replace(place, f"    {text}{place}")
+        for place, text in (("from dumo.objectives.consistency", own[1]), ("    | Consistency", f"    {own[2]}")):
+            listed = listed.replace(place, f"{text}{place}")
     (room / "__init__.py").write_text(listed, encoding="utf-8")
 
     def run(*words: str) -> "subprocess.CompletedProcess[str]":

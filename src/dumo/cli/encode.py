@@ -39,7 +39,7 @@ def encode(
     Example:  dumo encode cifar10-latents
     """
     from dumo.config.source import choose
-    from dumo.data import is_latents
+    from dumo.data import Latents
     from dumo.run import encode as encoding
     from dumo.runtime import dist
 
@@ -48,7 +48,7 @@ def encode(
     results: list[EncodeResult] = []
     with resume_hint(), dist.join():
         rank, world = dist.torchrun_rank_and_world()
-        if is_latents(work.data):
+        if isinstance(work.data, Latents):
             results.append(encoding.encode(work.data, rank=rank, world=world, verify=verify, device=device, bar=bar))
         no_table = encoding.reason_without_text_table(work.data, work.texts) if work.texts else ""
         if no_table:

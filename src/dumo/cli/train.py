@@ -81,7 +81,7 @@ def train(
 
     from dumo.config.code import shell_command
     from dumo.config.load import load
-    from dumo.nets import is_pretrained
+    from dumo.nets import Pretrained
     from dumo.report.sheet import Sheets
     from dumo.report.tracker import open_tracker, require_tracker
     from dumo.run.folder import require_place, resumed_line
@@ -140,7 +140,7 @@ def train(
     commands = [f"sample {folder_word}", f"report {folder_word}"]
     if not missing:
         commands.insert(1, f"evaluate {folder_word}")
-    if is_pretrained(job.run.net):
+    if isinstance(job.run.net, Pretrained):
         from dumo.export.stock import export_forms
 
         for form in export_forms(job.run.net):

@@ -16,12 +16,12 @@ from pydantic import JsonValue
 from dumo.config.source import CODE_KEY
 from dumo.config.spec import Run
 from dumo.types import Spec, UserError
-from dumo.types.outside import TAG, code_hash, kind_of
+from dumo.types.outside import OUTSIDE, branch, code_hash
 
 
 def is_from_outside(part: object) -> bool:
     """Whether a part of a run is of a class that is not dumo's."""
-    return kind_of(part) == TAG
+    return branch(part) == OUTSIDE
 
 
 def has_own_net(run: Run) -> bool:

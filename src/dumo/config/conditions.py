@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from dumo.data import Data, ShownData, has_images, is_images, is_latents
+from dumo.data import Data, Images, Latents, ShownData
 from dumo.types import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def shown_data(data: Data) -> ShownData:
     """The data that people look at: images or points as they are, and for latents the images that were encoded."""
-    return data.images if is_latents(data) else data
+    return data.images if isinstance(data, Latents) else data
 
 
 def squares(data: Data) -> Data:
@@ -30,7 +30,7 @@ def squares(data: Data) -> Data:
     Latents in buckets become their images, because the cache does not hold each image as a square.
     """
     images = shown_data(data)
-    if is_images(images) and images.buckets:
+    if isinstance(images, Images) and images.buckets:
         return images.model_copy(update={"buckets": None})
     return data
 
@@ -55,7 +55,7 @@ class Conditions:
     def are_known(self) -> bool:
         """Whether it is known how many there are; False before they are counted in the data."""
         data = shown_data(self.data)
-        return bool(self.count) or not is_images(data) or data.is_counted
+        return bool(self.count) or not isinstance(data, Images) or data.is_counted
 
     @property
     def captions(self) -> "Captioning | None":
@@ -68,7 +68,7 @@ class Conditions:
         data = self.data
         if data.captions is None:
             images = shown_data(data)
-            titles = images.titles if is_images(images) else ()
+            titles = images.titles if isinstance(images, Images) else ()
             return images.names or titles
         try:
             return data.caption_texts()
@@ -112,7 +112,7 @@ class Conditions:
             return labels
         if captioning.kind == "templates":
             return captioning.captions_in_turn(labels, self.data.labels, held_out=held_out)
-        if not has_images(self.data):
+        if not isinstance(self.data, Images | Latents):
             return labels
         captions = self.data.all_captions()
         num_images = len(captions.ends)

@@ -4,17 +4,14 @@
 kinds, where the nearest valid name is added.
 """
 
-from collections.abc import Iterator
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dumo.config.suggestion import nearest
 from dumo.io.read import brief
-from dumo.types.family import LazySpec, family_of
-from dumo.types.outside import TAG
+from dumo.types.outside import BUNDLED, OUTSIDE, members
 
 Location = tuple[int | str, ...]
 # What other trainers (diffusers, accelerate, lightning, EDM) call a field that no spelling of ours is near to.
@@ -77,8 +74,8 @@ def _locate(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] 
     """The dotted path of pydantic's location, and the spec in which its last name was looked up, if it is known.
 
     Besides names of fields and numbers of a list's items, a location has the tags of unions, which the path leaves
-    out: ("net", "dit", "width") is the field net.width, and ("data", TAG, "folder") is data.folder of a class from
-    outside.
+    out: ("net", BUNDLED, "dit", "width") is the field net.width, and ("data", OUTSIDE, "folder") is data.folder of a
+    class from outside.
     """
     names: list[str] = []
     parent: type[BaseModel] | None = None
@@ -86,20 +83,22 @@ def _locate(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] 
     # and None below a field that holds a plain value.
     annotation: Any = root
     for part in loc:
-        if part == TAG:
+        if part == BUNDLED:
+            continue
+        if part == OUTSIDE:
             annotation = Any
             continue
         chosen = _spec_of_kind(annotation, part)
         if chosen is not None:
             annotation = chosen
             continue
-        spec = next(_specs(annotation), None)
+        spec = next(iter(members(annotation)), None)
         is_tag_of_plain_type = isinstance(part, str) and spec is None and annotation is not Any
         if is_tag_of_plain_type:
             continue
         names.append(brief(str(part)))
         parent = spec
-        # An item of a list keeps the list's annotation, because `_specs` looks inside it.
+        # An item of a list keeps the list's annotation, because `members` looks inside it.
         if isinstance(part, str) and annotation is not Any:
             field = spec.model_fields.get(part) if spec is not None else None
             annotation = None if field is None else field.rebuild_annotation()
@@ -108,23 +107,9 @@ def _locate(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] 
 
 def _spec_of_kind(annotation: object, kind: int | str) -> type[BaseModel] | None:
     """The spec of this kind where an annotation is a union by kind that has it, else None."""
-    family = family_of(annotation)
-    if family is not None:
-        return family.load(str(kind)) if kind in family.names else None
-    specs = list(_specs(annotation))
+    specs = members(annotation)
     if len(specs) > 1:
         for spec in specs:
             if kind in get_args(spec.model_fields["kind"].annotation):
                 return spec
     return None
-
-
-def _specs(annotation: object) -> Iterator[type[BaseModel]]:
-    """The specs that an annotation names, without the members of a `SpecFamily`."""
-    if isinstance(annotation, LazySpec):
-        yield annotation.load()
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (Union, UnionType, Annotated, tuple, list):
-        for part in get_args(annotation):
-            yield from _specs(part)

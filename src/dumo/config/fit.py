@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from dumo.config.change import yaml_text
 from dumo.config.conditions import Conditions, shown_data
-from dumo.data import Data, has_images, is_images, is_latents
+from dumo.data import Data, Images, Latents
 from dumo.flow import solver
 from dumo.flow.fit import (
     GuidanceRefusal,
@@ -33,7 +33,7 @@ from dumo.flow.guide import CFG, GuidanceScale, Guide
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import require_precision
 from dumo.flow.times import Jumps, Pair
-from dumo.nets import Net, is_pretrained
+from dumo.nets import Net, Pretrained
 from dumo.nets.precondition import PRECONDITIONED_HEADS
 from dumo.objectives import Objective
 from dumo.training.ema import Ema
@@ -77,7 +77,7 @@ def check(run: "Run") -> None:
     require_precision(train.precision, objective.needs.amplifies, objective.kind)
     _check_teacher(run)
     _check_start(run)
-    if is_latents(data) and data.prior:
+    if isinstance(data, Latents) and data.prior:
         _check_prior(data.prior, run.teacher, objective, train)
     check_ranks(train, objective)
 
@@ -376,15 +376,15 @@ def _check_validation(evaluation: "Evaluation") -> None:
 
 def captions_field(data: Data) -> str:
     """The dotted path of the field that holds the images' captions."""
-    return "data.images.captions" if is_latents(data) else "data.captions"
+    return "data.images.captions" if isinstance(data, Latents) else "data.captions"
 
 
 def buckets_field(data: Data) -> str | None:
     """The dotted path of the field by which images have several sizes; None if all have one size."""
     images = shown_data(data)
-    if not (has_images(data) and is_images(images) and images.buckets):
+    if not (isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
         return None
-    return "data.images.buckets" if is_latents(data) else "data.buckets"
+    return "data.images.buckets" if isinstance(data, Latents) else "data.buckets"
 
 
 def ways_to_captions(data: Data) -> str:
@@ -408,7 +408,7 @@ def advice(run: "Run", sd: float | None = None) -> list[str]:
     `sd` is the standard deviation of the data in their own unit, if it was measured.
     """
     lines: list[str] = []
-    if is_pretrained(run.net) and run.net.side:
+    if isinstance(run.net, Pretrained) and run.net.side:
         max_ratio = _MAX_DIFFUSION_SIDE_RATIO if run.path.kind == "diffusion" else _MAX_SIDE_RATIO
         lines += _size_advice(run.net.side, run.shown_shape, max_ratio)
     decay = run.objective.needs.ref

@@ -6,20 +6,22 @@ validates an objective or data that Python code gives without a run around them.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, JsonValue, model_validator
 
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.fit import check
+from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, ShownData
-from dumo.evaluation import MetricProtocol, is_of_inception, is_shipped
+from dumo.encoders.pipeline import Pipeline, PipelineSpec
+from dumo.evaluation import ImageProtocol, MetricProtocol, ShippedProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import FlowPath, Linear
 from dumo.flow.precision import Precision
 from dumo.flow.reading import taught_readings
 from dumo.flow.solver import Solver
-from dumo.nets import Net, is_pretrained
+from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
 from dumo.runtime.limits import PASSES, SAMPLES, STEPS
 from dumo.runtime.text import minutes_text
@@ -27,17 +29,6 @@ from dumo.training.spec import Train
 
 # QUIET: the field is hidden at its default. FREE: it may change when a run is resumed.
 from dumo.types import FREE, QUIET, Reads, Spec
-from dumo.types.family import LazySpec, is_instance_of
-
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
-    from dumo.config.teacher import Start, Teacher
-    from dumo.encoders.pipeline import Pipeline, PipelineSpec
-else:
-    Pipeline = Annotated[Any, LazySpec("dumo.encoders.pipeline:Pipeline")]
-    Start = Annotated[Any, LazySpec("dumo.config.teacher:Start")]
-    Teacher = Annotated[Any, LazySpec("dumo.config.teacher:Teacher")]
 
 S = TypeVar("S", bound=Spec)
 
@@ -83,9 +74,9 @@ class Evaluation(Spec):
     @property
     def min_samples(self) -> int:
         """The fewest samples that the protocol judges in training, without Inception's Fréchet distances."""
-        if is_of_inception(self.protocol):
+        if isinstance(self.protocol, ImageProtocol):
             return self.protocol.standard.subset
-        if is_shipped(self.protocol):
+        if isinstance(self.protocol, ShippedProtocol):
             return self.protocol.measure.min_samples
         return _MIN_SAMPLES
 
@@ -100,7 +91,7 @@ class Evaluation(Spec):
         if num_samples is None:
             num_samples = max(self.min_samples, min(self.protocol.total, _VALIDATION_SAMPLES))
         protocol = self.protocol.model_copy(update={"samples": num_samples})
-        if is_of_inception(protocol):
+        if isinstance(protocol, ImageProtocol):
             protocol = protocol.model_copy(update={"frechet": False})
         return self.model_copy(update={"protocol": protocol, "nfe": self.nfe[:1], "seed": self.seed + 1})
 
@@ -182,7 +173,7 @@ class Run(Spec):
         `start` names the few-step run, whose own adapters stay frozen (docs/personal.md).
         """
         net = self.net
-        if self.start is None or not is_pretrained(net) or net.weights != "source":
+        if self.start is None or not isinstance(net, Pretrained) or net.weights != "source":
             return False
         return bool(net.lora and net.lora.subject)
 
@@ -204,7 +195,7 @@ class Run(Spec):
         return GuidanceScale.of(self.objective.needs)
 
 
-def with_pipeline(part: S, pipeline: "Pipeline | None") -> S:
+def with_pipeline(part: S, pipeline: Pipeline | None) -> S:
     """A part of a run, all of whose own parts that read a pipeline read this one."""
     changed: dict[str, Spec] = {}
     for name in type(part).model_fields:
@@ -215,9 +206,4 @@ def with_pipeline(part: S, pipeline: "Pipeline | None") -> S:
                 changed[name] = new_field
     if changed:
         part = part.model_copy(update=changed)
-    return part.within(pipeline) if _reads_pipeline(part) else part
-
-
-def _reads_pipeline(part: Spec) -> "TypeIs[PipelineSpec]":
-    """Whether a part reads the pipeline of its run."""
-    return is_instance_of(part, "dumo.encoders.pipeline:PipelineSpec")
+    return part.within(pipeline) if isinstance(part, PipelineSpec) else part

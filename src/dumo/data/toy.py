@@ -8,7 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 from math import pi
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,15 +16,10 @@ from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dumo.data.caption import Captioned, Templates
 from dumo.io.source import DataSource, Endless, HeldOutSplit, TensorData
 from dumo.runtime.random import stream
 from dumo.types import Spec
-from dumo.types.family import LazySpec
-
-if TYPE_CHECKING:
-    from dumo.data.caption import Templates
-else:
-    Templates = Annotated[Any, LazySpec("dumo.data.caption:Templates")]
 
 # Mean and sd of the moons before the noise, exactly: x is cos or 1 - cos, y is sin or 1/2 - sin of a uniform angle in
 # [0, pi].
@@ -119,7 +114,6 @@ class Digits(Spec):
         originals = self.originals()
         if self.captions is None:
             return originals
-        from dumo.data.caption import Captioned
 
         return Captioned(originals, self.captions.all_captions(DIGIT_NAMES))
 

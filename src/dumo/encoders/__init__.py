@@ -6,26 +6,11 @@ its module.
 Touches files of weights, from disk or the Hub, and tables of texts. Knows no net that learns.
 """
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from dumo.types import Spec
-from dumo.types.family import SpecFamily, lazy_names
+from pydantic import Field
 
-MEMBERS = {  # by kind
-    "taef2": "dumo.encoders.taesd:Taef2",
-    "sd-vae": "dumo.encoders.autoencoder:SdVae",
-    "dc-ae": "dumo.encoders.autoencoder:DcAe",
-    "pipeline": "dumo.encoders.autoencoder:PipelineVae",
-}
-FAMILY = SpecFamily(MEMBERS)
+from dumo.encoders.autoencoder import DcAe, PipelineVae, SdVae
+from dumo.encoders.taesd import Taef2
 
-if TYPE_CHECKING:
-    from dumo.encoders.autoencoder import DcAe as DcAe
-    from dumo.encoders.autoencoder import PipelineVae as PipelineVae
-    from dumo.encoders.autoencoder import SdVae as SdVae
-    from dumo.encoders.taesd import Taef2 as Taef2
-
-    Codec = Taef2 | SdVae | DcAe | PipelineVae
-else:
-    Codec = Annotated[Spec, FAMILY]
-    __getattr__ = lazy_names(__name__, MEMBERS.values())
+Codec = Annotated[Taef2 | SdVae | DcAe | PipelineVae, Field(discriminator="kind")]

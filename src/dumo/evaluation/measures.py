@@ -1,6 +1,6 @@
 """Measures by features that ship with the package: the protocols `cifar10-features`, `digits` and `toy`.
 
-`open_cifar10`, `open_digits` and `open_toy`, which `dumo.evaluation.shipped` names, are the entrances. Each makes an
+`open_cifar10`, `open_digits` and `open_toy` are the entrances, for `dumo.evaluation.shipped`. Each makes an
 evaluator (`dumo.evaluation.wholeset`) that waits for all samples, then calls the protocol's `score_...`; its
 `baselines_...` gives the scores of a perfect sampler and of noise. `features_of` serves others, too.
 
@@ -41,7 +41,6 @@ from dumo.evaluation.mmd import (
 from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
 from dumo.evaluation.photos import WIDTH as CIFAR10_WIDTH  # the kernel's: it sees the same features
 from dumo.evaluation.protocol import Context, Evaluator, Protocol, Scores
-from dumo.evaluation.shipped import MIN_CIFAR10, MIN_DIGITS
 from dumo.evaluation.stored import StoredFeatures
 from dumo.evaluation.two_sample import auc_sd, two_sample_auc
 from dumo.evaluation.wholeset import Reference, WholeSetEvaluator, choose_rows, make_opener
@@ -55,6 +54,8 @@ TOY_KIND = "toy"
 DIGITS_WIDTH = 8.0  # of the kernel: two digits are 8.0 apart, at the median
 TOY_WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels, in sd of the data: ours
 MAX_REAL = 10_000  # real images, or points, that kernels and the unit of `nearest` take at most: ours
+MIN_CIFAR10 = 1000  # images that cifar10-features judges at least, and compares with
+MIN_DIGITS = 500  # images that digits judges at least
 CIFAR10_SHAPE = (3, 32, 32)  # of an image
 MAX_CACHED = 2  # references whose features are kept for this process: ours
 

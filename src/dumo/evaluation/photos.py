@@ -1,6 +1,6 @@
 """Judge samples of a small set of one's own images, from `MIN_PHOTOS` on, with nothing to be fetched.
 
-`open_photos`, which `dumo.evaluation.shipped` names, is the entrance. It reads the images of the data and makes a
+`open_photos` is the entrance, for `dumo.evaluation.shipped`. It reads the images of the data and makes a
 `PhotosEvaluator`, which
 
 1. measures the samples as the images were measured (`MeasuredImages`), once all have come;
@@ -34,7 +34,6 @@ from dumo.evaluation.metric import CLASSES_SHA256
 from dumo.evaluation.mmd import class_facts, lost_classes, mmd_scores, noise_class_mmd, perfect_mmd_scores
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores, name_of_data
-from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.evaluation.wholeset import choose_rows, collect
 from dumo.io import digest
 from dumo.io.picture import from_uint8, to_uint8
@@ -44,6 +43,8 @@ from dumo.types import Sample, UserError
 
 KIND = "photos"
 PIECE = 64  # images that are read at a time: ours
+MIN_PHOTOS = 20  # images of the data, and samples, that photos judges at least: ours
+SAMPLES_PER_CLASS = 2  # that photos is given where classes are many: `class_mmd` is over pairs
 MAX_IMAGES = 5000  # of the data that are judged by: ours
 MIN_COMPARED = MIN_PHOTOS // 2  # images on either side of a comparison, which there always are without classes
 MAX_COMPARED = 1000  # images on either side of a comparison: ours

@@ -1,8 +1,7 @@
 """Named ways to judge samples by features that ship with the package, or by none: nothing is fetched.
 
-`ShippedProtocol` is the spec, and the entrance; `MEASURES` has what each name fixes. This file is read with every run,
-so the code that measures is imported only when samples are judged: `dumo.evaluation.measures`, and
-`dumo.evaluation.photos`.
+`ShippedProtocol` is the spec, and the entrance; `MEASURES` has what each name fixes. The measures themselves are in
+`dumo.evaluation.measures` and `dumo.evaluation.photos`.
 """
 
 from collections.abc import Callable
@@ -11,14 +10,11 @@ from typing import Any, Literal
 
 from pydantic import field_validator
 
+from dumo.evaluation.measures import MIN_CIFAR10, MIN_DIGITS, open_cifar10, open_digits, open_toy
+from dumo.evaluation.photos import MIN_PHOTOS, open_photos
 from dumo.evaluation.protocol import Context, Evaluator, Protocol
-from dumo.types.family import import_name
 
 ShippedKind = Literal["cifar10-features", "digits", "photos", "toy"]
-MIN_CIFAR10 = 1000  # images that cifar10-features judges at least, and compares with
-MIN_DIGITS = 500  # images that digits judges at least
-MIN_PHOTOS = 20  # images of the data, and samples, that photos judges at least: ours
-SAMPLES_PER_CLASS = 2  # that photos is given where classes are many: `class_mmd` is over pairs
 MIN_POINTS = 2  # that toy judges at least: MMD^2 is over pairs
 
 
@@ -30,7 +26,7 @@ class Measure:
     min_samples: int  # how many must be judged at least
     judged: str  # which samples can be judged, in words
     can_judge: Callable[[tuple[int, ...], int], bool]  # takes a decoded sample's shape and the number of classes
-    opener: str  # `module:function`; the function takes a protocol and a context, and returns the evaluator
+    open: Callable[[Protocol, Context], Evaluator]
 
 
 def _is_cifar10_image(shape: tuple[int, ...], classes: int) -> bool:
@@ -59,28 +55,28 @@ MEASURES: dict[ShippedKind, Measure] = {
         min_samples=MIN_CIFAR10,  # a covariance of 128 features needs 129 rows, the kernel a subset
         judged="images of shape (3, 32, 32) in 10 classes or none",
         can_judge=_is_cifar10_image,
-        opener="dumo.evaluation.measures:open_cifar10",
+        open=open_cifar10,
     ),
     "digits": Measure(
         standard_samples=2000,
         min_samples=MIN_DIGITS,
         judged="samples of shape (1, 8, 8) in 10 classes or none",
         can_judge=_is_digit,
-        opener="dumo.evaluation.measures:open_digits",
+        open=open_digits,
     ),
     "photos": Measure(
         standard_samples=500,
         min_samples=MIN_PHOTOS,
         judged="images of 1 or 3 channels",
         can_judge=_is_image,
-        opener="dumo.evaluation.photos:open_photos",
+        open=open_photos,
     ),
     "toy": Measure(
         standard_samples=10_000,
         min_samples=MIN_POINTS,
         judged="vectors, of shape (d,), in any classes",
         can_judge=_is_point,
-        opener="dumo.evaluation.measures:open_toy",
+        open=open_toy,
     ),
 }
 
@@ -117,4 +113,4 @@ class ShippedProtocol(Protocol):
 
     def evaluator(self, context: Context) -> Evaluator:
         """An evaluator that compares with the data of the context. Raises `UserError` where they are too few."""
-        return import_name(self.measure.opener)(self, context)
+        return self.measure.open(self, context)

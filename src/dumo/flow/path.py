@@ -20,18 +20,13 @@ EDM's preconditioning) are right for data of any standard deviation.
 
 from collections.abc import Sequence
 from math import pi
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from dumo.flow.schedule import Schedule
 from dumo.types import PINNED, Sample, Spec, Time, UserError, lift
-from dumo.types.family import LazySpec
-
-if TYPE_CHECKING:
-    from dumo.flow.schedule import Schedule
-else:  # pydantic validates a schedule by its own module, which is imported when a run has one
-    Schedule = Annotated[Any, LazySpec("dumo.flow.schedule:Schedule")]
 
 # The standard deviation of the data. It is not written into run.yaml if it is 1, the default.
 Deviation = Annotated[float, Field(gt=0, exclude_if=lambda sd: sd == 1)]

@@ -29,14 +29,13 @@ from itertools import islice, pairwise
 from math import log2
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from dumo.flow.path import FlowPath
 from dumo.runtime import signals
 from dumo.runtime.limits import PASSES
 from dumo.types import QUIET, Cond, Reads, Sample, Spec, Time, UserError, lift
-from dumo.types.family import SpecFamily
-from dumo.types.outside import SolverSpec
+from dumo.types.outside import BUNDLED, OUTSIDE, Outside, SolverSpec, branch, members
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
@@ -204,17 +203,9 @@ def best_solver(reads: Reads) -> Hop | Restart | Euler:
     return best()
 
 
-FAMILY = SpecFamily(
-    {
-        "euler": "dumo.flow.solver:Euler",
-        "heun": "dumo.flow.solver:Heun",
-        "restart": "dumo.flow.solver:Restart",
-        "hop": "dumo.flow.solver:Hop",
-        "hermite": "dumo.flow.solver:Hermite",
-    },
-    SolverSpec,
-)
-Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | SolverSpec, FAMILY]
+BundledSolver = Annotated[Euler | Heun | Restart | Hop | Hermite, Field(discriminator="kind"), Tag(BUNDLED)]
+OutsideSolver = Annotated[SolverSpec, Outside(SolverSpec, BundledSolver), Tag(OUTSIDE)]
+Solver = Annotated[BundledSolver | OutsideSolver, Discriminator(branch)]
 
 
 def solver_of(solver: object) -> Solver:
@@ -223,9 +214,10 @@ def solver_of(solver: object) -> Solver:
         return cast("Solver", solver)
     if not isinstance(solver, str):
         raise UserError(f"solver = {solver!r}: give a name, such as 'heun', or one of dumo.flow.solver, such as Heun()")
-    if solver not in FAMILY.names:
-        raise UserError(f"there is no solver '{solver}': use {_join_choices([*FAMILY.names])}")
-    return cast("Solver", FAMILY.load(solver)())
+    by_kind = {cls.model_fields["kind"].default: cls for cls in members(Solver)}
+    if solver not in by_kind:
+        raise UserError(f"there is no solver '{solver}': use {_join_choices([*by_kind])}")
+    return cast("Solver", by_kind[solver]())
 
 
 def _last(xs: Iterable[Sample]) -> Sample:

@@ -15,19 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from dumo.io import digest
+from dumo.io.content import Hashes
 from dumo.runtime.random import keyed_normal, stream
 from dumo.types import Cond, Sample
-from dumo.types.family import is_instance_of
-
-if TYPE_CHECKING:
-    from dumo.io.content import Hashes
 
 CACHED_ORDERS = 2  # epochs: batches are made ahead, so also those of the next one. Ours
 _LOCK = Lock()  # else two threads would make the same order at once
@@ -281,10 +278,10 @@ class Bucketed:
         return self.parts[0].fingerprint()
 
 
-def hashes_of(source: object) -> "Hashes | None":
+def hashes_of(source: object) -> Hashes | None:
     """The hashes of a source of images; None for a source whose samples are no files."""
     hashes = getattr(source, "hashes", None)
-    return hashes if is_instance_of(hashes, "dumo.io.content:Hashes") else None
+    return hashes if isinstance(hashes, Hashes) else None
 
 
 def origin_of(source: object) -> OriginCheck | None:

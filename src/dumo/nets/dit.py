@@ -19,7 +19,7 @@ The names of a `Transformer`'s modules and buffers are those in checkpoints, so 
 are converted in `dumo.nets.dit_convert`.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -31,15 +31,10 @@ from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marke
 from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, grid_waves, label_table, rotary_tables, side_of
 from dumo.nets.magnitude import Magnitude, MagnitudePreservingBlock, UnitRowLinear, normalize_rows
 from dumo.nets.precondition import Precondition, apply_precondition
-from dumo.nets.textfamily import Text
+from dumo.nets.route import Route
+from dumo.nets.text import Text
 from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
-from dumo.types.family import LazySpec
-
-if TYPE_CHECKING:
-    from dumo.nets.route import Route
-else:
-    Route = Annotated[Any, LazySpec("dumo.nets.route:Route")]
 
 # width, depth and attention heads (DiT, Tab. 1)
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

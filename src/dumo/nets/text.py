@@ -12,7 +12,7 @@ or a derivative is then measured with these.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Int, Int64
@@ -211,3 +211,6 @@ def drawn_if_missing(texts: object) -> object:
     if isinstance(texts, PipelineTexts | TextTable | LearnedTexts) and not (texts.folder / FILE).exists():
         return DrawnTexts(of=texts)
     return texts
+
+
+Text = Annotated[LearnedTexts | PipelineTexts | TextTable, Field(discriminator="kind")]  # texts that a net may read

@@ -23,7 +23,7 @@ from dumo.config.load import load_recipe, parse
 from dumo.config.place import RUNS_FOLDER, TEXTS_FOLDER
 from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, folder_of_images, settings_of_images
 from dumo.config.spec import Run, StandaloneParts
-from dumo.data import Images, is_latents
+from dumo.data import Images, Latents
 from dumo.data.album import unreadable_text
 from dumo.data.annotation import NoCaptionsError, captions_of
 from dumo.data.caption import CaptionFiles
@@ -84,14 +84,14 @@ class Proposal:
         if self.count < _FEW_IMAGES:
             yield "few", "expect their colours and textures; long training copies them"
         size = " x ".join(map(str, run.shown_shape[1:]))
-        if is_latents(run.data):
+        if isinstance(run.data, Latents):
             text = f"latents of {run.data.codec.kind} at {size}; in pixels by data.kind=images"
         else:
             text = f"pixels at {size}"
         yield "trained as", text
         if run.train.minutes is None:
             yield "length", f"{run.train.steps:,} steps of {run.train.batch} images"
-        elif is_latents(run.data):
+        elif isinstance(run.data, Latents):
             yield "length", f"{minutes_text(run.train.minutes)}, after the images are encoded"
         else:
             yield "length", minutes_text(run.train.minutes)
@@ -229,7 +229,7 @@ def _latent_fields(place: str, images: Images, side: int, changes: Sequence[str]
     The cache of latents is named after all that it depends on, so other images get another one.
     """
     latents = load_recipe(IMAGES_LATENTS_RECIPE).data
-    assert is_latents(latents)
+    assert isinstance(latents, Latents)
     if not sets_field(changes, "data.side"):
         images = images.model_copy(update={"side": _round_side(side, latents.images.side)})
     cache = cache_name(folder_of_images(place).name, images, latents.codec.digest() or "")

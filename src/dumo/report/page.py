@@ -22,7 +22,7 @@ from dumo.config.code import shell_command
 from dumo.config.conditions import shown_data, squares
 from dumo.config.load import dump
 from dumo.config.place import LOG_FILE
-from dumo.data import Images, Latents, is_images
+from dumo.data import Images, Latents
 from dumo.evaluation.copy import THUMB_SIDE
 from dumo.evaluation.neighbours import Real
 from dumo.flow.generate import labels_in_turn
@@ -173,7 +173,7 @@ def _read_data(opened: RunFolder) -> _DataRows:
         data = data_spec.open()
     except UserError as error:
         images = shown_data(opened.run.data)
-        are_elsewhere = is_images(images) and not images.is_here
+        are_elsewhere = isinstance(images, Images) and not images.is_here
         if not are_elsewhere and not opened.is_shipped:
             raise
         return _DataRows(None, no_classes, None, str(error))

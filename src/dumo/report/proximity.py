@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dumo.config.conditions import shown_data
-from dumo.data import Data, is_images
+from dumo.data import Data, Images
 from dumo.evaluation.copy import nearest_images, thumbnails
 from dumo.evaluation.neighbours import Real
 from dumo.runtime.random import stream
@@ -48,7 +48,7 @@ def measure_proximity(data: Data, x: Sample, real: Real, seed: int) -> Proximity
     images, too.
     """
     real_thumbs = thumbnails(real)
-    mirror = is_images(shown_data(data))
+    mirror = isinstance(shown_data(data), Images)
     nearest = nearest_images(real_thumbs, thumbnails(x), mirror=mirror)
     unit = torch.nan
     if len(real) > 1:

@@ -19,7 +19,7 @@ from dumo.config.conditions import Conditions, shown_data
 from dumo.config.fit import check_guidance
 from dumo.config.load import parse
 from dumo.config.spec import Sampling
-from dumo.data import Data, is_images
+from dumo.data import Data, Images
 from dumo.data.column import CAPTION_NAMES
 from dumo.data.metadata import TABLES
 from dumo.data.pixel import Size
@@ -113,7 +113,7 @@ def size_of(data: Data, text: str | None) -> Size | None:
         return None
     images = shown_data(data)
     trained_sizes = ()
-    if is_images(images):
+    if isinstance(images, Images):
         trained_sizes = images.sizes or (images.shape[1:],)
     size_by_text = {f"{width}x{height}": (height, width) for height, width in trained_sizes}
     if text in size_by_text:

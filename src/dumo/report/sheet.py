@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.spec import Run
-from dumo.data import is_latents
+from dumo.data import Latents
 from dumo.flow import generate
 from dumo.io import file as files
 from dumo.io.picture import SCATTER_POINTS
@@ -45,7 +45,7 @@ class Sheets:
         self.folder = folder / "sheets"
         self.log_line = log_line
         data = run.data
-        if run.train.sheets and is_latents(data):
+        if run.train.sheets and isinstance(data, Latents):
 
             def open_codec() -> None:
                 data.codec.open(torch.device("cpu"))

@@ -35,7 +35,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.linearize import Moving
 from dumo.flow.path import FlowPath
 from dumo.flow.slope import DualSlope, Way
-from dumo.nets import is_dualized
+from dumo.nets.dualized import Dualized
 from dumo.runtime.random import stream
 from dumo.training.frozen import copy_net
 from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, Taught, Time, frozen
@@ -383,7 +383,7 @@ def stretches(net: nn.Module) -> list[Stretch]:
     if is_unet(net):
         return _stretches_of_unet(net)
     lists: dict[str, nn.ModuleList] = {}
-    if is_dualized(net):
+    if isinstance(net, Dualized):
         for name, part in net.model.named_children():
             if isinstance(part, nn.ModuleList):
                 lists[f"model.{name}"] = part
@@ -403,7 +403,7 @@ def stretches(net: nn.Module) -> list[Stretch]:
 
 def is_unet(net: nn.Module) -> bool:
     """Whether a net is a UNet of diffusers."""
-    return is_dualized(net) and net.is_unet
+    return isinstance(net, Dualized) and net.is_unet
 
 
 def _trains_time(unet: nn.Module) -> bool:

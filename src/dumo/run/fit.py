@@ -7,10 +7,11 @@ is checked before by `dumo.config.fit`.
 from dumo.config.conditions import shown_data
 from dumo.config.fit import buckets_field, captions_field
 from dumo.config.spec import Run
-from dumo.data import Data, has_images, is_latents
+from dumo.data import Data, Images, Latents
 from dumo.flow.path import Diffusion, FlowPath
 from dumo.flow.slope import slope_of
-from dumo.nets import Net, is_dualized, is_pretrained
+from dumo.nets import Net, Pretrained
+from dumo.nets.dualized import Dualized
 from dumo.run.net import outline
 from dumo.types import UserError
 
@@ -19,7 +20,7 @@ def check_built(run: Run) -> None:
     """Raise UserError for the first mismatch of a network with the data, path, pipeline, slope or teacher."""
     _check_editing(run.data, run.net)
     net = outline(run, short=True)
-    if is_dualized(net) and net.max_patches is not None:
+    if isinstance(net, Dualized) and net.max_patches is not None:
         _check_positions(run.data, net.patch, net.max_patches)
     _check_path(run.path, run.net)
     slope = slope_of(run.objective)
@@ -46,14 +47,14 @@ def _check_editing(data: Data, net: Net) -> None:
 def _check_positions(data: Data, patch: int, max_patches: int) -> None:
     """A pretrained model has positions for so many patches along a side. Some models would take wrong ones beyond."""
     sides = [*data.shape[1:]]
-    if has_images(data) and buckets_field(data):
+    if isinstance(data, Images | Latents) and buckets_field(data):
         for shape in data.shapes:
             sides += shape[1:]
     patches = max(sides) // patch
     if patches > max_patches:
         # In latents, a patch is several times as many pixels.
         pixels_per_patch = patch * max(shown_data(data).shape[1:]) // max(data.shape[1:])
-        field = "data.images.side" if is_latents(data) else "data.side"
+        field = "data.images.side" if isinstance(data, Latents) else "data.side"
         fix = f"set {field}={max_patches * pixels_per_patch} or less"
         if max(data.shape[1:]) // patch <= max_patches:  # the longest bucket alone is too long
             fix = f"lower {buckets_field(data)}.ratio"
@@ -65,7 +66,7 @@ def _check_positions(data: Data, patch: int, max_patches: int) -> None:
 
 def _check_path(path: FlowPath, net: Net) -> None:
     """A model of a diffusion takes its own path, and no other net takes that."""
-    diffusion = net.diffusion if is_pretrained(net) else None
+    diffusion = net.diffusion if isinstance(net, Pretrained) else None
     if isinstance(path, Diffusion) and diffusion is None:
         raise UserError(
             "path.kind = diffusion needs a pipeline's model that predicts noise (epsilon or v prediction): set "

@@ -31,9 +31,9 @@ from dumo.config import trust
 from dumo.config.change import sets_field
 from dumo.config.fit import check_ranks
 from dumo.config.spec import Run
-from dumo.data import Data, is_latents
+from dumo.data import Data, Latents
 from dumo.io.source import DataSource
-from dumo.nets.textfamily import is_learned_texts
+from dumo.nets.text import LearnedTexts
 from dumo.run import datacheck, examination
 from dumo.run.folder import (
     guard_run_folder,
@@ -302,7 +302,7 @@ def _fit_and_complete(
     """
     net_outline = outline(run)
     _require_fit(run, net_outline, device, sheets)
-    if not is_learned_texts(run.net.texts):
+    if not isinstance(run.net.texts, LearnedTexts):
         return with_hashes(run, run_before), net_outline
     from dumo.run.encode import make_tokens
 
@@ -388,7 +388,7 @@ def _encode_missing_latents(data: Data, device: str, bar: Bar) -> float:
 
     Every rank must call it. The seconds do not count as training if the run ends by the clock.
     """
-    if not is_latents(data):
+    if not isinstance(data, Latents):
         return 0.0
     from dumo.run.encode import ensure_cache
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown_data, squares
 from dumo.config.spec import Evaluation, Run
-from dumo.data import Data, is_images, is_latents
-from dumo.evaluation import Context, is_of_likelihood
+from dumo.data import Data, Images, Latents
+from dumo.evaluation import Context, LikelihoodProtocol
+from dumo.evaluation.photos import MAX_IMAGES, MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.evaluation.protocol import Evaluator
-from dumo.evaluation.shipped import MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.io.source import DataSource
 from dumo.run.sampler import Sampler
 from dumo.runtime import signals
@@ -44,7 +44,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
         return images, sample_conditions(data, evaluation), _plain_texts(data)
 
     with bar_while_reading(bar) as tick:
-        if is_of_likelihood(evaluation.protocol):
+        if isinstance(evaluation.protocol, LikelihoodProtocol):
             require_likelihood(sampler)
         if stored is not None and _has_images_here(data):
             stored = None
@@ -83,7 +83,7 @@ def missing_to_judge(run: Run, num_images: int | None) -> str | None:
 def _has_images_here(data: Data) -> bool:
     """Whether the images of the data are on this machine."""
     images = shown_data(data)
-    return is_images(images) and images.is_here
+    return isinstance(images, Images) and images.is_here
 
 
 def sample_conditions(data: Data, evaluation: Evaluation) -> Tensor:
@@ -111,7 +111,7 @@ def reference_data(data: Data, split: str | None) -> DataSource:
     if split is None:
         return data.originals()
     images = shown_data(data)
-    if not is_images(images):
+    if not isinstance(images, Images):
         raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
     split_images = images.model_copy(update={"split": split, "count": None})
     return split_images.with_facts().originals()
@@ -119,12 +119,10 @@ def reference_data(data: Data, split: str | None) -> DataSource:
 
 def _originals_for_photos(data: Data) -> DataSource:
     """The images of the data for protocol photos, which decodes no others than it reads where it reads some of them."""
-    from dumo.evaluation.photos import MAX_IMAGES
-
     as_read = {"memory": 0.0}
-    if is_latents(data):
+    if isinstance(data, Latents):
         undecoded = data.model_copy(update={"images": data.images.model_copy(update=as_read)})
-    elif is_images(data):
+    elif isinstance(data, Images):
         undecoded = data.model_copy(update=as_read)
     else:
         return data.originals()
@@ -135,7 +133,7 @@ def _originals_for_photos(data: Data) -> DataSource:
 def trained_data(data: Data, split: str | None) -> Callable[[], DataSource] | None:
     """What opens the data of the training, where samples are judged against a split that was held out; else None."""
     images = shown_data(data)
-    is_trained_on = is_images(images) and images.split == split and images.count is None
+    is_trained_on = isinstance(images, Images) and images.split == split and images.count is None
     if split is None or is_trained_on:
         return None
     return data.originals
@@ -148,7 +146,7 @@ def require_likelihood(sampler: Sampler) -> None:
     """
     from dumo.flow.likelihood import climb_of
 
-    if is_latents(sampler.data):
+    if isinstance(sampler.data, Latents):
         raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
     if sampler.conditions.captions:
         raise UserError("protocol likelihood knows classes, not captions: choose another protocol")

@@ -16,7 +16,8 @@ from torch import nn
 from dumo.config.spec import Run
 from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
-from dumo.nets import is_dualized, is_pretrained
+from dumo.nets import Pretrained
+from dumo.nets.dualized import Dualized
 from dumo.run.memory import held_bytes, weight_bytes
 from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
@@ -40,7 +41,7 @@ def outline(run: Run, *, short: bool = False) -> nn.Module:
     `short`: only the first blocks of a pretrained net, which takes long.
     """
     spec = run.net
-    if short and is_pretrained(spec):
+    if short and isinstance(spec, Pretrained):
         spec = spec.short(1)
     with torch.device("meta"):
         return spec.build(run.objective.needs, run.data.shape, run.data.classes)
@@ -78,7 +79,7 @@ def deferred_net(run: Run) -> tuple[nn.Module, Deferred]:
 def num_parameters(net: nn.Module) -> int:
     """The number of a net's parameters. Codes and scales count as the weights that they stand for."""
     total = sum(p.numel() for p in net.parameters())
-    if is_dualized(net):
+    if isinstance(net, Dualized):
         from dumo.nets.lowbit import num_unstored_weights
 
         total += num_unstored_weights(net)

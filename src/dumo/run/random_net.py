@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dumo.config.spec import Run
-from dumo.nets import Net, is_pretrained
+from dumo.nets import Net, Pretrained
 from dumo.run.weights import draw_on_device
 from dumo.runtime.random import stream
 
@@ -24,7 +24,7 @@ def random_net(run: Run, device: torch.device) -> nn.Module:
     The device must have room for it (`dumo.run.net.require_room`).
     """
     spec = with_random_texts_if_missing(run.net)
-    if is_pretrained(spec):
+    if isinstance(spec, Pretrained):
         spec = spec.model_copy(update={"weights": "drawn"})
     net = draw_on_device(run.model_copy(update={"net": spec}), device)
     subject_part = None
@@ -65,7 +65,7 @@ def with_random_texts_if_missing(net: Net) -> Net:
 
 def cut_to_two_blocks(net: Net) -> Net:
     """The spec of a network, with at most two blocks of each kind."""
-    if is_pretrained(net):
+    if isinstance(net, Pretrained):
         return net.short(2)
     # A network without blocks, or a user's own, has none of these fields.
     depth: int | None = getattr(net, "depth", None)

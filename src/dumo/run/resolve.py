@@ -15,7 +15,7 @@ in place of absolute paths.
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 from pydantic import JsonValue
 from pydantic.config import JsonDict
@@ -28,19 +28,16 @@ from dumo.config.fit import check
 from dumo.config.load import load, parse
 from dumo.config.source import CODE_KEY, TYPED_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
-from dumo.data import Data, has_images, is_images, is_latents
+from dumo.data import Data, Images, Latents
 from dumo.flow.path import Diffusion
 from dumo.io import digest, trained
 from dumo.io.read import user_path
-from dumo.nets import Net, is_pretrained
-from dumo.nets.textfamily import has_table
+from dumo.nets import Net, Pretrained
+from dumo.nets.table import TableTexts
 from dumo.run.fit import check_built
 from dumo.run.weights import few_step_run
 from dumo.runtime.progress import ignore_line
 from dumo.types import Spec, UserError
-
-if TYPE_CHECKING:
-    from dumo.nets.table import TableTexts
 
 S = TypeVar("S", bound=Spec)
 Pin = str | dict[str, str] | None  # the hash of a file, or the facts of a pipeline; None: not known
@@ -79,11 +76,11 @@ def resolve_remaining(run: Run) -> Run:
     data = run.data
     net = run.net
     path = run.path
-    if has_images(data):
+    if isinstance(data, Images | Latents):
         data = data_with_facts(data)
-    if has_table(net.texts):
+    if isinstance(net.texts, TableTexts):
         net = _resolve_text_table(net, net.texts, data)
-    if isinstance(path, Diffusion) and path.schedule is None and is_pretrained(net) and net.diffusion:
+    if isinstance(path, Diffusion) and path.schedule is None and isinstance(net, Pretrained) and net.diffusion:
         path = path.model_copy(update={"schedule": net.diffusion.schedule})
     resolved_run = run
     facts: dict[str, object] = {}
@@ -118,10 +115,14 @@ def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
         facts[field_difference.field] = field_difference.now
     titles = _titles_of(resolved_run.data)
     if titles != _titles_of(run.data):
-        facts["data.images.titles" if is_latents(run.data) else "data.titles"] = [*titles]
+        facts["data.images.titles" if isinstance(run.data, Latents) else "data.titles"] = [*titles]
     texts = run.net.texts
     resolved_texts = resolved_run.net.texts
-    if has_table(texts) and has_table(resolved_texts) and resolved_texts.identity != texts.identity:
+    if (
+        isinstance(texts, TableTexts)
+        and isinstance(resolved_texts, TableTexts)
+        and resolved_texts.identity != texts.identity
+    ):
         facts["net.texts.identity"] = resolved_texts.identity
     path = resolved_run.path
     if isinstance(path, Diffusion) and path.schedule and path != run.path:
@@ -132,7 +133,7 @@ def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
 def _titles_of(data: Data) -> tuple[str, ...]:
     """What the files of the data call classes of which the spec gives the number alone; () where they do not say."""
     images = shown_data(data)
-    return images.titles if is_images(images) else ()
+    return images.titles if isinstance(images, Images) else ()
 
 
 def data_with_facts(data: Data) -> Data:
@@ -140,13 +141,13 @@ def data_with_facts(data: Data) -> Data:
 
     Raises UserError, which names the field of the images, where the files contradict the spec.
     """
-    if not has_images(data):
+    if not isinstance(data, Images | Latents):
         return data
     try:
         return data.with_facts()
     except UserError as error:
         message = f"data: {error}"
-        if is_latents(data):
+        if isinstance(data, Latents):
             from dumo.data.image import with_fields_of_latents
 
             message = f"data.images: {with_fields_of_latents(str(error))}"
@@ -347,7 +348,7 @@ def _pins(run: Run) -> dict[str, _PinField]:
     """
     pins_by_field: dict[str, _PinField] = {}
     data = run.data
-    if is_latents(data) and data.codec.kind != "pipeline":
+    if isinstance(data, Latents) and data.codec.kind != "pipeline":
         from dumo.data.cache import read_index
 
         def find_codec_hash() -> str | None:

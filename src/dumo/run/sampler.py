@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.spec import Run, Sampling
-from dumo.data import Data, is_latents
+from dumo.data import Data, Latents
 from dumo.flow import generate
 from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
@@ -78,7 +78,7 @@ class Sampler:
         """The shape of what the net makes."""
         if self.size is None:
             return self.data.shape
-        if is_latents(self.data):
+        if isinstance(self.data, Latents):
             return self.data.codec.shape(*self.size)
         return self.pixels
 
@@ -107,7 +107,7 @@ class Sampler:
 
         Raises UserError where they are missing or others than those meant.
         """
-        return self.data.codec.open(self.device) if is_latents(self.data) else None
+        return self.data.codec.open(self.device) if isinstance(self.data, Latents) else None
 
     def decode(self, x: Sample) -> Decoded:
         """What the net makes as images in [-1, 1], on the CPU; x itself where there is no codec. Raises as `codec`."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.spec import Run
-from dumo.data import Data, is_images
+from dumo.data import Data, Images
 from dumo.data.album import Album
 from dumo.data.latents import LatentSource
 from dumo.io.read import first_few
@@ -28,7 +28,7 @@ def empty_classes_line(data: Data, source: object) -> str:
     labels = source.readable_labels()
     images = shown_data(data)
     # With `data.count`, images of the other classes may have been left out on purpose.
-    is_cut = is_images(images) and images.count is not None
+    is_cut = isinstance(images, Images) and images.count is not None
     if labels is None or is_cut:
         return ""
     counts = labels.bincount(minlength=data.labels).tolist()

@@ -25,7 +25,7 @@ from dumo.config.fit import check_guidance
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
-from dumo.data import Data, is_latents
+from dumo.data import Data, Latents
 from dumo.flow import generate
 from dumo.flow.flow import Flow
 from dumo.flow.path import FlowPath
@@ -205,7 +205,7 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
 
 def _facts(data: Data, path: FlowPath) -> dict[str, object]:
     """What a teacher and the run that it teaches must agree on, by field."""
-    codec = data.codec if is_latents(data) else None
+    codec = data.codec if isinstance(data, Latents) else None
     return {
         "data.shape": data.shape,
         "data.classes": data.classes,

@@ -17,22 +17,22 @@ there, such as samples/, evaluation.json and report.html.
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from dumo.config.spec import Run
 from dumo.config.word import method
-from dumo.data import is_latents
+from dumo.data import Latents
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
 from dumo.io.source import Bucketed, DataSource, hashes_of
-from dumo.nets import is_dualized
+from dumo.nets.dualized import Dualized
 from dumo.run.job import Job, MakeSheets, Sheets, open_job, train_more_hint
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.request import note_end
 from dumo.run.summary import empty_classes_line, training_summary
+from dumo.run.teacher import TeacherPairs
 from dumo.runtime import dist, shell_path, stopwatch
 from dumo.runtime.limits import STEPS
 from dumo.runtime.progress import Bar, no_bar
@@ -45,11 +45,7 @@ from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.step import Batch, draws_of, passes_of_rank, span
-from dumo.types.family import is_instance_of
 from dumo.types.rows import pin, to_device
-
-if TYPE_CHECKING:
-    from dumo.run.teacher import TeacherPairs
 
 
 def train(
@@ -126,7 +122,7 @@ def train_job(
 
     # what a step takes
     teacher_velocity = job.teacher.velocity if job.teacher else None
-    prior = run.data.prior if is_latents(run.data) else None
+    prior = run.data.prior if isinstance(run.data, Latents) else None
     flow = flow_in_training(run, state, teacher=teacher_velocity, prior=prior)
 
     # what is called after it
@@ -184,7 +180,7 @@ def _lines_before(job: Job) -> list[str]:
     lines.append(f"objective: {method(run.objective)}")
     if job.threads is not None and job.threads < cores():
         lines.append(f"threads: {job.threads} of {cores()} cores; OMP_NUM_THREADS=N sets another number")
-    if is_dualized(state.net) and not job.resumed_from:
+    if isinstance(state.net, Dualized) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
     if state.is_over(run.train):
         lines.append(train_more_hint(job.index.folder, run.train))
@@ -198,7 +194,7 @@ def _write_history(job: Job) -> list[str]:
     return [*job.history.write(job.request)]
 
 
-def _training_source(job: Job, bar: Bar) -> "DataSource | TeacherPairs":
+def _training_source(job: Job, bar: Bar) -> DataSource | TeacherPairs:
     """What training reads: the data, or a teacher's pairs, which are made if they are missing."""
     if job.teacher is None:
         return job.data
@@ -217,7 +213,7 @@ def _countdown_of(job: Job, timing: Timing) -> Countdown:
     return Countdown(timing, job.began, stopwatch.wall_clock, work_after)
 
 
-def _journal_of(job: Job, source: "DataSource | TeacherPairs", countdown: Countdown | None) -> Journal:
+def _journal_of(job: Job, source: DataSource | TeacherPairs, countdown: Countdown | None) -> Journal:
     """The journal of a job. `countdown` is its clock, if it ends by it."""
     return Journal(
         run=job.run,
@@ -249,7 +245,7 @@ def _timed_drawing(sheets: Sheets, train: Train, countdown: Countdown) -> Callab
 
 @contextmanager
 def _prefetched(
-    run: Run, source: "DataSource | TeacherPairs", flow: Flow, device: torch.device
+    run: Run, source: DataSource | TeacherPairs, flow: Flow, device: torch.device
 ) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
     """Yield two functions of a step's number, batch_at and draws_at: this rank's rows on the device, and its draws.
 
@@ -259,7 +255,7 @@ def _prefetched(
     rows = span(passes_of_rank(train, flow.objective))
     is_gpu = device.type == "cuda"
     last_step = train.steps if train.minutes is None else STEPS  # of a run that ends by the clock it is not known
-    draws_noise = not is_instance_of(source, "dumo.run.teacher:TeacherPairs")  # a teacher's pairs bring their noise
+    draws_noise = not isinstance(source, TeacherPairs)  # a teacher's pairs bring their noise
 
     def read_batch(step: int) -> Batch:
         parts = source.batch(step, train.batch, train.seed, rows)

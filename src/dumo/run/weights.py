@@ -24,12 +24,13 @@ from dumo.config.history import RecordedRun
 from dumo.config.place import require_run_folder
 from dumo.config.source import SHIPPED_PREFIX
 from dumo.config.spec import Run
-from dumo.data import is_images
+from dumo.data import Images
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import to_float32
 from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256
-from dumo.nets import Net, is_dualized, is_pretrained
+from dumo.nets import Net, Pretrained
+from dumo.nets.dualized import Dualized
 from dumo.run import datanote
 from dumo.run.index import Index
 from dumo.run.net import deferred_net, draw_net, require_room
@@ -192,13 +193,13 @@ def require_trained_images(opened: RunFolder) -> None:
     Images that are not here, and those of a run that comes with dumo, are not looked at.
     """
     images = opened.run.data
-    if is_images(images) and images.is_here and not opened.is_shipped:
+    if isinstance(images, Images) and images.is_here and not opened.is_shipped:
         _require_trained_images(opened.index, opened.run)
 
 
 def _require_trained_images(index: Index, run: Run) -> None:
     """Raise UserError where the run's data are images, and others than those that its folder notes."""
-    if not is_images(run.data):
+    if not isinstance(run.data, Images):
         return
     undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})  # its images are not looked at
     trained_fingerprint = index.data_note.fingerprint if index.data_note else None
@@ -375,8 +376,8 @@ def _load_few_step_run(run: Run, net: nn.Module, deferred_weights: Deferred) -> 
     _load_state(net, deferred_weights, loaders)
     source_spec = source.run.net
     spec = run.net
-    assert is_pretrained(source_spec)
-    assert is_pretrained(spec)
+    assert isinstance(source_spec, Pretrained)
+    assert isinstance(spec, Pretrained)
     if source_spec.lora and spec.lora and source_spec.lora.frozen == spec.lora.frozen:
         assert source.checkpoint, "it was opened with the weights of its checkpoint"
         frozen_digest = frozen.digest(net, deferred_weights.materialize, without=source_weights)
@@ -399,7 +400,7 @@ def begin_or_resume(
         net, deferred_weights = build_deferred(run)
     else:
         net = draw_on_device(run, device)
-    if is_dualized(net) and not (run.start or chosen):
+    if isinstance(net, Dualized) and not (run.start or chosen):
         net.refit(deferred_weights)
     state = begin_training(net, run.train, device, deferred_weights, restored=chosen is not None)
     if chosen is None:

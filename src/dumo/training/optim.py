@@ -4,25 +4,20 @@ A spec (`AdamW`, `Adam`, `AdamW8bit`, `Muon`) holds the peak learning rate. Call
 optimizer of the trained weights.
 
 `half_rates` gives the fields to set where a training diverged; `time_embedder_parameters` the weights to which Muon may
-give a rate of their own; `has_8bit_codes` tells the optimizer of 8 bits from others.
+give a rate of their own.
 """
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from dumo.runtime.limits import FACTOR
+from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.muon import MuonOptimizer, block_matrices
 from dumo.types import CHANGES, QUIET, Spec, UserError
-from dumo.types.family import is_instance_of
-
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
-    from dumo.training.eightbit import AdamW8bitOptimizer
 
 OptimizerKind = TypeVar("OptimizerKind", bound=str)
 LearningRate = Annotated[float, Field(gt=0, le=FACTOR, allow_inf_nan=False)]
@@ -69,17 +64,10 @@ class AdamW8bit(Adaptive[Literal["adamw8bit"]]):
 
     kind: Literal["adamw8bit"] = "adamw8bit"
 
-    def __call__(self, net: nn.Module) -> "AdamW8bitOptimizer":
+    def __call__(self, net: nn.Module) -> AdamW8bitOptimizer:
         """The optimizer of a net's trained weights. Raises UserError where bitsandbytes is missing."""
-        from dumo.training.eightbit import AdamW8bitOptimizer
-
         named_parameters = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         return AdamW8bitOptimizer(named_parameters, **self.model_dump(exclude={"kind"}))
-
-
-def has_8bit_codes(optimizer: object) -> "TypeIs[AdamW8bitOptimizer]":
-    """Whether an optimizer keeps its moments as codes of 8 bits."""
-    return is_instance_of(optimizer, "dumo.training.eightbit:AdamW8bitOptimizer")
 
 
 class Muon(Spec):

@@ -25,9 +25,9 @@ from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
 from dumo.training.deadline import Timing
+from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import AverageKey, MovingAverage
 from dumo.training.muon import MOMENTUM_KEY, STACK_KEY
-from dumo.training.optim import has_8bit_codes
 from dumo.training.spec import Train
 from dumo.types import UserError
 
@@ -123,7 +123,7 @@ def begin(
         in_bfloat16=spec.weights == "bfloat16",
     )
     optimizer = spec.optimizer(net)
-    if has_8bit_codes(optimizer):
+    if isinstance(optimizer, AdamW8bitOptimizer):
         optimizer.seed = spec.seed
     return State(net, optimizer, averages, frozen=frozen_digest)
 
@@ -171,7 +171,7 @@ def _state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Te
     """A tensor of the shape, type and layout that entry `key` of the optimizer's state has for parameter p."""
     if key == "step":
         return torch.zeros(())
-    return optimizer.empty_state(key, p) if has_8bit_codes(optimizer) else p
+    return optimizer.empty_state(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p
 
 
 def by_parameter_index(flat: dict[str, Tensor], state: State) -> dict[int, dict[str, Tensor]]:

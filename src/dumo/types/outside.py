@@ -1,8 +1,13 @@
 """Classes of a user's own in a run: a `kind` may be `module:Class`, the name of any class that Python can import.
 
 The class derives from a base below (`ObjectiveSpec`, `NetSpec`, `DataSpec`, `SolverSpec`) or from a spec of dumo's, and
-its `kind` is its name. `import_class` imports it, `code_hash` hashes its code, and `kind_of` tells a class from outside
-from one of dumo's by TAG.
+its `kind` is its name. A field that takes such classes is a union of two branches, which `branch` tells apart:
+
+    BundledNet = Annotated[DiT | MLP, Field(discriminator="kind"), Tag(BUNDLED)]
+    OutsideNet = Annotated[NetSpec, Outside(NetSpec, BundledNet), Tag(OUTSIDE)]
+    Net = Annotated[BundledNet | OutsideNet, Discriminator(branch)]
+
+`members` lists the specs of a union, `import_class` imports a class from outside, and `code_hash` hashes its code.
 
 A module is sought on Python's path alone, which holds the current folder for `python -m dumo`, not for `dumo`: a run's
 folder that came from somebody else brings no code.
@@ -14,30 +19,69 @@ import sys
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
 from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema, to_json
 from torch import nn
 
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Objective, Path, Reads, Sample, Spec, Terms, UserError
 
-TAG = "module:Class"  # the choice of a union that stands for all classes from outside
+# The branches of a union, which stand in the location of an error
+BUNDLED = "bundled"
+OUTSIDE = "module:Class"
 
 
-def kind_of(value: object) -> str | None:
-    """The choice of a union that a tree or spec is: its kind, or TAG for a class from outside; None: it has no kind."""
-    kind: object
-    if isinstance(value, dict):
-        if "kind" not in value:
-            return None
-        kind = value["kind"]
-    else:
-        kind = getattr(value, "kind", None)
-    if isinstance(kind, str) and ":" in kind:
-        return TAG
-    return str(kind) if isinstance(value, dict | Spec) else None
+def branch(value: object) -> str:
+    """The branch of a union that a tree or spec belongs to: OUTSIDE if its kind is `module:Class`."""
+    kind: object = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return OUTSIDE if isinstance(kind, str) and ":" in kind else BUNDLED
+
+
+@dataclass(frozen=True)
+class Outside:
+    """In the annotation of a field: classes from outside that derive from `base`, or from a spec of a union."""
+
+    base: type[Spec]
+    union: object
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Validate by `_validate`. A spec is serialized as its own class says."""
+        return core_schema.no_info_plain_validator_function(self._validate)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """A kind with a colon, and any other fields."""
+        return {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
+
+    def _validate(self, value: Any) -> Spec:  # noqa: ANN401, a spec or a tree
+        """The spec that a tree describes, or that is given. Raises UserError for a class of another family."""
+        cls = type(value) if isinstance(value, Spec) else import_class(value["kind"])
+        if not issubclass(cls, (self.base, *members(self.union))):
+            raise UserError(
+                f"kind '{name_of(cls)}' is not of its family: make it a class of {name_of(self.base).replace(':', '.')}"
+            )
+        if isinstance(value, Spec):
+            return value
+        try:
+            return cls.model_validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
+        except TypeError as error:  # the class is abstract
+            raise UserError(f"kind '{name_of(cls)}': {error}") from error
+
+
+def members(union: object) -> tuple[type[Spec], ...]:
+    """The specs of a union, in its order, without the bases of classes from outside."""
+    if isinstance(union, type):
+        return (union,) if issubclass(union, Spec) else ()
+    if any(isinstance(mark, Outside) for mark in getattr(union, "__metadata__", ())):
+        return ()
+    specs: list[type[Spec]] = []
+    for part in get_args(union):
+        specs += members(part)
+    return tuple(specs)
 
 
 def name_of(cls: type) -> str:

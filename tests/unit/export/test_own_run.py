@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import dumo
 from dumo.config.load import RUN_FILE, load
-from dumo.data import is_latents
+from dumo.data import Latents
 from dumo.export.write import export
 from dumo.io import trained
 from dumo.run import resolve
@@ -132,7 +132,7 @@ def test_a_card_names_what_a_run_reads_from_elsewhere(here: Path) -> None:
     opened = open_run("cifar10-trained", device="cpu")
     assert "it also reads" not in (export(opened, here / "out") / "README.md").read_text("utf-8")
     data = opened.run.data
-    assert is_latents(data)
+    assert isinstance(data, Latents)
     data = data.model_copy(update={"codec": data.codec.model_copy(update={"weights": "/models/taef2.safetensors"})})
     elsewhere = replace(opened, run=opened.run.model_copy(update={"data": data}))
     card = (export(elsewhere, here / "elsewhere") / "README.md").read_text("utf-8")
