@@ -38,8 +38,11 @@ MAX_LISTED_CLASSES = 1000
 # Encoded prompts that are kept in memory; of a T5-XXL each takes 8 MB.
 MAX_ENCODED_PROMPTS = 64
 POLL_SECONDS = 0.1
-# As many columns of pictures as fit.
-CSS = ".grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) !important; margin-top: 1.5rem; }"
+# As many columns of pictures as fit, and all rows: Gradio would scroll them in half a screen.
+CSS = """
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)) !important; margin-top: 1.5rem; }
+.grid-wrap { min-height: 0 !important; max-height: none !important; }
+"""
 
 
 def open_demo(
