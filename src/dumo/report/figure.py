@@ -151,7 +151,10 @@ def _errors_by_title(row: log.Row) -> dict[str, float]:
 
 
 def _draw_panel(axes: Axes, title: str, curves: Mapping[str, Curve], colours: Mapping[str, str]) -> None:
-    """Draw the curve of each run: pale as logged, with its moving average on top, or with error bars."""
+    """Draw the curve of each run: pale as logged, with its moving average on top, or with error bars.
+
+    The learning rate has no noise and is drawn as logged.
+    """
     for run, curve in curves.items():
         # A single point would be invisible as a line.
         marker = "." if len(curve.steps) == 1 else None
@@ -166,6 +169,8 @@ def _draw_panel(axes: Axes, title: str, curves: Mapping[str, Curve], colours: Ma
                 label=run,
                 color=colours[run],
             )
+        elif title == LEARNING_RATE:
+            axes.plot(curve.steps, curve.values, lw=1.5, label=run, color=colours[run], marker=marker)
         else:
             axes.plot(curve.steps, curve.values, lw=0.8, alpha=0.25, color=colours[run])
             smooth = moving_average(curve.values)

@@ -233,8 +233,8 @@ def render(opened: RunFolder, parts: PageParts) -> str:
 
 
 def _capitalize(title: str) -> str:
-    """A title with a capital letter at its start; other letters stay."""
-    return title[:1].upper() + title[1:]
+    """A title with a capital letter at its start; other letters stay, and so do the symbols v and u."""
+    return title if len(title) == 1 else title[0].upper() + title[1:]
 
 
 def _next_command(
