@@ -17,6 +17,7 @@ from dumo.plan import cluster
 from dumo.run import memory
 from dumo.run.cost import step_cost
 from dumo.run.net import outline
+from dumo.runtime import installed_version
 from dumo.runtime.limits import GIGABYTE
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.text import SECONDS_PER_HOUR
@@ -87,6 +88,7 @@ def layouts(run: Run, ranks: int) -> Iterator[tuple[str, Run]]:
     """Yield the run as it is, and with each change that is possible and takes less memory, by the text of the change.
 
     These are a smaller micro-batch, recomputed blocks, a frozen base in fewer bits, and weights shared by all ranks.
+    Fewer bits need bitsandbytes, whose operators the count calls: without it they are left out.
     """
     yield "as is", run
     micro_batch = _least_micro_batch(run, ranks)
@@ -95,7 +97,7 @@ def layouts(run: Run, ranks: int) -> Iterator[tuple[str, Run]]:
     if run.net.checkpoint is not True:
         yield from _changed(run, "net.checkpoint=true")
     lora = run.net.lora
-    if lora:
+    if lora and installed_version("bitsandbytes"):
         for coding, bits in _CODINGS.items():
             if bits < _CODINGS.get(lora.frozen, 16):
                 yield from _changed(run, f"net.lora.frozen={coding}")
