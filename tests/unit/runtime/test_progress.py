@@ -1,6 +1,7 @@
 """How far a work is, where nobody watches: few lines, each of use."""
 
 import sys
+import time
 
 import pytest
 
@@ -8,9 +9,8 @@ from dumo.runtime.progress import Bar, bar, no_bar, print_line
 from dumo.runtime.text import bytes_text, duration_text, number_text
 
 
-@pytest.fixture
-def on_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the captured stderr look like a terminal."""
+def pretend_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make stderr look like a terminal."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
 
@@ -45,8 +45,8 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str], monke
     assert capsys.readouterr().err == "sampling: 100 of 100\n"
 
 
-@pytest.mark.usefixtures("on_terminal")
 def test_a_terminal_gets_a_bar_that_moves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_terminal(monkeypatch)
     with bar("sampling", 10) as tick:
         tick(10, "a note")
     moved = capsys.readouterr().err
@@ -59,21 +59,24 @@ def test_a_terminal_gets_a_bar_that_moves(capsys: pytest.CaptureFixture[str], mo
     assert not capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("on_terminal")
 def test_other_ranks_show_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_terminal(monkeypatch)
     monkeypatch.setenv("RANK", "1")
     with bar("sampling", 10) as tick:
         tick(10, "a note")
     assert not capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("on_terminal")
-def test_a_bar_inside_another_is_shown_below_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_inside_another_is_shown_below_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that wrote by itself would take the line of the other."""
+    pretend_terminal(monkeypatch)
     with bar("judging", 10) as tick:
         tick(1, "")
         with bar("decoding", 9) as inner_tick:
             inner_tick(3, "")
+            time.sleep(0.3)  # of which rich draws every tenth of a second
             capsys.readouterr()
             print_line("a line")
             frame = capsys.readouterr().err
