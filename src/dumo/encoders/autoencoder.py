@@ -32,7 +32,7 @@ from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, first_unfit_key, requi
 from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
 from dumo.encoders.transformers_library import quietly
 from dumo.io.read import brief, explain_foreign_errors, read_settings, user_path
-from dumo.runtime import import_bitsandbytes, import_extra
+from dumo.runtime import import_bitsandbytes, require
 from dumo.types import FREE, PINNED, UserError
 
 CONFIG = "config.json"
@@ -238,7 +238,7 @@ def _load_model(codec: DiffusersCodec) -> tuple[nn.Module, str]:
     """
     class_name = codec.class_name
     import_bitsandbytes()
-    diffusers = import_extra("diffusers", "diffusers", codec.label)
+    diffusers = require("diffusers", "diffusers", codec.label)
     folder = _find_or_fetch_folder(codec.weights)
     part_weights = require_weights(folder, DIFFUSERS, FIELD, HINT)
     sha256 = part_weights.sha256(HINT)

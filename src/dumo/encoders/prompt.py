@@ -33,7 +33,7 @@ from dumo.encoders.text import Embeddings
 from dumo.encoders.tokens import require_vocabulary
 from dumo.encoders.transformers_library import import_transformers, quietly
 from dumo.io.read import explain_foreign_errors
-from dumo.runtime import import_bitsandbytes, import_extra
+from dumo.runtime import import_bitsandbytes, require
 from dumo.types import PLACE, Spec
 
 _COLUMNS = ("tokens", "mask", "pooled")  # what is kept of the outputs of encode_prompt
@@ -96,7 +96,7 @@ class PromptReaderSpec(Spec):
     def _load(self, folder: Pipeline) -> tuple[Any, Any]:
         """Load the pipeline, with its transformer on the meta device. Returns its class and the pipeline."""
         import_bitsandbytes()
-        diffusers = import_extra("diffusers", "pretrained", "net.texts")
+        diffusers = require("diffusers", "pretrained", "net.texts")
         import_transformers("net.texts")  # diffusers would fail without it, with another message
         config = folder.config(TRANSFORMER)
         problem = f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load"

@@ -17,14 +17,14 @@ import torch
 
 from dumo.encoders.part import TRANSFORMERS, require_weights
 from dumo.io import read
-from dumo.runtime import import_extra
+from dumo.runtime import require
 
 CONFIG = "config.json"  # the name of a model's settings in its folder
 
 
 def import_transformers(field: str) -> Any:  # noqa: ANN401, a module
-    """Import the library transformers for a `field` of a run. Raises UserError as `import_extra`."""
-    return import_extra("transformers", "text", field)
+    """Import the library transformers for a `field` of a run. Raises UserError as `require`."""
+    return require("transformers", "text", field)
 
 
 def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a model of transformers

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import nn
 
 from dumo.nets.lowbit import Coding, quantise, store_in_bf16
-from dumo.runtime import import_bitsandbytes, import_extra
+from dumo.runtime import import_bitsandbytes, require
 from dumo.runtime.limits import CHANNELS
 from dumo.types import QUIET, Spec
 
@@ -60,7 +60,7 @@ def adapt(
     UserError without peft, and without bitsandbytes for codes.
     """
     import_bitsandbytes()
-    peft = import_extra("peft", "pretrained", "net.lora")
+    peft = require("peft", "pretrained", "net.lora")
     excluded = tuple(f"{path}." for path in (*unused, *trained))
     paths = [path for path in _target_paths(model, blocks, lora) if not f"{path}.".startswith(excluded)]
     ranks = {FEW_STEP: lora.rank}

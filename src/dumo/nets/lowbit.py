@@ -29,7 +29,7 @@ from dumo.flow.precision import to_float32
 from dumo.io import digest
 from dumo.io.deferred import apply_later
 from dumo.nets.heads import bias_or_none
-from dumo.runtime import import_bitsandbytes, require_package
+from dumo.runtime import import_bitsandbytes, require
 from dumo.types import Array
 
 Coding = Literal["int8", "nf4"]
@@ -175,8 +175,8 @@ def quantise(model: nn.Module, blocks: Sequence[nn.Module], excluded: Sequence[s
     Layers at or below the paths `excluded` are not coded; nor are, for nf4, layers whose number of weights is no
     multiple of `BLOCK`. Raises UserError without bitsandbytes.
     """
-    require_package("bitsandbytes", "quantised", f"net.lora.frozen = {coding}")
     import_bitsandbytes()
+    require("bitsandbytes", "quantised", f"net.lora.frozen = {coding}")
     layers_of_blocks = {id(layer) for block in blocks for layer in block.modules()}
 
     def code_layer(layer: nn.Linear) -> CodedLinear | None:

@@ -45,7 +45,7 @@ from dumo.nets.route import Route
 from dumo.nets.rows import Codes, Texts, make_codes
 from dumo.nets.table import PipelineTexts
 from dumo.nets.vp import DiffusionToVelocity, read_scheduler
-from dumo.runtime import import_bitsandbytes, import_extra
+from dumo.runtime import import_bitsandbytes, require
 from dumo.runtime.limits import FACTOR
 from dumo.types import QUIET, Needs, UserError
 
@@ -264,7 +264,7 @@ class Pretrained(PipelineSpec):
         meta device no weights are read. Raises UserError where weights are missing or do not fit.
         """
         import_bitsandbytes()
-        diffusers = import_extra("diffusers", "pretrained", "net 'diffusers'")
+        diffusers = require("diffusers", "pretrained", "net 'diffusers'")
         model_class = getattr(diffusers, config["_class_name"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers', of its own code

@@ -23,7 +23,7 @@ from dumo.report.gallery import TAUGHT_BY_LETTER, sampling_modes
 from dumo.report.sample import data_points, guide_of, repeat_conditions
 from dumo.run.prompt import conditions_of_prompts
 from dumo.run.weights import RunFolder, open_run
-from dumo.runtime import import_extra, signals
+from dumo.runtime import require, signals
 from dumo.types import UserError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def build_page(runs: Sequence[RunFolder]) -> "gr.Blocks":
     """Lay out the page of one run or several. The defaults of the fields are those of the first run."""
     # Gradio reads the environment when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    gr: Any = import_extra("gradio", "demo", "dumo demo")
+    gr: Any = require("gradio", "demo", "dumo demo")
     first = runs[0].sampler
     letters = [letter for letter in TAUGHT_BY_LETTER if any(letter in sampling_modes(run.sampler) for run in runs)]
     can_guide = any(

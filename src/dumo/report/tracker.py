@@ -20,7 +20,7 @@ from dumo.config.load import dump
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.io.yaml import parse_yaml
-from dumo.runtime import dist, require_package
+from dumo.runtime import dist, require
 from dumo.training.log import Row
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -59,7 +59,7 @@ class _TensorBoard:
 def require_tracker(name: str) -> None:
     """Raise UserError if a tracker is unknown or not installed."""
     require_known("tracker", name, TRACKERS)
-    require_package(name, name, f"tracker {name}")
+    require(name, name, f"tracker {name}")
 
 
 @contextmanager

@@ -2,15 +2,12 @@
 
 Touches signals, threads and groups of ranks. Knows no file and no run.
 
-This file is about what is installed: `version` and `installed_version` of packages; `import_extra`, `require_package`
-and `package_problem` of optional ones; `packages_by_extra` and `install_command` for messages; `import_bitsandbytes`.
-`shell_path` writes a path for a command line. Importing it imports no torch.
+This file is about what is installed: `version` of dumo, `installed_version` of a package, `require` for an optional
+one, and `import_bitsandbytes`. `shell_path` writes a path for a command line. Importing it imports no torch.
 """
 
 import logging
-import re
 import shlex
-import shutil
 import sys
 from importlib import import_module, metadata
 from pathlib import Path
@@ -48,68 +45,28 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def import_extra(package: str, extra: str, subject: str) -> Any:  # noqa: ANN401, a module
-    """Import a package of an extra of dumo, which may be slow.
+def require(package: str, extra: str, subject: str) -> Any:  # noqa: ANN401, a module
+    """Import an optional package, which belongs to an extra of dumo.
 
-    Raises UserError, which begins with `subject`, as `require_package` does, and where the import fails.
+    Raises UserError, which begins with `subject`, if the package is missing or the extra does not allow its version:
+    another version may compute something else without an error.
     """
-    require_package(package, extra, subject)
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise UserError(f"{subject} needs {package}, whose import failed: {error}") from error
-
-
-def require_package(package: str, extra: str, subject: str) -> None:
-    """Raise UserError, which begins with `subject`, where a package of an extra is missing, or of another version."""
-    problem = package_problem(package, extra)
-    if problem:
-        raise UserError(f"{subject} needs {problem}: {install_command(extra)}")
-
-
-def package_problem(package: str, extra: str) -> str:
-    """What to install of an extra's package, as a message names it; "" where a version that fits is there."""
     from packaging.requirements import Requirement  # slow to import
 
-    version = installed_version(package)
-    if version is None:
-        return package
-    for text in packages_by_extra().get(extra, []):
-        requirement = Requirement(text)
-        if requirement.name == package and not requirement.specifier.contains(version, prereleases=True):
-            return f"{package}{requirement.specifier} ({version} is installed)"
-    return ""
-
-
-def packages_by_extra() -> dict[str, list[str]]:
-    """The packages of each extra of dumo, as `pip` takes them; {} where dumo runs from its sources, not installed."""
     try:
-        requirements = metadata.requires("dumo") or []
-    except metadata.PackageNotFoundError:
-        requirements = []
-    packages: dict[str, list[str]] = {}
-    for requirement in requirements:
-        package, _, marker = requirement.partition(";")
-        extra = re.search(r"\bextra == ['\"]([\w.-]+)['\"]", marker)
-        if extra:
-            packages.setdefault(extra[1], []).append(package.strip())
-    return packages
-
-
-def install_command(extra: str) -> str:
-    """The command that installs the packages of an extra of dumo, or one package, into this environment.
-
-    It uses the environment's own pip, `python -m pip`, or uv, whichever is there.
-    """
-    python = shlex.quote(sys.executable)
-    pip = shutil.which("pip")
-    if pip and Path(pip).parent == Path(sys.executable).parent:
-        tool = "pip install"
-    elif installed_version("pip"):
-        tool = f"{python} -m pip install"
-    else:  # as in an environment that uv made
-        tool = f"uv pip install --python {python}"
-    return f"{tool} {shlex.join(packages_by_extra().get(extra, [extra]))}"
+        declared = [Requirement(text) for text in metadata.requires("dumo") or []]
+    except metadata.PackageNotFoundError:  # dumo runs from its sources
+        declared = []
+    packages = [one for one in declared if one.marker and one.marker.evaluate({"extra": extra})]
+    installed = installed_version(package)
+    problem = "" if installed else f"{package}, which is not installed"
+    for one in packages:
+        if one.name == package and installed and not one.specifier.contains(installed, prereleases=True):
+            problem = f"{package}{one.specifier}, and {installed} is installed"
+    if problem:
+        names = shlex.join(f"{one.name}{one.specifier}" for one in packages) or package
+        raise UserError(f"{subject} needs {problem}: pip install {names}")
+    return import_module(package)
 
 
 def import_bitsandbytes() -> None:

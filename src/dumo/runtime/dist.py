@@ -29,7 +29,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.torch_version import TorchVersion
 
-from dumo.runtime import install_command, signals
+from dumo.runtime import signals
 from dumo.types import UserError
 
 MIN_TORCH = "2.13"  # whose sharded weights and checkpoints were tried
@@ -202,8 +202,9 @@ def require_one_process(work: str) -> None:
 def require_distributed_torch(what: str) -> None:
     """Raise UserError below torch `MIN_TORCH`. `what`, which needs it, begins the message."""
     if TorchVersion(torch.__version__) < MIN_TORCH:
-        fix = install_command(f"torch>={MIN_TORCH}")
-        raise UserError(f"{what} needs torch {MIN_TORCH} or newer, here is {torch.__version__}: {fix}")
+        raise UserError(
+            f"{what} needs torch {MIN_TORCH} or newer, here is {torch.__version__}: pip install 'torch>={MIN_TORCH}'"
+        )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch.optim.adamw import adamw
 
 from dumo.flow.precision import HALVES, round_stochastically
 from dumo.io.deferred import is_fake
-from dumo.runtime import import_bitsandbytes, require_package
+from dumo.runtime import import_bitsandbytes, require
 from dumo.runtime.random import random_uint32
 from dumo.training.layout import empty_rows_like, local_tensor, offset_on_rank
 
@@ -39,8 +39,8 @@ def has_8bit_moments(p: Tensor) -> bool:
 
 def _require() -> None:
     """Import bitsandbytes. Raises UserError without it."""
-    require_package("bitsandbytes", "quantised", "optimizer 'adamw8bit'")
     import_bitsandbytes()
+    require("bitsandbytes", "quantised", "optimizer 'adamw8bit'")
     for signed in _MOMENTS.values():
         _code_values(signed)
 
