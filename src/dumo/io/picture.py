@@ -4,7 +4,7 @@
    way back.
 2. Colours become pictures of PIL: all in one (`sheet`), or each its own (`singles`). Points are scattered over the data
    (`scatter`), and a figure of matplotlib is drawn (`from_figure`).
-3. Pictures are joined on a page, with texts: `labelled_grid`, `with_column_names`, `named_blocks`.
+3. Pictures are joined on a page, with texts: `labelled_grid`.
 4. A picture becomes the bytes of a PNG (`png`), an address in a page (`embed`) or a file (`write_picture`,
    `write_singles`). Colours and points also become arrays in files, as evaluations read them (`write_adm`,
    `write_points`).
@@ -14,12 +14,13 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from dumo.io import file as files
@@ -31,14 +32,12 @@ Points = Float[Tensor, "_ d"]
 
 SCATTER_POINTS = 2000  # samples of a scatter: ours
 
-# In pixels, but for the last. All ours
-MIN_READABLE_HEIGHT = 64  # a smaller image is enlarged to at least this height
-TITLE_SIZE = 12  # of the font of a title above an image
-_NAME_SIZES = (16, 14, 12, 10)  # of the font of names above a sheet: the first that fits
-GAP = 6  # between the pictures of a grid
-_BLOCK_GAP = 28  # between blocks that have their names above them
-_MAX_EMBEDDED_WIDTH = 1600  # of a picture in a page: enough for a sheet at twice its size
-_MAX_LINES = 3  # of a title above an image, or a note below several
+MIN_READABLE_HEIGHT = 64  # pixels; a smaller image is enlarged to at least this height
+GAP = 6  # pixels between the pictures of a grid
+_FONT_SIZE = 12  # pixels; texts next to large pictures are larger
+_MAX_LINES = 3  # of a title; a longer one is cut
+_DPI = 64  # a power of two, so that a size in inches is a whole number of pixels again
+_MAX_EMBEDDED_WIDTH = 1600  # pixels of a picture in a page: enough for a sheet at twice its size
 
 
 def to_uint8(x: Sample) -> Pixels:
@@ -72,37 +71,25 @@ def singles(x: Sample) -> list[Image.Image]:
 
 
 def sheet(
-    pixels: PixelRows,
-    columns: int,
-    scale: int | None = None,
-    gap: int = 2,
-    titles: Sequence[str] = (),
-    *,
-    clear: bool = False,
+    pixels: PixelRows, columns: int, scale: int | None = None, gap: int = 2, *, clear: bool = False
 ) -> Image.Image:
     """All images in one picture, row after row, `columns` to a row, with white gaps between them.
 
-    Each pixel becomes a square of side `scale`; None takes the least scale at which an image is readable. `titles` are
-    written above the columns, or, where there are as many as images, above each image. With `clear`, and no titles,
-    gaps and empty cells are transparent, for a page may be dark.
+    Each pixel becomes a square of side `scale`; None takes the least scale at which an image is readable. With `clear`,
+    gaps and empty cells are transparent, because a page may be dark.
     """
     scale = scale or readable_scale(pixels.shape[1])
     cells = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    blank = [255, 255, 255]
     if clear:
-        opaque = torch.full_like(cells[..., :1], 255)
-        transparent_white = (255, 255, 255, 0)
-        page = _tiled(torch.cat([cells, opaque], -1), columns, gap, blank=transparent_white)
-    elif not titles:
-        page = _tiled(cells, columns, gap)
-    else:
-        title_strips = _title_strips(titles, cells.shape[2])
-        if len(title_strips) == len(cells):  # a title above each image
-            page = _tiled(torch.cat([title_strips, cells], 1), columns, gap)
-        else:  # a title above each column
-            head = _tiled(title_strips, columns, gap)
-            space = head.new_full((gap, *head.shape[1:]), 255)
-            page = torch.cat([head, space, _tiled(cells, columns, gap)])
-    return Image.fromarray(page.numpy())
+        cells = torch.cat([cells, torch.full_like(cells[..., :1], 255)], -1)
+        blank = [255, 255, 255, 0]
+    n, height, width, _ = cells.shape
+    rows = -(-n // columns)
+    page = torch.tensor(blank, dtype=torch.uint8).repeat(rows * columns, height + gap, width + gap, 1)
+    page[:n, :height, :width] = cells
+    grid = page.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return Image.fromarray(grid[: len(grid) - gap, : grid.shape[1] - gap].contiguous().numpy())
 
 
 def readable_scale(height: int) -> int:
@@ -110,55 +97,57 @@ def readable_scale(height: int) -> int:
     return -(-MIN_READABLE_HEIGHT // height)
 
 
-def _tiled(
-    cells: UInt8[Tensor, "n h w d"], columns: int, gap: int, blank: Sequence[int] = (255, 255, 255)
-) -> UInt8[Tensor, "height width d"]:
-    """Cells of one size as one picture, row after row, with gaps between them.
+def labelled_grid(
+    pictures: Sequence[Image.Image],
+    columns: int,
+    titles: Sequence[str] = (),
+    row_names: Sequence[str] = (),
+    gap: int = GAP,
+) -> Image.Image:
+    """Pictures in a grid on white, row after row, `columns` to a row, in cells of the size of the largest picture.
 
-    `blank`: the colour of gaps, and of cells in the last row without a picture.
+    `titles` are written above the columns, or above each picture if there are more titles than columns. `row_names` are
+    written on the left.
     """
-    n, height, width, _ = cells.shape
-    rows = -(-n // columns)
-    page = torch.tensor(blank, dtype=torch.uint8).repeat(rows * columns, height + gap, width + gap, 1)
-    page[:n, :height, :width] = cells
-    grid = page.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    return grid[: len(grid) - gap, : grid.shape[1] - gap].contiguous()
+    from matplotlib.figure import Figure  # slow to import
 
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
+    rows = -(-len(pictures) // columns)
 
-def _title_strips(texts: Sequence[str], width: int) -> UInt8[Tensor, "n height width 3"]:
-    """Texts in black on white, as pictures of one height: that of the text with the most lines."""
-    title_font = font(TITLE_SIZE)
-    lines_of_each = [_wrapped(text, width, title_font) for text in texts]
-    most_lines = max(map(len, lines_of_each))
-    strips: list[Tensor] = []
-    for lines in lines_of_each:
-        strip = Image.new("RGB", (width, TITLE_SIZE * most_lines + 6), "white")
-        pen = ImageDraw.Draw(strip)
-        first_line = most_lines - len(lines)  # short titles stand low, next to their image
-        for i, line in enumerate(lines, first_line):
-            middle = (width / 2, TITLE_SIZE * i + TITLE_SIZE / 2 + 3)
-            pen.text(middle, line, "black", title_font, anchor="mm")
-        strips.append(torch.from_numpy(np.array(strip)))
-    return torch.stack(strips)
+    # Break the titles to the width of a cell, and make room for the texts.
+    font_size = max(_FONT_SIZE, height // 16)
+    letter_width = 0.53 * font_size
+    letters = max(1, int(width / letter_width))
+    wrapped: list[str] = []
+    for title in titles:
+        lines = [fill(line, letters, max_lines=_MAX_LINES, placeholder="…") for line in title.split("\n")]
+        wrapped.append("\n".join(lines))
+    title_lines = max((title.count("\n") + 1 for title in wrapped), default=0)
+    head = int(1.3 * font_size * title_lines) + gap if titles else 0
+    has_title_each = len(titles) > columns
+    row_letters = max((len(line) for name in row_names for line in name.split("\n")), default=0)
+    left = int(row_letters * letter_width) + gap if row_letters else 0
+    row_height = height + gap + (head if has_title_each else 0)
+    page_width = left + columns * (width + gap) - gap
+    page_height = rows * row_height - gap + (0 if has_title_each else head)
 
-
-def _wrapped(text: str, width: int, text_font: ImageFont.FreeTypeFont) -> list[str]:
-    """The lines of a text that is broken at `width` pixels: _MAX_LINES at most, and longer ones cut."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and len(lines) < _MAX_LINES and text_font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return [_cut(line, width, text_font) for line in lines]
-
-
-def _cut(line: str, width: float, text_font: ImageFont.FreeTypeFont) -> str:
-    """A line; one that is longer than `width` pixels is cut, and ends with "…"."""
-    while len(line) > 1 and text_font.getlength(line) > width:
-        line = line.rstrip("…")[:-1] + "…"
-    return line
+    # Draw, each pixel of a picture as one pixel of the page. matplotlib counts pixels from below.
+    figure = Figure(figsize=(page_width / _DPI, page_height / _DPI), dpi=_DPI, facecolor="white")
+    points = font_size * 72 / _DPI
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, columns)
+        x = left + column * (width + gap)
+        y = head + row * row_height
+        figure.figimage(np.asarray(picture.convert("RGB")), x, page_height - y - picture.height)
+        if i < len(wrapped):
+            position = ((x + width / 2) / page_width, 1 - (y - gap / 2) / page_height)
+            figure.text(*position, wrapped[i], ha="center", va="bottom", size=points, parse_math=False)
+    for row, name in enumerate(row_names):
+        middle = head + row * row_height + height / 2
+        position = ((left - gap) / page_width, 1 - middle / page_height)
+        figure.text(*position, name, ha="right", va="center", size=points, parse_math=False)
+    return from_figure(figure)
 
 
 def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> Image.Image:
@@ -197,100 +186,6 @@ def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, matplotlib's Figur
     picture = Image.fromarray(np.array(canvas.buffer_rgba()))
     *_, opacity = figure.get_facecolor()
     return picture if opacity == 0 else picture.convert("RGB")
-
-
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """The font of all texts, of this many pixels: matplotlib's own file, which has letters of many scripts."""
-    from matplotlib.font_manager import findfont  # slow to import
-
-    return ImageFont.truetype(findfont("DejaVu Sans"), size)
-
-
-def labelled_grid(
-    rows: Mapping[str, Sequence[Image.Image]] | Sequence[tuple[str, Sequence[Image.Image]]],
-    columns: Sequence[str] = (),
-    gap: int = GAP,
-) -> Image.Image:
-    """Pictures in a grid on white, with the rows' names on the left and the columns' names above.
-
-    Cells have the size of the largest picture, and `gap` pixels between them.
-    """
-    named_rows = list(rows.items() if isinstance(rows, Mapping) else rows)
-    sizes = [picture.size for _, pictures in named_rows for picture in pictures]
-    width = max(w for w, _ in sizes)
-    height = max(h for _, h in sizes)
-    across = max(len(pictures) for _, pictures in named_rows)
-
-    # room for the names
-    font_size = max(14, height // 16 if columns else height // 4)
-    name_font = font(font_size)
-    longest_line = max(name_font.getlength(line) for name, _ in named_rows for line in name.split("\n"))
-    left = int(longest_line) + 12 if longest_line else 0
-    top = 0
-    if columns:
-        top = (1 + max(name.count("\n") + 1 for name in columns)) * font_size
-
-    page_width = left + across * (width + gap) - gap
-    page_height = top + len(named_rows) * (height + gap) - gap
-    page = Image.new("RGB", (page_width, page_height), "white")
-    pen = ImageDraw.Draw(page)
-    for i, name in enumerate(columns):
-        middle = left + i * (width + gap) + width / 2
-        pen.text((middle, top / 2), name, "black", name_font, anchor="mm", align="center")
-    for j, (name, pictures) in enumerate(named_rows):
-        y = top + j * (height + gap)
-        pen.text((left - 8, y + height / 2), name, "black", name_font, anchor="rm", align="right")
-        for i, picture in enumerate(pictures):
-            page.paste(picture, (left + i * (width + gap), y))
-    return page
-
-
-def with_column_names(picture: Image.Image, names: Sequence[str]) -> Image.Image:
-    """A picture on white, with names above columns of equal width; long names are written smaller, or cut."""
-    if not names:
-        return picture
-    width = picture.width / len(names)
-    longest = max(names, key=font(_NAME_SIZES[0]).getlength)
-    fitting_sizes = [size for size in _NAME_SIZES if font(size).getlength(longest) < width - 4]
-    name_font = font(fitting_sizes[0] if fitting_sizes else _NAME_SIZES[-1])
-    top = 2 * _NAME_SIZES[0]
-    page = Image.new("RGB", (picture.width, picture.height + top), "white")
-    opacity = picture if picture.mode == "RGBA" else None
-    page.paste(picture, (0, top), opacity)
-    pen = ImageDraw.Draw(page)
-    for i, name in enumerate(names):
-        pen.text(((i + 0.5) * width, top / 2), _cut(name, width, name_font), "black", name_font, anchor="mm")
-    return page
-
-
-def named_blocks(blocks: Mapping[str, Image.Image], across: int = 3, note: str = "") -> Image.Image:
-    """Pictures on white, `across` to a row, the name of each above it; a note below them all.
-
-    Each has room for the largest picture.
-    """
-    width = max(picture.width for picture in blocks.values())
-    height = max(picture.height for picture in blocks.values())
-    font_size = max(22, width // 30)
-    name_font = font(font_size)
-    top = font_size * (2 + max(name.count("\n") for name in blocks))
-    block_height = top + height + _BLOCK_GAP
-    across = min(across, len(blocks))
-    rows = -(-len(blocks) // across)
-    note_top = rows * block_height - _BLOCK_GAP
-    page_width = across * (width + _BLOCK_GAP) - _BLOCK_GAP
-    note_lines = _wrapped(note, page_width, name_font) if note else []
-    page_height = note_top + 2 * font_size * len(note_lines)
-    page = Image.new("RGB", (page_width, page_height), "white")
-    pen = ImageDraw.Draw(page)
-    for i, line in enumerate(note_lines):
-        pen.text((0, note_top + font_size * (2 * i + 1)), line, "black", name_font, anchor="lm")
-    for i, (name, picture) in enumerate(blocks.items()):
-        row, column = divmod(i, across)
-        x = column * (width + _BLOCK_GAP)
-        y = row * block_height
-        pen.text((x, y + top / 2), name, "black", name_font, anchor="lm")
-        page.paste(picture, (x, y + top))
-    return page
 
 
 def png(picture: Image.Image, *, optimize: bool = False) -> bytes:

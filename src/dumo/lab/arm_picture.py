@@ -15,6 +15,8 @@ from dumo.runtime.text import nfe_text
 
 # The number of columns of a sheet of samples.
 _COLUMNS = 10
+# Pixels between the sheets of two arms.
+_GAP = 28
 
 
 def ranking_chart(plan: Plan, rows: Sequence[Row]) -> Image.Image:
@@ -34,18 +36,18 @@ def ranking_chart(plan: Plan, rows: Sequence[Row]) -> Image.Image:
 def sample_sheets(results: Sequence[Result]) -> Image.Image:
     """A sheet of samples per arm, below its score, the best arm first.
 
-    Samples are of the arm's first seed in its fewest passes, two of each class, or of ten of the classes.
+    Samples are of the arm's first seed at its fewest NFE, two of each class, or of ten of the classes.
     """
     lead = main_score_of_names(score.score_names(results[0].report["results"][0]))
+    score_title = word(MERITS, lead).title
     sheets: list[tuple[float, str, Image.Image]] = []
     for first, *_ in group_by_arm(results):
         value = first.report["results"][0][lead]
         arm = next(iter(first.cell.labels.values()))
-        sheets.append((value, f"{arm}, {score.number(value)}", _sheet(first)))
+        sheets.append((value, f"{arm}\n{score_title}: {score.number(value)}", _sheet(first)))
     sheets.sort(key=lambda entry: entry[0])
-    merit = word(MERITS, lead)
-    note = f"One pass of each (its fewest), seed 0. The number: {merit.title}; {merit.better}."
-    return picture.named_blocks({title: sheet for _, title, sheet in sheets}, note=note)
+    titles = [title for _, title, _ in sheets]
+    return picture.labelled_grid([sheet for *_, sheet in sheets], min(3, len(sheets)), titles, gap=_GAP)
 
 
 def _sheet(result: Result) -> Image.Image:
@@ -55,5 +57,6 @@ def _sheet(result: Result) -> Image.Image:
     nfe = result.report["card"]["nfe"][0]
     c = run.conditions.of_labels(spread_evenly(_COLUMNS, max(run.data.labels, 1)))
     samples = result.trained.sampler.sample(c.repeat(2), nfe=nfe)
-    names = [run.conditions.name(k) for k in c.tolist()[: run.data.labels]]
-    return picture.with_column_names(picture.sheet(picture.to_rows(samples.x), _COLUMNS), names)
+    names = [run.conditions.name(k) for k in c.tolist()] if run.data.labels else []
+    cells = [picture.sheet(image, 1) for image in picture.to_rows(samples.x).split(1)]
+    return picture.labelled_grid(cells, _COLUMNS, names, gap=2)

@@ -68,7 +68,7 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
         panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": samples})
     panels["grey: data\nred: samples at 1 NFE"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"
-    picture.write_picture(path, picture.named_blocks(panels, 4))
+    picture.write_picture(path, picture.labelled_grid(list(panels.values()), 4, list(panels)))
     return [path]
 
 

@@ -164,8 +164,8 @@ def trajectories(
                         columns[title] = [picture.sheet(pixels, 1) for pixels in picture.to_rows(samples.x).split(1)]
                     else:
                         columns[title] = [picture.scatter(background, {"": samples.x})]
-                rows = zip(*columns.values(), strict=True)
-                panels[mode][step] = picture.labelled_grid(list(zip(row_names, rows, strict=True)), list(columns))
+                cells = [cell for row in zip(*columns.values(), strict=True) for cell in row]
+                panels[mode][step] = picture.labelled_grid(cells, len(columns), list(columns), row_names)
                 done += sum(passes)
                 tick(done, f"step {step:,}, {mode.title}")
     return panels
@@ -174,8 +174,9 @@ def trajectories(
 def join_panels(rows: Mapping[str, Mapping[int, Image.Image]]) -> Image.Image:
     """Join panels, by name and step, to one picture: a row per name, a column per step."""
     steps = next(iter(rows.values()))
-    panels = {name: list(row.values()) for name, row in rows.items()}
-    return picture.labelled_grid(panels, [f"step {step:,}" for step in steps], PANEL_GAP)
+    panels = [panel for row in rows.values() for panel in row.values()]
+    titles = [f"step {step:,}" for step in steps]
+    return picture.labelled_grid(panels, len(steps), titles, list(rows), PANEL_GAP)
 
 
 def write_trajectories(folder: Path, panels: Panels) -> list[Path]:

@@ -223,7 +223,10 @@ def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None
 def draw_sheet(pixels: PixelRows, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> Image.Image:
     """Images of the conditions c (n,) as a sheet with titles."""
     layout = _sheet_layout(c, conditions, names)
-    return picture.sheet(pixels, layout.columns, titles=layout.titles)
+    if not layout.titles:
+        return picture.sheet(pixels, layout.columns)
+    cells = [picture.sheet(image, 1) for image in pixels.split(1)]
+    return picture.labelled_grid(cells, layout.columns, layout.titles, gap=2)
 
 
 def data_points(data: Data, seed: int) -> picture.Points:

@@ -377,7 +377,7 @@ def test_hub_is_asked_for_what_is_no_folder(
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "installed_version", lambda name: None)
-    with pytest.raises(UserError, match=r"codec sd-vae sd needs diffusers: .*pip install .*'diffusers<"):
+    with pytest.raises(UserError, match=r"codec sd-vae sd needs diffusers, .*pip install .*'diffusers<"):
         SdVae().open()
 
 

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from dumo.io.picture import (
-    TITLE_SIZE,
-    named_blocks,
+    labelled_grid,
     scatter,
     sheet,
     to_rows,
@@ -65,19 +64,10 @@ def test_sheet_shows_every_pixel_of_every_image_in_its_place() -> None:
     assert (page[~seen] == 255).all()  # gaps, and the missing sixth
 
 
-def test_blocks_of_two_sizes_are_shown_whole() -> None:
+def test_pictures_of_two_sizes_are_shown_whole() -> None:
     small, large = (Image.new("RGB", (side, side), "red") for side in (40, 80))
-    page = np.asarray(named_blocks({"small": small, "large": large}, across=1))
+    page = np.asarray(labelled_grid([small, large], 1, ["small", "large"]))
     assert (page == (255, 0, 0)).all(-1).sum() == 40**2 + 80**2
-
-
-def test_a_note_that_is_wider_than_the_pictures_has_several_lines() -> None:
-    blocks = {"one": Image.new("RGB", (400, 40), "red")}
-    without, short, long = (named_blocks(blocks, note=note) for note in ("", "a note", "a note of many words " * 4))
-    line = short.height - without.height
-    assert long.height - without.height == 3 * line
-    last_columns = np.asarray(long)[:, -3:]
-    assert (last_columns[without.height :] == 255).all()
 
 
 @pytest.mark.parametrize(("size", "scale"), [(8, 8), (28, 3), (64, 1), (256, 1)])
@@ -108,21 +98,27 @@ def test_scatter_has_grey_truth_below_red_samples_in_panels() -> None:
         scatter(truth[:, :1], {"": truth[:, :1]})
 
 
-def test_titles_stand_above_columns_or_images() -> None:
-    """Black letters on white, on up to three lines, cut to the cell; below them the sheet is what it is without."""
+def test_titles_stand_above_columns_or_pictures() -> None:
+    """Black letters on white; below and between them each pixel of a picture is as it was."""
     pixels = to_rows(2 * torch.rand(5, 3, 4, 6, generator=stream("titles")) - 1)
-    plain = np.asarray(sheet(pixels, columns=3, scale=16))
-    heads = np.asarray(sheet(pixels, columns=3, scale=16, titles=["cats", "", "a name too long for one line " * 3]))
-    extra = len(heads) - len(plain)
-    assert (heads[extra:] == plain).all()
-    dark = [(heads[:extra, 98 * k : 98 * k + 96] < 100).any() for k in range(3)]
+    cells = [sheet(image, 1) for image in pixels.split(1)]
+    plain = np.asarray(sheet(pixels, columns=3, gap=2))
+    page = np.asarray(labelled_grid(cells, 3, ["cats", "", "a name too long for one line " * 3], gap=2))
+    head = len(page) - len(plain)
+    assert (page[head:] == plain).all()
+    dark = [(page[:head, 98 * k : 98 * k + 96] < 100).any() for k in range(3)]
     assert dark == [True, False, True]
-    assert (heads[:extra, 96:98] == 255).all()  # the gaps stay free
-    for many, text in enumerate(
-        ("a", "several words here", "several words here, and several there", 9 * "several words "), 1
-    ):
-        each = np.asarray(sheet(pixels, columns=3, scale=16, titles=["a", "b", "c", "d", text]))
-        assert len(each) == len(plain) + 2 * (extra - 2 - TITLE_SIZE * (3 - min(many, 3)))
+    assert (page[:head, 96:98] == 255).all()  # the gaps stay free
+
+    each = np.asarray(labelled_grid(cells, 3, ["a", "b", "$c", "d", "e"], gap=2))
+    line = (len(each) - len(plain)) // 2
+    assert (each[line : line + 64] == plain[:64]).all()
+    assert (each[line + 66 : line + 66 + line, :290] < 100).any()
+
+    named = np.asarray(labelled_grid(cells, 3, row_names=["first", "second"], gap=2))
+    left = named.shape[1] - plain.shape[1]
+    assert (named[:, left:] == plain).all()
+    assert (named[:64, :left] < 100).any()
 
 
 @contextmanager

@@ -183,15 +183,13 @@ def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatc
         passes.append(nfe)
         return Samples(torch.zeros(len(c), 1, 8, 8), nfe)
 
-    monkeypatch.setattr(arm_picture.picture, "named_blocks", lambda blocks, note: seen.append((list(blocks), note)))
+    monkeypatch.setattr(arm_picture.picture, "labelled_grid", lambda cells, columns, titles, gap: seen.append(titles))
     monkeypatch.setattr(Sampler, "sample", sample)
     card = {"nfe": [1]}
     results = [result({"arm": name}, 0, [row(2, far)], card=card) for name, far in (("x", 3.0), ("y", 2.0))]
     arm_picture.sample_sheets(results)
     assert passes == [1, 1]
-    ((names, note),) = seen
-    assert names == ["y, 2.00", "x, 3.00"]
-    assert "kernel distance · 10³; lower is better" in note
+    assert seen[-1] == ["y\nkernel distance · 10³: 2.00", "x\nkernel distance · 10³: 3.00"]
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_layers_of_blocks_are_coded_and_counted_as_what_they_stand_for(coding: C
 
 def test_what_is_missing_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dumo.runtime, "installed_version", lambda _: None)
-    with pytest.raises(UserError, match=r"net\.lora\.frozen = nf4 needs bitsandbytes: "):
+    with pytest.raises(UserError, match=r"net\.lora\.frozen = nf4 needs bitsandbytes"):
         quantise(blocks(), (), (), "nf4")
 
 

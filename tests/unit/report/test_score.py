@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from contract.case import members
@@ -17,7 +16,6 @@ from dumo.data import Digits
 from dumo.evaluation import measures
 from dumo.evaluation.metric import METRICS, headline_score
 from dumo.evaluation.wholeset import Reference
-from dumo.io.picture import with_column_names
 from dumo.objectives import Objective
 from dumo.report import judgement, page, score
 from dumo.report.card import judging_settings, make_card
@@ -172,16 +170,6 @@ def test_few_classes_have_several_columns(classes: int, columns: list[int]) -> N
     assert all((row % classes).tolist() == columns for row in rows)
     assert len(rows) == min(8, 90 // classes // (len(columns) // classes))
     assert page.arrange_by_class(bare, x[:1], c[:1])[0].equal(x[0])  # one image of all
-
-
-def test_names_stand_above_their_columns_and_fit() -> None:
-    sheet = Image.new("RGB", (200, 50))
-    page = with_column_names(sheet, ["a", "a very long name of a class"])
-    assert (page.width, page.height > 50) == (200, True)
-    dark = [x for x in range(200) for y in range(page.height - 50) if page.getpixel((x, y)) < (128, 128, 128)]
-    assert [min(dark), max(dark)] == pytest.approx([48, 195], abs=6)
-    assert all(not 60 < x < 98 for x in dark)
-    assert with_column_names(sheet, []) is sheet
 
 
 def test_smoothing_keeps_the_mean_and_lessens_noise() -> None:
