@@ -32,7 +32,7 @@ from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
 from dumo.nets import ModuleSpec
 from dumo.plan import photos
-from dumo.run.folder import require_place, resumed_line
+from dumo.run.folder import require_free, resumed_line
 from dumo.runtime.device import choose_device
 from dumo.runtime.progress import Bar, line_printer
 from dumo.types import Spec, UserError
@@ -122,7 +122,7 @@ def compose(
 
     # Propose a run on a folder of images.
     if images_place is not None:
-        require_place(folder)
+        require_free(folder)
         base = read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}")
         new_changes = _changes_of_new_run(parts, base, net, changes)
         run = photos.propose(images_place, new_changes, minutes=minutes, device=device).run

@@ -84,7 +84,7 @@ def train(
     from dumo.nets import Pretrained
     from dumo.report.sheet import Sheets
     from dumo.report.tracker import open_tracker, require_tracker
-    from dumo.run.folder import require_place, resumed_line
+    from dumo.run.folder import require_free, resumed_line
     from dumo.run.job import open_job
     from dumo.run.judge import missing_to_judge
     from dumo.run.train import train_job
@@ -95,7 +95,7 @@ def train(
     # Prepare the run to begin. It stays None if the run in the folder is resumed, with `changes`.
     run: Run | None = None
     if text is None:  # images that have no run yet
-        require_place(run_folder)
+        require_free(run_folder)
         run = _propose_run(source, changes, minutes, device, ask=not yes)
         began = time.perf_counter()
     elif are_images:  # images whose run goes on

@@ -292,7 +292,7 @@ def parse_text(text: str, file: Path) -> RunText:
 
 def _file_text(file: Path) -> str:
     """The text of a YAML file. Raises UserError for too many bytes, or no UTF-8."""
-    return read_text(file, _SOURCE_FIX, MAX_BYTES)
+    return read_text(file)
 
 
 def _parse_file(text: str, file: Path) -> tuple[dict[str, Any], list[RecordedChange]]:

@@ -24,7 +24,6 @@ from pathlib import Path
 
 from dumo.data.column import (
     AUTO,
-    CAPTION_FIX,
     CAPTION_NAMES,
     TEXT_ENDINGS,
     TableRow,
@@ -165,7 +164,7 @@ def _add_text_files(
             images_of_text[text_name].append(_path_below(absolute_folder, image))
             captions = pairing.captions[i]
             if not is_filled(captions):
-                lines = _captions_by_line(read_text(folder / text_name, CAPTION_FIX))
+                lines = _captions_by_line(read_text(folder / text_name))
                 if len(lines) > 1:
                     pairing.multiline[text_name] = None
                 pairing.captions[i] = lines or captions or ()
@@ -209,7 +208,7 @@ def _pair_members(store: Tar, name: str) -> Pairing:
     rows: list[TableRow] = []
     for i, by_ending in enumerate(members.by_image):
         where = f"the .json of {store.path(i)}"
-        text = decode_utf8(by_ending.get("json", b"{}"), where, CAPTION_FIX)
+        text = decode_utf8(by_ending.get("json", b"{}"), where)
         rows.append(TableRow(where, read_object(text, where)))
     keys = dict.fromkeys(chain.from_iterable(row.values for row in rows))
     columns = caption_columns(name, keys, store.files[0]) if keys else None
@@ -221,7 +220,7 @@ def _pair_members(store: Tar, name: str) -> Pairing:
                 continue
             where = f"the .{ending} of {store.path(i)}"
             if not is_filled(captions):
-                lines = _captions_by_line(decode_utf8(by_ending[ending], where, CAPTION_FIX))
+                lines = _captions_by_line(decode_utf8(by_ending[ending], where))
                 if len(lines) > 1:
                     pairing.multiline[where] = None
                 captions = lines or captions or ()

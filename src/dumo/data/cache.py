@@ -191,9 +191,9 @@ def require_captions(file: Path, captions: Captions) -> None:
 
 def _read_texts(file: Path) -> Iterator[list[str]]:
     """The texts in each line of a captions.jsonl. Raises UserError for a damaged line."""
-    for number, line in enumerate(text_lines(file, _CAPTIONS_FIX), 1):
+    for number, line in enumerate(text_lines(file), 1):
         where = f"{file} line {number}"
-        texts = parse_json(line, where, _CAPTIONS_FIX)
+        texts = parse_json(line, where)
         if not is_text_list(texts):
             raise UserError(f"{where} is no list of texts: {_CAPTIONS_FIX}")
         yield texts

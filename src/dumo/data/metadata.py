@@ -112,7 +112,7 @@ def suffix_of(file: str) -> str:
 
 def read_object(text: str, where: str) -> dict[str, Any]:
     """An object of JSON in a text. Raises UserError for anything else."""
-    value = parse_json(text, where, CAPTION_FIX)
+    value = parse_json(text, where)
     if not isinstance(value, dict):
         raise UserError(f'{where} is no JSON object, as in {{"text": "a cat"}}: {CAPTION_FIX}')
     return value
@@ -148,7 +148,7 @@ def _named_rows(table: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def _json_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line of a table of JSON that is not blank: where it is, and its columns."""
-    for number, line in enumerate(text_lines(Path(table), CAPTION_FIX), 1):
+    for number, line in enumerate(text_lines(Path(table)), 1):
         if line.strip():
             where = f"{table} line {number}"
             yield where, read_object(line, where)
@@ -159,7 +159,7 @@ def _csv_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     A line with fewer fields than the first says nothing of the last columns.
     """
-    lines = text_lines(Path(table), CAPTION_FIX)
+    lines = text_lines(Path(table))
     first_line = next(lines, "")
     delimiter = _delimiter_of(first_line)
     reader = csv.reader(chain([first_line], lines), delimiter=delimiter, strict=True)

@@ -31,7 +31,7 @@ from dumo.encoders.codec import FIELD, CodecSpec, Images, Latent, LoadedCodec, M
 from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, first_unfit_key, require_weights
 from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
 from dumo.encoders.transformers_library import quietly
-from dumo.io.read import brief, explain_foreign_errors, read_settings, user_path
+from dumo.io.read import brief, user_path
 from dumo.runtime import import_bitsandbytes, require
 from dumo.types import FREE, PINNED, UserError
 
@@ -148,25 +148,24 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
     @property
     def published(self) -> PublishedCodec:
         """The shape, shift and scale of latents by the config. Raises UserError where the config says none."""
-        with explain_foreign_errors(f"{self.weights} says no sizes, shift or scale of latents", HINT):
-            channels, factor = _latent_size(self.config)
-            kind = KINDS[self.class_name]
-            if kind.has_patch_norm:  # which takes the place of shift and scale
-                return PublishedCodec(self.weights, channels=4 * channels, factor=2 * factor, scale=1.0)
-            shift_and_scale = _shift_and_scale(self.config)
-            scale = shift_and_scale.get("scale", kind.default_scale)
-            if scale is None:
-                raise UserError(
-                    f"{pipelines.FIELD}: {self.weights}/{CONFIG} says no shift and scale of latents (scaling_factor, "
-                    f"or latents_mean and latents_std) of a {self.class_name}: put the published config back"
-                )
-            return PublishedCodec(
-                self.weights,
-                channels=channels,
-                factor=factor,
-                scale=_float_or_floats(scale),
-                shift=_float_or_floats(shift_and_scale.get("shift", 0.0)),
+        channels, factor = _latent_size(self.config)
+        kind = KINDS[self.class_name]
+        if kind.has_patch_norm:  # which takes the place of shift and scale
+            return PublishedCodec(self.weights, channels=4 * channels, factor=2 * factor, scale=1.0)
+        shift_and_scale = _shift_and_scale(self.config)
+        scale = shift_and_scale.get("scale", kind.default_scale)
+        if scale is None:
+            raise UserError(
+                f"{pipelines.FIELD}: {self.weights}/{CONFIG} says no shift and scale of latents (scaling_factor, "
+                f"or latents_mean and latents_std) of a {self.class_name}: put the published config back"
             )
+        return PublishedCodec(
+            self.weights,
+            channels=channels,
+            factor=factor,
+            scale=_float_or_floats(scale),
+            shift=_float_or_floats(shift_and_scale.get("shift", 0.0)),
+        )
 
     def facts(self) -> dict[str, Any]:
         """Return what the codec computes, by the config, wherever its weights are."""
@@ -243,18 +242,14 @@ def _load_model(codec: DiffusersCodec) -> tuple[nn.Module, str]:
     part_weights = require_weights(folder, DIFFUSERS, FIELD, HINT)
     sha256 = part_weights.sha256(HINT)
     codec.require_hash(sha256)
-    if (folder / CONFIG).is_file():
-        read_settings(folder / CONFIG, HINT)
-    with explain_foreign_errors(f"{folder} holds no {class_name} that diffusers can load", HINT):
-        model_class = getattr(diffusers, class_name)
-        with quietly("diffusers"):  # it would show a bar of shards
-            net, report = part_weights.build_model(model_class)
-        unfit_key = first_unfit_key(report)
-        if unfit_key is not None:
-            raise RuntimeError(f"{unfit_key} is missing, unknown or misshapen, by its {CONFIG}")
-        if codec.variants:
-            _require_variant(codec, net.config, folder)
-        return net.float().eval().requires_grad_(False), sha256
+    with quietly("diffusers"):  # it would show a bar of shards
+        net, report = part_weights.build_model(getattr(diffusers, class_name))
+    unfit_key = first_unfit_key(report)
+    if unfit_key is not None:
+        raise UserError(f"{folder}: the weights do not fit {CONFIG}: {unfit_key} is missing, unknown or misshapen")
+    if codec.variants:
+        _require_variant(codec, net.config, folder)
+    return net.float().eval().requires_grad_(False), sha256
 
 
 def _require_variant(codec: CodecSpec, config: Mapping[str, Any], folder: Path) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.io import digest
-from dumo.io.read import is_unicode, parse_json, read_text
+from dumo.io.read import parse_json, read_text
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -129,8 +129,6 @@ def read_prompts(path: Path) -> list[Prompt]:
     suffix = path.suffix.lower()
     if path.is_dir():
         prompts = _read_folder(path)
-    elif not path.exists():
-        raise UserError(f"there are no prompts {path}: {_PROMPTS_HINT}")
     elif suffix == ".jsonl":
         prompts = _read_json_lines(path)
     elif suffix in _TABLE_SUFFIXES:  # whose lines would be read as texts
@@ -147,7 +145,7 @@ def _read_folder(folder: Path) -> list[Prompt]:
     """Read a prompt from each .txt file of a folder, by the order of names. Raises UserError for an empty file."""
     prompts: list[Prompt] = []
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() == ".txt"):
-        content = read_text(file, _PROMPTS_HINT)
+        content = read_text(file)
         text = " ".join(content.split())
         if not text:
             raise UserError(f"{file} is empty: write a prompt into it, or remove it")
@@ -160,19 +158,17 @@ def _read_json_lines(file: Path) -> list[Prompt]:
     prompts: list[Prompt] = []
     for i, (number, line) in enumerate(_nonblank_lines(file).items()):
         line_place = f"{file} line {number}"
-        row = parse_json(line, line_place, _PROMPTS_HINT)
+        row = parse_json(line, line_place)
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{line_place} has no prompt, as {{'prompt': 'a photo of a bench'}}: {_PROMPTS_HINT}")
-        if not is_unicode(text):
-            raise UserError(f"{line_place} has a prompt with half a character, a lone surrogate: {_PROMPTS_HINT}")
         prompts.append(Prompt(_line_name(i), text.strip(), line))
     return prompts
 
 
 def _nonblank_lines(file: Path) -> dict[int, str]:
     """Return the lines of a file that are not blank, by their number among all lines, from 1."""
-    lines = read_text(file, _PROMPTS_HINT).split("\n")
+    lines = read_text(file).split("\n")
     return {number: line for number, line in enumerate(lines, start=1) if line.strip()}
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dumo.io import digest, weights
 from dumo.io.hub import SUFFIX
-from dumo.io.read import explain_foreign_errors, read_settings
+from dumo.io.read import read_json
 from dumo.types import UserError
 
 DIFFUSERS = "diffusion_pytorch_model"  # NAME of models of diffusers
@@ -35,7 +35,6 @@ PICKLES = {  # pickled weights of these models; dumo refuses them
     DIFFUSERS: ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json"),
     TRANSFORMERS: ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 }
-TAKE_ANOTHER = "take another copy of the folder"
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,8 @@ def _candidates(folder: Path, name: str) -> Iterator[PartWeights]:
 
 
 def _listed_files(index: Path) -> tuple[Path, ...]:
-    """The files that an index lists. Raises UserError where it lists none, or files of another folder."""
-    with explain_foreign_errors(
-        f"{index} lists no files", TAKE_ANOTHER
-    ):  # whatever is raised inside becomes a UserError
-        names = sorted(set(read_settings(index, TAKE_ANOTHER)["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("weight_map names no files of its folder")
-        return tuple(index.with_name(name) for name in names)
+    """The files that an index lists. Raises UserError if it lists files of another folder, which are not the run's."""
+    names = sorted(set(read_json(index)["weight_map"].values()))
+    if any(Path(name).name != name for name in names):
+        raise UserError(f"{index} lists files of another folder: take another copy of the folder")
+    return tuple(index.with_name(name) for name in names)

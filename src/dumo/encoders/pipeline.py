@@ -24,16 +24,14 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, PrivateAttr, model_validator
 from pydantic.config import JsonDict
-from yaml import YAMLError
 
 from dumo.encoders import part as parts
 from dumo.encoders.part import PartWeights
 from dumo.io import digest, hub
 from dumo.io.hub import INDEX, PUBLISHED, SCHEDULER, SMALL, TRANSFORMER, UNET, VAE, one_file_hint, published_config
-from dumo.io.read import read_settings, read_text, user_path
-from dumo.io.yaml import parse_yaml
+from dumo.io.read import read_json, user_path
 from dumo.runtime import shell_path
-from dumo.types import MAYBE_PLACE, PINNED, QUIET, Spec, UserError
+from dumo.types import MAYBE_PLACE, PINNED, Spec, UserError
 
 Config = Mapping[str, Any]  # a part's config.json
 FIELD = "pipeline"  # of a run, for messages
@@ -48,7 +46,6 @@ OptionalPart = Literal["text_encoder_3"]  # SD3's T5, without which diffusers ru
 _OPTIONAL_PARTS: tuple[OptionalPart, ...] = get_args(OptionalPart)
 LICENSE = ("license", "license_name", "license_link")  # keys in the head of a README.md on the hub
 IS_DISTILLED = "is_distilled"  # a key of a Flux2KleinPipeline's model_index.json
-_FEW_STEP_NAMES = re.compile("turbo|schnell|lightning|sprint|distill|hyper|lcm|few-?step", re.I)
 
 
 class Pipeline(Spec):
@@ -57,9 +54,6 @@ class Pipeline(Spec):
     source: str = Field(json_schema_extra=_SOURCE_SCHEMA)
     # Text encoders that are left out though the folder may have them, as by diffusers' text_encoder_3=None.
     without: tuple[OptionalPart, ...] = Field(default=(), exclude_if=lambda names: not names)
-    # Whether it is distilled to few steps, for cards and `dumo show --check`; None: not known, for its class and config
-    # are those of its base.
-    distilled: bool | None = Field(default=None, json_schema_extra=QUIET)
     # The class, the licence and the hashes of the parts, by name, as they were when the run began.
     facts: dict[str, str] | None = Field(default=None, exclude_if=lambda facts: facts is None, json_schema_extra=PINNED)
 
@@ -107,7 +101,7 @@ class Pipeline(Spec):
         if self.is_published:
             return published_config(self.source)
         file = self.folder / INDEX
-        return read_settings(file, HINT) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
 
     @property
     def class_name(self) -> str:
@@ -135,13 +129,13 @@ class Pipeline(Spec):
         Raises UserError, with the command that brings them, where there are none, and as `part_folder`.
         """
         folder = self.part_folder(part)
-        return parts.require_weights(folder, weights_name(part), FIELD, self.download_command(part))
+        return parts.require_weights(folder, weights_name(part), FIELD, self.download_command())
 
     def part_folder(self, part: str) -> Path:
         """Return the folder of a part. Raises UserError, with the command that brings it, where it is missing."""
         folder = self._find_part(part)
         if folder is None:
-            raise UserError(f"{FIELD}: {self.source} has no {part}/{_config_name(part)}: {self.download_command(part)}")
+            raise UserError(f"{FIELD}: {self.source} has no {part}/{_config_name(part)}: {self.download_command()}")
         return folder
 
     def _find_part(self, part: str) -> Path | None:
@@ -160,15 +154,11 @@ class Pipeline(Spec):
         class_name = str(self.config(TRANSFORMER).get("_class_name"))
         return UNET if class_name.startswith("UNet") else TRANSFORMER
 
-    def download_command(self, part: str = "") -> str:
-        """Return the command that downloads what dumo reads of the whole pipeline, or of one part of it."""
+    def download_command(self) -> str:
+        """Return the command that downloads what dumo reads of the pipeline. It fetches no file that is there."""
         folder = "DIR" if self.is_published else shell_path(self.folder)
         repository = self.repository or "REPOSITORY"
-        if not part:
-            return hub.pipeline_command(repository, folder, third_encoder="text_encoder_3" not in self.without)
-        parts_on_hub = hub.model_parts(repository) if part == TRANSFORMER else [part]
-        other_files = [] if self.index else [INDEX]
-        return hub.download_command(repository, parts_on_hub, other_files, folder)
+        return hub.pipeline_command(repository, folder, third_encoder="text_encoder_3" not in self.without)
 
     @property
     def repository(self) -> str:
@@ -232,33 +222,12 @@ class Pipeline(Spec):
 
     @property
     def license(self) -> dict[str, str]:
-        """What the folder's README.md says of the licence, by the keys of LICENSE; {} if it says nothing."""
-        try:
-            text = read_text(self.folder / "README.md", HINT)
-            head = parse_yaml(text.split("---")[1]) if text.startswith("---") else None
-        except (UserError, YAMLError):  # a page that others wrote is no reason to stop
-            return {}
-        if not isinstance(head, dict):
-            return {}
+        """What the folder's model card says of the licence, by the keys of LICENSE; {} if it says nothing."""
+        from huggingface_hub import metadata_load  # slow to import
+
+        card = self.folder / "README.md"
+        head = (metadata_load(card) or {}) if card.is_file() else {}
         return {key: str(head[key]) for key in LICENSE if key in head}
-
-    @property
-    def distillation_text(self) -> str:
-        """In words, whether the model is distilled to few steps, as far as that is known.
-
-        `dumo show --check` and an export's card print it.
-        """
-        if self.distilled is not None:
-            return "distilled" if self.distilled else "not distilled"
-        if IS_DISTILLED in self.index:
-            words = "distilled" if self.index[IS_DISTILLED] else "not distilled"
-            return f"{words}, by its {INDEX}"
-        scheduler = str(self.index.get("scheduler", ""))
-        names = " ".join((Path(self.source).name, self.repository, self.class_name, scheduler))
-        few_step_name = _FEW_STEP_NAMES.search(names)
-        if few_step_name:
-            return f"distilled, by its name ({few_step_name[0]}): if so, take its base; {FIELD}.distilled notes it"
-        return f"not known whether it is distilled to few steps ({FIELD}.distilled)"
 
     # --- text encoders and tokenizers ---
 
@@ -328,11 +297,11 @@ class Pipeline(Spec):
             folder = self.folder / part
             visible = [file for file in folder.glob("*") if file.is_file() and not file.name.startswith(".")]
             if not visible:
-                raise UserError(f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}")
+                raise UserError(f"{FIELD}: {self.source} has no {part}: {self.download_command()}")
             return sorted(visible)
         if part in _OPTIONAL_PARTS and self._find_part(part) is None:
             raise UserError(
-                f"{FIELD}: {self.source} has no {part}: {self.download_command(part)}; or go without it by "
+                f"{FIELD}: {self.source} has no {part}: {self.download_command()}; or go without it by "
                 f"{FIELD}.without=[{part}]"
             )
         files = self.weights(part).all_files
@@ -404,7 +373,7 @@ def _read_config(file: Path, time_changed: int, size: int) -> tuple[str, str]:
 
     The cache reads it again if the file's time of change, in ns, or its size is another.
     """
-    config = read_settings(file, HINT, nulls_nonfinite=file.name == SCHEDULER_CONFIG)  # diffusers' say -Infinity
+    config = read_json(file)
     return json.dumps(config), _config_hash(config)
 
 

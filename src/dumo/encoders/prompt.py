@@ -32,7 +32,6 @@ from dumo.encoders.pipeline import HINT, SCHEDULER, TRANSFORMER, OptionalPart, P
 from dumo.encoders.text import Embeddings
 from dumo.encoders.tokens import require_vocabulary
 from dumo.encoders.transformers_library import import_transformers, quietly
-from dumo.io.read import explain_foreign_errors
 from dumo.runtime import import_bitsandbytes, require
 from dumo.types import PLACE, Spec
 
@@ -84,8 +83,7 @@ class PromptReaderSpec(Spec):
             library, class_name = folder.index[part]
             if not part.startswith("tokenizer") or library != "transformers":
                 continue
-            problem = f"pipeline: {self.source} has no {part} that transformers can load"
-            with explain_foreign_errors(problem, HINT), quietly():
+            with quietly():
                 tokenizer_class = getattr(transformers, class_name)
                 loaded = tokenizer_class.from_pretrained(
                     folder.folder / part, local_files_only=True, trust_remote_code=False
@@ -99,8 +97,7 @@ class PromptReaderSpec(Spec):
         diffusers = require("diffusers", "pretrained", "net.texts")
         import_transformers("net.texts")  # diffusers would fail without it, with another message
         config = folder.config(TRANSFORMER)
-        problem = f"pipeline: {self.source} holds no {self.pipeline} that diffusers can load"
-        with explain_foreign_errors(problem, HINT), quietly(), quietly("diffusers"), warnings.catch_warnings():
+        with quietly(), quietly("diffusers"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers', of its own code
             pipeline_class = getattr(diffusers, self.pipeline)
             with torch.device("meta"):
@@ -163,13 +160,11 @@ class PromptReader:
         """Return the embeddings of texts, on the CPU, padded with zeros to the longest of them.
 
         The empty text is what the pipeline takes for no negative prompt. A text counts as cut where each tokenizer of
-        the pipeline says so; those of SANA, Qwen-Image, Z-Image, FLUX.2, Chroma, PRX and Wan cut without a word. Raises
-        UserError where the pipeline fails.
+        the pipeline says so; those of SANA, Qwen-Image, Z-Image, FLUX.2, Chroma, PRX and Wan cut without a word.
         """
         rows: list[dict[str, Tensor]] = []
         cut_texts: list[str] = []
-        problem = f"net.texts: the pipeline in {self.spec.source} fails"
-        with explain_foreign_errors(problem, HINT), quietly():
+        with quietly():
             for text in texts:
                 with _diffusers_messages() as messages:
                     rows.append(self.read_row(text))

@@ -27,7 +27,7 @@ from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer
 from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.flow.precision import Precision, using
 from dumo.io import hub
-from dumo.io.read import explain_foreign_errors, read_settings, user_path
+from dumo.io.read import read_json, user_path
 from dumo.runtime.limits import TOKENS
 from dumo.types import PLACE, Spec, UserError
 
@@ -84,19 +84,17 @@ class TextEncoder(Spec):
     def find_folder(self) -> "EncoderFolder":
         """The encoder's folder, and the weights that are opened there.
 
-        Raises UserError where there is no folder, config or weights, or the weights are a pickle.
+        Raises UserError if there is no folder, or it has no weights or pickled ones.
         """
         source_folder = user_path(self.source, _FIELD)
         if not source_folder.is_dir():
-            hub_hint = hub.text_encoder_hint(self.source)
-            if hub_hint:
-                raise UserError(f"{_FIELD}: {hub_hint}")
-            raise UserError(f"{_FIELD}: {self.source} is no folder: {_HINT}")
+            fetch = ""
+            if hub.is_hub_name(self.source):
+                fetch = f"; a model of the Hugging Face hub is fetched by hf download {self.source} --local-dir DIR"
+            raise UserError(f"{_FIELD}: {self.source} is no folder: {_HINT}{fetch}")
         folder = source_folder
         if not (folder / CONFIG).is_file():
             folder = source_folder / "text_encoder"  # of a pipeline
-        if not (folder / CONFIG).is_file():
-            raise UserError(f"{_FIELD}: {self.source} has no {CONFIG}: {_HINT}")
         return EncoderFolder(folder, require_weights(folder, TRANSFORMERS, _FIELD, _HINT))
 
     def model_type(self) -> str:
@@ -117,11 +115,9 @@ class TextEncoder(Spec):
     def open(self, device: torch.device | str = "cpu") -> "EncoderModel":
         """Load the encoder onto a device. A `skip` that cuts the text is no error: tables were made with some.
 
-        Raises UserError as `find_folder`, where the tokenizer cannot be loaded, for damaged weights, and where
-        transformers cannot load them.
+        Raises UserError as `find_folder`, and as `load_tokenizer` and `load_model`.
         """
         folder = self.find_folder()
-        folder.weights.require_undamaged()  # before transformers reads them
         tokenizer = self._load_tokenizer(folder)
         model = load_model(folder.path, folder.class_name(pooled=self.pooled), "net.texts", _HINT)
         return EncoderModel(
@@ -146,7 +142,7 @@ class EncoderFolder:
     @cached_property
     def _config(self) -> dict[str, Any]:
         """What config.json holds. Raises UserError for a damaged one."""
-        return read_settings(self.path / CONFIG, _HINT)
+        return read_json(self.path / CONFIG)
 
     @property
     def model_type(self) -> str:
@@ -220,10 +216,7 @@ class EncoderModel:
             inputs["attention_mask"] = padding_mask.long().to(self.device)
 
         needs_hidden_states = spec.layer != -1
-        with (
-            using(spec.precision, self.device),
-            explain_foreign_errors(f"net.texts: the encoder of {spec.source} fails", _HINT),
-        ):
+        with using(spec.precision, self.device):
             output = self.model(**inputs, output_hidden_states=needs_hidden_states)
         states = self._hidden_states(output) if needs_hidden_states else output.last_hidden_state
 

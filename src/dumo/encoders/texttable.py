@@ -472,7 +472,7 @@ def _encode_texts(encoder: LoadedEncoder, captions: Sequence[str]) -> Embeddings
 def _read_captions(folder: Path, expected_digest: str) -> tuple[str, ...]:
     """Read the captions of a folder. Raises UserError where they are missing, damaged, or of another digest."""
     file = folder / CAPTIONS
-    lines = read_text(file, REMAKE, _MAX_CAPTIONS_BYTES).split("\n")
+    lines = read_text(file).split("\n")
     try:
         texts = tuple(str(json.loads(line)) for line in lines if line)
     except ValueError as error:

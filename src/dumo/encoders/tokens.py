@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dumo.encoders.transformers_library import import_transformers
 from dumo.io import digest
-from dumo.io.read import brief, explain_foreign_errors
+from dumo.io.read import brief
 from dumo.runtime.limits import TOKENS
 from dumo.types import Spec, UserError
 
@@ -66,17 +66,16 @@ class LoadedTokenizer:
 
         Raises UserError for a text without any token.
         """
-        with explain_foreign_errors("net.texts: the tokenizer fails", HINT):
-            encoded = self.library_tokenizer(
-                self._fill_template(texts),
-                truncation=True,
-                max_length=self.length,
-                padding="max_length" if fills_length else "longest",
-                padding_side="right",
-                return_tensors="pt",
-            )
-            ids = encoded["input_ids"]
-            mask = encoded["attention_mask"].bool()
+        encoded = self.library_tokenizer(
+            self._fill_template(texts),
+            truncation=True,
+            max_length=self.length,
+            padding="max_length" if fills_length else "longest",
+            padding_side="right",
+            return_tensors="pt",
+        )
+        ids = encoded["input_ids"]
+        mask = encoded["attention_mask"].bool()
         if not bool(mask.any(1).all()):
             raise UserError(
                 "net.texts: a text has no token, not even one of its end: set net.texts.encoder.template with words "
@@ -97,8 +96,7 @@ class LoadedTokenizer:
 
     def _ids_without_cut(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of the tokens of each text, all of them."""
-        with explain_foreign_errors("net.texts: the tokenizer fails", HINT):
-            return self.library_tokenizer(self._fill_template(texts), verbose=False)["input_ids"]
+        return self.library_tokenizer(self._fill_template(texts), verbose=False)["input_ids"]
 
     def _fill_template(self, texts: Sequence[str]) -> list[str]:
         """The texts with the words of the template around them."""
@@ -118,18 +116,16 @@ def warn_of_cuts(cut_texts: Sequence[str], place: str) -> None:
 def load_tokenizer(folder: Path, length: int, template: str = "{}", *, field: str = "net.texts") -> LoadedTokenizer:
     """Load the tokenizer of a folder, which a run names in `field`.
 
-    Raises UserError where there is none, its vocabulary is missing, or transformers is.
+    Raises UserError if its settings or its vocabulary are missing: transformers would make one with other tokens.
     """
     tokenizer_class = import_transformers(field).AutoTokenizer
-    config = folder / "tokenizer_config.json"
-    if not config.is_file():
-        raise UserError(f"{field}: {folder} holds no tokenizer, {config.name} is missing: {HINT}")
-    with explain_foreign_errors(f"{field}: {folder} holds no tokenizer that can be read", HINT):
-        tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        require_vocabulary(tokenizer, f"{field}: {folder} holds no whole tokenizer")
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return LoadedTokenizer(tokenizer, _files_hash(folder), length, template)
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{field}: {folder} has no tokenizer_config.json: {HINT}")
+    tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    require_vocabulary(tokenizer, f"{field}: {folder} holds no whole tokenizer")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedTokenizer(tokenizer, _files_hash(folder), length, template)
 
 
 def require_vocabulary(tokenizer: Any, problem: str, hint: str = HINT) -> None:  # noqa: ANN401, of transformers

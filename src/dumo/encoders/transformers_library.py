@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from dumo.encoders.part import TRANSFORMERS, require_weights
-from dumo.io import read
 from dumo.runtime import require
+from dumo.types import UserError
 
 CONFIG = "config.json"  # the name of a model's settings in its folder
 
@@ -30,20 +30,19 @@ def import_transformers(field: str) -> Any:  # noqa: ANN401, a module
 def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a model of transformers
     """Load a model of this class of transformers from a folder, in evaluation mode, in float32, on the CPU.
 
-    Raises UserError, which names the field and ends in the hint, where a file or a weight is missing, or transformers
-    fails.
+    Raises UserError, which names the field and ends in the hint, for a pickle, for damaged weights, and if a weight is
+    missing: transformers would draw it at random.
     """
     transformers = import_transformers(field)
     part_weights = require_weights(folder, TRANSFORMERS, field, hint)
-    with read.explain_foreign_errors(f"{field}: {folder} holds no model that transformers can load", hint), quietly():
-        # in the block, because transformers imports a class at first use, and may lack or fail to import it
+    part_weights.require_undamaged()
+    with quietly():
         model_class = getattr(transformers, class_name)
         model, info = part_weights.build_model(model_class, trust_remote_code=False, dtype=torch.float32)
-        missing = sorted(info["missing_keys"])
-        if missing:  # transformers would draw these weights at random
-            # `read.explain_foreign_errors` makes a UserError of it, with field, folder and hint
-            raise RuntimeError(f"the weights do not fit {CONFIG}: {missing[0]} is missing")
-        return model.eval()
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"{field}: the weights of {folder} do not fit {CONFIG}: {missing[0]} is missing; {hint}")
+    return model.eval()
 
 
 @contextmanager

@@ -1,44 +1,55 @@
-"""Features of images by DINOv2 (Oquab et al. 2023, arXiv 2304.07193) and CLIP (Radford et al. 2021).
+"""Models of images by transformers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193) and CLIP (Radford et al. 2021).
 
-The model is in a folder of the user's own, as transformers saves it. `load` checks the folder and reads it into an
-`ImageEncoder`. A call of the `ImageEncoder` preprocesses images, and returns their `ImageFeatures`. `FEATURE_MODELS`
-says of each kind of features which model makes it.
+A model is in a folder of the user's own, as transformers saves it. `load` reads one into an `ImageEncoder`, which turns
+images into `ImageFeatures`; `FEATURE_MODELS` says of each kind of features which model makes it. `load_clip` reads a
+CLIPModel into a `Clip`, which says by a cosine how well an image fits a text.
 
 To add a kind of features, add a row to `FEATURE_MODELS`, and its preprocessing to `ImageEncoder`.
 
-Preprocessing is fixed here, as in the code of those who judge by these features, whatever else is installed:
+Preprocessing is fixed here, as in the code of those who judge by these models, whatever else is installed:
 
 - `dinov2`, as dgm-eval (Stein et al. 2023): the whole image brought to 224 x 224 by Pillow, bicubic, whatever its
   shape; the class token behind the last norm. Positions are interpolated as in the published model, to (16 + 0.1) / 37
   of the grid, where transformers takes 16 / 37.
 - `cmmd`, as CMMD (Jayasumana et al. 2024): the middle square brought to the model's side by Pillow, bicubic; the
   projected embedding, of length 1.
+- `Clip`, as transformers has it: Pillow brings the shorter side to the model's, bicubic, and the middle is cut out.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
-from dumo.encoders import clip
 from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, require_weights
+from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer, warn_of_cuts
 from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.flow.precision import using
 from dumo.io.picture import Pixels
-from dumo.io.read import explain_foreign_errors
+from dumo.io.read import read_json
 from dumo.types import UserError
 
 FeatureKind = Literal["cmmd", "dinov2"]
+Colour = tuple[float, float, float]  # red, green, blue in [0, 1]
 _DINOV2_SIDE = 224  # pixels: dgm-eval
 _DINOV2_OFFSET = 0.1  # patches: facebookresearch/dinov2, hub/backbones.py
-IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation, in [0, 1]
+IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation
+CLIP_COLOURS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # OpenAI's, likewise
+IMAGE_CONFIG = "preprocessor_config.json"  # of the image processor
+_PROCESSOR_CONFIG = "processor_config.json"  # of image processor and tokenizer, as of transformers 5
+_IMAGES_PER_BATCH = 64
+CLIP_HINT = (
+    f"name a folder with {CONFIG}, {TRANSFORMERS_FILE} and the files of a tokenizer, as transformers saves a CLIPModel"
+)
 
 
 class FeatureModel(NamedTuple):
@@ -46,7 +57,7 @@ class FeatureModel(NamedTuple):
 
     class_name: str  # in transformers
     model_types: tuple[str, ...]  # `model_type` in the config.json of folders that the class reads
-    colours: tuple[clip.Colour, clip.Colour]  # mean and deviation of colours, where a folder has none
+    colours: tuple[Colour, Colour]  # mean and deviation of colours, where a folder has none
     resize: str  # how images are resized, in words: for reports
 
     @property
@@ -65,7 +76,7 @@ FEATURE_MODELS: dict[FeatureKind, FeatureModel] = {
     "cmmd": FeatureModel(
         class_name="CLIPVisionModelWithProjection",
         model_types=("clip", "clip_vision_model"),
-        colours=(clip.COLOUR_MEAN, clip.COLOUR_DEVIATION),
+        colours=CLIP_COLOURS,
         resize="Pillow, bicubic, the middle square to",
     ),
 }
@@ -111,8 +122,7 @@ class ImageEncoder:
         if len(pixels) == 0:
             batch = pixels.new_zeros(1, 3, 1, 1)  # these models take no empty batch: its row is cut off below
         model_input = self.preprocess(batch).to(self.model.device)
-        hint = FEATURE_MODELS[self.kind].hint
-        with using("fp32", self.model.device), explain_foreign_errors(f"the model of {self.folder} fails", hint):
+        with using("fp32", self.model.device):
             out: Any = self.model(pixel_values=model_input)  # of transformers
         features = normalize(out.image_embeds) if self.kind == "cmmd" else out.pooler_output
         features = features[: len(pixels)]
@@ -121,7 +131,7 @@ class ImageEncoder:
 
     def preprocess(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
         """Resize images, and scale their colours, as the model expects them."""
-        return clip.to_inputs(pixels, self._to_square, self.mean, self.deviation)
+        return _to_inputs(pixels, self._to_square, self.mean, self.deviation)
 
     def _to_square(self, image: Image.Image) -> Image.Image:
         """Resize an image to a square of `side` pixels: for CMMD its middle square, else all of it."""
@@ -142,20 +152,18 @@ def _colour_text(colour: Float[Tensor, "3 1 1"]) -> str:
 def load(folder: Path, kind: FeatureKind, field: str, device: torch.device | str = "cpu") -> ImageEncoder:
     """Load the model of a folder onto a device.
 
-    Raises UserError, which names the field, where there is none, it is damaged, or its weights are a pickle.
+    Raises UserError, which names the field, for another model, damaged weights or a pickle.
     """
     feature_model = FEATURE_MODELS[kind]
-    config = clip.read_config(folder, (CONFIG,), field, feature_model.hint)
-    if config.get("model_type") not in feature_model.model_types:
-        raise UserError(
-            f"{field}: {folder} holds a {config.get('model_type')}, no {feature_model.class_name}: {feature_model.hint}"
-        )
+    model_type = read_json(folder / CONFIG).get("model_type")
+    if model_type not in feature_model.model_types:
+        raise UserError(f"{field}: {folder} holds a {model_type}, no {feature_model.class_name}: {feature_model.hint}")
     model = load_model(folder, feature_model.class_name, field, feature_model.hint)
     side = model.config.image_size
     if kind == "dinov2":
         side = _DINOV2_SIDE
         _interpolate_positions(model, side)
-    mean, deviation = clip.read_colours(folder, feature_model.colours, feature_model.hint)
+    mean, deviation = _read_colours(folder, feature_model.colours)
     return ImageEncoder(kind=kind, folder=folder, model=model.to(device), side=side, mean=mean, deviation=deviation)
 
 
@@ -173,3 +181,92 @@ def _interpolate_positions(model: Any, side: int) -> None:  # noqa: ANN401, of t
     grid = positions[:, 1:].mT.unflatten(2, (m, m))
     grid = interpolate(grid, scale_factor=(n + _DINOV2_OFFSET) / m, mode="bicubic")
     model.embeddings.position_embeddings = nn.Parameter(torch.cat([class_token, grid.flatten(2).mT], 1), False)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A loaded CLIP, and how images and texts are preprocessed for it."""
+
+    folder: Path
+    model: Any  # of transformers
+    tokenizer: LoadedTokenizer
+    side: int  # pixels
+    mean: Float[Tensor, "3 1 1"]  # of colours in [0, 1]
+    deviation: Float[Tensor, "3 1 1"]
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the weights, in hexadecimal."""
+        return require_weights(self.folder, TRANSFORMERS, "the CLIP", CLIP_HINT).sha256()
+
+    @torch.no_grad()
+    def cosines(self, pixels: Pixels, texts: Sequence[str]) -> Float[Tensor, " n"]:
+        """Return the cosine of each image and its text, in float32 on the CPU. Warns of texts that are cut."""
+        if texts:
+            warn_of_cuts(self.tokenizer.cut_texts(texts), f"at {self.tokenizer.length} tokens")
+        batches = list[Tensor]()
+        for first in range(0, len(texts), _IMAGES_PER_BATCH):
+            batch = slice(first, first + _IMAGES_PER_BATCH)
+            ids, mask = self.tokenizer(texts[batch])
+            inputs = {
+                "input_ids": ids,
+                "attention_mask": mask.long(),
+                "pixel_values": _to_inputs(pixels[batch], self._resize_and_crop, self.mean, self.deviation),
+            }
+            output = self.model(**{name: x.to(self.model.device) for name, x in inputs.items()})
+            cosines = (output.image_embeds * output.text_embeds).sum(1)  # both have length 1
+            batches.append(cosines.float().cpu())
+        return torch.cat([torch.zeros(0), *batches])
+
+    def _resize_and_crop(self, image: Image.Image) -> Image.Image:
+        """Resize the shorter side of an image to `side` pixels, then cut out the middle, rounding as transformers."""
+        side = self.side
+        width, height = (side * length // min(image.size) for length in image.size)
+        left = (width - side) // 2
+        top = (height - side) // 2
+        return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+
+
+def load_clip(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
+    """Load the CLIP of a folder onto a device.
+
+    Raises UserError, which names the field, for another model, damaged weights or a pickle.
+    """
+    model_type = read_json(folder / CONFIG).get("model_type")
+    if model_type != "clip":
+        raise UserError(f"{field}: {folder} holds a {model_type}, no CLIPModel of images and texts: {CLIP_HINT}")
+    model = load_model(folder, "CLIPModel", field, CLIP_HINT).to(device)
+    tokenizer = load_tokenizer(folder, model.config.text_config.max_position_embeddings, field=field)
+    mean, deviation = _read_colours(folder, CLIP_COLOURS)
+    side = model.config.vision_config.image_size
+    return Clip(folder=folder, model=model, tokenizer=tokenizer, side=side, mean=mean, deviation=deviation)
+
+
+def _to_inputs(
+    pixels: Pixels,
+    to_square: Callable[[Image.Image], Image.Image],
+    mean: Float[Tensor, "3 1 1"],
+    deviation: Float[Tensor, "3 1 1"],
+) -> Float[Tensor, "n 3 side side"]:
+    """The input of a model: each image as `to_square` makes it, its colours in [0, 1] less `mean`, over `deviation`."""
+    images = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    squares = np.stack([np.asarray(to_square(Image.fromarray(image))) for image in images])
+    colours = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
+    return (colours - mean) / deviation
+
+
+def _read_colours(
+    folder: Path, default: tuple[Colour, Colour]
+) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
+    """Read the mean and deviation of colours from the settings of a folder's image processor.
+
+    If there are no such settings, or they lack a value, `default` has it.
+    """
+    settings: dict[str, Any] = {}
+    for name in (_PROCESSOR_CONFIG, IMAGE_CONFIG):
+        if (folder / name).is_file():
+            settings = read_json(folder / name)
+    settings = settings.get("image_processor", settings)
+    mean = torch.tensor(settings.get("image_mean", default[0]), dtype=torch.float32)
+    deviation = torch.tensor(settings.get("image_std", default[1]), dtype=torch.float32)
+    return mean.view(3, 1, 1), deviation.view(3, 1, 1)

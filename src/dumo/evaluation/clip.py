@@ -18,8 +18,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from dumo.encoders import clip
-from dumo.encoders.clip import Clip
+from dumo.encoders.vision import CLIP_HINT, Clip, load_clip
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
 from dumo.evaluation.wholeset import choose_rows, collect
 from dumo.io.picture import to_uint8
@@ -48,7 +47,7 @@ class ClipProtocol(Protocol):
         """What must be named before anything can be judged; None: nothing."""
         if self.model:
             return None
-        return f"a CLIP, in {MODEL_FIELD}: {clip.HINT}"
+        return f"a CLIP, in {MODEL_FIELD}: {CLIP_HINT}"
 
     def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
@@ -66,7 +65,7 @@ class ClipProtocol(Protocol):
         if context.captions is None:
             raise UserError(f"protocol {self.kind} compares images with captions, and the data have none")
         data, sample_c, texts = context.captions()
-        model = clip.load(user_path(self.model, MODEL_FIELD), MODEL_FIELD, context.device)
+        model = load_clip(user_path(self.model, MODEL_FIELD), MODEL_FIELD, context.device)
         x, c_of_x = data.reference(MAX_REAL, context.seed)
         rows = choose_rows(len(x), MAX_REAL, self.kind, "rows")  # a finite data set may give more than are asked for
         config = model.model.config.vision_config

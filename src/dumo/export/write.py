@@ -33,7 +33,7 @@ from dumo.export.model import DTYPES, INDEX, ExportedModel, Head, choose_exporte
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler, write_velocity_scheduler
 from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
-from dumo.io.read import read_settings, write_json
+from dumo.io.read import read_json, write_json
 from dumo.io.weights import PICKLES, unshared
 from dumo.nets import Pretrained
 from dumo.run.weights import RunFolder, build
@@ -100,7 +100,6 @@ def export(
         )
 
     # Write it.
-    files.sweep(out.parent, is_users=True)
     provenance = card.Provenance.of(opened)
     card_name = name or out.name
     with files.atomic_write(out) as temporary:
@@ -239,7 +238,7 @@ def read_index(source: Path) -> dict[str, Any]:
 
     Raises UserError for a pipeline of two transformers: the second was not tuned, and would make some of the passes.
     """
-    index = read_settings(source / INDEX, "take another copy of the pipeline")
+    index = read_json(source / INDEX)
     if has_component(index.get(SECOND_TRANSFORMER)):
         raise UserError(
             f"{source} has two transformers, and {SECOND_TRANSFORMER}, which was not tuned, would make some of the "

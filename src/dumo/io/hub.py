@@ -1,15 +1,13 @@
 """Names on the Hugging Face hub: what dumo knows of published pipelines, and the commands that fetch them.
 
-`is_hub_name` tells a name on the hub from a place; `fetch_hint` and `text_encoder_hint` answer one where a folder is
-wanted. `pipeline_command` brings what dumo reads of a whole pipeline, `download_command` some parts of it, and
-`model_parts` are those of its model. `published_name` says whether dumo knows a repository, and `published_config` has
-the configs of a pipeline that it knows. Nothing here asks the hub, and nothing imports torch.
+`is_hub_name` tells a name on the hub from a place, and `fetch_hint` answers one where a folder is wanted.
+`pipeline_command` brings what dumo reads of a pipeline. `published_name` says whether dumo knows a repository, and
+`published_config` has the configs of a pipeline that it knows. Nothing here asks the hub, and nothing imports torch.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +29,6 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
 SUFFIX = ".safetensors"
 # Variants, which have a second dot in their names. Patterns of fnmatch, in which * matches / and dots, too.
 EXCLUDED = (f"*.*{SUFFIX}", "*.index.*.json")
-_TEXT_ENCODER_FILES = ("*.json", f"*{SUFFIX}", "*.model", "merges.txt")  # and those of its tokenizer
 
 
 @lru_cache
@@ -74,65 +71,31 @@ def one_file_hint(file: Path) -> str:
     )
 
 
-def text_encoder_hint(name: str) -> str:
-    """What a name on the hub is, and the command that fetches a text encoder and its tokenizer; "": it is no such name.
-
-    A repository of a pipeline that dumo knows has them in folders; another is taken for one that holds them alone.
-    """
-    if not is_hub_name(name):
-        return ""
-    folder = Path(name).name
-    if published_name(name):
-        command = download_command(name, ["text_encoder", "tokenizer"], [], folder)
-    else:
-        command = download_command(name, [], _TEXT_ENCODER_FILES, folder)
-    return f"{name} is no folder here. If it is a model on the Hugging Face hub, fetch what dumo reads of it, {command}"
-
-
 def pipeline_command(repository: str, folder: str, *, third_encoder: bool = True) -> str:
-    """The command that brings what dumo reads of a pipeline into a folder, with or without a third text encoder."""
+    """The command that brings what dumo reads of a pipeline into a folder, with or without a third text encoder.
+
+    Weights are those in safetensors, without variants such as fp16. `folder` is not quoted.
+    """
     text_parts = ["text_encoder*", "tokenizer*"]
     if not third_encoder:
         text_parts = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
-    parts = [*model_parts(repository), VAE, SCHEDULER, *text_parts]
-    return download_command(repository, parts, [INDEX, "README.md"], folder)
+    words = ["hf", "download", repository, "--include", INDEX, "--include", "README.md"]
+    for part in (*_model_parts(repository), VAE, SCHEDULER, *text_parts):
+        if part.startswith("tokenizer"):  # files of many names
+            words += ["--include", f"{part}/*"]
+            continue
+        words += ["--include", f"{part}/*.json"]
+        if part != SCHEDULER:
+            words += ["--include", f"{part}/*{SUFFIX}"]
+    for pattern in EXCLUDED:
+        words += ["--exclude", pattern]
+    return f"{shlex.join(words)} --local-dir {folder}"
 
 
-def model_parts(repository: str) -> list[str]:
+def _model_parts(repository: str) -> list[str]:
     """The folder that holds the model of a repository: of one that dumo does not know, both that may."""
     name = published_name(repository)
     if not name:
         return [TRANSFORMER, UNET]
     class_name = str(published_config(name)[TRANSFORMER]["_class_name"])
     return [UNET if class_name.startswith("UNet") else TRANSFORMER]
-
-
-def download_command(repository: str, parts: Sequence[str], other_files: Sequence[str], folder: Path | str) -> str:
-    """The command that brings what dumo reads of a repository of the hub into a folder.
-
-    repository: OWNER/NAME.
-    parts: folders of the repository, of which it brings configs and weights; their names may hold a `*`.
-    other_files: files outside of them, which it brings as they are.
-    folder: where to; it is not quoted.
-
-    Weights are those in safetensors, without variants such as fp16.
-    """
-    words = ["hf", "download", repository]
-    for pattern in (*other_files, *_included(parts)):
-        words += ["--include", pattern]
-    for pattern in EXCLUDED:
-        words += ["--exclude", pattern]
-    return f"{shlex.join(words)} --local-dir {folder}"
-
-
-def _included(parts: Sequence[str]) -> list[str]:
-    """The patterns of what dumo reads of these folders. They match variants, too, which `EXCLUDED` takes out."""
-    patterns: list[str] = []
-    for part in parts:
-        if part.startswith("tokenizer"):  # files of many names
-            patterns.append(f"{part}/*")
-            continue
-        patterns.append(f"{part}/*.json")
-        if part != SCHEDULER:
-            patterns.append(f"{part}/*{SUFFIX}")
-    return patterns

@@ -24,7 +24,6 @@ from dumo.encoders.part import DIFFUSERS, PartWeights, first_unfit_key, require_
 from dumo.encoders.pipeline import (
     CONFIG,
     FIELD,
-    HINT,
     SECOND_TRANSFORMER,
     TRANSFORMER,
     VAE,
@@ -35,7 +34,6 @@ from dumo.encoders.pipeline import (
 )
 from dumo.encoders.transformers_library import quietly
 from dumo.io.deferred import not_deferred, read_later
-from dumo.io.read import explain_foreign_errors
 from dumo.nets.adapter import Lora
 from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marked
 from dumo.nets.dualized import Dualized
@@ -149,30 +147,23 @@ class Pretrained(PipelineSpec):
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
         config = self.pipeline.config(TRANSFORMER)
         model_family = find_family(config, self.pipeline.class_name)
-        with explain_foreign_errors(f"{FIELD}: {self.pipeline.source} describes no {config['_class_name']}", HINT):
-            return self._build_net(model_family, config, needs, shape, classes)
-
-    def _build_net(
-        self, family: Family, config: Config, needs: Needs, shape: tuple[int, ...], classes: int
-    ) -> Dualized:
-        """Make the net of `build`. Raises UserError, and whatever diffusers raises for a damaged config."""
         model = self.load_model(self._build_config(config))
-        self._require_fit(family, model.config, needs)
-        patch = family.patch(model.config, shape[0])
+        self._require_fit(model_family, model.config, needs)
+        patch = model_family.patch(model.config, shape[0])
         if shape[1] % patch or shape[2] % patch:
             raise UserError(
                 f"{FIELD} has a model of patches of {patch} x {patch}, which do not divide the data's sides {shape[1:]}"
             )
-        texts = self.text_rows(family, model.config, classes, shape)
+        texts = self.text_rows(model_family, model.config, classes, shape)
         if self.checkpoint:
-            self._checkpoint_blocks(model, family, texts)
+            self._checkpoint_blocks(model, model_family, texts)
         return Dualized(
             model,
-            family,
+            model_family,
             texts,
             needs.heads,
             patch,
-            guidance=self._embedded_guidance(family),
+            guidance=self._embedded_guidance(model_family),
             lora=self.lora,
             lowpass_limit=self.lowpass,
             diffusion=self.diffusion,
@@ -278,10 +269,7 @@ class Pretrained(PipelineSpec):
         Raises UserError where they do not fit the config.
         """
         folder = stored_weights.files[0].parent
-        with (
-            explain_foreign_errors(f"{folder} holds no {model_class.__name__} that diffusers can load", HINT),
-            not_deferred(),
-        ):
+        with not_deferred():
             from accelerate import init_empty_weights
 
             # diffusers maps what it need not cast
@@ -334,7 +322,7 @@ class Shortened(Pretrained):
 
 def model_weights(pipeline: Pipeline) -> PartWeights:
     """Find the weights of a pipeline's model. Raises UserError where there are none, or they are a pickle."""
-    way_out = f"{pipeline.download_command(TRANSFORMER)}; or set net.weights=drawn to start from random ones"
+    way_out = f"{pipeline.download_command()}; or set net.weights=drawn to start from random ones"
     return require_weights(pipeline.part_folder(TRANSFORMER), DIFFUSERS, FIELD, way_out)
 
 

@@ -23,7 +23,6 @@ from typing import Any, Literal, cast, get_args
 from torch import nn
 
 from dumo.flow.schedule import Clock, Law, Schedule
-from dumo.io.read import explain_foreign_errors
 from dumo.types import Array, Sample, Time, UserError, lift
 
 Prediction = Literal["epsilon", "v_prediction"]
@@ -94,10 +93,7 @@ def read_scheduler(config: Mapping[str, Any]) -> DiffusionToVelocity:
             "a model that predicts one of them"
         )
     fields = {"kind": law, "start": config["beta_start"], "end": config.get("beta_end"), "zero_snr": zero_snr}
-    with explain_foreign_errors(
-        f"{subject} describes no schedule", "take the folder of a pipeline with the scheduler that it has"
-    ):
-        schedule = Schedule.model_validate(fields | {"steps": config["num_train_timesteps"]})
+    schedule = Schedule.model_validate(fields | {"steps": config["num_train_timesteps"]})
     data_share = 1 - schedule.last_time
     if prediction == "epsilon" and data_share < MIN_DATA_SHARE:
         raise UserError(

@@ -204,9 +204,7 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
     other_times = dict.fromkeys(net.time_names[1:], t)
     head = velocity_index(list(net.heads))
     pipeline = spec.pipeline
-    findings = [
-        Finding("pipeline", "ok", f"{pipeline.class_name or 'a transformer alone'}, {pipeline.distillation_text}")
-    ]
+    findings = [Finding("pipeline", "ok", pipeline.class_name or "a transformer alone")]
     teach_others()
     with torch.no_grad():
         v = net(x, c, t=t, **other_times)[head]

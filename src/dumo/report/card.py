@@ -165,7 +165,7 @@ def contrast_solver(protocol: MetricProtocol) -> Solver:
 
 def read_report(path: Path) -> dict[str, Any]:
     """Read the report of an evaluation. Raises UserError if there is none."""
-    report = read_json(path, "run dumo evaluate")
+    report = read_json(path)
     if not isinstance(report, dict) or "card" not in report:
         raise UserError(f"{path} is not the report of an evaluation: run dumo evaluate")
     return report

@@ -25,7 +25,6 @@ from dumo.flow.generate import Batch, counting_passes, eval_mode, in_precision
 from dumo.flow.guide import CFG
 from dumo.flow.likelihood import axes, log_likelihood
 from dumo.flow.solver import Solver, check
-from dumo.io.file import check_writable
 from dumo.io.read import write_json
 from dumo.report.card import (
     Row,
@@ -70,7 +69,6 @@ def evaluate(
 
     Raises UserError as the solvers and the protocol do, and OSError, before any work, if the folder is not writable.
     """
-    check_writable(opened.output_folder)
     opened = with_evaluation_options(opened, nfe=nfe, seed=seed, solver=solver)
     run = opened.run
     sampler = opened.sampler

@@ -36,7 +36,6 @@ from dumo.evaluation.npz import NpzImages
 from dumo.evaluation.protocol import ImageTick
 from dumo.evaluation.reference import PIECE, InceptionKind, hash_images, with_progress
 from dumo.evaluation.shipped import ShippedKind
-from dumo.io.file import check_writable
 from dumo.io.picture import to_uint8
 from dumo.io.read import first_few, user_path, write_json
 from dumo.io.source import Data
@@ -197,7 +196,6 @@ def judge(
     require_known("protocol of images", kind, KINDS)
     protocol_part = "" if kind == DEFAULT_KIND else f".{kind}"
     path = out or Path(f"{place.resolve().name}{protocol_part}.evaluation.json")
-    check_writable(path.parent)
 
     # Open the images, and complete the protocol.
     image_set = open_images(place)

@@ -20,7 +20,6 @@ from dumo.config.conditions import Conditions, shown_data
 from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.flow import generate
-from dumo.io import file as files
 from dumo.io.picture import SCATTER_POINTS
 from dumo.report.sample import write_samples
 from dumo.run.sampler import gather_samples, rank_indices, sampler_of
@@ -71,7 +70,6 @@ class Sheets:
 
     def draw_missing(self, state: State) -> None:
         """Draw what is due at the step that the run resumes from, and missing. Every rank must call it."""
-        agreement.on_main_rank(lambda: files.sweep(self.folder))
         if state.step:
             for file, nfe in self._sheets_due(state.step):
                 if agreement.on_main_rank(lambda file=file: not file.exists()):

@@ -64,7 +64,7 @@ def read(folder: Path) -> DataNote | None:
     file = folder / FILE
     if not file.exists():
         return None
-    content = read_json(file, _WAY_OUT)
+    content = read_json(file)
     try:
         sd = content["sd"]
         if sd is not None and (type(sd) not in (int, float) or not sd >= 0):

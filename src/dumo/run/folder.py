@@ -66,12 +66,6 @@ def require_free(folder: Path) -> None:
             raise UserError(f"{folder} is not empty and holds no {RUN_FILE}: give another folder with --out")
 
 
-def require_place(folder: Path) -> None:
-    """Raise UserError or OSError if no new run can be written to a folder. Nothing is written."""
-    require_free(folder)
-    files.check_writable(folder)
-
-
 def resumed_line(folder: Path, minutes: float) -> str:
     """Say that a folder's run is resumed, although minutes were given to propose a new one."""
     more_time = f"dumo train {shell_path(folder)} --minutes {minutes:g}"

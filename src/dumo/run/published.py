@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dumo.config.teacher import Start
 from dumo.encoders.part import DIFFUSERS, require_weights
 from dumo.flow.path import FlowPath
-from dumo.io.read import read_settings, user_path
+from dumo.io.read import read_json, user_path
 from dumo.io.weights import load
 from dumo.nets import Net
 from dumo.nets.dit import SIZES, DiT, Transformer
@@ -76,7 +76,7 @@ def _load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
     model_class = "nothing"
     for folder in (place, place / "transformer"):
         if (folder / _CONFIG_FILE).is_file():
-            model_class = read_settings(folder / _CONFIG_FILE, _CONFIG_FIX).get("_class_name", "nothing")
+            model_class = read_json(folder / _CONFIG_FILE).get("_class_name", "nothing")
             if start.kind == "dit" and model_class == _DIFFUSERS_CLASS:
                 part_weights = require_weights(folder, DIFFUSERS, "start.source", _CONFIG_FIX)
                 return from_diffusers(part_weights.load())

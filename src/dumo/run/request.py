@@ -101,7 +101,7 @@ def note_end(folder: Path) -> None:
 def _read_note(folder: Path) -> dict[str, Any] | None:
     """The note in a run's folder; None: there is none. Raises UserError for a damaged file."""
     file = folder / OBEYED_FILE
-    return read_json(file, _WAY_OUT) if file.exists() else None
+    return read_json(file) if file.exists() else None
 
 
 def require_same_request(request: Request, run: Run) -> None:

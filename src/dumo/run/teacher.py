@@ -69,8 +69,7 @@ class LoadedTeacher:
             return
 
         # compare by the hash: the teacher may have been moved
-        fix = f"delete it if the teacher is the one that {folder} began with, or start anew in another folder"
-        record_before = read_json(file, fix)
+        record_before = read_json(file)
         if not isinstance(record_before, dict) or record_before.get("sha256") != self.record["sha256"]:
             raise UserError(
                 f"{folder} began with another teacher: {record_before} then, {self.record} now. Put the teacher back "

@@ -123,9 +123,9 @@ def test_overrides_that_contradict_are_refused() -> None:
     assert said == "teacher=null takes away what teacher.source is a part of: leave out one of them"
 
 
-@pytest.mark.parametrize("texts", [*permutations(["pipeline=dir", "pipeline.distilled=true"])])
+@pytest.mark.parametrize("texts", [*permutations(["pipeline=dir", "pipeline.without=[text_encoder_3]"])])
 def test_a_text_for_the_pipeline_is_its_source_beside_other_fields(texts: tuple[str, ...]) -> None:
     """As `dumo train sd3-lora --set pipeline=DIR` is typed, and messages propose the other."""
-    tree: dict[str, Any] = {"pipeline": {"source": "sd3-medium", "distilled": False}}
+    tree: dict[str, Any] = {"pipeline": {"source": "sd3-medium", "without": []}}
     override(tree, texts)
-    assert tree == {"pipeline": {"source": "dir", "distilled": True}}
+    assert tree == {"pipeline": {"source": "dir", "without": ["text_encoder_3"]}}

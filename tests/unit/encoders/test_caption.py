@@ -19,7 +19,6 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path, name: str, tex
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        (r'{"prompt": "a \ud800"}', "half a character"),
         ('{"prompt": "a"', "not JSON"),
         ('{"prompt": " "}', "no prompt"),
         ('["a"]', "no prompt"),

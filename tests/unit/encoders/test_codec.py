@@ -333,15 +333,10 @@ def test_a_pipelines_autoencoder_is_that_which_the_run_began_with(tmp_path: Path
 
 def test_wrong_folders_are_refused(vae: Path) -> None:
     spec = SdVae(weights=str(vae))
-    with pytest.raises(UserError, match=r"does not fit|no AutoencoderDC"):
-        DcAe(weights=str(vae)).open()
     tensors = load_file(vae / WEIGHTS)
     del tensors["decoder.conv_out.weight"]  # diffusers would draw it at random and go on
     save_file(tensors, vae / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match=r"decoder.conv_out.weight is missing"):
-        spec.open()
-    (vae / CONFIG).unlink()
-    with pytest.raises(UserError, match="no AutoencoderKL that diffusers can load"):
         spec.open()
     (vae / WEIGHTS).rename(vae / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="dumo reads no pickle"):

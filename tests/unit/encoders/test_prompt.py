@@ -246,14 +246,3 @@ def test_texts_that_all_tokenizers_cut_are_counted_and_nothing_else_is_shown(
     assert shown.getvalue() == ""
     with pytest.warns(UserWarning, match=r"'a long story.*': cut where the pipeline cuts texts$"):
         spec.build(3).append([LONG])
-
-
-def test_a_tokenizer_that_cannot_be_read_is_named_before_images_are_encoded(place: Path, tmp_path: Path) -> None:
-    import shutil
-
-    copied = Pipeline(source=str(shutil.copytree(saved(place, "SD3").folder, tmp_path / "sd3")))
-    spec = texts(copied, tmp_path / "texts").reader_spec
-    spec.require_tokenizers()
-    (tmp_path / "sd3" / "tokenizer_2" / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="has no tokenizer_2 that transformers can load"):
-        spec.require_tokenizers()

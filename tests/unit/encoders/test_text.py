@@ -16,7 +16,6 @@ import encoders
 from dumo.encoders.text import TextEncoder
 from dumo.encoders.texttable import encode, open_table
 from dumo.encoders.tokens import ByteTokenizer, load_tokenizer
-from dumo.io import hub
 from dumo.types import UserError
 from unit.encoders.toy import contents
 
@@ -102,8 +101,7 @@ def test_long_texts_are_cut_and_a_table_says_once_how_many(t5: Path, tmp_path: P
         ("model.safetensors", Path.unlink, "has no weights"),
         ("model.safetensors", lambda file: file.rename(file.with_name("pytorch_model.bin")), "reads no pickle"),
         ("model.safetensors", lambda file: os.truncate(file, file.stat().st_size - 10), "is damaged"),
-        ("tokenizer_config.json", Path.unlink, "holds no tokenizer"),
-        ("config.json", Path.unlink, "has no config.json"),
+        ("tokenizer_config.json", Path.unlink, "has no tokenizer_config.json"),
     ],
 )
 def test_what_is_no_encoder_is_refused(tmp_path: Path, file: str, damage: Callable[[Path], object], says: str) -> None:
@@ -154,16 +152,6 @@ def test_what_an_encoder_lacks_is_refused(t5: Path) -> None:
         TextEncoder(source=str(t5 / "nowhere")).open()
     with pytest.raises(ValueError, match=r"holds \{\} once"):
         TextEncoder(source=str(t5), template="a text")
-
-
-def test_a_name_on_the_hub_is_answered_by_the_command_that_fetches_it() -> None:
-    alone = r"hf download openai/clip --include '\*\.json' .*--include merges\.txt .* --local-dir clip$"
-    with pytest.raises(UserError, match=alone):
-        TextEncoder(source="openai/clip").find_folder()
-    repository = str(hub.published_config("qwen-image")["_name_or_path"])
-    within = rf"hf download {repository} --include 'text_encoder/\*\.json' .*'tokenizer/\*'"
-    with pytest.raises(UserError, match=within):
-        TextEncoder(source=repository).find_folder()
 
 
 # --- a table

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dumo.encoders import clip
 from dumo.evaluation import ClipProtocol, Context
 from dumo.evaluation.clip import ClipEvaluator, mean_and_error
 from dumo.io.picture import from_uint8, to_uint8
@@ -141,13 +140,10 @@ def test_some_of_many_real_images_are_not_the_first(folder: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (lambda folder: shutil.rmtree(folder), "has no config.json: name a folder"),
-        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "holds no CLIPModel"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "no CLIPModel"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 30), "model.safetensors"),
-        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), r"pytorch_model.bin"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer_config.json"),
-        (lambda folder: (folder / clip.IMAGE_CONFIG).write_text('{"image_mean": [1, 2]}'), "image_mean is not three"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), r"pytorch_model.bin"),
     ],
 )
 def test_another_folder_is_refused_with_a_line(
