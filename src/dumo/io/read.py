@@ -25,8 +25,8 @@ CACHE_VARIABLE = "DUMO_CACHE"  # the environment variable that names the cache's
 def user_path(text: str, field: str) -> Path:
     """The path with its variables' values; dumo:NAME/FILE is a file of a trained run that ships with dumo.
 
-    Raises UserError, naming the field, for a variable that is not set, and for an empty text, which would be the
-    current folder.
+    Raises UserError, naming the field, for a variable or a home that is not known, and for an empty text, which would
+    be the current folder.
     """
     shipped_path = trained.path_in(text)
     if shipped_path is not None:
@@ -37,7 +37,10 @@ def user_path(text: str, field: str) -> Path:
         raise UserError(f"{field} is {text}, but {unset[1]} is not set: export {unset[1]}=..., or set {field}")
     if not expanded:
         raise UserError(f"{field} is empty: set it to a path")
-    return Path(expanded).expanduser()
+    try:
+        return Path(expanded).expanduser()
+    except RuntimeError as error:  # HOME is not set, and the user has no entry
+        raise UserError(f"{field} is {text}, and no such home is known: write the whole path, or set HOME") from error
 
 
 def cache_folder() -> Path:

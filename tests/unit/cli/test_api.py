@@ -186,7 +186,7 @@ def test_runs_are_compared_as_by_the_command(digits: TrainedRun) -> None:
     digits.evaluate()
     rows = dumo.compare([digits])["rows"]
     assert rows == call("compare", digits.folder, "--json").json["rows"]
-    with pytest.raises(dumo.UserError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         dumo.compare(["nowhere"])
 
 

