@@ -118,14 +118,12 @@ class History:
         yield from self._remove_later_weights(goes_back=goes_back)
         if goes_back and undone_rows:
             yield f"{undone_rows:,} rows of the log after it are kept in {log.undone_rows_path(log_file)}"
-        rows = log.rewind(log_file, self.step)
+        log.rewind(log_file, self.step)
         yield from self._take_back_best_weights()
 
         # compare the log with what the checkpoint lists
         if self.listed_log is not None and self.listed_log != log.entry_of(log_file):
             yield f"{log_file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
-        for first, last in log.gaps(rows, self.run.train.log_every):
-            yield f"{log_file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
 
         # note the run and its data
         write_run_file(self.run, folder, self.changes)

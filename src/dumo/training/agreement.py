@@ -21,30 +21,31 @@ def gather_results(work: Callable[[], T], *, is_long: bool = False) -> list[T]:
     """Call `work` on every rank and return the results of all, by rank. Every rank must call it.
 
     `is_long`: it may take longer on one rank than a collective waits. Results are sent to all ranks, so they must be
-    small. An error on one rank is raised on all: a UserError, Stopped or OSError as such, any other as a RuntimeError
-    that names the rank. One process raises it unchanged.
+    small. An error is raised unchanged on the rank where it occurs. The others raise a UserError, Stopped or OSError as
+    such, any other as a RuntimeError that names the rank.
     """
     if dist.world() == 1:
         return [work()]
-    result: T | None = None
-    error_to_send: Exception | None = None
-    local_error: Exception | None = None
     try:
         result = work()
-    except Exception as error:  # the other ranks wait for this one, whatever the error is
-        local_error = error
-        error_to_send = sendable_error(error)
+    except BaseException as error:
+        # The other ranks wait for this one, whatever the error is.
+        _exchange((None, sendable_error(error)), is_long=is_long)
+        raise
+    outcomes = _exchange((result, None), is_long=is_long)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
+
+
+def _exchange(outcome: object, *, is_long: bool) -> list[Any]:
+    """Send an outcome to all ranks, and return those of all."""
     if is_long:
         dist.wait_for_all()
     outcomes: list[Any] = [None] * dist.world()
-    torch.distributed.all_gather_object(outcomes, (result, error_to_send), dist.group.get())
-    for rank, (_, error) in enumerate(outcomes):
-        if error is None:
-            continue
-        if type(error) is RuntimeError:
-            raise RuntimeError(f"rank {rank}: {error}") from local_error
-        raise error from local_error
-    return [result for result, _ in outcomes]
+    torch.distributed.all_gather_object(outcomes, outcome, dist.group.get())
+    return outcomes
 
 
 def on_each_rank(work: Callable[[], T]) -> T:
@@ -60,8 +61,8 @@ def on_main_rank(work: Callable[[], T], *, is_long: bool = False) -> T:
     return cast(T, results[0])
 
 
-def sendable_error(error: Exception) -> Exception:
-    """The error that all ranks raise: of plain values, because it is pickled."""
+def sendable_error(error: BaseException) -> Exception:
+    """The error that the other ranks raise: of plain values, because it is pickled."""
     if isinstance(error, UserError):
         return UserError(str(error))
     if isinstance(error, signals.Stopped):
@@ -71,4 +72,4 @@ def sendable_error(error: Exception) -> Exception:
         return OSError(error.errno, error.strerror or str(error), file)
     if files.is_disk_full(error):
         return OSError(errno.ENOSPC, str(error))
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    return RuntimeError(f"rank {dist.rank()}: {type(error).__name__}: {error}")

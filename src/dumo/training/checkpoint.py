@@ -30,6 +30,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dumo.io import digest, weights
@@ -336,7 +337,7 @@ def _path_to_write(target: Path, kind: str, step: int, size: int) -> Generator[P
             if dist.is_main():
                 files.remove(temp_path)
             raise
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         if files.is_disk_full(error):
             raise UserError(f"{target.parent}: the disk is full, {_full_disk_text(target, kind, step)}") from error
         raise

@@ -21,7 +21,7 @@ little from these; where the first step is skipped, the start weighs something.
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -91,28 +91,6 @@ def exponent(std: float) -> float:
     return float(max(root.real for root in roots))
 
 
-TensorTable = Literal["_parameters", "_buffers"]  # attributes of a module
-
-
-class _Slot(NamedTuple):
-    """The place of a tensor in a module. It stays where sharding replaces the tensor."""
-
-    table: dict[str, Any]  # a `TensorTable` of the module
-    name: str
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor that is there now."""
-        return self.table[self.name]
-
-
-class _SlotPair(NamedTuple):
-    """The places of a tensor of a net and of its average."""
-
-    average: _Slot
-    net: _Slot
-
-
 class MovingAverage:
     """A copy of a net with averaged parameters and the same buffers, without gradients, in evaluation mode.
 
@@ -123,51 +101,24 @@ class MovingAverage:
         """Begin with a copy of the net."""
         self.spec = spec
         self.module = copy_net(net).requires_grad_(False).eval()
-        self._paired_net: nn.Module | None = None
-        self._parameters: list[_SlotPair] = []
-        self._buffers: list[_SlotPair] = []
 
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
         """Move towards the net, in place; n counts steps from 1, skipped ones too. Buffers are copied, not averaged."""
-        self._pair_with(net)
-        averages = [pair.average.tensor for pair in self._parameters]
-        weights = [pair.net.tensor for pair in self._parameters]
+        # What is frozen is shared with the net.
+        averages: list[Tensor] = []
+        weights: list[Tensor] = []
+        for average, weight in zip(self.module.parameters(), net.parameters(), strict=True):
+            if average is not weight:
+                averages.append(average)
+                weights.append(weight)
         move = get_ema_multi_avg_fn(self.spec(n))
-        if any(weight.dtype in HALVES for weight in weights):  # one by one, so that few are in float32 at a time
+        if any(weight.dtype in HALVES for weight in weights):
+            # One by one, so that few are in float32 at a time.
             for average, weight in zip(averages, weights, strict=True):
                 move([average], [to_float32(weight)], n)
         else:
             move(averages, weights, n)
-        for pair in self._buffers:
-            pair.average.tensor.copy_(pair.net.tensor)
-
-    def _pair_with(self, net: nn.Module) -> None:
-        """Look up parameters and buffers in both nets, once: that takes longer than a small update.
-
-        Slots and not tensors, since sharding replaces those.
-        """
-        if self._paired_net is not net:
-            self._paired_net = net
-            self._parameters = _unshared_slots(self.module, net, "_parameters")
-            self._buffers = _unshared_slots(self.module, net, "_buffers")
-
-
-def _unshared_slots(copy: nn.Module, net: nn.Module, kind: TensorTable) -> list[_SlotPair]:
-    """The slots, in a copy and in the net, of the tensors that the two do not share."""
-    pairs: list[_SlotPair] = []
-    for copy_slot, net_slot in zip(_slots(copy, kind), _slots(net, kind), strict=True):
-        if copy_slot.tensor is not net_slot.tensor:
-            pairs.append(_SlotPair(copy_slot, net_slot))
-    return pairs
-
-
-def _slots(net: nn.Module, kind: TensorTable) -> list[_Slot]:
-    """The slots of a net's parameters or buffers, in order; a tensor in two places counts once."""
-    by_tensor: dict[int, _Slot] = {}
-    for module in net.modules():
-        table: dict[str, Any] = getattr(module, kind)
-        for name, tensor in table.items():
-            if tensor is not None:
-                by_tensor.setdefault(id(tensor), _Slot(table, name))
-    return list(by_tensor.values())
+        for average, buffer in zip(self.module.buffers(), net.buffers(), strict=True):
+            if average is not buffer:
+                average.copy_(buffer)

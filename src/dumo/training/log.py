@@ -1,7 +1,7 @@
 """A run's log, metrics.jsonl and speed.jsonl: one JSON object per line, so a torn write costs at most the last line.
 
 Training calls `append` at each logged step, and `flush` before a checkpoint, which notes the size and hash of the log
-(`entry_of`). A resumed run takes back the rows after its step (`rewind`), and finds those that are lost (`gaps`).
+(`entry_of`). A resumed run takes back the rows after its step (`rewind`).
 Everyone else reads by `read_log`. Who shows a row asks `is_weighted` whether its loss says more than its parts.
 
 JSON has no NaN and no infinity: they are written as null, such as the mean loss of an empty time bin.
@@ -10,7 +10,6 @@ JSON has no NaN and no infinity: they are written as null, such as the mean loss
 import json
 import os
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,39 +84,20 @@ def is_weighted(loss: float | None, parts: Mapping[str, float | None]) -> bool:
     return bool(parts) and list(parts.values()) != [loss]
 
 
-def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
-    """The pairs of steps between which rows are lost, where rows are logged at multiples of `every`.
-
-    A distance between two rows is a gap if it is larger than `every`, and, since `every` may have changed during the
-    run, than the distances before and after it. So two equal gaps in a row are not found, nor one before the first row:
-    the distance from step 0 to it is only compared with.
-    """
-    steps = [0, *(row["step"] for row in rows if row["step"] % every == 0)]
-    distances = [after - before for before, after in pairwise(steps)]
-    lost: list[tuple[int, int]] = []
-    for i in range(1, len(distances)):
-        distance_after = distances[i + 1] if i + 1 < len(distances) else 0
-        if distances[i] > max(every, distances[i - 1], distance_after):
-            lost.append((steps[i], steps[i + 1]))
-    return lost
-
-
-def rewind(path: Path, step: int) -> list[Row]:
+def rewind(path: Path, step: int) -> None:
     """Move the rows after `step` to the end of another file (`undone_rows_path`), and drop a torn last line.
 
-    A resumed run logs those steps again. Returns the rows that stay. A crash in between loses no row: it leaves some in
-    both files, and the next call appends them again.
+    A resumed run logs those steps again. A crash in between loses no row: it leaves some in both files, and the next
+    call appends them again.
     """
     if not path.exists():
-        return []
+        return
     rows = read_log(path)
     undone = [row for row in rows if row["step"] > step]
     if undone:
         undone_before = read_log(undone_rows_path(path))
         _write_log(undone_rows_path(path), [*undone_before, *undone])
-    rows_to_keep = [row for row in rows if row["step"] <= step]
-    _write_log(path, rows_to_keep)
-    return rows_to_keep
+    _write_log(path, [row for row in rows if row["step"] <= step])
 
 
 def _write_log(path: Path, rows: Sequence[Row]) -> None:

@@ -9,7 +9,6 @@ theirs.
 
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from threading import Thread
 from types import TracebackType
 
@@ -42,12 +41,9 @@ class Saver:
             dist.group.set(self.group)  # of this thread
             try:
                 future.set_result(work())
-            except Exception as error:
+            except BaseException as error:
+                # `wait` raises it in the main thread.
                 future.set_exception(error)
-            except BaseException as error:  # `wait` raises it, and a SystemExit there would end all with its code
-                failure = RuntimeError(f"the thread that saves was ended by {error!r}")
-                failure.__cause__ = error
-                future.set_exception(failure)
 
         Thread(target=run, name="checkpoint", daemon=True).start()  # a process that ends at once does not wait for it
 
@@ -67,5 +63,6 @@ class Saver:
         if error is None:
             self.wait()
             return
-        with suppress(Exception):  # of two errors the first is raised
-            self.wait()
+        # The error of training is raised, whatever becomes of the work.
+        if self._work:
+            wait([self._work])

@@ -96,7 +96,7 @@ def import_class(name: str) -> type[Spec]:
         cls: Any = import_module(module)
         for attribute in attributes.split("."):
             cls = getattr(cls, attribute)
-    except Exception as error:  # a module of somebody else may raise anything
+    except (ImportError, AttributeError, ValueError) as error:
         fix = "where its file is in this folder, put PYTHONPATH=. before the command"
         if module == "__main__":
             fix = "a class of a notebook or script is there while that runs: move it to a file"

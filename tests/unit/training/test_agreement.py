@@ -31,7 +31,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
         (PermissionError(errno.EACCES, "Permission denied", Path("a/b")), PermissionError, "Permission denied.*a/b"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), OSError, "quota"),
         (UserError("this is wrong"), UserError, "^this is wrong$"),
-        (KeyError("x"), RuntimeError, "rank 1: KeyError: 'x'"),
+        (KeyError("x"), RuntimeError, "KeyError: 'x'"),
     ],
 )
 def test_others_are_told_by_rank(failing: list[Exception], error: Exception, kind: type[Exception], says: str) -> None:

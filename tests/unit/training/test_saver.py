@@ -90,17 +90,6 @@ def test_an_error_is_raised_once() -> None:
     saver.wait()
 
 
-@pytest.mark.parametrize("end", [SystemExit(), SystemExit(0)])
-def test_a_thread_that_ends_itself_is_an_error(end: BaseException) -> None:
-    """Else it would end the training with its own code, 0 among them."""
-
-    def leave() -> None:
-        raise end
-
-    with pytest.raises(RuntimeError, match=f"was ended by {type(end).__name__}"), Saver() as saver:
-        saver.start(leave)
-
-
 @pytest.mark.parametrize("error", [ValueError("first"), KeyboardInterrupt("first")])
 def test_an_error_of_training_waits_for_what_is_written(error: BaseException) -> None:
     done, saver = list[int](), Saver()
