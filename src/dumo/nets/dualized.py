@@ -21,7 +21,7 @@ import copy
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from math import isqrt, prod
+from math import isqrt
 from typing import Any
 
 import torch
@@ -44,7 +44,6 @@ from dumo.nets.heads import (
     with_submodules,
 )
 from dumo.nets.lowpass import LowpassFit, MaskedLinear
-from dumo.nets.route import Route, blocks_with_routing
 from dumo.nets.rows import Texts
 from dumo.nets.vp import DiffusionToVelocity
 from dumo.runtime import dist
@@ -72,7 +71,6 @@ class Dualized(nn.Module):
         lowpass_limit: float | None = None,
         diffusion: DiffusionToVelocity | None = None,
         gap: bool = False,
-        route: Route | None = None,
     ) -> None:
         """Take over the model, which is changed in place. Every head begins as a copy of its last layer.
 
@@ -82,7 +80,7 @@ class Dualized(nn.Module):
         - `diffusion`: turns the output of a model of a diffusion into a velocity; None: the model learned a velocity
         - `gap`: whether the net takes r, too, for which the model must have an embedder of time
 
-        Raises UserError as `adapter.adapt` and `Route.mark_blocks`.
+        Raises UserError as `adapter.adapt`.
         """
         super().__init__()
         self.model = model
@@ -91,9 +89,6 @@ class Dualized(nn.Module):
         self.patch = patch
         self.guidance = guidance
         self.diffusion = diffusion
-        self.route = route
-        if route:
-            route.mark_blocks(self.blocks)
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0  # it would draw from torch's global generator
@@ -345,7 +340,7 @@ class Dualized(nn.Module):
             to_velocity = self._to_velocity
         inputs = self._inputs(x_in, c, time)
         with self._with_unrounded_time(inputs), self._with_gap(t, r):
-            out = self._routed_model(inputs)(**self.family.arguments(inputs), return_dict=False)[0]
+            out = self.model(**self.family.arguments(inputs), return_dict=False)[0]
         if inputs.source is not None:  # its tokens are the last
             out = out[:, : inputs.x.shape[1]]
         if self.family.takes_packed_latents:
@@ -354,18 +349,6 @@ class Dualized(nn.Module):
         if self.diffusion:  # a learned variance is cut off
             heads = tuple(head[:, : x.shape[1]] for head in heads)
         return tuple(to_velocity(head) for head in heads)
-
-    def _routed_model(self, inputs: Inputs) -> Any:  # noqa: ANN401, of diffusers
-        """Return the model; in training with routing, one whose blocks see some of the image's tokens."""
-        if not self.route or not self.training:
-            return self.model
-        image_tokens = prod(inputs.grid)
-        if inputs.source is not None:
-            image_tokens += inputs.source.shape[1]
-        split = self.route.draw_split(len(inputs.tokens), image_tokens)
-        if split is None:
-            return self.model
-        return with_submodules(self.model, blocks_with_routing(self.model, split))
 
     def _model_time(self, t: Time) -> Array:
         """Return t (b,) in the unit of a model that learned a flow. A few families count time from the noise."""

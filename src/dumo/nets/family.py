@@ -290,7 +290,6 @@ class Family:
     # blocks
     unused_layers: str = ""  # pattern of paths, LAST for the last block: layers that do not reach the output
     keeps_mask_when_checkpointed: bool = True  # it passes the mask to blocks that are computed again, too
-    routes: bool = False  # its blocks, in lists alone, take and give text and image as `dumo.nets.route` does
 
     def patch(self, config: Config, channels: int) -> int:
         """Return the side of a patch. Raises UserError where the model takes samples of other channels."""
@@ -350,7 +349,6 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         channels_last=True,
         out_channels="attribute",
         default_side=_latent_side,
-        routes=True,
     ),
     FLUX: Family(
         arguments=flux_arguments,
@@ -362,7 +360,6 @@ FAMILIES: dict[str, Family] = {  # by the class of the model
         time_part="time_text_embed",
         time_part_scale=1000.0,
         takes_packed_latents=True,
-        routes=True,
     ),
     FLUX2: Family(
         arguments=flux2_arguments,

@@ -39,7 +39,6 @@ from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marke
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import Family, find_family, is_unet
 from dumo.nets.precondition import Precondition
-from dumo.nets.route import Route
 from dumo.nets.rows import Codes, Texts, make_codes
 from dumo.nets.table import PipelineTexts
 from dumo.nets.vp import DiffusionToVelocity, read_scheduler
@@ -74,8 +73,6 @@ class Pretrained(PipelineSpec):
     # rad per unit of t: quicker waves of time are cut; None: none are
     lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)
     guidance: float | None = Field(default=None, ge=0, le=FACTOR)  # the embedded number of a distilled model
-    # Some of the image's tokens skip the middle blocks in training; None: no token does.
-    route: Route | None = Field(default=None, exclude_if=lambda route: route is None)
     # Captions as the pipeline reads them; or random codes, one for each class.
     texts: Annotated[PipelineTexts | Codes, Field(discriminator="kind")]
     # Keep each block's input alone, and compute the rest again in the backward pass.
@@ -118,7 +115,7 @@ class Pretrained(PipelineSpec):
 
     def short(self, depth: int) -> "Shortened":
         """Return a spec of up to `depth` blocks of each kind with random weights, for checks that read no weights."""
-        fields: dict[str, Any] = {**dict(self), "weights": "drawn", "depth": depth, "route": None}
+        fields: dict[str, Any] = {**dict(self), "weights": "drawn", "depth": depth}
         shortened = Shortened.model_construct(None, **fields)  # not validated, because texts may be of no recipe's kind
         return shortened.within(self._pipeline)
 
@@ -168,7 +165,6 @@ class Pretrained(PipelineSpec):
             lowpass_limit=self.lowpass,
             diffusion=self.diffusion,
             gap="r" in needs.names,
-            route=self.route,
         )
 
     def _embedded_guidance(self, family: Family) -> float | None:
@@ -236,8 +232,6 @@ class Pretrained(PipelineSpec):
             raise UserError(
                 f"{subject}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"
             )
-        if self.route and not family.routes:
-            raise UserError(f"{subject}, and of the models of diffusers SD3 and Flux alone route: set net.route=null")
         if "r" in needs.names and not family.time_embedder:
             raise UserError(
                 f"{subject}, which has no embedder of time that a second time could be added to: take an objective of "

@@ -11,7 +11,7 @@ The order of events:
 
 1. `Route.mark_blocks` marks the routed blocks of a net, once, when the net is built.
 2. In each training pass `Route.draw_split` draws which tokens are processed, as a `TokenSplit`.
-3. A DiT calls its `run_blocks`. A model of diffusers runs with the blocks of `blocks_with_routing` instead of its own.
+3. The net runs its blocks by `TokenSplit.run_blocks`.
 
 What this assumes:
 
@@ -21,11 +21,10 @@ What this assumes:
 - Targets are made by passes of the routed net. An average such as theta^- is in the mode of sampling, so it is dense.
 - A token knows its place before it is selected: waves are in it, and rotary tables are selected alike.
 - The same number of tokens skips in every row, so shapes are static.
-- A transformer of diffusers routes over all of its lists of blocks. Its text is never routed.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -121,96 +120,6 @@ class TokenSplit:
         if is_split:
             h = self.merge(h, all_tokens)
         return h
-
-
-def blocks_with_routing(model: nn.Module, split: TokenSplit) -> dict[str, nn.ModuleList]:
-    """Return the lists of blocks of a model of diffusers for one pass, by name, with its routed blocks wrapped."""
-    lists = {name: part for name, part in model.named_children() if isinstance(part, nn.ModuleList)}
-    routed_blocks = [block for blocks in lists.values() for block in blocks if block.is_routed]
-    store = _TokenStore()
-
-    def wrap(block: nn.Module) -> nn.Module:
-        if not block.is_routed:
-            return block
-        is_first = block is routed_blocks[0]
-        is_last = block is routed_blocks[-1]
-        return _RoutedBlock(block, split, store, is_first=is_first, is_last=is_last)
-
-    return {name: nn.ModuleList(map(wrap, blocks)) for name, blocks in lists.items()}
-
-
-class _TokenStore:
-    """Keeps all tokens of a pass, from its first routed block to the last. The routed blocks of a pass share one."""
-
-    all_tokens: Array | None = None  # (b, n, width), as they were before the first routed block
-
-    def put(self, all_tokens: Array) -> None:
-        """Store the tokens, in place of others: checkpointing may run the first block again."""
-        self.all_tokens = all_tokens
-
-    def get(self) -> Array:
-        """Return the tokens that the first block has put."""
-        assert self.all_tokens is not None, "the first routed block runs before the last"
-        return self.all_tokens
-
-
-class _RoutedBlock(nn.Module):
-    """Stands for a routed block of a model of diffusers in one pass: the block gets the image tokens to process.
-
-    Activation checkpointing calls it a second time, and gets the same split, because the split is held here. The block
-    itself is unchanged.
-    """
-
-    def __init__(
-        self, block: nn.Module, split: TokenSplit, store: _TokenStore, *, is_first: bool, is_last: bool
-    ) -> None:
-        """Wrap a block. The first one selects the tokens to process, the last one merges them with those of `store`."""
-        super().__init__()
-        self.block = block
-        self.split = split
-        self.store = store
-        self.is_first = is_first
-        self.is_last = is_last
-        self.is_recomputed = getattr(block, "is_recomputed", True)  # `checkpointing.run_as_marked` reads it
-
-    def forward(self, hidden_states: Array, encoder_hidden_states: Array, temb: Array, *rest: Any, **named: Any) -> Any:  # noqa: ANN401, of diffusers
-        """Run the block on image and text, (b, n, width) each, and return text and image.
-
-        The rotary tables come by name, or first in `rest`, where diffusers checkpoints the block. All else that
-        diffusers passes are settings of its attention, which dumo leaves at their defaults: they are not handed on.
-        """
-        h = hidden_states
-        checkpointed_tables = rest[0] if rest else None
-        tables = named.get("image_rotary_emb", checkpointed_tables)
-        if self.is_first:
-            self.store.put(h)
-            h = self.split.select(h)
-        rotary: dict[str, Any] = {}
-        if tables:
-            rotary["image_rotary_emb"] = tuple(_RotaryTablePerRow(table, self.split) for table in tables)
-        text, h = self.block(hidden_states=h, encoder_hidden_states=encoder_hidden_states, temb=temb, **rotary)
-        if self.is_last:
-            h = self.split.merge(h, self.store.get())
-        return text, h
-
-
-class _RotaryTablePerRow:
-    """A rotary table with positions of its own for each row, where diffusers has one table (n, size) for all rows.
-
-    diffusers indexes that table by [None, :, None, :], to (1, n, 1, size). This object takes its place, and gives
-    (b, tokens, 1, size) for that index.
-    """
-
-    def __init__(self, table: Tensor, split: TokenSplit) -> None:
-        """Select from a table (text and n, size) all of the text, and the image tokens to process."""
-        b = split.processed.shape[0]
-        n = split.inverse.shape[1]
-        text = table[:-n].expand(b, -1, -1)
-        self.rows = cat([text, table[-n:][split.processed]], 1)
-
-    def __getitem__(self, _: object) -> Tensor:
-        """Return the tables (b, tokens, 1, size), whatever the index is."""
-        return self.rows.unsqueeze(2)
 
 
 def _select_tokens(h: Array, index: Tensor) -> Array:

@@ -235,9 +235,3 @@ def test_it_has_no_weights() -> None:
     routed = TINY.build(VU, SHAPE, 5).state_dict()
     dense = TINY.model_copy(update={"route": None}).build(VU, SHAPE, 5).state_dict()
     assert routed.keys() == dense.keys()
-
-
-def test_a_fused_route_of_an_older_run_is_refused() -> None:
-    """SPRINT's fusion layer has left."""
-    with pytest.raises(UserError, match=r"net\.route\.kind: Input should be 'tread'; got 'sprint'"):
-        load("cifar10-routed", ["net.route.kind=sprint"])

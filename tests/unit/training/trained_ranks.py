@@ -87,13 +87,12 @@ def tuned(
     place: Path,
     stored: torch.dtype = torch.float32,
     objective: Objective = OBJECTIVE,
-    route: Route | None = None,
 ) -> Built:
     """A published transformer, in full or by adapters; of its weights each of two ranks makes its part."""
     spec, weights = saved(place, model), Deferred()
     if stored != torch.float32:
         tiny.TINY[model].model().to(stored).save_pretrained(spec.pipeline.folder)
-    spec = spec.model_copy(update={"lora": (ADAPTERS | CODED)[way], "lowpass": 10.0, "route": route})
+    spec = spec.model_copy(update={"lora": (ADAPTERS | CODED)[way], "lowpass": 10.0})
     noting = weights if dist.world() > 1 else nullcontext()
     with noting:
         net = spec.build(objective.needs, SHAPE, CLASSES)
@@ -147,11 +146,6 @@ for name, ways in MODELS.items():
         asked = (OBJECTIVE, CLASSES)
         data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64 if one in CODED or name in EXACT else torch.float32)
         CASES[f"{name}-{one}"] = Case(partial(tuned, name, one), asked, data, based=one != "full")
-for name, way in (("sd3", "full"), ("flux", "lora")):  # the last of their two blocks is routed
-    build = partial(tuned, name, way, route=Route(share=0.5, first=1, last=0))
-    asked = (OBJECTIVE, CLASSES)
-    data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64 if name in EXACT else torch.float32)
-    CASES[f"{name}-routed"] = Case(build, asked, data, based=way != "full")
 two = MeanFlow(slope=DualSlope(), drop=0.2, guide=Guide(zeta=0.5), times=Pair(velocity_ratio=0.5), power=0)
 for one in ("full", "lora"):
     build = partial(tuned, "sd3", one, objective=two)
