@@ -1,7 +1,6 @@
 """UNets and transformers that learned noise: velocities of the stock model, an exact step, heads, refusals."""
 
 import copy
-import json
 import re
 from itertools import product
 from pathlib import Path
@@ -331,11 +330,6 @@ def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_
     assert (built(loaded)(x, c, t=t)[0] - u).norm() / u.norm() < 1e-5
 
 
-def test_convolutions_of_transformers_are_refused(folder: Saved) -> None:
-    with pytest.raises(UserError, match=r"adapters of convolutions are for UNets: set net\.lora\.convolutions=false"):
-        built(folder("pixart"), lora=CONVOLUTIONS)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_sizes_stay_where_time_is_cut(folder: Saved, name: str) -> None:
@@ -358,38 +352,6 @@ def test_checkpointing_changes_no_gradient(folder: Saved) -> None:
 def test_fewer_blocks_are_a_net_too(folder: Saved, name: str) -> None:
     x, c, t = batch()
     assert built(folder(name).short(1))(x, c, t=t)[0].shape == x.shape
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"in_channels": 9}, "a UNet of 9 channels, of which it gives 4: it fills a part"),
-        ({"in_channels": 7}, "it enlarges an image"),
-        ({"in_channels": 3, "out_channels": 3}, "a model of 3 channels, and the data have 4"),
-        ({"class_embed_type": "timestep"}, "a UNet with class_embed_type"),
-        ({"addition_embed_type": "image"}, "a UNet with addition_embed_type"),
-        ({"time_cond_proj_dim": 8}, "a UNet with time_cond_proj_dim"),
-    ],
-)
-def test_what_reads_more_is_refused(folder: Saved, tmp_path: Path, change: dict[str, Any], why: str) -> None:
-    spec = folder("sd1")
-    config = json.loads((spec.pipeline.folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
-    (tmp_path / "scheduler").symlink_to(spec.pipeline.folder / "scheduler")
-    with pytest.raises(UserError, match=why):
-        built(of(tmp_path, weights="drawn"))
-
-
-@pytest.mark.parametrize(
-    ("change", "pipeline", "why"),
-    [
-        ({"use_additional_conditions": True, "sample_size": 64}, "", "sample_size 64, and no PixArtAlphaPipeline"),
-        ({"sample_size": 128}, "PixArtSigmaPipeline", "and no PixArtSigmaPipeline passes them"),
-    ],
-)
-def test_sizes_that_no_pipeline_passes_are_refused(change: dict[str, Any], pipeline: str, why: str) -> None:
-    with pytest.raises(UserError, match=why):
-        find_family(tiny.PIXART | {"_class_name": PIXART, "use_additional_conditions": None} | change, pipeline)
 
 
 @pytest.mark.parametrize(

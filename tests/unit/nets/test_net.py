@@ -1,7 +1,5 @@
 """What every net keeps: names in, names out, zero at the start, a null class, a gap for r, and smoothness in time."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +9,7 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets import DiT, Net
 from dumo.nets.unet import UNet
 from dumo.objectives import MeanFlow
-from dumo.types import Frozen, Needs, UserError
+from dumo.types import Frozen, Needs
 from dumo.types import Net as AnyNet
 from unit.nets.given import Given
 
@@ -130,28 +128,3 @@ def test_every_parameter_learns_and_slopes_are_exact(net: Net, needs: Needs) -> 
     for toward in (None, w):
         exact, found = (s(model, Frozen(model), x, c, toward=toward, **inputs)[1](w) for s in (JvpSlope(), DualSlope()))
         assert all(((a - b).norm() / b.norm()).item() < 1e-12 for a, b in zip(found, exact, strict=True))
-
-
-MF, CONVOLUTIONS = MeanFlow().needs, UNet(width=8, multipliers=(1, 2), depth=2, attend=(4,))
-REFUSED: list[tuple[Net, dict[str, Any], Needs, tuple[int, ...], str]] = [
-    (TINY, {}, V, (2,), "square images.*mlp"),
-    (TINY, {}, V, (3, 4, 6), "square"),
-    (TINY, {}, V, (3, 5, 5), "patch 2 does not divide.*5"),
-    (TINY, {"attention": 3}, V, (3, 4, 4), "attention 3 does not divide.*8"),
-    (TINY, {"attention": 4, **MODERN}, V, (3, 4, 4), "modern.*multiple of 4.*2.*modern=false"),
-    (TINY, KEPT | TEXTS, V, (3, 4, 4), r"net\.magnitude preserved.*texts"),
-    (TINY, {"depth": 5, "late": 3}, V, (3, 4, 4), r"net\.late=null"),
-    (TINY, {"depth": 5, "late": 5}, MF, (3, 4, 4), r"net\.late=null"),
-    (CONVOLUTIONS, {}, V, (2,), "square images.*mlp"),
-    (CONVOLUTIONS, {}, V, (3, 4, 6), "square"),
-    (CONVOLUTIONS, {"multipliers": (1, 1, 1)}, V, (3, 6, 6), "3 resolutions.*multiple of 4, not 6"),
-    (CONVOLUTIONS, {"augment": 9}, V, (3, 4, 4), "augment takes 9.*10 classes.*augment=0"),
-]
-
-
-@pytest.mark.parametrize(("net", "update", "needs", "shape", "says"), REFUSED)
-def test_what_does_not_fit_is_refused(
-    net: Net, update: dict[str, Any], needs: Needs, shape: tuple[int, ...], says: str
-) -> None:
-    with pytest.raises(UserError, match=says):
-        net.model_copy(update=update).build(needs, shape, 10)

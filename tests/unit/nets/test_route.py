@@ -19,7 +19,7 @@ from dumo.nets.route import Route, TokenSplit
 from dumo.objectives import DuMo
 from dumo.run import cost
 from dumo.run.net import outline
-from dumo.types import Frozen, Heads, Needs, UserError, frozen
+from dumo.types import Frozen, Heads, Needs, frozen
 from unit.nets.given import Given, drawn, points
 
 SHAPE, TOKENS = (3, 8, 8), 16
@@ -223,12 +223,6 @@ def test_what_is_counted_is_what_a_step_does() -> None:
     units = cost.forward_units(net, objective, Linear(), SHAPE, rows=4)
     assert [len(s.blocks) for s in cost.stretches(net)] == [1, 6, 2]
     assert cost.count_flops(step) / once == pytest.approx(units, rel=1e-12)
-
-
-@pytest.mark.parametrize(("first", "last"), [(3, 2), (0, 5), (7, 0)])
-def test_a_route_past_no_block_is_refused(first: int, last: int) -> None:
-    with pytest.raises(UserError, match=r"net.route leaves no block.*of 5.*net.route=null"):
-        tiny(route=Route(share=0.5, first=first, last=last))
 
 
 def test_it_has_no_weights() -> None:
