@@ -5,8 +5,6 @@ blocks of a net alone. In a guided batch the number of rows that need V(null) ch
 compiled for the batch and, at the second number of rows, once for all numbers. A whole loss passes all rows.
 """
 
-import os
-import shutil
 from typing import Literal
 
 import torch
@@ -15,29 +13,16 @@ from torch import nn
 from dumo.flow.flow import Loss
 from dumo.types import Objective, UserError
 
-_COMPILERS = ("g++", "clang++")
-
 
 def compile_loss(net: nn.Module, objective: Objective, choice: Literal["blocks", "loss"]) -> Loss:
     """The loss to train by: compiled, or the objective's own where `choice` is `blocks`, which compiles those in place.
 
-    Raises UserError if the net has no blocks, or the machine no compiler.
+    Raises UserError if the net has no blocks.
     """
-    _require_compiler(choice)
     if choice == "loss":
         return torch.compile(objective.loss, fullgraph=True)
     compile_blocks(net)
     return objective.loss
-
-
-def _require_compiler(choice: str) -> None:
-    """Raise UserError if the machine has no C++ compiler: none of `CXX`, and none of _COMPILERS."""
-    candidates = (os.environ.get("CXX", ""), *_COMPILERS)
-    if not any(shutil.which(candidate) for candidate in candidates):
-        raise UserError(
-            f"train.compile = {choice} needs a C++ compiler, and there is none: install {' or '.join(_COMPILERS)}, or "
-            "set train.compile=none"
-        )
 
 
 def compile_blocks(net: nn.Module, *, dynamic: bool | None = None) -> None:

@@ -66,10 +66,7 @@ class Outside:
             )
         if isinstance(value, Spec):
             return value
-        try:
-            return cls.model_validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
-        except TypeError as error:  # the class is abstract
-            raise UserError(f"kind '{name_of(cls)}': {error}") from error
+        return cls.model_validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
 
 
 def members(union: object) -> tuple[type[Spec], ...]:

@@ -233,7 +233,7 @@ def test_what_is_loaded_is_finite(tmp_path: Path) -> None:
     save_file(weights, last / "optimizer.safetensors")
     sign(last)
     assert fault(last) is None
-    with pytest.raises(UserError, match=r"step-00000004: optimizer: exp_avg.last.bias is not finite: go on from"):
+    with pytest.raises(UserError, match=r"exp_avg\.last\.bias"):
         restore_last_finite(last, begin(Small(1), SPEC), or_before=False)
     new = begin(Small(1), SPEC)
     with pytest.warns(UserWarning, match=r"exp_avg.last.bias is not finite: step-00000003, before it, is taken"):

