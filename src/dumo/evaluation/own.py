@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dumo.evaluation.protocol import Evaluator, NumberedSamples, Scores
-from dumo.io import read
 from dumo.types import UserError
 
 OwnMetric = Callable[[Tensor], float]  # takes all samples, (n, *shape), images in [-1, 1]
@@ -60,20 +59,12 @@ class OwnMetricsEvaluator:
         for name, metric in self.metrics.items():
             if name in scores or name in RESERVED_NAMES:
                 raise UserError(f"metrics: {name} is a name that the report has already: take another")
-            scores[name] = _finite_number(name, metric(x))
+            number = float(metric(x))
+            if not math.isfinite(number):
+                raise UserError(f"metrics: {name} is {number}, which is no finite number")
+            scores[name] = number
         return scores
 
     def baselines(self) -> dict[str, Scores]:
         """The baselines of the protocol. Own metrics have none: they are called with the run's samples alone."""
         return self.protocol_evaluator.baselines()
-
-
-def _finite_number(name: str, value: object) -> float:
-    """What metric `name` returned, as a float. Raises UserError where that is no finite number."""
-    try:
-        number = float(value)  # pyright: ignore[reportArgumentType], a user's
-    except (TypeError, ValueError) as error:
-        raise UserError(f"metrics: {name} returned {read.brief(repr(value))}, which is no number") from error
-    if not math.isfinite(number):
-        raise UserError(f"metrics: {name} is {number}, which is no finite number")
-    return number

@@ -17,7 +17,6 @@ from dumo.evaluation.wholeset import Reference
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
 from dumo.runtime.random import noise, stream
-from dumo.types import UserError
 from train_classifier import cifar_images
 
 QUICK = ShippedProtocol(kind="cifar10-features", samples=1000)
@@ -113,9 +112,7 @@ def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) 
 
 
 @pytest.mark.nightly
-def test_without_classes_there_is_no_accuracy_and_without_as_many_images_no_score(blobs: Reference) -> None:
-    with pytest.raises(UserError, match="1000 images or more, here are 900"):
-        score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))
+def test_without_classes_there_is_no_accuracy(blobs: Reference) -> None:
     assert "accuracy" not in score(blobs.x, QUICK.labels(0), blobs)
 
 

