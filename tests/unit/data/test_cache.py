@@ -91,23 +91,6 @@ def test_samples_are_one_draw_of_the_moments(tmp_path: Path) -> None:
     assert not torch.equal(x, made(tmp_path / "seed", GAUSSIAN, store="samples", seed=1).take(every, "x"))
 
 
-@pytest.mark.parametrize(
-    ("codec", "wanted", "said"),
-    [
-        (GAUSSIAN.codec, {"classes": 10}, "classes: 7 in the cache, 10 asked"),
-        (GAUSSIAN.codec, {"resolution": 256}, "resolution: 8 in the cache, 256 asked"),
-        (Taef2(), {}, "codec.kind: sd-vae in the cache, taef2 asked"),
-        (SdVae(weights="there"), {}, "codec.weights: here in the cache, there asked"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_both(
-    tmp_path: Path, codec: SdVae, wanted: dict[str, object], said: str
-) -> None:
-    made(tmp_path, GAUSSIAN)
-    with pytest.raises(UserError, match=said):
-        open_cache(tmp_path, codec, wanted)
-
-
 def test_no_cache_an_unfinished_one_and_a_damaged_index_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no cache"):
         open_cache(tmp_path, POINT.codec)

@@ -98,8 +98,6 @@ FAMILY: list[tuple[dict[str, Any], str, str]] = [
 SCHEDULER: list[tuple[dict[str, Any], str]] = [
     ({"beta_start": ...}, "betas"),
     ({"beta_schedule": "sigmoid"}, "betas"),
-    ({"beta_start": -1}, "schedule"),
-    ({"num_train_timesteps": ...}, "schedule"),
     ({"trained_betas": [0.1, 0.2]}, "betas"),
     ({"prediction_type": "sample"}, "prediction_type"),
     ({"prediction_type": None}, "prediction_type"),
