@@ -77,7 +77,7 @@ def test_a_run_keeps_to_what_it_began_with(home: Path, monkeypatch: pytest.Monke
 def test_other_weights_are_refused_and_moved_ones_are_found(home: Path) -> None:
     wanted, file = sampled("run"), home / "models" / WEIGHTS
     file.rename(home / WEIGHTS)
-    named = ("no such file", str(file), "--set data.codec.weights=")
+    named = ("No such file", str(file))
     refused("sample", "run", "--count", "1", "--nfe", "1", "--out", "x", named=named)
     assert sampled("run", *sets(f"data.codec.weights={WEIGHTS}")) == wanted
     another = sets("data.codec.weights=elsewhere/" + WEIGHTS)
@@ -94,7 +94,7 @@ def test_a_moved_run_says_what_it_misses(home: Path) -> None:
     (home / "there").mkdir()
     for name in ("run", "cache", "models"):
         (home / name).rename(home / "there" / name)
-    refused("train", "there/run", *sets("train.steps=3"), named=(str(home / "models"), "data.codec.weights"))
+    refused("train", "there/run", *sets("train.steps=3"), named=(str(home / "models"),))
     moved = sets("data.root=there/cache", f"data.codec.weights=there/models/{WEIGHTS}", "train.steps=3")
     assert (done := call("train", "there/run", *moved)).code == 0, done
     assert load("there/run").data.root == str(home / "there/cache")  # pyright: ignore

@@ -325,7 +325,7 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
         raise UserError(f"no weights of Inception for the FID: {file} is no file.\n{_how_to_get_weights()}")
     with torch.device("meta"):
         net = Inception()
-    weights, origin = read(file, _how_to_get_weights(), convert=False)
+    weights, origin = read(file, _how_to_get_weights())
     _require_published(net, origin, weights, file)
     net.load_state_dict(weights, assign=True)
     net.origin = origin

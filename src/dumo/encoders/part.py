@@ -130,9 +130,7 @@ def require_weights(folder: Path, name: str, field: str, hint: str) -> PartWeigh
             raise UserError(f"{field}: {folder} lacks {missing[0]}, which {candidate.index.name} lists: {hint}")
     for pickle in PICKLES[name]:
         if (folder / pickle).is_file():
-            # tied weights of transformers are no safetensors as they stand, and an index lists more pickles
-            converts = name == DIFFUSERS and pickle.endswith(".bin")
-            raise UserError(weights.pickle_refusal(folder / pickle, hint, converts))
+            raise UserError(f"{folder / pickle}: {weights.NO_PICKLE}. {hint}")
     variants = " or ".join(f".{variant}" for variant in VARIANTS if variant)
     raise UserError(
         f"{field}: {folder} has no weights ({name}{SUFFIX}, in one file or in shards, plain or {variants}): {hint}"

@@ -6,12 +6,9 @@
 - Writing: `unshared` prepares tensors for safetensors.
 - `sha256` is the checksum of either, `title` its name.
 
-No pickle is read, for opening one can run any code: `conversion` is what a user runs instead, and `pickle_refusal` the
-message that says so.
+No pickle is read, because opening one can run any code.
 """
 
-import json
-import shlex
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,34 +23,27 @@ from dumo.runtime import dist
 from dumo.types import UserError
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")  # endings of pickled weights
-TAKE_ANOTHER = "take another copy of it"
+NO_PICKLE = "dumo reads no pickle, which can run code: save these weights as safetensors"
 
 
 @contextmanager
-def open_safetensors(file: Path, hint: str = "", *, convert: bool = True) -> Generator[safe_open, None, None]:
+def open_safetensors(file: Path, hint: str = "") -> Generator[safe_open, None, None]:
     """Open a safetensors file; its header is read, and compared with the file's size.
 
-    Raises UserError for a missing file, a pickle, or a damaged file; `hint` ends its message, and says where to get the
-    file. `convert`: a pickle of these weights may be converted by `conversion`.
+    Raises UserError, which ends in `hint`, for a pickle or a damaged file, and FileNotFoundError.
     """
-    if file.suffix.lower() in PICKLES:  # refused also where it is missing, so that nobody fetches it
-        raise UserError(pickle_refusal(file, hint, convert))
-    if not file.is_file():
-        where = f". {hint}" if hint else ""
-        raise UserError(f"{file}: there is no such file{where}")
+    if file.suffix.lower() in PICKLES:
+        raise UserError(f"{file}: {NO_PICKLE}. {hint}")
     try:
         with safe_open(file, "pt") as opened:
             yield opened
     except SafetensorError as error:
-        if _is_pickle(file):
-            raise UserError(pickle_refusal(file, hint, convert)) from error
-        way_out = f"{TAKE_ANOTHER}. {hint}" if hint else TAKE_ANOTHER
-        raise UserError(f"{file} is damaged or is not safetensors ({brief(error)}): {way_out}") from error
+        raise UserError(f"{file} is damaged or is not safetensors: {brief(error)}. {hint}") from error
 
 
-def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read(file: Path, hint: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file by name, mapped into memory, and its metadata. Raises UserError."""
-    with open_safetensors(file, hint, convert=convert) as opened:
+    with open_safetensors(file, hint) as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no dict
         return tensors, opened.metadata() or {}
 
@@ -165,38 +155,6 @@ def compare(
     if mismatches:
         count = f" ({len(mismatches)} such names)" if len(mismatches) > 1 else ""
         raise UserError(f"{file}: {mismatches[0]}{count}: {way_out}")
-
-
-def conversion(file: Path, out: Path) -> str:
-    """The command that a user runs, once, to make the safetensors file `out` of the pickle `file`."""
-    source = json.dumps(str(file), ensure_ascii=False)
-    target = json.dumps(str(out), ensure_ascii=False)
-    code = (
-        "import torch, safetensors.torch as s; "
-        f's.save_file(torch.load({source}, weights_only=True), {target}, dict(format="pt"))'
-    )
-    return f"python -c {shlex.quote(code)}"
-
-
-def pickle_refusal(file: Path, hint: str, convert: bool) -> str:
-    """Why a pickle is refused, and, if `convert`, how to convert it; `hint` comes last."""
-    lines = [f"{file}: dumo reads no pickle, which can run code."]
-    if convert:
-        out = file.with_suffix(".safetensors")
-        if out == file:  # a pickle by its bytes alone
-            out = file.with_name(f"new-{file.name}")
-        lines[0] += " Convert it once, where you trust it:"
-        lines.append(f"  {conversion(file, out)}")
-    if hint:
-        lines.append(hint)
-    return "\n".join(lines)
-
-
-def _is_pickle(file: Path) -> bool:
-    """Whether a file begins as those of torch.save or pickle; a whole safetensors file may do so, too."""
-    with file.open("rb") as stream:
-        head = stream.read(4)
-    return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5")
 
 
 def _describe(tensor: Tensor | None, dtypes: bool) -> str:

@@ -269,12 +269,7 @@ def other(file: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (Path.unlink, r"there is no such file.*taesd.*data.codec.weights"),
-        (
-            lambda file: os.truncate(file, file.stat().st_size - 10),
-            "is damaged or is not safetensors.*take another copy",
-        ),
-        (lambda file: file.write_bytes(b"PK\3\4" * 99), "dumo reads no pickle"),
+        (lambda file: os.truncate(file, file.stat().st_size - 10), "is damaged or is not safetensors"),
         (other, r"decoder.1.weight is \(64, 33, 3, 3\) in the file, \(64, 32, 3, 3\) in the codec"),
     ],
 )

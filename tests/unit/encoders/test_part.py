@@ -106,15 +106,14 @@ def test_an_index_names_files_of_its_folder(tmp_path: Path) -> None:
 def test_what_has_no_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^net: .* has no weights \(model.safetensors, .*fp16 or .bf16\): fix"):
         require_weights(tmp_path, TRANSFORMERS, "net", "fix")
-    for name, pickle, converts in (
-        (TRANSFORMERS, "pytorch_model.bin", False),
-        (DIFFUSERS, "diffusion_pytorch_model.bin.index.json", False),
-        (DIFFUSERS, "diffusion_pytorch_model.bin", True),
+    for name, pickle in (
+        (TRANSFORMERS, "pytorch_model.bin"),
+        (DIFFUSERS, "diffusion_pytorch_model.bin.index.json"),
+        (DIFFUSERS, "diffusion_pytorch_model.bin"),
     ):
         (tmp_path / pickle).write_text("")
-        with pytest.raises(UserError, match=rf"^{tmp_path}/{pickle}: dumo reads no pickle[\s\S]*\nfix$") as caught:
+        with pytest.raises(UserError, match=rf"^{tmp_path}/{pickle}: dumo reads no pickle.*fix$"):
             require_weights(tmp_path, name, "net", "fix")
-        assert ("torch.load(" in str(caught.value)) == converts
 
 
 def test_shards_are_one_model_and_one_hash(tmp_path: Path) -> None:
