@@ -17,7 +17,7 @@ from reliability.workload import INPUTS, workloads, write_inputs
 from tiers import tiered
 
 FLAGS = "os.O_WRONLY | os.O_CREAT | os.O_TRUNC"
-TO_LOG = f"import os; log = os.open({LOG!r}, {FLAGS}); os.dup2(log, 1); os.dup2(log, 2)"
+TO_LOG = f"import os; log = os.open({LOG!r}, {FLAGS}); os.dup2(log, 1); os.dup2(log, 2); import reliability.command"
 
 FIRST = next(iter(workloads()))
 

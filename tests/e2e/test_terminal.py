@@ -145,15 +145,6 @@ def test_a_signal_ends_work_between_its_pieces(
     assert tree(here) == before
 
 
-def test_a_folder_that_is_shut_is_found_before_an_evaluation(
-    here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(trained["moons"], "run")
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "run")
-    monkeypatch.setattr("dumo.flow.generate.sample_with_noise", None)
-    refused("evaluate", "run", "--nfe", "1", named=("run", "Permission denied"))
-
-
 def test_a_name_does_not_steer_the_terminal(here: Path) -> None:
     done = call("sample", "a\x1b[2Jb")
     assert done.err.startswith("error: a\\x1b[2Jb is not a run's folder")

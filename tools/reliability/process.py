@@ -22,6 +22,7 @@ from forked import Program
 RunningCommand = Program | subprocess.Popen[bytes]
 
 LOG = "log.txt"  # in a command's folder: what the last command there printed
+COMMAND = Path(__file__).with_name("command.py")
 MAX_SECONDS = 300.0  # of a command: none of ours takes as long, so it hangs
 ORPHAN_SECONDS = 20.0  # that a worker has to end after its launcher: ours
 TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # a free port
@@ -32,7 +33,7 @@ def start(words: Sequence[str], folder: Path, ranks: int = 1) -> "subprocess.Pop
     launcher: Sequence[str] = ()
     if ranks > 1:
         launcher = (*TORCHRUN, "--nproc-per-node", str(ranks))
-    command = [sys.executable, "-P", *launcher, "-m", "dumo", *words]
+    command = [sys.executable, "-P", *launcher, str(COMMAND), *words]
     with (folder / LOG).open("wb") as log:
         return subprocess.Popen(
             command,

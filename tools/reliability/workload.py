@@ -249,7 +249,8 @@ def _count_sampled_rows(folder: Path) -> int:
     """The rows of a report that the running evaluation has begun to sample; all once the report is written."""
     if not _lacks_report(folder):
         return NUM_REPORT_ROWS  # as after a kill that came too late
-    return sum(line.startswith("sampling, ") for line in process.read_log(folder).splitlines())
+    titles = (line.partition(":")[0] for line in process.read_log(folder).splitlines())
+    return len({title for title in titles if title.startswith("sampling, ")})
 
 
 def _lacks_report(folder: Path) -> bool:
