@@ -1,7 +1,8 @@
-"""The derivative of a net's outputs in float64, without a copy of the weights of dumo's own nets.
+"""A copy of a network that computes in float64, without a copy of the weights of dumo's own networks.
 
-`exact_derivative` takes it, as the truth that other ways are compared with. `copied_bytes` counts the memory of weights
-that it needs besides the net, and `copy_sharing_weights` makes a copy of a net whose mode may be changed.
+`float64_copy` makes it, for the reference of a derivative (`dumo.flow.derivative`). `copied_bytes` counts the memory of
+weights that it needs besides the network, and `copy_sharing_weights` makes a copy of a network whose mode may be
+changed.
 
 A float64 copy of a large net would not fit next to it. So the modules of one of dumo's nets are copied, and their
 parameters are shared: `deepcopy` is given them in its memo, as if they were copied already. Then the parameters outside
@@ -14,37 +15,25 @@ A user's own net is copied whole, because its passes may write to its weights, a
 
 import copy
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from dumo.types import Cond, Heads, Sample, Time
 
 
-def exact_derivative(net: nn.Module, x_t: Sample, direction: Sample, c: Cond, /, **inputs: Time) -> Heads:
-    """d/dt of every output of a net in float64, by forward-mode differentiation.
-
-    x_t (b, *d) moves along `direction`, dx_t/dt, and t, which is among `inputs`, with 1. It is computed on the device
-    of x_t, on the CPU where that has no float64. The weights and the mode of the net stay as they are.
-    """
-    device = torch.device("cpu") if x_t.device.type == "mps" else x_t.device
-    float64_net = _float64_copy(net, device)
-    x_t = x_t.to(device).double()
-    direction = direction.to(x_t)
-    c = c.to(device)
-    other_inputs = {name: value.to(device).double() for name, value in inputs.items()}
-    t = other_inputs.pop("t")
-
-    def outputs(x_t: Sample, t: Time) -> Heads:
-        return float64_net(x_t, c, t=t, **other_inputs)
-
-    # no fused kernel has a forward derivative
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        result = torch.func.jvp(outputs, (x_t, t), (direction, torch.ones_like(t)))
-    derivatives = result[1]
-    return cast(Heads, derivatives)
+def float64_copy(net: nn.Module, device: torch.device) -> nn.Module:
+    """Copy a net to a device, to compute in float64. The weights of blocks are cast when the block is called."""
+    float64_net = copy_sharing_weights(net)
+    modules_in_blocks: set[nn.Module] = set()
+    for block in _cast_blocks(float64_net):
+        modules = [*block.modules()]
+        modules_in_blocks.update(modules)
+        block_cast = _BlockCast(modules, device)
+        block.register_forward_pre_hook(block_cast.cast)
+        block.register_forward_hook(block_cast.restore)
+    for module in float64_net.modules():
+        if module not in modules_in_blocks:
+            _cast(module, device)
+    return float64_net
 
 
 def copy_sharing_weights(net: nn.Module) -> nn.Module:
@@ -56,7 +45,7 @@ def copy_sharing_weights(net: nn.Module) -> nn.Module:
 
 
 def copied_bytes(net: nn.Module) -> int:
-    """The most bytes of weights that `exact_derivative` of a copy holds besides the net. `net` may be a meta model.
+    """The most bytes of weights that `float64_copy` of a copy holds besides the net. `net` may be a meta model.
 
     Of dumo's nets these are the largest block and all outside of blocks, in float64. Of a user's own they are all
     weights, twice: as they are and in float64.
@@ -87,22 +76,6 @@ def _bytes_in_float64(module: nn.Module) -> int:
         itemsize = torch.float64.itemsize if x.is_floating_point() else x.itemsize
         total += x.numel() * itemsize
     return total
-
-
-def _float64_copy(net: nn.Module, device: torch.device) -> nn.Module:
-    """Copy a net to a device, to compute in float64. The weights of blocks are cast when the block is called."""
-    float64_net = copy_sharing_weights(net)
-    modules_in_blocks: set[nn.Module] = set()
-    for block in _cast_blocks(float64_net):
-        modules = [*block.modules()]
-        modules_in_blocks.update(modules)
-        block_cast = _BlockCast(modules, device)
-        block.register_forward_pre_hook(block_cast.cast)
-        block.register_forward_hook(block_cast.restore)
-    for module in float64_net.modules():
-        if module not in modules_in_blocks:
-            _cast(module, device)
-    return float64_net
 
 
 class _BlockCast:

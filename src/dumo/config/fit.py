@@ -9,7 +9,7 @@ checks what needs those. Only mismatches that would train or judge wrongly witho
 """
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from math import log
 from typing import TYPE_CHECKING
@@ -18,20 +18,20 @@ from dumo.config.change import yaml_text
 from dumo.config.conditions import Conditions, shown_data
 from dumo.data import Data, Images, Latents
 from dumo.flow import solver
-from dumo.flow.fit import (
-    GuidanceRefusal,
-    climb_problem,
-    first_stage_problem,
-    guidance_refusal,
-    guide_problem,
-    path_problem,
-    picks_some_rows,
-    prior_problem,
-    teacher_problem,
+from dumo.flow.compatibility import (
+    require_first_stage,
+    require_guidable,
+    require_names,
+    require_path,
+    require_precision,
+    require_teacher,
+    require_teacher_share,
+    require_times,
+    require_unguided_teacher,
+    training_guidance,
 )
-from dumo.flow.guide import CFG, GuidanceScale, Guide
+from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import FlowPath
-from dumo.flow.precision import require_precision
 from dumo.flow.times import Jumps, Pair
 from dumo.nets import Net, Pretrained
 from dumo.nets.precondition import PRECONDITIONED_HEADS
@@ -45,11 +45,8 @@ from dumo.types import UserError
 
 if TYPE_CHECKING:
     from dumo.config.spec import Evaluation, Run
-    from dumo.config.teacher import Teacher
 
 _KINDS_OF_ANY_SIZE = ("dit", "diffusers")
-# iMF draws its guidance scale at random up to objective.w.
-_IMF_SCALE = GuidanceScale(field="objective.w", off="objective.w=null")
 
 # Advice is given beyond these ratios, either way.
 _MAX_SIDE_RATIO = 2.0  # side of the images / side that the pipeline makes
@@ -71,20 +68,22 @@ def check(run: "Run") -> None:
     _check_augmentation(data, run.net, objective)
 
     # The objective needs formulas for the path, times that teach what it reads, a precision and a teacher.
-    _check_path_and_times(objective, run.path.kind)
+    require_path(objective, run.path.kind)
+    require_times(objective)
     if run.net.precondition != "none":
         _check_precondition(run)
     require_precision(train.precision, objective.needs.amplifies, objective.kind)
     _check_teacher(run)
     _check_start(run)
     if isinstance(data, Latents) and data.prior:
-        _check_prior(data.prior, run.teacher, objective, train)
+        gives_velocity = run.teacher is not None and not run.teacher.pairs
+        require_teacher_share(data.prior, train.batch, objective, gives_velocity=gives_velocity, field="data.prior")
     check_ranks(train, objective)
 
     # Guidance, in training and in sampling.
     _check_training_guidance(data, objective)
     check_guidance(run.sample.guide, data, objective, run.training_guidance)
-    _check_names("sample.knobs", run.sample.knobs, objective.needs.knobs, objective.kind)
+    require_names("sample.knobs", run.sample.knobs, objective.needs.knobs, objective.kind)
 
     # Weights in the dtype of the passes.
     lora = run.net.lora
@@ -167,18 +166,6 @@ def _check_augmentation(data: Data, net: Net, objective: Objective) -> None:
         )
 
 
-def _check_path_and_times(objective: Objective, path: str) -> None:
-    """The objective must have formulas for this kind of path, and its times must serve it."""
-    wrong_path = path_problem(objective, path)
-    if wrong_path and path == "diffusion":  # a pretrained network knows no other path
-        raise UserError(f"{wrong_path}: take another objective, such as objective.kind=dumo")
-    if wrong_path:
-        raise UserError(f"{wrong_path}: set path.kind={objective.needs.formulas.paths[0]}")
-    wrong_times = climb_problem(objective) or guide_problem(objective)
-    if wrong_times:
-        raise UserError(wrong_times)
-
-
 def _check_precondition(run: "Run") -> None:
     """A preconditioned network gives velocities on the linear path, at positive times."""
     objective = run.objective
@@ -200,28 +187,15 @@ def _check_teacher(run: "Run") -> None:
     """The teacher must give the velocity or the trajectories that the objective learns from, guided at most once."""
     objective = run.objective
     teacher = run.teacher
-    needs = objective.needs.teacher
     gives_velocity = teacher is not None and not teacher.pairs
     gives_trajectories = teacher is not None and bool(teacher.pairs)
-    if needs.points and not gives_trajectories:
-        raise UserError(
-            f"objective '{objective.kind}' learns from a teacher's trajectories: set teacher.source to the folder of a "
-            "run that has a velocity, and teacher.pairs={count: 8192}"
-        )
-    if needs.points and objective.drop and may_have_classes(run.data):
+    require_teacher(objective, gives_velocity=gives_velocity, gives_trajectories=gives_trajectories)
+    if objective.needs.teacher.points and objective.drop and may_have_classes(run.data):
         # A trajectory belongs to its label. Without labels the net would learn the mean over all labels.
         raise UserError(
             f"objective.drop = {objective.drop:g}: objective '{objective.kind}' learns trajectories, each of one "
             "label: set objective.drop=0"
         )
-    if not needs.points and needs.velocity == "must" and not gives_velocity:
-        raise UserError(
-            f"objective '{objective.kind}' learns from a teacher's velocity: set teacher.source to the folder of a run "
-            "that has a velocity, and teacher.pairs=null"
-        )
-    problem = teacher_problem(objective)
-    if gives_velocity and problem:
-        raise UserError(f"{problem}: set teacher.pairs, or teacher=null")
     if teacher is None:
         return
     if teacher.pairs and run.train.coupling:
@@ -234,45 +208,21 @@ def _check_teacher(run: "Run") -> None:
             f"teacher.guide.scale = {teacher.guide.scale:g}: data '{run.data.kind}' has no classes to guide by: set "
             "teacher.guide.scale=1"
         )
-    guidance = GuidanceScale.of(objective.needs)
-    if not guidance.active and objective.needs.knobs:
-        guidance = _IMF_SCALE
-    if teacher.guide.active and (guidance.active or guidance is _IMF_SCALE):
-        raise UserError(
-            f"{guidance.field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with "
-            f"{guidance.off}"
-        )
+    require_unguided_teacher(objective, teacher.guide.scale)
 
 
 def _check_start(run: "Run") -> None:
     """An objective with a first stage needs that stage as theta^-, and adapters for a subject need a few-step run."""
-    problem = first_stage_problem(run.objective)
     # train.ref=1 is a decay of 1: the average that stays at the weights with which training began.
-    if problem and not (run.start and run.train.ref == 1):
-        raise UserError(
-            f"{problem}: set start.source to a run of all times, train.ref=1, and in train.ema {{decay: 1}} as the last"
-        )
+    require_first_stage(run.objective, has_first_stage=run.start is not None and run.train.ref == 1)
     if run.start:
-        _check_names("start.heads", run.start.heads, run.objective.needs.heads, run.objective.kind)
+        require_names("start.heads", run.start.heads, run.objective.needs.heads, run.objective.kind)
     lora = run.net.lora
     starts_from_run = run.has_subject and run.start and run.start.kind == "run" and not run.start.heads
     if lora and lora.subject and not starts_from_run:
         raise UserError(
             "net.lora.subject trains adapters on top of a few-step run's, on the weights of its pipeline: set "
             "start={kind: run, source: RUN}, its folder, without start.heads, and net.weights=source"
-        )
-
-
-def _check_prior(prior_share: float, teacher: "Teacher | None", objective: Objective, train: Train) -> None:
-    """Prior images, a share in (0, 1) of the batch, need a teacher whose velocity answers them."""
-    if not teacher or teacher.pairs or prior_problem(objective):
-        raise UserError(
-            "data.prior has images for the teacher to answer by its velocity: set teacher={kind: base}, and an "
-            "objective that may learn from one, objective.kind=dumo; or data.prior=null"
-        )
-    if not picks_some_rows(prior_share, train.batch):
-        raise UserError(
-            f"data.prior = {prior_share:g} of train.batch = {train.batch} is no row, or all of them: change one"
         )
 
 
@@ -308,31 +258,11 @@ def _check_training_guidance(data: Data, objective: Objective) -> None:
     """Guidance in training needs classes to guide by. A guide may be active although its scale is 1."""
     if may_have_classes(data):
         return
-    needs = objective.needs
-    trained = GuidanceScale.of(needs)
-    is_guided = needs.guide.active if isinstance(needs.guide, Guide) else trained.scale != 1
-    if not is_guided and not needs.knobs:
-        return
-    guidance = trained if is_guided else _IMF_SCALE
-    raise UserError(
-        f"{guidance.field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {guidance.off}"
-    )
-
-
-def why_unguided(
-    data: Data, objective: AnyObjective, trained: GuidanceScale, source: str = ""
-) -> GuidanceRefusal | None:
-    """Why a net cannot be guided in sampling: it has no null condition, or is guided already. None if it can be.
-
-    `trained` is the guidance of the net in training. `source` names the net's run in the message, if it is another run
-    than the one that is read.
-    """
-    if not may_have_classes(data):
-        return GuidanceRefusal(f"data '{data.kind}' has no classes to guide by", "")
-    model = f"the model of {source}" if source else "this model"
-    train = f"train {source}" if source else "train"
-    knobs = f"sample.knobs of {source}" if source else "sample.knobs"
-    return guidance_refusal(objective, trained, set_knobs=knobs, model=model, train=train)
+    guidance = training_guidance(objective.needs)
+    if guidance is not None:
+        raise UserError(
+            f"{guidance.field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {guidance.off}"
+        )
 
 
 def check_guidance(
@@ -343,21 +273,20 @@ def check_guidance(
     field: str = "sample.guide.scale",
     source: str = "",
 ) -> None:
-    """Raise UserError if a net cannot be guided (`why_unguided`) and `guide` asks for it, in `field`."""
-    refusal = why_unguided(data, objective, trained, source) if guide.active else None
-    if refusal is not None:
-        fix = f"set {field}=1"
-        if refusal.instead:
-            fix += f", {refusal.instead}"
-        raise UserError(f"{field} = {guide.scale:g}: {refusal.reason}: {fix}")
+    """Raise UserError if `guide` guides a network that cannot be guided; `field` asks for it.
 
-
-def _check_names(field: str, names: Collection[str], known: Collection[str], objective: str) -> None:
-    """Knobs and heads are mappings by name, in which an unknown name would do nothing."""
-    for name in names:
-        if name not in known:
-            valid = ", ".join(known) or f"none: set {field}={{}}"
-            raise UserError(f"{field}.{name}: objective '{objective}' has no '{name}'; valid: {valid}")
+    `trained` is the guidance of the network in training. `source` names the network's run in the message, if it is
+    another run than the one that is read.
+    """
+    require_guidable(
+        guide,
+        objective,
+        trained,
+        has_null=may_have_classes(data),
+        field=field,
+        model=f"the model of {source}" if source else "this model",
+        train=f"train {source}" if source else "train",
+    )
 
 
 def _check_validation(evaluation: "Evaluation") -> None:

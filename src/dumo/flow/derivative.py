@@ -1,305 +1,215 @@
-"""How du/dt of a user's network is taken: by the first slope (`dumo.flow.slope`) that runs on it and is right.
+"""Whether a slope is the derivative: du/dt compared with a central difference in float64.
 
-Few-step objectives regress on du/dt. Where it is wrong the loss falls towards another target, in silence. So a slope is
-compared with differences of passes before the first step. `LoopFlow.check` calls, in this order:
+Few-step objectives regress on du/dt. If it is wrong, nothing fails: the loss falls towards another target. It is wrong
+easily: a difference divides the rounding of two passes by 2 h, a network may cut off the tangent of its time, and a
+rule or a kernel may have a bug, perhaps on one device alone.
 
-1. `copy_without_zero_layers` makes the copy of the network that is examined.
-2. `choose_slope` takes differences of its passes as the exact derivative (`_exact_derivative`): in float64 where the
-   network can, with several half-steps, of which those two neighbours count that agree best.
-3. It compares one slope after another with that (`_try_slope`), and returns the first that is near enough, as a
-   `SlopeChoice`.
+`exact_derivative` takes the central difference, and `slope_errors` compares a slope with it. `dumo.run.examination`
+calls both for the network of a run; `dumo.Flow` calls `choose_slope`, which takes the first exact slope that runs and
+is right. A new network has layers of zeros, behind which du/dt is 0 whatever the slope, so a copy is examined in which
+these are noise (`copy_without_zero_layers`).
 
-Names in all functions: `net` is the network, or its copy, as objectives call it. `b` is a record of a few rows, and
-`inputs` has the times and knobs (rows,) of a pass on it. `exact` and `derivatives` have du/dt of each of the heads, in
-their order and shape: heads (rows, ...), then gauges (rows,).
+`exact`, `derivatives` and `errors` have an entry for each output of the network, in their order: heads (b, ...), then
+gauges (b,).
 """
 
 import copy
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from math import inf, isfinite
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from math import inf
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
-from dumo.flow.check import inputs_of, short_text
-from dumo.flow.passes import Passes
-from dumo.flow.precision import HALVES, precision_of
-from dumo.flow.ranks import largest_of_ranks
+from dumo.autodiff.float64 import float64_copy
+from dumo.flow.adapter import NetAdapter
+from dumo.flow.check import inputs_of
+from dumo.flow.precision import precision_of
 from dumo.flow.slope import MAX_SLOPE_ERROR, CentralSlope, DualSlope, JvpSlope, Slope
-from dumo.types import Frozen, Heads, Needs, Noised, Time, UserError, lift, mean_square, unwrap
+from dumo.runtime import dist
+from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Sample, Time, UserError, unwrap
 
-# Half-steps h of the differences that are taken as exact, in units of t, the longest first. In float64 shorter ones are
-# right, too. All ours
-_EXACT_HALF_STEPS = (1e-2, 2e-3, 4e-4, 1e-4, 1e-5, 1e-6)
-_EXACT_HALF_STEPS_IN_FLOAT64 = (*_EXACT_HALF_STEPS, 1e-7, 1e-8)
-# Half-steps h of the central slope that are tried, in units of t: UCGM's first, the others ours
-_CENTRAL_HALF_STEPS = (0.005, 0.002, 0.001, 5e-4, 2e-4)
-_MAX_COPIED_PARAMETERS = 400_000_000  # a larger network is not copied for the check: ours
-_ZERO_NORM = 1e-6  # an l2 norm of du/dt below it counts as zero: ours
-# The largest relative error of an exact slope (jvp, dual) in fp32; in other precisions, and of central, it is
-# MAX_SLOPE_ERROR. Ours: measured errors are 1e-6, and 2e-4 with an embedding of 1000 radians.
-_EXACT_LIMIT = 0.01
-# A warning is logged where the steepness (`SlopeChoice.steepness`) is above this ratio. Ours: new networks of
-# steepness 0.4 trained well, of 1.4 half as well, of 13 not at all.
-_MAX_STEEPNESS = 1.0
-_PROPOSED_STEEPNESS = 0.1  # the warning proposes the time_scale that leads to this steepness: ours
-
-
-@dataclass(frozen=True)
-class SlopeChoice:
-    """How du/dt is taken."""
-
-    slope: Slope
-    reason: str  # the slope's name, its error, and why those before it were not taken
-    steepness: float  # the root mean square of t du/dt over that of v, a ratio; 0 where it is not known
-    is_fallback: bool  # whether another slope was tried first, and did not serve
-
-    def warnings(self, time_scale: float, *, again: bool) -> Iterator[str]:
-        """Lines to log.
-
-        time_scale: by which the network's times are multiplied now.
-        again: whether the network was checked before, so that its user knows how du/dt is taken.
-        """
-        if self.is_fallback and not again:
-            yield f"du/dt by {self.reason}"
-        if self.steepness > _MAX_STEEPNESS:
-            proposed_scale = time_scale * _PROPOSED_STEEPNESS / self.steepness
-            yield (
-                f"t du/dt is {self.steepness:.3g} times v: above {_MAX_STEEPNESS:g} this network is steep in t, "
-                f"and training on du/dt may not settle. Give dumo.Flow(time_scale={proposed_scale:.2g}), which "
-                "multiplies t, or embed t by waves of a few radians"
-            )
+# Half-steps h of the central difference, in units of t. The short ones are exact in float64; the long ones serve
+# networks that compute a part, such as the embedding of t, in float32.
+_HALF_STEPS = (1e-6, 1e-5, 1e-4, 4e-4, 2e-3, 1e-2)
+# Two neighbouring half-steps whose differences agree to this are taken at once
+_AGREEMENT = 1e-4
+# The largest relative error of an exact slope in fp32. Measured errors are 1e-6, and 2e-4 with an embedding of 1000
+# radians. Of `central`, and in other precisions, it is MAX_SLOPE_ERROR.
+_MAX_EXACT_ERROR = 0.01
+# An l2 norm of du/dt below this counts as this, so that rounding is no error if du/dt is zero
+_MIN_NORM = 2e-5
+_MAX_COPIED_PARAMETERS = 400_000_000  # a larger network is examined as it is
+# What a user's network may raise on what is not a Tensor (as `dumo.jvp` expects it)
+_RAISED_BY_NETS = (UserError, TypeError, AttributeError, AssertionError, ValueError, RuntimeError)
 
 
-def copy_without_zero_layers(net: Passes) -> Passes | None:
-    """Passes of a copy of the network whose layers of zeros are drawn at random.
+@torch.no_grad()
+def exact_derivative(
+    net: nn.Module, x_t: Sample, direction: Sample, c: Cond, inputs: Mapping[str, Time], *, in_float64: bool = True
+) -> tuple[Heads, float]:
+    """d/dt of every output of a network by a central difference, and how uncertain it is, as a relative error.
 
-    A head that starts at zero has du/dt = 0, to which any slope is right. None where the network cannot be copied: it
-    is large, sharded, lazy, or has parts that cannot be copied.
+    x_t (b, ...) moves along `direction`, dx_t/dt, and the t among `inputs` with 1. In float64 a copy of the
+    network makes the passes, on the device of x_t, or on the CPU if that has no float64; otherwise the network itself,
+    in the precision that holds now. The weights of the network stay as they are. The uncertainty is the difference of
+    the two neighbouring half-steps that agree best, of the worst output.
     """
-    module = _copy_of(unwrap(net.net))
-    if module is None:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in module.parameters():
-            # drawn for every parameter, so that its noise does not depend on which others are zero
-            noise = torch.randn(p.shape, generator=generator, device="cpu").to(p)
-            if not p.any():
-                std = 0.1 if p.ndim < 2 else p[0].numel() ** -0.5
-                p.add_(noise * std)
-    return net.with_net(module)
+    attention: AbstractContextManager[object] = nullcontext()
+    if in_float64:
+        device = torch.device("cpu") if x_t.device.type == "mps" else x_t.device
+        net = _net_in_float64(net, device)
+        x_t, direction = x_t.to(device).double(), direction.to(device).double()
+        inputs = {name: value.to(device).double() for name, value in inputs.items()}
+        c = c.to(device)
+        attention = sdpa_kernel(SDPBackend.MATH)  # which rounds least
+
+    best: Heads = ()
+    least_gap = inf
+    previous: Heads = ()
+    with attention, torch.autocast(x_t.device.type, enabled=False) if in_float64 else nullcontext():
+        for h in _HALF_STEPS:
+            behind = net(x_t - h * direction, c, **{**inputs, "t": inputs["t"] - h})
+            ahead = net(x_t + h * direction, c, **{**inputs, "t": inputs["t"] + h})
+            differences = tuple((end - start) / (2 * h) for start, end in zip(behind, ahead, strict=True))
+            if previous:
+                pairs = zip(differences, previous, strict=True)
+                gap = max(float(_relative_error(longer, shorter)) for longer, shorter in pairs)
+                if gap < least_gap:
+                    best, least_gap = previous, gap
+            # Without a copy all half-steps are taken: ranks that share the weights must make equally many passes.
+            if in_float64 and least_gap < _AGREEMENT:
+                break
+            previous = differences
+    return best or previous, least_gap
 
 
-def _copy_of(net: nn.Module) -> nn.Module | None:
-    """A deep copy of a network; None where it is sharded, large, lazy, or has parts that cannot be copied."""
-    if any(isinstance(part, FSDPModule) for part in net.modules()):
-        return None
+def slope_errors(
+    slope: Slope,
+    net: Net,
+    ref: Frozen,
+    x_t: Sample,
+    direction: Sample,
+    c: Cond,
+    inputs: Mapping[str, Time],
+    exact: Heads,
+) -> list[Tensor]:
+    """The relative l2 error of a slope, by output, in the precision that holds now.
+
+    A loss may know the direction before the pass of the network, or only after it, and a slope may compute the two
+    cases differently: the larger error counts.
+    """
+    errors_by_use: list[list[Tensor]] = []
+    for known_direction in (direction, None):
+        # `moving=None`: the derivative is wanted on all rows.
+        _, along = slope(net, ref, x_t, c, toward=known_direction, moving=None, **cast(dict[str, Any], inputs))
+        with torch.no_grad():
+            derivatives = along(direction)
+        errors_by_use.append([_relative_error(found, true) for found, true in zip(derivatives, exact, strict=True)])
+    return [torch.maximum(known, unknown) for known, unknown in zip(*errors_by_use, strict=True)]
+
+
+def max_slope_error(slope: Slope, precision: str) -> float:
+    """The largest relative error that a slope may have in a precision, as `precision_of` names it."""
+    if isinstance(slope, DualSlope | JvpSlope) and precision == "fp32":
+        return _MAX_EXACT_ERROR
+    return MAX_SLOPE_ERROR
+
+
+def choose_slope(
+    named_slope: Slope | None, net: NetAdapter, b: Noised, needs: Needs, *, is_copy: bool
+) -> tuple[Slope, str]:
+    """How du/dt of a network is taken: the slope, and a report of its error for the user.
+
+    named_slope: that of the objective, which is the only one tried; None: dual, else jvp.
+    net: the network, or its copy, on whose batch b of a few rows the slope is tried.
+    is_copy: whether `net` is of a copy, which is compared in float64.
+
+    Every rank must call it, and all choose alike. Raises UserError if no slope is the derivative.
+    """
+    inputs = inputs_of(b, needs)
+    exact, uncertainty = _reference(net, b, inputs, is_copy=is_copy)
+    # Passes may round so much that no two differences agree. An exact slope is then taken if it runs.
+    is_compared = dist.largest(uncertainty) <= MAX_SLOPE_ERROR
+    failures: list[str] = []
+    for slope in [named_slope] if named_slope else [DualSlope(), JvpSlope()]:
+        try:
+            errors = slope_errors(slope, net, Frozen(net), b.x_t, b.v_t, b.c, inputs, exact)
+            error = max(float(error) if error.isfinite() else inf for error in errors)
+            failure = f"du/dt is {100 * error:.2g} % off a central difference"
+        except _RAISED_BY_NETS as raised:
+            error = inf
+            failure = f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}"
+        error = dist.largest(error)
+        if not is_compared and not isinstance(slope, CentralSlope) and error < inf:
+            text = f"{slope.kind}, not compared, for passes round so that differences do not agree"
+            return slope, "; ".join([text, *failures])
+        if error <= max_slope_error(slope, precision_of(b.x_t)):
+            text = f"{slope.kind}, {100 * error:.2g} % off a central difference"
+            return slope, "; ".join([text, *failures])
+        failures.append(f"not {slope.kind}: {failure}")
+    fix = 'change the network, or give the objective slope={"kind": "central"}, a finite difference of two passes'
+    if named_slope:
+        fix = "leave out the slope, and the first of dual and jvp that is right is taken"
+    raise UserError(f"no du/dt of {type(unwrap(net.net)).__name__}: {'; '.join(failures)}: {fix}")
+
+
+def copy_without_zero_layers(net: nn.Module) -> nn.Module | None:
+    """A copy of a network whose layers of zeros are noise; None if it is too large, sharded, lazy or not copied.
+
+    A head that starts at zero has du/dt = 0, to which any slope is right.
+    """
     parameters = list(net.parameters())
-    if any(isinstance(p, DTensor) or is_lazy(p) for p in parameters):
+    # Weights of torch.distributed.tensor, which is slow to import, have a `full_tensor`.
+    is_sharded = bool(dist.sharded_parts(net)) or any(hasattr(p, "full_tensor") for p in parameters)
+    if is_sharded or any(is_lazy(p) for p in parameters):
         return None
     if sum(p.numel() for p in parameters) > _MAX_COPIED_PARAMETERS:
         return None
     try:
-        return copy.deepcopy(net)
-    except Exception:  # whatever the parts of somebody else's network raise
+        copied = copy.deepcopy(net)
+    except (RuntimeError, TypeError):  # tensors that are results, as of old weight norms; locks and other handles
         return None
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in copied.parameters():
+            # Drawn for every parameter, so that its noise does not depend on which others are zero.
+            noise = torch.randn(p.shape, generator=generator, device="cpu").to(p)
+            if not p.any():
+                std = 0.1 if p.ndim < 2 else p[0].numel() ** -0.5
+                p.add_(noise * std)
+    return copied
 
 
-def choose_slope(
-    named_slope: Slope | None,
-    net: Passes,
-    b: Noised,
-    needs: Needs,
-    *,
-    is_copy: bool,
-    chosen_before: Slope | None = None,
-) -> SlopeChoice:
-    """The first slope that runs on this network and is its derivative.
+def _reference(net: NetAdapter, b: Noised, inputs: Mapping[str, Time], *, is_copy: bool) -> tuple[Heads, float]:
+    """`exact_derivative` on a batch: of a copy in float64 if the network can, else in the precision that holds now.
 
-    named_slope: that of the objective, which is the only one tried; None: dual, jvp and central are tried in turn.
-    net: the network, or its copy, as objectives call it.
-    b: a record of a few rows.
-    needs: the objective's, which name the inputs of a pass.
-    is_copy: whether `net` is of a copy (`copy_without_zero_layers`), which is compared in float64.
-    chosen_before: the slope that an earlier check chose, which is tried first.
-
-    Every rank must call it, and all choose alike. Raises UserError where no slope is within the limit.
+    Under autocast and of 16 bits the uncertainty is infinite: x ± h v is then x itself, and differences agree on what
+    is wrong.
     """
-    inputs = inputs_of(b, needs)
-    exact, gap = _exact_derivative(net, b, inputs, is_copy=is_copy)
-    is_uncertain = largest_of_ranks(gap) > MAX_SLOPE_ERROR  # passes round so much that no two differences agree
-    steepness = _steepness(exact, b) if gap < inf else 0.0  # not known
-    failures: list[str] = []  # why each slope so far was not taken
-    for slope in _candidates(named_slope, chosen_before):
-        attempt = _try_slope(slope, net, b, inputs, exact, is_uncertain=is_uncertain)
-        if attempt.serves:
-            reason = "; ".join([attempt.text, *dict.fromkeys(failures)])
-            return SlopeChoice(slope, reason, steepness, is_fallback=bool(failures))
-        failures.append(attempt.text)
-    fix = " Leave out the slope, and one that serves is taken" if named_slope else ""
-    raise UserError(f"no du/dt of {type(unwrap(net.net)).__name__}: {'; '.join(dict.fromkeys(failures))}.{fix}")
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """What came of trying a slope."""
-
-    serves: bool  # whether it may be taken
-    text: str  # its name and error, or why it was not taken
-
-
-def _try_slope(
-    slope: Slope, net: Passes, b: Noised, inputs: Mapping[str, Time], exact: Heads, *, is_uncertain: bool
-) -> _Attempt:
-    """Compare a slope with the exact derivative. Every rank must call it, and all decide alike.
-
-    is_uncertain: whether `exact` is too rough to refuse an exact slope by. Such a slope then serves if it runs.
-    """
-    name = slope.kind
-    if isinstance(slope, CentralSlope):
-        name = f"central, h = {slope.h:g}"
-    try:
-        error = _slope_error(slope, net, b, inputs, exact)
-        failure = f"du/dt is {100 * error:.2g} % off"
-    except Exception as raised:  # whatever a network raises: the next slope is tried
-        error = inf
-        failure = short_text(raised)
-    error = largest_of_ranks(error)
-    if is_uncertain and not isinstance(slope, CentralSlope):
-        serves = error < inf
-        comparison = "not compared, for passes round so that differences do not agree"
-    else:
-        serves = error <= _error_limit(slope, b)
-        comparison = f"{100 * error:.2g} % off differences"
-    text = f"{name}, {comparison}" if serves else f"not {name}: {failure}"
-    return _Attempt(serves, text)
-
-
-def _candidates(named_slope: Slope | None, chosen_before: Slope | None) -> list[Slope]:
-    """The slopes to try, in order."""
-    if named_slope is not None:
-        return [named_slope]
-    slopes: list[Slope] = [DualSlope(), JvpSlope(), *(CentralSlope(h=h) for h in _CENTRAL_HALF_STEPS)]
-    if chosen_before is not None:
-        slopes = [chosen_before, *(slope for slope in slopes if slope != chosen_before)]
-    return slopes
-
-
-def _error_limit(slope: Slope, b: Noised) -> float:
-    """The largest relative error that a slope may have in the precision that holds now."""
-    if isinstance(slope, CentralSlope) or precision_of(b.x_t) != "fp32":
-        return MAX_SLOPE_ERROR
-    return _EXACT_LIMIT
-
-
-def _exact_derivative(net: Passes, b: Noised, inputs: Mapping[str, Time], *, is_copy: bool) -> tuple[Heads, float]:
-    """What `_differences` returns: of a copy in float64 where the network can, else in its own precision.
-
-    Where it runs under the caller's autocast alone, or x has 16 bits, the uncertainty is infinite: x ± h v is then x
-    itself, and differences agree on what is wrong.
-    """
+    direction = b.v_t.to(b.x_t)
     if is_copy:
         try:
-            inputs_in_float64 = {name: values.double() for name, values in inputs.items()}
-            return _differences(_net_in_float64(net), _record_in_float64(b), inputs_in_float64)
-        except (RuntimeError, TypeError):  # a network that names float32 itself; MPS, which has no float64
+            return exact_derivative(net, b.x_t, direction, b.c, inputs)
+        except (RuntimeError, TypeError):  # a network that names float32 itself
             pass
-    try:
-        derivatives, gap = _differences(net, b, inputs)
-    except Exception:  # whatever a network raises that asks for autocast, or for another kernel of attention
-        return _differences(net, b, inputs, as_called=True)[0], inf
-    return derivatives, inf if b.x_t.dtype in HALVES else gap
+    exact, uncertainty = exact_derivative(net, b.x_t, direction, b.c, inputs, in_float64=False)
+    return exact, uncertainty if precision_of(b.x_t) == "fp32" else inf
 
 
-def _net_in_float64(net: Passes) -> Passes:
-    """Passes of a copy of the network and of its conditions in float64."""
-    passes = net.with_net(copy.deepcopy(net.net).double())
-    if net.table is not None:
-        passes.table = net.table.to_float64()
-    return passes
-
-
-def _record_in_float64(b: Noised) -> Noised:
-    """The record with data, noise, times and velocity in float64."""
-    changed: dict[str, Any] = {name: getattr(b, name).double() for name in ("x", "z", "t", "r", "x_t", "v_t")}
-    return replace(b, **changed)
-
-
-@torch.no_grad()
-def _differences(net: Passes, b: Noised, inputs: Mapping[str, Time], *, as_called: bool = False) -> tuple[Heads, float]:
-    """The derivative of each head along the velocity, and how uncertain it is: a relative error, of the worst head.
-
-    The derivatives are central differences with half-steps h. A difference of the same h as a central slope would agree
-    with it even if both are wrong. So several h are tried, and the one is taken that agrees best with its longer
-    neighbour. The uncertainty is the relative error between these two. Where passes round to bf16, no two may agree.
-
-    as_called: whether passes are under the caller's autocast, with any kernel of attention; else they are in the types
-    of x and the weights, with that of math.
-    """
-    velocity = b.v_t.to(b.x_t)
-    half_steps = _EXACT_HALF_STEPS_IN_FLOAT64 if b.x_t.dtype == torch.float64 else _EXACT_HALF_STEPS
-    derivatives_by_half_step: list[Heads] = []
-    with nullcontext() if as_called else _in_own_precision(b.x_t.device.type):
-        for h in half_steps:
-            behind = net(b.x_t - h * velocity, b.c, **{**inputs, "t": inputs["t"] - h})
-            ahead = net(b.x_t + h * velocity, b.c, **{**inputs, "t": inputs["t"] + h})
-            derivatives = tuple((end - start) / (2 * h) for start, end in zip(behind, ahead, strict=True))
-            derivatives_by_half_step.append(derivatives)
-    best: list[Tensor] = []
-    worst_gap = 0.0
-    for differences in zip(*derivatives_by_half_step, strict=True):  # of one head, the longest half-step first
-        gaps = [float(_relative_error(longer, shorter)) for longer, shorter in pairwise(differences)]
-        least_gap = min(gaps)
-        best.append(differences[1 + gaps.index(least_gap)])
-        worst_gap = max(worst_gap, least_gap)
-    return tuple(best), worst_gap
-
-
-@contextmanager
-def _in_own_precision(device_type: str) -> Generator[None, None, None]:
-    """Inside, passes are in the types of x and the weights, and attention rounds least."""
-    with torch.autocast(device_type, enabled=False), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-def _slope_error(slope: Slope, net: Passes, b: Noised, inputs: Mapping[str, Time], exact: Heads) -> float:
-    """The relative error of a slope, of the worst head; infinite where it is not finite.
-
-    The slope is called twice: with the direction said before the pass (`toward`), and with it said to `along` alone. It
-    may take these two ways differently.
-    """
-    worst = 0.0
-    for toward in (b.v_t, None):
-        _, along = slope(net, Frozen(net), b.x_t, b.c, toward=toward, **cast(dict[str, Any], inputs))
-        with torch.no_grad():
-            derivatives = along(b.v_t)
-        for derivative, exact_derivative in zip(derivatives, exact, strict=True):
-            error = float(_relative_error(derivative, exact_derivative))
-            worst = max(worst, error if isfinite(error) else inf)
-    return worst
+def _net_in_float64(net: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a network, or of that in an adapter with its conditions, that computes in float64 on a device."""
+    if not isinstance(net, NetAdapter):
+        return float64_copy(net, device)
+    adapter = net.with_net(float64_copy(unwrap(net.net), device))
+    if adapter.rows is not None:
+        adapter.rows = adapter.rows.to(device, torch.float64)
+    return adapter
 
 
 def _relative_error(derivative: Tensor, exact: Tensor) -> Tensor:
-    """The l2 error over the l2 norm; the error itself, where the exact derivative is zero."""
-    norm = exact.norm()
-    return (derivative.to(exact) - exact).norm() / norm.where(norm > _ZERO_NORM, torch.ones_like(norm))
-
-
-def _steepness(exact: Heads, b: Noised) -> float:
-    """The root mean square of t du/dt, of the steepest head, over that of v; 0 where there are gauges alone."""
-    rms_by_head: list[float] = []
-    for du_dt in exact:
-        is_gauge = du_dt.ndim == 1  # one number a row: it has no velocity to compare with
-        if not is_gauge:
-            t_du_dt = lift(b.t, du_dt) * du_dt
-            rms_by_head.append(float(mean_square(t_du_dt).mean().sqrt()))
-    return max(rms_by_head, default=0.0) / float(mean_square(b.v_t).mean().sqrt())
+    """The l2 error over the l2 norm, which counts as _MIN_NORM at least."""
+    return (derivative.to(exact) - exact).norm() / exact.norm().clamp(min=_MIN_NORM)

@@ -3,8 +3,7 @@
 A training step calls it in this order: `make_draws` draws the random numbers, `add_noise` makes the record of a batch,
 `terms` its loss. Whatever samples, judges, teaches or exports calls `readings`, and `batches` makes samples of them.
 
-`require_terms` refuses what is no loss. `dumo.flow.loop` is a flow for a user's network and loop. Neither owns an
-optimizer or a file.
+`dumo.flow.loop` is a flow for a user's network and loop. Neither owns an optimizer or a file.
 """
 
 import copy
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dumo.flow import dropout
 from dumo.flow.draw import Coupling, Draws, add_noise, make_draws
@@ -219,41 +218,14 @@ class Flow(nn.Module):
         return other
 
 
-def require_terms(returned: object, rows: int, objective: str) -> Terms:
-    """What an objective's loss returned for this many rows.
+def require_loss_per_row(terms: Terms, rows: int, objective: str) -> Terms:
+    """What an objective's loss returned. Raises UserError unless it is one number for each of this many rows.
 
-    Raises UserError unless it is `Terms` of one number per row, with a gradient.
+    The trainer takes the mean, so a mean, or a column, would be trained on at another scale.
     """
-    subject = f"objective '{objective}': its loss"
-    expected = f"one number per row, shape ({rows},)"
-    if isinstance(returned, Tensor):
+    if terms.loss.shape != (rows,):
         raise UserError(
-            f"{subject} returned a tensor of shape {tuple(returned.shape)}: return dumo.types.Terms(loss, parts), "
-            f"where loss has {expected}; the trainer takes the mean"
+            f"objective '{objective}': its loss has shape {tuple(terms.loss.shape)}: return dumo.types.Terms(loss), "
+            f"where loss has one number per row, shape ({rows},), such as dumo.types.mean_square(e)"
         )
-    if not isinstance(returned, Terms):
-        raise UserError(
-            f"{subject} returned a {type(returned).__name__}: return dumo.types.Terms(loss, parts), where loss has "
-            f"{expected}"
-        )
-    for field in ("parts", "notes"):
-        value: object = getattr(returned, field)
-        if not isinstance(value, Mapping):
-            raise UserError(
-                f"{subject} returned Terms whose {field} are a {type(value).__name__}: give a dict of names and "
-                f"tensors of {expected}"
-            )
-    values: dict[str, object] = {"loss": returned.loss, **returned.parts, **returned.notes}
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{subject} returned Terms where '{name}' is a {type(value).__name__}: give {expected}")
-        if value.shape != (rows,):
-            raise UserError(
-                f"{subject} returned Terms where '{name}' has shape {tuple(value.shape)}: give {expected}, for squares "
-                "dumo.types.mean_square(e); the trainer takes the mean over rows"
-            )
-    if torch.is_grad_enabled() and not returned.loss.requires_grad:
-        raise UserError(
-            f"{subject} has no gradient: the pass that learns is net(...), without torch.no_grad() and detach()"
-        )
-    return returned
+    return terms

@@ -9,27 +9,21 @@
   setting of the process, and backward passes need it, too. `autocast` goes around each forward pass, because it keeps
   the weights that it has cast, so no optimizer may step inside.
 - To ask what holds now: `uses_tf32` and `precision_of`.
-- To refuse it: a loss that multiplies the rounding of its net calls `require_precise_passes` before it makes a pass.
-  `require_precision` is the same rule for a precision by name, before any net is built.
 - For single tensors that are stored in 16 bits: `to_float32` and `round_stochastically`.
 """
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from math import isinf
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dumo.autodiff.cast import autocast_dtype
-from dumo.types import Noised, Sample, UserError
+from dumo.types import Sample
 
 Precision = Literal["fp32", "tf32", "bf16"]
 HALVES = (torch.bfloat16, torch.float16)  # the floating-point types of 16 bits
-# By how much a loss may multiply the rounding of its net below fp32. Ours: bf16 rounds the net's output by 2^-8 of it;
-# 20 times that is 8 % of the loss's residual.
-MAX_GAIN = 20
 
 
 @contextmanager
@@ -98,30 +92,6 @@ def precision_of(x: Sample) -> str:
     if x.dtype in (torch.float32, torch.float64):
         return "fp32"
     return str(x.dtype)
-
-
-def require_precise_passes(noised: Noised, gain: float, kind: str) -> None:
-    """Raise UserError where passes on this record, in the precision that holds now, are too coarse for an objective.
-
-    `gain` and `kind` are those of `require_precision`.
-    """
-    require_precision(precision_of(noised.x_t), gain, kind)
-
-
-def require_precision(precision: str, gain: float, kind: str) -> None:
-    """Raise UserError where passes of this precision are too coarse for objective `kind`.
-
-    `gain` is by how much the objective multiplies the rounding of the net, at most, at any time of the training;
-    infinite: without bound. Below fp32 a gain above MAX_GAIN is refused, also where it is reached for a while only:
-    alpha-Flow's while alpha is strictly between 0 and 1.
-    """
-    if gain > MAX_GAIN and precision != "fp32":
-        times = "without bound" if isinf(gain) else f"by up to {gain:g}"
-        raise UserError(
-            f"objective '{kind}' needs precision fp32, not {precision}: it multiplies the rounding of the net {times}. "
-            "Use fp32 (of a run train.precision=fp32, of a loop of your own weights in float32 and "
-            "dumo.Flow(precision='fp32')), a longer step, or objective 'meanflow' with slope 'dual'"
-        )
 
 
 def to_float32(x: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
+from dumo.flow.compatibility import require_precise_passes
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.precision import require_precise_passes
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive_l2, clipped_share
 from dumo.flow.secant import earlier_mean_velocity

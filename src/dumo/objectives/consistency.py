@@ -34,7 +34,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.precision import require_precise_passes
+from dumo.flow.compatibility import require_precise_passes
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
 from dumo.flow.times import EDM_SD, KARRAS_ROOTS, LogitNormal, Times, karras_root, karras_time

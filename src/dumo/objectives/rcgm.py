@@ -18,8 +18,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from dumo.flow.compatibility import require_precise_passes
 from dumo.flow.guide import Guide
-from dumo.flow.precision import require_precise_passes
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.times import Below, Times, Uniform

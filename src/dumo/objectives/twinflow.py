@@ -18,8 +18,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from dumo.flow.compatibility import require_precise_passes
 from dumo.flow.draw import Noise
-from dumo.flow.precision import require_precise_passes
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share, descent_error
 from dumo.flow.times import Uniform

@@ -28,7 +28,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.precision import require_precise_passes
+from dumo.flow.compatibility import require_precise_passes
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
 from dumo.flow.slope import CentralSlope, Slope

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dumo.config.fit import why_unguided
+from dumo.config.fit import may_have_classes
+from dumo.flow.compatibility import why_unguided
 from dumo.io import picture
 from dumo.report.gallery import TAUGHT_BY_LETTER, sampling_modes
 from dumo.report.sample import data_points, guide_of, repeat_conditions
@@ -67,7 +68,9 @@ def build_page(runs: Sequence[RunFolder]) -> "gr.Blocks":
     first = runs[0].sampler
     letters = [letter for letter in TAUGHT_BY_LETTER if any(letter in sampling_modes(run.sampler) for run in runs)]
     can_guide = any(
-        why_unguided(run.sampler.data, run.sampler.flow.objective, run.run.training_guidance) is None for run in runs
+        why_unguided(run.sampler.flow.objective, run.run.training_guidance, has_null=may_have_classes(run.sampler.data))
+        is None
+        for run in runs
     )
     titles = [run.output_folder.name for run in runs]
 

@@ -1,18 +1,12 @@
-"""Whether a net and a loss of a user's own keep the contract of training, tried once before the first step.
+"""Whether a user's own network and loss can be trained, tried once before the first step of `dumo train`.
 
-A step makes several passes of one net on the same rows: to learn, to be differentiated, for theta^-. And a run that is
-resumed makes the passes that it would have made. So the contract is:
+A step makes several passes of one network on the same rows, and a resumed run makes the passes that an uninterrupted
+one would have made. So the network must be pure, with independent rows and finite outputs (`dumo.flow.check`), and the
+loss must have one number for each row, and give the same numbers for the same batch. Otherwise training would run
+towards another target without an error.
 
-1. a net returns the heads that the objective needs;
-2. a pass of a net draws no random numbers of its own and changes nothing, and its rows do not mix;
-3. a loss has one number for each row, and gives the same numbers for the same record.
-
-Where that does not hold, a difference of two passes is no derivative, a resumed run is another one, or training ends in
-a traceback: each is a UserError here instead.
-
-`require_contract` is the entrance, for a run that `dumo.config.code.has_own_parts`. It calls a net and a loss as the
-first step calls them, on random numbers in place of data. dumo's own keep the contract by their tests, and are not
-tried.
+`require_contract` calls both as the first step calls them, on random numbers in place of data. dumo's own keep the
+contract by their tests, and are not tried.
 """
 
 import copy
@@ -23,9 +17,9 @@ from torch import nn
 from dumo.config.code import has_own_net, is_from_outside
 from dumo.config.spec import Run
 from dumo.flow import dropout
-from dumo.flow.check import max_pass_difference, outputs_match, require_pure_net, require_rows_apart
+from dumo.flow.check import max_pass_difference, outputs_match, require_trainable
 from dumo.flow.draw import add_noise, make_draws, path_velocity
-from dumo.flow.flow import require_terms
+from dumo.flow.flow import require_loss_per_row
 from dumo.flow.generate import training_mode
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
@@ -37,35 +31,28 @@ _STREAM_KEY = "outside"  # of the random numbers in place of data. Another key w
 
 
 def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
-    """Raise UserError where a user's own net or loss breaks the contract.
+    """Raise UserError if a user's own network or loss breaks the contract.
 
-    `net` is the run's net with every weight drawn: a last layer of zeros would hide what it draws. It is tried in
-    training mode, and has its own mode again afterwards.
+    `net` is the run's network with random weights, because a last layer of zeros would hide what it draws. It is tried
+    in training mode, and has its own mode again afterwards.
     """
-    if is_from_outside(run.net):  # a module of Python was asked when it was built
-        from dumo.nets.module import require_heads
-
-        with device:
-            require_heads(net, run.objective.needs, run.data.shape, run.data.classes)
     b, keys = _first_rows(run, device)
     with training_mode(net), using(run.train.precision, device), dropout.using(keys):
         if has_own_net(run):
-            require_pure_net(net, b, run.objective.needs, max_pass_difference(b.x_t))
-            require_rows_apart(net, b, run.objective.needs)
+            require_trainable(net, b, run.objective.needs)
         if is_from_outside(run.objective):
             target = net if run.train.ref == "self" else copy.deepcopy(net).eval()
             _require_repeatable_loss(run.objective, net, Frozen(target), b)
 
 
 def _require_repeatable_loss(objective: Objective, net: nn.Module, ref: Frozen, b: Noised) -> None:
-    """Raise UserError where a loss has not one number for each row, or where two losses of the same record differ."""
-    first = require_terms(objective.loss(net, ref, b), len(b.t), objective.kind).loss.detach()
+    """Raise UserError unless a loss has one number for each row, and two losses of the same batch are equal."""
+    first = require_loss_per_row(objective.loss(net, ref, b), len(b.t), objective.kind).loss.detach()
     second = objective.loss(net, ref, b).loss.detach()
     if not outputs_match(first, second, max_pass_difference(b.x_t)):
         raise UserError(
-            f"objective '{objective.kind}': two losses of the same rows differ, so it draws random numbers or "
-            "keeps a state, and a resumed run would be another one: name what is drawn in Needs.laws, and read "
-            "it from b.drawn (docs/own-objective.md)"
+            f"objective '{objective.kind}': two losses of the same rows differ, so a resumed run would differ: keep no "
+            "state, name what is drawn in Needs.laws, and read it from b.drawn (docs/own-objective.md)"
         )
 
 

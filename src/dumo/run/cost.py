@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from dumo.flow import dropout
 from dumo.flow.draw import draw, path_velocity
-from dumo.flow.flow import require_terms
+from dumo.flow.flow import require_loss_per_row
 from dumo.flow.guide import Guide
 from dumo.flow.linearize import Moving
 from dumo.flow.path import FlowPath
@@ -220,7 +220,7 @@ def step_function(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) 
 
     def step() -> None:
         with without_dropout(net, b):
-            terms = require_terms(objective.loss(net, ref, b), rows, name_of(type(objective)))
+            terms = require_loss_per_row(objective.loss(net, ref, b), rows, name_of(type(objective)))
             terms.loss.sum().backward()
 
     return step

@@ -1,20 +1,14 @@
-"""Whether a run's du/dt is the derivative on this machine, examined before any training rests on it.
+"""Whether the du/dt of a run is the derivative on this machine, by the comparison of `dumo.flow.derivative`.
 
-`examine` compares on a fresh net cut to two blocks, with random weights, before the first step; `examine_weights` on
+`examine` compares on a new network cut to two blocks, with random weights, before the first step; `examine_weights` on
 the weights in training, before the first checkpoint. Both
 
 1. draw the rows of an `ExamplePoint` (`example_point`);
-2. take the configured slope there, in its precision and on its device, and the derivative in float64
-   (`dumo.autodiff.float64`), and measure the relative error of each head (`slope_errors`);
-3. return an `Examination`, whose `require` raises where an error is above the limit.
+2. take the configured slope there, in its precision and on its device, and compare it with a central difference in
+   float64 (`slope_errors`);
+3. return an `Examination`, whose `require` raises if the error of a head is above the limit.
 
-Why it is needed: few-step objectives regress on du/dt. Where that is wrong, training does not crash: the loss falls
-towards another target, and the samples are poor for no reason that a log shows. And it is wrong easily. A difference
-quotient divides the rounding of two passes by 2 h: under bf16 that is as large as the derivative. On a net that reads
-1000 t, as image models do, h = 0.005 spans more than a turn of the embedding. And a tangent rule or a kernel may be
-wrong, perhaps on one device alone.
-
-Why random weights: the last layers of a fresh net are zero, so u = du/dt = 0, and any slope passes.
+Weights are random because the last layers of a new network are zero, so u = du/dt = 0, and any slope would pass.
 """
 
 import math
@@ -24,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dumo.autodiff.float64 import copy_sharing_weights, exact_derivative
+from dumo.autodiff.float64 import copy_sharing_weights
 from dumo.config.code import has_own_net, has_own_parts
 from dumo.config.spec import Run
 from dumo.data import Data
-from dumo.flow import dropout
+from dumo.flow import derivative, dropout
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.flow.slope import MAX_SLOPE_ERROR, slope_of
@@ -37,7 +31,6 @@ from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Frozen, Objective, Sample, Time, UserError
 
-_MAX_ERROR_AT_ZERO = 1e-6  # the l2 error allowed where du/dt is zero: ours
 _ROWS_RANDOM = 4  # rows on random weights, so t = 1/4, 1/2, 3/4 and 1: ours
 _ROWS_IN_TRAINING = 2  # rows on the weights in training, where the memory of a pass counts: ours
 
@@ -188,39 +181,20 @@ def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device
         time_scale=time_scale,
         weights=weights_label,
         errors=error_by_head,
+        limit=derivative.max_slope_error(slope, train.precision),
     )
 
 
 def slope_errors(objective: Objective, net: nn.Module, ref: Frozen, point: ExamplePoint) -> dict[str, Tensor]:
     """The relative l2 error of the objective's slope at a point, by head, against d/dt of `ref` in float64.
 
-    The slope is taken in the precision that is set around the call. A loss may know the direction before the pass of
-    the net, or only after it, and a slope may compute the two cases differently: the larger error counts.
+    The slope is taken in the precision that is set around the call.
     """
     slope = slope_of(objective)
     assert slope is not None
-    exact_derivatives = exact_derivative(ref.module, point.x_t, point.direction, point.c, **point.inputs)
-
-    def head_errors(known_direction: Sample | None) -> Tensor:
-        """The error of each head, (heads,), where the slope gets this direction before the pass."""
-        # `toward` is the direction as far as it is known; `moving=None`: the derivative is wanted on all rows
-        _, along = slope(net, ref, point.x_t, point.c, toward=known_direction, moving=None, **point.inputs)
-        with torch.no_grad():
-            derivatives = along(point.direction)
-        errors: list[Tensor] = []
-        for derivative, exact in zip(derivatives, exact_derivatives, strict=True):
-            errors.append(_relative_error(derivative, exact))
-        return torch.stack(errors)
-
-    errors_if_known_before = head_errors(point.direction)
-    errors_if_known_after = head_errors(None)
-    largest_errors = torch.maximum(errors_if_known_before, errors_if_known_after)
-    # a net may return gauges after its heads; they do not count
+    rows = point.x_t, point.direction, point.c
+    exact, _ = derivative.exact_derivative(ref.module, *rows, point.inputs)
+    errors = derivative.slope_errors(slope, net, ref, *rows, point.inputs, exact)
+    # A network may return gauges after its heads, which do not count.
     heads = objective.needs.heads
-    return dict(zip(heads, largest_errors[: len(heads)], strict=True))
-
-
-def _relative_error(derivative: Tensor, exact: Tensor) -> Tensor:
-    """The l2 error over the l2 norm. Where the norm is 0, an error of _MAX_ERROR_AT_ZERO is just within the limit."""
-    norm = exact.norm()
-    return (derivative.to(exact) - exact).norm() / norm.where(norm > 0, _MAX_ERROR_AT_ZERO / MAX_SLOPE_ERROR)
+    return dict(zip(heads, errors[: len(heads)], strict=True))

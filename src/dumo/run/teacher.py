@@ -11,7 +11,7 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
 from dumo.data import Data, Latents
 from dumo.flow import generate
+from dumo.flow.compatibility import require_same_data
 from dumo.flow.flow import Flow
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast
@@ -189,7 +190,11 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
     """
     opened = open_run(teacher.source, device=str(device))
     teacher_run = opened.run
-    _require_same_data(teacher, _facts(teacher_run.data, teacher_run.path), _facts(data, path))
+    teacher_facts = _facts(teacher_run.data, teacher_run.path)
+    facts = _facts(data, path)
+    if None in (teacher_facts[_CODEC_HASH], facts[_CODEC_HASH]):  # one of them has not read its codec yet
+        facts.pop(_CODEC_HASH)
+    require_same_data(f"the teacher {teacher.source}", teacher_facts, facts)
     check_guidance(
         teacher.guide,
         teacher_run.data,
@@ -213,22 +218,6 @@ def _facts(data: Data, path: FlowPath) -> dict[str, object]:
         "path": path.kind,
         "path.sd": path.sd,
     }
-
-
-def _require_same_data(teacher: Teacher, teacher_facts: Mapping[str, object], run_facts: Mapping[str, object]) -> None:
-    """Raise UserError where a teacher and a run differ in a field of their `_facts`."""
-    differences: list[str] = []
-    for field, run_value in run_facts.items():
-        teacher_value = teacher_facts[field]
-        if field == _CODEC_HASH and None in (teacher_value, run_value):  # one of them has not read its codec yet
-            continue
-        if teacher_value != run_value:
-            differences.append(f"{field} is {teacher_value} there, {run_value} here")
-    if differences:
-        raise UserError(
-            f"the teacher {teacher.source} knows other data: {'; '.join(differences)}. Take a teacher trained on this "
-            "data, or set these fields as they are there"
-        )
 
 
 def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, str]:

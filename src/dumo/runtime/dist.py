@@ -1,7 +1,7 @@
 """Several processes that work together: ranks, their collectives, and how they meet.
 
 Inside `join` the processes that torchrun started work together: they meet at a store and make a process group, which
-ends with it. `rank`, `world` and `is_main` number them. `mean`, `all_reduce_max`, `all_gather`, `gather`,
+ends with it. `rank`, `world` and `is_main` number them. `mean`, `all_reduce_max`, `largest`, `all_gather`, `gather`,
 `num_synced_calls`, `barrier` and `wait_for_all` are collectives: every rank must call them. `new_group` serves a second
 thread. If a rank ends, torchrun ends the others; a collective that waits longer than `TIMEOUT` fails.
 
@@ -14,6 +14,7 @@ on: `dumo.runtime.device`.
 
 import os
 import re
+import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -84,6 +85,23 @@ def all_reduce_max(x: Tensor) -> Tensor:
     maximum = x.clone()
     torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX)
     return maximum
+
+
+def largest(value: float) -> float:
+    """The largest `value` of all ranks, in a training loop of any backend. Every rank must call it."""
+    if world() == 1:
+        return value
+    values: list[Any] = [None] * world()
+    torch.distributed.all_gather_object(values, value)
+    return max(values)
+
+
+def sharded_parts(net: nn.Module) -> list[Any]:
+    """The parts of a network that FSDP2 shards. Its module is slow to import, and if parts are sharded, it is there."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    return [part for part in net.modules() if isinstance(part, fsdp.FSDPModule)]
 
 
 def num_synced_calls(net: nn.Module, num_rows: int) -> int:
