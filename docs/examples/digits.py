@@ -15,7 +15,7 @@ loader = DataLoader(data, batch_size=64, shuffle=True, drop_last=True)
 
 
 class Net(nn.Module):
-    """Takes images, a time and a class for each; returns v and u, stacked as two channels."""
+    """Takes images, a time and a class for each; returns v and u."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -29,10 +29,10 @@ class Net(nn.Module):
         )
         self.heads = nn.ConvTranspose2d(width, 2, 2, stride=2)
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        """Of shape (b, 2, 8, 8)."""
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        """Each of shape (b, 1, 8, 8)."""
         waves = torch.cos(t[:, None] * torch.arange(11, device=t.device) / 2)  # of at most 5 radians
         h = self.patches(x).flatten(2).mT + self.places + (self.time(waves) + self.label(c))[:, None]
         for block in self.blocks:
             h = block(h)
-        return self.heads(h.mT.unflatten(2, (4, 4)))
+        return self.heads(h.mT.unflatten(2, (4, 4))).chunk(2, 1)

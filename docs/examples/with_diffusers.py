@@ -1,6 +1,6 @@
 """With a network of diffusers and texts as conditions: python docs/examples/with_diffusers.py
 
-Images and texts are random: put yours there. With classes, UNet2DModel(..., num_class_embeds=11) takes them.
+Images and texts are random: put yours there. `call` says how to call a network whose arguments are not t and c.
 """
 
 import sys
@@ -25,16 +25,16 @@ net = UNet2DConditionModel(
 )
 texts = torch.randn(8, 5, 24)  # of an encoder, 5 tokens each
 images = torch.rand(8, 3, 16, 16) * 2 - 1
-flow = dumo.Flow(net, "dumo", null={"encoder_hidden_states": torch.zeros(5, 24)})
+flow = dumo.Flow(net, "dumo", null=torch.zeros(5, 24), call=lambda net, x, t, c: net(x, t, c).sample.chunk(2, 1))
 optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-3)
 
 for step in range(STEPS):
-    loss = flow(images, {"encoder_hidden_states": texts})
+    loss = flow(images, texts)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     if step % 10 == 9:
         print(f"step {step + 1}: loss {loss:.4f}")
 
-samples = flow.sample({"encoder_hidden_states": texts[:4]}, nfe=2)
+samples = flow.sample(texts[:4], nfe=2)
 print(f"samples {tuple(samples.shape)}")

@@ -1,4 +1,4 @@
-"""Networks as people write them, for `dumo.Flow`: other names of times, heads stacked or in a tuple, dropout, text."""
+"""Networks as people write them, for `dumo.Flow`: arguments in any order, dropout, text."""
 
 import einops
 import torch
@@ -27,20 +27,20 @@ class Perceptron(nn.Module):
         self.out = nn.Linear(16, 2 * self.heads + self.gauges)
 
     def forward(
-        self, x: Tensor, t: Tensor, r: Tensor | None = None, y: Tensor | None = None, **knobs: Tensor
+        self, x: Tensor, t: Tensor, r: Tensor | None = None, c: Tensor | None = None, **knobs: Tensor
     ) -> tuple[Tensor, ...]:
         end = t if r is None else r
         h = torch.cat([x, waves(t), waves(end), *(knob[:, None] for knob in knobs.values())], 1)
         h = self.body(h)
-        if self.label is not None and y is not None:
-            h = h + self.label(y)
+        if self.label is not None and c is not None:
+            h = h + self.label(c)
         out = self.out(h)
         heads = out[:, : 2 * self.heads].chunk(self.heads, 1)
         return (*heads, *out[:, 2 * self.heads :].unbind(1))
 
 
 class UNet(nn.Module):
-    """Images (b, 1, 8, 8): two heads, stacked along the channels."""
+    """Images (b, 1, 8, 8), with the class before the time."""
 
     def __init__(self, classes: int = 0, dropout: float = 0.0, norm: str = "group", activation: str = "silu") -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class UNet(nn.Module):
         self.up = nn.Upsample(scale_factor=2)
         self.out = nn.Conv2d(16, 2, 3, padding=1)
 
-    def forward(self, x: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        e = self.time(waves(timestep))
-        if self.label is not None and class_labels is not None:
-            e = e + self.label(class_labels)
+    def forward(self, x: Tensor, c: Tensor | None = None, *, t: Tensor) -> tuple[Tensor, ...]:
+        e = self.time(waves(t))
+        if self.label is not None and c is not None:
+            e = e + self.label(c)
         h = self.act(self.norm(self.down(x) + e[:, :, None, None]))
         low = self.dropout(self.mid(h))
-        return self.out(torch.cat([h, self.up(low)], 1))
+        return self.out(torch.cat([h, self.up(low)], 1)).chunk(2, 1)
 
 
 class Patches(nn.Module):
@@ -71,9 +71,9 @@ class Patches(nn.Module):
         self.into = nn.Linear(4 + 16, 16)
         self.out = nn.Linear(16, 8)
 
-    def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         h = einops.rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-        e = einops.repeat(waves(time), "b d -> b n d", n=h.shape[1])
+        e = einops.repeat(waves(t), "b d -> b n d", n=h.shape[1])
         h = self.out(F.gelu(self.into(torch.cat([h, e], -1))))
         v, u = (einops.rearrange(y, "b (h w) (p q) -> b 1 (h p) (w q)", h=4, p=2, q=2) for y in h.chunk(2, -1))
         return v, u
@@ -90,9 +90,9 @@ class Encoder(nn.Module):
         self.body = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.out = nn.Linear(16, 8)
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        h = self.into(x.reshape(-1, 16, 4)) + self.time(waves(sigma))[:, None]
-        return self.out(self.body(h)).transpose(1, 2).reshape(-1, 2, 8, 8)
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        h = self.into(x.reshape(-1, 16, 4)) + self.time(waves(t))[:, None]
+        return self.out(self.body(h)).transpose(1, 2).reshape(-1, 2, 8, 8).chunk(2, 1)
 
 
 class Numbers(nn.Module):
@@ -103,8 +103,8 @@ class Numbers(nn.Module):
         self.body = Perceptron(Needs(heads=("v", "u")))
         self.given = nn.Linear(3, 2)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> tuple[Tensor, ...]:
-        return self.body(x + self.given(cond), t)
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        return self.body(x + self.given(c), t)
 
 
 class Text(nn.Module):
@@ -119,8 +119,8 @@ class Text(nn.Module):
         self.attend = nn.MultiheadAttention(16, 2, batch_first=True)
         self.out = nn.Linear(16, 8)
 
-    def forward(self, x: Tensor, t: Tensor, *, tokens: Tensor, pooled: Tensor) -> Tensor:
-        h = self.into(x.reshape(-1, 16, 4)) + (self.time(waves(t)) + self.pool(pooled))[:, None]
-        words = self.read(tokens)
+    def forward(self, x: Tensor, t: Tensor, c: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        h = self.into(x.reshape(-1, 16, 4)) + (self.time(waves(t)) + self.pool(c["pooled"]))[:, None]
+        words = self.read(c["tokens"])
         h = h + self.attend(h, words, words, need_weights=False)[0]
-        return self.out(F.silu(h)).transpose(1, 2).reshape(-1, 2, 8, 8)
+        return self.out(F.silu(h)).transpose(1, 2).reshape(-1, 2, 8, 8).chunk(2, 1)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from contract.case import Counted, name, nets, objectives, one_each, randomise, step
 from contract.outside import PlainNet
+from dumo.flow.compatibility import MAX_GAIN
 from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
-from dumo.flow.compatibility import MAX_GAIN
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
 from dumo.flow.times import Uniform
 from dumo.nets import Net

@@ -34,23 +34,9 @@ def test_two_ranks_are_one(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_one_rank_is_refused_all_are_with_a_line(tmp_path: Path) -> None:
-    (mistaken_elsewhere,), (mistaken,) = of_two_ranks("refusals", tmp_path)
-    lines = {
-        "bytes": "x is torch.uint8",
-        "label": "label 10 with classes = 3",
-        "mixed": "of one row changes with another row",
-        "sharded": "x is not finite",
-    }
-    for name, line in lines.items():
-        assert line in mistaken[name]
-        assert "another rank's" in mistaken_elsewhere[name]
-    for name in ("slope", "given slope"):
-        assert "not dual" in mistaken[name]
-        assert "not dual" in mistaken_elsewhere[name]
-    assert mistaken["slope"].startswith("none: jvp")
-    assert mistaken_elsewhere["slope"].startswith("none: jvp")
-    for refused in (mistaken, mistaken_elsewhere):
-        assert "objective 'rcgm' needs precision fp32, not weights in bfloat16" in refused["in half"]
-    assert mistaken["given slope"].startswith("no du/dt")
-    assert mistaken_elsewhere["given slope"].startswith("no du/dt")
+def test_two_ranks_choose_the_same_slope_and_are_refused_alike(tmp_path: Path) -> None:
+    for (said,) in of_two_ranks("refusals", tmp_path):
+        assert said["slope"].startswith("none: jvp")
+        assert "not dual" in said["slope"]
+        assert "not dual" in said["given slope"]
+        assert "weights in bfloat16" in said["in half"]

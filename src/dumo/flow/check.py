@@ -61,6 +61,8 @@ def require_trainable(net: nn.Module, b: Noised, needs: Needs) -> None:
                 "keep no state; draw by torch's default generator in dumo.Flow, and by dumo.flow.dropout in dumo train"
             )
 
+    if len(b.t) == 1:
+        return
     # Another x, other times and another condition in the first row change that row alone.
     x = b.x_t.clone()
     x[0] += 1

@@ -143,7 +143,10 @@ def choose_slope(
         except _RAISED_BY_NETS as raised:
             error = inf
             failure = f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}"
+        is_failed_here = error == inf
         error = dist.largest(error)
+        if error == inf and not is_failed_here:
+            failure = "it fails on another rank"
         if not is_compared and not isinstance(slope, CentralSlope) and error < inf:
             text = f"{slope.kind}, not compared, for passes round so that differences do not agree"
             return slope, "; ".join([text, *failures])

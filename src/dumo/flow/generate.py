@@ -6,23 +6,14 @@
 - `sample_with_noise` returns the noise, too.
 - `sample_trajectory` returns the points between.
 
-The order of events in a batch of `sample_batches`:
-
-1. A thread has drawn the batch's noise while the net made the batch before (`_NoisePrefetch`).
-2. The net is put into evaluation mode (`eval_mode`) and a precision (`in_precision`).
-3. `integrate` runs the solver. The net's passes are counted by a hook (`counting_passes`), not taken from the solver's
-   own claim.
-
-Others use `eval_mode`, `in_precision`, `counting_passes` and `integrate` alone, too: `dumo.report.evaluate`
-around passes of its own, `dumo.flow.loop` and `dumo.run.teacher` the first. `training_mode` is for
-trials of a user's net (`dumo.run.contract`).
+In a batch of `sample_batches` the network is put into evaluation mode (`eval_mode`) and a precision (`in_precision`),
+and `integrate` runs the solver. The passes of the network are counted by a hook (`counting_passes`), not taken from the
+solver's own claim.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Int, Int64
@@ -87,42 +78,31 @@ def sample_batches(
     z: noise to begin with, (n, *shape); None: that of the images' numbers, as is all noise that a solver adds later.
 
     Raises UserError if the solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than
-    rows of c, RuntimeError if rows of a batch make unequally many passes, and Stopped after a signal, between two
-    passes.
+    rows of c, and Stopped after a signal, between two passes.
     """
     if indices is None:
         indices = range(len(c))
     if len(indices) != len(c):
         raise ValueError(f"{len(indices)} images for {len(c)} rows of c: give one index a row")
 
-    starts = range(0, len(c), batch)
-    index_batches = [indices[start : start + batch] for start in starts]
-    with ThreadPoolExecutor(1, thread_name_prefix="noise") as thread:
-        prefetch = _NoisePrefetch(thread, index_batches, seed=seed, shape=shape, device=device)
-        for number, start in enumerate(starts):
-            batch_indices = index_batches[number]
-            batch_c = c[start : start + batch].to(device)
-            fresh: Fresh = partial(prefetch, number)
-            if z is not None:
-                fresh = _with_first_draw(z[start : start + batch].to(device), fresh)
-            with (
-                eval_mode(net),
-                counting_passes(net) as rows_per_pass,
-                in_precision(net, precision, device),
-            ):
-                _, x = integrate(reads, path, solver, batch_c, nfe, fresh)
-            num_passes = _passes_per_row(sum(rows_per_pass), len(batch_indices))
-            yield Batch(torch.tensor(batch_indices), x.cpu(), num_passes)
+    for start in range(0, len(c), batch):
+        batch_indices = indices[start : start + batch]
+        batch_c = c[start : start + batch].to(device)
+        first_draw = None if z is None else z[start : start + batch].to(device)
+        with eval_mode(net), counting_passes(net) as rows_per_pass, in_precision(net, precision, device):
+            _, x = integrate(
+                reads, path, solver, batch_c, nfe, _fresh_noise(seed, batch_indices, shape, device, first_draw)
+            )
+        num_passes, remainder = divmod(sum(rows_per_pass), len(batch_indices))
+        assert not remainder, "a reading called the network for some rows more often than for others"
+        yield Batch(torch.tensor(batch_indices), x.cpu(), num_passes)
 
 
 def join_batches(batches: Iterable[Batch]) -> Samples:
-    """All batches as one, in their order. Raises RuntimeError where they made unequally many passes."""
+    """All batches as one, in their order."""
     all_batches = list(batches)
-    x = torch.cat([batch.x for batch in all_batches])
-    pass_counts = {batch.nfe for batch in all_batches}
-    if len(pass_counts) != 1:
-        raise _unequal_passes(pass_counts)
-    return Samples(x, pass_counts.pop())
+    (nfe,) = {batch.nfe for batch in all_batches}
+    return Samples(torch.cat([batch.x for batch in all_batches]), nfe)
 
 
 def sample_with_noise(
@@ -140,11 +120,24 @@ def sample_with_noise(
 
     The net stays in the mode and precision that it has. Raises UserError if the solver cannot serve the reading or nfe.
     """
+    return integrate(reads, path, solver, c, nfe, _fresh_noise(seed, indices, shape, c.device))
+
+
+def _fresh_noise(
+    seed: int,
+    indices: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device | str,
+    first_draw: Sample | None = None,
+) -> Fresh:
+    """The noise of the images numbered `indices`, by draw. `first_draw` replaces draw 0."""
 
     def fresh(draw: int) -> Sample:
-        return noise(seed, indices, draw, shape).to(c.device)
+        if draw == 0 and first_draw is not None:
+            return first_draw
+        return noise(seed, indices, draw, shape).to(device)
 
-    return integrate(reads, path, solver, c, nfe, fresh)
+    return fresh
 
 
 @torch.no_grad()
@@ -199,31 +192,15 @@ def labels_in_turn(n: int, classes: int, only: Sequence[int] | None = None) -> I
 
 
 @contextmanager
-def eval_mode(net: nn.Module) -> Generator[None, None, None]:
-    """Hold the net in evaluation mode, then give every part of it its own mode back."""
+def eval_mode(net: nn.Module, *, training: bool = False) -> Generator[None, None, None]:
+    """Hold the network in evaluation mode, or in training mode, then give every part of it its own mode back."""
     modes = [(part, part.training) for part in net.modules()]
-    net.eval()
+    net.train(training)
     try:
         yield
     finally:
-        _restore_modes(modes)
-
-
-@contextmanager
-def training_mode(net: nn.Module) -> Generator[None, None, None]:
-    """Hold the net in training mode, then give every part of it its own mode back."""
-    modes = [(part, part.training) for part in net.modules()]
-    net.train()
-    try:
-        yield
-    finally:
-        _restore_modes(modes)
-
-
-def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
-    """Put each part of a net into its mode, True for training."""
-    for part, is_training in modes:
-        part.training = is_training
+        for part, was_training in modes:
+            part.training = was_training
 
 
 @contextmanager
@@ -259,59 +236,3 @@ def in_precision(
             yield
     finally:
         hook.remove()
-
-
-class _NoisePrefetch:
-    """Noise for batches in order; a thread draws the next batch's while the net works on this one.
-
-    Noise is a function of (seed, image, draw), so who draws it and when changes nothing in it.
-    """
-
-    def __init__(
-        self,
-        thread: Executor,
-        index_batches: Sequence[Sequence[int]],
-        *,
-        seed: int,
-        shape: Sequence[int],
-        device: torch.device | str,
-    ) -> None:
-        """Noise of this shape, for the images of each batch's numbers, on this device."""
-        self.thread = thread
-        self.index_batches = index_batches
-        self.seed = seed
-        self.shape = shape
-        self.device = torch.device(device)
-        self.futures: dict[tuple[int, int], Future[Sample]] = {}  # by batch and draw
-
-    def __call__(self, batch: int, draw: int) -> Sample:
-        """The draw of this number for a batch's images, (n, *shape), on the device."""
-        future = self.futures.pop((batch, draw), None)
-        if batch + 1 < len(self.index_batches):
-            self.futures[batch + 1, draw] = self.thread.submit(self._draw, batch + 1, draw)
-        z = self._draw(batch, draw) if future is None else future.result()
-        return z.to(self.device, non_blocking=True)
-
-    def _draw(self, batch: int, draw: int) -> Sample:
-        z = noise(self.seed, self.index_batches[batch], draw, self.shape)
-        return z.pin_memory() if self.device.type == "cuda" else z  # from where a GPU fetches it by itself
-
-
-def _with_first_draw(z: Sample, fresh: Fresh) -> Fresh:
-    """`fresh`, but for draw 0, which is z."""
-    return lambda draw: z if draw == 0 else fresh(draw)
-
-
-def _passes_per_row(num_row_passes: int, num_rows: int) -> int:
-    """The passes of each row, of those of all rows together. Raises RuntimeError where that is no whole number.
-
-    A reading that calls the net for some rows more often than for others is a defect.
-    """
-    if num_row_passes % num_rows:
-        raise _unequal_passes({num_row_passes / num_rows})
-    return num_row_passes // num_rows
-
-
-def _unequal_passes(counts: Iterable[float]) -> RuntimeError:
-    """The error for rows that made unequally many passes; `counts` are means by batch."""
-    return RuntimeError(f"rows went unequally often through the net: {sorted(counts)} times, by batch")

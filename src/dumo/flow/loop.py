@@ -170,7 +170,7 @@ class LoopFlow(Flow):
         self.has_named_slope = "slope" in getattr(objective, "model_fields_set", ("slope",))
         self.chosen_slope: Slope | None = None  # if the objective names none
         self.slope_reason = ""  # how du/dt is taken, and how far off it is
-        self.checked_modes: set[bool] = set()  # training and evaluation, in which a network behaves differently
+        self.checked_modes: set[bool] = set()  # True: in training, which counts for evaluation, too
         self.is_check_of_copy = False  # the check worked on a copy of the network
         self.net_draws = False  # the network draws random numbers
 
@@ -200,10 +200,10 @@ class LoopFlow(Flow):
         Every rank must make the first call, and the first in training mode: these make `check`, and the ranks agree on
         how many rows each has. Raises UserError for what would train wrongly without an error.
         """
-        # Check the network once in each mode, and again at step 100 if it was not copied.
+        # Check the network once in training mode, before that once in evaluation, and at step 100 if it was not copied.
         is_counted = step is None and self.training
         is_second_check = is_counted and self.step == _SECOND_CHECK_STEP and not self.is_check_of_copy
-        if self.training not in self.checked_modes or is_second_check:
+        if not self.checked_modes & {True, self.training} or is_second_check:
             self.check(x, c)
         self._require_conditions(c)
         if x.requires_grad and torch.is_grad_enabled():
@@ -312,6 +312,8 @@ class LoopFlow(Flow):
         shape = shape or self.shape
         if shape is None:
             raise UserError("the shape of the data is not known before the first loss: give flow.sample(shape=...)")
+        if isinstance(c, Integral):  # of numpy, too
+            c = int(c)
         conditions, index = self._sample_conditions(c)
         net = self._adapter(conditions, None)
         guide = self.guide
@@ -427,10 +429,11 @@ class LoopFlow(Flow):
         has_null = bool(self.classes) or self.null is not None
         compatibility.require_guidable(guide, self.objective, self.training_guidance, has_null=has_null)
 
-    def _require_conditions(self, c: Condition, *, waits: bool = False) -> None:
+    def _require_conditions(self, c: Condition, *, waits: bool = False, may_be_null: bool = False) -> None:
         """Refuse conditions that would be ignored, or taken for others.
 
         waits: whether to read labels on a GPU, which must be waited for; those on a CPU always are.
+        may_be_null: whether a label may be the one that means none, as it may if the network is read.
         """
         if c is None:
             if self.classes or self.null is not None:
@@ -440,7 +443,7 @@ class LoopFlow(Flow):
             if not self.classes:
                 raise UserError("c are labels, which would be ignored: give dumo.Flow(net, classes=...)")
             if waits or labels.device.type == "cpu":
-                out_of_range = labels[(labels < 0) | (labels >= self.classes)]
+                out_of_range = labels[(labels < 0) | (labels >= self.classes + may_be_null)]
                 if len(out_of_range):
                     raise UserError(
                         f"label {int(out_of_range[0])} with classes = {self.classes}: labels are 0 to "
@@ -556,7 +559,7 @@ class LoopFlow(Flow):
 
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
         """The reading `name` of x at these times, (b, ...), in evaluation mode. Raises as `_taught_reading`."""
-        self._require_conditions(c)
+        self._require_conditions(c, may_be_null=True)
         index = self._condition_index(len(x), c, x.device)
         read = self._taught_reading(name, self._adapter(c, None))
         margin = _OVERSHOOT if name == "velocity" else _ROUNDING
@@ -588,8 +591,8 @@ class LoopFlow(Flow):
             conditions = map_tensors(c, lambda rows: rows.to(self.device))
             return conditions, torch.arange(len(ConditionRows.of(conditions, None)))
         count_or_labels = c.tolist() if isinstance(c, Tensor) else c
-        if isinstance(count_or_labels, Integral):  # of numpy, too
-            return None, generate.labels_in_turn(int(count_or_labels), self.classes)
+        if isinstance(count_or_labels, int):
+            return None, generate.labels_in_turn(count_or_labels, self.classes)
         labels = [int(label) for label in cast("Sequence[int]", count_or_labels)]
         return None, generate.labels_in_turn(len(labels), self.classes, labels)
 

@@ -25,9 +25,9 @@ The order of events:
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 from math import log2
-from typing import Annotated, Any, ClassVar, Literal, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -39,7 +39,6 @@ from dumo.types.outside import BUNDLED, OUTSIDE, Outside, SolverSpec, branch, me
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
-_MAX_SUGGESTED_NFE = 1000  # passes; the largest nfe that a refusal proposes: ours
 Start = Annotated[float, Field(gt=0, le=1, json_schema_extra=QUIET)]  # the first time, at or just below 1
 
 
@@ -216,7 +215,7 @@ def solver_of(solver: object) -> Solver:
         raise UserError(f"solver = {solver!r}: give a name, such as 'heun', or one of dumo.flow.solver, such as Heun()")
     by_kind = {cls.model_fields["kind"].default: cls for cls in members(Solver)}
     if solver not in by_kind:
-        raise UserError(f"there is no solver '{solver}': use {_join_choices([*by_kind])}")
+        raise UserError(f"there is no solver '{solver}': use one of {', '.join(by_kind)}")
     return cast("Solver", by_kind[solver]())
 
 
@@ -228,16 +227,14 @@ def _last(xs: Iterable[Sample]) -> Sample:
 def taught_reading(solver: Solver, reads: Reads) -> Callable[..., Any]:
     """The reading that the solver uses; a call of it raises Stopped once a stop is asked for.
 
-    Raises UserError, with the solvers that would do, if it was never taught.
+    Raises UserError if it was never taught.
     """
     read: Callable[..., Any] | None = getattr(reads, solver.uses)
     if read is None:
-        taught = [name for name in get_args(Reading) if getattr(reads, name) is not None]
         needs = "velocity and endpoint of one pass" if solver.uses == "both" else solver.uses
-        gives = ", ".join(name for name in taught if name != "both")
-        usable = [s.model_fields["kind"].default for s in (Euler, Heun, Restart, Hop, Hermite) if s.uses in taught]
         raise UserError(
-            f"solver '{solver.kind}' needs {needs}; this objective gives {gives}: use {_join_choices(usable)}"
+            f"solver '{solver.kind}' needs the {needs}, which this objective never teaches: use solver "
+            f"'{best_solver(reads).kind}'"
         )
 
     def stoppable(*values: object) -> Any:  # noqa: ANN401, as the reading
@@ -250,13 +247,9 @@ def taught_reading(solver: Solver, reads: Reads) -> Callable[..., Any]:
 def num_steps(solver: Solver, nfe: int) -> int:
     """The number of steps that make nfe passes. Raises UserError if no number does."""
     if not 1 <= nfe <= PASSES:
-        raise UserError(f"nfe = {nfe:,} is no number of passes for a sample: ask for {solver.passes} to {PASSES:,}")
+        raise UserError(f"nfe must be between 1 and {PASSES}, got nfe = {nfe}")
     if nfe % solver.passes:
-        above = nfe + solver.passes - nfe % solver.passes
-        raise UserError(
-            f"solver '{solver.kind}' makes {solver.passes} passes a step, so nfe = {nfe} is out of its reach: "
-            f"ask for {above}, or use a solver of one pass a step"
-        )
+        raise UserError(f"solver '{solver.kind}' needs an nfe that is divisible by {solver.passes}, got nfe = {nfe}")
     return nfe // solver.passes
 
 
@@ -265,15 +258,15 @@ def check(solver: Solver, reads: Reads, *nfes: int) -> None:
     taught_reading(solver, reads)
     for nfe in nfes:
         num_steps(solver, nfe)
-        if isinstance(solver, Hop):
-            _require_taught_jumps(solver, reads, nfe)
         if not _stays_where_taught(solver, reads, nfe):
-            fix = "nfe = 1"
-            if reads.lowest < 1:
-                fix += f" or 2, with m = {reads.lowest:g}"
             raise UserError(
                 f"solver '{solver.kind}' of nfe = {nfe} goes below t = {reads.lowest:g}, where the endpoint was never "
-                f"taught: ask for {fix}"
+                "taught: take nfe = 1, or a larger m"
+            )
+        if not can_make(solver, reads, nfe):
+            raise UserError(
+                f"solver '{solver.kind}' of nfe = {nfe} makes jumps that this objective never teaches: take nfe = 1, "
+                "start = 1, or another solver"
             )
 
 
@@ -294,44 +287,3 @@ def _stays_where_taught(solver: Solver, reads: Reads, nfe: int) -> bool:
     if not isinstance(solver, Restart) or not reads.lowest:
         return True
     return min(solver.times(nfe)) >= reads.lowest
-
-
-def _require_taught_jumps(solver: Hop, reads: Reads, nfe: int) -> None:
-    """Raise UserError for jumps that were never taught, with the nfe near this one that would do."""
-    if can_make(solver, reads, nfe):
-        return
-    # the two largest up to twice this nfe, else the next larger one
-    near_nfes = range(1, min(2 * nfe, _MAX_SUGGESTED_NFE) + 1)
-    possible = [n for n in near_nfes if can_make(solver, reads, n)][-2:]
-    if not possible:
-        far_nfes = range(2 * nfe, _MAX_SUGGESTED_NFE)
-        possible = list(islice((n for n in far_nfes if can_make(solver, reads, n)), 1))
-    fix = "start = 1"
-    if possible:
-        fix = f"nfe = {_join_choices([str(n) for n in possible])}"
-    other_solvers: list[str] = []
-    if _can_restart(reads, nfe):
-        other_solvers.append("restart")
-    if reads.velocity is not None:
-        other_solvers.append("euler")
-    if other_solvers:
-        fix += f", or use {_join_choices(other_solvers)}"
-    raise UserError(
-        f"solver 'hop' of nfe = {nfe} from t = {solver.start:g} makes jumps that this objective never teaches: ask "
-        f"for {fix}"
-    )
-
-
-def _can_restart(reads: Reads, nfe: int) -> bool:
-    """Whether Restart, with its defaults, makes nfe passes by jumps to the data that were taught."""
-    restart = Restart()
-    if reads.endpoint is None or not can_make(restart, reads, nfe):
-        return False
-    return reads.hops is None or all(reads.hops(t, 0.0) for t in restart.times(nfe))
-
-
-def _join_choices(names: list[str]) -> str:
-    """Names as a choice: 'a', 'a or b', 'a, b or c'."""
-    if len(names) < 2:
-        return "".join(names)
-    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -20,7 +20,7 @@ from dumo.flow import dropout
 from dumo.flow.check import max_pass_difference, outputs_match, require_trainable
 from dumo.flow.draw import add_noise, make_draws, path_velocity
 from dumo.flow.flow import require_loss_per_row
-from dumo.flow.generate import training_mode
+from dumo.flow.generate import eval_mode
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.runtime.random import random_batch
@@ -37,7 +37,7 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
     in training mode, and has its own mode again afterwards.
     """
     b, keys = _first_rows(run, device)
-    with training_mode(net), using(run.train.precision, device), dropout.using(keys):
+    with eval_mode(net, training=True), using(run.train.precision, device), dropout.using(keys):
         if has_own_net(run):
             require_trainable(net, b, run.objective.needs)
         if is_from_outside(run.objective):

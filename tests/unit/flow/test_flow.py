@@ -16,7 +16,7 @@ import dumo
 from contract.case import members, randomise
 from contract.own import Encoder, Numbers, Patches, Perceptron, Text, UNet
 from dumo.autodiff import dual
-from dumo.flow.condition import Condition
+from dumo.flow.adapter import Condition, NetAdapter
 from dumo.flow.draw import draw, path_velocity
 from dumo.flow.loop import LoopFlow as Flow
 from dumo.flow.path import Linear, Trig
@@ -25,7 +25,7 @@ from dumo.flow.times import Jumps
 from dumo.nets import DiT
 from dumo.objectives import DuMoAny, Objective
 from dumo.runtime.random import noise
-from dumo.types import Frozen, Needs, UserError
+from dumo.types import Frozen, Needs, Noised, UserError
 from tiers import tiered
 
 ROWS, CLASSES = 8, 3
@@ -65,7 +65,7 @@ class Case:
 
 TOKENS = {"tokens": numbers(4, 5), "pooled": numbers(3)}
 NO_TOKENS = {"tokens": torch.zeros(4, 5), "pooled": torch.zeros(3)}
-OWN_CALL = {"call": lambda net, x, t, c: net(x, t, cond=c), "null": torch.zeros(3)}
+OWN_CALL = {"call": lambda net, x, t, c: net(c, torch.cat([x, t[:, None]], 1)), "null": torch.zeros(3)}
 CASES = {
     "points": Case(lambda: Perceptron(TWO, CLASSES), points(), LABELS, {"classes": CLASSES}),
     "unet": Case(lambda: UNet(CLASSES), images(), LABELS, {"classes": CLASSES}),
@@ -73,7 +73,7 @@ CASES = {
     "einops": Case(Patches, images()),
     "encoder": Case(Encoder, images(), exact=("dual",)),  # torch.func.jvp drops others
     "numbers": Case(Numbers, points(), numbers(3), {"null": torch.zeros(3)}),
-    "own call": Case(Numbers, points(), numbers(3), OWN_CALL),
+    "own call": Case(lambda: Joined(), points(), numbers(3), OWN_CALL),
     "text": Case(Text, images(), TOKENS, {"null": NO_TOKENS}),
     "no null": Case(Text, images(), TOKENS),
     "steps of 1000": Case(lambda: Thousand(), points(), None, {"time_scale": 1000.0}),
@@ -94,8 +94,25 @@ class Thousand(nn.Module):
         super().__init__()
         self.net = Perceptron(TWO)
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, ...]:
-        return self.net(x, timesteps / 1000)
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        return self.net(x, t / 1000)
+
+
+class Joined(nn.Module):
+    """Takes numbers first, and then points and times in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Numbers()
+
+    def forward(self, numbers: Tensor, points_and_times: Tensor) -> tuple[Tensor, ...]:
+        return self.net(points_and_times[:, :2], points_and_times[:, 2], numbers)
+
+
+def adapter_and_batch(flow: Flow, x: Tensor, c: Condition = None) -> tuple[NetAdapter, Noised]:
+    """The network as an objective calls it at the next step, and the noisy batch of that step."""
+    b, _ = flow._noise(x, c, flow.step)
+    return flow._adapter(c, flow._generator_key(flow.step)), b
 
 
 def trained(flow: Flow, x: Tensor, c: Condition, steps: int) -> list[float]:
@@ -156,20 +173,20 @@ def test_the_derivative_is_that_of_float64(name: str, kind: str) -> None:
     case = CASES[name]
     flow = case.flow({"kind": "dumo", "slope": {"kind": kind}})
     if kind not in (*case.exact, "central"):
-        with pytest.raises(UserError, match=f"not {kind}.* Leave out the slope"):
+        with pytest.raises(UserError, match=f"not {kind}"):
             flow.check(case.x, case.c)
         return
     if name == "in place" and kind == "central":  # its kinks are nearer than h
         return
     flow.check(case.x, case.c)
-    passes, b = flow.passes(case.x, case.c)
+    passes, b = adapter_and_batch(flow, case.x, case.c)
     slope = flow.objective.needs.slope
     assert slope is not None
     _, along = slope(passes, Frozen(passes), b.x_t, b.c, t=b.t)
     with torch.no_grad():
         found = along(b.v_t)
 
-    exact_passes, b = case.flow().double().passes(case.x.double(), in_double(case.c))
+    exact_passes, b = adapter_and_batch(case.flow().double(), case.x.double(), in_double(case.c))
     h = 1e-5
     with torch.no_grad():
         ahead = exact_passes(b.x_t + h * b.v_t, b.c, t=b.t + h)
@@ -195,11 +212,11 @@ def flow_of(kind: str, classes: int, **settings: Any) -> Flow:  # noqa: ANN401
 
 class AsksForTensors(Perceptron):
     def forward(
-        self, x: Tensor, t: Tensor, r: Tensor | None = None, y: Tensor | None = None, **knobs: Tensor
+        self, x: Tensor, t: Tensor, r: Tensor | None = None, c: Tensor | None = None, **knobs: Tensor
     ) -> tuple[Tensor, ...]:
         assert torch.is_tensor(x)
         assert r is None or torch.is_tensor(r)
-        return super().forward(x, t, r, y, **knobs)
+        return super().forward(x, t, r, c, **knobs)
 
 
 @pytest.mark.parametrize("kind", ["lsd", "freeflow", "f2d2", "critic"])
@@ -224,11 +241,11 @@ def test_every_objective_learns_and_samples(kind: str) -> None:
         flow = flow_of(kind, classes)
         must = flow.objective.needs.teacher.velocity == "must"
         if flow.objective.needs.teacher.points:
-            with pytest.raises(UserError, match="whole trajectories of a teacher, which dumo train makes"):
+            with pytest.raises(UserError, match=r"teacher\.pairs"):
                 flow(points(), labels)
             continue
         if must:
-            with pytest.raises(UserError, match="learns from a teacher's velocity"):
+            with pytest.raises(UserError, match="teacher="):
                 flow(points(), labels)
         if must or (classes and flow.objective.needs.teacher.velocity != "no"):
             of_classes = teacher if classes else flow_of("flow_matching", 0)
@@ -258,7 +275,7 @@ def test_the_gradient_is_that_of_the_bare_step(kind: str) -> None:
     net = copy.deepcopy(flow.net)
 
     def called(x: Tensor, c: Tensor, /, **times: Tensor) -> tuple[Tensor, ...]:
-        return net(x, y=c, **times)
+        return net(x, c=c, **times)
 
     bare = nn.Module()
     bare.forward = called  # pyright: ignore[reportAttributeAccessIssue]
@@ -275,7 +292,7 @@ def test_the_gradient_is_that_of_the_bare_step(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_network_of_diffusers_needs_nothing_around_it() -> None:
+def test_a_network_of_diffusers_is_called_by_a_function() -> None:
     from diffusers import UNet2DModel  # slow to import
 
     torch.manual_seed(0)
@@ -291,7 +308,7 @@ def test_a_network_of_diffusers_needs_nothing_around_it() -> None:
         num_class_embeds=CLASSES + 1,
         attention_head_dim=4,
     )
-    flow = dumo.Flow(net, classes=CLASSES)
+    flow = dumo.Flow(net, classes=CLASSES, call=lambda net, x, t, c: net(x, t, c).sample.chunk(2, 1))
     flow(images(), LABELS).backward()
     assert flow.slope_reason.startswith("dual, ")
     assert flow.sample(2).isfinite().all()
@@ -329,14 +346,14 @@ def test_all_passes_of_a_step_meet_the_same_dropout_and_two_steps_do_not() -> No
     flow.check(x, c)
     assert isinstance(flow.net, UNet)
     flow.net.dropout.register_forward_hook(note)
-    passes, b = flow.passes(x, c)
+    passes, b = adapter_and_batch(flow, x, c)
     for _ in range(2):
         passes(b.x_t, b.c, t=b.t)
     assert masks[0].any()
     assert torch.equal(masks[0], masks[1])
     flow(x, c)
     flow.step = 5
-    passes, b = flow.passes(x, c)
+    passes, b = adapter_and_batch(flow, x, c)
     passes(b.x_t, b.c, t=b.t)
     assert not torch.equal(masks[0], masks[-1])
 
@@ -443,25 +460,6 @@ def test_what_has_no_null_stays_where_the_rest_is_dropped() -> None:
     torch.testing.assert_close(flow.sample(others, nfe=2, guidance=2.0)[1:], guided[1:])
 
 
-@pytest.mark.parametrize("kind", ["alpha_flow", "consistency", "match"])
-def test_an_objective_that_changes_in_training_asks_for_progress_once(
-    kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    flow = flow_of(kind, 0)
-    flow(points(), progress=0.3)
-    flow.eval()(points())
-    assert "progress" not in caplog.text
-    for _ in range(2):
-        flow.train()(points())
-    line = f"dumo: objective '{kind}' changes in training, and stays as at the start without progress: give flow(x, c, "
-    assert caplog.messages.count(line + "progress=step / steps)") == 1
-
-
-def test_an_objective_that_stays_asks_for_no_progress(caplog: pytest.LogCaptureFixture) -> None:
-    flow_of("dumo", 0)(points())
-    assert "progress" not in caplog.text
-
-
 # --------------------------------------------------------------------------------------------------------- what is read
 
 
@@ -490,7 +488,7 @@ def test_samples_of_a_table_are_of_their_rows() -> None:
 def test_velocity_and_jump_are_those_of_the_heads_in_evaluation() -> None:
     flow = CASES["points"].flow()
     x, c, t = points(), LABELS, torch.linspace(0.1, 1, ROWS)
-    v, u = flow.net(x, t, y=c)
+    v, u = flow.net(x, t, c=c)
     assert torch.equal(flow.velocity(x, t, c), v)
     torch.testing.assert_close(flow.jump(x, t, c=c), x - t[:, None] * u)
     assert torch.equal(flow.jump(x, t, torch.zeros(ROWS), c), flow.jump(x, t, 0, c))
@@ -536,20 +534,18 @@ def test_guidance_leads_away_from_the_null() -> None:
     none = flow.sample([1, 1], nfe=1, guidance=1e-6)
     torch.testing.assert_close(guided, none + 3 * (plain - none), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(guided, plain, atol=1e-3)
-    with pytest.raises(UserError, match="guidance = -1: give a scale above 0"):
-        flow.sample(2, guidance=-1.0)
 
 
 def test_what_was_never_taught_is_refused() -> None:
     one_pass = flow_of("tbsm", 0)
-    with pytest.raises(UserError, match="goes below t = 1, where the endpoint was never taught: ask for nfe = 1"):
+    with pytest.raises(UserError, match="nfe = 2"):
         one_pass.sample(4, nfe=2, shape=(2,))
     for t in (0.5, torch.tensor(0.5)):
-        with pytest.raises(UserError, match="objective 'tbsm' teaches jumps to the data from t = 1 up alone"):
+        with pytest.raises(UserError, match="tbsm"):
             one_pass.jump(points(), t)
     assert one_pass.jump(points(), 1.0).isfinite().all()
     to_data = dumo.Flow(Perceptron(DuMoAny().needs), DuMoAny(times=Jumps(data_ratio=1)))
-    with pytest.raises(UserError, match=r"solver 'hop' of nfe = 2 .* makes jumps that this objective never teaches"):
+    with pytest.raises(UserError, match="'hop' of nfe = 2"):
         to_data.sample(4, nfe=2, shape=(2,))
 
 
@@ -651,7 +647,7 @@ def test_a_pupil_learns_its_teachers_velocity() -> None:
     trained(teacher, case.x, case.c, 2)
     pupil = flow_of("flow_matching", CLASSES, teacher=teacher)
     assert not {id(p) for p in teacher.parameters()} & {id(p) for p in pupil.parameters()}
-    passes, b = pupil.passes(points(), LABELS)
+    passes, b = adapter_and_batch(pupil, points(), LABELS)
     assert passes.net is pupil.net
     torch.testing.assert_close(b.v_t, teacher.velocity(b.x_t, b.t, b.c))
 
@@ -660,7 +656,7 @@ def test_a_teacher_gets_the_pupils_rows_of_a_table() -> None:
     case = CASES["numbers"]
     teacher = case.flow()
     pupil = case.flow(teacher=teacher)
-    _, b = pupil.passes(case.x, case.c)
+    _, b = adapter_and_batch(pupil, case.x, case.c)
     given = torch.where((b.c < 0)[:, None], torch.zeros(3), numbers(3))
     torch.testing.assert_close(b.v_t, teacher.velocity(b.x_t, b.t, given))
 

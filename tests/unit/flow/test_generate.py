@@ -1,15 +1,11 @@
 """Laws of generation: what an image depends on, and who counts."""
 
-from collections.abc import Sequence
-from threading import current_thread, main_thread
-from threading import enumerate as enumerate_threads
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dumo.flow import generate as module
 from dumo.flow.generate import Samples, join_batches, labels_in_turn, sample_batches, sample_trajectory
 from dumo.flow.path import Linear
 from dumo.flow.reading import mean_velocity
@@ -63,25 +59,6 @@ def test_the_net_counts_the_passes_asked_for(solver: Solver) -> None:
     assert make(solver, 2, 7, n=16).nfe == 2  # a last batch of 2 counts no less
 
 
-def test_unequal_counts_are_an_error() -> None:
-    net = Small()
-
-    def some_rows(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        net(x[:3], c[:3], t=t[:3], r=t[:3])
-        return x
-
-    def pass_a_row(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        for _ in x:
-            net(x, c, t=t, r=t)
-        return x
-
-    for velocity, batch, counts in ((some_rows, 8, r"\[0.375\]"), (pass_a_row, 5, r"\[3, 5\]")):
-        with pytest.raises(RuntimeError, match="unequally often.*" + counts):
-            generate(
-                net, Reads(velocity), Linear(), Euler(), labels_in_turn(8, 10), nfe=1, seed=0, shape=SHAPE, batch=batch
-            )
-
-
 def test_images_are_numbered() -> None:
     """Some images made alone are those of the whole, and one batch of one pass is the formula itself."""
     net, c = Small().eval(), labels_in_turn(20, 10)
@@ -132,8 +109,8 @@ def test_refuses_before_the_first_pass() -> None:
         raise AssertionError
 
     for solver, nfe, indices, error, says in (
-        (Hop(), 1, None, UserError, "needs flow_map"),
-        (Heun(), 3, None, UserError, "out of its reach"),
+        (Hop(), 1, None, UserError, "flow_map"),
+        (Heun(), 3, None, UserError, "nfe = 3"),
         (Euler(), 1, [7], ValueError, "1 images for 2 rows of c"),
     ):
         with pytest.raises(error, match=says):
@@ -152,25 +129,6 @@ def test_passes_are_in_the_precision_that_is_asked_for() -> None:
     low = generate(net, mean_velocity(net), Linear(), Hop(), c, **asked, precision="bf16").x
     assert torch.equal(low, z - u.float())
     assert 1e-4 < (low - plain).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("solver", [Hop(), Restart(m=0.3)])
-def test_noise_is_drawn_ahead_and_once(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a batch asks for is drawn for the next one by another thread; nothing after the last."""
-    drawn, threads = list[tuple[int, int]](), list[bool]()
-
-    def watched(seed: int, indices: Sequence[int], k: int, shape: Sequence[int]) -> Tensor:
-        drawn.append((indices[0], k))
-        threads.append(current_thread() is main_thread())
-        return noise(seed, indices, k, shape)
-
-    monkeypatch.setattr(module, "noise", watched)
-    whole = make(solver, 2, 4, n=12).x
-    draw = range(2 if isinstance(solver, Restart) else 1)
-    assert sorted(drawn) == [(first, k) for first in (0, 4, 8) for k in draw]
-    assert sum(threads) == len(draw)  # the first batch's, which nothing came before
-    assert (make(solver, 2, 12, n=12).x - whole).abs().max() <= 1e-5
-    assert not [thread for thread in enumerate_threads() if thread.name.startswith("noise")]
 
 
 @pytest.mark.parametrize("points", [1, 3, 8])
@@ -193,15 +151,15 @@ def test_labels_go_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "classes", "only", "message"),
+    ("n", "classes", "only", "named"),
     [
-        (4, 10, [3, 10], "^label 10 is out of range: labels run from 0 to 9$"),
-        (4, 10, [-1], "^label -1 is out of range: labels run from 0 to 9$"),
-        (4, 0, [0], "^label 0 is out of range: this model has no classes, so give no labels$"),
-        (0, 10, None, "ask for 1 to 100,000,000"),
-        (-1, 10, None, "ask for 1 to 100,000,000"),
+        (4, 10, [3, 10], "label 10"),
+        (4, 10, [-1], "label -1"),
+        (4, 0, [0], "label 0"),
+        (0, 10, None, "100,000,000"),
+        (-1, 10, None, "100,000,000"),
     ],
 )
-def test_what_has_no_labels_is_refused(n: int, classes: int, only: list[int] | None, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_what_has_no_labels_is_refused(n: int, classes: int, only: list[int] | None, named: str) -> None:
+    with pytest.raises(UserError, match=named):
         labels_in_turn(n, classes, only)

@@ -196,39 +196,26 @@ def test_condition_reaches_the_net() -> None:
         solver(Reads(read, read, read, pair), Linear(), fresh(0), c, 4, fresh)
 
 
+DATA_ALONE = Reads(endpoint=endpoint, flow_map=flow_map, hops=lambda t, s: s == 0)
+
+
 @pytest.mark.parametrize(
-    ("solver", "reads", "nfe", "says"),
+    ("solver", "reads", "nfe", "named"),
     [
-        *((solver, EXACT, n, f"ask for {solver.passes} to 100,000") for solver in ALL for n in (0, -2)),
-        *((Heun(), EXACT, n, f"nfe = {n} is out of its reach: ask for {n + 1}") for n in (1, 3, 7)),
-        (
-            Hop(),
-            Reads(velocity, endpoint),
-            1,
-            "^solver 'hop' needs flow_map; this objective gives velocity, endpoint: use euler, heun or restart$",
-        ),
-        (Restart(), Reads(velocity), 2, "needs endpoint; this objective gives velocity: use euler or heun$"),
-        (Heun(), Reads(flow_map=flow_map), 2, "needs velocity; this objective gives flow_map: use hop$"),
-        (Restart(), Reads(endpoint=endpoint, lowest=1.0), 2, "goes below t = 1, .* never taught: ask for nfe = 1$"),
-        (Restart(), Reads(endpoint=endpoint, lowest=0.6), 4, "never taught: ask for nfe = 1 or 2, with m = 0.6$"),
-        (Hop(), Reads(flow_map=flow_map, hops=lambda t, s: s == 0), 2, "never teaches: ask for nfe = 1$"),
-        (
-            Hop(),
-            Reads(endpoint=endpoint, flow_map=flow_map, hops=lambda t, s: s == 0),
-            2,
-            "never teaches: ask for nfe = 1, or use restart$",
-        ),
-        (
-            Hop(),
-            Reads(endpoint=endpoint, flow_map=flow_map, hops=lambda t, s: t == 1 and s == 0),
-            2,
-            "never teaches: ask for nfe = 1$",
-        ),
+        *((solver, EXACT, n, f"nfe = {n}") for solver in ALL for n in (0, -2)),
+        *((Heun(), EXACT, n, f"nfe = {n}") for n in (1, 3, 7)),
+        (Hop(), Reads(velocity, endpoint), 1, "'hop'"),
+        (Restart(), Reads(velocity), 2, "endpoint"),
+        (Heun(), Reads(flow_map=flow_map), 2, "velocity"),
+        (Restart(), Reads(endpoint=endpoint, lowest=1.0), 2, "t = 1"),
+        (Restart(), Reads(endpoint=endpoint, lowest=0.6), 4, "t = 0.6"),
+        (Hop(), DATA_ALONE, 2, "nfe = 2"),
     ],
 )
-def test_what_it_cannot_do_is_refused(solver: Solver, reads: Reads, nfe: int, says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_what_it_cannot_do_is_refused(solver: Solver, reads: Reads, nfe: int, named: str) -> None:
+    with pytest.raises(UserError) as refused:
         solve(solver, nfe, reads)
+    assert named in str(refused.value)
 
 
 def test_check_looks_at_every_number_of_passes() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from contract.case import kind, members
 from dumo.autodiff import float64
 from dumo.config.spec import Run
+from dumo.flow import derivative
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
 from dumo.plan import check
 from dumo.run import examination
@@ -91,7 +92,8 @@ def test_ten_percent_are_found(name: str) -> None:
     found = examination.examine(sloped(tiny(name), Skewed()), CPU)
     assert [*found.errors.values()][-1] == pytest.approx(0.1, rel=1e-3)
     assert not found.passed
-    assert examination.examine(sloped(tiny(name), Skewed(factor=1.04)), CPU).passed
+    assert not examination.examine(sloped(tiny(name), Skewed(factor=1.04)), CPU).passed
+    assert examination.examine(sloped(tiny(name), Skewed(factor=1.005)), CPU).passed
 
 
 WRONG = [
@@ -151,7 +153,7 @@ def test_where_the_derivative_is_zero_the_error_is_absolute() -> None:
             heads, along = super().__call__(net, ref, x, c, t=t, **rest)
             return heads, lambda w: tuple(slope + self.by / slope.numel() ** 0.5 for slope in along(w))
 
-    for by, passed in ((0.0, True), (0.9e-6, True), (1.1e-6, False)):
+    for by, passed in ((0.0, True), (0.9e-7, True), (1.1e-6, False)):
         run = sloped(tiny(), Shifted(by=by))
         assert examination.examine_weights(run, build(run), CPU).passed == passed
 
@@ -217,11 +219,11 @@ def test_float64_of_a_block_at_a_time_has_the_bits_of_a_copy(monkeypatch: pytest
     before = {key: (id(p), p.dtype) for key, p in net.named_parameters()}
     point = examination.example_point(run.objective, run.path, run.data, run.train.seed, 2)
     most = watch_float64(monkeypatch)
-    ours = float64.exact_derivative(net, point.x_t, point.direction, point.c, **point.inputs)
+    ours, _ = derivative.exact_derivative(net, point.x_t, point.direction, point.c, point.inputs)
     assert {key: (id(p), p.dtype) for key, p in net.named_parameters()} == before
     assert max(most) == float64.copied_bytes(net) < float64._bytes_in_float64(net)
-    monkeypatch.setattr(float64, "_float64_copy", lambda net, device: copy.deepcopy(net).double())
-    copied = float64.exact_derivative(net, point.x_t, point.direction, point.c, **point.inputs)
+    monkeypatch.setattr(derivative, "float64_copy", lambda net, device: copy.deepcopy(net).double())
+    copied, _ = derivative.exact_derivative(net, point.x_t, point.direction, point.c, point.inputs)
     for our_head, head in zip(ours, copied, strict=True):
         assert torch.equal(our_head, head)
 
@@ -229,7 +231,7 @@ def test_float64_of_a_block_at_a_time_has_the_bits_of_a_copy(monkeypatch: pytest
 def watch_float64(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let an examination note, whenever it has cast a block, the bytes in memory of their own of the copy it casts."""
     most, copies = list[int](), list[nn.Module]()
-    own_copy, own_cast = float64._float64_copy, float64._BlockCast.cast
+    own_copy, own_cast = float64.float64_copy, float64._BlockCast.cast
 
     def in_float64(net: nn.Module, device: torch.device) -> nn.Module:
         copies.append(own_copy(net, device))
@@ -240,7 +242,7 @@ def watch_float64(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         tensors = (*copies[-1].parameters(), *copies[-1].buffers())
         most.append(sum(x.nbytes for x in tensors if x.dtype == torch.float64))
 
-    monkeypatch.setattr(float64, "_float64_copy", in_float64)
+    monkeypatch.setattr(derivative, "float64_copy", in_float64)
     monkeypatch.setattr(float64._BlockCast, "cast", cast)
     return most
 
