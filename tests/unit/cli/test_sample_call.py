@@ -73,9 +73,7 @@ def test_guidance_is_that_of_the_spec(run: TrainedRun, tmp_path: Path) -> None:
     assert torch.equal(after, spec.sample(count=4, nfe=2))
     assert not torch.equal(before, after)
     assert torch.equal(before, guided.sample(count=4, nfe=2, guidance=1.0))
-    with pytest.raises(
-        dumo.UserError, match=r"^guidance = 3: this model never learned without a label, .* objective.drop=0.1$"
-    ):
+    with pytest.raises(dumo.UserError, match=r"guidance = 3.*objective\.drop"):
         run.sample(guidance=3)
 
 

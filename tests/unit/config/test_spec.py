@@ -35,18 +35,12 @@ def test_a_solver_needs_what_the_objective_teaches(objective: str, reading: str,
                 load("digits", words)
 
 
-@pytest.mark.parametrize(
-    ("times", "fix"),
-    [
-        ("{kind: uniform}", "nfe = 1, or use restart$"),
-        ("{kind: jumps, data_ratio: 1}", "nfe = 1, or use restart or euler$"),
-    ],
-)
-def test_jumps_in_turn_need_jumps_that_end_before_the_data(times: str, fix: str) -> None:
+@pytest.mark.parametrize("times", ["{kind: uniform}", "{kind: jumps, data_ratio: 1}"])
+def test_jumps_in_turn_need_jumps_that_end_before_the_data(times: str) -> None:
     unguided = ["objective.kind=meanflow", "objective.guide={}", f"objective.times={times}"]
     words = [*unguided, "sample.solver.kind=hop", "sample.nfe=[1]"]
     assert load("digits", [*words, "evaluate.nfe=[1]"]).sample.nfe == (1,)
-    with pytest.raises(UserError, match=fix):
+    with pytest.raises(UserError, match="'hop' of nfe = 2"):
         load("digits", [*words, "evaluate.nfe=[2]"])
     load("digits", [*words, "objective.times={kind: jumps, data_ratio: .5}", "evaluate.nfe=[2]"])
 

@@ -180,7 +180,7 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("rows mix", "head 'v'", learns(MixesRows)),
     ("the time of another row", "head 'v'", learns(UsesTheFirstTime)),
     ("NaN by another row", "head 'u'", learns(SpreadsNaN)),
-    ("not finite", "head 'u'", learns(NotFinite)),
+    ("not finite", "head 'u' is not finite", learns(NotFinite)),
     ("one head of two", "(v, u)", learns(lambda: Perceptron(Needs()))),
     # its derivative
     ("t.detach() and dual", "not dual", learns(DetachesTime, objective=slope("dual"))),

@@ -200,7 +200,7 @@ def train_own(here: Path, between: nn.Module) -> None:
     dumo.train("moons", changes, net=Own(between), out=here / "own", device="cpu")
 
 
-@refused("Dropout")
+@refused("two passes")
 def a_net_that_draws(run: Path, here: Path) -> None:
     train_own(here, nn.Dropout(0.5))
 
