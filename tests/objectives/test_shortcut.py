@@ -102,21 +102,14 @@ READS = Shortcut().read(Stepped(1))
 
 @pytest.mark.parametrize("guide", [CFG(), CFG(scale=2.0)])
 @pytest.mark.parametrize(
-    ("solver", "nfe", "way_out"),
-    [
-        (Hop(), 3, "nfe = 2 or 4, or use euler"),
-        (Hop(), 6, "nfe = 4 or 8"),
-        (Hop(), 256, "nfe = 64 or 128"),
-        (Hop(start=0.75), 1, "nfe = "),
-        (Hop(start=0.999), 2, "start = 1"),
-    ],
+    ("solver", "nfe"), [(Hop(), 3), (Hop(), 6), (Hop(), 256), (Hop(start=0.75), 1), (Hop(start=0.999), 2)]
 )
-def test_steps_of_other_sizes_are_refused(solver: Hop, nfe: int, way_out: str, guide: CFG) -> None:
+def test_steps_of_other_sizes_are_refused(solver: Hop, nfe: int, guide: CFG) -> None:
     reads: Reads = guide(READS, 3)
-    with pytest.raises(UserError, match=way_out):
+    with pytest.raises(UserError, match=f"nfe = {nfe}"):
         check(solver, reads, 1 if nfe > 1 and solver.start == 1 else nfe, nfe)
     x = torch.zeros(2, 2, dtype=D)
-    with pytest.raises(UserError, match=way_out):
+    with pytest.raises(UserError, match=f"nfe = {nfe}"):
         solver(reads, Linear(), x, torch.zeros(2, dtype=torch.long), nfe, lambda _: x)
 
 

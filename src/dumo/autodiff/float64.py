@@ -1,8 +1,7 @@
-"""A copy of a network that computes in float64, without a copy of the weights of dumo's own networks.
+"""The derivative of a net's outputs in float64, without a copy of the weights of dumo's own nets.
 
-`float64_copy` makes it, for the reference of a derivative (`dumo.flow.derivative`). `copied_bytes` counts the memory of
-weights that it needs besides the network, and `copy_sharing_weights` makes a copy of a network whose mode may be
-changed.
+`exact_derivative` takes it, as the truth that other ways are compared with. `copied_bytes` counts the memory of weights
+that it needs besides the net, and `copy_sharing_weights` makes a copy of a net whose mode may be changed.
 
 A float64 copy of a large net would not fit next to it. So the modules of one of dumo's nets are copied, and their
 parameters are shared: `deepcopy` is given them in its memo, as if they were copied already. Then the parameters outside
@@ -15,9 +14,79 @@ A user's own net is copied whole, because its passes may write to its weights, a
 
 import copy
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dumo.types import Cond, Heads, Sample, Time
+
+
+def exact_derivative(net: nn.Module, x_t: Sample, direction: Sample, c: Cond, /, **inputs: Time) -> Heads:
+    """d/dt of every output of a net in float64, by forward-mode differentiation.
+
+    x_t (b, *d) moves along `direction`, dx_t/dt, and t, which is among `inputs`, with 1. It is computed on the device
+    of x_t, on the CPU where that has no float64. The weights and the mode of the net stay as they are.
+    """
+    device = torch.device("cpu") if x_t.device.type == "mps" else x_t.device
+    float64_net = float64_copy(net, device)
+    x_t = x_t.to(device).double()
+    direction = direction.to(x_t)
+    c = c.to(device)
+    other_inputs = {name: value.to(device).double() for name, value in inputs.items()}
+    t = other_inputs.pop("t")
+
+    def outputs(x_t: Sample, t: Time) -> Heads:
+        return float64_net(x_t, c, t=t, **other_inputs)
+
+    # no fused kernel has a forward derivative
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
+        result = torch.func.jvp(outputs, (x_t, t), (direction, torch.ones_like(t)))
+    derivatives = result[1]
+    return cast(Heads, derivatives)
+
+
+def copy_sharing_weights(net: nn.Module) -> nn.Module:
+    """Copy a net. The copy shares the parameters of one of dumo's own nets; a user's own net is copied whole."""
+    if not is_from_dumo(net):
+        return copy.deepcopy(net)
+    shared = {id(p): p for p in net.parameters()}
+    return copy.deepcopy(net, shared)
+
+
+def copied_bytes(net: nn.Module) -> int:
+    """The most bytes of weights that `exact_derivative` of a copy holds besides the net. `net` may be a meta model.
+
+    Of dumo's nets these are the largest block and all outside of blocks, in float64. Of a user's own they are all
+    weights, twice: as they are and in float64.
+    """
+    block_bytes = [_bytes_in_float64(block) for block in _cast_blocks(net)]
+    bytes_outside_blocks = _bytes_in_float64(net) - sum(block_bytes)
+    float64_bytes = bytes_outside_blocks + max(block_bytes, default=0)
+    if is_from_dumo(net):
+        return float64_bytes
+    return float64_bytes + sum(p.nbytes for p in net.parameters())
+
+
+def is_from_dumo(net: nn.Module) -> bool:
+    """Whether a net's class is one of dumo's."""
+    package, _, _ = type(net).__module__.partition(".")
+    return package == "dumo"
+
+
+def _cast_blocks(net: nn.Module) -> Iterable[nn.Module]:
+    """The blocks whose weights are in float64 only while they run: none of a user's net, which may not call them."""
+    return getattr(net, "blocks", ()) if is_from_dumo(net) else ()
+
+
+def _bytes_in_float64(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers once floating-point ones are in float64."""
+    total = 0
+    for x in (*module.parameters(), *module.buffers()):
+        itemsize = torch.float64.itemsize if x.is_floating_point() else x.itemsize
+        total += x.numel() * itemsize
+    return total
 
 
 def float64_copy(net: nn.Module, device: torch.device) -> nn.Module:
@@ -34,48 +103,6 @@ def float64_copy(net: nn.Module, device: torch.device) -> nn.Module:
         if module not in modules_in_blocks:
             _cast(module, device)
     return float64_net
-
-
-def copy_sharing_weights(net: nn.Module) -> nn.Module:
-    """Copy a net. The copy shares the parameters of one of dumo's own nets; a user's own net is copied whole."""
-    if not _is_from_dumo(net):
-        return copy.deepcopy(net)
-    shared = {id(p): p for p in net.parameters()}
-    return copy.deepcopy(net, shared)
-
-
-def copied_bytes(net: nn.Module) -> int:
-    """The most bytes of weights that `float64_copy` of a copy holds besides the net. `net` may be a meta model.
-
-    Of dumo's nets these are the largest block and all outside of blocks, in float64. Of a user's own they are all
-    weights, twice: as they are and in float64.
-    """
-    block_bytes = [_bytes_in_float64(block) for block in _cast_blocks(net)]
-    bytes_outside_blocks = _bytes_in_float64(net) - sum(block_bytes)
-    float64_bytes = bytes_outside_blocks + max(block_bytes, default=0)
-    if _is_from_dumo(net):
-        return float64_bytes
-    return float64_bytes + sum(p.nbytes for p in net.parameters())
-
-
-def _is_from_dumo(net: nn.Module) -> bool:
-    """Whether a net's class is one of dumo's."""
-    package, _, _ = type(net).__module__.partition(".")
-    return package == "dumo"
-
-
-def _cast_blocks(net: nn.Module) -> Iterable[nn.Module]:
-    """The blocks whose weights are in float64 only while they run: none of a user's net, which may not call them."""
-    return getattr(net, "blocks", ()) if _is_from_dumo(net) else ()
-
-
-def _bytes_in_float64(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers once floating-point ones are in float64."""
-    total = 0
-    for x in (*module.parameters(), *module.buffers()):
-        itemsize = torch.float64.itemsize if x.is_floating_point() else x.itemsize
-        total += x.numel() * itemsize
-    return total
 
 
 class _BlockCast:

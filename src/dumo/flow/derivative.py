@@ -4,10 +4,12 @@ Few-step objectives regress on du/dt. If it is wrong, nothing fails: the loss fa
 easily: a difference divides the rounding of two passes by 2 h, a network may cut off the tangent of its time, and a
 rule or a kernel may have a bug, perhaps on one device alone.
 
-`exact_derivative` takes the central difference, and `slope_errors` compares a slope with it. `dumo.run.examination`
-calls both for the network of a run; `dumo.Flow` calls `choose_slope`, which takes the first exact slope that runs and
-is right. A new network has layers of zeros, behind which du/dt is 0 whatever the slope, so a copy is examined in which
-these are noise (`copy_without_zero_layers`).
+`slope_errors` compares a slope with the derivative, and `max_slope_error` says how far it may be off. For a user's
+network the derivative is a `central_difference`, which holds whatever its code does. `dumo.Flow` calls `choose_slope`,
+which takes the first exact slope that runs and is right. A new network has layers of zeros, behind which du/dt is 0
+whatever the slope, so a copy is examined in which these are noise (`copy_without_zero_layers`).
+`dumo.run.examination` compares the network of a run in the same way; if it is dumo's own, with the forward mode of
+`dumo.autodiff.float64`.
 
 `exact`, `derivatives` and `errors` have an entry for each output of the network, in their order: heads (b, ...), then
 gauges (b,).
@@ -48,7 +50,7 @@ _RAISED_BY_NETS = (UserError, TypeError, AttributeError, AssertionError, ValueEr
 
 
 @torch.no_grad()
-def exact_derivative(
+def central_difference(
     net: nn.Module, x_t: Sample, direction: Sample, c: Cond, inputs: Mapping[str, Time], *, in_float64: bool = True
 ) -> tuple[Heads, float]:
     """d/dt of every output of a network by a central difference, and how uncertain it is, as a relative error.
@@ -133,7 +135,8 @@ def choose_slope(
     inputs = inputs_of(b, needs)
     exact, uncertainty = _reference(net, b, inputs, is_copy=is_copy)
     # Passes may round so much that no two differences agree. An exact slope is then taken if it runs.
-    is_compared = dist.largest(uncertainty) <= MAX_SLOPE_ERROR
+    uncertainty = dist.largest(uncertainty)
+    is_compared = uncertainty <= MAX_SLOPE_ERROR
     failures: list[str] = []
     for slope in [named_slope] if named_slope else [DualSlope(), JvpSlope()]:
         try:
@@ -150,7 +153,7 @@ def choose_slope(
         if not is_compared and not isinstance(slope, CentralSlope) and error < inf:
             text = f"{slope.kind}, not compared, for passes round so that differences do not agree"
             return slope, "; ".join([text, *failures])
-        if error <= max_slope_error(slope, precision_of(b.x_t)):
+        if error <= max_slope_error(slope, precision_of(b.x_t)) + uncertainty:
             text = f"{slope.kind}, {100 * error:.2g} % off a central difference"
             return slope, "; ".join([text, *failures])
         failures.append(f"not {slope.kind}: {failure}")
@@ -188,7 +191,7 @@ def copy_without_zero_layers(net: nn.Module) -> nn.Module | None:
 
 
 def _reference(net: NetAdapter, b: Noised, inputs: Mapping[str, Time], *, is_copy: bool) -> tuple[Heads, float]:
-    """`exact_derivative` on a batch: of a copy in float64 if the network can, else in the precision that holds now.
+    """`central_difference` on a batch: of a copy in float64 if the network can, else in the precision that holds now.
 
     Under autocast and of 16 bits the uncertainty is infinite: x ± h v is then x itself, and differences agree on what
     is wrong.
@@ -196,10 +199,10 @@ def _reference(net: NetAdapter, b: Noised, inputs: Mapping[str, Time], *, is_cop
     direction = b.v_t.to(b.x_t)
     if is_copy:
         try:
-            return exact_derivative(net, b.x_t, direction, b.c, inputs)
+            return central_difference(net, b.x_t, direction, b.c, inputs)
         except (RuntimeError, TypeError):  # a network that names float32 itself
             pass
-    exact, uncertainty = exact_derivative(net, b.x_t, direction, b.c, inputs, in_float64=False)
+    exact, uncertainty = central_difference(net, b.x_t, direction, b.c, inputs, in_float64=False)
     return exact, uncertainty if precision_of(b.x_t) == "fp32" else inf
 
 

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import transformers_tiny as tiny
+from dumo.autodiff import float64
 from dumo.config.load import load
 from dumo.encoders.pipeline import Pipeline
-from dumo.flow import derivative
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
@@ -185,9 +185,9 @@ def test_float64_of_a_block_at_a_time_has_the_bits_of_a_copy(
     """In an examination of the slope, whose models may ask for their own type."""
     net = built(with_limit(folder(name), name), lora=lora).eval()
     x, c, t = batch()
-    ours, _ = derivative.exact_derivative(net, x, torch.ones_like(x), c, {"t": t})
-    monkeypatch.setattr(derivative, "float64_copy", lambda net, device: copy.deepcopy(net).double())
-    copied, _ = derivative.exact_derivative(net, x, torch.ones_like(x), c, {"t": t})
+    ours = float64.exact_derivative(net, x, torch.ones_like(x), c, t=t)
+    monkeypatch.setattr(float64, "float64_copy", lambda net, device: copy.deepcopy(net).double())
+    copied = float64.exact_derivative(net, x, torch.ones_like(x), c, t=t)
     for our_head, head in zip(ours, copied, strict=True):
         assert our_head.dtype == head.dtype
         assert torch.equal(our_head, head)

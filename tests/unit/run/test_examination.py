@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from contract.case import kind, members
 from dumo.autodiff import float64
 from dumo.config.spec import Run
-from dumo.flow import derivative
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
 from dumo.plan import check
 from dumo.run import examination
@@ -219,11 +218,11 @@ def test_float64_of_a_block_at_a_time_has_the_bits_of_a_copy(monkeypatch: pytest
     before = {key: (id(p), p.dtype) for key, p in net.named_parameters()}
     point = examination.example_point(run.objective, run.path, run.data, run.train.seed, 2)
     most = watch_float64(monkeypatch)
-    ours, _ = derivative.exact_derivative(net, point.x_t, point.direction, point.c, point.inputs)
+    ours = float64.exact_derivative(net, point.x_t, point.direction, point.c, **point.inputs)
     assert {key: (id(p), p.dtype) for key, p in net.named_parameters()} == before
     assert max(most) == float64.copied_bytes(net) < float64._bytes_in_float64(net)
-    monkeypatch.setattr(derivative, "float64_copy", lambda net, device: copy.deepcopy(net).double())
-    copied, _ = derivative.exact_derivative(net, point.x_t, point.direction, point.c, point.inputs)
+    monkeypatch.setattr(float64, "float64_copy", lambda net, device: copy.deepcopy(net).double())
+    copied = float64.exact_derivative(net, point.x_t, point.direction, point.c, **point.inputs)
     for our_head, head in zip(ours, copied, strict=True):
         assert torch.equal(our_head, head)
 
@@ -242,7 +241,7 @@ def watch_float64(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         tensors = (*copies[-1].parameters(), *copies[-1].buffers())
         most.append(sum(x.nbytes for x in tensors if x.dtype == torch.float64))
 
-    monkeypatch.setattr(derivative, "float64_copy", in_float64)
+    monkeypatch.setattr(float64, "float64_copy", in_float64)
     monkeypatch.setattr(float64._BlockCast, "cast", cast)
     return most
 
