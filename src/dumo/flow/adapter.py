@@ -127,6 +127,7 @@ class NetAdapter(nn.Module):
         self.time_scale = time_scale
         self.rows = rows
         self.key = key
+        self.is_dumos = takes_positional_condition(unwrap(net))
 
     def with_net(self, net: nn.Module) -> "NetAdapter":
         """The adapter of another network, which is called as this one."""
@@ -164,7 +165,7 @@ class NetAdapter(nn.Module):
         if self.call is not None:
             inputs_in_order = [inputs[name] for name in self.needs.names]
             return self.call(net, x, *inputs_in_order, condition)
-        if takes_positional_condition(unwrap(self.net)):
+        if self.is_dumos:
             return net(x, c, **inputs)
         if condition is None:
             return net(x, **inputs)

@@ -241,4 +241,4 @@ def test_wrong_specs_are_refused(given: dict[str, object], at: tuple[str, ...]) 
     family: TypeAdapter[Solver] = TypeAdapter(Solver)
     with pytest.raises(ValidationError) as refused:
         family.validate_python(given)
-    assert refused.value.errors()[0]["loc"] == at
+    assert refused.value.errors()[0]["loc"] == ("bundled", *at)
