@@ -6,17 +6,15 @@ the number after the last one means no condition. `shown_data` and `squares` say
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.data import Data, Images, Latents, ShownData
+from dumo.data.caption import Captioning
+from dumo.encoders.caption import split_caption
 from dumo.types import UserError
-
-if TYPE_CHECKING:
-    from dumo.data.caption import Captioning
 
 
 def shown_data(data: Data) -> ShownData:
@@ -58,7 +56,7 @@ class Conditions:
         return bool(self.count) or not isinstance(data, Images) or data.is_counted
 
     @property
-    def captions(self) -> "Captioning | None":
+    def captions(self) -> Captioning | None:
         """The captions that the net reads instead of classes; None: it reads classes."""
         return self.data.captions
 
@@ -78,8 +76,6 @@ class Conditions:
     @property
     def words(self) -> tuple[str, ...]:
         """The names for people: captions without the hashes of the images that they edit."""
-        from dumo.encoders.caption import split_caption
-
         return tuple(split_caption(name)[0] for name in self.names)
 
     def name(self, c: int) -> str:
@@ -89,8 +85,6 @@ class Conditions:
         names = self.names
         if c >= len(names):
             return str(c)
-        from dumo.encoders.caption import split_caption
-
         return split_caption(names[c])[0]
 
     def index(self, text: str) -> int:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Int64
@@ -29,11 +29,9 @@ from torch import Tensor
 
 from dumo.encoders.caption import Captions
 from dumo.io import digest
+from dumo.io.content import Hashes
 from dumo.io.source import Bucketed, DataSource, OriginCheck, hashes_of, origin_of
 from dumo.types import Spec, UserError
-
-if TYPE_CHECKING:
-    from dumo.io.content import Hashes
 
 _BRACED = re.compile(r"\{[^{}]*\}")
 _NAME_PLACEHOLDER = "{}"  # in a template, for the name of the class
@@ -176,7 +174,7 @@ class Captioned:
         return self.source.size
 
     @property
-    def hashes(self) -> "Hashes | None":
+    def hashes(self) -> Hashes | None:
         """The hashes of the images; None for a source whose samples are no files."""
         return hashes_of(self.source)
 

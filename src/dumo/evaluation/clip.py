@@ -15,57 +15,48 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
 from torch import Tensor
 
 from dumo.encoders.vision import CLIP_HINT, Clip, load_clip
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
+from dumo.evaluation.protocol import MODEL_FIELD, Context, ModelProtocol, NumberedSamples, Scores
 from dumo.evaluation.wholeset import choose_rows, collect
 from dumo.io.picture import to_uint8
-from dumo.io.read import user_path
-from dumo.types import PLACE, Cond, UserError
+from dumo.types import Cond, UserError
 
 MAX_REAL = 2000  # images of the data that are compared with captions: ours
-MODEL_FIELD = "evaluate.protocol.model"
 COSINE_SCALE = 100.0  # of a score, as torchmetrics has it; CLIPScore has 2.5 (Hessel et al. 2021, Sec. 3)
 
 
-class ClipProtocol(Protocol):
-    """Images in colour or grey, decoded, by the cosine of CLIP with their captions."""
+class ClipProtocol(ModelProtocol):
+    """Images by the cosine of CLIP with their captions."""
 
     kind: Literal["clip-score"]
-    # The folder of a CLIPModel of transformers, in safetensors.
-    model: str | None = Field(default=None, json_schema_extra=PLACE)
+
+    @property
+    def model_class(self) -> str:
+        """CLIPModel."""
+        return "CLIPModel"
+
+    @property
+    def model_hint(self) -> str:
+        """Where to get one."""
+        return CLIP_HINT
 
     @property
     def standard_samples(self) -> int:
         """5,000: ours."""
         return 5000
 
-    @property
-    def missing(self) -> str | None:
-        """What must be named before anything can be judged; None: nothing."""
-        if self.model:
-            return None
-        return f"a CLIP, in {MODEL_FIELD}: {CLIP_HINT}"
-
-    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
-        if len(shape) == 3 and shape[0] in (1, 3):
-            return ""
-        return f"judges images, not samples of shape {shape}: choose another protocol"
-
     def evaluator(self, context: Context) -> "ClipEvaluator":
         """The evaluator that compares sample i with its caption, and MAX_REAL real images with theirs.
 
         Raises `UserError` where no model is named, or it cannot be read.
         """
-        if self.model is None:
-            raise UserError(f"protocol {self.kind} needs {self.missing}")
+        folder = self.model_folder()
         if context.captions is None:
             raise UserError(f"protocol {self.kind} compares images with captions, and the data have none")
         data, sample_c, texts = context.captions()
-        model = load_clip(user_path(self.model, MODEL_FIELD), MODEL_FIELD, context.device)
+        model = load_clip(folder, MODEL_FIELD, context.device)
         x, c_of_x = data.reference(MAX_REAL, context.seed)
         rows = choose_rows(len(x), MAX_REAL, self.kind, "rows")  # a finite data set may give more than are asked for
         config = model.model.config.vision_config

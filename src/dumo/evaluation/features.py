@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from dumo.encoders import vision
@@ -27,16 +26,14 @@ from dumo.evaluation import reference
 from dumo.evaluation.frechet import frechet_distance
 from dumo.evaluation.images import SUBSETS, kid_text, split_batches
 from dumo.evaluation.mmd import gaussian_mmd, kid, perfect_sampler_scores
-from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores
+from dumo.evaluation.protocol import MODEL_FIELD, Context, ModelProtocol, NumberedSamples, Scores
 from dumo.evaluation.reference import Standard, load_or_compute
 from dumo.evaluation.statistics import Statistics, float64_device, gather, statistics_of
-from dumo.io.read import user_path
 from dumo.io.source import Finite, HeldOutSplit
 from dumo.runtime import version
 from dumo.runtime.random import stream
-from dumo.types import PLACE, UserError
+from dumo.types import UserError
 
-MODEL_FIELD = "evaluate.protocol.model"
 CMMD_WIDTH = 10.0  # of the kernel on embeddings of length 1: CMMD
 MEDIAN_ROWS = 2000  # real images between which the median distance is taken, about: ours
 FEATURE_STANDARDS: dict[FeatureKind, Standard] = {
@@ -46,12 +43,10 @@ FEATURE_STANDARDS: dict[FeatureKind, Standard] = {
 }
 
 
-class FeatureProtocol(Protocol):
-    """Images in colour or grey, decoded, by the features of the model in a folder."""
+class FeatureProtocol(ModelProtocol):
+    """Images by the features of the model in a folder."""
 
     kind: FeatureKind
-    # The folder of a Dinov2Model, or a CLIPModel, of transformers, in safetensors.
-    model: str | None = Field(default=None, json_schema_extra=PLACE)
 
     @property
     def standard_samples(self) -> int:
@@ -59,17 +54,14 @@ class FeatureProtocol(Protocol):
         return FEATURE_STANDARDS[self.kind].samples
 
     @property
-    def missing(self) -> str | None:
-        """What must be named before anything can be judged; None: nothing."""
-        if self.model:
-            return None
-        return f"a {FEATURE_MODELS[self.kind].class_name}, in {MODEL_FIELD}: {FEATURE_MODELS[self.kind].hint}"
+    def model_class(self) -> str:
+        """Dinov2Model or CLIPModel."""
+        return FEATURE_MODELS[self.kind].class_name
 
-    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
-        if len(shape) == 3 and shape[0] in (1, 3):
-            return ""
-        return f"judges images, not samples of shape {shape}: decode latents first"
+    @property
+    def model_hint(self) -> str:
+        """Where to get such a model."""
+        return FEATURE_MODELS[self.kind].hint
 
     def evaluator(self, context: Context) -> "FeatureEvaluator":
         """The evaluator that compares samples with all images of the data. Their features are cached.
@@ -77,9 +69,7 @@ class FeatureProtocol(Protocol):
         Every rank must call this. Raises `UserError` where no model is named, or it cannot be read, and where the data
         are endless, or fewer than two different images.
         """
-        if self.model is None:
-            raise UserError(f"protocol {self.kind} needs {self.missing}")
-        encoder = vision.load(user_path(self.model, MODEL_FIELD), self.kind, MODEL_FIELD, context.device)
+        encoder = vision.load(self.model_folder(), self.kind, MODEL_FIELD, context.device)
         data = context.data()
         if isinstance(data, HeldOutSplit):
             data = data.held_out

@@ -10,8 +10,8 @@ Samples come in batches with their numbers, on several ranks each rank's own sha
 and all get the same scores, however the samples were split over batches and ranks. All else that the scores depend on
 is in the evaluator's `facts`, which a report prints; two reports with different facts are not compared.
 
-A spec is read with every run, so this file imports nothing that measures. `dumo.evaluation.metric` says what the name
-of a score means.
+`ModelProtocol` is the base of those that judge images by a model whose folder the user names.
+`dumo.evaluation.metric` says what the name of a score means.
 """
 
 from abc import ABC, abstractmethod
@@ -26,9 +26,12 @@ from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 
+from dumo.io.read import user_path
 from dumo.io.source import Data
 from dumo.runtime import limits
-from dumo.types import Cond, Spec, UserError
+from dumo.types import PLACE, Cond, Spec, UserError
+
+MODEL_FIELD = "evaluate.protocol.model"
 
 Scores = dict[str, float]  # by name. The first leads; lower is better, unless `metric.higher_is_better`
 NumberedSamples = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
@@ -141,6 +144,41 @@ class Protocol(Spec, ABC):
         if context.c is not None:
             return context.c
         return self.labels(context.classes)
+
+
+class ModelProtocol(Protocol):
+    """Judges images in colour or grey, decoded, by a model of transformers in a folder, in safetensors."""
+
+    model: str | None = Field(default=None, json_schema_extra=PLACE)  # the folder
+
+    @property
+    @abstractmethod
+    def model_class(self) -> str:
+        """The class of the model."""
+
+    @property
+    @abstractmethod
+    def model_hint(self) -> str:
+        """Where to get such a model."""
+
+    @property
+    def missing(self) -> str | None:
+        """That no model is named; None: one is."""
+        if self.model:
+            return None
+        return f"a {self.model_class}, in {MODEL_FIELD}: {self.model_hint}"
+
+    def model_folder(self) -> Path:
+        """The model's folder. Raises UserError where none is named."""
+        if self.model is None:
+            raise UserError(f"protocol {self.kind} needs {self.missing}")
+        return user_path(self.model, MODEL_FIELD)
+
+    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
+        """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
+        if len(shape) == 3 and shape[0] in (1, 3):
+            return ""
+        return f"judges images of 1 or 3 channels, not samples of shape {shape}: choose another protocol"
 
 
 def name_of_data(split: str | None) -> str:

@@ -33,6 +33,7 @@ from dumo.nets.magnitude import Magnitude, MagnitudePreservingBlock, UnitRowLine
 from dumo.nets.precondition import Precondition, apply_precondition
 from dumo.nets.route import Route
 from dumo.nets.text import Text
+from dumo.nets.textblock import TextBlock, TextEmbedder
 from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
@@ -172,8 +173,6 @@ class Transformer(nn.Module):
         self.text: nn.Module | None = None
         block_class = MagnitudePreservingBlock if self.preserved else Block
         if spec.texts:
-            from dumo.nets.textblock import TextBlock, TextEmbedder
-
             self.text = TextEmbedder(spec.texts.build(classes), width)
             block_class = TextBlock
         self.label = label_table(classes, width) if classes and not self.text else None

@@ -36,6 +36,7 @@ from dumo.flow.linearize import Moving
 from dumo.flow.path import FlowPath
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets.dualized import Dualized
+from dumo.nets.heads import with_submodules
 from dumo.runtime.random import stream
 from dumo.training.frozen import copy_net
 from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, Taught, Time, frozen
@@ -337,8 +338,6 @@ def sample_blocks(net: nn.Module) -> SampledNet:
     between two others, so its input and its output are blocks', as theirs are. All parts are shared, and `net` is left
     as it is.
     """
-    from dumo.nets.heads import with_submodules
-
     net_stretches = stretches(net)
     stretches_by_kind: dict[object, list[int]] = {}
     for i, stretch in enumerate(net_stretches):
@@ -366,8 +365,6 @@ def sample_blocks(net: nn.Module) -> SampledNet:
 
 def cut(net: M, lengths: Sequence[int]) -> M:
     """The net with this many first blocks of each stretch. All parts are shared, and the net is left as it is."""
-    from dumo.nets.heads import with_submodules
-
     lists: dict[str, list[nn.Module]] = {}
     for stretch, n in zip(stretches(net), lengths, strict=True):
         lists.setdefault(stretch.path, []).extend(stretch.blocks[:n])

@@ -9,13 +9,14 @@ and that of fingerprints (`dumo.run.history`).
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dumo.data.latents import ORIGIN_SECONDS
 from dumo.io import digest
+from dumo.io.content import Hashes
 from dumo.io.read import first_few
 from dumo.io.source import hashes_of, origin_of
 from dumo.io.weights import load
@@ -24,9 +25,6 @@ from dumo.training import agreement
 from dumo.training.checkpoint import DATA
 from dumo.training.manifest import Checkpoint
 from dumo.types import UserError
-
-if TYPE_CHECKING:
-    from dumo.io.content import Hashes
 
 _PROBLEM_OF_RANKS = "is another on another rank: give all ranks the same files"
 
@@ -109,7 +107,6 @@ def _compare_cache_with_images(source: object, *, verify: bool) -> None:
     origin = origin_of(source)
     if origin is None:
         return
-    from dumo.data.latents import ORIGIN_SECONDS  # here: a run without a cache does not import caches
 
     def compare() -> None:
         if verify:
@@ -132,7 +129,7 @@ def _way_out() -> str:
     return "give another folder with --out, or resume with the data as they are by --accept"
 
 
-def tensors_to_save(hashes: "Hashes | None") -> dict[str, Tensor]:
+def tensors_to_save(hashes: Hashes | None) -> dict[str, Tensor]:
     """The tensors that a checkpoint keeps of the data: hashes of what any rank has read, names, classes' digest.
 
     Empty where the data are no files (`hashes` None). Every rank must call it. Raises UserError, on all ranks, where
@@ -150,7 +147,7 @@ def tensors_to_save(hashes: "Hashes | None") -> dict[str, Tensor]:
     return {"hashes": read_anywhere, "names": hashes.packed_names, "labels": labels_digest}
 
 
-def _require_same_contents(hashes: "Hashes", read_here: Tensor, read_anywhere: Tensor) -> None:
+def _require_same_contents(hashes: Hashes, read_here: Tensor, read_anywhere: Tensor) -> None:
     """Raise UserError where another rank has read other contents of an image that this one has read."""
     differs = (read_here != read_anywhere).any(1) & read_here.any(1)
     rows = differs.nonzero().flatten()

@@ -21,6 +21,7 @@ from dumo.config.load import dump
 from dumo.config.place import LOG_FILE
 from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
+from dumo.io.content import Hashes
 from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
 from dumo.run import datacheck, examination
@@ -41,7 +42,6 @@ from dumo.training.spec import Train
 from dumo.training.state import State
 
 if TYPE_CHECKING:
-    from dumo.io.content import Hashes
     from dumo.run.best import BestFolder
     from dumo.run.teacher import TeacherPairs
     from dumo.run.validation import Scores, Validation
@@ -58,7 +58,7 @@ class Journal:
     source: "DataSource | TeacherPairs"
     tell: Callable[[str], None]
     # Hashes of the images.
-    hashes: "Hashes | None" = None
+    hashes: Hashes | None = None
     # The changes of fields and data since the run began; None on ranks other than 0.
     changes: Sequence[RecordedChange] | None = None
     # The clock of a run that ends by it.

@@ -18,6 +18,8 @@ from dumo.flow.flow import Flow
 from dumo.io.deferred import Deferred
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
+from dumo.nets.live import OnlineTexts
+from dumo.nets.lowbit import num_unstored_weights
 from dumo.run.memory import held_bytes, weight_bytes
 from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
@@ -56,8 +58,6 @@ def draw_net(run: Run) -> nn.Module:
         torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
         net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
     if run.net.texts:
-        from dumo.nets.live import OnlineTexts
-
         for module in net.modules():
             if isinstance(module, OnlineTexts):
                 module.captions = run.conditions.names
@@ -80,8 +80,6 @@ def num_parameters(net: nn.Module) -> int:
     """The number of a net's parameters. Codes and scales count as the weights that they stand for."""
     total = sum(p.numel() for p in net.parameters())
     if isinstance(net, Dualized):
-        from dumo.nets.lowbit import num_unstored_weights
-
         total += num_unstored_weights(net)
     return total
 

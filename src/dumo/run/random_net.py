@@ -9,6 +9,8 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.nets import Net, Pretrained
+from dumo.nets.adapter import SUBJECT
+from dumo.nets.text import drawn_if_missing
 from dumo.run.weights import draw_on_device
 from dumo.runtime.random import stream
 
@@ -29,8 +31,6 @@ def random_net(run: Run, device: torch.device) -> nn.Module:
     net = draw_on_device(run.model_copy(update={"net": spec}), device)
     subject_part = None
     if run.net.lora:
-        from dumo.nets.adapter import SUBJECT
-
         subject_part = f".{SUBJECT}."
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -54,8 +54,6 @@ def with_random_texts_if_missing(net: Net) -> Net:
     """The spec of a network, with random texts in place of a table of texts that does not exist yet."""
     if net.texts is None:
         return net
-
-    from dumo.nets.text import drawn_if_missing
 
     texts = drawn_if_missing(net.texts)
     if texts is net.texts:

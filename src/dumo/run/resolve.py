@@ -29,6 +29,8 @@ from dumo.config.load import load, parse
 from dumo.config.source import CODE_KEY, TYPED_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
 from dumo.data import Data, Images, Latents
+from dumo.data.cache import read_index
+from dumo.data.image import with_fields_of_latents
 from dumo.flow.path import Diffusion
 from dumo.io import digest, trained
 from dumo.io.read import user_path
@@ -148,8 +150,6 @@ def data_with_facts(data: Data) -> Data:
     except UserError as error:
         message = f"data: {error}"
         if isinstance(data, Latents):
-            from dumo.data.image import with_fields_of_latents
-
             message = f"data.images: {with_fields_of_latents(str(error))}"
         raise type(error)(message) from error
 
@@ -349,7 +349,6 @@ def _pins(run: Run) -> dict[str, _PinField]:
     pins_by_field: dict[str, _PinField] = {}
     data = run.data
     if isinstance(data, Latents) and data.codec.kind != "pipeline":
-        from dumo.data.cache import read_index
 
         def find_codec_hash() -> str | None:
             cache = read_index(data.folder)

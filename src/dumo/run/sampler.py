@@ -8,7 +8,6 @@ the seed, i and its condition, not on ranks or batches.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.spec import Run, Sampling
 from dumo.data import Data, Latents
+from dumo.data.pixel import Size
+from dumo.encoders.codec import LoadedCodec
 from dumo.flow import generate
 from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
@@ -25,15 +26,11 @@ from dumo.flow.reading import taught_readings
 from dumo.flow.solver import Solver
 from dumo.io import picture
 from dumo.io.picture import PixelRows, Points
+from dumo.nets.rows import Texts
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training.spec import Train
 from dumo.types import Reads, Sample, UserError
-
-if TYPE_CHECKING:
-    from dumo.data.pixel import Size
-    from dumo.encoders.codec import LoadedCodec
-    from dumo.nets.rows import Texts
 
 Decoded = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
 
@@ -46,7 +43,7 @@ class Sampler:
     data: Data
     spec: Sampling
     rows: int = generate.BATCH  # of a pass
-    size: "Size | None" = None  # one of the data's buckets; None: the square
+    size: Size | None = None  # one of the data's buckets; None: the square
 
     @property
     def net(self) -> nn.Module:
@@ -102,7 +99,7 @@ class Sampler:
         return self.flow.readings(guide, self.spec.knobs)
 
     @cached_property
-    def codec(self) -> "LoadedCodec | None":
+    def codec(self) -> LoadedCodec | None:
         """The codec that decodes what the net makes, with its weights; None where nothing is decoded.
 
         Raises UserError where they are missing or others than those meant.
@@ -114,10 +111,8 @@ class Sampler:
         return x if self.codec is None else self.codec.decode(x).cpu()
 
     @property
-    def texts(self) -> "Texts | None":
+    def texts(self) -> Texts | None:
         """The part of the net that has a row for every condition."""
-        from dumo.nets.rows import Texts
-
         for module in self.net.modules():
             if isinstance(module, Texts):
                 return module

@@ -13,6 +13,7 @@ from dumo.config.spec import Run
 from dumo.data import Data, Images
 from dumo.data.album import Album
 from dumo.data.latents import LatentSource
+from dumo.data.store import first_sorted
 from dumo.io.read import first_few
 from dumo.run.net import num_parameters
 from dumo.runtime import dist
@@ -86,8 +87,6 @@ def _data_text(run: Run, size: int | None, unit: str) -> str:
         return f"{text} with {run.data.classes:,} captions"
     text = f"{text} in {run.data.classes} classes"
     if conditions.names:
-        from dumo.data.store import first_sorted
-
         text = f"{text}: {first_sorted(conditions.words)}"
     return text
 

@@ -37,6 +37,7 @@ from dumo.io import digest, table, weights
 from dumo.io.read import read_json, write_json
 from dumo.io.source import DataSource, TensorData
 from dumo.io.table import Column, TableIndex
+from dumo.objectives.flow_matching import FlowMatching
 from dumo.run.sampler import max_rows_per_pass
 from dumo.run.weights import open_run
 from dumo.runtime import dist, signals
@@ -134,8 +135,6 @@ def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
     """
     base_net = BaseNet(net, run.train.precision)
     if not (run.start and run.has_subject):
-        from dumo.objectives.flow_matching import FlowMatching
-
         return Flow(_BaseVelocity(base_net, run.objective.needs), FlowMatching(), classes=run.data.classes)
     few_step = load(run.start.source)
     check_guidance(

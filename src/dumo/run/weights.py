@@ -24,6 +24,7 @@ from dumo.config.history import RecordedRun
 from dumo.config.place import require_run_folder
 from dumo.config.source import SHIPPED_PREFIX
 from dumo.config.spec import Run
+from dumo.config.teacher import Start
 from dumo.data import Images
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import to_float32
@@ -45,7 +46,6 @@ from dumo.training.state import begin as begin_training
 from dumo.types import Spec, UserError
 
 if TYPE_CHECKING:
-    from dumo.config.teacher import Start
     from dumo.run.sampler import Sampler
 
 # Weights that an objective asks for: the net of another may lack them.
@@ -408,7 +408,7 @@ def begin_or_resume(
     return state, checkpoint.restore_last_finite(checkpoints, chosen, state, or_before=or_before)
 
 
-def init_from(run: Run, start: "Start") -> tuple[nn.Module, Deferred]:
+def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
     """A run's net with other weights, by name, and what reads them; a head, as `start.heads` says, with another head's.
 
     What the source lacks of heads, gauges and embeddings of inputs stays as drawn. Raises UserError where it has not
@@ -446,7 +446,7 @@ def init_from(run: Run, start: "Start") -> tuple[nn.Module, Deferred]:
     return net, deferred_weights
 
 
-def _require_source_heads(start: "Start", source_weights: Mapping[str, Tensor]) -> None:
+def _require_source_heads(start: Start, source_weights: Mapping[str, Tensor]) -> None:
     """Raise UserError where a head is to begin as one that the source does not have (`start.heads`)."""
     source_heads = dict.fromkeys(name.split(".")[1] for name in source_weights if name.startswith("heads."))
     for source_head in start.heads.values():
@@ -466,7 +466,7 @@ def _source_name(name: str, heads: Mapping[str, str]) -> str:
     return name
 
 
-def _open_source_weights(start: "Start", net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
+def _open_source_weights(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
     """The weights of another run, and what reads them.
 
     Raises UserError where they make another function of this net, or on this path.
@@ -476,7 +476,7 @@ def _open_source_weights(start: "Start", net: Net, path: FlowPath) -> tuple[dict
     return source.net.state_dict(), source.deferred_weights
 
 
-def _require_net(source: Run, start: "Start", net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:
+def _require_net(source: Run, start: Start, net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:
     """Raise UserError where a run has another net or path, in other fields than `free_fields`."""
     if "r" not in source.objective.needs.names:  # no block of its net reads r, whatever net.late says
         free_fields = (*free_fields, "net.late")

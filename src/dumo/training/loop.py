@@ -12,6 +12,7 @@ from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
 from dumo.flow.precision import product_precision
 from dumo.runtime.signals import Stopped
+from dumo.training.compile import compile_loss
 from dumo.training.deadline import Timing
 from dumo.training.record import Record, Skipped
 from dumo.training.spec import Train
@@ -50,8 +51,6 @@ def train(
     """
     loss = flow.objective.loss
     if spec.compile != "none":
-        from dumo.training.compile import compile_loss
-
         loss = compile_loss(state.net, flow.objective, spec.compile)
     device = next(state.net.parameters()).device
     with product_precision(spec.precision, device):
