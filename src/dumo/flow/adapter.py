@@ -2,8 +2,8 @@
 
 The network itself is called as `net(x, t=t)`, or as `net(x, t=t, c=c)` if there are conditions; `r=r` follows t, and
 the knobs of an objective follow r, by their own names. Keywords let a network have its arguments in any order, and one
-with other names raises a TypeError. `call(net, x, t, c)`, a function of the user's, calls any other network. dumo's own
-networks take x and c by position, and are called as they are.
+with other names raises a TypeError. `call(net, x, t, c)`, a function of the user's with arguments of these names, calls
+any other network. dumo's own networks take x and c by position, and are called as they are.
 
 Conditions are of two kinds. Labels (b,) go to the objective and to the network as they are. Of anything else, such as
 the tokens of a text, the objective gets row numbers, which it drops, duplicates and picks without knowing what they
@@ -25,7 +25,7 @@ from dumo.types import Array, Cond, Heads, Needs, Time, UserError, unwrap
 
 Condition = Tensor | Mapping[str, Tensor] | None  # labels (b,), numbers (b, ...), or tensors by name
 Null = Tensor | Mapping[str, Tensor] | None  # the row that replaces a dropped condition, or one by name
-CustomCall = Callable[..., Any]  # a user's function (net, x, t, c); with r after t if the objective has it
+CustomCall = Callable[..., Any]  # a user's function of (net, x, t, c), and of r if the objective has it
 
 
 def is_labels(c: Condition) -> bool:
@@ -163,8 +163,7 @@ class NetAdapter(nn.Module):
         elif self.labelled:
             condition = c
         if self.call is not None:
-            inputs_in_order = [inputs[name] for name in self.needs.names]
-            return self.call(net, x, *inputs_in_order, condition)
+            return self.call(net, x, **inputs, c=condition)
         if self.is_dumos:
             return net(x, c, **inputs)
         if condition is None:

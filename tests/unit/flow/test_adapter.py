@@ -114,19 +114,17 @@ def test_conditions_arrive_as_they_were_given() -> None:
     assert seen[2][2] is C
 
 
-def test_a_function_gets_the_times_in_one_order_whichever_way_they_are_given() -> None:
-    seen: list[tuple[Tensor, ...]] = []
+def test_a_function_gets_times_and_condition_by_name_in_any_order() -> None:
+    seen: list[tuple[Tensor | None, ...]] = []
 
-    def call(net: nn.Module, x: Tensor, t: Tensor, r: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        seen.append((t, r))
+    def call(net: nn.Module, x: Tensor, c: Tensor | None, r: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((t, r, c))
         return x, x
 
-    adapter = NetAdapter(nn.Module(), TWO, call, labelled=False)
-    adapter(X, C, t=T, r=R)
-    adapter(X, C, r=R, t=T)
-    for t, r in seen:
-        assert torch.equal(t, T)
-        assert torch.equal(r, R)
+    NetAdapter(nn.Module(), TWO, call, labelled=True)(X, C, t=T, r=R)
+    for found, given in zip(seen[0], (T, R, C), strict=True):
+        assert found is not None
+        assert torch.equal(found, given)
 
 
 def test_a_condition_without_a_null_keeps_its_row() -> None:
