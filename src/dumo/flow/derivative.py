@@ -16,7 +16,7 @@ gauges (b,).
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import inf
 from typing import Any, cast
@@ -122,11 +122,11 @@ def max_slope_error(slope: Slope, precision: str) -> float:
 
 
 def choose_slope(
-    named_slope: Slope | None, net: NetAdapter, b: Noised, needs: Needs, *, is_copy: bool
+    slopes: Sequence[Slope], net: NetAdapter, b: Noised, needs: Needs, *, is_copy: bool
 ) -> tuple[Slope, str]:
-    """How du/dt of a network is taken: the slope, and a report of its error for the user.
+    """How du/dt of a network is taken: the first of some slopes that is right, and a report of its error for the user.
 
-    named_slope: that of the objective, which is the only one tried; None: dual, else jvp.
+    slopes: in the order in which they are tried.
     net: the network, or its copy, on whose batch b of a few rows the slope is tried.
     is_copy: whether `net` is of a copy, which is compared in float64.
 
@@ -138,7 +138,7 @@ def choose_slope(
     uncertainty = dist.largest(uncertainty)
     is_compared = uncertainty <= MAX_SLOPE_ERROR
     failures: list[str] = []
-    for slope in [named_slope] if named_slope else [DualSlope(), JvpSlope()]:
+    for slope in slopes:
         try:
             errors = slope_errors(slope, net, Frozen(net), b.x_t, b.v_t, b.c, inputs, exact)
             error = max(float(error) if error.isfinite() else inf for error in errors)
@@ -157,10 +157,10 @@ def choose_slope(
             text = f"{slope.kind}, {100 * error:.2g} % off a central difference"
             return slope, "; ".join([text, *failures])
         failures.append(f"not {slope.kind}: {failure}")
-    fix = 'change the network, or give the objective slope={"kind": "central"}, a finite difference of two passes'
-    if named_slope:
-        fix = "leave out the slope, and the first of dual and jvp that is right is taken"
-    raise UserError(f"no du/dt of {type(unwrap(net.net)).__name__}: {'; '.join(failures)}: {fix}")
+    raise UserError(
+        f"no du/dt of {type(unwrap(net.net)).__name__}: {'; '.join(failures)}: change the network, or give the "
+        'objective another slope, such as slope={"kind": "central"}, a difference of two passes'
+    )
 
 
 def copy_without_zero_layers(net: nn.Module) -> nn.Module | None:

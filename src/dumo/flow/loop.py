@@ -37,7 +37,7 @@ from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, using
 from dumo.flow.reading import reading, taught_readings, teacher_velocity
-from dumo.flow.slope import Slope, slope_of
+from dumo.flow.slope import DualSlope, JvpSlope, Slope, slope_of
 from dumo.flow.solver import Solver, best_solver, solver_of
 from dumo.runtime import dist
 from dumo.runtime.random import generator_states, seeded_generators, stream
@@ -391,15 +391,24 @@ class LoopFlow(Flow):
                 unkeyed_net(b.x_t, b.c, **inputs_of(b, needs))
             self.net_draws = generator_states(x.device) != states_before
             if needs.slope is not None:
-                named_slope = slope_of(self.objective) if self.has_named_slope else self.chosen_slope
                 slope, self.slope_reason = choose_slope(
-                    named_slope, net, replace(b, moving=None), needs, is_copy=copied is not None
+                    self._slopes_to_try(), net, replace(b, moving=None), needs, is_copy=copied is not None
                 )
                 if not self.has_named_slope:
                     self.chosen_slope = slope
                     self.objective = self.objective.model_copy(update={"slope": slope})
         self.checked_modes.add(self.training)
         return self.slope_reason or "this objective takes no du/dt"
+
+    def _slopes_to_try(self) -> list[Slope]:
+        """The slope that the objective names; else first the one of a resumed run, then dual, then jvp."""
+        named_slope = slope_of(self.objective)
+        if self.has_named_slope and named_slope is not None:
+            return [named_slope]
+        slopes: list[Slope] = [DualSlope(), JvpSlope()]
+        if self.chosen_slope is not None:
+            slopes = [self.chosen_slope, *(slope for slope in slopes if slope != self.chosen_slope)]
+        return slopes
 
     def _require_compatible(self, batch: int, c: Condition) -> None:
         """Refuse what the objective cannot be combined with (`dumo.flow.compatibility`), for a batch of this size."""
