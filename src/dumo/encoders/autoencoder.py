@@ -311,7 +311,7 @@ def _latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
 def _find_or_fetch_folder(name: str) -> Path:
     """Return the folder of a model: a path, or that of `owner/model` or `owner/model/folder` in the hub client's cache.
 
-    Raises UserError where there is none.
+    Raises UserError for another name, and the Hub's own errors.
     """
     path = user_path(name, FIELD)
     if path.is_dir():
@@ -325,7 +325,4 @@ def _find_or_fetch_folder(name: str) -> Path:
     repository = on_hub[1]
     subfolder = on_hub[2] or ""
     patterns = [f"{subfolder}/{file}" if subfolder else file for file in (CONFIG, DIFFUSERS_FILE)]
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns)) / subfolder
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} is no folder, and not available from the hub ({error}). {HINT}") from error
+    return Path(snapshot_download(repository, allow_patterns=patterns)) / subfolder

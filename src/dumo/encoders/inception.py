@@ -321,8 +321,6 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
         raise UserError(
             f"no weights of Inception for the FID: no path is given and {VARIABLE} is not set.\n{_how_to_get_weights()}"
         )
-    if not file.is_file():
-        raise UserError(f"no weights of Inception for the FID: {file} is no file.\n{_how_to_get_weights()}")
     with torch.device("meta"):
         net = Inception()
     weights, origin = read(file, _how_to_get_weights())

@@ -98,7 +98,7 @@ class TextEncoder(Spec):
         return EncoderFolder(folder, require_weights(folder, TRANSFORMERS, _FIELD, _HINT))
 
     def model_type(self) -> str:
-        """The name of the encoder's architecture. Raises UserError as `find_folder`, and where config.json has none."""
+        """The name of the encoder's architecture. Raises UserError as `find_folder`."""
         return self.find_folder().model_type
 
     def require_tokenizers(self) -> None:
@@ -146,21 +146,14 @@ class EncoderFolder:
 
     @property
     def model_type(self) -> str:
-        """The name of the encoder's architecture. Raises UserError where config.json has none."""
-        model_type = self._config.get("model_type")
-        if not isinstance(model_type, str):
-            raise UserError(f"{_FIELD}: {self.path / CONFIG} has no model_type: {_HINT}")
-        return model_type
+        """The name of the encoder's architecture."""
+        return self._config["model_type"]
 
     def class_name(self, *, pooled: bool) -> str:
-        """The class of transformers that loads the encoder; if `pooled`, one that embeds whole texts, too.
-
-        Raises UserError where config.json has no model_type.
-        """
-        model_type = self.model_type  # raises
+        """The class of transformers that loads the encoder; if `pooled`, one that embeds whole texts, too."""
         if pooled and _PROJECTED_CLASS in str(self._config.get("architectures")):  # a list of names, if it is there
             return _PROJECTED_CLASS
-        return _CLASS_BY_MODEL_TYPE.get(model_type, "AutoModel")
+        return _CLASS_BY_MODEL_TYPE.get(self.model_type, "AutoModel")
 
     @property
     def tokenizer_path(self) -> Path:
@@ -203,8 +196,7 @@ class EncoderModel:
         All are padded to the tokens of the longest text, or to the spec's `length` if its `pad` is set. The spec's
         `skip` first tokens are left out.
 
-        Raises UserError where `skip` leaves no token of a text, and where the encoder has no such `layer`, or no
-        embedding of a whole text.
+        Raises UserError if `skip` leaves no token of a text, or the encoder makes no embedding of a whole text.
         """
         spec = self.spec
         token_ids, padding_mask = self.tokenizer(texts, fills_length=spec.pad)
@@ -215,10 +207,10 @@ class EncoderModel:
             mask = padding_mask
             inputs["attention_mask"] = padding_mask.long().to(self.device)
 
-        needs_hidden_states = spec.layer != -1
         with using(spec.precision, self.device):
-            output = self.model(**inputs, output_hidden_states=needs_hidden_states)
-        states = self._hidden_states(output) if needs_hidden_states else output.last_hidden_state
+            output = self.model(**inputs, output_hidden_states=spec.layer != -1)
+        # The states are of the embedding of tokens, then of each layer.
+        states = output.last_hidden_state if spec.layer == -1 else output.hidden_states[spec.layer]
 
         kept_tokens = states[:, spec.skip :].float().cpu()
         kept_mask = mask[:, spec.skip :]
@@ -226,14 +218,6 @@ class EncoderModel:
             raise UserError(f"net.texts.encoder.skip={spec.skip} leaves nothing of a short text: set it lower")
         pooled = self._pooled(output) if spec.pooled else None
         return Embeddings(kept_tokens, kept_mask, pooled, self.tokenizer.cut_texts(texts))
-
-    def _hidden_states(self, output: Any) -> Float[Tensor, "b l d"]:  # noqa: ANN401, an output of transformers
-        """The states of the spec's `layer`. Raises UserError where there are fewer layers."""
-        states: tuple[Tensor, ...] = output.hidden_states  # of the embedding of tokens, then of each layer
-        # only an output says how many there are: configs of architectures have different names for it
-        if -self.spec.layer > len(states):
-            raise UserError(f"net.texts.encoder.layer={self.spec.layer}: the encoder has {len(states) - 1} layers")
-        return states[self.spec.layer]
 
     def _pooled(self, output: Any) -> Float[Tensor, "b p"]:  # noqa: ANN401, an output of transformers
         """The embedding of each whole text. Raises UserError where the encoder makes none."""

@@ -43,10 +43,8 @@ _MAX_EMBEDDED_WIDTH = 1600  # pixels of a picture in a page: enough for a sheet 
 def to_uint8(x: Sample) -> Pixels:
     """Images (n, 1 or 3, h, w) as colours 0 .. 255, grey in all three: -1 is 0 and 1 is 255, rounded and clamped.
 
-    Raises UserError for other shapes, and where x is not finite, which has no colour.
+    Raises UserError if x is not finite, which has no colour.
     """
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise UserError(f"samples of shape {tuple(x.shape[1:])} are no images of 1 or 3 channels: decode them first")
     if not x.isfinite().all():
         raise UserError(
             "the samples are not finite numbers and have no colour: these weights have diverged, use others, or train "
@@ -154,12 +152,10 @@ def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> I
     """A panel of `side` inches for each title of `samples`: real points grey, samples red, as in the paper's Fig. 3.
 
     The frame is that of the real points with a tenth around it; samples farther off are not shown. Of points of more
-    than two numbers the first two are drawn. Raises UserError for points of one number.
+    than two numbers the first two are drawn.
     """
     from matplotlib.figure import Figure  # slow to import
 
-    if real.shape[1] < 2:
-        raise UserError("points of one number have no scatter: write their samples as npz, or give points of two")
     real = real[:, :2]
     title_lines = 1 + max(title.count("\n") for title in samples)
     size = (side * len(samples), side + 0.3 * title_lines)

@@ -4,17 +4,15 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from autoencoder import filled, taef2
@@ -103,13 +101,6 @@ def test_published_shapes_and_scales() -> None:
 def of(source: Path | str) -> PipelineVae:
     """The autoencoder of a pipeline."""
     return PipelineVae().within(Pipeline(source=str(source)))
-
-
-def test_sides_that_do_not_divide_are_refused(tiny: Path) -> None:
-    with pytest.raises(UserError, match="250 pixels do not divide by 8"):
-        SdVae().shape(250)
-    with pytest.raises(UserError, match="12 pixels do not divide by 8"):
-        Taef2(weights=str(tiny)).open().encode(images(12))
 
 
 @pytest.mark.parametrize("wrong", [{"scale": 1.0}, {"variant": "another"}, {"variant": []}, {"weights": None}])
@@ -261,84 +252,11 @@ def test_an_autoencoder_that_cuts_patches_first_has_the_factor_of_its_config(tmp
         of(tmp_path).open().encode(images(32))
 
 
-def other(file: Path) -> None:
-    """Weights of one more output channel."""
-    save_file(TinyAutoencoder(33).state_dict(), file)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda file: os.truncate(file, file.stat().st_size - 10), "is damaged or is not safetensors"),
-        (other, r"decoder.1.weight is \(64, 33, 3, 3\) in the file, \(64, 32, 3, 3\) in the codec"),
-    ],
-)
-def test_wrong_weights_are_refused(tiny: Path, spoil: Callable[[Path], object], said: str) -> None:
-    spoil(tiny)
-    with pytest.raises(UserError, match=said):
-        Taef2(weights=str(tiny)).open()
-
-
-def test_weights_of_another_hash_are_refused(tiny: Path, vae: Path) -> None:
-    """Each kind, where the hash of those that a run began with is known."""
+def test_weights_of_the_noted_hash_are_opened(tiny: Path, vae: Path) -> None:
+    """Each kind."""
     for codec in (Taef2(weights=str(tiny)), SdVae(weights=str(vae))):
         known = codec.digest()
         assert codec.model_copy(update={"sha256": known}).open().sha256 == known
-        with pytest.raises(UserError, match=rf"data\.codec\.weights: .* SHA-256 {known}, and this run has 0123: put"):
-            codec.model_copy(update={"sha256": "0123"}).open()
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"scaling_factor": 0.13025}, "4 channels, factor 8, shift 0.0, scale 0.13025; it is not supported"),
-        ({"block_out_channels": (4, 4)}, "4 channels, factor 2, shift 0.0, scale 0.18215; it is not supported"),
-    ],
-)
-def test_another_autoencoder_is_refused(tmp_path: Path, config: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=f"is not codec sd-vae sd: .*{said}"):
-        SdVae(weights=str(vae_of(tmp_path, **config))).open()
-
-
-def test_a_pipelines_autoencoder_is_that_which_the_run_began_with(tmp_path: Path) -> None:
-    """Its weights, and its numbers, which may be null; a class that is none of those known is refused."""
-    vae_of(tmp_path / "vae", latents_mean=None, latents_std=None)
-    began = Pipeline(source=str(tmp_path)).with_facts()
-    codec = PipelineVae().within(began)
-    assert codec.open().sha256 == (began.facts or {})["vae.weights"] == codec.sha256
-    file, config = tmp_path / "vae" / WEIGHTS, tmp_path / "vae" / "config.json"
-    text = config.read_text()
-    config.write_text(text.replace("0.18215", "0.3611"))
-    with pytest.raises(UserError, match=r"has another vae .config.json. than when this run began: put that back"):
-        codec.open()
-    config.write_text(text.replace("AutoencoderKL", "AutoencoderTiny"))
-    with pytest.raises(UserError, match="is a AutoencoderTiny, which dumo does not decode with"):
-        of(tmp_path).open()
-    config.write_text(text)
-    save_file({name: x + 1 for name, x in load_file(file).items()}, file)
-    with pytest.raises(UserError, match=r"has another vae .weights. than when this run began"):
-        codec.open()
-    file.unlink()
-    config.unlink()
-    with pytest.raises(
-        UserError, match=r"has no vae/config.json: hf download REPOSITORY --include .*'vae/\*.safetensors'"
-    ):
-        codec.open()
-
-
-def test_wrong_folders_are_refused(vae: Path) -> None:
-    spec = SdVae(weights=str(vae))
-    tensors = load_file(vae / WEIGHTS)
-    del tensors["decoder.conv_out.weight"]  # diffusers would draw it at random and go on
-    save_file(tensors, vae / WEIGHTS, {"format": "pt"})
-    with pytest.raises(UserError, match=r"decoder.conv_out.weight is missing"):
-        spec.open()
-    (vae / WEIGHTS).rename(vae / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="dumo reads no pickle"):
-        spec.open()
-    (vae / "diffusion_pytorch_model.bin").unlink()
-    with pytest.raises(UserError, match="has no weights"):
-        spec.open()
 
 
 @pytest.mark.parametrize(("name", "inside"), [("stabilityai/sd-vae-ft-ema", ""), ("owner/model", "vae")])
@@ -353,16 +271,8 @@ def test_hub_is_asked_for_what_is_no_folder(
         assert (asked, allow_patterns) == (name, [str(Path(inside) / file) for file in (CONFIG, WEIGHTS)])
         return str(tmp_path)
 
-    def fails(name: str, **rest: object) -> str:
-        raise LocalEntryNotFoundError("offline")
-
     monkeypatch.setattr(huggingface_hub, "snapshot_download", brings)
     assert spec.open().sha256
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    with pytest.raises(UserError, match=rf"{spec.weights} is no folder, and not available from the hub"):
-        spec.open()
-    with pytest.raises(UserError, match="is no folder"):
-        SdVae(weights="/no/such/folder").open()
 
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,26 +96,6 @@ def test_of_one_file_and_shards_the_hash_is_of_what_diffusers_opens(tmp_path: Pa
         assert torch.equal(x, found.load()[name])
 
 
-def test_an_index_names_files_of_its_folder(tmp_path: Path) -> None:
-    for lists in (["../model.safetensors"], ["/model.safetensors"]):
-        write(tmp_path, index="model.safetensors.index.json", lists=lists)
-        with pytest.raises(UserError, match=r"index.json lists files of another folder"):
-            find_weights(tmp_path, TRANSFORMERS)
-
-
-def test_what_has_no_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^net: .* has no weights \(model.safetensors, .*fp16 or .bf16\): fix"):
-        require_weights(tmp_path, TRANSFORMERS, "net", "fix")
-    for name, pickle in (
-        (TRANSFORMERS, "pytorch_model.bin"),
-        (DIFFUSERS, "diffusion_pytorch_model.bin.index.json"),
-        (DIFFUSERS, "diffusion_pytorch_model.bin"),
-    ):
-        (tmp_path / pickle).write_text("")
-        with pytest.raises(UserError, match=rf"^{tmp_path}/{pickle}: dumo reads no pickle.*fix$"):
-            require_weights(tmp_path, name, "net", "fix")
-
-
 def test_shards_are_one_model_and_one_hash(tmp_path: Path) -> None:
     for k, name in enumerate(SHARDS):
         save_file({str(k): torch.full((2,), float(k))}, tmp_path / name)
@@ -251,12 +231,6 @@ def test_a_text_encoder_may_be_left_out(tmp_path: Path) -> None:
     words = left_out.download_command()
     assert "tokenizer_2/*" in words
     assert not [word for word in ("text_encoder_3", "text_encoder*", "tokenizer*") if word in words]
-
-
-def test_a_pipeline_has_no_other_text_encoder_to_leave_out(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"text_encoder": ["transformers", "CLIPTextModel"]}')
-    with pytest.raises(UserError, match=r"^pipeline.without: .* has no text_encoder_3 that could be left out: set"):
-        _ = Pipeline(source=str(tmp_path), without=("text_encoder_3",)).text_parts
 
 
 def test_a_published_name_is_counted_without_what_is_left_out() -> None:

@@ -1,43 +1,16 @@
-"""One rank without torch.distributed; what is no number of ranks, and no device."""
+"""One rank without torch.distributed, and the GPU of each of several ranks."""
 
 import pytest
 import torch
 
 from dumo.runtime import dist
 from dumo.runtime.device import choose_device
-from dumo.types import UserError
 
 
 def test_one_rank() -> None:
     x = torch.tensor([1.0, 2.0])
     assert (dist.rank(), dist.world(), dist.is_main()) == (0, 1, True)
     assert torch.equal(dist.mean(x), x)
-
-
-@pytest.mark.parametrize(
-    ("told", "said"),
-    [
-        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x is no whole number from 1 to 1,000,000"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is no"),
-        ({"WORLD_SIZE": "1000000000"}, "WORLD_SIZE=1000000000 is no"),
-        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is no whole number from 0"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is no whole number from 0 to 1"),
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5 is no"),
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "٢"}, "LOCAL_WORLD_SIZE=٢ is no"),
-        ({"WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no whole number from 1 to 65,535"),
-    ],
-)
-def test_odd_numbers_of_ranks_are_refused(told: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=said), dist.join():
-        pass
-
-
-@pytest.mark.parametrize("name", ["hpu", "xla", "privateuseone", "cpu:x", ""])
-def test_devices_that_are_not_here_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="is not available: use auto or cpu"):
-        choose_device(name)
 
 
 def test_before_ranks_meet_each_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,5 +23,3 @@ def test_before_ranks_meet_each_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert choose_device("auto") == torch.device("cuda")
     assert chosen == [2]
-    with pytest.raises(UserError, match="device 'cuda:1' is one for all 3 ranks: use auto"):
-        choose_device("cuda:1")
