@@ -61,7 +61,7 @@ WHERE: JsonDict = {"where": "always"}  # a path, which stays for the run
 PLACE: JsonDict = FREE | WHERE  # a path, which may change
 MAYBE_PLACE: JsonDict = FREE | {"where": "maybe"}  # a path if something lies there, else a name, which stays as it is
 # - fields that dumo fills in itself
-PINNED: JsonDict = {"pinned": True}  # a hash, taken when the run began; None in runs of an older dumo
+PINNED: JsonDict = {"pinned": True}  # a hash, taken when the run begins
 
 
 def marks_of(field: FieldInfo) -> Mapping[str, Any]:
