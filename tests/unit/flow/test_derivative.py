@@ -1,5 +1,7 @@
 """A wrong du/dt is found, also on a network whose last layers are zero; a right one passes, however it is computed."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -131,9 +133,9 @@ class Float32Embedding(nn.Module):
 
 
 def test_a_network_that_embeds_time_in_float32_is_compared() -> None:
-    flow = dumo.Flow(Float32Embedding())
-    assert flow.check(X).startswith("dual, ")
-    assert "not compared" not in flow.slope_reason
+    found = re.fullmatch(r"dual, (.+) % off a central difference", dumo.Flow(Float32Embedding()).check(X))
+    assert found
+    assert float(found[1]) < 0.3
 
 
 def test_the_reference_is_the_derivative_to_seven_digits() -> None:
