@@ -117,8 +117,8 @@ def silenced_other_ranks() -> Generator[Callable[[int], NoReturn], None, None]:
     rank 0 alone prints an error that all ranks have. Ranks that have joined skip Python's own shutdown, in which torch
     may abort because of what a sharded network leaves behind.
     """
-    rank = _number_in_environment("RANK", 0)
-    world_size = _number_in_environment("WORLD_SIZE", 1)
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     stdout = sys.stdout
     stderr = sys.stderr
     held_back = StringIO()
@@ -153,12 +153,6 @@ def silenced_other_ranks() -> Generator[Callable[[int], NoReturn], None, None]:
             raise
         traceback.print_exc()
         leave(1)
-
-
-def _number_in_environment(name: str, default: int) -> int:
-    """Return a number that torchrun sets, or 0 if it is not a number, which `dumo.runtime.dist` refuses."""
-    text = os.environ.get(name, str(default))
-    return int(text) if text.isdecimal() else 0
 
 
 @contextmanager
