@@ -54,7 +54,6 @@ IMAGES_LATENTS_RECIPE = "my-images-64"
 _DEFAULT_TUNING_RECIPE = "sd3-lora"  # the example for a pipeline that no recipe names
 
 _BASE_VARIABLE = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # ${NAME:-recipe}, as in a shell
-MAX_BYTES = 2**24  # of a YAML file; the names of 20,000 classes take half a million
 _SOURCE_FIX = "give a run's folder, a recipe or a YAML file"
 _LATENTS_FIELDS = ("kind", "root", "images", "codec", "memory", "prior")  # fields of data.kind=latents
 
@@ -291,7 +290,7 @@ def parse_text(text: str, file: Path) -> RunText:
 
 
 def _file_text(file: Path) -> str:
-    """The text of a YAML file. Raises UserError for too many bytes, or no UTF-8."""
+    """The text of a YAML file. Raises OSError, and UserError for what is not UTF-8."""
     return read_text(file)
 
 

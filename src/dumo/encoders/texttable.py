@@ -44,7 +44,6 @@ from dumo.runtime import signals
 from dumo.types import UserError
 
 CAPTIONS = "captions.jsonl"
-_MAX_CAPTIONS_BYTES = 2**34  # of captions.jsonl, so that a damaged file does not fill the memory: ours
 EncoderSpec = Annotated[TextEncoder | PromptReaderSpec | ByteTokenizer, Field(discriminator="kind")]
 LoadedEncoder = EncoderModel | PromptReader | LoadedTokenizer  # what opening an `EncoderSpec` gives
 # tokens or ids; the mask, False on padding; pooled embeddings, or None

@@ -27,7 +27,6 @@ from dumo.runtime import dist
 from dumo.training import agreement
 from dumo.types import UserError, marks_of
 
-_WAY_OUT = "remove it, and what is asked for is obeyed"
 _OF_LAST_COMMAND = "of_last_command"  # key of a note: whether the last start that is no restart asked for the same
 
 
