@@ -23,14 +23,16 @@ Entrances: `pair` makes a Dual, `primal` and `tangent` take it apart. Rules use 
 `torch.is_tensor`, einops and torch's checkpoint accept Duals.
 """
 
+import inspect
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from operator import attrgetter
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -78,15 +80,31 @@ class _ThreadState(threading.local):
 _state = _ThreadState()
 
 
+class _Unassignable:
+    """An attribute of Dual that is read as of a Tensor, and raises NoRule where it is assigned to."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, dual: "Dual | None", owner: type) -> object:
+        if dual is None:
+            raise AttributeError(self.name)  # a dataclass asks the class for defaults
+        return dual.__getattr__(self.name)
+
+    def __set__(self, dual: "Dual", value: object) -> None:
+        raise NoRule(f"assignment to Tensor.{self.name}")
+
+
 @dataclass(eq=False, repr=False)  # a dataclass, because sharded modules look for tensors inside those
 class Dual:
     """A primal and its tangent, of one shape and dtype. `pair` makes it, typed as the Tensor that it stands in for."""
 
     p: Tensor  # the primal
     t: Tensor | Later | None  # the tangent; None: the Dual rests
-    is_view: bool = False  # of another Dual, which would have to see what is assigned to this one
+    base: "Dual | None" = None  # the Dual of which this one is a view, which would have to see what is assigned here
     recorded: bool = False  # autograd records the tangent, too, for a loss that holds the derivative itself
     under_grad: bool = False  # gradients were recorded when it was made, or something that it was made of
+    views: "list[weakref.ref[Dual]]" = field(default_factory=list)
 
     shape = property(lambda self: self.p.shape)
     dtype = property(lambda self: self.p.dtype)
@@ -95,6 +113,11 @@ class Dual:
     is_cuda = property(lambda self: self.p.is_cuda)
     requires_grad = property(lambda self: self.p.requires_grad)
     _base = property(lambda self: self.p._base)  # sharded modules warn of views
+
+    # What autograd would have to follow, and does not.
+    data = _Unassignable("data")
+    real = _Unassignable("real")
+    imag = _Unassignable("imag")
 
     __hash__ = object.__hash__  # == compares values, as Tensor's does
     __array_priority__ = 1000  # as Tensor's: a number of numpy leaves the operation to what stands on its right
@@ -204,8 +227,8 @@ def _call_without_rule(function: Callable[..., Any], args: tuple[Any, ...], kwar
 def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, torch's results
     """Call a function of torch by torch's own derivative of it, which is exact (`dumo.autodiff.general`).
 
-    Some operands move. Raises NoRule where torch has no derivative, where the function writes to an operand or draws
-    random numbers, and where a loss holds the derivative itself; UserError for a scripted module.
+    Some operands move. Raises NoRule where torch has no derivative, where the function writes to an operand, where it
+    draws random numbers on a tape, and where a loss holds the derivative itself; UserError for a scripted module.
     """
     if isinstance(function, torch._C.ScriptMethod):  # torch's derivative of it is zero
         raise UserError("a module of torch.jit.script has no derivative: take it as it was before it was scripted")
@@ -215,30 +238,81 @@ def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     name = general.operation_name(function)
     leaves, spec = tree_flatten((args, kwargs))
     dual_places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Dual))
-    if any(leaves[i].recorded for i in dual_places):  # torch's own gradient of such a tangent is wrong for some norms
+    duals = tuple(leaves[i] for i in dual_places)
+    if any(dual.recorded for dual in duals):  # torch's own gradient of such a tangent is wrong for some norms
         raise NoRecordedRule(name)
     primals = [primal(x) for x in leaves]
-    primal_args, primal_kwargs = tree_unflatten(primals, spec)
-    state_before = general.side_effects(primals)
-    results, results_spec = tree_flatten(function(*primal_args, **primal_kwargs))
-    if general.side_effects(primals) != state_before:  # the tangent's own call would write, or draw, once more
-        raise NoRule(f"{name}, which draws random numbers or changes an operand")
-    if not any(isinstance(result, Tensor) for result in results):  # strides and the like
+    num_writes = general.num_writes(primals)
+    random_state = torch.get_rng_state()
+
+    # One call in forward mode gives values and tangents. It draws once, and the tangent knows what was drawn.
+    results: list[Any] = []
+    tangents_of_results: Sequence[Tensor | None] | None = None
+    results_spec = None
+    on_tape = any(isinstance(dual.t, Later) for dual in duals)
+    if not (on_tape or _state.primal_only or "attention" in name):  # whose fused kernels have no forward mode
+        tangents = {i: _in_dtype_of(x.p, x.t) for i, x in zip(dual_places, duals, strict=True) if x.t is not None}
+        try:
+            results, tangents_of_results, results_spec = general.call_in_forward_mode(
+                function, spec, primals, cast(dict[int, Tensor], tangents)
+            )
+        except NotImplementedError:  # torch has no forward derivative
+            torch.set_rng_state(random_state)
+
+    # Else the value is made here, and the tangent by a second call, which would draw other numbers.
+    if tangents_of_results is None:
+        if on_tape and general.draws_random(function):
+            raise NoRule(f"{name}, which draws random numbers")
+        primal_args, primal_kwargs = tree_unflatten(primals, spec)
+        results, results_spec = tree_flatten(function(*primal_args, **primal_kwargs))
+        for k, result in enumerate(results):
+            # not another Dual: what is assigned to the one must be seen in the other
+            results[k] = next((dual for dual in duals if dual.p is result), result)
+        tangents_of_results = [None] * len(results)
+    assert results_spec is not None, "one of both calls was made"
+    if general.num_writes(primals) != num_writes:
+        raise NoRule(f"{name}, which changes an operand")
+    if not any(isinstance(result, Tensor | Dual) for result in results):  # strides and the like
         return tree_unflatten(results, results_spec)
-    if not any(map(general.can_have_tangent, results)):
+    if not any(isinstance(result, Dual) or general.can_have_tangent(result) for result in results):
         raise NoRule(f"{name}, whose result has no derivative")
-    duals = tuple(leaves[i] for i in dual_places)
+
+    # Pair each value with its tangent.
     for k, result in enumerate(results):
         operand = next((dual for dual in duals if dual.p is result), None)
-        if operand is not None:  # not another Dual: what is assigned to the one must be seen in the other
+        if operand is not None:
             results[k] = operand
         elif general.can_have_tangent(result):
-            call = general.OperationCall(function, spec, dual_places, k)
-            carried = carry(result, general.tangent, duals, call, *primals)
-            if isinstance(carried, Dual):
-                carried.is_view = general.shares_memory(result, primals)
-            results[k] = carried
+            found = tangents_of_results[k]
+            if found is not None:
+                paired = carry(result, _push_known, duals, found)
+            elif general.is_constant(function, result, k):
+                paired = pair(result, None)
+            else:
+                if not torch.equal(torch.get_rng_state(), random_state):
+                    raise NoRule(f"{name}, which draws random numbers")
+                call = general.OperationCall(function, spec, dual_places, k)
+                paired = carry(result, general.tangent, duals, call, *primals)
+            if isinstance(paired, Dual):
+                base = next((dual for dual in duals if general.share_memory(result, dual.p)), None)
+                if base is not None:
+                    mark_view(paired, base)
+            results[k] = paired
     return tree_unflatten(results, results_spec)
+
+
+def mark_view(x: Array, base: Any) -> None:  # noqa: ANN401, nothing is marked of what is no Dual
+    """Mark a Dual as a view of another, so that nothing is assigned to it, nor to the other while it is in use."""
+    if not isinstance(x, Dual) or not isinstance(base, Dual):
+        return
+    x.base = base if base.base is None else base.base
+    if not torch.compiler.is_compiling():  # which follows no weak references
+        x.base.views.append(weakref.ref(x))
+
+
+def _push_known(*arguments: Any) -> Tensor:  # noqa: ANN401, tangents of operands
+    """A tangent that was computed together with its value: the last of the arguments."""
+    return arguments[-1]
 
 
 def _refused_operator(name: str) -> Callable[..., Any]:
@@ -449,6 +523,40 @@ def refuse_inplace(name: str, inplace: bool) -> None:
     """Raise NoRule where a function is to write its result over its input, which other Duals may be views of."""
     if inplace:
         raise NoRule(f"{name} with inplace=True")
+
+
+def release_attributes(function: object) -> None:
+    """Put primals in place of the Duals that a pass has left in attributes of modules, for these outlive the pass.
+
+    `function` is what was called: a module, or a function that calls modules.
+    """
+    for owner in _owners_of_attributes(function):
+        attributes = vars(owner)
+        for name, value in list(attributes.items()):
+            if tree_any(lambda x: isinstance(x, Dual), value):
+                attributes[name] = tree_map(primal, value)
+
+
+def _owners_of_attributes(function: object) -> list[object]:
+    """The modules and other objects that a call of a function may set attributes of."""
+    if isinstance(function, partial):
+        return [owner for x in (function.func, *function.args, *function.keywords.values()) for owner in _owners_of_attributes(x)]
+    if isinstance(function, torch.nn.Module):
+        return list(function.modules())
+    owners: list[object] = []
+    if inspect.ismethod(function):
+        owners.append(function.__self__)
+        function = function.__func__
+    if inspect.isfunction(function):
+        used = inspect.getclosurevars(function)
+        owners += [*used.nonlocals.values(), *used.globals.values()]
+    found: list[object] = []
+    for owner in owners:
+        if isinstance(owner, torch.nn.Module):
+            found += owner.modules()
+        elif hasattr(owner, "__dict__") and not isinstance(owner, type | ModuleType) and not callable(owner):
+            found.append(owner)
+    return found
 
 
 def teach_others() -> None:

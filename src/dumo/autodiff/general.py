@@ -1,25 +1,32 @@
-"""The tangent of an operation without a rule, by `torch.func.jvp` of that one operation.
+"""The tangent of an operation without a rule, by torch's own derivatives of that one operation.
 
-`dumo.autodiff.dual.differentiate` calls this file: `reason_without_tangent` refuses what would lose the tangent, write
-or draw; `side_effects` before and after the call refuses what did so all the same; `tangent` then calls the operation
-once more, with its tangents, now or when a tape plays. A net as a whole need not survive `torch.func.jvp`.
+`dumo.autodiff.dual.differentiate` calls this file. `reason_without_tangent` refuses what would lose the tangent, or
+write to an operand. Then one call gives the value and the tangent:
 
-The tangent is exact, and the value keeps its bits and gradient. The price is the operation once more and, of attention,
-its scores in memory. So what nets use often has a rule (`dumo.autodiff.rule`), as has what is to be compiled: a
-compiler cannot follow this.
+1. `call_in_forward_mode` calls the operation on torch's own dual tensors (`torch.autograd.forward_ad`). The value keeps
+   its bits and its gradient.
+2. Where torch has no forward derivative of the operation, `tangent_by_backward` differentiates its gradient, which is
+   linear in the output's gradient v: the derivative of J^T v along v is J.
+3. Where torch has no gradient of it either, NoRule is raised. `torch.func.jvp` would return zeros there.
+
+On a tape, `tangent` does the same when the tape plays, by a second call of the operation.
+
+A rule (`dumo.autodiff.rule`) is faster, and compiles: a compiler cannot follow this file.
 """
 
 import inspect
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from dumo.types import UserError
 
@@ -27,7 +34,7 @@ from dumo.types import UserError
 LOSE_TANGENT = frozenset(
     ("data", "detach", "detach_", "item", "tolist", "numpy", "grad", "requires_grad_", "retain_grad")
 )
-# Operations that draw random numbers; those whose name has "dropout" do too.
+# Operations that draw random numbers, of which a tape cannot make the second call that it needs.
 _DRAW_RANDOM = frozenset(
     (
         "bernoulli",
@@ -41,6 +48,12 @@ _DRAW_RANDOM = frozenset(
         "randint_like",
     )
 )
+
+# torch takes the derivative of a sample of N(mean, sd) along mean and sd for zero, though it is not.
+_ZERO_IN_TORCH = "normal"
+
+# Functions whose first result is a permutation, which is constant though it holds floats.
+_PERMUTING = frozenset(("linalg_lu", "lu_unpack"))
 
 
 class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
@@ -96,37 +109,82 @@ class OperationCall:
     dual_places: tuple[int, ...]  # of the operands that are Duals, among the leaves of (args, kwargs)
     result_index: int  # among the leaves of what the operation returns
 
-    def result(self, leaves: list[Any]) -> Tensor:
-        """Call the operation with the leaves of (args, kwargs), and return the one result."""
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        results = tree_flatten(self.function(*args, **kwargs))[0]
-        return results[self.result_index]
-
 
 def tangent(*arguments: Any) -> Tensor:  # noqa: ANN401, operands of any kind
-    """The tangent of one result of an operation.
+    """The tangent of one result of an operation on a tape, by a second call of the operation.
 
     `arguments` are a tangent for each of the call's Duals (None: it rests), the OperationCall, and the leaves of its
-    operands: what `carry` hands to every function of a tangent. Raises NoRule where torch has no forward derivative.
+    operands: what `carry` hands to every function of a tangent. Raises NoRule where torch has no derivative.
     """
     call_place = next(i for i, x in enumerate(arguments) if isinstance(x, OperationCall))
-    dual_tangents = arguments[:call_place]
     call = arguments[call_place]
     operands = arguments[call_place + 1 :]
-    moving_places = [i for i, d in zip(call.dual_places, dual_tangents, strict=True) if d is not None]
-    tangents = tuple(d for d in dual_tangents if d is not None)
-
-    def result(*moving: Tensor) -> Tensor:
-        leaves = list(operands)
-        for i, x in zip(moving_places, moving, strict=True):
-            leaves[i] = x
-        return call.result(leaves)
-
+    tangents = {i: d for i, d in zip(call.dual_places, arguments[:call_place], strict=True) if d is not None}
+    found = None
     try:
-        with sdpa_kernel(SDPBackend.MATH):  # fused kernels of attention have no forward derivative
-            return torch.func.jvp(result, tuple(operands[i] for i in moving_places), tangents)[1]
-    except NotImplementedError as error:
-        raise NoRule(f"{operation_name(call.function)}, of which torch has no forward derivative") from error
+        with torch.no_grad():
+            _, tangents_of_results, _ = call_in_forward_mode(call.function, call.spec, operands, tangents)
+        found = tangents_of_results[call.result_index]
+    except NotImplementedError:  # torch has no forward derivative
+        pass
+    return found if found is not None else tangent_by_backward(call, operands, tangents)
+
+
+def call_in_forward_mode(
+    function: Callable[..., Any], spec: TreeSpec, operands: Sequence[Any], tangents: Mapping[int, Tensor]
+) -> tuple[list[Any], list[Tensor | None], TreeSpec]:
+    """Call an operation on operands that move along `tangents`, by their place among the leaves of (args, kwargs).
+
+    Returns the leaves of its result, the tangent of each (None: it has none), and their structure. An operand that the
+    operation returns as it is stays the same object. Raises NotImplementedError where torch has no forward derivative.
+    """
+    # Fused kernels of attention have no forward derivative.
+    kernels = sdpa_kernel(SDPBackend.MATH) if "attention" in operation_name(function) else nullcontext()
+    with forward_ad.dual_level(), kernels:
+        leaves = list(operands)
+        for i, d in tangents.items():
+            leaves[i] = torch._make_dual(leaves[i], d.to(leaves[i].dtype), level=0)
+        args, kwargs = tree_unflatten(leaves, spec)
+        results, results_spec = tree_flatten(function(*args, **kwargs))
+        tangents_of_results: list[Tensor | None] = []
+        for k, result in enumerate(results):
+            place = next((i for i in tangents if result is leaves[i]), None)
+            if place is not None:
+                results[k] = operands[place]
+                tangents_of_results.append(tangents[place])
+            elif can_have_tangent(result):
+                results[k], found = torch._unpack_dual(result, level=0)
+                tangents_of_results.append(None if found is None else found.detach())
+            else:
+                tangents_of_results.append(None)
+    return results, tangents_of_results, results_spec
+
+
+def tangent_by_backward(call: OperationCall, operands: Sequence[Any], tangents: Mapping[int, Tensor]) -> Tensor:
+    """The tangent of one result of an operation, by differentiating its gradient. Raises NoRule where it has none.
+
+    Calls the operation once more.
+    """
+    name = operation_name(call.function)
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        # A view of each point, so that an operation may return it, or write to it, as to no leaf of autograd.
+        points = {i: operands[i].detach().clone().requires_grad_() for i in tangents}
+        leaves = [points[i].view_as(points[i]) if i in points else x for i, x in enumerate(operands)]
+        args, kwargs = tree_unflatten(leaves, call.spec)
+        try:
+            result = tree_flatten(call.function(*args, **kwargs))[0][call.result_index]
+            if not result.requires_grad:
+                raise NoRule(f"{name}, of which torch has no derivative")
+            v = torch.zeros_like(result, requires_grad=True)
+            gradients = torch.autograd.grad(result, list(points.values()), v, create_graph=True, allow_unused=True)
+            pairs = [(g, d) for g, d in zip(gradients, tangents.values(), strict=True) if g is not None]
+            if not pairs or any(g.grad_fn is None for g, _ in pairs):
+                raise NoRule(f"{name}, of which torch has no derivative")
+            return torch.autograd.grad([g for g, _ in pairs], v, [d.to(g.dtype) for g, d in pairs])[0]
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, NoRule):
+                raise
+            raise NoRule(f"{name}, of which torch has no forward derivative") from error
 
 
 def reason_without_tangent(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -136,6 +194,8 @@ def reason_without_tangent(function: Callable[..., Any], args: tuple[Any, ...], 
         return f"{name} under torch.compile"
     if name in LOSE_TANGENT:
         return f"{name}, which loses the tangent"
+    if name == _ZERO_IN_TORCH:
+        return f"{name}, whose derivative torch takes for zero"
     if name.endswith("_") and not name.startswith("__"):  # `w += x`, too: add_
         return f"{name}, in place"
     parameters = _parameter_names(function)
@@ -143,9 +203,13 @@ def reason_without_tangent(function: Callable[..., Any], args: tuple[Any, ...], 
         by_position = dict(zip(parameters, args, strict=False))
         if by_position.get("inplace", kwargs.get("inplace", False)):
             return f"{name} with inplace=True"
-    if name in _DRAW_RANDOM or "dropout" in name:
-        return f"{name}, which draws random numbers"
     return None
+
+
+def draws_random(function: Callable[..., Any]) -> bool:
+    """Whether an operation draws random numbers, by its name."""
+    name = operation_name(function)
+    return name in _DRAW_RANDOM or "dropout" in name
 
 
 def operation_name(function: Callable[..., Any]) -> str:
@@ -162,18 +226,70 @@ def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
         return ()
 
 
-def side_effects(operands: Iterable[object]) -> tuple[int, bytes]:
-    """How often the operands have been written to, and the state of torch's generator on the CPU."""
-    writes = sum(x._version for x in operands if isinstance(x, Tensor) and not x.is_inference())
-    return writes, torch.get_rng_state().numpy().tobytes()
+def num_writes(operands: Iterable[object]) -> int:
+    """How often the operands have been written to."""
+    return sum(x._version for x in operands if isinstance(x, Tensor) and not x.is_inference())
 
 
-def shares_memory(result: Tensor, operands: Iterable[object]) -> bool:
-    """Whether a result lies in the memory of an operand."""
-    address = result.untyped_storage().data_ptr()
-    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == address for x in operands)
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one memory."""
+    if a.layout != torch.strided or b.layout != torch.strided:
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def is_constant(function: Callable[..., Any], result: Tensor, index: int) -> bool:
+    """Whether a result, by its number among the results, is constant though it holds floats and has no tangent."""
+    return not result.numel() or (index == 0 and operation_name(function) in _PERMUTING)
 
 
 def can_have_tangent(result: object) -> bool:
     """Whether a result is a tensor of real or complex floats: indices and truth values have no derivative."""
     return isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex())
+
+
+# Functions whose result is a constant, though an operand moves. Besides, all whose result holds no floats.
+_CONSTANT_FUNCTIONS = frozenset(("detach", "new_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "numpy"))
+
+
+class RefuseMissingTangents(TorchFunctionMode):
+    """Around a pass in torch's forward mode: NoRule where a function loses a tangent that an operand has.
+
+    Forward mode, and so `torch.func.jvp`, takes the derivative of such a function for zero.
+    """
+
+    def __torch_function__(  # noqa: D105
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401, torch's results
+        results = func(*args, **(kwargs or {}))
+        name = operation_name(func)
+        if name in _CONSTANT_FUNCTIONS or name.endswith("_like"):
+            return results
+        if name == "__get__":  # `x.data` is detached; other properties hold no floats, or are views with a tangent
+            return results
+        moves = _any_moves((args, kwargs))
+        if moves and name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
+            raise NoRule("assignment to Tensor.data")
+        if moves and name not in _PERMUTING and (name == _ZERO_IN_TORCH or _any_rests(results)):
+            raise NoRule(f"{name}, of which torch has no forward derivative")
+        return results
+
+
+def _any_moves(operands: object) -> bool:
+    """Whether a tensor among the operands has a tangent in torch's forward mode."""
+    for x in tree_leaves(operands):
+        if can_have_tangent(x) and torch._unpack_dual(x, level=0)[1] is not None:
+            return True
+    return False
+
+
+def _any_rests(results: object) -> bool:
+    """Whether a tensor of floats among the results has no tangent in torch's forward mode."""
+    for x in tree_leaves(results):
+        if can_have_tangent(x) and x.numel() and torch._unpack_dual(x, level=0)[1] is None:
+            return True
+    return False

@@ -21,14 +21,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.jit import ScriptModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from dumo.autodiff import general
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
-from dumo.autodiff.dual import Dual, NoRule, pair, primal, tangent, teach_others
+from dumo.autodiff.dual import Dual, NoRule, pair, primal, release_attributes, tangent, teach_others
 from dumo.autodiff.tape import Later
 from dumo.types import UserError
 
@@ -59,6 +61,7 @@ def jvp(
     directions = [None if d is None else d.detach().to(p, copy=True) for p, d in zip(primals, tangents, strict=True)]
     operands = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
     out, reason = _call_on_duals(fn, operands, kwargs)
+    release_attributes(fn)
     if reason is not None:
         before.restore()
         return _two_passes(fn, primals, directions, kwargs, before, reason)
@@ -237,23 +240,24 @@ def _tensors_and_derivatives(
     kwargs: dict[str, Any],
     before: _CallState,
     tensor_places: Sequence[int],
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The tensors at `tensor_places` among the leaves that fn returns, and their derivatives, by torch.func.jvp."""
-    inner = fn.module if isinstance(fn, DistributedDataParallel) else fn  # torch.func.jvp does not pass the wrapper
-    moving_places = [i for i, d in enumerate(directions) if d is not None]
-
-    def tensor_outputs(*moving: Tensor) -> tuple[Tensor, ...]:
-        operands = list(points)
-        for i, x in zip(moving_places, moving, strict=True):
-            operands[i] = x.clone()  # it may be written to
-        before.register_copies()  # in here, for a function that is differentiated may write to what it has made
-        leaves, _ = tree_flatten(inner(*operands, **kwargs))
-        return tuple(leaves[i] for i in tensor_places)
-
-    moving_points = tuple(points[i] for i in moving_places)
-    moving_directions = tuple(d for d in directions if d is not None)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        values, derivatives = torch.func.jvp(tensor_outputs, moving_points, moving_directions)[:2]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors at `tensor_places` among the leaves that fn returns, and their derivatives, by torch's forward mode."""
+    inner = fn.module if isinstance(fn, DistributedDataParallel) else fn  # forward mode does not pass the wrapper
+    values: list[Tensor] = []
+    derivatives: list[Tensor] = []
+    # Fused kernels of attention have no forward derivative.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        operands: list[Tensor] = []
+        for point, direction in zip(points, directions, strict=True):
+            # A copy, which fn may write to.
+            operands.append(point if direction is None else torch._make_dual(point.clone(), direction, level=0))
+        before.register_copies()
+        with general.RefuseMissingTangents():
+            leaves, _ = tree_flatten(inner(*operands, **kwargs))
+        for place in tensor_places:
+            value, derivative = torch._unpack_dual(leaves[place], level=0)
+            values.append(value)
+            derivatives.append(torch.zeros_like(value) if derivative is None else derivative)
     return values, derivatives
 
 

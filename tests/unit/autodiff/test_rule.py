@@ -100,6 +100,8 @@ x: 2 3 4
     x.relu() | torch.relu(x) | F.relu(x) | x.exp() | torch.exp(x) | x.tanh() | torch.tanh(x) | F.tanh(x)
     x.sigmoid() | torch.sigmoid(x) | F.sigmoid(x)
     F.gelu(x) | F.gelu(x, approximate="tanh") | torch.nn.GELU("tanh")(x) | F.silu(x) | torch.nn.SiLU()(x)
+    F.selu(x) | F.hardswish(2 * x) | F.log_softmax(x, -1) | torch.log_softmax(x, 1)
+    x.log_softmax(dim=2) | torch.log_softmax(x.float(), -1, torch.float64) | F.log_softmax(x, dim=0)
     F.softplus(x) | F.softplus(x, 2.0, 1.0) | F.elu(x) | F.elu(x, 0.5) | F.mish(x) | F.leaky_relu(x, 0.1)
     torch.clamp(x, -0.5, 0.5) | x.clamp(min=0) | x.clip(max=w) | torch.clip(x, -0.5)
     torch.softmax(x, -1) | torch.softmax(x, 1, torch.float64) | x.softmax(dim=1) | F.softmax(x, dim=-1)
@@ -151,7 +153,10 @@ x: 2 4 3 6 6
     F.conv_transpose3d(x, w.transpose(0, 1)[..., :2, :3, :3], b[:2], stride=2)
 x: 3 4, a: 3 4
     2**x | 0.5**a | a**x | torch.pow(2, x) | torch.pow(a, x) | x.erf() | torch.log1p(a) | x.expm1() | torch.tan(x)
-    torch.erf(x) | a.log1p() | torch.expm1(x) | x.tan()
+    torch.erf(x) | a.log1p() | torch.expm1(x) | x.tan() | x.erfc() | torch.erfc(x) | a.log2() | torch.log2(a)
+    a.log10() | torch.log10(a) | x.exp2() | torch.exp2(x) | torch.logaddexp(x, a) | x.logaddexp(w) | a.logaddexp(x)
+    torch.logaddexp(x, x) | x.gather(1, torch.tensor([[1], [0], [3]])) | torch.gather(x, 0, torch.tensor([[2, 0]]))
+    x.tril() | torch.tril(x, 1) | x.triu(-1) | torch.triu(x)
     x.atan() | x.sinh() | torch.cosh(x) | torch.atan(x) | torch.sinh(x) | x.cosh()
 x: 2 3, y: 4 3, z: 1 3
     torch.nn.utils.rnn.pad_sequence([x, y, z])
@@ -170,9 +175,9 @@ GENERAL = """
 x: 3 4, y: 3 4
     torch.linalg.vector_norm(torch.fft.fft(x), dim=-1) | torch.view_as_real(F.normalize(torch.fft.fft(x)))
     torch.clamp(x, y, y + 1) | torch.maximum(x, y) | torch.max(x) | x.amax(1) | x.min(0)[0] | x % 2
-    F.hardswish(x) | F.relu6(2 * x) | F.logsigmoid(x) | F.celu(x)
+    F.relu6(2 * x) | F.logsigmoid(x) | F.celu(x)
     F.glu(x) | x.logsumexp(1) | x.var(1) | x.std((0, 1)) | torch.var_mean(x, 1) | x.prod(1) | x.cumprod(1) | x.norm()
-    x.sort(1)[0] | x.topk(2, 1)[0] | x.gather(1, torch.tensor([[1], [0], [3]])) | x.T @ y | x.mT | x.diagonal() | +x
+    x.sort(1)[0] | x.topk(2, 1)[0] | x.T @ y | x.mT | x.diagonal() | +x
     torch.linalg.vector_norm(x, 1) | F.normalize(x, p=3) | torch.ops.aten.add(x, y) | torch.atan2(x, y)
     (x / 4).acos() | F.max_pool2d(x[None], 2) | F.conv1d(x.T, y[..., None])
     F.linear(w, x) | F.linear(x, y) | F.linear(x, w, x[0, :3]) | F.layer_norm(x, (4,), y[0]) | F.instance_norm(x[None])
@@ -192,6 +197,15 @@ CONSTANTS = """
     x.new_ones(2, 4).T | x.new_ones(4, 2).mT | torch.sub(x.new_ones(4), w, out=x.new_ones(2, 3, 4))
     x.new_ones(2).add_(1).sum() | float(x.new_ones(())) | w[0, 0, :2].contiguous().clone().copy_(x.new_ones(2))
     x.new_tensor([1.0, 2.0]) | w.view_as(x) | w.type_as(x) | w.to(x) | w.expand_as(x) | w.reshape_as(x)
+    torch.isnan(x) | x.isnan() | torch.isinf(x) | x.isinf() | torch.isfinite(x) | x.isfinite()
+    torch.isposinf(x) | x.isposinf() | torch.isneginf(x) | x.isneginf() | torch.signbit(x) | x.signbit()
+    torch.argmax(x) | x.argmax() | torch.argmin(x) | x.argmin() | torch.argsort(x) | x.argsort()
+    torch.nonzero(x) | x.nonzero() | torch.any(x) | x.any() | torch.all(x) | x.all()
+    torch.count_nonzero(x) | x.count_nonzero() | torch.logical_not(x) | x.logical_not() | torch.logical_and(x, w) | w.logical_and(x)
+    torch.logical_or(x, w) | w.logical_or(x) | torch.logical_xor(x, w) | w.logical_xor(x) | x.long() | x.int()
+    x.short() | x.bool()
+    x.to(torch.long) | x.to(dtype=torch.bool) | x.type_as(torch.arange(3)) | torch.searchsorted(b, x)
+    torch.bucketize(x, b)
     x.is_contiguous() | x.size(dim=1) | x.size() | x.numel() | x.dim() | len(x) | x.is_floating_point()
     x.shape, x.dtype, x.device, x.ndim, x.is_cuda, x.requires_grad
 """
@@ -423,21 +437,18 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
 
 REFUSALS = """
     add with out: torch.add(w, 1, out=x)
-    argmax: x.argmax(1)
-    isnan: torch.isnan(x)
-    dropout1d: F.dropout1d(x, 0.5)
     _cdist_forward|cdist: torch.cdist(x, x)
     hardswish with inplace: F.hardswish(x, inplace=True)
     add_, in place: w.__iadd__(x)
-    draws random numbers: torch.svd_lowrank(x)[1]
     batch_norm in training: F.batch_norm(x, w[0].clone(), w[1].clone(), training=True)
+    bessel_j0.*no derivative: torch.special.bessel_j0(x)
+    native_layer_norm.*no derivative: torch.native_layer_norm(x, [4], None, None, 1e-5)[1]
+    normal.*takes for zero: torch.normal(x, 1.0)
+    assignment to Tensor: setattr(x, "data", y) | setattr(x, "real", y) | setattr(x, "imag", y)
+    what a view is taken of: [q := x * 1, row := q[0], put(q, 1, 2.0)]
     detach: x.detach() | torch.detach(x)
     item: x.item()
     data: x.data
-    long: x.long()
-    to torch.int64: x.to(torch.long)
-    to torch.bool: x.to(dtype=torch.bool)
-    type_as to torch.int64: x.type_as(torch.arange(3))
     view to torch.int64: x.view(torch.int64)
     __bool__: bool(x) | 1 if x else 0
     __float__: float(x)
@@ -467,6 +478,30 @@ def test_what_has_no_rule_raises_and_names_itself(said: str, call: str) -> None:
     for way in (ride, tape):
         with pytest.raises(NoRule, match=said):
             way(f, given, directions(given, tuple(moving(shapes, given))))
+
+
+@pytest.mark.parametrize("call", ["F.dropout1d(x, 0.5)", "torch.svd_lowrank(x)[1]", "F.rrelu(x, training=True)"])
+def test_what_draws_is_drawn_once_and_not_on_a_tape(call: str) -> None:
+    """Value and tangent come from one call; a tape would make another, with other numbers."""
+    f, shapes = function(call), {"x": (3, 4), "y": (3, 4)}
+    given = operands(shapes, call, D)
+    along = directions(given, tuple(moving(shapes, given)))
+    torch.manual_seed(5)
+    (plain,) = f(**given)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(5)
+    (found,) = ride(f, given, along)
+    assert torch.equal(found.p, plain)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    h = 1e-6
+    ends: list[Tensor] = []
+    for sign in (1, -1):
+        torch.manual_seed(5)
+        moved = {name: x + sign * h * along[name] if name in along else x for name, x in given.items()}
+        ends += f(**moved)
+    torch.testing.assert_close(found.t, (ends[0] - ends[1]) / (2 * h), rtol=1e-6, atol=1e-6)
+    with pytest.raises(NoRule, match="draws random numbers"):
+        tape(f, given, along)
 
 
 def test_operators_in_place_raise_rather_than_bind_a_new_value() -> None:

@@ -231,6 +231,22 @@ def _push_power(dx: Tensor, x: Tensor, n: int | float) -> Tensor:
     return n * x ** (n - 1) * dx if n else torch.zeros_like(dx)
 
 
+@rule(torch.logaddexp, Tensor.logaddexp)
+def logaddexp(a: Any, other: Any) -> Array:
+    """d log(e^a + e^b) = sigmoid(a - b) da + sigmoid(b - a) db."""
+    a_ = primal(a)
+    b_ = primal(other)
+    return carry(torch.logaddexp(a_, b_), _push_logaddexp, (a, other), a_, b_)
+
+
+def _push_logaddexp(da: Tensor | None, db: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    # Two equal infinities have no difference, and share the weight.
+    weight = torch.where(a == b, 0.5, (a - b).sigmoid())
+    along_a = None if da is None else weight * da
+    along_b = None if db is None else (1 - weight) * db
+    return _sum_moving(along_a, along_b)
+
+
 # Elementary functions y = f(x), by torch's name: f', and whether f' is given as a function of y, else of x.
 _DERIVATIVES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "cos": (lambda x: -x.sin(), False),
@@ -246,7 +262,11 @@ _DERIVATIVES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "rsqrt": (lambda y: -0.5 * y**3, True),
     "reciprocal": (lambda y: -y * y, True),
     "erf": (lambda x: 2 / sqrt(pi) * (-x * x).exp(), False),
+    "erfc": (lambda x: -2 / sqrt(pi) * (-x * x).exp(), False),
+    "log2": (lambda x: 1 / (log(2) * x), False),
+    "log10": (lambda x: 1 / (log(10) * x), False),
     "log1p": (lambda x: 1 / (1 + x), False),
+    "exp2": (lambda y: log(2) * y, True),
     "expm1": (lambda y: y + 1, True),
     "tan": (lambda y: 1 + y * y, True),
     "atan": (lambda x: 1 / (1 + x * x), False),

@@ -20,6 +20,9 @@ from dumo.autodiff.rule.algebra import push_product
 from dumo.types import Array
 
 aten = torch.ops.aten
+# Of F.selu, as torch has them (Klambauer et al. 2017, Eq. 14).
+_SELU_ALPHA = 1.6732632423543772
+_SELU_SCALE = 1.0507009873554805
 
 
 @rule(F.linear)
@@ -119,6 +122,28 @@ def _push_elu(dx: Tensor, x: Tensor, alpha: float) -> Tensor:
     return torch.where(x > 0, dx, alpha * x.clamp(max=0).exp() * dx)
 
 
+@rule(F.selu)
+def selu(x: Dual, inplace: bool = False) -> Array:
+    """Scale times elu (Klambauer et al. 2017). Raises NoRule in place."""
+    refuse_inplace("selu", inplace)
+    return carry(F.selu(x.p), _push_selu, (x,), x.p)
+
+
+def _push_selu(dx: Tensor, x: Tensor) -> Tensor:
+    return _SELU_SCALE * _push_elu(dx, x, _SELU_ALPHA)
+
+
+@rule(F.hardswish)
+def hardswish(x: Dual, inplace: bool = False) -> Array:
+    """x clamp(x / 6 + 1 / 2, 0, 1). Raises NoRule in place."""
+    refuse_inplace("hardswish", inplace)
+    return carry(F.hardswish(x.p), _push_hardswish, (x,), x.p)
+
+
+def _push_hardswish(dx: Tensor, x: Tensor) -> Tensor:
+    return torch.where(x <= -3, 0.0, torch.where(x < 3, (x / 3 + 0.5) * dx, dx))
+
+
 @rule(F.softplus)
 def softplus(x: Dual, beta: float = 1.0, threshold: float = 20.0) -> Array:
     """By the kernel of the backward pass, as gelu."""
@@ -145,6 +170,24 @@ def softmax(x: Dual, dim: int, dtype: torch.dtype | None = None) -> Array:
 def _push_softmax(dx: Tensor, y: Tensor, dim: int) -> Tensor:
     y_dx = y * dx.to(y.dtype)
     return y_dx - y * y_dx.sum(dim, keepdim=True)
+
+
+@rule(F.log_softmax)
+def log_softmax_function(x: Dual, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Array:
+    """As torch.log_softmax; the parameter without a use here is of torch's warnings."""
+    return log_softmax(x, dim, dtype)
+
+
+@rule(torch.log_softmax, Tensor.log_softmax)
+def log_softmax(x: Dual, dim: int, dtype: torch.dtype | None = None) -> Array:
+    """dy = dx - sum e^y dx."""
+    y = torch.log_softmax(x.p, dim, dtype)
+    return carry(y, _push_log_softmax, (x,), y, dim)
+
+
+def _push_log_softmax(dx: Tensor, y: Tensor, dim: int) -> Tensor:
+    dx = dx.to(y.dtype)
+    return dx - (y.exp() * dx).sum(dim, keepdim=True)
 
 
 @rule(F.dropout)
@@ -270,7 +313,7 @@ def vector_norm(x: Dual, ord: int | float = 2, dim: Any = None, keepdim: bool = 
 
 def _push_vector_norm(dx: Tensor, x: Tensor, n: Tensor, dim: Any, keepdim: bool) -> Tensor:
     x_dx = (x.to(n.dtype) * dx.to(n.dtype)).sum(dim, keepdim)
-    return torch.where(n > 0, x_dx / torch.where(n > 0, n, 1.0), 0.0)  # 0 / 0 would have no gradient
+    return torch.where(n == 0, 0.0, x_dx / torch.where(n == 0, 1.0, n))  # 0 / 0 would have no gradient
 
 
 @rule(F.group_norm)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.autodiff.dual import Dual, NoRule, Rule, carry, differentiate, pair, primal, rule, tangent
+from dumo.autodiff.dual import Dual, NoRule, Rule, carry, differentiate, mark_view, pair, primal, rule, tangent
 from dumo.types import Array
 
 # methods of Tensor that are linear in their first operand, and may return a view of it
@@ -20,8 +20,8 @@ _VIEWS = (
 )
 # and those that return other memory
 _COPIES = (
-    "contiguous clone index_select repeat repeat_interleave tile roll flip to float double half bfloat16 type_as sum "
-    "mean cumsum neg __neg__"
+    "contiguous clone index_select gather repeat repeat_interleave tile roll flip tril triu to float double half "
+    "bfloat16 type_as sum mean cumsum neg __neg__"
 )
 _RESAMPLERS = (F.interpolate, F.avg_pool2d, F.adaptive_avg_pool2d, F.pixel_shuffle, F.pixel_unshuffle, F.unfold, F.fold)
 _COMPLEX_VIEWS = (torch.view_as_complex, torch.view_as_real)  # of rotary embeddings, in some nets
@@ -53,12 +53,17 @@ def _linear_map(function: Callable[..., Any]) -> Rule:
         if not isinstance(out, Tensor):  # several, all of them views
             duals: list[Array] = []
             for i, part in enumerate(out):
-                duals.append(_mark_view(carry(part, _push_part, (x,), push, primal_args, primal_kwargs, i)))
+                duals.append(carry(part, _push_part, (x,), push, primal_args, primal_kwargs, i))
+                mark_view(duals[i], x)
             return tuple(duals)
         if isinstance(x, Dual) and not (out.is_floating_point() or out.is_complex()):
-            raise NoRule(f"{function.__name__} to {out.dtype}")
+            if makes_view:  # the bits of the floats, read as integers
+                raise NoRule(f"{function.__name__} to {out.dtype}")
+            return out  # rounded, and so constant almost everywhere
         moved = carry(out, _push_linear_map, (x,), push, primal_args, primal_kwargs)
-        return _mark_view(moved) if makes_view else moved
+        if makes_view:
+            mark_view(moved, x)
+        return moved
 
     return apply
 
@@ -73,13 +78,6 @@ def _push_part(
     dx: Tensor, function: Callable[..., Sequence[Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any], i: int
 ) -> Tensor:
     return function(dx, *args, **kwargs)[i]
-
-
-def _mark_view(x: Array) -> Array:
-    """Mark a Dual as a view of another, so that nothing is assigned to it; return it."""
-    if isinstance(x, Dual):
-        x.is_view = True
-    return x
 
 
 for _name in f"{_VIEWS} {_COPIES}".split():
@@ -150,16 +148,19 @@ def _push_pad_sequence(*arguments: Any) -> Tensor:
 def assign(x: Any, place: Any, value: Any) -> None:
     """`x[place] = value`: write into a copy, which becomes the primal of x, for a tape may need the old one.
 
-    So each assignment costs a copy of x, and a view that was taken of x before does not see it. Raises NoRule where x
-    is itself a view, whose base would not see it, or a tensor, which has no tangent, while the value moves.
+    So each assignment costs a copy of x. Raises NoRule where x is a view, whose base would not see it; where a view of
+    x is in use, which would not see it; and where x is a tensor, which has no tangent, while the value moves.
     """
     if not isinstance(x, Dual):
         if tangent(value) is not None:
             raise NoRule("Tensor.__setitem__ of what moves to what does not")
         x[place] = primal(value)
         return
-    if x.is_view:
+    if x.base is not None:
         raise NoRule("Tensor.__setitem__ of a view")
+    if any(view() is not None for view in x.views):
+        raise NoRule("Tensor.__setitem__ of what a view is taken of")
+    x.views.clear()
     p = x.p.clone()
     p[place] = primal(value)
     assigned = carry(p, _push_assign, (x, value), place, p.shape)
@@ -214,6 +215,13 @@ def _push_clamp(dx: Tensor, inside: Tensor) -> Tensor:
     return torch.where(inside, dx, 0.0)
 
 
+# Functions whose results are integers or truth values, which are constant almost everywhere.
+_DISCRETE = (
+    "isnan isinf isfinite isposinf isneginf signbit argmax argmin argsort nonzero any all count_nonzero logical_not "
+    "logical_and logical_or logical_xor searchsorted bucketize long int short bool"
+)
+
+
 # Comparisons, and constants like another tensor: they are made of primals, and constant almost everywhere.
 
 
@@ -229,6 +237,21 @@ def _compare(function: Callable[..., Tensor]) -> Rule:
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     _functions = [getattr(torch, _name), getattr(Tensor, _name), getattr(Tensor, f"__{_name}__")]
     rule(*_functions)(_compare(getattr(torch, _name)))
+
+
+def _discrete(function: Callable[..., Any]) -> Rule:
+    """The rule of a function with discrete results: that of the primals."""
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(primal, args), **{name: primal(x) for name, x in kwargs.items()})
+
+    return apply
+
+
+for _name in _DISCRETE.split():
+    for _function in (getattr(torch, _name, None), getattr(Tensor, _name, None)):
+        if callable(_function) and not isinstance(_function, torch.dtype):
+            rule(_function)(_discrete(_function))
 
 
 def _call_on_primal(function: Callable[..., Any]) -> Rule:
