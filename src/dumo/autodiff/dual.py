@@ -540,7 +540,11 @@ def release_attributes(function: object) -> None:
 def _owners_of_attributes(function: object) -> list[object]:
     """The modules and other objects that a call of a function may set attributes of."""
     if isinstance(function, partial):
-        return [owner for x in (function.func, *function.args, *function.keywords.values()) for owner in _owners_of_attributes(x)]
+        return [
+            owner
+            for x in (function.func, *function.args, *function.keywords.values())
+            for owner in _owners_of_attributes(x)
+        ]
     if isinstance(function, torch.nn.Module):
         return list(function.modules())
     owners: list[object] = []

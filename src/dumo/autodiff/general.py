@@ -258,7 +258,7 @@ class RefuseMissingTangents(TorchFunctionMode):
     Forward mode, and so `torch.func.jvp`, takes the derivative of such a function for zero.
     """
 
-    def __torch_function__(  # noqa: D105
+    def __torch_function__(
         self,
         func: Callable[..., Any],
         types: object,
@@ -281,15 +281,10 @@ class RefuseMissingTangents(TorchFunctionMode):
 
 def _any_moves(operands: object) -> bool:
     """Whether a tensor among the operands has a tangent in torch's forward mode."""
-    for x in tree_leaves(operands):
-        if can_have_tangent(x) and torch._unpack_dual(x, level=0)[1] is not None:
-            return True
-    return False
+    return any(can_have_tangent(x) and torch._unpack_dual(x, level=0)[1] is not None for x in tree_leaves(operands))
 
 
 def _any_rests(results: object) -> bool:
-    """Whether a tensor of floats among the results has no tangent in torch's forward mode."""
-    for x in tree_leaves(results):
-        if can_have_tangent(x) and x.numel() and torch._unpack_dual(x, level=0)[1] is None:
-            return True
-    return False
+    """Whether a tensor of floats among the results has no tangent in torch's forward mode, and is not empty."""
+    floats = [x for x in tree_leaves(results) if can_have_tangent(x) and x.numel()]
+    return any(torch._unpack_dual(x, level=0)[1] is None for x in floats)

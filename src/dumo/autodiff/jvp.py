@@ -9,7 +9,9 @@ tangent that a target does not need. `jvp`, the entrance, goes like this:
 
 1. Check the arguments, and remember what a call changes: random state and buffers (`_CallState`).
 2. Call fn on Duals (`_call_on_duals`): the tangent rides on the pass that is made anyway (`dumo.autodiff.dual`).
-3. Where fn fails on Duals, restore the state and make two passes (`_two_passes`): fn as it is, and `torch.func.jvp`.
+3. Where fn fails on Duals, restore the state and make two passes (`_two_passes`): fn as it is, and then in torch's
+   own forward mode (`torch.autograd.forward_ad`). A function that loses a tangent there is refused: forward mode, and
+   so `torch.func.jvp`, takes its derivative for zero.
 """
 
 import logging
@@ -51,9 +53,9 @@ def jvp(
     pass and has no gradient; where the output does not move it is zero. Both have the structure of fn's output.
 
     Where an operation has no tangent, two passes are made, and the first time a line of the log says so: fn as it is,
-    and `torch.func.jvp` without gradients. Both draw the same random numbers as the plain call, of torch's generators
-    of the CPU and of the GPUs of primals; buffers change once where fn is a module or its method. Raises UserError
-    where arguments do not fit, and where torch.func.jvp fails, too.
+    and in torch's forward mode without gradients. Both draw the same random numbers as the plain call, of torch's
+    generators of the CPU and of the GPUs of primals; buffers change once where fn is a module or its method. Raises
+    UserError where arguments do not fit, and where torch's forward mode fails, too, or loses a tangent.
     """
     _require_arguments(primals, tangents)
     teach_others()
@@ -202,9 +204,9 @@ def _two_passes(
     before: _CallState,
     reason: str,
 ) -> tuple[Any, Any]:
-    """The value by the plain call, the derivative by torch.func.jvp. `reason`: why one pass did not do.
+    """The value by the plain call, the derivative by torch's forward mode. `reason`: why one pass did not do.
 
-    Raises UserError where torch.func.jvp fails, or draws other random numbers than the plain call.
+    Raises UserError where forward mode fails, or draws other random numbers than the plain call.
     """
     points = [p if d is None else p.detach().clone() for p, d in zip(primals, directions, strict=True)]
     value = fn(*primals, **kwargs)  # raises what is no matter of tangents, and may write to primals
@@ -217,13 +219,13 @@ def _two_passes(
     try:
         repeated_values, derivatives = _tensors_and_derivatives(fn, points, directions, kwargs, before, tensor_places)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as two_pass_error:
-        raise UserError(f"{refusal} by torch.func.jvp: {_first_line(two_pass_error)}") from two_pass_error
+        raise UserError(f"{refusal} in torch's forward mode: {_first_line(two_pass_error)}") from two_pass_error
     finally:
         after.restore()
     for i, repeated_value in zip(tensor_places, repeated_values, strict=True):
         if _differs(leaves[i].detach(), repeated_value):
             raise UserError(
-                f"{refusal} torch.func.jvp draws other random numbers, as it lays tensors out in another way: "
+                f"{refusal} torch's forward mode draws other random numbers, as it lays tensors out in another way: "
                 "leave out the dropout, or let it follow contiguous()"
             )
     _warn_once(f"dumo.jvp makes two passes of {name}: {reason}")
@@ -241,7 +243,7 @@ def _tensors_and_derivatives(
     before: _CallState,
     tensor_places: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors at `tensor_places` among the leaves that fn returns, and their derivatives, by torch's forward mode."""
+    """Tensors at `tensor_places` among the leaves that fn returns, and their derivatives, in torch's forward mode."""
     inner = fn.module if isinstance(fn, DistributedDataParallel) else fn  # forward mode does not pass the wrapper
     values: list[Tensor] = []
     derivatives: list[Tensor] = []

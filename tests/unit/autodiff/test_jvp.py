@@ -364,7 +364,7 @@ def test_mistakes_have_a_line() -> None:
         dumo.jvp(torch.add, (x, x), (v,))
     with pytest.raises(UserError, match=r"primal 0 has shape \(4, 8, 4\), its tangent \(4,\)"):
         dumo.jvp(torch.sin, (x,), (t,))
-    with pytest.raises(UserError, match=r"has no derivative.*cdist.*by torch.func.jvp"):
+    with pytest.raises(UserError, match=r"has no derivative.*cdist.*forward mode"):
         dumo.jvp(partial(torch.cdist, x), (x,), (v,))
     odd: list[tuple[Callable[..., object], object, object, str]] = [
         (torch.sin, x, v, "as tuples"),
