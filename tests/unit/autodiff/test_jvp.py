@@ -628,3 +628,102 @@ def test_a_tangent_is_a_tensor() -> None:
     x, _, _ = point()
     with pytest.raises(UserError, match="tangent 0 is a float: give a tensor like primal 0, or None if it rests"):
         dumo.jvp(torch.sin, (x,), (1.0,))  # pyright: ignore[reportArgumentType]
+
+
+def assigned_data(x: Tensor) -> Tensor:
+    y = x * 2
+    y.data = x * 3
+    return y
+
+
+def assigned_real(x: Tensor) -> Tensor:
+    y = torch.complex(x, 2 * x)
+    y.real = x * x
+    y.imag = x.sin()
+    return torch.view_as_real(y)
+
+
+def swapped(x: Tensor) -> Tensor:
+    """Both rows are the old second one: what is swapped are views."""
+    y = x * 2
+    y[0], y[1] = y[1], y[0]
+    return y
+
+
+def viewed_before(x: Tensor) -> Tensor:
+    y = x * 2
+    row = y[0]
+    y[0] = x[1] ** 2
+    return row * y
+
+
+@pytest.mark.parametrize("fn", [assigned_real, swapped, viewed_before])
+def test_views_and_assignments_are_those_of_torch(fn: Callable[[Tensor], Tensor]) -> None:
+    x, d = torch.randn(2, 3, 3, dtype=torch.float64)
+    value, derivative = dumo.jvp(fn, (x,), (d,))
+    h = 1e-6
+    assert torch.equal(value, fn(x))
+    torch.testing.assert_close(derivative, (fn(x + h * d) - fn(x - h * d)) / (2 * h), rtol=1e-6, atol=1e-6)
+
+
+def test_data_is_not_assigned_unseen() -> None:
+    with pytest.raises(UserError, match="Tensor.data"):
+        dumo.jvp(assigned_data, (torch.randn(3),), (torch.randn(3),))
+
+
+class Remembering(nn.Module):
+    """A module that keeps what it computes in attributes, a list and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.cache: Tensor | None = None
+        self.history: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.layer(x)
+        if self.cache is None:
+            self.cache = x * 2
+        self.history.append(self.hidden)
+        return self.hidden * self.cache
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_attributes_hold_plain_tensors_afterwards(wrapped: bool) -> None:
+    """Whether the module is called itself, or by a function."""
+    net = Remembering()
+    x, d = torch.randn(2, 4, 3)
+    dumo.jvp((lambda x: net(x) + 1) if wrapped else net, (x,), (d,))
+    assert type(net.hidden) is type(net.cache) is type(net.history[0]) is Tensor
+    copy.deepcopy(net.state_dict())
+    assert type(net(x)) is Tensor
+
+
+def test_what_has_no_derivative_is_never_zero() -> None:
+    """torch.func.jvp takes the derivative of each for zero."""
+
+    @torch.library.custom_op("dumo_test::cube", mutates_args=())
+    def cube(a: Tensor) -> Tensor:
+        return a**3
+
+    x, d = torch.randn(2, 3, dtype=torch.float64)
+    index = torch.tensor([0, 0, 1])
+    _, found = dumo.jvp(lambda x: x.new_ones(2).scatter_reduce(0, index, x, "prod"), (x,), (d,))
+    torch.testing.assert_close(found, torch.stack([d[0] * x[1] + x[0] * d[1], d[2]]))
+    for fn in (lambda x: cube(x) + x, torch.special.airy_ai, torch.special.bessel_j0):
+        with pytest.raises(UserError, match="no derivative"):
+            dumo.jvp(fn, (x,), (d,))
+    cube.register_autograd(
+        lambda ctx, gradient: 3 * ctx.saved_tensors[0] ** 2 * gradient,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+    )
+    _, found = dumo.jvp(lambda x: cube(x) + x, (x,), (d,))
+    torch.testing.assert_close(found, 3 * x**2 * d + d)
+
+
+def test_the_norm_of_a_row_that_is_no_number_has_no_derivative() -> None:
+    x = torch.tensor([[3.0, 4.0], [float("nan"), 1.0], [0.0, 0.0]])
+    _, derivative = dumo.jvp(lambda x: torch.linalg.vector_norm(x, dim=1), (x,), (torch.ones_like(x),))
+    assert derivative[0] == pytest.approx(1.4)
+    assert derivative[1].isnan()
+    assert derivative[2] == 0
