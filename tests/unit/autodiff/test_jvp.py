@@ -667,7 +667,7 @@ def test_views_and_assignments_are_those_of_torch(fn: Callable[[Tensor], Tensor]
 
 
 def test_data_is_not_assigned_unseen() -> None:
-    with pytest.raises(UserError, match="Tensor.data"):
+    with pytest.raises(UserError, match="assignment to Tensor"):
         dumo.jvp(assigned_data, (torch.randn(3),), (torch.randn(3),))
 
 
