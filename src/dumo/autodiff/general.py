@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def call_in_forward_mode(
     with forward_ad.dual_level(), kernels:
         leaves = list(operands)
         for i, d in tangents.items():
-            leaves[i] = torch._make_dual(leaves[i], d.to(leaves[i].dtype), level=0)
+            leaves[i] = forward_ad.make_dual(leaves[i], d.to(leaves[i].dtype))
         args, kwargs = tree_unflatten(leaves, spec)
         results, results_spec = tree_flatten(function(*args, **kwargs))
         tangents_of_results: list[Tensor | None] = []
@@ -153,7 +153,7 @@ def call_in_forward_mode(
                 results[k] = operands[place]
                 tangents_of_results.append(tangents[place])
             elif can_have_tangent(result):
-                results[k], found = torch._unpack_dual(result, level=0)
+                results[k], found = forward_ad.unpack_dual(result)
                 tangents_of_results.append(None if found is None else found.detach())
             else:
                 tangents_of_results.append(None)
@@ -176,7 +176,9 @@ def tangent_by_backward(call: OperationCall, operands: Sequence[Any], tangents: 
             if not result.requires_grad:
                 raise NoRule(f"{name}, of which torch has no derivative")
             v = torch.zeros_like(result, requires_grad=True)
-            gradients = torch.autograd.grad(result, list(points.values()), v, create_graph=True, allow_unused=True)
+            gradients: Sequence[Tensor | None] = cast(
+                Any, torch.autograd.grad(result, list(points.values()), v, create_graph=True, allow_unused=True)
+            )
             pairs = [(g, d) for g, d in zip(gradients, tangents.values(), strict=True) if g is not None]
             if not pairs or any(g.grad_fn is None for g, _ in pairs):
                 raise NoRule(f"{name}, of which torch has no derivative")
@@ -281,10 +283,10 @@ class RefuseMissingTangents(TorchFunctionMode):
 
 def _any_moves(operands: object) -> bool:
     """Whether a tensor among the operands has a tangent in torch's forward mode."""
-    return any(can_have_tangent(x) and torch._unpack_dual(x, level=0)[1] is not None for x in tree_leaves(operands))
+    return any(can_have_tangent(x) and forward_ad.unpack_dual(x).tangent is not None for x in tree_leaves(operands))
 
 
 def _any_rests(results: object) -> bool:
     """Whether a tensor of floats among the results has no tangent in torch's forward mode, and is not empty."""
     floats = [x for x in tree_leaves(results) if can_have_tangent(x) and x.numel()]
-    return any(torch._unpack_dual(x, level=0)[1] is None for x in floats)
+    return any(forward_ad.unpack_dual(x).tangent is None for x in floats)

@@ -252,12 +252,12 @@ def _tensors_and_derivatives(
         operands: list[Tensor] = []
         for point, direction in zip(points, directions, strict=True):
             # A copy, which fn may write to.
-            operands.append(point if direction is None else torch._make_dual(point.clone(), direction, level=0))
+            operands.append(point if direction is None else forward_ad.make_dual(point.clone(), direction))
         before.register_copies()
         with general.RefuseMissingTangents():
             leaves, _ = tree_flatten(inner(*operands, **kwargs))
         for place in tensor_places:
-            value, derivative = torch._unpack_dual(leaves[place], level=0)
+            value, derivative = forward_ad.unpack_dual(leaves[place])
             values.append(value)
             derivatives.append(torch.zeros_like(value) if derivative is None else derivative)
     return values, derivatives
