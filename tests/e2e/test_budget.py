@@ -72,7 +72,7 @@ def test_a_table_that_is_made_meanwhile_is_read(tabled: Case, tmp_path: Path, mo
     must(call("train", *words(tabled), "--out", tmp_path / "run"))
     model = shutil.copytree(tabled.source, tmp_path / "another")
     (model / "tokenizer_3" / "tokenizer_config.json").write_text("{}")
-    named = ("another texts", "--set pipeline.source=")
+    named = ("another texts", "pipeline.source")
     monkeypatch.chdir(tmp_path)
     refused("train", "run", "--from", 2, *sets(f"pipeline.source={model}"), named=named)
     monkeypatch.setattr(PromptReader, "read_row", None)

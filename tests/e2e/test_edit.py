@@ -84,7 +84,7 @@ def test_an_image_that_changed_is_another_caption(case: Case, tmp_path: Path, he
 
 def test_prompts_alone_edit_no_image(case: Case, here: Path) -> None:
     (here / "prompts.txt").write_text(PROMPT)
-    done = refused("report", case.run, "--prompts", here / "prompts.txt", named=("edits images", "leave --prompts out"))
+    done = refused("report", case.run, "--prompts", here / "prompts.txt", named=("edits images", "--source"))
     assert "--source" not in done.err
     (here / "prompts").mkdir()
     (here / "prompts/1.txt").write_text(PROMPT)
@@ -95,7 +95,7 @@ def test_prompts_alone_edit_no_image(case: Case, here: Path) -> None:
 def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
     words = [*case.fields, *SHORT, *FULL, f"net.texts.root={here / 'texts'}"]
     for field, named in {
-        "objective.drop=0.1": ("a model that edits always has", "objective.drop leaves"),
+        "objective.drop=0.1": ("captions.source", "objective.drop"),
         "sample.guide.scale=2": ("sample.guide.scale guides away",),
         "objective.guide.zeta=0.8": ("objective.guide guides away", "zeta=0"),
         "data.images.flip=true": ("set flip=false",),

@@ -136,7 +136,7 @@ def test_ranks_that_are_asked_to_stop_save_their_step_and_go_on_from_it(run: Pat
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     done = ended(process)
     assert done.code, done
-    assert done.err.count("stopped by SIGTERM; resume with:  torchrun") == 1
+    assert done.err.count("stopped by SIGTERM; resume with:  dumo train asked") == 1, done.err
     assert not [rank for rank in ranks if is_alive(rank)]
     logged = (here / "asked/metrics.jsonl").read_text().splitlines()
     kept = max(path.name for path in (here / "asked/checkpoints").iterdir())
