@@ -117,6 +117,9 @@ class LoopFlow(Flow):
         knobs: Mapping[str, float] | None = None,
         guide: CFG | None = None,
     ) -> None:
+        if isinstance(net, torch.jit.ScriptModule):  # torch's derivative of one is zero
+            raise UserError("a module of torch.jit.script has no du/dt: give it as it was before it was scripted")
+
         # Refuse settings that would be ignored without an error.
         if precision is not None and precision not in get_args(Precision):
             raise UserError(

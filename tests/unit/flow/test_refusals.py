@@ -206,6 +206,7 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("a guide", "objective.guide", learns(lambda: Perceptron(U_OF_TWO_TIMES, 3), X, LABELS, AT_DATA, classes=3)),
     ("bf16", "precision fp32", learns(lambda: Perceptron(U), objective="consistency", precision="bf16")),
     ("weights in bf16", "weights in bfloat16", learns(InHalf, objective="rcgm")),
+    ("a scripted network", "torch.jit.script", lambda: dumo.Flow(torch.jit.script(nn.Linear(2, 2)))),
     ("a precision", "'fp16'", lambda: dumo.Flow(points(), precision=cast(Any, "fp16"))),
     ("a shard", "shard = (2, 2)", lambda: dumo.Flow(points(), shard=(2, 2))),
     ("a knob", "knobs.scale", lambda: dumo.Flow(Perceptron(ImprovedMeanFlow().needs, 3), "imf", knobs={"scale": 2})),
