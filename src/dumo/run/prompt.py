@@ -96,7 +96,7 @@ def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) 
     Raises UserError if the run edits images and there is no source, or edits none and there is one.
     """
     if edits_images(sampler.data) and source is None:
-        raise UserError("this run edits images, so a prompt needs the image to edit: dumo sample takes one by --source FILE")
+        raise UserError("this run edits images, and the one to edit is missing: dumo sample takes it by --source FILE")
     if source is None:
         return [text.strip() for text in prompts]
     if not edits_images(sampler.data):
