@@ -27,7 +27,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from dumo.data import Digits
-from dumo.data.parquet import Parquet
+from dumo.data.images import labels_of
+from dumo.data.rows import open_rows
 from dumo.encoders import classifier
 from dumo.encoders.classifier import cifar10, digits
 from dumo.io import file as files
@@ -176,7 +177,7 @@ def shift_digits(x: Images, generator: Generator) -> Images:
 def cifar_images(folder: Path, split: str, count: int | None = None) -> tuple[Pixels, Labels]:
     """The first `count` images (None: all) of `train` or `test`, 0 ... 255, and their classes.
 
-    The files are as on the Hugging Face hub (`dumo.data.parquet`). Raises UserError where a file is missing, no table,
+    The files are as on the Hugging Face hub (`dumo.data.rows`). Raises UserError where a file is missing, no table,
     or has no classes or fewer images than `count`; OSError where an image is damaged.
     """
     from PIL import Image  # slow to import
@@ -184,8 +185,9 @@ def cifar_images(folder: Path, split: str, count: int | None = None) -> tuple[Pi
     file = folder / FILES[split]
     if not file.is_file():
         raise UserError(f"there is no {file}: set DUMO_DATA to the folder whose cifar10 holds {FILES[split]}")
-    table = Parquet([str(file)], label="label")
-    if table.labels is None:
+    table = open_rows(file)
+    labels = labels_of(table)
+    if labels is None:
         raise UserError(f"{file} has no column label: take the file of the Hugging Face hub's uoft-cs/cifar10")
     if count is None:
         count = len(table)
@@ -196,7 +198,7 @@ def cifar_images(folder: Path, split: str, count: int | None = None) -> tuple[Pi
         image = Image.open(BytesIO(table.read(row)))
         images.append(np.asarray(image.convert("RGB")))
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return pixels, table.labels.c[:count]
+    return pixels, labels.c[:count]
 
 
 def _ignore_epoch(epoch: int, loss: float) -> None:

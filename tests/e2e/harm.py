@@ -346,7 +346,6 @@ def of_images() -> Iterator[Harm]:
         yield Harm(what[name], "content replaced at equal size", do, train(name), (name,))
         said = "content replaced at equal size and time"
         yield Harm(what[name], said, quietly(do, name), train(name), (name,))
-        yield Harm(what[name], said, quietly(do, name), train(name, "--verify"), (name,))
     yield Harm(
         "image files", "two swapped", swapped("photos/a/00.bmp", "photos/a/02.bmp"), train("photos"), ("photos",)
     )

@@ -404,7 +404,6 @@ def train(
     out: str | Path | None = None,
     step: int | None = None,
     accept: bool = False,
-    verify: bool = False,
     device: str | torch.device = "auto",
     bar: Bar = bar,
     track: str | None = None,
@@ -431,7 +430,6 @@ def train(
     - `out`: the run's folder; None: that of the run that `source` names, else runs/NAME. A run in it is compared with
       the one that is asked for, and resumed, at the checkpoint of `step` if that is given
     - `accept`: resume with fields or data that have changed since, and record them
-    - `verify`: hash every image first, and compare with what the run was trained on
     - `bar`: shows the progress, on stderr by default
     - `track`: tensorboard, wandb or trackio gets the rows of the log
     - `trust_code`: run the code that a file or folder names; objects and `changes` do not need it
@@ -476,7 +474,6 @@ def train(
             tell=None if bar is no_bar else print_line,
             step=step,
             accept=accept,
-            verify=verify,
             sheets=Sheets,
             minutes=composed.minutes,
             bar=bar,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo.cli.option import Device, Set, TrustCode, Verify
+from dumo.cli.option import Device, Set, TrustCode
 from dumo.cli.terminal import err, out, resume_hint
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar, print_line
@@ -24,7 +24,6 @@ def encode(
     count: Annotated[
         int | None, typer.Option(min=1, max=ROWS, help="Encode the first images only. Default: all.")
     ] = None,
-    verify: Verify = False,
     set_: Set = None,
     device: Device = "auto",
     trust_code: TrustCode = False,
@@ -49,7 +48,7 @@ def encode(
     with resume_hint(), dist.join():
         rank, world = dist.torchrun_rank_and_world()
         if isinstance(work.data, Latents):
-            results.append(encoding.encode(work.data, rank=rank, world=world, verify=verify, device=device, bar=bar))
+            results.append(encoding.encode(work.data, rank=rank, world=world, device=device, bar=bar))
         no_table = encoding.reason_without_text_table(work.data, work.texts) if work.texts else ""
         if no_table:
             print_line(no_table)

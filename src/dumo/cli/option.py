@@ -82,13 +82,6 @@ Weights = Annotated[
     str | None,
     typer.Option("--weights", help="A safetensors file. Default: the first EMA of the run's last checkpoint."),
 ]
-Verify = Annotated[
-    bool,
-    typer.Option(
-        "--verify",
-        help="Hash every image first, and compare with those that the run was trained on or the cache was made of.",
-    ),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 TrustCode = Annotated[
     bool,

@@ -38,7 +38,10 @@ def show(
         typer.Option(min=0.001, help="With --cost: the 10^12 operations per second that a GPU reaches, for the hours."),
     ] = None,
     checks: Annotated[
-        bool, typer.Option("--check", help="Test the derivative, captions and weights. Exit code 1 if a test fails.")
+        bool,
+        typer.Option(
+            "--check", help="Test the derivative, data and weights; hash all images. Exit code 1 if a test fails."
+        ),
     ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -75,7 +78,7 @@ def show(
     # Count and test.
     run_facts = facts.show(run) if as_json or not (counts_cost or checks) else None
     cost = _count_cost(run, ranks or 1, tflops, device) if counts_cost else None
-    check = _check(run, device) if checks else None
+    check = _check(run, device, source) if checks else None
 
     # Print.
     if as_json:
@@ -168,11 +171,13 @@ def _print_cost(cost: "Cost") -> None:
     show_table(f"Memory of each of {gpus} in GB, at most" if cost.ranks > 1 else "Memory in GB, at most", rows)
 
 
-def _check(run: "Run", device: str) -> "Check":
-    """Test a run on this machine."""
+def _check(run: "Run", device: str, source: str) -> "Check":
+    """Test a run on this machine; if `source` is a run's folder, its images, too."""
+    from dumo.config.source import choose
     from dumo.plan.check import check
 
-    return check(run, device)
+    chosen = choose(source)
+    return check(run, device, chosen.folder if chosen.kind == "run" else None)
 
 
 def _print_check(check: "Check") -> None:

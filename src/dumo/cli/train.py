@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dumo.cli.option import Device, Set, SourceOrImages, TrustCode, Verify
+from dumo.cli.option import Device, Set, SourceOrImages, TrustCode
 from dumo.cli.terminal import err, memory_hint, resume_hint, show_lines
 from dumo.runtime import shell_path, signals
 from dumo.runtime.limits import MINUTES
@@ -30,7 +30,6 @@ def train(
     accept: Annotated[
         bool, typer.Option("--accept", help="Resume with fields or data that have changed since, and record them.")
     ] = False,
-    verify: Verify = False,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -115,7 +114,6 @@ def train(
         tell=print_line,
         step=step,
         accept=accept,
-        verify=verify,
         sheets=Sheets,
         minutes=minutes if goes_on else None,
         began=began,

@@ -40,7 +40,7 @@ def find_content(folder: Path, *, images: bool) -> Literal["run", "images"] | No
     """What a folder holds: "run" if it has a run.yaml, "images" if a file at any depth may hold images, else None.
 
     Files are known by their suffix. Hidden ones are left out, and below `folder` what dumo itself put there, as when
-    images are opened (`dumo.data.store.walk_files`). Links to folders are followed, each folder is visited once, and
+    images are opened (`dumo.data.rows.open_rows`). Links to folders are followed, each folder is visited once, and
     the search ends at the first image. `images=False` looks for a run alone, without a search.
     """
     if (folder / RUN_FILE).is_file():

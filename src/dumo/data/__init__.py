@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Discriminator, Field, Tag
 
-from dumo.data.image import Images
+from dumo.data.images import Images
 from dumo.data.latents import Latents
 from dumo.data.memory import Memory
 from dumo.data.toy import Digits, Moons

@@ -1,7 +1,7 @@
 """A folder of latents: images that a codec has encoded once, so that training need not.
 
 `dumo.data.encoding` makes a cache, `open_cache` opens it for a codec and for what a run asks of it, and
-`dumo.data.origin` compares it with the images that are here. `read_index` reads its index, `measure_crops` what its
+`require_same_images` compares it with the images that are here. `read_index` reads its index, `measure_crops` what its
 buckets cut off, and `read_captions` the captions of its images.
 
 A cache is a table (`dumo.io.table`) of the columns
@@ -10,39 +10,47 @@ A cache is a table (`dumo.io.table`) of the columns
     flipped    x of the mirrored images, if the data are flipped: a mirrored latent decodes to no mirrored image
     labels     classes, or the images' numbers in captions.jsonl
     image      the number of each row's image in the source, and
-    sha256     the hash of that image's file, so that a cache is refused where its images have changed
+    state      its size in bytes and the time of its file in ns, and
+    sha256     16 bytes of the hash of its bytes: the records of `dumo.data.ledger`, so that changed images are refused
 
 Of images in buckets there are, for each bucket, "x 192x320" and "flipped 192x320", with the rows of its images alone,
 and "in 192x320", which is 1 for these rows; "cropped" is the share of each image that was cut off.
 
-captions.jsonl has a line for each image, in the images' order: a JSON list of its captions. So training, and encoding
-the captions, need no images.
+names.zlib has the images' names. captions.jsonl has a line for each image, in the images' order: a JSON list of its
+captions. So training, and encoding the captions, need no images.
 """
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from operator import not_
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from dumo.data.bucket import Crops
+from dumo.data.ledger import RECORD, Ledger, Recorded
 from dumo.data.pixel import Size
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
 from dumo.io import table
 from dumo.io.read import is_text_list, parse_json, text_lines
-from dumo.io.table import ShardTable, TableIndex
+from dumo.io.table import ELSEWHERE, ShardTable, TableIndex
+from dumo.io.weights import load
 from dumo.runtime.limits import CLASSES, PIXELS, ROWS
 from dumo.types import Spec, UserError
 
 LATENT_COLUMNS = ("x", "flipped")
+HASH_COLUMN = "sha256"
 CAPTIONS = "captions.jsonl"  # a file in a cache
+NAMES = "names.zlib"  # a file in a cache: the names of its images, as `Ledger.names_bytes`, compressed
 _CAPTIONS_FIX = "remove it, and dumo encode writes it from the images"  # the end of messages
+_SAME_IMAGES_FIX = f"put them back as they were, begin a new run on these with another --out, or {ELSEWHERE}"
 _WEIGHTS_FIELDS = ("weights", "sha256")  # fields of a codec that say where its weights are, not what it does
 
 
@@ -50,7 +58,7 @@ class CachePlan(Spec):
     """How a data set is to be encoded, by whatever codec."""
 
     source: str = ""  # what the data set is, in words
-    fingerprint: str = ""  # of the images' names and classes; each shard has the hashes of its images
+    fingerprint: str = ""  # of the images' names and classes (`Ledger.names_digest`)
     resolution: int = Field(gt=0, le=PIXELS)  # pixels along a side
     sizes: tuple[Size, ...] = Field(default=(), exclude_if=not_)  # of the buckets around that side; (): all are squares
     crop: str = ""  # how the images came to be square, in words
@@ -148,6 +156,63 @@ def open_cache(
         listed = "\n  ".join(differences)
         raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
     return ShardTable(folder, index, max_bytes)
+
+
+def has_cache(folder: Path, index: CacheIndex) -> bool:
+    """Whether a folder has the cache of this index, whatever the images that it was made of."""
+    cached = read_index(folder)
+    if cached is None:
+        return False
+    with_these_images = cached.model_copy(update={"fingerprint": index.fingerprint, "rows": index.rows})
+    return with_these_images.compared_inputs() == index.compared_inputs()
+
+
+def read_names(folder: Path) -> bytes:
+    """The names of a cache's images, as `Ledger.names_bytes`; b"" if the cache does not say."""
+    file = folder / NAMES
+    return zlib.decompress(file.read_bytes()) if file.is_file() else b""
+
+
+def expect_same_images(folder: Path, ledger: Ledger) -> None:
+    """Let a ledger expect the images that a cache was made of. A folder without a cache, or of no files, passes.
+
+    Raises UserError, with names, for other names or classes.
+    """
+    index = read_index(folder)
+    if index is None or HASH_COLUMN not in index.columns:
+        return
+    written = table.written_shards(folder, index)
+    if written and index.fingerprint != ledger.names_digest():
+        names = read_names(folder) or ledger.names_bytes
+        change = ledger.difference(Recorded(names, ledger.classes_digest, ledger.records))
+        raise _other_images_error(folder, change or "they have other names or classes")
+    records = np.zeros(len(ledger), RECORD)
+    for shard in written.values():
+        if shard.fault(folder, deep=False):
+            continue  # it is refused, or made again, by others
+        columns = load(folder / shard.file)
+        images = columns["image"].numpy()
+        records["size"][images] = columns["state"][:, 0].numpy()
+        records["time"][images] = columns["state"][:, 1].numpy()
+        records["sha256"][images] = columns[HASH_COLUMN].numpy()
+    ledger.expect(records, f"is not the image that {folder} was made of: {_SAME_IMAGES_FIX}")
+
+
+def require_same_images(folder: Path, ledger: Ledger, *, hash_all: bool = False) -> None:
+    """Raise UserError, with a name, if a cache was made of other images than are here.
+
+    Images of another size or time are read and hashed now, with `hash_all` all images.
+    """
+    expect_same_images(folder, ledger)
+    ledger.hash(range(len(ledger)) if hash_all else ledger.suspects())
+    changed = ledger.changed()
+    if len(changed):
+        raise _other_images_error(folder, f"{ledger.changed_text(changed)} changed")
+
+
+def _other_images_error(folder: Path, change: str) -> UserError:
+    """The error that a cache was made of other images."""
+    return UserError(f"{folder} was made of other images than are here, {change}: {_SAME_IMAGES_FIX}")
 
 
 def measure_crops(cache: ShardTable, index: CacheIndex) -> Crops:

@@ -4,7 +4,7 @@ The order of events, for data with `captions`:
 
 1. `Templates` and `CaptionFiles` are the specs, `data.captions` of a run.
 2. The data make their `Captions` (`dumo.encoders.caption`): `Templates.all_captions` of the names of the classes, or
-   `dumo.data.annotation` of what was written. `cached_captions` keeps them for this process.
+   `captions_of` the columns and text files of the images. `cached_captions` keeps them for this process.
 3. `with_captions` wraps the source. A source with captions gives, for each image, its class (templates) or its number
    (files). `Captioned` puts a caption of that row in its place.
 
@@ -15,11 +15,14 @@ trained on, and H more that are held out of training,
     held-out caption h of class l has the number      L S + l H + h
 """
 
+import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,12 +30,14 @@ from jaxtyping import Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dumo.encoders.caption import Captions
+from dumo.data.rows import CAPTION_COLUMNS, CAPTION_ENDINGS, TABLES, FolderRows, Rows, require_paired
+from dumo.encoders.caption import Captions, edit_caption
 from dumo.io import digest
-from dumo.io.content import Hashes
-from dumo.io.source import Bucketed, DataSource, OriginCheck, hashes_of, origin_of
+from dumo.io.read import brief, is_unicode
+from dumo.io.source import Bucketed, DataSource
 from dumo.types import Spec, UserError
 
+AUTO = "auto"  # a value of captions.name
 _BRACED = re.compile(r"\{[^{}]*\}")
 _NAME_PLACEHOLDER = "{}"  # in a template, for the name of the class
 _NUMBER_PLACEHOLDER = "{n}"  # in a template, for the number of the class
@@ -120,8 +125,8 @@ class CaptionFiles(Spec):
     """What was written of each image, next to it or in its table. Each caption of an image is drawn equally often."""
 
     kind: Literal["files"] = "files"
-    # The columns or keys of captions, by commas; txt, caption: files of text; auto: the first column of
-    # `dumo.data.column.CAPTION_NAMES` that the table has.
+    # The columns or keys of captions, by commas; txt, caption: files of text; auto: in each row, the first of
+    # `dumo.data.rows.CAPTION_COLUMNS` that is not blank.
     name: str = "auto"
     # The column of the image that each caption edits, of a model that edits; None: it reads texts alone.
     source: str | None = Field(default=None, exclude_if=lambda source: source is None)
@@ -155,6 +160,125 @@ def _fill(template: str, name: str, number: int) -> str:
     return _BRACED.sub(lambda match: name if match[0] == _NAME_PLACEHOLDER else str(number), template)
 
 
+class NoCaptionsError(UserError):
+    """The images have no captions."""
+
+
+def captions_of(rows: Rows, name: str, source: str | None = None, *, is_new: bool) -> list[tuple[str, ...]]:
+    """The captions of each image, in order; () of an image that has none.
+
+    - `name`: as `CaptionFiles.name`
+    - `source`: the column of the image that each caption edits; None: captions are texts alone
+    - `is_new`: warn of images without a caption, and refuse many of them. False for a run that has begun, whose digest
+      says what its captions are.
+
+    Raises NoCaptionsError where no image has a caption; UserError for a missing column, and a caption that is no text.
+    """
+    if source:
+        return _edits_of(rows, name, source)
+    if name == AUTO:
+        columns = rows.caption_columns()
+    else:
+        columns = name.split(",")
+        available = [*rows.columns(), *(CAPTION_ENDINGS if isinstance(rows, FolderRows) else ())]
+        for column in columns:
+            if column not in available:
+                raise UserError(
+                    f"{rows.root} has no '{brief(column)}' (it has {', '.join(available)}): set captions.name"
+                )
+
+    # None: nothing is written of an image. A blank caption says that it shall have none.
+    captions: list[tuple[str, ...] | None] = [None] * len(rows)
+    for column in columns:
+        for i, value in enumerate(rows.column(column)):
+            before = captions[i]
+            is_found = name == AUTO and any(text.strip() for text in before or ())
+            if is_found or (value is None and rows.captions_lie_apart):
+                continue
+            texts = _texts_of(value, f"{rows.path(i)}: {column}")
+            captions[i] = texts or before or () if name == AUTO else (*(before or ()), *texts)
+
+    if not any(text.strip() for texts in captions for text in texts or ()):
+        hint = f"; it has the columns {', '.join(rows.columns())}" if rows.columns() else ""
+        raise NoCaptionsError(
+            f"no captions found for the {len(rows)} images of {rows.root}: looked for {', '.join(columns) or 'columns'}"
+            f"{hint}; set captions.name, or leave out data.captions"
+        )
+    if is_new:
+        uncaptioned = [rows.names[i] for i, texts in enumerate(captions) if texts is None]
+        require_paired(rows.root, "images have no caption, nor a blank one", uncaptioned, len(rows))
+    return [texts or () for texts in captions]
+
+
+def edited_images(rows: Rows, source: str) -> list[list[tuple[dict[str, Any], Path]]]:
+    """For each image, the rows of tables that name an image it was edited from, in the column `source`, with its path.
+
+    Raises UserError for an image without such a row.
+    """
+    edits_by_image: list[list[tuple[dict[str, Any], Path]]] = []
+    for i, table_rows in enumerate(rows.table_rows if isinstance(rows, FolderRows) else [[]] * len(rows)):
+        edits: list[tuple[dict[str, Any], Path]] = []
+        for row in table_rows:
+            place = row.values.get(source)
+            if isinstance(place, str):
+                edits.append((row.values, _existing_path(os.path.normpath(os.path.join(row.folder, place)))))
+        if not edits:
+            raise UserError(
+                f"{rows.path(i)} has no row with '{brief(source)}' in {' or '.join(TABLES)}: give each image in "
+                "data.root a row that names the image it was edited from; keep those outside data.root"
+            )
+        edits_by_image.append(edits)
+    return edits_by_image
+
+
+def image_hash(file: Path) -> str:
+    """The SHA-256 of an image that is edited, taken again where it has changed. Raises UserError if it is missing."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing, an image to edit: put it there, or change captions.source")
+    file_stat = file.stat()
+    return _hash_of_state(file, file_stat.st_mtime_ns, file_stat.st_size)
+
+
+@lru_cache(None)
+def _hash_of_state(file: Path, time: int, size: int) -> str:
+    """The SHA-256 of a file that was last changed at a time, in ns, and has a size in bytes."""
+    return digest.of_file(file)
+
+
+def _edits_of(rows: Rows, name: str, source: str) -> list[tuple[str, ...]]:
+    """The captions of each image, each with the hash of the image that it edits. Raises UserError if there is none."""
+    names = CAPTION_COLUMNS if name == AUTO else tuple(name.split(","))
+    captions: list[tuple[str, ...]] = []
+    for i, edits in enumerate(edited_images(rows, source)):
+        of_image: list[str] = []
+        for values, file in edits:
+            columns = [column for column in names if values.get(column)]
+            for column in columns[:1] if name == AUTO else columns:
+                texts = _texts_of(values[column], f"{rows.path(i)}: {column}")
+                of_image += [edit_caption(text, image_hash(file)) for text in texts if text.strip()]
+        if not of_image:
+            raise UserError(f"{rows.path(i)} has no text that says how it was edited: set captions.name")
+        captions.append(tuple(of_image))
+    return captions
+
+
+def _texts_of(value: Any, where: str) -> tuple[str, ...]:  # noqa: ANN401, a value of a table
+    """The captions in a value: a text, or a list of texts. Raises UserError for anything else."""
+    texts = value if isinstance(value, list) else [value] if value is not None else []
+    for text in texts:
+        if not isinstance(text, str) or not is_unicode(text):
+            raise UserError(f"{where} holds {brief(ascii(text))}, which is no text: set captions.name")
+    return tuple(texts)
+
+
+def _existing_path(path: str) -> Path:
+    """A path in the form of Unicode, as given or C or D, in which a file exists; as given where none does."""
+    for form in (path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)):
+        if os.path.exists(form):
+            return Path(form)
+    return Path(path)
+
+
 @lru_cache(_MAX_CACHED)
 def cached_captions(data: Any) -> Captions:  # noqa: ANN401, the frozen spec of data that have captions
     """What `data.all_captions()` returns, read once in this process."""
@@ -174,14 +298,9 @@ class Captioned:
         return self.source.size
 
     @property
-    def hashes(self) -> Hashes | None:
-        """The hashes of the images; None for a source whose samples are no files."""
-        return hashes_of(self.source)
-
-    @property
-    def origin(self) -> OriginCheck | None:
-        """The images that latents were made of; None for other sources."""
-        return origin_of(self.source)
+    def ledger(self) -> object:
+        """The ledger of the images; None for a source whose samples are no files."""
+        return getattr(self.source, "ledger", None)
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The source's samples, each with the number (b,) of one of its captions.

@@ -4,15 +4,14 @@
 
 1. compares what is in the folder with the images and captions that are here;
 2. makes the rank's shards that are missing or damaged (`_ShardEncoder`): reads images batch by batch, encodes them, and
-   joins the batches into the columns of a shard;
-3. writes captions and the images' names next to the shards, and notes the images' hashes for the next time
-   (`dumo.io.inventory`).
+   joins the batches into the columns of a shard, with the records of the images (`dumo.data.ledger`);
+3. writes captions and the images' names next to the shards.
 
 Each shard is encoded in batches from its own first row, and its draws have a random stream of its own: so it does not
 matter which rank makes it.
 """
 
-import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,33 +19,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dumo.data.album import HASH_COLUMN, Album, first_unreadable
-from dumo.data.bucket import BucketedRows, BucketedStore
 from dumo.data.cache import (
     CAPTIONS,
+    HASH_COLUMN,
     LATENT_COLUMNS,
+    NAMES,
     CacheIndex,
     CachePlan,
     dump_captions,
-    read_index,
+    has_cache,
     require_captions,
+    require_same_images,
     split_column,
 )
-from dumo.data.origin import NAMES, has_cache, require_origin
+from dumo.data.images import BucketedImages, RowsInBuckets, Source, first_unreadable
+from dumo.data.ledger import HASH_BYTES, ledger_of
 from dumo.data.pixel import Size
 from dumo.encoders.caption import Captions
 from dumo.encoders.codec import LoadedCodec
-from dumo.io import table
-from dumo.io.inventory import HASH_BYTES
+from dumo.io import digest, table
 from dumo.io.picture import from_uint8
-from dumo.io.source import Finite, hashes_of
+from dumo.io.source import Finite
 from dumo.io.table import Column, MakeResult, Tick
 from dumo.runtime import signals
 from dumo.types import UserError
 
 
 def encode(
-    source: Finite | BucketedStore,
+    source: Finite | BucketedImages,
     codec: LoadedCodec,
     plan: CachePlan,
     out: Path,
@@ -68,54 +68,47 @@ def encode(
     Finished shards are kept.
     """
     index = _plan_index(source, codec, plan)
-    image_hashes = hashes_of(source)
+    ledger = ledger_of(source)
 
-    # compare what is in the folder with what is here
-    if image_hashes:
-        for shard in _finished_shards(out, index, rank, world):
-            image_hashes.hash(index.span(shard))
-        if has_cache(out, index):
-            require_origin(out, image_hashes, max_bytes=sys.maxsize)  # hashes all files that changed or were copied
+    # Compare what is in the folder with what is here.
+    if ledger and has_cache(out, index):
+        require_same_images(out, ledger)
     if captions:
         require_captions(out / CAPTIONS, captions)
 
-    # make the shards, and the files next to them
-    def digest_of_images(shard: int) -> str:
-        return image_hashes.digest(index.span(shard)) if image_hashes else ""
-
+    # Make the shards, and the files next to them.
     other_files: dict[str, bytes] = {}
     if captions:
         other_files[CAPTIONS] = dump_captions(captions)
-    if image_hashes:
-        other_files[NAMES] = image_hashes.packed_names.numpy().tobytes()
+    if ledger:
+        other_files[NAMES] = zlib.compress(ledger.names_bytes, 1)
+
+    def source_digest(shard: int) -> str:
+        if ledger is None:
+            return ""
+        records = ledger.records[index.span(shard)]
+        return digest.of_bytes(records["size"].tobytes(), records["time"].tobytes())
+
     result = table.make_shards(
         out,
         index,
         _ShardEncoder(source, codec, index, batch).encode,
         rank=rank,
         world=world,
-        source_hash=digest_of_images,
+        source_digest=source_digest,
         extra_files=other_files,
         tick=tick,
     )
-    if isinstance(source, Album):
-        source.warn_of_unreadable()
-    if image_hashes:
-        image_hashes.save()
-        if has_cache(out, index):  # another rank may have read other images meanwhile
-            require_origin(out, image_hashes, max_bytes=0)  # hashes no copies of files
+    if isinstance(source, Source):
+        source.warn_of_unreadable("left out")
+
+    # Another rank may have read other images meanwhile.
+    if ledger and has_cache(out, index):
+        require_same_images(out, ledger)
     return result
 
 
-def _finished_shards(out: Path, index: CacheIndex, rank: int, world: int) -> list[int]:
-    """The numbers of a rank's shards that a folder has already; [] where it has none, or another cache."""
-    cached = read_index(out)
-    if cached is None or cached.compared_inputs() != index.compared_inputs():
-        return []
-    return [number for number in table.written_shards(out, cached) if number % world == rank]
-
-
-def _plan_index(source: Finite | BucketedStore, codec: LoadedCodec, plan: CachePlan) -> CacheIndex:
+def _plan_index(source: Finite | BucketedImages, codec: LoadedCodec, plan: CachePlan) -> CacheIndex:
     """The index of the complete cache, with its columns, codec and rows. No shard is listed yet.
 
     Raises UserError if there is nothing to encode.
@@ -132,7 +125,7 @@ def _plan_index(source: Finite | BucketedStore, codec: LoadedCodec, plan: CacheP
     )
 
 
-def _plan_columns(source: Finite | BucketedStore, codec: LoadedCodec, plan: CachePlan) -> dict[str, Column]:
+def _plan_columns(source: Finite | BucketedImages, codec: LoadedCodec, plan: CachePlan) -> dict[str, Column]:
     """The columns of a cache, by name: latents of each bucket, labels, and what identifies the images."""
     stores_moments = codec.codec.is_gaussian and plan.store == "moments"  # a mean and a deviation of each number
     columns: dict[str, Column] = {}
@@ -148,8 +141,9 @@ def _plan_columns(source: Finite | BucketedStore, codec: LoadedCodec, plan: Cach
     columns["labels"] = Column(dtype="int64")
     if plan.sizes:
         columns["cropped"] = Column(dtype="float32")
-    if hashes_of(source):
+    if ledger_of(source):
         columns["image"] = Column(dtype="int64")
+        columns["state"] = Column(dtype="int64", shape=(2,))
         columns[HASH_COLUMN] = Column(dtype="uint8", shape=(HASH_BYTES,))
     return columns
 
@@ -158,7 +152,7 @@ def _plan_columns(source: Finite | BucketedStore, codec: LoadedCodec, plan: Cach
 class _ShardEncoder:
     """Makes the columns of a shard by its number."""
 
-    source: Finite | BucketedStore
+    source: Finite | BucketedImages
     codec: LoadedCodec
     index: CacheIndex
     batch_size: int  # images that are encoded at once
@@ -220,9 +214,9 @@ class _ShardEncoder:
                 images, _ = images_of_size.rows(slice(rows.start, rows.stop))
                 if len(images):
                     return
-                if isinstance(images_of_size, Album) and not unreadable:
+                if isinstance(images_of_size, Source) and not unreadable:
                     unreadable = images_of_size.unreadable
-        if isinstance(self.source, BucketedStore):
+        if isinstance(self.source, BucketedImages):
             unreadable = unreadable | self.source.unreadable
         where = f" in {self.index.source}" if self.index.source else ""
         raise UserError(
@@ -236,21 +230,21 @@ class _ShardEncoder:
             signals.check()
             yield range(batch_start, min(batch_start + self.batch_size, rows.stop))
 
-    def _find_buckets(self, rows: range) -> BucketedRows | None:
+    def _find_buckets(self, rows: range) -> RowsInBuckets | None:
         """The buckets of rows of the source; None of a source without buckets."""
-        return self.source.find_buckets(rows) if isinstance(self.source, BucketedStore) else None
+        return self.source.find(rows) if isinstance(self.source, BucketedImages) else None
 
-    def _split_by_size(self, rows: range, bucketed: BucketedRows | None) -> Iterator[tuple[Size, Finite, range]]:
+    def _split_by_size(self, rows: range, bucketed: RowsInBuckets | None) -> Iterator[tuple[Size, Finite, range]]:
         """Split rows of the source by size. Yields the size, a source of images of that size, and its rows.
 
         `bucketed`: the buckets of these rows; None of a source without buckets.
         """
-        if not isinstance(self.source, BucketedStore):
+        if not isinstance(self.source, BucketedImages):
             yield (self.index.resolution, self.index.resolution), self.source, rows
             return
         assert bucketed, "a source with buckets has them of each row"
-        for bucket, album in self.source.albums(bucketed).items():
-            yield self.source.sizes[bucket], album, range(len(album))
+        for size, part in self.source.parts(bucketed).items():
+            yield size, part, range(len(part))
 
     def _encode_batch(self, source: Finite, rows: range, batch_start: int, size: Size) -> dict[str, Tensor] | None:
         """The columns of some rows of a source of images of one size; None where none of them can be read.
@@ -263,8 +257,13 @@ class _ShardEncoder:
         images = _checked_floats(images, labels, self.index, batch_start, size)
         suffix = self.index.column_suffix(size)
         columns = {"labels": labels.long(), f"x{suffix}": self.codec.encode(images).cpu()}
-        if isinstance(source, Album):
-            columns |= source.origins(rows)
+        ledger = ledger_of(source)
+        if isinstance(source, Source) and ledger:
+            numbers = source.readable_numbers(rows)
+            records = ledger.records[numbers]
+            columns["image"] = torch.tensor(numbers)
+            columns["state"] = torch.tensor([*zip(records["size"].tolist(), records["time"].tolist(), strict=True)])
+            columns[HASH_COLUMN] = torch.from_numpy(records["sha256"].copy())
         if self.index.flips:
             columns[f"flipped{suffix}"] = self.codec.encode(images.flip(-1)).cpu()  # left-right
         return columns

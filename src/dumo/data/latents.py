@@ -7,47 +7,49 @@ there is the one meant, how samples are decoded, and what they are compared with
 2. `dumo encode` encodes `Latents.rows` into the cache (`dumo.data.encoding`).
 3. `Latents.open` opens the cache as a `LatentSource`, from which training draws batches.
 
-While training reads, two threads look whether it may: `dumo.io.audit`, whether the cache has changed, and
-`OriginThread`, whether the images that are here are those of the cache. A batch raises what they find.
+Before training begins, `Latents.compare_images` compares the images that are here with those that the cache was made
+of. While it reads, `dumo.io.audit` looks whether the cache has changed; a batch raises what it finds.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dumo.data.album import Album
-from dumo.data.bucket import BucketedStore, Crops
-from dumo.data.cache import CAPTIONS, CacheIndex, measure_crops, open_cache, read_captions, read_index
+from dumo.data.bucket import Crops
+from dumo.data.cache import (
+    CAPTIONS,
+    CacheIndex,
+    measure_crops,
+    open_cache,
+    read_captions,
+    read_index,
+    read_names,
+    require_same_images,
+)
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
-from dumo.data.image import Images, errors_of_latents
-from dumo.data.origin import expect_origin, read_names, require_origin
+from dumo.data.images import BucketedImages, Images, Source, errors_of_latents
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
 from dumo.flow.draw import PRIOR
-from dumo.io.audit import AT_ONCE_BYTES, Audit
-from dumo.io.inventory import split_names
+from dumo.io.audit import Audit
 from dumo.io.read import user_path
 from dumo.io.source import Bucketed, mirrored_rows, rows_of
 from dumo.io.table import ShardTable
-from dumo.runtime import signals
 from dumo.runtime.limits import GIGABYTE, GIGABYTES
 from dumo.runtime.random import random_row_mask, stream
 from dumo.types import FREE, PLACE, Spec, UserError
 
 _PRIOR_FOLDER = PRIOR  # the name of a folder of images that a teacher made, next to those of the subject
-# In the name of an image, on disk or in an archive: `/prior/1.png`, `/a.tar member prior/1.png`.
-_IN_PRIOR_FOLDER = re.compile(f"(/| member ){_PRIOR_FOLDER}/")
-ORIGIN_SECONDS = 10.0  # that training waits for `OriginThread` before it begins: ours
+# In the name of an image, on disk or in an archive: `prior/1.png`, `a.tar member prior/1.png`.
+_IN_PRIOR_FOLDER = re.compile(f"(^|/| member ){_PRIOR_FOLDER}/")
 
 
 class Latents(Spec):
@@ -135,21 +137,31 @@ class Latents(Spec):
             facts = {"classes": len(cached), "names": (), "captions": with_digest}
         return self.images.model_copy(update=facts)
 
-    def originals(self) -> Album:
+    def originals(self) -> Source:
         """The images that are encoded, with their classes.
 
         Raises UserError as `Images.originals`, and where the cache is of other images, now or when one is read.
         """
         with errors_of_latents():
-            album = self.images.originals()
+            source = self.images.originals()
         if self._cache_contents():
-            expect_origin(self.folder, album.hashes, max_bytes=AT_ONCE_BYTES)
-        return album
+            require_same_images(self.folder, source.ledger)
+        return source
 
-    def rows(self) -> Album | BucketedStore:
-        """The images to encode, none kept decoded, each with its row of captions. Raises UserError."""
+    def compare_images(self, *, hash_all: bool = False) -> None:
+        """Raise UserError, with a name, if the images that are here are not those of the cache.
+
+        Images of another size or time are read and hashed, with `hash_all` all images. Images that are not here pass.
+        """
         with errors_of_latents():
-            return self.images.model_copy(update={"memory": 0.0}).rows()
+            ledger = self.images.ledger()
+        if ledger is not None:
+            require_same_images(self.folder, ledger, hash_all=hash_all)
+
+    def rows(self) -> Source | BucketedImages:
+        """The images to encode, none decoded, each with its row of captions. Raises UserError."""
+        with errors_of_latents():
+            return self.images.rows()
 
     def all_captions(self) -> Captions:
         """The captions by class, or by image as the cache has them. Raises UserError where they are not the run's."""
@@ -169,7 +181,7 @@ class Latents(Spec):
     def open(self) -> "LatentSource | Bucketed | Captioned":
         """The cache as a source. Raises UserError as `cache` does, and for other captions."""
         cache = self.cache()
-        source = LatentSource(cache, self.codec, OriginThread(self.folder, self.images), flip=self.images.flip)
+        source = LatentSource(cache, self.codec, flip=self.images.flip)
         if self.prior:
             source.take_prior_share(self.prior)
         if self.images.buckets:
@@ -211,56 +223,6 @@ class Latents(Spec):
             raise UserError(f"data.root: {error}") from error
 
 
-class OriginThread:
-    """Compares the images that are here with those that a cache was made of, in a thread, while training begins.
-
-    One process of a machine compares. Where the images are not here, there is nothing to compare.
-    """
-
-    def __init__(self, folder: Path, images: Images) -> None:
-        """Start to compare the images with the cache in `folder`."""
-        self.folder = folder
-        self.images = images
-        self.errors: list[Exception] = []  # of the thread
-        self.thread = Thread(target=self._compare, name="origin", daemon=True)
-        self.compares = os.environ.get("LOCAL_RANK", "0") == "0"  # whether this process is the one that does
-        if self.compares:
-            self.thread.start()
-
-    def require(self, wait: float = 0.0) -> None:
-        """Raise UserError if the thread found other images; wait for it at most `wait` seconds."""
-        if wait and self.thread.is_alive():
-            self.thread.join(wait)
-        if self.errors:
-            raise self.errors[0]
-
-    def verify(self) -> None:
-        """Read and hash all images anew, and wait for it. Raises UserError where they are others.
-
-        An image that cannot be read is not compared.
-        """
-        if self.compares:
-            self.thread.join()
-            self._compare(verify=True)
-        self.require()
-
-    def _compare(self, *, verify: bool = False) -> None:
-        """Compare the images with the cache, and keep the error. `verify`: read all images, also unchanged files."""
-        try:
-            with errors_of_latents():
-                hashes = self.images.hashes()
-            if hashes is None:
-                return
-            if verify:
-                hashes.forget()
-                hashes.hash(range(len(hashes)))
-            require_origin(self.folder, hashes, max_bytes=AT_ONCE_BYTES)
-        except signals.Stopped:  # the training stops by itself
-            pass
-        except Exception as error:  # the training raises it, from `require`
-            self.errors.append(error)
-
-
 @dataclass(frozen=True)
 class PriorRows:
     """Which rows of a cache a teacher made, and how many of a batch they are."""
@@ -277,11 +239,10 @@ class LatentSource:
     that has changed, at once or from `batch` (`dumo.io.audit`).
     """
 
-    def __init__(self, cache: ShardTable, codec: Codec, origin: OriginThread | None = None, *, flip: bool) -> None:
-        """Read all rows of a cache, half of them mirrored if `flip`. `origin` compares it with its images."""
+    def __init__(self, cache: ShardTable, codec: Codec, *, flip: bool) -> None:
+        """Read all rows of a cache, half of them mirrored if `flip`."""
         self.cache = cache
         self.codec = codec
-        self.origin = origin
         self.flip = flip
         self.audit = Audit(cache.folder, cache.index.shards)
         self.suffix = ""  # at the end of columns' names; of a bucket, its size
@@ -307,7 +268,7 @@ class LatentSource:
         packed_names = read_names(self.cache.folder)
         is_prior = torch.empty(0, dtype=torch.bool)
         if packed_names:
-            names = split_names(packed_names)
+            names = packed_names.decode("utf-8", "surrogateescape").split("\0")
             images = self._read_column("image").tolist()
             is_in_folder = [bool(_IN_PRIOR_FOLDER.search(names[image])) for image in images]
             is_prior = torch.tensor(is_in_folder, dtype=torch.bool)
@@ -350,11 +311,9 @@ class LatentSource:
         """Some rows of a step's batch: latents (b, *shape) and classes (b,).
 
         Epoch follows epoch, each in its own order; half of the images are mirrored if `flip`. Raises UserError where
-        the cache has changed, or is found to be of other images.
+        the cache has changed.
         """
         self.audit.require()
-        if self.origin:
-            self.origin.require()
         cache_rows = self.numbers(step, batch_size, seed, rows)
         is_mirrored = mirrored_rows(step, batch_size, seed, rows) if self.flip else None
         moments = self.cache.take(cache_rows, f"x{self.suffix}", f"flipped{self.suffix}", is_mirrored)

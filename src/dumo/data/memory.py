@@ -1,14 +1,11 @@
-"""Images or points that Python gave to `dumo.train`: an array, or a data set of torch's, held in memory.
+"""Images or points that Python gave to `dumo.train`: an array, or a data set of torch's or of Hugging Face's.
 
-`Memory.of` is the entrance. It
+`Memory.of` reads samples, labels and names of classes, brings them to tensors in dumo's layout and range, remembers
+the source in `SOURCES` by its digest, and returns the spec. `Memory.open` looks the source up, so it needs the same
+process.
 
-1. reads samples, labels and names of classes of what was given (`_read`), row by row where it is a data set;
-2. brings samples and labels to tensors in dumo's layout and range, or refuses them (`_to_samples`, `_to_labels`);
-3. reads some rows of a data set again. If they are others, as with random augmentation, it makes a `RereadData`, which
-   reads rows anew at each visit;
-4. remembers the source in `SOURCES` by its digest, and returns the spec.
-
-`Memory`, the spec, has the digest alone. `Memory.open` looks the source up, so it needs the same process.
+A `datasets.Dataset` of colour images is not read in advance: its encoded images are decoded when they are asked for. A
+data set whose rows change between two reads, as with random augmentation, is read anew at each visit (`RereadData`).
 """
 
 from dataclasses import dataclass, field
@@ -20,22 +17,27 @@ import torch
 from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from dumo.data.pixel import Unreadable, to_rgb
+from dumo.data.images import Source, labels_of, number_labels
+from dumo.data.pixel import SameSize, Unreadable, load_upright, to_rgb
+from dumo.data.rows import CAPTION_COLUMNS, DatasetRows, is_dataset
 from dumo.io import digest
 from dumo.io.picture import from_uint8
 from dumo.io.source import TensorData
+from dumo.runtime import signals
+from dumo.runtime.limits import GIGABYTE
 from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
 _IMAGE_CHANNELS = (1, 3)  # grey, colour
-_ROWS_READ_TWICE = 16  # to see whether they change: a flip with p = 1/2 is missed once in 65,536 times. Ours
+_ROWS_READ_TWICE = 16  # to see whether they change: a flip with p = 1/2 is missed once in 65,536 times
+_ROUNDING = 1e-4  # by which floats may lie outside [-1, 1]
 _IMAGE_KEYS = ("image", "img", "pixel_values")  # of a row of Hugging Face datasets
 _LABEL_KEYS = ("label", "labels", "fine_label")  # of a row of Hugging Face datasets
 _GREY_MODES = ("1", "L")  # of PIL, whose pictures keep one channel; those of "F" hold numbers, which are taken as given
-SOURCES: dict[str, TensorData] = {}  # what this process was given, by digest
+_KEPT_BYTES = 2 * GIGABYTE  # of the pixels of a `datasets.Dataset`
+SOURCES: dict[str, "TensorData | Source"] = {}  # what this process was given, by digest
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class RereadData(TensorData):
                 "when they were read first: bring all to one size"
             )
         x = _to_float32(x)
-        if x.ndim == 4 and x.abs().max() > 1:
+        if x.ndim == 4 and x.abs().max() > 1 + _ROUNDING:
             raise UserError(f"a row of the data reaches {x.abs().max():.3g}, and images lie in [-1, 1]")
         return x, self.c[numbers]
 
@@ -97,31 +99,62 @@ class Memory(Spec):
         [-1, 1]; data sets may give PIL images. Points are (n, d). A data set whose rows change between two reads is
         read again at each visit, which a line says. Raises UserError for anything else.
         """
+        if is_dataset(data):
+            rows = DatasetRows(data)
+            if load_upright(rows.read(0)).mode not in _GREY_MODES:
+                return cls._of_dataset(rows, bar)
+            data = rows.data
         raw_x, raw_labels, names = _read(data, bar)
         x = _to_samples(raw_x)
         c = _to_labels(raw_labels, len(raw_x))
+        classes = 0
+        if raw_labels is not None:
+            classes = number_labels(c.tolist(), "the data", names).count
         source = TensorData(x, c)
         is_data_set = raw_x is not data and not isinstance(data, tuple)
         if is_data_set and _gives_other_samples(data, raw_x):
             source = RereadData(x, c, data_set=data)
-            log_line = line_printer(bar)
-            log_line(
+            line_printer(bar)(
                 f"{name_of(type(data))} gives other samples at each read, as augmentation does: training reads rows "
                 "anew at each visit, and a resumed run meets other draws"
             )
-        classes = 0
-        if raw_labels is not None:
-            classes = max(int(c.max()) + 1, len(names))
+        return cls._remember(source, name_of(type(data)), tuple(x.shape[1:]), classes, names)
+
+    @classmethod
+    def _of_dataset(cls, rows: DatasetRows, bar: Bar) -> "Memory":
+        """Remember the colour images of a `datasets.Dataset`, all of one size. Says which columns are not used."""
+        class_columns = [name for name in _LABEL_KEYS if name in rows.columns()]
+        if not class_columns and len(rows.class_names) == 1:
+            class_columns = [*rows.class_names]
+        labels = labels_of(rows, class_columns[0]) if class_columns else None
+        unused = [name for name in (*rows.class_names, *CAPTION_COLUMNS) if name in rows.columns()]
+        unused = [name for name in unused if name not in class_columns[:1]]
+        if unused:
+            line_printer(bar)(
+                f"the columns {', '.join(unused)} of the data are not used: classes are read from a column 'label', "
+                "captions from a folder or parquet files"
+            )
+        width, height = load_upright(rows.read(0)).size
+        source = Source(rows, SameSize(height, width, "none", rows.path(0)), labels)
+        source.keep_decoded(_KEPT_BYTES, now=False)
+        count = labels.count if labels else 0
+        return cls._remember(source, name_of(type(rows.data)), (3, height, width), count, source.names)
+
+    @classmethod
+    def _remember(
+        cls, source: TensorData | Source, name: str, shape: tuple[int, ...], classes: int, names: tuple[str, ...]
+    ) -> "Memory":
+        """The spec of a source, which is kept for `open`."""
         fingerprint = source.fingerprint()
         SOURCES[fingerprint] = source
-        return cls(name=name_of(type(data)), shape=tuple(x.shape[1:]), classes=classes, names=names, digest=fingerprint)
+        return cls(name=name, shape=shape, classes=classes, names=names, digest=fingerprint)
 
     @property
     def labels(self) -> int:
         """The number of classes."""
         return self.classes
 
-    def open(self) -> TensorData:
+    def open(self) -> TensorData | Source:
         """All samples. Raises UserError where this process was not given them."""
         if self.digest not in SOURCES:
             raise UserError(
@@ -130,7 +163,7 @@ class Memory(Spec):
             )
         return SOURCES[self.digest]
 
-    def originals(self) -> TensorData:
+    def originals(self) -> TensorData | Source:
         """All samples: they have no captions. Raises UserError where this process was not given them."""
         return self.open()
 
@@ -144,12 +177,12 @@ def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN
         return data, None, ()
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor | np.ndarray):
         return *data, ()
-    _require_rows(data)
-    total = len(data)
+    total = _count_rows(data)
     tensors: list[Tensor] = []
     labels: list[Any] = []
     with bar("reading the data", total) as tick:
         for i in range(total):  # not every data set ends by itself
+            signals.check()
             sample, label = _sample_and_label(data[i])
             tensors.append(_to_tensor(sample, f"row {i} of the data"))
             labels.append(label)
@@ -171,24 +204,20 @@ def _read_sample(data_set: Any, i: int) -> Tensor:  # noqa: ANN401
     return _to_tensor(sample, f"row {i} of the data")
 
 
-def _require_rows(data: Any) -> None:  # noqa: ANN401
-    """Raise UserError, with the way out, for what has no rows by number: a loader, a stream, anything else."""
-    name = name_of(type(data))
-    if isinstance(data, DataLoader):
+def _count_rows(data: Any) -> int:  # noqa: ANN401
+    """The number of rows of a data set. Raises UserError for what has no rows by number, such as a loader or a stream.
+
+    A table of pandas has a length, and columns in place of rows.
+    """
+    try:
+        total = len(data)
+        data[0]
+    except (TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         raise UserError(
-            f"data is a {name}, whose batches dumo draws itself (train.batch): give its data set, data=loader.dataset, "
-            "or train on the loader by dumo.Flow in a loop of your own"
-        )
-    has_rows = hasattr(data, "__len__") and hasattr(data, "__getitem__")
-    if not has_rows and hasattr(data, "__iter__"):
-        raise UserError(
-            f"data is a {name}, which is read in order and has no rows by number: give data=list(...) of it where that "
-            "fits into memory, a folder of images, or train on it by dumo.Flow in a loop of your own"
-        )
-    if not has_rows or not len(data):
-        raise UserError(
-            f"data is a {name}: give a folder, an array, a pair (array, labels), or a data set with a length and rows"
-        )
+            f"data is a {name_of(type(data))}, which has no rows by number: give a folder, an array, a pair (array, "
+            "labels), or a data set with a length and rows; of a DataLoader its dataset, of a stream list(...)"
+        ) from error
+    return total
 
 
 def _gives_other_samples(data_set: Any, x: Tensor) -> bool:  # noqa: ANN401
@@ -204,7 +233,7 @@ def _gives_other_samples(data_set: Any, x: Tensor) -> bool:  # noqa: ANN401
 def _class_names(data: Any) -> tuple[str, ...]:  # noqa: ANN401
     """The names of the classes that a data set of torchvision's, or of Hugging Face's, has; () where it has none."""
     classes = getattr(data, "classes", ())
-    if classes:
+    if classes and isinstance(classes, list | tuple):
         return tuple(str(name) for name in classes)
     features: Any = getattr(data, "features", None) or {}
     for key in _LABEL_KEYS:
@@ -280,7 +309,8 @@ def _to_samples(x: Tensor | np.ndarray) -> Tensor:
     low = x.min().item()
     high = x.max().item()
     is_image = x.ndim == 4
-    is_in_range = -1 <= low < 0 and high <= 1  # images without negative numbers are taken to be in [0, 1]
+    # Images without negative numbers are taken to be in [0, 1].
+    is_in_range = -1 - _ROUNDING <= low < 0 and high <= 1 + _ROUNDING
     if is_image and not is_uint8 and not is_in_range:
         raise UserError(
             f"data are floats from {low:.3g} to {high:.3g}, and images lie in [-1, 1]: give 2 * x - 1 where they are "

@@ -31,6 +31,7 @@ Size = tuple[int, int]  # (height, width); PIL's image.size is the other way rou
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 SIDE_SWAPPING_ORIENTATIONS = (5, 6, 7, 8)  # of EXIF's orientations, those that exchange height and width
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_ASPECT_RATIO = 100  # of the longer side to the shorter: ours
 _SERIAL_PIXELS = 2**26  # larger images are loaded one at a time (ours); above 1.8e8 pixels pillow loads none
 _SERIAL_LOCK = Lock()
@@ -66,6 +67,23 @@ class ToSquare(ToRectangle):
     def __init__(self, side: int, crop: Crop) -> None:
         """Bring images to squares of `side` x `side` pixels, by `crop`."""
         super().__init__(side, side, crop)
+
+
+@dataclass(frozen=True)
+class SameSize(ToRectangle):
+    """Bytes of an image file to RGB, if it has the size of the first image, `width` x `height`."""
+
+    first_name: str
+
+    def __call__(self, data: bytes) -> UInt8[Tensor, "3 h w"]:
+        """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or of another size."""
+        image = to_rgb(load_upright(data))
+        if image.size != (self.width, self.height):
+            raise Unreadable(
+                f"is {image.width} x {image.height} pixels, and {self.first_name} is {self.width} x {self.height}: "
+                "bring all images to one size, for none is resized here"
+            )
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def load_upright(data: bytes) -> Image.Image:
@@ -106,7 +124,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise Unreadable("has floating-point pixels, whose range is not known: convert it to 8 bits")
     if image.mode.startswith("I"):
-        image = _to_eight_bits(image)
+        clear_level = image.info.get("transparency")
+        eight_bits = _to_eight_bits(image)
+        if isinstance(clear_level, int):  # the level that a PNG says is clear, among its 65,536
+            alpha = np.where(np.asarray(image) == clear_level, 0, 255).astype(np.uint8)
+            eight_bits = Image.merge("LA", (eight_bits, Image.fromarray(alpha)))
+        image = eight_bits
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -150,7 +173,7 @@ def _open_image(data: bytes) -> Generator[Image.Image]:
     if not data:
         raise Unreadable("is empty: it has 0 bytes")
     try:
-        with Image.open(BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(BytesIO(_without_texts(data)), formats=_FORMATS) as image:
             shorter, longer = sorted(image.size)
             if longer > MAX_ASPECT_RATIO * shorter:  # brought to a size by its short side, it would have gigabytes
                 raise Unreadable(f"is {image.width} x {image.height} pixels, too long for its width: cut it first")
@@ -163,6 +186,25 @@ def _open_image(data: bytes) -> Generator[Image.Image]:
         raise Unreadable("has more than 178 million pixels: make it smaller first") from error
     except Exception as error:  # a broken file may raise anything in pillow's readers
         raise Unreadable(f"cannot be read as an image: {error}") from error
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its texts and colour profile, of which pillow reads no more than a MB; other bytes as they are.
+
+    Programs that make images write workflows of several MB there. XMP stays, for it may say how the image is turned.
+    """
+    if not data.startswith(_PNG_SIGNATURE):
+        return data
+    kept = [_PNG_SIGNATURE]
+    position = len(_PNG_SIGNATURE)
+    while position + 8 <= len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        kind = data[position + 4 : position + 8]
+        is_xmp = data.startswith(b"XML:com.adobe.xmp\0", position + 8)
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or is_xmp:
+            kept.append(data[position:end])
+        position = end
+    return b"".join([*kept, data[position:]])
 
 
 def _halve_by_boxes(image: Image.Image, size: Size) -> Image.Image:

@@ -18,7 +18,7 @@ from dumo.config.load import RUN_FILE, dump
 from dumo.export import card
 from dumo.io.read import write_json
 from dumo.io.weights import unshared
-from dumo.run import datanote
+from dumo.run.data import NOTE_FILE
 from dumo.run.index import EXPORTED_WEIGHTS
 from dumo.run.resolve import as_given
 from dumo.run.weights import RunFolder
@@ -38,7 +38,7 @@ def write(opened: RunFolder, provenance: card.Provenance, out: Path, name: str, 
         if weight.is_floating_point():
             weights[weight_name] = weight.to(getattr(torch, dtype))
     checkpoint.write_weights(out / EXPORTED_WEIGHTS, weights, kind="export", step=opened.step, run=identity(run))
-    data_note = opened.folder / datanote.FILE
+    data_note = opened.folder / NOTE_FILE
     if data_note.is_file():
         shutil.copy(data_note, out)
 

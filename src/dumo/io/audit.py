@@ -1,34 +1,36 @@
 """Whether the shards of a table still hold what was written: each is compared with its SHA-256 once.
 
-1. `Audit(folder, shards)` looks up which shards are noted as whole (`dumo.io.inventory`): those are not read. Ranks of
-   one machine share the others.
+1. `Audit(folder, shards)` looks up which shards were found whole before: `.verified.json`, in the table's folder, has
+   the size and time that their files had then. Those are not read. Ranks of one machine share the others.
 2. If these have at most AT_ONCE_BYTES bytes, it reads them at once, which takes about a second for each GB, and raises
-   UserError for a shard that has changed. Else a thread reads them while training begins, so that a table of terabytes
-   keeps nobody waiting.
+   UserError for a shard that has changed. Otherwise a thread reads them while training begins, so that a table of
+   terabytes keeps nobody waiting.
 3. The data call `Audit.require` before each batch. It raises what the thread has found; the steps until then are lost.
-4. A shard that is whole is noted, and read again only where its size or time is another. So the next start reads
-   nothing.
 
-A byte that changes on a disk without a new time of its file, after the shard was noted, is not noticed.
+A byte that changes on a disk without a new time of its file, after the shard was found whole, is not noticed: `verify`,
+which `dumo show RUN --check` calls, reads all shards.
 """
 
 import hashlib
+import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 
-from dumo.io.inventory import FileState, Inventory, ItemFiles, state_of
+from dumo.io import file as files
+from dumo.io.guard import locked
 from dumo.io.table import REMAKE, Shard
 from dumo.runtime import signals
 from dumo.runtime.progress import bar
 from dumo.types import UserError
 
-AT_ONCE_BYTES = 2 * 10**9  # bytes that are read before the first batch, at most: ours
-_CHUNK_BYTES = 2**22  # bytes read at a time: ours
-_NO_STATE = (-1, 0, 0)  # in place of the state of a file that cannot be looked at; reading it will raise the reason
+AT_ONCE_BYTES = 2 * 10**9  # bytes that are read before the first batch, at most
+FILE = ".verified.json"
+_CHUNK_BYTES = 2**22  # bytes read at a time
 
 
 @dataclass
@@ -50,25 +52,14 @@ class Audit:
         self.state = AuditState()
         rank = int(os.environ.get("LOCAL_RANK", 0))
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        paths = [str((folder / shard.file).absolute()) for shard in shards]
-        inventory = Inventory(ItemFiles.of(paths, [_state_of(path) for path in paths]), trust_copies=True)
-        unread_shards: dict[int, Shard] = {}  # by number
-        for number in range(rank, len(shards), ranks):
-            if inventory.sha256[number].tobytes().hex() != shards[number].sha256:
-                unread_shards[number] = shards[number]
+        verified = _read_verified(folder)
+        unread_shards = [shard for shard in shards[rank::ranks] if not _is_verified(folder, shard, verified)]
         self.thread: Thread | None = None
-        if sum(shard.size for shard in unread_shards.values()) <= AT_ONCE_BYTES:
-            with bar("comparing the cache with its checksums", len(unread_shards)) as tick:
-
-                def note_progress(done: int) -> None:
-                    signals.check()
-                    tick(done, "")
-
-                _compare(folder, unread_shards, inventory, self.state, note_progress)
+        if sum(shard.size for shard in unread_shards) <= AT_ONCE_BYTES:
+            _compare_with_bar(folder, unread_shards, self.state)
             self.require()
             return
-        arguments = (folder, unread_shards, inventory, self.state)
-        self.thread = Thread(target=_compare, args=arguments, name="audit", daemon=True)
+        self.thread = Thread(target=_compare, args=(folder, unread_shards, self.state), name="audit", daemon=True)
         self.thread.start()
         weakref.finalize(self, self.state.is_over.set)  # the thread ends with the table
 
@@ -78,21 +69,38 @@ class Audit:
             raise UserError(self.state.fault)
 
 
+def verify(folder: Path, shards: Sequence[Shard]) -> None:
+    """Compare all shards with their checksums, whatever was found before. Raises UserError for one that has changed."""
+    state = AuditState()
+    _compare_with_bar(folder, shards, state)
+    if state.fault:
+        raise UserError(state.fault)
+
+
+def _compare_with_bar(folder: Path, shards: Sequence[Shard], state: AuditState) -> None:
+    """Compare shards as `_compare`, with progress shown. Raises Stopped after a signal."""
+    with bar("comparing the cache with its checksums", len(shards)) as tick:
+
+        def note_progress(done: int) -> None:
+            signals.check()
+            tick(done, "")
+
+        _compare(folder, shards, state, note_progress)
+
+
 def _compare(
-    folder: Path,
-    shards: dict[int, Shard],
-    inventory: Inventory,
-    state: AuditState,
-    tick: Callable[[int], object] = lambda done: None,
+    folder: Path, shards: Sequence[Shard], state: AuditState, tick: Callable[[int], object] = lambda done: None
 ) -> None:
-    """Compare shards, given by their numbers, with their checksums, and note those that are whole.
+    """Compare shards with their checksums, and note those that are whole.
 
     Ends at the first that is not, with the message in `state.fault`, or once `state.is_over` is set. `tick` is called
     with the number of shards compared so far.
     """
+    whole: dict[str, list[int]] = {}
     try:
-        for done, (number, shard) in enumerate(shards.items(), 1):
+        for done, shard in enumerate(shards, 1):
             try:
+                file_state = _state_of(folder / shard.file)
                 sha256 = _sha256(folder / shard.file, state.is_over)
             except OSError as error:
                 state.fault = f"{folder}: {shard.file} cannot be read ({error.strerror}): {REMAKE}"
@@ -102,19 +110,41 @@ def _compare(
             if sha256 != shard.sha256:
                 state.fault = f"{folder}: {shard.file} has changed: its SHA-256 is another: {REMAKE}"
                 return
-            inventory.add(number, bytes.fromhex(sha256))
-            inventory.save_if_due()
+            whole[shard.file] = file_state
             tick(done)
     finally:
-        inventory.save()
+        _note_verified(folder, whole)
 
 
-def _state_of(path: str) -> FileState:
-    """The state of a file, by which it is known again; _NO_STATE where it cannot be looked at."""
+def _is_verified(folder: Path, shard: Shard, verified: Mapping[str, list[int]]) -> bool:
+    """Whether a shard was found whole, and its file has the size and time that it had then."""
     try:
-        return state_of(os.stat(path))
-    except OSError:
-        return _NO_STATE
+        return verified.get(shard.file) == _state_of(folder / shard.file)
+    except OSError:  # reading it says why
+        return False
+
+
+def _state_of(file: Path) -> list[int]:
+    """The size of a file in bytes, and the time of its last change in ns. Raises OSError."""
+    file_stat = file.stat()
+    return [file_stat.st_size, file_stat.st_mtime_ns]
+
+
+def _read_verified(folder: Path) -> dict[str, list[int]]:
+    """The states of the shards that were found whole, by file. Nothing if there is no such file, or it is damaged."""
+    try:
+        content = json.loads((folder / FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _note_verified(folder: Path, whole: Mapping[str, list[int]]) -> None:
+    """Add shards to those that were found whole; does nothing where nothing may be written."""
+    if not whole:
+        return
+    with suppress(OSError), locked(folder / f"{FILE}.lock"):
+        files.write(folder / FILE, json.dumps(_read_verified(folder) | dict(whole)).encode())
 
 
 def _sha256(file: Path, is_over: Event) -> str:

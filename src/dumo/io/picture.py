@@ -10,7 +10,6 @@
    `write_points`).
 """
 
-import warnings
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -179,10 +178,7 @@ def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, matplotlib's Figur
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
 
     canvas = FigureCanvasAgg(figure)
-    with warnings.catch_warnings():
-        # A letter that the font lacks, as of a prompt in Chinese, is drawn as a box.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        canvas.draw()
+    canvas.draw()
     picture = Image.fromarray(np.array(canvas.buffer_rgba()))
     *_, opacity = figure.get_facecolor()
     return picture if opacity == 0 else picture.convert("RGB")

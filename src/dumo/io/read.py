@@ -25,12 +25,16 @@ CACHE_VARIABLE = "DUMO_CACHE"  # the environment variable that names the cache's
 def user_path(text: str, field: str) -> Path:
     """The path with its variables' values; dumo:NAME/FILE is a file of a trained run that ships with dumo.
 
+    What exists as it is given is not expanded: folders may be called a$b or ~x.
+
     Raises UserError, naming the field, for a variable or a home that is not known, and for an empty text, which would
     be the current folder.
     """
     shipped_path = trained.path_in(text)
     if shipped_path is not None:
         return shipped_path
+    if text and "\0" not in text and os.path.lexists(text):
+        return Path(text)
     expanded = os.path.expandvars(text)
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:

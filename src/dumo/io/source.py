@@ -5,7 +5,6 @@
 - Sources: `TensorData` is in memory, `HeldOutSplit` has rows held out, `Endless` is drawn, `Bucketed` has several
   shapes. Images and latents have sources of their own (`dumo.data`).
 - For sources: `rows_of` says which rows a step has, `mirrored_rows` which of its images are mirrored.
-- About a source: `hashes_of` gives the hashes of its images, `origin_of` compares its latents with their images.
 
 `rows` is a slice of the places in a batch, and `numbers` are of rows of the data set. A batch is a function of step,
 `batch_size`, seed and `rows` alone. So a run resumes by its step number, and each rank reads its own rows.
@@ -22,7 +21,6 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from dumo.io import digest
-from dumo.io.content import Hashes
 from dumo.runtime.random import keyed_normal, stream
 from dumo.types import Cond, Sample
 
@@ -82,19 +80,6 @@ class Finite(Protocol):
 
         They are uint8 or in [-1, 1].
         """
-        ...
-
-
-@runtime_checkable
-class OriginCheck(Protocol):
-    """The images that a source of latents was made of, which are compared with those here while training begins."""
-
-    def require(self, wait: float = 0.0) -> None:
-        """Raise UserError if other images were found so far; wait for the comparison at most `wait` seconds."""
-        ...
-
-    def verify(self) -> None:
-        """Compare all images anew, and wait for it. Raises UserError where they are others."""
         ...
 
 
@@ -218,14 +203,9 @@ class Bucketed:
         return [part.size or 0 for part in self.parts]
 
     @property
-    def hashes(self) -> "Hashes | None":
-        """The hashes of the images, which the parts share."""
-        return hashes_of(self.parts[0])
-
-    @property
-    def origin(self) -> OriginCheck | None:
-        """The images that latents were made of, which the parts share."""
-        return origin_of(self.parts[0])
+    def ledger(self) -> object:
+        """What the images were when they were read (`dumo.data.ledger`), which the parts share; None if not files."""
+        return getattr(self.parts[0], "ledger", None)
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """The samples x and c of some rows of a step's batch, all of one part."""
@@ -276,18 +256,6 @@ class Bucketed:
     def fingerprint(self) -> str | None:
         """The fingerprint of the data set, which each part has."""
         return self.parts[0].fingerprint()
-
-
-def hashes_of(source: object) -> Hashes | None:
-    """The hashes of a source of images; None for a source whose samples are no files."""
-    hashes = getattr(source, "hashes", None)
-    return hashes if isinstance(hashes, Hashes) else None
-
-
-def origin_of(source: object) -> OriginCheck | None:
-    """The images that a source of latents was made of; None for any other source."""
-    origin = getattr(source, "origin", None)
-    return origin if isinstance(origin, OriginCheck) else None
 
 
 def rows_of(step: int, batch_size: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:

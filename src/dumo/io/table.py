@@ -94,7 +94,7 @@ class Shard(Spec):
     rows: int
     size: int  # bytes
     sha256: str
-    source_hash: str = Field(default="", alias="of")  # of the images or texts its rows were made of; "": unknown
+    source: str = ""  # a digest of the sizes and times of what its rows were made of; "": unknown
 
     def fault(self, folder: Path, *, deep: bool) -> str | None:
         """What is wrong with the file, in words that follow its name; None: nothing. `deep` compares its checksum."""
@@ -306,7 +306,7 @@ def make_shards(
     *,
     rank: int = 0,
     world: int = 1,
-    source_hash: Callable[[int], str] = lambda number: "",
+    source_digest: Callable[[int], str] = lambda number: "",
     extra_files: Mapping[str, bytes] | None = None,
     tick: Tick = lambda done, note: None,
 ) -> MakeResult:
@@ -314,7 +314,7 @@ def make_shards(
 
     make_shard: takes the number of a shard and a callback, and returns the shard's columns, first one with an entry for
         each row. It calls back with the number of rows of the source that it has read so far.
-    source_hash: is called with the number of a shard that was made, and returns a hash of what its rows were made of.
+    source_digest: is called with the number of a shard, and returns a digest of the sizes and times of its source.
     extra_files: more files of the folder, their bytes by name.
     tick: is called with the number of the source's rows that this rank has read, and a note.
 
@@ -330,7 +330,11 @@ def make_shards(
     for number in range(rank, index.num_shards, world):
         note = _stem(number)
         shard = written.get(number)
-        fault = None if shard is None else _shard_fault(folder, index, number, shard, source_hash)
+        fault = None
+        if shard is not None:
+            fault = shard.fault(folder, deep=True)
+            if fault is None and shard.rows < len(index.span(number)) and shard.source != source_digest(number):
+                fault = "left out rows whose source has changed"
         if shard is not None and fault is not None:
             if not index.is_repairable and (folder / shard.file).exists():
                 raise UserError(f"{folder}: {shard.file} {fault}: {index.remake_hint}")
@@ -339,7 +343,7 @@ def make_shards(
         if shard is None or fault is not None:
             tensors = make_shard(number, _progress_of_shard(tick, rows_done, note))
             _claim(folder, index, rank)  # again: an empty folder may have been claimed for other inputs meanwhile
-            _store_shard(folder, number, tensors, rank, source_hash(number))
+            _store_shard(folder, number, tensors, rank, source_digest(number))
             num_made += 1
         rows_done += len(index.span(number))
         tick(rows_done, note)
@@ -347,19 +351,6 @@ def make_shards(
         files.write(folder / name, data, writer=rank, durable=True)
     missing = _finish(folder, index, rank)
     return MakeResult(num_made, tuple(damaged), missing)
-
-
-def _shard_fault(
-    folder: Path, index: TableIndex, number: int, shard: Shard, source_hash: Callable[[int], str]
-) -> str | None:
-    """Why a shard that was written is made again, in words that follow its name; None: it is kept."""
-    fault = shard.fault(folder, deep=True)
-    if fault is not None:
-        return fault
-    lacks_rows = shard.rows < len(index.span(number))
-    if lacks_rows and shard.source_hash != source_hash(number):
-        return "left out rows whose source has changed"
-    return None
 
 
 def _progress_of_shard(tick: Tick, rows_before: int, note: str) -> Callable[[int], None]:
@@ -446,19 +437,17 @@ def _finish(folder: Path, index: TableIndex, rank: int) -> int:
 
 def _dump(index: TableIndex) -> bytes:
     """The bytes of index.json."""
-    return (index.model_dump_json(indent=1, by_alias=True) + "\n").encode()
+    return (index.model_dump_json(indent=1) + "\n").encode()
 
 
-def _store_shard(folder: Path, number: int, tensors: Tensors, rank: int, source_hash: str) -> None:
+def _store_shard(folder: Path, number: int, tensors: Tensors, rank: int, source: str) -> None:
     """Write a shard, then its .json file, which says that it is whole. The first tensor has an entry for each row."""
     data = safetensors.torch.save(dict(tensors))
     file = f"{_stem(number)}.safetensors"
     rows = len(next(iter(tensors.values())))
-    shard = Shard(file=file, rows=rows, size=len(data), sha256=digest.of_bytes(data), of=source_hash)
+    shard = Shard(file=file, rows=rows, size=len(data), sha256=digest.of_bytes(data), source=source)
     files.write(folder / file, data, writer=rank, durable=True)
-    files.write(
-        folder / f"{_stem(number)}.json", shard.model_dump_json(by_alias=True).encode(), writer=rank, durable=True
-    )
+    files.write(folder / f"{_stem(number)}.json", shard.model_dump_json().encode(), writer=rank, durable=True)
 
 
 def _sweep(folder: Path, rank: int, world: int) -> None:

@@ -90,4 +90,9 @@ def dump_yaml(value: object, *, flow: bool = False, width: int = 120) -> str:
 
     `flow`: lists in brackets and mappings in braces, as in JSON, with keys sorted.
     """
-    return yaml.dump(value, Dumper=_Dumper, default_flow_style=flow, width=width, sort_keys=flow, allow_unicode=True)
+    options: dict[str, Any] = {"default_flow_style": flow, "width": width, "sort_keys": flow}
+    text = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, **options)
+    # PyYAML would write these two as they are, and read one as the end of a line, the other not at all.
+    if "\x85" in text or "\ufeff" in text:
+        text = yaml.dump(value, Dumper=_Dumper, allow_unicode=False, **options)
+    return text

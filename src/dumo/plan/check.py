@@ -1,8 +1,8 @@
-"""What `dumo show SOURCE --check` tests: the run's du/dt on this machine, its captions and its pretrained network.
+"""What `dumo show SOURCE --check` tests: du/dt on this machine, the data, the captions and the pretrained network.
 
 `check` is the entry point. It compares the slope with the derivative in float64 (`dumo.run.examination`), calls a
-pretrained network with the weights that training starts from, and counts captions and what buckets cut off. What is
-missing or damaged is a finding too.
+pretrained network with the weights that training starts from, counts captions and what buckets cut off, and hashes all
+images and all shards of latents. What is missing or damaged is a finding too.
 
 The pretrained network is called at several times on random numbers in place of images: does it compute what the
 published model does, and can the derivative of its velocity be regressed on?
@@ -11,6 +11,7 @@ published model does, and can the derivative of its velocity be regressed on?
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,11 +22,15 @@ from dumo.autodiff.dual import pair, primal, tangent, teach_others
 from dumo.config.conditions import Conditions
 from dumo.config.spec import Run
 from dumo.data import Data, Images, Latents
+from dumo.data.cache import read_index
 from dumo.data.caption import Templates
+from dumo.io.audit import verify
 from dumo.io.read import null_nonfinite
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
+from dumo.run.data import require_images
 from dumo.run.examination import Examination, examine
+from dumo.run.index import Index
 from dumo.run.net import require_room
 from dumo.run.random_net import short_run
 from dumo.run.weights import build
@@ -83,8 +88,8 @@ class Check:
         }
 
 
-def check(run: Run, device: str = "auto") -> Check:
-    """Test a run on this machine. Raises UserError if there is no such device."""
+def check(run: Run, device: str = "auto", folder: Path | None = None) -> Check:
+    """Test a run on this machine. `folder` is the run's own, if it has one. Raises UserError for an unknown device."""
     torch_device = choose_device(device)
 
     def build_net(net: Net) -> nn.Module:
@@ -106,6 +111,7 @@ def check(run: Run, device: str = "auto") -> Check:
     findings = [
         slope,
         *weight_findings(run.net, run.data, build_net),
+        *data_findings(run.data, folder),
         *caption_findings(run.data),
         *bucket_findings(run.data),
     ]
@@ -131,6 +137,31 @@ def _describe_environment() -> dict[str, str]:
 def _ok_or_warning(name: str, text: str, way: str) -> Finding:
     """A warning if there is something to do, `way`, else ok."""
     return Finding(name, "warning" if way else "ok", text, way)
+
+
+def data_findings(data: Data, folder: Path | None) -> list[Finding]:
+    """Whether all images, and all shards of latents, hold what they held; [] of data that have nothing to compare with.
+
+    Images are compared with those that the run in `folder` read, or with those that a cache of latents was made of.
+    """
+    try:
+        if isinstance(data, Latents):
+            index = read_index(data.folder)
+            if index is None:
+                return [Finding("data", "warning", f"{data.folder} is not there yet", "dumo encode makes it")]
+            verify(data.folder, index.shards)
+            data.compare_images(hash_all=True)
+            return [Finding("data", "ok", f"{len(index.shards):,} shards and their images are as they were encoded")]
+        if not isinstance(data, Images) or folder is None:
+            return []
+        last = Index.read(folder).checkpoints.latest(())
+        ledger = data.ledger()
+        if last is None or last.manifest.ledger is None or ledger is None:
+            return []
+        require_images(folder, ledger, last)
+    except (UserError, OSError) as error:
+        return [Finding("data", "failing", "not what it was", str(error))]
+    return [Finding("data", "ok", f"{len(ledger):,} images are as the run read them")]
 
 
 def caption_findings(data: Data) -> list[Finding]:

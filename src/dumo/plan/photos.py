@@ -24,15 +24,12 @@ from dumo.config.place import RUNS_FOLDER, TEXTS_FOLDER
 from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, folder_of_images, settings_of_images
 from dumo.config.spec import Run, StandaloneParts
 from dumo.data import Images, Latents
-from dumo.data.album import unreadable_text
-from dumo.data.annotation import NoCaptionsError, captions_of
-from dumo.data.caption import CaptionFiles
-from dumo.data.column import AUTO
-from dumo.data.origin import cache_name
+from dumo.data.caption import AUTO, CaptionFiles, NoCaptionsError, captions_of
+from dumo.data.images import unreadable_text
 from dumo.data.pixel import short_side
-from dumo.data.store import Store
+from dumo.data.rows import Rows
 from dumo.encoders.caption import Captions
-from dumo.io.read import user_path
+from dumo.io import digest
 from dumo.io.trained import LATENTS_FOLDER
 from dumo.runtime.device import choose_device
 from dumo.runtime.text import minutes_text
@@ -113,13 +110,13 @@ def propose(place: str, changes: Sequence[str] = (), *, minutes: float | None = 
 
     # Look at the images.
     images = _images_at(place, changes)
-    store = images.unlabelled_store()
-    side = _median_side(store)
+    rows = images.open_rows()
+    side = _median_side(rows)
     chooses_net = sets_field(changes, "net") or sets_field(changes, "net.kind")
-    captions = None if chooses_net else _find_captions(images, store, changes)
+    captions = None if chooses_net else _find_captions(images, rows, changes)
     if captions is None:
         images = images.with_facts()
-    length = length_fields(len(store), changes, on_a_cpu=on_a_cpu, minutes=minutes)
+    length = length_fields(len(rows), changes, on_a_cpu=on_a_cpu, minutes=minutes)
 
     # Choose the recipe.
     wants_pixels = chooses_net or "data.kind=images" in changes or images.captions is not None
@@ -138,7 +135,7 @@ def propose(place: str, changes: Sequence[str] = (), *, minutes: float | None = 
     tree = load_recipe(recipe, _as_changes(fields | length)).model_dump(mode="json")
     override(tree, settings_of_images(tree, changes))
     run = parse(Run, tree)
-    return Proposal(run, len(store), side, images.labels, captions)
+    return Proposal(run, len(rows), side, images.labels, captions)
 
 
 def pixel_fields(side: int, *, on_a_cpu: bool) -> dict[str, Any]:
@@ -170,16 +167,16 @@ def _images_at(place: str, changes: Sequence[str]) -> Images:
     return images
 
 
-def _median_side(store: Store) -> int:
+def _median_side(rows: Rows) -> int:
     """The shorter side in pixels, the median over some images. Raises UserError if none of these can be read."""
-    indices = sorted({round(i * (len(store) - 1) / (_MAX_HEADERS - 1)) for i in range(_MAX_HEADERS)})
+    indices = sorted({round(i * (len(rows) - 1) / (_MAX_HEADERS - 1)) for i in range(_MAX_HEADERS)})
     sides: list[int] = []
     reason = ""
     for i in indices:
         try:
-            sides.append(short_side(store.read(i)))
+            sides.append(short_side(rows.read(i)))
         except (OSError, ValueError) as error:
-            reason = reason or unreadable_text(store.path(i), error)
+            reason = reason or unreadable_text(rows.path(i), error)
     if not sides:
         raise UserError(f"none of the {len(indices)} images looked at can be read; the first: {reason}")
     return round(median(sides))
@@ -190,7 +187,7 @@ def _round_side(side: int, max_side: int) -> int:
     return min(max_side, side // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
 
 
-def _find_captions(images: Images, store: Store, changes: Sequence[str]) -> Captions | None:
+def _find_captions(images: Images, rows: Rows, changes: Sequence[str]) -> Captions | None:
     """The captions that a network is to read; None if there are none, or the user has chosen others.
 
     Raises UserError if captions are damaged, or many images have none.
@@ -201,7 +198,7 @@ def _find_captions(images: Images, store: Store, changes: Sequence[str]) -> Capt
         return None
     name = images.captions.name if isinstance(images.captions, CaptionFiles) else AUTO
     try:
-        texts = captions_of(user_path(images.root, "data.root"), store, name, require_pairs=True)
+        texts = captions_of(rows, name, is_new=True)
     except NoCaptionsError:
         if is_asked:
             raise
@@ -232,9 +229,12 @@ def _latent_fields(place: str, images: Images, side: int, changes: Sequence[str]
     assert isinstance(latents, Latents)
     if not sets_field(changes, "data.side"):
         images = images.model_copy(update={"side": _round_side(side, latents.images.side)})
-    cache = cache_name(folder_of_images(place).name, images, latents.codec.digest() or "")
+    ledger = images.ledger()
+    assert ledger is not None, "the images are here"
+    encoded_as = (images.side, images.crop, images.flip, images.labels, images.names, images.split, images.count)
+    key = digest.short(ledger.fingerprint(), str(encoded_as), latents.codec.digest() or "")
     fields: dict[str, Any] = {
-        "data.root": f"{LATENTS_FOLDER}/{cache}",
+        "data.root": f"{LATENTS_FOLDER}/{folder_of_images(place).name}-{key}",
         "data.images.root": place,
         "data.images.side": images.side,
     }

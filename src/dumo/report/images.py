@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +26,8 @@ from dumo.config.change import override
 from dumo.config.load import parse
 from dumo.config.suggestion import require_known
 from dumo.data import Digits, Images, pixel
-from dumo.data.album import Album
-from dumo.data.image import open_store
-from dumo.data.store import Labels
+from dumo.data.images import Labels, Source, labels_of
+from dumo.data.rows import open_rows
 from dumo.encoders import vision
 from dumo.evaluation import Context, ImageProtocol, MetricProtocol
 from dumo.evaluation.npz import NpzImages
@@ -76,28 +74,11 @@ class _ImagesSettings(Spec):
 
 
 @dataclass(frozen=True)
-class SameSize(pixel.ToRectangle):
-    """Bytes of an image file to RGB, if it has the size of the first image, `width` x `height`."""
-
-    first_name: str
-
-    def __call__(self, data: bytes) -> Tensor:
-        """The pixels, 0 ... 255. Raises Unreadable for no whole image, or one of another size."""
-        image = pixel.to_rgb(pixel.load_upright(data))
-        if image.size != (self.width, self.height):
-            raise pixel.Unreadable(
-                f"is {image.width} x {image.height} pixels, and {self.first_name} is {self.width} x {self.height}: "
-                "bring all images to one size, for none is resized here"
-            )
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-@dataclass(frozen=True)
 class ImageSet:
     """The images of a folder or file."""
 
     # Reads them by row.
-    source: Album | NpzImages
+    source: Source | NpzImages
     # 3, height, width.
     shape: tuple[int, ...]
     # None if they have no classes.
@@ -153,20 +134,21 @@ def open_images(place: Path) -> ImageSet:
         labels = None if source.c is None else Labels(source.c, int(source.c.max()) + 1)
         _, height, width, _ = source.shape
         return ImageSet(source, (3, height, width), labels, lambda row: f"image {row} of {place}")
+    rows = open_rows(place)
+    labels = None
     problem = ""
     try:
-        store = open_store(place)
+        labels = labels_of(rows)
     except UserError as error:
         # The rest of the message says what to set in a run.
         problem, _, _ = str(error).partition(": ")
-        store = open_store(place, label=None)
     try:
-        width, height = pixel.load_upright(store.read(0)).size
+        width, height = pixel.load_upright(rows.read(0)).size
     except (OSError, ValueError) as error:
-        raise UserError(f"{store.path(0)} {error}: repair or remove it") from error
-    to_pixels = SameSize(height=height, width=width, crop="none", first_name=store.path(0))
-    source = Album(store, to_pixels, flip=False, skip=False, memory=MEMORY_BYTES)
-    return ImageSet(source, to_pixels.shape, store.labels, store.path, problem)
+        raise UserError(f"{rows.path(0)} {error}: repair or remove it") from error
+    to_pixels = pixel.SameSize(height=height, width=width, crop="none", first_name=rows.path(0))
+    source = Source(rows, to_pixels, labels).keep_decoded(MEMORY_BYTES)
+    return ImageSet(source, to_pixels.shape, labels, rows.path, problem)
 
 
 def judge(

@@ -20,9 +20,8 @@ from dumo.config.fit import check_guidance
 from dumo.config.load import parse
 from dumo.config.spec import Sampling
 from dumo.data import Data, Images
-from dumo.data.column import CAPTION_NAMES
-from dumo.data.metadata import TABLES
 from dumo.data.pixel import Size
+from dumo.data.rows import CAPTION_COLUMNS, TABLES
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.solver import Solver, check
 from dumo.io import file as files
@@ -284,6 +283,6 @@ def _write_captions(folder: Path, texts: Sequence[str]) -> None:
     """Write metadata.csv with the caption of each image in a folder, as `picture.write_singles` numbers them."""
     csv_text = StringIO()
     table = csv.writer(csv_text)
-    table.writerow(("file_name", CAPTION_NAMES[0]))
+    table.writerow(("file_name", CAPTION_COLUMNS[0]))
     table.writerows((f"{i:06d}.png", text) for i, text in enumerate(texts))
     files.write(folder / TABLES[0], csv_text.getvalue().encode())

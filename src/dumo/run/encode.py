@@ -26,7 +26,7 @@ from dumo.config.source import choose
 from dumo.config.spec import Run, with_pipeline
 from dumo.data import Data, Latents, cache, encoding
 from dumo.data.caption import CaptionFiles
-from dumo.data.image import errors_of_latents
+from dumo.data.images import errors_of_latents
 from dumo.encoders import texttable
 from dumo.encoders.pipeline import Pipeline
 from dumo.io import table
@@ -146,14 +146,13 @@ def encode(
     store: str | None = None,
     dtype: str | None = None,
     shard_rows: int | None = None,
-    verify: bool = False,
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> EncodeResult:
     """Make this rank's shards of the cache, with mirrored images where data are flipped.
 
     `store`, `dtype` and `shard_rows` are fields of the `CachePlan`. None: a cache that is begun keeps its own; a new
-    one takes the plan's defaults. `verify`: all images are hashed first, whatever is noted of them. Raises UserError
+    one takes the plan's defaults. Raises UserError
     where the images or the codec cannot be opened, a field of the plan is refused, or the folder holds something else,
     or a cache of other images.
     """
@@ -161,9 +160,6 @@ def encode(
     images = data.images
     codec = data.codec.open(torch_device)
     image_rows = data.rows()
-    if verify:
-        image_rows.hashes.forget()
-        image_rows.hashes.hash(range(len(image_rows)))
     existing_index = cache.read_index(data.folder)
     if existing_index:
         store = store or existing_index.store
@@ -173,7 +169,7 @@ def encode(
     plan_fields: dict[str, Any] = {
         "shard_rows": shard_rows or _SHARD_ROWS,
         "source": " ".join(word for word in (images.root, images.split) if word),
-        "fingerprint": image_rows.hashes.fingerprint(),
+        "fingerprint": image_rows.ledger.names_digest(),
         "resolution": images.side,
         "sizes": images.sizes,
         "crop": images.crop,

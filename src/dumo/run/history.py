@@ -5,7 +5,7 @@ all ranks have read the folder, `run.train` calls `History.write`. It
 
 1. takes back what came after the step from which training goes on
 2. compares the log with what the checkpoint lists
-3. writes run.yaml, with the changes noted, and data.json
+3. writes run.yaml, with the changes noted, data.json and images.ledger
 4. notes what was asked for and is obeyed by this
 5. says what has changed
 """
@@ -20,7 +20,8 @@ from dumo.config.place import LOG_FILE
 from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
 from dumo.io.source import DataSource
-from dumo.run import datacheck, datanote
+from dumo.run import data as run_data
+from dumo.run.data import NOTE_FILE, Change, changed_data_error
 from dumo.run.folder import (
     BEST_FOLDER,
     mark_checkpoint_written,
@@ -46,6 +47,7 @@ class History:
     run: Run
     index: Index
     source: DataSource
+    checkpoint: Checkpoint | None  # the one that is resumed
     step: int
     fingerprint: str | None  # of the data now
     changes: Sequence[RecordedChange]  # of fields and data, since the run began
@@ -64,7 +66,7 @@ class History:
         checkpoint: Checkpoint | None,
         *,
         accept: bool,
-        change: datacheck.Change | None,
+        change: Change | None,
     ) -> "History":
         """Compare run and data with what the folder holds; nothing is written.
 
@@ -77,16 +79,17 @@ class History:
         changes = run_before.changes_to_record(run, step) if run_before else []
         if checkpoint and noted_fingerprint is not None and noted_fingerprint != fingerprint:
             if not accept:
-                raise datacheck.changed_data_error(
-                    index.folder, f"fingerprint {noted_fingerprint} in {datanote.FILE}, {fingerprint} now"
+                raise changed_data_error(
+                    index.folder, f"fingerprint {noted_fingerprint} in {NOTE_FILE}, {fingerprint} now"
                 )
-            change = datacheck.Change(noted_fingerprint, str(fingerprint))
+            change = Change(noted_fingerprint, str(fingerprint))
         if change:
             changes = [*changes, RecordedChange(step=step, field="data", was=change.was, now=change.now, accepted=True)]
         return cls(
             run=run,
             index=index,
             source=source,
+            checkpoint=checkpoint,
             step=step,
             fingerprint=fingerprint,
             changes=changes,
@@ -133,7 +136,10 @@ class History:
             mark_checkpoint_written(folder)
         # at step 0 data.json may be of a start that was killed, and of images that have changed since
         measures_anew = self.has_other_data or self.step == 0
-        data_note = datanote.update(folder, self.index.data_note, self.source, self.fingerprint, anew=measures_anew)
+        data_note = run_data.update_note(
+            folder, self.index.data_note, self.source, self.fingerprint, anew=measures_anew
+        )
+        run_data.begin_ledger(folder, self.source, self.checkpoint, anew=self.has_other_data)
         if request:
             request.note()
 

@@ -15,8 +15,7 @@ from dumo.config.history import RecordedRun
 from dumo.config.load import run_of
 from dumo.config.source import RUN_FILE, RecordedChange, RunText, parse_text, read_file
 from dumo.config.spec import Run
-from dumo.run import datanote
-from dumo.run.datanote import DataNote
+from dumo.run.data import DataNote, read_note
 from dumo.training import manifest
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.types import UserError
@@ -120,4 +119,4 @@ class Index:
     @cached_property
     def data_note(self) -> DataNote | None:
         """What data.json says. Raises UserError for a damaged file."""
-        return datanote.read(self.folder)
+        return read_note(self.folder)

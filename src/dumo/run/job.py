@@ -34,7 +34,8 @@ from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.io.source import DataSource
 from dumo.nets.text import LearnedTexts
-from dumo.run import datacheck, examination
+from dumo.run import examination
+from dumo.run.data import compare_data
 from dumo.run.folder import (
     guard_run_folder,
     locked_run_folder,
@@ -121,7 +122,6 @@ def open_job(
     tell: Tell | None = None,
     step: int | None = None,
     accept: bool = False,
-    verify: bool = False,
     sheets: MakeSheets | None = None,
     minutes: float | None = None,
     began: float | None = None,
@@ -135,7 +135,6 @@ def open_job(
     - `step`: resume from the checkpoint of this step, not from the last one; a restart that has done so takes that
     - `tell`: called with lines for the user, on rank 0
     - `accept`: resume though data or fields have changed, and note what has
-    - `verify`: hash all images first
     - `sheets`: draws the sheets of `train.sheets` (`dumo.report.sheet.Sheets`); None: nobody does
     - `minutes`: train the run of the folder for so long from its checkpoint on (`train.minutes`); a restart adds none
     - `began`: from when its time counts, by `stopwatch.wall_clock`, if it ends by the clock; None: from now on
@@ -151,7 +150,7 @@ def open_job(
         stack.enter_context(dist.join())
         tell_on_main = ignore_line if tell is None or not dist.is_main() else tell
         agreement.on_main_rank(lambda: stack.enter_context(locked_run_folder(folder)))
-        request = Request(folder, step, minutes, tuple(changes), accept=accept, verify=verify)
+        request = Request(folder, step, minutes, tuple(changes), accept=accept)
         was_obeyed = request.was_obeyed()
         if was_obeyed:
             tell_on_main(request.obeyed_line())
@@ -198,7 +197,7 @@ def open_job(
         teacher = _load_teacher(run_to_train, state, torch_device)
 
         # 7. compare with what the folder holds
-        changed_data = datacheck.verify_data(data, folder, checkpoint, accept=accept, verify=verify)
+        changed_data = compare_data(run_to_train.data, data, folder, checkpoint, accept=accept)
 
         def compare_history() -> History | None:
             if not dist.is_main():

@@ -21,10 +21,11 @@ from dumo.config.load import dump
 from dumo.config.place import LOG_FILE
 from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
-from dumo.io.content import Hashes
+from dumo.data.ledger import Ledger
 from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
-from dumo.run import datacheck, examination
+from dumo.run import examination
+from dumo.run.data import save_ledger
 from dumo.run.folder import mark_checkpoint_written, write_run_file
 from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
@@ -57,8 +58,8 @@ class Journal:
     checkpoints: Checkpoints
     source: "DataSource | TeacherPairs"
     tell: Callable[[str], None]
-    # Hashes of the images.
-    hashes: Hashes | None = None
+    # What the images were when they were read.
+    ledger: Ledger | None = None
     # The changes of fields and data since the run began; None on ranks other than 0.
     changes: Sequence[RecordedChange] | None = None
     # The clock of a run that ends by it.
@@ -203,7 +204,8 @@ class Journal:
         began = self.countdown.seconds() if self.countdown else 0.0
         log_file = self.folder / LOG_FILE
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
-        notes = checkpoint.CheckpointNotes(self.run_text, datacheck.tensors_to_save(self.hashes), logged, self.threads)
+        listed_ledger = save_ledger(self.folder, self.ledger)
+        notes = checkpoint.CheckpointNotes(self.run_text, listed_ledger, logged, self.threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.data import Data, Latents
-from dumo.data.edit import source_hash
+from dumo.data.caption import image_hash
 from dumo.data.pixel import ToSquare, Unreadable
 from dumo.encoders.caption import edit_caption, split_caption
 from dumo.encoders.texttable import SourceImages
@@ -101,7 +101,7 @@ def _as_captions(sampler: Sampler, prompts: Sequence[str], source: Path | None) 
         return [text.strip() for text in prompts]
     if not edits_images(sampler.data):
         raise UserError("this run edits no images: leave out --source")
-    sha256 = source_hash(source)
+    sha256 = image_hash(source)
     return [edit_caption(text, sha256) for text in prompts]
 
 

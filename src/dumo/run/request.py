@@ -39,7 +39,6 @@ class Request:
     minutes: float | None  # to train for, from the checkpoint on
     changes: tuple[str, ...]  # of fields, each a.b=c
     accept: bool = False  # other fields or data than it was trained by
-    verify: bool = False  # hash all images first
 
     @property
     def is_one_time(self) -> bool:
@@ -114,7 +113,6 @@ def require_same_request(request: Request, run: Run) -> None:
             "--from": request.step,
             "--minutes": request.minutes,
             "--accept": request.accept,
-            "--verify": request.verify,
         }
         values.update(_values_of(run.model_copy(update={"resolved": {}})))
         return values

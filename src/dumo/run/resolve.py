@@ -30,7 +30,7 @@ from dumo.config.source import CODE_KEY, TYPED_KEY, RunText, read, without_resol
 from dumo.config.spec import Run
 from dumo.data import Data, Images, Latents
 from dumo.data.cache import read_index
-from dumo.data.image import with_fields_of_latents
+from dumo.data.images import with_fields_of_latents
 from dumo.flow.path import Diffusion
 from dumo.io import digest, trained
 from dumo.io.read import user_path

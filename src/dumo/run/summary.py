@@ -11,9 +11,8 @@ from torch import nn
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.spec import Run
 from dumo.data import Data, Images
-from dumo.data.album import Album
+from dumo.data.images import Source
 from dumo.data.latents import LatentSource
-from dumo.data.store import first_sorted
 from dumo.io.read import first_few
 from dumo.run.net import num_parameters
 from dumo.runtime import dist
@@ -24,7 +23,7 @@ from dumo.training.layout import share_of
 
 def empty_classes_line(data: Data, source: object) -> str:
     """Return a line that names the classes without a readable image, or "" if there are none."""
-    if not isinstance(source, Album | LatentSource) or Conditions(data).captions:
+    if not isinstance(source, Source | LatentSource) or Conditions(data).captions:
         return ""
     labels = source.readable_labels()
     images = shown_data(data)
@@ -87,7 +86,7 @@ def _data_text(run: Run, size: int | None, unit: str) -> str:
         return f"{text} with {run.data.classes:,} captions"
     text = f"{text} in {run.data.classes} classes"
     if conditions.names:
-        text = f"{text}: {first_sorted(conditions.words)}"
+        text = f"{text}: {first_few(conditions.words, max_items=8)}"
     return text
 
 

@@ -23,9 +23,10 @@ import torch
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Latents
+from dumo.data.ledger import ledger_of
 from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
-from dumo.io.source import Bucketed, DataSource, hashes_of
+from dumo.io.source import Bucketed, DataSource
 from dumo.nets.dualized import Dualized
 from dumo.run.job import Job, MakeSheets, Sheets, open_job, train_more_hint
 from dumo.run.journal import Journal, resume_hint
@@ -222,7 +223,7 @@ def _journal_of(job: Job, source: DataSource | TeacherPairs, countdown: Countdow
         checkpoints=job.index.checkpoints,
         source=source,
         tell=job.tell,
-        hashes=hashes_of(job.data),
+        ledger=ledger_of(job.data),
         changes=job.history.changes if job.history else None,
         countdown=countdown,
         best_folder=job.best_folder,

@@ -32,7 +32,7 @@ from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.run import datanote
+from dumo.run.data import NOTE_FILE
 from dumo.run.index import Index
 from dumo.run.net import deferred_net, draw_net, require_room
 from dumo.run.provenance import require_own_checkpoint, require_own_weights
@@ -201,13 +201,13 @@ def _require_trained_images(index: Index, run: Run) -> None:
     """Raise UserError where the run's data are images, and others than those that its folder notes."""
     if not isinstance(run.data, Images):
         return
-    undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})  # its images are not looked at
+    undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})  # its images are not decoded
     trained_fingerprint = index.data_note.fingerprint if index.data_note else None
     fingerprint = undecoded.open().fingerprint()
     if trained_fingerprint not in (None, fingerprint):
         raise UserError(
             f"data.root: {run.data.root} has other images than {index.folder} was trained on (fingerprint "
-            f"{fingerprint}, and {trained_fingerprint} in {datanote.FILE}): put those back, or say where they are"
+            f"{fingerprint}, and {trained_fingerprint} in {NOTE_FILE}): put those back, or say where they are"
         )
 
 

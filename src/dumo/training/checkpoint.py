@@ -1,7 +1,7 @@
 """Checkpoints: what a run needs to resume, to the bit, in safetensors and JSON only, on any number of ranks.
 
     checkpoints/step-00001000/   net.safetensors  ema-<decay>.safetensors ...  optimizer.safetensors  spec.yaml
-                                 state.json; where it is trained on files, data.safetensors
+                                 state.json
     milestones/step-00000200.safetensors
 
 - Save: `copy` copies the state to host memory, and `save_copy` writes that copy, maybe in a thread
@@ -23,7 +23,7 @@ and `state.json` lists its files and their hashes (`dumo.training.manifest`).
 import json
 from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ from dumo.training.state import Diverged, State, by_parameter_index, empty_optim
 from dumo.types import UserError
 
 FIX = "resume with the spec that wrote it"  # ends messages about weights of another net
-DATA = "data.safetensors"  # of a checkpoint of a run on files: what was in them (`dumo.run.datacheck`)
 _ONE_FILE = {"format": "pt"}  # metadata of a part: one entry, because two are written in any order
 ABOUT = "dumo"  # key of the one metadata entry of weights outside a checkpoint: facts about them, as JSON
 SUM = "sum"  # key, among these facts, of the checksum of the tensors
@@ -55,10 +54,10 @@ HostMemory = MutableMapping[tuple[str, str], Tensor]  # buffers in the host, by 
 
 @dataclass(frozen=True)
 class CheckpointNotes:
-    """What a checkpoint holds besides its state: the run as text (of the main rank), and what was in its data."""
+    """What a checkpoint holds besides its state: the run as text (of the main rank), and how long its files were."""
 
     run: str = ""
-    data: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the same on all ranks
+    ledger: manifest.FileEntry | None = None  # what the images were (`dumo.data.ledger`)
     log: manifest.FileEntry | None = None  # of the main rank
     threads: int | None = None  # of torch on a CPU
 
@@ -84,7 +83,7 @@ def copy(state: State, notes: CheckpointNotes, memory: HostMemory) -> Checkpoint
     bad_tensor = first_not_finite(tensors, _buffer_names(state.net))
     if bad_tensor:
         raise Diverged(f"step {state.step}: {bad_tensor} is not finite, so no checkpoint is written of it.")
-    size = sum(tensor.nbytes for tensor in notes.data.values())
+    size = 0
     for named in tensors.values():
         size += sum(tensor.nbytes for tensor in named.values())
     about = Manifest(
@@ -98,9 +97,9 @@ def copy(state: State, notes: CheckpointNotes, memory: HostMemory) -> Checkpoint
         timing=state.timing,
         threads=notes.threads,
         log=notes.log,
+        ledger=notes.ledger,
         files={},
     )
-    notes = replace(notes, data={name: x.clone() for name, x in notes.data.items()})
     offsets: dict[str, dict[str, tuple[int, ...]]] = {}
     if dist.world() > 1:
         from dumo.io import shards  # slow to import
@@ -304,8 +303,6 @@ def _write_notes(folder: Path, notes: CheckpointNotes) -> None:
     """Write what a checkpoint holds besides its state."""
     if notes.run:
         (folder / manifest.RUN).write_text(notes.run, encoding="utf-8")
-    if notes.data:
-        safetensors.torch.save_file(dict(notes.data), folder / DATA, metadata=_ONE_FILE)
 
 
 def _gather_on_main_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

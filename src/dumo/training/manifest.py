@@ -77,6 +77,7 @@ class Manifest(BaseModel):
     threads: int | None = None  # of torch on a CPU, which decide how sums round; None on a GPU
     timing: Timing | None = Field(default=None, exclude_if=lambda timing: timing is None)  # None: it ends by its steps
     log: FileEntry | None = None  # the rows of the run's log up to this step, from its beginning
+    ledger: FileEntry | None = None  # what the images were that were read up to this step (`dumo.data.ledger`)
     files: dict[str, FileEntry]  # all but this one, by path inside the checkpoint
     sum: str | None = None  # of all other fields; None: of a checkpoint from before it was kept
 

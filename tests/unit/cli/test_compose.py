@@ -302,8 +302,8 @@ def test_a_run_is_opened_with_the_arguments_of_train(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("dumo.cli.api.open_job", open_job)
     with pytest.raises(dumo.UserError, match="opened"):
-        train(tmp_path, source="moons", step=3, accept=True, verify=True)
-    assert (arguments["step"], arguments["accept"], arguments["verify"]) == (3, True, True)
+        train(tmp_path, source="moons", step=3, accept=True)
+    assert (arguments["step"], arguments["accept"]) == (3, True)
 
 
 def test_parts_of_your_own_need_a_folder() -> None:

@@ -13,7 +13,7 @@ from dumo.run.judge import sample_conditions
 from dumo.run.resolve import resolve
 from dumo.types import UserError
 from unit.data.animals import SIDE
-from unit.data.test_annotation import TEXTS, TOLD, as_lines
+from unit.data.test_rows import TEXTS, TOLD, as_lines
 
 WORDS = 'data.captions={"kind": "templates", "templates": ["a {}", "{n}"], "held": ["one {}"]}'
 READ = "net.texts={kind: learned, root: runs/texts/here}"

@@ -6,7 +6,7 @@ import pytest
 
 from dumo.config import place
 from dumo.config.place import RUN_FILE
-from dumo.data.image import NoImagesError, open_store
+from dumo.data.rows import NoImagesError, open_rows
 
 
 def test_a_table_is_known_in_upper_case_too(tmp_path: Path) -> None:
@@ -26,6 +26,6 @@ def test_images_are_those_that_are_opened(file: str, tmp_path: Path, monkeypatch
     for root in (tmp_path, Path()):
         assert place.find_content(root, images=True) is None
         with pytest.raises(NoImagesError):
-            open_store(root)
+            open_rows(root)
     if not Path(file).name.startswith("."):
         assert place.find_content((tmp_path / file).parent, images=True) == "images"

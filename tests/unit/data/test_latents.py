@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from autoencoder import taef2
 from dumo.data import Latents
 from dumo.data.cache import CAPTIONS as FILE
-from dumo.data.latents import LatentSource, OriginThread
+from dumo.data.latents import LatentSource
 from dumo.run import encode
 from dumo.run.summary import empty_classes_line
 from dumo.types import UserError
 from unit.data.animals import COUNT, SIDE, archive, as_folder, picture
-from unit.data.test_annotation import FILES, TEXTS, TOLD, as_lines
+from unit.data.test_rows import FILES, TEXTS, TOLD, as_lines
 from unit.encoders.toy import contents
 
 WORDS = {"captions": {"kind": "templates", "templates": ["a {}", "{n}"], "held": ["one {}"]}}
@@ -266,7 +266,7 @@ def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, t
     encode.encode(first, dtype="float32")
     rows = torch.arange(3)
     torch.testing.assert_close(first.cache().take(rows, "x"), cached.cache().take(rows, "x"), rtol=0, atol=1e-2)
-    OriginThread(first.folder, first.images).verify()
+    first.compare_images(hash_all=True)
     whole = latents(images, tmp_path / "first")
     with pytest.raises(UserError, match="first_images: 3 in the cache, 0 asked"):
         whole.cache()
@@ -291,7 +291,7 @@ def test_images_that_cannot_be_read_may_fill_a_shard(
     assert [shard.rows for shard in data.cache().index.shards] == [4, 4, 0]
     x, c = data.open().batch(0, 8, 0)
     assert (len(x), sorted(c.tolist())) == (8, [0] * 4 + [1] * 4)
-    OriginThread(data.folder, data.images).verify()
+    data.compare_images(hash_all=True)
 
 
 def test_a_cache_is_repaired_from_where_the_images_are_now_as_it_was_made(
@@ -315,12 +315,13 @@ def test_images_that_cannot_be_opened_any_more_are_refused(images: Path, cached:
     """As with one that is in no class; a folder without images is where a disk is not mounted."""
     shutil.copytree(images, tmp_path / "images")
     copied = cached.images.model_copy(update={"root": str(tmp_path / "images")})
-    OriginThread(cached.folder, copied).verify()
+    cached.model_copy(update={"images": copied}).compare_images(hash_all=True)
     shutil.copy(tmp_path / "images/ant/00.png", tmp_path / "images/new.png")
     with pytest.raises(UserError, match=r"outside them, .*: set data\.images\.labelled=false, or move them"):
-        OriginThread(cached.folder, copied).verify()
+        cached.model_copy(update={"images": copied}).compare_images()
     (tmp_path / "empty").mkdir()
-    OriginThread(cached.folder, copied.model_copy(update={"root": str(tmp_path / "empty")})).verify()
+    elsewhere = copied.model_copy(update={"root": str(tmp_path / "empty")})
+    cached.model_copy(update={"images": elsewhere}).compare_images()
 
 
 def test_a_missing_cache_names_the_command(latents: Maker, images: Path, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from contract.drawn import counting
 from dumo.data import Digits, Images, Moons
-from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.cache import open_cache
 from dumo.data.encoding import encode
+from dumo.data.images import Source
 from dumo.data.latents import LatentSource, PriorRows
 from dumo.io.source import Bucketed, rows_of
 from dumo.io.table import ShardTable
@@ -34,7 +34,7 @@ class Batches(Protocol):
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = ...) -> tuple[Tensor, ...]: ...
 
 
-def album(root: Path, **fields: object) -> Album:
+def album(root: Path, **fields: object) -> Source:
     """Random grey images in two classes, opened."""
     for i in range(COUNT):
         (root / f"{i % 2}").mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def test_parts_of_many_points_are_the_whole() -> None:
 def test_a_rank_decodes_its_own_images_only(tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step's once, and none of another step."""
     source, last = album(tmp_path, memory=0.0), slice(BATCH - BATCH // world, BATCH)
-    seen = spied(monkeypatch, source.store, "read", lambda i: i)
+    seen = spied(monkeypatch, source.encoded, "read", lambda i: i)
     for step in range(3):
         source.batch(step, BATCH, 1, last)
     asked = [rows_of(step, BATCH, size=COUNT, seed=1, rows=last) for step in range(3)]

@@ -12,8 +12,7 @@ from dumo.data.cache import open_cache
 from dumo.data.encoding import encode
 from dumo.data.latents import LatentSource
 from dumo.io import audit
-from dumo.io.audit import Audit
-from dumo.io.inventory import NOTE_NAME
+from dumo.io.audit import FILE, Audit, verify
 from dumo.types import UserError
 from unit.data.spy import spied
 from unit.encoders.toy import PLAN, POINT, Pictures
@@ -143,7 +142,7 @@ def test_ranks_of_a_machine_share_the_reading(folder: Path, read: list[str], mon
 @pytest.mark.parametrize("text", ["", "[1]", '{"shard-00000.safetensors": 3}', "{"])
 def test_a_damaged_note_is_no_note(folder: Path, read: list[str], text: str) -> None:
     opened(folder)
-    (folder / NOTE_NAME).write_text(text)
+    (folder / FILE).write_text(text)
     opened(folder)
     assert read[4] == SHARDS[0]
     assert opened(folder).batch(0, 4, 0)[0].shape[0] == 4
@@ -152,8 +151,23 @@ def test_a_damaged_note_is_no_note(folder: Path, read: list[str], text: str) -> 
 def test_nothing_is_noted_where_that_is_not_allowed(
     folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dumo.io.note.is_writable", lambda place: False)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("dumo.io.audit.files.write", refuse)
     for _ in range(2):
         assert torch.equal(opened(folder).batch(0, 4, 0)[0], opened(folder).batch(0, 4, 0)[0])
     assert read == SHARDS * 4
-    assert not (folder / NOTE_NAME).exists()
+    assert not (folder / FILE).exists()
+
+
+def test_a_change_that_keeps_the_time_is_found_by_verify_alone(folder: Path) -> None:
+    opened(folder)
+    file = folder / SHARDS[2]
+    time = file.stat().st_mtime_ns
+    change(folder)
+    os.utime(file, ns=(time, time))
+    opened(folder)
+    with pytest.raises(UserError, match=SAID):
+        verify(folder, open_cache(folder, POINT.codec).index.shards)

@@ -29,16 +29,6 @@ def test_entries_before_a_row_are_counted_in_the_type_of_the_lengths(tmp_path: P
     assert finished.take(torch.tensor([4, 1]), "x").tolist() == [70_301, 300]
 
 
-def test_the_hash_of_the_source_keeps_its_key_in_the_files(tmp_path: Path) -> None:
-    index = TableIndex(columns={"x": Column(dtype="uint8")}, rows=1)
-    table.make_shards(
-        tmp_path, index, lambda *_: {"x": torch.zeros(1, dtype=torch.uint8)}, source_hash=lambda number: f"h{number}"
-    )
-    assert '"of": "h0"' in (tmp_path / table.FILE).read_text()
-    (shard,) = table.read_finished_index(tmp_path, TableIndex, UserError("is no table")).shards
-    assert shard.source_hash == "h0"
-
-
 class _IndexOfEncoder(TableIndex):
     """An index, one of whose inputs is left out where it has no value, as those of captions do."""
 

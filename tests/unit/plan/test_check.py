@@ -10,7 +10,7 @@ from dumo.data import Data
 from dumo.plan.check import TIMES, caption_findings, rate_finding, velocity_index
 from dumo.run.resolve import resolve
 from unit.data.animals import SIDE, as_folder
-from unit.data.test_annotation import TOLD, as_lines, as_texts
+from unit.data.test_rows import TOLD, as_lines, as_texts
 
 READ = "net.texts={kind: learned, root: runs/texts/here}"
 

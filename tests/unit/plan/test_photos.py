@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dumo.data.annotation import NoCaptionsError
+from dumo.data.caption import NoCaptionsError
 from dumo.plan import photos
 from dumo.runtime.device import choose_device
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dumo.data import Digits
-from dumo.data.pixel import Unreadable
+from dumo.data.pixel import SameSize, Unreadable
 from dumo.encoders import inception
 from dumo.evaluation import Context, ShippedProtocol
 from dumo.evaluation import images as by_inception
@@ -24,7 +24,7 @@ from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
 from dumo.report import score
 from dumo.report.compare import compare, require_comparable
-from dumo.report.images import ImageSet, SameSize, judge, judged_channels_and_classes, open_images
+from dumo.report.images import ImageSet, judge, judged_channels_and_classes, open_images
 from dumo.runtime import dist
 from dumo.types import UserError
 from forked import main_of

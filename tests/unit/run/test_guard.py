@@ -20,8 +20,8 @@ from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
 from dumo.flow.flow import Flow
 from dumo.io import digest
-from dumo.run import datanote
 from dumo.run import folder as folders
+from dumo.run.data import NOTE_FILE, read_note
 from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, OBEYED_FILE
 from dumo.run.job import open_job
 from dumo.run.journal import Journal
@@ -238,8 +238,7 @@ def test_a_refused_command_leaves_the_note_of_what_was_obeyed(run: Path, fate: F
     assert steps(run) == [2, 4, 6, 7, 8]
 
 
-@pytest.mark.parametrize("name", ["accept", "verify"])
-def test_ranks_are_asked_for_the_same(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_asked_for_the_same(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gathered: list[object] = []  # of one rank after the other
 
     def gather(work: Callable[[], object]) -> list[object]:
@@ -250,7 +249,7 @@ def test_ranks_are_asked_for_the_same(name: str, run: Path, monkeypatch: pytest.
     request = Request(run, None, None, ())
     require_same_request(request, tiny())
     with pytest.raises(UserError):
-        require_same_request(replace(request, **{name: True}), tiny())
+        require_same_request(replace(request, accept=True), tiny())
 
 
 def test_after_a_training_that_diverged_the_same_words_go_back_again(run: Path, fate: Fate) -> None:
@@ -275,7 +274,7 @@ def test_weights_are_not_gathered_where_there_is_no_slope_to_examine(tmp_path: P
 def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     run, folder, told = tiny("train.steps=2", name="digits"), tmp_path / "run", list[str]()
     train(run, folder)
-    file = folder / datanote.FILE
+    file = folder / NOTE_FILE
     now = json.loads(file.read_text())["fingerprint"]
     file.write_text(json.dumps({"sd": 9.0, "rows": 256, "fingerprint": "0123"}))
     with pytest.raises(UserError):
@@ -283,11 +282,11 @@ def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     train(run, folder, accept=True, tell=told.append)
     assert f"from step 2 on data is {now}, and was '0123'" in told
     assert noted(folder) == [RecordedChange(step=2, field="data", was="0123", now=now, accepted=True)]
-    assert datanote.read(folder).sd == pytest.approx(0.752, abs=0.01)
+    assert read_note(folder).sd == pytest.approx(0.752, abs=0.01)
     train(run, folder, tell=told.append)
     file.write_text(json.dumps({"sd": 0.75, "rows": 256}))  # of a run from before there were any
     train(run, folder)
-    assert datanote.read(folder).fingerprint == now
+    assert read_note(folder).fingerprint == now
 
 
 def test_more_steps_before_the_rate_falls_are_those_of_the_longer_schedule() -> None:

@@ -8,10 +8,9 @@ import torch
 
 from dumo.config.load import load
 from dumo.io.source import TensorData
-from dumo.run.datanote import FILE, measure, read, update
+from dumo.run.data import measure, read_note, update_note
 from dumo.run.train import train
 from dumo.run.weights import open_run
-from dumo.types import UserError
 from unit.run.known import tiny
 
 
@@ -24,32 +23,32 @@ def test_that_of_all_numbers_together() -> None:
 
 def test_it_is_measured_once(tmp_path: Path) -> None:
     x = torch.tensor([[-2.0], [2.0]])
-    first = update(tmp_path, None, TensorData(x, torch.zeros(2, dtype=torch.long)))
-    assert read(tmp_path) == first
-    assert update(tmp_path, first, TensorData(9 * x, torch.zeros(2, dtype=torch.long))) == first == read(tmp_path)
-    (tmp_path / FILE).write_text("{")
-    with pytest.raises(UserError):
-        read(tmp_path)
+    c = torch.zeros(2, dtype=torch.long)
+    first = update_note(tmp_path, None, TensorData(x, c), "one", anew=False)
+    assert read_note(tmp_path) == first
+    assert update_note(tmp_path, first, TensorData(9 * x, c), "one", anew=False) == first == read_note(tmp_path)
+    assert update_note(tmp_path, first, TensorData(9 * x, c), "two", anew=False).sd == 9 * first.sd
 
 
 def test_a_run_that_begins_again_measures_anew(tmp_path: Path) -> None:
     """Its images may have changed, and have the same names and sizes."""
     train(tiny(), tmp_path)
-    note = read(tmp_path)
+    note = read_note(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
-    update(tmp_path, note, TensorData(torch.tensor([[-9.0], [9.0]]), torch.zeros(2, dtype=torch.long)), anew=True)
-    assert read(tmp_path) != note
+    other = TensorData(torch.tensor([[-9.0], [9.0]]), torch.zeros(2, dtype=torch.long))
+    update_note(tmp_path, note, other, None, anew=True)
+    assert read_note(tmp_path) != note
     train(tiny(), tmp_path)
-    assert read(tmp_path) == note
+    assert read_note(tmp_path) == note
 
 
 @pytest.mark.nightly
 def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
     told, edm = list[str](), ["net.precondition=edm"]
     train(tiny("digits", *edm, "path.sd=0.75"), tmp_path / "digits", tell=told.append)
-    assert read(tmp_path / "digits").sd == measure(load("digits").data.open())
+    assert read_note(tmp_path / "digits").sd == measure(load("digits").data.open())
     assert not any("path.sd" in line for line in told)
     train(tiny("digits", *edm, "path.sd=0.3"), tmp_path / "narrow", tell=told.append)
     (line,) = [line for line in told if "path.sd" in line]
-    assert f"path.sd={read(tmp_path / 'narrow').sd:.2g}" in line
+    assert f"path.sd={read_note(tmp_path / 'narrow').sd:.2g}" in line
     assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.3
