@@ -130,7 +130,7 @@ def test_dpgs_evaluator_cuts_the_images_out_of_one_picture(run: Path, tmp_path: 
     ("name", "text", "form", "line"),
     [
         ("empty.txt", "\n \n", "grid", "has no prompts"),
-        ("none.txt", None, "grid", "there are no prompts"),
+        ("none.txt", None, "grid", "No such file"),
         ("bad.jsonl", "{", "grid", "line 1 is not JSON"),
         ("bare.jsonl", '{"tag": "counting"}', "geneval", "line 1 has no prompt"),
     ],

@@ -38,7 +38,7 @@ def test_it_is_said_by_what_looks_at_a_run(tmp_path: Path) -> None:
     for words in ((), ("--cost", "--json"), ("--check", "--json")):
         done = call("show", "digits", *words, *TINY, *SHORTCUT)
         assert done.code == 0
-        assert "--set train.ref=0.999" in done.err
+        assert "train.ref=0.999" in done.err
         assert "train.ref=0.999" not in done.out
     followed = call("show", "digits", *TINY, *SHORTCUT, "--set", "train.ref=0.999")
     assert (followed.code, followed.err) == (0, "")

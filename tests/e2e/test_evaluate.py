@@ -121,4 +121,4 @@ def test_weights_that_are_not_inceptions(here: Path, monkeypatch: pytest.MonkeyP
     torch.save({"fc.bias": torch.zeros(1008)}, "i.pth")
     monkeypatch.setenv(network.VARIABLE, "i.pth")
     refused("evaluate", "a", named=("i.pth", "dumo reads no pickle", *way), lines=None)
-    refused("compare", "a", "b", named=("a/evaluation.json", "dumo evaluate"))
+    refused("compare", "a", "b", named=("a/evaluation.json",))

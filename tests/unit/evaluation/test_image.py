@@ -291,7 +291,7 @@ def test_what_is_not_there_is_told_before_anybody_asks_and_before_the_data_is_op
     with pytest.raises(UserError, match="no weights of Inception for the FID: no path is given"):
         FOLDER.evaluator(Context(never))
     monkeypatch.setenv(inception.VARIABLE, "/none")
-    with pytest.raises(UserError, match=r"/none is no file"):
+    with pytest.raises(FileNotFoundError, match="/none"):
         FOLDER.evaluator(Context(never))
     (tmp_path / "weights").touch()
     monkeypatch.setenv(inception.VARIABLE, str(tmp_path / "weights"))

@@ -18,7 +18,6 @@ from dumo.run.weights import open_run
 from dumo.runtime import signals
 from dumo.training import loop
 from dumo.training.state import State, begin
-from dumo.types import UserError
 from e2e.shell import tree
 from unit.run import known
 
@@ -109,7 +108,7 @@ def test_a_pass_has_as_many_rows_as_in_training(tmp_path: Path) -> None:
 def test_a_codec_that_is_not_there_is_refused_before_the_first_step(tmp_path: Path) -> None:
     words = ["data.codec.weights=/not/there", "data.root=/nor/this"]
     Sheets(load("cifar10-latents", words), tmp_path, print)
-    with pytest.raises(UserError, match="/not/there"):
+    with pytest.raises(FileNotFoundError, match="/not/there"):
         Sheets(load("cifar10-latents", [*words, "train.sheets=100"]), tmp_path, print)
 
 

@@ -42,7 +42,7 @@ def test_what_is_shown_is_the_same_and_other_weights_may_be_a_folder(runs: dict[
     assert opened(runs["shards"]).weights == "checkpoints/step-00000004/ema-0.999"
     assert not same(opened(runs["shards"], "step-00000004/net").net, opened(runs["shards"]).net)
     assert opened(runs["shards"], "step-00000002/net.safetensors").step == 2
-    with pytest.raises(UserError):
+    with pytest.raises(FileNotFoundError):
         opened(runs["shards"], "step-00000004/none")
 
 
