@@ -355,7 +355,9 @@ class Source:
         if len(missing):
             self.decoded[missing], _ = self._decode(self.image_numbers(missing))
             self.is_decoded[missing] = True
-        is_read = torch.tensor([i not in self.unreadable for i in numbers.tolist()], dtype=torch.bool)
+        is_read = torch.ones(len(numbers), dtype=torch.bool)
+        if self.unreadable:
+            is_read = torch.tensor([i not in self.unreadable for i in numbers.tolist()])
         return self.decoded[rows], is_read
 
     def _decode(self, numbers: Numbers) -> tuple[Pixels, Bool[Tensor, " n"]]:
