@@ -16,6 +16,7 @@ from torch.distributed import TCPStore
 
 from dumo import cli
 from dumo.config.load import RUN_FILE
+from dumo.io.audit import FILE as VERIFIED
 from forked import ENVIRONMENT, Program, python
 from meeting import outputs
 
@@ -119,10 +120,10 @@ def wait(process: Running, event: Callable[[], bool]) -> None:
 def tree(folder: Path, *, trains: bool = False) -> dict[str, bytes | int]:
     """Every file's bytes and every folder's time of change, by path: equal trees were not written to.
 
-    Not the time of a run's folder, where a training `trains`: its lock comes and goes there. Nor dumo's notes on files
-    of the user's, which whoever reads these may write, nor the time of their folder.
+    Not the time of a run's folder, where a training `trains`: its lock comes and goes there. Nor the note in a cache on
+    which shards were found whole, which whoever reads these may write, nor the time of the cache's folder.
     """
-    noted = {path.parent for path in folder.rglob(".dumo-*")}
+    noted = {path.parent for path in folder.rglob(VERIFIED)}
 
     def change(path: Path) -> int:
         return 0 if path in noted or (trains and (path / RUN_FILE).exists()) else path.stat().st_mtime_ns
@@ -130,7 +131,7 @@ def tree(folder: Path, *, trains: bool = False) -> dict[str, bytes | int]:
     return {
         str(path.relative_to(folder)): change(path) if path.is_dir() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if not any(part.lstrip(".").startswith("dumo-") for part in path.relative_to(folder).parts)
+        if path.name != VERIFIED
     }
 
 
