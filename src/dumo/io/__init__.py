@@ -2,8 +2,7 @@
 
 - Any file: `file` writes, `read` and `yaml` read, `digest` hashes.
 - Weights: `weights` in a file, `shards` of ranks, `deferred` not made yet; `hub` and `trained` name where to get some.
-- Data: `table` is a cache on disk, `audit` checks it, `source` gives batches; `inventory` and `content` know by hashes
-  whether items are what they were, and keep a `note` of it.
+- Data: `table` is a cache on disk, `audit` checks it, `source` gives batches.
 - `picture` writes samples as images.
 
 Touches the disk. Knows no run.
