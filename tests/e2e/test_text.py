@@ -152,7 +152,7 @@ def test_a_run_of_classes_reads_no_prompts(trained: dict[str, Path]) -> None:
 def test_an_encoder_that_is_missing_is_named_before_anything_is_encoded(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "t5", tmp_path / "t5")
     (tmp_path / "t5" / "tokenizer_config.json").unlink()
-    for folder, says in (("t5", "holds no tokenizer"), ("nowhere", "is no folder")):
+    for folder, says in (("t5", "tokenizer_config.json"), ("nowhere", "is no folder")):
         source = f"net.texts.encoder.source={tmp_path / folder}"
         with pytest.raises(dumo.UserError, match=says):
             encoding_work(str(home / "words.yaml"), [source], out=None, codec=None, side=None)

@@ -11,6 +11,7 @@
 """
 
 from base64 import b64encode
+import warnings
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -178,7 +179,10 @@ def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, matplotlib's Figur
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
 
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        # A prompt may hold letters that the font lacks. They are drawn as boxes.
+        warnings.filterwarnings("ignore", r"Glyph \d+")
+        canvas.draw()
     picture = Image.fromarray(np.array(canvas.buffer_rgba()))
     *_, opacity = figure.get_facecolor()
     return picture if opacity == 0 else picture.convert("RGB")
