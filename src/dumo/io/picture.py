@@ -10,8 +10,8 @@
    `write_points`).
 """
 
-from base64 import b64encode
 import warnings
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
