@@ -18,7 +18,8 @@ The order of events of a recording (`record_all`):
 `compare` prints where two records differ. Names of parameters and of files do not count.
 
 Bits are those of one kind of CPU and one version of torch, so record both trees on the same. Data are
-$DUMO_DATA/cifar10. bits.json is the record of commit 45264c40, equal to that of 0a489642 but for columns of the log that left.
+$DUMO_DATA/cifar10. bits.json is the record of commit 45264c40, equal to that of 0a489642 but for columns of the log
+that left.
 """
 
 import argparse
