@@ -63,6 +63,8 @@ _REFUSED_OPERATORS = (
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 _OPERATORS_WITHOUT_RULE = ("pos", "mod", "rmod", "rmatmul")  # Python asks the class for them, not `__getattr__`
 
+_FIELDS_OF_MODULES = frozenset(vars(torch.nn.Module()))
+
 METHOD_NAMES: dict[_Operation, list[str]] = {}  # the names that Tensor knows a function by
 for _name in dir(Tensor):
     _method = getattr(Tensor, _name)
@@ -533,6 +535,9 @@ def release_attributes(function: object) -> None:
     for owner in _owners_of_attributes(function):
         attributes = vars(owner)
         for name, value in list(attributes.items()):
+            # A module's own fields, such as its hooks and parameters, hold no Duals.
+            if name in _FIELDS_OF_MODULES or not isinstance(value, Dual | list | tuple | dict):
+                continue
             if tree_any(lambda x: isinstance(x, Dual), value):
                 attributes[name] = tree_map(primal, value)
 
