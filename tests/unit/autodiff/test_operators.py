@@ -76,11 +76,17 @@ class Case:
     points: tuple[Tensor, ...]
 
 
+def allow_flags() -> None:
+    """Let others set flags such as TF32 again, which the import of PyTorch's suites forbids in the whole process."""
+    torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
+
+
 @cache
 def operators() -> tuple[Any, ...]:
     """The operators that have a derivative in float64, by PyTorch's word."""
     from torch.testing._internal.common_methods_invocations import op_db
 
+    allow_flags()
     return tuple(op for op in op_db if op.supports_autograd and D in op.supported_dtypes("cpu"))
 
 
@@ -88,6 +94,7 @@ def operators() -> tuple[Any, ...]:
 def modules() -> tuple[Any, ...]:
     from torch.testing._internal.common_modules import module_db
 
+    allow_flags()
     return tuple(module_db)
 
 
