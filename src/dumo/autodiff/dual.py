@@ -243,6 +243,8 @@ def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     duals = tuple(leaves[i] for i in dual_places)
     if any(dual.recorded for dual in duals):  # torch's own gradient of such a tangent is wrong for some norms
         raise NoRecordedRule(name)
+    if _state.primal_only:
+        return _call_on_primals(function, *args, **kwargs)
     primals = [primal(x) for x in leaves]
     num_writes = general.num_writes(primals)
     random_state = torch.get_rng_state()
@@ -252,7 +254,7 @@ def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     tangents_of_results: Sequence[Tensor | None] | None = None
     results_spec = None
     on_tape = any(isinstance(dual.t, Later) for dual in duals)
-    if not (on_tape or _state.primal_only or "attention" in name):  # whose fused kernels have no forward mode
+    if not (on_tape or "attention" in name):  # whose fused kernels have no forward mode
         tangents = {i: _in_dtype_of(x.p, x.t) for i, x in zip(dual_places, duals, strict=True) if x.t is not None}
         try:
             results, tangents_of_results, results_spec = general.call_in_forward_mode(

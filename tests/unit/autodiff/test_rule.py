@@ -505,6 +505,18 @@ def test_what_draws_is_drawn_once_and_not_on_a_tape(call: str) -> None:
         tape(f, given, along)
 
 
+def test_what_draws_is_recomputed_as_it_was() -> None:
+    """A block that recomputes a checkpoint has the numbers of its first pass, and takes no tangent."""
+    x = Dual(torch.ones(2, 3, 4), torch.ones(2, 3, 4))
+    torch.manual_seed(5)
+    first = F.dropout1d(x, 0.5)
+    torch.manual_seed(5)
+    with dual.primal_only():
+        again = F.dropout1d(x, 0.5)
+    assert type(again) is Tensor
+    assert torch.equal(again, first.p)
+
+
 def test_operators_in_place_raise_rather_than_bind_a_new_value() -> None:
     """`x += y` as `x = x + y` would part x from its other names."""
     x, y = Dual(torch.ones(2), torch.ones(2)), torch.ones(2)
