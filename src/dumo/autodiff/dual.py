@@ -23,7 +23,6 @@ Entrances: `pair` makes a Dual, `primal` and `tangent` take it apart. Rules use 
 `torch.is_tensor`, einops and torch's checkpoint accept Duals.
 """
 
-import inspect
 import sys
 import threading
 import weakref
@@ -32,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from operator import attrgetter
-from types import CodeType, ModuleType
+from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -60,10 +59,10 @@ _REFUSED_OPERATORS = (
     "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor delitem bool int float array "
     "invert floordiv rfloordiv and rand or ror xor rxor"
 )
+# What code that asks for a Tensor may raise on a Dual. A lack of tangents is a RuntimeError, too (`NoRule`).
+RAISED_ON_DUALS = (TypeError, AttributeError, AssertionError, ValueError, RuntimeError)
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 _OPERATORS_WITHOUT_RULE = ("pos", "mod", "rmod", "rmatmul")  # Python asks the class for them, not `__getattr__`
-
-_FIELDS_OF_MODULES = frozenset(vars(torch.nn.Module()))
 
 METHOD_NAMES: dict[_Operation, list[str]] = {}  # the names that Tensor knows a function by
 for _name in dir(Tensor):
@@ -255,11 +254,9 @@ def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     results_spec = None
     on_tape = any(isinstance(dual.t, Later) for dual in duals)
     if not (on_tape or "attention" in name):  # whose fused kernels have no forward mode
-        tangents = {i: _in_dtype_of(x.p, x.t) for i, x in zip(dual_places, duals, strict=True) if x.t is not None}
+        tangents = {i: cast(Tensor, x.t) for i, x in zip(dual_places, duals, strict=True) if x.t is not None}
         try:
-            results, tangents_of_results, results_spec = general.call_in_forward_mode(
-                function, spec, primals, cast(dict[int, Tensor], tangents)
-            )
+            results, tangents_of_results, results_spec = general.call_in_forward_mode(function, spec, primals, tangents)
         except NotImplementedError:  # torch has no forward derivative
             torch.set_rng_state(random_state)
 
@@ -269,22 +266,19 @@ def differentiate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
             raise NoRule(f"{name}, which draws random numbers")
         primal_args, primal_kwargs = tree_unflatten(primals, spec)
         results, results_spec = tree_flatten(function(*primal_args, **primal_kwargs))
-        for k, result in enumerate(results):
-            # not another Dual: what is assigned to the one must be seen in the other
-            results[k] = next((dual for dual in duals if dual.p is result), result)
         tangents_of_results = [None] * len(results)
     assert results_spec is not None, "one of both calls was made"
     if general.num_writes(primals) != num_writes:
         raise NoRule(f"{name}, which changes an operand")
-    if not any(isinstance(result, Tensor | Dual) for result in results):  # strides and the like
+    if not any(isinstance(result, Tensor) for result in results):  # strides and the like
         return tree_unflatten(results, results_spec)
-    if not any(isinstance(result, Dual) or general.can_have_tangent(result) for result in results):
+    if not any(map(general.can_have_tangent, results)):
         raise NoRule(f"{name}, whose result has no derivative")
 
     # Pair each value with its tangent.
     for k, result in enumerate(results):
         operand = next((dual for dual in duals if dual.p is result), None)
-        if operand is not None:
+        if operand is not None:  # not another Dual: what is assigned to the one must be seen in the other
             results[k] = operand
         elif general.can_have_tangent(result):
             found = tangents_of_results[k]
@@ -527,47 +521,6 @@ def refuse_inplace(name: str, inplace: bool) -> None:
     """Raise NoRule where a function is to write its result over its input, which other Duals may be views of."""
     if inplace:
         raise NoRule(f"{name} with inplace=True")
-
-
-def release_attributes(function: object) -> None:
-    """Put primals in place of the Duals that a pass has left in attributes of modules, for these outlive the pass.
-
-    `function` is what was called: a module, or a function that calls modules.
-    """
-    for owner in _owners_of_attributes(function):
-        attributes = vars(owner)
-        for name, value in list(attributes.items()):
-            # A module's own fields, such as its hooks and parameters, hold no Duals.
-            if name in _FIELDS_OF_MODULES or not isinstance(value, Dual | list | tuple | dict):
-                continue
-            if tree_any(lambda x: isinstance(x, Dual), value):
-                attributes[name] = tree_map(primal, value)
-
-
-def _owners_of_attributes(function: object) -> list[object]:
-    """The modules and other objects that a call of a function may set attributes of."""
-    if isinstance(function, partial):
-        return [
-            owner
-            for x in (function.func, *function.args, *function.keywords.values())
-            for owner in _owners_of_attributes(x)
-        ]
-    if isinstance(function, torch.nn.Module):
-        return list(function.modules())
-    owners: list[object] = []
-    if inspect.ismethod(function):
-        owners.append(function.__self__)
-        function = function.__func__
-    if inspect.isfunction(function):
-        used = inspect.getclosurevars(function)
-        owners += [*used.nonlocals.values(), *used.globals.values()]
-    found: list[object] = []
-    for owner in owners:
-        if isinstance(owner, torch.nn.Module):
-            found += owner.modules()
-        elif hasattr(owner, "__dict__") and not isinstance(owner, type | ModuleType) and not callable(owner):
-            found.append(owner)
-    return found
 
 
 def teach_others() -> None:

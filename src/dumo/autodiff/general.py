@@ -250,10 +250,6 @@ def can_have_tangent(result: object) -> bool:
     return isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex())
 
 
-# Functions whose result is a constant, though an operand moves. Besides, all whose result holds no floats.
-_CONSTANT_FUNCTIONS = frozenset(("detach", "new_tensor", "new_zeros", "new_ones", "new_full", "new_empty", "numpy"))
-
-
 class RefuseMissingTangents(TorchFunctionMode):
     """Around a pass in torch's forward mode: NoRule where a function loses a tangent that an operand has.
 
@@ -269,14 +265,14 @@ class RefuseMissingTangents(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401, torch's results
         results = func(*args, **(kwargs or {}))
         name = operation_name(func)
-        if name in _CONSTANT_FUNCTIONS or name.endswith("_like"):
-            return results
-        if name == "__get__":  # `x.data` is detached; other properties hold no floats, or are views with a tangent
+        # What is detached, and what is made like another tensor, are constants. So is `x.data`, whose function is
+        # `__get__`; other properties hold no floats, or are views with a tangent.
+        if name in LOSE_TANGENT or name == "__get__" or name.startswith("new_") or name.endswith("_like"):
             return results
         moves = _any_moves((args, kwargs))
         if moves and name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
             raise NoRule("assignment to Tensor.data")
-        if moves and name not in _PERMUTING and (name == _ZERO_IN_TORCH or _any_rests(results)):
+        if moves and (name == _ZERO_IN_TORCH or _any_rests(func, results)):
             raise NoRule(f"{name}, of which torch has no forward derivative")
         return results
 
@@ -286,7 +282,10 @@ def _any_moves(operands: object) -> bool:
     return any(can_have_tangent(x) and forward_ad.unpack_dual(x).tangent is not None for x in tree_leaves(operands))
 
 
-def _any_rests(results: object) -> bool:
-    """Whether a tensor of floats among the results has no tangent in torch's forward mode, and is not empty."""
-    floats = [x for x in tree_leaves(results) if can_have_tangent(x) and x.numel()]
-    return any(forward_ad.unpack_dual(x).tangent is None for x in floats)
+def _any_rests(function: Callable[..., Any], results: object) -> bool:
+    """Whether a result that is no constant has no tangent in torch's forward mode."""
+    for k, result in enumerate(tree_leaves(results)):
+        is_moving = can_have_tangent(result) and not is_constant(function, result, k)
+        if is_moving and forward_ad.unpack_dual(result).tangent is None:
+            return True
+    return False

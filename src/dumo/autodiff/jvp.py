@@ -14,11 +14,13 @@ tangent that a target does not need. `jvp`, the entrance, goes like this:
    so `torch.func.jvp`, takes its derivative for zero.
 """
 
+import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,16 +30,17 @@ from torch.jit import ScriptModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_any, tree_flatten, tree_map, tree_unflatten
 
 from dumo.autodiff import general
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
-from dumo.autodiff.dual import Dual, NoRule, pair, primal, release_attributes, tangent, teach_others
+from dumo.autodiff.dual import RAISED_ON_DUALS, Dual, NoRule, pair, primal, tangent, teach_others
 from dumo.autodiff.tape import Later
 from dumo.types import UserError
 
 log = logging.getLogger("dumo")
 _MAX_ROUNDING = 0.03  # relative, ours: two passes in bf16 differ by less, with two masks of dropout by more
+_FIELDS_OF_MODULES = frozenset(vars(nn.Module()))
 _OutputLeaf = Tensor | Dual | int | float | complex | str | None  # what an output may hold
 
 
@@ -63,7 +66,7 @@ def jvp(
     directions = [None if d is None else d.detach().to(p, copy=True) for p, d in zip(primals, tangents, strict=True)]
     operands = [p if d is None else pair(p, d) for p, d in zip(primals, directions, strict=True)]
     out, reason = _call_on_duals(fn, operands, kwargs)
-    release_attributes(fn)
+    _release_attributes(fn)
     if reason is not None:
         before.restore()
         return _two_passes(fn, primals, directions, kwargs, before, reason)
@@ -82,8 +85,7 @@ def _call_on_duals(
     """
     try:
         return fn(*operands, **kwargs), None
-    except (TypeError, AttributeError, AssertionError, ValueError, RuntimeError) as error:
-        # Code that asks for a Tensor raises any of them. A lack of tangents is a RuntimeError, too (`NoRule`).
+    except RAISED_ON_DUALS as error:
         if isinstance(error, UserError) and not isinstance(error, RuntimeError):
             raise
         return None, _first_line(error)
@@ -178,6 +180,47 @@ class _CallState:
         copies = {id(b): value.clone() for b, value in zip(self.buffers, self.values, strict=True)}
         for registry in self.registries:
             registry.restore(copies)
+
+
+def _release_attributes(function: object) -> None:
+    """Put primals in place of the Duals that a pass has left in attributes of modules, for these outlive the pass.
+
+    `function` is what was called: a module, or a function that calls modules.
+    """
+    for owner in _owners_of_attributes(function):
+        attributes = vars(owner)
+        for name, value in list(attributes.items()):
+            # A module's own fields, such as its hooks and parameters, hold no Duals.
+            if name in _FIELDS_OF_MODULES or not isinstance(value, Dual | list | tuple | dict):
+                continue
+            if tree_any(lambda x: isinstance(x, Dual), value):
+                attributes[name] = tree_map(primal, value)
+
+
+def _owners_of_attributes(function: object) -> list[object]:
+    """The modules and other objects that a call of a function may set attributes of."""
+    if isinstance(function, partial):
+        return [
+            owner
+            for x in (function.func, *function.args, *function.keywords.values())
+            for owner in _owners_of_attributes(x)
+        ]
+    if isinstance(function, nn.Module):
+        return list(function.modules())
+    owners: list[object] = []
+    if inspect.ismethod(function):
+        owners.append(function.__self__)
+        function = function.__func__
+    if inspect.isfunction(function):
+        used = inspect.getclosurevars(function)
+        owners += [*used.nonlocals.values(), *used.globals.values()]
+    found: list[object] = []
+    for owner in owners:
+        if isinstance(owner, nn.Module):
+            found += owner.modules()
+        elif hasattr(owner, "__dict__") and not isinstance(owner, type | ModuleType) and not callable(owner):
+            found.append(owner)
+    return found
 
 
 def _tangent_or_zeros(x: object) -> object:

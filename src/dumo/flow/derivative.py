@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
+from dumo.autodiff.dual import RAISED_ON_DUALS
 from dumo.autodiff.float64 import float64_copy
 from dumo.flow.adapter import NetAdapter
 from dumo.flow.check import inputs_of
@@ -45,8 +46,6 @@ _MAX_EXACT_ERROR = 0.01
 # An l2 norm of du/dt below this counts as this, so that rounding is no error if du/dt is zero
 _MIN_NORM = 2e-5
 _MAX_COPIED_PARAMETERS = 400_000_000  # a larger network is examined as it is
-# What a user's network may raise on what is not a Tensor (as `dumo.jvp` expects it)
-_RAISED_BY_NETS = (UserError, TypeError, AttributeError, AssertionError, ValueError, RuntimeError)
 
 
 @torch.no_grad()
@@ -143,7 +142,7 @@ def choose_slope(
             errors = slope_errors(slope, net, Frozen(net), b.x_t, b.v_t, b.c, inputs, exact)
             error = max(float(error) if error.isfinite() else inf for error in errors)
             failure = f"du/dt is {100 * error:.2g} % off a central difference"
-        except _RAISED_BY_NETS as raised:
+        except (UserError, *RAISED_ON_DUALS) as raised:
             error = inf
             failure = f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}"
         is_failed_here = error == inf

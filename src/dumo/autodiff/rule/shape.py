@@ -225,22 +225,8 @@ _DISCRETE = (
 # Comparisons, and constants like another tensor: they are made of primals, and constant almost everywhere.
 
 
-def _compare(function: Callable[..., Tensor]) -> Rule:
-    """The rule of a comparison: that of the primals, a tensor without a tangent."""
-
-    def apply(a: Any, other: Any) -> Tensor:
-        return function(primal(a), primal(other))
-
-    return apply
-
-
-for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    _functions = [getattr(torch, _name), getattr(Tensor, _name), getattr(Tensor, f"__{_name}__")]
-    rule(*_functions)(_compare(getattr(torch, _name)))
-
-
-def _discrete(function: Callable[..., Any]) -> Rule:
-    """The rule of a function with discrete results: that of the primals."""
+def _of_primals(function: Callable[..., Any]) -> Rule:
+    """The rule of a function whose result is constant almost everywhere, or a property: that of the primals."""
 
     def apply(*args: Any, **kwargs: Any) -> Any:
         return function(*map(primal, args), **{name: primal(x) for name, x in kwargs.items()})
@@ -248,19 +234,15 @@ def _discrete(function: Callable[..., Any]) -> Rule:
     return apply
 
 
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    _functions = [getattr(torch, _name), getattr(Tensor, _name), getattr(Tensor, f"__{_name}__")]
+    rule(*_functions)(_of_primals(getattr(torch, _name)))
+
+
 for _name in _DISCRETE.split():
     for _function in (getattr(torch, _name, None), getattr(Tensor, _name, None)):
         if callable(_function) and not isinstance(_function, torch.dtype):
-            rule(_function)(_discrete(_function))
-
-
-def _call_on_primal(function: Callable[..., Any]) -> Rule:
-    """The rule of what asks for a property, or makes a tensor of other data: the answer of the primal."""
-
-    def apply(x: Dual, *args: Any, **kwargs: Any) -> Any:
-        return function(x.p, *args, **kwargs)
-
-    return apply
+            rule(_function)(_of_primals(_function))
 
 
 def _constant(function: Callable[..., Tensor]) -> Rule:
@@ -276,5 +258,5 @@ def _constant(function: Callable[..., Tensor]) -> Rule:
 for _name in ("zeros", "ones", "full", "empty"):
     for _function in (getattr(torch, f"{_name}_like"), getattr(Tensor, f"new_{_name}")):
         rule(_function)(_constant(_function))
-rule(Tensor.new_tensor)(_call_on_primal(Tensor.new_tensor))
-rule(Tensor.is_contiguous)(_call_on_primal(Tensor.is_contiguous))
+rule(Tensor.new_tensor)(_of_primals(Tensor.new_tensor))
+rule(Tensor.is_contiguous)(_of_primals(Tensor.is_contiguous))
