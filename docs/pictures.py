@@ -25,7 +25,7 @@ from dumo.lab.reproduce import VIEWS, View
 from dumo.lab.table import main_score
 from dumo.report import chart
 from dumo.run.judge import reference_data
-from dumo.run.weights import RunFolder, open_run
+from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime.text import nfe_text
 
 DOCS = Path(__file__).parent
@@ -39,13 +39,13 @@ NUM_TEST_IMAGES = 1000  # among which the first of each class is shown
 # ------------------------------------------------------------------------------------------------------------ front.png
 
 
-def sample_each_class(opened: RunFolder, *passes: int) -> dict[str, Tensor]:
+def sample_each_class(opened: OpenedRun, *passes: int) -> dict[str, Tensor]:
     """Samples by each number of passes, one of each class, from the first seeds: samples are not cherry-picked."""
     labels = labels_in_turn(NUM_CLASSES, NUM_CLASSES)
     return {nfe_text(n): opened.sampler.sample(labels, nfe=n).x for n in passes}
 
 
-def first_of_each_class(opened: RunFolder) -> Tensor:
+def first_of_each_class(opened: OpenedRun) -> Tensor:
     """The first real image of each class among some of the test images."""
     x, c = reference_data(opened.run.data, "test").reference(NUM_TEST_IMAGES, seed=0)
     first_rows = [int((c == label).nonzero()[0]) for label in range(NUM_CLASSES)]

@@ -31,7 +31,7 @@ from dumo.flow.path import Diffusion
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, unpack_latents
 from dumo.run.prompt import conditions_of_prompts
-from dumo.run.weights import RunFolder, open_run
+from dumo.run.weights import OpenedRun, open_run
 from e2e.shell import Done, call, sets
 from forked import ENVIRONMENT
 from pipelines import PIPELINES, SIDE, save
@@ -236,7 +236,7 @@ class Case:
         return self.folder / out
 
     @cached_property
-    def opened(self) -> RunFolder:
+    def opened(self) -> OpenedRun:
         """The run, opened on the CPU."""
         return open_run(str(self.run), device="cpu")
 

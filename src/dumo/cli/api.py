@@ -48,7 +48,7 @@ from dumo.run.job import open_job
 from dumo.run.prompt import conditions_of_prompts
 from dumo.run.request import note_end
 from dumo.run.train import train_job
-from dumo.run.weights import RunFolder, open_run
+from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, bar, no_bar, print_line
 from dumo.training import agreement
@@ -67,7 +67,7 @@ _OUTPUTS: tuple[Output, ...] = get_args(Output)
 class TrainedRun:
     """A run's folder, its net loaded: sample it, judge it, read it."""
 
-    opened: RunFolder
+    opened: OpenedRun
 
     @property
     def spec(self) -> Run:

@@ -38,7 +38,7 @@ from dumo.io.trained import SHIPPED_PREFIX
 from dumo.report.card import is_card_of, read_report
 from dumo.run.resolve import as_given, places, without_path
 from dumo.run.sampler import Sampler
-from dumo.run.weights import RunFolder
+from dumo.run.weights import OpenedRun
 from dumo.runtime import version
 from dumo.runtime.text import escape_line
 from dumo.types import UserError
@@ -100,7 +100,7 @@ class Provenance:
         return ""
 
     @classmethod
-    def of(cls, opened: RunFolder) -> "Provenance":
+    def of(cls, opened: OpenedRun) -> "Provenance":
         """Return that of an opened run. An evaluation of other weights or other sampling settings is left out."""
         run = opened.run
         baked = dict[str, float]()
@@ -271,7 +271,7 @@ def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]
     return arguments
 
 
-def own_card(opened: RunFolder, provenance: Provenance, name: str, *, dtype: str, has_pipeline: bool) -> str:
+def own_card(opened: OpenedRun, provenance: Provenance, name: str, *, dtype: str, has_pipeline: bool) -> str:
     """The card of a run with a network of its own: a folder called `name`, its weights in `dtype`.
 
     `has_pipeline` says whether diffusers opens the folder, too.

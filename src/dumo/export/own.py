@@ -21,14 +21,14 @@ from dumo.io.weights import unshared
 from dumo.run.data import NOTE_FILE
 from dumo.run.index import EXPORTED_WEIGHTS
 from dumo.run.resolve import as_given
-from dumo.run.weights import RunFolder
+from dumo.run.weights import OpenedRun
 from dumo.training import checkpoint
 from dumo.training.frozen import trained_state_dict
 
 _PIPELINE = Path(__file__).parent / "shipped" / "pipeline.py"
 
 
-def write(opened: RunFolder, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
+def write(opened: OpenedRun, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
     """Write the run into the empty folder `out`, which will be called `name`; weights are rounded to `dtype`."""
     # Write the run, and the weights that its samples are made with.
     run = as_given(opened.run)

@@ -36,7 +36,7 @@ from dumo.io import file as files
 from dumo.io.read import read_json, write_json
 from dumo.io.weights import PICKLES, unshared
 from dumo.nets import Pretrained
-from dumo.run.weights import RunFolder, build
+from dumo.run.weights import OpenedRun, build
 from dumo.runtime import signals
 from dumo.training.frozen import trained_state_dict
 from dumo.types import Objective, UserError
@@ -55,7 +55,7 @@ _SOURCE_ONLY_KEYS = ("_name_or_path", "_use_default_values", "dmd2_")
 
 
 def export(
-    opened: RunFolder,
+    opened: OpenedRun,
     out: Path,
     *,
     to: str = "diffusers",
@@ -126,7 +126,7 @@ def require_vacant(out: Path) -> None:
 
 
 def _exported_model(
-    opened: RunFolder, to: str, *, head: str | None, nfe: Sequence[int], dtype: str, alone: bool
+    opened: OpenedRun, to: str, *, head: str | None, nfe: Sequence[int], dtype: str, alone: bool
 ) -> ExportedModel:
     """The head of a pretrained model to export. Raises UserError as `export`."""
     sampler = opened.sampler
@@ -147,7 +147,7 @@ def _exported_model(
     return replace(exported, subject_only=alone)
 
 
-def _net_with_uncoded_base(opened: RunFolder, spec: Pretrained) -> nn.Module:
+def _net_with_uncoded_base(opened: OpenedRun, spec: Pretrained) -> nn.Module:
     """The net of a run. A base that is held in few bits is read again as it is stored, so adapters can be added."""
     uncoded_spec = spec.with_uncoded_weights()
     if uncoded_spec is spec:

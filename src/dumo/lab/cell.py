@@ -45,7 +45,7 @@ from dumo.report.sheet import Sheets
 from dumo.run import encode
 from dumo.run.resolve import resolve
 from dumo.run.train import train
-from dumo.run.weights import RunFolder, open_run
+from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime import signals
 from dumo.runtime.progress import Bar
 from dumo.training.state import Diverged
@@ -74,7 +74,7 @@ class Result:
     device: str = "auto"
 
     @cached_property
-    def trained(self) -> RunFolder:
+    def trained(self) -> OpenedRun:
         """The trained run with its weights."""
         return open_run(self.folder, device=self.device)
 

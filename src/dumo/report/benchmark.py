@@ -21,7 +21,7 @@ from dumo.encoders.caption import Prompt, read_prompts
 from dumo.io import file, picture
 from dumo.report.sample import sampling_changes, with_sampling_options
 from dumo.run.prompt import conditions_of_prompts
-from dumo.run.weights import RunFolder
+from dumo.run.weights import OpenedRun
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, no_bar
 
@@ -30,7 +30,7 @@ IMAGES_PER_PROMPT = 4
 
 
 def make_images(
-    opened: RunFolder,
+    opened: OpenedRun,
     layout: str,
     source: Path,
     folder: Path,

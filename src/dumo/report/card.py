@@ -21,7 +21,7 @@ from dumo.io.read import read_json
 from dumo.io.weights import title
 from dumo.run.resolve import as_given
 from dumo.run.sampler import Sampler
-from dumo.run.weights import RunFolder, sampled_part
+from dumo.run.weights import OpenedRun, sampled_part
 from dumo.runtime.device import software_versions
 from dumo.types import UserError
 
@@ -48,7 +48,7 @@ MEASURE_FIELDS = (
 )
 
 
-def make_card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
+def make_card(opened: OpenedRun, facts: Mapping[str, str], samples: int) -> Card:
     """The card of a run that is evaluated as its config says, by this many samples and an evaluator of these facts."""
     run = opened.run
     codec = opened.sampler.codec
@@ -92,7 +92,7 @@ def measure(card: Card) -> Card:
     return fields
 
 
-def sample_settings(opened: RunFolder) -> Card:
+def sample_settings(opened: OpenedRun) -> Card:
     """The part of a card that says which samples of a given number of passes were measured."""
     sampler = opened.sampler
     spec = sampler.spec
@@ -105,7 +105,7 @@ def sample_settings(opened: RunFolder) -> Card:
     }
 
 
-def is_card_of(card: Mapping[str, Any], opened: RunFolder) -> bool:
+def is_card_of(card: Mapping[str, Any], opened: OpenedRun) -> bool:
     """Whether a card is of the weights of an opened run, sampled as it samples now."""
     return all(card.get(field) == value for field, value in sample_settings(opened).items())
 
@@ -171,7 +171,7 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def _ema_decay(opened: RunFolder) -> float | None:
+def _ema_decay(opened: OpenedRun) -> float | None:
     """The decay of the average that the weights are, by its part of a checkpoint; None if it is no average by decay."""
     part = title(opened.file) if opened.given_weights else sampled_part(opened.run.train)
     _, prefix, decay = part.partition("ema-")

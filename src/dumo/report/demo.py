@@ -23,7 +23,7 @@ from dumo.io import picture
 from dumo.report.gallery import TAUGHT_BY_LETTER, sampling_modes
 from dumo.report.sample import data_points, guide_of, repeat_conditions
 from dumo.run.prompt import conditions_of_prompts
-from dumo.run.weights import RunFolder, open_run
+from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime import require, signals
 from dumo.types import UserError
 
@@ -48,7 +48,7 @@ CSS = """
 
 def open_demo(
     folders: Sequence[str], overrides: Sequence[str] = (), *, weights: str | None = None, device: str = "auto"
-) -> list[RunFolder]:
+) -> list[OpenedRun]:
     """Open the runs of a page. Raises UserError if their classes differ, for then a class means two things."""
     runs = [open_run(folder, overrides, weights=weights, device=device) for folder in folders]
     classes: list[object] = []
@@ -60,7 +60,7 @@ def open_demo(
     return runs
 
 
-def build_page(runs: Sequence[RunFolder]) -> "gr.Blocks":
+def build_page(runs: Sequence[OpenedRun]) -> "gr.Blocks":
     """Lay out the page of one run or several. The defaults of the fields are those of the first run."""
     # Gradio reads the environment when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -124,7 +124,7 @@ def build_page(runs: Sequence[RunFolder]) -> "gr.Blocks":
 
 
 def sample(
-    opened: RunFolder, condition: str, count: int, seed: int, nfe: int, letter: str, scale: float
+    opened: OpenedRun, condition: str, count: int, seed: int, nfe: int, letter: str, scale: float
 ) -> tuple[list[tuple[Image.Image, str]], str]:
     """Sample a run as `dumo sample` does. Returns pictures with captions, one of many points, and what they took.
 

@@ -39,7 +39,7 @@ from dumo.report.name import Fields, changed_parts, flatten
 from dumo.report.sample import chosen_solver
 from dumo.run.judge import evaluator_of, sample_conditions
 from dumo.run.sampler import Sampler
-from dumo.run.weights import RunFolder, require_trained_images
+from dumo.run.weights import OpenedRun, require_trained_images
 from dumo.runtime import dist
 from dumo.runtime.device import software_versions
 from dumo.runtime.progress import Bar, no_bar
@@ -50,7 +50,7 @@ PATH_FIELDS = ("protocol.reference", "protocol.model")
 
 
 def evaluate(
-    opened: RunFolder,
+    opened: OpenedRun,
     *,
     nfe: Sequence[int] | None = None,
     seed: int | None = None,
@@ -122,8 +122,8 @@ def evaluate(
 
 
 def with_evaluation_options(
-    opened: RunFolder, *, nfe: Sequence[int] | None, seed: int | None, solver: Solver | str | None = None
-) -> RunFolder:
+    opened: OpenedRun, *, nfe: Sequence[int] | None, seed: int | None, solver: Solver | str | None = None
+) -> OpenedRun:
     """The run as it is to be evaluated; None keeps what the run has.
 
     Raises UserError for passes or a solver that its objective did not teach.
@@ -139,7 +139,7 @@ def with_evaluation_options(
     return replace(opened, run=run.model_copy(update={"sample": sampling, "evaluate": evaluation}))
 
 
-def _stored_reference(opened: RunFolder) -> Path | None:
+def _stored_reference(opened: OpenedRun) -> Path | None:
     """The features of the reference that ship with the run; None if there are none, or for another reference."""
     file = opened.folder / STORED_FILE
     is_own_reference = opened.run.evaluate.split == opened.run_as_saved.evaluate.split
@@ -194,7 +194,7 @@ def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver
         yield Batch(rows, log_p.cpu(), sum(rows_per_pass) // len(rows))
 
 
-def current_report(opened: RunFolder) -> dict[str, Any] | None:
+def current_report(opened: OpenedRun) -> dict[str, Any] | None:
     """The report of a run, if it is of these weights and settings; None otherwise.
 
     Whether the data, the features and the versions are those of the report is not checked.
@@ -213,7 +213,7 @@ def current_report(opened: RunFolder) -> dict[str, Any] | None:
     return report if is_current else None
 
 
-def report_path(opened: RunFolder) -> Path:
+def report_path(opened: OpenedRun) -> Path:
     """Where the report of a run belongs: evaluation.json, or a name with the settings that differ from its run.yaml."""
     run_as_saved = opened.run_as_saved
     saved_fields = _named_fields(run_as_saved.sample, run_as_saved.evaluate)

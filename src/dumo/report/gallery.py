@@ -21,7 +21,7 @@ from dumo.io import picture
 from dumo.report.sample import data_points, require_count
 from dumo.run.provenance import require_own_file
 from dumo.run.sampler import Sampler
-from dumo.run.weights import RunFolder, load_net
+from dumo.run.weights import OpenedRun, load_net
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training import checkpoint
 from dumo.types import UserError
@@ -111,7 +111,7 @@ def sample_by_nfe(
 
 
 def trajectories(
-    opened: RunFolder,
+    opened: OpenedRun,
     *,
     nfe: Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
@@ -211,7 +211,7 @@ def milestone_files(folder: Path, last: int, steps: Sequence[int] | None = None)
     return {step: files[step] for step in steps}
 
 
-def open_milestone(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
+def open_milestone(opened: OpenedRun, step: int, file: Path | None) -> OpenedRun:
     """The run with the weights of a milestone, in `file`; None: the run as it is opened.
 
     Raises UserError if the weights do not fit the run, or are not that milestone's.

@@ -13,7 +13,7 @@ from dumo.config.place import EVALUATION_FILE, OTHER_EVALUATIONS
 from dumo.config.word import BASELINES, merits, word
 from dumo.report import score
 from dumo.report.card import is_card_of, read_report
-from dumo.run.weights import RunFolder
+from dumo.run.weights import OpenedRun
 
 # A report with what a page says about it, as `read_judgements` returns it.
 Judgement = dict[str, Any]
@@ -21,7 +21,7 @@ Judgement = dict[str, Any]
 ResultRow = tuple[str, int, list[str]]
 
 
-def read_judgements(opened: RunFolder) -> list[Judgement]:
+def read_judgements(opened: OpenedRun) -> list[Judgement]:
     """The evaluations of a run's weights, sampled as the run samples now: by its own settings, then by others.
 
     Each report has, in addition,

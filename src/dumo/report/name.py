@@ -9,7 +9,7 @@ from typing import Any
 from dumo.config.spec import Sampling
 from dumo.io import digest
 from dumo.io.weights import sha256, title
-from dumo.run.weights import RunFolder, sampled_part
+from dumo.run.weights import OpenedRun, sampled_part
 from dumo.training.checkpoint import part_path
 
 MAX_VALUE_LENGTH = 40
@@ -30,7 +30,7 @@ def flatten(tree: dict[str, Fields]) -> Fields:
     return {f"{spec}.{name}": value for spec, fields in tree.items() for name, value in fields.items()}
 
 
-def changed_parts(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
+def changed_parts(opened: OpenedRun, before: Fields, after: Fields) -> list[str]:
     """The parts of a name: fields whose value changed, and the weights if they are not those that the run shows."""
     parts = [name_part(field, value) for field, value in after.items() if before.get(field) != value]
     default_weights = opened.index.exported_weights

@@ -35,7 +35,7 @@ from dumo.report.proximity import Proximity, measure_proximity
 from dumo.run.judge import missing_to_judge
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
-from dumo.run.weights import RunFolder, require_trained_images
+from dumo.run.weights import OpenedRun, require_trained_images
 from dumo.runtime import shell_path
 from dumo.runtime.device import software_versions
 from dumo.runtime.progress import Bar, no_bar
@@ -98,7 +98,7 @@ class PageParts:
     evaluations: Sequence[judgement.Judgement] = ()
 
 
-def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> Path:
+def write(opened: OpenedRun, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> Path:
     """Write report.html into the run's folder, and return its path.
 
     A network that reads texts is sampled with these prompts, or with captions of its data. Raises UserError if the log
@@ -157,7 +157,7 @@ class _DataRows:
     missing: str = ""
 
 
-def _read_data(opened: RunFolder) -> _DataRows:
+def _read_data(opened: OpenedRun) -> _DataRows:
     """Some samples of the data, decoded; none if the images are elsewhere, or are not those of the training.
 
     Raises UserError if data that are on this machine cannot be read.
@@ -188,7 +188,7 @@ def num_data_rows(sampler: Sampler) -> int:
     return min(MAX_DATA_ROWS, MAX_DATA_PIXELS // prod(sampler.pixels[1:]))
 
 
-def render(opened: RunFolder, parts: PageParts) -> str:
+def render(opened: OpenedRun, parts: PageParts) -> str:
     """The page as HTML, of these parts and of the run's fields. All that is put into it is escaped."""
     run = opened.run
     sampler = opened.sampler
@@ -238,7 +238,7 @@ def _capitalize(title: str) -> str:
 
 
 def _next_command(
-    opened: RunFolder, evaluations: Sequence[judgement.Judgement], missing: str | None
+    opened: OpenedRun, evaluations: Sequence[judgement.Judgement], missing: str | None
 ) -> tuple[str, str, str]:
     """Where the run stands, the command to type next, and what it does. `missing` is what an evaluation lacks."""
     train = opened.run.train

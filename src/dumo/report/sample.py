@@ -30,7 +30,7 @@ from dumo.io.picture import PixelRows, Points
 from dumo.report.name import changed_parts, name_part, sampling_fields
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sampler import Sampler
-from dumo.run.weights import RunFolder
+from dumo.run.weights import OpenedRun
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
@@ -122,7 +122,7 @@ def size_of(data: Data, text: str | None) -> Size | None:
 
 
 def sample_to_files(
-    opened: RunFolder,
+    opened: OpenedRun,
     folder: Path,
     *,
     form: str = "grid",
@@ -181,7 +181,7 @@ def sample_to_files(
     return written
 
 
-def sampling_changes(opened: RunFolder, spec: Sampling) -> list[str]:
+def sampling_changes(opened: OpenedRun, spec: Sampling) -> list[str]:
     """The parts of a name that say in which fields `spec` differs from the run's own sampling.
 
     The solver's kind is none of them, for every name begins with it.

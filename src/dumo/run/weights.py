@@ -59,7 +59,7 @@ _SUBJECT_FIELDS = ("net.lora.subject", "net.lora.frozen", "net.texts.identity")
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class OpenedRun:
     """A run's folder, opened to read: the net that is sampled (the first average), and its step."""
 
     run: Run
@@ -141,12 +141,12 @@ def open_run(
     weights: str | None = None,
     device: str = "auto",
     fill: bool = True,
-) -> RunFolder:
+) -> OpenedRun:
     """Open a run's folder, or by name a run that comes with dumo, to sample or judge it.
 
     `weights` is a file, or a folder of shards, to take in place of
     the last checkpoint's sampled weights. Where reading fails, and a training has written or removed checkpoints
-    meanwhile, the last one of now is taken. Without `fill`, `RunFolder.deferred_weights` reads weights later, but
+    meanwhile, the last one of now is taken. Without `fill`, `OpenedRun.deferred_weights` reads weights later, but
     those of a user's own net are read at once. Raises UserError where `source` is no run's folder, or has no checkpoint
     that is whole, unless `weights` are given.
     """
@@ -187,7 +187,7 @@ def _require_trained(index: Index, run: Run) -> None:
         _require_trained_images(index, run)
 
 
-def require_trained_images(opened: RunFolder) -> None:
+def require_trained_images(opened: OpenedRun) -> None:
     """Raise UserError where the images of a run in pixels are others than it was trained on, by names and sizes.
 
     Images that are not here, and those of a run that comes with dumo, are not looked at.
@@ -211,7 +211,7 @@ def _require_trained_images(index: Index, run: Run) -> None:
         )
 
 
-def _open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool) -> RunFolder:
+def _open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool) -> OpenedRun:
     """The run with the weights of its last checkpoint or export, or of the file `weights`. Raises as `open_run`."""
     # find the file
     folder = index.folder
@@ -254,7 +254,7 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
             f"{index.checkpoints.folder}"
         )
     step = last_step if weights is None and last else checkpoint.step_of(file, last_step)
-    return RunFolder(
+    return OpenedRun(
         run=run,
         index=index,
         net=net,
@@ -340,7 +340,7 @@ def build_deferred(run: Run) -> tuple[nn.Module, Deferred]:
     return net, deferred_weights
 
 
-def few_step_run(run: Run) -> RunFolder:
+def few_step_run(run: Run) -> OpenedRun:
     """The few-step run under adapters for a subject, its weights not read yet.
 
     Raises UserError where it is none, has another net, or other weights than when the subject's run began.

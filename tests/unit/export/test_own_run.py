@@ -16,7 +16,7 @@ from dumo.export.write import export
 from dumo.io import trained
 from dumo.run import resolve
 from dumo.run.index import EXPORTED_WEIGHTS, Index
-from dumo.run.weights import RunFolder, build, open_run
+from dumo.run.weights import OpenedRun, build, open_run
 from dumo.runtime.progress import no_bar
 from dumo.types import UserError
 
@@ -33,10 +33,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def initialized(recipe: str, folder: Path) -> RunFolder:
+def initialized(recipe: str, folder: Path) -> OpenedRun:
     """The run of a recipe with its initial weights, as if it had been trained."""
     run = load(recipe)
-    return RunFolder(run, Index.read(folder), build(run), step=1, weights="net.safetensors", listed_sha256="0" * 64)
+    return OpenedRun(run, Index.read(folder), build(run), step=1, weights="net.safetensors", listed_sha256="0" * 64)
 
 
 def test_a_folder_holds_what_a_repository_of_the_hub_would(here: Path) -> None:

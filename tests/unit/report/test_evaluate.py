@@ -15,7 +15,7 @@ from dumo.report.evaluate import current_report, evaluate, report_path
 from dumo.report.name import name_part
 from dumo.run.sampler import sampler_of
 from dumo.run.train import train
-from dumo.run.weights import RunFolder, open_run
+from dumo.run.weights import OpenedRun, open_run
 from unit.run.known import Seen, tiny
 from unit.training.by_path import latest
 
@@ -37,7 +37,7 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("evaluation*.json")}
 
 
-def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> RunFolder:
+def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> OpenedRun:
     return open_run(str(folder), overrides, weights=weights, device="cpu")
 
 

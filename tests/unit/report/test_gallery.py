@@ -13,7 +13,7 @@ from dumo.io import picture
 from dumo.report import gallery
 from dumo.run.sampler import Sampler, sampler_of
 from dumo.run.train import train
-from dumo.run.weights import RunFolder, open_run
+from dumo.run.weights import OpenedRun, open_run
 from dumo.types import UserError
 from unit.run.known import Seen
 
@@ -22,18 +22,18 @@ TINY += ["train.optimizer.lr=0.02", "train.milestones=[0,6]"]
 SIDE, GAP = 64, 6  # of a cell, of what is between
 
 
-def trained(folder: Path, recipe: str, *more: str) -> RunFolder:
+def trained(folder: Path, recipe: str, *more: str) -> OpenedRun:
     train(load(recipe, [*TINY, *more]), folder)
     return open_run(str(folder))
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> OpenedRun:
     return trained(tmp_path_factory.mktemp("run") / "digits", "digits")
 
 
 @pytest.fixture(scope="module")
-def moons(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def moons(tmp_path_factory: pytest.TempPathFactory) -> OpenedRun:
     return trained(tmp_path_factory.mktemp("run") / "moons", "moons")
 
 
@@ -43,14 +43,14 @@ def cell(panel: Image.Image, row: int, column: int, rows: int, columns: int) -> 
     return np.asarray(panel.crop((right - SIDE, low - SIDE, right, low)))
 
 
-def shown(one: RunFolder, number: int, label: int, **asked: object) -> np.ndarray:
+def shown(one: OpenedRun, number: int, label: int, **asked: object) -> np.ndarray:
     """The pixels of an image made alone."""
     c = torch.full((number + 1,), label)
     (part,) = one.sampler.batches(c, indices=[number], **asked)
     return np.asarray(picture.sheet(picture.to_rows(part.x), 1))
 
 
-def stages(one: RunFolder, steps: list[int] | None = None) -> dict[int, Path | None]:
+def stages(one: OpenedRun, steps: list[int] | None = None) -> dict[int, Path | None]:
     """Those of a run's folder."""
     return gallery.milestone_files(one.folder, one.step, steps)
 
@@ -61,7 +61,7 @@ def made_of(recipe: str, *fields: str) -> Sampler:
 
 
 @pytest.mark.nightly
-def test_every_cell_is_its_image(digits: RunFolder) -> None:
+def test_every_cell_is_its_image(digits: OpenedRun) -> None:
     """Rows are images, columns are passes, and the noise of a row is the same by any reading, after any step."""
     panels = gallery.trajectories(digits, nfe=(1, 2, 5), count=3, only=[7, 4], seed=5)
     u, v = panels
@@ -77,7 +77,7 @@ def test_every_cell_is_its_image(digits: RunFolder) -> None:
                     assert np.abs(cell(panel, i, j, 3, 3).astype(int) - alone).max() <= 1  # rounding
 
 
-def test_steps_differ_and_the_last_is_the_checkpoint(digits: RunFolder) -> None:
+def test_steps_differ_and_the_last_is_the_checkpoint(digits: OpenedRun) -> None:
     assert [path and path.name for path in stages(digits).values()] == [
         "step-00000000.safetensors", "step-00000006.safetensors", None,
     ]  # fmt: skip
@@ -142,28 +142,28 @@ def test_heun_where_it_can_and_euler_elsewhere() -> None:
     assert [v.solver_for(n) for n in (1, 2, 3, 50)] == [Euler(), Heun(), Euler(), Heun()]
 
 
-def test_all_labels_that_are_asked_for_have_a_row(digits: RunFolder) -> None:
+def test_all_labels_that_are_asked_for_have_a_row(digits: OpenedRun) -> None:
     panels, _ = gallery.trajectories(digits, nfe=(1,), steps=[12], only=range(10)).values()
     eight, _ = gallery.trajectories(digits, nfe=(1,), steps=[12]).values()
     assert panels[12].height > eight[12].height
 
 
 @pytest.mark.slow
-def test_nothing_is_made_of_what_cannot_be(digits: RunFolder, moons: RunFolder) -> None:
+def test_nothing_is_made_of_what_cannot_be(digits: OpenedRun, moons: OpenedRun) -> None:
     for wrong in ({"nfe": [1, 0]}, {"steps": [5]}, {"only": [10]}, {"only": [7, 4], "count": 1}):
         with pytest.raises(UserError):
             gallery.trajectories(digits, **wrong)
 
 
 @pytest.mark.slow
-def test_points_are_scattered_in_one_row(moons: RunFolder) -> None:
+def test_points_are_scattered_in_one_row(moons: OpenedRun) -> None:
     panels = gallery.trajectories(moons, nfe=(1, 2), steps=[12], count=50)
     for row in panels.values():
         assert row[12].width == 2 * 450 + GAP
         assert row[12].height < 600
 
 
-def test_files_say_what_they_are(digits: RunFolder, tmp_path: Path) -> None:
+def test_files_say_what_they_are(digits: OpenedRun, tmp_path: Path) -> None:
     panels = gallery.trajectories(digits, nfe=(1, 2), count=2)
     files = gallery.write_trajectories(tmp_path, panels)
     steps = ("00000000", "00000006", "00000012")
@@ -180,7 +180,7 @@ def test_files_say_what_they_are(digits: RunFolder, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_work_is_watched(digits: RunFolder) -> None:
+def test_work_is_watched(digits: OpenedRun) -> None:
     gallery.trajectories(digits, nfe=(1, 2), count=1, bar=(seen := Seen()))
     assert seen.ticks == [3, 6, 9, 12, 15, 18]
     assert {total for _, total in seen.titles} == {18}

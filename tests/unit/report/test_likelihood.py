@@ -14,7 +14,7 @@ from dumo.report.evaluate import current_report, evaluate, likelihoods
 from dumo.run.judge import require_likelihood
 from dumo.run.sampler import sampler_of
 from dumo.run.train import train
-from dumo.run.weights import RunFolder, open_run
+from dumo.run.weights import OpenedRun, open_run
 from dumo.types import UserError
 from unit.run.known import tiny
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def opened(folder: Path, *overrides: str) -> RunFolder:
+def opened(folder: Path, *overrides: str) -> OpenedRun:
     return open_run(str(folder), [*ASKED, *overrides], device="cpu")
 
 

@@ -32,7 +32,7 @@ from dumo.report.card import make_card
 from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.index import Index
 from dumo.run.train import train
-from dumo.run.weights import RunFolder, build, open_run
+from dumo.run.weights import OpenedRun, build, open_run
 from dumo.runtime.progress import Tick, no_bar
 from dumo.types import UserError
 
@@ -111,10 +111,10 @@ def make(folder: Path, recipe: str, overrides: list[str], evaluation: dict[str, 
     return folder
 
 
-def untrained(recipe: str, *overrides: str) -> RunFolder:
+def untrained(recipe: str, *overrides: str) -> OpenedRun:
     """A run at step 1, as its net begins."""
     run = load(recipe, ["net.depth=1", "net.width=8", "net.attention=2", *overrides])
-    return RunFolder(run, Index.read(Path("runs/untrained")), build(run).eval(), 1, "net.safetensors")
+    return OpenedRun(run, Index.read(Path("runs/untrained")), build(run).eval(), 1, "net.safetensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -147,7 +147,7 @@ def page_of(folder: Path) -> Page:
     return Page((folder / "report.html").read_text())
 
 
-def rendered(opened: RunFolder) -> Page:
+def rendered(opened: OpenedRun) -> Page:
     """The words of a page, without its pictures."""
     evaluations = judgement.read_judgements(opened)
     return Page(report.render(opened, report.PageParts(size=1797, evaluations=evaluations)))
@@ -260,7 +260,7 @@ def test_the_size_is_that_of_the_run() -> None:
         assert not re.search(r"\b(64|256)\b", above)
 
 
-def next_command(opened: RunFolder, parts: report.PageParts) -> str:
+def next_command(opened: OpenedRun, parts: report.PageParts) -> str:
     """What a page proposes to type, which dumo must take."""
     html = report.render(opened, parts)
     line = unescape(html.partition('<p class="next">')[2].partition("<code>")[2].partition("</code>")[0])
@@ -384,7 +384,7 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path, digits: Path) -> None:
     opened = open_run(str(digits))
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(UserError, match=r"evaluation\.json"):
-        report.write(RunFolder(opened.run, Index.read(tmp_path), opened.net, opened.step, opened.weights))
+        report.write(OpenedRun(opened.run, Index.read(tmp_path), opened.net, opened.step, opened.weights))
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 

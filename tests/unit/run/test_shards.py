@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dumo.io import weights
 from dumo.report.evaluate import evaluate
 from dumo.run.train import train
-from dumo.run.weights import RunFolder, open_run
+from dumo.run.weights import OpenedRun, open_run
 from dumo.training import checkpoint
 from dumo.types import UserError
 from unit.run.known import same, tiny
@@ -31,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"files": folder / "files", "shards": folder / "shards"}
 
 
-def opened(folder: Path, weights: str | None = None) -> RunFolder:
+def opened(folder: Path, weights: str | None = None) -> OpenedRun:
     return open_run(str(folder), weights=weights and str(folder / "checkpoints" / weights), device="cpu")
 
 

@@ -26,7 +26,7 @@ from dumo.report.sample import chosen_solver
 from dumo.run import encode, job
 from dumo.run.job import Job, open_data
 from dumo.run.train import train
-from dumo.run.weights import RunFolder, open_run
+from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime.progress import no_bar
 from dumo.training import agreement
 from dumo.types import UserError
@@ -41,7 +41,7 @@ def tiny(name: str = "moons", *more: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def moons(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def moons(tmp_path_factory: pytest.TempPathFactory) -> OpenedRun:
     """DuMo on moons, barely trained. Not to be written to."""
     folder = tmp_path_factory.mktemp("run") / "moons"
     train(tiny(), folder)
@@ -113,7 +113,7 @@ def test_ranks_that_see_different_data_are_refused(monkeypatch: pytest.MonkeyPat
         open_data(load("digits").data)
 
 
-def test_ranks_that_see_different_checkpoints_are_refused(moons: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_see_different_checkpoints_are_refused(moons: OpenedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would go on from a step of its own, and no collective would say so."""
 
     def gather_results(work: Callable[[], object], *, is_long: bool = False) -> list[object]:
@@ -126,7 +126,7 @@ def test_ranks_that_see_different_checkpoints_are_refused(moons: RunFolder, monk
 
 
 @pytest.mark.slow
-def test_what_is_opened_is_the_first_average(moons: RunFolder) -> None:
+def test_what_is_opened_is_the_first_average(moons: OpenedRun) -> None:
     last = latest(moons.folder / "checkpoints")
     assert last is not None
     assert (moons.step, moons.weights) == (6, "checkpoints/step-00000006/ema-0.999.safetensors")
