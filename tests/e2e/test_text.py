@@ -19,9 +19,10 @@ from dumo.data.caption import Templates
 from dumo.io import picture
 from dumo.io.weights import load
 from dumo.report.name import name_part
-from dumo.report.sample import sample_to_files, write_samples
+from dumo.report.sample import sample_to_files
 from dumo.run.encode import encoding_work
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
+from dumo.run.sample_files import write_samples
 from e2e.shell import call
 
 TEMPLATES = ["{}", "the digit {n}", "a handwritten {}"]

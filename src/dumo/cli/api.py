@@ -42,11 +42,11 @@ from dumo.report.sample import (
     require_count,
     size_of,
 )
-from dumo.report.sheet import Sheets
 from dumo.report.tracker import open_tracker, require_tracker
 from dumo.run.job import open_job
 from dumo.run.prompt import conditions_of_prompts
 from dumo.run.request import note_end
+from dumo.run.sheet import Sheets
 from dumo.run.train import train_job
 from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime import dist

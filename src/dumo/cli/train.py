@@ -81,11 +81,11 @@ def train(
     from dumo.config.code import shell_command
     from dumo.config.load import load
     from dumo.nets import Pretrained
-    from dumo.report.sheet import Sheets
     from dumo.report.tracker import open_tracker, require_tracker
     from dumo.run.folder import require_free, resumed_line
     from dumo.run.job import open_job
     from dumo.run.judge import missing_to_judge
+    from dumo.run.sheet import Sheets
     from dumo.run.train import train_job
 
     if track:

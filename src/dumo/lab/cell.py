@@ -41,9 +41,9 @@ from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
 from dumo.report import compare
 from dumo.report.evaluate import current_report, evaluate
-from dumo.report.sheet import Sheets
 from dumo.run import encode
 from dumo.run.resolve import resolve
+from dumo.run.sheet import Sheets
 from dumo.run.train import train
 from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime import signals

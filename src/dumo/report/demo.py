@@ -21,8 +21,9 @@ from dumo.config.fit import may_have_classes
 from dumo.flow.compatibility import why_unguided
 from dumo.io import picture
 from dumo.report.gallery import TAUGHT_BY_LETTER, sampling_modes
-from dumo.report.sample import data_points, guide_of, repeat_conditions
+from dumo.report.sample import guide_of, repeat_conditions
 from dumo.run.prompt import conditions_of_prompts
+from dumo.run.sample_files import data_points
 from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime import require, signals
 from dumo.types import UserError

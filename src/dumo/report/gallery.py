@@ -18,8 +18,9 @@ from dumo.flow.generate import Samples
 from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, can_make, check
 from dumo.io import picture
-from dumo.report.sample import data_points, require_count
+from dumo.report.sample import require_count
 from dumo.run.provenance import require_own_file
+from dumo.run.sample_files import data_points
 from dumo.run.sampler import Sampler
 from dumo.run.weights import OpenedRun, load_net
 from dumo.runtime.progress import Bar, no_bar

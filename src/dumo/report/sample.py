@@ -1,34 +1,28 @@
 """Samples of a run: made, decoded and written, as one picture, as files, or as an archive.
 
 `sample_to_files` does all of it for `dumo sample`. `with_sampling_options`, `chosen_solver`, `guide_of` and `size_of`
-apply what a user asked for, `write_samples` writes samples, and `draw_sheet` lays them out.
+apply what a user asked for.
 """
 
-import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from io import StringIO
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dumo.config.conditions import Conditions, shown_data
+from dumo.config.conditions import shown_data
 from dumo.config.fit import check_guidance
 from dumo.config.load import parse
 from dumo.config.spec import Sampling
 from dumo.data import Data, Images
 from dumo.data.pixel import Size
-from dumo.data.rows import CAPTION_COLUMNS, TABLES
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.solver import Solver, check
-from dumo.io import file as files
-from dumo.io import picture
-from dumo.io.picture import PixelRows, Points
 from dumo.report.name import changed_parts, name_part, sampling_fields
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
+from dumo.run.sample_files import write_samples
 from dumo.run.sampler import Sampler
 from dumo.run.weights import OpenedRun
 from dumo.runtime import dist
@@ -36,10 +30,6 @@ from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
 
 DEFAULT_COUNT = 100
-# One picture, a file for each sample, or an archive.
-FORMS = ("grid", "images", "npz")
-# Points of the data behind a scatter of samples.
-DATA_POINTS = 4000
 
 
 def repeat_conditions(c: Tensor, count: int) -> Tensor:
@@ -189,100 +179,3 @@ def sampling_changes(opened: OpenedRun, spec: Sampling) -> list[str]:
     run_fields = sampling_fields(opened.run_as_saved.sample)
     run_fields["solver.kind"] = spec.solver.kind
     return changed_parts(opened, run_fields, sampling_fields(spec))
-
-
-@dataclass(frozen=True)
-class _SheetLayout:
-    """The layout of a sheet of images."""
-
-    columns: int
-    # Above the columns, or above each image.
-    titles: Sequence[str] = ()
-
-
-def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> _SheetLayout:
-    """The layout of a sheet of images of the conditions c (n,); `names` are theirs, if not those of the data.
-
-    A column holds one class where classes come in turn and are few; elsewhere every image has its own title.
-    """
-    if not conditions.count:
-        return _SheetLayout(columns=8)
-    names = names or [conditions.name(k) for k in c.tolist()]
-    num_classes = len(set(names))
-    is_small = shown_data(conditions.data).shape[-1] <= picture.MIN_READABLE_HEIGHT
-    max_columns = 20 if is_small else 10
-    columns = 10
-    if num_classes <= max_columns:
-        columns = num_classes * max(1, 8 // num_classes)
-    columns = min(columns, len(names))
-    in_turn = all(name == names[i % columns] for i, name in enumerate(names))
-    return _SheetLayout(columns, names[:columns] if in_turn else names)
-
-
-def draw_sheet(pixels: PixelRows, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> Image.Image:
-    """Images of the conditions c (n,) as a sheet with titles."""
-    layout = _sheet_layout(c, conditions, names)
-    if not layout.titles:
-        return picture.sheet(pixels, layout.columns)
-    cells = [picture.sheet(image, 1) for image in pixels.split(1)]
-    return picture.labelled_grid(cells, layout.columns, layout.titles, gap=2)
-
-
-def data_points(data: Data, seed: int) -> picture.Points:
-    """DATA_POINTS points (n, d) of the data, to stand behind a scatter of samples, chosen by `seed`."""
-    points, _ = data.originals().reference(DATA_POINTS, seed)
-    return points
-
-
-def write_samples(
-    rows: PixelRows | Points,
-    c: Tensor,
-    stem: Path,
-    form: str,
-    data: Data,
-    seed: int,
-    names: Sequence[str] | None = None,
-) -> Path:
-    """Write samples of the conditions c (n,) as one file or folder, and return its path.
-
-    `rows` are as `Sampler.to_file_rows` makes them. `stem` is the path without its ending, `form` one of FORMS. `names`
-    are those of the conditions, if not those of the data. Next to single images of captions lies a table of them, blank
-    for no caption, which `data.images.captions` reads. Points are drawn before some of the data, chosen by `seed`.
-    """
-    are_points = len(shown_data(data).shape) == 1
-    conditions = Conditions(data)
-    match form:
-        case "images":
-            captions: list[str] = []
-            if names and conditions.captions:
-                captions = ["" if k == conditions.count else name for k, name in zip(c.tolist(), names, strict=True)]
-            with files.atomic_write(stem) as folder:
-                folder.mkdir()
-                picture.write_singles(folder, rows)
-                if captions:
-                    _write_captions(folder, captions)
-            return stem
-        case "npz":
-            path = stem.with_name(f"{stem.name}.npz")
-            if are_points:
-                picture.write_points(path, rows, c)
-            else:
-                picture.write_adm(path, rows, c)
-            return path
-        case _:
-            path = stem.with_name(f"{stem.name}.png")
-            if are_points:
-                image = picture.scatter(data_points(data, seed), {stem.name: rows})
-            else:
-                image = draw_sheet(rows, c, conditions, names)
-            picture.write_picture(path, image)
-            return path
-
-
-def _write_captions(folder: Path, texts: Sequence[str]) -> None:
-    """Write metadata.csv with the caption of each image in a folder, as `picture.write_singles` numbers them."""
-    csv_text = StringIO()
-    table = csv.writer(csv_text)
-    table.writerow(("file_name", CAPTION_COLUMNS[0]))
-    table.writerows((f"{i:06d}.png", text) for i, text in enumerate(texts))
-    files.write(folder / TABLES[0], csv_text.getvalue().encode())

@@ -135,7 +135,7 @@ def open_job(
     - `step`: resume from the checkpoint of this step, not from the last one; a restart that has done so takes that
     - `tell`: called with lines for the user, on rank 0
     - `accept`: resume though data or fields have changed, and note what has
-    - `sheets`: draws the sheets of `train.sheets` (`dumo.report.sheet.Sheets`); None: nobody does
+    - `sheets`: draws the sheets of `train.sheets` (`dumo.run.sheet.Sheets`); None: nobody does
     - `minutes`: train the run of the folder for so long from its checkpoint on (`train.minutes`); a restart adds none
     - `began`: from when its time counts, by `stopwatch.wall_clock`, if it ends by the clock; None: from now on
     - `bar`: shows how far images are encoded
@@ -316,7 +316,7 @@ def _require_fit(run: Run, net_outline: nn.Module, device: torch.device, sheets:
     if run.train.sheets and sheets is None:
         raise UserError(
             f"train.sheets={run.train.sheets}, and nothing draws them: call dumo.train, or hand "
-            "sheets=dumo.report.sheet.Sheets, or set train.sheets=[]"
+            "sheets=dumo.run.sheet.Sheets, or set train.sheets=[]"
         )
     _, ranks = dist.torchrun_rank_and_world()
     rows_per_rank = ceil(run.train.batch / ranks)

@@ -13,7 +13,7 @@ from dumo.cli import export, lab, sample, terminal, train
 from dumo.export import write
 from dumo.lab import plan
 from dumo.report import benchmark, images, tracker
-from dumo.report import sample as report_sample
+from dumo.run import sample_files
 from e2e.shell import call
 
 PROGRAM: Any = typer.main.get_command(cli.app)
@@ -28,7 +28,7 @@ def parameters_of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("command", "parameter", "known"),
     [
-        (sample.sample, "form", [*report_sample.FORMS, *benchmark.LAYOUTS]),
+        (sample.sample, "form", [*sample_files.FORMS, *benchmark.LAYOUTS]),
         (export.export, "to", write.FORMS),
         (export.export, "parts", write.PARTS),
         (export.export, "dtype", write.DTYPES),

@@ -21,7 +21,7 @@ from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.flow import generate
 from dumo.io.picture import SCATTER_POINTS
-from dumo.report.sample import write_samples
+from dumo.run.sample_files import write_samples
 from dumo.run.sampler import gather_samples, rank_indices, sampler_of
 from dumo.runtime import dist, signals
 from dumo.training import agreement, layout

@@ -9,10 +9,10 @@ import pytest
 
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.report import sheet
 from dumo.report.sample import sample_to_files
-from dumo.report.sheet import Sheets
+from dumo.run import sheet
 from dumo.run.net import draw_net
+from dumo.run.sheet import Sheets
 from dumo.run.train import train as train_run
 from dumo.run.weights import open_run
 from dumo.runtime import signals
