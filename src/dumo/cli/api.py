@@ -17,7 +17,7 @@ from pydantic_core import PydanticSerializationError
 from torch import Generator, Tensor, nn
 
 from dumo.cli.callback import Callback, stoppable_hooks
-from dumo.cli.compose import MINUTES_FIX, Composed, compose, plain_data, plain_net
+from dumo.cli.compose import Composed, compose, plain_data, plain_net
 from dumo.config import recipes as shipped_recipes
 from dumo.config.change import override, yaml_text
 from dumo.config.load import RUN_FILE, dump, parse
@@ -413,7 +413,7 @@ def train(
 
         train("digits")                                 a recipe, a YAML file, or a run's folder, which is resumed
         train("photos", minutes=10)                     a folder of images: a recipe is chosen
-        train("runs/photos", minutes=30)                continues a run for so long
+        train("runs/photos", minutes=30)                resumes a run until it has trained for 30 minutes
         train((array, labels), out="runs/mine")         images in memory
         train("digits", objective="meanflow", out="runs/mine")
         train(data=array, net=module, objective=Mine(), callbacks=[f], out="runs/mine")
@@ -426,7 +426,7 @@ def train(
     A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`. `raise dumo.Stop` in
     it ends the training; what it returns is ignored.
 
-    - `minutes`: how long to train, for images or a run
+    - `minutes`: how long to train in all, as `train.minutes` in `changes`
     - `out`: the run's folder; None: that of the run that `source` names, else runs/NAME. A run in it is compared with
       the one that is asked for, and resumed, at the checkpoint of `step` if that is given
     - `accept`: resume with fields or data that have changed since, and record them
@@ -442,27 +442,26 @@ def train(
             raise UserError(f"data are given twice: as {name_of(type(source))}, and by data=")
         data = source
         source = None
+    settings = _settings(changes)
+    if minutes is not None:
+        settings.append(f"train.minutes={minutes:g}")
     with trusting(trust_code):
         if isinstance(source, Run):
-            if minutes is not None:
-                raise UserError(f"minutes are {MINUTES_FIX}")
             has_other_parts = any(part is not None for part in (objective, data, net))
             if folder is None or has_other_parts:
                 raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
             own_text = parse_text(dump(source), folder / RUN_FILE)
-            settings = _settings(changes)
             composed = Composed(load_run(without_resolved(own_text), settings), settings, folder)
         else:
             if track is not None:
                 require_tracker(track)
             composed = compose(
                 source,
-                _settings(changes),
+                settings,
                 folder,
                 objective=objective,
                 data=data,
                 net=net,
-                minutes=minutes,
                 device=str(device),
                 bar=bar,
             )
@@ -475,7 +474,6 @@ def train(
             step=step,
             accept=accept,
             sheets=Sheets,
-            minutes=composed.minutes,
             bar=bar,
         )
         with (

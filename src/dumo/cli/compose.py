@@ -32,13 +32,10 @@ from dumo.flow.reading import taught_readings
 from dumo.flow.solver import best_solver
 from dumo.nets import ModuleSpec
 from dumo.plan import photos
-from dumo.run.folder import require_free, resumed_line
+from dumo.run.folder import require_free
 from dumo.runtime.device import choose_device
-from dumo.runtime.progress import Bar, line_printer
+from dumo.runtime.progress import Bar
 from dumo.types import Spec, UserError
-
-# what minutes are for, and what to do where they are not
-MINUTES_FIX = "for images, or to go on with a run's folder: set train.steps or train.minutes in changes"
 
 Fields = dict[str, Any]  # by dotted path, as plain values
 _TOYS = ("digits", "moons")  # kinds of data after which recipes are named, digits first
@@ -57,7 +54,6 @@ class Composed:
     run: Run | None  # None: the run that the folder holds, with `changes`
     changes: Sequence[str]  # each a.b=c
     folder: Path
-    minutes: float | None = None  # for which a run goes on; None: for what is left of it
 
 
 def compose(
@@ -68,7 +64,6 @@ def compose(
     objective: str | Mapping[str, Any] | Spec | None,
     data: Any,  # noqa: ANN401, what a notebook has
     net: str | Mapping[str, Any] | Spec | nn.Module | None,
-    minutes: float | None,
     device: str,
     bar: Bar,
 ) -> Composed:
@@ -81,8 +76,7 @@ def compose(
     was begun on a folder of images. Any other run is compared with the one in `folder` when it is opened, as on the
     command line.
 
-    `minutes` is how long to train on images, or for how long the run of a folder goes on. Raises UserError if the
-    parts do not fit, nothing gives a name, or `minutes` are given of anything else.
+    Raises UserError if the parts do not fit, or nothing gives a name.
     """
     # Find out what was named: a recipe, a file or a run (`chosen`), or a place of images.
     chosen: ChosenSource | None = None
@@ -108,16 +102,13 @@ def compose(
     # Continue the folder's own run.
     if chosen is not None and chosen.kind == "run" and chosen.folder == folder:
         if not parts:
-            return Composed(None, changes, folder, minutes)
+            return Composed(None, changes, folder)
         own_run = read(chosen.word)
         own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *changes]
-        return Composed(None, own_changes, folder, minutes)
+        return Composed(None, own_changes, folder)
     if images_place is not None and (folder / RUN_FILE).is_file():
         own_run = read(folder / RUN_FILE)
         own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *changes]
-        if minutes is not None:
-            log_line = line_printer(bar)
-            log_line(resumed_line(folder, minutes))
         return Composed(None, settings_of_images(own_run.tree, own_changes, images_place), folder)
 
     # Propose a run on a folder of images.
@@ -125,7 +116,7 @@ def compose(
         require_free(folder)
         base = read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}")
         new_changes = _changes_of_new_run(parts, base, net, changes)
-        run = photos.propose(images_place, new_changes, minutes=minutes, device=device).run
+        run = photos.propose(images_place, new_changes, device=device).run
         return Composed(run, new_changes, folder)
 
     # Put the parts into what was named, or into the recipe that suits them.
@@ -134,9 +125,7 @@ def compose(
     new_changes = _changes_of_new_run(parts, base, net, changes)
     if recipe == IMAGES_RECIPE:
         on_a_cpu = choose_device(device).type == "cpu"
-        new_changes = [*_changes_of_array(parts["data"], changes, on_a_cpu=on_a_cpu, minutes=minutes), *new_changes]
-    elif minutes is not None:
-        raise UserError(f"minutes are {MINUTES_FIX}")
+        new_changes = [*_changes_of_array(parts["data"], changes, on_a_cpu=on_a_cpu), *new_changes]
     if chosen and not parts:
         new_changes = [*chosen.settings, *new_changes]
     return Composed(load(without_resolved(base), new_changes), new_changes, folder)
@@ -152,12 +141,12 @@ def _changes_of_new_run(parts: Fields, base: RunText, net: object, changes: Sequ
     return [*_as_changes(fields), *changes]
 
 
-def _changes_of_array(data: Fields, changes: Sequence[str], *, on_a_cpu: bool, minutes: float | None) -> list[str]:
+def _changes_of_array(data: Fields, changes: Sequence[str], *, on_a_cpu: bool) -> list[str]:
     """The changes of `my-images` for images in memory, which are trained on in pixels at their full size."""
     spec = _data_spec(data)
     fields = photos.pixel_fields(spec.shape[-1], on_a_cpu=on_a_cpu)
     if isinstance(spec, Memory):
-        fields |= photos.length_fields(spec.open().size, changes, on_a_cpu=on_a_cpu, minutes=minutes)
+        fields |= photos.length_fields(spec.open().size, changes, on_a_cpu=on_a_cpu)
     return _as_changes(fields)
 
 

@@ -125,7 +125,7 @@ def _fact_lines(run: "Run", facts: "RunFacts") -> list[tuple[str, str]]:
     lines.append(("guidance scale", f"{facts.guidance_scale:.3g} in training (1 is none)"))
     minutes = run.train.minutes
     if minutes is not None:
-        lines.append(("length", f"{minutes_text(minutes)}; train.steps is a guess until the training has ended"))
+        lines.append(("length", f"{minutes_text(minutes)}; train.steps only scales the warmup"))
     return lines
 
 

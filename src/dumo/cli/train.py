@@ -33,7 +33,7 @@ def train(
     minutes: Annotated[
         float | None,
         typer.Option(
-            min=0.1, max=MINUTES, help="How long to train on images, or to continue a run. Default: 6 on a CPU."
+            min=0.1, max=MINUTES, help="How long to train in all (train.minutes). Default for images on a CPU: 6."
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Train on a folder of images without asking.")] = False,
@@ -51,7 +51,7 @@ def train(
     digits-trained and cifar10-trained, which ship with dumo, begin a new run with their settings and weights.
 
     Given a folder of images, propose a run that suits them and this machine, and ask before it starts. It ends when its
-    --minutes are over; dumo train runs/NAME --minutes 30 continues for 30 more.
+    --minutes are over, or those of a later command that gives it more.
 
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     --track also sends each row of the log to a tracker.
@@ -62,14 +62,10 @@ def train(
 
     # Decide what to train, and where.
     chosen = choose(source, folder)
-    changes = set_ or []
+    changes = [*(set_ or []), *([] if minutes is None else [f"train.minutes={minutes:g}"])]
     are_images = chosen.kind == "images"
     run_folder = folder or chosen.folder
     goes_on = chosen.kind == "run" and chosen.folder == run_folder
-    if minutes and not (are_images or goes_on):
-        raise typer.BadParameter(
-            f"--minutes is for a folder of images or a run's folder: give --set train.minutes={minutes:g} instead"
-        )
     text = None  # images that have no run yet
     if not are_images:
         text = read(str(chosen.word))
@@ -82,7 +78,7 @@ def train(
     from dumo.config.load import load
     from dumo.nets import Pretrained
     from dumo.report.tracker import open_tracker, require_tracker
-    from dumo.run.folder import require_free, resumed_line
+    from dumo.run.folder import require_free
     from dumo.run.job import open_job
     from dumo.run.judge import missing_to_judge
     from dumo.run.sheet import Sheets
@@ -95,11 +91,9 @@ def train(
     run: Run | None = None
     if text is None:  # images that have no run yet
         require_free(run_folder)
-        run = _propose_run(source, changes, minutes, device, ask=not yes)
+        run = _propose_run(source, changes, device, ask=not yes)
         began = time.perf_counter()
     elif are_images:  # images whose run goes on
-        if minutes:
-            print_line(resumed_line(run_folder, minutes))
         changes = settings_of_images(text.tree, changes, source)
     elif goes_on:
         pass
@@ -115,7 +109,6 @@ def train(
         step=step,
         accept=accept,
         sheets=Sheets,
-        minutes=minutes if goes_on else None,
         began=began,
         bar=bar,
     )
@@ -126,7 +119,6 @@ def train(
         less_memory = f"set train.micro_batch below {job.run.train.micro_batch or job.run.train.batch}"
         if job.run.net.checkpoint is False:
             less_memory += ", or net.checkpoint=true in a new run"
-        # The run is resumed by its folder: --minutes typed again would add time, and --from would go back again.
         resume = f"resume with:  {shell_command(job.run, f'dumo train {shell_path(run_folder)}')}"
         with memory_hint(less_memory), resume_hint(resume):
             state = train_job(job, bar, send_row=send_row)
@@ -149,14 +141,14 @@ def train(
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
 
-def _propose_run(place: str, changes: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
+def _propose_run(place: str, changes: list[str], device: str, *, ask: bool) -> "Run":
     """Propose a run for the images at `place`, and return it once the user agrees.
 
     Raises BadParameter without a terminal to `ask` on, Exit if the answer is no.
     """
     from dumo.plan import photos
 
-    proposal = photos.propose(place, changes, minutes=minutes, device=device)
+    proposal = photos.propose(place, changes, device=device)
     show_lines(proposal.lines())
     if ask and not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")

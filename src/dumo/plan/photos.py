@@ -100,11 +100,11 @@ class Proposal:
         return f"{self.classes} classes" if self.classes else "no classes, no captions"
 
 
-def propose(place: str, changes: Sequence[str] = (), *, minutes: float | None = None, device: str = "auto") -> Proposal:
+def propose(place: str, changes: Sequence[str] = (), *, device: str = "auto") -> Proposal:
     """Propose a run on the images at `place`, a folder or a file, for this device.
 
-    `changes`, each a.b=c, are fields of the user's. `minutes` is how long to train; None: as `changes` say, else as
-    long as the rules say. Raises UserError if there are no images that can be read, or their captions are damaged.
+    `changes`, each a.b=c, are fields of the user's. Raises UserError if there are no images that can be read, or their
+    captions are damaged.
     """
     on_a_cpu = choose_device(device).type == "cpu"
 
@@ -116,7 +116,7 @@ def propose(place: str, changes: Sequence[str] = (), *, minutes: float | None = 
     captions = None if chooses_net else _find_captions(images, rows, changes)
     if captions is None:
         images = images.with_facts()
-    length = length_fields(len(rows), changes, on_a_cpu=on_a_cpu, minutes=minutes)
+    length = length_fields(len(rows), changes, on_a_cpu=on_a_cpu)
 
     # Choose the recipe.
     wants_pixels = chooses_net or "data.kind=images" in changes or images.captions is not None
@@ -145,10 +145,8 @@ def pixel_fields(side: int, *, on_a_cpu: bool) -> dict[str, Any]:
     return {**_CPU_FIELDS, "net": {**_CPU_NET, "attend": [side // 4]}}
 
 
-def length_fields(count: int, changes: Sequence[str], *, on_a_cpu: bool, minutes: float | None) -> dict[str, Any]:
+def length_fields(count: int, changes: Sequence[str], *, on_a_cpu: bool) -> dict[str, Any]:
     """The field that says how long to train on `count` images; none if `changes` say it, or the recipe does."""
-    if minutes is not None:
-        return {"train.minutes": minutes}
     is_chosen = sets_field(changes, "train.steps") or sets_field(changes, "train.minutes")
     if is_chosen or not on_a_cpu:
         return {}

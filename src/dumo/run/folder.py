@@ -20,7 +20,6 @@ from dumo.io import file as files
 from dumo.io.guard import guard_path, locked, require_in_place
 from dumo.run.index import Index
 from dumo.run.provenance import require_same_run
-from dumo.runtime import shell_path
 from dumo.training import manifest
 from dumo.types import UserError
 
@@ -66,12 +65,6 @@ def require_free(folder: Path) -> None:
             raise UserError(f"{folder} is not empty and holds no {RUN_FILE}: give another folder with --out")
 
 
-def resumed_line(folder: Path, minutes: float) -> str:
-    """Say that a folder's run is resumed, although minutes were given to propose a new one."""
-    more_time = f"dumo train {shell_path(folder)} --minutes {minutes:g}"
-    return f"{folder} is resumed as it began. For more time:  {more_time}"
-
-
 def require_resumable(run: Run, index: Index, step: int | None = None, *, accept: bool = False) -> None:
     """Raise UserError unless `run` can be trained in its folder, from the start or from a checkpoint there.
 
@@ -79,20 +72,13 @@ def require_resumable(run: Run, index: Index, step: int | None = None, *, accept
     - `step`: the step of the checkpoint to resume from; None takes the last checkpoint.
     - `accept`: fields may differ from those of the folder's run.
 
-    Refused are a step without a checkpoint, fewer steps than are done, lost checkpoints, and another run.
+    Refused are a step without a checkpoint, lost checkpoints, and another run.
     """
     folder = index.folder
     checkpoints = index.checkpoints.by_step()
     if step is not None and step not in checkpoints:
         existing = ", ".join(map(str, checkpoints)) or "none"
         raise UserError(f"--from {step}: {folder} has no checkpoint of that step; its checkpoints: {existing}")
-    steps_done = max(checkpoints, default=0) if step is None else step
-    ends_by_steps = run.train.minutes is None
-    if ends_by_steps and steps_done > run.train.steps:
-        raise UserError(
-            f"train.steps={run.train.steps}, but {folder} has already trained {steps_done} steps: set train.steps to "
-            f"{steps_done} or more"
-        )
     if index.exported_weights and not checkpoints:
         raise UserError(
             f"{folder} is an export, which has no optimizer state to resume from: begin a new run from its weights "

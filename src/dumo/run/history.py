@@ -35,7 +35,6 @@ from dumo.run.request import Request
 from dumo.runtime.device import software_versions
 from dumo.training import log, manifest
 from dumo.training.manifest import Checkpoint
-from dumo.training.spec import Train
 
 PACKAGES = ("dumo", "torch")  # whose versions change what a step computes
 
@@ -52,7 +51,6 @@ class History:
     fingerprint: str | None  # of the data now
     changes: Sequence[RecordedChange]  # of fields and data, since the run began
     versions: dict[str, str]  # of the packages that wrote the checkpoint; {}: it begins
-    train_before: Train | None  # how the run was trained up to the checkpoint; None: it begins
     listed_log: manifest.FileEntry | None  # the log as the checkpoint lists it; None: it does not, or there is none
     has_other_data: bool  # whether the data have changed since the checkpoint, and that is accepted
 
@@ -94,7 +92,6 @@ class History:
             fingerprint=fingerprint,
             changes=changes,
             versions=checkpoint.manifest.versions if checkpoint else {},
-            train_before=run_before.run.train if run_before and checkpoint else None,
             listed_log=checkpoint.manifest.log if checkpoint else None,
             has_other_data=change is not None,
         )
@@ -181,9 +178,6 @@ class History:
                 now = yaml_text(change.now)
                 was = yaml_text(change.was)
                 yield f"from step {self.step:,} on {change.field} is {now}, and was {was}"
-        ends_by_steps = self.run.train.minutes is None
-        if ends_by_steps and self.train_before and self.train_before.schedule == self.run.train.schedule:
-            yield from _schedule_lines(self.train_before, self.run.train.steps, self.step)
         if self.versions:
             versions = software_versions()
             for name in PACKAGES:
@@ -194,13 +188,3 @@ class History:
                         f"{name} is {version}, and was {version_before} up to step {self.step:,}: numbers may round "
                         "otherwise"
                     )
-
-
-def _schedule_lines(train_before: Train, steps: int, steps_done: int) -> Iterator[str]:
-    """Yield a line if the steps already done had other rates, because their schedule had another length."""
-    if train_before.minutes is None and train_before.had_other_rates(steps, steps_done):
-        length = "shorter" if train_before.steps < steps else "longer"
-        yield (
-            f"train.steps is {steps:,}, and was {train_before.steps:,}: the {steps_done:,} steps already done had the "
-            f"rates of the {length} {train_before.schedule.kind} schedule"
-        )

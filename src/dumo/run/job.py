@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from dumo.config import trust
-from dumo.config.change import sets_field
 from dumo.config.fit import check_ranks
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
@@ -51,12 +50,11 @@ from dumo.run.speed import Meter
 from dumo.run.weights import begin_or_resume
 from dumo.runtime import dist, shell_path, stopwatch
 from dumo.runtime.device import choose_device, known_peak_tflops
-from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import Bar, ignore_line, no_bar
-from dumo.runtime.text import minutes_text, minutes_to_type
+from dumo.runtime.text import minutes_text
 from dumo.runtime.threads import threads_for
 from dumo.training import agreement
-from dumo.training.deadline import SECONDS_PER_MINUTE, Timing, begin_timing
+from dumo.training.duration import Duration
 from dumo.training.layout import share_of
 from dumo.training.manifest import Checkpoint, Checkpoints
 from dumo.training.spec import Train
@@ -68,8 +66,6 @@ if TYPE_CHECKING:
     from dumo.run.best import BestFolder
     from dumo.run.teacher import LoadedTeacher
     from dumo.run.validation import Validation
-
-_MORE_MINUTES = 5  # as an example of more training: ours
 
 Tell = Callable[[str], None]  # shows the user a line
 
@@ -123,7 +119,6 @@ def open_job(
     step: int | None = None,
     accept: bool = False,
     sheets: MakeSheets | None = None,
-    minutes: float | None = None,
     began: float | None = None,
     bar: Bar = no_bar,
 ) -> Generator[Job, None, None]:
@@ -136,7 +131,6 @@ def open_job(
     - `tell`: called with lines for the user, on rank 0
     - `accept`: resume though data or fields have changed, and note what has
     - `sheets`: draws the sheets of `train.sheets` (`dumo.run.sheet.Sheets`); None: nobody does
-    - `minutes`: train the run of the folder for so long from its checkpoint on (`train.minutes`); a restart adds none
     - `began`: from when its time counts, by `stopwatch.wall_clock`, if it ends by the clock; None: from now on
     - `bar`: shows how far images are encoded
 
@@ -150,14 +144,13 @@ def open_job(
         stack.enter_context(dist.join())
         tell_on_main = ignore_line if tell is None or not dist.is_main() else tell
         agreement.on_main_rank(lambda: stack.enter_context(locked_run_folder(folder)))
-        request = Request(folder, step, minutes, tuple(changes), accept=accept)
+        request = Request(folder, step, tuple(changes), accept=accept)
         was_obeyed = request.was_obeyed()
         if was_obeyed:
             tell_on_main(request.obeyed_line())
         from_step = None if was_obeyed else step
-        more_minutes = None if was_obeyed else minutes  # run.yaml has the sum
         index = Index.read(folder)
-        requested_run = _requested_run(run, index, changes, more_minutes)
+        requested_run = _run_of_folder(index, changes) if run is None else run
         require_same_request(request, requested_run)
 
         # 2. resolve, and check that it fits the machine
@@ -176,7 +169,10 @@ def open_job(
 
         # 4. choose the checkpoint
         chosen = _choose_checkpoint(index.checkpoints, from_step)
-        run_to_train = _with_time_after(complete_run, folder, chosen, more_minutes)
+        run_to_train = complete_run
+        train_before = index.recorded_run.run.train if index.recorded_run else None
+        # Refuse now what `train` would refuse for its length: nothing expensive was done yet.
+        Duration.resolve(run_to_train.train, train_before, chosen.manifest if chosen else None)
 
         # 5. encode images whose latents are missing, open the data, and examine the derivative
         time_began += _encode_missing_latents(run_to_train.data, device, bar)
@@ -192,7 +188,7 @@ def open_job(
         # From here on the net computes, with the number of threads that its checkpoint was trained with.
         recorded_threads = checkpoint.manifest.threads if checkpoint else None
         threads = stack.enter_context(threads_for(state.net, torch_device, recorded_threads))
-        state.timing = _begin_timing(run_to_train.train, state, checkpoint)
+        state.duration = Duration.resolve(run_to_train.train, train_before, checkpoint.manifest if checkpoint else None)
         best_folder, validation = _open_validation(run_to_train, index, state, tell_on_main, meter)
         teacher = _load_teacher(run_to_train, state, torch_device)
 
@@ -228,67 +224,17 @@ def open_job(
 
 def train_more_hint(folder: Path, train: Train) -> str:
     """A line that says that a run has ended, and what to type to train it for longer."""
+    command = f"dumo train {shell_path(folder)}"
     if train.minutes is not None:
-        more_minutes = f"dumo train {shell_path(folder)} --minutes {minutes_to_type(train.minutes):g}"
-        return f"{folder} has trained its {minutes_text(train.minutes)}. For more:  {more_minutes}"
-    more_steps = f"dumo train {shell_path(folder)} --set train.steps={2 * train.steps}"
-    return (
-        f"{folder} has trained its {train.steps:,} steps. For more:  {more_steps}  or by the clock:  "
-        f"dumo train {shell_path(folder)} --minutes {_MORE_MINUTES:g}"
-    )
+        trained = minutes_text(train.minutes)
+        return f"{folder} has trained its {trained}. For more:  {command} --set train.minutes={2 * train.minutes:.4g}"
+    return f"{folder} has trained its {train.steps:,} steps. For more:  {command} --set train.steps={2 * train.steps}"
 
 
-def _requested_run(run: Run | None, index: Index, changes: Sequence[str], minutes: float | None) -> Run:
-    """The run that is asked for: `run`, or else that of the folder with `changes`, to train for `minutes` more.
-
-    Raises UserError where it ends by the clock, and `changes` set its steps.
-    """
-    requested_run = _run_of_folder(index, changes, minutes) if run is None else run
-    if requested_run.train.minutes is None:
-        return requested_run
-    _require_no_steps(requested_run.train.minutes, index, changes)
-    if index.recorded_run is None:
-        return requested_run
-    return _with_steps_made(requested_run, index.recorded_run.run.train)
-
-
-def _run_of_folder(index: Index, changes: Sequence[str], minutes: float | None) -> Run:
-    """The folder's run with `changes`.
-
-    `minutes` replaces train.minutes; `_with_time_after` later adds the minutes already trained.
-    """
+def _run_of_folder(index: Index, changes: Sequence[str]) -> Run:
+    """The folder's run with `changes`."""
     trust.accept(changes)
-    fields = list(changes)
-    if minutes is not None:
-        fields.append(f"train.minutes={minutes:g}")
-    return index.run(fields)
-
-
-def _require_no_steps(minutes: float, index: Index, changes: Sequence[str]) -> None:
-    """Raise UserError where `changes` set `train.steps` of a run that ends after `minutes`, whatever its steps.
-
-    Where they set `train.minutes`, too, as in the command that began the run, the command may be typed again.
-    """
-    sets_steps = sets_field(changes, "train.steps")
-    sets_minutes = sets_field(changes, "train.minutes")
-    if not sets_steps or sets_minutes:
-        return
-    fix = "steps by train.minutes=null train.steps=N"
-    if index.recorded_run:
-        fix = f"more by --minutes, or {fix}"
-    raise UserError(f"{index.folder} ends after train.minutes={minutes:.4g}, whatever its steps: give it {fix}")
-
-
-def _with_steps_made(run: Run, train_before: Train) -> Run:
-    """A run that ends by the clock, with the number of steps in its folder if that run ended by the clock, too.
-
-    That number is what the run has made, not what it is to make. `train_before` is how the run of the folder is
-    trained.
-    """
-    if train_before.minutes is None:
-        return run
-    train = run.train.model_copy(update={"steps": train_before.steps})
-    return run.model_copy(update={"train": train})
+    return index.run(changes)
 
 
 def _fit_and_complete(
@@ -349,39 +295,6 @@ def _require_same_checkpoints(checkpoints: Checkpoints) -> None:
             )
 
 
-def _with_time_after(run: Run, folder: Path, checkpoint: Checkpoint | None, minutes: float | None) -> Run:
-    """The run, to train for `minutes` more than at its checkpoint; with None as it is.
-
-    Raises UserError where it is to end before its checkpoint does.
-    """
-    timing = checkpoint.manifest.timing if checkpoint else None
-    if timing is None:  # no time was trained by the clock, so `minutes` are all that the run has
-        return run
-    if minutes is None:
-        _require_time_left(run.train, timing, folder)
-        return run
-    return _with_minutes_after(run, timing, minutes)
-
-
-def _with_minutes_after(run: Run, timing: Timing, minutes: float) -> Run:
-    """The run, to train for `minutes` more than at `timing`, and for MINUTES in all at most, as a run may."""
-    total_minutes = min(timing.seconds / SECONDS_PER_MINUTE + minutes, MINUTES)
-    train = run.train.model_copy(update={"minutes": total_minutes})
-    return run.model_copy(update={"train": train})
-
-
-def _require_time_left(train: Train, timing: Timing, folder: Path) -> None:
-    """Raise UserError where a run is to end by the clock, and after fewer minutes than were trained at `timing`."""
-    # in seconds: a run that has ended has as many as its minutes make, and these divided may be a little more minutes
-    if train.minutes is not None and SECONDS_PER_MINUTE * train.minutes < timing.seconds:
-        minutes_done = timing.seconds / SECONDS_PER_MINUTE
-        raise UserError(
-            f"train.minutes={train.minutes:.4g}, but {folder} has already trained {minutes_text(minutes_done)}: give "
-            f"another folder with --out, or train it for longer:  dumo train {shell_path(folder)} "
-            f"--minutes {_MORE_MINUTES:g}"
-        )
-
-
 def _encode_missing_latents(data: Data, device: str, bar: Bar) -> float:
     """Make the cache of latents on rank 0 if it is missing and the images are here. Returns the seconds that it took.
 
@@ -416,15 +329,6 @@ def _step_flops(run: Run, net_outline: nn.Module, device: torch.device) -> float
     from dumo.run import cost
 
     return cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref).flops
-
-
-def _begin_timing(train: Train, state: State, checkpoint: Checkpoint | None) -> Timing | None:
-    """How far a run that ends by the clock is when training begins; None: it ends by its steps.
-
-    Without a checkpoint the state is fresh.
-    """
-    factor_before = train.factor(state.step, state.timing) if checkpoint else None
-    return begin_timing(train.minutes, state.timing, factor_before, state.progress(train))
 
 
 def _open_validation(

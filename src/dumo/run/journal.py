@@ -26,7 +26,7 @@ from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
 from dumo.run import examination
 from dumo.run.data import save_ledger
-from dumo.run.folder import mark_checkpoint_written, write_run_file
+from dumo.run.folder import mark_checkpoint_written
 from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
 from dumo.run.weights import build
@@ -34,7 +34,7 @@ from dumo.runtime import dist, shell_path, signals
 from dumo.runtime.device import total_memory
 from dumo.runtime.text import bytes_text
 from dumo.training import agreement, checkpoint, layout, log, loop
-from dumo.training.deadline import FIRST_SAVE_SHARE, JUDGE, SAVE, SECONDS_PER_MINUTE, Countdown
+from dumo.training.duration import FIRST_SAVE_SHARE, SECONDS_PER_MINUTE, Clock
 from dumo.training.manifest import Checkpoints
 from dumo.training.optim import half_rates
 from dumo.training.record import Record, Skipped
@@ -63,7 +63,7 @@ class Journal:
     # The changes of fields and data since the run began; None on ranks other than 0.
     changes: Sequence[RecordedChange] | None = None
     # The clock of a run that ends by it.
-    countdown: Countdown | None = None
+    clock: Clock | None = None
     # Whether du/dt was examined on weights in training, and whether a checkpoint was saved.
     is_examined: bool = False
     has_saved: bool = False
@@ -94,7 +94,7 @@ class Journal:
         """
         if self.saver.has_failed:
             return True
-        if self.countdown and not self.has_saved and self.countdown.timing.share >= FIRST_SAVE_SHARE:
+        if self.clock and not self.has_saved and self.clock.timing.share >= FIRST_SAVE_SHARE:
             return True
         minutes = self.run.train.save_minutes
         return minutes is not None and time.monotonic() - self.last_saved >= SECONDS_PER_MINUTE * minutes
@@ -113,8 +113,7 @@ class Journal:
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
             self.write_milestone(state)
         # Saving also removes checkpoints beyond the last `train.keep`.
-        if state.is_over(self.run.train):
-            self.note_steps(state)
+        if state.is_over:
             self.save(state)
             self.saver.wait()
 
@@ -150,11 +149,7 @@ class Journal:
         """Evaluate the samples of this step; {} if that is not due. Every rank must call it."""
         if self.validation is None or state.step % self.validation.every:
             return {}
-        began = self.countdown.seconds() if self.countdown else 0.0
-        scores = self.validation.judge(state)
-        if self.countdown:
-            self.countdown.note(JUDGE, began)
-        return scores
+        return self.validation.judge(state)
 
     def blamed_rows(self, step: int, skipped: Skipped) -> list[dict[str, Any]]:
         """The rows to blame for a skipped step, with their numbers in the data set instead of the batch."""
@@ -182,17 +177,15 @@ class Journal:
         """
         train = self.run.train
         is_due = record.due or state.step % train.save_every == 0
-        is_last = state.is_over(train)
+        is_last = state.is_over
         is_asked_to_stop = record.received_signal is not None
         if not (is_due or is_last or is_asked_to_stop):
             return
         self.saver.wait()
         # A run that ends by the clock examines du/dt only once.
-        skips_examination = self.countdown is not None and self.is_examined
+        skips_examination = self.clock is not None and self.is_examined
         if state.step <= train.first_saved_step and not is_asked_to_stop and not skips_examination:
             self.examine(state)
-        if is_last:
-            self.note_steps(state)
         self.save(state)
         if is_asked_to_stop or is_last:
             self.saver.wait()
@@ -201,7 +194,7 @@ class Journal:
         """Save a checkpoint of this step in a thread, after the log up to it, while training continues."""
         # The thread's copy of the last checkpoint is overwritten.
         self.saver.wait()
-        began = self.countdown.seconds() if self.countdown else 0.0
+        began = self.clock.seconds() if self.clock else 0.0
         log_file = self.folder / LOG_FILE
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
         listed_ledger = save_ledger(self.folder, self.ledger)
@@ -215,20 +208,12 @@ class Journal:
             best_folder = self.best_folder
             if best_folder:
                 agreement.on_main_rank(lambda: best_folder.remove_older(self.checkpoints.by_step()))
-            if self.countdown:
-                self.countdown.note(SAVE, began)
+            if self.clock:
+                self.clock.note_save(began)
 
         self.saver.start(write)
         self.has_saved = True
         self.last_saved = time.monotonic()
-
-    def note_steps(self, state: State) -> None:
-        """Record in run.yaml, and in later checkpoints, the number of steps of a run that ends by the clock."""
-        train = self.run.train
-        if state.timing is None or train.steps == state.step:
-            return
-        self.run = self.run.model_copy(update={"train": train.model_copy(update={"steps": state.step})})
-        agreement.on_main_rank(lambda: write_run_file(self.run, self.folder, self.changes or ()))
 
     def examine(self, state: State) -> None:
         """Raise UserError if the objective's du/dt is not the derivative at the weights in training.

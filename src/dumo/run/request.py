@@ -36,14 +36,13 @@ class Request:
 
     folder: Path
     step: int | None  # that of the checkpoint from which to go on; None: the last one
-    minutes: float | None  # to train for, from the checkpoint on
     changes: tuple[str, ...]  # of fields, each a.b=c
     accept: bool = False  # other fields or data than it was trained by
 
     @property
     def is_one_time(self) -> bool:
         """Whether to do it again would do something else."""
-        return self.step is not None or self.minutes is not None
+        return self.step is not None
 
     def was_obeyed(self) -> bool:
         """Whether a start before this one, with the same words, has obeyed it. Every rank must call it.
@@ -58,8 +57,7 @@ class Request:
             if note is None:
                 return False
             if is_restart:  # its words are those of the first start; an unseeded net has other numbers, though
-                numbers = (note["from"], note["minutes"])
-                return note.get(_OF_LAST_COMMAND, True) and numbers == (self.step, self.minutes)
+                return note.get(_OF_LAST_COMMAND, True) and note["from"] == self.step
             is_noted = note == {**note, **self._note(has_ended=False)}
             # A note of another request stays, since this one may be refused; no restart may take it for one of this.
             write_json(self.folder / OBEYED_FILE, {**note, _OF_LAST_COMMAND: is_noted})
@@ -69,12 +67,8 @@ class Request:
 
     def obeyed_line(self) -> str:
         """A line for a user who asks for it again."""
-        texts: list[str] = []
-        for name, value in (("from", self.step), ("minutes", self.minutes)):
-            if value is not None:
-                texts.append(f"--{name} {value:.10g}")
         return (
-            f"{self.folder} has obeyed {' and '.join(texts)} already, and goes on from its last checkpoint: to obey it "
+            f"{self.folder} has obeyed --from {self.step} already, and goes on from its last checkpoint: to obey it "
             f"again, remove {self.folder / OBEYED_FILE}"
         )
 
@@ -86,7 +80,7 @@ class Request:
             (self.folder / OBEYED_FILE).unlink(missing_ok=True)
 
     def _note(self, *, has_ended: bool) -> dict[str, Any]:
-        return {"from": self.step, "minutes": self.minutes, "changes": [*self.changes], "has_ended": has_ended}
+        return {"from": self.step, "changes": [*self.changes], "has_ended": has_ended}
 
 
 def note_end(folder: Path) -> None:
@@ -111,7 +105,6 @@ def require_same_request(request: Request, run: Run) -> None:
     def requested_values() -> dict[str, object]:
         values: dict[str, object] = {
             "--from": request.step,
-            "--minutes": request.minutes,
             "--accept": request.accept,
         }
         values.update(_values_of(run.model_copy(update={"resolved": {}})))

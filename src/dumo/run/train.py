@@ -14,7 +14,7 @@ teaches by pairs; with a tracker tracker-id; and hidden files (`dumo.run.folder`
 there, such as samples/, evaluation.json and report.html.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,19 +28,19 @@ from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
 from dumo.io.source import Bucketed, DataSource
 from dumo.nets.dualized import Dualized
-from dumo.run.job import Job, MakeSheets, Sheets, open_job, train_more_hint
+from dumo.run.job import Job, MakeSheets, open_job, train_more_hint
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import flow_in_training
 from dumo.run.request import note_end
 from dumo.run.summary import empty_classes_line, training_summary
 from dumo.run.teacher import TeacherPairs
-from dumo.runtime import dist, shell_path, stopwatch
+from dumo.runtime import dist
 from dumo.runtime.limits import STEPS
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.text import duration_text
 from dumo.runtime.threads import cores
 from dumo.training import agreement, log, loop
-from dumo.training.deadline import DRAW, JUDGE, Countdown, Timing, minutes_to_prepare
+from dumo.training.duration import Clock
 from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
 from dumo.training.record import Record
 from dumo.training.spec import Train
@@ -113,8 +113,9 @@ def train_job(
     source = _training_source(job, main_bar)
 
     # 4. open the journal
-    countdown = _countdown_of(job, state.timing) if state.timing else None
-    journal = _journal_of(job, source, countdown)
+    timing = state.duration.timing
+    clock = Clock(timing, job.began) if timing else None
+    journal = _journal_of(job, source, clock)
     if send_row:
         journal.send_row = lambda row: send_row(job.meter.add_speed(row))
     journal.open(state)
@@ -129,8 +130,7 @@ def train_job(
     # what is called after it
     run_hooks = list(journal.hooks)
     if job.sheets:
-        draw_sheets = _timed_drawing(job.sheets, run.train, countdown) if countdown else job.sheets.draw
-        run_hooks.append(loop.Every(1, draw_sheets))
+        run_hooks.append(loop.Every(1, job.sheets.draw))
 
     try:
         with (
@@ -147,14 +147,14 @@ def train_job(
             ]
 
             # 5. train
-            read_clock = countdown.read if countdown else None
+            read_clock = clock.read if clock else None
             loop.train(state, flow, batch_at, run.train, all_hooks, journal.is_save_due, draws_at, read_clock)
     except Diverged as error:
         hint = _resume_hint_of(job)
         agreement.on_main_rank(lambda: note_end(folder))
         raise Diverged(f"{error} {hint}") from error  # without a name, which would hold the job by its traceback
     agreement.on_main_rank(lambda: note_end(folder))
-    _tell_end(job, countdown)
+    _tell_end(job, clock)
     return state
 
 
@@ -169,7 +169,7 @@ def _lines_before(job: Job) -> list[str]:
             job.index.folder,
             size=job.data.size,
             step=state.step,
-            timing=state.timing,
+            timing=state.duration.timing,
             device=job.device,
         )
     ]
@@ -183,7 +183,7 @@ def _lines_before(job: Job) -> list[str]:
         lines.append(f"threads: {job.threads} of {cores()} cores; OMP_NUM_THREADS=N sets another number")
     if isinstance(state.net, Dualized) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
-    if state.is_over(run.train):
+    if state.is_over:
         lines.append(train_more_hint(job.index.folder, run.train))
     return lines
 
@@ -202,20 +202,8 @@ def _training_source(job: Job, bar: Bar) -> DataSource | TeacherPairs:
     return job.teacher.training_source(job.data, job.run, job.index.folder, job.device, bar)
 
 
-def _countdown_of(job: Job, timing: Timing) -> Countdown:
-    """The clock of a job that ends by it."""
-
-    def work_after(step: int) -> Iterator[str]:
-        if job.validation and step % job.validation.every == 0:
-            yield JUDGE
-        if job.sheets and job.run.train.is_sheet_due(step):
-            yield DRAW
-
-    return Countdown(timing, job.began, stopwatch.wall_clock, work_after)
-
-
-def _journal_of(job: Job, source: DataSource | TeacherPairs, countdown: Countdown | None) -> Journal:
-    """The journal of a job. `countdown` is its clock, if it ends by it."""
+def _journal_of(job: Job, source: DataSource | TeacherPairs, clock: Clock | None) -> Journal:
+    """The journal of a job. `clock` is its clock, if it ends by it."""
     return Journal(
         run=job.run,
         folder=job.index.folder,
@@ -225,23 +213,11 @@ def _journal_of(job: Job, source: DataSource | TeacherPairs, countdown: Countdow
         tell=job.tell,
         ledger=ledger_of(job.data),
         changes=job.history.changes if job.history else None,
-        countdown=countdown,
+        clock=clock,
         best_folder=job.best_folder,
         validation=job.validation,
         threads=job.threads,
     )
-
-
-def _timed_drawing(sheets: Sheets, train: Train, countdown: Countdown) -> Callable[[State, Record], None]:
-    """The hook that draws sheets, and notes how long they take, in a run that ends by the clock."""
-
-    def draw(state: State, record: Record) -> None:
-        began = countdown.seconds()
-        sheets.draw(state, record)
-        if train.is_sheet_due(state.step):
-            countdown.note(DRAW, began)
-
-    return draw
 
 
 @contextmanager
@@ -289,13 +265,14 @@ def _progress(job: Job, bar: Bar) -> Generator[Callable[[str], None], None, None
     state = job.state
     title = f"training {job.index.folder.name}"
     total = job.run.train.steps
-    if state.timing:
+    if state.duration.timing:
         title += " (seconds)"
-        total = round(state.timing.promised_seconds)
+        total = round(state.duration.timing.promised_seconds)
     with bar(title, total) as tick:
 
         def show_progress(text: str) -> None:
-            units_done = round(state.timing.seconds) if state.timing else state.step
+            timing = state.duration.timing
+            units_done = round(timing.seconds) if timing else state.step
             tick(units_done, text)
 
         yield show_progress
@@ -303,7 +280,7 @@ def _progress(job: Job, bar: Bar) -> Generator[Callable[[str], None], None, None
 
 def _first_text(train: Train, state: State) -> str:
     """What the bar says before the first step."""
-    if state.is_over(train):
+    if state.is_over:
         return "no step is left"
     if train.compile != "none":
         return "the first step, compiled first"
@@ -313,7 +290,7 @@ def _first_text(train: Train, state: State) -> str:
 def _note_step(job: Job, record: Record) -> str:
     """Measure a step, which may add a row to speed.jsonl. Returns what the bar says after it."""
     text = job.meter.note(record)
-    return f"step {record.step:,}, {text}" if job.state.timing else text
+    return f"step {record.step:,}, {text}" if job.state.duration.timing else text
 
 
 def _resume_hint_of(job: Job) -> str:
@@ -324,20 +301,14 @@ def _resume_hint_of(job: Job) -> str:
     )
 
 
-def _tell_end(job: Job, countdown: Countdown | None) -> None:
+def _tell_end(job: Job, clock: Clock | None) -> None:
     """Say whether time ran out before the first step, and which weights were best. Every rank must call it."""
-    if countdown and countdown.late_seconds is not None:
-        job.tell(_late_text(job.index.folder, countdown.late_seconds))
+    if clock and clock.late_seconds is not None:
+        job.tell(
+            f"it took {duration_text(clock.late_seconds)} to begin, and no time was left for steps: it made one. Give "
+            "it more by train.minutes"
+        )
     if job.best_folder:
         best_line = agreement.on_main_rank(job.best_folder.describe)
         if best_line:
             job.tell(best_line)
-
-
-def _late_text(folder: Path, late_seconds: float) -> str:
-    """A line for a run that ends by the clock, and whose time was over before its first step."""
-    command_with_time = f"dumo train {shell_path(folder)} --minutes {minutes_to_prepare(late_seconds):g}"
-    return (
-        f"it took {duration_text(late_seconds)} to begin, and no time was left for steps: it made one, and "
-        f"skipped the rest of its learning rate's schedule. With enough time:  {command_with_time}"
-    )

@@ -68,9 +68,9 @@ class Validation:
         step are not what this run wrote.
         """
         every = run.evaluate.every
-        if state.is_over(run.train):
+        if state.is_over:
             return None
-        if state.timing is None and state.step // every == run.train.steps // every:
+        if state.duration.timing is None and state.step // every == run.train.steps // every:
             return None
         from dumo.run.judge import evaluator_of, sample_conditions  # nobody else needs them in training
         from dumo.runtime.progress import no_bar

@@ -1,6 +1,6 @@
 """Numbers as text for people, and texts of others made safe to print.
 
-`number_text`, `bytes_text`, `duration_text`, `minutes_text`, `minutes_to_type` and `nfe_text` write numbers.
+`number_text`, `bytes_text`, `duration_text`, `minutes_text` and `nfe_text` write numbers.
 `escape_controls` and `escape_line` spell out characters that would steer a terminal.
 """
 
@@ -44,11 +44,6 @@ def minutes_text(minutes: float) -> str:
         return "1 second" if seconds == 1 else f"{seconds} seconds"
     rounded = round(minutes, 1)
     return "1 minute" if rounded == 1 else f"{rounded:g} minutes"
-
-
-def minutes_to_type(minutes: float) -> float:
-    """Minutes as one types them: rounded, with one decimal at most, and not 0."""
-    return max(0.1, round(minutes, 1))
 
 
 def nfe_text(n: int) -> str:

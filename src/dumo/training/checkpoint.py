@@ -94,7 +94,7 @@ def copy(state: State, notes: CheckpointNotes, memory: HostMemory) -> Checkpoint
         ranks=dist.world(),
         versions=software_versions(),
         frozen=state.frozen,
-        timing=state.timing,
+        timing=state.duration.timing,
         threads=notes.threads,
         log=notes.log,
         ledger=notes.ledger,
@@ -226,7 +226,6 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
     state.images = saved.images
     state.skips = saved.skips
     state.trend = saved.trend
-    state.timing = saved.timing
 
 
 def _tensors_of(state: State) -> dict[str, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from dumo.flow.flow import Flow
 from dumo.flow.precision import product_precision
 from dumo.runtime.signals import Stopped
 from dumo.training.compile import compile_loss
-from dumo.training.deadline import Timing
+from dumo.training.duration import Timing
 from dumo.training.record import Record, Skipped
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
@@ -36,7 +36,7 @@ def train(
     hooks: Sequence[Every] = (),
     checkpoint_due: Callable[[], bool] = lambda: False,
     draws_at: Callable[[int], Draws] | None = None,
-    read_clock: Callable[[int], Timing] | None = None,
+    read_clock: Callable[[], Timing] | None = None,
 ) -> None:
     """Train `state` in place until `spec.steps` steps are done, or its time is over, by a flow of its net.
 
@@ -44,7 +44,7 @@ def train(
     - `hooks`: called after each step, in their order.
     - `checkpoint_due()`: whether it is time for a checkpoint; the step's record passes it on to the hooks.
     - `draws_at(step)`: a step's random numbers, as `draws_of`; None: each step draws them.
-    - `read_clock(step)`: how far the run is before a step, where it ends by the clock; None: it ends by its steps.
+    - `read_clock()`: how far a run by the clock is before the next step; None: it ends by its steps.
 
     Raises Diverged after `spec.max_skips` skipped steps in a row, and Stopped if a rank got a signal and steps are
     left, each after the step's hooks. Raises what `train_step` raises.
@@ -54,18 +54,18 @@ def train(
         loss = compile_loss(state.net, flow.objective, spec.compile)
     device = next(state.net.parameters()).device
     with product_precision(spec.precision, device):
-        while not state.is_over(spec):
+        while not state.is_over:
             step = state.step
             batch = batch_at(step)
             draws = None if draws_at is None else draws_at(step)
-            timing = None if read_clock is None else read_clock(step)
+            timing = None if read_clock is None else read_clock()
             record = train_step(state, flow, batch, spec, loss, draws, due=checkpoint_due(), timing=timing)
             for hook in hooks:
                 if state.step % hook.n == 0:
                     hook.f(state, record)
             if record.skipped and state.skips >= spec.max_skips:
                 raise Diverged(_divergence_message(record.step, record.skipped, state.skips))
-            if record.received_signal is not None and not state.is_over(spec):
+            if record.received_signal is not None and not state.is_over:
                 raise Stopped(record.received_signal)
 
 

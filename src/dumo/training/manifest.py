@@ -27,7 +27,7 @@ from dumo.io.file import temp_path_for
 from dumo.io.weights import title
 from dumo.runtime import dist, shell_path
 from dumo.training.agreement import gather_results
-from dumo.training.deadline import Timing
+from dumo.training.duration import Timing
 from dumo.training.state import FAR, Trend
 from dumo.types import UserError
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dumo.runtime import dist, signals
-from dumo.training.deadline import Timing
+from dumo.training.duration import Timing
 from dumo.training.state import State
 from dumo.types import Cond, PerSample, Terms, Time
 
@@ -107,7 +107,7 @@ def measure(
     # Reduce everything at once: sums by bins of t, and flags of ranks.
     columns = _columns_of(terms)
     bins = (t * _BINS).long().clamp(0, _BINS - 1)
-    is_over_here = timing is not None and timing.is_over and dist.is_main()
+    is_over_here = timing is not None and timing.share >= 1 and dist.is_main()
     times_here = [timing.seconds, timing.share] if timing and dist.is_main() else [0.0, 0.0]
     signal_here = signals.poll()
     sums_here = {f"sums of {name}": _sums_by_bin(bins, column.to(t)) for name, column in columns.items()}

@@ -1,7 +1,7 @@
 """Learning rate schedules, as values of a run: the field `train.schedule`.
 
 A schedule (`Constant`, `Cosine`, `WSD`) is a pure function of (step, steps) to a factor in [0, 1] of every rate, so a
-resumed run needs no scheduler state. A run that ends by the clock (`dumo.training.deadline`) calls it with a share of
+resumed run needs no scheduler state. A run that ends by the clock (`dumo.training.duration`) calls it with a share of
 the steps.
 """
 

@@ -1,6 +1,6 @@
 """How to train, as a value: `Train`, the field `train` of a run, with the defaults of the paper where it has any.
 
-Its methods say which learning rate a step has, and after which steps something is due.
+Its methods say after which steps something is due.
 """
 
 from typing import Literal
@@ -10,7 +10,6 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from dumo.flow.draw import Coupling
 from dumo.flow.precision import Precision
 from dumo.runtime.limits import MINUTES, ROWS, STEPS
-from dumo.training.deadline import Timing
 from dumo.training.ema import Average, Ema
 from dumo.training.optim import AdamW, Optimizer
 from dumo.training.schedule import Constant, LearningRateSchedule
@@ -27,8 +26,8 @@ class Train(Spec):
 
     # Optimizer steps in total; schedules stretch with it.
     steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
-    # Minutes of training in all, after which it ends. The schedule then stretches with time, and `steps` is an estimate
-    # that becomes the true number at the end. None: it ends by steps.
+    # Minutes of training in all, after which it ends. The schedule then stretches with time, and `steps` only scales
+    # its warmup. None: it ends by steps.
     minutes: float | None = Field(
         default=None,
         gt=0,
@@ -84,29 +83,12 @@ class Train(Spec):
             )
         return self
 
-    def factor(self, step: int, timing: Timing | None = None) -> float:
-        """The factor of the learning rate for the update after `step` steps; by the `timing`, where there is one."""
-        if timing is None:
-            return self.schedule(step, self.steps)
-        return timing.factor(self.schedule, self.steps)
-
-    def rate(self, step: int, timing: Timing | None = None) -> float:
-        """The learning rate of the update after `step` steps; by the `timing`, where there is one."""
-        return self.optimizer.lr * self.factor(step, timing)
-
     @property
     def first_saved_step(self) -> int:
         """The first step after which a checkpoint is saved, whatever the clock says."""
         if self.minutes is not None:  # it is not known which step is the last
             return self.save_every
         return min(self.save_every, self.steps)
-
-    def had_other_rates(self, steps: int, done: int) -> bool:
-        """Whether a schedule over `steps` steps would have given the `done` steps so far other rates than this one."""
-        compared_steps = (done // 2, done - 1)
-        return done > 0 and any(
-            self.schedule(step, self.steps) != self.schedule(step, steps) for step in compared_steps
-        )
 
     def is_sheet_due(self, step: int) -> bool:
         """Whether samples are drawn after this step."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
-from dumo.training.deadline import Timing
+from dumo.training.duration import Duration
 from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import AverageKey, MovingAverage
 from dumo.training.muon import MOMENTUM_KEY, STACK_KEY
@@ -70,21 +70,23 @@ class State:
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
+    duration: Duration  # how long it trains, and how far it is by the clock
     averages: dict[AverageKey, MovingAverage] = field(default_factory=dict[AverageKey, MovingAverage])
     step: int = 0  # steps done, skipped ones included
     images: int = 0  # images seen, repeats counted
     skips: int = 0  # skipped steps in a row, up to now
     trend: Trend = field(default_factory=Trend)  # of the error, over steps that were applied
     frozen: str | None = None  # the digest of the frozen weights (`dumo.training.frozen`); None: there are none
-    timing: Timing | None = None  # how far it is by the clock; None: it ends by its steps
 
-    def is_over(self, train: Train) -> bool:
+    @property
+    def is_over(self) -> bool:
         """Whether no step is left."""
-        return self.step >= train.steps if self.timing is None else self.timing.is_over
+        return self.duration.is_over(self.step)
 
-    def progress(self, train: Train) -> float:
+    @property
+    def progress(self) -> float:
         """How much of the training is over, in [0, 1]."""
-        return self.step / train.steps if self.timing is None else self.timing.progress
+        return self.duration.progress(self.step)
 
     @property
     def sampled_net(self) -> nn.Module:
@@ -125,7 +127,7 @@ def begin(
     optimizer = spec.optimizer(net)
     if isinstance(optimizer, AdamW8bitOptimizer):
         optimizer.seed = spec.seed
-    return State(net, optimizer, averages, frozen=frozen_digest)
+    return State(net, optimizer, Duration.of(spec), averages, frozen=frozen_digest)
 
 
 def flat_optimizer_state(state: State) -> dict[str, Tensor]:

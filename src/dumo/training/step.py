@@ -31,7 +31,7 @@ from dumo.flow.flow import Flow, Loss
 from dumo.flow.path import FlowPath
 from dumo.runtime import dist
 from dumo.training import layout
-from dumo.training.deadline import Timing
+from dumo.training.duration import Timing
 from dumo.training.record import Record, measure, skip_reason
 from dumo.training.spec import Train
 from dumo.training.state import State
@@ -154,7 +154,7 @@ def train_step(
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     t = torch.cat(times)
     terms = _join_terms(terms_by_pass)
-    lr = spec.rate(state.step, state.timing)
+    lr = spec.optimizer.lr * state.duration.rate_factor(spec.schedule, state.step)
     record = measure(state, t, terms, layout.full_tensor(norm), images=spec.batch, lr=lr, due=due, timing=timing)
     if not record.is_finite:
         record = replace(record, skipped=skip_reason(record, t, micro_batches.c, terms))
@@ -194,7 +194,7 @@ class MicroBatches:
         self.loss = loss
         self.draws = draws or draws_of(flow, spec, state.step, self.x.shape[1:], z=self.z is None)
         self.keys = to_device(self.draws.keys, self.x.device)
-        self.progress = state.progress(spec)
+        self.progress = state.progress
         self.keep_casts = not layout.frees_gathered_weights(spec.reshard)
 
     def local_rows(self, rows: slice) -> slice:
@@ -247,7 +247,7 @@ def advance(state: State, record: Record) -> None:
     state.step = record.step
     state.images = record.images
     if record.timing:
-        state.timing = record.timing
+        state.duration = replace(state.duration, timing=record.timing)
     if record.skipped:
         state.skips += 1
         return

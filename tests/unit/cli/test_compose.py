@@ -136,11 +136,9 @@ def test_parts_find_what_they_are_trained_with(
 
 def test_the_folder_of_a_run_is_read_where_it_is_opened(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("{")  # no YAML
-    settings: dict[str, Any] = {"net": None, "minutes": None, "device": "cpu", "bar": no_bar}
+    settings: dict[str, Any] = {"net": None, "device": "cpu", "bar": no_bar}
     composed = compose(tmp_path, ["train.steps=3"], None, objective=None, data=None, **settings)
     assert composed == Composed(None, ["train.steps=3"], tmp_path)
-    composed = compose(tmp_path, [], None, objective=None, data=None, **settings | {"minutes": 30})
-    assert composed == Composed(None, [], tmp_path, 30)
 
 
 def test_a_recipe_is_compared_with_the_run_in_its_folder_as_on_the_command_line(tmp_path: Path) -> None:
@@ -282,9 +280,7 @@ def test_a_spec_of_a_run_is_trained_on_other_images(tmp_path: Path) -> None:
         ({"data": {"train": COLOURS, "test": COLOURS}}, "data"),
         ({"objective": {"beta": 0.5}}, "objective"),
         ({"source": COLOURS, "data": COLOURS}, "data"),
-        ({"source": "moons", "minutes": 3}, "minutes"),
         ({"source": "moons", "minutes": math.nan}, "minutes"),
-        ({"source": dumo.recipe("moons"), "minutes": 5}, "minutes"),
     ],
 )
 def test_what_is_no_part_is_refused(parts: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -316,10 +312,10 @@ def test_an_array_of_images_is_learned_in_pixels_at_full_size(side: int, tmp_pat
     """On a CPU by a small network, and by the clock."""
     array = np.random.default_rng(0).integers(0, 256, (24, side, side, 3), dtype=np.uint8)
     settings: dict[str, Any] = {"objective": None, "net": None, "device": "cpu", "bar": no_bar}
-    run = compose(None, [], tmp_path / "run", data=(array, CLASSES), minutes=None, **settings).run
+    run = compose(None, [], tmp_path / "run", data=(array, CLASSES), **settings).run
     assert run is not None
     assert (run.data.kind, run.data.shape, run.data.classes) == ("memory", (3, side, side), 3)
     assert (run.net.kind, run.net.attend, run.train.minutes) == ("unet", (side // 4,), 2.8)
-    longer = compose(None, ["net.width=8"], tmp_path / "run", data=array, minutes=30.0, **settings).run
+    longer = compose(None, ["net.width=8", "train.minutes=30"], tmp_path / "run", data=array, **settings).run
     assert longer is not None
     assert (longer.net.width, longer.train.minutes) == (8, 30)

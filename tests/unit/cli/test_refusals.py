@@ -13,7 +13,6 @@ from e2e.shell import call, tree
 
 REFUSALS = [
     # Options that would otherwise be ignored.
-    ("train digits --minutes 5", "--minutes", 2),
     ("sample digits-trained --labels 3 --prompt cat", "--prompt", 2),
     ("sample digits-trained --source a.png", "--source", 2),
     ("sample digits-trained --format geneval", "--prompts", 2),
@@ -77,7 +76,6 @@ API_REFUSALS: list[tuple[Callable[[TrainedRun], object], str, type[Exception]]] 
     (lambda run: run.sample([1, 2, 3], count=2), "labels", dumo.UserError),
     (lambda run: run.sample([]), "labels", dumo.UserError),
     (lambda run: dumo.train(run.spec), "out=", dumo.UserError),
-    (lambda run: dumo.train(run.spec, out="run", minutes=3), "minutes", dumo.UserError),
     (lambda run: dumo.train([1], data=[1]), "data=", dumo.UserError),
     # Values that torch would broadcast or wrap around.
     (lambda run: run.sample(noise=NOISE[:, 0]), "noise", dumo.UserError),

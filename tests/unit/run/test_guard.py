@@ -31,8 +31,6 @@ from dumo.run.weights import open_run
 from dumo.runtime import signals
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.manifest import Checkpoints
-from dumo.training.schedule import WSD, Cosine
-from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.step import Batch, Record, train_step
 from dumo.types import UserError
@@ -287,12 +285,6 @@ def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     file.write_text(json.dumps({"sd": 0.75, "rows": 256}))  # of a run from before there were any
     train(run, folder)
     assert read_note(folder).fingerprint == now
-
-
-def test_more_steps_before_the_rate_falls_are_those_of_the_longer_schedule() -> None:
-    assert not Train(steps=100, batch=1, schedule=WSD()).had_other_rates(200, 80)
-    assert Train(steps=100, batch=1, schedule=WSD()).had_other_rates(200, 90)
-    assert not Train(steps=100, batch=1, schedule=Cosine()).had_other_rates(200, 0)
 
 
 @pytest.mark.slow

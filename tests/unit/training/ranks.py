@@ -23,6 +23,7 @@ from dumo.flow.path import Linear
 from dumo.runtime import dist, signals
 from dumo.training import agreement
 from dumo.training.checkpoint import CheckpointNotes, copy, save_milestone
+from dumo.training.duration import Duration
 from dumo.training.ema import MovingAverage
 from dumo.training.layout import local_tensor
 from dumo.training.optim import AdamW
@@ -45,7 +46,7 @@ def built(seed: int, share: int = 0, width: int = 8) -> State:
     for module in (net, *(average.module for average in averages.values())):
         if share:
             shard(module, share)
-    return State(net, AdamW(lr=1e-2)(net), averages)
+    return State(net, AdamW(lr=1e-2)(net), Duration(9), averages)
 
 
 def shard(net: nn.Module, share: int) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dumo.training.checkpoint import save_milestone
+from dumo.training.duration import Duration
 from dumo.training.manifest import paths_by_step, rewind
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, Trend, begin
@@ -74,7 +75,7 @@ def test_tied_and_transposed_weights(tmp_path: Path) -> None:
         net[1].weight = net[0].weight
         net[2].weight = nn.Parameter(torch.arange(6.0).view(2, 3).T)
         net[0].weight.data.fill_(value)
-        return State(net, torch.optim.Adam(net.parameters()))
+        return State(net, torch.optim.Adam(net.parameters()), Duration(9))
 
     old, new = tied(1), tied(2)
     restore(save(tmp_path, old, 1), new)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dumo.training.checkpoint import save_milestone
+from dumo.training.duration import Duration
 from dumo.training.ema import MovingAverage
 from dumo.training.frozen import digest, frozen_weights, trained_state_dict
 from dumo.training.optim import AdamW
@@ -29,7 +30,9 @@ def whole(spec: Train) -> State:
     averages = {ema.decay: MovingAverage(ema, net) for ema in spec.ema}
     for average in averages.values():
         average.module = deepcopy(net).requires_grad_(False).eval()
-    return State(net, AdamW().optimizer_of([p for p in net.parameters() if p.requires_grad]), averages)
+    return State(
+        net, AdamW().optimizer_of([p for p in net.parameters() if p.requires_grad]), Duration.of(spec), averages
+    )
 
 
 def shared(state: State, average: MovingAverage) -> dict[str, bool]:

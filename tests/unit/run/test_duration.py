@@ -18,7 +18,7 @@ from dumo.training.saver import Saver
 from dumo.training.state import State
 from dumo.types import UserError
 from unit.run import known
-from unit.run.known import Seen, noted, tiny
+from unit.run.known import Seen, tiny
 from unit.training.by_path import latest
 
 TIMED = (
@@ -58,13 +58,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def train(
-    folder: Path, clock: Clock, run: Run | None = None, *changes: str, minutes: float | None = None
-) -> tuple[list[str], Seen, State]:
+def train(folder: Path, clock: Clock, run: Run | None = None, *changes: str) -> tuple[list[str], Seen, State]:
     """Train a run, or go on with that of the folder: the lines that were told, the bar, and the state at the end."""
     told: list[str] = []
     seen = Seen()
-    opened = open_job(folder, run, changes=changes, device="cpu", tell=told.append, minutes=minutes)
+    opened = open_job(folder, run, changes=changes, device="cpu", tell=told.append)
     with opened as job:
         return told, seen, train_job(job, seen, [Every(1, clock.step)])
 
@@ -78,7 +76,7 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
     began = clock.now
     run = tiny("moons", *TIMED)
 
-    # stopped, and gone on with
+    # Stop it, and resume it.
     clock.last = 9
     with pytest.raises(signals.Stopped):
         train(folder, clock, run)
@@ -90,70 +88,53 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
     assert seen.titles[-1] == ("training run (seconds)", 60)
     assert seen.ticks[-1] == 60
 
-    # its steps are those that it made
+    # Its schedule is a function of the checkpoint: the number of steps is never written down.
     assert state.step > 20
-    assert written(folder)["steps"] == state.step
-    last = latest(folder / "checkpoints")
-    assert last is not None
-    assert yaml.safe_load((last / "spec.yaml").read_text())["train"]["steps"] == state.step
+    assert written(folder)["steps"] == run.train.steps
 
-    # there is no more to do, and it says what there is to type
+    # No step is left, and it says what to type.
     bits = known.bits(folder)
     told, _, _ = train(folder, clock)
-    assert f"{folder} has trained its 1 minute. For more:  dumo train {folder} --minutes 1" in told
+    assert f"{folder} has trained its 1 minute. For more:  dumo train {folder} --set train.minutes=2" in told
     assert known.bits(folder) == bits
 
-    # more, and a command that is typed again after it was stopped
+    # Give it more, and type the same again after a stop, as torchrun and Slurm do.
     began = clock.now
     clock.last = state.step + 5
     with pytest.raises(signals.Stopped):
-        train(folder, clock, minutes=0.5)
+        train(folder, clock, None, "train.minutes=1.5")
     assert written(folder)["minutes"] == 1.5
-    assert noted(folder)[-1].field == "train.minutes"
     signals.received_signal = clock.last = None
-    _, _, end = train(folder, clock)
+    _, _, end = train(folder, clock, None, "train.minutes=1.5")
     assert clock.now - began == pytest.approx(30, abs=2 * PACE)
-    assert end.timing is not None
-    assert (end.timing.seconds, end.timing.share) == (90, 1)
+    assert end.duration.timing is not None
+    assert (end.duration.timing.seconds, end.duration.timing.share) == (90, 1)
 
-    # its rate rises from where it was, and falls again
+    # Its rate is that of two thirds of the schedule, and falls to the end.
     rates = {row["step"]: row["lr"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
     peak = run.train.optimizer.lr
-    assert rates[state.step + 1] == 0
-    assert max(rates[step] for step in rates if step > state.step) > 0.8 * peak
-    assert rates[end.step] < 0.2 * peak
-
-
-def test_a_restart_adds_no_minutes(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that Slurm requeues has the words that it had, and ends when it was to end."""
-    folder = tmp_path / "run"
-    _, _, state = train(folder, clock, tiny("moons", *TIMED))
-    clock.last = state.step + 5
-    with pytest.raises(signals.Stopped):
-        train(folder, clock, minutes=0.5)
-    signals.received_signal = clock.last = None
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    told, _, end = train(folder, clock, minutes=0.5)
-    assert told[0].startswith(f"{folder} has obeyed --minutes 0.5 already")
-    assert written(folder)["minutes"] == 1.5
-    assert end.timing is not None
-    assert end.timing.seconds == 90
+    steps = run.train.steps
+    assert rates[state.step + 1] == pytest.approx(peak * run.train.schedule(2 / 3 * steps, steps))
+    assert rates[end.step] < 0.05 * peak
 
 
 @pytest.mark.parametrize("name", ["state.json", "net.safetensors"])
-def test_minutes_are_added_to_those_of_the_checkpoint_that_is_resumed(name: str, clock: Clock, tmp_path: Path) -> None:
-    """The last one is damaged, so it is the one before."""
+def test_a_kill_in_the_last_checkpoint_does_not_change_the_schedule(name: str, clock: Clock, tmp_path: Path) -> None:
+    """The last one is damaged, so the schedule is that of the one before."""
     folder = tmp_path / "run"
-    train(folder, clock, tiny("moons", *TIMED, "train.keep=9"))
+    run = tiny("moons", *TIMED, "train.keep=9")
+    train(folder, clock, run)
     before, last = Checkpoints(folder / "checkpoints").by_step().values()
+    rates = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     file = last.path / name
     file.write_bytes(bytes(file.stat().st_size))
-    began = clock.now
     with pytest.warns(UserWarning, match=f"{before.path.name}, before it, is taken"):
-        train(folder, clock, minutes=0.5)
-    assert clock.now - began == pytest.approx(30, abs=2 * PACE)
-    assert before.manifest.timing is not None
-    assert written(folder)["minutes"] == pytest.approx(0.5 + before.manifest.timing.seconds / 60)
+        train(folder, clock)
+    again = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    step = before.manifest.step
+    assert again[: step + 1] == rates[: step + 1]
+    assert again[step:] == sorted(again[step:], reverse=True)
+    assert again[-1] == pytest.approx(rates[-1], abs=0.1 * max(rates))
 
 
 def test_fewer_minutes_than_were_trained_are_refused(clock: Clock, tmp_path: Path) -> None:
@@ -161,11 +142,11 @@ def test_fewer_minutes_than_were_trained_are_refused(clock: Clock, tmp_path: Pat
     folder = tmp_path / "run"
     run = tiny("moons", *TIMED)
     train(folder, clock, run)
-    train(folder, clock, minutes=0.5)
+    train(folder, clock, None, "train.minutes=1.5")
     bits = known.bits(folder)
     with pytest.raises(UserError) as refused:
         train(folder, clock, run)
-    assert f"train.minutes=1, but {folder} has already trained 1.5 minutes" in str(refused.value)
+    assert "train.minutes=1, but 1.5 minutes are trained already" in str(refused.value)
     assert known.bits(folder) == bits
     assert written(folder)["minutes"] == 1.5
 
@@ -189,64 +170,26 @@ def test_a_command_whose_time_goes_by_before_its_first_step_says_so(clock: Clock
         clock.now += 45  # of the 37.5 seconds that are left
         state = train_job(job, hooks=[Every(1, clock.step)])
     assert state.step == 10
-    assert told[-1] == (
-        "it took 0:45 to begin, and no time was left for steps: it made one, and skipped the rest of its learning "
-        f"rate's schedule. With enough time:  dumo train {folder} --minutes 2"
-    )
+    assert told[-1].startswith("it took 0:45 to begin, and no time was left for steps: it made one")
     told, seen, _ = train(folder, clock)
     assert not any("no time" in line for line in told)
     assert seen.notes == ["no step is left"]
-    told, seen, _ = train(folder, clock, minutes=1)
+    told, seen, _ = train(folder, clock, None, "train.minutes=2")
     assert not any("no time" in line for line in told)
     assert seen.notes[0] == "the first step"
 
 
-def test_a_command_that_sets_minutes_and_steps_may_be_typed_again(clock: Clock, tmp_path: Path) -> None:
+def test_steps_of_a_run_that_ends_by_the_clock_are_refused(clock: Clock, tmp_path: Path) -> None:
+    """They would only change its warmup; and a run of steps cannot be given minutes."""
     folder = tmp_path / "run"
-    changes = (*TIMED, "train.steps=7")
-    run = tiny("moons", *changes)
-    clock.last = 9
-    with pytest.raises(signals.Stopped):
-        train(folder, clock, run, *changes)
-    signals.received_signal = clock.last = None
-    _, _, state = train(folder, clock, run, *changes)
-    assert state.step > 20
-    assert written(folder)["steps"] == state.step
-
-
-def test_minutes_and_steps_are_not_both_given_to_a_run(clock: Clock, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    train(folder, clock, tiny("moons"))
-    with pytest.raises(UserError):
-        train(folder, clock, None, "train.steps=100", minutes=0.5)
-
-
-def test_steps_of_a_new_run_that_ends_by_the_clock_are_refused(clock: Clock, tmp_path: Path) -> None:
-    """As of the settings of another run, which has minutes."""
-    folder = tmp_path / "run"
-    changes = ("train.steps=100",)
-    with pytest.raises(UserError):
-        train(folder, clock, tiny("moons", *TIMED, *changes), *changes)
-    assert not folder.exists()
-
-
-def test_a_run_of_steps_goes_on_for_minutes_and_for_steps_again(clock: Clock, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    train(folder, clock, tiny("moons", "train.log_every=1"))
-    told, _, _ = train(folder, clock)
-    told = [line for line in told if "For more" in line]
-    assert f"dumo train {folder} --set train.steps=8" in told[-1]
-    assert f"dumo train {folder} --minutes 5" in told[-1]
-    began = clock.now
-    _, _, state = train(folder, clock, minutes=0.5)
-    assert clock.now - began == pytest.approx(30, abs=2 * PACE)
-    assert state.timing is not None
-    assert state.timing.progress_before == 1
-    steps = state.step
-    with pytest.raises(UserError):
-        train(folder, clock, None, f"train.steps={steps + 2}")
-    _, _, state = train(folder, clock, None, "train.minutes=null", f"train.steps={steps + 2}")
-    assert (state.step, state.timing) == (steps + 2, None)
+    train(folder, clock, tiny("moons", *TIMED))
+    with pytest.raises(UserError, match="whatever its steps"):
+        train(folder, clock, None, "train.steps=100")
+    with pytest.raises(UserError, match="ends by"):
+        train(folder, clock, None, "train.steps=100", "train.minutes=null")
+    train(tmp_path / "steps", clock, tiny("moons"))
+    with pytest.raises(UserError, match="ends by"):
+        train(tmp_path / "steps", clock, None, "train.minutes=2")
 
 
 def test_a_first_checkpoint_comes_early_and_room_is_left_for_the_last(
@@ -273,7 +216,7 @@ def test_a_recipe_that_ends_by_the_clock_is_typed_again(clock: Clock, tmp_path: 
     run = tiny("moons", *TIMED)
     _, _, state = train(tmp_path / "run", clock, run)
     _, _, again = train(tmp_path / "run", clock, run)
-    assert (again.step, written(tmp_path / "run")["steps"]) == (state.step, state.step)
+    assert again.step == state.step
 
 
 def test_without_minutes_a_folder_says_nothing_of_time(clock: Clock, tmp_path: Path) -> None:

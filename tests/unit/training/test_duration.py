@@ -1,7 +1,7 @@
 """A training that ends by the clock takes the minutes that it was given, and its rate has fallen by then."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -9,19 +9,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dumo.training.deadline import (
-    DRAW,
-    JUDGE,
-    SAVE,
-    Countdown,
-    Timing,
-    begin_timing,
-    minutes_to_prepare,
-)
+from dumo.training.duration import Clock, Duration, Timing
 from dumo.training.loop import Every
 from dumo.training.manifest import Manifest
 from dumo.training.record import Record, measure
-from dumo.training.schedule import WSD, Constant, Cosine, LearningRateSchedule
+from dumo.training.schedule import WSD, Cosine, LearningRateSchedule
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.types import Terms
@@ -30,7 +22,7 @@ from unit.training.toy import Small, run
 Pace = Callable[[float], float]  # seconds of the next step, by those that are over
 
 
-class Clock:
+class WallClock:
     """Goes on when it is told to."""
 
     now = 1000.0  # from any beginning
@@ -41,7 +33,7 @@ class Clock:
 
 @dataclass
 class Progress:
-    """How far a training is."""
+    """How far a training is, as a checkpoint says it."""
 
     step: int = 0
     timing: Timing | None = None
@@ -51,7 +43,7 @@ class Machine:
     """Makes the steps of a training at a pace, and keeps the rate of each, and when it was done."""
 
     def __init__(self, pace: Pace) -> None:
-        self.clock = Clock()
+        self.clock = WallClock()
         self.pace = pace
         self.rates: list[float] = []
         self.seconds: list[float] = []
@@ -62,19 +54,19 @@ class Machine:
         `prepare` seconds go by before the first step.
         """
         began = self.clock.now
-        timing = begin_timing(spec.minutes, at.timing, spec.factor(at.step, at.timing) if at.step else None)
-        assert timing is not None
-        countdown = Countdown(timing, began, self.clock)
+        duration = Duration.resolve(spec, spec, at if at.step else None)
+        assert duration.timing is not None
+        clock = Clock(duration.timing, began, self.clock)
         self.clock.now += prepare
         step = at.step
-        while not timing.is_over and self.clock.now - began < last:
-            read = countdown.read(step)
-            self.rates.append(spec.factor(step, timing))
+        while not duration.is_over(step) and self.clock.now - began < last:
+            read = clock.read()
+            self.rates.append(duration.rate_factor(spec.schedule, step))
             self.clock.now += self.pace(self.clock.now - 1000)
             self.seconds.append(self.clock.now - 1000)
-            timing = read
+            duration = replace(duration, timing=read)
             step += 1
-        return Progress(step, timing)
+        return Progress(step, duration.timing)
 
 
 def timed(minutes: float = 2, schedule: LearningRateSchedule | None = None) -> Train:
@@ -120,53 +112,48 @@ def test_stopped_and_gone_on_twice_it_takes_what_was_promised() -> None:
     assert machine.clock.now - 1000 == 50
     ended = machine.train(timed(), stopped, prepare=10)  # 70 seconds are left, its opening among them
     assert machine.clock.now - 1000 == pytest.approx(120, abs=2)
-    assert ended.timing == Timing(minutes=2, seconds=120, share=1)  # one stretch
+    assert ended.timing == Timing(minutes=2, seconds=120, share=1)
     last = machine.train(timed(minutes=2 + 1), ended)
     assert machine.clock.now - 1000 == pytest.approx(180, abs=3)
-    assert last.timing == Timing(minutes=3, seconds=180, share=1, start=0)
+    assert last.timing == Timing(minutes=3, seconds=180, share=1)
 
 
-@pytest.mark.parametrize("schedule", [Constant(), Cosine(), WSD()], ids=lambda schedule: schedule.kind)
-def test_the_rate_has_no_jump_where_a_run_goes_on(schedule: LearningRateSchedule) -> None:
+def test_the_rate_has_no_jump_where_a_run_goes_on() -> None:
     machine = Machine(lambda now: 0.05)
-    spec = timed(minutes=1, schedule=schedule)
+    spec = timed(minutes=1)
     stopped = machine.train(spec, Progress(), last=20)
-    ended = machine.train(spec, stopped, prepare=5)
-    machine.train(timed(minutes=2, schedule=schedule), ended)
+    machine.train(spec, stopped, prepare=5)
     largest_jump = max(abs(now - before) for before, now in pairwise(machine.rates))
-    assert largest_jump < 0.07  # where the fall of WSD begins, as a root
-    around = machine.rates[ended.step - 5 : ended.step + 5]
-    assert max(around) - min(around) < (0.2 if schedule.kind == "wsd" else 0.1)
-    ends = [machine.rates[ended.step - 1], machine.rates[-1]]
-    assert ends == pytest.approx([1.0, 1.0] if schedule.kind == "constant" else [0.0, 0.0], abs=0.1)
-    assert max(machine.rates[ended.step :]) > 0.99
+    assert largest_jump < 0.01
 
 
-def test_a_run_of_steps_goes_on_by_the_clock() -> None:
-    machine = Machine(lambda now: 0.5)
-    end = machine.train(timed(minutes=1), Progress(step=77))
-    assert machine.clock.now - 1000 == pytest.approx(60, abs=1)
-    assert machine.rates[0] == 0  # where the cosine ended
-    assert max(machine.rates) > 0.99
-    assert end.step > 77 + 100
+def test_other_minutes_stretch_the_schedule() -> None:
+    """The share is a function of the checkpoint and of the minutes, whatever minutes were given in between."""
+    spec = timed(minutes=4)
+    for minutes, share in ((2, 0.45), (3, 0.31)):
+        checkpoint = Progress(60, Timing(minutes=minutes, seconds=60, share=share))
+        stretched = Duration.resolve(spec, timed(minutes=minutes), checkpoint)
+        assert stretched == Duration(77, Timing(minutes=4, seconds=60, share=0.25))
+        assert Duration.resolve(timed(minutes=minutes), spec, checkpoint) == Duration(77, checkpoint.timing)
 
 
 def test_the_loop_reads_the_clock() -> None:
     """A step has the rate of the reading before, which all ranks have got by then."""
     machine = Machine(PACES["few steps"])
     expected = machine.train(timed(), Progress())
-    clock = Clock()
+    clock = WallClock()
     spec = timed()
     state = begin(Small(), spec)
-    state.timing = Timing(minutes=2)
+    timing = state.duration.timing
+    assert timing == Timing(minutes=2)
     rates: list[float] = []
 
     def step(state: State, record: Record) -> None:
         clock.now += 5.0
         rates.append(record.lr / spec.optimizer.lr)
 
-    run(state, spec, hooks=[Every(1, step)], read_clock=Countdown(state.timing, clock.now, clock).read)
-    assert (state.step, state.timing) == (expected.step, expected.timing)
+    run(state, spec, hooks=[Every(1, step)], read_clock=Clock(timing, clock.now, clock).read)
+    assert (state.step, state.duration.timing) == (expected.step, expected.timing)
     assert rates == pytest.approx(machine.rates, abs=1e-6)
 
 
@@ -174,7 +161,7 @@ def test_the_loop_reads_the_clock() -> None:
 def test_all_ranks_take_the_time_of_the_first(is_over: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is agreed is a mean over three ranks, of which the others have clocks of their own."""
     state = begin(Small(), timed())
-    first = Timing(minutes=2, seconds=30.5, share=0.25, start=0.5)
+    first = Timing(minutes=2, seconds=30.5, share=0.25)
     if is_over:
         first = first.at_end()
     tables: list[Tensor] = []
@@ -193,76 +180,20 @@ def test_all_ranks_take_the_time_of_the_first(is_over: bool, monkeypatch: pytest
     monkeypatch.setattr("dumo.training.record.dist.world", lambda: 3)
     measured(first)
     monkeypatch.setattr("dumo.training.record.dist.is_main", lambda: False)
-    for other in (Timing(minutes=2, seconds=99, share=0.9, start=0.5), Timing(minutes=2, start=0.5).at_end()):
+    for other in (Timing(minutes=2, seconds=99, share=0.9), Timing(minutes=2).at_end()):
         agreed = measured(other)
         assert agreed is not None
         assert agreed.model_dump() == pytest.approx(first.model_dump())
 
 
-def test_time_is_left_for_what_comes_after_the_last_step() -> None:
-    clock = Clock()
-    judged = {40, 60, 80, 96}  # the last when there is no longer time for it
-    countdown = Countdown(
-        Timing(minutes=2),
-        clock.now,
-        clock,
-        lambda step: [JUDGE] * (step in judged) + [DRAW] * (step == 99),
-    )
-    countdown.work_seconds = {SAVE: 9.0, DRAW: 0.5}
-    step = 0
-    while not countdown.read(step).is_over:
-        step += 1
+def test_time_is_left_for_the_last_checkpoint() -> None:
+    clock = WallClock()
+    countdown = Clock(Timing(minutes=2), clock.now, clock)
+    countdown.save_seconds = 9.0
+    while countdown.read().share < 1:
         clock.now += 1
-        if step in judged:
-            began = countdown.seconds()
-            clock.now += 5
-            countdown.note(JUDGE, began)
-    step += 1
-    clock.now += 1 + 5 * (step in judged) + 9
+    clock.now += 1 + 9
     assert 115 < clock.now - 1000 <= 120
-
-
-@pytest.mark.parametrize("work", [JUDGE, DRAW])
-def test_work_that_was_never_timed_is_not_begun_near_the_end(work: str) -> None:
-    """It may take longer than is left. Earlier it is begun, and timed."""
-    ends: list[float] = []
-    for due in (115, 30):
-        clock = Clock()
-        countdown = Countdown(Timing(minutes=2), clock.now, clock, lambda step, due=due: [work] * (step == due))
-        step = 0
-        while not countdown.read(step).is_over:
-            step += 1
-            clock.now += 1
-            if step == due:
-                began = countdown.seconds()
-                clock.now += 20
-                countdown.note(work, began)
-        ends.append(clock.now - 1000)
-    assert 0.9 * 120 <= ends[0] < 115
-    assert 118 <= ends[1] <= 120
-
-
-@pytest.mark.parametrize("minutes", [2, 60])
-def test_a_long_run_that_is_given_more_uses_it(minutes: int) -> None:
-    """Though work is due that this command has not timed: what it may take is of the command's time, not the run's."""
-    clock = Clock()
-    timing = begin_timing(minutes + 2, Timing(minutes=minutes, seconds=60 * minutes, share=1), 0.0)
-    assert timing is not None
-    countdown = Countdown(timing, clock.now, clock, lambda step: [JUDGE] * (step == 20))
-    step = 0
-    while not countdown.read(step).is_over:
-        step += 1
-        clock.now += 1
-        if step == 20:
-            began = countdown.seconds()
-            clock.now += 5
-            countdown.note(JUDGE, began)
-    assert 115 < clock.now - 1000 <= 120
-    assert countdown.late_seconds is None
-
-
-def test_a_command_that_is_slow_to_begin_takes_half_of_its_minutes_for_that() -> None:
-    assert [minutes_to_prepare(seconds) for seconds in (1, 30, 31, 250)] == [1, 1, 2, 9]
 
 
 def test_what_is_past_its_time_makes_one_step() -> None:
@@ -274,32 +205,19 @@ def test_what_is_past_its_time_makes_one_step() -> None:
 
 def test_without_minutes_nothing_knows_of_time() -> None:
     spec = Train.model_validate({"steps": 9, "batch": 3, "schedule": Cosine(warmup=2)})
-    assert begin_timing(spec.minutes, Timing(minutes=3), 0.5) is None
+    assert Duration.resolve(spec, spec, Progress(4, None)) == Duration(9)
     rates: list[float] = []
     state = run(begin(Small(), spec), spec, hooks=[Every(1, lambda _, record: rates.append(record.lr))])
-    assert state.timing is None
+    assert state.duration == Duration(9)
     assert rates == [spec.optimizer.lr * spec.schedule(step, 9) for step in range(9)]
     assert '"timing"' not in Manifest(step=1, images=1, files={}).model_dump_json()
     assert "minutes" not in spec.model_dump(exclude_defaults=True)
 
 
 def test_the_clock_is_part_of_a_checkpoint() -> None:
-    about = Manifest(step=1, images=1, files={}, timing=Timing(minutes=3, seconds=61.5, share=0.4, start=0.1))
+    about = Manifest(step=1, images=1, files={}, timing=Timing(minutes=3, seconds=61.5, share=0.4))
     assert Manifest.model_validate_json(about.model_dump_json()) == about
     assert about.checksum() != about.model_copy(update={"timing": Timing(minutes=3)}).checksum()
-
-
-@pytest.mark.parametrize("progress", [0.25, 1.0])
-def test_minutes_after_steps_go_on_from_the_progress_of_the_steps(progress: float) -> None:
-    """What is scheduled over the training, as an objective's alpha, does not begin again."""
-    timing = begin_timing(2, None, 0.0, progress)
-    assert timing is not None
-    assert timing.progress == progress
-    assert timing.model_copy(update={"seconds": 60}).progress == (1 + progress) / 2
-    more = begin_timing(3, timing.at_end(), 0.0)
-    assert more is not None
-    assert more.progress == pytest.approx(progress + (1 - progress) * 2 / 3)
-    assert "progress_before" not in Timing(minutes=2).model_dump_json()
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("inf"), float("nan"), 1e7])
