@@ -18,7 +18,7 @@ from PIL import Image
 from tables import Row, read_results
 from torch import Tensor
 
-from dumo.flow.generate import labels_in_turn
+from dumo.flow.sampling import labels_in_turn
 from dumo.io import picture
 from dumo.lab.plan import Plan, read_plan
 from dumo.lab.reproduce import VIEWS, View

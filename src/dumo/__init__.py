@@ -17,8 +17,8 @@
     images = flow.sample(16, nfe=1)
     u, du_dt = dumo.jvp(net, (x, t), (v, one))          # value and exact derivative, in any loop
 
-What is wrong raises `dumo.UserError`, with the way out. `run.net`, `run.reading` and `run.spec` are the network, what a
-solver calls, and the settings.
+What is wrong raises `dumo.UserError`, with the way out. `run.net`, `run.readings` and `run.spec` are the network, what
+a solver calls, and the settings.
 """
 
 from importlib import import_module

@@ -12,7 +12,7 @@ from contract.outside import Outside
 from dumo.flow.slope import DualSlope, Slope
 from dumo.nets import Net
 from dumo.objectives import Drift, DuMo, Objective
-from dumo.types import Frozen, Noised, Spec, Terms
+from dumo.types import Frozen, NoisyBatch, Spec, Terms
 from dumo.types.outside import members as members
 
 # What a net has of these is set so.
@@ -91,6 +91,6 @@ class Counted(nn.Module):
         return self.net(x, c, **inputs)
 
 
-def step(objective: Objective, net: nn.Module, b: Noised) -> Terms:
+def step(objective: Objective, net: nn.Module, b: NoisyBatch) -> Terms:
     """The loss of a record, theta^- being the net itself."""
     return objective.loss(net, Frozen(net), b)

@@ -20,10 +20,10 @@ from dumo.types import (
     Frozen,
     Needs,
     Net,
-    Noised,
+    NoisyBatch,
     Path,
     PerSample,
-    Reads,
+    Readings,
     Sample,
     Terms,
     Time,
@@ -83,7 +83,7 @@ class Outside(ObjectiveSpec):
         """What differs from the defaults."""
         return Needs(inputs=("t", "r"), heads=("u",), laws={"counts": self.counts}, slope=self.slope)
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Mean squares to u*."""
         (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=b.v_t, moving=b.moving)
         with torch.no_grad():
@@ -91,7 +91,7 @@ class Outside(ObjectiveSpec):
         e = mean_square(u_hat - u_star)
         return Terms(b.drawn["counts"].to(e) * e, {"u": e})
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """One head, read at two times."""
         return mean_velocity(net)
 
@@ -149,7 +149,7 @@ class Once(SolverSpec):
 
     kind: Literal["contract.outside:Once"] = "contract.outside:Once"
 
-    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: object) -> Sample:
+    def __call__(self, readings: Readings, path: Path, x: Sample, c: Cond, nfe: int, fresh: object) -> Sample:
         """One jump."""
-        assert reads.endpoint is not None
-        return reads.endpoint(x, x.new_ones(len(x)), c)
+        assert readings.endpoint is not None
+        return readings.endpoint(x, x.new_ones(len(x)), c)

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from contract.case import name, objectives
 from contract.drawn import counting
-from dumo.flow.draw import Noise, Signs, draw
+from dumo.flow.noise import Noise, Signs, draw
 from dumo.flow.path import Linear
-from dumo.types import Noised, Objective
+from dumo.types import NoisyBatch, Objective
 
 each = pytest.mark.parametrize("objective", list(objectives(drop=0.4)), ids=name)
 N = 24
 
 
-def rows(objective: Objective, step: int = 3, seed: int = 0, first: int = 0, n: int = N) -> Noised:
+def rows(objective: Objective, step: int = 3, seed: int = 0, first: int = 0, n: int = N) -> NoisyBatch:
     g = torch.Generator().manual_seed(0)
     x, c = torch.randn(N, 2, 3, generator=g), torch.arange(N) % 5
     some = slice(first, first + n)
@@ -25,7 +25,7 @@ def rows(objective: Objective, step: int = 3, seed: int = 0, first: int = 0, n: 
     )
 
 
-def tensors(b: Noised) -> dict[str, Tensor]:
+def tensors(b: NoisyBatch) -> dict[str, Tensor]:
     return {f.name: v for f in fields(b) if isinstance(v := getattr(b, f.name), Tensor)} | dict(b.drawn)
 
 

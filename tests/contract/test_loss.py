@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from contract.case import Counted, name, nets, objectives, one_each, randomise, step
 from contract.outside import PlainNet
 from dumo.flow.compatibility import MAX_GAIN
-from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide
+from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
 from dumo.flow.times import Uniform
 from dumo.nets import Net
 from dumo.objectives import DuMo, MeanFlow, Objective
-from dumo.types import Frozen, Noised, UserError
+from dumo.types import Frozen, NoisyBatch, UserError
 from tiers import tiered
 
 GUIDE = Guide(omega=0.7, zeta=0.4)
@@ -39,7 +39,7 @@ def built(objective: Objective, net: Net, shape: tuple[int, ...] = SHAPE, classe
     return randomise(net.build(objective.needs, shape, classes)).double()
 
 
-def record(objective: Objective, n: int = N, shape: tuple[int, ...] = SHAPE, rows: slice = slice(None)) -> Noised:
+def record(objective: Objective, n: int = N, shape: tuple[int, ...] = SHAPE, rows: slice = slice(None)) -> NoisyBatch:
     """Rows of a batch of n."""
     g = torch.Generator().manual_seed(3)
     x = torch.randn(n, *shape, generator=g, dtype=torch.float64)
@@ -102,11 +102,11 @@ def test_halves_of_the_loss_are_the_whole(objective: Objective, net: Net) -> Non
     assert torch.allclose(torch.cat(cut), whole, rtol=1e-9, atol=0)
 
 
-def altered(b: Noised) -> dict[str, Noised]:
+def altered(b: NoisyBatch) -> dict[str, NoisyBatch]:
     """The same rows, in every corner of the record, and so with any of them moving."""
     one, b = torch.ones_like(b.t), replace(b, moving=None)
 
-    def at(t: Tensor, r: Tensor) -> Noised:
+    def at(t: Tensor, r: Tensor) -> NoisyBatch:
         return replace(b.at(t), r=r)
 
     return {
@@ -205,7 +205,7 @@ def test_loss_serves_points(objective: Objective) -> None:
     assert step(objective, built(objective, mlp, (2,)), record(objective, shape=(2,))).loss.isfinite().all()
 
 
-def low(cast: Callable[[Tensor], Tensor], b: Noised) -> Noised:
+def low(cast: Callable[[Tensor], Tensor], b: NoisyBatch) -> NoisyBatch:
     """The record with its data in another precision; times stay."""
     data = {key: cast(getattr(b, key)) for key in ("x", "z", "x_t", "v_t")}
     return replace(b, **data, t=b.t.float(), r=b.r.float(), drawn={key: v.float() for key, v in b.drawn.items()})

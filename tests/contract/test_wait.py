@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from contract.case import name, nets, one_each, randomise
 from dumo.flow import flow
-from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide, Interval
+from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear
 from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo

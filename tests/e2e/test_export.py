@@ -20,7 +20,7 @@ from dumo.config.place import EVALUATION_FILE
 from dumo.export import lora, write
 from dumo.export.card import PROMPT
 from dumo.export.model import INDEX, ExportedModel
-from dumo.flow.generate import integrate
+from dumo.flow.sampling import integrate
 from dumo.flow.solver import Euler
 from dumo.report.card import sample_settings
 from dumo.run.prompt import conditions_of_prompts
@@ -229,7 +229,7 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     image = pipe(**arguments, sigmas=[1, 0.75, 0.5, 0.25], latents=z, output_type="latent").images
     sampler = sd3.opened.sampler
     c = conditions_of_prompts(sampler, [PROMPT])
-    ours = integrate(sampler.reads, sampler.flow.path, Euler(), c, 4, lambda _: z)[1]
+    ours = integrate(sampler.readings, sampler.flow.path, Euler(), c, 4, lambda _: z)[1]
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ import torch
 from contract.case import randomise
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.flow.draw import draw
+from dumo.flow.noise import draw
 from dumo.flow.path import Linear
 from dumo.lab.bench import PlainStep, slope_error
 from dumo.run.examination import examine

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dumo.export import lora
-from dumo.flow.draw import PRIOR, add_noise, make_draws
 from dumo.flow.guide import Guide
-from dumo.flow.reading import reading, teacher_velocity
+from dumo.flow.noise import PRIOR, add_noise, make_draws
+from dumo.flow.reading import readings_of, teacher_velocity
 from dumo.run.net import flow_in_training
 from dumo.run.weights import open_run
 from dumo.runtime.random import random_row_mask
@@ -112,18 +112,18 @@ def test_the_few_step_runs_own_images_ask_nothing_of_it(sd3: Personal) -> None:
     """Before the first step they have no loss of velocity, at any time, however guided; photographs have."""
     opened = open_run(str(sd3.few), device="cpu")
     net, run = opened.net, opened.run
-    teacher = teacher_velocity(reading(run.objective, net))
+    teacher = teacher_velocity(readings_of(run.objective, net))
     x, c, _ = torch.randn(4, *run.data.shape), torch.tensor([0, 1, 2, 0]), None
     objective = run.objective.model_copy(update={"guide": Guide(zeta=0.8)})
     draws = make_draws(objective, x.shape[1:], seed=0, step=0, batch=4, prior=0.5)
     b = add_noise(draws, run.path, x, c, run.data.classes, teacher=teacher)
     terms = objective.loss(net, frozen(net), b)
-    assert b.taught is not None
-    assert terms.parts["v"][b.taught].max() < 1e-9
-    assert terms.parts["v"][~b.taught].min() > 0.01
+    assert b.teacher_rows is not None
+    assert terms.parts["v"][b.teacher_rows].max() < 1e-9
+    assert terms.parts["v"][~b.teacher_rows].min() > 0.01
     later = b.at(0.25)
-    assert torch.equal(later.v_t[~b.taught], run.path.at(x, b.z, later.t)[1][~b.taught])
-    assert not torch.equal(later.v_t[b.taught], run.path.at(x, b.z, later.t)[1][b.taught])
+    assert torch.equal(later.v_t[~b.teacher_rows], run.path.at(x, b.z, later.t)[1][~b.teacher_rows])
+    assert not torch.equal(later.v_t[b.teacher_rows], run.path.at(x, b.z, later.t)[1][b.teacher_rows])
 
 
 @pytest.mark.nightly

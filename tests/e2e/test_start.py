@@ -105,7 +105,7 @@ def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     assert facts["parameters"] == sum(p.numel() for p in net.parameters())
     assert 2.5 <= facts["forward_units_per_step"] <= 18  # a pass, its backward, and the passes of the targets
     assert facts["forward_flops_per_image"] > facts["parameters"]  # each weight is used at least once, two to a use
-    assert (facts["far"] is None) == (not (spec.reads.endpoint or spec.reads.flow_map))
+    assert (facts["far"] is None) == (not (spec.readings.endpoint or spec.readings.flow_map))
     assert list(here.iterdir()) == []
 
 
@@ -137,8 +137,8 @@ def test_what_was_typed_stays_in_its_comment(here: Path) -> None:
 
 def test_a_teacher_s_code_runs_on_train_alone_and_is_named_before(here: Path) -> None:
     """It may be in a file of somebody else's: to look at that is safe."""
-    text = "open('ran', 'w').close()\nfrom dumo.types import Reads\n"
-    text += "make = lambda run, device: Reads(velocity=lambda x, t, c: x)"
+    text = "open('ran', 'w').close()\nfrom dumo.types import Readings\n"
+    text += "make = lambda run, device: Readings(velocity=lambda x, t, c: x)"
     (here / "loud_teacher.py").write_text(text)
     teacher = "{kind: python, source: 'loud_teacher:make'}"
     (here / "theirs.yaml").write_text(f"base: moons\nteacher: {teacher}\ntrain: {{steps: 2, batch: 4}}\n")

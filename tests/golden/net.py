@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.flow.path import FlowPath
-from dumo.types import Cond, Frozen, Heads, Needs, Noised, Sample, Time
+from dumo.types import Cond, Frozen, Heads, Needs, NoisyBatch, Sample, Time
 
 PARITY: dict[str, Any] = json.loads(File(__file__).with_name("parity.json").read_text())
 KNOBS = ("w", "low", "high", "k")
@@ -55,7 +55,7 @@ class Closed(nn.Module):
         return flat + steep * x + a[3] * x * x
 
 
-def shown(case: dict[str, Any], path: FlowPath) -> Noised:
+def shown(case: dict[str, Any], path: FlowPath) -> NoisyBatch:
     """The record of a case: the fixed inputs, but for those that the case has of its own; one trail is every row's."""
     given = {k: torch.tensor(v, dtype=torch.float64) for k, v in (PARITY["given"] | case["own"]).items()}
     x, z = (given.pop(k).reshape(-1, 2, 2, 2) for k in "xz")
@@ -66,7 +66,7 @@ def shown(case: dict[str, Any], path: FlowPath) -> Noised:
     if "w" in drawn:
         drawn["w"] = drawn["w"].log() / log(8)  # which is uniform
     c, progress = c.where(kept, null), case.get("progress", 0.0)
-    b = Noised(path, x, z, t, r, x_t, v_t, c, null, kept, drawn=drawn, progress=progress)
+    b = NoisyBatch(path, x, z, t, r, x_t, v_t, c, null, kept, drawn=drawn, progress=progress)
     if trail is not None:
         b = replace(b, trail=trail.reshape(1, -1, 2, 2, 2).expand(len(t), -1, -1, -1, -1))
         b = replace(b, x_t=b.on(t))

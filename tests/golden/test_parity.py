@@ -17,7 +17,7 @@ from torch import Tensor
 from dumo.flow.path import Linear, Trig
 from dumo.objectives import Objective
 from dumo.objectives.pull import Pull
-from dumo.types import Frozen, Noised
+from dumo.types import Frozen, NoisyBatch
 from golden.net import PARITY, Closed, shown
 
 CASES: dict[str, Any] = PARITY["cases"]
@@ -85,7 +85,7 @@ def apart(ours: Tensor, theirs: list[Any]) -> float:
     return ((ours - known).abs().max() / known.abs().max()).item()
 
 
-def common(name: str, objective: Objective, net: Closed, ref: Frozen, b: Noised) -> Tensor:
+def common(name: str, objective: Objective, net: Closed, ref: Frozen, b: NoisyBatch) -> Tensor:
     """The loss of each row without what is ours alone, such as DuMo's part where there is a pull; the case says why."""
     if isinstance(objective, Pull):
         return objective.pull(net, b, net(b.z, b.c, t=torch.ones_like(b.t))[1]).loss

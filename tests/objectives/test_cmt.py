@@ -10,16 +10,16 @@ import torch
 
 from contract.case import step
 from dumo.config.load import load
-from dumo.flow.draw import add_noise, draw, make_draws
-from dumo.flow.generate import sample_trajectory
+from dumo.flow.noise import add_noise, draw, make_draws
 from dumo.flow.path import Linear
 from dumo.flow.reading import teacher_velocity
+from dumo.flow.sampling import sample_trajectory
 from dumo.flow.solver import Euler, Heun
 from dumo.flow.times import Grid
 from dumo.objectives import CMT
 from dumo.run import teacher
 from dumo.runtime.progress import no_bar
-from dumo.types import Noised, Reads, UserError
+from dumo.types import NoisyBatch, Readings, UserError
 from theory.exact import APART, PRODUCT, Exact, Flow, column, gradient
 from theory.formula import Polynomial, agree
 from unit.run.known import shift, tiny
@@ -28,7 +28,7 @@ FORMS = get_args(CMT.model_fields["of"].annotation)
 each_form = pytest.mark.parametrize("of", FORMS)
 
 
-def record(objective: CMT, flow: Flow, n: int = 64) -> Noised:
+def record(objective: CMT, flow: Flow, n: int = 64) -> NoisyBatch:
     """Rows on trajectories of the exact flow, with its velocity there."""
     m, g = objective.times.steps, torch.Generator().manual_seed(1)
     c = torch.randint(0, flow.classes, (n,), generator=g)
@@ -81,14 +81,14 @@ def test_times_are_ends_of_steps() -> None:
 def test_trails_are_the_solvers_own_steps() -> None:
     """Of Euler by hand; of Heun every second of eight; in units of the path's sd, the data in theirs."""
     z, c = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(3, dtype=torch.long)
-    reads = Reads(velocity=lambda x, t, c: x * column(t))
-    x, between = sample_trajectory(reads, Linear(sd=0.5), Euler(), z, c, nfe=4, points=4)
+    readings = Readings(velocity=lambda x, t, c: x * column(t))
+    x, between = sample_trajectory(readings, Linear(sd=0.5), Euler(), z, c, nfe=4, points=4)
     steps = [z]
     for t in (1.0, 0.75, 0.5, 0.25):
         steps.append(steps[-1] * (1 - t / 4))
     assert torch.allclose(x, 0.5 * steps[4])
     assert torch.allclose(between, torch.stack(steps[3:0:-1], 1))
-    fine, coarse = (sample_trajectory(reads, Linear(), Heun(), z, c, nfe=16, points=n)[1] for n in (8, 4))
+    fine, coarse = (sample_trajectory(readings, Linear(), Heun(), z, c, nfe=16, points=n)[1] for n in (8, 4))
     assert torch.equal(fine[:, 1::2], coarse)
 
 
@@ -104,21 +104,21 @@ CMT_ON_MOONS = (
 def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
     """As training makes it: x_t where the teacher's solver was at t, v_t the teacher's there; the folder keeps it."""
     run = tiny("moons", *CMT_ON_MOONS)
-    reads = shift(run, torch.device("cpu"))
+    readings = shift(run, torch.device("cpu"))
     index = teacher.PairsIndex.of(run.teacher.pairs, run.objective.needs.teacher.points, run.path, run.data, "")
     for _ in range(2):  # made, then read
-        made = teacher.make_pairs(index, reads, tmp_path, torch.device("cpu"), no_bar)
+        made = teacher.make_pairs(index, readings, tmp_path, torch.device("cpu"), no_bar)
         assert made.between.shape == (12, 3, 2)
     x, c, z, between = made.batch(0, 12, seed=0)
     trail = torch.cat([x[:, None] / 2, between, z[:, None]], 1)
     for low, high in pairwise(range(5)):
-        v = reads.velocity(trail[:, high], torch.full((12,), high / 4), c)
+        v = readings.velocity(trail[:, high], torch.full((12,), high / 4), c)
         assert torch.allclose(trail[:, low], trail[:, high] - v / 4, rtol=0, atol=1e-5)
     draws = make_draws(run.objective, (2,), seed=0, step=0, batch=12, z=False)
-    taught = teacher_velocity(reads)
+    taught = teacher_velocity(readings)
     b = add_noise(draws, run.path, x, c, 2, z=z, between=between, teacher=taught)
     assert torch.equal(b.x_t, torch.stack([trail[i, k] for i, k in enumerate((4 * b.t).int().tolist())]))
-    assert torch.allclose(b.v_t, reads.velocity(b.x_t, b.t, c))
+    assert torch.allclose(b.v_t, readings.velocity(b.x_t, b.t, c))
     doubled = add_noise(draws, run.path, x, c, 2, z=z, between=between, teacher=lambda x, t, c, v: 2 * x)
     assert torch.equal(doubled.v_t, 2 * b.x_t)
     assert torch.equal(b[3:7].on(b.r[3:7]), b.on(b.r)[3:7])

@@ -14,7 +14,7 @@ from dumo.flow.times import Karras
 from dumo.objectives import Consistency
 from dumo.objectives.consistency import Discretization, Equal, KarrasGrid, Ratio
 from dumo.training.ema import Ema, MovingAverage
-from dumo.types import Noised, Spec, UserError
+from dumo.types import NoisyBatch, Spec, UserError
 from theory.exact import APART, PRODUCT, Exact, Flow, column, falls, gaussian, gradient, record, stiffness
 from theory.formula import Polynomial, agree, half, passes
 
@@ -33,7 +33,7 @@ each_flow = pytest.mark.parametrize("flow", [gaussian(), APART, PRODUCT], ids=["
 L2 = Consistency(soft=None)
 
 
-def rows(objective: Consistency, progress: float) -> Noised:
+def rows(objective: Consistency, progress: float) -> NoisyBatch:
     """A record with slopes as they fall, of which v_t is given to x and z; no corners."""
     b = record(objective, gaussian(), 64)
     return replace(b, v_t=b.z - b.x, teacher=None, progress=progress)[5:]

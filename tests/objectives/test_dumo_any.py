@@ -42,10 +42,10 @@ def test_reading() -> None:
     net = Told(2, 1)
     x, c = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(5) % 4
     t, s = torch.full((5,), 0.8, dtype=D), torch.full((5,), 0.3, dtype=D)
-    reads = DuMoAny().read(net)
-    assert torch.equal(reads.velocity(x, t, c), net(x, c, t=t)[0])
-    assert torch.allclose(reads.endpoint(x, t, c), x - 0.8 * net(x, c, t=t, r=0 * t)[1])
-    assert torch.allclose(reads.flow_map(x, t, s, c), x - 0.5 * net(x, c, t=t, r=s)[1])
+    readings = DuMoAny().readings(net)
+    assert torch.equal(readings.velocity(x, t, c), net(x, c, t=t)[0])
+    assert torch.allclose(readings.endpoint(x, t, c), x - 0.8 * net(x, c, t=t, r=0 * t)[1])
+    assert torch.allclose(readings.flow_map(x, t, s, c), x - 0.5 * net(x, c, t=t, r=s)[1])
 
 
 def test_defaults() -> None:

@@ -124,10 +124,10 @@ def test_passes() -> None:
 
 def test_the_jump_is_to_the_data() -> None:
     net, b = Polynomial(2), drawn(OBJECTIVE, 16)
-    reads = OBJECTIVE.read(net)
-    assert reads.endpoint is not None
+    readings = OBJECTIVE.readings(net)
+    assert readings.endpoint is not None
     one = torch.ones_like(b.t)
-    assert torch.equal(reads.endpoint(b.z, one, b.c), b.z - net(b.z, b.c, t=one, r=0 * one)[0])
+    assert torch.equal(readings.endpoint(b.z, one, b.c), b.z - net(b.z, b.c, t=one, r=0 * one)[0])
 
 
 def test_it_is_for_one_pass() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import ImprovedMeanFlow
-from dumo.types import Heads, Noised
+from dumo.types import Heads, NoisyBatch
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, plane, record
 from theory.formula import Polynomial, agree, changed, half, rows
 
@@ -36,7 +36,7 @@ class Knobbed(nn.Module):
         return self.of.slope(0, x, t, r, w) + column(self.told(knobs)[0].detach()) * w
 
 
-def by_hand(o: ImprovedMeanFlow, net: Knobbed, b: Noised) -> tuple[Tensor, Tensor]:
+def by_hand(o: ImprovedMeanFlow, net: Knobbed, b: NoisyBatch) -> tuple[Tensor, Tensor]:
     """The errors of u and of v, row by row."""
     w, low, high, scale = (torch.ones_like(b.t) for _ in range(4))
     for i in range(len(b.t)) if o.w else ():

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from dumo.flow.times import Below, Groups, Uniform
 from dumo.objectives import IMM
-from dumo.types import Frozen, Noised
+from dumo.types import Frozen, NoisyBatch
 from theory.exact import APART, D, Exact, Gaussian, column, record, table
 from theory.formula import Polynomial, agree, changed
 
 ONE = Gaussian(table([0.5, 0.5])[0], table([0.3, 0.3])[0])  # one class
 
 
-def rows(objective: IMM, n: int = 24) -> Noised:
+def rows(objective: IMM, n: int = 24) -> NoisyBatch:
     return replace(record(objective, APART, n), teacher=None)
 
 

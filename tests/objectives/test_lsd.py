@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from contract.case import randomise, step
 from dumo.autodiff.dual import Dual
 from dumo.config.load import load
-from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
+from dumo.flow.noise import draw
 from dumo.flow.path import Linear
 from dumo.flow.times import Below, Pair
 from dumo.nets import DiT
 from dumo.objectives import LSD
 from dumo.objectives.lsd import BETA
-from dumo.types import Heads, Noised
+from dumo.types import Heads, NoisyBatch
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
 from theory.formula import GUIDES, agree, guided, passes, rows
 
@@ -51,7 +51,7 @@ class Wavy(nn.Module):
         return tuple(heads)
 
 
-def port_residuals(net: nn.Module, ref: nn.Module, b: Noised) -> tuple[Tensor, Tensor]:
+def port_residuals(net: nn.Module, ref: nn.Module, b: NoisyBatch) -> tuple[Tensor, Tensor]:
     """What lucidrains' `LsdFlow` and the authors' `lsd_term` square off the diagonal and on it, by their words.
 
     Their clock runs from noise at 0 to data at 1, and a jump goes up from s to t: X_st(x) = x + (t - s) v_st(x).
@@ -122,12 +122,12 @@ def test_two_heads_rest_at_the_flow(flow: Flow) -> None:
 def test_readings(objective: LSD) -> None:
     """The velocity is the first head at r = t, jumps are of the last."""
     net, b = Wavy(1 + objective.two_heads), rows(objective)
-    reads = objective.read(net)
-    assert reads.velocity is not None
-    assert reads.flow_map is not None
-    assert torch.equal(reads.velocity(b.x_t, b.t, b.c), net(b.x_t, b.c, t=b.t, r=b.t)[0])
+    readings = objective.readings(net)
+    assert readings.velocity is not None
+    assert readings.flow_map is not None
+    assert torch.equal(readings.velocity(b.x_t, b.t, b.c), net(b.x_t, b.c, t=b.t, r=b.t)[0])
     jump = b.x_t - column(b.t - b.r) * net(b.x_t, b.c, t=b.t, r=b.r)[-1]
-    assert torch.equal(reads.flow_map(b.x_t, b.t, b.r, b.c), jump)
+    assert torch.equal(readings.flow_map(b.x_t, b.t, b.r, b.c), jump)
 
 
 def test_only_the_rows_that_jump_are_derived() -> None:

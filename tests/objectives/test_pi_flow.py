@@ -10,7 +10,7 @@ from dumo.config.load import load
 from dumo.flow.times import Grid
 from dumo.objectives import PiFlow
 from dumo.objectives.pi_flow import Policy
-from dumo.types import Frozen, Heads, Noised, UserError
+from dumo.types import Frozen, Heads, NoisyBatch, UserError
 from theory.exact import APART, PRODUCT, D, Flow, column, drawn
 from theory.formula import Polynomial, gradients
 
@@ -55,7 +55,7 @@ class Guessing(nn.Module):
         return tuple(head(i) for i in range(self.n))
 
 
-def pull(objective: PiFlow, net: Guessing, b: Noised, off: float) -> Tensor:
+def pull(objective: PiFlow, net: Guessing, b: NoisyBatch, off: float) -> Tensor:
     """The gradient where all heads are off by so much of 1 and of x_t."""
     net.probe.data.fill_(off)
     return torch.autograd.grad(objective.loss(net, Frozen(net), b).loss.mean(), net.probe)[0]
@@ -124,10 +124,10 @@ def test_a_record_without_a_teacher_is_refused() -> None:
 
 
 def test_a_jump_begins_at_the_top_of_a_segment() -> None:
-    reads = PiFlow(times=Grid(steps=4)).read(nn.Identity())
+    readings = PiFlow(times=Grid(steps=4)).readings(nn.Identity())
     for t, s, taught in ((1.0, 0.75, True), (0.75, 0.6, True), (1.0, 0.5, False), (0.9, 0.8, False), (0.0, 0.0, False)):
-        assert reads.hops(t, s) == taught
-    assert reads.endpoint is None
+        assert readings.hops(t, s) == taught
+    assert readings.endpoint is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from dumo.flow.path import Trig
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.solver import Restart
 from dumo.objectives import SCT
-from dumo.types import Frozen, Heads, Noised
+from dumo.types import Frozen, Heads, NoisyBatch
 from theory.exact import APART, PRODUCT, D, Exact, Flow, gaussian, gradient, record
 from theory.formula import Polynomial, agree, changed
 
@@ -28,7 +28,7 @@ class Gauged(nn.Module):
         return *self.of(x, c, t=t), *([self.gauge[0] + self.gauge[1] * t] if self.weigh else [])
 
 
-def rows(o: SCT, flow: Flow, progress: float, n: int = 64) -> Noised:
+def rows(o: SCT, flow: Flow, progress: float, n: int = 64) -> NoisyBatch:
     """A record of the circle, v_t as it falls."""
     b = replace(record(o, flow, n), progress=progress)
     x_t, v_t = Trig().at(b.x, b.z, b.t)
@@ -109,10 +109,10 @@ def test_the_gauge_settles_at_the_log_of_what_it_divides() -> None:
 def test_the_circle_leads_to_the_data() -> None:
     """From any time, and by two jumps with fresh noise between: samples of the data's width."""
     o, flow = SCT(), gaussian()
-    reads = o.read(Exact(flow, o.needs))
-    assert reads.velocity is None
+    readings = o.readings(Exact(flow, o.needs))
+    assert readings.velocity is None
     n, g = 20_000, torch.Generator().manual_seed(0)
     z, again = torch.randn(2, n, 2, generator=g, dtype=D)
     c = torch.arange(n) % 3
-    made = Restart(m=0.652)(reads, Trig(), z, c, 2, lambda _: again)
+    made = Restart(m=0.652)(readings, Trig(), z, c, 2, lambda _: again)
     assert torch.allclose(torch.stack([made[c == k].std() for k in range(3)]), flow.std[:3], rtol=0.02)

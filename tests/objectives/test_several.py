@@ -11,7 +11,7 @@ from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Below, Beta, Dyadic, Pair, Uniform
 from dumo.objectives import DuMo, Several
-from dumo.types import Frozen, Noised
+from dumo.types import Frozen, NoisyBatch
 from theory.exact import D, Exact, column, drawn, gaussian, gradient, record
 from theory.formula import GUIDES, Told, agree, guided, half
 
@@ -28,7 +28,9 @@ def several(third: str, **fields: object) -> Several:
     return Several.model_validate({**own, **fields})
 
 
-def by_hand(objective: Several, net: Told, b: Noised, v_star: Tensor) -> tuple[Tensor, *tuple[dict[str, Tensor], ...]]:
+def by_hand(
+    objective: Several, net: Told, b: NoisyBatch, v_star: Tensor
+) -> tuple[Tensor, *tuple[dict[str, Tensor], ...]]:
     """The loss, its parts, row by row for shortcuts, and its notes."""
     v, u, m = net(b.x_t, b.c, t=b.t, r=b.r)
     u_star = v_star - column(b.t) * net.slope(1, b.x_t, b.t, 0 * b.t, v_star)
@@ -117,10 +119,10 @@ def test_reading() -> None:
     net = Told(3, 2)
     x, c = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(5) % 4
     t, s = torch.full((5,), 0.8, dtype=D), torch.full((5,), 0.3, dtype=D)
-    reads, (v, u, m) = Several().read(net), net(x, c, t=t, r=s)
-    assert torch.equal(reads.velocity(x, t, c), v)
-    assert torch.equal(reads.endpoint(x, t, c), x - column(t) * u)
-    assert torch.allclose(reads.flow_map(x, t, s, c), x - 0.5 * m)
+    readings, (v, u, m) = Several().readings(net), net(x, c, t=t, r=s)
+    assert torch.equal(readings.velocity(x, t, c), v)
+    assert torch.equal(readings.endpoint(x, t, c), x - column(t) * u)
+    assert torch.allclose(readings.flow_map(x, t, s, c), x - 0.5 * m)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Hop, check
 from dumo.flow.times import Dyadic
 from dumo.objectives import Shortcut
-from dumo.types import Heads, Noised, Reads, UserError
+from dumo.types import Heads, NoisyBatch, Readings, UserError
 from theory import exact
 from theory.exact import D, Exact, column, drawn, falls, gaussian
 from theory.formula import Polynomial, agree, changed
@@ -28,7 +28,7 @@ class Stepped(Polynomial):
         return super().forward(x, c, t=t, r=k / LEVELS)
 
 
-def by_hand(objective: Shortcut, ref: Stepped, b: Noised) -> Tensor:
+def by_hand(objective: Shortcut, ref: Stepped, b: NoisyBatch) -> Tensor:
     """u*, row by row, for steps of 1, 1/2, ... 1/64 and none."""
     u_star = b.v_t.clone()
     for i in range(len(b.t)):
@@ -63,7 +63,7 @@ def test_loss_and_gradient_are_those_of_the_formula(scale: float, clip: float, k
     agree(objective, net, b, loss, {"u": loss}, ref=ref, close=1e-10)
 
 
-class Taught(nn.Module):
+class TeacherVelocity(nn.Module):
     """What training leads to: the velocity of the plain flow at the finest, the guided flow's steps elsewhere."""
 
     def __init__(self, objective: Shortcut, levels: int) -> None:
@@ -88,7 +88,7 @@ def test_only_the_first_doubling_is_off_and_by_the_order_of_its_step(
     for levels in (5, 6, 7, 8):
         monkeypatch.setattr(exact, "LEVELS", levels)
         objective = changed(Shortcut, clip=100.0)(times=changed(Dyadic, levels=levels)(), scale=scale, drop=0.2)
-        net, b = Taught(objective, levels), drawn(objective, 512, teacher=True)
+        net, b = TeacherVelocity(objective, levels), drawn(objective, 512, teacher=True)
         finest = b.t - b.r == 2.0 ** (1 - levels)
         loss = step(objective, net, b).loss
         assert loss[~finest].max() < 1e-20
@@ -97,7 +97,7 @@ def test_only_the_first_doubling_is_off_and_by_the_order_of_its_step(
     assert falls([size.mean() for size in off], 1)
 
 
-READS = Shortcut().read(Stepped(1))
+READINGS = Shortcut().readings(Stepped(1))
 
 
 @pytest.mark.parametrize("guide", [CFG(), CFG(scale=2.0)])
@@ -105,21 +105,21 @@ READS = Shortcut().read(Stepped(1))
     ("solver", "nfe"), [(Hop(), 3), (Hop(), 6), (Hop(), 256), (Hop(start=0.75), 1), (Hop(start=0.999), 2)]
 )
 def test_steps_of_other_sizes_are_refused(solver: Hop, nfe: int, guide: CFG) -> None:
-    reads: Reads = guide(READS, 3)
+    readings: Readings = guide(READINGS, 3)
     with pytest.raises(UserError, match=f"nfe = {nfe}"):
-        check(solver, reads, 1 if nfe > 1 and solver.start == 1 else nfe, nfe)
+        check(solver, readings, 1 if nfe > 1 and solver.start == 1 else nfe, nfe)
     x = torch.zeros(2, 2, dtype=D)
     with pytest.raises(UserError, match=f"nfe = {nfe}"):
-        solver(reads, Linear(), x, torch.zeros(2, dtype=torch.long), nfe, lambda _: x)
+        solver(readings, Linear(), x, torch.zeros(2, dtype=torch.long), nfe, lambda _: x)
 
 
 def test_steps_of_its_sizes_are_not_refused() -> None:
-    check(Hop(), READS, *(2**k for k in range(LEVELS + 1)))
-    check(Hop(start=0.5), READS, 1, 2)
-    check(Euler(), READS, 3)
-    assert READS.hops is not None
-    assert READS.hops(0.75, 0.5)
-    assert not READS.hops(0.75, 0.25)  # half a unit, but not from a place on its own grid
+    check(Hop(), READINGS, *(2**k for k in range(LEVELS + 1)))
+    check(Hop(start=0.5), READINGS, 1, 2)
+    check(Euler(), READINGS, 3)
+    assert READINGS.hops is not None
+    assert READINGS.hops(0.75, 0.5)
+    assert not READINGS.hops(0.75, 0.25)  # half a unit, but not from a place on its own grid
 
 
 def test_a_run_that_asks_for_other_steps_is_refused_when_loaded() -> None:

@@ -10,7 +10,7 @@ from contract.case import step
 from dumo.flow.guide import Guide
 from dumo.flow.times import Pair
 from dumo.objectives import SoFlow
-from dumo.types import Noised
+from dumo.types import NoisyBatch
 from theory.exact import APART, PRODUCT, Exact, Flow, column, drawn, falls, gaussian, gradient, record, stiffness
 from theory.formula import Polynomial, agree, changed, half, passes, rows
 
@@ -18,7 +18,7 @@ MIXED = Pair(velocity_ratio=0.25)
 DUMO = Guide(zeta=0.55)
 
 
-def guided(b: Noised, v_c: Tensor, v_null: Tensor) -> Tensor:
+def guided(b: NoisyBatch, v_c: Tensor, v_null: Tensor) -> Tensor:
     """m [v_t + fade (w - 1) (v_t - V(null))] + (1 - m) V(c), with m = 1/4 and w = 3, where the label is kept."""
     s = ((1 - b.t) / 0.2).clamp(max=1 - 1e-15)
     fade = torch.where(b.t <= 0.8, 1.0, 1 - (-0.025 * s / (1 - s)).exp())

@@ -10,7 +10,7 @@ from contract.case import step
 from dumo.config.load import load
 from dumo.objectives import TBSM
 from dumo.objectives.tbsm import bearing
-from dumo.types import Heads, Noised, UserError
+from dumo.types import Heads, NoisyBatch, UserError
 from theory.exact import PRODUCT, D, Exact, Flow, column, drawn, gaussian
 from theory.formula import Polynomial, agree, gradients, passes
 
@@ -51,7 +51,7 @@ def test_a_bearing_has_one_length_whatever_the_distance() -> None:
     assert torch.equal(found[0], x[0])
 
 
-def exchanged(b: Noised, net: Exact, flow: Flow) -> tuple[Noised, Noised]:
+def exchanged(b: NoisyBatch, net: Exact, flow: Flow) -> tuple[NoisyBatch, NoisyBatch]:
     """Rows whose data are made of noise by the flow, and the rows in which data and negative have changed places."""
     one = torch.ones_like(b.t)
     p_z = torch.randn(b.x.shape, generator=torch.Generator().manual_seed(4), dtype=D)

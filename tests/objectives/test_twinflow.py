@@ -11,14 +11,14 @@ from torch import Tensor
 from contract.case import step
 from dumo.flow.guide import Guide, Interval
 from dumo.objectives import TwinFlow
-from dumo.types import Heads, Noised
+from dumo.types import Heads, NoisyBatch
 from theory.exact import D, Exact, column, drawn, falls, gaussian, growth
 from theory.formula import Polynomial, agree, changed, guided, half
 
 GUIDES = [Guide(), Guide(omega=0.8, zeta=0.55, interval=Interval(low=0.2, high=0.8))]
 
 
-def rcgm(o: TwinFlow, u: Tensor, ref: Polynomial, x: Tensor, b: Noised, t: Tensor, r: Tensor) -> Tensor:
+def rcgm(o: TwinFlow, u: Tensor, ref: Polynomial, x: Tensor, b: NoisyBatch, t: Tensor, r: Tensor) -> Tensor:
     """u - u* of two jumps from t - 0.01, all rows of which are further than that from r."""
     (v_c,), (v_null,) = ref(x, b.c, t=t, r=t), ref(x, b.null, t=t, r=t)
     v_star = guided(replace(b, t=t), o.guide, v_c, v_null)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
+from dumo.flow.noise import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope
 from dumo.flow.times import Pair

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from dumo.export.card import PROMPT
 from dumo.export.stock import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL, StockPipeline
-from dumo.flow.generate import integrate
 from dumo.flow.path import Diffusion
+from dumo.flow.sampling import integrate
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, unpack_latents
 from dumo.run.prompt import conditions_of_prompts
@@ -279,11 +279,11 @@ class Case:
         c: conditions (1,); None: of the card's prompt. passes: None: as many as noises.
         """
         sampler = self.opened.sampler
-        reads = sampler.guided(sampler.spec.guide.model_copy(update={"scale": scale}))
+        readings = sampler.guided(sampler.spec.guide.model_copy(update={"scale": scale}))
         if c is None:
             c = conditions_of_prompts(sampler, [PROMPT], self.image)
         z = [self._unpack_noise(noise) for noise in noises]
-        _, x = integrate(reads, sampler.flow.path, sampler.spec.solver, c, passes or len(z), z.__getitem__)
+        _, x = integrate(readings, sampler.flow.path, sampler.spec.solver, c, passes or len(z), z.__getitem__)
         return sampler.decode(x)
 
     def _unpack_noise(self, noise: Tensor) -> Tensor:

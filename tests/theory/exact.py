@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from dumo.autodiff.dual import carry, primal
-from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
+from dumo.flow.noise import draw
 from dumo.flow.path import Linear, Trig
 from dumo.runtime.random import stream
-from dumo.types import Frozen, Heads, Needs, Noised, Objective
+from dumo.types import Frozen, Heads, Needs, NoisyBatch, Objective
 
 D = torch.float64
 PLAIN = Guide()
@@ -381,7 +381,7 @@ PRODUCT = Product(
 CORNERS = table([1.0, 0.0, 1.0, 0.5, 0.3], [0.0, 0.0, 1.0, 0.5, 0.0])  # t and r
 
 
-def record(objective: Objective, flow: Flow, rows: int = 256) -> Noised:
+def record(objective: Objective, flow: Flow, rows: int = 256) -> NoisyBatch:
     """What a training step sees, v_t replaced by its mean given x_t; the first rows are at the corners of time, where
     the law of times leaves rows alone.
 
@@ -404,7 +404,7 @@ def record(objective: Objective, flow: Flow, rows: int = 256) -> Noised:
     return replace(b.at(t), r=r)
 
 
-def gradient(objective: Objective, net: Exact, b: Noised) -> Tensor:
+def gradient(objective: Objective, net: Exact, b: NoisyBatch) -> Tensor:
     """d mean loss / d probe, (heads, 2)."""
     loss = objective.loss(net, Frozen(net), b).loss.mean()
     return torch.autograd.grad(loss, net.probe)[0]
@@ -412,7 +412,7 @@ def gradient(objective: Objective, net: Exact, b: Noised) -> Tensor:
 
 def drawn(
     objective: Objective, n: int = 64, flow: Flow | None = None, *, teacher: bool = False, progress: float = 0.0
-) -> Noised:
+) -> NoisyBatch:
     """Rows as training draws them; with a teacher, v_t is its mean."""
     flow, g = flow or gaussian(), torch.Generator().manual_seed(1)
     c = torch.arange(n) % flow.classes
@@ -421,7 +421,7 @@ def drawn(
     return draw(objective, Linear(), flow.data(c, g), c, torch.full_like(c, flow.classes), **key)
 
 
-def stiffness(objective: Objective, net: Exact, b: Noised) -> Tensor:
+def stiffness(objective: Objective, net: Exact, b: NoisyBatch) -> Tensor:
     """How the gradient grows with the displacement of the heads, near the flow, where it is linear in it."""
     rest, columns = gradient(objective, net, b), []
     for direction in 1e-4 * torch.eye(net.probe.numel(), dtype=D):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from contract.case import Counted, nets, randomise, step
 from dumo.flow.guide import Guide, Interval
-from dumo.types import Frozen, Heads, Noised, Objective, Spec, Terms
+from dumo.types import Frozen, Heads, NoisyBatch, Objective, Spec, Terms
 from theory.exact import D, column, gaussian, record
 
 T = TypeVar("T", bound=Spec)
@@ -45,13 +45,13 @@ class Polynomial(nn.Module):
         return a[1] * w + a[2] * (x + t * w) + 2 * a[3] * x * w + 2 * a[4] * t + a[5] * r * w
 
 
-def rows(objective: Objective) -> Noised:
+def rows(objective: Objective) -> NoisyBatch:
     """A record with slopes as they fall."""
     b = record(objective, gaussian(), 64)
     return replace(b, v_t=b.z - b.x)
 
 
-def guided(b: Noised, guide: Guide, v_c: Tensor, v_null: Tensor) -> Tensor:
+def guided(b: NoisyBatch, guide: Guide, v_c: Tensor, v_null: Tensor) -> Tensor:
     """omega v_t + zeta V(c) + (1 - omega - zeta) V(null), on kept rows inside the interval; others have v_t."""
     full = guide.omega * b.v_t + guide.zeta * v_c + (1 - guide.omega - guide.zeta) * v_null
     inside = [bool(k) and guide.interval.low <= t <= guide.interval.high for k, t in zip(b.kept, b.t, strict=True)]
@@ -65,7 +65,7 @@ def gradients(loss: Tensor, net: nn.Module) -> list[Tensor]:
 def agree(
     objective: Objective,
     net: nn.Module,
-    b: Noised,
+    b: NoisyBatch,
     loss: Tensor,
     parts: dict[str, Tensor],
     *,
@@ -105,7 +105,7 @@ def half(e: Tensor) -> Tensor:
     return ((e[:, 0] ** 2 > 1).to(D) + (e[:, 1] ** 2 > 1)) / 2
 
 
-def passes(objective: Objective, b: Noised) -> tuple[int, int]:
+def passes(objective: Objective, b: NoisyBatch) -> tuple[int, int]:
     """The passes of a step with gradients and without."""
     model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
     step(objective, model, b)

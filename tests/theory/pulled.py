@@ -5,19 +5,19 @@ from torch import Tensor, nn
 
 from contract.case import step
 from dumo.objectives.pull import BETA, Pull
-from dumo.types import Heads, Noised
+from dumo.types import Heads, NoisyBatch
 from theory.exact import Exact, Gaussian, column, drawn, gaussian, growth
 from theory.formula import gradients
 
 
-def added(objective: Pull, net: nn.Module, b: Noised) -> Tensor:
+def added(objective: Pull, net: nn.Module, b: NoisyBatch) -> Tensor:
     """What the pull adds to the loss of each row."""
     terms = step(objective, net, b)
     return terms.loss - (BETA * terms.parts["v"] + (1 - BETA) * terms.parts["u"])
 
 
 def adds(
-    objective: Pull, net: nn.Module, b: Noised, loss: Tensor, moved_as: Tensor | None = None, near: float = 1e-13
+    objective: Pull, net: nn.Module, b: NoisyBatch, loss: Tensor, moved_as: Tensor | None = None, near: float = 1e-13
 ) -> None:
     """Assert that this is what the pull adds, and its gradient, or that of what it moves the weights as."""
     mine = added(objective, net, b)

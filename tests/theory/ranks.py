@@ -18,13 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contract.case import name as named
 from contract.case import objectives, randomise
-from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide
+from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope
 from dumo.nets import DiT
 from dumo.objectives import DuMo, MeanFlow, Objective, Several
-from dumo.types import Frozen, Net, Noised, frozen
+from dumo.types import Frozen, Net, NoisyBatch, frozen
 from meeting import meeting
 
 ROWS, CLASSES, SHAPE = 16, 3, (4, 8, 8)
@@ -83,7 +83,7 @@ CASES = {  # of two ranks, by the word that asks for them: what is wrapped, and 
 }
 
 
-def record(objective: Objective, rank: int, ranks: int) -> Noised:
+def record(objective: Objective, rank: int, ranks: int) -> NoisyBatch:
     """This rank's rows of the one batch."""
     g = torch.Generator().manual_seed(3)
     x, c = torch.randn(ROWS, *SHAPE, generator=g), torch.arange(ROWS) % CLASSES
@@ -95,7 +95,7 @@ def record(objective: Objective, rank: int, ranks: int) -> Noised:
     )
 
 
-def gradient(net: Net, module: nn.Module, objective: Objective, b: Noised) -> Tensor:
+def gradient(net: Net, module: nn.Module, objective: Objective, b: NoisyBatch) -> Tensor:
     """Of the mean loss, all parameters in one vector; twice, so that what a step leaves behind is seen."""
     for _ in range(2):
         module.zero_grad()

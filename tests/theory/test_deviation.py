@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import kind, objectives, randomise
-from dumo.flow.draw import draw
-from dumo.flow.generate import sample_with_noise
+from dumo.flow.noise import draw
 from dumo.flow.path import FlowPath, Linear, Trig
 from dumo.flow.reading import jump_to_data
+from dumo.flow.sampling import sample_with_noise
 from dumo.flow.solver import Restart
 from dumo.nets import DiT
 from dumo.objectives import SCT, Consistency
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.training.step import flow_of, train_step
-from dumo.types import Frozen, Net, Noised, Objective, Reads, lift
+from dumo.types import Frozen, Net, NoisyBatch, Objective, Readings, lift
 from objectives.test_consistency import AUTHORS
 from theory.exact import D, column
 from theory.formula import Polynomial
@@ -39,7 +39,7 @@ def data(n: int = 48) -> Tensor:
     return torch.randn(n, 2, generator=torch.Generator().manual_seed(3), dtype=D)
 
 
-def noised(objective: Objective, path: FlowPath, x: Tensor, progress: float = 0.4) -> Noised:
+def noised(objective: Objective, path: FlowPath, x: Tensor, progress: float = 0.4) -> NoisyBatch:
     return draw(objective, path, x, C, torch.full_like(C, 3), seed=0, step=0, progress=progress)
 
 
@@ -69,10 +69,10 @@ def test_training_is_that_of_data_of_deviation_1(
 @pytest.mark.parametrize("path", [Linear, Trig])
 def test_samples_leave_in_the_units_of_the_data(path: Callable[..., FlowPath], sd: float) -> None:
     """Also those of several passes, which are noised again on the way."""
-    reads = Reads(endpoint=jump_to_data(Polynomial(1).float()))
+    readings = Readings(endpoint=jump_to_data(Polynomial(1).float()))
 
     def made(path: FlowPath) -> tuple[Tensor, Tensor]:
-        return sample_with_noise(reads, path, Restart(), C[:6], nfe=3, seed=0, shape=(2,), indices=range(6))
+        return sample_with_noise(readings, path, Restart(), C[:6], nfe=3, seed=0, shape=(2,), indices=range(6))
 
     (z, x), (same, wide) = made(path()), made(path(sd=sd))
     assert torch.equal(z, same)
@@ -149,5 +149,5 @@ def test_edm_is_its_authors(sd: float) -> None:
     assert torch.allclose(sd * (b.x_t - lift(b.t, x) * call(net, b.x_t, b)), data_hat, rtol=1e-9, atol=1e-10)
 
 
-def call(net: Net | nn.Module, x: Tensor, b: Noised) -> Tensor:
+def call(net: Net | nn.Module, x: Tensor, b: NoisyBatch) -> Tensor:
     return net(x, b.c, t=b.t)[0]

@@ -7,15 +7,15 @@ from dumo.flow.guide import CFG, Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.objectives import DuMo, FlowMatching, Objective
-from dumo.types import Reads
+from dumo.types import Readings
 from theory.exact import D, Exact, column, gaussian, plane, record, table
 
 ALL, LATE = Interval(), Interval(low=0.2, high=0.75)
 
 
-def readings(objective: Objective, guidance: CFG, null: int = 3) -> Reads:
+def readings(objective: Objective, guidance: CFG, null: int = 3) -> Readings:
     """Of the Gaussians that no guidance has touched."""
-    return guidance(objective.read(Exact(gaussian(), objective.needs)), null)
+    return guidance(objective.readings(Exact(gaussian(), objective.needs)), null)
 
 
 @pytest.mark.parametrize("interval", [ALL, LATE])
@@ -34,7 +34,7 @@ def test_a_guided_velocity_is_that_of_the_guided_flow(scale: float, interval: In
 def test_a_guided_velocity_of_mixtures() -> None:
     objective, flow, guided = FlowMatching(drop=0.3), plane(), plane(Guide(zeta=0.6))
     b = record(objective, flow, 64)
-    velocity = CFG(scale=2.5)(objective.read(Exact(flow, objective.needs)), flow.classes).velocity
+    velocity = CFG(scale=2.5)(objective.readings(Exact(flow, objective.needs)), flow.classes).velocity
     assert (velocity(b.x_t, b.t, b.c) - guided.guided(b.x_t, b.c, b.t)).abs().max() < 1e-12
 
 
@@ -42,8 +42,8 @@ def test_a_guided_velocity_of_mixtures() -> None:
 def test_solvers_follow_the_guided_flow(solver: Solver, order: int) -> None:
     z, c = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(12) % 4
     exact = gaussian(Guide(omega=2)).carry(z, c, one := torch.ones(12, dtype=D), 0 * one)
-    reads = readings(FlowMatching(), CFG(scale=2))
-    off = [(solver(reads, Linear(), z, c, nfe, lambda k: z) - exact).abs().max() for nfe in (64, 128)]
+    guided = readings(FlowMatching(), CFG(scale=2))
+    off = [(solver(guided, Linear(), z, c, nfe, lambda k: z) - exact).abs().max() for nfe in (64, 128)]
     assert off[1] < 0.02
     assert abs(torch.log2(off[0] / off[1]).item() - order) < 0.3
 

@@ -11,7 +11,7 @@ from dumo.flow.path import FlowPath, Linear, Trig
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.objectives import F2D2
 from dumo.runtime.random import stream
-from dumo.types import Reads, UserError
+from dumo.types import Readings, UserError
 from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Mixture, OnTrig, Product, opaque, plane
 from tiers import tiered
 
@@ -25,8 +25,8 @@ def density(flow: Mixture, x: Tensor, c: Tensor) -> Tensor:
     return parts.logsumexp(1)
 
 
-def reads(flow: Mixture | OnTrig) -> Reads:
-    return Reads(velocity=lambda x, t, c: opaque(lambda x, t: flow.velocity(x, c, t), x, t))
+def readings(flow: Mixture | OnTrig) -> Readings:
+    return Readings(velocity=lambda x, t, c: opaque(lambda x, t: flow.velocity(x, c, t), x, t))
 
 
 def data(n: int = 12) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def off(solver: Solver, passes: int, path: FlowPath, sd: float = 1.0) -> float:
     """The largest error of log p, in nats, of data in units of 1 / sd."""
     flow = OnTrig(FLOW) if path.kind == "trig" else FLOW
     x, c = data()
-    found = log_likelihood(reads(flow), path, solver, sd * x, c, passes, axes(x))
+    found = log_likelihood(readings(flow), path, solver, sd * x, c, passes, axes(x))
     return (found - density(FLOW, x, c) + 2 * log(sd)).abs().max().item()
 
 
@@ -59,7 +59,7 @@ def test_the_error_falls_with_the_order_of_the_solver(solver: Solver, order: int
 
 def test_axes_are_exact_and_signs_are_in_the_mean() -> None:
     x, c = data(3)
-    t, velocity = torch.tensor([0.0, 0.4, 1.0], dtype=D), reads(FLOW).velocity
+    t, velocity = torch.tensor([0.0, 0.4, 1.0], dtype=D), readings(FLOW).velocity
     full = torch.func.jacfwd(lambda x: FLOW.velocity(x, c, t))(x)
     exact = torch.stack([full[i, :, i].diagonal() for i in range(3)])
     v, div = divergence(velocity, x, t, c, axes(x))
@@ -71,10 +71,10 @@ def test_axes_are_exact_and_signs_are_in_the_mean() -> None:
     assert each.std(0).max() > 0.05  # each alone is not
 
 
-def climber(flow: Gaussian | Product) -> Reads:
+def climber(flow: Gaussian | Product) -> Readings:
     """What a net says that knows the flow, and how volume grows on it."""
     objective = F2D2()
-    return objective.read(Exact(flow, objective.needs))
+    return objective.readings(Exact(flow, objective.needs))
 
 
 @pytest.mark.parametrize("passes", [1, 3])
@@ -96,6 +96,6 @@ def test_a_solver_that_does_not_climb_is_refused() -> None:
     x, c = data(2)
     for solver, says in ((Restart(), "'restart' has no way from data to noise: use heun"), (Hop(), "objective f2d2")):
         with pytest.raises(UserError, match=says):
-            log_likelihood(reads(FLOW), Linear(), solver, x, c, 1, axes(x))
+            log_likelihood(readings(FLOW), Linear(), solver, x, c, 1, axes(x))
     with pytest.raises(UserError, match="nfe = 3"):
-        log_likelihood(reads(FLOW), Linear(), Heun(), x, c, 3, axes(x))
+        log_likelihood(readings(FLOW), Linear(), Heun(), x, c, 3, axes(x))

@@ -18,12 +18,12 @@ from dumo.config.load import load
 from dumo.config.teacher import Start, Teacher
 from dumo.flow.flow import Flow
 from dumo.flow.guide import Guide
-from dumo.flow.reading import taught_readings, teacher_velocity
+from dumo.flow.reading import available_readings, teacher_velocity
 from dumo.flow.slope import DualSlope
 from dumo.objectives import FACM, DuMo, FlowMatching, Objective
 from dumo.run.folder import write_run_file
 from dumo.run.teacher import base_flow
-from dumo.types import Frozen, Heads, Noised, Reads, Taught, UserError
+from dumo.types import Frozen, Heads, NoisyBatch, Readings, TeacherVelocity, UserError
 from theory.exact import APART, Exact, record
 from theory.test_fixed_point import BENT, STEPS
 
@@ -50,30 +50,32 @@ class UnderAdapters(nn.Module):
         self.on = True
 
 
-def run_of(objective: Objective) -> Taught:
-    return teacher_velocity(Flow(Exact(APART, objective.needs), objective, classes=APART.classes).reads)
+def run_of(objective: Objective) -> TeacherVelocity:
+    return teacher_velocity(Flow(Exact(APART, objective.needs), objective, classes=APART.classes).readings())
 
 
-def of_function() -> Taught:
-    return teacher_velocity(Reads(velocity=lambda x, t, c: APART.velocity(x, c, t)))
+def of_function() -> TeacherVelocity:
+    return teacher_velocity(Readings(velocity=lambda x, t, c: APART.velocity(x, c, t)))
 
 
-def untuned() -> Taught:
+def untuned() -> TeacherVelocity:
     run = load("moons", ["data.labelled=true"])
     return teacher_velocity(
-        base_flow(Teacher(kind="base"), run, UnderAdapters(Exact(APART, FlowMatching().needs))).reads
+        base_flow(Teacher(kind="base"), run, UnderAdapters(Exact(APART, FlowMatching().needs))).readings()
     )
 
 
-def under_a_subject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Taught:
+def under_a_subject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> TeacherVelocity:
     run = load("moons", ["data.labelled=true", "objective={kind: facm}", "sample.solver={kind: euler}"])
     write_run_file(run, folder)
     monkeypatch.setattr(type(run), "has_subject", True)
     subject = run.model_copy(update={"start": Start(source=str(folder))})
-    return teacher_velocity(base_flow(Teacher(kind="base"), subject, UnderAdapters(Exact(APART, FACM().needs))).reads)
+    return teacher_velocity(
+        base_flow(Teacher(kind="base"), subject, UnderAdapters(Exact(APART, FACM().needs))).readings()
+    )
 
 
-TEACHERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Taught]] = {
+TEACHERS: dict[str, Callable[[Path, pytest.MonkeyPatch], TeacherVelocity]] = {
     "flow matching's run": lambda *_: run_of(FlowMatching()),
     "DuMo's run": lambda *_: run_of(DuMo()),
     "FACM's run": lambda *_: run_of(FACM()),
@@ -112,7 +114,7 @@ def test_rows_that_a_teacher_answers_move_no_head(
     assert gradients[~rows].abs().max() > 1e-3
 
 
-def by_row(objective: Objective, b: Noised) -> Tensor:
+def by_row(objective: Objective, b: NoisyBatch) -> Tensor:
     """The gradient of each row's loss by what each of its heads is off, (rows, heads)."""
     net = Exact(APART, objective.needs)
     found: list[Tensor] = []
@@ -123,7 +125,7 @@ def by_row(objective: Objective, b: Noised) -> Tensor:
     return torch.stack(found)
 
 
-NO_VELOCITY = [o for o in one_each() if taught_readings(o).velocity is None]
+NO_VELOCITY = [o for o in one_each() if available_readings(o).velocity is None]
 
 
 @pytest.mark.parametrize("objective", NO_VELOCITY, ids=name)

@@ -53,7 +53,7 @@ from dumo.runtime import dist
 from dumo.runtime.progress import Bar, bar, no_bar, print_line
 from dumo.training import agreement
 from dumo.training.loop import Every
-from dumo.types import Reads, Sample, Spec
+from dumo.types import Readings, Sample, Spec
 from dumo.types import UserError as UserError
 from dumo.types.outside import name_of
 
@@ -109,13 +109,13 @@ class TrainedRun:
         return conditions.words or tuple(str(number) for number in range(conditions.count))
 
     @cached_property
-    def reading(self) -> Reads:
+    def readings(self) -> Readings:
         """What a solver calls, on the run's device; None for what the objective does not teach.
 
         `velocity(x_t, t, c)` is dx_t/dt, `endpoint(x_t, t, c)` is x_0, `flow_map(x_t, t, s, c)` is x_s, all in units
         of `spec.path.sd`. Knobs and guidance are those of `spec.sample`; gradients are recorded.
         """
-        return self.opened.sampler.reads
+        return self.opened.sampler.readings
 
     def sample(
         self,

@@ -28,7 +28,7 @@ from dumo.config.source import (
 )
 from dumo.config.spec import Run, StandaloneParts
 from dumo.data import Data, Memory
-from dumo.flow.reading import taught_readings
+from dumo.flow.reading import available_readings
 from dumo.flow.solver import best_solver
 from dumo.nets import ModuleSpec
 from dumo.plan import photos
@@ -251,7 +251,7 @@ def _part_fields(parts: Fields, tree: Fields) -> Fields:
         fields["evaluate"] = load_recipe(recipe).evaluate.model_dump(mode="json")
     if "objective" in fields:
         fields["objective"] = _objective_fields(fields["objective"])
-        solver = best_solver(taught_readings(objective_of(fields["objective"])))
+        solver = best_solver(available_readings(objective_of(fields["objective"])))
         fields["sample.solver"] = {"kind": solver.kind}
     return fields
 

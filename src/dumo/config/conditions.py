@@ -118,8 +118,8 @@ class Conditions:
 
         Raises UserError for a condition out of range, or where `count` is 0.
         """
-        from dumo.flow import generate
+        from dumo.flow import sampling
 
         if only:
-            return generate.labels_in_turn(count, self.count, only)
-        return self.of_labels(generate.labels_in_turn(count, self.data.labels))
+            return sampling.labels_in_turn(count, self.count, only)
+        return self.of_labels(sampling.labels_in_turn(count, self.data.labels))

@@ -94,7 +94,7 @@ def check(run: "Run") -> None:
         )
 
     # Sampling and evaluation.
-    solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
+    solver.check(run.sample.solver, run.readings, *run.sample.nfe, *run.evaluate.nfe)
     run.evaluate.protocol.check(run.shown_shape, data.labels)
     _check_validation(run.evaluate)
 

@@ -19,7 +19,7 @@ from dumo.evaluation import ImageProtocol, MetricProtocol, ShippedProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import FlowPath, Linear
 from dumo.flow.precision import Precision
-from dumo.flow.reading import taught_readings
+from dumo.flow.reading import available_readings
 from dumo.flow.solver import Solver
 from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
@@ -28,7 +28,7 @@ from dumo.runtime.text import minutes_text
 from dumo.training.spec import Train
 
 # QUIET: the field is hidden at its default. FREE: it may change when a run is resumed.
-from dumo.types import FREE, QUIET, Reads, Spec
+from dumo.types import FREE, QUIET, Readings, Spec
 
 S = TypeVar("S", bound=Spec)
 
@@ -157,9 +157,9 @@ class Run(Spec):
         return self.shown_data.shape
 
     @property
-    def reads(self) -> Reads:
+    def readings(self) -> Readings:
         """The readings that the objective will teach a net, such as the flow map. There is no net yet to sample by."""
-        return taught_readings(self.objective)
+        return available_readings(self.objective)
 
     @property
     def conditions(self) -> Conditions:

@@ -43,8 +43,8 @@ class Teacher(Spec):
     """A trained net: that of a run's folder, what a function of the user's returns, or the one that adapters tune."""
 
     kind: Literal["run", "python", "base"] = "run"
-    # run: a run's folder; python: module:function, which takes the run and the device and returns `dumo.types.Reads`;
-    # base: "". The place is free to change, because the weights there are known by their hash.
+    # run: a run's folder; python: module:function, which takes the run and the device and returns
+    # `dumo.types.Readings`; base: "". The place is free to change, because the weights there are known by their hash.
     source: str = Field(default="", json_schema_extra=MAYBE_PLACE)
     guide: CFG = Field(default=CFG(), json_schema_extra=QUIET)  # guides the teacher's velocity, as in sampling
     pairs: Pairs | None = None  # learn from whole trajectories instead

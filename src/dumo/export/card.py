@@ -235,7 +235,7 @@ def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple
         guidance = stock.guidance_arguments(embedded=embedded, scale=scale)
         return [(", ".join([*condition, *_keywords(guidance)]), "")]
     calls: list[tuple[str, str]] = []
-    reachable = [n for n in _PASS_COMMENTS if can_make(exported.solver, exported.sampler.taught, n)]
+    reachable = [n for n in _PASS_COMMENTS if can_make(exported.solver, exported.sampler.available_readings, n)]
     for passes in exported.nfe or reachable:
         times = exported.pipeline_times(passes)
         arguments = [*condition, *_keywords(stock.arguments(times, embedded=embedded, scale=scale))]

@@ -23,7 +23,7 @@ from dumo.encoders.pipeline import TRANSFORMER, weights_name
 from dumo.export.scheduler import restart_for_scheduler
 from dumo.export.stock import TRAIN_TIMESTEPS, StockPipeline, find_stock_pipeline
 from dumo.flow.path import Diffusion
-from dumo.flow.reading import head_of, reading
+from dumo.flow.reading import head_of, readings_of
 from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
@@ -231,7 +231,7 @@ def choose_exported_model(
             f"objective '{sampler.flow.objective.kind}' reads its velocity at another r than t, at which it would be "
             "exported: export head u"
         )
-    if head == "v" and sampler.taught.velocity and head_of(sampler.flow.objective, "velocity") != head:
+    if head == "v" and sampler.available_readings.velocity and head_of(sampler.flow.objective, "velocity") != head:
         raise UserError(
             f"objective '{sampler.flow.objective.kind}' reads its velocity by another head than v: export head u"
         )
@@ -267,7 +267,7 @@ def _reads_velocity_at_rest(objective: Objective) -> bool:
         ends.append(inputs["r"])
         return (x,) * len(objective.needs.heads)
 
-    read_velocity = reading(objective, net).velocity
+    read_velocity = readings_of(objective, net).velocity
     assert read_velocity is not None, "it has a head v"
     read_velocity(torch.zeros(1, 1), t, torch.zeros(1, dtype=torch.long))
     return all(torch.equal(r, t) for r in ends)

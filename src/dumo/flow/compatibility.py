@@ -25,9 +25,9 @@ from torch import nn
 
 from dumo.flow.guide import CFG, GuidanceScale, Guide
 from dumo.flow.precision import HALVES, precision_of
-from dumo.flow.reading import taught_readings
+from dumo.flow.reading import available_readings
 from dumo.runtime import dist
-from dumo.types import Needs, Noised, Objective, UserError
+from dumo.types import Needs, NoisyBatch, Objective, UserError
 
 # The largest factor by which a loss may multiply the rounding of its network below fp32. bf16 rounds the network's
 # output by 2^-8 of it, and 20 times that is 8 % of the loss's residual.
@@ -52,7 +52,7 @@ def require_precision(precision: str, gain: float, kind: str) -> None:
         )
 
 
-def require_precise_passes(noised: Noised, gain: float, kind: str) -> None:
+def require_precise_passes(noised: NoisyBatch, gain: float, kind: str) -> None:
     """Refuse passes on this batch in the precision that holds now, as `require_precision` does."""
     require_precision(precision_of(noised.x_t), gain, kind)
 
@@ -93,7 +93,7 @@ def require_times(objective: Objective) -> None:
         )
     guide = objective.needs.guide
     reads_velocity = isinstance(guide, Guide) and guide.active and "r" in objective.needs.inputs
-    is_taught = objective.times.teaches_velocity or taught_readings(objective).velocity is not None
+    is_taught = objective.times.teaches_velocity or available_readings(objective).velocity is not None
     if reads_velocity and not is_taught:
         raise UserError(
             f"objective.guide reads the velocity of objective '{objective.kind}' at r = t, and all of objective.times "

@@ -29,11 +29,11 @@ from torch.nn.parameter import is_lazy
 from dumo.autodiff.dual import RAISED_ON_DUALS
 from dumo.autodiff.float64 import float64_copy
 from dumo.flow.adapter import NetAdapter
-from dumo.flow.check import inputs_of
 from dumo.flow.precision import precision_of
 from dumo.flow.slope import MAX_SLOPE_ERROR, CentralSlope, DualSlope, JvpSlope, Slope
+from dumo.flow.trainable import inputs_of
 from dumo.runtime import dist
-from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Sample, Time, UserError, unwrap
+from dumo.types import Cond, Frozen, Heads, Needs, Net, NoisyBatch, Sample, Time, UserError, unwrap
 
 # Half-steps h of the central difference, in units of t. The short ones are exact in float64; the long ones serve
 # networks that compute a part, such as the embedding of t, in float32.
@@ -121,7 +121,7 @@ def max_slope_error(slope: Slope, precision: str) -> float:
 
 
 def choose_slope(
-    slopes: Sequence[Slope], net: NetAdapter, b: Noised, needs: Needs, *, is_copy: bool
+    slopes: Sequence[Slope], net: NetAdapter, b: NoisyBatch, needs: Needs, *, is_copy: bool
 ) -> tuple[Slope, str]:
     """How du/dt of a network is taken: the first of some slopes that is right, and a report of its error for the user.
 
@@ -189,7 +189,7 @@ def copy_without_zero_layers(net: nn.Module) -> nn.Module | None:
     return copied
 
 
-def _reference(net: NetAdapter, b: Noised, inputs: Mapping[str, Time], *, is_copy: bool) -> tuple[Heads, float]:
+def _reference(net: NetAdapter, b: NoisyBatch, inputs: Mapping[str, Time], *, is_copy: bool) -> tuple[Heads, float]:
     """`central_difference` on a batch: of a copy in float64 if the network can, else in the precision that holds now.
 
     Under autocast and of 16 bits the uncertainty is infinite: x ± h v is then x itself, and differences agree on what

@@ -14,21 +14,21 @@ import torch
 from torch import nn
 
 from dumo.flow import dropout
-from dumo.flow.draw import Coupling, Draws, add_noise, make_draws
 from dumo.flow.guide import CFG
+from dumo.flow.noise import Coupling, Draws, add_noise, make_draws
 from dumo.flow.path import FlowPath, Linear
 from dumo.flow.precision import Precision, autocast
-from dumo.flow.reading import reading
+from dumo.flow.reading import readings_of
 from dumo.flow.solver import Solver
 from dumo.types import (
     Cond,
     Frozen,
     Net,
-    Noised,
+    NoisyBatch,
     Objective,
-    Reads,
+    Readings,
     Sample,
-    Taught,
+    TeacherVelocity,
     Terms,
     Trail,
     UserError,
@@ -37,9 +37,9 @@ from dumo.types import (
 )
 
 if TYPE_CHECKING:
-    from dumo.flow.generate import Batch
+    from dumo.flow.sampling import Batch
 
-Loss = Callable[[Net, Frozen, Noised], Terms]  # of (net, theta^-, record)
+Loss = Callable[[Net, Frozen, NoisyBatch], Terms]  # of (net, theta^-, record)
 
 
 class Flow(nn.Module):
@@ -63,7 +63,7 @@ class Flow(nn.Module):
         seed: int = 0,
         path: FlowPath | None = None,
         coupling: Coupling | None = None,
-        teacher: Taught | None = None,
+        teacher: TeacherVelocity | None = None,
         prior: float | None = None,
         ref: nn.Module | None = None,
         precision: Precision | None = None,
@@ -111,9 +111,9 @@ class Flow(nn.Module):
         z: Sample | None = None,
         between: Trail | None = None,
         progress: float = 0.0,
-        teacher: Taught | None = None,
-    ) -> Noised:
-        """The record of data x (b, ...) of conditions c (b,), by draws of as many rows (`dumo.flow.draw.add_noise`).
+        teacher: TeacherVelocity | None = None,
+    ) -> NoisyBatch:
+        """The record of data x (b, ...) of conditions c (b,), by draws of as many rows (`dumo.flow.noise.add_noise`).
 
         null: what a dropped condition becomes, for all or for each row; None: the class number of none.
         teacher: instead of the flow's own.
@@ -132,7 +132,7 @@ class Flow(nn.Module):
             ask_at_x_t=self.objective.needs.teacher.at_x_t,
         )
 
-    def terms(self, b: Noised, keys: dropout.Keys, loss: Loss | None = None, *, keep: bool = True) -> Terms:
+    def terms(self, b: NoisyBatch, keys: dropout.Keys, loss: Loss | None = None, *, keep: bool = True) -> Terms:
         """The loss of a record, one number per row, by a network of dumo's.
 
         keys: of dropout, one for each row.
@@ -151,20 +151,13 @@ class Flow(nn.Module):
 
     # --------------------------------------------------------------------------------------------------- how it is read
 
-    @property
-    def reads(self) -> Reads:
-        """What the network tells a solver, with the flow's own guidance; c are class numbers.
+    def readings(self, guide: CFG | None = None, knobs: Mapping[str, float] | None = None) -> Readings:
+        """What the network tells a solver, with this guidance and these knobs (None: the flow's own).
 
-        A reading that the objective never taught is None.
+        c are class numbers. A reading that the objective never taught is None.
         """
-        return self.readings(self.guide)
-
-    def readings(self, guide: CFG | None = None, knobs: Mapping[str, float] | None = None) -> Reads:
-        """What the network tells a solver, with this guidance (None: none) and these knobs (None: the flow's own)."""
-        reads = reading(self.objective, cast(Net, self.net), knobs or self.knobs)
-        if guide is None:
-            guide = CFG()
-        return guide(reads, self.classes)
+        readings = readings_of(self.objective, cast(Net, self.net), knobs or self.knobs)
+        return (guide or self.guide)(readings, self.classes)
 
     @property
     def device(self) -> torch.device:
@@ -176,7 +169,7 @@ class Flow(nn.Module):
 
     def batches(
         self,
-        reads: Reads,
+        readings: Readings,
         solver: Solver,
         c: Cond,
         *,
@@ -189,14 +182,14 @@ class Flow(nn.Module):
     ) -> "Iterator[Batch]":
         """Samples of this shape, one per row of c, by a reading of the network, a batch at a time.
 
-        The arguments are those of `generate.sample_batches`. Raises UserError if the solver cannot serve the reading or
+        The arguments are those of `sampling.sample_batches`. Raises UserError if the solver cannot serve the reading or
         nfe, and Stopped after a signal.
         """
-        from dumo.flow import generate  # training needs none of it
+        from dumo.flow import sampling  # training needs none of it
 
-        return generate.sample_batches(
+        return sampling.sample_batches(
             self.net,
-            reads,
+            readings,
             self.path,
             solver,
             c,
@@ -204,7 +197,7 @@ class Flow(nn.Module):
             seed=seed,
             shape=shape,
             indices=indices,
-            batch=batch or generate.BATCH,
+            batch=batch or sampling.BATCH,
             device=self.device,
             precision=self.precision or "fp32",
             z=z,

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from dumo.flow import dropout
 from dumo.runtime.limits import FACTOR, require_order
-from dumo.types import QUIET, Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, lift
+from dumo.types import QUIET, Array, Cond, Needs, NoisyBatch, Readings, Rows, Sample, Spec, Time, lift
 from dumo.types.rows import to_device
 
-Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at the record's x_t and t
+Velocity = Callable[[NoisyBatch, Cond], Sample]  # (record, condition) -> V at the record's x_t and t
 # Below these a difference is one of rounding, not of settings: 1 - .2 - .8 is not 0 in floating point. Ours
 _ZERO_WEIGHT = 1e-12
 _SAME_SCALE = 1e-9
@@ -75,11 +75,11 @@ class Guide(Spec):
         """Which rows are at a time (b,) at which guidance acts."""
         return self.interval.holds(t)
 
-    def known_target(self, b: Noised) -> Sample | None:
+    def known_target(self, b: NoisyBatch) -> Sample | None:
         """v* where it is known before any pass, else None."""
         return None if self.active else b.v_t
 
-    def __call__(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
+    def __call__(self, b: NoisyBatch, v_hat: Sample | None, velocity: Velocity) -> Sample:
         """v* of all rows, (b, ...).
 
         v_hat: V(c), where the step has it already; None: `velocity` is asked for it, unless its weight is zero.
@@ -98,7 +98,7 @@ class Guide(Spec):
             v_star = v_star.where(self._is_guided(guided), guided.v_t)  # one row may stand there for none
         return b.v_t.to(v_star).index_copy(0, guided_rows, v_star)
 
-    def guided_rows(self, b: Noised) -> Int[Tensor, " k"] | None:
+    def guided_rows(self, b: NoisyBatch) -> Int[Tensor, " k"] | None:
         """The numbers of the rows of which passes are made: those that are guided, at least one; None: all rows.
 
         At least one, so that every rank makes the passes. All in a compiler, for which shapes must not depend on
@@ -117,11 +117,11 @@ class Guide(Spec):
             numbers = numbers.new_zeros(1)  # row 0
         return to_device(numbers, b.t.device)
 
-    def _is_guided(self, b: Noised) -> Array:
+    def _is_guided(self, b: NoisyBatch) -> Array:
         """Which rows are guided: those with their label, at times inside the interval. Of shape (b, 1, ...)."""
         return lift(b.kept & self.inside(b.t), b.x_t)
 
-    def _affine_map(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
+    def _affine_map(self, b: NoisyBatch, v_hat: Sample | None, velocity: Velocity) -> Sample:
         """omega v_t + zeta V(c) + (1 - omega - zeta) V(null) of every row, without passes of weight zero."""
         null_weight = 1 - self.omega - self.zeta
         v_star = self.omega * b.v_t
@@ -188,20 +188,20 @@ class CFG(Spec):
         """Whether anything is guided at all."""
         return self.scale != 1
 
-    def __call__(self, reads: Reads, null: int | Callable[[Cond], Cond]) -> Reads:
+    def __call__(self, readings: Readings, null: int | Callable[[Cond], Cond]) -> Readings:
         """The readings, guided. At scale 1 they are returned unchanged.
 
         `null`: the class number of no label; or a function of conditions (b,) that returns them dropped, (b,).
         """
         if not self.active:
-            return reads
-        return Reads(
-            velocity=self._guided(reads.velocity, null),
-            endpoint=self._guided(reads.endpoint, null),
-            flow_map=self._guided(reads.flow_map, null),
-            both=self._guided(reads.both, null),
-            hops=reads.hops,
-            lowest=reads.lowest,
+            return readings
+        return Readings(
+            velocity=self._guided(readings.velocity, null),
+            endpoint=self._guided(readings.endpoint, null),
+            flow_map=self._guided(readings.flow_map, null),
+            both=self._guided(readings.both, null),
+            hops=readings.hops,
+            lowest=readings.lowest,
         )
 
     def rows(self, t: Time) -> Rows:

@@ -30,9 +30,9 @@ from dumo.autodiff.dual import pair, primal, teach_others
 from dumo.autodiff.general import whatever_the_slope
 from dumo.flow.linearize import tangent_or_zeros
 from dumo.flow.path import FlowPath
-from dumo.flow.solver import Euler, Heun, Hop, Solver, num_steps, taught_reading, times_per_row, uniform_times
+from dumo.flow.solver import Euler, Heun, Hop, Solver, num_steps, require_reading, times_per_row, uniform_times
 from dumo.runtime import random, signals
-from dumo.types import Climb, Cond, PerSample, Reads, Sample, Time, UserError, lift
+from dumo.types import Climb, Cond, PerSample, Readings, Sample, Time, UserError, lift
 
 Velocity = Callable[[Sample, Time, Cond], Sample]  # (x, t, c) -> v
 Rate = Callable[[Sample, Time, Cond], tuple[Sample, PerSample]]  # (x, t, c) -> v and div v
@@ -40,14 +40,14 @@ Rate = Callable[[Sample, Time, Cond], tuple[Sample, PerSample]]  # (x, t, c) -> 
 
 @torch.no_grad()
 def log_likelihood(
-    reads: Reads, path: FlowPath, solver: Solver, x: Sample, c: Cond, nfe: int, along: Sequence[Sample]
+    readings: Readings, path: FlowPath, solver: Solver, x: Sample, c: Cond, nfe: int, along: Sequence[Sample]
 ) -> PerSample:
     """log p(x | c) of samples x (b, ...) in nats, (b,), by nfe readings of a net.
 
     `along`: the directions of div v, which must add up to the identity (`axes` or `signs`). Raises UserError if the
     solver cannot serve the reading or nfe.
     """
-    climb = climb_of(solver, reads, along)
+    climb = climb_of(solver, readings, along)
     d = x[0].numel()
     y = x / path.sd
     log_growth = x.new_zeros(len(x))  # of volume, since t = 0
@@ -60,22 +60,22 @@ def log_likelihood(
     return log_growth - (squared_radius + d * log(2 * pi)) / 2 - d * log(path.sd * path.initial_std)
 
 
-def climb_of(solver: Solver, reads: Reads, along: Sequence[Sample] = ()) -> Climb:
+def climb_of(solver: Solver, readings: Readings, along: Sequence[Sample] = ()) -> Climb:
     """A function that makes one step of a solver towards the noise: (x_t, t, s, c) -> x_s, growth of the log of volume.
 
     `along`: as in `log_likelihood`; hop needs none. Raises UserError for a solver that makes no such step, and where
     the objective does not teach what it needs.
     """
     if isinstance(solver, Hop):
-        if reads.climb is None:
+        if readings.climb is None:
             raise UserError(
                 "solver 'hop' takes likelihood from jumps that know how much volume they grow, which this objective "
                 "does not teach: use heun or euler, or train objective f2d2"
             )
-        return reads.climb
+        return readings.climb
     if not isinstance(solver, Euler | Heun):
         raise UserError(f"solver '{solver.kind}' has no way from data to noise: use heun, euler or hop")
-    velocity = taught_reading(solver, reads)
+    velocity = require_reading(solver, readings)
 
     def rate(x: Sample, t: Time, c: Cond) -> tuple[Sample, PerSample]:
         return divergence(velocity, x, t, c, along)

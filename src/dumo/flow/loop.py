@@ -27,18 +27,18 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from dumo.flow import compatibility, dropout, generate
+from dumo.flow import compatibility, dropout, sampling
 from dumo.flow.adapter import Condition, ConditionRows, CustomCall, NetAdapter, Null, is_labels, map_tensors
-from dumo.flow.check import inputs_of, require_trainable, rows_to_try
 from dumo.flow.derivative import choose_slope, copy_without_zero_layers
-from dumo.flow.draw import Coupling
 from dumo.flow.flow import Flow, require_loss_per_row
 from dumo.flow.guide import CFG, GuidanceScale
+from dumo.flow.noise import Coupling
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, using
-from dumo.flow.reading import reading, taught_readings, teacher_velocity
+from dumo.flow.reading import available_readings, readings_of, teacher_velocity
 from dumo.flow.slope import DualSlope, JvpSlope, Slope, slope_of
 from dumo.flow.solver import Solver, best_solver, solver_of
+from dumo.flow.trainable import inputs_of, require_trainable, rows_to_try
 from dumo.runtime import dist
 from dumo.runtime.random import generator_states, seeded_generators, stream
 from dumo.types import (
@@ -46,11 +46,11 @@ from dumo.types import (
     Frozen,
     Heads,
     Net,
-    Noised,
+    NoisyBatch,
     Objective,
-    Reads,
+    Readings,
     Sample,
-    Taught,
+    TeacherVelocity,
     Terms,
     Time,
     UserError,
@@ -110,7 +110,7 @@ class LoopFlow(Flow):
         shard: tuple[int, int] | None = None,
         path: FlowPath | None = None,
         coupling: Coupling | None = None,
-        teacher: "Taught | LoopFlow | None" = None,
+        teacher: "TeacherVelocity | LoopFlow | None" = None,
         prior: float | None = None,
         ref: nn.Module | None = None,
         precision: Precision | None = None,
@@ -144,7 +144,9 @@ class LoopFlow(Flow):
             seed=seed,
             path=path,
             coupling=coupling,
-            teacher=teacher_flow.teaching() if isinstance(teacher_flow, LoopFlow) else cast("Taught | None", teacher),
+            teacher=teacher_flow.teaching()
+            if isinstance(teacher_flow, LoopFlow)
+            else cast("TeacherVelocity | None", teacher),
             prior=prior,
             ref=ref,
             precision=precision,
@@ -157,7 +159,7 @@ class LoopFlow(Flow):
         self.shard = shard
         self.training_guidance = GuidanceScale.of(objective.needs)
         # Makes the teacher of conditions that are not labels; None: the teacher is a function.
-        self.teach_conditions: Callable[[Condition], Taught] | None = None
+        self.teach_conditions: Callable[[Condition], TeacherVelocity] | None = None
         if isinstance(teacher_flow, LoopFlow):
             self._require_teacher_flow(teacher_flow)
             self.teach_conditions = teacher_flow.teaching
@@ -239,9 +241,9 @@ class LoopFlow(Flow):
 
     # --------------------------------------------------------------------------------------------- reading and sampling
 
-    def readings(self, guide: CFG | None = None, knobs: Mapping[str, float] | None = None) -> Reads:
-        """What the network tells a solver, c being class labels, with this guidance (None: none) and these knobs."""
-        return self._readings(self._adapter(None, None), guide or CFG(), knobs)
+    def readings(self, guide: CFG | None = None, knobs: Mapping[str, float] | None = None) -> Readings:
+        """What the network tells a solver, c being class labels, with this guidance and these knobs."""
+        return self._readings(self._adapter(None, None), guide or self.guide, knobs)
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Moment, c: Condition = None) -> Sample:
@@ -257,17 +259,17 @@ class LoopFlow(Flow):
 
         At times above 0, x_t and x_s are in units of `path.sd`. Raises UserError if the jump was never taught.
         """
-        reads = taught_readings(self.objective)
+        readings = available_readings(self.objective)
         ends_at_data = bool((torch.as_tensor(s).abs() < _ROUNDING).all())
-        if reads.flow_map is None and ends_at_data:
-            if bool((torch.as_tensor(t) < reads.lowest).any()):
+        if readings.flow_map is None and ends_at_data:
+            if bool((torch.as_tensor(t) < readings.lowest).any()):
                 raise UserError(
-                    f"objective '{self.objective.kind}' teaches jumps to the data from t = {reads.lowest:g} up alone: "
-                    "give such a t, or train with 'dumo'"
+                    f"objective '{self.objective.kind}' teaches jumps to the data from t = {readings.lowest:g} up "
+                    "alone: give such a t, or train with 'dumo'"
                 )
             return self.path.sd * self._read("endpoint", x, c, t)
         # Of tensors it is not known which jumps are taught.
-        if not isinstance(t, Tensor) and not isinstance(s, Tensor) and reads.hops and not reads.hops(t, s):
+        if not isinstance(t, Tensor) and not isinstance(s, Tensor) and readings.hops and not readings.hops(t, s):
             raise UserError(
                 f"objective '{self.objective.kind}' teaches no jump from t = {t:g} to s = {s:g}: call flow.sample, "
                 "which makes those that it teaches, or train with 'dumo_any' or 'meanflow'"
@@ -276,7 +278,7 @@ class LoopFlow(Flow):
         is_data = lift(_row_times(s, x, _ROUNDING).abs() < _ROUNDING, x_s)
         return torch.where(is_data, self.path.sd * x_s, x_s)
 
-    def teaching(self, conditions: Condition = None) -> Taught:
+    def teaching(self, conditions: Condition = None) -> TeacherVelocity:
         """The velocity that a student learns from this flow, of (x_t, t, c, v_t).
 
         conditions: the student's that are not labels; c are then their row numbers. None: c are labels.
@@ -286,10 +288,10 @@ class LoopFlow(Flow):
         read = self._taught_reading("velocity", self._adapter(conditions, None))
 
         def velocity(x: Sample, t: Time, c: Cond) -> Sample:
-            with generate.eval_mode(self.net), self._in_precision(x):
+            with sampling.eval_mode(self.net), self._in_precision(x):
                 return read(x, t, c)
 
-        return teacher_velocity(Reads(velocity=velocity))
+        return teacher_velocity(Readings(velocity=velocity))
 
     @torch.no_grad()
     def sample(
@@ -323,11 +325,11 @@ class LoopFlow(Flow):
         if guidance is not None:
             guide = CFG(scale=guidance)
             self._require_guidable(guide)
-        reads = self._readings(net, guide)
-        solver = best_solver(reads) if solver is None else solver_of(solver)
-        batches = generate.sample_batches(
+        readings = self._readings(net, guide)
+        solver = best_solver(readings) if solver is None else solver_of(solver)
+        batches = sampling.sample_batches(
             net,
-            reads,
+            readings,
             self.path,
             solver,
             index,
@@ -337,7 +339,7 @@ class LoopFlow(Flow):
             device=self.device,
             precision=self.precision,
         )
-        samples = generate.join_batches(batches)
+        samples = sampling.join_batches(batches)
         # The root of a sharded network stays whole after a pass that has no backward pass.
         for part in dist.sharded_parts(self.net):
             part.reshard()
@@ -478,7 +480,7 @@ class LoopFlow(Flow):
         progress: float = 0.0,
         z: Sample | None = None,
         is_validation: bool = False,
-    ) -> tuple[Noised, dropout.Keys]:
+    ) -> tuple[NoisyBatch, dropout.Keys]:
         """The noisy batch of this rank's rows x at a step, and the keys of their dropout.
 
         is_validation: draw as if these rows, and as many on each other rank, were the batch, whatever was trained.
@@ -564,13 +566,13 @@ class LoopFlow(Flow):
 
     # ---------------------------------------------------------------------------------------- what a reading is made of
 
-    def _readings(self, net: NetAdapter, guide: CFG, knobs: Mapping[str, float] | None = None) -> Reads:
+    def _readings(self, net: NetAdapter, guide: CFG, knobs: Mapping[str, float] | None = None) -> Readings:
         """What an adapter's network tells a solver, with this guidance and these knobs (None: the flow's own)."""
         null = net.rows.drop if net.rows else self.classes
-        return guide(reading(self.objective, _in_weights_dtype(net), knobs or self.knobs), null)
+        return guide(readings_of(self.objective, _in_weights_dtype(net), knobs or self.knobs), null)
 
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
-        """The reading `name` of x at these times, (b, ...), in evaluation mode. Raises as `_taught_reading`."""
+        """The reading `name` of x at these times, (b, ...), in evaluation mode. Raises as `_require_reading`."""
         self._require_conditions(c, may_be_null=True)
         index = self._condition_index(len(x), c, x.device)
         read = self._taught_reading(name, self._adapter(c, None))
@@ -583,7 +585,7 @@ class LoopFlow(Flow):
                     f"objective '{self.objective.kind}' teaches no jumps up to the noise: give s up to t, or train "
                     "with 'f2d2'"
                 )
-        with generate.eval_mode(self.net), self._in_precision(x):
+        with sampling.eval_mode(self.net), self._in_precision(x):
             return read(x, *row_times, index)
 
     def _taught_reading(self, name: str, net: NetAdapter) -> Callable[..., Any]:
@@ -604,9 +606,9 @@ class LoopFlow(Flow):
             return conditions, torch.arange(len(ConditionRows.of(conditions, None)))
         count_or_labels = c.tolist() if isinstance(c, Tensor) else c
         if isinstance(count_or_labels, int):
-            return None, generate.labels_in_turn(count_or_labels, self.classes)
+            return None, sampling.labels_in_turn(count_or_labels, self.classes)
         labels = [int(label) for label in cast("Sequence[int]", count_or_labels)]
-        return None, generate.labels_in_turn(len(labels), self.classes, labels)
+        return None, sampling.labels_in_turn(len(labels), self.classes, labels)
 
     # -------------------------------------------------------------------------------------------------------- the state
 

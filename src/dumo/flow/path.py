@@ -13,9 +13,9 @@ alpha weighs the noise, as in DuMo's paper (Eq. 1); in diffusers alpha weighs th
 - `nearest_net_times(times)`: the times at which a sampler may call its net;
 - `sd`, the standard deviation of the data.
 
-x is the data in units of `sd`: `dumo.flow.draw` divides data by it before they meet the noise, and `dumo.flow.generate`
-multiplies samples by it. So constants that are meant for data of standard deviation 1 (noise levels, a Huber loss's c,
-EDM's preconditioning) are right for data of any standard deviation.
+x is the data in units of `sd`: `dumo.flow.noise` divides data by it before they meet the noise, and
+`dumo.flow.sampling` multiplies samples by it. So constants that are meant for data of standard deviation 1 (noise
+levels, a Huber loss's c, EDM's preconditioning) are right for data of any standard deviation.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from dumo.flow.schedule import Schedule
+from dumo.flow.noise_schedule import Schedule
 from dumo.types import PINNED, Sample, Spec, Time, UserError, lift
 
 # The standard deviation of the data. It is not written into run.yaml if it is 1, the default.

@@ -1,8 +1,8 @@
-"""Readings: what a trained net can tell a solver, as its objective reads it (`dumo.types.Reads`).
+"""Readings: what a trained net can tell a solver, as its objective reads it (`dumo.types.Readings`).
 
 The order of events:
 
-1. Before there is a net, `taught_readings` says which readings an objective will teach.
+1. Before there is a net, `available_readings` says which readings an objective will teach.
 2. Of a trained net, `reading` fixes the knobs (`bind_knobs`) and lets the objective read it.
 3. A solver calls the readings, or `teacher_velocity` makes a teacher of them.
 
@@ -19,25 +19,25 @@ import torch
 from torch import nn
 
 from dumo.autodiff.dual import primal
-from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Taught, Time, TimeLaw, UserError, lift
+from dumo.types import Cond, Heads, Net, Objective, Readings, Sample, TeacherVelocity, Time, TimeLaw, UserError, lift
 
 
-def taught_readings(objective: Objective) -> Reads:
+def available_readings(objective: Objective) -> Readings:
     """The readings that an objective will teach. They are of no net: which of them are None is what counts."""
-    return _with_hops(objective, objective.read(nn.Identity()))
+    return _with_hops(objective, objective.readings(nn.Identity()))
 
 
-def reading(objective: Objective, net: Net, knobs: Mapping[str, float] | None = None) -> Reads:
+def readings_of(objective: Objective, net: Net, knobs: Mapping[str, float] | None = None) -> Readings:
     """The readings of a net that an objective has trained. `knobs`: values by name instead of the objective's own."""
     knobs = {**objective.needs.knobs, **(knobs or {})}
-    return _with_hops(objective, objective.read(bind_knobs(net, **knobs) if knobs else net))
+    return _with_hops(objective, objective.readings(bind_knobs(net, **knobs) if knobs else net))
 
 
-def _with_hops(objective: Objective, reads: Reads) -> Reads:
+def _with_hops(objective: Objective, readings: Readings) -> Readings:
     """The readings with a rule for jumps (`hops`), where the objective has none and its times end at the data alone."""
-    if reads.flow_map and reads.hops is None and not objective.times.between:
-        return replace(reads, hops=lambda t, s: s == 0)
-    return reads
+    if readings.flow_map and readings.hops is None and not objective.times.between:
+        return replace(readings, hops=lambda t, s: s == 0)
+    return readings
 
 
 def bind_knobs(net: Net, **knobs: float) -> Net:
@@ -51,9 +51,9 @@ def bind_knobs(net: Net, **knobs: float) -> Net:
     return bound_net
 
 
-def teacher_velocity(reads: Reads) -> Taught:
+def teacher_velocity(readings: Readings) -> TeacherVelocity:
     """The velocity that a pupil learns at (x_t, t, c), where the data's own is v. Raises UserError without one."""
-    read = reads.velocity
+    read = readings.velocity
     if read is None:
         raise UserError("this teacher has no velocity to learn from: its objective learns jumps alone")
 
@@ -69,17 +69,17 @@ def jump_to_data(net: Net, head: int = 0) -> Callable[[Sample, Time, Cond], Samp
     return lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[head]
 
 
-def velocity_and_jump(net: Net) -> Reads:
+def velocity_and_jump(net: Net) -> Readings:
     """Read the first two heads, v and the mean velocity u down to the data: each by a pass, or both by one."""
 
     def both(x: Sample, t: Time, c: Cond) -> tuple[Sample, Sample]:
         v, u = net(x, c, t=t)[:2]
         return v, x - lift(t, x) * u
 
-    return Reads(velocity=lambda x, t, c: net(x, c, t=t)[0], endpoint=jump_to_data(net, head=1), both=both)
+    return Readings(velocity=lambda x, t, c: net(x, c, t=t)[0], endpoint=jump_to_data(net, head=1), both=both)
 
 
-def mean_velocity(net: Net, head: int = 0, times: TimeLaw | None = None, velocity_head: int | None = None) -> Reads:
+def mean_velocity(net: Net, head: int = 0, times: TimeLaw | None = None, velocity_head: int | None = None) -> Readings:
     """Read the mean velocity u(x_t, t, r): x_r = x_t - (t - r) u, and v = u at r = t (MeanFlow, Eq. 12).
 
     times: those that u was trained at, which may never teach the velocity; None: it is taught.
@@ -92,7 +92,7 @@ def mean_velocity(net: Net, head: int = 0, times: TimeLaw | None = None, velocit
     def velocity(x: Sample, t: Time, c: Cond) -> Sample:
         return net(x, c, t=t, r=t)[head if velocity_head is None else velocity_head]
 
-    return Reads(
+    return Readings(
         velocity=velocity if times is None or times.teaches_velocity else None,
         endpoint=lambda x, t, c: flow_map(x, t, 0 * t, c),
         flow_map=flow_map,
@@ -117,7 +117,7 @@ def head_of(objective: Objective, name: Literal["velocity", "endpoint", "flow_ma
 
     names: list[str] = []
     for k, head in enumerate(heads):
-        answer = getattr(reading(objective, net_with_nan(k)), name)(x, *times, c)
+        answer = getattr(readings_of(objective, net_with_nan(k)), name)(x, *times, c)
         answers = answer if isinstance(answer, tuple) else (answer,)
         if any(y.isnan().any() for y in answers):
             names.append(head)

@@ -13,12 +13,12 @@ import torch
 
 from dumo.flow import dropout
 from dumo.flow.linearize import merge_rows, split_rows
-from dumo.types import Frozen, Noised, Sample, Time, lift
+from dumo.types import Frozen, NoisyBatch, Sample, Time, lift
 from dumo.types.rows import index
 
 
 @torch.no_grad()
-def earlier_mean_velocity(ref: Frozen, b: Noised, w: Sample, d: Time) -> Sample:
+def earlier_mean_velocity(ref: Frozen, b: NoisyBatch, w: Sample, d: Time) -> Sample:
     """u(x_l, l, r) (b, ...) of a net of one head, without gradients; zeros on the rows that may not move (`b.moving`).
 
     w (b, ...): the velocity to go back along. d (b,): how far, in units of t; l stays at or above 0.

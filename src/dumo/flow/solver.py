@@ -16,7 +16,7 @@ The order of events:
 1. `solver_of` takes the one that somebody names, else `best_solver` picks one by what an objective teaches.
 2. Before any work, `check` refuses a reading that was never taught, and an nfe that cannot be made; `can_make` answers
    that question without raising.
-3. A solver, called, makes samples, and refuses what `check` refuses. It takes its reading by `taught_reading`, its
+3. A solver, called, makes samples, and refuses what `check` refuses. It takes its reading by `require_reading`, its
    number of steps by `num_steps`, and its times by `uniform_times` or `jump_times`, as tensors by `times_per_row`.
 
 `Solver` is the union of the specs; one of a user's own derives from `dumo.types.outside.SolverSpec`.
@@ -34,11 +34,11 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from dumo.flow.path import FlowPath
 from dumo.runtime import signals
 from dumo.runtime.limits import PASSES
-from dumo.types import QUIET, Cond, Reads, Sample, Spec, Time, UserError, lift
+from dumo.types import QUIET, Cond, Readings, Sample, Spec, Time, UserError, lift
 from dumo.types.outside import BUNDLED, OUTSIDE, Outside, SolverSpec, branch, members
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
-Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
+Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Readings
 Start = Annotated[float, Field(gt=0, le=1, json_schema_extra=QUIET)]  # the first time, at or just below 1
 
 
@@ -62,12 +62,12 @@ class Stepper(Spec, ABC):
 
     passes: ClassVar[int]  # through the net, in a step
 
-    def __call__(self, reads: Reads, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+    def __call__(self, readings: Readings, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
-        return _last(self.trail(reads, x, c, nfe))
+        return _last(self.trail(readings, x, c, nfe))
 
     @abstractmethod
-    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+    def trail(self, readings: Readings, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
         """x after every step, the data last. Raises UserError where reading or nfe is out of reach."""
 
 
@@ -79,9 +79,9 @@ class Euler(Stepper):
 
     kind: Literal["euler"] = "euler"
 
-    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+    def trail(self, readings: Readings, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
         """x after every step."""
-        velocity = taught_reading(self, reads)
+        velocity = require_reading(self, readings)
         for t, s in pairwise(times_per_row(uniform_times(num_steps(self, nfe)), x)):
             x = x - lift(t - s, x) * velocity(x, t, c)
             yield x
@@ -95,9 +95,9 @@ class Heun(Stepper):
 
     kind: Literal["heun"] = "heun"
 
-    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+    def trail(self, readings: Readings, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
         """x after every step."""
-        velocity = taught_reading(self, reads)
+        velocity = require_reading(self, readings)
         for t, s in pairwise(times_per_row(uniform_times(num_steps(self, nfe)), x)):
             dt = lift(t - s, x)
             v = velocity(x, t, c)
@@ -114,10 +114,10 @@ class Hop(Stepper):
     kind: Literal["hop"] = "hop"
     start: Start = 1.0  # IMM on ImageNet: 0.994
 
-    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+    def trail(self, readings: Readings, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
         """x after every step."""
-        check(self, reads, nfe)
-        flow_map = taught_reading(self, reads)
+        check(self, readings, nfe)
+        flow_map = require_reading(self, readings)
         for t, s in pairwise(times_per_row(uniform_times(nfe, self.start), x)):
             x = flow_map(x, t, s, c)
             yield x
@@ -147,10 +147,10 @@ class Restart(Spec):
         """The n times of its jumps in n passes, falling."""
         return jump_times(n, self.m, self.start)
 
-    def __call__(self, reads: Reads, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+    def __call__(self, readings: Readings, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
-        check(self, reads, nfe)
-        endpoint = taught_reading(self, reads)
+        check(self, readings, nfe)
+        endpoint = require_reading(self, readings)
         times = path.nearest_net_times(self.times(num_steps(self, nfe)))
         t, *later_times = times_per_row(times, x)
         x_0 = endpoint(x, t, c)
@@ -176,9 +176,9 @@ class Hermite(Spec):
 
     kind: Literal["hermite"] = "hermite"
 
-    def __call__(self, reads: Reads, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+    def __call__(self, readings: Readings, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
-        both = taught_reading(self, reads)
+        both = require_reading(self, readings)
         times = times_per_row(jump_times(num_steps(self, nfe)), x)
         for t, s in pairwise(times):
             v, x_0 = both(x, t, c)
@@ -195,9 +195,9 @@ _SOLVER_BY_READING: dict[Reading, type[Hop | Restart | Euler]] = {
 }
 
 
-def best_solver(reads: Reads) -> Hop | Restart | Euler:
+def best_solver(readings: Readings) -> Hop | Restart | Euler:
     """The solver that makes most of few passes, among those whose reading was taught."""
-    usable = [solver for reading, solver in _SOLVER_BY_READING.items() if getattr(reads, reading) is not None]
+    usable = [solver for reading, solver in _SOLVER_BY_READING.items() if getattr(readings, reading) is not None]
     best = usable[0]  # every objective teaches one of these readings
     return best()
 
@@ -224,17 +224,17 @@ def _last(xs: Iterable[Sample]) -> Sample:
     return deque(xs, maxlen=1).pop()
 
 
-def taught_reading(solver: Solver, reads: Reads) -> Callable[..., Any]:
+def require_reading(solver: Solver, readings: Readings) -> Callable[..., Any]:
     """The reading that the solver uses; a call of it raises Stopped once a stop is asked for.
 
     Raises UserError if it was never taught.
     """
-    read: Callable[..., Any] | None = getattr(reads, solver.uses)
+    read: Callable[..., Any] | None = getattr(readings, solver.uses)
     if read is None:
         needs = "velocity and endpoint of one pass" if solver.uses == "both" else solver.uses
         raise UserError(
             f"solver '{solver.kind}' needs the {needs}, which this objective never teaches: use solver "
-            f"'{best_solver(reads).kind}'"
+            f"'{best_solver(readings).kind}'"
         )
 
     def stoppable(*values: object) -> Any:  # noqa: ANN401, as the reading
@@ -253,37 +253,37 @@ def num_steps(solver: Solver, nfe: int) -> int:
     return nfe // solver.passes
 
 
-def check(solver: Solver, reads: Reads, *nfes: int) -> None:
+def check(solver: Solver, readings: Readings, *nfes: int) -> None:
     """Raise UserError, before any work, for a reading that was never taught and for an nfe that cannot be made."""
-    taught_reading(solver, reads)
+    require_reading(solver, readings)
     for nfe in nfes:
         num_steps(solver, nfe)
-        if not _stays_where_taught(solver, reads, nfe):
+        if not _stays_where_taught(solver, readings, nfe):
             raise UserError(
-                f"solver '{solver.kind}' of nfe = {nfe} goes below t = {reads.lowest:g}, where the endpoint was never "
-                "taught: take nfe = 1, or a larger m"
+                f"solver '{solver.kind}' of nfe = {nfe} goes below t = {readings.lowest:g}, where the endpoint was "
+                "never taught: take nfe = 1, or a larger m"
             )
-        if not can_make(solver, reads, nfe):
+        if not can_make(solver, readings, nfe):
             raise UserError(
                 f"solver '{solver.kind}' of nfe = {nfe} makes jumps that this objective never teaches: take nfe = 1, "
                 "start = 1, or another solver"
             )
 
 
-def can_make(solver: Solver, reads: Reads, nfe: int) -> bool:
+def can_make(solver: Solver, readings: Readings, nfe: int) -> bool:
     """Whether a solver whose reading was taught can make nfe passes: in whole steps, and only by what was taught."""
     if nfe < 1 or nfe % solver.passes:
         return False
-    if not _stays_where_taught(solver, reads, nfe):
+    if not _stays_where_taught(solver, readings, nfe):
         return False
-    hops = reads.hops
+    hops = readings.hops
     if not isinstance(solver, Hop) or hops is None:
         return True
     return all(hops(t, s) for t, s in pairwise(uniform_times(nfe, solver.start)))
 
 
-def _stays_where_taught(solver: Solver, reads: Reads, nfe: int) -> bool:
+def _stays_where_taught(solver: Solver, readings: Readings, nfe: int) -> bool:
     """Whether the endpoint was taught at all times at which a solver reads it in nfe passes."""
-    if not isinstance(solver, Restart) or not reads.lowest:
+    if not isinstance(solver, Restart) or not readings.lowest:
         return True
-    return min(solver.times(nfe)) >= reads.lowest
+    return min(solver.times(nfe)) >= readings.lowest

@@ -1,6 +1,6 @@
 """Laws from which the times (t, r) of a batch's rows are drawn, r <= t but for `both_ways`, or a number for each.
 
-1. `dumo.flow.draw` asks `moving`, which says without drawing which rows may have r != t. Kinds of rows are chosen by
+1. `dumo.flow.noise` asks `moving`, which says without drawing which rows may have r != t. Kinds of rows are chosen by
    their place in the batch, so that every rank and step has as many of each.
 2. It calls the law with the number of rows n and a generator. The law returns t and r, (n,) each.
 

@@ -21,7 +21,7 @@ from torch import nn
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.flow import dropout
-from dumo.flow.draw import draw, path_velocity
+from dumo.flow.noise import draw, path_velocity
 from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import null_nonfinite
@@ -37,9 +37,9 @@ from dumo.types import (
     Frozen,
     Needs,
     Net,
-    Noised,
+    NoisyBatch,
     Objective,
-    Reads,
+    Readings,
     Spec,
     Terms,
     Time,
@@ -126,7 +126,7 @@ class StepBench:
                 raise
             return replace(row, refused=str(error).splitlines()[0]), None
 
-    def _draw_batch(self, objective: Objective, rows: int) -> Noised:
+    def _draw_batch(self, objective: Objective, rows: int) -> NoisyBatch:
         """A batch of random data and labels, with noise added as in training."""
         data = self.run.data
         x, c = random_batch("bench", rows, data.shape, data.classes)
@@ -407,7 +407,7 @@ class PlainStep(Spec):
         """The fields of the other objective, so that batches are drawn as for it."""
         return iter(self.of)
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """The loss of every head against the velocity v_t; knobs are zero."""
         heads = net(b.x_t, b.c, **_net_inputs(self.of, b))[: len(self.of.needs.heads)]
         loss = torch.zeros_like(b.t)
@@ -415,7 +415,7 @@ class PlainStep(Spec):
             loss = loss + mean_square(head - b.v_t)
         return Terms(loss)
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """How the other objective reads its net."""
         return self.of.read(net)
 
@@ -427,13 +427,13 @@ class _UncheckedSlope(CentralSlope):
         """Accept all."""
 
 
-def _net_inputs(objective: Objective, b: Noised) -> dict[str, Time]:
+def _net_inputs(objective: Objective, b: NoisyBatch) -> dict[str, Time]:
     """The inputs (n,) that a net of this objective takes by name: the times of the rows, and knobs at zero."""
     times = {"t": b.t, "r": b.r}
     return {name: times.get(name, torch.zeros_like(b.t)) for name in objective.needs.names}
 
 
-def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float | None:
+def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: NoisyBatch) -> float | None:
     """The relative error of du/dt along v_t, on the rows of a batch; None for an objective without a slope."""
     if objective.needs.slope is None:
         return None

@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from PIL import Image
 
 from dumo.config.word import MERITS, word
-from dumo.flow import generate
+from dumo.flow import sampling
 from dumo.io import picture
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Plan
@@ -64,7 +64,7 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
         ratio = result.cell.labels["velocity_ratio"]
         mmd2 = result.report["results"][0]["mmd2"]
         title = "DuMo" if ratio is None else f"MeanFlow, velocity ratio {ratio:g}"
-        samples = result.trained.sampler.sample(generate.labels_in_turn(2000, 0), nfe=1).x
+        samples = result.trained.sampler.sample(sampling.labels_in_turn(2000, 0), nfe=1).x
         panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": samples})
     panels["grey: data\nred: samples at 1 NFE"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"

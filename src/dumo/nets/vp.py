@@ -1,4 +1,4 @@
-"""Velocities of nets that learned the noise of a diffusion, or its own v, on the linear path (`dumo.flow.schedule`).
+"""Velocities of nets that learned the noise of a diffusion, or its own v, on the linear path (`flow.noise_schedule`).
 
 A diffusion has x_vp = a x_0 + s z, and the linear path x_t = (1 - t) x_0 + t z. They are one point, x_t = n x_vp, for
 
@@ -22,7 +22,7 @@ from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
-from dumo.flow.schedule import Clock, Law, Schedule
+from dumo.flow.noise_schedule import Clock, Law, Schedule
 from dumo.types import Array, Sample, Time, UserError, lift
 
 Prediction = Literal["epsilon", "v_prediction"]

@@ -31,7 +31,7 @@ from dumo.flow.secant import earlier_mean_velocity
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.runtime.limits import require_order
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
+from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, lift, mean_square
 
 
 class AlphaFlow(Spec):
@@ -96,7 +96,7 @@ class AlphaFlow(Spec):
             return 1.0
         return alpha
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """The gradient of `AlphaFlowLoss.forward`, row by row.
 
         Raises UserError where passes are too coarse for its gain.
@@ -120,7 +120,7 @@ class AlphaFlow(Spec):
         loss = adaptive_l2(error, 1.0, floor, mean=True)
         return Terms(loss, {"u": mean_square(error)}, {"clipped_share": clipped_share(error)})
 
-    def _u_star(self, ref: Frozen, b: Noised, v_star: Sample, alpha: float) -> Sample:
+    def _u_star(self, ref: Frozen, b: NoisyBatch, v_star: Sample, alpha: float) -> Sample:
         """(2), within its bound. At alpha = 1, which goes all the way along v*, no pass is made."""
         u_star = alpha * v_star
         if alpha < 1:
@@ -128,6 +128,6 @@ class AlphaFlow(Spec):
             u_star = u_star + (1 - alpha) * u_l
         return u_star.clamp(-self.clip, self.clip)
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """Read the one head as the mean velocity from t to r."""
         return mean_velocity(net, times=self.times)

@@ -20,7 +20,20 @@ from pydantic import Field, model_validator
 from dumo.flow.reading import mean_velocity
 from dumo.flow.times import Grid
 from dumo.objectives.dumo import DuMo
-from dumo.types import FromTeacher, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import (
+    FromTeacher,
+    Frozen,
+    Needs,
+    Net,
+    NoisyBatch,
+    Readings,
+    Sample,
+    Spec,
+    Terms,
+    Time,
+    lift,
+    mean_square,
+)
 
 
 class CMT(Spec):
@@ -46,7 +59,7 @@ class CMT(Spec):
             return Needs(inputs=("t", "r"), heads=("u",), teacher=trajectories)
         return Needs(inputs=("t",), heads=("v", "u"), teacher=FromTeacher(points=self.times.steps))
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Mean squares: of the head u alone for meanflow; of both heads, weighed as DuMo weighs them, for dumo."""
         if self.of == "meanflow":
             (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
@@ -57,14 +70,14 @@ class CMT(Spec):
         u_loss = mean_square(u_hat - _mean_velocity(b, 0 * b.t))  # (1), down to the data
         return Terms(self.beta * v_loss + (1 - self.beta) * u_loss, {"v": v_loss, "u": u_loss})
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """Read the net as the objective `of` does; of meanflow's without a velocity, because r = t is not taught."""
         if self.of == "dumo":
-            return DuMo().read(net)
+            return DuMo().readings(net)
         return replace(mean_velocity(net), velocity=None)
 
 
-def _mean_velocity(b: Noised, r: Time) -> Sample:
+def _mean_velocity(b: NoisyBatch, r: Time) -> Sample:
     """The mean velocity of each row's trajectory from t down to r, as in (1); v_t where r = t."""
     at_rest = lift(r == b.t, b.x_t)
     gap = lift(b.t - r, b.x_t).masked_fill(at_rest, 1)

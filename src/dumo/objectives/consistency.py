@@ -46,8 +46,8 @@ from dumo.types import (
     Frozen,
     Needs,
     Net,
-    Noised,
-    Reads,
+    NoisyBatch,
+    Readings,
     Spec,
     Terms,
     Time,
@@ -191,7 +191,7 @@ class Consistency(Spec):
             amplifies=self.gain,
         )
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """One pass with gradients, one without. A row at t = r, which is at t = 0 or 1 only, weighs nothing.
 
         With `low`, times below it are raised to it, and there are two passes without gradients: of theta^-, and of the
@@ -221,6 +221,6 @@ class Consistency(Spec):
             weight = weight * (1 - t) * (1 - r) * inverse_step  # (5)
         return Terms(weight * loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The head jumps to the data, x_0 = x_t - t u, from no time below `low`. It is a velocity at t = 0 only."""
-        return Reads(endpoint=jump_to_data(net), lowest=self.low or 0.0)
+        return Readings(endpoint=jump_to_data(net), lowest=self.low or 0.0)

@@ -27,10 +27,10 @@ from torch.nn.functional import softplus
 
 from dumo.autodiff.dual import pair, primal, teach_others
 from dumo.flow import dropout
-from dumo.flow.draw import Noise
 from dumo.flow.linearize import tangent_or_zeros
+from dumo.flow.noise import Noise
 from dumo.objectives.pull import Pull
-from dumo.types import Array, Needs, Net, Noised, PerSample, Sample, Terms, lift
+from dumo.types import Array, Needs, Net, NoisyBatch, PerSample, Sample, Terms, lift
 
 WEIGHT = 0.02  # of the pull; ours
 FIT = 0.3  # of the critic's own loss; ours
@@ -51,7 +51,7 @@ class Critic(Pull):
         """The needs of `Pull`, rows that belong together, and the noise along which slopes are taken."""
         return replace(super().needs, group=EVERY, laws={"d.e": Noise()})
 
-    def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
+    def pull(self, net: Net, b: NoisyBatch, u: Sample) -> Terms:
         """The critic's loss, whose gradient moves the samples.
 
         It takes two passes with gradients. Two more, of a quarter of the rows, take exact slopes; each costs as much as
@@ -81,7 +81,7 @@ class Critic(Pull):
         }
         return Terms(FIT * loss, {"d": pairs}, notes)
 
-    def _logit_and_slope(self, net: Net, b: Noised, x: Sample) -> tuple[PerSample, PerSample]:
+    def _logit_and_slope(self, net: Net, b: NoisyBatch, x: Sample) -> tuple[PerSample, PerSample]:
         """D, and its slope along noise, whose mean square is |dD/dx|^2: (b,) each.
 
         Both are taken on one row in EVERY, which stands for its neighbours.

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dumo.flow.residual import descent_error
 from dumo.objectives.pull import Pull
-from dumo.types import Cond, Needs, Net, Noised, PerSample, Sample, Terms, mean_square
+from dumo.types import Cond, Needs, Net, NoisyBatch, PerSample, Sample, Terms, mean_square
 
 WEIGHT = 0.05  # of the pull; ours
 RADII = 0.02, 0.05, 0.2  # R, in units of the mean distance; theirs
@@ -60,7 +60,7 @@ class Drift(Pull):
         """The needs of `Pull`, and the rows that belong together, whose samples are compared with their data."""
         return replace(super().needs, group=self.size, compares_rows=True)
 
-    def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
+    def pull(self, net: Net, b: NoisyBatch, u: Sample) -> Terms:
         """The drift towards the data. It makes no pass of the net; the note `force` tells how far samples are off."""
         v, force = drift((b.z - u).detach(), b.x, b.c, RADII, self.size, self.omega)
         return Terms(WEIGHT * mean_square(descent_error(u, v)), {}, {"force": force})

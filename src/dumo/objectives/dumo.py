@@ -16,7 +16,7 @@ from dumo.flow.reading import velocity_and_jump
 from dumo.flow.residual import clipped_share, head_gap
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
-from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, NoisyBatch, Readings, Spec, Terms, lift, mean_square
 
 
 class DuMo(Spec):
@@ -34,7 +34,7 @@ class DuMo(Spec):
         """The inputs and heads of the net, and what else the loss needs."""
         return Needs(inputs=("t",), heads=("v", "u"), slope=self.slope, guide=self.guide, formulas=STRAIGHT)
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Lines 7 to 12 of Alg. 1."""
         (v_hat, u_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=self.guide.known_target(b))  # line 7
         with torch.no_grad():
@@ -49,6 +49,6 @@ class DuMo(Spec):
         notes = {"clipped_share": clipped_share(u_error), "head_gap": head_gap(v_error, u_error)}
         return Terms(loss, {"v": v_loss, "u": u_loss}, notes)
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The v head is the slope of the path; the u head jumps to the data, x_0 = x_t - t u (Eq. 6)."""
         return velocity_and_jump(net)

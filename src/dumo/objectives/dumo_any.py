@@ -21,7 +21,7 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive_l2, clipped_share
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Jumps, Times
-from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, NoisyBatch, Readings, Spec, Terms, lift, mean_square
 
 FLOOR = 0.01  # c of MeanFlow's Eq. 22, as its code has it on ImageNet
 
@@ -42,7 +42,7 @@ class DuMoAny(Spec):
         """The inputs and heads of the net, and what else the loss needs."""
         return Needs(heads=("v", "u"), own={"u": ("r",)}, slope=self.slope, guide=self.guide, formulas=STRAIGHT)
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Lines 7 to 12 of DuMo's Alg. 1, with MeanFlow's target and metric for u."""
         toward = self.guide.known_target(b)
         (v_hat, u_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=toward, moving=b.moving)
@@ -56,6 +56,6 @@ class DuMoAny(Spec):
         loss = self.beta * v_loss + (1 - self.beta) * u_loss  # line 12
         return Terms(loss, {"v": v_loss, "u": mean_square(u_error)}, {"clipped_share": clipped_share(u_error)})
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The v head is the slope of the path; the u head jumps from t to any r (MeanFlow, Eq. 12)."""
         return mean_velocity(net, head=1, velocity_head=0)

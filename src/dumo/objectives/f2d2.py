@@ -22,8 +22,8 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.draw import Signs
 from dumo.flow.likelihood import diagonal
+from dumo.flow.noise import Signs
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.slope import CentralSlope, Slope
@@ -34,9 +34,9 @@ from dumo.types import (
     Frozen,
     Needs,
     Net,
-    Noised,
+    NoisyBatch,
     PerSample,
-    Reads,
+    Readings,
     Sample,
     Spec,
     Terms,
@@ -75,7 +75,7 @@ class F2D2(Spec):
             raise ValueError("likelihood is read along jumps up to the noise: use times of kind jumps, both_ways=true")
         return self
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """One pass, its derivative on the rows with a jump, and one dual pass for J e."""
         (v_hat, u_hat, g_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=b.v_t, moving=b.moving)
         with torch.no_grad():
@@ -92,7 +92,7 @@ class F2D2(Spec):
         notes = {"clipped_share_u": clipped_share(u_error), "clipped_share_g": clipped_share(g_error)}
         return Terms(loss, parts, notes)
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The v head is the slope of the path, u jumps to any time, and g says how much volume the jump grows."""
 
         def climb(x: Sample, t: Time, s: Time, c: Cond) -> tuple[Sample, PerSample]:

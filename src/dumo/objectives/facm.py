@@ -25,7 +25,7 @@ from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import adaptive_l2, clipped_share, cosine_distance
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import Arctan, Times
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, Time, lift, mean_square
 
 
 class FACM(Spec):
@@ -46,7 +46,7 @@ class FACM(Spec):
         """The inputs and heads of the net, and what else the loss needs."""
         return Needs(inputs=("t",), heads=("u",), signed=True, slope=self.slope, guide=self.guide)
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """The anchor at -t, then the flow map at t: two passes with gradients."""
         (v_hat,) = net(b.x_t, b.c, t=-b.t)
         with torch.no_grad():
@@ -71,6 +71,6 @@ class FACM(Spec):
         alpha = 1 - (1 - t).sqrt()
         return lift(alpha, error) * error
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """At -t the slope of the path, at t the jump to the data, x_0 = x_t - t u."""
-        return Reads(velocity=lambda x, t, c: net(x, c, t=-t)[0], endpoint=jump_to_data(net))
+        return Readings(velocity=lambda x, t, c: net(x, c, t=-t)[0], endpoint=jump_to_data(net))

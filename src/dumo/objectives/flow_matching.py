@@ -10,7 +10,7 @@ from pydantic import Field
 
 from dumo.flow.guide import Guide
 from dumo.flow.times import Times, Uniform
-from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, NoisyBatch, Readings, Spec, Terms, mean_square
 
 
 class FlowMatching(Spec):
@@ -26,7 +26,7 @@ class FlowMatching(Spec):
         """The inputs and heads of the net, and what else the loss needs."""
         return Needs(inputs=("t",), heads=("v",), guide=self.guide, formulas=STRAIGHT)
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Eq. 3."""
         (v_hat,) = net(b.x_t, b.c, t=b.t)
         with torch.no_grad():
@@ -34,6 +34,6 @@ class FlowMatching(Spec):
         v_loss = mean_square(v_hat - v_star)
         return Terms(v_loss, {"v": v_loss})
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The one head is the slope of the path."""
-        return Reads(velocity=lambda x, t, c: net(x, c, t=t)[0])
+        return Readings(velocity=lambda x, t, c: net(x, c, t=t)[0])

@@ -35,8 +35,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.draw import Noise
 from dumo.flow.linearize import heads_and_end_derivatives
+from dumo.flow.noise import Noise
 from dumo.flow.residual import adaptive_l2, descent_error
 from dumo.flow.times import LogitNormal, Uniform
 from dumo.types import (
@@ -45,9 +45,9 @@ from dumo.types import (
     Frozen,
     Needs,
     Net,
-    Noised,
+    NoisyBatch,
     PerSample,
-    Reads,
+    Readings,
     Sample,
     Spec,
     Terms,
@@ -83,7 +83,7 @@ class FreeFlow(Spec):
             group=GROUP,
         )
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Two passes from noise and one at samples; the teacher is asked twice. Of the record's data nothing is read.
 
         Without a teacher, which no run lacks, slopes of the record stand for its velocity.
@@ -116,13 +116,13 @@ class FreeFlow(Spec):
         loss = (1 - CORRECTED) * prediction + CORRECTED * correction + FIT * w_loss
         return Terms(loss, {"u": u_loss, "w": w_loss}, {"pull_w": mean_square(g)})
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The head u jumps from noise, at t = 1 alone, to the data."""
 
         def endpoint(x: Sample, t: Time, c: Cond) -> Sample:
             return x - lift(t, x) * net(x, c, t=t, r=0 * t)[0]
 
-        return Reads(endpoint=endpoint, lowest=1.0)
+        return Readings(endpoint=endpoint, lowest=1.0)
 
 
 def _balance(u_loss: PerSample, g_square: PerSample) -> PerSample:

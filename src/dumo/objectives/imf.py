@@ -27,7 +27,7 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive_l2, clipped_share
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times, Uniform
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, Time, lift, mean_square
 
 
 class ImprovedMeanFlow(Spec):
@@ -61,7 +61,7 @@ class ImprovedMeanFlow(Spec):
         knobs = {"w": self.w, "low": 0.42, "high": 0.62}
         return Needs(inputs=("t", "r"), heads=("u", "v"), knobs=knobs, laws=laws, slope=self.slope)
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """MeanFlow's Eq. 9 and 11, along V; both heads under its Eq. 22."""
         knobs = self._knobs(b)
         with torch.no_grad():
@@ -77,7 +77,7 @@ class ImprovedMeanFlow(Spec):
         parts = {"u": mean_square(u_error), "v": mean_square(v_error)}
         return Terms(u_loss + v_loss, parts, {"clipped_share": clipped_share(u_error)})
 
-    def _knobs(self, b: Noised) -> dict[str, Time]:
+    def _knobs(self, b: NoisyBatch) -> dict[str, Time]:
         """The net's inputs for guidance: w log-uniform from 1 on; where r = t, guidance at all times."""
         if self.w is None:
             return {}
@@ -88,7 +88,7 @@ class ImprovedMeanFlow(Spec):
             "high": b.drawn["high"].masked_fill(at_rest, 1),
         }
 
-    def _velocities(self, ref: Frozen, b: Noised, knobs: dict[str, Time]) -> tuple[Sample, Sample]:
+    def _velocities(self, ref: Frozen, b: NoisyBatch, knobs: dict[str, Time]) -> tuple[Sample, Sample]:
         """V, the net's own velocity, guided as the row is at t; and v*. They take a pass, and one of the null."""
         if not knobs:
             v = ref(b.x_t, b.c, t=b.t, r=b.t)[1]
@@ -102,10 +102,10 @@ class ImprovedMeanFlow(Spec):
         v_star = b.v_t + lift(b.kept * (1 - 1 / w), b.x_t) * (v - v_null)  # (3); rows without a label learn v_t
         return v, v_star
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The u head jumps from t to r. The v head is read in training alone, as with the authors.
 
         With knobs there is no velocity: r = t is taught with guidance at all times, not in an interval.
         """
-        reads = mean_velocity(net)
-        return replace(reads, velocity=None) if self.w else reads
+        readings = mean_velocity(net)
+        return replace(readings, velocity=None) if self.w else readings

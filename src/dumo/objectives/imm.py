@@ -32,9 +32,9 @@ from dumo.types import (
     Frozen,
     Needs,
     Net,
-    Noised,
+    NoisyBatch,
     PerSample,
-    Reads,
+    Readings,
     Spec,
     Terms,
     Time,
@@ -59,7 +59,7 @@ class IMM(Spec):
         """The inputs and heads of the net. The loss has no velocity, and its constants are for data of deviation 1."""
         return Needs(inputs=("t", "r"), heads=("u",), teacher=FromTeacher("no"), formulas=Formulas(unit=True))
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """One pass with gradients, one without; every row of whole groups has its group's loss."""
         at_q = b.at(self.earlier_time(b.t, b.r))
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
@@ -98,6 +98,6 @@ class IMM(Spec):
         e_b = torch.exp(t.new_tensor(self.b))
         return e_b * t * (1 - t) ** (self.a - 1) / ((e_b * t**2 + (1 - t) ** 2) * (t**2 + (1 - t) ** 2))
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """One head, read at two times. What it says at r = t, the velocity, is taught by its neighbours only."""
         return mean_velocity(net)

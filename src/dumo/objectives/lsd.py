@@ -30,7 +30,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.linearize import heads_and_end_derivatives
 from dumo.flow.reading import mean_velocity
 from dumo.flow.times import Pair, Times, Uniform
-from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, lift, mean_square
 from dumo.types.rows import index
 
 BETA = 0.7  # weight of the velocity where it has a head, as DuMo
@@ -52,7 +52,7 @@ class LSD(Spec):
             return Needs(heads=("v", "u"), own={"u": ("r",)}, guide=self.guide, formulas=STRAIGHT)
         return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, formulas=STRAIGHT)
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Mean squares of (2) where r < t, of (3) where r = t, and of the head v on all rows where there is one."""
         heads, end_derivatives = heads_and_end_derivatives(net, b.x_t, b.c, t=b.t, r=b.r, moving=b.moving)
         u_hat = heads[-1]
@@ -69,7 +69,7 @@ class LSD(Spec):
         v_loss = mean_square(heads[0] - v_star)
         return Terms(BETA * v_loss + (1 - BETA) * u_loss, {"v": v_loss, "u": u_loss})
 
-    def _velocity_at_the_end(self, ref: Frozen, b: Noised, x_r: Sample, v_star: Sample) -> Sample:
+    def _velocity_at_the_end(self, ref: Frozen, b: NoisyBatch, x_r: Sample, v_star: Sample) -> Sample:
         """v(x_r, r) on the rows with r < t, and v* on the others. The pass is of the rows that may have r < t."""
         rows, _ = b.rows_by_step
         if not rows:
@@ -81,7 +81,7 @@ class LSD(Spec):
         has_step = lift(b_step.r < b_step.t, b_step.x_t)
         return v_star.index_copy(0, i, torch.where(has_step, v_r, v_star[i]))  # (2), (3)
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The velocity is u at r = t, or the head v; u jumps from t to any r."""
         if self.two_heads:
             return mean_velocity(net, head=1, velocity_head=0)

@@ -21,11 +21,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from dumo.flow.draw import Noise
+from dumo.flow.noise import Noise
 from dumo.flow.residual import descent_error
 from dumo.flow.times import Uniform
 from dumo.objectives.pull import Pull
-from dumo.types import Needs, Net, Noised, PerSample, Sample, Terms, mean_square
+from dumo.types import Needs, Net, NoisyBatch, PerSample, Sample, Terms, mean_square
 
 WEIGHT = 0.05  # of the pull; ours
 FIT = 0.3  # of w's own loss; ours
@@ -44,7 +44,7 @@ class Match(Pull):
         """The needs of `Pull`, and noise and time of x'_t (`dumo.objectives.twinflow` says why the noise is fresh)."""
         return replace(super().needs, laws={"w.z": Noise(), "w.t": Uniform()})
 
-    def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
+    def pull(self, net: Net, b: NoisyBatch, u: Sample) -> Terms:
         """One pass with gradients, with `alpha` two."""
         t = b.drawn["w.t"].to(b.t)
         z = b.drawn["w.z"].to(b.z)

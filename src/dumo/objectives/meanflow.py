@@ -21,7 +21,7 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive_l2, clipped_share, normalized_l2
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
-from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+from dumo.types import STRAIGHT, Frozen, Needs, Net, NoisyBatch, Readings, Spec, Terms, lift, mean_square
 
 
 class Line(Spec):
@@ -70,7 +70,7 @@ class MeanFlow(Spec):
             raise ValueError("normalize and power both weigh a row by its own residual: set power=0, or normalize=null")
         return self
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Its Eq. 9 and 11; with guidance, Eq. 17 to 21; metric of Eq. 22."""
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])  # Eq. 21
@@ -84,6 +84,6 @@ class MeanFlow(Spec):
         loss = normalized_l2(error, self.normalize) if self.normalize else adaptive_l2(error, self.power, self.floor)
         return Terms(loss, {"u": mean_square(error)}, {"clipped_share": clipped_share(error)})
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """One head, read at two times (Eq. 12)."""
         return mean_velocity(net, times=self.times)

@@ -37,8 +37,8 @@ from dumo.types import (
     Frozen,
     Needs,
     Net,
-    Noised,
-    Reads,
+    NoisyBatch,
+    Readings,
     Sample,
     Spec,
     Terms,
@@ -106,7 +106,7 @@ class PiFlow(Spec):
         heads = tuple(f"d{i}" for i in range(self.guesses))
         return Needs(heads=heads, laws={"early": self.early, "late": self.late}, teacher=FromTeacher("must"))
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """One pass. Two states as theirs, and the source itself, at which the record has V already (ours).
 
         Raises UserError for a record without a teacher.
@@ -137,7 +137,7 @@ class PiFlow(Spec):
         end = (t - 1 / self.times.steps).clamp(min=0)
         return Policy(x=x, heads=heads, t=t, end=end)
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """Jumps from the top of a segment to anywhere in it."""
 
         def jump(x: Sample, t: Time, s: Time, c: Cond) -> Sample:
@@ -147,7 +147,7 @@ class PiFlow(Spec):
             return jump(x, t, 0 * t, c)
 
         has_one_segment = self.times.steps == 1  # then a pass jumps to the data, from t = 1, which alone is taught
-        return Reads(endpoint=endpoint if has_one_segment else None, flow_map=jump, hops=self._is_taught)
+        return Readings(endpoint=endpoint if has_one_segment else None, flow_map=jump, hops=self._is_taught)
 
     def _is_taught(self, t: float, s: float) -> bool:
         """Whether a jump begins at the top of a segment, and ends in it."""

@@ -24,7 +24,7 @@ from dumo.flow.reading import velocity_and_jump
 from dumo.flow.residual import clipped_share
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, frozen, lift, mean_square
+from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, frozen, lift, mean_square
 
 BETA = 0.7  # weight of the velocity in DuMo's part of the loss, Tab. 3
 
@@ -45,18 +45,18 @@ class Pull(Spec, ABC):
         phases = tuple((progress, share) for progress, share in phases if share > 0)
         return Needs(heads=("v", "u", *self.own_heads), slope=self.slope, scheduled=self.after > 0, phases=phases)
 
-    def moves_samples(self, b: Noised) -> bool:
+    def moves_samples(self, b: NoisyBatch) -> bool:
         """Whether samples move in this step, by the training's progress."""
         return b.progress >= self.after
 
     @abstractmethod
-    def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
+    def pull(self, net: Net, b: NoisyBatch, u: Sample) -> Terms:
         """Return what is added to DuMo's loss, parts and notes.
 
         u (b, ...) is u(z, 1). It has gradients if samples move in this step (`moves_samples`).
         """
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """DuMo's Alg. 1, lines 7 to 12, and the pull by one pass more."""
         heads, along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=b.v_t)
         v_hat, u_hat = heads[:2]
@@ -75,6 +75,6 @@ class Pull(Spec, ABC):
         notes = {"clipped_share": clipped_share(u_error), **pull.notes}
         return Terms(loss + pull.loss, parts, notes)
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """As DuMo: the v head is the slope of the path, the u head jumps to the data."""
         return velocity_and_jump(net)

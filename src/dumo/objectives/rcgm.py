@@ -24,7 +24,7 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.times import Below, Times, Uniform
 from dumo.runtime.limits import BLOCKS
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
+from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, lift, mean_square
 
 
 class RCGM(Spec):
@@ -53,7 +53,7 @@ class RCGM(Spec):
             inputs=("t", "r"), heads=("u",), signed=self.signed, guide=self.guide, amplifies=self.gain, ref=ref
         )
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """`get_rcgm_target` of `methodes.py`. Raises UserError where passes are too coarse for its gain."""
         require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
@@ -62,11 +62,11 @@ class RCGM(Spec):
         return Terms(u_loss, {"u": u_loss}, {"clipped_share": clipped_share(unclipped_error, self.clip)})
 
     @torch.no_grad()
-    def _v_star(self, ref: Frozen, b: Noised) -> Sample:
+    def _v_star(self, ref: Frozen, b: NoisyBatch) -> Sample:
         """The guided velocity at x_t."""
         return self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
 
-    def _residual(self, u_hat: Sample, ref: Frozen, b: Noised, v_star: Sample) -> tuple[Sample, Sample]:
+    def _residual(self, u_hat: Sample, ref: Frozen, b: NoisyBatch, v_star: Sample) -> tuple[Sample, Sample]:
         """u - u* clipped to its bound, with the gradient of u alone; and unclipped, without gradients."""
         with torch.no_grad():
             gap = lift(b.t - b.r, b.x_t)
@@ -75,7 +75,7 @@ class RCGM(Spec):
             u_star = u_hat - unclipped_error.clamp(-self.clip, self.clip)
         return u_hat - u_star, unclipped_error
 
-    def _displacement(self, ref: Frozen, b: Noised, v_star: Sample) -> Sample:
+    def _displacement(self, ref: Frozen, b: NoisyBatch, v_star: Sample) -> Sample:
         """I of (1): from t - h, or r, to r in N jumps."""
         start = b.x_t - self.step * v_star
         x = start
@@ -88,6 +88,6 @@ class RCGM(Spec):
             t_i = t_next
         return start - x
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """Read the one head as the mean velocity from t to r."""
         return mean_velocity(net, times=self.times)

@@ -28,7 +28,21 @@ from pydantic import Field
 
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import Arctan, Times
-from dumo.types import Cond, Formulas, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import (
+    Cond,
+    Formulas,
+    Frozen,
+    Needs,
+    Net,
+    NoisyBatch,
+    Readings,
+    Sample,
+    Spec,
+    Terms,
+    Time,
+    lift,
+    mean_square,
+)
 
 EDGE = 1e-4  # radians from both ends of the path where 1 / tan(theta) is held; of FastGen's `sCM.py`, at pi / 2
 
@@ -54,7 +68,7 @@ class SCT(Spec):
             inputs=("t",), heads=("f",), gauges=gauges, formulas=formulas, slope=self.slope, scheduled=scheduled
         )
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Its Alg. 1."""
         (f_hat, *gauges), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=b.v_t)
         with torch.no_grad():
@@ -71,7 +85,7 @@ class SCT(Spec):
         loss = (-log_variance).exp() * pull / theta.tan() + log_variance  # (4)
         return Terms(loss, parts, {"log_variance": log_variance.detach()})
 
-    def _tangent(self, b: Noised, f: Sample, df_dt: Sample) -> Sample:
+    def _tangent(self, b: NoisyBatch, f: Sample, df_dt: Sample) -> Sample:
         """(2), cos(theta) dx_0/dtheta. In the warm-up the part with f' has a weight that grows to 1."""
         weight = min(1.0, b.progress / self.warmup) if self.warmup else 1.0
         theta = lift(b.t * pi / 2, f)
@@ -80,7 +94,7 @@ class SCT(Spec):
         sin = theta.sin()
         return -cos * (cos * (f - dt_dtheta * b.v_t) + weight * sin * (b.x_t + dt_dtheta * df_dt))
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The point where the circle began."""
 
         def endpoint(x: Sample, t: Time, c: Cond) -> Sample:
@@ -88,4 +102,4 @@ class SCT(Spec):
             theta = lift(t * pi / 2, x)
             return theta.cos() * x - theta.sin() * f  # (1)
 
-        return Reads(endpoint=endpoint)
+        return Readings(endpoint=endpoint)

@@ -21,7 +21,7 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
-from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import Cond, Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, Time, lift, mean_square
 from dumo.types.rows import index
 
 V_WEIGHT = 0.7  # of the mean squares of each head in the loss: DuMo's beta, Tab. 3
@@ -57,7 +57,7 @@ class Several(Spec):
             )
         return self
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """The weighted sum over the heads. Notes: the share of an error with a derivative that a clamp would cut."""
         toward = self.guide.known_target(b)
         (v_hat, u_hat, m_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=toward)
@@ -80,14 +80,14 @@ class Several(Spec):
             notes["clipped_share_m"] = clipped_share(m_error)
         return Terms(loss, parts, notes)
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The v head is the slope of the path, the u head jumps to the data, the m head to any time."""
 
         def both(x: Sample, t: Time, c: Cond) -> tuple[Sample, Sample]:
             v, u, _ = net(x, c, t=t, r=0 * t)
             return v, x - lift(t, x) * u
 
-        return Reads(
+        return Readings(
             velocity=lambda x, t, c: both(x, t, c)[0],
             endpoint=lambda x, t, c: both(x, t, c)[1],
             both=both,
@@ -95,7 +95,7 @@ class Several(Spec):
         )
 
 
-def _mean_of_halves(ref: Frozen, b: Noised, v_star: Sample) -> Sample:
+def _mean_of_halves(ref: Frozen, b: NoisyBatch, v_star: Sample) -> Sample:
     """m* of (4), the mean of m over both halves of [r, t], by two passes of theta^- in turn; v* where r = t.
 
     As Frans et al. 2025 (arXiv 2410.12557, Eq. 4 and 5), but m gets r in place of the level k: the finest half, a size

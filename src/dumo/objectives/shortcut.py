@@ -19,7 +19,7 @@ from pydantic import Field
 
 from dumo.flow import dropout
 from dumo.flow.times import Dyadic
-from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import Cond, Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, Time, lift, mean_square
 from dumo.types.rows import index
 
 
@@ -37,7 +37,7 @@ class Shortcut(Spec):
         """The inputs and heads of the net, and the average theta^-, which is `bootstrap_ema` of the authors' code."""
         return Needs(inputs=("t", "k"), heads=("u",), guide=self.scale, ref=0.999)
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Mean squares on all rows; theta^- is an average of 0.999 in its code (`train.ref`)."""
         k = self._level(b.t - b.r)
         (u_hat,) = net(b.x_t, b.c, t=b.t, k=k)
@@ -52,7 +52,7 @@ class Shortcut(Spec):
         return Terms(u_loss, {"u": u_loss})
 
     @torch.no_grad()
-    def _mean_of_halves(self, ref: Frozen, b: Noised, k: Time) -> Sample:
+    def _mean_of_halves(self, ref: Frozen, b: NoisyBatch, k: Time) -> Sample:
         """The mean of two steps of half the size, guided where these are the finest."""
         half = torch.exp2(-k - 1)  # d/2
         is_first_doubling = lift(k == self.times.levels - 1, b.x_t)
@@ -71,13 +71,13 @@ class Shortcut(Spec):
         u_2 = u(x_half, b.t - half)  # (2)
         return ((u_1 + u_2) / 2).clamp(-self.clip, self.clip)
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """Steps of 2^-k from a place on their own grid, and the velocity; no endpoint, which has steps of any size."""
 
         def flow_map(x: Sample, t: Time, s: Time, c: Cond) -> Sample:
             return x - lift(t - s, x) * net(x, c, t=t, k=self._level(t - s))[0]
 
-        return Reads(
+        return Readings(
             velocity=lambda x, t, c: net(x, c, t=t, k=torch.full_like(t, self.times.levels))[0],
             flow_map=flow_map,
             hops=self._is_taught,

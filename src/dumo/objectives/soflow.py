@@ -29,7 +29,7 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive_l2, clipped_share
 from dumo.flow.secant import earlier_mean_velocity
 from dumo.flow.times import LogitNormal, Pair, Times
-from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
+from dumo.types import Cond, Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, lift, mean_square
 
 
 class SoFlow(Spec):
@@ -73,7 +73,7 @@ class SoFlow(Spec):
         """
         return self.first * (self.last / self.first) ** progress
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """The weighted metric of u - u* for each row: `models.py`, get_velocity_loss and get_consistency_loss.
 
         Raises UserError where the passes are too coarse for a step as short as `last`.
@@ -92,7 +92,7 @@ class SoFlow(Spec):
         loss = row_weight * adaptive_l2(error, self.power, self.floor, mean=True)
         return Terms(loss, {"u": mean_square(error)}, {"clipped_share": clipped_share(error)})
 
-    def _velocity(self, ref: Frozen, b: Noised, c: Cond) -> Sample:
+    def _velocity(self, ref: Frozen, b: NoisyBatch, c: Cond) -> Sample:
         """The velocity V(c), which guides. V(null) fades into v_t while t goes from `fade_start` to 1 (`models.py`):
 
             v_t + share (V(null) - v_t),    share = 1 - exp(-k s / (1 - s)),    s = (1 - t) / (1 - fade_start)
@@ -107,6 +107,6 @@ class SoFlow(Spec):
         share = torch.where(s < 1, faded_share, 1)
         return b.v_t + lift(share, b.x_t) * (v - b.v_t)
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """Read the one head as the mean velocity from t to r."""
         return mean_velocity(net, times=self.times)

@@ -29,10 +29,10 @@ import torch
 from pydantic import Field
 
 from dumo.flow import dropout
-from dumo.flow.draw import Noise
+from dumo.flow.noise import Noise
 from dumo.flow.reading import jump_to_data
 from dumo.flow.times import Uniform
-from dumo.types import FromTeacher, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
+from dumo.types import FromTeacher, Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, lift, mean_square
 
 FLOOR = 1e-6  # added to a distance that is divided by; theirs
 
@@ -50,7 +50,7 @@ class TBSM(Spec):
         laws = {"x.z": Noise(), "n.z": Noise()}
         return Needs(heads=("u",), laws=laws, teacher=FromTeacher("no"))
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """One pass with gradients, one without."""
         t = torch.ones_like(b.t)
         z = b.drawn["x.z"].to(b.z.dtype)
@@ -66,9 +66,9 @@ class TBSM(Spec):
         loss = mean_square(x_hat - x_star)
         return Terms(loss, {"u": loss})
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The head jumps from noise, at t = 1 alone, to the data: x_0 = x_1 - u."""
-        return Reads(endpoint=jump_to_data(net), lowest=1.0)
+        return Readings(endpoint=jump_to_data(net), lowest=1.0)
 
 
 def bearing(x: Sample, y: Sample) -> Sample:

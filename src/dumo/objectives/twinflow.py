@@ -19,12 +19,12 @@ from typing import ClassVar, Literal
 import torch
 
 from dumo.flow.compatibility import require_precise_passes
-from dumo.flow.draw import Noise
+from dumo.flow.noise import Noise
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share, descent_error
 from dumo.flow.times import Uniform
 from dumo.objectives.rcgm import RCGM
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Terms, frozen, mean_square
+from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Terms, frozen, mean_square
 
 
 class TwinFlow(RCGM):
@@ -43,7 +43,7 @@ class TwinFlow(RCGM):
         """The needs of `RCGM`, the noise that diffuses samples for the twin and G, and the time of G (dist_match)."""
         return replace(super().needs, laws={"z_twin": Noise(), "t_twin": Uniform()})
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """`training_step`. Raises UserError where passes are too coarse for its gain."""
         require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
@@ -70,11 +70,11 @@ class TwinFlow(RCGM):
         loss = torch.stack([*parts.values()]).sum(0)
         return Terms(loss, parts, {"clipped_share": clipped_share(unclipped_error, self.clip)})
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """Read the one head as `RCGM` does, also at r = t, where every row learns the velocity."""
         return mean_velocity(net)
 
-    def _velocity_gap(self, net: Frozen, b: Noised) -> Sample:
+    def _velocity_gap(self, net: Frozen, b: NoisyBatch) -> Sample:
         """G: the twin's velocity less the net's, of samples diffused to t."""
         (v_fake,) = net(b.x_t, b.c, t=-b.t, r=-b.t)
         (v_real,) = net(b.x_t, b.c, t=b.t, r=b.t)

@@ -33,7 +33,21 @@ from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
-from dumo.types import STRAIGHT, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, frozen, lift, mean_square
+from dumo.types import (
+    STRAIGHT,
+    Frozen,
+    Needs,
+    Net,
+    NoisyBatch,
+    Readings,
+    Sample,
+    Spec,
+    Terms,
+    Time,
+    frozen,
+    lift,
+    mean_square,
+)
 
 QUARTER = 1.57  # pi / 2 as the authors round it: so the weight is not quite 0 at t = 1
 
@@ -68,7 +82,7 @@ class UCGM(Spec):
         """The name of the one head: a velocity at ratio 0, else the mean velocity to the data."""
         return "u" if self.ratio else "v"
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """`training_step` of `methods/unigen.py`. Raises UserError where passes are too coarse for its gain."""
         u_hat, e = self.residual(net, b)
         with torch.no_grad():
@@ -76,7 +90,7 @@ class UCGM(Spec):
         loss = huber(u_hat - u_star, self.soft) * torch.cos(QUARTER * b.t)  # (5), weight_function
         return Terms(loss, {self._head: mean_square(e)}, {"clipped_share": clipped_share(e, self.clip)})
 
-    def residual(self, net: Net, b: Noised) -> tuple[Sample, Sample]:
+    def residual(self, net: Net, b: NoisyBatch) -> tuple[Sample, Sample]:
         """F and, without gradients, e. F_s is of the weights in training, not of theta^-."""
         frozen_net = frozen(net)
         if self.ratio == 1:
@@ -100,8 +114,8 @@ class UCGM(Spec):
         gain = 4 / (QUARTER * torch.sinc(QUARTER / pi * t))
         return lift(gain, e) * e
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """The jump to the data, x_0 = x_t - t F; at ratio 0 the slope of the path."""
         if not self.ratio:
-            return Reads(velocity=lambda x, t, c: net(x, c, t=t)[0])
-        return Reads(endpoint=jump_to_data(net))
+            return Readings(velocity=lambda x, t, c: net(x, c, t=t)[0])
+        return Readings(endpoint=jump_to_data(net))

@@ -27,7 +27,7 @@ from dumo.training import layout
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import flow_of, passes_of_rank
-from dumo.types import Noised, Objective
+from dumo.types import NoisyBatch, Objective
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def peak_bytes(
     return max(peaks)
 
 
-def _peak(net: nn.Module, objective: Objective, path: FlowPath, train: Train, noised: Noised) -> int:
+def _peak(net: nn.Module, objective: Objective, path: FlowPath, train: Train, noised: NoisyBatch) -> int:
     """The peak of a rank's step on a batch on the meta device, of a deep network by a few blocks."""
 
     def count(part: nn.Module) -> int:
@@ -76,7 +76,7 @@ def _peak(net: nn.Module, objective: Objective, path: FlowPath, train: Train, no
     return cost.count_by_depth(net, count, check=True)
 
 
-def _follow_step(state: State, objective: Objective, path: FlowPath, train: Train, batch: Noised) -> int:
+def _follow_step(state: State, objective: Objective, path: FlowPath, train: Train, batch: NoisyBatch) -> int:
     """Make the second step of the first rank, passes of this batch and the update, and return its peak bytes.
 
     Two passes stand for all: one between the first and the last gathers as much as the last, and reduces no gradients.
@@ -114,7 +114,7 @@ def _update(state: State) -> None:
 class _Loss(nn.Module):
     """The loss of a pass as a module: the tracker allows several calls of a network inside another module alone."""
 
-    def __init__(self, state: State, objective: Objective, path: FlowPath, train: Train, batch: Noised) -> None:
+    def __init__(self, state: State, objective: Objective, path: FlowPath, train: Train, batch: NoisyBatch) -> None:
         super().__init__()
         ref = flow_of(state, train, objective, path, 0).reference
         self.batch = batch

@@ -33,7 +33,7 @@ def show(run: Run) -> RunFacts:
     """Count what a run is."""
     net = outline(run)
     step = cost.step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
-    learns_jumps = run.reads.endpoint or run.reads.flow_map
+    learns_jumps = run.readings.endpoint or run.readings.flow_map
     return RunFacts(
         spec=run.model_dump(mode="json", exclude=None if run.resolved else {"resolved"}),
         parameters=num_parameters(net),

@@ -153,7 +153,7 @@ def contrast_passes(sampler: Sampler, evaluation: Evaluation) -> list[int]:
     """The numbers of passes of the contrast; [] if there is none."""
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return [evaluation.protocol.passes]
-    if not evaluation.contrast or not sampler.taught.velocity or sampler.spec.solver.kind == "euler":
+    if not evaluation.contrast or not sampler.available_readings.velocity or sampler.spec.solver.kind == "euler":
         return []
     return sorted({*evaluation.contrast, *evaluation.nfe})
 

@@ -21,9 +21,9 @@ from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.own import OwnMetric, OwnMetricsEvaluator
 from dumo.evaluation.protocol import Evaluator
 from dumo.evaluation.stored import FILE as STORED_FILE
-from dumo.flow.generate import Batch, counting_passes, eval_mode, in_precision
 from dumo.flow.guide import CFG
 from dumo.flow.likelihood import axes, log_likelihood
+from dumo.flow.sampling import Batch, counting_passes, eval_mode, in_precision
 from dumo.flow.solver import Solver, check
 from dumo.io.read import write_json
 from dumo.report.card import (
@@ -133,7 +133,7 @@ def with_evaluation_options(
     passes = tuple(nfe or run.evaluate.nfe)
     if seed is None:
         seed = run.evaluate.seed
-    check(solver_spec, run.reads, *passes)
+    check(solver_spec, run.readings, *passes)
     sampling = run.sample.model_copy(update={"solver": solver_spec})
     evaluation = run.evaluate.model_copy(update={"nfe": passes, "seed": seed})
     return replace(opened, run=run.model_copy(update={"sample": sampling, "evaluate": evaluation}))
@@ -183,14 +183,14 @@ def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver
     """
     net = sampler.net
     device = sampler.device
-    reads = sampler.guided(CFG())
+    readings = sampler.guided(CFG())
     rows_of_rank = torch.arange(dist.rank(), len(evaluator.x), dist.world())
     for rows in rows_of_rank.split(sampler.rows):
         x = evaluator.x[rows].to(device)
         c = evaluator.c[rows].to(device)
         directions = [e.to(x) for e in evaluator.directions(rows.tolist())] or axes(x)
         with eval_mode(net), counting_passes(net) as rows_per_pass, in_precision(net, "fp32", device):
-            log_p = log_likelihood(reads, sampler.flow.path, solver, x, c, nfe, directions)
+            log_p = log_likelihood(readings, sampler.flow.path, solver, x, c, nfe, directions)
         yield Batch(rows, log_p.cpu(), sum(rows_per_pass) // len(rows))
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.config import word
-from dumo.flow.generate import Samples
 from dumo.flow.reading import head_of
+from dumo.flow.sampling import Samples
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, can_make, check
 from dumo.io import picture
 from dumo.report.sample import require_count
@@ -69,12 +69,12 @@ def sampling_modes(sampler: Sampler, velocity_solver: Euler | Heun | None = None
     objective = sampler.flow.objective
     modes: dict[str, SamplingMode] = {}
     for solver in (sampler.spec.solver, Restart(), Hop()):
-        if solver.uses != "velocity" and getattr(sampler.taught, solver.uses):
+        if solver.uses != "velocity" and getattr(sampler.available_readings, solver.uses):
             head = _head_name(head_of(objective, solver.uses))
             heads = f"{head} heads" if " and " in head else f"{head} head"
             modes["u"] = SamplingMode("u", head, f"{heads}, jumps ({solver.kind})", solver)
             break
-    if sampler.taught.velocity:
+    if sampler.available_readings.velocity:
         head = _head_name(head_of(objective, "velocity"))
         if head == "v":
             origin = "v head"
@@ -100,7 +100,7 @@ def solver_title(solver: Solver) -> str:
 def reachable_passes(nfe: Iterable[int], sampler: Sampler, modes: Iterable[SamplingMode]) -> list[int]:
     """The numbers of passes among `nfe` that all these modes can make; the run's own if there are none."""
     modes = list(modes)
-    reachable = [n for n in nfe if all(can_make(mode.solver_for(n), sampler.taught, n) for mode in modes)]
+    reachable = [n for n in nfe if all(can_make(mode.solver_for(n), sampler.available_readings, n) for mode in modes)]
     return reachable or list(sampler.spec.nfe)
 
 
@@ -232,5 +232,5 @@ def choose_modes(sampler: Sampler, nfe: Sequence[int] | None) -> list[SamplingMo
     modes = [*sampling_modes(sampler, Heun()).values()]
     for n in nfe or ():
         for mode in modes:
-            check(mode.solver_for(n), sampler.taught, n)
+            check(mode.solver_for(n), sampler.available_readings, n)
     return modes

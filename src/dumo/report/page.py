@@ -25,7 +25,7 @@ from dumo.config.place import LOG_FILE
 from dumo.data import Images, Latents
 from dumo.evaluation.copy import THUMB_SIDE
 from dumo.evaluation.neighbours import Real
-from dumo.flow.generate import labels_in_turn
+from dumo.flow.sampling import labels_in_turn
 from dumo.flow.solver import can_make
 from dumo.io import file, picture
 from dumo.report import judgement, score
@@ -390,7 +390,7 @@ def _prompt_sheet(sampler: Sampler, prompts: Sequence[str], bar: Bar) -> PromptS
             return None
     else:
         return None
-    reachable = [n for n in PROMPT_PASSES if can_make(sampler.spec.solver, sampler.taught, n)]
+    reachable = [n for n in PROMPT_PASSES if can_make(sampler.spec.solver, sampler.available_readings, n)]
     passes = reachable or list(sampler.spec.nfe)
     pixels_by_passes: list[Tensor] = []
     done = 0

@@ -86,7 +86,7 @@ def with_sampling_options(
     """
     solver_spec = chosen_solver(sampler.spec, solver)
     passes = tuple(nfe or sampler.spec.nfe)
-    check(solver_spec, sampler.taught, *passes)
+    check(solver_spec, sampler.available_readings, *passes)
     if seed is None:
         seed = sampler.spec.seed
     spec = sampler.spec.model_copy(update={"solver": solver_spec, "nfe": passes, "seed": seed})

@@ -1,8 +1,8 @@
 """Whether a user's own network and loss can be trained, tried once before the first step of `dumo train`.
 
 A step makes several passes of one network on the same rows, and a resumed run makes the passes that an uninterrupted
-one would have made. So the network must be pure, with independent rows and finite outputs (`dumo.flow.check`), and the
-loss must have one number for each row, and give the same numbers for the same batch. Otherwise training would run
+one would have made. So the network must be pure, with independent rows and finite outputs (`dumo.flow.trainable`), and
+the loss must have one number for each row, and give the same numbers for the same batch. Otherwise training would run
 towards another target without an error.
 
 `require_contract` calls both as the first step calls them, on random numbers in place of data. dumo's own keep the
@@ -17,15 +17,15 @@ from torch import nn
 from dumo.config.code import has_own_net, is_from_outside
 from dumo.config.spec import Run
 from dumo.flow import dropout
-from dumo.flow.check import max_pass_difference, outputs_match, require_trainable
-from dumo.flow.draw import add_noise, make_draws, path_velocity
 from dumo.flow.flow import require_loss_per_row
-from dumo.flow.generate import eval_mode
+from dumo.flow.noise import add_noise, make_draws, path_velocity
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
+from dumo.flow.sampling import eval_mode
+from dumo.flow.trainable import max_pass_difference, outputs_match, require_trainable
 from dumo.runtime.random import random_batch
 from dumo.training.step import passes_of_rank
-from dumo.types import Array, Frozen, Noised, Objective, Sample, Trail, UserError
+from dumo.types import Array, Frozen, NoisyBatch, Objective, Sample, Trail, UserError
 
 _STREAM_KEY = "outside"  # of the random numbers in place of data. Another key would draw other numbers
 
@@ -45,7 +45,7 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
             _require_repeatable_loss(run.objective, net, Frozen(target), b)
 
 
-def _require_repeatable_loss(objective: Objective, net: nn.Module, ref: Frozen, b: Noised) -> None:
+def _require_repeatable_loss(objective: Objective, net: nn.Module, ref: Frozen, b: NoisyBatch) -> None:
     """Raise UserError unless a loss has one number for each row, and two losses of the same batch are equal."""
     first = require_loss_per_row(objective.loss(net, ref, b), len(b.t), objective.kind).loss.detach()
     second = objective.loss(net, ref, b).loss.detach()
@@ -56,7 +56,7 @@ def _require_repeatable_loss(objective: Objective, net: nn.Module, ref: Frozen, 
         )
 
 
-def _first_rows(run: Run, device: torch.device) -> tuple[Noised, dropout.Keys]:
+def _first_rows(run: Run, device: torch.device) -> tuple[NoisyBatch, dropout.Keys]:
     """The record of the first pass of training, of random numbers in place of data, and the keys of its dropout."""
     objective = run.objective
     train = run.train

@@ -29,17 +29,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dumo.flow import dropout
-from dumo.flow.draw import draw, path_velocity
 from dumo.flow.flow import require_loss_per_row
 from dumo.flow.guide import Guide
 from dumo.flow.linearize import Moving
+from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import FlowPath
 from dumo.flow.slope import DualSlope, Way
 from dumo.nets.dualized import Dualized
 from dumo.nets.heads import with_submodules
 from dumo.runtime.random import stream
 from dumo.training.frozen import copy_net
-from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Sample, Taught, Time, frozen
+from dumo.types import Cond, Frozen, Heads, Net, NoisyBatch, Objective, Sample, TeacherVelocity, Time, frozen
 from dumo.types.outside import name_of
 
 _NO_GUIDANCE = Guide()
@@ -141,7 +141,7 @@ class _StepCounter:
             way_by_part.append(way)
         return mean, way_by_part[0]
 
-    def _units_and_way(self, objective: Objective, b: Noised) -> tuple[float, Way | None]:
+    def _units_and_way(self, objective: Objective, b: NoisyBatch) -> tuple[float, Way | None]:
         """The units of a step on a batch, and the way of its dual slope; None: it takes no dual slope."""
         slope = objective.needs.slope
         if not isinstance(slope, DualSlope):
@@ -151,7 +151,7 @@ class _StepCounter:
         last_way = noted_slope.ways[-1] if noted_slope.ways else None
         return units, last_way
 
-    def _units(self, objective: Objective, b: Noised) -> float:
+    def _units(self, objective: Objective, b: NoisyBatch) -> float:
         """The units of a step on a batch."""
 
         def count(net: nn.Module) -> int:
@@ -212,7 +212,7 @@ def _forward_pass(net: nn.Module, objective: Objective, shape: Sequence[int], ro
         return copy.deepcopy(net).to("meta")(x, c, **inputs)
 
 
-def step_function(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
+def step_function(net: nn.Module, ref: Frozen, objective: Objective, b: NoisyBatch) -> Callable[[], object]:
     """A function that makes one step on a batch: forward pass, targets and backward pass, without dropout.
 
     It raises UserError if the loss is not one number per row.
@@ -227,7 +227,7 @@ def step_function(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) 
     return step
 
 
-def without_dropout(net: nn.Module, b: Noised) -> AbstractContextManager[object]:
+def without_dropout(net: nn.Module, b: NoisyBatch) -> AbstractContextManager[object]:
     """A context in which passes over a batch route tokens as in training, and drop nothing: masks cost little."""
     is_routed = any(getattr(part, "is_routed", False) for part in net.modules())
     keys = dropout.keys(0, 0, len(b.t)).to(b.t.device) if is_routed else None
@@ -241,14 +241,14 @@ def meta_copies(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
 
 
 def _draw_on_meta(
-    objective: Objective, path: FlowPath, rows: int, shape: Sequence[int], teacher: Taught = path_velocity
-) -> Noised:
+    objective: Objective, path: FlowPath, rows: int, shape: Sequence[int], teacher: TeacherVelocity = path_velocity
+) -> NoisyBatch:
     """A noised batch on the meta device. What depends on a row's place alone has its values."""
     x, c = _meta_batch(rows, shape)
     return draw(objective, path, x, c, c, seed=0, step=0, teacher=teacher)
 
 
-def phases(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> list[tuple[Noised, float]]:
+def phases(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> list[tuple[NoisyBatch, float]]:
     """A noised batch on the meta device for each part of the training, with the part's share of all steps.
 
     Within a part (`Needs.phases`) all steps cost alike.
@@ -262,7 +262,7 @@ def _meta_batch(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:
     return torch.empty(rows, *shape, device="meta"), torch.empty(rows, dtype=torch.long, device="meta")
 
 
-def empty_cpu_batch_like(b: Noised) -> Noised:
+def empty_cpu_batch_like(b: NoisyBatch) -> NoisyBatch:
     """A noised batch of the shapes of `b` on the CPU, its values undefined."""
     tensors: dict[str, Tensor] = {}
     for field in fields(b):

@@ -154,7 +154,7 @@ def require_likelihood(sampler: Sampler) -> None:
         raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
     # raises UserError where the solver cannot read, off what the net was taught, the way from data to noise; the step
     # that it returns is made again when samples are judged
-    climb_of(sampler.spec.solver, sampler.taught)
+    climb_of(sampler.spec.solver, sampler.available_readings)
 
 
 @contextmanager

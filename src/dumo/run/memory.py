@@ -34,7 +34,7 @@ from dumo.run.storages import LiveStorages
 from dumo.training import frozen, layout
 from dumo.training.ema import MovingAverage
 from dumo.training.spec import Train
-from dumo.types import Noised, Objective
+from dumo.types import NoisyBatch, Objective
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def allocated_bytes(work: Callable[[], object], device: torch.device) -> StepByt
 
 
 def _activation_peak(
-    net: nn.Module, objective: Objective, noised: Noised, ref: cost.Theta, precision: Precision
+    net: nn.Module, objective: Objective, noised: NoisyBatch, ref: cost.Theta, precision: Precision
 ) -> int:
     """Peak bytes of a step on a noised batch, beyond weights, gradients and batch; of a deep net by a few blocks."""
 
@@ -237,7 +237,7 @@ def _unet_peak(net: nn.Module, follow: Callable[[nn.Module, Collection[str]], Li
 def _follow_step(
     net: nn.Module,
     objective: Objective,
-    noised: Noised,
+    noised: NoisyBatch,
     ref: cost.Theta,
     precision: Precision,
     *,

@@ -25,11 +25,13 @@ from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
 from dumo.training.state import State
 from dumo.training.step import flow_of
-from dumo.types import Taught
+from dumo.types import TeacherVelocity
 from dumo.types.outside import NetSpec
 
 
-def flow_in_training(run: Run, state: State, *, teacher: Taught | None = None, prior: float | None = None) -> Flow:
+def flow_in_training(
+    run: Run, state: State, *, teacher: TeacherVelocity | None = None, prior: float | None = None
+) -> Flow:
     """The net of a state with the run's objective, as it is trained.
 
     `teacher` replaces the data's velocity, for the share `prior` of a batch's rows (None: for all).

@@ -18,11 +18,11 @@ from dumo.config.spec import Run, Sampling
 from dumo.data import Data, Latents
 from dumo.data.pixel import Size
 from dumo.encoders.codec import LoadedCodec
-from dumo.flow import generate
+from dumo.flow import sampling
 from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
 from dumo.flow.precision import Precision
-from dumo.flow.reading import taught_readings
+from dumo.flow.reading import available_readings
 from dumo.flow.solver import Solver
 from dumo.io import picture
 from dumo.io.picture import PixelRows, Points
@@ -30,7 +30,7 @@ from dumo.nets.rows import Texts
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training.spec import Train
-from dumo.types import Reads, Sample, UserError
+from dumo.types import Readings, Sample, UserError
 
 Decoded = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
 
@@ -42,7 +42,7 @@ class Sampler:
     flow: Flow
     data: Data
     spec: Sampling
-    rows: int = generate.BATCH  # of a pass
+    rows: int = sampling.BATCH  # of a pass
     size: Size | None = None  # one of the data's buckets; None: the square
 
     @property
@@ -85,16 +85,16 @@ class Sampler:
         return len(self.pixels) == 3
 
     @property
-    def taught(self) -> Reads:
+    def available_readings(self) -> Readings:
         """The readings that the objective teaches, of no net: for checks."""
-        return taught_readings(self.flow.objective)
+        return available_readings(self.flow.objective)
 
     @property
-    def reads(self) -> Reads:
+    def readings(self) -> Readings:
         """The net as it is sampled: with the knobs and the guidance."""
         return self.guided(self.spec.guide)
 
-    def guided(self, guide: CFG) -> Reads:
+    def guided(self, guide: CFG) -> Readings:
         """The net as it is sampled, with the knobs and this guidance."""
         return self.flow.readings(guide, self.spec.knobs)
 
@@ -133,7 +133,7 @@ class Sampler:
         indices: Sequence[int] | None = None,
         guide: CFG | None = None,
         z: Sample | None = None,
-    ) -> Iterator[generate.Batch]:
+    ) -> Iterator[sampling.Batch]:
         """One sample per condition, decoded, batch by batch: those numbered `indices`, or this rank's share of all.
 
         Image i always comes from stream (seed, i), and begins with row i of z, if that is given. Raises UserError for a
@@ -166,7 +166,7 @@ class Sampler:
         guide: CFG | None = None,
         z: Sample | None = None,
         bar: Bar = no_bar,
-    ) -> generate.Samples:
+    ) -> sampling.Samples:
         """One sample per condition, decoded, image i always from stream (seed, i). Takes and raises as `batches`.
 
         Several ranks share the work, and each must call it. Rank 0 gets all samples, the others none: x (0, *pixels).
@@ -218,7 +218,7 @@ def sampler_of(run: Run, net: nn.Module) -> Sampler:
 
 def max_rows_per_pass(train: Train) -> int:
     """How many rows a pass that makes samples takes, at most: no more than one in training."""
-    return min(generate.BATCH, train.micro_batch or train.batch)
+    return min(sampling.BATCH, train.micro_batch or train.batch)
 
 
 def rank_indices(count: int) -> range:
@@ -230,7 +230,7 @@ def rank_indices(count: int) -> range:
     return range(dist.rank(), rounds * dist.world(), dist.world())
 
 
-def _with_progress(batches: Iterable[generate.Batch], bar: Bar, label: str, count: int) -> Iterator[generate.Batch]:
+def _with_progress(batches: Iterable[sampling.Batch], bar: Bar, label: str, count: int) -> Iterator[sampling.Batch]:
     """Yield this rank's batches, and show how many of the `count` samples are done, if the other ranks are as far."""
     num_done = 0
     with bar(label, count) as tick:
@@ -240,7 +240,7 @@ def _with_progress(batches: Iterable[generate.Batch], bar: Bar, label: str, coun
             tick(min(num_done, count), "")
 
 
-def gather_samples(own_batches: Sequence[generate.Batch], pixels: Sequence[int]) -> generate.Samples:
+def gather_samples(own_batches: Sequence[sampling.Batch], pixels: Sequence[int]) -> sampling.Samples:
     """What all ranks made, on rank 0, in the order of their numbers; some may have made none. The others get no rows.
 
     Every rank must call it. `pixels` is the shape of a sample.
@@ -249,7 +249,7 @@ def gather_samples(own_batches: Sequence[generate.Batch], pixels: Sequence[int])
     x = _gather_in_order(indices, [batch.x for batch in own_batches], torch.zeros(0, *pixels))
     passes = torch.tensor([batch.nfe for batch in own_batches], dtype=torch.long)
     passes = torch.cat(dist.all_gather(passes))
-    return generate.Samples(x, int(passes.unique().item()))
+    return sampling.Samples(x, int(passes.unique().item()))
 
 
 def _gather_in_order(own_indices: Sequence[Tensor], own_rows: Sequence[Tensor], no_rows: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dumo.config.conditions import Conditions, shown_data
 from dumo.config.spec import Run
 from dumo.data import Latents
-from dumo.flow import generate
+from dumo.flow import sampling
 from dumo.io.picture import SCATTER_POINTS
 from dumo.run.sample_files import write_samples
 from dumo.run.sampler import gather_samples, rank_indices, sampler_of
@@ -100,7 +100,7 @@ class Sheets:
         indices = rank_indices(count)  # of this rank's images
         with _without_compiling(run):
             rank_batches = sampler.flow.batches(
-                sampler.reads,
+                sampler.readings,
                 run.sample.solver,
                 self.c[torch.tensor(indices) % count],
                 nfe=nfe,
@@ -133,4 +133,4 @@ def sheet_conditions(conditions: Conditions) -> Tensor:
     spaced_classes = None
     if num_classes > num_samples:
         spaced_classes = [i * num_classes // num_samples for i in range(num_samples)]
-    return conditions.of_labels(generate.labels_in_turn(num_samples, num_classes, spaced_classes))
+    return conditions.of_labels(sampling.labels_in_turn(num_samples, num_classes, spaced_classes))

@@ -26,7 +26,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
 from dumo.data import Data, Latents
-from dumo.flow import generate
+from dumo.flow import sampling
 from dumo.flow.compatibility import require_same_data
 from dumo.flow.flow import Flow
 from dumo.flow.path import FlowPath
@@ -45,7 +45,7 @@ from dumo.runtime.progress import Bar, print_line
 from dumo.runtime.random import noise
 from dumo.training import agreement
 from dumo.training.state import State
-from dumo.types import Cond, Heads, Needs, Reads, Sample, Taught, Time, Trail, UserError
+from dumo.types import Cond, Heads, Needs, Readings, Sample, TeacherVelocity, Time, Trail, UserError
 
 FILE = "teacher.json"
 _PAIRS_FOLDER = "pairs"  # in the run's folder
@@ -58,8 +58,8 @@ class LoadedTeacher:
     """A teacher ready to teach, guided as its spec says."""
 
     spec: Teacher
-    reads: Reads
-    velocity: Taught | None  # to learn; None where pairs are all that is learned from
+    readings: Readings
+    velocity: TeacherVelocity | None  # to learn; None where pairs are all that is learned from
     record: dict[str, str]  # what teacher.json says of it: its source, and its SHA-256
 
     def require_same(self, folder: Path) -> None:
@@ -104,7 +104,7 @@ class LoadedTeacher:
             return source
         points = run.objective.needs.teacher.points
         index = PairsIndex.of(pairs, points, run.path, run.data, self.record["sha256"])
-        return make_pairs(index, self.reads, folder / _PAIRS_FOLDER, device, bar, rows=max_rows_per_pass(run.train))
+        return make_pairs(index, self.readings, folder / _PAIRS_FOLDER, device, bar, rows=max_rows_per_pass(run.train))
 
 
 def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> LoadedTeacher:
@@ -116,15 +116,15 @@ def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device)
     match teacher.kind:
         case "run":
             flow, sha256 = _run_flow(teacher, run.data, run.path, device)
-            reads = flow.readings(teacher.guide)
+            readings = flow.readings(teacher.guide)
         case "python":
             user_reads, sha256 = _call_user_function(teacher, run, device)
-            reads = teacher.guide(user_reads, run.data.classes)
+            readings = teacher.guide(user_reads, run.data.classes)
         case "base":
             sha256 = str(state.frozen)
-            reads = base_flow(teacher, run, state.net).readings(teacher.guide)
-    velocity = teacher_velocity(reads) if teacher.gives_velocity(run.objective.needs.teacher) else None
-    return LoadedTeacher(teacher, reads, velocity, {"source": teacher.source or teacher.kind, "sha256": sha256})
+            readings = base_flow(teacher, run, state.net).readings(teacher.guide)
+    velocity = teacher_velocity(readings) if teacher.gives_velocity(run.objective.needs.teacher) else None
+    return LoadedTeacher(teacher, readings, velocity, {"source": teacher.source or teacher.kind, "sha256": sha256})
 
 
 def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
@@ -164,7 +164,7 @@ class BaseNet(nn.Module):
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """The heads of the net with its adapters off, each (b, *shape), without gradients and dropout."""
         off = cast(Callable[[], AbstractContextManager[None]], self.net.base)
-        with generate.eval_mode(self.net), off(), autocast(self.precision, x.device):
+        with sampling.eval_mode(self.net), off(), autocast(self.precision, x.device):
             return self.net(x, c, **inputs)
 
 
@@ -219,7 +219,7 @@ def _facts(data: Data, path: FlowPath) -> dict[str, object]:
     }
 
 
-def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, str]:
+def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tuple[Readings, str]:
     """Call the user's function; return its readings, tried on two rows, and the SHA-256 of its source code.
 
     What the function calls is not in the hash. Raises UserError if its velocity has another shape than x.
@@ -233,18 +233,20 @@ def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tup
     c = torch.tensor([0, run.data.classes], device=device)  # the null class, too
     with _importable(Path.cwd()):
         function = getattr(importlib.import_module(module), name)
-        reads = cast(Reads, function(run, device))
-        if reads.velocity is None:
-            raise UserError(f"teacher.source = {teacher.source}: the Reads that it returned has velocity=None: set it")
+        readings = cast(Readings, function(run, device))
+        if readings.velocity is None:
+            raise UserError(
+                f"teacher.source = {teacher.source}: the Readings that it returned has velocity=None: set it"
+            )
         with torch.no_grad():
-            v = reads.velocity(x, t, c)
+            v = readings.velocity(x, t, c)
         if v.shape != x.shape:
             raise UserError(
                 f"teacher.source = {teacher.source}: the velocity of x of shape {tuple(x.shape)} has shape "
                 f"{tuple(v.shape)}: return one of the shape of x"
             )
         source_code = inspect.getsource(function)
-    return reads, digest.of_bytes(source_code.encode())
+    return readings, digest.of_bytes(source_code.encode())
 
 
 @contextmanager
@@ -325,7 +327,7 @@ class PairsIndex(TableIndex):
 
 
 def make_pairs(
-    index: PairsIndex, reads: Reads, folder: Path, device: torch.device, bar: Bar, *, rows: int = generate.BATCH
+    index: PairsIndex, readings: Readings, folder: Path, device: torch.device, bar: Bar, *, rows: int = sampling.BATCH
 ) -> TeacherPairs:
     """Pairs that the teacher's flow joins. Those missing in `folder` are made now, shard by shard, `rows` at a time.
 
@@ -333,7 +335,7 @@ def make_pairs(
     rank, UserError where the pairs are others or have changed, or the teacher's answers are not finite, which are not
     written; OSError where the disk is full; Stopped after a signal, between two shards.
     """
-    c = generate.labels_in_turn(index.rows, index.classes)
+    c = sampling.labels_in_turn(index.rows, index.classes)
     rank = dist.rank()
     world_size = dist.world()
 
@@ -343,7 +345,7 @@ def make_pairs(
         pieces: list[dict[str, Tensor]] = []
         for start in range(0, len(numbers), rows):
             piece = numbers[start : start + rows]
-            pieces.append(_solve_pairs(index, reads, c[list(piece)], piece, device))
+            pieces.append(_solve_pairs(index, readings, c[list(piece)], piece, device))
         tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in index.columns}
         not_finite = [k for k, x in zip(numbers, tensors["x"], strict=True) if not x.isfinite().all()]
         if not_finite:
@@ -368,7 +370,9 @@ def make_pairs(
     return TeacherPairs(**agreement.on_each_rank(load_pairs))
 
 
-def _solve_pairs(index: PairsIndex, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
+def _solve_pairs(
+    index: PairsIndex, readings: Readings, c: Tensor, numbers: range, device: torch.device
+) -> dict[str, Tensor]:
     """Noise, the data that the flow carries it to, and as many points between as the objective learns from.
 
     All on the CPU, by the names of the index's columns. `c` (n,) are the classes of the n pairs of these numbers.
@@ -377,11 +381,11 @@ def _solve_pairs(index: PairsIndex, reads: Reads, c: Tensor, numbers: range, dev
     device_c = c.to(device)
     if index.points:
         z = noise(0, numbers, 0, shape).to(device)
-        x, between = generate.sample_trajectory(
-            reads, index.path, index.solver, z, device_c, nfe=index.nfe, points=index.points
+        x, between = sampling.sample_trajectory(
+            readings, index.path, index.solver, z, device_c, nfe=index.nfe, points=index.points
         )
         return {"x": x.cpu(), "z": z.cpu(), "c": c, "between": between.cpu()}
-    z, x = generate.sample_with_noise(
-        reads, index.path, index.solver, device_c, nfe=index.nfe, seed=0, shape=shape, indices=numbers
+    z, x = sampling.sample_with_noise(
+        readings, index.path, index.solver, device_c, nfe=index.nfe, seed=0, shape=shape, indices=numbers
     )
     return {"x": x.cpu(), "z": z.cpu(), "c": c}

@@ -24,8 +24,8 @@ from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data import Latents
 from dumo.data.ledger import ledger_of
-from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
+from dumo.flow.noise import Draws
 from dumo.io.source import Bucketed, DataSource
 from dumo.nets.dualized import Dualized
 from dumo.run.job import Job, MakeSheets, open_job, train_more_hint

@@ -8,8 +8,8 @@ bar) is a hook.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow
+from dumo.flow.noise import Draws
 from dumo.flow.precision import product_precision
 from dumo.runtime.signals import Stopped
 from dumo.training.compile import compile_loss

@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from dumo.flow.check import group_size
-from dumo.flow.draw import Draws
 from dumo.flow.flow import Flow, Loss
+from dumo.flow.noise import Draws
 from dumo.flow.path import FlowPath
+from dumo.flow.trainable import group_size
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.duration import Timing
 from dumo.training.record import Record, measure, skip_reason
 from dumo.training.spec import Train
 from dumo.training.state import State
-from dumo.types import Noised, Objective, Taught, Terms, Time, UserError
+from dumo.types import NoisyBatch, Objective, TeacherVelocity, Terms, Time, UserError
 from dumo.types.rows import to_device
 
 Batch = Sequence[Tensor]  # (x, c); with the noise of x, (x, c, z); and with what is between, (x, c, z, between)
@@ -48,7 +48,7 @@ def flow_of(
     path: FlowPath,
     classes: int,
     *,
-    teacher: Taught | None = None,
+    teacher: TeacherVelocity | None = None,
     prior: float | None = None,
 ) -> Flow:
     """The net of a state, and the objective that teaches it; `teacher` replaces the data's velocity.
@@ -201,7 +201,7 @@ class MicroBatches:
         """Rows of the global batch, counted from this rank's first."""
         return slice(rows.start - self.first_row, rows.stop - self.first_row)
 
-    def draw(self, rows: slice) -> Noised:
+    def draw(self, rows: slice) -> NoisyBatch:
         """Noise these rows of the global batch, with the times and labels drawn for them."""
         local_rows = self.local_rows(rows)
         return self.flow.add_noise(
@@ -213,7 +213,7 @@ class MicroBatches:
             progress=self.progress,
         )
 
-    def loss_of(self, b: Noised, rows: slice) -> Terms:
+    def loss_of(self, b: NoisyBatch, rows: slice) -> Terms:
         """The loss of these rows, in the run's precision, with their dropout masks."""
         return self.flow.terms(b, self.keys[self.local_rows(rows)], self.loss, keep=self.keep_casts)
 

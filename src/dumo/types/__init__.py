@@ -5,9 +5,9 @@ Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless
 In the order of a training step:
 
 1. a `TimeLaw` draws the times (t, r), and a `Law` each further number that a loss reads;
-2. a minibatch, `Noised`, holds these with data, noise and conditions, and what else the `Needs` of an objective ask;
+2. a `NoisyBatch` holds these with data, noise and conditions, and what else the `Needs` of an objective ask;
 3. an `Objective` makes `Terms` of it, a loss for each row, with a `Net` and, as theta^-, a `Frozen` one;
-4. of the trained net it makes `Reads`, which a solver calls.
+4. of the trained net it makes `Readings`, which a solver calls.
 
 All of it is public: classes of users derive from `Spec`, `TimeLaw` and the bases in `outside`. Knows no other
 subpackage.
@@ -45,7 +45,7 @@ Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
 Heads = tuple[Array, ...]  # what a net returns: Samples of heads and PerSamples of gauges, in the order of `Needs`
 
 # Functions of several packages
-Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # a teacher: (x_t, t, c, v_t) -> the velocity to learn
+TeacherVelocity = Callable[[Sample, Time, Cond, Sample], Sample]  # a teacher: (x_t, t, c, v_t) -> the velocity to learn
 Climb = Callable[[Sample, Time, Time, Cond], tuple[Sample, PerSample]]  # (x_t, t, s, c) -> x_s, growth of log volume
 
 # Marks of a spec's fields, written into their JSON schema as `json_schema_extra`
@@ -152,7 +152,7 @@ class TimeLaw(Spec, ABC):
 
 
 class Law(Spec, ABC):
-    """The law of a further random number or sample that a loss reads in `Noised.drawn`."""
+    """The law of a further random number or sample that a loss reads in `NoisyBatch.drawn`."""
 
     @abstractmethod
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample | PerSample:
@@ -187,7 +187,7 @@ class Needs:
     """What an objective says of itself to the code that builds, checks, counts or samples: its net, then its loss."""
 
     # the net: what goes in and comes out
-    inputs: tuple[str, ...] = ("t",)  # the times that `read` supplies: t, r
+    inputs: tuple[str, ...] = ("t",)  # the times that `readings` supplies: t, r
     heads: tuple[str, ...] = ("v",)  # outputs shaped like the data, all of them used by the loss
     gauges: tuple[str, ...] = ()  # outputs of one number per row, learned with the net
     knobs: Mapping[str, float] = field(default_factory=dict)  # further inputs, which a sampler may set; their defaults
@@ -203,7 +203,7 @@ class Needs:
     group: int = 1  # the number of neighbouring rows that meet in the loss
     compares_rows: bool = False  # it compares samples with data of the same label, by their distances
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
-    scheduled: bool = False  # it changes with `Noised.progress`
+    scheduled: bool = False  # it changes with `NoisyBatch.progress`
     amplifies: float = 0.0  # by how much the rounding of the net is multiplied, at most (`dumo.flow.precision`)
 
     # what steps cost: pairs (progress, share of the training), in each of which steps cost as one at that progress
@@ -233,7 +233,7 @@ class Path(Protocol):
 
 
 @dataclass(frozen=True)
-class Noised:
+class NoisyBatch:
     """A minibatch with all its randomness already drawn; a loss reads it and draws nothing."""
 
     # data and noise on the path
@@ -254,10 +254,10 @@ class Noised:
     moving: tuple[bool, ...] | None = None  # the rows that may have r != t, fixed by place; None: all
     drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by name, what `Needs.laws` drew
     progress: float = 0.0  # the share of the training that is done, in [0, 1]
-    teacher: Taught | None = None  # gives another velocity instead of v_t
+    teacher: TeacherVelocity | None = None  # gives another velocity instead of v_t
     trail: Trail | None = None  # the row's trajectory at equal steps from t = 0 to 1; None: the path alone is known
     host: tuple[Time, Rows] | None = None  # copies of t and kept on the CPU, where the record is on another device
-    taught: Rows | None = None  # the rows that the teacher answers; None: all, if there is one
+    teacher_rows: Rows | None = None  # the rows that the teacher answers; None: all, if there is one
 
     @property
     def on_host(self) -> tuple[Time, Rows] | None:
@@ -266,7 +266,7 @@ class Noised:
             return self.t, self.kept
         return self.host
 
-    def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "Noised":
+    def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "NoisyBatch":
         """The same rows at another time s, (b,) or one number, with other data x and noise z if given.
 
         Any of the rows may have r != t then.
@@ -288,9 +288,9 @@ class Noised:
         if self.teacher is None:
             return v
         teacher_v = self.teacher(x, s, self.c, v)
-        if self.taught is None:
+        if self.teacher_rows is None:
             return teacher_v
-        return torch.where(lift(self.taught, v), teacher_v, v)
+        return torch.where(lift(self.teacher_rows, v), teacher_v, v)
 
     def on(self, s: Time) -> Sample:
         """x_s on each row's trajectory, where s must be one of its equally spaced times; without one, on the path."""
@@ -307,7 +307,7 @@ class Noised:
             return list(range(len(self.t))), list(range(len(self.t)))
         return split_by_step(self.moving)
 
-    def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "Noised":
+    def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "NoisyBatch":
         """A record of some of the rows.
 
         Which rows may move stays known, but not of rows that a tensor names: only its device knows which they are.
@@ -352,7 +352,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Reads:
+class Readings:
     """What a trained net can tell a solver; None where the objective never taught it."""
 
     velocity: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> dx_t/dt
@@ -398,14 +398,14 @@ class Objective(Protocol):
         """This spec with other values for some fields, unchecked, as pydantic copies it."""
         ...
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """The loss of each row of a record. Pure: it draws and changes nothing.
 
         The passes that it makes, and their order, do not depend on the record's values.
         """
         ...
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """What a net that was trained so can tell a solver. Does not call the net."""
         ...
 

@@ -29,7 +29,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema, to_json
 from torch import nn
 
-from dumo.types import Cond, Frozen, Needs, Net, Noised, Objective, Path, Reads, Sample, Spec, Terms, UserError
+from dumo.types import Cond, Frozen, Needs, Net, NoisyBatch, Objective, Path, Readings, Sample, Spec, Terms, UserError
 
 # The branches of a union, which stand in the location of an error
 BUNDLED = "bundled"
@@ -133,11 +133,11 @@ class ObjectiveSpec(Spec, ABC):
         """What it says of itself to the code that builds, checks and samples (`dumo.types.Needs`)."""
 
     @abstractmethod
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """The loss of each row of a record (`dumo.types.Objective.loss`). Pure: draws and changes nothing."""
 
     @abstractmethod
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """What a net that was trained so can tell a solver. Does not call the net."""
 
 
@@ -190,6 +190,6 @@ class SolverSpec(Spec, ABC):
 
     @abstractmethod
     def __call__(
-        self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Callable[[int], Sample]
+        self, readings: Readings, path: Path, x: Sample, c: Cond, nfe: int, fresh: Callable[[int], Sample]
     ) -> Sample:
         """Carry noise x (b, ...) to data in nfe passes; `fresh(k)` is the k-th further draw of noise, shaped as x."""

@@ -22,7 +22,7 @@ from dumo.flow.solver import Restart
 from dumo.io import trained
 from dumo.report.evaluate import report_path
 from dumo.report.sample import DEFAULT_COUNT, sample_to_files
-from dumo.types import Reads, UserError
+from dumo.types import Readings, UserError
 from e2e.shell import call
 from e2e.test_start import HEAVY
 from forked import ENVIRONMENT
@@ -235,11 +235,11 @@ def test_an_export_has_what_is_set_from_python_and_the_command_line(digits: Trai
 def test_a_reading_is_the_nets(digits: TrainedRun) -> None:
     x, c, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 9]), torch.tensor([0.3, 1.0])
     v, u = digits.net(x, c, t=t)
-    assert isinstance(digits.reading, Reads)
-    assert torch.equal(digits.reading.velocity(x, t, c), v)
-    assert torch.equal(digits.reading.endpoint(x, t, c), x - t.view(2, 1, 1, 1) * u)
-    assert digits.reading.flow_map is None
-    guided = dumo.load(digits.folder, {"sample.guide.scale": 3}, device="cpu").reading
+    assert isinstance(digits.readings, Readings)
+    assert torch.equal(digits.readings.velocity(x, t, c), v)
+    assert torch.equal(digits.readings.endpoint(x, t, c), x - t.view(2, 1, 1, 1) * u)
+    assert digits.readings.flow_map is None
+    guided = dumo.load(digits.folder, {"sample.guide.scale": 3}, device="cpu").readings
     null = digits.net(x, torch.full_like(c, 10), t=t)[0]
     assert torch.allclose(guided.velocity(x, t, c), null + 3 * (v - null), atol=1e-5)
 

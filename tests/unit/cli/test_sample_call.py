@@ -34,7 +34,7 @@ def test_outputs_hold_the_same_images(run: TrainedRun) -> None:
 def test_noise_is_what_samples_begin_with(run: TrainedRun) -> None:
     z = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     x = run.sample([1, 2, 3], noise=z, nfe=1, solver="euler")
-    v = run.reading.velocity
+    v = run.readings.velocity
     assert v is not None
     assert torch.allclose(x, (z - v(z, torch.ones(3), torch.tensor([1, 2, 3]))).clamp(-1, 1), atol=1e-6)
     assert torch.equal(x[1:], run.sample([2, 3], noise=z[1:], nfe=1, solver="euler"))

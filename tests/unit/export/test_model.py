@@ -24,7 +24,7 @@ from dumo.flow.path import Diffusion, Linear
 from dumo.flow.solver import Hop, Restart, jump_times
 from dumo.nets.family import FAMILIES, FLUX2
 from dumo.nets.vp import read_scheduler
-from dumo.types import Reads, UserError
+from dumo.types import Readings, UserError
 from transformers_saved import of
 
 SOLVER = Restart(m=0.7, start=0.99)
@@ -82,7 +82,7 @@ def test_a_card_has_no_call_whose_times_were_not_taught() -> None:
     net: Any = SimpleNamespace(guidance=None)
     spec: Any = SimpleNamespace(texts=None, pipeline=SimpleNamespace(is_published=True))
     for lowest, passes in ((0.0, ["one pass", "two", "four"]), (0.7, ["one pass", "two"])):
-        sampler.taught = Reads(lowest=lowest)
+        sampler.available_readings = Readings(lowest=lowest)
         calls = _pipeline_calls(ExportedModel(sampler, spec, net, "u"), PIPELINE_BY_MODEL["SD3Transformer2DModel"])
         assert [comment for _, comment in calls] == passes
 
@@ -108,7 +108,7 @@ def test_the_scheduler_of_a_diffusion_makes_restarts_jumps(prediction: str, pass
         return x - t[:, None] * velocity(net(scaled, index))
 
     solver = Restart(m=0.7)
-    mine = solver(Reads(endpoint=endpoint), path, path.initial_std * z[0], torch.zeros(3), passes, lambda k: z[k])
+    mine = solver(Readings(endpoint=endpoint), path, path.initial_std * z[0], torch.zeros(3), passes, lambda k: z[k])
     stock.set_timesteps(timesteps=path.nearest_indices(solver.times(passes)))
     x = z[0] * stock.init_noise_sigma
     for k, index in enumerate(stock.timesteps):

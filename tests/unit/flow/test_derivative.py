@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import dumo
 from contract.own import Perceptron, waves
-from dumo.flow import check, derivative
+from dumo.flow import derivative, trainable
 from dumo.flow.adapter import NetAdapter
-from dumo.flow.draw import draw
+from dumo.flow.noise import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import Along, DualSlope
 from dumo.nets import DiT
@@ -141,7 +141,7 @@ def test_a_network_that_embeds_time_in_float32_is_compared() -> None:
 def test_the_reference_is_the_derivative_to_seven_digits() -> None:
     b = draw(DuMo(), Linear(), X, torch.zeros(8, dtype=torch.long), 0, seed=0, step=0)
     net = NetAdapter(points(), TWO, None, labelled=False)
-    inputs = check.inputs_of(b, TWO)
+    inputs = trainable.inputs_of(b, TWO)
     exact, gap = derivative.central_difference(net, b.x_t, b.v_t, b.c, inputs)
     assert gap < 1e-7
     net_in_float64 = points().double()

@@ -17,15 +17,15 @@ from contract.case import members, randomise
 from contract.own import Encoder, Numbers, Patches, Perceptron, Text, UNet
 from dumo.autodiff import dual
 from dumo.flow.adapter import Condition, NetAdapter
-from dumo.flow.draw import draw, path_velocity
 from dumo.flow.loop import LoopFlow as Flow
+from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.flow.solver import Heun
 from dumo.flow.times import Jumps
 from dumo.nets import DiT
 from dumo.objectives import DuMoAny, Objective
 from dumo.runtime.random import noise
-from dumo.types import Frozen, Needs, Noised, UserError
+from dumo.types import Frozen, Needs, NoisyBatch, UserError
 from tiers import tiered
 
 ROWS, CLASSES = 8, 3
@@ -109,7 +109,7 @@ class Joined(nn.Module):
         return self.net(points_and_times[:, :2], points_and_times[:, 2], numbers)
 
 
-def adapter_and_batch(flow: Flow, x: Tensor, c: Condition = None) -> tuple[NetAdapter, Noised]:
+def adapter_and_batch(flow: Flow, x: Tensor, c: Condition = None) -> tuple[NetAdapter, NoisyBatch]:
     """The network as an objective calls it at the next step, and the noisy batch of that step."""
     b, _ = flow._noise(x, c, flow.step)
     return flow._adapter(c, flow._generator_key(flow.step)), b
@@ -256,7 +256,7 @@ def test_every_objective_learns_and_samples(kind: str) -> None:
             loss.backward()
             assert loss.isfinite()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
-        if flow.objective.read(nn.Identity()).lowest == 1:
+        if flow.objective.readings(nn.Identity()).lowest == 1:
             some_nfe: tuple[int, ...] = (1,)
         else:
             some_nfe = (4,) if must else (1, 2)

@@ -8,19 +8,19 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dumo.flow import dropout
-from dumo.flow.draw import draw
-from dumo.flow.generate import join_batches, labels_in_turn, sample_batches
 from dumo.flow.guide import CFG, GuidanceScale, Guide, Interval
+from dumo.flow.noise import draw
 from dumo.flow.path import Linear
 from dumo.flow.reading import mean_velocity
+from dumo.flow.sampling import join_batches, labels_in_turn, sample_batches
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.objectives import FlowMatching
-from dumo.types import Cond, Noised, Reads, lift
+from dumo.types import Cond, NoisyBatch, Readings, lift
 
 V_C, V_NULL = 3.0, 5.0
 
 
-def record() -> Noised:
+def record() -> NoisyBatch:
     """Six rows; the second and the fifth have lost their label; times 0, .2, .4, .6, .8, 1; v_t = 2."""
     c = torch.arange(6)
     b = draw(FlowMatching(drop=0), Linear(), torch.zeros(6, 2), c, torch.full_like(c, 9), seed=0, step=0)
@@ -29,21 +29,21 @@ def record() -> Noised:
     return replace(b, t=t, v_t=torch.full((6, 2), 2.0), kept=kept, c=torch.where(kept, c, 9))
 
 
-def needing(guide: Guide, b: Noised) -> list[int]:
+def needing(guide: Guide, b: NoisyBatch) -> list[int]:
     """Passes are made for the rows that are guided, and for one where none is: no rank may go without."""
     return guided_rows(guide, b) or [0]
 
 
-def guided_rows(guide: Guide, b: Noised) -> list[int]:
+def guided_rows(guide: Guide, b: NoisyBatch) -> list[int]:
     """Kept labels, inside the interval."""
     return (b.kept & guide.inside(b.t)).nonzero().flatten().tolist()
 
 
-def guided(guide: Guide, b: Noised, *, have_v_hat: bool = False) -> tuple[Tensor, list[str]]:
+def guided(guide: Guide, b: NoisyBatch, *, have_v_hat: bool = False) -> tuple[Tensor, list[str]]:
     """v*, and the passes that were made for it."""
     passes: list[str] = []
 
-    def velocity(rows: Noised, c: Cond) -> Tensor:
+    def velocity(rows: NoisyBatch, c: Cond) -> Tensor:
         assert torch.equal(rows.t, b.t[needing(guide, b)])
         null = bool((c == 9).all())
         passes.append("null" if null else "c")
@@ -100,7 +100,7 @@ def test_every_pass_meets_the_masks_of_its_rows() -> None:
     b, keys = record(), torch.arange(12, dtype=torch.int32).view(6, 2)
     seen: list[list[int] | None] = []
 
-    def velocity(some: Noised, c: Cond) -> Tensor:
+    def velocity(some: NoisyBatch, c: Cond) -> Tensor:
         found = dropout.current(len(some.t))
         seen.append(None if found is None else found[:, 0].tolist())
         return some.x_t
@@ -151,7 +151,7 @@ def test_guidance_waits_for_no_number() -> None:
     b, guide, seen = record(), Guide(zeta=0.5), list[int]()
     ghost = {name: getattr(b, name).to("meta") for name in ("x", "z", "t", "r", "x_t", "v_t", "c", "null", "kept")}
 
-    def velocity(some: Noised, c: Cond) -> Tensor:
+    def velocity(some: NoisyBatch, c: Cond) -> Tensor:
         seen.append(len(some.t))
         return some.x_t
 
@@ -184,7 +184,9 @@ T, S = torch.tensor([0.2, 0.6, 0.4]), torch.tensor([0.1, 0.0, 0.4])
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_every_reading_is_the_affine_map_in_one_pass(name: str, scale: float) -> None:
     net = Small()
-    plain, guided = (getattr(reads, name) for reads in (mean_velocity(net), CFG(scale=scale)(mean_velocity(net), NULL)))
+    plain, guided = (
+        getattr(readings, name) for readings in (mean_velocity(net), CFG(scale=scale)(mean_velocity(net), NULL))
+    )
     times = (T, S) if name == "flow_map" else (T,)
     with_c, without = plain(X, *times, C), plain(X, *times, torch.full_like(C, NULL))
     net.passes.clear()
@@ -210,11 +212,11 @@ def test_only_rows_inside_the_interval_are_read_twice() -> None:
 
 def test_what_needs_no_guidance_gets_none() -> None:
     """A scale of one, and readings that were not taught."""
-    reads = mean_velocity(Small())
+    readings = mean_velocity(Small())
     assert not CFG().active
-    assert CFG()(reads, NULL) is reads
-    assert CFG(interval=Interval(high=0.5))(reads, NULL) is reads
-    found = CFG(scale=2)(Reads(velocity=reads.velocity), NULL)
+    assert CFG()(readings, NULL) is readings
+    assert CFG(interval=Interval(high=0.5))(readings, NULL) is readings
+    found = CFG(scale=2)(Readings(velocity=readings.velocity), NULL)
     assert (found.endpoint, found.flow_map) == (None, None)
 
 
@@ -234,10 +236,10 @@ COUNTS = [  # solver, readings asked for, interval, passes counted
 def test_passes_are_counted_not_readings(solver: Solver, nfe: int, interval: Interval, passes: int) -> None:
     """At any batch size: rows of one batch are read at one time."""
     net = Small()
-    reads = CFG(scale=2, interval=interval)(mean_velocity(net), NULL)
+    readings = CFG(scale=2, interval=interval)(mean_velocity(net), NULL)
     for batch in (3, 7):
         c = labels_in_turn(7, 4)
-        parts = sample_batches(net, reads, Linear(), solver, c, nfe=nfe, seed=0, shape=(2,), batch=batch)
+        parts = sample_batches(net, readings, Linear(), solver, c, nfe=nfe, seed=0, shape=(2,), batch=batch)
         assert join_batches(parts).nfe == passes
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dumo.config.load import load
-from dumo.flow.reading import bind_knobs, head_of, taught_readings
+from dumo.flow.reading import available_readings, bind_knobs, head_of
 from dumo.flow.times import Beta, Jumps, Pair
 from dumo.objectives import RCGM, AlphaFlow, DuMoAny, MeanFlow, SoFlow, TwinFlow
 from dumo.types import Heads, Objective, TimeLaw
@@ -48,7 +48,7 @@ def test_source_is_the_head_that_a_reading_reads(recipe: str, reading: str, head
 @pytest.mark.parametrize("objective", [AlphaFlow, MeanFlow, RCGM, SoFlow])
 def test_a_mean_velocity_is_no_velocity_where_all_jumps_end_at_the_data(objective: Callable[..., Objective]) -> None:
     def is_taught(times: TimeLaw) -> bool:
-        return taught_readings(objective(times=times)).velocity is not None
+        return available_readings(objective(times=times)).velocity is not None
 
     assert not is_taught(Beta())
     assert not is_taught(Jumps(velocity_ratio=0, data_ratio=1))
@@ -57,5 +57,5 @@ def test_a_mean_velocity_is_no_velocity_where_all_jumps_end_at_the_data(objectiv
 
 
 def test_a_velocity_that_is_learned_on_every_row_is_taught_at_any_times() -> None:
-    assert taught_readings(DuMoAny(times=Beta())).velocity is not None
-    assert taught_readings(TwinFlow(times=Beta())).velocity is not None
+    assert available_readings(DuMoAny(times=Beta())).velocity is not None
+    assert available_readings(TwinFlow(times=Beta())).velocity is not None

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 import dumo
 from contract.own import Numbers, Perceptron, UNet
-from dumo.flow.draw import Coupling, path_velocity
 from dumo.flow.guide import CFG
 from dumo.flow.loop import LoopFlow as Flow
+from dumo.flow.noise import Coupling, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.objectives import Drift, FlowMatching, ImprovedMeanFlow
-from dumo.types import Frozen, Needs, Net, Noised, Terms, UserError
+from dumo.types import Frozen, Needs, Net, NoisyBatch, Terms, UserError
 
 TWO = Needs(heads=("v", "u"))
 U = Needs(heads=("u",))
@@ -146,7 +146,7 @@ class MeanLoss(FlowMatching):
 
     shape_of: ClassVar[Callable[[Tensor], Tensor]] = torch.mean
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         terms = super().loss(net, ref, b)
         object.__setattr__(terms, "loss", type(self).shape_of(terms.loss))  # shapes are checked in tests alone
         return terms

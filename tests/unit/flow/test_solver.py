@@ -29,7 +29,7 @@ from dumo.flow.solver import (
     uniform_times,
 )
 from dumo.runtime.random import stream
-from dumo.types import Reads, UserError, lift
+from dumo.types import Readings, UserError, lift
 
 S0 = 0.4  # standard deviation of the data
 N = 20_000
@@ -57,15 +57,15 @@ def both(x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return velocity(x, t, c), endpoint(x, t, c)
 
 
-EXACT = Reads(velocity, endpoint, flow_map, both)
+EXACT = Readings(velocity, endpoint, flow_map, both)
 
 
 def fresh(k: int) -> Tensor:
     return torch.randn(N, 1, generator=stream(0, "fresh", k), dtype=torch.float64)
 
 
-def solve(solver: Solver, nfe: int, reads: Reads = EXACT, draw: Callable[[int], Tensor] = fresh) -> Tensor:
-    return solver(reads, Linear(), draw(0), C, nfe, draw)
+def solve(solver: Solver, nfe: int, readings: Readings = EXACT, draw: Callable[[int], Tensor] = fresh) -> Tensor:
+    return solver(readings, Linear(), draw(0), C, nfe, draw)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 50])
@@ -105,7 +105,7 @@ def test_jumps_land_exactly(solver: Solver, nfe: int) -> None:
 
 @pytest.mark.parametrize("solver", ALL, ids=lambda solver: solver.kind)
 def test_able_is_what_check_lets_through(solver: Solver) -> None:
-    halves = Reads(velocity, endpoint, flow_map, both, hops=lambda t, s: t - s in (1, 0.5, 0.25))
+    halves = Readings(velocity, endpoint, flow_map, both, hops=lambda t, s: t - s in (1, 0.5, 0.25))
     made: list[int] = []
     for nfe in range(-1, 6):
         try:
@@ -152,7 +152,7 @@ def test_hermite_is_exact_where_the_flow_is_a_parabola(nfe: int) -> None:
         a = x / (1 + t - 3 * t**2)
         return a * (1 - 6 * t), a
 
-    assert (solve(Hermite(), nfe, Reads(both=along)) + fresh(0)).abs().max() <= 1e-9
+    assert (solve(Hermite(), nfe, Readings(both=along)) + fresh(0)).abs().max() <= 1e-9
 
 
 def visited(solver: Solver, nfe: int) -> list[tuple[float, ...]]:
@@ -167,7 +167,7 @@ def visited(solver: Solver, nfe: int) -> list[tuple[float, ...]]:
 
         return noted
 
-    solve(solver, nfe, Reads(note(velocity), note(endpoint), note(flow_map), note(both)))
+    solve(solver, nfe, Readings(note(velocity), note(endpoint), note(flow_map), note(both)))
     return seen
 
 
@@ -193,28 +193,28 @@ def test_condition_reaches_the_net() -> None:
         return read(x, t, c), read(x, t, c)
 
     for solver in ALL:
-        solver(Reads(read, read, read, pair), Linear(), fresh(0), c, 4, fresh)
+        solver(Readings(read, read, read, pair), Linear(), fresh(0), c, 4, fresh)
 
 
-DATA_ALONE = Reads(endpoint=endpoint, flow_map=flow_map, hops=lambda t, s: s == 0)
+DATA_ALONE = Readings(endpoint=endpoint, flow_map=flow_map, hops=lambda t, s: s == 0)
 
 
 @pytest.mark.parametrize(
-    ("solver", "reads", "nfe", "named"),
+    ("solver", "readings", "nfe", "named"),
     [
         *((solver, EXACT, n, f"nfe = {n}") for solver in ALL for n in (0, -2)),
         *((Heun(), EXACT, n, f"nfe = {n}") for n in (1, 3, 7)),
-        (Hop(), Reads(velocity, endpoint), 1, "'hop'"),
-        (Restart(), Reads(velocity), 2, "endpoint"),
-        (Heun(), Reads(flow_map=flow_map), 2, "velocity"),
-        (Restart(), Reads(endpoint=endpoint, lowest=1.0), 2, "t = 1"),
-        (Restart(), Reads(endpoint=endpoint, lowest=0.6), 4, "t = 0.6"),
+        (Hop(), Readings(velocity, endpoint), 1, "'hop'"),
+        (Restart(), Readings(velocity), 2, "endpoint"),
+        (Heun(), Readings(flow_map=flow_map), 2, "velocity"),
+        (Restart(), Readings(endpoint=endpoint, lowest=1.0), 2, "t = 1"),
+        (Restart(), Readings(endpoint=endpoint, lowest=0.6), 4, "t = 0.6"),
         (Hop(), DATA_ALONE, 2, "nfe = 2"),
     ],
 )
-def test_what_it_cannot_do_is_refused(solver: Solver, reads: Reads, nfe: int, named: str) -> None:
+def test_what_it_cannot_do_is_refused(solver: Solver, readings: Readings, nfe: int, named: str) -> None:
     with pytest.raises(UserError) as refused:
-        solve(solver, nfe, reads)
+        solve(solver, nfe, readings)
     assert named in str(refused.value)
 
 

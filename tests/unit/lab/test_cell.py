@@ -287,13 +287,13 @@ def own_objective(factor: float) -> str:
 from typing import Literal
 
 from dumo.objectives import FlowMatching
-from dumo.types import Frozen, Net, Noised, Terms
+from dumo.types import Frozen, Net, NoisyBatch, Terms
 
 
 class Mine(FlowMatching):
     kind: Literal["my_scaled_loss:Mine"] = "my_scaled_loss:Mine"
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         return Terms({factor} * super().loss(net, ref, b).loss)
 """
 

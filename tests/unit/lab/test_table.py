@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dumo.config.load import load
-from dumo.flow.generate import Samples
+from dumo.flow.sampling import Samples
 from dumo.lab import arm_picture, fig4b, paper, table
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read_plan

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import transformers_tiny as tiny
-from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
+from dumo.flow.noise import draw
 from dumo.flow.path import Diffusion
 from dumo.flow.precision import Precision
 from dumo.flow.slope import DualSlope, JvpSlope, Slope

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
+from dumo.flow.noise import draw
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Jumps, Pair
@@ -85,7 +85,7 @@ def test_objectives_of_two_times_train_it(folder: Saved, objective: Objective) -
     net = built(cut(folder("sd3"), "sd3"), objective.needs)
     found = gradient(net, objective)
     assert found["gap.layers.linear_2.weight"].any()
-    (x, c, t), endpoint = batch(), objective.read(net).endpoint
+    (x, c, t), endpoint = batch(), objective.readings(net).endpoint
     assert endpoint is not None
     assert endpoint(x, t, c).shape == x.shape
 

@@ -16,8 +16,8 @@ import transformers_tiny as tiny
 from dumo.autodiff import float64
 from dumo.config.load import load
 from dumo.encoders.pipeline import Pipeline
-from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
+from dumo.flow.noise import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.io.deferred import Deferred
@@ -30,7 +30,7 @@ from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching
 from dumo.training.compile import compile_blocks
 from dumo.training.frozen import digest
-from dumo.types import Frozen, Heads, Needs, Noised, UserError
+from dumo.types import Frozen, Heads, Needs, NoisyBatch, UserError
 from forked import python
 from pipelines import PIPELINES
 from tiers import tiered
@@ -85,7 +85,7 @@ def with_limit(spec: Pretrained, name: str) -> Pretrained:
     return spec if name in NO_LOWPASS else spec.model_copy(update={"lowpass": 10.0})
 
 
-def record(objective: DuMo | FlowMatching) -> Noised:
+def record(objective: DuMo | FlowMatching) -> NoisyBatch:
     x, c, _ = batch(4)
     return draw(objective, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=0)
 

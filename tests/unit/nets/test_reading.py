@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from contract.case import randomise
-from dumo.flow.draw import draw
-from dumo.flow.generate import sample_with_noise
 from dumo.flow.guide import CFG, Guide
+from dumo.flow.noise import draw
 from dumo.flow.path import Linear
+from dumo.flow.sampling import sample_with_noise
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.solver import Euler, Restart, Solver
 from dumo.nets.block import BlockSizes
@@ -80,7 +80,7 @@ def test_where_texts_are_labels_samples_are_those_of_classes(solver: Solver) -> 
     how = partial(
         sample_with_noise, path=Linear(), solver=solver, c=torch.arange(6), nfe=2, seed=0, shape=SHAPE, indices=range(6)
     )
-    one, other = (how(CFG(scale=4)(DuMo().read(net), CLASSES))[1] for net in twins())
+    one, other = (how(CFG(scale=4)(DuMo().readings(net), CLASSES))[1] for net in twins())
     assert one.std() > 0.1
     assert torch.equal(one, other)
 

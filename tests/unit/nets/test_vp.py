@@ -10,11 +10,11 @@ from torch import Tensor
 
 from dumo.autodiff import rule as rule
 from dumo.autodiff.dual import pair, primal, tangent
+from dumo.flow.noise_schedule import Clock, Schedule
 from dumo.flow.path import Diffusion
-from dumo.flow.schedule import Clock, Schedule
 from dumo.flow.solver import Restart
 from dumo.nets.vp import DiffusionToVelocity, Prediction, read_scheduler
-from dumo.types import Reads, lift
+from dumo.types import Readings, lift
 
 SD: dict[str, Any] = {
     "_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
@@ -181,10 +181,10 @@ def test_jumps_land_where_those_of_the_schedule_do(config: str, law: str) -> Non
     """Two jumps of Restart by the endpoint, against x_vp = a x_0 + s z from x_vp = z, by the table's own numbers."""
     frame, f = read_scheduler(CONFIGS[config]), LAWS[law]
     path, net = Diffusion(schedule=frame.schedule), shared(LAWS[law], frame)
-    reads = Reads(endpoint=lambda x, t, c: x - lift(t, x) * net(x, t))
+    readings = Readings(endpoint=lambda x, t, c: x - lift(t, x) * net(x, t))
     g = torch.Generator().manual_seed(0)
     z = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
-    made = Restart()(reads, path, path.initial_std * z[0], torch.zeros(5), 2, lambda k: z[k])
+    made = Restart()(readings, path, path.initial_std * z[0], torch.zeros(5), 2, lambda k: z[k])
     x = z[0]
     for k, index in enumerate(path.nearest_indices([1.0, 0.5])):
         t = torch.tensor(frame.schedule.times[index])

@@ -8,7 +8,7 @@ from torch import nn
 
 from dumo.config.load import load
 from dumo.evaluation import Context, LikelihoodProtocol
-from dumo.flow.generate import join_batches
+from dumo.flow.sampling import join_batches
 from dumo.flow.solver import Heun
 from dumo.report.evaluate import current_report, evaluate, likelihoods
 from dumo.run.judge import require_likelihood

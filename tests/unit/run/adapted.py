@@ -11,7 +11,7 @@ from dumo.config.spec import Run
 from dumo.nets import MLP, DiT
 from dumo.run.weights import build
 from dumo.runtime.random import stream
-from dumo.types import Cond, Heads, Needs, Reads, Sample, Time
+from dumo.types import Cond, Heads, Needs, Readings, Sample, Time
 
 BUILD = MLP.build
 
@@ -62,7 +62,7 @@ def freeze(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiT, "build", build)
 
 
-def apart(run: Run, device: torch.device) -> Reads:
+def apart(run: Run, device: torch.device) -> Readings:
     """What the frozen weights tell, of a net that is not in training."""
     net = build(run, device).get_submodule("net")
-    return Reads(velocity=lambda x, t, c: net(x, c, t=t)[0])
+    return Readings(velocity=lambda x, t, c: net(x, c, t=t)[0])

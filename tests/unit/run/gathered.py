@@ -2,7 +2,7 @@
 
 import torch
 
-from dumo.flow.generate import Batch
+from dumo.flow.sampling import Batch
 from dumo.run.sampler import gather_samples
 from meeting import meeting
 

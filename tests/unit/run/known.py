@@ -21,7 +21,7 @@ from dumo.run.memory import StepBytes
 from dumo.run.storages import LiveStorages
 from dumo.runtime.progress import Tick
 from dumo.training import checkpoint
-from dumo.types import Cond, Reads, Sample, Time, lift
+from dumo.types import Cond, Readings, Sample, Time, lift
 from unit.training.by_path import latest
 
 TINY = (
@@ -98,36 +98,36 @@ class Seen:
         yield tick
 
 
-def line(run: Run, device: torch.device) -> Reads:
+def line(run: Run, device: torch.device) -> Readings:
     """A velocity known in closed form: of data that are one point, (1, -2), v = (x_t - point) / t."""
 
     def velocity(x: Sample, t: Time, c: Cond) -> Sample:
         return (x - torch.tensor([1.0, -2.0])) / lift(t, x)
 
-    return Reads(velocity=velocity)
+    return Readings(velocity=velocity)
 
 
-def shift(run: Run, device: torch.device) -> Reads:
+def shift(run: Run, device: torch.device) -> Readings:
     """A velocity that is (1, -2) everywhere: of data that are noise moved by (-1, 2)."""
-    return Reads(velocity=lambda x, t, c: torch.tensor([1.0, -2.0]).expand_as(x))
+    return Readings(velocity=lambda x, t, c: torch.tensor([1.0, -2.0]).expand_as(x))
 
 
 without_source = partial(line)  # a run notes a hash of its teacher's source
 
 
-def mute(run: Run, device: torch.device) -> Reads:
+def mute(run: Run, device: torch.device) -> Readings:
     """It tells nothing."""
-    return Reads()
+    return Readings()
 
 
 CPU = torch.device("cpu")  # no function
 
 
-def flat(run: Run, device: torch.device) -> Reads:
+def flat(run: Run, device: torch.device) -> Readings:
     """One number per row, which would be broadcast to the shape of x."""
-    return Reads(velocity=lambda x, t, c: x.flatten(1)[:, :1])
+    return Readings(velocity=lambda x, t, c: x.flatten(1)[:, :1])
 
 
-def nan(run: Run, device: torch.device) -> Reads:
+def nan(run: Run, device: torch.device) -> Readings:
     """Its velocity is no number."""
-    return Reads(velocity=lambda x, t, c: x * torch.nan)
+    return Readings(velocity=lambda x, t, c: x * torch.nan)

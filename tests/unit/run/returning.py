@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dumo.objectives import FlowMatching
-from dumo.types import Frozen, Net, Noised, Terms
+from dumo.types import Frozen, Net, NoisyBatch, Terms
 
 
 def terms(loss: Tensor) -> Terms:
@@ -31,7 +31,7 @@ class Returning(FlowMatching):
     kind: Literal["unit.run.returning:Returning"] = "unit.run.returning:Returning"  # pyright: ignore
     what: str = "mean"
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Any:  # noqa: ANN401, that is the point
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Any:  # noqa: ANN401, that is the point
         return RETURNS[self.what](super().loss(net, ref, b))
 
 

@@ -16,10 +16,10 @@ from dumo.autodiff import float64
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.config.teacher import Start, Teacher
-from dumo.flow.draw import add_noise, make_draws
 from dumo.flow.guide import CFG
+from dumo.flow.noise import add_noise, make_draws
 from dumo.flow.path import Linear
-from dumo.flow.reading import taught_readings
+from dumo.flow.reading import available_readings
 from dumo.flow.slope import DualSlope
 from dumo.run import memory
 from dumo.run.folder import write_run_file
@@ -110,7 +110,7 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
     net.train().get_submodule("net").eval()
     modes = [part.training for part in net.modules()]
     x, w, c, t = *torch.randn(2, 4, 2, generator=g).unbind(), torch.zeros(4).long(), torch.rand(4, generator=g)
-    velocity = base_flow(Teacher(kind="base"), run, net).reads.velocity
+    velocity = base_flow(Teacher(kind="base"), run, net).readings().velocity
     assert velocity
 
     def slopes(ask: bool) -> list[Tensor]:
@@ -145,7 +145,7 @@ LEARNS_VELOCITY = sorted(  # kinds that a subject may be taught by; no net of a 
     {
         o.kind
         for o in one_each()
-        if taught_readings(o).velocity and o.needs.teacher == FromTeacher() and not o.needs.knobs
+        if available_readings(o).velocity and o.needs.teacher == FromTeacher() and not o.needs.knobs
     }
 )
 

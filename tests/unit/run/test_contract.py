@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import dumo
 from dumo.flow import dropout
-from dumo.flow.check import MAX_DIFFERENCE, outputs_match
 from dumo.flow.precision import Precision
+from dumo.flow.trainable import MAX_DIFFERENCE, outputs_match
 from dumo.run import contract, cost
 from dumo.run.net import outline
 from dumo.run.random_net import random_net, short_run

@@ -14,8 +14,8 @@ from contract.case import name as name_of
 from contract.case import nets, one_each
 from dumo.config.load import load
 from dumo.flow import linearize as linearizations
-from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide, Interval
+from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear
 from dumo.flow.slope import Along, CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Jumps, Pair, Uniform
@@ -31,7 +31,7 @@ from dumo.run.cost import (
     forward_units,
     step_cost,
 )
-from dumo.types import Heads, Needs, Noised, Objective, frozen
+from dumo.types import Heads, Needs, NoisyBatch, Objective, frozen
 from tiers import tiered
 from unit.run.known import follow_bytes
 
@@ -251,7 +251,7 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     x, c = torch.zeros(rows, *shape), torch.zeros(rows, dtype=torch.long)
     b = draw(objective, Linear(), x, c, c, seed=0, step=0, teacher=path_velocity)
 
-    def step(net: nn.Module, b: Noised) -> None:
+    def step(net: nn.Module, b: NoisyBatch) -> None:
         net.zero_grad()
         objective.loss(net, frozen(net), b).loss.sum().backward()
 

@@ -25,7 +25,7 @@ from dumo.run.train import train
 from dumo.runtime import dist
 from dumo.runtime.progress import no_bar
 from dumo.runtime.random import noise, stream
-from dumo.types import Reads, UserError
+from dumo.types import Readings, UserError
 from unit.run.known import line, nan, same, shift, tiny
 
 CPU = torch.device("cpu")
@@ -49,9 +49,9 @@ def index_of(run: Run) -> teacher.PairsIndex:
     return teacher.PairsIndex.of(run.teacher.pairs, run.objective.needs.teacher.points, run.path, run.data, "")
 
 
-def pairs_of(run: Run, reads: Reads, folder: Path) -> teacher.TeacherPairs:
+def pairs_of(run: Run, readings: Readings, folder: Path) -> teacher.TeacherPairs:
     """The run's pairs, by one process."""
-    return teacher.make_pairs(index_of(run), reads, folder, CPU, no_bar)
+    return teacher.make_pairs(index_of(run), readings, folder, CPU, no_bar)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -99,7 +99,7 @@ def test_the_net_learns_what_the_teacher_says(tmp_path: Path) -> None:
     """Of data that are two moons it learns one point, which is what its teacher knows."""
     run = tiny("moons-flow-matching", *USER, *FEW, "objective.times.low=0.05")
     net = train(run, tmp_path / "run").net
-    velocity, wanted = run.objective.read(net).velocity, line(run, CPU).velocity
+    velocity, wanted = run.objective.readings(net).velocity, line(run, CPU).velocity
     x, t, c = torch.randn(5, 2, generator=stream("x")), torch.tensor([0.5, 0.5, 0.5, 0.75, 1]), torch.zeros(5).long()
     near = torch.tensor([1.0, -2.0]) * (1 - t)[:, None] + t[:, None] * x
     assert velocity
@@ -174,12 +174,12 @@ def test_pairs_are_made_with_as_many_rows_at_a_time_as_training_takes(
 ) -> None:
     rows: list[int] = []
 
-    def counted(run: Run, device: torch.device) -> Reads:
+    def counted(run: Run, device: torch.device) -> Readings:
         def velocity(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
             rows.append(len(x))
             return x
 
-        return Reads(velocity=velocity)
+        return Readings(velocity=velocity)
 
     monkeypatch.setattr("unit.run.known.shift", counted)
     train(tiny("moons", *SHIFT, "teacher.pairs.count=18", "train.batch=16", "train.micro_batch=8"), tmp_path)
@@ -211,7 +211,9 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     return ranks
 
 
-def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[teacher.TeacherPairs | str, list[int]]]:
+def shared(
+    ranks: Ranks, run: Run, readings: Readings, folder: Path
+) -> list[tuple[teacher.TeacherPairs | str, list[int]]]:
     """What each of two ranks gets, pairs or an error, and the numbers of rows that it asked the teacher for."""
 
     def work(rank: int) -> tuple[teacher.TeacherPairs | str, list[int]]:
@@ -219,11 +221,11 @@ def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[tea
 
         def noted(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
             made.append(len(x))
-            assert reads.velocity
-            return reads.velocity(x, t, c)
+            assert readings.velocity
+            return readings.velocity(x, t, c)
 
         try:
-            pairs = teacher.make_pairs(index_of(run), Reads(velocity=noted), folder, CPU, no_bar, rows=1024)
+            pairs = teacher.make_pairs(index_of(run), Readings(velocity=noted), folder, CPU, no_bar, rows=1024)
         except (UserError, OSError) as error:
             return str(error), made
         return pairs, made
@@ -257,7 +259,7 @@ def test_every_rank_hears_of_pairs_that_are_no_numbers(ranks: Ranks, tmp_path: P
     def velocity(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return x if ranks.rank == 0 else x.index_fill(0, torch.tensor([7, 9]), torch.nan)
 
-    (one, _), (other, _) = shared(ranks, run, Reads(velocity=velocity), tmp_path)
+    (one, _), (other, _) = shared(ranks, run, Readings(velocity=velocity), tmp_path)
     assert one == other
     assert "2 of the teacher's pairs are not finite, the first is number 1031" in str(one)
     assert [file.stem for file in shards(tmp_path)] == ["shard-00000", "shard-00002"]
@@ -294,9 +296,9 @@ def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path, monkeypatch:
     """One who failed before may be mended. The main process notes it."""
     with monkeypatch.context() as patch:
         patch.setattr(dist, "rank", lambda: 1)
-        teacher.LoadedTeacher(Teacher(source="a"), Reads(), None, {"sha256": "a"}).write_record(tmp_path)
+        teacher.LoadedTeacher(Teacher(source="a"), Readings(), None, {"sha256": "a"}).write_record(tmp_path)
     assert not list(tmp_path.iterdir())
-    first, second = (teacher.LoadedTeacher(Teacher(source=name), Reads(), None, {"sha256": name}) for name in "ab")
+    first, second = (teacher.LoadedTeacher(Teacher(source=name), Readings(), None, {"sha256": name}) for name in "ab")
     first.write_record(tmp_path)
     second.require_same(tmp_path)
     (tmp_path / "checkpoints").mkdir()
@@ -310,7 +312,9 @@ def test_a_function_of_the_current_folder_is_remembered(tmp_path: Path, monkeypa
     """An installed command has its own folder on the path, not that where it is called."""
     monkeypatch.chdir(tmp_path)
     path, asked = list(sys.path), tiny("moons", "teacher.kind=python", "teacher.source=my_teacher:make")
-    text = "from dumo.types import Reads\n\ndef make(run, device):\n    return Reads(velocity=lambda x, t, c: -x)\n"
+    text = (
+        "from dumo.types import Readings\n\ndef make(run, device):\n    return Readings(velocity=lambda x, t, c: -x)\n"
+    )
     Path("my_teacher.py").write_text(text)
     train(asked, tmp_path / "run")
     assert len(json.loads((tmp_path / "run/teacher.json").read_text())["sha256"]) == 64

@@ -17,7 +17,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.encoders import texttable
-from dumo.flow.generate import labels_in_turn
+from dumo.flow.sampling import labels_in_turn
 from dumo.flow.solver import Heun, Restart
 from dumo.io.source import TensorData
 from dumo.io.weights import load as load_weights

@@ -11,7 +11,7 @@ from dumo.flow.path import Linear
 from dumo.flow.solver import Euler
 from dumo.runtime import signals
 from dumo.runtime.signals import TORCHRUN_VARIABLE
-from dumo.types import Cond, Reads, Sample, Time
+from dumo.types import Cond, Readings, Sample, Time
 
 pytestmark = pytest.mark.usefixtures("default_signals")
 
@@ -121,5 +121,5 @@ def test_a_solver_stops_between_two_passes() -> None:
 
     x, path = torch.ones(1, 2), Linear()
     with signals.listening(), pytest.raises(signals.Stopped):
-        Euler()(Reads(velocity=velocity), path, x, torch.zeros(1).long(), 4, lambda k: x)
+        Euler()(Readings(velocity=velocity), path, x, torch.zeros(1).long(), 4, lambda k: x)
     assert passes == [1.0]

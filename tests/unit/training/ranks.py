@@ -31,7 +31,7 @@ from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.step import flow_of, passes_of_rank, span, train_step
-from dumo.types import Frozen, Net, Noised, Terms, UserError
+from dumo.types import Frozen, Net, NoisyBatch, Terms, UserError
 from meeting import leave, met
 from unit.training.by_path import fault, latest, restore, restore_last_finite, save
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, tensors
@@ -128,7 +128,7 @@ class Spoilt(Toy):
 
     rank: int
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         terms, late = super().loss(net, ref, b), (b.t > 0.3) & torch.tensor(self.rank == dist.rank())
         return Terms(terms.loss.where(~late, torch.nan), terms.parts)
 

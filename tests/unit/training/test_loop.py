@@ -20,7 +20,7 @@ from dumo.training.schedule import Cosine
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, begin
 from dumo.training.step import draws_of, flow_of
-from dumo.types import Cond, Noised, Sample, Terms
+from dumo.types import Cond, NoisyBatch, Sample, Terms
 from unit.training.by_path import latest, restore, save
 from unit.training.toy import (
     AVERAGES,
@@ -88,7 +88,7 @@ def test_what_an_objective_sees() -> None:
     """Progress, and the null label, which is the one after the last class."""
     seen: list[tuple[float, bool]] = []
 
-    def note(terms: Terms, b: Noised) -> Terms:
+    def note(terms: Terms, b: NoisyBatch) -> Terms:
         dropped = torch.equal(b.c[~b.kept], b.null[~b.kept])
         seen.append((b.progress, bool((b.null == CLASSES).all()) and dropped))
         return terms

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
-from dumo.flow.draw import PRIOR, Coupling, draw, path_velocity
+from dumo.flow.noise import PRIOR, Coupling, draw, path_velocity
 from dumo.flow.path import Linear
 from dumo.runtime.random import keyed_normal, random_row_mask
 from dumo.training.ema import Ema, PowerEma
@@ -17,7 +17,7 @@ from dumo.training.record import MAX_LISTED_ROWS, Record, Skipped
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import MicroBatches, flow_of, passes_of_rank, train_step
-from dumo.types import Frozen, Net, Noised, Terms, Time, TimeLaw, frozen
+from dumo.types import Frozen, Net, NoisyBatch, Terms, Time, TimeLaw, frozen
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, toy, trained
 
 STEPS = 9
@@ -35,7 +35,7 @@ def fresh(dtype: torch.dtype = torch.float64, seed: int = 0) -> State:
     return begin(Small(seed, dtype=dtype), Train(steps=STEPS, batch=12, ema=AVERAGES))
 
 
-def noised(batch: int = 12, seed: int = 0, at: int = 0) -> Noised:
+def noised(batch: int = 12, seed: int = 0, at: int = 0) -> NoisyBatch:
     x, c = batches(batch)(at)
     null = torch.full_like(c, CLASSES)
     return draw(Toy(), Linear(), x, c, null, seed=seed, step=at, progress=at / STEPS)
@@ -120,7 +120,7 @@ class Broken(Toy):
 
     how: str
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         terms, late, early = super().loss(net, ref, b), b.t > 0.6, b.t < 0.2
         if self.how == "gradient":  # sqrt(0) is 0, with an infinite slope
             (v_hat,) = net(b.x_t, b.c, t=b.t)
@@ -246,7 +246,7 @@ def test_bf16_keeps_the_gradient_where_the_reference_passes_first() -> None:
     class First(Toy):
         """theta^- runs before the net, so autocast casts the weights without gradients first."""
 
-        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
             ref(b.x_t, b.null, t=b.t)
             return super().loss(net, ref, b)
 

@@ -16,7 +16,21 @@ from dumo.training.optim import Adam, AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import flow_of, passes_of_rank, span
-from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, TimeLaw, mean_square
+from dumo.types import (
+    Cond,
+    Frozen,
+    Heads,
+    Needs,
+    Net,
+    NoisyBatch,
+    Readings,
+    Sample,
+    Spec,
+    Terms,
+    Time,
+    TimeLaw,
+    mean_square,
+)
 
 CLASSES = 3
 OPTIMIZERS = (AdamW(lr=1e-2, weight_decay=0.1), Adam(lr=1e-2))
@@ -61,15 +75,15 @@ class Toy(Spec):
 
     times: TimeLaw = Still()
 
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Square of the slope's error, plus a growing pull."""
         (v_hat,), (v_null,) = net(b.x_t, b.c, t=b.t), ref(b.x_t, b.null, t=b.t)
         v, pull = mean_square(v_hat - b.v_t), mean_square(v_hat - v_null)
         return Terms(v + 0.1 * (1 + b.progress) * pull, {"v": v, "pull": pull})
 
-    def read(self, net: Net) -> Reads:
+    def readings(self, net: Net) -> Readings:
         """Not needed here."""
-        return Reads()
+        return Readings()
 
 
 def flow_of_toy(state: State, spec: Train) -> Flow:
@@ -77,11 +91,11 @@ def flow_of_toy(state: State, spec: Train) -> Flow:
     return flow_of(state, spec, Toy(), Linear(), CLASSES)
 
 
-def toy(change: Callable[[Terms, Noised], Terms]) -> Toy:
+def toy(change: Callable[[Terms, NoisyBatch], Terms]) -> Toy:
     """The toy with another loss, which is made of its own."""
 
     class Changed(Toy):
-        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
             return change(super().loss(net, ref, b), b)
 
     return Changed()

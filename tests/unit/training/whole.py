@@ -17,8 +17,8 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import ByteTokenizer
-from dumo.flow.draw import draw, path_velocity
 from dumo.flow.guide import Guide
+from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.lab.bench import PlainStep
 from dumo.nets.dit import DiT

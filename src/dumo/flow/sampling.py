@@ -24,7 +24,7 @@ from dumo.flow.precision import Precision, using
 from dumo.flow.solver import Fresh, Solver, Stepper
 from dumo.runtime.limits import SAMPLES
 from dumo.runtime.random import noise
-from dumo.types import Array, Cond, Heads, Reads, Sample, Trail, UserError
+from dumo.types import Array, Cond, Heads, Readings, Sample, Trail, UserError
 
 BATCH = 256  # images made at a time, at most, if the caller does not say: ours
 
@@ -48,7 +48,7 @@ class Batch:
 
 def sample_batches(
     net: nn.Module,
-    reads: Reads,
+    readings: Readings,
     path: FlowPath,
     solver: Solver,
     c: Cond,
@@ -91,7 +91,7 @@ def sample_batches(
         first_draw = None if z is None else z[start : start + batch].to(device)
         with eval_mode(net), counting_passes(net) as rows_per_pass, in_precision(net, precision, device):
             _, x = integrate(
-                reads, path, solver, batch_c, nfe, _fresh_noise(seed, batch_indices, shape, device, first_draw)
+                readings, path, solver, batch_c, nfe, _fresh_noise(seed, batch_indices, shape, device, first_draw)
             )
         num_passes, remainder = divmod(sum(rows_per_pass), len(batch_indices))
         assert not remainder, "a reading called the network for some rows more often than for others"
@@ -106,7 +106,7 @@ def join_batches(batches: Iterable[Batch]) -> Samples:
 
 
 def sample_with_noise(
-    reads: Reads,
+    readings: Readings,
     path: FlowPath,
     solver: Solver,
     c: Cond,
@@ -120,7 +120,7 @@ def sample_with_noise(
 
     The net stays in the mode and precision that it has. Raises UserError if the solver cannot serve the reading or nfe.
     """
-    return integrate(reads, path, solver, c, nfe, _fresh_noise(seed, indices, shape, c.device))
+    return integrate(readings, path, solver, c, nfe, _fresh_noise(seed, indices, shape, c.device))
 
 
 def _fresh_noise(
@@ -142,7 +142,7 @@ def _fresh_noise(
 
 @torch.no_grad()
 def sample_trajectory(
-    reads: Reads, path: FlowPath, solver: Stepper, z: Sample, c: Cond, *, nfe: int, points: int
+    readings: Readings, path: FlowPath, solver: Stepper, z: Sample, c: Cond, *, nfe: int, points: int
 ) -> tuple[Sample, Trail]:
     """The images that the solver makes of noise z, and the points between, after each of `points` equal parts.
 
@@ -156,13 +156,15 @@ def sample_trajectory(
     if points < 2 or num_steps % points:
         raise ValueError(f"points={points}: give at least 2, and a divisor of the {num_steps} steps of nfe={nfe}")
     every = num_steps // points
-    trail = solver.trail(reads, path.initial_std * z, c, nfe)
+    trail = solver.trail(readings, path.initial_std * z, c, nfe)
     xs = [x.float() for step, x in enumerate(trail, start=1) if step % every == 0]
     return path.sd * xs[-1], torch.stack(xs[-2::-1], 1)  # xs run from the noise to the data
 
 
 @torch.no_grad()
-def integrate(reads: Reads, path: FlowPath, solver: Solver, c: Cond, nfe: int, fresh: Fresh) -> tuple[Sample, Sample]:
+def integrate(
+    readings: Readings, path: FlowPath, solver: Solver, c: Cond, nfe: int, fresh: Fresh
+) -> tuple[Sample, Sample]:
     """Noise, which is draw 0 of `fresh`, and the images that the solver makes of it: (n, *shape), in float32.
 
     `fresh(k)` is draw k of noise from N(0, I); some solvers use more than the first. The solver starts from
@@ -171,7 +173,7 @@ def integrate(reads: Reads, path: FlowPath, solver: Solver, c: Cond, nfe: int, f
     Raises UserError if the solver cannot serve the reading or nfe.
     """
     z = fresh(0)
-    x = solver(reads, path, path.initial_std * z, c, nfe, fresh)
+    x = solver(readings, path, path.initial_std * z, c, nfe, fresh)
     return z, path.sd * x.float()
 
 

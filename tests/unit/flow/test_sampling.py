@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.generate import Samples, join_batches, labels_in_turn, sample_batches, sample_trajectory
 from dumo.flow.path import Linear
 from dumo.flow.reading import mean_velocity
+from dumo.flow.sampling import Samples, join_batches, labels_in_turn, sample_batches, sample_trajectory
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.runtime.random import noise, stream
-from dumo.types import Reads, UserError
+from dumo.types import Readings, UserError
 
 SHAPE = (1, 8, 8)
 ALL = [Euler(), Heun(), Restart(m=0.3), Hop()]
@@ -97,7 +97,7 @@ def test_the_net_is_left_as_it_was() -> None:
         raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        generate(net, Reads(broken), Linear(), Euler(), labels_in_turn(2, 10), nfe=1, seed=0, shape=SHAPE)
+        generate(net, Readings(broken), Linear(), Euler(), labels_in_turn(2, 10), nfe=1, seed=0, shape=SHAPE)
     assert modes == [part.training for part in net.modules()]
     assert not net._forward_hooks
 
@@ -114,7 +114,7 @@ def test_refuses_before_the_first_pass() -> None:
         (Euler(), 1, [7], ValueError, "1 images for 2 rows of c"),
     ):
         with pytest.raises(error, match=says):
-            generate(net, Reads(never), Linear(), solver, c, nfe=nfe, seed=0, shape=SHAPE, indices=indices)
+            generate(net, Readings(never), Linear(), solver, c, nfe=nfe, seed=0, shape=SHAPE, indices=indices)
 
 
 def test_passes_are_in_the_precision_that_is_asked_for() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dumo.flow.adapter import NetAdapter, heads_of
 from dumo.flow.precision import Precision, precision_of
-from dumo.types import Cond, Heads, Needs, Noised, Objective, Sample, Time, UserError, unwrap
+from dumo.types import Cond, Heads, Needs, NoisyBatch, Objective, Sample, Time, UserError, unwrap
 from dumo.types.outside import name_of
 
 # The largest difference of two passes on a GPU, whose kernels may add in another order, over the norm of the outputs
@@ -23,7 +23,7 @@ _TRIED_ROWS = 4
 
 
 @torch.no_grad()
-def require_trainable(net: nn.Module, b: Noised, needs: Needs) -> None:
+def require_trainable(net: nn.Module, b: NoisyBatch, needs: Needs) -> None:
     """Raise UserError unless a network is pure, has independent rows and finite outputs. Makes three passes on b.
 
     net: as objectives call it, in the mode of training. A head that is zero everywhere hides how rows mix.
@@ -84,7 +84,7 @@ def require_trainable(net: nn.Module, b: Noised, needs: Needs) -> None:
             )
 
 
-def inputs_of(b: Noised, needs: Needs) -> dict[str, Time]:
+def inputs_of(b: NoisyBatch, needs: Needs) -> dict[str, Time]:
     """The times and knobs (b,) of a pass on a batch, by the names of an objective's needs.
 
     Knobs have their default values. An input of another name, which a batch does not hold, gets t.

@@ -31,7 +31,7 @@ from dumo.flow.path import FlowPath
 from dumo.runtime import random
 from dumo.runtime.limits import ROWS
 from dumo.runtime.random import keyed_normal, random_row_mask, stream
-from dumo.types import Cond, Law, Noised, Objective, Rows, Sample, Spec, Taught, Time, Trail
+from dumo.types import Cond, Law, NoisyBatch, Objective, Rows, Sample, Spec, TeacherVelocity, Time, Trail
 from dumo.types.rows import pin, to_device
 
 PRIOR = "prior"  # the name in the stream that picks the rows that a teacher answers
@@ -109,7 +109,7 @@ class Draws:
     keys: dropout.Keys  # of the masks of dropout
     laws: Mapping[str, Tensor]  # the objective's further laws, by name
     moving: tuple[bool, ...] | None  # the rows that may have r != t, fixed by place; None: all
-    taught: Rows | None = None  # the rows that a teacher answers; None: all, if there is one
+    teacher_rows: Rows | None = None  # the rows that a teacher answers; None: all, if there is one
 
     def __getitem__(self, rows: slice) -> "Draws":
         """The draws of some of the rows."""
@@ -129,7 +129,7 @@ class Draws:
             kept=change(self.kept),
             keys=change(self.keys),
             laws={name: change(v) for name, v in self.laws.items()},
-            taught=None if self.taught is None else change(self.taught),
+            teacher_rows=None if self.teacher_rows is None else change(self.teacher_rows),
         )
 
 
@@ -160,9 +160,9 @@ def make_draws(
         laws: dict[str, Tensor] = {}
         for name, law in objective.needs.laws.items():
             laws[name] = law.rows((seed, step, "law", name), row_numbers, batch, shape)
-        taught = None
+        teacher_rows = None
         if prior is not None:
-            taught = random_row_mask(seed, step, PRIOR, batch, prior)[rows]
+            teacher_rows = random_row_mask(seed, step, PRIOR, batch, prior)[rows]
         return Draws(
             t=t[rows],
             r=r[rows],
@@ -171,7 +171,7 @@ def make_draws(
             keys=dropout.keys(seed, step, batch)[rows],
             laws=laws,
             moving=None if moving is None else moving[rows],
-            taught=taught,
+            teacher_rows=teacher_rows,
         )
 
 
@@ -184,11 +184,11 @@ def add_noise(
     *,
     progress: float = 0.0,
     z: Sample | None = None,
-    teacher: Taught | None = None,
+    teacher: TeacherVelocity | None = None,
     coupling: Coupling | None = None,
     between: Trail | None = None,
     ask_at_x_t: bool = True,
-) -> Noised:
+) -> NoisyBatch:
     """The record of data x (b, ...) of conditions c (b, ...), by draws of as many rows; on the device of x.
 
     null: what a dropped condition becomes, a row each, or one class number for all.
@@ -205,7 +205,7 @@ def add_noise(
     t = to_device(draws.t, device).to(exact)
     r = to_device(draws.r, device).to(exact)
     kept = to_device(draws.kept, device)
-    taught = None if draws.taught is None else to_device(draws.taught, device)
+    teacher_rows = None if draws.teacher_rows is None else to_device(draws.teacher_rows, device)
     laws = {name: to_device(v, device).to(exact) for name, v in draws.laws.items()}
     if z is None:
         assert draws.z is not None, "noise was neither drawn nor given"
@@ -222,14 +222,14 @@ def add_noise(
         null = torch.full_like(c, null)
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
     guided_on_host = draws.kept
-    if taught is not None and draws.taught is not None:  # what the teacher answers is guided already
-        kept = kept & ~taught
-        guided_on_host = guided_on_host & ~draws.taught
+    if teacher_rows is not None and draws.teacher_rows is not None:  # what the teacher answers is guided already
+        kept = kept & ~teacher_rows
+        guided_on_host = guided_on_host & ~draws.teacher_rows
 
     trail = None
     if between is not None:
         trail = torch.cat([x[:, None], between, z[:, None]], 1)
-    b = Noised(
+    b = NoisyBatch(
         path=path,
         x=x,
         z=z,
@@ -246,7 +246,7 @@ def add_noise(
         teacher=teacher,
         trail=trail,
         host=(draws.t.to(exact), guided_on_host) if device.type == "cuda" else None,
-        taught=taught,
+        teacher_rows=teacher_rows,
     )
     if trail is not None:
         b = replace(b, x_t=b.on(t))
@@ -273,8 +273,8 @@ def draw(
     first: int = 0,
     progress: float = 0.0,
     z: Sample | None = None,
-    teacher: Taught | None = None,
-) -> Noised:
+    teacher: TeacherVelocity | None = None,
+) -> NoisyBatch:
     """The record of x (b, ...), which is rows `first : first + b` of a step's batch of `batch` rows (None: all of it).
 
     `null` is what a dropped label becomes, a row each, or one class index for all (`data.classes` of our data).

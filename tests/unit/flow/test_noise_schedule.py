@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dumo.flow.noise_schedule import Clock, Schedule
 from dumo.flow.path import Diffusion, Linear
-from dumo.flow.schedule import Clock, Schedule
 from dumo.flow.solver import Restart
 from dumo.types import UserError
 

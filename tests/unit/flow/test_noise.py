@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.draw import Coupling, Noise, add_noise, draw, make_draws
 from dumo.flow.flow import Flow
 from dumo.flow.guide import Guide
+from dumo.flow.noise import Coupling, Noise, add_noise, draw, make_draws
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
 from dumo.objectives import Consistency, DuMo, FlowMatching, FreeFlow, ImprovedMeanFlow, MeanFlow
 from dumo.objectives.consistency import Equal
 from dumo.runtime.random import random_row_mask, stream
-from dumo.types import Needs, Noised, Objective
+from dumo.types import Needs, NoisyBatch, Objective
 
 
-def record(objective: Objective, x: Tensor, step: int = 0) -> Noised:
+def record(objective: Objective, x: Tensor, step: int = 0) -> NoisyBatch:
     c = torch.arange(len(x))
     return draw(objective, Linear(), x, c, torch.full_like(c, -1), seed=0, step=step)
 
@@ -203,19 +203,19 @@ def test_a_teacher_answers_its_share_of_the_rows_alone() -> None:
     objective, x, c = DuMo(drop=0.25, guide=Guide(zeta=0.5)), torch.zeros(40, 2), torch.arange(40)
     draws = make_draws(objective, x.shape[1:], seed=0, step=3, batch=40, prior=0.3)
     part = make_draws(objective, x.shape[1:], seed=0, step=3, batch=40, rows=slice(5, 17), prior=0.3)
-    assert draws.taught is not None
-    assert draws.taught.sum() == 12
-    assert torch.equal(draws.taught[5:17], part.taught)
-    assert not torch.equal(draws.taught, random_row_mask(0, 4, "prior", 40, 0.3))
+    assert draws.teacher_rows is not None
+    assert draws.teacher_rows.sum() == 12
+    assert torch.equal(draws.teacher_rows[5:17], part.teacher_rows)
+    assert not torch.equal(draws.teacher_rows, random_row_mask(0, 4, "prior", 40, 0.3))
     b = add_noise(draws, Linear(), x, c, -1, teacher=lambda x, t, c, v: torch.full_like(x, 7.0))
-    plain = add_noise(replace(draws, taught=None), Linear(), x, c, -1)
+    plain = add_noise(replace(draws, teacher_rows=None), Linear(), x, c, -1)
     assert torch.equal(b.c, plain.c), "a label is dropped or not, whoever answers"
     for record, data in ((b, plain), (b.at(0.25), plain.at(0.25)), (b[10:30], plain[10:30])):
-        assert record.taught is not None
-        assert (record.v_t[record.taught] == 7).all()
-        assert torch.equal(record.v_t[~record.taught], data.v_t[~record.taught])
+        assert record.teacher_rows is not None
+        assert (record.v_t[record.teacher_rows] == 7).all()
+        assert torch.equal(record.v_t[~record.teacher_rows], data.v_t[~record.teacher_rows])
     v_star = objective.guide(b, torch.full_like(x, 3.0), lambda b, c: torch.full_like(b.x_t, -1.0))
-    guided = plain.kept & ~draws.taught
+    guided = plain.kept & ~draws.teacher_rows
     torch.testing.assert_close(v_star[guided], b.v_t[guided] + 0.5 * (3 + 1))
     assert torch.equal(v_star[~guided], b.v_t[~guided])
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import dumo
 from contract.own import Perceptron, UNet
-from dumo.flow.draw import path_velocity
+from dumo.flow.noise import path_velocity
 from dumo.objectives import FlowMatching
-from dumo.types import Frozen, Net, Noised, Terms, UserError
+from dumo.types import Frozen, Net, NoisyBatch, Terms, UserError
 from unit.flow.test_refusals import IMAGES, TWO, Around, MixesRows, StartsByData, X, points
 
 
@@ -131,7 +131,7 @@ class DrawsOfTorch(Around):
 
 
 class DrawingLoss(FlowMatching):
-    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         return Terms(super().loss(net, ref, b).loss * torch.rand(len(b.t)))
 
 
